@@ -1,0 +1,88 @@
+"""What a gateway may say before a request is opened: a fixed table of problem types (RFC 9457).
+
+A problem carries a type and a title out of this table, never the text of an exception. Workers name a problem by its type in
+an `error` frame; the gateway turns it into the HTTP response, and the SDK into a typed error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from lacre import errors
+
+MEDIA_TYPE: Final = "application/problem+json"
+_OURS: Final = "urn:lacre:problem:"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row of the table. `status`: the outer HTTP status; `remedy`: what the caller should do next."""
+
+    type: str
+    status: int
+    title: str
+    remedy: str
+    error: type[errors.RefusedError] = errors.RefusedError
+
+    def body(self) -> bytes:
+        """The `application/problem+json` document."""
+        return json.dumps({"type": self.type, "title": self.title, "status": self.status}, separators=(",", ":")).encode()
+
+    def exception(self, retry_after: float | None = None) -> errors.RefusedError:
+        return self.error(f"{self.title}. {self.remedy}", status=self.status, problem=self.type, retry_after=retry_after)
+
+
+INVALID_TOKEN: Final = Problem(
+    _OURS + "invalid-token", 401, "The access token is missing, invalid or expired",
+    "Get a fresh token for this gateway's audience and try again.", errors.Unauthenticated)  # fmt: skip
+FORBIDDEN: Final = Problem(
+    _OURS + "forbidden", 403, "Policy does not allow this request",
+    "Ask the operator for access to this pool, model or action.", errors.Forbidden)  # fmt: skip
+INVALID_HEADERS: Final = Problem(
+    _OURS + "invalid-headers", 400, "A Lacre-* header is missing or invalid", "Update the client.")  # fmt: skip
+UNKNOWN_POOL: Final = Problem(
+    _OURS + "unknown-pool", 404, "No such pool or model",
+    "`lacre manifest show` lists the pools and their models.")  # fmt: skip
+UNSUPPORTED_MEDIA_TYPE: Final = Problem(
+    _OURS + "unsupported-media-type", 415, "The body is not a chunked sealed request",
+    "Send message/ohttp-chunked-req; there is no other way in.")  # fmt: skip
+INVALID_REQUEST: Final = Problem(
+    _OURS + "invalid-sealed-request", 400, "The sealed request is malformed, cut short or does not open",
+    "Seal it again with the current key; if that fails too, update the client.")  # fmt: skip
+TOO_LARGE: Final = Problem(
+    _OURS + "too-large", 413, "The sealed request is too large", "Send at most 7 MiB.")  # fmt: skip
+# RFC 9458 section 5.3 registers this type and asks for the status.
+UNKNOWN_KEY: Final = Problem(
+    "https://iana.org/assignments/http-problem-types#ohttp-key", 422, "The key configuration is not known here",
+    "Fetch the manifest again and seal anew.")  # fmt: skip
+INVALID_GRANT: Final = Problem(
+    _OURS + "invalid-grant", 502, "The worker refused the gateway's grant",
+    "The operator must publish a manifest with this gateway's key.")  # fmt: skip
+REPLAYED: Final = Problem(
+    _OURS + "replayed", 409, "This sealed request was seen before", "Seal a fresh one.")  # fmt: skip
+RATE_LIMITED: Final = Problem(
+    _OURS + "rate-limited", 429, "Too many requests", "Wait as long as Retry-After says.", errors.RateLimited)  # fmt: skip
+NO_WORKER: Final = Problem(
+    _OURS + "no-worker", 503, "No worker of this pool serves this model now",
+    "Try again after Retry-After; the operator can start one with `lacre worker`.", errors.Unavailable)  # fmt: skip
+BUSY: Final = Problem(
+    _OURS + "busy", 503, "Every worker is busy and the queue limit has passed",
+    "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
+WORKER_LOST: Final = Problem(
+    _OURS + "worker-lost", 502, "The worker was lost before it answered",
+    "Seal a fresh request; this one may have run.", errors.Unavailable)  # fmt: skip
+UNAVAILABLE: Final = Problem(
+    _OURS + "unavailable", 503, "The gateway cannot reach its message fabric",
+    "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
+INTERNAL: Final = Problem(
+    _OURS + "internal", 500, "The gateway failed", "Try again; the operator's log says more.", errors.Unavailable)  # fmt: skip
+
+BY_TYPE: Final = {
+    problem.type: problem
+    for problem in (
+        INVALID_TOKEN, FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
+        UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNAVAILABLE, INTERNAL,
+    )
+}  # fmt: skip

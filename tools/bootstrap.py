@@ -1,0 +1,112 @@
+"""Makes `.venv` ready: locked dependencies, llama-cpp-python built from source, this project installed editable.
+
+Runs on the standard library of any Python >= 3.11, and is silent and quick when nothing changed. The compiled
+llama-cpp-python wheel is kept outside the clone (`$XDG_CACHE_HOME/lacre/wheels`), because pip's own wheel cache does not
+know the CMake flags; its folder is named for everything that the binary depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / ".ready"
+LOCKS = ROOT / "requirements"
+
+# No multimodal build: it would nearly double the compile time for files that nothing here loads.
+CMAKE_ARGS = os.environ.get("LACRE_CMAKE_ARGS", "-DLLAVA_BUILD=OFF")
+
+
+def cpu() -> str:
+    """What a GGML_NATIVE build depends on: the machine and its instruction sets."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return "\n".join(sorted(set(lines)))
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
+    subprocess.run([str(part) for part in command], check=True, env=env)
+
+
+def pip(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
+    run(VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments, env=env)
+
+
+def install(lock: str) -> None:
+    pip("install", "--require-hashes", "--no-deps", "-r", LOCKS / lock)
+
+
+def native_wheel() -> Path:
+    """The llama-cpp-python wheel for this machine: from the cache, or built now."""
+    lock = (LOCKS / "native.lock").read_text()
+    match = re.search(r"^llama-cpp-python==(\S+)", lock, re.MULTILINE)
+    if match is None:
+        raise SystemExit("requirements/native.lock does not pin llama-cpp-python: run tools/lock.sh")
+    version = match[1]
+    key = digest(lock, (LOCKS / "build.lock").read_text(), CMAKE_ARGS, cpu(), platform.machine(),
+                 sysconfig.get_config_var("SOABI") or sys.version)  # fmt: skip
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache_home / "lacre" / "wheels" / f"llama_cpp_python-{version}-{key}"
+    for wheel in folder.glob("*.whl"):
+        return wheel
+    print(f"Building llama-cpp-python {version} with {CMAKE_ARGS}: once for this machine, about 6 minutes on 2 cores.",
+          flush=True)  # fmt: skip
+    began = time.monotonic()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    build = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    try:
+        env = os.environ | {
+            "CMAKE_ARGS": CMAKE_ARGS,
+            "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
+            "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        pip("wheel", "--require-hashes", "--no-deps", "--no-build-isolation", "--no-cache-dir",
+            "--no-binary", "llama-cpp-python", "-r", LOCKS / "native.lock", "-w", build, env=env)  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        for wheel in build.glob("*.whl"):
+            wheel.replace(folder / wheel.name)  # the same file system: another clone never sees half a wheel
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+    print(f"Built in {time.monotonic() - began:.0f} s, kept in {folder}", flush=True)
+    return next(folder.glob("*.whl"))
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file is what tells an older Python so
+        raise SystemExit(f"Lacre needs Python 3.11 or newer; this is {platform.python_version()}. Try: make PYTHON=python3.12")
+    wanted = digest(*(path.read_text() for path in sorted(LOCKS.glob("*.lock"))), (ROOT / "pyproject.toml").read_text(),
+                    Path(__file__).read_text(), CMAKE_ARGS, cpu(), sys.version, str(ROOT))  # fmt: skip
+    if STAMP.exists() and STAMP.read_text() == wanted:
+        return
+    if not shutil.which(os.environ.get("CXX", "c++")) and not shutil.which("g++"):
+        raise SystemExit("Lacre builds llama.cpp: install a C and C++ compiler first (Debian: apt-get install build-essential)")
+    print("Setting up .venv: hash-locked dependencies from requirements/*.lock", flush=True)
+    run(sys.executable, "-m", "venv", "--clear", VENV)
+    install("build.lock")
+    install("base.lock")
+    install("model.lock")
+    pip("install", "--no-deps", native_wheel())
+    pip("install", "--no-deps", "--no-build-isolation", "-e", ROOT)
+    STAMP.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main()

