@@ -1,0 +1,183 @@
+"""Opens a sealed request and calls an ASGI app; the app's answer is sealed piece by piece as it is produced.
+
+Rules:
+- The app sees an ordinary HTTP request, and what its grant allows in `scope["extensions"]["lacre.call"]`.
+- Every body piece that the app sends leaves as a sealed record at once: nothing waits for a larger buffer.
+- The final chunk is sealed only when the app finished its response. An app that raises, or stops early, leaves a stream
+  without one, and the client gets `TruncatedStream`: a broken answer is never passed off as whole.
+- Closing the generator tells the app `http.disconnect` and cancels it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+from lacre.errors import LacreError
+from lacre.wire import bhttp
+from lacre.wire.header import SealedHeader
+from lacre.wire.opening import PrivateKey, ResponseSealer, open_request
+
+SCHEME: Final = "https"
+AUTHORITY: Final = "lacre.invalid"  # RFC 2606: never resolves, so a request that escaped its seal reaches nobody
+EXTENSION: Final = "lacre.call"
+MAX_PENDING: Final = 16  # pieces the app may be ahead of the sealing: enough to overlap, too few to hide a slow reader
+
+Headers = Sequence[tuple[str, str]]
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class AppFailed(LacreError):
+    """The ASGI app raised, or returned before its response was complete. `__cause__` is for the worker's own log."""
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a call used so far, in tokens. The app writes it, the node reads it for receipts."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    model_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the grant says of this call; None where it says nothing. max_tokens counts output over all choices."""
+
+    request_id: str
+    model: str | None = None
+    action: str | None = None
+    max_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    features: frozenset[str] = frozenset()
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A sealed request after opening. `sealer` is one-use: it seals the one answer."""
+
+    request: bhttp.Request = field(repr=False)
+    header: SealedHeader
+    sealer: ResponseSealer = field(repr=False)
+
+    def headers(self, name: str) -> list[str]:
+        """Every value of an inner header; `name` in lower case."""
+        return [value for key, value in self.request.headers if key == name]
+
+
+def open_sealed(body: bytes, keys: Mapping[int, PrivateKey]) -> Opened:
+    """Opens a whole sealed request. Raises ProtocolError or VerificationError kinds; nothing of it was acted on then."""
+    plaintext, header, sealer = open_request(keys, body)
+    return Opened(bhttp.decode_request(plaintext), header, sealer)
+
+
+def refuse(opened: Opened, status: int, body: Mapping[str, Any], media_type: str = "application/json") -> bytes:
+    """A whole sealed answer that carries `body` as JSON."""
+    encoder = bhttp.ResponseEncoder()
+    content = json.dumps(body, separators=(",", ":")).encode()
+    head = encoder.head(status, (("content-type", media_type), ("content-length", str(len(content)))))
+    return opened.sealer.seal(head + encoder.data(content) + encoder.end()) + opened.sealer.finish()
+
+
+async def answer(
+    app: App, opened: Opened, call: Call, *, trailers: Callable[[], Headers] = lambda: ()
+) -> AsyncIterator[bytes]:
+    """Yields the sealed answer of `app`, record by record. `trailers` is asked once, when the app has finished.
+
+    Raises AppFailed, after which the stream has no final chunk.
+    """
+    encoder = bhttp.ResponseEncoder()
+    async with aclosing(_Exchange(app, opened.request, call).pieces(encoder)) as pieces:
+        async for piece in pieces:
+            yield opened.sealer.seal(piece)
+    yield opened.sealer.seal(encoder.end(trailers())) + opened.sealer.finish()
+
+
+class _Exchange:
+    """One call of an ASGI app: the app runs in a task of its own, a few pieces ahead at most."""
+
+    def __init__(self, app: App, request: bhttp.Request, call: Call) -> None:
+        self._app = app
+        self._request = request
+        self._call = call
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue(MAX_PENDING)
+        self._body_taken = False
+        self._gone = asyncio.Event()
+
+    async def pieces(self, encoder: bhttp.ResponseEncoder) -> AsyncIterator[bytes]:
+        task = asyncio.create_task(self._run())
+        try:
+            complete = False
+            while (message := await self._messages.get()) is not None:
+                if message["type"] == "http.response.start":
+                    yield encoder.head(message["status"], _decoded(message.get("headers", ())))
+                elif message["type"] == "http.response.body":
+                    if message.get("body"):
+                        yield encoder.data(bytes(message["body"]))
+                    complete = not message.get("more_body", False)
+            await _settled(task)
+            if not complete:
+                raise AppFailed("the app returned before its response was complete")
+        finally:
+            self._gone.set()
+            task.cancel()
+            with suppress(asyncio.CancelledError, AppFailed):
+                await task
+
+    async def _run(self) -> None:
+        try:
+            await self._app(self._scope(), self._receive, self._messages.put)
+        except Exception as exc:  # noqa: BLE001 - the boundary to an app that is not ours: one type leaves here
+            raise AppFailed("the app raised") from exc
+        finally:
+            with suppress(asyncio.CancelledError):
+                await self._messages.put(None)
+
+    async def _receive(self) -> Message:
+        if not self._body_taken:
+            self._body_taken = True
+            return {"type": "http.request", "body": self._request.content, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    def _scope(self) -> Scope:
+        path, _, query = self._request.path.partition("?")
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.5"},
+            "http_version": "1.1",
+            "method": self._request.method,
+            "scheme": self._request.scheme,
+            "path": unquote_to_bytes(path).decode("utf-8", "replace"),
+            "raw_path": path.encode("ascii"),
+            "query_string": query.encode("ascii"),
+            "root_path": "",
+            "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._request.headers],
+            "client": None,  # who asks is not known here, and must not be
+            "server": (self._request.authority, None),
+            "extensions": {EXTENSION: self._call},
+        }
+
+
+async def _settled(task: asyncio.Task[None]) -> None:
+    await task
+
+
+def _decoded(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
+    """ASGI header bytes for BHTTP, in lower case; the fields of a connection do not belong there (RFC 9292 section 6)."""
+    return tuple(
+        (name.decode("latin-1").lower(), value.decode("latin-1"))
+        for name, value in headers
+        if name.lower() not in (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer")
+    )

@@ -1,0 +1,88 @@
+"""Compact JWS (RFC 7515) with EdDSA over Ed25519 (RFC 8037), the one signature form that Lacre's statements use.
+
+Every kind of statement has its own `typ`, and verifying asks for it: a grant never passes for a manifest (RFC 8725 section 3.11).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge
+
+ALGORITHM: Final = "EdDSA"
+MAX_TOKEN: Final = 512 * 1024  # characters; a manifest of some thousand pools with X-Wing keys stays below it
+
+_jws = jwt.PyJWS(algorithms=[ALGORITHM])
+
+
+def b64u(data: bytes) -> str:
+    """base64url without padding (RFC 7515 section 2)."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def b64u_decode(text: str) -> bytes:
+    """The inverse of `b64u`; only its canonical output is taken. Raises InvalidMessage."""
+    try:
+        data = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
+    except (UnicodeEncodeError, binascii.Error) as exc:
+        raise InvalidMessage("not base64url") from exc
+    if b64u(data) != text:
+        raise InvalidMessage("not canonical base64url")
+    return data
+
+
+def raw_public_key(key: Ed25519PrivateKey) -> bytes:
+    """The 32-byte public key that belongs to `key`."""
+    return key.public_key().public_bytes_raw()
+
+
+def sign(payload: Mapping[str, Any], key: Ed25519PrivateKey, typ: str) -> str:
+    """Signs the JSON form of `payload`."""
+    return sign_bytes(json.dumps(payload, separators=(",", ":")).encode(), key, typ)
+
+
+def sign_bytes(payload: bytes, key: Ed25519PrivateKey, typ: str) -> str:
+    """Signs bytes as they are: two signers of one payload (a change of root) need the very same ones."""
+    return _jws.encode(payload, key, algorithm=ALGORITHM, headers={"typ": typ}, sort_headers=True)
+
+
+def verify(token: str, key: bytes | Ed25519PublicKey, typ: str) -> dict[str, Any]:
+    """The JSON object signed in `token`. key: 32 raw bytes or the key object.
+
+    Raises InvalidMessage (no such form), InvalidSignature (another key, other bytes or another `typ`), MessageTooLarge.
+    """
+    if len(token) > MAX_TOKEN:
+        raise MessageTooLarge(f"a signed statement of over {MAX_TOKEN} characters")
+    if isinstance(key, bytes):
+        try:
+            key = Ed25519PublicKey.from_public_bytes(key)
+        except ValueError as exc:
+            raise InvalidMessage("an Ed25519 public key has 32 bytes") from exc
+    try:
+        decoded = _jws.decode_complete(token, key, algorithms=[ALGORITHM])
+    except jwt.InvalidSignatureError as exc:
+        raise InvalidSignature(f"the signature of a {typ} is not by the expected key") from exc
+    except (jwt.InvalidAlgorithmError, jwt.InvalidKeyError) as exc:
+        raise InvalidSignature(f"a {typ} must be signed with {ALGORITHM}") from exc
+    except (jwt.InvalidTokenError, UnicodeError, RecursionError) as exc:
+        raise InvalidMessage(f"a {typ} that is not a compact JWS") from exc
+    if decoded["header"].get("typ") != typ:
+        raise InvalidSignature(f"a signed statement of another type where a {typ} was expected")
+    return _json_object(decoded["payload"], typ)
+
+
+def _json_object(payload: bytes, typ: str) -> dict[str, Any]:
+    try:
+        value = json.loads(payload)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidMessage(f"a {typ} whose payload is not JSON") from exc
+    if not isinstance(value, dict):
+        raise InvalidMessage(f"a {typ} whose payload is not a JSON object")
+    return value
