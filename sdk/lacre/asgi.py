@@ -90,9 +90,7 @@ def refuse(opened: Opened, status: int, body: Mapping[str, Any], media_type: str
     return opened.sealer.seal(head + encoder.data(content) + encoder.end()) + opened.sealer.finish()
 
 
-async def answer(
-    app: App, opened: Opened, call: Call, *, trailers: Callable[[], Headers] = lambda: ()
-) -> AsyncIterator[bytes]:
+async def answer(app: App, opened: Opened, call: Call, *, trailers: Callable[[], Headers] = lambda: ()) -> AsyncIterator[bytes]:
     """Yields the sealed answer of `app`, record by record. `trailers` is asked once, when the app has finished.
 
     Raises AppFailed, after which the stream has no final chunk.
@@ -138,7 +136,7 @@ class _Exchange:
     async def _run(self) -> None:
         try:
             await self._app(self._scope(), self._receive, self._messages.put)
-        except Exception as exc:  # noqa: BLE001 - the boundary to an app that is not ours: one type leaves here
+        except Exception as exc:  # the boundary to an app that is not ours: one type leaves here
             raise AppFailed("the app raised") from exc
         finally:
             with suppress(asyncio.CancelledError):

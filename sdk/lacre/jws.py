@@ -1,6 +1,7 @@
 """Compact JWS (RFC 7515) with EdDSA over Ed25519 (RFC 8037), the one signature form that Lacre's statements use.
 
-Every kind of statement has its own `typ`, and verifying asks for it: a grant never passes for a manifest (RFC 8725 section 3.11).
+Every kind of statement has its own `typ`, and verifying asks for it: a grant never passes for a manifest
+(RFC 8725 section 3.11).
 """
 
 from __future__ import annotations

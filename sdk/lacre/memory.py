@@ -117,9 +117,7 @@ def _read(path: Path) -> Seen | None:
         return None
     except (ValueError, KeyError, TypeError, LacreError) as exc:
         # Never forgotten in silence: an attacker who can spoil this file must not win a rollback by it.
-        raise SettingsError(
-            f"{path} is damaged: remove it if you know why, and the next manifest seen counts as the first"
-        ) from exc
+        raise SettingsError(f"{path} is damaged: remove it if you know why; the next manifest counts as the first") from exc
 
 
 def _write(path: Path, seen: Seen) -> None:

@@ -28,14 +28,10 @@ class Problem:
 
     def body(self) -> bytes:
         """The `application/problem+json` document."""
-        return json.dumps(
-            {"type": self.type, "title": self.title, "status": self.status}, separators=(",", ":")
-        ).encode()
+        return json.dumps({"type": self.type, "title": self.title, "status": self.status}, separators=(",", ":")).encode()
 
     def exception(self, retry_after: float | None = None) -> errors.RefusedError:
-        return self.error(
-            f"{self.title}. {self.remedy}", status=self.status, problem=self.type, retry_after=retry_after
-        )
+        return self.error(f"{self.title}. {self.remedy}", status=self.status, problem=self.type, retry_after=retry_after)
 
 
 INVALID_TOKEN: Final = Problem(

@@ -39,9 +39,7 @@ class ConnectionString:
             parts = urlsplit(text.strip())
             host, port = parts.hostname, parts.port
         except ValueError as exc:
-            raise SettingsError(
-                "the connection string is not a URL: copy it again from `lacre up` or your operator"
-            ) from exc
+            raise SettingsError("the connection string is not a URL: copy it again from `lacre up` or your operator") from exc
         schemes = {"lacre": "https", "lacre+http": "http"}
         if parts.scheme not in schemes or not host:
             raise SettingsError("a connection string has the form lacre://host[:port]?trust=ROOT")
@@ -100,9 +98,7 @@ def verify(document: bytes, root: bytes, now: float) -> Trusted:
         raise Expired("the signer's time is over: the operator must run `lacre signer rotate`")
     manifest = Manifest.parse(Members(verify_jws(parsed.manifest, statement.signer, MANIFEST_TYP), "the manifest"))
     if now >= manifest.expires_at:
-        raise Expired(
-            "the manifest has expired: the operator must publish one (`lacre manifest publish`), or this clock is wrong"
-        )
+        raise Expired("the manifest has expired: the operator must run `lacre manifest publish`, or this clock is wrong")
     if manifest.issued_at > now + MAX_FUTURE:
         raise Expired("the manifest is not valid yet: this machine's clock is behind")
     return Trusted(manifest, roots, parsed.manifest, document)
@@ -137,9 +133,7 @@ def _follow(chain: Sequence[Sequence[str]], pinned: bytes) -> tuple[RootStatemen
         if found is None:
             if statement is None:
                 continue
-            raise UntrustedRoot(
-                "the chain of root statements has a gap: a statement is not signed by the root before it"
-            )
+            raise UntrustedRoot("the chain of root statements has a gap: a statement is not signed by the root before it")
         statement = found
         if found.next_root is not None and found.next_root != roots[-1]:
             # Both roots sign the same payload: the old one hands over, the new one accepts.
@@ -147,9 +141,7 @@ def _follow(chain: Sequence[Sequence[str]], pinned: bytes) -> tuple[RootStatemen
                 raise UntrustedRoot("a change of root is not signed by the new root")
             roots.append(found.next_root)
     if statement is None:
-        raise UntrustedRoot(
-            "no root statement is signed by the pinned root: wrong gateway, or the pin is from elsewhere"
-        )
+        raise UntrustedRoot("no root statement is signed by the pinned root: wrong gateway, or the pin is from elsewhere")
     return statement, tuple(roots)
 
 
