@@ -1,0 +1,225 @@
+"""Everything that needs a private key: the worker's side of chunked Oblivious HTTP.
+
+Nothing but a worker's node (and whoever makes its keys) imports this file. Rules:
+
+- A private key never shows in a repr or an error.
+- A response sealer exists only for a request whose final chunk has opened, and there is one of it.
+- A response is sealed under a fresh random nonce, drawn at one place: `RequestOpener.response_sealer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Mapping
+from typing import Final, Self
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from lacre import errors
+from lacre.wire import hpke, ohttp
+from lacre.wire.chunks import ChunkOpener, seal_chunks
+from lacre.wire.header import (
+    ALL_ALGORITHMS,
+    MAX_REQUEST_CHUNKS,
+    MAX_SEALED_REQUEST,
+    Aead,
+    Kdf,
+    Kem,
+    KeyConfig,
+    SealedHeader,
+)
+
+_SECRET_LENGTH: Final = 32  # Nsk of X25519 and of X-Wing, whose private key is a seed
+_MLKEM_CT: Final = 1088
+_FORMAT: Final = b"lacre-key-1\n"
+
+
+class PrivateKey:
+    """The key pair behind one key configuration."""
+
+    __slots__ = ("_mlkem", "_secret", "_x25519", "config")
+
+    def __init__(self, key_id: int, kem: Kem, secret: bytes, algorithms: tuple[tuple[Kdf, Aead], ...] = ALL_ALGORITHMS) -> None:
+        if len(secret) != _SECRET_LENGTH:
+            raise errors.UsageError(f"a private key has {_SECRET_LENGTH} bytes")
+        self._secret = secret
+        self._mlkem: MLKEM768PrivateKey | None = None
+        if kem is Kem.X25519:
+            self._x25519 = X25519PrivateKey.from_private_bytes(secret)
+            public_key = self._x25519.public_key().public_bytes_raw()
+        else:
+            # draft-ietf-hpke-pq: the 32 bytes are stretched into ML-KEM's `d ‖ z` and the X25519 key.
+            seed = hashlib.shake_256(secret).digest(96)
+            try:
+                self._mlkem = MLKEM768PrivateKey.from_seed_bytes(seed[:64])
+            except UnsupportedAlgorithm:
+                raise hpke.missing_mlkem() from None
+            self._x25519 = X25519PrivateKey.from_private_bytes(seed[64:])
+            public_key = self._mlkem.public_key().public_bytes_raw() + self._x25519.public_key().public_bytes_raw()
+        self.config = KeyConfig(key_id, kem, public_key, algorithms)
+
+    @classmethod
+    def generate(cls, key_id: int, kem: Kem = Kem.XWING, algorithms: tuple[tuple[Kdf, Aead], ...] = ALL_ALGORITHMS) -> Self:
+        return cls(key_id, kem, os.urandom(_SECRET_LENGTH), algorithms)
+
+    @classmethod
+    def derive(cls, key_id: int, kem: Kem, ikm: bytes) -> Self:
+        """DeriveKeyPair (RFC 9180 section 7.1.3; draft-ietf-hpke-pq). `ikm` holds at least 32 bytes of entropy."""
+        suite_id = hpke.kem_suite_id(kem)
+        if kem is Kem.X25519:
+            prk = hpke.labeled_extract(suite_id, b"", b"dkp_prk", ikm)
+            return cls(key_id, kem, hpke.labeled_expand(suite_id, prk, b"sk", b"", _SECRET_LENGTH))
+        labeled = ikm + b"HPKE-v1" + suite_id + b"\x00\x0dDeriveKeyPair" + _SECRET_LENGTH.to_bytes(2, "big")
+        return cls(key_id, kem, hashlib.shake_256(labeled).digest(_SECRET_LENGTH))
+
+    def decapsulate(self, enc: bytes) -> bytes:
+        """The shared secret that `enc` carries. Raises InvalidMessage for a low-order point.
+
+        An altered ML-KEM ciphertext yields another secret, not an error (FIPS 203's implicit rejection): the first
+        chunk then does not open.
+        """
+        try:
+            if self._mlkem is None:
+                dh = hpke.x25519(self._x25519, enc)
+                return hpke.dhkem_secret(dh, enc, self.config.public_key)
+            secret_m = self._mlkem.decapsulate(enc[:_MLKEM_CT])
+            enc_x = enc[_MLKEM_CT:]
+            return hpke.xwing_secret(secret_m, hpke.x25519(self._x25519, enc_x), enc_x, self.config.public_key[-32:])
+        except ValueError:
+            raise errors.InvalidMessage("the encapsulated key of the sealed request is not one; seal it again") from None
+
+    def to_bytes(self) -> bytes:
+        """The whole key pair, secret. Wrap it before it is stored."""
+        config = self.config
+        pairs = b"".join(struct.pack(">HH", kdf, aead) for kdf, aead in config.algorithms)
+        return _FORMAT + struct.pack(">BH", config.key_id, config.kem) + self._secret + pairs
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` made. Raises SettingsError for anything else."""
+        head = len(_FORMAT)
+        pairs_at = head + 3 + _SECRET_LENGTH
+        try:
+            if data[:head] != _FORMAT:
+                raise ValueError
+            key_id, kem = struct.unpack_from(">BH", data, head)
+            pairs = tuple((Kdf(kdf), Aead(aead)) for kdf, aead in struct.iter_unpack(">HH", data[pairs_at:]))
+            return cls(key_id, Kem(kem), data[head + 3 : pairs_at], pairs)
+        except (ValueError, struct.error, errors.UsageError):
+            raise errors.SettingsError("this is not a private key that Lacre wrote; restore it or make a new one") from None
+
+    def __repr__(self) -> str:
+        return f"PrivateKey(key_id={self.config.key_id}, kem={self.config.kem.label})"
+
+
+class RequestOpener:
+    """Opens one sealed request as it arrives. keys: the private keys of the pool, by key id."""
+
+    __slots__ = ("_buffer", "_chunks", "_closed", "_keys", "_secret", "_size", "complete", "header")
+
+    def __init__(self, keys: Mapping[int, PrivateKey]) -> None:
+        self._keys = keys
+        self._buffer = b""
+        self._size = 0
+        self._chunks: ChunkOpener | None = None
+        self._closed = False
+        self._secret: bytes | None = None
+        self.header: SealedHeader | None = None
+        self.complete = False
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The plaintexts of the chunks that `data` completes.
+
+        Raises UnknownKeyId, UnsupportedSuite, InvalidMessage, MessageTooLarge or OpenError; AlreadyUsedError after that.
+        """
+        if self._closed:
+            raise errors.AlreadyUsedError("this request was read to its end, or did not open")
+        self._closed = True  # until the end of this call: an error leaves the opener shut
+        self._size += len(data)
+        if self._size > MAX_SEALED_REQUEST:
+            raise errors.MessageTooLarge("a sealed request has at most 7 MiB")
+        rest: bytes | memoryview = data
+        if self._chunks is None:
+            data = self._buffer + data if self._buffer else data
+            try:
+                self.header = SealedHeader.parse(data)
+            except errors.TruncatedStream:  # so far
+                self._buffer = data
+                self._closed = False
+                return []
+            self._buffer = b""
+            self._chunks = self._start(self.header)
+            rest = memoryview(data)[len(self.header.raw) :]
+        pieces = self._chunks.feed(rest)
+        self._closed = False
+        return pieces
+
+    def _start(self, header: SealedHeader) -> ChunkOpener:
+        key = self._keys.get(header.key_id)
+        if key is None or key.config.kem is not header.suite.kem:
+            raise errors.UnknownKeyId("the request is sealed to a key that is not held here; fetch the manifest again")
+        if not key.config.offers(header.suite):
+            raise errors.UnsupportedSuite("the request uses a KDF or AEAD that its key configuration does not offer")
+        context = hpke.Context(header.suite, key.decapsulate(header.enc), ohttp.request_info(header))
+        self._secret = ohttp.response_secret(context, header.suite)
+        return ChunkOpener(context.aead, MAX_REQUEST_CHUNKS)
+
+    def close(self) -> list[bytes]:
+        """The body has ended: open its final chunk. Raises TruncatedStream or OpenError."""
+        if self._closed:
+            raise errors.AlreadyUsedError("this request was closed already, or did not open")
+        self._closed = True
+        if self._chunks is None:
+            raise errors.TruncatedStream("the sealed request ended inside its header")
+        pieces = self._chunks.close()
+        self.complete = True
+        return pieces
+
+    def response_sealer(self) -> ResponseSealer:
+        """The one sealer of the response, once the whole request has opened."""
+        if self.header is None or not self.complete:
+            raise errors.UsageError("the request has not opened to its end; there is nothing to answer")
+        if self._secret is None:
+            raise errors.AlreadyUsedError("this request has its answer already")
+        secret, self._secret = self._secret, None
+        return ResponseSealer(self.header, secret, os.urandom(ohttp.response_nonce_length(self.header.suite)))
+
+
+def open_request(keys: Mapping[int, PrivateKey], body: bytes) -> tuple[bytes, SealedHeader, ResponseSealer]:
+    """The plaintext of a whole sealed request, its header, and the sealer of its response."""
+    opener = RequestOpener(keys)
+    pieces = opener.feed(body)
+    pieces += opener.close()
+    sealer = opener.response_sealer()
+    return b"".join(pieces), sealer.header, sealer
+
+
+class ResponseSealer:
+    """Seals one response, piece by piece. Take it from `RequestOpener.response_sealer`: a nonce must never serve twice."""
+
+    __slots__ = ("_aead", "_prefix", "header")
+
+    def __init__(self, header: SealedHeader, secret: bytes, nonce: bytes) -> None:
+        self.header = header
+        self._aead: hpke.SequencedAead | None = ohttp.response_aead(header, secret, nonce)
+        self._prefix = nonce
+
+    def seal(self, piece: bytes) -> bytes:
+        """The sealed bytes of `piece`, as one record for each 16 KiB of it; the first call's begin with the nonce."""
+        prefix, self._prefix = self._prefix, b""
+        return seal_chunks(self._live_aead(), piece, final=False, prefix=prefix)
+
+    def finish(self, piece: bytes = b"") -> bytes:
+        """The rest of the sealed response, its final chunk last."""
+        aead = self._live_aead()
+        self._aead = None
+        return seal_chunks(aead, piece, final=True, prefix=self._prefix)
+
+    def _live_aead(self) -> hpke.SequencedAead:
+        if self._aead is None:
+            raise errors.AlreadyUsedError("this response is finished; each request has one answer")
+        return self._aead
