@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -90,7 +90,9 @@ def refuse(opened: Opened, status: int, body: Mapping[str, Any], media_type: str
     return opened.sealer.seal(head + encoder.data(content) + encoder.end()) + opened.sealer.finish()
 
 
-async def answer(app: App, opened: Opened, call: Call, *, trailers: Callable[[], Headers] = lambda: ()) -> AsyncIterator[bytes]:
+async def answer(
+    app: App, opened: Opened, call: Call, *, trailers: Callable[[], Headers] = lambda: ()
+) -> AsyncGenerator[bytes, None]:
     """Yields the sealed answer of `app`, record by record. `trailers` is asked once, when the app has finished.
 
     Raises AppFailed, after which the stream has no final chunk.
@@ -113,7 +115,7 @@ class _Exchange:
         self._body_taken = False
         self._gone = asyncio.Event()
 
-    async def pieces(self, encoder: bhttp.ResponseEncoder) -> AsyncIterator[bytes]:
+    async def pieces(self, encoder: bhttp.ResponseEncoder) -> AsyncGenerator[bytes, None]:
         task = asyncio.create_task(self._run())
         try:
             complete = False
@@ -124,7 +126,7 @@ class _Exchange:
                     if message.get("body"):
                         yield encoder.data(bytes(message["body"]))
                     complete = not message.get("more_body", False)
-            await _settled(task)
+            await task  # raises what made the app fail
             if not complete:
                 raise AppFailed("the app returned before its response was complete")
         finally:
@@ -166,10 +168,6 @@ class _Exchange:
             "server": (self._request.authority, None),
             "extensions": {EXTENSION: self._call},
         }
-
-
-async def _settled(task: asyncio.Task[None]) -> None:
-    await task
 
 
 def _decoded(headers: Sequence[tuple[bytes, bytes]]) -> Headers:

@@ -7,6 +7,8 @@ an `error` frame; the gateway turns it into the HTTP response, and the SDK into 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,11 +26,26 @@ class Problem:
     status: int
     title: str
     remedy: str
-    error: type[errors.RefusedError] = errors.RefusedError
+    error: Callable[..., errors.RefusedError] = errors.RefusedError
 
     def body(self) -> bytes:
         """The `application/problem+json` document."""
         return json.dumps({"type": self.type, "title": self.title, "status": self.status}, separators=(",", ":")).encode()
+
+    @property
+    def slug(self) -> str:
+        """The last part of the type: a short name for logs and for `error.code`."""
+        return re.split(r"[:#]", self.type)[-1]
+
+    @staticmethod
+    def type_in(body: bytes) -> str | None:
+        """The `type` of a problem document; None where the bytes are none."""
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        kind = value.get("type") if isinstance(value, dict) else None
+        return kind if isinstance(kind, str) else None
 
     def exception(self, retry_after: float | None = None) -> errors.RefusedError:
         return self.error(f"{self.title}. {self.remedy}", status=self.status, problem=self.type, retry_after=retry_after)
@@ -78,6 +95,11 @@ UNAVAILABLE: Final = Problem(
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
 INTERNAL: Final = Problem(
     _OURS + "internal", 500, "The gateway failed", "Try again; the operator's log says more.", errors.Unavailable)  # fmt: skip
+
+# Said only inside the seal, by a worker whose clock and the request's `date` disagree (RFC 9458 section 6.5.2).
+DATE: Final = Problem(
+    "https://iana.org/assignments/http-problem-types#date", 400, "The request's date is too far from the worker's clock",
+    "Set this machine's clock.")  # fmt: skip
 
 BY_TYPE: Final = {
     problem.type: problem

@@ -1,0 +1,96 @@
+"""What goes inside the seal: an application's request with everything removed that says who asks.
+
+Headers are taken by allow-list. `Authorization`, cookies, `User-Agent`, `X-Stainless-*` and trace context never go in, and of a
+JSON body the fields `user`, `metadata` and `safety_identifier` are dropped unless the caller insists.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeGuard
+
+from lacre.errors import MessageTooLarge, UsageError
+from lacre.wire.header import MAX_SEALED_REQUEST
+
+DEFAULT_MAX_TOKENS: Final = 512  # what the SDK asks for, for each choice, where the caller does not say
+MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling that `Lacre-Max-Tokens` can say
+ALLOWED_HEADERS: Final = frozenset({"content-type", "accept"})
+IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier")
+# Sealing adds the key encapsulation, a tag for each chunk, headers and padding; all of them stay below this.
+MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
+
+_MODEL_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # it stands in a header field outside, for policy
+_ACTIONS: Final = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "complete",
+    "/v1/embeddings": "embed",
+    "/v1/rerank": "rerank",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """An application's request before sealing. `path` carries the query; header names are in lower case."""
+
+    method: str
+    path: str
+    headers: Sequence[tuple[str, str]]
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that may be sealed, and what of it must stand outside for policy and budget."""
+
+    plain: Plain
+    action: str
+    model: str
+    max_tokens: int
+
+
+def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: bool) -> Prepared:
+    """models: what the pool serves; the first stands in where the request names none.
+
+    Raises MessageTooLarge or UsageError. A body that is not JSON passes as it is: the model's server will refuse it.
+    """
+    if len(plain.content) > MAX_CONTENT:
+        raise MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
+    action = _ACTIONS.get(plain.path.partition("?")[0], "http")
+    body = _json_object(plain.content) if action != "http" else None
+    allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
+    default_model = models[0] if models else ""
+    if body is None:
+        return Prepared(allowed, action, default_model, DEFAULT_MAX_TOKENS)
+    dropped = () if keep_identifying_fields else IDENTIFYING_FIELDS
+    sealed_body = {name: value for name, value in body.items() if name not in dropped}
+    if not isinstance(sealed_body.get("model"), str):
+        sealed_body["model"] = default_model
+    if sealed_body != body:
+        allowed = replace(allowed, content=json.dumps(sealed_body, separators=(",", ":"), ensure_ascii=False).encode())
+    model = sealed_body["model"]
+    if not _MODEL_NAME.fullmatch(model):
+        raise UsageError("a model's name has 1 to 128 visible ASCII characters: `client.models()` lists those served")
+    return Prepared(allowed, action, model, _ceiling(sealed_body))
+
+
+def _ceiling(body: dict[str, Any]) -> int:
+    """Output tokens over all choices. Values that are no counts are the model's server to refuse, not ours to mend."""
+    asked = (body.get(name) for name in ("max_completion_tokens", "max_tokens"))
+    each = next((value for value in asked if _is_count(value)), DEFAULT_MAX_TOKENS)
+    choices = body.get("n")
+    return min(each * (choices if _is_count(choices) else 1), MAX_TOKENS)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _json_object(content: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

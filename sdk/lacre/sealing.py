@@ -1,0 +1,333 @@
+"""One sealed exchange, without any HTTP library: what to send, what came back, what to do next.
+
+Rules:
+- Nothing of the request leaves before a trusted manifest names the key that it is sealed to. There is no plaintext fallback.
+- Every attempt is a fresh seal. A gateway's advice before the seal is not authenticated: it can cause one manifest refresh
+  and one retry, and it is counted in `attempts`.
+- An answer is whole only when the response's final chunk has opened and the BHTTP message in it has ended.
+- The clock correction that a worker's `#date` problem suggests came sealed, and is used for the inner `date` alone.
+
+`Sealing.exchange` and `Sealing.manifest` are generators that yield what to do (`Send`, `Read`) and are sent what came of it, so
+that the sync transport, the async one and the tests drive the very same code.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import secrets
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from lacre.errors import Expired, InvalidMessage, UnsealedResponse, UnsupportedSuite, UsageError
+from lacre.inner import Plain, Prepared, prepare
+from lacre.manifest import MAX_DOCUMENT, Manifest
+from lacre.memory import Memory, accept
+from lacre.problems import BY_TYPE, DATE, INTERNAL, UNKNOWN_KEY, Problem
+from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
+from lacre.trust import Trusted
+from lacre.wire import bhttp
+from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Kem, KeyConfig
+from lacre.wire.ohttp import ResponseOpener, seal_request
+
+ORIGIN: Final = "https://lacre.invalid"  # RFC 2606: never resolves, so what escaped its seal would reach nobody
+AUTHORITY: Final = "lacre.invalid"
+DEFAULT_KEMS: Final = (Kem.XWING,)
+MANIFEST_PATH: Final = "/v1/manifest"
+SEALED_PATH: Final = "/v1/sealed"
+SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym for as long as it lives
+MAX_PROBLEM: Final = 64 * 1024  # bytes read of a problem document, outside or sealed; ours have some hundred
+REFRESH_BEFORE: Final = 0.5  # of a manifest's lifetime: fetched anew then, so that its expiry is never met in a request
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this to the gateway, and send back an `Outer`. `sealed`: the request wants the bearer token and its own timeouts."""
+
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = field(default=b"", repr=False)
+    sealed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read more of the last response's body, and send back its next bytes; None at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """What the gateway's own response says."""
+
+    status: int
+    content_type: str = ""
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The sealed answer's own status and headers."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+
+    def get(self, name: str) -> str:
+        """The first value of a header, `name` in lower case; empty where there is none."""
+        return next((value for key, value in self.headers if key == name), "")
+
+
+@dataclass(slots=True)
+class Facts:
+    """What is known about an exchange; on a response as `extensions["lacre"]`. `trailers` are there once the answer ended."""
+
+    kem: str
+    sealed_request_bytes: int
+    attempts: int
+    trailers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The gateway would not take the request. Nobody signed this."""
+
+    problem: Problem
+    retry_after: float | None
+    facts: Facts
+
+
+Step = Send | Read
+T = TypeVar("T")
+Steps = Generator[Step, Outer | bytes | None, T]
+
+
+class Opening:
+    """Opens one sealed answer as its bytes arrive: first the head, then the pieces of the body, then the trailers.
+
+    The pieces that came before somebody asked for them wait in it.
+    """
+
+    def __init__(self, opener: ResponseOpener, facts: Facts) -> None:
+        self._opener = opener
+        self._decoder = bhttp.ResponseDecoder()
+        self._pending: list[bytes] = []
+        self._head: Head | None = None
+        self.ended = False
+        self.facts = facts
+
+    def feed(self, data: bytes | None) -> None:
+        """Takes the next bytes of the outer body; None at its end.
+
+        Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole.
+        """
+        for record in self._opener.close() if data is None else self._opener.feed(data):
+            for event in self._decoder.feed(record):
+                match event:
+                    case bhttp.Head(informational=False):
+                        self._head = Head(event.status, event.headers)
+                    case bhttp.Data():
+                        self._pending.append(event.content)
+                    case bhttp.End():
+                        self.facts.trailers = event.trailers
+        if data is None:
+            self._decoder.close()
+            self.ended = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough is here to act on: the head, and of a sealed problem document the whole body."""
+        if self._head is None:
+            return self.ended
+        is_problem = self._head.get("content-type") == PROBLEM_MEDIA_TYPE
+        return not is_problem or self.ended or sum(map(len, self._pending)) > MAX_PROBLEM
+
+    @property
+    def head(self) -> Head:
+        if self._head is None:
+            raise InvalidMessage("the sealed answer has no head")
+        return self._head
+
+    @property
+    def problem_type(self) -> str | None:
+        """The type in the sealed problem document, where the answer is one."""
+        return Problem.type_in(b"".join(self._pending)) if self.head.get("content-type") == PROBLEM_MEDIA_TYPE else None
+
+    def take(self) -> list[bytes]:
+        """The pieces of the body that have opened so far."""
+        pieces, self._pending = self._pending, []
+        return pieces
+
+
+class Sealing:
+    """What one client seals with: the pinned root, the newest manifest, its salt and its clock correction. Thread-safe.
+
+    kems: what the caller accepts; a manifest that offers none of them is refused, never fallen back from.
+    clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        root: bytes,
+        memory: Memory,
+        *,
+        pool: str = "default",
+        kems: Sequence[Kem] = DEFAULT_KEMS,
+        keep_identifying_fields: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._root = root
+        self._memory = memory
+        self._pool = pool
+        self._kems = tuple(kems)
+        self._keep_identifying_fields = keep_identifying_fields
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._trusted: Trusted | None = None
+        self._fetched_at = 0.0
+        self._clock_offset = 0.0
+        self._salt = ""
+        self._salt_since = float("-inf")
+
+    def manifest(self) -> Steps[Manifest]:
+        """The verified manifest, fetched where there is none or it grows old."""
+        if self._is_stale():
+            yield from self._fetch_manifest()
+        return self._current()
+
+    def exchange(self, plain: Plain) -> Steps[Opening | Refusal]:
+        """Seals `plain` as often as it takes: once, and once more for a new key or a corrected clock.
+
+        What is returned as `Opening` has its head; the caller reads and feeds the rest.
+        """
+        refreshed = corrected = False
+        attempts = 0
+        while True:
+            yield from self.manifest()
+            send, opening = self._seal(plain, attempts := attempts + 1)
+            outer = _outer((yield send))
+            if outer.status != 200:
+                problem = _problem(outer, (yield from _read(MAX_PROBLEM)))
+                if problem is UNKNOWN_KEY and not refreshed:
+                    refreshed = True
+                    yield from self._fetch_manifest()
+                    continue
+                return Refusal(problem, outer.retry_after, opening.facts)
+            _check_sealed(outer)
+            while not opening.ready:
+                opening.feed(_bytes((yield Read())))
+            if not corrected and self._correct_clock(opening):
+                corrected = True
+                continue
+            return opening
+
+    def _fetch_manifest(self) -> Steps[None]:
+        outer = _outer((yield Send("GET", MANIFEST_PATH)))
+        if outer.status != 200:
+            problem = _problem(outer, (yield from _read(MAX_PROBLEM)))
+            raise problem.exception(outer.retry_after)
+        document = yield from _read(MAX_DOCUMENT + 1)  # one more than is taken: too long is seen, not cut
+        now = self._clock()
+        trusted = accept(document, self._root, self._memory, now)
+        with self._lock:
+            self._trusted, self._fetched_at = trusted, now
+
+    def _is_stale(self) -> bool:
+        with self._lock:
+            if self._trusted is None:
+                return True
+            lifetime = self._trusted.manifest.expires_at - self._fetched_at
+            return self._clock() >= self._fetched_at + lifetime * REFRESH_BEFORE
+
+    def _current(self) -> Manifest:
+        with self._lock:
+            if self._trusted is None:
+                raise UsageError("no manifest was learned yet")
+            if self._clock() >= self._trusted.manifest.expires_at:
+                raise Expired("the manifest has expired: the operator must run `lacre manifest publish`")
+            return self._trusted.manifest
+
+    def _seal(self, plain: Plain, attempt: int) -> tuple[Send, Opening]:
+        manifest = self._current()
+        pool = manifest.pools.get(self._pool)
+        if pool is None:
+            raise UsageError(f"the manifest has no pool {self._pool!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
+        config = self._choose([key.config for key in pool.keys if key.not_after > self._clock()])
+        prepared = prepare(plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
+        outer = (
+            ("lacre-pool", self._pool),
+            ("lacre-model", prepared.model),
+            ("lacre-action", prepared.action),
+            ("lacre-max-tokens", str(prepared.max_tokens)),
+            ("lacre-shape", "none"),
+        )
+        body, header, opener = seal_request(config, bhttp.encode_request(self._inner(prepared, outer)))
+        headers = (*outer, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
+        facts = Facts(header.suite.kem.label, len(body), attempt)
+        return Send("POST", SEALED_PATH, headers, body, sealed=True), Opening(opener, facts)
+
+    def _inner(self, prepared: Prepared, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
+        plain = prepared.plain
+        date = email.utils.formatdate(self._clock() + self._clock_offset, usegmt=True)
+        own = (("date", date), ("lacre-cache-salt", self.salt()))
+        return bhttp.Request(plain.method, "https", AUTHORITY, plain.path, (*plain.headers, *own, *outer), plain.content)
+
+    def _choose(self, configs: Sequence[KeyConfig]) -> KeyConfig:
+        for kem in self._kems:
+            for config in configs:
+                if config.kem is kem:
+                    return config
+        wanted = ", ".join(kem.label for kem in self._kems)
+        raise UnsupportedSuite(f"pool {self._pool!r} has no current key for {wanted}: ask its operator, or accept another KEM")
+
+    def salt(self) -> str:
+        """The prefix cache's scope: random, this client's own, and another one each hour."""
+        with self._lock:
+            if self._clock() - self._salt_since >= SALT_LIFETIME:
+                self._salt, self._salt_since = secrets.token_hex(16), self._clock()
+            return self._salt
+
+    def _correct_clock(self, opening: Opening) -> bool:
+        """Whether the answer is the worker's `#date` problem with a date to go by (RFC 9458 section 6.5.2)."""
+        if opening.problem_type != DATE.type:
+            return False
+        try:
+            theirs = email.utils.parsedate_to_datetime(opening.head.get("date")).timestamp()
+        except ValueError:
+            return False
+        self._clock_offset = theirs - self._clock()
+        return True
+
+
+def _read(limit: int) -> Steps[bytes]:
+    """Up to `limit` bytes of the last response."""
+    content = b""
+    while len(content) < limit and (data := _bytes((yield Read()))) is not None:
+        content += data
+    return content[:limit]
+
+
+def _outer(sent: Outer | bytes | None) -> Outer:
+    if not isinstance(sent, Outer):
+        raise UsageError("after Send an Outer is due")
+    return sent
+
+
+def _bytes(sent: Outer | bytes | None) -> bytes | None:
+    if isinstance(sent, Outer):
+        raise UsageError("after Read bytes are due, or None")
+    return sent
+
+
+def _problem(outer: Outer, body: bytes) -> Problem:
+    """The row of our own table that the gateway named. Its words are never shown: they are nobody's."""
+    named = BY_TYPE.get(Problem.type_in(body) or "")
+    if named is not None:
+        return named
+    return next((problem for problem in BY_TYPE.values() if problem.status == outer.status), INTERNAL)
+
+
+def _check_sealed(outer: Outer) -> None:
+    if outer.content_type.partition(";")[0].strip().lower() != MEDIA_TYPE_RESPONSE:
+        raise UnsealedResponse("the gateway answered without a seal; nothing of it was read: check the gateway's address")
