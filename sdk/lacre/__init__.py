@@ -1,0 +1,82 @@
+"""Lacre: sealed access to self-hosted language models. The gateway knows who, never what; the worker knows what, never who.
+
+>>> import lacre
+>>> with lacre.Client() as client:
+...     print(client.chat("Name three seas.").text)
+"""
+
+from lacre._version import __version__
+from lacre.client import BASE_URL, AsyncClient, Client
+from lacre.errors import (
+    AlreadyUsedError,
+    ApiError,
+    DestinationError,
+    Expired,
+    Forbidden,
+    GrantMismatch,
+    InvalidMessage,
+    InvalidSignature,
+    LacreError,
+    MessageTooLarge,
+    NetworkError,
+    OpenError,
+    ProtocolError,
+    RateLimited,
+    RefusedError,
+    Replayed,
+    Rollback,
+    SettingsError,
+    TruncatedStream,
+    Unauthenticated,
+    Unavailable,
+    UnknownKeyId,
+    UnsealedResponse,
+    UnsupportedSuite,
+    UntrustedRoot,
+    UsageError,
+    VerificationError,
+)
+from lacre.memory import VersionFile, VersionMemory
+from lacre.reply import Reply, TokenUsage
+from lacre.trust import ConnectionString
+from lacre.wire.header import Kem
+
+__all__ = [
+    "BASE_URL",
+    "AlreadyUsedError",
+    "ApiError",
+    "AsyncClient",
+    "Client",
+    "ConnectionString",
+    "DestinationError",
+    "Expired",
+    "Forbidden",
+    "GrantMismatch",
+    "InvalidMessage",
+    "InvalidSignature",
+    "Kem",
+    "LacreError",
+    "MessageTooLarge",
+    "NetworkError",
+    "OpenError",
+    "ProtocolError",
+    "RateLimited",
+    "RefusedError",
+    "Replayed",
+    "Reply",
+    "Rollback",
+    "SettingsError",
+    "TokenUsage",
+    "TruncatedStream",
+    "Unauthenticated",
+    "Unavailable",
+    "UnknownKeyId",
+    "UnsealedResponse",
+    "UnsupportedSuite",
+    "UntrustedRoot",
+    "UsageError",
+    "VerificationError",
+    "VersionFile",
+    "VersionMemory",
+    "__version__",
+]

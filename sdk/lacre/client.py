@@ -1,0 +1,159 @@
+"""The clients that applications use: `httpx2` clients whose every request is sealed, with chat in a word."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import httpx2
+
+from lacre._version import __version__
+from lacre.errors import SettingsError
+from lacre.memory import Memory, VersionFile
+from lacre.reply import CHAT_PATH, Deltas, Messages, Reply, chat_body, check
+from lacre.sealing import DEFAULT_KEMS, ORIGIN, Sealing
+from lacre.transport import AsyncSealedTransport, AsyncToken, SealedTransport, Token
+from lacre.trust import ConnectionString
+from lacre.wire.header import Kem
+
+BASE_URL: Final = f"{ORIGIN}/v1"
+
+# Reading waits for the queue (30 s) and a long prompt's prefill; the other steps are quick.
+DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0)
+
+Verify = ssl.SSLContext | str | bool
+EventHooks = Mapping[str, list[Any]]
+
+
+class Client(httpx2.Client):
+    """A sealed client. It *is* an `httpx2.Client` with its base URL set: `client.post("/v1/chat/completions", json=...)`.
+
+    url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` where left out.
+    token: the bearer token, or a callable that returns one, asked before each request; `LACRE_TOKEN` where left out.
+    pool: the pool of workers to seal to. kems: the key encapsulations that are accepted, the preferred first.
+    keep_identifying_fields: seal `user`, `metadata` and `safety_identifier` too, instead of dropping them.
+    memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
+    verify, proxy: TLS and proxy settings of the connection to the gateway.
+
+    Every request may raise LacreError; a refusal by the gateway and an error from the worker are responses for
+    `client.post` and exceptions for `chat` and `chat_stream`.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: Token | None = None,
+        pool: str = "default",
+        kems: Sequence[Kem] = DEFAULT_KEMS,
+        keep_identifying_fields: bool = False,
+        memory: Memory | None = None,
+        timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
+        verify: Verify = True,
+        proxy: str | None = None,
+        event_hooks: EventHooks | None = None,
+    ) -> None:
+        where = ConnectionString.parse(url or _setting("LACRE_URL", "url"))
+        outer = httpx2.Client(
+            base_url=where.base_url, headers=_OUTER_HEADERS, timeout=DEFAULT_TIMEOUT, verify=verify, proxy=proxy
+        )
+        sealing = Sealing(
+            where.root, memory or VersionFile.default(), pool=pool, kems=kems, keep_identifying_fields=keep_identifying_fields
+        )
+        self._sealed = SealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
+        self._pool_name = pool
+        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks)
+
+    def chat(self, messages: Messages, **params: Any) -> Reply:
+        """One answer. messages: a string, or OpenAI-style messages; params: any OpenAI sampling parameter."""
+        return Reply.parse(self.post(CHAT_PATH, json=chat_body(messages, params, stream=False)))
+
+    def chat_stream(self, messages: Messages, **params: Any) -> Iterator[str]:
+        """The answer's text, piece by piece as each record opens.
+
+        Raises TruncatedStream where it ends early: the pieces until then are not the whole answer.
+        """
+        with self.stream("POST", CHAT_PATH, json=chat_body(messages, params, stream=True)) as response:
+            if response.is_error:
+                response.read()
+                check(response)
+            deltas = Deltas()
+            for event in httpx2.EventSource(response):
+                if text := deltas.feed(event.data):
+                    yield text
+            deltas.close()
+
+    def models(self) -> tuple[str, ...]:
+        """The models that the pool serves, as the verified manifest names them."""
+        return _models(self._sealed.manifest().pools, self._pool_name)
+
+
+class AsyncClient(httpx2.AsyncClient):
+    """The async twin of `Client`; `token` may also be a callable that returns an awaitable."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: AsyncToken | None = None,
+        pool: str = "default",
+        kems: Sequence[Kem] = DEFAULT_KEMS,
+        keep_identifying_fields: bool = False,
+        memory: Memory | None = None,
+        timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
+        verify: Verify = True,
+        proxy: str | None = None,
+        event_hooks: EventHooks | None = None,
+    ) -> None:
+        where = ConnectionString.parse(url or _setting("LACRE_URL", "url"))
+        outer = httpx2.AsyncClient(
+            base_url=where.base_url, headers=_OUTER_HEADERS, timeout=DEFAULT_TIMEOUT, verify=verify, proxy=proxy
+        )
+        sealing = Sealing(
+            where.root, memory or VersionFile.default(), pool=pool, kems=kems, keep_identifying_fields=keep_identifying_fields
+        )
+        self._sealed = AsyncSealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
+        self._pool_name = pool
+        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks)
+
+    async def chat(self, messages: Messages, **params: Any) -> Reply:
+        """One answer. messages: a string, or OpenAI-style messages; params: any OpenAI sampling parameter."""
+        return Reply.parse(await self.post(CHAT_PATH, json=chat_body(messages, params, stream=False)))
+
+    async def chat_stream(self, messages: Messages, **params: Any) -> AsyncIterator[str]:
+        """The answer's text, piece by piece as each record opens.
+
+        Raises TruncatedStream where it ends early: the pieces until then are not the whole answer.
+        """
+        async with self.stream("POST", CHAT_PATH, json=chat_body(messages, params, stream=True)) as response:
+            if response.is_error:
+                await response.aread()
+                check(response)
+            deltas = Deltas()
+            async for event in httpx2.EventSource(response):
+                if text := deltas.feed(event.data):
+                    yield text
+            deltas.close()
+
+    async def models(self) -> tuple[str, ...]:
+        """The models that the pool serves, as the verified manifest names them."""
+        return _models((await self._sealed.manifest()).pools, self._pool_name)
+
+
+_OUTER_HEADERS: Final = {"user-agent": f"lacre/{__version__}"}
+
+
+def _setting(variable: str, parameter: str) -> str:
+    value = os.environ.get(variable)
+    if not value:
+        raise SettingsError(f"pass {parameter}=... or set {variable}; `lacre up` writes both into DIR/env")
+    return value
+
+
+def _models(pools: Mapping[str, Any], pool: str) -> tuple[str, ...]:
+    if pool not in pools:
+        raise SettingsError(f"the manifest has no pool {pool!r}: it has {', '.join(sorted(pools)) or 'none'}")
+    models: tuple[str, ...] = pools[pool].models
+    return models
