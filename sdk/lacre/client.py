@@ -11,6 +11,7 @@ import httpx2
 
 from lacre._version import __version__
 from lacre.errors import SettingsError
+from lacre.manifest import Manifest
 from lacre.memory import Memory, VersionFile
 from lacre.reply import CHAT_PATH, Deltas, Messages, Reply, chat_body, check
 from lacre.sealing import DEFAULT_KEMS, ORIGIN, Sealing
@@ -35,7 +36,7 @@ class Client(httpx2.Client):
     pool: the pool of workers to seal to. kems: the key encapsulations that are accepted, the preferred first.
     keep_identifying_fields: seal `user`, `metadata` and `safety_identifier` too, instead of dropping them.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
-    verify, proxy: TLS and proxy settings of the connection to the gateway.
+    verify, proxy, transport: of the connection to the gateway, as in `httpx2.Client`.
 
     Every request may raise LacreError; a refusal by the gateway and an error from the worker are responses for
     `client.post` and exceptions for `chat` and `chat_stream`.
@@ -53,11 +54,17 @@ class Client(httpx2.Client):
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
         proxy: str | None = None,
+        transport: httpx2.BaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(url or _setting("LACRE_URL", "url"))
         outer = httpx2.Client(
-            base_url=where.base_url, headers=_OUTER_HEADERS, timeout=DEFAULT_TIMEOUT, verify=verify, proxy=proxy
+            base_url=where.base_url,
+            headers=_OUTER_HEADERS,
+            timeout=DEFAULT_TIMEOUT,
+            verify=verify,
+            proxy=proxy,
+            transport=transport,
         )
         sealing = Sealing(
             where.root, memory or VersionFile.default(), pool=pool, kems=kems, keep_identifying_fields=keep_identifying_fields
@@ -105,11 +112,17 @@ class AsyncClient(httpx2.AsyncClient):
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
         proxy: str | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(url or _setting("LACRE_URL", "url"))
         outer = httpx2.AsyncClient(
-            base_url=where.base_url, headers=_OUTER_HEADERS, timeout=DEFAULT_TIMEOUT, verify=verify, proxy=proxy
+            base_url=where.base_url,
+            headers=_OUTER_HEADERS,
+            timeout=DEFAULT_TIMEOUT,
+            verify=verify,
+            proxy=proxy,
+            transport=transport,
         )
         sealing = Sealing(
             where.root, memory or VersionFile.default(), pool=pool, kems=kems, keep_identifying_fields=keep_identifying_fields
@@ -157,3 +170,10 @@ def _models(pools: Mapping[str, Any], pool: str) -> tuple[str, ...]:
         raise SettingsError(f"the manifest has no pool {pool!r}: it has {', '.join(sorted(pools)) or 'none'}")
     models: tuple[str, ...] = pools[pool].models
     return models
+
+
+def fetch_manifest(url: str | None = None, *, memory: Memory | None = None, verify: Verify = True) -> Manifest:
+    """The manifest that the gateway serves, verified against the root pinned in `url` (`LACRE_URL`). Needs no token."""
+    where = ConnectionString.parse(url or _setting("LACRE_URL", "url"))
+    with httpx2.Client(base_url=where.base_url, headers=_OUTER_HEADERS, timeout=DEFAULT_TIMEOUT, verify=verify) as outer:
+        return SealedTransport(Sealing(where.root, memory or VersionFile.default()), outer, "").manifest()
