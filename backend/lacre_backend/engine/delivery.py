@@ -1,0 +1,72 @@
+"""How an engine's thread hands events to the event loops that wait for them.
+
+Rules
+- A stream is touched by its own event loop's thread only; the engine's thread touches the outbox only. What crosses is one
+  callback per loop and step (`call_soon_threadsafe`), however many sequences the step advanced.
+- A loop that is gone takes nothing any more; the engine must survive it.
+- A stream holds at most its task's `max_tokens` events, which the task's admission bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from lacre_backend.engine.protocol import EngineError, Event, Finish
+
+
+class EventStream(AsyncIterator[Event]):
+    """The events of one task, iterated by one consumer in the loop that submitted it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.abandoned = False  # set by the engine's thread once the loop is closed: nobody will read on
+        self._events: deque[Event | EngineError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+
+    def put(self, event: Event | EngineError) -> None:
+        """In the loop's thread: one more event."""
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        while not self._events:
+            self._waiter = self.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        event = self._events.popleft()
+        self._ended = isinstance(event, Finish | EngineError)
+        if isinstance(event, EngineError):
+            raise event
+        return event
+
+
+class Outbox:
+    """Gathers the events of one step and wakes each loop once."""
+
+    def __init__(self) -> None:
+        self._batches: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, Event | EngineError]]] = {}
+
+    def post(self, stream: EventStream, event: Event | EngineError) -> None:
+        self._batches.setdefault(stream.loop, []).append((stream, event))
+
+    def flush(self) -> None:
+        for loop, batch in self._batches.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # how asyncio says that the loop was closed
+                for stream, _ in batch:
+                    stream.abandoned = True
+        self._batches = {}
+
+
+def _deliver(batch: list[tuple[EventStream, Event | EngineError]]) -> None:
+    for stream, event in batch:
+        stream.put(event)

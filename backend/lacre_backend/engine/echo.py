@@ -1,0 +1,167 @@
+"""An engine without a model: it answers with the last message it was sent. For tests of everything around an engine.
+
+Rules
+- It keeps the whole contract of `protocol.py`: the contract suite runs against it and llama.cpp alike.
+- Tokens are bytes, so any character outside ASCII spans several; ids from 256 on are its control tokens.
+- Deterministic: sampling settings change nothing, and a grammar, which it could not honour, is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Final
+
+from lacre_backend.engine.delivery import EventStream
+from lacre_backend.engine.protocol import (
+    Alternative,
+    ControlToken,
+    EngineError,
+    Event,
+    Finish,
+    FinishReason,
+    Kind,
+    ModelInfo,
+    PromptTooLong,
+    Task,
+    TaskRefused,
+    Token,
+)
+from lacre_backend.engine.text import TextStream
+
+BOS: Final = ControlToken(256, "<|bos|>")
+START: Final = ControlToken(257, "<|start|>")
+END: Final = ControlToken(258, "<|end|>")
+_CONTROL: Final = (BOS, START, END)
+N_VOCAB: Final = 256 + len(_CONTROL)
+CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+class _Job:
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.stream = EventStream(asyncio.get_running_loop())
+        self.text = TextStream(task.stop)
+        self.completion_tokens = 0
+        self.cancelled = False
+
+    def end(self, reason: FinishReason) -> None:
+        text = "" if self.text.stopped else self.text.flush()
+        if self.text.stopped and reason == "length":
+            reason = "stop"
+        self.stream.put(Finish(reason, len(self.task.prompt), 0, self.completion_tokens, text))
+
+
+class EchoEngine:
+    """An `Engine` that echoes. delay: seconds per token. repeat: how many times the message is said."""
+
+    def __init__(self, *, name: str = "echo", n_ctx: int = 4096, delay: float = 0.0, repeat: int = 1) -> None:
+        self._delay = delay
+        self._repeat = repeat
+        self._jobs: dict[str, _Job] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.model: ModelInfo = ModelInfo(
+            name=name,
+            digest="sha256:" + hashlib.sha256(b"echo").hexdigest(),
+            created=0,
+            n_ctx=n_ctx,
+            n_vocab=N_VOCAB,
+            longest_piece=1,
+            chat_template=CHAT_TEMPLATE,
+            bos=BOS,
+            eos=END,
+            add_bos=True,
+            control_tokens=_CONTROL,
+            kinds=frozenset({Kind.GENERATE}),
+        )
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        tokens: list[int] = []
+        while text:
+            control = next((c for c in _CONTROL if special and text.startswith(c.text)), None)
+            tokens += [control.id] if control else text[0].encode()
+            text = text[len(control.text) if control else 1 :]
+        return tokens
+
+    def submit(self, task: Task) -> AsyncIterator[Event]:
+        self._check(task)
+        job = self._jobs[task.id] = _Job(task)
+        running = asyncio.get_running_loop().create_task(self._run(job))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return job.stream
+
+    def cancel(self, task_id: str) -> None:
+        if job := self._jobs.get(task_id):
+            job.cancelled = True
+
+    def close(self) -> None:
+        self._closed = True
+        for job in self._jobs.values():
+            job.cancelled = True
+
+    def _check(self, task: Task) -> None:
+        if self._closed:
+            raise EngineError("The engine is closed.")
+        if task.kind not in self.model.kinds:
+            raise TaskRefused(f"This model does not {task.kind}.", field="kind")
+        if not task.prompt:
+            raise TaskRefused("The prompt is empty.", field="prompt")
+        if task.max_tokens < 1:
+            raise TaskRefused("max_tokens must be at least 1.", field="max_tokens")
+        if len(task.prompt) >= self.model.n_ctx:
+            raise PromptTooLong(len(task.prompt), self.model.n_ctx)
+        if not all(0 <= token < N_VOCAB for token in (*task.prompt, *task.sampling.logit_bias)):
+            raise TaskRefused("The prompt or the logit bias names a token that the model does not have.", field="prompt")
+        if task.sampling.grammar is not None:
+            raise TaskRefused("This engine only echoes.", field="grammar")
+        if task.id in self._jobs:
+            raise TaskRefused("A task of this id is not finished yet.", field="id")
+
+    async def _run(self, job: _Job) -> None:
+        reason = await self._generate(job)
+        del self._jobs[job.task.id]
+        job.end(reason)
+
+    async def _generate(self, job: _Job) -> FinishReason:
+        limit = min(job.task.max_tokens, self.model.n_ctx - len(job.task.prompt))
+        begin = time.monotonic()
+        for token in self._answer(job.task.prompt):
+            await asyncio.sleep(self._delay)
+            if job.cancelled:
+                return "cancelled"
+            if job.task.time_limit is not None and time.monotonic() - begin >= job.task.time_limit:
+                return "length"
+            job.completion_tokens += 1
+            raw = bytes([token])
+            chosen, top = (None, ()) if job.task.logprobs is None else _logprobs(token, job.task.logprobs)
+            job.stream.put(Token(token, job.text.push(raw), raw, chosen, top))
+            if job.text.stopped:
+                return "stop"
+            if job.completion_tokens >= limit:
+                return "length"
+        return "stop"
+
+    def _answer(self, prompt: tuple[int, ...]) -> Iterator[int]:
+        """The plain tokens of the last whole message; of a prompt without messages, all of them."""
+        last = prompt
+        if END.id in prompt:
+            end = len(prompt) - 1 - prompt[::-1].index(END.id)
+            start = max((i for i, token in enumerate(prompt[:end]) if token == START.id), default=-1)
+            newline = prompt.index(ord("\n"), start) if ord("\n") in prompt[start:end] else start
+            last = prompt[newline + 1 : end]
+        plain = [token for token in last if token < 256]
+        for _ in range(self._repeat):
+            yield from plain
+
+
+def _logprobs(token: int, k: int) -> tuple[float, tuple[Alternative, ...]]:
+    """Certainty, as far as an echo goes: the token itself, then its neighbours, each far less likely."""
+    ids = [(token + i) % 256 for i in range(k)]
+    return 0.0, tuple(Alternative(i, bytes([i]), -20.0 * rank) for rank, i in enumerate(ids))

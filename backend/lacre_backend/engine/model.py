@@ -1,0 +1,141 @@
+"""A model loaded by llama.cpp: its vocabulary, its facts, and the words that steer it.
+
+Rules
+- The only log lines of llama.cpp that are ever kept are its errors while a model *loads*: there is no prompt in the process's
+  hands then. At all other times its log is dropped unread.
+- What is here is constant after loading, so every method may be called from any thread at once.
+- The model is freed when the last user of it lets go, never under a running call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections import deque
+from pathlib import Path
+from typing import Any, Final
+
+import llama_cpp as L
+from lacre.errors import SettingsError
+
+from lacre_backend.engine.protocol import ControlToken, EngineError, Kind, ModelInfo
+
+DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, whatever the model was trained for
+MIN_N_CTX: Final = 64
+MAX_PIECE: Final = 1024  # bytes of one token; the longest in use are runs of some hundred spaces
+_LOG_LEVEL_ERROR: Final = 4
+
+# llama.cpp has one log callback per process.
+_loading: Final = threading.Lock()
+
+
+@L.llama_log_callback  # type: ignore[untyped-decorator]
+def _drop(_level: int, _text: bytes, _user_data: object) -> None:
+    """llama.cpp's log outside of loading."""
+
+
+def silence() -> None:
+    """Send llama.cpp's log nowhere. Importing llama_cpp sets a callback that prints."""
+    L.llama_log_set(_drop, ctypes.c_void_p(0))
+
+
+def _load(path: Path, n_gpu_layers: int) -> tuple[Any, str]:
+    """The model, or None, and what llama.cpp said last about why it failed."""
+    errors: deque[str] = deque(maxlen=8)
+
+    @L.llama_log_callback  # type: ignore[untyped-decorator]
+    def keep_errors(level: int, text: bytes, _user_data: object) -> None:
+        if level == _LOG_LEVEL_ERROR:
+            errors.append(text.decode("utf-8", "replace").strip())
+
+    with _loading:
+        L.llama_log_set(keep_errors, ctypes.c_void_p(0))
+        try:
+            L.llama_backend_init()
+            params = L.llama_model_default_params()
+            params.n_gpu_layers = n_gpu_layers
+            return L.llama_model_load_from_file(str(path).encode(), params), "; ".join(filter(None, errors))
+        finally:
+            silence()
+
+
+class Model:
+    """A loaded GGUF file. `pointer` and `vocab` are llama.cpp's, for the engine's own use."""
+
+    def __init__(self, path: Path, *, name: str, digest: str, n_ctx: int | None, n_gpu_layers: int) -> None:
+        if n_ctx is not None and n_ctx < MIN_N_CTX:
+            raise SettingsError(f"n_ctx is {n_ctx}; a context must hold at least {MIN_N_CTX} tokens.")
+        self.pointer, reason = _load(path, n_gpu_layers)
+        if not self.pointer:
+            raise SettingsError(
+                f"llama.cpp cannot load {path}: {reason or 'it gives no reason'}. "
+                "Check that the file is whole, and of an architecture this llama.cpp knows."
+            )
+        weakref.finalize(self, L.llama_model_free, self.pointer)
+        self.vocab = L.llama_model_get_vocab(self.pointer)
+        self.n_vocab = int(L.llama_vocab_n_tokens(self.vocab))
+        self._pieces = [self._read_piece(token) for token in range(self.n_vocab)]
+        self._eog = frozenset(token for token in range(self.n_vocab) if L.llama_vocab_is_eog(self.vocab, token))
+        self.info = self._read_info(path, name, digest, n_ctx or min(self.n_ctx_train, DEFAULT_N_CTX))
+
+    @property
+    def n_ctx_train(self) -> int:
+        return int(L.llama_model_n_ctx_train(self.pointer))
+
+    def piece(self, token: int) -> bytes:
+        """A token's own bytes. Control tokens have none: a model's answer cannot spell one out."""
+        return self._pieces[token]
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends the generation."""
+        return token in self._eog
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        """Token ids; `special` lets control tokens' literals become control tokens. No token is added around them."""
+        data = text.encode("utf-8")
+        size = len(data) + 2  # a token covers at least one byte; some vocabularies put one space in front
+        tokens = (L.llama_token * size)()
+        count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, False, special)
+        if count < 0:
+            raise EngineError("llama.cpp could not tokenize the text.")
+        return list(tokens[:count])
+
+    def _read_piece(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(MAX_PIECE)
+        length = L.llama_token_to_piece(self.vocab, token, buffer, MAX_PIECE, 0, False)
+        if length < 0:
+            raise SettingsError(f"Token {token} of this model is {-length} bytes long; at most {MAX_PIECE} are supported.")
+        return buffer.raw[:length]
+
+    def _control_token(self, token: int) -> ControlToken:
+        attr = L.llama_vocab_get_attr(self.vocab, token)
+        return ControlToken(
+            id=token,
+            text=L.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace"),
+            lstrip=bool(attr & L.LLAMA_TOKEN_ATTR_LSTRIP),
+            rstrip=bool(attr & L.LLAMA_TOKEN_ATTR_RSTRIP),
+        )
+
+    def _is_control(self, token: int) -> bool:
+        # What ends a generation steers the model, whatever type the file gives it.
+        steering = L.LLAMA_TOKEN_ATTR_CONTROL | L.LLAMA_TOKEN_ATTR_UNKNOWN
+        return bool(L.llama_vocab_get_attr(self.vocab, token) & steering) or token in self._eog
+
+    def _read_info(self, path: Path, name: str, digest: str, n_ctx: int) -> ModelInfo:
+        bos, eos = L.llama_vocab_bos(self.vocab), L.llama_vocab_eos(self.vocab)
+        template = L.llama_model_chat_template(self.pointer, None)
+        return ModelInfo(
+            name=name,
+            digest=digest,
+            created=int(path.stat().st_mtime),
+            n_ctx=n_ctx,
+            n_vocab=self.n_vocab,
+            longest_piece=max(map(len, self._pieces)),
+            chat_template=template.decode("utf-8", "replace") if template else None,
+            bos=self._control_token(bos) if bos >= 0 else None,
+            eos=self._control_token(eos) if eos >= 0 else None,
+            add_bos=bool(L.llama_vocab_get_add_bos(self.vocab)),
+            control_tokens=tuple(self._control_token(t) for t in range(self.n_vocab) if self._is_control(t)),
+            kinds=frozenset({Kind.GENERATE}),
+        )

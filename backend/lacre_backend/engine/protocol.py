@@ -1,0 +1,197 @@
+"""What an engine is: tasks in, tokens out. The API and every engine meet in this file and nowhere else.
+
+Rules
+- Nothing here knows of HTTP, JSON or llama.cpp.
+- A task is complete in itself: sampling, limits, stop strings and cache scope. Engines keep nothing else about a request.
+- For each task the stream is `Token`* (or one `Embedding`) and then exactly one `Finish`. Every sampled token is one `Token`,
+  also those whose text is still held back, so that `Finish.completion_tokens` is their number. The end-of-generation token
+  itself is neither.
+- The whole text is the `text` of every token and then that of the finish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Literal, Protocol
+
+from lacre.errors import LacreError, UsageError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class EngineError(LacreError):
+    """The engine failed while it worked; the request may be tried again. Never holds prompt or answer."""
+
+
+class TaskRefused(UsageError):
+    """The engine does not take this task. `field` names the part at fault, as the task calls it; nothing was run."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class PromptTooLong(TaskRefused):
+    """The prompt leaves no room in the context for even one token."""
+
+    def __init__(self, n_prompt: int, n_ctx: int) -> None:
+        super().__init__(f"The prompt has {n_prompt} tokens, the context holds {n_ctx}. Shorten the prompt.", field="prompt")
+        self.n_prompt = n_prompt
+        self.n_ctx = n_ctx
+
+
+class Kind(StrEnum):
+    """What a task asks for."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; the defaults are OpenAI's. Temperature 0 is greedy. Terms are llama.cpp's.
+
+    seed: None draws a fresh one. grammar: GBNF whose start is `root`; every answer then matches it, or a prefix of it when the
+    token limit cuts it. Penalties count generated tokens only, as OpenAI's do.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    grammar: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One sequence to run. `id` is unique among the tasks that an engine has not finished.
+
+    logprobs: None for none; k for the k most likely alternatives beside the chosen token's own.
+    cache_scope: tasks may share a cached prefix only within one scope; None shares nothing.
+    time_limit: seconds of work, counted from the first step (waiting is not counted); then it finishes as "length".
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    kind: Kind = Kind.GENERATE
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    cache_scope: bytes | None = None
+    time_limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that could have come. raw: its own bytes, which need not be whole UTF-8. logprob: natural, before sampling."""
+
+    id: int
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One sampled token.
+
+    text: what this token lets out: whole code points, never the beginning of a stop string; often "".
+    raw: the token's own bytes. logprob, top: set when the task asked. cached_tokens: prompt tokens taken from the cache.
+    """
+
+    id: int
+    text: str
+    raw: bytes
+    logprob: float | None = None
+    top: tuple[Alternative, ...] = ()
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The answer to a task of kind `EMBED`."""
+
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a task. text: what had been held back and turned out to be no stop string."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    text: str = ""
+
+
+Event = Token | Embedding | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class ControlToken:
+    """A token that steers the model and must never come out of a user's text. text: how templates write it.
+
+    lstrip, rstrip: the tokenizer swallows white space before or after it.
+    """
+
+    id: int
+    text: str
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is true of a loaded model. digest: "sha256:" and the hex digest of the file. created: Unix time of the file.
+
+    longest_piece: bytes of the longest token, so that a text longer than `n_ctx * longest_piece` cannot fit.
+    """
+
+    name: str
+    digest: str
+    created: int
+    n_ctx: int
+    n_vocab: int
+    longest_piece: int
+    chat_template: str | None
+    bos: ControlToken | None
+    eos: ControlToken | None
+    add_bos: bool
+    control_tokens: tuple[ControlToken, ...]
+    kinds: frozenset[Kind]
+
+
+class Engine(Protocol):
+    """Runs tasks on one model. All but `close` return at once; every method may be called from any thread."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    def submit(self, task: Task) -> AsyncIterator[Event]:
+        """Queue a task; called inside a running event loop, which is the one that iterates the result.
+
+        Raises `TaskRefused` (or `PromptTooLong`) at once; the iterator raises `EngineError` if the engine fails. Whoever stops
+        iterating before the `Finish` calls `cancel`.
+        """
+        ...
+
+    def cancel(self, task_id: str) -> None:
+        """End a task within one step, with `Finish("cancelled")`; an unknown or finished one is not an error."""
+        ...
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token ids. special: whether control tokens' literals become control tokens; never True for a user's text."""
+        ...
+
+    def close(self) -> None:
+        """End every task as cancelled and free the model. Waits for the step under way."""
+        ...

@@ -1,0 +1,168 @@
+"""Choosing the next token from a row of logits: greedy by numpy, all else by llama.cpp's sampler chain.
+
+Rules
+- Logprobs are those of the model, before penalties, bias and temperature.
+- A token that the grammar refuses is never accepted into the grammar: llama.cpp throws C++ exceptions there, which no Python
+  code could catch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+from typing import Any, Final
+
+import llama_cpp as L
+import numpy as np
+from numpy.typing import NDArray
+
+from lacre_backend.engine.model import Model
+from lacre_backend.engine.protocol import Alternative, EngineError, Sampling, TaskRefused
+
+Logits = NDArray[np.float32]
+
+# llama_token_data, as numpy sees it.
+_CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+_SEEDS: Final = 2**32 - 1  # llama.cpp reads 2**32 - 1 as "draw one yourself"
+
+
+class Candidates:
+    """The rows that llama.cpp's samplers cut and sort: one buffer, filled from the logits before each use."""
+
+    def __init__(self, size: int) -> None:
+        self._rows = np.zeros(size, dtype=_CANDIDATE)
+        self.array = L.llama_token_data_array()
+
+    def fill(self, ids: NDArray[np.int32], logits: Logits) -> None:
+        n = len(ids)
+        self._rows["id"][:n] = ids
+        self._rows["logit"][:n] = logits
+        self.array.data = ctypes.cast(self._rows.ctypes.data, L.llama_token_data_p)  # type: ignore[assignment]  # stub says Array
+        self.array.size = n
+        self.array.selected = -1
+        self.array.sorted = False
+
+    def apply(self, sampler: Any) -> None:
+        L.llama_sampler_apply(sampler, ctypes.byref(self.array))
+
+    def best(self) -> float:
+        """The highest logit left."""
+        return float(self._rows["logit"][: self.array.size].max(initial=-np.inf))
+
+    def chosen(self) -> int:
+        if self.array.selected < 0:
+            raise EngineError("No token was chosen.")
+        return int(self.array.data[self.array.selected].id)
+
+
+class Sampler:
+    """The state of one sequence's sampling. Made in any thread, then used by the engine's thread until `close`."""
+
+    def __init__(self, model: Model, sampling: Sampling, max_tokens: int) -> None:
+        self._closed = False
+        self._ids = np.arange(model.n_vocab, dtype=np.int32)
+        self._grammar = _grammar(model, sampling.grammar)
+        self._candidates = Candidates(model.n_vocab) if self._grammar else None
+        stages = _stages(model, sampling, max_tokens)
+        # Greedy without anything that changes the order of the logits is an argmax.
+        self._argmax = sampling.temperature == 0 and not stages and self._grammar is None
+        self._chain = _chain([*stages, *_choice(sampling)])
+
+    def sample(self, context: Any, row: int, logits: Logits) -> int:
+        """The next token, from row `row` of the last decode; `logits` is the same row."""
+        if self._argmax:
+            return int(logits.argmax())
+        if self._grammar is None or self._candidates is None:
+            return int(L.llama_sampler_sample(self._chain, context, row))
+        token = self._constrained(self._candidates, logits)
+        L.llama_sampler_accept(self._chain, token)
+        return token
+
+    def accept(self, token: int) -> None:
+        """`token` is part of the answer (it does not end it): the grammar moves on."""
+        if self._grammar is not None:
+            L.llama_sampler_accept(self._grammar, token)
+
+    def _constrained(self, candidates: Candidates, logits: Logits) -> int:
+        """As llama.cpp's own tools do it: choose freely, and only if the grammar refuses that, ask it about every token."""
+        candidates.fill(self._ids, logits)
+        candidates.apply(self._chain)
+        token = candidates.chosen()
+        candidates.fill(self._ids[token : token + 1], logits[token : token + 1])
+        candidates.apply(self._grammar)
+        if candidates.best() > -np.inf:
+            return token
+        candidates.fill(self._ids, logits)
+        candidates.apply(self._grammar)
+        if candidates.best() == -np.inf:
+            raise EngineError("The grammar leaves no token to choose.")
+        candidates.apply(self._chain)
+        return candidates.chosen()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        L.llama_sampler_free(self._chain)
+        if self._grammar is not None:
+            L.llama_sampler_free(self._grammar)
+
+
+def _grammar(model: Model, grammar: str | None) -> Any:
+    if grammar is None:
+        return None
+    sampler = L.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+    if not sampler:
+        raise TaskRefused("The grammar is not valid GBNF with a rule `root`.", field="grammar")
+    return sampler
+
+
+def _stages(model: Model, sampling: Sampling, max_tokens: int) -> list[Any]:
+    """What changes the logits before the choice, in llama.cpp's order."""
+    stages = []
+    if sampling.logit_bias:
+        bias = (L.llama_logit_bias * len(sampling.logit_bias))(
+            *(L.llama_logit_bias(token, value) for token, value in sampling.logit_bias.items())
+        )
+        stages.append(L.llama_sampler_init_logit_bias(model.n_vocab, len(bias), bias))
+    if sampling.repeat_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty:
+        stages.append(
+            L.llama_sampler_init_penalties(
+                model.n_vocab, max_tokens, sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty
+            )
+        )
+    return stages
+
+
+def _choice(sampling: Sampling) -> list[Any]:
+    if sampling.temperature == 0:
+        return [L.llama_sampler_init_greedy()]
+    stages = []
+    if sampling.top_k > 0:
+        stages.append(L.llama_sampler_init_top_k(sampling.top_k))
+    if sampling.top_p < 1:
+        stages.append(L.llama_sampler_init_top_p(sampling.top_p, 1))
+    if sampling.min_p > 0:
+        stages.append(L.llama_sampler_init_min_p(sampling.min_p, 1))
+    seed = secrets.randbelow(_SEEDS) if sampling.seed is None else sampling.seed % _SEEDS
+    return [*stages, L.llama_sampler_init_temp(sampling.temperature), L.llama_sampler_init_dist(seed)]
+
+
+def _chain(stages: list[Any]) -> Any:
+    params = L.llama_sampler_chain_default_params()
+    params.no_perf = True
+    chain = L.llama_sampler_chain_init(params)
+    for stage in stages:
+        L.llama_sampler_chain_add(chain, stage)  # the chain owns its stages from here
+    return chain
+
+
+def logprob(model: Model, logits: Logits, token: int, k: int) -> tuple[float, tuple[Alternative, ...]]:
+    """The natural log-probability of `token`, and the `k` most likely tokens, best first."""
+    peak = float(logits.max())
+    total = peak + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+    if k == 0:
+        return float(logits[token]) - total, ()
+    top = np.argpartition(logits, -k)[-k:]
+    top = top[np.argsort(-logits[top], kind="stable")]
+    return float(logits[token]) - total, tuple(Alternative(int(i), model.piece(int(i)), float(logits[i]) - total) for i in top)
