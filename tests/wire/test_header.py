@@ -1,0 +1,239 @@
+"""What a relay reads: key configurations, the header of a sealed request, and the outline of its chunks."""
+
+import ast
+import hashlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lacre import errors
+from lacre.wire import varint
+from lacre.wire.header import (
+    ALL_ALGORITHMS,
+    DEFAULT_SUITE,
+    MAX_CHUNK,
+    MAX_KEY_LIST,
+    MAX_REQUEST_CHUNKS,
+    MAX_SEALED_REQUEST,
+    Aead,
+    Kdf,
+    Kem,
+    KeyConfig,
+    SealedHeader,
+    Suite,
+    encode_key_list,
+    inspect_request,
+    parse_key_list,
+)
+
+TAG = 16
+CONFIG = KeyConfig(7, Kem.XWING, bytes(1216))
+UNKNOWN_KEM = bytes.fromhex("01 1234") + bytes(32) + bytes.fromhex("0004 0001 0001")
+
+key_configs = st.sampled_from(list(Kem)).flatmap(
+    lambda kem: st.builds(
+        KeyConfig,
+        st.integers(0, 255),
+        st.just(kem),
+        st.binary(min_size=kem.n_pk, max_size=kem.n_pk),
+        st.lists(st.sampled_from(ALL_ALGORITHMS), min_size=1, max_size=5).map(tuple),
+    )
+)
+
+
+def outline(*lengths: int, final: int = TAG, kem: Kem = Kem.X25519) -> bytes:
+    """A body of the right outline, of chunks that would not open."""
+    header = SealedHeader(1, Suite(kem, Kdf.HKDF_SHA256, Aead.AES_128_GCM), bytes(kem.n_enc)).raw
+    chunks = b"".join(varint.encode(length) + bytes(length) for length in lengths)
+    return header + chunks + varint.encode(0) + bytes(final)
+
+
+def imports_of(module: str) -> set[str]:
+    path = Path(importlib.util.find_spec(module).origin)
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_what_a_relay_reads_with_imports_nothing_that_could_open() -> None:
+    seen, waiting = set(), {"lacre.wire.header"}
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        imported = imports_of(module)
+        assert not any(name.startswith("cryptography") for name in imported)
+        waiting |= {name for name in imported if name.startswith("lacre.wire.") and is_module(name)} - seen
+    assert seen == {"lacre.wire.header", "lacre.wire.framing", "lacre.wire.varint"}
+
+
+def is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a name out of a module, not a module
+        return False
+
+
+def test_the_client_loads_nothing_that_needs_a_private_key() -> None:
+    code = "import sys, lacre; print('lacre.wire.opening' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_labels_and_lengths() -> None:
+    assert [(kem.label, kem.n_pk, kem.n_enc) for kem in Kem] == [("X25519", 32, 32), ("MLKEM768-X25519", 1216, 1120)]
+    assert [(aead.n_key, aead.n_nonce) for aead in Aead] == [(16, 12), (32, 12), (32, 12)]
+    assert Suite(Kem.XWING, Kdf.HKDF_SHA256, Aead.AES_256_GCM) == DEFAULT_SUITE == CONFIG.suite()
+
+
+# Key configurations
+
+
+@given(st.lists(key_configs, min_size=1, max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_key_configurations_round_trip(configs: list[KeyConfig]) -> None:
+    assert [KeyConfig.parse(config.encode()) for config in configs] == configs
+    encoded = encode_key_list(configs)
+    assert list(parse_key_list(encoded)) == configs
+    assert encode_key_list(parse_key_list(encoded)) == encoded
+
+
+def test_a_configuration_cut_anywhere_is_refused() -> None:
+    encoded = KeyConfig(1, Kem.X25519, bytes(32)).encode()
+    for cut in range(len(encoded)):
+        with pytest.raises(errors.InvalidMessage):
+            KeyConfig.parse(encoded[:cut])
+    with pytest.raises(errors.InvalidMessage):
+        KeyConfig.parse(encoded + b"\x00")
+    listed = encode_key_list([CONFIG])
+    for cut in (*range(8), len(listed) - 1):
+        with pytest.raises(errors.InvalidMessage):
+            parse_key_list(listed[:cut])
+
+
+def test_unknown_algorithms_are_left_out() -> None:
+    known = KeyConfig(1, Kem.X25519, bytes(32), ((Kdf.HKDF_SHA256, Aead.AES_128_GCM),)).encode()
+    more = known[:-6] + bytes.fromhex("000c 00020001 00010001 0001ffff")
+    assert KeyConfig.parse(more) == KeyConfig.parse(known)
+    with pytest.raises(errors.UnsupportedSuite):
+        KeyConfig.parse(known[:-6] + bytes.fromhex("0004 00100001"))  # SHAKE128 has no Expand
+
+
+def test_a_configuration_without_algorithms_is_refused() -> None:
+    known = KeyConfig(1, Kem.X25519, bytes(32)).encode()
+    for wrong in ("0000", "0003000100", "0005000100010001"):
+        with pytest.raises(errors.InvalidMessage):
+            KeyConfig.parse(known[:-14] + bytes.fromhex(wrong))
+
+
+def test_a_list_passes_over_unknown_kems_and_needs_one_known() -> None:
+    unknown = len(UNKNOWN_KEM).to_bytes(2, "big") + UNKNOWN_KEM
+    assert parse_key_list(unknown + encode_key_list([CONFIG])) == (CONFIG,)
+    with pytest.raises(errors.UnsupportedSuite):
+        parse_key_list(unknown)
+    with pytest.raises(errors.InvalidMessage):
+        parse_key_list(b"")
+    with pytest.raises(errors.MessageTooLarge):
+        parse_key_list(bytes(MAX_KEY_LIST + 1))
+
+
+def test_the_suite_is_the_first_preferred_that_is_offered() -> None:
+    config = KeyConfig(
+        1, Kem.X25519, bytes(32), ((Kdf.HKDF_SHA256, Aead.AES_128_GCM), (Kdf.HKDF_SHA256, Aead.CHACHA20_POLY1305))
+    )
+    assert config.suite().aead is Aead.CHACHA20_POLY1305
+    assert config.suite([Aead.AES_128_GCM]).aead is Aead.AES_128_GCM
+    with pytest.raises(errors.UnsupportedSuite):
+        config.suite([Aead.AES_256_GCM])
+    assert config.offers(config.suite())
+    assert not config.offers(Suite(Kem.XWING, Kdf.HKDF_SHA256, Aead.AES_128_GCM))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(256, Kem.X25519, bytes(32)), (-1, Kem.X25519, bytes(32)), (1, Kem.XWING, bytes(32)), (1, Kem.X25519, bytes(32), ())],
+    ids=["key id above a byte", "negative key id", "key of another KEM", "no algorithms"],
+)
+def test_an_impossible_configuration_cannot_be_made(arguments: tuple[int, Kem, bytes]) -> None:
+    with pytest.raises(errors.UsageError):
+        KeyConfig(*arguments)
+
+
+# The header
+
+
+@pytest.mark.parametrize("kem", list(Kem))
+def test_the_header_and_its_digest(kem: Kem) -> None:
+    body = outline(100, kem=kem)
+    header = inspect_request(body)
+    assert header.raw == body[: 7 + kem.n_enc]
+    assert header.digest == hashlib.sha256(body[: 7 + kem.n_enc]).digest()
+    assert header == SealedHeader.parse(body)
+    for cut in range(7 + kem.n_enc):
+        with pytest.raises(errors.TruncatedStream):
+            SealedHeader.parse(body[:cut])
+
+
+@pytest.mark.parametrize("identifiers", ["01 0021 0001 0001", "01 0020 0010 0001", "01 0020 0001 ffff", "01 0020 0003 0001"])
+def test_an_unknown_suite_is_refused_by_its_first_bytes(identifiers: str) -> None:
+    with pytest.raises(errors.UnsupportedSuite):
+        SealedHeader.parse(bytes.fromhex(identifiers))
+
+
+# The outline
+
+
+def test_an_outline_cut_anywhere_is_truncated() -> None:
+    body = outline(TAG + 1, TAG + 50)
+    for cut in range(len(body)):
+        with pytest.raises(errors.TruncatedStream):
+            inspect_request(body[:cut])
+
+
+def test_chunks_up_to_the_limit_pass() -> None:
+    inspect_request(outline(MAX_CHUNK + TAG, final=MAX_CHUNK + TAG))
+    inspect_request(outline(*[TAG + 1] * (MAX_REQUEST_CHUNKS - 1)))
+
+
+@pytest.mark.parametrize("length", [1, TAG - 1, TAG])
+def test_an_empty_chunk_is_an_error_unless_it_is_final(length: int) -> None:
+    with pytest.raises(errors.InvalidMessage):
+        inspect_request(outline(length))
+
+
+def test_what_is_too_large_is_refused() -> None:
+    for body in (
+        outline(MAX_CHUNK + TAG + 1),
+        outline(final=MAX_CHUNK + TAG + 1),
+        outline(*[TAG + 1] * MAX_REQUEST_CHUNKS),
+        outline() + bytes(MAX_SEALED_REQUEST),
+    ):
+        with pytest.raises(errors.MessageTooLarge):
+            inspect_request(body)
+
+
+@pytest.mark.parametrize("length", ["ffffffffffffffff", "c000000000004011", "80004011"])
+def test_a_length_above_the_limit_is_refused_before_anything_of_it_arrives(length: str) -> None:
+    with pytest.raises(errors.MessageTooLarge):
+        inspect_request(outline()[: 7 + 32] + bytes.fromhex(length))
+
+
+def test_longer_forms_of_a_length_are_legal() -> None:
+    header = outline()[: 7 + 32]
+    inspect_request(header + bytes.fromhex("c000000000000011") + bytes(17) + bytes.fromhex("4000") + bytes(16))
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", outline()[:7], outline()[:39], outline()[:40], outline(20, 20)]))
+@settings(deadline=None)
+def test_no_bytes_raise_anything_but_a_protocol_error(data: bytes, start: bytes) -> None:
+    for parse in (KeyConfig.parse, parse_key_list, SealedHeader.parse, inspect_request):
+        try:
+            parse(start + data)
+        except errors.ProtocolError:
+            continue
