@@ -13,21 +13,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from lacre.errors import LacreError, SettingsError
 from lacre.jws import b64u, b64u_decode
-from lacre.trust import Trusted, newest, refuse_rollback, verify
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """The newest version seen and the document it came in."""
-
-    version: int
-    document: bytes
+from lacre.trust import Seen, Trusted, newest, verify
 
 
 class Memory(Protocol):
@@ -43,23 +34,11 @@ def accept(document: bytes, root: bytes, memory: Memory, now: float) -> Trusted:
     """
     candidate = verify(document, root, now)
 
-    def decide(kept: Seen | None) -> tuple[Trusted, Seen]:
-        if kept is None:
-            chosen = candidate
-        else:
-            chosen = newest(candidate, _still_valid(kept, root, now))
-            refuse_rollback(chosen, kept.version)
+    def decide(seen: Seen | None) -> tuple[Trusted, Seen]:
+        chosen = newest(candidate, seen, root, now)
         return chosen, Seen(chosen.manifest.version, chosen.document)
 
     return memory.update(root, decide)
-
-
-def _still_valid(kept: Seen, root: bytes, now: float) -> Trusted | None:
-    """What was kept, verified anew: nothing is believed because it lay on the disk."""
-    try:
-        return verify(kept.document, root, now)
-    except LacreError:
-        return None  # expired since; its version still counts
 
 
 class VersionMemory:

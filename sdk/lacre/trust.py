@@ -104,24 +104,30 @@ def verify(document: bytes, root: bytes, now: float) -> Trusted:
     return Trusted(manifest, roots, parsed.manifest, document)
 
 
-def newest(candidate: Trusted, seen: Trusted | None) -> Trusted:
-    """The manifest to use, given the newest seen so far; None where nothing was seen or what was seen does not verify now.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is remembered of the newest manifest seen: its version, and the document it came in."""
 
-    A lower version is passed over while the newer one still verifies: during a rolling update a late gateway is no outage.
+    version: int
+    document: bytes
+
+
+def newest(candidate: Trusted, seen: Seen | None, root: bytes, now: float) -> Trusted:
+    """The manifest to use, given the newest seen before. Raises Rollback.
+
+    A lower version is passed over while the newer manifest still verifies (a late gateway in a rolling update is no outage),
+    and refused once it does not. Nothing is believed because it was remembered: what was seen is verified anew.
     """
-    if seen is None or candidate.manifest.version > seen.manifest.version:
+    if seen is None or candidate.manifest.version > seen.version:
         return candidate
-    if candidate.manifest.version < seen.manifest.version:
-        return seen
-    if candidate.token != seen.token:
-        raise Rollback("two different manifests carry the same version: the signer or the gateway is not to be trusted")
-    return candidate  # the same manifest, perhaps under a longer chain of roots
-
-
-def refuse_rollback(candidate: Trusted, version: int) -> None:
-    """For a memory of which only the version is of use now, its manifest having expired."""
-    if candidate.manifest.version < version:
-        raise Rollback("the gateway serves a manifest older than one already seen, and the newer one has expired")
+    if candidate.manifest.version == seen.version:
+        if candidate.token != Document.parse(seen.document).manifest:
+            raise Rollback("two different manifests carry the same version: the signer or the gateway is not to be trusted")
+        return candidate  # the same manifest, perhaps under a longer chain of roots
+    try:
+        return verify(seen.document, root, now)
+    except Expired as exc:
+        raise Rollback("the gateway serves a manifest older than one already seen, and the newer one has expired") from exc
 
 
 def _follow(chain: Sequence[Sequence[str]], pinned: bytes) -> tuple[RootStatement, tuple[bytes, ...]]:

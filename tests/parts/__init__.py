@@ -1,0 +1,1 @@
+"""Parts that several rooms' tests share: they run real code over real bytes."""

@@ -1,0 +1,115 @@
+"""A gateway and a worker in one process, for the SDK's tests: it really opens and seals, and serves a real signed manifest.
+
+A test bends what passes through it: `tamper` the sealed request, `bend` the sealed answer's pieces, `respond` all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+
+import httpx2
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from lacre import asgi
+from lacre.jws import raw_public_key
+from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.signing import sign_manifest, sign_statement
+from lacre.trust import ConnectionString
+from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
+from lacre.wire.opening import PrivateKey
+
+
+@dataclass
+class Relay:
+    """app: the ASGI app behind the seal. `requests` keeps every outer request, `bodies` every sealed one."""
+
+    app: asgi.App
+    kem: Kem = Kem.XWING
+    lifetime: float = 3600.0
+    version: int = 1
+    clock: Callable[[], float] = time.time
+    root: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    signer: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    requests: list[httpx2.Request] = field(default_factory=list)
+    opened: list[asgi.Opened] = field(default_factory=list)
+    tamper: Callable[[bytes], bytes] = bytes
+    bend: Callable[[list[bytes]], list[bytes]] = list
+    respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
+
+    def __post_init__(self) -> None:
+        self._documents: dict[int, bytes] = {}
+        self.key = PrivateKey.generate(1, self.kem)
+
+    @property
+    def url(self) -> str:
+        return str(ConnectionString("http://127.0.0.1:9", raw_public_key(self.root)))
+
+    def manifest(self) -> Manifest:
+        now = self.clock()
+        pool = Pool(("tiny",), (PoolKey(self.key.config, now + self.lifetime),), bytes(32), ("none",))
+        return Manifest("test", self.version, now, now + self.lifetime, bytes(32), {"default": pool})
+
+    def document(self) -> bytes:
+        """What `GET /v1/manifest` serves; the same bytes for as long as the version stays the same."""
+        if self.version not in self._documents:
+            self._documents[self.version] = self._sign()
+        return self._documents[self.version]
+
+    def _sign(self) -> bytes:
+        statement = RootStatement(raw_public_key(self.signer), self.clock() + 10 * self.lifetime)
+        return Document((sign_statement(statement, self.root),), sign_manifest(self.manifest(), self.signer)).encode()
+
+    async def answer(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        bent = self.respond(request)
+        if bent is not None:
+            return bent
+        if request.url.path == "/v1/manifest":
+            return served(200, self.document())
+        opened = asgi.open_sealed(self.tamper(request.content), {self.key.config.key_id: self.key})
+        self.opened.append(opened)
+        chunks = [chunk async for chunk in asgi.answer(self.app, opened, asgi.Call("r1"))]
+        return httpx2.Response(200, headers={"content-type": MEDIA_TYPE_RESPONSE}, stream=Stream(self.bend(chunks)))
+
+
+class Stream(httpx2.AsyncByteStream, httpx2.SyncByteStream):
+    """Bytes in the given pieces."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = tuple(pieces)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._pieces)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+
+
+def served(status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> httpx2.Response:
+    """A response as it comes from a network: its body still to be read."""
+    return httpx2.Response(status, headers=headers, stream=Stream([content]))
+
+
+class AsyncWire(httpx2.AsyncBaseTransport):
+    """The connection of an async client to a `Relay`."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        await request.aread()
+        return await self._relay.answer(request)
+
+
+class Wire(httpx2.BaseTransport):
+    """The connection of a sync client to a `Relay`, whose coroutine runs to its end in a loop of its own."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        request.read()
+        return asyncio.run(self._relay.answer(request))

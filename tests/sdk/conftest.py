@@ -1,0 +1,33 @@
+"""The SDK against a gateway and worker in memory; every byte is really sealed and opened."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import lacre
+import pytest
+from parts.chat_app import ChatApp
+from parts.relay import AsyncWire, Relay, Wire
+
+
+@pytest.fixture
+def app() -> ChatApp:
+    return ChatApp()
+
+
+@pytest.fixture
+def relay(app: ChatApp) -> Relay:
+    return Relay(app)
+
+
+@pytest.fixture
+def client(relay: Relay) -> Iterator[lacre.Client]:
+    with lacre.Client(relay.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(relay: Relay) -> AsyncIterator[lacre.AsyncClient]:
+    memory = lacre.VersionMemory()
+    async with lacre.AsyncClient(relay.url, token="t0ken", memory=memory, transport=AsyncWire(relay)) as client:
+        yield client
