@@ -1,0 +1,98 @@
+"""The public keys of one issuer (JWKS, RFC 7517), each bound to the algorithms that it may be used with.
+
+Rules:
+- Only public, asymmetric signature keys. A set that holds a private or a symmetric key is refused whole: it leaked.
+- A key is bound to an algorithm when the set is read. What a token says only picks among those.
+- Several keys need a `kid` each; a token without one can mean only the single key of a set of one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Self
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from lacre.errors import SettingsError
+
+MIN_RSA_BITS: Final = 2048  # RFC 7518 section 3.3
+_RSA: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
+# By key type and curve (RFC 7518 section 3.4, RFC 8037 section 3.1).
+_FITTING: Final[dict[tuple[str, str | None], tuple[str, ...]]] = {
+    ("OKP", "Ed25519"): ("EdDSA",),
+    ("EC", "P-256"): ("ES256",),
+    ("EC", "P-384"): ("ES384",),
+    ("EC", "P-521"): ("ES512",),
+    ("RSA", None): _RSA,
+}
+# Members that make a JWK a private or symmetric one (RFC 7518 sections 6.2.2, 6.3.2 and 6.4.1).
+_PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
+
+
+class KeySet:
+    """Finds the key that a token names."""
+
+    def __init__(self, keys: Mapping[tuple[str | None, str], jwt.PyJWK], single: bool) -> None:
+        self._keys = keys
+        self._single = single
+
+    def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
+        """The key of this id, bound to this algorithm; None where there is none."""
+        if not isinstance(alg, str) or not (kid is None or isinstance(kid, str)):
+            return None
+        if kid is None and self._single:
+            return next((key for (_, algorithm), key in self._keys.items() if algorithm == alg), None)
+        return self._keys.get((kid, alg)) if kid is not None else None
+
+    @classmethod
+    def read(cls, source: Path | Mapping[str, Any], algorithms: Sequence[str], place: str) -> Self:
+        """source: a JWKS file, or the set itself. place: the settings key, for messages. Raises SettingsError."""
+        if isinstance(source, Path):
+            try:
+                source = json.loads(source.read_bytes())
+            except OSError as exc:
+                raise SettingsError(f"{place}: cannot read {source} ({exc.strerror}): write the path of a JWKS file") from exc
+            except ValueError as exc:
+                raise SettingsError(f"{place}: {source} is not JSON: it must hold a JWKS (RFC 7517)") from exc
+        return cls.parse(source, algorithms, place)
+
+    @classmethod
+    def parse(cls, document: object, algorithms: Sequence[str], place: str) -> Self:
+        """Raises SettingsError."""
+        members = document.get("keys") if isinstance(document, Mapping) else None
+        if not isinstance(members, list) or not members:
+            raise SettingsError(f'{place}: a JWKS is an object with a list "keys" of at least one key')
+        bound: dict[tuple[str | None, str], jwt.PyJWK] = {}
+        for number, member in enumerate(members):
+            for key in _bind(member, algorithms, f"{place}: key {number}"):
+                if (key.key_id, key.algorithm_name) in bound:
+                    raise SettingsError(f"{place}: key {number}: a second key of the same kid: give each its own")
+                if key.key_id is None and len(members) > 1:
+                    raise SettingsError(f"{place}: key {number}: has no kid: with several keys each needs its own")
+                bound[key.key_id, key.algorithm_name] = key
+        if not bound:
+            raise SettingsError(f"{place}: no key fits the algorithms {', '.join(algorithms)}: pin the ones that it signs with")
+        return cls(bound, single=len(members) == 1)
+
+
+def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJWK]:
+    """The key once for each pinned algorithm that it fits; a key for encryption, or that fits none, is left out."""
+    if not isinstance(member, dict):
+        raise SettingsError(f"{place}: must be a JSON object")
+    if not _PRIVATE.isdisjoint(member) or member.get("kty") == "oct":
+        raise SettingsError(f"{place}: holds a private or symmetric key: replace it at the issuer, and list only public ones")
+    if member.get("use", "sig") != "sig":
+        return []
+    curve = member.get("crv") if member.get("kty") != "RSA" else None
+    fitting = _FITTING.get((str(member.get("kty")), curve), ())
+    usable = [name for name in fitting if name in algorithms and member.get("alg", name) == name]
+    try:
+        keys = [jwt.PyJWK(member, algorithm) for algorithm in usable]
+    except jwt.PyJWTError as exc:
+        raise SettingsError(f"{place}: is not a valid JWK (RFC 7517): copy it from the issuer again") from exc
+    for key in keys:
+        if isinstance(key.key, RSAPublicKey) and key.key.key_size < MIN_RSA_BITS:
+            raise SettingsError(f"{place}: an RSA key of fewer than {MIN_RSA_BITS} bits: replace it at the issuer")
+    return keys

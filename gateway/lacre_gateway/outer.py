@@ -1,0 +1,119 @@
+"""The outer headers of a sealed request: all that policy and budget may know of it. They are parsed once, here.
+
+Rules:
+- Every one is required, and may appear once: two readings of one request must not be possible.
+- A value that is not exactly of its form is refused, never repaired.
+- What is said here the worker compares with the inside; the gateway itself cannot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Self
+
+from lacre import problems
+from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
+
+from lacre_gateway.refusal import Refusal
+
+MAX_TOKENS: Final = 2**31
+# Names of pools and models are short; whether they exist is for the manifest to say.
+_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
+_LENGTH: Final = re.compile(r"[0-9]{1,19}")
+
+_POOL: Final = b"lacre-pool"
+_MODEL: Final = b"lacre-model"
+_ACTION: Final = b"lacre-action"
+_MAX_TOKENS: Final = b"lacre-max-tokens"
+_SHAPE: Final = b"lacre-shape"
+_REQUIRED: Final = (_POOL, _MODEL, _ACTION, _MAX_TOKENS, _SHAPE)
+_READ: Final = frozenset({*_REQUIRED, b"authorization", b"content-type", b"content-length", b"content-encoding"})
+
+
+class Action(StrEnum):
+    """What the sealed request does. `http`: whatever an application behind a worker answers to."""
+
+    CHAT = "chat"
+    COMPLETE = "complete"
+    EMBED = "embed"
+    RERANK = "rerank"
+    HTTP = "http"
+
+
+class Shape(StrEnum):
+    """How the sizes and times of the answer's records are kept from telling its text."""
+
+    NONE = "none"
+    PAD = "pad"
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """The parsed headers. max_tokens: output tokens over all choices."""
+
+    pool: str
+    model: str
+    action: Action
+    max_tokens: int
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The header fields of one request that the gateway reads, each at most once. Every other one is left unread."""
+
+    values: dict[bytes, bytes]
+    repeated: frozenset[bytes]
+
+    @classmethod
+    def collect(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self:
+        """headers: as ASGI gives them, names in lower case."""
+        values: dict[bytes, bytes] = {}
+        repeated = set()
+        for name, value in headers:
+            if name in _READ:
+                if name in values:
+                    repeated.add(name)
+                values[name] = value
+        return cls(values, frozenset(repeated))
+
+    def authorization(self) -> bytes | None:
+        """None also where there are two: neither is the one."""
+        return None if b"authorization" in self.repeated else self.values.get(b"authorization")
+
+    def check_media(self) -> None:
+        """Raises Refusal unless the body says it is a sealed request of a size that is taken."""
+        media_type = self.values.get(b"content-type", b"").strip().lower()
+        if media_type != MEDIA_TYPE_REQUEST.encode() or b"content-encoding" in self.values:
+            raise Refusal(problems.UNSUPPORTED_MEDIA_TYPE)
+        declared = self.values.get(b"content-length")
+        if declared is None:
+            return
+        text = declared.decode("latin-1")
+        if not _LENGTH.fullmatch(text) or b"content-length" in self.repeated:
+            raise Refusal(problems.INVALID_HEADERS)
+        if int(text) > MAX_SEALED_REQUEST:
+            raise Refusal(problems.TOO_LARGE)
+
+    def outer(self) -> Outer:
+        """Raises Refusal."""
+        if not self.repeated.isdisjoint(_REQUIRED):
+            raise Refusal(problems.INVALID_HEADERS)
+        try:
+            pool, model, action, max_tokens, shape = (self.values[name].decode("ascii") for name in _REQUIRED)
+            parsed = Outer(pool, model, Action(action), _count(max_tokens), Shape(shape))
+        except (KeyError, ValueError) as exc:
+            raise Refusal(problems.INVALID_HEADERS) from exc
+        if not _NAME.fullmatch(pool) or not _NAME.fullmatch(model):
+            raise Refusal(problems.INVALID_HEADERS)
+        return parsed
+
+
+def _count(text: str) -> int:
+    if not _COUNT.fullmatch(text) or int(text) > MAX_TOKENS:
+        raise ValueError("Lacre-Max-Tokens")
+    return int(text)
