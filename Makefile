@@ -1,0 +1,30 @@
+# `make demo` and `make test` do all of their own set-up; a second run starts in seconds.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-all lint bench clean ready
+
+demo: ready
+	$(BIN)/lacre demo
+
+test: ready
+	$(PYTEST) -m "not slow"
+
+test-all: ready
+	$(PYTEST)
+
+lint: ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: ready
+	$(BIN)/python -m bench
+
+# Quick when nothing changed: tools/bootstrap.py compares what .venv was made from with what is here.
+ready:
+	@$(PYTHON) tools/bootstrap.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,90 @@
+"""Imports point one way, and the SDK stays light: the rules of the house, checked on every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"lacre": "sdk", "lacre_fabric": "fabric", "lacre_gateway": "gateway", "lacre_backend": "backend"}
+MAY_IMPORT = {
+    "lacre": {"lacre"},
+    "lacre_fabric": {"lacre", "lacre_fabric"},
+    "lacre_gateway": {"lacre", "lacre_fabric", "lacre_gateway"},
+    "lacre_backend": {"lacre", "lacre_fabric", "lacre_backend"},
+}
+# What a relay may read. The gateway never holds a pool's private key, and never has the code to use one.
+OF_WIRE_FOR_GATEWAY = {"lacre.wire.header"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports; `from a import b` counts as `a.b`, for b may be a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(package: str) -> list[Path]:
+    found = sorted((ROOT / ROOMS[package] / package).rglob("*.py"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_one_way(package: str) -> None:
+    for path in files(package):
+        used = {name.partition(".")[0] for name in imports(path)}
+        assert used & set(ROOMS) <= MAY_IMPORT[package], path
+
+
+def test_wire_needs_cryptography_alone() -> None:
+    for path in sorted((ROOT / "sdk/lacre/wire").glob("*.py")):
+        for name in imports(path):
+            top = name.partition(".")[0]
+            ours = name.startswith(("lacre.wire", "lacre.errors"))
+            assert ours or top == "cryptography" or top in sys.stdlib_module_names, f"{path}: {name}"
+            assert top not in ("socket", "asyncio", "time", "logging", "threading"), f"{path}: the wire does no I/O"
+
+
+def test_the_gateway_reads_headers_alone() -> None:
+    for path in files("lacre_gateway"):
+        for name in imports(path):
+            if name.startswith("lacre.wire"):
+                assert any(name == allowed or name.startswith(allowed + ".") for allowed in OF_WIRE_FOR_GATEWAY), (
+                    f"{path}: {name}"
+                )
+
+
+def test_the_gateway_cannot_come_by_the_opening_code() -> None:
+    """Not even through what it imports from elsewhere."""
+    code = "import sys, lacre_gateway.app, lacre_gateway.relay; assert 'lacre.wire.opening' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_lacre_is_light() -> None:
+    code = (
+        "import sys, lacre\n"
+        "heavy = {'fastapi', 'nats', 'llama_cpp', 'openai', 'pydantic', 'typer', 'rich', 'starlette', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_litellm() -> None:
+    for lock in (ROOT / "requirements").glob("*.lock"):
+        assert "litellm" not in lock.read_text()
+
+
+def test_locks_name_no_index() -> None:
+    for lock in (ROOT / "requirements").glob("*.lock"):
+        lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
+        assert lines
+        assert not [line for line in lines if "://" in line or line.lstrip().startswith("-") and "--hash=" not in line], lock
