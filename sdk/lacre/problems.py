@@ -95,6 +95,18 @@ UNAVAILABLE: Final = Problem(
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
 INTERNAL: Final = Problem(
     _OURS + "internal", 500, "The gateway failed", "Try again; the operator's log says more.", errors.Unavailable)  # fmt: skip
+NOT_READY: Final = Problem(
+    _OURS + "not-ready", 503, "The gateway has no valid manifest to serve by",
+    "Try again after Retry-After; the operator can run `lacre manifest publish`.", errors.Unavailable)  # fmt: skip
+OVERLOADED: Final = Problem(
+    _OURS + "overloaded", 503, "The gateway serves as many requests as it may",
+    "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
+SLOW_BODY: Final = Problem(
+    _OURS + "slow-body", 408, "The sealed request arrived too slowly", "Try again on a better connection.")  # fmt: skip
+NOT_FOUND: Final = Problem(
+    _OURS + "not-found", 404, "No such resource", "Sealed requests go to POST /v1/sealed.")  # fmt: skip
+METHOD_NOT_ALLOWED: Final = Problem(
+    _OURS + "method-not-allowed", 405, "This resource does not take this method", "See the Allow header.")  # fmt: skip
 
 # Said only inside the seal, by a worker whose clock and the request's `date` disagree (RFC 9458 section 6.5.2).
 DATE: Final = Problem(
@@ -106,5 +118,6 @@ BY_TYPE: Final = {
     for problem in (
         INVALID_TOKEN, FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
         UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNAVAILABLE, INTERNAL,
+        NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED,
     )
 }  # fmt: skip
