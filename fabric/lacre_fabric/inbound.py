@@ -1,0 +1,88 @@
+"""The frames of one request as they reach a gateway: ordered, checked, bounded, and with a clock on them. No transport here.
+
+Rules:
+- The first attempt that sends data, usage or an error is the one: frames of another are dropped.
+- Its frames count from 0 without a gap. A worker that falls silent for `LOST_AFTER` is lost.
+- What is not read yet is bounded by the worker's credit; more than that is a worker out of hand, and ends this request only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final
+
+from lacre.errors import InvalidMessage
+from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.work import CREDIT, LOST_AFTER, FabricError, FrameGap, QueueTimeout, WorkerLost
+
+MAX_PENDING_FRAMES: Final = 4096  # frames of few bytes each must not pile up either
+
+
+class Inbound:
+    """queue_limit: seconds until the first frame must have come."""
+
+    def __init__(self, queue_limit: float) -> None:
+        self._queue_limit = queue_limit
+        self._frames: asyncio.Queue[Frame | FabricError] = asyncio.Queue()
+        self._pending_bytes = 0
+        self._bound: str | None = None
+        self._next = 0
+        self._over = False
+        self.receipt: bytes | None = None
+        self.started = asyncio.Event()
+
+    def put(self, frame: Frame) -> None:
+        """Takes what the transport received, in the order in which it came."""
+        if self._over or (self._bound is not None and frame.attempt != self._bound):
+            return
+        if self._bound is None:
+            self._bound = frame.attempt
+            self.started.set()
+        if frame.sequence != self._next:
+            return self.fail(FrameGap("a frame of the answer is missing"))
+        self._next += 1
+        self._pending_bytes += len(frame.payload)
+        if self._pending_bytes > 2 * CREDIT or self._frames.qsize() >= MAX_PENDING_FRAMES:
+            return self.fail(FrameGap("the worker sent more than its credit allows"))
+        if frame.kind in (Kind.USAGE, Kind.BEAT) and frame.payload:
+            self.receipt = frame.payload
+        self._frames.put_nowait(frame)
+        return None
+
+    def fail(self, error: FabricError) -> None:
+        """Ends the frames with an error, after those that came before it."""
+        if not self._over:
+            self._over = True
+            self._frames.put_nowait(error)
+
+    async def frames(self) -> AsyncIterator[Frame]:
+        """DATA frames, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or what `fail` was given."""
+        begun = False
+        while True:
+            try:
+                async with asyncio.timeout(LOST_AFTER if begun else self._queue_limit):
+                    frame = await self._frames.get()
+            except TimeoutError as exc:
+                self._over = True
+                if not begun:
+                    raise QueueTimeout("no worker took the request within its queue limit") from exc
+                raise WorkerLost("the worker fell silent in mid-answer") from exc
+            if isinstance(frame, FabricError):
+                raise frame
+            begun = True
+            self._pending_bytes -= len(frame.payload)
+            if frame.kind is Kind.BEAT:
+                continue
+            yield frame
+            if frame.kind in (Kind.USAGE, Kind.ERROR):
+                self._over = True
+                return
+
+
+def parse_or_fail(inbound: Inbound, headers: dict[str, str] | None, payload: bytes) -> None:
+    """Puts what came off the wire into `inbound`, or ends it where that is no frame."""
+    try:
+        inbound.put(Frame.parse(headers, payload))
+    except InvalidMessage:
+        inbound.fail(FrameGap("what came in place of a frame is none"))

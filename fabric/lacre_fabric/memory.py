@@ -1,0 +1,195 @@
+"""The fabric inside one process: what one gateway and its nodes need, with the semantics of the real one, and no server.
+
+For tests, and held to the same contract suite as NATS. Redelivery is there too: a delivery that is abandoned before it was
+acked comes back once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.inbound import Inbound
+from lacre_fabric.outbound import Outbound
+from lacre_fabric.work import (
+    MAX_DELIVER,
+    QUEUE_LIMIT,
+    DuplicateWork,
+    NoWorkers,
+    QueueFull,
+    Work,
+    WorkerLost,
+)
+
+
+class MemoryFabric:
+    """The hub: make gateways and workers from it."""
+
+    def __init__(self, *, max_queue: int = 1000) -> None:
+        self.max_queue = max_queue
+        self.queue: deque[tuple[Work, int]] = deque()
+        self.published: set[bytes] = set()
+        self.claims: dict[bytes, str] = {}
+        self.inbound: dict[str, Inbound] = {}
+        self.outbound: dict[str, Outbound] = {}
+        self.live: list[MemoryWorker] = []
+        self.arrived = asyncio.Condition()
+
+    def gateway(self) -> MemoryGateway:
+        return MemoryGateway(self)
+
+    def worker(self, pool: str, models: Sequence[str], *, slots: int = 1) -> MemoryWorker:
+        worker = MemoryWorker(self, pool, models, slots)
+        self.live.append(worker)
+        return worker
+
+    async def enqueue(self, work: Work, deliveries: int) -> None:
+        async with self.arrived:
+            self.queue.append((work, deliveries))
+            self.arrived.notify_all()
+
+    def withdraw(self, request_id: str) -> None:
+        self.queue = deque(entry for entry in self.queue if entry[0].request_id != request_id)
+        if request_id in self.outbound:
+            self.outbound[request_id].cancel()
+
+    def receive(self, request_id: str, frame: Frame) -> None:
+        if request_id in self.inbound:
+            self.inbound[request_id].put(frame)
+        elif frame.kind in (Kind.DATA, Kind.BEAT):
+            self.withdraw(request_id)
+
+
+class MemoryGateway:
+    """A `GatewayFabric`."""
+
+    def __init__(self, hub: MemoryFabric) -> None:
+        self._hub = hub
+        self.connected = True
+
+    async def dispatch(self, work: Work, *, queue_limit: float = QUEUE_LIMIT) -> MemoryDispatch:
+        if not self.workers(work.pool, work.model):
+            raise NoWorkers("no live worker of the pool serves the model")
+        if len(self._hub.queue) >= self._hub.max_queue:
+            raise QueueFull("the pool's queue is full")
+        if work.digest in self._hub.published:
+            raise DuplicateWork("this sealed request was published before")
+        self._hub.published.add(work.digest)
+        inbound = self._hub.inbound[work.request_id] = Inbound(queue_limit)
+        await self._hub.enqueue(work, 1)
+        return MemoryDispatch(self._hub, work.request_id, inbound)
+
+    def workers(self, pool: str, model: str) -> int:
+        return sum(worker.pool == pool and model in worker.models for worker in self._hub.live)
+
+    async def close(self) -> None:
+        self.connected = False
+
+
+class MemoryDispatch:
+    """A `Dispatch`."""
+
+    def __init__(self, hub: MemoryFabric, request_id: str, inbound: Inbound) -> None:
+        self._hub = hub
+        self._request_id = request_id
+        self._inbound = inbound
+
+    @property
+    def receipt(self) -> bytes | None:
+        return self._inbound.receipt
+
+    async def frames(self) -> AsyncIterator[Frame]:
+        try:
+            async for frame in self._inbound.frames():
+                yield frame
+        finally:
+            await self.cancel()
+
+    async def consumed(self, size: int) -> None:
+        if self._request_id in self._hub.outbound:
+            self._hub.outbound[self._request_id].renew(size)
+
+    async def cancel(self) -> None:
+        if self._hub.inbound.pop(self._request_id, None) is not None:
+            self._hub.withdraw(self._request_id)
+
+
+class MemoryWorker:
+    """A `WorkerFabric`."""
+
+    def __init__(self, hub: MemoryFabric, pool: str, models: Sequence[str], slots: int) -> None:
+        self._hub = hub
+        self.pool = pool
+        self.models = tuple(models)
+        self._free = asyncio.Semaphore(slots)
+
+    async def pull(self) -> MemoryDelivery:
+        await self._free.acquire()
+        try:
+            async with self._hub.arrived:
+                while (entry := self._next()) is None:
+                    await self._hub.arrived.wait()
+        except BaseException:
+            self._free.release()
+            raise
+        return MemoryDelivery(self._hub, *entry)
+
+    def _next(self) -> tuple[Work, int] | None:
+        for entry in self._hub.queue:
+            if entry[0].pool == self.pool and entry[0].model in self.models:
+                self._hub.queue.remove(entry)
+                return entry
+        return None
+
+    def release(self) -> None:
+        self._free.release()
+
+    async def drain(self) -> None:
+        if self in self._hub.live:
+            self._hub.live.remove(self)
+
+    async def close(self) -> None:
+        await self.drain()
+
+
+class MemoryDelivery:
+    """A `Delivery`. `abandon` is what the death of its worker looks like from outside."""
+
+    def __init__(self, hub: MemoryFabric, work: Work, deliveries: int) -> None:
+        self._hub = hub
+        self._deliveries = deliveries
+        self._acked = False
+        self._out = Outbound(self._publish)
+        self.work = work
+        self.attempt = self._out.attempt
+        self.cancelled = self._out.cancelled
+        hub.outbound[work.request_id] = self._out
+
+    async def claim(self) -> bool:
+        return self._hub.claims.setdefault(self.work.digest, self.attempt) == self.attempt
+
+    async def send(self, kind: Kind, payload: bytes) -> None:
+        await self._out.send(kind, payload)
+        self._acked = True
+
+    async def reject(self, problem_type: str) -> None:
+        await self.send(Kind.ERROR, problem_type.encode())
+        await self.drop()
+
+    async def drop(self) -> None:
+        self._acked = True
+        if self._hub.outbound.get(self.work.request_id) is self._out:
+            del self._hub.outbound[self.work.request_id]
+
+    async def abandon(self) -> None:
+        if self._acked:
+            return
+        if self._deliveries < MAX_DELIVER:
+            await self._hub.enqueue(self.work, self._deliveries + 1)
+        elif self.work.request_id in self._hub.inbound:
+            self._hub.inbound[self.work.request_id].fail(WorkerLost("every delivery of the request came to nothing"))
+
+    async def _publish(self, frame: Frame) -> None:
+        self._hub.receive(self.work.request_id, frame)

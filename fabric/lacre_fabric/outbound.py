@@ -1,0 +1,55 @@
+"""The frames of one attempt as a node sends them: numbered, and paid for with credit. No transport here."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+
+from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.work import CREDIT, CREDIT_TIMEOUT, Cancelled
+
+Publish = Callable[[Frame], Awaitable[None]]
+
+
+class Outbound:
+    """Counts frames and credit; `publish` puts a frame on the wire."""
+
+    def __init__(self, publish: Publish) -> None:
+        self.attempt = secrets.token_hex(16)
+        self.cancelled = asyncio.Event()
+        self._publish = publish
+        self._sequence = 0
+        self._credit = CREDIT
+        self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()
+
+    async def send(self, kind: Kind, payload: bytes) -> None:
+        """Raises Cancelled. A number is given only as its frame goes out; a beat passes data that waits for credit."""
+        if kind is Kind.DATA:
+            await self._pay(len(payload))
+        if self.cancelled.is_set():
+            raise Cancelled("the gateway withdrew the request, or its reader stalled")
+        async with self._turn:
+            frame = Frame(self.attempt, self._sequence, kind, payload)
+            self._sequence += 1
+            await self._publish(frame)
+
+    def renew(self, size: int) -> None:
+        """The gateway's reader took `size` more bytes. Never more than the whole credit, whatever it says."""
+        self._credit = min(self._credit + max(size, 0), CREDIT)
+        self._changed.set()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+        self._changed.set()
+
+    async def _pay(self, size: int) -> None:
+        while not self.cancelled.is_set() and self._credit < min(size, CREDIT):
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(CREDIT_TIMEOUT):
+                    await self._changed.wait()
+            except TimeoutError:
+                self.cancel()
+        self._credit -= size

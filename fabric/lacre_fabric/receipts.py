@@ -1,0 +1,54 @@
+"""A receipt: the pool's signed word on what a request used. It attributes a count to the pool; it does not prove the count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre import jws
+from lacre.members import Members
+
+TYP: Final = "lacre-receipt+jwt"
+TRAILER: Final = "lacre-receipt"  # the field of the sealed answer's trailer that carries the final one
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """enc: base64url SHA-256 of `hdr ‖ enc`. model: `sha256:` and the digest of the model file. Counts are tokens.
+    start, end: seconds since the epoch. final: False for a cumulative one on a beat.
+    """  # fmt: skip
+
+    enc: str
+    model: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    start: float
+    end: float
+    final: bool
+
+    def members(self) -> dict[str, Any]:
+        return {
+            "enc": self.enc, "model": self.model, "prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens, "start": self.start, "end": self.end, "final": self.final,
+        }  # fmt: skip
+
+    def sign(self, key: Ed25519PrivateKey) -> str:
+        return jws.sign(self.members(), key, TYP)
+
+    @classmethod
+    def verify(cls, token: str, key: bytes) -> Receipt:
+        """Raises InvalidMessage or InvalidSignature. key: the pool's `receipt_key` in the manifest."""
+        members = Members(jws.verify(token, key, TYP), "the receipt")
+        return cls(
+            enc=members.text("enc"),
+            model=members.text("model"),
+            prompt_tokens=members.count("prompt_tokens"),
+            cached_tokens=members.count("cached_tokens"),
+            completion_tokens=members.count("completion_tokens"),
+            start=members.time("start"),
+            end=members.time("end"),
+            final=members.flag("final"),
+        )

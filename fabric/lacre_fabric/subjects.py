@@ -1,0 +1,68 @@
+"""The names of streams, subjects and buckets (DESIGN section 7). Names become NATS tokens here."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from lacre.errors import SettingsError
+from lacre.jws import b64u
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+TRUST_BUCKET: Final = "trust"
+MANIFEST_KEY: Final = "manifest"
+
+
+def check_name(kind: str, name: str) -> str:
+    """A pool, gateway or node name: it stands in subjects, where `.`, `*` and `>` would reach into others'."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(f"a {kind} name has 1 to 63 of a-z, 0-9, - and _, and begins with a letter or digit: {name!r}")
+    return name
+
+
+def model_token(model: str) -> str:
+    """A model's name as one token: model names may hold any visible character."""
+    return b64u(model.encode())
+
+
+def work_stream(pool: str) -> str:
+    return f"WORK_{pool}"
+
+
+def work(pool: str, model: str) -> str:
+    return f"work.{pool}.{model_token(model)}"
+
+
+def consumer(model: str) -> str:
+    """The one durable consumer of a model's subject."""
+    return f"model-{model_token(model)}"
+
+
+def reply(pool: str, gateway: str, request: str) -> str:
+    return f"reply.{pool}.{gateway}.{request}"
+
+
+def replies(gateway: str) -> str:
+    """Every reply to one gateway process's requests: one subscription for all of them."""
+    return f"reply.*.{gateway}.*"
+
+
+def cancel(pool: str, request: str) -> str:
+    return f"cancel.{pool}.{request}"
+
+
+def credit(pool: str, request: str) -> str:
+    return f"credit.{pool}.{request}"
+
+
+def presence(pool: str, node: str) -> str:
+    return f"presence.{pool}.{node}"
+
+
+def claims_bucket(pool: str) -> str:
+    return f"claims_{pool}"
+
+
+def inbox(role: str) -> str:
+    """A credential's own inbox prefix; with the usual `_INBOX` a worker of one pool could read what another pulls."""
+    return f"_INBOX_{role}"

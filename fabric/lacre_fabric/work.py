@@ -1,0 +1,136 @@
+"""What gateways and nodes program against: work goes out, frames come back. `nats_gateway`/`nats_worker` and `memory` do it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from lacre.errors import LacreError
+from lacre_fabric.frames import Frame, Kind
+
+CREDIT: Final = 256 * 1024  # bytes of data that a worker may send before the gateway renews: core NATS has no back-pressure
+CREDIT_TIMEOUT: Final = 5.0  # seconds without renewal after which a reader counts as gone
+BEAT: Final = 1.0  # seconds between a worker's signs of life, on a request and in presence
+LOST_AFTER: Final = 3.0  # seconds without any frame, after the first, until a worker counts as lost
+PRESENT_FOR: Final = 3.0  # seconds that one sign of presence counts
+SETTLE: Final = 1.5  # seconds that a gateway new to the fabric waits for the first presence: inside the 2 s of a refusal
+QUEUE_LIMIT: Final = 30.0  # seconds that work may wait for a worker, by default
+ACK_WAIT: Final = 5.0  # seconds until work that nobody acked, nor said to be in progress, is delivered again
+MAX_DELIVER: Final = 2
+DUPLICATE_WINDOW: Final = 900.0  # seconds: more than twice the date window
+CLAIM_TTL: Final = 900.0
+
+
+class FabricError(LacreError):
+    """The fabric could not do it; the gateway turns each kind into a problem type."""
+
+
+class DuplicateWork(FabricError):
+    """The same sealed request was published before."""
+
+
+class NoWorkers(FabricError):
+    """No live worker of the pool serves the model."""
+
+
+class QueueFull(FabricError):
+    """The pool's queue takes no more."""
+
+
+class QueueTimeout(FabricError):
+    """No worker took the work within its queue limit; it was withdrawn."""
+
+
+class WorkerLost(FabricError):
+    """The worker fell silent, or every delivery of the work came to nothing."""
+
+
+class FrameGap(FabricError):
+    """A frame is missing or out of order: what came cannot be trusted to be whole."""
+
+
+class FabricUnavailable(FabricError):
+    """The message server cannot be reached, or denies what this role needs."""
+
+
+class Cancelled(FabricError):
+    """The gateway withdrew the request, or its reader stalled for longer than `CREDIT_TIMEOUT`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A sealed request on its way. grant: a JWS. digest: SHA-256 of `hdr ‖ enc`, what makes it the same work again.
+    request_id: 32 hex digits; it stands in subjects.
+    """  # fmt: skip
+
+    request_id: str
+    pool: str
+    model: str
+    digest: bytes
+    grant: str = field(repr=False)
+    sealed: bytes = field(repr=False)
+
+
+class Dispatch(Protocol):
+    """Work that was taken, seen from the gateway."""
+
+    @property
+    def receipt(self) -> bytes | None:
+        """The payload of the last receipt that came, cumulative or final; unverified."""
+
+    def frames(self) -> AsyncIterator[Frame]:
+        """DATA frames in order, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or FabricUnavailable."""
+
+    async def consumed(self, size: int) -> None:
+        """So many more bytes of data were written to the client: the worker may send as many more."""
+
+    async def cancel(self) -> None:
+        """The client is gone, or the answer is over: withdraws the work or stops the worker. Idempotent."""
+
+
+class GatewayFabric(Protocol):
+    async def dispatch(self, work: Work, *, queue_limit: float = QUEUE_LIMIT) -> Dispatch:
+        """Raises DuplicateWork, NoWorkers (within 2 s), QueueFull or FabricUnavailable."""
+
+    def workers(self, pool: str, model: str) -> int:
+        """How many live workers serve the model, by their presence."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+class Delivery(Protocol):
+    """Work that a node pulled. In-progress acks run from the pull until `send`, `reject` or `drop`."""
+
+    work: Work
+    attempt: str
+    cancelled: asyncio.Event
+
+    async def claim(self) -> bool:
+        """Takes the request for this attempt, in the whole pool. False: another attempt has it; `drop` it silently."""
+
+    async def send(self, kind: Kind, payload: bytes) -> None:
+        """Sends a frame; the first one acks the work. Data waits for credit. Raises Cancelled."""
+
+    async def reject(self, problem_type: str) -> None:
+        """Ends the work with an error frame; it is not delivered again."""
+
+    async def drop(self) -> None:
+        """Ends the work without a word, and stops what `Delivery` runs. Idempotent; also after a good end."""
+
+
+class WorkerFabric(Protocol):
+    async def pull(self) -> Delivery:
+        """The next piece of work, once there is one and a slot is free. Raises FabricUnavailable."""
+
+    def release(self) -> None:
+        """A slot that a delivery took is free again."""
+
+    async def drain(self) -> None:
+        """Stops pulling and announcing; what was pulled goes on."""
+
+    async def close(self) -> None: ...
