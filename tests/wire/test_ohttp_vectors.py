@@ -1,9 +1,12 @@
 """The examples of the two documents, byte for byte. A failure here is a wire nobody else speaks."""
 
+import json
+from pathlib import Path
+
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from lacre.wire import bhttp, hpke, ohttp
-from lacre.wire.header import Aead, Kdf, Kem, KeyConfig, SealedHeader, Suite, inspect_request
+from lacre.wire.header import DEFAULT_SUITE, Aead, Kdf, Kem, KeyConfig, SealedHeader, Suite, inspect_request
 from lacre.wire.opening import PrivateKey, RequestOpener, ResponseSealer, open_request
 
 SUITE = Suite(Kem.X25519, Kdf.HKDF_SHA256, Aead.AES_128_GCM)
@@ -145,3 +148,37 @@ def test_rfc_9458_appendix_a() -> None:
     assert hpke.expand(prk, b"key", 16).hex() == "5d0172a080e428b16d298c4ea0db620d"
     assert hpke.expand(prk, b"nonce", 12).hex() == "f6bf1aeb88d6df87007fa263"
     assert nonce + ohttp.response_aead(header, secret, nonce).seal(RESPONSE) == sealed_response
+
+
+def test_the_exchange_that_docs_wire_md_publishes() -> None:
+    """The one vector of the default suite: what another client is checked against must stay true of this one."""
+    text = (Path(__file__).parents[2] / "docs" / "wire-vectors.json").read_text()
+    vector = {name: value for name, value in json.loads(text).items() if name != "about"}
+    header, chunks = bytes.fromhex(vector["header"]), [bytes.fromhex(chunk) for chunk in vector["request_chunks"]]
+    config = KeyConfig.parse(bytes.fromhex(vector["key_configuration"]))
+    key = PrivateKey(config.key_id, config.kem, bytes.fromhex(vector["secret_key"]), config.algorithms)
+    assert key.config == config
+    sealed = SealedHeader.parse(header)
+    assert sealed.suite == DEFAULT_SUITE
+    assert sealed.digest.hex() == vector["header_sha256"]
+    assert ohttp.request_info(sealed).hex() == vector["info"]
+    assert key.decapsulate(sealed.enc).hex() == vector["shared_secret"]
+    assert open_request({config.key_id: key}, header + b"".join(chunks))[0].hex() == vector["request_binary_http"]
+
+    nonce, secret = bytes.fromhex(vector["response_nonce"]), bytes.fromhex(vector["exported_secret"])
+    prk = hpke.extract(sealed.enc + nonce, secret)
+    assert prk.hex() == vector["prk"]
+    assert hpke.expand(prk, b"key", 32).hex() == vector["response_key"]
+    assert hpke.expand(prk, b"nonce", 12).hex() == vector["response_base_nonce"]
+    sealer, opener = ResponseSealer(sealed, secret, nonce), ohttp.ResponseOpener(sealed, secret)
+    assert sealer.seal(b"") == nonce
+    assert opener.feed(nonce) == []
+    for plain, chunk in zip(vector["response_records"], vector["response_chunks"][:-1], strict=True):
+        assert sealer.seal(bytes.fromhex(plain)).hex() == chunk
+        assert opener.feed(bytes.fromhex(chunk)) == [bytes.fromhex(plain)]
+    assert sealer.finish().hex() == vector["response_chunks"][-1]
+    opener.feed(bytes.fromhex(vector["response_chunks"][-1]))
+    assert opener.close() == []
+    decoder = bhttp.ResponseDecoder()
+    events = [event for record in vector["response_records"] for event in decoder.feed(bytes.fromhex(record))]
+    assert events[-1] == bhttp.End((("lacre-receipt", "e30.e30.AA"),))

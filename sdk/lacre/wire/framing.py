@@ -1,4 +1,4 @@
-"""The outline of a chunked OHTTP body: where each sealed chunk begins and ends (chunked OHTTP sections 3 and 4).
+"""The outline of a chunked OHTTP body: where each sealed chunk begins and ends (chunked OHTTP sections 4 and 5).
 
     { varint(len) ‖ sealed chunk }*  varint(0) ‖ sealed final chunk, to the end of the body
 
