@@ -65,6 +65,7 @@ class Outcome:
     time: float
     outcome: str
     status: int | None
+    unreceipted: bool
     prompt_tokens: int | None
     cached_tokens: int | None
     completion_tokens: int | None

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import jwt
-from lacre import problems
 
+from lacre import problems
 from lacre_gateway.keyset import KeySet
 from lacre_gateway.refusal import Refusal
 from lacre_gateway.throttle import FailureThrottle

@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
 from lacre.errors import SettingsError
 
 MIN_RSA_BITS: Final = 2048  # RFC 7518 section 3.3

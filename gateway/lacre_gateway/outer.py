@@ -16,7 +16,6 @@ from typing import Final, Self
 
 from lacre import problems
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
-
 from lacre_gateway.refusal import Refusal
 
 MAX_TOKENS: Final = 2**31

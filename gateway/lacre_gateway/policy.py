@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import cedarpy
+
 from lacre.errors import SettingsError
 from lacre.wire.header import Kem
-
 from lacre_gateway.auth import Principal
 from lacre_gateway.outer import Action, Shape
 

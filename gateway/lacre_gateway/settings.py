@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-from lacre.errors import InvalidMessage, SettingsError
-from lacre.jws import b64u_decode
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -30,6 +28,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+from lacre.errors import InvalidMessage, SettingsError
+from lacre.jws import b64u_decode
 
 # Signatures that the gateway can check and not make. HS* would let whoever reads this file mint tokens, `none` anybody.
 Algorithm = Literal["EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
@@ -79,8 +80,8 @@ def _key_set(value: object) -> object:
 
 
 FilePath = Annotated[Path, AfterValidator(_from_folder)]
-# What NATS allows in one token of a subject, and what reads the same in a log.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+# What `lacre_fabric.subjects` takes as one token of a NATS subject.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
 class _Table(BaseModel):

@@ -9,10 +9,10 @@ import ipaddress
 import time
 from typing import Final
 
-from lacre import problems
 from limits import parse
 from slowapi import Limiter
 
+from lacre import problems
 from lacre_gateway.refusal import Refusal
 
 _BUCKET: Final = "failed-auth"

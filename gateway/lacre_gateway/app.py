@@ -1,0 +1,95 @@
+"""The routes of a gateway, as an app made by a factory. All state is in the `Gateway` that it is given.
+
+There are no documentation routes, no redirects and no pages: whatever is not one of the four routes is a problem document.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from lacre import problems
+from lacre.problems import Problem
+from lacre_gateway.accesslog import AccessLog
+from lacre_gateway.refusal import Refusal
+from lacre_gateway.relay import SealedEndpoint
+from lacre_gateway.state import Gateway
+
+_READ: Final = ["GET", "HEAD"]
+_BY_STATUS: Final = {404: problems.NOT_FOUND, 405: problems.METHOD_NOT_ALLOWED}
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """An ASGI app that serves from `gateway`, and neither starts nor stops any of its parts."""
+    app = FastAPI(title="Lacre gateway", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.gateway = gateway
+    app.add_middleware(AccessLog, log=gateway.log)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(Exception, _failed)
+    app.router.routes.append(Route("/v1/sealed", SealedEndpoint(gateway), methods=["POST"]))
+    app.add_api_route("/v1/manifest", manifest, methods=_READ)
+    app.add_api_route("/healthz", healthz, methods=_READ)
+    app.add_api_route("/readyz", readyz, methods=_READ)
+    return app
+
+
+async def manifest(request: Request) -> Response:
+    """The document that clients verify: byte for byte what was published."""
+    gateway: Gateway = request.app.state.gateway
+    document = gateway.manifest.require().document
+    # A cache may keep it and must ask again each time (RFC 9111 section 5.2.2.4): a rotated key is in use at once.
+    headers = {"etag": gateway.manifest.etag, "cache-control": "no-cache"}
+    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    if gateway.manifest.etag in known or "*" in known:
+        return Response(status_code=304, headers=headers)
+    return Response(document, media_type="application/json", headers=headers)
+
+
+async def healthz() -> Response:
+    """Whether the process runs and its event loop turns. Nothing else: a restart would heal nothing else."""
+    return JSONResponse({"status": "ok"}, headers={"cache-control": "no-store"})
+
+
+async def readyz(request: Request) -> Response:
+    """Whether requests can be served now, and if not, what is missing."""
+    gateway: Gateway = request.app.state.gateway
+    missing = gateway.missing()
+    newest = gateway.manifest.newest
+    detail = {
+        "status": "not ready" if missing else "ready",
+        "missing": missing,
+        "manifest": None if newest is None else {"version": newest.version, "expires_at": newest.expires_at},
+    }
+    headers = {"cache-control": "no-store"}
+    if missing:
+        headers["retry-after"] = "1"
+    return JSONResponse(detail, status_code=503 if missing else 200, headers=headers)
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    """What the router says of a wrong path or method."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    response = _problem(Refusal(_BY_STATUS.get(status, problems.INTERNAL)))
+    if isinstance(error, HTTPException) and "Allow" in (error.headers or {}):
+        response.headers["allow"] = (error.headers or {})["Allow"]
+    return response
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    return _problem(error if isinstance(error, Refusal) else Refusal(problems.INTERNAL))
+
+
+async def _failed(_request: Request, _error: Exception) -> Response:
+    """A fault of the gateway. The server logs where it was; the caller learns that it was."""
+    return _problem(Refusal(problems.INTERNAL))
+
+
+def _problem(refusal: Refusal) -> Response:
+    problem: Problem = refusal.problem
+    headers = {name.decode(): value.decode() for name, value in refusal.headers()}
+    return Response(problem.body(), status_code=problem.status, headers=headers)

@@ -1,0 +1,131 @@
+"""One HTTP request and its answer, over bare ASGI: what the relay needs of HTTP, and nothing of what the request is for.
+
+Rules:
+- A body is counted while it is read, whatever Content-Length said, and has a limited time to arrive.
+- Nothing of an answer is buffered: `write` returns when the server took the bytes, and a client that reads nothing is cut off.
+- An answer is ended only by `end`. Leaving it without makes the server abort the connection, so that the chunked coding has no
+  last chunk (RFC 9112 section 7.1) and a client cannot take a part for the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final
+
+from lacre import problems
+from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
+from lacre_gateway.outer import Fields
+from lacre_gateway.refusal import Refusal
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# A worker gives up a stream whose credit is not renewed for 5 s (DESIGN section 7); later there is nothing left to send.
+STALL_LIMIT: Final = 10.0
+# After a refusal the rest of a body is read and dropped for this long: closing at once would reset the connection, and the
+# client might lose the refusal that it is about to read.
+LINGER: Final = 2.0
+# What is usually here already when a refusal is decided. Reading it first lets the connection be used again.
+_SKIM_BYTES: Final = 64 * 1024
+_SKIM_TIME: Final = 0.05
+
+_ANSWER_HEADERS: Final = (
+    (b"content-type", MEDIA_TYPE_RESPONSE.encode()),
+    (b"incremental", b"?1"),  # draft-ietf-httpbis-incremental: intermediaries must not buffer
+    (b"x-accel-buffering", b"no"),  # the same, for an nginx in front
+    (b"cache-control", b"no-store"),
+)
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+class Stalled(Exception):
+    """The client has stopped reading."""
+
+
+class Exchange:
+    """One request and its answer. address: the caller's. status: what was answered; None so far."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._unread = True
+        self.fields = Fields.collect(scope["headers"])
+        self.address: str = scope["client"][0] if scope.get("client") else ""
+        self.request_id: str = scope["state"]["request_id"]
+        self.status: int | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether an answer is on its way, so that it is too late for a problem document."""
+        return self.status is not None
+
+    async def sealed_body(self, seconds: float) -> bytes:
+        """The whole body. Raises Refusal (too large, too slow) or ClientGone."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(seconds):
+                while self._unread:
+                    body += await self._next_piece()
+                    if len(body) > MAX_SEALED_REQUEST:
+                        raise Refusal(problems.TOO_LARGE)
+        except TimeoutError:
+            raise Refusal(problems.SLOW_BODY) from None
+        return bytes(body)
+
+    async def gone(self) -> None:
+        """Returns when the client has left. Only after the body was read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def begin(self) -> None:
+        """Starts the answer. It has no Content-Length: its end shows only in the seal."""
+        self.status = 200
+        await self._send({"type": "http.response.start", "status": 200, "headers": list(_ANSWER_HEADERS)})
+
+    async def write(self, piece: bytes) -> None:
+        """Raises Stalled where the client does not take it in time."""
+        try:
+            async with asyncio.timeout(STALL_LIMIT):
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+        except TimeoutError:
+            raise Stalled from None
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answers with a problem document."""
+        self.status = refusal.problem.status
+        await self._drop(_SKIM_TIME, _SKIM_BYTES)
+        headers = refusal.headers()
+        if self._unread:
+            headers.append((b"connection", b"close"))
+        await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": refusal.problem.body(), "more_body": self._unread})
+        if self._unread:
+            await self._drop(LINGER, MAX_SEALED_REQUEST)
+            await self.end()
+
+    async def _drop(self, seconds: float, limit: int) -> None:
+        """Reads what is left of the body, within limits, and forgets it."""
+        with contextlib.suppress(TimeoutError, ClientGone):
+            async with asyncio.timeout(seconds):
+                while self._unread and limit > 0:
+                    limit -= len(await self._next_piece())
+
+    async def _next_piece(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._unread = False
+            raise ClientGone
+        self._unread = message.get("more_body", False)
+        piece: bytes = message.get("body", b"")
+        return piece

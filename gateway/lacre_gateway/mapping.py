@@ -1,0 +1,73 @@
+"""Every way that a request can fail, as the problem that the caller is told: the one place where errors become problems.
+
+What is not in this table is a fault of the gateway, and says no more than that.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from lacre import problems
+from lacre.errors import MessageTooLarge, ProtocolError
+from lacre.problems import Problem
+from lacre_fabric.work import (
+    DuplicateWork,
+    FabricError,
+    FrameGap,
+    NoWorkers,
+    QueueFull,
+    QueueTimeout,
+    WorkerLost,
+)
+from lacre_gateway.limits import LimitExceeded
+from lacre_gateway.refusal import Refusal
+
+# Seconds. Presence is published each second, and answers take some: sooner is pointless, much later wastes a free worker.
+_RETRY_SOON: Final = 2.0
+_RETRY_LATER: Final = 5.0
+
+# The first that fits decides.
+_TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
+    (DuplicateWork, problems.REPLAYED, None),
+    (NoWorkers, problems.NO_WORKER, _RETRY_LATER),
+    (QueueFull, problems.BUSY, _RETRY_LATER),
+    (QueueTimeout, problems.BUSY, _RETRY_LATER),
+    (WorkerLost, problems.WORKER_LOST, None),
+    (FrameGap, problems.WORKER_LOST, None),
+    (FabricError, problems.UNAVAILABLE, _RETRY_SOON),
+    (MessageTooLarge, problems.TOO_LARGE, None),
+    (ProtocolError, problems.INVALID_REQUEST, None),
+)
+
+# What a worker may say of a request that it did not answer. Anything else is not for it to say.
+_FROM_WORKERS: Final = frozenset({
+    problems.INVALID_REQUEST,
+    problems.UNKNOWN_KEY,
+    problems.INVALID_GRANT,
+    problems.REPLAYED,
+    problems.TOO_LARGE,
+    problems.BUSY,
+})  # fmt: skip
+
+
+class WorkerRefused(Exception):
+    """A worker answered with a problem instead of an answer."""
+
+    def __init__(self, problem_type: bytes) -> None:
+        super().__init__("a worker refused the request")
+        problem = problems.BY_TYPE.get(problem_type.decode("ascii", "replace"))
+        self.problem = problem if problem in _FROM_WORKERS else problems.WORKER_LOST
+
+
+def refusal_for(error: BaseException) -> Refusal:
+    """The refusal that tells the caller as much of `error` as a caller may know."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, LimitExceeded):
+        return Refusal(problems.RATE_LIMITED if error.own else problems.OVERLOADED, retry_after=error.retry_after)
+    if isinstance(error, WorkerRefused):
+        return Refusal(error.problem, retry_after=_RETRY_LATER if error.problem.status == 503 else None)
+    for kind, problem, retry_after in _TABLE:
+        if isinstance(error, kind):
+            return Refusal(problem, retry_after=retry_after)
+    return Refusal(problems.INTERNAL)

@@ -1,0 +1,236 @@
+"""The path of one sealed request. `relay` reads like the list in DESIGN section 3.
+
+Rules:
+- Nothing here can open anything. Frames are forwarded byte for byte, each as it comes.
+- An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the connection is aborted:
+  the client never sees a clean end of a broken answer.
+- A request that ends in any other way than its answer's end is cancelled at the worker.
+- The intent is on disk before the first byte of the answer leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lacre import problems
+from lacre.errors import LacreError
+from lacre.jws import b64u
+from lacre.manifest import Pool
+from lacre.wire.header import inspect_request
+from lacre_fabric.frames import Kind
+from lacre_fabric.grants import Grant
+from lacre_fabric.receipts import Receipt
+from lacre_fabric.work import Dispatch, FabricError, Work, WorkerLost
+from lacre_gateway.audit import Intent
+from lacre_gateway.auth import Principal
+from lacre_gateway.exchange import ClientGone, Exchange, Receive, Scope, Send
+from lacre_gateway.limits import Reservation
+from lacre_gateway.logs import places
+from lacre_gateway.mapping import WorkerRefused, refusal_for
+from lacre_gateway.outer import Outer
+from lacre_gateway.policy import Decision, Question
+from lacre_gateway.refusal import Refusal
+from lacre_gateway.state import Gateway
+from lacre_gateway.trail import Trail
+
+_CANCEL_LIMIT: Final = 2.0  # seconds that cancelling may take; the worker also stops by itself when its credit runs out
+
+
+class StreamBroken(Exception):
+    """Aborts an answer that was under way. Left to the server, which closes the connection."""
+
+
+class SealedEndpoint:
+    """`POST /v1/sealed`, as a bare ASGI app."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        try:
+            await relay(self._gateway, exchange)
+        except ClientGone:
+            return
+        except Exception as exc:
+            if exchange.started:
+                raise StreamBroken from exc
+            refusal = refusal_for(exc)
+            if refusal.problem is problems.INTERNAL:
+                self._gateway.log.error("request failed", request_id=exchange.request_id, **places(exc))
+            await exchange.refuse(refusal)
+
+
+async def relay(gateway: Gateway, exchange: Exchange) -> None:
+    """Raises whatever `mapping` names, before the first byte of the answer or after it."""
+    principal = gateway.authenticator.authenticate(exchange.fields.authorization(), exchange.address)
+    exchange.fields.check_media()
+    outer = exchange.fields.outer()
+    subject = (principal.issuer, principal.subject)
+    with gateway.limits.slot(subject, gateway.clock()):
+        sealed = await exchange.sealed_body(gateway.settings.limits.body_timeout)
+        request = _inspected(gateway, exchange.request_id, principal, outer, sealed)
+        decision = gateway.policies.decide(request.question)
+        if not decision.allowed:
+            with Trail(gateway.audit, exchange, request.intent(decision)):
+                raise Refusal(problems.FORBIDDEN)
+        reservation = gateway.limits.reserve(subject, request.ceilings, gateway.clock())
+        with Trail(gateway.audit, exchange, request.intent(decision)) as trail:
+            work = request.work(_grant(gateway, request, reservation), sealed)
+            dispatch = await gateway.connected().dispatch(work, queue_limit=gateway.settings.limits.queue_limit)
+            del sealed, work  # megabytes, which an answer of minutes need not keep
+            try:
+                await _until_gone(exchange, _forward(exchange, dispatch, trail))
+            except BaseException:
+                await _cancel(dispatch)
+                raise
+            finally:
+                trail.receipt = _settle(gateway, request, reservation, dispatch.receipt)
+            await exchange.end()
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A request that is well-formed, and whose pool can open it; not yet allowed."""
+
+    question: Question
+    ceilings: Reservation
+    pool: Pool
+    request_id: str
+    digest: bytes
+    time: float
+
+    def intent(self, decision: Decision) -> Intent:
+        asked, who = self.question, self.question.principal
+        return Intent(
+            request_id=self.request_id,
+            time=round(self.time, 3),
+            subject=who.subject,
+            tenant=who.tenant,
+            issuer=who.issuer,
+            pool=asked.pool,
+            model=asked.model,
+            action=asked.action.value,
+            shape=asked.shape.value,
+            kem=asked.kem.label,
+            max_tokens=asked.max_tokens,
+            sealed_bytes=asked.sealed_bytes,
+            digest=self.digest.hex(),
+            decision="allow" if decision.allowed else "deny",
+            policies=decision.policies,
+        )
+
+    def work(self, grant: str, sealed: bytes) -> Work:
+        return Work(
+            request_id=self.request_id,
+            pool=self.question.pool,
+            model=self.question.model,
+            digest=self.digest,
+            grant=grant,
+            sealed=sealed,
+        )
+
+
+def _inspected(gateway: Gateway, request_id: str, principal: Principal, outer: Outer, sealed: bytes) -> _Request:
+    """Raises ProtocolError or Refusal."""
+    header = inspect_request(sealed)
+    return _Request(
+        question=Question(
+            principal=principal,
+            action=outer.action,
+            pool=outer.pool,
+            model=outer.model,
+            max_tokens=outer.max_tokens,
+            sealed_bytes=len(sealed),
+            kem=header.suite.kem,
+            shape=outer.shape,
+        ),
+        ceilings=gateway.ceilings(outer.model, outer.max_tokens, len(sealed)),
+        pool=gateway.manifest.pool_for(outer, header),
+        request_id=request_id,
+        digest=header.digest,
+        time=gateway.clock(),
+    )
+
+
+def _grant(gateway: Gateway, request: _Request, reservation: Reservation) -> str:
+    """What the worker may do. It names no one: neither subject nor tenant."""
+    now = gateway.clock()
+    asked = request.question
+    return Grant(
+        jti=request.request_id,
+        iat=now,
+        exp=now + gateway.settings.limits.grant_lifetime,
+        pool=asked.pool,
+        model=asked.model,
+        action=asked.action.value,
+        shape=asked.shape.value,
+        max_tokens=reservation.max_tokens,
+        max_prompt_tokens=reservation.max_prompt_tokens,
+        features=(),
+        enc=b64u(request.digest),
+    ).sign(gateway.key)
+
+
+async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> None:
+    """Returns when the worker said that the answer is whole. Raises WorkerRefused, FabricError, AuditUnavailable or Stalled."""
+    frames = dispatch.frames()
+    try:
+        async for frame in frames:
+            if frame.kind is Kind.ERROR:
+                raise WorkerRefused(frame.payload)
+            if not exchange.started:
+                await trail.recorded
+                await exchange.begin()
+            if frame.kind is Kind.USAGE:
+                return
+            await exchange.write(frame.payload)
+            await dispatch.consumed(len(frame.payload))
+    finally:
+        if isinstance(frames, AsyncGenerator):
+            await frames.aclose()
+    raise WorkerLost("the frames ended without a last one")
+
+
+async def _until_gone(exchange: Exchange, forwarding: Coroutine[Any, Any, None]) -> None:
+    """Runs `forwarding` to its end, or until the client leaves: then it is cancelled, and ClientGone is raised."""
+    forward, gone = asyncio.ensure_future(forwarding), asyncio.ensure_future(exchange.gone())
+    try:
+        await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not forward.done():
+            raise ClientGone
+        forward.result()
+    finally:
+        forward.cancel()
+        gone.cancel()
+        await asyncio.gather(forward, gone, return_exceptions=True)
+
+
+async def _cancel(dispatch: Dispatch) -> None:
+    """As well as can be: the worker also stops by itself, when its credit is not renewed."""
+    with contextlib.suppress(FabricError, TimeoutError):
+        async with asyncio.timeout(_CANCEL_LIMIT):
+            await dispatch.cancel()
+
+
+def _settle(gateway: Gateway, request: _Request, reservation: Reservation, token: bytes | None) -> Receipt | None:
+    """The receipt to settle on: signed by the pool, for this request, and inside what was reserved. Otherwise None."""
+    if token is None:
+        return None
+    try:
+        receipt = Receipt.verify(token.decode("ascii", "replace"), request.pool.receipt_key)
+    except LacreError:
+        reason = "does not verify"
+    else:
+        if receipt.enc != b64u(request.digest):
+            reason = "is for another request"
+        elif not reservation.covers(receipt.prompt_tokens, receipt.completion_tokens):
+            reason = "exceeds the grant"
+        else:
+            return receipt
+    gateway.log.warning("receipt refused", request_id=request.request_id, pool=request.question.pool, reason=reason)
+    return None

@@ -1,0 +1,96 @@
+"""What one gateway process holds while it runs. It belongs to the app; a request's own state is in its `Exchange`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.jws import raw_public_key
+from lacre_fabric.work import FabricUnavailable, GatewayFabric
+from lacre_gateway.audit import AuditLog
+from lacre_gateway.auth import Authenticator, TrustedIssuer
+from lacre_gateway.keyset import KeySet
+from lacre_gateway.limits import RequestLimits, Reservation
+from lacre_gateway.logs import Log
+from lacre_gateway.manifest import CurrentManifest
+from lacre_gateway.policy import PolicySet, shipped
+from lacre_gateway.settings import Settings
+from lacre_gateway.throttle import FailureThrottle
+
+
+@dataclass(slots=True)
+class Gateway:
+    """The parts of a running gateway. fabric: None until it is connected. clock: seconds since the epoch."""
+
+    settings: Settings
+    authenticator: Authenticator
+    policies: PolicySet
+    limits: RequestLimits
+    audit: AuditLog
+    manifest: CurrentManifest
+    key: Ed25519PrivateKey
+    log: Log
+    clock: Callable[[], float]
+    fabric: GatewayFabric | None = None
+
+    def connected(self) -> GatewayFabric:
+        """Raises FabricUnavailable."""
+        if self.fabric is None:
+            raise FabricUnavailable("the gateway is not connected to its message fabric yet")
+        return self.fabric
+
+    def ceilings(self, model: str, max_tokens: int, sealed_bytes: int) -> Reservation:
+        """What a request may use. A token of a prompt is at least a byte of the sealed request that carries it."""
+        configured = self.settings.models.get(model)
+        prompt = sealed_bytes if configured is None else min(configured.context, sealed_bytes)
+        return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens)
+
+    def missing(self) -> dict[str, str]:
+        """What is still missing before requests can be served, and who can help; empty when nothing is."""
+        missing = {}
+        manifest = self.manifest.newest
+        if manifest is None:
+            missing["manifest"] = "none yet: publish one with `lacre manifest publish`"
+        elif not self.manifest.valid:
+            missing["manifest"] = "expired: publish a new one with `lacre manifest publish`"
+        elif manifest.gateway_key != raw_public_key(self.key):
+            missing["signing_key"] = "not the one in the manifest: workers will refuse every grant"
+        if self.fabric is None:
+            missing["fabric"] = "not connected to NATS"
+        return missing
+
+
+def build(settings: Settings, key: Ed25519PrivateKey, log: Log, clock: Callable[[], float] = time.time) -> Gateway:
+    """Everything but the fabric. Reads policies and key sets, and opens the audit record. Raises SettingsError.
+
+    Called on the event loop, which the audit record reports to.
+    """
+    limits = settings.limits
+    issuers = [
+        TrustedIssuer(
+            issuer=issuer.issuer,
+            audience=issuer.audience,
+            keys=KeySet.read(issuer.jwks, issuer.algorithms, f"issuers.{number}.jwks"),
+            tenant=issuer.tenant,
+            leeway=issuer.leeway,
+        )
+        for number, issuer in enumerate(settings.issuers)
+    ]
+    return Gateway(
+        settings=settings,
+        authenticator=Authenticator(issuers, FailureThrottle(limits.failed_auth_per_minute), clock),
+        policies=PolicySet.load(settings.policies or shipped()),
+        limits=RequestLimits(
+            in_flight=limits.requests_in_flight,
+            concurrent=limits.concurrent_per_subject,
+            per_minute=limits.requests_per_minute,
+        ),
+        manifest=CurrentManifest(settings.root, clock),
+        key=key,
+        log=log,
+        clock=clock,
+        audit=AuditLog(settings.audit),  # last: nothing after it can fail and leave its thread behind
+    )

@@ -1,0 +1,61 @@
+"""The audit trail of one request: an intent, and whatever happens then, exactly one outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import TracebackType
+from typing import Self
+
+from lacre_fabric.receipts import Receipt
+from lacre_gateway.audit import AuditLog, Intent, Outcome
+from lacre_gateway.exchange import ClientGone, Exchange
+from lacre_gateway.mapping import refusal_for
+
+
+class Trail:
+    """A context: the intent is recorded on entry, the outcome on exit, whichever way it is left.
+
+    recorded: done when the intent is on disk. receipt: what settles the request; None marks it `unreceipted`.
+    """
+
+    def __init__(self, audit: AuditLog, exchange: Exchange, intent: Intent) -> None:
+        self._audit = audit
+        self._exchange = exchange
+        self._intent = intent
+        self._since = time.monotonic()
+        self.receipt: Receipt | None = None
+
+    def __enter__(self) -> Self:
+        self.recorded = self._audit.append(self._intent)
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+        outcome, status = self._end(error)
+        used = self.receipt
+        duration = time.monotonic() - self._since
+        self._audit.append(
+            Outcome(
+                request_id=self._intent.request_id,
+                time=round(self._intent.time + duration, 3),
+                outcome=outcome,
+                status=status,
+                unreceipted=used is None,
+                prompt_tokens=None if used is None else used.prompt_tokens,
+                cached_tokens=None if used is None else used.cached_tokens,
+                completion_tokens=None if used is None else used.completion_tokens,
+                duration=round(duration, 6),
+            )
+        )
+
+    def _end(self, error: BaseException | None) -> tuple[str, int | None]:
+        """The outcome in a word, and the status that the client was sent, if it was sent any."""
+        if error is None:
+            return "answered", self._exchange.status
+        if isinstance(error, ClientGone):
+            return "client-gone", self._exchange.status
+        if isinstance(error, asyncio.CancelledError):
+            return "interrupted", self._exchange.status
+        if self._exchange.started:
+            return "broken", self._exchange.status
+        return "refused", refusal_for(error).problem.status
