@@ -6,6 +6,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lacre import errors
 from lacre.wire.bhttp import (
     Data,
@@ -166,8 +167,10 @@ def test_events_come_as_soon_as_they_are_complete() -> None:
 
 # Properties
 
+# Fields with rules of their own; those are tested beside what is invalid.
+RULED = ("content-length", "te", "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade")
 tokens = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_!#$%&'*+.^`|~", min_size=1, max_size=20).filter(
-    lambda name: name not in ("te", "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade")
+    lambda name: name not in RULED
 )
 values = st.text([chr(code) for code in (*range(0x20, 0x7F), *range(0x80, 0x100))], max_size=30).map(
     lambda text: text.strip(" ")
@@ -224,7 +227,10 @@ def test_a_response_cut_anywhere_but_between_sections_is_truncated(response: lis
         return
     whole = [event for event in joined(response) if event != Data(b"")]
     assert events[-1] == End()
-    assert events[:-1] == whole[: len(events) - 1]
+    *before, last = events[:-1]
+    assert before == whole[: len(before)]
+    full = whole[len(before)]
+    assert last == full or (isinstance(full, Head) and last == Head(full.status, ()))
 
 
 @given(st.data())

@@ -1,6 +1,7 @@
 """Binary HTTP that must be refused, by the side that writes it and by the side that reads it alike."""
 
 import pytest
+
 from lacre import errors
 from lacre.wire import varint
 from lacre.wire.bhttp import (

@@ -9,6 +9,7 @@ import pytest
 from cryptography.hazmat.primitives import hpke as reference
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
 from lacre import errors
 from lacre.wire import hpke
 from lacre.wire.header import Aead, Kdf, Kem, Suite

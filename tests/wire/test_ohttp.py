@@ -6,6 +6,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lacre import errors
 from lacre.wire.header import (
     MAX_CHUNK,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from lacre.wire import bhttp, hpke, ohttp
 from lacre.wire.header import DEFAULT_SUITE, Aead, Kdf, Kem, KeyConfig, SealedHeader, Suite, inspect_request
 from lacre.wire.opening import PrivateKey, RequestOpener, ResponseSealer, open_request
