@@ -24,10 +24,10 @@ from lacre_backend.engine.protocol import (
     FinishReason,
     Kind,
     ModelInfo,
-    PromptTooLong,
     Task,
     TaskRefused,
     Token,
+    check,
 )
 from lacre_backend.engine.text import TextStream
 
@@ -109,16 +109,7 @@ class EchoEngine:
     def _check(self, task: Task) -> None:
         if self._closed:
             raise EngineError("The engine is closed.")
-        if task.kind not in self.model.kinds:
-            raise TaskRefused(f"This model does not {task.kind}.", field="kind")
-        if not task.prompt:
-            raise TaskRefused("The prompt is empty.", field="prompt")
-        if task.max_tokens < 1:
-            raise TaskRefused("max_tokens must be at least 1.", field="max_tokens")
-        if len(task.prompt) >= self.model.n_ctx:
-            raise PromptTooLong(len(task.prompt), self.model.n_ctx)
-        if not all(0 <= token < N_VOCAB for token in (*task.prompt, *task.sampling.logit_bias)):
-            raise TaskRefused("The prompt or the logit bias names a token that the model does not have.", field="prompt")
+        check(task, self.model)
         if task.sampling.grammar is not None:
             raise TaskRefused("This engine only echoes.", field="grammar")
         if task.id in self._jobs:

@@ -22,8 +22,8 @@ from typing import Any, Final
 
 import llama_cpp as L
 import numpy as np
-from lacre.errors import SettingsError
 
+from lacre.errors import SettingsError
 from lacre_backend.engine.delivery import EventStream, Outbox
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.protocol import (
@@ -32,10 +32,10 @@ from lacre_backend.engine.protocol import (
     Finish,
     FinishReason,
     ModelInfo,
-    PromptTooLong,
     Task,
     TaskRefused,
     Token,
+    check,
 )
 from lacre_backend.engine.sampling import Logits, Sampler, logprob
 from lacre_backend.engine.text import TextStream
@@ -164,7 +164,7 @@ class LlamaEngine:
         return self._model.tokenize(text, special)
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
-        self._check(task)
+        check(task, self.model)
         limit = min(task.max_tokens, self.model.n_ctx - len(task.prompt))
         job = _Job(task, EventStream(asyncio.get_running_loop()), Sampler(self._model, task.sampling, limit), limit)
         with self._changed:
@@ -206,18 +206,6 @@ class LlamaEngine:
             _end_unstarted(job)
         self._thread.join()
         self._context.free()
-
-    def _check(self, task: Task) -> None:
-        if task.kind not in self.model.kinds:
-            raise TaskRefused(f"This model does not {task.kind}.", field="kind")
-        if not task.prompt:
-            raise TaskRefused("The prompt is empty.", field="prompt")
-        if task.max_tokens < 1:
-            raise TaskRefused("max_tokens must be at least 1.", field="max_tokens")
-        if len(task.prompt) >= self.model.n_ctx:
-            raise PromptTooLong(len(task.prompt), self.model.n_ctx)
-        if not all(0 <= token < self.model.n_vocab for token in (*task.prompt, *task.sampling.logit_bias)):
-            raise TaskRefused("The prompt or the logit bias names a token that the model does not have.", field="prompt")
 
     # The decode thread
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import llama_cpp as L
-from lacre.errors import SettingsError
 
+from lacre.errors import SettingsError
 from lacre_backend.engine.protocol import ControlToken, EngineError, Kind, ModelInfo
 
 DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, whatever the model was trained for

@@ -170,6 +170,22 @@ class ModelInfo:
     kinds: frozenset[Kind]
 
 
+def check(task: Task, model: ModelInfo) -> None:
+    """What no engine can run. Raises `TaskRefused` or `PromptTooLong`."""
+    if task.kind not in model.kinds:
+        raise TaskRefused(f"This model does not {task.kind}.", field="kind")
+    if task.max_tokens < 1:
+        raise TaskRefused("max_tokens must be at least 1.", field="max_tokens")
+    if not task.prompt:
+        raise TaskRefused("The prompt is empty.", field="prompt")
+    if len(task.prompt) >= model.n_ctx:
+        raise PromptTooLong(len(task.prompt), model.n_ctx)
+    if not all(0 <= token < model.n_vocab for token in task.prompt):
+        raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
+    if not all(0 <= token < model.n_vocab for token in task.sampling.logit_bias):
+        raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
+
+
 class Engine(Protocol):
     """Runs tasks on one model. All but `close` return at once; every method may be called from any thread."""
 

@@ -1,0 +1,269 @@
+"""The OpenAI-compatible ASGI app. `create_app(engines)` makes one; nothing in this module keeps state.
+
+Rules
+- Knows engines by their protocol only.
+- A request is answered by one engine, chosen by the model's name. Neither prompts nor answers are logged, here or below.
+- The response begins with the first event of the engine, so that until then a refusal has its own status, and a worker that
+  dies in the prefill has sent nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Generic, TypeVar
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from lacre.asgi import EXTENSION, App, Call, Receive, Scope, Send, Usage
+from lacre_backend.api import ceilings, shapes
+from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found
+from lacre_backend.api.exchange import Disconnected, EventStream, header, read_body, send_json, until_disconnect
+from lacre_backend.api.generation import Generation, fresh_id
+from lacre_backend.api.requests import MAX_BODY, ChatRequest, CompletionRequest, Generate, parse_chat, parse_completion
+from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, text_tokens
+from lacre_backend.engine.protocol import Engine, EngineError, Finish, Task, Token
+
+DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
+SALT_HEADER: Final = b"lacre-cache-salt"
+_INLINE_BYTES: Final = 16 * 1024  # a longer prompt is tokenized beside the event loop, not in it
+
+
+def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_TIME_LIMIT) -> App:
+    """An ASGI app that serves these engines, each under its model's name. The caller closes them.
+
+    Raises `SettingsError` if a model's chat template does not compile.
+    """
+    served = {engine.model.name: _Served(engine) for engine in engines}
+    settings = _Settings(served, os.urandom(32), time_limit)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", _Chat(settings), methods=["POST"]),
+            Route("/v1/completions", _Complete(settings), methods=["POST"]),
+            Route("/v1/models", _models, methods=["GET"]),
+            Route("/v1/models/{name:path}", _model, methods=["GET"]),
+        ],
+        exception_handlers={404: _unknown_url, 405: _method_not_allowed},
+    )
+    app.state.served = served
+    return app
+
+
+class _Served:
+    """An engine and its chat template, if its model has one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.template = None if engine.model.chat_template is None else ChatTemplate(engine.model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """scope_key: turns a client's salt into a cache scope, differently in each process."""
+
+    served: Mapping[str, _Served]
+    scope_key: bytes = field(repr=False)
+    time_limit: float | None
+
+
+_Request = TypeVar("_Request", bound=Generate)
+
+
+class _Endpoint(ABC, Generic[_Request]):
+    """What chat and text completions have in common: an ASGI app for one route."""
+
+    action: ClassVar[str]
+    prompt_param: ClassVar[str]
+    shape: ClassVar[type[shapes.Chat | shapes.Completion]]
+
+    def __init__(self, settings: _Settings) -> None:
+        self._settings = settings
+
+    @abstractmethod
+    def parse(self, body: bytes) -> _Request: ...
+
+    @abstractmethod
+    async def prompt(self, served: _Served, request: _Request) -> list[int]:
+        """The prompt's tokens. Raises `RequestRefused`."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            request = self.parse(await read_body(receive, MAX_BODY))
+            await until_disconnect(receive, self._answer(request, scope, send))
+        except RequestRefused as refusal:
+            await send_json(send, refusal.status, refusal.body())
+        except Disconnected:
+            return
+
+    async def _answer(self, request: _Request, scope: Scope, send: Send) -> None:
+        call: Call | None = scope.get("extensions", {}).get(EXTENSION)
+        ceilings.check_action(call, request, self.action)
+        served = self._settings.served.get(request.model)
+        if served is None:
+            raise model_not_found(request.model)
+        model = served.engine.model
+        try:
+            prompt = await self.prompt(served, request)
+        except EngineError:
+            raise engine_failed() from None
+        ceilings.check_prompt(call, model, len(prompt), self.prompt_param)
+        task = Task(
+            id=fresh_id(),
+            prompt=tuple(prompt),
+            max_tokens=ceilings.max_tokens(call, request, model, len(prompt)),
+            sampling=request.sampling(),
+            stop=request.stop,
+            logprobs=request.alternatives(),
+            cache_scope=self._cache_scope(scope),
+            time_limit=self._settings.time_limit,
+        )
+        usage = Usage() if call is None else call.usage
+        reply = shapes.Reply(self.shape.prefix + task.id, int(time.time()), model, request.include_usage)
+        generation = Generation(served.engine, task, request.n, usage, self.prompt_param)
+        try:
+            generation.submit()
+            if request.stream:
+                await _stream(generation, self.shape(reply), EventStream(send), usage if request.include_usage else None)
+            else:
+                await send_json(send, 200, await _whole(generation, self.shape(reply), request, usage))
+        finally:
+            generation.close()
+
+    def _cache_scope(self, scope: Scope) -> bytes | None:
+        salt = header(scope, SALT_HEADER)
+        return None if salt is None else hmac.digest(self._settings.scope_key, salt, "sha256")
+
+
+class _Chat(_Endpoint[ChatRequest]):
+    action = "chat"
+    prompt_param = "messages"
+    shape = shapes.Chat
+
+    def parse(self, body: bytes) -> ChatRequest:
+        return parse_chat(body)
+
+    async def prompt(self, served: _Served, request: ChatRequest) -> list[int]:
+        if served.template is None:
+            raise RequestRefused(f"The model `{request.model}` has no chat template. Use /v1/completions.", param="model")
+        messages = [message.for_template() for message in request.messages]
+        size = sum(len(message["content"].encode()) for message in messages)
+        ceilings.check_length(served.engine.model, size, self.prompt_param)
+        try:
+            pieces = served.template.render(messages)
+        except TemplateRefused as refusal:
+            raise RequestRefused(
+                f"The model's chat template does not take these messages: {refusal}.", param=self.prompt_param
+            ) from None
+        if size < _INLINE_BYTES:
+            return chat_tokens(served.engine, pieces)
+        return await asyncio.to_thread(chat_tokens, served.engine, pieces)
+
+
+class _Complete(_Endpoint[CompletionRequest]):
+    action = "complete"
+    prompt_param = "prompt"
+    shape = shapes.Completion
+
+    def parse(self, body: bytes) -> CompletionRequest:
+        return parse_completion(body)
+
+    async def prompt(self, served: _Served, request: CompletionRequest) -> list[int]:
+        text = request.prompt[0]
+        size = len(text.encode())
+        ceilings.check_length(served.engine.model, size, self.prompt_param)
+        if size < _INLINE_BYTES:
+            return text_tokens(served.engine, text)
+        return await asyncio.to_thread(text_tokens, served.engine, text)
+
+
+async def _whole(
+    generation: Generation, shape: shapes.Chat | shapes.Completion, request: Generate, usage: Usage
+) -> dict[str, Any]:
+    """Every choice, once all have finished."""
+    texts: list[list[str]] = [[] for _ in range(request.n)]
+    tokens: list[list[Token]] = [[] for _ in range(request.n)]
+    choices: dict[int, dict[str, Any]] = {}
+    async with aclosing(generation.events()) as events:
+        async for index, event in events:
+            texts[index].append(event.text)
+            if isinstance(event, Finish):
+                choices[index] = shape.choice(index, "".join(texts[index]), tokens[index], event.reason)
+            elif event.logprob is not None:
+                tokens[index].append(event)
+    return shape.whole([choices[index] for index in sorted(choices)], usage)
+
+
+async def _stream(
+    generation: Generation, shape: shapes.Chat | shapes.Completion, out: EventStream, usage: Usage | None
+) -> None:
+    """Each token as it comes. usage: told at the end, if given."""
+    opened: set[int] = set()
+    try:
+        async with aclosing(generation.events()) as events:
+            async for index, event in events:
+                if index not in opened:
+                    opened.add(index)
+                    if (first := shape.first(index)) is not None:
+                        await out.event(first)
+                for chunk in _chunks(shape, index, event):
+                    await out.event(chunk)
+    except RequestRefused as refusal:
+        if not out.started:
+            raise
+        await out.broken(refusal)
+        return
+    if usage is not None:
+        await out.event(shape.spent(usage))
+    await out.done()
+
+
+def _chunks(shape: shapes.Chat | shapes.Completion, index: int, event: Token | Finish) -> Iterator[dict[str, Any]]:
+    """A token whose text is held back says nothing yet, unless its logprobs are wanted."""
+    if isinstance(event, Token):
+        if event.text or event.logprob is not None:
+            yield shape.piece(index, event.text, (event,))
+        return
+    if event.text:
+        yield shape.piece(index, event.text, ())
+    yield shape.last(index, event.reason)
+
+
+# Models, and addresses that are none
+
+
+async def _models(request: Request) -> Response:
+    served: Mapping[str, _Served] = request.app.state.served
+    return JSONResponse({"object": "list", "data": [shapes.model(each.engine.model) for each in served.values()]})
+
+
+async def _model(request: Request) -> Response:
+    name = request.path_params["name"]
+    served: _Served | None = request.app.state.served.get(name)
+    if served is None:
+        return _refusal(model_not_found(name))
+    return JSONResponse(shapes.model(served.engine.model))
+
+
+def _refusal(refusal: RequestRefused) -> Response:
+    return JSONResponse(refusal.body(), refusal.status)
+
+
+async def _unknown_url(request: Request, _error: Exception) -> Response:
+    return _refusal(
+        RequestRefused(f"Unknown request URL: {request.method} {request.url.path}.", status=404, code="unknown_url")
+    )
+
+
+async def _method_not_allowed(request: Request, _error: Exception) -> Response:
+    return _refusal(
+        RequestRefused(f"Not allowed to {request.method} on {request.url.path}.", status=405, code="method_not_supported")
+    )

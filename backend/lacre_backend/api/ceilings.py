@@ -1,0 +1,50 @@
+"""How much a call may use: what the request asks, what the grant allows, what the model holds.
+
+Rules
+- The gateway authorised what stands outside of the seal. An inside that asks for more, or for another model or action, is
+  refused whole (`grant_mismatch`); it is never served in part.
+- Without a grant (the API in a test, or behind something else) only the model's limits hold.
+"""
+
+from __future__ import annotations
+
+from lacre.asgi import Call
+from lacre_backend.api.errors import context_length_exceeded, grant_mismatch
+from lacre_backend.api.requests import Generate
+from lacre_backend.engine.protocol import ModelInfo
+
+
+def check_action(call: Call | None, request: Generate, action: str) -> None:
+    if call is None:
+        return
+    if call.action is not None and call.action != action:
+        raise grant_mismatch(f"The request is a `{action}`, but was granted as `{call.action}`.", "action")
+    if call.model is not None and call.model != request.model:
+        raise grant_mismatch(f"The request names the model `{request.model}`, but was granted `{call.model}`.", "model")
+
+
+def max_tokens(call: Call | None, request: Generate, model: ModelInfo, n_prompt: int) -> int:
+    """Output tokens for each choice."""
+    field, asked = request.output_limit()
+    room = model.n_ctx - n_prompt
+    if call is None or call.max_tokens is None:
+        return room if asked is None else asked
+    allowed = call.max_tokens // request.n
+    if (allowed if asked is None else asked) * request.n > call.max_tokens or allowed < 1:
+        raise grant_mismatch(
+            f"The request asks for {request.n} x {asked or 1} output tokens, but was granted {call.max_tokens}.", field
+        )
+    return allowed if asked is None else asked
+
+
+def check_length(model: ModelInfo, text_bytes: int, param: str) -> None:
+    """Refuse a text that cannot fit before it is tokenized, which takes time: no token is longer than `longest_piece`."""
+    if text_bytes > model.n_ctx * model.longest_piece:
+        raise context_length_exceeded(model.n_ctx, None, param)
+
+
+def check_prompt(call: Call | None, model: ModelInfo, n_prompt: int, param: str) -> None:
+    if n_prompt >= model.n_ctx:
+        raise context_length_exceeded(model.n_ctx, n_prompt, param)
+    if call is not None and call.max_prompt_tokens is not None and n_prompt > call.max_prompt_tokens:
+        raise grant_mismatch(f"The prompt has {n_prompt} tokens, but was granted {call.max_prompt_tokens}.", param)

@@ -1,0 +1,66 @@
+"""What the API says when it does not answer: OpenAI's error object, made in this file only.
+
+Rules
+- A message may repeat names and numbers out of the request, since it goes back, sealed, to whoever sent it; it never holds
+  anything of another request, and never the text of an exception from below.
+- Nothing here is logged.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from lacre.errors import UsageError
+
+INVALID_REQUEST: Final = "invalid_request_error"
+SERVER_ERROR: Final = "server_error"
+
+
+class RequestRefused(UsageError):
+    """A request that is not answered. status, code, param, type: as in OpenAI's error object."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None, type: str = INVALID_REQUEST
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.type = type
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+def model_not_found(name: str) -> RequestRefused:
+    return RequestRefused(
+        f"The model `{name}` does not exist or you do not have access to it.", status=404, code="model_not_found", param="model"
+    )
+
+
+def context_length_exceeded(n_ctx: int, n_prompt: int | None, param: str) -> RequestRefused:
+    """n_prompt: None where the prompt is so long that it was not even counted."""
+    size = "far more" if n_prompt is None else f"{n_prompt} tokens"
+    return RequestRefused(
+        f"This model's maximum context length is {n_ctx} tokens. However, your {param} resulted in {size}. "
+        f"Please reduce the length of the {param}.",
+        code="context_length_exceeded",
+        param=param,
+    )
+
+
+def unsupported(param: str, remedy: str = "Leave it out.") -> RequestRefused:
+    return RequestRefused(f"'{param}' is not supported by this server. {remedy}", code="unsupported_parameter", param=param)
+
+
+def grant_mismatch(message: str, param: str) -> RequestRefused:
+    """The inside of a sealed request asks for something else than what the gateway allowed from its outside."""
+    return RequestRefused(message, status=403, code="grant_mismatch", param=param)
+
+
+def engine_failed() -> RequestRefused:
+    return RequestRefused("The model failed while it answered. Try again.", status=500, type=SERVER_ERROR)
+
+
+def shutting_down() -> RequestRefused:
+    return RequestRefused("The worker is shutting down. Try again.", status=503, type=SERVER_ERROR)

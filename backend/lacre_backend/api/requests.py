@@ -1,0 +1,321 @@
+"""Requests, parsed once: JSON in, frozen objects or `RequestRefused` out. Nothing past this file sees a dict of the caller's.
+
+Rules
+- What OpenAI's API knows and this server cannot do is refused by name, never ignored, unless its value changes nothing.
+- Fields that no version of the API knows are refused too, as OpenAI does: a misspelt limit must not be no limit.
+- Each limit is named below. Errors name the field in OpenAI's way (`messages[0].content`), never its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lacre_backend.api import schema
+from lacre_backend.api.errors import RequestRefused, unsupported
+from lacre_backend.engine.protocol import Sampling
+
+MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
+MAX_MESSAGES: Final = 2048
+MAX_PARTS: Final = 256  # content parts of one message
+MAX_N: Final = 16  # choices; each is a sequence in the engine
+MAX_TOKENS: Final = 2**31 - 1  # what the engine can count; the context is the real limit
+MAX_STOP: Final = 4  # OpenAI's
+MAX_STOP_LENGTH: Final = 256  # characters; held-back text is searched for it at each token
+MAX_TOP_LOGPROBS: Final = 20  # OpenAI's
+MAX_LOGPROBS: Final = 5  # OpenAI's, for text completions
+MAX_LOGIT_BIAS: Final = 300  # OpenAI's
+MAX_NAME: Final = 256
+MAX_TOP_K: Final = 1000
+
+# Fields of OpenAI's API that change nothing for us at these values (null is always one of them), and are refused at others.
+_INERT: Final[Mapping[str, tuple[Any, ...]]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "moderation": (),
+    "suffix": ("",),
+    "echo": (False,),
+    "best_of": (1,),
+}
+# Fields about the caller or its bookkeeping: no answer depends on them, and nothing is kept.
+_IGNORED: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
+_UNSUPPORTED_IN_MESSAGES: Final = ("tool_calls", "function_call", "audio")
+
+
+class _Parsed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class TextPart(_Parsed):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Parsed):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1, max_length=MAX_PARTS)]
+    name: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """`developer` is OpenAI's newer word for `system`; templates know the old one."""
+        role = "system" if self.role == "developer" else self.role
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": "".join(part.text for part in self.content), **named}
+
+
+class StreamOptions(_Parsed):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # accepted: records are padded by the seal, not here
+
+
+class JsonSchema(_Parsed):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Parsed):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> str | None:
+        if self.type == "json_object":
+            return schema.any_object()
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise missing("response_format.json_schema")
+            return schema.grammar(self.json_schema.schema_)
+        return None
+
+
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Generate(_Parsed):
+    """What chat and text completions have in common."""
+
+    model: Annotated[str, Field(max_length=MAX_NAME)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)], ...],
+        BeforeValidator(_as_list),
+        Field(max_length=MAX_STOP, strict=False),
+    ] = ()
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    frequency_penalty: _Penalty = 0.0
+    presence_penalty: _Penalty = 0.0
+    logit_bias: Annotated[
+        dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=MAX_LOGIT_BIAS),
+    ] = {}
+    # Not OpenAI's, but spoken by every server of open models
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repeat_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+
+    def output_limit(self) -> tuple[str, int | None]:
+        """The field that limits the output of each choice, and its value."""
+        return "max_tokens", self.max_tokens
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            repeat_penalty=self.repeat_penalty,
+            seed=self.seed,
+            logit_bias=self.logit_bias,
+            grammar=self.grammar(),
+        )
+
+    def grammar(self) -> str | None:
+        return None
+
+    def alternatives(self) -> int | None:
+        """How many alternatives to give with each token's logprob; None for no logprobs."""
+        raise NotImplementedError
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Generate):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+
+    def output_limit(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
+
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def grammar(self) -> str | None:
+        return None if self.response_format is None else self.response_format.grammar()
+
+
+class CompletionRequest(Generate):
+    """`POST /v1/completions`: one prompt, as text."""
+
+    prompt: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1, max_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    raw = _object(body)
+    for i, message in enumerate(raw["messages"] if isinstance(raw.get("messages"), list) else []):
+        _check_message(message, f"messages[{i}]")
+    request = _validated(ChatRequest, raw)
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise RequestRefused(
+            "Setting 'max_tokens' and 'max_completion_tokens' at the same time is not supported.",
+            code="invalid_parameter_combination",
+            param="max_tokens",
+        )
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestRefused("'top_logprobs' needs 'logprobs' to be true.", code="invalid_value", param="top_logprobs")
+    _check_stream_options(request)
+    return request
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    raw = _object(body)
+    prompt = raw.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str):
+        # Ids could name control tokens, which only the template may place.
+        raise RequestRefused("Prompts of token ids are not supported. Send text.", code="unsupported_value", param="prompt")
+    request = _validated(CompletionRequest, raw)
+    _check_stream_options(request)
+    return request
+
+
+def missing(param: str) -> RequestRefused:
+    return RequestRefused(f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
+
+
+def _check_stream_options(request: Generate) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise RequestRefused("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """The body's JSON object without the fields that change nothing. This parser refuses lone surrogates and deep nesting."""
+    try:
+        raw = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError:
+        raise RequestRefused("We could not parse the JSON body of your request. Send a JSON object in UTF-8.") from None
+    if not isinstance(raw, dict):
+        raise RequestRefused("The body must be a JSON object.")
+    for name, inert in _INERT.items():
+        value = raw.get(name)
+        if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in inert):
+            raise unsupported(name)
+    return {k: v for k, v in raw.items() if v is not None and k not in _INERT and k not in _IGNORED}
+
+
+def _check_message(message: Any, path: str) -> None:
+    """Refuse what OpenAI knows and this server does not, and drop nulls, which mean "absent"."""
+    if not isinstance(message, dict):
+        return
+    for name in [name for name, value in message.items() if value is None]:
+        del message[name]
+    if message.get("role") in ("tool", "function"):
+        raise RequestRefused("Tools are not supported by this server.", code="unsupported_value", param=f"{path}.role")
+    for name in _UNSUPPORTED_IN_MESSAGES:
+        if name in message:
+            raise unsupported(f"{path}.{name}")
+    for i, part in enumerate(message["content"] if isinstance(message.get("content"), list) else []):
+        if isinstance(part, dict) and part.get("type") in ("image_url", "input_audio", "file", "refusal"):
+            raise RequestRefused("Only text content is supported.", code="unsupported_value", param=f"{path}.content[{i}].type")
+
+
+_Request = TypeVar("_Request", bound=Generate)
+
+
+def _validated(kind: type[_Request], raw: dict[str, Any]) -> _Request:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        # Without the input: not that it could leak anywhere from here, but nothing needs it.
+        first = error.errors(include_url=False, include_input=False)[0]
+    raise _invalid(first["type"], _path(first["loc"]), first.get("ctx", {}))
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part != "[key]")
+    return path.removeprefix(".")
+
+
+def _invalid(kind: str, path: str, context: Mapping[str, Any]) -> RequestRefused:
+    """One of pydantic's errors in OpenAI's words."""
+    at_least, at_most = context.get("ge", context.get("gt")), context.get("le", context.get("lt"))
+    match kind:
+        case "missing":
+            return missing(path)
+        case "extra_forbidden":
+            return RequestRefused(f"Unknown parameter: '{path}'.", code="unknown_parameter", param=path)
+        case "greater_than_equal" | "greater_than":
+            said, code = f"below minimum value. Expected a value >= {at_least}", "below_min_value"
+        case "less_than_equal" | "less_than":
+            said, code = f"above maximum value. Expected a value <= {at_most}", "above_max_value"
+        case "too_short" if context.get("actual_length") == 0:
+            said, code = "empty array. Expected an array with at least one element", "empty_array"
+        case "too_long":
+            said, code = f"array too long. Expected at most {context.get('max_length')} elements", "array_above_max_length"
+        case "string_too_long":
+            said, code = f"string too long. Expected at most {context.get('max_length')} characters", "string_above_max_length"
+        case "string_too_short":
+            said, code = "empty string. Expected at least one character", "string_below_min_length"
+        case "literal_error":
+            said, code = f"value is not supported. Expected one of {context.get('expected')}", "invalid_value"
+        case _ if kind.endswith(("_type", "_parsing")):
+            wanted = kind.removesuffix("_type").removesuffix("_parsing").replace("model", "object").replace("dict", "object")
+            return RequestRefused(f"Invalid type for '{path}': expected {_a(wanted)}.", code="invalid_type", param=path)
+        case _:
+            said, code = "the value has the wrong form", "invalid_value"
+    return RequestRefused(f"Invalid '{path}': {said}.", code=code, param=path)
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

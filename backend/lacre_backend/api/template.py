@@ -1,0 +1,238 @@
+"""From messages to prompt tokens, through the model's own chat template, without letting a user's text steer the model.
+
+The rule: **no text of a request ever becomes a control token.**
+
+How, and why it holds. Chat templates are programs that glue constants ("<|im_start|>") and the users' strings together; in the
+glued string nobody can tell any more who wrote which. So the template's constants are told apart *before* the gluing: every
+literal of a control token in the template's *source* is replaced by a mark that holds 128 random bits, which were drawn when
+the template was loaded and never leave this object. After rendering, a mark is one control token; all else, whoever wrote it,
+is tokenized as plain text, in which llama.cpp recognises no control token (`parse_special` off). A user who types
+"<|im_end|>" gets the letters, and so does one who makes a literal out of parts (one half in each of two messages, or
+text around something the template cuts out), for which escaping literals in the users' strings would not be enough.
+
+Some templates compose their control tokens ('<|' + role + '|>'), or look at their own constants, so that marks change what
+they render. Loading finds these out by rendering sample conversations both ways. For them the literals that the samples
+show to be composed are recognised in the rendered text after all, and each of *those* in a user's string is swapped for a
+mark of its own before rendering, which turns into plain text after it. What is left then, for such templates only, is a
+literal that a template builds out of halves from two users' strings that it puts directly beside each other.
+
+The template itself comes with the model. It runs in Jinja's sandbox: it can neither reach nor change anything of this process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lacre.errors import SettingsError
+from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo
+
+Message = Mapping[str, str]
+Piece = str | ControlToken  # str: plain text, in which no control token is recognised
+
+_SAMPLES: Final[tuple[tuple[Message, ...], ...]] = (
+    ({"role": "user", "content": "Hello"},),
+    ({"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}),
+    ({"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}, {"role": "user", "content": "Three"}),
+)
+
+
+class TemplateRefused(Exception):
+    """The template does not take these messages; the text is the template's own, for the caller."""
+
+
+class ChatTemplate:
+    """A model's chat template, loaded. Raises `SettingsError` if it does not compile."""
+
+    def __init__(self, model: ModelInfo) -> None:
+        if model.chat_template is None:
+            raise SettingsError(f"The model {model.name} has no chat template.")
+        self._model = model
+        self._nonce = secrets.token_hex(16)
+        self._mark = re.compile(self._nonce + "([cu])([0-9]+);")
+        self._control = {token.text: token for token in model.control_tokens if token.text}
+        self._literal = _any_of(self._control)
+        self._by_id = {token.id: token for token in model.control_tokens}
+        self._composed: re.Pattern[str] | None = None
+        marked = self._literal.sub(lambda match: self._control_mark(match[0]), model.chat_template)
+        try:
+            plain = _environment().from_string(model.chat_template)
+            self._template = _environment().from_string(marked)
+        except jinja2.TemplateError:
+            raise SettingsError(f"The chat template of {model.name} does not compile. Convert the model again.") from None
+        if not self._same_as(plain):
+            self._template = plain
+            self._composed = self._literal
+        elif composed := self._composed_literals():
+            self._composed = _any_of(composed)
+
+    def render(self, messages: Sequence[Message]) -> tuple[Piece, ...]:
+        """The prompt, up to where the assistant's answer begins. Raises `TemplateRefused`."""
+        swapped = [{key: self._swap(value) for key, value in message.items()} for message in messages]
+        return self._pieces(self._run(self._template, swapped))
+
+    # Marks: `c` and the token's id for a control token of the template; `u` and the id for a literal out of a user's string
+
+    def _control_mark(self, literal: str) -> str:
+        return f"{self._nonce}c{self._control[literal].id};"
+
+    def _swap(self, text: str) -> str:
+        if self._composed is None:
+            return text
+        return self._composed.sub(lambda match: f"{self._nonce}u{self._control[match[0]].id};", text)
+
+    def _pieces(self, rendered: str) -> tuple[Piece, ...]:
+        # re.split with two groups gives: text, kind, id, text, kind, id, ..., text.
+        parts = self._mark.split(rendered)
+        pieces: list[Piece] = list(self._recognised(parts[0]))
+        for kind, token_id, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+            token = self._by_id[int(token_id)]
+            pieces += [token if kind == "c" else token.text, *self._recognised(text)]
+        return tuple(_joined(pieces))
+
+    def _recognised(self, text: str) -> list[Piece]:
+        """Text outside of marks: plain, but for what a template of the second kind composed."""
+        if self._composed is None:
+            return [text]
+        pieces: list[Piece] = []
+        end = 0
+        for match in self._composed.finditer(text):
+            pieces += [text[end : match.start()], self._control[match[0]]]
+            end = match.end()
+        return [*pieces, text[end:]]
+
+    # Running it
+
+    def _run(self, template: jinja2.Template, messages: Sequence[Message]) -> str:
+        # Both templates get marks here: what a template does with its beginning-of-sequence token is not a user's text.
+        special = {
+            name: self._control_mark(token.text) if token and token.text in self._control else ""
+            for name, token in (("bos_token", self._model.bos), ("eos_token", self._model.eos))
+        }
+        try:
+            return template.render(messages=messages, add_generation_prompt=True, tools=None, **special)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            # Only `raise_exception` speaks to the caller; any other failure says how the template is written.
+            said = str(error) if isinstance(error, _Raised) else "it fails on them"
+            raise TemplateRefused(self._mark.sub(lambda match: self._by_id[int(match[2])].text, said)) from None
+
+    def _outcome(self, template: jinja2.Template, messages: Sequence[Message]) -> str:
+        """What a sample renders to, with the marks written out again; or what the template says against it."""
+        try:
+            return self._mark.sub(lambda match: self._by_id[int(match[2])].text, self._run(template, messages))
+        except TemplateRefused as refusal:
+            return f"refused: {refusal}"
+
+    def _same_as(self, plain: jinja2.Template) -> bool:
+        return all(self._outcome(self._template, sample) == self._outcome(plain, sample) for sample in _SAMPLES)
+
+    def _composed_literals(self) -> dict[str, ControlToken]:
+        found: dict[str, ControlToken] = {}
+        for sample in _SAMPLES:
+            try:
+                pieces = self._pieces(self._run(self._template, sample))
+            except TemplateRefused:
+                continue
+            for piece in pieces:
+                if isinstance(piece, str):
+                    found |= {literal: self._control[literal] for literal in self._literal.findall(piece)}
+        return found
+
+
+def chat_tokens(engine: Engine, pieces: Sequence[Piece]) -> list[int]:
+    """The prompt's ids. Where the model wants a beginning of sequence and the template wrote none, it comes first."""
+    ids: list[int] = []
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, ControlToken):
+            ids.append(piece.id)
+            continue
+        # Some tokenizers swallow white space beside some control tokens.
+        before = pieces[i - 1] if i > 0 else None
+        after = pieces[i + 1] if i + 1 < len(pieces) else None
+        text = piece.lstrip() if isinstance(before, ControlToken) and before.rstrip else piece
+        text = text.rstrip() if isinstance(after, ControlToken) and after.lstrip else text
+        ids += _plain(engine, text)
+    return _begun(engine.model, ids)
+
+
+def text_tokens(engine: Engine, text: str) -> list[int]:
+    """The ids of a text prompt, which holds no control token but the beginning of sequence, where the model wants one."""
+    return _begun(engine.model, _plain(engine, text))
+
+
+def _begun(model: ModelInfo, ids: list[int]) -> list[int]:
+    if model.add_bos and model.bos is not None and ids[:1] != [model.bos.id]:
+        return [model.bos.id, *ids]
+    return ids
+
+
+def _plain(engine: Engine, text: str) -> list[int]:
+    """Ids of plain text, none of them a control token's.
+
+    llama.cpp recognises "user defined" tokens in plain text too, and a file may wrongly give such a type to a token that ends
+    generations. Then the literal is cut after its first character, so that nothing is left to recognise.
+    """
+    control = {token.id for token in engine.model.control_tokens}
+    ids = engine.tokenize(text)
+    if control.isdisjoint(ids):
+        return ids
+    literal = _any_of({token.text: token for token in engine.model.control_tokens if token.text})
+    cuts = [0, *(match.start() + 1 for match in literal.finditer(text)), len(text)]
+    ids = [token for a, b in itertools.pairwise(cuts) for token in engine.tokenize(text[a:b])]
+    if not control.isdisjoint(ids):
+        raise EngineError("The tokenizer makes control tokens out of plain text.")
+    return ids
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbouring plain pieces as one, so that they are tokenized as one; empty ones dropped."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        elif piece != "":
+            joined.append(piece)
+    return joined
+
+
+def _any_of(literals: Mapping[str, ControlToken]) -> re.Pattern[str]:
+    """The longest literal first, as llama.cpp looks for them. Of no literals: what never matches."""
+    longest_first = sorted(literals, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+# What templates expect to find, as in Hugging Face's `apply_chat_template`
+
+
+class _Raised(jinja2.TemplateError):
+    """The template called `raise_exception`."""
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _Raised(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().astimezone().strftime(form)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    # Jinja's own escapes HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _environment() -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
