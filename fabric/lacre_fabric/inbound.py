@@ -9,7 +9,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Final
 
 from lacre.errors import InvalidMessage
@@ -56,7 +56,7 @@ class Inbound:
             self._over = True
             self._frames.put_nowait(error)
 
-    async def frames(self) -> AsyncIterator[Frame]:
+    async def frames(self) -> AsyncGenerator[Frame, None]:
         """DATA frames, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or what `fail` was given."""
         begun = False
         while True:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
@@ -100,12 +101,18 @@ class MemoryDispatch:
     def receipt(self) -> bytes | None:
         return self._inbound.receipt
 
-    async def frames(self) -> AsyncIterator[Frame]:
+    async def frames(self) -> AsyncGenerator[Frame, None]:
+        ended = False
         try:
-            async for frame in self._inbound.frames():
-                yield frame
+            async with aclosing(self._inbound.frames()) as frames:
+                async for frame in frames:
+                    ended = frame.kind in (Kind.USAGE, Kind.ERROR)
+                    yield frame
         finally:
-            await self.cancel()
+            if ended:
+                self._hub.inbound.pop(self._request_id, None)
+            else:
+                await self.cancel()
 
     async def consumed(self, size: int) -> None:
         if self._request_id in self._hub.outbound:

@@ -13,9 +13,13 @@ TRUST_BUCKET: Final = "trust"
 MANIFEST_KEY: Final = "manifest"
 
 
+def is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(kind: str, name: str) -> str:
     """A pool, gateway or node name: it stands in subjects, where `.`, `*` and `>` would reach into others'."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise SettingsError(f"a {kind} name has 1 to 63 of a-z, 0-9, - and _, and begins with a letter or digit: {name!r}")
     return name
 

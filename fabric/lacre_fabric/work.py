@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -80,7 +80,7 @@ class Dispatch(Protocol):
     def receipt(self) -> bytes | None:
         """The payload of the last receipt that came, cumulative or final; unverified."""
 
-    def frames(self) -> AsyncIterator[Frame]:
+    def frames(self) -> AsyncGenerator[Frame, None]:
         """DATA frames in order, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or FabricUnavailable."""
 
     async def consumed(self, size: int) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
-from lacre.errors import LacreError
+from lacre.errors import LacreError, UsageError
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import PrivateKey, ResponseSealer, open_request
@@ -121,7 +121,7 @@ class _Exchange:
             complete = False
             while (message := await self._messages.get()) is not None:
                 if message["type"] == "http.response.start":
-                    yield encoder.head(message["status"], _decoded(message.get("headers", ())))
+                    yield _head(encoder, message)
                 elif message["type"] == "http.response.body":
                     if message.get("body"):
                         yield encoder.data(bytes(message["body"]))
@@ -170,10 +170,18 @@ class _Exchange:
         }
 
 
+def _head(encoder: bhttp.ResponseEncoder, message: Message) -> bytes:
+    try:
+        return encoder.head(message["status"], _decoded(message.get("headers", ())))
+    except UsageError as exc:
+        raise AppFailed("the app answered with a status or a header that no HTTP message may have") from exc
+
+
 def _decoded(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
     """ASGI header bytes for BHTTP, in lower case; the fields of a connection do not belong there (RFC 9292 section 6)."""
     return tuple(
         (name.decode("latin-1").lower(), value.decode("latin-1"))
         for name, value in headers
-        if name.lower() not in (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer")
+        if name.lower()
+        not in (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"proxy-connection")
     )

