@@ -28,6 +28,10 @@ AUTHORITY: Final = "lacre.invalid"  # RFC 2606: never resolves, so a request tha
 EXTENSION: Final = "lacre.call"
 MAX_PENDING: Final = 16  # pieces the app may be ahead of the sealing: enough to overlap, too few to hide a slow reader
 
+_OF_A_CONNECTION: Final = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)
+
 Headers = Sequence[tuple[str, str]]
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -182,6 +186,5 @@ def _decoded(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
     return tuple(
         (name.decode("latin-1").lower(), value.decode("latin-1"))
         for name, value in headers
-        if name.lower()
-        not in (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"proxy-connection")
+        if name.lower() not in _OF_A_CONNECTION
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import httpx2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from lacre import asgi
 from lacre.jws import raw_public_key
 from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement

@@ -1,0 +1,242 @@
+"""One suite for the fabric in memory and over NATS: how work goes out and frames come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from lacre_fabric import subjects
+from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.memory import MemoryFabric
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.work import (
+    CREDIT,
+    Cancelled,
+    Dispatch,
+    DuplicateWork,
+    GatewayFabric,
+    NoWorkers,
+    QueueTimeout,
+    WorkerFabric,
+    WorkerLost,
+)
+from parts.fabric import LiveFabric, new_work
+
+
+@dataclass
+class Fabric:
+    """Makes both ends; everything made is closed after the test."""
+
+    make_gateway: Callable[[], Awaitable[GatewayFabric]]
+    make_worker: Callable[..., Awaitable[WorkerFabric]]
+    stack: AsyncExitStack
+
+    async def gateway(self) -> GatewayFabric:
+        gateway = await self.make_gateway()
+        self.stack.push_async_callback(gateway.close)
+        return gateway
+
+    async def worker(self, **options: object) -> WorkerFabric:
+        worker = await self.make_worker(**options)
+        self.stack.push_async_callback(worker.close)
+        return worker
+
+
+@pytest.fixture(params=["memory", "nats"])
+async def fabric(request: pytest.FixtureRequest, nats: LiveFabric) -> AsyncIterator[Fabric]:
+    hub = MemoryFabric()
+
+    async def memory_gateway() -> GatewayFabric:
+        return hub.gateway()
+
+    async def memory_worker(node: str = "n1", slots: int = 1) -> WorkerFabric:
+        return hub.worker("a", ["m1"], slots=slots)
+
+    async def nats_worker(node: str = "n1", slots: int = 1) -> WorkerFabric:
+        return await nats.worker(node=node, slots=slots)
+
+    async with AsyncExitStack() as stack:
+        if request.param == "memory":
+            yield Fabric(memory_gateway, memory_worker, stack)
+        else:
+            yield Fabric(nats.gateway, nats_worker, stack)
+
+
+async def collect(dispatch: Dispatch) -> list[Frame]:
+    frames = []
+    async for frame in dispatch.frames():
+        frames.append(frame)
+        await dispatch.consumed(len(frame.payload))
+    return frames
+
+
+async def test_frames_come_back_in_order(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(), await fabric.gateway()
+    work = new_work()
+    dispatch = await gateway.dispatch(work)
+    delivery = await worker.pull()
+    assert delivery.work == work
+    assert await delivery.claim()
+    for number in range(5):
+        await delivery.send(Kind.DATA, b"%d" % number)
+        await delivery.send(Kind.BEAT, b"so far")
+    await delivery.send(Kind.USAGE, b"final")
+    await delivery.drop()
+    frames = await collect(dispatch)
+    assert [(frame.kind, frame.payload) for frame in frames] == [
+        *((Kind.DATA, b"%d" % number) for number in range(5)),
+        (Kind.USAGE, b"final"),
+    ]
+    assert dispatch.receipt == b"final"
+
+
+async def test_a_rejection_is_an_error_frame(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(), await fabric.gateway()
+    dispatch = await gateway.dispatch(new_work())
+    await (await worker.pull()).reject("urn:lacre:problem:invalid-sealed-request")
+    assert [(frame.kind, frame.payload) for frame in await collect(dispatch)] == [
+        (Kind.ERROR, b"urn:lacre:problem:invalid-sealed-request")
+    ]
+
+
+async def test_no_workers_is_said_within_two_seconds(fabric: Fabric) -> None:
+    gateway = await fabric.gateway()
+    began = time.monotonic()
+    with pytest.raises(NoWorkers):
+        await gateway.dispatch(new_work())
+    assert time.monotonic() - began < 2.0
+
+
+async def test_a_drained_worker_is_not_counted(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(), await fabric.gateway()
+    await (await gateway.dispatch(new_work())).cancel()
+    assert gateway.workers("a", "m1") == 1
+    await worker.drain()
+    await asyncio.sleep(0.1)
+    assert gateway.workers("a", "m1") == 0
+
+
+async def test_the_same_sealed_request_is_refused(fabric: Fabric) -> None:
+    await fabric.worker()
+    gateway, other = await fabric.gateway(), await fabric.gateway()
+    work = new_work()
+    await (await gateway.dispatch(work)).cancel()
+    for again in (gateway, other):
+        with pytest.raises(DuplicateWork):
+            await again.dispatch(new_work(sealed=work.sealed))
+
+
+async def test_a_claim_is_won_once(fabric: Fabric) -> None:
+    first, gateway = await fabric.worker(node="n1", slots=2), await fabric.gateway()
+    work = new_work()
+    dispatch = await gateway.dispatch(work)
+    delivery = await first.pull()
+    assert await delivery.claim()
+    await dispatch.cancel()
+    await delivery.drop()
+    # The fabric forgot (or a hostile one replays): the same sealed request under another id.
+    replayed = new_work(sealed=work.sealed)
+    if isinstance(gateway, NatsGateway):
+        await gateway.connection.client.publish(
+            subjects.work("a", "m1"), replayed.sealed, headers={"Grant": "g", "Request": replayed.request_id, "Gateway": "g1"}
+        )
+    else:
+        await gateway._hub.enqueue(replayed, 1)
+    again = await first.pull()
+    assert not await again.claim()
+    await again.drop()
+
+
+async def test_cancel_reaches_the_worker(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(), await fabric.gateway()
+    dispatch = await gateway.dispatch(new_work())
+    delivery = await worker.pull()
+    await delivery.send(Kind.DATA, b"x")
+    frames = dispatch.frames()
+    await anext(frames)
+    await frames.aclose()
+    async with asyncio.timeout(2):
+        await delivery.cancelled.wait()
+    with pytest.raises(Cancelled):
+        await delivery.send(Kind.DATA, b"y")
+
+
+async def test_cancelled_work_leaves_the_queue(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(slots=2), await fabric.gateway()
+    await (await gateway.dispatch(new_work())).cancel()
+    kept = new_work()
+    await gateway.dispatch(kept)
+    assert (await worker.pull()).work.request_id == kept.request_id
+
+
+async def test_the_queue_limit_withdraws_the_work(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(slots=2), await fabric.gateway()
+    dispatch = await gateway.dispatch(new_work(), queue_limit=0.2)
+    with pytest.raises(QueueTimeout):
+        await collect(dispatch)
+    kept = new_work()
+    await gateway.dispatch(kept)
+    assert (await worker.pull()).work.request_id == kept.request_id
+
+
+async def test_credit_holds_a_worker_back(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(), await fabric.gateway()
+    dispatch = await gateway.dispatch(new_work())
+    delivery = await worker.pull()
+    piece = bytes(CREDIT // 4)
+    sent = 0
+
+    async def send() -> None:
+        nonlocal sent
+        for _ in range(8):
+            await delivery.send(Kind.DATA, piece)
+            sent += 1
+        await delivery.send(Kind.USAGE, b"")
+
+    sending = asyncio.create_task(send())
+    await asyncio.sleep(0.3)
+    assert sent == 4
+    frames = await collect(dispatch)
+    await sending
+    assert sum(len(frame.payload) for frame in frames) == 2 * CREDIT
+
+
+async def test_a_stalled_reader_is_a_cancel(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(), await fabric.gateway()
+    await gateway.dispatch(new_work())
+    delivery = await worker.pull()
+    began = time.monotonic()
+    with pytest.raises(Cancelled):
+        while time.monotonic() - began < 20:
+            await delivery.send(Kind.DATA, bytes(CREDIT // 2))
+    assert 4 < time.monotonic() - began < 8
+
+
+async def test_a_silent_worker_is_lost(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(), await fabric.gateway()
+    dispatch = await gateway.dispatch(new_work())
+    delivery = await worker.pull()
+    await delivery.send(Kind.DATA, b"x")
+    began = time.monotonic()
+    with pytest.raises(WorkerLost):
+        await collect(dispatch)
+    assert time.monotonic() - began < 4.5
+
+
+async def test_slots_bound_what_is_pulled(fabric: Fabric) -> None:
+    worker, gateway = await fabric.worker(slots=1), await fabric.gateway()
+    await gateway.dispatch(new_work())
+    await gateway.dispatch(new_work())
+    first = await worker.pull()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await worker.pull()
+    await first.drop()
+    worker.release()
+    async with asyncio.timeout(3):
+        await worker.pull()

@@ -1,0 +1,74 @@
+"""A real nats-server with every role provisioned, for tests: started once, ended with the session."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lacre.wire.header import SealedHeader
+from lacre_fabric import roles
+from lacre_fabric.connection import Connection
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.provisioning import provision
+from lacre_fabric.roles import Credential
+from lacre_fabric.server import Server, free_port
+from lacre_fabric.work import Work
+
+POOLS = {"a": ("m1", "m2"), "b": ("m1",)}
+GATEWAYS = ("g1", "g2")
+NODES = tuple((pool, f"n{number}") for pool in POOLS for number in (1, 2))
+
+
+@dataclass
+class LiveFabric:
+    """The server, and a credential for each role: `provisioner`, `gateway-g1`, `worker-a-n1` and so on."""
+
+    server: Server
+    process: subprocess.Popen[bytes]
+    credentials: Mapping[str, Credential]
+
+    @classmethod
+    def start(cls, folder: Path) -> LiveFabric:
+        names = ["provisioner", *(f"gateway-{name}" for name in GATEWAYS), *(f"worker-{pool}-{node}" for pool, node in NODES)]
+        credentials = {name: Credential.new(name) for name in names}
+        server = Server(folder, free_port())
+        server.configure([
+            roles.provisioner(credentials["provisioner"]),
+            *(roles.gateway(credentials[f"gateway-{name}"], name, tuple(POOLS)) for name in GATEWAYS),
+            *(roles.worker(credentials[f"worker-{pool}-{node}"], pool, node) for pool, node in NODES),
+        ])  # fmt: skip
+        return cls(server, server.start(folder / "nats.log"), credentials)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+
+    async def connect(self, role: str) -> Connection:
+        return await Connection.open(self.server.url, self.credentials[role])
+
+    async def provision(self) -> None:
+        connection = await self.connect("provisioner")
+        await provision(connection, POOLS)
+        await connection.close()
+
+    async def gateway(self, name: str = "g1") -> NatsGateway:
+        return await NatsGateway.connect(self.server.url, self.credentials[f"gateway-{name}"], name)
+
+    async def worker(self, pool: str = "a", node: str = "n1", models: Sequence[str] = ("m1",), slots: int = 1) -> NatsWorker:
+        credential = self.credentials[f"worker-{pool}-{node}"]
+        return await NatsWorker.connect(self.server.url, credential, pool, node, models, slots=slots)
+
+
+def sealed_bytes() -> bytes:
+    """A sealed request's outer form with random insides: enough for a fabric, which opens nothing."""
+    header = bytes.fromhex("01002000010002") + secrets.token_bytes(32)
+    return header + b"\x00" + secrets.token_bytes(32)
+
+
+def new_work(pool: str = "a", model: str = "m1", sealed: bytes | None = None) -> Work:
+    sealed = sealed or sealed_bytes()
+    return Work(secrets.token_hex(16), pool, model, SealedHeader.parse(sealed).digest, "a.grant.jws", sealed)

@@ -1,0 +1,246 @@
+"""A gateway with everything real but the network between it and its workers: real keys, tokens, manifest and policies, the
+fabric in memory, and workers that really open and seal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fastapi import FastAPI
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from lacre.jws import b64u, raw_public_key
+from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.signing import sign_manifest, sign_statement
+from lacre.wire.bhttp import Request, encode_request
+from lacre.wire.header import MEDIA_TYPE_REQUEST, Kem, SealedHeader
+from lacre.wire.ohttp import ResponseOpener, seal_request
+from lacre.wire.opening import PrivateKey, ResponseSealer, open_request
+from lacre_fabric.frames import Kind
+from lacre_fabric.grants import Grant
+from lacre_fabric.memory import MemoryDelivery, MemoryFabric
+from lacre_fabric.receipts import Receipt
+from lacre_gateway.app import create_app
+from lacre_gateway.logs import make_log
+from lacre_gateway.settings import parse
+from lacre_gateway.state import Gateway, build
+
+ISSUER = "https://issuer.example"
+AUDIENCE = "lacre-test"
+MODEL = "smollm2-135m"
+PIECES = (b"Baltic", b", Ionian", b", Coral.")
+
+
+class Issuer:
+    """Signs access tokens with any algorithm; publishes what verifies the honest ones."""
+
+    def __init__(self) -> None:
+        self.ed = Ed25519PrivateKey.generate()
+        self.ec = ec.generate_private_key(ec.SECP256R1())
+        self.rsa = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        self.keys: dict[str, tuple[Any, str]] = {
+            "ed": (self.ed, "EdDSA"),
+            "ec": (self.ec, "ES256"),
+            "rsa": (self.rsa, "RS256"),
+        }
+
+    def jwks(self) -> dict[str, Any]:
+        members = [
+            {**OKPAlgorithm.to_jwk(self.ed.public_key(), as_dict=True), "kid": "ed"},
+            {**ECAlgorithm.to_jwk(self.ec.public_key(), as_dict=True), "kid": "ec"},
+            {**RSAAlgorithm.to_jwk(self.rsa.public_key(), as_dict=True), "kid": "rsa", "use": "sig", "alg": "RS256"},
+        ]
+        return {"keys": members}
+
+    def token(self, *, kid: str = "ed", headers: Mapping[str, Any] | None = None, drop: str = "", **claims: Any) -> str:
+        key, algorithm = self.keys[kid]
+        return jwt.encode(self.claims(drop=drop, **claims), key, algorithm=algorithm, headers={"kid": kid, **(headers or {})})
+
+    def claims(self, *, drop: str = "", **claims: Any) -> dict[str, Any]:
+        now = int(time.time())
+        standard = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "nbf": now - 5, "exp": now + 600, "tenant": "acme"}
+        return {name: value for name, value in {**standard, **claims}.items() if name != drop}
+
+
+@dataclass
+class Script:
+    """What the fake worker does with a request. ending: usage, error:<problem type>, or silence."""
+
+    pieces: tuple[bytes, ...] = PIECES
+    ending: str = "usage"
+    final_chunk: bool = True
+    before: Callable[[], Awaitable[None]] | None = None
+    between: Callable[[], Awaitable[None]] | None = None
+    usage: dict[str, Any] = field(default_factory=dict)  # members of the receipt that differ from the honest ones
+    receipt_key: Ed25519PrivateKey | None = None
+    beat: bool = False
+
+
+class FakeWorker:
+    """Opens requests with the pool's keys and seals answers; counts how often it was asked."""
+
+    def __init__(self, world: World, slots: int = 4) -> None:
+        self.world = world
+        self.script = Script()
+        self.fabric = world.hub.worker("default", [MODEL], slots=slots)
+        self.opened: list[bytes] = []
+        self.grants: list[Grant] = []
+        self.cancelled = 0
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                delivery = await self.fabric.pull()
+                group.create_task(self._serve(delivery))
+
+    async def _serve(self, delivery: MemoryDelivery) -> None:
+        script = self.script
+        grant = Grant.verify(delivery.work.grant, raw_public_key(self.world.grant_key), time.time())
+        self.grants.append(grant)
+        plaintext, header, sealer = open_request(self.world.private_keys, delivery.work.sealed)
+        assert grant.enc == b64u(header.digest)
+        self.opened.append(plaintext)
+        assert await delivery.claim()
+        answering = asyncio.create_task(self._answer(delivery, script, header, sealer))
+        cancelled = asyncio.create_task(delivery.cancelled.wait())
+        await asyncio.wait((answering, cancelled), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            self.cancelled += 1
+        for task in (answering, cancelled):
+            task.cancel()
+        await asyncio.gather(answering, cancelled, return_exceptions=True)
+        await delivery.drop()
+        self.fabric.release()
+
+    async def _answer(self, delivery: MemoryDelivery, script: Script, header: SealedHeader, sealer: ResponseSealer) -> None:
+        if script.before is not None:
+            await script.before()
+        for number, piece in enumerate(script.pieces):
+            if number and script.between is not None:
+                await script.between()
+            await delivery.send(Kind.DATA, sealer.seal(piece))
+        if script.beat:
+            await delivery.send(Kind.BEAT, self._receipt(header, script, final=False))
+        if script.ending == "usage":
+            await delivery.send(Kind.DATA, sealer.finish())
+            await delivery.send(Kind.USAGE, self._receipt(header, script, final=True))
+        elif script.ending.startswith("error:"):
+            await delivery.send(Kind.ERROR, script.ending.removeprefix("error:").encode())
+        else:
+            await asyncio.Event().wait()
+
+    def _receipt(self, header: SealedHeader, script: Script, *, final: bool) -> bytes:
+        honest: dict[str, Any] = {
+            "enc": b64u(header.digest), "model": "sha256:00", "prompt_tokens": 12, "cached_tokens": 2, "completion_tokens": 7,
+            "start": time.time(), "end": time.time(), "final": final,
+        }  # fmt: skip
+        receipt = Receipt(**{**honest, **script.usage})
+        return receipt.sign(script.receipt_key or self.world.receipt_key).encode()
+
+
+class World:
+    """One gateway, its keys, its issuer, and its fabric. `settings` and `limits` are lines added to its settings file."""
+
+    def __init__(self, folder: Path, *, settings: str = "", limits: str = "") -> None:
+        self.folder = folder
+        self.issuer = Issuer()
+        self.root, self.signer, self.grant_key, self.receipt_key = (Ed25519PrivateKey.generate() for _ in range(4))
+        self.pool_keys = (PrivateKey.generate(1), PrivateKey.generate(2, Kem.X25519), PrivateKey.generate(9))
+        self.private_keys = {key.config.key_id: key for key in self.pool_keys}
+        self.hub = MemoryFabric()
+        self.log = io.StringIO()
+        (folder / "jwks.json").write_text(json.dumps(self.issuer.jwks()))
+        text = self.settings_text(settings, limits)
+        self.gateway: Gateway = build(parse(text, folder / "gateway.toml"), self.grant_key, make_log(self.log))
+        self.gateway.fabric = self.hub.gateway()
+        self.app: FastAPI = create_app(self.gateway)
+
+    def settings_text(self, settings: str = "", limits: str = "") -> str:
+        return f"""
+            gateway = "g1"
+            public_url = "http://127.0.0.1:8321"
+            trust = "{b64u(raw_public_key(self.root))}"
+            signing_key = "grant.key"
+            audit = "audit.jsonl"
+            {settings}
+            [nats]
+            url = "nats://127.0.0.1:4222"
+            credentials = "gateway.creds"
+            [[issuers]]
+            issuer = "{ISSUER}"
+            audience = "{AUDIENCE}"
+            algorithms = ["EdDSA", "ES256", "RS256"]
+            jwks = "jwks.json"
+            [limits]
+            {limits}
+            [models."{MODEL}"]
+            context = 2048
+        """
+
+    def document(self, version: int = 1, *, lives: float = 3600.0, **members: Any) -> bytes:
+        """A manifest document. Key 9 is past its time."""
+        now = time.time()
+        keys = tuple(PoolKey(key.config, now - 1 if key.config.key_id == 9 else now + 3600) for key in self.pool_keys)
+        pool = Pool((MODEL,), keys, raw_public_key(self.receipt_key), ("none", "pad"))
+        standard: dict[str, Any] = {
+            "issuer": "test", "version": version, "issued_at": now - 10, "expires_at": now + lives,
+            "gateway_key": raw_public_key(self.grant_key), "pools": {"default": pool},
+        }  # fmt: skip
+        manifest = Manifest(**{**standard, **members})
+        statement = sign_statement(RootStatement(raw_public_key(self.signer), now + 7200), self.root)
+        return Document((statement,), sign_manifest(manifest, self.signer)).encode()
+
+    def seal(self, key_id: int = 1, content: bytes = b'{"messages":[]}') -> tuple[bytes, ResponseOpener]:
+        request = Request("POST", "https", "lacre.invalid", "/v1/chat/completions", (), content)
+        body, _, opener = seal_request(self.private_keys[key_id].config, encode_request(request))
+        return body, opener
+
+    def headers(self, token: str | None = None, **changes: str | None) -> dict[str, str]:
+        """The outer headers; `None` takes one away. Names with underscores for dashes."""
+        headers: dict[str, str | None] = {
+            "authorization": f"Bearer {token or self.issuer.token()}", "content-type": MEDIA_TYPE_REQUEST,
+            "lacre-pool": "default", "lacre-model": MODEL, "lacre-action": "chat", "lacre-max-tokens": "256",
+            "lacre-shape": "none",
+        }  # fmt: skip
+        headers.update({name.replace("_", "-"): value for name, value in changes.items()})
+        return {name: value for name, value in headers.items() if value is not None}
+
+    @contextlib.asynccontextmanager
+    async def worker(self, slots: int = 4) -> AsyncIterator[FakeWorker]:
+        worker = FakeWorker(self, slots)
+        running = asyncio.create_task(worker.run())
+        try:
+            yield worker
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await worker.fabric.close()
+
+    async def trail(self) -> list[dict[str, Any]]:
+        """The audit record so far, read back from the disk."""
+        for _ in range(200):
+            text = (self.folder / "audit.jsonl").read_text()
+            entries = [json.loads(line) for line in text.splitlines()]
+            intents = sum(entry["kind"] == "intent" for entry in entries)
+            if 2 * intents == len(entries):
+                return entries
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"an intent without an outcome: {text}")
+
+    def logged(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.getvalue().splitlines()]
+
+
+def opened(opener: ResponseOpener, body: bytes) -> bytes:
+    """The plaintext of a whole sealed answer; raises where it is not whole."""
+    return b"".join([*opener.feed(body), *opener.close()])
