@@ -86,11 +86,13 @@ def open_sealed(body: bytes, keys: Mapping[int, PrivateKey]) -> Opened:
     return Opened(bhttp.decode_request(plaintext), header, sealer)
 
 
-def refuse(opened: Opened, status: int, body: Mapping[str, Any], media_type: str = "application/json") -> bytes:
-    """A whole sealed answer that carries `body` as JSON."""
+def refuse(
+    opened: Opened, status: int, body: Mapping[str, Any], media_type: str = "application/json", headers: Headers = ()
+) -> bytes:
+    """A whole sealed answer that carries `body` as JSON, in place of the app's."""
     encoder = bhttp.ResponseEncoder()
     content = json.dumps(body, separators=(",", ":")).encode()
-    head = encoder.head(status, (("content-type", media_type), ("content-length", str(len(content)))))
+    head = encoder.head(status, (("content-type", media_type), ("content-length", str(len(content))), *headers))
     return opened.sealer.seal(head + encoder.data(content) + encoder.end()) + opened.sealer.finish()
 
 

@@ -1,0 +1,239 @@
+"""The node: pulls sealed work, opens it, lets an ASGI app answer, and seals each piece as it is produced.
+
+Rules:
+- Nothing of a request is acted on before its grant verified, over the very bytes that came, and it opened.
+- No frame leaves, and the app is not called, before this attempt has claimed the request in the whole pool. A loser says
+  nothing. A local memory refuses a replay even where the fabric has forgotten.
+- What is wrong before opening goes out as a problem type; what is wrong after it goes out sealed.
+- Logs carry ids, counts and durations; never content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre import asgi, problems
+from lacre.errors import LacreError, UnknownKeyId
+from lacre.jws import b64u
+from lacre.manifest import Manifest
+from lacre.wire.header import SealedHeader
+from lacre.wire.opening import PrivateKey
+from lacre_backend import inside
+from lacre_fabric.frames import Kind
+from lacre_fabric.grants import Grant
+from lacre_fabric.receipts import TRAILER, Receipt
+from lacre_fabric.work import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
+
+MAX_REMEMBERED: Final = 1_000_000  # digests; some 100 MB, and more requests than a node answers in `CLAIM_TTL`
+RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is away
+
+log = structlog.get_logger("lacre.node")
+
+
+class Seen:
+    """The digests of requests opened here within the claim's time to live: refuses a replay on its own."""
+
+    def __init__(self) -> None:
+        self._until: OrderedDict[bytes, float] = OrderedDict()
+
+    def add(self, digest: bytes, now: float) -> bool:
+        """False where the digest was there."""
+        while self._until and (len(self._until) >= MAX_REMEMBERED or next(iter(self._until.values())) <= now):
+            self._until.popitem(last=False)
+        if digest in self._until:
+            return False
+        self._until[digest] = now + CLAIM_TTL
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a node is: its pool, and what it opens and signs with."""
+
+    pool: str
+    keys: Callable[[], Mapping[int, PrivateKey]]
+    receipt_key: Ed25519PrivateKey = field(repr=False)
+    manifest: Callable[[], Manifest]
+
+
+class _Refused(Exception):
+    """Not to be worked on: `problem` says why, and goes out unsealed."""
+
+    def __init__(self, problem: problems.Problem) -> None:
+        super().__init__(problem.slug)
+        self.problem = problem
+
+
+class Node:
+    """app: what answers. clock: seconds since the epoch."""
+
+    def __init__(
+        self, fabric: WorkerFabric, app: asgi.App, identity: Identity, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._fabric = fabric
+        self._app = app
+        self._identity = identity
+        self._clock = clock
+        self._seen = Seen()
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Pulls and answers until cancelled; what was pulled goes on then, until `drain` or `close`."""
+        while True:
+            try:
+                delivery = await self._fabric.pull()
+            except FabricUnavailable as exc:
+                log.warning("fabric.unavailable", reason=str(exc))
+                await asyncio.sleep(RECONNECT)
+                continue
+            task = asyncio.create_task(self._serve(delivery))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def drain(self, limit: float) -> None:
+        """Lets what runs finish, for `limit` seconds at most; then cancels it."""
+        await self._fabric.drain()
+        if self._running:
+            await asyncio.wait(self._running, timeout=limit)
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _serve(self, delivery: Delivery) -> None:
+        began = time.monotonic()
+        outcome = "failed"
+        try:
+            outcome = await self._work(delivery)
+        except _Refused as refused:
+            outcome = refused.problem.slug
+            await delivery.reject(refused.problem.type)
+        except Cancelled:
+            outcome = "cancelled"
+        except FabricUnavailable:
+            outcome = "fabric-lost"
+        except asgi.AppFailed:
+            log.exception("app.failed", request_id=delivery.work.request_id)
+            outcome = "app-failed"
+            await delivery.send(Kind.ERROR, problems.INTERNAL.type.encode())
+        finally:
+            try:
+                await delivery.drop()
+            finally:
+                self._fabric.release()
+            seconds = round(time.monotonic() - began, 3)
+            log.info("work.done", request_id=delivery.work.request_id, outcome=outcome, seconds=seconds)
+
+    async def _work(self, delivery: Delivery) -> str:
+        grant = self._verify_grant(delivery)
+        opened = self._open(delivery)
+        now = self._clock()
+        if not self._seen.add(opened.header.digest, now) or not await delivery.claim():
+            return "replayed"
+        call = asgi.Call(
+            request_id=grant.jti,
+            model=grant.model,
+            action=grant.action,
+            max_tokens=grant.max_tokens,
+            max_prompt_tokens=grant.max_prompt_tokens,
+            features=frozenset(grant.features),
+        )
+        receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
+        refusal = inside.check(opened, grant, now)
+        if refusal is not None:
+            sealed = asgi.refuse(opened, refusal.status, refusal.body, refusal.media_type, refusal.headers)
+            await delivery.send(Kind.DATA, sealed)
+            await delivery.send(Kind.USAGE, receipts.sign(final=True).encode())
+            return "refused-inside"
+        await self._answer(delivery, opened, call, receipts)
+        return "answered"
+
+    def _verify_grant(self, delivery: Delivery) -> Grant:
+        work = delivery.work
+        try:
+            grant = Grant.verify(work.grant, self._identity.manifest().gateway_key, self._clock())
+        except LacreError as exc:
+            log.warning("grant.refused", request_id=work.request_id, kind=type(exc).__name__)
+            raise _Refused(problems.INVALID_GRANT) from exc
+        try:
+            digest = SealedHeader.parse(work.sealed).digest
+        except LacreError as exc:
+            raise _Refused(problems.INVALID_REQUEST) from exc
+        # Work's own fields come from the fabric, which proves nothing: the signature and these bytes do.
+        if (grant.pool, grant.enc) != (self._identity.pool, b64u(digest)) or grant.model != work.model:
+            log.warning("grant.refused", request_id=work.request_id, kind="mismatch")
+            raise _Refused(problems.INVALID_GRANT)
+        return grant
+
+    def _open(self, delivery: Delivery) -> asgi.Opened:
+        try:
+            return asgi.open_sealed(delivery.work.sealed, self._identity.keys())
+        except UnknownKeyId as exc:
+            raise _Refused(problems.UNKNOWN_KEY) from exc
+        except LacreError as exc:
+            raise _Refused(problems.INVALID_REQUEST) from exc
+
+    async def _answer(self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts) -> None:
+        """Streams the answer, beats beside it, and stops at once when the gateway withdraws the request."""
+        streaming = asyncio.create_task(self._stream(delivery, opened, call, receipts))
+        beating = asyncio.create_task(_beat(delivery, receipts))
+        withdrawn = asyncio.create_task(delivery.cancelled.wait())
+        try:
+            await asyncio.wait({streaming, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
+            if not streaming.done():
+                raise Cancelled("the gateway withdrew the request")
+            await streaming
+        finally:
+            for task in (streaming, beating, withdrawn):
+                task.cancel()
+            await asyncio.gather(streaming, beating, withdrawn, return_exceptions=True)
+
+    async def _stream(self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts) -> None:
+        final: list[str] = []
+
+        def trailers() -> tuple[tuple[str, str], ...]:
+            final.append(receipts.sign(final=True))
+            return ((TRAILER, final[0]),)
+
+        async with aclosing(asgi.answer(self._app, opened, call, trailers=trailers)) as pieces:
+            async for piece in pieces:
+                await delivery.send(Kind.DATA, piece)
+        await delivery.send(Kind.USAGE, final[0].encode())
+
+
+@dataclass(frozen=True, slots=True)
+class _Receipts:
+    """Signs what a call used so far."""
+
+    key: Ed25519PrivateKey = field(repr=False)
+    grant: Grant
+    usage: asgi.Usage
+    start: float
+    clock: Callable[[], float]
+
+    def sign(self, *, final: bool) -> str:
+        usage = self.usage
+        return Receipt(
+            enc=self.grant.enc,
+            model=usage.model_digest,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            start=self.start,
+            end=self.clock(),
+            final=final,
+        ).sign(self.key)
+
+
+async def _beat(delivery: Delivery, receipts: _Receipts) -> None:
+    while True:
+        await asyncio.sleep(BEAT)
+        await delivery.send(Kind.BEAT, receipts.sign(final=False).encode())
