@@ -43,7 +43,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_task() -> Callable[..., Task]:
     """A task with an id of its own; `text` is tokenized as plain text. endless: it may not end before its limits."""
 
@@ -65,7 +65,7 @@ def make_task() -> Callable[..., Task]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run() -> Callable[..., Any]:
     """Run a task to its end: its tokens and its finish."""
 
@@ -122,11 +122,11 @@ class Reply:
         return [json.loads(line) for line in lines]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def post() -> Callable[..., Any]:
     """Call an ASGI app as a server would, without one between: each message is seen as it is sent.
 
-    leave_after: disconnect once that many body messages came. Extra keywords are headers.
+    leave_after: disconnect once that many body messages came; leaving: disconnect when it is set.
     """
 
     async def post(
@@ -137,10 +137,11 @@ def post() -> Callable[..., Any]:
         method: str = "POST",
         call: Call | None = None,
         leave_after: int | None = None,
+        leaving: asyncio.Event | None = None,
         headers: Sequence[tuple[bytes, bytes]] = (),
     ) -> Reply:
         reply = Reply()
-        left = asyncio.Event()
+        left = leaving or asyncio.Event()
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         incoming = [{"type": "http.request", "body": content, "more_body": False}]
 

@@ -36,11 +36,11 @@ hostile = st.lists(
 SPELLED = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
 TEMPLATES = {
     "spelled": SPELLED,
-    "glued": "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + m['content'] | trim + '<|end|>' }}{% endfor %}",
+    "glued": "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + m.content | trim + '<|end|>' }}{% endfor %}",
     "side by side": "<|start|>{% for m in messages %}{{ m.content }}{% endfor %}<|end|>",
     "cuts": "{% for m in messages %}<|start|>{{ m.content | replace('CUT', '') }}<|end|>{% endfor %}",
     "wraps": "{% for m in messages %}<|start|><|{{ m.content }}|><|end|>{% endfor %}",
-    "splits": "{% for m in messages %}<|start|>{{ m.content.split('CUT')[-1] }}{{ m.content.split('CUT')[0] }}<|end|>{% endfor %}",
+    "splits": "<|start|>{% for m in messages %}{% set p = m.content.split('CUT') %}{{ p[-1] + p[0] }}{% endfor %}<|end|>",
 }
 
 
@@ -124,11 +124,8 @@ class UserDefined(EchoEngine):
     """Recognises its end token in plain text too, as llama.cpp does with "user defined" tokens."""
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        return [
-            t
-            for i, part in enumerate(text.split(END.text))
-            for t in ([END.id] * (i > 0) + super(UserDefined, self).tokenize(part, special))
-        ]
+        before, end, after = text.partition(END.text)
+        return super().tokenize(before, special) + ([END.id, *self.tokenize(after, special)] if end else [])
 
 
 @given(hostile)

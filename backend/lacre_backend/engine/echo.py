@@ -81,6 +81,11 @@ class EchoEngine:
             kinds=frozenset({Kind.GENERATE}),
         )
 
+    @property
+    def running(self) -> int:
+        """Tasks that were submitted and have not finished."""
+        return len(self._jobs)
+
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         tokens: list[int] = []
         while text:

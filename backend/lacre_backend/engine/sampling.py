@@ -45,9 +45,9 @@ class Candidates:
     def apply(self, sampler: Any) -> None:
         L.llama_sampler_apply(sampler, ctypes.byref(self.array))
 
-    def best(self) -> float:
-        """The highest logit left."""
-        return float(self._rows["logit"][: self.array.size].max(initial=-np.inf))
+    def first(self) -> float:
+        """The first row's logit: minus infinity if a grammar refused it."""
+        return float(self._rows["logit"][0])
 
     def chosen(self) -> int:
         if self.array.selected < 0:
@@ -88,16 +88,21 @@ class Sampler:
         candidates.fill(self._ids, logits)
         candidates.apply(self._chain)
         token = candidates.chosen()
-        candidates.fill(self._ids[token : token + 1], logits[token : token + 1])
-        candidates.apply(self._grammar)
-        if candidates.best() > -np.inf:
+        if self._admits(candidates, token):
             return token
         candidates.fill(self._ids, logits)
         candidates.apply(self._grammar)
-        if candidates.best() == -np.inf:
-            raise EngineError("The grammar leaves no token to choose.")
         candidates.apply(self._chain)
-        return candidates.chosen()
+        token = candidates.chosen()
+        # Where nothing that the grammar admits is left to choose, the chain chose something else.
+        if not self._admits(candidates, token):
+            raise EngineError("The grammar leaves no token to choose.")
+        return token
+
+    def _admits(self, candidates: Candidates, token: int) -> bool:
+        candidates.fill(self._ids[token : token + 1], np.zeros(1, dtype=np.float32))
+        candidates.apply(self._grammar)
+        return candidates.first() == 0
 
     def close(self) -> None:
         if self._closed:

