@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fastapi import FastAPI
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
+from lacre import problems
+from lacre.errors import ProtocolError, VerificationError
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
 from lacre.signing import sign_manifest, sign_statement
@@ -107,7 +109,12 @@ class FakeWorker:
         script = self.script
         grant = Grant.verify(delivery.work.grant, raw_public_key(self.world.grant_key), time.time())
         self.grants.append(grant)
-        plaintext, header, sealer = open_request(self.world.private_keys, delivery.work.sealed)
+        try:
+            plaintext, header, sealer = open_request(self.world.private_keys, delivery.work.sealed)
+        except (ProtocolError, VerificationError):
+            await delivery.reject(problems.INVALID_REQUEST.type)
+            self.fabric.release()
+            return
         assert grant.enc == b64u(header.digest)
         self.opened.append(plaintext)
         assert await delivery.claim()
@@ -226,16 +233,15 @@ class World:
             await asyncio.gather(running, return_exceptions=True)
             await worker.fabric.close()
 
-    async def trail(self) -> list[dict[str, Any]]:
-        """The audit record so far, read back from the disk."""
+    async def trail(self, requests: int = 1) -> list[dict[str, Any]]:
+        """The audit record of so many requests, read back from the disk."""
         for _ in range(200):
             text = (self.folder / "audit.jsonl").read_text()
             entries = [json.loads(line) for line in text.splitlines()]
-            intents = sum(entry["kind"] == "intent" for entry in entries)
-            if 2 * intents == len(entries):
+            if len(entries) >= 2 * requests:
                 return entries
             await asyncio.sleep(0.01)
-        raise AssertionError(f"an intent without an outcome: {text}")
+        raise AssertionError(f"fewer entries than intents and outcomes of {requests} requests: {text}")
 
     def logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]

@@ -1,0 +1,340 @@
+"""Every way to be refused before the first byte of an answer: the exact problem, and whether a worker ever saw the request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from lacre import problems
+from lacre.problems import Problem
+from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
+from parts.gateway import FakeWorker, Script, World
+
+from .conftest import client_of
+
+
+def assert_problem(response: httpx2.Response, problem: Problem) -> None:
+    assert (response.status_code, response.content) == (problem.status, problem.body())
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["cache-control"] == "no-store"
+    assert len(response.headers["lacre-request-id"]) == 32
+    assert ("retry-after" in response.headers) == (problem.status in (429, 503))
+
+
+async def post(world: World, client: httpx2.AsyncClient, body: bytes | None = None, **headers: str | None) -> httpx2.Response:
+    sealed = world.seal()[0] if body is None else body
+    return await client.post("/v1/sealed", content=sealed, headers=world.headers(**headers))
+
+
+HEADERS: list[tuple[str, str | None]] = [
+    *((name, None) for name in ("lacre_pool", "lacre_model", "lacre_action", "lacre_max_tokens", "lacre_shape")),
+    *(("lacre_max_tokens", value) for value in ("0", "-1", "+1", "1.0", "1e3", "0x1", "", "01", "2147483649", "9" * 30, "1_0")),
+    *(("lacre_action", value) for value in ("", "Chat", "admin", "chat ,embed")),
+    *(("lacre_shape", value) for value in ("", "paced", "None")),
+    *(("lacre_pool", value) for value in ("", "a b", "x" * 129)),
+    ("lacre_model", "x" * 129),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), HEADERS)
+async def test_outer_headers(
+    name: str, value: str | None, world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    assert_problem(await post(world, client, **{name: value}), problems.INVALID_HEADERS)
+    assert worker.opened == []
+
+
+@pytest.mark.parametrize("value", ["1", "2147483648"])
+async def test_max_tokens_within_bounds(value: str, world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    headers = world.headers(world.issuer.token(scope="lacre:long"), lacre_max_tokens=value)
+    response = await client.post("/v1/sealed", content=world.seal()[0], headers=headers)
+    assert response.status_code == 200
+    assert worker.grants[0].max_tokens == int(value)
+
+
+async def test_outer_header_twice(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    headers = [*world.headers().items(), ("lacre-max-tokens", "1")]
+    assert_problem(await client.post("/v1/sealed", content=world.seal()[0], headers=headers), problems.INVALID_HEADERS)
+
+
+@pytest.mark.parametrize("name", ["lacre_pool", "lacre_model"])
+async def test_unknown_pool_or_model(name: str, world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(world, client, **{name: "another"}), problems.UNKNOWN_POOL)
+    assert worker.opened == []
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [None, "application/json", "message/ohttp-req", "message/ohttp-chunked-res", f"{MEDIA_TYPE_REQUEST}, text/html"],
+)
+async def test_media_type(media_type: str | None, world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(world, client, content_type=media_type), problems.UNSUPPORTED_MEDIA_TYPE)
+    assert worker.opened == []
+
+
+async def test_content_encoding(world: World, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(world, client, content_encoding="gzip"), problems.UNSUPPORTED_MEDIA_TYPE)
+
+
+def broken_bodies(world: World) -> Iterator[bytes]:
+    body, _ = world.seal()
+    yield b""
+    yield b"hello"
+    yield b'{"messages": []}'
+    yield body[:3]
+    yield body[:600]
+    yield body[: 7 + 1120]
+    yield body[: 7 + 1120] + b"\x00"
+    yield body[: 7 + 1120] + b"\x01a\x00" + bytes(16)  # a chunk shorter than its tag
+    yield b"\x01\x00\x21" + body[3:]  # a KEM that we do not have
+    yield body[:5] + b"\x00\x09" + body[7:]  # an AEAD that we do not have
+
+
+async def test_body_that_is_not_sealed(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    for body in broken_bodies(world):
+        assert_problem(await post(world, client, body), problems.INVALID_REQUEST)
+    assert worker.opened == []
+
+
+async def test_body_that_only_a_worker_can_tell_from_a_whole_one(
+    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    """A final chunk that lost a byte, or any byte changed in a chunk, shows only when it is opened."""
+    body, _ = world.seal()
+    assert_problem(await post(world, client, body[:-1]), problems.INVALID_REQUEST)
+    assert worker.opened == []
+
+
+async def test_unknown_key_id(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _ = world.seal()
+    assert_problem(await post(world, client, b"\x07" + body[1:]), problems.UNKNOWN_KEY)
+    assert worker.opened == []
+
+
+async def test_key_past_its_time(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(world, client, world.seal(key_id=9)[0]), problems.UNKNOWN_KEY)
+
+
+async def test_key_id_of_another_kem(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _ = world.seal(key_id=2)
+    assert_problem(await post(world, client, b"\x01" + body[1:]), problems.UNKNOWN_KEY)
+
+
+async def test_replay(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _ = world.seal()
+    assert (await post(world, client, body)).status_code == 200
+    assert_problem(await post(world, client, body), problems.REPLAYED)
+    assert len(worker.opened) == 1
+    assert [entry.get("outcome") for entry in await world.trail(2)] == [None, "answered", None, "refused"]
+
+
+async def test_policy(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(world, client, lacre_action="http"), problems.FORBIDDEN)
+    assert_problem(await post(world, client, lacre_max_tokens="40000"), problems.FORBIDDEN)
+    assert worker.opened == []
+    first, end, second, _ = await world.trail(2)
+    assert (first["decision"], first["policies"]) == ("deny", [])
+    assert (end["outcome"], end["status"], end["unreceipted"]) == ("refused", 403, True)
+    assert second["policies"] == ["output-ceiling"]
+
+
+async def test_no_manifest(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with client_of(world) as client:
+        assert_problem(await post(world, client), problems.NOT_READY)
+    await world.gateway.audit.close()
+
+
+async def test_expired_manifest(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.gateway.manifest.offer(world.document(lives=0.05))
+    await asyncio.sleep(0.06)
+    async with client_of(world) as client:
+        assert_problem(await post(world, client), problems.NOT_READY)
+    await world.gateway.audit.close()
+
+
+async def test_no_worker_within_two_seconds(world: World, client: httpx2.AsyncClient) -> None:
+    since = time.monotonic()
+    assert_problem(await post(world, client), problems.NO_WORKER)
+    assert time.monotonic() - since < 2
+
+
+async def test_not_connected(world: World, client: httpx2.AsyncClient) -> None:
+    world.gateway.fabric = None
+    assert_problem(await post(world, client), problems.UNAVAILABLE)
+
+
+async def test_queue_full(world: World, client: httpx2.AsyncClient) -> None:
+    world.hub.max_queue = 0
+    world.hub.worker("default", ["smollm2-135m"])
+    assert_problem(await post(world, client), problems.BUSY)
+
+
+@pytest.fixture
+async def impatient(tmp_path: Path) -> AsyncIterator[World]:
+    limits = (
+        "queue_limit = 0.2\nbody_timeout = 0.3\nconcurrent_per_subject = 2\nrequests_in_flight = 3\nrequests_per_minute = 5"
+    )
+    world = World(tmp_path, limits=limits)
+    world.gateway.manifest.offer(world.document())
+    yield world
+    await world.gateway.audit.close()
+
+
+async def test_queue_limit(impatient: World) -> None:
+    """A worker is there and never free: the request waits, is refused, and leaves the queue."""
+    impatient.hub.worker("default", ["smollm2-135m"])
+    async with client_of(impatient) as client:
+        since = time.monotonic()
+        assert_problem(await post(impatient, client), problems.BUSY)
+        assert 0.2 <= time.monotonic() - since < 1
+    assert not impatient.hub.queue
+    assert (await impatient.trail())[1]["outcome"] == "refused"
+
+
+async def test_requests_at_once(impatient: World) -> None:
+    hold = asyncio.Event()
+    async with client_of(impatient) as client, impatient.worker() as worker:
+        worker.script = Script(before=hold.wait)
+        bob = impatient.issuer.token(sub="bob")
+        running = [asyncio.create_task(post(impatient, client)) for _ in range(2)]
+        while len(worker.opened) < 2:
+            await asyncio.sleep(0.01)
+        assert_problem(await post(impatient, client), problems.RATE_LIMITED)  # a third of alice's
+        running.append(asyncio.create_task(post(impatient, client, authorization=f"Bearer {bob}")))
+        while len(worker.opened) < 3:
+            await asyncio.sleep(0.01)
+        assert_problem(await post(impatient, client, authorization=f"Bearer {bob}"), problems.OVERLOADED)  # a fourth of all
+        hold.set()
+        assert [(await task).status_code for task in running] == [200, 200, 200]
+        assert (await post(impatient, client)).status_code == 200
+
+
+async def test_requests_per_minute(impatient: World) -> None:
+    async with client_of(impatient) as client, impatient.worker():
+        codes = [(await post(impatient, client)).status_code for _ in range(6)]
+        assert codes == [200] * 5 + [429]
+        response = await post(impatient, client)
+        assert_problem(response, problems.RATE_LIMITED)
+        assert 10 <= int(response.headers["retry-after"]) <= 12
+        bob = impatient.issuer.token(sub="bob")
+        assert (await post(impatient, client, authorization=f"Bearer {bob}")).status_code == 200
+
+
+async def test_a_refused_request_costs_nothing(impatient: World) -> None:
+    async with client_of(impatient) as client, impatient.worker():
+        for _ in range(10):
+            assert_problem(await post(impatient, client, lacre_action="http"), problems.FORBIDDEN)
+        assert (await post(impatient, client)).status_code == 200
+
+
+async def test_slow_body(impatient: World) -> None:
+    async def trickle() -> AsyncIterator[bytes]:
+        for byte in impatient.seal()[0]:
+            yield bytes([byte])
+            await asyncio.sleep(0.05)
+
+    async with client_of(impatient) as client:
+        since = time.monotonic()
+        response = await client.post("/v1/sealed", content=trickle(), headers=impatient.headers())
+    assert_problem(response, problems.SLOW_BODY)
+    assert time.monotonic() - since < 5
+    assert impatient.gateway.limits.running == 0
+
+
+async def test_too_large_by_content_length(world: World, client: httpx2.AsyncClient) -> None:
+    """Refused before it is read: the body that is announced never comes."""
+    sent = []
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(16):
+            sent.append(2**20)
+            yield bytes(2**20)
+
+    headers = world.headers(content_length=str(MAX_SEALED_REQUEST + 1))
+    assert_problem(await client.post("/v1/sealed", content=body(), headers=headers), problems.TOO_LARGE)
+    assert sum(sent) <= MAX_SEALED_REQUEST + 2**21  # what lingers before the close is bounded too
+
+
+@pytest.mark.parametrize("length", [None, "10"])
+async def test_too_large_whatever_it_says(length: str | None, world: World, client: httpx2.AsyncClient) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            yield bytes(2**18)
+
+    headers = world.headers(content_length=length)
+    assert_problem(await client.post("/v1/sealed", content=body(), headers=headers), problems.TOO_LARGE)
+
+
+@pytest.mark.parametrize("length", ["", "-1", "0x10", "1 0", "9" * 20])
+async def test_content_length_that_is_none(length: str, world: World, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(world, client, content_length=length), problems.INVALID_HEADERS)
+
+
+async def test_audit_that_cannot_be_written(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """No record, no service: not one byte of the answer leaves."""
+    await world.gateway.audit.close()
+    assert_problem(await post(world, client), problems.INTERNAL)
+    [failed] = [entry for entry in world.logged() if entry["event"] == "request failed"]
+    assert failed["error"] == "AuditUnavailable"
+
+
+FROM_WORKERS = [
+    (problems.INVALID_REQUEST.type, problems.INVALID_REQUEST),
+    (problems.INVALID_GRANT.type, problems.INVALID_GRANT),
+    (problems.UNKNOWN_KEY.type, problems.UNKNOWN_KEY),
+    (problems.REPLAYED.type, problems.REPLAYED),
+    (problems.BUSY.type, problems.BUSY),
+    (problems.INVALID_TOKEN.type, problems.WORKER_LOST),  # not for a worker to say
+    ("<script>", problems.WORKER_LOST),
+    ("\xff", problems.WORKER_LOST),
+]
+
+
+@pytest.mark.parametrize(("said", "problem"), FROM_WORKERS)
+async def test_worker_refuses(
+    said: str, problem: Problem, world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    worker.script = Script(pieces=(), ending=f"error:{said}")
+    assert_problem(await post(world, client), problem)
+    assert (await world.trail())[1]["status"] == problem.status
+
+
+async def test_worker_dies_before_its_answer(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    worker.script = Script(pieces=(), beat=True, ending="silence")
+    since = time.monotonic()
+    assert_problem(await post(world, client), problems.WORKER_LOST)
+    assert time.monotonic() - since < 5
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/sealed/", "/docs", "/openapi.json", "/redoc", "/v1/chat/completions", "/%00"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_no_such_resource(path: str, method: str, client: httpx2.AsyncClient) -> None:
+    assert_problem(await client.request(method, path), problems.NOT_FOUND)
+
+
+@pytest.mark.parametrize(("method", "path", "allow"), [
+    ("GET", "/v1/sealed", {"POST"}),
+    ("PUT", "/v1/sealed", {"POST"}),
+    ("POST", "/v1/manifest", {"GET", "HEAD"}),
+    ("DELETE", "/healthz", {"GET", "HEAD"}),
+])  # fmt: skip
+async def test_wrong_method(method: str, path: str, allow: set[str], client: httpx2.AsyncClient) -> None:
+    response = await client.request(method, path)
+    assert_problem(response, problems.METHOD_NOT_ALLOWED)
+    assert set(response.headers["allow"].split(", ")) == allow
+
+
+async def test_a_problem_says_nothing_else(world: World, client: httpx2.AsyncClient) -> None:
+    response = await post(world, client, lacre_pool="canary")
+    assert set(json.loads(response.content)) == {"type", "title", "status"}
+    assert "canary" not in response.text + str(response.headers)

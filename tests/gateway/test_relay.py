@@ -1,0 +1,78 @@
+"""The path of a request that is served, and what is left behind of it."""
+
+from __future__ import annotations
+
+import httpx2
+
+from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from parts.gateway import ISSUER, MODEL, PIECES, FakeWorker, World, opened
+
+
+async def test_answer_is_forwarded_byte_for_byte(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, opener = world.seal()
+    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+    assert response.status_code == 200
+    assert opened(opener, response.content) == b"".join(PIECES)
+    assert response.headers["content-type"] == MEDIA_TYPE_RESPONSE
+    assert response.headers["incremental"] == "?1"
+    assert "content-length" not in response.headers
+    assert len(worker.opened) == 1
+
+
+async def test_grant_says_what_was_asked_and_not_who(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _ = world.seal()
+    await client.post("/v1/sealed", content=body, headers=world.headers(lacre_shape="pad", lacre_max_tokens="99"))
+    [grant] = worker.grants
+    assert (grant.pool, grant.model, grant.action, grant.shape) == ("default", MODEL, "chat", "pad")
+    assert grant.max_tokens == 99
+    assert grant.max_prompt_tokens == min(2048, len(body))
+    assert "alice" not in repr(grant) and "acme" not in repr(grant)
+
+
+async def test_prompt_ceiling_is_the_models_context(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _ = world.seal(content=b"x" * 5000)
+    await client.post("/v1/sealed", content=body, headers=world.headers())
+    assert worker.grants[0].max_prompt_tokens == 2048
+
+
+async def test_trail_of_an_answer(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _ = world.seal()
+    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+    intent, outcome = await world.trail()
+    assert intent["request_id"] == outcome["request_id"] == response.headers["lacre-request-id"] == worker.grants[0].jti
+    assert (intent["subject"], intent["tenant"], intent["issuer"]) == ("alice", "acme", ISSUER)
+    assert (intent["pool"], intent["model"], intent["action"], intent["shape"]) == ("default", MODEL, "chat", "none")
+    assert (intent["kem"], intent["max_tokens"], intent["sealed_bytes"]) == ("MLKEM768-X25519", 256, len(body))
+    assert (intent["decision"], intent["policies"]) == ("allow", ["models-for-everyone"])
+    assert (outcome["outcome"], outcome["status"], outcome["unreceipted"]) == ("answered", 200, False)
+    assert (outcome["prompt_tokens"], outcome["cached_tokens"], outcome["completion_tokens"]) == (12, 2, 7)
+    assert 0 < outcome["duration"] < 10
+
+
+async def test_x25519_is_taken_too(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, opener = world.seal(key_id=2)
+    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+    assert opened(opener, response.content) == b"".join(PIECES)
+    assert (await world.trail())[0]["kem"] == "X25519"
+
+
+async def test_nothing_secret_is_left_behind(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    token = world.issuer.token()
+    body, _ = world.seal(content=b"a canary in the prompt")
+    await client.post("/v1/sealed?token=query-canary", content=body, headers=world.headers(token))
+    await client.post("/v1/sealed", content=body, headers=world.headers(token[:-4]))
+    await client.get(f"/{token}", headers={"authorization": f"Bearer {token}"})
+    await world.trail()
+    left = world.log.getvalue() + (world.folder / "audit.jsonl").read_text()
+    for part in token.split("."):
+        assert part not in left
+    assert "canary" not in left and "Bearer" not in left
+    assert body[7:40].hex() not in left
+
+
+async def test_streams_are_counted_down_again(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    for _ in range(3):
+        body, _ = world.seal()
+        await client.post("/v1/sealed", content=body, headers=world.headers())
+    assert world.gateway.limits.running == 0
+    assert world.hub.inbound == {}
