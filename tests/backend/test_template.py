@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
@@ -14,6 +14,7 @@ from lacre_backend.engine.echo import END, START, EchoEngine
 from lacre_backend.engine.llama import LlamaEngine
 from lacre_backend.engine.protocol import ControlToken
 
+unhurried = settings(deadline=None)  # the machine is shared
 ECHO = EchoEngine()
 CONTROL = {token.id for token in ECHO.model.control_tokens}
 
@@ -45,6 +46,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES)
+@unhurried
 @given(contents=st.lists(hostile, min_size=1, max_size=3))
 def test_hostile_text_places_no_control_token(source: str, contents: list[str]) -> None:
     assert control_ids(source, *contents) == control_ids(source, *["Hello"] * len(contents))
@@ -128,6 +130,7 @@ class UserDefined(EchoEngine):
         return super().tokenize(before, special) + ([END.id, *self.tokenize(after, special)] if end else [])
 
 
+@unhurried
 @given(hostile)
 def test_end_tokens_of_the_wrong_type_stay_text(text: str) -> None:
     engine = UserDefined()
@@ -137,6 +140,7 @@ def test_end_tokens_of_the_wrong_type_stay_text(text: str) -> None:
 # The real model
 
 
+@unhurried
 @given(contents=st.lists(st.text(max_size=30), min_size=1, max_size=3))
 def test_ordinary_text_has_the_ids_of_the_whole_string(llama: LlamaEngine, contents: list[str]) -> None:
     messages = [{"role": "user", "content": content} for content in contents]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre_backend.engine.text import StopFilter, TextStream
 
+unhurried = settings(deadline=None)  # the machine is shared
 stops = st.lists(st.text("abc", min_size=1, max_size=5), max_size=4)
 
 
@@ -27,6 +28,7 @@ def expected(text: str, stop: list[str]) -> tuple[str, bool]:
     return text, False
 
 
+@unhurried
 @given(st.text("abcd", max_size=40), stops, st.lists(st.integers(0, 100)))
 def test_output_does_not_depend_on_token_boundaries(text: str, stop: list[str], cuts: list[int]) -> None:
     stream = TextStream(stop)
@@ -35,6 +37,7 @@ def test_output_does_not_depend_on_token_boundaries(text: str, stop: list[str], 
     assert (out + held, stream.stopped) == expected(text, stop)
 
 
+@unhurried
 @given(st.text("abcd", max_size=20), st.text("abcd", max_size=8), stops)
 def test_what_is_shown_is_never_taken_back(text: str, later: str, stop: list[str]) -> None:
     stream = StopFilter(stop)
@@ -43,6 +46,7 @@ def test_what_is_shown_is_never_taken_back(text: str, later: str, stop: list[str
     assert whole.startswith(shown)
 
 
+@unhurried
 @given(st.text("abcd", max_size=20), stops)
 def test_no_more_is_held_back_than_needed(text: str, stop: list[str]) -> None:
     stream = StopFilter(stop)
@@ -51,6 +55,7 @@ def test_no_more_is_held_back_than_needed(text: str, stop: list[str]) -> None:
         assert any(s.startswith(text[len(shown) :]) for s in stop)
 
 
+@unhurried
 @given(st.text(max_size=20), st.lists(st.integers(0, 100)))
 def test_code_points_come_whole(text: str, cuts: list[int]) -> None:
     stream = TextStream(())
@@ -59,6 +64,7 @@ def test_code_points_come_whole(text: str, cuts: list[int]) -> None:
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
+@unhurried
 @given(st.binary(max_size=30), st.lists(st.integers(0, 100)))
 def test_broken_utf8_becomes_what_the_whole_would(data: bytes, cuts: list[int]) -> None:
     stream = TextStream(())
