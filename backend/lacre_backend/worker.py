@@ -1,0 +1,67 @@
+"""The worker process: loads the models, joins the fabric and runs the node until SIGTERM, then drains."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+
+import structlog
+
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.models import find
+from lacre_backend.node import Identity, Node
+from lacre_backend.settings import Model, Settings
+from lacre_fabric import poolkeys
+from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric.manifests import ManifestFeed
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.roles import Credential
+
+log = structlog.get_logger("lacre.worker")
+
+
+async def serve(settings: Settings) -> None:
+    """Raises SettingsError or FabricUnavailable where it cannot start."""
+    async with AsyncExitStack() as stack:
+        keys, receipt_key = poolkeys.load(settings.keys), read_ed25519(settings.receipt_key)
+        credential = Credential.load(settings.nats.credentials)
+        engines = [_load(model) for model in settings.models]
+        for engine in engines:
+            stack.callback(engine.close)
+        names = [engine.model.name for engine in engines]
+        fabric = await NatsWorker.connect(
+            settings.nats.url, credential, settings.pool, settings.node, names, slots=settings.slots
+        )
+        stack.push_async_callback(fabric.close)
+        feed = ManifestFeed(fabric.connection.manifest, settings.root)
+        await feed.start()
+        stack.push_async_callback(feed.close)
+        identity = Identity(settings.pool, lambda: keys, receipt_key, lambda: feed.manifest)
+        node = Node(fabric, create_app(engines), identity)
+        log.info("worker.ready", pool=settings.pool, model=names[0])
+        running = asyncio.create_task(node.run())
+        await _signalled(running)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await node.drain(settings.drain)
+
+
+async def _signalled(running: asyncio.Task[None]) -> None:
+    """Until SIGTERM or SIGINT; a node that ended by itself raises here."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({stopped, running}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if running.done():
+        running.result()
+
+
+def _load(model: Model) -> LlamaEngine:
+    """Raises SettingsError for a file that is missing, not GGUF, or too large for this machine."""
+    file = find(model.path, model.name)
+    options = LlamaSettings(n_ctx=model.context, threads=model.threads, n_gpu_layers=model.gpu_layers)
+    return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=options)

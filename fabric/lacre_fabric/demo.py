@@ -1,0 +1,146 @@
+"""`lacre demo`: one sealed chat through everything, and side by side what was asked and what the gateway saw of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx2
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+import lacre
+from lacre.errors import InvalidMessage
+from lacre.reply import CHAT_PATH, Deltas, chat_body, check
+from lacre.transport import FACTS
+from lacre_fabric.up import Running, running
+
+PROMPT: Final = "My doctor says I should swim more. Name three seas, and say one thing about each."
+MAX_TOKENS: Final = 128
+_SHOWN: Final = 224  # bytes of ciphertext
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `--json` prints. ttft_ms: milliseconds to the first text; tokens_per_s: from the first text to the last."""
+
+    ok: bool
+    model: str
+    text: str
+    completion_tokens: int
+    ttft_ms: float
+    tokens_per_s: float
+    kem: str
+    sealed_request_bytes: int
+
+
+class _Tap(httpx2.AsyncBaseTransport):
+    """The connection to the gateway, remembering the last request that went over it."""
+
+    def __init__(self) -> None:
+        self._inner = httpx2.AsyncHTTPTransport()
+        self.last: httpx2.Request | None = None
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.last = request
+        return await self._inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+async def demo(out: Console) -> Result:
+    """Starts everything in a temporary state, asks, shows, and ends everything."""
+    with tempfile.TemporaryDirectory(prefix="lacre-demo-") as folder:
+        out.print("[dim]Starting nats-server, a gateway and a worker with the model …[/dim]")
+        async with running(Path(folder) / "state", 0, None) as (live, _):
+            tap = _Tap()
+            token = live.site.token("ada@example.com")
+            memory = lacre.VersionMemory()
+            async with lacre.AsyncClient(live.connection_string, token=token, memory=memory, transport=tap) as client:
+                return await _ask(client, tap, live, out)
+
+
+async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console) -> Result:
+    body = chat_body(
+        PROMPT, {"max_tokens": MAX_TOKENS, "temperature": 0, "stream_options": {"include_usage": True}}, stream=True
+    )
+    began = time.perf_counter()
+    async with client.stream("POST", CHAT_PATH, json=body) as response:
+        if response.is_error:
+            await response.aread()
+            check(response)
+        arrivals: list[float] = []
+        pieces: list[str] = []
+        usage: dict[str, int] = {}
+        async with aclosing(_events(response)) as events:
+            async for text, used in events:
+                usage = used or usage
+                if not text:
+                    continue
+                arrivals.append(time.perf_counter())
+                if not pieces:
+                    _show(out, tap, live)
+                pieces.append(text)
+                out.out(text, end="")
+                out.file.flush()
+    out.print()
+    facts = response.extensions[FACTS]
+    seconds = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else 0.0
+    completion_tokens = usage["completion_tokens"]
+    result = Result(
+        ok=bool(pieces),
+        model=live.site.pools["default"][0],
+        text="".join(pieces),
+        completion_tokens=completion_tokens,
+        ttft_ms=round((arrivals[0] - began) * 1e3, 1),
+        tokens_per_s=round((completion_tokens - 1) / seconds, 1) if seconds else 0.0,
+        kem=facts.kem,
+        sealed_request_bytes=facts.sealed_request_bytes,
+    )
+    out.print(
+        f"\n[dim]{result.completion_tokens} tokens, {result.tokens_per_s} a second, the first after {result.ttft_ms:.0f} ms; "
+        f"sealed with {result.kem}, {result.sealed_request_bytes} bytes.[/dim]"
+    )
+    return result
+
+
+async def _events(response: httpx2.Response) -> AsyncIterator[tuple[str, dict[str, int] | None]]:
+    """The text that each event adds, and the usage where it carries one."""
+    deltas = Deltas()
+    async for event in httpx2.EventSource(response):
+        text = deltas.feed(event.data)
+        try:
+            used = None if event.data == "[DONE]" else json.loads(event.data).get("usage")
+        except ValueError as exc:
+            raise InvalidMessage("an event in the answer is not JSON") from exc
+        yield text, used
+    deltas.close()
+
+
+def _show(out: Console, tap: _Tap, live: Running) -> None:
+    """Left what the application asked, right what passed the gateway; below, the audit line that it wrote."""
+    if tap.last is None:
+        return
+    headers = "\n".join(f"{name}: {value}" for name, value in tap.last.headers.items() if name.startswith("lacre-"))
+    content = tap.last.content
+    seen = f"{headers}\n\n{content[:_SHOWN].hex(' ', 2)} … ({len(content)} bytes)"
+    width = max(40, out.width // 2 - 1)
+    asked = Panel(Text(PROMPT), title="you asked", border_style="green", width=width)
+    out.print(Columns([asked, Panel(Text(seen), title="the gateway saw", border_style="red", width=width)]))
+    audit = (live.site.folder / "gateway" / "audit.jsonl").read_text().splitlines()
+    if audit:
+        out.print(Panel(Text(audit[0]), title="and wrote into its audit log", border_style="red"))
+    out.print("[bold]The answer, opened here record by record:[/bold]")
+
+
+def as_json(result: Result) -> str:
+    return json.dumps(asdict(result))

@@ -1,0 +1,130 @@
+"""Settings files (TOML) as frozen values that were checked whole: what the gateway's and the worker's have in common.
+
+Rules:
+- A key that this version does not know is an error that names the nearest one it does: a misspelt limit is no limit.
+- Every error names the key and what to write there, and repeats no value.
+- Relative paths start at the folder of the settings file.
+- The file names keys and credentials by path; it holds none of them itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar, get_args
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from lacre.errors import InvalidMessage, SettingsError
+from lacre.jws import b64u_decode
+
+_ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
+
+
+def _from_folder(path: Path, info: ValidationInfo) -> Path:
+    return info.context["folder"] / path.expanduser() if info.context else path
+
+
+def _root_key(value: str) -> str:
+    try:
+        size = len(b64u_decode(value))
+    except InvalidMessage:
+        size = 0
+    if size != _ROOT_BYTES:
+        raise PydanticCustomError("root_key", "copy the whole root key, as `lacre keys init` printed it (base64url)")
+    return value
+
+
+def _nats_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("nats", "tls") or not parts.hostname:
+        raise PydanticCustomError("nats_url", "write an address such as nats://127.0.0.1:4222")
+    if parts.username is not None or parts.password is not None:
+        raise PydanticCustomError(
+            "nats_url_secret", "take user and password out of the address: they belong in nats.credentials"
+        )
+    return value
+
+
+FilePath = Annotated[Path, AfterValidator(_from_folder)]
+RootKey = Annotated[str, AfterValidator(_root_key)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]  # what `subjects` takes as one token of a subject
+
+
+class Table(BaseModel):
+    """A table of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Nats(Table):
+    """The message fabric, and the file with this process's own credential."""
+
+    url: Annotated[str, AfterValidator(_nats_url)]
+    credentials: FilePath
+
+
+T = TypeVar("T", bound=Table)
+
+
+def load(kind: type[T], path: Path) -> T:
+    """Reads and checks the file. Raises SettingsError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise SettingsError(f"{path}: cannot read the settings file ({exc.strerror})") from exc
+    except UnicodeDecodeError as exc:
+        raise SettingsError(f"{path}: the settings file must be UTF-8") from exc
+    return parse(kind, text, path)
+
+
+def parse(kind: type[T], text: str, path: Path) -> T:
+    """Checks the text of a settings file. path: its place, for messages and for relative paths. Raises SettingsError."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise SettingsError(f"{path}: not TOML: {exc}") from exc
+    try:
+        return kind.model_validate(values, context={"folder": path.resolve().parent})
+    except ValidationError as exc:
+        errors = exc.errors(include_url=False, include_input=False)
+        told = (_explain(kind, error) for error in errors if not _echoes(error, errors))
+        raise SettingsError(f"{path}: {'; '.join(told)}") from exc
+
+
+def _echoes(error: ErrorDetails, errors: list[ErrorDetails]) -> bool:
+    """Pydantic also calls a list too short when its only entry was refused."""
+    place = error["loc"]
+    return error["type"] == "too_short" and any(other["loc"][: len(place)] == place for other in errors if other is not error)
+
+
+def _explain(kind: type[Table], error: ErrorDetails) -> str:
+    # Pydantic adds the branch of a union to the place; the file knows nothing of those.
+    place = [part for part in error["loc"] if not str(part).startswith(("dict[", "function-"))]
+    key = ".".join(str(part) for part in place)
+    if error["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(str(place[-1]), _known_keys(kind, place[:-1]), n=1, cutoff=0.0)
+        return f"{key}: unknown key; the nearest known one is {nearest[0]!r}" if nearest else f"{key}: unknown key"
+    if error["type"] == "missing":
+        return f"{key}: missing; add it"
+    message = error["msg"].replace("Input should be", "must be").replace("String should", "must")
+    return f"{key}: {message}" if key else message
+
+
+def _known_keys(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """The keys of the table at `place`; indices and free names lead into the table that they hold."""
+    for part in place:
+        if part in kind.model_fields:
+            kind = next(_tables(kind.model_fields[str(part)].annotation), kind)
+    return list(kind.model_fields)
+
+
+def _tables(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _tables(inner)

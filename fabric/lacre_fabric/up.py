@@ -1,0 +1,160 @@
+"""`lacre up`: a whole Lacre on one machine: keys, a private nats-server, a gateway and a worker, each a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lacre.errors import SettingsError
+from lacre_fabric import subjects
+from lacre_fabric.connection import Connection
+from lacre_fabric.provisioning import provision, publish_manifest
+from lacre_fabric.server import Server, free_port
+from lacre_fabric.site import MANIFEST_LIFETIME, NODE, Site
+from lacre_fabric.supervisor import Child, Supervisor
+
+DEFAULT_MODEL: Final = "smollm2-135m"
+POOL: Final = "default"
+START_TIMEOUT: Final = 120.0  # seconds; loading a large model takes its time
+REPUBLISH: Final = MANIFEST_LIFETIME / 4
+
+
+def default_state() -> Path:
+    """`$XDG_STATE_HOME/lacre` (`~/.local/state` where unset)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "lacre"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What `lacre up` started."""
+
+    site: Site
+    base_url: str
+    connection_string: str
+    children: dict[str, Child]
+
+
+@asynccontextmanager
+async def running(state: Path, port: int, model: Path | None) -> AsyncIterator[tuple[Running, Supervisor]]:
+    """Starts everything and waits until a request would be served; ends everything on leaving. Main thread only.
+
+    state, model: absolute paths; a GGUF file, None for the default one. port: 0 picks a free one. Raises SettingsError, ChildDied or
+    FabricUnavailable.
+    """
+    supervisor = Supervisor()
+    site = Site(state, {POOL: (DEFAULT_MODEL if model is None else model.stem.lower(),)})
+    with _only_one(state):
+        port = _free(port)
+        site.create()
+        try:
+            connection, children = await _start(site, supervisor, port, model)
+            republishing = asyncio.create_task(_republish(site, connection))
+            try:
+                base_url = f"http://127.0.0.1:{port}"
+                site.write_env(base_url)
+                yield Running(site, base_url, site.connection_string(base_url), children), supervisor
+            finally:
+                republishing.cancel()
+                await asyncio.gather(republishing, return_exceptions=True)
+                await connection.close()
+        finally:
+            supervisor.stop()
+
+
+async def _start(site: Site, supervisor: Supervisor, port: int, model: Path | None) -> tuple[Connection, dict[str, Child]]:
+    server = Server(site.folder / "nats", free_port())
+    server.configure(site.roles())
+    children = {"nats-server": supervisor.add(Child("nats-server", server.start(site.log("nats")), site.log("nats")))}
+    connection = await Connection.open(server.url, site.credential("provisioner"))
+    try:
+        await provision(connection, site.pools)
+        await publish_manifest(connection, site.sign_manifest())
+        table = {"name": site.pools[POOL][0]} | ({} if model is None else {"path": str(model)})
+        site.write_settings(server.url, port, {POOL: [table]})
+        present = asyncio.Event()
+
+        async def came(_message: object) -> None:
+            present.set()
+
+        await connection.client.subscribe(subjects.presence(POOL, NODE), cb=came)
+        await connection.client.flush()
+        for name, module, settings in (
+            ("gateway", "lacre_gateway", site.gateway_settings),
+            ("worker", "lacre_backend", site.worker_settings(POOL)),
+        ):
+            command = [sys.executable, "-m", module, "--settings", str(settings)]
+            children[name] = supervisor.start(name, command, site.log(name))
+        await _ready(supervisor, port, present)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection, children
+
+
+async def _ready(supervisor: Supervisor, port: int, present: asyncio.Event) -> None:
+    """Until the gateway says so and the worker was heard of."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while not (present.is_set() and await _answers(port)):
+        supervisor.check()
+        if time.monotonic() > deadline:
+            raise SettingsError(f"gateway and worker were not ready within {START_TIMEOUT:.0f} s: see the state folder's logs")
+        await asyncio.sleep(0.05)
+
+
+async def _answers(port: int) -> bool:
+    """Whether `GET /readyz` says 200."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    try:
+        writer.write(b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+        return (await reader.readline()).startswith(b"HTTP/1.1 200")
+    except OSError:
+        return False
+    finally:
+        writer.close()
+
+
+async def _republish(site: Site, connection: Connection) -> None:
+    """A manifest lives for a day: a fresh one is published well before."""
+    while True:
+        await asyncio.sleep(REPUBLISH)
+        await publish_manifest(connection, site.sign_manifest())
+
+
+@contextmanager
+def _only_one(state: Path) -> Iterator[None]:
+    """Two of them on one state would sign the same versions and fight over the store."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"`lacre up` already runs on {state}: stop it, or use another --state") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _free(port: int) -> int:
+    """The port, if nobody listens on it; one that is free for 0. Raises SettingsError."""
+    if port == 0:
+        return free_port()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as exc:
+            raise SettingsError(f"port {port} is taken ({exc.strerror}): stop what listens there, or use --port") from exc
+    return port

@@ -1,0 +1,23 @@
+"""`lacre gateway`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command, where what it needs is installed."""
+    if find_spec("nats") is not None and find_spec("fastapi") is not None and find_spec("cedarpy") is not None:
+        app.command()(gateway)
+
+
+def gateway(settings: Annotated[Path, typer.Option(help="The gateway's settings file (TOML).")]) -> None:
+    """Run a gateway: it authenticates, decides, records and routes sealed requests, and can read none of them."""
+    from lacre_gateway.server import serve
+    from lacre_gateway.settings import load
+
+    serve(load(settings))
