@@ -15,6 +15,7 @@ from starlette.routing import Route
 from lacre import problems
 from lacre.problems import Problem
 from lacre_gateway.accesslog import AccessLog
+from lacre_gateway.manifest import etag, require
 from lacre_gateway.refusal import Refusal
 from lacre_gateway.relay import SealedEndpoint
 from lacre_gateway.state import Gateway
@@ -32,20 +33,20 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(Exception, _failed)
     app.router.routes.append(Route("/v1/sealed", SealedEndpoint(gateway), methods=["POST"]))
-    app.add_api_route("/v1/manifest", manifest, methods=_READ)
+    app.add_api_route("/v1/manifest", serve_manifest, methods=_READ)
     app.add_api_route("/healthz", healthz, methods=_READ)
     app.add_api_route("/readyz", readyz, methods=_READ)
     return app
 
 
-async def manifest(request: Request) -> Response:
+async def serve_manifest(request: Request) -> Response:
     """The document that clients verify: byte for byte what was published."""
     gateway: Gateway = request.app.state.gateway
-    document = gateway.manifest.require().document
+    document = require(gateway.feed).document
     # A cache may keep it and must ask again each time (RFC 9111 section 5.2.2.4): a rotated key is in use at once.
-    headers = {"etag": gateway.manifest.etag, "cache-control": "no-cache"}
+    headers = {"etag": etag(document), "cache-control": "no-cache"}
     known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
-    if gateway.manifest.etag in known or "*" in known:
+    if headers["etag"] in known or "*" in known:
         return Response(status_code=304, headers=headers)
     return Response(document, media_type="application/json", headers=headers)
 
@@ -59,11 +60,11 @@ async def readyz(request: Request) -> Response:
     """Whether requests can be served now, and if not, what is missing."""
     gateway: Gateway = request.app.state.gateway
     missing = gateway.missing()
-    newest = gateway.manifest.newest
+    manifest = gateway.feed.manifest if gateway.feed.ready else None
     detail = {
         "status": "not ready" if missing else "ready",
         "missing": missing,
-        "manifest": None if newest is None else {"version": newest.version, "expires_at": newest.expires_at},
+        "manifest": None if manifest is None else {"version": manifest.version, "expires_at": manifest.expires_at},
     }
     headers = {"cache-control": "no-store"}
     if missing:

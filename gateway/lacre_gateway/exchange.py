@@ -46,6 +46,10 @@ class ClientGone(Exception):
     """The client closed the connection."""
 
 
+class StreamBroken(Exception):
+    """Aborts an answer that was under way. Left to the server, which closes the connection."""
+
+
 class Stalled(Exception):
     """The client has stopped reading."""
 

@@ -19,10 +19,12 @@ from typing import Any, Final, TextIO
 
 import structlog
 
+from lacre_gateway.exchange import StreamBroken
+
 FIELDS: Final = frozenset({
     "event", "level", "time", "logger", "error", "at",
     "request_id", "method", "route", "status", "duration", "address", "problem",
-    "pool", "model", "action", "outcome", "reason", "version", "host", "port", "seconds",
+    "pool", "model", "action", "outcome", "reason", "kind", "denied", "version", "host", "port", "seconds",
 })  # fmt: skip
 MAX_TEXT: Final = 256
 _FRAMES: Final = 6
@@ -34,7 +36,7 @@ def make_log(stream: TextIO) -> Log:
     """A log that writes to `stream`. It belongs to the app that it is given to; nothing global is configured."""
     log: Log = structlog.wrap_logger(
         structlog.PrintLogger(stream),
-        processors=[structlog.processors.add_log_level, _add_time, allow_list, structlog.processors.JSONRenderer()],
+        processors=PROCESSORS,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )
@@ -56,6 +58,21 @@ def _plain(value: object) -> object:
 def _add_time(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     event["time"] = round(time.time(), 3)
     return event
+
+
+PROCESSORS: Final[tuple[structlog.typing.Processor, ...]] = (
+    structlog.processors.add_log_level,
+    _add_time,
+    allow_list,
+    structlog.processors.JSONRenderer(),
+)
+
+
+class NotOurs(logging.Filter):
+    """Drops what the server says of an answer that the relay aborted on purpose: the request's own line tells it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], StreamBroken))
 
 
 class SafeFormatter(logging.Formatter):
@@ -88,7 +105,8 @@ def standard_logging(stream: str) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"safe": {"()": SafeFormatter}},
-        "handlers": {"stream": {"class": "logging.StreamHandler", "formatter": "safe", "stream": stream}},
+        "handlers": {"stream": {"class": "logging.StreamHandler", "formatter": "safe", "stream": stream, "filters": ["ours"]}},
+        "filters": {"ours": {"()": NotOurs}},
         "root": {"level": "WARNING", "handlers": ["stream"]},
         "loggers": {"uvicorn.error": {"level": "INFO"}, "uvicorn.access": {"handlers": [], "propagate": False}},
     }

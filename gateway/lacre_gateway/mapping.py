@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from lacre import problems
-from lacre.errors import MessageTooLarge, ProtocolError
+from lacre.errors import LacreError, MessageTooLarge, ProtocolError
 from lacre.problems import Problem
 from lacre_fabric.work import (
     DuplicateWork,
@@ -19,6 +19,7 @@ from lacre_fabric.work import (
     QueueTimeout,
     WorkerLost,
 )
+from lacre_gateway.exchange import Stalled
 from lacre_gateway.limits import LimitExceeded
 from lacre_gateway.refusal import Refusal
 
@@ -57,6 +58,11 @@ class WorkerRefused(Exception):
         super().__init__("a worker refused the request")
         problem = problems.BY_TYPE.get(problem_type.decode("ascii", "replace"))
         self.problem = problem if problem in _FROM_WORKERS else problems.WORKER_LOST
+
+
+# Everything that a request can fail with by design. Anything else is a bug: it goes on to the server, which logs where it was,
+# answers INTERNAL if nothing was answered yet, and aborts the connection otherwise.
+FAILURES: Final = (Refusal, LimitExceeded, WorkerRefused, Stalled, LacreError)
 
 
 def refusal_for(error: BaseException) -> Refusal:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,10 +28,11 @@ from lacre_fabric.receipts import Receipt
 from lacre_fabric.work import Dispatch, FabricError, Work, WorkerLost
 from lacre_gateway.audit import Intent
 from lacre_gateway.auth import Principal
-from lacre_gateway.exchange import ClientGone, Exchange, Receive, Scope, Send
+from lacre_gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, StreamBroken
 from lacre_gateway.limits import Reservation
 from lacre_gateway.logs import places
-from lacre_gateway.mapping import WorkerRefused, refusal_for
+from lacre_gateway.manifest import pool_for
+from lacre_gateway.mapping import FAILURES, WorkerRefused, refusal_for
 from lacre_gateway.outer import Outer
 from lacre_gateway.policy import Decision, Question
 from lacre_gateway.refusal import Refusal
@@ -38,10 +40,6 @@ from lacre_gateway.state import Gateway
 from lacre_gateway.trail import Trail
 
 _CANCEL_LIMIT: Final = 2.0  # seconds that cancelling may take; the worker also stops by itself when its credit runs out
-
-
-class StreamBroken(Exception):
-    """Aborts an answer that was under way. Left to the server, which closes the connection."""
 
 
 class SealedEndpoint:
@@ -56,7 +54,7 @@ class SealedEndpoint:
             await relay(self._gateway, exchange)
         except ClientGone:
             return
-        except Exception as exc:
+        except FAILURES as exc:
             if exchange.started:
                 raise StreamBroken from exc
             refusal = refusal_for(exc)
@@ -150,7 +148,7 @@ def _inspected(gateway: Gateway, request_id: str, principal: Principal, outer: O
             shape=outer.shape,
         ),
         ceilings=gateway.ceilings(outer.model, outer.max_tokens, len(sealed)),
-        pool=gateway.manifest.pool_for(outer, header),
+        pool=pool_for(gateway.feed, outer, header, gateway.clock()),
         request_id=request_id,
         digest=header.digest,
         time=gateway.clock(),
@@ -178,8 +176,7 @@ def _grant(gateway: Gateway, request: _Request, reservation: Reservation) -> str
 
 async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> None:
     """Returns when the worker said that the answer is whole. Raises WorkerRefused, FabricError, AuditUnavailable or Stalled."""
-    frames = dispatch.frames()
-    try:
+    async with aclosing(dispatch.frames()) as frames:
         async for frame in frames:
             if frame.kind is Kind.ERROR:
                 raise WorkerRefused(frame.payload)
@@ -190,9 +187,6 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> None
                 return
             await exchange.write(frame.payload)
             await dispatch.consumed(len(frame.payload))
-    finally:
-        if isinstance(frames, AsyncGenerator):
-            await frames.aclose()
     raise WorkerLost("the frames ended without a last one")
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.jws import raw_public_key
+from lacre_fabric.manifests import ManifestFeed
 from lacre_fabric.work import FabricUnavailable, GatewayFabric
 from lacre_gateway.audit import AuditLog
 from lacre_gateway.auth import Authenticator, TrustedIssuer
 from lacre_gateway.keyset import KeySet
 from lacre_gateway.limits import RequestLimits, Reservation
 from lacre_gateway.logs import Log
-from lacre_gateway.manifest import CurrentManifest
 from lacre_gateway.policy import PolicySet, shipped
 from lacre_gateway.settings import Settings
 from lacre_gateway.throttle import FailureThrottle
@@ -30,7 +30,7 @@ class Gateway:
     policies: PolicySet
     limits: RequestLimits
     audit: AuditLog
-    manifest: CurrentManifest
+    feed: ManifestFeed
     key: Ed25519PrivateKey
     log: Log
     clock: Callable[[], float]
@@ -51,21 +51,25 @@ class Gateway:
     def missing(self) -> dict[str, str]:
         """What is still missing before requests can be served, and who can help; empty when nothing is."""
         missing = {}
-        manifest = self.manifest.newest
-        if manifest is None:
-            missing["manifest"] = "none yet: publish one with `lacre manifest publish`"
-        elif not self.manifest.valid:
-            missing["manifest"] = "expired: publish a new one with `lacre manifest publish`"
-        elif manifest.gateway_key != raw_public_key(self.key):
+        if not self.feed.ready:
+            missing["manifest"] = "none that is valid now: publish one with `lacre manifest publish`"
+        elif self.feed.manifest.gateway_key != raw_public_key(self.key):
             missing["signing_key"] = "not the one in the manifest: workers will refuse every grant"
-        if self.fabric is None:
+        if self.fabric is None or not self.fabric.connected:
             missing["fabric"] = "not connected to NATS"
         return missing
 
 
-def build(settings: Settings, key: Ed25519PrivateKey, log: Log, clock: Callable[[], float] = time.time) -> Gateway:
+def build(
+    settings: Settings,
+    key: Ed25519PrivateKey,
+    log: Log,
+    fetch: Callable[[], Awaitable[bytes | None]],
+    clock: Callable[[], float] = time.time,
+) -> Gateway:
     """Everything but the fabric. Reads policies and key sets, and opens the audit record. Raises SettingsError.
 
+    key: what grants are signed with. fetch: where the feed gets the manifest document from; the feed is not started.
     Called on the event loop, which the audit record reports to.
     """
     limits = settings.limits
@@ -88,7 +92,7 @@ def build(settings: Settings, key: Ed25519PrivateKey, log: Log, clock: Callable[
             concurrent=limits.concurrent_per_subject,
             per_minute=limits.requests_per_minute,
         ),
-        manifest=CurrentManifest(settings.root, clock),
+        feed=ManifestFeed(fetch, settings.root, clock=clock),
         key=key,
         log=log,
         clock=clock,

@@ -14,7 +14,7 @@ from parts.gateway import FakeWorker, World
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     world = World(tmp_path)
-    world.gateway.manifest.offer(world.document())
+    await world.publish(world.document())
     yield world
     await world.gateway.audit.close()
 

@@ -153,7 +153,7 @@ async def test_no_manifest(tmp_path: Path) -> None:
 
 async def test_expired_manifest(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.gateway.manifest.offer(world.document(lives=0.05))
+    await world.publish(world.document(lives=0.05))
     await asyncio.sleep(0.06)
     async with client_of(world) as client:
         assert_problem(await post(world, client), problems.NOT_READY)
@@ -183,7 +183,7 @@ async def impatient(tmp_path: Path) -> AsyncIterator[World]:
         "queue_limit = 0.2\nbody_timeout = 0.3\nconcurrent_per_subject = 2\nrequests_in_flight = 3\nrequests_per_minute = 5"
     )
     world = World(tmp_path, limits=limits)
-    world.gateway.manifest.offer(world.document())
+    await world.publish(world.document())
     yield world
     await world.gateway.audit.close()
 

@@ -168,7 +168,8 @@ class World:
         self.log = io.StringIO()
         (folder / "jwks.json").write_text(json.dumps(self.issuer.jwks()))
         text = self.settings_text(settings, limits)
-        self.gateway: Gateway = build(parse(text, folder / "gateway.toml"), self.grant_key, make_log(self.log))
+        self.published: bytes | None = None
+        self.gateway: Gateway = build(parse(text, folder / "gateway.toml"), self.grant_key, make_log(self.log), self.fetch)
         self.gateway.fabric = self.hub.gateway()
         self.app: FastAPI = create_app(self.gateway)
 
@@ -206,6 +207,14 @@ class World:
         manifest = Manifest(**{**standard, **members})
         statement = sign_statement(RootStatement(raw_public_key(self.signer), now + 7200), self.root)
         return Document((statement,), sign_manifest(manifest, self.signer)).encode()
+
+    async def fetch(self) -> bytes | None:
+        return self.published
+
+    async def publish(self, document: bytes) -> None:
+        """Puts the document where the gateway looks for it, and lets it look."""
+        self.published = document
+        await self.gateway.feed.refresh()
 
     def seal(self, key_id: int = 1, content: bytes = b'{"messages":[]}') -> tuple[bytes, ResponseOpener]:
         request = Request("POST", "https", "lacre.invalid", "/v1/chat/completions", (), content)

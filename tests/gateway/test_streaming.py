@@ -1,0 +1,319 @@
+"""Over a real uvicorn on loopback: pieces as they come, aborts that nobody takes for an end, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import httpx2
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre import problems
+from lacre.errors import TruncatedStream
+from lacre_gateway.logs import NotOurs
+from lacre_gateway.server import bind, make_server
+from lacre_gateway.settings import Listen
+from parts.gateway import PIECES, FakeWorker, Script, World, opened
+
+
+@contextlib.asynccontextmanager
+async def served(world: World, drain: int = 5) -> AsyncIterator[str]:
+    """The gateway on a port of its own. Leaving it is what SIGTERM does."""
+    listen = Listen(port=0, drain=drain)
+    with bind(listen) as listener:
+        server = make_server(world.app, listen)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving
+            await server.settle()
+
+
+@pytest.fixture
+async def url(world: World) -> AsyncIterator[str]:
+    async with served(world) as url:
+        yield url
+
+
+@pytest.fixture
+async def http(url: str) -> AsyncIterator[httpx2.AsyncClient]:
+    async with httpx2.AsyncClient(base_url=url, timeout=10) as http:
+        yield http
+
+
+async def until(condition: object, seconds: float = 3.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.01)
+
+
+async def test_pieces_arrive_as_they_are_sent(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+    turns = asyncio.Semaphore(0)
+
+    async def turn() -> None:
+        await turns.acquire()
+
+    worker.script = Script(between=turn)
+    body, opener = world.seal()
+    plain: list[bytes] = []
+    async with http.stream("POST", "/v1/sealed", content=body, headers=world.headers()) as response:
+        assert response.status_code == 200
+        assert response.headers["transfer-encoding"] == "chunked"
+        assert "content-length" not in response.headers and "server" not in response.headers
+        async for piece in response.aiter_raw():
+            plain += opener.feed(piece)
+            turns.release()  # the worker goes on only when this piece was opened here
+    plain += opener.close()
+    assert b"".join(plain) == b"".join(PIECES)
+    assert [piece for piece in plain if piece] == list(PIECES)
+
+
+async def test_large_answer_flows_with_the_credit_of_its_reader(
+    world: World, worker: FakeWorker, http: httpx2.AsyncClient
+) -> None:
+    """Four times the whole credit: it only arrives if the gateway renews what the client read."""
+    pieces = tuple(os.urandom(16_000) for _ in range(70))
+    worker.script = Script(pieces=pieces)
+    body, opener = world.seal()
+    response = await http.post("/v1/sealed", content=body, headers=world.headers())
+    assert opened(opener, response.content) == b"".join(pieces)
+
+
+async def test_connection_is_used_again(world: World, worker: FakeWorker, url: str) -> None:
+    """Also after a refusal, as long as the body was there already."""
+    _, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    for token, status in ((world.issuer.token(aud="x"), 401), (None, 200), (world.issuer.token(aud="y"), 401), (None, 200)):
+        body, _ = world.seal()
+        writer.write(raw_request(world.headers(token), body))
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        assert head.startswith(f"http/1.1 {status}".encode()), head
+        assert b"connection: close" not in head
+        if status == 200:
+            await reader.readuntil(b"\r\n0\r\n\r\n")
+        else:
+            await reader.readexactly(len(problems.INVALID_TOKEN.body()))
+    writer.close()
+    await writer.wait_closed()
+
+
+def raw_request(headers: dict[str, str], body: bytes, length: int | None = None) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    size = len(body) if length is None else length
+    return f"POST /v1/sealed HTTP/1.1\r\nhost: x\r\n{lines}content-length: {size}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize("ending", ["error:urn:lacre:problem:worker-lost", "error:x", "silence"])
+async def test_broken_answer_has_no_clean_end(ending: str, world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+    """The last chunk of the chunked coding never comes: every HTTP client sees that the answer is cut."""
+    worker.script = Script(ending=ending)
+    body, opener = world.seal()
+    got: list[bytes] = []
+    with pytest.raises(httpx2.RemoteProtocolError, match="incomplete chunked read"):
+        async with http.stream("POST", "/v1/sealed", content=body, headers=world.headers()) as response:
+            assert response.status_code == 200
+            async for piece in response.aiter_raw():
+                got.append(piece)
+    assert got
+    for piece in got:
+        opener.feed(piece)
+    with pytest.raises(TruncatedStream):
+        opener.close()
+    outcome = (await world.trail())[1]
+    assert (outcome["outcome"], outcome["status"], outcome["unreceipted"]) == ("broken", 200, True)
+    assert world.gateway.limits.running == 0
+    [line] = [entry for entry in world.logged() if entry["event"] == "request"]
+    assert line["outcome"] == "cut"
+
+
+async def test_abort_is_seen_in_the_raw_bytes(world: World, worker: FakeWorker, url: str) -> None:
+    worker.script = Script(ending="error:x")
+    _, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    writer.write(raw_request(world.headers(), world.seal()[0]))
+    everything = await reader.read()  # to the end of the connection
+    assert everything.startswith(b"HTTP/1.1 200") and not everything.endswith(b"0\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_broken_answer_is_settled_on_its_last_receipt(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+    worker.script = Script(beat=True, ending="error:x")
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await http.post("/v1/sealed", content=world.seal()[0], headers=world.headers())
+    outcome = (await world.trail())[1]
+    assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("broken", False, 7)
+
+
+@pytest.mark.parametrize("usage", [{"completion_tokens": 257}, {"prompt_tokens": 2049}, {"enc": "AAAA"}, {"key": "another"}])
+async def test_receipt_that_does_not_hold(
+    usage: dict[str, object], world: World, worker: FakeWorker, http: httpx2.AsyncClient
+) -> None:
+    """The answer is whole, and the client gets it; what the worker wants to be paid for it is refused."""
+    key = Ed25519PrivateKey.generate() if usage.pop("key", None) else None
+    worker.script = Script(usage=usage, receipt_key=key)
+    body, opener = world.seal(content=b"x" * 9000)
+    response = await http.post("/v1/sealed", content=body, headers=world.headers())
+    assert opened(opener, response.content) == b"".join(PIECES)
+    outcome = (await world.trail())[1]
+    assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("answered", True, None)
+    assert [entry["event"] for entry in world.logged() if entry["level"] == "warning"] == ["receipt refused"]
+
+
+@pytest.mark.parametrize("when", ["before the answer", "in mid-answer"])
+async def test_client_that_leaves(when: str, world: World, worker: FakeWorker, url: str) -> None:
+    """The worker is told at once, its slot is free, and the outcome says so."""
+    forever = asyncio.Event()
+    worker.script = Script(before=forever.wait) if when == "before the answer" else Script(between=forever.wait)
+    async with httpx2.AsyncClient(base_url=url) as http:
+        with contextlib.suppress(httpx2.ReadTimeout):
+            request = http.stream("POST", "/v1/sealed", content=world.seal()[0], headers=world.headers(), timeout=0.3)
+            async with request as response:
+                async for _ in response.aiter_raw():
+                    break
+    since = time.monotonic()
+    await until(lambda: worker.cancelled)
+    assert time.monotonic() - since < 1
+    outcome = (await world.trail())[1]
+    assert outcome["outcome"] == "client-gone"
+    assert outcome["status"] == (None if when == "before the answer" else 200)
+    await until(lambda: world.gateway.limits.running == 0)
+    assert world.hub.inbound == {}
+
+
+async def test_client_that_leaves_while_it_uploads(world: World, worker: FakeWorker, url: str) -> None:
+    _, port = url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    writer.write(raw_request(world.headers(), world.seal()[0][:100], length=5000))
+    await until(lambda: world.gateway.limits.running == 1)
+    writer.close()
+    await writer.wait_closed()
+    await until(lambda: world.gateway.limits.running == 0)
+    assert worker.opened == []
+
+
+async def test_client_that_stops_reading(world: World, worker: FakeWorker, url: str) -> None:
+    """The worker's credit runs out and no more than that is ever held for the client."""
+    worker.script = Script(pieces=tuple(os.urandom(16_000) for _ in range(400)), between=lambda: asyncio.sleep(0))
+    _, port = url.removeprefix("http://").split(":")
+    stream = socket.socket()
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    stream.connect(("127.0.0.1", int(port)))
+    stream.sendall(raw_request(world.headers(), world.seal()[0]))
+    await until(lambda: worker.cancelled == 0 and world.gateway.limits.running == 1)
+    await asyncio.sleep(0.5)
+    assert world.gateway.limits.running == 1
+    stream.close()
+    await until(lambda: world.gateway.limits.running == 0)
+
+
+async def test_refusal_reaches_a_client_that_is_still_sending(world: World, url: str) -> None:
+    """Closing at once would reset the connection and lose the refusal."""
+    _, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    body = bytes(3 * 2**20)
+    writer.write(raw_request(world.headers(world.issuer.token(aud="x")), body[: 2**20], length=len(body)))
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    assert head.startswith(b"http/1.1 401") and b"connection: close" in head
+    assert await reader.readexactly(len(problems.INVALID_TOKEN.body())) == problems.INVALID_TOKEN.body()
+    writer.write(body[2**20 :])
+    await writer.drain()
+    assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_chunked_upload_without_length(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+    body, opener = world.seal()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 100):
+            yield body[start : start + 100]
+
+    response = await http.post("/v1/sealed", content=pieces(), headers=world.headers())
+    assert opened(opener, response.content) == b"".join(PIECES)
+
+
+async def test_many_at_once(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+    async def one() -> bool:
+        body, opener = world.seal(key_id=2)
+        response = await http.post("/v1/sealed", content=body, headers=world.headers())
+        return opened(opener, response.content) == b"".join(PIECES)
+
+    assert all(await asyncio.gather(*(one() for _ in range(20))))
+    entries = await world.trail(20)
+    assert len({entry["request_id"] for entry in entries}) == 20
+
+
+async def test_shutdown_lets_streams_finish(world: World, worker: FakeWorker) -> None:
+    go = asyncio.Event()
+    worker.script = Script(between=go.wait)
+    body, opener = world.seal()
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(served(world))
+        http = await stack.enter_async_context(httpx2.AsyncClient(base_url=url))
+        answering = asyncio.create_task(http.post("/v1/sealed", content=body, headers=world.headers()))
+        await until(lambda: worker.opened)
+        asyncio.get_running_loop().call_later(0.3, go.set)
+        # Leaving the stack shuts the server down while the answer is under way. The client is closed after it.
+        stack.push_async_callback(lambda: asyncio.wait({answering}))
+    assert opened(opener, (await answering).content) == b"".join(PIECES)
+
+
+async def test_shutdown_aborts_what_takes_too_long(world: World, worker: FakeWorker) -> None:
+    worker.script = Script(ending="silence", between=asyncio.Event().wait)
+    async with httpx2.AsyncClient() as http:
+        async with served(world, drain=1) as url:
+            answering = asyncio.create_task(http.post(f"{url}/v1/sealed", content=world.seal()[0], headers=world.headers()))
+            await until(lambda: worker.opened)
+            await asyncio.sleep(0.1)
+            since = time.monotonic()
+        assert time.monotonic() - since < 4
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await answering
+    assert (await world.trail())[1]["outcome"] == "interrupted"
+    assert worker.cancelled == 1
+
+
+@pytest.fixture
+def library_logs() -> Iterator[list[logging.LogRecord]]:
+    records: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    handler = Keep()
+    handler.addFilter(NotOurs())
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+async def test_aborts_do_not_fill_the_log(
+    world: World, worker: FakeWorker, http: httpx2.AsyncClient, library_logs: list[logging.LogRecord]
+) -> None:
+    worker.script = Script(ending="error:x")
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await http.post("/v1/sealed", content=world.seal()[0], headers=world.headers())
+    await world.trail()
+    assert [record for record in library_logs if record.exc_info] == []
+
+
+async def test_manifest_over_http(world: World, http: httpx2.AsyncClient) -> None:
+    response = await http.get("/v1/manifest")
+    assert json.loads(response.content) == json.loads(world.gateway.feed.document)
+    assert response.content == world.gateway.feed.document
