@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +113,7 @@ async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console
     return result
 
 
-async def _events(response: httpx2.Response) -> AsyncIterator[tuple[str, dict[str, int] | None]]:
+async def _events(response: httpx2.Response) -> AsyncGenerator[tuple[str, dict[str, int] | None], None]:
     """The text that each event adds, and the usage where it carries one."""
     deltas = Deltas()
     async for event in httpx2.EventSource(response):

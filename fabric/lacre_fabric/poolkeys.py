@@ -1,4 +1,4 @@
-"""A pool's private keys as files, for its workers: `NUMBER.key`, each the key pair of one generation. Gateways never load this."""
+"""A pool's private keys as files, for its workers: `NUMBER.key`, each one generation. Gateways never load this."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ class Running:
 async def running(state: Path, port: int, model: Path | None) -> AsyncIterator[tuple[Running, Supervisor]]:
     """Starts everything and waits until a request would be served; ends everything on leaving. Main thread only.
 
-    state, model: absolute paths; a GGUF file, None for the default one. port: 0 picks a free one. Raises SettingsError, ChildDied or
-    FabricUnavailable.
+    state, model: absolute paths; a GGUF file, None for the default one. port: 0 picks a free one.
+    Raises SettingsError, ChildDied or FabricUnavailable.
     """
     supervisor = Supervisor()
     site = Site(state, {POOL: (DEFAULT_MODEL if model is None else model.stem.lower(),)})

@@ -1,0 +1,99 @@
+"""A sealed chat on the real model, as an application writes it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+import lacre
+from parts.up import Up
+
+
+def test_the_readmes_python(env: Up) -> None:
+    with lacre.Client() as client:
+        reply = client.chat("Name three seas.", max_tokens=24)
+        assert reply.text
+        assert reply.model == "smollm2-135m"
+        assert reply.id.startswith("chatcmpl-")
+        assert 0 < reply.usage.completion <= 24
+        assert reply.usage.prompt > 3
+        pieces = list(client.chat_stream("Tell me a story.", max_tokens=40))
+        assert len(pieces) > 5
+        raw = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 8})
+        assert raw.json()["object"] == "chat.completion"
+        assert raw.extensions["lacre"].kem == "MLKEM768-X25519"
+
+
+async def test_the_readmes_python_awaited(env: Up) -> None:
+    async with lacre.AsyncClient() as client:
+        assert (await client.chat("Name three seas.", max_tokens=16)).text
+        assert len([piece async for piece in client.chat_stream("Tell me a story.", max_tokens=30)]) > 5
+        assert await client.models() == ("smollm2-135m",)
+
+
+def test_pieces_arrive_over_time(client: lacre.Client) -> None:
+    """Spread over most of the answer's time: nothing between model and caller holds them back."""
+    began = time.monotonic()
+    arrivals = [time.monotonic() - began for _ in client.chat_stream("Count from one to forty.", max_tokens=80, temperature=0)]
+    assert len(arrivals) > 20
+    assert arrivals[-1] - arrivals[0] > 0.4 * arrivals[-1]
+    assert arrivals[0] < 0.6 * arrivals[-1]
+
+
+async def test_twenty_streams_at_once(env: Up) -> None:
+    async with lacre.AsyncClient() as client:
+
+        async def ask(number: int) -> str:
+            return "".join([piece async for piece in client.chat_stream(f"Say the number {number}.", max_tokens=12)])
+
+        answers = await asyncio.gather(*(ask(number) for number in range(20)))
+    assert len(answers) == 20
+    assert all(answers)
+
+
+def test_options_reach_the_model(client: lacre.Client) -> None:
+    reply = client.chat("Write one long sentence.", max_tokens=5, temperature=0)
+    assert reply.finish_reason == "length"
+    assert reply.usage.completion == 5
+    again = client.chat("Write one long sentence.", max_tokens=5, temperature=0)
+    assert again.text == reply.text
+    assert client.chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], max_tokens=4).text
+
+
+def test_a_reader_that_leaves_frees_the_worker(client: lacre.Client) -> None:
+    stream = client.chat_stream("Tell me a very long story.", max_tokens=2000)
+    next(stream)
+    stream.close()
+    began = time.monotonic()
+    assert client.chat("Hi.", max_tokens=2).text
+    assert time.monotonic() - began < 10
+
+
+class TestErrorsFromInsideTheSeal:
+    def test_context_length(self, client: lacre.Client) -> None:
+        with pytest.raises(lacre.ApiError) as caught:
+            client.chat("word " * 20000)
+        assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+
+    @pytest.mark.parametrize("max_tokens", [0, -5])
+    def test_max_tokens(self, client: lacre.Client, max_tokens: int) -> None:
+        with pytest.raises(lacre.ApiError) as caught:
+            client.chat("Hi.", max_tokens=max_tokens)
+        assert (caught.value.status, caught.value.type) == (400, "invalid_request_error")
+
+    def test_no_messages(self, client: lacre.Client) -> None:
+        with pytest.raises(lacre.ApiError) as caught:
+            client.chat([])
+        assert caught.value.status == 400
+
+    def test_unknown_model(self, client: lacre.Client) -> None:
+        response = client.post("/v1/chat/completions", json={"model": "gpt-9", "messages": [{"role": "user", "content": "x"}]})
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+
+    def test_control_tokens_typed_by_a_user_stay_text(self, client: lacre.Client) -> None:
+        plain = client.chat("a b", max_tokens=1).usage.prompt
+        typed = client.chat("a<|im_end|>b", max_tokens=1).usage.prompt
+        assert typed > plain + 2  # several tokens of text, not the one control token

@@ -1,0 +1,87 @@
+"""What starts, ends; what dies, is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import lacre
+from parts.up import LACRE, Up, environment, wait_until_gone
+
+
+def lacre_up(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A `lacre up` that is expected to fail."""
+    command = [*LACRE, "up", "--state", str(state), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment(state))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
+    live = Up.start(tmp_path / "state")
+    children = list(live.children().values())
+    assert len(children) == 3
+    status = live.stop(number)
+    assert wait_until_gone(children, 5) == []
+    assert status == (-9 if number is signal.SIGKILL else 0)
+
+
+def test_a_second_up_finds_its_keys_again(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    first = Up.start(state)
+    again = lacre_up(state, "--port", "0")
+    assert again.returncode != 0
+    assert "already runs" in again.stderr
+    first.stop()
+    second = Up.start(state)
+    try:
+        assert second.url.partition("?")[2] == first.url.partition("?")[2]
+        with lacre.Client(second.url, token=first.token, memory=lacre.VersionMemory()) as client:
+            assert client.chat("Hi.", max_tokens=2).text
+    finally:
+        second.stop()
+
+
+def test_a_taken_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        failed = lacre_up(tmp_path / "state", "--port", str(port))
+    assert failed.returncode != 0
+    assert f"port {port} is taken" in failed.stderr
+
+
+@pytest.mark.parametrize("content", [None, b"not a model at all", b""])
+def test_a_model_that_is_none(tmp_path: Path, content: bytes | None) -> None:
+    model = tmp_path / "model.gguf"
+    if content is not None:
+        model.write_bytes(content)
+    failed = lacre_up(tmp_path / "state", "--port", "0", "--model", str(model))
+    assert failed.returncode != 0
+    assert "worker ended with status 1" in failed.stderr
+    assert str(model) in failed.stderr.replace("\n", "")
+
+
+class TestDeaths:
+    @pytest.fixture
+    def own(self, tmp_path: Path):
+        live = Up.start(tmp_path / "state")
+        yield live
+        live.stop()
+
+    def test_the_worker_killed_in_mid_stream(self, own: Up) -> None:
+        with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory()) as client:
+            stream = client.chat_stream("Tell me a very long story.", max_tokens=2000)
+            next(stream)
+            os.kill(own.children()["lacre_backend"], signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(lacre.TruncatedStream):
+                list(stream)
+            assert time.monotonic() - began < 5
+        assert own.process.wait(15) != 0
+        assert own.process.stdout is not None
+        assert "worker ended with status -9" in own.process.stdout.read()
