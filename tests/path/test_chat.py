@@ -36,7 +36,7 @@ async def test_the_readmes_python_awaited(env: Up) -> None:
 def test_pieces_arrive_over_time(client: lacre.Client) -> None:
     """Spread over most of the answer's time: nothing between model and caller holds them back."""
     began = time.monotonic()
-    arrivals = [time.monotonic() - began for _ in client.chat_stream("Count from one to forty.", max_tokens=80, temperature=0)]
+    arrivals = [time.monotonic() - began for _ in client.chat_stream("Tell me a long story.", max_tokens=80)]
     assert len(arrivals) > 20
     assert arrivals[-1] - arrivals[0] > 0.4 * arrivals[-1]
     assert arrivals[0] < 0.6 * arrivals[-1]
@@ -46,7 +46,7 @@ async def test_twenty_streams_at_once(env: Up) -> None:
     async with lacre.AsyncClient() as client:
 
         async def ask(number: int) -> str:
-            return "".join([piece async for piece in client.chat_stream(f"Say the number {number}.", max_tokens=12)])
+            return "".join([piece async for piece in client.chat_stream(f"Say the number {number}.", max_tokens=6)])
 
         answers = await asyncio.gather(*(ask(number) for number in range(20)))
     assert len(answers) == 20
