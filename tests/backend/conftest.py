@@ -14,18 +14,21 @@ import pytest
 
 from lacre.asgi import EXTENSION, App, Call
 from lacre_backend import models
+from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import Engine, Event, Finish, Sampling, Task, Token
 
 _ids = itertools.count()
 _DEFAULT = Sampling()
+# One thread: with two, a neighbour on one of two cores makes each step many times slower, since each waits for the other.
+SETTINGS = LlamaSettings(n_ctx=1024, threads=1)
 
 
 @pytest.fixture(scope="session")
 def llama() -> Iterator[LlamaEngine]:
     file = models.find()
-    engine = LlamaEngine(file.path, name=file.name, digest=file.digest, settings=LlamaSettings(n_ctx=1024))
+    engine = LlamaEngine(file.path, name=file.name, digest=file.digest, settings=SETTINGS)
     yield engine
     engine.close()
 
@@ -85,7 +88,7 @@ def own_engine(request: pytest.FixtureRequest) -> Engine:
     if request.param == "echo":
         return EchoEngine(repeat=20, delay=0.001)
     file = models.find()
-    return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=LlamaSettings(n_ctx=1024))
+    return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=SETTINGS)
 
 
 class Reply:
@@ -182,3 +185,16 @@ def post() -> Callable[..., Any]:
         return reply
 
     return post
+
+
+@pytest.fixture
+def slow() -> Iterator[EchoEngine]:
+    """An echo that says its message once, a token each 2 ms."""
+    engine = EchoEngine(n_ctx=512, delay=0.002)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def app(slow: EchoEngine) -> App:
+    return create_app([slow])

@@ -126,13 +126,18 @@ async def test_unseeded_sampling_differs(llama: LlamaEngine, make_task: MakeTask
     assert len(answers) > 1
 
 
-async def test_cancel_within_the_prefill(llama: LlamaEngine, make_task: MakeTask) -> None:
-    prompt = tuple(np.resize(llama.tokenize("wave after wave after "), 1000).tolist())
+async def test_cancel_within_the_prefill(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+    prompt = tuple(np.resize(llama.tokenize("wave after wave after "), 8 * PREFILL_CHUNK - 30).tolist())
+    begin = time.monotonic()
+    await run(llama, make_task(llama, prompt=prompt, max_tokens=1))
+    whole = time.monotonic() - begin
     task = make_task(llama, prompt=prompt)
     stream = llama.submit(task)
     await asyncio.sleep(0.02)
     llama.cancel(task.id)
-    assert [event async for event in stream] == [Finish("cancelled", 1000, 0, 0)]
+    begin = time.monotonic()
+    assert [event async for event in stream] == [Finish("cancelled", len(prompt), 0, 0)]
+    assert time.monotonic() - begin < whole / 2, "one step of eight"
 
 
 async def test_cancel_takes_one_step(llama: LlamaEngine, make_task: MakeTask) -> None:

@@ -40,7 +40,9 @@ from lacre_backend.engine.protocol import (
 from lacre_backend.engine.sampling import Logits, Sampler, logprob
 from lacre_backend.engine.text import TextStream
 
-PREFILL_CHUNK: Final = 256  # tokens of prompt per step: what a cancellation may have to wait for
+# Tokens of prompt per step: what a cancellation may have to wait for (0.3 s for the default model on two cores). Steps of 256
+# or 512 take a prompt in 5 % faster.
+PREFILL_CHUNK: Final = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ class Model:
                 f"llama.cpp cannot load {path}: {reason or 'it gives no reason'}. "
                 "Check that the file is whole, and of an architecture this llama.cpp knows."
             )
-        weakref.finalize(self, L.llama_model_free, self.pointer)
+        # Not at the exit of the process: a daemon thread may still be decoding then, and the system frees it all anyway.
+        weakref.finalize(self, L.llama_model_free, self.pointer).atexit = False
         self.vocab = L.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(L.llama_vocab_n_tokens(self.vocab))
         self._pieces = [self._read_piece(token) for token in range(self.n_vocab)]
