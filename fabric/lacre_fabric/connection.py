@@ -29,7 +29,7 @@ class Connection:
 
     def __init__(self, client: Client, credential: Credential) -> None:
         self.client = client
-        self.jetstream: JetStreamContext = client.jetstream(timeout=API_TIMEOUT)
+        self.jetstream: JetStreamContext = client.jetstream(timeout=API_TIMEOUT, prefix=subjects.API)
         self.credential = credential
         self.denied = ""
 
@@ -54,7 +54,7 @@ class Connection:
             )
         except (nats.errors.Error, OSError, TimeoutError) as exc:
             raise FabricUnavailable(f"cannot connect to NATS at {url}: is it running, and the credential current?") from exc
-        connection.jetstream = client.jetstream(timeout=API_TIMEOUT)
+        connection.jetstream = client.jetstream(timeout=API_TIMEOUT, prefix=subjects.API)
         return connection
 
     async def _on_error(self, error: Exception) -> None:
@@ -70,10 +70,9 @@ class Connection:
 
     async def manifest(self) -> bytes | None:
         """The manifest document in the trust bucket; None where none was published. Raises FabricUnavailable."""
-        with_key = f"$KV.{subjects.TRUST_BUCKET}.{subjects.MANIFEST_KEY}"
         async with self.mapped():
             try:
-                message = await self.jetstream.get_msg(f"KV_{subjects.TRUST_BUCKET}", subject=with_key, direct=True)
+                message = await self.jetstream.get_msg(f"KV_{subjects.TRUST_BUCKET}", subject=subjects.manifest(), direct=True)
             except nats.js.errors.NotFoundError:
                 return None
             return message.data

@@ -5,6 +5,7 @@ Rules:
   read what is delivered to another.
 - Only the provisioner creates streams, consumers and buckets, or writes the manifest.
 - A gateway reads its own replies only. A worker touches its own pool only.
+- Permissions alone do not hold this (see `accounts`): each role also stands in an account that has no more than it needs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.members import Members
 from lacre_fabric import subjects
 from lacre_fabric.keyfiles import read_secret, write_secret
+
+FABRIC: Final = "FABRIC"  # the accounts: the streams, the buckets and the provisioner are in this one
+GATEWAYS: Final = "GATEWAYS"
+READ_MANIFEST: Final = (
+    f"{subjects.API}.DIRECT.GET.KV_{subjects.TRUST_BUCKET}.$KV.{subjects.TRUST_BUCKET}.{subjects.MANIFEST_KEY}"
+)
+MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
+TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
+TOLD_BY_WORKERS: Final = ("reply", "presence")  # each as `KIND.POOL.` and what the kind has
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +64,11 @@ class Credential:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A credential and the subjects it may publish and subscribe to."""
+    """A credential, its account, the pools it is for, and the subjects it may publish and subscribe to."""
 
     credential: Credential
+    account: str
+    pools: tuple[str, ...]
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
 
@@ -70,46 +82,54 @@ class Role:
 
 
 def provisioner(credential: Credential) -> Role:
-    return Role(credential, (">",), (">",))
+    return Role(credential, FABRIC, (), (">",), (">",))
 
 
 def gateway(credential: Credential, gateway_id: str, pools: Sequence[str]) -> Role:
-    """pools: those it sends work to; a wildcard would let it delete from the buckets too."""
+    """pools: those it sends work to. One process for each gateway id: of two, each would get and cancel the other's answers."""
     subjects.check_name("gateway", gateway_id)
-    withdraw = (f"$JS.API.STREAM.MSG.DELETE.{subjects.work_stream(pool)}" for pool in pools)
+    tell = (f"{kind}.{pool}.*" for pool in pools for kind in TOLD_TO_WORKERS)
     return Role(
         credential,
-        ("work.>", "cancel.>", "credit.>", *withdraw, *_read_bucket(subjects.TRUST_BUCKET)),
-        (
-            _own_inbox(credential),
-            subjects.replies(gateway_id),
-            "presence.>",
-            "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>",
-        ),
+        GATEWAYS,
+        tuple(pools),
+        (*(service for pool in pools for service in gateway_services(pool)), *tell, READ_MANIFEST),
+        (_own_inbox(credential), subjects.replies(gateway_id), "presence.>", MAX_DELIVERIES),
     )
 
 
 def worker(credential: Credential, pool: str, node: str) -> Role:
-    subjects.check_name("pool", pool)
-    stream, claims = subjects.work_stream(pool), subjects.claims_bucket(pool)
+    presence = subjects.presence(pool, subjects.check_name("node", node))
     return Role(
         credential,
-        (
-            f"reply.{pool}.>",
-            f"$JS.API.CONSUMER.MSG.NEXT.{stream}.*",
-            f"$JS.ACK.{stream}.>",
-            f"$KV.{claims}.>",
-            *_read_bucket(claims),
-            *_read_bucket(subjects.TRUST_BUCKET),
-            subjects.presence(pool, subjects.check_name("node", node)),
-        ),
-        (_own_inbox(credential), f"cancel.{pool}.*", f"credit.{pool}.*"),
+        workers_account(pool),
+        (pool,),
+        (*worker_services(pool), READ_MANIFEST, f"reply.{pool}.>", presence),
+        (_own_inbox(credential), *(f"{kind}.{pool}.*" for kind in TOLD_TO_WORKERS)),
     )
+
+
+def gateway_services(pool: str) -> tuple[str, ...]:
+    """What a gateway asks of JetStream about one pool: to queue work, and to withdraw it."""
+    subjects.check_name("pool", pool)
+    return f"work.{pool}.*", f"{subjects.API}.STREAM.MSG.DELETE.{subjects.work_stream(pool)}"
+
+
+def worker_services(pool: str) -> tuple[str, ...]:
+    """What a worker asks of JetStream about its pool: to pull, to ack, and to make and read claims."""
+    stream, claims = subjects.work_stream(subjects.check_name("pool", pool)), subjects.claims_bucket(pool)
+    return (
+        f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.*",
+        f"$JS.ACK.{stream}.>",
+        f"$KV.{claims}.*",
+        f"{subjects.API}.STREAM.INFO.KV_{claims}",
+        f"{subjects.API}.DIRECT.GET.KV_{claims}.>",
+    )
+
+
+def workers_account(pool: str) -> str:
+    return f"POOL_{pool}"
 
 
 def _own_inbox(credential: Credential) -> str:
     return f"{subjects.inbox(credential.name)}.>"
-
-
-def _read_bucket(bucket: str) -> tuple[str, str]:
-    return f"$JS.API.STREAM.INFO.KV_{bucket}", f"$JS.API.DIRECT.GET.KV_{bucket}.>"

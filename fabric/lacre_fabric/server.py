@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
+from lacre_fabric.accounts import accounts
 from lacre_fabric.keyfiles import write_secret
 from lacre_fabric.leash import leashed
 from lacre_fabric.roles import Role
@@ -62,7 +63,7 @@ class Server:
                 "max_file_store": MAX_FILES,
                 "sync_interval": "always",  # a claim that was granted must not be forgotten by a power cut
             },
-            "authorization": {"users": [role.user() for role in roles]},
+            "accounts": accounts(roles),
         }
         write_secret(self._config, json.dumps(config, indent=1).encode())
 

@@ -9,6 +9,9 @@ from lacre.errors import SettingsError
 from lacre.jws import b64u
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_:-]{1,200}")
+_MAX_MODEL: Final = 180  # bytes; as base64 in a consumer's name it stays below JetStream's 255
+API: Final = "FABRIC.API"  # where every account finds JetStream's API: `$JS.API` is each account's own (see `accounts`)
 TRUST_BUCKET: Final = "trust"
 MANIFEST_KEY: Final = "manifest"
 
@@ -25,8 +28,11 @@ def check_name(kind: str, name: str) -> str:
 
 
 def model_token(model: str) -> str:
-    """A model's name as one token: model names may hold any visible character."""
-    return b64u(model.encode())
+    """A model's name as one token; it may hold any character. Raises SettingsError for one that is empty or too long."""
+    name = model.encode("utf-8", "surrogatepass")
+    if not 0 < len(name) <= _MAX_MODEL:
+        raise SettingsError(f"a model name has 1 to {_MAX_MODEL} bytes: {model[:40]!r}")
+    return b64u(name)
 
 
 def work_stream(pool: str) -> str:
@@ -67,6 +73,12 @@ def claims_bucket(pool: str) -> str:
     return f"claims_{pool}"
 
 
-def inbox(role: str) -> str:
-    """A credential's own inbox prefix; with the usual `_INBOX` a worker of one pool could read what another pulls."""
-    return f"_INBOX_{role}"
+def manifest() -> str:
+    return f"$KV.{TRUST_BUCKET}.{MANIFEST_KEY}"
+
+
+def inbox(credential: str) -> str:
+    """A credential's own inbox prefix; with the usual `_INBOX` each could read what is delivered to another."""
+    if not _TOKEN.fullmatch(credential):
+        raise SettingsError(f"a credential's name has 1 to 200 of A-Z, a-z, 0-9, -, _ and `:`: {credential!r}")
+    return f"_INBOX_{credential}"
