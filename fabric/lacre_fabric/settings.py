@@ -111,6 +111,8 @@ def _explain(kind: type[Table], error: ErrorDetails) -> str:
         return f"{key}: unknown key; the nearest known one is {nearest[0]!r}" if nearest else f"{key}: unknown key"
     if error["type"] == "missing":
         return f"{key}: missing; add it"
+    if error["type"] == "too_short":
+        return f"{key}: needs at least one entry"
     message = error["msg"].replace("Input should be", "must be").replace("String should", "must")
     return f"{key}: {message}" if key else message
 

@@ -1,0 +1,125 @@
+"""The settings file: what it means, and an error for every mistake that names the key and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from lacre.errors import SettingsError
+from lacre_gateway.settings import Settings, load, parse
+
+TEXT = """
+gateway = "g1"
+public_url = "https://gateway.example/"
+trust = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+signing_key = "grant.pem"
+audit = "/var/lib/lacre/audit.jsonl"
+
+[nats]
+url = "nats://127.0.0.1:4222"
+credentials = "gateway.json"
+
+[[issuers]]
+issuer = "https://issuer.example"
+audience = "lacre"
+algorithms = ["EdDSA", "PS256"]
+jwks = "jwks.json"
+
+[limits]
+requests_per_minute = 100
+
+[models."smollm2-135m"]
+context = 2048
+"""
+PLACE = Path("/etc/lacre/gateway.toml")
+
+
+def settings(text: str = TEXT) -> Settings:
+    return parse(text, PLACE)
+
+
+def test_values_and_defaults() -> None:
+    found = settings()
+    assert found.signing_key == Path("/etc/lacre/grant.pem")  # relative to the file
+    assert found.audit == Path("/var/lib/lacre/audit.jsonl")
+    assert found.nats.credentials == Path("/etc/lacre/gateway.json")
+    assert found.issuers[0].jwks == Path("/etc/lacre/jwks.json")
+    assert found.public_url == "https://gateway.example"
+    assert found.root == bytes(32)
+    assert (found.listen.host, found.listen.port) == ("127.0.0.1", 8321)
+    assert (found.limits.requests_per_minute, found.limits.queue_limit) == (100, 30.0)
+    assert found.models["smollm2-135m"].context == 2048
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError):
+        settings().gateway = "g2"  # type: ignore[misc]
+    assert not dataclasses.is_dataclass(settings())
+
+
+def test_key_set_in_the_file() -> None:
+    found = settings(TEXT.replace('jwks = "jwks.json"', 'jwks = { keys = [{ kty = "OKP" }] }'))
+    assert found.issuers[0].jwks == {"keys": [{"kty": "OKP"}]}
+
+
+# What is written in place of what; what the error must say.
+MISTAKES = {
+    'audit = "': ('audti = "', ["audti: unknown key", "'audit'", "audit: missing"]),
+    "requests_per_minute": ("request_per_minute", ["limits.request_per_minute: unknown key", "'requests_per_minute'"]),
+    "audience =": ("audiense =", ["issuers.0.audiense: unknown key", "'audience'", "issuers.0.audience: missing"]),
+    "context = ": ("contxt = ", ["models.smollm2-135m.contxt: unknown key", "'context'"]),
+    "[limits]": ("[limit]", ["limit: unknown key", "'limits'"]),
+    '"g1"': ('"g1.*"', ["gateway: must match pattern"]),
+    '"https://gateway.example/"': ('"gateway"', ["public_url: write an address such as https://"]),
+    "AAAA": ("AA", ["trust: copy the whole root key"]),
+    '"nats://127.0.0.1:4222"': ('"nats://user:s3cret@h:1"', ["nats.url: ", "nats.credentials"]),
+    '"EdDSA", "PS256"': ('"HS256"', ["issuers.0.algorithms.0: must be 'EdDSA'"]),
+    '["EdDSA", "PS256"]': ("[]", ["issuers.0.algorithms: needs at least one entry"]),
+    '"jwks.json"': ("3", ["issuers.0.jwks: write the path of a JWKS file"]),
+    "requests_per_minute = 100": ("requests_per_minute = 0", ["limits.requests_per_minute: must be greater than 0"]),
+    "= 100": ("= 100\nqueue_limit = 31", ["limits.queue_limit: must be less than or equal to 30"]),
+    "context = 2048": ('context = "many"', ["models.smollm2-135m.context: must be a valid integer"]),
+    "[nats]": ("[nats", ["not TOML"]),
+}
+
+
+@pytest.mark.parametrize("old", MISTAKES)
+def test_mistakes(old: str) -> None:
+    new, said = MISTAKES[old]
+    with pytest.raises(SettingsError) as error:
+        settings(TEXT.replace(old, new, 1))
+    message = str(error.value)
+    assert message.startswith("/etc/lacre/gateway.toml: ")
+    for part in said:
+        assert part in message
+    assert "s3cret" not in message and "pydantic" not in message and "Tuple" not in message
+
+
+def test_grants_must_outlive_the_queue() -> None:
+    with pytest.raises(SettingsError, match=r"limits\.grant_lifetime must exceed limits\.queue_limit by 10 s"):
+        settings(TEXT.replace("requests_per_minute = 100", "grant_lifetime = 35.0"))
+
+
+def test_an_issuer_once() -> None:
+    block = TEXT[TEXT.index("[[issuers]]") : TEXT.index("[limits]")]
+    with pytest.raises(SettingsError, match="each issuer may appear once"):
+        settings(TEXT.replace("[limits]", f"{block}\n[limits]"))
+
+
+def test_no_issuer() -> None:
+    block = TEXT[TEXT.index("[[issuers]]") : TEXT.index("[limits]")]
+    with pytest.raises(SettingsError, match="issuers: missing"):
+        settings(TEXT.replace(block, ""))
+
+
+def test_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot read the settings file"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b'gateway = "\xe9"')
+    with pytest.raises(SettingsError, match="UTF-8"):
+        load(tmp_path / "latin.toml")
+    (tmp_path / "good.toml").write_text(TEXT)
+    assert load(tmp_path / "good.toml").signing_key == tmp_path / "grant.pem"
