@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 import httpx2
-from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 import lacre
@@ -25,7 +25,7 @@ from lacre_fabric.up import Running, running
 
 PROMPT: Final = "My doctor says I should swim more. Name three seas, and say one thing about each."
 MAX_TOKENS: Final = 128
-_SHOWN: Final = 224  # bytes of ciphertext
+_SHOWN: Final = 128  # bytes of ciphertext
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +132,15 @@ def _show(out: Console, tap: _Tap, live: Running) -> None:
         return
     headers = "\n".join(f"{name}: {value}" for name, value in tap.last.headers.items() if name.startswith("lacre-"))
     content = tap.last.content
-    seen = f"{headers}\n\n{content[:_SHOWN].hex(' ', 2)} … ({len(content)} bytes)"
-    width = max(40, out.width // 2 - 1)
-    asked = Panel(Text(PROMPT), title="you asked", border_style="green", width=width)
-    out.print(Columns([asked, Panel(Text(seen), title="the gateway saw", border_style="red", width=width)]))
+    seen = f"{headers}\n\n{content[:_SHOWN].hex(' ', 2)} … {len(content)} bytes"
+    sides = Table.grid(expand=True, padding=(0, 1))
+    sides.add_column(ratio=1)
+    sides.add_column(ratio=1)
+    sides.add_row(
+        Panel(Text(PROMPT), title="you asked", border_style="green"),
+        Panel(Text(seen), title="the gateway saw", border_style="red"),
+    )
+    out.print(sides)
     audit = (live.site.folder / "gateway" / "audit.jsonl").read_text().splitlines()
     if audit:
         out.print(Panel(Text(audit[0]), title="and wrote into its audit log", border_style="red"))
