@@ -87,4 +87,4 @@ def test_locks_name_no_index() -> None:
     for lock in (ROOT / "requirements").glob("*.lock"):
         lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
         assert lines
-        assert not [line for line in lines if "://" in line or line.lstrip().startswith("-") and "--hash=" not in line], lock
+        assert not [line for line in lines if "://" in line or (line.lstrip().startswith("-") and "--hash=" not in line)], lock

@@ -25,12 +25,12 @@ from lacre import asgi, problems
 from lacre.errors import LacreError, UnknownKeyId
 from lacre.jws import b64u
 from lacre.manifest import Manifest
+from lacre.receipts import TRAILER, Receipt
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import PrivateKey
 from lacre_backend import inside
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
-from lacre_fabric.receipts import TRAILER, Receipt
 from lacre_fabric.work import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
 
 MAX_REMEMBERED: Final = 1_000_000  # digests; some 100 MB, and more requests than a node answers in `CLAIM_TTL`

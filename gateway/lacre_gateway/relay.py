@@ -21,10 +21,10 @@ from lacre import problems
 from lacre.errors import LacreError
 from lacre.jws import b64u
 from lacre.manifest import Pool
+from lacre.receipts import Receipt
 from lacre.wire.header import inspect_request
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
-from lacre_fabric.receipts import Receipt
 from lacre_fabric.work import Dispatch, FabricError, Work, WorkerLost
 from lacre_gateway.audit import Intent
 from lacre_gateway.auth import Principal

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from lacre_fabric.receipts import Receipt
+from lacre.receipts import Receipt
 from lacre_gateway.audit import AuditLog, Intent, Outcome
 from lacre_gateway.exchange import ClientGone, Exchange
 from lacre_gateway.mapping import refusal_for

@@ -33,7 +33,7 @@ class Client(httpx2.Client):
 
     url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` where left out.
     token: the bearer token, or a callable that returns one, asked before each request; `LACRE_TOKEN` where left out.
-    pool: the pool of workers to seal to. kems: the key encapsulations that are accepted, the preferred first.
+    pool: the pool of workers to seal to. kem: the key encapsulation that is accepted, or several, the preferred first.
     keep_identifying_fields: seal `user`, `metadata` and `safety_identifier` too, instead of dropping them.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
     verify, proxy, transport: of the connection to the gateway, as in `httpx2.Client`.
@@ -48,7 +48,7 @@ class Client(httpx2.Client):
         *,
         token: Token | None = None,
         pool: str = "default",
-        kems: Sequence[Kem] = DEFAULT_KEMS,
+        kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
         keep_identifying_fields: bool = False,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
@@ -67,7 +67,11 @@ class Client(httpx2.Client):
             transport=transport,
         )
         sealing = Sealing(
-            where.root, memory or VersionFile.default(), pool=pool, kems=kems, keep_identifying_fields=keep_identifying_fields
+            where.root,
+            memory or VersionFile.default(),
+            pool=pool,
+            kems=_kems(kem),
+            keep_identifying_fields=keep_identifying_fields,
         )
         self._sealed = SealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
         self._pool_name = pool
@@ -106,7 +110,7 @@ class AsyncClient(httpx2.AsyncClient):
         *,
         token: AsyncToken | None = None,
         pool: str = "default",
-        kems: Sequence[Kem] = DEFAULT_KEMS,
+        kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
         keep_identifying_fields: bool = False,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
@@ -125,7 +129,11 @@ class AsyncClient(httpx2.AsyncClient):
             transport=transport,
         )
         sealing = Sealing(
-            where.root, memory or VersionFile.default(), pool=pool, kems=kems, keep_identifying_fields=keep_identifying_fields
+            where.root,
+            memory or VersionFile.default(),
+            pool=pool,
+            kems=_kems(kem),
+            keep_identifying_fields=keep_identifying_fields,
         )
         self._sealed = AsyncSealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
         self._pool_name = pool
@@ -156,6 +164,10 @@ class AsyncClient(httpx2.AsyncClient):
 
 
 _OUTER_HEADERS: Final = {"user-agent": f"lacre/{__version__}"}
+
+
+def _kems(kem: Kem | Sequence[Kem]) -> tuple[Kem, ...]:
+    return (kem,) if isinstance(kem, Kem) else tuple(kem)
 
 
 def _setting(variable: str, parameter: str) -> str:

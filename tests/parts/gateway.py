@@ -23,6 +23,7 @@ from lacre import problems
 from lacre.errors import ProtocolError, VerificationError
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.receipts import Receipt
 from lacre.signing import sign_manifest, sign_statement
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST, Kem, SealedHeader
@@ -31,7 +32,6 @@ from lacre.wire.opening import PrivateKey, ResponseSealer, open_request
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
 from lacre_fabric.memory import MemoryDelivery, MemoryFabric
-from lacre_fabric.receipts import Receipt
 from lacre_gateway.app import create_app
 from lacre_gateway.logs import make_log
 from lacre_gateway.settings import parse
@@ -158,9 +158,9 @@ class FakeWorker:
 class World:
     """One gateway, its keys, its issuer, and its fabric. `settings` and `limits` are lines added to its settings file."""
 
-    def __init__(self, folder: Path, *, settings: str = "", limits: str = "") -> None:
+    def __init__(self, folder: Path, issuer: Issuer, *, settings: str = "", limits: str = "") -> None:
         self.folder = folder
-        self.issuer = Issuer()
+        self.issuer = issuer
         self.root, self.signer, self.grant_key, self.receipt_key = (Ed25519PrivateKey.generate() for _ in range(4))
         self.pool_keys = (PrivateKey.generate(1), PrivateKey.generate(2, Kem.X25519), PrivateKey.generate(9))
         self.private_keys = {key.config.key_id: key for key in self.pool_keys}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 
-import lacre
 import pytest
+
+import lacre
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire
 

@@ -7,8 +7,9 @@ import time
 from email.utils import formatdate
 
 import httpx2
-import lacre
 import pytest
+
+import lacre
 from lacre import asgi, errors, problems
 from lacre.sealing import Sealing
 from lacre.transport import SealedTransport
@@ -66,7 +67,7 @@ class TestChat:
             with pytest.raises(lacre.UnsupportedSuite):
                 strict.chat("canary")
         assert not sealed_requests(relay)
-        with lacre.Client(relay.url, token="t", kems=[Kem.X25519], memory=memory, transport=Wire(relay)) as client:
+        with lacre.Client(relay.url, token="t", kem=Kem.X25519, memory=memory, transport=Wire(relay)) as client:
             assert client.chat("x").text
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import stat
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lacre import errors, jws
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
@@ -204,11 +206,16 @@ class TestVersionFile:
 
     def test_between_processes_the_newest_wins(self, tmp_path: Path) -> None:
         documents = [document(of=manifest(version)) for version in range(1, 13)]
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(2) as pool:
-            pool.starmap(_accept_in, [(tmp_path, data, PINNED) for data in documents])
+        code = (
+            "import sys; from pathlib import Path; from lacre.memory import VersionFile, accept;"
+            "folder, root, now, *files = sys.argv[1:];"
+            "[accept(Path(f).read_bytes(), bytes.fromhex(root), VersionFile(Path(folder)), float(now)) for f in files]"
+        )
+        files = []
+        for number, data in enumerate(documents):
+            files.append(tmp_path / f"{number}.document")
+            files[-1].write_bytes(data)
+        commands = [[sys.executable, "-c", code, tmp_path, PINNED.hex(), str(NOW), *files[start::3]] for start in range(3)]
+        running = [subprocess.Popen(command) for command in commands]
+        assert [process.wait(60) for process in running] == [0, 0, 0]
         assert accept(documents[0], PINNED, VersionFile(tmp_path), NOW).manifest.version == 12
-
-
-def _accept_in(folder: Path, data: bytes, root: bytes) -> None:
-    accept(data, root, VersionFile(folder), NOW)
