@@ -8,12 +8,18 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from parts.gateway import FakeWorker, World
+from parts.gateway import FakeWorker, Issuer, World
+
+
+@pytest.fixture(scope="session")
+def issuer() -> Issuer:
+    """One for all tests: an RSA key takes its time."""
+    return Issuer()
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    world = World(tmp_path)
+async def world(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
+    world = World(tmp_path, issuer)
     await world.publish(world.document())
     yield world
     await world.gateway.audit.close()

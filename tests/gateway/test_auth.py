@@ -31,11 +31,6 @@ from parts.gateway import AUDIENCE, ISSUER, FakeWorker, Issuer, World
 ALGORITHMS = ("EdDSA", "ES256", "RS256")
 
 
-@pytest.fixture(scope="module")
-def issuer() -> Issuer:
-    return Issuer()
-
-
 def authenticator(issuer: Issuer, clock: Callable[[], float] = time.time, tenant: str | None = None) -> Authenticator:
     keys = KeySet.parse(issuer.jwks(), ALGORITHMS, "issuers.0.jwks")
     trusted = TrustedIssuer(ISSUER, AUDIENCE, keys, tenant, leeway=10.0)

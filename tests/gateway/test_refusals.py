@@ -14,7 +14,7 @@ import pytest
 from lacre import problems
 from lacre.problems import Problem
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
-from parts.gateway import FakeWorker, Script, World
+from parts.gateway import FakeWorker, Issuer, Script, World
 
 from .conftest import client_of
 
@@ -144,15 +144,15 @@ async def test_policy(world: World, worker: FakeWorker, client: httpx2.AsyncClie
     assert second["policies"] == ["output-ceiling"]
 
 
-async def test_no_manifest(tmp_path: Path) -> None:
-    world = World(tmp_path)
+async def test_no_manifest(tmp_path: Path, issuer: Issuer) -> None:
+    world = World(tmp_path, issuer)
     async with client_of(world) as client:
         assert_problem(await post(world, client), problems.NOT_READY)
     await world.gateway.audit.close()
 
 
-async def test_expired_manifest(tmp_path: Path) -> None:
-    world = World(tmp_path)
+async def test_expired_manifest(tmp_path: Path, issuer: Issuer) -> None:
+    world = World(tmp_path, issuer)
     await world.publish(world.document(lives=0.05))
     await asyncio.sleep(0.06)
     async with client_of(world) as client:
@@ -178,11 +178,11 @@ async def test_queue_full(world: World, client: httpx2.AsyncClient) -> None:
 
 
 @pytest.fixture
-async def impatient(tmp_path: Path) -> AsyncIterator[World]:
+async def impatient(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
     limits = (
         "queue_limit = 0.2\nbody_timeout = 0.3\nconcurrent_per_subject = 2\nrequests_in_flight = 3\nrequests_per_minute = 5"
     )
-    world = World(tmp_path, limits=limits)
+    world = World(tmp_path, issuer, limits=limits)
     await world.publish(world.document())
     yield world
     await world.gateway.audit.close()

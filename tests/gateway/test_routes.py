@@ -18,7 +18,7 @@ from lacre import problems, trust
 from lacre.jws import raw_public_key
 from lacre_fabric.keyfiles import write_ed25519
 from lacre_fabric.roles import Credential
-from parts.gateway import World
+from parts.gateway import Issuer, World
 
 from .conftest import client_of
 
@@ -43,8 +43,8 @@ async def test_manifest_is_asked_for_again_by_its_tag(world: World, client: http
     assert changed.headers["etag"] != tag
 
 
-async def test_no_manifest(tmp_path: Path) -> None:
-    world = World(tmp_path)
+async def test_no_manifest(tmp_path: Path, issuer: Issuer) -> None:
+    world = World(tmp_path, issuer)
     async with client_of(world) as client:
         response = await client.get("/v1/manifest")
         assert (response.status_code, response.content) == (503, problems.NOT_READY.body())
