@@ -1,12 +1,18 @@
-"""A role's connection to NATS. The client library's exceptions are mapped here and in the two modules that use this one."""
+"""A role's connection to NATS. The client library's exceptions are mapped here and in the two modules that use this one.
+
+Rules:
+- The connection comes back by itself. Where the server ends it for good (a credential that was withdrawn), it is `lost`.
+- A denial is told by the server on the side, and the call that it denies just times out: denials are counted, and a call
+  during which one came says so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-import nats
 import nats.errors
 import nats.js.errors
 import structlog
@@ -16,57 +22,93 @@ from nats.js.client import JetStreamContext
 
 from lacre_fabric import subjects
 from lacre_fabric.roles import Credential
-from lacre_fabric.work import FabricUnavailable
+from lacre_fabric.work import FabricLost, FabricUnavailable
 
-CONNECT_TIMEOUT: Final = 5  # seconds
+CONNECT_TIMEOUT: Final = 5  # seconds, for a first connection; after it, there is no end to the tries
 API_TIMEOUT: Final = 2.0  # seconds for an answer by JetStream
 
 log = structlog.get_logger("lacre.fabric")
 
 
 class Connection:
-    """A connection that comes back by itself. `denied` is the last thing the server would not let this role do."""
+    """denials counts what the server would not let this role do; denied is the last of it, in the server's words."""
 
     def __init__(self, client: Client, credential: Credential) -> None:
         self.client = client
         self.jetstream: JetStreamContext = client.jetstream(timeout=API_TIMEOUT, prefix=subjects.API)
         self.credential = credential
+        self.denials = 0
         self.denied = ""
+        self.on_reconnect: Callable[[], None] = lambda: None
+        self._last_error: Exception | None = None
+        self._changed = asyncio.Event()
 
     @classmethod
     async def open(cls, url: str, credential: Credential) -> Connection:
-        """Raises FabricUnavailable."""
-        client = Client()
-        connection = cls(client, credential)
+        """Raises FabricUnavailable, after `CONNECT_TIMEOUT` or as soon as the server refuses the credential."""
+        connection = cls(Client(), credential)
+        client = connection.client
         try:
-            await client.connect(
-                url,
-                name=credential.name,
-                user=credential.name,
-                password=credential.password,
-                inbox_prefix=subjects.inbox(credential.name),
-                connect_timeout=CONNECT_TIMEOUT,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=1,
-                ping_interval=10,
-                error_cb=connection._on_error,
-                allow_reconnect=True,
-            )
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await client.connect(
+                    url,
+                    name=credential.name,
+                    user=credential.name,
+                    password=credential.password,
+                    inbox_prefix=subjects.inbox(credential.name),
+                    connect_timeout=CONNECT_TIMEOUT,
+                    allow_reconnect=False,  # a first refusal is final: the library would try again without end
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=1,
+                    ping_interval=10,
+                    error_cb=connection._on_error,
+                    disconnected_cb=connection._on_change,
+                    reconnected_cb=connection._on_reconnect,
+                    closed_cb=connection._on_change,
+                )
         except (nats.errors.Error, OSError, TimeoutError) as exc:
-            raise FabricUnavailable(f"cannot connect to NATS at {url}: is it running, and the credential current?") from exc
-        connection.jetstream = client.jetstream(timeout=API_TIMEOUT, prefix=subjects.API)
+            await client.close()
+            reason = f"{connection._last_error or exc}".removeprefix("nats: ")
+            raise FabricUnavailable(f"cannot connect to NATS at {url} as {credential.name}: {reason}") from exc
+        except BaseException:
+            await client.close()
+            raise
+        client.options["allow_reconnect"] = True
         return connection
 
     async def _on_error(self, error: Exception) -> None:
-        # A denial is told on the side, and the call that caused it just times out.
-        text = str(error)
-        if "permissions violation" in text.lower():
-            self.denied = text
-        log.warning("fabric.error", kind=type(error).__name__, denied=bool(self.denied))
+        self._last_error = error
+        text = str(error).removeprefix("nats: ")
+        if not text.lower().startswith("permissions violation"):
+            log.warning("fabric.error", kind=type(error).__name__)
+            return
+        self.denials += 1
+        self.denied = text
+        log.warning("fabric.denied", role=self.credential.name, denied=text)
+
+    async def _on_change(self) -> None:
+        self._changed.set()
+
+    async def _on_reconnect(self) -> None:
+        log.info("fabric.reconnected")
+        self.on_reconnect()
+        self._changed.set()
 
     @property
     def connected(self) -> bool:
         return self.client.is_connected
+
+    @property
+    def lost(self) -> bool:
+        return self.client.is_closed
+
+    async def wait_connected(self) -> None:
+        """Until the connection is there. Raises FabricLost where it will not come back."""
+        while not self.connected:
+            if self.lost:
+                raise FabricLost("NATS ended the connection for good: check that the credential is current, and start again")
+            self._changed.clear()
+            await self._changed.wait()
 
     async def manifest(self) -> bytes | None:
         """The manifest document in the trust bucket; None where none was published. Raises FabricUnavailable."""
@@ -75,18 +117,36 @@ class Connection:
                 message = await self.jetstream.get_msg(f"KV_{subjects.TRUST_BUCKET}", subject=subjects.manifest(), direct=True)
             except nats.js.errors.NotFoundError:
                 return None
-            return message.data
+            return message.data or None
 
     @asynccontextmanager
-    async def mapped(self) -> AsyncIterator[None]:
-        """Maps the library's errors to FabricUnavailable, with the denial that may be behind a time-out."""
-        denied = self.denied
+    async def mapped(self, *, confirmed: bool = False) -> AsyncIterator[None]:
+        """Maps the library's errors to FabricUnavailable, and says what was denied meanwhile.
+
+        confirmed: for what gets no answer (subscriptions, plain messages): a round trip finds out whether it was denied.
+        """
+        denials = self.denials
         try:
             yield
-        except (nats.errors.Error, nats.js.errors.Error, TimeoutError) as exc:
-            if self.denied != denied:
-                raise FabricUnavailable(f"NATS denies {self.credential.name} this: {self.denied}") from exc
-            raise FabricUnavailable("NATS did not answer") from exc
+            if confirmed:
+                await self.client.flush(CONNECT_TIMEOUT)
+        except (nats.errors.Error, TimeoutError) as exc:
+            raise self.unavailable(exc, denials) from exc
+        if confirmed and self.denials != denials:
+            raise FabricUnavailable(self._denial())
+
+    def unavailable(self, error: Exception, denials: int) -> FabricUnavailable:
+        """What `error` means. denials: how many there were before the call that failed."""
+        if self.denials != denials:
+            return FabricUnavailable(self._denial())
+        if isinstance(error, nats.js.errors.APIError) and error.description:
+            return FabricUnavailable(f"NATS refuses: {error.description}")
+        if isinstance(error, TimeoutError):
+            return FabricUnavailable("NATS did not answer")
+        return FabricUnavailable(f"NATS cannot be used: {type(error).__name__}")
+
+    def _denial(self) -> str:
+        return f"NATS denies {self.credential.name} this: {self.denied}"
 
     async def close(self) -> None:
         if not self.client.is_closed:

@@ -1,22 +1,25 @@
 """The frames of one request as they reach a gateway: ordered, checked, bounded, and with a clock on them. No transport here.
 
 Rules:
-- The first attempt that sends data, usage or an error is the one: frames of another are dropped.
+- The first attempt that sends a frame is the one, for it has claimed the request or refuses it: another's frames are dropped.
 - Its frames count from 0 without a gap. A worker that falls silent for `LOST_AFTER` is lost.
 - What is not read yet is bounded by the worker's credit; more than that is a worker out of hand, and ends this request only.
+- What is no frame at all says nothing about an attempt: it is dropped, and where it stood in for a frame, a gap tells.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Final
 
 from lacre.errors import InvalidMessage
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.work import CREDIT, LOST_AFTER, FabricError, FrameGap, QueueTimeout, WorkerLost
 
-MAX_PENDING_FRAMES: Final = 4096  # frames of few bytes each must not pile up either
+# Frames of few bytes each must not pile up either. A sealed record has a length, a tag and a byte at least: 18 bytes, and no
+# honest worker gets so many of them out of its credit.
+MAX_PENDING_FRAMES: Final = 16 * 1024
 
 
 class Inbound:
@@ -32,8 +35,15 @@ class Inbound:
         self.receipt: bytes | None = None
         self.started = asyncio.Event()
 
+    def receive(self, headers: Mapping[str, str], payload: bytes) -> None:
+        """Takes what came off the wire, in the order in which it came."""
+        try:
+            frame = Frame.parse(headers, payload)
+        except InvalidMessage:
+            return
+        self.put(frame)
+
     def put(self, frame: Frame) -> None:
-        """Takes what the transport received, in the order in which it came."""
         if self._over or (self._bound is not None and frame.attempt != self._bound):
             return
         if self._bound is None:
@@ -78,11 +88,3 @@ class Inbound:
             if frame.kind in (Kind.USAGE, Kind.ERROR):
                 self._over = True
                 return
-
-
-def parse_or_fail(inbound: Inbound, headers: dict[str, str] | None, payload: bytes) -> None:
-    """Puts what came off the wire into `inbound`, or ends it where that is no frame."""
-    try:
-        inbound.put(Frame.parse(headers, payload))
-    except InvalidMessage:
-        inbound.fail(FrameGap("what came in place of a frame is none"))

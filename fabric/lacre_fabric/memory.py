@@ -18,6 +18,7 @@ from lacre_fabric.work import (
     MAX_DELIVER,
     QUEUE_LIMIT,
     DuplicateWork,
+    FabricUnavailable,
     NoWorkers,
     QueueFull,
     Work,
@@ -96,6 +97,7 @@ class MemoryDispatch:
         self._hub = hub
         self._request_id = request_id
         self._inbound = inbound
+        self._consumed = 0
 
     @property
     def receipt(self) -> bytes | None:
@@ -115,8 +117,9 @@ class MemoryDispatch:
                 await self.cancel()
 
     async def consumed(self, size: int) -> None:
+        self._consumed += size
         if self._request_id in self._hub.outbound:
-            self._hub.outbound[self._request_id].renew(size)
+            self._hub.outbound[self._request_id].renew(self._consumed)
 
     async def cancel(self) -> None:
         if self._hub.inbound.pop(self._request_id, None) is not None:
@@ -137,6 +140,8 @@ class MemoryWorker:
         try:
             async with self._hub.arrived:
                 while (entry := self._next()) is None:
+                    if self not in self._hub.live:
+                        raise FabricUnavailable("this worker is draining: it takes no more work")
                     await self._hub.arrived.wait()
         except BaseException:
             self._free.release()
@@ -144,7 +149,7 @@ class MemoryWorker:
         return MemoryDelivery(self._hub, *entry)
 
     def _next(self) -> tuple[Work, int] | None:
-        for entry in self._hub.queue:
+        for entry in self._hub.queue if self in self._hub.live else ():
             if entry[0].pool == self.pool and entry[0].model in self.models:
                 self._hub.queue.remove(entry)
                 return entry
@@ -156,6 +161,8 @@ class MemoryWorker:
     async def drain(self) -> None:
         if self in self._hub.live:
             self._hub.live.remove(self)
+            async with self._hub.arrived:
+                self._hub.arrived.notify_all()
 
     async def close(self) -> None:
         await self.drain()

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -16,12 +16,13 @@ import nats.js.errors
 from nats.aio.msg import Msg
 from nats.js.api import Header
 
-from lacre.errors import MessageTooLarge
+from lacre.errors import InvalidMessage, MessageTooLarge
+from lacre.members import Members
 from lacre_fabric import subjects
 from lacre_fabric.connection import API_TIMEOUT, Connection, headers_of
 from lacre_fabric.frames import KIND, Frame, Kind
-from lacre_fabric.inbound import Inbound, parse_or_fail
-from lacre_fabric.roles import Credential
+from lacre_fabric.inbound import Inbound
+from lacre_fabric.roles import MAX_DELIVERIES, Credential
 from lacre_fabric.work import (
     PRESENT_FOR,
     QUEUE_LIMIT,
@@ -38,7 +39,7 @@ from lacre_fabric.work import (
 GRANT: Final = "Grant"
 REQUEST: Final = "Request"
 GATEWAY: Final = "Gateway"
-ADVISORIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
+MAX_PRESENCE: Final = 64 * 1024  # bytes of one sign of presence: the names of a node's models
 _STATUS_LINE: Final = 64  # bytes of NATS/1.0 and the empty line, with room
 _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream's bounds, with `discard: new`
 
@@ -46,9 +47,18 @@ _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream's bounds, with 
 @dataclass(frozen=True, slots=True)
 class _Presence:
     models: frozenset[str]
-    busy: int
-    free: int
     until: float  # on the monotonic clock
+
+    @classmethod
+    def parse(cls, data: bytes) -> _Presence:
+        """Raises InvalidMessage."""
+        if len(data) > MAX_PRESENCE:
+            raise InvalidMessage("a sign of presence that is too long")
+        try:
+            said = json.loads(data)
+        except (ValueError, RecursionError) as exc:
+            raise InvalidMessage("a sign of presence that is not JSON") from exc
+        return cls(frozenset(Members(said, "presence").texts("models")), time.monotonic() + PRESENT_FOR)
 
 
 class NatsGateway:
@@ -57,25 +67,30 @@ class NatsGateway:
     def __init__(self, connection: Connection, gateway_id: str) -> None:
         self.connection = connection
         self._id = gateway_id
-        self._inbound: dict[str, Inbound] = {}
-        self._by_sequence: dict[tuple[str, int], str] = {}
+        self._inbound: dict[tuple[str, str], Inbound] = {}  # by pool and request: a pool's worker can name no other pool's
+        self._by_sequence: dict[tuple[str, int], Inbound] = {}
         self._present: dict[tuple[str, str], _Presence] = {}
         self._presence_came = asyncio.Event()
-        self._settled_at = time.monotonic() + SETTLE
+        self._settled_at = 0.0
+        self._begin()
+        connection.on_reconnect = self._begin
 
     @classmethod
     async def connect(cls, url: str, credential: Credential, gateway_id: str) -> Self:
         """Raises FabricUnavailable."""
         gateway = cls(await Connection.open(url, credential), gateway_id)
         client = gateway.connection.client
-        async with gateway.connection.mapped():
-            # No limit of the client's own: `Inbound` bounds each request by its credit, and ends that request alone.
-            await client.subscribe(
-                subjects.replies(gateway_id), cb=gateway._on_reply, pending_msgs_limit=0, pending_bytes_limit=0
-            )
-            await client.subscribe("presence.>", cb=gateway._on_presence)
-            await client.subscribe(ADVISORIES, cb=gateway._on_max_deliveries)
-            await client.flush()
+        try:
+            async with gateway.connection.mapped(confirmed=True):
+                # No limit of the client's own: `Inbound` bounds each request by its credit, and ends that request alone.
+                await client.subscribe(
+                    subjects.replies(gateway_id), cb=gateway._on_reply, pending_msgs_limit=0, pending_bytes_limit=0
+                )
+                await client.subscribe("presence.>", cb=gateway._on_presence)
+                await client.subscribe(MAX_DELIVERIES, cb=gateway._on_max_deliveries)
+        except BaseException:
+            await gateway.connection.close()
+            raise
         return gateway
 
     @property
@@ -84,7 +99,8 @@ class NatsGateway:
 
     def workers(self, pool: str, model: str) -> int:
         now = time.monotonic()
-        return sum(present.until > now and model in present.models for (at, _), present in self._present.items() if at == pool)
+        self._present = {at: present for at, present in self._present.items() if present.until > now}
+        return sum(at == pool and model in present.models for (at, _), present in self._present.items())
 
     async def dispatch(self, work: Work, *, queue_limit: float = QUEUE_LIMIT) -> NatsDispatch:
         if not self.connected:
@@ -98,14 +114,14 @@ class NatsGateway:
             GATEWAY: self._id,
         }
         _check_size(work, headers, self.connection.client.max_payload)
-        self._inbound[work.request_id] = inbound = Inbound(queue_limit)
+        self._inbound[work.pool, work.request_id] = inbound = Inbound(queue_limit)
         try:
             sequence = await self._publish(work, headers)
         except BaseException:
-            del self._inbound[work.request_id]
+            del self._inbound[work.pool, work.request_id]
             raise
         if sequence is not None:
-            self._by_sequence[subjects.work_stream(work.pool), sequence] = work.request_id
+            self._by_sequence[subjects.work_stream(work.pool), sequence] = inbound
         return NatsDispatch(self, work, sequence, inbound)
 
     async def close(self) -> None:
@@ -113,8 +129,13 @@ class NatsGateway:
             inbound.fail(FabricUnavailable("the gateway is closing"))
         await self.connection.close()
 
+    def _begin(self) -> None:
+        """With each connection: whoever is there has a while to be heard, and sequences may count from 1 again."""
+        self._settled_at = time.monotonic() + SETTLE
+        self._by_sequence.clear()
+
     async def _await_presence(self, work: Work) -> None:
-        """Nobody has been heard yet in a gateway's first moments; after that, silence means that nobody is there."""
+        """Nobody was heard yet in the first moments of a connection; after that, silence means that nobody is there."""
         while not self.workers(work.pool, work.model):
             self._presence_came.clear()
             try:
@@ -125,56 +146,60 @@ class NatsGateway:
 
     async def _publish(self, work: Work, headers: dict[str, str]) -> int | None:
         """The message's sequence in its stream; None where no ack came. It is never published a second time."""
-        js = self.connection.jetstream
+        denials = self.connection.denials
         try:
-            ack = await js.publish(subjects.work(work.pool, work.model), work.sealed, headers=headers, timeout=API_TIMEOUT)
-        except nats.js.errors.APIError as exc:
-            if exc.err_code == _STORE_FAILED:
-                raise QueueFull("the pool's queue takes no more") from exc
-            raise FabricUnavailable("the pool's queue is out of order") from exc
-        except TimeoutError as exc:
-            if self.connection.denied:
-                raise FabricUnavailable(f"NATS denies the gateway this: {self.connection.denied}") from exc
-            return None  # it may have arrived: wait for frames, and let the queue limit decide
-        except nats.errors.Error as exc:
+            ack = await self.connection.jetstream.publish(
+                subjects.work(work.pool, work.model), work.sealed, headers=headers, timeout=API_TIMEOUT
+            )
+        except nats.js.errors.NoStreamResponseError as exc:
             raise FabricUnavailable("the pool has no queue: run `lacre up`, or provision the fabric") from exc
+        except nats.errors.Error as exc:
+            if isinstance(exc, nats.js.errors.APIError) and exc.err_code == _STORE_FAILED:
+                raise QueueFull("the pool's queue takes no more") from exc
+            if isinstance(exc, TimeoutError) and self.connection.denials == denials:
+                return None  # it may have arrived: wait for frames, and let the queue limit decide
+            raise self.connection.unavailable(exc, denials) from exc
         if ack.duplicate:
             raise DuplicateWork("this sealed request was published before")
         return ack.seq
 
     async def _on_reply(self, message: Msg) -> None:
         _, pool, _, request_id = message.subject.split(".")
-        inbound = self._inbound.get(request_id)
+        inbound = self._inbound.get((pool, request_id))
         if inbound is not None:
-            parse_or_fail(inbound, headers_of(message), message.data)
+            inbound.receive(headers_of(message), message.data)
         elif headers_of(message).get(KIND) in (Kind.DATA, Kind.BEAT):
-            await self.connection.client.publish(subjects.cancel(pool, request_id))  # it runs for nobody
+            await self.tell(subjects.cancel(pool, request_id))  # it runs for nobody
 
     async def _on_presence(self, message: Msg) -> None:
+        _, pool, node = message.subject.split(".")
         try:
-            _, pool, node = message.subject.split(".")
-            said = json.loads(message.data)
-            models, busy, free = frozenset(map(str, said["models"])), int(said["busy"]), int(said["free"])
-        except (ValueError, KeyError, TypeError):
+            said = _Presence.parse(message.data)
+        except InvalidMessage:
             return  # no sign of life that can be read is none
-        self._present[pool, node] = _Presence(models, busy, free, time.monotonic() + PRESENT_FOR)
+        self._present[pool, node] = said
         self._presence_came.set()
 
     async def _on_max_deliveries(self, message: Msg) -> None:
         try:
-            said = json.loads(message.data)
-            stream, sequence = str(said["stream"]), int(said["stream_seq"])
-        except (ValueError, KeyError, TypeError):
+            said = Members(json.loads(message.data), "the advisory")
+            inbound = self._by_sequence.get((said.text("stream"), said.count("stream_seq")))
+        except (ValueError, InvalidMessage):
             return
-        request_id = self._by_sequence.get((stream, sequence))
-        if request_id is not None and request_id in self._inbound and not self._inbound[request_id].started.is_set():
-            self._inbound[request_id].fail(WorkerLost("every delivery of the request came to nothing"))
+        if inbound is not None and not inbound.started.is_set():
+            inbound.fail(WorkerLost("every delivery of the request came to nothing"))
 
-    def forget(self, work: Work, sequence: int | None) -> bool:
-        """Whether the request was still known."""
-        if sequence is not None:
-            self._by_sequence.pop((subjects.work_stream(work.pool), sequence), None)
-        return self._inbound.pop(work.request_id, None) is not None
+    async def tell(self, subject: str, payload: bytes = b"") -> None:
+        """A plain message to a worker. Where NATS is away it is not said: credit and times to live end what must end."""
+        with suppress(nats.errors.Error):
+            await self.connection.client.publish(subject, payload)
+
+    def forget(self, work: Work, sequence: int | None) -> tuple[bool, int | None]:
+        """Whether the request was still known, and the sequence where that still means its message."""
+        inbound = self._inbound.pop((work.pool, work.request_id), None)
+        if sequence is not None and self._by_sequence.pop((subjects.work_stream(work.pool), sequence), None) is not inbound:
+            sequence = None
+        return inbound is not None, sequence
 
 
 def _check_size(work: Work, headers: dict[str, str], limit: int) -> None:
@@ -192,6 +217,7 @@ class NatsDispatch:
         self._work = work
         self._sequence = sequence
         self._inbound = inbound
+        self._consumed = 0
 
     @property
     def receipt(self) -> bytes | None:
@@ -211,19 +237,14 @@ class NatsDispatch:
                 await self.cancel()
 
     async def consumed(self, size: int) -> None:
-        client = self._gateway.connection.client
-        if client.is_connected:
-            await client.publish(subjects.credit(self._work.pool, self._work.request_id), str(size).encode())
+        self._consumed += size
+        await self._gateway.tell(subjects.credit(self._work.pool, self._work.request_id), str(self._consumed).encode())
 
     async def cancel(self) -> None:
-        if not self._gateway.forget(self._work, self._sequence):
+        known, sequence = self._gateway.forget(self._work, self._sequence)
+        if not known:
             return
-        connection = self._gateway.connection
-        if not connection.connected:
-            return  # the worker's credit and the message's time to live end it
-        await connection.client.publish(subjects.cancel(self._work.pool, self._work.request_id))
-        if self._sequence is not None and not self._inbound.started.is_set():
-            try:
-                await connection.jetstream.delete_msg(subjects.work_stream(self._work.pool), self._sequence)
-            except (nats.errors.Error, TimeoutError):
-                return  # gone already, or it goes by its time to live
+        await self._gateway.tell(subjects.cancel(self._work.pool, self._work.request_id))
+        if sequence is not None and not self._inbound.started.is_set() and self._gateway.connected:
+            with suppress(nats.errors.Error):  # gone already, or it goes by its time to live
+                await self._gateway.connection.jetstream.delete_msg(subjects.work_stream(self._work.pool), sequence)

@@ -28,8 +28,9 @@ from lacre_fabric.outbound import Outbound
 from lacre_fabric.roles import Credential
 from lacre_fabric.work import BEAT, FabricUnavailable, Work
 
-PULL: Final = 10.0  # seconds that one pull waits, where the node serves one model
+PULL: Final = 2.0  # seconds that one pull waits, where the node serves one model; one that NATS lost is made good this soon
 PULL_EACH: Final = 0.5  # and where it serves several, asked in turn
+NO_QUEUE: Final = 1.0  # seconds until the next look for a queue that is not there
 IN_PROGRESS: Final = 2.0  # seconds between signs that unacked work goes on; well inside `ACK_WAIT`
 _REQUEST_ID: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -37,7 +38,7 @@ log = structlog.get_logger("lacre.fabric")
 
 
 class NatsWorker:
-    """A `WorkerFabric`."""
+    """A `WorkerFabric`. It outlives its queue: while there is none (NATS forgot it) it announces no model, and looks again."""
 
     def __init__(self, connection: Connection, pool: str, node: str, models: Sequence[str], slots: int) -> None:
         self.connection = connection
@@ -50,6 +51,8 @@ class NatsWorker:
         self._pulls: list[JetStreamContext.PullSubscription] = []
         self._claims: KeyValue | None = None
         self._presence: asyncio.Task[None] | None = None
+        self._queued = True  # there is a queue to pull from
+        self._draining = False
         self._turn = cycle(range(len(self._models)))
 
     @classmethod
@@ -60,23 +63,20 @@ class NatsWorker:
         worker = cls(await Connection.open(url, credential), pool, node, models, slots)
         try:
             await worker._bind()
-        except FabricUnavailable:
+        except BaseException:
             await worker.connection.close()
             raise
         worker._presence = asyncio.create_task(worker._announce())
         return worker
 
     async def _bind(self) -> None:
-        connection = self.connection
-        inbox = subjects.inbox(connection.credential.name).encode() + b"."
-        async with connection.mapped():
+        connection, stream = self.connection, subjects.work_stream(self._pool)
+        async with connection.mapped(confirmed=True):
             for model in self._models:
-                self._pulls.append(
-                    await connection.jetstream.pull_subscribe_bind(
-                        consumer=subjects.consumer(model), stream=subjects.work_stream(self._pool), inbox_prefix=inbox
-                    )
-                )
+                pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
+                self._pulls.append(pull)
             self._claims = await connection.jetstream.key_value(subjects.claims_bucket(self._pool))
+            await self._say_presence()
 
     async def pull(self) -> NatsDelivery:
         while self._free == 0:
@@ -91,18 +91,32 @@ class NatsWorker:
 
     async def _pull(self) -> NatsDelivery:
         wait = PULL if len(self._pulls) == 1 else PULL_EACH
-        while True:
+        while not self._draining:
+            # Pulls that the library keeps until it is connected would come in a heap, and take more work than there are slots.
+            await self.connection.wait_connected()
+            denials = self.connection.denials
             try:
                 (message,) = await self._pulls[next(self._turn)].fetch(1, timeout=wait)
-            except TimeoutError:
-                if self.connection.denied:
-                    raise FabricUnavailable(f"NATS denies this worker its pulls: {self.connection.denied}") from None
+            except (nats.js.errors.ServiceUnavailableError, nats.errors.NoRespondersError):
+                await self._without_queue()
                 continue
             except nats.errors.Error as exc:
-                raise FabricUnavailable("cannot pull work") from exc
+                if isinstance(exc, TimeoutError) and self.connection.denials == denials:
+                    self._queued = True
+                    continue
+                raise self.connection.unavailable(exc, denials) from exc
+            self._queued = True
             delivery = await self._take(message)
             if delivery is not None:
                 return delivery
+        raise FabricUnavailable("this worker is draining: it takes no more work")
+
+    async def _without_queue(self) -> None:
+        if self._queued:
+            log.warning("queue.missing", pool=self._pool, remedy="provision the fabric")
+            self._queued = False
+            await self._say_presence()
+        await asyncio.sleep(NO_QUEUE)
 
     async def _take(self, message: Msg) -> NatsDelivery | None:
         """The delivery, ready to be worked on; None where nobody could be answered."""
@@ -129,12 +143,16 @@ class NatsWorker:
         return self._claims
 
     async def drain(self) -> None:
+        if self._draining:
+            return
+        self._draining = True
         if self._presence is not None:
             self._presence.cancel()
             await asyncio.gather(self._presence, return_exceptions=True)
-            self._presence = None
-            self._models = ()
-            await self._say_presence()
+        await self._say_presence()
+        for pull in self._pulls:  # with nobody there to hear the answer, the server drops a pull that waits
+            with suppress(nats.errors.Error):
+                await pull.unsubscribe()
 
     async def close(self) -> None:
         await self.drain()
@@ -146,7 +164,8 @@ class NatsWorker:
             await asyncio.sleep(BEAT)
 
     async def _say_presence(self) -> None:
-        said = {"models": list(self._models), "free": self._free, "busy": self._slots - self._free}
+        models = list(self._models) if self._queued and not self._draining else []
+        said = {"models": models, "free": self._free, "busy": self._slots - self._free}
         with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
             await self.connection.client.publish(subjects.presence(self._pool, self._node), json.dumps(said).encode())
 
@@ -176,17 +195,22 @@ class NatsDelivery:
         self._progress = asyncio.create_task(self._in_progress())
 
     async def claim(self) -> bool:
-        """The first to create the key has the request. A create that timed out may have been done: it is read back."""
+        """The first to create the key has the request. A create that timed out may have been done: it is read back.
+
+        Raises FabricUnavailable where that cannot be told: the work is left for another worker.
+        """
         key, mine = self.work.digest.hex(), self.attempt.encode()
+        denials = self._worker.connection.denials
         try:
             await self._worker.claims.create(key, mine)
         except nats.js.errors.KeyWrongLastSequenceError:
             return False
-        except (nats.errors.Error, TimeoutError):
+        except nats.errors.Error:
             try:
                 return (await self._worker.claims.get(key)).value == mine
-            except (nats.errors.Error, TimeoutError):
-                return False  # not known to be ours is not ours
+            except nats.errors.Error as exc:
+                self._leave()
+                raise self._worker.connection.unavailable(exc, denials) from exc
         return True
 
     async def send(self, kind: Kind, payload: bytes) -> None:
@@ -206,13 +230,16 @@ class NatsDelivery:
 
     async def _settle(self) -> None:
         """Acks once. The work leaves the queue with it: what breaks from here on is the client's to resume."""
-        if self._settled:
-            return
+        if not self._settled:
+            self._leave()
+            with suppress(nats.errors.Error):
+                await self._message.ack()
+
+    def _leave(self) -> None:
+        """No sign any more that the work goes on: unless it is acked now, it is delivered again."""
         self._settled = True
         if self._progress is not None:
             self._progress.cancel()
-        with suppress(nats.errors.Error):
-            await self._message.ack()
 
     async def _in_progress(self) -> None:
         while True:

@@ -20,7 +20,8 @@ class Outbound:
         self.cancelled = asyncio.Event()
         self._publish = publish
         self._sequence = 0
-        self._credit = CREDIT
+        self._sent = 0
+        self._consumed = 0
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
 
@@ -35,9 +36,9 @@ class Outbound:
             self._sequence += 1
             await self._publish(frame)
 
-    def renew(self, size: int) -> None:
-        """The gateway's reader took `size` more bytes. Never more than the whole credit, whatever it says."""
-        self._credit = min(self._credit + max(size, 0), CREDIT)
+    def renew(self, consumed: int) -> None:
+        """The gateway's reader took `consumed` bytes since the beginning: a renewal that is lost is made good by the next."""
+        self._consumed = max(self._consumed, min(consumed, self._sent))
         self._changed.set()
 
     def cancel(self) -> None:
@@ -45,11 +46,11 @@ class Outbound:
         self._changed.set()
 
     async def _pay(self, size: int) -> None:
-        while not self.cancelled.is_set() and self._credit < min(size, CREDIT):
+        while not self.cancelled.is_set() and self._sent + min(size, CREDIT) > self._consumed + CREDIT:
             self._changed.clear()
             try:
                 async with asyncio.timeout(CREDIT_TIMEOUT):
                     await self._changed.wait()
             except TimeoutError:
                 self.cancel()
-        self._credit -= size
+        self._sent += size

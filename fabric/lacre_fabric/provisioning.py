@@ -25,12 +25,17 @@ QUEUED_BYTES: Final = 128 * 2**20
 MAX_ACK_PENDING: Final = 100_000  # at least every slot of a pool; the default of 1000 would stall a large one
 
 
-async def provision(connection: Connection, pools: Mapping[str, Sequence[str]], *, replicas: int = 1) -> None:
-    """Creates what is missing and mends what differs; safe to repeat. pools: each with its models. Raises FabricUnavailable."""
+async def provision(
+    connection: Connection, pools: Mapping[str, Sequence[str]], *, replicas: int = 1, ack_wait: float = ACK_WAIT
+) -> None:
+    """Creates what is missing and mends what differs in queues; safe to repeat. pools: each with its models.
+
+    Queues are in memory: where NATS lost them, gateways and workers go on once this has run again. Raises FabricUnavailable.
+    """
     async with connection.mapped():
         await _bucket(connection, subjects.TRUST_BUCKET, ttl=None, replicas=replicas)
         for pool, models in pools.items():
-            await _work(connection, subjects.check_name("pool", pool), models, replicas)
+            await _work(connection, subjects.check_name("pool", pool), models, replicas, ack_wait)
             await _bucket(connection, subjects.claims_bucket(pool), ttl=CLAIM_TTL, replicas=replicas)
 
 
@@ -41,7 +46,7 @@ async def publish_manifest(connection: Connection, document: bytes) -> None:
         await bucket.put(subjects.MANIFEST_KEY, document)
 
 
-async def _work(connection: Connection, pool: str, models: Sequence[str], replicas: int) -> None:
+async def _work(connection: Connection, pool: str, models: Sequence[str], replicas: int, ack_wait: float) -> None:
     stream = subjects.work_stream(pool)
     config = StreamConfig(
         name=stream,
@@ -71,7 +76,7 @@ async def _work(connection: Connection, pool: str, models: Sequence[str], replic
                 durable_name=name,
                 filter_subject=subject,
                 ack_policy=AckPolicy.EXPLICIT,
-                ack_wait=ACK_WAIT,
+                ack_wait=ack_wait,
                 max_deliver=MAX_DELIVER,
                 max_ack_pending=MAX_ACK_PENDING,
             ),

@@ -17,10 +17,11 @@ from lacre.errors import SettingsError
 from lacre_fabric.accounts import accounts
 from lacre_fabric.keyfiles import write_secret
 from lacre_fabric.leash import leashed
+from lacre_fabric.provisioning import QUEUED_BYTES
 from lacre_fabric.roles import Role
 
 MAX_PAYLOAD: Final = 9 * 2**20  # a sealed request of 7 MiB, its grant and headers, with room
-MAX_MEMORY: Final = 512 * 2**20  # bytes of queued work over all pools
+MAX_MEMORY: Final = 64 * QUEUED_BYTES  # a ceiling, not an allocation: JetStream counts every pool's queue as if it were full
 MAX_FILES: Final = 2**30  # bytes of buckets: manifest and claims
 START_TIMEOUT: Final = 10.0  # seconds
 
@@ -56,6 +57,7 @@ class Server:
             "host": "127.0.0.1",
             "port": self.port,
             "server_name": "lacre",
+            "ports_file_dir": str(self._folder),
             "max_payload": MAX_PAYLOAD,
             "jetstream": {
                 "store_dir": str(self._folder / "jetstream"),
@@ -71,20 +73,23 @@ class Server:
         return leashed([executable(), "-c", str(self._config)])
 
     def start(self, log: Path) -> subprocess.Popen[bytes]:
-        """Starts it and waits until it accepts connections. Raises SettingsError with the end of its log."""
+        """Starts it and waits until it accepts connections. Raises SettingsError with the end of its log.
+
+        That the port answers proves nothing: another process may have it, and nobody's password is for that one to see. The
+        server itself writes a file, named by its process id (which the leash keeps), once it listens.
+        """
+        for left in self._folder.glob("*.ports"):
+            left.unlink()
         with log.open("ab") as output:
             process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline and process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-            except OSError:
-                time.sleep(0.02)
-            else:
+            if any(self._folder.glob(f"*_{process.pid}.ports")):
                 return process
+            time.sleep(0.02)
         process.kill()
         process.wait()
-        raise SettingsError(f"nats-server did not start; {log} ends with: {log.read_text()[-500:]}")
+        raise SettingsError(f"nats-server did not start; {log} ends with: {log.read_text(errors='replace')[-500:]}")
 
     @staticmethod
     def reload(process: subprocess.Popen[bytes]) -> None:

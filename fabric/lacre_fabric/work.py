@@ -55,6 +55,10 @@ class FabricUnavailable(FabricError):
     """The message server cannot be reached, or denies what this role needs."""
 
 
+class FabricLost(FabricError):
+    """The message server ended the connection for good. Nothing but a new start of the process helps."""
+
+
 class Cancelled(FabricError):
     """The gateway withdrew the request, or its reader stalled for longer than `CREDIT_TIMEOUT`."""
 
@@ -111,7 +115,10 @@ class Delivery(Protocol):
     cancelled: asyncio.Event
 
     async def claim(self) -> bool:
-        """Takes the request for this attempt, in the whole pool. False: another attempt has it; `drop` it silently."""
+        """Takes the request for this attempt, in the whole pool. False: another attempt has it; `drop` it silently.
+
+        To be called before the first frame but a rejection. Raises FabricUnavailable; another worker gets the work then.
+        """
 
     async def send(self, kind: Kind, payload: bytes) -> None:
         """Sends a frame; the first one acks the work. Data waits for credit. Raises Cancelled."""
@@ -125,12 +132,14 @@ class Delivery(Protocol):
 
 class WorkerFabric(Protocol):
     async def pull(self) -> Delivery:
-        """The next piece of work, once there is one and a slot is free. Raises FabricUnavailable."""
+        """The next piece of work, once there is one and a slot is free. Raises FabricUnavailable, after which another try may
+        do better, or FabricLost.
+        """  # fmt: skip
 
     def release(self) -> None:
         """A slot that a delivery took is free again."""
 
     async def drain(self) -> None:
-        """Stops pulling and announcing; what was pulled goes on."""
+        """Stops pulling and announcing, for good; what was pulled goes on. Idempotent."""
 
     async def close(self) -> None: ...
