@@ -55,11 +55,15 @@ class Stalled(Exception):
 
 
 class Exchange:
-    """One request and its answer. address: the caller's. status: what was answered; None so far."""
+    """One request and its answer. address: the caller's. status: what was answered; None so far.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    stall_limit: seconds that a client may leave a piece unread.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, stall_limit: float = STALL_LIMIT) -> None:
         self._receive = receive
         self._send = send
+        self._stall_limit = stall_limit
         self._unread = True
         self.fields = Fields.collect(scope["headers"])
         self.address: str = scope["client"][0] if scope.get("client") else ""
@@ -97,7 +101,7 @@ class Exchange:
     async def write(self, piece: bytes) -> None:
         """Raises Stalled where the client does not take it in time."""
         try:
-            async with asyncio.timeout(STALL_LIMIT):
+            async with asyncio.timeout(self._stall_limit):
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})
         except TimeoutError:
             raise Stalled from None

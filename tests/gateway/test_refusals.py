@@ -265,12 +265,17 @@ async def test_too_large_by_content_length(world: World, client: httpx2.AsyncCli
 
 @pytest.mark.parametrize("length", [None, "10"])
 async def test_too_large_whatever_it_says(length: str | None, world: World, client: httpx2.AsyncClient) -> None:
+    sent = 0
+
     async def body() -> AsyncIterator[bytes]:
-        for _ in range(40):
+        nonlocal sent
+        for _ in range(200):
+            sent += 2**18
             yield bytes(2**18)
 
     headers = world.headers(content_length=length)
     assert_problem(await client.post("/v1/sealed", content=body(), headers=headers), problems.TOO_LARGE)
+    assert sent <= 2 * MAX_SEALED_REQUEST + 2**20  # what is read, and what is read to be dropped
 
 
 @pytest.mark.parametrize("length", ["", "-1", "0x10", "1 0", "9" * 20])
