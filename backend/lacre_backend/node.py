@@ -234,6 +234,7 @@ class _Receipts:
 
 
 async def _beat(delivery: Delivery, receipts: _Receipts) -> None:
+    """The first beat at once: until a frame has left, a claimed request of a dead worker looks like one in the queue."""
     while True:
-        await asyncio.sleep(BEAT)
         await delivery.send(Kind.BEAT, receipts.sign(final=False).encode())
+        await asyncio.sleep(BEAT)
