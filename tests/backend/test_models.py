@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,12 +55,3 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes | None, said: s
 def test_a_folder_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read"):
         models.find(tmp_path)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF\x03\x00\x00\x00")
-    path.chmod(0)
-    with pytest.raises(SettingsError, match="permissions"):
-        models.find(path)
