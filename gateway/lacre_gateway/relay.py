@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -69,14 +70,14 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
     exchange.fields.check_media()
     outer = exchange.fields.outer()
     subject = (principal.issuer, principal.subject)
-    with gateway.limits.slot(subject, gateway.clock()):
+    with gateway.limits.slot(subject, time.monotonic()):
         sealed = await exchange.sealed_body(gateway.settings.limits.body_timeout)
         request = _inspected(gateway, exchange.request_id, principal, outer, sealed)
         decision = gateway.policies.decide(request.question)
         if not decision.allowed:
             with Trail(gateway.audit, exchange, request.intent(decision)):
                 raise Refusal(problems.FORBIDDEN)
-        reservation = gateway.limits.reserve(subject, request.ceilings, gateway.clock())
+        reservation = gateway.limits.reserve(subject, request.ceilings, time.monotonic())
         with Trail(gateway.audit, exchange, request.intent(decision)) as trail:
             work = request.work(_grant(gateway, request, reservation), sealed)
             dispatch = await gateway.connected().dispatch(work, queue_limit=gateway.settings.limits.queue_limit)

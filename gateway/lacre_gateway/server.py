@@ -59,6 +59,7 @@ def bind(listen: Listen) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen(_BACKLOG)  # from here on connections wait in the kernel until they are served
         except BaseException:
             listener.close()
             raise
