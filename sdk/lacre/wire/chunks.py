@@ -71,6 +71,20 @@ class ChunkOpener:
         final = self._take().open(self._deframer.close(), _FINAL)
         return [final] if final else []
 
+    def open_whole(self, data: bytes | memoryview) -> bytes:
+        """The plaintext of a message that is all there: `feed` and `close` in one, without a buffer for each chunk."""
+        aead = self._take()
+        chunks: list[bytes | memoryview] = [*self._deframer.feed(data), self._deframer.close()]
+        last = len(chunks) - 1
+        buffer = BytesIO(bytes(sum(map(len, chunks)) - TAG * len(chunks)))
+        with buffer.getbuffer() as out:
+            position = 0
+            for number, chunk in enumerate(chunks):
+                end = position + len(chunk) - TAG
+                aead.open_into(chunk, _FINAL if number == last else b"", out[position:end])
+                position = end
+        return buffer.getvalue()
+
     def _take(self) -> SequencedAead:
         if self._aead is None:
             raise errors.AlreadyUsedError("this message was closed or did not open; there is nothing more to read")

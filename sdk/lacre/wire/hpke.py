@@ -153,11 +153,21 @@ class SequencedAead:
         try:
             plaintext = self._aead.decrypt(self._nonce(), ciphertext, aad)
         except InvalidTag:
-            raise errors.OpenError(
-                "a sealed chunk did not open: it was altered, is out of order, or was sealed to another key"
-            ) from None
+            raise _did_not_open() from None
         self._sequence += 1
         return plaintext
+
+    def open_into(self, ciphertext: ByteView, aad: bytes, out: memoryview) -> None:
+        """`open` into a writable view of exactly the right length. After OpenError nothing in it may be used."""
+        try:
+            self._aead.decrypt_into(self._nonce(), ciphertext, aad, out)
+        except InvalidTag:
+            raise _did_not_open() from None
+        self._sequence += 1
+
+
+def _did_not_open() -> errors.OpenError:
+    return errors.OpenError("a sealed chunk did not open: it was altered, is out of order, or was sealed to another key")
 
 
 class KeySchedule:

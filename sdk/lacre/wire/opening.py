@@ -136,27 +136,30 @@ class RequestOpener:
 
         Raises UnknownKeyId, UnsupportedSuite, InvalidMessage, MessageTooLarge or OpenError; AlreadyUsedError after that.
         """
+        rest = self._take(data)
+        pieces = [] if self._chunks is None else self._chunks.feed(rest)
+        self._closed = False
+        return pieces
+
+    def _take(self, data: bytes) -> bytes | memoryview:
+        """What of `data` belongs to the chunks, once the header is there. Shuts the opener: only the caller opens it again."""
         if self._closed:
             raise errors.AlreadyUsedError("this request was read to its end, or did not open")
-        self._closed = True  # until the end of this call: an error leaves the opener shut
+        self._closed = True  # until the end of the call: an error leaves the opener shut
         self._size += len(data)
         if self._size > MAX_SEALED_REQUEST:
             raise errors.MessageTooLarge("a sealed request has at most 7 MiB")
-        rest: bytes | memoryview = data
-        if self._chunks is None:
-            data = self._buffer + data if self._buffer else data
-            try:
-                self.header = SealedHeader.parse(data)
-            except errors.TruncatedStream:  # so far
-                self._buffer = data
-                self._closed = False
-                return []
-            self._buffer = b""
-            self._chunks = self._start(self.header)
-            rest = memoryview(data)[len(self.header.raw) :]
-        pieces = self._chunks.feed(rest)
-        self._closed = False
-        return pieces
+        if self._chunks is not None:
+            return data
+        data = self._buffer + data if self._buffer else data
+        try:
+            self.header = SealedHeader.parse(data)
+        except errors.TruncatedStream:  # so far
+            self._buffer = data
+            return b""
+        self._buffer = b""
+        self._chunks = self._start(self.header)
+        return memoryview(data)[len(self.header.raw) :]
 
     def _start(self, header: SealedHeader) -> ChunkOpener:
         key = self._keys.get(header.key_id)
@@ -173,11 +176,21 @@ class RequestOpener:
         if self._closed:
             raise errors.AlreadyUsedError("this request was closed already, or did not open")
         self._closed = True
-        if self._chunks is None:
-            raise errors.TruncatedStream("the sealed request ended inside its header")
-        pieces = self._chunks.close()
+        pieces = self._started().close()
         self.complete = True
         return pieces
+
+    def _open_whole(self, body: bytes) -> bytes:
+        """`feed` and `close` in one, for a body that is all there: only `open_request` sees to it that nothing was fed."""
+        rest = self._take(body)
+        plaintext = self._started().open_whole(rest)
+        self.complete = True
+        return plaintext
+
+    def _started(self) -> ChunkOpener:
+        if self._chunks is None:
+            raise errors.TruncatedStream("the sealed request ended inside its header")
+        return self._chunks
 
     def response_sealer(self) -> ResponseSealer:
         """The one sealer of the response, once the whole request has opened."""
@@ -192,10 +205,9 @@ class RequestOpener:
 def open_request(keys: Mapping[int, PrivateKey], body: bytes) -> tuple[bytes, SealedHeader, ResponseSealer]:
     """The plaintext of a whole sealed request, its header, and the sealer of its response."""
     opener = RequestOpener(keys)
-    pieces = opener.feed(body)
-    pieces += opener.close()
+    plaintext = opener._open_whole(body)
     sealer = opener.response_sealer()
-    return b"".join(pieces), sealer.header, sealer
+    return plaintext, sealer.header, sealer
 
 
 class ResponseSealer:
