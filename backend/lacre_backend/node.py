@@ -29,6 +29,7 @@ from lacre.receipts import TRAILER, Receipt
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import PrivateKey
 from lacre_backend import inside
+from lacre_fabric import logs
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
 from lacre_fabric.work import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
@@ -120,8 +121,8 @@ class Node:
             outcome = "cancelled"
         except FabricUnavailable:
             outcome = "fabric-lost"
-        except asgi.AppFailed:
-            log.exception("app.failed", request_id=delivery.work.request_id)
+        except asgi.AppFailed as exc:
+            log.error("app.failed", request_id=delivery.work.request_id, **logs.places(exc.__cause__ or exc))
             outcome = "app-failed"
             await delivery.send(Kind.ERROR, problems.INTERNAL.type.encode())
         finally:

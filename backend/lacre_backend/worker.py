@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from contextlib import AsyncExitStack
 
 import structlog
@@ -13,7 +14,7 @@ from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.models import find
 from lacre_backend.node import Identity, Node
 from lacre_backend.settings import Model, Settings
-from lacre_fabric import poolkeys
+from lacre_fabric import logs, poolkeys
 from lacre_fabric.keyfiles import read_ed25519
 from lacre_fabric.manifests import ManifestFeed
 from lacre_fabric.nats_worker import NatsWorker
@@ -24,6 +25,7 @@ log = structlog.get_logger("lacre.worker")
 
 async def serve(settings: Settings) -> None:
     """Raises SettingsError or FabricUnavailable where it cannot start."""
+    logs.configure(sys.stderr)
     async with AsyncExitStack() as stack:
         keys, receipt_key = poolkeys.load(settings.keys), read_ed25519(settings.receipt_key)
         credential = Credential.load(settings.nats.credentials)

@@ -9,8 +9,8 @@ import secrets
 import time
 from typing import Final
 
+from lacre_fabric.logs import Log
 from lacre_gateway.exchange import App, Message, Receive, Scope, Send
-from lacre_gateway.logs import Log
 
 _ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/healthz", "/readyz"})
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -26,12 +26,12 @@ from lacre.receipts import Receipt
 from lacre.wire.header import inspect_request
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
+from lacre_fabric.logs import places
 from lacre_fabric.work import Dispatch, FabricError, Work, WorkerLost
 from lacre_gateway.audit import Intent
 from lacre_gateway.auth import Principal
 from lacre_gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, StreamBroken
 from lacre_gateway.limits import Reservation
-from lacre_gateway.logs import places
 from lacre_gateway.manifest import pool_for
 from lacre_gateway.mapping import FAILURES, WorkerRefused, refusal_for
 from lacre_gateway.outer import Outer

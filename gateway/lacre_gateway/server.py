@@ -25,11 +25,12 @@ from fastapi import FastAPI
 
 from lacre.errors import SettingsError
 from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric.logs import PROCESSORS, make_log
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.roles import Credential
 from lacre_fabric.work import FabricUnavailable
 from lacre_gateway.app import create_app
-from lacre_gateway.logs import PROCESSORS, make_log, standard_logging
+from lacre_gateway.logs import standard_logging
 from lacre_gateway.settings import Listen, Settings
 from lacre_gateway.state import Gateway, build
 

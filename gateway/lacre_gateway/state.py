@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.jws import raw_public_key
+from lacre_fabric.logs import Log
 from lacre_fabric.manifests import ManifestFeed
 from lacre_fabric.work import FabricUnavailable, GatewayFabric
 from lacre_gateway.audit import AuditLog
 from lacre_gateway.auth import Authenticator, TrustedIssuer
 from lacre_gateway.keyset import KeySet
 from lacre_gateway.limits import RequestLimits, Reservation
-from lacre_gateway.logs import Log
 from lacre_gateway.policy import PolicySet, shipped
 from lacre_gateway.settings import Settings
 from lacre_gateway.throttle import FailureThrottle

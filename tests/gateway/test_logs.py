@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre_gateway.logs import FIELDS, MAX_TEXT, SafeFormatter, make_log, places, standard_logging
+from lacre_fabric.logs import FIELDS, MAX_TEXT, SafeFormatter, make_log, places
+from lacre_gateway.logs import standard_logging
 
 SECRET = "s3cr3t-canary"
 

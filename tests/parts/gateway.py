@@ -31,9 +31,9 @@ from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey, ResponseSealer, open_request
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
+from lacre_fabric.logs import make_log
 from lacre_fabric.memory import MemoryDelivery, MemoryFabric
 from lacre_gateway.app import create_app
-from lacre_gateway.logs import make_log
 from lacre_gateway.settings import parse
 from lacre_gateway.state import Gateway, build
 
