@@ -13,16 +13,10 @@ from typing import Any, Final
 
 from lacre import problems
 from lacre.asgi import AUTHORITY, SCHEME, Opened
+from lacre.inner import ACTIONS
 from lacre_fabric.grants import Grant
 
 DATE_WINDOW: Final = 300.0  # seconds that a request's `date` may lie from this clock (RFC 9458 section 6.5.1)
-
-_PATHS: Final = {
-    "chat": "/v1/chat/completions",
-    "complete": "/v1/completions",
-    "embed": "/v1/embeddings",
-    "rerank": "/v1/rerank",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +63,7 @@ def _check_copies(opened: Opened, grant: Grant) -> SealedRefusal | None:
     for name, granted in copies.items():
         if any(value != granted for value in opened.headers(name)):
             return _mismatch(name.removeprefix("lacre-").replace("-", "_"))
-    path = request.path.partition("?")[0]
-    granted_path = _PATHS.get(grant.action)
-    if path != granted_path if granted_path is not None else path in _PATHS.values():
+    if ACTIONS.get(request.path.partition("?")[0], "http") != grant.action:
         return _mismatch("action")
     return None
 

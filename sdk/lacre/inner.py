@@ -23,7 +23,8 @@ IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier")
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 
 _MODEL_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # it stands in a header field outside, for policy
-_ACTIONS: Final = {
+# The actions that policy tells apart, by the path that each belongs to; every other path is `http`.
+ACTIONS: Final = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "complete",
     "/v1/embeddings": "embed",
@@ -58,7 +59,7 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     """
     if len(plain.content) > MAX_CONTENT:
         raise MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
-    action = _ACTIONS.get(plain.path.partition("?")[0], "http")
+    action = ACTIONS.get(plain.path.partition("?")[0], "http")
     body = _json_object(plain.content) if action != "http" else None
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     default_model = models[0] if models else ""
