@@ -36,6 +36,7 @@ from lacre_fabric.roles import Credential, Role
 GATEWAY_ID: Final = "g1"
 NODE: Final = "n1"
 DAY: Final = 86400.0
+DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor's patience is longer
 SIGNER_LIFETIME: Final = 90 * DAY
 SIGNER_RENEWAL: Final = 30 * DAY  # before its end, the root says the signer's name again
 MANIFEST_LIFETIME: Final = DAY
@@ -168,7 +169,7 @@ class Site:
             "trust": b64u(self.root),
             "signing_key": "grant.pem",
             "audit": "audit.jsonl",
-            "listen": {"host": "127.0.0.1", "port": port},
+            "listen": {"host": "127.0.0.1", "port": port, "drain": DRAIN},
             "nats": {"url": nats_url, "credentials": str(self.credential_file(f"gateway-{GATEWAY_ID}"))},
             "issuers": [
                 {
@@ -185,6 +186,7 @@ class Site:
             worker = {
                 "pool": pool,
                 "node": NODE,
+                "drain": DRAIN,
                 "trust": b64u(self.root),
                 "keys": str(self.folder / "pools" / pool / "keys"),
                 "receipt_key": str(self.folder / "pools" / pool / "receipt.pem"),
