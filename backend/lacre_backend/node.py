@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -116,7 +116,7 @@ class Node:
             outcome = await self._work(delivery)
         except _Refused as refused:
             outcome = refused.problem.slug
-            await delivery.reject(refused.problem.type)
+            await _tell(delivery, refused.problem)
         except Cancelled:
             outcome = "cancelled"
         except FabricUnavailable:
@@ -124,7 +124,7 @@ class Node:
         except asgi.AppFailed as exc:
             log.error("app.failed", request_id=delivery.work.request_id, **logs.places(exc.__cause__ or exc))
             outcome = "app-failed"
-            await delivery.send(Kind.ERROR, problems.INTERNAL.type.encode())
+            await _tell(delivery, problems.INTERNAL)
         finally:
             try:
                 await delivery.drop()
@@ -208,6 +208,12 @@ class Node:
             async for piece in pieces:
                 await delivery.send(Kind.DATA, piece)
         await delivery.send(Kind.USAGE, final[0].encode())
+
+
+async def _tell(delivery: Delivery, problem: problems.Problem) -> None:
+    """Ends the work with an error frame, where somebody still listens."""
+    with suppress(Cancelled, FabricUnavailable):
+        await delivery.reject(problem.type)
 
 
 @dataclass(frozen=True, slots=True)
