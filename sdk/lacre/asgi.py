@@ -80,6 +80,11 @@ class Opened:
         return [value for key, value in self.request.headers if key == name]
 
 
+def decoded_path(request: bhttp.Request) -> str:
+    """The path as an app sees it: without its query, and with its escapes decoded."""
+    return unquote_to_bytes(request.path.partition("?")[0]).decode("utf-8", "replace")
+
+
 def open_sealed(body: bytes, keys: Mapping[int, PrivateKey]) -> Opened:
     """Opens a whole sealed request. Raises ProtocolError or VerificationError kinds; nothing of it was acted on then."""
     plaintext, header, sealer = open_request(keys, body)
@@ -158,15 +163,15 @@ class _Exchange:
         return {"type": "http.disconnect"}
 
     def _scope(self) -> Scope:
-        path, _, query = self._request.path.partition("?")
+        raw_path, _, query = self._request.path.partition("?")
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.5"},
             "http_version": "1.1",
             "method": self._request.method,
             "scheme": self._request.scheme,
-            "path": unquote_to_bytes(path).decode("utf-8", "replace"),
-            "raw_path": path.encode("ascii"),
+            "path": decoded_path(self._request),
+            "raw_path": raw_path.encode("ascii"),
             "query_string": query.encode("ascii"),
             "root_path": "",
             "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._request.headers],
