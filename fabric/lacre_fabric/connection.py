@@ -129,16 +129,26 @@ class Connection:
         try:
             yield
             if confirmed:
-                await self.client.flush(CONNECT_TIMEOUT)
+                await self.round_trip()
         except (nats.errors.Error, TimeoutError) as exc:
             raise self.unavailable(exc, denials) from exc
         if confirmed and self.denials != denials:
             raise FabricUnavailable(self._denial())
 
+    async def round_trip(self) -> None:
+        """Until the server has taken what was published before, and said what it denies of it.
+
+        Twice, for the library's ping overtakes what it still holds back to publish in one piece; at the second, that is gone.
+        """
+        await self.client.flush(CONNECT_TIMEOUT)
+        await self.client.flush(CONNECT_TIMEOUT)
+
     def unavailable(self, error: Exception, denials: int) -> FabricUnavailable:
         """What `error` means. denials: how many there were before the call that failed."""
         if self.denials != denials:
             return FabricUnavailable(self._denial())
+        if isinstance(error, nats.errors.NoRespondersError | nats.js.errors.ServiceUnavailableError):
+            return FabricUnavailable("nobody answers on NATS: run `lacre up`, or provision the fabric")
         if isinstance(error, nats.js.errors.APIError) and error.description:
             return FabricUnavailable(f"NATS refuses: {error.description}")
         if isinstance(error, TimeoutError):

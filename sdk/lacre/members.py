@@ -43,7 +43,10 @@ class Members:
 
     def time(self, name: str) -> float:
         """A NumericDate (RFC 7519 section 2): seconds since the epoch."""
-        value = float(self._get(name, (int, float), "a number of seconds"))
+        try:
+            value = float(self._get(name, (int, float), "a number of seconds"))
+        except OverflowError:  # an integer of hundreds of digits
+            value = math.inf
         if not math.isfinite(value):
             raise InvalidMessage(f"{self._what}: member {name!r} must be finite")
         return value

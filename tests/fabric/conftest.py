@@ -4,14 +4,21 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from lacre_fabric.server import free_port
 from parts.fabric import LiveFabric
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFabric]:
-    live = LiveFabric.start(tmp_path_factory.mktemp("nats"))
+    live = LiveFabric.make(tmp_path_factory.mktemp("nats"))
+    live.start()
     yield live
     live.stop()
+
+
+@pytest.fixture
+def unused_port() -> int:
+    return free_port()
 
 
 @pytest.fixture

@@ -5,18 +5,18 @@ from __future__ import annotations
 import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lacre.wire.header import SealedHeader
-from lacre_fabric import roles
+from lacre_fabric import roles, subjects
 from lacre_fabric.connection import Connection
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsWorker
 from lacre_fabric.provisioning import provision
-from lacre_fabric.roles import Credential
+from lacre_fabric.roles import Credential, Role
 from lacre_fabric.server import Server, free_port
-from lacre_fabric.work import Work
+from lacre_fabric.work import ACK_WAIT, Work
 
 POOLS = {"a": ("m1", "m2"), "b": ("m1",)}
 GATEWAYS = ("g1", "g2")
@@ -28,20 +28,32 @@ class LiveFabric:
     """The server, and a credential for each role: `provisioner`, `gateway-g1`, `worker-a-n1` and so on."""
 
     server: Server
-    process: subprocess.Popen[bytes]
+    log: Path
     credentials: Mapping[str, Credential]
+    process: subprocess.Popen[bytes] = field(init=False)
 
     @classmethod
-    def start(cls, folder: Path) -> LiveFabric:
+    def make(cls, folder: Path) -> LiveFabric:
         names = ["provisioner", *(f"gateway-{name}" for name in GATEWAYS), *(f"worker-{pool}-{node}" for pool, node in NODES)]
         credentials = {name: Credential.new(name) for name in names}
-        server = Server(folder, free_port())
-        server.configure([
+        return cls(Server(folder, free_port()), folder / "nats.log", credentials)
+
+    def start(self, roles: Sequence[Role] | None = None) -> None:
+        self.server.configure(self.roles() if roles is None else roles)
+        self.process = self.server.start(self.log)
+
+    def roles(self) -> list[Role]:
+        credentials = self.credentials
+        return [
             roles.provisioner(credentials["provisioner"]),
             *(roles.gateway(credentials[f"gateway-{name}"], name, tuple(POOLS)) for name in GATEWAYS),
             *(roles.worker(credentials[f"worker-{pool}-{node}"], pool, node) for pool, node in NODES),
-        ])  # fmt: skip
-        return cls(server, server.start(folder / "nats.log"), credentials)
+        ]
+
+    def restart(self) -> None:
+        """What was in memory is gone, what was in files is not."""
+        self.stop()
+        self.process = self.server.start(self.log)
 
     def stop(self) -> None:
         self.process.terminate()
@@ -50,10 +62,17 @@ class LiveFabric:
     async def connect(self, role: str) -> Connection:
         return await Connection.open(self.server.url, self.credentials[role])
 
-    async def provision(self) -> None:
+    async def provision(self, *, ack_wait: float = ACK_WAIT) -> None:
         connection = await self.connect("provisioner")
-        await provision(connection, POOLS)
+        await provision(connection, POOLS, ack_wait=ack_wait)
         await connection.close()
+
+    async def queued(self, pool: str = "a") -> int:
+        """How many messages are in the pool's queue."""
+        connection = await self.connect("provisioner")
+        info = await connection.jetstream.stream_info(subjects.work_stream(pool))
+        await connection.close()
+        return info.state.messages
 
     async def gateway(self, name: str = "g1") -> NatsGateway:
         return await NatsGateway.connect(self.server.url, self.credentials[f"gateway-{name}"], name)
