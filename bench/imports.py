@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from bench import command
 
 
 def seconds(statement: str) -> float:
@@ -16,25 +15,15 @@ def seconds(statement: str) -> float:
     return time.perf_counter() - began
 
 
-def measure(rounds: int) -> dict[str, float]:
+def measure(quick: bool) -> command.Figures:
     """Milliseconds."""
     peer, ours = [], []
-    for _ in range(rounds):
+    for _ in range(5 if quick else 20):
         peer.append(seconds("import httpx2"))
         ours.append(seconds("import lacre"))
-    return {"import_httpx2_ms": min(peer) * 1e3, "import_lacre_ms": min(ours) * 1e3, "added_ms": (min(ours) - min(peer)) * 1e3}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    arguments = parser.parse_args()
-    figures = {name: round(value, 1) for name, value in measure(5 if arguments.quick else 20).items()}
-    print(json.dumps(figures))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures))
+    figures = {"import_httpx2_ms": min(peer), "import_lacre_ms": min(ours), "added_ms": min(ours) - min(peer)}
+    return {name: round(value * 1e3, 1) for name, value in figures.items()}
 
 
 if __name__ == "__main__":
-    main()
+    command.run(__doc__, {"imports": measure})
