@@ -1,57 +1,95 @@
-"""Files that hold secrets: 0600, replaced atomically, refused when others can read them."""
+"""Files that hold secrets: 0600, replaced atomically, refused when others can read them, and destroyed when they are over.
+
+What is read comes back in a `bytearray`: whoever asked overwrites it after use.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
 import tempfile
+from io import FileIO
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import SettingsError
+from lacre.wire.wiping import overwrite
 
 
-def write_secret(path: Path, content: bytes) -> None:
+def write_secret(path: Path, content: bytes | bytearray) -> None:
     """Replaces `path` in one step; nobody else can read it at any moment, and a crash leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600 from the start
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(handle, "wb", buffering=0) as file:  # a buffer of Python's would keep a copy
+            _write_all(file, content)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        destroy(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)  # the rename itself must survive a crash
+
+
+def _write_all(file: FileIO, content: bytes | bytearray) -> None:
+    written = 0
+    with memoryview(content) as view:
+        while written < len(view):
+            written += file.write(view[written:])
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a crash
+        os.fsync(folder)
     finally:
         os.close(folder)
 
 
-def read_secret(path: Path) -> bytes:
+def read_secret(path: Path) -> bytearray:
     """Raises SettingsError where the file is missing, or readable for group or others."""
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        with path.open("rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            mode = stat.S_IMODE(status.st_mode)
             if mode & 0o077:
                 raise SettingsError(f"{path} can be read by others (mode {mode:04o}): chmod 600 {path}")
-            return file.read()
+            content = bytearray(status.st_size)
+            with memoryview(content) as view:
+                size = 0
+                while size < len(view) and (count := file.readinto(view[size:])):
+                    size += count
+            return content[:size] if size < len(content) else content
     except OSError as exc:
         raise SettingsError(f"cannot read the key file {path}: {exc.strerror}. `lacre keys init` makes key files") from exc
 
 
+def destroy(path: Path) -> None:
+    """Overwrites the file in place, then removes it; where there is none, does nothing.
+
+    In place is as far as a program reaches: a file system that writes elsewhere (copy on write, a log, the flash of an SSD),
+    a snapshot or a backup may keep what was there before.
+    """
+    try:
+        with path.open("r+b", buffering=0) as file:
+            _write_all(file, bytes(os.fstat(file.fileno()).st_size))
+    except FileNotFoundError:
+        return
+    path.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
 def write_ed25519(path: Path, key: Ed25519PrivateKey) -> None:
     """As unencrypted PKCS#8 PEM (RFC 8410)."""
-    write_secret(
-        path,
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-    )
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    content = key.private_bytes(encoding, form, serialization.NoEncryption())
+    try:
+        write_secret(path, content)
+    finally:
+        overwrite(content)
 
 
 def read_ed25519(path: Path) -> Ed25519PrivateKey:
@@ -61,6 +99,8 @@ def read_ed25519(path: Path) -> Ed25519PrivateKey:
         key = serialization.load_pem_private_key(content, password=None)
     except ValueError as exc:
         raise SettingsError(f"{path} is not a PEM private key") from exc
+    finally:
+        overwrite(content)
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(f"{path} must hold an Ed25519 key")
     return key

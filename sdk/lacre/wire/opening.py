@@ -3,6 +3,7 @@
 Nothing but a worker's node (and whoever makes its keys) imports this file. Rules:
 
 - A private key never shows in a repr or an error.
+- A private key can be destroyed: every copy of it that this file made is overwritten, and OpenSSL overwrites its own.
 - A response sealer exists only for a request whose final chunk has opened, and there is one of it.
 - A response is sealed under a fresh random nonce, drawn at one place: `RequestOpener.response_sealer`.
 """
@@ -32,6 +33,7 @@ from lacre.wire.header import (
     KeyConfig,
     SealedHeader,
 )
+from lacre.wire.wiping import overwrite
 
 _SECRET_LENGTH: Final = 32  # Nsk of X25519 and of X-Wing, whose private key is a seed
 _MLKEM_CT: Final = 1088
@@ -39,32 +41,33 @@ _FORMAT: Final = b"lacre-key-1\n"
 
 
 class PrivateKey:
-    """The key pair behind one key configuration."""
+    """The key pair behind one key configuration. It keeps a copy of `secret` of its own."""
 
     __slots__ = ("_mlkem", "_secret", "_x25519", "config")
 
-    def __init__(self, key_id: int, kem: Kem, secret: bytes, algorithms: tuple[tuple[Kdf, Aead], ...] = ALL_ALGORITHMS) -> None:
+    def __init__(
+        self, key_id: int, kem: Kem, secret: hpke.ByteView, algorithms: tuple[tuple[Kdf, Aead], ...] = ALL_ALGORITHMS
+    ) -> None:
         if len(secret) != _SECRET_LENGTH:
             raise errors.UsageError(f"a private key has {_SECRET_LENGTH} bytes")
-        self._secret = secret
+        self._secret = bytearray(secret)
         self._mlkem: MLKEM768PrivateKey | None = None
+        self._x25519: X25519PrivateKey | None
         if kem is Kem.X25519:
-            self._x25519 = X25519PrivateKey.from_private_bytes(secret)
+            self._x25519 = X25519PrivateKey.from_private_bytes(self._secret)
             public_key = self._x25519.public_key().public_bytes_raw()
         else:
-            # draft-ietf-hpke-pq: the 32 bytes are stretched into ML-KEM's `d ‖ z` and the X25519 key.
-            seed = hashlib.shake_256(secret).digest(96)
-            try:
-                self._mlkem = MLKEM768PrivateKey.from_seed_bytes(seed[:64])
-            except UnsupportedAlgorithm:
-                raise hpke.missing_mlkem() from None
-            self._x25519 = X25519PrivateKey.from_private_bytes(seed[64:])
+            self._mlkem, self._x25519 = _xwing_keys(self._secret)
             public_key = self._mlkem.public_key().public_bytes_raw() + self._x25519.public_key().public_bytes_raw()
         self.config = KeyConfig(key_id, kem, public_key, algorithms)
 
     @classmethod
     def generate(cls, key_id: int, kem: Kem = Kem.XWING, algorithms: tuple[tuple[Kdf, Aead], ...] = ALL_ALGORITHMS) -> Self:
-        return cls(key_id, kem, os.urandom(_SECRET_LENGTH), algorithms)
+        secret = os.urandom(_SECRET_LENGTH)
+        try:
+            return cls(key_id, kem, secret, algorithms)
+        finally:
+            overwrite(secret)
 
     @classmethod
     def derive(cls, key_id: int, kem: Kem, ikm: bytes) -> Self:
@@ -80,8 +83,10 @@ class PrivateKey:
         """The shared secret that `enc` carries. Raises InvalidMessage for a low-order point.
 
         An altered ML-KEM ciphertext yields another secret, not an error (FIPS 203's implicit rejection): the first
-        chunk then does not open.
+        chunk then does not open. UsageError once the key was destroyed.
         """
+        if self._x25519 is None:
+            raise errors.UsageError("this private key was destroyed")
         try:
             if self._mlkem is None:
                 dh = hpke.x25519(self._x25519, enc)
@@ -92,14 +97,26 @@ class PrivateKey:
         except ValueError:
             raise errors.InvalidMessage("the encapsulated key of the sealed request is not one; seal it again") from None
 
-    def to_bytes(self) -> bytes:
-        """The whole key pair, secret. Wrap it before it is stored."""
+    def destroy(self) -> None:
+        """Overwrites the secret. The key opens nothing from here on; what it opened before can still be answered."""
+        overwrite(self._secret)
+        self._mlkem = self._x25519 = None  # OpenSSL overwrites a private key as it frees it
+
+    def to_bytes(self) -> bytearray:
+        """The whole key pair, secret: overwrite it once it is stored."""
+        if self._x25519 is None:
+            raise errors.UsageError("this private key was destroyed")
         config = self.config
         pairs = b"".join(struct.pack(">HH", kdf, aead) for kdf, aead in config.algorithms)
-        return _FORMAT + struct.pack(">BH", config.key_id, config.kem) + self._secret + pairs
+        head = _FORMAT + struct.pack(">BH", config.key_id, config.kem)
+        data = bytearray(len(head) + _SECRET_LENGTH + len(pairs))  # of its full size at once: growing would leave copies
+        data[: len(head)] = head
+        data[len(head) : len(head) + _SECRET_LENGTH] = self._secret
+        data[len(head) + _SECRET_LENGTH :] = pairs
+        return data
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
+    def from_bytes(cls, data: hpke.ByteView) -> Self:
         """What `to_bytes` made. Raises SettingsError for anything else."""
         head = len(_FORMAT)
         pairs_at = head + 3 + _SECRET_LENGTH
@@ -108,12 +125,24 @@ class PrivateKey:
                 raise ValueError
             key_id, kem = struct.unpack_from(">BH", data, head)
             pairs = tuple((Kdf(kdf), Aead(aead)) for kdf, aead in struct.iter_unpack(">HH", data[pairs_at:]))
-            return cls(key_id, Kem(kem), data[head + 3 : pairs_at], pairs)
+            return cls(key_id, Kem(kem), memoryview(data)[head + 3 : pairs_at], pairs)
         except (ValueError, struct.error, errors.UsageError):
             raise errors.SettingsError("this is not a private key that Lacre wrote; restore it or make a new one") from None
 
     def __repr__(self) -> str:
         return f"PrivateKey(key_id={self.config.key_id}, kem={self.config.kem.label})"
+
+
+def _xwing_keys(secret: bytearray) -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
+    """draft-ietf-hpke-pq: the 32 bytes are stretched into ML-KEM's `d ‖ z` and the X25519 key."""
+    seed = hashlib.shake_256(secret).digest(96)
+    view = memoryview(seed)
+    try:
+        return MLKEM768PrivateKey.from_seed_bytes(view[:64]), X25519PrivateKey.from_private_bytes(view[64:])
+    except UnsupportedAlgorithm:
+        raise hpke.missing_mlkem() from None
+    finally:
+        overwrite(seed)
 
 
 class RequestOpener:
