@@ -40,6 +40,10 @@ MAX_CONTENT: Final = 2**30
 # Early hints and progress are the only known uses; more than these would be a way to hold a connection for ever.
 MAX_INFORMATIONAL: Final = 16
 
+# Chunks of a request's content: as many as its seal may have. Parsed one by one, millions of tiny ones would hold up everyone
+# else whom a worker serves. Responses are streamed in as many as they have pieces.
+MAX_REQUEST_PIECES: Final = 8192
+
 _KNOWN_REQUEST, _KNOWN_RESPONSE, _REQUEST, _RESPONSE = range(4)
 
 Wait = Generator[None, None, None]
@@ -356,10 +360,13 @@ class _Parser:
         return length
 
     def _content(self) -> Generator[None, None, int]:
-        received = 0
+        received = pieces = 0
         if not (yield from self._more()):
             return 0
         while length := (yield from self._integer()):
+            pieces += 1
+            if self._request and pieces > MAX_REQUEST_PIECES:
+                raise errors.MessageTooLarge("the content has too many chunks; send fuller ones")
             yield from self._pass_on(length, received)
             received += length
         return received
