@@ -22,7 +22,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi, problems
-from lacre.errors import LacreError, UnknownKeyId
+from lacre.errors import Expired, LacreError, UnknownKeyId
 from lacre.jws import b64u
 from lacre.manifest import Manifest
 from lacre.receipts import TRAILER, Receipt
@@ -41,16 +41,20 @@ log = structlog.get_logger("lacre.node")
 
 
 class Seen:
-    """The digests of requests opened here within the claim's time to live: refuses a replay on its own."""
+    """The digests of requests opened here within the claim's time to live: refuses a replay on its own.
 
-    def __init__(self) -> None:
+    limit: how many. While all of them still count, no more is taken: a flood must not make it forget.
+    """
+
+    def __init__(self, limit: int = MAX_REMEMBERED) -> None:
+        self._limit = limit
         self._until: OrderedDict[bytes, float] = OrderedDict()
 
     def add(self, digest: bytes, now: float) -> bool:
-        """False where the digest was there."""
-        while self._until and (len(self._until) >= MAX_REMEMBERED or next(iter(self._until.values())) <= now):
+        """False where the digest was there, or there is no room."""
+        while self._until and next(iter(self._until.values())) <= now:
             self._until.popitem(last=False)
-        if digest in self._until:
+        if digest in self._until or len(self._until) >= self._limit:
             return False
         self._until[digest] = now + CLAIM_TTL
         return True
@@ -160,7 +164,10 @@ class Node:
     def _verify_grant(self, delivery: Delivery) -> Grant:
         work = delivery.work
         try:
-            grant = Grant.verify(work.grant, self._identity.manifest().gateway_key, self._clock())
+            manifest, now = self._identity.manifest(), self._clock()
+            if now >= manifest.expires_at:  # or a fabric that withholds the next one would keep a withdrawn grant key alive
+                raise Expired("the manifest has expired, and with it the key that verifies grants")
+            grant = Grant.verify(work.grant, manifest.gateway_key, now)
         except LacreError as exc:
             log.warning("grant.refused", request_id=work.request_id, kind=type(exc).__name__)
             raise _Refused(problems.INVALID_GRANT) from exc
