@@ -38,6 +38,7 @@ DEFAULT_KEMS: Final = (Kem.XWING,)
 MANIFEST_PATH: Final = "/v1/manifest"
 SEALED_PATH: Final = "/v1/sealed"
 SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym for as long as it lives
+MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off than this, the manifest would not have verified
 MAX_PROBLEM: Final = 64 * 1024  # bytes read of a problem document, outside or sealed; ours have some hundred
 REFRESH_BEFORE: Final = 0.5  # of a manifest's lifetime: fetched anew then, so that its expiry is never met in a request
 
@@ -298,18 +299,21 @@ class Sealing:
             return False
         try:
             theirs = email.utils.parsedate_to_datetime(opening.head.get("date")).timestamp()
-        except ValueError:
+        except (ValueError, OverflowError):  # the second for numbers that no date can hold
             return False
-        self._clock_offset = theirs - self._clock()
+        offset = theirs - self._clock()
+        if abs(offset) > MAX_CORRECTION:
+            return False
+        self._clock_offset = offset
         return True
 
 
 def _read(limit: int) -> Steps[bytes]:
     """Up to `limit` bytes of the last response."""
-    content = b""
+    content = bytearray()  # which grows in place: a peer may send a byte at a time
     while len(content) < limit and (data := _bytes((yield Read()))) is not None:
         content += data
-    return content[:limit]
+    return bytes(content[:limit])
 
 
 def _outer(sent: Outer | bytes | None) -> Outer:

@@ -232,7 +232,10 @@ def outer_request(outer: httpx2.Client | httpx2.AsyncClient, step: Send, token: 
     if token is not None:
         headers.append(("authorization", f"Bearer {token}"))
     timeouts = {"timeout": extensions["timeout"]} if "timeout" in extensions else None
-    return outer.build_request(step.method, step.path, headers=headers, content=step.body or None, extensions=timeouts)
+    request = outer.build_request(step.method, step.path, headers=headers, content=step.body or None, extensions=timeouts)
+    # One that the gateway set would tie requests together that were made with different tokens.
+    request.headers.pop("cookie", None)
+    return request
 
 
 def outer_of(response: httpx2.Response) -> Outer:
@@ -246,7 +249,8 @@ def _seconds(retry_after: str | None) -> float | None:
 
 def sealed_response(opening: Opening, stream: httpx2.SyncByteStream | httpx2.AsyncByteStream) -> httpx2.Response:
     head = opening.head
-    return httpx2.Response(head.status, headers=list(head.headers), stream=stream, extensions={FACTS: opening.facts})
+    headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.headers]
+    return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: opening.facts})
 
 
 def refusal_response(refusal: Refusal) -> httpx2.Response:
