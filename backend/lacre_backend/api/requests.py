@@ -19,6 +19,7 @@ from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.engine.protocol import Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
+MAX_VALUES: Final = 65536  # JSON values in a body; a long conversation has some thousand
 MAX_MESSAGES: Final = 2048
 MAX_PARTS: Final = 256  # content parts of one message
 MAX_N: Final = 16  # choices; each is a sequence in the engine
@@ -247,11 +248,24 @@ def _object(body: bytes) -> dict[str, Any]:
         raise RequestRefused("We could not parse the JSON body of your request. Send a JSON object in UTF-8.") from None
     if not isinstance(raw, dict):
         raise RequestRefused("The body must be a JSON object.")
+    _check_size(raw)
     for name, inert in _INERT.items():
         value = raw.get(name)
         if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in inert):
             raise unsupported(name)
     return {k: v for k, v in raw.items() if v is not None and k not in _INERT and k not in _IGNORED}
+
+
+def _check_size(document: Any) -> None:
+    """A body has room for millions of values, and while they are looked at one by one the worker serves nobody else."""
+    waiting, count = [document], 0
+    while waiting:
+        value = waiting.pop()
+        inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        count += len(inside)
+        if count > MAX_VALUES:
+            raise RequestRefused(f"The body holds more than {MAX_VALUES} values.", status=413, code="request_too_large")
+        waiting += inside
 
 
 def _check_message(message: Any, path: str) -> None:
