@@ -3,8 +3,7 @@
 Rules:
 - The pinned root (Ed25519) signs only statements: which key signs manifests, until when, and which root comes next.
 - A change of root is one payload signed by the old and the new root. A client follows the chain from the root it pinned.
-- The signer signs the manifest. Its `ver` only rises: a lower one is never taken, and two manifests of one version must be
-  the same bytes.
+- The signer signs the manifest. That versions only rise, and statements are never taken back, is `lacre.lineage`'s to see.
 - A clock correction that a peer suggested never reaches the comparison with an expiry.
 """
 
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
-from lacre.errors import Expired, InvalidMessage, InvalidSignature, Rollback, SettingsError, UntrustedRoot
+from lacre.errors import Expired, InvalidMessage, InvalidSignature, SettingsError, UntrustedRoot
 from lacre.jws import b64u, b64u_decode
 from lacre.jws import verify as verify_jws
 from lacre.manifest import KEY_BYTES, MANIFEST_TYP, ROOT_TYP, Document, Manifest, RootStatement
@@ -74,15 +73,25 @@ def _is_loopback(host: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A root statement that was followed, and the root that stands after it: the next one, where it hands over."""
+
+    root: bytes
+    statement: RootStatement
+
+
+@dataclass(frozen=True, slots=True)
 class Trusted:
     """A manifest that verified, and what it verified with.
 
     roots: the pinned root and every root that the chain led to; together the *lineage* that versions are remembered for.
+    steps: the statements on the way, the last of which names the signer.
     document: the bytes that it came from, so that they can be kept.
     """
 
     manifest: Manifest
     roots: tuple[bytes, ...]
+    steps: tuple[Step, ...]
     token: str
     document: bytes
 
@@ -93,7 +102,8 @@ def verify(document: bytes, root: bytes, now: float) -> Trusted:
     Raises InvalidMessage, MessageTooLarge, UntrustedRoot, InvalidSignature or Expired.
     """
     parsed = Document.parse(document)
-    statement, roots = _follow(parsed.roots, root)
+    steps = follow(parsed.roots, root)
+    statement = steps[-1].statement
     if now >= statement.expires_at:
         raise Expired("the signer's time is over: the operator must run `lacre signer rotate`")
     manifest = Manifest.parse(Members(verify_jws(parsed.manifest, statement.signer, MANIFEST_TYP), "the manifest"))
@@ -101,54 +111,32 @@ def verify(document: bytes, root: bytes, now: float) -> Trusted:
         raise Expired("the manifest has expired: the operator must run `lacre manifest publish`, or this clock is wrong")
     if manifest.issued_at > now + MAX_FUTURE:
         raise Expired("the manifest is not valid yet: this machine's clock is behind")
-    return Trusted(manifest, roots, parsed.manifest, document)
+    roots = dict.fromkeys((root, *(step.root for step in steps)))
+    return Trusted(manifest, tuple(roots), steps, parsed.manifest, document)
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What is remembered of the newest manifest seen: its version, and the document it came in."""
+def follow(chain: Sequence[Sequence[str]], pinned: bytes) -> tuple[Step, ...]:
+    """The statements from the pinned root on; there is at least one. Those before its first are others' history.
 
-    version: int
-    document: bytes
-
-
-def newest(candidate: Trusted, seen: Seen | None, root: bytes, now: float) -> Trusted:
-    """The manifest to use, given the newest seen before. Raises Rollback.
-
-    A lower version is passed over while the newer manifest still verifies (a late gateway in a rolling update is no outage),
-    and refused once it does not. Nothing is believed because it was remembered: what was seen is verified anew.
+    Raises UntrustedRoot or InvalidMessage.
     """
-    if seen is None or candidate.manifest.version > seen.version:
-        return candidate
-    if candidate.manifest.version == seen.version:
-        if candidate.token != Document.parse(seen.document).manifest:
-            raise Rollback("two different manifests carry the same version: the signer or the gateway is not to be trusted")
-        return candidate  # the same manifest, perhaps under a longer chain of roots
-    try:
-        return verify(seen.document, root, now)
-    except Expired as exc:
-        raise Rollback("the gateway serves a manifest older than one already seen, and the newer one has expired") from exc
-
-
-def _follow(chain: Sequence[Sequence[str]], pinned: bytes) -> tuple[RootStatement, tuple[bytes, ...]]:
-    """The last statement, and the roots passed on the way. Statements before the pinned root's first are others' history."""
-    roots = [pinned]
-    statement: RootStatement | None = None
+    root = pinned
+    steps: list[Step] = []
     for entry in chain:
-        found = _verified_by(entry, roots[-1])
-        if found is None:
-            if statement is None:
+        statement = _verified_by(entry, root)
+        if statement is None:
+            if not steps:
                 continue
             raise UntrustedRoot("the chain of root statements has a gap: a statement is not signed by the root before it")
-        statement = found
-        if found.next_root is not None and found.next_root != roots[-1]:
+        if statement.next_root is not None and statement.next_root != root:
             # Both roots sign the same payload: the old one hands over, the new one accepts.
-            if _verified_by(entry, found.next_root) != found:
+            if _verified_by(entry, statement.next_root) != statement:
                 raise UntrustedRoot("a change of root is not signed by the new root")
-            roots.append(found.next_root)
-    if statement is None:
+            root = statement.next_root
+        steps.append(Step(root, statement))
+    if not steps:
         raise UntrustedRoot("no root statement is signed by the pinned root: wrong gateway, or the pin is from elsewhere")
-    return statement, tuple(roots)
+    return tuple(steps)
 
 
 def _verified_by(entry: Sequence[str], root: bytes) -> RootStatement | None:
