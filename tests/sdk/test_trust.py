@@ -1,13 +1,6 @@
-"""The connection string, the chain of roots, the manifest's rules, and what is remembered of versions."""
+"""The connection string, the chain of roots, and the manifest's rules. What is remembered: `test_memory`."""
 
 from __future__ import annotations
-
-import itertools
-import stat
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,39 +9,9 @@ from hypothesis import strategies as st
 
 from lacre import errors, jws
 from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
-from lacre.memory import Memory, VersionFile, VersionMemory, accept
-from lacre.signing import sign_manifest, sign_statement
+from lacre.manifest import Document
 from lacre.trust import ConnectionString, verify
-from lacre.wire.header import Kem
-from lacre.wire.opening import PrivateKey
-
-NOW = 1_800_000_000.0
-DAY = 86400.0
-ROOTS = [Ed25519PrivateKey.generate() for _ in range(4)]
-SIGNER = Ed25519PrivateKey.generate()
-KEY = PrivateKey.generate(3, Kem.X25519)
-PINNED = raw_public_key(ROOTS[0])
-
-
-def manifest(version: int = 1, *, issued: float = NOW, expires: float = NOW + DAY) -> Manifest:
-    pool = Pool(("tiny",), (PoolKey(KEY.config, NOW + DAY),), bytes(32), ("none", "pad"))
-    return Manifest("test", version, issued, expires, bytes(32), {"default": pool})
-
-
-def statement(
-    root: Ed25519PrivateKey,
-    next_root: Ed25519PrivateKey | None = None,
-    *,
-    signer: Ed25519PrivateKey = SIGNER,
-    exp: float = NOW + 9 * DAY,
-) -> tuple[str, ...]:
-    following = None if next_root is None else raw_public_key(next_root)
-    return sign_statement(RootStatement(raw_public_key(signer), exp, following), root, next_root)
-
-
-def document(*chain: Sequence[str], of: Manifest | None = None, signer: Ed25519PrivateKey = SIGNER) -> bytes:
-    return Document(tuple(map(tuple, chain or [statement(ROOTS[0])])), sign_manifest(of or manifest(), signer)).encode()
+from parts.trust import NOW, PINNED, ROOTS, SIGNER, changes, document, manifest, statement
 
 
 class TestConnectionString:
@@ -80,12 +43,12 @@ class TestChain:
         assert verify(document(), PINNED, NOW).manifest == manifest()
 
     def test_three_changes_never_seen(self) -> None:
-        chain = [statement(old, new) for old, new in itertools.pairwise(ROOTS)]
+        chain = changes()
         trusted = verify(document(statement(ROOTS[0]), *chain), PINNED, NOW)
         assert trusted.roots == tuple(map(raw_public_key, ROOTS))
 
     def test_a_later_pin_ignores_the_history_before_it(self) -> None:
-        chain = [statement(old, new) for old, new in itertools.pairwise(ROOTS)]
+        chain = changes()
         assert verify(document(*chain), raw_public_key(ROOTS[2]), NOW).manifest.version == 1
 
     def test_a_new_signer(self) -> None:
@@ -152,70 +115,3 @@ class TestManifest:
         except (errors.ProtocolError, errors.VerificationError):
             return
         assert trusted.manifest == manifest()  # only JSON's own white space and escapes may differ
-
-
-@pytest.fixture(params=["process", "file"])
-def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Memory:
-    return VersionMemory() if request.param == "process" else VersionFile(tmp_path / "manifests")
-
-
-class TestMemory:
-    def test_a_lower_version_is_passed_over_while_the_newer_is_valid(self, memory: Memory) -> None:
-        accept(document(of=manifest(5)), PINNED, memory, NOW)
-        assert accept(document(of=manifest(4)), PINNED, memory, NOW).manifest.version == 5
-        assert accept(document(of=manifest(6)), PINNED, memory, NOW).manifest.version == 6
-
-    def test_a_lower_version_is_refused_once_the_newer_has_expired(self, memory: Memory) -> None:
-        accept(document(of=manifest(5, expires=NOW + 10)), PINNED, memory, NOW)
-        with pytest.raises(errors.Rollback):
-            accept(document(of=manifest(4)), PINNED, memory, NOW + 20)
-
-    def test_the_same_version_with_other_bytes_is_refused(self, memory: Memory) -> None:
-        accept(document(of=manifest(5)), PINNED, memory, NOW)
-        with pytest.raises(errors.Rollback):
-            accept(document(of=manifest(5, issued=NOW - 1)), PINNED, memory, NOW)
-
-    def test_the_same_version_with_other_bytes_is_refused_after_its_expiry_too(self, memory: Memory) -> None:
-        accept(document(of=manifest(5, expires=NOW + 10)), PINNED, memory, NOW)
-        with pytest.raises(errors.Rollback):
-            accept(document(of=manifest(5)), PINNED, memory, NOW + 20)
-
-    def test_other_roots_have_memories_of_their_own(self, memory: Memory) -> None:
-        accept(document(of=manifest(5)), PINNED, memory, NOW)
-        other = document(statement(ROOTS[1]), of=manifest(1))
-        assert accept(other, raw_public_key(ROOTS[1]), memory, NOW).manifest.version == 1
-
-
-class TestVersionFile:
-    def test_private_and_remembered_by_another_process(self, tmp_path: Path) -> None:
-        folder = tmp_path / "manifests"
-        accept(document(of=manifest(5)), PINNED, VersionFile(folder), NOW)
-        assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in folder.iterdir())
-        assert accept(document(of=manifest(4)), PINNED, VersionFile(folder), NOW).manifest.version == 5
-
-    def test_a_damaged_file_is_no_way_back(self, tmp_path: Path) -> None:
-        accept(document(of=manifest(5)), PINNED, VersionFile(tmp_path), NOW)
-        next(tmp_path.glob("*.json")).write_text("{")
-        with pytest.raises(errors.SettingsError, match="damaged"):
-            accept(document(of=manifest(4)), PINNED, VersionFile(tmp_path), NOW)
-
-    def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(errors.SettingsError, match="VersionMemory"):
-            accept(document(), PINNED, VersionFile(tmp_path / "file" / "x"), NOW)
-
-    def test_between_processes_the_newest_wins(self, tmp_path: Path) -> None:
-        documents = [document(of=manifest(version)) for version in range(1, 13)]
-        code = (
-            "import sys; from pathlib import Path; from lacre.memory import VersionFile, accept;"
-            "folder, root, now, *files = sys.argv[1:];"
-            "[accept(Path(f).read_bytes(), bytes.fromhex(root), VersionFile(Path(folder)), float(now)) for f in files]"
-        )
-        files = []
-        for number, data in enumerate(documents):
-            files.append(tmp_path / f"{number}.document")
-            files[-1].write_bytes(data)
-        commands = [[sys.executable, "-c", code, tmp_path, PINNED.hex(), str(NOW), *files[start::3]] for start in range(3)]
-        running = [subprocess.Popen(command) for command in commands]
-        assert [process.wait(60) for process in running] == [0, 0, 0]
-        assert accept(documents[0], PINNED, VersionFile(tmp_path), NOW).manifest.version == 12
