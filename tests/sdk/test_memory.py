@@ -89,10 +89,10 @@ class TestLineage:
             accept(document(before, of=late, signer=stolen), PINNED, memory, NOW + 86400)
 
     def test_the_thief_of_a_replaced_root_cannot_go_on(self, memory: Memory) -> None:
-        own = statement(ROOTS[0], signer=THIEF)
-        accept(document(*changes()[:1], statement(ROOTS[1]), of=manifest(5)), PINNED, memory, NOW)
-        # The second says what the last one seen said, but by the wrong root.
-        for chain in ([own], [statement(ROOTS[0]), own]):
+        handover = statement(ROOTS[0], ROOTS[1], signer=THIEF)
+        accept(document(handover, statement(ROOTS[1]), of=manifest(5)), PINNED, memory, NOW)
+        # The last one says what the last one seen said, but by the wrong root.
+        for chain in ([statement(ROOTS[0], signer=THIEF)], [handover], [statement(ROOTS[0]), handover]):
             assert accept(document(*chain, of=manifest(99), signer=THIEF), PINNED, memory, NOW).manifest.version == 5
 
     def test_a_chain_served_short_forgets_no_root(self, memory: Memory) -> None:
