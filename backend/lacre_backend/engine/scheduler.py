@@ -1,0 +1,421 @@
+"""Which tokens of which tasks go into the next step: a state machine. Tasks in, a plan out, results back in.
+
+Rules
+- Pure: no I/O, no clock, no thread, no llama.cpp. Whoever drives it executes each plan whole, then reports, then asks again.
+- A running task's next token goes into every step; prompts take what a step has left, within a bounded share, so that a long
+  prompt never stalls the others, and short prompts do not wait behind it.
+- Never more cells than there are. Where running tasks outgrow them, idle caches go first, then the youngest task goes back to
+  its queue with what it has generated, to be computed again. The oldest always advances.
+- The scope with the fewest running tasks is served next: many tasks of one do not starve another's one.
+- Cells are reused within one scope only. What has no scope is removed when it ends.
+- Tokens stand in a plan by ascending slot. With a split cache llama.cpp computes neighbouring sequences together and begins
+  anew at every gap (measured: 8 of 16 slots with gaps take 35 ms a step, without 13), so idle slots between running ones get
+  one filler token, taken out again after the step. One is given only where it does not lengthen anyone's attention: nothing
+  about an idle cache may show in a neighbour's timing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lacre.errors import UsageError
+
+MIN_REUSE: Final = 16  # tokens; shorter common beginnings (every chat's first words) are computed faster than they are sought
+MIN_COPY: Final = 128  # tokens; below it a copy between slots takes longer than computing
+MARGIN: Final = 32  # free cells for each running task before another is admitted, so that it is not sent back at once
+PAD: Final = 256  # llama.cpp looks at cells in multiples of this many
+FILLER: Final = 0  # any token does: its result is not looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """slots: sequences at a time. context: cells of one. cells: cells of all, fewer than `slots * context` in a unified cache.
+
+    step: tokens in a step. chunk: of prompts, while nothing is generated. burst: of short prompts (at most so long) together
+    while others generate. share: of long prompts, then; whoever measures may set it anew at any time.
+    """
+
+    slots: int
+    context: int
+    cells: int
+    unified: bool = False
+    step: int = 512
+    chunk: int = 256
+    burst: int = 128
+    share: int = 32
+
+    def __post_init__(self) -> None:
+        fits = self.context <= self.cells <= self.slots * self.context
+        positive = min(self.slots, self.context, self.share, self.burst, self.chunk) > 0
+        rooms = self.slots + self.burst + self.share <= self.step and self.chunk <= self.step
+        if not (fits and positive and rooms):
+            raise UsageError(f"These limits contradict each other: {self}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Remove the slot's cells from position `keep` on."""
+
+    slot: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Make `target`, which is empty, hold the first `keep` cells of `source`."""
+
+    source: int
+    target: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens of one slot from position `start` on. output: the last one's logits are wanted. task: None for a filler."""
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    task: str | None
+    output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: first `memory` in its order, then `segments` as one batch, then `after`. generating: tasks that are past
+    their prompt.
+    """
+
+    memory: tuple[Trim | Copy, ...]
+    segments: tuple[Segment, ...]
+    after: tuple[Trim, ...]
+    admitted: tuple[str, ...]
+    generating: int
+
+    @property
+    def size(self) -> int:
+        return sum(len(segment.tokens) for segment in self.segments)
+
+
+class _Task:
+    __slots__ = ("cached", "generated", "id", "number", "scope", "slot", "tokens")
+
+    def __init__(self, task_id: str, tokens: Sequence[int], scope: bytes | None) -> None:
+        self.id = task_id
+        self.tokens = list(tokens)  # the prompt and what was generated
+        self.scope = scope
+        self.generated = 0
+        self.cached: int | None = None  # tokens found in the cache at the first admission
+        self.slot: _Slot | None = None
+        self.number = 0  # of the admission: the order of age among the running
+
+
+class _Slot:
+    __slots__ = ("cells", "index", "scope", "task", "tokens", "used")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.tokens: list[int] = []  # whose cells are there
+        self.cells: list[int] = []  # the cells, as numbers of our own: slots of a unified cache can share some
+        self.scope: bytes | None = None
+        self.task: _Task | None = None
+        self.used = 0  # when it was last in use, by the scheduler's count
+
+    @property
+    def idle(self) -> bool:
+        return self.task is None
+
+    @property
+    def generating(self) -> bool:
+        task = self.task
+        return task is not None and task.generated > 0 and len(task.tokens) - len(self.tokens) == 1
+
+
+class Scheduler:
+    """The state machine. A task is known from `submit` to `end`."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.share = limits.share
+        self._slots = [_Slot(i) for i in range(limits.slots)]
+        self._tasks: dict[str, _Task] = {}
+        self._waiting: OrderedDict[bytes | None, deque[_Task]] = OrderedDict()
+        self._references: Counter[int] = Counter()
+        self._count = 0
+        self._memory: list[Trim | Copy] = []
+
+    # Tasks in
+
+    def submit(self, task_id: str, prompt: Sequence[int], scope: bytes | None) -> None:
+        """A prompt that fits the context and an id that is not in use."""
+        if task_id in self._tasks or not 0 < len(prompt) < self.limits.context:
+            raise UsageError("The task is known already, or its prompt does not fit.")
+        task = self._tasks[task_id] = _Task(task_id, prompt, scope)
+        self._waiting.setdefault(scope, deque()).append(task)
+
+    def end(self, task_id: str, *, keep: bool = True) -> None:
+        """The task is over, for whatever reason. keep: what is computed may serve its scope."""
+        task = self._tasks.pop(task_id)
+        if task.slot is None:
+            self._unqueue(task)
+            return
+        slot, task.slot = task.slot, None
+        slot.task = None
+        slot.used = self._tick()
+        if not keep or task.scope is None:
+            self._trim(slot, 0)
+
+    def advance(self, task_id: str, token: int) -> None:
+        """The task's segment gave this token, and the task goes on."""
+        task = self._tasks[task_id]
+        task.tokens.append(token)
+        task.generated += 1
+
+    def forget(self, scope: bytes) -> None:
+        """Remove what is cached for a scope; what runs goes on."""
+        for slot in self._slots:
+            if slot.idle and slot.scope == scope:
+                self._trim(slot, 0)
+
+    # What is known
+
+    def cached(self, task_id: str) -> int:
+        """Prompt tokens that came from the cache."""
+        return self._tasks[task_id].cached or 0
+
+    def started(self, task_id: str) -> bool:
+        return self._tasks[task_id].cached is not None
+
+    @property
+    def free_cells(self) -> int:
+        return self.limits.cells - len(self._references)
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        return tuple(slot.task.id for slot in self._slots if slot.task is not None)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        return tuple(task.id for queue in self._waiting.values() for task in queue)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._tasks)
+
+    @property
+    def scopes(self) -> frozenset[bytes]:
+        """That have cells."""
+        return frozenset(slot.scope for slot in self._slots if slot.cells and slot.scope is not None)
+
+    def held(self, slot: int) -> tuple[int, ...]:
+        """The tokens whose cells are in a slot."""
+        return tuple(self._slots[slot].tokens)
+
+    # A plan out
+
+    def plan(self) -> Plan:
+        """The next step. Empty segments: nothing runs, though there may be memory to free."""
+        admitted = tuple(self._admit())
+        segments: dict[int, Segment] = {}
+        for slot in sorted((s for s in self._slots if s.generating), key=_age):
+            self._take(slot, 1, segments)
+        generating = len(segments)
+        self._prefill(generating, segments)
+        ordered, after = self._filled([segments[i] for i in sorted(segments)])
+        memory, self._memory = tuple(self._memory), []
+        return Plan(memory, ordered, after, admitted, generating)
+
+    # Admission
+
+    def _admit(self) -> Iterator[str]:
+        while any(slot.idle for slot in self._slots):
+            queue = self._next_queue()
+            if queue is None or not self._place(queue[0]):
+                return
+            task = queue.popleft()
+            if not queue:
+                del self._waiting[task.scope]
+            else:
+                self._waiting.move_to_end(task.scope)
+            yield task.id
+
+    def _next_queue(self) -> deque[_Task] | None:
+        """Of the scope with the fewest running tasks; of several, the one that waits the longest for its turn."""
+        running = Counter(slot.task.scope for slot in self._slots if slot.task is not None)
+        scope = min(self._waiting, key=lambda scope: running[scope], default=None)
+        return self._waiting.get(scope)
+
+    def _place(self, task: _Task) -> bool:
+        """Give the task a slot, with what its scope has cached; False where the cells do not suffice."""
+        slot, source, common = self._best(task)
+        shared = common if source is None or self.limits.unified else 0  # a copy in a split cache takes cells of its own
+        running = sum(not s.idle for s in self._slots)
+        need = len(task.tokens) - shared + 1
+        spare = [s for s in self._slots if s.idle and s is not slot and s is not source]
+        kept = set(slot.cells[:common] if source is None else source.cells)
+        available = self.free_cells + self._freeable([*spare, slot], kept)
+        if running and available < need + MARGIN * running:
+            return False
+        self._trim(slot, common if source is None else 0)
+        if source is not None:
+            self._copy(source, slot, common)
+        slot.task, slot.scope, task.slot = task, task.scope, slot
+        task.number = slot.used = self._tick()
+        task.cached = common if task.cached is None else task.cached
+        while self.free_cells < need and self._evict():
+            pass
+        return True
+
+    def _best(self, task: _Task) -> tuple[_Slot, _Slot | None, int]:
+        """The slot to use, the one to copy from first (None: use what is there), and how many tokens are common."""
+        idle = [slot for slot in self._slots if slot.idle]
+        common = {slot.index: self._common(slot, task) for slot in self._slots}
+        best = max(idle, key=lambda slot: (common[slot.index], slot.used))
+        source = max(self._slots, key=lambda slot: common[slot.index])
+        if common[best.index] >= max(MIN_REUSE, common[source.index] - MIN_COPY):
+            return best, None, common[best.index]
+        fresh = min(idle, key=self._cost)
+        if common[source.index] >= MIN_COPY and source is not fresh:
+            return fresh, source, common[source.index]
+        return fresh, None, 0
+
+    def _common(self, slot: _Slot, task: _Task) -> int:
+        """The length of the common beginning, at most all but the last token: its logits must be computed."""
+        if task.scope is None or slot.scope != task.scope:
+            return 0
+        ours, theirs = task.tokens, slot.tokens
+        limit = min(len(ours) - 1, len(theirs))
+        if ours[:limit] == theirs[:limit]:
+            return limit
+        return next(i for i in range(limit) if ours[i] != theirs[i])
+
+    def _cost(self, slot: _Slot) -> tuple[bool, int, int]:
+        """Which idle slot to give away: an empty one beside those that run, else the one unused for the longest."""
+        busy = [s.index for s in self._slots if not s.idle]
+        inside = bool(busy) and busy[0] < slot.index < busy[-1]
+        distance = 0 if not busy or inside else min(abs(slot.index - busy[0]), abs(slot.index - busy[-1]))
+        return bool(slot.cells), slot.used if slot.cells else 0, distance if busy else slot.index
+
+    # Cells
+
+    def _tick(self) -> int:
+        self._count += 1
+        return self._count
+
+    def _trim(self, slot: _Slot, keep: int) -> None:
+        if len(slot.cells) <= keep:
+            return
+        for cell in slot.cells[keep:]:
+            self._references[cell] -= 1
+            if not self._references[cell]:
+                del self._references[cell]
+        del slot.cells[keep:], slot.tokens[keep:]
+        self._memory.append(Trim(slot.index, keep))
+
+    def _copy(self, source: _Slot, target: _Slot, keep: int) -> None:
+        if self.limits.unified:
+            target.cells = source.cells[:keep]
+            self._references.update(target.cells)
+        else:
+            target.cells = self._new_cells(keep)
+        target.tokens = source.tokens[:keep]
+        self._memory.append(Copy(source.index, target.index, keep))
+
+    def _new_cells(self, n: int) -> list[int]:
+        cells = [self._tick() for _ in range(n)]
+        self._references.update(cells)
+        return cells
+
+    def _freeable(self, slots: Sequence[_Slot], kept: set[int]) -> int:
+        """Cells that would be free if these slots let go of all but `kept`."""
+        held = Counter(cell for slot in slots for cell in slot.cells)
+        return sum(1 for cell, n in held.items() if cell not in kept and self._references[cell] == n)
+
+    def _evict(self) -> bool:
+        """Remove the idle cache unused for the longest."""
+        idle = [slot for slot in self._slots if slot.idle and slot.cells]
+        if idle:
+            self._trim(min(idle, key=lambda slot: slot.used), 0)
+        return bool(idle)
+
+    def _preempt(self, task: _Task) -> None:
+        """Back to the head of its queue."""
+        slot, task.slot = task.slot, None
+        assert slot is not None  # noqa: S101 - it runs
+        slot.task = None
+        self._trim(slot, 0)
+        self._waiting.setdefault(task.scope, deque()).appendleft(task)
+
+    def _take(self, slot: _Slot, n: int, segments: dict[int, Segment]) -> None:
+        """The next `n` tokens of a slot's task into the step; room for them is made."""
+        while self.free_cells < n and slot.task is not None:
+            if not self._evict():
+                youngest = max((s.task for s in self._slots if s.task is not None), key=lambda task: task.number)
+                if youngest.slot is not None:
+                    segments.pop(youngest.slot.index, None)
+                self._preempt(youngest)
+        task = slot.task
+        if task is None:
+            return
+        start = len(slot.tokens)
+        tokens = task.tokens[start : start + n]
+        slot.tokens += tokens
+        slot.cells += self._new_cells(n)
+        slot.used = self._tick()
+        segments[slot.index] = Segment(slot.index, start, tokens, task.id, len(slot.tokens) == len(task.tokens))
+
+    # Prompts
+
+    def _prefill(self, generating: int, segments: dict[int, Segment]) -> None:
+        reading = sorted((s for s in self._slots if not s.idle and s.index not in segments), key=_age)
+        short = [slot for slot in reading if _left(slot) <= self.limits.burst]
+        long = [slot for slot in reading if _left(slot) > self.limits.burst]
+        room = self.limits.burst if generating else self.limits.chunk
+        left = self._read(short, room, segments)
+        # While nothing is generated, nobody is stalled by a whole chunk; but then short prompts may come at every step.
+        share = self.share if generating else max(left, self.share)
+        self._read(long, min(share, self.limits.step - generating - (room - left)), segments)
+
+    def _read(self, slots: Sequence[_Slot], room: int, segments: dict[int, Segment]) -> int:
+        for slot in slots:
+            if room > 0 and slot.task is not None:
+                n = min(room, _left(slot))
+                self._take(slot, n, segments)
+                room -= n
+        return room
+
+    def _filled(self, segments: list[Segment]) -> tuple[tuple[Segment, ...], tuple[Trim, ...]]:
+        """With fillers in the gaps, and how to take them out again."""
+        if self.limits.unified or len(segments) < 2:
+            return tuple(segments), ()
+        longest = max(segment.start + len(segment.tokens) for segment in segments)
+        padded = min(-(-longest // PAD) * PAD, self.limits.context)
+        filled, after = [segments[0]], []
+        for segment in segments[1:]:
+            for slot in self._slots[filled[-1].slot + 1 : segment.slot]:
+                if slot.idle and len(slot.tokens) < padded:
+                    filled.append(Segment(slot.index, len(slot.tokens), (FILLER,), None, False))
+                    after.append(Trim(slot.index, len(slot.tokens)))
+            filled.append(segment)
+        room = self.limits.step - sum(len(segment.tokens) for segment in segments)
+        if len(after) > room:
+            return tuple(segments), ()
+        return tuple(filled), tuple(after)
+
+    def _unqueue(self, task: _Task) -> None:
+        queue = self._waiting[task.scope]
+        queue.remove(task)
+        if not queue:
+            del self._waiting[task.scope]
+
+
+def _age(slot: _Slot) -> int:
+    return slot.task.number if slot.task is not None else 0
+
+
+def _left(slot: _Slot) -> int:
+    """Tokens of the slot's task that are not computed."""
+    return 0 if slot.task is None else len(slot.task.tokens) - len(slot.tokens)

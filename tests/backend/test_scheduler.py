@@ -1,0 +1,365 @@
+"""The scheduler as a state machine, beside a model of the memory that it rules, and the promises it makes one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from lacre.errors import UsageError
+from lacre_backend.engine.scheduler import MIN_REUSE, Copy, Limits, Plan, Scheduler, Trim
+
+PREFIX = list(range(100, 100 + 3 * MIN_REUSE))
+SPLIT = Limits(slots=4, context=128, cells=512, step=64, chunk=32, burst=16, share=8)
+TIGHT = dataclasses.replace(SPLIT, cells=160, unified=True)
+
+
+class Memory:
+    """What llama.cpp's cache would hold: for each slot its cells, each with a token and the scope that computed it.
+
+    Cells are objects: those that slots of a unified cache share are the same object.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.slots: list[list[list[object]]] = [[] for _ in range(limits.slots)]
+
+    def execute(self, plan: Plan, scopes: dict[str, object]) -> None:
+        for step in plan.memory:
+            if isinstance(step, Trim):
+                assert len(self.slots[step.slot]) > step.keep, "there was something to remove"
+                del self.slots[step.slot][step.keep :]
+            else:
+                self.copy(step)
+        assert plan.size <= self.limits.step
+        assert [s.slot for s in plan.segments] == sorted({s.slot for s in plan.segments}), "once each, ascending"
+        for segment in plan.segments:
+            cells = self.slots[segment.slot]
+            assert len(cells) == segment.start, "positions go on where they were"
+            assert segment.tokens
+            owner = None if segment.task is None else scopes[segment.task]
+            if segment.task is not None:
+                assert all(cell[1] is owner for cell in cells), "what is attended to came from this very scope"
+            cells += [[token, owner] for token in segment.tokens]
+            assert len(cells) <= self.limits.context
+        assert self.used <= self.limits.cells
+        for trim in plan.after:
+            del self.slots[trim.slot][trim.keep :]
+
+    def copy(self, step: Copy) -> None:
+        assert not self.slots[step.target]
+        assert len(self.slots[step.source]) >= step.keep
+        source = self.slots[step.source][: step.keep]
+        self.slots[step.target] = source if self.limits.unified else [list(cell) for cell in source]
+
+    @property
+    def used(self) -> int:
+        return len({id(cell) for cells in self.slots for cell in cells})
+
+
+class Machine(RuleBasedStateMachine):
+    limits = SPLIT
+    tasks = Bundle("tasks")
+
+    @initialize()
+    def begin(self) -> None:
+        self.scheduler = Scheduler(self.limits)
+        self.memory = Memory(self.limits)
+        self.wanted: dict[str, list[int]] = {}  # of tasks that did not end: the prompt and what was generated
+        self.scopes: dict[str, object] = {}
+        self.owners: dict[bytes | None, object] = {}
+        self.steps_left: dict[str, int] = {}
+        self.count = 0
+
+    @rule(
+        target=tasks,
+        scope=st.sampled_from([None, b"a", b"a", b"b"]),
+        common=st.integers(0, len(PREFIX)),
+        own=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+        output=st.integers(1, 12),
+    )
+    def submit(self, scope: bytes | None, common: int, own: list[int], output: int) -> str:
+        self.count += 1
+        name = f"t{self.count}"
+        prompt = PREFIX[:common] + own
+        self.scheduler.submit(name, prompt, scope)
+        self.wanted[name] = list(prompt)
+        self.scopes[name] = object() if scope is None else self.owners.setdefault(scope, object())
+        self.steps_left[name] = min(output, self.limits.context - len(prompt))
+        return name
+
+    @rule(task=consumes(tasks), keep=st.booleans())
+    def cancel(self, task: str, keep: bool) -> None:
+        if task in self.wanted:
+            self.finish(task, keep=keep)
+
+    @rule(scope=st.sampled_from([b"a", b"b"]))
+    def expire(self, scope: bytes) -> None:
+        self.scheduler.forget(scope)
+
+    @rule()
+    def one_step(self) -> None:
+        self.step()
+
+    def step(self) -> int:
+        """How many tasks it advanced."""
+        plan = self.scheduler.plan()
+        self.memory.execute(plan, self.scopes)
+        seen = 0
+        for segment in plan.segments:
+            if segment.task is None:
+                continue
+            seen += 1
+            held = [cell[0] for cell in self.memory.slots[segment.slot]]
+            wanted = self.wanted[segment.task]
+            assert held == wanted[: len(held)], "the slot holds a beginning of its task's tokens"
+            assert segment.output == (len(held) == len(wanted))
+            if segment.output:
+                self.result(segment.task)
+        return seen
+
+    def result(self, task: str) -> None:
+        self.steps_left[task] -= 1
+        if self.steps_left[task] <= 0:
+            self.finish(task, keep=True)
+        else:
+            self.wanted[task].append(7)
+            self.scheduler.advance(task, 7)
+
+    def finish(self, task: str, *, keep: bool) -> None:
+        self.scheduler.end(task, keep=keep)
+        del self.wanted[task]
+
+    @rule()
+    def several_steps(self) -> None:
+        for _ in range(5):
+            self.step()
+
+    @invariant()
+    def every_task_is_in_one_place(self) -> None:
+        known = [*self.scheduler.running, *self.scheduler.waiting]
+        assert sorted(known) == sorted(self.wanted)
+        assert len(self.scheduler.running) <= self.limits.slots
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(100_000):
+            if not self.scheduler.busy:
+                break
+            assert self.step() > 0, "no step goes by without work while there is some"
+        assert not self.wanted, "every task ended, once"
+        self.scheduler.forget(b"a")
+        self.scheduler.forget(b"b")
+        self.memory.execute(self.scheduler.plan(), self.scopes)
+        assert self.memory.used == 0
+        assert self.scheduler.free_cells == self.limits.cells
+
+
+class TightMachine(Machine):
+    """A unified cache that four long tasks do not fit into: with sharing, eviction and preemption."""
+
+    limits = TIGHT
+
+
+calm = settings(deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck))
+TestSplit = Machine.TestCase
+TestSplit.settings = calm
+TestTight = TightMachine.TestCase
+TestTight.settings = calm
+
+
+# The promises, one by one
+
+
+class Driver:
+    """Runs a scheduler; every task generates `output` tokens."""
+
+    def __init__(self, limits: Limits = SPLIT) -> None:
+        self.scheduler = Scheduler(limits)
+        self.memory = Memory(limits)
+        self.plans: list[Plan] = []
+        self.left: dict[str, int] = {}
+        self.owners: dict[bytes, object] = {}
+        self.scopes: dict[str, object] = {}
+
+    def submit(self, name: str, prompt: list[int], scope: bytes | None = None, output: int = 4) -> None:
+        self.scheduler.submit(name, prompt, scope)
+        self.scopes[name] = object() if scope is None else self.owners.setdefault(scope, object())
+        self.left[name] = output
+
+    def step(self) -> Plan:
+        plan = self.scheduler.plan()
+        self.memory.execute(plan, self.scopes)
+        self.plans.append(plan)
+        for segment in plan.segments:
+            if segment.task is not None and segment.output:
+                self.left[segment.task] -= 1
+                if self.left[segment.task]:
+                    self.scheduler.advance(segment.task, 7)
+                else:
+                    self.scheduler.end(segment.task)
+        return plan
+
+    def run(self) -> None:
+        while self.scheduler.busy:
+            self.step()
+
+    def cached(self, name: str, prompt: list[int], scope: bytes | None) -> tuple[int, int]:
+        """Tokens found in the cache, and tokens computed, for a new task."""
+        self.submit(name, prompt, scope, output=1)
+        found = computed = 0
+        while self.scheduler.busy:
+            plan = self.scheduler.plan()
+            self.memory.execute(plan, self.scopes)
+            found = self.scheduler.cached(name)
+            computed += sum(len(s.tokens) for s in plan.segments if s.task == name)
+            if any(s.output for s in plan.segments):
+                self.scheduler.end(name)
+        return found, computed
+
+
+def test_generation_goes_into_every_step_and_a_long_prompt_gets_its_share() -> None:
+    driver = Driver()
+    for name in ("a", "b"):
+        driver.submit(name, [1, 2, 3], output=30)
+    driver.step()
+    driver.submit("long", [5] * 100)
+    for _ in range(10):
+        plan = driver.step()
+        assert plan.generating == 2
+        assert plan.size <= 2 + SPLIT.share
+        assert {s.task for s in plan.segments} == {"a", "b", "long"}
+
+
+def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
+    driver = Driver()
+    driver.submit("long", [5] * 120)
+    driver.step()
+    driver.submit("short", [6] * 10)
+    assert any(segment.task == "short" and segment.output for segment in driver.step().segments)
+
+
+def test_short_prompts_do_not_starve_a_long_one() -> None:
+    driver = Driver()
+    driver.submit("long", [5] * 120, output=1)
+    for i in range(40):
+        driver.submit(f"s{i}", [6] * 16, output=1)
+        driver.step()
+    assert driver.left["long"] == 0
+
+
+def test_one_scopes_many_do_not_starve_anothers_one() -> None:
+    driver = Driver()
+    for i in range(100):
+        driver.submit(f"a{i}", [1] * 5, b"a", output=10)
+    for _ in range(3):
+        driver.step()
+    driver.submit("b", [2] * 5, b"b")
+    for _ in range(12):
+        driver.step()
+    assert driver.left["b"] == 0
+    driver.run()
+
+
+def test_first_come_first_served_within_a_scope() -> None:
+    driver = Driver(dataclasses.replace(SPLIT, slots=1, cells=128))
+    for i in range(5):
+        driver.submit(f"t{i}", [1], b"a", output=1)
+    driver.run()
+    assert [s.task for plan in driver.plans for s in plan.segments] == [f"t{i}" for i in range(5)]
+
+
+def test_a_cancelled_tasks_slot_is_used_in_the_next_step() -> None:
+    driver = Driver()
+    for i in range(5):
+        driver.submit(f"t{i}", [1, 2], output=50)
+    driver.step()
+    assert driver.scheduler.waiting == ("t4",)
+    driver.scheduler.end("t2")
+    assert driver.step().admitted == ("t4",)
+
+
+@pytest.mark.parametrize("limits", [SPLIT, TIGHT], ids=["split", "unified"])
+def test_reuse_within_a_scope_only(limits: Limits) -> None:
+    driver = Driver(limits)
+    prompt = [*PREFIX, 1, 2, 3]
+    assert driver.cached("first", prompt, b"a") == (0, len(prompt))
+    assert driver.cached("same", prompt, b"a") == (len(prompt) - 1, 1)
+    assert driver.cached("begins alike", [*PREFIX, 9, 9], b"a") == (len(PREFIX), 2)
+    assert driver.cached("another's", prompt, b"b") == (0, len(prompt))
+    assert driver.cached("nobody's", prompt, None) == (0, len(prompt))
+    assert driver.cached("nobody's again", prompt, None) == (0, len(prompt))
+    driver.scheduler.forget(b"a")
+    assert driver.cached("forgotten", prompt, b"a") == (0, len(prompt))
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_running_tasks_prefix_is_copied(unified: bool) -> None:
+    limits = Limits(slots=3, context=512, cells=1536, unified=unified)
+    driver = Driver(limits)
+    shared = list(range(200))
+    driver.submit("first", [*shared, 1], b"a", output=30)
+    driver.step()
+    driver.step()
+    driver.submit("stranger", [*shared, 3], b"b", output=3)
+    driver.submit("second", [*shared, 2], b"a", output=3)
+    plan = driver.step()
+    (copy,) = [step for step in plan.memory if isinstance(step, Copy)]
+    assert (copy.source, copy.keep) == (0, 200)
+    assert driver.scheduler.cached("second") == 200
+    assert driver.scheduler.cached("stranger") == 0
+    driver.run()
+
+
+def test_gaps_are_filled_where_that_lengthens_nothing() -> None:
+    driver = Driver(Limits(slots=4, context=1024, cells=4096))
+    for i in range(4):
+        driver.submit(f"t{i}", [i, 2, 3], output=4 if i == 1 else 30)
+    while driver.left["t1"]:
+        driver.step()
+    plan = driver.step()
+    assert [(s.slot, s.task is None) for s in plan.segments] == [(0, False), (1, True), (2, False), (3, False)]
+    assert plan.after == (Trim(1, 0),)
+
+
+def test_a_long_idle_cache_is_not_filled() -> None:
+    """Its length would show in the neighbours' timing."""
+    driver = Driver(Limits(slots=4, context=1024, cells=4096))
+    driver.submit("t0", [0, 2, 3], output=30)
+    driver.submit("t1", [1] * 400, b"a", output=2)
+    driver.submit("t2", [2, 2, 3], output=30)
+    while driver.left["t1"]:
+        driver.step()
+    assert [s.slot for s in driver.step().segments] == [0, 2]
+
+
+def test_preempted_tasks_come_back_with_what_they_generated() -> None:
+    driver = Driver(TIGHT)
+    for i in range(4):
+        driver.submit(f"t{i}", [i] * 10, output=100)
+    driver.run()
+    assert not any(driver.left.values())
+    recomputed = sum(len(s.tokens) for plan in driver.plans for s in plan.segments) - 4 * (10 + 99)
+    assert recomputed > 0, "the test needs a preemption"
+
+
+@pytest.mark.parametrize(
+    "change", [{"slots": 0}, {"cells": 1000}, {"cells": 100}, {"share": 0}, {"slots": 60, "cells": 600}, {"chunk": 100}]
+)
+def test_limits_that_contradict_each_other(change: dict[str, int]) -> None:
+    with pytest.raises(UsageError):
+        dataclasses.replace(SPLIT, **change)
+
+
+def test_what_is_not_a_task() -> None:
+    scheduler = Scheduler(SPLIT)
+    scheduler.submit("t", [1], None)
+    for prompt in ([], [1] * 128):
+        with pytest.raises(UsageError):
+            scheduler.submit("u", prompt, None)
+    with pytest.raises(UsageError):
+        scheduler.submit("t", [1], None)
