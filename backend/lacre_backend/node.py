@@ -25,6 +25,7 @@ from lacre import asgi, problems
 from lacre.errors import Expired, LacreError, UnknownKeyId
 from lacre.jws import b64u
 from lacre.manifest import Manifest
+from lacre.padding import SHAPES, shape_named
 from lacre.receipts import TRAILER, Receipt
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import PrivateKey
@@ -154,9 +155,12 @@ class Node:
         receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
         refusal = inside.check(opened, grant, now)
         if refusal is not None:
-            sealed = asgi.refuse(opened, refusal.status, refusal.body, refusal.media_type, refusal.headers)
+            receipt = receipts.sign(final=True)
+            sealed = asgi.refuse(
+                opened, refusal.status, refusal.body, refusal.media_type, refusal.headers, trailers=((TRAILER, receipt),)
+            )
             await delivery.send(Kind.DATA, sealed)
-            await delivery.send(Kind.USAGE, receipts.sign(final=True).encode())
+            await delivery.send(Kind.USAGE, receipt.encode())
             return "refused-inside"
         await self._answer(delivery, opened, call, receipts)
         return "answered"
@@ -176,7 +180,8 @@ class Node:
         except LacreError as exc:
             raise _Refused(problems.INVALID_REQUEST) from exc
         # Work's own fields come from the fabric, which proves nothing: the signature and these bytes do.
-        if (grant.pool, grant.enc) != (self._identity.pool, b64u(digest)) or grant.model != work.model:
+        expected = (self._identity.pool, b64u(digest), work.model)
+        if (grant.pool, grant.enc, grant.model) != expected or grant.shape not in SHAPES:
             log.warning("grant.refused", request_id=work.request_id, kind="mismatch")
             raise _Refused(problems.INVALID_GRANT)
         return grant
@@ -211,7 +216,8 @@ class Node:
             final.append(receipts.sign(final=True))
             return ((TRAILER, final[0]),)
 
-        async with aclosing(asgi.answer(self._app, opened, call, trailers=trailers)) as pieces:
+        shape = shape_named(receipts.grant.shape)
+        async with aclosing(asgi.answer(self._app, opened, call, shape=shape, trailers=trailers)) as pieces:
             async for piece in pieces:
                 await delivery.send(Kind.DATA, piece)
         await delivery.send(Kind.USAGE, final[0].encode())

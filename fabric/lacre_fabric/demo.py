@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -18,9 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 import lacre
-from lacre.errors import InvalidMessage
-from lacre.reply import CHAT_PATH, Deltas, chat_body, check
-from lacre.transport import FACTS
 from lacre_fabric.up import Running, running
 
 PROMPT: Final = "My doctor says I should swim more. Name three seas, and say one thing about each."
@@ -70,60 +65,33 @@ async def demo(out: Console) -> Result:
 
 
 async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console) -> Result:
-    body = chat_body(
-        PROMPT, {"max_tokens": MAX_TOKENS, "temperature": 0, "stream_options": {"include_usage": True}}, stream=True
-    )
     began = time.perf_counter()
-    async with client.stream("POST", CHAT_PATH, json=body) as response:
-        if response.is_error:
-            await response.aread()
-            check(response)
-        arrivals: list[float] = []
-        pieces: list[str] = []
-        usage: dict[str, int] = {}
-        async with aclosing(_events(response)) as events:
-            async for text, used in events:
-                usage = used or usage
-                if not text:
-                    continue
-                arrivals.append(time.perf_counter())
-                if not pieces:
-                    _show(out, tap, live)
-                pieces.append(text)
-                out.out(text, end="")
-                out.file.flush()
+    arrivals: list[float] = []
+    async with client.chat_stream(PROMPT, max_tokens=MAX_TOKENS, temperature=0) as stream:
+        async for text in stream:
+            arrivals.append(time.perf_counter())
+            if len(arrivals) == 1:
+                _show(out, tap, live)
+            out.out(text, end="")
+            out.file.flush()
     out.print()
-    facts = response.extensions[FACTS]
     seconds = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else 0.0
-    completion_tokens = usage["completion_tokens"]
+    completion_tokens = stream.usage.completion
     result = Result(
-        ok=bool(pieces),
+        ok=bool(arrivals),
         model=live.site.pools["default"][0],
-        text="".join(pieces),
+        text=stream.text,
         completion_tokens=completion_tokens,
         ttft_ms=round((arrivals[0] - began) * 1e3, 1),
         tokens_per_s=round((completion_tokens - 1) / seconds, 1) if seconds else 0.0,
-        kem=facts.kem,
-        sealed_request_bytes=facts.sealed_request_bytes,
+        kem=stream.facts.kem,
+        sealed_request_bytes=stream.facts.sealed_request_bytes,
     )
     out.print(
         f"\n[dim]{result.completion_tokens} tokens, {result.tokens_per_s} a second, the first after {result.ttft_ms:.0f} ms; "
         f"sealed with {result.kem}, {result.sealed_request_bytes} bytes.[/dim]"
     )
     return result
-
-
-async def _events(response: httpx2.Response) -> AsyncGenerator[tuple[str, dict[str, int] | None], None]:
-    """The text that each event adds, and the usage where it carries one."""
-    deltas = Deltas()
-    async for event in httpx2.EventSource(response):
-        text = deltas.feed(event.data)
-        try:
-            used = None if event.data == "[DONE]" else json.loads(event.data).get("usage")
-        except ValueError as exc:
-            raise InvalidMessage("an event in the answer is not JSON") from exc
-        yield text, used
-    deltas.close()
 
 
 def _show(out: Console, tap: _Tap, live: Running) -> None:

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.errors import SettingsError
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.padding import SHAPES
 from lacre.signing import sign_manifest, sign_statement
 from lacre.trust import ConnectionString, verify
 from lacre_fabric import poolkeys, roles, tokens
@@ -146,7 +147,7 @@ class Site:
     def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
         keys = poolkeys.load(self.folder / "pools" / name / "keys").values()
         receipt_key = raw_public_key(self._key(f"pools/{name}/receipt"))
-        return Pool(tuple(models), tuple(PoolKey(key.config, now + KEY_LIFETIME) for key in keys), receipt_key, ("none",))
+        return Pool(tuple(models), tuple(PoolKey(key.config, now + KEY_LIFETIME) for key in keys), receipt_key, SHAPES)
 
     def _chain(self, now: float) -> tuple[tuple[str, ...], ...]:
         """The root's statements, with a fresh one where the last grows old."""

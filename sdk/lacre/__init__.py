@@ -15,6 +15,7 @@ from lacre.errors import (
     Forbidden,
     GrantMismatch,
     InvalidMessage,
+    InvalidReceipt,
     InvalidSignature,
     LacreError,
     MessageTooLarge,
@@ -37,7 +38,10 @@ from lacre.errors import (
     VerificationError,
 )
 from lacre.memory import VersionFile, VersionMemory
+from lacre.receipts import Receipt
+from lacre.recount import Recount
 from lacre.reply import Reply, TokenUsage
+from lacre.streams import AsyncChatStream, ChatStream
 from lacre.trust import ConnectionString
 from lacre.wire.header import Kem
 
@@ -45,7 +49,9 @@ __all__ = [
     "BASE_URL",
     "AlreadyUsedError",
     "ApiError",
+    "AsyncChatStream",
     "AsyncClient",
+    "ChatStream",
     "Client",
     "ConnectionString",
     "DestinationError",
@@ -53,6 +59,7 @@ __all__ = [
     "Forbidden",
     "GrantMismatch",
     "InvalidMessage",
+    "InvalidReceipt",
     "InvalidSignature",
     "Kem",
     "LacreError",
@@ -61,6 +68,8 @@ __all__ = [
     "OpenError",
     "ProtocolError",
     "RateLimited",
+    "Receipt",
+    "Recount",
     "RefusedError",
     "Replayed",
     "Reply",

@@ -1,8 +1,10 @@
 """Opens a sealed request and calls an ASGI app; the app's answer is sealed piece by piece as it is produced.
 
 Rules:
-- The app sees an ordinary HTTP request, and what its grant allows in `scope["extensions"]["lacre.call"]`.
-- Every body piece that the app sends leaves as a sealed record at once: nothing waits for a larger buffer.
+- The app sees an ordinary HTTP request, and what its grant allows in `scope["extensions"]["lacre.call"]`. It knows nothing of
+  shapes: `lacre.records` decides how its pieces become records.
+- Every event that the app sends leaves as a sealed record at once: nothing waits for a larger buffer. (Under `pad`, what is no
+  event stream waits until a record is full.)
 - The final chunk is sealed only when the app finished its response. An app that raises, or stops early, leaves a stream
   without one, and the client gets `TruncatedStream`: a broken answer is never passed off as whole.
 - Closing the generator tells the app `http.disconnect` and cancels it.
@@ -12,14 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from lacre.errors import LacreError, UsageError
+from lacre.padding import Shape
+from lacre.records import Headers, Records, records
 from lacre.wire import bhttp
+from lacre.wire.framing import MAX_CHUNK
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import PrivateKey, ResponseSealer, open_request
 
@@ -28,11 +33,11 @@ AUTHORITY: Final = "lacre.invalid"  # RFC 2606: never resolves, so a request tha
 EXTENSION: Final = "lacre.call"
 MAX_PENDING: Final = 16  # pieces the app may be ahead of the sealing: enough to overlap, too few to hide a slow reader
 
+_RESPONSE: Final = ("http.response.start", "http.response.body")
 _OF_A_CONNECTION: Final = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
 
-Headers = Sequence[tuple[str, str]]
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -92,31 +97,52 @@ def open_sealed(body: bytes, keys: Mapping[int, PrivateKey]) -> Opened:
 
 
 def refuse(
-    opened: Opened, status: int, body: Mapping[str, Any], media_type: str = "application/json", headers: Headers = ()
+    opened: Opened,
+    status: int,
+    body: Mapping[str, Any],
+    media_type: str = "application/json",
+    headers: Headers = (),
+    *,
+    shape: Shape = "pad",
+    trailers: Headers = (),
 ) -> bytes:
     """A whole sealed answer that carries `body` as JSON, in place of the app's."""
-    encoder = bhttp.ResponseEncoder()
     content = json.dumps(body, separators=(",", ":")).encode()
-    head = encoder.head(status, (("content-type", media_type), ("content-length", str(len(content))), *headers))
-    return opened.sealer.seal(head + encoder.data(content) + encoder.end()) + opened.sealer.finish()
+    plain = records(shape)
+    head = plain.head(status, (("content-type", media_type), ("content-length", str(len(content))), *headers))
+    return opened.sealer.finish(head + b"".join(plain.end(content, trailers)))
 
 
 async def answer(
-    app: App, opened: Opened, call: Call, *, trailers: Callable[[], Headers] = lambda: ()
+    app: App,
+    opened: Opened,
+    call: Call,
+    *,
+    shape: Shape = "pad",
+    trailers: Callable[[], Headers] = lambda: (),
 ) -> AsyncGenerator[bytes, None]:
     """Yields the sealed answer of `app`, record by record. `trailers` is asked once, when the app has finished.
 
-    Raises AppFailed, after which the stream has no final chunk.
+    shape: what the grant says. Raises AppFailed, after which the stream has no final chunk.
     """
-    encoder = bhttp.ResponseEncoder()
-    async with aclosing(_Exchange(app, opened.request, call).pieces(encoder)) as pieces:
-        async for piece in pieces:
-            yield opened.sealer.seal(piece)
-    yield opened.sealer.seal(encoder.end(trailers())) + opened.sealer.finish()
+    plain = records(shape)
+    last = b""
+    async with aclosing(_Exchange(app, opened.request, call).messages()) as messages:
+        async for message in messages:
+            if message["type"] == "http.response.start":
+                record = _head(plain, message)
+            else:
+                record, last = _data(plain, message)
+            for chunk in _chunks(record):
+                yield opened.sealer.seal(chunk)
+    *chunks, final = (chunk for record in plain.end(last, trailers()) for chunk in _chunks(record))
+    for chunk in chunks:
+        yield opened.sealer.seal(chunk)
+    yield opened.sealer.finish(final)
 
 
 class _Exchange:
-    """One call of an ASGI app: the app runs in a task of its own, a few pieces ahead at most."""
+    """One call of an ASGI app: the app runs in a task of its own, a few messages ahead at most."""
 
     def __init__(self, app: App, request: bhttp.Request, call: Call) -> None:
         self._app = app
@@ -126,17 +152,18 @@ class _Exchange:
         self._body_taken = False
         self._gone = asyncio.Event()
 
-    async def pieces(self, encoder: bhttp.ResponseEncoder) -> AsyncGenerator[bytes, None]:
+    async def messages(self) -> AsyncGenerator[Message, None]:
+        """The messages of a whole response: a start, and bodies to the last one. Raises AppFailed where it is not whole."""
         task = asyncio.create_task(self._run())
         try:
-            complete = False
+            expected, complete = "http.response.start", False
             while (message := await self._messages.get()) is not None:
-                if message["type"] == "http.response.start":
-                    yield _head(encoder, message)
-                elif message["type"] == "http.response.body":
-                    if message.get("body"):
-                        yield encoder.data(bytes(message["body"]))
-                    complete = not message.get("more_body", False)
+                if message["type"] not in _RESPONSE:
+                    continue  # of an extension that was not offered
+                if complete or message["type"] != expected:
+                    raise AppFailed("the app's response is not one start, and bodies after it until the last")
+                expected, complete = "http.response.body", _is_last(message)
+                yield message
             await task  # raises what made the app fail
             if not complete:
                 raise AppFailed("the app returned before its response was complete")
@@ -181,9 +208,25 @@ class _Exchange:
         }
 
 
-def _head(encoder: bhttp.ResponseEncoder, message: Message) -> bytes:
+def _chunks(record: bytes) -> Iterator[bytes]:
+    """One sealed record each: the fabric's frames are no larger, however much an app sends at once."""
+    for start in range(0, len(record), MAX_CHUNK):
+        yield record[start : start + MAX_CHUNK]
+
+
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+def _data(plain: Records, message: Message) -> tuple[bytes, bytes]:
+    """What to seal now; and of the last piece of the body, which goes out with the end, the piece itself."""
+    body = bytes(message.get("body", b""))
+    return (b"", body) if _is_last(message) else (plain.data(body), b"")
+
+
+def _head(plain: Records, message: Message) -> bytes:
     try:
-        return encoder.head(message["status"], _decoded(message.get("headers", ())))
+        return plain.head(message["status"], _decoded(message.get("headers", ())))
     except UsageError as exc:
         raise AppFailed("the app answered with a status or a header that no HTTP message may have") from exc
 

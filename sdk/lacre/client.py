@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import Any, Final
 
 import httpx2
@@ -13,9 +13,11 @@ from lacre._version import __version__
 from lacre.errors import SettingsError
 from lacre.manifest import Manifest
 from lacre.memory import Memory, VersionFile
-from lacre.reply import CHAT_PATH, Deltas, Messages, Reply, chat_body, check
+from lacre.padding import Shape
+from lacre.reply import CHAT_PATH, Messages, Reply, chat_body, check
 from lacre.sealing import DEFAULT_KEMS, ORIGIN, Sealing
-from lacre.transport import AsyncSealedTransport, AsyncToken, SealedTransport, Token
+from lacre.streams import AsyncChatStream, ChatStream, Deltas
+from lacre.transport import FACTS, AsyncSealedTransport, AsyncToken, SealedTransport, Token
 from lacre.trust import ConnectionString
 from lacre.wire.header import Kem
 
@@ -34,7 +36,8 @@ class Client(httpx2.Client):
     url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` where left out.
     token: the bearer token, or a callable that returns one, asked before each request; `LACRE_TOKEN` where left out.
     pool: the pool of workers to seal to. kem: the key encapsulation that is accepted, or several, the preferred first.
-    keep_identifying_fields: seal `user`, `metadata` and `safety_identifier` too, instead of dropping them.
+    shape: `pad` fills requests and answers up to lengths that say little; `none` does not.
+    keep_identifying_fields: seal `user`, `metadata`, `safety_identifier` and `prompt_cache_key` too, instead of dropping them.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
     verify, proxy, transport: of the connection to the gateway, as in `httpx2.Client`.
 
@@ -49,6 +52,7 @@ class Client(httpx2.Client):
         token: Token | None = None,
         pool: str = "default",
         kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
+        shape: Shape = "pad",
         keep_identifying_fields: bool = False,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
@@ -71,6 +75,7 @@ class Client(httpx2.Client):
             memory or VersionFile.default(),
             pool=pool,
             kems=_kems(kem),
+            shape=shape,
             keep_identifying_fields=keep_identifying_fields,
         )
         self._sealed = SealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
@@ -81,20 +86,23 @@ class Client(httpx2.Client):
         """One answer. messages: a string, or OpenAI-style messages; params: any OpenAI sampling parameter."""
         return Reply.parse(self.post(CHAT_PATH, json=chat_body(messages, params, stream=False)))
 
-    def chat_stream(self, messages: Messages, **params: Any) -> Iterator[str]:
-        """The answer's text, piece by piece as each record opens.
+    def chat_stream(self, messages: Messages, **params: Any) -> ChatStream:
+        """The answer's text, piece by piece as each record opens; once it has ended, its usage and receipt too.
 
-        Raises TruncatedStream where it ends early: the pieces until then are not the whole answer.
+        Iterating raises TruncatedStream where the answer ends early: the pieces until then are not the whole of it.
         """
-        with self.stream("POST", CHAT_PATH, json=chat_body(messages, params, stream=True)) as response:
+        deltas = Deltas()
+        return ChatStream(self._pieces(chat_body(messages, params, stream=True), deltas), deltas)
+
+    def _pieces(self, body: Mapping[str, Any], deltas: Deltas) -> Generator[str, None, None]:
+        with self.stream("POST", CHAT_PATH, json=body) as response:
             if response.is_error:
                 response.read()
                 check(response)
-            deltas = Deltas()
             for event in httpx2.EventSource(response):
                 if text := deltas.feed(event.data):
                     yield text
-            deltas.close()
+            deltas.close(response.extensions[FACTS])
 
     def models(self) -> tuple[str, ...]:
         """The models that the pool serves, as the verified manifest names them."""
@@ -111,6 +119,7 @@ class AsyncClient(httpx2.AsyncClient):
         token: AsyncToken | None = None,
         pool: str = "default",
         kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
+        shape: Shape = "pad",
         keep_identifying_fields: bool = False,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
@@ -133,6 +142,7 @@ class AsyncClient(httpx2.AsyncClient):
             memory or VersionFile.default(),
             pool=pool,
             kems=_kems(kem),
+            shape=shape,
             keep_identifying_fields=keep_identifying_fields,
         )
         self._sealed = AsyncSealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
@@ -143,20 +153,23 @@ class AsyncClient(httpx2.AsyncClient):
         """One answer. messages: a string, or OpenAI-style messages; params: any OpenAI sampling parameter."""
         return Reply.parse(await self.post(CHAT_PATH, json=chat_body(messages, params, stream=False)))
 
-    async def chat_stream(self, messages: Messages, **params: Any) -> AsyncIterator[str]:
-        """The answer's text, piece by piece as each record opens.
+    def chat_stream(self, messages: Messages, **params: Any) -> AsyncChatStream:
+        """The answer's text, piece by piece as each record opens; once it has ended, its usage and receipt too.
 
-        Raises TruncatedStream where it ends early: the pieces until then are not the whole answer.
+        Iterating raises TruncatedStream where the answer ends early: the pieces until then are not the whole of it.
         """
-        async with self.stream("POST", CHAT_PATH, json=chat_body(messages, params, stream=True)) as response:
+        deltas = Deltas()
+        return AsyncChatStream(self._pieces(chat_body(messages, params, stream=True), deltas), deltas)
+
+    async def _pieces(self, body: Mapping[str, Any], deltas: Deltas) -> AsyncGenerator[str, None]:
+        async with self.stream("POST", CHAT_PATH, json=body) as response:
             if response.is_error:
                 await response.aread()
                 check(response)
-            deltas = Deltas()
             async for event in httpx2.EventSource(response):
                 if text := deltas.feed(event.data):
                     yield text
-            deltas.close()
+            deltas.close(response.extensions[FACTS])
 
     async def models(self) -> tuple[str, ...]:
         """The models that the pool serves, as the verified manifest names them."""

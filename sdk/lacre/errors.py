@@ -102,6 +102,10 @@ class GrantMismatch(VerificationError):
     """A sealed request whose inside, or whose bytes, differ from what its grant says."""
 
 
+class InvalidReceipt(VerificationError):
+    """The answer's receipt is missing, is not by the pool, is for another request, or does not agree with the answer."""
+
+
 class Replayed(VerificationError):
     """A sealed request that was seen before."""
 

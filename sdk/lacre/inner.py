@@ -1,7 +1,7 @@
 """What goes inside the seal: an application's request with everything removed that says who asks.
 
 Headers are taken by allow-list. `Authorization`, cookies, `User-Agent`, `X-Stainless-*` and trace context never go in, and of a
-JSON body the fields `user`, `metadata` and `safety_identifier` are dropped unless the caller insists.
+JSON body the fields `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are dropped unless the caller insists.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from lacre.wire.header import MAX_SEALED_REQUEST
 DEFAULT_MAX_TOKENS: Final = 512  # what the SDK asks for, for each choice, where the caller does not say
 MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling that `Lacre-Max-Tokens` can say
 ALLOWED_HEADERS: Final = frozenset({"content-type", "accept"})
-IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier")
+# OpenAI's fields that say who asks. `prompt_cache_key` is the newer word for `user`, a pseudonym that stays; what it is for,
+# the salt does here, and that changes by the hour.
+IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 # Sealing adds the key encapsulation, a tag for each chunk, headers and padding; all of them stay below this.
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import jws
+from lacre.errors import InvalidReceipt, LacreError
 from lacre.members import Members
 
 TYP: Final = "lacre-receipt+jwt"
@@ -52,3 +54,23 @@ class Receipt:
             end=members.time("end"),
             final=members.flag("final"),
         )
+
+
+def of_answer(trailers: Sequence[tuple[str, str]], key: bytes, digest: bytes, max_tokens: int) -> Receipt:
+    """The receipt of a whole answer: by the pool, for this request, final, and not above what was asked for.
+
+    key: the pool's `receipt_key`. digest: SHA-256 of the request's `hdr ‖ enc`. max_tokens: over all choices.
+    Raises InvalidReceipt.
+    """
+    tokens = [value for name, value in trailers if name == TRAILER]
+    if len(tokens) != 1:
+        raise InvalidReceipt(f"the answer has {len(tokens)} receipts in place of one: tell the pool's operator")
+    try:
+        receipt = Receipt.verify(tokens[0], key)
+    except LacreError as exc:
+        raise InvalidReceipt("the answer's receipt is not one by the pool's receipt key: tell the pool's operator") from exc
+    if receipt.enc != jws.b64u(digest) or not receipt.final:
+        raise InvalidReceipt("the answer's receipt is for another request, or not for all of this one")
+    if receipt.completion_tokens > max_tokens or receipt.cached_tokens > receipt.prompt_tokens:
+        raise InvalidReceipt("the answer's receipt claims more tokens than the request allows: tell the pool's operator")
+    return receipt

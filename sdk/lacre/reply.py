@@ -9,11 +9,12 @@ from typing import Any, Final
 
 import httpx2
 
-from lacre.errors import ApiError, InvalidMessage, LacreError, TruncatedStream
+from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError
+from lacre.receipts import Receipt
+from lacre.recount import Recount, Tokenizer, Written
 from lacre.transport import FACTS, REFUSAL
 
 CHAT_PATH: Final = "/v1/chat/completions"
-DONE: Final = "[DONE]"  # what ends a stream of events in OpenAI's format
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -36,7 +37,7 @@ class Reply:
     """A whole answer: it is made only after the seal's final chunk has opened.
 
     finish_reason: OpenAI's `stop`, `length` and so on. attempts: how often the request was sealed and sent.
-    raw: the whole JSON object.
+    receipt: the pool's signed word on what was used, verified, and equal to `usage`. raw: the whole JSON object.
     """
 
     id: str
@@ -45,33 +46,68 @@ class Reply:
     finish_reason: str
     usage: TokenUsage
     attempts: int
+    receipt: Receipt
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
     def parse(cls, response: httpx2.Response) -> Reply:
-        """Raises what `check` raises, and InvalidMessage for an answer that is no chat completion."""
+        """Raises what `check` raises, InvalidMessage for an answer that is no chat completion, and InvalidReceipt where its
+        usage is not that of its receipt.
+        """
         body = checked_json(response)
+        facts = response.extensions[FACTS]
         try:
+            _written(body)
             choice = body["choices"][0]
-            usage = body["usage"]
-            details = usage.get("prompt_tokens_details") or {}
             return cls(
                 id=str(body["id"]),
                 model=str(body["model"]),
                 text=choice["message"].get("content") or "",
                 finish_reason=str(choice["finish_reason"]),
-                usage=TokenUsage(usage["prompt_tokens"], usage["completion_tokens"], details.get("cached_tokens", 0)),
-                attempts=response.extensions[FACTS].attempts,
+                usage=checked_usage(body["usage"], facts.receipt),
+                attempts=facts.attempts,
+                receipt=facts.receipt,
                 raw=body,
             )
         except (KeyError, IndexError, TypeError, AttributeError) as exc:
             raise InvalidMessage("the worker's answer is not a chat completion") from exc
 
+    def recount(self, tokenizer: Tokenizer | None = None) -> Recount:
+        """The answer's tokens counted again, as far as that can be done here. tokenizer: how many tokens a text has."""
+        return _written(self.raw).recount(self.receipt, tokenizer)
+
+
+def _written(body: Mapping[str, Any]) -> Written:
+    written = Written()
+    for choice in body["choices"]:
+        written.add(choice, choice["message"])
+    return written
+
+
+def checked_usage(told: Mapping[str, Any] | None, receipt: Receipt) -> TokenUsage:
+    """The usage of an answer, once what the answer itself tells is what its receipt claims. Raises InvalidReceipt.
+
+    told: OpenAI's `usage`; None, and a member that is not there, tell nothing.
+    """
+    claimed = TokenUsage(receipt.prompt_tokens, receipt.completion_tokens, receipt.cached_tokens)
+    if told is None:
+        return claimed
+    try:
+        cached = (told.get("prompt_tokens_details") or {}).get("cached_tokens")
+        usage = TokenUsage(told["prompt_tokens"], told["completion_tokens"], claimed.cached if cached is None else cached)
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise InvalidMessage("the answer's usage has not the form of OpenAI's") from exc
+    if usage != claimed:
+        raise InvalidReceipt("the answer's receipt claims other tokens than its usage tells: tell the pool's operator")
+    return claimed
+
 
 def chat_body(messages: Messages, params: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
-    """The request body; a string stands for one message of the user."""
+    """The request body; a string stands for one message of the user. A stream is asked to tell its usage."""
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
-    return {"messages": turns, **params, **({"stream": True} if stream else {})}
+    if not stream:
+        return {"messages": turns, **params}
+    return {"messages": turns, "stream_options": {"include_usage": True}, **params, "stream": True}
 
 
 def check(response: httpx2.Response) -> None:
@@ -85,13 +121,13 @@ def check(response: httpx2.Response) -> None:
 
 def checked_json(response: httpx2.Response) -> dict[str, Any]:
     check(response)
-    return _object(response.content)
+    return json_object(response.content)
 
 
 def api_error(status: int, content: bytes) -> ApiError:
     """The error in OpenAI's shape, or a problem document's title."""
     try:
-        body = _object(content)
+        body = json_object(content)
     except InvalidMessage:
         body = {}
     error = body.get("error")
@@ -106,31 +142,7 @@ def api_error(status: int, content: bytes) -> ApiError:
     )
 
 
-class Deltas:
-    """The text in a stream of chat completion chunks, event by event. `close` raises TruncatedStream before `[DONE]`."""
-
-    def __init__(self) -> None:
-        self._done = False
-
-    def feed(self, data: str) -> str:
-        """The text that one event adds; mostly some characters, sometimes none."""
-        if self._done or data == DONE:
-            self._done = True
-            return ""
-        chunk = _object(data.encode())
-        if "error" in chunk:
-            raise api_error(500, data.encode())
-        try:
-            return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"] if choice.get("index", 0) == 0)
-        except (KeyError, TypeError, AttributeError) as exc:
-            raise InvalidMessage("an event in the answer is not a chat completion chunk") from exc
-
-    def close(self) -> None:
-        if not self._done:
-            raise TruncatedStream("the answer ended before its last event: what came so far is not the whole of it")
-
-
-def _object(content: bytes) -> dict[str, Any]:
+def json_object(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as exc:

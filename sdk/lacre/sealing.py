@@ -4,7 +4,8 @@ Rules:
 - Nothing of the request leaves before a trusted manifest names the key that it is sealed to. There is no plaintext fallback.
 - Every attempt is a fresh seal. A gateway's advice before the seal is not authenticated: it can cause one manifest refresh
   and one retry, and it is counted in `attempts`.
-- An answer is whole only when the response's final chunk has opened and the BHTTP message in it has ended.
+- An answer is whole only when the response's final chunk has opened and the BHTTP message in it has ended. What came in the
+  final chunk is passed on after that alone, and after the receipt in it was verified.
 - The clock correction that a worker's `#date` problem suggests came sealed, and is used for the inner `date` alone.
 
 `Sealing.exchange` and `Sealing.manifest` are generators that yield what to do (`Send`, `Read`) and are sent what came of it, so
@@ -21,12 +22,15 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from lacre.errors import Expired, InvalidMessage, UnsealedResponse, UnsupportedSuite, UsageError
+from lacre import receipts
+from lacre.errors import Expired, InvalidMessage, SettingsError, UnsealedResponse, UnsupportedSuite, UsageError
 from lacre.inner import Plain, Prepared, prepare
 from lacre.manifest import MAX_DOCUMENT, Manifest
 from lacre.memory import Memory, accept
+from lacre.padding import Shape, request_length, shape_named
 from lacre.problems import BY_TYPE, DATE, INTERNAL, UNKNOWN_KEY, Problem
 from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
+from lacre.receipts import Receipt
 from lacre.trust import Trusted
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Kem, KeyConfig
@@ -82,11 +86,16 @@ class Head:
 
 @dataclass(slots=True)
 class Facts:
-    """What is known about an exchange; on a response as `extensions["lacre"]`. `trailers` are there once the answer ended."""
+    """What is known about an exchange; on a response as `extensions["lacre"]`.
+
+    receipt, trailers: there once the answer has ended; the receipt is verified. None until then, and on a refusal.
+    """
 
     kem: str
+    shape: Shape
     sealed_request_bytes: int
     attempts: int
+    receipt: Receipt | None = None
     trailers: tuple[tuple[str, str], ...] = ()
 
 
@@ -99,6 +108,7 @@ class Refusal:
     facts: Facts
 
 
+Trailers = tuple[tuple[str, str], ...]
 Step = Send | Read
 T = TypeVar("T")
 Steps = Generator[Step, Outer | bytes | None, T]
@@ -107,11 +117,12 @@ Steps = Generator[Step, Outer | bytes | None, T]
 class Opening:
     """Opens one sealed answer as its bytes arrive: first the head, then the pieces of the body, then the trailers.
 
-    The pieces that came before somebody asked for them wait in it.
+    The pieces that came before somebody asked for them wait in it. verify: makes the receipt of the trailers, or raises.
     """
 
-    def __init__(self, opener: ResponseOpener, facts: Facts) -> None:
+    def __init__(self, opener: ResponseOpener, facts: Facts, verify: Callable[[Trailers], Receipt]) -> None:
         self._opener = opener
+        self._verify = verify
         self._decoder = bhttp.ResponseDecoder()
         self._pending: list[bytes] = []
         self._head: Head | None = None
@@ -121,12 +132,14 @@ class Opening:
     def feed(self, data: bytes | None) -> None:
         """Takes the next bytes of the outer body; None at its end.
 
-        Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole.
+        Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole; InvalidReceipt
+        where it was whole, and its receipt does not hold.
         """
         for record in self._opener.close() if data is None else self._opener.feed(data):
             self._take(self._decoder.feed(record))
         if data is None:
             self._take(self._decoder.close())
+            self.facts.receipt = self._verify(self.facts.trailers)
             self.ended = True
 
     def _take(self, events: Sequence[bhttp.Event]) -> None:
@@ -167,7 +180,7 @@ class Opening:
 class Sealing:
     """What one client seals with: the pinned root, the newest manifest, its salt and its clock correction. Thread-safe.
 
-    kems: what the caller accepts; a manifest that offers none of them is refused, never fallen back from.
+    kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
     clock: seconds since the epoch.
     """
 
@@ -178,6 +191,7 @@ class Sealing:
         *,
         pool: str = "default",
         kems: Sequence[Kem] = DEFAULT_KEMS,
+        shape: Shape = "pad",
         keep_identifying_fields: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -185,6 +199,7 @@ class Sealing:
         self._memory = memory
         self._pool = pool
         self._kems = tuple(kems)
+        self._shape = shape_named(shape)
         self._keep_identifying_fields = keep_identifying_fields
         self._clock = clock
         self._lock = threading.Lock()
@@ -258,18 +273,26 @@ class Sealing:
         if pool is None:
             raise UsageError(f"the manifest has no pool {self._pool!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
         config = self._choose([key.config for key in pool.keys if key.not_after > self._clock()])
+        if self._shape not in pool.shapes:
+            taken = ", ".join(pool.shapes)
+            raise SettingsError(f"pool {self._pool!r} does not take the shape {self._shape!r}: choose one of {taken}")
         prepared = prepare(plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
         outer = (
             ("lacre-pool", self._pool),
             ("lacre-model", prepared.model),
             ("lacre-action", prepared.action),
             ("lacre-max-tokens", str(prepared.max_tokens)),
-            ("lacre-shape", "none"),
+            ("lacre-shape", self._shape),
         )
-        body, header, opener = seal_request(config, bhttp.encode_request(self._inner(prepared, outer)))
+        padded_to = request_length if self._shape == "pad" else None
+        body, header, opener = seal_request(config, bhttp.encode_request(self._inner(prepared, outer), padded_to=padded_to))
         headers = (*outer, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
-        facts = Facts(header.suite.kem.label, len(body), attempt)
-        return Send("POST", SEALED_PATH, headers, body, sealed=True), Opening(opener, facts)
+        facts = Facts(header.suite.kem.label, self._shape, len(body), attempt)
+
+        def verify(trailers: Trailers) -> Receipt:
+            return receipts.of_answer(trailers, pool.receipt_key, header.digest, prepared.max_tokens)
+
+        return Send("POST", SEALED_PATH, headers, body, sealed=True), Opening(opener, facts, verify)
 
     def _inner(self, prepared: Prepared, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
         plain = prepared.plain

@@ -1,6 +1,7 @@
 """A gateway and a worker in one process, for the SDK's tests: it really opens and seals, and serves a real signed manifest.
 
-A test bends what passes through it: `tamper` the sealed request, `bend` the sealed answer's pieces, `respond` all of it.
+A test bends what passes through it: `tamper` the sealed request, `bend` the sealed answer's pieces, `respond` all of it; and
+what the worker says: `receipts`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import httpx2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi
-from lacre.jws import raw_public_key
+from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.padding import SHAPES, shape_named
+from lacre.receipts import TRAILER, Receipt
 from lacre.signing import sign_manifest, sign_statement
 from lacre.trust import ConnectionString
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
@@ -31,12 +34,16 @@ class Relay:
     lifetime: float = 3600.0
     version: int = 1
     clock: Callable[[], float] = time.time
+    model: str = "tiny"
+    shapes: tuple[str, ...] = SHAPES
     root: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     signer: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    receipt_key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     requests: list[httpx2.Request] = field(default_factory=list)
     opened: list[asgi.Opened] = field(default_factory=list)
     tamper: Callable[[bytes], bytes] = bytes
     bend: Callable[[list[bytes]], list[bytes]] = list
+    receipts: Callable[[Receipt], list[Receipt]] = lambda receipt: [receipt]
     respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
 
     def __post_init__(self) -> None:
@@ -49,7 +56,8 @@ class Relay:
 
     def manifest(self) -> Manifest:
         now = self.clock()
-        pool = Pool(("tiny",), (PoolKey(self.key.config, now + self.lifetime),), bytes(32), ("none",))
+        receipt_key = raw_public_key(self.receipt_key)
+        pool = Pool((self.model,), (PoolKey(self.key.config, now + self.lifetime),), receipt_key, self.shapes)
         return Manifest("test", self.version, now, now + self.lifetime, bytes(32), {"default": pool})
 
     def document(self) -> bytes:
@@ -71,8 +79,25 @@ class Relay:
             return served(200, self.document())
         opened = asgi.open_sealed(self.tamper(request.content), {self.key.config.key_id: self.key})
         self.opened.append(opened)
-        chunks = [chunk async for chunk in asgi.answer(self.app, opened, asgi.Call("r1"))]
+        call = asgi.Call("r1")
+        shape = shape_named(opened.headers("lacre-shape")[0])
+        answer = asgi.answer(self.app, opened, call, shape=shape, trailers=lambda: self._trailers(opened, call.usage))
+        chunks = [chunk async for chunk in answer]
         return httpx2.Response(200, headers={"content-type": MEDIA_TYPE_RESPONSE}, stream=Stream(self.bend(chunks)))
+
+    def _trailers(self, opened: asgi.Opened, used: asgi.Usage) -> list[tuple[str, str]]:
+        now = self.clock()
+        receipt = Receipt(
+            enc=b64u(opened.header.digest),
+            model=used.model_digest,
+            prompt_tokens=used.prompt_tokens,
+            cached_tokens=used.cached_tokens,
+            completion_tokens=used.completion_tokens,
+            start=now,
+            end=now,
+            final=True,
+        )
+        return [(TRAILER, each.sign(self.receipt_key)) for each in self.receipts(receipt)]
 
 
 class Stream(httpx2.AsyncByteStream, httpx2.SyncByteStream):

@@ -79,7 +79,7 @@ class TestOutside:
         outer = {name: value for name, value in request.headers.items() if name.startswith("lacre-")}
         assert outer == {
             "lacre-pool": "default", "lacre-model": "tiny", "lacre-action": "chat",
-            "lacre-max-tokens": "9", "lacre-shape": "none",
+            "lacre-max-tokens": "9", "lacre-shape": "pad",
         }  # fmt: skip
         assert request.headers["authorization"] == "Bearer t0ken"
         assert request.headers["content-type"] == "message/ohttp-chunked-req"

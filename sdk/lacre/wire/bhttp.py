@@ -13,7 +13,7 @@ One incremental parser reads all four forms; a whole message is just fed at once
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -91,8 +91,11 @@ Event = Head | Data | End
 # Encoding
 
 
-def encode_request(request: Request, *, padded_to: int | None = None) -> bytes:
-    """Known-length form, filled up with zeros to `padded_to` bytes. Raises UsageError if the request is invalid or longer."""
+def encode_request(request: Request, *, padded_to: int | Callable[[int], int] | None = None) -> bytes:
+    """Known-length form, filled up with zeros to `padded_to` bytes; a callable makes that of the length without them.
+
+    Raises UsageError if the request is invalid or longer.
+    """
     head = varint.encode(_KNOWN_REQUEST) + _control(request)
     message = b"".join(
         (
@@ -105,7 +108,7 @@ def encode_request(request: Request, *, padded_to: int | None = None) -> bytes:
     return _padded(message, padded_to)
 
 
-def encode_request_indeterminate(request: Request, *, padded_to: int | None = None) -> bytes:
+def encode_request_indeterminate(request: Request, *, padded_to: int | Callable[[int], int] | None = None) -> bytes:
     """Indeterminate-length form, with the content as one chunk; otherwise like `encode_request`."""
     message = b"".join(
         (
@@ -160,9 +163,10 @@ def _prefixed(data: bytes) -> bytes:
     return varint.encode(len(data)) + data
 
 
-def _padded(message: bytes, length: int | None) -> bytes:
-    if length is None:
+def _padded(message: bytes, padded_to: int | Callable[[int], int] | None) -> bytes:
+    if padded_to is None:
         return message
+    length = padded_to if isinstance(padded_to, int) else padded_to(len(message))
     if len(message) > length:
         raise errors.UsageError("the message is longer than the length it is to be padded to")
     return message.ljust(length, b"\x00")
