@@ -1,7 +1,7 @@
 """A role's connection to NATS. The client library's exceptions are mapped here and in the two modules that use this one.
 
 Rules:
-- The connection comes back by itself. Where the server ends it for good (a credential that was withdrawn), it is `lost`.
+- The connection comes back by itself. Where the server ends it for good, as when the credential was withdrawn, it is `lost`.
 - A denial is told by the server on the side, and the call that it denies just times out: denials are counted, and a call
   during which one came says so.
 """
@@ -25,6 +25,7 @@ from lacre_fabric.roles import Credential
 from lacre_fabric.work import FabricLost, FabricUnavailable
 
 CONNECT_TIMEOUT: Final = 5  # seconds, for a first connection; after it, there is no end to the tries
+MAX_REFUSALS: Final = 3  # in a row, of a credential that was good before; a server may be between two configurations
 API_TIMEOUT: Final = 2.0  # seconds for an answer by JetStream
 
 log = structlog.get_logger("lacre.fabric")
@@ -41,6 +42,8 @@ class Connection:
         self.denied = ""
         self.on_reconnect: Callable[[], None] = lambda: None
         self._last_error: Exception | None = None
+        self._refusals = 0
+        self._closing: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     @classmethod
@@ -80,7 +83,11 @@ class Connection:
         self._last_error = error
         text = str(error).removeprefix("nats: ")
         if not text.lower().startswith("permissions violation"):
-            log.warning("fabric.error", kind=type(error).__name__)
+            refused = "authorization violation" in text.lower()
+            log.warning("fabric.error", kind="AuthorizationViolation" if refused else type(error).__name__)
+            self._refusals = self._refusals + 1 if refused else 0
+            if self._refusals == MAX_REFUSALS:
+                self._closing = asyncio.create_task(self.client.close())
             return
         self.denials += 1
         self.denied = text
@@ -91,6 +98,7 @@ class Connection:
 
     async def _on_reconnect(self) -> None:
         log.info("fabric.reconnected")
+        self._refusals = 0
         self.on_reconnect()
         self._changed.set()
 
@@ -107,8 +115,16 @@ class Connection:
         while not self.connected:
             if self.lost:
                 raise FabricLost("NATS ended the connection for good: check that the credential is current, and start again")
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
+
+    async def wait_lost(self) -> None:
+        """Until the connection is closed, or ended by NATS for good: nothing comes back by itself after that."""
+        while not self.lost:
+            await self._change()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
     async def manifest(self) -> bytes | None:
         """The manifest document in the trust bucket; None where none was published. Raises FabricUnavailable."""
@@ -159,6 +175,8 @@ class Connection:
         return f"NATS denies {self.credential.name} this: {self.denied}"
 
     async def close(self) -> None:
+        if self._closing is not None:
+            await self._closing
         if not self.client.is_closed:
             await self.client.close()
 

@@ -58,9 +58,10 @@ class ManifestFeed:
             self._trusted = accept(document, self._root, self._memory, self._clock())
 
     async def start(self) -> None:
-        """A first read (its failure is not fatal: the fabric may come up later), then one each `POLL` seconds."""
+        """A first read (its failure is not fatal: the fabric may come up later), then one each `POLL` seconds. Idempotent."""
         await self._try()
-        self._task = asyncio.create_task(self._poll())
+        if self._task is None:
+            self._task = asyncio.create_task(self._poll())
 
     async def close(self) -> None:
         if self._task is not None:

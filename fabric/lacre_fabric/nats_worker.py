@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Final, Self
 
@@ -37,44 +38,52 @@ _REQUEST_ID: Final = re.compile(r"[0-9a-f]{32}")
 log = structlog.get_logger("lacre.fabric")
 
 
-class NatsWorker:
-    """A `WorkerFabric`. It outlives its queue: while there is none (NATS forgot it) it announces no model, and looks again."""
+@dataclass(slots=True)
+class _Queue:
+    """A model's queue. there: NATS has it, as far as the last pull could tell."""
 
-    def __init__(self, connection: Connection, pool: str, node: str, models: Sequence[str], slots: int) -> None:
+    model: str
+    pull: JetStreamContext.PullSubscription
+    there: bool = True
+
+
+class NatsWorker:
+    """A `WorkerFabric`. It outlives its queues: a model whose queue is gone is not announced, and looked for again."""
+
+    def __init__(self, connection: Connection, pool: str, node: str, slots: int) -> None:
         self.connection = connection
         self._pool = pool
         self._node = node
-        self._models = tuple(models)
         self._slots = slots
         self._free = slots
         self._slot_freed = asyncio.Event()
-        self._pulls: list[JetStreamContext.PullSubscription] = []
+        self._queues: list[_Queue] = []
+        self._turn: Iterator[_Queue] = iter(())
         self._claims: KeyValue | None = None
         self._presence: asyncio.Task[None] | None = None
-        self._queued = True  # there is a queue to pull from
         self._draining = False
-        self._turn = cycle(range(len(self._models)))
 
     @classmethod
     async def connect(
         cls, url: str, credential: Credential, pool: str, node: str, models: Sequence[str], *, slots: int = 1
     ) -> Self:
         """Raises FabricUnavailable."""
-        worker = cls(await Connection.open(url, credential), pool, node, models, slots)
+        worker = cls(await Connection.open(url, credential), pool, node, slots)
         try:
-            await worker._bind()
+            await worker._bind(models)
         except BaseException:
             await worker.connection.close()
             raise
         worker._presence = asyncio.create_task(worker._announce())
         return worker
 
-    async def _bind(self) -> None:
+    async def _bind(self, models: Sequence[str]) -> None:
         connection, stream = self.connection, subjects.work_stream(self._pool)
         async with connection.mapped(confirmed=True):
-            for model in self._models:
+            for model in models:
                 pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
-                self._pulls.append(pull)
+                self._queues.append(_Queue(model, pull))
+            self._turn = cycle(self._queues)
             self._claims = await connection.jetstream.key_value(subjects.claims_bucket(self._pool))
             await self._say_presence()
 
@@ -90,39 +99,39 @@ class NatsWorker:
             raise
 
     async def _pull(self) -> NatsDelivery:
-        wait = PULL if len(self._pulls) == 1 else PULL_EACH
         while not self._draining:
             # Pulls that the library keeps until it is connected would come in a heap, and take more work than there are slots.
             await self.connection.wait_connected()
-            denials = self.connection.denials
+            queue, denials = next(self._turn), self.connection.denials
             try:
-                (message,) = await self._pulls[next(self._turn)].fetch(1, timeout=wait)
+                (message,) = await queue.pull.fetch(1, timeout=PULL if len(self._queues) == 1 and queue.there else PULL_EACH)
             except (nats.js.errors.ServiceUnavailableError, nats.errors.NoRespondersError):
-                await self._without_queue()
+                await self._look(queue, there=False)
+                await asyncio.sleep(NO_QUEUE / len(self._queues))
                 continue
             except nats.errors.Error as exc:
                 if isinstance(exc, TimeoutError) and self.connection.denials == denials:
-                    self._queued = True
+                    await self._look(queue, there=self.connection.connected)
                     continue
                 raise self.connection.unavailable(exc, denials) from exc
-            self._queued = True
+            await self._look(queue, there=True)
             delivery = await self._take(message)
             if delivery is not None:
                 return delivery
         raise FabricUnavailable("this worker is draining: it takes no more work")
 
-    async def _without_queue(self) -> None:
-        if self._queued:
-            log.warning("queue.missing", pool=self._pool, remedy="provision the fabric")
-            self._queued = False
+    async def _look(self, queue: _Queue, *, there: bool) -> None:
+        if queue.there != there:
+            queue.there = there
+            log.warning("queue.found" if there else "queue.missing", pool=self._pool, model=queue.model)
             await self._say_presence()
-        await asyncio.sleep(NO_QUEUE)
 
     async def _take(self, message: Msg) -> NatsDelivery | None:
         """The delivery, ready to be worked on; None where nobody could be answered."""
         headers = headers_of(message)
         request_id, gateway = headers.get(REQUEST, ""), headers.get(GATEWAY, "")
-        model = next((name for name in self._models if subjects.work(self._pool, name) == message.subject), None)
+        models = (queue.model for queue in self._queues)
+        model = next((name for name in models if subjects.work(self._pool, name) == message.subject), None)
         if model is None or not _REQUEST_ID.fullmatch(request_id) or not subjects.is_name(gateway):
             log.warning("work.unanswerable")
             await message.ack()
@@ -150,9 +159,9 @@ class NatsWorker:
             self._presence.cancel()
             await asyncio.gather(self._presence, return_exceptions=True)
         await self._say_presence()
-        for pull in self._pulls:  # with nobody there to hear the answer, the server drops a pull that waits
+        for queue in self._queues:  # with nobody there to hear the answer, the server drops a pull that waits
             with suppress(nats.errors.Error):
-                await pull.unsubscribe()
+                await queue.pull.unsubscribe()
 
     async def close(self) -> None:
         await self.drain()
@@ -164,7 +173,7 @@ class NatsWorker:
             await asyncio.sleep(BEAT)
 
     async def _say_presence(self) -> None:
-        models = list(self._models) if self._queued and not self._draining else []
+        models = [queue.model for queue in self._queues if queue.there and not self._draining]
         said = {"models": models, "free": self._free, "busy": self._slots - self._free}
         with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
             await self.connection.client.publish(subjects.presence(self._pool, self._node), json.dumps(said).encode())

@@ -93,5 +93,8 @@ class Server:
 
     @staticmethod
     def reload(process: subprocess.Popen[bytes]) -> None:
-        """Takes in new users and permissions without dropping connections."""
+        """Takes in new users and permissions without dropping connections.
+
+        A new pool wants it twice: nats-server resolves what an account imports before it has what the others newly export.
+        """
         process.send_signal(signal.SIGHUP)

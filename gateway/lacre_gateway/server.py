@@ -122,14 +122,15 @@ class _Link:
 
 
 async def _run(settings: Settings) -> None:
-    key, credential = read_ed25519(settings.signing_key), Credential.load(settings.nats.credentials)
+    key = read_ed25519(settings.signing_key)
+    Credential.load(settings.nats.credentials)  # a file that is wrong now is said now
     link, log = _Link(), make_log(sys.stderr)
     with bind(settings.listen) as listener:
         gateway = build(settings, key, log, link.manifest)
         server = make_server(create_app(gateway), settings.listen)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
-        connecting = asyncio.create_task(_connect(gateway, link, credential))
+        connecting = asyncio.create_task(_keep_connected(gateway, link))
         log.info("listening", host=settings.listen.host, port=listener.getsockname()[1])
         try:
             await server.serve(sockets=[listener])
@@ -143,16 +144,24 @@ async def _run(settings: Settings) -> None:
             log.info("stopped")
 
 
-async def _connect(gateway: Gateway, link: _Link, credential: Credential) -> None:
-    """Tries until it is connected; from then on the connection comes back by itself."""
-    settings, delay = gateway.settings, _FIRST_RETRY
-    while link.fabric is None:
+async def _keep_connected(gateway: Gateway, link: _Link) -> None:
+    """A connection comes back by itself. One that NATS ended for good is made anew, with the credential that is there then."""
+    while True:
+        gateway.fabric = link.fabric = await _connect(gateway)
+        gateway.log.info("fabric connected")
+        await gateway.feed.start()
+        await link.fabric.connection.wait_lost()
+        gateway.log.warning("fabric lost")
+        await link.fabric.close()
+
+
+async def _connect(gateway: Gateway) -> NatsGateway:
+    """Tries until it is connected."""
+    nats, delay = gateway.settings.nats, _FIRST_RETRY
+    while True:
         try:
-            link.fabric = await NatsGateway.connect(settings.nats.url, credential, settings.gateway)
-        except FabricUnavailable as exc:
+            return await NatsGateway.connect(nats.url, Credential.load(nats.credentials), gateway.settings.gateway)
+        except (FabricUnavailable, SettingsError) as exc:
             gateway.log.warning("fabric not connected", reason=str(exc), seconds=delay)
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LAST_RETRY)
-    gateway.fabric = link.fabric
-    gateway.log.info("fabric connected")
-    await gateway.feed.start()

@@ -21,7 +21,7 @@ from lacre_fabric.connection import Connection
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsDelivery, NatsWorker
-from lacre_fabric.provisioning import provision, publish_manifest
+from lacre_fabric.provisioning import publish_manifest
 from lacre_fabric.roles import Credential, Role
 from lacre_fabric.work import FabricUnavailable
 from parts.fabric import POOLS, LiveFabric, new_work
@@ -303,7 +303,7 @@ async def test_each_denied_call_is_said(parties: Parties) -> None:
 
 async def test_a_denied_pull_is_said(parties: Parties) -> None:
     worker = await parties.worker("a")
-    worker._pulls = [await worker.connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer("m1"), stream="WORK_b")]
+    worker._queues[0].pull = await worker.connection.jetstream.pull_subscribe_bind(subjects.consumer("m1"), "WORK_b")
     with pytest.raises(FabricUnavailable, match=r"denies worker-a-n1 .*work_b"):
         await worker.pull()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -50,9 +51,10 @@ class LiveFabric:
             *(roles.worker(credentials[f"worker-{pool}-{node}"], pool, node) for pool, node in NODES),
         ]
 
-    def restart(self) -> None:
+    async def restart(self, seconds_down: float = 0.1) -> None:
         """What was in memory is gone, what was in files is not."""
         self.stop()
+        await asyncio.sleep(seconds_down)  # everybody notices
         self.process = self.server.start(self.log)
 
     def stop(self) -> None:

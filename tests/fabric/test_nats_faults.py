@@ -1,0 +1,382 @@
+"""What goes wrong between gateways, NATS and workers, and how little of it the caller sees."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from lacre.errors import MessageTooLarge
+from lacre_fabric import roles, subjects
+from lacre_fabric.frames import Kind
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.provisioning import QUEUED_MESSAGES, provision
+from lacre_fabric.work import (
+    Dispatch,
+    FabricError,
+    FabricLost,
+    FabricUnavailable,
+    NoWorkers,
+    QueueFull,
+    QueueTimeout,
+    WorkerLost,
+)
+from parts.fabric import POOLS, LiveFabric, new_work, sealed_bytes
+
+
+class Ends:
+    """Makes gateways and workers; all are closed after the test."""
+
+    def __init__(self, live: LiveFabric, stack: AsyncExitStack) -> None:
+        self.live = live
+        self._stack = stack
+
+    async def gateway(self, name: str = "g1") -> NatsGateway:
+        gateway = await self.live.gateway(name)
+        self._stack.push_async_callback(gateway.close)
+        return gateway
+
+    async def worker(self, node: str = "n1", *, slots: int = 1, models: tuple[str, ...] = ("m1",)) -> NatsWorker:
+        worker = await self.live.worker("a", node, models, slots)
+        self._stack.push_async_callback(worker.close)
+        return worker
+
+
+@pytest.fixture
+async def ends(nats: LiveFabric) -> AsyncIterator[Ends]:
+    async with AsyncExitStack() as stack:
+        yield Ends(nats, stack)
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[LiveFabric]:
+    """A server of the test's own, to be restarted."""
+    live = LiveFabric.make(tmp_path)
+    live.start()
+    yield live
+    live.stop()
+
+
+@pytest.fixture
+async def own(own_server: LiveFabric) -> AsyncIterator[Ends]:
+    await own_server.provision()
+    async with AsyncExitStack() as stack:
+        yield Ends(own_server, stack)
+
+
+async def die(worker: NatsWorker) -> None:
+    """What the death of a worker's process looks like from outside: the connection is gone, and nothing was said."""
+    assert worker._presence is not None
+    worker._presence.cancel()
+    await asyncio.gather(worker._presence, return_exceptions=True)
+    await worker.connection.close()
+
+
+async def answered(worker: NatsWorker, gateway: NatsGateway) -> bool:
+    """Whether work goes through from end to end."""
+    dispatch = await gateway.dispatch(new_work())
+    async with asyncio.timeout(5):
+        delivery = await worker.pull()
+        assert await delivery.claim()
+        await delivery.send(Kind.DATA, b"x")
+        await delivery.send(Kind.USAGE, b"")
+        await delivery.drop()
+        worker.release()
+        return [frame.payload async for frame in dispatch.frames()] == [b"x", b""]
+
+
+async def ends_with(dispatch: Dispatch) -> FabricError:
+    """The error that the answer ends with."""
+    with pytest.raises(FabricError) as caught:
+        async with asyncio.timeout(5):
+            async for _ in dispatch.frames():
+                pass
+    return caught.value
+
+
+# Redelivery
+
+
+async def test_a_death_before_the_claim_costs_one_redelivery(ends: Ends) -> None:
+    await ends.live.provision(ack_wait=0.5)
+    gateway, first, second = await ends.gateway(), await ends.worker("n1"), await ends.worker("n2")
+    work = new_work()
+    dispatch = await gateway.dispatch(work)
+    await first.pull()
+    await die(first)
+    async with asyncio.timeout(3):
+        delivery = await second.pull()
+    assert delivery.work == work
+    assert await delivery.claim()
+    await delivery.send(Kind.DATA, b"x")
+    await delivery.send(Kind.USAGE, b"")
+    frames = [frame async for frame in dispatch.frames()]
+    assert [frame.payload for frame in frames] == [b"x", b""]
+    assert {frame.attempt for frame in frames} == {delivery.attempt}
+    assert await ends.live.queued() == 0
+
+
+async def test_work_in_progress_is_not_delivered_again(ends: Ends) -> None:
+    await ends.live.provision(ack_wait=2.5)
+    gateway, first, second = await ends.gateway(), await ends.worker("n1"), await ends.worker("n2")
+    await gateway.dispatch(new_work())
+    delivery = await first.pull()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3.5):
+            await second.pull()
+    await delivery.drop()
+
+
+async def test_deliveries_that_come_to_nothing_lose_the_request(ends: Ends) -> None:
+    await ends.live.provision(ack_wait=0.3)
+    gateway, worker, other = await ends.gateway(), await ends.worker("n1", slots=3), await ends.worker("n2")
+    dispatch = await gateway.dispatch(new_work())
+    waiting = asyncio.create_task(other.pull())
+    frames = asyncio.create_task(anext(dispatch.frames()))
+    for _ in range(2):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                (await worker.pull())._leave()
+        if waiting.done():
+            waiting.result()._leave()
+            other.release()
+            waiting = asyncio.create_task(other.pull())
+    with pytest.raises(WorkerLost, match="every delivery"):
+        async with asyncio.timeout(3):
+            await frames
+    assert await ends.live.queued() == 0, "the message would stay until its time is over"
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+# The queue
+
+
+async def test_a_full_queue_takes_no_more(ends: Ends) -> None:
+    gateway, _ = await ends.gateway(), await ends.worker()
+    await (await gateway.dispatch(new_work())).cancel()
+    for _ in range(QUEUED_MESSAGES):
+        await gateway.connection.client.publish(subjects.work("a", "m2"), b"x")
+    await gateway.connection.round_trip()
+    began = time.monotonic()
+    with pytest.raises(QueueFull):
+        await gateway.dispatch(new_work())
+    assert time.monotonic() - began < 1
+    assert not gateway._inbound
+
+
+async def test_what_the_server_would_not_take_is_not_sent(ends: Ends) -> None:
+    gateway, worker = await ends.gateway(), await ends.worker()
+    limit = gateway.connection.client.max_payload
+    sealed = sealed_bytes() + bytes(limit)
+    largest = None
+    for size in range(limit - 400, limit + 1):  # the header's size is the gateway's affair
+        try:
+            dispatch = await gateway.dispatch(new_work(sealed=sealed_bytes() + sealed[: size - 71])) if size % 64 == 0 else None
+        except MessageTooLarge:
+            break
+        largest = dispatch or largest
+    assert largest is not None, "the largest that is taken arrives"
+    delivery = await worker.pull()
+    await delivery.drop()
+    with pytest.raises(MessageTooLarge):
+        await gateway.dispatch(new_work(sealed=sealed))
+    assert gateway.connected
+    assert gateway.connection.client.stats["reconnects"] == 0
+
+
+async def test_a_gateway_that_died_leaves_nothing_in_the_queue(ends: Ends) -> None:
+    gateway, _ = await ends.gateway(), await ends.worker()
+    await gateway.dispatch(new_work(), queue_limit=0.5)
+    await gateway.close()
+    assert await ends.live.queued() == 1
+    await asyncio.sleep(2.7)  # its time to live: the queue limit in whole seconds, and one
+    assert await ends.live.queued() == 0
+
+
+async def test_a_model_nobody_serves_keeps_no_other_waiting(ends: Ends) -> None:
+    gateway, _ = await ends.gateway(), await ends.worker(models=("m1",))
+    await (await gateway.dispatch(new_work(model="m1"))).cancel()
+    gateway._settled_at = 0.0
+    with pytest.raises(NoWorkers):
+        await gateway.dispatch(new_work(model="m2"))
+
+
+async def test_a_worker_serves_several_models(ends: Ends) -> None:
+    gateway, worker = await ends.gateway(), await ends.worker(slots=2, models=("m1", "m2"))
+    for model in ("m2", "m1", "m2"):
+        work = new_work(model=model)
+        await gateway.dispatch(work)
+        async with asyncio.timeout(3):
+            delivery = await worker.pull()
+        assert delivery.work == work
+        await delivery.drop()
+        worker.release()
+
+
+# Gateways and workers that come and go
+
+
+async def test_work_of_a_gateway_that_is_gone_is_stopped(ends: Ends) -> None:
+    gateway, worker = await ends.gateway(), await ends.worker()
+    await gateway.dispatch(new_work())
+    delivery = await worker.pull()
+    await delivery.send(Kind.DATA, b"x")
+    await gateway.close()
+    await ends.gateway()
+    await delivery.send(Kind.BEAT, b"")
+    async with asyncio.timeout(2):
+        await delivery.cancelled.wait()
+
+
+async def test_a_drained_worker_leaves_no_pull_behind(ends: Ends) -> None:
+    gateway, leaving, staying = await ends.gateway(), await ends.worker("n1"), await ends.worker("n2")
+    pulling = asyncio.create_task(leaving.pull())
+    await asyncio.sleep(0.2)
+    pulling.cancel()
+    await asyncio.gather(pulling, return_exceptions=True)
+    await leaving.drain()
+    for _ in range(3):
+        await (await gateway.dispatch(new_work())).cancel()
+    work = new_work()
+    await gateway.dispatch(work)
+    async with asyncio.timeout(1):
+        delivery = await staying.pull()
+    assert delivery.work == work
+    assert delivery._message.metadata.num_delivered == 1
+    await delivery.drop()
+
+
+async def test_closing_ends_what_waits(ends: Ends) -> None:
+    gateway, _ = await ends.gateway(), await ends.worker()
+    dispatch = await gateway.dispatch(new_work())
+    waiting = asyncio.create_task(anext(dispatch.frames()))
+    await asyncio.sleep(0.1)
+    await gateway.close()
+    with pytest.raises(FabricUnavailable, match="closing"):
+        await waiting
+    with pytest.raises(FabricUnavailable, match="not connected"):
+        await gateway.dispatch(new_work())
+
+
+async def test_no_queue_is_said(ends: Ends) -> None:
+    gateway, worker = await ends.gateway(), await ends.worker()
+    await (await gateway.dispatch(new_work())).cancel()
+    provisioner = await ends.live.connect("provisioner")
+    await provisioner.jetstream.delete_stream("WORK_a")
+    await provisioner.close()
+    with pytest.raises(FabricUnavailable, match="has no queue"):
+        await gateway.dispatch(new_work())
+    # The worker says that it can take nothing, and finds the new queue by itself.
+    pulling = asyncio.create_task(worker.pull())
+    await asyncio.sleep(0.2)
+    assert gateway.workers("a", "m1") == 0
+    await ends.live.provision()
+    async with asyncio.timeout(3):
+        while not gateway.workers("a", "m1"):
+            await asyncio.sleep(0.05)
+        await gateway.dispatch(new_work())
+        await (await pulling).drop()
+
+
+async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
+    gateway, worker = await own.gateway(), await own.worker()
+    assert await answered(worker, gateway)
+    broken = await gateway.dispatch(new_work())
+    delivery = await worker.pull()
+    await delivery.send(Kind.DATA, b"begun")
+    waiting = await gateway.dispatch(new_work(), queue_limit=2.0)
+
+    await own.live.restart()
+    ending = asyncio.create_task(ends_with(broken))
+    await delivery.drop()
+    worker.release()
+    for connection in (gateway.connection, worker.connection):
+        async with asyncio.timeout(5):
+            await connection.wait_connected()
+    with pytest.raises(FabricError):
+        await gateway.dispatch(new_work())
+    pulling = asyncio.create_task(worker.pull())
+    await asyncio.sleep(0.1)
+    await own.live.provision()
+    # A sequence of the old queue means another message in the new one: to withdraw the old must not take the new away.
+    new = new_work()
+    async with asyncio.timeout(5):
+        while not gateway.workers("a", "m1"):
+            await asyncio.sleep(0.05)
+        dispatch = await gateway.dispatch(new)
+    assert isinstance(await ends_with(waiting), QueueTimeout)
+    assert isinstance(await ending, WorkerLost)
+    async with asyncio.timeout(5):
+        delivery = await pulling
+    assert delivery.work == new
+    assert await delivery.claim()
+    await delivery.send(Kind.USAGE, b"")
+    assert [frame.kind async for frame in dispatch.frames()] == [Kind.USAGE]
+    await delivery.drop()
+    worker.release()
+    assert await answered(worker, gateway)
+
+
+async def test_a_worker_takes_no_heap_of_work_after_an_outage(own: Ends) -> None:
+    gateway, worker = await own.gateway(), await own.worker(slots=1)
+    pulling = asyncio.create_task(worker.pull())
+    await asyncio.sleep(0.2)
+    await own.live.restart(4.5)  # long enough for two pulls more to be kept for the time after
+    await own.live.provision()
+    async with asyncio.timeout(5):
+        await gateway.connection.wait_connected()
+        while not gateway.workers("a", "m1"):
+            await asyncio.sleep(0.05)
+    for _ in range(4):
+        await gateway.dispatch(new_work())
+    async with asyncio.timeout(5):
+        delivery = await pulling
+    await asyncio.sleep(0.3)
+    provisioner = await own.live.connect("provisioner")
+    info = await provisioner.jetstream.consumer_info("WORK_a", subjects.consumer("m1"))
+    await provisioner.close()
+    assert (info.num_ack_pending, info.num_pending) == (1, 3)
+    await delivery.drop()
+
+
+# The client library leaves the sockets of refused reconnections to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_withdrawn_credential_ends_the_worker(own: Ends) -> None:
+    worker, other = await own.worker("n1"), await own.worker("n2")
+    own.live.server.configure([role for role in own.live.roles() if role.credential.name != "worker-a-n1"])
+    own.live.server.reload(own.live.process)
+    with pytest.raises(FabricLost):
+        async with asyncio.timeout(10):
+            while True:
+                with suppress(FabricUnavailable):
+                    await worker.pull()
+    assert other.connection.connected
+
+
+async def test_a_new_pool_needs_no_restart(own: Ends) -> None:
+    gateway = await own.gateway()
+    pools = {**POOLS, "c": ("m1",)}
+    credential = roles.Credential.new("worker-c-n1")
+    others = [role for role in own.live.roles() if role.credential.name != "gateway-g1"]
+    gateway_role = roles.gateway(own.live.credentials["gateway-g1"], "g1", tuple(pools))
+    own.live.server.configure([*others, gateway_role, roles.worker(credential, "c", "n1")])
+    for _ in range(2):
+        own.live.server.reload(own.live.process)
+        await asyncio.sleep(0.3)
+    provisioner = await own.live.connect("provisioner")
+    await provision(provisioner, pools)
+    await provisioner.close()
+    async with asyncio.timeout(5):
+        await gateway.connection.wait_connected()
+        worker = await NatsWorker.connect(own.live.server.url, credential, "c", "n1", ["m1"])
+        while not gateway.workers("c", "m1"):
+            await asyncio.sleep(0.05)
+        await gateway.dispatch(new_work("c"))
+        await (await worker.pull()).drop()
+    await worker.close()
