@@ -73,13 +73,21 @@ def destroy(path: Path) -> None:
     In place is as far as a program reaches: a file system that writes elsewhere (copy on write, a log, the flash of an SSD),
     a snapshot or a backup may keep what was there before.
     """
+    going = path if path.name.startswith(".") else path.with_name(f".{path.name}.going")
     try:
-        with path.open("r+b", buffering=0) as file:
+        path.replace(going)  # first of all it is nobody's key any more: none is ever seen half overwritten
+        with going.open("r+b", buffering=0) as file:
             _write_all(file, bytes(os.fstat(file.fileno()).st_size))
     except FileNotFoundError:
         return
-    path.unlink(missing_ok=True)
+    going.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def destroy_leftovers(folder: Path, name: str) -> None:
+    """What a crash left of writing or destroying files whose names begin with `name` and a dot. Nobody may be writing them."""
+    for path in folder.glob(f".{name}.*"):
+        destroy(path)
 
 
 def write_ed25519(path: Path, key: Ed25519PrivateKey) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
@@ -27,6 +27,7 @@ from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.nats_gateway import GATEWAY, GRANT, REQUEST
 from lacre_fabric.outbound import Outbound
 from lacre_fabric.roles import Credential
+from lacre_fabric.rollcall import KEYS
 from lacre_fabric.work import BEAT, FabricUnavailable, Work
 
 PULL: Final = 2.0  # seconds that one pull waits, where the node serves one model; one that NATS lost is made good this soon
@@ -50,8 +51,11 @@ class _Queue:
 class NatsWorker:
     """A `WorkerFabric`. It outlives its queues: a model whose queue is gone is not announced, and looked for again."""
 
-    def __init__(self, connection: Connection, pool: str, node: str, slots: int) -> None:
+    def __init__(
+        self, connection: Connection, pool: str, node: str, slots: int, keys: Callable[[], Sequence[str]] = tuple
+    ) -> None:
         self.connection = connection
+        self._keys = keys
         self._pool = pool
         self._node = node
         self._slots = slots
@@ -65,10 +69,18 @@ class NatsWorker:
 
     @classmethod
     async def connect(
-        cls, url: str, credential: Credential, pool: str, node: str, models: Sequence[str], *, slots: int = 1
+        cls,
+        url: str,
+        credential: Credential,
+        pool: str,
+        node: str,
+        models: Sequence[str],
+        *,
+        slots: int = 1,
+        keys: Callable[[], Sequence[str]] = tuple,
     ) -> Self:
-        """Raises FabricUnavailable."""
-        worker = cls(await Connection.open(url, credential), pool, node, slots)
+        """keys: the fingerprints of the pool's keys that are held here now; presence tells them. Raises FabricUnavailable."""
+        worker = cls(await Connection.open(url, credential), pool, node, slots, keys)
         try:
             await worker._bind(models)
         except BaseException:
@@ -174,7 +186,7 @@ class NatsWorker:
 
     async def _say_presence(self) -> None:
         models = [queue.model for queue in self._queues if queue.there and not self._draining]
-        said = {"models": models, "free": self._free, "busy": self._slots - self._free}
+        said = {"models": models, "free": self._free, "busy": self._slots - self._free, KEYS: list(self._keys())}
         with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
             await self.connection.client.publish(subjects.presence(self._pool, self._node), json.dumps(said).encode())
 

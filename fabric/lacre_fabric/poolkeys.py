@@ -1,34 +1,75 @@
-"""A pool's private keys as files, for its workers: `NUMBER.key`, each one generation. Gateways never load this."""
+"""A pool's private keys as files, for its workers: `NUMBER.key`, one for each key. Gateways never load this.
+
+Rules:
+- A key is in the folder exactly as long as it may open requests: workers take up what appears and destroy what disappears.
+- Whoever makes a key keeps only its public part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
-from lacre.wire.header import Kem
+from lacre.wire.header import Kem, KeyConfig
 from lacre.wire.opening import PrivateKey
-from lacre_fabric.keyfiles import read_secret, write_secret
+from lacre.wire.wiping import overwrite
+from lacre_fabric.keyfiles import destroy, destroy_leftovers, read_secret, write_secret
 
 _SUFFIX: Final = ".key"
-MAX_KEY_ID: Final = 255  # one byte (RFC 9458 section 3); generations wrap around long after an old one was destroyed
+DEFAULT_KEMS: Final = (Kem.XWING, Kem.X25519)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{_SUFFIX}"))
+
+
+def read(path: Path) -> PrivateKey:
+    """Raises SettingsError."""
+    content = read_secret(path)
+    try:
+        return PrivateKey.from_bytes(content)
+    finally:
+        overwrite(content)
 
 
 def load(folder: Path) -> Mapping[int, PrivateKey]:
-    """Every generation in `folder`, by key id. Raises SettingsError."""
-    keys = {}
-    for path in sorted(folder.glob(f"*{_SUFFIX}")):
-        key = PrivateKey.from_bytes(read_secret(path))
-        keys[key.config.key_id] = key
+    """Every key in `folder`, by key id. Raises SettingsError."""
+    keys = {key.config.key_id: key for key in map(read, files(folder))}
     if not keys:
         raise SettingsError(f"{folder} holds no pool key: `lacre keys init` makes one")
     return keys
 
 
-def create(folder: Path, kems: tuple[Kem, ...] = (Kem.XWING, Kem.X25519)) -> None:
-    """A first key of each kind where there is none yet; the manifest lists them in this order."""
-    if any(folder.glob(f"*{_SUFFIX}")):
-        return
-    for number, kem in enumerate(kems, start=1):
-        write_secret(folder / f"{number}{_SUFFIX}", PrivateKey.generate(number, kem).to_bytes())
+def make(folder: Path, ids: Sequence[int], kems: Sequence[Kem]) -> tuple[KeyConfig, ...]:
+    """New keys, one for each id and its KEM, in files that are complete when this returns. What they are announced as."""
+    return tuple(_make(folder, key_id, kem) for key_id, kem in zip(ids, kems, strict=True))
+
+
+def _make(folder: Path, key_id: int, kem: Kem) -> KeyConfig:
+    key = PrivateKey.generate(key_id, kem)
+    content = key.to_bytes()
+    try:
+        write_secret(folder / f"{key_id}{_SUFFIX}", content)
+    finally:
+        overwrite(content)
+        key.destroy()
+    return key.config
+
+
+def public_parts(folder: Path) -> tuple[KeyConfig, ...]:
+    """Of the keys in `folder`, in the order of their ids."""
+    keys = [read(path) for path in files(folder)]
+    for key in keys:
+        key.destroy()
+    return tuple(sorted((key.config for key in keys), key=lambda config: config.key_id))
+
+
+def keep_only(folder: Path, ids: Iterable[int]) -> None:
+    """Destroys every other key in `folder`, and what a crash left of one."""
+    kept = {f"{key_id}{_SUFFIX}" for key_id in ids}
+    for path in files(folder):
+        if path.name not in kept:
+            destroy(path)
+    destroy_leftovers(folder, f"*{_SUFFIX}")

@@ -3,21 +3,26 @@
     root.pem signer.pem        signs root statements; signs manifests (in production each on a machine of its own)
     issuer.pem issuer.jwks     the development token issuer
     gateway/                   gateway.toml, its grant key, its credential, audit.jsonl
-    pools/NAME/                the pool's keys and receipt key
+    pools/NAME/                the pool's keys, what is known of their generations, and its receipt key
     workers/NAME/              worker.toml and credential
-    trust/                     the chain of root statements and the published manifest
+    trust/                     the chain of root statements, the published manifest, and the lock for changing either
     nats/ logs/                nats-server's state; one log a process
-    site.json                  the pools, their models, and where nats-server listens
+    site.json                  the pools, their models, where the gateway and nats-server listen
     env                        LACRE_URL and LACRE_TOKEN, for a shell
 
-Everything is created once and found again; secrets are 0600.
+Everything is created once and found again; secrets are 0600. What several processes may change (keys, chain, manifest) is
+changed inside `Site.changing`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeGuard
@@ -26,22 +31,22 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import SettingsError
 from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.manifest import Document, Manifest, Pool
 from lacre.padding import SHAPES
-from lacre.signing import sign_manifest, sign_statement
+from lacre.signing import sign_manifest
 from lacre.trust import ConnectionString, verify
 from lacre_fabric import poolkeys, roles, tokens
-from lacre_fabric.keyfiles import ed25519, read_ed25519, write_secret
+from lacre_fabric.authority import DAY, Authority
+from lacre_fabric.generations import Generations
+from lacre_fabric.keyfiles import ed25519, read_ed25519, read_secret, write_secret
 from lacre_fabric.roles import Credential, Role
 
 GATEWAY_ID: Final = "g1"
 NODE: Final = "n1"
-DAY: Final = 86400.0
 DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor's patience is longer
-SIGNER_LIFETIME: Final = 90 * DAY
-SIGNER_RENEWAL: Final = 30 * DAY  # before its end, the root says the signer's name again
 MANIFEST_LIFETIME: Final = DAY
 KEY_LIFETIME: Final = 7 * DAY  # of a pool key in the manifest, counted anew at each publication until it is rotated
+CHANGING: Final = 120.0  # seconds to wait for another process that changes the same state
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,14 @@ class Site:
         """Where nats-server listens, or listened last."""
         return str(_read_json(self.folder / "site.json")["nats"])
 
-    def save(self, nats_url: str) -> None:
-        write_secret(self.folder / "site.json", json.dumps({"pools": self.pools, "nats": nats_url}).encode())
+    @property
+    def base_url(self) -> str:
+        """Where the gateway serves, or served last."""
+        return str(_read_json(self.folder / "site.json")["gateway"])
+
+    def save(self, nats_url: str, base_url: str) -> None:
+        content = {"pools": self.pools, "nats": nats_url, "gateway": base_url}
+        write_secret(self.folder / "site.json", json.dumps(content).encode())
 
     @property
     def gateway_settings(self) -> Path:
@@ -79,13 +90,35 @@ class Site:
         """Makes what is missing; what is there stays."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.folder / "logs").mkdir(exist_ok=True)
-        for name in ("root", "signer", "issuer", "gateway/grant"):
+        self.authority.create(time.time())
+        for name in ("issuer", "gateway/grant"):
             ed25519(self.folder / f"{name}.pem")
         for pool in self.pools:
             ed25519(self.folder / "pools" / pool / "receipt.pem")
-            poolkeys.create(self.folder / "pools" / pool / "keys")
+            self._create_keys(pool)
         key_set = tokens.key_set(self._key("issuer"))
         (self.folder / "issuer.jwks").write_text(json.dumps(key_set))
+
+    def _create_keys(self, pool: str) -> None:
+        """A first key of each kind where there is none; the manifest lists them in this order."""
+        if not self._generations_file(pool).exists():
+            folder = self.keys_folder(pool)
+            configs = poolkeys.public_parts(folder) or poolkeys.make(folder, (1, 2), poolkeys.DEFAULT_KEMS)
+            self.keep_generations(pool, Generations().stage(configs).list_staged(time.time(), 0))
+
+    @asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """Alone among all processes. Raises SettingsError where another one does not come to an end."""
+        handle = os.open(self.folder / "trust" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            deadline = time.monotonic() + CHANGING
+            while not _locked(handle):
+                if time.monotonic() > deadline:
+                    raise SettingsError(f"another command has been changing {self.folder} for too long: see which, and end it")
+                await asyncio.sleep(0.05)
+            yield
+        finally:
+            os.close(handle)  # and with it the lock
 
     def roles(self) -> list[Role]:
         """Every role of the fabric, with its credential."""
@@ -102,9 +135,32 @@ class Site:
         return self.folder / "fabric" / f"{name}.json"
 
     @property
+    def authority(self) -> Authority:
+        return Authority(self.folder)
+
+    @property
     def root(self) -> bytes:
-        """The public root key: what applications pin."""
-        return raw_public_key(self._key("root"))
+        """The public root key: what applications pin from now on."""
+        return self.authority.chain().roots[-1]
+
+    def keys_folder(self, pool: str) -> Path:
+        """The pool's private keys: what its workers read."""
+        return self.folder / "pools" / pool / "keys"
+
+    def generations(self, pool: str) -> Generations:
+        path = self._generations_file(pool)
+        try:
+            return Generations.parse(read_secret(path))
+        except ValueError as exc:
+            raise SettingsError(
+                f"{path} is damaged: remove it, and every key in the folder beside it counts as current"
+            ) from exc
+
+    def keep_generations(self, pool: str, generations: Generations) -> None:
+        write_secret(self._generations_file(pool), generations.encode())
+
+    def _generations_file(self, pool: str) -> Path:
+        return self.folder / "pools" / pool / "generations.json"
 
     def connection_string(self, base_url: str) -> str:
         return str(ConnectionString(base_url, self.root))
@@ -123,11 +179,21 @@ class Site:
     def sign_manifest(self, now: float | None = None) -> bytes:
         """The next version of the manifest, signed and kept; the document to publish."""
         now = time.time() if now is None else now
-        manifest = sign_manifest(self._manifest(self._next_version(), now), self._key("signer"))
-        document = Document(self._chain(now), manifest).encode()
-        verify(document, self.root, now)  # what would not verify is not published
+        chain = self.authority.renewed(now)
+        manifest = sign_manifest(self._manifest(self._next_version(), now), self.authority.signer())
+        document = Document(chain.entries, manifest).encode()
+        verify(document, chain.roots[0], now)  # what would not verify from the first root on is not published
         write_secret(self.folder / "trust" / "manifest.json", document)
         return document
+
+    def published(self, now: float) -> None:
+        """The manifest signed as of `now` is on the fabric: writes down what follows, and destroys replaced signing keys."""
+        self.authority.settle()
+        for pool in self.pools:
+            before = self.generations(pool)
+            after = before.published(now)
+            if after != before:
+                self.keep_generations(pool, after)
 
     def _next_version(self) -> int:
         """Counts every manifest ever signed here; kept before it is used, so that no version is signed twice."""
@@ -145,28 +211,16 @@ class Site:
         return Manifest(self.issuer, version, now, now + MANIFEST_LIFETIME, gateway_key, pools)
 
     def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
-        keys = poolkeys.load(self.folder / "pools" / name / "keys").values()
+        keys = self.generations(name).pool_keys(now, now + KEY_LIFETIME)
         receipt_key = raw_public_key(self._key(f"pools/{name}/receipt"))
-        return Pool(tuple(models), tuple(PoolKey(key.config, now + KEY_LIFETIME) for key in keys), receipt_key, SHAPES)
-
-    def _chain(self, now: float) -> tuple[tuple[str, ...], ...]:
-        """The root's statements, with a fresh one where the last grows old."""
-        path = self.folder / "trust" / "chain.json"
-        if path.exists():
-            kept = json.loads(path.read_text())
-            if now < kept["renew_after"]:
-                return tuple(map(tuple, kept["chain"]))
-        statement = RootStatement(raw_public_key(self._key("signer")), now + SIGNER_LIFETIME)
-        # The same root's older statements say nothing more than the newest: one is enough.
-        chain = (sign_statement(statement, self._key("root")),)
-        write_secret(path, json.dumps({"chain": chain, "renew_after": now + SIGNER_LIFETIME - SIGNER_RENEWAL}).encode())
-        return chain
+        return Pool(tuple(models), keys, receipt_key, SHAPES)
 
     def write_settings(self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
         """The settings files of gateway and workers. models: for each pool, the tables of its worker's `[[models]]`."""
+        base_url = f"http://127.0.0.1:{port}"
         gateway = {
             "gateway": GATEWAY_ID,
-            "public_url": f"http://127.0.0.1:{port}",
+            "public_url": base_url,
             "trust": b64u(self.root),
             "signing_key": "grant.pem",
             "audit": "audit.jsonl",
@@ -181,7 +235,7 @@ class Site:
                 }
             ],
         }
-        self.save(nats_url)
+        self.save(nats_url, base_url)
         _write_toml(self.gateway_settings, gateway)
         for pool in self.pools:
             worker = {
@@ -189,12 +243,20 @@ class Site:
                 "node": NODE,
                 "drain": DRAIN,
                 "trust": b64u(self.root),
-                "keys": str(self.folder / "pools" / pool / "keys"),
+                "keys": str(self.keys_folder(pool)),
                 "receipt_key": str(self.folder / "pools" / pool / "receipt.pem"),
                 "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
                 "models": list(models[pool]),
             }
             _write_toml(self.worker_settings(pool), worker)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read_json(path: Path) -> Any:
