@@ -1,0 +1,225 @@
+"""What the client does with the receipt of an answer, and what it can count again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import lacre
+from lacre.jws import b64u
+from lacre.receipts import TRAILER, Receipt, of_answer
+from lacre.recount import Recount, Written
+from lacre.streams import Deltas
+from parts.chat_app import ChatApp
+from parts.relay import Relay, Wire
+
+Bend = Callable[[Receipt], list[Receipt]]
+
+
+def changed(**members: Any) -> Bend:
+    return lambda receipt: [dataclasses.replace(receipt, **members)]
+
+
+# What a worker, or whoever took its place, may put where the receipt belongs.
+BAD: dict[str, Bend] = {
+    "none": lambda receipt: [],
+    "two": lambda receipt: [receipt, receipt],
+    "of another request": changed(enc=b64u(bytes(32))),
+    "a cumulative one": changed(final=False),
+    "more than was asked for": changed(completion_tokens=10),
+    "more cached than there was": changed(cached_tokens=8),
+}
+# What only somebody who reads the answer notices.
+UNLIKE_THE_USAGE: dict[str, Bend] = {
+    "more tokens": changed(completion_tokens=4),
+    "fewer tokens": changed(completion_tokens=2),
+    "a longer prompt": changed(prompt_tokens=700),
+    "less of it cached": changed(cached_tokens=0),
+}
+
+
+class TestGoodReceipts:
+    def test_on_a_reply(self, client: lacre.Client, relay: Relay) -> None:
+        reply = client.chat("x")
+        receipt = reply.receipt
+        assert receipt.final and receipt.model == "sha256:77"
+        assert (receipt.prompt_tokens, receipt.cached_tokens, receipt.completion_tokens) == (7, 2, 3)
+        assert receipt.enc == b64u(relay.opened[0].header.digest)
+        assert reply.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)
+
+    def test_on_a_stream(self, client: lacre.Client, relay: Relay) -> None:
+        with client.chat_stream("x") as stream:
+            for _ in range(3):
+                next(stream)
+                for early in ("receipt", "usage", "attempts", "facts"):
+                    with pytest.raises(lacre.UsageError, match="not ended"):
+                        getattr(stream, early)
+                with pytest.raises(lacre.UsageError):
+                    stream.recount()
+            assert list(stream) == []
+        assert stream.receipt.enc == b64u(relay.opened[0].header.digest)
+        assert stream.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)
+        assert (stream.text, stream.attempts, stream.facts.shape) == ("one two three", 1, "pad")
+
+    async def test_awaited(self, async_client: lacre.AsyncClient) -> None:
+        assert (await async_client.chat("x")).receipt.completion_tokens == 3
+        async with async_client.chat_stream("x") as stream:
+            assert [piece async for piece in stream] == ["one ", "two ", "three"]
+        assert stream.receipt.completion_tokens == stream.usage.completion == 3
+        assert stream.recount().claimed == 3
+
+    def test_on_a_raw_response_once_it_has_ended(self, client: lacre.Client) -> None:
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            facts = response.extensions["lacre"]
+            assert facts.receipt is None
+            response.read()
+            assert facts.receipt.completion_tokens == 3
+        assert client.post("/v1/chat/completions", json=body).extensions["lacre"].receipt.final
+
+    def test_an_error_of_the_api_has_one_too(self, client: lacre.Client) -> None:
+        response = client.post("/v1/chat/completions", json={"messages": []})
+        assert response.status_code == 400
+        assert response.extensions["lacre"].receipt.completion_tokens == 0
+
+    def test_usage_is_asked_for_unless_the_caller_says_otherwise(self, client: lacre.Client, app: ChatApp) -> None:
+        stream = client.chat_stream("x", stream_options={"include_obfuscation": False})
+        assert list(stream)
+        assert stream.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)  # the receipt's
+        assert list(client.chat_stream("x"))
+        first, second = map(json.loads, app.bodies)
+        assert "include_usage" not in first["stream_options"]
+        assert second["stream_options"] == {"include_usage": True}
+
+    def test_a_stream_that_is_never_asked_sends_nothing(self, client: lacre.Client, relay: Relay) -> None:
+        client.chat_stream("x").close()
+        assert not relay.requests
+
+
+class TestBadReceipts:
+    @pytest.mark.parametrize("bend", [*BAD.values(), *UNLIKE_THE_USAGE.values()], ids=[*BAD, *UNLIKE_THE_USAGE])
+    def test_chat(self, client: lacre.Client, relay: Relay, bend: Bend) -> None:
+        relay.receipts = bend
+        with pytest.raises(lacre.InvalidReceipt):
+            client.chat("x", max_tokens=9)
+        stream = client.chat_stream("x", max_tokens=9)
+        with pytest.raises(lacre.InvalidReceipt):
+            list(stream)
+        with pytest.raises(lacre.UsageError):
+            assert stream.receipt
+
+    @pytest.mark.parametrize("bend", BAD.values(), ids=BAD)
+    async def test_raw(self, async_client: lacre.AsyncClient, relay: Relay, bend: Bend) -> None:
+        relay.receipts = bend
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "stream": True}
+        with pytest.raises(lacre.InvalidReceipt):
+            await async_client.post("/v1/chat/completions", json=body)
+        async with async_client.stream("POST", "/v1/chat/completions", json=body) as response:
+            with pytest.raises(lacre.InvalidReceipt):
+                await response.aread()
+            assert response.extensions["lacre"].receipt is None
+
+    def test_by_another_key(self, client: lacre.Client, relay: Relay) -> None:
+        client.models()  # the manifest names the pool's receipt key
+        relay.receipt_key = Ed25519PrivateKey.generate()
+        with pytest.raises(lacre.InvalidReceipt) as caught:
+            client.chat("x")
+        assert isinstance(caught.value.__cause__, lacre.InvalidSignature)
+        assert isinstance(caught.value, lacre.VerificationError)
+
+    def test_a_usage_that_is_none(self, relay: Relay, app: ChatApp) -> None:
+        async def odd(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            body = b'{"id":"a","model":"m","choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":[1]}'
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": body})
+
+        relay.app = odd
+        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+            with pytest.raises(lacre.InvalidMessage):
+                client.chat("x")
+
+
+class TestOfAnswer:
+    KEY = Ed25519PrivateKey.generate()
+    PUBLIC = KEY.public_key().public_bytes_raw()
+    RECEIPT = Receipt(b64u(bytes(32)), "sha256:0", 7, 2, 3, 1.0, 2.0, True)
+
+    def test_the_ceiling_is_inclusive(self) -> None:
+        trailers = [("x-other", "1"), (TRAILER, self.RECEIPT.sign(self.KEY))]
+        assert of_answer(trailers, self.PUBLIC, bytes(32), 3) == self.RECEIPT
+        with pytest.raises(lacre.InvalidReceipt):
+            of_answer(trailers, self.PUBLIC, bytes(32), 2)
+
+    @pytest.mark.parametrize("token", ["", "a.b.c", "x" * 600_000, "ä"])
+    def test_what_is_no_receipt(self, token: str) -> None:
+        with pytest.raises(lacre.InvalidReceipt):
+            of_answer([(TRAILER, token)], self.PUBLIC, bytes(32), 9)
+
+
+def whole(*contents: Any, logprobs: int | None = None) -> dict[str, Any]:
+    listed = None if logprobs is None else {"content": [{"token": "t"}] * logprobs}
+    choices = [{"index": number, "message": content, "logprobs": listed} for number, content in enumerate(contents)]
+    return {"choices": choices}
+
+
+def recount(body: dict[str, Any], claimed: int, tokenizer: Any = None) -> Recount:
+    written = Written()
+    for choice in body["choices"]:
+        written.add(choice, choice["message"])
+    return written.recount(dataclasses.replace(TestOfAnswer.RECEIPT, completion_tokens=claimed), tokenizer)
+
+
+class TestRecount:
+    def test_of_a_reply(self, client: lacre.Client) -> None:
+        counted = client.chat("x").recount(lambda text: len(text.split()))
+        assert counted == Recount(claimed=3, text_bytes=13, listed=None, counted=3)
+        assert (counted.unexplained, counted.difference) == (0, 0)
+
+    def test_a_stream_and_a_whole_count_alike(self, client: lacre.Client) -> None:
+        stream = client.chat_stream("x")
+        list(stream)
+        assert stream.recount(len) == client.chat("x").recount(len)
+
+    def test_without_a_tokenizer(self, client: lacre.Client) -> None:
+        assert client.chat("x").recount().difference is None
+
+    def test_tokens_that_no_text_accounts_for(self) -> None:
+        assert recount(whole({"content": "abc"}), claimed=50).unexplained == 47
+        assert recount(whole({"content": "äbc"}), claimed=4).unexplained == 0  # bytes, not characters
+
+    def test_more_tokens_than_the_tokenizer_makes(self) -> None:
+        counted = recount(whole({"content": "one two three"}), claimed=9, tokenizer=lambda text: len(text.split()))
+        assert (counted.unexplained, counted.difference) == (0, 6)
+
+    def test_every_choice_and_everything_written(self) -> None:
+        call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at":"x"}'}}
+        first = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
+        body = whole(first, {"role": "assistant", "content": "so", "reasoning_content": "hm"})
+        assert recount(body, claimed=1).text_bytes == len('look{"at":"x"}') + len("sohm")
+        assert recount(body, claimed=1, tokenizer=len).counted == 18
+
+    def test_tokens_that_the_answer_lists(self) -> None:
+        assert recount(whole({"content": "abc"}, {"content": "d"}, logprobs=3), claimed=6).listed == 6
+
+    def test_deltas_of_several_choices(self) -> None:
+        deltas = Deltas()
+        for index, text in ((0, "a"), (1, "bc"), (0, "d")):
+            deltas.feed(json.dumps({"choices": [{"index": index, "delta": {"content": text}}]}))
+        texts: list[str] = []
+        deltas.written.recount(TestOfAnswer.RECEIPT, lambda text: texts.append(text) or 0)  # type: ignore[func-returns-value]
+        assert (deltas.text, texts) == ("ad", ["ad", "bc"])
+
+    def test_a_nest_that_a_hostile_worker_sends(self) -> None:
+        nested: Any = "x"
+        for _ in range(100_000):
+            nested = [nested]
+        assert recount(whole({"content": nested}), claimed=1).text_bytes == 1
+
+    def test_text_that_is_no_unicode(self) -> None:
+        assert recount(whole({"content": "\ud800"}), claimed=1).text_bytes == 3
