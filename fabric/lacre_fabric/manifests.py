@@ -20,7 +20,9 @@ log = structlog.get_logger("lacre.manifest")
 
 
 class ManifestFeed:
-    """fetch: the served document, or None where none was published; root: the pinned root key. clock: seconds."""
+    """fetch: the served document, or None where none was published; root: the pinned root key. clock: seconds.
+    poll: seconds from one reading to the next.
+    """  # fmt: skip
 
     def __init__(
         self,
@@ -29,11 +31,14 @@ class ManifestFeed:
         *,
         memory: Memory | None = None,
         clock: Callable[[], float] = time.time,
+        poll: float = POLL,
     ) -> None:
         self._fetch = fetch
         self._root = root
         self._memory = memory or VersionMemory()
         self._clock = clock
+        self._interval = poll
+        self._failure = ""
         self._trusted: Trusted | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -58,7 +63,7 @@ class ManifestFeed:
             self._trusted = accept(document, self._root, self._memory, self._clock())
 
     async def start(self) -> None:
-        """A first read (its failure is not fatal: the fabric may come up later), then one each `POLL` seconds. Idempotent."""
+        """A first read (its failure is not fatal: the fabric may come up later), then one each `poll` seconds. Idempotent."""
         await self._try()
         if self._task is None:
             self._task = asyncio.create_task(self._poll())
@@ -71,14 +76,19 @@ class ManifestFeed:
 
     async def _poll(self) -> None:
         while True:
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(self._interval)
             await self._try()
 
     async def _try(self) -> None:
         try:
             await self.refresh()
         except LacreError as exc:
-            log.warning("manifest.not_taken", kind=type(exc).__name__)
+            failure = type(exc).__name__
+        else:
+            failure = ""
+        if failure and failure != self._failure:  # once, not with every reading
+            log.warning("manifest.not_taken", kind=failure)
+        self._failure = failure
 
     def _current(self) -> Trusted:
         if self._trusted is None:

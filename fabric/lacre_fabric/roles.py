@@ -49,7 +49,7 @@ class Credential:
         try:
             members = Members(json.loads(read_secret(path)), "the credential")
             return cls(members.text("name"), members.text("password"))
-        except (ValueError, InvalidMessage) as exc:
+        except (ValueError, RecursionError, InvalidMessage) as exc:
             raise SettingsError(f"{path} is not a fabric credential: `lacre up` and `lacre keys init` write them") from exc
 
     @classmethod

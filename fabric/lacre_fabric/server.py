@@ -60,7 +60,7 @@ class Server:
             "ports_file_dir": str(self._folder),
             "max_payload": MAX_PAYLOAD,
             "jetstream": {
-                "store_dir": str(self._folder / "jetstream"),
+                "store_dir": str(self._folder),
                 "max_memory_store": MAX_MEMORY,
                 "max_file_store": MAX_FILES,
                 "sync_interval": "always",  # a claim that was granted must not be forgotten by a power cut

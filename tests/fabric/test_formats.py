@@ -1,0 +1,238 @@
+"""What the fabric writes and reads: whatever was written is read back, and of anything else only a protocol error comes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lacre import jws
+from lacre.errors import Expired, InvalidMessage, InvalidSignature, LacreError, SettingsError
+from lacre.receipts import Receipt
+from lacre_fabric import grants, subjects
+from lacre_fabric.frames import MAX_PAYLOAD, Frame, Kind
+from lacre_fabric.grants import MAX_SKEW, Grant
+from lacre_fabric.nats_gateway import MAX_PRESENCE, _Presence
+
+KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+PUBLIC = jws.raw_public_key(KEY)
+NOW = 1_790_000_000.0
+
+NUMBERS = st.integers(0, 2**53)
+TIMES = st.floats(0, 4e9)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+GRANTS = st.builds(
+    Grant, TEXT, st.floats(0, NOW), st.floats(NOW + 1, 4e9), TEXT, TEXT, TEXT, TEXT, NUMBERS, NUMBERS,
+    st.lists(TEXT, max_size=3).map(tuple), TEXT,
+)  # fmt: skip
+RECEIPTS = st.builds(Receipt, TEXT, TEXT, NUMBERS, NUMBERS, NUMBERS, TIMES, TIMES, st.booleans())
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)
+)
+GRANT = Grant("id", NOW, NOW + 60, "a", "m1", "chat", "none", 10, 100, (), "x")
+RECEIPT = Receipt("x", "sha256:0", 1, 0, 2, NOW, NOW + 1, True)
+
+
+# Frames
+
+
+@given(st.binary(min_size=16, max_size=16), st.integers(0, 10**12 - 1), st.sampled_from(Kind), st.binary(max_size=100))
+def test_a_frame_is_read_back(attempt: bytes, sequence: int, kind: Kind, payload: bytes) -> None:
+    frame = Frame(attempt.hex(), sequence, kind, payload)
+    assert Frame.parse(frame.headers(), payload) == frame
+
+
+@given(st.none() | st.dictionaries(st.sampled_from(["A", "S", "K"]) | TEXT, TEXT), st.binary(max_size=20))
+def test_no_frame_is_said(headers: dict[str, str] | None, payload: bytes) -> None:
+    try:
+        frame = Frame.parse(headers, payload)
+    except InvalidMessage:
+        return
+    assert headers is not None
+    assert {name: headers[name] for name in frame.headers()} == frame.headers()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("A", value) for value in ("", "A" * 32, "0" * 31, "0" * 33, "0" * 32 + "\n", "g" * 32)),
+        *(("S", value) for value in ("", "-1", "01", "+1", "1.0", "1_0", " 1", "1\n", "٣", "9" * 13)),
+        *(("K", value) for value in ("", "DATA", "data ", "end")),
+    ],
+)
+def test_headers_have_one_form(name: str, value: str) -> None:
+    headers = {"A": "0" * 32, "S": "0", "K": "data"}
+    Frame.parse(headers, b"")
+    with pytest.raises(InvalidMessage):
+        Frame.parse({**headers, name: value}, b"")
+    with pytest.raises(InvalidMessage):
+        Frame.parse({other: text for other, text in headers.items() if other != name}, b"")
+
+
+def test_a_frame_is_no_larger_than_the_credit() -> None:
+    headers = {"A": "0" * 32, "S": "0", "K": "data"}
+    Frame.parse(headers, bytes(MAX_PAYLOAD))
+    with pytest.raises(InvalidMessage):
+        Frame.parse(headers, bytes(MAX_PAYLOAD + 1))
+
+
+def test_no_content_in_logs() -> None:
+    assert "secret" not in repr(Frame("0" * 32, 0, Kind.DATA, b"secret"))
+
+
+# Grants and receipts
+
+
+@given(GRANTS)
+def test_a_grant_is_read_back(grant: Grant) -> None:
+    assert Grant.verify(grant.sign(KEY), PUBLIC, NOW) == grant
+
+
+@given(RECEIPTS)
+def test_a_receipt_is_read_back(receipt: Receipt) -> None:
+    assert Receipt.verify(receipt.sign(KEY), PUBLIC) == receipt
+
+
+def test_a_signature_by_another_key() -> None:
+    with pytest.raises(InvalidSignature):
+        Grant.verify(GRANT.sign(OTHER_KEY), PUBLIC, NOW)
+    with pytest.raises(InvalidSignature):
+        Receipt.verify(RECEIPT.sign(OTHER_KEY), PUBLIC)
+
+
+def test_neither_passes_for_the_other() -> None:
+    both = {**RECEIPT.members(), **GRANT.members()}
+    with pytest.raises(InvalidSignature):
+        Grant.verify(jws.sign(both, KEY, "lacre-receipt+jwt"), PUBLIC, NOW)
+    with pytest.raises(InvalidSignature):
+        Receipt.verify(jws.sign(both, KEY, "lacre-grant+jwt"), PUBLIC)
+    assert Grant.verify(jws.sign(both, KEY, "lacre-grant+jwt"), PUBLIC, NOW) == GRANT, "unknown members are ignored"
+
+
+def test_a_grant_has_its_time() -> None:
+    token = GRANT.sign(KEY)
+    assert Grant.verify(token, PUBLIC, GRANT.exp - 0.1) == GRANT
+    assert Grant.verify(token, PUBLIC, GRANT.iat - MAX_SKEW) == GRANT
+    for now in (GRANT.exp, GRANT.exp + 1000, GRANT.iat - MAX_SKEW - 0.1):
+        with pytest.raises(Expired):
+            Grant.verify(token, PUBLIC, now)
+
+
+@pytest.mark.parametrize("member", sorted(GRANT.members()))
+def test_a_grant_has_every_member(member: str) -> None:
+    members = GRANT.members()
+    del members[member]
+    with pytest.raises(InvalidMessage, match=member):
+        Grant.verify(jws.sign(members, KEY, grants.TYP), PUBLIC, NOW)
+
+
+@pytest.mark.parametrize("member", sorted(RECEIPT.members()))
+def test_a_receipt_has_every_member(member: str) -> None:
+    members = RECEIPT.members()
+    del members[member]
+    with pytest.raises(InvalidMessage, match=member):
+        Receipt.verify(jws.sign(members, KEY, "lacre-receipt+jwt"), PUBLIC)
+
+
+@given(st.sampled_from(sorted(GRANT.members())), JSON)
+@example("max_tokens", -1)
+@example("max_tokens", True)
+@example("max_tokens", 1.0)
+@example("exp", float("inf"))
+@example("exp", float("nan"))
+@example("iat", 10**400)
+@example("features", [1])
+def test_members_of_another_type(member: str, value: Any) -> None:
+    """By the right key: even a gateway cannot make anything but a protocol error escape."""
+    try:
+        grant = Grant.verify(jws.sign({**GRANT.members(), member: value}, KEY, grants.TYP), PUBLIC, NOW)
+    except LacreError:
+        return
+    assert json.loads(json.dumps(grant.members()[member])) == value
+
+
+@given(st.binary(max_size=60) | TEXT.map(str.encode), st.integers(0, 2))
+def test_junk_is_no_grant(junk: bytes, part: int) -> None:
+    parts = GRANT.sign(KEY).split(".")
+    for text in (junk.decode("latin-1"), ".".join([*parts[:part], junk.decode("latin-1"), *parts[part + 1 :]])):
+        with pytest.raises(LacreError):
+            Grant.verify(text, PUBLIC, NOW)
+        with pytest.raises(LacreError):
+            Receipt.verify(text, PUBLIC)
+
+
+@given(st.integers(0, 10_000), st.sampled_from("ABCxyz019-_.= \n"))
+def test_a_changed_grant_is_none(place: int, letter: str) -> None:
+    token = GRANT.sign(KEY)
+    place %= len(token)
+    changed = token[:place] + letter + token[place + 1 :]
+    if changed != token:
+        with pytest.raises(LacreError):
+            Grant.verify(changed, PUBLIC, NOW)
+
+
+def test_a_grant_names_nobody() -> None:
+    assert set(GRANT.members()) == {
+        "jti", "iat", "exp", "pool", "model", "action", "shape", "max_tokens", "max_prompt_tokens", "features", "enc",
+    }  # fmt: skip
+    assert replace(GRANT, jti="other") != GRANT
+
+
+# Subjects
+
+
+@given(st.text(min_size=1, max_size=60))
+@example("*")
+@example(">")
+@example("a.b c")
+@example("\ud800")
+@example("modèle/8b:q4_K_M")
+def test_a_model_s_name_is_one_token(model: str) -> None:
+    if len(model.encode("utf-8", "surrogatepass")) > 180:
+        return
+    token = subjects.model_token(model)
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", token)
+    assert subjects.work("a", model) == f"work.a.{token}"
+    assert jws.b64u_decode(token).decode("utf-8", "surrogatepass") == model, "no two models share a queue"
+    assert len(subjects.consumer(model)) <= 255
+
+
+@pytest.mark.parametrize("model", ["", "x" * 181, "é" * 91])
+def test_a_model_s_name_has_a_length(model: str) -> None:
+    with pytest.raises(SettingsError):
+        subjects.model_token(model)
+
+
+@given(st.text(max_size=70))
+@example("a\n")
+@example("ａ")
+def test_a_name_is_one_plain_token(name: str) -> None:
+    plain = re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name, re.ASCII) is not None and len(name) <= 63 and not name.endswith("\n")
+    assert subjects.is_name(name) == plain
+    if plain:
+        assert subjects.check_name("pool", name) == name
+    else:
+        with pytest.raises(SettingsError, match="pool name"):
+            subjects.check_name("pool", name)
+
+
+# Presence
+
+
+@given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
+@example(b"[" * 20_000)
+@example(b'{"models":[' + b"[" * 20_000)
+@example(b'{"models":["' + b"m" * MAX_PRESENCE + b'"]}')
+@example(b"9" * 5000)
+def test_presence_that_cannot_be_read_is_none(said: bytes) -> None:
+    try:
+        present = _Presence.parse(said)
+    except InvalidMessage:
+        return
+    assert present.models == frozenset(json.loads(said)["models"])

@@ -1,0 +1,225 @@
+"""Frames as they reach a gateway, in whatever order a network, a second attempt or a worker out of hand makes of them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.inbound import MAX_PENDING_FRAMES, Inbound
+from lacre_fabric.outbound import Outbound
+from lacre_fabric.work import CREDIT, Cancelled, FabricError, FrameGap, WorkerLost
+
+ONE, OTHER = "1" * 32, "2" * 32
+
+
+def received(*frames: Frame, limit: float = 5.0) -> tuple[list[Frame], FabricError | None]:
+    """What a reader gets of `frames`, where nothing more comes; and the error that it ends with."""
+
+    async def read() -> tuple[list[Frame], FabricError | None]:
+        inbound = Inbound(limit)
+        for frame in frames:
+            inbound.receive(frame.headers(), frame.payload)
+        inbound.fail(WorkerLost("nothing more comes"))
+        got: list[Frame] = []
+        try:
+            async for frame in inbound.frames():
+                got.append(frame)
+        except FabricError as exc:
+            return got, exc
+        return got, None
+
+    return asyncio.run(read())
+
+
+def data(attempt: str, *numbers: int) -> list[Frame]:
+    return [Frame(attempt, number, Kind.DATA, f"{attempt[0]}:{number}".encode()) for number in numbers]
+
+
+def test_a_whole_answer_ends_by_itself() -> None:
+    frames = [*data(ONE, 0, 1), Frame(ONE, 2, Kind.USAGE, b"receipt")]
+    assert received(*frames) == (frames, None)
+
+
+@pytest.mark.parametrize("numbers", [(1,), (0, 2), (0, 0), (0, 1, 0), (0, 1, 1), (0, 2, 1)])
+def test_a_gap_is_an_error(numbers: tuple[int, ...]) -> None:
+    got, error = received(*data(ONE, *numbers))
+    assert isinstance(error, FrameGap)
+    assert [frame.sequence for frame in got] == list(range(len(got)))
+
+
+def test_the_first_attempt_is_the_one() -> None:
+    first, second = data(ONE, 0, 1, 2), data(OTHER, 0, 1, 2)
+    got, error = received(first[0], second[0], first[1], second[1], second[2], first[2])
+    assert got == first
+    assert isinstance(error, WorkerLost)
+
+
+def test_beats_count_and_are_not_read() -> None:
+    async def read() -> tuple[list[Frame], bytes | None]:
+        inbound = Inbound(1.0)
+        for frame in (Frame(ONE, 0, Kind.BEAT, b"so far"), *data(ONE, 1), Frame(ONE, 2, Kind.BEAT, b"")):
+            inbound.receive(frame.headers(), frame.payload)
+        assert inbound.started.is_set()
+        assert inbound.receipt == b"so far"
+        inbound.receive(Frame(ONE, 3, Kind.USAGE, b"final").headers(), b"final")
+        return [frame async for frame in inbound.frames()], inbound.receipt
+
+    got, receipt = asyncio.run(read())
+    assert [frame.kind for frame in got] == [Kind.DATA, Kind.USAGE]
+    assert receipt == b"final"
+
+
+def test_a_worker_out_of_hand_ends_its_request() -> None:
+    big = bytes(CREDIT // 2)
+    got, error = received(*(Frame(ONE, number, Kind.DATA, big) for number in range(20)))
+    assert isinstance(error, FrameGap)
+    assert sum(len(frame.payload) for frame in got) <= 2 * CREDIT
+    got, error = received(*(Frame(ONE, number, Kind.DATA, b"") for number in range(MAX_PENDING_FRAMES + 10)))
+    assert isinstance(error, FrameGap)
+    assert len(got) <= MAX_PENDING_FRAMES
+
+
+def test_no_honest_worker_is_out_of_hand() -> None:
+    """Records of one byte each, until all credit is spent, and beats beside them: nobody reads."""
+    sealed = 1 + 1 + 16  # length, plaintext, tag
+    count = CREDIT // sealed
+    frames = [Frame(ONE, number, Kind.DATA, bytes(sealed)) for number in range(count)]
+    beats = [Frame(ONE, count + number, Kind.BEAT, bytes(700)) for number in range(5)]
+    got, error = received(*frames, *beats)
+    assert isinstance(error, WorkerLost)
+    assert len(got) == count
+
+
+@given(st.dictionaries(st.sampled_from(["A", "S", "K", "x"]), st.text(max_size=40), max_size=4), st.binary(max_size=50))
+def test_junk_does_nothing(headers: dict[str, str], payload: bytes) -> None:
+    async def read() -> list[Frame]:
+        inbound = Inbound(1.0)
+        inbound.receive(data(ONE, 0)[0].headers(), b"1:0")
+        inbound.receive(headers, payload)
+        inbound.receive(Frame(ONE, 1, Kind.USAGE, b"").headers(), b"")
+        return [frame async for frame in inbound.frames()]
+
+    assert [frame.payload for frame in asyncio.run(read())] == [b"1:0", b""]
+
+
+KINDS = st.sampled_from([Kind.DATA, Kind.DATA, Kind.DATA, Kind.BEAT, Kind.USAGE, Kind.ERROR])
+
+
+@st.composite
+def attempts(draw: st.DrawFn) -> tuple[list[Frame], list[list[Frame]]]:
+    """Two attempts' frames, some lost, some twice, some late, in any interleaving; and both attempts as they were sent."""
+    sent = [
+        [Frame(attempt, number, kind, f"{attempt[0]}:{number}".encode()) for number, kind in enumerate(kinds)]
+        for attempt in (ONE, OTHER)
+        for kinds in [draw(st.lists(KINDS, max_size=8))]
+    ]
+    queues = [[frame for frame in frames for _ in range(draw(st.sampled_from([1, 1, 1, 0, 2])))] for frames in sent]
+    arrived = []
+    while any(queues):
+        queue = draw(st.sampled_from([queue for queue in queues if queue]))
+        late = draw(st.sampled_from([0, 0, 0, 0, 1]))
+        arrived.append(queue.pop(min(late, len(queue) - 1)))
+    return arrived, sent
+
+
+@given(attempts())
+def test_what_is_read_is_the_beginning_of_one_attempt(given_: tuple[list[Frame], list[list[Frame]]]) -> None:
+    arrived, sent = given_
+    got, error = received(*arrived)
+    if got:
+        (whole,) = [frames for frames in sent if frames and frames[0].attempt == got[0].attempt]
+        readable = [frame for frame in whole if frame.kind is not Kind.BEAT]
+        assert got == readable[: len(got)]
+        assert all(frame.kind is Kind.DATA for frame in got[:-1])
+    # Its end is seen just where its end came.
+    assert (error is None) == (bool(got) and got[-1].kind in (Kind.USAGE, Kind.ERROR))
+
+
+# The other side: credit
+
+
+async def until_it_waits(sending: asyncio.Task[None], sent: list[Frame]) -> None:
+    before = -1
+    while before != len(sent):
+        before = len(sent)
+        await asyncio.sleep(0.01)
+    assert not sending.done()
+
+
+async def test_a_renewal_that_is_lost_is_made_good() -> None:
+    sent: list[Frame] = []
+
+    async def publish(frame: Frame) -> None:
+        sent.append(frame)
+
+    outbound = Outbound(publish)
+    piece = bytes(CREDIT // 4)
+
+    async def send() -> None:
+        for _ in range(12):
+            await outbound.send(Kind.DATA, piece)
+
+    sending = asyncio.create_task(send())
+    await until_it_waits(sending, sent)
+    assert len(sent) == 4
+    # Of four renewals only the last arrives; then an old one, late, and one that says more than was sent.
+    outbound.renew(CREDIT)
+    outbound.renew(CREDIT // 4)
+    await until_it_waits(sending, sent)
+    assert len(sent) == 8
+    outbound.renew(100 * CREDIT)
+    await sending
+    assert len(sent) == 12
+    waiting = asyncio.create_task(outbound.send(Kind.DATA, piece))
+    await asyncio.sleep(0.01)
+    assert not waiting.done(), "what was promised beyond what was sent is no credit"
+    outbound.cancel()
+    with pytest.raises(Cancelled):
+        await waiting
+
+
+async def test_a_beat_passes_data_that_waits() -> None:
+    sent: list[Frame] = []
+
+    async def publish(frame: Frame) -> None:
+        sent.append(frame)
+
+    outbound = Outbound(publish)
+    await outbound.send(Kind.DATA, bytes(CREDIT))
+    waiting = asyncio.create_task(outbound.send(Kind.DATA, b"x"))
+    await asyncio.sleep(0.01)
+    await outbound.send(Kind.BEAT, b"")
+    outbound.renew(1)
+    await waiting
+    assert [(frame.sequence, frame.kind) for frame in sent] == [(0, Kind.DATA), (1, Kind.BEAT), (2, Kind.DATA)]
+
+
+@given(st.lists(st.one_of(st.integers(0, CREDIT), st.integers(-(2**40), 2**40).map(lambda n: ("renew", n))), max_size=30))
+def test_never_more_than_the_credit_is_unread(steps: list[int | tuple[str, int]]) -> None:
+    async def run() -> None:
+        sent = told = 0
+
+        async def publish(frame: Frame) -> None:
+            nonlocal sent
+            sent += len(frame.payload)
+
+        outbound = Outbound(publish)
+        for step in steps:
+            if isinstance(step, tuple):
+                outbound.renew(step[1])
+                told = max(told, min(step[1], sent))
+                continue
+            sending = asyncio.ensure_future(outbound.send(Kind.DATA, bytes(step)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert sent <= told + CREDIT
+            if not sending.done():
+                outbound.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+                return
+
+    asyncio.run(run())

@@ -1,0 +1,148 @@
+"""The manifest that a process works by: the newest that verifies, whatever the fabric has."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.errors import Expired, InvalidMessage, LacreError, Rollback, UntrustedRoot, UsageError
+from lacre.jws import raw_public_key
+from lacre.manifest import Document, Manifest, RootStatement
+from lacre.signing import sign_manifest, sign_statement
+from lacre_fabric.manifests import ManifestFeed
+from lacre_fabric.work import FabricUnavailable
+
+ROOT, SIGNER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+NOW = time.time()
+STATEMENT = sign_statement(RootStatement(raw_public_key(SIGNER), NOW + 7200), ROOT)
+
+
+def document(version: int, *, lives: float = 3600.0, signer: Ed25519PrivateKey = SIGNER) -> bytes:
+    manifest = Manifest("test", version, NOW - 10, NOW + lives, raw_public_key(SIGNER), {})
+    return Document((STATEMENT,), sign_manifest(manifest, signer)).encode()
+
+
+class Bucket:
+    """What is published, or what is wrong with the fabric."""
+
+    def __init__(self) -> None:
+        self.holds: bytes | LacreError | None = None
+        self.now = NOW
+
+    async def fetch(self) -> bytes | None:
+        if isinstance(self.holds, LacreError):
+            raise self.holds
+        return self.holds
+
+
+@pytest.fixture
+def bucket() -> Bucket:
+    return Bucket()
+
+
+@pytest.fixture
+async def feed(bucket: Bucket) -> AsyncIterator[ManifestFeed]:
+    feed = ManifestFeed(bucket.fetch, raw_public_key(ROOT), clock=lambda: bucket.now, poll=0.01)
+    yield feed
+    await feed.close()
+
+
+async def test_nothing_published_yet(feed: ManifestFeed) -> None:
+    await feed.refresh()
+    assert not feed.ready
+    for read in (lambda: feed.manifest, lambda: feed.document):
+        with pytest.raises(UsageError, match="lacre manifest publish"):
+            read()
+
+
+async def test_a_newer_one_is_taken(bucket: Bucket, feed: ManifestFeed) -> None:
+    for version in (1, 2, 5):
+        bucket.holds = document(version)
+        await feed.refresh()
+        assert feed.ready
+        assert (feed.manifest.version, feed.document) == (version, bucket.holds)
+
+
+@pytest.mark.parametrize(
+    ("holds", "error"),
+    [
+        (FabricUnavailable("NATS did not answer"), FabricUnavailable),
+        (b"junk", InvalidMessage),
+        (document(9, signer=ROOT), LacreError),
+        (document(9, lives=-1), Expired),
+        (Document((sign_statement(RootStatement(raw_public_key(SIGNER), NOW + 60), SIGNER),), "x").encode(), UntrustedRoot),
+    ],
+    ids=["no fabric", "junk", "not by the signer", "expired", "not by the root"],
+)
+async def test_a_failure_keeps_what_was_there(
+    bucket: Bucket, feed: ManifestFeed, holds: bytes | LacreError, error: type[LacreError]
+) -> None:
+    bucket.holds = kept = document(3)
+    await feed.refresh()
+    bucket.holds = holds
+    with pytest.raises(error):
+        await feed.refresh()
+    assert feed.ready
+    assert feed.document == kept
+
+
+async def test_an_older_one_changes_nothing(bucket: Bucket, feed: ManifestFeed) -> None:
+    bucket.holds = kept = document(3)
+    await feed.refresh()
+    bucket.holds = document(2)
+    await feed.refresh()
+    assert feed.document == kept
+
+
+async def test_an_older_one_does_not_come_back_when_the_newer_is_over(bucket: Bucket, feed: ManifestFeed) -> None:
+    bucket.holds = document(3, lives=60)
+    await feed.refresh()
+    bucket.holds = document(2, lives=3600)
+    bucket.now += 61
+    with pytest.raises(Rollback):
+        await feed.refresh()
+    assert not feed.ready
+
+
+async def test_another_under_the_same_version_is_refused(bucket: Bucket, feed: ManifestFeed) -> None:
+    bucket.holds = kept = document(3)
+    await feed.refresh()
+    bucket.holds = document(3, lives=1800)
+    with pytest.raises(Rollback):
+        await feed.refresh()
+    assert feed.document == kept
+
+
+async def test_an_expired_one_is_not_ready(bucket: Bucket, feed: ManifestFeed) -> None:
+    bucket.holds = document(1, lives=60)
+    await feed.refresh()
+    assert feed.ready
+    bucket.now += 60
+    assert not feed.ready
+
+
+async def test_it_follows_the_fabric(bucket: Bucket, feed: ManifestFeed) -> None:
+    async def until(version: int) -> None:
+        async with asyncio.timeout(2):
+            while not feed.ready or feed.manifest.version < version:
+                await asyncio.sleep(0.01)
+
+    bucket.holds = FabricUnavailable("not yet")
+    await feed.start()
+    await feed.start()  # a second connection starts it again: one poll goes on
+    assert not feed.ready
+    bucket.holds = document(1)
+    await until(1)
+    bucket.holds = b"junk"
+    await asyncio.sleep(0.05)
+    assert feed.manifest.version == 1
+    bucket.holds = document(2)
+    await until(2)
+    await feed.close()
+    bucket.holds = document(3)
+    await asyncio.sleep(0.05)
+    assert feed.manifest.version == 2, "closed is closed"
