@@ -1,0 +1,359 @@
+"""The adversaries. Each really speaks the protocol, is honest until told otherwise, and keeps every byte that it sees.
+
+`GatewayOwner` runs the gateway and the fabric: it signs grants with the gateway's own key. `HostileFabric` is the message
+server alone, behind a real gateway (`honest`). A malicious client uses `GatewayOwner.submit`, whose gateway is honest then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from typing import Any
+
+import httpx2
+import structlog
+
+from hostile.stage import MODEL, POOL, Pieces, Stage
+from lacre import problems
+from lacre.jws import b64u, raw_public_key
+from lacre.wire import bhttp, varint
+from lacre.wire.framing import Deframer
+from lacre.wire.header import MEDIA_TYPE_RESPONSE, SealedHeader
+from lacre.wire.ohttp import ResponseOpener, seal_request
+from lacre.wire.opening import PrivateKey
+from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.grants import Grant
+from lacre_fabric.logs import PROCESSORS
+from lacre_fabric.memory import MemoryFabric
+from lacre_fabric.work import Work
+
+OUTER = ("pool", "model", "action", "max-tokens", "shape")
+
+
+class Eyes:
+    """Everything that an adversary came to see, the logs that its operators read among it."""
+
+    def __init__(self) -> None:
+        self.seen: list[bytes] = []
+        self.log = io.StringIO()
+        self.outcomes: list[tuple[str, str]] = []  # (request id, outcome) of all work that ended
+
+    def see(self, *parts: bytes | str) -> None:
+        self.seen += (part if isinstance(part, bytes) else part.encode() for part in parts)
+
+    def watch_logs(self) -> None:
+        structlog.configure(processors=[self._note_outcome, *PROCESSORS], logger_factory=structlog.PrintLoggerFactory(self.log))
+
+    def _note_outcome(self, _logger: object, _method: str, event: Any) -> Any:
+        if event["event"] == "work.done":
+            self.outcomes.append((event["request_id"], event["outcome"]))
+        return event
+
+    def has_seen(self, text: str) -> bool:
+        """Whether `text` is in any of it, plain or in an encoding that needs no key."""
+        everything = b"\n".join([*self.seen, self.log.getvalue().encode()])
+        return any(form in everything for form in _forms(text.encode()))
+
+
+def _forms(text: bytes) -> Iterable[bytes]:
+    yield text
+    yield text.decode().encode("utf-16-le")
+    yield text.hex().encode()
+    for shift in range(3):  # base64 at each alignment, without the characters that the neighbours decide
+        yield base64.b64encode(bytes(shift) + text)[4 if shift else 0 : -4]
+
+
+class HostileFabric(MemoryFabric):
+    """A message server that shows its owner all that passes, and does with it what it is told.
+
+    deliver: what is put into the queue when `work` was published. pass_on: what a gateway hears of a frame.
+    """
+
+    def __init__(self, eyes: Eyes) -> None:
+        super().__init__()
+        self._eyes = eyes
+        self.works: list[Work] = []
+        self.frames: list[tuple[str, Frame]] = []
+        self.deliver: Callable[[Work], Iterable[Work]] = lambda work: [work]
+        self.pass_on: Callable[[str, Frame], Iterable[tuple[str, Frame]]] = lambda request_id, frame: [(request_id, frame)]
+
+    async def enqueue(self, work: Work, deliveries: int) -> None:
+        self._eyes.see(work.request_id, work.pool, work.model, work.grant, work.sealed)
+        if deliveries == 1:
+            self.works.append(work)
+        for each in self.deliver(work):
+            await super().enqueue(each, deliveries)
+
+    def receive(self, request_id: str, frame: Frame) -> None:
+        self._eyes.see(frame.payload, *frame.headers().values())
+        self.frames.append((request_id, frame))
+        for to, passed in self.pass_on(request_id, frame):
+            super().receive(to, passed)
+
+    def forget(self) -> None:
+        """Wipes what it knows of publications and claims."""
+        self.published.clear()
+        self.claims.clear()
+
+    def lie_about_claims(self) -> None:
+        """Every attempt is told that it has the request."""
+        self.claims = _Agreeable()
+
+
+class _Agreeable(dict[bytes, str]):
+    def setdefault(self, _key: bytes, value: str = "") -> str:
+        return value
+
+
+@dataclass
+class SealedAnswer:
+    """A sealed response, cut along its framing: what can be done to it without its key."""
+
+    nonce: bytes
+    chunks: list[bytes]
+    final: bytes
+
+    @classmethod
+    def parse(cls, data: bytes) -> SealedAnswer:
+        deframer = Deframer()
+        chunks = [bytes(chunk) for chunk in deframer.feed(data[32:])]
+        return cls(data[:32], chunks, deframer.close())
+
+    def encode(self) -> bytes:
+        return self.nonce + b"".join(framed(chunk) for chunk in self.chunks) + b"\x00" + self.final
+
+
+def framed(chunk: bytes) -> bytes:
+    return varint.encode(len(chunk)) + chunk
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of work on the fabric. problem: the worker's, unsealed. receipt: the last one."""
+
+    outcome: str
+    sealed: bytes
+    problem: str | None
+    receipt: bytes | None
+
+
+Grants = Mapping[str, Any]
+Change = Callable[[SealedAnswer], SealedAnswer | bytes | list[bytes]]
+
+
+class GatewayOwner(httpx2.AsyncBaseTransport):
+    """Sits behind the client's connection, with the gateway's key and the fabric in its hands.
+
+    Its attack is set up in its attributes. manifest: what it serves. grant: members of the grant that it changes. sealed: what
+    it makes of the sealed request. change: what it makes of the whole sealed answer. respond: what it says instead of relaying.
+    """
+
+    def __init__(self, stage: Stage, eyes: Eyes, fabric: HostileFabric) -> None:
+        self.stage = stage
+        self.eyes = eyes
+        self.fabric = fabric
+        self.requests: list[httpx2.Request] = []
+        self.answers: list[bytes] = []
+        self.manifest: Callable[[], bytes | httpx2.Response] = lambda: stage.bucket
+        self.grant: Grants = {}
+        self.sealed: Callable[[bytes], bytes] = bytes
+        self.change: Change = lambda answer: answer
+        self.respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
+
+    @property
+    def posts(self) -> list[httpx2.Request]:
+        """The sealed requests that reached it."""
+        return [request for request in self.requests if request.url.path == "/v1/sealed"]
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.eyes.see(request.method, str(request.url), *(part for pair in request.headers.raw for part in pair))
+        self.eyes.see(await request.aread())
+        self.requests.append(request)
+        if request.url.path == "/v1/manifest":
+            served = self.manifest()
+            return served if isinstance(served, httpx2.Response) else response(200, served)
+        bent = self.respond(request)
+        return bent if bent is not None else await self._relay(request)
+
+    async def _relay(self, request: httpx2.Request) -> httpx2.Response:
+        outer = {name: request.headers[f"lacre-{name}"] for name in OUTER}
+        ran = await self.run(self.sealed(request.content), outer, **self.grant)
+        if not ran.sealed:
+            problem = problems.BY_TYPE[ran.problem or problems.WORKER_LOST.type]
+            return response(problem.status, problem.body(), problems.MEDIA_TYPE)
+        self.answers.append(ran.sealed)
+        changed = self.change(SealedAnswer.parse(ran.sealed))
+        if isinstance(changed, SealedAnswer):
+            changed = changed.encode()
+        return response(200, changed, MEDIA_TYPE_RESPONSE)
+
+    async def run(
+        self, sealed: bytes, outer: Mapping[str, str] | None = None, *, token: str | None = None, **grant: Any
+    ) -> Ran:
+        """Has a worker do the work, under a grant of its own making (`grant`: members that differ; token: a whole one)."""
+        outer = outer or dict(zip(OUTER, (POOL, MODEL, "chat", "512", "none"), strict=True))
+        members = self.members(sealed, outer) | grant
+        number = len(self.fabric.works)
+        request_id = f"{number:032x}"
+        token = token if token is not None else Grant(**members).sign(self.stage.keys.gateway)
+        work = Work(request_id, members["pool"], members["model"], SealedHeader.parse(sealed).digest, token, sealed)
+        dispatch = await self.fabric.gateway().dispatch(work)
+        frames: list[Frame] = []
+        collecting = asyncio.create_task(_collect(dispatch, frames))
+        outcome = await self.ended(request_id, until=collecting)
+        collecting.cancel()
+        await asyncio.gather(collecting, return_exceptions=True)
+        data = b"".join(frame.payload for frame in frames if frame.kind is Kind.DATA)
+        errors = [frame.payload.decode() for frame in frames if frame.kind is Kind.ERROR]
+        return Ran(outcome, data, errors[0] if errors else None, dispatch.receipt)
+
+    async def ended(self, request_id: str, *, until: asyncio.Task[None]) -> str:
+        """How the worker ended it: by its frames or, where it says nothing, by its own log."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            for ended, outcome in self.eyes.outcomes:
+                if ended == request_id and (until.done() or outcome in ("replayed", "failed", "cancelled")):
+                    return outcome
+            await asyncio.sleep(0.001)
+        raise AssertionError("the work did not end")
+
+    def members(self, sealed: bytes, outer: Mapping[str, str]) -> dict[str, Any]:
+        """An honest gateway's grant."""
+        now = time.time()
+        return {
+            "jti": f"{len(self.fabric.works):032x}", "iat": now, "exp": now + 60, "pool": outer["pool"],
+            "model": outer["model"], "action": outer["action"], "shape": outer["shape"],
+            "max_tokens": int(outer["max-tokens"]), "max_prompt_tokens": 4096, "features": (),
+            "enc": b64u(SealedHeader.parse(sealed).digest),
+        }  # fmt: skip
+
+    # The malicious client
+
+    async def submit(self, message: bytes, key: PrivateKey | None = None, **grant: Any) -> Inside:
+        """A client's own BHTTP message, sealed as it stands, through an honest gateway."""
+        sealed, _, opener = seal_request((key or self.stage.keys.pool).config, message)
+        return opened(await self.run(sealed, **grant), opener)
+
+
+async def _collect(dispatch: Any, frames: list[Frame]) -> None:
+    async with aclosing(dispatch.frames()) as coming:
+        async for frame in coming:
+            frames.append(frame)
+            await dispatch.consumed(len(frame.payload))
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a malicious client got. problem: unsealed, then there is nothing else."""
+
+    outcome: str
+    problem: str | None
+    status: int = 0
+    body: bytes = field(default=b"", repr=False)
+
+    @property
+    def code(self) -> str | None:
+        """Of an error in OpenAI's shape; of a problem document, its type."""
+        document = json.loads(self.body)
+        return document["error"]["code"] if "error" in document else document.get("type")
+
+
+def opened(ran: Ran, opener: ResponseOpener) -> Inside:
+    if not ran.sealed:
+        return Inside(ran.outcome, ran.problem)
+    decoder = bhttp.ResponseDecoder()
+    events = decoder.feed(b"".join([*opener.feed(ran.sealed), *opener.close()])) + decoder.close()
+    status = next(event.status for event in events if isinstance(event, bhttp.Head))
+    return Inside(ran.outcome, ran.problem, status, b"".join(e.content for e in events if isinstance(e, bhttp.Data)))
+
+
+def inner(
+    content: bytes = b"{}", *, path: str = "/v1/chat/completions", date: float | None = None, **changes: Any
+) -> bhttp.Request:
+    """A client's request before sealing, as the SDK would have it but for `changes`."""
+    headers = (("content-type", "application/json"), ("date", formatdate(date or time.time(), usegmt=True)))
+    standard = {"method": "POST", "scheme": "https", "authority": "lacre.invalid", "path": path, "headers": headers}
+    return bhttp.Request(content=content, **{**standard, **changes})
+
+
+def response(status: int, content: bytes | Iterable[bytes] | AsyncIterator[bytes], media_type: str = "") -> httpx2.Response:
+    """As it comes off a network: the body still to be read."""
+    pieces = [content] if isinstance(content, bytes) else content
+    return httpx2.Response(status, headers={"content-type": media_type} if media_type else {}, stream=Pieces(pieces))
+
+
+class AsgiWire(httpx2.AsyncBaseTransport):
+    """A client's connection to a real gateway app, which answers piece by piece. A gateway that aborts breaks the connection.
+
+    meddle: what somebody between the two makes of the request's headers.
+    """
+
+    def __init__(self, app: Any, eyes: Eyes) -> None:
+        self._app = app
+        self._eyes = eyes
+        self.requests: list[httpx2.Request] = []
+        self.meddle: Callable[[list[tuple[bytes, bytes]]], list[tuple[bytes, bytes]]] = list
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        body = await request.aread()
+        self._eyes.see(body, str(request.url), *(part for pair in request.headers.raw for part in pair))
+        call = _Call(self._app, request, body, self.meddle)
+        start = await call.messages.get()
+        if start is None:
+            raise httpx2.ReadError("the connection broke")
+        return httpx2.Response(start["status"], headers=start["headers"], stream=Pieces(call.pieces()))
+
+
+class _Call:
+    """One request to an ASGI app."""
+
+    def __init__(self, app: Any, request: httpx2.Request, body: bytes, meddle: Any) -> None:
+        headers = meddle([(name.lower(), value) for name, value in request.headers.raw])
+        self._scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": request.method, "scheme": "http",
+            "path": request.url.path, "raw_path": request.url.raw_path, "query_string": b"", "root_path": "",
+            "headers": headers, "client": ("192.0.2.1", 40000), "server": ("gateway.test", 80), "state": {},
+        }  # fmt: skip
+        self._body: bytes | None = body
+        self._gone = asyncio.Event()
+        self.messages: asyncio.Queue[Any] = asyncio.Queue()
+        self._task = asyncio.create_task(self._run(app))
+
+    async def _run(self, app: Any) -> None:
+        try:
+            await app(self._scope, self._receive, self.messages.put)
+        except Exception:  # noqa: BLE001 - what a server does: it logs, and closes the connection
+            await self.messages.put(None)
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                message = await self.messages.get()
+                if message is None:
+                    raise httpx2.RemoteProtocolError("the peer closed the connection without a last chunk")
+                if message["body"]:
+                    yield message["body"]
+                if not message.get("more_body", False):
+                    return
+        finally:
+            self._gone.set()
+            await self._task
+
+
+def public(key: Any) -> bytes:
+    return raw_public_key(key)

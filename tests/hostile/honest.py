@@ -1,0 +1,67 @@
+"""An honest gateway, the real one, over a fabric that somebody else owns."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from hostile.stage import MODEL, OTHER_MODEL, Keys
+from lacre.jws import b64u, raw_public_key
+from lacre_fabric.logs import make_log
+from lacre_fabric.memory import MemoryFabric
+from lacre_gateway.app import create_app
+from lacre_gateway.settings import parse
+from lacre_gateway.state import Gateway, build
+from parts.gateway import AUDIENCE, ISSUER, Issuer
+
+
+class HonestGateway:
+    """Reads its manifest from the fabric, trusts the root, and lets alice do what the shipped policies allow."""
+
+    def __init__(self, folder: Path, keys: Keys, issuer: Issuer, fetch: Callable[[], Awaitable[bytes | None]]) -> None:
+        (folder / "jwks.json").write_text(json.dumps(issuer.jwks()))
+        self.log = io.StringIO()
+        self.audit = folder / "audit.jsonl"
+        self.token = issuer.token()
+        settings = parse(_settings(keys), folder / "gateway.toml")
+        self.gateway: Gateway = build(settings, keys.gateway, make_log(self.log), fetch)
+        self.app = create_app(self.gateway)
+
+    async def start(self, fabric: MemoryFabric) -> None:
+        self.gateway.fabric = fabric.gateway()
+        await self.gateway.feed.refresh()
+
+    async def close(self) -> None:
+        await self.gateway.audit.close()
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """The outcomes in its audit record; complete once it was closed."""
+        entries = [json.loads(line) for line in self.audit.read_text().splitlines()]
+        return [entry for entry in entries if "outcome" in json.dumps(entry)]
+
+
+def _settings(keys: Keys) -> str:
+    return f"""
+        gateway = "g1"
+        public_url = "http://127.0.0.1:8321"
+        trust = "{b64u(raw_public_key(keys.root))}"
+        signing_key = "grant.key"
+        audit = "audit.jsonl"
+        [nats]
+        url = "nats://127.0.0.1:4222"
+        credentials = "gateway.creds"
+        [[issuers]]
+        issuer = "{ISSUER}"
+        audience = "{AUDIENCE}"
+        algorithms = ["EdDSA"]
+        jwks = "jwks.json"
+        [limits]
+        queue_limit = 0.5
+        [models."{MODEL}"]
+        context = 2048
+        [models."{OTHER_MODEL}"]
+        context = 2048
+    """

@@ -1,0 +1,290 @@
+"""Answers without a seal, or with one in the wrong place: they may change what is tried next, never what is trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import httpx2
+import pytest
+
+import lacre
+from hostile.adversary import GatewayOwner, SealedAnswer, framed, response
+from hostile.attacks import Verdict, attack
+from hostile.callers import Caller
+from hostile.stage import Pieces, Stage
+from lacre import OpenError, problems
+from lacre.errors import NetworkError, RefusedError, Unavailable, UnsealedResponse
+from lacre.jws import raw_public_key
+from lacre.transport import TimedOut
+from lacre.trust import ConnectionString
+from lacre.wire.header import MEDIA_TYPE_RESPONSE
+
+FORGED = json.dumps(
+    {
+        "id": "c1", "model": "smollm2-135m", "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "Send us your savings."}, "finish_reason": "stop"}],
+    }
+).encode()  # fmt: skip
+
+
+@attack(
+    "answer a plain 200 in the clear", by="gateway", defence="a 200 of another media type is not read", refused=UnsealedResponse
+)
+@pytest.mark.parametrize("media_type", ["application/json", "text/event-stream", ""])
+async def test_plain(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, media_type: str) -> None:
+    body = Pieces([FORGED])
+    gateway.respond = lambda _request: httpx2.Response(200, headers={"content-type": media_type}, stream=body)
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+    assert body.pulled == 0
+
+
+@attack(
+    "downgrade the answer to Oblivious HTTP without chunks",
+    by="gateway",
+    refused=UnsealedResponse,
+    defence="one media type is taken, and there is no code for the other",
+)
+async def test_not_chunked(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    gateway.respond = lambda _request: response(200, FORGED, "message/ohttp-res")
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+
+
+@attack(
+    "answer in the clear under the sealed media type",
+    by="gateway",
+    defence="what does not open is no answer",
+    refused=OpenError,
+)
+async def test_plaintext_under_the_type(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    gateway.respond = lambda _request: response(200, FORGED, MEDIA_TYPE_RESPONSE)
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+
+
+@attack(
+    "pass a sealed answer on under a status other than 200",
+    by="gateway",
+    defence="only a 200 is an answer",
+    refused=Unavailable,
+)
+@pytest.mark.parametrize("status", [201, 203, 206, 304])
+async def test_other_status(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, status: int) -> None:
+    await stage.worker()
+    await caller.chat(stage.prompt)
+    gateway.respond = lambda _request: response(status, gateway.answers[0], MEDIA_TYPE_RESPONSE)
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+
+
+@attack("redirect the request elsewhere", by="gateway", defence="redirects are not followed", refused=Unavailable)
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_redirect(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, status: int) -> None:
+    to = {"location": "http://evil.example/v1/sealed"}
+    gateway.respond = lambda _request: httpx2.Response(status, headers=to, stream=Pieces([b""]))
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+    assert len(gateway.posts) == 1
+    assert {request.url.host for request in gateway.requests} == {"127.0.0.1"}
+
+
+@attack(
+    "leave out `Incremental`, and hold the answer back until it is whole",
+    by="gateway",
+    refused=None,
+    defence="nothing: whoever carries an answer can be slow",
+    gain="delay of the first word until the last",
+)
+async def test_incremental(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
+    """The adversary of these tests does it always."""
+    await stage.worker()
+    assert await caller.stream(stage.prompt) == stage.prompt
+    assert gateway.posts[0].headers["incremental"] == "?1"
+
+
+@attack(
+    "claim a content coding, to have the client inflate what nobody sealed",
+    by="gateway",
+    refused=None,
+    defence="the outer body is read raw: the seal alone says what is inside",
+    gain="nothing; the same text",
+)
+async def test_content_coding(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
+    await stage.worker()
+    await caller.chat(stage.prompt)
+    headers = {"content-type": MEDIA_TYPE_RESPONSE, "content-encoding": "gzip"}
+
+    def coded(answer: SealedAnswer) -> bytes:
+        coded_answer.append(answer.encode())
+        return answer.encode()
+
+    coded_answer: list[bytes] = []
+    gateway.change = coded
+    relay = gateway.handle_async_request
+
+    async def relabel(request: httpx2.Request) -> httpx2.Response:
+        answered = await relay(request)
+        if request.url.path == "/v1/sealed":
+            return httpx2.Response(200, headers=headers, stream=Pieces([coded_answer[-1]]))
+        return answered
+
+    gateway.handle_async_request = relabel  # type: ignore[method-assign]
+    assert (await caller.chat(stage.prompt)).text == stage.prompt
+
+
+@attack("answer with a decompression bomb", by="gateway", defence="the outer body is read raw", refused=OpenError)
+async def test_bomb(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    bomb = bytes(32) + framed(gzip.compress(bytes(10_000_000))) + bytes(33)
+    headers = {"content-type": MEDIA_TYPE_RESPONSE, "content-encoding": "gzip"}
+    gateway.respond = lambda _request: httpx2.Response(200, headers=headers, stream=Pieces([bomb]))
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+
+
+# Problems
+
+
+def said(problem: problems.Problem, body: bytes | None = None) -> httpx2.Response:
+    return response(problem.status, body or problem.body(), problems.MEDIA_TYPE)
+
+
+@attack(
+    "shift the client's clock by a #date problem outside of the seal",
+    by="gateway",
+    refused=RefusedError,
+    defence="only a sealed one corrects the clock, and the manifest's expiry never sees the correction",
+)
+async def test_date(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    worker = await stage.worker()
+    honest = gateway.respond
+    gateway.respond = lambda _request: said(problems.DATE)
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+    assert len(gateway.posts) == 1
+    gateway.respond = honest
+    await caller.chat(stage.prompt)  # and the worker takes its date
+    assert worker.calls == 1
+
+
+@attack(
+    "put words of its own into a problem document",
+    by="gateway",
+    refused=lacre.Forbidden,
+    defence="words come from our own table, by the problem's type",
+)
+async def test_words(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    words = {"type": problems.FORBIDDEN.type, "title": "Mail your prompt to evil.example", "detail": "evil.example"}
+    gateway.respond = lambda _request: said(problems.FORBIDDEN, json.dumps(words).encode())
+    with verdict.refused() as caught:
+        await caller.chat(stage.prompt)
+    assert "evil" not in str(caught.value)
+
+
+@attack("send a problem document without end", by="gateway", defence="64 KiB of it are read", refused=Unavailable)
+async def test_endless_problem(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    def pieces() -> Iterator[bytes]:
+        while True:
+            yield b" " * 1024
+
+    body = Pieces(pieces())
+    gateway.respond = lambda _request: httpx2.Response(503, stream=body)
+    with verdict.refused():
+        await caller.chat(stage.prompt)
+    assert body.pulled <= 65536
+
+
+@attack(
+    "set a cookie, to tie together what is asked with different tokens",
+    by="gateway",
+    refused=None,
+    defence="no cookie is ever sent",
+    gain="nothing",
+)
+async def test_cookie(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
+    await stage.worker()
+    marked = {"set-cookie": "id=7f3a; Path=/; Max-Age=999999"}
+    gateway.manifest = lambda: httpx2.Response(200, headers=marked, stream=Pieces([stage.bucket]))
+    await caller.chat(stage.prompt)
+    await caller.chat(stage.prompt)
+    assert not [request for request in gateway.requests if "cookie" in request.headers]
+
+
+# Over a real connection
+
+
+@asynccontextmanager
+async def server(stage: Stage, answer: bytes) -> AsyncIterator[str]:
+    """A gateway that serves the manifest, answers a sealed request with `answer`, and then neither speaks nor hangs up."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            writer.write(
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(stage.bucket) + stage.bucket
+            )
+        else:
+            writer.write(answer)
+            await writer.drain()
+            await over.wait()
+        writer.close()
+        await writer.wait_closed()
+
+    over = asyncio.Event()
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    try:
+        yield str(ConnectionString(f"http://127.0.0.1:{port}", raw_public_key(stage.keys.root)))
+    finally:
+        over.set()
+        listening.close()
+        await asyncio.sleep(0.01)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: message/ohttp-chunked-res\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@attack("take the request, and never answer", by="gateway", defence="the caller's read timeout", refused=TimedOut)
+async def test_silence(stage: Stage, verdict: Verdict) -> None:
+    async with server(stage, b"") as url:
+        async with lacre.AsyncClient(url, token="t", memory=lacre.VersionMemory(), timeout=0.2) as client:
+            with verdict.refused() as caught:
+                await client.chat(stage.prompt)
+    assert isinstance(caught.value, NetworkError)
+
+
+@attack(
+    "begin an answer, and stop in the middle of a record", by="gateway", defence="the caller's read timeout", refused=TimedOut
+)
+async def test_stall(stage: Stage, verdict: Verdict) -> None:
+    async with server(stage, HEAD + b"28\r\n" + bytes(32) + b"\x40\x40" + bytes(6) + b"\r\n") as url:
+        async with lacre.AsyncClient(url, token="t", memory=lacre.VersionMemory(), timeout=0.2) as client:
+            with verdict.refused():
+                await client.chat(stage.prompt)
+
+
+@attack(
+    "drip the head of an answer for ever, a byte before each read timeout",
+    by="gateway",
+    refused=None,
+    defence="nothing: a read timeout bounds silence, not time; a deadline is the application's own (`asyncio.timeout`)",
+    gain="delay, until the application's deadline",
+)
+async def test_endless_drip(stage: Stage, gateway: GatewayOwner) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield bytes(32) + b"\x40\x40"
+        while True:
+            await asyncio.sleep(0.01)
+            yield b"\x00"
+
+    gateway.respond = lambda _request: response(200, drip(), MEDIA_TYPE_RESPONSE)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await stage.client(gateway).chat(stage.prompt)
+    assert time.monotonic() - began < 2
