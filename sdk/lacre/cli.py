@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ except ModuleNotFoundError as exc:
     raise SystemExit("the lacre command needs an extra: pip install 'lacre[cli]'") from exc
 
 GROUP = "lacre.commands"
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False)  # what comes from elsewhere is text, and no markup of ours
 err = Console(stderr=True, highlight=False)
 
 app = typer.Typer(
@@ -66,24 +67,50 @@ def chat(
     params = {name: value for name, value in params.items() if value is not None}
     turns = [{"role": "system", "content": system}] if system else []
     with Client(url, pool=pool) as client:
-        for question in [prompt] if prompt is not None else _questions():
-            turns.append({"role": "user", "content": question})
-            answer = ""
-            for piece in client.chat_stream(turns, **params):
-                answer += piece
-                out.out(piece, end="")
-                out.file.flush()
+        if prompt is not None:
+            _answer(client, [*turns, {"role": "user", "content": prompt}], params)
+            return
+        for question in _questions():
+            asked = [*turns, {"role": "user", "content": question}]
+            try:
+                answer = _answer(client, asked, params)
+            except KeyboardInterrupt:
+                continue  # the answer is cut off, and forgotten with its question
+            except LacreError as exc:
+                if not sys.stdin.isatty():
+                    raise
+                _tell(exc)  # somebody is there to try again, or to ask something else
+                continue
+            turns = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _answer(client: Client, turns: list[dict[str, str]], params: dict[str, Any]) -> str:
+    """Prints the answer as it comes; whatever ends it, the next output begins on a new line."""
+    answer = ""
+    try:
+        for piece in client.chat_stream(turns, **params):
+            answer += piece
+            out.out(piece, end="")
+            out.file.flush()
+    finally:
+        if answer:
             out.out()
-            turns.append({"role": "assistant", "content": answer})
+    return answer
 
 
 def _questions() -> Iterator[str]:
-    """What somebody types, until end of file."""
-    err.print("[dim]A sealed chat. Ctrl-D ends it.[/dim]")
+    """What somebody types, until end of file or Ctrl-C."""
+    typed = sys.stdin.isatty()
+    if typed:
+        err.print("[dim]A sealed chat. Ctrl-C cuts an answer off, Ctrl-D ends the chat.[/dim]")
+        with suppress(ImportError):
+            import readline  # noqa: F401, PLC0415 - gives `input` its history and line editing
     while True:
         try:
-            question = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
+            question = input("> " if typed else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            if typed:
+                out.out()
             return
         if question:
             yield question
@@ -109,6 +136,10 @@ def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
+def _tell(error: LacreError) -> None:
+    err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """The console script."""
     for entry in entry_points(group=GROUP):
@@ -116,7 +147,7 @@ def main() -> None:
     try:
         app()
     except LacreError as exc:
-        err.print(f"error: {exc}", style="red", markup=False)
+        _tell(exc)
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(1)
