@@ -134,4 +134,7 @@ class Document:
             members = Members(json.loads(data), "the manifest document")
         except (ValueError, RecursionError) as exc:
             raise InvalidMessage("the manifest document is not JSON") from exc
-        return cls(members.text_lists("roots", at_most=MAX_CHAIN), members.text("manifest"))
+        roots = members.text_lists("roots", at_most=MAX_CHAIN)
+        if any(len(entry) not in (1, 2) for entry in roots):
+            raise InvalidMessage("an entry of the chain of roots is one JWS, or two at a change")
+        return cls(roots, members.text("manifest"))

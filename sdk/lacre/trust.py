@@ -129,8 +129,9 @@ def follow(chain: Sequence[Sequence[str]], pinned: bytes) -> tuple[Step, ...]:
                 continue
             raise UntrustedRoot("the chain of root statements has a gap: a statement is not signed by the root before it")
         if statement.next_root is not None and statement.next_root != root:
-            # Both roots sign the same payload: the old one hands over, the new one accepts.
-            if _verified_by(entry, statement.next_root) != statement:
+            # Both roots sign the same bytes: the old one hands over, the new one accepts.
+            payloads = {token.split(".")[1] for token in entry}
+            if len(payloads) != 1 or _verified_by(entry, statement.next_root) is None:
                 raise UntrustedRoot("a change of root is not signed by the new root")
             root = statement.next_root
         steps.append(Step(root, statement))
@@ -141,7 +142,7 @@ def follow(chain: Sequence[Sequence[str]], pinned: bytes) -> tuple[Step, ...]:
 
 def _verified_by(entry: Sequence[str], root: bytes) -> RootStatement | None:
     """The statement in `entry` if one of its signatures is by `root`."""
-    for token in entry[:2]:
+    for token in entry:
         try:
             return RootStatement.parse(Members(verify_jws(token, root, ROOT_TYP), "a root statement"))
         except InvalidSignature:

@@ -8,10 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre import errors, jws
-from lacre.jws import b64u, raw_public_key
+from lacre.jws import b64u, b64u_decode, raw_public_key
 from lacre.manifest import Document
 from lacre.trust import ConnectionString, verify
 from parts.trust import NOW, PINNED, ROOTS, SIGNER, changes, document, manifest, statement
+
+
+def spaced(new: Ed25519PrivateKey) -> str:
+    """The first change of root as the new root would sign it, in another form of the same JSON."""
+    token = statement(ROOTS[0], new)[0]
+    payload = b64u_decode(token.split(".")[1]).replace(b",", b", ")
+    return jws.sign_bytes(payload, new, "lacre-root+jwt")
 
 
 class TestConnectionString:
@@ -67,11 +74,16 @@ class TestChain:
             [statement(ROOTS[0], ROOTS[1])[:1]],  # not signed by the new
             [statement(ROOTS[0], ROOTS[1])[1:]],  # not signed by the old
             [statement(ROOTS[0], ROOTS[1]), statement(ROOTS[0])],  # the old one again, after it handed over
+            [(statement(ROOTS[0], ROOTS[1])[0], spaced(ROOTS[1]))],  # the same members, other bytes
         ],
     )
     def test_untrusted(self, chain: list[tuple[str, ...]]) -> None:
         with pytest.raises(errors.UntrustedRoot):
             verify(document(*chain), PINNED, NOW)
+
+    def test_an_entry_has_one_or_two_signatures(self) -> None:
+        with pytest.raises(errors.InvalidMessage):
+            verify(document((*statement(ROOTS[0], ROOTS[1]), "x.y.z")), PINNED, NOW)
 
     def test_signer_past_its_expiry(self) -> None:
         with pytest.raises(errors.Expired, match="signer"):
