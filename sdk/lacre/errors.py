@@ -106,6 +106,14 @@ class InvalidReceipt(VerificationError):
     """The answer's receipt is missing, is not by the pool, is for another request, or does not agree with the answer."""
 
 
+class InvalidProof(VerificationError):
+    """A Merkle proof that does not lead from what it is about to the root that it must reach."""
+
+
+class InvalidAudit(VerificationError):
+    """The answer's `Lacre-Audit` is missing, is not by the gateway's key, or does not prove that this request was recorded."""
+
+
 class Replayed(VerificationError):
     """A sealed request that was seen before."""
 
