@@ -1,0 +1,156 @@
+"""Targets of what is said through the seal: a worker's answer at the client, and a client's request at the worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Final
+
+import httpx2
+
+from fuzz.statements import MANIFEST, NOW, PINNED, POOL_KEY, POOL_SIGNER, ROOT, SIGNER, STATEMENT
+from fuzz.target import Script, Target, cut
+from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
+from lacre.asgi import Opened
+from lacre.errors import (
+    ApiError,
+    InvalidMessage,
+    InvalidReceipt,
+    ProtocolError,
+    RefusedError,
+    TruncatedStream,
+    UsageError,
+    VerificationError,
+)
+from lacre.inner import Plain
+from lacre.jws import b64u
+from lacre.manifest import Document
+from lacre.memory import VersionMemory
+from lacre.problems import DATE
+from lacre.problems import MEDIA_TYPE as PROBLEM
+from lacre.receipts import TRAILER, Receipt
+from lacre.reply import Reply
+from lacre.sealing import Facts, Opening, Outer, Read, Refusal, Sealing, Send
+from lacre.signing import sign_manifest, sign_statement
+from lacre.streams import Deltas
+from lacre.transport import FACTS
+from lacre.wire import bhttp
+from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
+from lacre.wire.opening import ResponseSealer, open_request
+from lacre_backend import inside
+from lacre_fabric.grants import Grant
+
+OF_AN_ANSWER: Final = (InvalidMessage, InvalidReceipt, ApiError)
+OF_A_PEER: Final = (ProtocolError, VerificationError, RefusedError)
+DOCUMENT: Final = Document((sign_statement(STATEMENT, ROOT),), sign_manifest(MANIFEST, SIGNER)).encode()
+PLAIN: Final = Plain("POST", "/v1/chat/completions", (("content-type", "application/json"),), b'{"model":"tiny","messages":[]}')
+GRANT: Final = Grant("r1", NOW, NOW + 60, "default", "tiny", "chat", "pad", 256, 4096, (), b64u(HEADER.digest))
+STATUSES: Final = (200, 200, 200, 422, 400, 429, 503, 302)
+MEDIA_TYPES: Final = (MEDIA_TYPE_RESPONSE, PROBLEM, "text/event-stream", "")
+RECEIPT: Final = Receipt(b64u(HEADER.digest), "sha256:00", 12, 4, 3, NOW, NOW + 1, True)
+FACTS_OF_AN_ANSWER: Final = Facts("X25519", "none", 1, 1, RECEIPT)
+
+# How a scripted answer is made.
+RAW, SEALED_BYTES, SEALED_CUT, SEALED_ANSWER, SEALED_DATE = range(5)
+
+
+def deltas(data: bytes) -> Deltas:
+    """Events of a stream, a line each."""
+    reader = Deltas()
+    size = sum(len(reader.feed(line)) for line in data.decode("utf-8", "replace").split("\n"))
+    assert size <= len(data)
+    reader.close(FACTS_OF_AN_ANSWER)
+    return reader
+
+
+def deltas_can_be_counted(data: bytes, reader: Deltas) -> None:
+    assert len(reader.text) <= len(data)
+    reader.written.recount(RECEIPT, len)
+
+
+def reply(data: bytes) -> Reply:
+    """A whole answer; the first byte gives its status."""
+    status = (200, 400, 500)[data[0] % 3] if data else 200
+    return Reply.parse(httpx2.Response(status, content=data[1:], extensions={FACTS: FACTS_OF_AN_ANSWER}))
+
+
+def reply_can_be_counted(_data: bytes, answer: Reply) -> None:
+    assert isinstance(answer.text, str)
+    answer.recount(len)
+
+
+def request_inside(data: bytes) -> inside.SealedRefusal | None:
+    """What a hostile client seals, up to where the worker would call its app: it may run, or is refused inside the seal."""
+    opened = Opened(bhttp.decode_request(data), HEADER, ResponseSealer(HEADER, RESPONSE_SECRET, bytes(32)))
+    return inside.check(opened, GRANT, NOW)
+
+
+def refusal_can_be_sealed(_data: bytes, refusal: inside.SealedRefusal | None) -> None:
+    if refusal is not None:
+        assert 400 <= refusal.status < 500
+        json.dumps(refusal.body)
+
+
+def exchange(data: bytes) -> None:
+    """The client's part of an exchange with a gateway, and a worker, that say whatever the script says."""
+    script = Script(data)
+    client = Sealing(PINNED, VersionMemory(), kems=(Kem.X25519,), shape="none", clock=lambda: NOW)
+    steps = client.exchange(PLAIN)
+    pieces: Iterator[bytes] = iter(())
+    sent: Outer | bytes | None = None
+    opening: Opening | Refusal
+    while True:
+        try:
+            step = steps.send(sent)
+        except StopIteration as stop:
+            opening = stop.value
+            break
+        if isinstance(step, Send):
+            sent, pieces = answer(step, script)
+        else:
+            assert isinstance(step, Read)
+            sent = next(pieces, None)
+    if isinstance(opening, Refusal):
+        raise opening.problem.exception(opening.retry_after)
+    while not opening.ended:
+        opening.feed(next(pieces, None))
+        opening.take()
+
+
+def answer(step: Send, script: Script) -> tuple[Outer, Iterator[bytes]]:
+    """What the gateway says to one request, and its body in pieces."""
+    if not step.sealed:
+        return Outer(200), iter([DOCUMENT if script.number() == 0 else script.text()])
+    choice, kind, places = script.number(), script.number() % 5, script.cuts()
+    outer = Outer(STATUSES[choice % 8], MEDIA_TYPES[choice // 8 % 4], None)
+    content = script.text()
+    if kind == RAW:
+        return outer, iter(cut(content, places))
+    _, header, sealer = open_request({1: POOL_KEY}, step.body)
+    body = sealer.seal(made(kind, content, header.digest))
+    return outer, iter(cut(body if kind == SEALED_CUT else body + sealer.finish(), places))
+
+
+def made(kind: int, content: bytes, digest: bytes) -> bytes:
+    """The inner answer: as the script has it, or one that is whole and well formed, with a receipt or a date."""
+    if kind in (SEALED_BYTES, SEALED_CUT):
+        return content
+    encoder = bhttp.ResponseEncoder()
+    receipt = Receipt(b64u(digest), "sha256:00", 1, 0, 1, NOW, NOW + 1, True).sign(POOL_SIGNER)
+    problem = json.dumps({"type": DATE.type}).encode()
+    try:
+        if kind == SEALED_DATE:
+            head = encoder.head(400, (("content-type", PROBLEM), ("date", content.decode("latin-1"))))
+        else:
+            head = encoder.head(200)
+    except UsageError:  # a date that no header can carry
+        return b""
+    return head + encoder.data(problem if kind == SEALED_DATE else content) + encoder.end(((TRAILER, receipt),))
+
+
+TARGETS: Final = (
+    Target("deltas", deltas, (*OF_AN_ANSWER, TruncatedStream), deltas_can_be_counted, json=True),
+    Target("reply", reply, OF_AN_ANSWER, reply_can_be_counted, json=True),
+    Target("request_inside", request_inside, MALFORMED, refusal_can_be_sealed),
+    Target("exchange", exchange, OF_A_PEER, json=True),
+)

@@ -1,0 +1,35 @@
+"""One target under the fuzzer, in a process of its own: `python -m fuzz.search TARGET [libFuzzer options and folders]`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+import atheris
+
+# Coverage guides the search, so whatever parses is imported through this; cryptography and json are C and Rust.
+with atheris.instrument_imports(include=["lacre", "lacre_fabric", "lacre_backend.inside", "jwt"]):
+    from fuzz.targets import TARGETS
+
+# Tracing memory is slow, so one input of so many is; the corpus's own are all traced in `test_corpus.py`.
+TRACED: Final = 16
+
+
+def main() -> None:
+    target = TARGETS[sys.argv[1]]
+    runs = 0
+
+    def run(data: bytes) -> None:
+        nonlocal runs
+        runs += 1
+        if runs % TRACED:
+            target.check(data)
+        else:
+            target.check_memory(data)
+
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], run)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

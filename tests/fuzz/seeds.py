@@ -1,0 +1,135 @@
+"""Writes `corpus/`: what real encoders make of small messages, so that a search begins behind the first checks.
+
+Run it anew (`PYTHONPATH=tests .venv/bin/python -m fuzz.seeds`) where a format has changed. Files whose name begins with
+`found-` are inputs that once broke an invariant: this script leaves them alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from fuzz import answers, statements, wire
+from lacre.asgi import AUTHORITY
+from lacre.jws import b64u, sign
+from lacre.trust import ConnectionString
+from lacre.wire import bhttp
+from lacre.wire.header import Aead, Kdf, Kem, SealedHeader, Suite, encode_key_list
+
+CORPUS: Final = Path(__file__).parent / "corpus"
+REQUEST: Final = bhttp.Request(
+    "POST", "https", AUTHORITY, "/v1/chat/completions",
+    (("content-type", "application/json"), ("date", "Fri, 15 Jan 2027 08:00:00 GMT"), ("lacre-model", "tiny")),
+    b'{"model":"tiny"}', (("a", "b"),),
+)  # fmt: skip
+CHUNK: Final = {"id": "c1", "model": "tiny", "choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]}
+USAGE: Final = {"prompt_tokens": 12, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+MESSAGE: Final = {
+    "id": "c1", "model": "tiny", "usage": USAGE,
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}],
+}  # fmt: skip
+
+
+def text(content: bytes) -> bytes:
+    """As `Script.text` reads it."""
+    return len(content).to_bytes(2, "big") + content
+
+
+def response() -> bytes:
+    encoder = bhttp.ResponseEncoder()
+    early = encoder.informational(103, (("link", "</a>"),))
+    head = encoder.head(200, (("content-type", "text/event-stream"),))
+    return early + head + encoder.data(b"data: 1\n\n") + encoder.data(b"data: 2\n\n") + encoder.end((("lacre-receipt", "x"),))
+
+
+def of_wire() -> Iterator[tuple[str, str, bytes]]:
+    no_cuts = b"\x00"
+    yield "bhttp_request", "known", bhttp.encode_request(REQUEST, padded_to=256)
+    yield "bhttp_request", "indeterminate", bhttp.encode_request_indeterminate(REQUEST)
+    yield "bhttp_request", "cut-short", b"\x00\x03GET\x05https\x00\x01/"
+    yield "bhttp_response", "indeterminate", b"\x03\x00\x01\x00\x09\x00\x30" + response()
+    yield "bhttp_response", "known", no_cuts + b"\x01\x40\xc8\x05\x01a\x01b\x02\x02hi\x00\x00"
+    for key in wire.KEYS.values():
+        yield "key_config", key.config.kem.label, key.config.encode()
+    x25519 = wire.KEYS[1].config.encode()
+    unknown = bytes.fromhex("05fffe0000000400010001")
+    yield "key_list", "two", encode_key_list([wire.KEYS[1].config, wire.KEYS[1].config])
+    yield "key_list", "one-unknown", text(unknown) + text(x25519)
+    for kem in Kem:
+        outline = b"\x11" + bytes(17) + b"\x00" + bytes(16)
+        yield (
+            "header",
+            kem.label,
+            SealedHeader(1, Suite(kem, Kdf.HKDF_SHA256, Aead.AES_256_GCM), bytes(kem.n_enc)).raw + outline,
+        )
+    record, last = bytes([wire.RECORD]) + text(b"some"), bytes([wire.FINAL]) + text(b"end")
+    for target in ("ohttp_request", "ohttp_response"):
+        yield target, "whole", no_cuts + bytes([wire.HONEST]) + record + record + last
+        yield target, "in-pieces", b"\x02\x00\x07\x00\x33" + bytes([wire.HONEST]) + record + last
+        yield target, "long-lengths", no_cuts + bytes([wire.HONEST, wire.LONG_RECORD]) + text(b"some") + last
+        yield target, "stray-byte", no_cuts + bytes([wire.HONEST]) + record + bytes([wire.BYTES]) + text(b"\x00") + last
+    yield "ohttp_request", "any-bytes", no_cuts + b"\x01" + bytes([wire.BYTES]) + text(wire.HEADER.raw + b"\x11" + bytes(17))
+
+
+def of_statements() -> Iterator[tuple[str, str, bytes]]:
+    payloads = statements.example_payloads()
+    yield "manifest", "document", bytes([statements.DOCUMENT]) + answers.DOCUMENT
+    yield "manifest", "payload", bytes([statements.PAYLOAD]) + payloads["manifest"]
+    yield "manifest", "huge-number", bytes([statements.PAYLOAD]) + payloads["manifest"].replace(b"1800000000.0", b"9" * 320, 1)
+    yield "manifest", "statement", bytes([statements.STATEMENT_PAYLOAD]) + payloads["statement"]
+    yield "manifest", "change-of-root", bytes([statements.CHANGE_OF_ROOT]) + payloads["change"]
+    yield "jws", "token", b"\x00" + sign({"a": 1}, statements.SIGNER, "test+jwt").encode()
+    yield "jws", "header-and-payload", b'\x01{"alg":"EdDSA","typ":"test+jwt"}\n{"a":1}'
+    yield "jws", "critical", b'\x01{"alg":"EdDSA","typ":"test+jwt","b64":false,"crit":["b64"]}\n{"a":1}'
+    for name in ("grant", "receipt"):
+        yield name, "payload", b"\x01" + payloads[name]
+        yield name, "huge-number", b"\x01" + payloads[name].replace(b"1800000000.0", b"9" * 320, 1)
+    yield "grant", "token", b"\x00" + sign(json.loads(payloads["grant"]), statements.SIGNER, "lacre-grant+jwt").encode()
+    yield "frame", "data", b"A:" + b"0f" * 16 + b"\nS:12\nK:data\n\nbytes"
+    yield "frame", "error", b"A:" + b"0f" * 16 + b"\nS:0\nK:error\n\nhttps://lacre.dev/problems/busy"
+    pin = statements.PINNED
+    for name, url in (("host", "https://gw.example:8321"), ("loopback", "http://127.0.0.1:1"), ("address", "https://[::1]:1")):
+        yield "connection_string", name, str(ConnectionString(url, pin)).encode()
+
+
+def of_answers() -> Iterator[tuple[str, str, bytes]]:
+    last = {"id": "c1", "model": "tiny", "choices": [], "usage": USAGE}
+    yield "deltas", "stream", "\n".join((json.dumps(CHUNK), json.dumps(last), "[DONE]")).encode()
+    yield "deltas", "error", b'{"error":{"message":"m","type":"t","code":"c"}}'
+    yield "reply", "answer", b"\x00" + json.dumps(MESSAGE).encode()
+    yield "reply", "error", b'\x01{"error":{"message":"m","type":"t","code":"c"}}'
+    yield "request_inside", "request", bhttp.encode_request(REQUEST)
+    yield "request_inside", "path", b"\x00\x03GET\x05https\x0dlacre.invalid\x0a/v1/%2e./a"
+    no_cuts, document, sealed = b"\x00", b"\x00", b"\x00"
+    yield "exchange", "answer", document + sealed + bytes([answers.SEALED_ANSWER]) + no_cuts + text(b"Hi")
+    yield "exchange", "pieces", document + sealed + bytes([answers.SEALED_BYTES]) + b"\x01\x00\x40" + text(response())
+    yield "exchange", "cut", document + sealed + bytes([answers.SEALED_CUT]) + no_cuts + text(response())
+    date = text(b"Fri, 15 Jan 2027 08:30:00 GMT")
+    date_problem = sealed + bytes([answers.SEALED_DATE]) + no_cuts + date
+    yield "exchange", "date", document + date_problem + sealed + bytes([answers.SEALED_ANSWER]) + no_cuts + text(b"Hi")
+    unknown_key = text(b'{"type":"https://iana.org/assignments/http-problem-types#ohttp-key"}')
+    refused = b"\x0b" + bytes([answers.RAW]) + no_cuts + unknown_key
+    yield "exchange", "unknown-key", document + refused + document + sealed + bytes([answers.SEALED_ANSWER]) + no_cuts
+    yield "exchange", "manifest", b"\x01" + text(b'{"roots":[["' + b64u(b"{}").encode() + b'.e30.AA"]],"manifest":""}')
+
+
+def seeds() -> dict[Path, bytes]:
+    """Every seed, by its file."""
+    found = (*of_wire(), *of_statements(), *of_answers())
+    return {CORPUS / target / name.lower(): data for target, name, data in found}
+
+
+def main() -> None:
+    for path in CORPUS.glob("*/*"):
+        if not path.name.startswith("found-"):
+            path.unlink()
+    for path, data in seeds().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    print(f"{len(seeds())} seeds in {CORPUS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Every input of the corpus through its target, without a fuzzer; and that an invariant which does not hold is noticed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fuzz import wire
+from fuzz.seeds import CORPUS, seeds
+from fuzz.target import Target
+from fuzz.targets import TARGETS
+from lacre.errors import InvalidMessage
+
+INPUTS = sorted(CORPUS.glob("*/*"))
+# What each search begins with must get past the first checks; these are refused on purpose.
+REFUSED = {
+    "deltas": {"error"}, "reply": {"error"}, "jws": {"critical"}, "exchange": {"pieces", "cut", "manifest"},
+    "manifest": {"huge-number"}, "grant": {"huge-number"}, "receipt": {"huge-number"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", INPUTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_input(path: Path) -> None:
+    target = TARGETS[path.parent.name]
+    data = path.read_bytes()
+    for smaller in (data, data[: len(data) // 2], data[1:], b""):
+        target.check_memory(smaller)
+
+
+def test_the_corpus_is_what_the_encoders_make() -> None:
+    """Where this fails a format has changed: `PYTHONPATH=tests .venv/bin/python -m fuzz.seeds`."""
+    expected = seeds()
+    assert {path for path in INPUTS if not path.name.startswith("found-")} == set(expected)
+    assert [path for path, data in expected.items() if path.read_bytes() != data] == []
+    assert {path.parent.name for path in INPUTS} == set(TARGETS)
+
+
+@pytest.mark.parametrize("path", seeds(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_seeds_pass_the_first_checks(path: Path) -> None:
+    target = TARGETS[path.parent.name]
+    if path.name in REFUSED.get(path.parent.name, set()):
+        with pytest.raises(target.refuses):
+            target.parse(path.read_bytes())
+    else:
+        target.parse(path.read_bytes())
+
+
+def test_another_error_is_noticed() -> None:
+    def parse(data: bytes) -> object:
+        return data[0]
+
+    with pytest.raises(IndexError):
+        Target("broken", parse, (InvalidMessage,)).check(b"")
+
+
+def test_memory_out_of_proportion_is_noticed() -> None:
+    def parse(data: bytes) -> object:
+        return bytearray(2**21)
+
+    with pytest.raises(AssertionError, match="bytes of memory"):
+        Target("broken", parse, ()).check_memory(b"")
+
+
+def test_an_invariant_is_no_place_for_a_refusal() -> None:
+    def holds(_data: bytes, _parsed: object) -> None:
+        raise InvalidMessage("what was read cannot be read again")
+
+    with pytest.raises(InvalidMessage):
+        Target("broken", bytes, (InvalidMessage,), holds).check(b"")
+
+
+def test_other_bytes_than_were_sealed_are_noticed() -> None:
+    script = wire.Script(bytes([wire.RECORD]) + b"\x00\x04some" + bytes([wire.FINAL]) + b"\x00\x00")
+    aead = wire.ohttp.response_aead(wire.HEADER, wire.RESPONSE_SECRET, wire.NONCE)
+    sealed = wire.sealed_by(script, aead, wire.NONCE)
+    assert sealed.must_open and not sealed.must_not
+    for expected in (b"some", b"other"):
+        opener = wire.ohttp.ResponseOpener(wire.HEADER, wire.RESPONSE_SECRET)
+        opened = partial(wire._opened, opener, [sealed.message], replace(sealed, plaintext=expected), wire.OF_A_RESPONSE)
+        if expected == b"some":
+            assert opened() == b"some"
+        else:
+            with pytest.raises(AssertionError):
+                opened()
