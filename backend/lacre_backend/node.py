@@ -63,12 +63,16 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a node is: its pool, and what it opens and signs with."""
+    """What a node is: its pool, and what it opens and signs with.
+
+    look_for_keys: looks whether there are new ones; asked before a key id counts as unknown.
+    """
 
     pool: str
     keys: Callable[[], Mapping[int, PrivateKey]]
     receipt_key: Ed25519PrivateKey = field(repr=False)
     manifest: Callable[[], Manifest]
+    look_for_keys: Callable[[], bool] = lambda: False
 
 
 class _Refused(Exception):
@@ -186,10 +190,12 @@ class Node:
             raise _Refused(problems.INVALID_GRANT)
         return grant
 
-    def _open(self, delivery: Delivery) -> asgi.Opened:
+    def _open(self, delivery: Delivery, *, look: bool = True) -> asgi.Opened:
         try:
             return asgi.open_sealed(delivery.work.sealed, self._identity.keys())
         except UnknownKeyId as exc:
+            if look and self._identity.look_for_keys():
+                return self._open(delivery, look=False)
             raise _Refused(problems.UNKNOWN_KEY) from exc
         except LacreError as exc:
             raise _Refused(problems.INVALID_REQUEST) from exc

@@ -23,13 +23,17 @@ class Model(Table):
 
 
 class Settings(Table):
-    """The whole file. keys: the folder with the pool's private keys; receipt_key: an Ed25519 key in PEM."""
+    """The whole file. keys: the folder with the pool's private keys; receipt_key: an Ed25519 key in PEM.
+
+    memory: the folder that remembers the newest manifest seen; without one it is forgotten when the process ends.
+    """
 
     pool: Name
     node: Name
     trust: RootKey
     keys: FilePath
     receipt_key: FilePath
+    memory: FilePath | None = None
     nats: Nats
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     slots: PositiveInt = 1  # requests at a time

@@ -9,12 +9,14 @@ from contextlib import AsyncExitStack
 
 import structlog
 
+from lacre.memory import VersionFile
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.keyring import KeyRing
 from lacre_backend.models import find
 from lacre_backend.node import Identity, Node
 from lacre_backend.settings import Model, Settings
-from lacre_fabric import logs, poolkeys
+from lacre_fabric import logs
 from lacre_fabric.keyfiles import read_ed25519
 from lacre_fabric.manifests import ManifestFeed
 from lacre_fabric.nats_worker import NatsWorker
@@ -27,27 +29,35 @@ async def serve(settings: Settings) -> None:
     """Raises SettingsError or FabricUnavailable where it cannot start."""
     logs.configure(sys.stderr)
     async with AsyncExitStack() as stack:
-        keys, receipt_key = poolkeys.load(settings.keys), read_ed25519(settings.receipt_key)
+        keys, receipt_key = KeyRing(settings.keys), read_ed25519(settings.receipt_key)
+        stack.callback(keys.close)
         credential = Credential.load(settings.nats.credentials)
         engines = [_load(model) for model in settings.models]
         for engine in engines:
             stack.callback(engine.close)
         names = [engine.model.name for engine in engines]
+        keys.reload()  # loading a model takes its time; presence must not begin with keys of before
         fabric = await NatsWorker.connect(
-            settings.nats.url, credential, settings.pool, settings.node, names, slots=settings.slots
+            settings.nats.url, credential, settings.pool, settings.node, names, slots=settings.slots, keys=keys.fingerprints
         )
         stack.push_async_callback(fabric.close)
-        feed = ManifestFeed(fabric.connection.manifest, settings.root)
+        memory = None if settings.memory is None else VersionFile(settings.memory)
+        feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory)
         await feed.start()
         stack.push_async_callback(feed.close)
-        identity = Identity(settings.pool, lambda: keys, receipt_key, lambda: feed.manifest)
+        identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, keys.reload)
         node = Node(fabric, create_app(engines), identity)
         log.info("worker.ready", pool=settings.pool, model=names[0])
-        running = asyncio.create_task(node.run())
+        running, watching = asyncio.create_task(node.run()), asyncio.create_task(keys.watch())
+        stack.push_async_callback(_cancel, watching)
         await _signalled(running)
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        await _cancel(running)
         await node.drain(settings.drain)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _signalled(running: asyncio.Task[None]) -> None:

@@ -101,6 +101,13 @@ class Generations:
         live = tuple(replace(one, unlisted_at=now) if one.leaves(now) else one for one in self.live)
         return replace(self, live=live)
 
+    def leaving(self, now: float) -> bool:
+        """Whether a manifest still lists what retires by now."""
+        return any(one.leaves(now) for one in self.live)
+
+    def retirement_due(self, now: float) -> bool:
+        return self.leaving(now) or bool(self.to_destroy(now))
+
     def to_destroy(self, now: float) -> tuple[Generation, ...]:
         return tuple(one for one in self.live if one.unlisted_at is not None and now >= one.unlisted_at + one.drain)
 

@@ -7,11 +7,10 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from lacre.errors import SettingsError
 from lacre.wire.header import Kem, KeyConfig
 from lacre.wire.opening import PrivateKey
 from lacre.wire.wiping import overwrite
@@ -32,14 +31,6 @@ def read(path: Path) -> PrivateKey:
         return PrivateKey.from_bytes(content)
     finally:
         overwrite(content)
-
-
-def load(folder: Path) -> Mapping[int, PrivateKey]:
-    """Every key in `folder`, by key id. Raises SettingsError."""
-    keys = {key.config.key_id: key for key in map(read, files(folder))}
-    if not keys:
-        raise SettingsError(f"{folder} holds no pool key: `lacre keys init` makes one")
-    return keys
 
 
 def make(folder: Path, ids: Sequence[int], kems: Sequence[Kem]) -> tuple[KeyConfig, ...]:

@@ -189,11 +189,18 @@ class Site:
     def published(self, now: float) -> None:
         """The manifest signed as of `now` is on the fabric: writes down what follows, and destroys replaced signing keys."""
         self.authority.settle()
+        write_secret(self.folder / "trust" / "published", str(now).encode())
         for pool in self.pools:
             before = self.generations(pool)
             after = before.published(now)
             if after != before:
                 self.keep_generations(pool, after)
+
+    @property
+    def published_at(self) -> float:
+        """When the manifest that is on the fabric was signed; 0 where none is."""
+        path = self.folder / "trust" / "published"
+        return float(path.read_text()) if path.exists() else 0.0
 
     def _next_version(self) -> int:
         """Counts every manifest ever signed here; kept before it is used, so that no version is signed twice."""

@@ -1,0 +1,169 @@
+"""Keys that live and die: rotates a pool's keys under the traffic, retires the old ones, and keeps the manifest fresh.
+
+Rules:
+- Workers have a key before any client can know of it: it is staged in their folder, and listed once they say that they hold it.
+- A retired key is destroyed only when no manifest lists it and nothing sealed to it can wait in the queue. A stream under way
+  needs it no more: its answer's key was derived when the request was opened.
+- Every step is written down before the next (see `generations`), so what one process began another one ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from lacre.errors import LacreError
+from lacre.sealing import REFRESH_BEFORE
+from lacre.wire.header import KeyConfig
+from lacre_fabric import poolkeys
+from lacre_fabric.authority import DAY
+from lacre_fabric.connection import Connection
+from lacre_fabric.generations import Generation
+from lacre_fabric.provisioning import publish_manifest
+from lacre_fabric.rollcall import await_gone, await_holders
+from lacre_fabric.site import MANIFEST_LIFETIME, Site
+
+EVERY: Final = DAY
+# A client fetches the manifest anew after half of its life: within that time every one has met the new key by itself.
+GRACE: Final = MANIFEST_LIFETIME * REFRESH_BEFORE + 3600.0
+REPUBLISH: Final = MANIFEST_LIFETIME / 4
+LOAD_WAIT: Final = 30.0  # seconds for the workers to take up a new key, or to let go of an old one
+LOOK: Final = 1.0  # seconds between looks at what is due
+AGAIN: Final = 30.0  # seconds from a failure to the next try
+
+log = structlog.get_logger("lacre.upkeep")
+
+
+class NotTakenUp(LacreError):
+    """No live worker of the pool has the new key: nobody may seal to it yet. It stays staged, and is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """every: seconds that a pool key is the current one; None for ever. grace: seconds that it is listed after that."""
+
+    every: float | None = EVERY
+    grace: float = GRACE
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """listed: the new keys. retiring: the old generations. lacking: workers that had not taken up the new keys in time."""
+
+    pool: str
+    listed: tuple[KeyConfig, ...]
+    retiring: tuple[Generation, ...]
+    lacking: frozenset[str]
+
+
+async def publish(site: Site, connection: Connection) -> None:
+    """Signs the next manifest and puts it on the fabric. Raises SettingsError or FabricUnavailable."""
+    async with site.changing():
+        await _publish(site, connection)
+
+
+async def _publish(site: Site, connection: Connection) -> None:
+    now = time.time()
+    await publish_manifest(connection, site.sign_manifest(now))
+    site.published(now)
+
+
+async def rotate(site: Site, connection: Connection, pool: str, *, grace: float = GRACE, wait: float = LOAD_WAIT) -> Rotated:
+    """A new generation of the pool's keys, listed when this returns. grace: seconds until the old ones leave the manifest.
+
+    wait: seconds for the workers to take it up. One that does not in this time does not hold up the others.
+    Raises NotTakenUp where none did, SettingsError or FabricUnavailable.
+    """
+    async with site.changing():
+        staged = _staged(site, pool)
+        have, lacking = await await_holders(connection, pool, staged.configs, wait)
+        if lacking and not have:
+            raise NotTakenUp(
+                f"no worker of pool {pool} took up the new key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
+                f"see that they read {site.keys_folder(pool)} or a copy of it, and try again"
+            )
+        site.keep_generations(pool, site.generations(pool).list_staged(time.time(), grace))
+        await _publish(site, connection)
+    live = site.generations(pool).live
+    return Rotated(pool, staged.configs, tuple(one for one in live if one.retire_at is not None), lacking)
+
+
+def _staged(site: Site, pool: str) -> Generation:
+    """The staged generation: the one that another try left, or a new one with a key for each KEM of the current one."""
+    generations, folder = site.generations(pool), site.keys_folder(pool)
+    if generations.staged is not None:
+        return generations.staged
+    # A key that was made and not written down is known to nobody, and its id is about to be used.
+    poolkeys.keep_only(folder, (key_id for one in generations.live for key_id in one.ids))
+    kems = poolkeys.DEFAULT_KEMS if generations.current is None else [key.kem for key in generations.current.configs]
+    generations = generations.stage(poolkeys.make(folder, generations.free_ids(len(kems), time.time()), kems))
+    site.keep_generations(pool, generations)
+    return generations.live[0]
+
+
+async def retire(site: Site, connection: Connection) -> tuple[Generation, ...]:
+    """Takes keys whose grace is over out of the manifest, and destroys those that are out long enough. The destroyed ones.
+
+    Raises SettingsError or FabricUnavailable.
+    """
+    async with site.changing():
+        if any(site.generations(pool).leaving(time.time()) for pool in site.pools):
+            await _publish(site, connection)
+        gone = {pool: _destroy(site, pool, time.time()) for pool in site.pools}
+    for pool, generations in gone.items():
+        await _check_gone(connection, pool, [config for one in generations for config in one.configs])
+    return tuple(one for generations in gone.values() for one in generations)
+
+
+def _destroy(site: Site, pool: str, now: float) -> tuple[Generation, ...]:
+    before = after = site.generations(pool)
+    due = before.to_destroy(now)
+    for generation in due:
+        after = after.destroyed(generation, now, MANIFEST_LIFETIME)
+    if due:
+        poolkeys.keep_only(site.keys_folder(pool), (key_id for one in after.live for key_id in one.ids))
+        site.keep_generations(pool, after)
+    return due
+
+
+async def _check_gone(connection: Connection, pool: str, configs: Sequence[KeyConfig]) -> None:
+    """A worker that goes on with a destroyed key has it from elsewhere: only its operator can end that."""
+    if configs:
+        for node in sorted(await await_gone(connection, pool, configs, LOAD_WAIT)):
+            log.warning("key.still_held", pool=pool, node=node, remedy="destroy this worker's own copy, and restart it")
+
+
+async def tend(site: Site, connection: Connection, schedule: Schedule) -> None:
+    """Whatever is due now: a fresh manifest, a new key, an end to an old one. Raises as `rotate` and `retire` do."""
+    now = time.time()
+    if now >= site.published_at + REPUBLISH:
+        await publish(site, connection)
+    for pool in site.pools:
+        if _rotation_due(site, pool, now, schedule.every):
+            rotated = await rotate(site, connection, pool, grace=schedule.grace)
+            log.info("key.rotated", pool=pool)
+            for node in sorted(rotated.lacking):
+                log.warning("key.not_taken_up", pool=pool, node=node, remedy="see that this worker reads the pool's keys")
+    if any(site.generations(pool).retirement_due(now) for pool in site.pools):
+        await retire(site, connection)
+
+
+def _rotation_due(site: Site, pool: str, now: float, every: float | None) -> bool:
+    current = site.generations(pool).current
+    return every is not None and (current is None or current.listed_at is None or now >= current.listed_at + every)
+
+
+async def upkeep(site: Site, connection: Connection, schedule: Schedule) -> None:
+    """`tend`, for ever. What fails is tried again: the fabric comes back, a disk gets room."""
+    while True:
+        try:
+            await tend(site, connection, schedule)
+            await asyncio.sleep(LOOK)
+        except (LacreError, OSError) as exc:
+            log.warning("upkeep.failed", kind=type(exc).__name__, reason=str(exc))
+            await asyncio.sleep(AGAIN)
