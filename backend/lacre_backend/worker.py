@@ -12,6 +12,7 @@ import structlog
 from lacre.memory import VersionFile
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.model import Gpu
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models import find
 from lacre_backend.node import Identity, Node
@@ -75,5 +76,5 @@ async def _signalled(running: asyncio.Task[None]) -> None:
 def _load(model: Model) -> LlamaEngine:
     """Raises SettingsError for a file that is missing, not GGUF, or too large for this machine."""
     file = find(model.path, model.name)
-    options = LlamaSettings(n_ctx=model.context, threads=model.threads, n_gpu_layers=model.gpu_layers)
+    options = LlamaSettings(n_ctx=model.context, threads=model.threads, gpu=Gpu(layers=model.gpu_layers))
     return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=options)

@@ -15,13 +15,15 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_backend import models
-from lacre_backend.engine.llama import PREFILL_CHUNK, LlamaEngine, LlamaSettings
+from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import DEFAULT_N_CTX
 from lacre_backend.engine.protocol import Engine, Finish, Sampling, Task, Token
+from lacre_backend.engine.scheduler import Limits
 
 MakeTask = Callable[..., Task]
 Run = Callable[..., Any]
 GREEDY = Sampling(temperature=0)
+CHUNK = Limits(slots=1, context=1, cells=1).chunk
 
 
 def start(*, settings: LlamaSettings | None = None) -> LlamaEngine:
@@ -71,7 +73,7 @@ async def test_llama_cpp_writes_nothing(make_task: MakeTask, run: Run, capfd: py
 
 async def test_prefill_in_chunks_is_prefill_at_once(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
     """Logprobs at the end of a prompt of several chunks, against those of the same prompt in an engine of larger steps."""
-    prompt = tuple(llama.tokenize("The sea is wide, and the sky is blue. " * 60)[: 2 * PREFILL_CHUNK + 7])
+    prompt = tuple(llama.tokenize("The sea is wide, and the sky is blue. " * 60)[: 2 * CHUNK + 7])
     (chunked,), _ = await run(llama, make_task(llama, prompt=prompt, max_tokens=1, sampling=GREEDY, logprobs=5))
     again, _ = await run(llama, make_task(llama, prompt=prompt, max_tokens=3, sampling=GREEDY, logprobs=5))
     assert chunked == again[0]
@@ -127,7 +129,7 @@ async def test_unseeded_sampling_differs(llama: LlamaEngine, make_task: MakeTask
 
 
 async def test_cancel_within_the_prefill(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
-    prompt = tuple(np.resize(llama.tokenize("wave after wave after "), 8 * PREFILL_CHUNK - 30).tolist())
+    prompt = tuple(np.resize(llama.tokenize("wave after wave after "), 4 * CHUNK - 30).tolist())
     begin = time.monotonic()
     await run(llama, make_task(llama, prompt=prompt, max_tokens=1))
     whole = time.monotonic() - begin
@@ -137,7 +139,7 @@ async def test_cancel_within_the_prefill(llama: LlamaEngine, make_task: MakeTask
     llama.cancel(task.id)
     begin = time.monotonic()
     assert [event async for event in stream] == [Finish("cancelled", len(prompt), 0, 0)]
-    assert time.monotonic() - begin < whole / 2, "one step of eight"
+    assert time.monotonic() - begin < whole / 2, "one step of four"
 
 
 async def test_cancel_takes_one_step(llama: LlamaEngine, make_task: MakeTask) -> None:
@@ -154,14 +156,17 @@ async def test_cancel_takes_one_step(llama: LlamaEngine, make_task: MakeTask) ->
 
 
 async def test_a_waiting_task_is_cancelled_at_once(llama: LlamaEngine, make_task: MakeTask) -> None:
-    running, waiting = make_task(llama, max_tokens=600), make_task(llama)
-    first, second = llama.submit(running), llama.submit(waiting)
-    await anext(first)
+    running = [make_task(llama, max_tokens=600) for _ in range(llama.slots)]
+    waiting = make_task(llama)
+    streams = [llama.submit(task) for task in running]
+    last = llama.submit(waiting)
+    await anext(streams[0])
     llama.cancel(waiting.id)
-    assert await asyncio.wait_for(anext(second), 0.5) == Finish("cancelled", len(waiting.prompt), 0, 0)
-    llama.cancel(running.id)
-    async for _ in first:
-        pass
+    assert await asyncio.wait_for(anext(last), 1) == Finish("cancelled", len(waiting.prompt), 0, 0)
+    for task, stream in zip(running, streams, strict=True):
+        llama.cancel(task.id)
+        async for _ in stream:
+            pass
 
 
 async def test_first_come_first_served(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:

@@ -1,32 +1,32 @@
-"""llama.cpp behind the engine protocol: one context, one long-lived thread that decodes, one sequence at a time.
+"""llama.cpp behind the engine protocol: many sequences in one context, one long-lived thread that decodes.
 
 Rules
-- The context belongs to the decode thread alone. It lives as long as the engine: llama.cpp keeps its workers per calling
-  thread, and a fresh thread per call decodes at less than half the speed.
-- Cancellation, time limit and closing are looked at between steps; a step is at most `PREFILL_CHUNK` tokens.
-- The cache is wiped, data and all, before the next task may begin: nothing of one request is left for another.
+- The scheduler decides, the context executes, the samplers choose; this file moves what they say between them and the callers.
+- The context, the scheduler and the samplers belong to the decode thread alone. Callers leave tasks and cancellations behind a
+  lock; the thread takes them up between steps, so that each takes effect within one.
 - Nothing about a prompt or an answer is logged, or part of an error.
+- What is cached for a scope is removed `SCOPE_LIFE` after its last use, and where nothing is cached or running the cells' data
+  is overwritten.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import llama_cpp as L
 import numpy as np
 
-from lacre.errors import SettingsError
+from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.delivery import EventStream, Outbox
 from lacre_backend.engine.model import Model
+from lacre_backend.engine.pace import Pace
 from lacre_backend.engine.protocol import (
+    Alternative,
     EngineError,
     Event,
     Finish,
@@ -37,23 +37,16 @@ from lacre_backend.engine.protocol import (
     Token,
     check,
 )
-from lacre_backend.engine.sampling import Logits, Sampler, logprob
+from lacre_backend.engine.sampling import Logits, Sampler, choose, logprob
+from lacre_backend.engine.scheduler import Plan, Scheduler
+from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.text import TextStream
 
-# Tokens of prompt per step: what a cancellation may have to wait for (0.3 s for the default model on two cores). Steps of 256
-# or 512 take a prompt in 5 % faster.
-PREFILL_CHUNK: Final = 128
+__all__ = ["LlamaEngine", "LlamaSettings"]
 
-
-@dataclass(frozen=True, slots=True)
-class LlamaSettings:
-    """How to load a model. n_ctx: None takes the model's own, at most `DEFAULT_N_CTX`. threads: None takes every core that the
-    process may use. n_gpu_layers: layers to put on a GPU, where llama.cpp was built for one; -1 for all.
-    """
-
-    n_ctx: int | None = None
-    threads: int | None = None
-    n_gpu_layers: int = -1
+SCOPE_LIFE: Final = 3600.0  # seconds: the SDK changes its salt by the hour
+_TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
+_LOOK: Final = 60.0  # seconds between looks for expired scopes while there is work
 
 
 class _Job:
@@ -66,17 +59,16 @@ class _Job:
         self.limit = limit  # tokens to generate: what was asked, and what the context has room for
         self.text = TextStream(task.stop)
         self.completion_tokens = 0
+        self.cached_tokens = 0
         self.cancelled = False
+        self.ended = False
         self.deadline: float | None = None
 
-    def start(self, now: float) -> None:
-        self.deadline = None if self.task.time_limit is None else now + self.task.time_limit
-
-    def interrupted(self) -> FinishReason | None:
-        """Why to stop before the next step, if there is a reason."""
+    def interrupted(self, now: float) -> FinishReason | None:
+        """Why to stop between two steps, if there is a reason."""
         if self.cancelled or self.stream.abandoned:
             return "cancelled"
-        if self.deadline is not None and time.monotonic() >= self.deadline:
+        if self.deadline is not None and now >= self.deadline:
             return "length"
         return None
 
@@ -84,83 +76,47 @@ class _Job:
         text = "" if self.text.stopped else self.text.flush()
         if self.text.stopped and reason == "length":
             reason = "stop"
-        return Finish(reason, len(self.task.prompt), 0, self.completion_tokens, text)
-
-
-class _Context:
-    """llama.cpp's context and its batch, for sequence 0."""
-
-    def __init__(self, model: Model, threads: int) -> None:
-        params = L.llama_context_default_params()
-        params.n_ctx = model.info.n_ctx
-        params.n_batch = params.n_ubatch = PREFILL_CHUNK
-        params.n_seq_max = 1
-        params.n_threads = params.n_threads_batch = threads
-        params.no_perf = True
-        self.pointer = L.llama_init_from_model(model.pointer, params)
-        if not self.pointer:
-            raise SettingsError(
-                f"No memory for a context of {model.info.n_ctx} tokens. Set a smaller n_ctx, or a smaller model."
-            )
-        self._n_vocab = model.n_vocab
-        self._memory = L.llama_get_memory(self.pointer)
-        self._batch = L.llama_batch_init(PREFILL_CHUNK, 0, 1)
-        shape = (PREFILL_CHUNK,)
-        self._token = np.ctypeslib.as_array(self._batch.token, shape)
-        self._pos = np.ctypeslib.as_array(self._batch.pos, shape)
-        self._output = np.ctypeslib.as_array(self._batch.logits, shape)
-        np.ctypeslib.as_array(self._batch.n_seq_id, shape)[:] = 1
-        for i in range(PREFILL_CHUNK):
-            self._batch.seq_id[i][0] = 0
-
-    def decode(self, tokens: Sequence[int], position: int, *, output: bool) -> None:
-        """One step: at most `PREFILL_CHUNK` tokens from `position` on. output: whether the last one's logits are wanted."""
-        n = len(tokens)
-        self._token[:n] = tokens
-        self._pos[:n] = np.arange(position, position + n)
-        self._output[:n] = 0
-        self._output[n - 1] = output
-        self._batch.n_tokens = n
-        code = L.llama_decode(self.pointer, self._batch)
-        if code != 0:
-            raise EngineError(f"llama.cpp could not decode (code {code}). Try again, or with a shorter prompt.")
-
-    def logits(self) -> Logits:
-        """The last output's logits: a view that the next step overwrites."""
-        return np.ctypeslib.as_array(L.llama_get_logits_ith(self.pointer, -1), (self._n_vocab,))
-
-    def wipe(self) -> None:
-        """Forget every cell and overwrite its data."""
-        L.llama_memory_clear(self._memory, True)
-
-    def free(self) -> None:
-        self.wipe()
-        L.llama_batch_free(self._batch)
-        L.llama_free(self.pointer)
+        return Finish(reason, len(self.task.prompt), self.cached_tokens, self.completion_tokens, text)
 
 
 class LlamaEngine:
-    """An `Engine`. Tasks run one after the other, in the order of their submission."""
+    """An `Engine`. slots: how many tasks run at a time; further ones wait."""
 
     def __init__(self, path: Path, *, name: str, digest: str, settings: LlamaSettings | None = None) -> None:
-        """Load `path`. Raises `SettingsError` if llama.cpp cannot."""
+        """Load `path`. Raises `SettingsError` if llama.cpp cannot, or the machine has no room for it."""
         settings = settings or LlamaSettings()
-        threads = settings.threads or len(os.sched_getaffinity(0))
-        if threads < 1:
-            raise SettingsError(f"threads is {threads}; at least one is needed.")
-        self._model = Model(path, name=name, digest=digest, n_ctx=settings.n_ctx, n_gpu_layers=settings.n_gpu_layers)
-        self._context = _Context(self._model, threads)
-        self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()
-        self._jobs: dict[str, _Job] = {}  # submitted and not finished
-        self._closing = False
+        shape = derive(path, settings)
+        self._model = Model(path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu)
+        self._context = Context(self._model, shape.limits, Compute(shape.threads, settings.flash))
+        self._scheduler = Scheduler(shape.limits)
+        self._pace = Pace(shape.limits.share, shape.limits.burst)
+        self._random = np.random.default_rng()
         self._outbox = Outbox()
+        self._changed = threading.Condition()
+        self._jobs: dict[str, _Job] = {}  # submitted and not finished
+        self._inbox: list[_Job] = []  # of these, what the decode thread has not seen
+        self._cancelled: list[_Job] = []  # since the decode thread looked
+        self._closing = False
+        self._scopes: dict[bytes, float] = {}  # when each was last in use
+        self._look_at_scopes = 0.0  # when next
+        self._dirty = False  # whether there is data of old cells
+        self.steps = 0
+        self.computed_tokens = 0  # submitted to `llama_decode`, fillers not counted
         self._thread = threading.Thread(target=self._run, name=f"decode {name}", daemon=True)
         self._thread.start()
 
     @property
     def model(self) -> ModelInfo:
         return self._model.info
+
+    @property
+    def slots(self) -> int:
+        return self._scheduler.limits.slots
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Tasks that did not finish, and cells in use, caches included. Exact while nothing runs."""
+        return len(self._jobs), self._scheduler.limits.cells - self._scheduler.free_cells
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
@@ -176,36 +132,23 @@ class LlamaEngine:
                     raise EngineError("The engine is closed.")
                 raise TaskRefused("A task of this id is not finished yet.", field="id")
             self._jobs[task.id] = job
-            self._waiting.append(job)
+            self._inbox.append(job)
             self._changed.notify()
         return job.stream
 
     def cancel(self, task_id: str) -> None:
         with self._changed:
-            job = self._jobs.get(task_id)
-            if job is None:
-                return
-            job.cancelled = True
-            if job not in self._waiting:
-                return  # the decode thread looks before its next step
-            self._waiting.remove(job)
-            del self._jobs[task_id]
-        _end_unstarted(job)
+            if job := self._jobs.get(task_id):
+                job.cancelled = True
+                self._cancelled.append(job)
+                self._changed.notify()
 
     def close(self) -> None:
         with self._changed:
             if self._closing:
                 return
             self._closing = True
-            waiting = list(self._waiting)
-            self._waiting.clear()
-            for job in self._jobs.values():
-                job.cancelled = True
-            for job in waiting:
-                del self._jobs[job.task.id]
             self._changed.notify()
-        for job in waiting:
-            _end_unstarted(job)
         self._thread.join()
         self._context.free()
 
@@ -213,82 +156,157 @@ class LlamaEngine:
 
     def _run(self) -> None:
         try:
-            self._work()
+            while self._take_up():
+                self._step()
         finally:
             self._give_up()
 
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            try:
-                job.start(time.monotonic())
-                end: Event | EngineError = job.finish(self._prefill(job) or self._generate(job))
-            except EngineError as error:
-                end = error
+    def _take_up(self) -> bool:
+        """What callers left; waits for it where there is nothing else to do. False: the engine is closing."""
+        while True:
             with self._changed:
-                del self._jobs[job.task.id]
-            self._outbox.post(job.stream, end)
+                if self._closing:
+                    return False
+                idle = not (self._inbox or self._cancelled or self._scheduler.busy)
+                timed_out = idle and not self._changed.wait(self._patience())
+                new, self._inbox = self._inbox, []
+                cancelled, self._cancelled = self._cancelled, []
+            for job in new:
+                self._scheduler.submit(job.task.id, job.task.prompt, job.task.cache_scope)
+            for job in cancelled:
+                if not job.ended:
+                    self._end(job, "cancelled")
+            if timed_out and not self._scheduler.busy:
+                self._tidy()
+            if self._scheduler.busy:
+                return True
             self._outbox.flush()
-            job.sampler.close()
-            self._context.wipe()
 
-    def _give_up(self) -> None:
-        """The thread ends: nobody may wait for it any longer. After `close` there is nothing left to end here."""
-        with self._changed:
-            self._closing = True
-            jobs = list(self._jobs.values())
-            self._jobs.clear()
-            self._waiting.clear()
-        for job in jobs:
-            self._outbox.post(job.stream, EngineError("The engine's thread ended. Restart the worker."))
+    def _step(self) -> None:
+        now = time.monotonic()
+        self._scheduler.share = self._pace.share(len(self._scheduler.running))
+        if now >= self._look_at_scopes:
+            self._forget(now)
+        plan = self._scheduler.plan()
+        for task_id in plan.admitted:
+            self._start(self._jobs[task_id], now)
+        working = [self._jobs[segment.task] for segment in plan.segments if segment.task is not None]
+        try:
+            rows = self._context.execute(plan)
+        except EngineError as error:
+            self._fail(working, error)
+            return
+        if plan.segments:
+            self._dirty = True
+            self._record(plan, time.monotonic() - now)
+        jobs = [self._jobs[segment.task] for segment in plan.segments if segment.output and segment.task is not None]
+        if jobs:
+            self._results(jobs, rows)
+        self._interrupt(working)
         self._outbox.flush()
 
-    def _next(self) -> _Job | None:
-        with self._changed:
-            while not self._waiting and not self._closing:
-                self._changed.wait()
-            return self._waiting.popleft() if self._waiting else None
+    def _start(self, job: _Job, now: float) -> None:
+        job.cached_tokens = self._scheduler.cached(job.task.id)
+        if job.deadline is None and job.task.time_limit is not None:
+            job.deadline = now + job.task.time_limit
+        if job.task.cache_scope is not None:
+            self._scopes[job.task.cache_scope] = now
 
-    def _prefill(self, job: _Job) -> FinishReason | None:
-        prompt = job.task.prompt
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            if reason := job.interrupted():
-                return reason
-            chunk = prompt[start : start + PREFILL_CHUNK]
-            self._context.decode(chunk, start, output=start + len(chunk) == len(prompt))
-        return None
+    def _record(self, plan: Plan, seconds: float) -> None:
+        reading = sum(len(segment.tokens) for segment in plan.segments if segment.task is not None) - plan.generating
+        self._pace.observe(plan.generating, reading, seconds)
+        self.steps += 1
+        self.computed_tokens += reading + plan.generating
 
-    def _generate(self, job: _Job) -> FinishReason:
-        position = len(job.task.prompt)
-        while True:
-            if reason := job.interrupted():
-                return reason
-            logits = self._context.logits()
-            token = job.sampler.sample(self._context.pointer, -1, logits)
-            if self._model.ends(token):
-                return "stop"
-            job.sampler.accept(token)
-            self._emit(job, token, logits)
-            if job.text.stopped:
-                return "stop"
-            if job.completion_tokens >= job.limit:
-                return "length"
-            self._context.decode((token,), position, output=True)
-            position += 1
+    def _results(self, jobs: list[_Job], rows: list[int]) -> None:
+        logits = self._context.logits(len(rows))
+        tokens = choose([job.sampler for job in jobs], self._context.pointer, rows, logits, self._random)
+        now = time.monotonic()
+        for job, token, row in zip(jobs, tokens, logits, strict=True):
+            if reason := job.interrupted(now):
+                self._end(job, reason)
+            elif isinstance(token, EngineError):
+                self._drop(job, token, keep=True)
+            elif self._model.ends(token):
+                self._end(job, "stop")
+            else:
+                self._emit(job, token, row)
 
     def _emit(self, job: _Job, token: int, logits: Logits) -> None:
+        job.sampler.accept(token)
         raw = self._model.piece(token)
         job.completion_tokens += 1
         chosen: float | None = None
-        top: Any = ()
+        top: tuple[Alternative, ...] = ()
         if job.task.logprobs is not None:
             chosen, top = logprob(self._model, logits, token, job.task.logprobs)
-        self._outbox.post(job.stream, Token(token, job.text.push(raw), raw, chosen, top))
+        self._outbox.post(job.stream, Token(token, job.text.push(raw), raw, chosen, top, job.cached_tokens))
+        if job.text.stopped:
+            self._end(job, "stop")
+        elif job.completion_tokens >= job.limit:
+            self._end(job, "length")
+        else:
+            self._scheduler.advance(job.task.id, token)
+
+    def _interrupt(self, working: list[_Job]) -> None:
+        """Tasks whose time is up while they still read their prompt, or that nobody listens to any more."""
+        now = time.monotonic()
+        for job in working:
+            if not job.ended and (reason := job.interrupted(now)):
+                self._end(job, reason)
+
+    def _end(self, job: _Job, reason: FinishReason) -> None:
+        self._drop(job, job.finish(reason), keep=True)
+
+    def _drop(self, job: _Job, event: Finish | EngineError, *, keep: bool) -> None:
+        job.ended = True
+        self._scheduler.end(job.task.id, keep=keep)
+        if keep and job.task.cache_scope is not None:
+            self._scopes[job.task.cache_scope] = time.monotonic()
+        with self._changed:
+            del self._jobs[job.task.id]
+        self._outbox.post(job.stream, event)
+        job.sampler.close()
+
+    def _fail(self, working: list[_Job], error: EngineError) -> None:
+        """A step that failed: nothing it touched can be trusted to be in the cache."""
+        for job in working:
+            self._drop(job, error, keep=False)
         self._outbox.flush()
 
+    def _give_up(self) -> None:
+        """The thread ends: nobody may wait for it any longer."""
+        with self._changed:
+            closed, self._closing = self._closing, True
+            jobs = list(self._jobs.values())
+            self._jobs.clear()
+            self._inbox.clear()
+        for job in jobs:
+            broken = EngineError("The engine's thread ended. Restart the worker.")
+            self._outbox.post(job.stream, job.finish("cancelled") if closed else broken)
+            job.sampler.close()
+        self._outbox.flush()
 
-def _end_unstarted(job: _Job) -> None:
-    """Finish a task that the decode thread never saw."""
-    outbox = Outbox()
-    outbox.post(job.stream, job.finish("cancelled"))
-    outbox.flush()
-    job.sampler.close()
+    # Caches
+
+    def _patience(self) -> float | None:
+        """How long to wait for work before tidying up."""
+        if self._dirty and not self._scopes:
+            return _TIDY
+        return min(self._scopes.values()) + SCOPE_LIFE + 1 - time.monotonic() if self._scopes else None
+
+    def _tidy(self) -> None:
+        """Nothing runs: remove what has expired; overwrite the data where nothing is left."""
+        now = time.monotonic()
+        self._forget(now)
+        plan = self._scheduler.plan()
+        self._context.execute(replace(plan, segments=(), after=()))
+        if self._dirty and not self._scheduler.scopes:
+            self._context.wipe()
+            self._dirty = False
+
+    def _forget(self, now: float) -> None:
+        self._look_at_scopes = now + _LOOK
+        for scope in [scope for scope, used in self._scopes.items() if now - used > SCOPE_LIFE]:
+            del self._scopes[scope]
+            self._scheduler.forget(scope)

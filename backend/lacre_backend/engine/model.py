@@ -10,11 +10,13 @@ Rules
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import llama_cpp as L
 
@@ -40,8 +42,41 @@ def silence() -> None:
     L.llama_log_set(_drop, ctypes.c_void_p(0))
 
 
-def _load(path: Path, n_gpu_layers: int) -> tuple[Any, str]:
-    """The model, or None, and what llama.cpp said last about why it failed."""
+SplitMode = Literal["none", "layer", "row"]
+_SPLIT_MODES: Final = {
+    "none": L.LLAMA_SPLIT_MODE_NONE,
+    "layer": L.LLAMA_SPLIT_MODE_LAYER,
+    "row": L.LLAMA_SPLIT_MODE_ROW,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What goes to GPUs, where llama.cpp was built for them. layers: -1 for all. main: the device for split mode "none".
+    shares: proportions of the model for each device.
+    """
+
+    layers: int = -1
+    split_mode: SplitMode = "layer"
+    main: int = 0
+    shares: tuple[float, ...] = ()
+
+
+def _params(gpu: Gpu) -> Any:
+    params = L.llama_model_default_params()
+    params.n_gpu_layers = gpu.layers
+    params.split_mode = _SPLIT_MODES[gpu.split_mode]
+    params.main_gpu = gpu.main
+    if gpu.shares:
+        devices = int(L.llama_max_devices())
+        if len(gpu.shares) > devices:
+            raise SettingsError(f"tensor_split names {len(gpu.shares)} devices; this llama.cpp knows {devices} at most.")
+        params.tensor_split = (ctypes.c_float * devices)(*gpu.shares)
+    return params
+
+
+def _load(path: Path, params: Any) -> Any:
+    """The model. Raises SettingsError with what llama.cpp said last about why it failed."""
     errors: deque[str] = deque(maxlen=8)
 
     @L.llama_log_callback  # type: ignore[untyped-decorator]
@@ -53,36 +88,80 @@ def _load(path: Path, n_gpu_layers: int) -> tuple[Any, str]:
         L.llama_log_set(keep_errors, ctypes.c_void_p(0))
         try:
             L.llama_backend_init()
-            params = L.llama_model_default_params()
-            params.n_gpu_layers = n_gpu_layers
-            return L.llama_model_load_from_file(str(path).encode(), params), "; ".join(filter(None, errors))
+            pointer = L.llama_model_load_from_file(str(path).encode(), params)
         finally:
             silence()
+    if not pointer:
+        reason = "; ".join(filter(None, errors)) or "it gives no reason"
+        raise SettingsError(
+            f"llama.cpp cannot load {path}: {reason}. "
+            "Check that the file is whole, and of an architecture this llama.cpp knows."
+        )
+    return pointer
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a model says of itself before its weights are loaded. bytes_per_token: of one cell in the cache, at 16 bits."""
+
+    architecture: str
+    n_ctx_train: int
+    n_embd: int
+    bytes_per_token: int
+    pooling: int | None
+
+    @classmethod
+    def read(cls, path: Path) -> Facts:
+        """Raises SettingsError."""
+        params = L.llama_model_default_params()
+        params.vocab_only = True
+        pointer = _load(path, params)
+        try:
+            return cls._of(pointer)
+        finally:
+            L.llama_model_free(pointer)
+
+    @classmethod
+    def _of(cls, pointer: Any) -> Facts:
+        architecture = _metadata(pointer, "general.architecture") or ""
+
+        def number(name: str, default: int) -> int:
+            value = _metadata(pointer, f"{architecture}.{name}")
+            # Some models give one number per layer, as a list; the largest is on the safe side.
+            numbers = [int(part) for part in re.findall(r"-?[0-9]+", value or "")]
+            return max(numbers, default=default)
+
+        layers, width, heads = number("block_count", 1), number("embedding_length", 1), number("attention.head_count", 1)
+        head = width // max(heads, 1)
+        both = number("attention.key_length", head) + number("attention.value_length", head)
+        pooling = number("pooling_type", -1)
+        return cls(
+            architecture=architecture,
+            n_ctx_train=number("context_length", DEFAULT_N_CTX),
+            n_embd=width,
+            bytes_per_token=2 * layers * number("attention.head_count_kv", heads) * both,
+            pooling=None if pooling < 0 else pooling,
+        )
+
+
+def _metadata(pointer: Any, key: str) -> str | None:
+    buffer = ctypes.create_string_buffer(4096)
+    length = L.llama_model_meta_val_str(pointer, key.encode(), buffer, len(buffer))
+    return None if length < 0 else buffer.value.decode("utf-8", "replace")
 
 
 class Model:
     """A loaded GGUF file. `pointer` and `vocab` are llama.cpp's, for the engine's own use."""
 
-    def __init__(self, path: Path, *, name: str, digest: str, n_ctx: int | None, n_gpu_layers: int) -> None:
-        if n_ctx is not None and n_ctx < MIN_N_CTX:
-            raise SettingsError(f"n_ctx is {n_ctx}; a context must hold at least {MIN_N_CTX} tokens.")
-        self.pointer, reason = _load(path, n_gpu_layers)
-        if not self.pointer:
-            raise SettingsError(
-                f"llama.cpp cannot load {path}: {reason or 'it gives no reason'}. "
-                "Check that the file is whole, and of an architecture this llama.cpp knows."
-            )
+    def __init__(self, path: Path, *, name: str, digest: str, n_ctx: int, gpu: Gpu, kind: Kind = Kind.GENERATE) -> None:
+        self.pointer = _load(path, _params(gpu))
         # Not at the exit of the process: a daemon thread may still be decoding then, and the system frees it all anyway.
         weakref.finalize(self, L.llama_model_free, self.pointer).atexit = False
         self.vocab = L.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(L.llama_vocab_n_tokens(self.vocab))
         self._pieces = [self._read_piece(token) for token in range(self.n_vocab)]
         self._eog = frozenset(token for token in range(self.n_vocab) if L.llama_vocab_is_eog(self.vocab, token))
-        self.info = self._read_info(path, name, digest, n_ctx or min(self.n_ctx_train, DEFAULT_N_CTX))
-
-    @property
-    def n_ctx_train(self) -> int:
-        return int(L.llama_model_n_ctx_train(self.pointer))
+        self.info = self._read_info(path, name, digest, n_ctx, kind)
 
     def piece(self, token: int) -> bytes:
         """A token's own bytes. Control tokens have none: a model's answer cannot spell one out."""
@@ -123,7 +202,7 @@ class Model:
         steering = L.LLAMA_TOKEN_ATTR_CONTROL | L.LLAMA_TOKEN_ATTR_UNKNOWN
         return bool(L.llama_vocab_get_attr(self.vocab, token) & steering) or token in self._eog
 
-    def _read_info(self, path: Path, name: str, digest: str, n_ctx: int) -> ModelInfo:
+    def _read_info(self, path: Path, name: str, digest: str, n_ctx: int, kind: Kind) -> ModelInfo:
         bos, eos = L.llama_vocab_bos(self.vocab), L.llama_vocab_eos(self.vocab)
         template = L.llama_model_chat_template(self.pointer, None)
         return ModelInfo(
@@ -138,5 +217,5 @@ class Model:
             eos=self._control_token(eos) if eos >= 0 else None,
             add_bos=bool(L.llama_vocab_get_add_bos(self.vocab)),
             control_tokens=tuple(self._control_token(t) for t in range(self.n_vocab) if self._is_control(t)),
-            kinds=frozenset({Kind.GENERATE}),
+            kinds=frozenset({kind}),
         )

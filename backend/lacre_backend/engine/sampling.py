@@ -1,6 +1,8 @@
-"""Choosing the next token from a row of logits: greedy by numpy, all else by llama.cpp's sampler chain.
+"""Choosing each sequence's next token from the step's logits: what is greedy, or temperature with top-p and min-p, by numpy;
+by llama.cpp's sampler chain what asks for a grammar, penalties, a seed or top-k.
 
 Rules
+- Both follow llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature.
 - Logprobs are those of the model, before penalties, bias and temperature.
 - A token that the grammar refuses is never accepted into the grammar: llama.cpp throws C++ exceptions there, which no Python
   code could catch.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import secrets
+from collections.abc import Sequence
 from typing import Any, Final
 
 import llama_cpp as L
@@ -23,6 +26,8 @@ Logits = NDArray[np.float32]
 
 # llama_token_data, as numpy sees it.
 _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+_BLOCK: Final = 256
+_LEAST_TEMPERATURE: Final = 1e-5  # below it a logit's lead of one thousandth is certainty anyway
 _SEEDS: Final = 2**32 - 1  # llama.cpp reads 2**32 - 1 as "draw one yourself"
 
 
@@ -60,23 +65,36 @@ class Sampler:
 
     def __init__(self, model: Model, sampling: Sampling, max_tokens: int) -> None:
         self._closed = False
-        self._ids = np.arange(model.n_vocab, dtype=np.int32)
+        self._chain: Any = None
         self._grammar = _grammar(model, sampling.grammar)
+        self.sampling = sampling
+        penalised = sampling.repeat_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
+        drawn = sampling.temperature > 0 and (sampling.seed is not None or sampling.top_k > 0)
+        self.plain = self._grammar is None and not penalised and not drawn
+        self.bias: tuple[NDArray[np.int32], Logits] | None = None
+        if self.plain:
+            if sampling.logit_bias:
+                tokens, values = zip(*sampling.logit_bias.items(), strict=True)
+                self.bias = np.array(tokens, dtype=np.int32), np.array(values, dtype=np.float32)
+            return
+        self._ids = np.arange(model.n_vocab, dtype=np.int32)
         self._candidates = Candidates(model.n_vocab) if self._grammar else None
-        stages = _stages(model, sampling, max_tokens)
-        # Greedy without anything that changes the order of the logits is an argmax.
-        self._argmax = sampling.temperature == 0 and not stages and self._grammar is None
-        self._chain = _chain([*stages, *_choice(sampling)])
+        self._chain = _chain([*_stages(model, sampling, max_tokens), *_choice(sampling)])
 
     def sample(self, context: Any, row: int, logits: Logits) -> int:
-        """The next token, from row `row` of the last decode; `logits` is the same row."""
-        if self._argmax:
-            return int(logits.argmax())
+        """The next token by the chain, from row `row` of the last batch; `logits` is the same row."""
         if self._grammar is None or self._candidates is None:
             return int(L.llama_sampler_sample(self._chain, context, row))
         token = self._constrained(self._candidates, logits)
         L.llama_sampler_accept(self._chain, token)
         return token
+
+    def sampled(self, context: Any, row: int, logits: Logits) -> int | EngineError:
+        """As `sample`; a sequence that cannot go on must not take the others' step with it."""
+        try:
+            return self.sample(context, row, logits)
+        except EngineError as error:
+            return error
 
     def accept(self, token: int) -> None:
         """`token` is part of the answer (it does not end it): the grammar moves on."""
@@ -108,9 +126,70 @@ class Sampler:
         if self._closed:
             return
         self._closed = True
-        L.llama_sampler_free(self._chain)
+        if self._chain is not None:
+            L.llama_sampler_free(self._chain)
         if self._grammar is not None:
             L.llama_sampler_free(self._grammar)
+
+
+def choose(
+    samplers: Sequence[Sampler], context: Any, rows: Sequence[int], logits: Logits, random: np.random.Generator
+) -> list[int | EngineError]:
+    """A token for each sequence, or why there is none. rows: where in the batch its output is; logits: a row for each, which
+    is as before afterwards.
+    """
+    biased = [(i, *sampler.bias) for i, sampler in enumerate(samplers) if sampler.bias is not None]
+    before = [logits[i, ids] for i, ids, _ in biased]
+    for i, ids, values in biased:
+        logits[i, ids] += values
+    try:
+        greedy = any(sampler.plain and sampler.sampling.temperature == 0 for sampler in samplers)
+        best = logits.argmax(axis=1) if greedy else None
+        tokens: list[int | EngineError] = []
+        for i, sampler in enumerate(samplers):
+            if not sampler.plain:
+                tokens.append(sampler.sampled(context, rows[i], logits[i]))
+            elif sampler.sampling.temperature == 0 and best is not None:
+                tokens.append(int(best[i]))
+            else:
+                tokens.append(draw(logits[i], sampler.sampling, float(random.random())))
+        return tokens
+    finally:
+        for (i, ids, _), old in zip(biased, before, strict=True):
+            logits[i, ids] = old
+
+
+def draw(logits: Logits, sampling: Sampling, uniform: float) -> int:
+    """A token by temperature, top-p and min-p. uniform: from [0, 1)."""
+    shifted = logits - logits.max()
+    temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
+    if sampling.top_p >= 1 and sampling.min_p <= 0:
+        return _pick(np.exp(shifted / np.float32(temperature)), uniform)
+    weights = np.exp(shifted)
+    total = float(weights.sum(dtype=np.float64))
+    # Tokens below this are together less than what top-p leaves out, so none of them is in the nucleus.
+    floor = max(sampling.min_p, (1 - sampling.top_p) * total / len(weights) if sampling.top_p < 1 else 0.0)
+    kept = np.flatnonzero(weights >= min(floor, 1.0))
+    kept = kept[np.argsort(-weights[kept], kind="stable")]
+    if sampling.top_p < 1:
+        within = np.cumsum(weights[kept], dtype=np.float64)
+        kept = kept[: int(np.searchsorted(within, sampling.top_p * total)) + 1]
+    kept = kept[weights[kept] >= sampling.min_p]
+    return int(kept[_pick(np.exp(shifted[kept] / np.float32(temperature)), uniform)])
+
+
+def _pick(weights: Logits, uniform: float) -> int:
+    """An index with probability by weight: first the block, then the place in it, which spares a long exact sum."""
+    starts = np.arange(0, len(weights), _BLOCK)
+    sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
+    target = uniform * sums[-1]
+    block = min(int(np.searchsorted(sums, target, side="right")), len(sums) - 1)
+    before = sums[block - 1] if block else 0.0
+    within = np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
+    place = min(int(np.searchsorted(within, target - before, side="right")), len(within) - 1)
+    while weights[starts[block] + place] == 0 and place > 0:  # rounding put the target past the last weight that counts
+        place -= 1
+    return int(starts[block]) + place
 
 
 def _grammar(model: Model, grammar: str | None) -> Any:

@@ -1,0 +1,148 @@
+"""llama.cpp's context and batch: executes the scheduler's plans, whole and in order.
+
+Rules
+- Belongs to one long-lived thread: llama.cpp keeps its workers per calling thread, and a fresh thread per call decodes at less
+  than half the speed.
+- No Python work per token that can be done per step: a batch is written by slices of numpy arrays that llama.cpp reads.
+- `wipe` overwrites the cells' data, not only their list; so does `free`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, Final
+
+import llama_cpp as L
+import numpy as np
+from numpy.typing import NDArray
+
+from lacre.errors import SettingsError
+from lacre_backend.engine.model import Model
+from lacre_backend.engine.protocol import EngineError
+from lacre_backend.engine.scheduler import Copy, Limits, Plan, Trim
+
+Logits = NDArray[np.float32]
+
+_FLASH: Final = {
+    None: L.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    True: L.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    False: L.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """threads: of one step. flash: flash attention; None lets llama.cpp decide."""
+
+    threads: int
+    flash: bool | None = None
+
+
+class Batch:
+    """A `llama_batch` over arrays of our own. One sequence id for each token."""
+
+    def __init__(self, size: int) -> None:
+        self.token = np.zeros(size, dtype=np.int32)
+        self.pos = np.zeros(size, dtype=np.int32)
+        self.sequence = np.zeros(size, dtype=np.int32)
+        self.output = np.zeros(size, dtype=np.int8)
+        self._counts = np.ones(size, dtype=np.int32)
+        # llama.cpp wants a list of sequence ids for each token: here, lists of one, inside `sequence`.
+        self._lists = (self.sequence.ctypes.data + 4 * np.arange(size + 1, dtype=np.uint64)).astype(np.uint64)
+        self._lists[size] = 0
+        self.struct = L.llama_batch()
+        kinds: dict[str, Any] = dict(L.llama_batch._fields_)  # type: ignore[arg-type]  # no bit fields here
+        for name, array in (
+            ("token", self.token),
+            ("pos", self.pos),
+            ("n_seq_id", self._counts),
+            ("seq_id", self._lists),
+            ("logits", self.output),
+        ):
+            setattr(self.struct, name, ctypes.cast(array.ctypes.data, kinds[name]))
+
+    def write(self, plan: Plan) -> list[int]:
+        """Where in the batch the outputs are."""
+        outputs = []
+        n = 0
+        for segment in plan.segments:
+            end = n + len(segment.tokens)
+            self.token[n:end] = segment.tokens
+            self.pos[n:end] = range(segment.start, segment.start + end - n)
+            self.sequence[n:end] = segment.slot
+            if segment.output:
+                outputs.append(end - 1)
+            n = end
+        self.output[:n] = 0
+        self.output[outputs] = 1
+        self.struct.n_tokens = n
+        return outputs
+
+
+class Context:
+    """A context for `limits.slots` sequences. Raises SettingsError where there is no memory for it."""
+
+    def __init__(self, model: Model, limits: Limits, compute: Compute) -> None:
+        params = L.llama_context_default_params()
+        params.n_ctx = limits.cells if limits.unified else limits.slots * limits.context
+        params.n_batch = params.n_ubatch = limits.step
+        params.n_seq_max = limits.slots
+        params.n_outputs_max = limits.slots
+        params.n_threads = params.n_threads_batch = compute.threads
+        params.kv_unified = limits.unified
+        params.flash_attn_type = _FLASH[compute.flash]
+        params.no_perf = True
+        self.pointer = L.llama_init_from_model(model.pointer, params)
+        if not self.pointer:
+            raise SettingsError(
+                f"No memory for {limits.slots} sequences of {limits.context} tokens. Set fewer slots, a smaller context, "
+                "or a smaller model."
+            )
+        self._n_vocab = model.n_vocab
+        self._memory = L.llama_get_memory(self.pointer)
+        self._batch = Batch(limits.step)
+
+    def execute(self, plan: Plan) -> list[int]:
+        """Do all that a plan says. Returns where in the batch the outputs are, in order; `logits` has a row for each."""
+        for step in plan.memory:
+            if isinstance(step, Copy):
+                self._copy(step)
+            else:
+                self._trim(step)
+        outputs: list[int] = []
+        if plan.segments:
+            outputs = self._batch.write(plan)
+            code = L.llama_decode(self.pointer, self._batch.struct)
+            if code != 0:
+                raise EngineError(f"llama.cpp could not decode (code {code}). Try again, or with a shorter prompt.")
+        for trim in plan.after:
+            self._trim(trim)
+        return outputs
+
+    def logits(self, rows: int) -> Logits:
+        """The outputs' logits, one row each: a view that the next step overwrites."""
+        return np.ctypeslib.as_array(L.llama_get_logits(self.pointer), (rows, self._n_vocab))
+
+    def wipe(self) -> None:
+        """Forget every cell and overwrite its data."""
+        L.llama_memory_clear(self._memory, True)
+
+    def free(self) -> None:
+        self.wipe()
+        L.llama_free(self.pointer)
+
+    def _trim(self, trim: Trim) -> None:
+        if not L.llama_memory_seq_rm(self._memory, trim.slot, trim.keep, -1):
+            raise EngineError("This model's cache cannot be cut. Serve it without prefix reuse.")
+
+    def _copy(self, copy: Copy) -> None:
+        # A split cache copies whole sequences only; in a unified one the sequences share the cells.
+        L.llama_memory_seq_cp(self._memory, copy.source, copy.target, -1, -1)
+        self._trim(Trim(copy.target, copy.keep))
+
+
+def supports_cutting(model: Model) -> bool:
+    """Whether a sequence can be cut anywhere: recurrent models keep one state, not cells."""
+    pointer: Any = model.pointer
+    return not (L.llama_model_is_recurrent(pointer) or L.llama_model_is_hybrid(pointer))

@@ -1,0 +1,133 @@
+"""How large: context, sequences and threads for a model on this machine, decided before its weights are loaded.
+
+Rules
+- What the settings name is taken as it is, or refused with the figures; what they leave out is derived.
+- Only the model's description is read (llama.cpp's vocabulary-only loading), never its weights.
+- Memory is what may still be taken without swapping, under the control group's limit where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import llama_cpp as L
+
+from lacre.errors import SettingsError
+from lacre_backend.engine.model import DEFAULT_N_CTX, MIN_N_CTX, Facts, Gpu
+from lacre_backend.engine.scheduler import Limits
+
+DEFAULT_SLOTS: Final = 8
+MAX_SLOTS: Final = 256  # llama.cpp's own limit
+OVERHEAD: Final = 192 * 2**20  # bytes: llama.cpp's buffers for one step, and the process
+SHARE_OF_MEMORY: Final = 0.5  # of what is left beside the weights, for caches whose size was not set: others live here too
+_CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSettings:
+    """How to run a model. None: derived from the model and the machine.
+
+    n_ctx: tokens of one sequence. slots: sequences at a time. unified: one cache for all of them instead of one each, of
+    `cells` tokens in all. flash: flash attention; None lets llama.cpp decide. threads: None takes every core that the process
+    may use.
+    """
+
+    n_ctx: int | None = None
+    threads: int | None = None
+    slots: int | None = None
+    unified: bool = False
+    cells: int | None = None
+    flash: bool | None = None
+    gpu: Gpu = field(default_factory=Gpu)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What was decided. cache_bytes: memory that the caches take."""
+
+    limits: Limits
+    threads: int
+    cache_bytes: int
+
+
+def derive(path: Path, settings: LlamaSettings, *, available: int | None = None) -> Shape:
+    """Raises `SettingsError` where the settings make no sense or the model does not fit. available: bytes; None asks."""
+    _check(settings)
+    facts = Facts.read(path)
+    room = _room(path, facts, settings, available)
+    context = settings.n_ctx or _context(facts, room)
+    slots = settings.slots or _slots(facts, room, context)
+    cells = (settings.cells or slots * context) if settings.unified else slots * context
+    if not context <= cells <= slots * context:
+        raise SettingsError(f"cells is {cells}; with {slots} slots of {context} tokens it is {context} to {slots * context}.")
+    size = cells * facts.bytes_per_token
+    if room is not None and size > room:
+        raise SettingsError(
+            f"The caches of {path.name} ({cells} tokens) take {_mib(size)}, and {_mib(room)} is free beside its weights. "
+            "Set fewer slots or a smaller context."
+        )
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    return Shape(Limits(slots=slots, context=context, cells=cells, unified=settings.unified), threads, size)
+
+
+def _check(settings: LlamaSettings) -> None:
+    if settings.n_ctx is not None and settings.n_ctx < MIN_N_CTX:
+        raise SettingsError(f"n_ctx is {settings.n_ctx}; a context must hold at least {MIN_N_CTX} tokens.")
+    if settings.threads is not None and settings.threads < 1:
+        raise SettingsError(f"threads is {settings.threads}; at least one is needed.")
+    if settings.slots is not None and not 1 <= settings.slots <= MAX_SLOTS:
+        raise SettingsError(f"slots is {settings.slots}; it is 1 to {MAX_SLOTS}.")
+    if settings.cells is not None and not settings.unified:
+        raise SettingsError("cells is for a unified cache: set unified too, or leave cells out.")
+
+
+def _room(path: Path, facts: Facts, settings: LlamaSettings, available: int | None) -> int | None:
+    """Bytes for caches. None: not known, since layers go to a GPU with a memory of its own."""
+    if settings.gpu.layers != 0 and L.llama_supports_gpu_offload():
+        return None
+    weights = path.stat().st_size
+    free = free_memory() if available is None else available
+    room = free - weights - OVERHEAD
+    if room < MIN_N_CTX * facts.bytes_per_token:
+        raise SettingsError(
+            f"{path.name} does not fit: it takes {_mib(weights + OVERHEAD)} without any cache, and {_mib(free)} is free. "
+            "Serve a smaller model, or one of fewer bits."
+        )
+    return room
+
+
+def _context(facts: Facts, room: int | None) -> int:
+    wanted = min(facts.n_ctx_train, DEFAULT_N_CTX)
+    if room is None:
+        return wanted
+    return max(min(wanted, int(room * SHARE_OF_MEMORY) // max(facts.bytes_per_token, 1)), MIN_N_CTX)
+
+
+def _slots(facts: Facts, room: int | None, context: int) -> int:
+    if room is None:
+        return DEFAULT_SLOTS
+    return max(1, min(DEFAULT_SLOTS, int(room * SHARE_OF_MEMORY) // max(context * facts.bytes_per_token, 1)))
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take."""
+    free = _number(Path("/proc/meminfo"), "MemAvailable:") * 1024
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    try:
+        return min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        return free
+
+
+def _number(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise SettingsError(f"{path} does not say {name} Set slots and n_ctx.")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
