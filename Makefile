@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test test-all lint bench clean ready
+FUZZ_SECONDS ?= 120
+
+.PHONY: demo test test-all lint bench fuzz clean ready
 
 demo: ready
 	$(BIN)/lacre demo
@@ -21,6 +23,11 @@ lint: ready
 
 bench: ready
 	$(BIN)/python -m bench
+
+# Seconds for all targets together; what it learned stays in build/fuzz.
+fuzz: ready
+	@$(PYTHON) tools/bootstrap.py fuzz
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 # Quick when nothing changed: tools/bootstrap.py compares what .venv was made from with what is here.
 ready:

@@ -1,6 +1,7 @@
 """Makes `.venv` ready: locked dependencies, llama-cpp-python built from source, this project installed editable.
 
-Runs on the standard library of any Python >= 3.11, and is silent and quick when nothing changed. The compiled
+Runs on the standard library of any Python >= 3.11, and is silent and quick when nothing changed. With a name after it, such
+as `fuzz`, it also installs what `requirements/NAME.lock` adds, which only some targets of the Makefile need. The compiled
 llama-cpp-python wheel is kept outside the clone (`$XDG_CACHE_HOME/lacre/wheels`), because pip's own wheel cache does not
 know the CMake flags; its folder is named for everything that the binary depends on.
 """
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".ready"
 LOCKS = ROOT / "requirements"
+MAIN_LOCKS = ("base.lock", "build.lock", "model.lock", "native.lock")
 
 # No multimodal build: it would nearly double the compile time for files that nothing here loads.
 CMAKE_ARGS = os.environ.get("LACRE_CMAKE_ARGS", "-DLLAVA_BUILD=OFF")
@@ -50,8 +52,8 @@ def pip(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
     run(VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments, env=env)
 
 
-def install(lock: str) -> None:
-    pip("install", "--require-hashes", "--no-deps", "-r", LOCKS / lock)
+def install(lock: str, *options: str) -> None:
+    pip("install", "--require-hashes", "--no-deps", *options, "-r", LOCKS / lock)
 
 
 def native_wheel() -> Path:
@@ -89,10 +91,30 @@ def native_wheel() -> Path:
     return next(folder.glob("*.whl"))
 
 
+def add(name: str) -> None:
+    """Installs one more lock file into a `.venv` that is ready."""
+    lock = LOCKS / f"{name}.lock"
+    stamp = VENV / f".{name}"
+    wanted = digest(lock.read_text())
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    try:
+        install(lock.name, "--only-binary=:all:")
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"{lock.name} cannot be installed here: see requirements/{name}.in for the machines it is for") from error
+    stamp.write_text(wanted)
+
+
 def main() -> None:
+    prepare()
+    for name in sys.argv[1:]:
+        add(name)
+
+
+def prepare() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this file is what tells an older Python so
         raise SystemExit(f"Lacre needs Python 3.11 or newer; this is {platform.python_version()}. Try: make PYTHON=python3.12")
-    wanted = digest(*(path.read_text() for path in sorted(LOCKS.glob("*.lock"))), (ROOT / "pyproject.toml").read_text(),
+    wanted = digest(*((LOCKS / name).read_text() for name in MAIN_LOCKS), (ROOT / "pyproject.toml").read_text(),
                     Path(__file__).read_text(), CMAKE_ARGS, cpu(), sys.version, str(ROOT))  # fmt: skip
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
