@@ -16,12 +16,14 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+# `-P`: with `-m` alone, a file in the current folder that is named like a module of ours would run in its place.
+PYTHON: Final = (sys.executable, "-P")
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def leashed(command: Sequence[str]) -> list[str]:
     """`command`, to be started by this very process, on a leash."""
-    return [sys.executable, "-m", "lacre_fabric.leash", str(os.getpid()), *command]
+    return [*PYTHON, "-m", "lacre_fabric.leash", str(os.getpid()), *command]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from lacre_fabric.leash import leashed
 
 WATCH: Final = 0.1  # seconds between looks at the children
 GRACE: Final = 10.0  # seconds from SIGTERM to SIGKILL
-_TAIL: Final = 800  # bytes of a dead child's log that are shown
+_TAIL: Final = 8  # lines of a dead child's log that are shown, of as many bytes at most:
+_TAIL_BYTES: Final = 4096
 
 
 class ChildDied(LacreError):
@@ -23,16 +26,28 @@ class ChildDied(LacreError):
 
 @dataclass(frozen=True, slots=True)
 class Child:
+    """log: where it writes. since: the log's size when it was started; what is before that is an earlier run's."""
+
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    since: int = 0
 
     def obituary(self) -> str:
+        status = self.process.returncode
+        how = f"status {status}" + (f" ({signal.strsignal(-status)})" if status < 0 else "")
+        lines = self._last_lines()
+        return f"{self.name} ended with {how}; " + (f"{self.log} ends with:\n{lines}" if lines else f"{self.log} says nothing")
+
+    def _last_lines(self) -> str:
         try:
-            tail = self.log.read_bytes()[-_TAIL:].decode(errors="replace").strip()
+            with self.log.open("rb") as log:
+                begin = max(self.since, log.seek(0, os.SEEK_END) - _TAIL_BYTES)
+                log.seek(begin)
+                lines = log.read().decode(errors="replace").splitlines()
         except OSError:
-            tail = ""
-        return f"{self.name} ended with status {self.process.returncode}; {self.log} ends with:\n{tail}"
+            return ""
+        return "\n".join((lines if begin == self.since else lines[1:])[-_TAIL:])
 
 
 class Supervisor:
@@ -44,10 +59,11 @@ class Supervisor:
     def start(self, name: str, command: Sequence[str], log: Path) -> Child:
         """The command writes to `log`; a session of its own keeps the terminal's Ctrl-C from it."""
         with log.open("ab") as output:
+            since = output.tell()
             process = subprocess.Popen(
                 leashed(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
-        return self.add(Child(name, process, log))
+        return self.add(Child(name, process, log, since))
 
     def add(self, child: Child) -> Child:
         self._children.append(child)

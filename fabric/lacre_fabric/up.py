@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import os
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -17,15 +16,17 @@ from typing import Final
 from lacre.errors import SettingsError
 from lacre_fabric import subjects
 from lacre_fabric.connection import Connection
-from lacre_fabric.provisioning import provision, publish_manifest
+from lacre_fabric.leash import PYTHON
+from lacre_fabric.provisioning import provision
+from lacre_fabric.rotation import Schedule, publish, upkeep
 from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import MANIFEST_LIFETIME, NODE, Site
+from lacre_fabric.site import NODE, Site
 from lacre_fabric.supervisor import Child, Supervisor
 
 DEFAULT_MODEL: Final = "smollm2-135m"
 POOL: Final = "default"
 START_TIMEOUT: Final = 120.0  # seconds; loading a large model takes its time
-REPUBLISH: Final = MANIFEST_LIFETIME / 4
+ANSWER_TIMEOUT: Final = 2.0  # seconds for one look at `readyz`: what answers on the port may be somebody else
 
 
 def default_state() -> Path:
@@ -44,10 +45,12 @@ class Running:
 
 
 @asynccontextmanager
-async def running(state: Path, port: int, model: Path | None) -> AsyncIterator[tuple[Running, Supervisor]]:
+async def running(
+    state: Path, port: int, model: Path | None, schedule: Schedule | None = None
+) -> AsyncIterator[tuple[Running, Supervisor]]:
     """Starts everything and waits until a request would be served; ends everything on leaving. Main thread only.
 
-    state, model: absolute paths; a GGUF file, None for the default one. port: 0 picks a free one.
+    state, model: absolute paths; a GGUF file, None for the default one. port: 0 picks a free one. schedule: of the pool keys.
     Raises SettingsError, ChildDied or FabricUnavailable.
     """
     supervisor = Supervisor()
@@ -57,14 +60,14 @@ async def running(state: Path, port: int, model: Path | None) -> AsyncIterator[t
         site.create()
         try:
             connection, children = await _start(site, supervisor, port, model)
-            republishing = asyncio.create_task(_republish(site, connection))
+            tending = asyncio.create_task(upkeep(site, connection, schedule or Schedule()))
             try:
                 base_url = f"http://127.0.0.1:{port}"
                 site.write_env(base_url)
                 yield Running(site, base_url, site.connection_string(base_url), children), supervisor
             finally:
-                republishing.cancel()
-                await asyncio.gather(republishing, return_exceptions=True)
+                tending.cancel()
+                await asyncio.gather(tending, return_exceptions=True)
                 await connection.close()
         finally:
             supervisor.stop()
@@ -77,7 +80,7 @@ async def _start(site: Site, supervisor: Supervisor, port: int, model: Path | No
     connection = await Connection.open(server.url, site.credential("provisioner"))
     try:
         await provision(connection, site.pools)
-        await publish_manifest(connection, site.sign_manifest())
+        await publish(site, connection)
         table = {"name": site.pools[POOL][0]} | ({} if model is None else {"path": str(model)})
         site.write_settings(server.url, port, {POOL: [table]})
         present = asyncio.Event()
@@ -91,52 +94,48 @@ async def _start(site: Site, supervisor: Supervisor, port: int, model: Path | No
             ("gateway", "lacre_gateway", site.gateway_settings),
             ("worker", "lacre_backend", site.worker_settings(POOL)),
         ):
-            command = [sys.executable, "-m", module, "--settings", str(settings)]
+            command = [*PYTHON, "-m", module, "--settings", str(settings)]
             children[name] = supervisor.start(name, command, site.log(name))
-        await _ready(supervisor, port, present)
+        await _ready(site, supervisor, port, present)
     except BaseException:
         await connection.close()
         raise
     return connection, children
 
 
-async def _ready(supervisor: Supervisor, port: int, present: asyncio.Event) -> None:
+async def _ready(site: Site, supervisor: Supervisor, port: int, present: asyncio.Event) -> None:
     """Until the gateway says so and the worker was heard of."""
     deadline = time.monotonic() + START_TIMEOUT
     while not (present.is_set() and await _answers(port)):
         supervisor.check()
         if time.monotonic() > deadline:
-            raise SettingsError(f"gateway and worker were not ready within {START_TIMEOUT:.0f} s: see the state folder's logs")
+            late = "gateway" if present.is_set() else "worker"
+            raise SettingsError(f"the {late} was not ready within {START_TIMEOUT:.0f} s: see {site.log(late)}")
         await asyncio.sleep(0.05)
 
 
 async def _answers(port: int) -> bool:
     """Whether `GET /readyz` says 200."""
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
+        async with asyncio.timeout(ANSWER_TIMEOUT):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+                return (await reader.readline()).startswith(b"HTTP/1.1 200")
+            finally:
+                writer.close()
+    except (OSError, ValueError):  # ValueError: a first line without end
         return False
-    try:
-        writer.write(b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
-        return (await reader.readline()).startswith(b"HTTP/1.1 200")
-    except OSError:
-        return False
-    finally:
-        writer.close()
-
-
-async def _republish(site: Site, connection: Connection) -> None:
-    """A manifest lives for a day: a fresh one is published well before."""
-    while True:
-        await asyncio.sleep(REPUBLISH)
-        await publish_manifest(connection, site.sign_manifest())
 
 
 @contextmanager
 def _only_one(state: Path) -> Iterator[None]:
-    """Two of them on one state would sign the same versions and fight over the store."""
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Two of them on one state would sign the same versions and fight over the store. Raises SettingsError."""
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise SettingsError(f"cannot keep state in {state} ({exc.strerror}): name a folder of yours with --state") from exc
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-LACRE = [sys.executable, "-m", "lacre"]
+LACRE = [sys.executable, "-P", "-m", "lacre"]  # as the installed command: without the current folder on its path
 START = 60.0  # seconds
 
 

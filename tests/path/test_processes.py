@@ -55,6 +55,21 @@ def test_a_taken_port(tmp_path: Path) -> None:
     assert f"port {port} is taken" in failed.stderr
 
 
+def test_a_state_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    failed = lacre_up(tmp_path / "file" / "state", "--port", "0")
+    assert failed.returncode == 1
+    assert "--state" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_module_of_the_same_name_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nats", "lacre_gateway", "logging"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    Up.start(tmp_path / "state").stop()
+
+
 @pytest.mark.parametrize("content", [None, b"not a model at all", b""])
 def test_a_model_that_is_none(tmp_path: Path, content: bytes | None) -> None:
     model = tmp_path / "model.gguf"
@@ -84,4 +99,4 @@ class TestDeaths:
             assert time.monotonic() - began < 5
         assert own.process.wait(15) != 0
         assert own.process.stdout is not None
-        assert "worker ended with status -9" in own.process.stdout.read()
+        assert "worker ended with status -9 (Killed)" in own.process.stdout.read()
