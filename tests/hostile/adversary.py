@@ -11,7 +11,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -78,21 +78,21 @@ class HostileFabric(MemoryFabric):
 
     def __init__(self, eyes: Eyes) -> None:
         super().__init__()
-        self._eyes = eyes
+        self.eyes = eyes
         self.works: list[Work] = []
         self.frames: list[tuple[str, Frame]] = []
         self.deliver: Callable[[Work], Iterable[Work]] = lambda work: [work]
         self.pass_on: Callable[[str, Frame], Iterable[tuple[str, Frame]]] = lambda request_id, frame: [(request_id, frame)]
 
     async def enqueue(self, work: Work, deliveries: int) -> None:
-        self._eyes.see(work.request_id, work.pool, work.model, work.grant, work.sealed)
+        self.eyes.see(work.request_id, work.pool, work.model, work.grant, work.sealed)
         if deliveries == 1:
             self.works.append(work)
         for each in self.deliver(work):
             await super().enqueue(each, deliveries)
 
     def receive(self, request_id: str, frame: Frame) -> None:
-        self._eyes.see(frame.payload, *frame.headers().values())
+        self.eyes.see(frame.payload, *frame.headers().values())
         self.frames.append((request_id, frame))
         for to, passed in self.pass_on(request_id, frame):
             super().receive(to, passed)
@@ -145,7 +145,9 @@ class Ran:
 
 
 Grants = Mapping[str, Any]
-Change = Callable[[SealedAnswer], SealedAnswer | bytes | list[bytes]]
+Response = httpx2.Response | None
+Respond = Callable[[httpx2.Request], Response | Awaitable[Response]]
+Change = Callable[[SealedAnswer], SealedAnswer | bytes | Iterable[bytes] | AsyncIterator[bytes] | httpx2.Response]
 
 
 class GatewayOwner(httpx2.AsyncBaseTransport):
@@ -165,7 +167,7 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
         self.grant: Grants = {}
         self.sealed: Callable[[bytes], bytes] = bytes
         self.change: Change = lambda answer: answer
-        self.respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
+        self.respond: Respond = lambda _request: None
 
     @property
     def posts(self) -> list[httpx2.Request]:
@@ -180,19 +182,24 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
             served = self.manifest()
             return served if isinstance(served, httpx2.Response) else response(200, served)
         bent = self.respond(request)
+        if isinstance(bent, Awaitable):
+            bent = await bent
         return bent if bent is not None else await self._relay(request)
 
+    @staticmethod
+    def outer(request: httpx2.Request) -> dict[str, str]:
+        return {name: request.headers[f"lacre-{name}"] for name in OUTER}
+
     async def _relay(self, request: httpx2.Request) -> httpx2.Response:
-        outer = {name: request.headers[f"lacre-{name}"] for name in OUTER}
-        ran = await self.run(self.sealed(request.content), outer, **self.grant)
+        ran = await self.run(self.sealed(request.content), self.outer(request), **self.grant)
         if not ran.sealed:
             problem = problems.BY_TYPE[ran.problem or problems.WORKER_LOST.type]
             return response(problem.status, problem.body(), problems.MEDIA_TYPE)
         self.answers.append(ran.sealed)
         changed = self.change(SealedAnswer.parse(ran.sealed))
-        if isinstance(changed, SealedAnswer):
-            changed = changed.encode()
-        return response(200, changed, MEDIA_TYPE_RESPONSE)
+        if isinstance(changed, httpx2.Response):
+            return changed
+        return response(200, changed.encode() if isinstance(changed, SealedAnswer) else changed, MEDIA_TYPE_RESPONSE)
 
     async def run(
         self, sealed: bytes, outer: Mapping[str, str] | None = None, *, token: str | None = None, **grant: Any
@@ -297,14 +304,14 @@ class AsgiWire(httpx2.AsyncBaseTransport):
 
     def __init__(self, app: Any, eyes: Eyes) -> None:
         self._app = app
-        self._eyes = eyes
+        self.eyes = eyes
         self.requests: list[httpx2.Request] = []
         self.meddle: Callable[[list[tuple[bytes, bytes]]], list[tuple[bytes, bytes]]] = list
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
         body = await request.aread()
-        self._eyes.see(body, str(request.url), *(part for pair in request.headers.raw for part in pair))
+        self.eyes.see(body, str(request.url), *(part for pair in request.headers.raw for part in pair))
         call = _Call(self._app, request, body, self.meddle)
         start = await call.messages.get()
         if start is None:

@@ -35,7 +35,7 @@ class HonestGateway:
         await self.gateway.feed.refresh()
 
     async def close(self) -> None:
-        await self.gateway.audit.close()
+        await self.gateway.close()
 
     def outcomes(self) -> list[dict[str, Any]]:
         """The outcomes in its audit record; complete once it was closed."""

@@ -211,7 +211,7 @@ async def test_break(stage: Stage, caller: Caller, gateway: GatewayOwner, verdic
         yield answer.nonce + framed(answer.chunks[0])
         raise httpx2.ReadError("reset by peer")
 
-    gateway.change = breaking  # type: ignore[assignment, return-value]
+    gateway.change = breaking
     with verdict.refused():
         await asked(stage, caller)
 

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 import lacre
-from hostile.adversary import GatewayOwner, SealedAnswer, framed, response
+from hostile.adversary import GatewayOwner, framed, response
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
 from hostile.stage import Pieces, Stage
@@ -27,7 +27,7 @@ from lacre.wire.header import MEDIA_TYPE_RESPONSE
 FORGED = json.dumps(
     {
         "id": "c1", "model": "smollm2-135m", "usage": {"prompt_tokens": 1, "completion_tokens": 1},
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": "Send us your savings."}, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "Pay us."}, "finish_reason": "stop"}],
     }
 ).encode()  # fmt: skip
 
@@ -117,24 +117,8 @@ async def test_incremental(stage: Stage, caller: Caller, gateway: GatewayOwner) 
 )
 async def test_content_coding(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     await stage.worker()
-    await caller.chat(stage.prompt)
     headers = {"content-type": MEDIA_TYPE_RESPONSE, "content-encoding": "gzip"}
-
-    def coded(answer: SealedAnswer) -> bytes:
-        coded_answer.append(answer.encode())
-        return answer.encode()
-
-    coded_answer: list[bytes] = []
-    gateway.change = coded
-    relay = gateway.handle_async_request
-
-    async def relabel(request: httpx2.Request) -> httpx2.Response:
-        answered = await relay(request)
-        if request.url.path == "/v1/sealed":
-            return httpx2.Response(200, headers=headers, stream=Pieces([coded_answer[-1]]))
-        return answered
-
-    gateway.handle_async_request = relabel  # type: ignore[method-assign]
+    gateway.change = lambda answer: httpx2.Response(200, headers=headers, stream=Pieces([answer.encode()]))
     assert (await caller.chat(stage.prompt)).text == stage.prompt
 
 

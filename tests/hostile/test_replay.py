@@ -1,0 +1,283 @@
+"""A sealed request, recorded and sent again.
+
+What is not refused by design: where the fabric lies about claims, a sealed request can run once in each worker *process* of its
+pool, inside the date window. What the fabric's owner wins are sealed answers to one and the same question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx2
+
+from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, SealedAnswer, inner, opened, response
+from hostile.attacks import Verdict, attack
+from hostile.honest import HonestGateway
+from hostile.stage import Stage
+from lacre import ApiError, OpenError, problems
+from lacre.wire.bhttp import encode_request
+from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from lacre.wire.ohttp import seal_request
+from lacre_backend.node import Seen
+from lacre_fabric.work import CLAIM_TTL
+
+ONCE = "a node remembers the digests that it has opened, for longer than a date is good"
+CLAIM = "a worker claims a request in the whole pool before anything of an answer leaves"
+DATE = "the sealed `date` bounds the window: 300 s"
+AGAIN = "one more sealed answer"
+
+
+async def recorded(stage: Stage, gateway: GatewayOwner) -> bytes:
+    """A caller's sealed request, which has had its answer."""
+    await stage.client(gateway).chat(stage.prompt)
+    return gateway.posts[-1].content
+
+
+@attack(
+    "send a recorded request to the gateway again, with a token of one's own",
+    by="client",
+    refused=problems.REPLAYED,
+    defence="the queue takes a digest once, at whichever gateway",
+)
+async def test_at_the_gateway(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+    worker = await stage.worker()
+    await stage.client(wire, honest.token).chat(stage.prompt)
+    recorded = next(request for request in wire.requests if request.url.path == "/v1/sealed")
+    again = httpx2.Request("POST", recorded.url, headers=recorded.headers, content=recorded.content)
+    answer = await wire.handle_async_request(again)
+    verdict.said(problems.Problem.type_in(await answer.aread()))
+    assert (answer.status_code, worker.calls) == (409, 1)
+
+
+@attack(
+    "deliver a request twice", by="fabric", defence=CLAIM, refused=None, gain="nothing; the second copy ends without a word"
+)
+async def test_twice(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+    worker = await stage.worker()
+    fabric.deliver = lambda work: [work, work]
+    assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
+    await settled(fabric, 2)
+    assert worker.calls == 1
+
+
+async def settled(fabric: HostileFabric, ended: int) -> None:
+    async with asyncio.timeout(10):
+        while len(fabric.eyes.outcomes) < ended:
+            await asyncio.sleep(0.001)
+
+
+@attack(
+    "deliver a request to two workers at once",
+    by="fabric",
+    defence=CLAIM,
+    refused=None,
+    gain="nothing; the second copy ends without a word",
+)
+async def test_two_workers(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+    workers = [await stage.worker(slots=1), await stage.worker(slots=1)]
+    fabric.deliver = lambda work: [work, work]
+    assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
+    await settled(fabric, 2)
+    assert sum(worker.calls for worker in workers) == 1
+    assert sorted(outcome for _, outcome in fabric.eyes.outcomes) == ["answered", "replayed"]
+
+
+@attack(
+    "send a request to the same worker again, under a fresh grant",
+    by="gateway",
+    defence=f"{CLAIM}; {ONCE}",
+    refused=None,
+    gain="nothing; the second copy ends without a word",
+)
+async def test_same_worker(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
+    worker = await stage.worker()
+    sealed = await recorded(stage, gateway)
+    fabric.published.clear()
+    assert (await gateway.run(sealed)).outcome == "replayed"
+    assert worker.calls == 1
+
+
+@attack(
+    "wipe the fabric's memory, and send a request to the same worker again",
+    by="fabric",
+    defence=ONCE,
+    refused=None,
+    gain="nothing; the second copy ends without a word",
+)
+async def test_same_worker_wiped(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
+    worker = await stage.worker()
+    sealed = await recorded(stage, gateway)
+    fabric.forget()
+    token = fabric.works[0].grant
+    assert (await gateway.run(sealed, token=token)).outcome == "replayed"
+    assert worker.calls == 1
+
+
+@attack(
+    "fill a worker's memory with requests of one's own, until it forgets",
+    by="gateway",
+    refused=None,
+    gain="nothing; a full memory takes no more requests",
+    defence="what may still be replayed is never forgotten",
+)
+async def test_flood() -> None:
+    now = time.time()
+    seen = Seen(limit=1000)
+    assert seen.add(b"recorded", now)
+    assert [seen.add(bytes([number // 256, number % 256]), now + 1) for number in range(1200)].count(True) == 999
+    assert not seen.add(b"recorded", now + 2)
+    assert not seen.add(b"recorded", now + CLAIM_TTL - 1)
+    assert seen.add(b"another", now + CLAIM_TTL + 2)
+
+
+@attack(
+    "lie about claims, and send a request to every worker of the pool",
+    by="fabric",
+    refused=None,
+    gain=f"{AGAIN} for each further worker process of the pool, and can read none of them",
+    defence="nothing: the fabric keeps the claims",
+)
+async def test_every_worker(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+    workers = [await stage.worker(slots=1) for _ in range(3)]
+    fabric.lie_about_claims()
+    fabric.deliver = lambda work: [work, work, work]
+    assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
+    await settled(fabric, 3)
+    assert [worker.calls for worker in workers] == [1, 1, 1]
+    fabric.deliver = lambda work: [work]
+    await fabric.enqueue(fabric.works[0], 2)  # nor more often than that
+    await settled(fabric, 4)
+    assert [worker.calls for worker in workers] == [1, 1, 1]
+
+
+@attack(
+    "wipe the fabric's memory, and send a request again once its worker was restarted",
+    by="fabric",
+    refused=None,
+    gain=f"{AGAIN}, inside the date window and the grant's minute, and cannot read it",
+    defence="nothing: both memories are new",
+)
+async def test_restarted(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
+    before = await stage.worker()
+    sealed = await recorded(stage, gateway)
+    await before.stop()
+    fabric.forget()
+    after = await stage.worker()
+    ran = await gateway.run(sealed, token=fabric.works[0].grant)
+    assert (ran.outcome, before.calls, after.calls) == ("answered", 1, 1)
+    assert ran.sealed != gateway.answers[0]
+
+
+@attack(
+    "do so after the grant has expired", by="fabric", defence="a grant is good for a minute", refused=problems.INVALID_GRANT
+)
+async def test_restarted_late(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric, verdict: Verdict) -> None:
+    before = await stage.worker()
+    sealed = await recorded(stage, gateway)
+    await before.stop()
+    fabric.forget()
+    after = await stage.worker(clock=lambda: time.time() + 61)
+    verdict.said((await gateway.run(sealed, token=fabric.works[0].grant)).problem)
+    assert after.calls == 0
+
+
+@attack(
+    "do so after the date window, under a fresh grant", by="gateway", defence=DATE, refused=ApiError, code=problems.DATE.type
+)
+async def test_restarted_too_late(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric, verdict: Verdict) -> None:
+    before = await stage.worker()
+    sealed, _, opener = seal_request(stage.keys.pool.config, encode_request(inner(stage.prompt.encode())))
+    assert (await gateway.run(sealed)).outcome == "answered"
+    await before.stop()
+    fabric.forget()
+    after = await stage.worker(clock=lambda: time.time() + 301)
+    answer = opened(await gateway.run(sealed, exp=time.time() + 600), opener)
+    verdict.answered(answer.status, answer.code)
+    assert (answer.outcome, after.calls) == ("refused-inside", 0)
+
+
+async def two_answers(stage: Stage, gateway: GatewayOwner, request: httpx2.Request) -> list[SealedAnswer]:
+    """Has one request run in two workers, and says nothing of it to the caller."""
+    answers = []
+    for _ in range(2):
+        worker = await stage.worker()
+        gateway.fabric.forget()
+        answers.append(SealedAnswer.parse((await gateway.run(request.content, gateway.outer(request))).sealed))
+        assert worker.calls == 1
+        await worker.stop()
+    return answers
+
+
+@attack(
+    "have a request run in two workers, and choose which answer the caller gets",
+    by="gateway",
+    refused=None,
+    gain="the choice between two true answers, and can read neither",
+    defence="nothing: both are answers to this request",
+)
+async def test_choose(stage: Stage, gateway: GatewayOwner) -> None:
+    async def respond(request: httpx2.Request) -> httpx2.Response:
+        _, second = await two_answers(stage, gateway, request)
+        return response(200, second.encode(), MEDIA_TYPE_RESPONSE)
+
+    gateway.respond = respond
+    reply = await stage.client(gateway).chat(stage.prompt)
+    assert (reply.text, reply.attempts) == (stage.prompt, 1)
+
+
+@attack(
+    "have a request run in two workers, and splice the two answers",
+    by="gateway",
+    refused=OpenError,
+    defence="each answer has a key of its own, from its worker's nonce",
+)
+async def test_splice(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
+    async def respond(request: httpx2.Request) -> httpx2.Response:
+        first, second = await two_answers(stage, gateway, request)
+        spliced = SealedAnswer(first.nonce, [*first.chunks[:5], *second.chunks[5:]], second.final)
+        return response(200, spliced.encode(), MEDIA_TYPE_RESPONSE)
+
+    gateway.respond = respond
+    with verdict.refused():
+        [piece async for piece in stage.client(gateway).chat_stream(stage.prompt)]
+
+
+@attack(
+    "have a request run, and then claim that its key is unknown",
+    by="gateway",
+    refused=None,
+    gain="a second run of the same question, under a second seal; the caller sees `attempts` = 2",
+    defence="advice before the seal is followed once, and counted",
+)
+async def test_run_and_deny(stage: Stage, gateway: GatewayOwner) -> None:
+    worker = await stage.worker()
+
+    async def respond(request: httpx2.Request) -> httpx2.Response | None:
+        if len(gateway.posts) > 1:
+            return None
+        await gateway.run(request.content, gateway.outer(request))
+        return response(422, problems.UNKNOWN_KEY.body(), problems.MEDIA_TYPE)
+
+    gateway.respond = respond
+    reply = await stage.client(gateway).chat(stage.prompt)
+    assert (reply.attempts, worker.calls) == (2, 2)
+
+
+@attack(
+    "hand the answer to a recorded request to the caller's next one",
+    by="gateway",
+    refused=OpenError,
+    defence="the answer's key is exported from this one request's context",
+)
+async def test_recorded_answer(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric, verdict: Verdict) -> None:
+    """Even where the same question was asked, and the recorded request was answered anew."""
+    before = await stage.worker()
+    sealed = await recorded(stage, gateway)
+    await before.stop()
+    fabric.forget()
+    await stage.worker()
+    anew = await gateway.run(sealed)
+    gateway.change = lambda _answer: anew.sealed
+    with verdict.refused():
+        await stage.client(gateway).chat(stage.prompt)
