@@ -13,6 +13,7 @@ The sync and the async transport drive the generators of `lacre.sealing`; every 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -26,6 +27,7 @@ from lacre.sealing import ORIGIN, Opening, Outer, Refusal, Sealing, Send, Steps,
 
 REFUSAL: Final = "lacre.refusal"
 FACTS: Final = "lacre"
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
 
 Token = str | Callable[[], str]
 AsyncToken = str | Callable[[], str | Awaitable[str]]
@@ -230,12 +232,21 @@ def outer_request(outer: httpx2.Client | httpx2.AsyncClient, step: Send, token: 
     """The request to the gateway, with the application's own timeouts."""
     headers = [*step.headers, ("accept-encoding", "identity")]
     if token is not None:
-        headers.append(("authorization", f"Bearer {token}"))
+        headers.append(("authorization", f"Bearer {_checked(token)}"))
     timeouts = {"timeout": extensions["timeout"]} if "timeout" in extensions else None
     request = outer.build_request(step.method, step.path, headers=headers, content=step.body or None, extensions=timeouts)
     # One that the gateway set would tie requests together that were made with different tokens.
     request.headers.pop("cookie", None)
     return request
+
+
+def _checked(token: str) -> str:
+    """The token, if it is of the form of one: what refuses it later on would say it aloud. Raises SettingsError."""
+    if not _TOKEN.fullmatch(token):
+        raise errors.SettingsError(
+            "the access token holds a space, a line end or a sign that none has: see LACRE_TOKEN, or what token=... gives"
+        )
+    return token
 
 
 def outer_of(response: httpx2.Response) -> Outer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from email.utils import formatdate
 
 import httpx2
@@ -84,6 +85,14 @@ class TestOutside:
         assert request.headers["authorization"] == "Bearer t0ken"
         assert request.headers["content-type"] == "message/ohttp-chunked-req"
         assert request.headers["incremental"] == "?1"
+
+    @pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "s3cret s3cret", "s3cr\xe9t", "s3cret\r\nx-more: 1"])
+    def test_a_token_that_is_none_is_not_sent_or_told(self, relay: Relay, token: str) -> None:
+        with lacre.Client(relay.url, token=lambda: token, memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+            with pytest.raises(lacre.SettingsError, match="LACRE_TOKEN") as caught:
+                client.chat("x")
+        assert not sealed_requests(relay)
+        assert "s3c" not in "".join(traceback.format_exception(caught.value))
 
     @pytest.mark.parametrize(
         ("params", "ceiling"),
