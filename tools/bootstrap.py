@@ -101,7 +101,7 @@ def add(name: str) -> None:
     try:
         install(lock.name, "--only-binary=:all:")
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"{lock.name} cannot be installed here: see requirements/{name}.in for the machines it is for") from error
+        raise SystemExit(f"{lock.name} cannot be installed here: see requirements/{name}.in for what it needs") from error
     stamp.write_text(wanted)
 
 
