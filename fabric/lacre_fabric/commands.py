@@ -1,23 +1,47 @@
-"""The `lacre` sub-commands that provision and run a machine's Lacre: `up`, `demo`, `token`, `keys`, `manifest publish`."""
+"""The `lacre` sub-commands that provision and run a machine's Lacre, and change its keys.
+
+`up`, `demo`, `token`, `keys`, `signer`, `root`, `manifest publish`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from lacre.cli import manifest_app
 
+if TYPE_CHECKING:  # what a command needs is imported when it runs
+    from lacre_fabric.connection import Connection
+    from lacre_fabric.generations import Generation
+    from lacre_fabric.rotation import Rotated
+    from lacre_fabric.site import Site
+
 State = Annotated[Path | None, typer.Option(help="The state folder; $XDG_STATE_HOME/lacre where left out.")]
 
+Pools = Annotated[list[str] | None, typer.Option(help="A pool; may be repeated. All of them where left out.")]
+Grace = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds for which the old key stays in the manifest; 13 hours where left out.", min=0, metavar="SECONDS"
+    ),
+]
+RotateHours = Annotated[float, typer.Option(help="Rotate the pools' keys this often; 0 never does.", min=0)]
+
 token_app = typer.Typer(name="token", help="Access tokens of the development issuer.", no_args_is_help=True)
-keys_app = typer.Typer(name="keys", help="The keys of a state folder.", no_args_is_help=True)
+keys_app = typer.Typer(name="keys", help="The keys of a state folder, and those of its pools.", no_args_is_help=True)
+signer_app = typer.Typer(name="signer", help="The key that signs manifests.", no_args_is_help=True)
+root_app = typer.Typer(name="root", help="The key that applications pin.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +49,8 @@ def register(app: typer.Typer) -> None:
     if find_spec("nats") is None or find_spec("pydantic") is None:
         return
     app.add_typer(token_app)
-    app.add_typer(keys_app)
+    for group in (keys_app, signer_app, root_app):
+        app.add_typer(group)
     manifest_app.command("publish")(manifest_publish)
     if find_spec("fastapi") is not None and find_spec("llama_cpp") is not None:
         app.command()(up)
@@ -36,14 +61,17 @@ def up(
     state: State = None,
     port: Annotated[int, typer.Option(help="The gateway's port; 0 picks a free one.", min=0, max=65535)] = 8321,
     model: Annotated[Path | None, typer.Option(help="A GGUF file; the default model where left out.")] = None,
+    rotate_hours: RotateHours = 24.0,
 ) -> None:
     """Run a whole Lacre on this machine: keys, message server, gateway and one worker. Ctrl-C ends it."""
+    from lacre_fabric.rotation import Schedule
     from lacre_fabric.up import default_state, running
 
     folder = (state or default_state()).resolve()
+    schedule = Schedule(every=rotate_hours * 3600 or None)
 
     async def run() -> None:
-        async with running(folder, port, model and model.resolve()) as (live, supervisor):
+        async with running(folder, port, model and model.resolve(), schedule) as (live, supervisor):
             typer.echo(f"ready {live.connection_string}")
             Console(stderr=True).print(f"[dim]In another shell:  . {live.site.folder / 'env'} && lacre chat[/dim]")
             await supervisor.watch()
@@ -107,21 +135,151 @@ def keys_init(
     typer.echo(f"root {b64u(site.root)}")
 
 
-def manifest_publish(state: State = None) -> None:
-    """Sign the next version of the manifest and put it on the fabric, where gateways and workers take it up."""
-    from lacre_fabric.connection import Connection
-    from lacre_fabric.provisioning import publish_manifest
-    from lacre_fabric.site import Site
-    from lacre_fabric.up import default_state
+@keys_app.command("rotate")
+def keys_rotate(
+    state: State = None,
+    pool: Pools = None,
+    grace: Grace = None,
+    wait: Annotated[float, typer.Option(help="Seconds for the workers to take the new key up.", min=0)] = 30.0,
+) -> None:
+    """Make new pool keys and retire the old ones; requests go on meanwhile.
 
-    site = Site.load((state or default_state()).resolve())
+    The workers take up the new key first, then the manifest lists both. When the grace is over the old one leaves the manifest
+    and is destroyed: by `lacre up`, or by the next `lacre keys tend`.
+    """
+    from lacre.errors import SettingsError
+    from lacre_fabric.rotation import GRACE, retire, rotate
+
+    site = _site(state)
+    if unknown := set(pool or ()) - set(site.pools):
+        raise SettingsError(f"no pool {', '.join(sorted(unknown))}: there is {', '.join(sorted(site.pools))}")
 
     async def run() -> None:
-        connection = await Connection.open(site.nats_url, site.credential("provisioner"))
+        async with _provisioner(site) as connection:
+            await retire(site, connection)
+            for name in pool or site.pools:
+                _tell(await rotate(site, connection, name, grace=GRACE if grace is None else grace, wait=wait))
+
+    asyncio.run(run())
+
+
+@keys_app.command("tend")
+def keys_tend(state: State = None, rotate_hours: RotateHours = 24.0, grace: Grace = None) -> None:
+    """Do whatever is due: a new pool key, the end of an old one, a fresh manifest. For cron, each hour, without `lacre up`."""
+    from lacre_fabric.rotation import GRACE, Schedule, tend
+
+    site = _site(state)
+    schedule = Schedule(every=rotate_hours * 3600 or None, grace=GRACE if grace is None else grace)
+
+    async def run() -> None:
+        async with _provisioner(site) as connection:
+            await tend(site, connection, schedule)
+
+    asyncio.run(run())
+
+
+@keys_app.command("list")
+def keys_list(state: State = None) -> None:
+    """Show the pools' keys, and what becomes of them."""
+    site, table = _site(state), Table("pool", "key", "KEM", "state")
+    for name in site.pools:
+        for generation in site.generations(name).live:
+            for config in generation.configs:
+                table.add_row(name, str(config.key_id), config.kem.label, _state(generation))
+    Console().print(table)
+
+
+def _state(generation: Generation) -> str:
+    if generation.listed_at is None:
+        return "staged: waits for the workers"
+    if generation.retire_at is None:
+        return f"current since {_date(generation.listed_at)}"
+    if generation.unlisted_at is None:
+        return f"leaves the manifest at {_date(generation.retire_at)}"
+    return f"destroyed after {_date(generation.unlisted_at + generation.drain)}"
+
+
+def _tell(rotated: Rotated) -> None:
+    new = ", ".join(f"{config.key_id} ({config.kem.label})" for config in rotated.listed)
+    typer.echo(f"pool {rotated.pool}: key {new}")
+    for generation in rotated.retiring:
+        ids = ", ".join(map(str, generation.ids))
+        typer.echo(f"  {ids}: {_state(generation)}")
+    for node in sorted(rotated.lacking):
+        typer.echo(f"  worker {node} has not taken up the new key: see that it reads the pool's keys", err=True)
+
+
+@signer_app.command("rotate")
+def signer_rotate(state: State = None) -> None:
+    """Make a new signer: the root names it, it signs the manifest, and the old one is destroyed."""
+    site = _site(state)
+    _change(site, lambda: site.authority.rotate_signer(time.time()))
+    chain = site.authority.chain()
+    typer.echo(f"signer until {_date(chain.until)}")
+
+
+@root_app.command("rotate")
+def root_rotate(state: State = None) -> None:
+    """Make a new root, which the old one hands over to before it is destroyed. Prints the connection string that pins it.
+
+    Applications that pin an older root go on: they follow the chain.
+    """
+    site = _site(state)
+    _change(site, lambda: site.authority.rotate_root(time.time()))
+    site.write_env(site.base_url)
+    typer.echo(site.connection_string(site.base_url))
+
+
+def _change(site: Site, change: Callable[[], object]) -> None:
+    """Changes the chain, publishes what follows, and destroys the key that was replaced."""
+    from lacre_fabric.rotation import publish
+    from lacre_fabric.work import FabricUnavailable
+
+    async def run() -> None:
+        async with site.changing():
+            change()
         try:
-            await publish_manifest(connection, site.sign_manifest())
-        finally:
-            await connection.close()
+            async with _provisioner(site) as connection:
+                await publish(site, connection)
+        except FabricUnavailable as exc:
+            typer.echo(f"not published yet: {exc}; `lacre up` and `lacre manifest publish` will", err=True)
+            async with site.changing():
+                site.authority.settle()
+
+    asyncio.run(run())
+
+
+def manifest_publish(state: State = None) -> None:
+    """Sign the next version of the manifest and put it on the fabric, where gateways and workers take it up."""
+    from lacre_fabric.rotation import publish
+
+    site = _site(state)
+
+    async def run() -> None:
+        async with _provisioner(site) as connection:
+            await publish(site, connection)
 
     asyncio.run(run())
     typer.echo("published")
+
+
+def _site(state: Path | None) -> Site:
+    from lacre_fabric.site import Site
+    from lacre_fabric.up import default_state
+
+    return Site.load((state or default_state()).resolve())
+
+
+@asynccontextmanager
+async def _provisioner(site: Site) -> AsyncIterator[Connection]:
+    from lacre_fabric.connection import Connection
+
+    connection = await Connection.open(site.nats_url, site.credential("provisioner"))
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

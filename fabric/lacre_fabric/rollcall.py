@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
+import nats.errors
 from nats.aio.msg import Msg
 
 from lacre.errors import InvalidMessage
@@ -62,7 +63,8 @@ async def _until(connection: Connection, pool: str, limit: float, done: Callable
         while time.monotonic() < deadline and not (call.complete and done(call)):
             await asyncio.sleep(_LOOK)
     finally:
-        await subscription.unsubscribe()
+        with suppress(nats.errors.Error):  # a connection that is gone has no subscriptions
+            await subscription.unsubscribe()
     return call
 
 

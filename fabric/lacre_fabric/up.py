@@ -8,13 +8,13 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
-from lacre_fabric import subjects
+from lacre_fabric import logs, subjects
 from lacre_fabric.connection import Connection
 from lacre_fabric.leash import PYTHON
 from lacre_fabric.provisioning import provision
@@ -55,9 +55,11 @@ async def running(
     """
     supervisor = Supervisor()
     site = Site(state, {POOL: (DEFAULT_MODEL if model is None else model.stem.lower(),)})
-    with _only_one(state):
+    with ExitStack() as stack:
+        stack.enter_context(_only_one(state))
         port = _free(port)
         site.create()
+        logs.configure(stack.enter_context(site.log("up").open("a")))
         try:
             connection, children = await _start(site, supervisor, port, model)
             tending = asyncio.create_task(upkeep(site, connection, schedule or Schedule()))
