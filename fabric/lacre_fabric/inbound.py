@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from typing import Final
 
@@ -20,6 +21,9 @@ from lacre_fabric.work import CREDIT, LOST_AFTER, FabricError, FrameGap, QueueTi
 # Frames of few bytes each must not pile up either. A sealed record has a length, a tag and a byte at least: 18 bytes, and no
 # honest worker gets so many of them out of its credit.
 MAX_PENDING_FRAMES: Final = 16 * 1024
+# Each of a worker's receipts says more than the one before: more than one is kept only in case the last does not verify.
+KEPT_RECEIPTS: Final = 4
+MAX_RECEIPT: Final = 4096  # bytes; ours have some 500
 
 
 class Inbound:
@@ -32,8 +36,16 @@ class Inbound:
         self._bound: str | None = None
         self._next = 0
         self._over = False
-        self.receipt: bytes | None = None
+        self._receipts: deque[bytes] = deque(maxlen=KEPT_RECEIPTS)
         self.started = asyncio.Event()
+
+    @property
+    def receipts(self) -> tuple[bytes, ...]:
+        return tuple(self._receipts)
+
+    @property
+    def receipt(self) -> bytes | None:
+        return self._receipts[-1] if self._receipts else None
 
     def receive(self, headers: Mapping[str, str], payload: bytes) -> None:
         """Takes what came off the wire, in the order in which it came."""
@@ -55,8 +67,8 @@ class Inbound:
         self._pending_bytes += len(frame.payload)
         if self._pending_bytes > 2 * CREDIT or self._frames.qsize() >= MAX_PENDING_FRAMES:
             return self.fail(FrameGap("the worker sent more than its credit allows"))
-        if frame.kind in (Kind.USAGE, Kind.BEAT) and frame.payload:
-            self.receipt = frame.payload
+        if frame.kind in (Kind.USAGE, Kind.BEAT) and 0 < len(frame.payload) <= MAX_RECEIPT:
+            self._receipts.append(frame.payload)
         self._frames.put_nowait(frame)
         return None
 

@@ -103,6 +103,10 @@ class MemoryDispatch:
     def receipt(self) -> bytes | None:
         return self._inbound.receipt
 
+    @property
+    def receipts(self) -> tuple[bytes, ...]:
+        return self._inbound.receipts
+
     async def frames(self) -> AsyncGenerator[Frame, None]:
         ended = False
         try:

@@ -223,6 +223,10 @@ class NatsDispatch:
     def receipt(self) -> bytes | None:
         return self._inbound.receipt
 
+    @property
+    def receipts(self) -> tuple[bytes, ...]:
+        return self._inbound.receipts
+
     async def frames(self) -> AsyncGenerator[Frame, None]:
         ended = False
         try:

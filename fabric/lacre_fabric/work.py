@@ -84,6 +84,10 @@ class Dispatch(Protocol):
     def receipt(self) -> bytes | None:
         """The payload of the last receipt that came, cumulative or final; unverified."""
 
+    @property
+    def receipts(self) -> tuple[bytes, ...]:
+        """The last few, the newest last."""
+
     def frames(self) -> AsyncGenerator[Frame, None]:
         """DATA frames in order, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or FabricUnavailable."""
 

@@ -57,7 +57,9 @@ class Intent:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How it ended. duration: seconds. Tokens are those of the last receipt that verified; None without one."""
+    """How it ended. duration: seconds. Tokens are those of the receipt that settled it; None without one.
+    refused_receipt: why the newest receipt was not that one.
+    """
 
     kind: ClassVar[str] = "outcome"
 
@@ -66,6 +68,7 @@ class Outcome:
     outcome: str
     status: int | None
     unreceipted: bool
+    refused_receipt: str | None
     prompt_tokens: int | None
     cached_tokens: int | None
     completion_tokens: int | None

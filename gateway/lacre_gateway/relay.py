@@ -5,7 +5,8 @@ Rules:
 - An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the connection is aborted:
   the client never sees a clean end of a broken answer.
 - A request that ends in any other way than its answer's end is cancelled at the worker.
-- The intent is on disk before the first byte of the answer leaves.
+- The intent is on disk before the first byte of the answer leaves. What settles the request is decided after it (see
+  `settlement`), and nothing here waits for that.
 """
 
 from __future__ import annotations
@@ -19,10 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre import problems
-from lacre.errors import LacreError
 from lacre.jws import b64u
 from lacre.manifest import Pool
-from lacre.receipts import Receipt
 from lacre.wire.header import inspect_request
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
@@ -37,6 +36,7 @@ from lacre_gateway.mapping import FAILURES, WorkerRefused, refusal_for
 from lacre_gateway.outer import Outer
 from lacre_gateway.policy import Decision, Question
 from lacre_gateway.refusal import Refusal
+from lacre_gateway.settlement import Claim
 from lacre_gateway.state import Gateway
 from lacre_gateway.trail import Trail
 
@@ -75,10 +75,10 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
         request = _inspected(gateway, exchange.request_id, principal, outer, sealed)
         decision = gateway.policies.decide(request.question)
         if not decision.allowed:
-            with Trail(gateway.audit, exchange, request.intent(decision)):
+            with Trail(gateway, exchange, request.intent(decision)):
                 raise Refusal(problems.FORBIDDEN)
         reservation = gateway.limits.reserve(subject, request.ceilings, time.monotonic())
-        with Trail(gateway.audit, exchange, request.intent(decision)) as trail:
+        with Trail(gateway, exchange, request.intent(decision)) as trail:
             work = request.work(_grant(gateway, request, reservation), sealed)
             dispatch = await gateway.connected().dispatch(work, queue_limit=gateway.settings.limits.queue_limit)
             del sealed, work  # megabytes, which an answer of minutes need not keep
@@ -88,7 +88,7 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
                 await _cancel(dispatch)
                 raise
             finally:
-                trail.receipt = _settle(gateway, request, reservation, dispatch.receipt)
+                trail.claim = request.claim(reservation, dispatch.receipts)
             await exchange.end()
 
 
@@ -131,6 +131,16 @@ class _Request:
             digest=self.digest,
             grant=grant,
             sealed=sealed,
+        )
+
+    def claim(self, reservation: Reservation, receipts: tuple[bytes, ...]) -> Claim:
+        return Claim(
+            request_id=self.request_id,
+            pool=self.question.pool,
+            receipt_key=self.pool.receipt_key,
+            enc=b64u(self.digest),
+            reservation=reservation,
+            tokens=receipts,
         )
 
 
@@ -210,22 +220,3 @@ async def _cancel(dispatch: Dispatch) -> None:
     with contextlib.suppress(FabricError, TimeoutError):
         async with asyncio.timeout(_CANCEL_LIMIT):
             await dispatch.cancel()
-
-
-def _settle(gateway: Gateway, request: _Request, reservation: Reservation, token: bytes | None) -> Receipt | None:
-    """The receipt to settle on: signed by the pool, for this request, and inside what was reserved. Otherwise None."""
-    if token is None:
-        return None
-    try:
-        receipt = Receipt.verify(token.decode("ascii", "replace"), request.pool.receipt_key)
-    except LacreError:
-        reason = "does not verify"
-    else:
-        if receipt.enc != b64u(request.digest):
-            reason = "is for another request"
-        elif not reservation.covers(receipt.prompt_tokens, receipt.completion_tokens):
-            reason = "exceeds the grant"
-        else:
-            return receipt
-    gateway.log.warning("receipt refused", request_id=request.request_id, pool=request.question.pool, reason=reason)
-    return None

@@ -140,7 +140,7 @@ async def _run(settings: Settings) -> None:
             await asyncio.gather(connecting, return_exceptions=True)
             await gateway.feed.close()
             await link.close()
-            await gateway.audit.close()
+            await gateway.close()
             log.info("stopped")
 
 

@@ -18,6 +18,7 @@ from lacre_gateway.keyset import KeySet
 from lacre_gateway.limits import RequestLimits, Reservation
 from lacre_gateway.policy import PolicySet, shipped
 from lacre_gateway.settings import Settings
+from lacre_gateway.settlement import Settlement
 from lacre_gateway.throttle import FailureThrottle
 
 
@@ -32,9 +33,15 @@ class Gateway:
     audit: AuditLog
     feed: ManifestFeed
     key: Ed25519PrivateKey
+    settlement: Settlement
     log: Log
     clock: Callable[[], float]
     fabric: GatewayFabric | None = None
+
+    async def close(self) -> None:
+        """Waits until what was served is settled and on disk. Nothing may be served any more."""
+        await self.settlement.close()
+        await self.audit.close()
 
     def connected(self) -> GatewayFabric:
         """Raises FabricUnavailable."""
@@ -94,6 +101,7 @@ def build(
         ),
         feed=ManifestFeed(fetch, settings.root, clock=clock),
         key=key,
+        settlement=Settlement(log),
         log=log,
         clock=clock,
         audit=AuditLog(settings.audit),  # last: nothing after it can fail and leave its thread behind

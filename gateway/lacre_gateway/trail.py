@@ -7,40 +7,53 @@ import time
 from types import TracebackType
 from typing import Self
 
-from lacre.receipts import Receipt
-from lacre_gateway.audit import AuditLog, Intent, Outcome
+from lacre_gateway.audit import Intent, Outcome
 from lacre_gateway.exchange import ClientGone, Exchange
 from lacre_gateway.mapping import refusal_for
+from lacre_gateway.settlement import Claim, Verdict
+from lacre_gateway.state import Gateway
 
 
 class Trail:
-    """A context: the intent is recorded on entry, the outcome on exit, whichever way it is left.
+    """A context: the intent is recorded on entry, the outcome after the exit, whichever way it is left, once the claim has its
+    verdict.
 
-    recorded: done when the intent is on disk. receipt: what settles the request; None marks it `unreceipted`.
+    recorded: done when the intent is on disk. claim: what the worker says was used; None where no worker was asked.
     """
 
-    def __init__(self, audit: AuditLog, exchange: Exchange, intent: Intent) -> None:
-        self._audit = audit
+    def __init__(self, gateway: Gateway, exchange: Exchange, intent: Intent) -> None:
+        self._gateway = gateway
         self._exchange = exchange
         self._intent = intent
         self._since = time.monotonic()
-        self.receipt: Receipt | None = None
+        self.claim: Claim | None = None
 
     def __enter__(self) -> Self:
-        self.recorded = self._audit.append(self._intent)
+        self.recorded = self._gateway.audit.append(self._intent)
         return self
 
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         outcome, status = self._end(error)
-        used = self.receipt
         duration = time.monotonic() - self._since
-        self._audit.append(
+
+        def record(verdict: Verdict) -> None:
+            self._record(outcome, status, duration, verdict)
+
+        if self.claim is not None and self.claim.tokens:
+            self._gateway.settlement.settle(self.claim, record)
+        else:
+            record(Verdict())
+
+    def _record(self, outcome: str, status: int | None, duration: float, verdict: Verdict) -> None:
+        used = verdict.receipt
+        self._gateway.audit.append(
             Outcome(
                 request_id=self._intent.request_id,
                 time=round(self._intent.time + duration, 3),
                 outcome=outcome,
                 status=status,
                 unreceipted=used is None,
+                refused_receipt=verdict.refused,
                 prompt_tokens=None if used is None else used.prompt_tokens,
                 cached_tokens=None if used is None else used.cached_tokens,
                 completion_tokens=None if used is None else used.completion_tokens,

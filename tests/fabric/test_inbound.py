@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.inbound import MAX_PENDING_FRAMES, Inbound
+from lacre_fabric.inbound import KEPT_RECEIPTS, MAX_PENDING_FRAMES, MAX_RECEIPT, Inbound
 from lacre_fabric.outbound import Outbound
 from lacre_fabric.work import CREDIT, Cancelled, FabricError, FrameGap, WorkerLost
 
@@ -71,6 +71,20 @@ def test_beats_count_and_are_not_read() -> None:
     got, receipt = asyncio.run(read())
     assert [frame.kind for frame in got] == [Kind.DATA, Kind.USAGE]
     assert receipt == b"final"
+
+
+def test_the_last_receipts_are_kept_and_no_large_ones() -> None:
+    async def keep() -> tuple[bytes, ...]:
+        inbound = Inbound(1.0)
+        payloads = [*(b"%d" % number for number in range(9)), b"x" * (MAX_RECEIPT + 1)]
+        for number, payload in enumerate(payloads):
+            inbound.put(Frame(ONE, number, Kind.BEAT, payload))
+        assert inbound.receipt == b"8"
+        return inbound.receipts
+
+    kept = asyncio.run(keep())
+    assert kept == (b"5", b"6", b"7", b"8")
+    assert len(kept) == KEPT_RECEIPTS
 
 
 def test_a_worker_out_of_hand_ends_its_request() -> None:

@@ -22,7 +22,7 @@ async def world(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
     world = World(tmp_path, issuer)
     await world.publish(world.document())
     yield world
-    await world.gateway.audit.close()
+    await world.gateway.close()
 
 
 @pytest.fixture

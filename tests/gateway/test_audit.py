@@ -19,14 +19,14 @@ INTENT = Intent(
     shape="none", kem="X25519", max_tokens=1, sealed_bytes=2, digest="ab", decision="allow", policies=("p",),
 )  # fmt: skip
 OUTCOME = Outcome(
-    request_id="0" * 32, time=2.5, outcome="answered", status=200, unreceipted=False, prompt_tokens=1, cached_tokens=0,
-    completion_tokens=2, duration=1.0,
+    request_id="0" * 32, time=2.5, outcome="answered", status=200, unreceipted=False, refused_receipt=None,
+    prompt_tokens=1, cached_tokens=0, completion_tokens=2, duration=1.0,
 )  # fmt: skip
 
 ALLOWED = {
     "kind", "request_id", "time", "subject", "tenant", "issuer", "pool", "model", "action", "shape", "kem", "max_tokens",
-    "sealed_bytes", "digest", "decision", "policies", "outcome", "status", "unreceipted", "prompt_tokens", "cached_tokens",
-    "completion_tokens", "duration",
+    "sealed_bytes", "digest", "decision", "policies", "outcome", "status", "unreceipted", "refused_receipt", "prompt_tokens",
+    "cached_tokens", "completion_tokens", "duration",
 }  # fmt: skip
 
 

@@ -131,7 +131,8 @@ async def test_replay(world: World, worker: FakeWorker, client: httpx2.AsyncClie
     assert (await post(world, client, body)).status_code == 200
     assert_problem(await post(world, client, body), problems.REPLAYED)
     assert len(worker.opened) == 1
-    assert [entry.get("outcome") for entry in await world.trail(2)] == [None, "answered", None, "refused"]
+    # The first is settled beside the second, and may be recorded after it.
+    assert sorted(str(entry.get("outcome")) for entry in await world.trail(2)) == ["None", "None", "answered", "refused"]
 
 
 async def test_policy(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
@@ -148,7 +149,7 @@ async def test_no_manifest(tmp_path: Path, issuer: Issuer) -> None:
     world = World(tmp_path, issuer)
     async with client_of(world) as client:
         assert_problem(await post(world, client), problems.NOT_READY)
-    await world.gateway.audit.close()
+    await world.gateway.close()
 
 
 async def test_expired_manifest(tmp_path: Path, issuer: Issuer) -> None:
@@ -157,7 +158,7 @@ async def test_expired_manifest(tmp_path: Path, issuer: Issuer) -> None:
     await asyncio.sleep(0.06)
     async with client_of(world) as client:
         assert_problem(await post(world, client), problems.NOT_READY)
-    await world.gateway.audit.close()
+    await world.gateway.close()
 
 
 async def test_no_worker_within_two_seconds(world: World, client: httpx2.AsyncClient) -> None:
@@ -185,7 +186,7 @@ async def impatient(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
     world = World(tmp_path, issuer, limits=limits)
     await world.publish(world.document())
     yield world
-    await world.gateway.audit.close()
+    await world.gateway.close()
 
 
 async def test_queue_limit(impatient: World) -> None:
@@ -313,7 +314,7 @@ async def test_worker_refuses(
 
 
 async def test_worker_dies_before_its_answer(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    worker.script = Script(pieces=(), beat=True, ending="silence")
+    worker.script = Script(pieces=(), beats=({},), ending="silence")
     since = time.monotonic()
     assert_problem(await post(world, client), problems.WORKER_LOST)
     assert time.monotonic() - since < 5

@@ -49,7 +49,7 @@ async def test_no_manifest(tmp_path: Path, issuer: Issuer) -> None:
         response = await client.get("/v1/manifest")
         assert (response.status_code, response.content) == (503, problems.NOT_READY.body())
         assert response.headers["retry-after"] == "5"
-    await world.gateway.audit.close()
+    await world.gateway.close()
 
 
 async def test_ready(world: World, client: httpx2.AsyncClient) -> None:

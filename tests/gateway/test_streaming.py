@@ -150,7 +150,7 @@ async def test_abort_is_seen_in_the_raw_bytes(world: World, worker: FakeWorker, 
 
 
 async def test_broken_answer_is_settled_on_its_last_receipt(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
-    worker.script = Script(beat=True, ending="error:x")
+    worker.script = Script(beats=({},), ending="error:x")
     with pytest.raises(httpx2.RemoteProtocolError):
         await http.post("/v1/sealed", content=world.seal()[0], headers=world.headers())
     outcome = (await world.trail())[1]

@@ -85,7 +85,7 @@ class Script:
     between: Callable[[], Awaitable[None]] | None = None
     usage: dict[str, Any] = field(default_factory=dict)  # members of the receipt that differ from the honest ones
     receipt_key: Ed25519PrivateKey | None = None
-    beat: bool = False
+    beats: tuple[dict[str, Any] | bytes, ...] = ()  # beats after the pieces: members of their receipts, or the bytes themselves
 
 
 class FakeWorker:
@@ -136,22 +136,23 @@ class FakeWorker:
             if number and script.between is not None:
                 await script.between()
             await delivery.send(Kind.DATA, sealer.seal(piece))
-        if script.beat:
-            await delivery.send(Kind.BEAT, self._receipt(header, script, final=False))
+        for beat in script.beats:
+            payload = beat if isinstance(beat, bytes) else self._receipt(header, script, beat, final=False)
+            await delivery.send(Kind.BEAT, payload)
         if script.ending == "usage":
             await delivery.send(Kind.DATA, sealer.finish())
-            await delivery.send(Kind.USAGE, self._receipt(header, script, final=True))
+            await delivery.send(Kind.USAGE, self._receipt(header, script, script.usage, final=True))
         elif script.ending.startswith("error:"):
             await delivery.send(Kind.ERROR, script.ending.removeprefix("error:").encode())
         else:
             await asyncio.Event().wait()
 
-    def _receipt(self, header: SealedHeader, script: Script, *, final: bool) -> bytes:
+    def _receipt(self, header: SealedHeader, script: Script, members: dict[str, Any], *, final: bool) -> bytes:
         honest: dict[str, Any] = {
             "enc": b64u(header.digest), "model": "sha256:00", "prompt_tokens": 12, "cached_tokens": 2, "completion_tokens": 7,
             "start": time.time(), "end": time.time(), "final": final,
         }  # fmt: skip
-        receipt = Receipt(**{**honest, **script.usage})
+        receipt = Receipt(**{**honest, **members})
         return receipt.sign(script.receipt_key or self.world.receipt_key).encode()
 
 
@@ -162,6 +163,7 @@ class World:
         self.folder = folder
         self.issuer = issuer
         self.root, self.signer, self.grant_key, self.receipt_key = (Ed25519PrivateKey.generate() for _ in range(4))
+        self.statement = sign_statement(RootStatement(raw_public_key(self.signer), time.time() + 7200), self.root)
         self.pool_keys = (PrivateKey.generate(1), PrivateKey.generate(2, Kem.X25519), PrivateKey.generate(9))
         self.private_keys = {key.config.key_id: key for key in self.pool_keys}
         self.hub = MemoryFabric()
@@ -205,8 +207,7 @@ class World:
             "gateway_key": raw_public_key(self.grant_key), "pools": {"default": pool},
         }  # fmt: skip
         manifest = Manifest(**{**standard, **members})
-        statement = sign_statement(RootStatement(raw_public_key(self.signer), now + 7200), self.root)
-        return Document((statement,), sign_manifest(manifest, self.signer)).encode()
+        return Document((self.statement,), sign_manifest(manifest, self.signer)).encode()
 
     async def fetch(self) -> bytes | None:
         return self.published

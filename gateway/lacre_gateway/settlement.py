@@ -1,0 +1,111 @@
+"""Settling requests by their receipts: verified in batches, beside the requests and never in their way.
+
+Rules:
+- What settles a request is the newest receipt that the pool signed for it: the final one, or where the stream broke, the last
+  that came on a beat. One that is not the pool's, or is for another request, proves nothing, and an older one may stand.
+- A receipt that the pool did sign and that claims more than the grant settles nothing, and no older one does: the worker broke
+  its grant, and what it says is not taken.
+- Signatures are checked in a thread, all that wait together: the event loop goes on forwarding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from lacre.errors import LacreError
+from lacre.receipts import Receipt
+from lacre_fabric.logs import Log
+from lacre_gateway.limits import Reservation
+
+# Checked in one go. A signature takes some 0.1 ms: this is what an entry waits for its turn at most.
+MAX_BATCH: Final = 256
+
+
+class Reason(StrEnum):
+    """Why a receipt was refused."""
+
+    NOT_THE_POOLS = "not-by-the-pool"
+    OTHER_REQUEST = "for-another-request"
+    ABOVE_GRANT = "above-the-grant"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a worker says that a request used. tokens: its receipts, the newest last. enc: base64url of the request's digest."""
+
+    request_id: str
+    pool: str
+    receipt_key: bytes
+    enc: str
+    reservation: Reservation
+    tokens: tuple[bytes, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """receipt: what settles the request; None leaves it unreceipted. refused: why the newest was not the one."""
+
+    receipt: Receipt | None = None
+    refused: Reason | None = None
+
+
+def judge(claim: Claim) -> Verdict:
+    """Decides from the claim alone."""
+    refused: Reason | None = None
+    for token in reversed(claim.tokens):
+        try:
+            receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key)
+        except LacreError:
+            refused = refused or Reason.NOT_THE_POOLS
+            continue
+        if receipt.enc != claim.enc:
+            refused = refused or Reason.OTHER_REQUEST
+            continue
+        if not claim.reservation.covers(receipt.prompt_tokens, receipt.completion_tokens):
+            return Verdict(refused=Reason.ABOVE_GRANT)
+        return Verdict(receipt, refused)
+    return Verdict(refused=refused)
+
+
+_Waiting = tuple[Claim, Callable[[Verdict], None]]
+
+
+class Settlement:
+    """Takes claims and tells each one's verdict a little later. Used on the event loop; closed by `close`."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._waiting: deque[_Waiting] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self.batches = 0
+
+    def settle(self, claim: Claim, then: Callable[[Verdict], None]) -> None:
+        """Returns at once; `then` is called on the event loop."""
+        self._waiting.append((claim, then))
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def close(self) -> None:
+        """Waits until every claim so far has its verdict."""
+        if self._task is not None:
+            await self._task
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+            verdicts = await asyncio.to_thread(_judge_all, [claim for claim, _ in batch])
+            self.batches += 1
+            for (claim, then), verdict in zip(batch, verdicts, strict=True):
+                if verdict.refused is not None:
+                    where = {"request_id": claim.request_id, "pool": claim.pool}
+                    self._log.warning("receipt refused", **where, reason=verdict.refused.value)
+                then(verdict)
+
+
+def _judge_all(claims: Sequence[Claim]) -> list[Verdict]:
+    return [judge(claim) for claim in claims]

@@ -1,0 +1,149 @@
+"""What settles a request: which receipt counts, which is refused, and that nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.jws import b64u
+from lacre.receipts import Receipt
+from lacre_gateway.exchange import StreamBroken
+from lacre_gateway.limits import Reservation
+from lacre_gateway.settlement import Claim, Reason, Verdict, judge
+from parts.gateway import PIECES, FakeWorker, Script, World, opened
+
+KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+ENC = b64u(bytes(32))
+
+
+def receipt(completion: int, *, prompt: int = 5, enc: str = ENC) -> Receipt:
+    return Receipt(enc, "sha256:0", prompt, 0, completion, 1.0, 2.0, False)
+
+
+def token(completion: int, *, key: Ed25519PrivateKey = KEY, **members: Any) -> bytes:
+    return receipt(completion, **members).sign(key).encode()
+
+
+def claim(*tokens: bytes) -> Claim:
+    reservation = Reservation(max_prompt_tokens=100, max_tokens=10)
+    return Claim("r1", "default", KEY.public_key().public_bytes_raw(), ENC, reservation, tokens)
+
+
+FORGED = token(9, key=OTHER_KEY)
+STRANGE = token(9, enc=b64u(b"1" * 32))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "settled", "refused"),
+    [
+        ((), None, None),
+        ((token(1), token(2), token(3)), 3, None),
+        ((token(10, prompt=100),), 10, None),
+        ((token(11),), None, Reason.ABOVE_GRANT),
+        ((token(1, prompt=101),), None, Reason.ABOVE_GRANT),
+        # The pool's own word above the grant: an older one does not stand in for it.
+        ((token(3), token(11)), None, Reason.ABOVE_GRANT),
+        ((token(3), FORGED), 3, Reason.NOT_THE_POOLS),
+        ((token(3), STRANGE), 3, Reason.OTHER_REQUEST),
+        ((token(3), STRANGE, FORGED, b""), 3, Reason.NOT_THE_POOLS),
+        ((FORGED, STRANGE), None, Reason.OTHER_REQUEST),
+        ((b"\xff" * 4000,), None, Reason.NOT_THE_POOLS),
+        ((token(11), FORGED), None, Reason.ABOVE_GRANT),  # a forged one does not hide it
+    ],
+)
+def test_which_receipt_counts(tokens: tuple[bytes, ...], settled: int | None, refused: Reason | None) -> None:
+    verdict = judge(claim(*tokens))
+    assert (verdict.receipt.completion_tokens if verdict.receipt else None, verdict.refused) == (settled, refused)
+
+
+async def broken(world: World, client: httpx2.AsyncClient) -> dict[str, Any]:
+    """The outcome of an answer that breaks off."""
+    with pytest.raises(StreamBroken):
+        await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers())
+    return (await world.trail())[1]
+
+
+async def test_broken_answer_is_settled_on_the_last_beat(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    worker.script = Script(beats=({"completion_tokens": 3}, {"completion_tokens": 5}), ending="error:x")
+    outcome = await broken(world, client)
+    assert (outcome["outcome"], outcome["completion_tokens"], outcome["refused_receipt"]) == ("broken", 5, None)
+
+
+async def test_a_beat_that_proves_nothing_leaves_the_one_before(
+    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    forged = receipt(7).sign(OTHER_KEY).encode()
+    worker.script = Script(beats=({"completion_tokens": 3}, forged, b"", b"no receipt"), ending="error:x")
+    outcome = await broken(world, client)
+    assert (outcome["unreceipted"], outcome["completion_tokens"]) == (False, 3)
+    assert outcome["refused_receipt"] == "not-by-the-pool"
+
+
+async def test_above_the_grant_is_not_settled_at_all(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    worker.script = Script(beats=({"completion_tokens": 3},), usage={"completion_tokens": 257})
+    body, opener = world.seal()
+    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+    assert opened(opener, response.content) == b"".join(PIECES)
+    outcome = (await world.trail())[1]
+    assert (outcome["unreceipted"], outcome["completion_tokens"]) == (True, None)
+    assert outcome["refused_receipt"] == "above-the-grant"
+    [warning] = [entry for entry in world.logged() if entry["level"] == "warning"]
+    assert (warning["event"], warning["reason"]) == ("receipt refused", "above-the-grant")
+
+
+@contextlib.asynccontextmanager
+async def no_thread_free() -> AsyncIterator[threading.Event]:
+    """Every thread that could check a signature is busy until the event is set."""
+    go = threading.Event()
+    busy = [asyncio.create_task(asyncio.to_thread(go.wait)) for _ in range(64)]
+    await asyncio.sleep(0.05)
+    try:
+        yield go
+    finally:
+        go.set()
+        await asyncio.gather(*busy)
+
+
+async def ask(world: World, client: httpx2.AsyncClient) -> bool:
+    body, opener = world.seal(key_id=2)
+    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+    return opened(opener, response.content) == b"".join(PIECES)
+
+
+async def test_no_answer_waits_and_many_are_settled_at_once(
+    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    async with no_thread_free() as go:
+        assert all([await ask(world, client) for _ in range(20)])
+        kinds = [entry["kind"] for entry in await world.trail(10)]
+        assert kinds == ["intent"] * 20
+        go.set()
+        entries = await world.trail(20)
+    assert [entry["unreceipted"] for entry in entries if entry["kind"] == "outcome"] == [False] * 20
+    assert world.gateway.settlement.batches == 2  # the first alone, and all that came meanwhile
+
+
+async def test_closing_waits_for_what_is_not_settled_yet(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    async with no_thread_free() as go:
+        assert await ask(world, client)
+        closing = asyncio.create_task(world.gateway.close())
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+        go.set()
+        await closing
+    assert [entry["kind"] for entry in await world.trail()] == ["intent", "outcome"]
+
+
+async def test_verdicts_come_in_the_order_of_the_claims(world: World) -> None:
+    verdicts: list[Verdict] = []
+    for completion in range(1, 9):
+        world.gateway.settlement.settle(claim(token(completion)), verdicts.append)
+    await world.gateway.settlement.close()
+    assert [verdict.receipt.completion_tokens for verdict in verdicts if verdict.receipt] == list(range(1, 9))
