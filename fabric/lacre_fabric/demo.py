@@ -82,7 +82,7 @@ async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console
         model=live.site.pools["default"][0],
         text=stream.text,
         completion_tokens=completion_tokens,
-        ttft_ms=round((arrivals[0] - began) * 1e3, 1),
+        ttft_ms=round((arrivals[0] - began) * 1e3, 1) if arrivals else 0.0,
         tokens_per_s=round((completion_tokens - 1) / seconds, 1) if seconds else 0.0,
         kem=stream.facts.kem,
         sealed_request_bytes=stream.facts.sealed_request_bytes,
@@ -109,9 +109,9 @@ def _show(out: Console, tap: _Tap, live: Running) -> None:
         Panel(Text(seen), title="the gateway saw", border_style="red"),
     )
     out.print(sides)
-    audit = (live.site.folder / "gateway" / "audit.jsonl").read_text().splitlines()
-    if audit:
-        out.print(Panel(Text(audit[0]), title="and wrote into its audit log", border_style="red"))
+    with (live.site.folder / "gateway" / "audit.jsonl").open() as audit:
+        line = json.dumps(json.loads(audit.readline()))  # with blanks, where the terminal may break it
+    out.print(Panel(Text(line), title="and wrote into its audit log", border_style="red"))
     out.print("[bold]The answer, opened here record by record:[/bold]")
 
 
