@@ -18,7 +18,7 @@ from rich.text import Text
 import lacre
 from lacre_fabric.up import Running, running
 
-PROMPT: Final = "My doctor says I should swim more. Name three seas, and say one thing about each."
+PROMPT: Final = "I want to leave my job. In two sentences, how do I tell my boss?"
 MAX_TOKENS: Final = 128
 _SHOWN: Final = 128  # bytes of ciphertext
 
