@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 
 import structlog
 
-from lacre.memory import VersionFile
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu
@@ -19,7 +18,7 @@ from lacre_backend.node import Identity, Node
 from lacre_backend.settings import Model, Settings
 from lacre_fabric import logs
 from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.manifests import ManifestFeed
+from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.nats_worker import NatsWorker
 from lacre_fabric.roles import Credential
 
@@ -42,8 +41,7 @@ async def serve(settings: Settings) -> None:
             settings.nats.url, credential, settings.pool, settings.node, names, slots=settings.slots, keys=keys.fingerprints
         )
         stack.push_async_callback(fabric.close)
-        memory = None if settings.memory is None else VersionFile(settings.memory)
-        feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory)
+        feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))
         await feed.start()
         stack.push_async_callback(feed.close)
         identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, keys.reload)

@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final
 
 import structlog
 
 from lacre.errors import LacreError, UsageError
 from lacre.manifest import Manifest
-from lacre.memory import Memory, VersionMemory, accept
+from lacre.memory import Memory, VersionFile, VersionMemory, accept
 from lacre.trust import Trusted
 
 POLL: Final = 2.0  # seconds; a rotation is live in gateways and workers this soon
+CATCH_UP: Final = 0.5  # seconds between looks that requests ask for: key ids that nobody has must not load the fabric
 
 log = structlog.get_logger("lacre.manifest")
+
+
+def memory_in(folder: Path | None) -> Memory:
+    """What remembers manifests in `folder`; without one, in this process alone."""
+    return VersionMemory() if folder is None else VersionFile(folder)
 
 
 class ManifestFeed:
@@ -41,6 +48,8 @@ class ManifestFeed:
         self._failure = ""
         self._trusted: Trusted | None = None
         self._task: asyncio.Task[None] | None = None
+        self._catching_up = asyncio.Lock()
+        self._caught_up = float("-inf")
 
     @property
     def ready(self) -> bool:
@@ -59,7 +68,7 @@ class ManifestFeed:
     async def refresh(self) -> None:
         """Reads and verifies once. Raises what failed, and keeps what was there."""
         document = await self._fetch()
-        if document is not None:
+        if document is not None and (self._trusted is None or document != self._trusted.document):
             self._trusted = accept(document, self._root, self._memory, self._clock())
 
     async def start(self) -> None:
@@ -73,6 +82,13 @@ class ManifestFeed:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+
+    async def catch_up(self) -> None:
+        """Looks now, for a request that names what this manifest does not have."""
+        async with self._catching_up:
+            if time.monotonic() >= self._caught_up + CATCH_UP:
+                await self._try()
+                self._caught_up = time.monotonic()
 
     async def _poll(self) -> None:
         while True:

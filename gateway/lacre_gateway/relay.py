@@ -72,7 +72,7 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
     subject = (principal.issuer, principal.subject)
     with gateway.limits.slot(subject, time.monotonic()):
         sealed = await exchange.sealed_body(gateway.settings.limits.body_timeout)
-        request = _inspected(gateway, exchange.request_id, principal, outer, sealed)
+        request = await _understood(gateway, exchange.request_id, principal, outer, sealed)
         decision = gateway.policies.decide(request.question)
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):
@@ -142,6 +142,17 @@ class _Request:
             reservation=reservation,
             tokens=receipts,
         )
+
+
+async def _understood(gateway: Gateway, request_id: str, principal: Principal, outer: Outer, sealed: bytes) -> _Request:
+    """`_inspected`, and once more after a look at the fabric where the key is not known: a rotation may be that young."""
+    try:
+        return _inspected(gateway, request_id, principal, outer, sealed)
+    except Refusal as refusal:
+        if refusal.problem is not problems.UNKNOWN_KEY:
+            raise
+    await gateway.feed.catch_up()
+    return _inspected(gateway, request_id, principal, outer, sealed)
 
 
 def _inspected(gateway: Gateway, request_id: str, principal: Principal, outer: Outer, sealed: bytes) -> _Request:

@@ -86,6 +86,7 @@ class Settings(Table):
     trust: RootKey
     signing_key: FilePath
     audit: FilePath
+    memory: FilePath | None = None  # the folder that remembers the newest manifest seen; None: forgotten with the process
     policies: FilePath | None = None  # None: the rules that ship with Lacre
     listen: Listen = Listen()
     nats: Nats

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.jws import raw_public_key
 from lacre_fabric.logs import Log
-from lacre_fabric.manifests import ManifestFeed
+from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.work import FabricUnavailable, GatewayFabric
 from lacre_gateway.audit import AuditLog
 from lacre_gateway.auth import Authenticator, TrustedIssuer
@@ -99,7 +99,7 @@ def build(
             concurrent=limits.concurrent_per_subject,
             per_minute=limits.requests_per_minute,
         ),
-        feed=ManifestFeed(fetch, settings.root, clock=clock),
+        feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
         settlement=Settlement(log),
         log=log,
