@@ -227,7 +227,10 @@ def root_rotate(state: State = None) -> None:
     site = _site(state)
     _change(site, lambda: site.authority.rotate_root(time.time()))
     site.write_env(site.base_url)
-    typer.echo(site.connection_string(site.base_url))
+    url = site.connection_string(site.base_url)
+    if not _served(url):
+        typer.echo(f"the gateway at {site.base_url} does not serve the new root yet: wait until it does", err=True)
+    typer.echo(url)
 
 
 def _change(site: Site, change: Callable[[], object]) -> None:
@@ -247,6 +250,25 @@ def _change(site: Site, change: Callable[[], object]) -> None:
                 site.authority.settle()
 
     asyncio.run(run())
+
+
+def _served(url: str) -> bool:
+    """Whether the gateway lets an application in that pins what `url` says; it is given the time to learn of it."""
+    from lacre.client import fetch_manifest
+    from lacre.errors import LacreError
+    from lacre.memory import VersionMemory
+    from lacre_fabric.manifests import POLL
+
+    deadline = time.monotonic() + 2 * POLL
+    while True:
+        try:
+            fetch_manifest(url, memory=VersionMemory())
+        except LacreError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        else:
+            return True
 
 
 def manifest_publish(state: State = None) -> None:

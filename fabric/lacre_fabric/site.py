@@ -231,6 +231,7 @@ class Site:
             "trust": b64u(self.root),
             "signing_key": "grant.pem",
             "audit": "audit.jsonl",
+            "memory": "manifests",
             "listen": {"host": "127.0.0.1", "port": port, "drain": DRAIN},
             "nats": {"url": nats_url, "credentials": str(self.credential_file(f"gateway-{GATEWAY_ID}"))},
             "issuers": [
@@ -252,6 +253,7 @@ class Site:
                 "trust": b64u(self.root),
                 "keys": str(self.keys_folder(pool)),
                 "receipt_key": str(self.folder / "pools" / pool / "receipt.pem"),
+                "memory": "manifests",
                 "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
                 "models": list(models[pool]),
             }
