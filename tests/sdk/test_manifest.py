@@ -122,6 +122,8 @@ def test_another_value_is_read_as_it_is_or_refused(path: tuple[Any, ...], value:
     for step in path:
         again = again[step]
     assert again == value
+    assert isinstance(again, bool) == isinstance(value, bool)  # which Python holds to be a number
+    assert manifest.version >= 0
 
 
 @given(st.binary(max_size=40), st.integers(0, 60), st.sampled_from("AQz09-_+/=. \n"))
