@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lacre import errors
@@ -111,6 +111,10 @@ def test_no_member_may_be_missing(path: tuple[Any, ...]) -> None:
 
 
 @given(st.sampled_from(MEMBERS), JSON)
+@example(("ver",), True)
+@example(("ver",), -1)
+@example(("exp",), 10**400)
+@example(("exp",), float("inf"))
 def test_another_value_is_read_as_it_is_or_refused(path: tuple[Any, ...], value: object) -> None:
     members, inner = example_and(path)
     inner[path[-1]] = value
