@@ -20,5 +20,7 @@ def worker(settings: Annotated[Path, typer.Option(help="The worker's settings fi
     """Run a worker: it dials out to the fabric, opens sealed requests and answers them with its models."""
     from lacre_backend.settings import load
     from lacre_backend.worker import serve
+    from lacre_fabric.logs import last_words
 
-    asyncio.run(serve(load(settings)))
+    with last_words():
+        asyncio.run(serve(load(settings)))

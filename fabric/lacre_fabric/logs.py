@@ -4,20 +4,25 @@ Rules:
 - A field that is not in `FIELDS` is dropped, whatever it holds; so is a value that is not a number, text or truth value.
 - Events are constants of the code. What varies goes into a field.
 - Of other libraries' records (uvicorn, nats) the constant format string is logged and never its arguments; of an exception its
-  type and the places in the code, never its text.
+  type and the places in the code, never its text. asyncio writes both into the message itself: of that, the beginning.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+import sys
 import time
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 import structlog
+
+from lacre.errors import LacreError
 
 FIELDS: Final = frozenset({
     "event", "level", "time", "logger", "error", "at",
@@ -27,6 +32,7 @@ FIELDS: Final = frozenset({
 })  # fmt: skip
 MAX_TEXT: Final = 256
 _FRAMES: Final = 6
+_VALUES: Final = re.compile(r"[(<\n].*", re.DOTALL)  # of an asyncio message: where arguments, objects and exceptions begin
 
 Log = structlog.typing.FilteringBoundLogger
 
@@ -72,7 +78,7 @@ class SafeFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event: dict[str, Any] = {
-            "event": str(record.msg),
+            "event": _VALUES.sub("", str(record.msg)) if record.name == "asyncio" else str(record.msg),
             "level": record.levelname.lower(),
             "time": round(record.created, 3),
             "logger": record.name,
@@ -89,6 +95,21 @@ def places(exc: BaseException) -> dict[str, str]:
         "error": type(exc).__name__,
         "at": " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames),
     }
+
+
+@contextmanager
+def last_words() -> Iterator[None]:
+    """What ends a process unforeseen is logged like any exception; Python's own traceback would end in its text.
+
+    A LacreError passes: it was written for whoever started the process.
+    """
+    try:
+        yield
+    except LacreError:
+        raise
+    except Exception as exc:  # noqa: BLE001 - the end of the process: there is nobody left to raise it to
+        make_log(sys.stderr).error("crashed", **places(exc))
+        raise SystemExit(1) from None
 
 
 def configure(stream: TextIO) -> None:

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 def gateway(settings: Annotated[Path, typer.Option(help="The gateway's settings file (TOML).")]) -> None:
     """Run a gateway: it authenticates, decides, records and routes sealed requests, and can read none of them."""
+    from lacre_fabric.logs import last_words
     from lacre_gateway.server import serve
     from lacre_gateway.settings import load
 
-    serve(load(settings))
+    with last_words():
+        serve(load(settings))

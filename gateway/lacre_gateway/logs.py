@@ -25,5 +25,5 @@ def standard_logging(stream: str) -> dict[str, Any]:
         "handlers": {"stream": {"class": "logging.StreamHandler", "formatter": "safe", "stream": stream, "filters": ["ours"]}},
         "filters": {"ours": {"()": NotOurs}},
         "root": {"level": "WARNING", "handlers": ["stream"]},
-        "loggers": {"uvicorn.error": {"level": "INFO"}, "uvicorn.access": {"handlers": [], "propagate": False}},
+        "loggers": {"uvicorn.access": {"handlers": [], "propagate": False}},
     }

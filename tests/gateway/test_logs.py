@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre_fabric.logs import FIELDS, MAX_TEXT, SafeFormatter, make_log, places
+from lacre.errors import SettingsError
+from lacre_fabric.logs import FIELDS, MAX_TEXT, SafeFormatter, last_words, make_log, places
 from lacre_gateway.logs import standard_logging
 
 SECRET = "s3cr3t-canary"
@@ -82,6 +84,37 @@ def test_libraries_records() -> None:
     assert SECRET not in line
     entry = json.loads(line)
     assert (entry["event"], entry["error"], entry["logger"]) == ("failed for %s", "ValueError", "uvicorn.error")
+
+
+async def test_what_asyncio_tells_of_a_failure() -> None:
+    """It writes reprs into the message itself."""
+    stream, loop, logger = io.StringIO(), asyncio.get_running_loop(), logging.getLogger("asyncio")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(SafeFormatter())
+    logger.addHandler(handler)
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(None)  # asyncio's own
+    try:
+        loop.call_soon(int, SECRET)  # "Exception in callback int('...')"
+        loop.call_exception_handler({"message": "Task exception was never retrieved", "exception": raised()})
+        await asyncio.sleep(0.01)
+    finally:
+        logger.removeHandler(handler)
+        loop.set_exception_handler(before)
+    told = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert SECRET not in stream.getvalue()
+    assert {entry["event"] for entry in told} == {"Task exception was never retrieved", "Exception in callback int"}
+    assert {entry["error"] for entry in told} == {"ValueError"}
+
+
+def test_the_last_words_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, last_words():
+        raise ValueError(SECRET)
+    told = json.loads(capsys.readouterr().err)
+    assert (ended.value.code, told["event"], told["error"]) == (1, "crashed", "ValueError")
+    assert SECRET not in json.dumps(told)
+    with pytest.raises(SettingsError), last_words():
+        raise SettingsError("for whoever started it")
 
 
 def test_standard_logging_is_valid() -> None:
