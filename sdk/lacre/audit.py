@@ -93,7 +93,10 @@ class AuditProof:
         if first != _FIRST_LINE or not extra.startswith("extra ") or not index.startswith("index "):
             raise InvalidMessage(f"not an audit proof: it begins with {_FIRST_LINE}, extra (the entry) and index")
         hashes = b"".join(_decoded(line) for line in path)
-        return cls(_decoded(extra[6:]), _index(index[6:]), _path(hashes), note.encode())
+        try:
+            return cls(_decoded(extra[6:]), _index(index[6:]), _path(hashes), note.encode())
+        except UnicodeEncodeError as exc:  # lone surrogates: what a file read leniently has for bytes that are no UTF-8
+            raise InvalidMessage("an audit proof that is not UTF-8") from exc
 
 
 def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditProof:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from fuzz import answers, statements, wire
+from fuzz import answers, proofs, statements, wire
 from lacre.asgi import AUTHORITY
 from lacre.jws import b64u, sign
 from lacre.trust import ConnectionString
@@ -115,9 +116,22 @@ def of_answers() -> Iterator[tuple[str, str, bytes]]:
     yield "exchange", "manifest", b"\x01" + text(b'{"roots":[["' + b64u(b"{}").encode() + b'.e30.AA"]],"manifest":""}')
 
 
+def of_proofs() -> Iterator[tuple[str, str, bytes]]:
+    entry = b'{"pool":"default","kind":"intent"}'
+    proof = proofs.proven(entry)
+    longer = replace(proof, index=2, path=(bytes(32), bytes(range(32))))
+    yield "audit_header", "header", b"\x00" + proof.header().encode()
+    yield "audit_header", "path", b"\x00" + longer.header().encode()
+    yield "audit_header", "entry", b"\x01" + text(entry) + b", later=?1"
+    yield "audit_file", "proof", proof.text().encode()
+    yield "audit_file", "path", longer.text().encode()
+    yield "checkpoint", "note", b"\x00" + proof.checkpoint
+    yield "checkpoint", "text", b"\x01" + proof.checkpoint.partition(b"\n\n")[0]
+
+
 def seeds() -> dict[Path, bytes]:
     """Every seed, by its file."""
-    found = (*of_wire(), *of_statements(), *of_answers())
+    found = (*of_wire(), *of_statements(), *of_answers(), *of_proofs())
     return {CORPUS / target / name.lower(): data for target, name, data in found}
 
 

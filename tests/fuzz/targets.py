@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from fuzz import answers, statements, wire
+from fuzz import answers, proofs, statements, wire
 from fuzz.target import Target
 
-TARGETS: Final[dict[str, Target]] = {target.name: target for target in (*wire.TARGETS, *statements.TARGETS, *answers.TARGETS)}
+_ALL: Final = (*wire.TARGETS, *statements.TARGETS, *answers.TARGETS, *proofs.TARGETS)
+TARGETS: Final[dict[str, Target]] = {target.name: target for target in _ALL}
