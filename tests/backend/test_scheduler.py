@@ -13,7 +13,7 @@ from lacre.errors import UsageError
 from lacre_backend.engine.scheduler import MIN_REUSE, Copy, Limits, Plan, Scheduler, Trim
 
 PREFIX = list(range(100, 100 + 3 * MIN_REUSE))
-SPLIT = Limits(slots=4, context=128, cells=512, step=64, chunk=32, burst=16, share=8)
+SPLIT = Limits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4)
 TIGHT = dataclasses.replace(SPLIT, cells=160, unified=True)
 
 
@@ -217,7 +217,7 @@ class Driver:
             self.memory.execute(plan, self.scopes)
             found = self.scheduler.cached(name)
             computed += sum(len(s.tokens) for s in plan.segments if s.task == name)
-            if any(s.output for s in plan.segments):
+            if any(s.output and s.task == name for s in plan.segments):
                 self.scheduler.end(name)
         return found, computed
 
@@ -275,12 +275,12 @@ def test_first_come_first_served_within_a_scope() -> None:
 
 def test_a_cancelled_tasks_slot_is_used_in_the_next_step() -> None:
     driver = Driver()
-    for i in range(5):
+    for i in range(6):
         driver.submit(f"t{i}", [1, 2], output=50)
     driver.step()
-    assert driver.scheduler.waiting == ("t4",)
+    assert driver.scheduler.waiting == ("t5",)
     driver.scheduler.end("t2")
-    assert driver.step().admitted == ("t4",)
+    assert driver.step().admitted == ("t5",)
 
 
 @pytest.mark.parametrize("limits", [SPLIT, TIGHT], ids=["split", "unified"])
@@ -335,6 +335,25 @@ def test_a_long_idle_cache_is_not_filled() -> None:
     while driver.left["t1"]:
         driver.step()
     assert [s.slot for s in driver.step().segments] == [0, 2]
+
+
+@pytest.mark.parametrize(("running", "computed"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 8), (7, 8), (8, 8), (9, 9)])
+def test_sequences_are_made_a_round_number_where_that_is_cheaper(running: int, computed: int) -> None:
+    driver = Driver(Limits(slots=12, context=64, cells=12 * 64, multiple=4))
+    for i in range(running):
+        driver.submit(f"t{i}", [i], output=9)
+    driver.step()
+    plan = driver.step()
+    assert (len(plan.segments), plan.generating) == (computed, running)
+    assert [s.slot for s in plan.segments] == list(range(computed))
+
+
+def test_no_filler_where_the_cells_are_all_taken() -> None:
+    driver = Driver(Limits(slots=8, context=16, cells=32, unified=True, multiple=4))
+    for i in range(6):
+        driver.submit(f"t{i}", [i], output=12)
+    driver.run()
+    assert not any(driver.left.values())
 
 
 def test_preempted_tasks_come_back_with_what_they_generated() -> None:

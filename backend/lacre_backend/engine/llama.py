@@ -199,9 +199,9 @@ class LlamaEngine:
         if plan.segments:
             self._dirty = True
             self._record(plan, time.monotonic() - now)
-        jobs = [self._jobs[segment.task] for segment in plan.segments if segment.output and segment.task is not None]
-        if jobs:
-            self._results(jobs, rows)
+        outputs = [segment.task for segment in plan.segments if segment.output]
+        if any(task_id is not None for task_id in outputs):
+            self._results(outputs, rows)
         self._interrupt(working)
         self._outbox.flush()
 
@@ -218,8 +218,12 @@ class LlamaEngine:
         self.steps += 1
         self.computed_tokens += reading + plan.generating
 
-    def _results(self, jobs: list[_Job], rows: list[int]) -> None:
+    def _results(self, outputs: list[str | None], rows: list[int]) -> None:
         logits = self._context.logits(len(rows))
+        wanted = [i for i, task_id in enumerate(outputs) if task_id is not None]
+        if len(wanted) < len(outputs):  # a filler's are not looked at
+            logits, rows = logits[wanted], [rows[i] for i in wanted]
+        jobs = [self._jobs[task_id] for task_id in outputs if task_id is not None]
         tokens = choose([job.sampler for job in jobs], self._context.pointer, rows, logits, self._random)
         now = time.monotonic()
         for job, token, row in zip(jobs, tokens, logits, strict=True):

@@ -175,9 +175,13 @@ class Model:
         """Token ids; `special` lets control tokens' literals become control tokens. No token is added around them."""
         data = text.encode("utf-8")
         size = len(data) + 2  # a token covers at least one byte; some vocabularies put one space in front
-        tokens = (L.llama_token * size)()
-        count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, False, special)
-        if count < 0:
+        for _ in range(2):
+            tokens = (L.llama_token * size)()
+            count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, False, special)
+            if count >= 0:
+                break
+            size = -count  # a vocabulary that spells the space by several bytes
+        else:
             raise EngineError("llama.cpp could not tokenize the text.")
         return list(tokens[:count])
 

@@ -9,13 +9,15 @@ Rules
 - The scope with the fewest running tasks is served next: many tasks of one do not starve another's one.
 - Cells are reused within one scope only. What has no scope is removed when it ends.
 - Tokens stand in a plan by ascending slot. With a split cache llama.cpp computes neighbouring sequences together and begins
-  anew at every gap (measured: 8 of 16 slots with gaps take 35 ms a step, without 13), so idle slots between running ones get
-  one filler token, taken out again after the step. One is given only where it does not lengthen anyone's attention: nothing
-  about an idle cache may show in a neighbour's timing.
+  anew at every gap (measured: 8 of 16 slots with gaps take 35 ms a step, without 13); and its kernels for CPUs take rows by
+  fours, with single ones much dearer (7 sequences take 30 ms, 8 take 24). So idle slots in gaps, and beside the running ones
+  where that makes the number round, get one filler token, taken out again after the step. One is given only where it does not
+  lengthen anyone's attention: nothing about an idle cache may show in a neighbour's timing.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +37,8 @@ class Limits:
     """slots: sequences at a time. context: cells of one. cells: cells of all, fewer than `slots * context` in a unified cache.
 
     step: tokens in a step. chunk: of prompts, while nothing is generated. burst: of short prompts (at most so long) together
-    while others generate. share: of long prompts, then; whoever measures may set it anew at any time.
+    while others generate. share: of long prompts, then; whoever measures may set it anew at any time. multiple: how many
+    sequences the kernels take at once.
     """
 
     slots: int
@@ -46,6 +49,7 @@ class Limits:
     chunk: int = 256
     burst: int = 128
     share: int = 32
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         fits = self.context <= self.cells <= self.slots * self.context
@@ -74,7 +78,9 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens of one slot from position `start` on. output: the last one's logits are wanted. task: None for a filler."""
+    """Tokens of one slot from position `start` on. output: the last one's logits are wanted. task: None for a filler, whose
+    output nobody looks at: it is there because rows of logits come by fours too.
+    """
 
     slot: int
     start: int
@@ -376,7 +382,9 @@ class Scheduler:
         room = self.limits.burst if generating else self.limits.chunk
         left = self._read(short, room, segments)
         # While nothing is generated, nobody is stalled by a whole chunk; but then short prompts may come at every step.
-        share = self.share if generating else max(left, self.share)
+        # One of a share's tokens is computed with those that are generated, the rest by itself: a round number.
+        own = self.share - (self.share - 1) % self.limits.multiple
+        share = own if generating else max(left, own)
         self._read(long, min(share, self.limits.step - generating - (room - left)), segments)
 
     def _read(self, slots: Sequence[_Slot], room: int, segments: dict[int, Segment]) -> int:
@@ -388,22 +396,33 @@ class Scheduler:
         return room
 
     def _filled(self, segments: list[Segment]) -> tuple[tuple[Segment, ...], tuple[Trim, ...]]:
-        """With fillers in the gaps, and how to take them out again."""
-        if self.limits.unified or len(segments) < 2:
+        """With fillers in the gaps and up to a round number, and how to take them out again."""
+        if len(segments) < 2:
             return tuple(segments), ()
         longest = max(segment.start + len(segment.tokens) for segment in segments)
         padded = min(-(-longest // PAD) * PAD, self.limits.context)
-        filled, after = [segments[0]], []
-        for segment in segments[1:]:
-            for slot in self._slots[filled[-1].slot + 1 : segment.slot]:
-                if slot.idle and len(slot.tokens) < padded:
-                    filled.append(Segment(slot.index, len(slot.tokens), (FILLER,), None, False))
-                    after.append(Trim(slot.index, len(slot.tokens)))
-            filled.append(segment)
-        room = self.limits.step - sum(len(segment.tokens) for segment in segments)
-        if len(after) > room:
+        first, last = segments[0].slot, segments[-1].slot
+        usable = [slot for slot in self._slots if slot.idle and len(slot.tokens) < padded]
+        inside = [slot for slot in usable if first < slot.index < last and not self.limits.unified]
+        outside = self._beside(usable, first, last)
+        n = len(segments) + len(inside)
+        missing = -n % self.limits.multiple
+        if n > self.limits.multiple and 0 < missing <= min(self.limits.multiple // 2, len(outside)):
+            inside += outside[:missing]
+        if len(inside) > min(self.limits.step, self.free_cells) - sum(len(segment.tokens) for segment in segments):
             return tuple(segments), ()
-        return tuple(filled), tuple(after)
+        fillers = [Segment(slot.index, len(slot.tokens), (FILLER,), None, True) for slot in inside]
+        ordered = sorted([*segments, *fillers], key=lambda segment: segment.slot)
+        return tuple(ordered), tuple(Trim(filler.slot, filler.start) for filler in fillers)
+
+    def _beside(self, usable: Sequence[_Slot], first: int, last: int) -> list[_Slot]:
+        """Idle slots without a gap to the running ones; in a unified cache, any."""
+        if self.limits.unified:
+            return list(usable)
+        known = {slot.index: slot for slot in usable}
+        after = itertools.takewhile(known.__contains__, range(last + 1, len(self._slots)))
+        before = itertools.takewhile(known.__contains__, range(first - 1, -1, -1))
+        return [known[index] for index in (*after, *before)]
 
     def _unqueue(self, task: _Task) -> None:
         queue = self._waiting[task.scope]

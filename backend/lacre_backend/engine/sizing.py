@@ -22,6 +22,7 @@ from lacre_backend.engine.scheduler import Limits
 DEFAULT_SLOTS: Final = 8
 MAX_SLOTS: Final = 256  # llama.cpp's own limit
 OVERHEAD: Final = 192 * 2**20  # bytes: llama.cpp's buffers for one step, and the process
+CPU_ROWS: Final = 4  # that ggml's kernels for repacked weights take at once
 SHARE_OF_MEMORY: Final = 0.5  # of what is left beside the weights, for caches whose size was not set: others live here too
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
@@ -70,7 +71,8 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None)
             "Set fewer slots or a smaller context."
         )
     threads = settings.threads or len(os.sched_getaffinity(0))
-    return Shape(Limits(slots=slots, context=context, cells=cells, unified=settings.unified), threads, size)
+    multiple = 1 if room is None else CPU_ROWS
+    return Shape(Limits(slots=slots, context=context, cells=cells, unified=settings.unified, multiple=multiple), threads, size)
 
 
 def _check(settings: LlamaSettings) -> None:

@@ -1,0 +1,312 @@
+"""Many sequences at once: the right tokens, nobody else's cache, no slot or cell left held."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import itertools
+import random
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as L
+import numpy as np
+import pytest
+
+from lacre_backend import models
+from lacre_backend.engine import llama as llama_module
+from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.model import Gpu, Model
+from lacre_backend.engine.protocol import EngineError, Event, Finish, Sampling, Task, TaskRefused, Token
+from parts.tiny_model import tiny_model
+
+MakeTask = Callable[..., Task]
+Run = Callable[..., Any]
+GREEDY = Sampling(temperature=0)
+SPLIT = LlamaSettings(n_ctx=512, threads=1, slots=16)
+UNIFIED = dataclasses.replace(SPLIT, unified=True, cells=16 * 160)
+
+
+@contextlib.contextmanager
+def engine_of(path: Path, settings: LlamaSettings) -> Iterator[LlamaEngine]:
+    engine = LlamaEngine(path, name="m", digest="sha256:0", settings=settings)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+    assert path.stat().st_size < 2**20
+    return path
+
+
+@pytest.fixture(params=[SPLIT, UNIFIED], ids=["split", "unified"])
+def tiny_engine(tiny: Path, request: pytest.FixtureRequest) -> Iterator[LlamaEngine]:
+    with engine_of(tiny, request.param) as engine:
+        yield engine
+
+
+# The right tokens
+
+
+class Reference:
+    """One sequence in a context of its own: the logits at each position of a text."""
+
+    def __init__(self, path: Path) -> None:
+        self.model = Model(path, name="m", digest="", n_ctx=512, gpu=Gpu(layers=0))
+        params = L.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = 512
+        params.n_threads = params.n_threads_batch = 1
+        params.no_perf = True
+        self.context = L.llama_init_from_model(self.model.pointer, params)
+
+    def logits(self, tokens: list[int], begin: int) -> Any:
+        """Rows for the positions from `begin` on."""
+        L.llama_memory_clear(L.llama_get_memory(self.context), False)
+        batch = L.llama_batch_init(512, 0, 1)
+        try:
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, i >= begin
+                batch.seq_id[i][0] = 0
+            batch.n_tokens = len(tokens)
+            assert L.llama_decode(self.context, batch) == 0
+            rows = len(tokens) - begin
+            return np.ctypeslib.as_array(L.llama_get_logits(self.context), (rows, self.model.n_vocab)).copy()
+        finally:
+            L.llama_batch_free(batch)
+
+    def close(self) -> None:
+        L.llama_free(self.context)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[Reference]:
+    reference = Reference(models.find().path)
+    yield reference
+    reference.close()
+
+
+@pytest.mark.parametrize("scope", [None, b"one scope"], ids=["no reuse", "reuse"])
+@pytest.mark.parametrize("settings", [SPLIT, UNIFIED], ids=["split", "unified"])
+async def test_batched_tokens_are_those_of_one_sequence(
+    reference: Reference, make_task: MakeTask, run: Run, settings: LlamaSettings, scope: bytes | None
+) -> None:
+    """Teacher-forced: each greedy token's logit is within 0.25 of the best one of a single sequence at that position."""
+    common = "The harbour master wrote into his book, in a small and even hand, all that he had seen that day. "
+    prompts = [common * 2 + f"Ship number {i} carried {'salt and oil ' * (i % 5)}" for i in range(16)]
+    with engine_of(models.find().path, settings) as engine:
+        if scope:
+            await run(engine, make_task(engine, prompts[0], max_tokens=2, sampling=GREEDY, cache_scope=scope))
+        tasks = [make_task(engine, text, 12, sampling=GREEDY, endless=False, cache_scope=scope) for text in prompts]
+        results = await asyncio.gather(*(run(engine, task) for task in tasks))
+    assert any(finish.cached_tokens for _, finish in results) == (scope is not None)
+    for task, (tokens, _) in zip(tasks, results, strict=True):
+        ids = [token.id for token in tokens]
+        rows = reference.logits([*task.prompt, *ids], len(task.prompt) - 1)[: len(ids)]
+        short = rows.max(axis=1) - rows[range(len(ids)), ids]
+        assert short.max() <= 0.25, short
+
+
+async def test_a_seed_gives_the_same_text_in_the_same_batch(tiny_engine: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+    async def batch() -> list[list[int]]:
+        sampling = [Sampling(temperature=1.2, seed=i) for i in range(6)]
+        tasks = [make_task(tiny_engine, f"number {i}", 20, sampling=each) for i, each in enumerate(sampling)]
+        return [[token.id for token in tokens] for tokens, _ in await asyncio.gather(*(run(tiny_engine, t) for t in tasks))]
+
+    first = await batch()
+    assert first == await batch()
+    assert len({tuple(ids) for ids in first}) == 6
+
+
+async def test_ways_of_sampling_side_by_side(tiny_engine: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+    """Greedy ones are not disturbed by their neighbours' bias, grammar, penalties or temperature."""
+    alone, _ = await run(tiny_engine, make_task(tiny_engine, "abc", 10, sampling=GREEDY, endless=False, logprobs=2))
+    others = [
+        Sampling(temperature=1.5, logit_bias={100: 30.0}),
+        Sampling(grammar='root ::= "yes" | "no"'),
+        Sampling(frequency_penalty=1.5, temperature=0),
+        Sampling(temperature=0.8, top_p=0.9, min_p=0.05),
+        Sampling(top_k=3, seed=1),
+    ]
+    beside = [make_task(tiny_engine, "abd", 10, sampling=sampling, endless=False) for sampling in others]
+    task = make_task(tiny_engine, "abc", 10, sampling=GREEDY, endless=False, logprobs=2)
+    results = await asyncio.gather(*(run(tiny_engine, each) for each in (*beside, task)))
+    text = "".join(token.text for token in results[1][0])
+    assert text in ("yes", "no")
+    assert [token.id for token in results[0][0]] == [100] * 10
+    assert [token.id for token in results[-1][0]] == [token.id for token in alone]
+    assert [token.logprob for token in results[-1][0]] == pytest.approx([token.logprob for token in alone], abs=0.02)
+
+
+# The cache
+
+
+async def cold_and_warm(engine: LlamaEngine, task: Callable[[], Task], run: Run) -> tuple[int, int]:
+    """What one more task found in the cache, and how many tokens were computed for it."""
+    before = engine.computed_tokens
+    _, finish = await run(engine, task())
+    return finish.cached_tokens, engine.computed_tokens - before
+
+
+async def test_a_prefix_cached_by_another_scope_changes_nothing(
+    tiny_engine: LlamaEngine, make_task: MakeTask, run: Run
+) -> None:
+    prompt = tuple(tiny_engine.tokenize("x" * 200))
+
+    def task(scope: bytes | None) -> Callable[[], Task]:
+        return lambda: make_task(tiny_engine, prompt=prompt, max_tokens=1, cache_scope=scope)
+
+    assert await cold_and_warm(tiny_engine, task(b"a"), run) == (0, 200)
+    assert await cold_and_warm(tiny_engine, task(b"b"), run) == (0, 200)
+    assert await cold_and_warm(tiny_engine, task(None), run) == (0, 200)
+    assert await cold_and_warm(tiny_engine, task(None), run) == (0, 200)
+    assert await cold_and_warm(tiny_engine, task(b"a"), run) == (199, 1)
+
+
+async def test_choices_of_one_request_share_a_running_prefix(tiny: Path, make_task: MakeTask, run: Run) -> None:
+    with engine_of(tiny, UNIFIED) as engine:
+        prompt = tuple(engine.tokenize("y" * 150))
+        first = make_task(engine, prompt=prompt, max_tokens=300, cache_scope=b"a")
+        stream = engine.submit(first)
+        await anext(stream)
+        _, finish = await run(engine, make_task(engine, prompt=prompt, max_tokens=2, cache_scope=b"a"))
+        assert finish.cached_tokens == 149
+        engine.cancel(first.id)
+        async for _ in stream:
+            pass
+
+
+async def test_what_is_cached_for_a_scope_expires(
+    tiny: Path, make_task: MakeTask, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_module, "SCOPE_LIFE", -0.9)
+    with engine_of(tiny, SPLIT) as engine:
+        await run(engine, make_task(engine, "z" * 100, 2, cache_scope=b"a"))
+        for _ in range(100):
+            if engine.held == (0, 0):
+                break
+            await asyncio.sleep(0.02)
+        assert engine.held == (0, 0)
+
+
+# Slots and cells
+
+
+async def test_a_cancelled_requests_slot_is_used_within_two_steps(tiny: Path, make_task: MakeTask) -> None:
+    with engine_of(tiny, dataclasses.replace(SPLIT, slots=2)) as engine:
+        running = [make_task(engine, max_tokens=450) for _ in range(2)]
+        streams = [engine.submit(task) for task in running]
+        for stream in streams:
+            await anext(stream)
+        waiting = engine.submit(make_task(engine, max_tokens=1))
+        await asyncio.sleep(0.01)
+        before = engine.steps
+        engine.cancel(running[0].id)
+        assert isinstance(await anext(waiting), Token)
+        assert engine.steps - before <= 2 + 1, "the step under way, one to end it, and the token's own"
+        engine.cancel(running[1].id)
+        for stream in streams:
+            async for _ in stream:
+                pass
+
+
+async def drain(engine: LlamaEngine, task: Task, leave_after: int | None) -> str:
+    seen: list[Event] = []
+    try:
+        async for event in engine.submit(task):
+            seen.append(event)
+            if leave_after is not None and len(seen) == leave_after:
+                engine.cancel(task.id)
+    except EngineError:
+        return "failed"
+    except TaskRefused:
+        return "refused"
+    assert isinstance(seen[-1], Finish)
+    assert sum(isinstance(event, Finish) for event in seen) == 1
+    return seen[-1].reason
+
+
+def resident() -> int:
+    """Bytes, after what Python and the allocator can give back was given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+async def test_500_mixed_requests(tiny_engine: LlamaEngine, make_task: MakeTask) -> None:
+    choose = random.Random(4)
+
+    def tasks() -> Iterator[tuple[Task, int | None]]:
+        for i in range(500):
+            prompt = tuple(choose.randrange(3, 259) for _ in range(choose.choice([3, 20, 120, 400])))
+            scope = choose.choice([None, b"a", b"b", secrets.token_bytes(8)])
+            task = make_task(tiny_engine, prompt=prompt, max_tokens=choose.choice([1, 8, 40]), cache_scope=scope)
+            match i % 10:
+                case 0:  # a refusal
+                    yield dataclasses.replace(task, prompt=(*prompt, 10**6)), None
+                case 1:  # an error in the middle: nothing that the grammar admits is left
+                    sampling = Sampling(grammar='root ::= "a"', logit_bias={ord("a") + 3: -1e9}, top_k=1, seed=1)
+                    yield dataclasses.replace(task, sampling=sampling), None
+                case 2 | 3:  # cancelled
+                    yield task, choose.choice([1, 3])
+                case 4:  # out of time
+                    yield dataclasses.replace(task, time_limit=0.0), None
+                case _:
+                    yield task, None
+
+    async def everything() -> dict[str, int]:
+        outcomes = await asyncio.gather(*(drain(tiny_engine, task, leave) for task, leave in tasks()))
+        return {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
+
+    await everything()
+    before = resident()
+    counts = await everything()
+    assert sum(counts.values()) == 500
+    assert counts["refused"] == 50
+    assert counts["cancelled"] > 0
+    assert resident() <= 1.05 * before
+    jobs, _ = tiny_engine.held
+    assert jobs == 0
+    for scope in list(tiny_engine._scheduler.scopes):
+        tiny_engine._scheduler.forget(scope)
+    assert tiny_engine.held == (0, 0), "no slot and no cell is left held"
+
+
+async def test_more_than_the_cells_hold(tiny: Path, make_task: MakeTask, run: Run) -> None:
+    """Tasks that outgrow a unified cache go back and come again; none fails, and none loses or repeats a token."""
+    settings = LlamaSettings(n_ctx=256, threads=1, slots=8, unified=True, cells=600)
+    with engine_of(tiny, settings) as engine:
+        tasks = [make_task(engine, f"{i} " * 10, 150, sampling=GREEDY) for i in range(8)]
+        together = await asyncio.gather(*(run(engine, task) for task in tasks))
+        assert [finish.completion_tokens for _, finish in together] == [150] * 8
+        computed = sum(len(task.prompt) + 149 for task in tasks)
+        assert engine.computed_tokens > computed, "the test needs a preemption"
+
+
+async def test_a_long_prompt_does_not_stall_the_others(tiny: Path, make_task: MakeTask) -> None:
+    """Counted in steps, which no neighbour on this machine can stretch: every one gives the others a token."""
+    with engine_of(tiny, LlamaSettings(n_ctx=4096, threads=1, slots=4)) as engine:
+        short = make_task(engine, max_tokens=1000)
+        stream = engine.submit(short)
+        await anext(stream)
+        long = make_task(engine, prompt=tuple(itertools.islice(itertools.cycle(range(3, 250)), 3000)), max_tokens=1)
+        waiting = asyncio.ensure_future(anext(engine.submit(long)))
+        steps = engine.steps
+        tokens = 0
+        while not waiting.done():
+            assert isinstance(await anext(stream), Token)
+            tokens += 1
+        assert tokens > 3000 / 150, "the prompt came in portions"
+        assert tokens >= (engine.steps - steps) - 3
+        engine.cancel(short.id)
+        async for _ in stream:
+            pass

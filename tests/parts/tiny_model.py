@@ -1,0 +1,119 @@
+"""A GGUF model of two layers and random weights, below 1 MB, so that an engine loads in milliseconds. It says nonsense.
+
+Written by hand: the format is a header, metadata and tensors (github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _INT32 = 4, 6, 7, 8, 9, 5
+_ALIGNMENT = 32
+_F32 = 0
+N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, N_FF = 64, 2, 4, 2, 128
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> bytes:
+    """A typed value: int is uint32; a list takes its type from its first item, of which int is int32."""
+    match value:
+        case bool():
+            return struct.pack("<I?", _BOOL, value)
+        case int():
+            return struct.pack("<II", _UINT32, value)
+        case float():
+            return struct.pack("<If", _FLOAT32, value)
+        case str():
+            return struct.pack("<I", _STRING) + _string(value)
+    kind, pack = {
+        str: (_STRING, _string),
+        int: (_INT32, lambda item: struct.pack("<i", item)),
+        float: (_FLOAT32, lambda item: struct.pack("<f", item)),
+    }[type(value[0])]
+    return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(pack(item) for item in value)
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray[Any, Any]]) -> Path:
+    """Tensors are written as 32-bit floats, in numpy's order (llama.cpp names the last dimension first)."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    head += b"".join(_string(key) + _value(value) for key, value in metadata.items())
+    data = bytearray()
+    for name, tensor in tensors.items():
+        data += b"\0" * (-len(data) % _ALIGNMENT)
+        shape = tensor.shape[::-1]
+        head += _string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+        head += struct.pack("<IQ", _F32, len(data))
+        data += np.ascontiguousarray(tensor, dtype=np.float32).tobytes()
+    path.write_bytes(head + b"\0" * (-len(head) % _ALIGNMENT) + bytes(data))
+    return path
+
+
+def tiny_model(path: Path, *, n_ctx: int = 4096, seed: int = 1) -> Path:
+    """Tokens are the bytes of the text."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    kinds = [UNKNOWN, CONTROL, CONTROL, *([BYTE] * 256), NORMAL]
+    metadata = {
+        "general.architecture": "llama",
+        "general.name": "tiny",
+        "llama.block_count": N_LAYER,
+        "llama.context_length": n_ctx,
+        "llama.embedding_length": N_EMBD,
+        "llama.feed_forward_length": N_FF,
+        "llama.attention.head_count": N_HEAD,
+        "llama.attention.head_count_kv": N_HEAD_KV,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": N_EMBD // N_HEAD,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+    return write_gguf(path, metadata, _weights(len(tokens), seed))
+
+
+def _weights(n_vocab: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    random = np.random.default_rng(seed)
+
+    def matrix(*shape: int) -> np.ndarray[Any, Any]:
+        return random.normal(0, shape[-1] ** -0.5, shape)
+
+    def ones() -> np.ndarray[Any, Any]:
+        return np.ones(N_EMBD)
+
+    kv = N_EMBD * N_HEAD_KV // N_HEAD
+    tensors = {"token_embd.weight": random.normal(0, 1, (n_vocab, N_EMBD)), "output_norm.weight": ones()}
+    tensors["output.weight"] = 4 * matrix(n_vocab, N_EMBD)
+    shapes: Sequence[tuple[str, tuple[int, int]]] = (
+        ("attn_q", (N_EMBD, N_EMBD)),
+        ("attn_k", (kv, N_EMBD)),
+        ("attn_v", (kv, N_EMBD)),
+        ("attn_output", (N_EMBD, N_EMBD)),
+        ("ffn_gate", (N_FF, N_EMBD)),
+        ("ffn_up", (N_FF, N_EMBD)),
+        ("ffn_down", (N_EMBD, N_FF)),
+    )
+    for layer in range(N_LAYER):
+        for norm in ("attn_norm", "ffn_norm"):
+            tensors[f"blk.{layer}.{norm}.weight"] = ones()
+        for name, shape in shapes:
+            tensors[f"blk.{layer}.{name}.weight"] = matrix(*shape)
+    return tensors
