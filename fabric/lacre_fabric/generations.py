@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
-from lacre.errors import InvalidMessage, SettingsError
+from lacre.errors import LacreError, SettingsError
 from lacre.jws import b64u, b64u_decode
 from lacre.manifest import PoolKey
 from lacre.trust import MAX_FUTURE
@@ -133,7 +133,7 @@ class Generations:
             live = tuple(map(_parse, members["live"]))
             spent = {int(key_id): float(until) for key_id, until in members["spent"].items()}
             return cls(live, spent, int(members["last_id"]))
-        except (KeyError, TypeError, AttributeError, InvalidMessage) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, LacreError) as exc:
             raise ValueError("not the generations of a pool's keys") from exc
 
 
