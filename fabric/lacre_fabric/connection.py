@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import nats.errors
@@ -70,11 +70,11 @@ class Connection:
                     closed_cb=connection._on_change,
                 )
         except (nats.errors.Error, OSError, TimeoutError) as exc:
-            await client.close()
+            await connection._end()
             reason = f"{connection._last_error or exc}".removeprefix("nats: ")
             raise FabricUnavailable(f"cannot connect to NATS at {url} as {credential.name}: {reason}") from exc
         except BaseException:
-            await client.close()
+            await connection._end()
             raise
         client.options["allow_reconnect"] = True
         return connection
@@ -87,7 +87,7 @@ class Connection:
             log.warning("fabric.error", kind="AuthorizationViolation" if refused else type(error).__name__)
             self._refusals = self._refusals + 1 if refused else 0
             if self._refusals == MAX_REFUSALS:
-                self._closing = asyncio.create_task(self.client.close())
+                self._closing = asyncio.create_task(self._end())
             return
         self.denials += 1
         self.denied = text
@@ -178,7 +178,12 @@ class Connection:
         if self._closing is not None:
             await self._closing
         if not self.client.is_closed:
+            await self._end()
+
+    async def _end(self) -> None:
+        with suppress(nats.errors.Error, OSError):  # the server is gone already, with what was left to say to it
             await self.client.close()
+        self._changed.set()  # the library's own callback comes last, and not at all after such an error
 
 
 def headers_of(message: Msg) -> dict[str, str]:

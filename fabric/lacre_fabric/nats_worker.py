@@ -171,9 +171,12 @@ class NatsWorker:
             self._presence.cancel()
             await asyncio.gather(self._presence, return_exceptions=True)
         await self._say_presence()
-        for queue in self._queues:  # with nobody there to hear the answer, the server drops a pull that waits
-            with suppress(nats.errors.Error):
+        if not self.connection.connected:
+            return
+        with suppress(nats.errors.Error):
+            for queue in self._queues:  # with nobody there to hear the answer, the server drops a pull that waits
                 await queue.pull.unsubscribe()
+            await self.connection.round_trip()
 
     async def close(self) -> None:
         await self.drain()
@@ -220,18 +223,18 @@ class NatsDelivery:
 
         Raises FabricUnavailable where that cannot be told: the work is left for another worker.
         """
-        key, mine = self.work.digest.hex(), self.attempt.encode()
-        denials = self._worker.connection.denials
+        key, mine, connection = self.work.digest.hex(), self.attempt.encode(), self._worker.connection
+        denials = connection.denials
         try:
             await self._worker.claims.create(key, mine)
         except nats.js.errors.KeyWrongLastSequenceError:
             return False
-        except nats.errors.Error:
-            try:
-                return (await self._worker.claims.get(key)).value == mine
-            except nats.errors.Error as exc:
-                self._leave()
-                raise self._worker.connection.unavailable(exc, denials) from exc
+        except nats.errors.Error as failed:
+            if connection.denials == denials:
+                with suppress(nats.errors.Error):
+                    return (await self._worker.claims.get(key)).value == mine
+            self._leave()
+            raise connection.unavailable(failed, denials) from failed
         return True
 
     async def send(self, kind: Kind, payload: bytes) -> None:

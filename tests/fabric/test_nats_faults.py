@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, suppress
@@ -241,8 +242,6 @@ async def test_a_drained_worker_leaves_no_pull_behind(ends: Ends) -> None:
     pulling.cancel()
     await asyncio.gather(pulling, return_exceptions=True)
     await leaving.drain()
-    for _ in range(3):
-        await (await gateway.dispatch(new_work())).cancel()
     work = new_work()
     await gateway.dispatch(work)
     async with asyncio.timeout(1):
@@ -285,18 +284,20 @@ async def test_no_queue_is_said(ends: Ends) -> None:
 
 
 async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
-    gateway, worker = await own.gateway(), await own.worker()
+    gateway, other, worker = await own.gateway("g1"), await own.gateway("g2"), await own.worker()
+    await own.worker("n2", models=("m2",))
     assert await answered(worker, gateway)
     broken = await gateway.dispatch(new_work())
     delivery = await worker.pull()
     await delivery.send(Kind.DATA, b"begun")
     waiting = await gateway.dispatch(new_work(), queue_limit=2.0)
+    assert waiting._sequence == 3
 
     await own.live.restart()
     ending = asyncio.create_task(ends_with(broken))
     await delivery.drop()
     worker.release()
-    for connection in (gateway.connection, worker.connection):
+    for connection in (gateway.connection, other.connection, worker.connection):
         async with asyncio.timeout(5):
             await connection.wait_connected()
     with pytest.raises(FabricError):
@@ -307,10 +308,14 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     # A sequence of the old queue means another message in the new one: to withdraw the old must not take the new away.
     new = new_work()
     async with asyncio.timeout(5):
-        while not gateway.workers("a", "m1"):
+        while not (other.workers("a", "m1") and other.workers("a", "m2")):
             await asyncio.sleep(0.05)
-        dispatch = await gateway.dispatch(new)
+        for _ in range(2):
+            await (await other.dispatch(new_work(model="m2"))).cancel()
+        dispatch = await other.dispatch(new)
+        assert dispatch._sequence == 3
     assert isinstance(await ends_with(waiting), QueueTimeout)
+    assert await own.live.queued() == 1
     assert isinstance(await ending, WorkerLost)
     async with asyncio.timeout(5):
         delivery = await pulling
@@ -345,7 +350,7 @@ async def test_a_worker_takes_no_heap_of_work_after_an_outage(own: Ends) -> None
     await delivery.drop()
 
 
-# The client library leaves the sockets of refused reconnections to the garbage collector.
+# The client library leaves the sockets of refused reconnections to the garbage collector; it comes before the next test.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_withdrawn_credential_ends_the_worker(own: Ends) -> None:
     worker, other = await own.worker("n1"), await own.worker("n2")
@@ -357,6 +362,7 @@ async def test_a_withdrawn_credential_ends_the_worker(own: Ends) -> None:
                 with suppress(FabricUnavailable):
                     await worker.pull()
     assert other.connection.connected
+    gc.collect()
 
 
 async def test_a_new_pool_needs_no_restart(own: Ends) -> None:

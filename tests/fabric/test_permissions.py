@@ -310,7 +310,7 @@ async def test_a_denied_pull_is_said(parties: Parties) -> None:
 
 async def test_a_denied_claim_is_said_and_leaves_the_work(parties: Parties) -> None:
     gateway, worker = await parties.gateway(), await parties.worker("a")
-    await parties.live.provision(ack_wait=0.5)
+    await parties.live.provision(ack_wait=2.5)
     await gateway.dispatch(new_work("a"))
     delivery: NatsDelivery = await worker.pull()
     own = worker._claims
@@ -320,7 +320,8 @@ async def test_a_denied_claim_is_said_and_leaves_the_work(parties: Parties) -> N
     await delivery.drop()
     worker.release()
     worker._claims = own
-    assert await (await worker.pull()).claim()
+    async with asyncio.timeout(5):
+        assert await (await worker.pull()).claim()
 
 
 @pytest.mark.parametrize("name", ["worker-a-n1", "nobody"])
