@@ -108,10 +108,13 @@ async def test_sealed(app: App, slow: EchoEngine) -> None:
     call = Call("r", max_tokens=200)
     decoder = bhttp.ResponseDecoder()
     seen: list[bytes] = []
+
+    def read(opened: list[bytes]) -> None:
+        seen.extend(e.content for each in opened for e in decoder.feed(each) if isinstance(e, bhttp.Data))
+
     async for piece in asgi.answer(app, asgi.open_sealed(sealed, {1: key}), call):
-        seen += [e.content for opened in opener.feed(piece) for e in decoder.feed(opened) if isinstance(e, bhttp.Data)]
-    for opened in opener.close():
-        decoder.feed(opened)
+        read(opener.feed(piece))
+    read(opener.close())
     decoder.close()
     assert len(seen) > 100, "each token left in a record of its own"
     assert seen[-1] == b"data: [DONE]\n\n"

@@ -1,0 +1,569 @@
+"""The node between a fabric in memory and an ASGI app: what it takes, what it refuses and how, and what it signs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import email.utils
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre import problems
+from lacre.asgi import EXTENSION, Call, Receive, Scope, Send
+from lacre.errors import TruncatedStream
+from lacre.jws import b64u, raw_public_key
+from lacre.manifest import Manifest
+from lacre.padding import SMALLEST, UNIT
+from lacre.problems import Problem
+from lacre.receipts import TRAILER, Receipt
+from lacre.records import END
+from lacre.wire import bhttp
+from lacre.wire.header import SealedHeader
+from lacre.wire.ohttp import ResponseOpener, seal_request
+from lacre.wire.opening import PrivateKey
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.echo import EchoEngine
+from lacre_backend.inside import DATE_WINDOW
+from lacre_backend.node import Identity, Node, Seen
+from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.grants import Grant
+from lacre_fabric.memory import MemoryDispatch, MemoryFabric
+from lacre_fabric.work import CLAIM_TTL, QueueTimeout, Work
+
+CHAT = "/v1/chat/completions"
+NOW = 1_790_000_000.0
+JSON = [(b"content-type", b"application/json")]
+STREAM = [(b"content-type", b"text/event-stream")]
+
+
+class App:
+    """Answers with what it was asked, or as it is told; keeps the calls that it got."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.scopes: list[Scope] = []
+        self.left = asyncio.Event()
+        self.answer: Callable[[Receive, Send, Call], Awaitable[None]] = self.echo
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call: Call = scope["extensions"][EXTENSION]
+        self.calls.append(call)
+        self.scopes.append(scope)
+        call.usage.model_digest = "sha256:" + "7" * 64
+        await self.answer(receive, send, call)
+
+    async def echo(self, receive: Receive, send: Send, call: Call) -> None:
+        body = (await receive())["body"]
+        call.usage.prompt_tokens, call.usage.cached_tokens, call.usage.completion_tokens = 11, 4, 3
+        await send({"type": "http.response.start", "status": 200, "headers": JSON})
+        await send({"type": "http.response.body", "body": body})
+
+    async def slowly(self, receive: Receive, send: Send, call: Call) -> None:
+        """Two events, and then nothing until it is told to leave."""
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        for number in (1, 2):
+            call.usage.completion_tokens = number
+            await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+        try:
+            await receive()
+        finally:
+            self.left.set()
+
+
+@dataclass
+class Answer:
+    """What came back: the frames, and what the client opened of them."""
+
+    frames: list[Frame]
+    opener: ResponseOpener
+
+    @property
+    def problem(self) -> str | None:
+        """The type in the error frame."""
+        last = self.frames[-1]
+        return last.payload.decode() if last.kind is Kind.ERROR else None
+
+    def sizes(self) -> list[int]:
+        return [len(frame.payload) for frame in self.frames if frame.kind is Kind.DATA]
+
+    def opened(self) -> tuple[bhttp.Head, bytes, dict[str, str]]:
+        """Status and headers, content, trailers. Raises TruncatedStream where it is not whole."""
+        decoder = bhttp.ResponseDecoder()
+        events: list[bhttp.Event] = []
+        for frame in self.frames:
+            if frame.kind is Kind.DATA:
+                events += [event for record in self.opener.feed(frame.payload) for event in decoder.feed(record)]
+        events += [event for record in self.opener.close() for event in decoder.feed(record)] + decoder.close()
+        [head] = [event for event in events if isinstance(event, bhttp.Head)]
+        [end] = [event for event in events if isinstance(event, bhttp.End)]
+        return head, b"".join(event.content for event in events if isinstance(event, bhttp.Data)), dict(end.trailers)
+
+
+@dataclass
+class Desk:
+    """A gateway's side: seals like a client, grants like a gateway, and sends it to the node through the hub."""
+
+    app: App
+    hub: MemoryFabric = field(default_factory=MemoryFabric)
+    grant_key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    receipt_key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    keys: dict[int, PrivateKey] = field(default_factory=lambda: {1: PrivateKey.generate(1)})
+    now: float = NOW
+    manifest_lives: float = 3600.0
+
+    def node(self, app: Any = None) -> Node:
+        manifest = Manifest("test", 1, NOW, NOW + self.manifest_lives, raw_public_key(self.grant_key), {})
+        identity = Identity("p", lambda: self.keys, self.receipt_key, lambda: manifest)
+        return Node(self.hub.worker("p", ["m"], slots=2), app or self.app, identity, clock=lambda: self.now)
+
+    def seal(self, headers: dict[str, str | None] | None = None, key: PrivateKey | None = None, **parts: Any) -> Sealed:
+        """headers: beside the usual ones, or in their place; None takes one away."""
+        usual: dict[str, str | None] = {
+            "content-type": "application/json", "date": email.utils.formatdate(NOW, usegmt=True),
+            "lacre-pool": "p", "lacre-model": "m", "lacre-action": "chat", "lacre-max-tokens": "9", "lacre-shape": "pad",
+        }  # fmt: skip
+        inner = tuple((name, value) for name, value in {**usual, **(headers or {})}.items() if value is not None)
+        request = bhttp.Request(
+            "POST", parts.get("scheme", "https"), parts.get("authority", "lacre.invalid"), parts.get("path", CHAT), inner,
+            parts.get("content", b'{"said":"aloud"}'),
+        )  # fmt: skip
+        body, header, opener = seal_request((key or self.keys[1]).config, bhttp.encode_request(request))
+        return Sealed(body, header, opener)
+
+    def grant(self, header: SealedHeader, key: Ed25519PrivateKey | None = None, **members: Any) -> str:
+        usual: dict[str, Any] = {
+            "jti": secrets.token_hex(16), "iat": self.now, "exp": self.now + 60, "pool": "p", "model": "m", "action": "chat",
+            "shape": "pad", "max_tokens": 9, "max_prompt_tokens": 100, "features": (), "enc": b64u(header.digest),
+        }  # fmt: skip
+        return Grant(**{**usual, **members}).sign(key or self.grant_key)
+
+    async def dispatch(self, sealed: Sealed, grant: str | None = None, **work: Any) -> MemoryDispatch:
+        usual: dict[str, Any] = {
+            "request_id": secrets.token_hex(16), "pool": "p", "model": "m", "digest": sealed.header.digest,
+            "grant": grant or self.grant(sealed.header), "sealed": sealed.body,
+        }  # fmt: skip
+        self.hub.published.clear()  # what the fabric forgets, the node must not
+        return await self.hub.gateway().dispatch(Work(**{**usual, **work}), queue_limit=0.5)
+
+    async def ask(self, sealed: Sealed | None = None, grant: str | None = None, **work: Any) -> Answer:
+        sealed = sealed or self.seal()
+        dispatch = await self.dispatch(sealed, grant, **work)
+        answer = Answer([], sealed.opener)
+        async with aclosing(dispatch.frames()) as frames:
+            async for frame in frames:
+                answer.frames.append(frame)
+                await dispatch.consumed(len(frame.payload))
+        return answer
+
+    def receipt(self, token: str | bytes) -> Receipt:
+        token = token if isinstance(token, str) else token.decode()
+        return Receipt.verify(token, raw_public_key(self.receipt_key))
+
+
+@dataclass(frozen=True)
+class Sealed:
+    body: bytes
+    header: SealedHeader
+    opener: ResponseOpener
+
+
+@pytest.fixture
+def app() -> App:
+    return App()
+
+
+@pytest.fixture
+async def desk(app: App) -> AsyncIterator[Desk]:
+    """A node that runs."""
+    desk = Desk(app)
+    async with running(desk.node()):
+        yield desk
+
+
+@asynccontextmanager
+async def running(node: Node) -> AsyncIterator[None]:
+    task = asyncio.create_task(node.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await node.drain(1)
+
+
+async def until(condition: Callable[[], Any], seconds: float = 3.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.01)
+
+
+class TestAnswers:
+    async def test_a_good_request(self, desk: Desk, app: App) -> None:
+        sealed = desk.seal()
+        answer = await desk.ask(sealed)
+        head, content, trailers = answer.opened()
+        assert (head.status, content) == (200, b'{"said":"aloud"}')
+        assert trailers.keys() == {TRAILER}
+        assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE]
+        assert {frame.attempt for frame in answer.frames} == {answer.frames[0].attempt}
+
+    async def test_what_the_app_is_told(self, desk: Desk, app: App) -> None:
+        sealed = desk.seal({"lacre-cache-salt": "ab"})
+        await desk.ask(sealed, desk.grant(sealed.header, features=("tools",)))
+        [call], [scope] = app.calls, app.scopes
+        assert (call.model, call.action, call.max_tokens, call.max_prompt_tokens) == ("m", "chat", 9, 100)
+        assert call.features == {"tools"}
+        assert scope["client"] is None
+        assert dict(scope["headers"])[b"lacre-cache-salt"] == b"ab"
+
+    async def test_a_stream_has_records_of_one_size(self, desk: Desk, app: App) -> None:
+        async def stream(receive: Receive, send: Send, call: Call) -> None:
+            await receive()
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+            for word in ("a", "medium", "word" * 40):
+                await send({"type": "http.response.body", "body": f"data: {word}\n\n".encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+        app.answer = stream
+        answer = await desk.ask()
+        assert answer.sizes() == [32 + 2 + UNIT + 16, *[2 + UNIT + 16] * 3, 1 + END + 16]
+        _, content, _ = answer.opened()
+        response = httpx2.Response(
+            200, headers={"content-type": "text/event-stream"}, content=content, request=httpx2.Request("GET", "x:")
+        )
+        assert [event.data for event in httpx2.EventSource(response)] == ["a", "medium", "word" * 40, "[DONE]"]
+
+    async def test_without_padding_where_the_grant_says_so(self, desk: Desk) -> None:
+        sealed = desk.seal({"lacre-shape": "none"})
+        answer = await desk.ask(sealed, desk.grant(sealed.header, shape="none"))
+        assert answer.opened()[1] == b'{"said":"aloud"}'
+        assert sum(answer.sizes()) < 1000 < SMALLEST
+
+    async def test_an_answer_larger_than_a_frame_may_be(self, desk: Desk, app: App) -> None:
+        content = secrets.token_bytes(600_000)
+
+        async def large(receive: Receive, send: Send, call: Call) -> None:
+            await receive()
+            await send({"type": "http.response.start", "status": 200, "headers": JSON})
+            await send({"type": "http.response.body", "body": content})
+
+        app.answer = large
+        for shape in ("pad", "none"):
+            sealed = desk.seal({"lacre-shape": shape})
+            answer = await desk.ask(sealed, desk.grant(sealed.header, shape=shape))
+            assert max(answer.sizes()) < 17_000
+            assert answer.opened()[1] == content
+
+    async def test_two_at_once(self, desk: Desk) -> None:
+        answers = await asyncio.gather(*(desk.ask(desk.seal(content=b"%d" % number)) for number in range(6)))
+        assert [answer.opened()[1] for answer in answers] == [b"%d" % number for number in range(6)]
+
+    async def test_with_the_real_api(self, app: App) -> None:
+        engine = EchoEngine(name="m", n_ctx=512)
+        desk = Desk(app)
+        body = {"model": "m", "messages": [{"role": "user", "content": "sea"}], "max_tokens": 9, "stream": True}
+        async with running(desk.node(create_app([engine]))):
+            answer = await desk.ask(desk.seal(content=json.dumps(body).encode()))
+        _, content, trailers = answer.opened()
+        assert content.count(b"chat.completion.chunk") == 5 and b"data: [DONE]" in content
+        receipt = desk.receipt(trailers[TRAILER])
+        assert (receipt.completion_tokens, receipt.model) == (3, engine.model.digest)
+        engine.close()
+
+
+class TestGrants:
+    """Whatever is wrong with a grant, nothing is opened and no app is called."""
+
+    @pytest.mark.parametrize(
+        "members",
+        [
+            {"exp": NOW},
+            {"exp": NOW - 1},
+            {"iat": NOW + 61},
+            {"pool": "other"},
+            {"model": "other"},
+            {"enc": b64u(bytes(32))},
+            {"shape": "paced"},
+        ],
+        ids=str,
+    )
+    async def test_members(self, desk: Desk, app: App, members: dict[str, Any]) -> None:
+        sealed = desk.seal()
+        answer = await desk.ask(sealed, desk.grant(sealed.header, **members))
+        assert answer.problem == problems.INVALID_GRANT.type
+        assert not app.calls
+
+    async def test_by_another_key(self, desk: Desk, app: App) -> None:
+        sealed = desk.seal()
+        answer = await desk.ask(sealed, desk.grant(sealed.header, Ed25519PrivateKey.generate()))
+        assert (answer.problem, app.calls) == (problems.INVALID_GRANT.type, [])
+
+    @pytest.mark.parametrize("grant", ["", "a.b.c", "x" * 100_000])
+    async def test_what_is_no_grant(self, desk: Desk, app: App, grant: str) -> None:
+        sealed = desk.seal()
+        dispatch = await desk.dispatch(sealed, grant or " ")
+        frames = [frame async for frame in dispatch.frames()]
+        assert (Answer(frames, sealed.opener).problem, app.calls) == (problems.INVALID_GRANT.type, [])
+
+    async def test_a_receipt_is_no_grant(self, desk: Desk, app: App) -> None:
+        """Signed by the very key that signs grants, and of another type."""
+        sealed = desk.seal()
+        members = json.loads('{"enc":"a","model":"m","prompt_tokens":1,"cached_tokens":0,"completion_tokens":1}')
+        forged = Receipt(**members, start=1.0, end=1.0, final=True).sign(desk.grant_key)
+        assert ((await desk.ask(sealed, forged)).problem, app.calls) == (problems.INVALID_GRANT.type, [])
+
+    async def test_of_another_request(self, desk: Desk, app: App) -> None:
+        first, second = desk.seal(), desk.seal()
+        assert (await desk.ask(second, desk.grant(first.header))).problem == problems.INVALID_GRANT.type
+        assert not app.calls
+
+    async def test_for_a_model_that_the_queue_does_not_name(self, desk: Desk, app: App) -> None:
+        """The fabric put it into another model's queue."""
+        sealed = desk.seal()
+        assert (await desk.ask(sealed, desk.grant(sealed.header, model="big"))).problem == problems.INVALID_GRANT.type
+
+    async def test_by_an_expired_manifest(self, app: App) -> None:
+        desk = Desk(app, manifest_lives=10)
+        async with running(desk.node()):
+            assert (await desk.ask()).problem is None
+            desk.now += 10
+            assert (await desk.ask()).problem == problems.INVALID_GRANT.type
+
+
+class TestSealing:
+    @pytest.mark.parametrize(
+        ("bend", "problem"),
+        [
+            (lambda body: body[:-1], problems.INVALID_REQUEST),
+            (lambda body: body[:-1] + bytes([body[-1] ^ 1]), problems.INVALID_REQUEST),
+            (lambda body: body + b"\0", problems.INVALID_REQUEST),
+            (lambda body: body[:100], problems.INVALID_REQUEST),
+            (lambda body: b"\x02" + body[1:], problems.INVALID_GRANT),  # its digest is another one then
+        ],
+    )
+    async def test_altered_on_the_way(self, desk: Desk, app: App, bend: Callable[[bytes], bytes], problem: Problem) -> None:
+        sealed = desk.seal()
+        altered = dataclasses.replace(sealed, body=bend(sealed.body))
+        answer = await desk.ask(altered)
+        assert (answer.problem, app.calls) == (problem.type, [])
+
+    async def test_to_a_key_that_is_not_here(self, desk: Desk, app: App) -> None:
+        answer = await desk.ask(desk.seal(key=PrivateKey.generate(7)))
+        assert (answer.problem, app.calls) == (problems.UNKNOWN_KEY.type, [])
+
+    async def test_something_that_is_no_http(self, desk: Desk, app: App) -> None:
+        body, header, opener = seal_request(desk.keys[1].config, b"\x07 not BHTTP")
+        assert (await desk.ask(Sealed(body, header, opener))).problem == problems.INVALID_REQUEST.type
+        assert not app.calls
+
+
+class TestReplay:
+    async def silence(self, desk: Desk, sealed: Sealed) -> None:
+        """A loser ends without a word: not one frame comes for it."""
+        with pytest.raises(QueueTimeout):
+            await desk.ask(sealed)
+
+    async def test_at_the_same_node(self, desk: Desk, app: App) -> None:
+        sealed = desk.seal()
+        assert (await desk.ask(sealed)).problem is None
+        desk.hub.claims.clear()  # the fabric forgot: the node's own memory is what is left
+        await self.silence(desk, sealed)
+        assert len(app.calls) == 1
+
+    async def test_at_another_node_of_the_pool(self, app: App) -> None:
+        desk = Desk(app)
+        sealed = desk.seal()
+        async with running(desk.node()):
+            assert (await desk.ask(sealed)).problem is None
+        async with running(desk.node()):
+            await self.silence(desk, sealed)
+        assert len(app.calls) == 1
+
+    async def test_after_the_window_the_date_refuses_it(self, app: App) -> None:
+        """A fabric that forgets, and a node that starts anew, gain at most what lies inside the date's window."""
+        desk = Desk(app)
+        sealed = desk.seal()
+        async with running(desk.node()):
+            assert (await desk.ask(sealed)).problem is None
+        desk.hub.claims.clear()
+        desk.now += DATE_WINDOW + 1
+        async with running(desk.node()):
+            head, _, _ = (await desk.ask(sealed)).opened()
+        assert (head.status, len(app.calls)) == (400, 1)
+
+    def test_memory_holds_as_long_as_a_claim(self) -> None:
+        seen = Seen()
+        assert CLAIM_TTL > 2 * DATE_WINDOW
+        assert seen.add(b"a", 0.0) and not seen.add(b"a", CLAIM_TTL - 1)
+        assert seen.add(b"a", CLAIM_TTL)
+
+    def test_memory_that_is_full_forgets_nothing(self) -> None:
+        seen = Seen(limit=2)
+        assert seen.add(b"a", 0.0) and seen.add(b"b", 1.0)
+        assert not seen.add(b"c", 2.0) and not seen.add(b"a", 2.0)
+        assert seen.add(b"c", CLAIM_TTL)
+
+
+class TestInside:
+    """What differs from the grant is refused inside the seal, with a receipt for nothing, and padded like any answer."""
+
+    def check(self, desk: Desk, answer: Answer, status: int) -> bytes:
+        head, content, trailers = answer.opened()
+        receipt = desk.receipt(trailers[TRAILER])
+        assert head.status == status
+        assert (receipt.final, receipt.prompt_tokens, receipt.completion_tokens) == (True, 0, 0)
+        assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE]
+        assert sum(answer.sizes()) == 32 + 1 + SMALLEST + 16
+        return content
+
+    @pytest.mark.parametrize("seconds", [DATE_WINDOW + 1, -DATE_WINDOW - 1, 86400 * 365])
+    async def test_date(self, desk: Desk, app: App, seconds: float) -> None:
+        date = email.utils.formatdate(NOW + seconds, usegmt=True)
+        head, content, _ = (await desk.ask(desk.seal({"date": date}))).opened()
+        assert (head.status, Problem.type_in(content)) == (400, problems.DATE.type)
+        assert dict(head.headers)["date"] == email.utils.formatdate(NOW, usegmt=True)
+        assert not app.calls
+
+    @pytest.mark.parametrize("date", [None, "", "yesterday", "Thu, 99 Foo 2026 00:00:00 GMT", "0"])
+    async def test_what_is_no_date(self, desk: Desk, app: App, date: str | None) -> None:
+        content = self.check(desk, await desk.ask(desk.seal({"date": date})), 400)
+        assert Problem.type_in(content) == problems.DATE.type
+        assert not app.calls
+
+    @pytest.mark.parametrize("seconds", [DATE_WINDOW - 1, 1 - DATE_WINDOW])
+    async def test_a_date_inside_the_window(self, desk: Desk, seconds: float) -> None:
+        date = email.utils.formatdate(NOW + seconds, usegmt=True)
+        assert (await desk.ask(desk.seal({"date": date}))).opened()[0].status == 200
+
+    @pytest.mark.parametrize(
+        ("sealed", "param"),
+        [
+            ({"headers": {"lacre-pool": "other"}}, "pool"),
+            ({"headers": {"lacre-model": "big"}}, "model"),
+            ({"headers": {"lacre-action": "embed"}}, "action"),
+            ({"headers": {"lacre-max-tokens": "10"}}, "max_tokens"),
+            ({"headers": {"lacre-shape": "none"}}, "shape"),
+            ({"path": "/v1/completions"}, "action"),
+            ({"path": "/admin"}, "action"),
+            ({"authority": "metadata.internal"}, "authority"),
+            ({"scheme": "http"}, "authority"),
+        ],
+    )
+    async def test_what_differs_from_the_grant(self, desk: Desk, app: App, sealed: dict[str, Any], param: str) -> None:
+        content = self.check(desk, await desk.ask(desk.seal(**sealed)), 403)
+        error = json.loads(content)["error"]
+        assert (error["code"], error["param"]) == ("grant_mismatch", param)
+        assert not app.calls
+
+    async def test_copies_may_be_left_out(self, desk: Desk) -> None:
+        names = ("pool", "model", "action", "max-tokens", "shape")
+        answer = await desk.ask(desk.seal({f"lacre-{name}": None for name in names}))
+        assert answer.opened()[0].status == 200
+
+    @pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+    async def test_http_is_no_way_around_the_actions(self, desk: Desk, app: App, path: str) -> None:
+        sealed = desk.seal({"lacre-action": "http"}, path=path)
+        self.check(desk, await desk.ask(sealed, desk.grant(sealed.header, action="http")), 403)
+        other = desk.seal({"lacre-action": "http"}, path="/predict")
+        assert (await desk.ask(other, desk.grant(other.header, action="http"))).opened()[0].status == 200
+        assert len(app.calls) == 1
+
+
+class TestReceipts:
+    async def test_the_client_and_the_gateway_get_the_same_one(self, desk: Desk) -> None:
+        sealed = desk.seal()
+        answer = await desk.ask(sealed)
+        _, _, trailers = answer.opened()
+        assert answer.frames[-1].payload.decode() == trailers[TRAILER]
+        receipt = desk.receipt(trailers[TRAILER])
+        assert receipt == Receipt(b64u(sealed.header.digest), "sha256:" + "7" * 64, 11, 4, 3, NOW, NOW, True)
+
+    async def test_beats_carry_what_was_used_so_far(self, desk: Desk, app: App) -> None:
+        app.answer = app.slowly
+        sealed = desk.seal()
+        dispatch = await desk.dispatch(sealed)
+        async with aclosing(dispatch.frames()) as frames:
+            async for _ in frames:
+                await until(lambda: len(dispatch.receipts) > 1)
+                break
+        first, *_, last = map(desk.receipt, dispatch.receipts)
+        assert (first.completion_tokens, last.completion_tokens) == (0, 2)
+        assert not last.final
+        assert last.enc == b64u(sealed.header.digest)
+
+
+class TestAppsThatFail:
+    async def gone(self, receive: Receive, send: Send, call: Call) -> None:
+        await receive()
+        call.usage.completion_tokens = 1
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+
+    async def raises(self, receive: Receive, send: Send, call: Call) -> None:
+        await self.gone(receive, send, call)
+        raise ValueError("secret detail")
+
+    async def silent(self, receive: Receive, send: Send, call: Call) -> None:
+        await receive()
+
+    async def headless(self, receive: Receive, send: Send, call: Call) -> None:
+        await send({"type": "http.response.body", "body": b"x"})
+
+    async def twice(self, receive: Receive, send: Send, call: Call) -> None:
+        await App().echo(receive, send, call)
+        await send({"type": "http.response.body", "body": b"more"})
+
+    async def odd_header(self, receive: Receive, send: Send, call: Call) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x y", b"\n")]})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    @pytest.mark.parametrize("how", ["gone", "raises", "silent", "headless", "twice", "odd_header"])
+    @pytest.mark.parametrize("shape", ["pad", "none"])
+    async def test_is_never_passed_off_as_whole(self, desk: Desk, app: App, how: str, shape: str) -> None:
+        app.answer = getattr(self, how)
+        sealed = desk.seal({"lacre-shape": shape})
+        answer = await desk.ask(sealed, desk.grant(sealed.header, shape=shape))
+        assert answer.problem == problems.INTERNAL.type
+        with pytest.raises(TruncatedStream):
+            answer.opened()
+        assert b"secret" not in b"".join(frame.payload for frame in answer.frames)
+        app.answer = app.echo
+        assert (await desk.ask()).opened()[0].status == 200  # its slot is free, and the next one is served
+
+
+class TestCancelling:
+    async def test_a_gateway_that_withdraws_frees_the_slot(self, desk: Desk, app: App) -> None:
+        app.answer = app.slowly
+        dispatch = await desk.dispatch(desk.seal())
+        async with aclosing(dispatch.frames()) as frames:
+            async for _ in frames:
+                break
+        await asyncio.wait_for(app.left.wait(), 1)
+        await until(lambda: not desk.hub.outbound)
+        app.answer = app.echo
+        assert (await desk.ask()).opened()[0].status == 200
+
+    async def test_draining_cancels_what_takes_too_long(self, app: App) -> None:
+        desk = Desk(app)
+        app.answer = app.slowly
+        node = desk.node()
+        task = asyncio.create_task(node.run())
+        dispatch = await desk.dispatch(desk.seal())
+        async with aclosing(dispatch.frames()) as frames:
+            await anext(frames)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await node.drain(0.1)
+        assert not desk.hub.outbound
+        assert desk.hub.gateway().workers("p", "m") == 0
