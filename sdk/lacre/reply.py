@@ -62,7 +62,7 @@ class Reply:
             return cls(
                 id=str(body["id"]),
                 model=str(body["model"]),
-                text=choice["message"].get("content") or "",
+                text=_text(choice["message"]),
                 finish_reason=str(choice["finish_reason"]),
                 usage=checked_usage(body["usage"], facts.receipt),
                 attempts=facts.attempts,
@@ -75,6 +75,13 @@ class Reply:
     def recount(self, tokenizer: Tokenizer | None = None) -> Recount:
         """The answer's tokens counted again, as far as that can be done here. tokenizer: how many tokens a text has."""
         return _written(self.raw).recount(self.receipt, tokenizer)
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        raise TypeError
+    return content
 
 
 def _written(body: Mapping[str, Any]) -> Written:

@@ -63,7 +63,8 @@ class Deltas:
         self.written.add(choice, choice["delta"])
         if choice.get("index", 0) != 0:
             return ""
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        if choice.get("finish_reason"):
+            self.finish_reason = str(choice["finish_reason"])
         return choice["delta"].get("content") or ""
 
     def close(self, facts: Facts) -> None:

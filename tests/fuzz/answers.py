@@ -64,7 +64,9 @@ def deltas(data: bytes) -> Deltas:
 
 
 def deltas_can_be_counted(data: bytes, reader: Deltas) -> None:
+    """And is text where it says so, whatever the worker says in its place."""
     assert len(reader.text) <= len(data)
+    assert all(isinstance(value, str) for value in (reader.id, reader.model, reader.finish_reason or ""))
     reader.written.recount(RECEIPT, len)
 
 
@@ -75,7 +77,7 @@ def reply(data: bytes) -> Reply:
 
 
 def reply_can_be_counted(_data: bytes, answer: Reply) -> None:
-    assert isinstance(answer.text, str)
+    assert all(isinstance(value, str) for value in (answer.id, answer.model, answer.text, answer.finish_reason))
     answer.recount(len)
 
 
