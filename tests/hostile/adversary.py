@@ -223,7 +223,7 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
 
     async def ended(self, request_id: str, *, until: asyncio.Task[None]) -> str:
         """How the worker ended it: by its frames or, where it says nothing, by its own log."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             for ended, outcome in self.eyes.outcomes:
                 if ended == request_id and (until.done() or outcome in ("replayed", "failed", "cancelled")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Awaitable, Callable
@@ -37,10 +38,15 @@ class HonestGateway:
     async def close(self) -> None:
         await self.gateway.close()
 
-    def outcomes(self) -> list[dict[str, Any]]:
-        """The outcomes in its audit record; complete once it was closed."""
-        entries = [json.loads(line) for line in self.audit.read_text().splitlines()]
-        return [entry for entry in entries if "outcome" in json.dumps(entry)]
+    async def outcomes(self, number: int = 1) -> list[dict[str, Any]]:
+        """The outcomes in its audit record, once there are so many."""
+        async with asyncio.timeout(10):
+            while True:
+                entries = [json.loads(line) for line in self.audit.read_text().splitlines()]
+                ended = [entry for entry in entries if entry["kind"] == "outcome"]
+                if len(ended) >= number:
+                    return ended
+                await asyncio.sleep(0.002)
 
 
 def _settings(keys: Keys) -> str:

@@ -99,6 +99,7 @@ class Stage:
         self.keys = keys
         self.canary = f"canary-{secrets.token_hex(8)}"
         self.prompt = f"The patient's name is {self.canary}. What should we do?"
+        self._statements: dict[float, tuple[str, ...]] = {}
         self.bucket = self.document()
         self._open = AsyncExitStack()
 
@@ -122,10 +123,12 @@ class Stage:
         receipts = raw_public_key(self.keys.receipts)
         return {POOL: Pool((MODEL, OTHER_MODEL), _keys(*keys, lives=lives), receipts, ("pad", "none"))}
 
-    def statement(self, *, signer: Ed25519PrivateKey | None = None, lives: float = 7200.0) -> tuple[str, ...]:
-        """What the root signs: its signer."""
-        named = raw_public_key(signer or self.keys.signer)
-        return sign_statement(RootStatement(named, time.time() + lives), self.keys.root)
+    def statement(self, *, lives: float = 7200.0) -> tuple[str, ...]:
+        """What the root signs: its signer. One and the same in every document, but for how long it lives."""
+        if lives not in self._statements:
+            statement = RootStatement(raw_public_key(self.keys.signer), time.time() + lives)
+            self._statements[lives] = sign_statement(statement, self.keys.root)
+        return self._statements[lives]
 
     def document(self, version: int = 1, **members: Any) -> bytes:
         """A good manifest document, signed by those who may."""

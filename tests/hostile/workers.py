@@ -1,0 +1,83 @@
+"""A worker of the pool that lies: it opens and seals as it should, and signs receipts and writes answers as it likes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hostile.stage import MODEL, POOL, Stage
+from lacre.jws import b64u
+from lacre.receipts import TRAILER, Receipt
+from lacre.wire import bhttp
+from lacre.wire.header import SealedHeader
+from lacre.wire.opening import open_request
+from lacre_fabric.frames import Kind
+from lacre_fabric.memory import MemoryDelivery
+
+TEXT = "One, two, three."
+TOKENS = 16
+
+Headers = tuple[tuple[str, str], ...]
+
+
+@dataclass
+class LyingWorker:
+    """trailers: what it makes of the trailers that hold its honest receipt. told: members of the receipt that the gateway gets.
+    usage: what the answer itself says. status, headers: of its answer.
+    """  # fmt: skip
+
+    stage: Stage
+    trailers: Callable[[Headers, Receipt], Headers] = lambda honest, _receipt: honest
+    told: dict[str, Any] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=lambda: {"prompt_tokens": 9, "completion_tokens": TOKENS})
+    text: str = TEXT
+    status: int = 200
+    headers: Headers = (("content-type", "application/json"),)
+    body: bytes | None = None
+    opened: list[bytes] = field(default_factory=list)
+
+    async def __aenter__(self) -> LyingWorker:
+        self._fabric = self.stage.hub.worker(POOL, [MODEL])
+        self._running = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._running.cancel()
+        await asyncio.gather(self._running, return_exceptions=True)
+        await self._fabric.close()
+
+    async def _run(self) -> None:
+        while True:
+            delivery = await self._fabric.pull()
+            await self._answer(delivery)
+            self._fabric.release()
+
+    async def _answer(self, delivery: MemoryDelivery) -> None:
+        plaintext, header, sealer = open_request(self.stage.keys.of_workers, delivery.work.sealed)
+        self.opened.append(plaintext)
+        honest = self.receipt(header)
+        encoder = bhttp.ResponseEncoder()
+        answer = encoder.head(self.status, self.headers) + encoder.data(self.body or self._chat())
+        answer += encoder.end(self.trailers(((TRAILER, self.sign(honest)),), honest))
+        await delivery.send(Kind.DATA, sealer.finish(answer))
+        await delivery.send(Kind.USAGE, self.sign(self.receipt(header, **self.told)).encode())
+        await delivery.drop()
+        self.stage.hub.eyes.outcomes.append((delivery.work.request_id, "answered"))
+
+    def receipt(self, header: SealedHeader, **members: Any) -> Receipt:
+        honest: dict[str, Any] = {
+            "enc": b64u(header.digest), "model": "sha256:00", "prompt_tokens": 9, "cached_tokens": 0,
+            "completion_tokens": TOKENS, "start": time.time(), "end": time.time(), "final": True,
+        }  # fmt: skip
+        return Receipt(**{**honest, **members})
+
+    def sign(self, receipt: Receipt) -> str:
+        return receipt.sign(self.stage.keys.receipts)
+
+    def _chat(self) -> bytes:
+        choice = {"index": 0, "message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}
+        return json.dumps({"id": "c1", "model": MODEL, "choices": [choice], "usage": self.usage}).encode()
