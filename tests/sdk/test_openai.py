@@ -1,0 +1,343 @@
+"""The real `openai` client, sealed by one argument: what reaches whom, and that its streams, errors and retries work."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+import lacre
+from lacre import problems
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.echo import EchoEngine
+from parts.relay import AsyncWire, Relay, Wire, served
+
+SEALED = "/v1/sealed"
+MESSAGES: list[Any] = [{"role": "user", "content": "the sea"}]
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+# All that a worker may read of a request's headers, to the letter: no machine, library or person can hide in it.
+INSIDE = {
+    "content-type": "application/json",
+    "accept": "application/json",
+    "date": r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT",
+    "lacre-cache-salt": "[0-9a-f]{32}",
+    "lacre-pool": "default",
+    "lacre-model": "tiny",
+    "lacre-action": "chat|complete",
+    "lacre-max-tokens": r"\d+",
+    "lacre-shape": "pad",
+}
+# All that a gateway may: what policy needs, and what HTTP does.
+OUTSIDE = {
+    "host", "content-type", "content-length", "accept", "accept-encoding", "connection", "user-agent", "authorization",
+    "incremental", "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens", "lacre-shape",
+}  # fmt: skip
+
+# What an application may give away about itself and its users without a thought.
+TELLING: dict[str, Any] = {
+    "user": "jo@example.com",
+    "metadata": {"customer": "4711"},
+    "safety_identifier": "sid-8812",
+    "prompt_cache_key": "tenant-77-conversation-3",
+    "extra_headers": {
+        "traceparent": TRACE, "tracestate": "vendor=x1", "baggage": "userId=alice", "cookie": "session=c00kie",
+        "x-request-id": "req-5150", "idempotency-key": "idem-99", "x-forwarded-for": "203.0.113.9", "referer": "https://intra.example",
+        "from": "jo@example.com", "x-datadog-trace-id": "12345678", "accept-language": "de-AT",
+    },
+}  # fmt: skip
+SECRETS = (
+    "jo@example", "4711", "sid-8812", "tenant-77", TRACE, "vendor=x1", "alice", "c00kie", "req-5150", "idem-99", "203.0.113.9",
+    "intra.example", "12345678", "de-AT", "org-secret", "proj-secret", "in-the-query", "t0ken", "sealed-key",
+)  # fmt: skip
+
+
+@pytest.fixture
+def engine() -> Iterator[EchoEngine]:
+    engine = EchoEngine(name="tiny", n_ctx=512)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def relay(engine: EchoEngine) -> Relay:
+    return Relay(create_app([engine]))
+
+
+@pytest.fixture
+def sync_openai(client: lacre.Client) -> openai.OpenAI:
+    return openai.OpenAI(
+        http_client=client,
+        base_url=lacre.BASE_URL,
+        api_key="sealed-key",
+        organization="org-secret",
+        project="proj-secret",
+        max_retries=0,
+    )
+
+
+@pytest.fixture
+async def async_openai(async_client: lacre.AsyncClient) -> AsyncIterator[openai.AsyncOpenAI]:
+    yield openai.AsyncOpenAI(
+        http_client=async_client,
+        base_url=lacre.BASE_URL,
+        api_key="sealed-key",
+        organization="org-secret",
+        project="proj-secret",
+        max_retries=0,
+    )
+
+
+def sealed_requests(relay: Relay) -> list[httpx2.Request]:
+    return [request for request in relay.requests if request.url.path == SEALED]
+
+
+def check_inside(relay: Relay) -> list[dict[str, Any]]:
+    """The bodies that reached the worker, once nothing else did that could tell who asked."""
+    for opened in relay.opened:
+        request = opened.request
+        assert [name for name in INSIDE if len(opened.headers(name)) != 1] == []
+        assert len(request.headers) == len(INSIDE)
+        for name, value in request.headers:
+            assert re.fullmatch(INSIDE[name], value), name
+        assert (request.scheme, request.authority, request.trailers) == ("https", "lacre.invalid", ())
+        everything = repr((request.path, request.headers)) + request.content.decode()
+        for telling in SECRETS:
+            assert telling not in everything, telling
+    return [json.loads(opened.request.content) for opened in relay.opened]
+
+
+def check_outside(relay: Relay) -> None:
+    for request in sealed_requests(relay):
+        assert {*request.headers} <= OUTSIDE
+        assert request.headers["user-agent"] == f"lacre/{lacre.__version__}"
+        assert request.headers["authorization"] == "Bearer t0ken"  # the gateway's own; `api_key` goes nowhere
+        assert b"the sea" not in request.content
+
+
+class TestWhoIsInsideTheSeal:
+    def test_sync(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
+        completion = sync_openai.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=20, store=False, service_tier="auto", **TELLING
+        )
+        assert completion.choices[0].message.content == "the sea"
+        [body] = check_inside(relay)
+        assert body == {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "store": False, "service_tier": "auto"}
+        check_outside(relay)
+
+    def test_streaming(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
+        chunks = list(sync_openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **TELLING))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "the sea"
+        [body] = check_inside(relay)
+        assert body == {"model": "tiny", "messages": MESSAGES, "stream": True}
+        check_outside(relay)
+
+    async def test_async(self, async_openai: openai.AsyncOpenAI, relay: Relay) -> None:
+        completion = await async_openai.chat.completions.create(model="tiny", messages=MESSAGES, **TELLING)
+        assert completion.choices[0].message.content == "the sea"
+        stream = await async_openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **TELLING)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "the sea"
+        assert [body.keys() for body in check_inside(relay)] == [{"model", "messages"}, {"model", "messages", "stream"}]
+        check_outside(relay)
+
+    def test_text_completions(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
+        sync_openai.completions.create(model="tiny", prompt="the sea", user="jo@example.com")
+        assert check_inside(relay) == [{"model": "tiny", "prompt": "the sea"}]
+
+    def test_defaults_of_the_client_do_not_go_in_either(self, client: lacre.Client, relay: Relay) -> None:
+        telling = openai.OpenAI(
+            http_client=client,
+            base_url=lacre.BASE_URL,
+            api_key="sealed-key",
+            default_headers={"x-user": "jo@example.com", "traceparent": TRACE, "user-agent": "intra.example/1.0"},
+        )
+        telling.chat.completions.create(model="tiny", messages=MESSAGES)
+        assert check_inside(relay) == [{"model": "tiny", "messages": MESSAGES}]
+        check_outside(relay)
+
+    def test_the_salt_is_not_the_users(self, relay: Relay) -> None:
+        """Each client draws its own: two of one user do not look alike to a worker."""
+        salts = set()
+        for _ in range(2):
+            with lacre.Client(relay.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+                for _ in range(2):
+                    client.chat("x")
+        for opened in relay.opened:
+            salts.update(opened.headers("lacre-cache-salt"))
+        assert len(salts) == 2
+
+    def test_who_insists_is_heard(self, relay: Relay) -> None:
+        keep = lacre.Client(
+            relay.url, token="t", keep_identifying_fields=True, memory=lacre.VersionMemory(), transport=Wire(relay)
+        )
+        with keep, openai.OpenAI(http_client=keep, base_url=lacre.BASE_URL, api_key="x") as insisting:
+            insisting.chat.completions.create(model="tiny", messages=MESSAGES, user="jo", prompt_cache_key="k")
+        body = json.loads(relay.opened[0].request.content)
+        assert (body["user"], body["prompt_cache_key"]) == ("jo", "k")
+
+
+class TestAnswers:
+    def test_logprobs_and_usage_in_a_padded_stream(self, sync_openai: openai.OpenAI) -> None:
+        stream = sync_openai.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            stream=True,
+            logprobs=True,
+            top_logprobs=5,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [7]
+        choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+        listed = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content or []]
+        assert "".join(entry.token for entry in listed) == "the sea"
+
+    def test_the_receipt_is_there_when_the_stream_has_ended(self, sync_openai: openai.OpenAI) -> None:
+        stream = sync_openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+        facts = stream.response.extensions["lacre"]
+        assert facts.receipt is None
+        list(stream)
+        assert facts.receipt.completion_tokens == 7
+        raw = sync_openai.chat.completions.with_raw_response.create(model="tiny", messages=MESSAGES)
+        assert raw.http_response.extensions["lacre"].receipt.final
+
+    async def test_the_fill_is_no_event(self, async_openai: openai.AsyncOpenAI, relay: Relay) -> None:
+        lines: list[str] = []
+        async with async_openai.chat.completions.with_streaming_response.create(
+            model="tiny", messages=MESSAGES, stream=True
+        ) as response:
+            lines += [line async for line in response.iter_lines()]
+        assert any(line.startswith(":") for line in lines)
+        assert sum(line.startswith("data:") for line in lines) == 10  # the role, seven tokens, the finish, [DONE]
+
+    def test_models(self, sync_openai: openai.OpenAI) -> None:
+        assert [model.id for model in sync_openai.models.list()] == ["tiny"]
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("kind", "error"),
+        [
+            (problems.INVALID_TOKEN, openai.AuthenticationError),
+            (problems.FORBIDDEN, openai.PermissionDeniedError),
+            (problems.INVALID_HEADERS, openai.BadRequestError),
+            (problems.UNKNOWN_POOL, openai.NotFoundError),
+            (problems.REPLAYED, openai.ConflictError),
+            (
+                problems.TOO_LARGE,
+                openai.APIStatusError,
+            ),
+            (problems.UNKNOWN_KEY, openai.UnprocessableEntityError),
+            (problems.RATE_LIMITED, openai.RateLimitError),
+            (problems.NO_WORKER, openai.InternalServerError),
+            (problems.WORKER_LOST, openai.InternalServerError),
+        ],
+        ids=lambda value: getattr(value, "slug", ""),
+    )
+    async def test_refusals_are_its_own(
+        self,
+        sync_openai: openai.OpenAI,
+        async_openai: openai.AsyncOpenAI,
+        relay: Relay,
+        kind: problems.Problem,
+        error: type[openai.APIStatusError],
+    ) -> None:
+        refusal = {"content-type": problems.MEDIA_TYPE, "retry-after": "7"}
+        relay.respond = lambda request: served(kind.status, kind.body(), refusal) if request.url.path == SEALED else None
+        for stream in (False, True):
+            with pytest.raises(error) as caught:
+                await async_openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=stream)  # type: ignore[call-overload]
+            assert caught.value.status_code == kind.status
+            assert caught.value.type == "lacre_gateway_refusal"
+            assert caught.value.code == ("model_not_found" if kind is problems.UNKNOWN_POOL else kind.slug)
+            assert caught.value.response.headers["retry-after"] == "7"
+            assert isinstance(caught.value.response.extensions["lacre.refusal"], lacre.RefusedError)
+
+    def test_refusals_of_a_sync_client(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
+        body = problems.INVALID_TOKEN.body()
+        relay.respond = lambda request: served(401, body) if request.url.path == SEALED else None
+        with pytest.raises(openai.AuthenticationError, match="token"):
+            sync_openai.chat.completions.create(model="tiny", messages=MESSAGES)
+
+    def test_errors_from_inside_the_seal(self, sync_openai: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            sync_openai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 600}])
+        assert caught.value.code == "context_length_exceeded"
+        with pytest.raises(openai.NotFoundError):
+            sync_openai.chat.completions.create(model="gone", messages=MESSAGES)
+
+    def test_a_retry_is_a_fresh_seal(self, client: lacre.Client, relay: Relay) -> None:
+        answers = iter([served(503, problems.BUSY.body(), {"retry-after": "0"}), None])
+        relay.respond = lambda request: next(answers) if request.url.path == SEALED else None
+        retrying = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed", max_retries=1)
+        assert retrying.chat.completions.create(model="tiny", messages=MESSAGES).choices[0].message.content == "the sea"
+        first, second = sealed_requests(relay)
+        assert first.content[7:] != second.content[7:] and len(first.content) == len(second.content)
+
+    @pytest.mark.parametrize(
+        ("spoil", "error"),
+        [
+            (lambda relay: setattr(relay, "bend", lambda pieces: pieces[:-1]), lacre.TruncatedStream),
+            (lambda relay: setattr(relay, "bend", lambda pieces: [*pieces, b"\0"]), lacre.OpenError),
+            (lambda relay: setattr(relay, "receipts", lambda receipt: []), lacre.InvalidReceipt),
+        ],
+        ids=["cut", "extended", "no receipt"],
+    )
+    def test_an_answer_that_proves_nothing(
+        self, client: lacre.Client, relay: Relay, spoil: Any, error: type[lacre.LacreError]
+    ) -> None:
+        """Lacre's own error, whole or streamed; never tried again, and never an end that looks good."""
+        patient = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
+        spoil(relay)
+        with pytest.raises(error):
+            patient.chat.completions.create(model="tiny", messages=MESSAGES)
+        chunks = []
+        with pytest.raises(error):
+            for chunk in patient.chat.completions.create(model="tiny", messages=MESSAGES, stream=True):
+                chunks.append(chunk)
+        assert len(chunks) == 9  # all but `[DONE]`
+        assert len(sealed_requests(relay)) == 2
+
+    def test_nothing_leaves_for_a_forged_manifest(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
+        other = Relay(relay.app)
+        relay.respond = lambda request: served(200, other.document())
+        with pytest.raises(lacre.UntrustedRoot):
+            sync_openai.chat.completions.create(model="tiny", messages=MESSAGES)
+        assert not sealed_requests(relay)
+
+    def test_another_base_url_is_refused(self, client: lacre.Client, relay: Relay) -> None:
+        astray = openai.OpenAI(http_client=client, base_url="https://api.openai.com/v1", api_key="x")
+        with pytest.raises(lacre.DestinationError):
+            astray.chat.completions.create(model="tiny", messages=MESSAGES)
+        assert not relay.requests
+
+    @pytest.mark.parametrize(
+        ("fault", "error"),
+        [(httpx2.ReadTimeout("slow"), openai.APITimeoutError), (httpx2.ConnectError("gone"), openai.APIConnectionError)],
+        ids=["timeout", "no connection"],
+    )
+    def test_the_network(self, sync_openai: openai.OpenAI, relay: Relay, fault: Exception, error: type[Exception]) -> None:
+        def fail(_request: httpx2.Request) -> httpx2.Response:
+            raise fault
+
+        relay.respond = fail
+        with pytest.raises(error) as caught:
+            sync_openai.chat.completions.create(model="tiny", messages=MESSAGES)
+        assert isinstance(caught.value.__cause__, lacre.NetworkError)
+
+
+async def test_leaving_a_stream_early(relay: Relay) -> None:
+    memory = lacre.VersionMemory()
+    async with lacre.AsyncClient(relay.url, token="t0ken", memory=memory, transport=AsyncWire(relay)) as client:
+        talker = openai.AsyncOpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
+        stream = await talker.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+        async for _ in stream:
+            break
+        await stream.close()
+        assert stream.response.is_closed
+        assert stream.response.extensions["lacre"].receipt is None
