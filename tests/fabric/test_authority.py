@@ -1,0 +1,152 @@
+"""Root and signer of a state folder: every root that ever stood here still leads to the manifest, and old keys are gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.errors import Expired, InvalidSignature, SettingsError
+from lacre.jws import b64u, raw_public_key
+from lacre.trust import Trusted, verify
+from lacre_fabric.authority import SIGNER_LIFETIME, SIGNER_RENEWAL, Authority
+from lacre_fabric.keyfiles import read_ed25519, read_secret
+from lacre_fabric.site import Site
+
+NOW = time.time()
+DAY = 86400.0
+TESTS = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path / "state", {"default": ("m",)})
+    site.create()
+    return site
+
+
+def published(site: Site, now: float = NOW) -> bytes:
+    document = site.sign_manifest(now)
+    site.published(now)
+    return document
+
+
+def seen_from(site: Site, root: bytes, now: float = NOW) -> Trusted:
+    return verify(published(site, now), root, now)
+
+
+def nowhere(folder: Path, key: Ed25519PrivateKey, pem: bytes) -> bool:
+    """Whether no file holds the private key, raw or as it was written."""
+    forms = (key.private_bytes_raw(), pem, b"".join(pem.splitlines()[1:-1]), b64u(key.private_bytes_raw()).encode())
+    return not any(form in path.read_bytes() for path in folder.rglob("*") if path.is_file() for form in forms)
+
+
+def test_three_roots_and_a_signer_later(site: Site) -> None:
+    roots = [site.root]
+    for _ in range(3):
+        site.authority.rotate_root(NOW)
+        roots.append(site.root)
+        published(site)
+    site.authority.rotate_signer(NOW)
+    assert len(set(roots)) == 4
+    for number, root in enumerate(roots):
+        assert seen_from(site, root).roots == tuple(roots[number:])
+
+
+@pytest.mark.parametrize("name", ["root", "signer"])
+def test_the_key_that_was_replaced_is_destroyed(site: Site, tmp_path: Path, name: str) -> None:
+    path = site.folder / f"{name}.pem"
+    key, pem = read_ed25519(path), bytes(read_secret(path))
+    assert not nowhere(site.folder, key, pem)
+    still = tmp_path / "still"
+    os.link(path, still)  # another name for the same bytes on disk
+    (site.authority.rotate_root if name == "root" else site.authority.rotate_signer)(NOW)
+    published(site)
+    assert nowhere(site.folder, key, pem)
+    assert still.read_bytes() == bytes(len(pem))
+    assert raw_public_key(read_ed25519(path)) != raw_public_key(key)
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_new_signer_signs_and_the_old_one_no_more(site: Site) -> None:
+    before = published(site)
+    site.authority.rotate_signer(NOW)
+    after = published(site)
+    mixed = after.replace(after[after.rindex(b'"manifest"') :], before[before.rindex(b'"manifest"') :])
+    assert verify(after, site.root, NOW).steps[-1].statement.signer == site.authority.chain().signer
+    with pytest.raises(InvalidSignature):
+        verify(mixed, site.root, NOW)
+
+
+def test_a_change_that_cannot_be_published_works_all_the_same(site: Site) -> None:
+    first = site.root
+    site.authority.rotate_root(NOW)
+    site.authority.settle()
+    site.authority.rotate_signer(NOW)
+    site.authority.settle()
+    assert seen_from(site, first).roots == (first, site.root)
+
+
+def test_the_signer_is_named_again_before_its_time_is_over(site: Site) -> None:
+    published(site)
+    entries = site.authority.chain().entries
+    assert seen_from(site, site.root, NOW + SIGNER_LIFETIME - SIGNER_RENEWAL - DAY)
+    assert site.authority.chain().entries == entries
+    seen = seen_from(site, site.root, NOW + SIGNER_LIFETIME - SIGNER_RENEWAL + DAY)
+    assert site.authority.chain().entries[:-1] == entries  # what clients remember stays
+    assert seen.steps[-1].statement.signer == seen.steps[0].statement.signer
+    assert seen.steps[-1].statement.expires_at > NOW + SIGNER_LIFETIME
+
+
+class TestRootKeptElsewhere:
+    """root.pem is needed for statements alone."""
+
+    @pytest.fixture
+    def away(self, site: Site, tmp_path: Path) -> Path:
+        (site.folder / "root.pem").rename(tmp_path / "root.pem")
+        return tmp_path / "root.pem"
+
+    def test_manifests_are_signed_until_the_signers_time_is_over(self, site: Site, away: Path) -> None:
+        site.create()  # makes none in its place
+        assert seen_from(site, site.root, NOW + SIGNER_LIFETIME - DAY)
+        with pytest.raises(Expired, match="lacre signer rotate"):
+            site.sign_manifest(NOW + SIGNER_LIFETIME + DAY)
+
+    @pytest.mark.parametrize("change", [Authority.rotate_root, Authority.rotate_signer])
+    def test_a_change_asks_for_it(self, site: Site, away: Path, change) -> None:
+        before = site.authority.chain()
+        with pytest.raises(SettingsError, match=r"root\.pem"):
+            change(site.authority, NOW)
+        assert site.authority.chain() == before
+        away.rename(site.folder / "root.pem")
+        change(site.authority, NOW)
+        assert seen_from(site, before.roots[0])
+
+    def test_another_root_in_its_place_is_not_taken(self, site: Site, away: Path) -> None:
+        other = Site(site.folder.parent / "other", site.pools)
+        other.create()
+        (other.folder / "root.pem").rename(site.folder / "root.pem")
+        with pytest.raises(SettingsError, match="current root"):
+            site.authority.rotate_signer(NOW)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"roots": ["?"], "signer": "", "until": 0, "chain": []}'])
+def test_a_damaged_chain_is_no_new_beginning(site: Site, content: str) -> None:
+    (site.folder / "trust" / "chain.json").write_text(content)
+    site.create()
+    with pytest.raises(SettingsError, match=r"chain\.json"):
+        site.sign_manifest(NOW)
+
+
+@pytest.mark.parametrize("change", ["signer", "root", "keys"])
+def test_a_crash_at_any_step_leaves_a_working_site(tmp_path: Path, change: str) -> None:
+    command = [sys.executable, "-m", "parts.crash", change, str(tmp_path)]
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 10
