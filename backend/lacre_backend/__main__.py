@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sys
 
-import typer
-
 from lacre.errors import LacreError
-from lacre_backend.commands import worker
+from lacre_backend.commands import commands
 
 if __name__ == "__main__":
     try:
-        typer.run(worker)
+        commands()
     except LacreError as exc:
         print(f"error: {exc}", file=sys.stderr)  # noqa: T201 - the one line that says why it does not run
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""`lacre worker`."""
+"""`lacre worker` and `lacre worker tune`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,37 @@ from typing import Annotated
 
 import typer
 
+commands = typer.Typer(no_args_is_help=True)
+SettingsFile = Annotated[Path, typer.Option("--settings", help="The worker's settings file (TOML).")]
+
 
 def register(app: typer.Typer) -> None:
-    """Adds the command, where what it needs is installed."""
+    """Adds the commands, where what they need is installed."""
     if find_spec("nats") is not None and find_spec("llama_cpp") is not None and find_spec("pydantic") is not None:
-        app.command()(worker)
+        app.add_typer(commands, name="worker")
 
 
-def worker(settings: Annotated[Path, typer.Option(help="The worker's settings file (TOML).")]) -> None:
+@commands.callback(invoke_without_command=True)
+def worker(
+    context: typer.Context,
+    settings: Annotated[Path | None, typer.Option(help="The worker's settings file (TOML).")] = None,
+) -> None:
     """Run a worker: it dials out to the fabric, opens sealed requests and answers them with its models."""
+    if context.invoked_subcommand is not None:
+        return
+    if settings is None:
+        raise typer.BadParameter("name the worker's settings file", param_hint="--settings")
     from lacre_backend.settings import load
     from lacre_backend.worker import serve
     from lacre_fabric.logs import last_words
 
     with last_words():
         asyncio.run(serve(load(settings)))
+
+
+@commands.command()
+def tune(settings: SettingsFile) -> None:
+    """Measure on this machine how each model runs fastest, and write the choice and its figures into the settings."""
+    from lacre_backend.tuning import run
+
+    run(settings, typer.echo)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from lacre.jws import b64u_decode
 from lacre_fabric.settings import FilePath, Name, Nats, RootKey, Table
@@ -17,9 +17,17 @@ class Model(Table):
 
     path: FilePath | None = None
     name: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
-    context: PositiveInt | None = None  # tokens; the model's own where left out
-    threads: PositiveInt | None = None  # every core that the process may use, where left out
+    # Left out, these are derived from the model and the machine; `lacre worker tune` measures the last four.
+    context: PositiveInt | None = None  # tokens of one request
+    cells: PositiveInt | None = None  # tokens of all requests, in a unified cache
+    slots: PositiveInt | None = None  # requests at a time
+    threads: PositiveInt | None = None
+    flash: bool | None = None  # flash attention
+    unified: bool = False  # one cache for all slots in place of one each
     gpu_layers: Annotated[int, Field(ge=-1)] = -1  # layers to put on a GPU; -1 for all
+    split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model
+    main_gpu: NonNegativeInt = 0
+    tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = ()
 
 
 class Settings(Table):
@@ -36,7 +44,7 @@ class Settings(Table):
     memory: FilePath | None = None
     nats: Nats
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
-    slots: PositiveInt = 1  # requests at a time
+    slots: PositiveInt | None = None  # requests at a time; what the models take together, where left out
     drain: Annotated[float, Field(gt=0)] = 30.0  # seconds that running requests have after SIGTERM
 
     @property

@@ -36,9 +36,10 @@ async def serve(settings: Settings) -> None:
         for engine in engines:
             stack.callback(engine.close)
         names = [engine.model.name for engine in engines]
+        slots = settings.slots or sum(engine.slots for engine in engines)
         keys.reload()  # loading a model takes its time; presence must not begin with keys of before
         fabric = await NatsWorker.connect(
-            settings.nats.url, credential, settings.pool, settings.node, names, slots=settings.slots, keys=keys.fingerprints
+            settings.nats.url, credential, settings.pool, settings.node, names, slots=slots, keys=keys.fingerprints
         )
         stack.push_async_callback(fabric.close)
         feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))
@@ -74,5 +75,17 @@ async def _signalled(running: asyncio.Task[None]) -> None:
 def _load(model: Model) -> LlamaEngine:
     """Raises SettingsError for a file that is missing, not GGUF, or too large for this machine."""
     file = find(model.path, model.name)
-    options = LlamaSettings(n_ctx=model.context, threads=model.threads, gpu=Gpu(layers=model.gpu_layers))
-    return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=options)
+    return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=options(model))
+
+
+def options(model: Model) -> LlamaSettings:
+    """A model's table, in the engine's words."""
+    return LlamaSettings(
+        n_ctx=model.context,
+        threads=model.threads,
+        slots=model.slots,
+        unified=model.unified,
+        cells=model.cells,
+        flash=model.flash,
+        gpu=Gpu(model.gpu_layers, model.split_mode, model.main_gpu, model.tensor_split),
+    )

@@ -1,0 +1,112 @@
+"""Which way of running a model is the fastest on this machine: measured, not guessed.
+
+Rules
+- Every combination runs the same steps over the same history, in turns and several rounds, so that a neighbour's load falls on
+  all of them alike; the best round counts, for noise only ever makes a step longer.
+- It measures what an engine does in its quiet state: one token for each of `slots` sequences in a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lacre_backend.engine.context import Compute, Context
+from lacre_backend.engine.model import Gpu, Model
+from lacre_backend.engine.scheduler import Limits, Plan, Segment, Trim
+
+HISTORY: Final = 192  # tokens before the step that is timed
+SLOTS: Final = (1, 4, 8, 16)
+ENOUGH: Final = 0.95  # fewer slots are better: of those that reach so much of the best rate, the fewest
+_CONTEXT: Final = 512
+_TOKEN: Final = 1  # any: a step takes as long for each
+_STEPS: Final = 3
+_ROUNDS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run it."""
+
+    threads: int
+    flash: bool
+    unified: bool
+
+    def __str__(self) -> str:
+        cache = "unified" if self.unified else "split"
+        return f"threads {self.threads}, flash {'on' if self.flash else 'off'}, {cache} cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """rates: tokens per second, by way and by number of sequences."""
+
+    way: Way
+    slots: int
+    rates: dict[Way, dict[int, float]]
+
+    def table(self) -> list[str]:
+        """For people: a line for each way, the best first."""
+        heads = "tok/s at so many sequences: " + "  ".join(f"{n:>4}" for n in SLOTS)
+        ways = sorted(self.rates, key=lambda way: -max(self.rates[way].values()))
+        return [heads, *(f"{way!s:<42}" + "  ".join(f"{self.rates[way][n]:>4.0f}" for n in SLOTS) for way in ways)]
+
+
+def tune(path: Path, gpu: Gpu, *, most: int) -> Choice:
+    """most: slots that the memory has room for. Takes about a minute for a small model on two cores. Raises SettingsError."""
+    model = Model(path, name=path.stem, digest="", n_ctx=_CONTEXT, gpu=gpu)
+    ways = list(_ways())
+    rates: dict[Way, dict[int, float]] = {way: dict.fromkeys(SLOTS, 0.0) for way in ways}
+    for way in ways:
+        limits = Limits(
+            slots=max(SLOTS), context=_CONTEXT, cells=max(SLOTS) * _CONTEXT, unified=way.unified, step=max(SLOTS) * 16
+        )
+        context = Context(model, limits, Compute(way.threads, way.flash))
+        try:
+            _fill(context)
+            for _, n in itertools.product(range(_ROUNDS), SLOTS):
+                rates[way][n] = max(rates[way][n], _rate(context, n))
+        finally:
+            context.free()
+    return choose(rates, most)
+
+
+def choose(rates: dict[Way, dict[int, float]], most: int) -> Choice:
+    """The way that is best where its best is, and the fewest slots that come near it."""
+    allowed = [n for n in SLOTS if n <= most] or [SLOTS[0]]
+    way = max(rates, key=lambda way: max(rates[way][n] for n in allowed))
+    best = max(rates[way][n] for n in allowed)
+    return Choice(way, min(n for n in allowed if rates[way][n] >= ENOUGH * best), rates)
+
+
+def _ways() -> Iterator[Way]:
+    cores = len(os.sched_getaffinity(0))
+    threads = sorted({cores, max(cores // 2, 1), max(cores - 1, 1)})
+    for n, flash, unified in itertools.product(threads, (True, False), (False, True)):
+        yield Way(n, flash, unified)
+
+
+def _fill(context: Context) -> None:
+    for slot in range(max(SLOTS)):
+        context.execute(_plan([Segment(slot, 0, (_TOKEN,) * HISTORY, None, True)]))
+
+
+def _rate(context: Context, n: int) -> float:
+    segments = [Segment(slot, HISTORY, (_TOKEN,), None, True) for slot in range(n)]
+    plan = _plan(segments, tuple(Trim(slot, HISTORY) for slot in range(n)))
+    best = float("inf")
+    for _ in range(_STEPS):
+        began = time.perf_counter()
+        context.execute(plan)
+        context.logits(n)
+        best = min(best, time.perf_counter() - began)
+    return n / best
+
+
+def _plan(segments: list[Segment], after: tuple[Trim, ...] = ()) -> Plan:
+    return Plan((), tuple(segments), after, (), 0)
