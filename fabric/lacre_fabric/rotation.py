@@ -106,17 +106,17 @@ def _staged(site: Site, pool: str) -> Generation:
     return generations.live[0]
 
 
-async def retire(site: Site, connection: Connection) -> tuple[Generation, ...]:
+async def retire(site: Site, connection: Connection, *, wait: float = LOAD_WAIT) -> tuple[Generation, ...]:
     """Takes keys whose grace is over out of the manifest, and destroys those that are out long enough. The destroyed ones.
 
-    Raises SettingsError or FabricUnavailable.
+    wait: seconds for the workers to let go of them; the log names those that do not. Raises SettingsError or FabricUnavailable.
     """
     async with site.changing():
         if any(site.generations(pool).leaving(time.time()) for pool in site.pools):
             await _publish(site, connection)
         gone = {pool: _destroy(site, pool, time.time()) for pool in site.pools}
     for pool, generations in gone.items():
-        await _check_gone(connection, pool, [config for one in generations for config in one.configs])
+        await _check_gone(connection, pool, [config for one in generations for config in one.configs], wait)
     return tuple(one for generations in gone.values() for one in generations)
 
 
@@ -131,10 +131,10 @@ def _destroy(site: Site, pool: str, now: float) -> tuple[Generation, ...]:
     return due
 
 
-async def _check_gone(connection: Connection, pool: str, configs: Sequence[KeyConfig]) -> None:
+async def _check_gone(connection: Connection, pool: str, configs: Sequence[KeyConfig], wait: float) -> None:
     """A worker that goes on with a destroyed key has it from elsewhere: only its operator can end that."""
     if configs:
-        for node in sorted(await await_gone(connection, pool, configs, LOAD_WAIT)):
+        for node in sorted(await await_gone(connection, pool, configs, wait)):
             log.warning("key.still_held", pool=pool, node=node, remedy="destroy this worker's own copy, and restart it")
 
 
@@ -158,12 +158,12 @@ def _rotation_due(site: Site, pool: str, now: float, every: float | None) -> boo
     return every is not None and (current is None or current.listed_at is None or now >= current.listed_at + every)
 
 
-async def upkeep(site: Site, connection: Connection, schedule: Schedule) -> None:
-    """`tend`, for ever. What fails is tried again: the fabric comes back, a disk gets room."""
+async def upkeep(site: Site, connection: Connection, schedule: Schedule, *, again: float = AGAIN) -> None:
+    """`tend`, for ever. What fails is tried again after so many seconds: the fabric comes back, a disk gets room."""
     while True:
         try:
             await tend(site, connection, schedule)
             await asyncio.sleep(LOOK)
         except (LacreError, OSError) as exc:
             log.warning("upkeep.failed", kind=type(exc).__name__, reason=str(exc))
-            await asyncio.sleep(AGAIN)
+            await asyncio.sleep(again)

@@ -1,0 +1,202 @@
+"""A pool's keys change under the traffic: who has which key when, over a real nats-server and real files."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from lacre.trust import verify
+from lacre_backend.keyring import KeyRing
+from lacre_fabric.connection import Connection
+from lacre_fabric.keyfiles import read_secret
+from lacre_fabric.manifests import ManifestFeed, memory_in
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.rotation import NotTakenUp, Schedule, publish, retire, rotate, upkeep
+from lacre_fabric.site import Site
+from parts.fabric import POOLS, LiveFabric
+
+POOL = "a"
+
+
+@dataclass
+class World:
+    """A site, its provisioner's connection, and workers that hold what they say."""
+
+    nats: LiveFabric
+    site: Site
+    connection: Connection
+    stack: AsyncExitStack
+
+    async def worker(self, node: str = "n1", *, watches: bool = False) -> KeyRing:
+        """A live worker, and its keys: those of the folder as it is now, or as it becomes where it watches."""
+        ring = KeyRing(self.site.keys_folder(POOL))
+        self.stack.callback(ring.close)
+        credential = self.nats.credentials[f"worker-{POOL}-{node}"]
+        worker = await NatsWorker.connect(self.nats.server.url, credential, POOL, node, ["m1"], keys=ring.fingerprints)
+        self.stack.push_async_callback(worker.close)
+        if watches:
+            self.background(ring.watch())
+        return ring
+
+    def background(self, coroutine) -> None:
+        task = asyncio.create_task(coroutine)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        self.stack.push_async_callback(end)
+
+    async def listed(self) -> list[int]:
+        """The key ids in the manifest on the fabric."""
+        document = await self.connection.manifest()
+        assert document is not None
+        return [key.config.key_id for key in verify(document, self.site.root, time.time()).manifest.pools[POOL].keys]
+
+    def in_folder(self) -> set[str]:
+        return {path.name for path in self.site.keys_folder(POOL).iterdir()}
+
+    async def until_in_folder(self, *names: str, seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while self.in_folder() != set(names):
+            assert time.monotonic() < deadline, self.in_folder()
+            await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+async def world(nats: LiveFabric, tmp_path: Path) -> AsyncIterator[World]:
+    site = Site(tmp_path / "state", {POOL: POOLS[POOL]})
+    site.create()
+    async with AsyncExitStack() as stack:
+        connection = await nats.connect("provisioner")
+        stack.push_async_callback(connection.close)
+        await publish(site, connection)
+        yield World(nats, site, connection, stack)
+        await connection.jetstream.purge_stream("KV_trust")
+
+
+async def test_workers_have_a_key_before_any_manifest_names_it(world: World) -> None:
+    ring = await world.worker()
+    rotating = asyncio.create_task(rotate(world.site, world.connection, POOL, grace=60))
+    await asyncio.sleep(4)  # longer than a sign of presence counts
+    assert world.in_folder() == {"1.key", "2.key", "3.key", "4.key"}
+    assert await world.listed() == [1, 2]
+    assert ring.reload()
+    rotated = await rotating
+    assert (rotated.lacking, [config.key_id for config in rotated.listed]) == (frozenset(), [3, 4])
+    assert await world.listed() == [3, 4, 1, 2]
+
+
+async def test_a_key_that_no_worker_takes_up_is_not_listed_and_tried_again(world: World) -> None:
+    ring = await world.worker()
+    with pytest.raises(NotTakenUp, match="n1"):
+        await rotate(world.site, world.connection, POOL, wait=3.5)
+    assert await world.listed() == [1, 2]
+    before = read_secret(world.site.keys_folder(POOL) / "3.key")
+    ring.reload()
+    await rotate(world.site, world.connection, POOL)
+    assert await world.listed() == [3, 4, 1, 2]
+    assert read_secret(world.site.keys_folder(POOL) / "3.key") == before
+
+
+async def test_a_worker_that_takes_up_nothing_keeps_no_old_key_alive_and_is_named(world: World) -> None:
+    await world.worker("n1", watches=True)
+    await world.worker("n2")
+    rotated = await rotate(world.site, world.connection, POOL, grace=0, wait=3.5)
+    assert rotated.lacking == {"n2"}
+    assert await world.listed() == [3, 4]
+    with capture_logs() as logs:
+        (gone,) = await retire(world.site, world.connection, wait=2.5)
+    assert gone.ids == (1, 2)
+    assert [(entry["event"], entry["node"]) for entry in logs if "node" in entry] == [("key.still_held", "n2")]
+
+
+def stretched(key: bytes) -> Sequence[bytes]:
+    """A pool key's secret, and what X-Wing makes of it."""
+    secret = key[15:47]
+    seed = hashlib.shake_256(secret).digest(96)
+    return secret, seed[:32], seed[32:64], seed[64:]
+
+
+async def test_what_one_process_began_another_one_ends(world: World) -> None:
+    """The grace ends after the process that set it; the key is destroyed on disk and in the workers."""
+    ring = await world.worker(watches=True)
+    folder = world.site.keys_folder(POOL)
+    secrets = [part for name in ("1.key", "2.key") for part in stretched(bytes(read_secret(folder / name)))]
+    assert secrets[0] in (folder / "1.key").read_bytes()
+    old, still = ring.keys[1], world.site.folder / "still"
+    os.link(folder / "1.key", still)  # another name for the same bytes on disk
+    await rotate(world.site, world.connection, POOL, grace=1)
+    assert 1 in ring.keys
+    world.background(upkeep(Site(world.site.folder, world.site.pools), world.connection, Schedule()))
+    await world.until_in_folder("3.key", "4.key")
+    assert await world.listed() == [3, 4]
+    assert still.read_bytes() == bytes(still.stat().st_size)
+    files = [path.read_bytes() for path in world.site.folder.rglob("*") if path.is_file()]
+    assert not [secret for secret in secrets for content in files if secret in content]
+    await asyncio.sleep(1.5)
+    assert set(ring.keys) == {3, 4}
+    assert bytes(old._secret) == bytes(32)
+
+
+async def test_keys_rotate_by_themselves_also_after_a_failure_and_without_a_worker(world: World) -> None:
+    path = world.site.folder / "pools" / POOL / "generations.json"
+    kept = path.read_bytes()
+    path.write_bytes(b"{")
+    with capture_logs() as logs:
+        world.background(upkeep(world.site, world.connection, Schedule(every=1, grace=0), again=0.05))
+        while not logs:
+            await asyncio.sleep(0.05)
+    assert {entry["event"] for entry in logs} == {"upkeep.failed"}
+    path.write_bytes(kept)
+    deadline = time.monotonic() + 30
+    while (await world.listed())[0] < 5:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+
+
+async def test_whoever_publishes_last_has_the_highest_version(world: World) -> None:
+    connections = [await world.nats.connect("provisioner") for _ in range(4)]
+    await asyncio.gather(*(publish(world.site, connection) for connection in connections * 3))
+    document = await world.connection.manifest()
+    assert document is not None
+    assert verify(document, world.site.root, time.time()).manifest.version == 13
+    for connection in connections:
+        await connection.close()
+
+
+async def test_gateways_and_workers_follow_a_new_root_and_remember_under_it(world: World, tmp_path: Path) -> None:
+    first, memory = world.site.root, memory_in(tmp_path / "memory")
+
+    async def now_on_fabric() -> bytes:
+        document = await world.connection.manifest()
+        assert document is not None
+        return document
+
+    async def version(root: bytes, served: bytes) -> int:
+        """Of the manifest that a process works by which starts with these settings."""
+        feed = ManifestFeed(lambda: asyncio.sleep(0, served), root, memory=memory)
+        await feed.refresh()
+        return feed.manifest.version
+
+    running, before = ManifestFeed(world.connection.manifest, first, memory=memory), await now_on_fabric()
+    await running.refresh()
+    for _ in range(3):
+        world.site.authority.rotate_root(time.time())
+        await publish(world.site, world.connection)
+    after = await now_on_fabric()
+    await publish(world.site, world.connection)
+    await running.refresh()
+    assert running.manifest.version == 5
+    assert await version(first, before) == 5
+    assert await version(world.site.root, after) == 5
+    assert await version(world.site.root, await now_on_fabric()) == 5
