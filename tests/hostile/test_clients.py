@@ -226,10 +226,18 @@ async def test_not_offered(stage: Stage, gateway: GatewayOwner, verdict: Verdict
     "send a request of more chunks than any needs", by="client", defence="a limit on chunks", refused=problems.INVALID_REQUEST
 )
 async def test_chunk_flood(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    sealer = RequestSealer(stage.keys.pool.config)
-    sealed = b"".join(sealer.seal(b"a") for _ in range(MAX_REQUEST_CHUNKS - 1))
-    extra = b"\x11" + bytes(17)
-    await sealed_by_hand(gateway, stage, verdict, sealed + extra + sealer.finish()[0])
+    """Each of a byte, and all of them good."""
+    message = encode_request(inner(chat(stage)), padded_to=MAX_REQUEST_CHUNKS)
+    sealer = Boundless(stage.keys.pool.config)
+    sealed = b"".join(sealer.seal(message[at : at + 1]) for at in range(len(message)))
+    await sealed_by_hand(gateway, stage, verdict, sealed + sealer.finish()[0])
+
+
+class Boundless(RequestSealer):
+    """Our own sealer refuses what the other side would."""
+
+    def _account(self, length: int, *, final: bool) -> None:
+        pass
 
 
 # What is asked for
@@ -392,19 +400,23 @@ async def test_salts(stage: Stage, gateway: GatewayOwner, verdict: Verdict, salt
     refused=TruncatedStream,
     defence="logs name places in the code, never an exception's text; a broken answer has no final chunk",
 )
-async def test_log(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
+@pytest.mark.parametrize("way", ["raises", "returns", "answers twice"])
+async def test_log(stage: Stage, gateway: GatewayOwner, verdict: Verdict, way: str) -> None:
     async def failing(_scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive())["body"]
         head = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
         await send(head)
-        await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
-        raise ValueError(body)
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" * 9, "more_body": True})
+        if way == "raises":
+            raise ValueError(body)
+        if way == "answers twice":
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            await send({"type": "http.response.body", "body": body})
 
     await stage.worker(failing)
-    gateway.change = lambda answer: answer
     with verdict.refused():
         [piece async for piece in stage.client(gateway).chat_stream(stage.prompt)]
-    assert "ValueError" in gateway.eyes.log.getvalue()
+    assert "app.failed" in gateway.eyes.log.getvalue()
 
 
 # The honest gateway
@@ -481,9 +493,11 @@ async def test_policy(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdi
     defence="the gateway knows each key's `not_after`",
     refused=problems.UNKNOWN_KEY,
 )
-async def test_old_generation(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+@pytest.mark.parametrize("taken_out", [True, False])
+async def test_old_generation(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, taken_out: bool) -> None:
     worker = await stage.worker()
-    stage.bucket = stage.document(2, pools=stage.pools(PrivateKey.generate(7)))
+    older = stage.pools(PrivateKey.generate(7)) if taken_out else stage.pools(stage.keys.pool, lives=-1)
+    stage.bucket = stage.document(2, pools=older)
     await honest.gateway.feed.refresh()
     sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner()))
     await refused_outside(wire, verdict, sealed, headers_of(honest))

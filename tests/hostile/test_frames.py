@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from lacre.receipts import Receipt
 from lacre.wire.header import SealedHeader
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import MAX_PENDING_FRAMES
+from lacre_fabric.outbound import Outbound
+from lacre_fabric.work import CREDIT
 
 COUNTED = "frames of an attempt are counted, and a gap ends the answer"
 WHOLE = "an answer is whole only when its final chunk has opened"
@@ -210,6 +213,28 @@ async def test_cancel(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabri
     fabric.pass_on = cancelling
     with verdict.refused():
         await asked(stage, honest, wire)
+
+
+@attack(
+    "promise a worker endless credit, so that it fills the fabric",
+    by="fabric",
+    refused=None,
+    defence="credit never runs ahead of what was sent: 256 KiB",
+    gain="nothing; the worker waits for a reader",
+)
+async def test_credit() -> None:
+    sent: list[Frame] = []
+
+    async def publish(frame: Frame) -> None:
+        sent.append(frame)
+
+    worker = Outbound(publish)
+    worker.renew(10**12)
+    await worker.send(Kind.DATA, bytes(CREDIT))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await worker.send(Kind.DATA, bytes(1))
+    assert len(sent) == 1
 
 
 # The gateway's books

@@ -139,6 +139,18 @@ async def test_own_next_root(stage: Stage, caller: Caller, gateway: GatewayOwner
     await refused(caller, stage, gateway, verdict)
 
 
+@attack(
+    "have an old root, stolen, hand over to a key whose holder never agreed",
+    by="gateway",
+    refused=UntrustedRoot,
+    defence="a change of root is signed by the old root and by the new one",
+)
+async def test_next_root_that_never_agreed(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    document = appointing(stage, Ed25519PrivateKey.generate(), stage.keys.root)
+    gateway.manifest = lambda: document
+    await refused(caller, stage, gateway, verdict)
+
+
 @attack("appoint itself as the next root by the signer's key, stolen", by="gateway", defence=PINNED, refused=UntrustedRoot)
 async def test_next_root_by_the_signer(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     own = Ed25519PrivateKey.generate()

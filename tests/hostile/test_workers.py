@@ -59,7 +59,10 @@ async def test_not_final(stage: Stage, gateway: GatewayOwner, verdict: Verdict) 
 
 @attack("claim more tokens than the caller asked for", by="worker", defence=OF_THE_POOL, refused=InvalidReceipt)
 async def test_above(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
-    await lied_to(stage, gateway, verdict, resigned(stage, completion_tokens=513))
+    usage = {"prompt_tokens": 9, "completion_tokens": 513}
+    async with LyingWorker(stage, resigned(stage, completion_tokens=513), usage=usage):
+        with verdict.refused():
+            await stage.client(gateway).chat(stage.prompt)
 
 
 @attack(
