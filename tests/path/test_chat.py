@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import pytest
 
 import lacre
+from lacre.jws import b64u_decode
 from parts.up import Up
 
 
@@ -19,8 +21,10 @@ def test_the_readmes_python(env: Up) -> None:
         assert reply.id.startswith("chatcmpl-")
         assert 0 < reply.usage.completion <= 24
         assert reply.usage.prompt > 3
-        pieces = list(client.chat_stream("Tell me a story.", max_tokens=40))
+        stream = client.chat_stream("Tell me a story.", max_tokens=40)
+        pieces = list(stream)
         assert len(pieces) > 5
+        assert stream.receipt.completion_tokens == stream.usage.completion == 40
         raw = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 8})
         assert raw.json()["object"] == "chat.completion"
         assert raw.extensions["lacre"].kem == "MLKEM768-X25519"
@@ -31,6 +35,28 @@ async def test_the_readmes_python_awaited(env: Up) -> None:
         assert (await client.chat("Name three seas.", max_tokens=16)).text
         assert len([piece async for piece in client.chat_stream("Tell me a story.", max_tokens=30)]) > 5
         assert await client.models() == ("smollm2-135m",)
+
+
+def test_a_receipt_is_what_the_gateway_settles_on(env: Up, client: lacre.Client) -> None:
+    reply = client.chat("Name three seas.", max_tokens=12)
+    receipt = reply.receipt
+    assert (receipt.prompt_tokens, receipt.completion_tokens) == (reply.usage.prompt, reply.usage.completion)
+    assert receipt.model.startswith("sha256:") and receipt.start <= receipt.end
+    assert reply.recount().unexplained == 0
+    audit = env.state / "gateway" / "audit.jsonl"
+    deadline = time.monotonic() + 5
+    while True:  # it is settled after the answer, not before
+        intents = [json.loads(line) for line in audit.read_text().splitlines()]
+        digest = b64u_decode(receipt.enc).hex()
+        [request] = [entry["request_id"] for entry in intents if entry.get("digest") == digest]
+        ends = [entry for entry in intents if entry["kind"] == "outcome" and entry["request_id"] == request]
+        if ends:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    [end] = ends
+    assert (end["outcome"], end["unreceipted"], end["refused_receipt"]) == ("answered", False, None)
+    assert (end["prompt_tokens"], end["completion_tokens"]) == (receipt.prompt_tokens, receipt.completion_tokens)
 
 
 def test_pieces_arrive_over_time(client: lacre.Client) -> None:
