@@ -36,7 +36,8 @@ class Client(httpx2.Client):
     url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` where left out.
     token: the bearer token, or a callable that returns one, asked before each request; `LACRE_TOKEN` where left out.
     pool: the pool of workers to seal to. kem: the key encapsulation that is accepted, or several, the preferred first.
-    shape: `pad` fills requests and answers up to lengths that say little; `none` does not.
+    shape: `pad` fills requests and answers up to lengths that say little, for which an answer that is no event stream comes in
+    pieces of 16 KiB; `none` does not.
     keep_identifying_fields: seal `user`, `metadata`, `safety_identifier` and `prompt_cache_key` too, instead of dropping them.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
     verify, proxy, transport: of the connection to the gateway, as in `httpx2.Client`.

@@ -31,6 +31,7 @@ END: Final = 2 * UNIT
 # make all those after it as large.
 LARGEST_FLOOR: Final = 8 * UNIT
 
+_WITHOUT_CONTENT: Final = (204, 205, 304)  # RFC 9110; 204 tells readers of event streams not to come back
 _EVENT_STREAM: Final = "text/event-stream"
 _LINE_END: Final = b"\n"  # not a bare CR: an LF that follows would then end another line
 _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n")
@@ -77,7 +78,7 @@ class _Padded:
 
     def head(self, status: int, headers: Headers) -> bytes:
         encoded = self._encoder.head(status, headers)
-        if _may_be_filled(headers):
+        if _may_be_filled(status, headers):
             self._body = _Events(self._encoder)
         return self._body.begin(encoded)
 
@@ -88,8 +89,10 @@ class _Padded:
         return self._body.end(piece, trailers)
 
 
-def _may_be_filled(headers: Headers) -> bool:
-    """Whether the body is an event stream in the clear, of a length that was not announced."""
+def _may_be_filled(status: int, headers: Headers) -> bool:
+    """Whether there is a body, and it is an event stream in the clear, of a length that was not announced."""
+    if status in _WITHOUT_CONTENT:
+        return False
     values = dict(headers)
     media_type = values.get("content-type", "").partition(";")[0].strip().lower()
     return media_type == _EVENT_STREAM and "content-length" not in values and "content-encoding" not in values

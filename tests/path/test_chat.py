@@ -24,7 +24,7 @@ def test_the_readmes_python(env: Up) -> None:
         stream = client.chat_stream("Tell me a story.", max_tokens=40)
         pieces = list(stream)
         assert len(pieces) > 5
-        assert stream.receipt.completion_tokens == stream.usage.completion == 40
+        assert 5 < stream.receipt.completion_tokens == stream.usage.completion <= 40
         raw = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 8})
         assert raw.json()["object"] == "chat.completion"
         assert raw.extensions["lacre"].kem == "MLKEM768-X25519"

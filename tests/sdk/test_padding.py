@@ -230,6 +230,12 @@ class TestEventStreams:
         assert sum(map(len, made)) == SMALLEST
         assert read(made) == (body, RECEIPT)
 
+    @pytest.mark.parametrize("status", [204, 304])
+    def test_a_status_without_content_gets_none(self, status: int) -> None:
+        plain = records("pad")
+        assert plain.head(status, STREAM) == b""
+        assert read([*plain.end(b"", RECEIPT)]) == (b"", RECEIPT)
+
 
 class TestWholeAnswers:
     @given(bodies, st.binary(max_size=40_000))
