@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 import lacre
+from lacre import audit
+from lacre.audit import AuditProof
 from lacre_fabric.up import Running, running
 
 PROMPT: Final = "I want to leave my job. In two sentences, how do I tell my boss?"
@@ -38,15 +40,18 @@ class Result:
 
 
 class _Tap(httpx2.AsyncBaseTransport):
-    """The connection to the gateway, remembering the last request that went over it."""
+    """The connection to the gateway, remembering the last request that went over it, and the proof that came back."""
 
     def __init__(self) -> None:
         self._inner = httpx2.AsyncHTTPTransport()
         self.last: httpx2.Request | None = None
+        self.audit = ""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         self.last = request
-        return await self._inner.handle_async_request(request)
+        response = await self._inner.handle_async_request(request)
+        self.audit = response.headers.get(audit.HEADER, "")
+        return response
 
     async def aclose(self) -> None:
         await self._inner.aclose()
@@ -71,7 +76,7 @@ async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console
         async for text in stream:
             arrivals.append(time.perf_counter())
             if len(arrivals) == 1:
-                _show(out, tap, live)
+                _show(out, tap)
             out.out(text, end="")
             out.file.flush()
     out.print()
@@ -94,8 +99,8 @@ async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console
     return result
 
 
-def _show(out: Console, tap: _Tap, live: Running) -> None:
-    """Left what the application asked, right what passed the gateway; below, the audit line that it wrote."""
+def _show(out: Console, tap: _Tap) -> None:
+    """Left what the application asked, right what passed the gateway; below, the entry that it proved to have recorded."""
     if tap.last is None:
         return
     headers = "\n".join(f"{name}: {value}" for name, value in tap.last.headers.items() if name.startswith("lacre-"))
@@ -109,9 +114,11 @@ def _show(out: Console, tap: _Tap, live: Running) -> None:
         Panel(Text(seen), title="the gateway saw", border_style="red"),
     )
     out.print(sides)
-    with (live.site.folder / "gateway" / "audit.jsonl").open() as audit:
-        line = json.dumps(json.loads(audit.readline()))  # with blanks, where the terminal may break it
-    out.print(Panel(Text(line), title="and wrote into its audit log", border_style="red"))
+    if tap.audit:  # which the client has verified by now
+        proof = AuditProof.parse_header(tap.audit)
+        line = json.dumps(proof.members)  # with blanks, where the terminal may break it
+        title = f"and wrote into its audit log, as entry {proof.index}, which it proves with the answer"
+        out.print(Panel(Text(line), title=title, border_style="red"))
     out.print("[bold]The answer, opened here record by record:[/bold]")
 
 

@@ -2,7 +2,7 @@
 
     root.pem signer.pem        signs root statements; signs manifests (in production each on a machine of its own)
     issuer.pem issuer.jwks     the development token issuer
-    gateway/                   gateway.toml, its grant key, its credential, audit.jsonl
+    gateway/                   gateway.toml, its grant key, its credential, audit/
     pools/NAME/                the pool's keys, what is known of their generations, and its receipt key
     workers/NAME/              worker.toml and credential
     trust/                     the chain of root statements, the published manifest, and the lock for changing either
@@ -230,7 +230,7 @@ class Site:
             "public_url": base_url,
             "trust": b64u(self.root),
             "signing_key": "grant.pem",
-            "audit": "audit.jsonl",
+            "audit": "audit",
             "memory": "manifests",
             "listen": {"host": "127.0.0.1", "port": port, "drain": DRAIN},
             "nats": {"url": nats_url, "credentials": str(self.credential_file(f"gateway-{GATEWAY_ID}"))},

@@ -14,8 +14,10 @@ import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
-from lacre import problems
+from lacre import audit, problems
+from lacre.audit import AuditProof
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
+from lacre_gateway.audit.log import AuditUnavailable, Recorded
 from lacre_gateway.outer import Fields
 from lacre_gateway.refusal import Refusal
 
@@ -55,7 +57,8 @@ class Stalled(Exception):
 
 
 class Exchange:
-    """One request and its answer. address: the caller's. status: what was answered; None so far.
+    """One request and its answer. address: the caller's. status: what was answered; None so far. recorded: its intent, once
+    there is one.
 
     stall_limit: seconds that a client may leave a piece unread.
     """
@@ -69,6 +72,7 @@ class Exchange:
         self.address: str = scope["client"][0] if scope.get("client") else ""
         self.request_id: str = scope["state"]["request_id"]
         self.status: int | None = None
+        self.recorded: asyncio.Future[Recorded] | None = None
 
     @property
     def started(self) -> bool:
@@ -93,10 +97,11 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def begin(self) -> None:
-        """Starts the answer. It has no Content-Length: its end shows only in the seal."""
+    async def begin(self, proof: AuditProof) -> None:
+        """Starts the answer. It has no Content-Length: its end shows only in the seal. proof: that it was recorded."""
         self.status = 200
-        await self._send({"type": "http.response.start", "status": 200, "headers": list(_ANSWER_HEADERS)})
+        headers = [*_ANSWER_HEADERS, _audit(proof)]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, piece: bytes) -> None:
         """Raises Stalled where the client does not take it in time."""
@@ -114,6 +119,9 @@ class Exchange:
         self.status = refusal.problem.status
         await self._drop(_SKIM_TIME, _SKIM_BYTES)
         headers = refusal.headers()
+        with contextlib.suppress(AuditUnavailable):
+            if self.recorded is not None:
+                headers.append(_audit((await self.recorded).proof()))
         if self._unread:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
@@ -137,3 +145,7 @@ class Exchange:
         self._unread = message.get("more_body", False)
         piece: bytes = message.get("body", b"")
         return piece
+
+
+def _audit(proof: AuditProof) -> tuple[bytes, bytes]:
+    return audit.HEADER.encode(), proof.header().encode()

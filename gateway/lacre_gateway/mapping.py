@@ -19,6 +19,7 @@ from lacre_fabric.work import (
     QueueTimeout,
     WorkerLost,
 )
+from lacre_gateway.audit.log import AuditUnavailable
 from lacre_gateway.exchange import Stalled
 from lacre_gateway.limits import LimitExceeded
 from lacre_gateway.refusal import Refusal
@@ -36,6 +37,7 @@ _TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
     (WorkerLost, problems.WORKER_LOST, None),
     (FrameGap, problems.WORKER_LOST, None),
     (FabricError, problems.UNAVAILABLE, _RETRY_SOON),
+    (AuditUnavailable, problems.AUDIT_UNAVAILABLE, _RETRY_SOON),
     (MessageTooLarge, problems.TOO_LARGE, None),
     (ProtocolError, problems.INVALID_REQUEST, None),
 )

@@ -11,6 +11,8 @@ Entities: `User::"tenant/subject"` in its `Group::"tenant/group"`s and its `Tena
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -71,6 +73,10 @@ class Question:
             {"uid": model, "attrs": {"name": self.model}, "parents": [pool]},
         ]
 
+    def entities_digest(self) -> str:
+        """Hex SHA-256 of the entities as JSON, so that a record can name what was decided with."""
+        return hashlib.sha256(json.dumps(self.entities(), separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -81,11 +87,12 @@ class Decision:
 
 
 class PolicySet:
-    """A validated, parsed set of policies."""
+    """A validated, parsed set of policies. digest: hex SHA-256 of the schema's text, a zero byte, and the policies' text."""
 
-    def __init__(self, schema: cedarpy.Schema, policies: cedarpy.PolicySet) -> None:
+    def __init__(self, schema: cedarpy.Schema, policies: cedarpy.PolicySet, digest: str) -> None:
         self._schema = schema
         self._policies = policies
+        self.digest = digest
 
     def decide(self, question: Question) -> Decision:
         result = cedarpy.is_authorized(question.request(), self._policies, question.entities(), self._schema)
@@ -115,7 +122,8 @@ class PolicySet:
             validation = cedarpy.validate_policies(policy_text, schema)
             if not validation.validation_passed:
                 raise SettingsError(f"policies: they do not fit the schema: {'; '.join(map(str, validation.errors))}")
-            return cls(schema, cedarpy.PolicySet.from_str(policy_text))
+            digest = hashlib.sha256(f"{schema_text}\0{policy_text}".encode()).hexdigest()
+            return cls(schema, cedarpy.PolicySet.from_str(policy_text), digest)
         except ValueError as exc:
             raise SettingsError(f"policies: not valid Cedar: {exc}") from exc
 

@@ -5,14 +5,15 @@ Rules:
 - An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the connection is aborted:
   the client never sees a clean end of a broken answer.
 - A request that ends in any other way than its answer's end is cancelled at the worker.
-- The intent is on disk before the first byte of the answer leaves. What settles the request is decided after it (see
-  `settlement`), and nothing here waits for that.
+- The intent is durable before the first byte of the answer leaves, and the answer's header proves it. What settles the request
+  is decided after it (see `settlement`), and nothing here waits for that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Coroutine
 from contextlib import aclosing
@@ -27,7 +28,7 @@ from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
 from lacre_fabric.logs import places
 from lacre_fabric.work import Dispatch, FabricError, Work, WorkerLost
-from lacre_gateway.audit import Intent
+from lacre_gateway.audit.entries import Intent
 from lacre_gateway.auth import Principal
 from lacre_gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, StreamBroken
 from lacre_gateway.limits import Reservation
@@ -75,10 +76,12 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
         request = await _understood(gateway, exchange.request_id, principal, outer, sealed)
         decision = gateway.policies.decide(request.question)
         if not decision.allowed:
-            with Trail(gateway, exchange, request.intent(decision)):
+            with Trail(gateway, exchange, request.intent(gateway, exchange, decision)):
                 raise Refusal(problems.FORBIDDEN)
         reservation = gateway.limits.reserve(subject, request.ceilings, time.monotonic())
-        with Trail(gateway, exchange, request.intent(decision)) as trail:
+        with Trail(gateway, exchange, request.intent(gateway, exchange, decision, reservation)) as trail:
+            if not gateway.audit.writable:
+                await trail.recorded  # or work would be done for an answer that cannot be given
             work = request.work(_grant(gateway, request, reservation), sealed)
             dispatch = await gateway.connected().dispatch(work, queue_limit=gateway.settings.limits.queue_limit)
             del sealed, work  # megabytes, which an answer of minutes need not keep
@@ -103,7 +106,7 @@ class _Request:
     digest: bytes
     time: float
 
-    def intent(self, decision: Decision) -> Intent:
+    def intent(self, gateway: Gateway, exchange: Exchange, decision: Decision, reserved: Reservation | None = None) -> Intent:
         asked, who = self.question, self.question.principal
         return Intent(
             request_id=self.request_id,
@@ -111,6 +114,8 @@ class _Request:
             subject=who.subject,
             tenant=who.tenant,
             issuer=who.issuer,
+            jti=None if who.jti is None else hashlib.sha256(who.jti.encode()).hexdigest(),
+            address=exchange.address,
             pool=asked.pool,
             model=asked.model,
             action=asked.action.value,
@@ -118,9 +123,16 @@ class _Request:
             kem=asked.kem.label,
             max_tokens=asked.max_tokens,
             sealed_bytes=asked.sealed_bytes,
-            digest=self.digest.hex(),
+            enc=b64u(self.digest),
+            groups=who.groups,
+            scopes=who.scopes,
+            plan=who.plan,
             decision="allow" if decision.allowed else "deny",
             policies=decision.policies,
+            policy_set=gateway.policies.digest,
+            entities=asked.entities_digest(),
+            reserved_prompt_tokens=None if reserved is None else reserved.max_prompt_tokens,
+            reserved_tokens=None if reserved is None else reserved.max_tokens,
         )
 
     def work(self, grant: str, sealed: bytes) -> Work:
@@ -203,8 +215,7 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> None
             if frame.kind is Kind.ERROR:
                 raise WorkerRefused(frame.payload)
             if not exchange.started:
-                await trail.recorded
-                await exchange.begin()
+                await exchange.begin((await trail.recorded).proof())
             if frame.kind is Kind.USAGE:
                 return
             await exchange.write(frame.payload)

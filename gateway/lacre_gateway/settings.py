@@ -108,6 +108,11 @@ class Settings(Table):
         return self
 
     @property
+    def audit_origin(self) -> str:
+        """The name of a new audit log: of this gateway, at this host. Logs of one key need names of their own."""
+        return f"{urlsplit(self.public_url).hostname}/audit/{self.gateway}"
+
+    @property
     def root(self) -> bytes:
         return b64u_decode(self.trust)
 

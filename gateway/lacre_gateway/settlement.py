@@ -48,10 +48,13 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """receipt: what settles the request; None leaves it unreceipted. refused: why the newest was not the one."""
+    """receipt: what settles the request; None leaves it unreceipted. token: the same, as it was signed. refused: why the newest
+    was not the one.
+    """
 
     receipt: Receipt | None = None
     refused: Reason | None = None
+    token: bytes | None = field(default=None, repr=False)
 
 
 def judge(claim: Claim) -> Verdict:
@@ -68,7 +71,7 @@ def judge(claim: Claim) -> Verdict:
             continue
         if not claim.reservation.covers(receipt.prompt_tokens, receipt.completion_tokens):
             return Verdict(refused=Reason.ABOVE_GRANT)
-        return Verdict(receipt, refused)
+        return Verdict(receipt, refused, token)
     return Verdict(refused=refused)
 
 

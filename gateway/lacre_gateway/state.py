@@ -12,7 +12,7 @@ from lacre.jws import raw_public_key
 from lacre_fabric.logs import Log
 from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.work import FabricUnavailable, GatewayFabric
-from lacre_gateway.audit import AuditLog
+from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth import Authenticator, TrustedIssuer
 from lacre_gateway.keyset import KeySet
 from lacre_gateway.limits import RequestLimits, Reservation
@@ -64,6 +64,8 @@ class Gateway:
             missing["signing_key"] = "not the one in the manifest: workers will refuse every grant"
         if self.fabric is None or not self.fabric.connected:
             missing["fabric"] = "not connected to NATS"
+        if not self.audit.writable:
+            missing["audit"] = "the audit log cannot be written: free space where it stands"
         return missing
 
 
@@ -74,10 +76,11 @@ def build(
     fetch: Callable[[], Awaitable[bytes | None]],
     clock: Callable[[], float] = time.time,
 ) -> Gateway:
-    """Everything but the fabric. Reads policies and key sets, and opens the audit record. Raises SettingsError.
+    """Everything but the fabric. Reads policies and key sets, and opens the audit log. Raises SettingsError.
 
-    key: what grants are signed with. fetch: where the feed gets the manifest document from; the feed is not started.
-    Called on the event loop, which the audit record reports to.
+    key: what grants and audit checkpoints are signed with. fetch: where the feed gets the manifest document from; the feed is
+    not started.
+    Called on the event loop, which the audit log reports to.
     """
     limits = settings.limits
     issuers = [
@@ -90,10 +93,11 @@ def build(
         )
         for number, issuer in enumerate(settings.issuers)
     ]
+    policies = PolicySet.load(settings.policies or shipped())
     return Gateway(
         settings=settings,
         authenticator=Authenticator(issuers, FailureThrottle(limits.failed_auth_per_minute), clock),
-        policies=PolicySet.load(settings.policies or shipped()),
+        policies=policies,
         limits=RequestLimits(
             in_flight=limits.requests_in_flight,
             concurrent=limits.concurrent_per_subject,
@@ -104,5 +108,6 @@ def build(
         settlement=Settlement(log),
         log=log,
         clock=clock,
-        audit=AuditLog(settings.audit),  # last: nothing after it can fail and leave its thread behind
+        # Last: nothing after it can fail and leave its threads behind.
+        audit=AuditLog(settings.audit, key, settings.audit_origin, log=log, policy_set=policies.digest, clock=clock),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from types import TracebackType
 from typing import Self
 
-from lacre_gateway.audit import Intent, Outcome
+from lacre_gateway.audit.entries import Intent, Outcome
 from lacre_gateway.exchange import ClientGone, Exchange
 from lacre_gateway.mapping import refusal_for
 from lacre_gateway.settlement import Claim, Verdict
@@ -18,7 +19,8 @@ class Trail:
     """A context: the intent is recorded on entry, the outcome after the exit, whichever way it is left, once the claim has its
     verdict.
 
-    recorded: done when the intent is on disk. claim: what the worker says was used; None where no worker was asked.
+    recorded: done when the intent is durable, and under a signed checkpoint.
+    claim: what the worker says was used; None where no worker was asked.
     """
 
     def __init__(self, gateway: Gateway, exchange: Exchange, intent: Intent) -> None:
@@ -29,7 +31,7 @@ class Trail:
         self.claim: Claim | None = None
 
     def __enter__(self) -> Self:
-        self.recorded = self._gateway.audit.append(self._intent)
+        self.recorded = self._exchange.recorded = self._gateway.audit.append(self._intent)
         return self
 
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
@@ -53,6 +55,7 @@ class Trail:
                 outcome=outcome,
                 status=status,
                 unreceipted=used is None,
+                receipt=None if verdict.token is None else hashlib.sha256(verdict.token).hexdigest(),
                 refused_receipt=verdict.refused,
                 prompt_tokens=None if used is None else used.prompt_tokens,
                 cached_tokens=None if used is None else used.cached_tokens,

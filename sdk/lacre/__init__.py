@@ -6,6 +6,7 @@
 """
 
 from lacre._version import __version__
+from lacre.audit import AuditProof
 from lacre.client import BASE_URL, AsyncClient, Client
 from lacre.errors import (
     AlreadyUsedError,
@@ -53,6 +54,7 @@ __all__ = [
     "ApiError",
     "AsyncChatStream",
     "AsyncClient",
+    "AuditProof",
     "ChatStream",
     "Client",
     "ConnectionString",

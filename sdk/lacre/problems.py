@@ -93,6 +93,9 @@ WORKER_LOST: Final = Problem(
 UNAVAILABLE: Final = Problem(
     _OURS + "unavailable", 503, "The gateway cannot reach its message fabric",
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
+AUDIT_UNAVAILABLE: Final = Problem(
+    _OURS + "audit-unavailable", 503, "The gateway cannot record requests now, and so serves none",
+    "Try again after Retry-After; the operator must free space for the audit log.", errors.Unavailable)  # fmt: skip
 INTERNAL: Final = Problem(
     _OURS + "internal", 500, "The gateway failed", "Try again; the operator's log says more.", errors.Unavailable)  # fmt: skip
 NOT_READY: Final = Problem(
@@ -118,6 +121,6 @@ BY_TYPE: Final = {
     for problem in (
         INVALID_TOKEN, FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
         UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNAVAILABLE, INTERNAL,
-        NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED,
+        AUDIT_UNAVAILABLE, NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED,
     )
 }  # fmt: skip

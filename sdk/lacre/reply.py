@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import httpx2
 
+from lacre.audit import AuditProof
 from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError
 from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
@@ -37,7 +38,8 @@ class Reply:
     """A whole answer: it is made only after the seal's final chunk has opened.
 
     finish_reason: OpenAI's `stop`, `length` and so on. attempts: how often the request was sealed and sent.
-    receipt: the pool's signed word on what was used, verified, and equal to `usage`. raw: the whole JSON object.
+    receipt: the pool's signed word on what was used, verified, and equal to `usage`.
+    audit: the gateway's proof, verified, that it recorded this request; worth keeping. raw: the whole JSON object.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Reply:
     usage: TokenUsage
     attempts: int
     receipt: Receipt
+    audit: AuditProof
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
@@ -67,6 +70,7 @@ class Reply:
                 usage=checked_usage(body["usage"], facts.receipt),
                 attempts=facts.attempts,
                 receipt=facts.receipt,
+                audit=facts.audit,
                 raw=body,
             )
         except (KeyError, IndexError, TypeError, AttributeError) as exc:

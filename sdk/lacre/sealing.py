@@ -6,6 +6,7 @@ Rules:
   and one retry, and it is counted in `attempts`.
 - An answer is whole only when the response's final chunk has opened and the BHTTP message in it has ended. What came in the
   final chunk is passed on after that alone, and after the receipt in it was verified.
+- The gateway proves with its answer that it recorded the request, or nothing of the answer is opened.
 - The clock correction that a worker's `#date` problem suggests came sealed, and is used for the inner `date` alone.
 
 `Sealing.exchange` and `Sealing.manifest` are generators that yield what to do (`Send`, `Read`) and are sent what came of it, so
@@ -14,17 +15,20 @@ that the sync transport, the async one and the tests drive the very same code.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from lacre import receipts
-from lacre.errors import Expired, InvalidMessage, SettingsError, UnsealedResponse, UnsupportedSuite, UsageError
+from lacre import audit, receipts
+from lacre.audit import AuditProof
+from lacre.errors import Expired, InvalidAudit, InvalidMessage, SettingsError, UnsealedResponse, UnsupportedSuite, UsageError
 from lacre.inner import Plain, Prepared, prepare
+from lacre.jws import b64u
 from lacre.manifest import MAX_DOCUMENT, Manifest
 from lacre.memory import Memory, accept
 from lacre.padding import Shape, request_length, shape_named
@@ -65,11 +69,13 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Outer:
-    """What the gateway's own response says."""
+    """What the gateway's own response says. audit: its `Lacre-Audit`. speaks_for: whom the token names that was sent."""
 
     status: int
     content_type: str = ""
     retry_after: float | None = None
+    audit: str = ""
+    speaks_for: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,7 @@ class Head:
 class Facts:
     """What is known about an exchange; on a response as `extensions["lacre"]`.
 
+    audit: the gateway's proof that it recorded this request, verified; None on a refusal that brings none.
     receipt, trailers: there once the answer has ended; the receipt is verified. None until then, and on a refusal.
     """
 
@@ -96,6 +103,7 @@ class Facts:
     sealed_request_bytes: int
     attempts: int
     receipt: Receipt | None = None
+    audit: AuditProof | None = None
     trailers: tuple[tuple[str, str], ...] = ()
 
 
@@ -205,6 +213,7 @@ class Sealing:
         self._lock = threading.Lock()
         self._trusted: Trusted | None = None
         self._fetched_at = 0.0
+        self._doubted = False
         self._clock_offset = 0.0
         self._salt = ""
         self._salt_since = float("-inf")
@@ -224,7 +233,7 @@ class Sealing:
         attempts = 0
         while True:
             yield from self.manifest()
-            send, opening = self._seal(plain, attempts := attempts + 1)
+            send, opening, sent = self._seal(plain, attempts := attempts + 1)
             outer = _outer((yield send))
             if outer.status != 200:
                 problem = _problem(outer, (yield from _read(MAX_PROBLEM)))
@@ -232,8 +241,11 @@ class Sealing:
                     refreshed = True
                     yield from self._fetch_manifest()
                     continue
+                with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
+                    opening.facts.audit = self._proved(outer, sent)
                 return Refusal(problem, outer.retry_after, opening.facts)
             _check_sealed(outer)
+            opening.facts.audit = self._proved(outer, {**sent, "decision": "allow"})
             while not opening.ready:
                 opening.feed(_bytes((yield Read())))
             if not corrected and self._correct_clock(opening):
@@ -250,11 +262,19 @@ class Sealing:
         now = self._clock()
         trusted = accept(document, self._root, self._memory, now)
         with self._lock:
-            self._trusted, self._fetched_at = trusted, now
+            self._trusted, self._fetched_at, self._doubted = trusted, now, False
+
+    def _proved(self, outer: Outer, sent: Mapping[str, object]) -> AuditProof:
+        """The gateway's proof that it recorded what was sent, and for whom. Raises InvalidAudit."""
+        try:
+            return audit.of_answer(outer.audit, self._current().gateway_key, {**sent, **outer.speaks_for})
+        except InvalidAudit:
+            self._doubted = True  # the key may have changed: the next request asks for the manifest first
+            raise
 
     def _is_stale(self) -> bool:
         with self._lock:
-            if self._trusted is None:
+            if self._trusted is None or self._doubted:
                 return True
             lifetime = self._trusted.manifest.expires_at - self._fetched_at
             return self._clock() >= self._fetched_at + lifetime * REFRESH_BEFORE
@@ -267,7 +287,8 @@ class Sealing:
                 raise Expired("the manifest has expired: the operator must run `lacre manifest publish`")
             return self._trusted.manifest
 
-    def _seal(self, plain: Plain, attempt: int) -> tuple[Send, Opening]:
+    def _seal(self, plain: Plain, attempt: int) -> tuple[Send, Opening, Mapping[str, object]]:
+        """What to send, what opens the answer, and what the gateway's audit entry must say of it."""
         manifest = self._current()
         pool = manifest.pools.get(self._pool)
         if pool is None:
@@ -292,7 +313,18 @@ class Sealing:
         def verify(trailers: Trailers) -> Receipt:
             return receipts.of_answer(trailers, pool.receipt_key, header.digest, prepared.max_tokens)
 
-        return Send("POST", SEALED_PATH, headers, body, sealed=True), Opening(opener, facts, verify)
+        sent = {
+            "kind": "intent",
+            "enc": b64u(header.digest),
+            "pool": self._pool,
+            "model": prepared.model,
+            "action": prepared.action,
+            "max_tokens": prepared.max_tokens,
+            "shape": self._shape,
+            "kem": facts.kem,
+            "sealed_bytes": len(body),
+        }
+        return Send("POST", SEALED_PATH, headers, body, sealed=True), Opening(opener, facts, verify), sent
 
     def _inner(self, prepared: Prepared, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
         plain = prepared.plain

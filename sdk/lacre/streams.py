@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
 
-from lacre.errors import InvalidMessage, TruncatedStream, UsageError
+from lacre.audit import AuditProof
+from lacre.errors import InvalidAudit, InvalidMessage, TruncatedStream, UsageError
 from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
 from lacre.reply import TokenUsage, api_error, checked_usage, json_object
@@ -118,6 +119,13 @@ class _Answer:
     def facts(self) -> Facts:
         """What is known of the exchange: the KEM, the sizes, the attempts."""
         return self._deltas.whole.facts
+
+    @property
+    def audit(self) -> AuditProof:
+        """The gateway's proof, verified, that it recorded this request; worth keeping."""
+        if self.facts.audit is None:
+            raise InvalidAudit("the answer came without a proof that it was recorded")
+        return self.facts.audit
 
     @property
     def attempts(self) -> int:

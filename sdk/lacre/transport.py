@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import httpx2
 
-from lacre import errors, problems
+from lacre import audit, errors, problems
 from lacre.inner import Plain
 from lacre.manifest import Manifest
 from lacre.sealing import ORIGIN, Opening, Outer, Refusal, Sealing, Send, Steps, T
@@ -74,11 +74,12 @@ class SealedTransport(httpx2.BaseTransport):
             while True:
                 if isinstance(step, Send):
                     body.close()
-                    request = outer_request(self._outer, step, self._bearer() if step.sealed else None, extensions)
+                    token = self._bearer() if step.sealed else None
+                    request = outer_request(self._outer, step, token, extensions)
                     with _mapped():
                         response = self._outer.send(request, stream=True, follow_redirects=False)
                     body = _Body(response)
-                    step = steps.send(outer_of(response))
+                    step = steps.send(outer_of(response, token))
                 else:
                     with _mapped():
                         data = body.read()
@@ -126,11 +127,12 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
             while True:
                 if isinstance(step, Send):
                     await body.close()
-                    request = outer_request(self._outer, step, await self._bearer() if step.sealed else None, extensions)
+                    token = await self._bearer() if step.sealed else None
+                    request = outer_request(self._outer, step, token, extensions)
                     with _mapped():
                         response = await self._outer.send(request, stream=True, follow_redirects=False)
                     body = _AsyncBody(response)
-                    step = steps.send(outer_of(response))
+                    step = steps.send(outer_of(response, token))
                 else:
                     with _mapped():
                         data = await body.read()
@@ -249,8 +251,16 @@ def _checked(token: str) -> str:
     return token
 
 
-def outer_of(response: httpx2.Response) -> Outer:
-    return Outer(response.status_code, response.headers.get("content-type", ""), _seconds(response.headers.get("retry-after")))
+def outer_of(response: httpx2.Response, token: str | None = None) -> Outer:
+    """token: the one that was sent."""
+    headers = response.headers
+    return Outer(
+        status=response.status_code,
+        content_type=headers.get("content-type", ""),
+        retry_after=_seconds(headers.get("retry-after")),
+        audit=headers.get(audit.HEADER, ""),
+        speaks_for={} if token is None else audit.speaks_for(token),
+    )
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -39,6 +39,7 @@ from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import ResponseSealer, open_request
 from lacre_backend import inside
 from lacre_fabric.grants import Grant
+from parts import audited
 
 OF_AN_ANSWER: Final = (InvalidMessage, InvalidReceipt, ApiError)
 OF_A_PEER: Final = (ProtocolError, VerificationError, RefusedError)
@@ -124,7 +125,8 @@ def answer(step: Send, script: Script) -> tuple[Outer, Iterator[bytes]]:
     if not step.sealed:
         return Outer(200), iter([DOCUMENT if script.number() == 0 else script.text()])
     choice, kind, places = script.number(), script.number() % 5, script.cuts()
-    outer = Outer(STATUSES[choice % 8], MEDIA_TYPES[choice // 8 % 4], None)
+    proof = audited.proof(audited.entry(dict(step.headers), step.body), SIGNER)
+    outer = Outer(STATUSES[choice % 8], MEDIA_TYPES[choice // 8 % 4], None, proof.header())
     content = script.text()
     if kind == RAW:
         return outer, iter(cut(content, places))

@@ -287,9 +287,9 @@ async def test_content_length_that_is_none(length: str, world: World, client: ht
 async def test_audit_that_cannot_be_written(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """No record, no service: not one byte of the answer leaves."""
     await world.gateway.audit.close()
-    assert_problem(await post(world, client), problems.INTERNAL)
-    [failed] = [entry for entry in world.logged() if entry["event"] == "request failed"]
-    assert failed["error"] == "AuditUnavailable"
+    assert_problem(await post(world, client), problems.AUDIT_UNAVAILABLE)
+    assert worker.opened == []  # and no worker works for nobody
+    assert "audit" in world.gateway.missing()
 
 
 FROM_WORKERS = [

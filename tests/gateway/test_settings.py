@@ -16,7 +16,7 @@ gateway = "g1"
 public_url = "https://gateway.example/"
 trust = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 signing_key = "grant.pem"
-audit = "/var/lib/lacre/audit.jsonl"
+audit = "/var/lib/lacre/audit"
 
 [nats]
 url = "nats://127.0.0.1:4222"
@@ -44,7 +44,7 @@ def settings(text: str = TEXT) -> Settings:
 def test_values_and_defaults() -> None:
     found = settings()
     assert found.signing_key == Path("/etc/lacre/grant.pem")  # relative to the file
-    assert found.audit == Path("/var/lib/lacre/audit.jsonl")
+    assert found.audit == Path("/var/lib/lacre/audit")
     assert found.nats.credentials == Path("/etc/lacre/gateway.json")
     assert found.issuers[0].jwks == Path("/etc/lacre/jwks.json")
     assert found.public_url == "https://gateway.example"

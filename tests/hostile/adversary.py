@@ -21,7 +21,7 @@ import httpx2
 import structlog
 
 from hostile.stage import MODEL, POOL, Pieces, Stage
-from lacre import problems
+from lacre import audit, problems
 from lacre.jws import b64u, raw_public_key
 from lacre.wire import bhttp, varint
 from lacre.wire.framing import Deframer
@@ -33,6 +33,7 @@ from lacre_fabric.grants import Grant
 from lacre_fabric.logs import PROCESSORS
 from lacre_fabric.memory import MemoryFabric
 from lacre_fabric.work import Work
+from parts import audited
 
 OUTER = ("pool", "model", "action", "max-tokens", "shape")
 
@@ -154,7 +155,8 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
     """Sits behind the client's connection, with the gateway's key and the fabric in its hands.
 
     Its attack is set up in its attributes. manifest: what it serves. grant: members of the grant that it changes. sealed: what
-    it makes of the sealed request. change: what it makes of the whole sealed answer. respond: what it says instead of relaying.
+    it makes of the sealed request. change: what it makes of the whole sealed answer. respond: what it says instead of
+    relaying. proves: whether it proves that it recorded what was sent.
     """
 
     def __init__(self, stage: Stage, eyes: Eyes, fabric: HostileFabric) -> None:
@@ -168,6 +170,7 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
         self.sealed: Callable[[bytes], bytes] = bytes
         self.change: Change = lambda answer: answer
         self.respond: Respond = lambda _request: None
+        self.proves = True
 
     @property
     def posts(self) -> list[httpx2.Request]:
@@ -184,7 +187,15 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
         bent = self.respond(request)
         if isinstance(bent, Awaitable):
             bent = await bent
-        return bent if bent is not None else await self._relay(request)
+        return self._proved(request, bent if bent is not None else await self._relay(request))
+
+    def _proved(self, request: httpx2.Request, answer: httpx2.Response) -> httpx2.Response:
+        """Its log is its own affair: whatever it did, it can prove that it recorded what was sent."""
+        if answer.status_code == 200 and audit.HEADER not in answer.headers and self.proves:
+            token = request.headers["authorization"].removeprefix("Bearer ")
+            entry = audited.entry(request.headers, request.content, **audit.speaks_for(token))
+            answer.headers[audit.HEADER] = audited.proof(entry, self.stage.keys.gateway).header()
+        return answer
 
     @staticmethod
     def outer(request: httpx2.Request) -> dict[str, str]:

@@ -84,7 +84,7 @@ async def honest(
     await gateway.start(fabric)
     yield gateway
     await gateway.close()
-    eyes.see(gateway.log.getvalue(), gateway.audit.read_bytes())
+    eyes.see(gateway.log.getvalue(), *gateway.entries())
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from lacre.jws import b64u, raw_public_key
 from lacre_fabric.logs import make_log
 from lacre_fabric.memory import MemoryFabric
 from lacre_gateway.app import create_app
+from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.settings import parse
 from lacre_gateway.state import Gateway, build
 from parts.gateway import AUDIENCE, ISSUER, Issuer
@@ -25,7 +26,7 @@ class HonestGateway:
     def __init__(self, folder: Path, keys: Keys, issuer: Issuer, fetch: Callable[[], Awaitable[bytes | None]]) -> None:
         (folder / "jwks.json").write_text(json.dumps(issuer.jwks()))
         self.log = io.StringIO()
-        self.audit = folder / "audit.jsonl"
+        self.audit = folder / "audit"
         self.token = issuer.token()
         settings = parse(_settings(keys), folder / "gateway.toml")
         self.gateway: Gateway = build(settings, keys.gateway, make_log(self.log), fetch)
@@ -35,6 +36,10 @@ class HonestGateway:
         self.gateway.fabric = fabric.gateway()
         await self.gateway.feed.refresh()
 
+    def entries(self) -> list[bytes]:
+        """What is in its audit log."""
+        return list(LogReader(self.audit).entries())
+
     async def close(self) -> None:
         await self.gateway.close()
 
@@ -42,7 +47,7 @@ class HonestGateway:
         """The outcomes in its audit record, once there are so many."""
         async with asyncio.timeout(10):
             while True:
-                entries = [json.loads(line) for line in self.audit.read_text().splitlines()]
+                entries = [json.loads(entry) for entry in self.entries()]
                 ended = [entry for entry in entries if entry["kind"] == "outcome"]
                 if len(ended) >= number:
                     return ended
@@ -55,7 +60,7 @@ def _settings(keys: Keys) -> str:
         public_url = "http://127.0.0.1:8321"
         trust = "{b64u(raw_public_key(keys.root))}"
         signing_key = "grant.key"
-        audit = "audit.jsonl"
+        audit = "audit"
         [nats]
         url = "nats://127.0.0.1:4222"
         credentials = "gateway.creds"

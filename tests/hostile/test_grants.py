@@ -19,7 +19,7 @@ from hostile.callers import Caller
 from hostile.honest import HonestGateway
 from hostile.stage import MODEL, OTHER_MODEL, OTHER_POOL, Stage
 from lacre import ApiError, problems
-from lacre.errors import InvalidSignature
+from lacre.errors import InvalidAudit, InvalidSignature
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document
 from lacre.signing import sign_manifest
@@ -306,9 +306,8 @@ async def test_features(stage: Stage, caller: Caller, gateway: GatewayOwner) -> 
 @attack(
     "change an outer header on its way to an honest gateway",
     by="gateway",
-    refused=ApiError,
-    code="grant_mismatch",
-    defence=INSIDE,
+    refused=InvalidAudit,
+    defence="the gateway's proof names what it was asked; behind that, the inside repeats it, and no app is called",
 )
 @pytest.mark.parametrize(
     ("header", "value"),

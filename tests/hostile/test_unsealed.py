@@ -23,6 +23,7 @@ from lacre.jws import raw_public_key
 from lacre.transport import TimedOut
 from lacre.trust import ConnectionString
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from parts import audited
 
 FORGED = json.dumps(
     {
@@ -213,7 +214,11 @@ async def server(stage: Stage, answer: bytes) -> AsyncIterator[str]:
                 b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(stage.bucket) + stage.bucket
             )
         else:
-            writer.write(answer)
+            lines = head.decode().split("\r\n")[1:-2]
+            headers = httpx2.Headers([tuple(line.split(": ", 1)) for line in lines])
+            sent = audited.entry(headers, await reader.readexactly(int(headers["content-length"])))
+            proof = f"Lacre-Audit: {audited.proof(sent, stage.keys.gateway).header()}\r\n\r\n".encode()
+            writer.write(answer.replace(b"\r\n\r\n", b"\r\n" + proof, 1))
             await writer.drain()
             await over.wait()
         writer.close()

@@ -34,6 +34,7 @@ from lacre_fabric.grants import Grant
 from lacre_fabric.logs import make_log
 from lacre_fabric.memory import MemoryDelivery, MemoryFabric
 from lacre_gateway.app import create_app
+from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.settings import parse
 from lacre_gateway.state import Gateway, build
 
@@ -181,7 +182,7 @@ class World:
             public_url = "http://127.0.0.1:8321"
             trust = "{b64u(raw_public_key(self.root))}"
             signing_key = "grant.key"
-            audit = "audit.jsonl"
+            audit = "audit"
             {settings}
             [nats]
             url = "nats://127.0.0.1:4222"
@@ -244,14 +245,17 @@ class World:
             await worker.fabric.close()
 
     async def trail(self, requests: int = 1) -> list[dict[str, Any]]:
-        """The audit record of so many requests, read back from the disk."""
+        """The intents and outcomes of so many requests, read back from the audit log on the disk."""
+        entries: list[dict[str, Any]] = []
         for _ in range(200):
-            text = (self.folder / "audit.jsonl").read_text()
-            entries = [json.loads(line) for line in text.splitlines()]
+            entries = [entry for entry in self.entries() if entry["kind"] in ("intent", "outcome")]
             if len(entries) >= 2 * requests:
                 return entries
             await asyncio.sleep(0.01)
-        raise AssertionError(f"fewer entries than intents and outcomes of {requests} requests: {text}")
+        raise AssertionError(f"fewer entries than intents and outcomes of {requests} requests: {entries}")
+
+    def entries(self) -> list[dict[str, Any]]:
+        return [json.loads(entry) for entry in LogReader(self.folder / "audit").entries()]
 
     def logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]

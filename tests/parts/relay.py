@@ -1,7 +1,7 @@
 """A gateway and a worker in one process, for the SDK's tests: it really opens and seals, and serves a real signed manifest.
 
 A test bends what passes through it: `tamper` the sealed request, `bend` the sealed answer's pieces, `respond` all of it; and
-what the worker says: `receipts`.
+what the worker says: `receipts`, and what the gateway proves: `audit`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import httpx2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import asgi
+from lacre import asgi, audit
+from lacre.audit import AuditProof
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
 from lacre.padding import SHAPES, shape_named
@@ -23,6 +24,7 @@ from lacre.signing import sign_manifest, sign_statement
 from lacre.trust import ConnectionString
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import PrivateKey
+from parts import audited
 
 
 @dataclass
@@ -39,11 +41,13 @@ class Relay:
     root: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     signer: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     receipt_key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    gateway_key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     requests: list[httpx2.Request] = field(default_factory=list)
     opened: list[asgi.Opened] = field(default_factory=list)
     tamper: Callable[[bytes], bytes] = bytes
     bend: Callable[[list[bytes]], list[bytes]] = list
     receipts: Callable[[Receipt], list[Receipt]] = lambda receipt: [receipt]
+    audit: Callable[[AuditProof], AuditProof | None] = lambda proof: proof
     respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
 
     def __post_init__(self) -> None:
@@ -58,7 +62,7 @@ class Relay:
         now = self.clock()
         receipt_key = raw_public_key(self.receipt_key)
         pool = Pool((self.model,), (PoolKey(self.key.config, now + self.lifetime),), receipt_key, self.shapes)
-        return Manifest("test", self.version, now, now + self.lifetime, bytes(32), {"default": pool})
+        return Manifest("test", self.version, now, now + self.lifetime, raw_public_key(self.gateway_key), {"default": pool})
 
     def document(self) -> bytes:
         """What `GET /v1/manifest` serves; the same bytes for as long as the version stays the same."""
@@ -83,7 +87,9 @@ class Relay:
         shape = shape_named(opened.headers("lacre-shape")[0])
         answer = asgi.answer(self.app, opened, call, shape=shape, trailers=lambda: self._trailers(opened, call.usage))
         chunks = [chunk async for chunk in answer]
-        return httpx2.Response(200, headers={"content-type": MEDIA_TYPE_RESPONSE}, stream=Stream(self.bend(chunks)))
+        proved = self.audit(audited.proof(audited.entry(request.headers, request.content), self.gateway_key))
+        headers = {"content-type": MEDIA_TYPE_RESPONSE, **({} if proved is None else {audit.HEADER: proved.header()})}
+        return httpx2.Response(200, headers=headers, stream=Stream(self.bend(chunks)))
 
     def _trailers(self, opened: asgi.Opened, used: asgi.Usage) -> list[tuple[str, str]]:
         now = self.clock()

@@ -18,10 +18,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import lacre
 from lacre import problems
 from lacre.inner import Plain
-from lacre.sealing import Outer, Read, Sealing, Send
+from lacre.sealing import Read, Sealing, Send
+from lacre.transport import outer_of
 from lacre.trust import ConnectionString
 from lacre_fabric import tokens
 from lacre_fabric.keyfiles import read_ed25519
+from parts import audited
 from parts.up import Up
 
 CHAT = b'{"model":"smollm2-135m","messages":[{"role":"user","content":"Hi."}],"max_tokens":4}'
@@ -40,6 +42,7 @@ class Hand:
         self.sealing = Sealing(ConnectionString.parse(up.url).root, lacre.VersionMemory())
         self.gateway = gateway
         self.token = up.token
+        self.gateway_key = read_ed25519(up.state / "gateway" / "grant.pem")
 
     def seal(self, content: bytes = CHAT, path: str = "/v1/chat/completions") -> Send:
         steps = self.sealing.exchange(Plain("POST", path, [("content-type", "application/json")], content))
@@ -47,17 +50,21 @@ class Hand:
         while not (isinstance(step, Send) and step.sealed):
             assert isinstance(step, Send)
             response = self.gateway.request(step.method, step.path)
-            step = steps.send(Outer(response.status_code, response.headers["content-type"]))
+            step = steps.send(outer_of(response))
             assert isinstance(step, Read)
             step = steps.send(response.content)
             if isinstance(step, Read):
                 step = steps.send(None)
-        self.steps = steps
+        self.steps, self.step = steps, step
         return step
 
     def open(self, response: httpx2.Response) -> tuple[int, bytes]:
-        """The status and body inside the sealed answer to what was sealed last."""
-        self.steps.send(Outer(response.status_code, response.headers["content-type"]))
+        """The status and body inside the sealed answer to what was sealed last.
+
+        Whatever the gateway did with it, it proves that it recorded what was sent: it holds the key.
+        """
+        proof = audited.proof(audited.entry(dict(self.step.headers), self.step.body), self.gateway_key)
+        self.steps.send(dataclasses.replace(outer_of(response), audit=proof.header()))
         with pytest.raises(StopIteration) as done:
             for data in (response.content, None):  # a short answer is all in its final chunk
                 self.steps.send(data)

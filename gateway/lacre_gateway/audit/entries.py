@@ -1,0 +1,174 @@
+"""What an entry of the audit log says.
+
+Rules:
+- An entry holds the fields of its dataclass and no other. There is no field for content, a token or an exception's text.
+- A request has an *intent* before it is served, and one *outcome* whichever way it ends. Request ids are random.
+- An intent travels to the client in a header, so it is bounded. Where a caller's groups and scopes, and the policies that
+  decided, make it too long, they stand in an *annex* right before it, which it names by digest.
+- Text is UTF-8 JSON; names are printable by what `auth` lets through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Final, Literal
+
+from lacre.audit import MAX_INTENT
+from lacre.errors import InvalidMessage, LacreError
+
+_MAX_LISTS: Final = 1024  # bytes of groups, scopes and policies that an intent carries itself
+MAX_ENTRY: Final = 0xFFFF  # C2SP tlog-tiles: an entry's length is two bytes in its bundle
+
+
+class EntryTooLarge(LacreError):
+    """An intent that no header could carry: names in the settings or the token are absurdly long. Nothing was recorded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """What is about to be done, and for whom.
+
+    time: seconds since the epoch. jti: hex SHA-256 of the token's id. enc: base64url SHA-256 of `hdr ‖ enc`. policies: the ids
+    of those that decided. policy_set, entities: hex SHA-256 of what they were decided with. reserved_*: what was charged to the
+    caller's limits at admission, in tokens; none for a denial. annex: hex SHA-256 of the annex entry, where there is one.
+    """
+
+    kind: ClassVar[str] = "intent"
+
+    request_id: str
+    time: float
+    subject: str
+    tenant: str
+    issuer: str
+    jti: str | None
+    address: str
+    pool: str
+    model: str
+    action: str
+    shape: str
+    kem: str
+    max_tokens: int
+    sealed_bytes: int
+    enc: str
+    groups: tuple[str, ...]
+    scopes: tuple[str, ...]
+    plan: str | None
+    decision: Literal["allow", "deny"]
+    policies: tuple[str, ...]
+    policy_set: str
+    entities: str
+    reserved_prompt_tokens: int | None
+    reserved_tokens: int | None
+    annex: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annex:
+    """The lists of an intent that are too long for a header."""
+
+    kind: ClassVar[str] = "annex"
+
+    request_id: str
+    groups: tuple[str, ...]
+    scopes: tuple[str, ...]
+    policies: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How it ended. duration: seconds. Tokens are those of the receipt that settled it, `receipt` its hex SHA-256; None without
+    one. refused_receipt: why the newest receipt was not that one.
+    """  # fmt: skip
+
+    kind: ClassVar[str] = "outcome"
+
+    request_id: str
+    time: float
+    outcome: str
+    status: int | None
+    unreceipted: bool
+    receipt: str | None
+    refused_receipt: str | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int | None
+    duration: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that is no request: a start, a stop, a recovery, an admin's action, a reload.
+
+    actor: who did it; None for the process itself. target: what it was done to. count: how many of what the event names.
+    """
+
+    kind: ClassVar[str] = "event"
+
+    time: float
+    event: str
+    actor: str | None = None
+    target: str | None = None
+    policy_set: str | None = None
+    count: int | None = None
+
+
+Entry = Intent | Annex | Outcome | Event
+STARTED: Final = "started"  # count: the intents that were given the outcome `interrupted`
+RECOVERED: Final = "recovered"  # count: the bytes of an unfinished commit that were cut off
+RESUMED: Final = "resumed"  # count: the requests refused while the log could not be written
+STOPPED: Final = "stopped"
+INTERRUPTED: Final = "interrupted"
+
+
+def _form(kind: type[Entry]) -> tuple[frozenset[str], frozenset[str]]:
+    """The members that an entry must have, and those that it may have."""
+    required = {"kind", *(field.name for field in fields(kind) if field.default is MISSING)}
+    return frozenset(required), frozenset({"kind", *(field.name for field in fields(kind))})
+
+
+_FORMS: Final = {kind.kind: _form(kind) for kind in (Intent, Annex, Outcome, Event)}
+_NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in (Intent, Annex, Outcome, Event)}
+
+
+def encode(entry: Entry) -> tuple[bytes, ...]:
+    """The entry as the log holds it; of an intent with an annex, the annex first. Raises EntryTooLarge."""
+    members = _members(entry)
+    if not isinstance(entry, Intent):
+        return (_bounded(_json(members), MAX_ENTRY),)
+    lists = {name: members[name] for name in ("groups", "scopes", "policies")}
+    if sum(map(len, map(_json, lists.values()))) <= _MAX_LISTS:
+        return (_bounded(_json(members), MAX_INTENT),)
+    annex = _bounded(_json({"kind": Annex.kind, "request_id": entry.request_id, **lists}), MAX_ENTRY)
+    digest = hashlib.sha256(annex).hexdigest()
+    return annex, _bounded(_json({**members, **dict.fromkeys(lists, ()), "annex": digest}), MAX_INTENT)
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """The members of an entry, which are those of its kind and no others. Raises InvalidMessage."""
+    try:
+        members = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidMessage("it is not JSON") from exc
+    if not isinstance(members, dict) or not isinstance(members.get("kind"), str) or members["kind"] not in _FORMS:
+        raise InvalidMessage("it is of no known kind")
+    required, allowed = _FORMS[members["kind"]]
+    if not required <= members.keys() <= allowed:
+        raise InvalidMessage(f"its fields are not those of an {members['kind']}")
+    return members
+
+
+def _members(entry: Entry) -> dict[str, Any]:
+    return {"kind": entry.kind, **{name: getattr(entry, name) for name in _NAMES[type(entry)]}}
+
+
+def _json(value: object) -> bytes:
+    # `surrogatepass` would write what nobody can read back: names with lone surrogates do not come this far.
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _bounded(data: bytes, limit: int) -> bytes:
+    if len(data) > limit:
+        raise EntryTooLarge(f"an audit entry of {len(data)} bytes; at most {limit} can be recorded")
+    return data

@@ -1,0 +1,122 @@
+"""The journal: the entries and the signed checkpoint of each group commit since the tiles were written last.
+
+    commit = entries length(4) ‖ note length(4) ‖ entries, as in a bundle ‖ note
+
+While tiles are being written, the commits that they will hold stand in `journal.old`, and new ones in `journal`.
+
+Rules:
+- A commit is appended in one go and synced; until it is, nobody is told of it.
+- After a failed write the file is cut back to its last whole commit.
+- What a crash leaves of a commit is at the end of the file: cut short, or with zeros where blocks were never written. Whatever
+  else is wrong was not a crash, and is for people to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lacre.checkpoints import MAX_NOTE
+from lacre.errors import InvalidMessage
+from lacre_gateway.audit.tiles import decode_bundle, encode_bundle, sync_folder, write_all
+
+NAME: Final = "journal"
+OLD: Final = "journal.old"
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+_HEAD_BYTES: Final = 8
+MAX_GROUP: Final = 512  # entries of one commit
+_HOLE: Final = bytes(16)  # neither JSON nor the lengths around it have as many zeros in a row
+_SIGNATURE: Final = re.compile("\n\n— [!-~]+ [A-Za-z0-9+/=]{92}\n".encode())  # ends every commit, so none is behind a crash
+_MAX_ENTRIES: Final = 2 * MAX_GROUP * (2 + 0xFFFF)  # bytes; more is not a length but garbage
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """end: the offset in the file behind it."""
+
+    entries: list[bytes]
+    note: bytes
+    end: int
+
+
+def commits(data: bytes) -> Iterator[Commit]:
+    """The commits in order, up to the end or to what a crash left there. Raises InvalidMessage for anything else."""
+    at = 0
+    while (commit := _commit(data, at)) is not None:
+        yield commit
+        at = commit.end
+    if _SIGNATURE.search(data, at):
+        raise InvalidMessage("a commit that is not whole, and another behind it")
+
+
+def whole(data: bytes) -> int:
+    """The bytes of the whole commits. Raises InvalidMessage."""
+    return max((commit.end for commit in commits(data)), default=0)
+
+
+def _commit(data: bytes, at: int) -> Commit | None:
+    """None at the end, and where the commit is not whole."""
+    head = data[at : at + _HEAD_BYTES]
+    entries, note = int.from_bytes(head[:4]), int.from_bytes(head[4:])
+    middle, end = at + _HEAD_BYTES + entries, at + _HEAD_BYTES + entries + note
+    if len(head) < _HEAD_BYTES or end > len(data) or _HOLE in data[at + _HEAD_BYTES : end] or not any(head):
+        return None
+    if entries > _MAX_ENTRIES or not 0 < note <= MAX_NOTE:
+        raise InvalidMessage("a length that no commit has")
+    return Commit(decode_bundle(data[at + _HEAD_BYTES : middle]), data[middle:end], end)
+
+
+class Journal:
+    """The open file, for the one who writes. Methods raise OSError."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """size: of the whole commits in it; what is behind them is cut off."""
+        self._folder = folder
+        self._file = os.open(folder / NAME, _FLAGS, 0o600)
+        self._torn = False
+        self.cut(size)
+
+    def begin_anew(self) -> None:
+        """Puts what is in it aside, in `journal.old`; where there already is one, nothing happens."""
+        if self._torn or (self._folder / OLD).exists():
+            return
+        fresh = self._folder / f".{NAME}.new"
+        file = os.open(fresh, _FLAGS | os.O_TRUNC, 0o600)  # first, for it may fail; nothing has changed then
+        (self._folder / NAME).rename(self._folder / OLD)
+        fresh.rename(self._folder / NAME)
+        os.close(self._file)
+        self._file, self._size = file, 0
+        sync_folder(self._folder)
+
+    def drop_old(self) -> None:
+        """What was put aside is in the tiles."""
+        (self._folder / OLD).unlink(missing_ok=True)
+
+    def cut(self, size: int) -> None:
+        """To its first `size` bytes."""
+        os.ftruncate(self._file, size)
+        os.fdatasync(self._file)
+        self._size, self._torn = size, False
+
+    def append(self, entries: Sequence[bytes], note: bytes) -> None:
+        """Where it fails, the commit is not in the file, or is cut off before the next one is written."""
+        bundle = encode_bundle(entries)
+        data = len(bundle).to_bytes(4) + len(note).to_bytes(4) + bundle + note
+        if self._torn:
+            self.cut(self._size)
+        try:
+            os.lseek(self._file, self._size, os.SEEK_SET)
+            write_all(self._file, data)
+            os.fdatasync(self._file)
+        except OSError:
+            self._torn = True  # for where cutting fails too
+            self.cut(self._size)
+            raise
+        self._size += len(data)
+
+    def close(self) -> None:
+        os.close(self._file)

@@ -1,0 +1,318 @@
+"""The audit log as the gateway calls it: entries go in, and come back with their place in the tree when they are durable.
+
+Rules:
+- One thread commits. It takes all entries that wait, commits them together (one sync, one signature), and only then says so.
+  The event loop never waits for a disk, and a commit never for tiles, which a second thread writes.
+- Whoever is about to serve waits for the intent. An outcome waits for nobody: it may share the next request's commit.
+- When the log cannot be written, intents fail, and outcomes of recorded intents are kept until it can. The thread tries again
+  by itself, so that service returns without a restart.
+- What an earlier process left unfinished is finished first: intents without an outcome get `interrupted`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.audit import AuditProof
+from lacre.errors import LacreError, SettingsError
+from lacre.jws import raw_public_key
+from lacre_fabric.logs import Log
+from lacre_gateway.audit import entries as kinds
+from lacre_gateway.audit.entries import Entry, Event, Intent, Outcome, encode, parse
+from lacre_gateway.audit.journal import MAX_GROUP
+from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.audit.store import Committed, Publication, Store
+
+_LINGER: Final = 0.02  # seconds that outcomes, for which nobody waits, may wait for company
+_RETRY: Final = 1.0  # seconds between attempts to publish
+_IDLE: Final = 1.0  # seconds without an entry, after which the tiles are brought up to date, or a failed write is tried again
+_PUBLISH_AFTER: Final = 1024  # entries; the journal stays small, and a restart quick
+_MAX_WAITING: Final = MAX_GROUP // 2  # of one commit: each may bring an annex
+_OWN: Final = frozenset({kinds.RESUMED, kinds.STOPPED})  # written anew at each attempt
+
+
+class AuditUnavailable(LacreError):
+    """The entry could not be recorded: no space, or the file is gone. Without a record nothing is served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Where an entry stands; the proof is made when it is asked for."""
+
+    committed: Committed
+    number: int
+
+    def proof(self) -> AuditProof:
+        return self.committed.proof(self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    entry: Entry
+    data: tuple[bytes, ...]
+    recorded: asyncio.Future[Recorded] | None
+
+
+_Answer = tuple["asyncio.Future[Recorded] | None", "Recorded | AuditUnavailable"]
+
+
+class AuditLog:
+    """An open log. Made and used on the event loop; closed by `close`, which writes what still waits.
+
+    writable: whether the last attempt to write succeeded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: Ed25519PrivateKey,
+        origin: str,
+        *,
+        log: Log,
+        policy_set: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Raises SettingsError where the log cannot be opened, or does not hold. origin: of a log that is new."""
+        self._store = Store(folder, key, origin)
+        self._log = log
+        self._clock = clock
+        self._policy_set = policy_set
+        self._open: dict[str, None] = {}
+        self._owed: list[_Waiting] = []
+        self._refused = 0
+        self._publish_at = 0.0
+        self._publishing: Future[Publication] | None = None
+        self._tiles = ThreadPoolExecutor(1, "audit-tiles")
+        self.writable = True
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._resume(folder, key)
+        except (OSError, LacreError) as exc:
+            self._store.close()
+            reason = exc.strerror if isinstance(exc, OSError) else exc
+            raise SettingsError(
+                f"audit: the log in {folder} cannot be written ({reason}): free space, or name another"
+            ) from exc
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def append(self, entry: Entry) -> asyncio.Future[Recorded]:
+        """The future is done when the entry is durable; it fails with AuditUnavailable. It need not be awaited.
+
+        Raises EntryTooLarge.
+        """
+        recorded: asyncio.Future[Recorded] = self._loop.create_future()
+        recorded.add_done_callback(_retrieved)
+        waiting = _Waiting(entry, encode(entry), recorded)
+        if self._thread.is_alive():
+            self._queue.put(waiting)
+        else:
+            recorded.set_exception(AuditUnavailable("the audit log is closed"))
+        return recorded
+
+    async def close(self) -> None:
+        """Waits until every entry so far is durable, and the tiles are up to date."""
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _resume(self, folder: Path, key: Ed25519PrivateKey) -> None:
+        """Finishes what the last process left, and begins."""
+        now = round(self._clock(), 3)
+        opening: list[Entry] = []
+        if self._store.torn:
+            opening.append(Event(time=now, event=kinds.RECOVERED, count=self._store.torn))
+        left = list(self._left_open(folder, key)) if self._store.size else []
+        opening += [
+            Outcome(
+                request_id=name, time=now, outcome=kinds.INTERRUPTED, status=None, unreceipted=True, receipt=None,
+                refused_receipt=None, prompt_tokens=None, cached_tokens=None, completion_tokens=None, duration=None,
+            ) for name in left
+        ]  # fmt: skip
+        opening.append(Event(time=now, event=kinds.STARTED, policy_set=self._policy_set, count=len(left)))
+        encoded = [encode(entry)[0] for entry in opening]
+        for at in range(0, len(encoded), MAX_GROUP):
+            self._store.commit(encoded[at : at + MAX_GROUP])
+        self._store.published(self._store.publication(()).write())
+
+    def _left_open(self, folder: Path, key: Ed25519PrivateKey) -> Iterator[str]:
+        """The requests whose intents have no outcome, from where they were written down last."""
+        size, names = self._store.still_open()
+        left = dict.fromkeys(names)
+        for data in LogReader(folder, raw_public_key(key)).entries(size):
+            members = parse(data)
+            if members["kind"] == Intent.kind:
+                left[members["request_id"]] = None
+            elif members["kind"] == Outcome.kind:
+                left.pop(members["request_id"], None)
+        return iter(left)
+
+    def _run(self) -> None:
+        try:
+            closing = False
+            while not closing:
+                group, closing = self._next_group()
+                self._record(group)
+                self._publish(idle=not group)
+            self._record([self._own(Event(time=self._now(), event=kinds.STOPPED))])
+            self._publish(idle=True, wait=True)
+        finally:
+            self.writable = False
+            self._tiles.shutdown()
+            self._store.close()
+            self._refuse_rest()
+
+    def _next_group(self) -> tuple[list[_Waiting], bool]:
+        """All that waits, up to a limit; nothing after a time; and whether the end was asked for."""
+        group: list[_Waiting] = []
+        timeout = None if self.writable and not self._store.unpublished else _IDLE
+        until, hurry = 0.0, False
+        with contextlib.suppress(queue.Empty):
+            while len(group) < _MAX_WAITING:
+                item = self._queue.get(timeout=timeout)
+                if item is None:
+                    return group, True
+                group.append(item)
+                hurry = hurry or not isinstance(item.entry, Outcome)
+                until = until or time.monotonic() + _LINGER
+                timeout = 0.0 if hurry else max(0.0, until - time.monotonic())
+        return group, False
+
+    def _record(self, group: Sequence[_Waiting]) -> None:
+        """Commits the group, and what is owed from before; tells everybody how it went."""
+        if not self.writable:
+            group = [self._own(Event(time=self._now(), event=kinds.RESUMED, count=self._refused)), *self._owed, *group]
+        batch, unfounded = self._founded(group)
+        self._answer(unfounded, AuditUnavailable("the intent of this outcome was not recorded"))
+        if not batch:
+            return
+        try:
+            committed = self._store.commit([data for waiting in batch for data in waiting.data])
+        except OSError as exc:
+            self._failed(batch, exc)
+        except BaseException:
+            self._answer(batch, AuditUnavailable("the audit log has failed"))
+            raise
+        else:
+            self._succeeded(batch, committed)
+
+    def _founded(self, group: Sequence[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:
+        """Those that may be recorded, and the outcomes of intents that were not."""
+        fresh: set[str] = set()
+        batch: list[_Waiting] = []
+        unfounded: list[_Waiting] = []
+        for waiting in group:
+            entry = waiting.entry
+            if isinstance(entry, Intent):
+                fresh.add(entry.request_id)
+            if isinstance(entry, Outcome) and entry.request_id not in self._open and entry.request_id not in fresh:
+                unfounded.append(waiting)
+            else:
+                batch.append(waiting)
+        return batch, unfounded
+
+    def _succeeded(self, batch: Sequence[_Waiting], committed: Committed) -> None:
+        if not self.writable:
+            self._log.info("audit log written again")
+        self.writable, self._owed, self._refused = True, [], 0
+        answers: list[_Answer] = []
+        number = -1
+        for waiting in batch:
+            number += len(waiting.data)  # an annex comes first
+            answers.append((waiting.recorded, Recorded(committed, number)))
+            if isinstance(waiting.entry, Intent):
+                self._open[waiting.entry.request_id] = None
+            elif isinstance(waiting.entry, Outcome):
+                self._open.pop(waiting.entry.request_id, None)
+        self._tell(answers)
+
+    def _failed(self, batch: Sequence[_Waiting], error: OSError) -> None:
+        """Intents are refused; what is owed to intents that stand is kept."""
+        if self.writable:
+            self._log.error("audit log cannot be written", reason=error.strerror)
+        self.writable = False
+        refused = [waiting for waiting in batch if isinstance(waiting.entry, Intent)]
+        self._refused += len(refused)
+        self._owed = [
+            waiting for waiting in batch
+            if (isinstance(waiting.entry, Outcome) and waiting.entry.request_id in self._open)
+            or (isinstance(waiting.entry, Event) and waiting.entry.event not in _OWN)
+        ]  # fmt: skip
+        kept = set(map(id, self._owed))
+        self._answer(
+            [waiting for waiting in batch if id(waiting) not in kept],
+            AuditUnavailable(f"the audit log cannot be written: {error.strerror}"),
+        )
+
+    def _publish(self, *, idle: bool, wait: bool = False) -> None:
+        """Has the tiles written, beside the commits. A failure harms nothing: the journal has everything until it succeeds."""
+        if self._publishing is not None and (wait or self._publishing.done()):
+            self._finish(self._publishing)
+        due = self._store.unpublished > 0 if idle else self._store.unpublished >= _PUBLISH_AFTER
+        if self._publishing is None and due and (wait or time.monotonic() >= self._publish_at):
+            try:
+                publication = self._store.publication(self._open)
+            except OSError as exc:
+                self._not_published(exc)
+                return
+            self._publishing = self._tiles.submit(publication.write)
+            if wait:
+                self._finish(self._publishing)
+
+    def _finish(self, publishing: Future[Publication]) -> None:
+        self._publishing = None
+        try:
+            self._store.published(publishing.result())
+        except OSError as exc:
+            self._not_published(exc)
+
+    def _not_published(self, error: OSError) -> None:
+        self._log.warning("audit tiles cannot be written", reason=error.strerror)
+        self._publish_at = time.monotonic() + _RETRY
+
+    def _refuse_rest(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (waiting := self._queue.get_nowait()) is not None:
+                    self._answer([waiting], AuditUnavailable("the audit log is closed"))
+
+    def _own(self, event: Event) -> _Waiting:
+        """Something of the log's own that nobody waits for."""
+        return _Waiting(event, encode(event), None)
+
+    def _now(self) -> float:
+        return round(self._clock(), 3)
+
+    def _answer(self, group: Sequence[_Waiting], error: AuditUnavailable) -> None:
+        self._tell([(waiting.recorded, error) for waiting in group])
+
+    def _tell(self, answers: Sequence[_Answer]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(_settle, answers)
+
+
+def _settle(answers: Sequence[_Answer]) -> None:
+    for recorded, answer in answers:
+        if recorded is None or recorded.done():  # its waiter was cancelled
+            continue
+        if isinstance(answer, Recorded):
+            recorded.set_result(answer)
+        else:
+            recorded.set_exception(answer)
+
+
+def _retrieved(recorded: asyncio.Future[Recorded]) -> None:
+    """An outcome that nobody waits for must not warn when it is collected."""
+    if not recorded.cancelled():
+        recorded.exception()

@@ -1,0 +1,253 @@
+"""An audit log on disk, for the one who writes it: recovery, group commits, and the publication of tiles.
+
+    key                     the verifier key, for tools
+    checkpoint, tile/…      C2SP tlog-tiles, as of the last publication
+    journal, journal.old    the commits since
+    checkpoints             one published checkpoint for each 256 entries or more, the oldest first
+    open                    the request ids whose intents had no outcome at a size of the log; saves reading it from the start
+    lock                    held by the process that writes
+
+Rules:
+- A commit is in the journal, synced and signed before anybody is told of it. Publication moves what is in the journal into
+  tiles, and begins the journal anew only when they, and the checkpoint over them, are synced.
+- A log has one origin and one key for ever, and one writer at a time. What does not hold is never written on to.
+- Files are 0600 and folders 0700.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre import checkpoints, merkle
+from lacre.audit import AuditProof
+from lacre.checkpoints import Checkpoint
+from lacre.errors import LacreError, SettingsError
+from lacre.jws import raw_public_key
+from lacre_gateway.audit import tiles
+from lacre_gateway.audit.journal import Journal
+from lacre_gateway.audit.reader import CHECKPOINT, KEY, Loaded, Snapshot, Wrong, load
+
+HISTORY: Final = "checkpoints"
+OPEN: Final = "open"
+LOCK: Final = "lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A group commit. first: the index of its first entry. nodes: of the tree, as many as its entries' proofs need."""
+
+    entries: Sequence[bytes]
+    first: int
+    note: bytes
+    nodes: dict[tuple[int, int], bytes]
+
+    def proof(self, number: int) -> AuditProof:
+        """Of the commit's entry of this number."""
+        index, size = self.first + number, self.first + len(self.entries)
+        path = merkle.inclusion_proof(index, size, lambda height, place: self.nodes[height, place])
+        return AuditProof(self.entries[number], index, path, self.note)
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """The tiles, and the checkpoint over them, that are to be written. noted: whether the history gets the checkpoint too."""
+
+    folder: Path
+    size: int
+    files: tuple[tuple[str, bytes], ...]
+    state: bytes
+    note: bytes
+    noted: bool
+
+    def write(self) -> Publication:
+        """In any thread. Raises OSError; then it can be made and written anew."""
+        tiles.write_files(self.folder, self.files)
+        tiles.write_files(self.folder, [(OPEN, self.state), (CHECKPOINT, self.note)])
+        if self.noted:
+            _append(self.folder / HISTORY, self.note)
+        return self
+
+
+class Store:
+    """Not thread-safe. Methods raise OSError; the log on disk holds then too, and what was committed stays so."""
+
+    def __init__(self, folder: Path, key: Ed25519PrivateKey, origin: str) -> None:
+        """Opens or makes the log; `origin` is for a new one. Raises SettingsError."""
+        self._folder = folder
+        self._key = key
+        self._public = raw_public_key(key)
+        try:
+            self._lock = _locked(folder)
+        except OSError as exc:
+            raise SettingsError(f"audit: cannot write in {folder} ({exc.strerror}): name a folder of this user's own") from exc
+        try:
+            self._open(origin)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _open(self, origin: str) -> None:
+        try:
+            snapshot = Snapshot.take(self._folder)
+            loaded = self._load(snapshot)
+            self._edge, self._note, self.torn = loaded.edge, loaded.note or b"", loaded.torn
+            self._published = snapshot.size
+            self.origin = checkpoints.parse(loaded.note).origin if loaded.note else origin
+            self._identity = checkpoints.key_id(self.origin, self._public)
+            self._noted = _last_noted(self._folder / HISTORY)
+            self._partials = set(snapshot.files)
+            if not loaded.note:
+                verifier = checkpoints.verifier_key(self.origin, self._public) + "\n"
+                tiles.write_files(self._folder, [(KEY, verifier.encode())])
+            self._journal = Journal(self._folder, loaded.whole)
+        except OSError as exc:
+            raise SettingsError(f"audit: cannot write in {self._folder} ({exc.strerror})") from exc
+
+    def _load(self, snapshot: Snapshot) -> Loaded:
+        try:
+            loaded = load(snapshot, self._public)
+            if loaded.note is None and (self._folder / "tile").exists() and not snapshot.commits:
+                raise Wrong(CHECKPOINT, "it is missing")
+        except Wrong as exc:
+            raise SettingsError(
+                f"audit: the log in {self._folder} does not hold, or is by another key ({exc}): keep it for whoever audits, "
+                "and name a new folder"
+            ) from exc
+        return loaded
+
+    @property
+    def size(self) -> int:
+        return self._edge.size
+
+    @property
+    def unpublished(self) -> int:
+        """Entries that are in the journal and in no tile yet."""
+        return self._edge.size - self._published
+
+    def commit(self, entries: Sequence[bytes]) -> Committed:
+        """Durable and signed on return. Raises OSError; then none of the entries is in the log."""
+        mark, first = self._edge.mark(), self._edge.size
+        nodes = {(height, index): node for height, index, node in self._edge.nodes()}
+        for entry in entries:
+            nodes.update(((height, index), node) for height, index, node in self._edge.append(entry))
+        note = Checkpoint(self.origin, self._edge.size, self._edge.root()).sign(self._key, self._identity)
+        try:
+            self._journal.append(entries, note)
+        except OSError:
+            self._edge.reset(mark)
+            raise
+        self._note = note
+        return Committed(entries, first, note, nodes)
+
+    def publication(self, open_requests: Collection[str]) -> Publication:
+        """What is to be written for the log as it is now; after at least one commit. One at a time. Raises OSError."""
+        self._journal.begin_anew()
+        size = self._edge.size
+        state = json.dumps({"size": size, "open": list(open_requests)}).encode()
+        noted = size // tiles.WIDTH > self._noted // tiles.WIDTH
+        return Publication(self._folder, size, tuple(self._tiles()), state, self._note, noted)
+
+    def published(self, done: Publication) -> None:
+        """Forgets what is on disk now. Raises OSError."""
+        self._journal.drop_old()
+        self._edge.drop_full(done.size)
+        self._published = done.size
+        if done.noted:
+            self._noted = done.size
+        partials = {name for name, _ in done.files if ".p/" in name}
+        self._remove(self._partials - partials)
+        self._partials = partials
+
+    def still_open(self) -> tuple[int, list[str]]:
+        """A size of the log, and the requests whose intents had no outcome then: (0, none) where nobody wrote them down."""
+        try:
+            state = json.loads((self._folder / OPEN).read_bytes())
+            size, names = state["size"], state["open"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0, []
+        known = isinstance(size, int) and 0 <= size <= self.size and isinstance(names, list)
+        return (size, [name for name in names if isinstance(name, str)]) if known else (0, [])
+
+    def close(self) -> None:
+        self._journal.close()
+        os.close(self._lock)  # and with it the lock
+
+    def _tiles(self) -> Iterator[tuple[str, bytes]]:
+        """Every full tile and bundle that is not on disk yet, and the partial ones."""
+        edge = self._edge
+        for level, row in enumerate(edge.rows):
+            for index, hashes in _cut(edge.first(level), row):
+                yield tiles.tile(level, index, len(hashes)), b"".join(hashes)
+        for index, entries in _cut(edge.first(None), edge.entries):
+            yield tiles.tile(None, index, len(entries)), tiles.encode_bundle(entries)
+
+    def _remove(self, names: Collection[str]) -> None:
+        """Partial tiles of older checkpoints, for which there are wider ones now."""
+        for name in names:
+            path = self._folder / name
+            path.unlink(missing_ok=True)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+
+
+def _cut(first: int, row: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
+    """A row as tiles, the last one perhaps partial, each with its index."""
+    for at in range(0, len(row), tiles.WIDTH):
+        yield (first + at) // tiles.WIDTH, row[at : at + tiles.WIDTH]
+
+
+def _locked(folder: Path) -> int:
+    """The lock's handle. Raises OSError, or SettingsError where another process has it."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"audit: {folder} is a file: the audit log is a folder, name one")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        os.close(handle)
+        raise SettingsError(f"audit: another gateway writes in {folder}: each process has a log of its own") from exc
+    return handle
+
+
+def _last_noted(path: Path) -> int:
+    """The size in the last whole note of the history, after cutting off what a crash left behind it. Raises OSError."""
+    notes, whole = notes_in(path.read_bytes() if path.exists() else b"")
+    if path.exists() and whole < path.stat().st_size:
+        os.truncate(path, whole)
+    try:
+        return checkpoints.parse(notes[-1]).size if notes else 0
+    except LacreError:
+        return 0  # it does not hold; that is for `lacre audit verify` to say
+
+
+def notes_in(data: bytes) -> tuple[list[bytes], int]:
+    """The notes of a history, five lines each, and where the last whole one ends."""
+    lines = data.splitlines(keepends=True)
+    notes = [b"".join(lines[at : at + 5]) for at in range(0, len(lines) - 4, 5)]
+    if notes and not notes[-1].endswith(b"\n"):
+        notes.pop()
+    return notes, sum(map(len, notes))
+
+
+def _append(path: Path, note: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(handle).st_size
+        try:
+            tiles.write_all(handle, note)
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
