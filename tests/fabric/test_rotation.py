@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,18 +166,22 @@ async def test_keys_rotate_by_themselves_also_after_a_failure_and_without_a_work
         await asyncio.sleep(0.1)
 
 
-async def test_whoever_publishes_last_has_the_highest_version(world: World) -> None:
-    connections = [await world.nats.connect("provisioner") for _ in range(4)]
-    await asyncio.gather(*(publish(world.site, connection) for connection in connections * 3))
+async def test_processes_that_publish_at_once_sign_each_version_once(world: World) -> None:
+    world.site.save(world.nats.server.url, "http://127.0.0.1:1")
+    world.nats.credentials["provisioner"].save(world.site.credential_file("provisioner"))
+    command = [sys.executable, "-m", "lacre", "manifest", "publish", "--state", str(world.site.folder)]
+    running = [await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL) for _ in range(5)]
+    assert [await process.wait() for process in running] == [0] * 5
     document = await world.connection.manifest()
     assert document is not None
-    assert verify(document, world.site.root, time.time()).manifest.version == 13
-    for connection in connections:
-        await connection.close()
+    assert verify(document, world.site.root, time.time()).manifest.version == 6
 
 
 async def test_gateways_and_workers_follow_a_new_root_and_remember_under_it(world: World, tmp_path: Path) -> None:
-    first, memory = world.site.root, memory_in(tmp_path / "memory")
+    first = world.site.root
+
+    def feed(fetch: Callable[[], Awaitable[bytes | None]], root: bytes) -> ManifestFeed:
+        return ManifestFeed(fetch, root, memory=memory_in(tmp_path / "memory"))
 
     async def now_on_fabric() -> bytes:
         document = await world.connection.manifest()
@@ -184,11 +190,11 @@ async def test_gateways_and_workers_follow_a_new_root_and_remember_under_it(worl
 
     async def version(root: bytes, served: bytes) -> int:
         """Of the manifest that a process works by which starts with these settings."""
-        feed = ManifestFeed(lambda: asyncio.sleep(0, served), root, memory=memory)
-        await feed.refresh()
-        return feed.manifest.version
+        started = feed(lambda: asyncio.sleep(0, served), root)
+        await started.refresh()
+        return started.manifest.version
 
-    running, before = ManifestFeed(world.connection.manifest, first, memory=memory), await now_on_fabric()
+    running, before = feed(world.connection.manifest, first), await now_on_fabric()
     await running.refresh()
     for _ in range(3):
         world.site.authority.rotate_root(time.time())
