@@ -81,7 +81,10 @@ class Server:
         for left in self._folder.glob("*.ports"):
             left.unlink()
         with log.open("ab") as output:
-            process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            # A session of its own: the terminal's Ctrl-C would end it while the others still say their last words over it.
+            process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline and process.poll() is None:
             if any(self._folder.glob(f"*_{process.pid}.ports")):
