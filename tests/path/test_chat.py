@@ -9,7 +9,8 @@ import time
 import pytest
 
 import lacre
-from lacre.jws import b64u_decode
+from lacre_gateway.audit.check import check_receipt
+from lacre_gateway.audit.reader import LogReader
 from parts.up import Up
 
 
@@ -43,18 +44,19 @@ def test_a_receipt_is_what_the_gateway_settles_on(env: Up, client: lacre.Client)
     assert (receipt.prompt_tokens, receipt.completion_tokens) == (reply.usage.prompt, reply.usage.completion)
     assert receipt.model.startswith("sha256:") and receipt.start <= receipt.end
     assert reply.recount().unexplained == 0
-    audit = env.state / "gateway" / "audit.jsonl"
+    audit = env.state / "gateway" / "audit"
     deadline = time.monotonic() + 5
     while True:  # it is settled after the answer, not before
-        intents = [json.loads(line) for line in audit.read_text().splitlines()]
-        digest = b64u_decode(receipt.enc).hex()
-        [request] = [entry["request_id"] for entry in intents if entry.get("digest") == digest]
+        intents = [json.loads(entry) for entry in LogReader(audit).entries()]
+        [request] = [entry["request_id"] for entry in intents if entry.get("enc") == receipt.enc]
         ends = [entry for entry in intents if entry["kind"] == "outcome" and entry["request_id"] == request]
         if ends:
             break
         assert time.monotonic() < deadline
         time.sleep(0.02)
     [end] = ends
+    assert reply.audit.members["request_id"] == request
+    check_receipt(reply.audit, LogReader(audit))
     assert (end["outcome"], end["unreceipted"], end["refused_receipt"]) == ("answered", False, None)
     assert (end["prompt_tokens"], end["completion_tokens"]) == (receipt.prompt_tokens, receipt.completion_tokens)
 

@@ -26,6 +26,7 @@ from lacre_gateway.audit.reader import CHECKPOINT, LogReader, Snapshot, Wrong, o
 from lacre_gateway.audit.store import HISTORY, notes_in
 
 SELF_CONSISTENT: Final = "self-consistent only"
+_KEPT: Final = "the checkpoint kept elsewhere"
 
 
 @dataclass(slots=True)
@@ -146,7 +147,8 @@ class _Walk:
         self.torn = 0
         self.anchored: int | None = None
         self._anchors: list[tuple[Checkpoint, str]] = []
-        self._good = 0  # entries under the last checkpoint that was compared
+        # Entries under the last checkpoint that fitted: of those in the log, and of those kept, which the log cannot have made up.
+        self._good = {False: 0, True: 0}
 
     def run(self, kept: Sequence[bytes]) -> None:
         """Raises Wrong."""
@@ -182,7 +184,7 @@ class _Walk:
 
     def _kept(self, kept: Sequence[bytes]) -> Iterator[tuple[Checkpoint, str]]:
         for note in kept:
-            anchor = self._anchor(note, "the checkpoint kept elsewhere")
+            anchor = self._anchor(note, _KEPT)
             self.anchored = max(self.anchored or 0, anchor[0].size)
             yield anchor
 
@@ -226,9 +228,9 @@ class _Walk:
         while self._anchors and self._anchors[0][0].size <= self.edge.size:
             checkpoint, what = self._anchors.pop(0)
             if checkpoint.size == self.edge.size and checkpoint.root != self.edge.root():
-                place = f"entries {self._good} to {checkpoint.size - 1}"
+                place = f"entries {self._good[what == _KEPT]} to {checkpoint.size - 1}"
                 raise Wrong(place, f"they are not those that {what} was signed over: the log was rewritten or forked")
-            self._good = checkpoint.size
+            self._good[what == _KEPT] = checkpoint.size
 
     def _partial_rows(self) -> None:
         for level, row in enumerate(self.edge.rows):

@@ -1,0 +1,260 @@
+"""Whoever can write to the disk changes a log; `verify` names the first place where it no longer holds."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre import checkpoints, merkle
+from lacre.checkpoints import Checkpoint
+from lacre.errors import InvalidAudit
+from lacre_gateway.audit import entries as kinds
+from lacre_gateway.audit import tiles
+from lacre_gateway.audit.check import SELF_CONSISTENT, Verdict, check_receipt, verify
+from lacre_gateway.audit.entries import Annex, Event, encode
+from lacre_gateway.audit.reader import LogReader, Wrong
+from lacre_gateway.audit.store import Store
+from parts.auditing import KEY, ORIGIN, PUBLIC, intent, opened, outcome, written
+
+REQUESTS = 700  # 1402 entries: five full bundles and a part of the sixth
+STARTED = Event(time=1.0, event=kinds.STARTED)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pristine") / "audit"
+    asyncio.run(written(folder, REQUESTS))
+    return folder
+
+
+@pytest.fixture
+def log(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "audit"))
+
+
+def wrong(folder: Path, *kept: bytes) -> Wrong:
+    verdict = verify(folder, PUBLIC, kept)
+    assert verdict.wrong is not None
+    assert verdict.words == f"does not hold: {verdict.wrong}"
+    return verdict.wrong
+
+
+def change(path: Path, with_entries: Callable[[list[bytes]], list[bytes]]) -> None:
+    """Changes the entries of a bundle, its length in entries kept or not."""
+    path.write_bytes(tiles.encode_bundle(with_entries(tiles.decode_bundle(path.read_bytes()))))
+
+
+def swapped(entries: list[bytes], first: int, second: int) -> list[bytes]:
+    entries[first], entries[second] = entries[second], entries[first]
+    return entries
+
+
+def rebuilt(folder: Path, entries: list[bytes], key: Ed25519PrivateKey = KEY) -> None:
+    """A log of these entries, made anew by somebody with a key."""
+    shutil.rmtree(folder)
+    store = Store(folder, key, ORIGIN)
+    for at in range(0, len(entries), 300):
+        store.commit(entries[at : at + 300])
+        store.published(store.publication(()).write())
+    store.close()
+
+
+def all_entries(folder: Path) -> list[bytes]:
+    return list(LogReader(folder, PUBLIC).entries())
+
+
+def test_untouched(log: Path) -> None:
+    verdict = verify(log)
+    assert (verdict.wrong, verdict.size, verdict.requests, verdict.under_way) == (None, 2 * REQUESTS + 2, REQUESTS, 0)
+    assert verdict.words == SELF_CONSISTENT
+    kept = (log / "checkpoint").read_bytes()
+    anchored = verify(log, PUBLIC, [kept])
+    assert anchored.words == f"holds, and is a continuation of the kept checkpoint of {verdict.size} entries"
+
+
+def test_entry_edited(log: Path) -> None:
+    path = log / "tile/entries/002"
+    change(path, lambda entries: [e.replace(b"alice", b"mallo") if n == 77 else e for n, e in enumerate(entries)])
+    assert wrong(log).place == f"tile/entries/002, entry {2 * 256 + 77}"
+
+
+def test_entry_deleted(log: Path) -> None:
+    change(log / "tile/entries/001", lambda entries: entries[:9] + entries[10:])
+    assert (wrong(log).place, wrong(log).why) == ("tile/entries/001", "it has 255 entries in place of 256")
+    change(log / "tile/entries/001", lambda entries: [*entries, entries[0]])  # the number made up for
+    assert wrong(log).place == f"tile/entries/001, entry {256 + 9}"
+
+
+def test_entries_reordered(log: Path) -> None:
+    change(log / "tile/entries/003", lambda entries: swapped(entries, 4, 200))
+    assert wrong(log).place == f"tile/entries/003, entry {3 * 256 + 4}"
+
+
+@pytest.mark.parametrize("name", ["tile/entries/004", "tile/0/001", "tile/entries/005.p/122", "tile/0/005.p/122", "checkpoint"])
+def test_file_removed(log: Path, name: str) -> None:
+    (log / name).unlink()
+    assert (wrong(log).place, wrong(log).why) == (name, "it is missing")
+
+
+@pytest.mark.parametrize("name", ["tile/0/002", "tile/1/000.p/5"])
+def test_tile_changed(log: Path, name: str) -> None:
+    data = bytearray((log / name).read_bytes())
+    data[3 * 32 + 5] ^= 1
+    (log / name).write_bytes(data)
+    place = {"tile/0/002": f"tile/entries/002, entry {2 * 256 + 3}", "tile/1/000.p/5": "tile/1/000.p/5, hash 3"}[name]
+    assert wrong(log).place == place
+
+
+def test_tiles_made_anew_over_a_changed_entry(log: Path) -> None:
+    """Without the key: every tile fits, and the signed checkpoints along the way name where the change begins."""
+    entries = all_entries(log)
+    entries[801] = entries[801].replace(b"alice", b"mallo")
+    kept = {name: (log / name).read_bytes() for name in ("checkpoint", "checkpoints")}
+    rebuilt(log, entries)
+    for name, data in kept.items():
+        (log / name).write_bytes(data)
+    (log / "journal").write_bytes(b"")
+    place = wrong(log).place
+    begin, end = (int(word) for word in place.removeprefix("entries ").split(" to "))
+    assert begin <= 801 <= end and end - begin < 1024
+
+
+def test_checkpoint_changed(log: Path) -> None:
+    path = log / "checkpoint"
+    path.write_bytes(path.read_bytes().replace(b"audit/g1", b"audit/g2"))
+    assert wrong(log).place == "checkpoint"
+
+
+def test_cut_to_an_older_checkpoint(log: Path) -> None:
+    """Truncated and rolled back as far as signed checkpoints allow: only a kept checkpoint tells, and says from where."""
+    kept, size = (log / "checkpoint").read_bytes(), 2 * REQUESTS + 2
+    rebuilt(log, all_entries(log)[:601])
+    assert verify(log, PUBLIC).words == SELF_CONSISTENT
+    found = wrong(log, kept)
+    assert found.place == "entry 601" and f"it has 601 entries, the checkpoint kept elsewhere has {size}" in found.why
+
+
+def test_history_that_was_not_cut_with_it(log: Path) -> None:
+    history = (log / "checkpoints").read_bytes()
+    rebuilt(log, all_entries(log)[:301])
+    (log / "checkpoints").write_bytes(history)
+    assert wrong(log).place == "entry 301"
+
+
+def test_forked(log: Path) -> None:
+    """By whoever holds the key: it agrees with itself, and not with what was kept."""
+    kept = (log / "checkpoint").read_bytes()
+    entries = all_entries(log)
+    entries[1001] = entries[1001].replace(b"alice", b"mallo")
+    rebuilt(log, entries)
+    assert verify(log, PUBLIC).words == SELF_CONSISTENT
+    assert wrong(log, kept).place.endswith(f"to {2 * REQUESTS + 1}") and "forked" in wrong(log, kept).why
+
+
+def test_several_kept_checkpoints_close_in_on_it(log: Path) -> None:
+    entries = all_entries(log)
+    rebuilt(log, entries[:600])
+    early = (log / "checkpoint").read_bytes()
+    rebuilt(log, entries[:900])
+    late = (log / "checkpoint").read_bytes()
+    changed = [*entries[:701], entries[701].replace(b"alice", b"mallo"), *entries[702:]]
+    rebuilt(log, changed)
+    assert wrong(log, late, early).place == "entries 600 to 899"
+
+
+def test_another_key(log: Path) -> None:
+    """The log, its own key file and all, made anew by somebody else."""
+    kept, other = (log / "checkpoint").read_bytes(), Ed25519PrivateKey.generate()
+    rebuilt(log, all_entries(log), other)
+    assert verify(log).words == SELF_CONSISTENT
+    assert wrong(log).place == "checkpoint"
+    assert verify(log, None, [kept]).wrong is not None
+
+
+def story(folder: Path, *entries: kinds.Entry) -> Verdict:
+    store = Store(folder / "story", KEY, ORIGIN)
+    store.commit([data for entry in entries for data in encode(entry)])
+    store.published(store.publication(()).write())
+    store.close()
+    return verify(folder / "story", PUBLIC)
+
+
+ANNEX = Annex(request_id=f"{1:032x}", groups=("g",), scopes=(), policies=())
+NAMED = hashlib.sha256(encode(ANNEX)[0]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("entries", "place", "why"),
+    [
+        ((STARTED, intent(1), STARTED), 2, "the intent of entry 1 has no outcome"),
+        ((STARTED, outcome(1)), 1, "without an intent"),
+        ((intent(1), outcome(1), outcome(1)), 2, "a second one"),
+        ((intent(1), intent(1)), 1, "a second intent"),
+        ((ANNEX, outcome(1)), 1, "has no intent"),
+        ((ANNEX, intent(1)), 1, "has no intent"),
+        ((ANNEX, intent(2, annex=NAMED)), 1, "has no intent"),
+        ((intent(1, annex=NAMED),), 0, "not before it"),
+    ],
+)
+def test_stories_that_do_not_hold(tmp_path: Path, entries: tuple[kinds.Entry, ...], place: int, why: str) -> None:
+    """Signed, and still not what a gateway writes."""
+    found = story(tmp_path, *entries).wrong
+    assert found is not None and found.place.endswith(f"entry {place}") and why in found.why
+
+
+def test_stories_that_hold(tmp_path: Path) -> None:
+    verdict = story(tmp_path, STARTED, ANNEX, intent(1, annex=NAMED), intent(2), outcome(1), intent(3))
+    assert verdict.wrong is None and verdict.under_way == 2
+
+
+def test_fields_that_are_not_allowed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "audit", KEY, ORIGIN)
+    store.commit([json.dumps({**json.loads(encode(intent(1))[0]), "prompt": "hello"}).encode()])
+    store.close()
+    assert "its fields are not those of an intent" in wrong(tmp_path / "audit").why
+
+
+async def test_the_journal_too(log: Path) -> None:
+    audit = opened(log)
+    for number in range(10_000, 10_005):
+        await audit.append(intent(number))
+    copy = Path(shutil.copytree(log, log.with_name("copy")))
+    await audit.close()
+    data = (copy / "journal").read_bytes()
+    (copy / "journal").write_bytes(data.replace(f"{10_002:032x}".encode(), f"{10_009:032x}".encode()))
+    first = 2 * REQUESTS + 2 + 1 + 2
+    assert wrong(copy).why == f"entries {first} to {first} are not those that were signed"
+
+
+def test_what_a_client_kept(log: Path) -> None:
+    reader = LogReader(log, PUBLIC)
+    old = reader.proof(801)
+    check_receipt(old, reader)
+    entries = all_entries(log)
+    rebuilt(log, [*entries, *encode(intent(9999)), *encode(outcome(9999))])
+    check_receipt(old, LogReader(log, PUBLIC))  # the log has grown
+    for changed, place in (
+        ([*entries[:801], entries[801].replace(b"alice", b"mallo"), *entries[802:], *encode(STARTED)], "entry 801"),
+        ([*entries[:3], entries[3].replace(b"alice", b"mallo"), *entries[4:], *encode(STARTED)], "entries 0 to 1401"),
+        (entries[:600], "entry 600"),
+    ):
+        rebuilt(log, changed)
+        with pytest.raises(Wrong) as caught:
+            check_receipt(old, LogReader(log, PUBLIC))
+        assert caught.value.place == place
+
+
+def test_a_receipt_that_proves_nothing(log: Path) -> None:
+    reader = LogReader(log, PUBLIC)
+    proof = reader.proof(5)
+    other = Ed25519PrivateKey.generate()
+    note = Checkpoint(ORIGIN, 1, merkle.leaf_hash(proof.entry)).sign(other, checkpoints.key_id(ORIGIN, PUBLIC))
+    with pytest.raises(InvalidAudit):
+        check_receipt(type(proof)(proof.entry, 0, (), note), reader)
