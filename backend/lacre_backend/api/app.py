@@ -14,7 +14,7 @@ import hmac
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Generic, TypeVar
@@ -29,8 +29,17 @@ from lacre_backend.api import ceilings, shapes
 from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found
 from lacre_backend.api.exchange import Disconnected, EventStream, header, read_body, send_json, until_disconnect
 from lacre_backend.api.generation import Generation, fresh_id
-from lacre_backend.api.requests import MAX_BODY, ChatRequest, CompletionRequest, Generate, parse_chat, parse_completion
-from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, text_tokens
+from lacre_backend.api.requests import (
+    MAX_BODY,
+    ChatRequest,
+    CompletionRequest,
+    Generate,
+    Message,
+    parse_chat,
+    parse_completion,
+    parse_tokenize,
+)
+from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, joined, text_tokens
 from lacre_backend.engine.protocol import Engine, EngineError, Finish, Task, Token
 
 DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
@@ -49,6 +58,7 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
         routes=[
             Route("/v1/chat/completions", _Chat(settings), methods=["POST"]),
             Route("/v1/completions", _Complete(settings), methods=["POST"]),
+            Route("/v1/tokenize", _Tokenize(settings), methods=["POST"]),
             Route("/v1/models", _models, methods=["GET"]),
             Route("/v1/models/{name:path}", _model, methods=["GET"]),
         ],
@@ -152,20 +162,7 @@ class _Chat(_Endpoint[ChatRequest]):
         return parse_chat(body)
 
     async def prompt(self, served: _Served, request: ChatRequest) -> list[int]:
-        if served.template is None:
-            raise RequestRefused(f"The model `{request.model}` has no chat template. Use /v1/completions.", param="model")
-        messages = [message.for_template() for message in request.messages]
-        size = sum(len(message["content"].encode()) for message in messages)
-        ceilings.check_length(served.engine.model, size, self.prompt_param)
-        try:
-            pieces = served.template.render(messages)
-        except TemplateRefused as refusal:
-            raise RequestRefused(
-                f"The model's chat template does not take these messages: {refusal}.", param=self.prompt_param
-            ) from None
-        if size < _INLINE_BYTES:
-            return chat_tokens(served.engine, pieces)
-        return await asyncio.to_thread(chat_tokens, served.engine, pieces)
+        return await _chat_prompt(served, request.model, request.messages, goes_on=request.continue_final_message)
 
 
 class _Complete(_Endpoint[CompletionRequest]):
@@ -177,12 +174,60 @@ class _Complete(_Endpoint[CompletionRequest]):
         return parse_completion(body)
 
     async def prompt(self, served: _Served, request: CompletionRequest) -> list[int]:
-        text = request.prompt[0]
-        size = len(text.encode())
-        ceilings.check_length(served.engine.model, size, self.prompt_param)
-        if size < _INLINE_BYTES:
-            return text_tokens(served.engine, text)
-        return await asyncio.to_thread(text_tokens, served.engine, text)
+        return await _text_prompt(served, request.prompt[0])
+
+
+class _Tokenize:
+    """An ASGI app for `/v1/tokenize`, in vLLM's form: what a request would cost, before it is made."""
+
+    def __init__(self, settings: _Settings) -> None:
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            request = parse_tokenize(await read_body(receive, MAX_BODY))
+            ceilings.check_action(scope.get("extensions", {}).get(EXTENSION), request, "http")
+            served = self._settings.served.get(request.model)
+            if served is None:
+                raise model_not_found(request.model)
+            if request.messages is not None:
+                tokens = await _chat_prompt(served, request.model, request.messages, goes_on=False)
+            else:
+                tokens = await _text_prompt(served, request.prompt or "")
+            answer = {"count": len(tokens), "max_model_len": served.engine.model.n_ctx, "tokens": tokens}
+            await send_json(send, 200, answer)
+        except RequestRefused as refusal:
+            await send_json(send, refusal.status, refusal.body())
+        except EngineError:
+            await send_json(send, engine_failed().status, engine_failed().body())
+        except Disconnected:
+            return
+
+
+async def _chat_prompt(served: _Served, name: str, messages: Sequence[Message], *, goes_on: bool) -> list[int]:
+    """goes_on: the last message is the beginning of the answer. Raises `RequestRefused`."""
+    if served.template is None:
+        raise RequestRefused(f"The model `{name}` has no chat template. Use /v1/completions.", param="model")
+    written = [message.for_template() for message in messages]
+    size = sum(len(message["content"].encode()) for message in written)
+    ceilings.check_length(served.engine.model, size, "messages")
+    begun = written.pop()["content"] if goes_on else ""
+    try:
+        pieces = (*served.template.render(written), begun)
+    except TemplateRefused as refusal:
+        raise RequestRefused(f"The model's chat template does not take these messages: {refusal}.", param="messages") from None
+    return await _beside(size, chat_tokens, served.engine, joined(pieces))
+
+
+async def _text_prompt(served: _Served, text: str) -> list[int]:
+    size = len(text.encode())
+    ceilings.check_length(served.engine.model, size, "prompt")
+    return await _beside(size, text_tokens, served.engine, text)
+
+
+async def _beside(size: int, tokens: Callable[..., list[int]], *arguments: Any) -> list[int]:
+    """Long texts are tokenized beside the event loop."""
+    return tokens(*arguments) if size < _INLINE_BYTES else await asyncio.to_thread(tokens, *arguments)
 
 
 async def _whole(

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from lacre.asgi import Call
 from lacre_backend.api.errors import context_length_exceeded, grant_mismatch
-from lacre_backend.api.requests import Generate
+from lacre_backend.api.requests import Generate, Named
 from lacre_backend.engine.protocol import ModelInfo
 
 
-def check_action(call: Call | None, request: Generate, action: str) -> None:
+def check_action(call: Call | None, request: Named, action: str) -> None:
     if call is None:
         return
     if call.action is not None and call.action != action:

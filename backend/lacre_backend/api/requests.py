@@ -115,10 +115,15 @@ class ResponseFormat(_Parsed):
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Generate(_Parsed):
-    """What chat and text completions have in common."""
+class Named(_Parsed):
+    """What names a model."""
 
     model: Annotated[str, Field(max_length=MAX_NAME)]
+
+
+class Generate(Named):
+    """What chat and text completions have in common."""
+
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     stop: Annotated[
@@ -180,6 +185,8 @@ class ChatRequest(Generate):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+    # Not OpenAI's: the last message is the beginning of the answer, which goes on from there. Resumes a broken stream.
+    continue_final_message: bool = False
 
     def output_limit(self) -> tuple[str, int | None]:
         if self.max_completion_tokens is not None:
@@ -203,10 +210,25 @@ class CompletionRequest(Generate):
         return self.logprobs
 
 
+class TokenizeRequest(Named):
+    """`POST /v1/tokenize`: a text, or messages as the model's chat template writes them."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+
+
+def parse_tokenize(body: bytes) -> TokenizeRequest:
+    raw = _object(body)
+    _check_messages(raw)
+    request = _validated(TokenizeRequest, raw)
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestRefused("Send either 'prompt' or 'messages'.", code="invalid_parameter_combination", param="prompt")
+    return request
+
+
 def parse_chat(body: bytes) -> ChatRequest:
     raw = _object(body)
-    for i, message in enumerate(raw["messages"] if isinstance(raw.get("messages"), list) else []):
-        _check_message(message, f"messages[{i}]")
+    _check_messages(raw)
     request = _validated(ChatRequest, raw)
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise RequestRefused(
@@ -216,6 +238,12 @@ def parse_chat(body: bytes) -> ChatRequest:
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestRefused("'top_logprobs' needs 'logprobs' to be true.", code="invalid_value", param="top_logprobs")
+    if request.continue_final_message and (len(request.messages) < 2 or request.messages[-1].role != "assistant"):
+        raise RequestRefused(
+            "'continue_final_message' needs a last message of the assistant, after at least one other.",
+            code="invalid_value",
+            param="continue_final_message",
+        )
     _check_stream_options(request)
     return request
 
@@ -268,6 +296,11 @@ def _check_size(document: Any) -> None:
         waiting += inside
 
 
+def _check_messages(raw: dict[str, Any]) -> None:
+    for i, message in enumerate(raw["messages"] if isinstance(raw.get("messages"), list) else []):
+        _check_message(message, f"messages[{i}]")
+
+
 def _check_message(message: Any, path: str) -> None:
     """Refuse what OpenAI knows and this server does not, and drop nulls, which mean "absent"."""
     if not isinstance(message, dict):
@@ -284,7 +317,7 @@ def _check_message(message: Any, path: str) -> None:
             raise RequestRefused("Only text content is supported.", code="unsupported_value", param=f"{path}.content[{i}].type")
 
 
-_Request = TypeVar("_Request", bound=Generate)
+_Request = TypeVar("_Request", bound=Named)
 
 
 def _validated(kind: type[_Request], raw: dict[str, Any]) -> _Request:

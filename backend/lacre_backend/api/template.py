@@ -97,7 +97,7 @@ class ChatTemplate:
         for kind, token_id, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
             token = self._by_id[int(token_id)]
             pieces += [token if kind == "c" else token.text, *self._recognised(text)]
-        return tuple(_joined(pieces))
+        return tuple(joined(pieces))
 
     def _recognised(self, text: str) -> list[Piece]:
         """Text outside of marks: plain, but for what a template of the second kind composed."""
@@ -193,7 +193,7 @@ def _plain(engine: Engine, text: str) -> list[int]:
     return ids
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
     """Neighbouring plain pieces as one, so that they are tokenized as one; empty ones dropped."""
     joined: list[Piece] = []
     for piece in pieces:
