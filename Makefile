@@ -5,7 +5,7 @@ PYTEST := $(BIN)/python -m pytest
 
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test test-all lint bench fuzz clean ready
+.PHONY: demo test test-all lint bench fuzz mutants threat-model clean ready
 
 demo: ready
 	$(BIN)/lacre demo
@@ -28,6 +28,14 @@ bench: ready
 fuzz: ready
 	@$(PYTHON) tools/bootstrap.py fuzz
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
+# Takes one defence away at a time in a copy of the tree, and sees which attack of tests/hostile notices; some minutes.
+mutants: ready
+	PYTHONPATH=tests $(BIN)/python -m hostile.mutations
+
+# The tables of docs/threat-model.md, from the attacks themselves.
+threat-model: ready
+	PYTHONPATH=tests $(BIN)/python -m hostile.table
 
 # Quick when nothing changed: tools/bootstrap.py compares what .venv was made from with what is here.
 ready:

@@ -156,7 +156,7 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
 
     Its attack is set up in its attributes. manifest: what it serves. grant: members of the grant that it changes. sealed: what
     it makes of the sealed request. change: what it makes of the whole sealed answer. respond: what it says instead of
-    relaying. proves: whether it proves that it recorded what was sent.
+    relaying. recorded: what its audit log says of a request instead of the truth; None for no proof. log_key: what signs it.
     """
 
     def __init__(self, stage: Stage, eyes: Eyes, fabric: HostileFabric) -> None:
@@ -170,7 +170,8 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
         self.sealed: Callable[[bytes], bytes] = bytes
         self.change: Change = lambda answer: answer
         self.respond: Respond = lambda _request: None
-        self.proves = True
+        self.recorded: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda entry: entry
+        self.log_key = stage.keys.gateway
 
     @property
     def posts(self) -> list[httpx2.Request]:
@@ -191,10 +192,10 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
 
     def _proved(self, request: httpx2.Request, answer: httpx2.Response) -> httpx2.Response:
         """Its log is its own affair: whatever it did, it can prove that it recorded what was sent."""
-        if answer.status_code == 200 and audit.HEADER not in answer.headers and self.proves:
-            token = request.headers["authorization"].removeprefix("Bearer ")
-            entry = audited.entry(request.headers, request.content, **audit.speaks_for(token))
-            answer.headers[audit.HEADER] = audited.proof(entry, self.stage.keys.gateway).header()
+        token = request.headers["authorization"].removeprefix("Bearer ")
+        entry = self.recorded(audited.entry(request.headers, request.content, **audit.speaks_for(token)))
+        if answer.status_code == 200 and entry is not None:
+            answer.headers[audit.HEADER] = audited.proof(entry, self.log_key).header()
         return answer
 
     @staticmethod

@@ -13,8 +13,8 @@ from lacre_fabric.frames import Frame, Kind
 
 @pytest.mark.parametrize(
     "encode",
-    [bytes, bytes.hex, base64.b64encode, lambda text: base64.b64encode(b"a" + text), lambda text: base64.b64encode(b"ab" + text),
-     lambda text: text.decode().encode("utf-16")],
+    [bytes, bytes.hex, base64.b64encode, lambda text: base64.b64encode(b"a" + text),
+     lambda text: base64.b64encode(b"ab" + text), lambda text: text.decode().encode("utf-16")],
 )  # fmt: skip
 def test_encodings(encode) -> None:
     eyes = Eyes()

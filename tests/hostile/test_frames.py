@@ -179,7 +179,8 @@ async def test_problem(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabr
     refused=problems.WORKER_LOST,
 )
 async def test_flood(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
-    fabric.pass_on = each(lambda frame: [replace(frame, payload=b"")] * (MAX_PENDING_FRAMES + 2))
+    flood = MAX_PENDING_FRAMES + 2
+    fabric.pass_on = each(lambda frame: [replace(frame, payload=b"")] * flood + [frame] if frame.sequence == 0 else [frame])
     with verdict.refused():
         await asked(stage, honest, wire)
     fabric.pass_on = lambda request_id, frame: [(request_id, frame)]

@@ -19,7 +19,7 @@ from hostile.callers import Caller
 from hostile.honest import HonestGateway
 from hostile.stage import MODEL, OTHER_MODEL, OTHER_POOL, Stage
 from lacre import ApiError, problems
-from lacre.errors import InvalidAudit, InvalidSignature
+from lacre.errors import Expired, InvalidAudit, InvalidSignature
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document
 from lacre.signing import sign_manifest
@@ -193,6 +193,15 @@ async def test_older_gateway_key(stage: Stage, gateway: GatewayOwner, verdict: V
     with verdict.refused():
         await stage.client(gateway).chat(stage.prompt)
     assert worker.calls == 0
+
+
+@attack("serve workers a manifest that has expired", by="fabric", defence="`exp`, by the worker's own clock", refused=Expired)
+async def test_expired_manifest(stage: Stage, verdict: Verdict) -> None:
+    worker = await stage.worker()
+    stage.bucket = stage.document(2, lives=-1)
+    with verdict.refused():
+        await worker.feed.refresh()
+    assert worker.feed.manifest.version == 1
 
 
 @attack(

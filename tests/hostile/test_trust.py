@@ -160,7 +160,7 @@ async def test_next_root_by_the_signer(stage: Stage, caller: Caller, gateway: Ga
 
 
 @attack(
-    "pass a root's statement off as a manifest's signature, or another kind of token as either",
+    "pass off as a manifest what the signer signed for something else",
     by="gateway",
     defence="each kind of statement has its own `typ`, and verifying asks for it",
     refused=InvalidSignature,

@@ -1,0 +1,349 @@
+"""Takes one defence away at a time, and sees which attack notices: `make mutants`.
+
+Each mutation is one line of the product, changed in a copy of the tree, and the one test that must fail for it. A mutation that
+no test notices is a defence that nobody would miss.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent.parent
+ROOMS: Final = ("sdk", "fabric", "gateway", "backend")
+COPIED: Final = (*ROOMS, "policies", "tests/hostile", "tests/parts", "tests/conftest.py", "pyproject.toml")
+LIMIT: Final = 10  # seconds for a test that a mutation sends round for ever
+
+SDK: Final = "sdk/lacre"
+WIRE: Final = "sdk/lacre/wire"
+NODE: Final = "backend/lacre_backend/node.py"
+INSIDE: Final = "backend/lacre_backend/inside.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """defence: what it takes away. old: occurs once in `file`, and is replaced by `new`. test: under `tests/hostile/`."""
+
+    defence: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+    def __str__(self) -> str:
+        return self.defence
+
+
+MUTATIONS: Final = (
+    # wire
+    Mutation("the final chunk has an AAD of its own", f"{WIRE}/chunks.py",
+             '_FINAL: Final = b"final"', '_FINAL: Final = b""', "test_stream.py::test_early_final"),
+    Mutation("a record's nonce counts it", f"{WIRE}/hpke.py",
+             "return (self._base_nonce ^ self._sequence).to_bytes", "return self._base_nonce.to_bytes",
+             "test_stream.py::test_swap"),
+    Mutation("the answer's key is derived from its nonce", f"{WIRE}/ohttp.py",
+             "prk = hpke.extract(header.enc + nonce, secret)", "prk = hpke.extract(header.enc, secret)",
+             "test_replay.py::test_splice"),
+    Mutation("a record is at most 16 KiB", f"{WIRE}/framing.py",
+             "if length > MAX_SEALED_CHUNK:", "if False:", "test_stream.py::test_huge_length"),
+    Mutation("the final chunk is at most 16 KiB", f"{WIRE}/framing.py",
+             "if self._in_final and len(view) - position > MAX_SEALED_CHUNK:", "if False:",
+             "test_stream.py::test_huge_final_chunk"),
+    Mutation("a record that is not final holds a byte", f"{WIRE}/framing.py",
+             "if length <= TAG:", "if False:", "test_stream.py::test_empty_record"),
+    Mutation("an answer without its final chunk is not whole", f"{WIRE}/framing.py",
+             "if not self._in_final or len(self._rest) < TAG:", "if False:", "test_stream.py::test_truncate"),
+    Mutation("a gateway walks the chunks to the final one", f"{WIRE}/header.py",
+             "    deframer.close()\n", "    pass\n", "test_clients.py::test_cut_outside"),
+    Mutation("a request has a bounded number of chunks", f"{WIRE}/opening.py",
+             "return ChunkOpener(context.aead, MAX_REQUEST_CHUNKS)", "return ChunkOpener(context.aead, None)",
+             "test_clients.py::test_chunk_flood"),
+    Mutation("a key has one KEM", f"{WIRE}/opening.py",
+             "if key is None or key.config.kem is not header.suite.kem:", "if key is None:",
+             "test_clients.py::test_another_kem"),
+    Mutation("a worker takes the suites that its configuration offers", f"{WIRE}/opening.py",
+             "if not key.config.offers(header.suite):", "if False:", "test_clients.py::test_not_offered"),
+    Mutation("content has a bounded number of chunks", f"{WIRE}/bhttp.py",
+             "if self._request and pieces > MAX_REQUEST_PIECES:", "if False:", "test_clients.py::test_tiny_pieces"),
+    Mutation("after a message only zeros follow", f"{WIRE}/bhttp.py",
+             "if padding.count(0) != len(padding):", "if False:", "test_clients.py::test_after_the_end"),
+    Mutation("the content has the length that it announces", f"{WIRE}/bhttp.py",
+             "if announced not in (None, received) and (self._request or received):", "if False:",
+             "test_clients.py::test_content_length"),
+    Mutation("a section holds so many fields", f"{WIRE}/bhttp.py",
+             "        if len(fields) == MAX_FIELDS:", "        if False:", "test_clients.py::test_header_flood"),
+    Mutation("two lengths that differ are none", f"{WIRE}/fields.py",
+             "if values or not _LENGTH.fullmatch(value):", "if not _LENGTH.fullmatch(value):",
+             "test_clients.py::test_two_lengths"),
+    Mutation("fields of a connection stay outside", f"{WIRE}/fields.py",
+             'if name in _CONNECTION_FIELDS or (name == b"te" and value != b"trailers"):', "if False:",
+             "test_clients.py::test_transfer_coding"),
+    Mutation("a field's value has no control characters", f"{WIRE}/fields.py",
+             "if not _VALUE.fullmatch(value):", "if False:", "test_clients.py::test_header_splitting"),
+    Mutation("a field's name is a token in small letters", f"{WIRE}/fields.py",
+             "if not _NAME.fullmatch(name):", "if False:", "test_clients.py::test_header_splitting"),
+    Mutation("there is no CONNECT inside the seal", f"{WIRE}/fields.py",
+             'if not _METHOD.fullmatch(method) or method == b"CONNECT":', "if False:", "test_clients.py::test_connect"),
+    # trust and memory
+    Mutation("signatures are verified", f"{SDK}/jws.py",
+             "decoded = _jws.decode_complete(token, key, algorithms=[ALGORITHM])",
+             'decoded = _jws.decode_complete(token, key, algorithms=[ALGORITHM], options={"verify_signature": False})',
+             "test_trust.py::test_own_pool_key"),
+    Mutation("each kind of statement has its own typ", f"{SDK}/jws.py",
+             'if decoded["header"].get("typ") != typ:', "if False:", "test_trust.py::test_another_type"),
+    Mutation("a signed statement has one spelling", f"{SDK}/jws.py",
+             'b64u_decode(token.rpartition(".")[2])', "pass", "test_trust.py::test_respelt"),
+    Mutation("a manifest document has a limit", f"{SDK}/manifest.py",
+             "if len(data) > MAX_DOCUMENT:", "if False:", "test_trust.py::test_huge"),
+    Mutation("a manifest expires", f"{SDK}/trust.py",
+             "if now >= manifest.expires_at:", "if False:", "test_grants.py::test_expired_manifest"),
+    Mutation("a signer's time ends", f"{SDK}/trust.py",
+             "if now >= statement.expires_at:", "if False:", "test_trust.py::test_signer_past_its_time"),
+    Mutation("a change of root is signed by the new one too", f"{SDK}/trust.py",
+             "if len(payloads) != 1 or _verified_by(entry, statement.next_root) is None:", "if len(payloads) != 1:",
+             "test_trust.py::test_next_root_that_never_agreed"),
+    Mutation("a chain has no gap", f"{SDK}/trust.py",
+             "            if not steps:", "            if True:", "test_trust.py::test_own_next_root"),
+    Mutation("versions only rise", f"{SDK}/lineage.py",
+             "if candidate.manifest.version < seen.version or not _continues(candidate, seen):",
+             "if not _continues(candidate, seen):", "test_trust.py::test_older"),
+    Mutation("what was seen is verified anew", f"{SDK}/lineage.py",
+             "return _again(seen, candidate.roots[0], now)", "return candidate", "test_trust.py::test_rollback"),
+    Mutation("root statements are only added", f"{SDK}/lineage.py",
+             "if candidate.manifest.version < seen.version or not _continues(candidate, seen):",
+             "if candidate.manifest.version < seen.version:", "test_trust.py::test_a_statement_less"),
+    Mutation("the newest manifest seen is remembered", f"{SDK}/memory.py",
+             "            trusted, self._seen = decide(self._seen)", "            trusted, _ = decide(self._seen)",
+             "test_trust.py::test_older"),
+    # the client
+    Mutation("a KEM that was not chosen is not used", f"{SDK}/sealing.py",
+             "if config.kem is kem:", "if True:", "test_trust.py::test_classic_only"),
+    Mutation("a key past its time is not sealed to", f"{SDK}/sealing.py",
+             "[key.config for key in pool.keys if key.not_after > self._clock()]", "[key.config for key in pool.keys]",
+             "test_trust.py::test_old_generation"),
+    Mutation("an answer of another media type is not read", f"{SDK}/sealing.py",
+             'if outer.content_type.partition(";")[0].strip().lower() != MEDIA_TYPE_RESPONSE:', "if False:",
+             "test_unsealed.py::test_plain"),
+    Mutation("only a 200 is an answer", f"{SDK}/sealing.py",
+             "if outer.status != 200:\n                problem", "if outer.status >= 300:\n                problem",
+             "test_unsealed.py::test_other_status"),
+    Mutation("an absurd correction of the clock is not taken", f"{SDK}/sealing.py",
+             "if abs(offset) > MAX_CORRECTION:", "if False:", "test_workers.py::test_clock"),
+    Mutation("the clock is corrected once", f"{SDK}/sealing.py",
+             "if not corrected and self._correct_clock(opening):", "if attempts < 9 and self._correct_clock(opening):",
+             "test_workers.py::test_clock_again"),
+    Mutation("an unknown key leads to one retry", f"{SDK}/sealing.py",
+             "if problem is UNKNOWN_KEY and not refreshed:", "if problem is UNKNOWN_KEY and attempts < 9:",
+             "test_trust.py::test_unknown_key"),
+    Mutation("requests are padded", f"{SDK}/sealing.py",
+             'padded_to = request_length if self._shape == "pad" else None', "padded_to = None",
+             "test_lengths.py::test_requests"),
+    Mutation("records carry whole units", f"{SDK}/padding.py",
+             "UNIT: Final = 512", "UNIT: Final = 1", "test_lengths.py::test_records"),
+    Mutation("answers fall into buckets", f"{SDK}/padding.py",
+             "SMALLEST: Final = 4096", "SMALLEST: Final = 64", "test_lengths.py::test_whole"),
+    Mutation("redirects are not followed (sync)", f"{SDK}/transport.py",
+             "response = self._outer.send(request, stream=True, follow_redirects=False)",
+             "response = self._outer.send(request, stream=True, follow_redirects=True)", "test_unsealed.py::test_redirect"),
+    Mutation("redirects are not followed (async)", f"{SDK}/transport.py",
+             "response = await self._outer.send(request, stream=True, follow_redirects=False)",
+             "response = await self._outer.send(request, stream=True, follow_redirects=True)",
+             "test_unsealed.py::test_redirect"),
+    Mutation("the outer body is read raw", f"{SDK}/transport.py",
+             "response.aiter_raw()", "response.aiter_bytes()", "test_unsealed.py::test_content_coding"),
+    Mutation("no cookie is sent", f"{SDK}/transport.py",
+             'request.headers.pop("cookie", None)', "pass", "test_unsealed.py::test_cookie"),
+    Mutation("a connection that breaks is a truncated answer", f"{SDK}/transport.py",
+             'raise errors.TruncatedStream("the connection broke', 'raise errors.NetworkError("the connection broke',
+             "test_stream.py::test_break"),
+    Mutation("inner headers are taken by allow-list", f"{SDK}/inner.py",
+             "if name in ALLOWED_HEADERS)", "if name)", "test_workers.py::test_who"),
+    Mutation("fields that say who asks are dropped", f"{SDK}/inner.py",
+             "dropped = () if keep_identifying_fields else IDENTIFYING_FIELDS", "dropped = ()", "test_workers.py::test_who"),
+    Mutation("an answer has one receipt", f"{SDK}/receipts.py",
+             "if len(tokens) != 1:", "if not tokens:", "test_workers.py::test_none_or_two"),
+    Mutation("a receipt is for this request", f"{SDK}/receipts.py",
+             "if receipt.enc != jws.b64u(digest) or not receipt.final:", "if not receipt.final:",
+             "test_workers.py::test_another_request"),
+    Mutation("an answer's receipt is final", f"{SDK}/receipts.py",
+             "if receipt.enc != jws.b64u(digest) or not receipt.final:", "if receipt.enc != jws.b64u(digest):",
+             "test_workers.py::test_not_final"),
+    Mutation("a receipt is bounded by what was asked for", f"{SDK}/receipts.py",
+             "if receipt.completion_tokens > max_tokens or", "if", "test_workers.py::test_above"),
+    Mutation("a receipt agrees with the answer's usage", f"{SDK}/reply.py",
+             "if usage != claimed:", "if False:", "test_workers.py::test_other_than_told"),
+    Mutation("an audit entry says what was sent", f"{SDK}/audit.py",
+             "if members.get(name) != value:", "if False:", "test_records.py::test_another"),
+    Mutation("an audit proof is by the gateway's key", f"{SDK}/audit.py",
+             "    proof.verify(key)\n", "    pass\n", "test_records.py::test_key"),
+    Mutation("an audit entry names whom the token names", f"{SDK}/sealing.py",
+             "{**sent, **outer.speaks_for})", "sent)", "test_records.py::test_name"),
+    # the worker
+    Mutation("a response that is not whole has no final chunk", f"{SDK}/asgi.py",
+             "            if not complete:", "            if False:", "test_clients.py::test_log"),
+    Mutation("a worker takes no grant by an expired manifest", NODE,
+             "if now >= manifest.expires_at:", "if False:", "test_grants.py::test_withheld"),
+    Mutation("a grant is bound to its request", NODE,
+             "expected = (self._identity.pool, b64u(digest), work.model)",
+             "expected = (self._identity.pool, grant.enc, work.model)", "test_grants.py::test_another_request"),
+    Mutation("a grant names its pool", NODE,
+             "expected = (self._identity.pool, b64u(digest), work.model)", "expected = (grant.pool, b64u(digest), work.model)",
+             "test_grants.py::test_another_pool"),
+    Mutation("a grant names its model", NODE,
+             "expected = (self._identity.pool, b64u(digest), work.model)",
+             "expected = (self._identity.pool, b64u(digest), grant.model)", "test_grants.py::test_another_model"),
+    Mutation("a worker grants no shape that it does not have", NODE,
+             " or grant.shape not in SHAPES:", ":", "test_grants.py::test_unknown_shape"),
+    Mutation("a worker claims a request in the whole pool", NODE,
+             "if not self._seen.add(opened.header.digest, now) or not await delivery.claim():",
+             "if not self._seen.add(opened.header.digest, now):", "test_replay.py::test_two_workers"),
+    Mutation("a worker remembers what it opened", NODE,
+             "if not self._seen.add(opened.header.digest, now) or not await delivery.claim():",
+             "if not await delivery.claim():", "test_replay.py::test_same_worker_wiped"),
+    Mutation("a full memory forgets nothing that counts", NODE,
+             "if digest in self._until or len(self._until) >= self._limit:", "if digest in self._until:",
+             "test_replay.py::test_flood"),
+    Mutation("the inside is compared with the grant", NODE,
+             "refusal = inside.check(opened, grant, now)", "refusal = None", "test_grants.py::test_shape"),
+    Mutation("the worker's log has no exception's text", NODE,
+             "**logs.places(exc.__cause__ or exc)", "error=repr(exc.__cause__)", "test_clients.py::test_log"),
+    Mutation("a request's date is near", INSIDE,
+             "if abs(sent - now) <= DATE_WINDOW:", "if True:", "test_replay.py::test_restarted_too_late"),
+    Mutation("a date beyond all numbers is none", INSIDE,
+             "except (ValueError, OverflowError):", "except ValueError:", "test_clients.py::test_dates"),
+    Mutation("a path has its normal form", INSIDE,
+             "if _AMBIGUOUS.search(decoded_path(opened.request)) is None:", "if True:", "test_clients.py::test_path_traversal"),
+    Mutation("the authority is ours", INSIDE,
+             "if (request.scheme, request.authority) != (SCHEME, AUTHORITY):", "if False:", "test_clients.py::test_authority"),
+    Mutation("copies of outer headers agree with the grant", INSIDE,
+             "if any(value != granted for value in opened.headers(name)):", "if False:", "test_grants.py::test_max_tokens"),
+    Mutation("the path is of the action granted", INSIDE,
+             'if ACTIONS.get(decoded_path(request), "http") != grant.action:', "if False:",
+             "test_clients.py::test_escaped_path"),
+    Mutation("the path is compared as the app reads it", INSIDE,
+             'if ACTIONS.get(decoded_path(request), "http") != grant.action:',
+             'if ACTIONS.get(request.path.partition("?")[0], "http") != grant.action:', "test_clients.py::test_escaped_path"),
+    Mutation("output tokens stay below the grant", "backend/lacre_backend/api/ceilings.py",
+             "if (allowed if asked is None else asked) * request.n > call.max_tokens or allowed < 1:", "if False:",
+             "test_clients.py::test_more_tokens"),
+    Mutation("the model asked for is the one granted", "backend/lacre_backend/api/ceilings.py",
+             "if call.model is not None and call.model != request.model:", "if False:", "test_clients.py::test_another_model"),
+    Mutation("the prompt stays below the grant", "backend/lacre_backend/api/ceilings.py",
+             "if call is not None and call.max_prompt_tokens is not None and n_prompt > call.max_prompt_tokens:", "if False:",
+             "test_clients.py::test_more_prompt"),
+    Mutation("a body holds so many values", "backend/lacre_backend/api/requests.py",
+             "if count > MAX_VALUES:", "if False:", "test_clients.py::test_many_values"),
+    Mutation("a caller has one salt", "backend/lacre_backend/api/exchange.py",
+             "if len(values) > 1 or len(values[0]) > MAX_HEADER:", "if False:", "test_clients.py::test_salts"),
+    # the fabric's formats
+    Mutation("a grant expires", "fabric/lacre_fabric/grants.py",
+             "if now >= grant.exp or grant.iat > now + MAX_SKEW:", "if grant.iat > now + MAX_SKEW:",
+             "test_grants.py::test_late"),
+    Mutation("frames are counted", "fabric/lacre_fabric/inbound.py",
+             "if frame.sequence != self._next:", "if False:", "test_frames.py::test_drop"),
+    Mutation("a gateway is bound to the first attempt", "fabric/lacre_fabric/inbound.py",
+             "if self._over or (self._bound is not None and frame.attempt != self._bound):", "if self._over:",
+             "test_frames.py::test_another_attempt"),
+    Mutation("what waits to be read is bounded", "fabric/lacre_fabric/inbound.py",
+             "if self._pending_bytes > 2 * CREDIT or self._frames.qsize() >= MAX_PENDING_FRAMES:", "if False:",
+             "test_frames.py::test_flood"),
+    Mutation("credit never runs ahead", "fabric/lacre_fabric/outbound.py",
+             "self._consumed = max(self._consumed, min(consumed, self._sent))",
+             "self._consumed = max(self._consumed, consumed)",
+             "test_frames.py::test_credit"),
+    Mutation("the queue takes a digest once", "fabric/lacre_fabric/memory.py",
+             "if work.digest in self._hub.published:", "if False:", "test_replay.py::test_at_the_gateway"),
+    # the gateway
+    Mutation("an outer header appears once", "gateway/lacre_gateway/outer.py",
+             "if not self.repeated.isdisjoint(_REQUIRED):", "if False:", "test_clients.py::test_twice"),
+    Mutation("there is one media type", "gateway/lacre_gateway/outer.py",
+             'if media_type != MEDIA_TYPE_REQUEST.encode() or b"content-encoding" in self.values:', "if False:",
+             "test_clients.py::test_clear"),
+    Mutation("policies decide", "gateway/lacre_gateway/relay.py",
+             "if not decision.allowed:", "if False:", "test_clients.py::test_policy"),
+    Mutation("a gateway knows each key's time", "gateway/lacre_gateway/manifest.py",
+             " and now < key.not_after)", ")", "test_clients.py::test_old_generation"),
+    Mutation("a worker says what is a worker's to say", "gateway/lacre_gateway/mapping.py",
+             "self.problem = problem if problem in _FROM_WORKERS else problems.WORKER_LOST",
+             "self.problem = problem or problems.WORKER_LOST", "test_frames.py::test_problem"),
+    Mutation("a request is settled by the pool's receipts", "gateway/lacre_gateway/settlement.py",
+             'receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key)',
+             "receipt = Receipt(**__import__('jwt').decode(token, options={'verify_signature': False}))",
+             "test_frames.py::test_forged_receipt"),
+    Mutation("a request is settled by its own receipts", "gateway/lacre_gateway/settlement.py",
+             "if receipt.enc != claim.enc:", "if False:", "test_frames.py::test_another_receipt"),
+    Mutation("a request is settled below its reservation", "gateway/lacre_gateway/settlement.py",
+             "if not claim.reservation.covers(receipt.prompt_tokens, receipt.completion_tokens):", "if False:",
+             "test_workers.py::test_bill_above"),
+)  # fmt: skip
+
+
+@contextmanager
+def copy() -> Iterator[Path]:
+    """The tree, as far as the tests need it, in a place of its own."""
+    with tempfile.TemporaryDirectory(prefix="lacre-mutants-") as folder:
+        for name in COPIED:
+            source, target = ROOT / name, Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        yield Path(folder)
+
+
+def run(tree: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """The tests of this folder that are named, on the code in `tree`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(tree / room) for room in ROOMS),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    names = [f"tests/hostile/{test}" for test in tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"--timeout={LIMIT}", *names]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=tree, env=environment, timeout=300)
+
+
+def caught(tree: Path, mutation: Mutation) -> bool:
+    """Whether the mutation's test fails on it. A test that could not even be collected proves nothing."""
+    path = tree / mutation.file
+    good = path.read_text()
+    path.write_text(good.replace(mutation.old, mutation.new))
+    try:
+        done = run(tree, mutation.test)
+    finally:
+        path.write_text(good)
+    failed = (f"FAILED tests/hostile/{mutation.test}", "plaintext left the process")
+    return done.returncode == 1 and any(sign in done.stdout for sign in failed)
+
+
+def main() -> int:
+    """Prints the table; the status says whether every mutation was caught."""
+    survivors = 0
+    with copy() as tree:
+        sound = run(tree, *sorted({mutation.test for mutation in MUTATIONS}))
+        if sound.returncode != 0:
+            print(sound.stdout[-2000:], "the tests fail before anything was changed", sep="\n")
+            return 1
+        print("| defence taken away | in | caught by | seconds |\n|---|---|---|---|")
+        for mutation in MUTATIONS:
+            began = time.monotonic()
+            found = caught(tree, mutation)
+            survivors += not found
+            verdict = f"`{mutation.test}`" if found else "**nothing**"
+            print(f"| {mutation.defence} | `{mutation.file}` | {verdict} | {time.monotonic() - began:.1f} |", flush=True)
+    print(f"\n{len(MUTATIONS) - survivors} of {len(MUTATIONS)} caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
