@@ -181,7 +181,8 @@ class Connection:
             await self._end()
 
     async def _end(self) -> None:
-        with suppress(nats.errors.Error, OSError):  # the server is gone already, with what was left to say to it
+        # The server is gone already, with what was left to say to it; uvloop then has a RuntimeError for what asyncio ignores.
+        with suppress(nats.errors.Error, OSError, RuntimeError):
             await self.client.close()
         self._changed.set()  # the library's own callback comes last, and not at all after such an error
 
