@@ -18,7 +18,7 @@ from lacre import problems
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre_gateway.refusal import Refusal
 
-MAX_TOKENS: Final = 2**31
+MAX_TOKENS: Final = 2**31 - 1
 # Names of pools and models are short; whether they exist is for the manifest to say.
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
