@@ -24,7 +24,7 @@ LOOK: Final = 1.0  # seconds between looks into the folder
 
 log = structlog.get_logger("lacre.keys")
 
-_Stamp = tuple[int, int, int]  # of a file: another one means other content
+_Stamp = tuple[int, int, int, int]  # of a file: another one means other content, or other rights
 
 
 class KeyRing:
@@ -100,5 +100,5 @@ def _stamps(folder: Path) -> dict[Path, _Stamp]:
             status = path.stat()
         except OSError:
             continue  # gone between two looks
-        stamps[path] = (status.st_mtime_ns, status.st_ino, status.st_size)
+        stamps[path] = (status.st_mtime_ns, status.st_ino, status.st_size, status.st_mode)
     return stamps

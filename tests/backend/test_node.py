@@ -120,10 +120,14 @@ class Desk:
     keys: dict[int, PrivateKey] = field(default_factory=lambda: {1: PrivateKey.generate(1)})
     now: float = NOW
     manifest_lives: float = 3600.0
+    look_for_keys: Callable[[], bool] = lambda: False
+
+    def look(self) -> bool:
+        return self.look_for_keys()
 
     def node(self, app: Any = None) -> Node:
         manifest = Manifest("test", 1, NOW, NOW + self.manifest_lives, raw_public_key(self.grant_key), {})
-        identity = Identity("p", lambda: self.keys, self.receipt_key, lambda: manifest)
+        identity = Identity("p", lambda: self.keys, self.receipt_key, lambda: manifest, self.look)
         return Node(self.hub.worker("p", ["m"], slots=2), app or self.app, identity, clock=lambda: self.now)
 
     def seal(self, headers: dict[str, str | None] | None = None, key: PrivateKey | None = None, **parts: Any) -> Sealed:
@@ -361,6 +365,23 @@ class TestSealing:
     async def test_to_a_key_that_is_not_here(self, desk: Desk, app: App) -> None:
         answer = await desk.ask(desk.seal(key=PrivateKey.generate(7)))
         assert (answer.problem, app.calls) == (problems.UNKNOWN_KEY.type, [])
+
+    async def test_a_key_that_came_since_the_last_look(self, desk: Desk) -> None:
+        """A client learned of it before this worker did."""
+        new = PrivateKey.generate(2)
+
+        def look() -> bool:
+            desk.keys = {**desk.keys, 2: new}
+            return True
+
+        desk.look_for_keys = look
+        assert (await desk.ask(desk.seal(key=new))).opened()[0].status == 200
+
+    async def test_a_look_that_brings_another_key_is_the_only_one(self, desk: Desk, app: App) -> None:
+        looks: list[int] = []
+        desk.look_for_keys = lambda: looks.append(1) is None
+        answer = await desk.ask(desk.seal(key=PrivateKey.generate(2)))
+        assert (answer.problem, app.calls, looks) == (problems.UNKNOWN_KEY.type, [], [1])
 
     async def test_something_that_is_no_http(self, desk: Desk, app: App) -> None:
         body, header, opener = seal_request(desk.keys[1].config, b"\x07 not BHTTP")

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 
 import lacre
+from parts.memory import found_in_memory
 from parts.up import Up
 
 CANARY = "zq7-albatross-" + os.urandom(6).hex()
 
 
 def in_memory(pid: int, needle: bytes) -> bool:
-    """Whether any readable memory of the process holds `needle`."""
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            span, permissions, *_ = line.split()
-            if "r" not in permissions or line.endswith(("[vvar]", "[vsyscall]", "[vvar_vclock]")):
-                continue
-            start, end = (int(number, 16) for number in span.split("-"))
-            try:
-                memory.seek(start)
-                if needle in memory.read(end - start):
-                    return True
-            except (OSError, ValueError, OverflowError):
-                continue
-    return False
+    return bool(found_in_memory(pid, {"needle": needle}))
 
 
 def test_the_canary_is_with_the_worker_alone(env: Up, client: lacre.Client) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from lacre.wire.header import (
 )
 from lacre.wire.ohttp import RequestSealer, ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey, RequestOpener, ResponseSealer, open_request
+from lacre.wire.wiping import overwrite
 
 KEYS = {1: PrivateKey.generate(1, Kem.X25519), 2: PrivateKey.generate(2, Kem.XWING)}
 SUITES = [Suite(kem, Kdf.HKDF_SHA256, aead) for kem in Kem for aead in Aead]
@@ -412,6 +414,30 @@ def test_a_private_key_survives_storage_and_shows_nothing(key: PrivateKey) -> No
     assert open_request({key.config.key_id: again}, seal_request(key.config, b"a prompt")[0])[0] == b"a prompt"
     shown = repr(key) + str(key)
     assert key._secret.hex() not in shown and repr(key._secret) not in shown
+
+
+@pytest.mark.parametrize("kem", [Kem.X25519, Kem.XWING])
+def test_a_destroyed_private_key_opens_nothing_and_holds_nothing(kem: Kem) -> None:
+    key = PrivateKey.generate(1, kem)
+    first, second = (seal_request(key.config, b"a prompt")[0] for _ in range(2))
+    _, _, sealer = open_request({1: key}, first)
+    key.destroy()
+    key.destroy()
+    assert bytes(key._secret) == bytes(32)
+    with pytest.raises(errors.UsageError, match="destroyed"):
+        open_request({1: key}, second)
+    with pytest.raises(errors.UsageError, match="destroyed"):
+        key.to_bytes()
+    assert sealer.finish(b"an answer")  # what was opened before can still be answered
+
+
+def test_a_private_key_keeps_a_copy_of_its_own() -> None:
+    secret = bytearray(os.urandom(32))
+    key = PrivateKey(1, Kem.XWING, secret)
+    stored = key.to_bytes()
+    overwrite(secret)
+    assert secret == bytes(32)
+    assert key.to_bytes() == stored
 
 
 @given(st.binary(max_size=80), st.integers(0, 80))
