@@ -9,6 +9,7 @@ know the CMake flags; its folder is named for everything that the binary depends
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -45,7 +46,9 @@ def digest(*parts: str) -> str:
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
-    subprocess.run([str(part) for part in command], check=True, env=env)
+    status = subprocess.run([str(part) for part in command], check=False, env=env).returncode
+    if status:
+        raise SystemExit(f"Lacre is not set up: see above; this ended with status {status}: {' '.join(map(str, command))}")
 
 
 def pip(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
@@ -120,6 +123,8 @@ def prepare() -> None:
         return
     if not shutil.which(os.environ.get("CXX", "c++")) and not shutil.which("g++"):
         raise SystemExit("Lacre builds llama.cpp: install a C and C++ compiler first (Debian: apt-get install build-essential)")
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SystemExit("Lacre sets up a virtual environment: install Python's venv first (Debian: apt-get install python3-venv)")
     print("Setting up .venv: hash-locked dependencies from requirements/*.lock", flush=True)
     run(sys.executable, "-m", "venv", "--clear", VENV)
     install("build.lock")
