@@ -124,7 +124,7 @@ def prepare() -> None:
     if not shutil.which(os.environ.get("CXX", "c++")) and not shutil.which("g++"):
         raise SystemExit("Lacre builds llama.cpp: install a C and C++ compiler first (Debian: apt-get install build-essential)")
     if importlib.util.find_spec("ensurepip") is None:
-        raise SystemExit("Lacre sets up a virtual environment: install Python's venv first (Debian: apt-get install python3-venv)")
+        raise SystemExit("Lacre needs Python's venv module: install it first (Debian: apt-get install python3-venv)")
     print("Setting up .venv: hash-locked dependencies from requirements/*.lock", flush=True)
     run(sys.executable, "-m", "venv", "--clear", VENV)
     install("build.lock")
