@@ -1,4 +1,4 @@
-"""`lacre gateway`."""
+"""`lacre gateway` and `lacre audit`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from lacre_gateway.audit import commands as audit
+
 
 def register(app: typer.Typer) -> None:
-    """Adds the command, where what it needs is installed."""
+    """Adds `lacre audit`, and `lacre gateway` where what it needs is installed."""
+    audit.register(app)
     if find_spec("nats") is not None and find_spec("fastapi") is not None and find_spec("cedarpy") is not None:
         app.command()(gateway)
 

@@ -6,7 +6,10 @@ import json
 
 import httpx2
 
+from lacre.audit import AuditProof
+from lacre.jws import raw_public_key
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from lacre_gateway.audit.reader import LogReader
 from parts.gateway import ISSUER, MODEL, PIECES, FakeWorker, World, opened
 
 
@@ -78,3 +81,27 @@ async def test_streams_are_counted_down_again(world: World, worker: FakeWorker, 
         await client.post("/v1/sealed", content=body, headers=world.headers())
     assert world.gateway.limits.running == 0
     assert world.hub.inbound == {}
+
+
+async def test_answer_proves_that_it_was_recorded(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """The entry is durable, and under the checkpoint that comes with it, before the first byte of the answer."""
+    body, _ = world.seal()
+    async with client.stream("POST", "/v1/sealed", content=body, headers=world.headers()) as response:
+        proof = AuditProof.parse_header(response.headers["lacre-audit"])
+        proof.verify(raw_public_key(world.grant_key))
+        assert LogReader(world.folder / "audit").entry(proof.index) == proof.entry
+        await response.aread()
+    assert proof.members["enc"] == worker.grants[0].enc
+    assert proof.members["request_id"] == response.headers["lacre-request-id"]
+    [_, outcome] = await world.trail()
+    assert len(outcome["receipt"]) == 64
+
+
+async def test_denial_proves_that_it_was_recorded(world: World, client: httpx2.AsyncClient) -> None:
+    headers = world.headers(world.issuer.token(groups=["staff"]), lacre_max_tokens="40000")
+    response = await client.post("/v1/sealed", content=world.seal()[0], headers=headers)
+    assert response.status_code == 403
+    proof = AuditProof.parse_header(response.headers["lacre-audit"])
+    proof.verify(raw_public_key(world.grant_key))
+    assert (proof.members["decision"], proof.members["groups"]) == ("deny", ["staff"])
+    assert (proof.members["reserved_tokens"], proof.members["address"]) == (None, "192.0.2.1")

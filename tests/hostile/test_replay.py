@@ -170,7 +170,10 @@ async def test_restarted(stage: Stage, gateway: GatewayOwner, fabric: HostileFab
 
 
 @attack(
-    "send a request again to a restarted worker, after its grant has expired", by="fabric", defence="a grant is good for a minute", refused=problems.INVALID_GRANT
+    "send a request again to a restarted worker, after its grant has expired",
+    by="fabric",
+    defence="a grant is good for a minute",
+    refused=problems.INVALID_GRANT,
 )
 async def test_restarted_late(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric, verdict: Verdict) -> None:
     before = await stage.worker()
@@ -183,7 +186,11 @@ async def test_restarted_late(stage: Stage, gateway: GatewayOwner, fabric: Hosti
 
 
 @attack(
-    "send a request again to a restarted worker, after the date window, under a fresh grant", by="gateway", defence=DATE, refused=ApiError, code=problems.DATE.type
+    "send a request again to a restarted worker, after the date window, under a fresh grant",
+    by="gateway",
+    defence=DATE,
+    refused=ApiError,
+    code=problems.DATE.type,
 )
 async def test_restarted_too_late(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric, verdict: Verdict) -> None:
     before = await stage.worker()

@@ -147,7 +147,7 @@ class _Walk:
         self.torn = 0
         self.anchored: int | None = None
         self._anchors: list[tuple[Checkpoint, str]] = []
-        # Entries under the last checkpoint that fitted: of those in the log, and of those kept, which the log cannot have made up.
+        # Entries under the last checkpoint that fitted: of the log's own, and of those kept, which it cannot have made up.
         self._good = {False: 0, True: 0}
 
     def run(self, kept: Sequence[bytes]) -> None:

@@ -1,0 +1,71 @@
+"""The entries of a log as an SQLite table, for questions. Rebuilt from the log at will; it proves nothing by itself.
+
+One row an entry: its index, its members that are plain values, and the whole entry as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+from lacre.errors import SettingsError
+from lacre_gateway.audit.entries import parse
+from lacre_gateway.audit.reader import LogReader
+
+COLUMNS: Final = (
+    "kind", "request_id", "time", "subject", "tenant", "issuer", "address", "pool", "model", "action", "shape", "kem", "plan",
+    "max_tokens", "sealed_bytes", "enc", "decision", "outcome", "status", "unreceipted", "prompt_tokens", "cached_tokens",
+    "completion_tokens", "duration", "event", "actor", "target",
+)  # fmt: skip
+# Names come from this file alone; values are bound.
+_TABLE: Final = f"CREATE TABLE entries (idx INTEGER PRIMARY KEY, {', '.join(COLUMNS)}, entry TEXT NOT NULL)"
+_INSERT: Final = f"INSERT INTO entries VALUES ({', '.join('?' * (len(COLUMNS) + 2))})"  # noqa: S608
+
+
+def build(reader: LogReader, path: Path | None = None) -> sqlite3.Connection:
+    """The table of all entries; in memory where `path` is left out, else in a new file (0600) in its place."""
+    if path is not None:
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+    database = sqlite3.connect(path or ":memory:")
+    database.execute(_TABLE)
+    with database:
+        database.executemany(_INSERT, _rows(reader))
+        database.execute("CREATE INDEX by_request ON entries (request_id)")
+        database.execute("CREATE INDEX by_subject ON entries (subject, time)")
+    return database
+
+
+def find(
+    database: sqlite3.Connection, wanted: Mapping[str, Any], since: float | None, until: float | None, limit: int
+) -> list[str]:
+    """The newest `limit` entries whose members are as wanted, the oldest first, as JSON. Times are seconds since the epoch."""
+    terms = [f"{name} = ?" for name in wanted]
+    values = list(wanted.values())
+    for term, value in (("time >= ?", since), ("time < ?", until)):
+        if value is not None:
+            terms.append(term)
+            values.append(value)
+    where = f"WHERE {' AND '.join(terms)}" if terms else ""
+    rows = database.execute(f"SELECT entry FROM entries {where} ORDER BY idx DESC LIMIT ?", (*values, limit))  # noqa: S608
+    return [entry for (entry,) in rows.fetchall()[::-1]]
+
+
+def ask(database: sqlite3.Connection, sql: str) -> tuple[Sequence[str], list[Sequence[Any]]]:
+    """The names and rows of any reading statement. Raises SettingsError with what SQLite says of it."""
+    database.execute("PRAGMA query_only = ON")
+    try:
+        with closing(database.execute(sql)) as cursor:
+            return [column[0] for column in cursor.description or ()], cursor.fetchall()
+    except sqlite3.Error as exc:
+        raise SettingsError(f"--sql: {exc}; the table is entries (idx, {', '.join(COLUMNS)}, entry)") from exc
+
+
+def _rows(reader: LogReader) -> Iterator[Sequence[Any]]:
+    for index, data in enumerate(reader.entries()):
+        members = parse(data)
+        yield (index, *(members.get(name) for name in COLUMNS), json.dumps({"index": index, **members}, ensure_ascii=False))
