@@ -15,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from bench import command
 from lacre_backend import models
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacre"
+LIMIT = 180  # seconds for one task of a peer
 RUNNER = Path(__file__).with_name("runner.py")
 SERVER = ["uvicorn", "fastapi", "pydantic-settings", "sse-starlette", "starlette-context", "PyYAML", "numpy", "jinja2"]
 PEERS = {"xllamacpp": ["xllamacpp==2026.10.11549"], "server": [*SERVER, "typing-extensions", "diskcache"]}
@@ -101,8 +103,13 @@ class Peer:
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the engine's process ended"
+        watch = threading.Timer(LIMIT, self._signal, (signal.SIGKILL,))
+        watch.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            watch.cancel()
+        assert line, f"the engine's process ended, or took more than {LIMIT} s"
         return json.loads(line)
 
     def _signal(self, number: int) -> None:
