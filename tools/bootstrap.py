@@ -46,9 +46,7 @@ def digest(*parts: str) -> str:
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
-    status = subprocess.run([str(part) for part in command], check=False, env=env).returncode
-    if status:
-        raise SystemExit(f"Lacre is not set up: see above; this ended with status {status}: {' '.join(map(str, command))}")
+    subprocess.run([str(part) for part in command], check=True, env=env)
 
 
 def pip(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
@@ -136,4 +134,7 @@ def prepare() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as failed:
+        raise SystemExit(f"Lacre is not set up, see above; what ended with {failed.returncode}: {' '.join(failed.cmd)}") from None

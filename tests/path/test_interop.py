@@ -1,0 +1,31 @@
+"""The JavaScript client, written from docs/wire.md alone, through the running gateway to the real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from parts.up import Up
+
+FOLDER = Path(__file__).resolve().parents[1] / "interop"
+NODE, NPM = shutil.which("node"), shutil.which("npm")
+
+pytestmark = pytest.mark.skipif(NODE is None or NPM is None, reason="node and npm are not installed")
+
+
+@pytest.mark.parametrize(("kem", "label"), [("xwing", "MLKEM768-X25519"), ("x25519", "X25519")])
+def test_a_sealed_streaming_chat(up: Up, kem: str, label: str) -> None:
+    if not (FOLDER / "node_modules").is_dir():
+        subprocess.run([str(NPM), "ci"], cwd=FOLDER, check=True, capture_output=True)
+    environment = os.environ | {"LACRE_URL": up.url, "LACRE_TOKEN": up.token}
+    command = [str(NODE), "client.mjs", "--kem", kem, "Tell me a story."]
+    done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    *pieces, totals = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(pieces) > 5
+    assert label in json.dumps(totals) or kem in json.dumps(totals)
