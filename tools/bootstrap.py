@@ -137,4 +137,5 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as failed:
-        raise SystemExit(f"Lacre is not set up, see above; what ended with {failed.returncode}: {' '.join(failed.cmd)}") from None
+        command = " ".join(failed.cmd)
+        raise SystemExit(f"Lacre is not set up: see above. This ended with status {failed.returncode}: {command}") from None
