@@ -23,12 +23,14 @@ from parts.gateway import AUDIENCE, ISSUER, Issuer
 class HonestGateway:
     """Reads its manifest from the fabric, trusts the root, and lets alice do what the shipped policies allow."""
 
-    def __init__(self, folder: Path, keys: Keys, issuer: Issuer, fetch: Callable[[], Awaitable[bytes | None]]) -> None:
+    def __init__(
+        self, folder: Path, keys: Keys, issuer: Issuer, fetch: Callable[[], Awaitable[bytes | None]], queue_limit: float = 20.0
+    ) -> None:
         (folder / "jwks.json").write_text(json.dumps(issuer.jwks()))
         self.log = io.StringIO()
         self.audit = folder / "audit"
         self.token = issuer.token()
-        settings = parse(_settings(keys), folder / "gateway.toml")
+        settings = parse(_settings(keys, queue_limit), folder / "gateway.toml")
         self.gateway: Gateway = build(settings, keys.gateway, make_log(self.log), fetch)
         self.app = create_app(self.gateway)
 
@@ -54,7 +56,7 @@ class HonestGateway:
                 await asyncio.sleep(0.002)
 
 
-def _settings(keys: Keys) -> str:
+def _settings(keys: Keys, queue_limit: float) -> str:
     return f"""
         gateway = "g1"
         public_url = "http://127.0.0.1:8321"
@@ -70,7 +72,7 @@ def _settings(keys: Keys) -> str:
         algorithms = ["EdDSA"]
         jwks = "jwks.json"
         [limits]
-        queue_limit = 0.5
+        queue_limit = {queue_limit}
         [models."{MODEL}"]
         context = 2048
         [models."{OTHER_MODEL}"]

@@ -6,12 +6,13 @@ import asyncio
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hostile.adversary import AsgiWire, HostileFabric, framed
+from hostile.adversary import AsgiWire, Eyes, HostileFabric, framed
 from hostile.attacks import Verdict, attack
 from hostile.honest import HonestGateway
 from hostile.stage import Stage
@@ -24,6 +25,7 @@ from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import MAX_PENDING_FRAMES
 from lacre_fabric.outbound import Outbound
 from lacre_fabric.work import CREDIT
+from parts.gateway import Issuer
 
 COUNTED = "frames of an attempt are counted, and a gap ends the answer"
 WHOLE = "an answer is whole only when its final chunk has opened"
@@ -188,10 +190,15 @@ async def test_flood(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric
 
 
 @attack("withhold work from every worker", by="fabric", defence="a queue limit", refused=problems.BUSY)
-async def test_withhold(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_withhold(
+    stage: Stage, tmp_path: Path, issuer: Issuer, fabric: HostileFabric, eyes: Eyes, verdict: Verdict
+) -> None:
+    honest = HonestGateway(tmp_path, stage.keys, issuer, stage.read_bucket, queue_limit=0.1)
+    await honest.start(fabric)
     fabric.deliver = lambda _work: []
     with verdict.refused():
-        await asked(stage, honest, wire)
+        await asked(stage, honest, AsgiWire(honest.app, eyes))
+    await honest.close()
 
 
 @attack(
