@@ -64,7 +64,8 @@ def read_secret(path: Path) -> bytearray:
                     size += count
             return content[:size] if size < len(content) else content
     except OSError as exc:
-        raise SettingsError(f"cannot read the key file {path}: {exc.strerror}. `lacre keys init` makes key files") from exc
+        made = "`lacre up` makes such files, and `lacre keys init` those that hold keys"
+        raise SettingsError(f"cannot read {path}: {exc.strerror}. {made}") from exc
 
 
 def destroy(path: Path) -> None:

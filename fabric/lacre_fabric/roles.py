@@ -50,7 +50,7 @@ class Credential:
             members = Members(json.loads(read_secret(path)), "the credential")
             return cls(members.text("name"), members.text("password"))
         except (ValueError, RecursionError, InvalidMessage) as exc:
-            raise SettingsError(f"{path} is not a fabric credential: `lacre up` and `lacre keys init` write them") from exc
+            raise SettingsError(f"{path} is not a fabric credential: `lacre up` writes them") from exc
 
     @classmethod
     def load_or_new(cls, path: Path, name: str) -> Credential:
