@@ -225,20 +225,20 @@ def root_rotate(state: State = None) -> None:
     Applications that pin an older root go on: they follow the chain.
     """
     site = _site(state)
-    _change(site, lambda: site.authority.rotate_root(time.time()))
+    published = _change(site, lambda: site.authority.rotate_root(time.time()))
     site.write_env(site.base_url)
     url = site.connection_string(site.base_url)
-    if not _served(url):
+    if published and not _served(url):
         typer.echo(f"the gateway at {site.base_url} does not serve the new root yet: wait until it does", err=True)
     typer.echo(url)
 
 
-def _change(site: Site, change: Callable[[], object]) -> None:
-    """Changes the chain, publishes what follows, and destroys the key that was replaced."""
+def _change(site: Site, change: Callable[[], object]) -> bool:
+    """Changes the chain, publishes what follows, and destroys the key that was replaced. Whether it could be published."""
     from lacre_fabric.rotation import publish
     from lacre_fabric.work import FabricUnavailable
 
-    async def run() -> None:
+    async def run() -> bool:
         async with site.changing():
             change()
         try:
@@ -248,8 +248,10 @@ def _change(site: Site, change: Callable[[], object]) -> None:
             typer.echo(f"not published yet: {exc}; `lacre up` and `lacre manifest publish` will", err=True)
             async with site.changing():
                 site.authority.settle()
+            return False
+        return True
 
-    asyncio.run(run())
+    return asyncio.run(run())
 
 
 def _served(url: str) -> bool:

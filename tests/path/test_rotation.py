@@ -1,0 +1,158 @@
+"""Keys, signer and root change while requests run; old pins go on, old keys are gone."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import lacre
+from lacre.errors import UntrustedRoot
+from lacre.trust import ConnectionString
+from lacre.wire.header import Kem
+from parts.memory import found_in_memory, parts_of
+from parts.up import LACRE, Up, environment
+
+REQUESTS = 50
+CLIENTS = 3
+PAUSE = 0.3  # seconds between a client's requests
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Up]:
+    live = Up.start(tmp_path / "state")
+    yield live
+    live.stop()
+
+
+def lacre_command(up: Up, *arguments: str) -> str:
+    command = [*LACRE, *arguments, "--state", str(up.state)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(up.state), check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@dataclass
+class Load:
+    """Clients that ask one question after another until `stop`; half of them begin anew with each."""
+
+    up: Up
+    memory: Path
+    done: int = 0
+    failed: list[lacre.LacreError] = field(default_factory=list)
+    attempts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _client(self) -> lacre.Client:
+        return lacre.Client(self.up.url, token=self.up.token, memory=lacre.VersionFile(self.memory))
+
+    def _ask(self, number: int) -> None:
+        client = self._client()
+        try:
+            while not self._stop.wait(PAUSE):
+                if number % 2:
+                    client.close()
+                    client = self._client()
+                self._one(client)
+        finally:
+            client.close()
+
+    def _one(self, client: lacre.Client) -> None:
+        try:
+            reply = client.chat("Name a sea.", max_tokens=2)
+        except lacre.LacreError as exc:
+            with self._lock:
+                self.failed.append(exc)
+        else:
+            with self._lock:
+                self.done += bool(reply.text)
+                self.attempts.append(reply.attempts)
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_under_a_steady_load(own: Up, tmp_path: Path) -> None:
+    keys = own.state / "pools" / "default" / "keys"
+    old = {
+        f"{name} {part}": value for name in ("1.key", "2.key") for part, value in parts_of((keys / name).read_bytes()).items()
+    }
+    worker, first = own.children()["lacre_backend"], ConnectionString.parse(own.url).root
+    assert "1.key secret" in found_in_memory(worker, old)
+    load = Load(own, tmp_path / "memory")
+    load.start()
+    try:
+        wait_for(lambda: load.done >= 5 or load.failed, 30)
+        lacre_command(own, "keys", "rotate", "--grace", "3")
+        wait_for(lambda: {path.name for path in keys.glob("*.key")} == {"3.key", "4.key"}, 20)
+        lacre_command(own, "signer", "rotate")
+        roots = [lacre_command(own, "root", "rotate").strip() for _ in range(2)]
+        wait_for(lambda: load.done >= REQUESTS or load.failed, 60)
+    finally:
+        load.stop()
+    print(f"{load.done} requests, {len(load.failed)} failed, {load.attempts.count(2)} sealed twice")
+    assert load.failed == []
+    assert load.done >= REQUESTS
+    assert set(load.attempts) == {1, 2}  # those that knew the old key alone had to be told, once
+
+    # The old key is nowhere: not in the processes that had it, and not on disk.
+    for pid in (worker, own.process.pid):
+        assert found_in_memory(pid, old) == set()
+    for path in own.state.rglob("*"):
+        if path.is_file():
+            assert not any(value in path.read_bytes() for value in old.values()), path
+
+    # The first pin leads to the last root; the newest pin keeps the memory of the first.
+    assert len({own.url, *roots}) == 3
+    memory = lacre.VersionFile(tmp_path / "memory")
+    for url in (own.url, *roots):
+        with lacre.Client(url, token=own.token, memory=memory, kem=[Kem.X25519]) as client:
+            assert client.chat("Name a sea.", max_tokens=2).text
+    stranger = str(ConnectionString(own.base_url, bytes(reversed(first))))
+    with lacre.Client(stranger, token=own.token, memory=lacre.VersionMemory()) as client, pytest.raises(UntrustedRoot):
+        client.chat("Name a sea.", max_tokens=2)
+
+
+def test_what_was_begun_is_ended_at_the_next_start(tmp_path: Path) -> None:
+    """A retirement is due while nothing runs; the settings of the next start pin the new root."""
+    live = Up.start(tmp_path / "state")
+    first, token = live.url, live.token
+    keys = live.state / "pools" / "default" / "keys"
+    try:
+        lacre_command(live, "keys", "rotate", "--grace", "4")
+    finally:
+        live.stop()
+    assert {path.name for path in keys.iterdir()} == {"1.key", "2.key", "3.key", "4.key"}
+    lacre_command(live, "root", "rotate")
+    live = Up.start(tmp_path / "state")
+    try:
+        assert live.url.partition("?")[2] != first.partition("?")[2]
+        old_pin = ConnectionString(live.base_url, ConnectionString.parse(first).root)
+        for url in (str(old_pin), live.url):
+            with lacre.Client(url, token=token, memory=lacre.VersionMemory()) as client:
+                assert client.chat("Name a sea.", max_tokens=2).text
+        wait_for(lambda: {path.name for path in keys.iterdir()} == {"3.key", "4.key"}, 20)
+    finally:
+        live.stop()
