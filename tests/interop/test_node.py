@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import cryptography_vectors
 import httpx2
 import pytest
 import uvicorn
@@ -59,6 +60,13 @@ def test_published_vectors(name: str) -> None:
     done = node("vectors.mjs", name)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ok ") > 15
+
+
+def test_official_vectors() -> None:
+    folder = Path(cryptography_vectors.__file__).parent / "HPKE"
+    done = node("official.mjs", str(folder / "test-vectors.json"), str(folder / "hpke-pq-test-vectors.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "HPKE: 4 vectors" in done.stdout
 
 
 def test_rules_that_no_exchange_shows() -> None:
