@@ -37,8 +37,13 @@ Frames = Iterable[Frame]
 
 async def asked(stage: Stage, honest: HonestGateway, wire: AsgiWire) -> str:
     """Somebody asks an honest gateway; the worker's frames pass through the adversary's hands."""
-    await stage.worker()
-    return "".join([piece async for piece in stage.client(wire, honest.token).chat_stream(stage.prompt)])
+    worker = await stage.worker()
+    before = len(stage.hub.works)
+    try:
+        return "".join([piece async for piece in stage.client(wire, honest.token).chat_stream(stage.prompt)])
+    finally:
+        assert len(stage.hub.works) == before + 1
+        assert worker.calls == (1 if stage.hub.frames else 0)
 
 
 def each(change: Callable[[Frame], Frames]) -> Callable[[str, Frame], list[tuple[str, Frame]]]:

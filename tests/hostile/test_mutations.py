@@ -13,7 +13,8 @@ from hostile.mutations import MUTATIONS, ROOT, Mutation, caught, copy
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_is_of_this_tree(mutation: Mutation) -> None:
-    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
+    found = (ROOT / mutation.file).read_text().count(mutation.old)
+    assert found == 1, "the line has changed: change the mutation with it, and see that `make mutants` still catches it"
     assert mutation.new != mutation.old
     assert f"tests/hostile/{mutation.test}" in every()
 

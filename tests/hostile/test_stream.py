@@ -24,10 +24,13 @@ LENGTHS = "a length is judged before anything of it is buffered"
 NONCE = "the answer's key is derived from its nonce"
 
 
-async def asked(stage: Stage, caller: Caller) -> None:
-    """Somebody asks, and gets an answer that the adversary has changed."""
-    await stage.worker()
-    await caller.stream(stage.prompt)
+async def asked(stage: Stage, caller: Caller, *, calls: int = 1) -> None:
+    """Somebody asks, and gets an answer that the adversary has changed. calls: how often the worker's app was called."""
+    worker = await stage.worker()
+    try:
+        await caller.stream(stage.prompt)
+    finally:
+        assert worker.calls == calls
 
 
 def at(number: int, change: Callable[[bytes], list[bytes]]) -> Callable[[SealedAnswer], SealedAnswer]:
@@ -268,7 +271,7 @@ def flood(prefix: bytes) -> tuple[Pieces, Callable[[httpx2.Request], httpx2.Resp
 async def test_huge_first_record(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     body, gateway.respond = flood((100_000_000 | 0xC000_0000_0000_0000).to_bytes(8, "big"))
     with verdict.refused():
-        await asked(stage, caller)
+        await asked(stage, caller, calls=0)
     assert body.pulled < 100
 
 
@@ -276,7 +279,7 @@ async def test_huge_first_record(stage: Stage, caller: Caller, gateway: GatewayO
 async def test_huge_final_chunk(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     body, gateway.respond = flood(b"\x00")
     with verdict.refused():
-        await asked(stage, caller)
+        await asked(stage, caller, calls=0)
     assert body.pulled < 2 * 65536 + MAX_CHUNK
 
 
