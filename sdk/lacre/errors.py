@@ -98,10 +98,6 @@ class UntrustedRoot(VerificationError):
     """No chain of statements leads from the pinned root to the signer of the manifest."""
 
 
-class GrantMismatch(VerificationError):
-    """A sealed request whose inside, or whose bytes, differ from what its grant says."""
-
-
 class InvalidReceipt(VerificationError):
     """The answer's receipt is missing, is not by the pool, is for another request, or does not agree with the answer."""
 
@@ -112,10 +108,6 @@ class InvalidProof(VerificationError):
 
 class InvalidAudit(VerificationError):
     """The answer's `Lacre-Audit` is missing, is not by the gateway's key, or does not prove that this request was recorded."""
-
-
-class Replayed(VerificationError):
-    """A sealed request that was seen before."""
 
 
 # A refusal
