@@ -22,13 +22,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jws import b64u, b64u_decode, raw_public_key
-from lacre.manifest import RootStatement
+from lacre.manifest import MAX_CHAIN, RootStatement
 from lacre.signing import sign_statement
 from lacre_fabric.keyfiles import destroy, destroy_leftovers, ed25519, read_ed25519, write_ed25519, write_secret
 
 DAY: Final = 86400.0
 SIGNER_LIFETIME: Final = 90 * DAY
 SIGNER_RENEWAL: Final = 30 * DAY  # before its end, the root says the signer's name again
+MAX_CHANGES: Final = MAX_CHAIN - 100  # statements; the rest is for renewals: 16 years of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,7 @@ class Authority:
 
     def rotate_signer(self, now: float) -> Chain:
         """A new signer. The old key stays on disk until `settle`."""
-        self.settle()
-        chain, signer = self.chain(), Ed25519PrivateKey.generate()
+        chain, signer = self._begin(), Ed25519PrivateKey.generate()
         root = self._root(chain)
         write_ed25519(self._folder / "signer.next.pem", signer)
         after = Chain(chain.roots, raw_public_key(signer), now + SIGNER_LIFETIME, chain.entries)
@@ -94,8 +94,7 @@ class Authority:
 
     def rotate_root(self, now: float) -> Chain:
         """A new root, for the same signer: the old one hands over, the new one accepts. The old key stays until `settle`."""
-        self.settle()
-        chain, following = self.chain(), Ed25519PrivateKey.generate()
+        chain, following = self._begin(), Ed25519PrivateKey.generate()
         root = self._root(chain)
         write_ed25519(self._folder / "root.next.pem", following)
         after = Chain((*chain.roots, raw_public_key(following)), chain.signer, now + SIGNER_LIFETIME, chain.entries)
@@ -114,6 +113,16 @@ class Authority:
                 else:
                     destroy(coming)
             destroy_leftovers(self._folder, name)
+
+    def _begin(self) -> Chain:
+        self.settle()
+        chain = self.chain()
+        if len(chain.entries) >= MAX_CHANGES:
+            raise SettingsError(
+                f"the chain of root statements has {len(chain.entries)} entries, and clients take {MAX_CHAIN}: "
+                "start with a new state folder, and give applications its root to pin"
+            )
+        return chain
 
     def _extend(self, chain: Chain, entry: tuple[str, ...]) -> Chain:
         longer = Chain(chain.roots, chain.signer, chain.until, (*chain.entries, entry))

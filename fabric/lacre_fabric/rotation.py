@@ -17,8 +17,9 @@ from typing import Final
 
 import structlog
 
-from lacre.errors import LacreError
+from lacre.errors import LacreError, SettingsError
 from lacre.sealing import REFRESH_BEFORE
+from lacre.trust import MAX_FUTURE
 from lacre.wire.header import KeyConfig
 from lacre_fabric import poolkeys
 from lacre_fabric.authority import DAY
@@ -33,6 +34,7 @@ EVERY: Final = DAY
 GRACE: Final = MANIFEST_LIFETIME * REFRESH_BEFORE + 3600.0
 REPUBLISH: Final = MANIFEST_LIFETIME / 4
 LOAD_WAIT: Final = 30.0  # seconds for the workers to take up a new key, or to let go of an old one
+MAX_TIME: Final = 366 * DAY
 LOOK: Final = 1.0  # seconds between looks at what is due
 AGAIN: Final = 30.0  # seconds from a failure to the next try
 
@@ -45,10 +47,17 @@ class NotTakenUp(LacreError):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """every: seconds that a pool key is the current one; None for ever. grace: seconds that it is listed after that."""
+    """every: seconds that a pool key is the current one; None for ever. grace: seconds that it is listed after that.
+
+    Raises SettingsError for what is no time.
+    """
 
     every: float | None = EVERY
     grace: float = GRACE
+
+    def __post_init__(self) -> None:
+        _check_time("the time between rotations", self.every or 0)
+        _check_time("the grace", self.grace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,7 @@ async def rotate(site: Site, connection: Connection, pool: str, *, grace: float 
     wait: seconds for the workers to take it up. One that does not in this time does not hold up the others.
     Raises NotTakenUp where none did, SettingsError or FabricUnavailable.
     """
+    _check_time("the grace", grace)
     async with site.changing():
         staged = _staged(site, pool)
         have, lacking = await await_holders(connection, pool, staged.configs, wait)
@@ -91,6 +101,11 @@ async def rotate(site: Site, connection: Connection, pool: str, *, grace: float 
         await _publish(site, connection)
     live = site.generations(pool).live
     return Rotated(pool, staged.configs, tuple(one for one in live if one.retire_at is not None), lacking)
+
+
+def _check_time(what: str, seconds: float) -> None:
+    if not 0 <= seconds <= MAX_TIME:  # which no NaN is
+        raise SettingsError(f"{what} must be between 0 and {MAX_TIME / DAY:.0f} days")
 
 
 def _staged(site: Site, pool: str) -> Generation:
@@ -141,7 +156,7 @@ async def _check_gone(connection: Connection, pool: str, configs: Sequence[KeyCo
 async def tend(site: Site, connection: Connection, schedule: Schedule) -> None:
     """Whatever is due now: a fresh manifest, a new key, an end to an old one. Raises as `rotate` and `retire` do."""
     now = time.time()
-    if now >= site.published_at + REPUBLISH:
+    if not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # before -MAX_FUTURE: the clock was set back since
         await publish(site, connection)
     for pool in site.pools:
         if _rotation_due(site, pool, now, schedule.every):

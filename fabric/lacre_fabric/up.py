@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from lacre.errors import SettingsError
 from lacre_fabric import logs, subjects
 from lacre_fabric.connection import Connection
@@ -27,6 +29,8 @@ DEFAULT_MODEL: Final = "smollm2-135m"
 POOL: Final = "default"
 START_TIMEOUT: Final = 120.0  # seconds; loading a large model takes its time
 ANSWER_TIMEOUT: Final = 2.0  # seconds for one look at `readyz`: what answers on the port may be somebody else
+
+log = structlog.get_logger("lacre.up")
 
 
 def default_state() -> Path:
@@ -63,6 +67,7 @@ async def running(
         try:
             connection, children = await _start(site, supervisor, port, model)
             tending = asyncio.create_task(upkeep(site, connection, schedule or Schedule()))
+            tending.add_done_callback(_tell_end)
             try:
                 base_url = f"http://127.0.0.1:{port}"
                 site.write_env(base_url)
@@ -128,6 +133,12 @@ async def _answers(port: int) -> bool:
                 writer.close()
     except (OSError, ValueError):  # ValueError: a first line without end
         return False
+
+
+def _tell_end(upkeep: asyncio.Task[None]) -> None:
+    """It goes on for ever, or something is wrong with the code."""
+    if not upkeep.cancelled() and (error := upkeep.exception()) is not None:
+        log.error("upkeep.ended", exc_info=error)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.errors import Expired, InvalidSignature, SettingsError
 from lacre.jws import b64u, raw_public_key
 from lacre.trust import Trusted, verify
-from lacre_fabric.authority import SIGNER_LIFETIME, SIGNER_RENEWAL, Authority
+from lacre_fabric.authority import MAX_CHANGES, SIGNER_LIFETIME, SIGNER_RENEWAL, Authority
 from lacre_fabric.keyfiles import read_ed25519, read_secret
 from lacre_fabric.site import Site
 
@@ -101,6 +102,18 @@ def test_the_signer_is_named_again_before_its_time_is_over(site: Site) -> None:
     assert site.authority.chain().entries[:-1] == entries  # what clients remember stays
     assert seen.steps[-1].statement.signer == seen.steps[0].statement.signer
     assert seen.steps[-1].statement.expires_at > NOW + SIGNER_LIFETIME
+
+
+def test_a_chain_that_clients_would_not_take_is_not_made(site: Site) -> None:
+    path = site.folder / "trust" / "chain.json"
+    members = json.loads(path.read_text())
+    path.write_text(json.dumps(members | {"chain": members["chain"] * MAX_CHANGES}))
+    before = sorted(path.name for path in site.folder.iterdir())
+    for change in (site.authority.rotate_root, site.authority.rotate_signer):
+        with pytest.raises(SettingsError, match="new state folder"):
+            change(NOW)
+    assert sorted(path.name for path in site.folder.iterdir()) == before
+    assert seen_from(site, site.root)
 
 
 class TestRootKeptElsewhere:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from lacre.errors import SettingsError
 from lacre.trust import verify
 from lacre_backend.keyring import KeyRing
 from lacre_fabric.connection import Connection
@@ -164,6 +165,15 @@ async def test_keys_rotate_by_themselves_also_after_a_failure_and_without_a_work
     while (await world.listed())[0] < 5:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+async def test_what_is_no_time(world: World, seconds: float) -> None:
+    with pytest.raises(SettingsError, match="grace"):
+        await rotate(world.site, world.connection, POOL, grace=seconds)
+    with pytest.raises(SettingsError, match="rotations"):
+        Schedule(every=seconds)
+    assert world.in_folder() == {"1.key", "2.key"}
 
 
 async def test_one_process_at_a_time_changes_a_site(world: World) -> None:

@@ -28,7 +28,7 @@ def test_version() -> None:
 
 def test_every_command_is_there() -> None:
     text = run("--help").stdout
-    for name in ("up", "demo", "chat", "gateway", "worker", "token", "manifest", "keys"):
+    for name in ("up", "demo", "chat", "gateway", "worker", "token", "manifest", "keys", "signer", "root"):
         assert f" {name} " in text
 
 
@@ -59,6 +59,25 @@ def test_manifest_publish_raises_the_version(up: Up) -> None:
         if json.loads(run("manifest", "show", "--json", up=up).stdout)["ver"] > before:
             return
     pytest.fail("the gateway did not take up the new manifest")
+
+
+def test_keys_list(up: Up) -> None:
+    shown = run("keys", "list", "--state", str(up.state)).stdout
+    assert [line.count("current since") for line in shown.splitlines() if "default" in line] == [1, 1]
+    assert "MLKEM768-X25519" in shown
+
+
+def test_keys_of_a_pool_that_is_not_there(up: Up) -> None:
+    done = run("keys", "rotate", "--pool", "nowhere", "--state", str(up.state))
+    assert done.returncode == 1
+    assert "no pool nowhere: there is default" in done.stderr
+
+
+def test_keys_without_a_fabric(tmp_path: Path) -> None:
+    run("keys", "init", "--state", str(tmp_path))
+    done = run("keys", "rotate", "--state", str(tmp_path))
+    assert done.returncode == 1
+    assert "lacre up" in done.stderr
 
 
 def test_token_issue(up: Up) -> None:
