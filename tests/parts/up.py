@@ -26,13 +26,9 @@ class Up:
     token: str
 
     @classmethod
-    def start(cls, state: Path, *arguments: str, group: bool = False) -> Up:
-        """group: in a process group of its own, like a command that a shell started."""
+    def start(cls, state: Path, *arguments: str) -> Up:
         command = [*LACRE, "up", "--state", str(state), "--port", "0", *arguments]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(state),
-            process_group=0 if group else None,
-        )  # fmt: skip
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(state))
         line = _line_with("ready lacre", process)
         url, token = read_env(state)
         assert line.split()[1] == url
