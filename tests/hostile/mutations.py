@@ -82,7 +82,7 @@ MUTATIONS: Final = (
     Mutation("a section holds so many fields", f"{WIRE}/bhttp.py",
              "        if len(fields) == MAX_FIELDS:", "        if False:", "test_sealed.py::test_header_flood"),
     Mutation("two lengths that differ are none", f"{WIRE}/fields.py",
-             "if values or not _LENGTH.fullmatch(value):", "if not _LENGTH.fullmatch(value):",
+             "if len(values) > 1 or not _LENGTH.fullmatch(values[0]):", "if not _LENGTH.fullmatch(values[0]):",
              "test_sealed.py::test_two_lengths"),
     Mutation("fields of a connection stay outside", f"{WIRE}/fields.py",
              'if name in _CONNECTION_FIELDS or (name == b"te" and value != b"trailers"):', "if False:",

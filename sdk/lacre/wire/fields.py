@@ -71,10 +71,9 @@ def check_field(name: bytes, value: bytes) -> tuple[str, str]:
 
 def content_length(headers: Iterable[tuple[str, str]]) -> int | None:
     """What Content-Length announces; a message that contradicts it is malformed (RFC 9113 section 8.1.1)."""
-    values = {value for name, value in headers if name == "content-length"}
+    values = list(dict.fromkeys(value for name, value in headers if name == "content-length"))
     if not values:
         return None
-    value = values.pop()
-    if values or not _LENGTH.fullmatch(value):
+    if len(values) > 1 or not _LENGTH.fullmatch(values[0]):
         raise errors.InvalidMessage("the Content-Length is not one number")
-    return int(value)
+    return int(values[0])
