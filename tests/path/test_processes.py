@@ -24,11 +24,14 @@ def lacre_up(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
     live = Up.start(tmp_path / "state")
-    children = list(live.children().values())
-    assert len(children) == 3
-    # A terminal sends Ctrl-C to a whole process group: the others are ended in order, after the answers under way.
-    assert os.getpgid(live.process.pid) not in map(os.getpgid, children)
-    status = live.stop(number)
+    try:
+        children = list(live.children().values())
+        assert len(children) == 3
+        # A terminal sends Ctrl-C to a whole process group: the others are ended in order, after the answers under way.
+        assert os.getpgid(live.process.pid) not in map(os.getpgid, children)
+        status = live.stop(number)
+    finally:
+        live.stop(signal.SIGKILL)
     assert wait_until_gone(children, 5) == []
     assert status == (-9 if number is signal.SIGKILL else 0)
 
