@@ -127,9 +127,12 @@ def keys_init(
 ) -> None:
     """Make root, signer, issuer, gateway and pool keys where there are none, and print the root that applications pin."""
     from lacre.jws import b64u
+    from lacre_fabric import subjects
     from lacre_fabric.site import Site
     from lacre_fabric.up import DEFAULT_MODEL, POOL, default_state
 
+    for name in pool or ():
+        subjects.check_name("pool", name)
     site = Site((state or default_state()).resolve(), dict.fromkeys(pool or [POOL], (DEFAULT_MODEL,)))
     site.create()
     typer.echo(f"root {b64u(site.root)}")
@@ -274,13 +277,15 @@ def _served(url: str) -> bool:
 
 
 def manifest_publish(state: State = None) -> None:
-    """Sign the next version of the manifest and put it on the fabric, where gateways and workers take it up."""
+    """Sign the next version of the manifest and put it on the fabric, with the queues that it lacks."""
+    from lacre_fabric.provisioning import provision
     from lacre_fabric.rotation import publish
 
     site = _site(state)
 
     async def run() -> None:
         async with _provisioner(site) as connection:
+            await provision(connection, site.pools)
             await publish(site, connection)
 
     asyncio.run(run())
