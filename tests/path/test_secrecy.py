@@ -22,10 +22,9 @@ def test_the_canary_is_with_the_worker_alone(env: Up, client: lacre.Client) -> N
     first = threading.Event()
 
     def ask() -> None:
-        prompt = f"Repeat this word for ever: {CANARY}"
-        for number, _ in enumerate(client.chat_stream(prompt, max_tokens=400)):
-            if number == 2:
-                first.set()
+        prompt = f"Tell me a very long story about a ship that is named {CANARY}."
+        for _ in client.chat_stream(prompt, max_tokens=400):
+            first.set()
 
     asking = threading.Thread(target=ask)
     asking.start()
