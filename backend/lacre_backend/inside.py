@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from lacre import problems
 from lacre.asgi import AUTHORITY, SCHEME, Opened, decoded_path
-from lacre.inner import ACTIONS
+from lacre.inner import action_of
 from lacre_fabric.grants import Grant
 
 DATE_WINDOW: Final = 300.0  # seconds that a request's `date` may lie from this clock (RFC 9458 section 6.5.1)
@@ -75,7 +75,7 @@ def _check_copies(opened: Opened, grant: Grant) -> SealedRefusal | None:
     for name, granted in copies.items():
         if any(value != granted for value in opened.headers(name)):
             return _mismatch(name.removeprefix("lacre-").replace("-", "_"))
-    if ACTIONS.get(decoded_path(request), "http") != grant.action:  # as the app will read it
+    if action_of(request.method, decoded_path(request)) != grant.action:  # as the app will read it
         return _mismatch("action")
     return None
 

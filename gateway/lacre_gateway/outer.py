@@ -34,12 +34,15 @@ _READ: Final = frozenset({*_REQUIRED, b"authorization", b"content-type", b"conte
 
 
 class Action(StrEnum):
-    """What the sealed request does. `http`: whatever an application behind a worker answers to."""
+    """What the sealed request does. `inspect`: reads what is served and counts tokens; runs no model. `http`: whatever an
+    application behind a worker answers to.
+    """
 
     CHAT = "chat"
     COMPLETE = "complete"
     EMBED = "embed"
     RERANK = "rerank"
+    INSPECT = "inspect"
     HTTP = "http"
 
 

@@ -16,6 +16,7 @@ from lacre.errors import MessageTooLarge, UsageError
 from lacre.wire.header import MAX_SEALED_REQUEST
 
 DEFAULT_MAX_TOKENS: Final = 512  # what the SDK asks for, for each choice, where the caller does not say
+NO_OUTPUT: Final = 1  # the least that `Lacre-Max-Tokens` can say, for actions whose answer holds no tokens
 MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling that `Lacre-Max-Tokens` can say
 ALLOWED_HEADERS: Final = frozenset({"content-type", "accept"})
 # OpenAI's fields that say who asks. `prompt_cache_key` is the newer word for `user`, a pseudonym that stays; what it is for,
@@ -25,13 +26,27 @@ IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_ca
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 
 _MODEL_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # it stands in a header field outside, for policy
-# The actions that policy tells apart, by the path that each belongs to; every other path is `http`.
-ACTIONS: Final = {
+# The actions that run a model, by the path that each belongs to.
+_RUNS: Final = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "complete",
     "/v1/embeddings": "embed",
     "/v1/rerank": "rerank",
 }
+_MODELS: Final = "/v1/models"
+_TOKENIZE: Final = "/v1/tokenize"
+_WITHOUT_OUTPUT: Final = frozenset({"embed", "rerank", "inspect"})
+
+
+def action_of(method: str, path: str) -> str:
+    """The action that policy decides on. path: without its query. `inspect` changes nothing and runs no model: it reads what is
+    served, and counts tokens. (A DELETE of a model is no `inspect`.) What is none of these is `http`.
+    """
+    if method == "GET" and (path == _MODELS or path.startswith(_MODELS + "/")):
+        return "inspect"
+    if method == "POST" and path == _TOKENIZE:
+        return "inspect"
+    return _RUNS.get(path, "http")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +76,12 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     """
     if len(plain.content) > MAX_CONTENT:
         raise MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
-    action = ACTIONS.get(plain.path.partition("?")[0], "http")
+    action = action_of(plain.method, plain.path.partition("?")[0])
     body = _json_object(plain.content) if action != "http" else None
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     default_model = models[0] if models else ""
     if body is None:
-        return Prepared(allowed, action, default_model, DEFAULT_MAX_TOKENS)
+        return Prepared(allowed, action, default_model, NO_OUTPUT if action == "inspect" else DEFAULT_MAX_TOKENS)
     dropped = () if keep_identifying_fields else IDENTIFYING_FIELDS
     sealed_body = {name: value for name, value in body.items() if name not in dropped}
     if not isinstance(sealed_body.get("model"), str):
@@ -76,7 +91,7 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     model = sealed_body["model"]
     if not _MODEL_NAME.fullmatch(model):
         raise UsageError("a model's name has 1 to 128 visible ASCII characters: `client.models()` lists those served")
-    return Prepared(allowed, action, model, _ceiling(sealed_body))
+    return Prepared(allowed, action, model, NO_OUTPUT if action in _WITHOUT_OUTPUT else _ceiling(sealed_body))
 
 
 def _ceiling(body: dict[str, Any]) -> int:

@@ -76,6 +76,6 @@ async def test_tokenize_refuses(app: App, post: Post, body: dict[str, Any], stat
 
 async def test_tokenize_under_a_grant(app: App, post: Post) -> None:
     body = {"model": "echo", "prompt": "x"}
-    assert (await post(app, TOKENIZE, body, call=Call("r", model="echo", action="http"))).status == 200
-    for call in (Call("r", model="other", action="http"), Call("r", model="echo", action="chat")):
+    assert (await post(app, TOKENIZE, body, call=Call("r", model="echo", action="inspect"))).status == 200
+    for call in (Call("r", model="other", action="inspect"), Call("r", model="echo", action="chat")):
         assert (await post(app, TOKENIZE, body, call=call)).error(403)["code"] == "grant_mismatch"

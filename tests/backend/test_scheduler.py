@@ -15,6 +15,7 @@ from lacre_backend.engine.scheduler import MIN_REUSE, Copy, Limits, Plan, Schedu
 PREFIX = list(range(100, 100 + 3 * MIN_REUSE))
 SPLIT = Limits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4)
 TIGHT = dataclasses.replace(SPLIT, cells=160, unified=True)
+WHOLE = dataclasses.replace(SPLIT, cuttable=False)
 
 
 class Memory:
@@ -31,6 +32,7 @@ class Memory:
         for step in plan.memory:
             if isinstance(step, Trim):
                 assert len(self.slots[step.slot]) > step.keep, "there was something to remove"
+                assert self.limits.cuttable or step.keep == 0, "one state can only be dropped whole"
                 del self.slots[step.slot][step.keep :]
             else:
                 self.copy(step)
@@ -46,6 +48,7 @@ class Memory:
             cells += [[token, owner] for token in segment.tokens]
             assert len(cells) <= self.limits.context
         assert self.used <= self.limits.cells
+        assert self.limits.cuttable or not plan.after
         for trim in plan.after:
             del self.slots[trim.slot][trim.keep :]
 
@@ -165,11 +168,19 @@ class TightMachine(Machine):
     limits = TIGHT
 
 
+class WholeMachine(Machine):
+    """A model that keeps one state for each sequence."""
+
+    limits = WHOLE
+
+
 calm = settings(deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 TestSplit = Machine.TestCase
 TestSplit.settings = calm
 TestTight = TightMachine.TestCase
 TestTight.settings = calm
+TestWhole = WholeMachine.TestCase
+TestWhole.settings = calm
 
 
 # The promises, one by one

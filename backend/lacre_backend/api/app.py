@@ -186,7 +186,7 @@ class _Tokenize:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             request = parse_tokenize(await read_body(receive, MAX_BODY))
-            ceilings.check_action(scope.get("extensions", {}).get(EXTENSION), request, "http")
+            ceilings.check_action(scope.get("extensions", {}).get(EXTENSION), request, "inspect")
             served = self._settings.served.get(request.model)
             if served is None:
                 raise model_not_found(request.model)

@@ -134,15 +134,9 @@ class Context:
 
     def _trim(self, trim: Trim) -> None:
         if not L.llama_memory_seq_rm(self._memory, trim.slot, trim.keep, -1):
-            raise EngineError("This model's cache cannot be cut. Serve it without prefix reuse.")
+            raise EngineError("This model's cache cannot be cut where it was to be.")
 
     def _copy(self, copy: Copy) -> None:
         # A split cache copies whole sequences only; in a unified one the sequences share the cells.
         L.llama_memory_seq_cp(self._memory, copy.source, copy.target, -1, -1)
         self._trim(Trim(copy.target, copy.keep))
-
-
-def supports_cutting(model: Model) -> bool:
-    """Whether a sequence can be cut anywhere: recurrent models keep one state, not cells."""
-    pointer: Any = model.pointer
-    return not (L.llama_model_is_recurrent(pointer) or L.llama_model_is_hybrid(pointer))

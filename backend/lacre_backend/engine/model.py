@@ -102,13 +102,17 @@ def _load(path: Path, params: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a model says of itself before its weights are loaded. bytes_per_token: of one cell in the cache, at 16 bits."""
+    """What a model says of itself before its weights are loaded. bytes_per_token: of one cell in the cache, at 16 bits.
+
+    cuttable: whether a sequence's cache can be cut anywhere: recurrent models keep one state, not cells.
+    """
 
     architecture: str
     n_ctx_train: int
     n_embd: int
     bytes_per_token: int
     pooling: int | None
+    cuttable: bool
 
     @classmethod
     def read(cls, path: Path) -> Facts:
@@ -141,6 +145,7 @@ class Facts:
             n_embd=width,
             bytes_per_token=2 * layers * number("attention.head_count_kv", heads) * both,
             pooling=None if pooling < 0 else pooling,
+            cuttable=not (L.llama_model_is_recurrent(pointer) or L.llama_model_is_hybrid(pointer)),
         )
 
 

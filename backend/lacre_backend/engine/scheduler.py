@@ -38,7 +38,8 @@ class Limits:
 
     step: tokens in a step. chunk: of prompts, while nothing is generated. burst: of short prompts (at most so long) together
     while others generate. share: of long prompts, then; whoever measures may set it anew at any time. multiple: how many
-    sequences the kernels take at once.
+    sequences the kernels take at once. cuttable: whether cells can be taken from the end of a sequence; if not, no prefix is
+    reused, and there are no fillers.
     """
 
     slots: int
@@ -50,6 +51,7 @@ class Limits:
     burst: int = 128
     share: int = 32
     multiple: int = 1
+    cuttable: bool = True
 
     def __post_init__(self) -> None:
         fits = self.context <= self.cells <= self.slots * self.context
@@ -290,7 +292,7 @@ class Scheduler:
 
     def _common(self, slot: _Slot, task: _Task) -> int:
         """The length of the common beginning, at most all but the last token: its logits must be computed."""
-        if task.scope is None or slot.scope != task.scope:
+        if task.scope is None or slot.scope != task.scope or not self.limits.cuttable:
             return 0
         ours, theirs = task.tokens, slot.tokens
         limit = min(len(ours) - 1, len(theirs))
@@ -397,7 +399,7 @@ class Scheduler:
 
     def _filled(self, segments: list[Segment]) -> tuple[tuple[Segment, ...], tuple[Trim, ...]]:
         """With fillers in the gaps and up to a round number, and how to take them out again."""
-        if len(segments) < 2:
+        if len(segments) < 2 or not self.limits.cuttable:
             return tuple(segments), ()
         longest = max(segment.start + len(segment.tokens) for segment in segments)
         padded = min(-(-longest // PAD) * PAD, self.limits.context)

@@ -72,7 +72,10 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None)
         )
     threads = settings.threads or len(os.sched_getaffinity(0))
     multiple = 1 if room is None else CPU_ROWS
-    return Shape(Limits(slots=slots, context=context, cells=cells, unified=settings.unified, multiple=multiple), threads, size)
+    limits = Limits(
+        slots=slots, context=context, cells=cells, unified=settings.unified, multiple=multiple, cuttable=facts.cuttable
+    )
+    return Shape(limits, threads, size)
 
 
 def _check(settings: LlamaSettings) -> None:
