@@ -16,9 +16,9 @@ from typing import Final
 import structlog
 
 from lacre.errors import SettingsError
+from lacre.manifest import fingerprint
 from lacre.wire.opening import PrivateKey
 from lacre_fabric import poolkeys
-from lacre_fabric.rollcall import fingerprint
 
 LOOK: Final = 1.0  # seconds between looks into the folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import nats.errors
 from nats.aio.msg import Msg
 
 from lacre.errors import InvalidMessage
-from lacre.jws import b64u
+from lacre.manifest import fingerprint
 from lacre.members import Members
 from lacre.wire.header import KeyConfig
 from lacre_fabric import subjects
@@ -23,11 +22,6 @@ from lacre_fabric.work import PRESENT_FOR
 
 KEYS: Final = "keys"  # in a worker's presence: the fingerprints of the keys that it holds
 _LOOK: Final = 0.1  # seconds between looks at what was heard
-
-
-def fingerprint(config: KeyConfig) -> str:
-    """Names a key, where its id alone might be another's of old."""
-    return b64u(hashlib.sha256(config.encode()).digest()[:12])
 
 
 class RollCall:

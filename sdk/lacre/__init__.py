@@ -44,6 +44,7 @@ from lacre.recount import Recount
 from lacre.reply import Reply, TokenUsage
 from lacre.streams import AsyncChatStream, ChatStream
 from lacre.trust import ConnectionString
+from lacre.verification import Verification
 from lacre.wire.header import Kem
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "UnsupportedSuite",
     "UntrustedRoot",
     "UsageError",
+    "Verification",
     "VerificationError",
     "VersionFile",
     "VersionMemory",

@@ -48,6 +48,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 class AppFailed(LacreError):
     """The ASGI app raised, or returned before its response was complete. `__cause__` is for the worker's own log."""
 
+    remedy = "Look at `__cause__`: the app's own error."
+
 
 @dataclass(slots=True)
 class Usage:

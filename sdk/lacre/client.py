@@ -19,6 +19,7 @@ from lacre.sealing import DEFAULT_KEMS, ORIGIN, Sealing
 from lacre.streams import AsyncChatStream, ChatStream, Deltas
 from lacre.transport import FACTS, AsyncSealedTransport, AsyncToken, SealedTransport, Token
 from lacre.trust import ConnectionString
+from lacre.verification import Verification
 from lacre.wire.header import Kem
 
 BASE_URL: Final = f"{ORIGIN}/v1"
@@ -105,6 +106,11 @@ class Client(httpx2.Client):
                     yield text
             deltas.close(response.extensions[FACTS])
 
+    @property
+    def verification(self) -> Verification:
+        """What was checked, and with what, of the newest request; before the first one, what there is."""
+        return self._sealed.verification
+
     def models(self) -> tuple[str, ...]:
         """The models that the pool serves, as the verified manifest names them."""
         return _models(self._sealed.manifest().pools, self._pool_name)
@@ -171,6 +177,11 @@ class AsyncClient(httpx2.AsyncClient):
                 if text := deltas.feed(event.data):
                     yield text
             deltas.close(response.extensions[FACTS])
+
+    @property
+    def verification(self) -> Verification:
+        """As `Client.verification`."""
+        return self._sealed.verification
 
     async def models(self) -> tuple[str, ...]:
         """The models that the pool serves, as the verified manifest names them."""

@@ -11,14 +11,27 @@ branch                    whose fault                                 what helps
 `ApiError`                the request, says the model's own server    read `code`; the answer itself was sealed
 ========================  ==========================================  ===========================================
 
-Messages say what to do next, and never hold key material, tokens, prompts or answers.
+Each type has a `remedy`: what to do next, in a sentence; a refusal has its problem's own. `docs/errors.md` lists them all.
+Messages and remedies never hold key material, tokens, prompts or answers. An error out of a client also has its `verification`:
+what had been checked by then, and what had not.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lacre.verification import Verification
+
 
 class LacreError(Exception):
-    """Base of every error that Lacre raises."""
+    """Base of every error that Lacre raises.
+
+    remedy: what to do next. verification: what was checked of the exchange that failed; None where there was none.
+    """
+
+    remedy: str = "Read the message; it names what to do next."
+    verification: Verification | None = None
 
 
 # The caller's misuse
@@ -27,17 +40,25 @@ class LacreError(Exception):
 class UsageError(LacreError):
     """The calling code or its settings are wrong; the message names the remedy."""
 
+    remedy = "Change the call or the setting that the message names."
+
 
 class SettingsError(UsageError):
     """A connection string, settings file, key file or environment variable does not say what it must."""
+
+    remedy = "Correct the setting that the message names; `lacre up` writes a connection string and a token that work."
 
 
 class AlreadyUsedError(UsageError):
     """A one-use object (a request sealer, a response opener) was used a second time."""
 
+    remedy = "Seal the request again: what was used once cannot be used twice."
+
 
 class DestinationError(UsageError):
     """A request for an address that is not `lacre.BASE_URL` was given to a sealed client."""
+
+    remedy = "Use `lacre.BASE_URL` with this client, and another client for other addresses."
 
 
 # The peer's bytes
@@ -46,29 +67,43 @@ class DestinationError(UsageError):
 class ProtocolError(LacreError):
     """The peer sent bytes that are not of the form the protocol asks for."""
 
+    remedy = "Try once more; if it comes again, report it to the operator: nothing of what came was used."
+
 
 class InvalidMessage(ProtocolError):
     """A message that breaks its format (RFC 9292, RFC 9458, a JWS, a frame)."""
+
+    remedy = "Check that client, gateway and worker are of versions that go together, and report it to the operator."
 
 
 class MessageTooLarge(ProtocolError):
     """A message, chunk, header or field longer than its limit; refused before it was buffered."""
 
+    remedy = "Send a smaller request; where the answer was too large, report it to the operator."
+
 
 class TruncatedStream(ProtocolError):
     """The stream ended before its final chunk: whatever came before it is not the whole answer."""
+
+    remedy = "Ask again: what came is not the whole answer."
 
 
 class UnsupportedSuite(ProtocolError):
     """A KEM, KDF or AEAD that this side does not have or does not accept."""
 
+    remedy = "Accept another KEM with `kem=...`, or ask the pool's operator for a key of the one you want."
+
 
 class UnsealedResponse(ProtocolError):
     """The gateway answered success with something that is not a sealed response; it was not read."""
 
+    remedy = "Check the gateway's address: something else answers there."
+
 
 class UnknownKeyId(ProtocolError):
     """A sealed request names a key that this side does not hold."""
+
+    remedy = "Fetch the manifest again and seal anew; the client does both by itself."
 
 
 # A failed verification
@@ -77,37 +112,55 @@ class UnknownKeyId(ProtocolError):
 class VerificationError(LacreError):
     """The bytes have the right form, but the proof they must carry does not hold."""
 
+    remedy = "Do not trust the peer, and send nothing until the operator has explained it."
+
 
 class OpenError(VerificationError):
     """A sealed chunk did not open: altered, out of order, or sealed to another key."""
+
+    remedy = "Ask again; if it comes again, something between here and the worker alters answers: tell the operator."
 
 
 class InvalidSignature(VerificationError):
     """A signature by a key that is not the expected one, or over other bytes."""
 
+    remedy = "Check the connection string against the operator's; if it is right, tell the operator."
+
 
 class Expired(VerificationError):
     """A signed statement (manifest, signer, grant) is past its expiry, or not yet valid."""
+
+    remedy = "Set this machine's clock; if it is right, the operator must run `lacre manifest publish`."
 
 
 class Rollback(VerificationError):
     """A manifest older than one already seen, or another one under the same version."""
 
+    remedy = "Tell the operator: the gateway serves something older than it has served before."
+
 
 class UntrustedRoot(VerificationError):
     """No chain of statements leads from the pinned root to the signer of the manifest."""
+
+    remedy = "Get the connection string again, by a way that the gateway's operator cannot alter."
 
 
 class InvalidReceipt(VerificationError):
     """The answer's receipt is missing, is not by the pool, is for another request, or does not agree with the answer."""
 
+    remedy = "Keep the answer and the error, and tell the pool's operator: the worker's count does not hold."
+
 
 class InvalidProof(VerificationError):
     """A Merkle proof that does not lead from what it is about to the root that it must reach."""
 
+    remedy = "Tell the operator of the log, and keep the proof."
+
 
 class InvalidAudit(VerificationError):
     """The answer's `Lacre-Audit` is missing, is not by the gateway's key, or does not prove that this request was recorded."""
+
+    remedy = "Update the gateway, or tell its operator: it does not prove that it recorded the request."
 
 
 # A refusal
@@ -121,8 +174,13 @@ class RefusedError(LacreError):
     retry_after: seconds to wait before trying again, where the gateway said so.
     """
 
-    def __init__(self, message: str, *, status: int, problem: str, retry_after: float | None = None) -> None:
+    remedy = "Do what the problem's title says; the operator's log says more, by the time and the caller."
+
+    def __init__(
+        self, message: str, *, status: int, problem: str, retry_after: float | None = None, remedy: str | None = None
+    ) -> None:
         super().__init__(message)
+        self.remedy = remedy or type(self).remedy
         self.status = status
         self.problem = problem
         self.retry_after = retry_after
@@ -131,17 +189,25 @@ class RefusedError(LacreError):
 class Unauthenticated(RefusedError):
     """The token is missing, wrong, expired or meant for another audience (401)."""
 
+    remedy = "Get a fresh token for this gateway, and pass it as `token=...` or in LACRE_TOKEN."
+
 
 class Forbidden(RefusedError):
     """Policy does not allow this caller this action (403)."""
+
+    remedy = "Ask the operator for access, or for a pool, model or token limit that policy allows."
 
 
 class RateLimited(RefusedError):
     """A limit or budget is used up (429)."""
 
+    remedy = "Wait for `retry_after` seconds, ask for fewer tokens, or ask the operator for a larger plan."
+
 
 class Unavailable(RefusedError):
     """No worker, or none free in time (503)."""
+
+    remedy = "Wait for `retry_after` seconds and try again; the operator can start more workers."
 
 
 # The network
@@ -149,6 +215,8 @@ class Unavailable(RefusedError):
 
 class NetworkError(LacreError):
     """The gateway could not be reached, or the connection broke."""
+
+    remedy = "Check the address and the network, and try again."
 
 
 # The model's own server, from inside the seal
@@ -160,6 +228,8 @@ class ApiError(LacreError):
     status: the inner HTTP status. code: OpenAI's `error.code`, such as `context_length_exceeded`, or None.
     type: OpenAI's `error.type`, such as `invalid_request_error`.
     """
+
+    remedy = "Change the request as the message and `code` say; the answer itself was sealed."
 
     def __init__(self, message: str, *, status: int, code: str | None, type: str) -> None:
         super().__init__(message)

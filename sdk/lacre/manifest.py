@@ -5,6 +5,7 @@ Forms only: whether to believe one is decided in `lacre.trust`. Unknown members 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class RootStatement:
             raise InvalidMessage("a root statement must say typ lacre-root")
         signer = members.octets("signer", KEY_BYTES)
         return cls(signer, members.time("exp"), members.optional_octets("next_root", KEY_BYTES))
+
+
+def fingerprint(config: KeyConfig) -> str:
+    """Names a key, where its id alone might be another's of old."""
+    return b64u(hashlib.sha256(config.encode()).digest()[:12])
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,8 @@ class Problem:
         return kind if isinstance(kind, str) else None
 
     def exception(self, retry_after: float | None = None) -> errors.RefusedError:
-        return self.error(f"{self.title}. {self.remedy}", status=self.status, problem=self.type, retry_after=retry_after)
+        said = f"{self.title}. {self.remedy}"
+        return self.error(said, status=self.status, problem=self.type, retry_after=retry_after, remedy=self.remedy)
 
 
 INVALID_TOKEN: Final = Problem(

@@ -13,7 +13,9 @@ from lacre.audit import AuditProof
 from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError
 from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
+from lacre.sealing import Facts
 from lacre.transport import FACTS, REFUSAL
+from lacre.verification import Verification, documented
 
 CHAT_PATH: Final = "/v1/chat/completions"
 
@@ -39,7 +41,8 @@ class Reply:
 
     finish_reason: OpenAI's `stop`, `length` and so on. attempts: how often the request was sealed and sent.
     receipt: the pool's signed word on what was used, verified, and equal to `usage`.
-    audit: the gateway's proof, verified, that it recorded this request; worth keeping. raw: the whole JSON object.
+    audit: the gateway's proof, verified, that it recorded this request; worth keeping.
+    verification: what was checked, and with what. raw: the whole JSON object.
     """
 
     id: str
@@ -50,6 +53,7 @@ class Reply:
     attempts: int
     receipt: Receipt
     audit: AuditProof
+    verification: Verification = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
@@ -57,8 +61,14 @@ class Reply:
         """Raises what `check` raises, InvalidMessage for an answer that is no chat completion, and InvalidReceipt where its
         usage is not that of its receipt.
         """
-        body = checked_json(response)
         facts = response.extensions[FACTS]
+        with documented(facts.verification):
+            return cls._parse(checked_json(response), facts)
+
+    @classmethod
+    def _parse(cls, body: Mapping[str, Any], facts: Facts) -> Reply:
+        if facts.receipt is None or facts.audit is None:
+            raise InvalidReceipt("the answer came without a receipt or a proof that it was recorded")
         try:
             _written(body)
             choice = body["choices"][0]
@@ -71,6 +81,7 @@ class Reply:
                 attempts=facts.attempts,
                 receipt=facts.receipt,
                 audit=facts.audit,
+                verification=facts.verification,
                 raw=body,
             )
         except (KeyError, IndexError, TypeError, AttributeError) as exc:

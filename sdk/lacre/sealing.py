@@ -21,23 +21,33 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from lacre import audit, receipts
 from lacre.audit import AuditProof
-from lacre.errors import Expired, InvalidAudit, InvalidMessage, SettingsError, UnsealedResponse, UnsupportedSuite, UsageError
+from lacre.errors import (
+    Expired,
+    InvalidAudit,
+    InvalidMessage,
+    LacreError,
+    SettingsError,
+    UnsealedResponse,
+    UnsupportedSuite,
+    UsageError,
+)
 from lacre.inner import Plain, Prepared, prepare
 from lacre.jws import b64u
-from lacre.manifest import MAX_DOCUMENT, Manifest
+from lacre.manifest import MAX_DOCUMENT, Manifest, PoolKey
 from lacre.memory import Memory, accept
 from lacre.padding import Shape, request_length, shape_named
 from lacre.problems import BY_TYPE, DATE, INTERNAL, UNKNOWN_KEY, Problem
 from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
 from lacre.receipts import Receipt
 from lacre.trust import Trusted
+from lacre.verification import SealedTo, Signed, Verification, documented
 from lacre.wire import bhttp
-from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Kem, KeyConfig
+from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.ohttp import ResponseOpener, seal_request
 
 ORIGIN: Final = "https://lacre.invalid"  # RFC 2606: never resolves, so what escaped its seal would reach nobody
@@ -94,6 +104,7 @@ class Head:
 class Facts:
     """What is known about an exchange; on a response as `extensions["lacre"]`.
 
+    checked: what was checked before anything was sent; `verification` adds what has come since.
     audit: the gateway's proof that it recorded this request, verified; None on a refusal that brings none.
     receipt, trailers: there once the answer has ended; the receipt is verified. None until then, and on a refusal.
     """
@@ -102,9 +113,15 @@ class Facts:
     shape: Shape
     sealed_request_bytes: int
     attempts: int
+    checked: Verification = field(repr=False)
     receipt: Receipt | None = None
     audit: AuditProof | None = None
     trailers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def verification(self) -> Verification:
+        """What was checked of this exchange so far."""
+        return replace(self.checked, receipt=self.receipt, audit=self.audit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +160,10 @@ class Opening:
         Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole; InvalidReceipt
         where it was whole, and its receipt does not hold.
         """
+        with documented(self.facts.verification):
+            self._feed(data)
+
+    def _feed(self, data: bytes | None) -> None:
         for record in self._opener.close() if data is None else self._opener.feed(data):
             self._take(self._decoder.feed(record))
         if data is None:
@@ -217,6 +238,15 @@ class Sealing:
         self._clock_offset = 0.0
         self._salt = ""
         self._salt_since = float("-inf")
+        self._last: Facts | None = None
+
+    @property
+    def verification(self) -> Verification:
+        """What was checked of the newest request; before the first, of the manifest, if there is one."""
+        with self._lock:
+            trusted, last = self._trusted, self._last
+        checked = Verification(b64u(self._root), None if trusted is None else Signed.of(trusted, self._clock()))
+        return checked if last is None else replace(last.verification, manifest=checked.manifest)
 
     def manifest(self) -> Steps[Manifest]:
         """The verified manifest, fetched where there is none or it grows old."""
@@ -229,6 +259,13 @@ class Sealing:
 
         What is returned as `Opening` has its head; the caller reads and feeds the rest.
         """
+        try:
+            return (yield from self._exchange(plain))
+        except LacreError as exc:
+            exc.verification = exc.verification or self.verification
+            raise
+
+    def _exchange(self, plain: Plain) -> Steps[Opening | Refusal]:
         refreshed = corrected = False
         attempts = 0
         while True:
@@ -293,7 +330,7 @@ class Sealing:
         pool = manifest.pools.get(self._pool)
         if pool is None:
             raise UsageError(f"the manifest has no pool {self._pool!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
-        config = self._choose([key.config for key in pool.keys if key.not_after > self._clock()])
+        key = self._choose([key for key in pool.keys if key.not_after > self._clock()])
         if self._shape not in pool.shapes:
             taken = ", ".join(pool.shapes)
             raise SettingsError(f"pool {self._pool!r} does not take the shape {self._shape!r}: choose one of {taken}")
@@ -306,9 +343,10 @@ class Sealing:
             ("lacre-shape", self._shape),
         )
         padded_to = request_length if self._shape == "pad" else None
-        body, header, opener = seal_request(config, bhttp.encode_request(self._inner(prepared, outer), padded_to=padded_to))
+        body, header, opener = seal_request(key.config, bhttp.encode_request(self._inner(prepared, outer), padded_to=padded_to))
         headers = (*outer, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
-        facts = Facts(header.suite.kem.label, self._shape, len(body), attempt)
+        facts = Facts(header.suite.kem.label, self._shape, len(body), attempt, self._checked(key))
+        self._last = facts
 
         def verify(trailers: Trailers) -> Receipt:
             return receipts.of_answer(trailers, pool.receipt_key, header.digest, prepared.max_tokens)
@@ -326,17 +364,22 @@ class Sealing:
         }
         return Send("POST", SEALED_PATH, headers, body, sealed=True), Opening(opener, facts, verify), sent
 
+    def _checked(self, key: PoolKey) -> Verification:
+        with self._lock:
+            signed = None if self._trusted is None else Signed.of(self._trusted, self._clock())
+        return Verification(b64u(self._root), signed, SealedTo.of(self._pool, key))
+
     def _inner(self, prepared: Prepared, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
         plain = prepared.plain
         date = email.utils.formatdate(self._clock() + self._clock_offset, usegmt=True)
         own = (("date", date), ("lacre-cache-salt", self.salt()))
         return bhttp.Request(plain.method, "https", AUTHORITY, plain.path, (*plain.headers, *own, *outer), plain.content)
 
-    def _choose(self, configs: Sequence[KeyConfig]) -> KeyConfig:
+    def _choose(self, keys: Sequence[PoolKey]) -> PoolKey:
         for kem in self._kems:
-            for config in configs:
-                if config.kem is kem:
-                    return config
+            for key in keys:
+                if key.config.kem is kem:
+                    return key
         wanted = ", ".join(kem.label for kem in self._kems)
         raise UnsupportedSuite(f"pool {self._pool!r} has no current key for {wanted}: ask its operator, or accept another KEM")
 

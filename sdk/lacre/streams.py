@@ -13,6 +13,7 @@ from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
 from lacre.reply import TokenUsage, api_error, checked_usage, json_object
 from lacre.sealing import Facts
+from lacre.verification import Verification
 
 DONE: Final = "[DONE]"  # what ends a stream of events in OpenAI's format
 
@@ -126,6 +127,11 @@ class _Answer:
         if self.facts.audit is None:
             raise InvalidAudit("the answer came without a proof that it was recorded")
         return self.facts.audit
+
+    @property
+    def verification(self) -> Verification:
+        """What was checked, and with what."""
+        return self.facts.verification
 
     @property
     def attempts(self) -> int:

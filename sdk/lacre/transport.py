@@ -24,6 +24,7 @@ from lacre import audit, errors, problems
 from lacre.inner import Plain
 from lacre.manifest import Manifest
 from lacre.sealing import ORIGIN, Opening, Outer, Refusal, Sealing, Send, Steps, T
+from lacre.verification import Verification
 
 REFUSAL: Final = "lacre.refusal"
 FACTS: Final = "lacre"
@@ -36,9 +37,13 @@ AsyncToken = str | Callable[[], str | Awaitable[str]]
 class Unreachable(errors.NetworkError, httpx2.NetworkError):
     """The gateway could not be reached, or the connection broke before its answer. Both Lacre's and httpx2's."""
 
+    remedy = "Check the address in LACRE_URL, and that the gateway runs; then try again."
+
 
 class TimedOut(errors.NetworkError, httpx2.TimeoutException):
     """The gateway did not connect or answer in time. Both Lacre's and httpx2's."""
+
+    remedy = "Try again, or allow a longer `timeout=...`: a queue and a long prompt take their time."
 
 
 class SealedTransport(httpx2.BaseTransport):
@@ -56,6 +61,10 @@ class SealedTransport(httpx2.BaseTransport):
             body.close()
             return refusal_response(answer)
         return sealed_response(answer, SealedStream(answer, body))
+
+    @property
+    def verification(self) -> Verification:
+        return self._sealing.verification
 
     def manifest(self) -> Manifest:
         """The verified manifest, fetched where there is none or it grows old."""
@@ -110,6 +119,10 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
             await body.close()
             return refusal_response(answer)
         return sealed_response(answer, AsyncSealedStream(answer, body))
+
+    @property
+    def verification(self) -> Verification:
+        return self._sealing.verification
 
     async def manifest(self) -> Manifest:
         """The verified manifest, fetched where there is none or it grows old."""
@@ -275,7 +288,8 @@ def sealed_response(opening: Opening, stream: httpx2.SyncByteStream | httpx2.Asy
 
 
 def refusal_response(refusal: Refusal) -> httpx2.Response:
-    problem = refusal.problem
+    problem, exception = refusal.problem, refusal.problem.exception(refusal.retry_after)
+    exception.verification = refusal.facts.verification
     code = "model_not_found" if problem is problems.UNKNOWN_POOL else problem.slug
     error = {"message": f"{problem.title}. {problem.remedy}", "type": "lacre_gateway_refusal", "param": None, "code": code}
     headers = {"content-type": "application/json"}
@@ -285,7 +299,7 @@ def refusal_response(refusal: Refusal) -> httpx2.Response:
         problem.status,
         headers=headers,
         content=json.dumps({"error": error}).encode(),
-        extensions={REFUSAL: problem.exception(refusal.retry_after), FACTS: refusal.facts},
+        extensions={REFUSAL: exception, FACTS: refusal.facts},
     )
 
 

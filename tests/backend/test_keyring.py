@@ -9,10 +9,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from lacre.errors import SettingsError
+from lacre.manifest import fingerprint
 from lacre.wire.header import Kem
 from lacre_backend.keyring import KeyRing
 from lacre_fabric.poolkeys import keep_only, make, public_parts
-from lacre_fabric.rollcall import fingerprint
 
 
 @pytest.fixture

@@ -1,0 +1,68 @@
+"""`client.verification` and what errors carry: what was checked, with what, and what had not been checked yet."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import lacre
+from lacre.errors import LacreError
+from lacre.jws import b64u, raw_public_key
+from lacre.manifest import fingerprint
+from parts.relay import Relay, served
+
+
+def test_before_and_after_an_answer(client: lacre.Client, relay: Relay) -> None:
+    pinned = b64u(raw_public_key(relay.root))
+    assert client.verification == lacre.Verification(pinned)
+    reply = client.chat("Name three seas.")
+    checked = client.verification
+    assert checked.manifest is not None and checked.sealed_to is not None
+    assert (checked.pinned, checked.manifest.root) == (pinned, pinned)
+    assert checked.manifest.signer == b64u(raw_public_key(relay.signer))
+    assert (checked.manifest.issuer, checked.manifest.version) == ("test", 1)
+    assert 0 <= checked.manifest.age < 60
+    assert checked.sealed_to.key == fingerprint(relay.key.config)
+    assert (checked.sealed_to.pool, checked.sealed_to.kem) == ("default", "MLKEM768-X25519")
+    assert (checked.receipt, checked.audit) == (reply.receipt, reply.audit)
+    assert reply.verification.receipt == reply.receipt
+    shown = json.loads(json.dumps(checked.members()))
+    assert shown["audit"]["entry"]["pool"] == "default"
+    assert shown["receipt"]["completion_tokens"] == 3
+    assert "t0ken" not in repr(checked) + str(shown)
+
+
+async def test_of_a_stream(async_client: lacre.AsyncClient) -> None:
+    stream = async_client.chat_stream("Go on.")
+    async for _ in stream:
+        pass
+    assert stream.verification.receipt == stream.receipt
+    assert async_client.verification.audit == stream.audit
+
+
+def test_an_untrusted_manifest(client: lacre.Client, relay: Relay) -> None:
+    other = Relay(relay.app)
+    relay.respond = lambda request: served(200, other.document())
+    with pytest.raises(lacre.UntrustedRoot) as caught:
+        client.chat("x")
+    assert caught.value.verification == lacre.Verification(b64u(raw_public_key(relay.root)))
+
+
+@pytest.mark.parametrize("kind", ["refused", "cut", "no receipt", "no audit", "the worker's"])
+def test_on_errors(client: lacre.Client, relay: Relay, kind: str) -> None:
+    if kind == "refused":
+        relay.respond = lambda request: served(403) if request.url.path == "/v1/sealed" else None
+    elif kind == "cut":
+        relay.bend = lambda pieces: pieces[:-1]
+    elif kind == "no receipt":
+        relay.receipts = lambda receipt: []
+    elif kind == "no audit":
+        relay.audit = lambda proof: None
+    with pytest.raises(LacreError) as caught:
+        client.chat([] if kind == "the worker's" else "x")
+    checked = caught.value.verification
+    assert checked is not None and checked.sealed_to is not None and checked.manifest is not None
+    assert (checked.audit is None) == (kind in ("refused", "no audit"))
+    assert (checked.receipt is None) == (kind != "the worker's")
+    assert caught.value.remedy
