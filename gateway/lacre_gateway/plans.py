@@ -1,0 +1,221 @@
+"""What callers may use, and what a token costs: `plans.toml`, parsed into frozen values.
+
+Rules:
+- A limit that is absent is no limit. One that is 0 refuses everything: an explicit zero is zero.
+- Money is decimal text in the file and whole micro-units inside; there is no floating point on the way. A micro-unit is a
+  millionth of the currency's unit.
+- What a request costs is the exact sum of its tokens at their prices, rounded *up* to the next micro-unit, once: a caller
+  pays less than one micro-unit too much, and never too little.
+- A file that is wrong is no file: every error names the key, and what to write there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Final
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from lacre_fabric import settings as files
+from lacre_fabric.settings import Table
+
+PLANS_FILE: Final = "plans.toml"
+ANY_MODEL: Final = "*"  # the price of every model that has none of its own
+MICRO: Final = 10**6
+_MILLION_TOKENS: Final = 10**6
+_MONEY: Final = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,6}))?")
+_MAX_COUNT: Final = 2**53  # what every JSON reader holds exactly
+
+
+class Kind(StrEnum):
+    """What a limit counts. All but the last count within a window of UTC."""
+
+    REQUESTS_PER_MINUTE = "requests_per_minute"
+    TOKENS_PER_MINUTE = "tokens_per_minute"
+    TOKENS_PER_DAY = "tokens_per_day"
+    MONEY_PER_MONTH = "money_per_month"
+    CONCURRENT_STREAMS = "concurrent_streams"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The most that one holder of them may use; None is no limit. Money in micro-units."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    money_per_month: int | None = None
+    concurrent_streams: int | None = None
+
+    def each(self) -> Iterator[tuple[Kind, int]]:
+        """Those that are set."""
+        for kind in Kind:
+            ceiling: int | None = getattr(self, kind.value)
+            if ceiling is not None:
+                yield kind, ceiling
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Of one model, in micro-units for a million tokens. cached: of those prompt tokens that were in the prefix cache."""
+
+    prompt: int
+    cached: int
+    completion: int
+
+    def of(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
+        """In micro-units, rounded up. cached_tokens is a part of prompt_tokens."""
+        fresh = prompt_tokens - cached_tokens
+        total = fresh * self.prompt + cached_tokens * self.cached + completion_tokens * self.completion
+        return -(-total // _MILLION_TOKENS)
+
+    def at_most(self, prompt_tokens: int, completion_tokens: int) -> int:
+        """What so many tokens cost at most, however many of them are cached."""
+        total = prompt_tokens * max(self.prompt, self.cached) + completion_tokens * self.completion
+        return -(-total // _MILLION_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """user: for each user on the plan. tenant: for all of a tenant's users on it. everyone: for all who are on it."""
+
+    name: str
+    user: Limits
+    tenant: Limits
+    everyone: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """What is said of one tenant. plan: of its users whose token names none. limits: for all of them, whatever their plans."""
+
+    plan: str | None
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The whole file. currency: of every amount, three letters (ISO 4217)."""
+
+    currency: str
+    default: str
+    plans: Mapping[str, Plan]
+    tenants: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({}))
+    prices: Mapping[str, Price] = field(default_factory=lambda: MappingProxyType({}))
+
+    def plan_of(self, tenant: str, named: str | None) -> Plan | None:
+        """named: by the token; None leaves it to the tenant, and then to the default. None where there is no such plan."""
+        own = self.tenants.get(tenant)
+        return self.plans.get(named or (own and own.plan) or self.default)
+
+    def price_of(self, model: str) -> Price | None:
+        """None where neither the model nor `*` has one; no money limit is set then."""
+        return self.prices.get(model) or self.prices.get(ANY_MODEL)
+
+
+def load(folder: Path) -> Plans:
+    """Reads `plans.toml` of the folder. Raises SettingsError."""
+    return _frozen(files.load(_File, folder / PLANS_FILE))
+
+
+def parse(text: str, path: Path) -> Plans:
+    """path: the file's place, for messages. Raises SettingsError."""
+    return _frozen(files.parse(_File, text, path))
+
+
+def money(amount: int) -> str:
+    """Micro-units as decimal text: what the file would say."""
+    sign, digits = "-" if amount < 0 else "", f"{abs(amount):07d}"
+    return f"{sign}{digits[:-6]}.{digits[-6:]}"
+
+
+def _micro_units(value: object) -> object:
+    """Decimal text in micro-units. A bare number would be binary by the time that it is read here."""
+    found = _MONEY.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise PydanticCustomError("money", 'write an amount as text, with at most six decimals, such as "12.50"')
+    whole, decimals = found.groups(default="")
+    return int(whole) * MICRO + int(decimals.ljust(6, "0"))
+
+
+_Count = Annotated[int, Field(ge=0, le=_MAX_COUNT, strict=True)]
+_Money = Annotated[int, BeforeValidator(_micro_units)]
+
+
+class _Limits(Table):
+    requests_per_minute: _Count | None = None
+    tokens_per_minute: _Count | None = None
+    tokens_per_day: _Count | None = None
+    money_per_month: _Money | None = None
+    concurrent_streams: _Count | None = None
+
+
+class _Plan(Table):
+    user: _Limits = _Limits()
+    tenant: _Limits = _Limits()
+    everyone: _Limits = _Limits()
+
+
+class _Tenant(_Limits):
+    plan: str | None = None
+
+
+class _Price(Table):
+    prompt: _Money
+    cached: _Money
+    completion: _Money
+
+
+class _File(Table):
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    default_plan: str
+    plans: Annotated[dict[str, _Plan], Field(min_length=1)]
+    tenants: dict[str, _Tenant] = Field(default_factory=dict)
+    prices: dict[str, _Price] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _File:
+        named = {"default_plan": self.default_plan}
+        named |= {f"tenants.{name}.plan": tenant.plan for name, tenant in self.tenants.items() if tenant.plan is not None}
+        for key, plan in named.items():
+            if plan not in self.plans:
+                raise PydanticCustomError("plan", "{key}: no such plan; write one of {known}", {
+                    "key": key, "known": ", ".join(sorted(self.plans)),
+                })  # fmt: skip
+        if self._counts_money() and ANY_MODEL not in self.prices:
+            raise PydanticCustomError(
+                "prices", 'prices: a money_per_month needs the price of every model; add a table [prices."*"]'
+            )
+        return self
+
+    def _counts_money(self) -> bool:
+        limits = [*self.tenants.values()]
+        limits += [limit for plan in self.plans.values() for limit in (plan.user, plan.tenant, plan.everyone)]  # type: ignore[misc]
+        return any(limit.money_per_month is not None for limit in limits)
+
+
+def _frozen(file: _File) -> Plans:
+    return Plans(
+        currency=file.currency,
+        default=file.default_plan,
+        plans=MappingProxyType(
+            {
+                name: Plan(name, _limits(plan.user), _limits(plan.tenant), _limits(plan.everyone))
+                for name, plan in file.plans.items()
+            }
+        ),
+        tenants=MappingProxyType({name: Tenant(tenant.plan, _limits(tenant)) for name, tenant in file.tenants.items()}),
+        prices=MappingProxyType(
+            {name: Price(price.prompt, price.cached, price.completion) for name, price in file.prices.items()}
+        ),
+    )
+
+
+def _limits(table: _Limits) -> Limits:
+    return Limits(**{entry.name: getattr(table, entry.name) for entry in fields(Limits)})
