@@ -1,7 +1,8 @@
 """Makes `.venv` ready: locked dependencies, llama-cpp-python built from source, this project installed editable.
 
 Runs on the standard library of any Python >= 3.11, and is silent and quick when nothing changed. With a name after it, such
-as `fuzz`, it also installs what `requirements/NAME.lock` adds, which only some targets of the Makefile need. The compiled
+as `fuzz`, it also installs what `requirements/NAME.lock` adds, which only some targets of the Makefile need; what would not
+go with the rest (`APART`) gets an environment of its own, `build/NAME`. The compiled
 llama-cpp-python wheel is kept outside the clone (`$XDG_CACHE_HOME/lacre/wheels`), because pip's own wheel cache does not
 know the CMake flags; its folder is named for everything that the binary depends on.
 """
@@ -26,6 +27,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".ready"
 LOCKS = ROOT / "requirements"
 MAIN_LOCKS = ("base.lock", "build.lock", "model.lock", "native.lock")
+APART = frozenset({"contract"})
 
 # No multimodal build: it would nearly double the compile time for files that nothing here loads.
 CMAKE_ARGS = os.environ.get("LACRE_CMAKE_ARGS", "-DLLAVA_BUILD=OFF")
@@ -49,12 +51,12 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
     subprocess.run([str(part) for part in command], check=True, env=env)
 
 
-def pip(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
-    run(VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments, env=env)
+def pip(*arguments: str | Path, env: dict[str, str] | None = None, venv: Path = VENV) -> None:
+    run(venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments, env=env)
 
 
-def install(lock: str, *options: str) -> None:
-    pip("install", "--require-hashes", "--no-deps", *options, "-r", LOCKS / lock)
+def install(lock: str, *options: str, venv: Path = VENV) -> None:
+    pip("install", "--require-hashes", "--no-deps", *options, "-r", LOCKS / lock, venv=venv)
 
 
 def native_wheel() -> Path:
@@ -93,14 +95,17 @@ def native_wheel() -> Path:
 
 
 def add(name: str) -> None:
-    """Installs one more lock file into a `.venv` that is ready."""
+    """Installs one more lock file: into a `.venv` that is ready, or apart from it."""
     lock = LOCKS / f"{name}.lock"
-    stamp = VENV / f".{name}"
-    wanted = digest(lock.read_text())
+    venv = ROOT / "build" / name if name in APART else VENV
+    stamp = venv / f".{name}"
+    wanted = digest(lock.read_text(), sys.version)
     if stamp.exists() and stamp.read_text() == wanted:
         return
     try:
-        install(lock.name, "--only-binary=:all:")
+        if name in APART:
+            run(sys.executable, "-m", "venv", "--clear", venv)
+        install(lock.name, "--only-binary=:all:", venv=venv)
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"{lock.name} cannot be installed here: see requirements/{name}.in for what it needs") from error
     stamp.write_text(wanted)
