@@ -21,6 +21,7 @@ from lacre_fabric.roles import (
     GATEWAYS,
     MAX_DELIVERIES,
     READ_MANIFEST,
+    REVOCATIONS,
     TOLD_BY_WORKERS,
     TOLD_TO_WORKERS,
     Role,
@@ -45,7 +46,7 @@ def accounts(roles: Sequence[Role]) -> Entry:
 
 def _fabric(pools: Sequence[str]) -> Entry:
     every = [GATEWAYS, *map(workers_account, pools)]
-    services = [_service(READ_MANIFEST, every)]
+    services = [_service(READ_MANIFEST, every), *(_service(subject, [GATEWAYS]) for subject in REVOCATIONS)]
     for pool in pools:
         services += [_service(subject, [GATEWAYS]) for subject in gateway_services(pool)]
         services += [_service(subject, [workers_account(pool)]) for subject in worker_services(pool)]
@@ -64,7 +65,7 @@ def _gateways(pools: Sequence[str]) -> Entry:
             {"stream": f"{kind}.{pool}.*", "accounts": [workers_account(pool)]} for pool in pools for kind in TOLD_TO_WORKERS
         ],
         "imports": [
-            *_asked([READ_MANIFEST, *asked]),
+            *_asked([READ_MANIFEST, *REVOCATIONS, *asked]),
             _heard(FABRIC, MAX_DELIVERIES),
             *(_heard(workers_account(pool), f"{kind}.{pool}.>") for pool in pools for kind in TOLD_BY_WORKERS),
         ],
@@ -82,8 +83,8 @@ def _workers(pool: str) -> Entry:
 
 
 def _service(subject: str, asked_by: Sequence[str]) -> Entry:
-    # A pull is answered by a message or by a status, and more than once where both meet.
-    many = {"response_type": "stream"} if ".MSG.NEXT." in subject else {}
+    # A pull is answered by a message or by a status, and more than once where both meet; a read of revocations by many.
+    many = {"response_type": "stream"} if ".MSG.NEXT." in subject or subject in REVOCATIONS else {}
     return {"service": _real(subject), "accounts": list(asked_by), **many}
 
 

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
 from lacre_fabric.outbound import Outbound
+from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import (
     MAX_DELIVER,
     QUEUE_LIMIT,
@@ -34,6 +35,7 @@ class MemoryFabric:
         self.queue: deque[tuple[Work, int]] = deque()
         self.published: set[bytes] = set()
         self.claims: dict[bytes, str] = {}
+        self.revocations: list[Revocation] = []
         self.inbound: dict[str, Inbound] = {}
         self.outbound: dict[str, Outbound] = {}
         self.live: list[MemoryWorker] = []
@@ -69,6 +71,7 @@ class MemoryGateway:
 
     def __init__(self, hub: MemoryFabric) -> None:
         self._hub = hub
+        self._revocations_read = 0
         self.connected = True
 
     async def dispatch(self, work: Work, *, queue_limit: float = QUEUE_LIMIT) -> MemoryDispatch:
@@ -85,6 +88,15 @@ class MemoryGateway:
 
     def workers(self, pool: str, model: str) -> int:
         return sum(worker.pool == pool and model in worker.models for worker in self._hub.live)
+
+    async def revoke(self, revocation: Revocation) -> None:
+        self._hub.revocations.append(revocation)
+
+    async def revoked(self) -> list[Revocation]:
+        if not self.connected:
+            raise FabricUnavailable("the fabric is away")
+        since, self._revocations_read = self._revocations_read, len(self._hub.revocations)
+        return self._hub.revocations[since:]
 
     async def close(self) -> None:
         self.connected = False

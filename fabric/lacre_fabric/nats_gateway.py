@@ -22,6 +22,8 @@ from lacre_fabric import subjects
 from lacre_fabric.connection import API_TIMEOUT, Connection, headers_of
 from lacre_fabric.frames import KIND, Frame, Kind
 from lacre_fabric.inbound import Inbound
+from lacre_fabric.nats_revocations import Reader, revoke
+from lacre_fabric.revocations import Revocation
 from lacre_fabric.roles import MAX_DELIVERIES, Credential
 from lacre_fabric.work import (
     PRESENT_FOR,
@@ -67,6 +69,7 @@ class NatsGateway:
     def __init__(self, connection: Connection, gateway_id: str) -> None:
         self.connection = connection
         self._id = gateway_id
+        self._revocations = Reader(connection)
         self._inbound: dict[tuple[str, str], Inbound] = {}  # by pool and request: a pool's worker can name no other pool's
         self._by_sequence: dict[tuple[str, int], Inbound] = {}
         self._present: dict[tuple[str, str], _Presence] = {}
@@ -123,6 +126,12 @@ class NatsGateway:
         if sequence is not None:
             self._by_sequence[subjects.work_stream(work.pool), sequence] = inbound
         return NatsDispatch(self, work, sequence, inbound)
+
+    async def revoke(self, revocation: Revocation) -> None:
+        await revoke(self.connection, revocation)
+
+    async def revoked(self) -> list[Revocation]:
+        return await self._revocations.read()
 
     async def close(self) -> None:
         for inbound in self._inbound.values():

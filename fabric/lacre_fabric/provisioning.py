@@ -16,7 +16,7 @@ from nats.js.api import (
     StreamConfig,
 )
 
-from lacre_fabric import subjects
+from lacre_fabric import nats_revocations, subjects
 from lacre_fabric.connection import Connection
 from lacre_fabric.work import ACK_WAIT, CLAIM_TTL, DUPLICATE_WINDOW, MAX_DELIVER
 
@@ -34,6 +34,7 @@ async def provision(
     """
     async with connection.mapped():
         await _bucket(connection, subjects.TRUST_BUCKET, ttl=None, replicas=replicas)
+        await _stream(connection, nats_revocations.bucket(replicas))
         for pool, models in pools.items():
             await _work(connection, subjects.check_name("pool", pool), models, replicas, ack_wait)
             await _bucket(connection, subjects.claims_bucket(pool), ttl=CLAIM_TTL, replicas=replicas)
@@ -60,11 +61,8 @@ async def _work(connection: Connection, pool: str, models: Sequence[str], replic
         duplicate_window=DUPLICATE_WINDOW,
         allow_msg_ttl=True,
     )
+    await _stream(connection, config)
     js = connection.jetstream
-    try:
-        await js.update_stream(config)
-    except nats.js.errors.NotFoundError:
-        await js.add_stream(config)
     wanted = {subjects.consumer(model): subjects.work(pool, model) for model in models}
     for consumer in await js.consumers_info(stream):
         if consumer.name not in wanted:
@@ -81,6 +79,13 @@ async def _work(connection: Connection, pool: str, models: Sequence[str], replic
                 max_ack_pending=MAX_ACK_PENDING,
             ),
         )
+
+
+async def _stream(connection: Connection, config: StreamConfig) -> None:
+    try:
+        await connection.jetstream.update_stream(config)
+    except nats.js.errors.NotFoundError:
+        await connection.jetstream.add_stream(config)
 
 
 async def _bucket(connection: Connection, name: str, *, ttl: float | None, replicas: int) -> None:

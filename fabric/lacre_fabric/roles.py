@@ -4,6 +4,7 @@ Rules:
 - Every process has a credential of its own, with an inbox of its own: with the usual `_INBOX.>` a worker of one pool could
   read what is delivered to another.
 - Only the provisioner creates streams, consumers and buckets, or writes the manifest.
+- Revocations are the gateways' own: they add and read them, and can change or remove none (see `revocations`).
 - A gateway reads its own replies only. A worker touches its own pool only.
 - Permissions alone do not hold this (see `accounts`): each role also stands in an account that has no more than it needs.
 """
@@ -27,6 +28,7 @@ GATEWAYS: Final = "GATEWAYS"
 READ_MANIFEST: Final = (
     f"{subjects.API}.DIRECT.GET.KV_{subjects.TRUST_BUCKET}.$KV.{subjects.TRUST_BUCKET}.{subjects.MANIFEST_KEY}"
 )
+REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # what a gateway asks about them
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
 TOLD_BY_WORKERS: Final = ("reply", "presence")  # each as `KIND.POOL.` and what the kind has
@@ -93,7 +95,7 @@ def gateway(credential: Credential, gateway_id: str, pools: Sequence[str]) -> Ro
         credential,
         GATEWAYS,
         tuple(pools),
-        (*(service for pool in pools for service in gateway_services(pool)), *tell, READ_MANIFEST),
+        (*(service for pool in pools for service in gateway_services(pool)), *tell, READ_MANIFEST, *REVOCATIONS),
         (_own_inbox(credential), subjects.replies(gateway_id), "presence.>", MAX_DELIVERIES),
     )
 

@@ -14,6 +14,9 @@ _MAX_MODEL: Final = 180  # bytes; as base64 in a consumer's name it stays below 
 API: Final = "FABRIC.API"  # where every account finds JetStream's API: `$JS.API` is each account's own (see `accounts`)
 TRUST_BUCKET: Final = "trust"
 MANIFEST_KEY: Final = "manifest"
+_REVOCATIONS: Final = "revocations"
+REVOCATIONS_STREAM: Final = f"KV_{_REVOCATIONS}"
+READ_REVOCATIONS: Final = f"{API}.DIRECT.GET.{REVOCATIONS_STREAM}"
 
 
 def is_name(name: str) -> bool:
@@ -75,6 +78,11 @@ def claims_bucket(pool: str) -> str:
 
 def manifest() -> str:
     return f"$KV.{TRUST_BUCKET}.{MANIFEST_KEY}"
+
+
+def revocation(key: str) -> str:
+    """key: base64url, or `*` for all."""
+    return f"$KV.{_REVOCATIONS}.{key}"
 
 
 def inbox(credential: str) -> str:

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from lacre.errors import LacreError
 from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.revocations import Revocation
 
 CREDIT: Final = 256 * 1024  # bytes of data that a worker may send before the gateway renews: core NATS has no back-pressure
 CREDIT_TIMEOUT: Final = 5.0  # seconds without renewal after which a reader counts as gone
@@ -107,6 +108,12 @@ class GatewayFabric(Protocol):
 
     @property
     def connected(self) -> bool: ...
+
+    async def revoke(self, revocation: Revocation) -> None:
+        """For every gateway, until its time is over. Raises FabricUnavailable."""
+
+    async def revoked(self) -> list[Revocation]:
+        """What was revoked since this was asked last, at first all of it; some may come again. Raises FabricUnavailable."""
 
     async def close(self) -> None: ...
 

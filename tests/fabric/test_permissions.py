@@ -107,6 +107,8 @@ NOT_FOR_WORKERS = [
     *(f"{api}.CONSUMER.CREATE.WORK_{pool}.mine" for api in API for pool in POOLS),
     *(f"{api}.CONSUMER.DURABLE.CREATE.WORK_{pool}.mine" for api in API for pool in POOLS),
     f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.{ID}",
+    subjects.revocation("x"),
+    *(f"{api}.DIRECT.GET.{subjects.REVOCATIONS_STREAM}" for api in API),
     "_INBOX_worker-a-n1.x",
     "$SYS.REQ.SERVER.PING",
 ]
@@ -122,7 +124,7 @@ NOT_FOR_GATEWAYS = [
     *(
         f"{api}.STREAM.{call}.KV_{bucket}"
         for api in API
-        for bucket in ("trust", "claims_a")
+        for bucket in ("trust", "claims_a", "revocations")
         for call in ("DELETE", "MSG.DELETE")
     ),
     *(f"{api}.CONSUMER.CREATE.WORK_a.mine" for api in API),
@@ -359,15 +361,18 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
         config = {"name": "MINE", "subjects": ["mine"]}
         headers = Frame("f" * 32, 0, Kind.DATA, b"").headers()
         await who.client.publish(stored, json.dumps(config).encode(), headers=headers, reply=target)  # the ack
-        if role.startswith("worker"):  # what it stored, and the status of a pull
+        if role.startswith("gateway"):
+            await who.client.publish(subjects.revocation("x"), json.dumps(config).encode(), headers=headers, reply=target)
+            await who.client.publish(subjects.READ_REVOCATIONS, b'{"seq":1,"batch":9}', reply=target)
+        else:  # what it stored, and the status of a pull
             await who.client.publish(f"{subjects.API}.DIRECT.GET.KV_claims_b.{stored}", reply=target)
             await who.client.publish(f"{subjects.API}.CONSUMER.MSG.NEXT.WORK_b.model-{M1}", b'{"no_wait":true}', reply=target)
     await who.round_trip()
     await asyncio.sleep(0.2)
     assert not who.denials
     assert not {message.subject for message in heard} & {*TARGETS, *CALLS}
-    after = await state(provisioner)
-    assert {**after, "KV_claims_b": (), "WORK_b": ()} == {**before, "KV_claims_b": (), "WORK_b": ()}
+    after, written = await state(provisioner), dict.fromkeys(("KV_claims_b", "KV_revocations", "WORK_b"), ())
+    assert {**after, **written} == {**before, **written}
     assert after != before, "what it may write was written"
     assert await who.manifest() == b"genuine"
     assert not inbound.started.is_set()

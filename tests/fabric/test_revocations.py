@@ -1,0 +1,199 @@
+"""The bucket of revocations, on a real nats-server: every gateway reads what is added, which stays until its time is over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lacre.errors import InvalidMessage
+from lacre_fabric import nats_revocations, subjects
+from lacre_fabric.connection import Connection
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_revocations import Reader, bucket, revoke
+from lacre_fabric.revocations import Revocation, subject_key, token_key
+from lacre_fabric.work import FabricUnavailable
+from parts.fabric import LiveFabric
+
+
+def some(number: int, lives: float = 600.0) -> Revocation:
+    return Revocation(token_key("https://issuer.example", f"t{number}"), time.time() + lives)
+
+
+@pytest.fixture
+async def fresh(nats: LiveFabric) -> LiveFabric:
+    """The server with an empty bucket, whose sequences begin at 1."""
+    provisioner = await nats.connect("provisioner")
+    await provisioner.jetstream.delete_stream(subjects.REVOCATIONS_STREAM)
+    await provisioner.close()
+    await nats.provision()
+    return nats
+
+
+async def test_every_gateway_reads_each_once(fresh: LiveFabric) -> None:
+    first, second = await fresh.gateway("g1"), await fresh.gateway("g2")
+    assert await first.revoked() == []
+    added = [some(number) for number in range(3)]
+    await first.revoke(added[0])
+    assert await first.revoked() == added[:1]
+    assert await first.revoked() == []
+    await second.revoke(added[1])
+    await first.revoke(added[2])
+    assert await first.revoked() == added[1:]
+    assert await second.revoked() == added
+    await first.close()
+    await second.close()
+
+
+async def test_more_than_one_batch(fresh: LiveFabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nats_revocations, "_BATCH", 2)
+    gateway = await fresh.gateway("g1")
+    added = [some(number) for number in range(5)]
+    for revocation in added:
+        await gateway.revoke(revocation)
+    assert await gateway.revoked() == added
+    await gateway.close()
+
+
+async def test_an_entry_goes_when_its_time_is_over(fresh: LiveFabric) -> None:
+    gateway = await fresh.gateway("g1")
+    await gateway.revoke(some(1, lives=1.0))
+    lasting = some(2)
+    await gateway.revoke(lasting)
+    assert len(await gateway.revoked()) == 2
+    other = await fresh.gateway("g2")
+    async with asyncio.timeout(20):
+        while (await Reader(other.connection).read()) != [lasting]:
+            await asyncio.sleep(0.1)
+    # The last one that was read is gone, too: nothing is passed over.
+    later = some(3, lives=1.0)
+    await gateway.revoke(later)
+    assert await gateway.revoked() == [later]
+    async with asyncio.timeout(20):
+        while (await Reader(other.connection).read()) != [lasting]:
+            await asyncio.sleep(0.1)
+    await gateway.revoke(some(4))
+    assert [revocation.key for revocation in await gateway.revoked()] == [some(4).key]
+    await gateway.close()
+    await other.close()
+
+
+async def _read(gateway: NatsGateway) -> list[Revocation]:
+    """None while the connection is on its way back."""
+    with suppress(FabricUnavailable):
+        return await gateway.revoked()
+    return []
+
+
+async def test_a_restart_keeps_them(tmp_path: Path) -> None:
+    live = LiveFabric.make(tmp_path)
+    live.start()
+    try:
+        await live.provision()
+        gateway = await live.gateway("g1")
+        kept = some(1)
+        await gateway.revoke(kept)
+        live.process.kill()
+        live.process.wait(10)
+        live.process = live.server.start(live.log)
+        async with asyncio.timeout(30):
+            while not (found := await _read(gateway)):
+                await asyncio.sleep(0.1)
+        assert found == [kept]
+        await gateway.close()
+    finally:
+        live.stop()
+
+
+async def test_a_bucket_made_anew_is_read_from_its_beginning(fresh: LiveFabric) -> None:
+    gateway, provisioner = await fresh.gateway("g1"), await fresh.connect("provisioner")
+    for number in range(3):
+        await gateway.revoke(some(number))
+    assert len(await gateway.revoked()) == 3
+    for entries in (1, 3, 5):  # it ends before, at, and after where the reader was
+        await provisioner.jetstream.delete_stream(subjects.REVOCATIONS_STREAM)
+        with pytest.raises(FabricUnavailable, match="no bucket of revocations"):
+            await gateway.revoked()
+        with pytest.raises(FabricUnavailable, match="no bucket of revocations"):
+            await gateway.revoke(some(1))
+        await provisioner.jetstream.add_stream(bucket(1))
+        added = [some(10 * entries + number) for number in range(entries)]
+        for revocation in added:
+            await gateway.revoke(revocation)
+        assert await gateway.revoked() == added
+    await gateway.close()
+    await provisioner.close()
+
+
+async def test_a_full_bucket_says_so_and_forgets_nothing(fresh: LiveFabric) -> None:
+    provisioner = await fresh.connect("provisioner")
+    small = bucket(1)
+    small.max_msgs = 2
+    await provisioner.jetstream.update_stream(small)
+    held = [some(1), some(2)]
+    for revocation in held:
+        await revoke(provisioner, revocation)
+    with pytest.raises(FabricUnavailable, match="no room for more"):
+        await revoke(provisioner, some(3))
+    assert await Reader(provisioner).read() == held
+    await provisioner.close()
+    await fresh.provision()
+
+
+async def test_what_is_no_revocation_is_passed_over(fresh: LiveFabric) -> None:
+    gateway = await fresh.gateway("g1")
+    await gateway.connection.jetstream.publish(subjects.revocation("x"), b"nonsense")
+    good = some(1)
+    await gateway.revoke(good)
+    assert await gateway.revoked() == [good]
+    await gateway.close()
+
+
+async def test_no_gateway_takes_one_back(fresh: LiveFabric) -> None:
+    """Neither by another value, nor by what deletes in a bucket, nor by JetStream's API."""
+    gateway = await fresh.gateway("g1")
+    kept = some(1)
+    await gateway.revoke(kept)
+    subject, client = subjects.revocation(kept.key), gateway.connection.client
+    await client.publish(subject, b"")
+    await client.publish(subject, b"", headers={"KV-Operation": "DEL"})
+    await client.publish(subject, b"", headers={"KV-Operation": "PURGE", "Nats-Rollup": "sub"})
+    await client.publish(subject, b"", headers={"Nats-Rollup": "all"})
+    denials = gateway.connection.denials
+    for call in ("STREAM.DELETE", "STREAM.PURGE", "STREAM.MSG.DELETE", "STREAM.UPDATE"):
+        await client.publish(f"{subjects.API}.{call}.{subjects.REVOCATIONS_STREAM}", b'{"seq":1}')
+    await gateway.connection.round_trip()
+    assert gateway.connection.denials == denials + 4
+    assert await Reader(gateway.connection).read() == [kept]
+    await gateway.close()
+
+
+@pytest.mark.parametrize("role", ["worker-a-n1"])
+async def test_workers_neither_read_nor_write(fresh: LiveFabric, role: str) -> None:
+    who: Connection = await fresh.connect(role)
+    with pytest.raises(FabricUnavailable, match="denies"):
+        await revoke(who, some(1))
+    with pytest.raises(FabricUnavailable, match="denies"):
+        await Reader(who).read()
+    await who.close()
+
+
+def test_keys_of_different_names_differ() -> None:
+    keys = {token_key("a", "b"), token_key("b", "a"), subject_key("a", "b"), token_key("a,b", ""), token_key("", "a,b")}
+    assert len(keys) == 5
+    assert token_key("a", "\ud800") != token_key("a", "?")
+
+
+@pytest.mark.parametrize("value", [b"", b"[]", b"nonsense", b"{}", b'{"until":1}', b'{"until":"1","issued_until":null}'])
+def test_no_revocation(value: bytes) -> None:
+    with pytest.raises(InvalidMessage):
+        Revocation.parse("k", value)
+
+
+@pytest.mark.parametrize("issued_until", [None, 12.5])
+def test_round_trip(issued_until: float | None) -> None:
+    revocation = Revocation("k", 99.0, issued_until)
+    assert Revocation.parse("k", revocation.encode()) == revocation
