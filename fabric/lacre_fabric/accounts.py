@@ -83,8 +83,8 @@ def _workers(pool: str) -> Entry:
 
 
 def _service(subject: str, asked_by: Sequence[str]) -> Entry:
-    # A pull is answered by a message or by a status, and more than once where both meet; a read of revocations by many.
-    many = {"response_type": "stream"} if ".MSG.NEXT." in subject or subject in REVOCATIONS else {}
+    # A pull is answered by a message or by a status, and more than once where both meet.
+    many = {"response_type": "stream"} if ".MSG.NEXT." in subject else {}
     return {"service": _real(subject), "accounts": list(asked_by), **many}
 
 

@@ -3,33 +3,33 @@
 Rules:
 - Entries are only ever added: a gateway's credential can neither change nor remove one, nor its own. An entry goes by itself,
   when the last token that it is about has expired.
-- A reader goes by the sequence of the stream, and asks each time for the last entry that it has seen too. Where that is another
-  one, or none, the bucket is not what it was: it is read from its beginning.
+- A reader goes by the sequence of the stream, and looks again at the last entry that it has seen. Where that is another one,
+  or none, the bucket may not be what it was: it is read from its beginning.
 """
 
 from __future__ import annotations
 
-import json
+import asyncio
 import math
 import time
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Any, Final
 
 import nats.js.errors
 import structlog
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 from nats.js.api import DiscardPolicy, Header, StorageType, StreamConfig
 
 from lacre.errors import InvalidMessage
 from lacre_fabric import subjects
-from lacre_fabric.connection import API_TIMEOUT, Connection, headers_of
+from lacre_fabric.connection import API_TIMEOUT, Connection
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import FabricUnavailable
 
 MAX_REVOCATIONS: Final = 100_000  # in the bucket: some 30 MB of it, and as much in each gateway
-_BATCH: Final = 500  # entries of one answer
+_WALKS: Final = 16  # reads under way at once: each entry takes a round trip
+_EVERY: Final = subjects.revocation("*")
 _NO_BUCKET: Final = "NATS has no bucket of revocations: run `lacre up`, or `lacre manifest publish`"
+_NO_STREAM: Final = 10059  # JSStreamNotFoundErr
 _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the bucket's bounds, with `discard: new`
 _FULL: Final = f"there are {MAX_REVOCATIONS} revocations already, and no room for more: revoke subjects, not single tokens"
 
@@ -46,7 +46,6 @@ def bucket(replicas: int) -> StreamConfig:
         discard=DiscardPolicy.NEW,  # when full it says so, and forgets nothing
         storage=StorageType.FILE,
         num_replicas=replicas,
-        allow_direct=True,
         allow_msg_ttl=True,
         deny_delete=True,
         deny_purge=True,
@@ -70,20 +69,20 @@ async def revoke(connection: Connection, revocation: Revocation) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Where an entry stands in the stream. stamp: when it was stored, as the server says."""
+    """What stands in the stream, and where. stamp: when it was stored, as the server says."""
 
     sequence: int
-    key: str
     stamp: str
+    subject: str
+    value: bytes
 
-    @classmethod
-    def parse(cls, message: Msg) -> Self:
-        """Raises FabricUnavailable."""
-        headers = headers_of(message)
+    def revocation(self) -> Revocation | None:
+        """None for what is no revocation."""
         try:
-            return cls(int(headers["Nats-Sequence"]), headers["Nats-Subject"].rpartition(".")[2], headers["Nats-Time-Stamp"])
-        except (KeyError, ValueError) as exc:
-            raise FabricUnavailable(f"NATS gave no revocation ({headers.get('Status', 'no status')})") from exc
+            return Revocation.parse(self.subject.rpartition(".")[2], self.value)
+        except InvalidMessage:
+            log.error("revocation.unreadable", sequence=self.sequence)
+            return None
 
 
 class Reader:
@@ -92,62 +91,47 @@ class Reader:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._last: _Entry | None = None
-        self._reconnects = 0
 
     async def read(self) -> list[Revocation]:
         """Those that were not read before; some may come again. Raises FabricUnavailable."""
-        reconnects = int(self._connection.client.stats["reconnects"])
-        if reconnects != self._reconnects:  # the server may have lost its disk
-            self._reconnects, self._last = reconnects, None
-        found = await self._entries(1 if self._last is None else self._last.sequence)
-        if self._last is not None and (not found or _replaced(self._last, found[0][0])):
-            self._last = None
-            found = await self._entries(1)
-        revocations = [revocation for entry, revocation in found if entry != self._last and revocation is not None]
-        self._last = found[-1][0] if found else None
-        return revocations
-
-    async def _entries(self, sequence: int) -> list[tuple[_Entry, Revocation | None]]:
-        """What stands at this sequence and after it, in order; None for what is no revocation."""
-        found: list[tuple[_Entry, Revocation | None]] = []
         async with self._connection.mapped():
-            inbox = self._connection.client.new_inbox()
-            answers = await self._connection.client.subscribe(inbox)
-            try:
-                more = True
-                while more:
-                    asked = {"seq": found[-1][0].sequence + 1 if found else sequence, "next_by_subj": subjects.revocation("*")}
-                    batch = json.dumps({**asked, "batch": _BATCH}).encode()
-                    await self._connection.client.publish(subjects.READ_REVOCATIONS, batch, reply=inbox)
-                    more = await _take(answers, found)
-            finally:
-                await answers.unsubscribe()
+            newest = await self._get(subject=_EVERY)
+            if newest is None or newest == self._last:
+                self._last = newest
+                return []
+            since = 0 if self._last is None else self._last.sequence
+            if since and await self._get(seq=since) != self._last:
+                since = 0
+            found = await self._between(since, newest.sequence)
+        self._last = newest
+        return [revocation for entry in found if (revocation := entry.revocation()) is not None]
+
+    async def _between(self, since: int, until: int) -> list[_Entry]:
+        """What stands after `since` up to `until`, in order: asked for at several places at once."""
+        first = await self._get(seq=since + 1, subject=_EVERY, next=True)
+        if first is None:
+            return []
+        step = max(1, -(-(until + 1 - first.sequence) // _WALKS))
+        begins = range(first.sequence, until + 1, step)
+        walks = await asyncio.gather(*(self._walk(begin, min(begin + step, until + 1)) for begin in begins))
+        return [entry for walk in walks for entry in walk]
+
+    async def _walk(self, begin: int, end: int) -> list[_Entry]:
+        found: list[_Entry] = []
+        while begin < end and (entry := await self._get(seq=begin, subject=_EVERY, next=True)) and entry.sequence < end:
+            found.append(entry)
+            begin = entry.sequence + 1
         return found
 
+    async def _get(self, **asked: Any) -> _Entry | None:
+        """By JetStream's own API, which answers in JSON. What a direct get answers is the entry itself, headers and all, and
 
-async def _take(answers: Subscription, found: list[tuple[_Entry, Revocation | None]]) -> bool:
-    """Adds one batch; whether there is more. Raises FabricUnavailable and the library's errors."""
-    while True:
-        message = await answers.next_msg(timeout=API_TIMEOUT)
-        headers = headers_of(message)
-        status = headers.get("Status")
-        if status == "204":  # the end of a batch
-            return headers.get("Nats-Num-Pending") != "0"
-        if status == "404":
-            return False
-        if status == "503":
-            raise FabricUnavailable(_NO_BUCKET)
-        entry = _Entry.parse(message)
-        found.append((entry, _readable(entry, message.data)))
-
-
-def _readable(entry: _Entry, value: bytes) -> Revocation | None:
-    try:
-        return Revocation.parse(entry.key, value)
-    except InvalidMessage:
-        log.error("revocation.unreadable", key=entry.key)
-        return None
-
-
-def _replaced(last: _Entry, first: _Entry) -> bool:
-    return first.sequence == last.sequence and first != last
+        who asks can have it sent to another gateway, as if a worker had.
+        """
+        try:
+            message = await self._connection.jetstream.get_msg(subjects.REVOCATIONS_STREAM, **asked)
+        except nats.js.errors.NotFoundError as exc:
+            if exc.err_code == _NO_STREAM:
+                raise FabricUnavailable(_NO_BUCKET) from exc
+            return None
+        return _Entry(message.seq or 0, str(message.time), message.subject or "", message.data or b"")

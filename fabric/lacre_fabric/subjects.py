@@ -16,7 +16,7 @@ TRUST_BUCKET: Final = "trust"
 MANIFEST_KEY: Final = "manifest"
 _REVOCATIONS: Final = "revocations"
 REVOCATIONS_STREAM: Final = f"KV_{_REVOCATIONS}"
-READ_REVOCATIONS: Final = f"{API}.DIRECT.GET.{REVOCATIONS_STREAM}"
+READ_REVOCATIONS: Final = f"{API}.STREAM.MSG.GET.{REVOCATIONS_STREAM}"
 
 
 def is_name(name: str) -> bool:

@@ -108,7 +108,7 @@ NOT_FOR_WORKERS = [
     *(f"{api}.CONSUMER.DURABLE.CREATE.WORK_{pool}.mine" for api in API for pool in POOLS),
     f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.{ID}",
     subjects.revocation("x"),
-    *(f"{api}.DIRECT.GET.{subjects.REVOCATIONS_STREAM}" for api in API),
+    *(f"{api}.{call}.GET.{subjects.REVOCATIONS_STREAM}" for api in API for call in ("DIRECT", "STREAM.MSG")),
     "_INBOX_worker-a-n1.x",
     "$SYS.REQ.SERVER.PING",
 ]
@@ -118,6 +118,7 @@ NOT_FOR_GATEWAYS = [
     f"reply.a.g1.{ID}",
     f"$KV.claims_a.{ID}",
     "$KV.trust.manifest",
+    f"{subjects.API}.DIRECT.GET.{subjects.REVOCATIONS_STREAM}",
     "presence.a.n1",
     *(f"{api}.STREAM.CREATE.MINE" for api in API),
     *(f"{api}.STREAM.{call}.WORK_a" for api in API for call in ("UPDATE", "DELETE", "PURGE", "MSG.GET")),
@@ -363,7 +364,7 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
         await who.client.publish(stored, json.dumps(config).encode(), headers=headers, reply=target)  # the ack
         if role.startswith("gateway"):
             await who.client.publish(subjects.revocation("x"), json.dumps(config).encode(), headers=headers, reply=target)
-            await who.client.publish(subjects.READ_REVOCATIONS, b'{"seq":1,"batch":9}', reply=target)
+            await who.client.publish(subjects.READ_REVOCATIONS, b'{"last_by_subj":"$KV.revocations.x"}', reply=target)
         else:  # what it stored, and the status of a pull
             await who.client.publish(f"{subjects.API}.DIRECT.GET.KV_claims_b.{stored}", reply=target)
             await who.client.publish(f"{subjects.API}.CONSUMER.MSG.NEXT.WORK_b.model-{M1}", b'{"no_wait":true}', reply=target)

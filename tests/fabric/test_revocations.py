@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import InvalidMessage
-from lacre_fabric import nats_revocations, subjects
+from lacre_fabric import subjects
 from lacre_fabric.connection import Connection
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_revocations import Reader, bucket, revoke
@@ -48,10 +48,11 @@ async def test_every_gateway_reads_each_once(fresh: LiveFabric) -> None:
     await second.close()
 
 
-async def test_more_than_one_batch(fresh: LiveFabric, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nats_revocations, "_BATCH", 2)
+async def test_many_are_read_at_once_and_in_order(fresh: LiveFabric) -> None:
     gateway = await fresh.gateway("g1")
-    added = [some(number) for number in range(5)]
+    await gateway.revoke(some(0))
+    assert len(await gateway.revoked()) == 1
+    added = [some(number) for number in range(1, 40)]
     for revocation in added:
         await gateway.revoke(revocation)
     assert await gateway.revoked() == added
@@ -76,7 +77,7 @@ async def test_an_entry_goes_when_its_time_is_over(fresh: LiveFabric) -> None:
         while (await Reader(other.connection).read()) != [lasting]:
             await asyncio.sleep(0.1)
     await gateway.revoke(some(4))
-    assert [revocation.key for revocation in await gateway.revoked()] == [some(4).key]
+    assert {revocation.key for revocation in await gateway.revoked()} == {lasting.key, some(4).key}  # read from the beginning
     await gateway.close()
     await other.close()
 
