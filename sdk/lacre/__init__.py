@@ -5,6 +5,8 @@
 ...     print(client.chat("Name three seas.").text)
 """
 
+from typing import TYPE_CHECKING
+
 from lacre._version import __version__
 from lacre.audit import AuditProof
 from lacre.client import BASE_URL, AsyncClient, Client
@@ -47,12 +49,16 @@ from lacre.trust import ConnectionString
 from lacre.verification import Verification
 from lacre.wire.header import Kem
 
+if TYPE_CHECKING:
+    from lacre.openai import AsyncOpenAI, OpenAI
+
 __all__ = [
     "BASE_URL",
     "AlreadyUsedError",
     "ApiError",
     "AsyncChatStream",
     "AsyncClient",
+    "AsyncOpenAI",
     "AuditProof",
     "ChatStream",
     "Client",
@@ -69,6 +75,7 @@ __all__ = [
     "LacreError",
     "MessageTooLarge",
     "NetworkError",
+    "OpenAI",
     "OpenError",
     "ProtocolError",
     "RateLimited",
@@ -93,3 +100,12 @@ __all__ = [
     "VersionMemory",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`OpenAI` and `AsyncOpenAI`, which need an extra, when they are first asked for."""
+    if name in ("OpenAI", "AsyncOpenAI"):
+        from lacre import openai  # noqa: PLC0415 - half a second that programs without it do not pay
+
+        return getattr(openai, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,6 +26,7 @@ BASE_URL: Final = f"{ORIGIN}/v1"
 
 # Reading waits for the queue (30 s) and a long prompt's prefill; the other steps are quick.
 DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0)
+DEFAULT_LIMITS: Final = httpx2.Limits(max_connections=100, max_keepalive_connections=20)  # httpx2's own
 
 Verify = ssl.SSLContext | str | bool
 EventHooks = Mapping[str, list[Any]]
@@ -41,7 +42,7 @@ class Client(httpx2.Client):
     pieces of 16 KiB; `none` does not.
     keep_identifying_fields: seal `user`, `metadata`, `safety_identifier` and `prompt_cache_key` too, instead of dropping them.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
-    verify, proxy, transport: of the connection to the gateway, as in `httpx2.Client`.
+    verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
     Every request may raise LacreError; a refusal by the gateway and an error from the worker are responses for
     `client.post` and exceptions for `chat` and `chat_stream`.
@@ -59,7 +60,8 @@ class Client(httpx2.Client):
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
-        proxy: str | None = None,
+        proxy: httpx2.Proxy | httpx2.URL | str | None = None,
+        limits: httpx2.Limits = DEFAULT_LIMITS,
         transport: httpx2.BaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
@@ -70,6 +72,7 @@ class Client(httpx2.Client):
             timeout=DEFAULT_TIMEOUT,
             verify=verify,
             proxy=proxy,
+            limits=limits,
             transport=transport,
         )
         sealing = Sealing(
@@ -83,6 +86,17 @@ class Client(httpx2.Client):
         self._sealed = SealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
         self._pool_name = pool
         super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks)
+
+    def send(
+        self,
+        request: httpx2.Request,
+        *,
+        stream: bool = False,
+        auth: Any = httpx2.USE_CLIENT_DEFAULT,
+        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
+    ) -> httpx2.Response:
+        """As `httpx2.Client.send`, but a redirect is an answer like any other: it is never followed."""
+        return super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
     def chat(self, messages: Messages, **params: Any) -> Reply:
         """One answer. messages: a string, or OpenAI-style messages; params: any OpenAI sampling parameter."""
@@ -131,7 +145,8 @@ class AsyncClient(httpx2.AsyncClient):
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
-        proxy: str | None = None,
+        proxy: httpx2.Proxy | httpx2.URL | str | None = None,
+        limits: httpx2.Limits = DEFAULT_LIMITS,
         transport: httpx2.AsyncBaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
@@ -142,6 +157,7 @@ class AsyncClient(httpx2.AsyncClient):
             timeout=DEFAULT_TIMEOUT,
             verify=verify,
             proxy=proxy,
+            limits=limits,
             transport=transport,
         )
         sealing = Sealing(
@@ -155,6 +171,17 @@ class AsyncClient(httpx2.AsyncClient):
         self._sealed = AsyncSealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
         self._pool_name = pool
         super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks)
+
+    async def send(
+        self,
+        request: httpx2.Request,
+        *,
+        stream: bool = False,
+        auth: Any = httpx2.USE_CLIENT_DEFAULT,
+        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
+    ) -> httpx2.Response:
+        """As `httpx2.AsyncClient.send`, but a redirect is an answer like any other: it is never followed."""
+        return await super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
     async def chat(self, messages: Messages, **params: Any) -> Reply:
         """One answer. messages: a string, or OpenAI-style messages; params: any OpenAI sampling parameter."""

@@ -119,7 +119,9 @@ class TestOutside:
             client.chat("x", user="jo")
         assert json.loads(app.bodies[0])["user"] == "jo"
 
-    @pytest.mark.parametrize("url", ["https://example.com/v1/chat/completions", "http://lacre.invalid/v1"])
+    @pytest.mark.parametrize(
+        "url", ["https://example.com/v1/chat/completions", "http://lacre.invalid/v1", "wss://lacre.invalid/v1/realtime"]
+    )
     def test_other_destinations_are_refused(self, client: lacre.Client, relay: Relay, url: str) -> None:
         with pytest.raises(lacre.DestinationError):
             client.post(url, json={})

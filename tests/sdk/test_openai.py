@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -217,6 +219,34 @@ class TestAnswers:
 
     def test_models(self, sync_openai: openai.OpenAI) -> None:
         assert [model.id for model in sync_openai.models.list()] == ["tiny"]
+
+
+class TestInAWord:
+    def test_sync(self, relay: Relay) -> None:
+        with lacre.OpenAI(relay.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(relay)) as talker:
+            assert isinstance(talker, openai.OpenAI)
+            completion = talker.chat.completions.create(model="tiny", messages=MESSAGES)
+            again = talker.with_options(max_retries=0).chat.completions.create(model="tiny", messages=MESSAGES)
+        assert completion.choices[0].message.content == again.choices[0].message.content == "the sea"
+        check_inside(relay)
+
+    async def test_async(self, relay: Relay) -> None:
+        memory, wire = lacre.VersionMemory(), AsyncWire(relay)
+        async with lacre.AsyncOpenAI(relay.url, token="t0ken", memory=memory, transport=wire) as talker:
+            completion = await talker.chat.completions.create(model="tiny", messages=MESSAGES)
+        assert completion.choices[0].message.content == "the sea"
+
+    def test_the_environments_address_is_not_asked(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+        with lacre.OpenAI(relay.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(relay)) as talker:
+            talker.chat.completions.create(model="tiny", messages=MESSAGES)
+        check_outside(relay)
+
+    def test_without_the_package_it_says_what_to_install(self) -> None:
+        code = "import sys; sys.modules['openai'] = None; import lacre; lacre.OpenAI"
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+        assert "pip install 'lacre[openai]'" in done.stderr
 
 
 class TestErrors:

@@ -1,0 +1,44 @@
+"""What a sealed client is made with, beside its connection string: for what makes clients and passes the options on.
+
+A test holds these against the parameters of `lacre.Client` and `lacre.AsyncClient`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import httpx2
+
+from lacre.client import Verify
+from lacre.memory import Memory
+from lacre.padding import Shape
+from lacre.transport import AsyncToken, Token
+from lacre.wire.header import Kem
+
+
+class SharedOptions(TypedDict, total=False):
+    """As the parameters of `lacre.Client` with the same names."""
+
+    pool: str
+    kem: Kem | Sequence[Kem]
+    shape: Shape
+    keep_identifying_fields: bool
+    memory: Memory | None
+    verify: Verify
+    proxy: httpx2.Proxy | httpx2.URL | str | None
+    limits: httpx2.Limits
+
+
+class Options(SharedOptions, total=False):
+    """Of a sync client. transport: of the connection to the gateway."""
+
+    token: Token | None
+    transport: httpx2.BaseTransport | None
+
+
+class AsyncOptions(SharedOptions, total=False):
+    """Of an async client. transport: of the connection to the gateway."""
+
+    token: AsyncToken | None
+    transport: httpx2.AsyncBaseTransport | None

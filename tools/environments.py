@@ -1,0 +1,83 @@
+"""Python environments beside `.venv`, one for each lock file in tests/ecosystem: other people's programs, and other Pythons.
+
+`environments.py NAME...` makes those that are missing, all of them where no name is given, and prints each one's interpreter.
+An environment is kept outside the clone (`$XDG_CACHE_HOME/lacre/environments`) under a name that says what it was made from,
+so that a second run starts in seconds. It holds what its lock file lists, and no Lacre: that is the clone's, by PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+LOCKS = Path(__file__).resolve().parent.parent / "tests" / "ecosystem"
+DECLARED = ("3.11", "3.12", "3.13", "3.14")
+
+
+def folder() -> Path:
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache_home / "lacre" / "environments"
+
+
+def pythons() -> Iterator[Path]:
+    """The interpreters of declared versions that are here, one of each: on PATH, or where pyenv keeps them."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    for version in DECLARED:
+        kept = sorted(pyenv.glob(f"{version}.*/bin/python{version}"))
+        on_path = shutil.which(f"python{version}")
+        for candidate in [*([Path(on_path)] if on_path else []), *kept]:
+            if _version(candidate) == version:
+                yield candidate
+                break
+
+
+def _version(python: Path) -> str | None:
+    """None for a name that starts no interpreter, as pyenv's shims are for versions that are not chosen."""
+    code = "import sys, ensurepip, venv; print('%d.%d' % sys.version_info[:2])"
+    done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def ready(name: str, python: Path | None = None) -> Path:
+    """The interpreter of the environment NAME, made now where there is none. python: what it is made from."""
+    base = python or Path(sys.executable)
+    lock = LOCKS / f"{name}.lock"
+    key = sha256(lock.read_bytes() + str(base.resolve()).encode()).hexdigest()[:16]
+    home = folder() / f"{name}-{_version(base)}-{key}"
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with home.with_suffix(".lock").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # two test runs, or two clones, do not make the same one at a time
+        if not (home / ".ready").exists():
+            _make(home, lock, base)
+    return home / "bin" / "python"
+
+
+def _make(home: Path, lock: Path, base: Path) -> None:
+    print(f"Making the environment {home.name}", file=sys.stderr, flush=True)
+    subprocess.run([base, "-m", "venv", "--clear", home], check=True)
+    pip = [home / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "install", "--require-hashes", "--no-deps", "--only-binary=:all:", "-r", lock], check=True)
+    (home / ".ready").touch()
+
+
+def names() -> list[str]:
+    return sorted(lock.stem for lock in LOCKS.glob("*.lock"))
+
+
+def main() -> None:
+    for name in sys.argv[1:] or names():
+        for python in pythons() if name == "sdk" else [None]:
+            print(ready(name, python))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as failed:
+        raise SystemExit(f"an environment is not set up: see above; this ended with status {failed.returncode}") from None
