@@ -1,0 +1,164 @@
+"""May this principal do this? Cedar decides, by default no.
+
+Rules:
+- Schema and policies are validated against each other and parsed once. A set that does not validate is no set.
+- A policy that fails while it is evaluated, or a question that does not fit the schema, means no.
+- Every policy has an `@id` of its own, for the audit log names it by that: numbers change whenever a policy is added.
+- A decision is remembered under all that it depends on (`question.key`), within its set: another set forgets it.
+- This file reads no files and knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Generic, Self, TypeVar
+
+import cedarpy
+
+from lacre.errors import SettingsError
+from lacre_gateway.policy.question import AnyQuestion
+
+# Each holds names out of a token (16 KiB at most), which the verdicts of `auth` hold as well.
+_MAX_DECISIONS: Final = 4096
+_MAX_PARTIES: Final = 4096
+_POLICY: Final = re.compile(r"`(policy[0-9]+)`")
+_T = TypeVar("_T")
+
+
+class PolicyError(SettingsError):
+    """A set of policies that cannot be used. fault: in a word, for logs and the audit; place: the file, where one is known."""
+
+    def __init__(self, fault: str, place: str, why: str) -> None:
+        super().__init__(f"policies: {place}: {why}" if place else f"policies: {why}")
+        self.fault = fault
+        self.place = place
+
+
+SYNTAX: Final = "syntax"  # not Cedar
+SCHEMA: Final = "schema"  # Cedar that does not fit the schema, or a schema that does not fit this gateway
+NAMES: Final = "names"  # a policy without an @id of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """policies: the ids of those that decided, or failed; none where no policy allowed it.
+
+    policy_set, entities: hex SHA-256 of what was decided with, so that a record can name it.
+    """
+
+    allowed: bool
+    policies: tuple[str, ...]
+    policy_set: str = field(default="", compare=False)
+    entities: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parties:
+    """Who and what a question is about, parsed. digest: hex SHA-256 of them as JSON."""
+
+    entities: cedarpy.Entities
+    digest: str
+
+
+class PolicySet:
+    """A validated, parsed set of policies.
+
+    digest: hex SHA-256 of the schema's text, a zero byte, and the policies' text. names: each policy's `@id`, by Cedar's own.
+    """
+
+    def __init__(self, schema: cedarpy.Schema, policies: cedarpy.PolicySet, names: Mapping[str, str], digest: str) -> None:
+        self.schema = schema
+        self.policies = policies
+        self.names = names
+        self.digest = digest
+        self._decisions = _Remembered[Decision](_MAX_DECISIONS)
+        self._parties = _Remembered[_Parties | None](_MAX_PARTIES)
+
+    def decide(self, question: AnyQuestion) -> Decision:
+        return self._decisions.get(question.key, lambda: self._decide(question))
+
+    def _decide(self, question: AnyQuestion) -> Decision:
+        parties = self._parties.get(question.entities_key, lambda: self._parsed(question))
+        if parties is None:
+            return Decision(False, (), self.digest)
+        result = cedarpy.is_authorized(question.request(), self.policies, parties.entities, self.schema)
+        diagnostics = result.diagnostics
+        # A policy that could not be evaluated may be the very one that forbids.
+        failed = {name for error in diagnostics.errors for name in _POLICY.findall(error)}
+        decided = failed or set(diagnostics.reasons)
+        allowed = result.allowed and not diagnostics.errors
+        named = tuple(sorted(self.names.get(name, name) for name in decided))
+        return Decision(allowed, named, self.digest, parties.digest)
+
+    def _parsed(self, question: AnyQuestion) -> _Parties | None:
+        """None where they do not fit the schema."""
+        text = json.dumps(question.entities(), separators=(",", ":"), sort_keys=True)
+        try:
+            entities = cedarpy.Entities.from_json_str(text, self.schema)
+        except ValueError:
+            return None
+        return _Parties(entities, hashlib.sha256(text.encode()).hexdigest())
+
+    @classmethod
+    def parse(cls, schema_text: str, texts: Mapping[str, str]) -> Self:
+        """texts: the policies, by the names of their files. Raises PolicyError."""
+        try:
+            schema = cedarpy.Schema.from_str(schema_text)
+        except ValueError as exc:
+            raise PolicyError(SYNTAX, "", f"the schema is not valid Cedar: {exc}") from exc
+        for name, text in texts.items():
+            _check(name, text, schema)
+        whole = "\n".join(texts.values())
+        policies = cedarpy.PolicySet.from_str(whole)
+        digest = hashlib.sha256(f"{schema_text}\0{whole}".encode()).hexdigest()
+        return cls(schema, policies, _names(policies), digest)
+
+
+def _check(place: str, text: str, schema: cedarpy.Schema) -> None:
+    """Raises PolicyError unless the file's policies parse, fit the schema, and have names."""
+    try:
+        parsed = cedarpy.PolicySet.from_str(text)
+    except ValueError as exc:
+        raise PolicyError(SYNTAX, place, f"not valid Cedar: {exc}") from exc
+    if parsed.templates():
+        raise PolicyError(SYNTAX, place, "a template, which nothing links and so decides nothing: write policies")
+    names = _names(parsed, place)
+    validation = cedarpy.validate_policies(text, schema)
+    if not validation.validation_passed:
+        errors = {f"{names.get(error.policy_id, error.policy_id)}: {error.error}" for error in validation.errors}
+        raise PolicyError(SCHEMA, place, f"not as the schema says: {'; '.join(sorted(errors))}")
+
+
+def _names(policies: cedarpy.PolicySet, place: str = "") -> dict[str, str]:
+    """Raises PolicyError where a policy has no `@id`, or not one of its own."""
+    names: dict[str, str] = {}
+    for name, policy in policies.to_pst().static_policies.items():
+        own = policy.annotations.get("id", "")
+        if not own or not own.isprintable():
+            raise PolicyError(NAMES, place, f'its policy number {int(name.removeprefix("policy")) + 1} needs an @id("…")')
+        if own in names.values():
+            raise PolicyError(NAMES, place, f'two policies are called @id("{own}"): the audit log could not tell them apart')
+        names[name] = own
+    return names
+
+
+class _Remembered(Generic[_T]):
+    """The last so many values, by what they were made from."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, _T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = self._values[key] = make()
+        if len(self._values) > self._size:
+            self._values.popitem(last=False)
+        return value

@@ -1,0 +1,156 @@
+"""A request as rules see it: who asks, to do what, with what, under which circumstances.
+
+Entities: `User::"tenant/subject"` in its `Group::"tenant/group"`s and its `Tenant::"tenant"`; `Model::"pool/model"` in
+`Pool::"pool"`; `Gateway::"name"`. Names carry their tenant, so that an issuer trusted for one tenant names nobody of another.
+
+Rules:
+- Whatever a decision may depend on is in `key`, and the audit log holds all of it: a decision can be remembered, and taken anew.
+- Time enters as the hour (UTC) of the millisecond that the audit log records.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from lacre.wire.header import Kem
+from lacre_gateway.auth import Principal
+from lacre_gateway.outer import Action, Shape
+
+_POST_QUANTUM: Final = frozenset({Kem.XWING})
+_HOUR: Final = 3600
+_DAY_HOURS: Final = 24
+
+Entity = dict[str, Any]
+
+
+class AdminAction(StrEnum):
+    """What may be done to a gateway itself."""
+
+    USAGE = "admin:usage"
+    REVOKE = "admin:revoke"
+    RELOAD = "admin:reload"
+    DRAIN = "admin:drain"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One sealed request. address: the caller's. time: seconds since the epoch, to the millisecond."""
+
+    principal: Principal
+    action: Action
+    pool: str
+    model: str
+    max_tokens: int
+    sealed_bytes: int
+    kem: Kem
+    shape: Shape
+    address: str
+    time: float
+
+    @property
+    def key(self) -> Hashable:
+        asked = (self.max_tokens, self.sealed_bytes, self.kem, self.shape, self.address, hour(self.time))
+        return (self.entities_key, self.principal.scopes, self.principal.plan, self.action, *asked)
+
+    @property
+    def entities_key(self) -> Hashable:
+        return (*_identity(self.principal), self.pool, self.model)
+
+    def request(self) -> dict[str, Any]:
+        context = {
+            **_circumstances(self.principal, self.address, self.time),
+            "max_tokens": self.max_tokens,
+            "sealed_bytes": self.sealed_bytes,
+            "kem": self.kem.label,
+            "post_quantum": self.kem in _POST_QUANTUM,
+            "shape": self.shape.value,
+        }
+        return _request(self.principal, self.action, {"type": "Model", "id": f"{self.pool}/{self.model}"}, context)
+
+    def entities(self) -> list[Entity]:
+        pool = {"type": "Pool", "id": self.pool}
+        model = {"type": "Model", "id": f"{self.pool}/{self.model}"}
+        return [*_people(self.principal), _entity(pool), _entity(model, {"name": self.model}, pool)]
+
+
+@dataclass(frozen=True, slots=True)
+class AdminQuestion:
+    """What somebody wants done to a gateway. gateway: its name."""
+
+    principal: Principal
+    action: AdminAction
+    gateway: str
+    address: str
+    time: float
+
+    @property
+    def key(self) -> Hashable:
+        who = self.principal
+        return (self.entities_key, who.scopes, who.plan, self.action, self.address, hour(self.time))
+
+    @property
+    def entities_key(self) -> Hashable:
+        return (*_identity(self.principal), self.gateway)
+
+    def request(self) -> dict[str, Any]:
+        context = _circumstances(self.principal, self.address, self.time)
+        return _request(self.principal, self.action, {"type": "Gateway", "id": self.gateway}, context)
+
+    def entities(self) -> list[Entity]:
+        return [*_people(self.principal), _entity({"type": "Gateway", "id": self.gateway})]
+
+
+AnyQuestion = Question | AdminQuestion
+
+
+def hour(time: float) -> int:
+    """Of the day, UTC."""
+    return int(time // _HOUR) % _DAY_HOURS
+
+
+def _identity(who: Principal) -> tuple[Hashable, ...]:
+    return who.subject, who.tenant, who.issuer, who.groups
+
+
+def _request(who: Principal, action: StrEnum, resource: Entity, context: dict[str, Any]) -> dict[str, Any]:
+    principal = {"type": "User", "id": f"{who.tenant}/{who.subject}"}
+    return {
+        "principal": principal,
+        "action": {"type": "Action", "id": action.value},
+        "resource": resource,
+        "context": context,
+    }
+
+
+def _circumstances(who: Principal, address: str, time: float) -> dict[str, Any]:
+    plan = {} if who.plan is None else {"plan": who.plan}
+    return {"scopes": list(who.scopes), "address": _ip(address), "hour": hour(time), **plan}
+
+
+def _ip(address: str) -> str:
+    """As Cedar takes it: no zone, and IPv4 as such where a socket for both families wrote it as IPv6.
+
+    What is no address stays as it is, fits no schema, and so is denied.
+    """
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return str(mapped or parsed)
+
+
+def _people(who: Principal) -> list[Entity]:
+    tenant = {"type": "Tenant", "id": who.tenant}
+    groups = [{"type": "Group", "id": f"{who.tenant}/{group}"} for group in who.groups]
+    user = {"type": "User", "id": f"{who.tenant}/{who.subject}"}
+    attributes = {"issuer": who.issuer, "name": who.subject}
+    return [_entity(tenant), *(_entity(group, None, tenant) for group in groups), _entity(user, attributes, tenant, *groups)]
+
+
+def _entity(uid: Entity, attributes: dict[str, str] | None = None, *parents: Entity) -> Entity:
+    return {"uid": uid, "attrs": attributes or {}, "parents": list(parents)}
