@@ -88,6 +88,11 @@ def parse(kind: type[T], text: str, path: Path) -> T:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise SettingsError(f"{path}: not TOML: {exc}") from exc
+    return validated(kind, values, path)
+
+
+def validated(kind: type[T], values: object, path: Path) -> T:
+    """Checks values that were parsed. path: as for `parse`. Raises SettingsError."""
     try:
         return kind.model_validate(values, context={"folder": path.resolve().parent})
     except ValidationError as exc:

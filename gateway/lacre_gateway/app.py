@@ -64,6 +64,7 @@ async def readyz(request: Request) -> Response:
     detail = {
         "status": "not ready" if missing else "ready",
         "missing": missing,
+        "rules": gateway.rules.status.detail(),
         "manifest": None if manifest is None else {"version": manifest.version, "expires_at": manifest.expires_at},
     }
     headers = {"cache-control": "no-store"}

@@ -35,7 +35,8 @@ from lacre_gateway.limits import Reservation
 from lacre_gateway.manifest import pool_for
 from lacre_gateway.mapping import FAILURES, WorkerRefused, refusal_for
 from lacre_gateway.outer import Outer
-from lacre_gateway.policy import Decision, Question
+from lacre_gateway.policy.cedar import Decision
+from lacre_gateway.policy.question import Question
 from lacre_gateway.refusal import Refusal
 from lacre_gateway.settlement import Claim
 from lacre_gateway.state import Gateway
@@ -73,13 +74,13 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
     subject = (principal.issuer, principal.subject)
     with gateway.limits.slot(subject, time.monotonic()):
         sealed = await exchange.sealed_body(gateway.settings.limits.body_timeout)
-        request = await _understood(gateway, exchange.request_id, principal, outer, sealed)
-        decision = gateway.policies.decide(request.question)
+        request = await _understood(gateway, exchange, principal, outer, sealed)
+        decision = gateway.rules.decide(request.question)
         if not decision.allowed:
-            with Trail(gateway, exchange, request.intent(gateway, exchange, decision)):
+            with Trail(gateway, exchange, request.intent(decision)):
                 raise Refusal(problems.FORBIDDEN)
         reservation = gateway.limits.reserve(subject, request.ceilings, time.monotonic())
-        with Trail(gateway, exchange, request.intent(gateway, exchange, decision, reservation)) as trail:
+        with Trail(gateway, exchange, request.intent(decision, reservation)) as trail:
             if not gateway.audit.writable:
                 await trail.recorded  # or work would be done for an answer that cannot be given
             work = request.work(_grant(gateway, request, reservation), sealed)
@@ -104,18 +105,17 @@ class _Request:
     pool: Pool
     request_id: str
     digest: bytes
-    time: float
 
-    def intent(self, gateway: Gateway, exchange: Exchange, decision: Decision, reserved: Reservation | None = None) -> Intent:
+    def intent(self, decision: Decision, reserved: Reservation | None = None) -> Intent:
         asked, who = self.question, self.question.principal
         return Intent(
             request_id=self.request_id,
-            time=round(self.time, 3),
+            time=asked.time,
             subject=who.subject,
             tenant=who.tenant,
             issuer=who.issuer,
             jti=None if who.jti is None else hashlib.sha256(who.jti.encode()).hexdigest(),
-            address=exchange.address,
+            address=asked.address,
             pool=asked.pool,
             model=asked.model,
             action=asked.action.value,
@@ -129,8 +129,8 @@ class _Request:
             plan=who.plan,
             decision="allow" if decision.allowed else "deny",
             policies=decision.policies,
-            policy_set=gateway.policies.digest,
-            entities=asked.entities_digest(),
+            policy_set=decision.policy_set,
+            entities=decision.entities,
             reserved_prompt_tokens=None if reserved is None else reserved.max_prompt_tokens,
             reserved_tokens=None if reserved is None else reserved.max_tokens,
         )
@@ -156,18 +156,18 @@ class _Request:
         )
 
 
-async def _understood(gateway: Gateway, request_id: str, principal: Principal, outer: Outer, sealed: bytes) -> _Request:
+async def _understood(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, sealed: bytes) -> _Request:
     """`_inspected`, and once more after a look at the fabric where the key is not known: a rotation may be that young."""
     try:
-        return _inspected(gateway, request_id, principal, outer, sealed)
+        return _inspected(gateway, exchange, principal, outer, sealed)
     except Refusal as refusal:
         if refusal.problem is not problems.UNKNOWN_KEY:
             raise
     await gateway.feed.catch_up()
-    return _inspected(gateway, request_id, principal, outer, sealed)
+    return _inspected(gateway, exchange, principal, outer, sealed)
 
 
-def _inspected(gateway: Gateway, request_id: str, principal: Principal, outer: Outer, sealed: bytes) -> _Request:
+def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, sealed: bytes) -> _Request:
     """Raises ProtocolError or Refusal."""
     header = inspect_request(sealed)
     return _Request(
@@ -180,12 +180,13 @@ def _inspected(gateway: Gateway, request_id: str, principal: Principal, outer: O
             sealed_bytes=len(sealed),
             kem=header.suite.kem,
             shape=outer.shape,
+            address=exchange.address,
+            time=round(gateway.clock(), 3),  # as the audit log has it: the decision can be taken anew
         ),
         ceilings=gateway.ceilings(outer.model, outer.max_tokens, len(sealed)),
         pool=pool_for(gateway.feed, outer, header, gateway.clock()),
-        request_id=request_id,
+        request_id=exchange.request_id,
         digest=header.digest,
-        time=gateway.clock(),
     )
 
 

@@ -2,6 +2,7 @@
 
 Rules:
 - HTTP is served from the first moment, so that `readyz` can say what is missing; the fabric may come up later, and go and come.
+- Rules are taken up while requests are served: on SIGHUP, and when their files change.
 - On SIGTERM or SIGINT no new request is taken, streams under way have `listen.drain` seconds to finish, then they are aborted.
   Outcomes are on disk before the process ends.
 """
@@ -31,6 +32,7 @@ from lacre_fabric.roles import Credential
 from lacre_fabric.work import FabricUnavailable
 from lacre_gateway.app import create_app
 from lacre_gateway.logs import standard_logging
+from lacre_gateway.policy.cedar import PolicyError
 from lacre_gateway.settings import Listen, Settings
 from lacre_gateway.state import Gateway, build
 
@@ -130,18 +132,36 @@ async def _run(settings: Settings) -> None:
         server = make_server(create_app(gateway), settings.listen)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
-        connecting = asyncio.create_task(_keep_connected(gateway, link))
+        running = [asyncio.create_task(_keep_connected(gateway, link)), *_reloading(gateway)]
         log.info("listening", host=settings.listen.host, port=listener.getsockname()[1])
         try:
             await server.serve(sockets=[listener])
             await server.settle()
         finally:
-            connecting.cancel()
-            await asyncio.gather(connecting, return_exceptions=True)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
             await gateway.feed.close()
             await link.close()
             await gateway.close()
             log.info("stopped")
+
+
+def _reloading(gateway: Gateway) -> list[asyncio.Task[None]]:
+    """Takes up changed rules: on SIGHUP, and by itself where the operator named a folder of rules."""
+    hung_up = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
+
+    async def on_signal() -> None:
+        while await hung_up.wait():
+            hung_up.clear()
+            with contextlib.suppress(PolicyError):  # told by `reload`
+                await gateway.reload()
+
+    tasks = [asyncio.create_task(on_signal())]
+    if gateway.settings.policies is not None:
+        tasks.append(asyncio.create_task(gateway.rules.watch(gateway.audit.append)))
+    return tasks
 
 
 async def _keep_connected(gateway: Gateway, link: _Link) -> None:

@@ -16,7 +16,8 @@ from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth import Authenticator, TrustedIssuer
 from lacre_gateway.keyset import KeySet
 from lacre_gateway.limits import RequestLimits, Reservation
-from lacre_gateway.policy import PolicySet, shipped
+from lacre_gateway.policy.live import LiveRules, Status
+from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import Settings
 from lacre_gateway.settlement import Settlement
 from lacre_gateway.throttle import FailureThrottle
@@ -28,7 +29,7 @@ class Gateway:
 
     settings: Settings
     authenticator: Authenticator
-    policies: PolicySet
+    rules: LiveRules
     limits: RequestLimits
     audit: AuditLog
     feed: ManifestFeed
@@ -42,6 +43,10 @@ class Gateway:
         """Waits until what was served is settled and on disk. Nothing may be served any more."""
         await self.settlement.close()
         await self.audit.close()
+
+    async def reload(self, actor: str | None = None) -> Status:
+        """Puts the rules that are on the disk to work. actor: `<tenant>/<subject>` of who asked. Raises PolicyError."""
+        return await self.rules.reload(self.audit.append, actor)
 
     def connected(self) -> GatewayFabric:
         """Raises FabricUnavailable."""
@@ -93,11 +98,11 @@ def build(
         )
         for number, issuer in enumerate(settings.issuers)
     ]
-    policies = PolicySet.load(settings.policies or shipped())
+    rules = LiveRules(settings.policies or shipped(), log=log, clock=clock)
     return Gateway(
         settings=settings,
         authenticator=Authenticator(issuers, FailureThrottle(limits.failed_auth_per_minute), clock),
-        policies=policies,
+        rules=rules,
         limits=RequestLimits(
             in_flight=limits.requests_in_flight,
             concurrent=limits.concurrent_per_subject,
@@ -109,5 +114,5 @@ def build(
         log=log,
         clock=clock,
         # Last: nothing after it can fail and leave its threads behind.
-        audit=AuditLog(settings.audit, key, settings.audit_origin, log=log, policy_set=policies.digest, clock=clock),
+        audit=AuditLog(settings.audit, key, settings.audit_origin, log=log, policy_set=rules.status.policy_set, clock=clock),
     )

@@ -1,68 +1,62 @@
-"""Policies beside their cases, and what happens to a set that is broken."""
+"""Rules beside their cases: what they may speak of, and what happens to a set that is broken."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lacre.errors import SettingsError
-from lacre.wire.header import Kem
-from lacre_gateway.auth import Principal
-from lacre_gateway.outer import Action, Shape
-from lacre_gateway.policy import SCHEMA_FILE, Decision, PolicySet, Question, shipped
+from lacre_gateway.outer import Action
+from lacre_gateway.policy.cases import CASE, Case, written
+from lacre_gateway.policy.cedar import MAX_DECISIONS, NAMES, SYNTAX, Decision, PolicyError, PolicySet
+from lacre_gateway.policy.question import AdminAction, AnyQuestion, Question
+from lacre_gateway.policy.rules import MISSING, SCHEMA_FILE, UNREADABLE, RuleSet, shipped
 
-CASES = sorted((shipped() / "cases").glob("*/*.json"))
 SCHEMA = (shipped() / SCHEMA_FILE).read_text()
-KEMS = {kem.label: kem for kem in Kem}
+RULES = RuleSet.read(shipped())
+CHAT = json.loads((shipped() / "cases/ALLOW/chat.json").read_text())
+USAGE = json.loads((shipped() / "cases/ALLOW/admin-usage-with-scope.json").read_text())
+FAMILY = 'principal, action in Action::"sealed", resource'
 
 
-def question(case: dict[str, Any]) -> Question:
-    who = case["principal"]
-    return Question(
-        principal=Principal(who["subject"], who["tenant"], who["issuer"], tuple(who["groups"]), tuple(who["scopes"])),
-        action=Action(case["action"]),
-        pool=case["pool"],
-        model=case["model"],
-        max_tokens=case["max_tokens"],
-        sealed_bytes=case["sealed_bytes"],
-        kem=KEMS[case["kem"]],
-        shape=Shape(case["shape"]),
-    )
+def asked(base: dict[str, Any] = CHAT, **changes: Any) -> AnyQuestion:
+    principal = {**base["principal"], **changes.pop("principal", {})}
+    return written("case", {**base, **changes, "principal": principal}).question()
 
 
-def asked(**changes: Any) -> Question:
-    case = json.loads((shipped() / "cases/ALLOW/chat.json").read_text())
-    principal = {**case["principal"], **changes.pop("principal", {})}
-    return question({**case, **changes, "principal": principal})
+@pytest.mark.parametrize("case", RULES.cases, ids=lambda case: case.name)
+def test_case(case: Case) -> None:
+    assert case.fails(RULES.policies.decide(case.request.question())) is None
 
 
-@pytest.fixture(scope="module")
-def policies() -> PolicySet:
-    return PolicySet.load(shipped())
+def test_a_case_that_does_not_hold_says_so() -> None:
+    """Each case, its verdict or its deciding policy turned round."""
+    for case in RULES.cases:
+        decision = RULES.policies.decide(case.request.question())
+        assert "must be" in (case.fails(Decision(not decision.allowed, decision.policies)) or "")
+        assert "must be decided by" in (case.fails(Decision(decision.allowed, ("other",))) or "")
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_case(path: Path, policies: PolicySet) -> None:
-    case = json.loads(path.read_text())
-    expected = Decision(path.parent.name == "ALLOW", tuple(case["decided_by"]))
-    assert policies.decide(question(case)) == expected
+def test_every_shipped_policy_and_action_has_cases() -> None:
+    decided = {name for case in RULES.cases for name in case.request.decided_by or ()}
+    assert decided == set(RULES.policies.names.values())
+    actions = {case.request.question().action for case in RULES.cases if case.allowed}
+    assert actions == {*Action, *AdminAction}
 
 
-def test_every_shipped_policy_has_cases(policies: PolicySet) -> None:
-    decided = {name for path in CASES for name in json.loads(path.read_text())["decided_by"]}
-    assert decided == {"models-for-everyone", "http-by-scope", "output-ceiling"}
-
-
-def decide(policy: str, question: Question) -> bool:
-    return PolicySet.parse(SCHEMA, policy).decide(question).allowed
+def decide(policy: str, *questions: AnyQuestion) -> list[bool]:
+    policies = PolicySet.parse(SCHEMA, {"x.cedar": f'@id("x") {policy}'})
+    return [policies.decide(question).allowed for question in questions]
 
 
 def test_default_is_no() -> None:
-    assert not decide('permit (principal, action == Action::"embed", resource);', asked())
+    assert decide('permit (principal, action == Action::"embed", resource);', asked()) == [False]
 
 
 @pytest.mark.parametrize(
@@ -72,78 +66,201 @@ def test_default_is_no() -> None:
         ('principal in Tenant::"acme"', {}, {"principal": {"tenant": "other"}}),
         ('principal == User::"acme/alice"', {}, {"principal": {"subject": "bob"}}),
         ('principal.issuer == "https://issuer.example"', {}, {"principal": {"issuer": "https://evil.example"}}),
+        ('principal.name == "alice"', {}, {"principal": {"subject": "bob"}}),
         ('resource in Pool::"default"', {}, {"pool": "other"}),
         ('resource == Model::"default/smollm2-135m"', {}, {"model": "other"}),
         ('resource.name == "smollm2-135m"', {}, {"model": "other"}),
+        ('action == Action::"chat"', {}, {"action": "complete"}),
         ("context.post_quantum", {}, {"kem": "X25519"}),
         ('context.kem == "MLKEM768-X25519"', {}, {"kem": "X25519"}),
         ('context.shape == "pad"', {"shape": "pad"}, {}),
         ("context.max_tokens <= 512", {}, {"max_tokens": 513}),
         ("context.sealed_bytes < 5000", {}, {"sealed_bytes": 5000}),
         ('context.scopes.contains("a")', {"principal": {"scopes": ["a", "b"]}}, {"principal": {"scopes": ["ab"]}}),
+        ('context has plan && context.plan == "gold"', {"principal": {"plan": "gold"}}, {}),
+        ("context.hour >= 8 && context.hour < 18", {"hour": 8}, {"hour": 18}),
+        ('context.address.isInRange(ip("192.0.2.0/24"))', {}, {"address": "198.51.100.1"}),
+        ('context.address.isInRange(ip("192.0.2.0/24"))', {"address": "::ffff:192.0.2.9"}, {"address": "::1"}),
+        ('context.address.isInRange(ip("fe80::/10"))', {"address": "fe80::1%eth0"}, {"address": "nonsense"}),
     ],
 )
 def test_all_of_the_context_can_be_asked_for(condition: str, yes: dict[str, Any], no: dict[str, Any]) -> None:
-    policy = f"permit (principal, action, resource) when {{ {condition} }};"
-    assert decide(policy, asked(**yes))
-    assert not decide(policy, asked(**no))
+    """In one set, so that a decision which is remembered under too little shows."""
+    policy = f"permit ({FAMILY}) when {{ {condition} }};"
+    questions = (asked(**yes), asked(**no), asked(**yes), asked(**no))
+    assert decide(policy, *questions) == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("condition", "yes", "no"),
+    [
+        ('resource == Gateway::"g1"', {}, {"gateway": "g2"}),
+        ('action == Action::"admin:usage"', {}, {"action": "admin:drain"}),
+        ('principal in Group::"acme/engineers"', {}, {"principal": {"groups": []}}),
+        ('context.scopes.contains("lacre:admin")', {}, {"principal": {"scopes": []}}),
+        ("context.address.isLoopback()", {"address": "127.0.0.1"}, {}),
+        ("context.hour == 3", {"hour": 3}, {}),
+        ('context has plan && context.plan == "gold"', {"principal": {"plan": "gold"}}, {}),
+    ],
+)
+def test_what_administrators_do_can_be_asked_for(condition: str, yes: dict[str, Any], no: dict[str, Any]) -> None:
+    policy = f'permit (principal, action in Action::"admin", resource) when {{ {condition} }};'
+    assert decide(policy, asked(USAGE, **yes), asked(USAGE, **no), asked()) == [True, False, False]
+
+
+def test_what_is_asked_of_a_gateway_is_no_request_to_a_model() -> None:
+    assert decide(f"permit ({FAMILY});", asked(), asked(USAGE)) == [True, False]
 
 
 def test_a_group_of_another_tenant_is_another_group() -> None:
     policy = 'permit (principal in Group::"acme/engineers", action, resource);'
-    assert not decide(policy, asked(principal={"tenant": "evil"}))
     # No name that an issuer may give reaches into another tenant.
-    assert not decide(policy, asked(principal={"tenant": "evil", "groups": ["acme/engineers", '"]acme/engineers', "../acme"]}))
+    names = ["acme/engineers", '"]acme/engineers', "../acme"]
+    questions = (asked(principal={"tenant": "evil"}), asked(principal={"tenant": "evil", "groups": names}))
+    assert decide(policy, *questions) == [False, False]
 
 
 def test_a_policy_that_fails_means_no() -> None:
-    """The sum overflows. Cedar would pass over the forbid; here an error is a no."""
-    policy = """
-        permit (principal, action, resource);
-        forbid (principal, action, resource) when { context.sealed_bytes * 9223372036854775807 > 0 };
+    """The sum overflows. Cedar would pass over the forbid; here an error is a no, by the policy that failed."""
+    policy = f"""
+        @id("all") permit ({FAMILY});
+        @id("sum") forbid ({FAMILY}) when {{ context.sealed_bytes * 9223372036854775807 > 0 }};
     """
-    assert not decide(policy, asked(sealed_bytes=3))
+    policies = PolicySet.parse(SCHEMA, {"x.cedar": policy})
+    assert policies.decide(asked(sealed_bytes=3)) == Decision(False, ("sum",))
+    assert policies.decide(asked(sealed_bytes=0)) == Decision(True, ("all",))
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\tb", 'User::"root"', "é", "🙂"])
 def test_names_are_data(name: str) -> None:
-    policy = 'permit (principal, action, resource) when { principal in Tenant::"acme" };'
-    assert decide(policy, asked(principal={"subject": name, "groups": [name]}, model=name, pool=name))
+    policy = f'permit ({FAMILY}) when {{ principal in Tenant::"acme" }};'
+    assert decide(policy, asked(principal={"subject": name, "groups": [name]}, model=name, pool=name)) == [True]
+
+
+def test_what_was_decided_is_remembered_and_bounded() -> None:
+    policies = PolicySet.parse(SCHEMA, {"x.cedar": f'@id("x") permit ({FAMILY}) when {{ context.max_tokens < 3 }};'})
+    question = asked(max_tokens=0)
+    assert isinstance(question, Question)
+    first = policies.decide(question)
+    assert policies.decide(asked(max_tokens=0)) is first
+    many = [policies.decide(replace(question, max_tokens=number)).allowed for number in range(MAX_DECISIONS + 1)]
+    assert many == [True] * 3 + [False] * (MAX_DECISIONS - 2)
+    again = policies.decide(asked(max_tokens=0))
+    assert again == first and again is not first
+    assert (first.policy_set, len(first.entities)) == (policies.digest, 64)
 
 
 @pytest.mark.parametrize(
-    "policy",
+    ("policy", "fault"),
     [
-        'permit (principal, action, resource) when { context.prompt == "x" };',
-        'permit (principal, action == Action::"fly", resource);',
-        'permit (principal in Pool::"default", action, resource);',
-        "permit (principal, action, resource) when { context.max_tokens };",
-        "permit everything;",
-        "permit (",
+        ('@id("x") permit (principal, action, resource) when { context.prompt == "x" };', "schema"),
+        ('@id("x") permit (principal, action == Action::"fly", resource);', "schema"),
+        ('@id("x") permit (principal in Pool::"default", action, resource);', "schema"),
+        ('@id("x") permit (principal, action, resource) when { context.hour };', "schema"),
+        ('@id("x") permit (principal, action, resource) when { context.max_tokens > 1 };', "schema"),  # not of admin:*
+        (f'@id("x") permit ({FAMILY}) when {{ context.plan == "gold" }};', "schema"),  # without `has`
+        ('@id("x") permit everything;', SYNTAX),
+        ('@id("x") permit (', SYNTAX),
+        ('@id("x") permit (principal == ?principal, action, resource);', SYNTAX),
+        (f'@id("x") permit ({FAMILY}) when {{ {" && ".join(["true"] * 200)} }};', SYNTAX),
+        ("permit (principal, action, resource);", NAMES),
+        ('@id("") permit (principal, action, resource);', NAMES),
+        ('@id("x") permit (principal, action, resource); @id("x") permit (principal, action, resource);', NAMES),
     ],
 )
-def test_policies_that_do_not_fit_the_schema(policy: str) -> None:
-    with pytest.raises(SettingsError, match=r"^policies: "):
-        PolicySet.parse(SCHEMA, policy)
+def test_policies_that_cannot_be_used(policy: str, fault: str) -> None:
+    with pytest.raises(PolicyError, match=r"^policies: x\.cedar: ") as refused:
+        PolicySet.parse(SCHEMA, {"x.cedar": policy})
+    assert (refused.value.fault, refused.value.place) == (fault, "x.cedar")
+
+
+def test_one_name_in_two_files() -> None:
+    policy = '@id("x") permit (principal, action, resource);'
+    with pytest.raises(PolicyError, match="two policies"):
+        PolicySet.parse(SCHEMA, {"a.cedar": policy, "b.cedar": policy})
 
 
 def test_broken_schema() -> None:
-    with pytest.raises(SettingsError, match=r"^policies: "):
-        PolicySet.parse("entity;", "permit (principal, action, resource);")
+    with pytest.raises(SettingsError, match=r"^policies: the schema"):
+        PolicySet.parse("entity;", {})
 
 
-def test_folder_without_policies(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=SCHEMA_FILE.replace(".", r"\.")):
-        PolicySet.load(tmp_path)
-    shutil.copy(shipped() / SCHEMA_FILE, tmp_path)
-    with pytest.raises(SettingsError, match="nothing would be allowed"):
-        PolicySet.load(tmp_path)
+def copied(folder: Path) -> Path:
+    return shutil.copytree(shipped(), folder / "policies")
+
+
+def test_shipped_rules_hold(tmp_path: Path) -> None:
+    assert RuleSet.load(copied(tmp_path)).digest == RULES.digest
+
+
+@pytest.mark.parametrize("word", ["  hour: Long,", "principal: [User],", "in [Group, Tenant]", "  name: String,"])
+def test_a_schema_that_takes_no_question_of_a_gateway(word: str, tmp_path: Path) -> None:
+    """Whoever writes one of their own must not find out by every request being denied."""
+    folder = copied(tmp_path)
+    (folder / "default.cedar").write_text('@id("x") permit (principal, action in Action::"sealed", resource);')
+    assert word in SCHEMA
+    (folder / SCHEMA_FILE).write_text(SCHEMA.replace(word, word.replace("User", "Tenant") if "User]" in word else "", 1))
+    with pytest.raises(PolicyError, match="question about 'chat' does not fit") as refused:
+        RuleSet.read(folder)
+    assert refused.value.place == SCHEMA_FILE
+
+
+def _removed(path: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / path).unlink()
+
+
+def _put(path: str, content: bytes | str) -> Callable[[Path], None]:
+    return lambda folder: (folder / path).write_bytes(content.encode() if isinstance(content, str) else content) and None
+
+
+def _case(**members: Any) -> Callable[[Path], None]:
+    return _put("cases/DENY/x.json", json.dumps({**CHAT, "decided_by": None, **members}))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "no schema": (_removed(SCHEMA_FILE), MISSING, SCHEMA_FILE),
+    "no rules": (_removed("default.cedar"), MISSING, "*.cedar"),
+    "a link to nowhere": (lambda folder: (folder / "x.cedar").symlink_to("nowhere"), MISSING, "x.cedar"),
+    "a folder for a file": (lambda folder: (folder / "x.cedar").mkdir(), UNREADABLE, "x.cedar"),
+    "not UTF-8": (_put("x.cedar", b"\xff"), UNREADABLE, "x.cedar"),
+    "endless": (_put("x.cedar", b" " * (1 << 20) + b" "), UNREADABLE, "x.cedar"),
+    "syntax": (_put("x.cedar", "permit ("), SYNTAX, "x.cedar"),
+    "schema violation": (
+        _put("x.cedar", '@id("x") permit (principal, action == Action::"fly", resource);'),
+        "schema",
+        "x.cedar",
+    ),
+    "a case that fails": (_case(), CASE, "cases/DENY/x.json"),
+    "a case by another rule": (_case(action="http", decided_by=["x"]), CASE, "cases/DENY/x.json"),
+    "a case that is no JSON": (_put("cases/ALLOW/x.json", "{"), CASE, "cases/ALLOW/x.json"),
+    "a case that lacks something": (_put("cases/ALLOW/x.json", "{}"), CASE, ""),
+    "a case with a word too many": (_case(colour="red"), CASE, ""),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_sets(kind: str, tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    spoil, fault, place = BROKEN[kind]
+    spoil(folder)
+    with pytest.raises(PolicyError) as refused:
+        RuleSet.load(folder)
+    assert (refused.value.fault, refused.value.place) == (fault, place)
+    assert str(refused.value).startswith("policies: ")
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError) as refused:
+        RuleSet.load(tmp_path / "none")
+    assert refused.value.fault == MISSING
 
 
 def test_own_folder(tmp_path: Path) -> None:
     shutil.copy(shipped() / SCHEMA_FILE, tmp_path)
     (tmp_path / "a.cedar").write_text('@id("a") permit (principal, action, resource);')
-    (tmp_path / "b.cedar").write_text('@id("b") forbid (principal, action, resource) unless { context.post_quantum };')
-    policies = PolicySet.load(tmp_path)
+    (tmp_path / "b.cedar").write_text(
+        '@id("b") forbid (principal, action in Action::"sealed", resource) unless { context.post_quantum };'
+    )
+    policies = RuleSet.load(tmp_path).policies
     assert policies.decide(asked()) == Decision(True, ("a",))
     assert policies.decide(asked(kem="X25519")) == Decision(False, ("b",))

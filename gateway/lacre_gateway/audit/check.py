@@ -122,7 +122,7 @@ class _Story:
         elif kind == Outcome.kind:
             if self.open.pop(members["request_id"], None) is None:
                 raise InvalidMessage("an outcome without an intent, or a second one")
-        elif members["event"] == kinds.STARTED and self.open:
+        elif members.get("event") == kinds.STARTED and self.open:
             raise InvalidMessage(f"a start, and the intent of entry {min(self.open.values())} has no outcome")
 
     def _intent(self, index: int, members: dict[str, Any], annex: tuple[str, str] | None) -> None:

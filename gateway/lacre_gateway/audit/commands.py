@@ -133,6 +133,7 @@ def audit_query(
     decision: Annotated[str | None, typer.Option(help="allow or deny.")] = None,
     outcome: Annotated[str | None, typer.Option(help="answered, refused, client-gone, broken or interrupted.")] = None,
     request: Annotated[str | None, typer.Option(help="A request's id.")] = None,
+    kind: Annotated[str | None, typer.Option(help="intent, annex, outcome, admin or event.")] = None,
     since: Annotated[datetime | None, typer.Option(help="From this time on, UTC.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Before this time, UTC.")] = None,
     limit: Annotated[int, typer.Option(help="The newest so many.", min=1)] = 100,
@@ -152,7 +153,7 @@ def audit_query(
     else:
         wanted: dict[str, Any] = {
             "subject": subject, "tenant": tenant, "model": model, "decision": decision, "outcome": outcome,
-            "request_id": request,
+            "request_id": request, "kind": kind,
         }  # fmt: skip
         wanted = {name: value for name, value in wanted.items() if value is not None}
         for entry in indexes.find(database, wanted, _seconds(since), _seconds(until), limit):

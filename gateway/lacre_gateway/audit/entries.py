@@ -98,10 +98,39 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Admin:
+    """What somebody wanted done to the gateway itself, and whether they may. What came of it is an event of the same `actor`.
+
+    target: what it is to be done to, such as a subject. actor, in events: `<tenant>/<subject>`.
+    """
+
+    kind: ClassVar[str] = "admin"
+
+    request_id: str
+    time: float
+    subject: str
+    tenant: str
+    issuer: str
+    jti: str | None
+    address: str
+    gateway: str
+    action: str
+    target: str | None
+    groups: tuple[str, ...]
+    scopes: tuple[str, ...]
+    plan: str | None
+    decision: Literal["allow", "deny"]
+    policies: tuple[str, ...]
+    policy_set: str
+    entities: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that is no request: a start, a stop, a recovery, an admin's action, a reload.
+    """Something that is no request: a start, a stop, a recovery, what came of an admin's action, a reload.
 
     actor: who did it; None for the process itself. target: what it was done to. count: how many of what the event names.
+    policy_set, rules: hex SHA-256 of what decides from then on, and of all files of that set. reason: why not, in a word.
     """
 
     kind: ClassVar[str] = "event"
@@ -112,13 +141,17 @@ class Event:
     target: str | None = None
     policy_set: str | None = None
     count: int | None = None
+    rules: str | None = None
+    reason: str | None = None
 
 
-Entry = Intent | Annex | Outcome | Event
+Entry = Intent | Annex | Outcome | Admin | Event
 STARTED: Final = "started"  # count: the intents that were given the outcome `interrupted`
 RECOVERED: Final = "recovered"  # count: the bytes of an unfinished commit that were cut off
 RESUMED: Final = "resumed"  # count: the requests refused while the log could not be written
 STOPPED: Final = "stopped"
+RELOADED: Final = "reloaded"
+RELOAD_REFUSED: Final = "reload-refused"  # reason: the fault; target: the file; the set named is the one that goes on
 INTERRUPTED: Final = "interrupted"
 
 
@@ -128,8 +161,9 @@ def _form(kind: type[Entry]) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(required), frozenset({"kind", *(field.name for field in fields(kind))})
 
 
-_FORMS: Final = {kind.kind: _form(kind) for kind in (Intent, Annex, Outcome, Event)}
-_NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in (Intent, Annex, Outcome, Event)}
+_KINDS: Final = (Intent, Annex, Outcome, Admin, Event)
+_FORMS: Final = {kind.kind: _form(kind) for kind in _KINDS}
+_NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS}
 
 
 def encode(entry: Entry) -> tuple[bytes, ...]:

@@ -2,4 +2,8 @@
 
 question   a request as rules see it: principal, action, resource, context
 cedar      schema and rules, parsed once; decides
+cases      requests written down, and how they must be decided
+rules      the set in its folder, read and checked as a whole
+trial      tries a set in a process of its own
+live       the set that decides now, and its successor
 """

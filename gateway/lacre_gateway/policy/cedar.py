@@ -24,7 +24,7 @@ from lacre.errors import SettingsError
 from lacre_gateway.policy.question import AnyQuestion
 
 # Each holds names out of a token (16 KiB at most), which the verdicts of `auth` hold as well.
-_MAX_DECISIONS: Final = 4096
+MAX_DECISIONS: Final = 4096
 _MAX_PARTIES: Final = 4096
 _POLICY: Final = re.compile(r"`(policy[0-9]+)`")
 _T = TypeVar("_T")
@@ -37,6 +37,7 @@ class PolicyError(SettingsError):
         super().__init__(f"policies: {place}: {why}" if place else f"policies: {why}")
         self.fault = fault
         self.place = place
+        self.why = why
 
 
 SYNTAX: Final = "syntax"  # not Cedar
@@ -76,7 +77,7 @@ class PolicySet:
         self.policies = policies
         self.names = names
         self.digest = digest
-        self._decisions = _Remembered[Decision](_MAX_DECISIONS)
+        self._decisions = _Remembered[Decision](MAX_DECISIONS)
         self._parties = _Remembered[_Parties | None](_MAX_PARTIES)
 
     def decide(self, question: AnyQuestion) -> Decision:
@@ -97,12 +98,21 @@ class PolicySet:
 
     def _parsed(self, question: AnyQuestion) -> _Parties | None:
         """None where they do not fit the schema."""
-        text = json.dumps(question.entities(), separators=(",", ":"), sort_keys=True)
+        text = _json(question.entities())
         try:
             entities = cedarpy.Entities.from_json_str(text, self.schema)
         except ValueError:
             return None
         return _Parties(entities, hashlib.sha256(text.encode()).hexdigest())
+
+    def misfit(self, question: AnyQuestion) -> str | None:
+        """Why the schema does not take the question, in Cedar's words; None where it does."""
+        try:
+            entities = cedarpy.Entities.from_json_str(_json(question.entities()), self.schema)
+        except ValueError as exc:
+            return str(exc)
+        result = cedarpy.is_authorized(question.request(), self.policies, entities, self.schema)
+        return "; ".join(result.diagnostics.errors) if result.decision is cedarpy.Decision.NoDecision else None
 
     @classmethod
     def parse(cls, schema_text: str, texts: Mapping[str, str]) -> Self:
@@ -117,6 +127,10 @@ class PolicySet:
         policies = cedarpy.PolicySet.from_str(whole)
         digest = hashlib.sha256(f"{schema_text}\0{whole}".encode()).hexdigest()
         return cls(schema, policies, _names(policies), digest)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
 
 def _check(place: str, text: str, schema: cedarpy.Schema) -> None:
@@ -137,7 +151,11 @@ def _check(place: str, text: str, schema: cedarpy.Schema) -> None:
 def _names(policies: cedarpy.PolicySet, place: str = "") -> dict[str, str]:
     """Raises PolicyError where a policy has no `@id`, or not one of its own."""
     names: dict[str, str] = {}
-    for name, policy in policies.to_pst().static_policies.items():
+    try:
+        static = policies.to_pst().static_policies
+    except ValueError as exc:  # more than 100 levels; no decision goes deeper, so none can exhaust a stack
+        raise PolicyError(SYNTAX, place, f"an expression that is nested too deep: {exc}") from exc
+    for name, policy in static.items():
         own = policy.annotations.get("id", "")
         if not own or not own.isprintable():
             raise PolicyError(NAMES, place, f'its policy number {int(name.removeprefix("policy")) + 1} needs an @id("…")')

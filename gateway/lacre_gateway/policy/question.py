@@ -4,7 +4,8 @@ Entities: `User::"tenant/subject"` in its `Group::"tenant/group"`s and its `Tena
 `Pool::"pool"`; `Gateway::"name"`. Names carry their tenant, so that an issuer trusted for one tenant names nobody of another.
 
 Rules:
-- Whatever a decision may depend on is in `key`, and the audit log holds all of it: a decision can be remembered, and taken anew.
+- Whatever a decision may depend on is in `key`, and the audit log holds all of it: a decision can be remembered, and
+  taken anew.
 - Time enters as the hour (UTC) of the millisecond that the audit log records.
 """
 

@@ -1,0 +1,145 @@
+"""Requests written down as JSON: the cases that stand beside the rules.
+
+`cases/ALLOW/NAME.json` must be allowed, `cases/DENY/NAME.json` denied; where one has `decided_by`, by exactly those policies.
+A set whose cases do not hold is never put to work.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal, Protocol
+
+from pydantic import Field
+
+from lacre.errors import SettingsError
+from lacre.wire.header import Kem
+from lacre_fabric.settings import Table, validated
+from lacre_gateway.auth import Principal
+from lacre_gateway.outer import Action, Shape
+from lacre_gateway.policy.cedar import Decision, PolicyError
+from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
+
+FOLDER: Final = "cases"
+CASE: Final = "case"  # the fault of a case that does not hold, or is none
+_KEMS: Final = {kem.label: kem for kem in Kem}
+
+Hour = Annotated[int, Field(ge=0, le=23)]
+
+
+class Who(Table):
+    """A principal."""
+
+    subject: str
+    tenant: str
+    issuer: str = "https://issuer.example"
+    groups: tuple[str, ...] = ()
+    scopes: tuple[str, ...] = ()
+    plan: str | None = None
+
+    def principal(self) -> Principal:
+        return Principal(
+            subject=self.subject,
+            tenant=self.tenant,
+            issuer=self.issuer,
+            groups=tuple(sorted(set(self.groups))),
+            scopes=tuple(sorted(set(self.scopes))),
+            plan=self.plan,
+        )
+
+
+class Written(Protocol):
+    """A request that was written down. decided_by: None where it does not matter."""
+
+    @property
+    def decided_by(self) -> tuple[str, ...] | None: ...
+
+    def question(self) -> AnyQuestion: ...
+
+
+class SealedRequest(Table):
+    """What somebody may ask of a model. hour: of the day, UTC."""
+
+    principal: Who
+    action: Action
+    pool: str
+    model: str
+    max_tokens: int
+    sealed_bytes: int
+    kem: Literal["MLKEM768-X25519", "X25519"]
+    shape: Shape
+    address: str = "192.0.2.1"
+    hour: Hour = 12
+    decided_by: tuple[str, ...] | None = None
+
+    def question(self) -> Question:
+        return Question(
+            principal=self.principal.principal(),
+            action=self.action,
+            pool=self.pool,
+            model=self.model,
+            max_tokens=self.max_tokens,
+            sealed_bytes=self.sealed_bytes,
+            kem=_KEMS[self.kem],
+            shape=self.shape,
+            address=self.address,
+            time=3600.0 * self.hour,
+        )
+
+
+class AdminRequest(Table):
+    """What somebody may ask of a gateway itself."""
+
+    principal: Who
+    action: AdminAction
+    gateway: str = "g1"
+    address: str = "192.0.2.1"
+    hour: Hour = 12
+    decided_by: tuple[str, ...] | None = None
+
+    def question(self) -> AdminQuestion:
+        return AdminQuestion(self.principal.principal(), self.action, self.gateway, self.address, 3600.0 * self.hour)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """name: of its file, below the set's folder."""
+
+    name: str
+    allowed: bool
+    request: Written
+
+    @classmethod
+    def parse(cls, name: str, data: bytes) -> Case:
+        """Raises PolicyError."""
+        try:
+            values = json.loads(data)
+        except (ValueError, RecursionError) as exc:
+            raise PolicyError(CASE, name, "not JSON") from exc
+        return cls(name, PurePosixPath(name).parent.name == "ALLOW", written(name, values))
+
+    def fails(self, decision: Decision) -> str | None:
+        """What is wrong with the decision; None where it is as it must be."""
+        due = self.request.decided_by
+        if decision.allowed != self.allowed:
+            by = f" by {', '.join(decision.policies)}" if decision.policies else ""
+            return f"it must be {'allowed' if self.allowed else 'denied'}, and is {_word(decision.allowed)}{by}"
+        if due is not None and decision.policies != tuple(sorted(due)):
+            return f"it must be decided by {', '.join(due) or 'none'}, and is by {', '.join(decision.policies) or 'none'}"
+        return None
+
+
+def written(name: str, values: Any) -> Written:
+    """Raises PolicyError."""
+    action = values.get("action") if isinstance(values, dict) else None
+    try:
+        if action in set(AdminAction):
+            return validated(AdminRequest, values, Path(name))
+        return validated(SealedRequest, values, Path(name))
+    except SettingsError as exc:
+        raise PolicyError(CASE, "", str(exc)) from exc
+
+
+def _word(allowed: bool) -> str:
+    return "allowed" if allowed else "denied"

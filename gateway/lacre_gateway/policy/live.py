@@ -1,0 +1,152 @@
+"""The rule set that decides now, and how another one takes its place while requests are served.
+
+Rules:
+- A new set is tried in a process of its own, then read here; it must be the very one that passed.
+- It takes over between two decisions, in one assignment. What does not hold changes nothing: the last good set goes on, and
+  the log, the audit log and the status say so.
+- Files that were changed are looked at when they have come to rest. A set that was refused is tried again when it changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lacre_fabric.logs import Log
+from lacre_gateway.audit.entries import RELOAD_REFUSED, RELOADED, Entry, Event
+from lacre_gateway.policy.cedar import Decision, PolicyError
+from lacre_gateway.policy.question import AnyQuestion
+from lacre_gateway.policy.rules import RuleSet, Signature, signature
+from lacre_gateway.policy.trial import try_out
+
+WATCH: Final = 1.0  # seconds between two looks at the files
+
+Record = Callable[[Entry], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A set that is on the disk and not at work. fault: in a word. place: its file, where one is known. time: epoch seconds."""
+
+    fault: str
+    place: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What there is to say of the rules. policy_set, rules: hex SHA-256 of what decides, and of all files of the set.
+
+    since: when it took over. reloads, refusals: so many since the start. refused: the newest set, where it does not hold.
+    """
+
+    policy_set: str
+    rules: str
+    policies: int
+    cases: int
+    since: float
+    reloads: int
+    refusals: int
+    refused: Refused | None
+
+    def detail(self) -> dict[str, Any]:
+        """For `readyz`: fixed words and names of files."""
+        refused = self.refused
+        return {
+            "policy_set": self.policy_set,
+            "since": self.since,
+            "refused": None if refused is None else {"fault": refused.fault, "file": refused.place, "since": refused.time},
+        }
+
+
+class LiveRules:
+    """Made and used on the event loop. current: the set that decides."""
+
+    def __init__(self, folder: Path, *, log: Log, clock: Callable[[], float]) -> None:
+        """Raises PolicyError: without a first set nothing starts."""
+        self._folder = folder
+        self._log = log
+        self._clock = clock
+        self._reloading = asyncio.Lock()
+        self._refused: Refused | None = None
+        self._reloads = self._refusals = 0
+        self._since = round(clock(), 3)
+        self.current = RuleSet.load(folder)
+        self._tried: Signature | None = self.current.signature
+
+    def decide(self, question: AnyQuestion) -> Decision:
+        return self.current.policies.decide(question)
+
+    @property
+    def status(self) -> Status:
+        rules = self.current
+        return Status(
+            policy_set=rules.policies.digest,
+            rules=rules.digest,
+            policies=len(rules.policies.names),
+            cases=len(rules.cases),
+            since=self._since,
+            reloads=self._reloads,
+            refusals=self._refusals,
+            refused=self._refused,
+        )
+
+    async def reload(self, record: Record, actor: str | None = None) -> Status:
+        """Puts what is on the disk to work. record: takes the event into the audit log. actor: who asked; None for nobody.
+
+        Raises PolicyError, and then everything is as before.
+        """
+        async with self._reloading:
+            self._tried = await asyncio.to_thread(self._look)
+            try:
+                passed = await try_out(self._folder)
+                fresh = await asyncio.to_thread(RuleSet.read, self._folder)
+                if fresh.digest != passed:
+                    raise PolicyError("changing", "", "the files changed while they were read")
+            except PolicyError as exc:
+                self._refuse(exc, record, actor)
+                raise
+            self._take(fresh, record, actor)
+        return self.status
+
+    async def watch(self, record: Record, interval: float = WATCH) -> None:
+        """Reloads whenever the files have changed and come to rest; for ever."""
+        seen = self._tried
+        while True:
+            await asyncio.sleep(interval)
+            now = await asyncio.to_thread(self._look)
+            if now == seen and now != self._tried:
+                with contextlib.suppress(PolicyError):  # told by `reload`
+                    await self.reload(record)
+            seen = now
+
+    def _look(self) -> Signature | None:
+        """None where there is nothing to look at."""
+        try:
+            return signature(self._folder)
+        except PolicyError:
+            return None
+
+    def _take(self, fresh: RuleSet, record: Record, actor: str | None) -> None:
+        if fresh.digest == self.current.digest and self._refused is None and actor is None:
+            return  # files that were touched, and say the same
+        self.current, self._refused = fresh, None
+        self._since, self._reloads = round(self._clock(), 3), self._reloads + 1
+        record(Event(time=self._since, event=RELOADED, actor=actor, policy_set=fresh.policies.digest, rules=fresh.digest))
+        self._log.info("rules reloaded", version=fresh.digest)
+
+    def _refuse(self, error: PolicyError, record: Record, actor: str | None) -> None:
+        now = round(self._clock(), 3)
+        self._refused, self._refusals = Refused(error.fault, error.place, now), self._refusals + 1
+        kept = self.current
+        record(
+            Event(
+                time=now, event=RELOAD_REFUSED, actor=actor, target=error.place or None, reason=error.fault,
+                policy_set=kept.policies.digest, rules=kept.digest,
+            )
+        )  # fmt: skip
+        self._log.error("rules refused, the last good ones go on", kind=error.fault, reason=str(error))

@@ -1,0 +1,169 @@
+"""The rule set of a gateway: one folder, read and checked as a whole, or not at all.
+
+    lacre.cedarschema       who and what the rules speak of
+    *.cedar                 the rules
+    cases/ALLOW|DENY/*.json requests that must be allowed, and denied
+
+Rules:
+- A set is what was on the disk at one moment: files that change while they are read are read again.
+- It is put to work only when everything parses, fits together, and every case holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Self
+
+from lacre.wire.header import Kem
+from lacre_gateway.auth import Principal
+from lacre_gateway.outer import Action, Shape
+from lacre_gateway.policy import cases as written
+from lacre_gateway.policy.cases import Case
+from lacre_gateway.policy.cedar import SCHEMA, PolicyError, PolicySet
+from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
+
+SCHEMA_FILE: Final = "lacre.cedarschema"
+MISSING: Final = "missing"
+UNREADABLE: Final = "unreadable"
+_PATTERNS: Final = (SCHEMA_FILE, "*.cedar", f"{written.FOLDER}/ALLOW/*.json", f"{written.FOLDER}/DENY/*.json")
+_MAX_FILE: Final = 1 << 20  # bytes; people read these files
+_MAX_FILES: Final = 10_000
+_TRIES: Final = 5
+
+Signature = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSet:
+    """A set that holds. digest: hex SHA-256 over the names and bytes of its files."""
+
+    policies: PolicySet
+    cases: tuple[Case, ...]
+    digest: str
+    signature: Signature = field(repr=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads, checks, and runs the cases. Raises PolicyError."""
+        rules = cls.read(folder)
+        for case, wrong in rules.run():
+            if wrong is not None:
+                raise PolicyError(written.CASE, case.name, wrong)
+        return rules
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Everything but running the cases. Raises PolicyError."""
+        signature, files = _at_one_moment(folder)
+        texts = {name: _text(name, data) for name, data in files.items() if not name.startswith(written.FOLDER)}
+        if SCHEMA_FILE not in texts:
+            raise PolicyError(MISSING, SCHEMA_FILE, f"not in {folder}: copy the one that ships with Lacre")
+        schema = texts.pop(SCHEMA_FILE)
+        if not texts:
+            raise PolicyError(MISSING, "*.cedar", f"none in {folder}, so nothing would be allowed: write one")
+        policies = PolicySet.parse(schema, texts)
+        _check_questions(policies)
+        cases = tuple(Case.parse(name, data) for name, data in files.items() if name.startswith(written.FOLDER))
+        return cls(policies, cases, _digest(files), signature)
+
+    def run(self) -> Iterator[tuple[Case, str | None]]:
+        """Each case, and what is wrong with its decision."""
+        for case in self.cases:
+            yield case, case.fails(self.policies.decide(case.request.question()))
+
+
+def signature(folder: Path) -> Signature:
+    """What changes when a file of the set does. Raises PolicyError."""
+    return tuple(_stamp(folder, path) for path in _paths(folder))
+
+
+def shipped() -> Path:
+    """The folder of the rules that come with Lacre: inside the wheel, or beside the rooms in a checkout."""
+    package = Path(__file__).parents[1]
+    packaged = package / "policies"
+    return packaged if packaged.is_dir() else package.parents[1] / "policies"
+
+
+def _paths(folder: Path) -> list[Path]:
+    try:
+        next(folder.iterdir(), None)  # `glob` passes over a folder that it cannot read
+        paths = [path for pattern in _PATTERNS for path in sorted(folder.glob(pattern))]
+    except OSError as exc:
+        raise _unreadable(folder, exc) from exc
+    if len(paths) > _MAX_FILES:
+        raise PolicyError(UNREADABLE, "", f"more than {_MAX_FILES} files in {folder}: is it the folder of a rule set?")
+    return paths
+
+
+def _stamp(folder: Path, path: Path) -> tuple[str, int, int, int]:
+    name = path.relative_to(folder).as_posix()
+    try:
+        found = path.stat()
+    except OSError:  # a link to nowhere, or just removed: reading it says so
+        return name, 0, 0, 0
+    return name, found.st_ino, found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _at_one_moment(folder: Path) -> tuple[Signature, Mapping[str, bytes]]:
+    """Raises PolicyError."""
+    for _ in range(_TRIES):
+        before = signature(folder)
+        try:
+            files = {path.relative_to(folder).as_posix(): _read(path) for path in _paths(folder)}
+        except PolicyError:
+            if signature(folder) == before:
+                raise
+            continue
+        if signature(folder) == before:
+            return before, files
+    raise PolicyError(UNREADABLE, "", f"the files in {folder} change all the time")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE + 1)
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+    if len(data) > _MAX_FILE:
+        raise PolicyError(UNREADABLE, path.name, f"longer than {_MAX_FILE} bytes")
+    return data
+
+
+def _unreadable(path: Path, error: OSError) -> PolicyError:
+    fault = MISSING if isinstance(error, FileNotFoundError) else UNREADABLE
+    return PolicyError(fault, path.name, f"cannot be read ({error.strerror})")
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as exc:
+        raise PolicyError(UNREADABLE, name, "not UTF-8") from exc
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    whole = hashlib.sha256()
+    for name, data in files.items():
+        whole.update(f"{name}\0{len(data)}\0".encode() + data)
+    return whole.hexdigest()
+
+
+def _check_questions(policies: PolicySet) -> None:
+    """A schema of one's own must take the questions that a gateway asks, or it would deny everything. Raises PolicyError."""
+    for question in _questions():
+        if (why := policies.misfit(question)) is not None:
+            action = question.action.value
+            raise PolicyError(SCHEMA, SCHEMA_FILE, f"a gateway's question about {action!r} does not fit ({why})")
+
+
+def _questions() -> Iterator[AnyQuestion]:
+    for plan in (None, "p"):
+        who = Principal("s", "t", "i", ("g",), ("c",), plan)
+        for action in Action:
+            yield Question(who, action, "p", "m", 1, 1, Kem.XWING, Shape.NONE, "192.0.2.1", 0.0)
+        for admin in AdminAction:
+            yield AdminQuestion(who, admin, "g", "2001:db8::1", 0.0)

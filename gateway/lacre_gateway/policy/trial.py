@@ -1,0 +1,66 @@
+"""Tries a rule set in a process of its own, before a gateway takes it in.
+
+Cedar's parser is recursive machine code: a file with some thousand brackets in it ends the process that parses it, and no
+exception can be caught. Here that is a child, with less stack than the gateway has.
+
+`python -m lacre_gateway.policy.trial FOLDER` writes one JSON object: the set's digest, or what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import threading
+from asyncio.subprocess import DEVNULL, PIPE
+from pathlib import Path
+from typing import Final
+
+from lacre_fabric.leash import PYTHON
+from lacre_gateway.policy.cedar import SYNTAX, PolicyError
+
+UNTRIED: Final = "untried"
+_STACK: Final = 1 << 20  # bytes; a gateway's threads have 8 MiB
+_LIMIT: Final = 30.0  # seconds; real sets take well under one
+
+
+async def try_out(folder: Path) -> str:
+    """The digest of the set that passed. Raises PolicyError."""
+    command = [*PYTHON, "-m", __name__, str(folder)]
+    try:
+        trial = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+    except OSError as exc:
+        raise PolicyError(UNTRIED, "", f"no process to try them in ({exc.strerror})") from exc
+    try:
+        async with asyncio.timeout(_LIMIT):
+            said, _ = await trial.communicate()
+        found = json.loads(said)
+    except (TimeoutError, ValueError) as exc:
+        raise PolicyError(SYNTAX, "", "reading them ends the process that does: look for expressions nested too deep") from exc
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            trial.kill()
+    if "digest" not in found:
+        raise PolicyError(found["fault"], found["place"], found["why"])
+    return str(found["digest"])
+
+
+def _tried(folder: Path) -> dict[str, str]:
+    from lacre_gateway.policy.rules import RuleSet  # noqa: PLC0415 - the child's work, and the parent imports this file
+
+    try:
+        return {"digest": RuleSet.load(folder).digest}
+    except PolicyError as exc:
+        return {"fault": exc.fault, "place": exc.place, "why": exc.why}
+
+
+def _main(folder: Path) -> None:
+    threading.stack_size(_STACK)
+    thread = threading.Thread(target=lambda: print(json.dumps(_tried(folder))))  # noqa: T201 - for the parent
+    thread.start()
+    thread.join()
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
