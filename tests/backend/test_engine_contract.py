@@ -207,3 +207,41 @@ async def test_closing_ends_what_runs_and_waits(
     with pytest.raises(EngineError):
         own_engine.submit(make_task(own_engine))
     own_engine.close()
+
+
+async def test_an_answer_that_was_begun_goes_on(engine: Engine, make_task: MakeTask, run: Run) -> None:
+    """Wherever it is cut, between code points or in one, in what a stop string holds back or past it."""
+    text = "¡Así! 漢字 and 😀 or é: 日本 😀😀"
+    free, end = await run(engine, make_task(engine, text, max_tokens=24, sampling=GREEDY))
+    ids, said = [token.id for token in free], [token.text for token in free]
+    for cut in range(1, len(ids) + 1):
+        begun = tuple(ids[:cut])
+        rest, finish = await run(engine, make_task(engine, text, max_tokens=24 - cut, sampling=GREEDY, begun=begun))
+        whole = b"".join(token.raw for token in [*free[:cut], *rest]).decode("utf-8", "replace")
+        assert "".join([*said[:cut], *(token.text for token in rest)]) + finish.text == whole
+        assert (finish.reason, finish.completion_tokens) == ("length", 24 - cut)
+        assert finish.prompt_tokens == end.prompt_tokens + cut
+
+
+async def test_a_stop_string_that_was_begun(engine: Engine, make_task: MakeTask, run: Run) -> None:
+    free, end = await run(engine, make_task(engine, max_tokens=24, sampling=GREEDY))
+    text = "".join(token.text for token in free) + end.text
+    stop = text[5:13]
+    whole = text[: text.index(stop)]
+    tokens, _ = await run(engine, make_task(engine, max_tokens=24, sampling=GREEDY, stop=(stop,)))
+    for cut in range(1, len(tokens) + 1):
+        begun = tuple(token.id for token in tokens[:cut])
+        task = make_task(engine, max_tokens=24 - cut, sampling=GREEDY, stop=(stop,), begun=begun)
+        rest, finish = await run(engine, task)
+        assert "".join(token.text for token in [*tokens[:cut], *rest]) + finish.text == whole
+        assert finish.reason == "stop"
+    assert rest == []  # all of it was there: nothing is sampled for the end alone
+
+
+async def test_what_cannot_have_been_begun(engine: Engine, make_task: MakeTask) -> None:
+    eos = engine.model.eos
+    assert eos is not None
+    for begun in [(engine.model.n_vocab,), (-1,), (eos.id,)]:
+        with pytest.raises(TaskRefused) as caught:
+            engine.submit(make_task(engine, begun=begun))
+        assert caught.value.field == "begun"

@@ -25,8 +25,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lacre.asgi import EXTENSION, App, Call, Receive, Scope, Send, Usage
+from lacre.marks import ASK, DIGEST, YES, Mark
 from lacre_backend.api import ceilings, shapes
-from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found
+from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found, other_model
 from lacre_backend.api.exchange import Disconnected, EventStream, header, read_body, send_json, until_disconnect
 from lacre_backend.api.generation import Generation, fresh_id
 from lacre_backend.api.requests import (
@@ -120,16 +121,20 @@ class _Endpoint(ABC, Generic[_Request]):
         served = self._settings.served.get(request.model)
         if served is None:
             raise model_not_found(request.model)
-        model = served.engine.model
+        model, begun = served.engine.model, request.begun
+        if request.resume is not None and request.resume.digest != model.digest:
+            raise other_model(request.model)
         try:
             prompt = await self.prompt(served, request)
         except EngineError:
             raise engine_failed() from None
-        ceilings.check_prompt(call, model, len(prompt), self.prompt_param)
+        n_prompt = len(prompt) + len(begun)
+        ceilings.check_prompt(call, model, n_prompt, self.prompt_param, begun=len(begun))
         task = Task(
             id=fresh_id(),
             prompt=tuple(prompt),
-            max_tokens=ceilings.max_tokens(call, request, model, len(prompt)),
+            begun=begun,
+            max_tokens=ceilings.max_tokens(call, request, model, n_prompt),
             sampling=request.sampling(),
             stop=request.stop,
             logprobs=request.alternatives(),
@@ -142,7 +147,10 @@ class _Endpoint(ABC, Generic[_Request]):
         try:
             generation.submit()
             if request.stream:
-                await _stream(generation, self.shape(reply), EventStream(send), usage if request.include_usage else None)
+                progress = _Progress.of(request, scope, usage)
+                headers = () if progress is None else ((DIGEST.encode(), model.digest.encode()),)
+                told = usage if request.include_usage else None
+                await _stream(generation, self.shape(reply), EventStream(send, headers), told, progress)
             else:
                 await send_json(send, 200, await _whole(generation, self.shape(reply), request, usage))
         finally:
@@ -151,6 +159,29 @@ class _Endpoint(ABC, Generic[_Request]):
     def _cache_scope(self, scope: Scope) -> bytes | None:
         salt = header(scope, SALT_HEADER)
         return None if salt is None else hmac.digest(self._settings.scope_key, salt, "sha256")
+
+
+class _Progress:
+    """The marks of one answer: what goes out with each event of text, for whoever resumes it (`lacre.marks`)."""
+
+    def __init__(self, usage: Usage) -> None:
+        self._usage = usage
+        self._count = 0
+        self._new: list[int] = []
+
+    @classmethod
+    def of(cls, request: Generate, scope: Scope, usage: Usage) -> _Progress | None:
+        """None where the client does not ask for marks, or nobody could go on with the answer."""
+        asked = request.resumable and header(scope, ASK.encode()) == YES.encode()
+        return cls(usage) if asked else None
+
+    def add(self, token: Token) -> None:
+        self._count += 1
+        self._new.append(token.id)
+
+    def mark(self) -> str:
+        new, self._new = self._new, []
+        return str(Mark(self._usage.prompt_tokens, self._usage.cached_tokens, self._count, new))
 
 
 class _Chat(_Endpoint[ChatRequest]):
@@ -248,9 +279,13 @@ async def _whole(
 
 
 async def _stream(
-    generation: Generation, shape: shapes.Chat | shapes.Completion, out: EventStream, usage: Usage | None
+    generation: Generation,
+    shape: shapes.Chat | shapes.Completion,
+    out: EventStream,
+    usage: Usage | None,
+    progress: _Progress | None,
 ) -> None:
-    """Each token as it comes. usage: told at the end, if given."""
+    """Each token as it comes. usage: told at the end, if given. progress: told with each, if given."""
     opened: set[int] = set()
     try:
         async with aclosing(generation.events()) as events:
@@ -259,8 +294,11 @@ async def _stream(
                     opened.add(index)
                     if (first := shape.first(index)) is not None:
                         await out.event(first)
+                token = isinstance(event, Token)
+                if progress is not None and isinstance(event, Token):
+                    progress.add(event)
                 for chunk in _chunks(shape, index, event):
-                    await out.event(chunk)
+                    await out.event(chunk, progress.mark() if progress is not None and token else None)
     except RequestRefused as refusal:
         if not out.started:
             raise

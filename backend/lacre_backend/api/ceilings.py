@@ -24,17 +24,21 @@ def check_action(call: Call | None, request: Named, action: str) -> None:
 
 
 def max_tokens(call: Call | None, request: Generate, model: ModelInfo, n_prompt: int) -> int:
-    """Output tokens for each choice."""
+    """Output tokens for each choice. Of an answer that is resumed, those that are left: a request's limit is the whole
+    answer's, a grant is for this request. n_prompt: with what was begun.
+    """
     field, asked = request.output_limit()
+    asked = None if asked is None else max(asked - len(request.begun), 0)
     room = model.n_ctx - n_prompt
     if call is None or call.max_tokens is None:
         return room if asked is None else asked
     allowed = call.max_tokens // request.n
-    if (allowed if asked is None else asked) * request.n > call.max_tokens or allowed < 1:
+    each = allowed if asked is None else asked
+    if each * request.n > call.max_tokens or allowed < 1:
         raise grant_mismatch(
-            f"The request asks for {request.n} x {asked or 1} output tokens, but was granted {call.max_tokens}.", field
+            f"The request asks for {request.n} x {max(each, 1)} output tokens, but was granted {call.max_tokens}.", field
         )
-    return allowed if asked is None else asked
+    return each
 
 
 def check_length(model: ModelInfo, text_bytes: int, param: str) -> None:
@@ -43,8 +47,9 @@ def check_length(model: ModelInfo, text_bytes: int, param: str) -> None:
         raise context_length_exceeded(model.n_ctx, None, param)
 
 
-def check_prompt(call: Call | None, model: ModelInfo, n_prompt: int, param: str) -> None:
-    if n_prompt >= model.n_ctx:
+def check_prompt(call: Call | None, model: ModelInfo, n_prompt: int, param: str, *, begun: int = 0) -> None:
+    """n_prompt: with what was begun, which may fill the context: then the answer lacks nothing but its end."""
+    if n_prompt - begun >= model.n_ctx or n_prompt > model.n_ctx:
         raise context_length_exceeded(model.n_ctx, n_prompt, param)
     if call is not None and call.max_prompt_tokens is not None and n_prompt > call.max_prompt_tokens:
         raise grant_mismatch(f"The prompt has {n_prompt} tokens, but was granted {call.max_prompt_tokens}.", param)

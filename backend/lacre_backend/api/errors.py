@@ -58,6 +58,16 @@ def grant_mismatch(message: str, param: str) -> RequestRefused:
     return RequestRefused(message, status=403, code="grant_mismatch", param=param)
 
 
+def other_model(name: str) -> RequestRefused:
+    """An answer goes on with the model that began it, or not at all."""
+    return RequestRefused(
+        f"The answer was begun by another file of `{name}` than is served here. Ask anew.",
+        status=409,
+        code="model_changed",
+        param="resume.digest",
+    )
+
+
 def engine_failed() -> RequestRefused:
     return RequestRefused("The model failed while it answered. Try again.", status=500, type=SERVER_ERROR)
 

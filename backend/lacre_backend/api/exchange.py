@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from lacre.asgi import Receive, Scope, Send
@@ -75,16 +75,20 @@ async def send_json(send: Send, status: int, document: Any) -> None:
 class EventStream:
     """A `text/event-stream` response. Each event is one ASGI message, so that it leaves (and is sealed) as it is made."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """headers: of the response, beside its own."""
         self._send = send
+        self._headers = headers
         self.started = False
 
-    async def event(self, document: Any) -> None:
+    async def event(self, document: Any, mark: str | None = None) -> None:
+        """mark: the event's `id`, which tells how far the answer has come."""
         if not self.started:
             self.started = True
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._body(b"data: " + encode(document) + b"\n\n", more=True)
+            own = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": [*own, *self._headers]})
+        identified = b"" if mark is None else b"id: " + mark.encode() + b"\n"
+        await self._body(identified + b"data: " + encode(document) + b"\n\n", more=True)
 
     async def done(self) -> None:
         await self._body(b"data: [DONE]\n\n", more=False)

@@ -19,7 +19,7 @@ from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_dow
 from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Task, TaskRefused, Token
 
 # A part of a task, in the caller's words.
-_PARAMS = {"grammar": "response_format", "logit_bias": "logit_bias", "max_tokens": "max_tokens"}
+_PARAMS = {"begun": "resume.tokens", "grammar": "response_format", "logit_bias": "logit_bias", "max_tokens": "max_tokens"}
 
 
 class Generation:
@@ -74,7 +74,7 @@ class Generation:
         """The prompt is counted once, however many choices read it, and as the first to be served found the cache."""
         self._usage.completion_tokens += isinstance(event, Token)
         if self._usage.prompt_tokens == 0:
-            self._usage.prompt_tokens = len(self._tasks[0].prompt)
+            self._usage.prompt_tokens = len(self._tasks[0].sequence)
             self._usage.cached_tokens = event.cached_tokens
 
 

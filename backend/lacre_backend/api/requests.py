@@ -112,6 +112,13 @@ class ResponseFormat(_Parsed):
         return None
 
 
+class Resume(_Parsed):
+    """Not OpenAI's. An answer that broke off, to go on with: which model (its file's digest) made which tokens of it."""
+
+    digest: Annotated[str, Field(max_length=MAX_NAME)]
+    tokens: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
+
+
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -146,6 +153,17 @@ class Generate(Named):
     top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repeat_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+    resume: Resume | None = None
+
+    @property
+    def begun(self) -> tuple[int, ...]:
+        """The tokens of the answer that are there already. The request's own limits are those of the whole answer."""
+        return () if self.resume is None else self.resume.tokens
+
+    @property
+    def resumable(self) -> bool:
+        """Whether another worker could go on with the answer wherever it breaks off."""
+        return self.stream and self.n == 1
 
     def output_limit(self) -> tuple[str, int | None]:
         """The field that limits the output of each choice, and its value."""
@@ -244,7 +262,7 @@ def parse_chat(body: bytes) -> ChatRequest:
             code="invalid_value",
             param="continue_final_message",
         )
-    _check_stream_options(request)
+    _check_generate(request)
     return request
 
 
@@ -255,7 +273,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
         # Ids could name control tokens, which only the template may place.
         raise RequestRefused("Prompts of token ids are not supported. Send text.", code="unsupported_value", param="prompt")
     request = _validated(CompletionRequest, raw)
-    _check_stream_options(request)
+    _check_generate(request)
     return request
 
 
@@ -263,7 +281,9 @@ def missing(param: str) -> RequestRefused:
     return RequestRefused(f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
 
 
-def _check_stream_options(request: Generate) -> None:
+def _check_generate(request: Generate) -> None:
+    if request.resume is not None and request.n > 1:
+        raise RequestRefused("'resume' is for one choice.", code="invalid_parameter_combination", param="resume")
     if request.stream_options is not None and not request.stream:
         raise RequestRefused("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
 

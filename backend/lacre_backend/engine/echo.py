@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Final
@@ -47,6 +48,7 @@ class _Job:
         self.task = task
         self.stream = EventStream(asyncio.get_running_loop())
         self.text = TextStream(task.stop)
+        self.text.begin(bytes([token]) for token in task.begun)
         self.completion_tokens = 0
         self.cancelled = False
 
@@ -54,7 +56,7 @@ class _Job:
         text = "" if self.text.stopped else self.text.flush()
         if self.text.stopped and reason == "length":
             reason = "stop"
-        self.stream.put(Finish(reason, len(self.task.prompt), 0, self.completion_tokens, text))
+        self.stream.put(Finish(reason, len(self.task.sequence), 0, self.completion_tokens, text))
 
 
 class EchoEngine:
@@ -126,9 +128,11 @@ class EchoEngine:
         job.end(reason)
 
     async def _generate(self, job: _Job) -> FinishReason:
-        limit = min(job.task.max_tokens, self.model.n_ctx - len(job.task.prompt))
+        limit = min(job.task.max_tokens, self.model.n_ctx - len(job.task.sequence))
+        if limit == 0 or job.text.stopped:
+            return "length"
         begin = time.monotonic()
-        for token in self._answer(job.task.prompt):
+        for token in itertools.islice(self._answer(job.task.prompt), len(job.task.begun), None):
             await asyncio.sleep(self._delay)
             if job.cancelled:
                 return "cancelled"

@@ -52,12 +52,12 @@ _LOOK: Final = 60.0  # seconds between looks for expired scopes while there is w
 class _Job:
     """A task from its submission to its finish. The decode thread's, but for `cancelled`, which anyone may set."""
 
-    def __init__(self, task: Task, stream: EventStream, sampler: Sampler, limit: int) -> None:
+    def __init__(self, task: Task, stream: EventStream, sampler: Sampler, text: TextStream, limit: int) -> None:
         self.task = task
         self.stream = stream
         self.sampler = sampler
         self.limit = limit  # tokens to generate: what was asked, and what the context has room for
-        self.text = TextStream(task.stop)
+        self.text = text
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.cancelled = False
@@ -76,7 +76,7 @@ class _Job:
         text = "" if self.text.stopped else self.text.flush()
         if self.text.stopped and reason == "length":
             reason = "stop"
-        return Finish(reason, len(self.task.prompt), self.cached_tokens, self.completion_tokens, text)
+        return Finish(reason, len(self.task.sequence), self.cached_tokens, self.completion_tokens, text)
 
 
 class LlamaEngine:
@@ -123,8 +123,11 @@ class LlamaEngine:
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
         check(task, self.model)
-        limit = min(task.max_tokens, self.model.n_ctx - len(task.prompt))
-        job = _Job(task, EventStream(asyncio.get_running_loop()), Sampler(self._model, task.sampling, limit), limit)
+        job = self._begin(task)
+        if job.limit == 0 or job.text.stopped:
+            job.sampler.close()
+            job.stream.put(job.finish("length"))
+            return job.stream
         with self._changed:
             if self._closing or task.id in self._jobs:
                 job.sampler.close()
@@ -135,6 +138,17 @@ class LlamaEngine:
             self._inbox.append(job)
             self._changed.notify()
         return job.stream
+
+    def _begin(self, task: Task) -> _Job:
+        limit = min(task.max_tokens, self.model.n_ctx - len(task.sequence))
+        text, sampler = TextStream(task.stop), Sampler(self._model, task.sampling, len(task.begun) + limit)
+        text.begin(map(self._model.piece, task.begun))
+        try:
+            sampler.begin(task.begun)
+        except TaskRefused:
+            sampler.close()
+            raise
+        return _Job(task, EventStream(asyncio.get_running_loop()), sampler, text, limit)
 
     def cancel(self, task_id: str) -> None:
         with self._changed:
@@ -172,7 +186,7 @@ class LlamaEngine:
                 new, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
             for job in new:
-                self._scheduler.submit(job.task.id, job.task.prompt, job.task.cache_scope)
+                self._scheduler.submit(job.task.id, job.task.sequence, job.task.cache_scope)
             for job in cancelled:
                 if not job.ended:
                     self._end(job, "cancelled")

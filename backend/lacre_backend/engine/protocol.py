@@ -7,6 +7,8 @@ Rules
   also those whose text is still held back, so that `Finish.completion_tokens` is their number. The end-of-generation token
   itself is neither.
 - The whole text is the `text` of every token and then that of the finish.
+- A task may go on with an answer that another engine began: `begun` are that answer's tokens. What they let out as text is not
+  said again; what they held back, the grammar and the penalties are as if they had been sampled here.
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ class Sampling:
 class Task:
     """One sequence to run. `id` is unique among the tasks that an engine has not finished.
 
+    begun: the tokens of the answer that are there already; read like the prompt, and in no count of generated tokens.
+    max_tokens: further ones; 0 where the answer that was begun lacks but its end.
     logprobs: None for none; k for the k most likely alternatives beside the chosen token's own.
     cache_scope: tasks may share a cached prefix only within one scope; None shares nothing.
     time_limit: seconds of work, counted from the first step (waiting is not counted); then it finishes as "length".
@@ -88,6 +92,12 @@ class Task:
     logprobs: int | None = None
     cache_scope: bytes | None = None
     time_limit: float | None = None
+    begun: tuple[int, ...] = ()
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """What is read before the first token is sampled."""
+        return self.prompt + self.begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +134,9 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a task. text: what had been held back and turned out to be no stop string."""
+    """The end of a task. text: what had been held back and turned out to be no stop string. prompt_tokens: with those that
+    were begun.
+    """
 
     reason: FinishReason
     prompt_tokens: int
@@ -174,14 +186,17 @@ def check(task: Task, model: ModelInfo) -> None:
     """What no engine can run. Raises `TaskRefused` or `PromptTooLong`."""
     if task.kind not in model.kinds:
         raise TaskRefused(f"This model does not {task.kind}.", field="kind")
-    if task.max_tokens < 1:
+    if task.max_tokens < (0 if task.begun else 1):
         raise TaskRefused("max_tokens must be at least 1.", field="max_tokens")
     if not task.prompt:
         raise TaskRefused("The prompt is empty.", field="prompt")
-    if len(task.prompt) >= model.n_ctx:
-        raise PromptTooLong(len(task.prompt), model.n_ctx)
+    if len(task.prompt) >= model.n_ctx or len(task.sequence) > model.n_ctx:
+        raise PromptTooLong(len(task.sequence), model.n_ctx)
     if not all(0 <= token < model.n_vocab for token in task.prompt):
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
+    control = {token.id for token in model.control_tokens}
+    if not all(0 <= token < model.n_vocab and token not in control for token in task.begun):
+        raise TaskRefused("The answer that was begun names a token that no answer has.", field="begun")
     if not all(0 <= token < model.n_vocab for token in task.sampling.logit_bias):
         raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
 

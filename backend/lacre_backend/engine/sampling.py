@@ -96,6 +96,16 @@ class Sampler:
         except EngineError as error:
             return error
 
+    def begin(self, tokens: Sequence[int]) -> None:
+        """As if these had been sampled: for the grammar and the penalties. Raises TaskRefused."""
+        for token in tokens:
+            if self._grammar is not None and self._candidates is not None:
+                if not self._admits(self._candidates, token):
+                    raise TaskRefused("The answer that was begun does not match the grammar.", field="begun")
+                L.llama_sampler_accept(self._grammar, token)
+            if self._chain is not None:
+                L.llama_sampler_accept(self._chain, token)
+
     def accept(self, token: int) -> None:
         """`token` is part of the answer (it does not end it): the grammar moves on."""
         if self._grammar is not None:

@@ -13,7 +13,7 @@ Rules
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class StopFilter:
@@ -76,6 +76,11 @@ class TextStream:
 
     def push(self, raw: bytes) -> str:
         return self._filter.push(self._decoder.decode(raw))
+
+    def begin(self, pieces: Iterable[bytes]) -> None:
+        """These tokens are there already, and what they let out was said."""
+        for raw in pieces:
+            self.push(raw)
 
     def flush(self) -> str:
         """What is left at the end; it may itself complete a stop string, if a broken code point is its last character."""

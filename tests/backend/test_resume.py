@@ -1,0 +1,159 @@
+"""Marks in a stream, and an answer that goes on from them: over the API, with the echo and with the real model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from lacre.marks import Mark
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.engine.protocol import Engine, Sampling, TaskRefused
+
+MESSAGES = [{"role": "user", "content": "Sea: 日本 and 😀."}]
+ASK = {"lacre-resume": "?1"}
+
+
+def client(engine: Engine) -> httpx2.AsyncClient:
+    transport = httpx2.ASGITransport(app=create_app([engine]))
+    return httpx2.AsyncClient(transport=transport, base_url="http://worker.test/v1")
+
+
+def events(response: httpx2.Response) -> list[tuple[str | None, dict[str, Any]]]:
+    """Mark and object of each event but `[DONE]`."""
+    found = []
+    for block in response.text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines())
+        if fields.get("data", "[DONE]") != "[DONE]":
+            found.append((fields.get("id"), json.loads(fields["data"])))
+    return found
+
+
+def text_of(chunks: list[dict[str, Any]]) -> str:
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+async def ask(http: httpx2.AsyncClient, engine: Engine, headers: dict[str, str] = ASK, **fields: Any) -> httpx2.Response:
+    body = {
+        "model": engine.model.name, "messages": MESSAGES, "stream": True, "temperature": 0, "max_tokens": 20,
+        "stream_options": {"include_usage": True}, **fields,
+    }  # fmt: skip
+    return await http.post("/chat/completions", json=body, headers=headers)
+
+
+async def test_each_piece_of_text_has_a_mark(engine: Engine) -> None:
+    async with client(engine) as http:
+        response = await ask(http, engine)
+    assert response.headers["lacre-model-digest"] == engine.model.digest
+    got = events(response)
+    marks = [Mark.parse(mark) for mark, _ in got if mark is not None]
+    texts = [bool(chunk["choices"] and chunk["choices"][0]["delta"].get("content")) for _, chunk in got]
+    marked = [mark is not None for mark, _ in got]
+    last = len(marked) - marked[::-1].index(True)
+    assert marked[:last] == texts[:last]  # after it, what was held back, and that it is over
+    used = got[-1][1]["usage"]
+    counted = 0
+    for mark in marks:
+        counted += len(mark.tokens)
+        assert (mark.count, mark.prompt) == (counted, used["prompt_tokens"])
+    assert counted <= used["completion_tokens"] <= 20
+    assert any(len(mark.tokens) > 1 for mark in marks)  # of a code point in several tokens
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields"), [({}, {}), (ASK, {"n": 2}), ({"lacre-resume": "1"}, {})], ids=["not asked", "n", "malformed"]
+)
+async def test_no_marks(echo: Engine, headers: dict[str, str], fields: dict[str, Any]) -> None:
+    async with client(echo) as http:
+        response = await ask(http, echo, headers, **fields)
+    assert "lacre-model-digest" not in response.headers
+    assert all(mark is None for mark, _ in events(response))
+
+
+async def test_going_on_from_every_mark(engine: Engine) -> None:
+    async with client(engine) as http:
+        got = events(await ask(http, engine))
+        whole, tokens, before = text_of([chunk for _, chunk in got]), [], ""
+        used = got[-1][1]["usage"]
+        for mark, chunk in got:
+            if mark is None:
+                continue
+            tokens += Mark.parse(mark).tokens
+            before += text_of([chunk])
+            resume = {"digest": engine.model.digest, "tokens": tokens}
+            rest = events(await ask(http, engine, resume=resume))
+            assert before + text_of([chunk for _, chunk in rest]) == whole
+            again = rest[-1][1]["usage"]
+            assert again["prompt_tokens"] == used["prompt_tokens"] + len(tokens)
+            assert again["completion_tokens"] == used["completion_tokens"] - len(tokens)
+            assert rest[-2][1]["choices"][0]["finish_reason"] == got[-2][1]["choices"][0]["finish_reason"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"resume": {"digest": "sha256:00", "tokens": [65]}}, 409, "resume.digest"),
+        ({"resume": {"digest": None, "tokens": [258]}}, 400, "resume.tokens"),
+        ({"resume": {"digest": None, "tokens": [-1]}}, 400, "resume.tokens"),
+        ({"resume": {"digest": None, "tokens": []}}, 400, "resume.tokens"),
+        ({"resume": {"digest": None, "tokens": ["65"]}}, 400, "resume.tokens[0]"),
+        ({"resume": {"digest": None, "tokens": [65] * 5000}}, 400, "messages"),
+        ({"resume": {"digest": None, "tokens": [65]}, "n": 2}, 400, "resume"),
+    ],
+)
+async def test_refusals(echo: Engine, fields: dict[str, Any], status: int, param: str) -> None:
+    if fields["resume"]["digest"] is None:
+        fields = {**fields, "resume": {**fields["resume"], "digest": echo.model.digest}}
+    async with client(echo) as http:
+        response = await ask(http, echo, **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "seas": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+    },
+    "required": ["name", "seas"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+
+
+async def test_a_json_schema_goes_on_where_it_was(llama: LlamaEngine) -> None:
+    async with client(llama) as http:
+        got = events(await ask(http, llama, response_format=FORMAT, max_tokens=60))
+        marks = [(Mark.parse(mark), chunk) for mark, chunk in got if mark is not None]
+        for cut in range(1, len(marks), 5):
+            tokens = [token for mark, _ in marks[:cut] for token in mark.tokens]
+            before = text_of([chunk for _, chunk in marks[:cut]])
+            resume = {"digest": llama.model.digest, "tokens": tokens}
+            rest = events(await ask(http, llama, response_format=FORMAT, max_tokens=60, resume=resume))
+            answer = json.loads(before + text_of([chunk for _, chunk in rest]))
+            assert answer.keys() == {"name", "seas"}
+
+
+async def test_a_beginning_that_the_grammar_refuses(llama: LlamaEngine, make_task: Any) -> None:
+    """It is never given to llama.cpp's grammar, which would end the process."""
+    begun = tuple(llama.tokenize("no JSON"))
+    task = make_task(llama, sampling=Sampling(temperature=0, grammar='root ::= "{" [a-z]+ "}"'), endless=False, begun=begun)
+    with pytest.raises(TaskRefused) as caught:
+        llama.submit(task)
+    assert caught.value.field == "begun"
+    assert llama.held[0] == 0
+
+
+async def test_penalties_know_what_was_begun(llama: LlamaEngine, make_task: Any, run: Any) -> None:
+    sampling = Sampling(temperature=0, repeat_penalty=1.6)
+    whole, _ = await run(llama, make_task(llama, "one two one two one two", max_tokens=24, sampling=sampling))
+    ids = [token.id for token in whole]
+    task = make_task(llama, "one two one two one two", max_tokens=12, sampling=sampling, begun=tuple(ids[:12]))
+    rest, _ = await run(llama, task)
+    forgetful = make_task(llama, prompt=(*task.prompt, *ids[:12]), max_tokens=12, sampling=sampling)
+    without, _ = await run(llama, forgetful)
+    assert [token.id for token in rest] == ids[12:]
+    assert [token.id for token in without] != ids[12:]
