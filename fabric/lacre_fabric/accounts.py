@@ -17,6 +17,7 @@ from typing import Any
 from lacre.errors import SettingsError
 from lacre_fabric import subjects
 from lacre_fabric.roles import (
+    BUDGETS,
     FABRIC,
     GATEWAYS,
     MAX_DELIVERIES,
@@ -46,7 +47,7 @@ def accounts(roles: Sequence[Role]) -> Entry:
 
 def _fabric(pools: Sequence[str]) -> Entry:
     every = [GATEWAYS, *map(workers_account, pools)]
-    services = [_service(READ_MANIFEST, every), *(_service(subject, [GATEWAYS]) for subject in REVOCATIONS)]
+    services = [_service(READ_MANIFEST, every), *(_service(subject, [GATEWAYS]) for subject in (*REVOCATIONS, *BUDGETS))]
     for pool in pools:
         services += [_service(subject, [GATEWAYS]) for subject in gateway_services(pool)]
         services += [_service(subject, [workers_account(pool)]) for subject in worker_services(pool)]
@@ -65,7 +66,7 @@ def _gateways(pools: Sequence[str]) -> Entry:
             {"stream": f"{kind}.{pool}.*", "accounts": [workers_account(pool)]} for pool in pools for kind in TOLD_TO_WORKERS
         ],
         "imports": [
-            *_asked([READ_MANIFEST, *REVOCATIONS, *asked]),
+            *_asked([READ_MANIFEST, *REVOCATIONS, *BUDGETS, *asked]),
             _heard(FABRIC, MAX_DELIVERIES),
             *(_heard(workers_account(pool), f"{kind}.{pool}.>") for pool in pools for kind in TOLD_BY_WORKERS),
         ],

@@ -22,6 +22,8 @@ from lacre_fabric.work import ACK_WAIT, CLAIM_TTL, DUPLICATE_WINDOW, MAX_DELIVER
 
 QUEUED_MESSAGES: Final = 1000  # of one pool; past it the gateway answers 503 at once
 QUEUED_BYTES: Final = 128 * 2**20
+# A budget that nobody has drawn from for so long is forgotten: twice the longest window, so that it is long over.
+BUDGET_TTL: Final = 62 * 86400.0
 MAX_ACK_PENDING: Final = 100_000  # at least every slot of a pool; the default of 1000 would stall a large one
 
 
@@ -35,6 +37,7 @@ async def provision(
     async with connection.mapped():
         await _bucket(connection, subjects.TRUST_BUCKET, ttl=None, replicas=replicas)
         await _stream(connection, nats_revocations.bucket(replicas))
+        await _bucket(connection, subjects.BUDGETS_BUCKET, ttl=BUDGET_TTL, replicas=replicas)
         for pool, models in pools.items():
             await _work(connection, subjects.check_name("pool", pool), models, replicas, ack_wait)
             await _bucket(connection, subjects.claims_bucket(pool), ttl=CLAIM_TTL, replicas=replicas)

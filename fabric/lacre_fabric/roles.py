@@ -29,6 +29,11 @@ READ_MANIFEST: Final = (
     f"{subjects.API}.DIRECT.GET.KV_{subjects.TRUST_BUCKET}.$KV.{subjects.TRUST_BUCKET}.{subjects.MANIFEST_KEY}"
 )
 REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # what a gateway asks about them
+# What gateways read and write of the budgets that they share.
+BUDGETS: Final = (
+    f"$KV.{subjects.BUDGETS_BUCKET}.>",
+    f"{subjects.API}.DIRECT.GET.KV_{subjects.BUDGETS_BUCKET}.>",
+)
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
 TOLD_BY_WORKERS: Final = ("reply", "presence")  # each as `KIND.POOL.` and what the kind has
@@ -95,7 +100,7 @@ def gateway(credential: Credential, gateway_id: str, pools: Sequence[str]) -> Ro
         credential,
         GATEWAYS,
         tuple(pools),
-        (*(service for pool in pools for service in gateway_services(pool)), *tell, READ_MANIFEST, *REVOCATIONS),
+        (*(service for pool in pools for service in gateway_services(pool)), *tell, READ_MANIFEST, *REVOCATIONS, *BUDGETS),
         (_own_inbox(credential), subjects.replies(gateway_id), "presence.>", MAX_DELIVERIES),
     )
 

@@ -22,7 +22,7 @@ from lacre_fabric.roles import Role
 
 MAX_PAYLOAD: Final = 9 * 2**20  # a sealed request of 7 MiB, its grant and headers, with room
 MAX_MEMORY: Final = 64 * QUEUED_BYTES  # a ceiling, not an allocation: JetStream counts every pool's queue as if it were full
-MAX_FILES: Final = 2**30  # bytes of buckets: manifest and claims
+MAX_FILES: Final = 2**30  # bytes of buckets: manifest, claims and budgets
 START_TIMEOUT: Final = 10.0  # seconds
 
 

@@ -17,6 +17,7 @@ MANIFEST_KEY: Final = "manifest"
 _REVOCATIONS: Final = "revocations"
 REVOCATIONS_STREAM: Final = f"KV_{_REVOCATIONS}"
 READ_REVOCATIONS: Final = f"{API}.STREAM.MSG.GET.{REVOCATIONS_STREAM}"
+BUDGETS_BUCKET: Final = "budgets"
 
 
 def is_name(name: str) -> bool:

@@ -96,6 +96,8 @@ NOT_FOR_WORKERS = [
     f"work.b.{M1}",
     f"$KV.claims_a.{ID}",
     "$KV.trust.manifest",
+    "$KV.budgets.user.a.b",
+    f"{subjects.API}.DIRECT.GET.KV_budgets.$KV.budgets.user.a.b",
     f"cancel.a.{ID}",
     f"cancel.b.{ID}",
     f"credit.a.{ID}",
@@ -125,7 +127,7 @@ NOT_FOR_GATEWAYS = [
     *(
         f"{api}.STREAM.{call}.KV_{bucket}"
         for api in API
-        for bucket in ("trust", "claims_a", "revocations")
+        for bucket in ("trust", "claims_a", "revocations", "budgets")
         for call in ("DELETE", "MSG.DELETE")
     ),
     *(f"{api}.CONSUMER.CREATE.WORK_a.mine" for api in API),

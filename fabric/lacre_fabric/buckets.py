@@ -1,0 +1,116 @@
+"""A bucket that several processes share: values by key, each change a compare-and-set. Over NATS, and in memory for tests.
+
+Rules:
+- A write names the revision that it was decided on. `Conflict` is the server's word that the write did not happen.
+- Any other failure of a write says nothing: it may have happened, or may still happen, for as long as the key has the revision
+  that it named. Nothing is written again by itself.
+- Times are the server's: processes whose clocks differ agree on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, Protocol
+
+import nats.js.errors
+from nats.js.api import Header
+
+from lacre_fabric.connection import Connection
+from lacre_fabric.work import FabricError, FabricUnavailable
+
+_TIME: Final = "Nats-Time-Stamp"  # of a direct get (NATS ADR-31)
+# JSStreamWrongLastSequenceErrF and its constant sister: the compare failed, so nothing was set.
+_CONFLICTS: Final = frozenset({10071, 10164})
+
+
+class Conflict(FabricError):
+    """The key has another revision by now: the write did not happen. Read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """revision: to be named by the write that replaces it. time: when the server took it, seconds since the epoch."""
+
+    value: bytes
+    revision: int
+    time: float
+
+
+class Bucket(Protocol):
+    async def read(self, key: str) -> Entry | None:
+        """None where nothing was ever written. Raises FabricUnavailable."""
+
+    async def write(self, key: str, value: bytes, revision: int) -> int:
+        """Replaces the entry of `revision`, 0 for none, and returns the new revision.
+
+        Raises Conflict, or FabricUnavailable: then it may have happened all the same.
+        """
+
+
+class NatsBucket:
+    """A `Bucket` of the KV bucket `name`; keys are subjects' tokens, with dots between them."""
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self._connection = connection
+        self._stream = f"KV_{name}"
+        self._subject = f"$KV.{name}"
+
+    async def read(self, key: str) -> Entry | None:
+        self._check_connected()
+        async with self._connection.mapped():
+            try:
+                found = await self._connection.jetstream.get_msg(self._stream, subject=f"{self._subject}.{key}", direct=True)
+            except nats.js.errors.NotFoundError:
+                return None
+        return Entry(found.data or b"", found.seq or 0, _seconds((found.headers or {}).get(_TIME, "")))
+
+    async def write(self, key: str, value: bytes, revision: int) -> int:
+        self._check_connected()
+        async with self._connection.mapped():
+            try:
+                headers = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(revision)}
+                ack = await self._connection.jetstream.publish(f"{self._subject}.{key}", value, headers=headers)
+            except nats.js.errors.APIError as exc:
+                if exc.err_code in _CONFLICTS:
+                    raise Conflict("the key was changed meanwhile") from exc
+                raise
+        return ack.seq
+
+    def _check_connected(self) -> None:
+        """The client would keep a message back until it is connected again, long after its caller gave up."""
+        if not self._connection.connected:
+            raise FabricUnavailable("not connected to NATS")
+
+
+class MemoryBucket:
+    """A `Bucket` inside one process."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._clock = clock
+        self._revision = 0
+
+    async def read(self, key: str) -> Entry | None:
+        await asyncio.sleep(0)
+        return self.entries.get(key)
+
+    async def write(self, key: str, value: bytes, revision: int) -> int:
+        await asyncio.sleep(0)
+        current = self.entries.get(key)
+        if revision != (0 if current is None else current.revision):
+            raise Conflict("the key was changed meanwhile")
+        self._revision += 1
+        self.entries[key] = Entry(value, self._revision, self._clock())
+        return self._revision
+
+
+def _seconds(text: str) -> float:
+    """RFC 3339, with more decimals than Python's datetime holds. Raises FabricUnavailable."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError as exc:
+        raise FabricUnavailable("NATS gave an answer without its time: version 2.10 or later is needed") from exc
