@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from lacre_fabric.frames import Frame, Kind
@@ -18,6 +18,7 @@ from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import (
     MAX_DELIVER,
     QUEUE_LIMIT,
+    Capacity,
     DuplicateWork,
     FabricUnavailable,
     NoWorkers,
@@ -98,6 +99,16 @@ class MemoryGateway:
         since, self._revocations_read = self._revocations_read, len(self._hub.revocations)
         return self._hub.revocations[since:]
 
+    def capacity(self) -> Mapping[str, Capacity]:
+        pools: dict[str, Capacity] = {}
+        for worker in self._hub.live:
+            at = pools.get(worker.pool, Capacity())
+            pools[worker.pool] = Capacity(at.workers + 1, at.busy + worker.slots - worker.free, at.free + worker.free)
+        return pools
+
+    async def backlog(self, pool: str) -> int:
+        return sum(work.pool == pool for work, _ in self._hub.queue)
+
     async def close(self) -> None:
         self.connected = False
 
@@ -149,10 +160,11 @@ class MemoryWorker:
         self._hub = hub
         self.pool = pool
         self.models = tuple(models)
-        self._free = asyncio.Semaphore(slots)
+        self.slots = self.free = slots
+        self._slot = asyncio.Semaphore(slots)
 
     async def pull(self) -> MemoryDelivery:
-        await self._free.acquire()
+        await self._slot.acquire()
         try:
             async with self._hub.arrived:
                 while (entry := self._next()) is None:
@@ -160,8 +172,9 @@ class MemoryWorker:
                         raise FabricUnavailable("this worker is draining: it takes no more work")
                     await self._hub.arrived.wait()
         except BaseException:
-            self._free.release()
+            self._slot.release()
             raise
+        self.free -= 1
         return MemoryDelivery(self._hub, *entry)
 
     def _next(self) -> tuple[Work, int] | None:
@@ -172,7 +185,8 @@ class MemoryWorker:
         return None
 
     def release(self) -> None:
-        self._free.release()
+        self.free += 1
+        self._slot.release()
 
     async def drain(self) -> None:
         if self in self._hub.live:

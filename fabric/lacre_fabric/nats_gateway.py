@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Final, Self
@@ -29,6 +29,7 @@ from lacre_fabric.work import (
     PRESENT_FOR,
     QUEUE_LIMIT,
     SETTLE,
+    Capacity,
     DuplicateWork,
     FabricUnavailable,
     NoWorkers,
@@ -49,6 +50,8 @@ _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream's bounds, with 
 @dataclass(frozen=True, slots=True)
 class _Presence:
     models: frozenset[str]
+    busy: int
+    free: int
     until: float  # on the monotonic clock
 
     @classmethod
@@ -60,7 +63,9 @@ class _Presence:
             said = json.loads(data)
         except (ValueError, RecursionError) as exc:
             raise InvalidMessage("a sign of presence that is not JSON") from exc
-        return cls(frozenset(Members(said, "presence").texts("models")), time.monotonic() + PRESENT_FOR)
+        members = Members(said, "presence")
+        models = frozenset(members.texts("models"))
+        return cls(models, members.count("busy"), members.count("free"), time.monotonic() + PRESENT_FOR)
 
 
 class NatsGateway:
@@ -101,9 +106,24 @@ class NatsGateway:
         return self.connection.connected
 
     def workers(self, pool: str, model: str) -> int:
+        return sum(at == pool and model in present.models for (at, _), present in self._live().items())
+
+    def capacity(self) -> Mapping[str, Capacity]:
+        pools: dict[str, Capacity] = {}
+        for (pool, _), said in self._live().items():
+            if said.models:  # one that drains names none
+                at = pools.get(pool, Capacity())
+                pools[pool] = Capacity(at.workers + 1, at.busy + said.busy, at.free + said.free)
+        return pools
+
+    async def backlog(self, pool: str) -> int:
+        async with self.connection.mapped():
+            return (await self.connection.jetstream.stream_info(subjects.work_stream(pool))).state.messages
+
+    def _live(self) -> Mapping[tuple[str, str], _Presence]:
         now = time.monotonic()
         self._present = {at: present for at, present in self._present.items() if present.until > now}
-        return sum(at == pool and model in present.models for (at, _), present in self._present.items())
+        return self._present
 
     async def dispatch(self, work: Work, *, queue_limit: float = QUEUE_LIMIT) -> NatsDispatch:
         if not self.connected:

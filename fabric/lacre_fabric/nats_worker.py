@@ -60,6 +60,7 @@ class NatsWorker:
         self._node = node
         self._slots = slots
         self._free = slots
+        self._waiting = 0  # slots that a pull holds for work that has not come yet
         self._slot_freed = asyncio.Event()
         self._queues: list[_Queue] = []
         self._turn: Iterator[_Queue] = iter(())
@@ -104,11 +105,14 @@ class NatsWorker:
             self._slot_freed.clear()
             await self._slot_freed.wait()
         self._free -= 1
+        self._waiting += 1
         try:
             return await self._pull()
         except BaseException:
             self.release()
             raise
+        finally:
+            self._waiting -= 1
 
     async def _pull(self) -> NatsDelivery:
         while not self._draining:
@@ -189,7 +193,8 @@ class NatsWorker:
 
     async def _say_presence(self) -> None:
         models = [queue.model for queue in self._queues if queue.there and not self._draining]
-        said = {"models": models, "free": self._free, "busy": self._slots - self._free, KEYS: list(self._keys())}
+        free = self._free + self._waiting
+        said = {"models": models, "free": free, "busy": self._slots - free, KEYS: list(self._keys())}
         with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
             await self.connection.client.publish(subjects.presence(self._pool, self._node), json.dumps(said).encode())
 

@@ -117,9 +117,9 @@ def worker(credential: Credential, pool: str, node: str) -> Role:
 
 
 def gateway_services(pool: str) -> tuple[str, ...]:
-    """What a gateway asks of JetStream about one pool: to queue work, and to withdraw it."""
-    subjects.check_name("pool", pool)
-    return f"work.{pool}.*", f"{subjects.API}.STREAM.MSG.DELETE.{subjects.work_stream(pool)}"
+    """What a gateway asks of JetStream about one pool: to queue work, to withdraw it, and how much there is."""
+    stream = subjects.work_stream(subjects.check_name("pool", pool))
+    return f"work.{pool}.*", f"{subjects.API}.STREAM.MSG.DELETE.{stream}", f"{subjects.API}.STREAM.INFO.{stream}"
 
 
 def worker_services(pool: str) -> tuple[str, ...]:

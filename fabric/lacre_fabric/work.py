@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -78,6 +78,15 @@ class Work:
     sealed: bytes = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The live workers of a pool, and their slots, by what their presence said last."""
+
+    workers: int = 0
+    busy: int = 0
+    free: int = 0
+
+
 class Dispatch(Protocol):
     """Work that was taken, seen from the gateway."""
 
@@ -105,6 +114,12 @@ class GatewayFabric(Protocol):
 
     def workers(self, pool: str, model: str) -> int:
         """How many live workers serve the model, by their presence."""
+
+    def capacity(self) -> Mapping[str, Capacity]:
+        """Of each pool that has live workers."""
+
+    async def backlog(self, pool: str) -> int:
+        """How much work no worker has acked yet. Raises FabricUnavailable."""
 
     @property
     def connected(self) -> bool: ...

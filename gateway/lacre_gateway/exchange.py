@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
@@ -60,6 +61,7 @@ class Exchange:
     """One request and its answer. address: the caller's. status: what was answered; None so far. recorded: its intent, once
     there is one.
 
+    since, first_byte: when it began, and when its answer did, on the monotonic clock. received, sent: bytes. records: pieces.
     stall_limit: seconds that a client may leave a piece unread.
     """
 
@@ -73,6 +75,9 @@ class Exchange:
         self.request_id: str = scope["state"]["request_id"]
         self.status: int | None = None
         self.recorded: asyncio.Future[Recorded] | None = None
+        self.since = time.monotonic()
+        self.first_byte: float | None = None
+        self.received = self.sent = self.records = 0
 
     @property
     def started(self) -> bool:
@@ -90,6 +95,8 @@ class Exchange:
                         raise Refusal(problems.TOO_LARGE)
         except TimeoutError:
             raise Refusal(problems.SLOW_BODY) from None
+        finally:
+            self.received = len(body)
         return bytes(body)
 
     async def gone(self) -> None:
@@ -100,6 +107,7 @@ class Exchange:
     async def begin(self, proof: AuditProof) -> None:
         """Starts the answer. It has no Content-Length: its end shows only in the seal. proof: that it was recorded."""
         self.status = 200
+        self.first_byte = time.monotonic()
         headers = [*_ANSWER_HEADERS, _audit(proof)]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -110,6 +118,8 @@ class Exchange:
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})
         except TimeoutError:
             raise Stalled from None
+        self.sent += len(piece)
+        self.records += 1
 
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -5,6 +5,9 @@ What is not in this table is a fault of the gateway, and says no more than that.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from lacre import problems
@@ -20,8 +23,9 @@ from lacre_fabric.work import (
     WorkerLost,
 )
 from lacre_gateway.audit.log import AuditUnavailable
-from lacre_gateway.exchange import Stalled
+from lacre_gateway.exchange import ClientGone, Exchange, Stalled
 from lacre_gateway.limits import LimitExceeded
+from lacre_gateway.metrics import Metrics
 from lacre_gateway.refusal import Refusal
 
 # Seconds. Presence is published each second, and answers take some: sooner is pointless, much later wastes a free worker.
@@ -41,6 +45,9 @@ _TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
     (MessageTooLarge, problems.TOO_LARGE, None),
     (ProtocolError, problems.INVALID_REQUEST, None),
 )
+
+ANSWERED: Final = "answered"
+REFUSED: Final = "refused"
 
 # What a worker may say of a request that it did not answer. Anything else is not for it to say.
 _FROM_WORKERS: Final = frozenset({
@@ -65,6 +72,29 @@ class WorkerRefused(Exception):
 # Everything that a request can fail with by design. Anything else is a bug: it goes on to the server, which logs where it was,
 # answers INTERNAL if nothing was answered yet, and aborts the connection otherwise.
 FAILURES: Final = (Refusal, LimitExceeded, WorkerRefused, Stalled, LacreError)
+
+
+@contextmanager
+def counted(metrics: Metrics, exchange: Exchange) -> Iterator[None]:
+    """Counts the request while it is under way, and how it ended."""
+    metrics.live.add(exchange)
+    try:
+        yield
+    except BaseException as exc:
+        outcome = outcome_of(exc, started=exchange.started)
+        metrics.ended(exchange, outcome, refusal_for(exc).problem if outcome == REFUSED else None)
+        raise
+    else:
+        metrics.ended(exchange, ANSWERED)
+
+
+def outcome_of(error: BaseException, *, started: bool) -> str:
+    """How a request ended that did not end well, in a word. started: whether its answer was under way."""
+    if isinstance(error, ClientGone):
+        return "client-gone"
+    if isinstance(error, asyncio.CancelledError):
+        return "interrupted"
+    return "broken" if started else REFUSED
 
 
 def refusal_for(error: BaseException) -> Refusal:

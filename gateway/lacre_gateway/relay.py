@@ -33,7 +33,7 @@ from lacre_gateway.auth import Principal
 from lacre_gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, StreamBroken
 from lacre_gateway.limits import Reservation
 from lacre_gateway.manifest import pool_for
-from lacre_gateway.mapping import FAILURES, WorkerRefused, refusal_for
+from lacre_gateway.mapping import FAILURES, WorkerRefused, counted, refusal_for
 from lacre_gateway.outer import Outer
 from lacre_gateway.policy.cedar import Decision
 from lacre_gateway.policy.question import Question
@@ -54,7 +54,8 @@ class SealedEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
         try:
-            await relay(self._gateway, exchange)
+            with counted(self._gateway.metrics, exchange):
+                await relay(self._gateway, exchange)
         except ClientGone:
             return
         except FAILURES as exc:

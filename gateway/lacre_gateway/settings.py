@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -27,22 +28,65 @@ def _web_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _key_set(value: object) -> object:
     if not isinstance(value, (str, dict)):
         raise PydanticCustomError("jwks", "write the path of a JWKS file, or the key set itself as a table")
     return value
 
 
-class Listen(Table):
-    """Where HTTP is served. trusted_proxies: addresses whose X-Forwarded-For is believed.
+Port = Annotated[int, Field(ge=0, le=65535)]
 
-    drain: seconds that streams have to finish after SIGTERM.
+
+class Tls(Table):
+    """What HTTPS is served with: PEM files of the certificate with its chain, and of its private key."""
+
+    certificate: FilePath
+    key: FilePath
+
+
+class Listen(Table):
+    """Where HTTP is served. trusted_proxies: addresses whose X-Forwarded-For is believed. tls: None serves plain HTTP.
+
+    drain_delay: seconds after SIGTERM in which `readyz` says no and requests are still taken, so that balancers can notice.
+    drain: seconds that streams have to finish after that.
+    header_timeout: seconds that a request's head may take to arrive. connections: how many are held at a time.
     """
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8321
+    port: Port = 8321
     trusted_proxies: tuple[str, ...] = ()
+    tls: Tls | None = None
+    drain_delay: Annotated[float, Field(ge=0, le=300)] = 0.0
     drain: PositiveInt = 30
+    header_timeout: PositiveFloat = 15.0
+    connections: PositiveInt = 10_000
+
+
+class Admin(Table):
+    """Where metrics and the admin API are served: on loopback, or with the TLS of `listen`, for tokens pass there."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8322
+
+    @property
+    def loopback(self) -> bool:
+        return is_loopback(self.host)
+
+
+class Tracing(Table):
+    """Where traces go to: an OTLP collector's HTTP address, such as http://127.0.0.1:4318. sample: the share of requests."""
+
+    endpoint: Annotated[str, AfterValidator(_web_url)]
+    sample: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
 class Issuer(Table):
@@ -79,7 +123,7 @@ class Model(Table):
 
 
 class Settings(Table):
-    """The whole file."""
+    """The whole file. processes: how many serve the same port. admin: None serves neither metrics nor admin API."""
 
     gateway: Name
     public_url: Annotated[str, AfterValidator(_web_url)]
@@ -89,6 +133,9 @@ class Settings(Table):
     memory: FilePath | None = None  # the folder that remembers the newest manifest seen; None: forgotten with the process
     policies: FilePath | None = None  # None: the rules that ship with Lacre
     listen: Listen = Listen()
+    admin: Admin | None = None
+    tracing: Tracing | None = None
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
     nats: Nats
     issuers: Annotated[tuple[Issuer, ...], Field(min_length=1)]
     limits: Limits = Limits()
@@ -101,6 +148,10 @@ class Settings(Table):
                 "grant_lifetime",
                 "limits.grant_lifetime must exceed limits.queue_limit by {margin} s, or work that waited is refused",
                 {"margin": int(GRANT_MARGIN)},
+            )
+        if self.admin is not None and self.listen.tls is None and not self.admin.loopback:
+            raise PydanticCustomError(
+                "admin", "admin.host must be a loopback address, or listen.tls be set: access tokens pass there"
             )
         names = [issuer.issuer for issuer in self.issuers]
         if len(set(names)) != len(names):

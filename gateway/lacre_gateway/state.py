@@ -16,6 +16,7 @@ from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth import Authenticator, TrustedIssuer
 from lacre_gateway.keyset import KeySet
 from lacre_gateway.limits import RequestLimits, Reservation
+from lacre_gateway.metrics import Metrics
 from lacre_gateway.policy.live import LiveRules, Status
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import Settings
@@ -25,7 +26,9 @@ from lacre_gateway.throttle import FailureThrottle
 
 @dataclass(slots=True)
 class Gateway:
-    """The parts of a running gateway. fabric: None until it is connected. clock: seconds since the epoch."""
+    """The parts of a running gateway. fabric: None until it is connected. draining: it is about to end, and takes nothing new
+    for long. clock: seconds since the epoch.
+    """  # fmt: skip
 
     settings: Settings
     authenticator: Authenticator
@@ -35,9 +38,11 @@ class Gateway:
     feed: ManifestFeed
     key: Ed25519PrivateKey
     settlement: Settlement
+    metrics: Metrics
     log: Log
     clock: Callable[[], float]
     fabric: GatewayFabric | None = None
+    draining: bool = False
 
     async def close(self) -> None:
         """Waits until what was served is settled and on disk. Nothing may be served any more."""
@@ -71,6 +76,8 @@ class Gateway:
             missing["fabric"] = "not connected to NATS"
         if not self.audit.writable:
             missing["audit"] = "the audit log cannot be written: free space where it stands"
+        if self.draining:
+            missing["draining"] = "this process is about to end: ask another one"
         return missing
 
 
@@ -99,6 +106,7 @@ def build(
         for number, issuer in enumerate(settings.issuers)
     ]
     rules = LiveRules(settings.policies or shipped(), log=log, clock=clock)
+    metrics = Metrics()
     return Gateway(
         settings=settings,
         authenticator=Authenticator(issuers, FailureThrottle(limits.failed_auth_per_minute), clock),
@@ -111,8 +119,17 @@ def build(
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
         settlement=Settlement(log),
+        metrics=metrics,
         log=log,
         clock=clock,
         # Last: nothing after it can fail and leave its threads behind.
-        audit=AuditLog(settings.audit, key, settings.audit_origin, log=log, policy_set=rules.status.policy_set, clock=clock),
+        audit=AuditLog(
+            settings.audit,
+            key,
+            settings.audit_origin,
+            log=log,
+            policy_set=rules.status.policy_set,
+            clock=clock,
+            observe=metrics.committed,
+        ),
     )

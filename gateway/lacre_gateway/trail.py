@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from types import TracebackType
 from typing import Self
 
 from lacre_gateway.audit.entries import Intent, Outcome
-from lacre_gateway.exchange import ClientGone, Exchange
-from lacre_gateway.mapping import refusal_for
+from lacre_gateway.exchange import Exchange
+from lacre_gateway.mapping import ANSWERED, REFUSED, outcome_of, refusal_for
 from lacre_gateway.settlement import Claim, Verdict
 from lacre_gateway.state import Gateway
 
@@ -48,6 +47,8 @@ class Trail:
 
     def _record(self, outcome: str, status: int | None, duration: float, verdict: Verdict) -> None:
         used = verdict.receipt
+        if self.claim is not None:
+            self._gateway.metrics.settled(self._intent.pool, self._intent.model, verdict)
         self._gateway.audit.append(
             Outcome(
                 request_id=self._intent.request_id,
@@ -67,11 +68,6 @@ class Trail:
     def _end(self, error: BaseException | None) -> tuple[str, int | None]:
         """The outcome in a word, and the status that the client was sent, if it was sent any."""
         if error is None:
-            return "answered", self._exchange.status
-        if isinstance(error, ClientGone):
-            return "client-gone", self._exchange.status
-        if isinstance(error, asyncio.CancelledError):
-            return "interrupted", self._exchange.status
-        if self._exchange.started:
-            return "broken", self._exchange.status
-        return "refused", refusal_for(error).problem.status
+            return ANSWERED, self._exchange.status
+        outcome = outcome_of(error, started=self._exchange.started)
+        return outcome, refusal_for(error).problem.status if outcome == REFUSED else self._exchange.status

@@ -82,8 +82,13 @@ class AuditLog:
         log: Log,
         policy_set: str | None = None,
         clock: Callable[[], float] = time.time,
+        observe: Callable[[float, int], None] = lambda _seconds, _entries: None,
     ) -> None:
-        """Raises SettingsError where the log cannot be opened, or does not hold. origin: of a log that is new."""
+        """Raises SettingsError where the log cannot be opened, or does not hold. origin: of a log that is new.
+
+        observe: told of each commit its seconds and entries (0 of one that failed), on the log's own thread.
+        """
+        self._observe = observe
         self._store = Store(folder, key, origin)
         self._log = log
         self._clock = clock
@@ -121,6 +126,11 @@ class AuditLog:
         else:
             recorded.set_exception(AuditUnavailable("the audit log is closed"))
         return recorded
+
+    @property
+    def size(self) -> int:
+        """How many entries are durable."""
+        return self._store.size
 
     async def close(self) -> None:
         """Waits until every entry so far is durable, and the tiles are up to date."""
@@ -197,14 +207,17 @@ class AuditLog:
         self._answer(unfounded, AuditUnavailable("the intent of this outcome was not recorded"))
         if not batch:
             return
+        began = time.monotonic()
         try:
             committed = self._store.commit([data for waiting in batch for data in waiting.data])
         except OSError as exc:
+            self._observe(time.monotonic() - began, 0)
             self._failed(batch, exc)
         except BaseException:
             self._answer(batch, AuditUnavailable("the audit log has failed"))
             raise
         else:
+            self._observe(time.monotonic() - began, sum(len(waiting.data) for waiting in batch))
             self._succeeded(batch, committed)
 
     def _founded(self, group: Sequence[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:

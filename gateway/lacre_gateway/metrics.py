@@ -1,0 +1,158 @@
+"""What is counted of a gateway, for Prometheus. One registry for each app.
+
+Rules:
+- Labels come from closed sets: outcomes and problems of our own tables, pools and models of the signed manifest. Nothing that
+  a caller chose is ever one.
+- A request is counted once, when it ends, from plain numbers that its `Exchange` kept; a record costs two additions.
+- What is a state and not an event is read when somebody asks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lacre import __version__
+from lacre.problems import Problem
+from lacre_gateway.settlement import Verdict
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+# Seconds. From a denial on loopback to the longest stream of a large model.
+_DURATIONS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+_COMMITS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_NO_PROBLEM: Final = "none"
+
+
+class Served(Protocol):
+    """What is known of a request when it ends (an `Exchange`). Times are of the monotonic clock; None: it never came so far."""
+
+    @property
+    def since(self) -> float: ...
+    @property
+    def first_byte(self) -> float | None: ...
+    @property
+    def received(self) -> int: ...
+    @property
+    def sent(self) -> int: ...
+    @property
+    def records(self) -> int: ...
+    @property
+    def started(self) -> bool: ...
+
+
+class Metrics:
+    """live: the requests under way."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.live: set[Served] = set()
+        ProcessCollector(registry=registry)
+        self._requests = Counter("lacre_requests", "Sealed requests that ended.", ["outcome", "problem"], registry=registry)
+        self._first_byte = Histogram(
+            "lacre_request_first_byte_seconds",
+            "From a request's headers to the first byte of its answer; of requests that were answered.",
+            buckets=_DURATIONS, registry=registry,
+        )  # fmt: skip
+        self._whole = Histogram(
+            "lacre_request_seconds", "From a request's headers to its end.", ["outcome"], buckets=_DURATIONS, registry=registry
+        )
+        self._received = Counter("lacre_received_bytes", "Bytes of sealed requests.", registry=registry)
+        self._sent = Counter("lacre_sent_bytes", "Bytes of sealed answers.", registry=registry)
+        self._records = Counter("lacre_records", "Pieces of sealed answers that were forwarded.", registry=registry)
+        self._settlements = Counter(
+            "lacre_settlements", "Requests that a worker was asked for, by what became of the receipt.", ["result"],
+            registry=registry,
+        )  # fmt: skip
+        self._tokens = Counter(
+            "lacre_tokens", "Tokens of verified receipts; cached ones are among the prompt's.", ["pool", "model", "kind"],
+            registry=registry,
+        )  # fmt: skip
+        self._commits = Histogram(
+            "lacre_audit_commit_seconds", "From a group of entries to their sync on the disk.", buckets=_COMMITS,
+            registry=registry,
+        )  # fmt: skip
+        self._committed = Counter("lacre_audit_committed_entries", "Entries that were made durable.", registry=registry)
+        self._commit_failures = Counter("lacre_audit_commit_failures", "Groups that could not be written.", registry=registry)
+        self._admin = Counter("lacre_admin_requests", "Calls of the admin API.", ["action", "outcome"], registry=registry)
+        self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+
+    def ended(self, served: Served, outcome: str, problem: Problem | None = None) -> None:
+        """outcome: answered, refused, broken, client-gone, interrupted or failed. On the hot path: some microseconds."""
+        self.live.discard(served)
+        at = (outcome, _NO_PROBLEM if problem is None else problem.slug)
+        child = self._children.get(at)
+        if child is None:
+            child = self._children[at] = (self._requests.labels(*at), self._whole.labels(outcome))
+        child[0].inc()
+        child[1].observe(time.monotonic() - served.since)
+        self._received.inc(served.received)
+        if served.first_byte is not None:
+            self._first_byte.observe(served.first_byte - served.since)
+            self._sent.inc(served.sent)
+            self._records.inc(served.records)
+
+    def settled(self, pool: str, model: str, verdict: Verdict) -> None:
+        """pool, model: as the manifest names them."""
+        used = verdict.receipt
+        refused = None if verdict.refused is None else verdict.refused.value
+        self._settlements.labels(refused or ("receipted" if used is not None else "unreceipted")).inc()
+        if used is not None:
+            counts = {"prompt": used.prompt_tokens, "cached": used.cached_tokens, "completion": used.completion_tokens}
+            for kind, count in counts.items():
+                self._tokens.labels(pool, model, kind).inc(count)
+
+    def committed(self, seconds: float, entries: int) -> None:
+        """A group of entries is durable. entries: 0 where it could not be written."""
+        if entries:
+            self._commits.observe(seconds)
+            self._committed.inc(entries)
+        else:
+            self._commit_failures.inc()
+
+    def administered(self, action: str, outcome: str) -> None:
+        """outcome: done, denied or failed."""
+        self._admin.labels(action, outcome).inc()
+
+    def show(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+class States(Collector):
+    """Gauges that are read when they are asked for. readings: each gives families; it runs on the event loop's thread."""
+
+    def __init__(self, metrics: Metrics, readings: Iterable[Callable[[], Iterator[Metric]]]) -> None:
+        self._metrics = metrics
+        self._readings = tuple(readings)
+        metrics.registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # what there is to tell depends on the moment; the registry need not ask to find out
+
+    def collect(self) -> Iterator[Metric]:
+        live = self._metrics.live
+        yield InfoMetricFamily("lacre_build", "Which version runs.", value={"version": __version__})
+        yield gauge("lacre_requests_in_flight", "Sealed requests under way.", len(live))
+        yield gauge("lacre_streams_open", "Of these, answers whose first byte has left.", sum(each.started for each in live))
+        for reading in self._readings:
+            yield from reading()
+
+
+Labelled = dict[tuple[str, ...], float]
+
+
+def gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, documentation, value=float(value))
+
+
+def by_label(name: str, documentation: str, labels: tuple[str, ...], values: Labelled) -> GaugeMetricFamily:
+    """values: by the labels' values, in their order."""
+    family = GaugeMetricFamily(name, documentation, labels=labels)
+    for at, value in values.items():
+        family.add_metric(at, float(value))
+    return family
