@@ -5,7 +5,7 @@ PYTEST := $(BIN)/python -m pytest
 
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test test-all lint bench fuzz mutants threat-model clean ready contract environments
+.PHONY: demo test test-all lint bench profile fuzz mutants threat-model clean ready contract environments
 
 demo: ready
 	$(BIN)/lacre demo
@@ -31,6 +31,11 @@ lint: ready
 
 bench: ready
 	$(BIN)/python -m bench
+
+# Where the gateway spends its time under load: build/profile.svg, a flame graph.
+profile: ready
+	@$(PYTHON) tools/bootstrap.py profile
+	$(BIN)/python -m bench.profile
 
 # Seconds for all targets together; what it learned stays in build/fuzz.
 fuzz: ready

@@ -8,6 +8,7 @@ compile() { uv pip compile --quiet --universal --python-version 3.11 --generate-
 compile requirements/build.in -o requirements/build.lock
 compile requirements/fuzz.in -o requirements/fuzz.lock
 compile requirements/contract.in -o requirements/contract.lock
+compile requirements/profile.in -o requirements/profile.lock
 # llama-cpp-python is built here from source: locked apart, by its source archive.
 compile pyproject.toml --extra dev --no-emit-package llama-cpp-python --no-emit-package lacre -o requirements/base.lock
 printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock

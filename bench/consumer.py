@@ -1,0 +1,177 @@
+"""What answers in `bench/gateway.py` in place of workers: a real consumer of the pool's queue on NATS, in a process of its own.
+
+It pulls, acks, and answers at once with records of 512 bytes and a receipt that the pool's key signed for this very request, so
+that the gateway does all it does for a worker. It opens nothing and claims nothing, and speaks NATS on a bare socket: what it
+costs is no part of what is measured, but it shares the machine.
+
+`python -m bench.consumer TASK`, where TASK is JSON: see `Task`. With `hold`, an answer is its first record, and a beat a second
+until the process ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.jws import b64u
+from lacre.receipts import TYP
+from lacre.wire.header import SealedHeader
+from lacre_fabric import subjects
+from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric.nats_gateway import GATEWAY, REQUEST
+from lacre_fabric.roles import Credential
+
+RECORD = b"\xa5" * 512  # no record looks like the end of a chunked answer
+BATCH = 256  # messages asked for at once
+RENEW = 5.0  # seconds that one pull lives
+BEAT = 1.0
+ATTEMPT = "0123456789abcdef" * 2
+_MESSAGE = re.compile(rb"(?:HMSG|MSG) (\S+) (\S+) (?:(\S+) )?(?:(\d+) )?(\d+)\r\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    port: int
+    credential: str
+    receipt_key: str
+    pool: str
+    model: str
+    node: str
+    records: int
+    hold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    subject: bytes
+    reply: bytes
+    head: bytes
+    payload: memoryview
+
+
+class Wire:
+    """NATS's protocol over a socket, as far as it is needed here."""
+
+    def __init__(self, task: Task) -> None:
+        credential = Credential.load(Path(task.credential))
+        self.inbox = subjects.inbox(credential.name)
+        self.sock = socket.create_connection(("127.0.0.1", task.port))
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._rest = b""
+        options = {"verbose": False, "pedantic": False, "headers": True, "no_responders": True, "protocol": 1}
+        options |= {"user": credential.name, "pass": credential.password, "lang": "bench", "version": "1"}
+        self.sock.sendall(f"CONNECT {json.dumps(options)}\r\nSUB {self.inbox}.pull 1\r\n".encode())
+
+    def messages(self, seconds: float) -> Iterator[Message]:
+        """All that came, after waiting so long for something to come."""
+        self.sock.settimeout(seconds)
+        try:
+            data = self._rest + self.sock.recv(4 * 2**20)
+        except TimeoutError:
+            return
+        at = 0
+        while (line := data.find(b"\r\n", at)) >= 0:
+            match = _MESSAGE.match(data, at)
+            if match is None:
+                if data.startswith(b"PING", at):
+                    self.sock.sendall(b"PONG\r\n")
+                elif data.startswith(b"-ERR", at):
+                    print(data[at:line].decode(), file=sys.stderr, flush=True)
+                at = line + 2
+                continue
+            start, size, head = match.end(), int(match[5]), int(match[4] or 0)
+            if len(data) < start + size + 2:
+                break
+            yield Message(match[1], match[3] or b"", data[start : start + head], memoryview(data)[start + head : start + size])
+            at = start + size + 2
+        self._rest = data[at:]
+
+
+class Consumer:
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._wire = Wire(task)
+        self._key: Ed25519PrivateKey = read_ed25519(Path(task.receipt_key))
+        stream, consumer = subjects.work_stream(task.pool), subjects.consumer(task.model)
+        self._pull = f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+        self._asked, self._asked_at, self._said_at = 0, 0.0, 0.0
+        self._frames = [
+            b"NATS/1.0\r\nA: %s\r\nS: %d\r\nK: data\r\n\r\n" % (ATTEMPT.encode(), number) for number in range(task.records)
+        ]
+        self._head = b64u(json.dumps({"alg": "EdDSA", "typ": TYP}).encode())
+        self._held: dict[bytes, int] = {}  # what is being answered, and its next frame
+
+    def run(self) -> None:
+        while True:
+            now = time.monotonic()
+            out = [*self._presence(now), *self._ask(now)]
+            if out:
+                self._wire.sock.sendall(b"".join(out))
+            out = []
+            for message in self._wire.messages(0.1):
+                self._asked -= 1
+                if REQUEST.encode() in message.head:
+                    out += self._answer(message)
+                else:
+                    self._asked = 0  # a status: the pull is over
+            if out:
+                self._wire.sock.sendall(b"".join(out))
+
+    def _presence(self, now: float) -> Iterator[bytes]:
+        if now - self._said_at >= BEAT:
+            self._said_at = now
+            said = json.dumps({"models": [self._task.model], "free": BATCH, "busy": 0, "keys": []}).encode()
+            yield _pub(subjects.presence(self._task.pool, self._task.node), said)
+            for reply, number in self._held.items():
+                self._held[reply] += 1
+                yield _hpub(reply, b"NATS/1.0\r\nA: %s\r\nS: %d\r\nK: beat\r\n\r\n" % (ATTEMPT.encode(), number), b"")
+
+    def _ask(self, now: float) -> Iterator[bytes]:
+        if self._asked < BATCH // 2 or now - self._asked_at >= RENEW:
+            self._asked, self._asked_at = self._asked + BATCH, now
+            wanted = {"batch": BATCH, "expires": int(RENEW * 1e9)}
+            yield b"PUB %s %s.pull %d\r\n%s\r\n" % (
+                self._pull.encode(), self._wire.inbox.encode(), len(text := json.dumps(wanted).encode()), text,
+            )  # fmt: skip
+
+    def _answer(self, message: Message) -> Iterator[bytes]:
+        fields = dict(line.partition(b": ")[::2] for line in message.head.split(b"\r\n"))
+        gateway, request = fields[GATEWAY.encode()].decode(), fields[REQUEST.encode()].decode()
+        reply = subjects.reply(self._task.pool, gateway, request).encode()
+        yield _pub(message.reply.decode(), b"+ACK")
+        if self._task.hold:
+            self._held[reply] = 1
+            yield _hpub(reply, self._frames[0], RECORD)
+            return
+        for frame in self._frames:
+            yield _hpub(reply, frame, RECORD)
+        usage = b"NATS/1.0\r\nA: %s\r\nS: %d\r\nK: usage\r\n\r\n" % (ATTEMPT.encode(), self._task.records)
+        yield _hpub(reply, usage, self._receipt(SealedHeader.parse(message.payload[:2048]).digest))
+
+    def _receipt(self, digest: bytes) -> bytes:
+        now = time.time()
+        said = {"enc": b64u(digest), "model": "sha256:00", "prompt_tokens": 64, "cached_tokens": 0,
+                "completion_tokens": self._task.records, "start": now, "end": now, "final": True}  # fmt: skip
+        signed = f"{self._head}.{b64u(json.dumps(said).encode())}".encode()
+        return signed + b"." + base64.urlsafe_b64encode(self._key.sign(signed)).rstrip(b"=")
+
+
+def _pub(subject: str, payload: bytes) -> bytes:
+    return b"PUB %s %d\r\n%s\r\n" % (subject.encode(), len(payload), payload)
+
+
+def _hpub(subject: bytes, head: bytes, payload: bytes) -> bytes:
+    return b"HPUB %s %d %d\r\n%s%s\r\n" % (subject, len(head), len(head) + len(payload), head, payload)
+
+
+if __name__ == "__main__":
+    Consumer(Task(**json.loads(sys.argv[1]))).run()

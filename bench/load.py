@@ -1,0 +1,174 @@
+"""The load of `bench/gateway.py`, a process of its own: as many requests at once as it has connections, each of another body.
+
+It reads one task from standard input and writes its figures to standard output, both JSON. One thread, one epoll, no HTTP
+library: what the load costs is taken from what it measures, and on two cores that shows.
+
+Rules:
+- An answer is whole at its Content-Length, or where its last chunk ends what was received. The bytes of our records never look
+  like a last chunk (`bench/consumer.py`), so the end is not guessed.
+- An answer that is not 200, or a connection that ends, ends the run: figures of refusals would be the best of all.
+- The clock of a request starts when its first byte is handed to the kernel, and its body was made before.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import select
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+LAST_CHUNK = b"0\r\n\r\n"
+HEAD_END = b"\r\n\r\n"
+PATIENCE = 30  # seconds without a byte of anything
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """heads: request heads, taken in turns. before, fresh, after: a body is `before`, so many random bytes, and `after`.
+
+    seconds: how long requests are begun; or requests: how many. hold: answers stay open, until standard input ends.
+    """
+
+    port: int
+    connections: int
+    heads: list[str]
+    before: str
+    fresh: int
+    after: str
+    seconds: float = 0.0
+    requests: int = 0
+    hold: bool = False
+
+
+@dataclass(slots=True)
+class Connection:
+    sock: socket.socket
+    left: memoryview = field(default_factory=lambda: memoryview(b""))
+    head: bytes = b""
+    needed: int = -1  # bytes of the answer that are still to come; -1: its head is not whole, -2: chunks without a length
+    waits: bool = False  # for room to send
+    began: float = 0.0
+    first: float = 0.0
+
+
+class Load:
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._heads = cycle([head.encode() for head in task.heads])
+        self._before, self._after = base64.b64decode(task.before), base64.b64decode(task.after)
+        self._poll = select.epoll()
+        self._connections: dict[int, Connection] = {}
+        self._begun = 0
+        self._until = 0.0
+        self.first: list[float] = []
+        self.whole: list[float] = []
+
+    def run(self) -> dict[str, Any]:
+        for _ in range(self._task.connections):
+            sock = socket.create_connection(("127.0.0.1", self._task.port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setblocking(False)
+            self._connections[sock.fileno()] = Connection(sock)
+            self._poll.register(sock, select.EPOLLIN)
+        began = time.perf_counter()
+        self._until = began + self._task.seconds if self._task.seconds else float("inf")
+        running = sum(self._begin(connection) for connection in self._connections.values())
+        while running:
+            ready = self._poll.poll(PATIENCE)
+            if not ready:
+                raise SystemExit(f"no byte for {PATIENCE} s, and {running} answers are not whole")
+            for number, event in ready:
+                connection = self._connections[number]
+                if connection.left:
+                    self._send(connection)
+                if event & ~select.EPOLLOUT and self._receive(connection):
+                    running += self._begin(connection) - 1
+        return self._figures(time.perf_counter() - began)
+
+    def _begin(self, connection: Connection) -> bool:
+        """Whether another request was begun."""
+        over = self._begun >= self._task.requests if self._task.requests else time.perf_counter() >= self._until
+        if over:
+            return False
+        self._begun += 1
+        body = b"".join((next(self._heads), self._before, os.urandom(self._task.fresh), self._after))
+        connection.left, connection.head, connection.needed, connection.first = memoryview(body), b"", -1, 0.0
+        connection.began = time.perf_counter()
+        self._send(connection)
+        return True
+
+    def _send(self, connection: Connection) -> None:
+        with contextlib.suppress(BlockingIOError):
+            connection.left = connection.left[connection.sock.send(connection.left) :]
+        if bool(connection.left) != connection.waits:
+            connection.waits = not connection.waits
+            self._poll.modify(connection.sock, select.EPOLLIN | (select.EPOLLOUT if connection.waits else 0))
+
+    def _receive(self, connection: Connection) -> bool:
+        """Whether the answer is whole."""
+        try:
+            data = connection.sock.recv(256 * 1024)
+        except BlockingIOError:
+            return False
+        if not data:
+            raise SystemExit(f"the server ended a connection, after {len(self.whole)} answers")
+        if not connection.first:
+            connection.first = time.perf_counter()
+        if connection.needed == -1:
+            connection.head += data
+            if HEAD_END not in connection.head:
+                return False
+            data = self._head(connection)
+        if connection.needed == -2:
+            whole = data.endswith(LAST_CHUNK)
+        else:
+            connection.needed -= len(data)
+            whole = connection.needed <= 0
+        if self._task.hold and len(data) > 0 and not whole:
+            whole = True  # as far as this one goes: it has begun, and stays
+        if whole:
+            self.first.append(connection.first - connection.began)
+            self.whole.append(time.perf_counter() - connection.began)
+        return whole
+
+    @staticmethod
+    def _head(connection: Connection) -> bytes:
+        """What came behind the head."""
+        head, _, rest = connection.head.partition(HEAD_END)
+        if head[9:12] != b"200":
+            raise SystemExit(f"an answer that is not 200: {connection.head[:600]!r}")
+        lines = head.lower().split(b"\r\n")
+        length = next((line for line in lines if line.startswith(b"content-length:")), None)
+        connection.needed = -2 if length is None else int(length.partition(b":")[2])
+        return rest
+
+    def _figures(self, seconds: float) -> dict[str, Any]:
+        first, whole = sorted(self.first), sorted(self.whole)
+        at = lambda times, part: 1e3 * times[min(len(times) - 1, int(part * len(times)))]  # noqa: E731
+        return {
+            "requests": len(whole),
+            "rps": len(whole) / seconds,
+            "first_p50_ms": at(first, 0.5),
+            "first_p99_ms": at(first, 0.99),
+            "p50_ms": at(whole, 0.5),
+            "p99_ms": at(whole, 0.99),
+        }
+
+
+def main() -> None:
+    task = Task(**json.loads(sys.stdin.readline()))
+    load = Load(task)
+    print(json.dumps(load.run()), flush=True)
+    if task.hold:
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

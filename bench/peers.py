@@ -1,0 +1,161 @@
+"""The peers of `bench/gateway.py`: nginx `proxy_pass`, the least that a hop can cost, and Portkey's gateway for models.
+
+Both forward a POST to the same upstream, an nginx of its own that answers at once with one record of 512 bytes; neither checks
+a token, signs or records anything. They are kept outside the clone, and nothing is installed into the system. A peer that
+cannot be had is left out, and that is said.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.load import Task as Load
+from bench.stand import ended, free_port
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacre" / "peers"
+LOCKED = Path(__file__).with_name("portkey")
+START = 30.0
+_BEFORE, _AFTER = '{"model": "m", "messages": [{"role": "user", "content": "', '"}]}'
+_ANSWER = '{"id": "x", "object": "chat.completion", "model": "m", "choices": [], "filler": "'
+_ANSWER += "x" * (512 - len(_ANSWER) - 2) + '"}'
+# One worker each, as our gateway is one process. A body stays in memory, and connections upstream are kept.
+_NGINX = """
+daemon off; {user} worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off; keepalive_requests 1000000000; client_max_body_size 8m; client_body_buffer_size 2m;
+    client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    {more}
+}}
+"""
+_UPSTREAM = "server {{ listen 127.0.0.1:{port}; location / {{ default_type application/json; return 200 '{answer}'; }} }}"
+_PROXY = """
+    upstream answers {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 1000000000; }}
+    server {{ listen 127.0.0.1:{port}; location / {{
+        proxy_pass http://answers; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; }} }}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """pid: of the process that does the work. fields: request headers of its own."""
+
+    port: int
+    pid: int
+    fields: str = ""
+
+    def load(self, size: int, connections: int, **limits: Any) -> Load:
+        """Requests of `size` bytes, as it takes them."""
+        content = _BEFORE + "x" * (size - len(_BEFORE) - len(_AFTER)) + _AFTER
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer sk-none\r\n"
+            f"content-type: application/json\r\n{self.fields}content-length: {size}\r\n\r\n"
+        )
+        return Load(self.port, connections, [head], base64.b64encode(content.encode()).decode(), 0, "", **limits)
+
+
+@contextmanager
+def peers(folder: Path) -> Iterator[dict[str, Peer]]:
+    """Those that run here, by name. folder: for their files."""
+    with ExitStack() as stack:
+        nginx = _nginx()
+        if nginx is None:
+            print(
+                "left out: nginx, and Portkey, which needs it as its upstream (Debian: apt-get install nginx)", file=sys.stderr
+            )
+            yield {}
+            return
+        upstream, port = free_port(), free_port()
+        stack.enter_context(_serving(nginx, folder / "upstream", upstream, _UPSTREAM.format(port=upstream, answer=_ANSWER)))
+        proxy = _serving(nginx, folder / "proxy", port, _PROXY.format(port=port, upstream=upstream))
+        running = {"nginx": Peer(port, stack.enter_context(proxy))}
+        start = _portkey()
+        if start is None:
+            print("left out: Portkey, which needs Node.js and npm", file=sys.stderr)
+        else:
+            running["portkey"] = stack.enter_context(_portkey_serving(start, upstream))
+        yield running
+
+
+@contextmanager
+def _serving(nginx: str, folder: Path, port: int, more: str) -> Iterator[int]:
+    """The worker's process id."""
+    folder.mkdir(parents=True)
+    (folder / "nginx.conf").write_text(_NGINX.format(folder=folder, more=more, user="user root;" if os.geteuid() == 0 else ""))
+    master = subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"])
+    with ended(master):
+        _await_port(port, master)
+        children = Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
+        yield int(children[0])
+
+
+@contextmanager
+def _portkey_serving(start: Path, upstream: int) -> Iterator[Peer]:
+    port = free_port()
+    environment = os.environ | {"TRUSTED_CUSTOM_HOSTS": "127.0.0.1", "NODE_ENV": "production"}
+    process = subprocess.Popen(
+        ["node", start, "--headless", f"--port={port}"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    with ended(process):
+        _await_port(port, process)
+        host = f"x-portkey-custom-host: http://127.0.0.1:{upstream}/v1\r\n"
+        yield Peer(port, process.pid, f"x-portkey-provider: openai\r\n{host}")
+
+
+def _nginx() -> str | None:
+    """The one that is there, or else Debian's, unpacked and not installed: its package would start a server."""
+    folder = CACHE / "nginx"
+    found = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:{folder / 'usr' / 'sbin'}")
+    if found is not None or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return found
+    print("fetching the peer nginx", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    for command in (["apt-get", "-qq", "update"], ["apt-get", "-qq", "download", "nginx"]):
+        subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    for package in folder.glob("nginx_*.deb"):
+        subprocess.run(["dpkg", "-x", package, folder], check=False)
+    return shutil.which("nginx", path=str(folder / "usr" / "sbin"))
+
+
+def _portkey() -> Path | None:
+    """Its start file, installed by its lock into a folder outside the clone."""
+    folder = CACHE / "portkey"
+    start = folder / "node_modules" / "@portkey-ai" / "gateway" / "build" / "start-server.js"
+    lock = (LOCKED / "package-lock.json").read_text()
+    stamp = folder / ".ready"
+    if start.exists() and stamp.exists() and stamp.read_text() == lock:
+        return start
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        return None
+    print("installing the peer Portkey", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("package.json", "package-lock.json"):
+        shutil.copy(LOCKED / name, folder)
+    done = subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund", "--ignore-scripts"], cwd=folder, check=False)
+    if done.returncode != 0 or not start.exists():
+        return None
+    stamp.write_text(lock)
+    return start
+
+
+def _await_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise SystemExit(f"{process.args!r} does not listen")

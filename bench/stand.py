@@ -1,0 +1,181 @@
+"""A whole gateway for `bench/gateway.py`, everything on: signed tokens, policy, limits, audit log on disk, grants, receipts.
+
+nats-server, the gateway (`python -m lacre_gateway`, one process) and what answers in place of workers (`bench/consumer.py`) are
+processes of their own, on loopback, with the credentials, accounts and signed manifest that `lacre up` would give them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.consumer import Task as Answers
+from bench.load import Task as Load
+from lacre.wire.header import MEDIA_TYPE_REQUEST, Aead, Kdf, Kem, Suite
+from lacre.wire.ohttp import seal_request
+from lacre_fabric.connection import Connection
+from lacre_fabric.provisioning import provision, publish_manifest
+from lacre_fabric.server import Server, free_port
+from lacre_fabric.site import NODE, Site
+
+ROOT = Path(__file__).resolve().parent.parent
+POOL, MODEL = "default", "smollm2-135m"
+SUBJECTS = 64
+MAX_TOKENS = 256
+START = 30.0  # seconds
+# No caller of a benchmark is to be told that it asks too much.
+LIMITS = """
+[limits]
+requests_in_flight = 4096
+concurrent_per_subject = 4096
+requests_per_minute = 1000000000
+"""
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """cpu: seconds of all threads, user and system. rss: bytes."""
+
+    cpu: float
+    rss: int
+
+
+def usage(pid: int) -> Usage:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Usage((int(fields[11]) + int(fields[12])) / _TICKS, int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+class Stand:
+    """site: what is served. port: of the gateway. process: the gateway's."""
+
+    def __init__(self, site: Site, port: int, nats_port: int, process: subprocess.Popen[bytes]) -> None:
+        self.site, self.port, self.process = site, port, process
+        self._nats_port = nats_port
+        self._tokens = [site.token(f"caller-{number}@example.com") for number in range(SUBJECTS)]
+
+    @contextmanager
+    def answering(self, records: int, *, hold: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+        """While it runs, each request is answered with so many records."""
+        task = Answers(
+            port=self._nats_port,
+            credential=str(self.site.credential_file(f"worker-{POOL}-{NODE}")),
+            receipt_key=str(self.site.folder / "pools" / POOL / "receipt.pem"),
+            pool=POOL, model=MODEL, node=NODE, records=records, hold=hold,
+        )  # fmt: skip
+        process = subprocess.Popen([sys.executable, "-m", "bench.consumer", json.dumps(asdict(task))], cwd=ROOT)
+        with ended(process):
+            time.sleep(1.0)  # it is heard, and its pull has arrived
+            yield process
+
+    def load(self, size: int, connections: int, **limits: Any) -> Load:
+        """Sealed bodies of `size` bytes, each under an `enc` of its own, by all subjects in turns."""
+        prefix, tail = sealed(self.site, size)
+        fields = (
+            f"content-type: {MEDIA_TYPE_REQUEST}\r\nlacre-pool: {POOL}\r\nlacre-model: {MODEL}\r\nlacre-action: chat\r\n"
+            f"lacre-max-tokens: {MAX_TOKENS}\r\nlacre-shape: none\r\ncontent-length: {size}\r\n\r\n"
+        )
+        start = "POST /v1/sealed HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer"
+        heads = [f"{start} {token}\r\n{fields}" for token in self._tokens]
+        return Load(self.port, connections, heads, _b64(prefix), Kem.X25519.n_enc, _b64(tail), **limits)
+
+
+def sealed(site: Site, size: int) -> tuple[bytes, bytes]:
+    """What stands before `enc` and behind it in a sealed request of exactly `size` bytes."""
+    configs = [key.config for key in site.generations(POOL).pool_keys(time.time(), time.time() + 60)]
+    config = next(config for config in configs if config.kem is Kem.X25519)
+    suite = Suite(Kem.X25519, Kdf.HKDF_SHA256, Aead.AES_256_GCM)
+    length = size
+    while len(body := bytes(seal_request(config, bytes(length), suite)[0])) != size:
+        length += size - len(body)
+    return body[:7], body[7 + Kem.X25519.n_enc :]
+
+
+@contextmanager
+def begun_load(task: Load) -> Iterator[dict[str, Any]]:
+    """The figures of one load, made by a process of its own; what it holds, it holds until this is left."""
+    command = [sys.executable, "-m", "bench.load"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    with ended(process):
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(asdict(task)).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            raise SystemExit("the load did not come to its end: see above")
+        yield dict(json.loads(line))
+
+
+def run_load(task: Load) -> dict[str, Any]:
+    with begun_load(task) as figures:
+        return figures
+
+
+@contextmanager
+def stand(folder: Path) -> Iterator[Stand]:
+    """folder: where its state goes, the audit log too."""
+    site = Site(folder / "site", {POOL: (MODEL,)})
+    site.create()
+    port = free_port()
+    with ExitStack() as stack:
+        server = Server(site.folder / "nats", free_port())
+        (site.folder / "nats").mkdir(exist_ok=True)
+        server.configure(site.roles())
+        stack.enter_context(ended(server.start(site.log("nats"))))
+        asyncio.run(_publish(site, server.url))
+        site.write_settings(server.url, port, {POOL: [{"name": MODEL}]})
+        with site.gateway_settings.open("a") as settings:
+            settings.write(LIMITS)
+        log = stack.enter_context(site.log("gateway").open("wb"))
+        command = [sys.executable, "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        stack.enter_context(ended(process))
+        _await_ready(port, process, site)
+        yield Stand(site, port, server.port, process)
+
+
+async def _publish(site: Site, url: str) -> None:
+    connection = await Connection.open(url, site.credential("provisioner"))
+    await provision(connection, site.pools)
+    await publish_manifest(connection, site.sign_manifest())
+    await connection.close()
+
+
+def _await_ready(port: int, process: subprocess.Popen[bytes], site: Site) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.05)
+    raise SystemExit(f"the gateway did not become ready: {site.log('gateway').read_text()[-2000:]}")
+
+
+@contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, which is told to end on the way out."""
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
