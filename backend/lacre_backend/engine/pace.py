@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 STRETCH: Final = 2.0  # a step that also reads may take so many times as long as one that only generates
-LEAST: Final = 8  # tokens: a prompt gets on, whatever was measured
+LEAST: Final = 4  # tokens: a prompt gets on, whatever was measured; fewer would make it wait longer and the others hardly less
+GROWTH: Final = 2  # times the last share, at most: one step that was measured too short must not let a whole chunk in
 _WEIGHT: Final = 0.2  # of a new measurement in the running mean
 
 
@@ -18,7 +19,7 @@ class Pace:
     def __init__(self, first: int, most: int) -> None:
         self._quiet: dict[int, float] = {}  # seconds of a step that only generates, by how many do
         self._token: float | None = None  # seconds that one token of a prompt adds
-        self._first = first
+        self._last = first
         self._most = most
 
     def observe(self, generating: int, reading: int, seconds: float) -> None:
@@ -33,9 +34,10 @@ class Pace:
     def share(self, generating: int) -> int:
         """Tokens of long prompts for the next step."""
         quiet = self._expected(generating)
-        if quiet is None or self._token is None:
-            return self._first
-        return min(max(int((STRETCH - 1) * quiet / self._token), LEAST), self._most)
+        if quiet is not None and self._token is not None:
+            fitting = int((STRETCH - 1) * quiet / self._token)
+            self._last = max(min(fitting, GROWTH * self._last, self._most), LEAST)
+        return self._last
 
     def _expected(self, generating: int) -> float | None:
         if not self._quiet:

@@ -384,10 +384,16 @@ class Scheduler:
         room = self.limits.burst if generating else self.limits.chunk
         left = self._read(short, room, segments)
         # While nothing is generated, nobody is stalled by a whole chunk; but then short prompts may come at every step.
-        # One of a share's tokens is computed with those that are generated, the rest by itself: a round number.
-        own = self.share - (self.share - 1) % self.limits.multiple
+        own = self._round(self.share)
         share = own if generating else max(left, own)
         self._read(long, min(share, self.limits.step - generating - (room - left)), segments)
+
+    def _round(self, share: int) -> int:
+        """One of a share's tokens is computed with those that are generated, the rest by itself: a round number. Behind a long
+        text, where shares are small, attention takes the time, and its cost has no steps.
+        """
+        multiple = self.limits.multiple
+        return share if share <= 2 * multiple else share - (share - 1) % multiple
 
     def _read(self, slots: Sequence[_Slot], room: int, segments: dict[int, Segment]) -> int:
         for slot in slots:
