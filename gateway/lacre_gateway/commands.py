@@ -1,4 +1,4 @@
-"""`lacre gateway` and `lacre audit`."""
+"""`lacre gateway`, `lacre audit` and `lacre policy`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from lacre_gateway.audit import commands as audit
+from lacre_gateway.policy import commands as policy
 
 
 def register(app: typer.Typer) -> None:
-    """Adds `lacre audit`, and `lacre gateway` where what it needs is installed."""
+    """Adds `lacre audit`, and the others where what they need is installed."""
     audit.register(app)
+    if find_spec("cedarpy") is not None:
+        policy.register(app)
     if find_spec("nats") is not None and find_spec("fastapi") is not None and find_spec("cedarpy") is not None:
         app.command()(gateway)
 

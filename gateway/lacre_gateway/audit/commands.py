@@ -38,7 +38,7 @@ def audit_verify(
     """Verify every byte of a log, and name the first place where it does not hold. Exit code 1 where it does not."""
     from lacre_gateway.audit.check import verify
 
-    verdict = verify(folder, _key(key), [_read(path) for path in checkpoint or ()])
+    verdict = verify(folder, parse_key(key), [_read(path) for path in checkpoint or ()])
     found = {
         "ok": verdict.wrong is None, "verdict": verdict.words, "origin": verdict.origin, "entries": verdict.size,
         "root": verdict.root.hex(), "requests": verdict.requests, "under_way": verdict.under_way, "torn": verdict.torn,
@@ -72,7 +72,7 @@ def audit_prove(
 
     if (index is None) is (request is None):
         raise SettingsError("pass --index or --request, one of the two")
-    reader = LogReader(folder, _key(key))
+    reader = LogReader(folder, parse_key(key))
     if index is None:
         members = map(parse, reader.entries())
         named = (
@@ -97,7 +97,7 @@ def audit_check_receipt(
 
     text = _read(proof).decode("utf-8", "replace")
     kept = AuditProof.parse(text) if text.startswith("c2sp.org/") else AuditProof.parse_header(text.strip())
-    check_receipt(kept, LogReader(folder, _key(key)))
+    check_receipt(kept, LogReader(folder, parse_key(key)))
     typer.echo(f"entry {kept.index} is in the log, and the log goes on from the tree that it was proved in")
 
 
@@ -111,7 +111,7 @@ def audit_tail(
     """Print the newest entries, one a line."""
     from lacre_gateway.audit.reader import LogReader
 
-    reader = LogReader(folder, _key(key))
+    reader = LogReader(folder, parse_key(key))
     at = max(0, reader.size - lines)
     while True:
         for data in reader.entries(at):
@@ -121,7 +121,7 @@ def audit_tail(
             return
         sys.stdout.flush()
         time.sleep(0.5)
-        reader = LogReader(folder, _key(key))
+        reader = LogReader(folder, parse_key(key))
 
 
 @audit_app.command("query")
@@ -145,7 +145,7 @@ def audit_query(
     from lacre_gateway.audit import index as indexes
     from lacre_gateway.audit.reader import LogReader
 
-    database = indexes.build(LogReader(folder, _key(key)), index)
+    database = indexes.build(LogReader(folder, parse_key(key)), index)
     if sql is not None:
         names, rows = indexes.ask(database, sql)
         for row in rows:
@@ -156,16 +156,18 @@ def audit_query(
             "request_id": request, "kind": kind,
         }  # fmt: skip
         wanted = {name: value for name, value in wanted.items() if value is not None}
-        for entry in indexes.find(database, wanted, _seconds(since), _seconds(until), limit):
+        for entry in indexes.find(database, wanted, seconds(since), seconds(until), limit):
             typer.echo(entry)
     database.close()
 
 
-def _seconds(moment: datetime | None) -> float | None:
+def seconds(moment: datetime | None) -> float | None:
+    """Since the epoch; a moment without a zone is in UTC."""
     return None if moment is None else moment.replace(tzinfo=UTC).timestamp()
 
 
-def _key(text: str | None) -> bytes | None:
+def parse_key(text: str | None) -> bytes | None:
+    """What `--key` says. Raises SettingsError."""
     from lacre.errors import InvalidMessage
     from lacre.jws import b64u_decode
 

@@ -5,5 +5,7 @@ cedar      schema and rules, parsed once; decides
 cases      requests written down, and how they must be decided
 rules      the set in its folder, read and checked as a whole
 trial      tries a set in a process of its own
+explain    why a request is decided as it is
+replay     a log's requests, decided anew under other rules
 live       the set that decides now, and its successor
 """

@@ -60,9 +60,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Parties:
-    """Who and what a question is about, parsed. digest: hex SHA-256 of them as JSON."""
+    """Who and what a question is about, parsed; None where the schema knows none such. digest: hex SHA-256 of them as JSON."""
 
-    entities: cedarpy.Entities
+    entities: cedarpy.Entities | None
     digest: str
 
 
@@ -78,15 +78,15 @@ class PolicySet:
         self.names = names
         self.digest = digest
         self._decisions = _Remembered[Decision](MAX_DECISIONS)
-        self._parties = _Remembered[_Parties | None](_MAX_PARTIES)
+        self._parties = _Remembered[_Parties](_MAX_PARTIES)
 
     def decide(self, question: AnyQuestion) -> Decision:
         return self._decisions.get(question.key, lambda: self._decide(question))
 
     def _decide(self, question: AnyQuestion) -> Decision:
         parties = self._parties.get(question.entities_key, lambda: self._parsed(question))
-        if parties is None:
-            return Decision(False, (), self.digest)
+        if parties.entities is None:
+            return Decision(False, (), self.digest, parties.digest)
         result = cedarpy.is_authorized(question.request(), self.policies, parties.entities, self.schema)
         diagnostics = result.diagnostics
         # A policy that could not be evaluated may be the very one that forbids.
@@ -96,14 +96,13 @@ class PolicySet:
         named = tuple(sorted(self.names.get(name, name) for name in decided))
         return Decision(allowed, named, self.digest, parties.digest)
 
-    def _parsed(self, question: AnyQuestion) -> _Parties | None:
-        """None where they do not fit the schema."""
+    def _parsed(self, question: AnyQuestion) -> _Parties:
         text = _json(question.entities())
+        digest = hashlib.sha256(text.encode()).hexdigest()
         try:
-            entities = cedarpy.Entities.from_json_str(text, self.schema)
+            return _Parties(cedarpy.Entities.from_json_str(text, self.schema), digest)
         except ValueError:
-            return None
-        return _Parties(entities, hashlib.sha256(text.encode()).hexdigest())
+            return _Parties(None, digest)
 
     def misfit(self, question: AnyQuestion) -> str | None:
         """Why the schema does not take the question, in Cedar's words; None where it does."""

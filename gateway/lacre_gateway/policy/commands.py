@@ -1,0 +1,227 @@
+"""`lacre policy`: check a rule set, run its cases, ask it why, and see what it would change. Nothing here needs a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lacre.errors import SettingsError
+from lacre_gateway.audit.commands import KeyOption, parse_key, seconds
+
+if TYPE_CHECKING:  # what a command needs is imported when it runs
+    from lacre_gateway.policy.explain import Explanation, Voice
+    from lacre_gateway.policy.replay import Change, Replay
+    from lacre_gateway.policy.rules import RuleSet
+
+policy_app = typer.Typer(name="policy", help="The rules: check them, try them, ask them why.", no_args_is_help=True)
+
+Folder = Annotated[Path | None, typer.Argument(help="The folder of the rule set; the one that ships where left out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_VERDICT = {True: "allow", False: "deny", None: "depends"}
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(policy_app)
+
+
+@policy_app.command("check")
+def policy_check(folder: Folder = None, as_json: AsJson = False) -> None:
+    """Check a set as a gateway does before it takes it up: everything parses, fits together, and every case holds."""
+    rules = _rules(folder, cases_too=True)
+    found = {
+        "policies": sorted(rules.policies.names.values()), "cases": len(rules.cases), "policy_set": rules.policies.digest,
+        "rules": rules.digest,
+    }  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(f"{len(rules.policies.names)} policies, {len(rules.cases)} cases: a gateway takes them up")
+        typer.echo(f"policy set {rules.policies.digest}")
+
+
+@policy_app.command("test")
+def policy_test(folder: Folder = None, as_json: AsJson = False) -> None:
+    """Run the cases, and say of each whether it holds. Exit code 1 where one does not."""
+    found = [(case.name, wrong) for case, wrong in _rules(folder).run()]
+    failed = [name for name, wrong in found if wrong is not None]
+    if as_json:
+        typer.echo(json.dumps({"cases": len(found), "failed": {name: wrong for name, wrong in found if wrong is not None}}))
+    else:
+        for name, wrong in found:
+            typer.echo(f"{'ok  ' if wrong is None else 'FAIL'} {name}{'' if wrong is None else f': {wrong}'}")
+        typer.echo(f"{len(found) - len(failed)} of {len(found)} cases hold")
+    if failed:
+        raise typer.Exit(1)
+
+
+@policy_app.command("explain")
+def policy_explain(
+    request: Annotated[str, typer.Argument(help="A request as in a case, or an audit entry, as JSON; - for stdin.")],
+    policies: Annotated[
+        Path | None, typer.Option(help="The folder of the rule set; the one that ships where left out.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how a request is decided, by which policies, and what it still depends on. What is left out of it counts as open."""
+    from lacre_gateway.policy.explain import explain, requested
+
+    try:
+        values = json.loads(sys.stdin.read() if request == "-" else _read(Path(request)))
+    except (ValueError, RecursionError) as exc:
+        raise SettingsError(f"{request} is not JSON") from exc
+    question, missing = requested(values)
+    found = explain(_rules(policies).policies, question, missing)
+    if as_json:
+        typer.echo(json.dumps(_explanation(found), ensure_ascii=False))
+    else:
+        _tell(found)
+
+
+@policy_app.command("replay")
+def policy_replay(
+    audit: Annotated[Path, typer.Argument(help="The folder of an audit log.")],
+    against: Annotated[Path, typer.Option(help="The folder of the proposed rule set.")],
+    since: Annotated[datetime | None, typer.Option(help="Requests from this time on, UTC.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Requests before this time, UTC.")] = None,
+    limit: Annotated[int, typer.Option(help="Rows of the table: the newest so many.", min=1)] = 100,
+    as_json: AsJson = False,
+    key: KeyOption = None,
+) -> None:
+    """Decide a log's requests anew under other rules, and print those that would be decided otherwise.
+
+    `lacre audit verify` says what the log is worth.
+    """
+    from lacre_gateway.audit.reader import LogReader
+    from lacre_gateway.policy.replay import replay
+
+    rules = _rules(against)
+    found = replay(LogReader(audit, parse_key(key)).entries(), rules.policies, seconds(since), seconds(until))
+    if as_json:
+        typer.echo(json.dumps(_replayed(found, rules.policies.digest), ensure_ascii=False))
+    else:
+        _tell_replay(found, limit)
+
+
+def _rules(folder: Path | None, *, cases_too: bool = False) -> RuleSet:
+    """The set, read; first in a process of its own, which a hostile file may end. Raises PolicyError."""
+    from lacre_gateway.policy.cases import CASE
+    from lacre_gateway.policy.cedar import PolicyError
+    from lacre_gateway.policy.rules import RuleSet, shipped
+    from lacre_gateway.policy.trial import try_out
+
+    folder = (folder or shipped()).resolve()
+    try:
+        asyncio.run(try_out(folder))
+    except PolicyError as exc:
+        if cases_too or exc.fault != CASE:
+            raise
+    return RuleSet.read(folder)
+
+
+def _explanation(found: Explanation) -> dict[str, Any]:
+    return {
+        "decision": _VERDICT[found.allowed],
+        "decided_by": [_voice(voice) for voice in found.deciding] if found.allowed is not None else [],
+        "missing": list(found.missing),
+        "depends_on": [{**_voice(voice), "needs": list(voice.needs)} for voice in found.voices if voice.holds is None],
+        "conditions_do_not_hold": [_voice(voice) for voice in found.near],
+    }
+
+
+def _voice(voice: Voice) -> dict[str, Any]:
+    return {
+        "id": voice.name, "effect": voice.effect, "annotations": dict(voice.annotations), "failed": voice.failed,
+        "policy": voice.text,
+    }  # fmt: skip
+
+
+def _tell(found: Explanation) -> None:
+    if found.allowed is None:
+        typer.echo(f"depends on {', '.join(f'context.{name}' for name in found.missing)}, which the request does not say")
+    elif found.deciding:
+        typer.echo(f"{_VERDICT[found.allowed]}, by")
+        _tell_voices(found.deciding)
+    else:
+        typer.echo("deny: no policy permits it")
+    undecided = [voice for voice in found.voices if voice.holds is None]
+    if undecided:
+        typer.echo("\nopen, for want of what the request does not say:")
+        _tell_voices(undecided)
+    if found.near:
+        typer.echo("\nabout such requests, but the conditions do not hold:")
+        _tell_voices(found.near)
+
+
+def _tell_voices(voices: Sequence[Voice]) -> None:
+    for voice in voices:
+        needs = f", needs {', '.join(f'context.{name}' for name in voice.needs)}" if voice.needs else ""
+        failed = ", which could not be evaluated" if voice.failed else ""
+        typer.echo(f"  {voice.name} ({voice.effect}{needs}){failed}")
+        for name, text in voice.annotations.items():
+            typer.echo(f"    @{name}: {text}")
+        for line in voice.text.splitlines():
+            if not line.startswith("@"):
+                typer.echo(f"    {line}")
+
+
+def _replayed(found: Replay, policy_set: str) -> dict[str, Any]:
+    return {
+        "policy_set": policy_set,
+        "decided": found.decided,
+        "changes": [_change(change) for change in found.changes],
+        "other_policies": [_change(change) for change in found.reasons],
+        "unsure": [{"index": index, "why": why} for index, why in found.unsure],
+    }
+
+
+def _change(change: Change) -> dict[str, Any]:
+    members, was, becomes = change.asked.members, change.asked.was, change.becomes
+    return {
+        "index": change.asked.index, "request_id": members["request_id"], "time": members["time"],
+        "tenant": members["tenant"], "subject": members["subject"], "action": members["action"],
+        "resource": change.asked.resource,
+        "was": {"decision": _VERDICT[was.allowed], "policies": was.policies, "policy_set": was.policy_set},
+        "becomes": {"decision": _VERDICT[becomes.allowed], "policies": becomes.policies},
+    }  # fmt: skip
+
+
+def _tell_replay(found: Replay, limit: int) -> None:
+    table = Table("entry", "tenant/subject", "action", "resource", "was", "becomes", box=box.SIMPLE)
+    for change in found.changes[-limit:]:
+        members = change.asked.members
+        row = (str(change.asked.index), f"{members['tenant']}/{members['subject']}", members["action"], change.asked.resource)
+        table.add_row(*row, *(_words(decision.allowed, decision.policies) for decision in (change.asked.was, change.becomes)))
+    if found.changes:
+        Console(highlight=False, markup=False).print(table)
+    if (hidden := len(found.changes) - limit) > 0:
+        typer.echo(f"and {hidden} before them: --limit shows more, --json all")
+    denied = sum(not change.becomes.allowed for change in found.changes)
+    typer.echo(
+        f"{found.decided} requests decided anew: {len(found.changes)} would change, {denied} to deny and "
+        f"{len(found.changes) - denied} to allow; {len(found.reasons)} stay as they are by other policies"
+    )
+    for index, why in found.unsure[:10]:
+        typer.echo(f"entry {index} cannot be decided anew: {why}")
+    if len(found.unsure) > 10:
+        typer.echo(f"and {len(found.unsure) - 10} more")
+
+
+def _words(allowed: bool, policies: Sequence[str]) -> str:
+    return f"{_VERDICT[allowed]} ({', '.join(policies) or 'no policy'})"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SettingsError(f"cannot read {path}: it must be a file in UTF-8") from exc

@@ -1,0 +1,170 @@
+"""Why a request is decided as it is: what each policy says of it, and what the answer still depends on.
+
+Each policy is asked by itself, once with its scope alone and once whole. A policy that reads something of the context which the
+request does not say is undecided, whatever the rest of it says: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import cedarpy
+from cedarpy import pst
+
+from lacre.errors import InvalidMessage
+from lacre_gateway.audit.entries import Admin, Intent
+from lacre_gateway.policy.cases import written
+from lacre_gateway.policy.cedar import PolicySet
+from lacre_gateway.policy.question import AdminAction, AnyQuestion
+from lacre_gateway.policy.replay import question_of
+
+# What a request may leave open, by the member of the file that would say it; and something to ask with meanwhile.
+_OPEN: Final[Mapping[str, tuple[frozenset[str], object]]] = {
+    "max_tokens": (frozenset({"max_tokens"}), 1),
+    "sealed_bytes": (frozenset({"sealed_bytes"}), 1),
+    "kem": (frozenset({"kem", "post_quantum"}), "X25519"),
+    "shape": (frozenset({"shape"}), "none"),
+    "address": (frozenset({"address"}), "192.0.2.1"),
+    "hour": (frozenset({"hour"}), 0),
+}
+_OPEN_OF_PRINCIPAL: Final = ("scopes", "plan")
+_WHOLE: Final = "*"  # a policy that reads the context as one value
+_OF_ADMIN: Final = frozenset({"address", "hour"})
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """What one policy says. speaks: whether its scope fits. holds: whether it applies; None where that depends on `needs`.
+
+    failed: it could not be evaluated, which denies. text: the policy, as Cedar formats it.
+    """
+
+    name: str
+    effect: str
+    annotations: Mapping[str, str]
+    speaks: bool
+    holds: bool | None
+    failed: bool
+    needs: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """allowed: None where it depends on `missing`, which are members of the context."""
+
+    allowed: bool | None
+    voices: tuple[Voice, ...]
+
+    @property
+    def deciding(self) -> tuple[Voice, ...]:
+        """Those that make it what it is: what forbids or fails, else what permits."""
+        forbids = tuple(voice for voice in self.voices if voice.failed or (voice.holds and voice.effect == "forbid"))
+        return forbids or tuple(voice for voice in self.voices if voice.holds)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return tuple(sorted({name for voice in self.voices if voice.holds is None for name in voice.needs}))
+
+    @property
+    def near(self) -> tuple[Voice, ...]:
+        """Those that speak of such a request, and whose conditions do not hold."""
+        return tuple(voice for voice in self.voices if voice.speaks and voice.holds is False and not voice.failed)
+
+
+def explain(policies: PolicySet, question: AnyQuestion, missing: frozenset[str] = frozenset()) -> Explanation:
+    """missing: members of the context that `question` has only to have something there."""
+    templates = policies.policies.to_pst().static_policies
+    voices = tuple(_voice(policies, template, question, missing) for template in templates.values())
+    return Explanation(_verdict(voices), voices)
+
+
+def requested(values: Any) -> tuple[AnyQuestion, frozenset[str]]:
+    """A question written down as in a case, or an entry of the audit log; and what of its context it leaves open.
+
+    Raises PolicyError or InvalidMessage.
+    """
+    if isinstance(values, dict) and values.get("kind") in (Intent.kind, Admin.kind):
+        if values.get("annex") is not None:
+            raise InvalidMessage(
+                "its groups and scopes stand in the annex before it: copy them from there, and take `annex` out"
+            )
+        return question_of(values), frozenset()
+    missing: set[str] = set()
+    if isinstance(values, dict):
+        admin = values.get("action") in set(AdminAction)
+        values = dict(values)
+        for name, (open_names, stand_in) in _OPEN.items():
+            if name not in values and (not admin or name in _OF_ADMIN):
+                values[name] = stand_in
+                missing |= open_names
+        if isinstance(values.get("principal"), dict):
+            missing |= {name for name in _OPEN_OF_PRINCIPAL if name not in values["principal"]}
+    return written("the request", values).question(), frozenset(missing)
+
+
+def _voice(policies: PolicySet, template: pst.Template, question: AnyQuestion, missing: frozenset[str]) -> Voice:
+    speaks, _ = _applies(policies, dataclasses.replace(template, clauses=()), question)
+    needs = tuple(sorted(_reads(template, missing))) if speaks else ()
+    holds, failed = (None, False) if needs else _applies(policies, template, question)
+    return Voice(
+        name=policies.names[template.id],
+        effect=template.effect,
+        annotations={name: text for name, text in template.annotations.items() if name != "id"},
+        speaks=speaks,
+        holds=holds,
+        failed=failed,
+        needs=needs,
+        text=str(_alone(template)).strip(),
+    )
+
+
+def _applies(policies: PolicySet, template: pst.Template, question: AnyQuestion) -> tuple[bool, bool]:
+    """Whether it does, and whether it failed."""
+    alone = _alone(dataclasses.replace(template, effect="permit"))
+    result = cedarpy.is_authorized(question.request(), alone, question.entities(), policies.schema)
+    return result.allowed, bool(result.diagnostics.errors)
+
+
+def _alone(template: pst.Template) -> cedarpy.PolicySet:
+    return cedarpy.PolicySet.from_pst(pst.PolicySet(templates={}, static_policies={template.id: template}, template_links=()))
+
+
+def _reads(template: pst.Template, missing: frozenset[str]) -> frozenset[str]:
+    """Which of the missing members its conditions name."""
+    names = frozenset(name for clause in template.clauses for name in _context_names(clause))
+    return missing if _WHOLE in names else names & missing
+
+
+def _context_names(node: Any) -> Iterator[str]:
+    if isinstance(node, pst.GetAttr) and node.base == pst.Var("context"):
+        yield node.attr
+    elif isinstance(node, pst.HasAttr) and node.base == pst.Var("context"):
+        yield node.attrs[0]
+    elif node == pst.Var("context"):
+        yield _WHOLE
+    elif isinstance(node, Mapping):
+        for value in node.values():
+            yield from _context_names(value)
+    elif isinstance(node, tuple):
+        for value in node:
+            yield from _context_names(value)
+    elif dataclasses.is_dataclass(node):
+        for member in dataclasses.fields(node):
+            yield from _context_names(getattr(node, member.name))
+
+
+def _verdict(voices: tuple[Voice, ...]) -> bool | None:
+    """A forbid or a failure wins; then a permit is needed; what is undecided leaves undecided what it could turn."""
+    forbids = [voice for voice in voices if voice.effect == "forbid"]
+    permits = [voice for voice in voices if voice.effect == "permit"]
+    if any(voice.failed for voice in voices) or any(voice.holds for voice in forbids):
+        return False
+    if all(voice.holds is False for voice in permits):
+        return False
+    if any(voice.holds for voice in permits) and all(voice.holds is False for voice in forbids):
+        return True
+    return None

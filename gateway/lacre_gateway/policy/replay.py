@@ -1,0 +1,124 @@
+"""An audit log's requests, decided anew under other rules: what a proposed set would change.
+
+Rules:
+- An entry holds all that its decision depended on, so a replay is exact. Where it cannot be (an action that this version does
+  not know, entities that another version wrote otherwise), the request is counted as unsure, never guessed.
+- What is compared is the decision that was recorded; what it was decided by then is told, and need not be at hand any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from lacre.errors import InvalidMessage
+from lacre.wire.header import Kem
+from lacre_gateway.audit.entries import Admin, Annex, Intent, parse
+from lacre_gateway.auth import Principal
+from lacre_gateway.outer import Action, Shape
+from lacre_gateway.policy.cedar import Decision, PolicySet
+from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
+
+_KEMS: Final = {kem.label: kem for kem in Kem}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request out of the log, and what was decided. index: of its entry."""
+
+    index: int
+    members: Mapping[str, Any]
+    was: Decision
+
+    @property
+    def resource(self) -> str:
+        members = self.members
+        return members["gateway"] if members["kind"] == Admin.kind else f"{members['pool']}/{members['model']}"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A request that would be decided otherwise."""
+
+    asked: Asked
+    becomes: Decision
+
+
+@dataclass(slots=True)
+class Replay:
+    """changes: those whose decision turns. reasons: those that stay allowed or denied, by other policies than before.
+
+    unsure: entries that cannot be decided anew, with why.
+    """
+
+    decided: int = 0
+    changes: list[Change] = field(default_factory=list)
+    reasons: list[Change] = field(default_factory=list)
+    unsure: list[tuple[int, str]] = field(default_factory=list)
+
+
+def replay(entries: Iterable[bytes], policies: PolicySet, since: float | None = None, until: float | None = None) -> Replay:
+    """entries: of a log, from its first one. since, until: seconds since the epoch. Raises InvalidMessage."""
+    found = Replay()
+    for asked in requests(entries):
+        if (since is not None and asked.members["time"] < since) or (until is not None and asked.members["time"] >= until):
+            continue
+        try:
+            becomes = policies.decide(question_of(asked.members))
+        except InvalidMessage as exc:
+            found.unsure.append((asked.index, str(exc)))
+            continue
+        if becomes.entities != asked.members["entities"]:
+            found.unsure.append((asked.index, "its entities were written by another version"))
+            continue
+        found.decided += 1
+        if becomes.allowed != asked.was.allowed:
+            found.changes.append(Change(asked, becomes))
+        elif becomes.policies != asked.was.policies:
+            found.reasons.append(Change(asked, becomes))
+    return found
+
+
+def requests(entries: Iterable[bytes]) -> Iterator[Asked]:
+    """Everything in the log that policy decided, whole: an intent together with its annex. Raises InvalidMessage."""
+    annex: dict[str, Any] = {}
+    for index, data in enumerate(entries):
+        members = parse(data)
+        if members["kind"] == Annex.kind:
+            annex = {name: members[name] for name in ("groups", "scopes", "policies")}
+        elif members["kind"] in (Intent.kind, Admin.kind):
+            if members.get("annex") is not None:
+                members.update(annex)
+            was = Decision(members["decision"] == "allow", tuple(members["policies"]), members["policy_set"])
+            yield Asked(index, members, was)
+
+
+def question_of(members: Mapping[str, Any]) -> AnyQuestion:
+    """The question that an intent or an admin entry is the record of. Raises InvalidMessage where this version asks none."""
+    try:
+        who = Principal(
+            subject=members["subject"],
+            tenant=members["tenant"],
+            issuer=members["issuer"],
+            groups=tuple(members["groups"]),
+            scopes=tuple(members["scopes"]),
+            plan=members["plan"],
+        )
+        if members["kind"] == Admin.kind:
+            action = AdminAction(members["action"])
+            return AdminQuestion(who, action, members["gateway"], members["address"], members["time"])
+        return Question(
+            principal=who,
+            action=Action(members["action"]),
+            pool=members["pool"],
+            model=members["model"],
+            max_tokens=members["max_tokens"],
+            sealed_bytes=members["sealed_bytes"],
+            kem=_KEMS[members["kem"]],
+            shape=Shape(members["shape"]),
+            address=members["address"],
+            time=members["time"],
+        )
+    except (KeyError, ValueError) as exc:
+        raise InvalidMessage("it is of another version: an action, shape or KEM that this one does not know") from exc
