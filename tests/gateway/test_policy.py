@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,11 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_gateway.outer import Action
-from lacre_gateway.policy.cases import CASE, Case, written
+from lacre_gateway.policy.cases import Case
 from lacre_gateway.policy.cedar import MAX_DECISIONS, NAMES, SYNTAX, Decision, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion, Question
-from lacre_gateway.policy.rules import MISSING, SCHEMA_FILE, UNREADABLE, RuleSet, shipped
-
-SCHEMA = (shipped() / SCHEMA_FILE).read_text()
-RULES = RuleSet.read(shipped())
-CHAT = json.loads((shipped() / "cases/ALLOW/chat.json").read_text())
-USAGE = json.loads((shipped() / "cases/ALLOW/admin-usage-with-scope.json").read_text())
-FAMILY = 'principal, action in Action::"sealed", resource'
-
-
-def asked(base: dict[str, Any] = CHAT, **changes: Any) -> AnyQuestion:
-    principal = {**base["principal"], **changes.pop("principal", {})}
-    return written("case", {**base, **changes, "principal": principal}).question()
+from lacre_gateway.policy.rules import MISSING, SCHEMA_FILE, RuleSet, shipped
+from parts.policies import BROKEN, FAMILY, RULES, SCHEMA, USAGE, asked, copied
 
 
 @pytest.mark.parametrize("case", RULES.cases, ids=lambda case: case.name)
@@ -185,10 +173,6 @@ def test_broken_schema() -> None:
         PolicySet.parse("entity;", {})
 
 
-def copied(folder: Path) -> Path:
-    return shutil.copytree(shipped(), folder / "policies")
-
-
 def test_shipped_rules_hold(tmp_path: Path) -> None:
     assert RuleSet.load(copied(tmp_path)).digest == RULES.digest
 
@@ -203,39 +187,6 @@ def test_a_schema_that_takes_no_question_of_a_gateway(word: str, tmp_path: Path)
     with pytest.raises(PolicyError, match="question about 'chat' does not fit") as refused:
         RuleSet.read(folder)
     assert refused.value.place == SCHEMA_FILE
-
-
-def _removed(path: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / path).unlink()
-
-
-def _put(path: str, content: bytes | str) -> Callable[[Path], None]:
-    return lambda folder: (folder / path).write_bytes(content.encode() if isinstance(content, str) else content) and None
-
-
-def _case(**members: Any) -> Callable[[Path], None]:
-    return _put("cases/DENY/x.json", json.dumps({**CHAT, "decided_by": None, **members}))
-
-
-BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "no schema": (_removed(SCHEMA_FILE), MISSING, SCHEMA_FILE),
-    "no rules": (_removed("default.cedar"), MISSING, "*.cedar"),
-    "a link to nowhere": (lambda folder: (folder / "x.cedar").symlink_to("nowhere"), MISSING, "x.cedar"),
-    "a folder for a file": (lambda folder: (folder / "x.cedar").mkdir(), UNREADABLE, "x.cedar"),
-    "not UTF-8": (_put("x.cedar", b"\xff"), UNREADABLE, "x.cedar"),
-    "endless": (_put("x.cedar", b" " * (1 << 20) + b" "), UNREADABLE, "x.cedar"),
-    "syntax": (_put("x.cedar", "permit ("), SYNTAX, "x.cedar"),
-    "schema violation": (
-        _put("x.cedar", '@id("x") permit (principal, action == Action::"fly", resource);'),
-        "schema",
-        "x.cedar",
-    ),
-    "a case that fails": (_case(), CASE, "cases/DENY/x.json"),
-    "a case by another rule": (_case(action="http", decided_by=["x"]), CASE, "cases/DENY/x.json"),
-    "a case that is no JSON": (_put("cases/ALLOW/x.json", "{"), CASE, "cases/ALLOW/x.json"),
-    "a case that lacks something": (_put("cases/ALLOW/x.json", "{}"), CASE, ""),
-    "a case with a word too many": (_case(colour="red"), CASE, ""),
-}
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -21,9 +21,11 @@ from lacre_gateway.audit.entries import RELOAD_REFUSED, RELOADED, Entry, Event
 from lacre_gateway.policy.cedar import Decision, PolicyError
 from lacre_gateway.policy.question import AnyQuestion
 from lacre_gateway.policy.rules import RuleSet, Signature, signature
-from lacre_gateway.policy.trial import try_out
+from lacre_gateway.policy.trial import UNTRIED, try_out
 
 WATCH: Final = 1.0  # seconds between two looks at the files
+
+_NOTHING: Final[Signature] = (("", 0, 0, 0),)  # like no files
 
 Record = Callable[[Entry], object]
 
@@ -106,8 +108,10 @@ class LiveRules:
                 passed = await try_out(self._folder)
                 fresh = await asyncio.to_thread(RuleSet.read, self._folder)
                 if fresh.digest != passed:
-                    raise PolicyError("changing", "", "the files changed while they were read")
+                    raise PolicyError(UNTRIED, "", "the files changed while they were read")
             except PolicyError as exc:
+                if exc.fault == UNTRIED:
+                    self._tried = _NOTHING
                 self._refuse(exc, record, actor)
                 raise
             self._take(fresh, record, actor)
