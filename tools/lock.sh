@@ -9,6 +9,7 @@ compile requirements/build.in -o requirements/build.lock
 compile requirements/fuzz.in -o requirements/fuzz.lock
 compile requirements/contract.in -o requirements/contract.lock
 compile requirements/profile.in -o requirements/profile.lock
+compile requirements/embedding.in --no-deps -o requirements/embedding.lock
 # llama-cpp-python is built here from source: locked apart, by its source archive.
 compile pyproject.toml --extra dev --no-emit-package llama-cpp-python --no-emit-package lacre -o requirements/base.lock
 printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.model import Facts
+from lacre_backend.engine.protocol import Kind
 from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.tune import SLOTS, Choice, tune
 from lacre_backend.models import find
@@ -31,6 +33,9 @@ def run(path: Path, report: Callable[[str], None]) -> None:
     text = path.read_text()
     for index, model in enumerate(settings.models):
         file = find(model.path, model.name)
+        if Facts.read(file.path).kind is Kind.EMBED:
+            report(f"{file.name}: embeds, and has nothing to tune")
+            continue
         wanted = options(model)
         most = max((slots for slots in SLOTS if _fits(file.path, replace(wanted, slots=slots, cells=None))), default=1)
         report(f"{file.name}: measuring")

@@ -10,8 +10,10 @@ from contextlib import AsyncExitStack
 import structlog
 
 from lacre_backend.api.app import create_app
+from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
-from lacre_backend.engine.model import Gpu
+from lacre_backend.engine.model import Facts, Gpu
+from lacre_backend.engine.protocol import Kind
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models import find
 from lacre_backend.node import Identity, Node
@@ -32,7 +34,7 @@ async def serve(settings: Settings) -> None:
         keys, receipt_key = KeyRing(settings.keys), read_ed25519(settings.receipt_key)
         stack.callback(keys.close)
         credential = Credential.load(settings.nats.credentials)
-        engines = [_load(model) for model in settings.models]
+        engines = [load_engine(model) for model in settings.models]
         for engine in engines:
             stack.callback(engine.close)
         names = [engine.model.name for engine in engines]
@@ -72,10 +74,11 @@ async def _signalled(running: asyncio.Task[None]) -> None:
         running.result()
 
 
-def _load(model: Model) -> LlamaEngine:
-    """Raises SettingsError for a file that is missing, not GGUF, or too large for this machine."""
+def load_engine(model: Model) -> LlamaEngine | LlamaEmbedder:
+    """The engine that the file is for. Raises SettingsError for one that is missing, not GGUF or too large."""
     file = find(model.path, model.name)
-    return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=options(model))
+    engine = LlamaEmbedder if Facts.read(file.path).kind is Kind.EMBED else LlamaEngine
+    return engine(file.path, name=file.name, digest=file.digest, settings=options(model))
 
 
 def options(model: Model) -> LlamaSettings:

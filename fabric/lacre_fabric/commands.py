@@ -60,7 +60,9 @@ def register(app: typer.Typer) -> None:
 def up(
     state: State = None,
     port: Annotated[int, typer.Option(help="The gateway's port; 0 picks a free one.", min=0, max=65535)] = 8321,
-    model: Annotated[Path | None, typer.Option(help="A GGUF file; the default model where left out.")] = None,
+    model: Annotated[
+        list[Path] | None, typer.Option(help="A GGUF file, or the default model's name (the one served where left out).")
+    ] = None,
     rotate_hours: RotateHours = 24.0,
 ) -> None:
     """Run a whole Lacre on this machine: keys, message server, gateway and one worker. Ctrl-C ends it."""
@@ -71,7 +73,7 @@ def up(
     schedule = Schedule(every=rotate_hours * 3600 or None)
 
     async def run() -> None:
-        async with running(folder, port, model and model.resolve(), schedule) as (live, supervisor):
+        async with running(folder, port, [path.resolve() for path in model or []], schedule) as (live, supervisor):
             typer.echo(f"ready {live.connection_string}")
             Console(stderr=True).print(f"[dim]In another shell:  . {live.site.folder / 'env'} && lacre chat[/dim]")
             await supervisor.watch()

@@ -61,7 +61,7 @@ async def demo(out: Console) -> Result:
     """Starts everything in a temporary state, asks, shows, and ends everything."""
     with tempfile.TemporaryDirectory(prefix="lacre-demo-") as folder:
         out.print("[dim]Starting nats-server, a gateway and a worker with the model …[/dim]")
-        async with running(Path(folder) / "state", 0, None) as (live, _):
+        async with running(Path(folder) / "state", 0) as (live, _):
             tap = _Tap()
             token = live.site.token("ada@example.com")
             memory = lacre.VersionMemory()

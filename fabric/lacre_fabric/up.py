@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,22 +50,24 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    state: Path, port: int, model: Path | None, schedule: Schedule | None = None
+    state: Path, port: int, models: Sequence[Path] = (), schedule: Schedule | None = None
 ) -> AsyncIterator[tuple[Running, Supervisor]]:
     """Starts everything and waits until a request would be served; ends everything on leaving. Main thread only.
 
-    state, model: absolute paths; a GGUF file, None for the default one. port: 0 picks a free one. schedule: of the pool keys.
+    state, models: absolute paths; GGUF files, of which the default model needs its name only, and is the one where there are
+    none. port: 0 picks a free one. schedule: of the pool keys.
     Raises SettingsError, ChildDied or FabricUnavailable.
     """
     supervisor = Supervisor()
-    site = Site(state, {POOL: (DEFAULT_MODEL if model is None else model.stem.lower(),)})
+    tables = [_table(model) for model in models] or [_table(Path(DEFAULT_MODEL))]
+    site = Site(state, {POOL: tuple(table["name"] for table in tables)})
     with ExitStack() as stack:
         stack.enter_context(_only_one(state))
         port = _free(port)
         site.create()
         logs.configure(stack.enter_context(site.log("up").open("a")))
         try:
-            connection, children = await _start(site, supervisor, port, model)
+            connection, children = await _start(site, supervisor, port, tables)
             tending = asyncio.create_task(upkeep(site, connection, schedule or Schedule()))
             tending.add_done_callback(_tell_end)
             try:
@@ -80,7 +82,16 @@ async def running(
             supervisor.stop()
 
 
-async def _start(site: Site, supervisor: Supervisor, port: int, model: Path | None) -> tuple[Connection, dict[str, Child]]:
+def _table(model: Path) -> dict[str, str]:
+    """The worker's `[[models]]` table of one model."""
+    if model.name == DEFAULT_MODEL:
+        return {"name": DEFAULT_MODEL}
+    return {"name": model.stem.lower(), "path": str(model)}
+
+
+async def _start(
+    site: Site, supervisor: Supervisor, port: int, tables: Sequence[Mapping[str, str]]
+) -> tuple[Connection, dict[str, Child]]:
     server = Server(site.folder / "nats", free_port())
     server.configure(site.roles())
     children = {"nats-server": supervisor.add(Child("nats-server", server.start(site.log("nats")), site.log("nats")))}
@@ -88,8 +99,7 @@ async def _start(site: Site, supervisor: Supervisor, port: int, model: Path | No
     try:
         await provision(connection, site.pools)
         await publish(site, connection)
-        table = {"name": site.pools[POOL][0]} | ({} if model is None else {"path": str(model)})
-        site.write_settings(server.url, port, {POOL: [table]})
+        site.write_settings(server.url, port, {POOL: tables})
         present = asyncio.Event()
 
         async def came(_message: object) -> None:

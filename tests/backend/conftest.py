@@ -16,8 +16,10 @@ from lacre.asgi import EXTENSION, App, Call
 from lacre_backend import models
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
+from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import Engine, Event, Finish, Sampling, Task, Token
+from parts.minilm import NAME, minilm
 
 _ids = itertools.count()
 _DEFAULT = Sampling()
@@ -29,6 +31,13 @@ SETTINGS = LlamaSettings(n_ctx=1024, threads=1)
 def llama() -> Iterator[LlamaEngine]:
     file = models.find()
     engine = LlamaEngine(file.path, name=file.name, digest=file.digest, settings=SETTINGS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def embedder() -> Iterator[LlamaEmbedder]:
+    engine = LlamaEmbedder(minilm(), name=NAME, digest="sha256:0", settings=LlamaSettings(threads=1))
     yield engine
     engine.close()
 

@@ -10,13 +10,11 @@ Rules
 from __future__ import annotations
 
 import asyncio
-import hmac
 import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from starlette.applications import Starlette
@@ -25,8 +23,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lacre.asgi import EXTENSION, App, Call, Receive, Scope, Send, Usage
+from lacre.errors import SettingsError
 from lacre.marks import ASK, DIGEST, YES, Mark
 from lacre_backend.api import ceilings, shapes
+from lacre_backend.api.embeddings import Embeddings
 from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found, other_model
 from lacre_backend.api.exchange import Disconnected, EventStream, header, read_body, send_json, until_disconnect
 from lacre_backend.api.generation import Generation, fresh_id
@@ -40,26 +40,32 @@ from lacre_backend.api.requests import (
     parse_completion,
     parse_tokenize,
 )
-from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, joined, text_tokens
-from lacre_backend.engine.protocol import Engine, EngineError, Finish, Task, Token
+from lacre_backend.api.served import Served, Serving
+from lacre_backend.api.template import TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
+from lacre_backend.engine.protocol import Engine, EngineError, Finish, Kind, Task, Token
 
 DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
-SALT_HEADER: Final = b"lacre-cache-salt"
 _INLINE_BYTES: Final = 16 * 1024  # a longer prompt is tokenized beside the event loop, not in it
 
 
 def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_TIME_LIMIT) -> App:
     """An ASGI app that serves these engines, each under its model's name. The caller closes them.
 
-    Raises `SettingsError` if a model's chat template does not compile.
+    Raises `SettingsError` if a model's chat template does not compile, or two have one name.
     """
-    served = {engine.model.name: _Served(engine) for engine in engines}
-    settings = _Settings(served, os.urandom(32), time_limit)
+    served: dict[str, Served] = {}
+    for engine in engines:
+        name = engine.model.name
+        if name in served:
+            raise SettingsError(f"Two models are named {name}. Give one of them another name.")
+        served[name] = Served(engine)
+    serving = Serving(served, os.urandom(32), time_limit)
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", _Chat(settings), methods=["POST"]),
-            Route("/v1/completions", _Complete(settings), methods=["POST"]),
-            Route("/v1/tokenize", _Tokenize(settings), methods=["POST"]),
+            Route("/v1/chat/completions", _Chat(serving), methods=["POST"]),
+            Route("/v1/completions", _Complete(serving), methods=["POST"]),
+            Route("/v1/embeddings", Embeddings(serving), methods=["POST"]),
+            Route("/v1/tokenize", _Tokenize(serving), methods=["POST"]),
             Route("/v1/models", _models, methods=["GET"]),
             Route("/v1/models/{name:path}", _model, methods=["GET"]),
         ],
@@ -67,23 +73,6 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
     )
     app.state.served = served
     return app
-
-
-class _Served:
-    """An engine and its chat template, if its model has one."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.template = None if engine.model.chat_template is None else ChatTemplate(engine.model)
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """scope_key: turns a client's salt into a cache scope, differently in each process."""
-
-    served: Mapping[str, _Served]
-    scope_key: bytes = field(repr=False)
-    time_limit: float | None
 
 
 _Request = TypeVar("_Request", bound=Generate)
@@ -96,14 +85,14 @@ class _Endpoint(ABC, Generic[_Request]):
     prompt_param: ClassVar[str]
     shape: ClassVar[type[shapes.Chat | shapes.Completion]]
 
-    def __init__(self, settings: _Settings) -> None:
-        self._settings = settings
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
 
     @abstractmethod
     def parse(self, body: bytes) -> _Request: ...
 
     @abstractmethod
-    async def prompt(self, served: _Served, request: _Request) -> list[int]:
+    async def prompt(self, served: Served, request: _Request) -> list[int]:
         """The prompt's tokens. Raises `RequestRefused`."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,9 +107,7 @@ class _Endpoint(ABC, Generic[_Request]):
     async def _answer(self, request: _Request, scope: Scope, send: Send) -> None:
         call: Call | None = scope.get("extensions", {}).get(EXTENSION)
         ceilings.check_action(call, request, self.action)
-        served = self._settings.served.get(request.model)
-        if served is None:
-            raise model_not_found(request.model)
+        served = self._serving.named(request.model, Kind.GENERATE)
         model, begun = served.engine.model, request.begun
         if request.resume is not None and request.resume.digest != model.digest:
             raise other_model(request.model)
@@ -138,8 +125,8 @@ class _Endpoint(ABC, Generic[_Request]):
             sampling=request.sampling(),
             stop=request.stop,
             logprobs=request.alternatives(),
-            cache_scope=self._cache_scope(scope),
-            time_limit=self._settings.time_limit,
+            cache_scope=self._serving.cache_scope(scope),
+            time_limit=self._serving.time_limit,
         )
         usage = Usage() if call is None else call.usage
         reply = shapes.Reply(self.shape.prefix + task.id, int(time.time()), model, request.include_usage)
@@ -155,10 +142,6 @@ class _Endpoint(ABC, Generic[_Request]):
                 await send_json(send, 200, await _whole(generation, self.shape(reply), request, usage))
         finally:
             generation.close()
-
-    def _cache_scope(self, scope: Scope) -> bytes | None:
-        salt = header(scope, SALT_HEADER)
-        return None if salt is None else hmac.digest(self._settings.scope_key, salt, "sha256")
 
 
 class _Progress:
@@ -192,7 +175,7 @@ class _Chat(_Endpoint[ChatRequest]):
     def parse(self, body: bytes) -> ChatRequest:
         return parse_chat(body)
 
-    async def prompt(self, served: _Served, request: ChatRequest) -> list[int]:
+    async def prompt(self, served: Served, request: ChatRequest) -> list[int]:
         return await _chat_prompt(served, request.model, request.messages, goes_on=request.continue_final_message)
 
 
@@ -204,27 +187,25 @@ class _Complete(_Endpoint[CompletionRequest]):
     def parse(self, body: bytes) -> CompletionRequest:
         return parse_completion(body)
 
-    async def prompt(self, served: _Served, request: CompletionRequest) -> list[int]:
+    async def prompt(self, served: Served, request: CompletionRequest) -> list[int]:
         return await _text_prompt(served, request.prompt[0])
 
 
 class _Tokenize:
     """An ASGI app for `/v1/tokenize`, in vLLM's form: what a request would cost, before it is made."""
 
-    def __init__(self, settings: _Settings) -> None:
-        self._settings = settings
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             request = parse_tokenize(await read_body(receive, MAX_BODY))
             ceilings.check_action(scope.get("extensions", {}).get(EXTENSION), request, "inspect")
-            served = self._settings.served.get(request.model)
-            if served is None:
-                raise model_not_found(request.model)
+            served = self._serving.named(request.model)
             if request.messages is not None:
                 tokens = await _chat_prompt(served, request.model, request.messages, goes_on=False)
             else:
-                tokens = await _text_prompt(served, request.prompt or "")
+                tokens = await _plain_tokens(served, request.prompt or "")
             answer = {"count": len(tokens), "max_model_len": served.engine.model.n_ctx, "tokens": tokens}
             await send_json(send, 200, answer)
         except RequestRefused as refusal:
@@ -235,7 +216,13 @@ class _Tokenize:
             return
 
 
-async def _chat_prompt(served: _Served, name: str, messages: Sequence[Message], *, goes_on: bool) -> list[int]:
+async def _plain_tokens(served: Served, text: str) -> list[int]:
+    if Kind.EMBED in served.engine.model.kinds:
+        return await asyncio.to_thread(embedding_tokens, served.engine, text)
+    return await _text_prompt(served, text)
+
+
+async def _chat_prompt(served: Served, name: str, messages: Sequence[Message], *, goes_on: bool) -> list[int]:
     """goes_on: the last message is the beginning of the answer. Raises `RequestRefused`."""
     if served.template is None:
         raise RequestRefused(f"The model `{name}` has no chat template. Use /v1/completions.", param="model")
@@ -250,7 +237,7 @@ async def _chat_prompt(served: _Served, name: str, messages: Sequence[Message], 
     return await _beside(size, chat_tokens, served.engine, joined(pieces))
 
 
-async def _text_prompt(served: _Served, text: str) -> list[int]:
+async def _text_prompt(served: Served, text: str) -> list[int]:
     size = len(text.encode())
     ceilings.check_length(served.engine.model, size, "prompt")
     return await _beside(size, text_tokens, served.engine, text)
@@ -324,13 +311,13 @@ def _chunks(shape: shapes.Chat | shapes.Completion, index: int, event: Token | F
 
 
 async def _models(request: Request) -> Response:
-    served: Mapping[str, _Served] = request.app.state.served
+    served: Mapping[str, Served] = request.app.state.served
     return JSONResponse({"object": "list", "data": [shapes.model(each.engine.model) for each in served.values()]})
 
 
 async def _model(request: Request) -> Response:
     name = request.path_params["name"]
-    served: _Served | None = request.app.state.served.get(name)
+    served: Served | None = request.app.state.served.get(name)
     if served is None:
         return _refusal(model_not_found(name))
     return JSONResponse(shapes.model(served.engine.model))

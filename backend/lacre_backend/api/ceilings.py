@@ -8,6 +8,8 @@ Rules
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lacre.asgi import Call
 from lacre_backend.api.errors import context_length_exceeded, grant_mismatch
 from lacre_backend.api.requests import Generate, Named
@@ -53,3 +55,12 @@ def check_prompt(call: Call | None, model: ModelInfo, n_prompt: int, param: str,
         raise context_length_exceeded(model.n_ctx, n_prompt, param)
     if call is not None and call.max_prompt_tokens is not None and n_prompt > call.max_prompt_tokens:
         raise grant_mismatch(f"The prompt has {n_prompt} tokens, but was granted {call.max_prompt_tokens}.", param)
+
+
+def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int]) -> None:
+    """Of texts to embed. counts: each one's tokens; the context is for each, what was granted for all."""
+    longest, total = max(counts), sum(counts)
+    if longest > model.n_ctx:
+        raise context_length_exceeded(model.n_ctx, longest, "input")
+    if call is not None and call.max_prompt_tokens is not None and total > call.max_prompt_tokens:
+        raise grant_mismatch(f"The input has {total} tokens, but was granted {call.max_prompt_tokens}.", "input")

@@ -31,6 +31,7 @@ MAX_LOGPROBS: Final = 5  # OpenAI's, for text completions
 MAX_LOGIT_BIAS: Final = 300  # OpenAI's
 MAX_NAME: Final = 256
 MAX_TOP_K: Final = 1000
+MAX_INPUTS: Final = 2048  # OpenAI's, for embeddings
 
 # Fields of OpenAI's API that change nothing for us at these values (null is always one of them), and are refused at others.
 _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -228,6 +229,21 @@ class CompletionRequest(Generate):
         return self.logprobs
 
 
+class EmbeddingRequest(Named):
+    """`POST /v1/embeddings`: inputs, each of which becomes a vector."""
+
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+
+
+class EmbedTexts(EmbeddingRequest):
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
+class EmbedTokens(EmbeddingRequest):
+    input: Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
 class TokenizeRequest(Named):
     """`POST /v1/tokenize`: a text, or messages as the model's chat template writes them."""
 
@@ -275,6 +291,18 @@ def parse_completion(body: bytes) -> CompletionRequest:
     request = _validated(CompletionRequest, raw)
     _check_generate(request)
     return request
+
+
+def parse_embedding(body: bytes) -> EmbedTexts | EmbedTokens:
+    raw = _object(body)
+    given = raw.get("input")
+    if isinstance(given, str):
+        return _validated(EmbedTexts, {**raw, "input": [given]})
+    if isinstance(given, list) and given and isinstance(given[0], int):
+        return _validated(EmbedTokens, {**raw, "input": [given]})
+    if isinstance(given, list) and given and isinstance(given[0], list):
+        return _validated(EmbedTokens, raw)
+    return _validated(EmbedTexts, raw)
 
 
 def missing(param: str) -> RequestRefused:

@@ -42,6 +42,13 @@ def usage(spent: Usage) -> dict[str, Any]:
     }
 
 
+def embeddings(info: ModelInfo, vectors: Sequence[Any], spent: Usage) -> dict[str, Any]:
+    """vectors: each as its encoding writes it."""
+    data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+    used = {"prompt_tokens": spent.prompt_tokens, "total_tokens": spent.prompt_tokens}
+    return {"object": "list", "data": data, "model": info.name, "usage": used}
+
+
 def model(info: ModelInfo) -> dict[str, Any]:
     return {"id": info.name, "object": "model", "created": info.created, "owned_by": "lacre"}
 

@@ -169,6 +169,18 @@ def text_tokens(engine: Engine, text: str) -> list[int]:
     return _begun(engine.model, _plain(engine, text))
 
 
+def embedding_tokens(engine: Engine, text: str) -> list[int]:
+    """The ids of a text to embed, with what the tokenizer puts around one. Literals of control tokens are not recognised in it,
+    though what no token covers may become the vocabulary's token for the unknown.
+    """
+    return framed(engine.model, engine.tokenize(text))
+
+
+def framed(model: ModelInfo, ids: Sequence[int]) -> list[int]:
+    before, after = model.frame
+    return [*before, *ids, *after]
+
+
 def _begun(model: ModelInfo, ids: list[int]) -> list[int]:
     if model.add_bos and model.bos is not None and ids[:1] != [model.bos.id]:
         return [model.bos.id, *ids]

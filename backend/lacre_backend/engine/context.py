@@ -24,7 +24,7 @@ from lacre_backend.engine.scheduler import Copy, Limits, Plan, Trim
 
 Logits = NDArray[np.float32]
 
-_FLASH: Final = {
+FLASH: Final = {
     None: L.LLAMA_FLASH_ATTN_TYPE_AUTO,
     True: L.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     False: L.LLAMA_FLASH_ATTN_TYPE_DISABLED,
@@ -91,7 +91,7 @@ class Context:
         params.n_outputs_max = limits.slots
         params.n_threads = params.n_threads_batch = compute.threads
         params.kv_unified = limits.unified
-        params.flash_attn_type = _FLASH[compute.flash]
+        params.flash_attn_type = FLASH[compute.flash]
         params.no_perf = True
         self.pointer = L.llama_init_from_model(model.pointer, params)
         if not self.pointer:

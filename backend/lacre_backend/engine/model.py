@@ -114,6 +114,11 @@ class Facts:
     pooling: int | None
     cuttable: bool
 
+    @property
+    def kind(self) -> Kind:
+        """What the model was made for: one whose file says how its tokens are pooled embeds."""
+        return Kind.GENERATE if self.pooling is None else Kind.EMBED
+
     @classmethod
     def read(cls, path: Path) -> Facts:
         """Raises SettingsError."""
@@ -178,11 +183,14 @@ class Model:
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids; `special` lets control tokens' literals become control tokens. No token is added around them."""
+        return self._tokenize(text, add_special=False, special=special)
+
+    def _tokenize(self, text: str, *, add_special: bool, special: bool) -> list[int]:
         data = text.encode("utf-8")
-        size = len(data) + 2  # a token covers at least one byte; some vocabularies put one space in front
+        size = len(data) + 4  # a token covers at least one byte; some vocabularies put a space, and tokens, around the text
         for _ in range(2):
             tokens = (L.llama_token * size)()
-            count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, False, special)
+            count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, add_special, special)
             if count >= 0:
                 break
             size = -count  # a vocabulary that spells the space by several bytes
@@ -211,6 +219,15 @@ class Model:
         steering = L.LLAMA_TOKEN_ATTR_CONTROL | L.LLAMA_TOKEN_ATTR_UNKNOWN
         return bool(L.llama_vocab_get_attr(self.vocab, token) & steering) or token in self._eog
 
+    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the tokenizer puts before and after a text by itself, such as `[CLS]` and `[SEP]`."""
+        plain = self.tokenize("a", special=False)
+        framed = self._tokenize("a", add_special=True, special=False)
+        before = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), None)
+        if before is None:
+            return (), ()
+        return tuple(framed[:before]), tuple(framed[before + len(plain) :])
+
     def _read_info(self, path: Path, name: str, digest: str, n_ctx: int, kind: Kind) -> ModelInfo:
         bos, eos = L.llama_vocab_bos(self.vocab), L.llama_vocab_eos(self.vocab)
         template = L.llama_model_chat_template(self.pointer, None)
@@ -227,4 +244,6 @@ class Model:
             add_bos=bool(L.llama_vocab_get_add_bos(self.vocab)),
             control_tokens=tuple(self._control_token(t) for t in range(self.n_vocab) if self._is_control(t)),
             kinds=frozenset({kind}),
+            n_embd=int(L.llama_model_n_embd_out(self.pointer)),
+            frame=self._frame(),
         )

@@ -37,7 +37,7 @@ class TaskRefused(UsageError):
 
 
 class PromptTooLong(TaskRefused):
-    """The prompt leaves no room in the context for even one token."""
+    """The prompt does not fit the context, or leaves no room in it for even one token of an answer."""
 
     def __init__(self, n_prompt: int, n_ctx: int) -> None:
         super().__init__(f"The prompt has {n_prompt} tokens, the context holds {n_ctx}. Shorten the prompt.", field="prompt")
@@ -165,7 +165,8 @@ class ControlToken:
 class ModelInfo:
     """What is true of a loaded model. digest: "sha256:" and the hex digest of the file. created: Unix time of the file.
 
-    longest_piece: bytes of the longest token, so that a text longer than `n_ctx * longest_piece` cannot fit.
+    longest_piece: bytes of the longest token, so that a text longer than `n_ctx * longest_piece` cannot fit. n_embd: numbers in
+    an embedding. frame: what the tokenizer puts before and after a text that is to be embedded.
     """
 
     name: str
@@ -180,6 +181,8 @@ class ModelInfo:
     add_bos: bool
     control_tokens: tuple[ControlToken, ...]
     kinds: frozenset[Kind]
+    n_embd: int = 0
+    frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 def check(task: Task, model: ModelInfo) -> None:
@@ -190,7 +193,7 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("max_tokens must be at least 1.", field="max_tokens")
     if not task.prompt:
         raise TaskRefused("The prompt is empty.", field="prompt")
-    if len(task.prompt) >= model.n_ctx or len(task.sequence) > model.n_ctx:
+    if len(task.prompt) + (task.kind is Kind.GENERATE) > model.n_ctx or len(task.sequence) > model.n_ctx:
         raise PromptTooLong(len(task.sequence), model.n_ctx)
     if not all(0 <= token < model.n_vocab for token in task.prompt):
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")

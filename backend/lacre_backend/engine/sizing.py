@@ -58,7 +58,7 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None)
     """Raises `SettingsError` where the settings make no sense or the model does not fit. available: bytes; None asks."""
     _check(settings)
     facts = Facts.read(path)
-    room = _room(path, facts, settings, available)
+    room = memory_for_caches(path, facts, settings, available=available)
     context = settings.n_ctx or _context(facts, room)
     slots = settings.slots or _slots(facts, room, context)
     cells = (settings.cells or slots * context) if settings.unified else slots * context
@@ -89,8 +89,11 @@ def _check(settings: LlamaSettings) -> None:
         raise SettingsError("cells is for a unified cache: set unified too, or leave cells out.")
 
 
-def _room(path: Path, facts: Facts, settings: LlamaSettings, available: int | None) -> int | None:
-    """Bytes for caches. None: not known, since layers go to a GPU with a memory of its own."""
+def memory_for_caches(path: Path, facts: Facts, settings: LlamaSettings, *, available: int | None = None) -> int | None:
+    """Bytes beside the weights. None: not known, since layers go to a GPU with a memory of its own.
+
+    available: bytes; None asks. Raises `SettingsError` where the model does not fit.
+    """
     if settings.gpu.layers != 0 and L.llama_supports_gpu_offload():
         return None
     weights = path.stat().st_size

@@ -1,0 +1,130 @@
+"""`/v1/embeddings`: an ASGI app for one route.
+
+Rules
+- Each input is a text of its own to the engine, which puts several into one batch; vectors come back in the inputs' order.
+- Text is tokenized as plain text, in which no control token is recognised. Token ids are those that `/v1/tokenize` gives, with
+  or without what the tokenizer puts around a text; among the others there is no control token either.
+- What was embedded is counted as it is done, since a receipt may be signed before the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lacre.asgi import EXTENSION, Call, Receive, Scope, Send, Usage
+from lacre_backend.api import ceilings, shapes
+from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_down
+from lacre_backend.api.exchange import Disconnected, read_body, send_json, until_disconnect
+from lacre_backend.api.generation import fresh_id
+from lacre_backend.api.requests import MAX_BODY, EmbedTexts, EmbedTokens, parse_embedding
+from lacre_backend.api.served import Served, Serving
+from lacre_backend.api.template import embedding_tokens, framed
+from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Kind, ModelInfo, Task, TaskRefused
+
+
+class Embeddings:
+    """The endpoint. Texts are answered whole: there is nothing to stream."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            request = parse_embedding(await read_body(receive, MAX_BODY))
+            await until_disconnect(receive, self._answer(request, scope, send))
+        except RequestRefused as refusal:
+            await send_json(send, refusal.status, refusal.body())
+        except Disconnected:
+            return
+
+    async def _answer(self, request: EmbedTexts | EmbedTokens, scope: Scope, send: Send) -> None:
+        call: Call | None = scope.get("extensions", {}).get(EXTENSION)
+        ceilings.check_action(call, request, "embed")
+        served = self._serving.named(request.model, Kind.EMBED)
+        model = served.engine.model
+        if request.dimensions not in (None, model.n_embd):
+            raise RequestRefused(
+                f"Vectors of `{model.name}` have {model.n_embd} dimensions, and cannot be shortened. Leave 'dimensions' out.",
+                code="unsupported_value",
+                param="dimensions",
+            )
+        texts = await _tokens(served, request)
+        ceilings.check_inputs(call, model, [len(tokens) for tokens in texts])
+        cache_scope, batch = self._serving.cache_scope(scope), fresh_id()
+        tasks = [
+            Task(id=f"{batch}.{i}", prompt=tuple(tokens), max_tokens=1, kind=Kind.EMBED, cache_scope=cache_scope)
+            for i, tokens in enumerate(texts)
+        ]
+        usage = Usage() if call is None else call.usage
+        vectors = await _vectors(served.engine, tasks, usage)
+        written = [_written(vector, request.encoding_format) for vector in vectors]
+        await send_json(send, 200, shapes.embeddings(model, written, usage))
+
+
+async def _tokens(served: Served, request: EmbedTexts | EmbedTokens) -> list[list[int]]:
+    """Each input's tokens, with what belongs around them. Raises `RequestRefused`."""
+    if isinstance(request, EmbedTokens):
+        return [_checked(served.engine.model, tokens, f"input[{i}]") for i, tokens in enumerate(request.input)]
+    # Beside the event loop: a text may be megabytes long, and only its tokens tell whether it fits.
+    return await asyncio.to_thread(lambda: [embedding_tokens(served.engine, text) for text in request.input])
+
+
+def _checked(model: ModelInfo, tokens: Sequence[int], param: str) -> list[int]:
+    before, after = model.frame
+    inner = list(tokens)
+    if len(inner) >= len(before) + len(after) and framed(model, inner[len(before) : len(inner) - len(after)]) == inner:
+        inner = inner[len(before) : len(inner) - len(after)]
+    control = {token.id for token in model.control_tokens}
+    if not all(0 <= token < model.n_vocab and token not in control for token in inner):
+        raise RequestRefused(
+            f"'{param}' holds a token that the model does not have, or one that is not text.", code="invalid_value", param=param
+        )
+    return framed(model, inner)
+
+
+async def _vectors(engine: Engine, tasks: Sequence[Task], usage: Usage) -> list[Embedding]:
+    """In the tasks' order. Whoever leaves before the end cancels what is left."""
+    try:
+        streams = _submitted(engine, tasks)
+        usage.model_digest = engine.model.digest
+        return [await _vector(stream, usage) for stream in streams]
+    except EngineError:
+        raise engine_failed() from None
+    finally:
+        for task in tasks:
+            engine.cancel(task.id)
+
+
+def _submitted(engine: Engine, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+    try:
+        return [engine.submit(task) for task in tasks]
+    except TaskRefused as refusal:
+        raise RequestRefused(str(refusal), param="input") from None
+    except EngineError:
+        raise shutting_down() from None
+
+
+async def _vector(stream: AsyncIterator[Event], usage: Usage) -> Embedding:
+    vector: Embedding | None = None
+    async for event in stream:
+        if isinstance(event, Embedding):
+            vector = event
+        elif isinstance(event, Finish):
+            if vector is None:
+                raise shutting_down()
+            usage.prompt_tokens += event.prompt_tokens
+    if vector is None:
+        raise engine_failed()
+    return vector
+
+
+def _written(vector: Embedding, encoding_format: str) -> Any:
+    """As numbers, or as OpenAI's base64: 32-bit floats, least byte first."""
+    if encoding_format == "float":
+        return list(vector.values)
+    return base64.b64encode(np.array(vector.values, dtype="<f4").tobytes()).decode("ascii")

@@ -1,0 +1,149 @@
+"""`/v1/embeddings`: forms of input and output, usage, ceilings, refusals."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lacre.asgi import App, Call
+from lacre.errors import SettingsError
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.echo import EchoEngine
+from lacre_backend.engine.embedder import LlamaEmbedder
+from lacre_backend.engine.sizing import LlamaSettings
+from parts.minilm import NAME, minilm, published
+
+Post = Callable[..., Any]
+PATH = "/v1/embeddings"
+TEXT = "A cat sits on the mat."
+
+
+@pytest.fixture
+def both(embedder: LlamaEmbedder, echo: EchoEngine) -> App:
+    return create_app([echo, embedder])
+
+
+def body(given: Any = TEXT, **fields: Any) -> dict[str, Any]:
+    return {"model": NAME, "input": given, **fields}
+
+
+def values(reply: Any) -> np.ndarray[Any, Any]:
+    return np.array([entry["embedding"] for entry in reply.json()["data"]])
+
+
+async def test_one_text(both: App, post: Post) -> None:
+    call = Call("r", model=NAME, action="embed", max_tokens=1, max_prompt_tokens=100)
+    reply = await post(both, PATH, body(), call=call)
+    answer = reply.json()
+    assert (answer["object"], answer["model"]) == ("list", NAME)
+    (entry,) = answer["data"]
+    assert (entry["object"], entry["index"], len(entry["embedding"])) == ("embedding", 0, 384)
+    assert answer["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
+    assert (call.usage.prompt_tokens, call.usage.completion_tokens) == (9, 0)
+    assert call.usage.model_digest.startswith("sha256:")
+    ids = published().ids(TEXT)
+    assert values(reply)[0] @ published().embed(ids) > 0.9999
+
+
+async def test_several_texts_in_their_order(both: App, post: Post) -> None:
+    texts = [f"{TEXT} {'more ' * (i % 7)}{i}" for i in range(50)]
+    reply = await post(both, PATH, body(texts))
+    assert [entry["index"] for entry in reply.json()["data"]] == list(range(50))
+    found = values(reply)
+    for i in (0, 6, 49):
+        assert found[i] @ published().embed(published().ids(texts[i])) > 0.9999
+
+
+async def test_tokens_are_taken_as_they_are_told(both: App, post: Post) -> None:
+    told = (await post(both, "/v1/tokenize", {"model": NAME, "prompt": TEXT})).json()["tokens"]
+    assert told == published().ids(TEXT)
+    text = values(await post(both, PATH, body()))
+    for tokens in (told, told[1:-1], [told], [told[1:-1], told]):
+        for found in values(await post(both, PATH, body(tokens))):
+            assert found @ text[0] > 0.99999
+
+
+async def test_base64(both: App, post: Post) -> None:
+    plain = values(await post(both, PATH, body(encoding_format="float")))
+    (entry,) = (await post(both, PATH, body(encoding_format="base64"))).json()["data"]
+    assert np.abs(np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") - plain[0]).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "code"),
+    [
+        ({"input": None}, 400, "input", "missing_required_parameter"),
+        ({"input": []}, 400, "input", "empty_array"),
+        ({"input": ""}, 400, "input[0]", "string_below_min_length"),
+        ({"input": ["a", ""]}, 400, "input[1]", "string_below_min_length"),
+        ({"input": ["a", 1]}, 400, "input[1]", "invalid_type"),
+        ({"input": [1, "a"]}, 400, "input[0][1]", "invalid_type"),
+        ({"input": [1, True]}, 400, "input[0][1]", "invalid_type"),
+        ({"input": [[1], []]}, 400, "input[1]", "empty_array"),
+        ({"input": 7}, 400, "input", "invalid_type"),
+        ({"input": {"a": 1}}, 400, "input", "invalid_type"),
+        ({"input": ["x"] * 2049}, 400, "input", "array_above_max_length"),
+        ({"input": [10**6]}, 400, "input[0]", "invalid_value"),
+        ({"input": [-1]}, 400, "input[0]", "invalid_value"),
+        ({"input": [7592, 102, 7592]}, 400, "input[0]", "invalid_value"),  # [SEP] in the middle
+        ({"input": "word " * 511}, 400, "input", "context_length_exceeded"),
+        ({"input": [7592] * 511}, 400, "input", "context_length_exceeded"),
+        ({"dimensions": 128}, 400, "dimensions", "unsupported_value"),
+        ({"dimensions": 0}, 400, "dimensions", "below_min_value"),
+        ({"encoding_format": "int8"}, 400, "encoding_format", "invalid_value"),
+        ({"truncate": True}, 400, "truncate", "unknown_parameter"),
+        ({"model": "gpt-9"}, 404, "model", "model_not_found"),
+        ({"model": "echo"}, 400, "model", None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_refusals(both: App, post: Post, change: dict[str, Any], status: int, param: str, code: str | None) -> None:
+    fields = {name: value for name, value in {**body(), **change}.items() if value is not None}
+    error = (await post(both, PATH, fields)).error(status)
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+async def test_the_models_own_dimensions_may_be_named(both: App, post: Post) -> None:
+    assert values(await post(both, PATH, body(dimensions=384, user="ana"))).shape == (1, 384)
+
+
+async def test_more_than_granted(both: App, post: Post) -> None:
+    for call, param in (
+        (Call("r", model=NAME, action="chat"), "action"),
+        (Call("r", model="echo", action="embed"), "model"),
+        (Call("r", model=NAME, action="embed", max_prompt_tokens=17), "input"),
+    ):
+        error = (await post(both, PATH, body([TEXT, TEXT]), call=call)).error(403)
+        assert (error["code"], error["param"]) == ("grant_mismatch", param)
+        assert call.usage.prompt_tokens == 0
+    enough = Call("r", model=NAME, action="embed", max_prompt_tokens=18)
+    assert (await post(both, PATH, body([TEXT, TEXT]), call=enough)).status == 200
+    assert enough.usage.prompt_tokens == 18
+
+
+async def test_each_model_does_what_it_is_for(both: App, post: Post) -> None:
+    for path, fields in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/completions", {"prompt": "x"}),
+    ):
+        assert "embeds" in (await post(both, path, {"model": NAME, **fields})).error(400)["message"]
+        assert (await post(both, path, {"model": "echo", **fields})).status == 200
+    listed = (await post(both, "/v1/models", b"", method="GET")).json()["data"]
+    assert [entry["id"] for entry in listed] == ["echo", NAME]
+
+
+async def test_an_engine_that_closes(post: Post) -> None:
+    engine = LlamaEmbedder(minilm(), name=NAME, digest="sha256:0", settings=LlamaSettings(threads=1))
+    app = create_app([engine])
+    engine.close()
+    assert (await post(app, PATH, body())).error(503)["type"] == "server_error"
+
+
+def test_two_models_of_one_name() -> None:
+    engines = [EchoEngine(), EchoEngine()]
+    with pytest.raises(SettingsError, match="echo"):
+        create_app(engines)
