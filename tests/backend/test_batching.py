@@ -10,6 +10,7 @@ import gc
 import itertools
 import random
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from lacre_backend import models
+from lacre_backend.api.app import create_app
 from lacre_backend.engine import llama as llama_module
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, Model
@@ -242,7 +244,7 @@ def resident() -> int:
     return pages * 4096
 
 
-async def test_500_mixed_requests(tiny_engine: LlamaEngine, make_task: MakeTask) -> None:
+async def test_500_mixed_tasks(tiny_engine: LlamaEngine, make_task: MakeTask) -> None:
     choose = random.Random(4)
 
     def tasks() -> Iterator[tuple[Task, int | None]]:
@@ -274,11 +276,61 @@ async def test_500_mixed_requests(tiny_engine: LlamaEngine, make_task: MakeTask)
     assert counts["refused"] == 50
     assert counts["cancelled"] > 0
     assert resident() <= 1.05 * before
-    jobs, _ = tiny_engine.held
+    assert_nothing_held(tiny_engine)
+
+
+def assert_nothing_held(engine: LlamaEngine) -> None:
+    jobs, _ = engine.held
     assert jobs == 0
-    for scope in list(tiny_engine._scheduler.scopes):
-        tiny_engine._scheduler.forget(scope)
-    assert tiny_engine.held == (0, 0), "no slot and no cell is left held"
+    for scope in list(engine._scheduler.scopes):
+        engine._scheduler.forget(scope)
+    assert engine.held == (0, 0), "no slot and no cell is left held"
+
+
+async def test_500_mixed_requests(tiny_engine: LlamaEngine, post: Callable[..., Any]) -> None:
+    """Through the API, all at once: whole and streamed, long and short, three choices, refused, broken off, abandoned."""
+    choose = random.Random(5)
+    app = create_app([tiny_engine])
+
+    async def one(i: int) -> str:
+        body: dict[str, Any] = {
+            "model": "m",
+            "prompt": "".join(choose.choices("abc xyz", k=choose.choice([3, 20, 120, 400]))),
+            "max_tokens": choose.choice([1, 8, 40]),
+            "stream": choose.random() < 0.5,
+            "n": 3 if i % 4 == 0 else 1,
+        }
+        leave_after: int | None = None
+        match i % 10:
+            case 0:
+                body["prompt"] = "x" * 600  # longer than the context
+            case 1:
+                body["best_of"] = 7  # not supported
+            case 2 | 3:
+                body["stream"], leave_after = True, choose.choice([1, 3])
+            case 4:
+                body["stop"] = ["a"]
+        salt = choose.choice([(), ((b"lacre-cache-salt", b"shared"),), ((b"lacre-cache-salt", secrets.token_hex(8).encode()),)])
+        reply = await post(app, "/v1/completions", body, leave_after=leave_after, headers=salt)
+        if reply.status == 200 and leave_after is None:
+            ends = (
+                [choice for choice in reply.events() for choice in choice["choices"]]
+                if body["stream"]
+                else reply.json()["choices"]
+            )
+            ended = [choice["index"] for choice in ends if choice["finish_reason"]]
+            assert sorted(ended) == list(range(body["n"])), "each choice ends once"
+        return "left" if leave_after is not None else str(reply.status)
+
+    async def everything() -> Counter[str]:
+        return Counter(await asyncio.gather(*map(one, range(500))))
+
+    await everything()
+    before = resident()
+    counts = await everything()
+    assert counts == {"200": 300, "400": 100, "left": 100}
+    assert resident() <= 1.05 * before
+    assert_nothing_held(tiny_engine)
 
 
 async def test_more_than_the_cells_hold(tiny: Path, make_task: MakeTask, run: Run) -> None:
