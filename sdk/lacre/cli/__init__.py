@@ -1,0 +1,69 @@
+"""The `lacre` command. Its sub-commands come from the entry points in `lacre.commands`: those of an extra appear with it.
+
+Rules:
+- What is data goes to stdout; what is said to a person beside it (progress, errors, the lock line) goes to stderr.
+- What somebody else wrote (a model, a gateway, a manifest) never reaches a terminal with its control characters.
+- No secret is taken from an argument or printed, but for the one that `lacre proxy` and `lacre token issue` are asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated
+
+from lacre._version import __version__
+from lacre.errors import LacreError
+
+try:
+    import typer
+
+    from lacre.cli import asking, chatting, manifests, proxying, standing
+    from lacre.cli.manifests import manifest_app
+    from lacre.cli.output import exit_code, tell
+except ModuleNotFoundError as exc:
+    raise SystemExit("the lacre command needs an extra: pip install 'lacre[cli]'") from exc
+
+__all__ = ["app", "main", "manifest_app"]
+
+GROUP = "lacre.commands"
+
+app = typer.Typer(
+    name="lacre",
+    help="Sealed access to self-hosted language models.",
+    epilog="Exit codes: 0 done, 1 failed, 2 command line, 3 refused, 4 network, 5 not verified, 6 protocol, 7 model's server.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(chatting.chat)
+app.command()(asking.ask)
+app.command()(standing.status)
+app.command()(proxying.proxy)
+app.add_typer(manifests.manifest_app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lacre {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """The console script."""
+    for entry in entry_points(group=GROUP):
+        entry.load()(app)
+    try:
+        app()
+    except LacreError as exc:
+        tell(exc)
+        sys.exit(exit_code(exc))
+    except BrokenPipeError:
+        sys.exit(1)

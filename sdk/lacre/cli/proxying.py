@@ -1,0 +1,7 @@
+"""`lacre proxy`."""
+
+from __future__ import annotations
+
+
+def proxy() -> None:
+    """To come."""
