@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
@@ -21,7 +20,6 @@ import anyio
 import cryptography_vectors
 import httpx2
 import pytest
-import uvicorn
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi
@@ -30,6 +28,7 @@ from lacre.manifest import Manifest
 from lacre.receipts import TRAILER, Receipt
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from parts.chat_app import ChatApp
+from parts.live import Gateway, serving
 from parts.relay import Relay, served
 
 HERE = Path(__file__).resolve().parent
@@ -72,48 +71,6 @@ def test_official_vectors() -> None:
 def test_rules_that_no_exchange_shows() -> None:
     done = node("--test", "--test-reporter=tap")
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@dataclass
-class Gateway:
-    """A relay on a loopback port. `before(i)` runs before the i-th piece of a sealed answer is sent."""
-
-    relay: Relay
-    before: Callable[[int], Any] | None = None
-    url: str = ""
-    paths: list[str] = field(default_factory=list)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        self.paths.append(scope["path"])
-        url = f"http://{scope['server'][0]}:{scope['server'][1]}{scope['path']}"
-        response = await self.relay.answer(httpx2.Request(scope["method"], url, headers=scope["headers"], content=body))
-        await send({"type": "http.response.start", "status": response.status_code, "headers": response.headers.raw})
-        pieces = [piece async for piece in response.aiter_raw()]
-        for i, piece in enumerate(pieces):
-            if self.before is not None and scope["path"] == "/v1/sealed":
-                await self.before(i)
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body"})
-
-
-@contextlib.asynccontextmanager
-async def serving(gateway: Gateway) -> AsyncIterator[Gateway]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(gateway, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        gateway.url = gateway.relay.url.replace("127.0.0.1:9", f"127.0.0.1:{listener.getsockname()[1]}")
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(server.serve, [listener])
-            try:
-                yield gateway
-            finally:
-                server.should_exit = True
 
 
 @dataclass

@@ -1,0 +1,193 @@
+"""An OpenAI-compatible server on loopback whose every request is sealed: for programs in any language (`lacre proxy`).
+
+Rules:
+- Only who sends its key is served. The key is this proxy's own; the gateway's token stays in here.
+- A web page can make its browser send requests to loopback, and by DNS rebinding under a name of its own: a `Host` that is not
+  this server's is refused, and so is every `Origin` that was not allowed.
+- What comes from inside the seal passes on piece by piece, as it opens.
+- Errors have OpenAI's shape and say what to do next. A stream that breaks ends with an error event, never with `[DONE]`.
+- Nothing of a request or an answer is logged.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import httpx2
+
+from lacre import errors
+from lacre.client import AsyncClient
+from lacre.inner import ALLOWED_HEADERS, MAX_CONTENT
+
+try:
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+    from starlette.types import ASGIApp, Receive, Scope, Send
+except ModuleNotFoundError as exc:
+    raise ImportError("lacre proxy needs an extra: pip install 'lacre[proxy]'") from exc
+
+METHODS: Final = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+PASSED_BACK: Final = ("content-type", "retry-after")  # of an answer's headers; what HTTP adds to them is this server's own
+LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
+_EVENT_STREAM: Final = "text/event-stream"
+
+# The first that fits. What else can be raised is a bug, and says no more than 500.
+_STATUS: Final[tuple[tuple[type[errors.LacreError], int], ...]] = (
+    (errors.MessageTooLarge, 413),
+    (errors.SettingsError, 500),
+    (errors.UsageError, 400),
+    (errors.NetworkError, 502),
+    (errors.ProtocolError, 502),
+    (errors.VerificationError, 502),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Who comes in. hosts: values of `Host`; origins: of `Origin`, none by default."""
+
+    key: str = field(repr=False)
+    hosts: frozenset[str]
+    origins: frozenset[str] = frozenset()
+
+    @classmethod
+    def on(cls, port: int, key: str, *, names: Sequence[str] = (), origins: Sequence[str] = ()) -> Door:
+        """names: what this machine is called, beside loopback's own names."""
+        hosts = {host.lower() for name in (*LOOPBACK, *names) for host in (f"{name}:{port}", *([name] if port == 80 else []))}
+        return cls(key, frozenset(hosts), frozenset(origins))
+
+
+def create_app(client: AsyncClient, door: Door) -> ASGIApp:
+    """The server, as an ASGI app. The caller closes the client."""
+    cors = Middleware(CORSMiddleware, allow_origins=sorted(door.origins), allow_methods=METHODS, allow_headers=["*"])
+    middleware = [
+        Middleware(_Guard, check=lambda request: _check_address(request, door)),
+        *([cors] if door.origins else []),
+        Middleware(_Guard, check=lambda request: _check_key(request, door)),
+    ]
+    app = Starlette(
+        routes=[Route("/v1/{path:path}", _forward, methods=METHODS)],
+        middleware=middleware,
+        exception_handlers={404: _not_found, 405: _not_allowed, errors.LacreError: _failed},
+    )
+    app.state.client = client
+    return app
+
+
+class _Guard:
+    """Refuses what a check refuses. Pure ASGI: nothing of a stream waits in it."""
+
+    def __init__(self, app: ASGIApp, check: Callable[[Request], Response | None]) -> None:
+        self._app = app
+        self._check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # a lifespan that was not asked for, or a WebSocket, which is closed by that
+        refusal = self._check(Request(scope))
+        await (self._app if refusal is None else refusal)(scope, receive, send)
+
+
+def _check_address(request: Request, door: Door) -> Response | None:
+    hosts, origins = request.headers.getlist("host"), request.headers.getlist("origin")
+    if len(hosts) != 1 or hosts[0].lower() not in door.hosts:
+        known = ", ".join(sorted(door.hosts))
+        return _error(
+            421, "host", f"This proxy answers to the hosts {known}, and to no other: use one of them as the base URL."
+        )
+    if any(origin not in door.origins for origin in origins):
+        return _error(
+            403, "origin", "A web page may not use this proxy, unless it was started with --allow-origin for that page."
+        )
+    return None
+
+
+def _check_key(request: Request, door: Door) -> Response | None:
+    sent = request.headers.get("authorization", "")
+    if hmac.compare_digest(sent.encode("latin-1"), f"Bearer {door.key}".encode("latin-1")):
+        return None
+    message = (
+        "Send the key that `lacre proxy` printed (or keeps in its --key-file) as a bearer token: OPENAI_API_KEY or api_key."
+    )
+    refusal = _error(401, "invalid_api_key", message)
+    refusal.headers["www-authenticate"] = "Bearer"
+    return refusal
+
+
+async def _forward(request: Request) -> Response:
+    client: AsyncClient = request.app.state.client
+    headers = [(name, value) for name, value in request.headers.items() if name in ALLOWED_HEADERS]
+    path = request.scope["raw_path"].decode("ascii")
+    query = request.scope["query_string"].decode("ascii")
+    try:
+        content = await _body(request)
+    except ClientDisconnect:
+        return Response(status_code=499)  # nobody reads it
+    sealed = client.build_request(
+        request.method, httpx2.URL(path + (f"?{query}" if query else "")), headers=headers, content=content or None
+    )
+    answer = await client.send(sealed, stream=True)
+    passed = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers}
+    return StreamingResponse(_pieces(answer), answer.status_code, passed)
+
+
+async def _body(request: Request) -> bytes:
+    """Raises MessageTooLarge before it was buffered."""
+    content = bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > MAX_CONTENT:
+            raise errors.MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
+    return bytes(content)
+
+
+async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
+    """The body as it opens. Where it breaks, an event stream says so, and anything else breaks too."""
+    stream = answer.stream  # and not `aiter_raw`: of a refusal, which did not come from a network, it was read when it was made
+    assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 - of an async client's answer it is
+    try:
+        async with aclosing(answer):
+            async for piece in stream:
+                yield piece
+    except errors.LacreError as exc:
+        if not answer.headers.get("content-type", "").startswith(_EVENT_STREAM):
+            raise
+        yield b"\n\ndata: " + json.dumps(explained(exc)).encode() + b"\n\n"
+
+
+def explained(error: errors.LacreError) -> dict[str, Any]:
+    """The error in OpenAI's shape: what happened and what helps, and for who wants it, what had been verified by then."""
+    message, code = str(error), re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
+    helps = error.remedy if error.remedy not in message else ""
+    checked = None if error.verification is None else error.verification.members()
+    told = {"message": f"{message}. {helps}".strip(" ."), "type": "lacre_error", "param": None, "code": code}
+    return {"error": {**told, "remedy": error.remedy, "verification": checked}}
+
+
+async def _failed(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.LacreError)  # noqa: S101 - it is registered for these alone
+    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+    status = 504 if isinstance(error, httpx2.TimeoutException) else status
+    return JSONResponse(explained(error), status)
+
+
+async def _not_found(request: Request, _exc: Exception) -> Response:
+    return _error(404, "unknown_url", f"{request.url.path} is not here: the base URL of this proxy ends in /v1.")
+
+
+async def _not_allowed(request: Request, _exc: Exception) -> Response:
+    return _error(405, "method_not_supported", f"{request.method} is not a method that is passed on.")
+
+
+def _error(status: int, code: str, message: str) -> Response:
+    return JSONResponse({"error": {"message": message, "type": "lacre_proxy", "param": None, "code": code}}, status)

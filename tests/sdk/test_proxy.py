@@ -1,0 +1,295 @@
+"""`lacre proxy` as a process of its own, over real sockets: who gets in, what passes, what it says when something fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from lacre import problems
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.echo import EchoEngine
+from parts.chat_app import reply
+from parts.live import Gateway, beside, settings
+from parts.relay import Relay, served
+from parts.up import LACRE
+
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "the sea"}]}
+SEALED = "/v1/sealed"
+
+
+@dataclass
+class Proxy:
+    process: subprocess.Popen[str]
+    told: dict[str, Any]
+
+    def client(self, **headers: str) -> httpx2.Client:
+        """headers: beside the key's."""
+        return httpx2.Client(
+            base_url=self.told["base_url"] + "/",
+            headers={"authorization": f"Bearer {self.told['api_key']}"} | headers,
+            timeout=60,
+            trust_env=False,
+        )
+
+
+@contextmanager
+def running(gateway: Gateway, home: Path, *options: str) -> Iterator[Proxy]:
+    command = [*LACRE, "proxy", "--port", "0", "--json", *options]
+    process = subprocess.Popen(command, env=settings(gateway, home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        yield Proxy(process, json.loads(line))
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EchoEngine]:
+    engine = EchoEngine(name="tiny", n_ctx=512)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def gateway(engine: EchoEngine) -> Iterator[Gateway]:
+    with beside(Gateway(Relay(create_app([engine])))) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def proxy(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    origin = ("--allow-origin", "http://localhost:3000")
+    with running(gateway, tmp_path_factory.mktemp("home"), *origin) as proxy:
+        yield proxy
+
+
+@pytest.fixture(autouse=True)
+def honest(gateway: Gateway) -> Iterator[None]:
+    gateway.relay.requests.clear()
+    gateway.relay.opened.clear()
+    yield
+    gateway.relay.respond, gateway.relay.bend, gateway.before = lambda _request: None, list, None
+
+
+def sealed(gateway: Gateway) -> list[httpx2.Request]:
+    return [request for request in gateway.relay.requests if request.url.path == SEALED]
+
+
+class TestWhatPasses:
+    def test_a_whole_answer(self, proxy: Proxy, gateway: Gateway) -> None:
+        with proxy.client(cookie="c00kie", traceparent="00-telling") as client:
+            answer = client.post("chat/completions", json={**BODY, "user": "jo@example.com"})
+        assert answer.json()["choices"][0]["message"]["content"] == "the sea"
+        assert "server" not in answer.headers
+        [inside], [outside] = gateway.relay.opened, sealed(gateway)
+        assert json.loads(inside.request.content) == BODY
+        assert not {name for name, _value in inside.request.headers} & {"cookie", "traceparent", "authorization"}
+        assert outside.headers["authorization"] == "Bearer t0ken"  # the proxy's own key goes nowhere
+        assert b"the sea" not in outside.content and proxy.told["api_key"] not in str(outside.headers)
+
+    def test_pieces_pass_while_the_answer_is_still_sealed(self, proxy: Proxy, gateway: Gateway) -> None:
+        """The gateway holds the later records back until the program has seen the first token."""
+        seen = threading.Event()
+
+        async def before(i: int) -> None:
+            if i == 4:
+                assert await asyncio.to_thread(seen.wait, 30)
+
+        gateway.before = before
+        with proxy.client() as client, client.stream("POST", "chat/completions", json={**BODY, "stream": True}) as answer:
+            lines = []
+            for line in answer.iter_lines():
+                if line.startswith("data:"):
+                    lines.append(line)
+                    if '"content":"t"' in line.replace(" ", ""):
+                        seen.set()
+        assert seen.is_set() and lines[-1] == "data: [DONE]"
+
+    def test_models(self, proxy: Proxy) -> None:
+        with proxy.client() as client:
+            assert [model["id"] for model in client.get("models").json()["data"]] == ["tiny"]
+            assert client.get("models/tiny?x=1").json()["id"] == "tiny"
+
+    def test_the_workers_error(self, proxy: Proxy) -> None:
+        with proxy.client() as client:
+            answer = client.post("chat/completions", json={**BODY, "model": "gone"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+    def test_a_gateways_refusal(self, proxy: Proxy, gateway: Gateway) -> None:
+        def refuse(request: httpx2.Request) -> httpx2.Response | None:
+            return served(429, problems.RATE_LIMITED.body(), {"retry-after": "7"}) if request.url.path == SEALED else None
+
+        gateway.relay.respond = refuse
+        with proxy.client() as client:
+            answer = client.post("chat/completions", json=BODY)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+        assert answer.json()["error"]["code"] == "rate-limited"
+
+
+class TestWhoGetsIn:
+    @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "localhost:1", ""])
+    def test_another_host_is_refused(self, proxy: Proxy, gateway: Gateway, host: str) -> None:
+        """A page whose name was pointed at loopback (DNS rebinding) sends its own name; the key alone would not tell."""
+        port = httpx2.URL(proxy.told["base_url"]).port
+        with proxy.client(host=host.format(port=port)) as client:
+            answer = client.post("chat/completions", json=BODY)
+        assert answer.status_code == 421
+        assert "127.0.0.1" in answer.json()["error"]["message"]
+        assert not gateway.relay.requests
+
+    @pytest.mark.parametrize("host", ["localhost:{port}", "LOCALHOST:{port}", "[::1]:{port}"])
+    def test_loopbacks_names(self, proxy: Proxy, host: str) -> None:
+        port = httpx2.URL(proxy.told["base_url"]).port
+        with proxy.client(host=host.format(port=port)) as client:
+            assert client.post("chat/completions", json=BODY).status_code == 200
+
+    @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:3001", ""])
+    @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+    def test_a_web_page_is_refused(self, proxy: Proxy, gateway: Gateway, origin: str, method: str) -> None:
+        with proxy.client(origin=origin, **{"access-control-request-method": "POST"}) as client:
+            answer = client.request(method, "chat/completions", json=BODY)
+        assert answer.status_code == 403
+        assert "access-control-allow-origin" not in answer.headers
+        assert not gateway.relay.requests
+
+    def test_an_allowed_page_may(self, proxy: Proxy) -> None:
+        page = "http://localhost:3000"
+        with proxy.client(origin=page) as client:
+            preflight = client.options("chat/completions", headers={"access-control-request-method": "POST"})
+            answer = client.post("chat/completions", json=BODY)
+        for each in (preflight, answer):
+            assert (each.status_code, each.headers["access-control-allow-origin"]) == (200, page)
+
+    @pytest.mark.parametrize(
+        "sent", ["", "Bearer", "Bearer wrong", "Bearer t0ken", "Basic {key}", "Bearer {key}x", "bearer {key}"]
+    )
+    def test_without_the_key(self, proxy: Proxy, gateway: Gateway, sent: str) -> None:
+        with proxy.client(authorization=sent.format(key=proxy.told["api_key"])) as client:
+            answer = client.post("chat/completions", json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert not gateway.relay.requests
+
+    def test_a_page_without_the_key(self, proxy: Proxy) -> None:
+        with proxy.client(origin="http://localhost:3000", authorization="Bearer x") as client:
+            assert client.post("chat/completions", json=BODY).status_code == 401
+
+
+class TestErrors:
+    def test_a_stream_that_breaks_says_so(self, proxy: Proxy, gateway: Gateway) -> None:
+        gateway.relay.bend = lambda pieces: [*pieces[:3], pieces[4], *pieces[5:]]
+        with proxy.client() as client:
+            text = client.post("chat/completions", json={**BODY, "stream": True}).text
+        last = text.strip().splitlines()[-1]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "open_error" and error["remedy"] and error["verification"]["sealed_to"]["pool"] == "default"
+        assert "[DONE]" not in text
+
+    def test_a_whole_answer_of_which_nothing_opened(self, proxy: Proxy, gateway: Gateway) -> None:
+        gateway.relay.bend = lambda pieces: pieces[:-1]
+        with proxy.client() as client:
+            answer = client.post("chat/completions", json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "truncated_stream")
+
+    def test_a_whole_answer_that_breaks_is_cut_off(
+        self, proxy: Proxy, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Never a 200 that looks whole."""
+
+        async def long(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+            await reply(send, 200, {"text": "x" * 50_000})
+
+        monkeypatch.setattr(gateway.relay, "app", long)
+        with proxy.client() as client:
+            assert len(client.post("chat/completions", json=BODY).json()["text"]) == 50_000
+            gateway.relay.bend = lambda pieces: pieces[:-1]
+            with pytest.raises(httpx2.RemoteProtocolError):
+                client.post("chat/completions", json=BODY)
+
+    def test_what_cannot_be_sealed(self, proxy: Proxy, gateway: Gateway) -> None:
+        with proxy.client() as client:
+            answer = client.post("chat/completions", content=b"x" * (8 * 2**20))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "message_too_large")
+        assert not gateway.relay.requests
+
+    def test_an_answer_that_proves_nothing(self, proxy: Proxy, gateway: Gateway) -> None:
+        gateway.relay.respond = lambda request: served(200, b"plain") if request.url.path == SEALED else None
+        with proxy.client() as client:
+            answer = client.post("chat/completions", json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "unsealed_response")
+        assert "plain" not in answer.text
+
+    def test_other_paths(self, proxy: Proxy) -> None:
+        with proxy.client() as client:
+            answer = client.get(proxy.told["base_url"].removesuffix("/v1") + "/chat/completions")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+        assert "/v1" in answer.json()["error"]["message"]
+
+
+class TestStarting:
+    def run(self, home: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+        gateway = Gateway(Relay(lambda scope, receive, send: None))  # type: ignore[arg-type, return-value]
+        gateway.url = gateway.relay.url
+        return subprocess.run(
+            [*LACRE, "proxy", "--port", "0", *options],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=settings(gateway, home) | env,
+        )
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+    def test_beyond_loopback_only_when_told(self, tmp_path: Path, host: str) -> None:
+        done = self.run(tmp_path, "--host", host)
+        assert done.returncode == 1
+        assert "--allow-remote" in done.stderr
+
+    def test_a_gateway_that_is_not_there(self, tmp_path: Path) -> None:
+        done = self.run(tmp_path)
+        assert done.returncode == 4
+        assert not done.stdout  # no key of a proxy that does not run
+
+    def test_a_key_file_is_made_once_and_for_its_owner(self, gateway: Gateway, tmp_path: Path) -> None:
+        file = tmp_path / "proxy.key"
+        for _ in range(2):
+            with running(gateway, tmp_path, "--key-file", str(file)) as proxy:
+                assert proxy.told["key_file"] == str(file)
+                assert "api_key" not in proxy.told
+                proxy.told["api_key"] = file.read_text().strip()
+                with proxy.client() as client:
+                    assert client.post("chat/completions", json=BODY).status_code == 200
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+    @pytest.mark.parametrize(("mode", "text", "says"), [(0o644, "k" * 43, "chmod 600"), (0o600, "short", "32 characters")])
+    def test_a_key_file_that_is_none(self, tmp_path: Path, mode: int, text: str, says: str) -> None:
+        file = tmp_path / "proxy.key"
+        file.write_text(text)
+        file.chmod(mode)
+        done = self.run(tmp_path, "--key-file", str(file))
+        assert done.returncode == 1
+        assert says in done.stderr and text not in done.stderr
+
+    def test_what_it_prints_is_for_a_shell(self, gateway: Gateway, tmp_path: Path) -> None:
+        command = [*LACRE, "proxy", "--port", "0"]
+        process = subprocess.Popen(
+            command, env=settings(gateway, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        process.terminate()
+        process.communicate(timeout=30)
+        assert [line.partition("=")[0] for line in lines] == ["export OPENAI_BASE_URL", "export OPENAI_API_KEY"]
