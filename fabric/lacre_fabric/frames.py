@@ -29,6 +29,9 @@ class Kind(StrEnum):
     BEAT = "beat"
 
 
+_KINDS: Final = {kind.value: kind for kind in Kind}
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """attempt: 32 hex digits, this worker's try at the work. sequence: counts all of the attempt's frames from 0."""
@@ -45,9 +48,9 @@ class Frame:
     def parse(cls, headers: Mapping[str, str] | None, payload: bytes) -> Frame:
         """Raises InvalidMessage."""
         headers = headers or {}
-        attempt, sequence, kind = headers.get(ATTEMPT, ""), headers.get(SEQUENCE, ""), headers.get(KIND, "")
-        if not _ATTEMPT.fullmatch(attempt) or not _SEQUENCE.fullmatch(sequence) or kind not in set(Kind):
+        attempt, sequence, kind = headers.get(ATTEMPT, ""), headers.get(SEQUENCE, ""), _KINDS.get(headers.get(KIND, ""))
+        if not _ATTEMPT.fullmatch(attempt) or not _SEQUENCE.fullmatch(sequence) or kind is None:
             raise InvalidMessage("a frame without an attempt, a sequence number or a kind")
         if len(payload) > MAX_PAYLOAD:
             raise InvalidMessage("a frame larger than a worker's whole credit")
-        return cls(attempt, int(sequence), Kind(kind), payload)
+        return cls(attempt, int(sequence), kind, payload)

@@ -4,6 +4,7 @@ Rules:
 - The first attempt that sends a frame is the one, for it has claimed the request or refuses it: another's frames are dropped.
 - Its frames count from 0 without a gap. A worker that falls silent for `LOST_AFTER` is lost.
 - What is not read yet is bounded by the worker's credit; more than that is a worker out of hand, and ends this request only.
+- A worker is told what its reader took when that is worth a message, and at the latest with its own next beat.
 - What is no frame at all says nothing about an attempt: it is dropped, and where it stood in for a frame, a gap tells.
 """
 
@@ -21,22 +22,30 @@ from lacre_fabric.work import CREDIT, LOST_AFTER, FabricError, FrameGap, QueueTi
 # Frames of few bytes each must not pile up either. A sealed record has a length, a tag and a byte at least: 18 bytes, and no
 # honest worker gets so many of them out of its credit.
 MAX_PENDING_FRAMES: Final = 16 * 1024
+# Of a credit of 256 KiB: until a worker has spent so much more it does not wait for the word.
+RENEW_AFTER: Final = CREDIT // 8
 # Each of a worker's receipts says more than the one before: more than one is kept only in case the last does not verify.
 KEPT_RECEIPTS: Final = 4
 MAX_RECEIPT: Final = 4096  # bytes; ours have some 500
 
 
 class Inbound:
-    """queue_limit: seconds until the first frame must have come."""
+    """queue_limit: seconds until the first frame must have come. Made and used on one event loop."""
 
     def __init__(self, queue_limit: float) -> None:
-        self._queue_limit = queue_limit
-        self._frames: asyncio.Queue[Frame | FabricError] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._frames: deque[Frame] = deque()
+        self._error: FabricError | None = None
+        self._arrived: asyncio.Future[None] | None = None
         self._pending_bytes = 0
         self._bound: str | None = None
         self._next = 0
         self._over = False
+        self._consumed = self._told = 0
         self._receipts: deque[bytes] = deque(maxlen=KEPT_RECEIPTS)
+        # One timer, put off when it comes due and not with each frame.
+        self._silent_at = self._loop.time() + queue_limit
+        self._watch = self._loop.call_at(self._silent_at, self._look)
         self.started = asyncio.Event()
 
     @property
@@ -46,6 +55,11 @@ class Inbound:
     @property
     def receipt(self) -> bytes | None:
         return self._receipts[-1] if self._receipts else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next frame is here already."""
+        return bool(self._frames)
 
     def receive(self, headers: Mapping[str, str], payload: bytes) -> None:
         """Takes what came off the wire, in the order in which it came."""
@@ -58,45 +72,75 @@ class Inbound:
     def put(self, frame: Frame) -> None:
         if self._over or (self._bound is not None and frame.attempt != self._bound):
             return
+        self._silent_at = self._loop.time() + LOST_AFTER
         if self._bound is None:
-            self._bound = frame.attempt
-            self.started.set()
+            self._bind(frame.attempt)
         if frame.sequence != self._next:
             return self.fail(FrameGap("a frame of the answer is missing"))
         self._next += 1
-        self._pending_bytes += len(frame.payload)
-        if self._pending_bytes > 2 * CREDIT or self._frames.qsize() >= MAX_PENDING_FRAMES:
-            return self.fail(FrameGap("the worker sent more than its credit allows"))
         if frame.kind in (Kind.USAGE, Kind.BEAT) and 0 < len(frame.payload) <= MAX_RECEIPT:
             self._receipts.append(frame.payload)
-        self._frames.put_nowait(frame)
+        if frame.kind is Kind.BEAT:
+            return None
+        self._pending_bytes += len(frame.payload)
+        if self._pending_bytes > 2 * CREDIT or len(self._frames) >= MAX_PENDING_FRAMES:
+            return self.fail(FrameGap("the worker sent more than its credit allows"))
+        self._frames.append(frame)
+        self._wake()
         return None
 
     def fail(self, error: FabricError) -> None:
         """Ends the frames with an error, after those that came before it."""
         if not self._over:
-            self._over = True
-            self._frames.put_nowait(error)
+            self._over, self._error = True, error
+            self._watch.cancel()
+            self._wake()
+
+    def consumed(self, size: int) -> int | None:
+        """The reader took so many bytes more: the sum of all that it took, where the worker is to be told now."""
+        self._consumed += size
+        return self.renewal() if self._consumed - self._told >= RENEW_AFTER else None
+
+    def renewal(self) -> int | None:
+        """The sum of all that the reader took, where the worker does not know it yet."""
+        if self._told == self._consumed:
+            return None
+        self._told = self._consumed
+        return self._told
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
         """DATA frames, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or what `fail` was given."""
-        begun = False
-        while True:
-            try:
-                async with asyncio.timeout(LOST_AFTER if begun else self._queue_limit):
-                    frame = await self._frames.get()
-            except TimeoutError as exc:
-                self._over = True
-                if not begun:
-                    raise QueueTimeout("no worker took the request within its queue limit") from exc
-                raise WorkerLost("the worker fell silent in mid-answer") from exc
-            if isinstance(frame, FabricError):
-                raise frame
-            begun = True
-            self._pending_bytes -= len(frame.payload)
-            if frame.kind is Kind.BEAT:
-                continue
-            yield frame
-            if frame.kind in (Kind.USAGE, Kind.ERROR):
-                self._over = True
-                return
+        try:
+            while True:
+                while self._frames:
+                    frame = self._frames.popleft()
+                    self._pending_bytes -= len(frame.payload)
+                    self._over = self._over or frame.kind in (Kind.USAGE, Kind.ERROR)
+                    yield frame
+                    if frame.kind in (Kind.USAGE, Kind.ERROR):
+                        return
+                if self._error is not None:
+                    raise self._error
+                self._arrived = self._loop.create_future()
+                await self._arrived
+        finally:
+            self._watch.cancel()
+
+    def _bind(self, attempt: str) -> None:
+        self._bound = attempt
+        self.started.set()
+        self._watch.cancel()
+        self._watch = self._loop.call_at(self._silent_at, self._look)
+
+    def _wake(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+
+    def _look(self) -> None:
+        """Whether it is silent for too long by now."""
+        if self._loop.time() < self._silent_at:
+            self._watch = self._loop.call_at(self._silent_at, self._look)
+        elif self._bound is None:
+            self.fail(QueueTimeout("no worker took the request within its queue limit"))
+        else:
+            self.fail(WorkerLost("the worker fell silent in mid-answer"))

@@ -143,6 +143,10 @@ class MemoryDispatch:
             else:
                 await self.cancel()
 
+    @property
+    def ready(self) -> bool:
+        return self._inbound.ready
+
     async def consumed(self, size: int) -> None:
         self._consumed += size
         if self._request_id in self._hub.outbound:

@@ -8,18 +8,17 @@ import math
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
-from typing import Final, Self
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
 
 import nats.errors
-import nats.js.errors
 from nats.aio.msg import Msg
 from nats.js.api import Header
 
 from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.members import Members
 from lacre_fabric import subjects
-from lacre_fabric.connection import API_TIMEOUT, Connection, headers_of
+from lacre_fabric.connection import API_TIMEOUT, Connection, fields_of
 from lacre_fabric.frames import KIND, Frame, Kind
 from lacre_fabric.inbound import Inbound
 from lacre_fabric.nats_revocations import Reader, revoke
@@ -31,6 +30,7 @@ from lacre_fabric.work import (
     SETTLE,
     Capacity,
     DuplicateWork,
+    FabricError,
     FabricUnavailable,
     NoWorkers,
     QueueFull,
@@ -44,6 +44,7 @@ REQUEST: Final = "Request"
 GATEWAY: Final = "Gateway"
 MAX_PRESENCE: Final = 64 * 1024  # bytes of one sign of presence: the names of a node's models
 _STATUS_LINE: Final = 64  # bytes of NATS/1.0 and the empty line, with room
+_NO_RESPONDERS: Final = b"NATS/1.0 503"
 _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream's bounds, with `discard: new`
 
 
@@ -68,6 +69,40 @@ class _Presence:
         return cls(models, members.count("busy"), members.count("free"), time.monotonic() + PRESENT_FOR)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ack:
+    """JetStream's word on what was published. block: headers, as on the wire."""
+
+    block: bytes
+    payload: bytes = field(repr=False)
+
+    def sequence(self) -> int:
+        """Raises DuplicateWork, QueueFull or FabricUnavailable."""
+        if self.block.startswith(_NO_RESPONDERS):
+            raise FabricUnavailable("the pool has no queue: run `lacre up`, or provision the fabric")
+        try:
+            said = json.loads(self.payload)
+            error = said.get("error")
+            if error is not None:
+                raise _refused(error)
+            if said.get("duplicate"):
+                raise DuplicateWork("this sealed request was published before")
+            return int(said["seq"])
+        except (ValueError, LookupError, TypeError, AttributeError) as exc:
+            raise FabricUnavailable("NATS answered with what is no ack: see that the pool's queue is a JetStream") from exc
+
+
+def _refused(error: Mapping[str, Any]) -> FabricError:
+    if error.get("err_code") == _STORE_FAILED:
+        return QueueFull("the pool's queue takes no more")
+    return FabricUnavailable(f"NATS refuses: {error.get('description', 'it does not say why')}")
+
+
+def _give_up(acked: asyncio.Future[_Ack | None]) -> None:
+    if not acked.done():
+        acked.set_result(None)
+
+
 class NatsGateway:
     """A `GatewayFabric`. One wildcard subscription takes the replies to all of this process's requests."""
 
@@ -77,6 +112,9 @@ class NatsGateway:
         self._revocations = Reader(connection)
         self._inbound: dict[tuple[str, str], Inbound] = {}  # by pool and request: a pool's worker can name no other pool's
         self._by_sequence: dict[tuple[str, int], Inbound] = {}
+        self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
+        self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of what is being published, by request
+        self._telling: set[asyncio.Task[None]] = set()
         self._present: dict[tuple[str, str], _Presence] = {}
         self._presence_came = asyncio.Event()
         self._settled_at = 0.0
@@ -90,10 +128,9 @@ class NatsGateway:
         client = gateway.connection.client
         try:
             async with gateway.connection.mapped(confirmed=True):
-                # No limit of the client's own: `Inbound` bounds each request by its credit, and ends that request alone.
-                await client.subscribe(
-                    subjects.replies(gateway_id), cb=gateway._on_reply, pending_msgs_limit=0, pending_bytes_limit=0
-                )
+                # What waits to be read is bounded by `Inbound`, for each request by its credit: that request alone ends.
+                await client.subscribe_directly(subjects.replies(gateway_id), gateway._on_reply)
+                await client.subscribe_directly(f"{gateway._acks_at}*", gateway._on_ack)
                 await client.subscribe("presence.>", cb=gateway._on_presence)
                 await client.subscribe(MAX_DELIVERIES, cb=gateway._on_max_deliveries)
         except BaseException:
@@ -175,30 +212,46 @@ class NatsGateway:
 
     async def _publish(self, work: Work, headers: dict[str, str]) -> int | None:
         """The message's sequence in its stream; None where no ack came. It is never published a second time."""
-        denials = self.connection.denials
+        denials, loop = self.connection.denials, asyncio.get_running_loop()
+        acked: asyncio.Future[_Ack | None] = loop.create_future()
+        self._acks[work.request_id] = acked
+        patience = loop.call_later(API_TIMEOUT, _give_up, acked)
         try:
-            ack = await self.connection.jetstream.publish(
-                subjects.work(work.pool, work.model), work.sealed, headers=headers, timeout=API_TIMEOUT
+            await self.connection.client.publish(
+                subjects.work(work.pool, work.model), work.sealed, reply=f"{self._acks_at}{work.request_id}", headers=headers
             )
-        except nats.js.errors.NoStreamResponseError as exc:
-            raise FabricUnavailable("the pool has no queue: run `lacre up`, or provision the fabric") from exc
+            ack = await acked
         except nats.errors.Error as exc:
-            if isinstance(exc, nats.js.errors.APIError) and exc.err_code == _STORE_FAILED:
-                raise QueueFull("the pool's queue takes no more") from exc
-            if isinstance(exc, TimeoutError) and self.connection.denials == denials:
-                return None  # it may have arrived: wait for frames, and let the queue limit decide
             raise self.connection.unavailable(exc, denials) from exc
-        if ack.duplicate:
-            raise DuplicateWork("this sealed request was published before")
-        return ack.seq
+        finally:
+            patience.cancel()
+            del self._acks[work.request_id]
+        if ack is not None:
+            return ack.sequence()
+        if self.connection.denials == denials:
+            return None  # it may have arrived: wait for frames, and let the queue limit decide
+        raise self.connection.unavailable(TimeoutError(), denials)
 
-    async def _on_reply(self, message: Msg) -> None:
-        _, pool, _, request_id = message.subject.split(".")
+    def _on_ack(self, subject: str, block: bytes, payload: bytes) -> None:
+        acked = self._acks.get(subject.removeprefix(self._acks_at))
+        if acked is not None and not acked.done():
+            acked.set_result(_Ack(block, payload))
+
+    def _on_reply(self, subject: str, block: bytes, payload: bytes) -> None:
+        _, pool, _, request_id = subject.split(".")
+        fields = fields_of(block)
         inbound = self._inbound.get((pool, request_id))
         if inbound is not None:
-            inbound.receive(headers_of(message), message.data)
-        elif headers_of(message).get(KIND) in (Kind.DATA, Kind.BEAT):
-            await self.tell(subjects.cancel(pool, request_id))  # it runs for nobody
+            inbound.receive(fields, payload)
+            if fields.get(KIND) == Kind.BEAT and (total := inbound.renewal()) is not None:
+                self._tell_soon(subjects.credit(pool, request_id), str(total).encode())
+        elif fields.get(KIND) in (Kind.DATA, Kind.BEAT):
+            self._tell_soon(subjects.cancel(pool, request_id))  # it runs for nobody
+
+    def _tell_soon(self, subject: str, payload: bytes = b"") -> None:
+        telling = asyncio.get_running_loop().create_task(self.tell(subject, payload))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
     async def _on_presence(self, message: Msg) -> None:
         _, pool, node = message.subject.split(".")
@@ -246,7 +299,6 @@ class NatsDispatch:
         self._work = work
         self._sequence = sequence
         self._inbound = inbound
-        self._consumed = 0
 
     @property
     def receipt(self) -> bytes | None:
@@ -269,9 +321,14 @@ class NatsDispatch:
             else:
                 await self.cancel()
 
+    @property
+    def ready(self) -> bool:
+        return self._inbound.ready
+
     async def consumed(self, size: int) -> None:
-        self._consumed += size
-        await self._gateway.tell(subjects.credit(self._work.pool, self._work.request_id), str(self._consumed).encode())
+        total = self._inbound.consumed(size)
+        if total is not None:
+            await self._gateway.tell(subjects.credit(self._work.pool, self._work.request_id), str(total).encode())
 
     async def cancel(self) -> None:
         known, sequence = self._gateway.forget(self._work, self._sequence)

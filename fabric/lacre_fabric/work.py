@@ -101,6 +101,10 @@ class Dispatch(Protocol):
     def frames(self) -> AsyncGenerator[Frame, None]:
         """DATA frames in order, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or FabricUnavailable."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next frame is here already, so that what is read now can go on together with it."""
+
     async def consumed(self, size: int) -> None:
         """So many more bytes of data were written to the client: the worker may send as many more."""
 
