@@ -1,0 +1,109 @@
+"""The whole gateway, killed at any moment and starved of disk: what its audit log is then, and what its clients can show."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from lacre.audit import AuditProof
+from lacre_gateway.audit import entries as kinds
+from lacre_gateway.audit.check import Verdict, check_receipt, verify
+from lacre_gateway.audit.reader import LogReader
+from parts.gateway_process import GatewayProcess, gateway_process
+from parts.small_disk import NO_DISK, filled, small_disk
+
+LIVES = 20
+
+
+def checked(gateway: GatewayProcess, proofs: Sequence[AuditProof], kept: Sequence[bytes] = ()) -> Verdict:
+    """The log holds, also against what clients kept of it; and every one of the proofs is of an intent in it."""
+    verdict = verify(gateway.audit, gateway.key, kept)
+    assert verdict.wrong is None, verdict.words
+    reader = LogReader(gateway.audit, gateway.key)
+    for proof in proofs:
+        check_receipt(proof, reader)
+        assert proof.members["kind"] == "intent"
+    return verdict
+
+
+def events(gateway: GatewayProcess, event: str) -> list[dict[str, object]]:
+    entries = map(json.loads, LogReader(gateway.audit, gateway.key).entries())
+    return [entry for entry in entries if entry.get("event") == event]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+async def test_kill_9(tmp_path: Path) -> None:
+    """Twenty times, with requests running: whatever any client received is in the log, and the log holds each time."""
+    chance, kept, left = random.Random(7), [], []
+    async with gateway_process(tmp_path) as gateway:
+        async with gateway.load() as load:
+            for _ in range(LIVES):
+                await gateway.start()
+                before = len(load.proofs)
+                await gateway.until(lambda goal=before + 20: _reached(load.proofs, goal))
+                await asyncio.sleep(chance.uniform(0, 0.3))
+                assert await gateway.kill() == -signal.SIGKILL
+                verdict = await asyncio.to_thread(checked, gateway, load.proofs[before:], kept)
+                assert not kept or verdict.anchored
+                kept.append(max(load.proofs, key=lambda proof: proof.index).checkpoint)
+                left.append(verdict.under_way)
+        await gateway.start()
+        assert await gateway.kill(signal.SIGTERM) == 0
+        verdict = checked(gateway, load.proofs, kept)
+        assert verdict.under_way == 0
+        # Each start gave the intents that its predecessor left open their outcome, and there were such.
+        assert [event["count"] for event in events(gateway, kinds.STARTED)] == [0, *left]
+        interrupted = [entry for entry in LogReader(gateway.audit).entries() if b'"outcome":"interrupted"' in entry]
+        assert len(interrupted) == sum(left) > LIVES
+    assert load.whole > LIVES and len(load.proofs) > 20 * LIVES
+    assert sum(load.failed.values()) >= LIVES, load.failed
+
+
+async def _reached(proofs: Sequence[AuditProof], goal: int) -> bool:
+    return len(proofs) >= goal
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        yield disk
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.skipif(NO_DISK is not None, reason=NO_DISK or "")
+async def test_full_disk(tmp_path: Path, disk: Path) -> None:
+    """A real file system that is full: requests are refused with the problem that says so, and served again when it is not."""
+    async with gateway_process(tmp_path, audit=disk / "audit") as gateway:
+        await gateway.start()
+        async with gateway.load(6) as load:
+            await gateway.until(lambda: _reached(load.proofs, 20))
+            with filled(disk):
+                await gateway.until(lambda: _missing(gateway, "audit"))
+                refused = load.failed.get("Unavailable", 0)
+                served = load.whole
+                await gateway.until(lambda: _reached([None] * (load.failed.get("Unavailable", 0) - refused), 20))
+                assert load.whole <= served + 6  # what was under way then
+                await asyncio.to_thread(checked, gateway, load.proofs)
+                problems = {problem for wire in load.wires for problem in wire.problems}
+                assert problems == {(503, "2")}
+            await gateway.until(gateway.ready)  # by itself
+            served = load.whole
+            await gateway.until(lambda: _reached([None] * (load.whole - served), 20))
+        assert await gateway.kill(signal.SIGTERM) == 0
+        verdict = checked(gateway, load.proofs)
+        assert (verdict.under_way, verdict.torn) == (0, 0)
+        resumed = events(gateway, kinds.RESUMED)
+        assert resumed and all(event["count"] for event in resumed[:1])
+        assert set(load.failed) == {"Unavailable"}, load.failed
+
+
+async def _missing(gateway: GatewayProcess, what: str) -> bool:
+    return what in (await gateway.detail()).get("missing", {})

@@ -1,0 +1,228 @@
+"""A whole gateway as it runs in earnest: a process of its own, on a real nats-server, with a real node whose engine echoes.
+
+The node lives in the test's process. What comes and goes is the gateway: it is killed, started again, and starved of disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+import lacre
+from lacre import audit
+from lacre.audit import AuditProof
+from lacre.jws import raw_public_key
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.echo import EchoEngine
+from lacre_backend.keyring import KeyRing
+from lacre_backend.node import Identity, Node
+from lacre_fabric import tokens
+from lacre_fabric.connection import Connection
+from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric.leash import PYTHON, leashed
+from lacre_fabric.manifests import ManifestFeed
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.provisioning import provision
+from lacre_fabric.rotation import publish
+from lacre_fabric.server import Server, free_port
+from lacre_fabric.site import NODE, Site
+
+POOL, MODEL = "default", "echo"
+PATIENCE = 60.0  # seconds; the machine may be busy
+SLOTS = 32
+
+
+class Kept(httpx2.AsyncHTTPTransport):
+    """A client's connections, which keep the proof of whatever came back, whole or not, answer or refusal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proofs: list[AuditProof] = []
+        self.problems: list[tuple[int, str]] = []
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await super().handle_async_request(request)
+        if audit.HEADER in response.headers:
+            self.proofs.append(AuditProof.parse_header(response.headers[audit.HEADER]))
+        if response.status_code != 200:
+            self.problems.append((response.status_code, response.headers.get("retry-after", "")))
+        return response
+
+
+@dataclass
+class Load:
+    """Clients that ask one question after another. failed: by the name of the error."""
+
+    whole: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    wires: list[Kept] = field(default_factory=list)
+
+    @property
+    def proofs(self) -> list[AuditProof]:
+        return [proof for wire in self.wires for proof in wire.proofs]
+
+    def fail(self, error: Exception) -> None:
+        self.failed[type(error).__name__] = self.failed.get(type(error).__name__, 0) + 1
+
+
+class GatewayProcess:
+    """site: its state folder. policies: its rule set, where it is not the one that ships. audit: the log's folder."""
+
+    def __init__(self, folder: Path, *, policies: Path | None = None, audit: Path | None = None) -> None:
+        self.site = Site(folder / "state", {POOL: (MODEL,)})
+        self.audit = audit or self.site.folder / "gateway" / "audit"
+        self.log = folder / "gateway.log"
+        self._policies = policies
+        self._server = Server(self.site.folder / "nats", free_port())
+        self._port = free_port()
+        self._http = httpx2.AsyncClient(base_url=self.base_url)
+        self._open = AsyncExitStack()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def key(self) -> bytes:
+        """The public key of grants and checkpoints."""
+        return raw_public_key(read_ed25519(self.site.folder / "gateway" / "grant.pem"))
+
+    async def set_up(self) -> None:
+        """Everything but the gateway."""
+        site = self.site
+        site.create()
+        self._server.configure(site.roles())
+        nats = self._server.start(site.log("nats"))
+        self._open.callback(_end, nats)
+        connection = await Connection.open(self._server.url, site.credential("provisioner"))
+        self._open.push_async_callback(connection.close)
+        await provision(connection, site.pools)
+        await publish(site, connection)
+        site.write_settings(self._server.url, self._port, {POOL: [{"name": MODEL}]})
+        text = site.gateway_settings.read_text().replace('audit = "audit"', f'audit = "{self.audit}"')
+        policies = "" if self._policies is None else f'policies = "{self._policies}"\n'
+        site.gateway_settings.write_text(policies + text)
+        await self._node()
+
+    async def _node(self) -> None:
+        site = self.site
+        engine, keys = EchoEngine(name=MODEL, delay=0.003), KeyRing(site.keys_folder(POOL))
+        self._open.callback(engine.close)
+        self._open.callback(keys.close)
+        credential = site.credential(f"worker-{POOL}-{NODE}")
+        fabric = await NatsWorker.connect(
+            self._server.url, credential, POOL, NODE, [MODEL], slots=SLOTS, keys=keys.fingerprints
+        )
+        self._open.push_async_callback(fabric.close)
+        feed = ManifestFeed(fabric.connection.manifest, site.root)
+        await feed.start()
+        self._open.push_async_callback(feed.close)
+        receipt_key = read_ed25519(site.folder / "pools" / POOL / "receipt.pem")
+        node = Node(fabric, create_app([engine]), Identity(POOL, lambda: keys.keys, receipt_key, lambda: feed.manifest))
+        running = asyncio.create_task(node.run())
+        self._open.push_async_callback(_ended, node, running)
+
+    async def start(self) -> None:
+        """Returns when it is ready."""
+        command = leashed([*PYTHON, "-m", "lacre_gateway", "--settings", str(self.site.gateway_settings)])
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)  # noqa: ASYNC220
+        await self.until(self.ready)
+
+    async def kill(self, number: signal.Signals = signal.SIGKILL) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        status = await asyncio.to_thread(self.process.wait, PATIENCE)
+        self.process = None
+        return status
+
+    async def detail(self) -> dict[str, Any]:
+        """What `readyz` says; nothing where nobody answers."""
+        try:
+            detail: dict[str, Any] = (await self._http.get("/readyz")).json()
+        except httpx2.TransportError:
+            return {}
+        return detail
+
+    async def ready(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()[-2000:]
+        return (await self.detail()).get("status") == "ready"
+
+    async def until(self, true: Callable[[], Any]) -> None:
+        """true: returns an awaitable of a truth value."""
+        deadline = time.monotonic() + PATIENCE
+        while not await true():
+            assert time.monotonic() < deadline, (await self.detail(), self.log.read_text()[-2000:])
+            await asyncio.sleep(0.02)
+
+    def token(self, subject: str, scopes: Sequence[str] = (), groups: Sequence[str] = ()) -> str:
+        issuer = read_ed25519(self.site.folder / "issuer.pem")
+        return tokens.issue(issuer, subject, tenant="acme", scopes=scopes, groups=groups)
+
+    def client(self, wire: Kept, token: str) -> lacre.AsyncClient:
+        url = self.site.connection_string(self.base_url)
+        return lacre.AsyncClient(url, token=token, memory=lacre.VersionMemory(), transport=wire, shape="none")
+
+    @asynccontextmanager
+    async def load(self, clients: int = 12) -> AsyncIterator[Load]:
+        """Questions without an end while the body runs; each client is somebody else."""
+        load = Load(wires=[Kept() for _ in range(clients)])
+        asking = [asyncio.create_task(self._ask(load, number)) for number in range(clients)]
+        try:
+            yield load
+        finally:
+            for task in asking:
+                task.cancel()
+            ends = await asyncio.gather(*asking, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
+
+    async def _ask(self, load: Load, number: int) -> None:
+        async with self.client(load.wires[number], self.token(f"user-{number}")) as client:
+            while True:
+                try:
+                    async for _ in client.chat_stream("Mare Nostrum", max_tokens=12):
+                        pass
+                except lacre.LacreError as exc:
+                    load.fail(exc)
+                    await asyncio.sleep(0.02)
+                else:
+                    load.whole += 1
+
+    async def close(self) -> None:
+        if self.process is not None:
+            await self.kill()
+        await self._http.aclose()
+        await self._open.aclose()
+
+
+@asynccontextmanager
+async def gateway_process(folder: Path, **options: Any) -> AsyncIterator[GatewayProcess]:
+    """Set up, and not started yet."""
+    gateway = GatewayProcess(folder, **options)
+    try:
+        await gateway.set_up()
+        yield gateway
+    finally:
+        await gateway.close()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait(PATIENCE)
+
+
+async def _ended(node: Node, running: asyncio.Task[None]) -> None:
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await node.drain(1)
