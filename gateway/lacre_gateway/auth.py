@@ -1,10 +1,13 @@
-"""Who is asking: an access token (JWT, RFC 7519; used as RFC 6750 says) becomes a `Principal`, or a refusal.
+"""Who is asking: an access token (JWT, RFC 9068; used as RFC 6750 or RFC 9449 says) becomes a `Principal`, or a refusal.
 
 Rules:
 - The algorithm is chosen by the settings, never by the token: a key is usable only with the algorithms that are pinned for its
   issuer and fit its type. There is no symmetric one and no `none` (RFC 8725 sections 3.1 and 3.2).
-- `iss`, `aud`, `exp`, `nbf` and `sub` must be there. `jku`, `x5u`, `x5c` and `jwk` in a token are never looked at.
-- A verdict is remembered under the SHA-256 of the *whole* token, until its `exp`. Only good ones are.
+- `iss`, `aud`, `exp`, `iat` and `sub` must be there, each once. `jku`, `x5u`, `x5c` and `jwk` in a token are never looked at,
+  and one with `crit` is not taken.
+- A verdict is remembered under the SHA-256 of the *whole* header, until the token's `exp`, or until its issuer withdraws a key.
+  Only good ones are. Whether the token was revoked, and its proof, are looked at each time.
+- A token that is bound to a key (`cnf`) is nobody's without that key's proof, which is for one request (see `lacre.dpop`).
 - Whatever is wrong, the answer is the same 401. Neither the token nor an exception's text goes out, to a log or to the audit.
 """
 
@@ -15,57 +18,86 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import jwt
 
-from lacre import problems
-from lacre_gateway.keyset import KeySet
+from lacre import dpop, problems
+from lacre.errors import InvalidMessage, LacreError
+from lacre.jws import b64u, read_object
+from lacre_fabric.revocations import subject_key, token_key
+from lacre_gateway.claims import BadClaim, ClaimNames, Principal, bound_key, moment
 from lacre_gateway.refusal import Refusal
+from lacre_gateway.remote_keys import KeysUnavailable
+from lacre_gateway.revocation import RevocationList
 from lacre_gateway.throttle import FailureThrottle
+
+__all__ = ["Access", "Authenticator", "Principal", "TrustedIssuer"]
 
 # Well above any real token with groups, and below what would make hashing and parsing it worth an attacker's while.
 MAX_TOKEN: Final = 16 * 1024
 MAX_VERDICTS: Final = 16_384
-MAX_NAME: Final = 256  # characters of a subject, group or scope
-MAX_NAMES: Final = 256  # groups or scopes of one token
+MAX_PROOFS: Final = 65_536  # remembered; what falls out is still a request that the fabric has seen
+_RETRY: Final = 5.0  # seconds, where nobody can be let in
 
-_BEARER: Final = re.compile(rb"[Bb][Ee][Aa][Rr][Ee][Rr] +([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)")
-_TENANT: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_END_OF_TIME: Final = 2**53
-_DEFAULT_TENANT: Final = "default"
-_CHALLENGE_MISSING: Final = b'Bearer realm="lacre"'
-_CHALLENGE_INVALID: Final = b'Bearer realm="lacre", error="invalid_token"'
+_CREDENTIALS: Final = re.compile(rb"(bearer|dpop) +([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)", re.IGNORECASE)
+# What an access token says that it is (RFC 9068 section 2.1), or what most issuers say: never a proof or a logout token.
+_TYPES: Final = frozenset({"at+jwt", "application/at+jwt", "jwt"})
+_REQUIRED: Final = ["iss", "aud", "exp", "iat", "sub"]
+
+_ALGORITHMS: Final = " ".join(dpop.ALGORITHMS)
+_MISSING: Final = f'Bearer realm="lacre", DPoP realm="lacre", algs="{_ALGORITHMS}"'.encode()
+_INVALID: Final = {
+    b"bearer": b'Bearer realm="lacre", error="invalid_token"',
+    b"dpop": f'DPoP realm="lacre", error="invalid_token", algs="{_ALGORITHMS}"'.encode(),
+}
+_INVALID_PROOF: Final = f'DPoP realm="lacre", error="invalid_dpop_proof", algs="{_ALGORITHMS}"'.encode()
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Whom a token speaks for. groups and scopes are sorted and without repeats."""
+class Keys(Protocol):
+    """An issuer's keys: a `KeySet`, or `RemoteKeys`. epoch: rises when one is withdrawn. usable: whether there are any."""
 
-    subject: str
-    tenant: str
-    issuer: str
-    groups: tuple[str, ...] = ()
-    scopes: tuple[str, ...] = ()
-    plan: str | None = None
-    jti: str | None = None
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def usable(self) -> bool: ...
+
+    def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
+        """Of those that are known."""
+
+    async def seek(self, kid: object, alg: object) -> jwt.PyJWK | None:
+        """After another look. Raises KeysUnavailable."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrustedIssuer:
-    """One issuer and its keys. tenant: which one its tokens speak for; None lets the token say."""
+    """One issuer and its keys. tenant: which one its tokens speak for; None lets the token say. Times in seconds.
+
+    leeway: that its clock may differ. lifetime: the most that a token may have.
+    """
 
     issuer: str
     audience: str
-    keys: KeySet
+    keys: Keys
+    algorithms: tuple[str, ...]
     tenant: str | None
     leeway: float
+    lifetime: float
+    names: ClaimNames
 
-    def principal(self, token: str, header: Mapping[str, Any]) -> tuple[Principal, float]:
-        """The verified principal, and when the token expires. Raises jwt.PyJWTError or _BadClaim."""
-        key = self.keys.find(header.get("kid"), header.get("alg"))
+    async def key(self, header: Mapping[str, Any]) -> jwt.PyJWK:
+        """Raises BadClaim or KeysUnavailable."""
+        kid, alg = header.get("kid"), header.get("alg")
+        if alg not in self.algorithms:
+            raise BadClaim("alg")
+        key = self.keys.find(kid, alg) or await self.keys.seek(kid, alg)
         if key is None:
-            raise _BadClaim("kid")
+            raise BadClaim("kid")
+        return key
+
+    def verdict(self, token: str, key: jwt.PyJWK, epoch: int) -> _Verdict:
+        """Raises jwt.PyJWTError or BadClaim. epoch: of the keys, when `key` was found."""
         claims = jwt.decode(
             token,
             key,
@@ -73,101 +105,152 @@ class TrustedIssuer:
             audience=self.audience,
             issuer=self.issuer,
             leeway=self.leeway,
-            options={"require": ["iss", "aud", "exp", "nbf", "sub"]},
+            options={"require": _REQUIRED},
         )
-        tenant = self.tenant or _optional_name(claims, "tenant") or _DEFAULT_TENANT
-        if not _TENANT.fullmatch(tenant):
-            raise _BadClaim("tenant")
-        principal = Principal(
-            subject=_name(claims["sub"], "sub"),
-            tenant=tenant,
-            issuer=self.issuer,
-            groups=_names(claims.get("groups"), "groups"),
-            scopes=_names(claims.get("scope", claims.get("scp")), "scope"),
-            plan=_optional_name(claims, "plan"),
-            jti=_optional_name(claims, "jti"),
+        principal = self.names.principal(claims, self.issuer, self.tenant)
+        expires, issued = moment(claims, "exp"), moment(claims, "iat")
+        if expires - issued > self.lifetime:
+            raise BadClaim("exp")
+        names = [subject_key(self.issuer, principal.subject)]
+        if principal.jti is not None:
+            names.append(token_key(self.issuer, principal.jti))
+        # By a clock that is ahead, what was issued before a moment may say that it was after it.
+        return _Verdict(
+            principal, self.keys, epoch, expires + self.leeway, issued - self.leeway, tuple(names), bound_key(claims)
         )
-        return principal, _time(claims["exp"]) + self.leeway
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """A good token. until, issued: seconds since the epoch, with the leeway. revocable: what it can be revoked by.
+
+    thumbprint: of the key that it is bound to.
+    """
+
+    principal: Principal
+    keys: Keys
+    epoch: int
+    until: float
+    issued: float
+    revocable: tuple[str, ...]
+    thumbprint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who asks, and with which proof; None where the token is good without."""
+
+    principal: Principal
+    proof: dpop.Proof | None = None
+
+    def check_request(self, digest: bytes) -> None:
+        """digest: SHA-256 of `hdr ‖ enc`. Raises Refusal where the proof is not for this sealed request."""
+        if self.proof is not None and self.proof.request != b64u(digest):
+            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF)
 
 
 class Authenticator:
-    """Verifies tokens, and remembers the good ones. clock: seconds since the epoch."""
+    """Verifies tokens and proofs, and remembers the good ones. clock: seconds since the epoch."""
 
-    def __init__(self, issuers: Sequence[TrustedIssuer], throttle: FailureThrottle, clock: Callable[[], float]) -> None:
-        self._issuers = {issuer.issuer: issuer for issuer in issuers}
+    def __init__(
+        self,
+        issuers: Sequence[TrustedIssuer],
+        revocations: RevocationList,
+        throttle: FailureThrottle,
+        clock: Callable[[], float],
+    ) -> None:
+        self.issuers = tuple(issuers)
+        self._by_name = {issuer.issuer: issuer for issuer in issuers}
+        self._revocations = revocations
         self._throttle = throttle
         self._clock = clock
-        self._verdicts: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
+        self._proofs: OrderedDict[bytes, None] = OrderedDict()
 
-    def authenticate(self, authorization: bytes | None, address: str) -> Principal:
-        """authorization: the header's value. address: the caller's. Raises Refusal."""
+    async def authenticate(
+        self, authorization: bytes | None, address: str, *, proof: bytes | None = None, method: str = "POST", url: str = ""
+    ) -> Access:
+        """authorization, proof: the values of the headers `Authorization` and `DPoP`. address: the caller's. method, url: what
+        is asked of whom, in the form of `dpop.plain_url`. Raises Refusal.
+
+        For a token that was seen before it does not wait for anything.
+        """  # fmt: skip
         if authorization is not None and len(authorization) > MAX_TOKEN:
             authorization = b""  # not worth hashing, and a bad one like any other
         digest = hashlib.sha256(authorization or b"").digest()
-        known = self._verdicts.get(digest)
-        if known is not None and self._clock() < known[1]:
-            return known[0]
-        # An address that only sends bad tokens must not buy a signature check with each; good cached ones still pass above.
+        verdict = self._verdicts.get(digest)
+        if verdict is None or verdict.epoch != verdict.keys.epoch or self._clock() >= verdict.until:
+            verdict = await self._verified(authorization, address)
+            self._remember(digest, verdict)
+        return self._admitted(verdict, authorization or b"", proof, address, method, url)
+
+    async def _verified(self, authorization: bytes | None, address: str) -> _Verdict:
+        # An address that only sends bad tokens must not buy a signature check with each; good remembered ones need none.
         self._throttle.check(address)
+        scheme, token = _credentials(authorization)
         try:
-            principal, expires = self._verify(_bearer(authorization))
-        except (jwt.PyJWTError, _BadClaim) as exc:
+            if token is None:
+                raise BadClaim("authorization")
+            verdict = await self._verify(token)
+            if verdict.thumbprint is None and scheme == b"dpop":
+                raise BadClaim("cnf")
+        except KeysUnavailable as exc:
+            raise Refusal(problems.ISSUER_UNAVAILABLE, retry_after=_RETRY) from exc
+        except (jwt.PyJWTError, BadClaim, InvalidMessage) as exc:
             self._throttle.failed(address)
-            challenge = _CHALLENGE_MISSING if authorization is None else _CHALLENGE_INVALID
+            challenge = _MISSING if authorization is None else _INVALID[scheme]
             raise Refusal(problems.INVALID_TOKEN, challenge=challenge) from exc
-        self._remember(digest, principal, expires)
-        return principal
+        return verdict
 
-    def _verify(self, token: str) -> tuple[Principal, float]:
-        # Unverified, and used for one thing: to choose which configured issuer's keys and rules the token is held against.
-        unverified = jwt.decode_complete(token, options={"verify_signature": False})
-        issuer = unverified["payload"].get("iss")
-        trusted = self._issuers.get(issuer) if isinstance(issuer, str) else None
+    async def _verify(self, token: str) -> _Verdict:
+        # Unverified, and used to choose which configured issuer's keys and rules the token is held against.
+        head, payload, _ = token.split(".")
+        header, claims = read_object(head), read_object(payload)
+        if "crit" in header or str(header.get("typ", "jwt")).lower() not in _TYPES:
+            raise BadClaim("typ")
+        issuer = claims.get("iss")
+        trusted = self._by_name.get(issuer) if isinstance(issuer, str) else None
         if trusted is None:
-            raise _BadClaim("iss")
-        return trusted.principal(token, unverified["header"])
+            raise BadClaim("iss")
+        key = await trusted.key(header)
+        return trusted.verdict(token, key, trusted.keys.epoch)
 
-    def _remember(self, digest: bytes, principal: Principal, expires: float) -> None:
-        self._verdicts[digest] = (principal, expires)
+    def _admitted(
+        self, verdict: _Verdict, authorization: bytes, proof: bytes | None, address: str, method: str, url: str
+    ) -> Access:
+        if not self._revocations.current:
+            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY)
+        if self._revocations.refuses(verdict.revocable, verdict.issued):
+            raise Refusal(problems.INVALID_TOKEN, challenge=_INVALID[_credentials(authorization)[0]])
+        if verdict.thumbprint is None:
+            return Access(verdict.principal)
+        scheme, token = _credentials(authorization)
+        try:
+            if scheme != b"dpop" or token is None or proof is None:
+                raise InvalidMessage("a token that is bound to a key comes with the scheme DPoP and a proof")
+            expected = dpop.Expected(method, url, dpop.token_hash(token), verdict.thumbprint)
+            verified = dpop.verify(proof.decode("latin-1"), expected, self._clock())
+            self._spend(verified)
+        except LacreError as exc:
+            self._throttle.failed(address)
+            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF) from exc
+        return Access(verdict.principal, verified)
+
+    def _spend(self, proof: dpop.Proof) -> None:
+        """Each proof is good once (RFC 9449 section 11.1). Raises InvalidMessage."""
+        if proof.identity in self._proofs:
+            raise InvalidMessage("a DPoP proof that was used before")
+        self._proofs[proof.identity] = None
+        while len(self._proofs) > MAX_PROOFS:
+            self._proofs.popitem(last=False)
+
+    def _remember(self, digest: bytes, verdict: _Verdict) -> None:
+        self._verdicts[digest] = verdict
         while len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
 
 
-class _BadClaim(Exception):
-    """A token that verifies nowhere here, or whose claims are not of the form asked for; names the claim only."""
-
-
-def _bearer(authorization: bytes | None) -> str:
-    match = _BEARER.fullmatch(authorization or b"")
-    if match is None:
-        raise _BadClaim("authorization")
-    return match[1].decode("ascii")
-
-
-def _time(value: object) -> float:
-    """A NumericDate. PyJWT also takes digits in a string, and numbers that no float holds."""
-    if not isinstance(value, int | float) or not value < _END_OF_TIME:
-        raise _BadClaim("exp")
-    return float(value)
-
-
-def _name(value: object, claim: str) -> str:
-    """A claim that names something. Control characters and lone surrogates have no place in a name, a log or a policy."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
-        raise _BadClaim(claim)
-    return value
-
-
-def _optional_name(claims: Mapping[str, Any], claim: str) -> str | None:
-    value = claims.get(claim)
-    return None if value is None else _name(value, claim)
-
-
-def _names(value: object, claim: str) -> tuple[str, ...]:
-    """A list of names, or names in one string divided by spaces (as RFC 8693 section 4.2 writes scopes)."""
-    if value is None:
-        return ()
-    names = value.split(" ") if isinstance(value, str) else value
-    if not isinstance(names, list) or len(names) > MAX_NAMES:
-        raise _BadClaim(claim)
-    return tuple(sorted({_name(name, claim) for name in names if name != ""}))
+def _credentials(authorization: bytes | None) -> tuple[bytes, str | None]:
+    """The scheme in lower case, and the token; None where there is none of the form of one."""
+    match = _CREDENTIALS.fullmatch(authorization or b"")
+    return (b"bearer", None) if match is None else (match[1].lower(), match[2].decode("ascii"))

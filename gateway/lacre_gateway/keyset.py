@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from lacre.errors import SettingsError
 
+MAX_KEYS: Final = 100  # of a set; some issuers have a dozen
 MIN_RSA_BITS: Final = 2048  # RFC 7518 section 3.3
 _RSA: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # By key type and curve (RFC 7518 section 3.4, RFC 8037 section 3.1).
@@ -33,11 +34,18 @@ _PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
 
 
 class KeySet:
-    """Finds the key that a token names."""
+    """Finds the key that a token names. epoch: rises when a key is withdrawn; from this set none ever is."""
+
+    epoch: Final = 0
+    usable: Final = True
 
     def __init__(self, keys: Mapping[tuple[str | None, str], jwt.PyJWK], single: bool) -> None:
         self._keys = keys
         self._single = single
+
+    def __le__(self, other: KeySet) -> bool:
+        """Whether every key is in the other set too, for the same use."""
+        return all(name in other._keys and _same(key, other._keys[name]) for name, key in self._keys.items())
 
     def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
         """The key of this id, bound to this algorithm; None where there is none."""
@@ -46,6 +54,9 @@ class KeySet:
         if kid is None and self._single:
             return next((key for (_, algorithm), key in self._keys.items() if algorithm == alg), None)
         return self._keys.get((kid, alg)) if kid is not None else None
+
+    async def seek(self, _kid: object, _alg: object) -> None:
+        """There are no others to look for."""
 
     @classmethod
     def read(cls, source: Path | Mapping[str, Any], algorithms: Sequence[str], place: str) -> Self:
@@ -65,6 +76,8 @@ class KeySet:
         members = document.get("keys") if isinstance(document, Mapping) else None
         if not isinstance(members, list) or not members:
             raise SettingsError(f'{place}: a JWKS is an object with a list "keys" of at least one key')
+        if len(members) > MAX_KEYS:
+            raise SettingsError(f"{place}: a JWKS has at most {MAX_KEYS} keys")
         bound: dict[tuple[str | None, str], jwt.PyJWK] = {}
         for number, member in enumerate(members):
             for key in _bind(member, algorithms, f"{place}: key {number}"):
@@ -76,6 +89,11 @@ class KeySet:
         if not bound:
             raise SettingsError(f"{place}: no key fits the algorithms {', '.join(algorithms)}: pin the ones that it signs with")
         return cls(bound, single=len(members) == 1)
+
+
+def _same(one: jwt.PyJWK, other: jwt.PyJWK) -> bool:
+    same: bool = one.key == other.key
+    return same
 
 
 def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJWK]:

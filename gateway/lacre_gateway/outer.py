@@ -30,7 +30,7 @@ _ACTION: Final = b"lacre-action"
 _MAX_TOKENS: Final = b"lacre-max-tokens"
 _SHAPE: Final = b"lacre-shape"
 _REQUIRED: Final = (_POOL, _MODEL, _ACTION, _MAX_TOKENS, _SHAPE)
-_READ: Final = frozenset({*_REQUIRED, b"authorization", b"content-type", b"content-length", b"content-encoding"})
+_READ: Final = frozenset({*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding"})
 
 
 class Action(StrEnum):
@@ -86,6 +86,10 @@ class Fields:
     def authorization(self) -> bytes | None:
         """None also where there are two: neither is the one."""
         return None if b"authorization" in self.repeated else self.values.get(b"authorization")
+
+    def proof(self) -> bytes | None:
+        """The `DPoP` header; None also where there are two (RFC 9449 section 4.3, number 1)."""
+        return None if b"dpop" in self.repeated else self.values.get(b"dpop")
 
     def check_media(self) -> None:
         """Raises Refusal unless the body says it is a sealed request of a size that is taken."""

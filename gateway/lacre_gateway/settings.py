@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -13,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from lacre.jws import b64u_decode
 from lacre_fabric import settings as files
 from lacre_fabric.settings import FilePath, Name, Nats, RootKey, Table
+from lacre_gateway.documents import allowed, is_loopback
 
 # Signatures that the gateway can check and not make. HS* would let whoever reads this file mint tokens, `none` anybody.
 Algorithm = Literal["EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
@@ -28,21 +28,27 @@ def _web_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _key_set(value: object) -> object:
     if not isinstance(value, (str, dict)):
         raise PydanticCustomError("jwks", "write the path of a JWKS file, or the key set itself as a table")
     return value
 
 
+def _key_address(value: str) -> str:
+    if not allowed(value, plain=True):
+        raise PydanticCustomError("jwks_url", "write the https address of a JWKS (http on loopback only)")
+    return value
+
+
+def _claim_path(value: object) -> object:
+    """`realm_access.roles`, or the same as a list, for names that have dots of their own."""
+    path = tuple(value.split(".")) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+    if not path or not all(isinstance(name, str) and name for name in path):
+        raise PydanticCustomError("claim", "write the claim's name, with dots to what is inside it, or a list of names")
+    return path
+
+
+ClaimPath = Annotated[tuple[str, ...], BeforeValidator(_claim_path)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -89,19 +95,45 @@ class Tracing(Table):
     sample: Annotated[float, Field(ge=0, le=1)] = 1.0
 
 
-class Issuer(Table):
-    """Who may sign access tokens. jwks: a file, or the key set itself.
+class Claims(Table):
+    """What an issuer calls the claims that say more than who it is. scopes: `scope` or `scp` where it is absent."""
 
-    tenant: which tenant its tokens speak for; where it is absent, the token's own `tenant` claim says so.
-    leeway: seconds that its clock and ours may differ.
+    tenant: ClaimPath = ("tenant",)
+    groups: ClaimPath = ("groups",)
+    scopes: ClaimPath | None = None
+    plan: ClaimPath = ("plan",)
+
+
+class Issuer(Table):
+    """Who may sign access tokens.
+
+    jwks: its keys, as a file or as the set itself. jwks_url: where they are fetched. Without either, OpenID Connect Discovery
+    finds them.
+    tenant: which tenant its tokens speak for; where it is absent, the token's own claim says so.
+    leeway: seconds that its clock and ours may differ. token_lifetime: the most seconds that a token may live.
+    stale_limit: seconds for which keys that were fetched are used when the issuer cannot be reached.
     """
 
     issuer: Annotated[str, Field(min_length=1)]
     audience: Annotated[str, Field(min_length=1)]
     algorithms: Annotated[tuple[Algorithm, ...], Field(min_length=1)]
-    jwks: Annotated[FilePath | dict[str, Any], BeforeValidator(_key_set)]
+    jwks: Annotated[FilePath | dict[str, Any], BeforeValidator(_key_set)] | None = None
+    jwks_url: Annotated[str, AfterValidator(_key_address)] | None = None
     tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    claims: Claims = Claims()
     leeway: Annotated[float, Field(ge=0, le=120)] = 10.0
+    token_lifetime: PositiveFloat = 31 * 86400.0
+    stale_limit: PositiveFloat = 86400.0
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Issuer:
+        if self.jwks is not None and self.jwks_url is not None:
+            raise PydanticCustomError("jwks", "an issuer has its keys in one place: jwks or jwks_url")
+        if self.jwks is None and self.jwks_url is None and not allowed(self.issuer, plain=True):
+            raise PydanticCustomError(
+                "discovery", "an issuer is found at its own https address (http on loopback only): correct it, or name its jwks_url"
+            )
+        return self
 
 
 class Limits(Table):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lacre._version import __version__
 from lacre.audit import AuditProof
 from lacre.client import BASE_URL, AsyncClient, Client
+from lacre.dpop import ProofKey
 from lacre.errors import (
     AlreadyUsedError,
     ApiError,
@@ -77,6 +78,7 @@ __all__ = [
     "NetworkError",
     "OpenAI",
     "OpenError",
+    "ProofKey",
     "ProtocolError",
     "RateLimited",
     "Receipt",

@@ -10,6 +10,7 @@ from typing import Any, Final
 import httpx2
 
 from lacre._version import __version__
+from lacre.dpop import ProofKey
 from lacre.errors import SettingsError
 from lacre.manifest import Manifest
 from lacre.memory import Memory, VersionFile
@@ -37,6 +38,7 @@ class Client(httpx2.Client):
 
     url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` where left out.
     token: the bearer token, or a callable that returns one, asked before each request; `LACRE_TOKEN` where left out.
+    dpop: the key that the token is bound to, where it is (RFC 9449); the one in the file `LACRE_DPOP_KEY` where left out.
     pool: the pool of workers to seal to. kem: the key encapsulation that is accepted, or several, the preferred first.
     shape: `pad` fills requests and answers up to lengths that say little, for which an answer that is no event stream comes in
     pieces of 16 KiB; `none` does not.
@@ -53,6 +55,7 @@ class Client(httpx2.Client):
         url: str | None = None,
         *,
         token: Token | None = None,
+        dpop: ProofKey | None = None,
         pool: str = "default",
         kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
@@ -83,7 +86,7 @@ class Client(httpx2.Client):
             shape=shape,
             keep_identifying_fields=keep_identifying_fields,
         )
-        self._sealed = SealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
+        self._sealed = SealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"), dpop or _proof_key())
         self._pool_name = pool
         super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks)
 
@@ -138,6 +141,7 @@ class AsyncClient(httpx2.AsyncClient):
         url: str | None = None,
         *,
         token: AsyncToken | None = None,
+        dpop: ProofKey | None = None,
         pool: str = "default",
         kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
@@ -168,7 +172,7 @@ class AsyncClient(httpx2.AsyncClient):
             shape=shape,
             keep_identifying_fields=keep_identifying_fields,
         )
-        self._sealed = AsyncSealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"))
+        self._sealed = AsyncSealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"), dpop or _proof_key())
         self._pool_name = pool
         super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks)
 
@@ -227,6 +231,11 @@ def _setting(variable: str, parameter: str) -> str:
     if not value:
         raise SettingsError(f"pass {parameter}=... or set {variable}; `lacre up` writes both into DIR/env")
     return value
+
+
+def _proof_key() -> ProofKey | None:
+    path = os.environ.get("LACRE_DPOP_KEY")
+    return ProofKey.load(path) if path else None
 
 
 def _models(pools: Mapping[str, Any], pool: str) -> tuple[str, ...]:

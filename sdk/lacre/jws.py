@@ -81,6 +81,27 @@ def verify(token: str, key: bytes | Ed25519PublicKey, typ: str) -> dict[str, Any
     return _json_object(decoded["payload"], typ)
 
 
+def read_object(segment: str) -> dict[str, Any]:
+    """The JSON object in one part of a compact JWS. Raises InvalidMessage.
+
+    One that names a member twice, at any depth, says two things and so nothing (RFC 8725 section 3.10: readers would differ).
+    """
+    try:
+        value = json.loads(b64u_decode(segment), object_pairs_hook=_unrepeated)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidMessage("a part of a token that is not JSON, or that has a member twice") from exc
+    if not isinstance(value, dict):
+        raise InvalidMessage("a part of a token that is not a JSON object")
+    return value
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError
+    return members
+
+
 def _json_object(payload: bytes, typ: str) -> dict[str, Any]:
     try:
         value = json.loads(payload)

@@ -55,6 +55,12 @@ class Problem:
 INVALID_TOKEN: Final = Problem(
     _OURS + "invalid-token", 401, "The access token is missing, invalid or expired",
     "Get a fresh token for this gateway's audience and try again.", errors.Unauthenticated)  # fmt: skip
+INVALID_PROOF: Final = Problem(
+    _OURS + "invalid-proof", 401, "The token is bound to a key, and the proof is missing, invalid or for another request",
+    "Pass dpop=... with the key that the token is bound to, and set this machine's clock.", errors.Unauthenticated)  # fmt: skip
+ISSUER_UNAVAILABLE: Final = Problem(
+    _OURS + "issuer-unavailable", 503, "The gateway cannot get the keys of the token's issuer",
+    "Try again after Retry-After; the operator's log says why.", errors.Unavailable)  # fmt: skip
 FORBIDDEN: Final = Problem(
     _OURS + "forbidden", 403, "Policy does not allow this request",
     "Ask the operator for access to this pool, model or action.", errors.Forbidden)  # fmt: skip
@@ -120,7 +126,8 @@ DATE: Final = Problem(
 BY_TYPE: Final = {
     problem.type: problem
     for problem in (
-        INVALID_TOKEN, FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
+        INVALID_TOKEN, INVALID_PROOF, ISSUER_UNAVAILABLE,
+        FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
         UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNAVAILABLE, INTERNAL,
         AUDIT_UNAVAILABLE, NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED,
     )

@@ -63,13 +63,16 @@ REFRESH_BEFORE: Final = 0.5  # of a manifest's lifetime: fetched anew then, so t
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send this to the gateway, and send back an `Outer`. `sealed`: the request wants the bearer token and its own timeouts."""
+    """Send this to the gateway, and send back an `Outer`.
+
+    sealed: SHA-256 of `hdr ‖ enc` of the sealed request in it, which wants the access token and its own timeouts.
+    """
 
     method: str
     path: str
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = field(default=b"", repr=False)
-    sealed: bool = False
+    sealed: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +365,7 @@ class Sealing:
             "kem": facts.kem,
             "sealed_bytes": len(body),
         }
-        return Send("POST", SEALED_PATH, headers, body, sealed=True), Opening(opener, facts, verify), sent
+        return Send("POST", SEALED_PATH, headers, body, sealed=header.digest), Opening(opener, facts, verify), sent
 
     def _checked(self, key: PoolKey) -> Verification:
         with self._lock:

@@ -20,7 +20,8 @@ from typing import Any, Final
 
 import httpx2
 
-from lacre import audit, errors, problems
+from lacre import audit, dpop, errors, problems
+from lacre.dpop import ProofKey
 from lacre.inner import Plain
 from lacre.manifest import Manifest
 from lacre.sealing import ORIGIN, Opening, Outer, Refusal, Sealing, Send, Steps, T
@@ -49,10 +50,11 @@ class TimedOut(errors.NetworkError, httpx2.TimeoutException):
 class SealedTransport(httpx2.BaseTransport):
     """Seals requests and sends them through `outer`, a client whose base URL is the gateway. Closes it when closed."""
 
-    def __init__(self, sealing: Sealing, outer: httpx2.Client, token: Token) -> None:
+    def __init__(self, sealing: Sealing, outer: httpx2.Client, token: Token, key: ProofKey | None = None) -> None:
         self._sealing = sealing
         self._outer = outer
         self._token = token
+        self._key = key
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         steps = self._sealing.exchange(plain_request(request, request.read()))
@@ -83,8 +85,8 @@ class SealedTransport(httpx2.BaseTransport):
             while True:
                 if isinstance(step, Send):
                     body.close()
-                    token = self._bearer() if step.sealed else None
-                    request = outer_request(self._outer, step, token, extensions)
+                    token = self._access_token() if step.sealed else None
+                    request = outer_request(self._outer, step, _credentials(self._outer, step, token, self._key), extensions)
                     with _mapped():
                         response = self._outer.send(request, stream=True, follow_redirects=False)
                     body = _Body(response)
@@ -100,17 +102,18 @@ class SealedTransport(httpx2.BaseTransport):
             body.close()
             raise
 
-    def _bearer(self) -> str:
+    def _access_token(self) -> str:
         return self._token if isinstance(self._token, str) else self._token()
 
 
 class AsyncSealedTransport(httpx2.AsyncBaseTransport):
     """The async twin of `SealedTransport`; the token may be a callable that returns an awaitable."""
 
-    def __init__(self, sealing: Sealing, outer: httpx2.AsyncClient, token: AsyncToken) -> None:
+    def __init__(self, sealing: Sealing, outer: httpx2.AsyncClient, token: AsyncToken, key: ProofKey | None = None) -> None:
         self._sealing = sealing
         self._outer = outer
         self._token = token
+        self._key = key
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         steps = self._sealing.exchange(plain_request(request, await request.aread()))
@@ -140,8 +143,8 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
             while True:
                 if isinstance(step, Send):
                     await body.close()
-                    token = await self._bearer() if step.sealed else None
-                    request = outer_request(self._outer, step, token, extensions)
+                    token = await self._access_token() if step.sealed else None
+                    request = outer_request(self._outer, step, _credentials(self._outer, step, token, self._key), extensions)
                     with _mapped():
                         response = await self._outer.send(request, stream=True, follow_redirects=False)
                     body = _AsyncBody(response)
@@ -157,7 +160,7 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
             await body.close()
             raise
 
-    async def _bearer(self) -> str:
+    async def _access_token(self) -> str:
         token = self._token if isinstance(self._token, str) else self._token()
         return token if isinstance(token, str) else await token
 
@@ -243,11 +246,24 @@ def plain_request(request: httpx2.Request, content: bytes) -> Plain:
     return Plain(request.method, url.raw_path.decode("ascii"), headers, content)
 
 
-def outer_request(outer: httpx2.Client | httpx2.AsyncClient, step: Send, token: str | None, extensions: Any) -> httpx2.Request:
+def _credentials(
+    outer: httpx2.Client | httpx2.AsyncClient, step: Send, token: str | None, key: ProofKey | None
+) -> list[tuple[str, str]]:
+    """The headers that say who asks: the token, and with a key the proof that it is ours (RFC 9449 section 7.1)."""
+    if token is None:
+        return []
+    if key is None:
+        return [("authorization", f"Bearer {_checked(token)}")]
+    url = str(outer.base_url.join(step.path))
+    proof = key.proof(step.method, url, token=_checked(token), request=step.sealed)
+    return [("authorization", f"DPoP {token}"), (dpop.HEADER, proof)]
+
+
+def outer_request(
+    outer: httpx2.Client | httpx2.AsyncClient, step: Send, credentials: list[tuple[str, str]], extensions: Any
+) -> httpx2.Request:
     """The request to the gateway, with the application's own timeouts."""
-    headers = [*step.headers, ("accept-encoding", "identity")]
-    if token is not None:
-        headers.append(("authorization", f"Bearer {_checked(token)}"))
+    headers = [*step.headers, ("accept-encoding", "identity"), *credentials]
     timeouts = {"timeout": extensions["timeout"]} if "timeout" in extensions else None
     request = outer.build_request(step.method, step.path, headers=headers, content=step.body or None, extensions=timeouts)
     # One that the gateway set would tie requests together that were made with different tokens.

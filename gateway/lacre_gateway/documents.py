@@ -1,0 +1,115 @@
+"""Fetches a JSON document of an issuer: its metadata or its keys. Nothing is decided here.
+
+Rules:
+- https only; plain http for an issuer that is on this machine. No redirect is followed: the address is the issuer's word.
+- A document has a size and a time that it may take, and comes as it is, not compressed.
+- What goes wrong is a `FetchFailed` with words of ours: nothing of the answer gets into a log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import httpx2
+
+from lacre._version import __version__
+from lacre.errors import LacreError
+
+MAX_DOCUMENT: Final = 256 * 1024  # bytes; a set of a hundred RSA keys with their certificates is smaller
+TIME_LIMIT: Final = 5.0  # seconds for a whole document
+MAX_FRESH: Final = 86400.0  # seconds: what a document says of itself is believed that far
+_MAX_AGE: Final = re.compile(r'max-age\s*=\s*"?([0-9]{1,9})"?', re.IGNORECASE)
+_UNCACHED: Final = re.compile(r"\bno-(?:store|cache)\b", re.IGNORECASE)
+
+
+class FetchFailed(LacreError):
+    """A document could not be had, or is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """value: None where the one that is known still holds (304). fresh: seconds that it says it may be kept; None: nothing."""
+
+    value: Any | None
+    etag: str | None
+    fresh: float | None
+
+
+def allowed(url: str, *, plain: bool = False) -> bool:
+    """Whether a document may be fetched there. plain: over http, too, from this machine."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError:
+        return False
+    if not host or parts.username is not None or parts.fragment:
+        return False
+    return parts.scheme == "https" or (plain and parts.scheme == "http" and is_loopback(host))
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def make_client(url: str) -> httpx2.AsyncClient:
+    """For the documents of one issuer. A proxy of the environment is for what is elsewhere."""
+    return httpx2.AsyncClient(
+        headers={"user-agent": f"lacre-gateway/{__version__}", "accept": "application/json", "accept-encoding": "identity"},
+        timeout=TIME_LIMIT,
+        follow_redirects=False,
+        trust_env=url.startswith("https:"),
+    )
+
+
+async def fetch(client: httpx2.AsyncClient, url: str, etag: str | None) -> Fetched:
+    """etag: of the document that is known. Raises FetchFailed."""
+    try:
+        async with asyncio.timeout(TIME_LIMIT):
+            async with client.stream("GET", url, headers={} if etag is None else {"if-none-match": etag}) as response:
+                if response.status_code == 304 and etag is not None:
+                    return Fetched(None, etag, _freshness(response.headers))
+                if response.status_code != 200:
+                    raise FetchFailed(f"{url} answered with status {response.status_code}")
+                content = await _content(response, url)
+    except TimeoutError as exc:
+        raise FetchFailed(f"{url} took longer than {TIME_LIMIT:.0f} s") from exc
+    except (httpx2.HTTPError, httpx2.InvalidURL) as exc:
+        raise FetchFailed(f"{url} cannot be reached ({type(exc).__name__})") from exc
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        raise FetchFailed(f"{url} is not JSON") from exc
+    return Fetched(value, response.headers.get("etag"), _freshness(response.headers))
+
+
+async def _content(response: httpx2.Response, url: str) -> bytes:
+    content = bytearray()
+    async for piece in response.aiter_raw():
+        content += piece
+        if len(content) > MAX_DOCUMENT:
+            raise FetchFailed(f"{url} is longer than {MAX_DOCUMENT} bytes")
+    return bytes(content)
+
+
+def _freshness(headers: httpx2.Headers) -> float | None:
+    """RFC 9111 section 4.2, of `Cache-Control` alone: less what a cache on the way has used up."""
+    control = headers.get("cache-control", "")
+    if _UNCACHED.search(control):
+        return 0.0
+    found = _MAX_AGE.search(control)
+    if found is None:
+        return None
+    age = headers.get("age", "0")
+    return min(MAX_FRESH, max(0.0, float(found[1]) - (float(age) if age.isdecimal() and len(age) < 10 else 0.0)))
