@@ -18,7 +18,7 @@ from lacre_gateway.accesslog import AccessLog
 from lacre_gateway.manifest import etag, require
 from lacre_gateway.refusal import Refusal
 from lacre_gateway.relay import SealedEndpoint
-from lacre_gateway.state import Gateway
+from lacre_gateway.state import SEALED_PATH, Gateway
 
 _READ: Final = ["GET", "HEAD"]
 _BY_STATUS: Final = {404: problems.NOT_FOUND, 405: problems.METHOD_NOT_ALLOWED}
@@ -32,7 +32,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(Exception, _failed)
-    app.router.routes.append(Route("/v1/sealed", SealedEndpoint(gateway), methods=["POST"]))
+    app.router.routes.append(Route(SEALED_PATH, SealedEndpoint(gateway), methods=["POST"]))
     app.add_api_route("/v1/manifest", serve_manifest, methods=_READ)
     app.add_api_route("/healthz", healthz, methods=_READ)
     app.add_api_route("/readyz", readyz, methods=_READ)

@@ -69,6 +69,10 @@ class Keys(Protocol):
     async def seek(self, kid: object, alg: object) -> jwt.PyJWK | None:
         """After another look. Raises KeysUnavailable."""
 
+    def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class TrustedIssuer:
@@ -149,6 +153,16 @@ class Access:
             raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF)
 
 
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What came with one request. method, url: of the request."""
+
+    authorization: bytes | None
+    proof: bytes | None
+    method: str
+    url: str
+
+
 class Authenticator:
     """Verifies tokens and proofs, and remembers the good ones. clock: seconds since the epoch."""
 
@@ -167,6 +181,20 @@ class Authenticator:
         self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._proofs: OrderedDict[bytes, None] = OrderedDict()
 
+    @property
+    def able(self) -> bool:
+        """Whether anybody could be let in: not before the keys of some issuer are known."""
+        return any(issuer.keys.usable for issuer in self.issuers)
+
+    def start(self) -> None:
+        """Begins to fetch the keys of issuers. Called on the event loop; idempotent."""
+        for issuer in self.issuers:
+            issuer.keys.start()
+
+    async def close(self) -> None:
+        for issuer in self.issuers:
+            await issuer.keys.close()
+
     async def authenticate(
         self, authorization: bytes | None, address: str, *, proof: bytes | None = None, method: str = "POST", url: str = ""
     ) -> Access:
@@ -182,7 +210,7 @@ class Authenticator:
         if verdict is None or verdict.epoch != verdict.keys.epoch or self._clock() >= verdict.until:
             verdict = await self._verified(authorization, address)
             self._remember(digest, verdict)
-        return self._admitted(verdict, authorization or b"", proof, address, method, url)
+        return self._admitted(verdict, _Shown(authorization, proof, method, url), address)
 
     async def _verified(self, authorization: bytes | None, address: str) -> _Verdict:
         # An address that only sends bad tokens must not buy a signature check with each; good remembered ones need none.
@@ -215,26 +243,29 @@ class Authenticator:
         key = await trusted.key(header)
         return trusted.verdict(token, key, trusted.keys.epoch)
 
-    def _admitted(
-        self, verdict: _Verdict, authorization: bytes, proof: bytes | None, address: str, method: str, url: str
-    ) -> Access:
+    def _admitted(self, verdict: _Verdict, shown: _Shown, address: str) -> Access:
         if not self._revocations.current:
             raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY)
         if self._revocations.refuses(verdict.revocable, verdict.issued):
-            raise Refusal(problems.INVALID_TOKEN, challenge=_INVALID[_credentials(authorization)[0]])
+            raise Refusal(problems.INVALID_TOKEN, challenge=_INVALID[_credentials(shown.authorization)[0]])
         if verdict.thumbprint is None:
             return Access(verdict.principal)
-        scheme, token = _credentials(authorization)
         try:
-            if scheme != b"dpop" or token is None or proof is None:
-                raise InvalidMessage("a token that is bound to a key comes with the scheme DPoP and a proof")
-            expected = dpop.Expected(method, url, dpop.token_hash(token), verdict.thumbprint)
-            verified = dpop.verify(proof.decode("latin-1"), expected, self._clock())
-            self._spend(verified)
+            proof = self._proved(shown, verdict.thumbprint)
         except LacreError as exc:
             self._throttle.failed(address)
             raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF) from exc
-        return Access(verdict.principal, verified)
+        return Access(verdict.principal, proof)
+
+    def _proved(self, shown: _Shown, thumbprint: str) -> dpop.Proof:
+        """Raises ProtocolError or VerificationError."""
+        scheme, token = _credentials(shown.authorization)
+        if scheme != b"dpop" or token is None or shown.proof is None:
+            raise InvalidMessage("a token that is bound to a key comes with the scheme DPoP and a proof")
+        expected = dpop.Expected(shown.method, shown.url, dpop.token_hash(token), thumbprint)
+        proof = dpop.verify(shown.proof.decode("latin-1"), expected, self._clock())
+        self._spend(proof)
+        return proof
 
     def _spend(self, proof: dpop.Proof) -> None:
         """Each proof is good once (RFC 9449 section 11.1). Raises InvalidMessage."""

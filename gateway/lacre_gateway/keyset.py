@@ -58,6 +58,12 @@ class KeySet:
     async def seek(self, _kid: object, _alg: object) -> None:
         """There are no others to look for."""
 
+    def start(self) -> None:
+        """There is nothing to fetch."""
+
+    async def close(self) -> None:
+        """Nothing was opened."""
+
     @classmethod
     def read(cls, source: Path | Mapping[str, Any], algorithms: Sequence[str], place: str) -> Self:
         """source: a JWKS file, or the set itself. place: the settings key, for messages. Raises SettingsError."""

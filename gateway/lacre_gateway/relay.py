@@ -69,13 +69,17 @@ class SealedEndpoint:
 
 async def relay(gateway: Gateway, exchange: Exchange) -> None:
     """Raises whatever `mapping` names, before the first byte of the answer or after it."""
-    principal = gateway.authenticator.authenticate(exchange.fields.authorization(), exchange.address)
+    access = await gateway.authenticator.authenticate(
+        exchange.fields.authorization(), exchange.address, proof=exchange.fields.proof(), url=gateway.sealed_url
+    )
+    principal = access.principal
     exchange.fields.check_media()
     outer = exchange.fields.outer()
     subject = (principal.issuer, principal.subject)
     with gateway.limits.slot(subject, time.monotonic()):
         sealed = await exchange.sealed_body(gateway.settings.limits.body_timeout)
         request = await _understood(gateway, exchange, principal, outer, sealed)
+        access.check_request(request.digest)
         decision = gateway.rules.decide(request.question)
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):

@@ -54,7 +54,7 @@ class RemoteKeys:
     """
 
     def __init__(
-        self, issuer: str, address: str | None, algorithms: Sequence[str], place: str, log: Log, timing: Timing | None = None
+        self, issuer: str, address: str | None, algorithms: Sequence[str], *, place: str, log: Log, timing: Timing | None = None
     ) -> None:
         self._issuer = issuer
         self._address = address

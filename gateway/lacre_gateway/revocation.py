@@ -2,8 +2,8 @@
 second for what is new.
 
 Rules:
-- What is not known to be current refuses everybody: a gateway that has never read the list, or not for `MAX_AGE`, serves nobody.
-  It loses nothing by that, for the list is read over the very connection that requests leave by.
+- A list that is not known to be current refuses everybody: a gateway that has never read it, or not for `MAX_AGE`, serves
+  nobody. It loses nothing by that, for the list is read over the very connection that requests leave by.
 - What was read once stays until its time is over, whatever becomes of the bucket meanwhile.
 """
 
@@ -29,7 +29,7 @@ _SWEEP: Final = 60.0  # seconds between looks for entries whose time is over
 
 
 class RevocationList:
-    """This gateway's copy. clock: seconds since the epoch."""
+    """The copy of one gateway. clock: seconds since the epoch."""
 
     def __init__(self, log: Log, clock: Callable[[], float] = time.time) -> None:
         self._log = log

@@ -132,6 +132,7 @@ async def _run(settings: Settings) -> None:
         server = make_server(create_app(gateway), settings.listen)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
+        gateway.authenticator.start()
         running = [asyncio.create_task(_keep_connected(gateway, link)), *_reloading(gateway)]
         log.info("listening", host=settings.listen.host, port=listener.getsockname()[1])
         try:
@@ -169,6 +170,7 @@ async def _keep_connected(gateway: Gateway, link: _Link) -> None:
     while True:
         gateway.fabric = link.fabric = await _connect(gateway)
         gateway.log.info("fabric connected")
+        await gateway.revocations.start(gateway.connected)
         await gateway.feed.start()
         await link.fabric.connection.wait_lost()
         gateway.log.warning("fabric lost")

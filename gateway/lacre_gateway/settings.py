@@ -131,7 +131,8 @@ class Issuer(Table):
             raise PydanticCustomError("jwks", "an issuer has its keys in one place: jwks or jwks_url")
         if self.jwks is None and self.jwks_url is None and not allowed(self.issuer, plain=True):
             raise PydanticCustomError(
-                "discovery", "an issuer is found at its own https address (http on loopback only): correct it, or name its jwks_url"
+                "discovery",
+                "an issuer is found at its own https address (http on loopback only): correct it, or name its jwks_url",
             )
         return self
 

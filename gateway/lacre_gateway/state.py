@@ -5,33 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lacre.dpop import plain_url
 from lacre.jws import raw_public_key
 from lacre_fabric.logs import Log
 from lacre_fabric.manifests import ManifestFeed, memory_in
+from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import FabricUnavailable, GatewayFabric
 from lacre_gateway.audit.log import AuditLog
-from lacre_gateway.auth import Authenticator, TrustedIssuer
-from lacre_gateway.keyset import KeySet
+from lacre_gateway.auth import Authenticator
+from lacre_gateway.issuers import trusted
 from lacre_gateway.limits import RequestLimits, Reservation
 from lacre_gateway.metrics import Metrics
 from lacre_gateway.policy.live import LiveRules, Status
 from lacre_gateway.policy.rules import shipped
+from lacre_gateway.revocation import RevocationList, revocation
 from lacre_gateway.settings import Settings
 from lacre_gateway.settlement import Settlement
 from lacre_gateway.throttle import FailureThrottle
+
+SEALED_PATH: Final = "/v1/sealed"
 
 
 @dataclass(slots=True)
 class Gateway:
     """The parts of a running gateway. fabric: None until it is connected. draining: it is about to end, and takes nothing new
-    for long. clock: seconds since the epoch.
+    for long. clock: seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it.
     """  # fmt: skip
 
     settings: Settings
     authenticator: Authenticator
+    revocations: RevocationList
     rules: LiveRules
     limits: RequestLimits
     audit: AuditLog
@@ -41,17 +48,32 @@ class Gateway:
     metrics: Metrics
     log: Log
     clock: Callable[[], float]
+    sealed_url: str
     fabric: GatewayFabric | None = None
     draining: bool = False
 
     async def close(self) -> None:
         """Waits until what was served is settled and on disk. Nothing may be served any more."""
+        await self.revocations.close()
+        await self.authenticator.close()
         await self.settlement.close()
         await self.audit.close()
 
     async def reload(self, actor: str | None = None) -> Status:
         """Puts the rules that are on the disk to work. actor: `<tenant>/<subject>` of who asked. Raises PolicyError."""
         return await self.rules.reload(self.audit.append, actor)
+
+    async def revoke(
+        self, *, jti: str | None = None, subject: str | None = None, issuer: str | None = None, until: float | None = None
+    ) -> Revocation:
+        """Has a token, or all that a subject was issued until now, refused everywhere: here at once, elsewhere within a second.
+
+        As `revocation.revocation` says. Raises UsageError or FabricUnavailable.
+        """
+        revoked = revocation(self.settings.issuers, jti=jti, subject=subject, issuer=issuer, until=until, now=self.clock())
+        await self.connected().revoke(revoked)
+        self.revocations.add(revoked)
+        return revoked
 
     def connected(self) -> GatewayFabric:
         """Raises FabricUnavailable."""
@@ -74,6 +96,10 @@ class Gateway:
             missing["signing_key"] = "not the one in the manifest: workers will refuse every grant"
         if self.fabric is None or not self.fabric.connected:
             missing["fabric"] = "not connected to NATS"
+        elif not self.revocations.current:
+            missing["revocations"] = "cannot be read from NATS, so nobody is let in: see the log"
+        if not self.authenticator.able:
+            missing["issuers"] = "no issuer's keys could be fetched, so nobody can be let in: see the log"
         if not self.audit.writable:
             missing["audit"] = "the audit log cannot be written: free space where it stands"
         if self.draining:
@@ -91,25 +117,18 @@ def build(
     """Everything but the fabric. Reads policies and key sets, and opens the audit log. Raises SettingsError.
 
     key: what grants and audit checkpoints are signed with. fetch: where the feed gets the manifest document from; the feed is
-    not started.
+    not started, and neither is what fetches issuers' keys and revocations.
     Called on the event loop, which the audit log reports to.
     """
     limits = settings.limits
-    issuers = [
-        TrustedIssuer(
-            issuer=issuer.issuer,
-            audience=issuer.audience,
-            keys=KeySet.read(issuer.jwks, issuer.algorithms, f"issuers.{number}.jwks"),
-            tenant=issuer.tenant,
-            leeway=issuer.leeway,
-        )
-        for number, issuer in enumerate(settings.issuers)
-    ]
+    issuers = trusted(settings.issuers, log)
+    revocations = RevocationList(log, clock)
     rules = LiveRules(settings.policies or shipped(), log=log, clock=clock)
     metrics = Metrics()
     return Gateway(
         settings=settings,
-        authenticator=Authenticator(issuers, FailureThrottle(limits.failed_auth_per_minute), clock),
+        authenticator=Authenticator(issuers, revocations, FailureThrottle(limits.failed_auth_per_minute), clock),
+        revocations=revocations,
         rules=rules,
         limits=RequestLimits(
             in_flight=limits.requests_in_flight,
@@ -122,6 +141,7 @@ def build(
         metrics=metrics,
         log=log,
         clock=clock,
+        sealed_url=plain_url(settings.public_url + SEALED_PATH),
         # Last: nothing after it can fail and leave its threads behind.
         audit=AuditLog(
             settings.audit,

@@ -11,6 +11,7 @@ from typing import TypedDict
 import httpx2
 
 from lacre.client import Verify
+from lacre.dpop import ProofKey
 from lacre.memory import Memory
 from lacre.padding import Shape
 from lacre.transport import AsyncToken, Token
@@ -20,6 +21,7 @@ from lacre.wire.header import Kem
 class SharedOptions(TypedDict, total=False):
     """As the parameters of `lacre.Client` with the same names."""
 
+    dpop: ProofKey | None
     pool: str
     kem: Kem | Sequence[Kem]
     shape: Shape

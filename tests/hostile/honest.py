@@ -37,6 +37,7 @@ class HonestGateway:
     async def start(self, fabric: MemoryFabric) -> None:
         self.gateway.fabric = fabric.gateway()
         await self.gateway.feed.refresh()
+        await self.gateway.revocations.start(self.gateway.connected)
 
     def entries(self) -> list[bytes]:
         """What is in its audit log."""

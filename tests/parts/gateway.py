@@ -71,7 +71,7 @@ class Issuer:
 
     def claims(self, *, drop: str = "", **claims: Any) -> dict[str, Any]:
         now = int(time.time())
-        standard = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "nbf": now - 5, "exp": now + 600, "tenant": "acme"}
+        standard = {"iss": ISSUER, "aud": AUDIENCE, "sub": "alice", "iat": now - 5, "exp": now + 600, "tenant": "acme"}
         return {name: value for name, value in {**standard, **claims}.items() if name != drop}
 
 
@@ -217,6 +217,7 @@ class World:
         """Puts the document where the gateway looks for it, and lets it look."""
         self.published = document
         await self.gateway.feed.refresh()
+        await self.gateway.revocations.start(self.gateway.connected)
 
     def seal(self, key_id: int = 1, content: bytes = b'{"messages":[]}') -> tuple[bytes, ResponseOpener]:
         request = Request("POST", "https", "lacre.invalid", "/v1/chat/completions", (), content)
