@@ -81,7 +81,7 @@ class _Entry:
         try:
             return Revocation.parse(self.subject.rpartition(".")[2], self.value)
         except InvalidMessage:
-            log.error("revocation.unreadable", sequence=self.sequence)
+            log.error("revocation.unreadable")
             return None
 
 

@@ -1,7 +1,8 @@
-"""`lacre gateway`, `lacre audit` and `lacre policy`."""
+"""`lacre gateway`, `lacre revoke`, `lacre audit` and `lacre policy`."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
         policy.register(app)
     if find_spec("nats") is not None and find_spec("fastapi") is not None and find_spec("cedarpy") is not None:
         app.command()(gateway)
+        app.command()(revoke)
 
 
 def gateway(settings: Annotated[Path, typer.Option(help="The gateway's settings file (TOML).")]) -> None:
@@ -29,3 +31,42 @@ def gateway(settings: Annotated[Path, typer.Option(help="The gateway's settings 
 
     with last_words():
         serve(load(settings))
+
+
+def revoke(
+    jti: Annotated[str | None, typer.Option(help="The one token with this id (its claim jti).")] = None,
+    sub: Annotated[str | None, typer.Option(help="Every token that this subject was issued until now.")] = None,
+    issuer: Annotated[str | None, typer.Option(help="Who issued it; may be left out where there is one.")] = None,
+    until: Annotated[
+        datetime | None, typer.Option(help="When the token expires, in UTC; the longest that one may live where left out.")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="A gateway's settings file; that of the state folder where left out.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="The state folder; $XDG_STATE_HOME/lacre where left out.")] = None,
+) -> None:
+    """Have a token, or all tokens of a subject, refused by every gateway from now on. It cannot be taken back."""
+    import asyncio
+    import time
+
+    from lacre_fabric.connection import Connection
+    from lacre_fabric.nats_revocations import revoke as put
+    from lacre_fabric.roles import Credential
+    from lacre_fabric.site import Site
+    from lacre_fabric.up import default_state
+    from lacre_gateway.revocation import revocation
+    from lacre_gateway.settings import load
+
+    read = load(settings or Site.load((state or default_state()).resolve()).gateway_settings)
+    expires = None if until is None else until.replace(tzinfo=until.tzinfo or UTC).timestamp()
+    revoked = revocation(read.issuers, jti=jti, subject=sub, issuer=issuer, until=expires, now=time.time())
+
+    async def run() -> None:
+        connection = await Connection.open(read.nats.url, Credential.load(read.nats.credentials))
+        try:
+            await put(connection, revoked)
+        finally:
+            await connection.close()
+
+    asyncio.run(run())
+    typer.echo(f"revoked until {datetime.fromtimestamp(revoked.until, UTC):%Y-%m-%d %H:%M:%S UTC}")

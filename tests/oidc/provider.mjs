@@ -1,0 +1,76 @@
+// A real OpenID provider for the gateway's tests: signs access tokens with ES256, RS256 and EdDSA, and rotates its keys when told.
+//
+// Commands, a line each on standard input: `rotate` puts new keys before those that are there, `retire` takes the older ones
+// away. Each is answered by a line of JSON on standard output, and so is the start.
+
+import { generateKeyPairSync, randomUUID } from 'node:crypto'
+import { createServer } from 'node:http'
+import { createInterface } from 'node:readline'
+
+import Provider from 'oidc-provider'
+
+const KINDS = {
+  ES256: ['ec', { namedCurve: 'P-256' }],
+  RS256: ['rsa', { modulusLength: 2048 }],
+  EdDSA: ['ed25519', {}],
+}
+
+function makeKeys() {
+  return Object.entries(KINDS).map(([alg, [kind, options]]) => {
+    const { privateKey } = generateKeyPairSync(kind, options)
+    return { ...privateKey.export({ format: 'jwk' }), alg, use: 'sig', kid: randomUUID() }
+  })
+}
+
+function makeProvider(issuer, keys) {
+  return new Provider(issuer, {
+    jwks: { keys },
+    clients: [{
+      client_id: 'app',
+      client_secret: 'a secret of this test alone',
+      grant_types: ['client_credentials'],
+      redirect_uris: [],
+      response_types: [],
+      token_endpoint_auth_method: 'client_secret_post',
+    }],
+    features: {
+      clientCredentials: { enabled: true },
+      devInteractions: { enabled: false },
+      dPoP: { enabled: true },
+      resourceIndicators: {
+        enabled: true,
+        // `urn:lacre:ES256` asks for a token that is signed with ES256.
+        getResourceServerInfo: (_ctx, resource) => ({
+          audience: 'lacre',
+          scope: 'lacre:http',
+          accessTokenFormat: 'jwt',
+          accessTokenTTL: 3600,
+          jwt: { sign: { alg: resource.split(':').at(-1) } },
+        }),
+      },
+    },
+    extraTokenClaims: () => ({ org: { id: 'acme' }, realm_access: { roles: ['staff'] } }),
+  })
+}
+
+let keys = makeKeys()
+let answer
+const server = createServer((request, response) => answer(request, response))
+
+function serve() {
+  answer = makeProvider(`http://127.0.0.1:${server.address().port}`, keys).callback()
+  console.log(JSON.stringify({ port: server.address().port, kids: keys.map(({ kid }) => kid) }))
+}
+
+const commands = {
+  rotate: () => { keys = [...makeKeys(), ...keys] },
+  retire: () => { keys = keys.slice(0, Object.keys(KINDS).length) },
+}
+
+server.listen(0, '127.0.0.1', () => {
+  serve()
+  createInterface({ input: process.stdin }).on('line', (line) => {
+    commands[line]()
+    serve()
+  }).on('close', () => process.exit())
+})
