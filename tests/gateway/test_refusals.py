@@ -147,6 +147,7 @@ async def test_policy(world: World, worker: FakeWorker, client: httpx2.AsyncClie
 
 async def test_no_manifest(tmp_path: Path, issuer: Issuer) -> None:
     world = World(tmp_path, issuer)
+    await world.gateway.revocations.start(world.gateway.connected)
     async with client_of(world) as client:
         assert_problem(await post(world, client), problems.NOT_READY)
     await world.gateway.close()

@@ -124,7 +124,7 @@ async def test_process_serves_before_its_fabric_is_there_and_ends_in_order(world
             assert set((await http.get("/readyz")).json()["missing"]) == {"fabric", "manifest"}
             token = world.issuer.token()
             refused = await http.post("/v1/sealed", content=world.seal()[0], headers=world.headers(token))
-            assert refused.content == problems.NOT_READY.body()
+            assert refused.content == problems.UNAVAILABLE.body()  # nor does it know what was revoked
         process.send_signal(signal.SIGTERM)
         _, rest = await asyncio.to_thread(process.communicate, timeout=10)
     finally:

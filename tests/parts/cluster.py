@@ -1,4 +1,4 @@
-"""A small deployment on loopback: a real nats-server, gateways that are processes of their own, and a node in this process, which
+"""A small deployment on loopback: a real nats-server, gateways that are processes of their own, and a node in this process that
 really opens, and seals answers that no model made."""
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Cluster:
         async def end() -> None:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-            await node.close()
+            await node.drain(2)
 
         self.stack.push_async_callback(end)
 
