@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi, problems
+from lacre.asgi.admission import Seen
 from lacre.errors import Expired, LacreError, UnknownKeyId
 from lacre.jws import b64u
 from lacre.manifest import Manifest
@@ -35,30 +35,9 @@ from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
 from lacre_fabric.work import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
 
-MAX_REMEMBERED: Final = 1_000_000  # digests; some 100 MB, and more requests than a node answers in `CLAIM_TTL`
 RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is away
 
 log = structlog.get_logger("lacre.node")
-
-
-class Seen:
-    """The digests of requests opened here within the claim's time to live: refuses a replay on its own.
-
-    limit: how many. While all of them still count, no more is taken: a flood must not make it forget.
-    """
-
-    def __init__(self, limit: int = MAX_REMEMBERED) -> None:
-        self._limit = limit
-        self._until: OrderedDict[bytes, float] = OrderedDict()
-
-    def add(self, digest: bytes, now: float) -> bool:
-        """False where the digest was there, or there is no room."""
-        while self._until and next(iter(self._until.values())) <= now:
-            self._until.popitem(last=False)
-        if digest in self._until or len(self._until) >= self._limit:
-            return False
-        self._until[digest] = now + CLAIM_TTL
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +72,7 @@ class Node:
         self._app = app
         self._identity = identity
         self._clock = clock
-        self._seen = Seen()
+        self._seen = Seen(lifetime=CLAIM_TTL)
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:

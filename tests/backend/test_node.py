@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import problems
 from lacre.asgi import EXTENSION, Call, Receive, Scope, Send
+from lacre.asgi.admission import DATE_WINDOW, REMEMBERED_FOR, Seen
 from lacre.errors import TruncatedStream
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Manifest
@@ -32,8 +33,7 @@ from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.inside import DATE_WINDOW
-from lacre_backend.node import Identity, Node, Seen
+from lacre_backend.node import Identity, Node
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.grants import Grant
 from lacre_fabric.memory import MemoryDispatch, MemoryFabric
@@ -425,7 +425,7 @@ class TestReplay:
 
     def test_memory_holds_as_long_as_a_claim(self) -> None:
         seen = Seen()
-        assert CLAIM_TTL > 2 * DATE_WINDOW
+        assert min(CLAIM_TTL, REMEMBERED_FOR) > 2 * DATE_WINDOW
         assert seen.add(b"a", 0.0) and not seen.add(b"a", CLAIM_TTL - 1)
         assert seen.add(b"a", CLAIM_TTL)
 

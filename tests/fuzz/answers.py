@@ -12,6 +12,7 @@ from fuzz.statements import MANIFEST, NOW, PINNED, POOL_KEY, POOL_SIGNER, ROOT, 
 from fuzz.target import Script, Target, cut
 from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
 from lacre.asgi import Opened
+from lacre.asgi.admission import SealedRefusal
 from lacre.errors import (
     ApiError,
     InvalidMessage,
@@ -82,13 +83,13 @@ def reply_can_be_counted(_data: bytes, answer: Reply) -> None:
     answer.recount(len)
 
 
-def request_inside(data: bytes) -> inside.SealedRefusal | None:
+def request_inside(data: bytes) -> SealedRefusal | None:
     """What a hostile client seals, up to where the worker would call its app: it may run, or is refused inside the seal."""
     opened = Opened(bhttp.decode_request(data), HEADER, ResponseSealer(HEADER, RESPONSE_SECRET, bytes(32)))
     return inside.check(opened, GRANT, NOW)
 
 
-def refusal_can_be_sealed(_data: bytes, refusal: inside.SealedRefusal | None) -> None:
+def refusal_can_be_sealed(_data: bytes, refusal: SealedRefusal | None) -> None:
     if refusal is not None:
         assert 400 <= refusal.status < 500
         json.dumps(refusal.body)

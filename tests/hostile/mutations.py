@@ -27,6 +27,7 @@ SDK: Final = "sdk/lacre"
 WIRE: Final = "sdk/lacre/wire"
 NODE: Final = "backend/lacre_backend/node.py"
 INSIDE: Final = "backend/lacre_backend/inside.py"
+ADMISSION: Final = "sdk/lacre/asgi/admission.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ MUTATIONS: Final = (
     Mutation("an audit entry names whom the token names", f"{SDK}/sealing.py",
              "{**sent, **outer.speaks_for})", "sent)", "test_records.py::test_name"),
     # the worker
-    Mutation("a response that is not whole has no final chunk", f"{SDK}/asgi.py",
+    Mutation("a response that is not whole has no final chunk", f"{SDK}/asgi/exchange.py",
              "            if not complete:", "            if False:", "test_asked.py::test_log"),
     Mutation("a worker takes no grant by an expired manifest", NODE,
              "if now >= manifest.expires_at:", "if False:", "test_grants.py::test_withheld"),
@@ -209,18 +210,18 @@ MUTATIONS: Final = (
     Mutation("a worker remembers what it opened", NODE,
              "if not self._seen.add(opened.header.digest, now) or not await delivery.claim():",
              "if not await delivery.claim():", "test_replay.py::test_same_worker_wiped"),
-    Mutation("a full memory forgets nothing that counts", NODE,
+    Mutation("a full memory forgets nothing that counts", ADMISSION,
              "if digest in self._until or len(self._until) >= self._limit:", "if digest in self._until:",
              "test_replay.py::test_flood"),
     Mutation("the inside is compared with the grant", NODE,
              "refusal = inside.check(opened, grant, now)", "refusal = None", "test_grants.py::test_shape"),
     Mutation("the worker's log has no exception's text", NODE,
              "**logs.places(exc.__cause__ or exc)", "error=repr(exc.__cause__)", "test_asked.py::test_log"),
-    Mutation("a request's date is near", INSIDE,
+    Mutation("a request's date is near", ADMISSION,
              "if abs(sent - now) <= DATE_WINDOW:", "if True:", "test_replay.py::test_restarted_too_late"),
-    Mutation("a date beyond all numbers is none", INSIDE,
+    Mutation("a date beyond all numbers is none", ADMISSION,
              "except (ValueError, OverflowError):", "except ValueError:", "test_asked.py::test_dates"),
-    Mutation("a path has its normal form", INSIDE,
+    Mutation("a path has its normal form", ADMISSION,
              "if _AMBIGUOUS.search(decoded_path(opened.request)) is None:", "if True:", "test_asked.py::test_path_traversal"),
     Mutation("the authority is ours", INSIDE,
              "if (request.scheme, request.authority) != (SCHEME, AUTHORITY):", "if False:", "test_asked.py::test_authority"),

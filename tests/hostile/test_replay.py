@@ -16,10 +16,10 @@ from hostile.attacks import Verdict, attack
 from hostile.honest import HonestGateway
 from hostile.stage import Stage
 from lacre import ApiError, OpenError, problems
+from lacre.asgi.admission import Seen
 from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre.wire.ohttp import seal_request
-from lacre_backend.node import Seen
 from lacre_fabric.work import CLAIM_TTL
 
 ONCE = "a node remembers the digests that it has opened, for longer than a date is good"

@@ -1,0 +1,45 @@
+"""Serving what is sealed: `answer` and `open_sealed` for a worker's node, `Sealed` for any ASGI app of one's own."""
+
+from lacre.asgi.exchange import (
+    AUTHORITY,
+    EXTENSION,
+    MAX_PENDING,
+    SCHEME,
+    App,
+    AppFailed,
+    Call,
+    Message,
+    Opened,
+    Receive,
+    Scope,
+    Send,
+    Usage,
+    answer,
+    decoded_path,
+    open_sealed,
+    refuse,
+)
+from lacre.asgi.sealed import Sealed, key_file, pin
+
+__all__ = [
+    "AUTHORITY",
+    "EXTENSION",
+    "MAX_PENDING",
+    "SCHEME",
+    "App",
+    "AppFailed",
+    "Call",
+    "Message",
+    "Opened",
+    "Receive",
+    "Scope",
+    "Sealed",
+    "Send",
+    "Usage",
+    "answer",
+    "decoded_path",
+    "key_file",
+    "open_sealed",
+    "pin",
+    "refuse",
+]

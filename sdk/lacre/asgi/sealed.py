@@ -1,0 +1,220 @@
+"""`Sealed(app, keys=...)`: any ASGI app, reached sealed over plain HTTP, by clients that pin its key (`lacre.direct`).
+
+Rules:
+- Nothing reaches the app in the clear, nor leaves it in the clear: what comes unsealed gets a problem document.
+- A request runs once. Its digest is remembered for longer than its date is good for, and a date from before this process began
+  is not good. Where several processes serve one key, that takes a memory they share: `claim`.
+- Who asks is the app's own affair: what a caller sends to name itself, such as `Authorization`, is inside the seal.
+
+Where it stands and how a key is published follow RFC 9540: `GET` for the key configurations, `POST` for requests, one path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import stat
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import Final
+
+from lacre import problems
+from lacre.asgi.admission import Seen, check_date, check_path
+from lacre.asgi.exchange import App, AppFailed, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
+from lacre.errors import LacreError, SettingsError, UnknownKeyId, UsageError
+from lacre.jws import b64u
+from lacre.padding import Shape, shape_named
+from lacre.problems import Problem
+from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, KeyConfig, encode_key_list
+from lacre.wire.opening import PrivateKey
+from lacre.wire.wiping import overwrite
+
+WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # RFC 9540 section 4
+MEDIA_TYPE_KEYS: Final = "application/ohttp-keys"  # RFC 9458 section 3
+_KEY_FILE_LIMIT: Final = 1024  # bytes; a key has some 60
+
+Keys = Callable[[], Sequence[PrivateKey]]
+Claim = Callable[[bytes], Awaitable[bool]]
+
+
+class Sealed:
+    """app: what answers. keys: what requests are sealed to, the preferred first; a callable is asked each time, for rotation.
+
+    claim: called with a request's digest (32 bytes) before it runs; False refuses it as a replay. For each digest it must say
+    True once in all processes that share a key, and remember that for `lacre.asgi.admission.REMEMBERED_FOR` seconds.
+    path: where keys and requests are. clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        keys: PrivateKey | Sequence[PrivateKey] | Keys,
+        claim: Claim | None = None,
+        path: str = WELL_KNOWN,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._app = app
+        self._keys = _keys(keys)
+        self._claim = claim
+        self._path = path
+        self._clock = clock
+        self._began = float(int(clock()))  # a `date` has whole seconds
+        self._seen = Seen()
+
+    @property
+    def pins(self) -> tuple[str, ...]:
+        """What clients pin: one for each key."""
+        return tuple(pin(key.config) for key in self._keys())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "sealed requests only"})
+        elif scope["path"].removeprefix(scope.get("root_path", "")) != self._path:
+            await _tell(send, problems.NOT_FOUND)
+        elif scope["method"] in ("GET", "HEAD"):
+            await _whole(send, 200, MEDIA_TYPE_KEYS, encode_key_list([key.config for key in self._keys()]))
+        elif scope["method"] == "POST":
+            await self._post(scope, receive, send)
+        else:
+            await _tell(send, problems.METHOD_NOT_ALLOWED, (b"allow", b"GET, HEAD, POST"))
+
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _header(scope, b"content-type").partition(b";")[0].strip().lower() != MEDIA_TYPE_REQUEST.encode():
+            return await _tell(send, problems.UNSUPPORTED_MEDIA_TYPE)
+        body = await _body(receive)
+        if isinstance(body, Problem):
+            return await _tell(send, body)
+        try:
+            opened = open_sealed(body, {key.config.key_id: key for key in self._keys()})
+        except UnknownKeyId:
+            return await _tell(send, problems.UNKNOWN_KEY)
+        except LacreError:
+            return await _tell(send, problems.INVALID_REQUEST)
+        digest = opened.header.digest
+        if not self._seen.add(digest, self._clock()) or not (self._claim is None or await self._claim(digest)):
+            return await _tell(send, problems.REPLAYED)
+        await _while_connected(receive, self._answer(opened, send))
+
+    async def _answer(self, opened: Opened, send: Send) -> None:
+        pieces = self._pieces(opened)
+        try:
+            first = await anext(pieces)  # an app that fails before it has begun can still be told of outside
+        except AppFailed:
+            await _tell(send, problems.INTERNAL)
+            raise
+        headers = [(b"content-type", MEDIA_TYPE_RESPONSE.encode()), (b"incremental", b"?1"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async with aclosing(pieces):
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _pieces(self, opened: Opened) -> AsyncGenerator[bytes, None]:
+        refusal = check_date(opened, self._clock(), earliest=self._began) or check_path(opened)
+        if refusal is not None:
+            yield refuse(opened, refusal.status, refusal.body, refusal.media_type, refusal.headers)
+            return
+        call = Call(request_id=secrets.token_hex(16))
+        async with aclosing(answer(self._app, opened, call, shape=_shape(opened))) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+def pin(config: KeyConfig) -> str:
+    """What a client pins of a key: base64url of the SHA-256 of its key configuration."""
+    return b64u(hashlib.sha256(config.encode()).digest())
+
+
+def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
+    """The private key in a file; a new one, for its owner alone, where there is none. Raises SettingsError."""
+    path = Path(path)
+    with (
+        suppress(FileExistsError),
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as new,
+    ):
+        secret = PrivateKey.generate(key_id).to_bytes()
+        new.write(secret)
+        overwrite(secret)
+    try:
+        with path.open("rb", buffering=0) as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                raise SettingsError(f"{path} can be read by others: chmod 600 {path}")
+            content = bytearray(_KEY_FILE_LIMIT)
+            length = file.readinto(content) or 0
+    except OSError as exc:
+        raise SettingsError(f"{path} cannot be read ({exc.strerror})") from exc
+    try:
+        return PrivateKey.from_bytes(memoryview(content)[:length])
+    finally:
+        overwrite(content)
+
+
+def _keys(keys: PrivateKey | Sequence[PrivateKey] | Keys) -> Keys:
+    if callable(keys):
+        return keys
+    fixed = (keys,) if isinstance(keys, PrivateKey) else tuple(keys)
+    if not fixed or len({key.config.key_id for key in fixed}) != len(fixed):
+        raise UsageError("keys: one PrivateKey, or several with different key ids")
+    return lambda: fixed
+
+
+def _shape(opened: Opened) -> Shape:
+    """As the request asks, inside the seal."""
+    asked = opened.headers("lacre-shape")
+    return shape_named(asked[0]) if asked in (["none"], ["pad"]) else "pad"
+
+
+async def _body(receive: Receive) -> bytes | Problem:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return problems.INVALID_REQUEST  # cut short; nobody reads this
+        body += message.get("body", b"")
+        if len(body) > MAX_SEALED_REQUEST:
+            return problems.TOO_LARGE
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def _while_connected(receive: Receive, answering: Awaitable[None]) -> None:
+    """Ends the app when the caller has gone."""
+    task = asyncio.ensure_future(answering)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    headers: Mapping[bytes, bytes] = dict(scope["headers"])
+    return headers.get(name, b"")
+
+
+async def _tell(send: Send, problem: Problem, *headers: tuple[bytes, bytes]) -> None:
+    await _whole(send, problem.status, problems.MEDIA_TYPE, problem.body(), *headers)
+
+
+async def _whole(send: Send, status: int, media_type: str, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+    fixed = [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": fixed})
+    await send({"type": "http.response.body", "body": body})
