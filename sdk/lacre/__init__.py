@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lacre._version import __version__
 from lacre.audit import AuditProof
 from lacre.client import BASE_URL, AsyncClient, Client
+from lacre.credentials import ClientCredentials
 from lacre.dpop import ProofKey
 from lacre.errors import (
     AlreadyUsedError,
@@ -31,6 +32,7 @@ from lacre.errors import (
     RefusedError,
     Rollback,
     SettingsError,
+    StreamBroken,
     TruncatedStream,
     Unauthenticated,
     Unavailable,
@@ -41,6 +43,7 @@ from lacre.errors import (
     UsageError,
     VerificationError,
 )
+from lacre.facts import Part
 from lacre.memory import VersionFile, VersionMemory
 from lacre.receipts import Receipt
 from lacre.recount import Recount
@@ -63,6 +66,7 @@ __all__ = [
     "AuditProof",
     "ChatStream",
     "Client",
+    "ClientCredentials",
     "ConnectionString",
     "DestinationError",
     "Expired",
@@ -78,6 +82,7 @@ __all__ = [
     "NetworkError",
     "OpenAI",
     "OpenError",
+    "Part",
     "ProofKey",
     "ProtocolError",
     "RateLimited",
@@ -87,6 +92,7 @@ __all__ = [
     "Reply",
     "Rollback",
     "SettingsError",
+    "StreamBroken",
     "TokenUsage",
     "TruncatedStream",
     "Unauthenticated",

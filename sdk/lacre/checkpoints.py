@@ -75,10 +75,6 @@ def parse_verifier_key(text: str) -> tuple[str, bytes]:
     return name, key[1:]
 
 
-def is_origin(text: str) -> bool:
-    return _ORIGIN.fullmatch(text) is not None
-
-
 def parse(note: bytes) -> Checkpoint:
     """What a note says, its signature *not* verified. Raises InvalidMessage or MessageTooLarge."""
     return _parse(note)[0]

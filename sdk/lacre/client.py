@@ -10,6 +10,7 @@ from typing import Any, Final
 import httpx2
 
 from lacre._version import __version__
+from lacre.credentials import AsyncToken, Token
 from lacre.dpop import ProofKey
 from lacre.errors import SettingsError
 from lacre.manifest import Manifest
@@ -18,7 +19,7 @@ from lacre.padding import Shape
 from lacre.reply import CHAT_PATH, Messages, Reply, chat_body, check
 from lacre.sealing import DEFAULT_KEMS, ORIGIN, Sealing
 from lacre.streams import AsyncChatStream, ChatStream, Deltas
-from lacre.transport import FACTS, AsyncSealedTransport, AsyncToken, SealedTransport, Token
+from lacre.transport import FACTS, AsyncSealedTransport, SealedTransport
 from lacre.trust import ConnectionString
 from lacre.verification import Verification
 from lacre.wire.header import Kem
@@ -29,6 +30,9 @@ BASE_URL: Final = f"{ORIGIN}/v1"
 DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0)
 DEFAULT_LIMITS: Final = httpx2.Limits(max_connections=100, max_keepalive_connections=20)  # httpx2's own
 
+DEFAULT_RETRIES: Final = 2
+DEFAULT_RESUMES: Final = 2
+
 Verify = ssl.SSLContext | str | bool
 EventHooks = Mapping[str, list[Any]]
 
@@ -37,12 +41,15 @@ class Client(httpx2.Client):
     """A sealed client. It *is* an `httpx2.Client` with its base URL set: `client.post("/v1/chat/completions", json=...)`.
 
     url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` where left out.
-    token: the bearer token, or a callable that returns one, asked before each request; `LACRE_TOKEN` where left out.
+    token: the access token, a callable that returns one, asked before each request, or OAuth2 `ClientCredentials`;
+    `LACRE_TOKEN` where left out.
     dpop: the key that the token is bound to, where it is (RFC 9449); the one in the file `LACRE_DPOP_KEY` where left out.
     pool: the pool of workers to seal to. kem: the key encapsulation that is accepted, or several, the preferred first.
     shape: `pad` fills requests and answers up to lengths that say little, for which an answer that is no event stream comes in
     pieces of 16 KiB; `none` does not.
     keep_identifying_fields: seal `user`, `metadata`, `safety_identifier` and `prompt_cache_key` too, instead of dropping them.
+    retries: how often a request is sent anew, sealed afresh, where nothing of an answer came, or the gateway asks to come back
+    within 10 s; `attempts` counts. resume: how often an answer that broke off is gone on with; 0 for never.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
     verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
@@ -60,6 +67,8 @@ class Client(httpx2.Client):
         kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
         keep_identifying_fields: bool = False,
+        retries: int = DEFAULT_RETRIES,
+        resume: int = DEFAULT_RESUMES,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
@@ -85,6 +94,8 @@ class Client(httpx2.Client):
             kems=_kems(kem),
             shape=shape,
             keep_identifying_fields=keep_identifying_fields,
+            retries=retries,
+            resume=resume,
         )
         self._sealed = SealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"), dpop or _proof_key())
         self._pool_name = pool
@@ -108,7 +119,8 @@ class Client(httpx2.Client):
     def chat_stream(self, messages: Messages, **params: Any) -> ChatStream:
         """The answer's text, piece by piece as each record opens; once it has ended, its usage and receipt too.
 
-        Iterating raises TruncatedStream where the answer ends early: the pieces until then are not the whole of it.
+        An answer that breaks off is resumed (`resume`). Iterating raises StreamBroken where it cannot be: the pieces until then
+        are not the whole of it.
         """
         deltas = Deltas()
         return ChatStream(self._pieces(chat_body(messages, params, stream=True), deltas), deltas)
@@ -146,6 +158,8 @@ class AsyncClient(httpx2.AsyncClient):
         kem: Kem | Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
         keep_identifying_fields: bool = False,
+        retries: int = DEFAULT_RETRIES,
+        resume: int = DEFAULT_RESUMES,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
@@ -171,6 +185,8 @@ class AsyncClient(httpx2.AsyncClient):
             kems=_kems(kem),
             shape=shape,
             keep_identifying_fields=keep_identifying_fields,
+            retries=retries,
+            resume=resume,
         )
         self._sealed = AsyncSealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"), dpop or _proof_key())
         self._pool_name = pool
@@ -194,7 +210,8 @@ class AsyncClient(httpx2.AsyncClient):
     def chat_stream(self, messages: Messages, **params: Any) -> AsyncChatStream:
         """The answer's text, piece by piece as each record opens; once it has ended, its usage and receipt too.
 
-        Iterating raises TruncatedStream where the answer ends early: the pieces until then are not the whole of it.
+        An answer that breaks off is resumed (`resume`). Iterating raises StreamBroken where it cannot be: the pieces until then
+        are not the whole of it.
         """
         deltas = Deltas()
         return AsyncChatStream(self._pieces(chat_body(messages, params, stream=True), deltas), deltas)

@@ -88,6 +88,20 @@ class TruncatedStream(ProtocolError):
     remedy = "Ask again: what came is not the whole answer."
 
 
+class StreamBroken(TruncatedStream):
+    """A streamed answer broke off, and could not be gone on with. It carries what was received.
+
+    text: of the first choice, as far as it came. tokens: how many tokens of the answer came, as far as the worker told.
+    """
+
+    remedy = "Ask again, or go on from `text` yourself; `__cause__` says why the answer was not resumed."
+
+    def __init__(self, message: str, *, text: str = "", tokens: int = 0) -> None:
+        super().__init__(message)
+        self.text = text
+        self.tokens = tokens
+
+
 class UnsupportedSuite(ProtocolError):
     """A KEM, KDF or AEAD that this side does not have or does not accept."""
 
@@ -214,9 +228,14 @@ class Unavailable(RefusedError):
 
 
 class NetworkError(LacreError):
-    """The gateway could not be reached, or the connection broke."""
+    """The gateway could not be reached, or the connection broke before its answer.
+
+    reached: whether a connection had come about, so that the request may have run. timed_out: whether a time limit was over.
+    """
 
     remedy = "Check the address and the network, and try again."
+    reached = True
+    timed_out = False
 
 
 # The model's own server, from inside the seal

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, TypeGuard
 
 from lacre.errors import MessageTooLarge, UsageError
+from lacre.marks import ASK, MEMBER
 from lacre.wire.header import MAX_SEALED_REQUEST
 
 DEFAULT_MAX_TOKENS: Final = 512  # what the SDK asks for, for each choice, where the caller does not say
 NO_OUTPUT: Final = 1  # the least that `Lacre-Max-Tokens` can say, for actions whose answer holds no tokens
 MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling that `Lacre-Max-Tokens` can say
-ALLOWED_HEADERS: Final = frozenset({"content-type", "accept"})
+ALLOWED_HEADERS: Final = frozenset({"content-type", "accept", ASK})
 # OpenAI's fields that say who asks. `prompt_cache_key` is the newer word for `user`, a pseudonym that stays; what it is for,
 # the salt does here, and that changes by the hour.
 IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key")
@@ -69,6 +70,11 @@ class Prepared:
     max_tokens: int
 
 
+def is_repeatable(plain: Plain) -> bool:
+    """Whether running the request twice harms nobody but the bill: a model's answer, or a look at something."""
+    return plain.method in ("GET", "HEAD") or action_of(plain.method, plain.path.partition("?")[0]) != "http"
+
+
 def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: bool) -> Prepared:
     """models: what the pool serves; the first stands in where the request names none.
 
@@ -95,11 +101,21 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
 
 
 def _ceiling(body: dict[str, Any]) -> int:
-    """Output tokens over all choices. Values that are no counts are the model's server to refuse, not ours to mend."""
+    """Output tokens over all choices; of an answer that is gone on with, those that are left. Values that are no counts are the
+    model's server to refuse, not ours to mend.
+    """
     asked = (body.get(name) for name in ("max_completion_tokens", "max_tokens"))
     each = next((value for value in asked if _is_count(value)), DEFAULT_MAX_TOKENS)
+    each = max(each - _begun(body), 1)
     choices = body.get("n")
     return min(each * (choices if _is_count(choices) else 1), MAX_TOKENS)
+
+
+def _begun(body: dict[str, Any]) -> int:
+    """How many tokens of the answer are there already."""
+    member = body.get(MEMBER)
+    tokens = member.get("tokens") if isinstance(member, dict) else None
+    return len(tokens) if isinstance(tokens, list) else 0
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -11,10 +11,10 @@ from typing import TypedDict
 import httpx2
 
 from lacre.client import Verify
+from lacre.credentials import AsyncToken, Token
 from lacre.dpop import ProofKey
 from lacre.memory import Memory
 from lacre.padding import Shape
-from lacre.transport import AsyncToken, Token
 from lacre.wire.header import Kem
 
 
@@ -26,6 +26,8 @@ class SharedOptions(TypedDict, total=False):
     kem: Kem | Sequence[Kem]
     shape: Shape
     keep_identifying_fields: bool
+    retries: int
+    resume: int
     memory: Memory | None
     verify: Verify
     proxy: httpx2.Proxy | httpx2.URL | str | None

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lacre.receipts import Receipt
-
 Tokenizer = Callable[[str], int]
 
 # In a message or delta, text that the model did not write.
@@ -61,10 +59,11 @@ class Written:
         if isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
             self._listed = (self._listed or 0) + len(logprobs["content"])
 
-    def recount(self, receipt: Receipt, tokenizer: Tokenizer | None) -> Recount:
+    def recount(self, claimed: int, tokenizer: Tokenizer | None) -> Recount:
+        """claimed: tokens of the answer."""
         texts = ["".join(parts) for parts in self._texts.values()]
         return Recount(
-            claimed=receipt.completion_tokens,
+            claimed=claimed,
             text_bytes=sum(len(text.encode("utf-8", "surrogatepass")) for text in texts),
             listed=self._listed,
             counted=None if tokenizer is None else sum(map(tokenizer, texts)),

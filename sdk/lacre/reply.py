@@ -11,9 +11,9 @@ import httpx2
 
 from lacre.audit import AuditProof
 from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError
+from lacre.facts import Facts
 from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
-from lacre.sealing import Facts
 from lacre.transport import FACTS, REFUSAL
 from lacre.verification import Verification, documented
 
@@ -77,7 +77,7 @@ class Reply:
                 model=str(body["model"]),
                 text=_text(choice["message"]),
                 finish_reason=str(choice["finish_reason"]),
-                usage=checked_usage(body["usage"], facts.receipt),
+                usage=checked_usage(body["usage"], claimed(facts, facts.receipt)),
                 attempts=facts.attempts,
                 receipt=facts.receipt,
                 audit=facts.audit,
@@ -89,7 +89,7 @@ class Reply:
 
     def recount(self, tokenizer: Tokenizer | None = None) -> Recount:
         """The answer's tokens counted again, as far as that can be done here. tokenizer: how many tokens a text has."""
-        return _written(self.raw).recount(self.receipt, tokenizer)
+        return _written(self.raw).recount(self.receipt.completion_tokens, tokenizer)
 
 
 def _text(message: Mapping[str, Any]) -> str:
@@ -106,12 +106,20 @@ def _written(body: Mapping[str, Any]) -> Written:
     return written
 
 
-def checked_usage(told: Mapping[str, Any] | None, receipt: Receipt) -> TokenUsage:
+def claimed(facts: Facts, receipt: Receipt) -> TokenUsage:
+    """What an answer took, over all its requests: as its receipt says, and the records of those that broke off."""
+    return TokenUsage(
+        prompt=receipt.prompt_tokens + sum(part.prompt for part in facts.parts),
+        completion=receipt.completion_tokens + sum(part.completion for part in facts.parts),
+        cached=receipt.cached_tokens + sum(part.cached for part in facts.parts),
+    )
+
+
+def checked_usage(told: Mapping[str, Any] | None, claimed: TokenUsage) -> TokenUsage:
     """The usage of an answer, once what the answer itself tells is what its receipt claims. Raises InvalidReceipt.
 
     told: OpenAI's `usage`; None, and a member that is not there, tell nothing.
     """
-    claimed = TokenUsage(receipt.prompt_tokens, receipt.completion_tokens, receipt.cached_tokens)
     if told is None:
         return claimed
     try:

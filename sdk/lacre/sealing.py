@@ -4,13 +4,13 @@ Rules:
 - Nothing of the request leaves before a trusted manifest names the key that it is sealed to. There is no plaintext fallback.
 - Every attempt is a fresh seal. A gateway's advice before the seal is not authenticated: it can cause one manifest refresh
   and one retry, and it is counted in `attempts`.
+- Nothing is tried again that was handed on in part, and nothing that harms where it runs twice: see `lacre.backoff`.
 - An answer is whole only when the response's final chunk has opened and the BHTTP message in it has ended. What came in the
   final chunk is passed on after that alone, and after the receipt in it was verified.
 - The gateway proves with its answer that it recorded the request, or nothing of the answer is opened.
 - The clock correction that a worker's `#date` problem suggests came sealed, and is used for the inner `date` alone.
 
-`Sealing.exchange` and `Sealing.manifest` are generators that yield what to do (`Send`, `Read`) and are sent what came of it, so
-that the sync transport, the async one and the tests drive the very same code.
+`Sealing.exchange` and `Sealing.manifest` are generators of the steps in `lacre.steps`: they do no I/O.
 """
 
 from __future__ import annotations
@@ -20,30 +20,35 @@ import email.utils
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
 from lacre import audit, receipts
 from lacre.audit import AuditProof
+from lacre.backoff import Retries, delay
 from lacre.errors import (
     Expired,
     InvalidAudit,
     InvalidMessage,
     LacreError,
+    NetworkError,
     SettingsError,
+    TruncatedStream,
     UnsealedResponse,
     UnsupportedSuite,
     UsageError,
 )
-from lacre.inner import Plain, Prepared, prepare
+from lacre.facts import Facts
+from lacre.inner import Plain, Prepared, is_repeatable, prepare
 from lacre.jws import b64u
 from lacre.manifest import MAX_DOCUMENT, Manifest, PoolKey
 from lacre.memory import Memory, accept
 from lacre.padding import Shape, request_length, shape_named
-from lacre.problems import BY_TYPE, DATE, INTERNAL, UNKNOWN_KEY, Problem
+from lacre.problems import BY_TYPE, DATE, INTERNAL, INVALID_TOKEN, UNKNOWN_KEY, Problem
 from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
 from lacre.receipts import Receipt
+from lacre.steps import Outer, Read, Renew, Send, Steps, Wait, sent_bytes, sent_outer
 from lacre.trust import Trusted
 from lacre.verification import SealedTo, Signed, Verification, documented
 from lacre.wire import bhttp
@@ -62,36 +67,6 @@ REFRESH_BEFORE: Final = 0.5  # of a manifest's lifetime: fetched anew then, so t
 
 
 @dataclass(frozen=True, slots=True)
-class Send:
-    """Send this to the gateway, and send back an `Outer`.
-
-    sealed: SHA-256 of `hdr ‖ enc` of the sealed request in it, which wants the access token and its own timeouts.
-    """
-
-    method: str
-    path: str
-    headers: tuple[tuple[str, str], ...] = ()
-    body: bytes = field(default=b"", repr=False)
-    sealed: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Read more of the last response's body, and send back its next bytes; None at its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outer:
-    """What the gateway's own response says. audit: its `Lacre-Audit`. speaks_for: whom the token names that was sent."""
-
-    status: int
-    content_type: str = ""
-    retry_after: float | None = None
-    audit: str = ""
-    speaks_for: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Head:
     """The sealed answer's own status and headers."""
 
@@ -102,29 +77,10 @@ class Head:
         """The first value of a header, `name` in lower case; empty where there is none."""
         return next((value for key, value in self.headers if key == name), "")
 
-
-@dataclass(slots=True)
-class Facts:
-    """What is known about an exchange; on a response as `extensions["lacre"]`.
-
-    checked: what was checked before anything was sent; `verification` adds what has come since.
-    audit: the gateway's proof that it recorded this request, verified; None on a refusal that brings none.
-    receipt, trailers: there once the answer has ended; the receipt is verified. None until then, and on a refusal.
-    """
-
-    kem: str
-    shape: Shape
-    sealed_request_bytes: int
-    attempts: int
-    checked: Verification = field(repr=False)
-    receipt: Receipt | None = None
-    audit: AuditProof | None = None
-    trailers: tuple[tuple[str, str], ...] = ()
-
     @property
-    def verification(self) -> Verification:
-        """What was checked of this exchange so far."""
-        return replace(self.checked, receipt=self.receipt, audit=self.audit)
+    def media_type(self) -> str:
+        """Without its parameters, in lower case."""
+        return self.get("content-type").partition(";")[0].strip().lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +93,6 @@ class Refusal:
 
 
 Trailers = tuple[tuple[str, str], ...]
-Step = Send | Read
-T = TypeVar("T")
-Steps = Generator[Step, Outer | bytes | None, T]
 
 
 class Opening:
@@ -178,7 +131,7 @@ class Opening:
         for event in events:
             match event:
                 case bhttp.Head(informational=False):
-                    self._head = Head(event.status, event.headers)
+                    self._head = _uncoded(Head(event.status, event.headers))
                 case bhttp.Data():
                     self._pending.append(event.content)
                 case bhttp.End():
@@ -213,6 +166,8 @@ class Sealing:
     """What one client seals with: the pinned root, the newest manifest, its salt and its clock correction. Thread-safe.
 
     kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
+    retries: how often a request is sent again before anything of its answer was handed on. resume: how often an answer that
+    broke off after that is gone on with (`lacre.resume`).
     clock: seconds since the epoch.
     """
 
@@ -225,6 +180,8 @@ class Sealing:
         kems: Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
         keep_identifying_fields: bool = False,
+        retries: int = 0,
+        resume: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._root = root
@@ -233,6 +190,8 @@ class Sealing:
         self._kems = tuple(kems)
         self._shape = shape_named(shape)
         self._keep_identifying_fields = keep_identifying_fields
+        self._retries = retries
+        self.resume = resume
         self._clock = clock
         self._lock = threading.Lock()
         self._trusted: Trusted | None = None
@@ -269,36 +228,73 @@ class Sealing:
             raise
 
     def _exchange(self, plain: Plain) -> Steps[Opening | Refusal]:
-        refreshed = corrected = False
         attempts = 0
+        once: set[Problem] = set()  # what was mended already, and is not tried again
+        retries = Retries(self._retries, is_repeatable(plain))
         while True:
             yield from self.manifest()
             send, opening, sent = self._seal(plain, attempts := attempts + 1)
-            outer = _outer((yield send))
-            if outer.status != 200:
-                problem = _problem(outer, (yield from _read(MAX_PROBLEM)))
-                if problem is UNKNOWN_KEY and not refreshed:
-                    refreshed = True
-                    yield from self._fetch_manifest()
-                    continue
-                with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
-                    opening.facts.audit = self._proved(outer, sent)
-                return Refusal(problem, outer.retry_after, opening.facts)
-            _check_sealed(outer)
-            opening.facts.audit = self._proved(outer, {**sent, "decision": "allow"})
-            while not opening.ready:
-                opening.feed(_bytes((yield Read())))
-            if not corrected and self._correct_clock(opening):
-                corrected = True
+            try:
+                refusal = yield from self._attempt(send, opening, sent)
+            except (NetworkError, TruncatedStream) as exc:
+                if (seconds := retries.after_failure(exc)) is None:
+                    raise
+                yield Wait(seconds)
                 continue
-            return opening
+            if refusal is None:
+                if DATE in once or not self._correct_clock(opening):
+                    return opening
+                once.add(DATE)
+            elif refusal.problem in once or not (yield from self._mended(refusal.problem)):
+                if (seconds := retries.after_refusal(refusal.problem, refusal.retry_after)) is None:
+                    return refusal
+                yield Wait(seconds)
+            else:
+                once.add(refusal.problem)
 
-    def _fetch_manifest(self) -> Steps[None]:
-        outer = _outer((yield Send("GET", MANIFEST_PATH)))
+    def _attempt(self, send: Send, opening: Opening, sent: Mapping[str, object]) -> Steps[Refusal | None]:
+        """None once the answer's head is there."""
+        outer = sent_outer((yield send))
         if outer.status != 200:
             problem = _problem(outer, (yield from _read(MAX_PROBLEM)))
-            raise problem.exception(outer.retry_after)
-        document = yield from _read(MAX_DOCUMENT + 1)  # one more than is taken: too long is seen, not cut
+            with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
+                opening.facts.audit = self._proved(outer, sent)
+            return Refusal(problem, outer.retry_after, opening.facts)
+        _check_sealed(outer)
+        opening.facts.audit = self._proved(outer, {**sent, "decision": "allow"})
+        while not opening.ready:
+            opening.feed(sent_bytes((yield Read())))
+        return None
+
+    def _mended(self, problem: Problem) -> Steps[bool]:
+        """Whether what the gateway minds may be over now."""
+        if problem is UNKNOWN_KEY:
+            yield from self._fetch_manifest()
+        return problem is UNKNOWN_KEY or (problem is INVALID_TOKEN and (yield Renew()) is True)
+
+    def delay(self, number: int) -> float:
+        """Seconds before an answer is gone on with for another time."""
+        return delay(number)
+
+    def _fetch_manifest(self) -> Steps[None]:
+        retries = Retries(self._retries, repeatable=True)
+        while True:
+            try:
+                outer = sent_outer((yield Send("GET", MANIFEST_PATH)))
+                # One more than is taken: too long is seen, not cut.
+                document = yield from _read(MAX_DOCUMENT + 1 if outer.status == 200 else MAX_PROBLEM)
+            except NetworkError as exc:
+                if (seconds := retries.after_failure(exc)) is None:
+                    raise
+            else:
+                if outer.status == 200:
+                    return self._accept(document)
+                problem = _problem(outer, document)
+                if (seconds := retries.after_refusal(problem, outer.retry_after)) is None:
+                    raise problem.exception(outer.retry_after)
+            yield Wait(seconds)
+
+    def _accept(self, document: bytes) -> None:
         now = self._clock()
         trusted = accept(document, self._root, self._memory, now)
         with self._lock:
@@ -412,21 +408,16 @@ class Sealing:
 def _read(limit: int) -> Steps[bytes]:
     """Up to `limit` bytes of the last response."""
     content = bytearray()  # which grows in place: a peer may send a byte at a time
-    while len(content) < limit and (data := _bytes((yield Read()))) is not None:
+    while len(content) < limit and (data := sent_bytes((yield Read()))) is not None:
         content += data
     return bytes(content[:limit])
 
 
-def _outer(sent: Outer | bytes | None) -> Outer:
-    if not isinstance(sent, Outer):
-        raise UsageError("after Send an Outer is due")
-    return sent
-
-
-def _bytes(sent: Outer | bytes | None) -> bytes | None:
-    if isinstance(sent, Outer):
-        raise UsageError("after Read bytes are due, or None")
-    return sent
+def _uncoded(head: Head) -> Head:
+    """No worker was asked to compress, and what one byte may unfold to has no bound. Raises InvalidMessage."""
+    if head.get("content-encoding").lower() not in ("", "identity"):
+        raise InvalidMessage("the worker's answer is compressed, which nobody asked for: what it serves must not do that")
+    return head
 
 
 def _problem(outer: Outer, body: bytes) -> Problem:

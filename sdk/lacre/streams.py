@@ -9,10 +9,10 @@ from typing import Any, Final, Self
 
 from lacre.audit import AuditProof
 from lacre.errors import InvalidAudit, InvalidMessage, TruncatedStream, UsageError
+from lacre.facts import Facts, Part
 from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
-from lacre.reply import TokenUsage, api_error, checked_usage, json_object
-from lacre.sealing import Facts
+from lacre.reply import TokenUsage, api_error, checked_usage, claimed, json_object
 from lacre.verification import Verification
 
 DONE: Final = "[DONE]"  # what ends a stream of events in OpenAI's format
@@ -73,7 +73,7 @@ class Deltas:
         """The stream has ended. Raises TruncatedStream before `[DONE]`, and InvalidReceipt where usage and receipt differ."""
         if not self._done or facts.receipt is None:
             raise TruncatedStream("the answer ended before its last event: what came so far is not the whole of it")
-        self._whole = _Whole(checked_usage(self._usage, facts.receipt), facts.receipt, facts)
+        self._whole = _Whole(checked_usage(self._usage, claimed(facts, facts.receipt)), facts.receipt, facts)
 
     @property
     def whole(self) -> _Whole:
@@ -113,8 +113,18 @@ class _Answer:
 
     @property
     def receipt(self) -> Receipt:
-        """The pool's signed word on what was used, verified, and equal to `usage`."""
+        """The pool's signed word on what was used, verified, and equal to `usage`; of a resumed answer, on its last request."""
         return self._deltas.whole.receipt
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        """Of every request that the answer took and that ended in order; one whose worker was lost brings none."""
+        return self.facts.receipts
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the requests took that broke off: their prompt was paid for, and `usage` counts it too."""
+        return tuple(self.facts.parts)
 
     @property
     def facts(self) -> Facts:
@@ -140,7 +150,7 @@ class _Answer:
 
     def recount(self, tokenizer: Tokenizer | None = None) -> Recount:
         """The answer's tokens counted again, as far as that can be done here. tokenizer: how many tokens a text has."""
-        return self._deltas.written.recount(self.receipt, tokenizer)
+        return self._deltas.written.recount(self.usage.completion, tokenizer)
 
 
 class ChatStream(_Answer, Iterator[str]):

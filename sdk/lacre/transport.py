@@ -13,26 +13,29 @@ The sync and the async transport drive the generators of `lacre.sealing`; every 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
 from lacre import audit, dpop, errors, problems
+from lacre.credentials import MAX_ANSWER, AsyncToken, ClientCredentials, Issued, Token, checked
 from lacre.dpop import ProofKey
 from lacre.inner import Plain
 from lacre.manifest import Manifest
-from lacre.sealing import ORIGIN, Opening, Outer, Refusal, Sealing, Send, Steps, T
+from lacre.resume import Answer, asking
+from lacre.sealing import ORIGIN, Refusal, Sealing
+from lacre.steps import Done, Outer, Read, Send, Step, Steps, T, Wait
 from lacre.verification import Verification
+
+if TYPE_CHECKING:
+    import anyio
 
 REFUSAL: Final = "lacre.refusal"
 FACTS: Final = "lacre"
-_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
-
-Token = str | Callable[[], str]
-AsyncToken = str | Callable[[], str | Awaitable[str]]
 
 
 class Unreachable(errors.NetworkError, httpx2.NetworkError):
@@ -45,6 +48,7 @@ class TimedOut(errors.NetworkError, httpx2.TimeoutException):
     """The gateway did not connect or answer in time. Both Lacre's and httpx2's."""
 
     remedy = "Try again, or allow a longer `timeout=...`: a queue and a long prompt take their time."
+    timed_out = True
 
 
 class SealedTransport(httpx2.BaseTransport):
@@ -53,16 +57,17 @@ class SealedTransport(httpx2.BaseTransport):
     def __init__(self, sealing: Sealing, outer: httpx2.Client, token: Token, key: ProofKey | None = None) -> None:
         self._sealing = sealing
         self._outer = outer
-        self._token = token
-        self._key = key
+        self._bearer = Bearer(token, outer, key)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        steps = self._sealing.exchange(plain_request(request, request.read()))
-        answer, body = self._drive(steps, request.extensions)
-        if isinstance(answer, Refusal):
-            body.close()
-            return refusal_response(answer)
-        return sealed_response(answer, SealedStream(answer, body))
+        plain = plain_request(request, request.read())
+        plain = asking(plain) if self._sealing.resume else plain
+        outcome, wire = self.drive(self._sealing.exchange(plain), request.extensions)
+        if isinstance(outcome, Refusal):
+            wire.close()
+            return refusal_response(outcome)
+        answer = Answer(self._sealing, plain, outcome)
+        return sealed_response(answer, SealedStream(self, answer, wire, request.extensions))
 
     @property
     def verification(self) -> Verification:
@@ -70,40 +75,31 @@ class SealedTransport(httpx2.BaseTransport):
 
     def manifest(self) -> Manifest:
         """The verified manifest, fetched where there is none or it grows old."""
-        manifest, body = self._drive(self._sealing.manifest(), {})
-        body.close()
+        manifest, wire = self.drive(self._sealing.manifest(), {})
+        wire.close()
         return manifest
 
     def close(self) -> None:
         self._outer.close()
 
-    def _drive(self, steps: Steps[T], extensions: Any) -> tuple[T, _Body]:
-        """Does what `steps` asks; returns its result and the last response's body, still open."""
-        body = _Body(None)
+    def drive(self, steps: Steps[T], extensions: Any) -> tuple[T, Wire]:
+        """Does what `steps` asks; returns its result, and the wire with the last response's body, still open."""
+        wire = Wire(self._outer, self._bearer, extensions)
         try:
             step = next(steps)
             while True:
-                if isinstance(step, Send):
-                    body.close()
-                    token = self._access_token() if step.sealed else None
-                    request = outer_request(self._outer, step, _credentials(self._outer, step, token, self._key), extensions)
-                    with _mapped():
-                        response = self._outer.send(request, stream=True, follow_redirects=False)
-                    body = _Body(response)
-                    step = steps.send(outer_of(response, token))
+                try:
+                    done = wire.do(step)
+                except errors.NetworkError as exc:
+                    step = steps.throw(exc)
                 else:
-                    with _mapped():
-                        data = body.read()
-                    step = steps.send(data)
-        except StopIteration as done:
-            result: T = done.value
-            return result, body
+                    step = steps.send(done)
+        except StopIteration as finished:
+            result: T = finished.value
+            return result, wire
         except BaseException:
-            body.close()
+            wire.close()
             raise
-
-    def _access_token(self) -> str:
-        return self._token if isinstance(self._token, str) else self._token()
 
 
 class AsyncSealedTransport(httpx2.AsyncBaseTransport):
@@ -112,16 +108,17 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
     def __init__(self, sealing: Sealing, outer: httpx2.AsyncClient, token: AsyncToken, key: ProofKey | None = None) -> None:
         self._sealing = sealing
         self._outer = outer
-        self._token = token
-        self._key = key
+        self._bearer = AsyncBearer(token, outer, key)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        steps = self._sealing.exchange(plain_request(request, await request.aread()))
-        answer, body = await self._drive(steps, request.extensions)
-        if isinstance(answer, Refusal):
-            await body.close()
-            return refusal_response(answer)
-        return sealed_response(answer, AsyncSealedStream(answer, body))
+        plain = plain_request(request, await request.aread())
+        plain = asking(plain) if self._sealing.resume else plain
+        outcome, wire = await self.drive(self._sealing.exchange(plain), request.extensions)
+        if isinstance(outcome, Refusal):
+            await wire.close()
+            return refusal_response(outcome)
+        answer = Answer(self._sealing, plain, outcome)
+        return sealed_response(answer, AsyncSealedStream(self, answer, wire, request.extensions))
 
     @property
     def verification(self) -> Verification:
@@ -129,48 +126,64 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
 
     async def manifest(self) -> Manifest:
         """The verified manifest, fetched where there is none or it grows old."""
-        manifest, body = await self._drive(self._sealing.manifest(), {})
-        await body.close()
+        manifest, wire = await self.drive(self._sealing.manifest(), {})
+        await wire.close()
         return manifest
 
     async def aclose(self) -> None:
         await self._outer.aclose()
 
-    async def _drive(self, steps: Steps[T], extensions: Any) -> tuple[T, _AsyncBody]:
-        body = _AsyncBody(None)
+    async def drive(self, steps: Steps[T], extensions: Any) -> tuple[T, AsyncWire]:
+        wire = AsyncWire(self._outer, self._bearer, extensions)
         try:
             step = next(steps)
             while True:
-                if isinstance(step, Send):
-                    await body.close()
-                    token = await self._access_token() if step.sealed else None
-                    request = outer_request(self._outer, step, _credentials(self._outer, step, token, self._key), extensions)
-                    with _mapped():
-                        response = await self._outer.send(request, stream=True, follow_redirects=False)
-                    body = _AsyncBody(response)
-                    step = steps.send(outer_of(response, token))
+                try:
+                    done = await wire.do(step)
+                except errors.NetworkError as exc:
+                    step = steps.throw(exc)
                 else:
-                    with _mapped():
-                        data = await body.read()
-                    step = steps.send(data)
-        except StopIteration as done:
-            result: T = done.value
-            return result, body
+                    step = steps.send(done)
+        except StopIteration as finished:
+            result: T = finished.value
+            return result, wire
         except BaseException:
-            await body.close()
+            await wire.close()
             raise
 
-    async def _access_token(self) -> str:
-        token = self._token if isinstance(self._token, str) else self._token()
-        return token if isinstance(token, str) else await token
 
+class Wire:
+    """Does the steps of one exchange; holds the last response, whose body is read step by step."""
 
-class _Body:
-    """The body of an outer response, read step by step; of none at first."""
+    def __init__(self, outer: httpx2.Client, bearer: Bearer, extensions: Any) -> None:
+        self._outer = outer
+        self._bearer = bearer
+        self._extensions = extensions
+        self._token: str | None = None
+        self._response: httpx2.Response | None = None
+        self._chunks: Iterator[bytes] = iter(())
 
-    def __init__(self, response: httpx2.Response | None) -> None:
-        self._response = response
-        self._chunks = iter(()) if response is None else response.iter_raw()
+    def do(self, step: Step) -> Done:
+        if isinstance(step, Send):
+            return self._send(step)
+        if isinstance(step, Read):
+            with _mapped():
+                return self.read()
+        if isinstance(step, Wait):
+            self.close()
+            time.sleep(step.seconds)
+            return None
+        self._token, refused = self._bearer.token(self._token), self._token
+        return self._token != refused
+
+    def _send(self, step: Send) -> Outer:
+        self.close()
+        token = self._bearer.token() if step.sealed else None
+        request = outer_request(self._outer, step, credentials(self._outer, step, token, self._bearer.key), self._extensions)
+        with _mapped():
+            self._response = self._outer.send(request, stream=True, follow_redirects=False)
+        self._token, self._chunks = token, self._response.iter_raw()
+        return outer_of(self._response, token)
 
     def read(self) -> bytes | None:
         return next(self._chunks, None)
@@ -180,12 +193,38 @@ class _Body:
             self._response.close()
 
 
-class _AsyncBody:
-    """The async twin of `_Body`."""
+class AsyncWire:
+    """The async twin of `Wire`."""
 
-    def __init__(self, response: httpx2.Response | None) -> None:
-        self._response = response
-        self._chunks = None if response is None else response.aiter_raw()
+    def __init__(self, outer: httpx2.AsyncClient, bearer: AsyncBearer, extensions: Any) -> None:
+        self._outer = outer
+        self._bearer = bearer
+        self._extensions = extensions
+        self._token: str | None = None
+        self._response: httpx2.Response | None = None
+        self._chunks: AsyncIterator[bytes] | None = None
+
+    async def do(self, step: Step) -> Done:
+        if isinstance(step, Send):
+            return await self._send(step)
+        if isinstance(step, Read):
+            with _mapped():
+                return await self.read()
+        if isinstance(step, Wait):
+            await self.close()
+            await _sleep(step.seconds)
+            return None
+        self._token, refused = await self._bearer.token(self._token), self._token
+        return self._token != refused
+
+    async def _send(self, step: Send) -> Outer:
+        await self.close()
+        token = await self._bearer.token() if step.sealed else None
+        request = outer_request(self._outer, step, credentials(self._outer, step, token, self._bearer.key), self._extensions)
+        with _mapped():
+            self._response = await self._outer.send(request, stream=True, follow_redirects=False)
+        self._token, self._chunks = token, self._response.aiter_raw()
+        return outer_of(self._response, token)
 
     async def read(self) -> bytes | None:
         return None if self._chunks is None else await anext(self._chunks, None)
@@ -195,44 +234,146 @@ class _AsyncBody:
             await self._response.aclose()
 
 
-class SealedStream(httpx2.SyncByteStream):
-    """The body of a sealed answer, piece by piece as its records open."""
+class Bearer:
+    """The bearer token of each request. OAuth2's is asked for through `outer`, with its CA, proxy and timeouts."""
 
-    def __init__(self, opening: Opening, body: _Body) -> None:
-        self._opening = opening
-        self._body = body
+    def __init__(self, source: Token, outer: httpx2.Client, key: ProofKey | None) -> None:
+        """key: what the token is bound to, where it is."""
+        self.key = key
+        self._source = source
+        self._outer = outer
+        self._issued: Issued | None = None
+        self._turn = threading.Lock()
+
+    def token(self, refused: str | None = None) -> str:
+        """refused: one that the gateway does not take, to get another; the same again where there is none."""
+        source = self._source
+        if isinstance(source, str):
+            return source
+        if not isinstance(source, ClientCredentials):
+            return source()
+        with self._turn:
+            if self._issued is None or not self._issued.fresh(refused):
+                self._issued = self._ask(source)
+            return self._issued.token
+
+    def _ask(self, source: ClientCredentials) -> Issued:
+        began = time.monotonic()
+        request = token_request(self._outer, source)
+        with _mapped("the token server", "token_url"):
+            response = self._outer.send(request, stream=True, follow_redirects=False)
+            try:
+                content = b""
+                for piece in response.iter_raw():
+                    content += piece
+                    if len(content) > MAX_ANSWER:
+                        break
+            finally:
+                response.close()
+        return Issued.parse(response.status_code, content, began)
+
+
+class AsyncBearer:
+    """The async twin of `Bearer`."""
+
+    def __init__(self, source: AsyncToken, outer: httpx2.AsyncClient, key: ProofKey | None) -> None:
+        self.key = key
+        self._source = source
+        self._outer = outer
+        self._issued: Issued | None = None
+        self._turn: anyio.Lock | None = None
+
+    async def token(self, refused: str | None = None) -> str:
+        source = self._source
+        if isinstance(source, str):
+            return source
+        if not isinstance(source, ClientCredentials):
+            given = source()
+            return given if isinstance(given, str) else await given
+        async with self._lock():
+            if self._issued is None or not self._issued.fresh(refused):
+                self._issued = await self._ask(source)
+            return self._issued.token
+
+    def _lock(self) -> anyio.Lock:
+        if self._turn is None:
+            from anyio import Lock  # noqa: PLC0415 - what `import lacre` need not wait for
+
+            self._turn = Lock()
+        return self._turn
+
+    async def _ask(self, source: ClientCredentials) -> Issued:
+        began = time.monotonic()
+        request = token_request(self._outer, source)
+        with _mapped("the token server", "token_url"):
+            response = await self._outer.send(request, stream=True, follow_redirects=False)
+            try:
+                content = b""
+                async for piece in response.aiter_raw():
+                    content += piece
+                    if len(content) > MAX_ANSWER:
+                        break
+            finally:
+                await response.aclose()
+        return Issued.parse(response.status_code, content, began)
+
+
+async def _sleep(seconds: float) -> None:
+    from anyio import sleep  # noqa: PLC0415 - what `import lacre` need not wait for
+
+    await sleep(seconds)
+
+
+class SealedStream(httpx2.SyncByteStream):
+    """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
+
+    def __init__(self, transport: SealedTransport, answer: Answer, wire: Wire, extensions: Any) -> None:
+        self._transport = transport
+        self._answer = answer
+        self._wire = wire
+        self._extensions = extensions
 
     def __iter__(self) -> Iterator[bytes]:
-        yield from self._opening.take()
-        while not self._opening.ended:
-            with _mapped_stream():
-                data = self._body.read()
-            self._opening.feed(data)
-            yield from self._opening.take()
+        yield from self._answer.take()
+        while not self._answer.ended:
+            try:
+                with _mapped_stream():
+                    data = self._wire.read()
+                self._answer.feed(data)
+            except errors.LacreError as broken:
+                self._wire.close()
+                _, self._wire = self._transport.drive(self._answer.resume(broken), self._extensions)
+            yield from self._answer.take()
 
     def close(self) -> None:
-        self._body.close()
+        self._wire.close()
 
 
 class AsyncSealedStream(httpx2.AsyncByteStream):
     """The async twin of `SealedStream`."""
 
-    def __init__(self, opening: Opening, body: _AsyncBody) -> None:
-        self._opening = opening
-        self._body = body
+    def __init__(self, transport: AsyncSealedTransport, answer: Answer, wire: AsyncWire, extensions: Any) -> None:
+        self._transport = transport
+        self._answer = answer
+        self._wire = wire
+        self._extensions = extensions
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in self._opening.take():
+        for piece in self._answer.take():
             yield piece
-        while not self._opening.ended:
-            with _mapped_stream():
-                data = await self._body.read()
-            self._opening.feed(data)
-            for piece in self._opening.take():
+        while not self._answer.ended:
+            try:
+                with _mapped_stream():
+                    data = await self._wire.read()
+                self._answer.feed(data)
+            except errors.LacreError as broken:
+                await self._wire.close()
+                _, self._wire = await self._transport.drive(self._answer.resume(broken), self._extensions)
+            for piece in self._answer.take():
                 yield piece
 
     async def aclose(self) -> None:
-        await self._body.close()
+        await self._wire.close()
 
 
 def plain_request(request: httpx2.Request, content: bytes) -> Plain:
@@ -246,16 +387,16 @@ def plain_request(request: httpx2.Request, content: bytes) -> Plain:
     return Plain(request.method, url.raw_path.decode("ascii"), headers, content)
 
 
-def _credentials(
+def credentials(
     outer: httpx2.Client | httpx2.AsyncClient, step: Send, token: str | None, key: ProofKey | None
 ) -> list[tuple[str, str]]:
     """The headers that say who asks: the token, and with a key the proof that it is ours (RFC 9449 section 7.1)."""
     if token is None:
         return []
     if key is None:
-        return [("authorization", f"Bearer {_checked(token)}")]
+        return [("authorization", f"Bearer {checked(token)}")]
     url = str(outer.base_url.join(step.path))
-    proof = key.proof(step.method, url, token=_checked(token), request=step.sealed)
+    proof = key.proof(step.method, url, token=checked(token), request=step.sealed)
     return [("authorization", f"DPoP {token}"), (dpop.HEADER, proof)]
 
 
@@ -271,13 +412,8 @@ def outer_request(
     return request
 
 
-def _checked(token: str) -> str:
-    """The token, if it is of the form of one: what refuses it later on would say it aloud. Raises SettingsError."""
-    if not _TOKEN.fullmatch(token):
-        raise errors.SettingsError(
-            "the access token holds a space, a line end or a sign that none has: see LACRE_TOKEN, or what token=... gives"
-        )
-    return token
+def token_request(outer: httpx2.Client | httpx2.AsyncClient, source: ClientCredentials) -> httpx2.Request:
+    return outer.build_request("POST", source.token_url, headers=source.headers(), content=source.form())
 
 
 def outer_of(response: httpx2.Response, token: str | None = None) -> Outer:
@@ -297,10 +433,10 @@ def _seconds(retry_after: str | None) -> float | None:
     return float(retry_after) if retry_after is not None and retry_after.isdecimal() and len(retry_after) < 7 else None
 
 
-def sealed_response(opening: Opening, stream: httpx2.SyncByteStream | httpx2.AsyncByteStream) -> httpx2.Response:
-    head = opening.head
+def sealed_response(answer: Answer, stream: httpx2.SyncByteStream | httpx2.AsyncByteStream) -> httpx2.Response:
+    head = answer.head
     headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.headers]
-    return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: opening.facts})
+    return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: answer.facts})
 
 
 def refusal_response(refusal: Refusal) -> httpx2.Response:
@@ -320,13 +456,17 @@ def refusal_response(refusal: Refusal) -> httpx2.Response:
 
 
 @contextmanager
-def _mapped() -> Iterator[None]:
+def _mapped(who: str = "the gateway", setting: str = "LACRE_URL") -> Iterator[None]:
     try:
         yield
     except httpx2.TimeoutException as exc:
-        raise TimedOut("the gateway did not answer in time: try again, or allow a longer timeout") from exc
+        late = TimedOut(f"{who} did not answer in time: try again, or allow a longer timeout")
+        late.reached = not isinstance(exc, httpx2.ConnectTimeout | httpx2.PoolTimeout)
+        raise late from exc
     except httpx2.TransportError as exc:
-        raise Unreachable("the gateway cannot be reached: check the address in LACRE_URL and that the gateway runs") from exc
+        gone = Unreachable(f"{who} cannot be reached: check the address in {setting} and that it runs")
+        gone.reached = not isinstance(exc, httpx2.ConnectError | httpx2.ProxyError | httpx2.UnsupportedProtocol)
+        raise gone from exc
 
 
 @contextmanager

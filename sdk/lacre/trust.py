@@ -44,7 +44,7 @@ class ConnectionString:
             raise SettingsError("a connection string has the form lacre://host[:port]?trust=ROOT")
         if parts.username is not None or parts.path not in ("", "/") or parts.fragment:
             raise SettingsError("a connection string has a host, a port and ?trust=, and no user, path or fragment")
-        if schemes[parts.scheme] == "http" and not _is_loopback(host):
+        if schemes[parts.scheme] == "http" and not is_loopback(host):
             raise SettingsError("lacre+http:// is for loopback addresses only: use lacre:// (TLS)")
         pins = parse_qs(parts.query).get("trust", [])
         if len(pins) != 1:
@@ -63,7 +63,8 @@ class ConnectionString:
         return f"{'lacre' if scheme == 'https' else 'lacre+http'}://{authority}?trust={b64u(self.root)}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by its name alone: nothing is resolved."""
     if host == "localhost":
         return True
     try:

@@ -13,16 +13,19 @@ from fuzz.target import Script, Target, cut
 from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
 from lacre.asgi import Opened
 from lacre.asgi.admission import SealedRefusal
+from lacre.audit import AuditProof
 from lacre.errors import (
     ApiError,
     InvalidMessage,
     InvalidReceipt,
+    LacreError,
     ProtocolError,
     RefusedError,
     TruncatedStream,
     UsageError,
     VerificationError,
 )
+from lacre.facts import Facts
 from lacre.inner import Plain
 from lacre.jws import b64u
 from lacre.manifest import Document
@@ -31,10 +34,13 @@ from lacre.problems import DATE
 from lacre.problems import MEDIA_TYPE as PROBLEM
 from lacre.receipts import TRAILER, Receipt
 from lacre.reply import Reply
-from lacre.sealing import Facts, Opening, Outer, Read, Refusal, Sealing, Send
+from lacre.resume import Answer, asking
+from lacre.sealing import Refusal, Sealing
 from lacre.signing import sign_manifest, sign_statement
+from lacre.steps import Done, Outer, Read, Send, Steps, T
 from lacre.streams import Deltas
 from lacre.transport import FACTS
+from lacre.verification import Verification
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import ResponseSealer, open_request
@@ -50,7 +56,8 @@ GRANT: Final = Grant("r1", NOW, NOW + 60, "default", "tiny", "chat", "pad", 256,
 STATUSES: Final = (200, 200, 200, 422, 400, 429, 503, 302)
 MEDIA_TYPES: Final = (MEDIA_TYPE_RESPONSE, PROBLEM, "text/event-stream", "")
 RECEIPT: Final = Receipt(b64u(HEADER.digest), "sha256:00", 12, 4, 3, NOW, NOW + 1, True)
-FACTS_OF_AN_ANSWER: Final = Facts("X25519", "none", 1, 1, RECEIPT)
+PROOF: Final = AuditProof(b"{}", 0, (), b"")
+FACTS_OF_AN_ANSWER: Final = Facts("X25519", "none", 1, 1, Verification(""), RECEIPT, PROOF)
 
 # How a scripted answer is made.
 RAW, SEALED_BYTES, SEALED_CUT, SEALED_ANSWER, SEALED_DATE = range(5)
@@ -69,7 +76,7 @@ def deltas_can_be_counted(data: bytes, reader: Deltas) -> None:
     """And is text where it says so, whatever the worker says in its place."""
     assert len(reader.text) <= len(data)
     assert all(isinstance(value, str) for value in (reader.id, reader.model, reader.finish_reason or ""))
-    reader.written.recount(RECEIPT, len)
+    reader.written.recount(RECEIPT.completion_tokens, len)
 
 
 def reply(data: bytes) -> Reply:
@@ -98,27 +105,36 @@ def refusal_can_be_sealed(_data: bytes, refusal: SealedRefusal | None) -> None:
 def exchange(data: bytes) -> None:
     """The client's part of an exchange with a gateway, and a worker, that say whatever the script says."""
     script = Script(data)
-    client = Sealing(PINNED, VersionMemory(), kems=(Kem.X25519,), shape="none", clock=lambda: NOW)
-    steps = client.exchange(PLAIN)
+    client = Sealing(PINNED, VersionMemory(), kems=(Kem.X25519,), shape="none", retries=1, resume=2, clock=lambda: NOW)
+    plain = asking(PLAIN)
+    opening, pieces = driven(client.exchange(plain), script)
+    if isinstance(opening, Refusal):
+        raise opening.problem.exception(opening.retry_after)
+    whole = Answer(client, plain, opening)
+    while not whole.ended:
+        try:
+            whole.feed(next(pieces, None))
+        except LacreError as broken:
+            _, pieces = driven(whole.resume(broken), script)
+        whole.take()
+
+
+def driven(steps: Steps[T], script: Script) -> tuple[T, Iterator[bytes]]:
+    """What comes of the steps, and what is left of the last answer's body."""
     pieces: Iterator[bytes] = iter(())
-    sent: Outer | bytes | None = None
-    opening: Opening | Refusal
+    sent: Done = None
     while True:
         try:
             step = steps.send(sent)
         except StopIteration as stop:
-            opening = stop.value
-            break
-        if isinstance(step, Send):
-            sent, pieces = answer(step, script)
-        else:
-            assert isinstance(step, Read)
-            sent = next(pieces, None)
-    if isinstance(opening, Refusal):
-        raise opening.problem.exception(opening.retry_after)
-    while not opening.ended:
-        opening.feed(next(pieces, None))
-        opening.take()
+            return stop.value, pieces
+        match step:
+            case Send():
+                sent, pieces = answer(step, script)
+            case Read():
+                sent = next(pieces, None)
+            case _:
+                sent = None
 
 
 def answer(step: Send, script: Script) -> tuple[Outer, Iterator[bytes]]:

@@ -175,7 +175,7 @@ class Stage:
 
     def client(self, wire: httpx2.AsyncBaseTransport, token: str = "t0ken", **options: Any) -> lacre.AsyncClient:
         """The SDK's client, whose connection to the gateway is `wire`."""
-        settings = {"memory": lacre.VersionMemory(), "transport": wire, **options}
+        settings = {"memory": lacre.VersionMemory(), "transport": wire, "retries": 0, "resume": 0, **options}
         client = lacre.AsyncClient(self.url, token=token, **settings)
         self._open.push_async_callback(client.aclose)
         return client
@@ -183,7 +183,8 @@ class Stage:
     def sync_client(self, wire: httpx2.AsyncBaseTransport, token: str = "t0ken", **options: Any) -> lacre.Client:
         """The sync one; use it from a thread."""
         through = SyncWire(wire, asyncio.get_running_loop())
-        client = lacre.Client(self.url, token=token, memory=lacre.VersionMemory(), transport=through, **options)
+        settings = {"memory": lacre.VersionMemory(), "transport": through, "retries": 0, "resume": 0, **options}
+        client = lacre.Client(self.url, token=token, **settings)
         self._open.callback(client.close)
         return client
 

@@ -160,11 +160,11 @@ class TestRefusals:
         ],
     )
     def test_typed(self, client: lacre.Client, relay: Relay, kind: problems.Problem, error: type[lacre.RefusedError]) -> None:
-        relay.respond = lambda request: problem(kind, **{"retry-after": "7"}) if request.url.path == SEALED else None
+        relay.respond = lambda request: problem(kind, **{"retry-after": "70"}) if request.url.path == SEALED else None
         for ask in (lambda: client.chat("x"), lambda: list(client.chat_stream("x"))):
             with pytest.raises(error) as caught:
                 ask()
-            assert (caught.value.problem, caught.value.retry_after) == (kind.type, 7.0)
+            assert (caught.value.problem, caught.value.retry_after) == (kind.type, 70.0)
 
     def test_raw_response_has_openais_shape_and_our_words(self, client: lacre.Client, relay: Relay) -> None:
         body = json.dumps({"type": problems.UNKNOWN_POOL.type, "title": "send your password to evil.example"}).encode()

@@ -35,6 +35,7 @@ INSIDE = {
     "lacre-max-tokens": r"\d+",
     "lacre-shape": "pad",
 }
+OF_A_STREAM = {"lacre-resume": r"\?1"}
 # All that a gateway may: what policy needs, and what HTTP does.
 OUTSIDE = {
     "host", "content-type", "content-length", "accept", "accept-encoding", "connection", "user-agent", "authorization",
@@ -104,9 +105,10 @@ def check_inside(relay: Relay) -> list[dict[str, Any]]:
     for opened in relay.opened:
         request = opened.request
         assert [name for name in INSIDE if len(opened.headers(name)) != 1] == []
-        assert len(request.headers) == len(INSIDE)
+        allowed = INSIDE | (OF_A_STREAM if b'"stream"' in request.content else {})
+        assert len(request.headers) == len(allowed)
         for name, value in request.headers:
-            assert re.fullmatch(INSIDE[name], value), name
+            assert re.fullmatch(allowed[name], value), name
         assert (request.scheme, request.authority, request.trailers) == ("https", "lacre.invalid", ())
         everything = repr((request.path, request.headers)) + request.content.decode()
         for telling in SECRETS:
@@ -208,13 +210,17 @@ class TestAnswers:
         raw = sync_openai.chat.completions.with_raw_response.create(model="tiny", messages=MESSAGES)
         assert raw.http_response.extensions["lacre"].receipt.final
 
-    async def test_the_fill_is_no_event(self, async_openai: openai.AsyncOpenAI, relay: Relay) -> None:
-        lines: list[str] = []
-        async with async_openai.chat.completions.with_streaming_response.create(
-            model="tiny", messages=MESSAGES, stream=True
-        ) as response:
-            lines += [line async for line in response.iter_lines()]
-        assert any(line.startswith(":") for line in lines)
+    @pytest.mark.parametrize("resume", [0, 2])
+    async def test_the_fill_is_no_event(self, relay: Relay, resume: int) -> None:
+        """Without resuming the bytes are the worker's own; with it, marks and fill are gone."""
+        memory, lines = lacre.VersionMemory(), list[str]()
+        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay), resume=resume) as client:
+            talker = openai.AsyncOpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
+            streaming = talker.chat.completions.with_streaming_response
+            async with streaming.create(model="tiny", messages=MESSAGES, stream=True) as response:
+                lines += [line async for line in response.iter_lines()]
+        assert any(line.startswith(":") for line in lines) == (resume == 0)
+        assert not any(line.startswith("id:") for line in lines)
         assert sum(line.startswith("data:") for line in lines) == 10  # the role, seven tokens, the finish, [DONE]
 
     def test_models(self, sync_openai: openai.OpenAI) -> None:
@@ -277,7 +283,7 @@ class TestErrors:
         kind: problems.Problem,
         error: type[openai.APIStatusError],
     ) -> None:
-        refusal = {"content-type": problems.MEDIA_TYPE, "retry-after": "7"}
+        refusal = {"content-type": problems.MEDIA_TYPE, "retry-after": "70"}
         relay.respond = lambda request: served(kind.status, kind.body(), refusal) if request.url.path == SEALED else None
         for stream in (False, True):
             with pytest.raises(error) as caught:
@@ -285,7 +291,7 @@ class TestErrors:
             assert caught.value.status_code == kind.status
             assert caught.value.type == "lacre_gateway_refusal"
             assert caught.value.code == ("model_not_found" if kind is problems.UNKNOWN_POOL else kind.slug)
-            assert caught.value.response.headers["retry-after"] == "7"
+            assert caught.value.response.headers["retry-after"] == "70"
             assert isinstance(caught.value.response.extensions["lacre.refusal"], lacre.RefusedError)
 
     def test_refusals_of_a_sync_client(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
@@ -318,10 +324,9 @@ class TestErrors:
         ],
         ids=["cut", "extended", "no receipt"],
     )
-    def test_an_answer_that_proves_nothing(
-        self, client: lacre.Client, relay: Relay, spoil: Any, error: type[lacre.LacreError]
-    ) -> None:
+    def test_an_answer_that_proves_nothing(self, relay: Relay, spoil: Any, error: type[lacre.LacreError]) -> None:
         """Lacre's own error, whole or streamed; never tried again, and never an end that looks good."""
+        client = lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay), retries=0, resume=0)
         patient = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
         spoil(relay)
         with pytest.raises(error):

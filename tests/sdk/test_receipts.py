@@ -172,7 +172,7 @@ def recount(body: dict[str, Any], claimed: int, tokenizer: Any = None) -> Recoun
     written = Written()
     for choice in body["choices"]:
         written.add(choice, choice["message"])
-    return written.recount(dataclasses.replace(TestOfAnswer.RECEIPT, completion_tokens=claimed), tokenizer)
+    return written.recount(claimed, tokenizer)
 
 
 class TestRecount:

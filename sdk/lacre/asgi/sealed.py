@@ -29,12 +29,18 @@ from lacre.errors import LacreError, SettingsError, UnknownKeyId, UsageError
 from lacre.jws import b64u
 from lacre.padding import Shape, shape_named
 from lacre.problems import Problem
-from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, KeyConfig, encode_key_list
+from lacre.wire.header import (
+    MAX_SEALED_REQUEST,
+    MEDIA_TYPE_KEYS,
+    MEDIA_TYPE_REQUEST,
+    MEDIA_TYPE_RESPONSE,
+    KeyConfig,
+    encode_key_list,
+)
 from lacre.wire.opening import PrivateKey
 from lacre.wire.wiping import overwrite
 
 WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # RFC 9540 section 4
-MEDIA_TYPE_KEYS: Final = "application/ohttp-keys"  # RFC 9458 section 3
 _KEY_FILE_LIMIT: Final = 1024  # bytes; a key has some 60
 
 Keys = Callable[[], Sequence[PrivateKey]]

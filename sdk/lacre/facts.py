@@ -1,0 +1,60 @@
+"""What is known about an answer beside its content: how often it was asked for, what it took, what was checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from lacre.audit import AuditProof
+from lacre.padding import Shape
+from lacre.receipts import Receipt
+from lacre.verification import Verification
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one request of several took, that broke off: in tokens, as far as the worker told before it did.
+
+    receipt: None, but for a worker that gave up in order. audit: the gateway's proof that it recorded the request.
+    """
+
+    prompt: int
+    cached: int
+    completion: int
+    receipt: Receipt | None
+    audit: AuditProof | None = field(repr=False)
+
+
+@dataclass(slots=True)
+class Facts:
+    """What is known about an exchange; on a response as `extensions["lacre"]`.
+
+    attempts: how often something was sealed and sent for it. parts: what those requests took that broke off.
+    checked: what was checked before anything was sent; `verification` adds what has come since.
+    audit: the gateway's proof that it recorded this request, verified; None on a refusal that brings none.
+    receipt, trailers: there once the answer has ended; the receipt is verified. None until then, and on a refusal.
+    """
+
+    kem: str
+    shape: Shape
+    sealed_request_bytes: int
+    attempts: int
+    checked: Verification = field(repr=False)
+    receipt: Receipt | None = None
+    audit: AuditProof | None = None
+    trailers: tuple[tuple[str, str], ...] = ()
+    parts: list[Part] = field(default_factory=list)
+
+    def broke_off(self, prompt: int, cached: int, completion: int) -> None:
+        """The request of now took so much, and another goes on."""
+        self.parts.append(Part(prompt, cached, completion, self.receipt, self.audit))
+        self.receipt, self.audit, self.trailers = None, None, ()
+
+    @property
+    def receipts(self) -> tuple[Receipt, ...]:
+        """Those that came, over all requests; a request whose worker was lost brings none."""
+        return tuple(each for each in (*(part.receipt for part in self.parts), self.receipt) if each is not None)
+
+    @property
+    def verification(self) -> Verification:
+        """What was checked of this exchange so far."""
+        return replace(self.checked, receipt=self.receipt, audit=self.audit)

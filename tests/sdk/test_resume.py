@@ -1,0 +1,310 @@
+"""Answers that break off and are gone on with: against the real API over an echo, cut at every record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lacre
+from lacre import problems
+from lacre.asgi import App
+from lacre.errors import InvalidMessage
+from lacre.marks import Mark
+from lacre.splice import Splice
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.echo import EchoEngine
+from parts.relay import AsyncWire, Relay, Wire, served
+
+SAID = "日本 and 😀 seas"
+MESSAGES: list[Any] = [{"role": "user", "content": SAID}]
+BODY = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 400}
+SEALED = "/v1/sealed"
+Bend = Callable[[list[bytes]], list[bytes]]
+
+
+@pytest.fixture
+def app() -> App:
+    return create_app([EchoEngine(name="tiny")])
+
+
+@pytest.fixture
+def relay(app: App) -> Relay:
+    return Relay(app)
+
+
+def connect(relay: Relay, **options: Any) -> lacre.Client:
+    return lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay), **options)
+
+
+@pytest.fixture
+def client(relay: Relay) -> Iterator[lacre.Client]:
+    with connect(relay) as client:
+        yield client
+
+
+def cut(*places: int) -> Bend:
+    """Leaves so many records of the first answer, of the second and so on; all of those after that."""
+    left = list(places)
+    return lambda pieces: pieces[: left.pop(0)] if left else pieces
+
+
+def events(client: httpx2.Client, body: dict[str, Any] = BODY, path: str = "/v1/chat/completions") -> list[Any]:
+    """The objects of a stream, as any reader gets them, and `[DONE]`."""
+    with client.stream("POST", path, json=body) as response:
+        assert response.status_code == 200
+        return [json.loads(data) if (data := each.data) != "[DONE]" else data for each in httpx2.EventSource(response)]
+
+
+def without_usage(chunks: Sequence[Any]) -> list[Any]:
+    return [{**chunk, "usage": None} if isinstance(chunk, dict) and "usage" in chunk else chunk for chunk in chunks]
+
+
+def same_but_name(chunks: Sequence[Any]) -> list[Any]:
+    """What does not differ between two answers to one question."""
+    named = {"id": "x", "created": 0}
+    return [{**chunk, **named} if isinstance(chunk, dict) else chunk for chunk in without_usage(chunks)]
+
+
+class TestOneStream:
+    def test_wherever_it_is_cut(self, client: lacre.Client, relay: Relay) -> None:
+        """The seam shows in nothing but the usage: one id, one role, one end, each character once."""
+        kept: list[int] = []
+        relay.bend = lambda pieces: kept.append(len(pieces)) or pieces  # type: ignore[func-returns-value]
+        whole = events(client)
+        used = whole[-2]["usage"]
+        for place in range(kept[0]):
+            relay.bend = cut(place)
+            got = events(client)
+            assert same_but_name(got) == same_but_name(whole)
+            assert len({(chunk["id"], chunk["created"]) for chunk in got[:-1]}) == 1
+            usage = got[-2]["usage"]
+            assert usage["completion_tokens"] == used["completion_tokens"]
+            assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+            assert (usage["prompt_tokens"] > used["prompt_tokens"]) == (place > 2)  # the head and the role are no tokens
+
+    def test_cut_twice(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = cut(9, 6)
+        stream = client.chat_stream(SAID)
+        assert "".join(stream) == stream.text == SAID
+        assert (stream.attempts, len(stream.parts), stream.finish_reason) == (3, 2, "stop")
+        [receipt] = stream.receipts
+        first, second = stream.parts
+        assert receipt == stream.receipt
+        assert second.prompt == first.prompt + first.completion
+        assert receipt.prompt_tokens == second.prompt + second.completion
+        assert first.completion + second.completion + receipt.completion_tokens == len(SAID.encode())
+        assert stream.usage.prompt == first.prompt + second.prompt + receipt.prompt_tokens
+        assert stream.usage.completion == len(SAID.encode())
+        assert stream.recount(lambda text: len(text.encode())).difference == 0
+        assert len({part.audit.index for part in stream.parts if part.audit}) <= 2
+        assert stream.verification.receipt == receipt
+
+    async def test_async(self, relay: Relay) -> None:
+        memory = lacre.VersionMemory()
+        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
+            relay.bend = cut(8)
+            stream = client.chat_stream(SAID)
+            assert "".join([piece async for piece in stream]) == SAID
+            assert stream.attempts == 2
+
+    def test_openais_client(self, client: lacre.Client, relay: Relay) -> None:
+        talker = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
+        relay.bend = cut(7, 7)
+        chunks = list(talker.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SAID
+        assert sum(chunk.choices[0].delta.role is not None for chunk in chunks) == 1
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == ["stop"]
+
+    def test_text_completions_and_their_offsets(self, client: lacre.Client, relay: Relay) -> None:
+        body = {"prompt": SAID, "stream": True, "logprobs": 1, "max_tokens": 30}
+        whole = events(client, body, "/v1/completions")
+        for place in (6, 11):
+            relay.bend = cut(place, 4)
+            assert same_but_name(events(client, body, "/v1/completions")) == same_but_name(whole)
+
+    @pytest.mark.parametrize("stop", ["and 😀", "seas!"])
+    def test_what_a_stop_string_holds_back(self, client: lacre.Client, relay: Relay, stop: str) -> None:
+        whole = "".join(client.chat_stream(SAID, stop=stop))
+        for place in range(3, 18):
+            relay.bend = cut(place)
+            assert "".join(client.chat_stream(SAID, stop=stop)) == whole
+
+    def test_the_ceiling_is_the_whole_answers(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = cut(7)
+        stream = client.chat_stream(SAID, max_tokens=10)
+        text = "".join(stream)
+        assert (stream.usage.completion, stream.finish_reason, text) == (
+            10,
+            "length",
+            SAID.encode()[:10].decode("utf-8", "replace"),
+        )
+        first, second = (request for request in relay.requests if request.url.path == SEALED)
+        received = stream.parts[0].completion
+        assert first.headers["lacre-max-tokens"] == "10" and second.headers["lacre-max-tokens"] == str(10 - received)
+
+    def test_nothing_lacks_but_the_end(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = lambda pieces: pieces[:-1] if len(relay.opened) == 1 else pieces
+        stream = client.chat_stream(SAID, max_tokens=6)
+        assert "".join(stream) == SAID.encode()[:6].decode()
+        assert (stream.finish_reason, stream.receipt.completion_tokens, stream.usage.completion) == ("length", 0, 6)
+
+    def test_a_worker_that_gives_up(self, app: App) -> None:
+        """Its error, in the stream's own format, is not the caller's concern while another worker can go on."""
+        calls = []
+
+        async def shutting_down(scope: Any, receive: Any, send: Any) -> None:
+            calls.append(scope)
+            sent = []
+
+            async def some(message: Any) -> None:
+                if len(calls) > 1 or len(sent) < 6:
+                    sent.append(message)
+                    await send(message)
+                elif len(sent) == 6:
+                    sent.append(message)
+                    error = {"error": {"message": "shutting down", "type": "server_error", "param": None, "code": None}}
+                    await send({"type": "http.response.body", "body": b"data: " + json.dumps(error).encode() + b"\n\n"})
+
+            await app(scope, receive, some)
+
+        relay = Relay(shutting_down)
+        with connect(relay) as client:
+            stream = client.chat_stream(SAID)
+            assert "".join(stream) == SAID
+            assert (stream.attempts, len(stream.receipts)) == (2, 2)
+        calls.clear()
+        with connect(relay, resume=0) as impatient, pytest.raises(lacre.ApiError):
+            list(impatient.chat_stream(SAID))
+
+    def test_a_whole_answer_is_asked_for_again(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = cut(0, 0)
+        reply = client.chat(SAID)
+        assert (reply.text, reply.attempts) == (SAID, 3)
+        assert reply.usage.completion == len(SAID.encode())
+
+
+class TestBroken:
+    def broken(self, client: lacre.Client, **params: Any) -> lacre.StreamBroken:
+        with pytest.raises(lacre.StreamBroken) as caught:
+            for _ in client.chat_stream(SAID, **params):
+                pass
+        assert caught.value.remedy
+        assert caught.value.verification is not None and caught.value.verification.sealed_to is not None
+        return caught.value
+
+    def test_more_often_than_it_is_resumed(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = lambda pieces: pieces[:6]
+        broken = self.broken(client)
+        assert len(relay.opened) == 3
+        assert 0 < broken.tokens < len(SAID.encode())
+        assert SAID.startswith(broken.text) and broken.text
+        assert type(broken.__cause__) is lacre.TruncatedStream
+
+    def test_two_choices(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = cut(12)
+        broken = self.broken(client, n=2)
+        assert SAID.startswith(broken.text) and broken.text
+        assert len(relay.opened) == 1
+
+    def test_another_model_file(self, relay: Relay) -> None:
+        engine = EchoEngine(name="tiny")
+        relay.app = create_app([engine])
+
+        def then_other(pieces: list[bytes]) -> list[bytes]:
+            other = EchoEngine(name="tiny")
+            other.model = type(other.model)(**{**_fields(other.model), "digest": "sha256:" + "0" * 64})
+            relay.app = create_app([other])
+            return pieces[:8]
+
+        relay.bend = lambda pieces: then_other(pieces) if len(relay.opened) == 1 else pieces
+        with connect(relay) as client:
+            broken = self.broken(client)
+        assert "409" in str(broken)
+        assert len(relay.opened) == 2
+
+    def test_a_refusal_in_between(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = cut(8)
+        forbidden = served(403, problems.FORBIDDEN.body())
+        relay.respond = lambda request: forbidden if relay.opened and request.url.path == SEALED else None
+        broken = self.broken(client)
+        assert isinstance(broken.__cause__, lacre.Forbidden)
+        assert len(relay.opened) == 1
+
+    def test_not_wanted(self, relay: Relay) -> None:
+        relay.bend = cut(8)
+        with connect(relay, resume=0) as client, pytest.raises(lacre.TruncatedStream) as caught:
+            list(client.chat_stream(SAID))
+        assert type(caught.value) is lacre.TruncatedStream
+        assert len(relay.opened) == 1
+        assert "lacre-resume" not in dict(relay.opened[0].request.headers)
+
+    def test_an_altered_record_is_an_attack(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = lambda pieces: [*pieces[:7], bytes(8) + pieces[7][8:], *pieces[8:]]
+        with pytest.raises(lacre.VerificationError):
+            list(client.chat_stream(SAID))
+        assert len(relay.opened) == 1
+
+    def test_what_may_have_an_effect_runs_once(self, relay: Relay) -> None:
+        async def effect(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"done"})
+
+        relay.app, relay.bend = effect, lambda pieces: pieces[:-1]
+        with connect(relay) as client, pytest.raises(lacre.TruncatedStream):
+            client.post("/v1/payments", json={"stream": True})
+        assert len(relay.opened) == 1
+
+
+def _fields(model: Any) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in model.__slots__}
+
+
+def event(text: str, mark: Mark | None = None, **members: Any) -> bytes:
+    chunk = {"id": "c1", "created": 1, "choices": [{"index": 0, "delta": {"content": text}}], **members}
+    return (b"" if mark is None else f"id: {mark}\n".encode()) + b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+class TestSplice:
+    STREAM = (
+        b":fill\n\n"
+        + event("", choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}])
+        + event("a", Mark(3, 0, 1, [7]))
+        + b":    \n\n"
+        + event("bc", Mark(3, 0, 3, [8, 9]))
+        + event("d")
+        + b"data: [DONE]\n\n"
+    )
+
+    @given(st.lists(st.integers(0, len(STREAM)), max_size=6))
+    def test_pieces_make_no_difference(self, places: list[int]) -> None:
+        ends = sorted(places)
+        splice = Splice(marked=True)
+        out = b"".join(splice.feed(self.STREAM[a:b]) for a, b in zip([0, *ends], [*ends, len(self.STREAM)], strict=True))
+        assert out.count(b"data:") == 3 and out.endswith(b'"bc"}}]}\n\n')
+        assert (splice.tokens, splice.text) == ([7, 8, 9], "abc")
+        assert splice.end().count(b"data:") == 2
+        assert b":fill" not in out and b"id:" not in out
+
+    def test_an_empty_mark_closes(self) -> None:
+        splice = Splice(marked=True)
+        assert splice.feed(event("a", Mark(1, 0, 1, [1])))
+        assert splice.feed(event("b").replace(b"data:", b"id:\ndata:"))
+        assert splice.feed(event("c"))
+        assert not splice.open
+
+    @pytest.mark.parametrize("mark", ["3.0.2:7", "3.0.0:", "x", "3.0.1:-7", "3.0.1:7,", "1.1.1:1" + "0" * 12])
+    def test_marks_that_are_none(self, mark: str) -> None:
+        with pytest.raises(InvalidMessage):
+            Splice(marked=True).feed(event("a").replace(b"data:", f"id: {mark}\ndata:".encode()))
+
+    def test_an_event_without_end(self) -> None:
+        with pytest.raises(lacre.MessageTooLarge):
+            Splice(marked=True).feed(b"data: " + bytes(2**20))
