@@ -8,14 +8,17 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, Literal
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
-from lacre_backend.api import schema
+from lacre_backend.api.calls import CallFormat
 from lacre_backend.api.errors import RequestRefused, unsupported
+from lacre_backend.api.parsed import Parsed, missing, validated
+from lacre_backend.api.schema import ANY_OBJECT, Rules
+from lacre_backend.api.tools import MAX_CALLS, MAX_ID, MAX_TOOLS, Calling, Tool, ToolCall, calling
 from lacre_backend.engine.protocol import Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
@@ -35,9 +38,6 @@ MAX_INPUTS: Final = 2048  # OpenAI's, for embeddings
 
 # Fields of OpenAI's API that change nothing for us at these values (null is always one of them), and are refused at others.
 _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -49,17 +49,14 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
     "moderation": (),
+    "prompt_cache_options": (),
     "suffix": ("",),
     "echo": (False,),
     "best_of": (1,),
 }
 # Fields about the caller or its bookkeeping: no answer depends on them, and nothing is kept.
 _IGNORED: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
-_UNSUPPORTED_IN_MESSAGES: Final = ("tool_calls", "function_call", "audio")
-
-
-class _Parsed(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+_UNSUPPORTED_IN_MESSAGES: Final = ("function_call", "audio")
 
 
 def _as_list(value: Any) -> Any:
@@ -70,50 +67,61 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class TextPart(_Parsed):
+class TextPart(Parsed):
     type: Literal["text"]
     text: str
 
 
-class Message(_Parsed):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1, max_length=MAX_PARTS)]
-    name: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+class Message(Parsed):
+    """content: may be left out where the assistant calls tools. tool_call_id: of the call that a `tool` message answers."""
 
-    def for_template(self) -> dict[str, str]:
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1, max_length=MAX_PARTS)] | None = None
+    name: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_CALLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=MAX_ID)] | None = None
+
+    def for_template(self) -> dict[str, Any]:
         """`developer` is OpenAI's newer word for `system`; templates know the old one."""
         role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": "".join(part.text for part in self.content), **named}
+        written: dict[str, Any] = {"role": role, "content": "".join(part.text for part in self.content or ())}
+        if self.name is not None:
+            written["name"] = self.name
+        if self.tool_calls is not None:
+            written["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            written["tool_call_id"] = self.tool_call_id
+        return written
 
 
-class StreamOptions(_Parsed):
+class StreamOptions(Parsed):
     include_usage: bool = False
     include_obfuscation: bool = False  # accepted: records are padded by the seal, not here
 
 
-class JsonSchema(_Parsed):
+class JsonSchema(Parsed):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 
 
-class ResponseFormat(_Parsed):
+class ResponseFormat(Parsed):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    def grammar(self) -> str | None:
+    def rule(self, rules: Rules) -> str | None:
+        """The rule of an answer in this format; None for any text. Raises `RequestRefused`."""
         if self.type == "json_object":
-            return schema.any_object()
+            return ANY_OBJECT
         if self.type == "json_schema":
             if self.json_schema is None:
                 raise missing("response_format.json_schema")
-            return schema.grammar(self.json_schema.schema_)
+            return rules.schema(self.json_schema.schema_, "response_format")
         return None
 
 
-class Resume(_Parsed):
+class Resume(Parsed):
     """Not OpenAI's. An answer that broke off, to go on with: which model (its file's digest) made which tokens of it."""
 
     digest: Annotated[str, Field(max_length=MAX_NAME)]
@@ -123,7 +131,7 @@ class Resume(_Parsed):
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Named(_Parsed):
+class Named(Parsed):
     """What names a model."""
 
     model: Annotated[str, Field(max_length=MAX_NAME)]
@@ -148,8 +156,8 @@ class Generate(Named):
     presence_penalty: _Penalty = 0.0
     logit_bias: Annotated[
         dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(ge=-100, le=100)]],
-        Field(max_length=MAX_LOGIT_BIAS),
-    ] = {}
+        Field(max_length=MAX_LOGIT_BIAS, default_factory=dict),
+    ]
     # Not OpenAI's, but spoken by every server of open models
     top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -170,7 +178,7 @@ class Generate(Named):
         """The field that limits the output of each choice, and its value."""
         return "max_tokens", self.max_tokens
 
-    def sampling(self) -> Sampling:
+    def sampling(self, form: CallFormat) -> Sampling:
         return Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -181,10 +189,11 @@ class Generate(Named):
             repeat_penalty=self.repeat_penalty,
             seed=self.seed,
             logit_bias=self.logit_bias,
-            grammar=self.grammar(),
+            grammar=self.grammar(form),
         )
 
-    def grammar(self) -> str | None:
+    def grammar(self, form: CallFormat) -> str | None:  # noqa: ARG002 - only chats call
+        """form: how the model writes calls. Raises `RequestRefused`."""
         return None
 
     def alternatives(self) -> int | None:
@@ -204,6 +213,9 @@ class ChatRequest(Generate):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS, strict=False)] = ()
+    tool_choice: Any = None  # `tools.calling` reads it
+    parallel_tool_calls: bool = True
     # Not OpenAI's: the last message is the beginning of the answer, which goes on from there. Resumes a broken stream.
     continue_final_message: bool = False
 
@@ -215,8 +227,22 @@ class ChatRequest(Generate):
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def grammar(self) -> str | None:
-        return None if self.response_format is None else self.response_format.grammar()
+    @property
+    def resumable(self) -> bool:
+        """Not what calls functions: whoever goes on with it would have to know how much of a call was read."""
+        return super().resumable and self.calling() is None
+
+    def calling(self) -> Calling | None:
+        """What the model may call. Raises `RequestRefused`."""
+        return calling(self.tools, self.tool_choice, many=self.parallel_tool_calls)
+
+    def grammar(self, form: CallFormat) -> str | None:
+        rules = Rules()
+        speech = None if self.response_format is None else self.response_format.rule(rules)
+        may_call = self.calling()
+        if may_call is not None:
+            return rules.text(form.grammar(rules, may_call, speech))
+        return None if speech is None else rules.text(speech)
 
 
 class CompletionRequest(Generate):
@@ -249,21 +275,28 @@ class TokenizeRequest(Named):
 
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS, strict=False)] = ()
 
 
 def parse_tokenize(body: bytes) -> TokenizeRequest:
     raw = _object(body)
     _check_messages(raw)
-    request = _validated(TokenizeRequest, raw)
+    request = validated(TokenizeRequest, raw)
     if (request.prompt is None) == (request.messages is None):
         raise RequestRefused("Send either 'prompt' or 'messages'.", code="invalid_parameter_combination", param="prompt")
+    _check_turns(request.messages or ())
     return request
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     raw = _object(body)
     _check_messages(raw)
-    request = _validated(ChatRequest, raw)
+    request = validated(ChatRequest, raw)
+    _check_turns(request.messages)
+    if request.calling() is not None and request.resume is not None:
+        raise RequestRefused(
+            "'resume' is not for answers that may call tools.", code="invalid_parameter_combination", param="resume"
+        )
     if request.max_tokens is not None and request.max_completion_tokens is not None:
         raise RequestRefused(
             "Setting 'max_tokens' and 'max_completion_tokens' at the same time is not supported.",
@@ -272,9 +305,9 @@ def parse_chat(body: bytes) -> ChatRequest:
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestRefused("'top_logprobs' needs 'logprobs' to be true.", code="invalid_value", param="top_logprobs")
-    if request.continue_final_message and (len(request.messages) < 2 or request.messages[-1].role != "assistant"):
+    if request.continue_final_message and not _has_a_beginning(request.messages):
         raise RequestRefused(
-            "'continue_final_message' needs a last message of the assistant, after at least one other.",
+            "'continue_final_message' needs a last message of the assistant, in words, after at least one other.",
             code="invalid_value",
             param="continue_final_message",
         )
@@ -288,7 +321,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str):
         # Ids could name control tokens, which only the template may place.
         raise RequestRefused("Prompts of token ids are not supported. Send text.", code="unsupported_value", param="prompt")
-    request = _validated(CompletionRequest, raw)
+    request = validated(CompletionRequest, raw)
     _check_generate(request)
     return request
 
@@ -297,16 +330,50 @@ def parse_embedding(body: bytes) -> EmbedTexts | EmbedTokens:
     raw = _object(body)
     given = raw.get("input")
     if isinstance(given, str):
-        return _validated(EmbedTexts, {**raw, "input": [given]})
+        return validated(EmbedTexts, {**raw, "input": [given]})
     if isinstance(given, list) and given and isinstance(given[0], int):
-        return _validated(EmbedTokens, {**raw, "input": [given]})
+        return validated(EmbedTokens, {**raw, "input": [given]})
     if isinstance(given, list) and given and isinstance(given[0], list):
-        return _validated(EmbedTokens, raw)
-    return _validated(EmbedTexts, raw)
+        return validated(EmbedTokens, raw)
+    return validated(EmbedTexts, raw)
 
 
-def missing(param: str) -> RequestRefused:
-    return RequestRefused(f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
+def _has_a_beginning(messages: Sequence[Message]) -> bool:
+    last = messages[-1]
+    return len(messages) > 1 and last.role == "assistant" and last.tool_calls is None
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
+    """Content where there must be some; and each call of a tool answered, each answer for a call. Raises `RequestRefused`."""
+    waiting: list[str] = []
+    for i, message in enumerate(messages):
+        path = f"messages[{i}]"
+        if message.role == "tool":
+            if message.tool_call_id is None:
+                raise missing(f"{path}.tool_call_id")
+            if message.tool_call_id not in waiting:
+                raise RequestRefused(
+                    f"'{path}' answers no tool call of the assistant's message before it.", param=f"{path}.tool_call_id"
+                )
+            waiting.remove(message.tool_call_id)
+        else:
+            _check_answered(waiting, path)
+            _check_tools_of(message, path)
+            waiting = [call.id for call in message.tool_calls or ()]
+        if message.content is None and message.tool_calls is None:
+            raise missing(f"{path}.content")
+    _check_answered(waiting, "messages")
+
+
+def _check_answered(waiting: Sequence[str], path: str) -> None:
+    if waiting:
+        raise RequestRefused(f"The tool call '{waiting[0]}' has no message of role 'tool' that answers it.", param=path)
+
+
+def _check_tools_of(message: Message, path: str) -> None:
+    for name, value in (("tool_calls", message.tool_calls), ("tool_call_id", message.tool_call_id)):
+        if value is not None and (name == "tool_call_id" or message.role != "assistant"):
+            raise RequestRefused(f"'{name}' does not belong to the role '{message.role}'.", param=f"{path}.{name}")
 
 
 def _check_generate(request: Generate) -> None:
@@ -355,62 +422,11 @@ def _check_message(message: Any, path: str) -> None:
         return
     for name in [name for name, value in message.items() if value is None]:
         del message[name]
-    if message.get("role") in ("tool", "function"):
-        raise RequestRefused("Tools are not supported by this server.", code="unsupported_value", param=f"{path}.role")
+    if message.get("role") == "function":
+        raise RequestRefused("Use the role 'tool'.", code="unsupported_value", param=f"{path}.role")
     for name in _UNSUPPORTED_IN_MESSAGES:
         if name in message:
             raise unsupported(f"{path}.{name}")
     for i, part in enumerate(message["content"] if isinstance(message.get("content"), list) else []):
         if isinstance(part, dict) and part.get("type") in ("image_url", "input_audio", "file", "refusal"):
             raise RequestRefused("Only text content is supported.", code="unsupported_value", param=f"{path}.content[{i}].type")
-
-
-_Request = TypeVar("_Request", bound=Named)
-
-
-def _validated(kind: type[_Request], raw: dict[str, Any]) -> _Request:
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        # Without the input: not that it could leak anywhere from here, but nothing needs it.
-        first = error.errors(include_url=False, include_input=False)[0]
-    raise _invalid(first["type"], _path(first["loc"]), first.get("ctx", {}))
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part != "[key]")
-    return path.removeprefix(".")
-
-
-def _invalid(kind: str, path: str, context: Mapping[str, Any]) -> RequestRefused:
-    """One of pydantic's errors in OpenAI's words."""
-    at_least, at_most = context.get("ge", context.get("gt")), context.get("le", context.get("lt"))
-    match kind:
-        case "missing":
-            return missing(path)
-        case "extra_forbidden":
-            return RequestRefused(f"Unknown parameter: '{path}'.", code="unknown_parameter", param=path)
-        case "greater_than_equal" | "greater_than":
-            said, code = f"below minimum value. Expected a value >= {at_least}", "below_min_value"
-        case "less_than_equal" | "less_than":
-            said, code = f"above maximum value. Expected a value <= {at_most}", "above_max_value"
-        case "too_short" if context.get("actual_length") == 0:
-            said, code = "empty array. Expected an array with at least one element", "empty_array"
-        case "too_long":
-            said, code = f"array too long. Expected at most {context.get('max_length')} elements", "array_above_max_length"
-        case "string_too_long":
-            said, code = f"string too long. Expected at most {context.get('max_length')} characters", "string_above_max_length"
-        case "string_too_short":
-            said, code = "empty string. Expected at least one character", "string_below_min_length"
-        case "literal_error":
-            said, code = f"value is not supported. Expected one of {context.get('expected')}", "invalid_value"
-        case _ if kind.endswith(("_type", "_parsing")):
-            wanted = kind.removesuffix("_type").removesuffix("_parsing").replace("model", "object").replace("dict", "object")
-            return RequestRefused(f"Invalid type for '{path}': expected {_a(wanted)}.", code="invalid_type", param=path)
-        case _:
-            said, code = "the value has the wrong form", "invalid_value"
-    return RequestRefused(f"Invalid '{path}': {said}.", code=code, param=path)
-
-
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -10,7 +10,7 @@ from typing import Final
 from lacre.asgi import Scope
 from lacre_backend.api.errors import RequestRefused, model_not_found
 from lacre_backend.api.exchange import header
-from lacre_backend.api.template import ChatTemplate
+from lacre_backend.api.template import ChatTemplate, markers_of
 from lacre_backend.engine.protocol import Engine, Kind
 
 SALT_HEADER: Final = b"lacre-cache-salt"
@@ -23,7 +23,7 @@ class Served:
         model = engine.model
         self.engine = engine
         chats = model.chat_template is not None and Kind.GENERATE in model.kinds
-        self.template = ChatTemplate(model) if chats else None
+        self.template = ChatTemplate(model, markers_of(engine)) if chats else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre.asgi import Usage
-from lacre_backend.engine.protocol import FinishReason, ModelInfo, Token
+from lacre_backend.api.calls import Argued, Called, Part, Speech
+from lacre_backend.engine.protocol import ModelInfo, Token
 
 LEAST_LOGPROB: Final = -9999.0  # OpenAI's word for "never"; JSON has none for minus infinity
 
@@ -57,6 +58,31 @@ def _logprob(raw: bytes, logprob: float) -> dict[str, Any]:
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
 
 
+def _spoken(parts: Sequence[Part]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, Speech))
+
+
+def _calls(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, Called):
+            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
+        elif isinstance(part, Argued):
+            calls[part.index]["function"]["arguments"] += part.text
+    return calls
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """A call opens with its name, and its arguments follow piece by piece."""
+    match part:
+        case Speech():
+            return {"content": part.text}
+        case Called():
+            opened = {"name": part.name, "arguments": ""}
+            return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": opened}]}
+    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+
+
 class Chat:
     """`chat.completion` and its chunks."""
 
@@ -74,8 +100,10 @@ class Chat:
         ]
         return {"content": content, "refusal": None} if content else None
 
-    def choice(self, index: int, text: str, tokens: Sequence[Token], reason: FinishReason) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], reason: str) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": _spoken(parts), "refusal": None}
+        if calls := _calls(parts):
+            message |= {"content": message["content"] or None, "tool_calls": calls}
         return {"index": index, "message": message, "logprobs": self.logprobs(tokens), "finish_reason": reason}
 
     def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
@@ -85,18 +113,16 @@ class Chat:
         """The chunk that opens a choice."""
         return self._delta(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        return self._delta(index, {"content": text}, self.logprobs(tokens), None)
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> dict[str, Any]:
+        return self._delta(index, _delta(part), self.logprobs(tokens), None)
 
-    def last(self, index: int, reason: FinishReason) -> dict[str, Any]:
+    def last(self, index: int, reason: str) -> dict[str, Any]:
         return self._delta(index, {}, None, reason)
 
     def spent(self, spent: Usage) -> dict[str, Any]:
         return {**self._chunk, "choices": [], "usage": usage(spent)}
 
-    def _delta(
-        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: FinishReason | None
-    ) -> dict[str, Any]:
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._chunk, "choices": [choice]}
 
@@ -128,8 +154,8 @@ class Completion:
             "text_offset": offsets,
         }
 
-    def choice(self, index: int, text: str, tokens: Sequence[Token], reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self.logprobs(index, tokens), "finish_reason": reason}
+    def choice(self, index: int, parts: Sequence[Part], tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": _spoken(parts), "logprobs": self.logprobs(index, tokens), "finish_reason": reason}
 
     def whole(self, choices: Sequence[dict[str, Any]], spent: Usage) -> dict[str, Any]:
         return {**self._head, "choices": list(choices), "usage": usage(spent)}
@@ -138,11 +164,11 @@ class Completion:
         """Text completions open without a word."""
         return None
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
-        return {**self._head, "choices": [self.choice(index, text, tokens, None)]}
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> dict[str, Any]:
+        return {**self._head, "choices": [self.choice(index, [part], tokens, None)]}
 
-    def last(self, index: int, reason: FinishReason) -> dict[str, Any]:
-        return {**self._head, "choices": [self.choice(index, "", (), reason)]}
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return {**self._head, "choices": [self.choice(index, (), (), reason)]}
 
     def spent(self, spent: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage(spent)}

@@ -34,15 +34,34 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lacre.errors import SettingsError
+from lacre_backend.api.calls import FORMATS, CallFormat
 from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # role, content, and what tools add: Hugging Face's `tool_calls`, `tool_call_id`
+Tools = Sequence[Mapping[str, Any]] | None
 Piece = str | ControlToken  # str: plain text, in which no control token is recognised
 
-_SAMPLES: Final[tuple[tuple[Message, ...], ...]] = (
-    ({"role": "user", "content": "Hello"},),
-    ({"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}),
-    ({"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}, {"role": "user", "content": "Three"}),
+_NAME, _ARGUMENTS, _RESULT = "get_tide", {"port": "Porto"}, "It rises."
+_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "The tide now",
+        "parameters": {"type": "object", "properties": {"port": {"type": "string"}}},
+    },
+}
+_CALL: Final = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
+_USED: Final[tuple[Message, ...]] = (
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": _RESULT, "tool_call_id": "call00001", "name": _NAME},
+)
+_SAMPLES: Final[tuple[tuple[tuple[Message, ...], Tools], ...]] = (
+    (({"role": "user", "content": "Hello"},), None),
+    (({"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}), None),
+    (({"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}, {"role": "user", "content": "Three"}), None),
+    (({"role": "user", "content": "Hello"},), (_TOOL,)),
+    (_USED, (_TOOL,)),
 )
 
 
@@ -51,17 +70,22 @@ class TemplateRefused(Exception):
 
 
 class ChatTemplate:
-    """A model's chat template, loaded. Raises `SettingsError` if it does not compile."""
+    """A model's chat template, loaded. Raises `SettingsError` if it does not compile.
 
-    def __init__(self, model: ModelInfo) -> None:
+    calls: how the model writes calls of functions, if the template takes tools and it is a way that is known here.
+    """
+
+    def __init__(self, model: ModelInfo, markers: Sequence[ControlToken] = ()) -> None:
+        """markers: tokens that steer, though the model's file calls them text: see `markers_of`."""
         if model.chat_template is None:
             raise SettingsError(f"The model {model.name} has no chat template.")
         self._model = model
         self._nonce = secrets.token_hex(16)
         self._mark = re.compile(self._nonce + "([cu])([0-9]+);")
-        self._control = {token.text: token for token in model.control_tokens if token.text}
+        self.control = (*model.control_tokens, *markers)
+        self._control = {token.text: token for token in self.control if token.text}
         self._literal = _any_of(self._control)
-        self._by_id = {token.id: token for token in model.control_tokens}
+        self._by_id = {token.id: token for token in self.control}
         self._composed: re.Pattern[str] | None = None
         marked = self._literal.sub(lambda match: self._control_mark(match[0]), model.chat_template)
         try:
@@ -74,11 +98,15 @@ class ChatTemplate:
             self._composed = self._literal
         elif composed := self._composed_literals():
             self._composed = _any_of(composed)
+        self.calls = self._known_calls()
 
-    def render(self, messages: Sequence[Message]) -> tuple[Piece, ...]:
+    def render(self, messages: Sequence[Message], tools: Tools = None) -> tuple[Piece, ...]:
         """The prompt, up to where the assistant's answer begins. Raises `TemplateRefused`."""
-        swapped = [{key: self._swap(value) for key, value in message.items()} for message in messages]
-        return self._pieces(self._run(self._template, swapped))
+        return self._pieces(self._run(self._template, self._swapped(messages), self._swapped(tools)))
+
+    def constant(self, text: str) -> str:
+        """A text of this program's own, to stand in a message: literals of control tokens in it are control tokens."""
+        return self._literal.sub(lambda match: self._control_mark(match[0]), text)
 
     # Marks: `c` and the token's id for a control token of the template; `u` and the id for a literal out of a user's string
 
@@ -89,6 +117,17 @@ class ChatTemplate:
         if self._composed is None:
             return text
         return self._composed.sub(lambda match: f"{self._nonce}u{self._control[match[0]].id};", text)
+
+    def _swapped(self, value: Any) -> Any:
+        """Every string inside of it."""
+        match value:
+            case str():
+                return self._swap(value)
+            case Mapping():
+                return {self._swap(key): self._swapped(each) for key, each in value.items()}
+            case list() | tuple():
+                return [self._swapped(each) for each in value]
+        return value
 
     def _pieces(self, rendered: str) -> tuple[Piece, ...]:
         # re.split with two groups gives: text, kind, id, text, kind, id, ..., text.
@@ -112,34 +151,41 @@ class ChatTemplate:
 
     # Running it
 
-    def _run(self, template: jinja2.Template, messages: Sequence[Message]) -> str:
+    def _run(self, template: jinja2.Template, messages: Any, tools: Any) -> str:
         # Both templates get marks here: what a template does with its beginning-of-sequence token is not a user's text.
         special = {
             name: self._control_mark(token.text) if token and token.text in self._control else ""
             for name, token in (("bos_token", self._model.bos), ("eos_token", self._model.eos))
         }
         try:
-            return template.render(messages=messages, add_generation_prompt=True, tools=None, **special)
+            return template.render(messages=messages, add_generation_prompt=True, tools=tools, **special)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             # Only `raise_exception` speaks to the caller; any other failure says how the template is written.
             said = str(error) if isinstance(error, _Raised) else "it fails on them"
             raise TemplateRefused(self._mark.sub(lambda match: self._by_id[int(match[2])].text, said)) from None
 
-    def _outcome(self, template: jinja2.Template, messages: Sequence[Message]) -> str:
+    def _outcome(self, template: jinja2.Template, messages: Sequence[Message], tools: Tools) -> str:
         """What a sample renders to, with the marks written out again; or what the template says against it."""
         try:
-            return self._mark.sub(lambda match: self._by_id[int(match[2])].text, self._run(template, messages))
+            return self._mark.sub(lambda match: self._by_id[int(match[2])].text, self._run(template, messages, tools))
         except TemplateRefused as refusal:
             return f"refused: {refusal}"
 
     def _same_as(self, plain: jinja2.Template) -> bool:
-        return all(self._outcome(self._template, sample) == self._outcome(plain, sample) for sample in _SAMPLES)
+        return all(self._outcome(self._template, *sample) == self._outcome(plain, *sample) for sample in _SAMPLES)
+
+    def _known_calls(self) -> CallFormat | None:
+        """The template takes tools if it shows the tool, a call and its result; which format, is how it writes that call."""
+        told, used = (self._outcome(self._template, *sample) for sample in _SAMPLES[-2:])
+        if _NAME not in told or _RESULT not in used:
+            return None
+        return next((form for form in FORMATS if form.written(_NAME, json.dumps(_ARGUMENTS)) in used), None)
 
     def _composed_literals(self) -> dict[str, ControlToken]:
         found: dict[str, ControlToken] = {}
         for sample in _SAMPLES:
             try:
-                pieces = self._pieces(self._run(self._template, sample))
+                pieces = self._pieces(self._run(self._template, *sample))
             except TemplateRefused:
                 continue
             for piece in pieces:
@@ -148,8 +194,22 @@ class ChatTemplate:
         return found
 
 
-def chat_tokens(engine: Engine, pieces: Sequence[Piece]) -> list[int]:
-    """The prompt's ids. Where the model wants a beginning of sequence and the template wrote none, it comes first."""
+def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
+    """What marks calls and their results, where the vocabulary has a token for it that llama.cpp finds in plain text too."""
+    found = []
+    for literal in {literal for form in FORMATS for literal in form.markers}:
+        ids = engine.tokenize(literal)
+        if len(ids) == 1:
+            found.append(ControlToken(ids[0], literal))
+    return tuple(found)
+
+
+def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence[ControlToken] = ()) -> list[int]:
+    """The prompt's ids. Where the model wants a beginning of sequence and the template wrote none, it comes first.
+
+    control: tokens that plain text must not become; the model's own where left out.
+    """
+    control = control or engine.model.control_tokens
     ids: list[int] = []
     for i, piece in enumerate(pieces):
         if isinstance(piece, ControlToken):
@@ -160,13 +220,13 @@ def chat_tokens(engine: Engine, pieces: Sequence[Piece]) -> list[int]:
         after = pieces[i + 1] if i + 1 < len(pieces) else None
         text = piece.lstrip() if isinstance(before, ControlToken) and before.rstrip else piece
         text = text.rstrip() if isinstance(after, ControlToken) and after.lstrip else text
-        ids += _plain(engine, text)
+        ids += _plain(engine, text, control)
     return _begun(engine.model, ids)
 
 
 def text_tokens(engine: Engine, text: str) -> list[int]:
     """The ids of a text prompt, which holds no control token but the beginning of sequence, where the model wants one."""
-    return _begun(engine.model, _plain(engine, text))
+    return _begun(engine.model, _plain(engine, text, engine.model.control_tokens))
 
 
 def embedding_tokens(engine: Engine, text: str) -> list[int]:
@@ -187,17 +247,17 @@ def _begun(model: ModelInfo, ids: list[int]) -> list[int]:
     return ids
 
 
-def _plain(engine: Engine, text: str) -> list[int]:
+def _plain(engine: Engine, text: str, steering: Sequence[ControlToken]) -> list[int]:
     """Ids of plain text, none of them a control token's.
 
     llama.cpp recognises "user defined" tokens in plain text too, and a file may wrongly give such a type to a token that ends
     generations. Then the literal is cut after its first character, so that nothing is left to recognise.
     """
-    control = {token.id for token in engine.model.control_tokens}
+    control = {token.id for token in steering}
     ids = engine.tokenize(text)
     if control.isdisjoint(ids):
         return ids
-    literal = _any_of({token.text: token for token in engine.model.control_tokens if token.text})
+    literal = _any_of({token.text: token for token in steering if token.text})
     cuts = [0, *(match.start() + 1 for match in literal.finditer(text)), len(text)]
     ids = [token for a, b in itertools.pairwise(cuts) for token in engine.tokenize(text[a:b])]
     if not control.isdisjoint(ids):

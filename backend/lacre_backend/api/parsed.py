@@ -1,0 +1,72 @@
+"""JSON objects as frozen values, and what is wrong with one in OpenAI's words: the field by its path, never its value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lacre_backend.api.errors import RequestRefused
+
+
+class Parsed(BaseModel):
+    """A member that is not declared is refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+def missing(param: str) -> RequestRefused:
+    return RequestRefused(f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
+
+
+_Parsed = TypeVar("_Parsed", bound=Parsed)
+
+
+def validated(kind: type[_Parsed], raw: Any, *, at: str = "") -> _Parsed:
+    """at: the path of `raw` in the request, for the error. Raises `RequestRefused`."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        # Without the input: not that it could leak anywhere from here, but nothing needs it.
+        first = error.errors(include_url=False, include_input=False)[0]
+    raise _invalid(first["type"], _path(at, first["loc"]), first.get("ctx", {}))
+
+
+def _path(at: str, loc: tuple[int | str, ...]) -> str:
+    path = at + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part != "[key]")
+    return path.removeprefix(".")
+
+
+def _invalid(kind: str, path: str, context: Mapping[str, Any]) -> RequestRefused:
+    """One of pydantic's errors in OpenAI's words."""
+    at_least, at_most = context.get("ge", context.get("gt")), context.get("le", context.get("lt"))
+    match kind:
+        case "missing":
+            return missing(path)
+        case "extra_forbidden":
+            return RequestRefused(f"Unknown parameter: '{path}'.", code="unknown_parameter", param=path)
+        case "greater_than_equal" | "greater_than":
+            said, code = f"below minimum value. Expected a value >= {at_least}", "below_min_value"
+        case "less_than_equal" | "less_than":
+            said, code = f"above maximum value. Expected a value <= {at_most}", "above_max_value"
+        case "too_short" if context.get("actual_length") == 0:
+            said, code = "empty array. Expected an array with at least one element", "empty_array"
+        case "too_long":
+            said, code = f"array too long. Expected at most {context.get('max_length')} elements", "array_above_max_length"
+        case "string_too_long":
+            said, code = f"string too long. Expected at most {context.get('max_length')} characters", "string_above_max_length"
+        case "string_too_short":
+            said, code = "empty string. Expected at least one character", "string_below_min_length"
+        case "literal_error":
+            said, code = f"value is not supported. Expected one of {context.get('expected')}", "invalid_value"
+        case _ if kind.endswith(("_type", "_parsing")):
+            wanted = kind.removesuffix("_type").removesuffix("_parsing").replace("model", "object").replace("dict", "object")
+            return RequestRefused(f"Invalid type for '{path}': expected {_a(wanted)}.", code="invalid_type", param=path)
+        case _:
+            said, code = "the value has the wrong form", "invalid_value"
+    return RequestRefused(f"Invalid '{path}': {said}.", code=code, param=path)
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"

@@ -1,0 +1,131 @@
+"""Requests to prompt tokens: through the chat template, with tools as the template or the fallback writes them.
+
+Rules
+- A template that takes tools gets them. Every other model is told of them in the system message, in the format of `HERMES`;
+  calls and results of earlier turns are then text of the assistant and of the user, since such templates know no other roles.
+- Long texts are tokenized beside the event loop, and what cannot fit is refused before it is tokenized.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from lacre_backend.api import ceilings
+from lacre_backend.api.calls import HERMES, CallFormat
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.requests import Message
+from lacre_backend.api.served import Served
+from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
+from lacre_backend.api.tools import Tool
+from lacre_backend.engine.protocol import Kind
+
+_INLINE_BYTES: Final = 16 * 1024  # a longer prompt is tokenized beside the event loop, not in it
+_Written = dict[str, Any]
+
+
+async def chat_prompt(served: Served, messages: Sequence[Message], tools: Sequence[Tool], *, goes_on: bool) -> list[int]:
+    """goes_on: the last message is the beginning of the answer. Raises `RequestRefused`."""
+    template, model = served.template, served.engine.model
+    if template is None:
+        raise RequestRefused(f"The model `{model.name}` has no chat template. Use /v1/completions.", param="model")
+    written = [message.for_template() for message in messages]
+    told = [tool.for_template() for tool in tools]
+    size = sum(len(message["content"].encode()) for message in written) + sum(len(json.dumps(tool)) for tool in told)
+    ceilings.check_length(model, size, "messages")
+    begun = written.pop()["content"] if goes_on else ""
+    try:
+        pieces = (*_rendered(template, written, told), begun)
+    except TemplateRefused as refusal:
+        raise RequestRefused(f"The model's chat template does not take these messages: {refusal}.", param="messages") from None
+    return await _beside(size, chat_tokens, served.engine, joined(pieces), template.control)
+
+
+async def text_prompt(served: Served, text: str) -> list[int]:
+    """A prompt without messages. Raises `RequestRefused`."""
+    size = len(text.encode())
+    ceilings.check_length(served.engine.model, size, "prompt")
+    return await _beside(size, text_tokens, served.engine, text)
+
+
+async def plain_tokens(served: Served, text: str) -> list[int]:
+    """A text as the model would read it: a prompt, or what is to be embedded. Raises `RequestRefused`."""
+    if Kind.EMBED in served.engine.model.kinds:
+        return await asyncio.to_thread(embedding_tokens, served.engine, text)
+    return await text_prompt(served, text)
+
+
+def call_format(served: Served) -> CallFormat:
+    """How this model writes calls."""
+    known = None if served.template is None else served.template.calls
+    return known or HERMES
+
+
+async def _beside(size: int, tokens: Callable[..., list[int]], *arguments: Any) -> list[int]:
+    return tokens(*arguments) if size < _INLINE_BYTES else await asyncio.to_thread(tokens, *arguments)
+
+
+def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written]) -> tuple[Any, ...]:
+    if template.calls is not None:
+        return template.render(written, told or None)
+    spoken = _spoken(template, written)
+    if not told:
+        return template.render(spoken)
+    instructions = _instructions(template, told)
+    first = spoken[0]
+    if first["role"] == "system":
+        return template.render([{**first, "content": f"{first['content']}\n\n{instructions}"}, *spoken[1:]])
+    try:
+        return template.render([{"role": "system", "content": instructions}, *spoken])
+    except TemplateRefused:  # some know no system message
+        return template.render([{**first, "content": f"{instructions}\n\n{first['content']}"}, *spoken[1:]])
+
+
+def _spoken(template: ChatTemplate, written: Sequence[_Written]) -> list[_Written]:
+    """Calls and results as text. Results that follow each other are one message: many templates want turns to alternate."""
+    spoken: list[_Written] = []
+    for is_result, group in itertools.groupby(written, lambda message: message["role"] == "tool"):
+        if is_result:
+            content = "\n".join(_result(template, message["content"]) for message in group)
+            spoken.append({"role": "user", "content": content})
+        else:
+            spoken += [_without_calls(template, message) for message in group]
+    return spoken
+
+
+def _without_calls(template: ChatTemplate, message: _Written) -> _Written:
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    said = [message["content"]] if message["content"] or not calls else []
+    texts = [*said, *(_call(template, call) for call in calls)]
+    return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": "\n".join(texts)}
+
+
+# The fallback's own words. `constant` is for these alone: what a caller wrote stands between them as it is.
+
+_BEFORE_TOOLS: Final = (
+    "You can call functions. Each line between <tools> and </tools> describes one, with a JSON schema.\n<tools>\n"
+)
+_AFTER_TOOLS: Final = f"""
+</tools>
+To call a function, write its name and its arguments as JSON, in this form:
+{HERMES.written("NAME", "{ARGUMENTS}")}
+Its result comes between <tool_response> and </tool_response>. Answer in plain words where no function helps."""
+
+
+def _instructions(template: ChatTemplate, told: Sequence[_Written]) -> str:
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in told)
+    return template.constant(_BEFORE_TOOLS) + listed + template.constant(_AFTER_TOOLS)
+
+
+def _call(template: ChatTemplate, call: Mapping[str, Any]) -> str:
+    arguments = call["arguments"]
+    data = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    begin, middle, end = map(template.constant, (HERMES.open, HERMES.middle, HERMES.close))
+    return f"{begin}{call['name']}{middle}{data}{end}"
+
+
+def _result(template: ChatTemplate, text: str) -> str:
+    return f"{template.constant('<tool_response>')}\n{text}\n{template.constant('</tool_response>')}"

@@ -1,0 +1,139 @@
+"""The functions that a request offers to the model, which of them it may call, and the calls of earlier turns.
+
+Rules
+- A tool is a function; what else OpenAI calls a tool is refused by name.
+- Each message of role `tool` answers a call of the assistant's message before it, and each call has its answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.parsed import Parsed, validated
+
+MAX_TOOLS: Final = 128  # OpenAI's
+MAX_CALLS: Final = 64  # in one message
+MAX_ID: Final = 256
+
+_Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+_NO_PARAMETERS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class Function(Parsed):
+    """parameters: the JSON schema of the arguments; none where left out. strict: refuse what cannot be enforced of it."""
+
+    name: _Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return _NO_PARAMETERS if self.parameters is None else self.parameters
+
+
+class Tool(Parsed):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates know it. Members that say nothing are left out."""
+        function = self.function
+        described = {} if function.description is None else {"description": function.description}
+        return {"type": "function", "function": {"name": function.name, **described, "parameters": function.arguments()}}
+
+
+class FunctionCall(Parsed):
+    """arguments: JSON, or what the model made in its place."""
+
+    name: _Name
+    arguments: str
+
+
+class ToolCall(Parsed):
+    id: Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+    type: Literal["function"]
+    function: FunctionCall
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments as JSON themselves, so they get the object, where it is one."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except (ValueError, RecursionError):
+            arguments = self.function.arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class _Named(Parsed):
+    name: _Name
+
+
+class _NamedTool(Parsed):
+    type: Literal["function"]
+    function: _Named
+
+
+class _Allowed(Parsed):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[_NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class _AllowedTools(Parsed):
+    type: Literal["allowed_tools"]
+    allowed_tools: _Allowed
+
+
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """What the model may do. tools: that it is told of. callable: those it may call, with their places in the request.
+
+    required: it must call, and not speak. many: several calls in one answer.
+    """
+
+    tools: tuple[Tool, ...]
+    callable: tuple[tuple[int, Function], ...]
+    required: bool
+    many: bool
+
+
+def calling(tools: Sequence[Tool], choice: Any, *, many: bool) -> Calling | None:
+    """choice: OpenAI's `tool_choice`, or None. Answers None where the model is told of no tool. Raises `RequestRefused`."""
+    _check_choice_alone(tools, choice)
+    names = [tool.function.name for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise RequestRefused(f"Two tools are named '{name}'.", code="invalid_value", param=f"tools[{i}].function.name")
+    if not tools or choice == "none":
+        return None
+    offered = tuple(enumerate(tool.function for tool in tools))
+    if choice in (None, "auto", "required"):
+        return Calling(tuple(tools), offered, choice == "required", many)
+    allowed, required = _named(choice, names)
+    return Calling(tuple(tools), tuple((i, each) for i, each in offered if each.name in allowed), required, many)
+
+
+def _check_choice_alone(tools: Sequence[Tool], choice: Any) -> None:
+    if not tools and choice not in (None, "none", "auto"):
+        raise RequestRefused("'tool_choice' is only allowed when 'tools' are specified.", param="tool_choice")
+
+
+def _named(choice: Any, names: Sequence[str]) -> tuple[list[str], bool]:
+    """The names that a choice lists, and whether one must be called."""
+    if isinstance(choice, str) or not isinstance(choice, dict):
+        said = "Invalid 'tool_choice': value is not supported. Expected 'none', 'auto', 'required' or an object."
+        raise RequestRefused(said, code="invalid_value", param="tool_choice")
+    if choice.get("type") == "allowed_tools":
+        allowed = validated(_AllowedTools, choice, at="tool_choice").allowed_tools
+        listed, required = [tool.function.name for tool in allowed.tools], allowed.mode == "required"
+    else:
+        listed, required = [validated(_NamedTool, choice, at="tool_choice").function.name], True
+    for name in listed:
+        if name not in names:
+            said = f"'tool_choice' names '{name}', which is not in 'tools'."
+            raise RequestRefused(said, code="invalid_value", param="tool_choice")
+    return listed, required
