@@ -1,0 +1,45 @@
+"""The bare SDK, with its three dependencies and nothing else of Lacre's, on every declared Python that is here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_spec = importlib.util.spec_from_file_location("environments", ROOT / "tools/environments.py")
+assert _spec is not None and _spec.loader is not None
+environments = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(environments)
+
+FOUND = {".".join(path.name.removeprefix("python").split(".")[:2]): path for path in environments.pythons()}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_declared_are_those_of_the_project() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert [version for version in environments.DECLARED if f'"Programming Language :: Python :: {version}"' in text] == list(
+        environments.DECLARED
+    )
+
+
+@pytest.mark.parametrize("version", environments.DECLARED)
+def test_the_protocol_and_a_sealed_exchange(version: str) -> None:
+    if version not in FOUND:
+        pytest.skip(f"Python {version} is not installed")
+    python = environments.ready("sdk", FOUND[version])
+    command = [
+        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/wire", "tests/sdk/test_client.py",
+        "tests/sdk/test_httpx2.py",
+        "tests/sdk/test_trust.py", "tests/sdk/test_manifest.py", "tests/sdk/test_memory.py", "tests/sdk/test_receipts.py",
+    ]  # fmt: skip
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT / "sdk")}
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
