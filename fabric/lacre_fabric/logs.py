@@ -28,7 +28,7 @@ FIELDS: Final = frozenset({
     "event", "level", "time", "logger", "error", "at",
     "request_id", "method", "route", "status", "duration", "address", "problem",
     "pool", "model", "action", "outcome", "reason", "kind", "denied", "role", "remedy", "version", "host", "port", "seconds",
-    "node", "key_id", "issuer",
+    "node", "key_id", "issuer", "gateway", "process",
 })  # fmt: skip
 MAX_TEXT: Final = 256
 _FRAMES: Final = 6

@@ -34,6 +34,7 @@ BUDGETS: Final = (
     f"$KV.{subjects.BUDGETS_BUCKET}.>",
     f"{subjects.API}.DIRECT.GET.KV_{subjects.BUDGETS_BUCKET}.>",
 )
+MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
 TOLD_BY_WORKERS: Final = ("reply", "presence")  # each as `KIND.POOL.` and what the kind has
@@ -93,15 +94,17 @@ def provisioner(credential: Credential) -> Role:
 
 
 def gateway(credential: Credential, gateway_id: str, pools: Sequence[str]) -> Role:
-    """pools: those it sends work to. One process for each gateway id: of two, each would get and cancel the other's answers."""
-    subjects.check_name("gateway", gateway_id)
+    """pools: those it sends work to. Each process has replies of its own: of two, each would get and cancel the other's."""
+    subjects.check_gateway(gateway_id)
+    processes = (gateway_id, *(subjects.process_name(gateway_id, number) for number in range(MAX_PROCESSES)))
+    replies = (subjects.replies(name) for name in processes)
     tell = (f"{kind}.{pool}.*" for pool in pools for kind in TOLD_TO_WORKERS)
     return Role(
         credential,
         GATEWAYS,
         tuple(pools),
         (*(service for pool in pools for service in gateway_services(pool)), *tell, READ_MANIFEST, *REVOCATIONS, *BUDGETS),
-        (_own_inbox(credential), subjects.replies(gateway_id), "presence.>", MAX_DELIVERIES),
+        (_own_inbox(credential), *replies, "presence.>", MAX_DELIVERIES),
     )
 
 

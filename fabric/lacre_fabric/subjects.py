@@ -10,6 +10,8 @@ from lacre.jws import b64u
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_:-]{1,200}")
+PROCESS: Final = "__"  # between a gateway's name and the number of its process
+_MAX_GATEWAY: Final = 56
 _MAX_MODEL: Final = 180  # bytes; as base64 in a consumer's name it stays below JetStream's 255
 API: Final = "FABRIC.API"  # where every account finds JetStream's API: `$JS.API` is each account's own (see `accounts`)
 TRUST_BUCKET: Final = "trust"
@@ -29,6 +31,13 @@ def check_name(kind: str, name: str) -> str:
     if not is_name(name):
         raise SettingsError(f"a {kind} name has 1 to 63 of a-z, 0-9, - and _, and begins with a letter or digit: {name!r}")
     return name
+
+
+def check_gateway(name: str) -> str:
+    """As `check_name`, with room for the number of a process, and unlike any name of one."""
+    if PROCESS in name or len(name) > _MAX_GATEWAY:
+        raise SettingsError(f"a gateway's name has no {PROCESS} in it, and at most {_MAX_GATEWAY} characters: {name!r}")
+    return check_name("gateway", name)
 
 
 def model_token(model: str) -> str:
@@ -54,6 +63,11 @@ def consumer(model: str) -> str:
 
 def reply(pool: str, gateway: str, request: str) -> str:
     return f"reply.{pool}.{gateway}.{request}"
+
+
+def process_name(gateway: str, number: int) -> str:
+    """One of a gateway's several processes: it has replies of its own. No gateway can have such a name."""
+    return f"{gateway}{PROCESS}{number}"
 
 
 def replies(gateway: str) -> str:

@@ -12,10 +12,13 @@ from typing import Final
 from lacre_fabric.logs import Log
 from lacre_gateway.exchange import App, Message, Receive, Scope, Send
 
-_ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/healthz", "/readyz"})
+_ADMIN: Final = frozenset(
+    {"/metrics", "/openapi.json", "/v1/status", "/v1/usage", "/v1/revocations", "/v1/reload", "/v1/drain"}
+)
+_ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/healthz", "/readyz"}) | _ADMIN
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Probes come every few seconds for ever; they are logged only when they fail.
-_PROBES: Final = frozenset({"/healthz", "/readyz"})
+_PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 class AccessLog:

@@ -9,19 +9,15 @@ from typing import Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from lacre import problems
-from lacre.problems import Problem
 from lacre_gateway.accesslog import AccessLog
+from lacre_gateway.answers import answer_with_problems
 from lacre_gateway.manifest import etag, require
-from lacre_gateway.refusal import Refusal
 from lacre_gateway.relay import SealedEndpoint
 from lacre_gateway.state import SEALED_PATH, Gateway
 
 _READ: Final = ["GET", "HEAD"]
-_BY_STATUS: Final = {404: problems.NOT_FOUND, 405: problems.METHOD_NOT_ALLOWED}
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -29,9 +25,7 @@ def create_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Lacre gateway", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     app.add_middleware(AccessLog, log=gateway.log)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(Exception, _failed)
+    answer_with_problems(app)
     app.router.routes.append(Route(SEALED_PATH, SealedEndpoint(gateway), methods=["POST"]))
     app.add_api_route("/v1/manifest", serve_manifest, methods=_READ)
     app.add_api_route("/healthz", healthz, methods=_READ)
@@ -71,27 +65,3 @@ async def readyz(request: Request) -> Response:
     if missing:
         headers["retry-after"] = "1"
     return JSONResponse(detail, status_code=503 if missing else 200, headers=headers)
-
-
-async def _http_error(_request: Request, error: Exception) -> Response:
-    """What the router says of a wrong path or method."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    response = _problem(Refusal(_BY_STATUS.get(status, problems.INTERNAL)))
-    if isinstance(error, HTTPException) and "Allow" in (error.headers or {}):
-        response.headers["allow"] = (error.headers or {})["Allow"]
-    return response
-
-
-async def _refused(_request: Request, error: Exception) -> Response:
-    return _problem(error if isinstance(error, Refusal) else Refusal(problems.INTERNAL))
-
-
-async def _failed(_request: Request, _error: Exception) -> Response:
-    """A fault of the gateway. The server logs where it was; the caller learns that it was."""
-    return _problem(Refusal(problems.INTERNAL))
-
-
-def _problem(refusal: Refusal) -> Response:
-    problem: Problem = refusal.problem
-    headers = {name.decode(): value.decode() for name, value in refusal.headers()}
-    return Response(problem.body(), status_code=problem.status, headers=headers)

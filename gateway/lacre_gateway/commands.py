@@ -23,14 +23,28 @@ def register(app: typer.Typer) -> None:
         app.command()(revoke)
 
 
-def gateway(settings: Annotated[Path, typer.Option(help="The gateway's settings file (TOML).")]) -> None:
+SettingsFile = Annotated[Path, typer.Option(help="The gateway's settings file (TOML).")]
+
+
+def gateway(
+    settings: SettingsFile,
+    process: Annotated[int | None, typer.Option(hidden=True, help="Which of several processes this one is.", min=0)] = None,
+    port: Annotated[int | None, typer.Option(hidden=True, help="The port that they share.", min=0)] = None,
+) -> None:
     """Run a gateway: it authenticates, decides, records and routes sealed requests, and can read none of them."""
     from lacre_fabric.logs import last_words
-    from lacre_gateway.server import serve
     from lacre_gateway.settings import load
 
     with last_words():
-        serve(load(settings))
+        found = load(settings)
+        if process is None and found.processes > 1:
+            from lacre_gateway.processes import serve_all
+
+            serve_all(found, settings)
+            return
+        from lacre_gateway.server import serve
+
+        serve(found if process is None else found.for_process(process, port or found.listen.port))
 
 
 def revoke(

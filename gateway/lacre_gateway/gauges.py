@@ -44,21 +44,35 @@ class Gauges:
         yield gauge(
             "lacre_audit_writable", "Whether the last attempt to write the audit log succeeded.", gateway.audit.writable
         )
+        rules = gateway.rules.status
+        yield gauge("lacre_rules_since_timestamp_seconds", "When the rules that decide took over.", rules.since)
+        yield gauge("lacre_rules_reloads", "How often other ones took over since the start.", rules.reloads)
+        yield gauge("lacre_rules_refusals", "How often others were refused since the start.", rules.refusals)
+        yield gauge(
+            "lacre_rules_refused", "Whether the rules on the disk are other ones, and do not hold.", rules.refused is not None
+        )
         yield gauge("lacre_audit_entries", "Entries in the audit log.", gateway.audit.size)
         if gateway.feed.ready:
             manifest = gateway.feed.manifest
             yield gauge("lacre_manifest_version", "Version of the manifest that is served.", manifest.version)
             yield gauge("lacre_manifest_expiry_timestamp_seconds", "When it expires.", manifest.expires_at)
-            yield from self._pools(tuple(manifest.pools))
+        yield from self._families()
 
-    def _pools(self, pools: tuple[str, ...]) -> Iterator[Metric]:
-        fabric = self._gateway.fabric
+    def pools(self) -> dict[str, tuple[Capacity, int | None]]:
+        """Each pool of the manifest: its live workers, and how many requests wait, as of the last `refresh`."""
+        feed, fabric = self._gateway.feed, self._gateway.fabric
         seen = {} if fabric is None else fabric.capacity()
-        present = {pool: seen.get(pool, Capacity()) for pool in pools}
+        names = tuple(feed.manifest.pools) if feed.ready else ()
+        return {pool: (seen.get(pool, Capacity()), self._backlog.get(pool)) for pool in names}
+
+    def _families(self) -> Iterator[Metric]:
+        pools = self.pools()
+        present = {pool: at for pool, (at, _) in pools.items()}
+        backlog = {pool: count for pool, (_, count) in pools.items() if count is not None}
         workers: Labelled = {(pool,): at.workers for pool, at in present.items()}
         slots: Labelled = {(pool, state): getattr(at, state) for pool, at in present.items() for state in ("busy", "free")}
-        queued: Labelled = {(pool,): count for pool, count in self._backlog.items()}
-        demand: Labelled = {(pool,): count + present[pool].busy for pool, count in self._backlog.items() if pool in present}
+        queued: Labelled = {(pool,): count for pool, count in backlog.items()}
+        demand: Labelled = {(pool,): count + present[pool].busy for pool, count in backlog.items()}
         yield by_label("lacre_workers", "Live workers, by their presence.", ("pool",), workers)
         yield by_label("lacre_worker_slots", "Their slots, by their presence.", ("pool", "state"), slots)
         yield by_label("lacre_queue_requests", "Requests that no worker has taken yet.", ("pool",), queued)

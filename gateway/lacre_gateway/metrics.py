@@ -46,11 +46,12 @@ class Served(Protocol):
 
 
 class Metrics:
-    """live: the requests under way."""
+    """live: the requests under way. since: when it began to count, on the monotonic clock."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.live: set[Served] = set()
+        self.since = time.monotonic()
         ProcessCollector(registry=registry)
         self._requests = Counter("lacre_requests", "Sealed requests that ended.", ["outcome", "problem"], registry=registry)
         self._first_byte = Histogram(
@@ -115,7 +116,7 @@ class Metrics:
             self._commit_failures.inc()
 
     def administered(self, action: str, outcome: str) -> None:
-        """outcome: done, denied or failed."""
+        """outcome: permitted or denied."""
         self._admin.labels(action, outcome).inc()
 
     def show(self) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -42,6 +42,13 @@ class RevocationList:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[Revocation]:
+        """Those whose time is not over."""
+        now = self._clock()
+        for key, (until, meant) in self._entries.items():
+            if now < until:
+                yield Revocation(key, until, None if meant == math.inf else meant)
 
     @property
     def current(self) -> bool:

@@ -1,10 +1,11 @@
-"""Runs a gateway: binds, serves HTTP with uvicorn, connects to the fabric, and ends in order.
+"""Runs a gateway: serves HTTP with uvicorn, connects to the fabric, and ends in order.
 
 Rules:
 - HTTP is served from the first moment, so that `readyz` can say what is missing; the fabric may come up later, and go and come.
-- Rules are taken up while requests are served: on SIGHUP, and when their files change.
-- On SIGTERM or SIGINT no new request is taken, streams under way have `listen.drain` seconds to finish, then they are aborted.
-  Outcomes are on disk before the process ends.
+- Rules are taken up while requests are served: on SIGHUP, and when their files change. So is the certificate, on SIGHUP.
+- On SIGTERM, on SIGINT, or where an administrator says so, `readyz` says no at once. For `listen.drain_delay` seconds requests
+  are still taken; a second signal ends that. Then streams under way have `listen.drain` seconds to finish, and are aborted
+  after it. What they used is settled, and outcomes are on disk, before the process ends.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import contextlib
 import logging.config
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
 import structlog
-import uvicorn
 import uvloop
-from fastapi import FastAPI
 
 from lacre.errors import SettingsError
 from lacre_fabric.keyfiles import read_ed25519
@@ -30,15 +31,14 @@ from lacre_fabric.logs import PROCESSORS, make_log
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.roles import Credential
 from lacre_fabric.work import FabricUnavailable
+from lacre_gateway.admin import create_admin
 from lacre_gateway.app import create_app
+from lacre_gateway.listening import Server, allow_connections, bind, load_certificate, make_server, tls_context
 from lacre_gateway.logs import standard_logging
 from lacre_gateway.policy.cedar import PolicyError
-from lacre_gateway.settings import Listen, Settings
+from lacre_gateway.settings import Settings
 from lacre_gateway.state import Gateway, build
 
-_BACKLOG: Final = 2048  # connections that the kernel holds while the process is busy
-_KEEP_ALIVE: Final = 75  # seconds; longer than a client's own limit, so that it is the client who closes
-_ABORT_LIMIT: Final = 5.0  # seconds for aborted requests to cancel their work and record their outcome
 _FIRST_RETRY: Final = 0.25  # seconds, doubled with each failure
 _LAST_RETRY: Final = 5.0
 
@@ -50,61 +50,6 @@ def serve(settings: Settings) -> None:
     structlog.configure(processors=list(PROCESSORS), logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(settings))
-
-
-def bind(listen: Listen) -> socket.socket:
-    """The listening socket. Raises SettingsError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)  # from here on connections wait in the kernel until they are served
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as exc:
-        raise SettingsError(
-            f"listen: cannot listen on {listen.host} port {listen.port} ({exc.strerror}): free it, or name another"
-        ) from exc
-    listener.setblocking(False)
-    return listener
-
-
-class Server(uvicorn.Server):
-    """uvicorn would raise a signal again at the end, before our own parts are closed: `_run` handles them instead."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def settle(self) -> None:
-        """Waits for the requests that the end of `serve` aborted."""
-        if self.server_state.tasks:
-            await asyncio.wait(self.server_state.tasks, timeout=_ABORT_LIMIT)
-
-
-def make_server(app: FastAPI, listen: Listen) -> Server:
-    return Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            loop="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=bool(listen.trusted_proxies),
-            forwarded_allow_ips=list(listen.trusted_proxies),
-            timeout_graceful_shutdown=listen.drain,
-            timeout_keep_alive=_KEEP_ALIVE,
-            backlog=_BACKLOG,
-        )
-    )
 
 
 @dataclass(slots=True)
@@ -126,18 +71,26 @@ class _Link:
 async def _run(settings: Settings) -> None:
     key = read_ed25519(settings.signing_key)
     Credential.load(settings.nats.credentials)  # a file that is wrong now is said now
-    link, log = _Link(), make_log(sys.stderr)
-    with bind(settings.listen) as listener:
+    context = None if settings.listen.tls is None else tls_context(settings.listen.tls)
+    allow_connections(settings.listen.connections)
+    link, log = _Link(), make_log(sys.stderr).bind(gateway=settings.instance)
+    with ExitStack() as listeners:
+        listener = listeners.enter_context(bind(settings.listen, shared=settings.shared))
         gateway = build(settings, key, log, link.manifest)
-        server = make_server(create_app(gateway), settings.listen)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
+        servers = [(make_server(create_app(gateway), settings.listen, context), listener)]
+        if settings.admin is not None:
+            admin = settings.listen.model_copy(update={"host": settings.admin.host, "port": settings.admin.port})
+            at = listeners.enter_context(bind(admin))
+            encrypted = None if settings.admin.loopback else context
+            servers.append((make_server(create_admin(gateway), admin, encrypted), at))
         gateway.authenticator.start()
-        running = [asyncio.create_task(_keep_connected(gateway, link)), *_reloading(gateway)]
-        log.info("listening", host=settings.listen.host, port=listener.getsockname()[1])
+        _on_signals(gateway, servers[0][0])
+        tasks = (_drained(gateway, servers[0][0]), _keep_connected(gateway, link), *_reloading(gateway, context))
+        running = [asyncio.create_task(task) for task in tasks]
+        for _, socket in servers:
+            log.info("listening", host=socket.getsockname()[0], port=socket.getsockname()[1])
         try:
-            await server.serve(sockets=[listener])
-            await server.settle()
+            await _serve(servers)
         finally:
             for task in running:
                 task.cancel()
@@ -148,21 +101,65 @@ async def _run(settings: Settings) -> None:
             log.info("stopped")
 
 
-def _reloading(gateway: Gateway) -> list[asyncio.Task[None]]:
-    """Takes up changed rules: on SIGHUP, and by itself where the operator named a folder of rules."""
+async def _serve(servers: Sequence[tuple[Server, socket.socket]]) -> None:
+    """Until the first of them has ended; it goes on answering at the others meanwhile."""
+    (first, listener), *others = servers
+    beside = [asyncio.create_task(server.serve(sockets=[at])) for server, at in others]
+    try:
+        await first.serve(sockets=[listener])
+        await first.settle()
+    finally:
+        for server, _ in others:
+            server.should_exit = True
+        await asyncio.gather(*beside)
+
+
+def _on_signals(gateway: Gateway, server: Server) -> None:
+    """The first SIGTERM or SIGINT begins the drain; a second one ends its delay."""
+
+    def come() -> None:
+        if gateway.draining:
+            server.should_exit = True
+        gateway.drain()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, come)
+
+
+async def _drained(gateway: Gateway, server: Server) -> None:
+    await gateway.ending.wait()
+    delay = gateway.settings.listen.drain_delay
+    gateway.log.info("draining", seconds=delay)
+    await asyncio.sleep(delay)
+    server.should_exit = True
+
+
+def _reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[Coroutine[None, None, None]]:
+    """Takes up what changed: on SIGHUP rules and certificate, and rules by itself where the operator named a folder of them."""
     hung_up = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
 
     async def on_signal() -> None:
         while await hung_up.wait():
             hung_up.clear()
+            _renew(gateway, context)
             with contextlib.suppress(PolicyError):  # told by `reload`
                 await gateway.reload()
 
-    tasks = [asyncio.create_task(on_signal())]
-    if gateway.settings.policies is not None:
-        tasks.append(asyncio.create_task(gateway.rules.watch(gateway.audit.append)))
-    return tasks
+    watching = [] if gateway.settings.policies is None else [gateway.rules.watch(gateway.audit.append)]
+    return [on_signal(), *watching]
+
+
+def _renew(gateway: Gateway, context: ssl.SSLContext | None) -> None:
+    tls = gateway.settings.listen.tls
+    if context is None or tls is None:
+        return
+    try:
+        load_certificate(context, tls)
+    except SettingsError as exc:
+        gateway.log.error("certificate not taken, the last one goes on", reason=str(exc))
+    else:
+        gateway.log.info("certificate taken")
 
 
 async def _keep_connected(gateway: Gateway, link: _Link) -> None:
@@ -182,7 +179,7 @@ async def _connect(gateway: Gateway) -> NatsGateway:
     nats, delay = gateway.settings.nats, _FIRST_RETRY
     while True:
         try:
-            return await NatsGateway.connect(nats.url, Credential.load(nats.credentials), gateway.settings.gateway)
+            return await NatsGateway.connect(nats.url, Credential.load(nats.credentials), gateway.settings.instance)
         except (FabricUnavailable, SettingsError) as exc:
             gateway.log.warning("fabric not connected", reason=str(exc), seconds=delay)
             await asyncio.sleep(delay)

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
+from lacre.errors import SettingsError
 from lacre.jws import b64u_decode
 from lacre_fabric import settings as files
+from lacre_fabric.roles import MAX_PROCESSES
 from lacre_fabric.settings import FilePath, Name, Nats, RootKey, Table
+from lacre_fabric.subjects import check_gateway, process_name
 from lacre_gateway.documents import allowed, is_loopback
 
 # Signatures that the gateway can check and not make. HS* would let whoever reads this file mint tokens, `none` anybody.
@@ -26,6 +29,13 @@ def _web_url(value: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise PydanticCustomError("web_url", "write an address such as https://gateway.example.com")
     return value.rstrip("/")
+
+
+def _gateway_name(value: str) -> str:
+    try:
+        return check_gateway(value)
+    except SettingsError as exc:
+        raise PydanticCustomError("gateway_name", "{reason}", {"reason": str(exc)}) from exc
 
 
 def _key_set(value: object) -> object:
@@ -158,7 +168,7 @@ class Model(Table):
 class Settings(Table):
     """The whole file. processes: how many serve the same port. admin: None serves neither metrics nor admin API."""
 
-    gateway: Name
+    gateway: Annotated[Name, AfterValidator(_gateway_name)]
     public_url: Annotated[str, AfterValidator(_web_url)]
     trust: RootKey
     signing_key: FilePath
@@ -168,11 +178,12 @@ class Settings(Table):
     listen: Listen = Listen()
     admin: Admin | None = None
     tracing: Tracing | None = None
-    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    processes: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] = 1
     nats: Nats
     issuers: Annotated[tuple[Issuer, ...], Field(min_length=1)]
     limits: Limits = Limits()
     models: dict[str, Model] = Field(default_factory=dict)
+    _process: int | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -192,9 +203,35 @@ class Settings(Table):
         return self
 
     @property
+    def shared(self) -> bool:
+        """Whether other processes serve the same port."""
+        return self._process is not None
+
+    @property
+    def instance(self) -> str:
+        """The name of this very process: on the fabric, in the audit log, in leases."""
+        return self.gateway if self._process is None else process_name(self.gateway, self._process)
+
+    def for_process(self, number: int, port: int) -> Settings:
+        """What one of several processes runs by: what cannot be shared is its own. port: the one that all of them serve."""
+        name, admin = str(number), self.admin
+        if admin is not None and admin.port:
+            admin = admin.model_copy(update={"port": admin.port + number})
+        own = self.model_copy(
+            update={
+                "audit": self.audit / name,
+                "memory": None if self.memory is None else self.memory / name,
+                "listen": self.listen.model_copy(update={"port": port}),
+                "admin": admin,
+            }
+        )
+        own._process = number
+        return own
+
+    @property
     def audit_origin(self) -> str:
         """The name of a new audit log: of this gateway, at this host. Logs of one key need names of their own."""
-        return f"{urlsplit(self.public_url).hostname}/audit/{self.gateway}"
+        return f"{urlsplit(self.public_url).hostname}/audit/{self.instance}"
 
     @property
     def root(self) -> bytes:

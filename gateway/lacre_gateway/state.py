@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -32,8 +33,8 @@ SEALED_PATH: Final = "/v1/sealed"
 
 @dataclass(slots=True)
 class Gateway:
-    """The parts of a running gateway. fabric: None until it is connected. draining: it is about to end, and takes nothing new
-    for long. clock: seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it.
+    """The parts of a running gateway. fabric: None until it is connected. ending: set when it is to drain and end. clock:
+    seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it.
     """  # fmt: skip
 
     settings: Settings
@@ -50,7 +51,15 @@ class Gateway:
     clock: Callable[[], float]
     sealed_url: str
     fabric: GatewayFabric | None = None
-    draining: bool = False
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def draining(self) -> bool:
+        return self.ending.is_set()
+
+    def drain(self) -> None:
+        """Begins the end of this process: it is not ready any more, and goes when its streams have finished. Idempotent."""
+        self.ending.set()
 
     async def close(self) -> None:
         """Waits until what was served is settled and on disk. Nothing may be served any more."""

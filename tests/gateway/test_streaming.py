@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import problems
 from lacre.errors import TruncatedStream
+from lacre_gateway.listening import bind, make_server
 from lacre_gateway.logs import NotOurs
-from lacre_gateway.server import bind, make_server
 from lacre_gateway.settings import Listen
 from parts.gateway import PIECES, FakeWorker, Script, World, opened
 

@@ -33,6 +33,7 @@ from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
 from lacre_fabric.logs import make_log
 from lacre_fabric.memory import MemoryDelivery, MemoryFabric
+from lacre_gateway.admin import create_admin
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.settings import parse
@@ -175,6 +176,7 @@ class World:
         self.gateway: Gateway = build(parse(text, folder / "gateway.toml"), self.grant_key, make_log(self.log), self.fetch)
         self.gateway.fabric = self.hub.gateway()
         self.app: FastAPI = create_app(self.gateway)
+        self.admin: FastAPI = create_admin(self.gateway)
 
     def settings_text(self, settings: str = "", limits: str = "") -> str:
         return f"""

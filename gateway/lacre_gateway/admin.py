@@ -1,0 +1,204 @@
+"""The admin API and `/metrics`, as an app of its own for a listener of its own (`[admin]` in the settings).
+
+Rules:
+- Every call but `/metrics` and the API's description needs a token of the same issuers as any request, and a policy that
+  permits its `admin:` action on this `Gateway`.
+- What is asked for, by whom, and whether it was permitted, is durable in the audit log before anything is done or told.
+- What goes out is fixed words, numbers, digests, and names of the settings and the manifest. Errors are problem documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
+
+from lacre import __version__, problems
+from lacre.errors import LacreError, UsageError
+from lacre.problems import MEDIA_TYPE, Problem
+from lacre_gateway.accesslog import AccessLog
+from lacre_gateway.answers import PROBLEM, answer_with_problems, described, problem_response
+from lacre_gateway.audit.entries import Admin as AdminEntry
+from lacre_gateway.auth import Principal
+from lacre_gateway.gauges import Gauges
+from lacre_gateway.mapping import refusal_for
+from lacre_gateway.metrics import CONTENT_TYPE, States
+from lacre_gateway.outer import Fields
+from lacre_gateway.policy.cedar import PolicyError
+from lacre_gateway.policy.question import AdminAction, AdminQuestion
+from lacre_gateway.refusal import Refusal
+from lacre_gateway.reports import Draining, PoolReport, Reloaded, Revocations, Revoke, Revoked, Rules, StatusReport
+from lacre_gateway.state import Gateway
+
+INVALID: Final = Problem(
+    "urn:lacre:problem:invalid-arguments", 422, "The call's arguments are not of the form that the API describes",
+    "See /openapi.json.")  # fmt: skip
+# What any call may be refused with; each is a row of `lacre.problems`.
+_REFUSALS: Final[dict[int | str, dict[str, Any]]] = dict.fromkeys((401, 403, 422, 429, 503), PROBLEM)
+
+
+def create_admin(gateway: Gateway) -> FastAPI:
+    """An ASGI app over `gateway`; it starts and stops none of its parts."""
+    app = FastAPI(
+        title="Lacre gateway: administration", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None,
+        redirect_slashes=False, responses=_REFUSALS,
+    )  # fmt: skip
+    gauges = Gauges(gateway)
+    States(gateway.metrics, [gauges.read])
+    app.state.gateway, app.state.gauges = gateway, gauges
+    app.add_middleware(AccessLog, log=gateway.log)
+    answer_with_problems(app)
+    app.add_exception_handler(LacreError, _mapped)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.include_router(_routes)
+    app.openapi = partial(described, app)  # type: ignore[method-assign]
+    return app
+
+
+_routes: Final = APIRouter()
+_bearer: Final = HTTPBearer(auto_error=False, description="An access token of one of the gateway's issuers.")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever holds the token that came with a call; not yet permitted anything."""
+
+    gateway: Gateway
+    who: Principal
+    address: str
+    request_id: str
+
+    @property
+    def actor(self) -> str:
+        return f"{self.who.tenant}/{self.who.subject}"
+
+    async def may(self, action: AdminAction, target: str | None = None) -> Gateway:
+        """The gateway, for who may do this; recorded either way. target: whom it is about. Raises Refusal, AuditUnavailable."""
+        gateway, who = self.gateway, self.who
+        question = AdminQuestion(who, action, gateway.settings.gateway, self.address, round(gateway.clock(), 3))
+        decision = gateway.rules.decide(question)
+        entry = AdminEntry(
+            request_id=self.request_id,
+            time=question.time,
+            subject=who.subject,
+            tenant=who.tenant,
+            issuer=who.issuer,
+            jti=None if who.jti is None else hashlib.sha256(who.jti.encode()).hexdigest(),
+            address=self.address,
+            gateway=question.gateway,
+            action=action.value,
+            target=target,
+            groups=who.groups,
+            scopes=who.scopes,
+            plan=who.plan,
+            decision="allow" if decision.allowed else "deny",
+            policies=decision.policies,
+            policy_set=decision.policy_set,
+            entities=decision.entities,
+        )
+        await gateway.audit.append(entry)
+        gateway.metrics.administered(action.value, "permitted" if decision.allowed else "denied")
+        if not decision.allowed:
+            raise Refusal(problems.FORBIDDEN)
+        return gateway
+
+
+async def caller(request: Request, _: Annotated[object, Security(_bearer)]) -> Caller:
+    """A dependency. Raises Refusal.
+
+    A token that is bound to a key is refused: proofs of possession are for sealed requests.
+    """
+    gateway: Gateway = request.app.state.gateway
+    address = request.client.host if request.client else ""
+    authorization = Fields.collect(request.scope["headers"]).authorization()
+    access = await gateway.authenticator.authenticate(authorization, address)
+    return Caller(gateway, access.principal, address, request.scope["state"]["request_id"])
+
+
+Asking = Annotated[Caller, Depends(caller)]
+
+
+@_routes.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})
+async def metrics(request: Request) -> Response:
+    """Everything that is counted, in Prometheus's text format. Needs no token."""
+    await request.app.state.gauges.refresh()
+    gateway: Gateway = request.app.state.gateway
+    return Response(gateway.metrics.show(), headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
+
+
+@_routes.get("/v1/status")
+async def status(request: Request, asking: Asking) -> StatusReport:
+    """How this process is: what is missing, what is under way, its workers, its rules, its audit log."""
+    gateway = await asking.may(AdminAction.USAGE)
+    gauges: Gauges = request.app.state.gauges
+    await gauges.refresh()
+    live, rules = gateway.metrics.live, gateway.rules.status
+    return StatusReport(
+        gateway=gateway.settings.instance,
+        version=__version__,
+        missing=gateway.missing(),
+        draining=gateway.draining,
+        seconds=round(time.monotonic() - gateway.metrics.since, 3),
+        requests=len(live),
+        streams=sum(each.started for each in live),
+        pools={name: PoolReport.of(*seen) for name, seen in gauges.pools().items()},
+        audit_entries=gateway.audit.size,
+        rules=Rules(policy_set=rules.policy_set, since=rules.since, reloads=rules.reloads, refusals=rules.refusals),
+    )
+
+
+@_routes.get("/v1/revocations")
+async def revocations(asking: Asking) -> Revocations:
+    """What this process refuses before its time. Tokens and subjects are named by digest: nobody keeps a list of them."""
+    gateway = await asking.may(AdminAction.REVOKE)
+    return Revocations(current=gateway.revocations.current, revocations=[Revoked.of(each) for each in gateway.revocations])
+
+
+@_routes.post("/v1/revocations", status_code=201)
+async def revoke(asking: Asking, asked: Revoke) -> Revoked:
+    """Has a token, or all that a subject was issued until now, refused: here at once, elsewhere within a second.
+
+    It stands on the fabric when this is answered, and cannot be taken back.
+    """
+    target = asked.sub if asked.jti is None else hashlib.sha256(asked.jti.encode()).hexdigest()
+    gateway = await asking.may(AdminAction.REVOKE, target)
+    return Revoked.of(await gateway.revoke(jti=asked.jti, subject=asked.sub, issuer=asked.issuer, until=asked.until))
+
+
+@_routes.post("/v1/reload", responses={409: {"model": Reloaded}})
+async def reload(response: Response, asking: Asking) -> Reloaded:
+    """Puts the rules that are on the disk to work. 409: they do not hold, and the last good ones go on."""
+    gateway = await asking.may(AdminAction.RELOAD)
+    try:
+        await gateway.reload(asking.actor)
+    except PolicyError as exc:
+        response.status_code = 409
+        return Reloaded(taken=False, policy_set=gateway.rules.status.policy_set, fault=exc.fault, file=exc.place or None)
+    return Reloaded(taken=True, policy_set=gateway.rules.status.policy_set)
+
+
+@_routes.post("/v1/drain", status_code=202)
+async def drain(asking: Asking) -> Draining:
+    """Has this process end as on SIGTERM: not ready from now on, gone when its streams have finished."""
+    gateway = await asking.may(AdminAction.DRAIN)
+    gateway.drain()
+    return Draining(draining=True, streams=sum(each.started for each in gateway.metrics.live))
+
+
+async def _mapped(request: Request, error: Exception) -> Response:
+    """What the fabric or the audit log cannot do now, and what nobody could do."""
+    return await _invalid(request, error) if isinstance(error, UsageError) else problem_response(refusal_for(error))
+
+
+async def _invalid(_request: Request, _error: Exception) -> Response:
+    """Without an echo of what was sent."""
+    return JSONResponse(
+        {"type": INVALID.type, "title": INVALID.title, "status": INVALID.status}, INVALID.status, media_type=MEDIA_TYPE
+    )

@@ -1,0 +1,133 @@
+"""Who may administer a gateway, what they can do, and what is recorded of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from lacre import problems
+from parts.gateway import World
+
+CALLS = [
+    ("GET", "/v1/status", "admin:usage"), ("GET", "/v1/revocations", "admin:revoke"), ("POST", "/v1/reload", "admin:reload"),
+    ("POST", "/v1/drain", "admin:drain"),
+]  # fmt: skip
+
+
+@pytest.fixture
+async def admin(world: World) -> AsyncIterator[httpx2.AsyncClient]:
+    transport = httpx2.ASGITransport(world.admin, client=("127.0.0.1", 40001))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://admin.test") as client:
+        yield client
+
+
+def bearer(world: World, scope: str = "lacre:admin", **claims: Any) -> dict[str, str]:
+    return {"authorization": f"Bearer {world.issuer.token(scope=scope, sub='root', **claims)}"}
+
+
+def recorded(world: World, kind: str) -> list[dict[str, Any]]:
+    return [entry for entry in world.entries() if entry["kind"] == kind]
+
+
+@pytest.mark.parametrize(("method", "path", "action"), CALLS)
+async def test_whoever_may_not(world: World, admin: httpx2.AsyncClient, method: str, path: str, action: str) -> None:
+    for headers, problem in (
+        ({}, problems.INVALID_TOKEN),
+        ({"authorization": "Bearer a.b.c"}, problems.INVALID_TOKEN),
+        (bearer(world, "lacre:http"), problems.FORBIDDEN),
+    ):
+        refused = await admin.request(method, path, headers=headers)
+        assert refused.status_code == problem.status
+        assert refused.json()["type"] == problem.type
+    [denied] = recorded(world, "admin")  # who has no valid token is nobody that could be recorded
+    assert (denied["decision"], denied["action"], denied["subject"], denied["tenant"]) == ("deny", action, "root", "acme")
+    assert not world.gateway.draining
+
+
+async def test_status(world: World, admin: httpx2.AsyncClient) -> None:
+    shown = (await admin.get("/v1/status", headers=bearer(world))).json()
+    assert shown["gateway"] == "g1"
+    assert shown["missing"] == {}
+    assert shown["pools"]["default"] == {"workers": 0, "busy": 0, "free": 0, "queued": 0, "demand": 0}
+    assert shown["rules"]["policy_set"] == world.gateway.rules.status.policy_set
+    [allowed] = recorded(world, "admin")
+    assert (allowed["decision"], allowed["policies"], allowed["gateway"]) == ("allow", ["admin-by-scope"], "g1")
+
+
+async def test_reload(world: World, admin: httpx2.AsyncClient) -> None:
+    done = await admin.post("/v1/reload", headers=bearer(world))
+    assert done.status_code == 200
+    assert done.json()["taken"] is True
+    assert recorded(world, "admin")[0]["action"] == "admin:reload"
+    while recorded(world, "event")[-1]["event"] != "reloaded":  # what was asked is durable by now, what came of it soon
+        await asyncio.sleep(0.01)
+    assert recorded(world, "event")[-1] | {"time": 0} == {
+        "kind": "event", "time": 0, "event": "reloaded", "actor": "acme/root", "target": None, "count": None, "reason": None,
+        "policy_set": done.json()["policy_set"], "rules": world.gateway.rules.status.rules,
+    }  # fmt: skip
+
+
+async def test_drain(world: World, admin: httpx2.AsyncClient, client: httpx2.AsyncClient) -> None:
+    assert (await client.get("/readyz")).status_code == 200
+    done = await admin.post("/v1/drain", headers=bearer(world))
+    assert (done.status_code, done.json()) == (202, {"draining": True, "streams": 0})
+    ready = await client.get("/readyz")
+    assert ready.status_code == 503
+    assert set(ready.json()["missing"]) == {"draining"}
+
+
+async def test_nothing_is_done_that_is_not_recorded(world: World, admin: httpx2.AsyncClient) -> None:
+    await world.gateway.audit.close()
+    refused = await admin.post("/v1/drain", headers=bearer(world))
+    assert (refused.status_code, refused.json()["type"]) == (503, problems.AUDIT_UNAVAILABLE.type)
+    assert not world.gateway.draining
+
+
+async def test_the_public_app_has_none_of_it(world: World, client: httpx2.AsyncClient) -> None:
+    for method, path, _ in (*CALLS, ("GET", "/metrics", ""), ("GET", "/openapi.json", "")):
+        assert (await client.request(method, path, headers=bearer(world))).status_code == 404
+
+
+async def test_its_description(world: World, admin: httpx2.AsyncClient) -> None:
+    document = (await admin.get("/openapi.json")).json()
+    assert set(document["paths"]) >= {path for _, path, _ in CALLS} | {"/metrics"}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert ("security" in operation) is (path != "/metrics")
+    assert "HTTPValidationError" not in json.dumps(document)
+
+
+async def test_revocation(world: World, admin: httpx2.AsyncClient, client: httpx2.AsyncClient) -> None:
+    token = world.issuer.token(sub="mallory", iat=int(world.gateway.clock()))
+    before = await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers(token))
+    assert before.status_code == 503  # let in: there is no worker
+    done = await admin.post("/v1/revocations", headers=bearer(world), json={"sub": "mallory"})
+    assert done.status_code == 201
+    after = await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers(token))
+    assert after.status_code == 401
+    listed = (await admin.get("/v1/revocations", headers=bearer(world))).json()
+    assert (listed["current"], listed["revocations"]) == (True, [done.json()])
+    assert [entry["target"] for entry in recorded(world, "admin")] == ["mallory", None]
+    refused = await admin.post("/v1/revocations", headers=bearer(world, ""), json={"sub": "alice"})
+    assert refused.status_code == 403
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"jti": "a", "sub": "b"}, {"sub": ""}, {"sub": "a\nb"}, {"sub": "a", "until": 1}, {"sub": "a", "issuer": "nobody"}],
+)
+async def test_a_revocation_that_says_nothing(world: World, admin: httpx2.AsyncClient, asked: dict[str, Any]) -> None:
+    refused = await admin.post("/v1/revocations", headers=bearer(world), json=asked)
+    assert (refused.status_code, refused.json()["type"]) == (422, "urn:lacre:problem:invalid-arguments")
+    assert list(world.gateway.revocations) == []
+
+
+async def test_no_fabric_no_revocation(world: World, admin: httpx2.AsyncClient) -> None:
+    world.gateway.fabric = None
+    refused = await admin.post("/v1/revocations", headers=bearer(world), json={"sub": "mallory"})
+    assert (refused.status_code, refused.json()["type"]) == (503, problems.UNAVAILABLE.type)

@@ -1,0 +1,142 @@
+"""What `/metrics` says of a gateway that served, refused and broke."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from lacre import problems
+from lacre_gateway.admin import create_admin
+from lacre_gateway.exchange import StreamBroken
+from parts.gateway import MODEL, FakeWorker, World
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+async def scrape(world: World) -> Samples:
+    transport = httpx2.ASGITransport(world.admin, client=("127.0.0.1", 40001))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://admin.test") as admin:
+        return samples((await admin.get("/metrics")).text)
+
+
+def samples(text: str) -> Samples:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(found: Samples, name: str, **labels: str) -> float:
+    return found.get((name, tuple(sorted(labels.items()))), 0.0)
+
+
+async def ask(world: World, client: httpx2.AsyncClient, **headers: str | None) -> httpx2.Response:
+    return await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers(**headers))
+
+
+async def test_a_request_that_was_answered(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _ = world.seal()
+    answer = await client.post("/v1/sealed", content=body, headers=world.headers())
+    await world.trail()
+    found = await scrape(world)
+    assert value(found, "lacre_requests_total", outcome="answered", problem="none") == 1
+    assert value(found, "lacre_received_bytes_total") == len(body)
+    assert value(found, "lacre_sent_bytes_total") == len(answer.content)
+    assert value(found, "lacre_records_total") == 4
+    assert value(found, "lacre_request_first_byte_seconds_count") == 1
+    assert value(found, "lacre_request_seconds_count", outcome="answered") == 1
+    assert value(found, "lacre_settlements_total", result="receipted") == 1
+    for kind, count in {"prompt": 12, "cached": 2, "completion": 7}.items():
+        assert value(found, "lacre_tokens_total", pool="default", model=MODEL, kind=kind) == count
+    assert value(found, "lacre_audit_committed_entries_total") == 2
+    assert value(found, "lacre_audit_entries") == 3  # and the start
+    assert value(found, "lacre_requests_in_flight") == 0
+
+
+async def test_requests_that_were_refused(world: World, client: httpx2.AsyncClient) -> None:
+    await client.post("/v1/sealed", content=b"", headers=world.headers("not-a-token"))
+    await ask(world, client, lacre_model="nowhere")
+    await ask(world, client)
+    found = await scrape(world)
+    for problem in (problems.INVALID_TOKEN, problems.UNKNOWN_POOL, problems.NO_WORKER):
+        assert value(found, "lacre_requests_total", outcome="refused", problem=problem.slug) == 1
+    assert value(found, "lacre_request_first_byte_seconds_count") == 0
+
+
+async def test_one_that_broke(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    worker.script.ending = f"error:{problems.BUSY.type}"
+    with pytest.raises(StreamBroken):  # in this process there is no connection that the server could abort
+        await ask(world, client)
+    await world.trail()
+    found = await scrape(world)
+    assert value(found, "lacre_requests_total", outcome="broken", problem="none") == 1
+    assert value(found, "lacre_settlements_total", result="unreceipted") == 1
+
+
+async def test_what_is_under_way(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    going, go_on = asyncio.Event(), asyncio.Event()
+
+    async def pause() -> None:
+        going.set()
+        await go_on.wait()
+
+    worker.script.between = pause
+    asked = asyncio.create_task(ask(world, client))
+    await going.wait()
+    while not any(each.started for each in world.gateway.metrics.live):  # its first record waits for the audit log
+        await asyncio.sleep(0.01)
+    found = await scrape(world)
+    go_on.set()
+    await asked
+    assert value(found, "lacre_requests_in_flight") == value(found, "lacre_streams_open") == 1
+    assert value(found, "lacre_workers", pool="default") == 1
+    assert value(found, "lacre_worker_slots", pool="default", state="busy") == 1
+    assert value(found, "lacre_worker_slots", pool="default", state="free") == 3
+    assert value(found, "lacre_queue_requests", pool="default") == 0
+    assert value(found, "lacre_pool_demand", pool="default") == 1
+
+
+async def test_states(world: World) -> None:
+    found = await scrape(world)
+    assert value(found, "lacre_ready") == value(found, "lacre_fabric_connected") == value(found, "lacre_audit_writable") == 1
+    assert value(found, "lacre_manifest_version") == 1
+    world.gateway.drain()
+    world.gateway.fabric = None
+    found = await scrape(world)
+    assert value(found, "lacre_ready") == value(found, "lacre_fabric_connected") == 0
+    assert value(found, "lacre_draining") == 1
+    assert not [at for at in found if at[0] == "lacre_queue_requests"]  # rather nothing than a number that may be wrong
+
+
+async def test_labels_are_of_closed_sets(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """Whatever callers write, nothing of it becomes a label."""
+    for name in ("lacre_pool", "lacre_model", "lacre_action", "lacre_shape", "lacre_max_tokens", "content_type"):
+        await ask(world, client, **{name: "canary-7"})
+    await client.post("/v1/canary-7", content=b"", headers=world.headers(world.issuer.token(sub="canary-7", tenant="canary-7")))
+    await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers(world.issuer.token(sub="canary-7")))
+    await world.trail()
+    found = await scrape(world)
+    assert value(found, "lacre_requests_total", outcome="answered", problem="none") == 1
+    assert not [at for at in found if "canary-7" in repr(at)]
+    allowed = {problem.slug for problem in problems.BY_TYPE.values()} | {"none"}
+    assert {labels["problem"] for labels in labels_of(found) if "problem" in labels} <= allowed
+
+
+def labels_of(found: Samples) -> Iterator[dict[str, str]]:
+    return (dict(labels) for _, labels in found)
+
+
+async def test_every_metric_says_what_it_is(world: World) -> None:
+    await scrape(world)
+    text = world.gateway.metrics.show().decode()
+    ours = {name for name in re.findall(r"^# TYPE (\S+)", text, re.MULTILINE) if name.startswith("lacre_")}
+    assert len(ours) > 20
+    for name in ours:
+        assert re.search(rf"^# HELP {name} \S", text, re.MULTILINE), name
+    assert create_admin  # every app has a registry of its own: another one for the same process must not clash
