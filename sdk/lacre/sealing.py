@@ -98,10 +98,11 @@ Trailers = tuple[tuple[str, str], ...]
 class Opening:
     """Opens one sealed answer as its bytes arrive: first the head, then the pieces of the body, then the trailers.
 
-    The pieces that came before somebody asked for them wait in it. verify: makes the receipt of the trailers, or raises.
+    The pieces that came before somebody asked for them wait in it. verify: makes the receipt of the trailers, or raises; it
+    returns None where none is due.
     """
 
-    def __init__(self, opener: ResponseOpener, facts: Facts, verify: Callable[[Trailers], Receipt]) -> None:
+    def __init__(self, opener: ResponseOpener, facts: Facts, verify: Callable[[Trailers], Receipt | None]) -> None:
         self._opener = opener
         self._verify = verify
         self._decoder = bhttp.ResponseDecoder()
@@ -256,11 +257,11 @@ class Sealing:
         """None once the answer's head is there."""
         outer = sent_outer((yield send))
         if outer.status != 200:
-            problem = _problem(outer, (yield from _read(MAX_PROBLEM)))
+            problem = problem_of(outer, (yield from read_all(MAX_PROBLEM)))
             with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
                 opening.facts.audit = self._proved(outer, sent)
             return Refusal(problem, outer.retry_after, opening.facts)
-        _check_sealed(outer)
+        check_sealed(outer)
         opening.facts.audit = self._proved(outer, {**sent, "decision": "allow"})
         while not opening.ready:
             opening.feed(sent_bytes((yield Read())))
@@ -282,14 +283,14 @@ class Sealing:
             try:
                 outer = sent_outer((yield Send("GET", MANIFEST_PATH)))
                 # One more than is taken: too long is seen, not cut.
-                document = yield from _read(MAX_DOCUMENT + 1 if outer.status == 200 else MAX_PROBLEM)
+                document = yield from read_all(MAX_DOCUMENT + 1 if outer.status == 200 else MAX_PROBLEM)
             except NetworkError as exc:
                 if (seconds := retries.after_failure(exc)) is None:
                     raise
             else:
                 if outer.status == 200:
                     return self._accept(document)
-                problem = _problem(outer, document)
+                problem = problem_of(outer, document)
                 if (seconds := retries.after_refusal(problem, outer.retry_after)) is None:
                     raise problem.exception(outer.retry_after)
             yield Wait(seconds)
@@ -405,7 +406,7 @@ class Sealing:
         return True
 
 
-def _read(limit: int) -> Steps[bytes]:
+def read_all(limit: int) -> Steps[bytes]:
     """Up to `limit` bytes of the last response."""
     content = bytearray()  # which grows in place: a peer may send a byte at a time
     while len(content) < limit and (data := sent_bytes((yield Read()))) is not None:
@@ -420,7 +421,7 @@ def _uncoded(head: Head) -> Head:
     return head
 
 
-def _problem(outer: Outer, body: bytes) -> Problem:
+def problem_of(outer: Outer, body: bytes) -> Problem:
     """The row of our own table that the gateway named. Its words are never shown: they are nobody's."""
     named = BY_TYPE.get(Problem.type_in(body) or "")
     if named is not None:
@@ -428,6 +429,6 @@ def _problem(outer: Outer, body: bytes) -> Problem:
     return next((problem for problem in BY_TYPE.values() if problem.status == outer.status), INTERNAL)
 
 
-def _check_sealed(outer: Outer) -> None:
+def check_sealed(outer: Outer) -> None:
     if outer.content_type.partition(";")[0].strip().lower() != MEDIA_TYPE_RESPONSE:
         raise UnsealedResponse("the gateway answered without a seal; nothing of it was read: check the gateway's address")

@@ -18,14 +18,15 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 import lacre
-from lacre import problems
+from lacre import direct, problems
 from lacre.asgi import Sealed, key_file, pin
 from lacre.asgi.admission import DATE_WINDOW
 from lacre.padding import request_length
 from lacre.wire import bhttp
-from lacre.wire.header import Kem, parse_key_list
+from lacre.wire.header import Kem, encode_key_list, parse_key_list
 from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey
+from parts.chat_app import reply
 
 WELL_KNOWN = "/.well-known/ohttp-gateway"
 RES = "message/ohttp-chunked-res"
@@ -310,3 +311,102 @@ class TestKeys:
 
 def test_the_clock_is_the_worlds() -> None:
     assert abs(Sealed(FastAPI(), keys=PrivateKey.generate(1))._clock() - time.time()) < 60
+
+
+class TestDirectClient:
+    """`lacre.direct`: the clients for it."""
+
+    def client(self, service: Service, **options: Any) -> direct.AsyncClient:
+        wire = httpx2.ASGITransport(service.app, raise_app_exceptions=False)
+        return direct.AsyncClient("http://service", **{"key": service.app.pins, "transport": wire, **options})
+
+    def service(self, **options: Any) -> Service:
+        service = Service(**options)
+        service.app = Sealed(service.api(), **{"keys": service.key, **options})  # by the world's clock
+        return service
+
+    async def test_a_call(self) -> None:
+        service = self.service()
+        async with self.client(service) as client:
+            answer = await client.get("/words/the secret sea")
+        assert answer.json() == {"words": 3} and service.calls == ["the secret sea"]
+        assert answer.extensions["lacre"].verification.pinned == service.app.pins[0]
+
+    async def test_a_stream_that_is_left(self) -> None:
+        service = self.service()
+        async with self.client(service) as client, client.stream("GET", "/stream") as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith(("data: 0", ":"))
+
+    async def test_what_names_the_caller_is_inside(self) -> None:
+        seen: dict[str, str] = {}
+
+        async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+            seen.update({name.decode(): value.decode() for name, value in scope["headers"]})
+            await reply(send, 200, {})
+
+        outside: list[httpx2.Request] = []
+        service = self.service()
+        service.app = Sealed(app, keys=service.key)
+        wire = httpx2.ASGITransport(service.app)
+
+        class Watched(httpx2.AsyncBaseTransport):
+            async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+                outside.append(request)
+                return await wire.handle_async_request(request)
+
+        async with self.client(service, token=lambda: "t0ken", transport=Watched()) as client:
+            await client.get("/x", headers={"x-api-key": "k3y", "cookie": "c00kie"})
+        assert (seen["authorization"], seen["x-api-key"]) == ("Bearer t0ken", "k3y")
+        assert "cookie" not in seen and "user-agent" not in seen
+        for request in outside:
+            assert "authorization" not in request.headers and "x-api-key" not in request.headers
+            assert b"k3y" not in request.content and str(request.url) == "http://service/.well-known/ohttp-gateway"
+
+    async def test_a_key_that_is_not_pinned_gets_nothing(self) -> None:
+        service, other = self.service(), self.service()
+        async with self.client(service, key=other.app.pins) as client:
+            with pytest.raises(lacre.UntrustedRoot, match="pin"):
+                await client.get("/words/secret")
+        assert not service.calls
+
+    async def test_a_change_of_keys(self) -> None:
+        old, new = PrivateKey.generate(1, Kem.X25519), PrivateKey.generate(2, Kem.X25519)
+        keys = [old]
+        service = self.service(keys=lambda: keys)
+        async with self.client(service, key=[pin(new.config), pin(old.config)]) as client:
+            assert (await client.get("/words/a")).status_code == 200
+            keys[:] = [new]
+            answer = await client.get("/words/b")
+        assert (answer.status_code, answer.extensions["lacre"].attempts) == (200, 2)
+
+    async def test_a_clock_that_is_wrong_is_corrected(self) -> None:
+        service = self.service(clock=lambda: time.time() + 86400)
+        async with self.client(service) as client:
+            answer = await client.get("/words/a")
+        assert (answer.status_code, answer.extensions["lacre"].attempts) == (200, 2)
+        assert service.calls == ["a"]
+
+    async def test_an_unsealed_answer_is_none(self) -> None:
+        service = self.service()
+        keys = encode_key_list([service.key.config])
+
+        async def plain(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+            if scope["method"] == "POST":
+                return await reply(send, 200, {"words": 3})
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": keys})
+
+        async with self.client(service, transport=httpx2.ASGITransport(plain)) as client:
+            with pytest.raises(lacre.UnsealedResponse):
+                await client.get("/words/a")
+
+    async def test_other_destinations(self) -> None:
+        async with self.client(self.service()) as client:
+            with pytest.raises(lacre.DestinationError):
+                await client.get("http://service/words/a")
+
+    @pytest.mark.parametrize("key", ["", "short", "!" * 43, []])
+    def test_a_pin_that_is_none(self, key: Any) -> None:
+        with pytest.raises(lacre.SettingsError, match="pin"):
+            direct.Client("http://service", key=key)
