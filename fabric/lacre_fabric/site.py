@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import time
+import tomllib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -223,7 +224,9 @@ class Site:
         return Pool(tuple(models), keys, receipt_key, SHAPES)
 
     def write_settings(self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
-        """The settings files of gateway and workers. models: for each pool, the tables of its worker's `[[models]]`."""
+        """The settings files of gateway and workers. models: for each pool, the tables of its worker's `[[models]]`; what the
+        file has said of the same model before, by hand or by `lacre worker tune`, stays.
+        """
         base_url = f"http://127.0.0.1:{port}"
         gateway = {
             "gateway": GATEWAY_ID,
@@ -255,9 +258,19 @@ class Site:
                 "receipt_key": str(self.folder / "pools" / pool / "receipt.pem"),
                 "memory": "manifests",
                 "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
-                "models": list(models[pool]),
+                "models": self._kept(pool, models[pool]),
             }
             _write_toml(self.worker_settings(pool), worker)
+
+
+    def _kept(self, pool: str, tables: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+        path = self.worker_settings(pool)
+        try:
+            before = tomllib.loads(path.read_text())["models"] if path.exists() else []
+            known = {(table.get("name"), table.get("path")): table for table in before}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
+            raise SettingsError(f"{path} is damaged: correct it, or remove it and lose what it says of models") from exc
+        return [{**known.get((table.get("name"), table.get("path")), {}), **table} for table in tables]
 
 
 def _locked(handle: int) -> bool:
