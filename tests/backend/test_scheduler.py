@@ -337,6 +337,22 @@ def test_gaps_are_filled_where_that_lengthens_nothing() -> None:
     assert plan.after == (Trim(1, 0),)
 
 
+def test_neighbours_run_whatever_is_cached_elsewhere() -> None:
+    """Each client leaves a cache behind; the next eight run side by side all the same, and nothing is computed for gaps."""
+    driver = Driver(Limits(slots=16, context=256, cells=4096, multiple=4))
+    for client in range(5):
+        driver.submit(f"first{client}", [client, 7], b"%d" % client, output=1)
+        driver.run()
+        for i in range(8):
+            driver.submit(f"t{client}.{i}", [client, i, 3], b"%d" % client, output=3)
+        driver.step()
+        plan = driver.step()
+        slots = [segment.slot for segment in plan.segments]
+        assert len(slots) == 8
+        assert slots[-1] - slots[0] == 7
+        driver.run()
+
+
 def test_a_long_idle_cache_is_not_filled() -> None:
     """Its length would show in the neighbours' timing."""
     driver = Driver(Limits(slots=4, context=1024, cells=4096))

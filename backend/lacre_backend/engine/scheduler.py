@@ -300,12 +300,14 @@ class Scheduler:
             return limit
         return next(i for i in range(limit) if ours[i] != theirs[i])
 
-    def _cost(self, slot: _Slot) -> tuple[bool, int, int]:
-        """Which idle slot to give away: an empty one beside those that run, else the one unused for the longest."""
+    def _cost(self, slot: _Slot) -> tuple[int, bool, int, int]:
+        """Which idle slot to give away: one inside or beside those that run, even if a cache elsewhere is older, because every
+        gap is computed or begins a new computation; of several, an empty one, else the one unused for the longest.
+        """
         busy = [s.index for s in self._slots if not s.idle]
         inside = bool(busy) and busy[0] < slot.index < busy[-1]
         distance = 0 if not busy or inside else min(abs(slot.index - busy[0]), abs(slot.index - busy[-1]))
-        return bool(slot.cells), slot.used if slot.cells else 0, distance if busy else slot.index
+        return distance, bool(slot.cells), slot.used if slot.cells else 0, slot.index
 
     # Cells
 
