@@ -262,7 +262,6 @@ class Site:
             }
             _write_toml(self.worker_settings(pool), worker)
 
-
     def _kept(self, pool: str, tables: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
         path = self.worker_settings(pool)
         try:
