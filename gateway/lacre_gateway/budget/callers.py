@@ -1,0 +1,105 @@
+"""Whose budgets a request is charged to: the caller's own, those of its tenant, and that of its plan; all at once or none.
+
+Rules:
+- A budget's key is a digest of whom it is for, so that no name can be made to meet another's; its name is for people.
+- A user is known by issuer, tenant and subject: two issuers' users of one name are two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from lacre.jws import b64u
+from lacre_gateway.plans import Kind, Limits, Plans, Price
+
+USER: Final = "user"
+TENANT_ON_PLAN: Final = "tenant-on-plan"
+TENANT: Final = "tenant"
+PLAN: Final = "plan"
+_DIGEST: Final = 16  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """One budget that a caller draws from. key: in the bucket. limits: those that are set."""
+
+    label: str
+    key: str
+    name: str
+    limits: tuple[tuple[Kind, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """plan: the one that applies. scopes: those with any limit."""
+
+    plan: str
+    scopes: tuple[Scope, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """What one request may use at most, or did use. money: micro-units."""
+
+    requests: int
+    tokens: int
+    money: int
+
+    def of(self, kind: Kind) -> int:
+        if kind is Kind.MONEY_PER_MONTH:
+            return self.money
+        return self.tokens if kind in _TOKENS else self.requests
+
+
+_TOKENS: Final = frozenset({Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY})
+
+
+def caller(plans: Plans, issuer: str, tenant: str, subject: str, named: str | None) -> Caller | None:
+    """None where the token names a plan that there is not."""
+    plan = plans.plan_of(tenant, named)
+    if plan is None:
+        return None
+    own = plans.tenants.get(tenant)
+    user = Scope(
+        USER,
+        f"{USER}.{_digest(tenant)}.{_digest(plan.name, tenant, issuer, subject)}",
+        f"{subject} of {tenant} on {plan.name}",
+        tuple(plan.user.each()),
+    )
+    shared = (
+        _scope(
+            TENANT_ON_PLAN, f"{TENANT_ON_PLAN}.{_digest(tenant)}.{_digest(plan.name)}", f"{tenant} on {plan.name}", plan.tenant
+        ),
+        _scope(TENANT, tenant_key(tenant), tenant, Limits() if own is None else own.limits),
+        _scope(PLAN, f"{PLAN}.{_digest(plan.name)}", f"all on {plan.name}", plan.everyone),
+    )
+    return Caller(plan.name, tuple(scope for scope in (user, *shared) if scope.limits))
+
+
+def tenant_scopes(plans: Plans, tenant: str) -> Mapping[str, Scope]:
+    """The budgets of a tenant that do not belong to one user, by name."""
+    found = [caller(plans, "", tenant, "", name) for name in plans.plans]
+    scopes = (scope for each in found if each is not None for scope in each.scopes)
+    return {scope.name: scope for scope in scopes if scope.label in (TENANT, TENANT_ON_PLAN)}
+
+
+def tenant_key(tenant: str) -> str:
+    return f"{TENANT}.{_digest(tenant)}"
+
+
+def ceiling_of(price: Price | None, prompt_tokens: int, completion_tokens: int) -> Amounts:
+    """What a request may use at most. Without a price there is no limit of money either."""
+    money = 0 if price is None else price.at_most(prompt_tokens, completion_tokens)
+    return Amounts(1, prompt_tokens + completion_tokens, money)
+
+
+def _scope(label: str, key: str, name: str, limits: Limits) -> Scope:
+    return Scope(label, key, name, tuple(limits.each()))
+
+
+def _digest(*parts: str) -> str:
+    return b64u(hashlib.sha256(json.dumps(parts).encode()).digest()[:_DIGEST])

@@ -1,0 +1,125 @@
+"""What a request holds of its budgets from admission to settlement, and why it may be given none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from lacre_gateway.budget.callers import Amounts, Caller, Scope
+from lacre_gateway.budget.lease import Charge, Counter
+from lacre_gateway.budget.windows import bounds
+from lacre_gateway.plans import Kind, Price
+
+# Seconds after which a request may pass that was refused only for what others have reserved, and may not use.
+SOON: Final = 2.0
+_STREAMS: Final = Kind.CONCURRENT_STREAMS
+NOTHING: Final = Amounts(0, 0, 0)
+
+
+class BudgetRefused(Exception):
+    """A request that was charged nothing."""
+
+
+class UnknownPlan(BudgetRefused):
+    """The token names a plan that is not in the plans file."""
+
+
+class BudgetUnavailable(BudgetRefused):
+    """The leases in hand are used up, and the shared store does not answer."""
+
+
+class AboveLimit(BudgetRefused):
+    """The request alone is more than the limit: no waiting helps."""
+
+    def __init__(self, scope: str, kind: Kind) -> None:
+        super().__init__(f"{scope}: above {kind.value}")
+        self.scope = scope
+        self.kind = kind
+
+
+class Exhausted(BudgetRefused):
+    """A limit is used up. retry_after: seconds. standings: of every limit of the caller."""
+
+    def __init__(self, kind: Kind, retry_after: float, standings: tuple[Standing, ...]) -> None:
+        super().__init__(f"{kind.value} is used up")
+        self.kind = kind
+        self.retry_after = retry_after
+        self.standings = standings
+
+    @classmethod
+    def of(cls, charges: Sequence[tuple[Scope, Charge]], now: float) -> Self:
+        """The limit that the caller has to wait for the longest."""
+        short = [(counter, amount) for _, (counter, amount) in charges if not counter.has(amount, now)]
+        waits = [(_wait(counter, amount, now), counter.kind) for counter, amount in short]
+        wait, kind = max(waits, default=(SOON, charges[0][1][0].kind))
+        return cls(kind, wait, tuple(_standings(charges, now)))
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far one limit is used. reset: seconds until its window ends; None where it has none."""
+
+    scope: str
+    kind: Kind
+    ceiling: int
+    remaining: int
+    reset: float | None
+
+
+class Hold:
+    """A reservation. lease: the holder that it was charged to. It ends with `stream_over` and `settle`, each once."""
+
+    __slots__ = ("_charges", "_over", "_settled", "caller", "lease", "price", "reserved")
+
+    def __init__(
+        self, caller: Caller, price: Price | None, reserved: Amounts, lease: str, charges: tuple[tuple[Scope, Charge], ...]
+    ) -> None:
+        self.caller = caller
+        self.price = price
+        self.reserved = reserved
+        self.lease = lease
+        self._charges = charges
+        self._over = self._settled = False
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """Every limit that was charged, as `user/tokens_per_day@20782`: scope, kind and the number of the window."""
+        return tuple(f"{scope.label}/{counter.kind.value}@{counter.window}" for scope, (counter, _) in self._charges)
+
+    def standings(self, now: float) -> tuple[Standing, ...]:
+        return tuple(_standings(self._charges, now))
+
+    def stream_over(self) -> None:
+        """The stream has ended, whatever it will be found to have used."""
+        if not self._over:
+            self._over = True
+            for _, (counter, amount) in self._charges:
+                if counter.kind is _STREAMS:
+                    counter.settle(amount, 0)
+
+    def settle(self, used: Amounts) -> None:
+        """Gives back what was not used."""
+        self.stream_over()
+        if not self._settled:
+            self._settled = True
+            for _, (counter, amount) in self._charges:
+                if counter.kind is not _STREAMS:
+                    counter.settle(amount, used.of(counter.kind))
+
+    def cost(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
+        """Micro-units, at the prices of the reservation."""
+        return 0 if self.price is None else self.price.of(prompt_tokens, cached_tokens, completion_tokens)
+
+
+def _wait(counter: Counter, amount: int, now: float) -> float:
+    """Until the window ends, unless what is reserved but not used would do."""
+    if counter.kind is _STREAMS or counter.firm + counter.used + amount <= counter.ceiling:
+        return SOON
+    return max(SOON, bounds(counter.kind, counter.window)[1] - now)
+
+
+def _standings(charges: Sequence[tuple[Scope, Charge]], now: float) -> Iterator[Standing]:
+    for scope, (counter, _) in charges:
+        reset = None if counter.kind is _STREAMS else max(0.0, bounds(counter.kind, counter.window)[1] - now)
+        yield Standing(scope.label, counter.kind, counter.ceiling, counter.remaining, reset)

@@ -1,0 +1,254 @@
+"""One gateway's side of one budget: what it holds, what of it is used and reserved, and what it may write into the record.
+
+Rules:
+- No I/O, no clock. `propose` says what to write; whoever writes it says how it went: `confirm`, `conflict` or `doubt`.
+- What is committed, used and reserved together, never exceeds the capacity; and the capacity is never more than what stands in
+  the record, *whichever* of the writes that were sent have happened. So it goes down before a write that lowers it is sent, and
+  up only when one that raises it was confirmed. A write in doubt leaves it at the least of both.
+- A reservation stays in the window that it was made in, and is settled there, at no more than was reserved.
+- Of streams, nothing is begun under a lease that would be void before the longest stream ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from lacre_gateway.budget.record import SPARE_PART, Lot, Record, Want
+from lacre_gateway.plans import Kind
+
+IDLE: Final = 3.0  # seconds without a reservation, after which what is left is given back
+TRIM: Final = 1.0  # seconds between writes that only give back what is far too much
+REPORT: Final = 15.0  # seconds that usage may go unreported
+STREAMS_TERM: Final = 60.0  # seconds that streams may begin under a lease, before it must be renewed
+# Seconds by which the clocks of gateways may differ, where shares of streams become void by the clock.
+CLOCK_MARGIN: Final = 30.0
+
+
+@dataclass(slots=True)
+class Counter:
+    """One kind in one window. capacity: what may be committed. confirmed: what stood in the record when that was last sure.
+    others, firm: what of the ceiling others had drawn then, and what they had surely used. low: how much spare is too little.
+    until: when the last stream may begin.
+    """  # fmt: skip
+
+    kind: Kind
+    window: int
+    ceiling: int = 0
+    capacity: int = 0
+    confirmed: int = 0
+    used: int = 0
+    reserved: int = 0
+    reported: int = 0
+    others: int = 0
+    firm: int = 0
+    low: int = -1
+    until: float = math.inf
+    doubtful: bool = False
+
+    @property
+    def committed(self) -> int:
+        return self.used + self.reserved
+
+    @property
+    def spare(self) -> int:
+        return self.capacity - self.committed
+
+    @property
+    def remaining(self) -> int:
+        """What of the ceiling nobody has drawn or committed, as far as is known here."""
+        return max(0, self.ceiling - self.others - self.committed)
+
+    def has(self, amount: int, now: float) -> bool:
+        return min(self.capacity, self.ceiling) - self.used - self.reserved >= amount and now < self.until
+
+    def settle(self, reserved: int, used: int) -> None:
+        self.reserved -= reserved
+        if self.kind is not Kind.CONCURRENT_STREAMS:
+            self.used += min(used, reserved)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one waiting request wants of an account, of each kind. ceiling: the limit in force."""
+
+    amounts: Mapping[Kind, tuple[int, int]]  # amount and ceiling
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A record to be written, and what it would mean here. met: which of the needs that it was made for."""
+
+    record: Record
+    lots: tuple[tuple[Counter, Want, Lot], ...]
+    met: tuple[bool, ...]
+    admits_until: float
+
+
+@dataclass(slots=True)
+class Account:
+    """One holder's leases of one budget. longest: seconds that the longest stream may take."""
+
+    key: str
+    name: str
+    holder: str
+    longest: float
+    current: dict[Kind, Counter] = field(default_factory=dict)
+    past: list[Counter] = field(default_factory=list)
+    floors: dict[Kind, int] = field(default_factory=dict)
+    touched: float = 0.0
+    written: float = -math.inf
+
+    def counter(self, kind: Kind, window: int, ceiling: int) -> Counter:
+        """The counter of the kind, in that window or in the oldest that is still open, if that is later."""
+        window = max(window, self.floors.get(kind, 0))
+        found = self.current.get(kind)
+        if found is None or found.window < window:
+            if found is not None:
+                self.past.append(found)
+            until = -math.inf if kind is Kind.CONCURRENT_STREAMS else math.inf
+            found = self.current[kind] = Counter(kind, window, until=until)
+        found.ceiling = ceiling
+        return found
+
+    def propose(self, record: Record | None, windows: Mapping[Kind, int], needs: Sequence[Need], now: float) -> Proposal:
+        """What to write in place of `record`: reports usage, gives back, and draws for the needs, the first that fit."""
+        idle = not needs and now - self.touched >= IDLE
+        before, record = record, record or Record(self.name)
+        for kind, (_, ceiling) in ((kind, pair) for need in needs for kind, pair in need.amounts.items()):
+            self.counter(kind, windows[kind], ceiling)
+        until = now + STREAMS_TERM
+        lots, met = [], [True] * len(needs)
+        for counter in (*self.past, *self.current.values()):
+            self._know(counter, before)
+            current = self.current.get(counter.kind) is counter and counter.window >= windows[counter.kind]
+            amounts = tuple(need.amounts.get(counter.kind, (0, 0))[0] for need in needs) if current else ()
+            want = self._want(counter, amounts, spare=current and not idle, until=until)
+            record, lot = record.allot(self.holder, want, now)
+            lots.append((counter, want, lot))
+            if current:
+                met = [all(pair) for pair in zip(met, lot.met, strict=True)]
+        return Proposal(record, tuple(lots), tuple(met), until)
+
+    def leave(self, record: Record | None, now: float) -> Proposal:
+        """The last write of a holder: what it has reserved still is given up for lost, all else is given back."""
+        record = record or Record(self.name)
+        lots = []
+        for counter in (*self.past, *self.current.values()):
+            self._know(counter, record)
+            done = counter.reserved == 0
+            want = self._want(counter, (), spare=False, until=now + STREAMS_TERM, closed=done)
+            record, lot = record.allot(self.holder, want, now)
+            lots.append((counter, want, lot))
+        return Proposal(record, tuple(lots), (), -math.inf)
+
+    def _want(self, counter: Counter, needs: tuple[int, ...], *, spare: bool, until: float, closed: bool = False) -> Want:
+        streams = counter.kind is Kind.CONCURRENT_STREAMS
+        return Want(
+            kind=counter.kind,
+            window=counter.window,
+            ceiling=counter.ceiling,
+            committed=counter.committed,
+            used=counter.used,
+            needs=needs,
+            spare=spare,
+            until=until + self.longest + CLOCK_MARGIN if streams else 0.0,
+            closed=closed,
+        )
+
+    def _know(self, counter: Counter, record: Record | None) -> None:
+        """A budget that was given back whole, and forgotten here, goes on from what stands in the record."""
+        share = None if record is None else record.share(counter.kind, counter.window, self.holder)
+        if share is not None and counter.confirmed == counter.used == counter.reserved == 0 and not counter.doubtful:
+            counter.used = counter.reported = share.used
+
+    def send(self, proposal: Proposal) -> None:
+        """Before the write: nothing is committed from now on that would be too much once it has happened."""
+        for counter, _, lot in proposal.lots:
+            counter.capacity = min(counter.capacity, lot.drawn)
+
+    def confirm(self, proposal: Proposal, now: float) -> None:
+        """The write has happened."""
+        self.written = now
+        for counter, want, lot in proposal.lots:
+            self._see(counter, proposal.record)
+            counter.capacity = counter.confirmed = counter.committed if lot.refused else lot.drawn
+            counter.others, counter.firm, counter.reported, counter.doubtful = lot.others, lot.firm, want.used, False
+            counter.low = counter.spare // 2 if counter.spare > 1 else -1
+            if counter.kind is Kind.CONCURRENT_STREAMS:
+                counter.until = proposal.admits_until
+        self._forget(proposal.record)
+
+    def conflict(self, proposal: Proposal) -> None:
+        """The write did not happen. What it would have given back is here again, unless an earlier one is in doubt."""
+        for counter, _, _ in proposal.lots:
+            if not counter.doubtful:
+                counter.capacity = counter.confirmed
+
+    def doubt(self, proposal: Proposal) -> None:
+        """Nobody knows whether it has happened, or will."""
+        for counter, _, _ in proposal.lots:
+            counter.doubtful = True
+
+    def see(self, record: Record) -> None:
+        """Takes note of a record that was read."""
+        for counter in (*self.past, *self.current.values()):
+            self._see(counter, record)
+
+    def _see(self, counter: Counter, record: Record) -> None:
+        self.floors[counter.kind] = max(self.floors.get(counter.kind, 0), record.floor(counter.kind))
+
+    def _forget(self, record: Record) -> None:
+        """What is settled and in the record, or in a window that is over for good."""
+        self.past = [
+            counter
+            for counter in self.past
+            if counter.reserved or (counter.used != counter.reported and counter.window >= record.floor(counter.kind))
+        ]
+        self.current = {
+            kind: counter for kind, counter in self.current.items() if counter.reserved or counter.window >= record.floor(kind)
+        }
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing would be lost if this account were forgotten: all is settled, given back and in the record."""
+        return not self.past and all(
+            counter.reserved == 0 and counter.capacity == counter.used == counter.reported and not counter.doubtful
+            for counter in self.current.values()
+        )
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to write, though nobody waits for it."""
+        since, idle = now - self.written, now - self.touched >= IDLE
+        return any(_is_due(counter, since, now) or (idle and _is_loose(counter)) for counter in self.current.values()) or (
+            since >= TRIM and any(_is_loose(counter) for counter in self.past)
+        )
+
+
+def _is_due(counter: Counter, since: float, now: float) -> bool:
+    if counter.doubtful or (since >= REPORT and counter.used != counter.reported):
+        return True
+    if counter.kind is Kind.CONCURRENT_STREAMS and counter.reserved and counter.until - now < STREAMS_TERM / 2:
+        return True
+    return since >= TRIM and counter.spare > 2 * max(1, counter.ceiling // SPARE_PART)
+
+
+def _is_loose(counter: Counter) -> bool:
+    """Whether the record says other than what is committed and used here."""
+    return counter.capacity != counter.committed or counter.used != counter.reported
+
+
+Charge = tuple[Counter, int]
+
+
+def lacking(charges: Iterable[Charge], now: float) -> list[Counter]:
+    """The counters that do not have what is to be charged to them."""
+    return [counter for counter, amount in charges if not counter.has(amount, now)]
+
+
+def commit(charges: Iterable[Charge]) -> None:
+    """All of it; only where nothing is lacking."""
+    for counter, amount in charges:
+        counter.reserved += amount

@@ -1,0 +1,351 @@
+"""The budgets of one gateway process: reserves, settles, and keeps its leases in step with the shared bucket.
+
+Rules:
+- To reserve takes no I/O while the leases in hand suffice. Where they do not, the request waits for one draw, for `DRAW_LIMIT`
+  at most; all that wait for the same budget share it.
+- A request is charged to all its budgets or to none.
+- Without the bucket, what is in hand is served; then requests are refused, and told when to come again.
+- Windows go by the time of the bucket's server, so that gateways agree on them whatever their own clocks say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lacre.errors import InvalidMessage
+from lacre_fabric.buckets import Bucket, Conflict
+from lacre_fabric.logs import Log
+from lacre_fabric.work import FabricError, FabricUnavailable
+from lacre_gateway.auth import Principal
+from lacre_gateway.budget import callers
+from lacre_gateway.budget.callers import Amounts, Caller, Scope
+from lacre_gateway.budget.holds import AboveLimit, BudgetUnavailable, Exhausted, Hold, UnknownPlan
+from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
+from lacre_gateway.budget.record import Record
+from lacre_gateway.budget.windows import Calendar
+from lacre_gateway.limits import Reservation
+from lacre_gateway.plans import Plans
+
+DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
+_TRIES: Final = 24  # compare-and-sets of one draw, against gateways that race for the same budget
+_BACK_OFF: Final = 0.004  # seconds at most after a lost race, times the number of the try
+_TICK: Final = 1.0
+_AT_ONCE: Final = 16  # writes under way, of those for which nobody waits
+_ANNOUNCE: Final = 10.0  # seconds between signs of life, which also tell the server's time
+_MAX_CALLERS: Final = 16_384
+ALIVE: Final = "alive"  # the first token of the keys of the signs of life
+
+
+@dataclass(slots=True)
+class _Waiter:
+    need: Need
+    met: asyncio.Future[bool]
+
+
+@dataclass(slots=True)
+class _Draw:
+    """An account, what is known of its record, and who waits for it."""
+
+    account: Account
+    record: Record | None = None
+    revision: int = 0
+    known: bool = False
+    task: asyncio.Task[None] | None = None
+    waiting: list[_Waiter] | None = None
+
+
+class Ledger:
+    """Used on one event loop. bucket: set once there is one, and again after each new connection. `start` it, and `close` it.
+
+    holder: the name of this process's leases; another one after each start, for nobody knows what the last one had spent.
+    longest: seconds that a stream may take at most.
+    """
+
+    def __init__(self, plans: Plans, gateway: str, log: Log, *, longest: float, clock: Callable[[], float] = time.time) -> None:
+        self.bucket: Bucket | None = None
+        self.holder = f"{gateway}.{secrets.token_hex(4)}"
+        self._gateway = gateway
+        self._log = log
+        self._longest = longest
+        self._clock = clock
+        self._offset = 0.0
+        self._draws: dict[str, _Draw] = {}
+        self._callers: dict[tuple[str, str, str, str | None], Caller | None] = {}
+        self._calendar = Calendar()
+        self._task: asyncio.Task[None] | None = None
+        self._announced = float("-inf")
+        self._told = False
+        self._closing = False
+        self.plans = plans
+
+    @property
+    def plans(self) -> Plans:
+        return self._plans
+
+    @plans.setter
+    def plans(self, plans: Plans) -> None:
+        """Takes effect with the next request. What was reserved is settled at the prices that it was reserved at."""
+        self._plans = plans
+        self._callers.clear()
+
+    def now(self) -> float:
+        return self._clock() + self._offset
+
+    # The path of a request
+
+    async def reserve(self, who: Principal, model: str, ceilings: Reservation) -> Hold:
+        """Charges a request's ceilings to every budget of its caller.
+
+        Raises UnknownPlan, AboveLimit, Exhausted or BudgetUnavailable; nothing is charged then.
+        """
+        caller = self._caller(who)
+        price = self._plans.price_of(model)
+        amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
+        _check_possible(caller, amounts)
+        deadline = None
+        while True:
+            now = self.now()
+            charges = self._charges(caller, amounts, now)
+            short = lacking([charge for _, charge in charges], now)
+            if not short:
+                commit(charge for _, charge in charges)
+                self._draw_ahead(charges)
+                return Hold(caller, price, amounts, self.holder, tuple(charges))
+            deadline = deadline or asyncio.get_running_loop().time() + DRAW_LIMIT
+            await self._draw_for(caller, amounts, charges, short, deadline)
+
+    def _caller(self, who: Principal) -> Caller:
+        key = (who.issuer, who.tenant, who.subject, who.plan)
+        if key not in self._callers:
+            if len(self._callers) >= _MAX_CALLERS:
+                self._callers.clear()
+            self._callers[key] = callers.caller(self._plans, who.issuer, who.tenant, who.subject, who.plan)
+        found = self._callers[key]
+        if found is None:
+            raise UnknownPlan
+        return found
+
+    def _charges(self, caller: Caller, amounts: Amounts, now: float) -> list[tuple[Scope, Charge]]:
+        windows = self._calendar.at(now)
+        charges = []
+        for scope in caller.scopes:
+            account = self._draw(scope).account
+            account.touched = now
+            for kind, ceiling in scope.limits:
+                charges.append((scope, (account.counter(kind, windows[kind], ceiling), amounts.of(kind))))
+        return charges
+
+    def _draw(self, scope: Scope) -> _Draw:
+        found = self._draws.get(scope.key)
+        if found is None:
+            account = Account(scope.key, scope.name, self.holder, self._longest)
+            found = self._draws[scope.key] = _Draw(account)
+        return found
+
+    def _draw_ahead(self, charges: Sequence[tuple[Scope, Charge]]) -> None:
+        """Where a lease runs low, the next one is drawn before anybody has to wait for it."""
+        for scope, (counter, _) in charges:
+            if counter.spare <= counter.low and counter.remaining > counter.spare:
+                counter.low = -1
+                self._wake(self._draws[scope.key])
+
+    async def _draw_for(
+        self,
+        caller: Caller,
+        amounts: Amounts,
+        charges: Sequence[tuple[Scope, Charge]],
+        short: Sequence[Counter],
+        deadline: float,
+    ) -> None:
+        """Waits until the budgets that lack something were drawn from. Raises Exhausted or BudgetUnavailable."""
+        wanting = {scope.key: scope for scope, (counter, _) in charges if counter in short}
+        waiters = []
+        for scope in wanting.values():
+            need = Need({kind: (amounts.of(kind), ceiling) for kind, ceiling in scope.limits})
+            waiter = _Waiter(need, asyncio.get_running_loop().create_future())
+            draw = self._draw(scope)
+            draw.waiting = [*(draw.waiting or ()), waiter]
+            self._wake(draw)
+            waiters.append(waiter)
+        try:
+            async with asyncio.timeout_at(deadline):
+                met = [await waiter.met for waiter in waiters]
+        except (TimeoutError, FabricError) as exc:
+            raise BudgetUnavailable from exc
+        finally:
+            for waiter in waiters:
+                waiter.met.cancel()
+        if not all(met):
+            raise Exhausted.of(self._charges(caller, amounts, self.now()), self.now())
+
+    # Draws, one at a time for each budget
+
+    def _wake(self, draw: _Draw) -> None:
+        if draw.task is None or draw.task.done():
+            draw.task = asyncio.get_running_loop().create_task(self._run(draw))
+
+    async def _run(self, draw: _Draw) -> None:
+        """Writes until nobody waits."""
+        while True:
+            waiters = [waiter for waiter in draw.waiting or () if not waiter.met.done()]
+            draw.waiting = None
+            try:
+                met = await self._write(draw, [waiter.need for waiter in waiters])
+            except FabricError as exc:
+                for waiter in [*waiters, *(draw.waiting or ())]:
+                    _tell(waiter.met, exc)
+                draw.waiting = None
+                return
+            for waiter, each in zip(waiters, met, strict=True):
+                _tell(waiter.met, each)
+            if not draw.waiting:
+                return
+
+    async def _write(self, draw: _Draw, needs: Sequence[Need], *, leave: bool = False) -> tuple[bool, ...]:
+        """One write that succeeds. Raises FabricError."""
+        if self.bucket is None:
+            raise FabricUnavailable("not connected to NATS")
+        account = draw.account
+        for number in range(_TRIES):
+            if not draw.known:
+                await self._read(draw)
+            now = self.now()
+            proposal = (
+                account.leave(draw.record, now) if leave else account.propose(draw.record, self._calendar.at(now), needs, now)
+            )
+            account.send(proposal)
+            try:
+                await self._put(draw, proposal)
+            except Conflict:
+                account.conflict(proposal)
+                await asyncio.sleep(random.uniform(0, _BACK_OFF * number))  # noqa: S311 - who waits longer is no secret
+            else:
+                account.confirm(proposal, now)
+                return proposal.met
+        raise FabricUnavailable("too many gateways change this budget at once")
+
+    async def _read(self, draw: _Draw) -> None:
+        assert self.bucket is not None  # noqa: S101 - `_write` has looked
+        entry = await self.bucket.read(draw.account.key)
+        try:
+            draw.record = None if entry is None or not entry.value else Record.parse(entry.value)
+        except InvalidMessage as exc:
+            raise FabricUnavailable("a budget in the bucket cannot be read: it is of another version, or damaged") from exc
+        draw.revision = 0 if entry is None else entry.revision
+        draw.known = True
+        if draw.record is not None:
+            draw.account.see(draw.record)
+
+    async def _put(self, draw: _Draw, proposal: Proposal) -> None:
+        """Whatever comes of it but a success, the record is read again before the next try."""
+        assert self.bucket is not None  # noqa: S101 - `_write` has looked
+        draw.known = False
+        try:
+            draw.revision = await self.bucket.write(draw.account.key, proposal.record.encode(), draw.revision)
+        except Conflict:
+            raise
+        except BaseException:
+            draw.account.doubt(proposal)
+            raise
+        draw.record, draw.known = proposal.record, True
+
+    # What nobody waits for
+
+    def start(self) -> None:
+        """Begins, or goes on at once with a new bucket."""
+        self._announced = float("-inf")
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._tend())
+
+    async def _tend(self) -> None:
+        while True:
+            if self.bucket is not None:
+                try:
+                    await self._announce(self.bucket)
+                    await self._keep_up()
+                except FabricError as exc:
+                    if not self._told:
+                        self._log.warning("budgets unavailable", reason=str(exc))
+                    self._told = True
+                else:
+                    self._told = False
+            await asyncio.sleep(_TICK)
+
+    async def _announce(self, bucket: Bucket) -> None:
+        """Says which leases are alive, and learns the server's time."""
+        began = self._clock()
+        if abs(began - self._announced) < _ANNOUNCE:
+            return
+        key = f"{ALIVE}.{self._gateway}"
+        entry = await bucket.read(key)
+        with contextlib.suppress(Conflict):  # two processes of one name: each has leases of its own
+            await bucket.write(key, self.holder.encode(), 0 if entry is None else entry.revision)
+        written, asked = await bucket.read(key), self._clock()
+        if written is not None:
+            self._offset = written.time - (began + asked) / 2
+        self._announced = began
+
+    async def _keep_up(self) -> None:
+        """Reports and gives back where it is time to, and forgets whoever is at rest."""
+        now = self.now()
+        due = []
+        for key, draw in list(self._draws.items()):
+            if draw.task is not None and not draw.task.done():
+                continue
+            if draw.account.due(now):
+                due.append(draw)
+            elif draw.account.at_rest and now - draw.account.touched > _TICK:
+                del self._draws[key]
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def write(draw: _Draw) -> None:
+            async with gate:
+                self._wake(draw)
+                if draw.task is not None:
+                    await draw.task
+
+        await asyncio.gather(*(write(draw) for draw in due))
+
+    async def close(self) -> None:
+        """Gives back what is left, once all is settled that will be. What stays reserved is forfeited."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.gather(*(draw.task for draw in self._draws.values() if draw.task is not None), return_exceptions=True)
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def leave(draw: _Draw) -> None:
+            async with gate:
+                await self._write(draw, (), leave=True)
+
+        try:
+            async with asyncio.timeout(DRAW_LIMIT):
+                ended = await asyncio.gather(*map(leave, self._draws.values()), return_exceptions=True)
+        except TimeoutError:
+            ended = [FabricUnavailable("NATS did not answer in time")]
+        if any(isinstance(end, BaseException) for end in ended):
+            self._log.warning("budgets not given back", remedy="they are void when their window ends")
+
+
+def _check_possible(caller: Caller, amounts: Amounts) -> None:
+    for scope in caller.scopes:
+        for kind, ceiling in scope.limits:
+            if amounts.of(kind) > ceiling:
+                raise AboveLimit(scope.label, kind)
+
+
+def _tell(future: asyncio.Future[bool], outcome: bool | FabricError) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, FabricError):
+        future.set_exception(outcome)
+        future.exception()  # seen: a second budget of the same request may fail unheard
+    else:
+        future.set_result(outcome)
