@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ from lacre_fabric.connection import Connection
 from lacre_fabric.provisioning import provision, publish_manifest
 from lacre_fabric.server import Server, free_port
 from lacre_fabric.site import NODE, Site
+from lacre_gateway.plans import PLANS_FILE
+from lacre_gateway.policy.rules import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 POOL, MODEL = "default", "smollm2-135m"
@@ -39,7 +42,19 @@ LIMITS = """
 [limits]
 requests_in_flight = 4096
 concurrent_per_subject = 4096
+"""
+PLANS = """
+default_plan = "bench"
+[plans.bench.user]
 requests_per_minute = 1000000000
+tokens_per_minute = 1000000000000
+tokens_per_day = 1000000000000
+money_per_month = "100000000.00"
+concurrent_streams = 1000000
+[prices."*"]
+prompt = "0.10"
+cached = "0.01"
+completion = "0.40"
 """
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -135,8 +150,11 @@ def stand(folder: Path) -> Iterator[Stand]:
         stack.enter_context(ended(server.start(site.log("nats"))))
         asyncio.run(_publish(site, server.url))
         site.write_settings(server.url, port, {POOL: [{"name": MODEL}]})
-        with site.gateway_settings.open("a") as settings:
-            settings.write(LIMITS)
+        policies = folder / "policies"
+        shutil.copytree(shipped(), policies)
+        (policies / PLANS_FILE).write_text(PLANS)
+        text = site.gateway_settings.read_text()
+        site.gateway_settings.write_text(f"policies = {json.dumps(str(policies))}\n{text}{LIMITS}")
         log = stack.enter_context(site.log("gateway").open("wb"))
         command = [sys.executable, "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
         process = subprocess.Popen(command, stdout=log, stderr=log)

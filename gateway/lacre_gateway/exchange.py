@@ -20,7 +20,7 @@ from lacre.audit import AuditProof
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.log import AuditUnavailable, Recorded
 from lacre_gateway.outer import Fields
-from lacre_gateway.refusal import Refusal
+from lacre_gateway.refusal import RawHeaders, Refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -62,6 +62,7 @@ class Exchange:
     there is one.
 
     since, first_byte: when it began, and when its answer did, on the monotonic clock. received, sent: bytes. records: pieces.
+    limits: the fields that say how far the caller's limits are used.
     stall_limit: seconds that a client may leave a piece unread.
     """
 
@@ -75,6 +76,7 @@ class Exchange:
         self.request_id: str = scope["state"]["request_id"]
         self.status: int | None = None
         self.recorded: asyncio.Future[Recorded] | None = None
+        self.limits: RawHeaders = []
         self.since = time.monotonic()
         self.first_byte: float | None = None
         self.received = self.sent = self.records = 0
@@ -108,7 +110,7 @@ class Exchange:
         """Starts the answer. It has no Content-Length: its end shows only in the seal. proof: that it was recorded."""
         self.status = 200
         self.first_byte = time.monotonic()
-        headers = [*_ANSWER_HEADERS, _audit(proof)]
+        headers = [*_ANSWER_HEADERS, *self.limits, _audit(proof)]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, piece: bytes) -> None:
@@ -128,7 +130,7 @@ class Exchange:
         """Answers with a problem document."""
         self.status = refusal.problem.status
         await self._drop(_SKIM_TIME, _SKIM_BYTES)
-        headers = refusal.headers()
+        headers = [*refusal.headers(), *self.limits]
         with contextlib.suppress(AuditUnavailable):
             if self.recorded is not None:
                 headers.append(_audit((await self.recorded).proof()))

@@ -23,9 +23,11 @@ from lacre_fabric.work import (
     WorkerLost,
 )
 from lacre_gateway.audit.log import AuditUnavailable
+from lacre_gateway.budget.holds import AboveLimit, BudgetRefused, Exhausted, UnknownPlan
 from lacre_gateway.exchange import ClientGone, Exchange, Stalled
 from lacre_gateway.limits import LimitExceeded
 from lacre_gateway.metrics import Metrics
+from lacre_gateway.plans import Kind
 from lacre_gateway.refusal import Refusal
 
 # Seconds. Presence is published each second, and answers take some: sooner is pointless, much later wastes a free worker.
@@ -71,7 +73,7 @@ class WorkerRefused(Exception):
 
 # Everything that a request can fail with by design. Anything else is a bug: it goes on to the server, which logs where it was,
 # answers INTERNAL if nothing was answered yet, and aborts the connection otherwise.
-FAILURES: Final = (Refusal, LimitExceeded, WorkerRefused, Stalled, LacreError)
+FAILURES: Final = (Refusal, LimitExceeded, BudgetRefused, WorkerRefused, Stalled, LacreError)
 
 
 @contextmanager
@@ -103,9 +105,22 @@ def refusal_for(error: BaseException) -> Refusal:
         return error
     if isinstance(error, LimitExceeded):
         return Refusal(problems.RATE_LIMITED if error.own else problems.OVERLOADED, retry_after=error.retry_after)
+    if isinstance(error, BudgetRefused):
+        return _of_budget(error)
     if isinstance(error, WorkerRefused):
         return Refusal(error.problem, retry_after=_RETRY_LATER if error.problem.status == 503 else None)
     for kind, problem, retry_after in _TABLE:
         if isinstance(error, kind):
             return Refusal(problem, retry_after=retry_after)
     return Refusal(problems.INTERNAL)
+
+
+def _of_budget(error: BudgetRefused) -> Refusal:
+    if isinstance(error, Exhausted):
+        spent = error.kind in (Kind.TOKENS_PER_DAY, Kind.MONEY_PER_MONTH)
+        return Refusal(problems.BUDGET_SPENT if spent else problems.RATE_LIMITED, retry_after=error.retry_after)
+    if isinstance(error, AboveLimit):
+        return Refusal(problems.ABOVE_LIMIT)
+    if isinstance(error, UnknownPlan):
+        return Refusal(problems.UNKNOWN_PLAN)
+    return Refusal(problems.BUDGET_UNAVAILABLE, retry_after=_RETRY_SOON)

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,6 +30,8 @@ from lacre_fabric.logs import places
 from lacre_fabric.work import Dispatch, FabricError, Work, WorkerLost
 from lacre_gateway.audit.entries import Intent
 from lacre_gateway.auth import Principal
+from lacre_gateway.budget.fields import fields
+from lacre_gateway.budget.holds import Exhausted, Hold
 from lacre_gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, StreamBroken
 from lacre_gateway.limits import Reservation
 from lacre_gateway.manifest import pool_for
@@ -76,7 +78,7 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
     exchange.fields.check_media()
     outer = exchange.fields.outer()
     subject = (principal.issuer, principal.subject)
-    with gateway.limits.slot(subject, time.monotonic()):
+    with gateway.limits.slot(subject):
         sealed = await exchange.sealed_body(gateway.settings.limits.body_timeout)
         request = await _understood(gateway, exchange, principal, outer, sealed)
         access.check_request(request.digest)
@@ -84,21 +86,33 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):
                 raise Refusal(problems.FORBIDDEN)
-        reservation = gateway.limits.reserve(subject, request.ceilings, time.monotonic())
-        with Trail(gateway, exchange, request.intent(decision, reservation)) as trail:
+        hold = await _reserved(gateway, exchange, request)
+        with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
             if not gateway.audit.writable:
                 await trail.recorded  # or work would be done for an answer that cannot be given
-            work = request.work(_grant(gateway, request, reservation), sealed)
+            work = request.work(_grant(gateway, request), sealed)
             dispatch = await gateway.connected().dispatch(work, queue_limit=gateway.settings.limits.queue_limit)
             del sealed, work  # megabytes, which an answer of minutes need not keep
             try:
-                await _until_gone(exchange, _forward(exchange, dispatch, trail))
+                async with _at_most(exchange, gateway.settings.limits.longest_stream):
+                    await _until_gone(exchange, _forward(exchange, dispatch, trail))
             except BaseException:
                 await _cancel(dispatch)
                 raise
             finally:
-                trail.claim = request.claim(reservation, dispatch.receipts)
+                trail.claim = request.claim(dispatch.receipts)
             await exchange.end()
+
+
+async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request) -> Hold:
+    """Raises BudgetRefused. Whatever comes of it, the answer will say how far the caller's limits are used."""
+    try:
+        hold = await gateway.budgets.reserve(request.question.principal, request.question.model, request.ceilings)
+    except Exhausted as exhausted:
+        exchange.limits = fields(exhausted.standings)
+        raise
+    exchange.limits = fields(hold.standings(gateway.budgets.now()))
+    return hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +125,7 @@ class _Request:
     request_id: str
     digest: bytes
 
-    def intent(self, decision: Decision, reserved: Reservation | None = None) -> Intent:
+    def intent(self, decision: Decision, hold: Hold | None = None) -> Intent:
         asked, who = self.question, self.question.principal
         return Intent(
             request_id=self.request_id,
@@ -136,8 +150,11 @@ class _Request:
             policies=decision.policies,
             policy_set=decision.policy_set,
             entities=decision.entities,
-            reserved_prompt_tokens=None if reserved is None else reserved.max_prompt_tokens,
-            reserved_tokens=None if reserved is None else reserved.max_tokens,
+            reserved_prompt_tokens=None if hold is None else self.ceilings.max_prompt_tokens,
+            reserved_tokens=None if hold is None else self.ceilings.max_tokens,
+            reserved_money=None if hold is None else hold.reserved.money,
+            lease=None if hold is None else hold.lease,
+            limits=() if hold is None else hold.limits,
         )
 
     def work(self, grant: str, sealed: bytes) -> Work:
@@ -150,13 +167,13 @@ class _Request:
             sealed=sealed,
         )
 
-    def claim(self, reservation: Reservation, receipts: tuple[bytes, ...]) -> Claim:
+    def claim(self, receipts: tuple[bytes, ...]) -> Claim:
         return Claim(
             request_id=self.request_id,
             pool=self.question.pool,
             receipt_key=self.pool.receipt_key,
             enc=b64u(self.digest),
-            reservation=reservation,
+            reservation=self.ceilings,
             tokens=receipts,
         )
 
@@ -195,7 +212,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
     )
 
 
-def _grant(gateway: Gateway, request: _Request, reservation: Reservation) -> str:
+def _grant(gateway: Gateway, request: _Request) -> str:
     """What the worker may do. It names no one: neither subject nor tenant."""
     now = gateway.clock()
     asked = request.question
@@ -207,8 +224,8 @@ def _grant(gateway: Gateway, request: _Request, reservation: Reservation) -> str
         model=asked.model,
         action=asked.action.value,
         shape=asked.shape.value,
-        max_tokens=reservation.max_tokens,
-        max_prompt_tokens=reservation.max_prompt_tokens,
+        max_tokens=request.ceilings.max_tokens,
+        max_prompt_tokens=request.ceilings.max_prompt_tokens,
         features=(),
         enc=b64u(request.digest),
     ).sign(gateway.key)
@@ -227,6 +244,19 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> None
             await exchange.write(frame.payload)
             await dispatch.consumed(len(frame.payload))
     raise WorkerLost("the frames ended without a last one")
+
+
+@contextlib.asynccontextmanager
+async def _at_most(exchange: Exchange, longest: float) -> AsyncIterator[None]:
+    """Ends a request that has lasted for `longest` seconds: no lease of streams is kept for longer. Raises WorkerLost."""
+    limit = asyncio.timeout(exchange.since + longest - time.monotonic())
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise WorkerLost("the answer took longer than limits.longest_stream") from None
 
 
 async def _until_gone(exchange: Exchange, forwarding: Coroutine[Any, Any, None]) -> None:

@@ -26,6 +26,8 @@ import structlog
 import uvloop
 
 from lacre.errors import SettingsError
+from lacre_fabric import subjects
+from lacre_fabric.buckets import NatsBucket
 from lacre_fabric.keyfiles import read_ed25519
 from lacre_fabric.logs import PROCESSORS, make_log
 from lacre_fabric.nats_gateway import NatsGateway
@@ -96,8 +98,8 @@ async def _run(settings: Settings) -> None:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await gateway.feed.close()
-            await link.close()
             await gateway.close()
+            await link.close()
             log.info("stopped")
 
 
@@ -166,6 +168,8 @@ async def _keep_connected(gateway: Gateway, link: _Link) -> None:
     """A connection comes back by itself. One that NATS ended for good is made anew, with the credential that is there then."""
     while True:
         gateway.fabric = link.fabric = await _connect(gateway)
+        gateway.budgets.bucket = NatsBucket(link.fabric.connection, subjects.BUDGETS_BUCKET)
+        gateway.budgets.start()
         gateway.log.info("fabric connected")
         await gateway.revocations.start(gateway.connected)
         await gateway.feed.start()

@@ -151,8 +151,8 @@ class Limits(Table):
     """What one gateway process takes on. Times in seconds."""
 
     requests_in_flight: PositiveInt = 2048
-    concurrent_per_subject: PositiveInt = 32
-    requests_per_minute: PositiveInt = 600  # per subject
+    concurrent_per_subject: PositiveInt = 256  # whatever their plans allow over all processes
+    longest_stream: Annotated[float, Field(gt=0, le=86400)] = 3600.0  # from admission to the last byte
     failed_auth_per_minute: PositiveInt = 60  # per address
     queue_limit: Annotated[float, Field(gt=0, le=30)] = 30.0  # 30 s: the life of a message in the queue
     grant_lifetime: PositiveFloat = 60.0

@@ -69,7 +69,8 @@ def judge(claim: Claim) -> Verdict:
         if receipt.enc != claim.enc:
             refused = refused or Reason.OTHER_REQUEST
             continue
-        if not claim.reservation.covers(receipt.prompt_tokens, receipt.completion_tokens):
+        within = claim.reservation.covers(receipt.prompt_tokens, receipt.completion_tokens)
+        if not within or receipt.cached_tokens > receipt.prompt_tokens:
             return Verdict(refused=Reason.ABOVE_GRANT)
         return Verdict(receipt, refused, token)
     return Verdict(refused=refused)

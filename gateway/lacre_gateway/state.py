@@ -18,6 +18,7 @@ from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import FabricUnavailable, GatewayFabric
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth import Authenticator
+from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.issuers import trusted
 from lacre_gateway.limits import RequestLimits, Reservation
 from lacre_gateway.metrics import Metrics
@@ -42,6 +43,7 @@ class Gateway:
     revocations: RevocationList
     rules: LiveRules
     limits: RequestLimits
+    budgets: Ledger
     audit: AuditLog
     feed: ManifestFeed
     key: Ed25519PrivateKey
@@ -66,6 +68,7 @@ class Gateway:
         await self.revocations.close()
         await self.authenticator.close()
         await self.settlement.close()
+        await self.budgets.close()
         await self.audit.close()
 
     async def reload(self, actor: str | None = None) -> Status:
@@ -142,8 +145,8 @@ def build(
         limits=RequestLimits(
             in_flight=limits.requests_in_flight,
             concurrent=limits.concurrent_per_subject,
-            per_minute=limits.requests_per_minute,
         ),
+        budgets=Ledger(lambda: rules.current.plans, settings.gateway, log, longest=limits.longest_stream, clock=clock),
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
         settlement=Settlement(log),

@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from lacre_gateway.audit.entries import Intent, Outcome
+from lacre_gateway.budget.callers import Amounts
+from lacre_gateway.budget.holds import Hold
 from lacre_gateway.exchange import Exchange
 from lacre_gateway.mapping import ANSWERED, REFUSED, outcome_of, refusal_for
 from lacre_gateway.settlement import Claim, Verdict
@@ -19,23 +21,30 @@ class Trail:
     verdict.
 
     recorded: done when the intent is durable, and under a signed checkpoint.
-    claim: what the worker says was used; None where no worker was asked.
+    claim: what the worker says was used; None where no worker was asked. hold: what was reserved; settled with the claim.
     """
 
-    def __init__(self, gateway: Gateway, exchange: Exchange, intent: Intent) -> None:
+    def __init__(self, gateway: Gateway, exchange: Exchange, intent: Intent, hold: Hold | None = None) -> None:
         self._gateway = gateway
         self._exchange = exchange
         self._intent = intent
+        self._hold = hold
         self._since = time.monotonic()
         self.claim: Claim | None = None
 
     def __enter__(self) -> Self:
-        self.recorded = self._exchange.recorded = self._gateway.audit.append(self._intent)
+        try:
+            self.recorded = self._exchange.recorded = self._gateway.audit.append(self._intent)
+        except BaseException:
+            self._settle(REFUSED, Verdict())
+            raise
         return self
 
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         outcome, status = self._end(error)
         duration = time.monotonic() - self._since
+        if self._hold is not None:
+            self._hold.stream_over()
 
         def record(verdict: Verdict) -> None:
             self._record(outcome, status, duration, verdict)
@@ -49,6 +58,7 @@ class Trail:
         used = verdict.receipt
         if self.claim is not None:
             self._gateway.metrics.settled(self._intent.pool, self._intent.model, verdict)
+        money = self._settle(outcome, verdict)
         self._gateway.audit.append(
             Outcome(
                 request_id=self._intent.request_id,
@@ -61,9 +71,22 @@ class Trail:
                 prompt_tokens=None if used is None else used.prompt_tokens,
                 cached_tokens=None if used is None else used.cached_tokens,
                 completion_tokens=None if used is None else used.completion_tokens,
+                money=money,
                 duration=round(duration, 6),
             )
         )
+
+    def _settle(self, outcome: str, verdict: Verdict) -> int | None:
+        """What the caller pays, in micro-units, for what the receipt says. A request that was refused costs nothing."""
+        hold, used = self._hold, verdict.receipt
+        if hold is None:
+            return None
+        if outcome == REFUSED or used is None:
+            hold.settle(Amounts(0 if outcome == REFUSED else 1, 0, 0))
+            return 0
+        money = hold.cost(used.prompt_tokens, used.cached_tokens, used.completion_tokens)
+        hold.settle(Amounts(1, used.prompt_tokens + used.completion_tokens, money))
+        return money
 
     def _end(self, error: BaseException | None) -> tuple[str, int | None]:
         """The outcome in a word, and the status that the client was sent, if it was sent any."""

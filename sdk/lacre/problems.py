@@ -88,6 +88,18 @@ REPLAYED: Final = Problem(
     _OURS + "replayed", 409, "This sealed request was seen before", "Seal a fresh one.")  # fmt: skip
 RATE_LIMITED: Final = Problem(
     _OURS + "rate-limited", 429, "Too many requests", "Wait as long as Retry-After says.", errors.RateLimited)  # fmt: skip
+BUDGET_SPENT: Final = Problem(
+    _OURS + "budget-spent", 429, "A budget of this caller is used up",
+    "Wait until its window ends, as Retry-After says, or ask the operator for another plan.", errors.RateLimited)  # fmt: skip
+ABOVE_LIMIT: Final = Problem(
+    _OURS + "above-limit", 403, "This request alone is more than the caller's plan allows",
+    "Ask for fewer tokens, or the operator for another plan.", errors.Forbidden)  # fmt: skip
+UNKNOWN_PLAN: Final = Problem(
+    _OURS + "unknown-plan", 403, "The access token names a plan that there is not",
+    "The operator must add the plan to plans.toml, or the issuer name another.", errors.Forbidden)  # fmt: skip
+BUDGET_UNAVAILABLE: Final = Problem(
+    _OURS + "budget-unavailable", 503, "The gateway cannot reach the budgets that it would charge",
+    "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
 NO_WORKER: Final = Problem(
     _OURS + "no-worker", 503, "No worker of this pool serves this model now",
     "Try again after Retry-After; the operator can start one with `lacre worker`.", errors.Unavailable)  # fmt: skip
@@ -129,6 +141,7 @@ BY_TYPE: Final = {
         INVALID_TOKEN, INVALID_PROOF, ISSUER_UNAVAILABLE,
         FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
         UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNAVAILABLE, INTERNAL,
+        BUDGET_SPENT, ABOVE_LIMIT, UNKNOWN_PLAN, BUDGET_UNAVAILABLE,
         AUDIT_UNAVAILABLE, NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED,
     )
 }  # fmt: skip

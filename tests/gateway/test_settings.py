@@ -29,7 +29,7 @@ algorithms = ["EdDSA", "PS256"]
 jwks = "jwks.json"
 
 [limits]
-requests_per_minute = 100
+concurrent_per_subject = 100
 
 [models."smollm2-135m"]
 context = 2048
@@ -50,7 +50,7 @@ def test_values_and_defaults() -> None:
     assert found.public_url == "https://gateway.example"
     assert found.root == bytes(32)
     assert (found.listen.host, found.listen.port) == ("127.0.0.1", 8321)
-    assert (found.limits.requests_per_minute, found.limits.queue_limit) == (100, 30.0)
+    assert (found.limits.concurrent_per_subject, found.limits.queue_limit) == (100, 30.0)
     assert found.models["smollm2-135m"].context == 2048
 
 
@@ -68,7 +68,10 @@ def test_key_set_in_the_file() -> None:
 # What is written in place of what; what the error must say.
 MISTAKES = {
     'audit = "': ('audti = "', ["audti: unknown key", "'audit'", "audit: missing"]),
-    "requests_per_minute": ("request_per_minute", ["limits.request_per_minute: unknown key", "'requests_per_minute'"]),
+    "concurrent_per_subject": (
+        "concurent_per_subject",
+        ["limits.concurent_per_subject: unknown key", "'concurrent_per_subject'"],
+    ),
     "audience =": ("audiense =", ["issuers.0.audiense: unknown key", "'audience'", "issuers.0.audience: missing"]),
     "context = ": ("contxt = ", ["models.smollm2-135m.contxt: unknown key", "'context'"]),
     "[limits]": ("[limit]", ["limit: unknown key", "'limits'"]),
@@ -79,7 +82,7 @@ MISTAKES = {
     '"EdDSA", "PS256"': ('"HS256"', ["issuers.0.algorithms.0: must be 'EdDSA'"]),
     '["EdDSA", "PS256"]': ("[]", ["issuers.0.algorithms: needs at least one entry"]),
     '"jwks.json"': ("3", ["issuers.0.jwks: write the path of a JWKS file"]),
-    "requests_per_minute = 100": ("requests_per_minute = 0", ["limits.requests_per_minute: must be greater than 0"]),
+    "concurrent_per_subject = 100": ("concurrent_per_subject = 0", ["limits.concurrent_per_subject: must be greater than 0"]),
     "= 100": ("= 100\nqueue_limit = 31", ["limits.queue_limit: must be less than or equal to 30"]),
     "context = 2048": ('context = "many"', ["models.smollm2-135m.context: must be a valid integer"]),
     "[nats]": ("[nats", ["not TOML"]),
@@ -100,7 +103,7 @@ def test_mistakes(old: str) -> None:
 
 def test_grants_must_outlive_the_queue() -> None:
     with pytest.raises(SettingsError, match=r"limits\.grant_lifetime must exceed limits\.queue_limit by 10 s"):
-        settings(TEXT.replace("requests_per_minute = 100", "grant_lifetime = 35.0"))
+        settings(TEXT.replace("concurrent_per_subject = 100", "grant_lifetime = 35.0"))
 
 
 def test_an_issuer_once() -> None:

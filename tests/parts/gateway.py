@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import io
 import json
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST, Kem, SealedHeader
 from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey, ResponseSealer, open_request
+from lacre_fabric.buckets import MemoryBucket
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
 from lacre_fabric.logs import make_log
@@ -36,6 +38,8 @@ from lacre_fabric.memory import MemoryDelivery, MemoryFabric
 from lacre_gateway.admin import create_admin
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.plans import PLANS_FILE
+from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import parse
 from lacre_gateway.state import Gateway, build
 
@@ -159,9 +163,11 @@ class FakeWorker:
 
 
 class World:
-    """One gateway, its keys, its issuer, and its fabric. `settings` and `limits` are lines added to its settings file."""
+    """One gateway, its keys, its issuer, and its fabric. `settings` and `limits` are lines added to its settings file. plans: a
+    whole file, in place of the one that ships.
+    """
 
-    def __init__(self, folder: Path, issuer: Issuer, *, settings: str = "", limits: str = "") -> None:
+    def __init__(self, folder: Path, issuer: Issuer, *, settings: str = "", limits: str = "", plans: str = "") -> None:
         self.folder = folder
         self.issuer = issuer
         self.root, self.signer, self.grant_key, self.receipt_key = (Ed25519PrivateKey.generate() for _ in range(4))
@@ -171,10 +177,15 @@ class World:
         self.hub = MemoryFabric()
         self.log = io.StringIO()
         (folder / "jwks.json").write_text(json.dumps(self.issuer.jwks()))
+        if plans:
+            shutil.copytree(shipped(), folder / "policies")
+            (folder / "policies" / PLANS_FILE).write_text(plans)
+            settings += '\n            policies = "policies"'
         text = self.settings_text(settings, limits)
         self.published: bytes | None = None
         self.gateway: Gateway = build(parse(text, folder / "gateway.toml"), self.grant_key, make_log(self.log), self.fetch)
         self.gateway.fabric = self.hub.gateway()
+        self.gateway.budgets.bucket = self.budgets = MemoryBucket()
         self.app: FastAPI = create_app(self.gateway)
         self.admin: FastAPI = create_admin(self.gateway)
 

@@ -32,7 +32,8 @@ class Intent:
 
     time: seconds since the epoch. jti: hex SHA-256 of the token's id. enc: base64url SHA-256 of `hdr ‖ enc`. policies: the ids
     of those that decided. policy_set, entities: hex SHA-256 of what they were decided with. reserved_*: what was charged to the
-    caller's limits at admission, in tokens; none for a denial. annex: hex SHA-256 of the annex entry, where there is one.
+    caller's limits at admission, in tokens and micro-units; none for a denial. limits: which ones, as `Hold.limits` says.
+    lease: the holder whose leases were charged. annex: hex SHA-256 of the annex entry, where there is one.
     """
 
     kind: ClassVar[str] = "intent"
@@ -61,6 +62,9 @@ class Intent:
     entities: str
     reserved_prompt_tokens: int | None
     reserved_tokens: int | None
+    reserved_money: int | None = None
+    lease: str | None = None
+    limits: tuple[str, ...] = ()
     annex: str | None = None
 
 
@@ -79,7 +83,7 @@ class Annex:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How it ended. duration: seconds. Tokens are those of the receipt that settled it, `receipt` its hex SHA-256; None without
-    one. refused_receipt: why the newest receipt was not that one.
+    one. refused_receipt: why the newest receipt was not that one. money: what was charged, in micro-units.
     """  # fmt: skip
 
     kind: ClassVar[str] = "outcome"
@@ -95,6 +99,7 @@ class Outcome:
     cached_tokens: int | None
     completion_tokens: int | None
     duration: float | None
+    money: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,8 +84,9 @@ class Hold:
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """Every limit that was charged, as `user/tokens_per_day@20782`: scope, kind and the number of the window."""
-        return tuple(f"{scope.label}/{counter.kind.value}@{counter.window}" for scope, (counter, _) in self._charges)
+        """Every limit that was charged, as `user:standard/tokens_per_day@20782`: scope, plan, kind and number of the window."""
+        plan = self.caller.plan
+        return tuple(f"{scope.label}:{plan}/{counter.kind.value}@{counter.window}" for scope, (counter, _) in self._charges)
 
     def standings(self, now: float) -> tuple[Standing, ...]:
         return tuple(_standings(self._charges, now))

@@ -64,11 +64,13 @@ class _Draw:
 class Ledger:
     """Used on one event loop. bucket: set once there is one, and again after each new connection. `start` it, and `close` it.
 
-    holder: the name of this process's leases; another one after each start, for nobody knows what the last one had spent.
-    longest: seconds that a stream may take at most.
+    plans: tells those in force. longest: seconds that a stream may take at most. holder: the name of this process's leases;
+    another one after each start, for nobody knows what the last one had spent.
     """
 
-    def __init__(self, plans: Plans, gateway: str, log: Log, *, longest: float, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, plans: Callable[[], Plans], gateway: str, log: Log, *, longest: float, clock: Callable[[], float] = time.time
+    ) -> None:
         self.bucket: Bucket | None = None
         self.holder = f"{gateway}.{secrets.token_hex(4)}"
         self._gateway = gateway
@@ -83,17 +85,17 @@ class Ledger:
         self._announced = float("-inf")
         self._told = False
         self._closing = False
-        self.plans = plans
+        self._source = plans
+        self._plans = plans()
 
     @property
     def plans(self) -> Plans:
-        return self._plans
-
-    @plans.setter
-    def plans(self, plans: Plans) -> None:
-        """Takes effect with the next request. What was reserved is settled at the prices that it was reserved at."""
-        self._plans = plans
-        self._callers.clear()
+        """Those in force now. What was reserved under others is settled at the prices that it was reserved at."""
+        plans = self._source()
+        if plans is not self._plans:
+            self._plans = plans
+            self._callers.clear()
+        return plans
 
     def now(self) -> float:
         return self._clock() + self._offset
@@ -105,8 +107,8 @@ class Ledger:
 
         Raises UnknownPlan, AboveLimit, Exhausted or BudgetUnavailable; nothing is charged then.
         """
-        caller = self._caller(who)
-        price = self._plans.price_of(model)
+        plans = self.plans
+        caller, price = self._caller(plans, who), plans.price_of(model)
         amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
         _check_possible(caller, amounts)
         deadline = None
@@ -121,12 +123,12 @@ class Ledger:
             deadline = deadline or asyncio.get_running_loop().time() + DRAW_LIMIT
             await self._draw_for(caller, amounts, charges, short, deadline)
 
-    def _caller(self, who: Principal) -> Caller:
+    def _caller(self, plans: Plans, who: Principal) -> Caller:
         key = (who.issuer, who.tenant, who.subject, who.plan)
         if key not in self._callers:
             if len(self._callers) >= _MAX_CALLERS:
                 self._callers.clear()
-            self._callers[key] = callers.caller(self._plans, who.issuer, who.tenant, who.subject, who.plan)
+            self._callers[key] = callers.caller(plans, who.issuer, who.tenant, who.subject, who.plan)
         found = self._callers[key]
         if found is None:
             raise UnknownPlan

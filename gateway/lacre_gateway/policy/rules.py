@@ -3,6 +3,7 @@
     lacre.cedarschema       who and what the rules speak of
     *.cedar                 the rules
     cases/ALLOW|DENY/*.json requests that must be allowed, and denied
+    plans.toml              who may use how much; where there is none, the one that ships with Lacre holds
 
 Rules:
 - A set is what was on the disk at one moment: files that change while they are read are read again.
@@ -17,9 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
+from lacre.errors import SettingsError
 from lacre.wire.header import Kem
 from lacre_gateway.auth import Principal
 from lacre_gateway.outer import Action, Shape
+from lacre_gateway.plans import PLANS_FILE, Plans
+from lacre_gateway.plans import load as load_plans
+from lacre_gateway.plans import parse as parse_plans
 from lacre_gateway.policy import cases as written
 from lacre_gateway.policy.cases import Case
 from lacre_gateway.policy.cedar import SCHEMA, PolicyError, PolicySet
@@ -28,7 +33,8 @@ from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestio
 SCHEMA_FILE: Final = "lacre.cedarschema"
 MISSING: Final = "missing"
 UNREADABLE: Final = "unreadable"
-_PATTERNS: Final = (SCHEMA_FILE, "*.cedar", f"{written.FOLDER}/ALLOW/*.json", f"{written.FOLDER}/DENY/*.json")
+PLANS: Final = "plans"
+_PATTERNS: Final = (SCHEMA_FILE, "*.cedar", PLANS_FILE, f"{written.FOLDER}/ALLOW/*.json", f"{written.FOLDER}/DENY/*.json")
 _MAX_FILE: Final = 1 << 20  # bytes; people read these files
 _MAX_FILES: Final = 10_000
 _TRIES: Final = 5
@@ -43,6 +49,7 @@ class RuleSet:
     policies: PolicySet
     cases: tuple[Case, ...]
     digest: str
+    plans: Plans
     signature: Signature = field(repr=False)
 
     @classmethod
@@ -61,18 +68,26 @@ class RuleSet:
         texts = {name: _text(name, data) for name, data in files.items() if not name.startswith(written.FOLDER)}
         if SCHEMA_FILE not in texts:
             raise PolicyError(MISSING, SCHEMA_FILE, f"not in {folder}: copy the one that ships with Lacre")
-        schema = texts.pop(SCHEMA_FILE)
+        schema, plans = texts.pop(SCHEMA_FILE), _plans(folder, texts.pop(PLANS_FILE, None))
         if not texts:
             raise PolicyError(MISSING, "*.cedar", f"none in {folder}, so nothing would be allowed: write one")
         policies = PolicySet.parse(schema, texts)
         _check_questions(policies)
         cases = tuple(Case.parse(name, data) for name, data in files.items() if name.startswith(written.FOLDER))
-        return cls(policies, cases, _digest(files), signature)
+        return cls(policies, cases, _digest(files), plans, signature)
 
     def run(self) -> Iterator[tuple[Case, str | None]]:
         """Each case, and what is wrong with its decision."""
         for case in self.cases:
             yield case, case.fails(self.policies.decide(case.request.question()))
+
+
+def _plans(folder: Path, text: str | None) -> Plans:
+    """Raises PolicyError."""
+    try:
+        return load_plans(shipped()) if text is None else parse_plans(text, folder / PLANS_FILE)
+    except SettingsError as exc:
+        raise PolicyError(PLANS, PLANS_FILE, str(exc)) from exc
 
 
 def signature(folder: Path) -> Signature:

@@ -1,0 +1,84 @@
+"""What an answer says of its caller's limits: `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10),
+and the fields that OpenAI's clients know.
+
+Rules:
+- A caller is told of its own limits and its tenant's. How far a whole plan is used is for the operator alone.
+- What remains is what this gateway knows of: others may have drawn since. It is a hint; the ceiling is kept by leases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Final
+
+from lacre_gateway.budget.callers import PLAN
+from lacre_gateway.budget.holds import Standing
+from lacre_gateway.budget.windows import DAY, MINUTE
+from lacre_gateway.plans import Kind
+
+Headers = list[tuple[bytes, bytes]]
+
+_MONTH: Final = 30 * DAY  # a window's length is one number in the field; `t` says when it truly ends
+_WINDOWS: Final = {
+    Kind.REQUESTS_PER_MINUTE: MINUTE,
+    Kind.TOKENS_PER_MINUTE: MINUTE,
+    Kind.TOKENS_PER_DAY: DAY,
+    Kind.MONEY_PER_MONTH: _MONTH,
+}
+_UNITS: Final = {
+    Kind.REQUESTS_PER_MINUTE: "requests",
+    Kind.TOKENS_PER_MINUTE: "tokens",
+    Kind.TOKENS_PER_DAY: "tokens",
+    Kind.MONEY_PER_MONTH: "micro-units",
+    Kind.CONCURRENT_STREAMS: "concurrent-requests",
+}
+_OPENAI: Final = (
+    (b"requests", (Kind.REQUESTS_PER_MINUTE,)),
+    (b"tokens", (Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY)),
+)
+
+
+def fields(standings: Iterable[Standing]) -> Headers:
+    """The header fields; none for a caller without limits."""
+    told = [standing for standing in standings if standing.scope != PLAN]
+    if not told:
+        return []
+    policies = tuple((standing.scope, standing.kind, standing.ceiling) for standing in told)
+    levels = ", ".join(map(_level, told))
+    return [(b"ratelimit-policy", _policies(policies)), (b"ratelimit", levels.encode()), *_openai(told)]
+
+
+@lru_cache(maxsize=1024)
+def _policies(policies: tuple[tuple[str, Kind, int], ...]) -> bytes:
+    """They stay the same while the plans do."""
+    return ", ".join(_policy(*policy) for policy in policies).encode()
+
+
+def _policy(scope: str, kind: Kind, ceiling: int) -> str:
+    window = f";w={_WINDOWS[kind]}" if kind in _WINDOWS else ""
+    return f'"{_name(scope, kind)}";q={ceiling}{window};qu="{_UNITS[kind]}"'
+
+
+def _level(standing: Standing) -> str:
+    reset = "" if standing.reset is None else f";t={math.ceil(standing.reset)}"
+    return f'"{_name(standing.scope, standing.kind)}";r={standing.remaining}{reset}'
+
+
+def _name(scope: str, kind: Kind) -> str:
+    return f"{scope}/{kind.value}"
+
+
+def _openai(told: Sequence[Standing]) -> Headers:
+    """Of the limits that such a client knows, the one with the least left."""
+    headers: Headers = []
+    for noun, kinds in _OPENAI:
+        found = min((each for each in told if each.kind in kinds), key=lambda each: each.remaining, default=None)
+        if found is not None:
+            headers += [
+                (b"x-ratelimit-limit-" + noun, str(found.ceiling).encode()),
+                (b"x-ratelimit-remaining-" + noun, str(found.remaining).encode()),
+                (b"x-ratelimit-reset-" + noun, f"{math.ceil(found.reset or 0)}s".encode()),
+            ]
+    return headers

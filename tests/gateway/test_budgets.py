@@ -1,0 +1,237 @@
+"""Budgets on the path of a request: what is charged, what is given back, what is said of it, and when it is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from lacre import problems
+from lacre_fabric.buckets import Entry
+from lacre_fabric.work import FabricUnavailable
+from lacre_gateway.budget.record import Record
+from lacre_gateway.exchange import StreamBroken
+from lacre_gateway.plans import Kind
+from parts.gateway import FakeWorker, Issuer, Script, World
+
+from .conftest import client_of
+from .test_refusals import assert_problem, post
+
+PRICES = '[prices."*"]\nprompt = "1"\ncached = "0.25"\ncompletion = "2"\n'
+PLANS = """
+default_plan = "free"
+[plans.free.user]
+requests_per_minute = 3
+[plans.tokens.user]
+tokens_per_minute = 5000
+[plans.daily.tenant]
+tokens_per_day = 6000
+[plans.money.tenant]
+money_per_month = "0.005"
+[plans.streams.everyone]
+concurrent_streams = 2
+[plans.none.user]
+requests_per_minute = 0
+[plans.small.user]
+tokens_per_day = 100
+"""
+
+Make = Callable[..., Awaitable[World]]
+
+
+@pytest.fixture
+async def budgeted(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
+    world = World(tmp_path, issuer, plans=PLANS + PRICES)
+    await world.publish(world.document())
+    yield world
+    await world.gateway.close()
+
+
+@pytest.fixture
+async def worker(budgeted: World) -> AsyncIterator[FakeWorker]:
+    async with budgeted.worker() as worker:
+        yield worker
+
+
+@pytest.fixture
+async def client(budgeted: World) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(budgeted) as client:
+        yield client
+
+
+def on(world: World, plan: str, **claims: str) -> str:
+    return f"Bearer {world.issuer.token(plan=plan, **claims)}"
+
+
+async def settled(world: World, requests: int) -> None:
+    """Until so many requests are settled, which is after their answers."""
+    await world.trail(requests)
+
+
+def record(world: World, prefix: str) -> Record:
+    [entry] = [entry for key, entry in world.budgets.entries.items() if key.startswith(f"{prefix}.")]
+    return Record.parse(entry.value)
+
+
+async def test_requests_a_minute(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    codes = [(await post(budgeted, client)).status_code for _ in range(4)]
+    assert codes == [200] * 3 + [429]
+    assert_problem(await post(budgeted, client), problems.RATE_LIMITED)
+    bob = f"Bearer {budgeted.issuer.token(sub='bob')}"
+    assert (await post(budgeted, client, authorization=bob)).status_code == 200
+    assert len(worker.opened) == 4
+
+
+async def test_what_is_not_used_is_given_back(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """Each reserves some 3,700 of 5,000 tokens, and uses 19 of them: a second fits only once the first is settled."""
+    token = on(budgeted, "tokens")
+    for number in range(1, 5):
+        response = await post(budgeted, client, authorization=token, lacre_max_tokens="3000")
+        assert response.status_code == 200
+        await settled(budgeted, number)
+    hold = asyncio.Event()
+    worker.script = Script(before=hold.wait)
+    first = asyncio.create_task(post(budgeted, client, authorization=token, lacre_max_tokens="3000"))
+    while len(worker.opened) < 5:
+        await asyncio.sleep(0.01)
+    refused = await post(budgeted, client, authorization=token, lacre_max_tokens="3000")
+    assert_problem(refused, problems.RATE_LIMITED)
+    assert refused.headers["retry-after"] == "2"  # what is reserved may come back long before the minute is over
+    hold.set()
+    assert (await first).status_code == 200
+
+
+async def test_money_to_the_micro_unit(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """12 prompt tokens, 2 of them cached, and 7 more: 10 × 1 + 2 × 0.25 + 7 × 2 = 24.5 micro-units, rounded up."""
+    for number in range(1, 4):
+        response = await post(budgeted, client, authorization=on(budgeted, "money", sub=f"user-{number}"))
+        assert response.status_code == 200
+    trail = await budgeted.trail(3)
+    assert [entry["money"] for entry in trail if entry["kind"] == "outcome"] == [25] * 3
+    intent = trail[0]
+    assert intent["reserved_money"] == intent["reserved_prompt_tokens"] + 2 * 256
+    assert intent["lease"] == budgeted.gateway.budgets.holder
+    assert [limit.partition("@")[0] for limit in intent["limits"]] == ["tenant-on-plan:money/money_per_month"]
+    await budgeted.gateway.close()
+    [window] = record(budgeted, "tenant-on-plan").windows[Kind.MONEY_PER_MONTH].values()
+    assert window.drawn() == window.used() == 75
+
+
+async def test_a_day_that_is_spent(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    worker.script = Script(usage={"completion_tokens": 2000})
+    for number in range(1, 3):
+        token = on(budgeted, "daily", sub=f"user-{number}")
+        assert (await post(budgeted, client, authorization=token, lacre_max_tokens="2000")).status_code == 200
+        await settled(budgeted, number)
+    refused = await post(budgeted, client, authorization=on(budgeted, "daily"), lacre_max_tokens="2000")
+    assert_problem(refused, problems.BUDGET_SPENT)
+    assert int(refused.headers["retry-after"]) == int(refused.headers["ratelimit"].partition(";t=")[2])
+
+
+async def test_streams_at_once(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    hold = asyncio.Event()
+    worker.script = Script(before=hold.wait)
+    running = [
+        asyncio.create_task(post(budgeted, client, authorization=on(budgeted, "streams", sub=f"u{number}")))
+        for number in range(2)
+    ]
+    while len(worker.opened) < 2:
+        await asyncio.sleep(0.01)
+    assert_problem(await post(budgeted, client, authorization=on(budgeted, "streams", sub="u3")), problems.RATE_LIMITED)
+    hold.set()
+    assert [(await task).status_code for task in running] == [200, 200]
+    assert (await post(budgeted, client, authorization=on(budgeted, "streams", sub="u3"))).status_code == 200
+
+
+async def test_an_explicit_zero_is_zero(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(budgeted, client, authorization=on(budgeted, "none")), problems.ABOVE_LIMIT)
+    assert not worker.opened
+
+
+async def test_more_than_the_limit_at_once(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(budgeted, client, authorization=on(budgeted, "small")), problems.ABOVE_LIMIT)
+
+
+async def test_a_plan_that_there_is_not(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(budgeted, client, authorization=on(budgeted, "gold")), problems.UNKNOWN_PLAN)
+
+
+async def test_a_refused_request_costs_nothing(budgeted: World, client: httpx2.AsyncClient) -> None:
+    """Neither one that policy refuses, nor one for which there is no worker."""
+    budgeted.hub.max_queue = 0
+    budgeted.hub.worker("default", ["smollm2-135m"])
+    for _ in range(10):
+        assert_problem(await post(budgeted, client, lacre_action="http"), problems.FORBIDDEN)
+        assert_problem(await post(budgeted, client), problems.BUSY)
+    budgeted.hub.max_queue, budgeted.hub.live = 10, []
+    async with budgeted.worker():
+        assert (await post(budgeted, client)).status_code == 200
+
+
+async def test_who_leaves_pays_for_what_was_made(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    worker.script = Script(beats=({"completion_tokens": 3}, {"completion_tokens": 5}), ending="error:x")
+    with pytest.raises(StreamBroken):
+        await post(budgeted, client, authorization=on(budgeted, "money"))
+    outcome = (await budgeted.trail())[1]
+    assert (outcome["outcome"], outcome["money"]) == ("broken", 21)  # 10 × 1 + 2 × 0.25 + 5 × 2, rounded up
+
+
+async def test_what_the_answer_says(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    first = await post(budgeted, client)
+    assert first.headers["ratelimit-policy"] == '"user/requests_per_minute";q=3;w=60;qu="requests"'
+    level, _, reset = first.headers["ratelimit"].partition(";t=")
+    assert level == '"user/requests_per_minute";r=2'
+    assert 0 < int(reset) <= 60
+    assert (first.headers["x-ratelimit-limit-requests"], first.headers["x-ratelimit-remaining-requests"]) == ("3", "2")
+    assert 0 < int(first.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+    assert "x-ratelimit-limit-tokens" not in first.headers
+    for _ in range(2):
+        await post(budgeted, client)
+    refused = await post(budgeted, client)
+    assert refused.headers["ratelimit"].startswith('"user/requests_per_minute";r=0;t=')
+    assert "ratelimit" not in (await post(budgeted, client, authorization=on(budgeted, "streams"))).headers
+
+
+class Unavailable:
+    """The bucket while NATS is away."""
+
+    async def read(self, key: str) -> Entry | None:
+        raise FabricUnavailable("gone")
+
+    async def write(self, key: str, value: bytes, revision: int) -> int:
+        raise FabricUnavailable("gone")
+
+
+async def test_without_the_bucket_what_is_in_hand_is_served(tmp_path: Path, issuer: Issuer) -> None:
+    """640 a minute: a lease has one, and ten beyond."""
+    world = World(tmp_path, issuer, plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')
+    await world.publish(world.document())
+    async with world.worker(), client_of(world) as client:
+        assert (await post(world, client)).status_code == 200
+        world.gateway.budgets.bucket = Unavailable()
+        codes = [(await post(world, client)).status_code for _ in range(11)]
+        assert codes == [200] * 10 + [503]
+        assert_problem(await post(world, client), problems.BUDGET_UNAVAILABLE)
+        world.gateway.budgets.bucket = world.budgets
+        assert (await post(world, client)).status_code == 200
+    await world.gateway.close()
+
+
+async def test_plans_change_while_requests_are_served(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert [(await post(budgeted, client)).status_code for _ in range(4)] == [200, 200, 200, 429]
+    (budgeted.folder / "policies" / "plans.toml").write_text(
+        PLANS.replace("requests_per_minute = 3", "requests_per_minute = 5") + PRICES
+    )
+    await budgeted.gateway.reload()
+    assert [(await post(budgeted, client)).status_code for _ in range(3)] == [200, 200, 429]
+
+
+async def test_names_are_for_people_and_keys_are_not(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    await post(budgeted, client)
+    [(key, entry)] = [pair for pair in budgeted.budgets.entries.items() if pair[0].startswith("user.")]
+    assert "alice" not in key
+    assert json.loads(entry.value)["name"] == "alice of acme on free"
