@@ -86,6 +86,20 @@ class NatsBucket:
             raise FabricUnavailable("not connected to NATS")
 
 
+async def dump(connection: Connection, name: str) -> dict[str, Entry]:
+    """Everything in a bucket, by key. Needs the provisioner's rights. Raises FabricUnavailable."""
+    bucket = NatsBucket(connection, name)
+    async with connection.mapped():
+        try:
+            keys = await (await connection.jetstream.key_value(name)).keys()
+        except nats.js.errors.NoKeysError:
+            return {}
+        except nats.js.errors.BucketNotFoundError as exc:
+            raise FabricUnavailable(f"there is no bucket {name}: `lacre up` or `lacre manifest publish` makes it") from exc
+    entries = {key: await bucket.read(key) for key in sorted(keys)}
+    return {key: entry for key, entry in entries.items() if entry is not None}
+
+
 class MemoryBucket:
     """A `Bucket` inside one process."""
 

@@ -35,7 +35,8 @@ from parts.auditing import ORIGIN, PUBLIC, intent, opened, outcome, written
 ALLOWED = {
     "kind", "request_id", "time", "subject", "tenant", "issuer", "jti", "address", "pool", "model", "action", "shape", "kem",
     "max_tokens", "sealed_bytes", "enc", "groups", "scopes", "plan", "decision", "policies", "policy_set", "entities",
-    "reserved_prompt_tokens", "reserved_tokens", "annex", "outcome", "status", "unreceipted", "receipt", "refused_receipt",
+    "reserved_prompt_tokens", "reserved_money", "lease", "limits", "money", "reserved_tokens",
+    "annex", "outcome", "status", "unreceipted", "receipt", "refused_receipt",
     "prompt_tokens", "cached_tokens", "completion_tokens", "duration",
 }  # fmt: skip
 

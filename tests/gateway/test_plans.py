@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
 from lacre_gateway.plans import Kind, Limits, Plans, Price, load, money, parse
-from lacre_gateway.policy import shipped
+from lacre_gateway.policy.rules import shipped
 
 TEXT = """
 currency = "EUR"

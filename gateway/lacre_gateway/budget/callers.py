@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,41 +63,47 @@ def caller(plans: Plans, issuer: str, tenant: str, subject: str, named: str | No
     if plan is None:
         return None
     own = plans.tenants.get(tenant)
-    user = Scope(
-        USER,
-        f"{USER}.{_digest(tenant)}.{_digest(plan.name, tenant, issuer, subject)}",
-        f"{subject} of {tenant} on {plan.name}",
-        tuple(plan.user.each()),
+    budgets = (
+        (USER, f"{subject} of {tenant} on {plan.name}", plan.user),
+        (TENANT_ON_PLAN, f"{tenant} on {plan.name}", plan.tenant),
+        (TENANT, tenant, Limits() if own is None else own.limits),
+        (PLAN, f"all on {plan.name}", plan.everyone),
     )
-    shared = (
-        _scope(
-            TENANT_ON_PLAN, f"{TENANT_ON_PLAN}.{_digest(tenant)}.{_digest(plan.name)}", f"{tenant} on {plan.name}", plan.tenant
-        ),
-        _scope(TENANT, tenant_key(tenant), tenant, Limits() if own is None else own.limits),
-        _scope(PLAN, f"{PLAN}.{_digest(plan.name)}", f"all on {plan.name}", plan.everyone),
+    scopes = (
+        Scope(label, key_of(label, plan.name, tenant, issuer, subject), name, tuple(limits.each()))
+        for label, name, limits in budgets
     )
-    return Caller(plan.name, tuple(scope for scope in (user, *shared) if scope.limits))
+    return Caller(plan.name, tuple(scope for scope in scopes if scope.limits))
 
 
-def tenant_scopes(plans: Plans, tenant: str) -> Mapping[str, Scope]:
-    """The budgets of a tenant that do not belong to one user, by name."""
-    found = [caller(plans, "", tenant, "", name) for name in plans.plans]
-    scopes = (scope for each in found if each is not None for scope in each.scopes)
-    return {scope.name: scope for scope in scopes if scope.label in (TENANT, TENANT_ON_PLAN)}
+def key_of(label: str, plan: str, tenant: str, issuer: str, subject: str) -> str:
+    """Where the budget is kept. Those of a tenant's users begin alike, so that they can be found together."""
+    match label:
+        case "user":
+            return f"{USER}.{_digest(tenant)}.{_digest(plan, tenant, issuer, subject)}"
+        case "tenant-on-plan":
+            return f"{TENANT_ON_PLAN}.{_digest(tenant)}.{_digest(plan)}"
+        case "tenant":
+            return f"{TENANT}.{_digest(tenant)}"
+        case _:
+            return f"{PLAN}.{_digest(plan)}"
 
 
-def tenant_key(tenant: str) -> str:
-    return f"{TENANT}.{_digest(tenant)}"
+def users_of(tenant: str) -> str:
+    """What the keys of a tenant's users begin with."""
+    return f"{USER}.{_digest(tenant)}."
+
+
+def shared_of(plans: Plans, tenant: str) -> dict[str, str]:
+    """The budgets of a tenant that belong to no one user: names by keys."""
+    found = {key_of(TENANT, "", tenant, "", ""): tenant}
+    return found | {key_of(TENANT_ON_PLAN, plan, tenant, "", ""): f"{tenant} on {plan}" for plan in plans.plans}
 
 
 def ceiling_of(price: Price | None, prompt_tokens: int, completion_tokens: int) -> Amounts:
     """What a request may use at most. Without a price there is no limit of money either."""
     money = 0 if price is None else price.at_most(prompt_tokens, completion_tokens)
     return Amounts(1, prompt_tokens + completion_tokens, money)
-
-
-def _scope(label: str, key: str, name: str, limits: Limits) -> Scope:
-    return Scope(label, key, name, tuple(limits.each()))
 
 
 def _digest(*parts: str) -> str:

@@ -214,13 +214,14 @@ class Account:
     @property
     def at_rest(self) -> bool:
         """Whether nothing would be lost if this account were forgotten: all is settled, given back and in the record."""
-        return not self.past and all(
+        return all(
             counter.reserved == 0 and counter.capacity == counter.used == counter.reported and not counter.doubtful
-            for counter in self.current.values()
+            for counter in (*self.past, *self.current.values())
         )
 
     def due(self, now: float) -> bool:
         """Whether it is time to write, though nobody waits for it."""
+        self.touched, self.written = min(self.touched, now), min(self.written, now)  # the clock may have gone back
         since, idle = now - self.written, now - self.touched >= IDLE
         return any(_is_due(counter, since, now) or (idle and _is_loose(counter)) for counter in self.current.values()) or (
             since >= TRIM and any(_is_loose(counter) for counter in self.past)

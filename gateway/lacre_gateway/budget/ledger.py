@@ -29,6 +29,7 @@ from lacre_gateway.budget.callers import Amounts, Caller, Scope
 from lacre_gateway.budget.holds import AboveLimit, BudgetUnavailable, Exhausted, Hold, UnknownPlan
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.record import Record
+from lacre_gateway.budget.report import Line, lines
 from lacre_gateway.budget.windows import Calendar
 from lacre_gateway.limits import Reservation
 from lacre_gateway.plans import Plans
@@ -40,6 +41,8 @@ _TICK: Final = 1.0
 _AT_ONCE: Final = 16  # writes under way, of those for which nobody waits
 _ANNOUNCE: Final = 10.0  # seconds between signs of life, which also tell the server's time
 _MAX_CALLERS: Final = 16_384
+_MAX_USERS: Final = 256  # of one tenant, that are told at once
+GONE_AFTER: Final = 3 * _ANNOUNCE  # seconds without one, after which a gateway is taken for dead by people
 ALIVE: Final = "alive"  # the first token of the keys of the signs of life
 
 
@@ -187,6 +190,23 @@ class Ledger:
         if not all(met):
             raise Exhausted.of(self._charges(caller, amounts, self.now()), self.now())
 
+    async def usage(self, tenant: str) -> list[Line]:
+        """The budgets of a tenant, and those of its users that this gateway has served lately. Raises FabricUnavailable."""
+        if self.bucket is None:
+            raise FabricUnavailable("not connected to NATS")
+        keys = [*callers.shared_of(self.plans, tenant)]
+        keys += [key for key in self._draws if key.startswith(callers.users_of(tenant))][:_MAX_USERS]
+        entries = [(key, await self.bucket.read(key)) for key in keys]
+        records = {key: _parsed(entry.value) for key, entry in entries if entry is not None}
+        holders = {
+            name
+            for record in records.values()
+            for kept in record.windows.values()
+            for at in kept.values()
+            for name in at.shares
+        }
+        return list(lines(records, frozenset(holders)))
+
     # Draws, one at a time for each budget
 
     def _wake(self, draw: _Draw) -> None:
@@ -236,10 +256,7 @@ class Ledger:
     async def _read(self, draw: _Draw) -> None:
         assert self.bucket is not None  # noqa: S101 - `_write` has looked
         entry = await self.bucket.read(draw.account.key)
-        try:
-            draw.record = None if entry is None or not entry.value else Record.parse(entry.value)
-        except InvalidMessage as exc:
-            raise FabricUnavailable("a budget in the bucket cannot be read: it is of another version, or damaged") from exc
+        draw.record = None if entry is None or not entry.value else _parsed(entry.value)
         draw.revision = 0 if entry is None else entry.revision
         draw.known = True
         if draw.record is not None:
@@ -334,6 +351,14 @@ class Ledger:
             ended = [FabricUnavailable("NATS did not answer in time")]
         if any(isinstance(end, BaseException) for end in ended):
             self._log.warning("budgets not given back", remedy="they are void when their window ends")
+
+
+def _parsed(value: bytes) -> Record:
+    """Raises FabricUnavailable."""
+    try:
+        return Record.parse(value)
+    except InvalidMessage as exc:
+        raise FabricUnavailable("a budget in the bucket cannot be read: it is of another version, or damaged") from exc
 
 
 def _check_possible(caller: Caller, amounts: Amounts) -> None:

@@ -1,0 +1,90 @@
+"""`lacre budget show`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lacre_gateway.budget.report import Line
+
+budget = typer.Typer(no_args_is_help=True, help="What callers have used of their limits, and what was forfeited.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(budget, name="budget")
+
+
+@budget.command()
+def show(
+    state: Annotated[
+        Path | None, typer.Option(help="The state folder of `lacre up`; its provisioner's credential is used.")
+    ] = None,
+    audit: Annotated[
+        list[Path] | None, typer.Option(help="The audit log of a gateway; give those of all, and the sums are checked.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
+) -> None:
+    """Show every limit that was drawn from: what is used, on leases and forfeited. Exits with 1 where the sums are wrong."""
+    from lacre_fabric.up import default_state
+
+    shown = asyncio.run(_shown(state or default_state(), audit))
+    for line in shown:
+        typer.echo(json.dumps(line.members()) if as_json else _text(line))
+        for lease in () if as_json else line.leases:
+            typer.echo(f"    {lease.holder}: {_amount(line, lease.drawn)} drawn, {_amount(line, lease.used)} used" + (
+                f", lost: {_amount(line, lease.forfeited)} forfeited" if lease.lost else ""
+            ))  # fmt: skip
+    wrong = [line for line in shown if line.wrong]
+    for line in wrong:
+        typer.echo(f"wrong: {line.name}, {line.kind.value}: {line.wrong}", err=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
+async def _shown(state: Path, audit: list[Path] | None) -> list[Line]:
+    """Raises SettingsError, FabricUnavailable or InvalidMessage."""
+    from lacre_fabric import subjects
+    from lacre_fabric.buckets import dump
+    from lacre_fabric.connection import Connection
+    from lacre_fabric.site import Site
+    from lacre_gateway.audit.entries import parse
+    from lacre_gateway.audit.reader import LogReader
+    from lacre_gateway.budget.ledger import ALIVE, GONE_AFTER
+    from lacre_gateway.budget.record import Record
+    from lacre_gateway.budget.report import lines, settled_by
+
+    site = Site.load(state)
+    connection = await Connection.open(site.nats_url, site.credential("provisioner"))
+    try:
+        found = await dump(connection, subjects.BUDGETS_BUCKET)
+    finally:
+        await connection.close()
+    since = time.time() - GONE_AFTER
+    signs = {key: entry for key, entry in found.items() if key.startswith(f"{ALIVE}.")}
+    alive = frozenset(entry.value.decode() for entry in signs.values() if entry.time > since)
+    records = {key: Record.parse(entry.value) for key, entry in found.items() if key not in signs}
+    settled = None
+    if audit:
+        settled = settled_by(parse(entry) for folder in audit for entry in LogReader(folder).entries())
+    return list(lines(records, alive, settled))
+
+
+def _text(line: Line) -> str:
+    from lacre_gateway.budget.windows import label
+
+    when = label(line.kind, line.window)
+    forfeited = f", {_amount(line, line.forfeited)} forfeited" if line.forfeited else ""
+    drawn = f"{_amount(line, line.drawn)} drawn, {_amount(line, line.used)} used{forfeited}"
+    return f"{line.name}: {line.kind.value}{f' of {when}' if when else ''}: {drawn}"
+
+
+def _amount(line: Line, amount: int) -> str:
+    from lacre_gateway.plans import Kind, money
+
+    return money(amount) if line.kind is Kind.MONEY_PER_MONTH else str(amount)

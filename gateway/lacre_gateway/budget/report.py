@@ -1,0 +1,131 @@
+"""What the shared budgets say, for an auditor: what is used, what is out on leases, and what was forfeited.
+
+Rules:
+- A lease whose holder is gone is *lost*: what of it was not used is forfeited until its window ends.
+- With audit logs, what a lost lease's holder did use is counted from its outcomes, to the micro-unit. Without them, it is what
+  the holder last reported, which may be less.
+- Every number must add up: a closed lease has drawn what its outcomes say, and no lease has used more than it drew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lacre_gateway.budget.callers import key_of
+from lacre_gateway.budget.record import Record, Window
+from lacre_gateway.budget.windows import label
+from lacre_gateway.plans import Kind
+
+_LIMIT: Final = re.compile(r"([a-z-]+):(.*)/([a-z_]+)@([0-9]+)", re.DOTALL)
+_TOKENS: Final = frozenset({Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY})
+
+Place = tuple[str, Kind, int]  # the key of a budget, what is counted, and the window's number
+Settled = Mapping[Place, Mapping[str, int]]  # by the holders of the leases
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """used: by its outcomes where there are audit logs, else as last reported. forfeited: of a lost one, what was not used."""
+
+    holder: str
+    drawn: int
+    used: int
+    lost: bool
+
+    @property
+    def forfeited(self) -> int:
+        return self.drawn - self.used if self.lost else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One limit in one window. settled: by holders that left in order. wrong: what does not add up."""
+
+    key: str
+    name: str
+    kind: Kind
+    window: int
+    settled: int
+    leases: tuple[Lease, ...]
+    wrong: str | None = None
+
+    @property
+    def used(self) -> int:
+        return self.settled + sum(lease.used for lease in self.leases)
+
+    @property
+    def forfeited(self) -> int:
+        return sum(lease.forfeited for lease in self.leases)
+
+    @property
+    def drawn(self) -> int:
+        return self.settled + sum(lease.drawn for lease in self.leases)
+
+    def members(self) -> dict[str, Any]:
+        """As `lacre budget show --json` prints it."""
+        leases = [
+            {"holder": each.holder, "drawn": each.drawn, "used": each.used, "lost": each.lost, "forfeited": each.forfeited}
+            for each in self.leases
+        ]
+        return {
+            "key": self.key, "name": self.name, "limit": self.kind.value, "window": self.window,
+            "begins": label(self.kind, self.window), "drawn": self.drawn, "used": self.used, "forfeited": self.forfeited,
+            "settled": self.settled, "leases": leases, "wrong": self.wrong,
+        }  # fmt: skip
+
+
+def lines(records: Mapping[str, Record], alive: frozenset[str], settled: Settled | None = None) -> Iterator[Line]:
+    """alive: the holders that were heard of lately. settled: by audit logs of all gateways; None where there are none."""
+    for key, record in sorted(records.items(), key=lambda pair: pair[1].name):
+        for kind, windows in record.windows.items():
+            for number, window in sorted(windows.items()):
+                by_holder = None if settled is None else settled.get((key, kind, number), {})
+                yield _line((key, kind, number), record.name, window, alive, by_holder)
+
+
+def _line(place: Place, name: str, window: Window, alive: frozenset[str], by_holder: Mapping[str, int] | None) -> Line:
+    key, kind, number = place
+    leases, wrong, settled = [], None, window.settled
+    logged = dict(by_holder or {})
+    for holder, share in window.shares.items():
+        if share.closed:
+            settled += share.used
+            continue
+        used = share.used if by_holder is None or kind is Kind.CONCURRENT_STREAMS else logged.pop(holder, 0)
+        if used > share.drawn or used < share.used:
+            wrong = f"{holder}: drew {share.drawn} and reported {share.used}; its audit log says {used}"
+        leases.append(Lease(holder, share.drawn, used, holder not in alive))
+    if by_holder is not None and kind is not Kind.CONCURRENT_STREAMS and sum(logged.values()) != settled:
+        wrong = wrong or f"closed leases settled {settled}; their audit logs say {sum(logged.values())}"
+    return Line(key, name, kind, number, settled, tuple(leases), wrong)
+
+
+def settled_by(entries: Iterable[Mapping[str, Any]]) -> dict[Place, dict[str, int]]:
+    """What the outcomes of audit logs settled, by budget and holder. entries: of each log in order."""
+    found: dict[Place, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    intents: dict[str, Mapping[str, Any]] = {}
+    for entry in entries:
+        if entry["kind"] == "intent" and entry.get("lease"):
+            intents[entry["request_id"]] = entry
+        elif entry["kind"] == "outcome" and (intent := intents.pop(entry["request_id"], None)) is not None:
+            for place, amount in _charged(intent, entry):
+                found[place][intent["lease"]] += amount
+    return found
+
+
+def _charged(intent: Mapping[str, Any], outcome: Mapping[str, Any]) -> Iterator[tuple[Place, int]]:
+    # One without a duration was found unfinished at a start: whatever it used went with the lease that was lost.
+    requests = int(outcome["outcome"] != "refused" and outcome["duration"] is not None)
+    tokens = (outcome["prompt_tokens"] or 0) + (outcome["completion_tokens"] or 0) if requests else 0
+    for limit in intent["limits"]:
+        parsed = _LIMIT.fullmatch(limit)
+        if parsed is None:
+            continue
+        scope, plan, kind, number = parsed[1], parsed[2], Kind(parsed[3]), int(parsed[4])
+        key = key_of(scope, plan, intent["tenant"], intent["issuer"], intent["subject"])
+        amount = tokens if kind in _TOKENS else outcome.get("money") or 0 if kind is Kind.MONEY_PER_MONTH else requests
+        yield (key, kind, number), amount

@@ -1,0 +1,341 @@
+"""The algorithm of budgets, simulated: gateways that race, crash and lose acknowledgements, over clocks that step.
+
+What is asserted after every step, whatever came before it:
+- Overshoot is 0: what all gateways, dead ones too, have used and reserved of a window never exceeds its ceiling.
+- Waste is bounded: a crash forfeits no more than was reserved, than was released since its last write, and a lease's spare
+  (a 64th of the ceiling), beside what its last write asked for, and those before it that nobody knows whether they happened.
+And at the end, when everybody has come to rest: what the record says is drawn is what was used, and what is forfeited.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lacre_gateway.budget.lease import CLOCK_MARGIN, IDLE, Account, Counter, Need, Proposal, commit, lacking
+from lacre_gateway.budget.record import SPARE_PART, Record
+from lacre_gateway.budget.windows import Calendar, window
+from lacre_gateway.plans import Kind
+
+START = 1_800_000_000.0
+LONGEST = 100.0
+GATEWAYS = 4
+CEILINGS = {
+    Kind.REQUESTS_PER_MINUTE: 20,
+    Kind.TOKENS_PER_MINUTE: 3000,
+    Kind.TOKENS_PER_DAY: 9000,
+    Kind.MONEY_PER_MONTH: 100_003,
+    Kind.CONCURRENT_STREAMS: 7,
+}
+STREAMS = Kind.CONCURRENT_STREAMS
+
+
+@dataclass
+class Request:
+    charges: list[tuple[Counter, int]]
+    ends: float
+
+
+@dataclass
+class Writing:
+    """A write that was sent. revision: what it compares with."""
+
+    proposal: Proposal
+    revision: int
+
+
+@dataclass
+class Gateway:
+    """One holder. clock: how far its clock is off. read: the record as it last read it, and the revision of that."""
+
+    account: Account
+    clock: float = 0.0
+    read: tuple[Record | None, int] | None = None
+    writing: Writing | None = None
+    requests: list[Request] = field(default_factory=list)
+    calendar: Calendar = field(default_factory=Calendar)
+    released: dict[tuple[Kind, int], int] = field(default_factory=lambda: defaultdict(int))
+    asked: dict[tuple[Kind, int], int] = field(default_factory=lambda: defaultdict(int))
+
+
+class Budgets(RuleBasedStateMachine):
+    """The store is one record; a write that was sent may happen at once, later, or never, and its sender may not hear of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = START
+        self.record: Record | None = None
+        self.revision = 0
+        self.born = 0
+        self.live = [self.gateway() for _ in range(GATEWAYS)]
+        self.ghosts: list[Writing] = []
+        self.used: dict[tuple[Kind, int], int] = defaultdict(int)  # the truth, by what was committed and settled
+        self.reserved: dict[tuple[Kind, int], int] = defaultdict(int)
+        self.streams: list[float] = []  # of dead gateways: when the stream ends
+        self.forfeited: dict[tuple[Kind, int], dict[str, int]] = defaultdict(dict)  # the most that it may be, by holder
+
+    def gateway(self) -> Gateway:
+        self.born += 1
+        return Gateway(Account("key", "name", f"g{self.born}", LONGEST, touched=START))
+
+    def time(self, gateway: Gateway) -> float:
+        return self.now + gateway.clock
+
+    # What gateways do
+
+    @rule(who=st.integers(0, GATEWAYS - 1), tokens=st.integers(1, 1500), money=st.integers(0, 30_000))
+    def ask(self, who: int, tokens: int, money: int) -> None:
+        """A request that is served if the leases in hand allow it."""
+        gateway = self.live[who]
+        now = self.time(gateway)
+        gateway.account.touched = now
+        windows = gateway.calendar.at(now)
+        amounts = self.amounts(tokens, money)
+        charges = [(gateway.account.counter(kind, windows[kind], ceiling), amounts[kind]) for kind, ceiling in CEILINGS.items()]
+        if not lacking(charges, now):
+            commit(charges)
+            for counter, amount in charges:
+                self.reserved[counter.kind, counter.window] += amount
+            gateway.requests.append(Request(charges, self.now + LONGEST))
+
+    @staticmethod
+    def amounts(tokens: int, money: int) -> dict[Kind, int]:
+        return dict.fromkeys(Kind, 1) | {
+            Kind.TOKENS_PER_MINUTE: tokens, Kind.TOKENS_PER_DAY: tokens, Kind.MONEY_PER_MONTH: money,
+        }  # fmt: skip
+
+    @rule(who=st.integers(0, GATEWAYS - 1), which=st.integers(0, 50), part=st.floats(0, 1))
+    def settle(self, who: int, which: int, part: float) -> None:
+        gateway = self.live[who]
+        if gateway.requests:
+            self.end(gateway, gateway.requests.pop(which % len(gateway.requests)), part)
+
+    def end(self, gateway: Gateway, request: Request, part: float) -> None:
+        for counter, amount in request.charges:
+            used = math.floor(amount * part)
+            at = counter.kind, counter.window
+            counter.settle(amount, used)
+            self.reserved[at] -= amount
+            gateway.released[at] += amount
+            if counter.kind is not STREAMS:
+                self.used[at] += used
+
+    @rule(who=st.integers(0, GATEWAYS - 1))
+    def read(self, who: int) -> None:
+        gateway = self.live[who]
+        if gateway.writing is None:
+            gateway.read = (self.record, self.revision)
+            if self.record is not None:
+                gateway.account.see(self.record)
+
+    @rule(
+        who=st.integers(0, GATEWAYS - 1),
+        needs=st.lists(st.tuples(st.integers(1, 1500), st.integers(0, 30_000)), max_size=4),
+    )
+    def send(self, who: int, needs: list[tuple[int, int]]) -> None:
+        """Decides on what it read, however old that is."""
+        gateway = self.live[who]
+        if gateway.writing is None and gateway.read is not None:
+            record, revision = gateway.read
+            now = self.time(gateway)
+            wanted = [Need({kind: (amount, CEILINGS[kind]) for kind, amount in self.amounts(*each).items()}) for each in needs]
+            proposal = gateway.account.propose(record, gateway.calendar.at(now), wanted, now)
+            gateway.account.send(proposal)
+            gateway.writing, gateway.read = Writing(proposal, revision), None
+
+    @rule(who=st.integers(0, GATEWAYS - 1))
+    def arrive(self, who: int) -> None:
+        """The write arrives, and its answer is heard."""
+        gateway = self.live[who]
+        if gateway.writing is None:
+            return
+        writing, gateway.writing = gateway.writing, None
+        if self.apply(writing):
+            gateway.account.confirm(writing.proposal, self.time(gateway))
+            gateway.released.clear()
+            gateway.asked.clear()
+            self.remember(gateway, writing)  # drawn for requests that wait, and may not come to it
+        else:
+            gateway.account.conflict(writing.proposal)
+
+    @rule(who=st.integers(0, GATEWAYS - 1), happens=st.sampled_from(["now", "later", "never"]))
+    def lose(self, who: int, happens: str) -> None:
+        """The answer is lost."""
+        gateway = self.live[who]
+        if gateway.writing is None:
+            return
+        writing, gateway.writing = gateway.writing, None
+        gateway.account.doubt(writing.proposal)
+        self.remember(gateway, writing)
+        if happens == "now":
+            self.apply(writing)
+        elif happens == "later":
+            self.ghosts.append(writing)
+
+    def remember(self, gateway: Gateway, writing: Writing) -> None:
+        for counter, want, _ in writing.proposal.lots:
+            at = counter.kind, counter.window
+            gateway.asked[at] += sum(want.needs) + want.ceiling // SPARE_PART
+
+    @precondition(lambda self: self.ghosts)
+    @rule(which=st.integers(0, 50))
+    def haunt(self, which: int) -> None:
+        """A write arrives that its sender gave up, or that is of a gateway that died."""
+        self.apply(self.ghosts.pop(which % len(self.ghosts)))
+
+    def apply(self, writing: Writing) -> bool:
+        if writing.revision != self.revision:
+            return False
+        # Over the wire and back: what is not in the bytes is not in the record.
+        self.record, self.revision = Record.parse(writing.proposal.record.encode()), self.revision + 1
+        return True
+
+    # What happens to them
+
+    @rule(who=st.integers(0, GATEWAYS - 1))
+    def crash(self, who: int) -> None:
+        """Another takes its place, and knows nothing of it. Its streams go on for as long as streams may."""
+        gateway = self.live[who]
+        if gateway.writing is not None:
+            self.remember(gateway, gateway.writing)
+            self.ghosts.append(gateway.writing)
+        for counter in (*gateway.account.past, *gateway.account.current.values()):
+            at = counter.kind, counter.window
+            most = counter.reserved + gateway.released[at] + gateway.asked[at] + CEILINGS[counter.kind] // SPARE_PART
+            self.forfeited[at][gateway.account.holder] = most
+        self.streams += [request.ends for request in gateway.requests]
+        for request in gateway.requests:
+            for counter, amount in request.charges:
+                at = counter.kind, counter.window
+                self.reserved[at] -= amount
+                if counter.kind is not STREAMS:
+                    self.used[at] += amount  # nobody will ever know: it may have been used
+        self.live[who] = self.gateway()
+
+    @rule(seconds=st.floats(0, 90))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.streams = [ends for ends in self.streams if ends > self.now]
+        for gateway in self.live:
+            for request in [request for request in gateway.requests if request.ends <= self.now]:
+                gateway.requests.remove(request)
+                self.end(gateway, request, 1.0)
+
+    @rule(who=st.integers(0, GATEWAYS - 1), seconds=st.floats(-CLOCK_MARGIN / 2, CLOCK_MARGIN / 2))
+    def step(self, who: int, seconds: float) -> None:
+        """Streams' leases go by the clock: where they are in play, clocks differ by no more than their margin."""
+        self.live[who].clock = seconds
+
+    # What must be true
+
+    @invariant()
+    def never_more_than_the_ceiling(self) -> None:
+        for (kind, number), used in self.used.items():
+            assert used + self.reserved[kind, number] <= CEILINGS[kind], (kind, number)
+        running = self.reserved[STREAMS, 0] + len(self.streams)
+        assert running <= CEILINGS[STREAMS]
+
+    @invariant()
+    def capacity_stands_in_the_record(self) -> None:
+        for gateway in self.live:
+            for counter in gateway.account.current.values():
+                assert counter.reserved >= 0
+                share = None if self.record is None else self.record.share(counter.kind, counter.window, gateway.account.holder)
+                over = self.record is not None and counter.window < self.record.floor(counter.kind)
+                if not over and counter.kind is not STREAMS:
+                    assert counter.capacity <= (0 if share is None else share.drawn)
+
+    def teardown(self) -> None:
+        """Everybody comes to rest: nothing is lost but what crashed gateways had."""
+        while self.ghosts:
+            self.haunt(0)
+        for gateway in self.live:
+            gateway.writing = None if gateway.writing is None else self.lost(gateway)
+            gateway.clock = 0.0
+            while gateway.requests:
+                self.end(gateway, gateway.requests.pop(), 1.0)
+        for gateway in self.live:
+            gateway.account.due(self.now)  # by now all clocks are right
+        self.now += IDLE
+        for gateway in self.live:
+            for _ in range(3):
+                if gateway.account.due(self.now):
+                    self.read(self.live.index(gateway))
+                    self.send(self.live.index(gateway), [])
+                    self.arrive(self.live.index(gateway))
+            assert not gateway.account.due(self.now)
+            assert gateway.account.at_rest
+        self.balance()
+
+    def lost(self, gateway: Gateway) -> None:
+        assert gateway.writing is not None
+        gateway.account.doubt(gateway.writing.proposal)
+
+    def balance(self) -> None:
+        alive = {gateway.account.holder for gateway in self.live}
+        for kind, number, found in self.windows():
+            lost = {name: share for name, share in found.shares.items() if name not in alive}
+            for name, share in found.shares.items():
+                if name in alive:
+                    assert share.drawn == share.used, (kind, number, name)
+            if kind is STREAMS:
+                assert not set(found.shares) - set(lost)
+                continue
+            for name, share in lost.items():
+                assert share.drawn - share.used <= self.forfeited[kind, number].get(name, 0), (kind, number, name)
+            assert (
+                found.drawn()
+                >= self.used[kind, number]
+                >= found.drawn() - sum(share.drawn - share.used for share in lost.values())
+            )
+
+    def windows(self) -> Iterator[tuple[Kind, int, object]]:
+        for kind, kept in {} if self.record is None else self.record.windows.items():
+            for number, found in kept.items():
+                yield kind, number, found
+
+
+class AnyClocks(Budgets):
+    """Clocks that differ by anything: what is counted by windows is as safe as ever. Streams are left out."""
+
+    @rule(who=st.integers(0, GATEWAYS - 1), seconds=st.floats(-200_000, 200_000))
+    def step(self, who: int, seconds: float) -> None:
+        self.live[who].clock = seconds
+
+    @invariant()
+    def never_more_than_the_ceiling(self) -> None:
+        for (kind, number), used in self.used.items():
+            if kind is not STREAMS:
+                assert used + self.reserved[kind, number] <= CEILINGS[kind], (kind, number)
+
+
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
+QUICK = settings(max_examples=60, stateful_step_count=50, **COMMON)
+LONG = settings(max_examples=1500, stateful_step_count=100, phases=(Phase.generate, Phase.shrink), **COMMON)
+
+TestBudgets = Budgets.TestCase
+TestBudgets.settings = QUICK
+TestAnyClocks = AnyClocks.TestCase
+TestAnyClocks.settings = QUICK
+
+
+@pytest.mark.slow
+class TestBudgetsLong(Budgets.TestCase):
+    settings = LONG
+
+
+@pytest.mark.slow
+class TestAnyClocksLong(AnyClocks.TestCase):
+    settings = LONG
+
+
+def test_windows_are_of_utc() -> None:
+    assert window(Kind.MONEY_PER_MONTH, START) == 2027 * 12
+    assert window(Kind.TOKENS_PER_DAY, START) == 20833
