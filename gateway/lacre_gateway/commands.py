@@ -1,4 +1,4 @@
-"""`lacre gateway`, `lacre revoke`, `lacre audit` and `lacre policy`."""
+"""`lacre gateway`, `lacre revoke`, `lacre audit`, `lacre policy` and `lacre budget`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lacre_gateway.audit import commands as audit
+from lacre_gateway.budget import commands as budget
 from lacre_gateway.policy import commands as policy
 
 
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
     if find_spec("nats") is not None and find_spec("fastapi") is not None and find_spec("cedarpy") is not None:
         app.command()(gateway)
         app.command()(revoke)
+        budget.register(app)
 
 
 SettingsFile = Annotated[Path, typer.Option(help="The gateway's settings file (TOML).")]
