@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 import structlog
 
 from lacre_backend.api.app import create_app
+from lacre_backend.elsewhere import Elsewhere
 from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Facts, Gpu
@@ -37,6 +38,8 @@ async def serve(settings: Settings) -> None:
         engines = [load_engine(model) for model in settings.models]
         for engine in engines:
             stack.callback(engine.close)
+        app = Elsewhere(create_app(engines), "api")
+        stack.callback(app.close)
         names = [engine.model.name for engine in engines]
         slots = settings.slots or sum(engine.slots for engine in engines)
         keys.reload()  # loading a model takes its time; presence must not begin with keys of before
@@ -48,7 +51,7 @@ async def serve(settings: Settings) -> None:
         await feed.start()
         stack.push_async_callback(feed.close)
         identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, keys.reload)
-        node = Node(fabric, create_app(engines), identity)
+        node = Node(fabric, app, identity)
         log.info("worker.ready", pool=settings.pool, model=names[0])
         running, watching = asyncio.create_task(node.run()), asyncio.create_task(keys.watch())
         stack.push_async_callback(_cancel, watching)

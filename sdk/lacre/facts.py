@@ -29,6 +29,7 @@ class Facts:
     """What is known about an exchange; on a response as `extensions["lacre"]`.
 
     attempts: how often something was sealed and sent for it. parts: what those requests took that broke off.
+    tokens: ids of the answer's tokens, as far as the worker of a stream told them.
     checked: what was checked before anything was sent; `verification` adds what has come since.
     audit: the gateway's proof that it recorded this request, verified; None on a refusal that brings none.
     receipt, trailers: there once the answer has ended; the receipt is verified. None until then, and on a refusal.
@@ -43,6 +44,7 @@ class Facts:
     audit: AuditProof | None = None
     trailers: tuple[tuple[str, str], ...] = ()
     parts: list[Part] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list, repr=False)
 
     def broke_off(self, prompt: int, cached: int, completion: int) -> None:
         """The request of now took so much, and another goes on."""

@@ -50,6 +50,8 @@ class Answer:
         self._digest = self.head.get(DIGEST) if any(name == ASK for name, _ in plain.headers) else ""
         streams = sealing.resume > 0 and self.head.status == 200 and self.head.media_type == EVENT_STREAM
         self._splice = Splice(marked=bool(self._digest)) if streams else None
+        if self._splice is not None:
+            self.facts.tokens = self._splice.tokens
         self._collect()
         self._finish()
 
@@ -74,6 +76,7 @@ class Answer:
 
     def resume(self, error: LacreError) -> Steps[None]:
         """Goes on by a new request. Raises `error` where it is of a kind that is not resumed, and StreamBroken."""
+        error.verification = error.verification or self.facts.verification
         if not isinstance(error, TruncatedStream) or self._sealing.resume == 0:
             raise error
         self._collect()

@@ -219,7 +219,7 @@ MUTATIONS: Final = (
     Mutation("the worker's log has no exception's text", NODE,
              "**logs.places(exc.__cause__ or exc)", "error=repr(exc.__cause__)", "test_asked.py::test_log"),
     Mutation("a request's date is near", ADMISSION,
-             "if abs(sent - now) <= DATE_WINDOW:", "if True:", "test_replay.py::test_restarted_too_late"),
+             "if abs(sent - now) <= DATE_WINDOW and sent >= earliest:", "if True:", "test_replay.py::test_restarted_too_late"),
     Mutation("a date beyond all numbers is none", ADMISSION,
              "except (ValueError, OverflowError):", "except ValueError:", "test_asked.py::test_dates"),
     Mutation("a path has its normal form", ADMISSION,

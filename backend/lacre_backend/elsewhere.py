@@ -1,0 +1,113 @@
+"""An ASGI app on an event loop of its own, in a thread of its own.
+
+The node's loop sends the beats by which a gateway tells a busy worker from a dead one. What an app does between two awaits
+(parsing a body of megabytes, rendering a template, compiling a grammar) must not hold them up, nor may what decodes: only the
+app's events cross into the node's loop, and nothing of the app runs there.
+
+Rules:
+- An app is at most `AHEAD` events ahead of the node: what slows the node's reader down slows the app down.
+- A call that is cancelled here is cancelled there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from typing import Final
+
+from lacre.asgi import App, Message, Receive, Scope, Send
+
+AHEAD: Final = 8  # events that have crossed and were not taken: each wakes the other side up less often
+
+
+class Elsewhere:
+    """app: what runs in the other thread. It is an ASGI app itself. `close` it when nothing calls it any more."""
+
+    def __init__(self, app: App, name: str = "app") -> None:
+        self._app = app
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        crossing = _Crossing(self._loop, receive)
+        call = asyncio.run_coroutine_threadsafe(self._called(scope, crossing), self._loop)
+        try:
+            while (message := await crossing.take()) is not None:
+                await send(message)
+            await asyncio.wrap_future(call)
+        finally:
+            call.cancel()
+
+    async def _called(self, scope: Scope, crossing: _Crossing) -> None:
+        try:
+            await self._app(scope, crossing.receive, crossing.send)
+        finally:
+            crossing.end()
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+
+class _Crossing:
+    """The events of one call, from the app's loop (`there`) to the node's (`here`). Made in the node's."""
+
+    def __init__(self, there: asyncio.AbstractEventLoop, receive: Receive) -> None:
+        self._here, self._there = asyncio.get_running_loop(), there
+        self._receive = receive
+        self._messages: deque[Message | None] = deque()
+        self._came = asyncio.Event()  # the node's
+        self._ahead = 0  # the app's
+        self._room = asyncio.Event()  # the app's
+
+    # In the node's loop
+
+    async def take(self) -> Message | None:
+        """The app's next event; None at its end."""
+        while not self._messages:
+            self._came.clear()
+            await self._came.wait()
+        message = self._messages.popleft()
+        if not self._messages and message is not None:
+            self._there.call_soon_threadsafe(self._taken)
+        return message
+
+    def _put(self, message: Message | None) -> None:
+        self._messages.append(message)
+        self._came.set()
+
+    # In the app's
+
+    async def send(self, message: Message) -> None:
+        self._ahead += 1
+        self._here.call_soon_threadsafe(self._put, message)
+        while self._ahead >= AHEAD:
+            self._room.clear()
+            await self._room.wait()
+
+    async def receive(self) -> Message:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_awaited(self._receive), self._here))
+
+    def end(self) -> None:
+        self._here.call_soon_threadsafe(self._put, None)
+
+    def _taken(self) -> None:
+        """All that had crossed was taken; what crosses now is counted anew."""
+        self._ahead = 0
+        self._room.set()
+
+
+async def _awaited(receive: Receive) -> Message:
+    return await receive()
