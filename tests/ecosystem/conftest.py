@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from parts.minilm import minilm
+from parts.both import serving_both
 from parts.up import Up
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,10 +23,8 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """One that serves a model that writes, and one that embeds."""
-    live = Up.start(tmp_path_factory.mktemp("up") / "state", "--model", "smollm2-135m", "--model", str(minilm()))
-    yield live
-    live.stop()
+    with serving_both(tmp_path_factory.mktemp("up")) as live:
+        yield live
 
 
 def environment(name: str) -> str:
