@@ -32,8 +32,8 @@ class Recount:
 
     @property
     def unexplained(self) -> int:
-        """Claimed tokens that not even a byte of text accounts for. A stop sequence, which is cut off, a control token, which has
-        no text, and the marks around a tool call make some honestly; a worker that makes many up shows here.
+        """Claimed tokens that not even a byte of text accounts for. A stop sequence, which is cut off, a control token, which
+        has no text, and the marks around a tool call make some honestly; a worker that makes many up shows here.
         """
         return max(0, self.claimed - self.text_bytes)
 

@@ -263,6 +263,13 @@ def test_short_prompts_do_not_starve_a_long_one() -> None:
     assert driver.left["long"] == 0
 
 
+def test_a_cache_that_cannot_be_cut_is_not_reused() -> None:
+    driver = Driver(WHOLE)
+    prompt = [*PREFIX, 1, 2, 3]
+    for name in ("first", "same"):
+        assert driver.cached(name, prompt, b"a") == (0, len(prompt))
+
+
 def test_one_scopes_many_do_not_starve_anothers_one() -> None:
     driver = Driver()
     for i in range(100):
