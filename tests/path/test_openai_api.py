@@ -25,6 +25,7 @@ import lacre
 from parts.minilm import minilm, published
 from parts.up import Up
 
+pytestmark = pytest.mark.timeout(600)  # real models, on a machine that may be shared
 CHAT_MODEL = "smollm2-135m"
 MESSAGES: list[Any] = [{"role": "user", "content": "Name three seas."}]
 TIDE: dict[str, Any] = {
