@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from lacre_gateway.accesslog import AccessLog
 from lacre_gateway.answers import answer_with_problems
+from lacre_gateway.exchange import App, Receive, Scope, Send
 from lacre_gateway.manifest import etag, require
 from lacre_gateway.relay import SealedEndpoint
 from lacre_gateway.state import SEALED_PATH, Gateway
@@ -20,13 +21,29 @@ from lacre_gateway.state import SEALED_PATH, Gateway
 _READ: Final = ["GET", "HEAD"]
 
 
-def create_app(gateway: Gateway) -> FastAPI:
+class GatewayApp(FastAPI):
+    """Sealed requests go past the layers and routes of the others, which would cost each of them more than it takes to decide
+    on it (docs/performance.md).
+    """
+
+    sealed: App
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == SEALED_PATH and scope["method"] == "POST":
+            await self.sealed(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def create_app(gateway: Gateway) -> GatewayApp:
     """An ASGI app that serves from `gateway`, and neither starts nor stops any of its parts."""
-    app = FastAPI(title="Lacre gateway", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = GatewayApp(title="Lacre gateway", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     app.add_middleware(AccessLog, log=gateway.log)
     answer_with_problems(app)
-    app.router.routes.append(Route(SEALED_PATH, SealedEndpoint(gateway), methods=["POST"]))
+    endpoint = SealedEndpoint(gateway)
+    app.sealed = AccessLog(endpoint, gateway.log)
+    app.router.routes.append(Route(SEALED_PATH, endpoint, methods=["POST"]))  # for what is said of other methods
     app.add_api_route("/v1/manifest", serve_manifest, methods=_READ)
     app.add_api_route("/healthz", healthz, methods=_READ)
     app.add_api_route("/readyz", readyz, methods=_READ)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from types import TracebackType
 from typing import Any, Final
 
 from lacre import audit, problems
@@ -113,18 +114,23 @@ class Exchange:
         headers = [*_ANSWER_HEADERS, *self.limits, _audit(proof)]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
-    async def write(self, piece: bytes) -> None:
-        """Raises Stalled where the client does not take it in time."""
+    async def write(self, pieces: Sequence[bytes]) -> None:
+        """Raises Stalled where the client does not take them in time."""
+        await self._send_body(pieces, more=True)
+
+    async def end(self, pieces: Sequence[bytes] = ()) -> None:
+        """The last pieces, and the end of the answer. Raises Stalled."""
+        await self._send_body(pieces, more=False)
+
+    async def _send_body(self, pieces: Sequence[bytes], *, more: bool) -> None:
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         try:
             async with asyncio.timeout(self._stall_limit):
-                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+                await self._send({"type": "http.response.body", "body": body, "more_body": more})
         except TimeoutError:
             raise Stalled from None
-        self.sent += len(piece)
-        self.records += 1
-
-    async def end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        self.sent += len(body)
+        self.records += len(pieces)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answers with a problem document."""
@@ -157,6 +163,31 @@ class Exchange:
         self._unread = message.get("more_body", False)
         piece: bytes = message.get("body", b"")
         return piece
+
+
+class Attended:
+    """A context that is cut short by ClientGone as soon as the client leaves. Only after the body was read."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._left = self._over = False
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._gone = asyncio.get_running_loop().create_task(self._exchange.gone())
+        self._gone.add_done_callback(self._leave)
+
+    async def __aexit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
+        self._over = True
+        self._gone.cancel()
+        # Cancelled by somebody else as well, it stays cancelled.
+        if self._left and self._task is not None and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise ClientGone from None
+
+    def _leave(self, gone: asyncio.Task[None]) -> None:
+        if self._task is not None and not self._over and not gone.cancelled():
+            self._left = True
+            self._task.cancel()
 
 
 def _audit(proof: AuditProof) -> tuple[bytes, bytes]:

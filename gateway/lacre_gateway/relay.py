@@ -1,7 +1,7 @@
 """The path of one sealed request. `relay` reads like the list in DESIGN section 3.
 
 Rules:
-- Nothing here can open anything. Frames are forwarded byte for byte, each as it comes.
+- Nothing here can open anything. Frames are forwarded byte for byte, each as it comes; those that came together go together.
 - An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the connection is aborted:
   the client never sees a clean end of a broken answer.
 - A request that ends in any other way than its answer's end is cancelled at the worker.
@@ -15,10 +15,10 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from lacre import problems
 from lacre.jws import b64u
@@ -32,7 +32,7 @@ from lacre_gateway.audit.entries import Intent
 from lacre_gateway.auth import Principal
 from lacre_gateway.budget.fields import fields
 from lacre_gateway.budget.holds import Exhausted, Hold
-from lacre_gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, StreamBroken
+from lacre_gateway.exchange import Attended, ClientGone, Exchange, Receive, Scope, Send, StreamBroken
 from lacre_gateway.limits import Reservation
 from lacre_gateway.manifest import pool_for
 from lacre_gateway.mapping import FAILURES, WorkerRefused, counted, refusal_for
@@ -44,6 +44,7 @@ from lacre_gateway.settlement import Claim
 from lacre_gateway.state import Gateway
 from lacre_gateway.trail import Trail
 
+_TOGETHER: Final = 64 * 1024  # bytes of frames that came together and go on together: as much as a server takes without waiting
 _CANCEL_LIMIT: Final = 2.0  # seconds that cancelling may take; the worker also stops by itself when its credit runs out
 
 
@@ -67,6 +68,10 @@ class SealedEndpoint:
             if refusal.problem is problems.INTERNAL:
                 self._gateway.log.error("request failed", request_id=exchange.request_id, **places(exc))
             await exchange.refuse(refusal)
+        except Exception:  # a fault of the gateway: the server logs where it was, the caller learns that it was
+            if not exchange.started:
+                await exchange.refuse(Refusal(problems.INTERNAL))
+            raise
 
 
 async def relay(gateway: Gateway, exchange: Exchange) -> None:
@@ -94,14 +99,14 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
             dispatch = await gateway.connected().dispatch(work, queue_limit=gateway.settings.limits.queue_limit)
             del sealed, work  # megabytes, which an answer of minutes need not keep
             try:
-                async with _at_most(exchange, gateway.settings.limits.longest_stream):
-                    await _until_gone(exchange, _forward(exchange, dispatch, trail))
+                async with _at_most(exchange, gateway.settings.limits.longest_stream), Attended(exchange):
+                    last = await _forward(exchange, dispatch, trail)
             except BaseException:
                 await _cancel(dispatch)
                 raise
             finally:
                 trail.claim = request.claim(dispatch.receipts)
-            await exchange.end()
+            await exchange.end(last)
 
 
 async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request) -> Hold:
@@ -231,18 +236,31 @@ def _grant(gateway: Gateway, request: _Request) -> str:
     ).sign(gateway.key)
 
 
-async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> None:
-    """Returns when the worker said that the answer is whole. Raises WorkerRefused, FabricError, AuditUnavailable or Stalled."""
+async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list[bytes]:
+    """Returns when the worker said that the answer is whole, with the pieces that its end takes along.
+
+    Raises WorkerRefused, FabricError, AuditUnavailable or Stalled.
+    """
+    pieces: list[bytes] = []
+    size = 0
     async with aclosing(dispatch.frames()) as frames:
         async for frame in frames:
-            if frame.kind is Kind.ERROR:
+            if frame.kind is Kind.DATA:
+                pieces.append(frame.payload)
+                size += len(frame.payload)
+            elif frame.kind is Kind.ERROR and not pieces:
                 raise WorkerRefused(frame.payload)
             if not exchange.started:
                 await exchange.begin((await trail.recorded).proof())
             if frame.kind is Kind.USAGE:
-                return
-            await exchange.write(frame.payload)
-            await dispatch.consumed(len(frame.payload))
+                return pieces
+            if frame.kind is Kind.DATA and dispatch.ready and size < _TOGETHER:
+                continue
+            await exchange.write(pieces)
+            await dispatch.consumed(size)
+            pieces, size = [], 0
+            if frame.kind is Kind.ERROR:
+                raise WorkerRefused(frame.payload)
     raise WorkerLost("the frames ended without a last one")
 
 
@@ -257,20 +275,6 @@ async def _at_most(exchange: Exchange, longest: float) -> AsyncIterator[None]:
         if not limit.expired():
             raise
         raise WorkerLost("the answer took longer than limits.longest_stream") from None
-
-
-async def _until_gone(exchange: Exchange, forwarding: Coroutine[Any, Any, None]) -> None:
-    """Runs `forwarding` to its end, or until the client leaves: then it is cancelled, and ClientGone is raised."""
-    forward, gone = asyncio.ensure_future(forwarding), asyncio.ensure_future(exchange.gone())
-    try:
-        await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not forward.done():
-            raise ClientGone
-        forward.result()
-    finally:
-        forward.cancel()
-        gone.cancel()
-        await asyncio.gather(forward, gone, return_exceptions=True)
 
 
 async def _cancel(dispatch: Dispatch) -> None:

@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final
 
 import jwt
@@ -51,7 +52,13 @@ def sign(payload: Mapping[str, Any], key: Ed25519PrivateKey, typ: str) -> str:
 
 def sign_bytes(payload: bytes, key: Ed25519PrivateKey, typ: str) -> str:
     """Signs bytes as they are: two signers of one payload (a change of root) need the very same ones."""
-    return _jws.encode(payload, key, algorithm=ALGORITHM, headers={"typ": typ}, sort_headers=True)
+    signed = f"{_header(typ)}.{b64u(payload)}"
+    return f"{signed}.{b64u(key.sign(signed.encode()))}"
+
+
+@cache
+def _header(typ: str) -> str:
+    return b64u(json.dumps({"alg": ALGORITHM, "typ": typ}, separators=(",", ":")).encode())
 
 
 def verify(token: str, key: bytes | Ed25519PublicKey, typ: str) -> dict[str, Any]:
