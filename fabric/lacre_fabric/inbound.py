@@ -41,6 +41,7 @@ class Inbound:
         self._bound: str | None = None
         self._next = 0
         self._over = False
+        self._beats = 0  # in a row; nobody reads them
         self._consumed = self._told = 0
         self._receipts: deque[bytes] = deque(maxlen=KEPT_RECEIPTS)
         # One timer, put off when it comes due and not with each frame.
@@ -80,13 +81,13 @@ class Inbound:
         self._next += 1
         if frame.kind in (Kind.USAGE, Kind.BEAT) and 0 < len(frame.payload) <= MAX_RECEIPT:
             self._receipts.append(frame.payload)
-        if frame.kind is Kind.BEAT:
-            return None
-        self._pending_bytes += len(frame.payload)
-        if self._pending_bytes > 2 * CREDIT or len(self._frames) >= MAX_PENDING_FRAMES:
+        self._pending_bytes += len(frame.payload) if frame.kind is not Kind.BEAT else 0
+        self._beats = self._beats + 1 if frame.kind is Kind.BEAT else 0
+        if self._pending_bytes > 2 * CREDIT or len(self._frames) + self._beats >= MAX_PENDING_FRAMES:
             return self.fail(FrameGap("the worker sent more than its credit allows"))
-        self._frames.append(frame)
-        self._wake()
+        if frame.kind is not Kind.BEAT:
+            self._frames.append(frame)
+            self._wake()
         return None
 
     def fail(self, error: FabricError) -> None:
