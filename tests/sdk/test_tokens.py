@@ -1,0 +1,155 @@
+"""Where access tokens come from: strings, callables and OAuth2, over the client's own connection settings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import parse_qs
+
+import httpx2
+import pytest
+
+import lacre
+from lacre import credentials, problems
+from parts.chat_app import ChatApp
+from parts.relay import AsyncWire, Relay, Wire, served
+
+TOKEN_URL = "https://issuer.example/token"
+SECRET = "s3cr:et"
+
+
+class Issuing:
+    """A relay, and beside it a token server. answer: what the server says to its requests, by their number."""
+
+    def __init__(self, life: float = 300.0) -> None:
+        self.relay = Relay(ChatApp())
+        self.relay.respond = self._respond
+        self.asked: list[httpx2.Request] = []
+        self.good: Callable[[str], bool] = lambda token: True
+        self.life = life
+        self.failure: httpx2.Response | None = None
+
+    def _respond(self, request: httpx2.Request) -> httpx2.Response | None:
+        if request.url.host == "issuer.example":
+            self.asked.append(request)
+            body = f'{{"access_token":"t{len(self.asked)}","token_type":"Bearer","expires_in":{self.life}}}'
+            return self.failure or served(200, body.encode())
+        token = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if request.url.path == "/v1/sealed" and not self.good(token):
+            return served(401, problems.INVALID_TOKEN.body())
+        return None
+
+    @property
+    def used(self) -> list[str]:
+        sealed = (request for request in self.relay.requests if request.url.path == "/v1/sealed")
+        return [request.headers["authorization"].removeprefix("Bearer ") for request in sealed]
+
+    def client(self, token: Any = None, **options: Any) -> lacre.Client:
+        source = token or lacre.ClientCredentials(TOKEN_URL, "app", SECRET, scope="models", **options)
+        return lacre.Client(self.relay.url, token=source, memory=lacre.VersionMemory(), transport=Wire(self.relay))
+
+
+@pytest.fixture
+def issuing() -> Issuing:
+    return Issuing()
+
+
+def test_one_token_serves_many_calls(issuing: Issuing) -> None:
+    with issuing.client() as client:
+        for _ in range(3):
+            client.chat("x")
+    [asked] = issuing.asked
+    assert issuing.used == ["t1"] * 3
+    assert parse_qs(asked.content.decode()) == {"grant_type": ["client_credentials"], "scope": ["models"]}
+    pair = base64.b64decode(asked.headers["authorization"].removeprefix("Basic ")).decode()
+    assert pair == "app:s3cr%3Aet"
+
+
+def test_the_secret_in_the_form(issuing: Issuing) -> None:
+    with issuing.client(in_body=True, audience="lacre") as client:
+        client.chat("x")
+    [asked] = issuing.asked
+    form = parse_qs(asked.content.decode())
+    assert (form["client_id"], form["client_secret"], form["audience"]) == (["app"], [SECRET], ["lacre"])
+    assert "authorization" not in asked.headers
+
+
+def test_replaced_before_it_expires(issuing: Issuing, monkeypatch: pytest.MonkeyPatch) -> None:
+    issuing.life = 0.5  # and so replaced after 0.4 s
+    with issuing.client() as client:
+        client.chat("x")
+        time.sleep(0.45)
+        client.chat("x")
+    assert issuing.used == ["t1", "t2"]
+
+
+def test_a_refused_token_is_replaced_once(issuing: Issuing) -> None:
+    issuing.good = lambda token: token != "t1"
+    with issuing.client() as client:
+        assert client.chat("x").attempts == 2
+        assert issuing.used == ["t1", "t2"]
+        issuing.good = lambda token: False
+        with pytest.raises(lacre.Unauthenticated):
+            client.chat("x")
+    assert issuing.used == ["t1", "t2", "t2", "t3"]
+
+
+def test_a_callables_token_too(issuing: Issuing) -> None:
+    fresh = iter(["old", "new", "new", "new"])
+    issuing.good = lambda token: token == "new"
+    with issuing.client(lambda: next(fresh)) as client:
+        assert client.chat("x").attempts == 2
+    assert issuing.used == ["old", "new"]
+
+
+def test_a_string_is_all_there_is(issuing: Issuing) -> None:
+    issuing.good = lambda token: False
+    with issuing.client("only") as client, pytest.raises(lacre.Unauthenticated):
+        client.chat("x")
+    assert issuing.used == ["only"]
+
+
+def test_single_flight(issuing: Issuing) -> None:
+    with issuing.client() as client, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: client.chat("x"), range(8)))
+    assert len(issuing.asked) == 1
+
+
+async def test_single_flight_awaited(issuing: Issuing) -> None:
+    source = lacre.ClientCredentials(TOKEN_URL, "app", SECRET)
+    wire = AsyncWire(issuing.relay)
+    async with lacre.AsyncClient(issuing.relay.url, token=source, memory=lacre.VersionMemory(), transport=wire) as client:
+        await asyncio.gather(*(client.chat("x") for _ in range(8)))
+        issuing.good = lambda token: token != "t1"
+        await asyncio.gather(*(client.chat("x") for _ in range(8)))
+    assert len(issuing.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (401, b'{"error":"invalid_client"}', lacre.Unauthenticated),
+        (400, b'{"error":"<script>"}', lacre.Unauthenticated),
+        (503, b"", lacre.Unavailable),
+        (200, b"<html>", lacre.InvalidMessage),
+        (200, b'{"access_token":"a b"}', lacre.SettingsError),
+    ],
+)
+def test_a_token_server_that_gives_none(issuing: Issuing, status: int, body: bytes, error: type[lacre.LacreError]) -> None:
+    issuing.failure = served(status, body)
+    with issuing.client() as client, pytest.raises(error) as caught:
+        client.chat("canary")
+    assert not issuing.used
+    assert caught.value.remedy and "<" not in str(caught.value) and SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://issuer.example/token", "ftp://issuer.example", "issuer.example/token", "https://["])
+def test_a_secret_goes_over_tls(url: str) -> None:
+    with pytest.raises(lacre.SettingsError):
+        lacre.ClientCredentials(url, "app", SECRET)
+    assert SECRET not in repr(lacre.ClientCredentials("http://127.0.0.1:1/token", "app", SECRET))
+    assert "t0p" not in repr(credentials.Issued("t0p", 1.0))
