@@ -5,7 +5,7 @@ PYTEST := $(BIN)/python -m pytest
 
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test test-all lint bench profile fuzz mutants threat-model clean ready tested environments
+.PHONY: demo test test-all lint bench profile fuzz mutants threat-model errors clean ready tested environments
 
 demo: ready
 	$(BIN)/lacre demo
@@ -49,6 +49,10 @@ threat-model: ready
 # What only tests need: an encoder, as data; and what asks the gateway whatever its OpenAPI allows, in an environment of its own.
 tested: ready
 	@$(PYTHON) tools/bootstrap.py embedding contract
+
+# docs/errors.md, from the errors themselves.
+errors: ready
+	$(BIN)/python tools/error_list.py
 
 # Quick when nothing changed: tools/bootstrap.py compares what .venv was made from with what is here.
 ready:

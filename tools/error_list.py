@@ -1,6 +1,6 @@
 """Writes docs/errors.md from the errors themselves: every type, whose fault it is, and what to do. A test compares them.
 
-    python tools/error_list.py
+python tools/error_list.py
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ except lacre.LacreError as error:
     print(error.verification)  # what had been checked by then, and with what; None where nothing had begun
 ```
 
-`RefusedError` and what is below it have `status`, `problem` and `retry_after`; `ApiError` has `status`, `code` and `type`; `StreamBroken`
-has the `text` and the number of `tokens` that came. `TimedOut` and `Unreachable` are httpx2's exceptions too, so that programs which know
-those handle them. No message holds a key, a token, a prompt or an answer.
+`RefusedError` and what is below it have `status`, `problem` and `retry_after`; `ApiError` has `status`, `code` and `type`;
+`StreamBroken` has the `text` and the number of `tokens` that came. `TimedOut` and `Unreachable` are httpx2's exceptions too, so
+that programs which know those handle them. No message holds a key, a token, a prompt or an answer.
 
 An indented type is a kind of the one above it.
 
@@ -49,8 +49,8 @@ An indented type is a kind of the one above it.
 _REFUSALS: Final = """
 ## Refusals by the gateway
 
-What a gateway says before the seal is signed by nobody: it changes what is tried next, never what is trusted. An error of this kind says
-in `problem` which of these it is. With a client of OpenAI's the last part of the type is `error.code`.
+What a gateway says before the seal is signed by nobody: it changes what is tried next, never what is trusted. An error of this
+kind says in `problem` which of these it is. With a client of OpenAI's the last part of the type is `error.code`.
 
 | `problem` | status | raised as | what to do |
 |---|---|---|---|

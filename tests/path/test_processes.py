@@ -94,7 +94,9 @@ class TestDeaths:
         live.stop()
 
     def test_the_worker_killed_in_mid_stream(self, own: Up) -> None:
-        with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory()) as client:
+        with lacre.Client(
+            own.url, token=own.token, memory=lacre.VersionMemory(), resume=0
+        ) as client:  # there is no other worker
             stream = client.chat_stream("Tell me a very long story.", max_tokens=2000)
             next(stream)
             os.kill(own.children()["lacre_backend"], signal.SIGKILL)
