@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lacre.cli import manifest_app
+from lacre.cli.output import AsJson, waiting
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
     from lacre_fabric.connection import Connection
@@ -73,10 +75,13 @@ def up(
     schedule = Schedule(every=rotate_hours * 3600 or None)
 
     async def run() -> None:
-        async with running(folder, port, [path.resolve() for path in model or []], schedule) as (live, supervisor):
-            typer.echo(f"ready {live.connection_string}")
-            Console(stderr=True).print(f"[dim]In another shell:  . {live.site.folder / 'env'} && lacre chat[/dim]")
-            await supervisor.watch()
+        with ExitStack() as starting:
+            starting.enter_context(waiting("starting a message server, a gateway and a worker"))
+            async with running(folder, port, [path.resolve() for path in model or []], schedule) as (live, supervisor):
+                starting.close()
+                typer.echo(f"ready {live.connection_string}")
+                Console(stderr=True).print(f"[dim]In another shell:  . {live.site.folder / 'env'} && lacre chat[/dim]")
+                await supervisor.watch()
 
     asyncio.run(_until_signalled(run()))
 
@@ -163,7 +168,9 @@ def keys_rotate(
         async with _provisioner(site) as connection:
             await retire(site, connection)
             for name in pool or site.pools:
-                _tell(await rotate(site, connection, name, grace=GRACE if grace is None else grace, wait=wait))
+                with waiting("the workers take up the new keys"):
+                    rotated = await rotate(site, connection, name, grace=GRACE if grace is None else grace, wait=wait)
+                _tell(rotated)
 
     asyncio.run(run())
 
@@ -184,13 +191,21 @@ def keys_tend(state: State = None, rotate_hours: RotateHours = 24.0, grace: Grac
 
 
 @keys_app.command("list")
-def keys_list(state: State = None) -> None:
+def keys_list(state: State = None, as_json: AsJson = False) -> None:
     """Show the pools' keys, and what becomes of them."""
-    site, table = _site(state), Table("pool", "key", "KEM", "state")
-    for name in site.pools:
-        for generation in site.generations(name).live:
-            for config in generation.configs:
-                table.add_row(name, str(config.key_id), config.kem.label, _state(generation))
+    site = _site(state)
+    rows = [
+        (name, config.key_id, config.kem.label, _state(generation))
+        for name in site.pools
+        for generation in site.generations(name).live
+        for config in generation.configs
+    ]
+    if as_json:
+        typer.echo(json.dumps([dict(zip(("pool", "key", "kem", "state"), row, strict=True)) for row in rows], indent=2))
+        return
+    table = Table("pool", "key", "KEM", "state")
+    for row in rows:
+        table.add_row(*map(str, row))
     Console().print(table)
 
 

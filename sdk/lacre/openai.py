@@ -1,7 +1,8 @@
 """The clients of the `openai` package, sealed: `lacre.OpenAI()` and `lacre.AsyncOpenAI()`; the extra `openai` brings it.
 
 They are that package's own classes with a sealed client inside; what is not said here is theirs. Its `api_key` goes nowhere:
-the gateway asks for Lacre's token.
+the gateway asks for Lacre's token. Nor do they try again by themselves: Lacre does (`retries`), knowing what may run twice, and
+tells (`attempts`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def OpenAI(
     url: str | None = None,
     *,
     timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
-    max_retries: int = openai.DEFAULT_MAX_RETRIES,
+    max_retries: int = 0,
     **options: Unpack[Options],
 ) -> openai.OpenAI:
     """An `openai.OpenAI` whose every request is sealed. url and options: as for `lacre.Client`, which is closed with it."""
@@ -37,7 +38,7 @@ def AsyncOpenAI(
     url: str | None = None,
     *,
     timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
-    max_retries: int = openai.DEFAULT_MAX_RETRIES,
+    max_retries: int = 0,
     **options: Unpack[AsyncOptions],
 ) -> openai.AsyncOpenAI:
     """The async twin of `OpenAI`."""

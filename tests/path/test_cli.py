@@ -65,6 +65,8 @@ def test_keys_list(up: Up) -> None:
     shown = run("keys", "list", "--state", str(up.state)).stdout
     assert [line.count("current since") for line in shown.splitlines() if "default" in line] == [1, 1]
     assert "MLKEM768-X25519" in shown
+    listed = json.loads(run("keys", "list", "--json", "--state", str(up.state)).stdout)
+    assert [row["pool"] for row in listed] == ["default", "default"]
 
 
 def test_keys_of_a_pool_that_is_not_there(up: Up) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lacre.cli.output import waiting
 from lacre.errors import SettingsError
 
 audit_app = typer.Typer(name="audit", help="The audit log: verify it, prove from it, search it.", no_args_is_help=True)
@@ -38,7 +39,8 @@ def audit_verify(
     """Verify every byte of a log, and name the first place where it does not hold. Exit code 1 where it does not."""
     from lacre_gateway.audit.check import verify
 
-    verdict = verify(folder, parse_key(key), [_read(path) for path in checkpoint or ()])
+    with waiting("verifying every byte"):
+        verdict = verify(folder, parse_key(key), [_read(path) for path in checkpoint or ()])
     found = {
         "ok": verdict.wrong is None, "verdict": verdict.words, "origin": verdict.origin, "entries": verdict.size,
         "root": verdict.root.hex(), "requests": verdict.requests, "under_way": verdict.under_way, "torn": verdict.torn,

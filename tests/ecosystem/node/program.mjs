@@ -36,6 +36,7 @@ const does = {
   async tools() {
     const completion = await client.chat.completions.create({
       ...greedy, max_tokens: 64, tools: [tool], tool_choice: { type: "function", function: { name: "get_weather" } },
+      parallel_tool_calls: false,
     });
     const [call] = completion.choices[0].message.tool_calls;
     return { name: call.function.name, arguments: JSON.parse(call.function.arguments) };

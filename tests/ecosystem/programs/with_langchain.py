@@ -44,7 +44,7 @@ def add(a: int, b: int) -> int:
 
 def binding() -> dict[str, Any]:
     asked = HumanMessage("What is 2 plus 3?")
-    answer = model(max_tokens=64).bind_tools([add], tool_choice="add").invoke([asked])
+    answer = model(max_tokens=64).bind_tools([add], tool_choice="add", parallel_tool_calls=False).invoke([asked])
     [call] = answer.tool_calls
     result = add.invoke(call["args"])
     after = (

@@ -78,7 +78,13 @@ def asynchronous() -> dict[str, Any]:
 def tools() -> dict[str, Any]:
     forced: Any = {"type": "function", "function": {"name": "get_weather"}}
     asked: list[Any] = [{"role": "user", "content": "What is the weather in Vienna?"}]
-    options: dict[str, Any] = {"model": CHAT, "temperature": 0, "tools": [WEATHER], "max_tokens": 64}
+    options: dict[str, Any] = {
+        "model": CHAT,
+        "temperature": 0,
+        "tools": [WEATHER],
+        "max_tokens": 64,
+        "parallel_tool_calls": False,
+    }
     with openai.OpenAI(**arguments()) as client:
         completion = client.chat.completions.create(messages=asked, tool_choice=forced, **options)
         message = completion.choices[0].message
