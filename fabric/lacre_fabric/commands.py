@@ -117,14 +117,22 @@ def token_issue(
     group: Annotated[list[str] | None, typer.Option(help="A group; may be repeated.")] = None,
     scope: Annotated[list[str] | None, typer.Option(help="A scope; may be repeated.")] = None,
     hours: Annotated[float, typer.Option(help="How long it is valid.", min=0.01, max=24 * 31)] = 24.0,
+    dpop: Annotated[
+        Path | None, typer.Option(help="Bind it to the key in this file, which is made where there is none.")
+    ] = None,
 ) -> None:
     """Print an access token. For one's own machine: a deployment has an OIDC provider."""
+    from lacre.dpop import ProofKey
     from lacre_fabric import tokens
-    from lacre_fabric.keyfiles import read_ed25519
+    from lacre_fabric.keyfiles import read_ed25519, write_secret
     from lacre_fabric.up import default_state
 
     key = read_ed25519((state or default_state()) / "issuer.pem")
-    typer.echo(tokens.issue(key, subject, groups=group or (), scopes=scope or (), lifetime=hours * 3600))
+    if dpop is not None and not dpop.exists():
+        write_secret(dpop.resolve(), ProofKey.generate().pem())
+    bound_to = None if dpop is None else ProofKey.load(dpop).thumbprint
+    lifetime = hours * 3600
+    typer.echo(tokens.issue(key, subject, groups=group or (), scopes=scope or (), lifetime=lifetime, bound_to=bound_to))
 
 
 @keys_app.command("init")

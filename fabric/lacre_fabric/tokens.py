@@ -35,11 +35,12 @@ def issue(
     groups: Sequence[str] = (),
     scopes: Sequence[str] = (),
     lifetime: float = LIFETIME,
+    bound_to: str | None = None,
     now: float | None = None,
 ) -> str:
-    """An access token (JWT, RFC 7519). lifetime: seconds."""
+    """An access token (JWT, RFC 7519). lifetime: seconds. bound_to: the thumbprint of the one key that it needs (RFC 9449)."""
     now = time.time() if now is None else now
-    claims = {
+    claims: dict[str, Any] = {
         "iss": ISSUER,
         "aud": AUDIENCE,
         "sub": subject,
@@ -51,4 +52,6 @@ def issue(
         "exp": int(now + lifetime),
         "jti": secrets.token_hex(16),
     }
+    if bound_to is not None:
+        claims["cnf"] = {"jkt": bound_to}
     return jwt.encode(claims, key, algorithm="EdDSA", headers={"kid": key_id(key), "typ": "at+jwt"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,37 @@ def test_an_issuer_once() -> None:
     block = TEXT[TEXT.index("[[issuers]]") : TEXT.index("[limits]")]
     with pytest.raises(SettingsError, match="each issuer may appear once"):
         settings(TEXT.replace("[limits]", f"{block}\n[limits]"))
+
+
+def test_where_an_issuer_s_keys_are() -> None:
+    found = parse(TEXT.replace('jwks = "jwks.json"', ""), PLACE).issuers[0]
+    assert (found.jwks, found.jwks_url) == (None, None)  # discovery
+    found = parse(TEXT.replace('jwks = "jwks.json"', 'jwks_url = "https://keys.example/set"'), PLACE).issuers[0]
+    assert (found.jwks, found.jwks_url) == (None, "https://keys.example/set")
+    for url in ("http://keys.example/set", "keys.json", "https://user@keys.example/", "file:///etc/passwd"):
+        with pytest.raises(SettingsError, match=r"issuers.0.jwks_url: write the https address"):
+            parse(TEXT.replace('jwks = "jwks.json"', f'jwks_url = "{url}"'), PLACE)
+    with pytest.raises(SettingsError, match="in one place"):
+        parse(TEXT.replace('jwks = "jwks.json"', 'jwks = "jwks.json"\njwks_url = "https://keys.example/set"'), PLACE)
+
+
+@pytest.mark.parametrize("issuer", ["urn:issuer", "http://issuer.example", "issuer.example"])
+def test_discovery_needs_an_address(issuer: str) -> None:
+    text = re.sub(r'issuer = ".*"', f'issuer = "{issuer}"', TEXT)
+    assert parse(text, PLACE).issuers[0].issuer == issuer
+    with pytest.raises(SettingsError, match="at its own https address"):
+        parse(text.replace('jwks = "jwks.json"', ""), PLACE)
+
+
+def test_names_of_claims() -> None:
+    claims = 'groups = "realm_access.roles"\ntenant = ["https://example.com/tenant"]\nscopes = "permissions"'
+    found = parse(TEXT.replace("[limits]", f"[issuers.claims]\n{claims}\n[limits]"), PLACE).issuers[0].claims
+    assert found.groups == ("realm_access", "roles")
+    assert found.tenant == ("https://example.com/tenant",)
+    assert (found.scopes, found.plan) == (("permissions",), ("plan",))
+    for wrong in ('groups = ""', "groups = []", "groups = 3", 'groups = "a..b"', 'groups = ["a", 3]'):
+        with pytest.raises(SettingsError, match=r"issuers.0.claims.groups: write the claim's name"):
+            parse(TEXT.replace("[limits]", f"[issuers.claims]\n{wrong}\n[limits]"), PLACE)
 
 
 def test_no_issuer() -> None:

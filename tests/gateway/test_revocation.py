@@ -1,0 +1,309 @@
+"""Revocation: what is refused, for how long, and how soon on every gateway; and a gateway that does not know refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+import lacre
+from lacre import problems
+from lacre.errors import UsageError
+from lacre_fabric import subjects
+from lacre_fabric.connection import Connection
+from lacre_fabric.logs import make_log
+from lacre_fabric.memory import MemoryFabric
+from lacre_fabric.nats_revocations import revoke
+from lacre_fabric.revocations import Revocation, subject_key, token_key
+from lacre_fabric.roles import Credential
+from lacre_fabric.work import FabricUnavailable
+from lacre_gateway import revocation as module
+from lacre_gateway.revocation import MAX_AGE, RevocationList, revocation
+from lacre_gateway.settings import Issuer as IssuerSettings
+from lacre_gateway.settings import load
+from parts.chat_app import ChatApp
+from parts.cluster import MODEL, POOL, Cluster
+from parts.gateway import ISSUER, FakeWorker, Issuer, World
+
+NOW = 1_800_000_000.0
+DAY = 86400.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def known(clock: Clock) -> RevocationList:
+    return RevocationList(make_log(io.StringIO()), clock)
+
+
+def test_until_its_time_is_over(known: RevocationList, clock: Clock) -> None:
+    known.add(Revocation("k", NOW + 100))
+    assert known.refuses(["other", "k"], NOW - 50)
+    assert known.refuses(["k"], NOW + 50)
+    assert not known.refuses(["other"], NOW - 50)
+    clock.now += 100
+    assert not known.refuses(["k"], NOW - 50)
+
+
+def test_what_was_issued_later_is_not_meant(known: RevocationList) -> None:
+    known.add(Revocation("k", NOW + 100, issued_until=NOW))
+    assert known.refuses(["k"], NOW)
+    assert not known.refuses(["k"], NOW + 0.001)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_the_wider(order: int, known: RevocationList, clock: Clock) -> None:
+    """Nothing that comes later, or again, makes a revocation less."""
+    for entry in [Revocation("k", NOW + 100, NOW), Revocation("k", NOW + 50, NOW + 30), Revocation("k", NOW + 10)][::order]:
+        known.add(entry)
+    assert known.refuses(["k"], NOW + 1000)
+    clock.now += 99
+    assert known.refuses(["k"], NOW)
+
+
+async def test_entries_are_forgotten_when_their_time_is_over(known: RevocationList, clock: Clock) -> None:
+    hub = MemoryFabric()
+    hub.revocations += [Revocation("a", NOW + 10), Revocation("b", NOW + 1000)]
+    fabric = hub.gateway()
+    await known.refresh(fabric)
+    assert len(known) == 2
+    clock.now += 11
+    known._sweep_at = -math.inf
+    await known.refresh(fabric)
+    assert len(known) == 1
+
+
+async def test_a_list_that_was_not_read_is_not_current(known: RevocationList, monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric = MemoryFabric().gateway()
+    assert not known.current
+    await known.refresh(fabric)
+    assert known.current
+    fabric.connected = False
+    with pytest.raises(FabricUnavailable):
+        await known.refresh(fabric)
+    assert known.current  # for a while: the fabric may choose a new leader
+    monkeypatch.setattr(module, "MAX_AGE", 0.0)
+    assert not known.current
+
+
+async def test_it_goes_on_looking(known: RevocationList, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK", 0.01)
+    hub = MemoryFabric()
+    fabric = hub.gateway()
+    fabric.connected = False
+    await known.start(lambda: fabric)
+    assert not known.current
+    fabric.connected = True
+    hub.revocations.append(Revocation("k", NOW + 100))
+    async with asyncio.timeout(10):
+        while not known.refuses(["k"], NOW):
+            await asyncio.sleep(0.005)
+    await known.close()
+
+
+async def test_a_gateway_that_does_not_know_serves_nobody(
+    world: World, worker: FakeWorker, client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = world.headers(world.issuer.token())
+    assert (await client.post("/v1/sealed", content=world.seal()[0], headers=headers)).status_code == 200
+    monkeypatch.setattr(module, "MAX_AGE", 0.0)
+    response = await client.post("/v1/sealed", content=world.seal()[0], headers=headers)
+    assert response.content == problems.UNAVAILABLE.body()
+    assert response.headers["retry-after"] == "5"
+    assert (await client.get("/readyz")).json()["missing"].keys() == {"revocations"}
+    assert len(worker.opened) == 1
+    monkeypatch.setattr(module, "MAX_AGE", MAX_AGE)
+    assert (await client.post("/v1/sealed", content=world.seal()[0], headers=headers)).status_code == 200
+
+
+# What is asked for
+
+
+def issuers(*names: str, **changes: float) -> list[IssuerSettings]:
+    return [IssuerSettings(issuer=name, audience="a", algorithms=("EdDSA",), jwks={}, **changes) for name in names]
+
+
+def test_a_token_and_a_subject() -> None:
+    one = issuers(ISSUER, leeway=10.0, token_lifetime=DAY)
+    assert revocation(one, jti="t1", now=NOW) == Revocation(token_key(ISSUER, "t1"), NOW + DAY + 20)
+    assert revocation(one, subject="bob", now=NOW) == Revocation(subject_key(ISSUER, "bob"), NOW + DAY + 20, NOW)
+
+
+def test_until_the_token_expires_and_is_not_taken_any_more() -> None:
+    one = issuers(ISSUER, leeway=10.0, token_lifetime=DAY)
+    assert revocation(one, jti="t1", until=NOW + 60, now=NOW).until == NOW + 70
+    assert revocation(one, jti="t1", until=NOW + 99 * DAY, now=NOW).until == NOW + DAY + 20
+
+
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [
+        ({}, "--jti"),
+        ({"jti": "t1", "subject": "bob"}, "--jti"),
+        ({"jti": "t1", "until": NOW - 60}, "--until"),
+        ({"jti": "t1", "issuer": "https://third.example"}, "--issuer"),
+    ],
+)
+def test_what_cannot_be_meant_is_said(asked: dict[str, object], remedy: str) -> None:
+    with pytest.raises(UsageError, match=remedy):
+        revocation(issuers(ISSUER), now=NOW, **asked)  # type: ignore[arg-type]
+
+
+def test_of_several_issuers_one_is_named() -> None:
+    two = issuers(ISSUER, "https://other.example")
+    with pytest.raises(UsageError, match="--issuer"):
+        revocation(two, jti="t1", now=NOW)
+    assert revocation(two, jti="t1", issuer="https://other.example", now=NOW).key == token_key("https://other.example", "t1")
+
+
+async def test_a_subject_is_let_in_again_with_a_token_issued_later(
+    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    async def status(token: str) -> int:
+        return (await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers(token))).status_code
+
+    now = int(time.time())
+    before, during = world.issuer.token(sub="bob", iat=now - 5), world.issuer.token(sub="bob", iat=now + 5)
+    assert [await status(before), await status(during)] == [200, 200]
+    revoked = await world.gateway.revoke(subject="bob")
+    world.gateway.revocations._entries[revoked.key] = (revoked.until, now - 3.0)
+    # Its issuer's clock may be 10 s ahead: what says that it was issued soon after may have been issued before.
+    assert [await status(before), await status(during)] == [401, 401]
+    world.gateway.revocations._entries[revoked.key] = (revoked.until, now - 6.0)
+    assert [await status(before), await status(during)] == [401, 200]
+
+
+# On real gateways
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[Cluster]:
+    (tmp_path / "jwks.json").write_text(json.dumps(issuer.jwks()))
+    tables = f"""
+        [[issuers]]
+        issuer = "{ISSUER}"
+        audience = "lacre-test"
+        algorithms = ["EdDSA"]
+        jwks = "{tmp_path}/jwks.json"
+        [limits]
+        requests_per_minute = 100000
+        failed_auth_per_minute = 100000
+    """
+    cluster = await Cluster.start(tmp_path, ChatApp(), tables)
+    yield cluster
+    await cluster.close()
+
+
+async def refused_after(cluster: Cluster, tokens: list[str], since: float) -> float:
+    """Seconds until every gateway has refused every token; what it answers before says that it was let in."""
+    headers = {"lacre-pool": POOL, "lacre-model": MODEL, "lacre-action": "chat", "content-type": "text/plain"}
+    for gateway in cluster.gateways:
+        async with httpx2.AsyncClient(base_url=gateway.base_url, trust_env=False) as client:
+            for token in tokens:
+                async with asyncio.timeout(10):
+                    while True:
+                        response = await client.post("/v1/sealed", headers={**headers, "authorization": f"Bearer {token}"})
+                        if response.status_code == 401:
+                            break
+                        assert response.status_code == 415
+                        await asyncio.sleep(0.005)
+    return time.monotonic() - since
+
+
+@pytest.mark.slow
+async def test_refused_everywhere_within_a_second(cluster: Cluster, issuer: Issuer) -> None:
+    """Measured from before it is revoked. The bound is generous: the machine may be busy."""
+    times = []
+    settings = load(cluster.gateways[0].settings)
+    connection = await Connection.open(settings.nats.url, Credential.load(settings.nats.credentials))
+    for number in range(20):
+        token = issuer.token(sub=f"s{number}", jti=f"t{number}")
+        await let_in(cluster, token)
+        what = {"jti": f"t{number}"} if number % 2 else {"subject": f"s{number}"}
+        since = time.monotonic()
+        await revoke(connection, revocation(settings.issuers, now=time.time(), **what))  # type: ignore[arg-type]
+        times.append(await refused_after(cluster, [token], since))
+    await connection.close()
+    print(
+        f"refused on {len(cluster.gateways)} gateways after {sorted(times)[10] * 1e3:.0f} ms, {max(times) * 1e3:.0f} ms at most"
+    )
+    assert max(times) < 5.0
+
+    # And by a gateway that starts later.
+    first = cluster.gateways[0]
+    first.stop()
+    first.start()
+    await first.ready()
+    await refused_after(cluster, [issuer.token(sub=f"s{n}", jti=f"t{n}") for n in range(20)], time.monotonic())
+    await let_in(cluster, issuer.token(sub="s1", jti="another"))  # s1 was not revoked, its token t1 was
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["--jti", "--sub"])
+async def test_lacre_revoke(what: str, cluster: Cluster, issuer: Issuer) -> None:
+    token = issuer.token(sub="bob", jti="bob")
+    await let_in(cluster, token)
+    arguments = [what, "bob", "--settings", str(cluster.gateways[1].settings)]
+    done = await asyncio.to_thread(lacre_command, "revoke", *arguments)
+    assert done.returncode == 0 and done.stdout.startswith("revoked until "), done.stderr
+    await refused_after(cluster, [token], time.monotonic())
+    for wrong in (
+        ["--until", "2020-01-01"],
+        ["--issuer", "https://third.example"],
+        ["--sub" if what == "--jti" else "--jti", "x"],
+    ):
+        done = await asyncio.to_thread(lacre_command, "revoke", *arguments, *wrong)
+        assert done.returncode == 1 and done.stderr.startswith("error: "), done.stdout
+
+
+def lacre_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "lacre", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+async def let_in(cluster: Cluster, token: str) -> None:
+    """By every gateway, which then remembers that it is good."""
+    memory = lacre.VersionMemory()
+    for gateway in cluster.gateways:
+        async with lacre.AsyncClient(gateway.url, token=token, memory=memory, shape="none") as client:
+            assert (await client.chat("Count.", max_tokens=8)).text == "one two three"
+
+
+@pytest.mark.slow
+async def test_without_its_bucket_a_gateway_is_not_ready(cluster: Cluster) -> None:
+    provisioner = await Connection.open(cluster.server.url, cluster.site.credential("provisioner"))
+    await provisioner.jetstream.delete_stream(subjects.REVOCATIONS_STREAM)
+    await provisioner.close()
+    first = cluster.gateways[0]
+    first.stop()
+    first.start()
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                if (missing := await first.missing()).keys() == {"revocations"}:
+                    break
+            except httpx2.TransportError:
+                pass
+            await asyncio.sleep(0.05)
+    assert "cannot be read" in missing["revocations"]
+    assert "no bucket of revocations" in first.log.read_text()
