@@ -75,6 +75,19 @@ class Keys(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """Who asks, and with which proof; None for a token that is good without."""
+
+    principal: Principal
+    proof: dpop.Proof | None = None
+
+    def check_request(self, digest: bytes) -> None:
+        """digest: SHA-256 of `hdr ‖ enc`. Raises Refusal where the proof is not for this sealed request."""
+        if self.proof is not None and self.proof.request != b64u(digest):
+            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF)
+
+
+@dataclass(frozen=True, slots=True)
 class TrustedIssuer:
     """One issuer and its keys. tenant: which one its tokens speak for; None lets the token say. Times in seconds.
 
@@ -120,37 +133,24 @@ class TrustedIssuer:
             names.append(token_key(self.issuer, principal.jti))
         # By a clock that is ahead, what was issued before a moment may say that it was after it.
         return _Verdict(
-            principal, self.keys, epoch, expires + self.leeway, issued - self.leeway, tuple(names), bound_key(claims)
+            Access(principal), self.keys, epoch, expires + self.leeway, issued - self.leeway, tuple(names), bound_key(claims)
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """A good token. until, issued: seconds since the epoch, with the leeway. revocable: what it can be revoked by.
+    """A good token. access: what it gives, but for a proof. until, issued: seconds since the epoch, with the leeway.
 
-    thumbprint: of the key that it is bound to.
+    revocable: what it can be revoked by. thumbprint: of the key that it is bound to.
     """
 
-    principal: Principal
+    access: Access
     keys: Keys
     epoch: int
     until: float
     issued: float
     revocable: tuple[str, ...]
     thumbprint: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Who asks, and with which proof; None where the token is good without."""
-
-    principal: Principal
-    proof: dpop.Proof | None = None
-
-    def check_request(self, digest: bytes) -> None:
-        """digest: SHA-256 of `hdr ‖ enc`. Raises Refusal where the proof is not for this sealed request."""
-        if self.proof is not None and self.proof.request != b64u(digest):
-            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,13 @@ class Authenticator:
         if verdict is None or verdict.epoch != verdict.keys.epoch or self._clock() >= verdict.until:
             verdict = await self._verified(authorization, address)
             self._remember(digest, verdict)
-        return self._admitted(verdict, _Shown(authorization, proof, method, url), address)
+        if not self._revocations.current:
+            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY)
+        if self._revocations.refuses(verdict.revocable, verdict.issued):
+            raise Refusal(problems.INVALID_TOKEN, challenge=_INVALID[_credentials(authorization)[0]])
+        if verdict.thumbprint is None:
+            return verdict.access
+        return self._proved(verdict, _Shown(authorization, proof, method, url), address)
 
     async def _verified(self, authorization: bytes | None, address: str) -> _Verdict:
         # An address that only sends bad tokens must not buy a signature check with each; good remembered ones need none.
@@ -243,29 +249,19 @@ class Authenticator:
         key = await trusted.key(header)
         return trusted.verdict(token, key, trusted.keys.epoch)
 
-    def _admitted(self, verdict: _Verdict, shown: _Shown, address: str) -> Access:
-        if not self._revocations.current:
-            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY)
-        if self._revocations.refuses(verdict.revocable, verdict.issued):
-            raise Refusal(problems.INVALID_TOKEN, challenge=_INVALID[_credentials(shown.authorization)[0]])
-        if verdict.thumbprint is None:
-            return Access(verdict.principal)
+    def _proved(self, verdict: _Verdict, shown: _Shown, address: str) -> Access:
+        """Raises Refusal unless whoever shows the token has its key."""
+        scheme, token = _credentials(shown.authorization)
         try:
-            proof = self._proved(shown, verdict.thumbprint)
+            if scheme != b"dpop" or token is None or shown.proof is None:
+                raise InvalidMessage("a token that is bound to a key comes with the scheme DPoP and a proof")
+            expected = dpop.Expected(shown.method, shown.url, dpop.token_hash(token), str(verdict.thumbprint))
+            proof = dpop.verify(shown.proof.decode("latin-1"), expected, self._clock())
+            self._spend(proof)
         except LacreError as exc:
             self._throttle.failed(address)
             raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF) from exc
-        return Access(verdict.principal, proof)
-
-    def _proved(self, shown: _Shown, thumbprint: str) -> dpop.Proof:
-        """Raises ProtocolError or VerificationError."""
-        scheme, token = _credentials(shown.authorization)
-        if scheme != b"dpop" or token is None or shown.proof is None:
-            raise InvalidMessage("a token that is bound to a key comes with the scheme DPoP and a proof")
-        expected = dpop.Expected(shown.method, shown.url, dpop.token_hash(token), thumbprint)
-        proof = dpop.verify(shown.proof.decode("latin-1"), expected, self._clock())
-        self._spend(proof)
-        return proof
+        return Access(verdict.access.principal, proof)
 
     def _spend(self, proof: dpop.Proof) -> None:
         """Each proof is good once (RFC 9449 section 11.1). Raises InvalidMessage."""

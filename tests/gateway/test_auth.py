@@ -111,6 +111,25 @@ def test_verdict_is_kept_until_expiry_and_for_the_whole_token(issuer: Issuer) ->
     assert decide(auth, good) is not first
 
 
+class WithdrawnKeys(KeySet):
+    """A key set that some key leaves."""
+
+    epoch = 0  # type: ignore[misc]
+
+
+def test_a_verdict_does_not_outlive_its_issuer_s_keys(issuer: Issuer) -> None:
+    keys = WithdrawnKeys.parse(issuer.jwks(), ALGORITHMS, "issuers.0.jwks")
+    auth, token = authenticator(issuer, keys=keys), issuer.token()
+    first = principal(auth, token)
+    assert principal(auth, token) is first
+    keys.epoch += 1
+    assert principal(auth, token) is not first  # verified anew: the key that signed it is still there
+    keys.epoch += 1
+    keys._keys = {}
+    with pytest.raises(Refusal):
+        principal(auth, token)
+
+
 NAMED = {
     "sub": "alice",
     "tenant": "acme",
