@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx2
@@ -42,11 +42,15 @@ def trusted(issuer: Issuer, tenant: str | None = None, **changes: Any) -> Truste
 
 
 def authenticator(
-    issuer: Issuer, clock: Callable[[], float] = time.time, throttle: int = 10_000, **changes: Any
+    issuer: Issuer,
+    clock: Callable[[], float] = time.time,
+    throttle: int = 10_000,
+    others: Sequence[TrustedIssuer] = (),
+    **changes: Any,
 ) -> Authenticator:
     revocations = RevocationList(make_log(io.StringIO()))
     asyncio.run(revocations.refresh(MemoryFabric().gateway()))
-    return Authenticator([trusted(issuer, **changes)], revocations, FailureThrottle(throttle), clock)
+    return Authenticator([trusted(issuer, **changes), *others], revocations, FailureThrottle(throttle), clock)
 
 
 def decide(auth: Authenticator, authorization: bytes, address: str = "192.0.2.1") -> Principal:
@@ -109,6 +113,28 @@ def test_verdict_is_kept_until_expiry_and_for_the_whole_token(issuer: Issuer) ->
         decide(auth, forged)
     clock[0] += 111  # past exp and leeway: verified anew, by PyJWT's own clock still good
     assert decide(auth, good) is not first
+
+
+def test_each_issuer_s_tokens_are_held_against_its_own_keys_and_rules(issuer: Issuer) -> None:
+    """Both have a key of the same name; the second may sign with one algorithm, for one tenant, and says groups elsewhere."""
+    other, name = Issuer(), "https://other.example"
+    keys = KeySet.parse(other.jwks(), ("ES256",), "issuers.1.jwks")
+    names = ClaimNames(groups=("realm_access", "roles"))
+    second = TrustedIssuer(name, "another", keys, ("ES256",), "theirs", 10.0, 3600.0, names)
+    auth = authenticator(issuer, others=[second])
+    said = {"iss": name, "aud": "another", "realm_access": {"roles": ["staff"]}}
+    assert principal(auth, issuer.token()).issuer == ISSUER
+    assert principal(auth, other.token(kid="ec", **said)) == Principal("alice", "theirs", name, ("staff",))
+    foreign = [
+        other.token(kid="ec"),  # by one, in the name of the other
+        issuer.token(kid="ec", **said),
+        other.token(kid="ed", **said),  # by an algorithm that is pinned for the other alone
+        other.token(kid="ec", **{**said, "aud": AUDIENCE}),
+        issuer.token(aud="another"),
+    ]
+    for token in foreign:
+        with pytest.raises(Refusal):
+            principal(auth, token)
 
 
 class WithdrawnKeys(KeySet):

@@ -251,7 +251,8 @@ POISON = {
     "no key that is pinned": {"keys": [{"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA", "kid": "b"}]},
     "a key that is none": {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "!", "kid": "b"}]},
     "too many": {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": PRIVATE["x"], "kid": f"{n}"} for n in range(101)]},
-    "too long": b'{"keys":[' + b" " * documents.MAX_DOCUMENT + b"]}",
+    "too long": json.dumps({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": PRIVATE["x"], "kid": "b"}]}).encode()
+    + b" " * documents.MAX_DOCUMENT,
 }
 
 

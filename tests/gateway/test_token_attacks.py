@@ -132,7 +132,9 @@ BAD: dict[str, Callable[[Issuer], str]] = {
     "x5c": lambda issuer: by_stranger(issuer, x5c=[base64.b64encode(bytes(300)).decode()]),
     "kid that is a path": lambda issuer: by_stranger(issuer, kid="../../../../dev/null"),
     "kid that is no string": lambda issuer: signed(issuer, claims_text(issuer), '{"alg":"EdDSA","kid":7}'),
-    "critical extension that is known": lambda issuer: issuer.token(headers={"crit": ["b64"], "b64": True}),
+    "critical extension that is known": lambda issuer: signed(
+        issuer, claims_text(issuer), '{"alg":"EdDSA","kid":"ed","crit":["b64"],"b64":true}'
+    ),
     "a DPoP proof": lambda issuer: issuer.token(headers={"typ": "dpop+jwt"}),
     "a logout token": lambda issuer: issuer.token(headers={"typ": "logout+jwt"}),
     "bound to a certificate": lambda issuer: issuer.token(cnf={"x5t#S256": "A" * 43}),
