@@ -22,7 +22,7 @@ from lacre_fabric.revocations import Revocation, subject_key, token_key
 from lacre_fabric.work import GatewayFabric
 from lacre_gateway.settings import Issuer
 
-LOOK: Final = 0.2  # seconds from one look to the next: with a round trip it is well inside the second that is promised
+LOOK: Final = 0.1  # seconds from one look to the next: a busy machine may take some more, and a second is promised
 # Seconds. NATS takes some to choose a new leader for a bucket, and needs one for most of what a request does, too.
 MAX_AGE: Final = 10.0
 _SWEEP: Final = 60.0  # seconds between looks for entries whose time is over

@@ -31,7 +31,7 @@ from lacre_gateway.revocation import MAX_AGE, RevocationList, revocation
 from lacre_gateway.settings import Issuer as IssuerSettings
 from lacre_gateway.settings import load
 from parts.chat_app import ChatApp
-from parts.cluster import MODEL, POOL, Cluster
+from parts.cluster import MODEL, POOL, Cluster, GatewayProcess
 from parts.gateway import ISSUER, FakeWorker, Issuer, World
 
 NOW = 1_800_000_000.0
@@ -214,35 +214,34 @@ async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[Cluster]:
     await cluster.close()
 
 
-async def refused_after(cluster: Cluster, tokens: list[str], since: float) -> float:
-    """Seconds until every gateway has refused every token; what it answers before says that it was let in."""
+async def refused_after(gateways: list[GatewayProcess], token: str, since: float) -> float:
+    """Seconds until all of these refuse the token; what they answer before says that it was let in."""
+    return max(await asyncio.gather(*(_refused_after(gateway, token, since) for gateway in gateways)))
+
+
+async def _refused_after(gateway: GatewayProcess, token: str, since: float) -> float:
     headers = {"lacre-pool": POOL, "lacre-model": MODEL, "lacre-action": "chat", "content-type": "text/plain"}
-    for gateway in cluster.gateways:
-        async with httpx2.AsyncClient(base_url=gateway.base_url, trust_env=False) as client:
-            for token in tokens:
-                async with asyncio.timeout(10):
-                    while True:
-                        response = await client.post("/v1/sealed", headers={**headers, "authorization": f"Bearer {token}"})
-                        if response.status_code == 401:
-                            break
-                        assert response.status_code == 415
-                        await asyncio.sleep(0.005)
-    return time.monotonic() - since
+    async with httpx2.AsyncClient(base_url=gateway.base_url, trust_env=False, verify=False) as client, asyncio.timeout(20):
+        while True:
+            response = await client.post("/v1/sealed", headers={**headers, "authorization": f"Bearer {token}"})
+            if response.status_code == 401:
+                return time.monotonic() - since
+            assert response.status_code == 415
+            await asyncio.sleep(0.005)
 
 
 @pytest.mark.slow
 async def test_refused_everywhere_within_a_second(cluster: Cluster, issuer: Issuer) -> None:
     """Measured from before it is revoked. The bound is generous: the machine may be busy."""
-    times = []
+    times, tokens = [], [issuer.token(sub=f"s{number}", jti=f"t{number}") for number in range(20)]
     settings = load(cluster.gateways[0].settings)
     connection = await Connection.open(settings.nats.url, Credential.load(settings.nats.credentials))
-    for number in range(20):
-        token = issuer.token(sub=f"s{number}", jti=f"t{number}")
+    for number, token in enumerate(tokens):
         await let_in(cluster, token)
         what = {"jti": f"t{number}"} if number % 2 else {"subject": f"s{number}"}
         since = time.monotonic()
         await revoke(connection, revocation(settings.issuers, now=time.time(), **what))  # type: ignore[arg-type]
-        times.append(await refused_after(cluster, [token], since))
+        times.append(await refused_after(cluster.gateways, token, since))
     await connection.close()
     print(
         f"refused on {len(cluster.gateways)} gateways after {sorted(times)[10] * 1e3:.0f} ms, {max(times) * 1e3:.0f} ms at most"
@@ -254,7 +253,8 @@ async def test_refused_everywhere_within_a_second(cluster: Cluster, issuer: Issu
     first.stop()
     first.start()
     await first.ready()
-    await refused_after(cluster, [issuer.token(sub=f"s{n}", jti=f"t{n}") for n in range(20)], time.monotonic())
+    for token in tokens:
+        await refused_after([first], token, time.monotonic())
     await let_in(cluster, issuer.token(sub="s1", jti="another"))  # s1 was not revoked, its token t1 was
 
 
@@ -266,7 +266,7 @@ async def test_lacre_revoke(what: str, cluster: Cluster, issuer: Issuer) -> None
     arguments = [what, "bob", "--settings", str(cluster.gateways[1].settings)]
     done = await asyncio.to_thread(lacre_command, "revoke", *arguments)
     assert done.returncode == 0 and done.stdout.startswith("revoked until "), done.stderr
-    await refused_after(cluster, [token], time.monotonic())
+    await refused_after(cluster.gateways, token, time.monotonic())
     for wrong in (
         ["--until", "2020-01-01"],
         ["--issuer", "https://third.example"],
