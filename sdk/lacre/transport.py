@@ -235,7 +235,9 @@ class AsyncWire:
 
 
 class Bearer:
-    """The bearer token of each request. OAuth2's is asked for through `outer`, with its CA, proxy and timeouts."""
+    """The access token of each request. OAuth2's is asked for through `outer`, with its CA, proxy and timeouts, and bound to
+    the key where there is one.
+    """  # fmt: skip
 
     def __init__(self, source: Token, outer: httpx2.Client, key: ProofKey | None) -> None:
         """key: what the token is bound to, where it is."""
@@ -259,7 +261,13 @@ class Bearer:
 
     def _ask(self, source: ClientCredentials) -> Issued:
         began = time.monotonic()
-        request = token_request(self._outer, source)
+        response, content = self._answer(source, None)
+        if self.key is not None and (nonce := wanted_nonce(response, content)) is not None:
+            response, content = self._answer(source, nonce)
+        return Issued.parse(response.status_code, content, began)
+
+    def _answer(self, source: ClientCredentials, nonce: str | None) -> tuple[httpx2.Response, bytes]:
+        request = token_request(self._outer, source, self.key, nonce)
         with _mapped("the token server", "token_url"):
             response = self._outer.send(request, stream=True, follow_redirects=False)
             try:
@@ -270,7 +278,7 @@ class Bearer:
                         break
             finally:
                 response.close()
-        return Issued.parse(response.status_code, content, began)
+        return response, content
 
 
 class AsyncBearer:
@@ -304,7 +312,13 @@ class AsyncBearer:
 
     async def _ask(self, source: ClientCredentials) -> Issued:
         began = time.monotonic()
-        request = token_request(self._outer, source)
+        response, content = await self._answer(source, None)
+        if self.key is not None and (nonce := wanted_nonce(response, content)) is not None:
+            response, content = await self._answer(source, nonce)
+        return Issued.parse(response.status_code, content, began)
+
+    async def _answer(self, source: ClientCredentials, nonce: str | None) -> tuple[httpx2.Response, bytes]:
+        request = token_request(self._outer, source, self.key, nonce)
         with _mapped("the token server", "token_url"):
             response = await self._outer.send(request, stream=True, follow_redirects=False)
             try:
@@ -315,7 +329,7 @@ class AsyncBearer:
                         break
             finally:
                 await response.aclose()
-        return Issued.parse(response.status_code, content, began)
+        return response, content
 
 
 async def _sleep(seconds: float) -> None:
@@ -412,8 +426,17 @@ def outer_request(
     return request
 
 
-def token_request(outer: httpx2.Client | httpx2.AsyncClient, source: ClientCredentials) -> httpx2.Request:
-    return outer.build_request("POST", source.token_url, headers=source.headers(), content=source.form())
+def token_request(
+    outer: httpx2.Client | httpx2.AsyncClient, source: ClientCredentials, key: ProofKey | None, nonce: str | None
+) -> httpx2.Request:
+    """key: what the token is to be bound to (RFC 9449 section 5). nonce: what the server asks a proof to have."""
+    proof = {} if key is None else {dpop.HEADER: key.proof("POST", source.token_url, nonce=nonce)}
+    return outer.build_request("POST", source.token_url, headers={**source.headers(), **proof}, content=source.form())
+
+
+def wanted_nonce(response: httpx2.Response, content: bytes) -> str | None:
+    """What a server asks for that takes no proof without a nonce of its own (RFC 9449 section 8)."""
+    return response.headers.get("dpop-nonce") if response.status_code == 400 and b'"use_dpop_nonce"' in content else None
 
 
 def outer_of(response: httpx2.Response, token: str | None = None) -> Outer:

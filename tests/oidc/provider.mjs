@@ -3,11 +3,13 @@
 // Commands, a line each on standard input: `rotate` puts new keys before those that are there, `retire` takes the older ones
 // away. Each is answered by a line of JSON on standard output, and so is the start.
 
-import { generateKeyPairSync, randomUUID } from 'node:crypto'
+import { generateKeyPairSync, randomBytes, randomUUID } from 'node:crypto'
 import { createServer } from 'node:http'
 import { createInterface } from 'node:readline'
 
 import Provider from 'oidc-provider'
+
+const CAREFUL = 'careful' // a client whose proofs must have a nonce of the provider's
 
 const KINDS = {
   ES256: ['ec', { namedCurve: 'P-256' }],
@@ -25,20 +27,25 @@ function makeKeys() {
 function makeProvider(issuer, keys) {
   return new Provider(issuer, {
     jwks: { keys },
-    clients: [{
-      client_id: 'app',
+    clients: ['app', CAREFUL].map((client_id) => ({
+      client_id,
       client_secret: 'a secret of this test alone',
       grant_types: ['client_credentials'],
       redirect_uris: [],
       response_types: [],
       token_endpoint_auth_method: 'client_secret_post',
-    }],
+    })),
     features: {
       clientCredentials: { enabled: true },
       devInteractions: { enabled: false },
-      dPoP: { enabled: true },
+      dPoP: {
+        enabled: true,
+        nonceSecret: randomBytes(32),
+        requireNonce: (ctx) => ctx.oidc.client?.clientId === CAREFUL,
+      },
       resourceIndicators: {
         enabled: true,
+        defaultResource: () => 'urn:lacre:ES256',
         // `urn:lacre:ES256` asks for a token that is signed with ES256.
         getResourceServerInfo: (_ctx, resource) => ({
           audience: 'lacre',

@@ -16,6 +16,7 @@ import httpx2
 HERE = Path(__file__).resolve().parent
 NODE = shutil.which("node")
 NPM = shutil.which("npm")
+SECRET = "a secret of this test alone"
 ALGORITHMS = ("ES256", "RS256", "EdDSA")
 
 
@@ -68,7 +69,7 @@ class Provider:
         form = {
             "grant_type": "client_credentials",
             "client_id": "app",
-            "client_secret": "a secret of this test alone",
+            "client_secret": SECRET,
             "resource": f"urn:lacre:{algorithm}",
             "scope": "lacre:http",
         }

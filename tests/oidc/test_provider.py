@@ -13,7 +13,7 @@ import jwt
 import pytest
 
 import lacre
-from oidc.provider import ALGORITHMS, NODE, NPM, Provider, install
+from oidc.provider import ALGORITHMS, NODE, NPM, SECRET, Provider, install
 from parts.chat_app import ChatApp
 from parts.cluster import Cluster
 
@@ -153,6 +153,21 @@ async def test_a_bound_token(cluster: Cluster, provider: Provider) -> None:
             with pytest.raises(lacre.Unauthenticated) as refused:
                 await client.chat("Count.", max_tokens=8)
             assert refused.value.problem == "urn:lacre:problem:invalid-proof"
+
+
+@pytest.mark.parametrize("client_id", ["app", "careful"])
+async def test_a_token_that_the_client_asks_for_itself_is_bound(client_id: str, cluster: Cluster, provider: Provider) -> None:
+    """By OAuth2 client credentials; `careful` is a client whose proofs the provider wants a nonce in."""
+    source = lacre.ClientCredentials(f"{provider.url}/token", client_id, SECRET, scope="lacre:http", in_body=True)
+    url, key = cluster.gateways[0].url, lacre.ProofKey.generate()
+    async with lacre.AsyncClient(url, token=source, dpop=key, memory=lacre.VersionMemory()) as client:
+        assert (await client.chat("Count.", max_tokens=8)).text == "one two three"
+        token = await client._sealed._bearer.token()
+    assert jwt.decode(token, options={"verify_signature": False})["cnf"] == {"jkt": key.thumbprint}
+    memory = lacre.VersionMemory()
+    client = await asyncio.to_thread(lacre.Client, url, token=source, dpop=key, memory=memory)
+    assert (await asyncio.to_thread(client.chat, "Count.", max_tokens=8)).text == "one two three"
+    client.close()
 
 
 def test_the_lock_names_no_host() -> None:
