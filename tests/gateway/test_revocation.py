@@ -206,7 +206,6 @@ async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[Cluster]:
         algorithms = ["EdDSA"]
         jwks = "{tmp_path}/jwks.json"
         [limits]
-        requests_per_minute = 100000
         failed_auth_per_minute = 100000
     """
     cluster = await Cluster.start(tmp_path, ChatApp(), tables)

@@ -44,8 +44,6 @@ async def cluster(tmp_path: Path, provider: Provider) -> AsyncIterator[Cluster]:
         [issuers.claims]
         tenant = "org.id"
         groups = "realm_access.roles"
-        [limits]
-        requests_per_minute = 100000
     """
     cluster = await Cluster.start(tmp_path, ChatApp(), issuers)
     yield cluster

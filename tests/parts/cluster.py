@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Self
 import httpx2
 
 from lacre import asgi
-from lacre.jws import b64u, raw_public_key
+from lacre.jws import b64u
 from lacre.trust import verify
 from lacre_backend.keyring import KeyRing
 from lacre_backend.node import Identity, Node
@@ -27,8 +28,20 @@ from lacre_fabric.provisioning import provision
 from lacre_fabric.rotation import publish
 from lacre_fabric.server import Server, free_port
 from lacre_fabric.site import NODE, Site
+from lacre_gateway.plans import PLANS_FILE
+from lacre_gateway.policy.rules import shipped
 
 POOL = "default"
+_NO_LIMITS = """
+    currency = "USD"
+    default_plan = "all"
+    [plans.all.user]
+    concurrent_streams = 1000
+    [prices."*"]
+    prompt = "1"
+    cached = "1"
+    completion = "1"
+"""
 MODEL = "tiny"
 
 
@@ -140,12 +153,17 @@ class Cluster:
         site, port = self.site, free_port()
         base_url = f"http://127.0.0.1:{port}"
         path = site.folder / "gateway" / f"{name}.toml"
+        policies = path.parent / "policies"
+        if not policies.exists():
+            shutil.copytree(shipped(), policies)
+            (policies / PLANS_FILE).write_text(_NO_LIMITS)
         path.write_text(f"""
             gateway = "{name}"
             public_url = "{base_url}"
             trust = "{b64u(site.root)}"
             signing_key = "grant.pem"
             audit = "audit-{name}"
+            policies = "policies"
             [listen]
             port = {port}
             drain = 2
@@ -158,7 +176,3 @@ class Cluster:
         gateway.start()
         self.stack.callback(gateway.stop)
         return gateway
-
-
-def grant_key(site: Site) -> bytes:
-    return raw_public_key(read_ed25519(site.folder / "gateway" / "grant.pem"))
