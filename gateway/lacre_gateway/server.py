@@ -87,7 +87,7 @@ async def _run(settings: Settings) -> None:
             servers.append((make_server(create_admin(gateway), admin, encrypted), at))
         gateway.authenticator.start()
         _on_signals(gateway, servers[0][0])
-        tasks = (_drained(gateway, servers[0][0]), _keep_connected(gateway, link), *_reloading(gateway, context))
+        tasks = (_drained(gateway, servers[0][0]), _keep_connected(gateway, link), *reloading(gateway, context))
         running = [asyncio.create_task(task) for task in tasks]
         for _, socket in servers:
             log.info("listening", host=socket.getsockname()[0], port=socket.getsockname()[1])
@@ -136,7 +136,7 @@ async def _drained(gateway: Gateway, server: Server) -> None:
     server.should_exit = True
 
 
-def _reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[Coroutine[None, None, None]]:
+def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[Coroutine[None, None, None]]:
     """Takes up what changed: on SIGHUP rules and certificate, and rules by itself where the operator named a folder of them."""
     hung_up = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)

@@ -174,7 +174,9 @@ def test_broken_schema() -> None:
 
 
 def test_shipped_rules_hold(tmp_path: Path) -> None:
-    assert RuleSet.load(copied(tmp_path)).digest == RULES.digest
+    rules = RuleSet.load(copied(tmp_path))
+    assert rules.digest == RULES.digest
+    assert rules.plans.plan_of("acme", None) == rules.plans.plans["standard"]
 
 
 @pytest.mark.parametrize("word", ["  hour: Long,", "principal: [User],", "in [Group, Tenant]", "  name: String,"])
@@ -207,7 +209,8 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def test_own_folder(tmp_path: Path) -> None:
-    shutil.copy(shipped() / SCHEMA_FILE, tmp_path)
+    for name in (SCHEMA_FILE, "plans.toml"):
+        shutil.copy(shipped() / name, tmp_path)
     (tmp_path / "a.cedar").write_text('@id("a") permit (principal, action, resource);')
     (tmp_path / "b.cedar").write_text(
         '@id("b") forbid (principal, action in Action::"sealed", resource) unless { context.post_quantum };'

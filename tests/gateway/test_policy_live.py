@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lacre_fabric.logs import make_log
+from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import RELOAD_REFUSED, RELOADED, Event
 from lacre_gateway.policy.cedar import SYNTAX, PolicyError
 from lacre_gateway.policy.live import LiveRules
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.policy.trial import try_out
+from lacre_gateway.server import reloading
+from parts.gateway import World
 from parts.policies import BROKEN, asked
 
 STRICT = '@id("strict") forbid (principal, action in Action::"sealed", resource) when { context.max_tokens > 100 };\n'
@@ -175,3 +181,29 @@ async def test_decisions_go_on_while_it_reloads(scene: Scene) -> None:
     decision = scene.rules.decide(asked(max_tokens=101))
     seen.add((decision.allowed, decision.policy_set))
     assert seen == {(True, old), (False, scene.rules.status.policy_set)}
+
+
+async def test_hanging_up(scene: Scene, world: World) -> None:
+    """SIGHUP reloads at once, also where nobody watches; what is broken is told, and the next one is heard as well."""
+    gateway = replace(world.gateway, rules=scene.rules)
+    tasks = [asyncio.create_task(task) for task in reloading(gateway, None)]
+    try:
+        assert len(tasks) == 1
+        (scene.folder / "strict.cedar").write_text("forbid (")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: scene.rules.status.refused)
+        assert scene.allows
+        scene.tighten()
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: scene.rules.status.reloads)
+        assert not scene.allows
+    finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await world.gateway.close()
+    events = [entry for entry in world.entries() if entry["kind"] == "event"]
+    assert [entry["event"] for entry in events] == ["started", RELOAD_REFUSED, RELOADED, "stopped"]
+    assert events[2]["policy_set"] == scene.rules.status.policy_set
+    assert verify(world.folder / "audit").wrong is None

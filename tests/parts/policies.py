@@ -11,7 +11,7 @@ from typing import Any
 from lacre_gateway.policy.cases import CASE, written
 from lacre_gateway.policy.cedar import SYNTAX
 from lacre_gateway.policy.question import AnyQuestion
-from lacre_gateway.policy.rules import MISSING, SCHEMA_FILE, UNREADABLE, RuleSet, shipped
+from lacre_gateway.policy.rules import MISSING, PLANS, SCHEMA_FILE, UNREADABLE, RuleSet, shipped
 
 SCHEMA = (shipped() / SCHEMA_FILE).read_text()
 RULES = RuleSet.read(shipped())
@@ -49,6 +49,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a folder for a file": (lambda folder: (folder / "x.cedar").mkdir(), UNREADABLE, "x.cedar"),
     "not UTF-8": (_put("x.cedar", b"\xff"), UNREADABLE, "x.cedar"),
     "endless": (_put("x.cedar", b" " * (1 << 20) + b" "), UNREADABLE, "x.cedar"),
+    "plans that are no TOML": (_put("plans.toml", "["), PLANS, "plans.toml"),
+    "a limit of another name": (_put("plans.toml", "[plans.standard.user]\nrequests_per_hour = 1\n"), PLANS, "plans.toml"),
     "syntax": (_put("x.cedar", "permit ("), SYNTAX, "x.cedar"),
     "schema violation": (
         _put("x.cedar", '@id("x") permit (principal, action == Action::"fly", resource);'),

@@ -27,6 +27,7 @@ policy_app = typer.Typer(name="policy", help="The rules: check them, try them, a
 
 Folder = Annotated[Path | None, typer.Argument(help="The folder of the rule set; the one that ships where left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_UNBROKEN = 10_000  # columns: a row is a line where no terminal has to show it
 _VERDICT = {True: "allow", False: "deny", None: "depends"}
 
 
@@ -196,13 +197,15 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def _tell_replay(found: Replay, limit: int) -> None:
-    table = Table("entry", "tenant/subject", "action", "resource", "was", "becomes", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
+    for heading in ("entry", "tenant/subject", "action", "resource", "was", "becomes"):
+        table.add_column(heading, overflow="fold")
     for change in found.changes[-limit:]:
         members = change.asked.members
         row = (str(change.asked.index), f"{members['tenant']}/{members['subject']}", members["action"], change.asked.resource)
         table.add_row(*row, *(_words(decision.allowed, decision.policies) for decision in (change.asked.was, change.becomes)))
     if found.changes:
-        Console(highlight=False, markup=False).print(table)
+        Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNBROKEN).print(table)
     if (hidden := len(found.changes) - limit) > 0:
         typer.echo(f"and {hidden} before them: --limit shows more, --json all")
     denied = sum(not change.becomes.allowed for change in found.changes)

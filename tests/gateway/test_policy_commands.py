@@ -1,0 +1,360 @@
+"""`lacre policy`, as whoever writes rules uses it; and what other rules would have made of a real log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lacre_gateway.audit.check import verify
+from lacre_gateway.audit.entries import RELOAD_REFUSED, RELOADED, Admin, Entry, Intent, encode
+from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.policy.cedar import PolicySet
+from lacre_gateway.policy.explain import Explanation, explain, requested
+from lacre_gateway.policy.question import AdminQuestion, AnyQuestion, Question
+from lacre_gateway.policy.replay import Replay, replay
+from parts.gateway_process import GatewayProcess, Kept, gateway_process
+from parts.policies import BROKEN, CHAT, FAMILY, RULES, SCHEMA, USAGE, asked, copied
+
+
+def run(*args: str | Path, given: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lacre", "policy", *map(str, args)]
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+
+
+def said(*args: str | Path, given: str = "") -> Any:
+    done = run(*args, "--json", given=given)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_check(tmp_path: Path) -> None:
+    found = said("check")
+    assert found["policies"] == sorted(RULES.policies.names.values())
+    assert (found["cases"], found["policy_set"], found["rules"]) == (len(RULES.cases), RULES.policies.digest, RULES.digest)
+    assert "a gateway takes them up" in run("check", copied(tmp_path)).stdout
+
+
+@pytest.mark.parametrize("kind", ["no schema", "syntax", "schema violation", "a case that fails", "a folder for a file"])
+def test_check_says_what_is_wrong(kind: str, tmp_path: Path) -> None:
+    spoil, _, place = BROKEN[kind]
+    folder = copied(tmp_path)
+    spoil(folder)
+    done = run("check", folder)
+    assert done.returncode == 1 and place in done.stderr and "Traceback" not in done.stderr
+
+
+def test_check_of_rules_that_end_a_process(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    (folder / "x.cedar").write_text(f'@id("x") permit (principal, action, resource) when {{ {"(" * 9999}true{")" * 9999} }};')
+    done = run("check", folder)
+    assert done.returncode == 1 and "nested too deep" in done.stderr
+
+
+def test_cases(tmp_path: Path) -> None:
+    folder = copied(tmp_path)
+    assert run("test", folder).stdout.splitlines()[-1] == f"{len(RULES.cases)} of {len(RULES.cases)} cases hold"
+    BROKEN["a case that fails"][0](folder)
+    done = run("test", folder)
+    assert done.returncode == 1
+    assert "FAIL cases/DENY/x.json: it must be denied, and is allowed by models-for-everyone" in done.stdout
+
+
+def why(policies: str, values: dict[str, Any]) -> Explanation:
+    question, missing = requested(values)
+    return explain(PolicySet.parse(SCHEMA, {"x.cedar": policies}), question, missing)
+
+
+def test_an_explanation_is_the_decision() -> None:
+    """Of every case there is, policy by policy, as Cedar has it of all of them together."""
+    for case in RULES.cases:
+        question = case.request.question()
+        found = explain(RULES.policies, question)
+        decision = RULES.policies.decide(question)
+        assert (found.allowed, found.missing) == (decision.allowed, ())
+        assert tuple(sorted(voice.name for voice in found.deciding)) == decision.policies
+
+
+def test_explain_names_what_decides_and_what_nearly_did() -> None:
+    values = {**CHAT, "action": "http", "principal": {**CHAT["principal"], "scopes": [], "plan": None}}
+    found = why(
+        f"""@id("a") @advice("ask Olga") permit (principal, action == Action::"http", resource)
+            when {{ context.scopes.contains("x") }};
+            @id("b") permit (principal, action == Action::"chat", resource);
+            @id("c") forbid ({FAMILY}) when {{ context.max_tokens == 512 }};""",
+        values,
+    )
+    assert (found.allowed, [voice.name for voice in found.deciding]) == (False, ["c"])
+    assert [(voice.name, dict(voice.annotations)) for voice in found.near] == [("a", {"advice": "ask Olga"})]
+
+
+LEFT_OUT = ["max_tokens", "sealed_bytes", "kem", "shape", "address", "hour"]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "condition"),
+    [
+        (["max_tokens"], "context.max_tokens < 9"),
+        (["kem"], "context.post_quantum"),
+        (["kem"], 'context.kem like "X*"'),
+        (["hour", "address"], 'context.hour == 1 || context.address == ip("::1")'),
+        (["scopes"], 'if context.scopes.contains("a") then false else true'),
+        (["plan"], 'context has plan && context.plan == "gold"'),
+    ],
+)
+def test_explain_says_what_it_depends_on(left_out: list[str], condition: str) -> None:
+    names = [{"kem": "post_quantum" if "post" in condition else "kem"}.get(name, name) for name in left_out]
+    full = {**CHAT, "address": "192.0.2.1", "hour": 3, "principal": {**CHAT["principal"], "plan": None}}
+    values = {name: value for name, value in full.items() if name not in left_out}
+    values["principal"] = {name: value for name, value in full["principal"].items() if name not in left_out}
+    permit, forbid = f"permit ({FAMILY})", f"forbid ({FAMILY})"
+    depends = why(f'@id("a") {permit} when {{ {condition} }};', values)
+    assert (depends.allowed, list(depends.missing)) == (None, sorted(names))
+    # A forbid may still turn it; what is forbidden anyway, or about something else, depends on nothing.
+    assert why(f'@id("a") {permit}; @id("b") {forbid} when {{ {condition} }};', values).allowed is None
+    assert why(f'@id("a") {permit} when {{ {condition} }}; @id("b") {forbid};', values).allowed is False
+    other = f'permit (principal, action == Action::"embed", resource) when {{ {condition} }}'
+    assert why(f'@id("a") {permit}; @id("b") {other};', values).allowed is True
+    assert why(f'@id("a") {permit} when {{ {condition} }};', full).allowed is not None
+
+
+def test_explain_of_a_policy_that_fails() -> None:
+    found = why(
+        f'@id("a") permit ({FAMILY}); @id("b") forbid ({FAMILY}) when {{ context.max_tokens * 9223372036854775807 > 0 }};', CHAT
+    )
+    assert found.allowed is False
+    assert [(voice.name, voice.failed) for voice in found.deciding] == [("b", True)]
+
+
+def test_explain_command(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({"principal": CHAT["principal"], "action": "chat", "pool": "p", "model": "m"}))
+    text = run("explain", tmp_path / "r.json").stdout
+    assert text.startswith("depends on context.max_tokens, which the request does not say")
+    assert "output-ceiling (forbid, needs context.max_tokens)" in text
+    found = said("explain", "-", given=json.dumps({**CHAT, "max_tokens": 99999}))
+    assert (found["decision"], [voice["id"] for voice in found["decided_by"]]) == ("deny", ["output-ceiling"])
+    assert run("explain", "-", given=json.dumps({**USAGE, "gateway": "g7"})).stdout.startswith("allow, by\n  admin-by-scope")
+    assert run("explain", "-", given=json.dumps(asdict(intent(asked())))).stdout.startswith("allow, by\n  models-for-everyone")
+    for bad in ("{", "[]", "{}", json.dumps({**CHAT, "colour": 1}), json.dumps({**CHAT, "hour": 24})):
+        done = run("explain", "-", given=bad)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+# Replay
+
+
+def asdict(entry: Entry) -> dict[str, Any]:
+    members: dict[str, Any] = json.loads(encode(entry)[-1])
+    return members
+
+
+def intent(question: AnyQuestion, policies: PolicySet = RULES.policies, number: int = 0) -> Intent:
+    """As a gateway records it."""
+    assert isinstance(question, Question)
+    who, decision = question.principal, policies.decide(question)
+    return Intent(
+        request_id=f"{number:032x}", time=question.time, subject=who.subject, tenant=who.tenant, issuer=who.issuer, jti=None,
+        address=question.address, pool=question.pool, model=question.model, action=question.action.value,
+        shape=question.shape.value, kem=question.kem.label, max_tokens=question.max_tokens,
+        sealed_bytes=question.sealed_bytes, enc="", groups=who.groups, scopes=who.scopes, plan=who.plan,
+        decision="allow" if decision.allowed else "deny", policies=decision.policies, policy_set=decision.policy_set,
+        entities=decision.entities, reserved_prompt_tokens=None, reserved_tokens=None,
+    )  # fmt: skip
+
+
+def admin(question: AnyQuestion) -> Admin:
+    assert isinstance(question, AdminQuestion)
+    who, decision = question.principal, RULES.policies.decide(question)
+    return Admin(
+        request_id="00", time=question.time, subject=who.subject, tenant=who.tenant, issuer=who.issuer, jti=None,
+        address=question.address, gateway=question.gateway, action=question.action.value, target=None, groups=who.groups,
+        scopes=who.scopes, plan=who.plan, decision="allow" if decision.allowed else "deny", policies=decision.policies,
+        policy_set=decision.policy_set, entities=decision.entities,
+    )  # fmt: skip
+
+
+def replayed(policies: str, *entries: Entry) -> Replay:
+    data = [part for entry in entries for part in encode(entry)]
+    return replay(data, PolicySet.parse(SCHEMA, {"x.cedar": f'@id("x") {policies}'}))
+
+
+WHOLE = f"permit ({FAMILY})"
+
+
+@pytest.mark.parametrize(
+    ("condition", "turned"),
+    [
+        ("context.max_tokens > 600", {"max_tokens": 700}),
+        ("context.sealed_bytes > 5000", {"sealed_bytes": 6000}),
+        ("context.post_quantum == false", {"kem": "X25519"}),
+        ('context.shape == "pad"', {"shape": "pad"}),
+        ("context.hour == 22", {"hour": 22}),
+        ('context.address == ip("::1")', {"address": "::1"}),
+        ('context.scopes.contains("s")', {"principal": {"scopes": ["s"]}}),
+        ('context has plan && context.plan == "free"', {"principal": {"plan": "free"}}),
+        ('principal in Group::"acme/z"', {"principal": {"groups": ["a", "z"]}}),
+        ('principal in Group::"acme/group-150"', {"principal": {"groups": [f"group-{number}" for number in range(200)]}}),
+        ('principal.issuer == "i"', {"principal": {"issuer": "i"}}),
+        ('principal == User::"acme/bob"', {"principal": {"subject": "bob"}}),
+        ('resource.name == "big"', {"model": "big"}),
+        ('resource in Pool::"p2"', {"pool": "p2"}),
+        ('action == Action::"embed"', {"action": "embed"}),
+    ],
+)
+def test_replay_depends_on_everything_that_a_rule_may_ask_for(condition: str, turned: dict[str, Any]) -> None:
+    """Long lists too, which stand in an annex."""
+    entries = [intent(asked(), number=1), intent(asked(**turned), number=2), intent(asked(), number=3)]
+    found = replayed(f"{WHOLE} unless {{ {condition} }};", *entries)
+    assert (found.decided, found.unsure) == (3, [])
+    assert [change.asked.members["request_id"][-1] for change in found.changes] == ["2"]
+    assert not found.changes[0].becomes.allowed
+
+
+def test_replay_of_what_administrators_did() -> None:
+    found = replayed(
+        'permit (principal, action in Action::"admin", resource == Gateway::"g1");',
+        admin(asked(USAGE)),
+        admin(asked(USAGE, gateway="g2")),
+    )
+    assert [change.asked.resource for change in found.changes] == ["g2"]
+    assert len(found.reasons) == 1  # by another policy than was recorded
+
+
+def test_replay_guesses_nothing() -> None:
+    """Entries of another version: an action that is not known here, entities that were written otherwise."""
+    good = intent(asked(), number=1)
+    unknown, otherwise = asdict(good) | {"action": "fly"}, asdict(good) | {"entities": "00"}
+    data = [*encode(good), json.dumps(unknown).encode(), json.dumps(otherwise).encode()]
+    found = replay(data, RULES.policies)
+    assert (found.decided, [index for index, _ in found.unsure]) == (1, [1, 2])
+
+
+def test_replay_of_a_time() -> None:
+    entries = [intent(asked(hour=hour), number=hour) for hour in range(6)]
+    data = [part for entry in entries for part in encode(entry)]
+    assert replay(data, RULES.policies, since=3600.0, until=3 * 3600.0).decided == 2
+
+
+# A real gateway's log, and a real gateway's rules
+
+
+async def one(gateway: GatewayProcess, subject: str, max_tokens: int | None) -> str:
+    """The id of a request: a chat, or where there are no tokens something that the action `http` is for."""
+    wire = Kept()
+    async with gateway.client(wire, gateway.token(subject)) as client:
+        if max_tokens is None:
+            assert (await client.get("/internal/things")).status_code == 403
+        else:
+            assert (await client.chat("Mare Nostrum", max_tokens=max_tokens)).text
+    [proof] = wire.proofs
+    request_id: str = proof.members["request_id"]
+    return request_id
+
+
+PROPOSED = """
+    @id("alice-is-brief")
+    forbid (principal == User::"acme/alice", action in Action::"sealed", resource) when { context.max_tokens > 100 };
+    @id("http-for-bob")
+    permit (principal == User::"acme/bob", action == Action::"http", resource);
+"""
+
+
+@pytest.mark.slow
+async def test_replay_of_a_real_log(tmp_path: Path) -> None:
+    """Requests through a gateway; then exactly those that the changed rules alter, and no other."""
+    asked_for = [(subject, tokens) for subject in ("alice", "bob", "carol") for tokens in (5, 100, 101, 150, None)]
+    async with gateway_process(tmp_path) as gateway:
+        await gateway.start()
+        ids = await asyncio.gather(*(one(gateway, subject, tokens) for subject, tokens in asked_for))
+        by_request = dict(zip(asked_for, ids, strict=True))
+        proposed = copied(tmp_path)
+        (proposed / "proposed.cedar").write_text(PROPOSED)
+        while_it_runs = said("replay", gateway.audit, "--against", proposed)
+        assert await gateway.kill(signal.SIGTERM) == 0
+        found = said("replay", gateway.audit, "--against", proposed)
+        same = said("replay", gateway.audit, "--against", copied(tmp_path / "same"))
+        table = run("replay", gateway.audit, "--against", proposed).stdout
+        assert verify(gateway.audit, gateway.key).wrong is None
+    turned = {change["request_id"]: (change["was"]["decision"], change["becomes"]["policies"]) for change in found["changes"]}
+    assert turned == {
+        by_request["alice", 101]: ("allow", ["alice-is-brief"]),
+        by_request["alice", 150]: ("allow", ["alice-is-brief"]),
+        by_request["bob", None]: ("deny", ["http-for-bob"]),
+    }
+    assert while_it_runs == found
+    assert (found["decided"], found["unsure"]) == (15, [])
+    # Asks for as many tokens as a client does by itself, and was denied anyway.
+    assert [change["request_id"] for change in found["other_policies"]] == [by_request["alice", None]]
+    assert (same["decided"], same["changes"], same["other_policies"]) == (15, [], [])
+    assert "15 requests decided anew: 3 would change, 2 to deny and 1 to allow; 1 stay as they are by other policies" in table
+    assert table.count("alice-is-brief") == 2 and table.count("acme/bob") == 1
+
+
+def _deep(folder: Path) -> None:
+    nested = f"{'(' * 20_000}true{')' * 20_000}"
+    (folder / "x.cedar").write_text(f'@id("x") permit (principal, action, resource) when {{ {nested} }};')
+
+
+def _restored(folder: Path) -> None:
+    """As it ships."""
+    fresh = copied(folder.parent / "fresh")
+    shutil.rmtree(folder)
+    fresh.rename(folder)
+    fresh.parent.rmdir()
+
+
+async def _true(value: object) -> object:
+    return value
+
+
+async def refused(gateway: GatewayProcess, since: float = 0.0) -> dict[str, Any] | None:
+    """What `readyz` says of a set that does not hold, where that was found out later than `since`."""
+    detail: dict[str, Any] | None = (await gateway.detail())["rules"]["refused"]
+    return detail if detail is not None and detail["since"] > since else None
+
+
+async def other(gateway: GatewayProcess, digest: str) -> bool:
+    return bool((await gateway.detail())["rules"]["policy_set"] != digest)
+
+
+async def sound(gateway: GatewayProcess) -> bool:
+    return await refused(gateway) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_broken_set_never_takes_the_service_down(tmp_path: Path) -> None:
+    """Every way to break it, one after the other, with requests running: none of them fails."""
+    rules = copied(tmp_path)
+    kinds: dict[str, tuple[Callable[[Path], Any], str, str]] = {**BROKEN, "ends a parser": (_deep, "syntax", "")}
+    async with gateway_process(tmp_path, policies=rules) as gateway:
+        await gateway.start()
+        async with gateway.load(6) as load:
+            last = 0.0
+            for name, (spoil, fault, place) in kinds.items():
+                spoil(rules)
+                await gateway.until(lambda last=last: refused(gateway, last))
+                told = await refused(gateway)
+                assert told is not None and (told["fault"], told["file"]) == (fault, place), name
+                assert await gateway.ready()
+                await gateway.until(lambda served=load.whole + 5: _true(load.whole > served))
+                last = told["since"]
+                _restored(rules)
+            await gateway.until(lambda: sound(gateway))
+            (rules / "strict.cedar").write_text('@id("strict") forbid (principal, action, resource in Pool::"other");')
+            await gateway.until(lambda: other(gateway, RULES.policies.digest))
+        assert await gateway.kill(signal.SIGTERM) == 0
+        assert load.failed == {} and load.whole > 5 * len(kinds)
+        entries = [json.loads(entry) for entry in LogReader(gateway.audit, gateway.key).entries()]
+        assert verify(gateway.audit, gateway.key).wrong is None
+    events = [(entry["event"], entry["reason"]) for entry in entries if entry.get("event") in (RELOADED, RELOAD_REFUSED)]
+    assert {reason for event, reason in events if event == RELOAD_REFUSED} == {fault for _, fault, _ in kinds.values()}
+    assert [event for event, _ in events].count(RELOADED) >= 2
