@@ -109,6 +109,10 @@ class Node:
             outcome = "cancelled"
         except FabricUnavailable:
             outcome = "fabric-lost"
+        except asyncio.CancelledError:  # the end of a drain: whoever waits need not find out by silence
+            outcome = "drained"
+            await _tell(delivery, problems.WORKER_LOST)
+            raise
         except asgi.AppFailed as exc:
             log.error("app.failed", request_id=delivery.work.request_id, **logs.places(exc.__cause__ or exc))
             outcome = "app-failed"

@@ -95,19 +95,26 @@ def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
         if as_json:
             typer.echo(show.as_json(result))
 
-    asyncio.run(_until_signalled(run()))
+    if (number := asyncio.run(_until_signalled(run()))) is not None:
+        raise typer.Exit(128 + number)  # as shells tell it: there was no demonstration
 
 
-async def _until_signalled(coroutine: Coroutine[None, None, None]) -> None:
-    """SIGINT and SIGTERM cancel it, so that it ends what it started."""
+async def _until_signalled(coroutine: Coroutine[None, None, None]) -> int | None:
+    """SIGINT and SIGTERM cancel it, so that it ends what it started. Which one it was; None where it ended by itself."""
     task = asyncio.ensure_future(coroutine)
-    loop = asyncio.get_running_loop()
+    came: list[int] = []
+
+    def end(number: int) -> None:
+        came.append(number)
+        task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
     try:
         await task
     except asyncio.CancelledError:
-        return
+        return came[0] if came else None
+    return None
 
 
 @token_app.command("issue")

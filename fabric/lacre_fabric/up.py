@@ -16,7 +16,7 @@ from typing import Final
 import structlog
 
 from lacre.errors import SettingsError
-from lacre_fabric import logs, subjects
+from lacre_fabric import logs, subjects, tokens
 from lacre_fabric.connection import Connection
 from lacre_fabric.leash import PYTHON
 from lacre_fabric.provisioning import provision
@@ -27,6 +27,7 @@ from lacre_fabric.supervisor import Child, Supervisor
 
 DEFAULT_MODEL: Final = "smollm2-135m"
 POOL: Final = "default"
+ENV_RENEWAL: Final = tokens.LIFETIME / 4  # seconds: whoever sources `env` has a token for most of a day
 START_TIMEOUT: Final = 120.0  # seconds; loading a large model takes its time
 ANSWER_TIMEOUT: Final = 2.0  # seconds for one look at `readyz`: what answers on the port may be somebody else
 
@@ -68,15 +69,20 @@ async def running(
         logs.configure(stack.enter_context(site.log("up").open("a")))
         try:
             connection, children = await _start(site, supervisor, port, tables)
-            tending = asyncio.create_task(upkeep(site, connection, schedule or Schedule()))
-            tending.add_done_callback(_tell_end)
+            base_url = f"http://127.0.0.1:{port}"
+            tending = [
+                asyncio.create_task(task)
+                for task in (upkeep(site, connection, schedule or Schedule()), keep_env(site, base_url))
+            ]
+            for task in tending:
+                task.add_done_callback(_tell_end)
             try:
-                base_url = f"http://127.0.0.1:{port}"
                 site.write_env(base_url)
                 yield Running(site, base_url, site.connection_string(base_url), children), supervisor
             finally:
-                tending.cancel()
-                await asyncio.gather(tending, return_exceptions=True)
+                for task in tending:
+                    task.cancel()
+                await asyncio.gather(*tending, return_exceptions=True)
                 await connection.close()
         finally:
             supervisor.stop()
@@ -87,6 +93,13 @@ def _table(model: Path) -> dict[str, str]:
     if model.name == DEFAULT_MODEL:
         return {"name": DEFAULT_MODEL}
     return {"name": model.stem.lower(), "path": str(model)}
+
+
+async def keep_env(site: Site, base_url: str, every: float = ENV_RENEWAL) -> None:
+    """Keeps a token in `env` that is good for a while, for as long as this runs. every: seconds."""
+    while True:
+        await asyncio.sleep(every)
+        site.write_env(base_url)
 
 
 async def _start(

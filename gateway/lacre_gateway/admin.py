@@ -17,14 +17,12 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 
 from lacre import __version__, problems
 from lacre.errors import LacreError, UsageError
-from lacre.problems import MEDIA_TYPE, Problem
 from lacre_gateway.accesslog import AccessLog
-from lacre_gateway.answers import PROBLEM, answer_with_problems, described, problem_response
+from lacre_gateway.answers import INVALID, PROBLEM, answer_with_problems, described, problem_response
 from lacre_gateway.audit.entries import Admin as AdminEntry
 from lacre_gateway.auth import Principal
 from lacre_gateway.gauges import Gauges
@@ -37,9 +35,6 @@ from lacre_gateway.refusal import Refusal
 from lacre_gateway.reports import Draining, PoolReport, Reloaded, Revocations, Revoke, Revoked, Rules, StatusReport
 from lacre_gateway.state import Gateway
 
-INVALID: Final = Problem(
-    "urn:lacre:problem:invalid-arguments", 422, "The call's arguments are not of the form that the API describes",
-    "See /openapi.json.")  # fmt: skip
 # What any call may be refused with; each is a row of `lacre.problems`.
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = dict.fromkeys((401, 403, 422, 429, 503), PROBLEM)
 
@@ -199,6 +194,4 @@ async def _mapped(request: Request, error: Exception) -> Response:
 
 async def _invalid(_request: Request, _error: Exception) -> Response:
     """Without an echo of what was sent."""
-    return JSONResponse(
-        {"type": INVALID.type, "title": INVALID.title, "status": INVALID.status}, INVALID.status, media_type=MEDIA_TYPE
-    )
+    return problem_response(Refusal(INVALID))

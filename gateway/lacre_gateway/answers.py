@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from lacre import problems
-from lacre.problems import MEDIA_TYPE
+from lacre.problems import MEDIA_TYPE, Problem
 from lacre_gateway.refusal import Refusal
 
-_BY_STATUS: Final = {404: problems.NOT_FOUND, 405: problems.METHOD_NOT_ALLOWED}
+INVALID: Final = Problem(
+    "urn:lacre:problem:invalid-arguments", 422, "The call's arguments are not of the form that the API describes",
+    "See /openapi.json.")  # fmt: skip
+_BY_STATUS: Final = {400: INVALID, 404: problems.NOT_FOUND, 405: problems.METHOD_NOT_ALLOWED}
 # For OpenAPI: what a problem document is, and a response that is one.
 PROBLEM: Final = {
     "description": "A problem document (RFC 9457).",
@@ -31,11 +35,18 @@ def answer_with_problems(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _failed)
 
 
-def described(app: FastAPI, paths: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The app's OpenAPI document, with the problem document in place of FastAPI's own form. paths: those it cannot know."""
+def described(
+    app: FastAPI, paths: Mapping[str, Any] | None = None, security: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The app's OpenAPI document, with the problem document in place of FastAPI's own form.
+
+    paths, security: paths that it cannot know, and the schemes that they name.
+    """
     document = FastAPI.openapi(app)
     document["paths"].update(paths or {})
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    components = document.setdefault("components", {})
+    components.setdefault("securitySchemes", {}).update(security or {})
+    schemas = components.setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     schemas["Problem"] = _SCHEMA
@@ -47,13 +58,25 @@ def problem_response(refusal: Refusal) -> Response:
     return Response(refusal.problem.body(), status_code=refusal.problem.status, headers=headers)
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
-    """What the router says of a wrong path or method."""
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the router says of a wrong path or method, or of a body that is no JSON."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     response = problem_response(Refusal(_BY_STATUS.get(status, problems.INTERNAL)))
-    if isinstance(error, HTTPException) and "Allow" in (error.headers or {}):
-        response.headers["allow"] = (error.headers or {})["Allow"]
+    if status == problems.METHOD_NOT_ALLOWED.status:
+        response.headers["allow"] = ", ".join(sorted(_allowed(request)))
     return response
+
+
+def _allowed(request: Request) -> set[str]:
+    """Of all routes of the path: the router itself names the first one's methods alone."""
+    app: FastAPI = request.app
+    described = app.openapi()["paths"].get(request.url.path, {})
+    return {name.upper() for name in described} | {
+        method
+        for route in app.routes
+        if getattr(route, "path", None) == request.url.path
+        for method in getattr(route, "methods", None) or ()
+    }
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

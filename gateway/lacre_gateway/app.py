@@ -5,6 +5,7 @@ There are no documentation routes, no redirects and no pages: whatever is not on
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 from fastapi import FastAPI, Request, Response
@@ -12,9 +13,10 @@ from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
 from lacre_gateway.accesslog import AccessLog
-from lacre_gateway.answers import answer_with_problems
+from lacre_gateway.answers import answer_with_problems, described
 from lacre_gateway.exchange import App, Receive, Scope, Send
 from lacre_gateway.manifest import etag, require
+from lacre_gateway.public_api import PATHS, SECURITY
 from lacre_gateway.relay import SealedEndpoint
 from lacre_gateway.state import SEALED_PATH, Gateway
 
@@ -41,12 +43,12 @@ def create_app(gateway: Gateway) -> GatewayApp:
     app.state.gateway = gateway
     app.add_middleware(AccessLog, log=gateway.log)
     answer_with_problems(app)
-    endpoint = SealedEndpoint(gateway)
-    app.sealed = AccessLog(endpoint, gateway.log)
-    app.router.routes.append(Route(SEALED_PATH, endpoint, methods=["POST"]))  # for what is said of other methods
-    app.add_api_route("/v1/manifest", serve_manifest, methods=_READ)
-    app.add_api_route("/healthz", healthz, methods=_READ)
-    app.add_api_route("/readyz", readyz, methods=_READ)
+    sealed = SealedEndpoint(gateway)
+    app.sealed = AccessLog(sealed, gateway.log)
+    app.router.routes.append(Route(SEALED_PATH, sealed, methods=["POST"]))  # for what is said of other methods
+    for path, endpoint in (("/v1/manifest", serve_manifest), ("/healthz", healthz), ("/readyz", readyz)):
+        app.add_api_route(path, endpoint, methods=_READ, include_in_schema=False)
+    app.openapi = partial(described, app, PATHS, SECURITY)  # type: ignore[method-assign]
     return app
 
 

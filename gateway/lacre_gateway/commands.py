@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
         app.command()(gateway)
         app.command()(revoke)
         budget.register(app)
+        app.command()(doctor)
 
 
 SettingsFile = Annotated[Path, typer.Option(help="The gateway's settings file (TOML).")]
@@ -47,6 +48,26 @@ def gateway(
         from lacre_gateway.server import serve
 
         serve(found if process is None else found.for_process(process, port or found.listen.port))
+
+
+def doctor(
+    settings: Annotated[
+        Path | None, typer.Option(help="A gateway's settings file; that of the state folder where left out.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="The state folder; $XDG_STATE_HOME/lacre where left out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look at everything that a gateway needs, and say what to do about what is wrong. Exits with 1 where something is."""
+    from lacre_gateway.doctor import examine
+    from lacre_gateway.doctor.report import show
+
+    if settings is None:
+        from lacre_fabric.site import Site
+        from lacre_fabric.up import default_state
+
+        settings = Site.load((state or default_state()).resolve()).gateway_settings
+    if not show(examine(settings), as_json=as_json):
+        raise typer.Exit(1)
 
 
 def revoke(

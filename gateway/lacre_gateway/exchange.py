@@ -83,6 +83,10 @@ class Exchange:
         self.received = self.sent = self.records = 0
 
     @property
+    def traceparent(self) -> str | None:
+        return self.fields.traceparent()
+
+    @property
     def started(self) -> bool:
         """Whether an answer is on its way, so that it is too late for a problem document."""
         return self.status is not None

@@ -28,7 +28,7 @@ from lacre_gateway.settings import Listen, Tls
 _BACKLOG: Final = 2048  # connections that the kernel holds while the process is busy
 _KEEP_ALIVE: Final = 75  # seconds; longer than a client's own limit, so that it is the client who closes
 _ABORT_LIMIT: Final = 5.0  # seconds for aborted requests to cancel their work and record their outcome
-_OTHER_FILES: Final = 512  # descriptors for everything that is no caller's connection
+OTHER_FILES: Final = 512  # descriptors for everything that is no caller's connection
 _TOO_LATE: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -65,7 +65,7 @@ def reserve(listen: Listen, *, shared: bool = False) -> socket.socket:
 def allow_connections(count: int) -> None:
     """Raises this process's limit of open files as far as so many connections need it, and the system lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_FILES
+    wanted = count + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
@@ -74,7 +74,7 @@ def allow_connections(count: int) -> None:
 def room_for(count: int) -> int:
     """How many connections this process can hold, `count` at most: one that cannot be accepted would lock everybody out."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return count if soft == resource.RLIM_INFINITY else max(1, min(count, soft - _OTHER_FILES))
+    return count if soft == resource.RLIM_INFINITY else max(1, min(count, soft - OTHER_FILES))
 
 
 def tls_context(tls: Tls) -> ssl.SSLContext:

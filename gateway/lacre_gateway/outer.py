@@ -30,7 +30,9 @@ _ACTION: Final = b"lacre-action"
 _MAX_TOKENS: Final = b"lacre-max-tokens"
 _SHAPE: Final = b"lacre-shape"
 _REQUIRED: Final = (_POOL, _MODEL, _ACTION, _MAX_TOKENS, _SHAPE)
-_READ: Final = frozenset({*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding"})
+_READ: Final = frozenset(
+    {*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding", b"traceparent"}
+)
 
 
 class Action(StrEnum):
@@ -90,6 +92,11 @@ class Fields:
     def proof(self) -> bytes | None:
         """The `DPoP` header; None also where there are two (RFC 9449 section 4.3, number 1)."""
         return None if b"dpop" in self.repeated else self.values.get(b"dpop")
+
+    def traceparent(self) -> str | None:
+        """The caller's place in a trace (W3C Trace Context), unread."""
+        value = self.values.get(b"traceparent")
+        return None if value is None or b"traceparent" in self.repeated else value.decode("latin-1")
 
     def check_media(self) -> None:
         """Raises Refusal unless the body says it is a sealed request of a size that is taken."""

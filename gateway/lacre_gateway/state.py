@@ -28,6 +28,7 @@ from lacre_gateway.revocation import RevocationList, revocation
 from lacre_gateway.settings import Settings
 from lacre_gateway.settlement import Settlement
 from lacre_gateway.throttle import FailureThrottle
+from lacre_gateway.tracing import Tracer
 
 SEALED_PATH: Final = "/v1/sealed"
 
@@ -49,6 +50,7 @@ class Gateway:
     key: Ed25519PrivateKey
     settlement: Settlement
     metrics: Metrics
+    tracer: Tracer | None
     log: Log
     clock: Callable[[], float]
     sealed_url: str
@@ -70,6 +72,8 @@ class Gateway:
         await self.settlement.close()
         await self.budgets.close()
         await self.audit.close()
+        if self.tracer is not None:
+            await self.tracer.close()
 
     async def reload(self, actor: str | None = None) -> Status:
         """Puts the rules that are on the disk to work. actor: `<tenant>/<subject>` of who asked. Raises PolicyError."""
@@ -151,6 +155,7 @@ def build(
         key=key,
         settlement=Settlement(log),
         metrics=metrics,
+        tracer=None if settings.tracing is None else Tracer(settings.tracing, settings.instance),
         log=log,
         clock=clock,
         sealed_url=plain_url(settings.public_url + SEALED_PATH),

@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from lacre.problems import Problem
 from lacre_gateway.audit.entries import Intent, Outcome
 from lacre_gateway.budget.callers import Amounts
 from lacre_gateway.budget.holds import Hold
@@ -41,13 +42,16 @@ class Trail:
         return self
 
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
-        outcome, status = self._end(error)
-        duration = time.monotonic() - self._since
+        outcome, problem = self._end(error)
+        status = self._exchange.status if problem is None else problem.status
+        end = time.monotonic()
         if self._hold is not None:
             self._hold.stream_over()
 
         def record(verdict: Verdict) -> None:
-            self._record(outcome, status, duration, verdict)
+            self._record(outcome, status, end - self._since, verdict)
+            if (tracer := self._gateway.tracer) is not None:
+                tracer.ended(self._intent, self._exchange, verdict, outcome=outcome, end=end, problem=problem)
 
         if self.claim is not None and self.claim.tokens:
             self._gateway.settlement.settle(self.claim, record)
@@ -88,9 +92,9 @@ class Trail:
         hold.settle(Amounts(1, used.prompt_tokens + used.completion_tokens, money))
         return money
 
-    def _end(self, error: BaseException | None) -> tuple[str, int | None]:
-        """The outcome in a word, and the status that the client was sent, if it was sent any."""
+    def _end(self, error: BaseException | None) -> tuple[str, Problem | None]:
+        """The outcome in a word, and what the client is told instead of an answer, if it is told anything."""
         if error is None:
-            return ANSWERED, self._exchange.status
+            return ANSWERED, None
         outcome = outcome_of(error, started=self._exchange.started)
-        return outcome, refusal_for(error).problem.status if outcome == REFUSED else self._exchange.status
+        return outcome, refusal_for(error).problem if outcome == REFUSED else None

@@ -586,5 +586,7 @@ class TestCancelling:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await node.drain(0.1)
+            last = [frame async for frame in frames][-1]
+        assert (last.kind, last.payload.decode()) == (Kind.ERROR, problems.WORKER_LOST.type)  # told, not left to find out
         assert not desk.hub.outbound
         assert desk.hub.gateway().workers("p", "m") == 0

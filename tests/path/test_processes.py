@@ -86,6 +86,17 @@ def test_a_model_that_is_none(tmp_path: Path, content: bytes | None) -> None:
     assert str(model) in failed.stderr.replace("\n", "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_demo(number: signal.Signals) -> None:
+    """No demonstration, no success."""
+    process = subprocess.Popen([*LACRE, "demo", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline()  # it has begun to start things
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + number, "")
+
+
 class TestDeaths:
     @pytest.fixture
     def own(self, tmp_path: Path):

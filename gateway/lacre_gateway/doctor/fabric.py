@@ -1,0 +1,149 @@
+"""What is on the fabric: the connection, the manifest, queues, workers, revocations, and what time it is there.
+
+It connects with the gateway's credential, and subscribes to no replies: those are the running gateway's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from datetime import datetime
+from typing import Any, Final
+
+from nats.aio.msg import Msg
+
+from lacre.errors import LacreError
+from lacre.jws import raw_public_key
+from lacre.manifest import Manifest
+from lacre.trust import verify
+from lacre_fabric import subjects
+from lacre_fabric.connection import API_TIMEOUT, Connection
+from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric.roles import Credential
+from lacre_fabric.work import PRESENT_FOR, FabricError, FabricUnavailable
+from lacre_gateway.doctor.findings import Findings
+from lacre_gateway.settings import Settings
+
+_AHEAD: Final = 5.0  # seconds that clocks may differ and nobody notices
+_FAR: Final = 60.0  # seconds at which grants and tokens begin to be refused
+_HOUR: Final = 3600.0
+
+
+async def check(settings: Settings, findings: Findings) -> None:
+    try:
+        connection = await Connection.open(settings.nats.url, Credential.load(settings.nats.credentials))
+    except LacreError as exc:
+        findings.failed("fabric", str(exc), "see that NATS runs there, and that it knows the credential in nats.credentials")
+        findings.skipped("manifest, queues, workers, clock", "the fabric is needed first")
+        return
+    try:
+        findings.ok("fabric", f"connected to {settings.nats.url} as {connection.credential.name}")
+        manifest = await _manifest(settings, connection, findings)
+        if manifest is not None:
+            await _queues(connection, manifest, findings)
+            await _workers(connection, manifest, findings)
+    finally:
+        await connection.close()
+
+
+async def _manifest(settings: Settings, connection: Connection, findings: Findings) -> Manifest | None:
+    remedy = "publish one with `lacre manifest publish`"
+    try:
+        document = await connection.manifest()
+        if document is None:
+            findings.failed("manifest", "none was published", remedy)
+            return None
+        manifest = verify(document, settings.root, time.time()).manifest
+    except FabricError as exc:
+        findings.failed("manifest", str(exc), "provision the fabric anew: the credential's permissions are not a gateway's")
+        return None
+    except LacreError as exc:
+        findings.failed("manifest", f"it does not verify: {exc}", f"compare `trust` with the published root; {remedy}")
+        return None
+    left = manifest.expires_at - time.time()
+    told = f"version {manifest.version}, for another {left / _HOUR:.1f} hours"
+    if left < _HOUR:
+        findings.warn("manifest", told, remedy)
+    else:
+        findings.ok("manifest", told)
+    _signing_key(settings, manifest, findings)
+    return manifest
+
+
+def _signing_key(settings: Settings, manifest: Manifest, findings: Findings) -> None:
+    try:
+        ours = raw_public_key(read_ed25519(settings.signing_key))
+    except LacreError:
+        findings.skipped("grants", "signing_key is needed first")
+        return
+    if ours == manifest.gateway_key:
+        findings.ok("grants", "the manifest names the key that this gateway signs with")
+    else:
+        findings.failed(
+            "grants", "the manifest names another key than signing_key: workers will refuse every grant",
+            "give this gateway the key that the manifest names, or publish a manifest with this one",
+        )  # fmt: skip
+
+
+async def _queues(connection: Connection, manifest: Manifest, findings: Findings) -> None:
+    for pool in manifest.pools:
+        try:
+            said = await _info(connection, pool)
+        except FabricError as exc:
+            remedy = "`lacre manifest publish` makes missing queues; a denial means that the credential is not for this pool"
+            findings.failed(f"queue {pool}", str(exc), remedy)
+            continue
+        findings.ok(f"queue {pool}", f"{said['state']['messages']} waiting")
+        _clock(said, findings)
+
+
+async def _info(connection: Connection, pool: str) -> dict[str, Any]:
+    """What JetStream says of the pool's queue, with its own time. Raises FabricUnavailable."""
+    async with connection.mapped():
+        subject = f"{subjects.API}.STREAM.INFO.{subjects.work_stream(pool)}"
+        said = json.loads((await connection.client.request(subject, timeout=API_TIMEOUT)).data)
+        if "error" in said:
+            raise FabricUnavailable("NATS has no such queue")
+    return dict(said)
+
+
+def _clock(said: dict[str, Any], findings: Findings) -> None:
+    """Told once: NATS has one clock."""
+    stamp = said.get("ts")
+    if not isinstance(stamp, str) or any(finding.check == "clock" for finding in findings.found):
+        return
+    ahead = time.time() - datetime.fromisoformat(stamp).timestamp()
+    told = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the message server's"
+    remedy = "keep both clocks by NTP: tokens, grants and requests carry times"
+    if abs(ahead) > _FAR:
+        findings.failed("clock", told, remedy)
+    elif abs(ahead) > _AHEAD:
+        findings.warn("clock", told, remedy)
+    else:
+        findings.ok("clock", told)
+
+
+async def _workers(connection: Connection, manifest: Manifest, findings: Findings) -> None:
+    heard: dict[str, set[str]] = {pool: set() for pool in manifest.pools}
+
+    async def hear(message: Msg) -> None:
+        _, pool, node = message.subject.split(".")
+        heard.setdefault(pool, set()).add(node)
+
+    try:
+        async with connection.mapped(confirmed=True):
+            await connection.client.subscribe("presence.>", cb=hear)
+    except FabricError as exc:
+        findings.failed("workers", str(exc), "provision the fabric anew: the credential's permissions are not a gateway's")
+        return
+    deadline = time.monotonic() + PRESENT_FOR
+    while time.monotonic() < deadline and not all(heard[pool] for pool in manifest.pools):
+        await asyncio.sleep(0.05)
+    for pool in manifest.pools:
+        if heard[pool]:
+            findings.ok(f"workers {pool}", f"{len(heard[pool])} heard of: {', '.join(sorted(heard[pool]))}")
+        else:
+            findings.warn(
+                f"workers {pool}", "nobody was heard of", "start one with `lacre worker`: callers get a 503 until then"
+            )

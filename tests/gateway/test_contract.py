@@ -1,0 +1,79 @@
+"""Both apps against their own descriptions: schemathesis asks whatever OpenAPI allows, and more, of a real server.
+
+It lives in an environment of its own (`make contract`), and is left out where that is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+from lacre_gateway.listening import bind, make_server
+from lacre_gateway.settings import Listen
+from parts.gateway import Issuer, World
+
+SCHEMATHESIS = Path(__file__).resolve().parents[2] / "build" / "contract" / "bin" / "schemathesis"
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
+    "response_schema_conformance,unsupported_method,allow_header_conformance,ignored_auth,negative_data_rejection"
+)
+SECONDS = 20
+
+
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[str]:
+    listen = Listen(port=0, drain=1)
+    with bind(listen) as listener:
+        server = make_server(app, listen)
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        await running
+
+
+@pytest.fixture
+async def patient(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
+    """A world in which many bad tokens, from one address, are no reason to say 429."""
+    world = World(tmp_path, issuer, limits="failed_auth_per_minute = 1000000\nrequests_per_minute = 1000000")
+    await world.publish(world.document())
+    yield world
+    await world.gateway.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed: `make contract`")
+@pytest.mark.parametrize("which", ["public", "admin"])
+async def test_no_breach(patient: World, tmp_path: Path, which: str) -> None:
+    app = patient.app if which == "public" else patient.admin
+    schema = tmp_path / "openapi.json"
+    schema.write_text(json.dumps(app.openapi()))
+    token = patient.issuer.token(scope="lacre:admin lacre:http", sub="root")
+    async with patient.worker(), serving(app) as url:
+        command = [
+            str(SCHEMATHESIS), "run", str(schema), "--url", url, "--checks", CHECKS, "--max-time", str(SECONDS),
+            "--header", f"Authorization: Bearer {token}", "--phases", "examples,coverage,fuzzing", "--no-color",
+            "--request-timeout", "30", "--seed", "1",
+        ]  # fmt: skip
+        done = await asyncio.to_thread(
+            subprocess.run, command, check=False, capture_output=True, text=True, timeout=110, cwd=tmp_path
+        )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "Tested" in done.stdout or "passed" in done.stdout
+    assert not [line for line in patient.logged() if line["level"] == "error"], patient.logged()
+
+
+async def test_the_public_description(world: World) -> None:
+    """It is complete: every route is in it, and it is not served."""
+    document = world.app.openapi()
+    routes = {getattr(route, "path", None) for route in world.app.routes}
+    assert set(document["paths"]) == routes
+    assert world.app.openapi_url is None

@@ -1,0 +1,185 @@
+"""Traces as a collector receives them: OTLP over HTTP, taken by a real server and read with OpenTelemetry's own messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from opentelemetry.semconv.attributes import error_attributes, http_attributes, service_attributes
+
+from lacre import problems
+from lacre_fabric.memory import MemoryDelivery
+from lacre_gateway import tracing
+from parts.gateway import MODEL, Issuer, World
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PROMPT = b'{"messages":[{"role":"user","content":"s3cr3t-canary"}]}'
+
+
+class Collector:
+    """What was exported."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.path == "/v1/traces"
+                collector.bodies.append(self.rfile.read(int(self.headers["content-length"])))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def spans(self) -> list[Any]:
+        requests = map(ExportTraceServiceRequest.FromString, self.bodies)
+        return [span for sent in requests for at in sent.resource_spans for scope in at.scope_spans for span in scope.spans]
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture
+async def traced(tmp_path: Path, issuer: Issuer, collector: Collector) -> AsyncIterator[World]:
+    world = World(tmp_path, issuer, settings=f'tracing = {{ endpoint = "{collector.url}" }}')
+    await world.publish(world.document())
+    yield world
+    await world.gateway.close()
+
+
+async def ask(world: World, **headers: str | None) -> httpx2.Response:
+    transport = httpx2.ASGITransport(world.app, client=("192.0.2.1", 40000))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
+        body, _ = world.seal(content=PROMPT)
+        return await client.post("/v1/sealed", content=body, headers=world.headers(**headers))
+
+
+def attributes(span: Any) -> dict[str, Any]:
+    return {at.key: getattr(at.value, at.value.WhichOneof("value")) for at in span.attributes}
+
+
+async def test_a_request(traced: World, collector: Collector) -> None:
+    async with traced.worker():
+        answer = await ask(traced, traceparent=f"00-{TRACE}-{SPAN}-01")
+    await traced.gateway.close()
+    [span] = collector.spans()
+    assert span.name == f"chat {MODEL}"
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, SPAN)
+    told = attributes(span)
+    assert told["lacre.request_id"] == answer.headers["lacre-request-id"]
+    assert {name: told[name] for name in told if name.startswith("gen_ai.")} == {
+        "gen_ai.operation.name": "chat", "gen_ai.provider.name": "lacre", "gen_ai.request.model": MODEL,
+        "gen_ai.request.max_tokens": 256, "gen_ai.usage.input_tokens": 12, "gen_ai.usage.cache_read.input_tokens": 2,
+        "gen_ai.usage.output_tokens": 7,
+    }  # fmt: skip
+    assert (told["http.response.status_code"], told["lacre.outcome"], told["lacre.pool"]) == (200, "answered", "default")
+    [event] = span.events
+    assert event.name == "lacre.first_record"
+    assert span.start_time_unix_nano < event.time_unix_nano < span.end_time_unix_nano
+
+
+async def test_a_refusal(traced: World, collector: Collector) -> None:
+    await ask(traced, lacre_action="http")
+    await ask(traced)
+    await traced.gateway.close()
+    denied, unserved = map(attributes, collector.spans())
+    assert (denied["error.type"], denied["http.response.status_code"]) == ("forbidden", 403)
+    assert denied["lacre.decision"] == "deny"
+    assert (unserved["error.type"], unserved["http.response.status_code"]) == (problems.NO_WORKER.slug, 503)
+    assert [span.status.code for span in collector.spans()] == [0, 2]  # the second is the service's fault
+
+
+async def test_nobody_is_named(traced: World, collector: Collector) -> None:
+    """Neither content nor who asks: of the token, of its claims, of the address."""
+    token = traced.issuer.token(sub="canary-sub", tenant="canary-tenant", groups=["canary-group"], jti="canary-jti")
+    async with traced.worker():
+        body, _ = traced.seal(content=PROMPT)
+        transport = httpx2.ASGITransport(traced.app, client=("203.0.113.77", 40000))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
+            await client.post("/v1/sealed", content=body, headers=traced.headers(token) | {"cookie": "canary-cookie"})
+    await traced.gateway.close()
+    sent = b"".join(collector.bodies)
+    assert collector.spans()
+    for secret in (b"canary", b"s3cr3t", b"203.0.113.77", token.encode(), traced.issuer.ed.public_key().public_bytes_raw()):
+        assert secret not in sent
+
+
+async def test_the_worker_learns_nothing_of_it(traced: World) -> None:
+    """Not in the grant, not in the message, and not inside: what reaches the worker is the same bytes as without."""
+    works = []
+    async with traced.worker() as worker:
+        original = worker._serve
+
+        async def serve(delivery: MemoryDelivery) -> None:
+            works.append(delivery.work)
+            await original(delivery)
+
+        worker._serve = serve  # type: ignore[method-assign]
+        await ask(traced, traceparent=f"00-{TRACE}-{SPAN}-01", tracestate="canary=1", baggage="canary=2")
+    [work] = works
+    told = repr(worker.grants[0]).encode() + work.grant.encode() + work.sealed + repr(work).encode() + worker.opened[0]
+    for name in (TRACE.encode(), bytes.fromhex(TRACE), SPAN.encode(), b"traceparent", b"canary="):
+        assert name not in told
+
+
+async def test_traceparents_that_are_none(traced: World, collector: Collector) -> None:
+    for value in ("", "00-0-0-01", f"00-{'0' * 32}-{SPAN}-01", f"ff-{TRACE}-{SPAN}-01", "x" * 5000):
+        await ask(traced, traceparent=value)
+    await traced.gateway.close()
+    assert [span.parent_span_id for span in collector.spans()] == [b""] * 5
+
+
+async def test_a_collector_that_is_away(tmp_path: Path, issuer: Issuer) -> None:
+    world = World(tmp_path, issuer, settings='tracing = { endpoint = "http://127.0.0.1:9" }')
+    await world.publish(world.document())
+    assert (await ask(world)).status_code == 503  # as ever: there is no worker
+    await world.gateway.close()
+
+
+def test_the_names_are_opentelemetrys() -> None:
+    for name in (
+        "PROVIDER_NAME", "OPERATION_NAME", "REQUEST_MODEL", "REQUEST_MAX_TOKENS",
+    ):  # fmt: skip
+        assert getattr(tracing, name) == getattr(gen_ai_attributes, f"GEN_AI_{name}")
+    assert tracing.INPUT_TOKENS == gen_ai_attributes.GEN_AI_USAGE_INPUT_TOKENS
+    assert tracing.OUTPUT_TOKENS == gen_ai_attributes.GEN_AI_USAGE_OUTPUT_TOKENS
+    assert tracing.CACHED_TOKENS == gen_ai_attributes.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS
+    assert (tracing.METHOD, tracing.ROUTE) == (http_attributes.HTTP_REQUEST_METHOD, http_attributes.HTTP_ROUTE)
+    assert tracing.STATUS == http_attributes.HTTP_RESPONSE_STATUS_CODE
+    assert tracing.ERROR == error_attributes.ERROR_TYPE
+    assert tracing.SERVICE_NAME == service_attributes.SERVICE_NAME
+    known = {value.value for value in gen_ai_attributes.GenAiOperationNameValues}
+    assert set(tracing._OPERATIONS.values()) <= known
+
+
+def test_off_it_is_not_even_imported() -> None:
+    code = (
+        "import sys, lacre_gateway.server, lacre_gateway.admin; "
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry.sdk')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
