@@ -77,8 +77,10 @@ class SafeFormatter(logging.Formatter):
     """Renders a record of the standard library's logging by the same rules."""
 
     def format(self, record: logging.LogRecord) -> str:
+        # A message that is no text is an object, such as an exception that was logged as it is: its type is all that is told.
+        text = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
         event: dict[str, Any] = {
-            "event": _VALUES.sub("", str(record.msg)) if record.name == "asyncio" else str(record.msg),
+            "event": _VALUES.sub("", text) if record.name == "asyncio" else text,
             "level": record.levelname.lower(),
             "time": round(record.created, 3),
             "logger": record.name,

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, get_args
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -39,9 +39,17 @@ def _root_key(value: str) -> str:
     return value
 
 
+def _has_port(parts: SplitResult) -> bool:
+    """Whether its port, where it has one, is one."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
+
+
 def _nats_url(value: str) -> str:
     parts = urlsplit(value)
-    if parts.scheme not in ("nats", "tls") or not parts.hostname:
+    if parts.scheme not in ("nats", "tls") or not parts.hostname or not _has_port(parts):
         raise PydanticCustomError("nats_url", "write an address such as nats://127.0.0.1:4222")
     if parts.username is not None or parts.password is not None:
         raise PydanticCustomError(

@@ -25,5 +25,6 @@ def standard_logging(stream: str) -> dict[str, Any]:
         "handlers": {"stream": {"class": "logging.StreamHandler", "formatter": "safe", "stream": stream, "filters": ["ours"]}},
         "filters": {"ours": {"()": NotOurs}},
         "root": {"level": "WARNING", "handlers": ["stream"]},
-        "loggers": {"uvicorn.access": {"handlers": [], "propagate": False}},
+        # Above every level: a logger without handlers has Python's last resort, which writes whatever it is given.
+        "loggers": {"uvicorn.access": {"level": logging.CRITICAL + 1, "handlers": [], "propagate": False}},
     }

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from lacre.errors import LacreError
+from lacre.errors import LacreError, SettingsError
 from lacre_fabric.leash import PYTHON, leashed
 from lacre_fabric.logs import Log, make_log
 from lacre_gateway.listening import reserve
@@ -69,12 +69,21 @@ class _Process:
 def serve_all(settings: Settings, file: Path) -> None:
     """Until SIGTERM or SIGINT, from the main thread. file: the settings file. Raises SettingsError or ProcessDied."""
     log = make_log(sys.stderr).bind(gateway=settings.gateway)
+    _make_folder(settings.audit)
     with reserve(settings.listen, shared=True) as held:  # also picks the port, where the settings leave it open
         port = held.getsockname()[1]
         command = [*PYTHON, "-m", "lacre_gateway", "--settings", str(file), "--port", str(port), "--process"]
         processes = [_Process(number, [*command, str(number)]) for number in range(settings.processes)]
         patience = settings.listen.drain_delay + settings.listen.drain + _GRACE
         asyncio.run(_watch(processes, patience, log))
+
+
+def _make_folder(path: Path) -> None:
+    """Where each process makes its own. Raises SettingsError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise SettingsError(f"audit: cannot make {path} ({exc.strerror}): name a folder of this user's own") from exc
 
 
 async def _watch(processes: list[_Process], patience: float, log: Log) -> None:

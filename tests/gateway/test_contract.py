@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,6 +26,11 @@ CHECKS = (
     "response_schema_conformance,unsupported_method,allow_header_conformance,ignored_auth,negative_data_rejection"
 )
 SECONDS = 20
+# A sealed request is bytes, whatever its media type.
+HOOKS = """
+import schemathesis
+schemathesis.serializer.alias("message/ohttp-chunked-req", "application/octet-stream")
+"""
 
 
 @contextlib.asynccontextmanager
@@ -56,6 +62,8 @@ async def test_no_breach(patient: World, tmp_path: Path, which: str) -> None:
     app = patient.app if which == "public" else patient.admin
     schema = tmp_path / "openapi.json"
     schema.write_text(json.dumps(app.openapi()))
+    (tmp_path / "hooks.py").write_text(HOOKS)
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)}
     token = patient.issuer.token(scope="lacre:admin lacre:http", sub="root")
     async with patient.worker(), serving(app) as url:
         command = [
@@ -64,7 +72,7 @@ async def test_no_breach(patient: World, tmp_path: Path, which: str) -> None:
             "--request-timeout", "30", "--seed", "1",
         ]  # fmt: skip
         done = await asyncio.to_thread(
-            subprocess.run, command, check=False, capture_output=True, text=True, timeout=110, cwd=tmp_path
+            subprocess.run, command, check=False, capture_output=True, text=True, timeout=110, cwd=tmp_path, env=environment
         )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "Tested" in done.stdout or "passed" in done.stdout

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import io
 import json
 import logging
 import logging.config
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lacre
+import lacre_backend
+import lacre_fabric
+import lacre_gateway
 from lacre.errors import SettingsError
 from lacre_fabric.logs import FIELDS, MAX_TEXT, SafeFormatter, last_words, make_log, places
 from lacre_gateway.logs import standard_logging
@@ -125,3 +131,97 @@ def test_standard_logging_is_valid() -> None:
         assert isinstance(handler.formatter, SafeFormatter)
     finally:
         logging.getLogger().handlers[:], logging.getLogger().level = before
+
+
+class Telling:
+    """Whatever asks it for text is told the secret."""
+
+    def __repr__(self) -> str:
+        return SECRET
+
+
+def chained() -> BaseException:
+    """A secret in the exception, in its cause, in its context, in its notes and in its arguments."""
+    try:
+        try:
+            try:
+                raise KeyError(SECRET)
+            except KeyError:
+                raise OSError(5, SECRET, SECRET)  # noqa: B904 - a context, not a cause
+        except OSError as exc:
+            raise ExceptionGroup(SECRET, [ValueError(SECRET), TypeError(Telling())]) from exc
+    except ExceptionGroup as group:
+        group.add_note(SECRET)
+        return group
+
+
+SHAPES = [
+    SECRET, SECRET.encode(), [SECRET], (SECRET,), {SECRET}, {"a": {"b": [SECRET]}}, {SECRET: 1}, Telling(), chained(),
+    type("Secret", (), {"value": SECRET}),
+]  # fmt: skip
+
+
+def names_of_the_house() -> set[str]:
+    """Every name that our own code has: whatever could become a keyword of a call to the log."""
+    rooms = [Path(module.__file__ or "").parent for module in (lacre, lacre_fabric, lacre_gateway, lacre_backend)]
+    trees = [ast.parse(path.read_text()) for room in rooms for path in room.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return (
+        {node.id for node in nodes if isinstance(node, ast.Name)}
+        | {node.arg for node in nodes if isinstance(node, ast.arg | ast.keyword) and node.arg}
+        | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: type(shape).__name__)
+def test_a_secret_under_every_unknown_key(shape: object) -> None:
+    stream = io.StringIO()
+    unknown = dict.fromkeys((names_of_the_house() | {"stack_info", "prompt", "", "a b"}) - FIELDS - {"self"}, shape)
+    assert {"authorization", "token", "sealed", "plaintext", "exc_info"} <= set(unknown)
+    bound = make_log(stream).bind(**unknown)
+    bound.info("request", **unknown)
+    bound.error("failed", **dict.fromkeys(FIELDS - {"event", "level", "time"}, shape) if not isinstance(shape, str) else {})
+    try:
+        raise chained()
+    except ExceptionGroup:
+        bound.exception("failed", **unknown)
+    assert SECRET not in stream.getvalue()
+    assert len(stream.getvalue().splitlines()) == 3
+
+
+LOGGERS = [
+    "",
+    "uvicorn",
+    "uvicorn.error",
+    "uvicorn.access",
+    "nats",
+    "nats.aio.client",
+    "httpx2",
+    "httpcore2",
+    "asyncio",
+    "py.warnings",
+]
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_libraries_that_say_too_much(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root, logger = logging.getLogger(), logging.getLogger(name)
+    before = root.handlers[:], root.level
+    try:
+        logging.config.dictConfig(standard_logging("ext://sys.stderr"))
+        exc = chained()
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
+            for shape in SHAPES:
+                logger.log(level, "it went %s, %r", shape, shape, extra={"secret": shape, "token": SECRET})
+                logger.log(level, "it went", exc_info=exc, stack_info=True)
+                if not isinstance(shape, str):
+                    logger.log(level, shape)
+    finally:
+        root.handlers[:], root.level = before
+        access = logging.getLogger("uvicorn.access")
+        access.propagate = True
+        access.setLevel(logging.NOTSET)
+    told = capsys.readouterr().err
+    assert SECRET not in told
+    assert all(json.loads(line)["logger"] for line in told.splitlines())
+    assert bool(told) is (name != "uvicorn.access")

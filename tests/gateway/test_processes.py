@@ -311,7 +311,8 @@ ILLS = [
     ('jwks = "', 'jwks_url = "http://127.0.0.1:9/keys" # "', "issuers.0", ISSUER),
     ("[listen]", 'policies = "nowhere"\n[listen]', "policies", "nowhere"),
     ("audit-own", "/proc/nowhere", "audit", "cannot be written"),
-    ("nats://127.0.0.1:", "nats://127.0.0.1:1", "fabric", "cannot connect"),
+    ("nats://127.0.0.1:", "nats://127.0.0.2:", "fabric", "cannot connect"),
+    ("nats://127.0.0.1:", "nats://127.0.0.1:1", "settings", "nats.url"),
     ("[listen]", '[listen]\nhost = "192.0.2.1"', "port", "192.0.2.1"),
     ("[listen]", '[listen]\ntls = { certificate = "nowhere", key = "grant.pem" }', "tls", "nowhere"),
 ]
