@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 
@@ -32,7 +32,19 @@ from lacre_gateway.outer import Fields
 from lacre_gateway.policy.cedar import PolicyError
 from lacre_gateway.policy.question import AdminAction, AdminQuestion
 from lacre_gateway.refusal import Refusal
-from lacre_gateway.reports import Draining, PoolReport, Reloaded, Revocations, Revoke, Revoked, Rules, StatusReport
+from lacre_gateway.reports import (
+    TENANT,
+    Draining,
+    PoolReport,
+    Reloaded,
+    Revocations,
+    Revoke,
+    Revoked,
+    Rules,
+    StatusReport,
+    UsageReport,
+    Used,
+)
 from lacre_gateway.state import Gateway
 
 # What any call may be refused with; each is a row of `lacre.problems`.
@@ -147,6 +159,13 @@ async def status(request: Request, asking: Asking) -> StatusReport:
         audit_entries=gateway.audit.size,
         rules=Rules(policy_set=rules.policy_set, since=rules.since, reloads=rules.reloads, refusals=rules.refusals),
     )
+
+
+@_routes.get("/v1/usage")
+async def usage(asking: Asking, tenant: Annotated[str, Query(pattern=TENANT)]) -> UsageReport:
+    """What a tenant and its users have used of their budgets, each limit in its window, as it stands on the fabric."""
+    gateway = await asking.may(AdminAction.USAGE, tenant)
+    return UsageReport(tenant=tenant, budgets=[Used.of(line) for line in await gateway.budgets.usage(tenant)])
 
 
 @_routes.get("/v1/revocations")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import Capacity
+from lacre_gateway.budget.report import Line
 from lacre_gateway.claims import MAX_NAME
+
+TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # as `auth` takes it from a token
 
 
 class Report(BaseModel):
@@ -52,6 +55,39 @@ class StatusReport(Report):
     pools: dict[str, PoolReport]
     audit_entries: int
     rules: Rules
+
+
+class Used(Report):
+    """One limit in one window. key: whose budget. kind: what it counts; money in micro-units. window: its number.
+
+    used: settled, or by receipts of requests under way. drawn: what gateways hold in leases, too. forfeited: leases whose
+    gateway died; they count as used until the window is over.
+    """
+
+    key: str
+    name: str
+    kind: str
+    window: int
+    used: int
+    drawn: int
+    forfeited: int
+
+    @classmethod
+    def of(cls, line: Line) -> Self:
+        return cls(
+            key=line.key,
+            name=line.name,
+            kind=line.kind.value,
+            window=line.window,
+            used=line.used,
+            drawn=line.drawn,
+            forfeited=line.forfeited,
+        )
+
+
+class UsageReport(Report):
+    tenant: str
+    budgets: list[Used]
 
 
 class Reloaded(Report):

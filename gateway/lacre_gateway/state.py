@@ -150,7 +150,7 @@ def build(
             in_flight=limits.requests_in_flight,
             concurrent=limits.concurrent_per_subject,
         ),
-        budgets=Ledger(lambda: rules.current.plans, settings.gateway, log, longest=limits.longest_stream, clock=clock),
+        budgets=Ledger(lambda: rules.current.plans, settings.instance, log, longest=limits.longest_stream, clock=clock),
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
         settlement=Settlement(log),

@@ -131,3 +131,17 @@ async def test_no_fabric_no_revocation(world: World, admin: httpx2.AsyncClient) 
     world.gateway.fabric = None
     refused = await admin.post("/v1/revocations", headers=bearer(world), json={"sub": "mallory"})
     assert (refused.status_code, refused.json()["type"]) == (503, problems.UNAVAILABLE.type)
+
+
+async def test_usage(world: World, admin: httpx2.AsyncClient, client: httpx2.AsyncClient) -> None:
+    async with world.worker():
+        answer = await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers())
+    assert answer.status_code == 200
+    await world.trail()
+    used = await admin.get("/v1/usage", params={"tenant": "acme"}, headers=bearer(world))
+    assert used.status_code == 200
+    assert used.json()["tenant"] == "acme"
+    assert used.json()["budgets"]
+    assert recorded(world, "admin")[-1]["target"] == "acme"
+    assert (await admin.get("/v1/usage", params={"tenant": "a/b"}, headers=bearer(world))).status_code == 422
+    assert (await admin.get("/v1/usage", params={"tenant": "acme"}, headers=bearer(world, ""))).status_code == 403

@@ -72,13 +72,16 @@ class Running:
     def log(self) -> Path:
         return self.settings.with_suffix(".log")
 
+    def __post_init__(self) -> None:
+        self.token = self.issuer.token()
+
     @property
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self) -> lacre.AsyncClient:
         url = self.cluster.site.connection_string(self.base_url)
-        return lacre.AsyncClient(url, token=self.issuer.token(), memory=lacre.VersionMemory(), shape="none")
+        return lacre.AsyncClient(url, token=self.token, memory=lacre.VersionMemory(), shape="none")
 
     async def get(self, url: str) -> httpx2.Response:
         async with httpx2.AsyncClient(trust_env=False) as http:
@@ -347,6 +350,8 @@ async def test_slow_clients_stop_nobody(running: Running, attack: str) -> None:
         "slowhttptest", attack, "-c", "1000", "-r", "500", "-i", "1", "-l", "15", "-p", "5", "-u", running.base_url + target,
         "-f", "message/ohttp-chunked-req", "-s", "100000",
     ]  # fmt: skip
+    async with running.client() as client:  # a token that was seen before is not what the throttle of bad ones is for
+        assert (await client.chat("Hi.", max_tokens=8)).text
     attacking = asyncio.create_task(asyncio.to_thread(subprocess.run, command, check=False, capture_output=True, text=True))
     answers = 0
     while not attacking.done():

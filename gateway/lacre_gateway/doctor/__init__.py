@@ -13,7 +13,7 @@ from pathlib import Path
 from lacre.errors import SettingsError
 from lacre_gateway.doctor import fabric, host, trust
 from lacre_gateway.doctor.findings import Finding, Findings, State
-from lacre_gateway.settings import load
+from lacre_gateway.settings import Settings, load
 
 __all__ = ["Finding", "State", "examine"]
 
@@ -34,6 +34,6 @@ def examine(file: Path) -> list[Finding]:
     return findings.found
 
 
-async def _outside(settings: fabric.Settings, findings: Findings) -> None:
+async def _outside(settings: Settings, findings: Findings) -> None:
     await trust.check_issuers(settings, findings)
     await fabric.check(settings, findings)
