@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lacre import __version__
@@ -46,7 +46,10 @@ class Served(Protocol):
 
 
 class Metrics:
-    """live: the requests under way. since: when it began to count, on the monotonic clock."""
+    """live: the requests under way. since: when it began to count, on the monotonic clock.
+
+    received, sent: bytes so far. records: pieces of answers so far.
+    """
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -62,9 +65,7 @@ class Metrics:
         self._whole = Histogram(
             "lacre_request_seconds", "From a request's headers to its end.", ["outcome"], buckets=_DURATIONS, registry=registry
         )
-        self._received = Counter("lacre_received_bytes", "Bytes of sealed requests.", registry=registry)
-        self._sent = Counter("lacre_sent_bytes", "Bytes of sealed answers.", registry=registry)
-        self._records = Counter("lacre_records", "Pieces of sealed answers that were forwarded.", registry=registry)
+        self.received = self.sent = self.records = 0
         self._settlements = Counter(
             "lacre_settlements", "Requests that a worker was asked for, by what became of the receipt.", ["result"],
             registry=registry,
@@ -80,7 +81,10 @@ class Metrics:
         self._committed = Counter("lacre_audit_committed_entries", "Entries that were made durable.", registry=registry)
         self._commit_failures = Counter("lacre_audit_commit_failures", "Groups that could not be written.", registry=registry)
         self._admin = Counter("lacre_admin_requests", "Calls of the admin API.", ["action", "outcome"], registry=registry)
+        # What `labels` finds by a lock and a dictionary of texts is kept: it would cost more than the count itself.
         self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._results: dict[str, Counter] = {}
+        self._by_model: dict[tuple[str, str], tuple[Counter, Counter, Counter]] = {}
 
     def ended(self, served: Served, outcome: str, problem: Problem | None = None) -> None:
         """outcome: answered, refused, broken, client-gone, interrupted or failed. On the hot path: some microseconds."""
@@ -91,21 +95,35 @@ class Metrics:
             child = self._children[at] = (self._requests.labels(*at), self._whole.labels(outcome))
         child[0].inc()
         child[1].observe(time.monotonic() - served.since)
-        self._received.inc(served.received)
+        self.received += served.received
         if served.first_byte is not None:
             self._first_byte.observe(served.first_byte - served.since)
-            self._sent.inc(served.sent)
-            self._records.inc(served.records)
+            self.sent += served.sent
+            self.records += served.records
 
     def settled(self, pool: str, model: str, verdict: Verdict) -> None:
         """pool, model: as the manifest names them."""
         used = verdict.receipt
-        refused = None if verdict.refused is None else verdict.refused.value
-        self._settlements.labels(refused or ("receipted" if used is not None else "unreceipted")).inc()
+        result = verdict.refused or ("receipted" if used is not None else "unreceipted")
+        child = self._results.get(result)
+        if child is None:
+            child = self._results[result] = self._settlements.labels(str(result))
+        child.inc()
         if used is not None:
-            counts = {"prompt": used.prompt_tokens, "cached": used.cached_tokens, "completion": used.completion_tokens}
-            for kind, count in counts.items():
-                self._tokens.labels(pool, model, kind).inc(count)
+            prompt, cached, completion = self._tokens_of(pool, model)
+            prompt.inc(used.prompt_tokens)
+            cached.inc(used.cached_tokens)
+            completion.inc(used.completion_tokens)
+
+    def _tokens_of(self, pool: str, model: str) -> tuple[Counter, Counter, Counter]:
+        children = self._by_model.get((pool, model))
+        if children is None:
+            children = self._by_model[pool, model] = (
+                self._tokens.labels(pool, model, "prompt"),
+                self._tokens.labels(pool, model, "cached"),
+                self._tokens.labels(pool, model, "completion"),
+            )
+        return children
 
     def committed(self, seconds: float, entries: int) -> None:
         """A group of entries is durable. entries: 0 where it could not be written."""
@@ -140,6 +158,9 @@ class States(Collector):
         yield InfoMetricFamily("lacre_build", "Which version runs.", value={"version": __version__})
         yield gauge("lacre_requests_in_flight", "Sealed requests under way.", len(live))
         yield gauge("lacre_streams_open", "Of these, answers whose first byte has left.", sum(each.started for each in live))
+        yield CounterMetricFamily("lacre_received_bytes", "Bytes of sealed requests.", value=self._metrics.received)
+        yield CounterMetricFamily("lacre_sent_bytes", "Bytes of sealed answers.", value=self._metrics.sent)
+        yield CounterMetricFamily("lacre_records", "Pieces of answers that were forwarded.", value=self._metrics.records)
         for reading in self._readings:
             yield from reading()
 
