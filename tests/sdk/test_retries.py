@@ -1,0 +1,123 @@
+"""What is tried again before anything of an answer came, how often, and after how long; and what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import pytest
+
+import lacre
+from lacre import backoff, problems
+from lacre.backoff import FIRST, LONGEST, PATIENCE, Retries
+from lacre.errors import NetworkError, TruncatedStream
+from lacre.transport import TimedOut, Unreachable
+from parts.chat_app import ChatApp
+from parts.relay import Relay, Wire, served
+
+SEALED = "/v1/sealed"
+
+
+@pytest.fixture
+def relay() -> Relay:
+    return Relay(ChatApp())
+
+
+def connect(relay: Relay, **options: Any) -> lacre.Client:
+    return lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay), **options)
+
+
+def first(*answers: Any) -> Any:
+    """These, one after the other, to sealed requests; then the relay's own."""
+    left = list(answers)
+
+    def respond(request: httpx2.Request) -> httpx2.Response | None:
+        if request.url.path != SEALED or not left:
+            return None
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return served(answer.status, answer.body(), {"retry-after": "0"})
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [problems.BUSY, problems.RATE_LIMITED, problems.WORKER_LOST, httpx2.ConnectError("gone"), httpx2.ReadError("cut")],
+    ids=str,
+)
+def test_once_more(relay: Relay, fault: Any) -> None:
+    relay.respond = first(fault)
+    with connect(relay) as client:
+        reply = client.chat("x")
+    assert (reply.text, reply.attempts) == ("one two three", 2)
+    sent = [request.content for request in relay.requests if request.url.path == SEALED]
+    assert len(sent) == len(set(sent)) == 2  # sealed afresh
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (problems.FORBIDDEN, lacre.Forbidden),
+        (problems.REPLAYED, lacre.RefusedError),
+        (problems.INTERNAL, lacre.Unavailable),
+        (httpx2.ReadTimeout("late"), TimedOut),
+    ],
+    ids=str,
+)
+def test_not_again(relay: Relay, fault: Any, error: type[lacre.LacreError]) -> None:
+    relay.respond = first(fault)
+    with connect(relay) as client, pytest.raises(error):
+        client.chat("x")
+    assert sum(request.url.path == SEALED for request in relay.requests) == 1
+
+
+def test_never_twice_what_may_have_an_effect(relay: Relay) -> None:
+    with connect(relay) as client:
+        relay.respond = first(httpx2.ReadError("cut"))
+        with pytest.raises(Unreachable):
+            client.post("/v1/orders", json={"model": "tiny", "messages": ["x"]})
+        relay.respond = first(httpx2.ConnectError("gone"))  # it certainly did not run
+        assert client.post("/v1/orders", json={"model": "tiny", "messages": ["x"]}).extensions["lacre"].attempts == 2
+
+
+def test_as_often_as_asked(relay: Relay) -> None:
+    for retries in (0, 1):
+        relay.respond, relay.requests = first(*[problems.BUSY] * 5), []
+        with connect(relay, retries=retries) as client, pytest.raises(lacre.Unavailable):
+            client.chat("x")
+        assert sum(request.url.path == SEALED for request in relay.requests) == retries + 1
+
+
+def test_the_manifest_too(relay: Relay) -> None:
+    left = [httpx2.ConnectError("gone")]
+
+    def respond(request: httpx2.Request) -> httpx2.Response | None:
+        if left:
+            raise left.pop()
+        return None
+
+    relay.respond = respond
+    with connect(relay) as client:
+        assert client.chat("x").attempts == 1
+
+
+def test_how_long() -> None:
+    retries = Retries(2, repeatable=True)
+    assert 3 <= (retries.after_refusal(problems.BUSY, 3.0) or 0) <= 3 + FIRST
+    assert retries.after_refusal(problems.BUSY, PATIENCE + 1) is None
+    assert 0 <= (retries.after_failure(TruncatedStream("cut")) or 0) <= 2 * FIRST
+    assert retries.after_failure(NetworkError("gone")) is None
+    assert all(backoff.delay(50) <= LONGEST for _ in range(20))
+    assert len({backoff.delay(3) for _ in range(20)}) > 1
+
+
+def test_a_compressed_answer_is_not_inflated() -> None:
+    async def compressing(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-encoding", b"gzip")]})
+        await send({"type": "http.response.body", "body": b"\x1f\x8b"})
+
+    with connect(Relay(compressing)) as client, pytest.raises(lacre.InvalidMessage, match="compressed"):
+        client.chat("x")
