@@ -111,6 +111,8 @@ class Consumer:
         self._held: dict[bytes, int] = {}  # what is being answered, and its next frame
 
     def run(self) -> None:
+        self._wire.sock.sendall(b"".join([*self._presence(time.monotonic()), *self._ask(time.monotonic())]))
+        print("there", flush=True)
         while True:
             now = time.monotonic()
             out = [*self._presence(now), *self._ask(now)]

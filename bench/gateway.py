@@ -96,7 +96,7 @@ def measure(quick: bool) -> command.Figures:
         folder = Path(name)
         with stand(folder) as served, peers(folder) as running:
             with served.answering(1):
-                run_load(served.load(2**10, 16, seconds=1.0))  # whatever is made at the first request is made
+                run_load(served.load(2**10, 16, seconds=3.0))  # what is made at first requests is made, and leases are drawn
                 figures = beside(served, running, seconds)
                 cells = matrix(served, seconds, quick)
             with served.answering(20):

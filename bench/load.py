@@ -143,7 +143,7 @@ class Load:
         """What came behind the head."""
         head, _, rest = connection.head.partition(HEAD_END)
         if head[9:12] != b"200":
-            raise SystemExit(f"an answer that is not 200: {connection.head[:600]!r}")
+            raise SystemExit(f"an answer that is not 200: {head[:40]!r} {rest!r}")
         lines = head.lower().split(b"\r\n")
         length = next((line for line in lines if line.startswith(b"content-length:")), None)
         connection.needed = -2 if length is None else int(length.partition(b":")[2])

@@ -99,9 +99,12 @@ class Stand:
             receipt_key=str(self.site.folder / "pools" / POOL / "receipt.pem"),
             pool=POOL, model=MODEL, node=NODE, records=records, hold=hold,
         )  # fmt: skip
-        process = subprocess.Popen([sys.executable, "-m", "bench.consumer", json.dumps(asdict(task))], cwd=ROOT)
+        command = [sys.executable, "-m", "bench.consumer", json.dumps(asdict(task))]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
         with ended(process):
-            time.sleep(1.0)  # it is heard, and its pull has arrived
+            assert process.stdout is not None
+            process.stdout.readline()  # it has said that it is there
+            time.sleep(0.5)
             yield process
 
     def load(self, size: int, connections: int, **limits: Any) -> Load:
