@@ -96,14 +96,14 @@ class Ours:
                 into.append(asyncio.run(self.stream(text, 1, secrets.token_bytes(8)))[0] - began)
         return {"cached": cached, "cold": cold}
 
-    def flood(self) -> dict[str, float]:
-        """p95 of the time between tokens of 7 streams: quiet, and while a prompt of 4,000 tokens is taken in."""
+    def flood(self, length: int) -> dict[str, float]:
+        """p95 of the time between tokens of 7 streams: quiet, and while a prompt of `length` tokens is taken in."""
 
         async def run() -> dict[str, float]:
             streams = [asyncio.create_task(self.stream(prompt(), 4000, endless=f"short{i}")) for i in range(7)]
             await asyncio.sleep(3)
             began = time.perf_counter()
-            ids = tuple(self.engine.tokenize(long_text(4400))[:4000])
+            ids = tuple(self.engine.tokenize(long_text(length + 400))[:length])
             async for _ in self.engine.submit(Task("flood", ids, 1)):
                 break
             ended = time.perf_counter()
