@@ -5,6 +5,8 @@ Rules:
 - Any other failure of a write says nothing: it may have happened, or may still happen, for as long as the key has the revision
   that it named. Nothing is written again by itself.
 - Times are the server's: processes whose clocks differ agree on them.
+- Entries are read by JetStream's own API, which answers in JSON, from the stream's leader. What a direct get answers is the
+  entry itself, headers and all, from any replica: who asks could have it sent to another process as what it is not.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final, Protocol
 
 import nats.js.errors
@@ -22,7 +23,6 @@ from nats.js.api import Header
 from lacre_fabric.connection import Connection
 from lacre_fabric.work import FabricError, FabricUnavailable
 
-_TIME: Final = "Nats-Time-Stamp"  # of a direct get (NATS ADR-31)
 # JSStreamWrongLastSequenceErrF and its constant sister: the compare failed, so nothing was set.
 _CONFLICTS: Final = frozenset({10071, 10164})
 
@@ -63,10 +63,12 @@ class NatsBucket:
         self._check_connected()
         async with self._connection.mapped():
             try:
-                found = await self._connection.jetstream.get_msg(self._stream, subject=f"{self._subject}.{key}", direct=True)
+                found = await self._connection.jetstream.get_msg(self._stream, subject=f"{self._subject}.{key}")
             except nats.js.errors.NotFoundError:
                 return None
-        return Entry(found.data or b"", found.seq or 0, _seconds((found.headers or {}).get(_TIME, "")))
+        if found.time is None:
+            raise FabricUnavailable("NATS gave an entry without its time: use nats-server 2.10 or later")
+        return Entry(found.data or b"", found.seq or 0, found.time.timestamp())
 
     async def write(self, key: str, value: bytes, revision: int) -> int:
         self._check_connected()
@@ -120,11 +122,3 @@ class MemoryBucket:
         self._revision += 1
         self.entries[key] = Entry(value, self._revision, self._clock())
         return self._revision
-
-
-def _seconds(text: str) -> float:
-    """RFC 3339, with more decimals than Python's datetime holds. Raises FabricUnavailable."""
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError as exc:
-        raise FabricUnavailable("NATS gave an answer without its time: version 2.10 or later is needed") from exc

@@ -30,10 +30,7 @@ READ_MANIFEST: Final = (
 )
 REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # what a gateway asks about them
 # What gateways read and write of the budgets that they share.
-BUDGETS: Final = (
-    f"$KV.{subjects.BUDGETS_BUCKET}.>",
-    f"{subjects.API}.DIRECT.GET.KV_{subjects.BUDGETS_BUCKET}.>",
-)
+BUDGETS: Final = (f"$KV.{subjects.BUDGETS_BUCKET}.>", subjects.READ_BUDGETS)
 MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`

@@ -20,6 +20,7 @@ _REVOCATIONS: Final = "revocations"
 REVOCATIONS_STREAM: Final = f"KV_{_REVOCATIONS}"
 READ_REVOCATIONS: Final = f"{API}.STREAM.MSG.GET.{REVOCATIONS_STREAM}"
 BUDGETS_BUCKET: Final = "budgets"
+READ_BUDGETS: Final = f"{API}.STREAM.MSG.GET.KV_{BUDGETS_BUCKET}"
 
 
 def is_name(name: str) -> bool:

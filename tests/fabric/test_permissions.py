@@ -121,6 +121,7 @@ NOT_FOR_GATEWAYS = [
     f"$KV.claims_a.{ID}",
     "$KV.trust.manifest",
     f"{subjects.API}.DIRECT.GET.{subjects.REVOCATIONS_STREAM}",
+    f"{subjects.API}.DIRECT.GET.KV_budgets.$KV.budgets.user.a.b",
     "presence.a.n1",
     *(f"{api}.STREAM.CREATE.MINE" for api in API),
     *(f"{api}.STREAM.{call}.WORK_a" for api in API for call in ("UPDATE", "DELETE", "PURGE", "MSG.GET")),
@@ -367,6 +368,8 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
         if role.startswith("gateway"):
             await who.client.publish(subjects.revocation("x"), json.dumps(config).encode(), headers=headers, reply=target)
             await who.client.publish(subjects.READ_REVOCATIONS, b'{"last_by_subj":"$KV.revocations.x"}', reply=target)
+            await who.client.publish("$KV.budgets.x", json.dumps(config).encode(), headers=headers, reply=target)
+            await who.client.publish(subjects.READ_BUDGETS, b'{"last_by_subj":"$KV.budgets.x"}', reply=target)
         else:  # what it stored, and the status of a pull
             await who.client.publish(f"{subjects.API}.DIRECT.GET.KV_claims_b.{stored}", reply=target)
             await who.client.publish(f"{subjects.API}.CONSUMER.MSG.NEXT.WORK_b.model-{M1}", b'{"no_wait":true}', reply=target)
@@ -374,7 +377,7 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
     await asyncio.sleep(0.2)
     assert not who.denials
     assert not {message.subject for message in heard} & {*TARGETS, *CALLS}
-    after, written = await state(provisioner), dict.fromkeys(("KV_claims_b", "KV_revocations", "WORK_b"), ())
+    after, written = await state(provisioner), dict.fromkeys(("KV_claims_b", "KV_revocations", "KV_budgets", "WORK_b"), ())
     assert {**after, **written} == {**before, **written}
     assert after != before, "what it may write was written"
     assert await who.manifest() == b"genuine"
