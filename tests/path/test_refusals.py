@@ -206,7 +206,7 @@ class TestNoWorker:
         os.kill(worker, signal.SIGSTOP)
         try:
             time.sleep(3.5)
-            with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory()) as client:
+            with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory(), retries=0) as client:
                 began = time.monotonic()
                 with pytest.raises(lacre.Unavailable) as caught:
                     client.chat("Hi.")
