@@ -35,13 +35,15 @@ def proxy(up: Up) -> Iterator[dict[str, str]]:
     process.communicate(timeout=30)
 
 
-@pytest.mark.skipif(NODE is None or NPM is None, reason="node and npm are not installed")
-class TestNode:
-    @pytest.fixture(scope="class", autouse=True)
-    def packages(self) -> None:
-        if not (FOLDER / "node_modules").is_dir():
-            subprocess.run([str(NPM), "ci"], cwd=FOLDER, check=True, capture_output=True)
+@pytest.fixture(scope="module")
+def packages() -> None:
+    if not (FOLDER / "node_modules").is_dir():
+        subprocess.run([str(NPM), "ci"], cwd=FOLDER, check=True, capture_output=True)
 
+
+@pytest.mark.skipif(NODE is None or NPM is None, reason="node and npm are not installed")
+@pytest.mark.usefixtures("packages")
+class TestNode:
     def does(self, proxy: dict[str, str], *what: str) -> dict[str, Any]:
         command = [str(NODE), "program.mjs", *what]
         done = subprocess.run(command, cwd=FOLDER, env=proxy, capture_output=True, text=True, timeout=280, check=False)
