@@ -11,6 +11,7 @@ from typing import Any
 
 from hostile.stage import MODEL, OTHER_MODEL, Keys
 from lacre.jws import b64u, raw_public_key
+from lacre_fabric.buckets import MemoryBucket
 from lacre_fabric.logs import make_log
 from lacre_fabric.memory import MemoryFabric
 from lacre_gateway.app import create_app
@@ -36,6 +37,7 @@ class HonestGateway:
 
     async def start(self, fabric: MemoryFabric) -> None:
         self.gateway.fabric = fabric.gateway()
+        self.gateway.budgets.bucket = MemoryBucket()
         await self.gateway.feed.refresh()
         await self.gateway.revocations.start(self.gateway.connected)
 
