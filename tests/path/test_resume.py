@@ -21,8 +21,8 @@ from parts.workers import MODEL, Workers, busiest
 KILLS = 30
 LIMIT = 100  # tokens of an answer
 TOLERANCE = 0.25  # of a logit: what another order of additions may change
-# Of thousands of tokens a few are further off, with a seam or without: prompts are read in other batches than the reference's.
-WITHIN, FURTHEST = 0.998, 0.5
+# One of some hundred tokens is further off, with a seam or without: prompts are read in other batches than the reference's.
+WITHIN, FURTHEST = 0.99, 0.5
 SUBJECTS = ("the sea", "a lighthouse", "two brothers", "a long road", "winter", "the moon")
 
 
