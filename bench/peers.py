@@ -97,8 +97,10 @@ def _serving(nginx: str, folder: Path, port: int, more: str) -> Iterator[int]:
     master = subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf", "-e", folder / "error.log"])
     with ended(master):
         _await_port(port, master)
-        children = Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
-        yield int(children[0])
+        children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
+        while not (found := children.read_text().split()):  # it listens before it has its worker
+            time.sleep(0.02)
+        yield int(found[0])
 
 
 @contextmanager
