@@ -32,7 +32,7 @@ from lacre_fabric.roles import Credential
 
 RECORD = b"\xa5" * 512  # no record looks like the end of a chunked answer
 BATCH = 256  # messages asked for at once
-RENEW = 5.0  # seconds that one pull lives
+RENEW = 1.0  # seconds that one pull lives; what an earlier process asked for is over soon
 BEAT = 1.0
 ATTEMPT = "0123456789abcdef" * 2
 _MESSAGE = re.compile(rb"(?:HMSG|MSG) (\S+) (\S+) (?:(\S+) )?(?:(\d+) )?(\d+)\r\n")

@@ -104,7 +104,7 @@ class Stand:
         with ended(process):
             assert process.stdout is not None
             process.stdout.readline()  # it has said that it is there
-            time.sleep(0.5)
+            time.sleep(1.5)  # and what another one before it had asked for is over
             yield process
 
     def load(self, size: int, connections: int, **limits: Any) -> Load:
