@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from lacre.errors import SettingsError
 from lacre_backend import models
 from lacre_backend.engine.model import Facts
-from lacre_backend.engine.pace import LEAST, Pace
+from lacre_backend.engine.pace import GROWTH, LEAST, Pace
 from lacre_backend.engine.protocol import Sampling
 from lacre_backend.engine.sampling import draw
 from lacre_backend.engine.sizing import CPU_ROWS, DEFAULT_SLOTS, OVERHEAD, LlamaSettings, derive
@@ -96,9 +97,12 @@ def test_a_share_stretches_a_step_to_twice_its_length() -> None:
     for _ in range(50):
         pace.observe(7, 10, 0.020 + 10 * 0.05)
     assert pace.share(7) == LEAST
+    shares = [LEAST]
     for _ in range(50):
         pace.observe(7, 10, 0.020)
-    assert pace.share(7) == 128
+        shares.append(pace.share(7))
+    assert all(b <= GROWTH * a for a, b in pairwise(shares)), "a step that was measured too short lets no whole chunk in"
+    assert shares[-1] == 128
 
 
 # Size

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import struct
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
-
-import numpy as np
 
 from lacre.asgi import EXTENSION, Call, Receive, Scope, Send, Usage
 from lacre_backend.api import ceilings, shapes
@@ -127,4 +126,4 @@ def _written(vector: Embedding, encoding_format: str) -> Any:
     """As numbers, or as OpenAI's base64: 32-bit floats, least byte first."""
     if encoding_format == "float":
         return list(vector.values)
-    return base64.b64encode(np.array(vector.values, dtype="<f4").tobytes()).decode("ascii")
+    return base64.b64encode(struct.pack(f"<{len(vector.values)}f", *vector.values)).decode("ascii")

@@ -268,7 +268,7 @@ class _Translation:
     def _string(self, schema: Mapping[str, Any], path: str) -> str:
         if "format" in schema:
             self._only(schema.keys() & _KEYWORDS["string"], {"format"}, path)
-            if schema["format"] not in _FORMATS:
+            if not _is_format(schema["format"]):
                 raise self._refused(f"{path}.format is none of {', '.join(_FORMATS)}")
             return self._new(_FORMATS[schema["format"]])
         least, most = self._bounds(schema, "minLength", "maxLength", path)
@@ -286,6 +286,11 @@ class _Translation:
         return least, most
 
 
+def _is_format(value: Any) -> bool:
+    """A caller's value may be anything, a list among it, which no table can be asked about."""
+    return isinstance(value, str) and value in _FORMATS
+
+
 def _enforceable(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """A schema without the keywords that a grammar cannot enforce; what it admits then may break those."""
     for union in ("anyOf", "oneOf"):
@@ -295,7 +300,7 @@ def _enforceable(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     if alone is not None:
         return {alone: schema[alone], **({"type": schema["type"]} if "type" in schema and alone != "$ref" else {})}
     kept = {keyword: value for keyword, value in schema.items() if keyword in _KNOWN}
-    if kept.get("format") not in _FORMATS:
+    if not _is_format(kept.get("format")):
         kept.pop("format", None)
     else:
         kept = {keyword: value for keyword, value in kept.items() if keyword not in ("minLength", "maxLength")}
