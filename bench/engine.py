@@ -29,7 +29,7 @@ from lacre_backend import models
 from lacre_backend.engine.model import silence
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacre"
-LIMIT = 180  # seconds for one task of a peer
+LIMIT = 300  # seconds for one task of a peer
 RUNNER = Path(__file__).with_name("runner.py")
 SERVER = ["uvicorn", "fastapi", "pydantic-settings", "sse-starlette", "starlette-context", "PyYAML", "numpy", "jinja2"]
 PEERS = {"xllamacpp": ["xllamacpp==2026.10.11549"], "server": [*SERVER, "typing-extensions", "diskcache"]}

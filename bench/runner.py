@@ -65,13 +65,22 @@ class Ours:
 
         return asyncio.run(run())
 
-    async def stream(self, text: str, tokens: int, scope: bytes | None = None, endless: str = "") -> Marks:
-        """endless: the id of a task that ends only when it is cancelled, or at its limit."""
+    async def stream(
+        self, text: str, tokens: int, scope: bytes | None = None, endless: str = "", marks: Marks | None = None
+    ) -> Marks:
+        """endless: the id of a task that ends only at its limit. marks: filled as the tokens come."""
+        marks = [] if marks is None else marks
         ids = tuple(self.engine.tokenize(text))
         never = dict.fromkeys((token.id for token in self.engine.model.control_tokens), -1000.0) if endless else {}
         sampling = Sampling(temperature=0, logit_bias=never)
         task = Task(endless or secrets.token_hex(8), ids, tokens, sampling=sampling, cache_scope=scope)
-        return [time.perf_counter() async for event in self.engine.submit(task) if isinstance(event, Token)]
+        try:
+            async for event in self.engine.submit(task):
+                if isinstance(event, Token):
+                    marks.append(time.perf_counter())
+        finally:
+            self.engine.cancel(task.id)
+        return marks
 
     def warm(self) -> dict[str, float]:
         text = long_text(540)
@@ -99,18 +108,25 @@ class Ours:
     def flood(self, length: int) -> dict[str, float]:
         """p95 of the time between tokens of 7 streams: quiet, and while a prompt of `length` tokens is taken in."""
 
+        async def short(number: int, marks: list[Marks]) -> None:
+            """One answer after another, each long enough for its prompt to be a rare thing."""
+            for turn in itertools.count():
+                marks.append([])
+                await self.stream(prompt(), 256, endless=f"short{number}.{turn}", marks=marks[-1])
+
         async def run() -> dict[str, float]:
-            streams = [asyncio.create_task(self.stream(prompt(), 4000, endless=f"short{i}")) for i in range(7)]
-            await asyncio.sleep(3)
+            marks: list[Marks] = []
+            streams = [asyncio.create_task(short(number, marks)) for number in range(7)]
+            await asyncio.sleep(2 + 6)
             began = time.perf_counter()
             ids = tuple(self.engine.tokenize(long_text(length + 400))[:length])
             async for _ in self.engine.submit(Task("flood", ids, 1)):
                 break
             ended = time.perf_counter()
-            for i in range(7):
-                self.engine.cancel(f"short{i}")
-            marks = await asyncio.gather(*streams)
-            quiet, flood = gaps(marks, began - 2, began), gaps(marks, began, ended)
+            for stream in streams:
+                stream.cancel()
+            await asyncio.gather(*streams, return_exceptions=True)
+            quiet, flood = gaps(marks, began - 6, began), gaps(marks, began, ended)
             return {"quiet": quiet, "flood": flood, "prompt_s": ended - began}
 
         return asyncio.run(run())

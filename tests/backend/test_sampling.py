@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lacre.errors import SettingsError
 from lacre_backend import models
 from lacre_backend.engine.model import Facts
-from lacre_backend.engine.pace import GROWTH, LEAST, Pace
+from lacre_backend.engine.pace import GROWTH, LEAST, STRETCH, Pace
 from lacre_backend.engine.protocol import Sampling
 from lacre_backend.engine.sampling import draw
 from lacre_backend.engine.sizing import CPU_ROWS, DEFAULT_SLOTS, OVERHEAD, LlamaSettings, derive
@@ -87,13 +87,13 @@ def test_a_draw_is_always_a_token_that_may_come(
 # Pace
 
 
-def test_a_share_stretches_a_step_to_twice_its_length() -> None:
+def test_a_share_stretches_a_step_so_far_and_no_further() -> None:
     pace = Pace(32, 128)
     assert pace.share(7) == 32
     for _ in range(50):
         pace.observe(7, 0, 0.020)
         pace.observe(7, 32, 0.020 + 32 * 0.002)
-    assert pace.share(7) == pytest.approx(10, abs=1)
+    assert pace.share(7) == pytest.approx((STRETCH - 1) * 10, abs=1)
     for _ in range(50):
         pace.observe(7, 10, 0.020 + 10 * 0.05)
     assert pace.share(7) == LEAST

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
-STRETCH: Final = 2.0  # a step that also reads may take so many times as long as one that only generates
-LEAST: Final = 4  # tokens: a prompt gets on, whatever was measured; fewer would make it wait longer and the others hardly less
+STRETCH: Final = 2.4  # a step that also reads may take so many times as long as one that only generates
+LEAST: Final = 1  # tokens: a prompt gets on, whatever was measured
 GROWTH: Final = 2  # times the last share, at most: one step that was measured too short must not let a whole chunk in
 _WEIGHT: Final = 0.2  # of a new measurement in the running mean
 
