@@ -46,10 +46,22 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
         await running
 
 
+PLANS = """
+    currency = "USD"
+    default_plan = "all"
+    [plans.all.user]
+    requests_per_minute = 1000000
+    [prices."*"]
+    prompt = "1"
+    cached = "1"
+    completion = "1"
+"""
+
+
 @pytest.fixture
 async def patient(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
     """A world in which many bad tokens, from one address, are no reason to say 429."""
-    world = World(tmp_path, issuer, limits="failed_auth_per_minute = 1000000\nrequests_per_minute = 1000000")
+    world = World(tmp_path, issuer, limits="failed_auth_per_minute = 1000000", plans=PLANS)
     await world.publish(world.document())
     yield world
     await world.gateway.close()
