@@ -16,19 +16,21 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
-import jwt
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from jwt.algorithms import ECAlgorithm, OKPAlgorithm
 
 from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge, SettingsError, VerificationError
 from lacre.jws import b64u, read_object
 from lacre.members import Members
+
+if TYPE_CHECKING:
+    import jwt
 
 HEADER: Final = "dpop"
 ALGORITHMS: Final = ("ES256", "EdDSA")
@@ -43,7 +45,12 @@ _PRIVATE: Final = frozenset({"d", "k", "p", "q", "dp", "dq", "qi", "oth"})  # RF
 _COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _PORTS: Final = {"https": 443, "http": 80}
 
-_jws = jwt.PyJWS(algorithms=list(ALGORITHMS))
+
+@cache
+def _jws() -> jwt.PyJWS:
+    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+
+    return jwt.PyJWS(algorithms=list(ALGORITHMS))
 
 
 class ProofKey:
@@ -53,6 +60,8 @@ class ProofKey:
     """
 
     def __init__(self, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> None:
+        from jwt.algorithms import ECAlgorithm, OKPAlgorithm  # noqa: PLC0415 - what `import lacre` need not wait for
+
         if isinstance(key, Ed25519PrivateKey):
             public = OKPAlgorithm.to_jwk(key.public_key(), as_dict=True)
         elif isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
@@ -111,7 +120,7 @@ class ProofKey:
         if nonce is not None:
             claims["nonce"] = nonce
         payload = json.dumps(claims, separators=(",", ":")).encode()
-        return _jws.encode(payload, self._key, algorithm=self._algorithm, headers={"typ": TYP, "jwk": self._public})
+        return _jws().encode(payload, self._key, algorithm=self._algorithm, headers={"typ": TYP, "jwk": self._public})
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +146,8 @@ def verify(proof: str, expected: Expected, now: float) -> Proof:
 
     now: seconds since the epoch. Raises ProtocolError or VerificationError.
     """
+    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+
     if len(proof) > MAX_PROOF:
         raise MessageTooLarge(f"a DPoP proof of over {MAX_PROOF} characters")
     if not _COMPACT.fullmatch(proof):
@@ -144,7 +155,7 @@ def verify(proof: str, expected: Expected, now: float) -> Proof:
     head, payload, _ = proof.split(".")
     key = _key_in(read_object(head), expected.thumbprint)
     try:
-        _jws.decode_complete(proof, key, algorithms=[key.algorithm_name])
+        _jws().decode_complete(proof, key, algorithms=[key.algorithm_name])
     except (jwt.PyJWTError, UnicodeError, ValueError, RecursionError) as exc:
         raise InvalidSignature("a DPoP proof that is not signed by the key in it") from exc
     said = read_object(payload)
@@ -153,6 +164,8 @@ def verify(proof: str, expected: Expected, now: float) -> Proof:
 
 def _key_in(header: dict[str, Any], wanted: str) -> jwt.PyJWK:
     """The key in the header, if it is the one that the token names."""
+    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+
     jwk = header.get("jwk")
     if header.get("typ") != TYP or "crit" in header or not isinstance(jwk, dict) or not _PRIVATE.isdisjoint(jwk):
         raise InvalidMessage("a DPoP proof has the type dpop+jwt and a public key, and no critical extension")

@@ -11,17 +11,17 @@ import binascii
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge
 
+if TYPE_CHECKING:
+    import jwt
+
 ALGORITHM: Final = "EdDSA"
 MAX_TOKEN: Final = 512 * 1024  # characters; a manifest of some thousand pools with X-Wing keys stays below it
-
-_jws = jwt.PyJWS(algorithms=[ALGORITHM])
 
 
 def b64u(data: bytes) -> str:
@@ -61,11 +61,20 @@ def _header(typ: str) -> str:
     return b64u(json.dumps({"alg": ALGORITHM, "typ": typ}, separators=(",", ":")).encode())
 
 
+@cache
+def _jws() -> jwt.PyJWS:
+    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+
+    return jwt.PyJWS(algorithms=[ALGORITHM])
+
+
 def verify(token: str, key: bytes | Ed25519PublicKey, typ: str) -> dict[str, Any]:
     """The JSON object signed in `token`. key: 32 raw bytes or the key object.
 
     Raises InvalidMessage (no such form), InvalidSignature (another key, other bytes or another `typ`), MessageTooLarge.
     """
+    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+
     if len(token) > MAX_TOKEN:
         raise MessageTooLarge(f"a signed statement of over {MAX_TOKEN} characters")
     # Some decoders pass over padding, which nothing signs: two spellings of one statement would pass for two statements.
@@ -76,7 +85,7 @@ def verify(token: str, key: bytes | Ed25519PublicKey, typ: str) -> dict[str, Any
         except ValueError as exc:
             raise InvalidMessage("an Ed25519 public key has 32 bytes") from exc
     try:
-        decoded = _jws.decode_complete(token, key, algorithms=[ALGORITHM])
+        decoded = _jws().decode_complete(token, key, algorithms=[ALGORITHM])
     except jwt.InvalidSignatureError as exc:
         raise InvalidSignature(f"the signature of a {typ} is not by the expected key") from exc
     except (jwt.InvalidAlgorithmError, jwt.InvalidKeyError) as exc:
