@@ -67,7 +67,7 @@ class Relay:
     def document(self) -> bytes:
         """What `GET /v1/manifest` serves; the same bytes for as long as the version stays the same."""
         if self.version not in self._documents:
-            self._documents[self.version] = self._sign()
+            self._documents.setdefault(self.version, self._sign())  # the first of several threads
         return self._documents[self.version]
 
     def _sign(self) -> bytes:
