@@ -8,7 +8,7 @@ from typing import Any
 
 import llama_cpp as L
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lacre_backend.api.calls import HERMES, LLAMA, Argued, Called, CallFormat, CallReader, Part, Speech
@@ -266,6 +266,7 @@ def test_arguments_are_an_object(parameters: dict[str, Any]) -> None:
         max_leaves=12,
     ).filter(lambda made: isinstance(made, dict))
 )  # fmt: skip
+@example(parameters={"required": [[]]})
 def test_no_schema_raises_anything_but_a_refusal(parameters: dict[str, Any]) -> None:
     for strict in (False, True):
         try:

@@ -101,6 +101,7 @@ async def test_json_object(llama: LlamaEngine, make_task: MakeTask, run: Run) ->
         ({"type": "string", "properties": {}}, "'properties'"),
         ({"type": "object", "properties": {"a": {"type": "date"}}}, "schema.a.type"),
         ({"type": "object", "required": ["b"]}, "'b'"),
+        ({"type": "object", "required": [["b"]]}, "required"),
         ({"type": "object", "properties": []}, "properties"),
         ({"type": "array", "minItems": 10**9}, "minItems"),
         ({"type": "string", "maxLength": -1}, "maxLength"),

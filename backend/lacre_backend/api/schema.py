@@ -224,7 +224,8 @@ class _Translation:
 
     def _object(self, schema: Mapping[str, Any], path: str, depth: int) -> str:
         properties, required = schema.get("properties", {}), schema.get("required", [])
-        if not isinstance(properties, dict) or not isinstance(required, list):
+        named = isinstance(required, list) and all(isinstance(name, str) for name in required)
+        if not isinstance(properties, dict) or not named:
             raise self._refused(f"{path}.properties or .required has the wrong form")
         if missing := [name for name in required if name not in properties]:
             raise self._refused(f"{path}.required names '{missing[0]}', which is no property")
@@ -308,7 +309,7 @@ def _enforceable(schema: Mapping[str, Any]) -> Mapping[str, Any]:
         if bound in kept and not (type(kept[bound]) is int and 0 <= kept[bound] <= MAX_REPEAT):
             del kept[bound]
     if isinstance(kept.get("required"), list) and isinstance(properties := kept.get("properties", {}), dict):
-        kept["required"] = [name for name in kept["required"] if name in properties]
+        kept["required"] = [name for name in kept["required"] if not isinstance(name, str) or name in properties]
     if "type" not in kept and len({kind for kind, keywords in _KEYWORDS.items() if kept.keys() & keywords}) > 1:
         return {}  # of several types at once: anything
     types = kept.get("type", [])
