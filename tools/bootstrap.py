@@ -27,7 +27,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".ready"
 LOCKS = ROOT / "requirements"
 MAIN_LOCKS = ("base.lock", "build.lock", "model.lock", "native.lock")
-APART = frozenset({"contract"})
+APART = frozenset({"container", "contract"})
 
 # No multimodal build: it would nearly double the compile time for files that nothing here loads.
 CMAKE_ARGS = os.environ.get("LACRE_CMAKE_ARGS", "-DLLAVA_BUILD=OFF")

