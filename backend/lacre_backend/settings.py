@@ -34,6 +34,7 @@ class Settings(Table):
     """The whole file. keys: the folder with the pool's private keys; receipt_key: an Ed25519 key in PEM.
 
     memory: the folder that remembers the newest manifest seen; without one it is forgotten when the process ends.
+    health: the file that says each second how the worker is, for `python -m lacre_backend.health`.
     """
 
     pool: Name
@@ -42,6 +43,7 @@ class Settings(Table):
     keys: FilePath
     receipt_key: FilePath
     memory: FilePath | None = None
+    health: FilePath | None = None
     nats: Nats
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     slots: PositiveInt | None = None  # requests at a time; what the models take together, where left out

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 
 import structlog
 
+from lacre_backend import health
 from lacre_backend.api.app import create_app
 from lacre_backend.elsewhere import Elsewhere
 from lacre_backend.engine.embedder import LlamaEmbedder
@@ -55,9 +56,19 @@ async def serve(settings: Settings) -> None:
         log.info("worker.ready", pool=settings.pool, model=names[0])
         running, watching = asyncio.create_task(node.run()), asyncio.create_task(keys.watch())
         stack.push_async_callback(_cancel, watching)
+        if settings.health is not None:
+            telling = asyncio.create_task(health.tell(settings.health, lambda: _state(fabric, running)))
+            stack.push_async_callback(_cancel, telling)
         await _signalled(running)
         await _cancel(running)
         await node.drain(settings.drain)
+
+
+def _state(fabric: NatsWorker, running: asyncio.Task[None]) -> str:
+    """What `health` tells: that this worker takes work, or why it does not."""
+    if running.done():
+        return "draining"
+    return health.READY if fabric.connection.connected else "not connected to the message server"
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

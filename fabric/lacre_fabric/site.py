@@ -257,6 +257,7 @@ class Site:
                 "keys": str(self.keys_folder(pool)),
                 "receipt_key": str(self.folder / "pools" / pool / "receipt.pem"),
                 "memory": "manifests",
+                "health": "health",
                 "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
                 "models": self._kept(pool, models[pool]),
             }

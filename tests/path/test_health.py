@@ -1,0 +1,81 @@
+"""What a container's health check asks: the gateway on its port, the worker by its file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lacre_backend.health import READY, STALE, tell, wrong_with
+from parts.up import Up
+
+GATEWAY, WORKER = ("lacre_gateway", "gateway/gateway.toml"), ("lacre_backend", "workers/default/worker.toml")
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    running = Up.start(tmp_path_factory.mktemp("health") / "state")
+    try:
+        yield running
+    finally:
+        for pid in running.children().values():
+            os.kill(pid, signal.SIGCONT)
+        running.stop()
+
+
+def ask(live: Up, who: tuple[str, str], *options: str) -> tuple[int, str]:
+    module, settings = who
+    command = [sys.executable, "-P", "-m", f"{module}.health", "--settings", str(live.state / settings), *options]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("who", [GATEWAY, WORKER], ids=["gateway", "worker"])
+@pytest.mark.parametrize("options", [(), ("--ready",)], ids=["healthy", "ready"])
+def test_what_runs_says_yes(live: Up, who: tuple[str, str], options: tuple[str, ...]) -> None:
+    assert ask(live, who, *options) == (0, "")
+
+
+def test_a_gateway_that_stands_still_says_no(live: Up) -> None:
+    pid = live.children()["lacre_gateway"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        status, said = ask(live, GATEWAY)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert status == 1
+    assert "no answer" in said
+
+
+def test_settings_that_do_not_hold_say_so(live: Up, tmp_path: Path) -> None:
+    for module in ("lacre_gateway", "lacre_backend"):
+        path = tmp_path / f"{module}.toml"
+        path.write_text("pool = 1\n")
+        status, said = ask(live, (module, str(path)))
+        assert status == 1
+        assert str(path) in said
+
+
+async def test_a_worker_that_stands_still_or_cannot_serve_says_no(tmp_path: Path) -> None:
+    path, state = tmp_path / "health", READY
+    assert "has not started" in str(wrong_with(path, time.time(), ready=False))
+    telling = asyncio.create_task(tell(path, lambda: state))
+    while not path.exists():
+        await asyncio.sleep(0.01)
+    assert wrong_with(path, time.time(), ready=True) is None
+    assert "stood still" in str(wrong_with(path, time.time() + STALE + 1, ready=False))
+    state = "draining"
+    while path.read_text() != state:
+        await asyncio.sleep(0.05)
+    assert wrong_with(path, time.time(), ready=False) is None, "it is not to be restarted"
+    assert wrong_with(path, time.time(), ready=True) == "draining"
+    telling.cancel()
+    await asyncio.gather(telling, return_exceptions=True)
+    assert not path.exists(), "the next process must not seem ready before it is"
