@@ -29,12 +29,14 @@ def worker(
         return
     if settings is None:
         raise typer.BadParameter("name the worker's settings file", param_hint="--settings")
+    import uvloop
+
     from lacre_backend.settings import load
     from lacre_backend.worker import serve
     from lacre_fabric.logs import last_words
 
-    with last_words():
-        asyncio.run(serve(load(settings)))
+    with last_words(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(load(settings)))
 
 
 @commands.command()

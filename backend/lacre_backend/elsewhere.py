@@ -7,6 +7,7 @@ app's events cross into the node's loop, and nothing of the app runs there.
 Rules:
 - An app is at most `AHEAD` events ahead of the node: what slows the node's reader down slows the app down.
 - A call that is cancelled here is cancelled there.
+- What every app asks for first, its request, goes over with the call: to ask for it would take a turn of both threads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import asyncio
 import threading
 from collections import deque
 from typing import Final
+
+import uvloop
 
 from lacre.asgi import App, Message, Receive, Scope, Send
 
@@ -26,12 +29,12 @@ class Elsewhere:
 
     def __init__(self, app: App, name: str = "app") -> None:
         self._app = app
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        crossing = _Crossing(self._loop, receive)
+        crossing = _Crossing(self._loop, receive, await receive())
         call = asyncio.run_coroutine_threadsafe(self._called(scope, crossing), self._loop)
         try:
             while (message := await crossing.take()) is not None:
@@ -64,9 +67,11 @@ class Elsewhere:
 class _Crossing:
     """The events of one call, from the app's loop (`there`) to the node's (`here`). Made in the node's."""
 
-    def __init__(self, there: asyncio.AbstractEventLoop, receive: Receive) -> None:
+    def __init__(self, there: asyncio.AbstractEventLoop, receive: Receive, first: Message) -> None:
+        """first: what `receive` gave already."""
         self._here, self._there = asyncio.get_running_loop(), there
         self._receive = receive
+        self._first: Message | None = first
         self._messages: deque[Message | None] = deque()
         self._came = asyncio.Event()  # the node's
         self._ahead = 0  # the app's
@@ -98,6 +103,9 @@ class _Crossing:
             await self._room.wait()
 
     async def receive(self) -> Message:
+        if (first := self._first) is not None:
+            self._first = None
+            return first
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_awaited(self._receive), self._here))
 
     def end(self) -> None:

@@ -2,8 +2,10 @@
 
 Rules:
 - Nothing of a request is acted on before its grant verified, over the very bytes that came, and it opened.
-- No frame leaves, and the app is not called, before this attempt has claimed the request in the whole pool. A loser says
-  nothing. A local memory refuses a replay even where the fabric has forgotten.
+- No frame leaves before this attempt has claimed the request in the whole pool. A loser says nothing. A local memory refuses a
+  replay even where the fabric has forgotten.
+- The app is not called before the claim either, but for actions whose app says that doing them twice harms nobody
+  (`repeatable`): it begins while the claim is on its way, and is stopped where that is lost.
 - What is wrong before opening goes out as a problem type; what is wrong after it goes out sealed.
 - Logs carry ids, counts and durations; never content.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -62,15 +64,26 @@ class _Refused(Exception):
         self.problem = problem
 
 
+class _Replayed(Exception):
+    """Another attempt has the request, or had it: nothing is said."""
+
+
 class Node:
-    """app: what answers. clock: seconds since the epoch."""
+    """app: what answers. repeatable: the actions that it may begin before the claim. clock: seconds since the epoch."""
 
     def __init__(
-        self, fabric: WorkerFabric, app: asgi.App, identity: Identity, *, clock: Callable[[], float] = time.time
+        self,
+        fabric: WorkerFabric,
+        app: asgi.App,
+        identity: Identity,
+        *,
+        repeatable: Collection[str] = (),
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._fabric = fabric
         self._app = app
         self._identity = identity
+        self._repeatable = frozenset(repeatable)
         self._clock = clock
         self._seen = Seen(lifetime=CLAIM_TTL)
         self._running: set[asyncio.Task[None]] = set()
@@ -105,6 +118,8 @@ class Node:
         except _Refused as refused:
             outcome = refused.problem.slug
             await _tell(delivery, refused.problem)
+        except _Replayed:
+            outcome = "replayed"
         except Cancelled:
             outcome = "cancelled"
         except FabricUnavailable:
@@ -129,8 +144,8 @@ class Node:
         grant = self._verify_grant(delivery)
         opened = self._open(delivery)
         now = self._clock()
-        if not self._seen.add(opened.header.digest, now) or not await delivery.claim():
-            return "replayed"
+        if not self._seen.add(opened.header.digest, now):
+            raise _Replayed
         call = asgi.Call(
             request_id=grant.jti,
             model=grant.model,
@@ -142,6 +157,7 @@ class Node:
         receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
         refusal = inside.check(opened, grant, now)
         if refusal is not None:
+            await _claim(delivery)
             receipt = receipts.sign(final=True)
             sealed = asgi.refuse(
                 opened, refusal.status, refusal.body, refusal.media_type, refusal.headers, trailers=((TRAILER, receipt),)
@@ -184,31 +200,44 @@ class Node:
             raise _Refused(problems.INVALID_REQUEST) from exc
 
     async def _answer(self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts) -> None:
-        """Streams the answer, beats beside it, and stops at once when the gateway withdraws the request."""
-        streaming = asyncio.create_task(self._stream(delivery, opened, call, receipts))
-        beating = asyncio.create_task(_beat(delivery, receipts))
+        """Streams the answer, beats beside it, and stops at once when the gateway withdraws the request, or another has it."""
+        claimed = asyncio.Event()
+        streaming = asyncio.create_task(self._stream(delivery, opened, call, receipts, claimed))
+        beating = asyncio.create_task(_claim_and_beat(delivery, receipts, claimed))
         withdrawn = asyncio.create_task(delivery.cancelled.wait())
         try:
-            await asyncio.wait({streaming, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
-            if not streaming.done():
+            await asyncio.wait({streaming, beating, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
+            if streaming.done():
+                await streaming
+            elif beating.done():
+                await beating
+            else:
                 raise Cancelled("the gateway withdrew the request")
-            await streaming
         finally:
             for task in (streaming, beating, withdrawn):
                 task.cancel()
             await asyncio.gather(streaming, beating, withdrawn, return_exceptions=True)
 
-    async def _stream(self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts) -> None:
+    async def _stream(
+        self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts, claimed: asyncio.Event
+    ) -> None:
         final: list[str] = []
 
         def trailers() -> tuple[tuple[str, str], ...]:
             final.append(receipts.sign(final=True))
             return ((TRAILER, final[0]),)
 
+        if call.action not in self._repeatable:
+            await claimed.wait()
         shape = shape_named(receipts.grant.shape)
-        async with aclosing(asgi.answer(self._app, opened, call, shape=shape, trailers=trailers)) as pieces:
-            async for piece in pieces:
-                await delivery.send(Kind.DATA, piece)
+        try:
+            async with aclosing(asgi.answer(self._app, opened, call, shape=shape, trailers=trailers)) as pieces:
+                async for piece in pieces:
+                    await claimed.wait()
+                    await delivery.send(Kind.DATA, piece)
+        except asgi.AppFailed:
+            await claimed.wait()  # to say that is the winner's as well
+            raise
         await delivery.send(Kind.USAGE, final[0].encode())
 
 
@@ -242,8 +271,19 @@ class _Receipts:
         ).sign(self.key)
 
 
-async def _beat(delivery: Delivery, receipts: _Receipts) -> None:
-    """The first beat at once: until a frame has left, a claimed request of a dead worker looks like one in the queue."""
+async def _claim(delivery: Delivery) -> None:
+    """Raises _Replayed."""
+    if not await delivery.claim():
+        raise _Replayed
+
+
+async def _claim_and_beat(delivery: Delivery, receipts: _Receipts, claimed: asyncio.Event) -> None:
+    """The first beat at once: until a frame has left, a claimed request of a dead worker looks like one in the queue.
+
+    Ends only by raising: _Replayed, or what sending does.
+    """
+    await _claim(delivery)
+    claimed.set()
     while True:
         await delivery.send(Kind.BEAT, receipts.sign(final=False).encode())
         await asyncio.sleep(BEAT)

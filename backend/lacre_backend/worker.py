@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import structlog
 
 from lacre_backend import health
-from lacre_backend.api.app import create_app
+from lacre_backend.api.app import REPEATABLE, create_app
 from lacre_backend.elsewhere import Elsewhere
 from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
@@ -52,7 +52,7 @@ async def serve(settings: Settings) -> None:
         await feed.start()
         stack.push_async_callback(feed.close)
         identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, keys.reload)
-        node = Node(fabric, app, identity)
+        node = Node(fabric, app, identity, repeatable=REPEATABLE)
         log.info("worker.ready", pool=settings.pool, model=names[0])
         running, watching = asyncio.create_task(node.run()), asyncio.create_task(keys.watch())
         stack.push_async_callback(_cancel, watching)

@@ -45,6 +45,9 @@ class MemoryFabric:
     def gateway(self) -> MemoryGateway:
         return MemoryGateway(self)
 
+    async def claim(self, digest: bytes, attempt: str) -> bool:
+        return self.claims.setdefault(digest, attempt) == attempt
+
     def worker(self, pool: str, models: Sequence[str], *, slots: int = 1) -> MemoryWorker:
         worker = MemoryWorker(self, pool, models, slots)
         self.live.append(worker)
@@ -216,7 +219,7 @@ class MemoryDelivery:
         hub.outbound[work.request_id] = self._out
 
     async def claim(self) -> bool:
-        return self._hub.claims.setdefault(self.work.digest, self.attempt) == self.attempt
+        return await self._hub.claim(self.work.digest, self.attempt)
 
     async def send(self, kind: Kind, payload: bytes) -> None:
         await self._out.send(kind, payload)

@@ -28,6 +28,10 @@ async def running() -> AsyncIterator[Any]:
         each.close()
 
 
+async def asked() -> dict[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
 async def hello(scope: Any, receive: Any, send: Any) -> None:
     body = (await receive())["body"]
     await send(
@@ -70,7 +74,7 @@ async def test_its_error_is_the_callers(running: Any) -> None:
         raise ValueError("as it said")
 
     with pytest.raises(ValueError, match="as it said"):
-        await running(failing)({"type": "http"}, None, None)
+        await running(failing)({"type": "http"}, asked, None)
 
 
 async def test_cancelled_here_is_cancelled_there(running: Any) -> None:
@@ -83,7 +87,7 @@ async def test_cancelled_here_is_cancelled_there(running: Any) -> None:
         finally:
             ended.set()
 
-    call = asyncio.create_task(running(waiting)({"type": "http"}, None, None))
+    call = asyncio.create_task(running(waiting)({"type": "http"}, asked, None))
     assert await asyncio.to_thread(began.wait, 5)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -105,7 +109,7 @@ async def test_a_reader_that_waits_makes_the_app_wait(running: Any) -> None:
     async def slow(message: Any) -> None:
         await stalled.wait()
 
-    call = asyncio.create_task(running(endless)({"type": "http"}, None, slow))
+    call = asyncio.create_task(running(endless)({"type": "http"}, asked, slow))
     await asyncio.sleep(0.3)
     assert sent <= 2 * AHEAD
     call.cancel()

@@ -43,6 +43,8 @@ from lacre_backend.api.requests import (
 from lacre_backend.api.served import Served, Serving
 from lacre_backend.engine.protocol import Engine, EngineError, Kind, Task
 
+# What may begin before it is known whether another worker has it: nothing outside this process changes by it.
+REPEATABLE: Final = frozenset({"chat", "complete", "embed", "inspect"})
 DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
 
 

@@ -1,0 +1,100 @@
+"""When an app begins: after the claim, or beside it where doing a thing twice harms nobody; and what a lost claim lets out."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lacre import problems
+from lacre.asgi import Call, Receive, Send
+from lacre_fabric.frames import Kind
+from lacre_fabric.memory import MemoryFabric
+from lacre_fabric.work import FabricUnavailable, QueueTimeout
+from parts.desk import App, Desk, running, until
+
+
+class Claims(MemoryFabric):
+    """A fabric that answers claims once `answered` is set. lost: to another attempt. down: it cannot say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered = asyncio.Event()
+        self.lost = self.down = False
+
+    async def claim(self, digest: bytes, attempt: str) -> bool:
+        await self.answered.wait()
+        if self.down:
+            raise FabricUnavailable("no answer")
+        return not self.lost and await super().claim(digest, attempt)
+
+
+@pytest.fixture
+def app() -> App:
+    return App()
+
+
+@pytest.fixture
+def claims() -> Claims:
+    return Claims()
+
+
+@pytest.fixture
+def desk(app: App, claims: Claims) -> Desk:
+    return Desk(app, claims)
+
+
+async def test_what_is_repeatable_begins_beside_the_claim(desk: Desk, app: App, claims: Claims) -> None:
+    async with running(desk.node(repeatable=["chat"])):
+        asking = asyncio.create_task(desk.ask())
+        await until(lambda: app.calls)
+        await asyncio.sleep(0.05)
+        assert not asking.done() and not any(inbound.started.is_set() for inbound in claims.inbound.values())  # not a frame yet
+        claims.answered.set()
+        answer = await asking
+    assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE] and answer.opened()[0].status == 200
+
+
+async def test_anything_else_waits_for_it(desk: Desk, app: App, claims: Claims) -> None:
+    async with running(desk.node(repeatable=["embed"])):
+        asking = asyncio.create_task(desk.ask())
+        await asyncio.sleep(0.1)
+        assert not app.calls
+        claims.answered.set()
+        assert (await asking).opened()[0].status == 200
+    assert len(app.calls) == 1
+
+
+@pytest.mark.parametrize("down", [False, True])
+async def test_a_lost_claim_stops_the_app_and_says_nothing(desk: Desk, app: App, claims: Claims, down: bool) -> None:
+    app.answer = app.slowly
+    claims.lost, claims.down = True, down
+    async with running(desk.node(repeatable=["chat"])):
+        asking = asyncio.create_task(desk.ask())
+        await until(lambda: app.calls)
+        claims.answered.set()
+        await asyncio.wait_for(app.left.wait(), 3)
+        with pytest.raises(QueueTimeout):
+            await asking
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_that_the_app_failed_is_for_the_winner_to_say(desk: Desk, app: App, claims: Claims, lost: bool) -> None:
+    failed = asyncio.Event()
+
+    async def fail(receive: Receive, send: Send, call: Call) -> None:
+        failed.set()
+        raise ValueError("no")
+
+    app.answer, claims.lost = fail, lost
+    async with running(desk.node(repeatable=["chat"])):
+        asking = asyncio.create_task(desk.ask())
+        await asyncio.wait_for(failed.wait(), 3)
+        await asyncio.sleep(0.05)
+        assert not asking.done() and not any(inbound.started.is_set() for inbound in claims.inbound.values())
+        claims.answered.set()
+        if lost:
+            with pytest.raises(QueueTimeout):
+                await asking
+        else:
+            assert (await asking).problem == problems.INTERNAL.type
