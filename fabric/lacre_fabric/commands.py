@@ -1,6 +1,6 @@
 """The `lacre` sub-commands that provision and run a machine's Lacre, and change its keys.
 
-`up`, `demo`, `token`, `keys`, `signer`, `root`, `manifest publish`.
+`up`, `demo`, `token`, `keys`, `signer`, `root`, `fabric`, `manifest publish`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ token_app = typer.Typer(name="token", help="Access tokens of the development iss
 keys_app = typer.Typer(name="keys", help="The keys of a state folder, and those of its pools.", no_args_is_help=True)
 signer_app = typer.Typer(name="signer", help="The key that signs manifests.", no_args_is_help=True)
 root_app = typer.Typer(name="root", help="The key that applications pin.", no_args_is_help=True)
+fabric_app = typer.Typer(name="fabric", help="Message servers of one's own.")
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +52,7 @@ def register(app: typer.Typer) -> None:
     if find_spec("nats") is None or find_spec("pydantic") is None:
         return
     app.add_typer(token_app)
-    for group in (keys_app, signer_app, root_app):
+    for group in (keys_app, signer_app, root_app, fabric_app):
         app.add_typer(group)
     manifest_app.command("publish")(manifest_publish)
     if find_spec("fastapi") is not None and find_spec("llama_cpp") is not None:
@@ -317,11 +318,27 @@ def manifest_publish(state: State = None) -> None:
 
     async def run() -> None:
         async with _provisioner(site) as connection:
-            await provision(connection, site.pools)
+            await provision(connection, site.pools, replicas=site.replicas)
             await publish(site, connection)
 
     asyncio.run(run())
     typer.echo("published")
+
+
+@fabric_app.callback()
+def fabric() -> None:
+    """Message servers of one's own."""
+
+
+@fabric_app.command("accounts")
+def fabric_accounts(state: State = None) -> None:
+    """Print the accounts of a nats-server of one's own, passwords in them: its configuration includes them.
+
+    One credential for all instances of the gateway and one for all workers of a pool, made in the state folder's `fabric`.
+    """
+    from lacre_fabric.accounts import accounts
+
+    typer.echo(json.dumps({"accounts": accounts(_site(state).replicated_roles())}, indent=1))
 
 
 def _site(state: Path | None) -> Site:

@@ -1,5 +1,8 @@
 """Files that hold secrets: 0600, replaced atomically, refused when others can read them, and destroyed when they are over.
 
+A file of root's may be readable for one group that this process is in (0440): so a kubelet hands secrets to a pod's user, which
+can neither own nor change them.
+
 What is read comes back in a `bytearray`: whoever asked overwrites it after use.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from collections.abc import Collection
 from io import FileIO
 from pathlib import Path
 
@@ -55,7 +59,7 @@ def read_secret(path: Path) -> bytearray:
         with path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             mode = stat.S_IMODE(status.st_mode)
-            if mode & 0o077:
+            if exposed(mode, status.st_uid, status.st_gid, user=os.geteuid(), groups={os.getegid(), *os.getgroups()}):
                 raise SettingsError(f"{path} can be read by others (mode {mode:04o}): chmod 600 {path}")
             content = bytearray(status.st_size)
             with memoryview(content) as view:
@@ -66,6 +70,12 @@ def read_secret(path: Path) -> bytearray:
     except OSError as exc:
         made = "`lacre up` makes such files, and `lacre keys init` those that hold keys"
         raise SettingsError(f"cannot read {path}: {exc.strerror}. {made}") from exc
+
+
+def exposed(mode: int, owner: int, group: int, *, user: int, groups: Collection[int]) -> bool:
+    """Whether others than this process may read the file, or change it. mode, owner, group: the file's; the rest ours."""
+    handed_over = owner == 0 != user and group in groups
+    return bool(mode & (0o037 if handed_over else 0o077))
 
 
 def destroy(path: Path) -> None:

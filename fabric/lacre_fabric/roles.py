@@ -105,8 +105,11 @@ def gateway(credential: Credential, gateway_id: str, pools: Sequence[str]) -> Ro
     )
 
 
-def worker(credential: Credential, pool: str, node: str) -> Role:
-    presence = subjects.presence(pool, subjects.check_name("node", node))
+def worker(credential: Credential, pool: str, node: str | None) -> Role:
+    """node: None for a credential that all of a pool's workers share, as replicas of one deployment do. They have the same
+    keys and read the same queue; such a credential can also say that another node of the pool is there, or is not.
+    """
+    presence = subjects.presence(pool, "*" if node is None else subjects.check_name("node", node))
     return Role(
         credential,
         workers_account(pool),

@@ -57,11 +57,13 @@ class Site:
     folder: Path
     pools: Mapping[str, Sequence[str]]
     issuer: str = "lacre"
+    replicas: int = 1  # of streams and buckets: how many message servers keep each
 
     @classmethod
     def load(cls, folder: Path) -> Site:
-        """The site that `lacre up` wrote down last."""
-        return cls(folder, _read_json(folder / "site.json")["pools"])
+        """The site that `lacre up` wrote down last, or an operator whose message servers are not on this machine."""
+        content = _read_json(folder / "site.json")
+        return cls(folder, content["pools"], replicas=content.get("replicas", 1))
 
     @property
     def nats_url(self) -> str:
@@ -74,7 +76,7 @@ class Site:
         return str(_read_json(self.folder / "site.json")["gateway"])
 
     def save(self, nats_url: str, base_url: str) -> None:
-        content = {"pools": self.pools, "nats": nats_url, "gateway": base_url}
+        content = {"pools": self.pools, "replicas": self.replicas, "nats": nats_url, "gateway": base_url}
         write_secret(self.folder / "site.json", json.dumps(content).encode())
 
     @property
@@ -127,6 +129,15 @@ class Site:
             roles.provisioner(self.credential("provisioner")),
             roles.gateway(self.credential(f"gateway-{GATEWAY_ID}"), GATEWAY_ID, tuple(self.pools)),
             *(roles.worker(self.credential(f"worker-{pool}-{NODE}"), pool, NODE) for pool in self.pools),
+        ]
+
+    def replicated_roles(self) -> list[Role]:
+        """Every role where gateways and workers are replicas, each kind with one credential."""
+        gateway = self.credential(f"gateway-{GATEWAY_ID}")
+        return [
+            roles.provisioner(self.credential("provisioner")),
+            roles.gateway(gateway, GATEWAY_ID, tuple(self.pools)),
+            *(roles.worker(self.credential(f"worker-{pool}"), pool, None) for pool in self.pools),
         ]
 
     def credential(self, name: str) -> Credential:

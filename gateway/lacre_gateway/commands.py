@@ -33,6 +33,10 @@ def gateway(
     settings: SettingsFile,
     process: Annotated[int | None, typer.Option(hidden=True, help="Which of several processes this one is.", min=0)] = None,
     port: Annotated[int | None, typer.Option(hidden=True, help="The port that they share.", min=0)] = None,
+    instance: Annotated[
+        int | None,
+        typer.Option(help="Which of several gateways of this name this one is, each on a machine of its own: from 0.", min=0),
+    ] = None,
 ) -> None:
     """Run a gateway: it authenticates, decides, records and routes sealed requests, and can read none of them."""
     from lacre_fabric.logs import last_words
@@ -40,6 +44,8 @@ def gateway(
 
     with last_words():
         found = load(settings)
+        if instance is not None:
+            found = found.as_instance(instance)
         if process is None and found.processes > 1:
             from lacre_gateway.processes import serve_all
 

@@ -184,6 +184,7 @@ class Settings(Table):
     limits: Limits = Limits()
     models: dict[str, Model] = Field(default_factory=dict)
     _process: int | None = PrivateAttr(default=None)
+    _shared: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -205,12 +206,22 @@ class Settings(Table):
     @property
     def shared(self) -> bool:
         """Whether other processes serve the same port."""
-        return self._process is not None
+        return self._shared
 
     @property
     def instance(self) -> str:
         """The name of this very process: on the fabric, in the audit log, in leases."""
         return self.gateway if self._process is None else process_name(self.gateway, self._process)
+
+    def as_instance(self, number: int) -> Settings:
+        """What one of several gateways of this name runs by, each on a machine of its own. Raises SettingsError."""
+        if self.processes > 1:
+            raise SettingsError("several instances have one process each: remove `processes`")
+        if not 0 <= number < MAX_PROCESSES:
+            raise SettingsError(f"a gateway's credential is for {MAX_PROCESSES} instances, the first of them 0")
+        own = self.model_copy()
+        own._process = number
+        return own
 
     def for_process(self, number: int, port: int) -> Settings:
         """What one of several processes runs by: what cannot be shared is its own. port: the one that all of them serve."""
@@ -225,7 +236,7 @@ class Settings(Table):
                 "admin": admin,
             }
         )
-        own._process = number
+        own._process, own._shared = number, True
         return own
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric.keyfiles import ed25519, read_ed25519, read_secret, write_secret
+from lacre_fabric.keyfiles import ed25519, exposed, read_ed25519, read_secret, write_secret
 from lacre_fabric.roles import Credential
 
 
@@ -112,3 +112,24 @@ def test_a_file_that_is_no_credential(tmp_path: Path, content: bytes) -> None:
     write_secret(tmp_path / "c.json", content)
     with pytest.raises(SettingsError, match=r"c\.json is not a fabric credential"):
         Credential.load(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "group", "others_can"),
+    [
+        (0o600, 7, 7, False),
+        (0o640, 7, 7, True),
+        (0o400, 0, 0, False),
+        (0o440, 0, 7, False),  # as kubelet hands a secret to a pod's group
+        (0o640, 0, 7, False),
+        (0o440, 0, 8, True),  # of a group that we are not in
+        (0o460, 0, 7, True),  # whoever is in the group could change it
+        (0o444, 0, 7, True),
+    ],
+)
+def test_what_root_hands_to_our_group_is_ours(mode: int, owner: int, group: int, others_can: bool) -> None:
+    assert exposed(mode, owner, group, user=7, groups={7}) == others_can
+
+
+def test_root_s_own_files_are_for_no_group() -> None:
+    assert exposed(0o440, 0, 0, user=0, groups={0})

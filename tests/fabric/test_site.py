@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric.site import Site
+from lacre_fabric.connection import Connection
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.provisioning import provision
+from lacre_fabric.server import Server, free_port
+from lacre_fabric.site import GATEWAY_ID, Site
+from lacre_fabric.subjects import presence, process_name
+from lacre_fabric.work import Capacity, FabricUnavailable
 
 TABLES = [{"name": "small", "path": "/models/small.gguf"}, {"name": "large", "path": "/models/large.gguf"}]
 
@@ -41,3 +49,37 @@ def test_a_damaged_file_is_not_overwritten(site: Site, content: str) -> None:
     with pytest.raises(SettingsError, match="damaged"):
         site.write_settings("nats://127.0.0.1:4222", 8321, {"default": TABLES})
     assert path.read_text() == content
+
+
+def test_replicas_are_kept(site: Site) -> None:
+    many = Site(site.folder, {"default": ["small", "large"]}, replicas=3)
+    many.save("tls://nats:4222", "https://gateway")
+    assert Site.load(site.folder) == many
+
+
+async def test_replicas_share_a_credential_and_are_told_apart(tmp_path: Path) -> None:
+    """One for all instances of a gateway, and one for all workers of a pool, who may not speak of another."""
+    site = Site(tmp_path, {"default": ("m1",), "other": ("m1",)})
+    server = Server(tmp_path / "nats", free_port())
+    server.configure(site.replicated_roles())
+    process = server.start(tmp_path / "nats.log")
+    try:
+        connection = await Connection.open(server.url, site.credential("provisioner"))
+        await provision(connection, site.pools)
+        credential = site.credential("worker-default")
+        workers = [await NatsWorker.connect(server.url, credential, "default", f"pod-{n}", ["m1"], slots=2) for n in (1, 2)]
+        gateways = [
+            await NatsGateway.connect(server.url, site.credential(f"gateway-{GATEWAY_ID}"), process_name(GATEWAY_ID, number))
+            for number in (0, 15)
+        ]
+        async with asyncio.timeout(5):
+            while any(gateway.capacity().get("default", Capacity()).free != 4 for gateway in gateways):
+                await asyncio.sleep(0.05)
+        with pytest.raises(FabricUnavailable, match="denies worker-default"):
+            async with workers[0].connection.mapped(confirmed=True):
+                await workers[0].connection.client.publish(presence("other", "pod-1"), b"{}")
+        for one in (*workers, *gateways, connection):
+            await one.close()
+    finally:
+        process.terminate()
+        process.wait(10)

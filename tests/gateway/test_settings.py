@@ -158,3 +158,23 @@ def test_file(tmp_path: Path) -> None:
         load(tmp_path / "latin.toml")
     (tmp_path / "good.toml").write_text(TEXT)
     assert load(tmp_path / "good.toml").signing_key == tmp_path / "grant.pem"
+
+
+def test_an_instance_differs_by_its_name_alone() -> None:
+    whole = settings(TEXT)
+    third = whole.as_instance(3)
+    assert (third.instance, third.gateway) == (f"{whole.gateway}__3", whole.gateway)
+    assert (third.audit, third.listen, third.admin, third.shared) == (whole.audit, whole.listen, whole.admin, False)
+    assert third.audit_origin != whole.as_instance(2).audit_origin
+    assert whole.for_process(3, 1).shared
+
+
+@pytest.mark.parametrize("number", [-1, 16])
+def test_an_instance_that_the_credential_is_not_for(number: int) -> None:
+    with pytest.raises(SettingsError, match="16 instances"):
+        settings(TEXT).as_instance(number)
+
+
+def test_instances_have_one_process_each() -> None:
+    with pytest.raises(SettingsError, match="processes"):
+        settings("processes = 2\n" + TEXT).as_instance(0)
