@@ -30,6 +30,8 @@ _MODEL: Final = re.compile(r"\s*\[\[\s*models\s*\]\]")
 def run(path: Path, report: Callable[[str], None]) -> None:
     """Tune every model of the settings file. Raises SettingsError."""
     settings = load(path)
+    if not settings.models:
+        raise SettingsError(f"{path} has no models of its own: what is behind an upstream is tuned there")
     text = path.read_text()
     for index, model in enumerate(settings.models):
         file = find(model.path, model.name)

@@ -20,6 +20,7 @@ from lacre_backend.keyring import KeyRing
 from lacre_backend.models import find
 from lacre_backend.node import Identity, Node
 from lacre_backend.settings import Model, Settings
+from lacre_backend.upstream import app as upstream
 from lacre_fabric import logs
 from lacre_fabric.keyfiles import read_ed25519
 from lacre_fabric.manifests import ManifestFeed, memory_in
@@ -36,13 +37,7 @@ async def serve(settings: Settings) -> None:
         keys, receipt_key = KeyRing(settings.keys), read_ed25519(settings.receipt_key)
         stack.callback(keys.close)
         credential = Credential.load(settings.nats.credentials)
-        engines = [load_engine(model) for model in settings.models]
-        for engine in engines:
-            stack.callback(engine.close)
-        app = Elsewhere(create_app(engines), "api")
-        stack.callback(app.close)
-        names = [engine.model.name for engine in engines]
-        slots = settings.slots or sum(engine.slots for engine in engines)
+        app, names, slots = _served(settings, stack)
         keys.reload()  # loading a model takes its time; presence must not begin with keys of before
         fabric = await NatsWorker.connect(
             settings.nats.url, credential, settings.pool, settings.node, names, slots=slots, keys=keys.fingerprints
@@ -69,6 +64,21 @@ def _state(fabric: NatsWorker, running: asyncio.Task[None]) -> str:
     if running.done():
         return "draining"
     return health.READY if fabric.connection.connected else "not connected to the message server"
+
+
+def _served(settings: Settings, stack: AsyncExitStack) -> tuple[Elsewhere, list[str], int]:
+    """What answers, under which names, and how many requests at a time. It ends with `stack`."""
+    if settings.upstream is not None:
+        app = Elsewhere(upstream.create_app(settings.upstream), "upstream")
+        stack.callback(app.close)
+        return app, [model.name for model in settings.upstream.models], settings.forwarded
+    engines = [load_engine(model) for model in settings.models]
+    for engine in engines:
+        stack.callback(engine.close)
+    app = Elsewhere(create_app(engines), "api")
+    stack.callback(app.close)
+    slots = settings.slots or sum(engine.slots for engine in engines)
+    return app, [engine.model.name for engine in engines], slots
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

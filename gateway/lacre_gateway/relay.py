@@ -210,7 +210,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
             address=exchange.address,
             time=round(gateway.clock(), 3),  # as the audit log has it: the decision can be taken anew
         ),
-        ceilings=gateway.ceilings(outer.model, outer.max_tokens, len(sealed)),
+        ceilings=gateway.ceilings(outer.model, outer.action, outer.max_tokens, len(sealed)),
         pool=pool_for(gateway.feed, outer, header, gateway.clock()),
         request_id=exchange.request_id,
         digest=header.digest,

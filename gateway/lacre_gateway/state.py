@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.dpop import plain_url
 from lacre.jws import raw_public_key
+from lacre.receipts import units
 from lacre_fabric.logs import Log
 from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.revocations import Revocation
@@ -22,6 +23,7 @@ from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.issuers import trusted
 from lacre_gateway.limits import RequestLimits, Reservation
 from lacre_gateway.metrics import Metrics
+from lacre_gateway.outer import Action
 from lacre_gateway.policy.live import LiveRules, Status
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.revocation import RevocationList, revocation
@@ -97,8 +99,12 @@ class Gateway:
             raise FabricUnavailable("the gateway is not connected to its message fabric yet")
         return self.fabric
 
-    def ceilings(self, model: str, max_tokens: int, sealed_bytes: int) -> Reservation:
-        """What a request may use. A token of a prompt is at least a byte of the sealed request that carries it."""
+    def ceilings(self, model: str, action: Action, max_tokens: int, sealed_bytes: int) -> Reservation:
+        """What a request may use. A token of a prompt is at least a byte of the sealed request that carries it; of the action
+        `http`, bytes are counted and no tokens.
+        """
+        if action is Action.HTTP:
+            return Reservation(max_prompt_tokens=units(sealed_bytes), max_tokens=max_tokens)
         configured = self.settings.models.get(model)
         prompt = sealed_bytes if configured is None else min(configured.context, sealed_bytes)
         return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens)

@@ -16,7 +16,7 @@ from lacre.errors import MessageTooLarge, UsageError
 from lacre.marks import ASK, MEMBER
 from lacre.wire.header import MAX_SEALED_REQUEST
 
-DEFAULT_MAX_TOKENS: Final = 512  # what the SDK asks for, for each choice, where the caller does not say
+DEFAULT_MAX_TOKENS: Final = 512  # what the SDK asks for, for each choice, where the caller does not say; of `http`, KiB
 NO_OUTPUT: Final = 1  # the least that `Lacre-Max-Tokens` can say, for actions whose answer holds no tokens
 MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling that `Lacre-Max-Tokens` can say
 ALLOWED_HEADERS: Final = frozenset({"content-type", "accept", ASK})
@@ -26,7 +26,12 @@ IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_ca
 # Sealing adds the key encapsulation, a tag for each chunk, headers and padding; all of them stay below this.
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 
+# What a caller may say of a request whose body cannot: which model it is for, and how much its answer may hold.
+_MODEL: Final = "lacre-model"
+_MAX_TOKENS: Final = "lacre-max-tokens"
+
 _MODEL_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # it stands in a header field outside, for policy
+_COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
 # The actions that run a model, by the path that each belongs to.
 _RUNS: Final = {
     "/v1/chat/completions": "chat",
@@ -76,7 +81,8 @@ def is_repeatable(plain: Plain) -> bool:
 
 
 def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: bool) -> Prepared:
-    """models: what the pool serves; the first stands in where the request names none.
+    """models: what the pool serves; the first stands in where the request names none, in its body or in a header `lacre-model`.
+    The ceiling of an action `http` is that of a header `lacre-max-tokens`.
 
     Raises MessageTooLarge or UsageError. A body that is not JSON passes as it is: the model's server will refuse it.
     """
@@ -85,19 +91,35 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     action = action_of(plain.method, plain.path.partition("?")[0])
     body = _json_object(plain.content) if action != "http" else None
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
-    default_model = models[0] if models else ""
+    headers = dict(plain.headers)
+    default_model = headers.get(_MODEL) or (models[0] if models else "")
+    if action == "http":
+        return Prepared(allowed, action, _named(default_model), _asked(headers.get(_MAX_TOKENS)))
     if body is None:
-        return Prepared(allowed, action, default_model, NO_OUTPUT if action == "inspect" else DEFAULT_MAX_TOKENS)
+        ceiling = NO_OUTPUT if action == "inspect" else DEFAULT_MAX_TOKENS
+        return Prepared(allowed, action, _named(default_model), ceiling)
     dropped = () if keep_identifying_fields else IDENTIFYING_FIELDS
     sealed_body = {name: value for name, value in body.items() if name not in dropped}
     if not isinstance(sealed_body.get("model"), str):
         sealed_body["model"] = default_model
     if sealed_body != body:
         allowed = replace(allowed, content=json.dumps(sealed_body, separators=(",", ":"), ensure_ascii=False).encode())
-    model = sealed_body["model"]
+    ceiling = NO_OUTPUT if action in _WITHOUT_OUTPUT else _ceiling(sealed_body)
+    return Prepared(allowed, action, _named(sealed_body["model"]), ceiling)
+
+
+def _named(model: str) -> str:
     if not _MODEL_NAME.fullmatch(model):
         raise UsageError("a model's name has 1 to 128 visible ASCII characters: `client.models()` lists those served")
-    return Prepared(allowed, action, model, NO_OUTPUT if action in _WITHOUT_OUTPUT else _ceiling(sealed_body))
+    return model
+
+
+def _asked(ceiling: str | None) -> int:
+    if ceiling is None:
+        return DEFAULT_MAX_TOKENS
+    if not _COUNT.fullmatch(ceiling) or int(ceiling) > MAX_TOKENS:
+        raise UsageError(f"the header `lacre-max-tokens` is a number from 1 to {MAX_TOKENS}: the KiB that an answer may hold")
+    return int(ceiling)
 
 
 def _ceiling(body: dict[str, Any]) -> int:

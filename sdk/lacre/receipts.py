@@ -14,11 +14,19 @@ from lacre.members import Members
 
 TYP: Final = "lacre-receipt+jwt"
 TRAILER: Final = "lacre-receipt"  # the field of the sealed answer's trailer that carries the final one
+# Bytes of a body that count as one, for the action `http`: what is behind it may know nothing of tokens. A begun one counts.
+UNIT: Final = 1024
+
+
+def units(size: int) -> int:
+    """What a body of `size` bytes counts, for the action `http`."""
+    return -(-size // UNIT)
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """enc: base64url SHA-256 of `hdr ‖ enc`. model: `sha256:` and the digest of the model file. Counts are tokens.
+    """enc: base64url SHA-256 of `hdr ‖ enc`. model: `sha256:` and the digest of the model file; empty where there is none that
+    the worker knows. Counts are tokens; of the action `http`, `units` of the bodies: the request's as prompt, the answer's.
     start, end: seconds since the epoch. final: False for a cumulative one on a beat.
     """  # fmt: skip
 

@@ -8,6 +8,7 @@ import httpx2
 
 from lacre.audit import AuditProof
 from lacre.jws import raw_public_key
+from lacre.receipts import units
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.reader import LogReader
 from parts.gateway import ISSUER, MODEL, PIECES, FakeWorker, World, opened
@@ -38,6 +39,18 @@ async def test_prompt_ceiling_is_the_models_context(world: World, worker: FakeWo
     body, _ = world.seal(content=b"x" * 5000)
     await client.post("/v1/sealed", content=body, headers=world.headers())
     assert worker.grants[0].max_prompt_tokens == 2048
+
+
+async def test_an_application_s_ceilings_are_of_bytes(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """Whatever the context of a model: what is behind `http` may know nothing of tokens."""
+    body, _ = world.seal(content=b"x" * 5000)
+    headers = world.headers(world.issuer.token(scope="lacre:http"), lacre_action="http", lacre_max_tokens="99")
+    await client.post("/v1/sealed", content=body, headers=headers)
+    [grant] = worker.grants
+    assert (grant.action, grant.max_tokens, grant.max_prompt_tokens) == ("http", 99, units(len(body)))
+    intent, outcome = await world.trail()
+    assert intent["reserved_prompt_tokens"] == units(len(body))
+    assert outcome["unreceipted"], "the fake worker claims more than that"
 
 
 async def test_trail_of_an_answer(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lacre.inner import NO_OUTPUT, Plain, action_of, prepare
+from lacre.errors import UsageError
+from lacre.inner import DEFAULT_MAX_TOKENS, MAX_TOKENS, NO_OUTPUT, Plain, action_of, prepare
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,35 @@ def test_action(method: str, path: str, action: str) -> None:
 def test_what_stands_outside(path: str, content: bytes, model: str, ceiling: int) -> None:
     prepared = prepare(Plain("POST", path, (), content), ("first", "e"), keep_identifying_fields=False)
     assert (prepared.model, prepared.max_tokens) == (model, ceiling)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "model", "ceiling"),
+    [
+        ("/predict", {}, "first", DEFAULT_MAX_TOKENS),
+        ("/predict", {"lacre-model": "e", "lacre-max-tokens": "4096"}, "e", 4096),
+        ("/v1/chat/completions", {"lacre-model": "e", "lacre-max-tokens": "4096"}, "e", DEFAULT_MAX_TOKENS),
+    ],
+)
+def test_what_a_body_cannot_say_a_header_can(path: str, headers: dict[str, str], model: str, ceiling: int) -> None:
+    plain = Plain("POST", path, tuple(headers.items()), b'{"instances": [], "user": "u"}')
+    prepared = prepare(plain, ("first", "e"), keep_identifying_fields=True)
+    assert (prepared.model, prepared.max_tokens) == (model, ceiling)
+    assert not prepared.plain.headers  # copies of what stands outside are the seal's own to make
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"lacre-model": "e f"}, {"lacre-max-tokens": "0"}, {"lacre-max-tokens": "4k"}, {"lacre-max-tokens": str(MAX_TOKENS + 1)}],
+)
+def test_what_no_header_may_say(headers: dict[str, str]) -> None:
+    with pytest.raises(UsageError):
+        prepare(Plain("POST", "/predict", tuple(headers.items()), b""), ("first",), keep_identifying_fields=False)
+
+
+def test_what_an_application_answers_is_left_as_it_is() -> None:
+    content = b'{"user": "ours",  "instances": []}'
+    assert prepare(Plain("POST", "/predict", (), content), ("first",), keep_identifying_fields=False).plain.content == content
 
 
 def test_a_look_at_the_models() -> None:

@@ -1,0 +1,181 @@
+"""The ASGI app of a worker whose models are served by another program on its host. `create_app(settings)` makes one.
+
+Rules:
+- A request goes on only where its model's list has its method and path, and never to another model than was granted.
+- It has been claimed in the whole pool by then (see `lacre_backend.node`): what the upstream does is done once.
+- OpenAI's calls are bounded by the grant in their body, and counted by the upstream's own `usage` (`bodies`, `counts`). What is
+  none of them, the action `http`, is passed on as it is and counted by its bytes (`lacre.receipts.units`).
+- Neither requests nor answers are logged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final
+
+from lacre.asgi import EXTENSION, App, Call, Receive, Scope, Send
+from lacre.receipts import UNIT, units
+from lacre_backend.api.errors import RequestRefused, grant_mismatch, model_not_found
+from lacre_backend.api.exchange import Disconnected, EventStream, header, read_body, send_json, until_disconnect
+from lacre_backend.api.requests import MAX_BODY
+from lacre_backend.api.served import SALT_HEADER
+from lacre_backend.settings import Upstream, UpstreamModel
+from lacre_backend.upstream import bodies, counts, events, refusals
+from lacre_backend.upstream.origin import Answer, Headers, Origin, Request
+
+MAX_ERROR: Final = 64 * 1024  # bytes of an error that is passed on; one in OpenAI's form has some hundred
+_EVENT_STREAM: Final = b"text/event-stream"
+_JSON: Final = b"application/json"
+
+
+class BrokenOff(Exception):
+    """The answer ended before it was whole, after it had begun: the client is left without its end."""
+
+
+def create_app(settings: Upstream) -> App:
+    return _Forward(settings)
+
+
+class _Forward:
+    def __init__(self, settings: Upstream) -> None:
+        self._models = {model.name: model for model in settings.models}
+        self._origin = Origin(
+            settings.origin,
+            passed_on=settings.headers,
+            wait=settings.wait,
+            longest=settings.longest,
+            largest=settings.largest_answer,
+        )
+        self._salt_key = os.urandom(32)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await read_body(receive, MAX_BODY)
+            await until_disconnect(receive, self._answer(scope, body, send))
+        except RequestRefused as refusal:
+            await send_json(send, refusal.status, refusal.body())
+        except Disconnected:
+            return
+
+    async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
+        call: Call = scope["extensions"][EXTENSION]
+        model = self._models.get(str(call.model))
+        if model is None:
+            raise model_not_found(str(call.model))
+        if any(name.lower() == b"content-encoding" for name, _ in scope["headers"]):
+            raise refusals.coded()
+        routes = [route for route in model.allow if route.takes(_path(scope))]
+        if not any(route.method == scope["method"] for route in routes):
+            if (scope["method"], _path(scope)) == ("GET", "/v1/models"):
+                return await send_json(send, 200, _listing(self._models))
+            refused = refusals.method_not_supported if routes else refusals.unknown_url
+            raise refused(scope["method"], _path(scope))
+        if call.action in bodies.ACTIONS:
+            await self._speak(scope, body, send, call, model)
+        else:
+            await self._pass_on(scope, body, send, call)
+
+    # What is none of OpenAI's calls
+
+    async def _pass_on(self, scope: Scope, body: bytes, send: Send, call: Call) -> None:
+        counted = call.action == "http"
+        if counted and call.max_prompt_tokens is not None and units(len(body)) > call.max_prompt_tokens:
+            raise grant_mismatch(f"The request has more than the {call.max_prompt_tokens} KiB that were granted.", "body")
+        query = scope["query_string"]
+        target = _path(scope) + ("?" + query.decode("ascii") if query else "")
+        async with self._origin.ask(Request(scope["method"], target, scope["headers"], body)) as answer:
+            granted = call.max_tokens if counted else None
+            if granted is not None and scope["method"] != "HEAD" and (answer.length or 0) > granted * UNIT:
+                raise refusals.above_units(granted)
+            if counted:
+                call.usage.prompt_tokens = units(len(body))
+            await _stream(answer, send, call, granted)
+
+    # OpenAI's
+
+    async def _speak(self, scope: Scope, body: bytes, send: Send, call: Call, model: UpstreamModel) -> None:
+        fixed = {**model.fixed, **self._salt(scope, model)}
+        ready = bodies.ready(body, call, model.known_as or model.name, frozenset(model.members), fixed)
+        headers = [(b"content-type", _JSON), (b"accept", _EVENT_STREAM if ready.stream else _JSON)]
+        async with self._origin.ask(Request(scope["method"], _path(scope), headers, ready.content)) as answer:
+            if answer.status >= 400:
+                return await _tell_error(answer, send)
+            if not ready.stream:
+                return await send_json(send, 200, await self._whole(answer, call, model))
+            if answer.media_type != _EVENT_STREAM:
+                raise refusals.unusable("does not stream")
+            out = EventStream(send)
+            try:
+                await events.relay(answer.pieces, out, call, model.name, tell_usage=ready.tell_usage)
+            except RequestRefused as refusal:
+                if not out.started:
+                    raise
+                await out.broken(refusal)
+
+    async def _whole(self, answer: Answer, call: Call, model: UpstreamModel) -> dict[str, Any]:
+        try:
+            document = json.loads(await _read(answer.pieces))
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            raise refusals.unusable("does not answer with a JSON object")
+        counts.take(call, document.get("usage"))
+        return {**document, "model": model.name}
+
+    def _salt(self, scope: Scope, model: UpstreamModel) -> dict[str, str]:
+        """The scope of the upstream's prefix cache, where it takes one: of each client its own, and told to nobody as it came.
+        A client without a salt shares nothing.
+        """
+        if model.salt is None:
+            return {}
+        salt = header(scope, SALT_HEADER) or os.urandom(16)
+        return {model.salt: hmac.new(self._salt_key, salt, hashlib.sha256).hexdigest()}
+
+
+def _path(scope: Scope) -> str:
+    """As it was sent."""
+    path: bytes = scope["raw_path"]
+    return path.decode("ascii")
+
+
+def _listing(models: Mapping[str, UpstreamModel]) -> dict[str, Any]:
+    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "lacre"} for name in models]}
+
+
+async def _stream(answer: Answer, send: Send, call: Call, granted: int | None) -> None:
+    """granted: units of `lacre.receipts`, where the answer is counted by them."""
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+    size = 0
+    try:
+        async for piece in answer.pieces:
+            size += len(piece)
+            if granted is not None:
+                if units(size) > granted:
+                    raise refusals.above_units(granted)
+                call.usage.completion_tokens = units(size)
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    except RequestRefused as refusal:
+        raise BrokenOff(refusal.code) from None
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _tell_error(answer: Answer, send: Send) -> None:
+    """The upstream's own refusal, word for word: it is the answer to whoever asked, and nobody else reads it."""
+    content = await _read(answer.pieces, MAX_ERROR)
+    headers: Headers = [(b"content-type", answer.header(b"content-type") or b"text/plain")]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
+
+
+async def _read(pieces: AsyncIterator[bytes], limit: int | None = None) -> bytes:
+    """limit: bytes, where it is less than the origin's own."""
+    content = bytearray()
+    async for piece in pieces:
+        content += piece
+        if limit is not None and len(content) > limit:
+            raise refusals.too_large(limit)
+    return bytes(content)

@@ -1,0 +1,124 @@
+"""The body of a request in OpenAI's form, made ready for the upstream: bounded by the grant, under the model's name there.
+
+Rules:
+- Members go on by allow-list. Servers have words of their own that outdo the standard ones (llama.cpp's `n_predict` beats
+  `max_tokens`), and what nobody here knows could be one of them.
+- The ceiling stands in the body whatever the client wrote: it is the grant's, in equal parts for the choices of all prompts.
+- What the operator set has the last word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lacre.asgi import Call
+from lacre.inner import IDENTIFYING_FIELDS
+from lacre_backend.api.errors import RequestRefused, grant_mismatch
+
+_SAMPLING: Final = frozenset(
+    {
+        "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n", "presence_penalty", "seed", "stop", "stream",
+        "stream_options", "temperature", "top_p",
+    }
+)  # fmt: skip
+_EVERYWHERE: Final = frozenset({"model", *IDENTIFYING_FIELDS})  # the last are there only where the client insisted
+_MEMBERS: Final = {
+    "chat": _SAMPLING
+    | {
+        "max_completion_tokens", "messages", "parallel_tool_calls", "reasoning_effort", "response_format", "tool_choice",
+        "tools", "top_logprobs",
+    },
+    "complete": _SAMPLING | {"echo", "prompt", "suffix"},
+    "embed": frozenset({"dimensions", "encoding_format", "input"}),
+    "rerank": frozenset({"documents", "query", "return_documents", "top_n"}),
+}  # fmt: skip
+ACTIONS: Final = frozenset(_MEMBERS)
+_GENERATE: Final = frozenset({"chat", "complete"})
+_LIMITS: Final = ("max_completion_tokens", "max_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """content: what goes on. stream: whether events are asked for. tell_usage: whether the client asked for it in them."""
+
+    content: bytes
+    stream: bool = False
+    tell_usage: bool = False
+
+
+def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed: Mapping[str, object]) -> Body:
+    """call: of an action in `ACTIONS`. known_as: the model's name there. also: members that go on beside the usual ones.
+    fixed: members that are the operator's.
+
+    Raises RequestRefused.
+    """  # fmt: skip
+    body = _object(content)
+    action = str(call.action)
+    for name in body.keys() - _MEMBERS[action] - _EVERYWHERE - also:
+        raise RequestRefused(f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
+    if body.get("model") != call.model:
+        raise grant_mismatch(f"The request was granted for the model `{call.model}`, and names another.", "model")
+    body["model"] = known_as
+    stream = tell_usage = False
+    if action in _GENERATE:
+        _bound(body, call)
+        stream, tell_usage = _streaming(body)
+    return Body(json.dumps({**body, **fixed}, separators=(",", ":"), allow_nan=False).encode(), stream, tell_usage)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise RequestRefused("The request body is not a JSON object.", code="invalid_json")
+    return body
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)  # NaN and the infinities are no JSON (RFC 8259 section 6)
+
+
+def _bound(body: dict[str, Any], call: Call) -> None:
+    """Sets the output ceiling of each choice."""
+    choices = _count(body, "n", 1) * _prompts(body.get("prompt"))
+    granted = call.max_tokens or 0
+    asked = [_count(body, name, granted) for name in _LIMITS if body.get(name) is not None]
+    each = min(asked, default=granted // choices)
+    if each * choices > granted or each < 1:
+        raise grant_mismatch(
+            f"The request asks for {choices} x {max(each, 1)} output tokens, but was granted {granted}.", "max_tokens"
+        )
+    body["max_tokens"] = each
+    if "max_completion_tokens" in body:
+        body["max_completion_tokens"] = each
+
+
+def _prompts(prompt: object) -> int:
+    """How many there are in the `prompt` of a completion; one that is a list of tokens is one."""
+    several = isinstance(prompt, list) and any(isinstance(each, str | list) for each in prompt)
+    return len(prompt) if several and isinstance(prompt, list) else 1
+
+
+def _count(body: Mapping[str, Any], name: str, otherwise: int) -> int:
+    value = body.get(name)
+    if value is None:
+        return otherwise
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RequestRefused(f"Invalid '{name}': expected an integer >= 1.", code="invalid_value", param=name)
+    return value
+
+
+def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether events are asked for, and usage in them. The upstream is asked for it in any case: receipts need it."""
+    stream, options = body.get("stream"), body.pop("stream_options", None)
+    if not isinstance(stream, bool | None) or not isinstance(options, dict | None):
+        raise RequestRefused("Invalid 'stream' or 'stream_options'.", code="invalid_type", param="stream")
+    if not stream:
+        return False, False
+    body["stream_options"] = {"include_usage": True}
+    return True, (options or {}).get("include_usage") is True

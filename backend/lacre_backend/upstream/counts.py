@@ -1,0 +1,69 @@
+"""What the upstream says that an answer took, in tokens: read from its `usage`, and held against the grant.
+
+Rules:
+- An answer that is not counted is not served: its receipt would be an invention.
+- A count above the grant is the upstream's fault and nobody's bill: the answer is not passed on, and nothing of it is charged.
+- Until a stream has told its usage, each event that says something counts as one token: it has at least one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from lacre.asgi import Call
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.upstream import refusals
+
+SLACK: Final = 64  # events that a stream may have beyond its tokens: some servers tell the beginning of a tool call apart
+
+
+def take(call: Call, told: object) -> None:
+    """Puts the counts of OpenAI's `usage` into the call's. Raises RequestRefused."""
+    if not isinstance(told, dict):
+        raise refusals.unusable("does not say how many tokens it used")
+    details = told.get("prompt_tokens_details")
+    cached = _count(details.get("cached_tokens", 0)) if isinstance(details, dict) else 0
+    # A reranker may tell the sum alone; it makes no tokens.
+    prompt = _count(told.get("prompt_tokens", told.get("total_tokens")))
+    completion = _count(told.get("completion_tokens", 0))
+    if call.max_tokens is not None and completion > call.max_tokens:
+        raise refusals.unusable("made more tokens than were granted")
+    if call.max_prompt_tokens is not None and prompt > call.max_prompt_tokens:
+        raise _too_long(prompt, call.max_prompt_tokens)
+    usage = call.usage
+    usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens = prompt, min(cached, prompt), completion
+
+
+def count_event(call: Call, seen: int) -> None:
+    """seen: events that say something, so far. Raises RequestRefused for a stream that goes on and on."""
+    granted = seen if call.max_tokens is None else call.max_tokens
+    if seen > granted + SLACK:
+        raise refusals.unusable("made more tokens than were granted")
+    call.usage.completion_tokens = min(seen, granted)
+
+
+def says_something(event: Mapping[str, Any]) -> bool:
+    """Whether there is a token's worth in any of the event's choices."""
+    choices = event.get("choices")
+    parts = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    return any(choice.get("text") or _spoken(choice.get("delta")) for choice in parts)
+
+
+def _spoken(delta: object) -> bool:
+    return isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role")
+
+
+def _count(value: object) -> int:
+    if value is None or not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise refusals.unusable("does not say how many tokens it used")
+    return value
+
+
+def _too_long(prompt: int, granted: int) -> RequestRefused:
+    return RequestRefused(
+        f"The prompt has {prompt} tokens, but was granted {granted}. Send a shorter one.",
+        status=403,
+        code="grant_mismatch",
+        param="prompt",
+    )

@@ -1,0 +1,163 @@
+"""The one HTTP server that requests go on to, on this host: `Origin.ask` is one exchange with it.
+
+Rules:
+- Nothing that says who asks is added: the headers that go on are those on a list, and two of our own that say nothing.
+- What belongs to a connection stays on it (RFC 9110 section 7.6.1): the fields named there, and those that `Connection` names.
+- No redirect is followed, and none passed on: where it points is nobody's business outside. No proxy is used.
+- An answer comes as it is, without a coding: what one byte of a coded one unfolds to has no bound, and clients refuse it.
+- Each request has a connection of its own. On one host that costs nothing, and none can be found closed.
+- An exception of the HTTP library becomes a refusal here and nowhere else; its kind alone goes to the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import httpx2
+import structlog
+
+from lacre_backend.upstream import refusals
+
+CONNECT: Final = 5.0  # seconds; it is on this host
+OF_A_CONNECTION: Final = frozenset(
+    {
+        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authentication-info", b"proxy-authorization",
+        b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+    }
+)  # fmt: skip
+# What an upstream must not say to a client by way of us: a cookie marks who comes back, the others speak of a server that the
+# client does not talk to.
+_NOT_PASSED_ON: Final = frozenset({b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security", b"server", b"via"})
+_OURS: Final = b"lacre-"  # what begins so is said by the worker itself, or by nobody
+_PASSED_ON: Final = frozenset({b"content-type", b"accept"})
+
+log = structlog.get_logger("lacre.upstream")
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """target: the path with its query."""
+
+    method: str
+    target: str
+    headers: Headers
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """pieces: of the body, as they come; iterating raises RequestRefused. Its headers are those that may be passed on."""
+
+    status: int
+    headers: Headers
+    pieces: AsyncIterator[bytes]
+
+    @property
+    def media_type(self) -> bytes:
+        return self.header(b"content-type").partition(b";")[0].strip().lower()
+
+    @property
+    def length(self) -> int | None:
+        """Of the body, where it says so."""
+        declared = self.header(b"content-length")
+        return int(declared) if declared.isdigit() else None
+
+    def header(self, name: bytes) -> bytes:
+        return next((value for key, value in self.headers if key == name), b"")
+
+
+class Origin:
+    """url: scheme, host and port. passed_on: names of request headers, in lower case, beside `content-type` and `accept`.
+
+    wait: seconds for the next byte. longest: seconds for a whole answer. largest: bytes of one.
+    """
+
+    def __init__(self, url: str, *, passed_on: Iterable[str] = (), wait: float, longest: float, largest: int) -> None:
+        self._url = httpx2.URL(url)
+        self._passed_on = _PASSED_ON | {name.encode() for name in passed_on}
+        self._timeout = httpx2.Timeout(wait, connect=CONNECT).as_dict()
+        self._longest = longest
+        self._largest = largest
+        # A transport, and no client: that has cookies, follows redirects and names itself.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+        secure = self._url.scheme == "https"  # otherwise there is no certificate to verify, and none need be loaded for it
+        self._transport = httpx2.AsyncHTTPTransport(verify=secure, trust_env=False, limits=limits)
+
+    @asynccontextmanager
+    async def ask(self, request: Request) -> AsyncIterator[Answer]:
+        """Raises RequestRefused where no answer comes that may be passed on. Leaving it ends the request there."""
+        deadline = asyncio.get_running_loop().time() + self._longest
+        with _mapped():
+            async with asyncio.timeout_at(deadline):
+                response = await self._transport.handle_async_request(self._outgoing(request))
+        try:
+            _check(response)
+            yield Answer(response.status_code, list(_end_to_end(response.headers.raw)), self._pieces(response, deadline))
+        finally:
+            await response.aclose()
+
+    def _outgoing(self, request: Request) -> httpx2.Request:
+        passed_on = [(name, value) for name, value in _end_to_end(request.headers) if name in self._passed_on]
+        return httpx2.Request(
+            request.method,
+            self._url.copy_with(raw_path=request.target.encode("ascii")),
+            headers=[*passed_on, (b"accept-encoding", b"identity")],
+            content=request.content or None,
+            extensions={"timeout": self._timeout},
+        )
+
+    async def _pieces(self, response: httpx2.Response, deadline: float) -> AsyncIterator[bytes]:
+        size, pieces = 0, response.aiter_raw()
+        with _mapped():
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    return
+                size += len(piece)
+                if size > self._largest:
+                    raise refusals.too_large(self._largest)
+                yield piece
+
+
+@contextmanager
+def _mapped() -> Iterator[None]:
+    try:
+        yield
+    except (httpx2.ConnectError, httpx2.ConnectTimeout) as exc:
+        log.warning("upstream.unavailable", kind=type(exc).__name__)
+        raise refusals.unavailable() from None
+    except (httpx2.TimeoutException, TimeoutError) as exc:
+        log.warning("upstream.slow", kind=type(exc).__name__)
+        raise refusals.timed_out() from None
+    except httpx2.TransportError as exc:
+        log.warning("upstream.broken", kind=type(exc).__name__)
+        raise refusals.broken() from None
+
+
+def _check(response: httpx2.Response) -> None:
+    """Raises RequestRefused."""
+    wrong = None
+    if response.status_code < 200:
+        wrong = "wants to speak another protocol"
+    elif 300 <= response.status_code < 400:
+        wrong = "points to another address"
+    elif response.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+        wrong = "compresses, which nobody asked for"
+    if wrong is not None:
+        log.warning("upstream.unusable", status=response.status_code)
+        raise refusals.unusable(wrong)
+
+
+def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """The fields that are meant for the other end, their names in lower case."""
+    lowered = [(name.lower(), value) for name, value in headers]
+    named = {part.strip().lower() for name, value in lowered if name == b"connection" for part in value.split(b",")}
+    left_out = OF_A_CONNECTION | _NOT_PASSED_ON | named
+    return ((name, value) for name, value in lowered if name not in left_out and not name.startswith(_OURS))

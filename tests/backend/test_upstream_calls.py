@@ -1,0 +1,256 @@
+"""OpenAI's calls to another program on the host: bounded by the grant on their way there, counted on their way back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from lacre.asgi import Call, Send
+from lacre.wire import bhttp
+from lacre_backend.upstream.app import create_app
+from parts.behind import Answered, Respond, Server, answering, ask, opened, serving
+from parts.upstream import CHAT, JSON, code, granted, settings, used
+
+EVENTS = [("content-type", "text/event-stream")]
+USAGE = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9, "prompt_tokens_details": {"cached_tokens": 3}}
+MESSAGES = [{"role": "user", "content": "Hello."}]
+
+
+def chat(**members: Any) -> bytes:
+    return json.dumps({"model": "writer", "messages": MESSAGES, **members}).encode()
+
+
+async def asked(server: Server, content: bytes, call: Call, path: str = CHAT, **more: str) -> Answered:
+    return await ask(create_app(settings(server.url, **more)), call, "POST", path, content, JSON)
+
+
+def whole(**members: Any) -> Respond:
+    return answering(200, JSON, json.dumps({"model": "/models/writer.gguf", "usage": USAGE, "choices": [], **members}).encode())
+
+
+@pytest.mark.parametrize(
+    ("members", "sent"),
+    [
+        ({}, {"max_tokens": 8}),
+        ({"n": 2}, {"n": 2, "max_tokens": 4}),
+        ({"n": 3}, {"n": 3, "max_tokens": 2}),
+        ({"max_tokens": 5}, {"max_tokens": 5}),
+        ({"max_tokens": None}, {"max_tokens": 8}),
+        ({"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 5}),
+        ({"max_completion_tokens": 5, "max_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 3}),
+        ({"temperature": 0, "seed": 7, "stream": False}, {"temperature": 0, "seed": 7, "stream": False, "max_tokens": 8}),
+    ],
+)
+async def test_the_grant_s_ceiling_is_in_the_body(members: dict[str, Any], sent: dict[str, Any]) -> None:
+    call = granted("chat", "writer")
+    async with serving(whole()) as server:
+        answered = await asked(server, chat(**members), call)
+    assert json.loads(server.bodies[0]) == {"model": "/models/writer.gguf", "messages": MESSAGES, **sent}
+    assert json.loads(answered.content)["model"] == "writer"
+    assert used(call) == (7, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ({"max_tokens": 9}, (403, "grant_mismatch")),
+        ({"max_completion_tokens": 3, "n": 3}, (403, "grant_mismatch")),
+        ({"n": 9}, (403, "grant_mismatch")),
+        ({"model": "encoder"}, (403, "grant_mismatch")),
+        ({"model": "/models/writer.gguf"}, (403, "grant_mismatch")),
+        ({"n_predict": 4}, (400, "unknown_parameter")),  # with which llama.cpp's server forgets max_tokens
+        ({"n_cmpl": 4}, (400, "unknown_parameter")),
+        ({"best_of": 4}, (400, "unknown_parameter")),
+        ({"max_tokens": 0}, (400, "invalid_value")),
+        ({"max_tokens": True}, (400, "invalid_value")),
+        ({"max_tokens": 1.5}, (400, "invalid_value")),
+        ({"n": "2"}, (400, "invalid_value")),
+        ({"stream": "yes"}, (400, "invalid_type")),
+        ({"stream": True, "stream_options": []}, (400, "invalid_type")),
+        ({"temperature": float("nan")}, (400, "invalid_json")),
+    ],
+)
+async def test_what_the_grant_does_not_cover_goes_nowhere(members: dict[str, Any], told: tuple[int, str]) -> None:
+    call = granted("chat", "writer")
+    async with serving(whole()) as server:
+        assert code(await asked(server, chat(**members), call)) == told
+    assert not server.bodies and used(call) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 10_000])
+async def test_what_is_no_object_goes_nowhere(content: bytes) -> None:
+    async with serving(whole()) as server:
+        assert code(await asked(server, content, granted("chat", "writer"))) == (400, "invalid_json")
+    assert not server.bodies
+
+
+async def test_each_of_several_prompts_is_bounded() -> None:
+    async with serving(whole()) as server:
+        for prompt, each in ((["a", "b"], 4), ([[1, 2], [3], [4], [5]], 2), ([1, 2, 3], 8), ("a", 8)):
+            body = json.dumps({"model": "writer", "prompt": prompt}).encode()
+            await asked(server, body, granted("complete", "writer"), "/v1/completions")
+            assert json.loads(server.bodies[-1])["max_tokens"] == each
+        body = json.dumps({"model": "writer", "prompt": ["a", "b"], "max_tokens": 5}).encode()
+        assert code(await asked(server, body, granted("complete", "writer"), "/v1/completions")) == (403, "grant_mismatch")
+
+
+async def test_the_operator_has_the_last_word() -> None:
+    async with serving(whole()) as server:
+        of_chat = 'members = ["top_k"]\nfixed = {cache_prompt = false, temperature = 0.5}\nsalt = "cache_salt"'
+        app = create_app(settings(server.url, of_chat=of_chat))
+        salts = []
+        for salt in ("5a17", "5a17", "5a18", None, None):
+            headers = JSON if salt is None else [*JSON, ("lacre-cache-salt", salt)]
+            content = chat(top_k=4, temperature=2)
+            assert (await ask(app, granted("chat", "writer"), "POST", CHAT, content, headers)).status == 200
+            sent = json.loads(server.bodies[-1])
+            assert (sent["top_k"], sent["temperature"], sent["cache_prompt"]) == (4, 0.5, False)
+            salts.append(sent["cache_salt"])
+    assert salts[0] == salts[1] and len(set(salts)) == 4
+    assert "5a17" not in salts[0]
+
+
+@pytest.mark.parametrize(
+    ("usage", "told"),
+    [
+        (None, (502, "upstream_unusable")),
+        ({"prompt_tokens": 7}, None),
+        ({"completion_tokens": 7}, (502, "upstream_unusable")),
+        ({"prompt_tokens": -1}, (502, "upstream_unusable")),
+        ({"prompt_tokens": 7, "completion_tokens": 9}, (502, "upstream_unusable")),
+        ({"prompt_tokens": 101}, (403, "grant_mismatch")),
+    ],
+)
+async def test_an_answer_is_counted_within_its_grant_or_not_passed_on(usage: Any, told: tuple[int, str] | None) -> None:
+    call = granted("chat", "writer")
+    async with serving(whole(usage=usage)) as server:
+        answered = await asked(server, chat(), call)
+    if told is None:
+        assert answered.status == 200
+    else:
+        assert code(answered) == told and used(call) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("action", "path", "body", "usage", "counted"),
+    [
+        ("embed", "/v1/embeddings", {"input": ["a", "b"]}, {"prompt_tokens": 4, "total_tokens": 4}, (4, 0, 0)),
+        ("rerank", "/v1/rerank", {"query": "q", "documents": ["a"]}, {"total_tokens": 6}, (6, 0, 0)),
+    ],
+)
+async def test_what_makes_no_tokens(action: str, path: str, body: Any, usage: Any, counted: tuple[int, int, int]) -> None:
+    call = granted(action, "writer", max_tokens=1)
+    async with serving(whole(usage=usage)) as server:
+        answered = await asked(server, json.dumps({"model": "writer", **body}).encode(), call, path)
+    assert answered.status == 200 and used(call) == counted
+    assert json.loads(server.bodies[0]) == {"model": "/models/writer.gguf", **body}
+
+
+async def test_its_refusals_are_its_own() -> None:
+    call = granted("chat", "writer")
+    async with serving(answering(400, JSON, b'{"error":{"message":"Too long.","code":400}}')) as server:
+        answered = await asked(server, chat(), call)
+    assert (answered.status, json.loads(answered.content)["error"]["message"]) == (400, "Too long.")
+    assert used(call) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("length", [[], [("content-length", "3000")]])
+async def test_no_answer_is_larger_than_the_worker_passes_on(length: list[tuple[str, str]]) -> None:
+    call = granted("chat", "writer")
+    async with serving(answering(200, JSON + length, b"{", b" " * 2998, b"}")) as server:
+        answered = await asked(server, chat(), call, more="largest_answer = 2999")
+    assert code(answered) == (502, "answer_too_large")
+
+
+# Streams of them
+
+
+def event(text: str | None = None, **members: Any) -> bytes:
+    choices = [] if text is None else [{"index": 0, "delta": {"content": text}}]
+    return b"data: " + json.dumps({"model": "/models/writer.gguf", "choices": choices, **members}).encode() + b"\n\n"
+
+
+SPENT = event(usage=USAGE)
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.fixture
+async def stream() -> AsyncIterator[Any]:
+    async def run(call: Call, *pieces: bytes, tell_usage: bool = True) -> tuple[Answered, list[Any]]:
+        options = {"stream_options": {"include_usage": True}} if tell_usage else {}
+        async with serving(answering(200, EVENTS, *pieces)) as server:
+            answered = await asked(server, chat(stream=True, **options), call)
+            assert json.loads(server.bodies[0])["stream_options"] == {"include_usage": True}
+        assert all(piece.endswith(b"\n\n") for piece in answered.pieces), "an event, a record"
+        return answered, [piece.removeprefix(b"data: ").strip() for piece in answered.pieces]
+
+    yield run
+
+
+async def test_a_stream_is_told_event_by_event(stream: Any) -> None:
+    call = granted("chat", "writer")
+    answered, events = await stream(call, event("a"), b": still here\n\n", event("b"), SPENT, DONE)
+    assert answered.headers["content-type"].startswith("text/event-stream")
+    *told, done = events
+    assert done == b"[DONE]" and used(call) == (7, 3, 2)
+    assert [json.loads(each)["model"] for each in told] == ["writer"] * 3
+    assert json.loads(told[-1])["usage"] == USAGE
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+async def test_however_its_bytes_come(stream: Any, size: int) -> None:
+    sent = (event("a") + event("b") + SPENT + DONE).replace(b"\n", b"\r\n")
+    _, events = await stream(granted("chat", "writer"), *(sent[at : at + size] for at in range(0, len(sent), size)))
+    assert len(events) == 4 and events[-1] == b"[DONE]"
+
+
+async def test_usage_that_nobody_asked_for_is_taken_out(stream: Any) -> None:
+    call = granted("chat", "writer")
+    _, events = await stream(call, event("a"), event("b", usage=USAGE), SPENT, DONE, tell_usage=False)
+    assert len(events) == 3 and not any(b"usage" in each for each in events)
+    assert used(call) == (7, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "told"),
+    [
+        ((event("a"), SPENT), "upstream_broken"),  # no [DONE]
+        ((event("a"), DONE), "upstream_unusable"),  # never counted
+        ((event("a"), b'data: {"error": {"message": "out of memory at 0x7f"}}\n\n', DONE), "upstream_broken"),
+        ((event("a"), event(usage={**USAGE, "completion_tokens": 9}), DONE), "upstream_unusable"),
+        ((event("a"), event(usage={**USAGE, "prompt_tokens": 101}), DONE), "grant_mismatch"),
+        ((event("a"), b"data: {\n\n"), "upstream_unusable"),
+        ((event("a"), b"data: " + b"a" * 2**20 + b"a"), "upstream_unusable"),
+        ((*[event("a")] * 80, SPENT, DONE), "upstream_unusable"),
+    ],
+)
+async def test_a_stream_that_is_not_whole_or_not_counted_says_so(stream: Any, pieces: tuple[bytes, ...], told: str) -> None:
+    call = granted("chat", "writer")
+    _, events = await stream(call, *pieces)
+    assert json.loads(events[-1])["error"]["code"] == told
+    assert b"[DONE]" not in events and b"0x7f" not in b"".join(events)
+    assert call.usage.completion_tokens <= 8
+
+
+async def test_until_it_is_counted_an_event_is_a_token() -> None:
+    async def respond(_scope: Any, _body: bytes, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        role = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": None}}])
+        for each in (role, event("a"), event("b")):
+            await send({"type": "http.response.body", "body": each, "more_body": True})
+        await asyncio.sleep(60)
+
+    call, seen = granted("chat", "writer"), 0
+    async with serving(respond) as server:
+        async with aclosing(opened(create_app(settings(server.url)), call, "POST", CHAT, chat(stream=True), JSON)) as events:
+            async for each in events:
+                seen += isinstance(each, bhttp.Data)
+                if seen == 3:
+                    break
+        await asyncio.wait_for(server.left.wait(), 5)
+    assert used(call) == (0, 0, 2)

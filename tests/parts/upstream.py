@@ -1,0 +1,44 @@
+"""A worker's `[upstream]` for tests: a model that writes, known there by another name, and one that is none of OpenAI's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lacre.asgi import Call
+from lacre_backend.settings import Upstream
+from lacre_fabric.settings import parse
+from parts.behind import Answered
+
+CHAT = "/v1/chat/completions"
+PREDICT = "/v1/models/encoder:predict"
+JSON = [("content-type", "application/json")]
+
+
+def settings(origin: str, more: str = "", of_chat: str = "") -> Upstream:
+    """more, of_chat: further lines of the table, and of the first model's."""
+    text = f"""
+        origin = "{origin}"
+        {more}
+        [[models]]
+        name = "writer"
+        known_as = "/models/writer.gguf"
+        allow = ["POST {CHAT}", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/rerank"]
+        {of_chat}
+        [[models]]
+        name = "encoder"
+        allow = ["POST {PREDICT}", "GET /v2/models/*/ready", "HEAD /v2", "DELETE /v2/%41"]
+    """
+    return parse(Upstream, text, Path("worker.toml"))
+
+
+def granted(action: str = "http", model: str = "encoder", max_tokens: int = 8, max_prompt_tokens: int = 100) -> Call:
+    return Call("r1", model, action, max_tokens, max_prompt_tokens)
+
+
+def code(answered: Answered) -> tuple[int, str]:
+    return answered.status, json.loads(answered.content)["error"]["code"]
+
+
+def used(call: Call) -> tuple[int, int, int]:
+    return call.usage.prompt_tokens, call.usage.cached_tokens, call.usage.completion_tokens
