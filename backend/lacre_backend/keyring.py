@@ -4,6 +4,8 @@ Rules:
 - A key that appears in the folder is taken up, before anybody seals to it: presence tells which keys are held.
 - A key that disappears from it is destroyed here too: its secret is overwritten in this process's memory.
 - A folder that cannot be read, or has no key at all, is a fault and no order: what is held is kept, and the log says so.
+- A key that is held stays held when the key management service that wrapped it does not give it any more: until the next start,
+  which then fails. To end it at once, take its file away.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from typing import Final
 
 import structlog
 
-from lacre.errors import SettingsError
+from lacre.errors import LacreError, SettingsError
 from lacre.manifest import fingerprint
 from lacre.wire.opening import PrivateKey
 from lacre_fabric import poolkeys
+from lacre_fabric.kms import KmsError
+from lacre_fabric.kms.keeping import Keeping
 
 LOOK: Final = 1.0  # seconds between looks into the folder
 
@@ -28,15 +32,18 @@ _Stamp = tuple[int, int, int, int]  # of a file: another one means other content
 
 
 class KeyRing:
-    """Raises SettingsError where the folder holds no key, or one that cannot be read, to begin with."""
+    """Raises SettingsError where the folder holds no key, or one that cannot be read, to begin with; KmsError for one that the
+    key management service does not unwrap.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, keeping: Keeping = poolkeys.AS_THEY_ARE) -> None:
+        self._folder, self._keeping = folder, keeping
         self._stamps: dict[Path, _Stamp] = {}
         self._keys: dict[Path, PrivateKey] = {}
         self._empty = False
+        self._waiting: set[Path] = set()
         for path, stamp in _stamps(folder).items():
-            self._keep(path, stamp, poolkeys.read(path))
+            self._keep(path, stamp, poolkeys.read(path, keeping))
         if not self._keys:
             raise SettingsError(f"{folder} holds no pool key: `lacre keys init` makes one")
 
@@ -49,33 +56,53 @@ class KeyRing:
 
     def reload(self) -> bool:
         """Looks into the folder. Whether a key was taken up."""
+        taken_up = [self._take_up(path, stamp, self._read(path)) for path, stamp in self._changes()]
+        return any(taken_up)
+
+    async def look(self) -> None:
+        """`reload`, but for the waiting: a key management service takes its time, and answers under way go on meanwhile."""
+        for path, stamp in self._changes():
+            self._take_up(path, stamp, await asyncio.to_thread(self._read, path))
+
+    def _changes(self) -> list[tuple[Path, _Stamp]]:
+        """The files to read. Lets go of keys whose files are gone."""
         stamps = _stamps(self._folder)
         if not stamps:
             if not self._empty:
                 log.warning("keys.folder_empty", remedy="put the pool's keys back: those that are held go on")
             self._empty = True
-            return False
+            return []
         self._empty = False
-        taken_up = [path for path, stamp in stamps.items() if self._stamps.get(path) != stamp and self._take_up(path, stamp)]
         for path in self._keys.keys() - stamps.keys():
             self._drop(path)
-        return bool(taken_up)
+        return [(path, stamp) for path, stamp in stamps.items() if self._stamps.get(path) != stamp]
 
     async def watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK)
-            self.reload()
+            await self.look()
 
     def close(self) -> None:
         for path in tuple(self._keys):
             self._drop(path)
 
-    def _take_up(self, path: Path, stamp: _Stamp) -> bool:
-        self._stamps[path] = stamp  # a file that cannot be used is looked at again when it changed
+    def _read(self, path: Path) -> PrivateKey | LacreError:
         try:
-            key = poolkeys.read(path)
-        except SettingsError as exc:
-            log.warning("key.unreadable", kind=type(exc).__name__, remedy="see that the worker may read the pool's keys")
+            return poolkeys.read(path, self._keeping)
+        except (SettingsError, KmsError) as exc:
+            return exc
+
+    def _take_up(self, path: Path, stamp: _Stamp, key: PrivateKey | LacreError) -> bool:
+        if isinstance(key, KmsError) and key.retryable:
+            if path not in self._waiting:
+                log.warning("key.unreadable", kind=type(key).__name__, remedy=key.remedy)
+            self._waiting.add(path)  # said once, and asked at each look
+            return False
+        self._waiting.discard(path)
+        self._stamps[path] = stamp  # a file that cannot be used is looked at again when it changed
+        if isinstance(key, LacreError):
+            remedy = key.remedy if isinstance(key, KmsError) else "see that the worker may read the pool's keys"
+            log.warning("key.unreadable", kind=type(key).__name__, remedy=remedy)
             return False
         self._drop(path)
         self._keep(path, stamp, key)

@@ -13,7 +13,8 @@ from pydantic_core import PydanticCustomError
 from lacre.jws import b64u_decode
 from lacre_backend.upstream.origin import OF_A_CONNECTION
 from lacre_backend.upstream.routes import Route
-from lacre_fabric.settings import FilePath, Name, Nats, RootKey, Table
+from lacre_fabric.kms import PLAIN
+from lacre_fabric.settings import FilePath, KmsAddress, Name, Nats, RootKey, Table
 from lacre_fabric.settings import load as load_table
 
 _FORWARDED: Final = 8  # requests at a time where the settings do not say; what the upstream can take is its operator's to know
@@ -121,7 +122,8 @@ class Settings(Table):
     """The whole file. keys: the folder with the pool's private keys; receipt_key: an Ed25519 key in PEM. Either models or an
     upstream, not both.
 
-    memory: the folder that remembers the newest manifest seen; without one it is forgotten when the process ends.
+    kms: the address of the key that wraps both, or "plain:" (see `lacre_fabric.kms`). memory: the folder that remembers the
+    newest manifest seen; without one it is forgotten when the process ends.
     health: the file that says each second how the worker is, for `python -m lacre_backend.health`.
     """
 
@@ -130,6 +132,7 @@ class Settings(Table):
     trust: RootKey
     keys: FilePath
     receipt_key: FilePath
+    kms: KmsAddress = PLAIN
     memory: FilePath | None = None
     health: FilePath | None = None
     nats: Nats

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 import structlog
@@ -21,8 +22,8 @@ from lacre_backend.models import find
 from lacre_backend.node import Identity, Node
 from lacre_backend.settings import Model, Settings
 from lacre_backend.upstream import app as upstream
-from lacre_fabric import logs
-from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric import logs, poolkeys
+from lacre_fabric.kms.keeping import Keeping, keeping
 from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.nats_worker import NatsWorker
 from lacre_fabric.roles import Credential
@@ -31,14 +32,15 @@ log = structlog.get_logger("lacre.worker")
 
 
 async def serve(settings: Settings) -> None:
-    """Raises SettingsError or FabricUnavailable where it cannot start."""
+    """Raises SettingsError, KmsError or FabricUnavailable where it cannot start."""
     logs.configure(sys.stderr)
     async with AsyncExitStack() as stack:
-        keys, receipt_key = KeyRing(settings.keys), read_ed25519(settings.receipt_key)
+        kept = stack.enter_context(keeping(settings.kms, settings.pool))
+        keys, receipt_key = KeyRing(settings.keys, kept), poolkeys.read_receipt_key(settings.receipt_key, kept)
         stack.callback(keys.close)
         credential = Credential.load(settings.nats.credentials)
         app, names, slots = _served(settings, stack)
-        keys.reload()  # loading a model takes its time; presence must not begin with keys of before
+        await keys.look()  # loading a model takes its time; presence must not begin with keys of before
         fabric = await NatsWorker.connect(
             settings.nats.url, credential, settings.pool, settings.node, names, slots=slots, keys=keys.fingerprints
         )
@@ -46,7 +48,7 @@ async def serve(settings: Settings) -> None:
         feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))
         await feed.start()
         stack.push_async_callback(feed.close)
-        identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, keys.reload)
+        identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, _looking(keys, kept))
         node = Node(fabric, app, identity, repeatable=REPEATABLE)
         log.info("worker.ready", pool=settings.pool, model=names[0])
         running, watching = asyncio.create_task(node.run()), asyncio.create_task(keys.watch())
@@ -79,6 +81,13 @@ def _served(settings: Settings, stack: AsyncExitStack) -> tuple[Elsewhere, list[
     stack.callback(app.close)
     slots = settings.slots or sum(engine.slots for engine in engines)
     return app, [engine.model.name for engine in engines], slots
+
+
+def _looking(keys: KeyRing, kept: Keeping) -> Callable[[], bool]:
+    """What a node asks before a key id counts as unknown. A key management service is not waited for there: streams would
+    stall. Nobody seals to a key that this worker was not heard to hold, and `watch` takes it up.
+    """
+    return keys.reload if kept.kms is None else lambda: False
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -38,6 +38,10 @@ Grace = Annotated[
         help="Seconds for which the old key stays in the manifest; 13 hours where left out.", min=0, metavar="SECONDS"
     ),
 ]
+KmsAddress = Annotated[
+    str | None,
+    typer.Option(help="The address of the key that wraps the pools' keys (docs/kms.md); for a new state.", metavar="ADDRESS"),
+]
 RotateHours = Annotated[float, typer.Option(help="Rotate the pools' keys this often; 0 never does.", min=0)]
 
 token_app = typer.Typer(name="token", help="Access tokens of the development issuer.", no_args_is_help=True)
@@ -67,6 +71,7 @@ def up(
         list[Path] | None, typer.Option(help="A GGUF file, or the default model's name (the one served where left out).")
     ] = None,
     rotate_hours: RotateHours = 24.0,
+    kms: KmsAddress = None,
 ) -> None:
     """Run a whole Lacre on this machine: keys, message server, gateway and one worker. Ctrl-C ends it."""
     from lacre_fabric.rotation import Schedule
@@ -78,7 +83,7 @@ def up(
     async def run() -> None:
         with ExitStack() as starting:
             starting.enter_context(waiting("starting a message server, a gateway and a worker"))
-            async with running(folder, port, [path.resolve() for path in model or []], schedule) as (live, supervisor):
+            async with running(folder, port, [path.resolve() for path in model or []], schedule, kms) as (live, supervisor):
                 starting.close()
                 typer.echo(f"ready {live.connection_string}")
                 Console(stderr=True).print(f"[dim]In another shell:  . {live.site.folder / 'env'} && lacre chat[/dim]")
@@ -147,6 +152,7 @@ def token_issue(
 def keys_init(
     state: State = None,
     pool: Annotated[list[str] | None, typer.Option(help="A pool; may be repeated.")] = None,
+    kms: KmsAddress = None,
 ) -> None:
     """Make root, signer, issuer, gateway and pool keys where there are none, and print the root that applications pin."""
     from lacre.jws import b64u
@@ -157,6 +163,8 @@ def keys_init(
     for name in pool or ():
         subjects.check_name("pool", name)
     site = Site((state or default_state()).resolve(), dict.fromkeys(pool or [POOL], (DEFAULT_MODEL,)))
+    if kms is not None:
+        site.choose_kms(kms)
     site.create()
     typer.echo(f"root {b64u(site.root)}")
 
@@ -189,6 +197,32 @@ def keys_rotate(
                 _tell(rotated)
 
     asyncio.run(run())
+
+
+@keys_app.command("rewrap")
+def keys_rewrap(
+    to: Annotated[str, typer.Option(help="The address of the key to wrap with (docs/kms.md).", metavar="ADDRESS")],
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="The one that wraps now; what the state says where left out.", metavar="ADDRESS"),
+    ] = None,
+    state: State = None,
+) -> None:
+    """Move the pools' keys and receipt keys to another key management service, or away from one.
+
+    Nothing is changed before every key is known to open. What a run that was broken off had moved, the next one leaves.
+    """
+    from lacre_fabric.rewrapping import rewrap
+
+    site = _site(state)
+
+    async def run() -> None:
+        async with site.changing():
+            for moved in rewrap(site, source or site.kms, to):
+                typer.echo(f"{moved.path.relative_to(site.folder)}: {'was moved before' if moved.before else 'moved'}")
+
+    asyncio.run(run())
+    typer.echo(f'the workers\' settings: kms = "{to}". Workers that run go on with what they hold; start them anew with it.')
 
 
 @keys_app.command("tend")

@@ -78,6 +78,14 @@ def exposed(mode: int, owner: int, group: int, *, user: int, groups: Collection[
     return bool(mode & (0o037 if handed_over else 0o077))
 
 
+def replace_by(coming: Path, path: Path) -> None:
+    """Puts one file in another's place, in one step; what that held is overwritten once the new one is safe."""
+    with path.open("r+b", buffering=0) as old:
+        coming.replace(path)
+        _sync_folder(path.parent)
+        _write_all(old, bytes(os.fstat(old.fileno()).st_size))
+
+
 def destroy(path: Path) -> None:
     """Overwrites the file in place, then removes it; where there is none, does nothing.
 
@@ -103,8 +111,7 @@ def destroy_leftovers(folder: Path, name: str) -> None:
 
 def write_ed25519(path: Path, key: Ed25519PrivateKey) -> None:
     """As unencrypted PKCS#8 PEM (RFC 8410)."""
-    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    content = key.private_bytes(encoding, form, serialization.NoEncryption())
+    content = ed25519_pem(key)
     try:
         write_secret(path, content)
     finally:
@@ -115,11 +122,23 @@ def read_ed25519(path: Path) -> Ed25519PrivateKey:
     """Raises SettingsError."""
     content = read_secret(path)
     try:
+        return parse_ed25519(content, path)
+    finally:
+        overwrite(content)
+
+
+def ed25519_pem(key: Ed25519PrivateKey) -> bytes:
+    """Secret: overwrite it once it is stored."""
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    return key.private_bytes(encoding, form, serialization.NoEncryption())
+
+
+def parse_ed25519(content: bytes | bytearray, path: Path) -> Ed25519PrivateKey:
+    """path: where it was, for messages. Raises SettingsError."""
+    try:
         key = serialization.load_pem_private_key(content, password=None)
     except ValueError as exc:
         raise SettingsError(f"{path} is not a PEM private key") from exc
-    finally:
-        overwrite(content)
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(f"{path} must hold an Ed25519 key")
     return key

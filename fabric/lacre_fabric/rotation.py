@@ -116,7 +116,9 @@ def _staged(site: Site, pool: str) -> Generation:
     # A key that was made and not written down is known to nobody, and its id is about to be used.
     poolkeys.keep_only(folder, (key_id for one in generations.live for key_id in one.ids))
     kems = poolkeys.DEFAULT_KEMS if generations.current is None else [key.kem for key in generations.current.configs]
-    generations = generations.stage(poolkeys.make(folder, generations.free_ids(len(kems), time.time()), kems))
+    with site.keeping(pool) as kept:
+        configs = poolkeys.make(folder, generations.free_ids(len(kems), time.time()), kems, kept)
+    generations = generations.stage(configs)
     site.keep_generations(pool, generations)
     return generations.live[0]
 

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jws import b64u_decode
+from lacre_fabric import kms
 
 _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 
@@ -58,8 +59,16 @@ def _nats_url(value: str) -> str:
     return value
 
 
+def _kms_address(value: str) -> str:
+    try:
+        return kms.check(value)
+    except SettingsError as exc:
+        raise PydanticCustomError("kms_address", "{reason}", {"reason": str(exc)}) from exc
+
+
 FilePath = Annotated[Path, AfterValidator(_from_folder)]
 RootKey = Annotated[str, AfterValidator(_root_key)]
+KmsAddress = Annotated[str, AfterValidator(_kms_address)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]  # what `subjects` takes as one token of a subject
 
 

@@ -6,6 +6,7 @@
     pools/NAME/                the pool's keys, what is known of their generations, and its receipt key
     workers/NAME/              worker.toml and credential
     trust/                     the chain of root statements, the published manifest, and the lock for changing either
+    kms                        the address of the key that wraps the pools' keys, where they are wrapped
     nats/ logs/                nats-server's state; one log a process
     site.json                  the pools, their models, where the gateway and nats-server listen
     env                        LACRE_URL and LACRE_TOKEN, for a shell
@@ -23,7 +24,7 @@ import os
 import time
 import tomllib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeGuard
@@ -36,10 +37,11 @@ from lacre.manifest import Document, Manifest, Pool
 from lacre.padding import SHAPES
 from lacre.signing import sign_manifest
 from lacre.trust import ConnectionString, verify
-from lacre_fabric import poolkeys, roles, tokens
+from lacre_fabric import kms, poolkeys, roles, tokens
 from lacre_fabric.authority import DAY, Authority
 from lacre_fabric.generations import Generations
 from lacre_fabric.keyfiles import ed25519, read_ed25519, read_secret, write_secret
+from lacre_fabric.kms.keeping import Keeping, keeping
 from lacre_fabric.roles import Credential, Role
 
 GATEWAY_ID: Final = "g1"
@@ -97,16 +99,17 @@ class Site:
         for name in ("issuer", "gateway/grant"):
             ed25519(self.folder / f"{name}.pem")
         for pool in self.pools:
-            ed25519(self.folder / "pools" / pool / "receipt.pem")
-            self._create_keys(pool)
+            with self.keeping(pool) as kept:
+                poolkeys.make_receipt_key(self.receipt_file(pool), kept)
+                self._create_keys(pool, kept)
         key_set = tokens.key_set(self._key("issuer"))
         (self.folder / "issuer.jwks").write_text(json.dumps(key_set))
 
-    def _create_keys(self, pool: str) -> None:
+    def _create_keys(self, pool: str, kept: Keeping) -> None:
         """A first key of each kind where there is none; the manifest lists them in this order."""
         if not self._generations_file(pool).exists():
             folder = self.keys_folder(pool)
-            configs = poolkeys.public_parts(folder) or poolkeys.make(folder, (1, 2), poolkeys.DEFAULT_KEMS)
+            configs = poolkeys.public_parts(folder, kept) or poolkeys.make(folder, (1, 2), poolkeys.DEFAULT_KEMS, kept)
             self.keep_generations(pool, Generations().stage(configs).list_staged(time.time(), 0))
 
     @asynccontextmanager
@@ -158,6 +161,29 @@ class Site:
     def keys_folder(self, pool: str) -> Path:
         """The pool's private keys: what its workers read."""
         return self.folder / "pools" / pool / "keys"
+
+    def receipt_file(self, pool: str) -> Path:
+        return self.folder / "pools" / pool / "receipt.pem"
+
+    @property
+    def kms(self) -> str:
+        """The address of the key that wraps the pools' keys (see `kms`)."""
+        path = self.folder / "kms"
+        return path.read_text().strip() if path.exists() else kms.PLAIN
+
+    def choose_kms(self, address: str) -> None:
+        """For keys that are made from now on. Raises SettingsError where there are some that something else wraps."""
+        if address != self.kms:
+            if any(self.receipt_file(pool).exists() for pool in self.pools):
+                raise SettingsError("there are keys already, wrapped otherwise: `lacre keys rewrap` moves them")
+            self.keep_kms(kms.check(address))
+
+    def keep_kms(self, address: str) -> None:
+        write_secret(self.folder / "kms", address.encode())
+
+    def keeping(self, pool: str) -> AbstractContextManager[Keeping]:
+        """How the pool's keys are kept. Raises SettingsError."""
+        return keeping(self.kms, pool)
 
     def generations(self, pool: str) -> Generations:
         path = self._generations_file(pool)
@@ -231,7 +257,7 @@ class Site:
 
     def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
         keys = self.generations(name).pool_keys(now, now + KEY_LIFETIME)
-        receipt_key = raw_public_key(self._key(f"pools/{name}/receipt"))
+        receipt_key = poolkeys.public_receipt_key(self.receipt_file(name))
         return Pool(tuple(models), keys, receipt_key, SHAPES)
 
     def write_settings(self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
@@ -266,7 +292,8 @@ class Site:
                 "drain": DRAIN,
                 "trust": b64u(self.root),
                 "keys": str(self.keys_folder(pool)),
-                "receipt_key": str(self.folder / "pools" / pool / "receipt.pem"),
+                "receipt_key": str(self.receipt_file(pool)),
+                "kms": self.kms,
                 "memory": "manifests",
                 "health": "health",
                 "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},

@@ -51,13 +51,13 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    state: Path, port: int, models: Sequence[Path] = (), schedule: Schedule | None = None
+    state: Path, port: int, models: Sequence[Path] = (), schedule: Schedule | None = None, kms: str | None = None
 ) -> AsyncIterator[tuple[Running, Supervisor]]:
     """Starts everything and waits until a request would be served; ends everything on leaving. Main thread only.
 
     state, models: absolute paths; GGUF files, of which the default model needs its name only, and is the one where there are
-    none. port: 0 picks a free one. schedule: of the pool keys.
-    Raises SettingsError, ChildDied or FabricUnavailable.
+    none. port: 0 picks a free one. schedule: of the pool keys. kms: the address of what wraps them; as before where None.
+    Raises SettingsError, KmsError, ChildDied or FabricUnavailable.
     """
     supervisor = Supervisor()
     tables = [_table(model) for model in models] or [_table(Path(DEFAULT_MODEL))]
@@ -65,6 +65,8 @@ async def running(
     with ExitStack() as stack:
         stack.enter_context(_only_one(state))
         port = _free(port)
+        if kms is not None:
+            site.choose_kms(kms)
         site.create()
         logs.configure(stack.enter_context(site.log("up").open("a")))
         try:
