@@ -19,7 +19,7 @@ from lacre.errors import SettingsError
 from lacre.jws import raw_public_key
 from lacre.wire.wiping import overwrite
 from lacre_fabric import kms, poolkeys
-from lacre_fabric.keyfiles import parse_ed25519, replace_by, write_secret
+from lacre_fabric.keyfiles import destroy_leftovers, parse_ed25519, replace_by, write_secret
 from lacre_fabric.kms.keeping import Keeping, keeping
 from lacre_fabric.kms.protocol import Context, KmsError, WrongWrapping
 from lacre_fabric.site import Site
@@ -89,6 +89,8 @@ def rewrap(site: Site, source: str, target: str) -> Iterator[Moved]:
     with ExitStack() as stack:
         moves = []
         for pool in site.pools:
+            destroy_leftovers(site.keys_folder(pool), "*.key")
+            destroy_leftovers(site.receipt_file(pool).parent, "*.pem")
             kept = [stack.enter_context(keeping(address, pool)) for address in (source, target)]
             moves += [_Move(path, context, *kept) for path, context in _keys(site, pool, kept[0])]
         before = [move.done() and not anew for move in moves]

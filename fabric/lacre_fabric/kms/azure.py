@@ -6,7 +6,6 @@ is unwrapped by that one. Who it is: azure-identity's default chain (workload id
 
 from __future__ import annotations
 
-import binascii
 import json
 from typing import Any, Final
 
@@ -45,8 +44,7 @@ class AzureKeys:
 
     def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:  # noqa: ARG002 - see above
         said = self._ask("wrapkey", self._version, b64u(bytes(data_key)))
-        version = str(said.members["kid"]).rpartition("/")[2]
-        return json.dumps({"version": version, "value": said.members["value"]}).encode()
+        return json.dumps({"version": said.text("kid").rpartition("/")[2], "value": said.text("value")}).encode()
 
     def unwrap(self, wrapped: bytes, context: Context) -> bytearray:  # noqa: ARG002 - see above
         try:
@@ -58,8 +56,8 @@ class AzureKeys:
             raise WrongWrapping("the wrapped key is none of a key vault's") from exc
         said = self._ask("unwrapkey", version, value)
         try:
-            return bytearray(b64u_decode(str(said.members["value"])))
-        except (KeyError, InvalidMessage, binascii.Error) as exc:
+            return bytearray(b64u_decode(said.text("value")))
+        except InvalidMessage as exc:
             raise WrongWrapping(f"{self._service.name} answered with no data key") from exc
 
     def close(self) -> None:

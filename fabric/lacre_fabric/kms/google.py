@@ -6,19 +6,17 @@ identity, a service account's file, `gcloud`). The two requests are made here: t
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from typing import Any, Final
 
 import google.auth
-from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.auth.transport.requests import Request
 
 from lacre.errors import SettingsError
 from lacre_fabric.kms.address import Address, endpoint
 from lacre_fabric.kms.protocol import Context, KeyWithheld, KmsUnreachable, WrongWrapping
-from lacre_fabric.kms.service import HttpService, Said
+from lacre_fabric.kms.service import HttpService, Said, base64_text
 
 _ENDPOINT: Final = "https://cloudkms.googleapis.com"
 _SCOPE: Final = "https://www.googleapis.com/auth/cloudkms"
@@ -43,21 +41,16 @@ class GoogleKms:
         self._credentials: Any = None
 
     def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:
-        said = self._ask("encrypt", {"plaintext": _base64(data_key)}, context)
-        return base64.b64decode(said.members["ciphertext"])
+        return self._ask("encrypt", {"plaintext": base64_text(data_key)}, context).binary("ciphertext")
 
     def unwrap(self, wrapped: bytes, context: Context) -> bytearray:
-        said = self._ask("decrypt", {"ciphertext": _base64(wrapped)}, context)
-        try:
-            return bytearray(base64.b64decode(said.members["plaintext"], validate=True))
-        except (KeyError, TypeError, binascii.Error) as exc:
-            raise WrongWrapping(f"{self._service.name} answered with no data key") from exc
+        return bytearray(self._ask("decrypt", {"ciphertext": base64_text(wrapped)}, context).binary("plaintext"))
 
     def close(self) -> None:
         self._service.close()
 
     def _ask(self, operation: str, body: dict[str, object], context: Context) -> Said:
-        body |= {"additionalAuthenticatedData": _base64(context.encode())}
+        body |= {"additionalAuthenticatedData": base64_text(context.encode())}
         said = self._service.post(f"/v1/{self._key}:{operation}", body, {"Authorization": f"Bearer {self._token()}"})
         if not said.ok:
             raise self._refused(said, operation)
@@ -80,9 +73,7 @@ class GoogleKms:
         except DefaultCredentialsError:
             raise SettingsError("gcpkms: no credentials: give this process a service account (docs/kms.md)") from None
         except GoogleAuthError as exc:
-            raise KmsUnreachable(f"Google gives no access token ({type(exc).__name__})") from None
+            if exc.retryable or isinstance(exc, TransportError):
+                raise KmsUnreachable(f"Google's token endpoint does not answer ({type(exc).__name__})") from None
+            raise KeyWithheld(f"Google gives this account no access token ({type(exc).__name__})") from None
         return str(self._credentials.token)
-
-
-def _base64(data: bytes | bytearray) -> str:
-    return base64.b64encode(data).decode()

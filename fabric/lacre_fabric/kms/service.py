@@ -1,14 +1,19 @@
-"""JSON over HTTP to a key management service: what failed on the way, told apart from what the service said."""
+"""JSON over HTTP to a key management service: what failed on the way, told apart from what the service said.
+
+What a service says is checked before it is used: something else may answer at its address.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx2
 
-from lacre_fabric.kms.protocol import KmsUnreachable
+from lacre_fabric.kms.protocol import KmsError, KmsUnreachable
 
 TIMEOUT: Final = 10.0  # seconds for each step; a worker's start waits for it
 _BUSY: Final = frozenset({408, 429})
@@ -16,14 +21,35 @@ _BUSY: Final = frozenset({408, 429})
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A service's answer. members: of its JSON, {} where it was none."""
+    """An answer of `service`. members: of its JSON, {} where it was none."""
 
+    service: str
     status: int
     members: Mapping[str, Any]
 
     @property
     def ok(self) -> bool:
         return self.status < 300
+
+    def text(self, *place: str) -> str:
+        """The text at members[place[0]][place[1]] and so on. Raises KmsError."""
+        found: object = self.members
+        for name in place:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        if not isinstance(found, str):
+            raise KmsError(f"{self.service} answered with something else than a key: see that its address is right")
+        return found
+
+    def binary(self, *place: str) -> bytes:
+        """Likewise, decoded (base64, RFC 4648 section 4)."""
+        try:
+            return base64.b64decode(self.text(*place), validate=True)
+        except binascii.Error as exc:
+            raise KmsError(f"{self.service} answered with no base64: see that its address is right") from exc
+
+
+def base64_text(data: bytes | bytearray) -> str:
+    return base64.b64encode(data).decode()
 
 
 class HttpService:
@@ -45,7 +71,7 @@ class HttpService:
             members = response.json()
         except ValueError:
             members = {}
-        return Said(response.status_code, members if isinstance(members, dict) else {})
+        return Said(self.name, response.status_code, members if isinstance(members, dict) else {})
 
     def close(self) -> None:
         self._client.close()

@@ -9,8 +9,6 @@ each time: an agent that renews it in its file needs to tell nobody.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 from pathlib import Path
 from typing import Final
@@ -20,7 +18,7 @@ from lacre.wire.wiping import overwrite
 from lacre_fabric.keyfiles import read_secret
 from lacre_fabric.kms.address import Address
 from lacre_fabric.kms.protocol import Context, KeyWithheld, WrongWrapping
-from lacre_fabric.kms.service import HttpService, Said
+from lacre_fabric.kms.service import HttpService, Said, base64_text
 
 _TOKENS: Final = ("VAULT_TOKEN", "BAO_TOKEN")  # as its own command looks for them, before `~/.vault-token`
 
@@ -44,19 +42,15 @@ class Transit:
         self._service = HttpService(f"the vault at {address.host}", address.origin)
 
     def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:
-        said = self._ask("encrypt", {"plaintext": _base64(data_key)}, context)
-        return str(said.members["data"]["ciphertext"]).encode()
+        said = self._ask("encrypt", {"plaintext": base64_text(data_key)}, context)
+        return said.text("data", "ciphertext").encode()
 
     def unwrap(self, wrapped: bytes, context: Context) -> bytearray:
         try:
             text = wrapped.decode("ascii")
         except UnicodeDecodeError as exc:
             raise WrongWrapping("the wrapped key is none of transit's") from exc
-        said = self._ask("decrypt", {"ciphertext": text}, context)
-        try:
-            return bytearray(base64.b64decode(said.members["data"]["plaintext"], validate=True))
-        except (KeyError, TypeError, binascii.Error) as exc:
-            raise WrongWrapping(f"{self._service.name} answered with no data key") from exc
+        return bytearray(self._ask("decrypt", {"ciphertext": text}, context).binary("data", "plaintext"))
 
     def close(self) -> None:
         self._service.close()
@@ -65,7 +59,7 @@ class Transit:
         headers = {"X-Vault-Token": self._token(), "X-Vault-Request": "true"}
         if self._namespace is not None:
             headers["X-Vault-Namespace"] = self._namespace
-        body |= {"associated_data": _base64(context.encode())}
+        body |= {"associated_data": base64_text(context.encode())}
         said = self._service.post(f"/v1/{self._mount}/{operation}/{self._key}", body, headers)
         if not said.ok:
             raise self._refused(said, operation)
@@ -93,7 +87,3 @@ class Transit:
             raise SettingsError("the token file of the vault holds no token") from exc
         finally:
             overwrite(content)
-
-
-def _base64(data: bytes | bytearray) -> str:
-    return base64.b64encode(data).decode()
