@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 import structlog
 
@@ -39,18 +40,24 @@ async def serve(settings: Settings) -> None:
         keys, receipt_key = KeyRing(settings.keys, kept), poolkeys.read_receipt_key(settings.receipt_key, kept)
         stack.callback(keys.close)
         credential = Credential.load(settings.nats.credentials)
-        app, names, slots = _served(settings, stack)
+        serving = served(settings, stack)
         await keys.look()  # loading a model takes its time; presence must not begin with keys of before
         fabric = await NatsWorker.connect(
-            settings.nats.url, credential, settings.pool, settings.node, names, slots=slots, keys=keys.fingerprints
+            settings.nats.url,
+            credential,
+            settings.pool,
+            settings.node,
+            serving.names,
+            slots=serving.slots,
+            keys=keys.fingerprints,
         )
         stack.push_async_callback(fabric.close)
         feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))
         await feed.start()
         stack.push_async_callback(feed.close)
         identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, _looking(keys, kept))
-        node = Node(fabric, app, identity, repeatable=REPEATABLE)
-        log.info("worker.ready", pool=settings.pool, model=names[0])
+        node = Node(fabric, serving.app, identity, repeatable=serving.repeatable)
+        log.info("worker.ready", pool=settings.pool, model=serving.names[0])
         running, watching = asyncio.create_task(node.run()), asyncio.create_task(keys.watch())
         stack.push_async_callback(_cancel, watching)
         if settings.health is not None:
@@ -68,19 +75,30 @@ def _state(fabric: NatsWorker, running: asyncio.Task[None]) -> str:
     return health.READY if fabric.connection.connected else "not connected to the message server"
 
 
-def _served(settings: Settings, stack: AsyncExitStack) -> tuple[Elsewhere, list[str], int]:
-    """What answers, under which names, and how many requests at a time. It ends with `stack`."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What answers: under which names, how many requests at a time, and which actions it may begin before their claim."""
+
+    app: Elsewhere
+    names: list[str]
+    slots: int
+    repeatable: frozenset[str]
+
+
+def served(settings: Settings, stack: AsyncExitStack) -> Served:
+    """It ends with `stack`. Raises SettingsError."""
     if settings.upstream is not None:
         app = Elsewhere(upstream.create_app(settings.upstream), "upstream")
         stack.callback(app.close)
-        return app, [model.name for model in settings.upstream.models], settings.forwarded
+        names = [model.name for model in settings.upstream.models]
+        return Served(app, names, settings.forwarded, frozenset())  # what another program does is never done twice
     engines = [load_engine(model) for model in settings.models]
     for engine in engines:
         stack.callback(engine.close)
     app = Elsewhere(create_app(engines), "api")
     stack.callback(app.close)
     slots = settings.slots or sum(engine.slots for engine in engines)
-    return app, [engine.model.name for engine in engines], slots
+    return Served(app, [engine.model.name for engine in engines], slots, REPEATABLE)
 
 
 def _looking(keys: KeyRing, kept: Keeping) -> Callable[[], bool]:

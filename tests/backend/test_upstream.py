@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import pytest
 
 from lacre.asgi import App, AppFailed, Send
 from lacre.errors import SettingsError
+from lacre.jws import b64u
 from lacre.receipts import UNIT
 from lacre.wire import bhttp
 from lacre_backend.elsewhere import Elsewhere
-from lacre_backend.settings import Upstream
+from lacre_backend.settings import Settings, Upstream
 from lacre_backend.upstream.app import create_app
+from lacre_backend.worker import served
 from lacre_fabric.server import free_port
 from lacre_fabric.settings import parse
 from parts.behind import Respond, answering, ask, opened, serving
@@ -271,6 +273,38 @@ async def test_a_client_that_leaves_ends_it_there(respond: Respond, elsewhere: b
 
 
 # Settings
+
+_WORKER = f"""
+    pool = "p"
+    node = "n1"
+    trust = "{b64u(bytes(32))}"
+    keys = "keys"
+    receipt_key = "receipt.pem"
+    nats = {{url = "nats://127.0.0.1:4222", credentials = "worker"}}
+"""
+
+
+async def test_nothing_is_begun_before_its_claim(tmp_path: Path) -> None:
+    text = f"""{_WORKER}
+        [upstream]
+        origin = "http://127.0.0.1:8080"
+        [[upstream.models]]
+        name = "encoder"
+        allow = ["POST {PREDICT}"]
+    """
+    async with AsyncExitStack() as stack:
+        serving = served(parse(Settings, text, tmp_path / "worker.toml"), stack)
+        assert (serving.names, serving.slots, serving.repeatable) == (["encoder"], 8, frozenset())
+
+
+def test_a_worker_has_models_or_an_upstream(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="or a table"):
+        parse(Settings, _WORKER, tmp_path / "worker.toml")
+    both = (
+        f'{_WORKER}\n[[models]]\n[upstream]\norigin = "http://127.0.0.1:1"\n[[upstream.models]]\nname = "m"\nallow = ["GET /"]'
+    )
+    with pytest.raises(SettingsError, match="or a table"):
+        parse(Settings, both, tmp_path / "worker.toml")
 
 
 @pytest.mark.parametrize(
