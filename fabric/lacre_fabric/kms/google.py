@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-import google.auth
+from google.auth import default as default_credentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.auth.transport.requests import Request
 
@@ -67,7 +67,7 @@ class GoogleKms:
     def _token(self) -> str:
         try:
             if self._credentials is None:
-                self._credentials, _ = google.auth.default(scopes=[_SCOPE])
+                self._credentials, _ = default_credentials(scopes=[_SCOPE])
             if not self._credentials.valid:
                 self._credentials.refresh(Request())
         except DefaultCredentialsError:
