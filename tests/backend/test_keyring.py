@@ -12,7 +12,11 @@ from lacre.errors import SettingsError
 from lacre.manifest import fingerprint
 from lacre.wire.header import Kem
 from lacre_backend.keyring import KeyRing
+from lacre_fabric.keyfiles import write_secret
+from lacre_fabric.kms import WrongWrapping
+from lacre_fabric.kms.keeping import keeping
 from lacre_fabric.poolkeys import keep_only, make, public_parts
+from parts.key_services.http import Answer, Asked, Loopback
 
 
 @pytest.fixture
@@ -109,3 +113,59 @@ def test_an_end_destroys_them_all(ring: KeyRing) -> None:
     ring.close()
     assert {bytes(key._secret) for key in keys} == {bytes(32)}
     assert not ring.keys
+
+
+class Transit:
+    """Answers as a vault's transit does, with what it was given; 503 while it is away."""
+
+    away = False
+    asked = 0
+
+    def __call__(self, asked: Asked) -> Answer:
+        self.asked += 1
+        if self.away:
+            return 503, {"errors": ["Vault is sealed"]}
+        said = asked.members
+        if asked.path.endswith("/encrypt/lacre"):
+            return 200, {"data": {"ciphertext": said["plaintext"]}}
+        return 200, {"data": {"plaintext": said["ciphertext"]}}
+
+
+async def test_a_service_that_is_away_is_asked_again_and_told_of_once(tmp_path: Path) -> None:
+    token, folder, transit = tmp_path / "token", tmp_path / "keys", Transit()
+    write_secret(token, b"t")
+    server = Loopback(transit)
+    try:
+        with keeping(f"vault://127.0.0.1:{server.port}/transit/lacre?token-file={token}", "default") as kept:
+            make(folder, (1,), (Kem.XWING,), kept)
+            ring = KeyRing(folder, kept)
+            make(folder, (2,), (Kem.XWING,), kept)
+            transit.away, asked = True, transit.asked
+            with capture_logs() as logs:
+                for _ in range(3):
+                    await ring.look()
+            assert [(entry["event"], entry["kind"]) for entry in logs] == [("key.unreadable", "KmsUnreachable")]
+            assert transit.asked == asked + 3
+            assert set(ring.keys) == {1}, "what is held stays held"
+            transit.away = False
+            await ring.look()
+            assert set(ring.keys) == {1, 2}
+            await ring.look()
+            assert transit.asked == asked + 4, "a key that is held is not asked for again"
+    finally:
+        server.close()
+
+
+async def test_a_key_that_the_service_withholds_keeps_nothing_else_back(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    with keeping(f"file:{tmp_path / 'kms.key'}", "default") as kept, keeping(f"file:{tmp_path / 'b.key'}", "default") as other:
+        make(folder, (1,), (Kem.XWING,), kept)
+        ring = KeyRing(folder, kept)
+        make(folder, (2,), (Kem.XWING,), other)
+        make(folder, (3,), (Kem.XWING,), kept)
+        with capture_logs() as logs:
+            await ring.look()
+        assert ("key.unreadable", "WrongWrapping") in [(entry["event"], entry.get("kind")) for entry in logs]
+        assert set(ring.keys) == {1, 3}
+        with pytest.raises(WrongWrapping, match=r"2\.key"):
+            KeyRing(folder, kept)

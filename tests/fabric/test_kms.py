@@ -1,0 +1,177 @@
+"""Addresses of keys, what their services need, and key files that are wrapped or are not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lacre.errors import LacreError, SettingsError
+from lacre.jws import raw_public_key
+from lacre.wire.header import Kem
+from lacre_fabric import kms, poolkeys
+from lacre_fabric.kms import KeyWithheld, WrongWrapping
+from lacre_fabric.kms.keeping import Keeping, keeping
+from lacre_fabric.settings import KmsAddress, Table, parse
+from lacre_fabric.site import Site
+
+GOOD = [
+    "plain:",
+    "file:/etc/lacre/kms.key",
+    "awskms:///arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
+    "awskms:///alias/lacre?region=eu-central-1",
+    "gcpkms://projects/p/locations/l/keyRings/r/cryptoKeys/k",
+    "azurekms://lacre.vault.azure.net/pools",
+    "vault://vault.example:8200/transit/lacre?token-file=/run/vault/token",
+    "pkcs11:token=lacre;object=pools?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=/run/pin",
+]
+SECRET = "hunter2hunter2"
+SECRETS = [
+    f"vault://root:{SECRET}@vault.example/transit/lacre",
+    f"vault://vault.example/transit/lacre?token={SECRET}",
+    f"pkcs11:token=lacre;object=pools?module-path=/x&pin-value={SECRET}",
+    f"file:/kms.key?password={SECRET}",
+    f"{SECRET}",
+    f"s3://{SECRET}/key",
+    f"vault://vault.example:{SECRET}/transit/lacre",
+]
+INCOMPLETE = [
+    "file:kms.key",
+    "file://etc/kms.key",
+    "awskms:///",
+    "awskms:///alias/lacre?regoin=eu-central-1",
+    "gcpkms://projects/p/keyRings/r/cryptoKeys/k",
+    "gcpkms://projects/p/locations/l/keyRings/r/cryptoKeys/k?endpoint=http://kms.example",
+    "azurekms://lacre.vault.azure.net",
+    "azurekms://lacre.vault.azure.net/pools/1/2",
+    "vault://vault.example/transit",
+    "vault:///transit/lacre",
+    "vault://vault.example/transit/lacre?token-file=token",
+    "pkcs11:token=lacre?module-path=/x&pin-source=/y",
+    "pkcs11:token=lacre;object=pools?module-path=/x",
+    "pkcs11:token=lacre;object=pools;id=1?module-path=/x&pin-source=/y",
+]
+NEEDED = {"awskms": "boto3", "gcpkms": "google.auth", "azurekms": "azure.identity", "pkcs11": "pkcs11"}
+EXTRAS = {
+    "kms-aws": ("boto3", GOOD[3]),
+    "kms-gcp": ("google.auth.transport.requests", GOOD[4]),
+    "kms-azure": ("azure.identity", GOOD[5]),
+    "kms-pkcs11": ("pkcs11", GOOD[7]),
+}
+
+
+class Settings(Table):
+    key: KmsAddress = kms.PLAIN
+
+
+@pytest.mark.parametrize("address", GOOD)
+def test_an_address_is_checked_where_the_settings_are_read(address: str) -> None:
+    assert parse(Settings, f'key = "{address}"', Path("worker.toml")).key == address
+
+
+@pytest.mark.parametrize("address", SECRETS)
+def test_an_address_with_a_secret_is_refused_and_not_repeated(address: str) -> None:
+    for ask in (kms.check, kms.connect):
+        with pytest.raises(SettingsError) as caught:
+            ask(address)
+        assert SECRET not in str(caught.value)
+    with pytest.raises(SettingsError, match="key: ") as caught:
+        parse(Settings, f'key = "{address}"', Path("worker.toml"))
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", INCOMPLETE)
+def test_an_incomplete_address_is_refused(address: str) -> None:
+    if needed := NEEDED.get(address.partition(":")[0]):
+        pytest.importorskip(needed, reason="`make tested` installs it")
+    with pytest.raises(SettingsError):
+        kms.connect(address)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_without_its_library_the_error_names_the_extra(extra: str) -> None:
+    module, address = EXTRAS[extra]
+    code = f"""
+import sys
+sys.modules[{module!r}] = None  # as Python has it where it is not installed
+from lacre_fabric import kms
+kms.check({address!r})
+try:
+    kms.connect({address!r})
+except kms.ExtraMissing as exc:
+    print(exc)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"pip install 'lacre[{extra}]'" in done.stdout
+
+
+def test_no_library_is_imported_before_it_is_asked_for() -> None:
+    code = (
+        "import sys, lacre_fabric.kms, lacre_backend.keyring\n"
+        "lacre_fabric.kms.connect('file:/nowhere').close()\n"
+        "assert not {'boto3', 'botocore', 'google.auth', 'azure.identity', 'pkcs11'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"file:{tmp_path / 'kms.key'}"
+
+
+@pytest.fixture
+def site(tmp_path: Path, address: str) -> Site:
+    site = Site(tmp_path / "state", {"default": ("m",)})
+    site.choose_kms(address)
+    site.create()
+    return site
+
+
+def test_a_site_s_keys_are_wrapped(site: Site, address: str) -> None:
+    with keeping(address, "default") as kept:
+        configs = poolkeys.public_parts(site.keys_folder("default"), kept)
+        receipt_key = poolkeys.read_receipt_key(site.receipt_file("default"), kept)
+    assert set(configs) == set(site.generations("default").live[0].configs)
+    assert raw_public_key(receipt_key) == poolkeys.public_receipt_key(site.receipt_file("default"))
+    for path in (*poolkeys.files(site.keys_folder("default")), site.receipt_file("default")):
+        with pytest.raises(SettingsError, match="set `kms`"):
+            Keeping(None, "default").read(path, Keeping(None, "default").receipt_key())
+
+
+def test_who_signs_manifests_needs_not_unwrap(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "kms.key").unlink()
+    assert site.sign_manifest()
+
+
+def test_a_file_opens_under_its_own_name_and_pool_alone(site: Site, address: str) -> None:
+    folder = site.keys_folder("default")
+    (folder / "1.key").rename(folder / "3.key")
+    with keeping(address, "default") as kept, pytest.raises(WrongWrapping, match=r"3\.key"):
+        poolkeys.read(folder / "3.key", kept)
+    with keeping(address, "other") as kept, pytest.raises(WrongWrapping, match=r"2\.key"):
+        poolkeys.read(folder / "2.key", kept)
+
+
+def test_where_a_service_is_set_a_bare_key_is_refused(site: Site, address: str) -> None:
+    """Whoever can write the folder cannot make a worker hold a key of his own."""
+    poolkeys.make(site.keys_folder("default"), (9,), (Kem.XWING,))
+    with keeping(address, "default") as kept, pytest.raises(SettingsError, match="rewrap"):
+        poolkeys.read(site.keys_folder("default") / "9.key", kept)
+
+
+def test_keys_that_are_there_are_not_left_behind_by_another_address(site: Site, tmp_path: Path) -> None:
+    site.choose_kms(site.kms)
+    with pytest.raises(SettingsError, match="rewrap"):
+        site.choose_kms("plain:")
+
+
+def test_a_key_file_that_is_gone_is_told(site: Site, address: str, tmp_path: Path) -> None:
+    (tmp_path / "kms.key").rename(tmp_path / "away")
+    with keeping(address, "default") as kept, pytest.raises(KeyWithheld, match="is gone"):
+        poolkeys.public_parts(site.keys_folder("default"), kept)
+    (tmp_path / "kms.key").write_bytes(b"short")
+    (tmp_path / "kms.key").chmod(0o600)
+    with keeping(address, "default") as kept, pytest.raises(LacreError, match="32 bytes"):
+        poolkeys.public_parts(site.keys_folder("default"), kept)

