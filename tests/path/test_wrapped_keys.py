@@ -1,4 +1,4 @@
-"""Keys that a key management service wraps, on the whole path: a real OpenBao, real worker processes, and a generation revoked."""
+"""Keys that a key management service wraps, on the whole path: a real OpenBao, real workers, a generation that is revoked."""
 
 from __future__ import annotations
 
