@@ -18,6 +18,7 @@ from parts.upstream import CHAT, JSON, code, granted, settings, used
 
 EVENTS = [("content-type", "text/event-stream")]
 USAGE = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9, "prompt_tokens_details": {"cached_tokens": 3}}
+SEVERAL = 'members = ["n"]'
 MESSAGES = [{"role": "user", "content": "Hello."}]
 
 
@@ -49,7 +50,7 @@ def whole(**members: Any) -> Respond:
 async def test_the_grant_s_ceiling_is_in_the_body(members: dict[str, Any], sent: dict[str, Any]) -> None:
     call = granted("chat", "writer")
     async with serving(whole()) as server:
-        answered = await asked(server, chat(**members), call)
+        answered = await asked(server, chat(**members), call, of_chat=SEVERAL)
     assert json.loads(server.bodies[0]) == {"model": "/models/writer.gguf", "messages": MESSAGES, **sent}
     assert json.loads(answered.content)["model"] == "writer"
     assert used(call) == (7, 3, 2)
@@ -78,7 +79,7 @@ async def test_the_grant_s_ceiling_is_in_the_body(members: dict[str, Any], sent:
 async def test_what_the_grant_does_not_cover_goes_nowhere(members: dict[str, Any], told: tuple[int, str]) -> None:
     call = granted("chat", "writer")
     async with serving(whole()) as server:
-        assert code(await asked(server, chat(**members), call)) == told
+        assert code(await asked(server, chat(**members), call, of_chat=SEVERAL)) == told
     assert not server.bodies and used(call) == (0, 0, 0)
 
 
@@ -93,10 +94,19 @@ async def test_each_of_several_prompts_is_bounded() -> None:
     async with serving(whole()) as server:
         for prompt, each in ((["a", "b"], 4), ([[1, 2], [3], [4], [5]], 2), ([1, 2, 3], 8), ("a", 8)):
             body = json.dumps({"model": "writer", "prompt": prompt}).encode()
-            await asked(server, body, granted("complete", "writer"), "/v1/completions")
+            await asked(server, body, granted("complete", "writer"), "/v1/completions", of_chat=SEVERAL)
             assert json.loads(server.bodies[-1])["max_tokens"] == each
         body = json.dumps({"model": "writer", "prompt": ["a", "b"], "max_tokens": 5}).encode()
-        assert code(await asked(server, body, granted("complete", "writer"), "/v1/completions")) == (403, "grant_mismatch")
+        answered = await asked(server, body, granted("complete", "writer"), "/v1/completions", of_chat=SEVERAL)
+        assert code(answered) == (403, "grant_mismatch")
+
+
+@pytest.mark.parametrize(("action", "members"), [("chat", {"n": 2}), ("complete", {"prompt": ["a", "b"]})])
+async def test_several_choices_need_an_upstream_that_counts_them(action: str, members: dict[str, Any]) -> None:
+    call, path = granted(action, "writer"), CHAT if action == "chat" else "/v1/completions"
+    async with serving(whole()) as server:
+        answered = await asked(server, json.dumps({"model": "writer", **members}).encode(), call, path)
+    assert code(answered) == (400, "unsupported_parameter") and not server.bodies
 
 
 async def test_the_operator_has_the_last_word() -> None:

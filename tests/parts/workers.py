@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,18 +62,22 @@ class WorkerProcess:
 
 @dataclass
 class Workers:
-    """Use `start`; everything ends with `close`."""
+    """Use `start`; everything ends with `close`. nats: the message server's process."""
 
     site: Site
     server: Server
     stack: AsyncExitStack
     gateway: GatewayProcess
     workers: list[WorkerProcess]
+    nats: subprocess.Popen[bytes]
 
     @classmethod
-    async def start(cls, folder: Path, count: int = 2) -> Self:
+    async def start(cls, folder: Path, count: int = 2, served: Mapping[str, str] | None = None) -> Self:
+        """served: in place of the default model, a table `[upstream]` for each worker, as TOML, by its model's name."""
+        upstreams = served or {}
+        count = len(upstreams) or count
         async with AsyncExitStack() as stack:
-            site = Site(folder / "state", {POOL: (MODEL,)})
+            site = Site(folder / "state", {POOL: tuple(upstreams) or (MODEL,)})
             site.create()
             server, port = Server(site.folder / "nats", free_port()), free_port()
             nodes = [f"n{number + 1}" for number in range(count)]
@@ -91,8 +95,12 @@ class Workers:
             site.write_settings(server.url, port, {POOL: [{"name": MODEL, "threads": 1, "context": 2048, "slots": 2}]})
             log, url = site.log("gateway"), site.connection_string(base_url)
             gateway = GatewayProcess("gateway", site.gateway_settings, log, base_url, url)
-            workers = [WorkerProcess(node, _settings(site, node), site.log(node)) for node in nodes]
-            pool = cls(site, server, stack, gateway, workers)
+            tables = list(upstreams.values()) or [""] * count
+            workers = [
+                WorkerProcess(node, _settings(site, node, table), site.log(node))
+                for node, table in zip(nodes, tables, strict=True)
+            ]
+            pool = cls(site, server, stack, gateway, workers, process)
             await connection.client.subscribe(subjects.presence(POOL, "*"), cb=pool._hear)
             for each in (gateway, *workers):
                 each.start()
@@ -120,11 +128,13 @@ class Workers:
                 worker.heard = time.monotonic()
 
 
-def _settings(site: Site, node: str) -> Path:
-    """The site's worker settings, for another node."""
+def _settings(site: Site, node: str, upstream: str) -> Path:
+    """The site's worker settings, for another node; with `upstream`, where there is one, in place of the models."""
     own = site.worker_settings(POOL)
     path = own.with_name(f"{node}.toml")
     text = own.read_text().replace(f'"{NODE}"', f'"{node}"').replace(f"worker-{POOL}-{NODE}", f"worker-{POOL}-{node}")
+    if upstream:
+        text = text.partition("\n[[models]]")[0] + upstream
     path.touch(0o600)
     path.write_text(text.replace('"manifests"', f'"manifests-{node}"'))
     return path

@@ -4,6 +4,8 @@ Rules:
 - Members go on by allow-list. Servers have words of their own that outdo the standard ones (llama.cpp's `n_predict` beats
   `max_tokens`), and what nobody here knows could be one of them.
 - The ceiling stands in the body whatever the client wrote: it is the grant's, in equal parts for the choices of all prompts.
+- More than one choice goes on only where the operator says that the upstream counts them all (`n` among the further members):
+  llama.cpp's server tells the tokens of one.
 - What the operator set has the last word.
 """
 
@@ -64,7 +66,7 @@ def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed
     body["model"] = known_as
     stream = tell_usage = False
     if action in _GENERATE:
-        _bound(body, call)
+        _bound(body, call, several="n" in also)
         stream, tell_usage = _streaming(body)
     return Body(json.dumps({**body, **fixed}, separators=(",", ":"), allow_nan=False).encode(), stream, tell_usage)
 
@@ -83,9 +85,13 @@ def _no_constant(name: str) -> None:
     raise ValueError(name)  # NaN and the infinities are no JSON (RFC 8259 section 6)
 
 
-def _bound(body: dict[str, Any], call: Call) -> None:
-    """Sets the output ceiling of each choice."""
+def _bound(body: dict[str, Any], call: Call, *, several: bool) -> None:
+    """Sets the output ceiling of each choice. several: whether there may be more than one."""
     choices = _count(body, "n", 1) * _prompts(body.get("prompt"))
+    if choices > 1 and not several:
+        raise RequestRefused(
+            "What serves this model makes one choice at a time. Ask once for each.", code="unsupported_parameter", param="n"
+        )
     granted = call.max_tokens or 0
     asked = [_count(body, name, granted) for name in _LIMITS if body.get(name) is not None]
     each = min(asked, default=granted // choices)

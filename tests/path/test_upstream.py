@@ -1,0 +1,263 @@
+"""Real servers of models behind a worker, asked sealed: KServe by both of its protocols, and llama.cpp's own server.
+
+What sees a request: the SDK that seals it, the worker that opens it, and the server behind that; and nobody between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+import lacre
+from lacre.receipts import units
+from lacre_backend import models
+from lacre_fabric import tokens
+from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric.leash import leashed
+from lacre_fabric.server import free_port
+from lacre_gateway.audit.reader import LogReader
+from parts.memory import found_in_memory
+from parts.workers import MODEL, Workers
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVERS = ROOT / "tests/ecosystem/servers"
+PREDICT, INFER = "/v1/models/encoder:predict", "/v2/models/encoder/infer"
+CANARY = "zq7-kittiwake-" + os.urandom(6).hex()
+ENCODER = {"lacre-model": "encoder"}
+
+
+@dataclass
+class Running:
+    """A server of models. ready: what it answers 200 to, once it can answer at all."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    async def wait(self, ready: str) -> None:
+        async with asyncio.timeout(120), httpx2.AsyncClient(trust_env=False) as client:
+            while True:
+                assert self.process.poll() is None, self.log.read_text()[-2000:]
+                try:
+                    if (await client.get(self.url + ready)).status_code == 200:
+                        return
+                except httpx2.TransportError:
+                    pass
+                await asyncio.sleep(0.1)
+
+
+@contextmanager
+def running(folder: Path, program: str, *arguments: str) -> Iterator[Running]:
+    made = [sys.executable, str(ROOT / "tools/environments.py"), "servers"]
+    python = subprocess.run(made, check=True, capture_output=True, text=True).stdout.strip()
+    port, log = free_port(), folder / f"{program}.log"
+    command = leashed([python, str(SERVERS / f"{program}.py"), str(port), *arguments])
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        yield Running(f"http://127.0.0.1:{port}", log, process)
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+@dataclass
+class Place:
+    """Everything that runs."""
+
+    workers: Workers
+    encoder: Running
+    writer: Running
+
+    def token(self, *scopes: str) -> str:
+        key = read_ed25519(self.workers.site.folder / "issuer.pem")
+        return tokens.issue(key, "mallory", scopes=scopes)
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        entries = LogReader(self.workers.site.gateway_settings.parent / "audit").entries()
+        return [entry for entry in map(json.loads, entries) if entry["kind"] == "outcome"]
+
+
+@pytest.fixture(scope="module")
+async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
+    folder = tmp_path_factory.mktemp("upstream")
+    with ExitStack() as stack:
+        encoder = stack.enter_context(running(folder, "encoder"))
+        writer = stack.enter_context(running(folder, "writer", str(models.find().path)))
+        await encoder.wait("/v2/health/ready")
+        await writer.wait("/health")
+        served = {
+            "encoder": f"""
+                [upstream]
+                origin = "{encoder.url}"
+                [[upstream.models]]
+                name = "encoder"
+                allow = ["POST {PREDICT}", "POST {INFER}", "GET /v2/models/encoder"]
+            """,
+            MODEL: f"""
+                [upstream]
+                origin = "{writer.url}"
+                [[upstream.models]]
+                name = "{MODEL}"
+                known_as = "whatever it was started with"
+                allow = ["POST /v1/chat/completions", "POST /v1/completions"]
+                fixed = {{cache_prompt = false}}
+            """,
+        }
+        workers = await Workers.start(folder, served=served)
+        try:
+            yield Place(workers, encoder, writer)
+        finally:
+            await workers.close()
+
+
+@pytest.fixture
+def client(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[lacre.Client]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with lacre.Client(place.workers.gateway.url, token=place.token("lacre:http"), retries=0) as client:
+        yield client
+
+
+def length(embedding: list[float]) -> float:
+    return math.sqrt(sum(each * each for each in embedding))
+
+
+async def test_kserve_by_its_first_protocol(place: Place, client: lacre.Client) -> None:
+    body = json.dumps({"instances": [[1, 2, 3], [4, 5, 6]], "note": CANARY}).encode()
+    headers = {**ENCODER, "content-type": "application/json"}
+    response = await asyncio.to_thread(client.post, PREDICT, content=body, headers=headers)
+    assert response.status_code == 200, response.text
+    one, other = response.json()["predictions"]
+    assert len(one) == 16 and one != other
+    assert length(one) == pytest.approx(1, abs=1e-5) and length(other) == pytest.approx(1, abs=1e-5)
+    facts = response.extensions["lacre"]
+    counted = (facts.receipt.prompt_tokens, facts.receipt.cached_tokens, facts.receipt.completion_tokens)
+    assert counted == (units(len(body)), 0, units(len(response.content)))
+    await asyncio.sleep(1)  # it is settled beside the request
+    outcome = place.outcomes()[-1]
+    assert (outcome["prompt_tokens"], outcome["cached_tokens"], outcome["completion_tokens"]) == counted
+    for process in (place.workers.gateway.process, place.workers.nats):
+        assert not found_in_memory(process.pid, {"canary": CANARY.encode()})
+
+
+async def test_kserve_by_its_second_protocol(place: Place, client: lacre.Client) -> None:
+    tensor = {"name": "ids", "shape": [1, 3], "datatype": "INT64", "data": [1, 2, 3]}
+    response = await asyncio.to_thread(client.post, INFER, json={"id": "7", "inputs": [tensor]}, headers=ENCODER)
+    assert response.status_code == 200, response.text
+    [output] = response.json()["outputs"]
+    assert (output["name"], output["shape"]) == ("embedding", [1, 16]) and length(output["data"]) == pytest.approx(1, abs=1e-5)
+    first = await asyncio.to_thread(client.post, PREDICT, json={"instances": [[1, 2, 3]]}, headers=ENCODER)
+    assert first.json()["predictions"][0] == pytest.approx(output["data"], abs=1e-5)
+    about = await asyncio.to_thread(client.get, "/v2/models/encoder", headers=ENCODER)
+    assert about.json()["name"] == "encoder"
+
+
+async def test_it_does_not_learn_who_asks(place: Place, client: lacre.Client) -> None:
+    said = {
+        **ENCODER,
+        "authorization": "Bearer inside",
+        "cookie": "id=7",
+        "user-agent": "theirs",
+        "x-forwarded-for": "192.0.2.7",
+    }
+    assert (await asyncio.to_thread(client.post, PREDICT, json={"instances": [[1]]}, headers=said)).status_code == 200
+    log = place.encoder.log.read_text()
+    told = [line.split()[1:] for line in log.splitlines() if line.startswith("headers:")]
+    assert told and set(told[-1]) == {"accept", "accept-encoding", "content-length", "content-type", "host"}
+    assert "mallory" not in log
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "told"),
+    [
+        ("POST", "/v2/models/other/infer", (404, "unknown_url")),
+        ("POST", "/v2/repository/models/encoder/unload", (404, "unknown_url")),
+        ("DELETE", INFER, (405, "method_not_supported")),
+    ],
+)
+async def test_what_was_not_allowed_is_not_asked(client: lacre.Client, method: str, path: str, told: tuple[int, str]) -> None:
+    response = await asyncio.to_thread(client.request, method, path, headers=ENCODER)
+    assert (response.status_code, response.json()["error"]["code"]) == told
+
+
+async def test_an_application_needs_its_scope(place: Place, client: lacre.Client) -> None:
+    with lacre.Client(place.workers.gateway.url, token=place.token(), retries=0) as plain:
+        response = await asyncio.to_thread(plain.post, PREDICT, json={"instances": [[1]]}, headers=ENCODER)
+    assert response.status_code == 403
+
+
+async def test_an_answer_has_the_room_that_was_asked_for(client: lacre.Client) -> None:
+    body = {"instances": [[number % 256] for number in range(40)]}
+    headers = {**ENCODER, "lacre-max-tokens": "2"}
+    response = await asyncio.to_thread(client.post, PREDICT, json=body, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "answer_too_large")
+    response = await asyncio.to_thread(client.post, PREDICT, json=body, headers={**headers, "lacre-max-tokens": "40"})
+    assert len(response.json()["predictions"]) == 40
+
+
+async def test_llama_cpp_s_server_streams(place: Place, client: lacre.Client) -> None:
+    """Record by record, while it writes; and no one between client and worker can read what was asked."""
+    arrived: list[float] = []
+    seen: dict[str, bool] = {}
+    watched = {
+        "gateway": place.workers.gateway.process,
+        "nats": place.workers.nats,
+        "workers": place.workers.workers[1].process,
+        "server": place.writer.process,
+    }
+
+    def read() -> lacre.ChatStream:
+        stream = client.chat_stream(f"Tell a long story about a ship that is named {CANARY}.", model=MODEL, max_tokens=120)
+        for _ in stream:
+            arrived.append(time.monotonic())
+            if len(arrived) == 3:
+                for name, process in watched.items():
+                    seen[name] = bool(found_in_memory(process.pid, {"canary": CANARY.encode()}))
+        return stream
+
+    stream = await asyncio.to_thread(read)
+    assert len(arrived) > 60 and arrived[-1] - arrived[0] > 0.2
+    assert seen == {"gateway": False, "nats": False, "workers": True, "server": True}
+    assert not found_in_memory(watched["gateway"].pid, {"canary": CANARY.encode()})
+    assert stream.receipt is not None
+    assert stream.usage.completion == stream.receipt.completion_tokens <= 120
+    assert stream.usage.prompt > 20 and stream.usage.cached == 0
+    assert stream.receipt.completion_tokens >= len(arrived)
+
+
+async def test_its_ceiling_is_the_grant_s(client: lacre.Client) -> None:
+    reply = await asyncio.to_thread(client.chat, "Count to a hundred.", model=MODEL, max_tokens=5)
+    assert reply.usage.completion == 5 and reply.receipt is not None
+    assert reply.receipt.completion_tokens == reply.usage.completion
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 5, "n_predict": 50}
+    response = await asyncio.to_thread(client.post, "/v1/chat/completions", json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "unknown_parameter")
+
+
+async def test_nobody_learns_its_file_s_place(client: lacre.Client) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 2}
+    response = await asyncio.to_thread(client.post, "/v1/chat/completions", json=body)
+    assert response.json()["model"] == MODEL and ".gguf" not in response.text
+
+
+async def test_a_server_that_has_died(place: Place, client: lacre.Client) -> None:
+    place.encoder.process.kill()
+    place.encoder.process.wait(10)
+    response = await asyncio.to_thread(client.post, PREDICT, json={"instances": [[1]]}, headers=ENCODER)
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unavailable")
+    assert "127.0.0.1" not in response.text
