@@ -30,6 +30,23 @@ ID = "0123456789abcdef" * 2
 M1 = subjects.model_token("m1")
 NEXT = f"CONSUMER.MSG.NEXT.WORK_a.model-{M1}"
 ONE = b'{"batch":1,"expires":1000000000}'
+STREAM_CALLS = ("UPDATE", "DELETE", "PURGE", "INFO", "MSG.GET", "MSG.DELETE")
+# What tells which streams, consumers, subjects and connections there are.
+LISTS = [
+    *(f"{api}.{call}" for api in ("$JS.API", subjects.API) for call in ("INFO", "STREAM.NAMES", "STREAM.LIST")),
+    *(
+        f"{api}.CONSUMER.{call}.WORK_{pool}"
+        for api in ("$JS.API", subjects.API)
+        for call in ("NAMES", "LIST")
+        for pool in POOLS
+    ),
+    *(f"$SYS.REQ.SERVER.PING{what}" for what in ("", ".SUBSZ", ".CONNZ", ".JSZ", ".ACCOUNTZ")),
+    *(
+        f"$SYS.REQ.ACCOUNT.{account}.{what}"
+        for account in (roles.FABRIC, roles.GATEWAYS, *map(roles.workers_account, POOLS))
+        for what in ("SUBSZ", "CONNZ", "INFO")
+    ),
+]
 
 
 @dataclass
@@ -104,7 +121,11 @@ NOT_FOR_WORKERS = [
     "presence.a.n1",
     "presence.b.n2",
     *(f"{api}.STREAM.CREATE.MINE" for api in API),
-    *(f"{api}.STREAM.{call}.WORK_b" for api in API for call in ("UPDATE", "DELETE", "PURGE", "INFO", "MSG.GET", "MSG.DELETE")),
+    *(f"{api}.STREAM.{call}.WORK_{pool}" for api in API for call in STREAM_CALLS for pool in POOLS),
+    *(f"{api}.STREAM.{call}.KV_claims_a" for api in API for call in STREAM_CALLS),
+    *(f"{api}.DIRECT.GET.WORK_{pool}" for api in API for pool in POOLS),
+    *(f"{api}.CONSUMER.INFO.WORK_{pool}.model-{M1}" for api in API for pool in POOLS),
+    *LISTS,
     *(f"{api}.STREAM.{call}.KV_claims_b" for api in API for call in ("UPDATE", "DELETE", "PURGE", "MSG.DELETE")),
     *(f"{api}.CONSUMER.CREATE.WORK_{pool}.mine" for api in API for pool in POOLS),
     *(f"{api}.CONSUMER.DURABLE.CREATE.WORK_{pool}.mine" for api in API for pool in POOLS),
@@ -112,7 +133,6 @@ NOT_FOR_WORKERS = [
     subjects.revocation("x"),
     *(f"{api}.{call}.GET.{subjects.REVOCATIONS_STREAM}" for api in API for call in ("DIRECT", "STREAM.MSG")),
     "_INBOX_worker-a-n1.x",
-    "$SYS.REQ.SERVER.PING",
 ]
 NOT_FOR_GATEWAYS = [
     *(f"{api}.{NEXT}" for api in API),
@@ -132,6 +152,7 @@ NOT_FOR_GATEWAYS = [
         for call in ("DELETE", "MSG.DELETE")
     ),
     *(f"{api}.CONSUMER.CREATE.WORK_a.mine" for api in API),
+    *LISTS,
     "_INBOX_gateway-g1.x",
     "_INBOX_worker-a-n1.x",
 ]
@@ -168,6 +189,7 @@ async def test_publishing_is_denied_and_changes_nothing(parties: Parties, role: 
                 "_INBOX_gateway-g1.>",
                 "$KV.>",
                 "$JS.>",
+                "$SYS.>",
                 ">",
                 "*.a.g1.*",
             )
@@ -410,6 +432,10 @@ async def test_accounts_hold_without_permissions(tmp_path: Path) -> None:
         assert not intruder.denials
         # It hears itself; of the others, nothing.
         assert not [message for message in heard if work.request_id in message.subject or work.sealed in message.data]
+        told = b"".join(message.data for message in heard if message.subject == "_INBOX_worker-b-n1.x")
+        assert b"JetStream not enabled for account" in told and not any(
+            name in told for name in (b"WORK_a", b"claims_a", M1.encode())
+        )
         assert {name: held for name, held in (await state(provisioner)).items() if "_b" not in name and name != "WORK_a"} == {
             name: held for name, held in before.items() if "_b" not in name and name != "WORK_a"
         }

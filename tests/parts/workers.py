@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,10 @@ class WorkerProcess:
     heard: float = 0.0
     process: subprocess.Popen[bytes] = field(init=False)
 
-    def start(self) -> None:
+    def start(self, inside: Callable[..., list[str]] = lambda *command: list(command)) -> None:
+        """inside: what the command becomes where it is to run somewhere else."""
         with self.log.open("ab") as output:
-            command = leashed([*PYTHON, "-m", "lacre_backend", "--settings", str(self.settings)])
+            command = leashed(inside(*PYTHON, "-m", "lacre_backend", "--settings", str(self.settings)))
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
     def kill(self) -> None:
