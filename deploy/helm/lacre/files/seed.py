@@ -1,0 +1,44 @@
+"""`python seed.py ARCHIVE STATE [KEYS]`: what the state folder begins with, from an archive of one.
+
+Rules:
+- Each part, a pool or the rest, is unpacked once. What was destroyed since must not come back, and a state that has moved on
+  knows better than the archive: no version is signed twice.
+- In KEYS is a folder for each pool, a volume that its workers read: the pool's keys are kept there.
+"""
+
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path, PurePosixPath
+
+
+def part(name: PurePosixPath) -> str:
+    return "/".join(name.parts[:2]) if name.parts[0] == "pools" else "."
+
+
+def seed(archive: Path, state: Path, keys: Path | None) -> None:
+    marker = state / "seeded.json"
+    done = set(json.loads(marker.read_text())) if marker.exists() else set()
+    with tarfile.open(archive) as source:
+        files = {PurePosixPath(member.name): member for member in source if member.isfile()}
+        files = {name: member for name, member in files.items() if part(name) not in done}
+        for name in files:
+            if name.is_absolute() or ".." in name.parts:
+                raise SystemExit(f"{archive} names a file outside of the state: {name}")
+            make_room(state, name, keys)
+            (state / name).write_bytes(source.extractfile(files[name]).read())
+    marker.write_text(json.dumps(sorted(done | {part(name) for name in files})))
+
+
+def make_room(state: Path, name: PurePosixPath, keys: Path | None) -> None:
+    folder = state / name.parent
+    if keys is not None and name.parts[0] == "pools" and name.parent.name == "keys" and not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(keys / name.parts[1])
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    seed(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)

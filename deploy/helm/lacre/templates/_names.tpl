@@ -1,0 +1,71 @@
+{{/* What things are called, and how they are told apart. */}}
+
+{{- define "lacre.fullname" -}}
+{{- if contains "lacre" .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-lacre" .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (list $ "component"): what selects a component's pods. */}}
+{{- define "lacre.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: lacre
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- with (slice . 2) }}
+lacre/pool: {{ index . 0 }}
+{{- end }}
+{{- end -}}
+
+{{/* (list $ "component"): the labels of a component's things; a pool's workers add its name. */}}
+{{- define "lacre.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "lacre.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- end -}}
+
+{{/* (list $ "repository"): an image of this project. */}}
+{{- define "lacre.image" -}}
+{{- $root := index . 0 -}}
+{{- with $root.Values.image.registry }}{{ trimSuffix "/" . }}/{{ end -}}
+{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}
+{{- end -}}
+
+{{/* Each pool with all that it has, as YAML: what it does not say itself is as `workers` says. */}}
+{{- define "lacre.pools" -}}
+{{- $root := . -}}
+{{- range $name, $own := .Values.pools }}
+{{- if not (kindIs "invalid" $own) }}
+{{- $pool := mustMergeOverwrite (deepCopy $root.Values.workers) (deepCopy $own) }}
+{{- with $own.modelsVolume }}{{ $_ := set $pool "modelsVolume" . }}{{ end }}
+{{- $_ := set $pool "secret" ($pool.secret | default (printf "lacre-pool-%s" $name)) }}
+{{- $_ := set $pool "keysSecret" ($pool.keysSecret | default (printf "lacre-pool-%s-keys" $name)) }}
+{{ $name }}:
+{{ toYaml $pool | indent 2 }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "lacre.nats.url" -}}
+{{- if .Values.nats.enabled -}}
+tls://{{ include "lacre.fullname" . }}-nats.{{ .Release.Namespace }}.svc:4222
+{{- else -}}
+{{ required "nats.external.url: the address of your NATS, or enable nats" .Values.nats.external.url }}
+{{- end -}}
+{{- end -}}
+
+{{- define "lacre.nats.port" -}}
+{{- if .Values.nats.enabled -}}4222{{- else -}}
+{{- $host := (urlParse .Values.nats.external.url).host -}}
+{{- if contains ":" $host }}{{ splitList ":" $host | last }}{{ else }}4222{{ end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The Secret with the authority of NATS' certificates; empty for the system's. */}}
+{{- define "lacre.nats.ca" -}}
+{{- if .Values.nats.enabled }}{{ .Values.nats.tlsSecret }}{{ else }}{{ .Values.nats.external.caSecret }}{{ end -}}
+{{- end -}}
