@@ -69,3 +69,9 @@ tls://{{ include "lacre.fullname" . }}-nats.{{ .Release.Namespace }}.svc:4222
 {{- define "lacre.nats.ca" -}}
 {{- if .Values.nats.enabled }}{{ .Values.nats.tlsSecret }}{{ else }}{{ .Values.nats.external.caSecret }}{{ end -}}
 {{- end -}}
+
+{{/* (list VALUE "message"): a list as YAML. An empty one is a mistake, which `required` would let pass. */}}
+{{- define "lacre.some" -}}
+{{- if not (index . 0) }}{{ fail (index . 1) }}{{ end -}}
+{{ toYaml (index . 0) }}
+{{- end -}}

@@ -1,0 +1,19 @@
+"""Each case of the matrix in turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from chart.rendering import CASES, NPM, Rendered, render
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    if NPM is None:
+        pytest.skip("npm, which Helm is fetched with, is not installed")
+    return str(request.param)
+
+
+@pytest.fixture
+def chart(case: str) -> Rendered:
+    return render(case)

@@ -1,0 +1,45 @@
+"""What a gateway really shows Prometheus, by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from lacre_gateway import gauges
+from lacre_gateway.metrics import Metrics, States
+from lacre_gateway.settlement import Verdict
+
+_NAME = re.compile(r"\b(?:lacre|process)_[a-z_]+")
+
+
+class _Exchange:
+    since = first_byte = 0.0
+    received = sent = records = 0
+    started = False
+
+
+@cache
+def counted() -> frozenset[str]:
+    """Everything that is counted by events, as it is shown after one of each; and the gauges, by the names in their source."""
+    metrics = Metrics()
+
+    def nothing() -> Iterator[Metric]:
+        yield from ()
+
+    States(metrics, [nothing])
+    metrics.ended(_Exchange(), "answered")
+    metrics.settled("default", "m1", Verdict(None, None))
+    metrics.committed(0.1, 1)
+    metrics.administered("admin:usage", "permitted")
+    shown = text_string_to_metric_families(metrics.show().decode())
+    names = {sample.name for family in shown for sample in family.samples} | {"lacre_tokens_total"}
+    source = gauges.__spec__.loader.get_data(gauges.__file__).decode()  # type: ignore[union-attr]
+    return frozenset(names | set(re.findall(r'"(lacre_[a-z_]+)"', source)))
+
+
+def named_in(expression: str) -> set[str]:
+    return set(_NAME.findall(expression))

@@ -1,0 +1,102 @@
+"""Helm renders the chart over the whole matrix of values, and what comes out has the form that Kubernetes takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from chart.rendering import CASES, CHART, NEEDED, NPM, ROOT, VALUES, Rendered, helm, template
+
+pytestmark = pytest.mark.slow
+VERSIONS = ("1.32", "1.34", "1.36")
+OTHERS = {path.stem.rsplit("_", 1)[1] for path in (Path(__file__).parent / "schemas").glob("*.json")}
+
+
+@cache
+def validator() -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "environments.py", "chart"], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def validated(objects: object) -> list[str]:
+    """What is wrong, in the validator's words; and last, how much it looked at."""
+    command = [validator(), Path(__file__).with_name("validate.py"), *VERSIONS]
+    done = subprocess.run(command, input=json.dumps(objects), check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+def test_lint(case: str) -> None:
+    file = CASES[case]
+    values = [part for each in (NEEDED, file) if each for part in ("--values", str(each))]
+    done = subprocess.run([helm(), "lint", "--strict", str(CHART), *values], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_schemas_of_kubernetes(chart: Rendered) -> None:
+    assert validated(chart.objects) == [f"looked at {len(chart.objects)} for {len(VERSIONS)} versions"]
+
+
+@pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")
+def test_every_kind_of_others_is_in_the_matrix() -> None:
+    text = template(VALUES / "on.yaml")
+    assert {kind for kind in OTHERS if f"kind: {kind}\n" in text} == OTHERS
+
+
+def test_the_validator_can_say_no() -> None:
+    good = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}, "spec": {"ports": [{"port": 1}]}}
+    bad = {**good, "spec": {"port": 1}}
+    unknown = {"apiVersion": "v9", "kind": "Thing", "metadata": {"name": "b"}}
+    said = validated([good, bad, unknown])
+    assert len(said) == 2 * len(VERSIONS) + 1
+
+
+def test_names_and_labels_fit(chart: Rendered) -> None:
+    for each in chart.objects:
+        assert re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,50}[a-z0-9])?", each["metadata"]["name"])  # CronJobs have 52
+        for label in each["metadata"]["labels"].values():
+            assert re.fullmatch(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?", label)
+    names = [(each["kind"], each["metadata"]["name"]) for each in chart.objects]
+    assert len(names) == len(set(names))
+
+
+def test_the_chart_is_of_this_version() -> None:
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "sdk/lacre/_version.py").read_text())
+    assert version is not None
+    assert f"appVersion: {version[1]}\n" in (CHART / "Chart.yaml").read_text()
+
+
+MISTAKES = {
+    "a name that nobody knows": ("gatway.replicas=3", "additional properties 'gatway'"),
+    "more instances than the credential is for": ("gateway.replicas=17", "maximum: got 17, want 16"),
+    "a key that is none": ("trust=abc", "'/trust'"),
+    "plain HTTP": ("publicUrl=http://lacre.example.com", "'/publicUrl'"),
+    "two servers, which are no quorum": ("nats.replicas=2", "'/nats/replicas'"),
+    "a secret in an address": ("nats.external.url=tls://user:word@nats", "'/nats/external/url'"),
+    "two sources of one volume": ("workers.modelsVolume.nfs.server=a", "'/workers/modelsVolume': maxProperties"),
+    "no root": ("trust=", "trust: the root key"),
+    "no issuer": ("issuers=null", "issuers: whose tokens"),
+    "autoscaling by nobody's metrics": ("workers.autoscaling.enabled=true", "monitoring.prometheus:"),
+    "a KMS that no policy lets through": ("kms=awskms:///alias/a?region=b", "networkPolicy.kms:"),
+    "NATS elsewhere, and not where": ("nats.enabled=false", "nats.external.url:"),
+    "NATS elsewhere that no policy lets through": ("nats.enabled=false,nats.external.url=tls://n:4222", "nats.external.cidrs:"),
+    "traces that no policy lets through": ("gateway.tracing.endpoint=http://collector:4318", "networkPolicy.collectors:"),
+    "a route of no Gateway": ("gatewayApi.enabled=true", "gatewayApi.parentRefs:"),
+    "a public name without a certificate": ("ingress.enabled=true,ingress.host=a.example", "ingress.tlsSecret:"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")
+def test_mistakes_are_refused(mistake: str) -> None:
+    values, words = MISTAKES[mistake]
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        template(options=("--set", values))
+    assert words in refused.value.stderr

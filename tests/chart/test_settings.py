@@ -1,0 +1,229 @@
+"""What the chart writes into files is read by those whose files they are: gateway, worker, signer, and a real nats-server."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509.oid import NameOID
+
+from chart.rendering import CHART, NAMESPACE, Pod, Rendered, leaves, render
+from lacre_backend import settings as of_worker
+from lacre_fabric.accounts import accounts
+from lacre_fabric.server import MAX_FILES, MAX_MEMORY, MAX_PAYLOAD, executable
+from lacre_fabric.settings import parse
+from lacre_fabric.site import Site
+from lacre_gateway import settings as of_gateway
+
+pytestmark = pytest.mark.slow
+
+
+def text(chart: Rendered, pod: Pod, file: str) -> str:
+    return str(chart.one("ConfigMap", pod.owner["metadata"]["name"])["data"][file])
+
+
+def gateway_settings(chart: Rendered) -> of_gateway.Settings:
+    (pod,) = chart.of_component("gateway")
+    return of_gateway.parse(text(chart, pod, "gateway.toml"), Path("/etc/lacre/gateway.toml"))
+
+
+def worker_settings(chart: Rendered) -> dict[str, of_worker.Settings]:
+    """Of each pool."""
+    found = [
+        parse(of_worker.Settings, text(chart, pod, "worker.toml"), Path("/etc/lacre/worker.toml"))
+        for pod in chart.of_component("worker")
+    ]
+    return {each.pool: each for each in found}
+
+
+def test_the_gateway_reads_its_file(chart: Rendered) -> None:
+    (pod,) = chart.of_component("gateway")
+    settings, values = gateway_settings(chart), chart.values
+    assert (settings.public_url, settings.trust) == (values["publicUrl"], values["trust"])
+    assert settings.issuers[0].leeway == 5.0
+    assert settings.issuers[0].claims.groups == ("realm_access", "roles")
+    assert settings.admin is not None
+    assert {"https": settings.listen.port, "admin": settings.admin.port} == pod.ports
+    assert settings.listen.host == settings.admin.host == "0.0.0.0"
+    assert settings.listen.tls is not None, "tokens pass, and the admin API has no other cover"
+    assert (settings.policies is not None) == bool(values["gateway"]["policies"])
+    assert (settings.tracing is not None) == bool(values["gateway"]["tracing"])
+    scaling = values["gateway"]["autoscaling"]
+    for number in range(scaling["maxReplicas"] if scaling["enabled"] else values["gateway"]["replicas"]):
+        assert settings.as_instance(number).instance == f"g1__{number}"
+
+
+def test_everything_of_gateway_toml_can_be_said() -> None:
+    settings = gateway_settings(render("on"))
+    assert (settings.limits.queue_limit, settings.limits.requests_in_flight) == (20.0, 512)
+    assert settings.models["smollm2-135m"].context == 2048
+    assert settings.listen.trusted_proxies == ("10.0.0.7",)
+    assert settings.tracing is not None
+    assert settings.tracing.sample == 0.1
+
+
+def test_workers_read_theirs(chart: Rendered) -> None:
+    found = worker_settings(chart)
+    assert found.keys() == chart.values["pools"].keys()
+    for pool, settings in found.items():
+        own = chart.values["workers"] | chart.values["pools"][pool]
+        assert [model.name for model in settings.models] == [model["name"] for model in own["models"]]
+        assert settings.slots == (own["slots"] or None)
+        assert settings.trust == chart.values["trust"]
+        assert settings.nats.url == gateway_settings(chart).nats.url
+        assert settings.kms == (chart.values["kms"] or "plain:")
+
+
+def mounted(container: dict[str, Any]) -> dict[PurePosixPath, bool]:
+    """Where something is mounted, and whether it can be written."""
+    return {PurePosixPath(each["mountPath"]): not each.get("readOnly", False) for each in container["volumeMounts"]}
+
+
+def test_paths_lie_in_what_is_mounted(chart: Rendered) -> None:
+    """What is only read in a mount that is read-only, what is written in one that is not."""
+    files = {"gateway": ("gateway.toml", gateway_settings), "worker": ("worker.toml", None)}
+    written = {"audit", "memory", "health"}
+    for component, (file, _) in files.items():
+        for pod in chart.of_component(component):
+            (container,) = pod.containers
+            places = mounted(container)
+            assert container["args"][:2] == ["--settings", f"/etc/lacre/{file}"]
+            assert PurePosixPath(container["args"][1]) in places
+            paths = re.findall(r'^\s*(\w+) = "(/[^"]+)"$', text(chart, pod, file), re.MULTILINE)
+            assert len(paths) > 4
+            for key, path in paths:
+                (at,) = [place for place in places if PurePosixPath(path).is_relative_to(place)]
+                assert places[at] == (key in written), path
+            if chart.values["nats"]["enabled"]:
+                (authority,) = [each["value"] for each in container["env"] if each["name"] == "SSL_CERT_FILE"]
+                assert PurePosixPath(authority).parent in places
+
+
+def test_every_process_has_the_options_that_it_is_given(chart: Rendered) -> None:
+    """Asked for by `--help` of the very commands."""
+    modules = {"gateway": "lacre_gateway", "worker": "lacre_backend"}
+    for component, module in modules.items():
+        (container, *_) = chart.of_component(component)[0].containers
+        done = subprocess.run([sys.executable, "-P", "-m", module, "--help"], capture_output=True, text=True, check=True)
+        for option in (each for each in container["args"] if each.startswith("--")):
+            assert option in done.stdout
+
+
+def certificate(folder: Path) -> None:
+    """One for servers, by itself: tls.crt, tls.key and ca.crt."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    made = builder.sign(key, SHA256()).public_bytes(serialization.Encoding.PEM)
+    folder.mkdir(parents=True)
+    for file in ("tls.crt", "ca.crt"):
+        (folder / file).write_bytes(made)
+    private = serialization.PrivateFormat.PKCS8
+    secret = key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption())
+    (folder / "tls.key").write_bytes(secret)
+    (folder / "tls.key").chmod(0o600)
+
+
+def test_nats_server_takes_its_configuration(chart: Rendered, tmp_path: Path) -> None:
+    if not chart.values["nats"]["enabled"]:
+        assert not chart.of_component("nats")
+        return
+    (pod,) = chart.of_component("nats")
+    conf = text(chart, pod, "nats.conf").replace("/etc/nats", str(tmp_path)).replace("/data", str(tmp_path / "data"))
+    (tmp_path / "nats.conf").write_text(conf)
+    certificate(tmp_path / "tls")
+    (tmp_path / "accounts").mkdir()
+    roles = Site(tmp_path / "state", {pool: ("m1",) for pool in chart.values["pools"]}).replicated_roles()
+    (tmp_path / "accounts" / "accounts.json").write_text(json.dumps({"accounts": accounts(roles)}, indent=1))
+    done = subprocess.run(
+        [executable(), "-t", "-c", str(tmp_path / "nats.conf")],
+        env={"POD_NAME": "r-lacre-nats-0"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, value in (("max_payload", MAX_PAYLOAD), ("max_memory_store", MAX_MEMORY), ("max_file_store", MAX_FILES)):
+        assert re.search(rf"{name}: {value}\b", conf)
+    assert "sync_interval: always" in conf
+    listening = {int(port) for port in re.findall(r"(?:listen|http): 0\.0\.0\.0:(\d+)", conf)}
+    assert listening == set(pod.ports.values())
+
+
+def test_the_signer_s_site(chart: Rendered, tmp_path: Path) -> None:
+    for pod in chart.of_component("signer"):
+        content = chart.one("ConfigMap", "r-lacre-signer")["data"]["site.json"]
+        (tmp_path / "site.json").write_text(content)
+        site = Site.load(tmp_path)
+        assert site.pools == {pool: [m.name for m in each.models] for pool, each in worker_settings(chart).items()}
+        assert (site.nats_url, site.base_url) == (gateway_settings(chart).nats.url, chart.values["publicUrl"])
+        assert site.replicas == 3
+        rotating = chart.values["signer"]["rotateHours"] > 0
+        assert rotating <= chart.values["poolKeys"]["volume"]["enabled"], "new keys that no worker would see"
+        hours = pod.spec["initContainers"][1]["command"][-1]
+        assert float(hours) == chart.values["signer"]["rotateHours"]
+
+
+def seeded(archive: Path, state: Path, *keys: Path) -> None:
+    subprocess.run([sys.executable, CHART / "files" / "seed.py", archive, state, *keys], check=True)
+
+
+def test_the_state_is_seeded_once(tmp_path: Path) -> None:
+    made, state, keys = tmp_path / "made", tmp_path / "state", tmp_path / "keys"
+    Site(made, {"default": ("m1",)}).create()
+    for folder in (state, keys / "default"):
+        folder.mkdir(parents=True)
+    archive = tmp_path / "state.tar"
+    with tarfile.open(archive, "w") as out:
+        out.add(made, ".")
+    seeded(archive, state, keys)
+    for name in ("signer.pem", "trust/chain.json", "pools/default/generations.json", "pools/default/keys/1.key"):
+        assert (state / name).read_bytes() == (made / name).read_bytes()
+        assert (state / name).stat().st_mode & 0o777 == 0o600
+    assert {path.name for path in (keys / "default").iterdir()} == {"1.key", "2.key"}
+
+    (state / "pools/default/keys/1.key").unlink()
+    (state / "trust/version").write_text("7")
+    seeded(archive, state, keys)
+    assert not (keys / "default/1.key").exists(), "a key that was destroyed does not come back"
+    assert (state / "trust/version").read_text() == "7"
+
+    Site(made, {"default": ("m1",), "new": ("m1",)}).create()
+    (keys / "new").mkdir()
+    with tarfile.open(archive, "w") as out:
+        out.add(made, ".")
+    seeded(archive, state, keys)
+    assert (keys / "new/1.key").exists()
+    assert not (keys / "default/1.key").exists()
+
+
+def test_an_archive_does_not_reach_out_of_the_state(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with tarfile.open(tmp_path / "state.tar", "w") as out:
+        out.addfile(tarfile.TarInfo("../outside"))
+    with pytest.raises(subprocess.CalledProcessError):
+        seeded(tmp_path / "state.tar", tmp_path / "state")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_nothing_of_the_cluster_is_written_out(chart: Rendered) -> None:
+    """Addresses are of the release's own namespace, whichever it is."""
+    for each in chart.objects:
+        for _, value in leaves(each):
+            if isinstance(value, str):
+                assert ".default.svc" not in value
+                assert "kubernetes.default" not in value
+    if chart.values["nats"]["enabled"]:
+        assert f".{NAMESPACE}.svc" in gateway_settings(chart).nats.url
