@@ -5,7 +5,7 @@ PYTEST := $(BIN)/python -m pytest
 
 FUZZ_SECONDS ?= 120
 
-.PHONY: demo test test-all lint bench profile fuzz mutants threat-model errors clean ready tested environments
+.PHONY: demo test test-all lint bench profile fuzz mutants threat-model errors clean ready tested environments chart-test
 
 demo: ready
 	$(BIN)/lacre demo
@@ -19,6 +19,11 @@ test-all: tested environments
 # Other people's programs and other Pythons, each with its own lock file; kept outside the clone.
 environments:
 	@$(PYTHON) tools/environments.py > /dev/null
+
+# deploy/helm: rendered over a matrix of values by a real Helm, held against Kubernetes' schemas and our own tests; `test-all` has it.
+chart-test: ready
+	@$(PYTHON) tools/environments.py chart > /dev/null
+	$(PYTEST) tests/chart
 
 lint: ready
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What every pod is allowed and given: the restricted profile field by field, no secret in its environment, resources, grace."""
+"""What every pod is allowed and given: the restricted profile field by field, no secret in its environment, resources, time."""
 
 from __future__ import annotations
 

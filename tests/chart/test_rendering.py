@@ -88,6 +88,7 @@ MISTAKES = {
     "NATS elsewhere, and not where": ("nats.enabled=false", "nats.external.url:"),
     "NATS elsewhere that no policy lets through": ("nats.enabled=false,nats.external.url=tls://n:4222", "nats.external.cidrs:"),
     "traces that no policy lets through": ("gateway.tracing.endpoint=http://collector:4318", "networkPolicy.collectors:"),
+    "new keys that no worker would see": ("signer.rotateHours=24", "signer.rotateHours:"),
     "a route of no Gateway": ("gatewayApi.enabled=true", "gatewayApi.parentRefs:"),
     "a public name without a certificate": ("ingress.enabled=true,ingress.host=a.example", "ingress.tlsSecret:"),
 }

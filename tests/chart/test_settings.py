@@ -110,8 +110,9 @@ def test_paths_lie_in_what_is_mounted(chart: Rendered) -> None:
                 assert PurePosixPath(authority).parent in places
 
 
-def test_every_process_has_the_options_that_it_is_given(chart: Rendered) -> None:
+def test_every_process_has_the_options_that_it_is_given() -> None:
     """Asked for by `--help` of the very commands."""
+    chart = render("on")
     modules = {"gateway": "lacre_gateway", "worker": "lacre_backend"}
     for component, module in modules.items():
         (container, *_) = chart.of_component(component)[0].containers
@@ -148,7 +149,7 @@ def test_nats_server_takes_its_configuration(chart: Rendered, tmp_path: Path) ->
     (tmp_path / "nats.conf").write_text(conf)
     certificate(tmp_path / "tls")
     (tmp_path / "accounts").mkdir()
-    roles = Site(tmp_path / "state", {pool: ("m1",) for pool in chart.values["pools"]}).replicated_roles()
+    roles = Site(tmp_path / "state", dict.fromkeys(chart.values["pools"], ("m1",))).replicated_roles()
     (tmp_path / "accounts" / "accounts.json").write_text(json.dumps({"accounts": accounts(roles)}, indent=1))
     done = subprocess.run(
         [executable(), "-t", "-c", str(tmp_path / "nats.conf")],
