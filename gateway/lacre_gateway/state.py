@@ -147,15 +147,13 @@ def build(
     revocations = RevocationList(log, clock)
     rules = LiveRules(settings.policies or shipped(), log=log, clock=clock)
     metrics = Metrics()
+    requests = RequestLimits(in_flight=limits.requests_in_flight, concurrent=limits.concurrent_per_subject)
     return Gateway(
         settings=settings,
         authenticator=Authenticator(issuers, revocations, FailureThrottle(limits.failed_auth_per_minute), clock),
         revocations=revocations,
         rules=rules,
-        limits=RequestLimits(
-            in_flight=limits.requests_in_flight,
-            concurrent=limits.concurrent_per_subject,
-        ),
+        limits=requests,
         budgets=Ledger(lambda: rules.current.plans, settings.instance, log, longest=limits.longest_stream, clock=clock),
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
@@ -174,5 +172,6 @@ def build(
             policy_set=rules.status.policy_set,
             clock=clock,
             observe=metrics.committed,
+            under_way=lambda: requests.running,
         ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from lacre import audit
 from lacre.errors import SettingsError
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import journal
+from lacre_gateway.audit import log as audit_log
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.entries import EntryTooLarge, Event, encode, parse
 from lacre_gateway.audit.log import AuditUnavailable
@@ -89,6 +91,22 @@ async def test_many_waiters_share_a_commit(tmp_path: Path) -> None:
     for each in recorded[::37]:
         each.proof().verify(PUBLIC)
     await log.close()
+
+
+@pytest.mark.parametrize("under_way", [1, 100])
+async def test_commits_keep_a_distance_where_there_is_company(under_way: int, tmp_path: Path) -> None:
+    log = opened(tmp_path / "audit", under_way=under_way)
+    ends = []
+    for number in range(40):
+        await log.append(intent(number))
+        ends.append(time.monotonic())
+    gaps = [later - earlier for earlier, later in itertools.pairwise(ends)]
+    if under_way == 1:
+        assert min(gaps) < audit_log.DISTANCE  # whoever is alone does not wait for it
+    else:
+        assert ends[-1] - ends[0] >= 38 * audit_log.DISTANCE
+    await log.close()
+    assert sound(tmp_path / "audit")
 
 
 async def test_a_log_goes_on_after_a_restart(tmp_path: Path) -> None:

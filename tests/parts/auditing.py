@@ -38,8 +38,8 @@ def outcome(number: int, **changes: Any) -> Outcome:
     return Outcome(**{**standard, **changes})
 
 
-def opened(folder: Path, key: Ed25519PrivateKey = KEY, said: io.StringIO | None = None) -> AuditLog:
-    return AuditLog(folder, key, ORIGIN, log=make_log(said or io.StringIO()))
+def opened(folder: Path, key: Ed25519PrivateKey = KEY, said: io.StringIO | None = None, under_way: int = 1) -> AuditLog:
+    return AuditLog(folder, key, ORIGIN, log=make_log(said or io.StringIO()), under_way=lambda: under_way)
 
 
 async def written(folder: Path, requests: int, key: Ed25519PrivateKey = KEY) -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from operator import attrgetter
 from typing import Any, ClassVar, Final, Literal
 
 from lacre.audit import MAX_INTENT
@@ -169,6 +171,9 @@ def _form(kind: type[Entry]) -> tuple[frozenset[str], frozenset[str]]:
 _KINDS: Final = (Intent, Annex, Outcome, Admin, Event)
 _FORMS: Final = {kind.kind: _form(kind) for kind in _KINDS}
 _NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS}
+_VALUES: Final = {kind: attrgetter(*names) for kind, names in _NAMES.items()}
+# `surrogatepass` would write what nobody can read back: names with lone surrogates do not come this far.
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def encode(entry: Entry) -> tuple[bytes, ...]:
@@ -177,11 +182,16 @@ def encode(entry: Entry) -> tuple[bytes, ...]:
     if not isinstance(entry, Intent):
         return (_bounded(_json(members), MAX_ENTRY),)
     lists = {name: members[name] for name in ("groups", "scopes", "policies")}
-    if sum(map(len, map(_json, lists.values()))) <= _MAX_LISTS:
+    if _short(lists.values()) or sum(map(len, map(_json, lists.values()))) <= _MAX_LISTS:
         return (_bounded(_json(members), MAX_INTENT),)
     annex = _bounded(_json({"kind": Annex.kind, "request_id": entry.request_id, **lists}), MAX_ENTRY)
     digest = hashlib.sha256(annex).hexdigest()
     return annex, _bounded(_json({**members, **dict.fromkeys(lists, ()), "annex": digest}), MAX_INTENT)
+
+
+def _short(lists: Iterable[Sequence[str]]) -> bool:
+    """Whether they are in any case: a character takes six bytes of JSON at most, and each text and list three more."""
+    return sum(3 + sum(3 + 6 * len(text) for text in texts) for texts in lists) <= _MAX_LISTS
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -199,12 +209,12 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def _members(entry: Entry) -> dict[str, Any]:
-    return {"kind": entry.kind, **{name: getattr(entry, name) for name in _NAMES[type(entry)]}}
+    kind = type(entry)
+    return {"kind": entry.kind, **dict(zip(_NAMES[kind], _VALUES[kind](entry), strict=True))}
 
 
 def _json(value: object) -> bytes:
-    # `surrogatepass` would write what nobody can read back: names with lone surrogates do not come this far.
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def _bounded(data: bytes, limit: int) -> bytes:

@@ -22,7 +22,7 @@ from typing import Final
 
 from lacre.checkpoints import MAX_NOTE
 from lacre.errors import InvalidMessage
-from lacre_gateway.audit.tiles import decode_bundle, encode_bundle, sync_folder, write_all
+from lacre_gateway.audit.tiles import decode_bundle, encode_bundle, sync_folder
 
 NAME: Final = "journal"
 OLD: Final = "journal.old"
@@ -111,9 +111,7 @@ class Journal:
         if self._torn:
             self.cut(self._size)
         try:
-            os.lseek(self._file, self._size, os.SEEK_SET)
-            write_all(self._file, data)
-            os.fdatasync(self._file)
+            _write_synced(self._file, data, self._size)
         except OSError:
             self._torn = True  # for where cutting fails too
             self.cut(self._size)
@@ -122,3 +120,11 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _write_synced(handle: int, data: bytes, at: int) -> None:
+    """What `write` and `fdatasync` do, in one call: in between, a thread would have to queue for the interpreter again."""
+    view = memoryview(data)
+    while view:
+        written = os.pwritev(handle, [view], at, os.RWF_DSYNC)
+        view, at = view[written:], at + written

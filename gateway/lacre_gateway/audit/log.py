@@ -4,6 +4,8 @@ Rules:
 - One thread commits. It takes all entries that wait, commits them together (one sync, one signature), and only then says so.
   The event loop never waits for a disk, and a commit never for tiles, which a second thread writes.
 - Whoever is about to serve waits for the intent. An outcome waits for nobody: it may share the next request's commit.
+- Each commit costs a signature, a sync and several turns of the interpreter's lock. So where requests come together, commits
+  keep a distance, and share those; a request that is alone never waits for company.
 - When the log cannot be written, intents fail, and outcomes of recorded intents are kept until it can. The thread tries again
   by itself, so that service returns without a restart.
 - What an earlier process left unfinished is finished first: intents without an outcome get `interrupted`.
@@ -13,9 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.audit.store import Committed, Publication, Store
 
 _LINGER: Final = 0.02  # seconds that outcomes, for which nobody waits, may wait for company
+DISTANCE: Final = 0.005  # seconds from one commit's beginning to the next one's, at most: a worker takes longer to answer
+_DISTANCE_EACH: Final = 0.0005  # of it, for each request under way beside the one that waits
 _RETRY: Final = 1.0  # seconds between attempts to publish
 _IDLE: Final = 1.0  # seconds without an entry, after which the tiles are brought up to date, or a failed write is tried again
 _PUBLISH_AFTER: Final = 1024  # entries; the journal stays small, and a restart quick
@@ -83,12 +87,15 @@ class AuditLog:
         policy_set: str | None = None,
         clock: Callable[[], float] = time.time,
         observe: Callable[[float, int], None] = lambda _seconds, _entries: None,
+        under_way: Callable[[], int] = lambda: 1,
     ) -> None:
         """Raises SettingsError where the log cannot be opened, or does not hold. origin: of a log that is new.
 
         observe: told of each commit its seconds and entries (0 of one that failed), on the log's own thread.
+        under_way: tells there how many requests there are that a commit could wait for.
         """
         self._observe = observe
+        self._under_way = under_way
         self._store = Store(folder, key, origin)
         self._log = log
         self._clock = clock
@@ -100,7 +107,11 @@ class AuditLog:
         self._publishing: Future[Publication] | None = None
         self._tiles = ThreadPoolExecutor(1, "audit-tiles")
         self.writable = True
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._entries: deque[_Waiting] = deque()
+        self._due = threading.Event()  # wakes the thread, which an entry by itself does not: that costs more than the entry
+        self._lingering: asyncio.TimerHandle | None = None
+        self._closing = False
+        self._next_commit = 0.0
         self._loop = asyncio.get_running_loop()
         try:
             self._resume(folder, key)
@@ -121,11 +132,23 @@ class AuditLog:
         recorded: asyncio.Future[Recorded] = self._loop.create_future()
         recorded.add_done_callback(_retrieved)
         waiting = _Waiting(entry, encode(entry), recorded)
-        if self._thread.is_alive():
-            self._queue.put(waiting)
-        else:
+        if not self._thread.is_alive():
             recorded.set_exception(AuditUnavailable("the audit log is closed"))
+            return recorded
+        self._entries.append(waiting)
+        if not isinstance(entry, Outcome):
+            self._wake()
+        elif self._lingering is None and not self._due.is_set():
+            self._lingering = self._loop.call_later(_LINGER, self._wake)
         return recorded
+
+    def _wake(self) -> None:
+        """Has the thread look. It clears `_due` before it does, so what is added after that wakes it again."""
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        if not self._due.is_set():
+            self._due.set()
 
     @property
     def size(self) -> int:
@@ -134,7 +157,8 @@ class AuditLog:
 
     async def close(self) -> None:
         """Waits until every entry so far is durable, and the tiles are up to date."""
-        self._queue.put(None)
+        self._closing = True
+        self._wake()
         await asyncio.to_thread(self._thread.join)
 
     def _resume(self, folder: Path, key: Ed25519PrivateKey) -> None:
@@ -185,19 +209,20 @@ class AuditLog:
 
     def _next_group(self) -> tuple[list[_Waiting], bool]:
         """All that waits, up to a limit; nothing after a time; and whether the end was asked for."""
-        group: list[_Waiting] = []
-        timeout = None if self.writable and not self._store.unpublished else _IDLE
-        until, hurry = 0.0, False
-        with contextlib.suppress(queue.Empty):
-            while len(group) < _MAX_WAITING:
-                item = self._queue.get(timeout=timeout)
-                if item is None:
-                    return group, True
-                group.append(item)
-                hurry = hurry or not isinstance(item.entry, Outcome)
-                until = until or time.monotonic() + _LINGER
-                timeout = 0.0 if hurry else max(0.0, until - time.monotonic())
-        return group, False
+        if not self._due.wait(None if self.writable and not self._store.unpublished else _IDLE):
+            return [], False
+        self._keep_distance()
+        closing = self._closing
+        self._due.clear()
+        group = [self._entries.popleft() for _ in range(min(len(self._entries), _MAX_WAITING))]
+        if self._entries or (closing and group):
+            self._due.set()
+        return group, closing and not group
+
+    def _keep_distance(self) -> None:
+        """Lets others come meanwhile, without being woken for each of them."""
+        while not self._closing and (wait := self._next_commit - time.monotonic()) > 0:
+            time.sleep(wait)
 
     def _record(self, group: Sequence[_Waiting]) -> None:
         """Commits the group, and what is owed from before; tells everybody how it went."""
@@ -208,6 +233,7 @@ class AuditLog:
         if not batch:
             return
         began = time.monotonic()
+        self._next_commit = began + min(DISTANCE, _DISTANCE_EACH * (self._under_way() - 1))
         try:
             committed = self._store.commit([data for waiting in batch for data in waiting.data])
         except OSError as exc:
@@ -295,10 +321,8 @@ class AuditLog:
         self._publish_at = time.monotonic() + _RETRY
 
     def _refuse_rest(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (waiting := self._queue.get_nowait()) is not None:
-                    self._answer([waiting], AuditUnavailable("the audit log is closed"))
+        while self._entries:
+            self._answer([self._entries.popleft()], AuditUnavailable("the audit log is closed"))
 
     def _own(self, event: Event) -> _Waiting:
         """Something of the log's own that nobody waits for."""
