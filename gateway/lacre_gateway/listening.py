@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lacre.errors import SettingsError
 from lacre_gateway.exchange import App
+from lacre_gateway.gathered import GatheredTransport
 from lacre_gateway.settings import Listen, Tls
 
 _BACKLOG: Final = 2048  # connections that the kernel holds while the process is busy
@@ -136,7 +137,7 @@ class PatientProtocol(HttpToolsProtocol):
         self._unread = False  # whether there is more to come of a message whose head is whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(GatheredTransport(transport, self.loop))
         self.config.waiting[self] = None
         self._set_deadline()
         if len(self.connections) > self.config.connections:

@@ -1,0 +1,59 @@
+"""A transport that hands on what is written to it in one piece, once the event loop has gone round.
+
+A server writes the head of an answer and each piece of its body by themselves, and to the kernel each of them costs more than
+many of our decisions (docs/performance.md). Those of one turn of the loop go out together.
+
+Rules:
+- Nothing is held for longer than the turn in which it was written, and no more than `MOST` bytes.
+- What was written before `close` is sent, in its order; `abort` drops it, as it drops what the system has not sent yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+MOST: Final = 64 * 1024  # bytes; as much as the transport itself takes before it asks to pause
+
+
+class GatheredTransport(asyncio.Transport):
+    """transport: what it writes to. Used on one event loop."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self._pieces:
+            self._loop.call_soon(self._flush)
+        self._pieces.append(bytes(data))
+        self._size += len(data)
+        if self._size >= MOST:
+            self._flush()
+
+    def _flush(self) -> None:
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        if pieces:
+            self._transport.write(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._pieces, self._size = [], 0
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)

@@ -1,0 +1,74 @@
+"""What a gathered transport hands on, when, and in how many pieces."""
+
+from __future__ import annotations
+
+import asyncio
+
+from lacre_gateway.gathered import MOST, GatheredTransport
+
+
+class Recorder(asyncio.Transport):
+    """Takes down what it is told. written: since it was closed or aborted, nothing is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self.ended = ""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self.ended:
+            self.written.append(bytes(data))
+
+    def close(self) -> None:
+        self.ended = "closed"
+
+    def abort(self) -> None:
+        self.ended = "aborted"
+
+
+def gathered() -> tuple[Recorder, GatheredTransport]:
+    recorder = Recorder()
+    return recorder, GatheredTransport(recorder, asyncio.get_running_loop())
+
+
+async def test_one_turn_is_one_piece() -> None:
+    recorder, transport = gathered()
+    transport.write(b"head")
+    transport.write(bytearray(b"body"))
+    assert recorder.written == []
+    await asyncio.sleep(0)
+    assert recorder.written == [b"headbody"]
+    transport.write(b"more")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert recorder.written == [b"headbody", b"more"]
+
+
+async def test_much_does_not_wait() -> None:
+    recorder, transport = gathered()
+    transport.write(b"x" * MOST)
+    assert recorder.written == [b"x" * MOST]
+    transport.write(b"after")
+    await asyncio.sleep(0)
+    assert recorder.written[1:] == [b"after"]
+
+
+async def test_what_is_changed_after_the_write_is_sent_as_it_was() -> None:
+    recorder, transport = gathered()
+    buffer = bytearray(b"as it was")
+    transport.write(buffer)
+    buffer[:] = b"otherwise"
+    await asyncio.sleep(0)
+    assert recorder.written == [b"as it was"]
+
+
+async def test_close_sends_and_abort_drops() -> None:
+    recorder, transport = gathered()
+    transport.write(b"last")
+    transport.close()
+    assert recorder.written == [b"last"] and recorder.ended == "closed"
+    recorder, transport = gathered()
+    transport.write(b"never")
+    transport.abort()
+    await asyncio.sleep(0)
+    assert recorder.written == [] and recorder.ended == "aborted"
