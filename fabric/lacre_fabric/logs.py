@@ -40,7 +40,7 @@ Log = structlog.typing.FilteringBoundLogger
 def make_log(stream: TextIO) -> Log:
     """A log that writes to `stream`. It belongs to the app that it is given to; nothing global is configured."""
     log: Log = structlog.wrap_logger(
-        structlog.PrintLogger(stream),
+        structlog.WriteLogger(stream),  # one write for a line
         processors=PROCESSORS,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,

@@ -4,17 +4,27 @@ Rules:
 - Labels come from closed sets: outcomes and problems of our own tables, pools and models of the signed manifest. Nothing that
   a caller chose is ever one.
 - A request is counted once, when it ends, from plain numbers that its `Exchange` kept; a record costs two additions.
+- What each request adds to is counted here in plain numbers, on the event loop alone; the library's locks are for the rest.
 - What is a state and not an event is read when somebody asks.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from lacre import __version__
@@ -45,7 +55,24 @@ class Served(Protocol):
     def started(self) -> bool: ...
 
 
-class Metrics:
+class Durations:
+    """How many took how long, in the buckets of `_DURATIONS`. Used on one thread."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_DURATIONS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(_DURATIONS, seconds)] += 1
+        self._sum += seconds
+
+    def add_to(self, family: HistogramMetricFamily, *labels: str) -> None:
+        bounds = [*(str(float(bound)) for bound in _DURATIONS), "+Inf"]
+        counts = map(float, accumulate(self._counts))
+        family.add_metric(labels, list(zip(bounds, counts, strict=True)), self._sum)
+
+
+class Metrics(Collector):
     """live: the requests under way. since: when it began to count, on the monotonic clock.
 
     received, sent: bytes so far. records: pieces of answers so far.
@@ -57,14 +84,8 @@ class Metrics:
         self.since = time.monotonic()
         ProcessCollector(registry=registry)
         self._requests = Counter("lacre_requests", "Sealed requests that ended.", ["outcome", "problem"], registry=registry)
-        self._first_byte = Histogram(
-            "lacre_request_first_byte_seconds",
-            "From a request's headers to the first byte of its answer; of requests that were answered.",
-            buckets=_DURATIONS, registry=registry,
-        )  # fmt: skip
-        self._whole = Histogram(
-            "lacre_request_seconds", "From a request's headers to its end.", ["outcome"], buckets=_DURATIONS, registry=registry
-        )
+        self._first_byte = Durations()
+        self._whole: defaultdict[str, Durations] = defaultdict(Durations)  # by outcome
         self.received = self.sent = self.records = 0
         self._settlements = Counter(
             "lacre_settlements", "Requests that a worker was asked for, by what became of the receipt.", ["result"],
@@ -82,9 +103,10 @@ class Metrics:
         self._commit_failures = Counter("lacre_audit_commit_failures", "Groups that could not be written.", registry=registry)
         self._admin = Counter("lacre_admin_requests", "Calls of the admin API.", ["action", "outcome"], registry=registry)
         # What `labels` finds by a lock and a dictionary of texts is kept: it would cost more than the count itself.
-        self._children: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._children: dict[tuple[str, str], Counter] = {}
         self._results: dict[str, Counter] = {}
         self._by_model: dict[tuple[str, str], tuple[Counter, Counter, Counter]] = {}
+        registry.register(self)
 
     def ended(self, served: Served, outcome: str, problem: Problem | None = None) -> None:
         """outcome: answered, refused, broken, client-gone, interrupted or failed. On the hot path: some microseconds."""
@@ -92,9 +114,9 @@ class Metrics:
         at = (outcome, _NO_PROBLEM if problem is None else problem.slug)
         child = self._children.get(at)
         if child is None:
-            child = self._children[at] = (self._requests.labels(*at), self._whole.labels(outcome))
-        child[0].inc()
-        child[1].observe(time.monotonic() - served.since)
+            child = self._children[at] = self._requests.labels(*at)
+        child.inc()
+        self._whole[outcome].observe(time.monotonic() - served.since)
         self.received += served.received
         if served.first_byte is not None:
             self._first_byte.observe(served.first_byte - served.since)
@@ -136,6 +158,18 @@ class Metrics:
     def administered(self, action: str, outcome: str) -> None:
         """outcome: permitted or denied."""
         self._admin.labels(action, outcome).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        first_byte = HistogramMetricFamily(
+            "lacre_request_first_byte_seconds",
+            "From a request's headers to the first byte of its answer; of requests that were answered.",
+        )
+        self._first_byte.add_to(first_byte)
+        yield first_byte
+        whole = HistogramMetricFamily("lacre_request_seconds", "From a request's headers to its end.", labels=["outcome"])
+        for outcome, durations in self._whole.items():
+            durations.add_to(whole, outcome)
+        yield whole
 
     def show(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging.config
 import signal
 import socket
@@ -43,6 +44,8 @@ from lacre_gateway.state import Gateway, build
 
 _FIRST_RETRY: Final = 0.25  # seconds, doubled with each failure
 _LAST_RETRY: Final = 5.0
+# New objects after which the collector looks for cycles among them. A request makes some hundreds, and hardly a cycle.
+_COLLECT_AFTER: Final = 20_000
 
 
 def serve(settings: Settings) -> None:
@@ -91,6 +94,7 @@ async def _run(settings: Settings) -> None:
         running = [asyncio.create_task(task) for task in tasks]
         for _, socket in servers:
             log.info("listening", host=socket.getsockname()[0], port=socket.getsockname()[1])
+        _settle_memory()
         try:
             await _serve(servers)
         finally:
@@ -101,6 +105,13 @@ async def _run(settings: Settings) -> None:
             await gateway.close()
             await link.close()
             log.info("stopped")
+
+
+def _settle_memory() -> None:
+    """What is there when a process begins to serve stays until it ends: the collector need not go through it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER)
 
 
 async def _serve(servers: Sequence[tuple[Server, socket.socket]]) -> None:

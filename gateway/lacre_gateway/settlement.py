@@ -25,7 +25,7 @@ from lacre_gateway.limits import Reservation
 # Checked in one go. A signature takes some 0.1 ms: this is what an entry waits for its turn at most.
 MAX_BATCH: Final = 256
 # Seconds that a claim waits for others. Nobody waits for it, and going to the thread and back costs more than a signature.
-_LINGER: Final = 0.01
+_LINGER: Final = 0.025
 
 
 class Reason(StrEnum):

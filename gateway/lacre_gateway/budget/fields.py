@@ -66,6 +66,7 @@ def _level(standing: Standing) -> str:
     return f'"{_name(standing.scope, standing.kind)}";r={standing.remaining}{reset}'
 
 
+@lru_cache(maxsize=64)
 def _name(scope: str, kind: Kind) -> str:
     return f"{scope}/{kind.value}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from lacre_gateway.plans import Kind
@@ -27,6 +28,7 @@ def window(kind: Kind, now: float) -> int:
     return ALWAYS
 
 
+@lru_cache(maxsize=64)
 def bounds(kind: Kind, number: int) -> tuple[float, float]:
     """When the window begins and ends, in seconds since the epoch."""
     if kind in _SECONDS:
