@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
+import tomllib
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from lacre_backend.settings import Settings, Upstream
 from lacre_backend.upstream.app import create_app
 from lacre_backend.worker import served
 from lacre_fabric.server import free_port
-from lacre_fabric.settings import parse
+from lacre_fabric.settings import parse, validated
 from parts.behind import Respond, answering, ask, opened, serving
 from parts.upstream import CHAT, JSON, PREDICT, code, granted, settings, used
 
@@ -331,6 +333,14 @@ def test_settings_that_are_refused(text: str, said: str) -> None:
 def test_routes_that_are_none(route: str) -> None:
     with pytest.raises(SettingsError, match="write a method and a path"):
         parse(Upstream, f'origin = "http://127.0.0.1:8080"\n[[models]]\nname = "m"\nallow = ["{route}"]', Path("worker.toml"))
+
+
+def test_the_settings_in_the_guide() -> None:
+    guide = Path(__file__).resolve().parents[2] / "docs/upstream.md"
+    tables = [tomllib.loads(block)["upstream"] for block in re.findall(r"```toml\n(.*?)```", guide.read_text(), re.DOTALL)]
+    assert len(tables) == 5
+    for table in tables:
+        assert validated(Upstream, table, guide).models[0].allow
 
 
 @pytest.mark.parametrize("origin", ["http://127.0.0.1:8080", "http://[::1]:8080", "http://localhost:1", "https://127.1.2.3"])
