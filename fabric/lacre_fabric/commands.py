@@ -226,18 +226,28 @@ def keys_rewrap(
 
 
 @keys_app.command("tend")
-def keys_tend(state: State = None, rotate_hours: RotateHours = 24.0, grace: Grace = None) -> None:
+def keys_tend(
+    state: State = None,
+    rotate_hours: RotateHours = 24.0,
+    grace: Grace = None,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Go on until SIGTERM, and make queues again that the message server lost.")
+    ] = False,
+) -> None:
     """Do whatever is due: a new pool key, the end of an old one, a fresh manifest. For cron, each hour, without `lacre up`."""
-    from lacre_fabric.rotation import GRACE, Schedule, tend
+    from lacre_fabric.rotation import GRACE, Schedule, tend, upkeep
 
     site = _site(state)
     schedule = Schedule(every=rotate_hours * 3600 or None, grace=GRACE if grace is None else grace)
 
     async def run() -> None:
         async with _provisioner(site) as connection:
-            await tend(site, connection, schedule)
+            if stay:
+                await upkeep(site, connection, schedule, provisioning=True)
+            else:
+                await tend(site, connection, schedule)
 
-    asyncio.run(run())
+    asyncio.run(_until_signalled(run()))
 
 
 @keys_app.command("list")
@@ -373,6 +383,29 @@ def fabric_accounts(state: State = None) -> None:
     from lacre_fabric.accounts import accounts
 
     typer.echo(json.dumps({"accounts": accounts(_site(state).replicated_roles())}, indent=1))
+
+
+@fabric_app.command("bundles")
+def fabric_bundles(
+    nats: Annotated[str, typer.Option(help="Where the message server will be, as nats://HOST:PORT.")],
+    public_url: Annotated[str, typer.Option(help="Where clients will find the gateway.")],
+    state: State = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model's name, for /models/NAME.gguf; may be repeated.")] = None,
+    pool: Annotated[str, typer.Option(help="The pool that serves them.")] = "default",
+) -> None:
+    """Write what each process gets where they run apart, in containers say: its settings and the secrets it may have.
+
+    Makes keys where there are none, and prints the connection string that applications pin.
+    """
+    from lacre_fabric import subjects
+    from lacre_fabric.bundles import Bundles
+    from lacre_fabric.site import Site
+    from lacre_fabric.up import DEFAULT_MODEL, default_state
+
+    models = tuple(model or [DEFAULT_MODEL])
+    site = Site((state or default_state()).resolve(), {subjects.check_name("pool", pool): models})
+    Bundles(site, nats, public_url).write()
+    typer.echo(site.connection_string(public_url))
 
 
 def _site(state: Path | None) -> Site:

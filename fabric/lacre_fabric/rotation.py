@@ -25,7 +25,7 @@ from lacre_fabric import poolkeys
 from lacre_fabric.authority import DAY
 from lacre_fabric.connection import Connection
 from lacre_fabric.generations import Generation
-from lacre_fabric.provisioning import publish_manifest
+from lacre_fabric.provisioning import provision, publish_manifest
 from lacre_fabric.rollcall import await_gone, await_holders
 from lacre_fabric.site import MANIFEST_LIFETIME, Site
 
@@ -36,6 +36,7 @@ REPUBLISH: Final = MANIFEST_LIFETIME / 4
 LOAD_WAIT: Final = 30.0  # seconds for the workers to take up a new key, or to let go of an old one
 MAX_TIME: Final = 366 * DAY
 LOOK: Final = 1.0  # seconds between looks at what is due
+LOOK_FOR_QUEUES: Final = 10.0  # and, at some calls each, at whether the queues are there
 AGAIN: Final = 30.0  # seconds from a failure to the next try
 
 log = structlog.get_logger("lacre.upkeep")
@@ -175,12 +176,19 @@ def _rotation_due(site: Site, pool: str, now: float, every: float | None) -> boo
     return every is not None and (current is None or current.listed_at is None or now >= current.listed_at + every)
 
 
-async def upkeep(site: Site, connection: Connection, schedule: Schedule, *, again: float = AGAIN) -> None:
-    """`tend`, for ever. What fails is tried again after so many seconds: the fabric comes back, a disk gets room."""
+async def upkeep(
+    site: Site, connection: Connection, schedule: Schedule, *, again: float = AGAIN, provisioning: bool = False
+) -> None:
+    """`tend`, for ever. What fails is tried again after so many seconds: the fabric comes back, a disk gets room.
+
+    provisioning: where the message server is not restarted together with this process, its queues are looked after too.
+    """
     while True:
         try:
+            if provisioning:
+                await provision(connection, site.pools, replicas=site.replicas)
             await tend(site, connection, schedule)
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(LOOK_FOR_QUEUES if provisioning else LOOK)
         except (LacreError, OSError) as exc:
             log.warning("upkeep.failed", kind=type(exc).__name__, reason=str(exc))
             await asyncio.sleep(again)

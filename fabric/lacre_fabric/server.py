@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lacre.errors import SettingsError
 from lacre_fabric.accounts import accounts
@@ -42,6 +42,23 @@ def free_port() -> int:
         return port
 
 
+def configuration(host: str, port: int, store: str, roles: Sequence[Role]) -> dict[str, Any]:
+    """What a nats-server of Lacre's runs by, passwords and all. store: the folder for its buckets. Raises SettingsError."""
+    return {
+        "host": host,
+        "port": port,
+        "server_name": "lacre",
+        "max_payload": MAX_PAYLOAD,
+        "jetstream": {
+            "store_dir": store,
+            "max_memory_store": MAX_MEMORY,
+            "max_file_store": MAX_FILES,
+            "sync_interval": "always",  # a claim that was granted must not be forgotten by a power cut
+        },
+        "accounts": accounts(roles),
+    }
+
+
 class Server:
     """A nats-server process on `port` of 127.0.0.1, with its state in `folder`."""
 
@@ -53,20 +70,7 @@ class Server:
 
     def configure(self, roles: Sequence[Role]) -> None:
         """Writes the configuration; it holds the passwords, so it is 0600. A running server takes it with `reload`."""
-        config = {
-            "host": "127.0.0.1",
-            "port": self.port,
-            "server_name": "lacre",
-            "ports_file_dir": str(self._folder),
-            "max_payload": MAX_PAYLOAD,
-            "jetstream": {
-                "store_dir": str(self._folder),
-                "max_memory_store": MAX_MEMORY,
-                "max_file_store": MAX_FILES,
-                "sync_interval": "always",  # a claim that was granted must not be forgotten by a power cut
-            },
-            "accounts": accounts(roles),
-        }
+        config = configuration("127.0.0.1", self.port, str(self._folder), roles) | {"ports_file_dir": str(self._folder)}
         write_secret(self._config, json.dumps(config, indent=1).encode())
 
     def command(self) -> list[str]:

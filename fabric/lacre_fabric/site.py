@@ -284,7 +284,7 @@ class Site:
             ],
         }
         self.save(nats_url, base_url)
-        _write_toml(self.gateway_settings, gateway)
+        write_toml(self.gateway_settings, gateway)
         for pool in self.pools:
             worker = {
                 "pool": pool,
@@ -299,7 +299,7 @@ class Site:
                 "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
                 "models": self._kept(pool, models[pool]),
             }
-            _write_toml(self.worker_settings(pool), worker)
+            write_toml(self.worker_settings(pool), worker)
 
     def _kept(self, pool: str, tables: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
         path = self.worker_settings(pool)
@@ -326,7 +326,7 @@ def _read_json(path: Path) -> Any:
         raise SettingsError(f"{path} is missing or damaged: start `lacre up` on this state first") from exc
 
 
-def _write_toml(path: Path, values: Mapping[str, object]) -> None:
+def write_toml(path: Path, values: Mapping[str, object]) -> None:
     """Scalars and lists first, then tables, then arrays of tables; enough for our own settings files."""
     lines = [f"{name} = {_scalar(value)}" for name, value in values.items() if not _is_table(value)]
     for name, value in values.items():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import llama_cpp as L
+from llama_cpp import _ggml
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.protocol import ControlToken, EngineError, Kind, ModelInfo
@@ -87,6 +88,7 @@ def _load(path: Path, params: Any) -> Any:
     with _loading:
         L.llama_log_set(keep_errors, ctypes.c_void_p(0))
         try:
+            _load_kernels()
             L.llama_backend_init()
             pointer = L.llama_model_load_from_file(str(path).encode(), params)
         finally:
@@ -98,6 +100,15 @@ def _load(path: Path, params: Any) -> Any:
             "Check that the file is whole, and of an architecture this llama.cpp knows."
         )
     return pointer
+
+
+def _load_kernels() -> None:
+    """Has a portable build, which brings kernels for each generation of processor, load those that run fastest here.
+
+    Any other build has its kernels from the start.
+    """
+    if int(_ggml.libggml.ggml_backend_reg_count()) == 0:
+        _ggml.libggml.ggml_backend_load_all_from_path(str(_ggml.libggml_base_path).encode())
 
 
 @dataclass(frozen=True, slots=True)
