@@ -4,7 +4,8 @@ Runs on the standard library of any Python >= 3.11, and is silent and quick when
 as `fuzz`, it also installs what `requirements/NAME.lock` adds, which only some targets of the Makefile need; what would not
 go with the rest (`APART`) gets an environment of its own, `build/NAME`. The compiled
 llama-cpp-python wheel is kept outside the clone (`$XDG_CACHE_HOME/lacre/wheels`), because pip's own wheel cache does not
-know the CMake flags; its folder is named for everything that the binary depends on.
+know the CMake flags; its folder is named for everything that the binary depends on. `--wheel` prints where it is, and
+`--portable-wheel` the same of the one for images, which runs on any machine: it is built where there is none.
 """
 
 from __future__ import annotations
@@ -59,27 +60,40 @@ def install(lock: str, *options: str, venv: Path = VENV) -> None:
     pip("install", "--require-hashes", "--no-deps", *options, "-r", LOCKS / lock, venv=venv)
 
 
+def portable_flags() -> str:
+    """Those of the Dockerfile, with which images for release are built."""
+    match = re.search(r'^ARG CMAKE_ARGS="(.*)"$', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    if match is None:
+        raise SystemExit("the Dockerfile sets no CMAKE_ARGS")
+    return match[1]
+
+
 def native_wheel() -> Path:
     """The llama-cpp-python wheel for this machine: from the cache, or built now."""
+    return built_wheel(CMAKE_ARGS, cpu(), minutes=6)
+
+
+def built_wheel(flags: str, target: str, *, minutes: int) -> Path:
+    """target: what the binary is for. minutes: what it takes on two cores."""
     lock = (LOCKS / "native.lock").read_text()
     match = re.search(r"^llama-cpp-python==(\S+)", lock, re.MULTILINE)
     if match is None:
         raise SystemExit("requirements/native.lock does not pin llama-cpp-python: run tools/lock.sh")
     version = match[1]
-    key = digest(lock, (LOCKS / "build.lock").read_text(), CMAKE_ARGS, cpu(), platform.machine(),
+    key = digest(lock, (LOCKS / "build.lock").read_text(), flags, target, platform.machine(),
                  sysconfig.get_config_var("SOABI") or sys.version)  # fmt: skip
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache_home / "lacre" / "wheels" / f"llama_cpp_python-{version}-{key}"
     for wheel in folder.glob("*.whl"):
         return wheel
-    print(f"Building llama-cpp-python {version} with {CMAKE_ARGS}: once for this machine, about 6 minutes on 2 cores.",
+    print(f"Building llama-cpp-python {version} with {flags}: once for this machine, about {minutes} minutes on 2 cores.",
           flush=True)  # fmt: skip
     began = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     build = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         env = os.environ | {
-            "CMAKE_ARGS": CMAKE_ARGS,
+            "CMAKE_ARGS": flags,
             "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
             "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
         }
@@ -114,7 +128,13 @@ def add(name: str) -> None:
 def main() -> None:
     prepare()
     for name in sys.argv[1:]:
-        add(name)
+        match name:
+            case "--wheel":
+                print(native_wheel())
+            case "--portable-wheel":
+                print(built_wheel(portable_flags(), "any", minutes=9))
+            case _:
+                add(name)
 
 
 def prepare() -> None:

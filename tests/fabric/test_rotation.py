@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from lacre.errors import SettingsError
 from lacre.trust import verify
 from lacre_backend.keyring import KeyRing
+from lacre_fabric import subjects
 from lacre_fabric.connection import Connection
 from lacre_fabric.keyfiles import read_secret
 from lacre_fabric.manifests import ManifestFeed, memory_in
@@ -149,6 +150,18 @@ async def test_what_one_process_began_another_one_ends(world: World) -> None:
     await asyncio.sleep(1.5)
     assert set(ring.keys) == {3, 4}
     assert bytes(old._secret) == bytes(32)
+
+
+async def test_queues_that_the_message_server_lost_are_made_again(world: World) -> None:
+    """Where nobody starts the two together, as `lacre up` does."""
+    stream = subjects.work_stream(POOL)
+    await world.connection.jetstream.delete_stream(stream)
+    world.background(upkeep(world.site, world.connection, Schedule(), provisioning=True))
+    async with asyncio.timeout(5):
+        while stream not in [found.config.name for found in await world.connection.jetstream.streams_info()]:
+            await asyncio.sleep(0.05)
+        while not await world.connection.jetstream.consumers_info(stream):
+            await asyncio.sleep(0.05)
 
 
 async def test_keys_rotate_by_themselves_also_after_a_failure_and_without_a_worker(world: World) -> None:

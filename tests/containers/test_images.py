@@ -1,0 +1,256 @@
+"""The images, built and run as deploy/compose.yaml says: a sealed chat through them, and what they cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx2
+import pytest
+
+import lacre
+from lacre_backend.models import DEFAULT_MODEL, find
+from lacre_fabric.server import executable, free_port
+from parts.containers import BASE, CERTIFICATES, ROOT, Deployment, Engine, engine, missing
+
+NOBODY = 65532
+READY_WITHIN = 3.0  # seconds from the start of a gateway's container to the first request that it would serve
+PATIENCE = 60.0
+WORKERS = ("worker-1", "worker-2")
+PYTHON = "/opt/lacre/bin/python"
+
+pytestmark = [
+    pytest.mark.container,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(missing() is not None, reason=f"no containers here: {missing()}"),
+]
+
+
+class Images(NamedTuple):
+    gateway: str
+    worker: str
+    nats: str
+
+
+class Live(NamedTuple):
+    deployment: Deployment
+    url: str
+    token: str
+    base_url: str
+
+
+@pytest.fixture(scope="module")
+def podman() -> Iterator[Engine]:
+    with engine(Path(tempfile.mkdtemp(prefix="lacre-containers-"))) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def images(podman: Engine) -> Images:
+    wheels = Path(os.environ.get("LACRE_WHEELS") or _machines_wheel())
+    _tell(f"llama-cpp-python: {next(wheels.glob('*.whl')).name} of {wheels.name}; an image without /wheels compiles its own")
+    timed("base", podman.make_base)
+    return Images(
+        timed("gateway", lambda: podman.build("gateway", wheels)),
+        timed("worker", lambda: podman.build("worker", wheels)),
+        timed("nats", lambda: podman.build_nats(Path(executable()).resolve())),
+    )
+
+
+def _machines_wheel() -> str:
+    command = [sys.executable, str(ROOT / "tools" / "bootstrap.py"), "--wheel"]
+    return str(Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]).parent)
+
+
+def timed(what: str, do: Callable[[], str | None]) -> str:
+    began = time.monotonic()
+    made = do()
+    _tell(f"{what}: built in {time.monotonic() - began:.0f} s")
+    return made or ""
+
+
+def _tell(line: str) -> None:
+    print(f"\n{line}", end="", flush=True)
+
+
+@pytest.fixture(scope="module")
+def live(podman: Engine, images: Images) -> Live:
+    """Everything of compose.yaml, started in its order."""
+    state, models, port = podman.folder / "state", podman.folder / "models", free_port()
+    models.mkdir()
+    shutil.copy(find().path, models / f"{DEFAULT_MODEL}.gguf")
+    state.mkdir(0o700)
+    os.chown(state, NOBODY, NOBODY)
+    variables = {
+        "LACRE_STATE": str(state),
+        "LACRE_MODELS": str(models),
+        "LACRE_PORT": str(port),
+        "LACRE_GATEWAY_IMAGE": images.gateway,
+        "LACRE_WORKER_IMAGE": images.worker,
+        "LACRE_NATS_IMAGE": images.nats,
+    }
+
+    deployment = Deployment(podman, variables)
+    url = deployment.once("bundles")
+    token = deployment.once("bundles", "token", "issue", "--state=/state")
+    deployment.start("nats")
+    deployment.start("signer")
+    began = deployment.start("gateway")
+    base_url = f"http://127.0.0.1:{port}"
+    until(lambda: answers(base_url), "gateway")
+    _tell(f"gateway: ready {time.monotonic() - began:.1f} s after its start, the signer's first manifest included")
+    for worker in WORKERS:
+        began = deployment.start(worker)
+        until(lambda name=worker: ready(podman, name), worker)  # type: ignore[misc]
+        _tell(f"{worker}: ready {time.monotonic() - began:.1f} s after its start, the model loaded")
+    return Live(deployment, url, token, base_url)
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, f"{what} is not ready"
+        time.sleep(0.05)
+
+
+def answers(base_url: str) -> bool:
+    try:
+        return httpx2.get(f"{base_url}/readyz", timeout=2, trust_env=False).status_code == 200
+    except httpx2.TransportError:
+        return False
+
+
+def ready(podman: Engine, worker: str) -> bool:
+    settings = "--settings=/etc/lacre/worker.toml"
+    return podman.succeeds("exec", worker, PYTHON, "-P", "-m", "lacre_backend.health", settings, "--ready")
+
+
+def inside(podman: Engine, service: str, code: str) -> str:
+    return podman.podman("exec", service, PYTHON, "-c", code)
+
+
+def chat(live: Live) -> lacre.Receipt | None:
+    with lacre.Client(live.url, token=live.token, memory=lacre.VersionMemory()) as client:
+        stream = client.chat_stream("Name three seas.", max_tokens=8)
+        assert "".join(stream)
+        return stream.receipt
+
+
+@pytest.mark.parametrize("target", ["gateway", "worker"])
+def test_what_an_image_says_of_itself(podman: Engine, images: Images, target: str) -> None:
+    image = getattr(images, target)
+    layers = podman.layers(image)
+    _tell(f"{target}: {sum(size for size, _ in layers) / 2**20:.0f} MiB in layers of")
+    for size, origin in layers:
+        _tell(f"  {size / 2**20:7.1f} MiB  {origin.removeprefix('/bin/sh -c #(nop) ')[:100]}")
+    found = podman.inspect(image)
+    config = found["Config"]
+    assert config["User"] == f"{NOBODY}:{NOBODY}"
+    assert config["StopSignal"] == "SIGTERM"
+    assert found["Healthcheck"]["Test"][0] == "CMD", "no shell is needed"
+    assert config["Labels"]["org.opencontainers.image.revision"] != "unknown"
+    assert not [name for name in config["Env"] if re.match(r"(PIP|LACRE|SSL)_", name)]
+
+
+# Run in an image, as root, who may look everywhere: what is left of a build, its packages, and the digest of its certificates.
+LOOK = f"""
+import hashlib, json, pathlib
+from importlib.metadata import distributions
+names = ["/wheels", "/tools", "/src", "/dist", "/llama", "/etc/pip.conf", "/root/.cache/pip"]
+left = [name for name in names if pathlib.Path(name).exists()]
+certificates = pathlib.Path("{CERTIFICATES}")
+digest = hashlib.sha256(certificates.read_bytes()).hexdigest() if certificates.exists() else None
+packages = [str(found) for found in pathlib.Path("/opt").glob("lacre/lib/python3*/site-packages")]
+left += [str(found) for at in packages for name in ("pip", "tests", "nats_server") for found in pathlib.Path(at).rglob(name)]
+print(json.dumps([left, [found.name for found in distributions(path=packages)], digest]))
+"""
+
+
+def look(podman: Engine, image: str, python: str) -> tuple[list[str], set[str], str | None]:
+    left, names, digest = json.loads(
+        podman.podman("run", "--rm", "--network=none", "--user=0", f"--entrypoint={python}", image, "-c", LOOK)
+    )
+    return left, {normal(name) for name in names}, digest
+
+
+def normal(name: str) -> str:
+    """A distribution's name as indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize(("target", "part"), [("gateway", "fastapi"), ("worker", "llama-cpp-python")])
+def test_an_image_holds_what_is_listed_and_nothing_of_the_build(podman: Engine, images: Images, target: str, part: str) -> None:
+    left, installed, certificates = look(podman, getattr(images, target), PYTHON)
+    assert left == []
+    assert certificates == look(podman, BASE, "/usr/bin/python3")[2], "those that the build was given stayed outside"
+    listed = json.loads((ROOT / "build" / "sbom" / f"{target}.cdx.json").read_text())["components"]
+    assert part in installed
+    assert installed <= {normal(component["name"]) for component in listed} | {"lacre"}
+
+
+def test_a_sealed_chat(live: Live) -> None:
+    receipt = chat(live)
+    assert receipt is not None
+    assert receipt.completion_tokens == 8
+
+
+def test_either_worker_serves(podman: Engine, live: Live) -> None:
+    for worker in WORKERS:
+        podman.podman("stop", worker)
+        assert podman.podman("inspect", "--format={{.State.ExitCode}}", worker) == "0", "it drained"
+        assert chat(live) is not None
+        podman.podman("start", worker)
+        until(lambda name=worker: ready(podman, name), worker)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("service", ["gateway", *WORKERS])
+def test_health(podman: Engine, live: Live, service: str) -> None:
+    assert podman.succeeds("healthcheck", "run", service)
+
+
+@pytest.mark.parametrize("service", ["gateway", "signer", *WORKERS])
+def test_a_process_has_no_more_than_it_needs(podman: Engine, live: Live, service: str) -> None:
+    status = inside(podman, service, "print(open('/proc/1/status').read())")
+    facts = dict(re.findall(r"^(\w+):\t(.*)$", status, re.MULTILINE))
+    assert facts["Uid"].split() == [str(NOBODY)] * 4
+    assert int(facts["CapEff"], 16) == int(facts["CapBnd"], 16) == 0
+    assert facts["NoNewPrivs"] == "1"
+    code = "import pathlib\ntry: pathlib.Path('/opt/lacre/x').write_text('')\nexcept OSError as exc: print(exc.errno)"
+    assert inside(podman, service, code) == "30", "EROFS"
+    found = inside(podman, service, "import pathlib; print(*(str(p) for p in pathlib.Path('/').rglob('*.pem')))")
+    assert ("root.pem" in found, "signer.pem" in found) == (service == "signer", service == "signer")
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_worker_is_on_no_way(podman: Engine, live: Live, worker: str) -> None:
+    """It listens on nothing, and reaches nothing but its own network."""
+    listening = inside(
+        podman, worker, "print([x for x in open('/proc/net/tcp').read().splitlines()[1:] if x.split()[3]=='0A'])"
+    )
+    assert listening == "[]"
+    routes = inside(podman, worker, "print([x.split()[1] for x in open('/proc/net/route').read().splitlines()[1:]])")
+    assert "00000000" not in routes, "no default route"
+
+
+def test_a_gateway_is_ready_soon(podman: Engine, live: Live) -> None:
+    """The better of two starts: another program may have the machine at the moment."""
+    took = []
+    for _ in range(2):
+        podman.podman("stop", "gateway")
+        assert podman.podman("inspect", "--format={{.State.ExitCode}}", "gateway") == "0"
+        began = time.monotonic()
+        podman.podman("start", "gateway")
+        until(lambda: answers(live.base_url), "gateway")
+        took.append(time.monotonic() - began)
+    _tell(f"gateway: ready {' and '.join(f'{seconds:.1f} s' for seconds in took)} after a restart")
+    assert min(took) < READY_WITHIN
+    assert chat(live) is not None

@@ -1,0 +1,224 @@
+"""Images built and containers run with buildah and podman, in a storage of their own that is gone afterwards.
+
+Rules
+- What a machine needs to reach package registries (certificates, settings of pip and apt) is mounted for the build, and is in
+  no image.
+- What runs is `deploy/compose.yaml`: each key of a service becomes an option of podman, and one that is not known here fails.
+- It works without systemd, and where only runc does: no cgroups of podman's own, limits that need no privilege to set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMPOSE = ROOT / "deploy" / "compose.yaml"
+TOOLS = ("buildah", "podman", "runc", "mmdebstrap", "iptables")
+BASE = "localhost/lacre-base"
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+APT_SETTINGS = Path("/etc/apt/apt.conf.d")
+SOURCES = [Path("/etc/apt/sources.list.d") / f"{name}.sources" for name in ("debian", "ubuntu")]
+PIP_SETTINGS = ("cert", "index-url", "extra-index-url", "proxy", "trusted-host", "default-timeout", "timeout")
+
+STORAGE = """[storage]
+driver = "overlay"
+runroot = "{folder}/run"
+graphroot = "{folder}/graph"
+"""
+SETTINGS = """[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+tmp_dir = "{folder}/tmp"
+[containers]
+default_ulimits = ["nofile=4096:4096", "nproc=1024:1024"]
+log_driver = "k8s-file"
+[network]
+network_backend = "netavark"
+network_config_dir = "{folder}/networks"
+"""
+
+
+def missing() -> str | None:
+    """Why this machine cannot build and run containers; None where it can."""
+    absent = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed (.ci/run names the Debian packages)"
+    return None if os.geteuid() == 0 else "a base image is made as root here"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """folder: where all of it is kept."""
+
+    folder: Path
+
+    def podman(self, *arguments: str, check: bool = True) -> str:
+        """What it prints. A failure shows what it said."""
+        return self._run("podman", *arguments, check=check).stdout.strip()
+
+    def succeeds(self, *arguments: str) -> bool:
+        return self._run("podman", *arguments, check=False).returncode == 0
+
+    def _run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        own = {
+            "CONTAINERS_STORAGE_CONF": str(self.folder / "storage.conf"),
+            "CONTAINERS_CONF": str(self.folder / "containers.conf"),
+        }
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | own)
+        assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    def make_base(self) -> None:
+        """A minimal Debian with Python, from where this machine gets its own packages."""
+        suite = re.search(r"^VERSION_CODENAME=(\S+)", Path("/etc/os-release").read_text(), re.MULTILINE)
+        assert suite
+        sources = [str(path) for path in SOURCES if path.exists()] or ["/etc/apt/sources.list"]
+        archive = self.folder / "base.tar"
+        include = "--include=python3,python3-venv"
+        self._run("mmdebstrap", "--quiet", "--variant=minbase", include, suite[1], str(archive), *sources)
+        self.podman("import", "--quiet", str(archive), BASE)
+        archive.unlink()
+
+    def build(self, target: str, wheels: Path) -> str:
+        """The image's name. wheels: the folder with llama-cpp-python's."""
+        mounts = [f"{wheels}:/wheels:ro", f"{self._pip_settings()}:/etc/pip.conf:ro"]
+        mounts += [f"{path}:{path}:ro" for path in (CERTIFICATES, APT_SETTINGS) if path.exists()]
+        image = f"localhost/lacre-{target}"
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip()
+        arguments = {"BASE_IMAGE": BASE, "VERSION": "0.test", "REVISION": revision}
+        options = [f"--volume={mount}" for mount in mounts]
+        options += [f"--build-arg={name}={value}" for name, value in arguments.items()]
+        options += ["--isolation=chroot", "--format=docker", "--layers", "--timestamp=0"]
+        self._run("buildah", "bud", *options, f"--target={target}", f"--tag={image}", str(ROOT))
+        return image
+
+    def _pip_settings(self) -> Path:
+        """pip's settings as they count here, without what names files of this machine."""
+        listed = subprocess.run(["pip", "config", "list"], check=True, capture_output=True, text=True).stdout
+        found = dict(re.findall(r"^(?:global|:env:)\.([a-z-]+)='(.*)'$", listed, re.MULTILINE))
+        lines = [f"{name} = {found[name]}" for name in PIP_SETTINGS if name in found and "file:" not in found[name]]
+        path = self.folder / "pip.conf"
+        path.write_text("\n".join(["[global]", *lines, ""]))
+        return path
+
+    def build_nats(self, server: Path) -> str:
+        """An image of the message server and nothing else. server: its executable, which needs no library."""
+        context = self.folder / "nats"
+        context.mkdir()
+        shutil.copy(server, context / "nats-server")
+        (context / "Dockerfile").write_text('FROM scratch\nCOPY nats-server /bin/\nENV PATH=/bin\nENTRYPOINT ["nats-server"]\n')
+        image = "localhost/lacre-nats"
+        self._run("buildah", "bud", "--isolation=chroot", "--format=docker", f"--tag={image}", str(context))
+        return image
+
+    def layers(self, image: str) -> list[tuple[int, str]]:
+        """Bytes and origin of each layer that holds something, the base first."""
+        history = json.loads(self.podman("history", "--format=json", "--no-trunc", image))
+        return [(row["size"], row["CreatedBy"] or "base") for row in reversed(history) if row["size"]]
+
+    def inspect(self, image: str) -> Mapping[str, Any]:
+        found: list[Mapping[str, Any]] = json.loads(self.podman("image", "inspect", image))
+        return found[0]
+
+
+@contextmanager
+def engine(folder: Path) -> Iterator[Engine]:
+    """Everything that was made goes when it ends, also where something failed."""
+    (folder / "storage.conf").write_text(STORAGE.format(folder=folder))
+    (folder / "containers.conf").write_text(SETTINGS.format(folder=folder))
+    made = Engine(folder)
+    try:
+        yield made
+    finally:
+        made.podman("rm", "--all", "--force", "--time=1", check=False)
+        made.podman("network", "prune", "--force", check=False)
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in reversed([mount for mount in mounts if mount.startswith(f"{folder}/")]):
+            subprocess.run(["umount", mount], check=True)
+        shutil.rmtree(folder)  # the images with it
+
+
+class Deployment:
+    """The services of compose.yaml. variables: what a shell would have set."""
+
+    def __init__(self, engine: Engine, variables: Mapping[str, str]) -> None:
+        self._engine = engine
+        text = re.sub(r"\$\{(\w+)(?::([-?])([^}]*))?\}", lambda found: self._value(variables, found), COMPOSE.read_text())
+        content = yaml.safe_load(text)
+        self.services: Mapping[str, Mapping[str, Any]] = content["services"]
+        for name, network in content["networks"].items():
+            assert network.keys() <= {"internal"}
+            engine.podman("network", "create", *(["--internal"] if network.get("internal") else []), name)
+
+    @staticmethod
+    def _value(variables: Mapping[str, str], found: re.Match[str]) -> str:
+        name, kind, rest = found.groups()
+        assert name in variables or kind == "-", f"{name}: {rest}"
+        return variables.get(name, rest)
+
+    def once(self, service: str, *command: str) -> str:
+        """Runs the service, or another command in its place, to its end. What it prints."""
+        return self._engine.podman("run", "--rm", *self._options(service), *(command or self.services[service]["command"]))
+
+    def start(self, service: str) -> float:
+        """Begins the service; the time at which it did, of `time.monotonic`."""
+        options, command = self._options(service), self.services[service].get("command", ())
+        self._engine.podman("create", f"--name={service}", *options, *command)
+        began = time.monotonic()
+        self._engine.podman("start", service)
+        return began
+
+    def _options(self, service: str) -> Sequence[str]:
+        keys = dict(self.services[service])
+        for unused in ("command", "profiles", "depends_on"):
+            keys.pop(unused, None)
+        image = keys.pop("image")
+        return [option for key, value in keys.items() for option in _option(key, value)] + [image]
+
+
+def _option(key: str, value: Any) -> list[str]:
+    """A key of compose.yaml in podman's words."""
+    match key:
+        case "user":
+            return [f"--user={value}"]
+        case "read_only":
+            return [f"--read-only={json.dumps(value)}", "--read-only-tmpfs=false"]
+        case "cap_drop":
+            return [f"--cap-drop={name}" for name in value]
+        case "security_opt":
+            return [f"--security-opt={name.removesuffix(':true')}" for name in value]
+        case "tmpfs":
+            return [f"--tmpfs={mount}" for mount in value]
+        case "volumes":
+            return [f"--volume={mount}" for mount in value]
+        case "ports":
+            return [f"--publish={port}" for port in value]
+        case "networks":
+            return [f"--network={name}" for name in value]
+        case "network_mode":
+            return [f"--network={value}"]
+        case "entrypoint":
+            return [f"--entrypoint={json.dumps(value)}"]
+        case "stop_grace_period":
+            return [f"--stop-timeout={value.removesuffix('s')}"]
+        case "restart":
+            return [] if value == "no" else [f"--restart={value}"]
+        case "healthcheck":
+            assert value == {"disable": True}
+            return ["--no-healthcheck"]
+    raise AssertionError(f"compose.yaml: {key} is not known here")
