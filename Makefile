@@ -30,7 +30,8 @@ chart-test: ready
 # LACRE_WHEELS: a folder with another llama-cpp-python than this machine's own, such as `tools/bootstrap.py --portable-wheel` makes.
 container-test: sbom
 	build/container/bin/hadolint Dockerfile
-	@for tool in buildah podman runc mmdebstrap iptables; do command -v $$tool > /dev/null || { echo "make container-test needs $$tool: apt-get install $(CONTAINER_PACKAGES)"; exit 1; }; done
+	@for tool in buildah podman runc mmdebstrap iptables; do command -v $$tool > /dev/null || { echo "container-test needs $$tool: apt-get install $(CONTAINER_PACKAGES)"; exit 1; }; done
+	@test $$(id -u) = 0 || { echo "container-test needs root, for the base image"; exit 1; }
 	$(PYTEST) -s tests/containers
 
 # What is in the images, as CycloneDX: build/sbom.

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import llama_cpp as L
-from llama_cpp import _ggml
+from llama_cpp.llama_cpp import _base_path as _llama_folder
+from llama_cpp.llama_cpp import _lib as _llama
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.protocol import ControlToken, EngineError, Kind, ModelInfo
@@ -105,10 +106,11 @@ def _load(path: Path, params: Any) -> Any:
 def _load_kernels() -> None:
     """Has a portable build, which brings kernels for each generation of processor, load those that run fastest here.
 
-    Any other build has its kernels from the start.
+    Any other build has its kernels from the start. ggml is reached through llama.cpp's own handle: opened by its path it
+    would be another copy, whose kernels nobody uses.
     """
-    if int(_ggml.libggml.ggml_backend_reg_count()) == 0:
-        _ggml.libggml.ggml_backend_load_all_from_path(str(_ggml.libggml_base_path).encode())
+    if int(_llama.ggml_backend_reg_count()) == 0:
+        _llama.ggml_backend_load_all_from_path(str(_llama_folder).encode())
 
 
 @dataclass(frozen=True, slots=True)
