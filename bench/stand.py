@@ -83,12 +83,19 @@ def usage(pid: int) -> Usage:
 
 
 class Stand:
-    """site: what is served. port: of the gateway. process: the gateway's."""
+    """site: what is served. port, admin_port: of the gateway. process: the gateway's. nats: the message server's."""
 
-    def __init__(self, site: Site, port: int, nats_port: int, process: subprocess.Popen[bytes]) -> None:
-        self.site, self.port, self.process = site, port, process
+    def __init__(
+        self, site: Site, port: int, admin_port: int, nats_port: int, process: subprocess.Popen[bytes],
+        nats: subprocess.Popen[bytes],
+    ) -> None:  # fmt: skip
+        self.site, self.port, self.admin_port, self.process, self.nats = site, port, admin_port, process, nats
         self._nats_port = nats_port
         self._tokens = [site.token(f"caller-{number}@example.com") for number in range(SUBJECTS)]
+
+    @property
+    def nats_url(self) -> str:
+        return f"nats://127.0.0.1:{self._nats_port}"
 
     @contextmanager
     def answering(self, records: int, *, hold: bool = False) -> Iterator[subprocess.Popen[bytes]]:
@@ -155,25 +162,26 @@ def stand(folder: Path) -> Iterator[Stand]:
     """folder: where its state goes, the audit log too."""
     site = Site(folder / "site", {POOL: (MODEL,)})
     site.create()
-    port = free_port()
+    port, admin_port = free_port(), free_port()
     with ExitStack() as stack:
         server = Server(site.folder / "nats", free_port())
         (site.folder / "nats").mkdir(exist_ok=True)
-        server.configure(site.roles())
-        stack.enter_context(ended(server.start(site.log("nats"))))
+        server.configure([*site.roles(), *site.replicated_roles()[2:]])  # a crowd of workers shares one credential
+        nats = stack.enter_context(ended(server.start(site.log("nats"))))
         asyncio.run(_publish(site, server.url))
         site.write_settings(server.url, port, {POOL: [{"name": MODEL}]})
         policies = folder / "policies"
         shutil.copytree(shipped(), policies)
         (policies / PLANS_FILE).write_text(PLANS)
         text = site.gateway_settings.read_text()
-        site.gateway_settings.write_text(f"policies = {json.dumps(str(policies))}\n{text}{LIMITS}")
+        added = f"{LIMITS}\n[admin]\nport = {admin_port}\n"
+        site.gateway_settings.write_text(f"policies = {json.dumps(str(policies))}\n{text}{added}")
         log = stack.enter_context(site.log("gateway").open("wb"))
         command = [sys.executable, "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
         process = subprocess.Popen(command, stdout=log, stderr=log)
         stack.enter_context(ended(process))
         _await_ready(port, process, site)
-        yield Stand(site, port, server.port, process)
+        yield Stand(site, port, admin_port, server.port, process, nats)
 
 
 async def _publish(site: Site, url: str) -> None:
