@@ -7,17 +7,12 @@ import re
 import subprocess
 import sys
 import tarfile
-from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.x509.oid import NameOID
 
+from chart.playing import certificate
 from chart.rendering import CHART, NAMESPACE, Pod, Rendered, leaves, render
 from lacre_backend import settings as of_worker
 from lacre_fabric.accounts import accounts
@@ -121,25 +116,6 @@ def test_every_process_has_the_options_that_it_is_given() -> None:
             assert option in done.stdout
 
 
-def certificate(folder: Path) -> None:
-    """One for servers, by itself: tls.crt, tls.key and ca.crt."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = builder.serial_number(1).not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    made = builder.sign(key, SHA256()).public_bytes(serialization.Encoding.PEM)
-    folder.mkdir(parents=True)
-    for file in ("tls.crt", "ca.crt"):
-        (folder / file).write_bytes(made)
-    private = serialization.PrivateFormat.PKCS8
-    secret = key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption())
-    (folder / "tls.key").write_bytes(secret)
-    (folder / "tls.key").chmod(0o600)
-
-
 def test_nats_server_takes_its_configuration(chart: Rendered, tmp_path: Path) -> None:
     if not chart.values["nats"]["enabled"]:
         assert not chart.of_component("nats")
@@ -173,7 +149,7 @@ def test_the_signer_s_site(chart: Rendered, tmp_path: Path) -> None:
         assert site.replicas == 3
         rotating = chart.values["signer"]["rotateHours"] > 0
         assert rotating <= chart.values["poolKeys"]["volume"]["enabled"], "new keys that no worker would see"
-        hours = pod.spec["initContainers"][1]["command"][-1]
+        hours = pod.spec["containers"][0]["command"][-1]
         assert float(hours) == chart.values["signer"]["rotateHours"]
 
 
