@@ -11,11 +11,13 @@ import pytest
 from lacre.errors import LacreError, SettingsError
 from lacre.jws import raw_public_key
 from lacre.wire.header import Kem
-from lacre_fabric import kms, poolkeys
-from lacre_fabric.kms import KeyWithheld, WrongWrapping
+from lacre_fabric import kms, poolkeys, rotation
+from lacre_fabric.keyfiles import write_secret
+from lacre_fabric.kms import KeyWithheld, KmsError, WrongWrapping
 from lacre_fabric.kms.keeping import Keeping, keeping
 from lacre_fabric.settings import KmsAddress, Table, parse
 from lacre_fabric.site import Site
+from parts.key_services.http import Answer, Asked, Loopback
 
 GOOD = [
     "plain:",
@@ -175,3 +177,53 @@ def test_a_key_file_that_is_gone_is_told(site: Site, address: str, tmp_path: Pat
     (tmp_path / "kms.key").chmod(0o600)
     with keeping(address, "default") as kept, pytest.raises(LacreError, match="32 bytes"):
         poolkeys.public_parts(site.keys_folder("default"), kept)
+
+
+def test_a_new_generation_is_wrapped_too(site: Site, address: str) -> None:
+    staged = rotation._staged(site, "default")
+    with keeping(address, "default") as kept:
+        there = {poolkeys.read(path, kept).config for path in poolkeys.files(site.keys_folder("default"))}
+    assert set(staged.configs) < there
+    assert len(there) == 4
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (200, {}),
+        (200, {"data": []}),
+        (200, {"data": {"plaintext": "no base64!"}}),
+        (200, {"data": {"plaintext": None}}),
+        (200, {"data": {"plaintext": "c2hvcnQ="}}),
+        (302, {}),
+        (400, {"errors": None}),
+        (418, {"errors": ["?"]}),
+    ],
+    ids=str,
+)
+def test_something_else_at_the_address(tmp_path: Path, said: Answer) -> None:
+    write_secret(tmp_path / "token", b"t")
+    server = Loopback(lambda asked: (200, {"data": {"ciphertext": "vault:v1:x"}}) if "encrypt" in asked.path else said)
+    try:
+        with keeping(f"vault://127.0.0.1:{server.port}/transit/k?token-file={tmp_path / 'token'}", "default") as kept:
+            poolkeys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
+            with pytest.raises(KmsError, match=r"1\.key") as caught:
+                poolkeys.read(tmp_path / "keys" / "1.key", kept)
+            assert not caught.value.retryable
+    finally:
+        server.close()
+
+
+def test_a_token_that_others_can_read_is_not_used(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("t")
+    token.chmod(0o644)
+    asked: list[Asked] = []
+    server = Loopback(lambda one: asked.append(one) or (500, {}))  # type: ignore[func-returns-value]
+    try:
+        with keeping(f"vault://127.0.0.1:{server.port}/transit/k?token-file={token}", "default") as kept:
+            with pytest.raises(SettingsError, match="chmod 600"):
+                poolkeys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
+    finally:
+        server.close()
+    assert asked == []

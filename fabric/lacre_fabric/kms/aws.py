@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 
 from lacre.errors import SettingsError
 from lacre_fabric.kms.address import Address
-from lacre_fabric.kms.protocol import Context, KeyWithheld, KmsError, KmsUnreachable, WrongWrapping
+from lacre_fabric.kms.protocol import Context, KeyWithheld, Kms, KmsError, KmsUnreachable, WrongWrapping
 
 _WITHHELD: Final = frozenset({
     "AccessDeniedException", "DisabledException", "KMSInvalidStateException", "NotFoundException", "KeyUnavailableException",
@@ -26,7 +26,7 @@ _WRONG: Final = frozenset(
 )
 
 
-def connect(address: Address) -> AwsKms:
+def connect(address: Address) -> Kms:
     address.only("region")
     if not address.path.strip("/"):
         raise SettingsError("awskms: wants a key, such as awskms:///alias/lacre?region=eu-central-1")

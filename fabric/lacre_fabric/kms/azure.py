@@ -15,14 +15,14 @@ from azure.identity import DefaultAzureCredential
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jws import b64u, b64u_decode
 from lacre_fabric.kms.address import LOOPBACK, Address
-from lacre_fabric.kms.protocol import Context, KeyWithheld, KmsUnreachable, WrongWrapping
+from lacre_fabric.kms.protocol import Context, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
 from lacre_fabric.kms.service import HttpService, Said
 
 _API: Final = "7.4"
 _ALGORITHM: Final = "RSA-OAEP-256"
 
 
-def connect(address: Address) -> AzureKeys:
+def connect(address: Address) -> Kms:
     address.only()
     name, _, version = address.path.strip("/").partition("/")
     if not address.host or not name or "/" in version:

@@ -15,7 +15,7 @@ from google.auth.transport.requests import Request
 
 from lacre.errors import SettingsError
 from lacre_fabric.kms.address import Address, endpoint
-from lacre_fabric.kms.protocol import Context, KeyWithheld, KmsUnreachable, WrongWrapping
+from lacre_fabric.kms.protocol import Context, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
 from lacre_fabric.kms.service import HttpService, Said, base64_text
 
 _ENDPOINT: Final = "https://cloudkms.googleapis.com"
@@ -23,7 +23,7 @@ _SCOPE: Final = "https://www.googleapis.com/auth/cloudkms"
 _KEY: Final = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 
 
-def connect(address: Address) -> GoogleKms:
+def connect(address: Address) -> Kms:
     address.only("endpoint")
     key = f"{address.host}{address.path}"
     if not _KEY.fullmatch(key):

@@ -12,12 +12,12 @@ from lacre.errors import SettingsError
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keyfiles import read_secret, write_secret
 from lacre_fabric.kms.address import Address
-from lacre_fabric.kms.protocol import DATA_KEY, Context, KeyWithheld, WrongWrapping
+from lacre_fabric.kms.protocol import DATA_KEY, Context, KeyWithheld, Kms, WrongWrapping
 
 _NONCE = 12  # bytes: a random one for each data key, of which there are a few a day
 
 
-def connect(address: Address) -> LocalFile:
+def connect(address: Address) -> Kms:
     address.only()
     path = Path(address.path)
     if address.host or not path.is_absolute():

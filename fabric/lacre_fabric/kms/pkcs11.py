@@ -20,14 +20,14 @@ from lacre.errors import SettingsError
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keyfiles import read_secret
 from lacre_fabric.kms.address import Address
-from lacre_fabric.kms.protocol import Context, KeyWithheld, KmsUnreachable, WrongWrapping
+from lacre_fabric.kms.protocol import Context, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
 
 _NONCE: Final = 12  # bytes, random: there are a few data keys a day
 _TAG: Final = 128  # bits
 _PIN: Final = (exceptions.PinIncorrect, exceptions.PinLocked, exceptions.PinInvalid, exceptions.PinLenRange)
 
 
-def connect(address: Address) -> Pkcs11:
+def connect(address: Address) -> Kms:
     address.only("module-path", "pin-source")
     named = dict(part.partition("=")[::2] for part in address.path.split(";"))
     module, pin = address.file("module-path"), address.file("pin-source")

@@ -17,13 +17,13 @@ from lacre.errors import SettingsError
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keyfiles import read_secret
 from lacre_fabric.kms.address import Address
-from lacre_fabric.kms.protocol import Context, KeyWithheld, WrongWrapping
+from lacre_fabric.kms.protocol import Context, KeyWithheld, Kms, WrongWrapping
 from lacre_fabric.kms.service import HttpService, Said, base64_text
 
 _TOKENS: Final = ("VAULT_TOKEN", "BAO_TOKEN")  # as its own command looks for them, before `~/.vault-token`
 
 
-def connect(address: Address) -> Transit:
+def connect(address: Address) -> Kms:
     address.only("token-file", "namespace")
     mount, _, key = address.path.strip("/").rpartition("/")
     if not address.host or not mount or not key:
