@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -120,9 +122,11 @@ class Transit:
 
     away = False
     asked = 0
+    delay = 0.0
 
     def __call__(self, asked: Asked) -> Answer:
         self.asked += 1
+        time.sleep(self.delay)
         if self.away:
             return 503, {"errors": ["Vault is sealed"]}
         said = asked.members
@@ -152,6 +156,13 @@ async def test_a_service_that_is_away_is_asked_again_and_told_of_once(tmp_path: 
             assert set(ring.keys) == {1, 2}
             await ring.look()
             assert transit.asked == asked + 4, "a key that is held is not asked for again"
+            make(folder, (3,), (Kem.XWING,), kept)
+            transit.delay, looking, ticks = 0.5, asyncio.create_task(ring.look()), 0
+            while not looking.done():
+                await asyncio.sleep(0.01)
+                ticks += 1
+            assert set(ring.keys) == {1, 2, 3}
+            assert ticks > 10, "answers under way go on meanwhile"
     finally:
         server.close()
 
@@ -169,3 +180,7 @@ async def test_a_key_that_the_service_withholds_keeps_nothing_else_back(tmp_path
         assert set(ring.keys) == {1, 3}
         with pytest.raises(WrongWrapping, match=r"2\.key"):
             KeyRing(folder, kept)
+        held = ring.keys[1].config
+        make(folder, (1,), (Kem.XWING,), other)  # as `lacre keys rewrap` leaves it to a worker that was not started anew
+        await ring.look()
+        assert ring.keys[1].config == held
