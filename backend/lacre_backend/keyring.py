@@ -11,7 +11,10 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,23 +28,33 @@ from lacre_fabric.kms import KmsError
 from lacre_fabric.kms.keeping import Keeping
 
 LOOK: Final = 1.0  # seconds between looks into the folder
+AGAIN: Final = 30.0  # seconds until a service that refused a key is asked once more: a right may come late
 
 log = structlog.get_logger("lacre.keys")
 
 _Stamp = tuple[int, int, int, int]  # of a file: another one means other content, or other rights
 
 
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A file that could not be used as it was, why, and until when (monotonic) it is left alone like that."""
+
+    stamp: _Stamp
+    kind: type[LacreError]
+    until: float
+
+
 class KeyRing:
     """Raises SettingsError where the folder holds no key, or one that cannot be read, to begin with; KmsError for one that the
-    key management service does not unwrap.
+    key management service does not unwrap. again: seconds until one that it refused later on is asked for once more.
     """
 
-    def __init__(self, folder: Path, keeping: Keeping = poolkeys.AS_THEY_ARE) -> None:
-        self._folder, self._keeping = folder, keeping
+    def __init__(self, folder: Path, keeping: Keeping = poolkeys.AS_THEY_ARE, *, again: float = AGAIN) -> None:
+        self._folder, self._keeping, self._again = folder, keeping, again
         self._stamps: dict[Path, _Stamp] = {}
         self._keys: dict[Path, PrivateKey] = {}
         self._empty = False
-        self._waiting: set[Path] = set()
+        self._refused: dict[Path, _Refused] = {}
         for path, stamp in _stamps(folder).items():
             self._keep(path, stamp, poolkeys.read(path, keeping))
         if not self._keys:
@@ -75,7 +88,16 @@ class KeyRing:
         self._empty = False
         for path in self._keys.keys() - stamps.keys():
             self._drop(path)
-        return [(path, stamp) for path, stamp in stamps.items() if self._stamps.get(path) != stamp]
+        now = time.monotonic()
+        return [
+            (path, stamp)
+            for path, stamp in stamps.items()
+            if self._stamps.get(path) != stamp and not self._set_aside(path, stamp, now)
+        ]
+
+    def _set_aside(self, path: Path, stamp: _Stamp, now: float) -> bool:
+        refused = self._refused.get(path)
+        return refused is not None and refused.stamp == stamp and now < refused.until
 
     async def watch(self) -> None:
         while True:
@@ -93,23 +115,27 @@ class KeyRing:
             return exc
 
     def _take_up(self, path: Path, stamp: _Stamp, key: PrivateKey | LacreError) -> bool:
-        if isinstance(key, KmsError) and key.retryable:
-            if path not in self._waiting:
-                log.warning("key.unreadable", kind=type(key).__name__, remedy=key.remedy)
-            self._waiting.add(path)  # said once, and asked at each look
-            return False
-        self._waiting.discard(path)
-        self._stamps[path] = stamp  # a file that cannot be used is looked at again when it changed
         if isinstance(key, LacreError):
-            remedy = key.remedy if isinstance(key, KmsError) else "see that the worker may read the pool's keys"
-            log.warning("key.unreadable", kind=type(key).__name__, remedy=remedy)
+            self._set_back(path, stamp, key)
             return False
         self._drop(path)
         self._keep(path, stamp, key)
         return True
 
+    def _set_back(self, path: Path, stamp: _Stamp, why: LacreError) -> None:
+        """A file that cannot be used is looked at again when it changed; where a service is asked for it, after a while too."""
+        before = self._refused.get(path)
+        if before is None or before.stamp != stamp or before.kind is not type(why):
+            remedy = why.remedy if isinstance(why, KmsError) else "see that the worker may read the pool's keys"
+            log.warning("key.unreadable", kind=type(why).__name__, remedy=remedy)
+        wait = math.inf if self._keeping.kms is None else self._again
+        if isinstance(why, KmsError) and why.retryable:
+            wait = 0.0
+        self._refused[path] = _Refused(stamp, type(why), time.monotonic() + wait)
+
     def _keep(self, path: Path, stamp: _Stamp, key: PrivateKey) -> None:
         self._stamps[path], self._keys[path] = stamp, key
+        self._refused.pop(path, None)
         log.info("key.taken_up", key_id=key.config.key_id)
 
     def _drop(self, path: Path) -> None:

@@ -184,3 +184,21 @@ async def test_a_key_that_the_service_withholds_keeps_nothing_else_back(tmp_path
         make(folder, (1,), (Kem.XWING,), other)  # as `lacre keys rewrap` leaves it to a worker that was not started anew
         await ring.look()
         assert ring.keys[1].config == held
+
+
+async def test_a_right_that_comes_late_is_taken(tmp_path: Path) -> None:
+    folder, key_file = tmp_path / "keys", tmp_path / "kms.key"
+    with keeping(f"file:{key_file}", "default") as kept:
+        make(folder, (1,), (Kem.XWING,), kept)
+        ring = KeyRing(folder, kept, again=0.2)
+        make(folder, (2,), (Kem.XWING,), kept)
+        key_file.rename(tmp_path / "away")
+        with capture_logs() as logs:
+            await ring.look()
+            (tmp_path / "away").rename(key_file)
+            await ring.look()
+            assert set(ring.keys) == {1}, "not asked again at once"
+            await asyncio.sleep(0.25)
+            await ring.look()
+        assert set(ring.keys) == {1, 2}
+        assert [entry["kind"] for entry in logs if entry["event"] == "key.unreadable"] == ["KeyWithheld"]

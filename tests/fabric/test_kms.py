@@ -197,6 +197,7 @@ def test_a_new_generation_is_wrapped_too(site: Site, address: str) -> None:
         (200, {"data": {"plaintext": "c2hvcnQ="}}),
         (302, {}),
         (400, {"errors": None}),
+        (400, {"errors": 5}),
         (418, {"errors": ["?"]}),
     ],
     ids=str,

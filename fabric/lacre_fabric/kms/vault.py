@@ -67,7 +67,7 @@ class Transit:
 
     def _refused(self, said: Said, operation: str) -> KeyWithheld | WrongWrapping:
         """Transit tells all of these by one status, and apart by its words."""
-        what, words = f"{self._mount}/{self._key} of {self._service.name}", " ".join(map(str, said.members.get("errors") or ()))
+        what, words = f"{self._mount}/{self._key} of {self._service.name}", str(said.members.get("errors"))
         if "too old" in words:
             return KeyWithheld(f"{what}: the version that wrapped this was revoked (min_decryption_version)")
         if said.status in (403, 404) or "not found" in words:
