@@ -13,7 +13,7 @@ from lacre.jws import raw_public_key
 from lacre.wire.header import Kem
 from lacre_fabric import kms, poolkeys, rotation
 from lacre_fabric.keyfiles import write_secret
-from lacre_fabric.kms import KeyWithheld, KmsError, WrongWrapping
+from lacre_fabric.kms import KeyWithheld, KmsError, KmsUnreachable, WrongWrapping
 from lacre_fabric.kms.keeping import Keeping, keeping
 from lacre_fabric.settings import KmsAddress, Table, parse
 from lacre_fabric.site import Site
@@ -51,6 +51,7 @@ INCOMPLETE = [
     "vault://vault.example/transit",
     "vault:///transit/lacre",
     "vault://vault.example/transit/lacre?token-file=token",
+    "vault://vault.example/transit/lacre?tokenfile=/run/vault/token",
     "pkcs11:token=lacre?module-path=/x&pin-source=/y",
     "pkcs11:token=lacre;object=pools?module-path=/x",
     "pkcs11:token=lacre;object=pools;id=1?module-path=/x&pin-source=/y",
@@ -228,3 +229,34 @@ def test_a_token_that_others_can_read_is_not_used(tmp_path: Path) -> None:
     finally:
         server.close()
     assert asked == []
+
+
+AWS_SAYS = {
+    "DisabledException": KeyWithheld,
+    "KMSInvalidStateException": KeyWithheld,  # waits for its deletion
+    "AccessDeniedException": KeyWithheld,
+    "NotFoundException": KeyWithheld,
+    "InvalidCiphertextException": WrongWrapping,
+    "IncorrectKeyException": WrongWrapping,
+    "ThrottlingException": KmsUnreachable,
+    "DependencyTimeoutException": KmsUnreachable,
+    "KMSInternalException": KmsUnreachable,
+}
+
+
+@pytest.mark.parametrize("code", AWS_SAYS)
+def test_aws_s_documented_errors(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a server of ours, for moto lets disabled keys decrypt: it shows what is made of AWS's word, and no revocation."""
+    pytest.importorskip("boto3", reason="`make tested` installs it")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    server = Loopback(lambda _asked: (500 if "Internal" in code else 400, {"__type": code, "message": "canary"}))
+    try:
+        service = kms.connect(f"awskms://127.0.0.1:{server.port}/alias/lacre?region=eu-central-1")
+        assert service is not None
+        with pytest.raises(AWS_SAYS[code]) as caught:
+            service.unwrap(b"wrapped", kms.Context("pool-key", "default", 1))
+        assert "canary" not in str(caught.value)
+        service.close()
+    finally:
+        server.close()
