@@ -33,7 +33,7 @@ SOURCES = [Path("/etc/apt/sources.list.d") / f"{name}.sources" for name in ("deb
 PIP_SETTINGS = ("cert", "index-url", "extra-index-url", "proxy", "trusted-host", "default-timeout", "timeout")
 
 STORAGE = """[storage]
-driver = "overlay"
+driver = "{driver}"
 runroot = "{folder}/run"
 graphroot = "{folder}/graph"
 """
@@ -139,7 +139,8 @@ class Engine:
 @contextmanager
 def engine(folder: Path) -> Iterator[Engine]:
     """Everything that was made goes when it ends, also where something failed."""
-    (folder / "storage.conf").write_text(STORAGE.format(folder=folder))
+    driver = "overlay" if _overlays(folder) else "vfs"
+    (folder / "storage.conf").write_text(STORAGE.format(folder=folder, driver=driver))
     (folder / "containers.conf").write_text(SETTINGS.format(folder=folder))
     made = Engine(folder)
     try:
@@ -151,6 +152,19 @@ def engine(folder: Path) -> Iterator[Engine]:
         for mount in reversed([mount for mount in mounts if mount.startswith(f"{folder}/")]):
             subprocess.run(["umount", mount], check=True)
         shutil.rmtree(folder)  # the images with it
+
+
+def _overlays(folder: Path) -> bool:
+    """Whether layers can be mounted over each other here; not where the folder is on such a mount itself."""
+    lower, upper, work, merged = (folder / "try" / name for name in ("lower", "upper", "work", "merged"))
+    for path in (lower, upper, work, merged):
+        path.mkdir(parents=True)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", options, str(merged)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        return False
+    subprocess.run(["umount", merged], check=True)
+    return True
 
 
 class Deployment:
