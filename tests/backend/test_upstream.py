@@ -183,6 +183,21 @@ async def test_an_announced_answer_above_its_grant_is_refused() -> None:
     assert used(call) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("head", [(200, [(b"content-length", b"3000")]), (307, [(b"location", b"/")])])
+async def test_what_is_refused_is_not_waited_for(head: tuple[int, list[tuple[bytes, bytes]]]) -> None:
+    status, headers = head
+
+    async def respond(_scope: Any, _body: bytes, send: Send) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await asyncio.sleep(60)
+
+    async with serving(respond) as server:
+        answered = await ask(create_app(settings(server.url)), granted(max_tokens=2), "POST", PREDICT)
+        assert answered.status in (413, 502)
+        await asyncio.wait_for(server.left.wait(), 5)
+
+
 async def test_any_other_is_cut_there() -> None:
     call, got = granted(max_tokens=2), []
     async with serving(answering(200, [], *[b"a" * UNIT] * 3)) as server:
