@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,8 @@ class Engine:
 
     def _pip_settings(self) -> Path:
         """pip's settings as they count here, without what names files of this machine."""
-        listed = subprocess.run(["pip", "config", "list"], check=True, capture_output=True, text=True).stdout
+        command = [sys.executable, "-m", "pip", "config", "list"]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = dict(re.findall(r"^(?:global|:env:)\.([a-z-]+)='(.*)'$", listed, re.MULTILINE))
         lines = [f"{name} = {found[name]}" for name in PIP_SETTINGS if name in found and "file:" not in found[name]]
         path = self.folder / "pip.conf"
