@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from chart.edges import Party, like, matches, reaches
-from chart.rendering import NAMESPACE, Object, Rendered, render
+from chart.edges import Party, like, matches, passes, reaches
+from chart.rendering import CASES, NAMESPACE, NPM, Object, Rendered, render
 
 pytestmark = pytest.mark.slow
 Edge = tuple[str, str, int, str]  # from, to, port, protocol
@@ -27,12 +27,11 @@ STRANGERS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def guarded(chart: Rendered) -> Rendered:
-    if not chart.values["networkPolicy"]["enabled"]:
-        assert not chart.of("NetworkPolicy")
-        pytest.skip("without policies there is nothing to hold")
-    return chart
+@pytest.fixture(params=[name for name in CASES if name != "off"])
+def guarded(request: pytest.FixtureRequest) -> Rendered:
+    if NPM is None:
+        pytest.skip("npm, which Helm is fetched with, is not installed")
+    return render(str(request.param))
 
 
 def ours(chart: Rendered) -> list[Party]:
@@ -123,6 +122,18 @@ def test_every_edge_that_is_needed_and_no_other(guarded: Rendered) -> None:
     assert possible - wanted == set(), "more than is needed"
 
 
+def test_neither_side_alone_lets_more_through(guarded: Rendered) -> None:
+    """What one policy forbids, no other one allows: each holds where the other is taken away."""
+    wanted, policies, parties = needed(guarded), guarded.of("NetworkPolicy"), ours(guarded)
+    for mine in parties:
+        for other in [*parties, *STRANGERS]:
+            for port in MORE_PORTS:
+                if passes(policies, "egress", mine, other, port, "TCP"):
+                    assert (mine.name, other.name, port, "TCP") in wanted
+                if passes(policies, "ingress", mine, other, port, "TCP"):
+                    assert (other.name, mine.name, port, "TCP") in wanted
+
+
 def test_nothing_comes_in_to_a_worker(guarded: Rendered) -> None:
     for spec in (each["spec"] for each in guarded.of("NetworkPolicy")):
         if spec["podSelector"]["matchLabels"].get("app.kubernetes.io/component") == "worker":
@@ -142,6 +153,12 @@ def test_a_pod_of_the_release_that_no_policy_names_is_shut_off(guarded: Rendered
             assert not reaches(guarded.of("NetworkPolicy"), party, new, port, "TCP")
 
 
+@pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")
+def test_policies_can_be_left_out() -> None:
+    assert not render("off").of("NetworkPolicy")
+
+
+@pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")
 def test_the_evaluation_itself() -> None:
     """Without the policies everything is reached; without one of them, what it alone lets through is not."""
     chart = render("defaults")
