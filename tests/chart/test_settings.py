@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from chart.playing import certificate
-from chart.rendering import CHART, NAMESPACE, Pod, Rendered, leaves, render
+from chart.playing import ENTRYPOINTS, PYTHON, certificate
+from chart.rendering import CHART, NAMESPACE, ROOT, Pod, Rendered, leaves, render
 from lacre_backend import settings as of_worker
 from lacre_fabric.accounts import accounts
 from lacre_fabric.server import MAX_FILES, MAX_MEMORY, MAX_PAYLOAD, executable
@@ -204,3 +204,11 @@ def test_nothing_of_the_cluster_is_written_out(chart: Rendered) -> None:
                 assert "kubernetes.default" not in value
     if chart.values["nats"]["enabled"]:
         assert f".{NAMESPACE}.svc" in gateway_settings(chart).nats.url
+
+
+@pytest.mark.parametrize(("image", "module"), ENTRYPOINTS.items())
+def test_images_begin_with_what_is_played(image: str, module: str) -> None:
+    """And they bring the interpreter that probes and the signer name, for the user that pods run as."""
+    stage = (ROOT / "Dockerfile").read_text().partition(f" AS {image.removeprefix('lacre-')}\n")[2].partition("\nFROM ")[0]
+    assert f'ENTRYPOINT ["{PYTHON}", "-P", "-m", "{module}"]' in stage
+    assert "USER 65532:65532" in stage
