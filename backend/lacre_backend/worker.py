@@ -43,7 +43,7 @@ async def serve(settings: Settings) -> None:
         serving = served(settings, stack)
         await keys.look()  # loading a model takes its time; presence must not begin with keys of before
         fabric = await NatsWorker.connect(
-            settings.nats.url,
+            settings.nats.servers,
             credential,
             settings.pool,
             settings.node,

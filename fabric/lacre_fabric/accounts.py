@@ -2,7 +2,7 @@
 
 Rules:
 - The streams and buckets are in one account, with the provisioner alone. The gateways share another, and the workers of
-  each pool have their own. What is not named here passes no wall.
+  each pool have their own; who looks after the servers is in the servers' own. What is not named here passes no wall.
 - Why permissions are not enough: NATS checks what a client publishes to, and not the subject that it asks the answer to go
   to. Inside one account JetStream writes its answers wherever the asker says, with the server's own authority: a worker that
   may read nothing but its own bucket could put a message of its making there, and have it sent as a manifest, as another
@@ -23,6 +23,7 @@ from lacre_fabric.roles import (
     MAX_DELIVERIES,
     READ_MANIFEST,
     REVOCATIONS,
+    SYSTEM,
     TOLD_BY_WORKERS,
     TOLD_TO_WORKERS,
     Role,
@@ -42,6 +43,8 @@ def accounts(roles: Sequence[Role]) -> Entry:
         raise SettingsError("two roles have a credential of the same name")
     pools = sorted({pool for role in roles for pool in role.pools})
     found = {FABRIC: _fabric(pools), GATEWAYS: _gateways(pools)} | {workers_account(pool): _workers(pool) for pool in pools}
+    if any(role.account == SYSTEM for role in roles):
+        found[SYSTEM] = {}
     return {name: {"users": [role.user() for role in roles if role.account == name], **entry} for name, entry in found.items()}
 
 

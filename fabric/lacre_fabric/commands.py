@@ -419,7 +419,7 @@ def _site(state: Path | None) -> Site:
 async def _provisioner(site: Site) -> AsyncIterator[Connection]:
     from lacre_fabric.connection import Connection
 
-    connection = await Connection.open(site.nats_url, site.credential("provisioner"))
+    connection = await Connection.open(site.servers, site.credential("provisioner"))
     try:
         yield connection
     finally:

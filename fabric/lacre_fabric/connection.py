@@ -9,7 +9,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import random
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
@@ -18,19 +20,55 @@ import nats.js.errors
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.transport import TcpTransport
 from nats.js.client import JetStreamContext
 
 from lacre_fabric import subjects
+from lacre_fabric.endpoints import HungUp, NoTls, Servers, distrusted
 from lacre_fabric.roles import Credential
-from lacre_fabric.work import FabricLost, FabricUnavailable
+from lacre_fabric.work import FabricLost, FabricRefused, FabricUnavailable, FabricUntrusted
 
 CONNECT_TIMEOUT: Final = 5  # seconds, for a first connection; after it, there is no end to the tries
 MAX_REFUSALS: Final = 3  # in a row, of a credential that was good before; a server may be between two configurations
+CLOSE_TIMEOUT: Final = 1.0  # seconds for a server to take its leave
 API_TIMEOUT: Final = 2.0  # seconds for an answer by JetStream
 
 log = structlog.get_logger("lacre.fabric")
 
 Take = Callable[[str, bytes, bytes], None]
+
+
+class _Transport(TcpTransport):
+    """Ends with a handshake that failed. The library would wait for ever for the end of what the handshake had taken over, and
+    for half a minute for the last word in TLS of a server that froze.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # the library has none
+        self._aborted = False
+
+    async def connect(self, *arguments: Any, **options: Any) -> None:
+        self._aborted = False
+        await super().connect(*arguments, **options)
+
+    async def connect_tls(self, *arguments: Any, **options: Any) -> None:
+        plain = self._io_writer
+        try:
+            await super().connect_tls(*arguments, **options)
+        except BaseException:
+            self._aborted = True
+            if plain is not None:
+                plain.transport.abort()
+            raise
+
+    async def wait_closed(self) -> None:
+        if not self._aborted:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await super().wait_closed()  # type: ignore[no-untyped-call]  # as above
+
+    def __bool__(self) -> bool:
+        return True  # else the library would replace it, as long as it is not connected
 
 
 class DirectClient(Client):
@@ -43,11 +81,27 @@ class DirectClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self._direct: dict[int, Take] = {}
+        self._transport = _Transport()
 
     async def subscribe_directly(self, subject: str, take: Take) -> None:
         """take: called on the event loop; it must not raise."""
         subscription = await self.subscribe(subject)
         self._direct[subscription._id] = take
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        """Comes before anything is said to a server. Where `tls://` is called, the library would take a server's word, which
+        is in the clear and may be anybody's, that it speaks none, and go on with the password.
+        """
+        server = self._current_server
+        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
+            raise NoTls
+        await super()._process_info(info, initial_connection)
+
+    async def _process_connect_init(self) -> None:
+        """The library takes it for a connection, too, when the server hangs up in place of an answer."""
+        await super()._process_connect_init()
+        if not self.is_connected:
+            raise HungUp
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         take = self._direct.get(sid)
@@ -73,14 +127,37 @@ class Connection:
         self._changed = asyncio.Event()
 
     @classmethod
-    async def open(cls, url: str, credential: Credential) -> Connection:
-        """Raises FabricUnavailable, after `CONNECT_TIMEOUT` or as soon as the server refuses the credential."""
+    async def open(cls, servers: Servers | str, credential: Credential) -> Connection:
+        """Connects to any of the servers; where that one goes, to another.
+
+        Raises SettingsError, FabricUntrusted where a server does not prove who it is, or FabricUnavailable, after
+        `CONNECT_TIMEOUT` for each server or as soon as one refuses the credential.
+        """
+        servers = Servers.of(servers)
+        context = servers.context()
+        urls = random.sample(servers.urls, len(servers.urls))  # so that clients spread over the servers
+        failed: list[FabricUnavailable] = []
+        for _ in urls:
+            try:
+                return await cls._open(urls, context, credential)
+            except FabricRefused:
+                raise
+            except FabricUnavailable as exc:
+                failed.append(exc)
+            urls.append(urls.pop(0))
+        raise next((exc for exc in failed if isinstance(exc, FabricUntrusted)), failed[0])
+
+    @classmethod
+    async def _open(cls, urls: Sequence[str], context: ssl.SSLContext | None, credential: Credential) -> Connection:
+        """Connects to the first; the others are for later."""
         connection = cls(DirectClient(), credential)
         client = connection.client
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await client.connect(
-                    url,
+                    list(urls),
+                    tls=context,
+                    dont_randomize=True,
                     name=credential.name,
                     user=credential.name,
                     password=credential.password,
@@ -97,19 +174,27 @@ class Connection:
                 )
         except (nats.errors.Error, OSError, TimeoutError) as exc:
             await connection._end()
-            reason = f"{connection._last_error or exc}".removeprefix("nats: ")
-            raise FabricUnavailable(f"cannot connect to NATS at {url} as {credential.name}: {reason}") from exc
+            raise connection._no_connection(urls[0], exc) from exc
         except BaseException:
             await connection._end()
             raise
         client.options["allow_reconnect"] = True
         return connection
 
+    def _no_connection(self, url: str, error: Exception) -> FabricUnavailable:
+        reason = self._last_error or error
+        told = f"cannot connect to NATS at {url} as {self.credential.name}"
+        if (distrust := distrusted(reason)) is not None:
+            return FabricUntrusted(f"{told}: {distrust}")
+        text = str(reason).removeprefix("nats: ")
+        kind = FabricRefused if _is_refusal(text) else FabricUnavailable
+        return kind(f"{told}: {text}")
+
     async def _on_error(self, error: Exception) -> None:
         self._last_error = error
         text = str(error).removeprefix("nats: ")
         if not text.lower().startswith("permissions violation"):
-            refused = "authorization violation" in text.lower()
+            refused = _is_refusal(text)
             log.warning("fabric.error", kind="AuthorizationViolation" if refused else type(error).__name__)
             self._refusals = self._refusals + 1 if refused else 0
             if self._refusals == MAX_REFUSALS:
@@ -131,6 +216,12 @@ class Connection:
     @property
     def connected(self) -> bool:
         return self.client.is_connected
+
+    @property
+    def address(self) -> str:
+        """Of the server that it is connected to now."""
+        url = self.client.connected_url
+        return "no server" if url is None else url.geturl()
 
     @property
     def lost(self) -> bool:
@@ -211,6 +302,10 @@ class Connection:
         with suppress(nats.errors.Error, OSError, RuntimeError):
             await self.client.close()
         self._changed.set()  # the library's own callback comes last, and not at all after such an error
+
+
+def _is_refusal(text: str) -> bool:
+    return "authorization violation" in text.lower()
 
 
 def headers_of(message: Msg) -> dict[str, str]:

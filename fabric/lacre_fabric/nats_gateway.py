@@ -19,6 +19,7 @@ from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.members import Members
 from lacre_fabric import subjects
 from lacre_fabric.connection import API_TIMEOUT, Connection, fields_of
+from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import KIND, Frame, Kind
 from lacre_fabric.inbound import Inbound
 from lacre_fabric.nats_revocations import Reader, revoke
@@ -122,9 +123,9 @@ class NatsGateway:
         connection.on_reconnect = self._begin
 
     @classmethod
-    async def connect(cls, url: str, credential: Credential, gateway_id: str) -> Self:
+    async def connect(cls, servers: Servers | str, credential: Credential, gateway_id: str) -> Self:
         """Raises FabricUnavailable."""
-        gateway = cls(await Connection.open(url, credential), gateway_id)
+        gateway = cls(await Connection.open(servers, credential), gateway_id)
         client = gateway.connection.client
         try:
             async with gateway.connection.mapped(confirmed=True):

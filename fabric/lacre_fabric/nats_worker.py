@@ -23,6 +23,7 @@ from lacre.errors import ProtocolError
 from lacre.wire.header import SealedHeader
 from lacre_fabric import subjects
 from lacre_fabric.connection import Connection, headers_of
+from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.nats_gateway import GATEWAY, GRANT, REQUEST
 from lacre_fabric.outbound import Outbound
@@ -71,7 +72,7 @@ class NatsWorker:
     @classmethod
     async def connect(
         cls,
-        url: str,
+        servers: Servers | str,
         credential: Credential,
         pool: str,
         node: str,
@@ -81,7 +82,7 @@ class NatsWorker:
         keys: Callable[[], Sequence[str]] = tuple,
     ) -> Self:
         """keys: the fingerprints of the pool's keys that are held here now; presence tells them. Raises FabricUnavailable."""
-        worker = cls(await Connection.open(url, credential), pool, node, slots, keys)
+        worker = cls(await Connection.open(servers, credential), pool, node, slots, keys)
         try:
             await worker._bind(models)
         except BaseException:

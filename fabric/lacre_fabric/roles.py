@@ -5,6 +5,7 @@ Rules:
   read what is delivered to another.
 - Only the provisioner creates streams, consumers and buckets, or writes the manifest.
 - Revocations are the gateways' own: they add and read them, and can change or remove none (see `revocations`).
+- The inspector asks the servers two questions about themselves, and nothing else of anybody.
 - A gateway reads its own replies only. A worker touches its own pool only.
 - Permissions alone do not hold this (see `accounts`): each role also stands in an account that has no more than it needs.
 """
@@ -31,6 +32,8 @@ READ_MANIFEST: Final = (
 REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # what a gateway asks about them
 # What gateways read and write of the budgets that they share.
 BUDGETS: Final = (f"$KV.{subjects.BUDGETS_BUCKET}.>", subjects.READ_BUDGETS)
+SYSTEM: Final = "$SYS"  # nats-server's own: what servers say of themselves
+INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ"))
 MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
@@ -88,6 +91,11 @@ class Role:
 
 def provisioner(credential: Credential) -> Role:
     return Role(credential, FABRIC, (), (">",), (">",))
+
+
+def inspector(credential: Credential) -> Role:
+    """Asks servers how they are configured, and how they are: for `lacre fabric check`."""
+    return Role(credential, SYSTEM, (), INSPECT, (_own_inbox(credential),))
 
 
 def gateway(credential: Credential, gateway_id: str, pools: Sequence[str]) -> Role:

@@ -16,8 +16,8 @@ from typing import Any, Final
 from lacre.errors import SettingsError
 from lacre_fabric.accounts import accounts
 from lacre_fabric.keyfiles import write_secret
+from lacre_fabric.layout import QUEUED_BYTES
 from lacre_fabric.leash import leashed
-from lacre_fabric.provisioning import QUEUED_BYTES
 from lacre_fabric.roles import Role
 
 MAX_PAYLOAD: Final = 9 * 2**20  # a sealed request of 7 MiB, its grant and headers, with room

@@ -13,15 +13,25 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar, get_args
+from typing import Annotated, Any, Final, Self, TypeVar, get_args
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jws import b64u_decode
 from lacre_fabric import kms
+from lacre_fabric.endpoints import Servers
 
 _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 
@@ -48,15 +58,23 @@ def _has_port(parts: SplitResult) -> bool:
         return False
 
 
-def _nats_url(value: str) -> str:
-    parts = urlsplit(value)
+def _nats_urls(value: object) -> tuple[str, ...]:
+    """One address, or a list of those of a cluster."""
+    urls = tuple(_nats_url(url) for url in (value if isinstance(value, list) and value else [value]))
+    if len({url.partition(":")[0] for url in urls}) > 1:
+        raise PydanticCustomError("nats_url_mixed", "write tls:// before every address, or before none")
+    return urls
+
+
+def _nats_url(value: object) -> str:
+    parts = urlsplit(value if isinstance(value, str) else "")
     if parts.scheme not in ("nats", "tls") or not parts.hostname or not _has_port(parts):
         raise PydanticCustomError("nats_url", "write an address such as nats://127.0.0.1:4222")
     if parts.username is not None or parts.password is not None:
         raise PydanticCustomError(
             "nats_url_secret", "take user and password out of the address: they belong in nats.credentials"
         )
-    return value
+    return parts.geturl()
 
 
 def _kms_address(value: str) -> str:
@@ -78,10 +96,30 @@ class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-class Nats(Table):
+class NatsServers(Table):
+    """The message servers: one address, or those of a cluster, and by what they are trusted."""
+
+    url: Annotated[tuple[str, ...], BeforeValidator(_nats_urls)]
+    ca: FilePath | None = None
+    certificate: FilePath | None = None
+    key: FilePath | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise PydanticCustomError("nats_pair", "certificate and key go together: write both, or neither")
+        if (self.ca or self.certificate) is not None and not self.servers.tls:
+            raise PydanticCustomError("nats_clear", "ca and certificate are for TLS: write tls:// in url")
+        return self
+
+    @property
+    def servers(self) -> Servers:
+        return Servers(self.url, self.ca, self.certificate, self.key)
+
+
+class Nats(NatsServers):
     """The message fabric, and the file with this process's own credential."""
 
-    url: Annotated[str, AfterValidator(_nats_url)]
     credentials: FilePath
 
 

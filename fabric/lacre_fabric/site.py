@@ -39,10 +39,13 @@ from lacre.signing import sign_manifest
 from lacre.trust import ConnectionString, verify
 from lacre_fabric import kms, poolkeys, roles, tokens
 from lacre_fabric.authority import DAY, Authority
+from lacre_fabric.endpoints import Servers
 from lacre_fabric.generations import Generations
 from lacre_fabric.keyfiles import ed25519, read_ed25519, read_secret, write_secret
 from lacre_fabric.kms.keeping import Keeping, keeping
+from lacre_fabric.layout import REPLICAS
 from lacre_fabric.roles import Credential, Role
+from lacre_fabric.settings import NatsServers, validated
 
 GATEWAY_ID: Final = "g1"
 NODE: Final = "n1"
@@ -65,12 +68,17 @@ class Site:
     def load(cls, folder: Path) -> Site:
         """The site that `lacre up` wrote down last, or an operator whose message servers are not on this machine."""
         content = _read_json(folder / "site.json")
-        return cls(folder, content["pools"], replicas=content.get("replicas", 1))
+        replicas = content.get("replicas", 1)
+        if replicas not in REPLICAS:
+            raise SettingsError(f"{folder / 'site.json'}: replicas: must be one of {', '.join(map(str, REPLICAS))}")
+        return cls(folder, content["pools"], replicas=replicas)
 
     @property
-    def nats_url(self) -> str:
-        """Where nats-server listens, or listened last."""
-        return str(_read_json(self.folder / "site.json")["nats"])
+    def servers(self) -> Servers:
+        """The message servers: an address, or a table such as `[nats]` of the settings files, without credentials."""
+        said = _read_json(self.folder / "site.json")["nats"]
+        table = said if isinstance(said, dict) else {"url": said}
+        return validated(NatsServers, table, self.folder / "site.json").servers
 
     @property
     def base_url(self) -> str:
@@ -130,6 +138,7 @@ class Site:
         """Every role of the fabric, with its credential."""
         return [
             roles.provisioner(self.credential("provisioner")),
+            roles.inspector(self.credential("inspector")),
             roles.gateway(self.credential(f"gateway-{GATEWAY_ID}"), GATEWAY_ID, tuple(self.pools)),
             *(roles.worker(self.credential(f"worker-{pool}-{NODE}"), pool, NODE) for pool in self.pools),
         ]
@@ -139,6 +148,7 @@ class Site:
         gateway = self.credential(f"gateway-{GATEWAY_ID}")
         return [
             roles.provisioner(self.credential("provisioner")),
+            roles.inspector(self.credential("inspector")),
             roles.gateway(gateway, GATEWAY_ID, tuple(self.pools)),
             *(roles.worker(self.credential(f"worker-{pool}"), pool, None) for pool in self.pools),
         ]

@@ -56,6 +56,14 @@ class FabricUnavailable(FabricError):
     """The message server cannot be reached, or denies what this role needs."""
 
 
+class FabricRefused(FabricUnavailable):
+    """The message server does not take the credential."""
+
+
+class FabricUntrusted(FabricUnavailable):
+    """A message server did not prove that it is the one that was called; nothing was said to it."""
+
+
 class FabricLost(FabricError):
     """The message server ended the connection for good. Nothing but a new start of the process helps."""
 

@@ -105,7 +105,7 @@ def revoke(
     revoked = revocation(read.issuers, jti=jti, subject=sub, issuer=issuer, until=expires, now=time.time())
 
     async def run() -> None:
-        connection = await Connection.open(read.nats.url, Credential.load(read.nats.credentials))
+        connection = await Connection.open(read.nats.servers, Credential.load(read.nats.credentials))
         try:
             await put(connection, revoked)
         finally:

@@ -194,7 +194,7 @@ async def _connect(gateway: Gateway) -> NatsGateway:
     nats, delay = gateway.settings.nats, _FIRST_RETRY
     while True:
         try:
-            return await NatsGateway.connect(nats.url, Credential.load(nats.credentials), gateway.settings.instance)
+            return await NatsGateway.connect(nats.servers, Credential.load(nats.credentials), gateway.settings.instance)
         except (FabricUnavailable, SettingsError) as exc:
             gateway.log.warning("fabric not connected", reason=str(exc), seconds=delay)
             await asyncio.sleep(delay)

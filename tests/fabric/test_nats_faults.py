@@ -14,9 +14,10 @@ import pytest
 from lacre.errors import MessageTooLarge
 from lacre_fabric import roles, subjects
 from lacre_fabric.frames import Kind
+from lacre_fabric.layout import QUEUED_MESSAGES
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.provisioning import QUEUED_MESSAGES, provision
+from lacre_fabric.provisioning import provision
 from lacre_fabric.work import (
     Dispatch,
     FabricError,

@@ -234,7 +234,7 @@ async def test_refused_everywhere_within_a_second(cluster: Cluster, issuer: Issu
     """Measured from before it is revoked. The bound is generous: the machine may be busy."""
     times, tokens = [], [issuer.token(sub=f"s{number}", jti=f"t{number}") for number in range(20)]
     settings = load(cluster.gateways[0].settings)
-    connection = await Connection.open(settings.nats.url, Credential.load(settings.nats.credentials))
+    connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
     for number, token in enumerate(tokens):
         await let_in(cluster, token)
         what = {"jti": f"t{number}"} if number % 2 else {"subject": f"s{number}"}

@@ -60,7 +60,7 @@ async def _shown(state: Path, audit: list[Path] | None) -> list[Line]:
     from lacre_gateway.budget.report import lines, settled_by
 
     site = Site.load(state)
-    connection = await Connection.open(site.nats_url, site.credential("provisioner"))
+    connection = await Connection.open(site.servers, site.credential("provisioner"))
     try:
         found = await dump(connection, subjects.BUDGETS_BUCKET)
     finally:

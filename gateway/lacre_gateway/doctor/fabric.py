@@ -32,13 +32,13 @@ _HOUR: Final = 3600.0
 
 async def check(settings: Settings, findings: Findings) -> None:
     try:
-        connection = await Connection.open(settings.nats.url, Credential.load(settings.nats.credentials))
+        connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
     except LacreError as exc:
         findings.failed("fabric", str(exc), "see that NATS runs there, and that it knows the credential in nats.credentials")
         findings.skipped("manifest, queues, workers, clock", "the fabric is needed first")
         return
     try:
-        findings.ok("fabric", f"connected to {settings.nats.url} as {connection.credential.name}")
+        findings.ok("fabric", f"connected to {connection.address} as {connection.credential.name}")
         manifest = await _manifest(settings, connection, findings)
         if manifest is not None:
             await _queues(connection, manifest, findings)

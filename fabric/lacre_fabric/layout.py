@@ -1,0 +1,86 @@
+"""Every stream, bucket and consumer that Lacre needs, as values: what provisioning makes, and a check compares with.
+
+Rules:
+- Queues are in memory: whoever waits in them has a client that waits too. What must outlive every server is in files.
+- Each stream is kept by as many servers as `replicas` says, and no consumer by fewer: it has its stream's replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+
+from lacre_fabric import nats_revocations, subjects
+from lacre_fabric.work import ACK_WAIT, CLAIM_TTL, DUPLICATE_WINDOW, MAX_DELIVER
+
+REPLICAS: Final = (1, 3, 5)  # of a stream: with an even number as many servers may fail as with one less
+QUEUED_MESSAGES: Final = 1000  # of one pool; past it the gateway answers 503 at once
+QUEUED_BYTES: Final = 128 * 2**20
+# A budget that nobody has drawn from for so long is forgotten: twice the longest window, so that it is long over.
+BUDGET_TTL: Final = 62 * 86400.0
+MAX_ACK_PENDING: Final = 100_000  # at least every slot of a pool; the default of 1000 would stall a large one
+_KV_DUPLICATES: Final = 120.0  # seconds: what every client of NATS gives a bucket
+
+
+def streams(pools: Sequence[str], replicas: int) -> list[StreamConfig]:
+    """Raises SettingsError for a pool's name that is none."""
+    return [
+        _bucket(subjects.TRUST_BUCKET, None, replicas),
+        nats_revocations.bucket(replicas),
+        _bucket(subjects.BUDGETS_BUCKET, BUDGET_TTL, replicas),
+        *(_work(subjects.check_name("pool", pool), replicas) for pool in pools),
+        *(_bucket(subjects.claims_bucket(pool), CLAIM_TTL, replicas) for pool in pools),
+    ]
+
+
+def consumers(pools: Mapping[str, Sequence[str]], ack_wait: float = ACK_WAIT) -> dict[str, list[ConsumerConfig]]:
+    """Of each stream that has some: one for each model."""
+    return {
+        subjects.work_stream(pool): [_consumer(pool, model, ack_wait) for model in models] for pool, models in pools.items()
+    }
+
+
+def _work(pool: str, replicas: int) -> StreamConfig:
+    return StreamConfig(
+        name=subjects.work_stream(pool),
+        subjects=[f"work.{pool}.*"],
+        retention=RetentionPolicy.WORK_QUEUE,
+        storage=StorageType.MEMORY,
+        num_replicas=replicas,
+        discard=DiscardPolicy.NEW,
+        max_msgs=QUEUED_MESSAGES,
+        max_bytes=QUEUED_BYTES,
+        duplicate_window=DUPLICATE_WINDOW,
+        allow_msg_ttl=True,
+    )
+
+
+def _consumer(pool: str, model: str, ack_wait: float) -> ConsumerConfig:
+    return ConsumerConfig(
+        durable_name=subjects.consumer(model),
+        filter_subject=subjects.work(pool, model),
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=ack_wait,
+        max_deliver=MAX_DELIVER,
+        max_ack_pending=MAX_ACK_PENDING,
+    )
+
+
+def _bucket(name: str, ttl: float | None, replicas: int) -> StreamConfig:
+    """As a client of NATS makes a bucket with the newest value of each key."""
+    return StreamConfig(
+        name=f"KV_{name}",
+        subjects=[f"$KV.{name}.>"],
+        storage=StorageType.FILE,
+        num_replicas=replicas,
+        discard=DiscardPolicy.NEW,
+        max_age=ttl,
+        max_msgs_per_subject=1,
+        duplicate_window=_KV_DUPLICATES,
+        allow_direct=True,
+        allow_rollup_hdrs=True,
+        allow_msg_ttl=True,
+        deny_delete=True,
+    )

@@ -1,0 +1,135 @@
+"""Three message servers, as `examples/nats/node.conf` configures them: one of them may die."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from lacre_fabric import roles
+from lacre_fabric.connection import Connection
+from lacre_fabric.frames import Kind
+from lacre_fabric.layout import streams
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.provisioning import provision
+from lacre_fabric.roles import Credential
+from lacre_fabric.work import FabricError
+from parts.fabric import new_work
+from parts.nats_cluster import NatsCluster, Node
+
+POOLS = {"a": ("m1",)}
+CREDENTIALS = {name: Credential.new(name) for name in ("provisioner", "gateway-g1", "worker-a-n1")}
+ROLES = [
+    roles.provisioner(CREDENTIALS["provisioner"]),
+    roles.gateway(CREDENTIALS["gateway-g1"], "g1", tuple(POOLS)),
+    roles.worker(CREDENTIALS["worker-a-n1"], "a", "n1"),
+]
+OUTAGE = 10.0  # seconds that nothing may go through; servers choose a new leader in one to five
+LOAD = 15.0  # seconds
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[NatsCluster]:
+    cluster = NatsCluster(tmp_path, ROLES, POOLS)
+    try:
+        cluster.start()
+        await cluster.ready(CREDENTIALS["provisioner"])
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+async def replicas(connection: Connection) -> dict[str, int | None]:
+    return {info.config.name or "": info.config.num_replicas for info in await connection.jetstream.streams_info()}
+
+
+async def test_provisioning_changes_the_number_of_replicas(cluster: NatsCluster) -> None:
+    connection = await Connection.open(cluster.servers, CREDENTIALS["provisioner"])
+    try:
+        every = {config.name for config in streams(tuple(POOLS), 1)}
+        assert await replicas(connection) == dict.fromkeys(every, 3)
+        for wanted in (1, 3):
+            await provision(connection, POOLS, replicas=wanted)
+            assert await replicas(connection) == dict.fromkeys(every, wanted)
+    finally:
+        await connection.close()
+
+
+async def work(worker: NatsWorker) -> None:
+    while True:
+        try:
+            delivery = await worker.pull()
+        except FabricError:
+            await asyncio.sleep(0.1)
+            continue
+        try:
+            if await delivery.claim():
+                await delivery.send(Kind.DATA, b"x")
+                await delivery.send(Kind.USAGE, b"")
+        except FabricError:
+            pass  # another attempt has it then
+        finally:
+            await delivery.drop()
+            worker.release()
+
+
+async def ask(gateway: NatsGateway) -> str:
+    """`whole`, or the kind of error that the caller is told."""
+    try:
+        dispatch = await gateway.dispatch(new_work(), queue_limit=5.0)
+        frames = [frame.payload async for frame in dispatch.frames()]
+    except FabricError as exc:
+        return type(exc).__name__
+    return "whole" if frames == [b"x", b""] else f"answered with {frames}"
+
+
+async def test_a_server_that_is_killed_under_load(cluster: NatsCluster) -> None:
+    gateway = await NatsGateway.connect(cluster.servers, CREDENTIALS["gateway-g1"], "g1")
+    worker = await NatsWorker.connect(cluster.servers, CREDENTIALS["worker-a-n1"], "a", "n1", ["m1"], slots=4)
+    working = [asyncio.create_task(work(worker)) for _ in range(4)]
+    loop = asyncio.get_running_loop()
+    ended: list[tuple[float, str]] = []
+
+    async def load(until: float) -> None:
+        while loop.time() < until:
+            ended.append((loop.time(), await ask(gateway)))
+            await asyncio.sleep(0.02)
+
+    try:
+        leader = await _leader(cluster)
+        asking = [asyncio.create_task(load(loop.time() + LOAD)) for _ in range(4)]
+        await asyncio.sleep(2)
+        before = len(ended)
+        killed = loop.time()
+        leader.stop(signal.SIGKILL)
+        await asyncio.gather(*asking)
+    finally:
+        for task in working:
+            task.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+        await worker.close()
+        await gateway.close()
+    assert before > 20
+    assert {outcome for _, outcome in ended[:before]} == {"whole"}
+    known = {"whole", "FabricUnavailable", "NoWorkers", "QueueTimeout", "WorkerLost", "QueueFull"}
+    assert {outcome for _, outcome in ended} <= known
+    whole = [at for at, outcome in ended if outcome == "whole" and at > killed + 1]
+    assert whole[0] - killed < OUTAGE, f"whole again after {whole[0] - killed:.1f} s"
+    assert all(outcome == "whole" for at, outcome in ended if at > killed + OUTAGE + 2)
+
+
+async def _leader(cluster: NatsCluster) -> Node:
+    """The node that leads the queue."""
+    connection = await Connection.open(cluster.servers, CREDENTIALS["provisioner"])
+    try:
+        info = await connection.jetstream.stream_info("WORK_a")
+    finally:
+        await connection.close()
+    assert info.cluster is not None
+    return next(node for node in cluster.nodes if node.name == info.cluster.leader)

@@ -1,0 +1,144 @@
+"""A client says nothing to a message server that does not prove who it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lacre.errors import SettingsError
+from lacre_fabric import roles
+from lacre_fabric.connection import Connection
+from lacre_fabric.endpoints import Servers
+from lacre_fabric.roles import Credential
+from lacre_fabric.server import free_port
+from lacre_fabric.settings import NatsServers, parse
+from lacre_fabric.work import FabricRefused, FabricUnavailable, FabricUntrusted
+from parts.certificates import DAY, Ca
+from parts.nats_cluster import EXAMPLE, NatsCluster
+
+PROVISIONER = Credential.new("provisioner")
+FOR_CLIENTS = 'key_file: "node.key"\n  min_version: "1.2"'
+ASKS = FOR_CLIENTS + '\n  ca_file: "ca.pem"\n  verify: true'
+
+
+def single(folder: Path, conf: str | None = None) -> NatsCluster:
+    return NatsCluster(folder, [roles.provisioner(PROVISIONER)], {}, conf, size=1)
+
+
+@asynccontextmanager
+async def running(cluster: NatsCluster) -> AsyncIterator[Servers]:
+    try:
+        cluster.start()
+        for node in cluster.nodes:
+            await node.listening()
+        yield cluster.servers
+    finally:
+        cluster.stop()
+
+
+async def connects(servers: Servers) -> bool:
+    connection = await Connection.open(servers, PROVISIONER)
+    try:
+        return connection.connected
+    finally:
+        await connection.close()
+
+
+async def refusal(servers: Servers) -> str:
+    with pytest.raises(FabricUntrusted) as caught:
+        await connects(servers)
+    return str(caught.value)
+
+
+async def test_a_server_is_trusted_by_the_ca_of_the_settings_alone(tmp_path: Path) -> None:
+    other = Ca(tmp_path, "other")
+    async with running(single(tmp_path / "cluster")) as servers:
+        assert await connects(servers)
+        assert "by no CA that is trusted here: name the CA" in await refusal(replace(servers, ca=other.file))
+        assert "by no CA that is trusted here: name the CA" in await refusal(replace(servers, ca=None))
+
+
+async def test_an_expired_certificate(tmp_path: Path) -> None:
+    cluster = single(tmp_path)
+    cluster.nodes[0].certify(cluster.ca, until=-DAY)
+    async with running(cluster) as servers:
+        assert "is not valid now: renew it" in await refusal(servers)
+
+
+@pytest.mark.parametrize("host", ["nats.example", "127.0.0.2"])
+async def test_a_certificate_for_another_host(tmp_path: Path, host: str) -> None:
+    cluster = single(tmp_path)
+    cluster.nodes[0].certify(cluster.ca, host)
+    async with running(cluster) as servers:
+        assert "is for another host: use a name" in await refusal(servers)
+
+
+async def test_a_server_may_ask_for_a_certificate(tmp_path: Path) -> None:
+    cluster = single(tmp_path / "cluster", EXAMPLE.read_text().replace(FOR_CLIENTS, ASKS, 1))
+    client, stranger = cluster.ca.issue(tmp_path, "client"), Ca(tmp_path, "other").issue(tmp_path, "stranger")
+    async with running(cluster) as servers:
+        assert await connects(replace(servers, certificate=client.certificate, key=client.key))
+        assert "(nats.certificate)" in await refusal(servers)
+        assert "(nats.certificate)" in await refusal(replace(servers, certificate=stranger.certificate, key=stranger.key))
+
+
+async def test_the_password_is_not_for_a_server_that_says_it_speaks_no_tls() -> None:
+    """What anybody on the way can make of the first line, which is in the clear."""
+    heard = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"INFO " + json.dumps({"version": "2.15.1", "max_payload": 1024, "headers": True}).encode() + b"\r\n")
+        heard.extend(await reader.read())
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert "speaks no TLS: configure `tls`" in await refusal(Servers((f"tls://127.0.0.1:{port}",)))
+    assert not heard
+
+
+async def test_another_server_does(tmp_path: Path) -> None:
+    """One is down, one has a certificate of another host; whichever comes first."""
+    cluster = single(tmp_path / "cluster")
+    impostor = single(tmp_path / "impostor")
+    impostor.nodes[0].certify(cluster.ca, "nats.example")
+    async with running(cluster) as servers, running(impostor) as others:
+        many = replace(servers, urls=(*others.urls, f"tls://127.0.0.1:{free_port()}", *servers.urls))
+        for _ in range(5):
+            assert await connects(many)
+        with pytest.raises(FabricRefused, match="Authorization Violation"):
+            await Connection.open(many, Credential("provisioner", "wrong"))
+        assert "is for another host" in await refusal(replace(many, urls=many.urls[:2]))
+    with pytest.raises(FabricUnavailable):
+        await connects(servers)
+
+
+MISTAKES = {
+    'url = ["tls://a:1", "nats://b:1"]': "tls:// before every address",
+    "url = []": "write an address such as",
+    'url = "nats://a:1"\nca = "ca.pem"': "write tls://",
+    'url = "tls://a:1"\nkey = "key.pem"': "go together",
+    'url = ["tls://a:1", "tls://user:secret@b:1"]': "take user and password out",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_mistakes_in_settings(text: str) -> None:
+    with pytest.raises(SettingsError, match=MISTAKES[text]):
+        parse(NatsServers, text, Path("settings.toml"))
+
+
+def test_settings(tmp_path: Path) -> None:
+    text = 'url = ["tls://a:4222", "tls://b"]\nca = "ca.pem"\ncertificate = "me.pem"\nkey = "me.key"'
+    servers = parse(NatsServers, text, tmp_path / "settings.toml").servers
+    assert servers == Servers(
+        ("tls://a:4222", "tls://b"), tmp_path / "ca.pem", tmp_path / "me.pem", tmp_path / "me.key"
+    )  # fmt: skip
+    with pytest.raises(SettingsError, match=r"ca.pem, .*me.key: PEM files are wanted"):
+        servers.context()
