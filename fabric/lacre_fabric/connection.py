@@ -173,8 +173,9 @@ class Connection:
                     closed_cb=connection._on_change,
                 )
         except (nats.errors.Error, OSError, TimeoutError) as exc:
+            why = connection._no_connection(urls[0], exc)  # before the end has errors of its own
             await connection._end()
-            raise connection._no_connection(urls[0], exc) from exc
+            raise why from exc
         except BaseException:
             await connection._end()
             raise
