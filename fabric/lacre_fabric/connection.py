@@ -99,7 +99,10 @@ class DirectClient(Client):
 
     async def _process_connect_init(self) -> None:
         """The library takes it for a connection, too, when the server hangs up in place of an answer."""
-        await super()._process_connect_init()
+        try:
+            await super()._process_connect_init()
+        except ConnectionError as exc:
+            raise HungUp from exc
         if not self.is_connected:
             raise HungUp
 
