@@ -408,6 +408,29 @@ def fabric_bundles(
     typer.echo(site.connection_string(public_url))
 
 
+@fabric_app.command("check")
+def fabric_check(state: State = None, as_json: AsJson = False) -> None:
+    """Look whether the message servers are what Lacre needs, and what is weak. Exits with 1 where something is wrong."""
+    from dataclasses import asdict
+    from io import StringIO
+
+    from lacre_fabric import logs
+    from lacre_fabric.inspection import Verdict, inspect
+
+    site = _site(state)
+    logs.configure(StringIO())  # what is denied on purpose; the findings say what matters
+    found = asyncio.run(inspect(site.servers, site.pools, site.replicas, site.credentials()))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in found]))
+    else:
+        table = Table("", "check", "found", "what to do")
+        for finding in found:
+            table.add_row(finding.verdict.value, finding.check, finding.detail, finding.remedy)
+        Console().print(table)
+    if any(finding.verdict is Verdict.WRONG for finding in found):
+        raise typer.Exit(1)
+
+
 def _site(state: Path | None) -> Site:
     from lacre_fabric.site import Site
     from lacre_fabric.up import default_state

@@ -153,6 +153,17 @@ class Site:
             *(roles.worker(self.credential(f"worker-{pool}"), pool, None) for pool in self.pools),
         ]
 
+    def credentials(self) -> dict[str, Credential]:
+        """By role, those that are at hand: of several of one kind, one."""
+        fixed = {"provisioner": "provisioner", "inspector": "inspector", "gateway": f"gateway-{GATEWAY_ID}"}
+        workers = {f"worker-{pool}": (f"worker-{pool}-{NODE}", f"worker-{pool}") for pool in self.pools}
+        found = {role: self.credential(name) for role, name in fixed.items()}
+        for role, names in workers.items():
+            there = next((name for name in names if self.credential_file(name).exists()), None)
+            if there is not None:
+                found[role] = self.credential(there)
+        return found
+
     def credential(self, name: str) -> Credential:
         return Credential.load_or_new(self.credential_file(name), name)
 

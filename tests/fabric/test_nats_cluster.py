@@ -12,6 +12,7 @@ import pytest
 from lacre_fabric import roles
 from lacre_fabric.connection import Connection
 from lacre_fabric.frames import Kind
+from lacre_fabric.inspection import Verdict, inspect
 from lacre_fabric.layout import streams
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsWorker
@@ -22,9 +23,10 @@ from parts.fabric import new_work
 from parts.nats_cluster import NatsCluster, Node
 
 POOLS = {"a": ("m1",)}
-CREDENTIALS = {name: Credential.new(name) for name in ("provisioner", "gateway-g1", "worker-a-n1")}
+CREDENTIALS = {name: Credential.new(name) for name in ("provisioner", "inspector", "gateway-g1", "worker-a-n1")}
 ROLES = [
     roles.provisioner(CREDENTIALS["provisioner"]),
+    roles.inspector(CREDENTIALS["inspector"]),
     roles.gateway(CREDENTIALS["gateway-g1"], "g1", tuple(POOLS)),
     roles.worker(CREDENTIALS["worker-a-n1"], "a", "n1"),
 ]
@@ -59,6 +61,23 @@ async def test_provisioning_changes_the_number_of_replicas(cluster: NatsCluster)
             assert await replicas(connection) == dict.fromkeys(every, wanted)
     finally:
         await connection.close()
+
+
+async def test_the_check_has_nothing_to_say(cluster: NatsCluster) -> None:
+    credentials = {name.removesuffix("-g1").removesuffix("-n1"): each for name, each in CREDENTIALS.items()}
+    async with asyncio.timeout(20):  # copies are made in the servers' own time
+        while weak := [
+            each for each in await inspect(cluster.servers, POOLS, 3, credentials) if each.verdict is not Verdict.OK
+        ]:
+            assert all("behind or away" in each.detail for each in weak), weak
+            await asyncio.sleep(0.5)
+    cluster.nodes[0].stop(signal.SIGKILL)
+    async with asyncio.timeout(20):  # until there are leaders again
+        while not any(
+            each.check == "servers" and each.detail.startswith("2 answer") and each.verdict is Verdict.WRONG
+            for each in await inspect(cluster.servers, POOLS, 3, credentials)
+        ):
+            await asyncio.sleep(0.5)
 
 
 async def work(worker: NatsWorker) -> None:

@@ -1,0 +1,290 @@
+"""`lacre fabric check`: whether running message servers are what Lacre needs, and what is weak about them.
+
+Rules:
+- It changes nothing. What it tries with a credential to find out whether it is denied does no harm where it is allowed: a
+  subscription, a question, or a message to nobody.
+- `wrong` is what breaks a promise of Lacre's, `weak` what keeps it for as long as nothing fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final
+
+import nats.errors
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.js.api import StreamConfig, StreamInfo
+
+from lacre.errors import LacreError
+from lacre_fabric import layout, subjects
+from lacre_fabric.connection import Connection
+from lacre_fabric.endpoints import Servers
+from lacre_fabric.roles import INSPECT, Credential
+from lacre_fabric.server import MAX_PAYLOAD
+from lacre_fabric.work import FabricError
+
+_SKEW: Final = 5.0  # seconds that clocks may differ and nobody notices
+_LISTEN: Final = 1.0  # seconds in which servers answer
+_PROVISION: Final = "run `lacre manifest publish`, which mends it"
+_ANEW: Final = "delete the stream when nobody needs what is in it, and run `lacre manifest publish`"
+_ACCOUNTS: Final = "configure the servers with what `lacre fabric accounts` prints, and nothing beside it"
+_FIXED: Final = frozenset({"storage", "retention"})  # what no update of a stream changes
+_CHOSEN: Final = frozenset({"retention", "duplicate_window"})  # by the server, where nothing is asked for
+_STREAM: Final = (
+    "subjects", "retention", "storage", "num_replicas", "discard", "max_msgs", "max_bytes", "max_msgs_per_subject", "max_age",
+    "duplicate_window", "allow_msg_ttl", "deny_delete", "deny_purge",
+)  # fmt: skip
+_CONSUMER: Final = ("filter_subject", "ack_policy", "ack_wait", "max_deliver", "max_ack_pending")
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WEAK = "weak"
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """remedy: what to do; empty where there is nothing to do."""
+
+    check: str
+    verdict: Verdict
+    detail: str
+    remedy: str = ""
+
+
+async def inspect(
+    servers: Servers, pools: Mapping[str, Sequence[str]], replicas: int, credentials: Mapping[str, Credential]
+) -> list[Finding]:
+    """credentials: by role: `provisioner`, `inspector`, and any of `gateway` and `worker-POOL`."""
+    found = [_tls(servers)]
+    try:
+        async with _connected(servers, credentials["provisioner"]) as provisioner:
+            found += await _streams(provisioner, pools, replicas)
+            found += await _consumers(provisioner, pools)
+    except LacreError as exc:
+        found.append(
+            Finding("fabric", Verdict.WRONG, str(exc), "see that the servers run, have JetStream, and know Lacre's accounts")
+        )
+        return found
+    try:
+        async with _connected(servers, credentials["inspector"]) as inspector:
+            found += _servers(await _said(inspector), replicas, time.time())
+    except LacreError as exc:
+        found.append(Finding("servers", Verdict.WRONG, str(exc), _ACCOUNTS))
+    for role, credential in credentials.items():
+        if role not in ("provisioner", "inspector"):
+            found.append(await _denied(servers, role, credential, pools))
+    return found
+
+
+@asynccontextmanager
+async def _connected(servers: Servers, credential: Credential) -> AsyncIterator[Connection]:
+    connection = await Connection.open(servers, credential)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def _tls(servers: Servers) -> Finding:
+    if servers.tls:
+        return Finding("tls", Verdict.OK, "servers prove who they are")
+    far = [host for host in servers.hosts if not _loopback(host)]
+    if not far:
+        return Finding("tls", Verdict.OK, "none, on this machine alone")
+    return Finding(
+        "tls",
+        Verdict.WRONG,
+        f"passwords go to {', '.join(far)} in the clear",
+        "configure `tls` on the servers, and write tls:// in `url`",
+    )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _streams(connection: Connection, pools: Mapping[str, Sequence[str]], replicas: int) -> list[Finding]:
+    found = []
+    for wanted in layout.streams(tuple(pools), replicas):
+        name = wanted.name or ""
+        async with connection.mapped():
+            try:
+                info = await connection.jetstream.stream_info(name)
+            except nats.js.errors.NotFoundError:
+                found.append(Finding(name, Verdict.WRONG, "it is not there", _PROVISION))
+                continue
+        found.append(_stream(name, wanted, info))
+    return found
+
+
+def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> Finding:
+    differs = _differences(_STREAM, wanted, info.config)
+    if differs:
+        remedy = _ANEW if any(field in _FIXED for field, _ in differs) else _PROVISION
+        verdict = Verdict.WEAK if {field for field, _ in differs} == {"num_replicas"} else Verdict.WRONG
+        return Finding(name, verdict, "; ".join(told for _, told in differs), remedy)
+    if info.cluster is None or not wanted.num_replicas or wanted.num_replicas == 1:
+        return Finding(name, Verdict.OK, "as it should be, on one server")
+    peers = info.cluster.replicas or []
+    late = [peer.name or "?" for peer in peers if peer.offline or not peer.current]
+    if info.cluster.leader is None or late:
+        told = f"leader {info.cluster.leader or 'none'}; behind or away: {', '.join(late) or 'none'}"
+        return Finding(name, Verdict.WEAK, told, "see that every server runs and reaches the others")
+    return Finding(name, Verdict.OK, f"as it should be, leader {info.cluster.leader}, {len(peers)} more current")
+
+
+def _differences(fields: Iterable[str], wanted: object, there: object) -> list[tuple[str, str]]:
+    """Fields that differ, each with how it is told. Where the server chooses, any choice will do."""
+    told = []
+    for field in fields:
+        want, has = _limit(getattr(wanted, field)), _limit(getattr(there, field))
+        if want != has and not (want is None and field in _CHOSEN):
+            told.append((field, f"{field} is {has}, should be {want}"))
+    return told
+
+
+def _limit(value: object) -> object:
+    """None for what NATS and its client write as none, zero or minus one: no limit."""
+    return None if value in (None, 0, -1) else value
+
+
+async def _consumers(connection: Connection, pools: Mapping[str, Sequence[str]]) -> list[Finding]:
+    found = []
+    for stream, wanted in layout.consumers(pools).items():
+        try:
+            async with connection.mapped():
+                there = {info.name: info.config for info in await connection.jetstream.consumers_info(stream)}
+        except FabricError as exc:
+            found.append(Finding(f"consumers {stream}", Verdict.WRONG, str(exc), _PROVISION))
+            continue
+        names = {config.durable_name or "": config for config in wanted}
+        told = [f"{name} is missing" for name in names.keys() - there.keys()]
+        told += [f"{name} is nobody's" for name in there.keys() - names.keys()]
+        for name in names.keys() & there.keys():
+            told += [f"{name}: {text}" for _, text in _differences(_CONSUMER, names[name], there[name])]
+        verdict = Verdict.WRONG if told else Verdict.OK
+        found.append(Finding(f"consumers {stream}", verdict, "; ".join(told) or f"{len(names)}", _PROVISION if told else ""))
+    return found
+
+
+async def _said(inspector: Connection) -> list[dict[str, Any]]:
+    """What each server says of its configuration (VARZ). Raises FabricError."""
+    said: list[dict[str, Any]] = []
+
+    async def hear(message: Msg) -> None:
+        answer = json.loads(message.data)
+        if "data" in answer:
+            said.append({**answer["data"], "at": answer["server"]["time"]})
+
+    inbox = f"{subjects.inbox(inspector.credential.name)}.servers"
+    async with inspector.mapped(confirmed=True):
+        await inspector.client.subscribe(inbox, cb=hear)
+        await inspector.client.publish(INSPECT[0], reply=inbox)
+    await asyncio.sleep(_LISTEN)
+    return said
+
+
+def _servers(said: Sequence[Mapping[str, Any]], replicas: int, now: float) -> list[Finding]:
+    if not said:
+        return [Finding("servers", Verdict.WRONG, "none answers the inspector", _ACCOUNTS)]
+    found = []
+    versions = sorted({str(server["version"]) for server in said})
+    verdict = Verdict.OK if len(versions) == 1 else Verdict.WEAK
+    found.append(
+        Finding("versions", verdict, ", ".join(versions), "" if len(versions) == 1 else "run one version on all servers")
+    )
+    enough = len(said) >= replicas
+    found.append(
+        Finding(
+            "servers", Verdict.OK if enough else Verdict.WRONG, f"{len(said)} answer, {replicas} keep each stream",
+            "" if enough else "start the servers that are missing, or lower `replicas`",
+        )
+    )  # fmt: skip
+    for server in said:
+        found += _server(server, now)
+    return found
+
+
+def _server(server: Mapping[str, Any], now: float) -> list[Finding]:
+    name, config = server.get("server_name", "?"), (server.get("jetstream") or {}).get("config") or {}
+    wrong: list[tuple[Verdict, str, str]] = []
+    if server.get("max_payload", 0) < MAX_PAYLOAD:
+        wrong.append(
+            (Verdict.WRONG, f"max_payload is {server.get('max_payload')}", f"set max_payload to {MAX_PAYLOAD} or more")
+        )
+    if not config:
+        wrong.append((Verdict.WRONG, "JetStream is off", "configure `jetstream`"))
+    elif not config.get("sync_always"):
+        wrong.append((Verdict.WEAK, "a power cut may forget what was written last", "set sync_interval: always in `jetstream`"))
+    skew = abs(now - datetime.fromisoformat(str(server["at"])).timestamp())
+    if skew > _SKEW:
+        wrong.append((Verdict.WEAK, f"its clock is {skew:.0f} s from this one", "keep all clocks by NTP"))
+    if not wrong:
+        return [Finding(f"server {name}", Verdict.OK, "JetStream, payload, sync and clock are as they should be")]
+    return [Finding(f"server {name}", *each) for each in wrong]
+
+
+async def _denied(servers: Servers, role: str, credential: Credential, pools: Mapping[str, Sequence[str]]) -> Finding:
+    """Tries what the role must not do."""
+    allowed = []
+    try:
+        async with _connected(servers, credential) as connection:
+            for subject in _LISTENED:
+                if not await _refuses(connection, subject, listen=True):
+                    allowed.append(f"subscribe to {subject}")
+            for subject in _asked(role, pools):
+                if not await _refuses(connection, subject, listen=False):
+                    allowed.append(f"publish to {subject}")
+    except LacreError as exc:
+        return Finding(f"permissions {role}", Verdict.WRONG, str(exc), _ACCOUNTS)
+    if allowed:
+        return Finding(f"permissions {role}", Verdict.WRONG, f"it may {', '.join(allowed)}", _ACCOUNTS)
+    return Finding(f"permissions {role}", Verdict.OK, "what it must not do is denied")
+
+
+_LISTENED: Final = (">", "_INBOX.>", "work.>", "$SYS.>", "$KV.>")
+_NOBODY: Final = "check-nobody"  # no stream, consumer, gateway or request has this name
+
+
+def _asked(role: str, pools: Mapping[str, Sequence[str]]) -> list[str]:
+    """Subjects that are denied to the role; where they are not, nobody is there to be harmed."""
+    api = [f"{prefix}.{call}" for prefix in ("$JS.API", subjects.API) for call in (
+        f"STREAM.CREATE.{_NOBODY}", f"STREAM.DELETE.{_NOBODY}", f"STREAM.PURGE.{_NOBODY}", "STREAM.NAMES",
+        f"CONSUMER.CREATE.{_NOBODY}.{_NOBODY}",
+    )]  # fmt: skip
+    others = [pool for pool in pools if role != f"worker-{pool}"]
+    own = role.removeprefix("worker-")
+    pulls = [f"{subjects.API}.CONSUMER.MSG.NEXT.{subjects.work_stream(pool)}.{_NOBODY}" for pool in others]
+    if role.startswith("worker-"):
+        replies = [subjects.reply(pool, _NOBODY, _NOBODY) for pool in others]
+        return [*api, *pulls, *replies, f"work.{own}.{_NOBODY}.none", subjects.READ_BUDGETS, subjects.READ_REVOCATIONS]
+    return [*api, *pulls, *(subjects.reply(pool, _NOBODY, _NOBODY) for pool in pools)]
+
+
+async def _refuses(connection: Connection, subject: str, *, listen: bool) -> bool:
+    denials = connection.denials
+    try:
+        if listen:
+            subscription = await connection.client.subscribe(subject)
+            await connection.round_trip()
+            await subscription.unsubscribe()
+        else:
+            await connection.client.publish(subject, b"")
+            await connection.round_trip()
+    except nats.errors.Error as exc:
+        raise connection.unavailable(exc, denials) from exc
+    return connection.denials > denials

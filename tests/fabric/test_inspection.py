@@ -1,0 +1,109 @@
+"""`lacre fabric check`: nothing to say of what provisioning made, and each weakened setting named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nats.js.api import StorageType, StreamConfig
+
+from lacre_fabric.connection import Connection
+from lacre_fabric.endpoints import Servers
+from lacre_fabric.inspection import Finding, Verdict, inspect
+from lacre_fabric.provisioning import provision
+from lacre_fabric.roles import Role
+from lacre_fabric.server import Server, free_port
+from lacre_fabric.site import Site
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path, {"a": ("m1",), "b": ("m1",)})
+
+
+@asynccontextmanager
+async def running(
+    site: Site, roles: list[Role] | None = None, change: Change = lambda _config: None
+) -> AsyncIterator[tuple[Server, Connection]]:
+    """A provisioned server with every role, its configuration changed; and the provisioner."""
+    server = Server(site.folder / "nats", free_port())
+    server.configure(site.roles() if roles is None else roles)
+    path = site.folder / "nats" / "nats.conf"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    process = server.start(site.folder / "nats.log")
+    try:
+        connection = await Connection.open(server.url, site.credential("provisioner"))
+        await provision(connection, site.pools)
+        yield server, connection
+        await connection.close()
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+async def weak(site: Site, server: Server, replicas: int = 1) -> dict[str, str]:
+    """What is not ok, by check."""
+    found: list[Finding] = await inspect(Servers.of(server.url), site.pools, replicas, site.credentials())
+    assert all(bool(finding.remedy) == (finding.verdict is not Verdict.OK) for finding in found)
+    return {finding.check: finding.detail for finding in found if finding.verdict is not Verdict.OK}
+
+
+async def test_streams_and_consumers(site: Site) -> None:
+    async with running(site) as (server, connection):
+        js = connection.jetstream
+        assert await weak(site, server) == {}
+        await provision(connection, site.pools, ack_wait=60.0)
+        told = await weak(site, server)
+        assert told.keys() == {"consumers WORK_a", "consumers WORK_b"}
+        assert "ack_wait is 60.0, should be 5.0" in told["consumers WORK_a"]
+        await provision(connection, site.pools)
+        await js.update_stream((await js.stream_info("WORK_a")).config.evolve(duplicate_window=1.0))
+        await js.update_stream((await js.stream_info("KV_claims_b")).config.evolve(max_age=5.0, duplicate_window=5.0))
+        await js.delete_stream("KV_budgets")
+        await js.add_stream(StreamConfig(name="KV_budgets", subjects=["$KV.budgets.>"], storage=StorageType.MEMORY))
+        await js.delete_stream("KV_trust")
+        told = await weak(site, server)
+        assert told.keys() == {"WORK_a", "KV_claims_b", "KV_budgets", "KV_trust"}
+        assert "duplicate_window is 1" in told["WORK_a"]
+        assert "max_age is 5.0" in told["KV_claims_b"]
+        assert "storage is" in told["KV_budgets"]
+        assert told["KV_trust"] == "it is not there"
+
+
+SERVERS: dict[str, Change] = {
+    "max_payload": lambda config: config.update(max_payload=2**20),
+    "power cut": lambda config: config["jetstream"].update(sync_interval="2m"),
+}
+
+
+@pytest.mark.parametrize("told", SERVERS)
+async def test_servers(site: Site, told: str) -> None:
+    async with running(site, change=SERVERS[told]) as (server, _):
+        found = await weak(site, server)
+        assert found.keys() == {"server lacre"}
+        assert told in found["server lacre"]
+        assert {"servers", "WORK_a", "KV_trust"} <= (await weak(site, server, replicas=3)).keys()
+
+
+async def test_permissions_that_are_too_wide(site: Site) -> None:
+    wider = {"worker-a-n1": ("reply.>",), "gateway-g1": ("$JS.API.>",)}
+
+    def widened(role: Role) -> Role:
+        more = wider.get(role.credential.name, ())
+        return replace(role, publish=(*role.publish, *more), subscribe=(*role.subscribe, *(["work.>"] if more else [])))
+
+    async with running(site, [widened(role) for role in site.roles()]) as (server, _):
+        told = await weak(site, server)
+        assert told.keys() == {"permissions worker-a", "permissions gateway"}
+        assert "subscribe to work.>" in told["permissions worker-a"]
+        assert "publish to reply.b." in told["permissions worker-a"]
+        assert "publish to $JS.API.STREAM.CREATE." in told["permissions gateway"]
