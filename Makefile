@@ -4,9 +4,10 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
 FUZZ_SECONDS ?= 120
+CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables
 
-.PHONY: demo test test-all lint bench profile fuzz mutants threat-model errors clean ready tested environments chart-test container-test sbom
+.PHONY: demo test test-all lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom
 
 demo: ready
 	$(BIN)/lacre demo
@@ -58,6 +59,10 @@ profile: ready
 fuzz: ready
 	@$(PYTHON) tools/bootstrap.py fuzz
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
+
+# Strikes a whole deployment, at the times that CHAOS_SEED draws, and says what did not hold. Root and nginx make it complete.
+chaos: ready
+	PYTHONPATH=tests $(BIN)/python -m chaos --seconds $(CHAOS_SECONDS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED)) $(if $(CHAOS_RECORD),--record)
 
 # Takes one defence away at a time in a copy of the tree, and sees which attack of tests/hostile notices; some minutes.
 mutants: ready

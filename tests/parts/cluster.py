@@ -19,7 +19,7 @@ from lacre.jws import b64u
 from lacre.trust import verify
 from lacre_backend.keyring import KeyRing
 from lacre_backend.node import Identity, Node
-from lacre_fabric import roles
+from lacre_fabric import roles, tokens
 from lacre_fabric.connection import Connection
 from lacre_fabric.keyfiles import read_ed25519
 from lacre_fabric.leash import PYTHON, leashed
@@ -55,6 +55,34 @@ class GatewayProcess:
     base_url: str
     url: str
     process: subprocess.Popen[bytes] = field(init=False)
+
+    @classmethod
+    def configured(
+        cls, site: Site, name: str, nats_url: str, policies: Path, more: str, *, public_url: str = "", drain: int = 5
+    ) -> Self:
+        """Its settings are written, with a port of its own; it is not started. more: further tables, as TOML. public_url: where
+        applications find it, if that is not where it listens.
+        """
+        port = free_port()
+        base_url = f"http://127.0.0.1:{port}"
+        site.credential(f"gateway-{name}")
+        path = site.folder / "gateway" / f"{name}.toml"
+        path.write_text(f"""
+            gateway = "{name}"
+            public_url = "{public_url or base_url}"
+            trust = "{b64u(site.root)}"
+            signing_key = "grant.pem"
+            audit = "audit-{name}"
+            policies = "{policies}"
+            [listen]
+            port = {port}
+            drain = {drain}
+            [nats]
+            url = "{nats_url}"
+            credentials = "{site.credential_file(f"gateway-{name}")}"
+            {more}
+        """)
+        return cls(name, path, site.log(name), base_url, site.connection_string(public_url or base_url))
 
     def start(self) -> None:
         with self.log.open("ab") as output:
@@ -150,29 +178,22 @@ class Cluster:
         self.stack.push_async_callback(end)
 
     def _gateway(self, name: str, issuers: str) -> GatewayProcess:
-        site, port = self.site, free_port()
-        base_url = f"http://127.0.0.1:{port}"
-        path = site.folder / "gateway" / f"{name}.toml"
-        policies = path.parent / "policies"
+        policies = self.site.folder / "gateway" / "policies"
         if not policies.exists():
             shutil.copytree(shipped(), policies)
             (policies / PLANS_FILE).write_text(_NO_LIMITS)
-        path.write_text(f"""
-            gateway = "{name}"
-            public_url = "{base_url}"
-            trust = "{b64u(site.root)}"
-            signing_key = "grant.pem"
-            audit = "audit-{name}"
-            policies = "policies"
-            [listen]
-            port = {port}
-            drain = 2
-            [nats]
-            url = "{self.server.url}"
-            credentials = "{self.credential(name)}"
-            {issuers}
-        """)
-        gateway = GatewayProcess(name, path, site.log(name), base_url, site.connection_string(base_url))
+        gateway = GatewayProcess.configured(self.site, name, self.server.url, policies, issuers, drain=2)
         gateway.start()
         self.stack.callback(gateway.stop)
         return gateway
+
+
+def own_issuer(site: Site) -> str:
+    """The table `[[issuers]]` for the site's development issuer."""
+    return f"""
+        [[issuers]]
+        issuer = "{tokens.ISSUER}"
+        audience = "{tokens.AUDIENCE}"
+        algorithms = ["EdDSA"]
+        jwks = "{site.folder / "issuer.jwks"}"
+    """

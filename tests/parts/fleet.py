@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lacre.jws import b64u
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST, Aead, Kdf, Kem, KeyConfig, Suite
 from lacre.wire.ohttp import ResponseOpener, seal_request
@@ -25,7 +24,7 @@ from lacre_fabric.site import Site
 from lacre_fabric.work import FabricUnavailable
 from lacre_gateway.plans import PLANS_FILE
 from lacre_gateway.policy.rules import shipped
-from parts.cluster import GatewayProcess
+from parts.cluster import GatewayProcess, own_issuer
 from parts.fleet_worker import MODEL, POOL
 
 READY = 240.0  # seconds; three processes that import at once, on a machine that has other things to do
@@ -42,7 +41,9 @@ class Fleet:
         self._policies = folder / "policies"
         shutil.copytree(shipped(), self._policies)
         (self._policies / PLANS_FILE).write_text(plans)
-        self.gateways = {name: self._gateway(name, free_port(), limits) for name in names}
+        more = f"{own_issuer(self.site)}\n[limits]\n{limits}"
+        url = self._server.url
+        self.gateways = {name: GatewayProcess.configured(self.site, name, url, self._policies, more) for name in names}
         self.nats: subprocess.Popen[bytes] | None = None
         self.worker: subprocess.Popen[bytes] | None = None
         self._config = self._key()
@@ -155,33 +156,6 @@ class Fleet:
     def _key(self) -> KeyConfig:
         keys = self.site.generations(POOL).pool_keys(time.time(), time.time() + 600)
         return next(key.config for key in keys if key.config.kem is Kem.X25519)
-
-    def _gateway(self, name: str, port: int, limits: str) -> GatewayProcess:
-        site, base_url = self.site, f"http://127.0.0.1:{port}"
-        path = site.folder / "gateway" / f"{name}.toml"
-        site.credential(f"gateway-{name}")
-        path.write_text(f"""
-            gateway = "{name}"
-            public_url = "{base_url}"
-            trust = "{b64u(site.root)}"
-            signing_key = "grant.pem"
-            audit = "audit-{name}"
-            policies = "{self._policies}"
-            [listen]
-            port = {port}
-            drain = 5
-            [nats]
-            url = "{self._server.url}"
-            credentials = "{site.credential_file(f"gateway-{name}")}"
-            [[issuers]]
-            issuer = "{tokens.ISSUER}"
-            audience = "{tokens.AUDIENCE}"
-            algorithms = ["EdDSA"]
-            jwks = "{site.folder / "issuer.jwks"}"
-            [limits]
-            {limits}
-        """)
-        return GatewayProcess(name, path, site.log(name), base_url, site.connection_string(base_url))
 
 
 async def _ready(gateway: GatewayProcess) -> None:

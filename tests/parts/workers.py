@@ -98,7 +98,7 @@ class Workers:
             gateway = GatewayProcess("gateway", site.gateway_settings, log, base_url, url)
             tables = list(upstreams.values()) or [""] * count
             workers = [
-                WorkerProcess(node, _settings(site, node, table), site.log(node))
+                WorkerProcess(node, worker_settings(site, node, table), site.log(node))
                 for node, table in zip(nodes, tables, strict=True)
             ]
             pool = cls(site, server, stack, gateway, workers, process)
@@ -129,7 +129,7 @@ class Workers:
                 worker.heard = time.monotonic()
 
 
-def _settings(site: Site, node: str, upstream: str) -> Path:
+def worker_settings(site: Site, node: str, upstream: str = "") -> Path:
     """The site's worker settings, for another node; with `upstream`, where there is one, in place of the models."""
     own = site.worker_settings(POOL)
     path = own.with_name(f"{node}.toml")
