@@ -1,0 +1,25 @@
+"""A minute of it: what strikes, asks and judges is itself run, whole. `make chaos` is the same for longer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from chaos.balancer import installed
+from chaos.run import RATE, run
+
+SEED, SECONDS = 7, 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)
+@pytest.mark.skipif(installed() is None, reason="nginx is not installed (Debian: apt-get install nginx-light)")
+async def test_a_minute(tmp_path: Path) -> None:
+    result = await run(tmp_path, SEED, SECONDS)
+    print(result)
+    assert result.violations == {"ends": [], "receipts": [], "books": [], "logs": [], "lives": []}
+    assert sum(result.ended.values()) == SECONDS * RATE
+    assert result.ended["whole"] > SECONDS * RATE / 2
+    assert result.proofs >= result.ended["whole"]
+    assert {"kill-gateway", "kill-worker", "kill-server", "leader", "keys", "policies"} <= set(result.strikes)
