@@ -65,7 +65,8 @@ def receipts(entries: Entries, found: Sequence[Ended]) -> Iterator[str]:
 def books(entries: Entries, price: Price, lines: Sequence[Mapping[str, Any]], killed: frozenset[str]) -> Iterator[str]:
     """Budgets are exact: what was drawn is what receipts cost, to the micro-unit, and what the killed forfeited.
 
-    lines: of `lacre budget show --json`, once every gateway was stopped in order: a lease that is open then is a dead one's.
+    lines: of `lacre budget show --json`, once every gateway was stopped in order: what a lease holds unused then is a dead one's.
+    One that is open and used up is none: whoever gave all back while idle has forgotten it.
     """
     spent: Counter[tuple[str, int]] = Counter()
     for intent, outcome in _pairs(entries):
@@ -83,8 +84,8 @@ def books(entries: Entries, price: Price, lines: Sequence[Mapping[str, Any]], ki
         if line["wrong"]:
             yield f"{line['name']}, {line['limit']}: {line['wrong']}"
         for lease in line["leases"]:
-            if lease["holder"].partition(".")[0] not in killed:
-                yield f"{line['name']}, {line['limit']}: {lease['holder']} left in order and did not close its lease"
+            if lease["drawn"] != lease["used"] and lease["holder"].partition(".")[0] not in killed:
+                yield f"{line['name']}, {line['limit']}: {lease['holder']} left in order and did not give back its lease"
         drawn[line["limit"], line["window"]] += line["drawn"] - sum(each["drawn"] - each["used"] for each in line["leases"])
     if not drawn:
         yield "nothing was drawn from any budget"

@@ -118,7 +118,13 @@ def test_what_is_gone_from_a_budget_and_stands_on_no_receipt() -> None:
 
 def test_a_lease_that_was_not_given_back() -> None:
     wrong = list(checks.books(ENTRIES, price(), LINES, frozenset()))
-    assert wrong and all("did not close its lease" in each for each in wrong)
+    assert wrong and all("did not give back its lease" in each for each in wrong)
+
+
+def test_a_lease_that_was_given_back_and_is_open_forfeits_nothing() -> None:
+    idle = {"holder": "g3.7", "drawn": COST, "used": COST, "lost": False, "forfeited": 0}
+    lines = [line("money_per_month", 3 * COST + 10, [LOST, idle]), *LINES[1:]]
+    assert not list(checks.books(ENTRIES, price(), lines, KILLED))
 
 
 def test_sums_that_the_budget_itself_finds_wrong() -> None:
