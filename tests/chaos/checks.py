@@ -65,7 +65,7 @@ def receipts(entries: Entries, found: Sequence[Ended]) -> Iterator[str]:
 def books(entries: Entries, price: Price, lines: Sequence[Mapping[str, Any]], killed: frozenset[str]) -> Iterator[str]:
     """Budgets are exact: what was drawn is what receipts cost, to the micro-unit, and what the killed forfeited.
 
-    lines: of `lacre budget show --json`, once every gateway was stopped in order: what a lease holds unused then is a dead one's.
+    lines: of `lacre budget show --json`, once every gateway was stopped in order: what is unused on a lease is a dead one's.
     One that is open and used up is none: whoever gave all back while idle has forgotten it.
     """
     spent: Counter[tuple[str, int]] = Counter()

@@ -18,7 +18,7 @@ HEAD: Final = (
 def row(result: Result) -> str:
     ended, whole, cancelled = sum(result.ended.values()), result.ended.get("whole", 0), result.ended.get("cancelled", 0)
     errors = ", ".join(f"{count} {name}" for name, count in result.errors.items()) or "none"
-    strikes = f"{sum(result.strikes.values())} of {len(result.strikes)} kinds"
+    strikes = f"{sum(result.strikes.values())}, of {len(result.strikes)} kinds"
     return (
         f"| {result.seed} | {result.seconds:.0f} | {ended} | {whole} | {cancelled} "
         f"| {errors} | {result.resumed} | {strikes} | {result.outage} s | {result.wait} s | {result.wrong} |\n"

@@ -21,6 +21,7 @@ from parts.small_disk import filled
 
 GRACE: Final = 15.0  # seconds that a key which was replaced is still listed
 TAKEN_UP: Final = 10.0  # seconds for workers to take up a new key
+ROTATION_TRIES: Final = 10
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Strikes:
                 with filled(self.stage.disk):
                     await asyncio.sleep(strike.lasting)
             case "keys":
-                await self._rotate()
+                if not await self._rotate():
+                    return  # what did not happen is not counted
             case "policies":
                 self._rewrite()
         self.done[strike.kind] = self.done.get(strike.kind, 0) + 1
@@ -109,18 +111,23 @@ class Strikes:
         await asyncio.sleep(strike.lasting)
         worker.skew(0.0)
 
-    async def _rotate(self) -> None:
-        """New keys, and an end to those whose grace is over. Where it fails, the next strike tries again."""
+    async def _rotate(self) -> bool:
+        """New keys, and an end to those whose grace is over; tried again, as `upkeep` does, while servers have no leader."""
 
         async def change(connection: Connection) -> None:
             await rotation.rotate(self.stage.site, connection, POOL, grace=GRACE, wait=TAKEN_UP)
             await rotation.retire(self.stage.site, connection, wait=0.0)
 
-        try:
-            async with self.stage.connected() as connection:
-                await change(connection)
-        except LacreError as exc:
-            self.failed.append(f"keys: {exc}")
+        for _ in range(ROTATION_TRIES):
+            try:
+                async with self.stage.connected() as connection:
+                    await change(connection)
+            except LacreError as exc:
+                self.failed.append(f"keys: {exc}")
+                await asyncio.sleep(1.0)
+            else:
+                return True
+        return False
 
     def _rewrite(self) -> None:
         """Other bytes, and the same limits: replaced at once, as an operator's tools do."""

