@@ -315,9 +315,3 @@ def _is_refusal(text: str) -> bool:
 def headers_of(message: Msg) -> dict[str, str]:
     headers: dict[str, Any] | None = message.headers
     return {} if headers is None else {str(name): str(value) for name, value in headers.items()}
-
-
-def fields_of(block: bytes) -> dict[str, str]:
-    """The header fields of a message as it stands on the wire: a line with the version, and one for each field."""
-    lines = block.decode("utf-8", "replace").split("\r\n")[1:]
-    return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}

@@ -16,6 +16,8 @@ KIND: Final = "K"
 MAX_PAYLOAD: Final = 256 * 1024  # bytes; as much as a worker's whole credit
 _ATTEMPT: Final = re.compile(r"[0-9a-f]{32}")
 _SEQUENCE: Final = re.compile(r"0|[1-9][0-9]{0,11}")
+# What our workers write. One match reads it; a dictionary of fields would cost a gateway more than the rest of a frame.
+_BLOCK: Final = re.compile(rb"NATS/1\.0\r\nA: ([0-9a-f]{32})\r\nS: (0|[1-9][0-9]{0,11})\r\nK: (data|usage|error|beat)\r\n\r\n")
 
 
 class Kind(StrEnum):
@@ -45,6 +47,14 @@ class Frame:
         return {ATTEMPT: self.attempt, SEQUENCE: str(self.sequence), KIND: self.kind.value}
 
     @classmethod
+    def read(cls, block: bytes, payload: bytes) -> Frame:
+        """block: the headers as they stand on the wire. Raises InvalidMessage."""
+        match = _BLOCK.fullmatch(block)
+        if match is None or len(payload) > MAX_PAYLOAD:
+            return cls.parse(_fields(block), payload)
+        return cls(match[1].decode(), int(match[2]), _KINDS[match[3].decode()], payload)
+
+    @classmethod
     def parse(cls, headers: Mapping[str, str] | None, payload: bytes) -> Frame:
         """Raises InvalidMessage."""
         headers = headers or {}
@@ -54,3 +64,9 @@ class Frame:
         if len(payload) > MAX_PAYLOAD:
             raise InvalidMessage("a frame larger than a worker's whole credit")
         return cls(attempt, int(sequence), kind, payload)
+
+
+def _fields(block: bytes) -> dict[str, str]:
+    """A line with the version, and one for each field."""
+    lines = block.decode("utf-8", "replace").split("\r\n")[1:]
+    return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}

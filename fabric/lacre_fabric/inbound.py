@@ -5,17 +5,15 @@ Rules:
 - Its frames count from 0 without a gap. A worker that falls silent for `LOST_AFTER` is lost.
 - What is not read yet is bounded by the worker's credit; more than that is a worker out of hand, and ends this request only.
 - A worker is told what its reader took when that is worth a message, and at the latest with its own next beat.
-- What is no frame at all says nothing about an attempt: it is dropped, and where it stood in for a frame, a gap tells.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Final
 
-from lacre.errors import InvalidMessage
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.work import CREDIT, LOST_AFTER, FabricError, FrameGap, QueueTimeout, WorkerLost
 
@@ -62,15 +60,8 @@ class Inbound:
         """Whether the next frame is here already."""
         return bool(self._frames)
 
-    def receive(self, headers: Mapping[str, str], payload: bytes) -> None:
-        """Takes what came off the wire, in the order in which it came."""
-        try:
-            frame = Frame.parse(headers, payload)
-        except InvalidMessage:
-            return
-        self.put(frame)
-
     def put(self, frame: Frame) -> None:
+        """Takes a frame, in the order in which it came off the wire."""
         if self._over or (self._bound is not None and frame.attempt != self._bound):
             return
         self._silent_at = self._loop.time() + LOST_AFTER

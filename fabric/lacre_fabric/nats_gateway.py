@@ -18,9 +18,9 @@ from nats.js.api import Header
 from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.members import Members
 from lacre_fabric import subjects
-from lacre_fabric.connection import API_TIMEOUT, Connection, fields_of
+from lacre_fabric.connection import API_TIMEOUT, Connection
 from lacre_fabric.endpoints import Servers
-from lacre_fabric.frames import KIND, Frame, Kind
+from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
 from lacre_fabric.nats_revocations import Reader, revoke
 from lacre_fabric.revocations import Revocation
@@ -239,14 +239,17 @@ class NatsGateway:
             acked.set_result(_Ack(block, payload))
 
     def _on_reply(self, subject: str, block: bytes, payload: bytes) -> None:
+        try:
+            frame = Frame.read(block, payload)
+        except InvalidMessage:
+            return  # what is no frame says nothing about an attempt; where it stood in for one, a gap tells
         _, pool, _, request_id = subject.split(".")
-        fields = fields_of(block)
         inbound = self._inbound.get((pool, request_id))
         if inbound is not None:
-            inbound.receive(fields, payload)
-            if fields.get(KIND) == Kind.BEAT and (total := inbound.renewal()) is not None:
+            inbound.put(frame)
+            if frame.kind is Kind.BEAT and (total := inbound.renewal()) is not None:
                 self._tell_soon(subjects.credit(pool, request_id), str(total).encode())
-        elif fields.get(KIND) in (Kind.DATA, Kind.BEAT):
+        elif frame.kind in (Kind.DATA, Kind.BEAT):
             self._tell_soon(subjects.cancel(pool, request_id))  # it runs for nobody
 
     def _tell_soon(self, subject: str, payload: bytes = b"") -> None:

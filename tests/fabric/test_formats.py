@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +47,32 @@ RECEIPT = Receipt("x", "sha256:0", 1, 0, 2, NOW, NOW + 1, True)
 def test_a_frame_is_read_back(attempt: bytes, sequence: int, kind: Kind, payload: bytes) -> None:
     frame = Frame(attempt.hex(), sequence, kind, payload)
     assert Frame.parse(frame.headers(), payload) == frame
+    assert Frame.read(on_the_wire(frame.headers().items()), payload) == frame
+
+
+def on_the_wire(headers: Iterable[tuple[str, str]], end: str = "\r\n") -> bytes:
+    return "".join(["NATS/1.0\r\n", *(f"{name}: {value}\r\n" for name, value in headers), end]).encode()
+
+
+VALUES = st.sampled_from(["0" * 32, "a" * 32, "A" * 32, "0", "7", "00", "data", "beat", "", "data\n", " data", "٣"]) | TEXT
+
+
+@given(st.lists(st.tuples(st.sampled_from(["A", "S", "K", "a", "x"]), VALUES), max_size=5), st.sampled_from(["\r\n", "", "\n"]))
+@example([("A", "0" * 32), ("S", "0"), ("K", "data")], "\r\n")
+@example([("A", "0" * 32), ("S", "0"), ("K", "data"), ("K", "usage")], "\r\n")
+@example([("S", "0"), ("A", "0" * 32), ("K", "data")], "\r\n")
+@example([("A", "0" * 32), ("S", "٣"), ("K", "data")], "\r\n")
+def test_both_readings_of_a_block_agree(headers: list[tuple[str, str]], end: str) -> None:
+    """The quick one of the usual form, and the one by fields."""
+    block = on_the_wire(headers, end)
+    fields = dict(line.split(": ", 1) for line in block.decode().split("\r\n")[1:] if ": " in line)
+    try:
+        frame = Frame.parse({name: value.strip() for name, value in fields.items()}, b"x")
+    except InvalidMessage:
+        with pytest.raises(InvalidMessage):
+            Frame.read(block, b"x")
+    else:
+        assert Frame.read(block, b"x") == frame
 
 
 @given(st.none() | st.dictionaries(st.sampled_from(["A", "S", "K"]) | TEXT, TEXT), st.binary(max_size=20))
@@ -80,6 +107,8 @@ def test_a_frame_is_no_larger_than_the_credit() -> None:
     Frame.parse(headers, bytes(MAX_PAYLOAD))
     with pytest.raises(InvalidMessage):
         Frame.parse(headers, bytes(MAX_PAYLOAD + 1))
+    with pytest.raises(InvalidMessage):
+        Frame.read(on_the_wire(headers.items()), bytes(MAX_PAYLOAD + 1))
 
 
 def test_no_content_in_logs() -> None:

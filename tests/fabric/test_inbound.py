@@ -22,7 +22,7 @@ def received(*frames: Frame, limit: float = 5.0) -> tuple[list[Frame], FabricErr
     async def read() -> tuple[list[Frame], FabricError | None]:
         inbound = Inbound(limit)
         for frame in frames:
-            inbound.receive(frame.headers(), frame.payload)
+            inbound.put(frame)
         inbound.fail(WorkerLost("nothing more comes"))
         got: list[Frame] = []
         try:
@@ -62,10 +62,10 @@ def test_beats_count_and_are_not_read() -> None:
     async def read() -> tuple[list[Frame], bytes | None]:
         inbound = Inbound(1.0)
         for frame in (Frame(ONE, 0, Kind.BEAT, b"so far"), *data(ONE, 1), Frame(ONE, 2, Kind.BEAT, b"")):
-            inbound.receive(frame.headers(), frame.payload)
+            inbound.put(frame)
         assert inbound.started.is_set()
         assert inbound.receipt == b"so far"
-        inbound.receive(Frame(ONE, 3, Kind.USAGE, b"final").headers(), b"final")
+        inbound.put(Frame(ONE, 3, Kind.USAGE, b"final"))
         return [frame async for frame in inbound.frames()], inbound.receipt
 
     got, receipt = asyncio.run(read())
@@ -106,18 +106,6 @@ def test_no_honest_worker_is_out_of_hand() -> None:
     got, error = received(*frames, *beats)
     assert isinstance(error, WorkerLost)
     assert len(got) == count
-
-
-@given(st.dictionaries(st.sampled_from(["A", "S", "K", "x"]), st.text(max_size=40), max_size=4), st.binary(max_size=50))
-def test_junk_does_nothing(headers: dict[str, str], payload: bytes) -> None:
-    async def read() -> list[Frame]:
-        inbound = Inbound(1.0)
-        inbound.receive(data(ONE, 0)[0].headers(), b"1:0")
-        inbound.receive(headers, payload)
-        inbound.receive(Frame(ONE, 1, Kind.USAGE, b"").headers(), b"")
-        return [frame async for frame in inbound.frames()]
-
-    assert [frame.payload for frame in asyncio.run(read())] == [b"1:0", b""]
 
 
 KINDS = st.sampled_from([Kind.DATA, Kind.DATA, Kind.DATA, Kind.BEAT, Kind.USAGE, Kind.ERROR])

@@ -86,7 +86,7 @@ class Hold:
     def limits(self) -> tuple[str, ...]:
         """Every limit that was charged, as `user:standard/tokens_per_day@20782`: scope, plan, kind and number of the window."""
         plan = self.caller.plan
-        return tuple(f"{scope.label}:{plan}/{counter.kind.value}@{counter.window}" for scope, (counter, _) in self._charges)
+        return tuple(f"{scope.label}:{plan}/{counter.kind}@{counter.window}" for scope, (counter, _) in self._charges)
 
     def standings(self, now: float) -> tuple[Standing, ...]:
         return tuple(_standings(self._charges, now))
