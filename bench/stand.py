@@ -166,7 +166,10 @@ def stand(folder: Path) -> Iterator[Stand]:
     with ExitStack() as stack:
         server = Server(site.folder / "nats", free_port())
         (site.folder / "nats").mkdir(exist_ok=True)
-        server.configure([*site.roles(), *site.replicated_roles()[2:]])  # a crowd of workers shares one credential
+        alone = site.roles()
+        known = {role.credential.name for role in alone}
+        crowd = (role for role in site.replicated_roles() if role.credential.name not in known)
+        server.configure([*alone, *crowd])  # a crowd of workers shares one credential
         nats = stack.enter_context(ended(server.start(site.log("nats"))))
         asyncio.run(_publish(site, server.url))
         site.write_settings(server.url, port, {POOL: [{"name": MODEL}]})
