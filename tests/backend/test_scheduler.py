@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from lacre.errors import UsageError
-from lacre_backend.engine.scheduler import MIN_REUSE, Copy, Limits, Plan, Scheduler, Trim
+from lacre_backend.engine.scheduler import MIN_REUSE, PIECE, Copy, Limits, Plan, Scheduler, Trim
 
 PREFIX = list(range(100, 100 + 3 * MIN_REUSE))
 SPLIT = Limits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4)
@@ -82,13 +82,14 @@ class Machine(RuleBasedStateMachine):
         scope=st.sampled_from([None, b"a", b"a", b"b"]),
         common=st.integers(0, len(PREFIX)),
         own=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+        begun=st.lists(st.integers(0, 3), max_size=8),
         output=st.integers(1, 12),
     )
-    def submit(self, scope: bytes | None, common: int, own: list[int], output: int) -> str:
+    def submit(self, scope: bytes | None, common: int, own: list[int], begun: list[int], output: int) -> str:
         self.count += 1
         name = f"t{self.count}"
-        prompt = PREFIX[:common] + own
-        self.scheduler.submit(name, prompt, scope)
+        self.scheduler.submit(name, PREFIX[:common] + own, scope, begun)
+        prompt = PREFIX[:common] + own + begun
         self.wanted[name] = list(prompt)
         self.scopes[name] = object() if scope is None else self.owners.setdefault(scope, object())
         self.steps_left[name] = min(output, self.limits.context - len(prompt))
@@ -244,6 +245,14 @@ def test_generation_goes_into_every_step_and_a_long_prompt_gets_its_share() -> N
         assert plan.generating == 2
         assert plan.size <= 2 + SPLIT.share
         assert {s.task for s in plan.segments} == {"a", "b", "long"}
+
+
+def test_an_answer_is_read_again_in_pieces_of_its_own() -> None:
+    scheduler = Scheduler(Limits(slots=1, context=512, cells=512))
+    scheduler.submit("a", [5] * 100, None, [6] * (PIECE + 10))
+    read = [segment for _ in range(3) for segment in scheduler.plan().segments]
+    assert [(segment.start, len(segment.tokens)) for segment in read] == [(0, 100), (100, PIECE), (100 + PIECE, 10)]
+    assert [segment.output for segment in read] == [False, False, True]
 
 
 def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:

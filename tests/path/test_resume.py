@@ -21,8 +21,6 @@ from parts.workers import MODEL, Workers, busiest
 KILLS = 30
 LIMIT = 100  # tokens of an answer
 TOLERANCE = 0.25  # of a logit: what another order of additions may change
-# One of some hundred tokens is further off, with a seam or without: prompts are read in other batches than the reference's.
-WITHIN, FURTHEST = 0.99, 0.5
 SUBJECTS = ("the sea", "a lighthouse", "two brothers", "a long road", "winter", "the moon")
 
 
@@ -106,5 +104,5 @@ async def test_kill_9_at_a_random_token(pool: Workers, record_property: Any) -> 
     record_property("resume", report)
     print(report)
     assert len(pauses) == KILLS
-    assert sum(distance <= TOLERANCE for distance in after) >= WITHIN * len(after)
-    assert max(after) <= FURTHEST
+    assert max(before) <= TOLERANCE
+    assert max(after) <= TOLERANCE

@@ -186,7 +186,7 @@ class LlamaEngine:
                 new, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
             for job in new:
-                self._scheduler.submit(job.task.id, job.task.sequence, job.task.cache_scope)
+                self._scheduler.submit(job.task.id, job.task.prompt, job.task.cache_scope, job.task.begun)
             for job in cancelled:
                 if not job.ended:
                     self._end(job, "cancelled")
