@@ -1,6 +1,6 @@
 """A worker whose model echoes: a real node over NATS that really opens, and seals, with keys that change under it.
 
-`python -m chaos.echo_worker SITE NATS_URL NODE MODEL`.
+`python -m chaos.echo_worker SITE NODE MODEL NATS_URL...`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.keyring import KeyRing
 from lacre_backend.node import Identity, Node
 from lacre_fabric import logs
+from lacre_fabric.endpoints import Servers
 from lacre_fabric.keyfiles import read_ed25519
 from lacre_fabric.manifests import ManifestFeed
 from lacre_fabric.nats_worker import NatsWorker
@@ -25,11 +26,11 @@ DELAY: Final = 0.02  # seconds for a token
 SLOTS: Final = 16
 
 
-async def main(folder: Path, url: str, name: str, model: str) -> None:
+async def main(folder: Path, name: str, model: str, urls: tuple[str, ...]) -> None:
     logs.configure(sys.stderr)
     site, keys = Site.load(folder), KeyRing(Site.load(folder).keys_folder(POOL))
     credential, receipt_key = site.credential(f"worker-{POOL}-{name}"), read_ed25519(site.receipt_file(POOL))
-    fabric = await NatsWorker.connect(url, credential, POOL, name, [model], slots=SLOTS, keys=keys.fingerprints)
+    fabric = await NatsWorker.connect(Servers(urls), credential, POOL, name, [model], slots=SLOTS, keys=keys.fingerprints)
     feed = ManifestFeed(fabric.connection.manifest, site.root)
     await feed.start()
     app = create_app([EchoEngine(name=model, delay=DELAY)])
@@ -39,4 +40,4 @@ async def main(folder: Path, url: str, name: str, model: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), *sys.argv[2:]))
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], tuple(sys.argv[4:])))

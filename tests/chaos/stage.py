@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,13 +69,13 @@ class EchoWorker:
 
     name: str
     site: Site
-    url: str
+    urls: Sequence[str]
     log: Path
     clock: Path | None
     process: subprocess.Popen[bytes] = field(init=False)
 
     def start(self) -> None:
-        command = leashed([*PYTHON, "-m", "chaos.echo_worker", str(self.site.folder), self.url, self.name, ECHO])
+        command = leashed([*PYTHON, "-m", "chaos.echo_worker", str(self.site.folder), self.name, ECHO, *self.urls])
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         if self.clock is not None:
             self.skew(0.0)
@@ -115,7 +116,7 @@ class Stage:
         balancer_port = free_port()
         self.gateways = {
             name: GatewayProcess.configured(
-                self.site, name, self._urls[number], self.policies, f"{own_issuer(self.site)}\n{LIMITS}",
+                self.site, name, self._all_from(number), self.policies, f"{own_issuer(self.site)}\n{LIMITS}",
                 public_url=f"http://127.0.0.1:{balancer_port}",
             )
             for number, name in enumerate(GATEWAYS)
@@ -137,14 +138,19 @@ class Stage:
         workers: dict[str, WorkerProcess | EchoWorker] = {}
         for number, name in enumerate(WORKERS):
             site.credential(f"worker-{POOL}-{name}")
-            url, log = self._urls[number % len(SERVERS)], site.log(name)
+            urls, log = self._all_from(number), site.log(name)
             if name in REAL_WORKERS:
                 settings = worker_settings(site, name) if name != NODE else site.worker_settings(POOL)
-                settings.write_text(settings.read_text().replace(self._urls[0], url))
+                settings.write_text(settings.read_text().replace(f'"{self._urls[0]}"', json.dumps(urls)))
                 workers[name] = WorkerProcess(name, settings, log)
             else:
-                workers[name] = EchoWorker(name, site, url, log, folder / f"clock-{name}" if _clock_library() else None)
+                workers[name] = EchoWorker(name, site, urls, log, folder / f"clock-{name}" if _clock_library() else None)
         return workers
+
+    def _all_from(self, number: int) -> list[str]:
+        """Every message server, as in a deployment; whoever starts tries another one first."""
+        first = number % len(self._urls)
+        return self._urls[first:] + self._urls[:first]
 
     @property
     def url(self) -> str:

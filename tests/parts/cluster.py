@@ -7,6 +7,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class GatewayProcess:
 
     @classmethod
     def configured(
-        cls, site: Site, name: str, nats_url: str, policies: Path, more: str, *, public_url: str = "", drain: int = 5
+        cls, site: Site, name: str, nats_urls: Sequence[str], policies: Path, more: str, *, public_url: str = "", drain: int = 5
     ) -> Self:
         """Its settings are written, with a port of its own; it is not started. more: further tables, as TOML. public_url: where
         applications find it, if that is not where it listens.
@@ -78,7 +79,7 @@ class GatewayProcess:
             port = {port}
             drain = {drain}
             [nats]
-            url = "{nats_url}"
+            url = {json.dumps(list(nats_urls))}
             credentials = "{site.credential_file(f"gateway-{name}")}"
             {more}
         """)
@@ -182,7 +183,7 @@ class Cluster:
         if not policies.exists():
             shutil.copytree(shipped(), policies)
             (policies / PLANS_FILE).write_text(_NO_LIMITS)
-        gateway = GatewayProcess.configured(self.site, name, self.server.url, policies, issuers, drain=2)
+        gateway = GatewayProcess.configured(self.site, name, [self.server.url], policies, issuers, drain=2)
         gateway.start()
         self.stack.callback(gateway.stop)
         return gateway

@@ -43,7 +43,7 @@ class Fleet:
         (self._policies / PLANS_FILE).write_text(plans)
         more = f"{own_issuer(self.site)}\n[limits]\n{limits}"
         url = self._server.url
-        self.gateways = {name: GatewayProcess.configured(self.site, name, url, self._policies, more) for name in names}
+        self.gateways = {name: GatewayProcess.configured(self.site, name, [url], self._policies, more) for name in names}
         self.nats: subprocess.Popen[bytes] | None = None
         self.worker: subprocess.Popen[bytes] | None = None
         self._config = self._key()
