@@ -96,9 +96,11 @@ MUTATIONS: Final = (
              'if not _METHOD.fullmatch(method) or method == b"CONNECT":', "if False:", "test_asked.py::test_connect"),
     # trust and memory
     Mutation("signatures are verified", f"{SDK}/jws.py",
+             'key.verify(signature, signed.encode("ascii"))', 'signed.encode("ascii")', "test_trust.py::test_own_pool_key"),
+    Mutation("so are those under a header in other words", f"{SDK}/jws.py",
              "decoded = _jws().decode_complete(token, key, algorithms=[ALGORITHM])",
              'decoded = _jws().decode_complete(token, key, algorithms=[ALGORITHM], options={"verify_signature": False})',
-             "test_trust.py::test_own_pool_key"),
+             "test_trust.py::test_other_words"),
     Mutation("each kind of statement has its own typ", f"{SDK}/jws.py",
              'if decoded["header"].get("typ") != typ:', "if False:", "test_trust.py::test_another_type"),
     Mutation("a signed statement has one spelling", f"{SDK}/jws.py",

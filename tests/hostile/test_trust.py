@@ -30,7 +30,7 @@ from lacre.errors import (
     UnsupportedSuite,
     UntrustedRoot,
 )
-from lacre.jws import b64u, raw_public_key, sign_bytes
+from lacre.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
 from lacre.manifest import MANIFEST_TYP, ROOT_TYP, Document, RootStatement
 from lacre.sealing import Sealing
 from lacre.signing import sign_manifest, sign_statement
@@ -56,11 +56,12 @@ def parts(document: bytes) -> tuple[list[list[str]], dict[str, Any], str]:
     return served["roots"], json.loads(base64.urlsafe_b64decode(payload + "==")), served["manifest"]
 
 
-def with_payload(document: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
-    """The manifest with other contents, under the old signature."""
+def with_payload(document: bytes, change: Callable[[dict[str, Any]], object], header: str | None = None) -> bytes:
+    """The manifest with other contents, under the old signature. header: in place of the old one."""
     roots, payload, token = parts(document)
     change(payload)
-    header, _, signature = token.split(".")
+    old, _, signature = token.split(".")
+    header = header or old
     return json.dumps({"roots": roots, "manifest": f"{header}.{b64u(json.dumps(payload).encode())}.{signature}"}).encode()
 
 
@@ -68,6 +69,15 @@ def with_payload(document: bytes, change: Callable[[dict[str, Any]], object]) ->
 async def test_own_pool_key(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     own = b64u(PrivateKey.generate(1).config.encode())
     bent = with_payload(stage.bucket, lambda payload: payload["pools"][POOL]["keys"][0].update(config=own))
+    gateway.manifest = lambda: bent
+    await refused(caller, stage, gateway, verdict)
+
+
+@attack("do so under a header that says the same in other words", by="gateway", defence=SIGNED, refused=InvalidSignature)
+async def test_other_words(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
+    own = b64u(PrivateKey.generate(1).config.encode())
+    header = b64u(json.dumps({"typ": MANIFEST_TYP, "alg": ALGORITHM}).encode())
+    bent = with_payload(stage.bucket, lambda payload: payload["pools"][POOL]["keys"][0].update(config=own), header)
     gateway.manifest = lambda: bent
     await refused(caller, stage, gateway, verdict)
 
