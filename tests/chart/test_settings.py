@@ -145,7 +145,7 @@ def test_the_signer_s_site(chart: Rendered, tmp_path: Path) -> None:
         (tmp_path / "site.json").write_text(content)
         site = Site.load(tmp_path)
         assert site.pools == {pool: [m.name for m in each.models] for pool, each in worker_settings(chart).items()}
-        assert (site.nats_url, site.base_url) == (gateway_settings(chart).nats.url, chart.values["publicUrl"])
+        assert (site.servers.urls, site.base_url) == (gateway_settings(chart).nats.url, chart.values["publicUrl"])
         assert site.replicas == 3
         rotating = chart.values["signer"]["rotateHours"] > 0
         assert rotating <= chart.values["poolKeys"]["volume"]["enabled"], "new keys that no worker would see"
@@ -203,7 +203,7 @@ def test_nothing_of_the_cluster_is_written_out(chart: Rendered) -> None:
                 assert ".default.svc" not in value
                 assert "kubernetes.default" not in value
     if chart.values["nats"]["enabled"]:
-        assert f".{NAMESPACE}.svc" in gateway_settings(chart).nats.url
+        assert all(f".{NAMESPACE}.svc:" in url for url in gateway_settings(chart).nats.url)
 
 
 @pytest.mark.parametrize(("image", "module"), ENTRYPOINTS.items())
