@@ -6,6 +6,7 @@ Rules:
   replay even where the fabric has forgotten.
 - The app is not called before the claim either, but for actions whose app says that doing them twice harms nobody
   (`repeatable`): it begins while the claim is on its way, and is stopped where that is lost.
+- What is withdrawn is paid for as far as it came: the last frame is the receipt.
 - What is wrong before opening goes out as a problem type; what is wrong after it goes out sealed.
 - Logs carry ids, counts and durations; never content.
 """
@@ -213,6 +214,12 @@ class Node:
                 await beating
             else:
                 raise Cancelled("the gateway withdrew the request")
+        except Cancelled:
+            streaming.cancel()
+            await asyncio.gather(streaming, return_exceptions=True)  # what it made until now is counted
+            if claimed.is_set():
+                await delivery.stop(receipts.sign(final=True).encode())
+            raise
         finally:
             for task in (streaming, beating, withdrawn):
                 task.cancel()

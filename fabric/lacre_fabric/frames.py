@@ -17,18 +17,22 @@ MAX_PAYLOAD: Final = 256 * 1024  # bytes; as much as a worker's whole credit
 _ATTEMPT: Final = re.compile(r"[0-9a-f]{32}")
 _SEQUENCE: Final = re.compile(r"0|[1-9][0-9]{0,11}")
 # What our workers write. One match reads it; a dictionary of fields would cost a gateway more than the rest of a frame.
-_BLOCK: Final = re.compile(rb"NATS/1\.0\r\nA: ([0-9a-f]{32})\r\nS: (0|[1-9][0-9]{0,11})\r\nK: (data|usage|error|beat)\r\n\r\n")
+_BLOCK: Final = re.compile(
+    rb"NATS/1\.0\r\nA: ([0-9a-f]{32})\r\nS: (0|[1-9][0-9]{0,11})\r\nK: (data|usage|error|beat|stopped)\r\n\r\n"
+)
 
 
 class Kind(StrEnum):
     """data: bytes to forward verbatim. usage: the final receipt, and the end. error: a problem type, and the end.
-    beat: a sign of life, once a second, with the receipt so far where there is one.
+    beat: a sign of life, once a second, with the receipt so far where there is one. stopped: the work was withdrawn, and ends
+    here, with the receipt of what was used until then.
     """  # fmt: skip
 
     DATA = "data"
     USAGE = "usage"
     ERROR = "error"
     BEAT = "beat"
+    STOPPED = "stopped"
 
 
 _KINDS: Final = {kind.value: kind for kind in Kind}

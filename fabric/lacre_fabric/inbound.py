@@ -4,6 +4,7 @@ Rules:
 - The first attempt that sends a frame is the one, for it has claimed the request or refuses it: another's frames are dropped.
 - Its frames count from 0 without a gap. A worker that falls silent for `LOST_AFTER` is lost.
 - What is not read yet is bounded by the worker's credit; more than that is a worker out of hand, and ends this request only.
+- Whoever leaves pays for what was made: a worker that is withdrawn says last what it used, and is waited for, but not for long.
 - A worker is told what its reader took when that is worth a message, and at the latest with its own next beat.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Final
 
 from lacre_fabric.frames import Frame, Kind
@@ -25,6 +27,7 @@ RENEW_AFTER: Final = CREDIT // 8
 # Each of a worker's receipts says more than the one before: more than one is kept only in case the last does not verify.
 KEPT_RECEIPTS: Final = 4
 MAX_RECEIPT: Final = 4096  # bytes; ours have some 500
+PARTING: Final = 1.0  # seconds that a worker has to say what it used, once it is withdrawn
 
 
 class Inbound:
@@ -45,6 +48,7 @@ class Inbound:
         # One timer, put off when it comes due and not with each frame.
         self._silent_at = self._loop.time() + queue_limit
         self._watch = self._loop.call_at(self._silent_at, self._look)
+        self._ended = asyncio.Event()  # nothing more will come, or nothing that counts
         self.started = asyncio.Event()
 
     @property
@@ -70,8 +74,10 @@ class Inbound:
         if frame.sequence != self._next:
             return self.fail(FrameGap("a frame of the answer is missing"))
         self._next += 1
-        if frame.kind in (Kind.USAGE, Kind.BEAT) and 0 < len(frame.payload) <= MAX_RECEIPT:
+        if frame.kind in (Kind.USAGE, Kind.BEAT, Kind.STOPPED) and 0 < len(frame.payload) <= MAX_RECEIPT:
             self._receipts.append(frame.payload)
+        if frame.kind is Kind.STOPPED:
+            return self.fail(WorkerLost("the worker stopped, for its reader took nothing for too long"))
         self._pending_bytes += len(frame.payload) if frame.kind is not Kind.BEAT else 0
         self._beats = self._beats + 1 if frame.kind is Kind.BEAT else 0
         if self._pending_bytes > 2 * CREDIT or len(self._frames) + self._beats >= MAX_PENDING_FRAMES:
@@ -79,6 +85,8 @@ class Inbound:
         if frame.kind is not Kind.BEAT:
             self._frames.append(frame)
             self._wake()
+            if frame.kind is not Kind.DATA:
+                self._ended.set()
         return None
 
     def fail(self, error: FabricError) -> None:
@@ -87,6 +95,14 @@ class Inbound:
             self._over, self._error = True, error
             self._watch.cancel()
             self._wake()
+            self._ended.set()
+
+    async def parting(self) -> None:
+        """What a worker that was told to stop has yet to say; returns at once where none has begun."""
+        if self.started.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PARTING):
+                    await self._ended.wait()
 
     def consumed(self, size: int) -> int | None:
         """The reader took so many bytes more: the sum of all that it took, where the worker is to be told now."""

@@ -156,8 +156,13 @@ class MemoryDispatch:
             self._hub.outbound[self._request_id].renew(self._consumed)
 
     async def cancel(self) -> None:
-        if self._hub.inbound.pop(self._request_id, None) is not None:
+        if self._request_id not in self._hub.inbound:
+            return
+        try:
             self._hub.withdraw(self._request_id)
+            await self._inbound.parting()
+        finally:
+            self._hub.inbound.pop(self._request_id, None)
 
 
 class MemoryWorker:
@@ -224,6 +229,9 @@ class MemoryDelivery:
     async def send(self, kind: Kind, payload: bytes) -> None:
         await self._out.send(kind, payload)
         self._acked = True
+
+    async def stop(self, receipt: bytes) -> None:
+        await self._out.stop(receipt)
 
     async def reject(self, problem_type: str) -> None:
         await self.send(Kind.ERROR, problem_type.encode())

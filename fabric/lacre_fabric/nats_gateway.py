@@ -280,12 +280,15 @@ class NatsGateway:
         with suppress(nats.errors.Error):
             await self.connection.client.publish(subject, payload)
 
-    def forget(self, work: Work, sequence: int | None) -> tuple[bool, int | None]:
-        """Whether the request was still known, and the sequence where that still means its message."""
+    def knows(self, work: Work) -> bool:
+        return (work.pool, work.request_id) in self._inbound
+
+    def forget(self, work: Work, sequence: int | None) -> int | None:
+        """The sequence, where that still means the request's message."""
         inbound = self._inbound.pop((work.pool, work.request_id), None)
         if sequence is not None and self._by_sequence.pop((subjects.work_stream(work.pool), sequence), None) is not inbound:
             sequence = None
-        return inbound is not None, sequence
+        return sequence
 
 
 def _check_size(work: Work, headers: dict[str, str], limit: int) -> None:
@@ -335,10 +338,14 @@ class NatsDispatch:
             await self._gateway.tell(subjects.credit(self._work.pool, self._work.request_id), str(total).encode())
 
     async def cancel(self) -> None:
-        known, sequence = self._gateway.forget(self._work, self._sequence)
-        if not known:
+        if not self._gateway.knows(self._work):
             return
-        await self._gateway.tell(subjects.cancel(self._work.pool, self._work.request_id))
+        try:
+            await self._gateway.tell(subjects.cancel(self._work.pool, self._work.request_id))
+            if self._gateway.connected:
+                await self._inbound.parting()
+        finally:
+            sequence = self._gateway.forget(self._work, self._sequence)
         if sequence is not None and not self._inbound.started.is_set() and self._gateway.connected:
             with suppress(nats.errors.Error):  # gone already, or it goes by its time to live
                 await self._gateway.connection.jetstream.delete_msg(subjects.work_stream(self._work.pool), sequence)

@@ -247,6 +247,9 @@ class NatsDelivery:
         await self._out.send(kind, payload)
         await self._settle()
 
+    async def stop(self, receipt: bytes) -> None:
+        await self._out.stop(receipt)
+
     async def reject(self, problem_type: str) -> None:
         await self.send(Kind.ERROR, problem_type.encode())
         await self.drop()

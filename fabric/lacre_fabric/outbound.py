@@ -31,6 +31,13 @@ class Outbound:
             await self._pay(len(payload))
         if self.cancelled.is_set():
             raise Cancelled("the gateway withdrew the request, or its reader stalled")
+        await self._put(kind, payload)
+
+    async def stop(self, receipt: bytes) -> None:
+        """The last frame of what was withdrawn; nobody's credit is asked."""
+        await self._put(Kind.STOPPED, receipt)
+
+    async def _put(self, kind: Kind, payload: bytes) -> None:
         async with self._turn:
             frame = Frame(self.attempt, self._sequence, kind, payload)
             self._sequence += 1

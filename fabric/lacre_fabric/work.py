@@ -117,7 +117,9 @@ class Dispatch(Protocol):
         """So many more bytes of data were written to the client: the worker may send as many more."""
 
     async def cancel(self) -> None:
-        """The client is gone, or the answer is over: withdraws the work or stops the worker. Idempotent."""
+        """The client is gone, or the answer is over: withdraws the work or stops the worker, and waits a moment for the receipt
+        of what that has made. Idempotent.
+        """  # fmt: skip
 
 
 class GatewayFabric(Protocol):
@@ -160,6 +162,9 @@ class Delivery(Protocol):
 
     async def send(self, kind: Kind, payload: bytes) -> None:
         """Sends a frame; the first one acks the work. Data waits for credit. Raises Cancelled."""
+
+    async def stop(self, receipt: bytes) -> None:
+        """After `Cancelled`, where the work was claimed: the last frame says what was used. Raises FabricUnavailable."""
 
     async def reject(self, problem_type: str) -> None:
         """Ends the work with an error frame; it is not delivered again."""

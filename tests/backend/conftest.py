@@ -18,7 +18,7 @@ from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
-from lacre_backend.engine.protocol import Engine, Event, Finish, Sampling, Task, Token
+from lacre_backend.engine.protocol import Engine, Event, Finish, Read, Sampling, Task, Token
 from parts.minilm import NAME, minilm
 
 _ids = itertools.count()
@@ -82,7 +82,7 @@ def run() -> Callable[..., Any]:
     """Run a task to its end: its tokens and its finish."""
 
     async def run(engine: Engine, task: Task) -> tuple[list[Token], Finish]:
-        events: list[Event] = [event async for event in engine.submit(task)]
+        events: list[Event] = [event async for event in engine.submit(task) if not isinstance(event, Read)]
         tokens, finish = events[:-1], events[-1]
         assert isinstance(finish, Finish)
         assert all(isinstance(token, Token) for token in tokens)

@@ -19,12 +19,14 @@ import llama_cpp as L
 import numpy as np
 import pytest
 
+from lacre.asgi import Usage
 from lacre_backend import models
 from lacre_backend.api.app import create_app
+from lacre_backend.api.generation import Generation
 from lacre_backend.engine import llama as llama_module
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, Model
-from lacre_backend.engine.protocol import EngineError, Event, Finish, Sampling, Task, TaskRefused, Token
+from lacre_backend.engine.protocol import EngineError, Event, Finish, Read, Sampling, Task, TaskRefused, Token
 from parts.tiny_model import tiny_model
 
 MakeTask = Callable[..., Task]
@@ -158,6 +160,36 @@ async def test_ways_of_sampling_side_by_side(tiny_engine: LlamaEngine, make_task
     assert [token.id for token in results[0][0]] == [100] * 10
     assert [token.id for token in results[-1][0]] == [token.id for token in alone]
     assert [token.logprob for token in results[-1][0]] == pytest.approx([token.logprob for token in alone], abs=0.02)
+
+
+# Prompts that take several steps
+
+
+async def test_a_long_prompt_says_how_far_it_is_read(tiny_engine: LlamaEngine, make_task: MakeTask) -> None:
+    task = make_task(tiny_engine, prompt=tuple(tiny_engine.tokenize("x" * 480)), max_tokens=2)
+    events = [event async for event in tiny_engine.submit(task)]
+    read = [event.prompt_tokens for event in events if isinstance(event, Read)]
+    assert read
+    assert read == sorted(set(read))
+    assert 0 < read[0] <= read[-1] < 480
+    assert [type(event) for event in events] == [*[Read] * len(read), Token, Token, Finish]
+
+
+async def test_what_was_read_counts_before_the_first_token(tiny_engine: LlamaEngine, make_task: MakeTask) -> None:
+    """Whoever leaves while a long prompt is read pays for what was read of it."""
+    prompt, seen = tuple(tiny_engine.tokenize("x" * 480)), set()
+    generation = Generation(tiny_engine, make_task(tiny_engine, prompt=prompt, max_tokens=1), 1, usage := Usage(), "prompt")
+    generation.submit()
+    events = generation.events()
+    first = asyncio.ensure_future(anext(events))
+    while not first.done():
+        seen.add((usage.prompt_tokens, usage.completion_tokens))
+        await asyncio.sleep(0)
+    assert len(seen) > 1
+    assert max(seen)[0] < 480
+    assert (usage.prompt_tokens, usage.completion_tokens) == (480, 1)
+    await events.aclose()
+    generation.close()
 
 
 # The cache
@@ -372,7 +404,8 @@ async def test_a_long_prompt_does_not_stall_the_others(tiny: Path, make_task: Ma
         stream = engine.submit(short)
         await anext(stream)
         long = make_task(engine, prompt=tuple(itertools.islice(itertools.cycle(range(3, 250)), 3000)), max_tokens=1)
-        waiting = asyncio.ensure_future(anext(engine.submit(long)))
+        stream_of_long = (event async for event in engine.submit(long) if isinstance(event, Token))
+        waiting = asyncio.ensure_future(anext(stream_of_long))
         steps = engine.steps
         tokens = 0
         while not waiting.done():

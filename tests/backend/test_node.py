@@ -351,8 +351,8 @@ class TestReceipts:
         async with aclosing(dispatch.frames()) as frames:
             async for _ in frames:
                 await until(lambda: len(dispatch.receipts) > 1)
+                first, *_, last = map(desk.receipt, dispatch.receipts)
                 break
-        first, *_, last = map(desk.receipt, dispatch.receipts)
         assert (first.completion_tokens, last.completion_tokens) == (0, 2)
         assert not last.final
         assert last.enc == b64u(sealed.header.digest)
@@ -405,6 +405,9 @@ class TestCancelling:
             async for _ in frames:
                 break
         await asyncio.wait_for(app.left.wait(), 1)
+        assert dispatch.receipt is not None
+        last = desk.receipt(dispatch.receipt)
+        assert (last.completion_tokens, last.final) == (2, True)  # before its first beat: what was made is told all the same
         await until(lambda: not desk.hub.outbound)
         app.answer = app.echo
         assert (await desk.ask()).opened()[0].status == 200

@@ -12,6 +12,7 @@ import pytest
 
 from lacre_fabric import subjects
 from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.inbound import PARTING
 from lacre_fabric.memory import MemoryFabric
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.work import (
@@ -167,6 +168,38 @@ async def test_cancel_reaches_the_worker(fabric: Fabric) -> None:
         await delivery.cancelled.wait()
     with pytest.raises(Cancelled):
         await delivery.send(Kind.DATA, b"y")
+
+
+async def test_who_is_withdrawn_says_what_it_used(fabric: Fabric) -> None:
+    gateway, worker = await fabric.gateway(), await fabric.worker()
+    dispatch = await gateway.dispatch(new_work())
+    delivery = await worker.pull()
+    await delivery.send(Kind.BEAT, b"so far")
+
+    async def leave() -> None:
+        await delivery.cancelled.wait()
+        await delivery.stop(b"in the end")
+
+    frames = dispatch.frames()
+    await delivery.send(Kind.DATA, b"x")
+    await anext(frames)
+    leaving, began = asyncio.create_task(leave()), time.monotonic()
+    await frames.aclose()
+    assert time.monotonic() - began < PARTING
+    assert dispatch.receipts == (b"so far", b"in the end")
+    await leaving
+
+
+# The clock is in `Inbound`, which both fabrics share.
+@pytest.mark.parametrize("fabric", ["memory"], indirect=True)
+async def test_who_says_nothing_is_not_waited_for(fabric: Fabric) -> None:
+    gateway, worker = await fabric.gateway(), await fabric.worker()
+    dispatch = await gateway.dispatch(new_work())
+    await (await worker.pull()).send(Kind.BEAT, b"so far")
+    began = time.monotonic()
+    await dispatch.cancel()
+    assert PARTING <= time.monotonic() - began < 3 * PARTING
+    assert dispatch.receipt == b"so far"
 
 
 async def test_cancelled_work_leaves_the_queue(fabric: Fabric) -> None:

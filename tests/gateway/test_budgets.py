@@ -173,7 +173,9 @@ async def test_a_refused_request_costs_nothing(budgeted: World, client: httpx2.A
         assert (await post(budgeted, client)).status_code == 200
 
 
-async def test_who_leaves_pays_for_what_was_made(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_an_answer_that_breaks_costs_what_was_made(
+    budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
     worker.script = Script(beats=({"completion_tokens": 3}, {"completion_tokens": 5}), ending="error:x")
     with pytest.raises(StreamBroken):
         await post(budgeted, client, authorization=on(budgeted, "money"))

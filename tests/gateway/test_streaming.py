@@ -193,6 +193,25 @@ async def test_client_that_leaves(when: str, world: World, worker: FakeWorker, u
     assert world.hub.inbound == {}
 
 
+async def test_who_leaves_pays_for_what_was_made(world: World, worker: FakeWorker, url: str) -> None:
+    """Also where it leaves between two beats: the worker says once more what it used."""
+    beaten = asyncio.Event()
+
+    async def forever() -> None:
+        beaten.set()
+        await asyncio.Event().wait()
+
+    worker.script = Script(between=forever, parting={"prompt_tokens": 12, "completion_tokens": 9})
+    async with httpx2.AsyncClient(base_url=url) as http:
+        async with http.stream("POST", "/v1/sealed", content=world.seal()[0], headers=world.headers()) as response:
+            await beaten.wait()
+            async for _ in response.aiter_raw():
+                break
+    outcome = (await world.trail())[1]
+    assert (outcome["outcome"], outcome["unreceipted"]) == ("client-gone", False)
+    assert (outcome["prompt_tokens"], outcome["completion_tokens"]) == (12, 9)
+
+
 async def test_client_that_leaves_while_it_uploads(world: World, worker: FakeWorker, url: str) -> None:
     _, port = url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection("127.0.0.1", int(port))

@@ -91,6 +91,7 @@ class Script:
     between: Callable[[], Awaitable[None]] | None = None
     usage: dict[str, Any] = field(default_factory=dict)  # members of the receipt that differ from the honest ones
     receipt_key: Ed25519PrivateKey | None = None
+    parting: dict[str, Any] | None = None  # of its last receipt, where the work is withdrawn; None: it says nothing
     beats: tuple[dict[str, Any] | bytes, ...] = ()  # beats after the pieces: members of their receipts, or the bytes themselves
 
 
@@ -132,6 +133,8 @@ class FakeWorker:
         for task in (answering, cancelled):
             task.cancel()
         await asyncio.gather(answering, cancelled, return_exceptions=True)
+        if delivery.cancelled.is_set() and script.parting is not None:
+            await delivery.stop(self._receipt(header, script, script.parting, final=True))
         await delivery.drop()
         self.fabric.release()
 

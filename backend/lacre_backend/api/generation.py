@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_down
-from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Task, TaskRefused, Token
+from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Read, Task, TaskRefused, Token
 
 # A part of a task, in the caller's words.
 _PARAMS = {"begun": "resume.tokens", "grammar": "response_format", "logit_bias": "logit_bias", "max_tokens": "max_tokens"}
@@ -30,6 +30,7 @@ class Generation:
         self._params = _PARAMS | {"prompt": prompt_param}
         self._engine = engine
         self._usage = usage
+        self._read = False  # one choice has its whole prompt
         self._streams: list[AsyncIterator[Event]] = []
         base = task.sampling.seed
         self._tasks = [
@@ -62,7 +63,8 @@ class Generation:
                     if isinstance(event, Finish) and event.reason == "cancelled":
                         raise shutting_down()
                     self._count(event)
-                    yield index, event
+                    if not isinstance(event, Read):
+                        yield index, event
         except EngineError:
             raise engine_failed() from None
 
@@ -70,12 +72,16 @@ class Generation:
         for task in self._tasks:
             self._engine.cancel(task.id)
 
-    def _count(self, event: Token | Finish) -> None:
+    def _count(self, event: Read | Token | Finish) -> None:
         """The prompt is counted once, however many choices read it, and as the first to be served found the cache."""
         self._usage.completion_tokens += isinstance(event, Token)
-        if self._usage.prompt_tokens == 0:
-            self._usage.prompt_tokens = len(self._tasks[0].sequence)
-            self._usage.cached_tokens = event.cached_tokens
+        if self._read:
+            return
+        if isinstance(event, Read):
+            self._usage.prompt_tokens = max(self._usage.prompt_tokens, event.prompt_tokens)
+        else:
+            self._read, self._usage.prompt_tokens = True, len(self._tasks[0].sequence)
+        self._usage.cached_tokens = event.cached_tokens
 
 
 def fresh_id() -> str:

@@ -32,6 +32,7 @@ from lacre_backend.engine.protocol import (
     Finish,
     FinishReason,
     ModelInfo,
+    Read,
     Task,
     TaskRefused,
     Token,
@@ -213,6 +214,7 @@ class LlamaEngine:
         if plan.segments:
             self._dirty = True
             self._record(plan, time.monotonic() - now)
+        self._tell_read(plan)
         outputs = [segment.task for segment in plan.segments if segment.output]
         if any(task_id is not None for task_id in outputs):
             self._results(outputs, rows)
@@ -231,6 +233,14 @@ class LlamaEngine:
         self._pace.observe(plan.generating, reading, seconds)
         self.steps += 1
         self.computed_tokens += reading + plan.generating
+
+    def _tell_read(self, plan: Plan) -> None:
+        """How far prompts are read that take more steps; one that is read again, after its task lost its cells, is no news."""
+        for segment in plan.segments:
+            if segment.task is not None and not segment.output:
+                job = self._jobs[segment.task]
+                if job.completion_tokens == 0:
+                    self._outbox.post(job.stream, Read(segment.start + len(segment.tokens), job.cached_tokens))
 
     def _results(self, outputs: list[str | None], rows: list[int]) -> None:
         logits = self._context.logits(len(rows))

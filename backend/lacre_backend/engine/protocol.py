@@ -3,9 +3,9 @@
 Rules
 - Nothing here knows of HTTP, JSON or llama.cpp.
 - A task is complete in itself: sampling, limits, stop strings and cache scope. Engines keep nothing else about a request.
-- For each task the stream is `Token`* (or one `Embedding`) and then exactly one `Finish`. Every sampled token is one `Token`,
-  also those whose text is still held back, so that `Finish.completion_tokens` is their number. The end-of-generation token
-  itself is neither.
+- For each task the stream is `Read`*, `Token`* (or one `Embedding`) and then exactly one `Finish`. Every sampled token is one
+  `Token`, also those whose text is still held back, so that `Finish.completion_tokens` is their number. The end-of-generation
+  token itself is neither.
 - The whole text is the `text` of every token and then that of the finish.
 - A task may go on with an answer that another engine began: `begun` are that answer's tokens. What they let out as text is not
   said again; what they held back, the grammar and the penalties are as if they had been sampled here.
@@ -145,7 +145,17 @@ class Finish:
     text: str = ""
 
 
-Event = Token | Embedding | Finish
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A prompt that takes several steps, after one of them but the last: so many of its tokens are there. cached_tokens: of
+    these, those taken from the cache.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
+Event = Read | Token | Embedding | Finish
 
 
 @dataclass(frozen=True, slots=True)
