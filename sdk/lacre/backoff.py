@@ -21,12 +21,16 @@ FIRST: Final = 0.5  # seconds, of which a random part is waited ("full jitter"):
 LONGEST: Final = 8.0
 PATIENCE: Final = 10.0  # seconds of `Retry-After` that are waited without asking
 
+# What may have run, and did not answer.
+_LOST: Final = (problems.WORKER_LOST, problems.NO_GATEWAY)
 _NEVER_RAN: Final = (
     problems.RATE_LIMITED,
     problems.NO_WORKER,
     problems.BUSY,
     problems.UNAVAILABLE,
     problems.AUDIT_UNAVAILABLE,
+    problems.BUDGET_UNAVAILABLE,
+    problems.ISSUER_UNAVAILABLE,
     problems.NOT_READY,
     problems.OVERLOADED,
     problems.SLOW_BODY,
@@ -55,7 +59,7 @@ class Retries:
 
     def after_refusal(self, problem: problems.Problem, retry_after: float | None) -> float | None:
         """Seconds to wait after the gateway would not take it; None where there is to be no retry."""
-        may = problem in _NEVER_RAN or (problem is problems.WORKER_LOST and self.repeatable)
+        may = problem in _NEVER_RAN or (problem in _LOST and self.repeatable)
         return self._next(retry_after or 0.0) if may and (retry_after or 0.0) <= PATIENCE else None
 
     def _next(self, retry_after: float = 0.0) -> float | None:

@@ -130,6 +130,12 @@ NOT_FOUND: Final = Problem(
 METHOD_NOT_ALLOWED: Final = Problem(
     _OURS + "method-not-allowed", 405, "This resource does not take this method", "See the Allow header.")  # fmt: skip
 
+# Said by whatever stands before a gateway, in words of its own: it sent the request to none, or to one that was lost meanwhile.
+NO_GATEWAY: Final = Problem(
+    _OURS + "no-gateway", 502, "What stands before the gateway did not get an answer from it",
+    "Seal a fresh request; this one may have run. The operator should see whether gateways are up.",
+    errors.Unavailable)  # fmt: skip
+
 # Said only inside the seal, by a worker whose clock and the request's `date` disagree (RFC 9458 section 6.5.2).
 DATE: Final = Problem(
     "https://iana.org/assignments/http-problem-types#date", 400, "The request's date is too far from the worker's clock",
@@ -142,6 +148,6 @@ BY_TYPE: Final = {
         FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
         UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNAVAILABLE, INTERNAL,
         BUDGET_SPENT, ABOVE_LIMIT, UNKNOWN_PLAN, BUDGET_UNAVAILABLE,
-        AUDIT_UNAVAILABLE, NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED,
+        AUDIT_UNAVAILABLE, NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED, NO_GATEWAY,
     )
 }  # fmt: skip

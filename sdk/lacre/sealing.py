@@ -45,7 +45,7 @@ from lacre.jws import b64u
 from lacre.manifest import MAX_DOCUMENT, Manifest, PoolKey
 from lacre.memory import Memory, accept
 from lacre.padding import Shape, request_length, shape_named
-from lacre.problems import BY_TYPE, DATE, INTERNAL, INVALID_TOKEN, UNKNOWN_KEY, Problem
+from lacre.problems import BY_TYPE, DATE, INTERNAL, INVALID_TOKEN, NO_GATEWAY, UNKNOWN_KEY, Problem
 from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
 from lacre.receipts import Receipt
 from lacre.steps import Outer, Read, Renew, Send, Steps, Wait, sent_bytes, sent_outer
@@ -60,6 +60,7 @@ AUTHORITY: Final = "lacre.invalid"
 DEFAULT_KEMS: Final = (Kem.XWING,)
 MANIFEST_PATH: Final = "/v1/manifest"
 SEALED_PATH: Final = "/v1/sealed"
+_OF_PROXIES: Final = frozenset({502, 503, 504})  # what they say, in words of their own, where a gateway does not answer
 SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym for as long as it lives
 MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off than this, the manifest would not have verified
 MAX_PROBLEM: Final = 64 * 1024  # bytes read of a problem document, outside or sealed; ours have some hundred
@@ -422,10 +423,14 @@ def _uncoded(head: Head) -> Head:
 
 
 def problem_of(outer: Outer, body: bytes) -> Problem:
-    """The row of our own table that the gateway named. Its words are never shown: they are nobody's."""
+    """The row of our own table that the gateway named, or else one of the same status. Its words are never shown: they are
+    nobody's.
+    """  # fmt: skip
     named = BY_TYPE.get(Problem.type_in(body) or "")
     if named is not None:
         return named
+    if outer.status in _OF_PROXIES:
+        return NO_GATEWAY
     return next((problem for problem in BY_TYPE.values() if problem.status == outer.status), INTERNAL)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -48,8 +49,9 @@ class Plan:
 class Ended:
     """How one request ended. at, took: seconds, the first on the monotonic clock. how: whole, cancelled, error or hung.
 
-    error: the type's name. typed: it is one of Lacre's, with a remedy. right: the answer is the one that was asked for, as far
-    as that is known. receipts: digest, prompt, cached and completion tokens of each. resumed: how often another worker went on.
+    error: the type's name, and the problem of a refusal. typed: it is one of Lacre's, with a remedy. right: the answer is the
+    one that was asked for, as far as that is known. receipts: digest, prompt, cached and completion tokens of each. resumed:
+    how often another worker went on.
     """
 
     number: int
@@ -93,7 +95,7 @@ class Caller:
             async with asyncio.timeout(HUNG):
                 await self._ask(ended, said)
         except lacre.LacreError as exc:
-            ended.how, ended.error, ended.typed = "error", type(exc).__name__, bool(exc.remedy)
+            ended.how, ended.error, ended.typed = "error", _named(exc), bool(exc.remedy)
         except TimeoutError:
             ended.how = "hung"
         except Exception as exc:  # noqa: BLE001 - whatever else comes out of a client is what is looked for here
@@ -121,6 +123,11 @@ class Caller:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def _named(error: lacre.LacreError) -> str:
+    name = type(error).__name__
+    return f"{name} ({re.split(r'[:#]', error.problem)[-1]})" if isinstance(error, lacre.errors.RefusedError) else name
 
 
 def _right(model: str, said: str, text: str, *, whole: bool) -> bool:

@@ -135,14 +135,16 @@ class Stage:
         # One thread each: there may be no more cores than two.
         site.write_settings(self._urls[0], 1, {POOL: [{"name": REAL, "threads": 1, "context": 1024, "slots": 2}]})
         site.save(self._urls[0], self.balancer.url)
+        # The second's are made from the first's: both before either is changed.
+        settings = {name: site.worker_settings(POOL) if name == NODE else worker_settings(site, name) for name in REAL_WORKERS}
         workers: dict[str, WorkerProcess | EchoWorker] = {}
         for number, name in enumerate(WORKERS):
             site.credential(f"worker-{POOL}-{name}")
             urls, log = self._all_from(number), site.log(name)
             if name in REAL_WORKERS:
-                settings = worker_settings(site, name) if name != NODE else site.worker_settings(POOL)
-                settings.write_text(settings.read_text().replace(f'"{self._urls[0]}"', json.dumps(urls)))
-                workers[name] = WorkerProcess(name, settings, log)
+                written = settings[name].read_text()
+                settings[name].write_text(written.replace(f'"{self._urls[0]}"', json.dumps(urls)))
+                workers[name] = WorkerProcess(name, settings[name], log)
             else:
                 workers[name] = EchoWorker(name, site, urls, log, folder / f"clock-{name}" if _clock_library() else None)
         return workers

@@ -13,6 +13,7 @@ import pytest
 from lacre import problems
 from lacre_fabric.buckets import Entry
 from lacre_fabric.work import FabricUnavailable
+from lacre_gateway.budget.ledger import DRAW_LIMIT
 from lacre_gateway.budget.record import Record
 from lacre_gateway.exchange import StreamBroken
 from lacre_gateway.plans import Kind
@@ -200,9 +201,12 @@ async def test_what_the_answer_says(budgeted: World, worker: FakeWorker, client:
 
 
 class Unavailable:
-    """The bucket while NATS is away."""
+    """The bucket while NATS is away. asked: how often it was read."""
+
+    asked = 0
 
     async def read(self, key: str) -> Entry | None:
+        self.asked += 1
         raise FabricUnavailable("gone")
 
     async def write(self, key: str, value: bytes, revision: int) -> int:
@@ -221,6 +225,21 @@ async def test_without_the_bucket_what_is_in_hand_is_served(tmp_path: Path, issu
         assert_problem(await post(world, client), problems.BUDGET_UNAVAILABLE)
         world.gateway.budgets.bucket = world.budgets
         assert (await post(world, client)).status_code == 200
+    await world.gateway.close()
+
+
+async def test_a_draw_is_tried_again_while_somebody_waits(tmp_path: Path, issuer: Issuer) -> None:
+    """As when the bucket's leader dies, and another is chosen."""
+    world = World(tmp_path, issuer, plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')
+    await world.publish(world.document())
+    async with world.worker(), client_of(world) as client:
+        world.gateway.budgets.bucket = away = Unavailable()
+        waiting = [asyncio.create_task(post(world, client)) for _ in range(3)]
+        async with asyncio.timeout(DRAW_LIMIT):
+            while away.asked < 2:
+                await asyncio.sleep(0.01)
+        world.gateway.budgets.bucket = world.budgets
+        assert [(await each).status_code for each in waiting] == [200, 200, 200]
     await world.gateway.close()
 
 

@@ -27,6 +27,21 @@ def connect(relay: Relay, **options: Any) -> lacre.Client:
     return lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay), **options)
 
 
+class ByAProxy:
+    """What nginx says where no gateway answers: nothing of ours."""
+
+    status = 502
+
+    def body(self) -> bytes:
+        return b"<html><h1>502 Bad Gateway</h1></html>"
+
+    def __str__(self) -> str:
+        return "a proxy's own words"
+
+
+BY_A_PROXY = ByAProxy()
+
+
 def first(*answers: Any) -> Any:
     """These, one after the other, to sealed requests; then the relay's own."""
     left = list(answers)
@@ -44,7 +59,14 @@ def first(*answers: Any) -> Any:
 
 @pytest.mark.parametrize(
     "fault",
-    [problems.BUSY, problems.RATE_LIMITED, problems.WORKER_LOST, httpx2.ConnectError("gone"), httpx2.ReadError("cut")],
+    [
+        problems.BUSY,
+        problems.RATE_LIMITED,
+        problems.WORKER_LOST,
+        BY_A_PROXY,
+        httpx2.ConnectError("gone"),
+        httpx2.ReadError("cut"),
+    ],
     ids=str,
 )
 def test_once_more(relay: Relay, fault: Any) -> None:
@@ -101,6 +123,19 @@ def test_the_manifest_too(relay: Relay) -> None:
     relay.respond = respond
     with connect(relay) as client:
         assert client.chat("x").attempts == 1
+
+
+def test_what_a_proxy_says_is_not_taken_for_a_gateways_word(relay: Relay) -> None:
+    relay.respond = first(BY_A_PROXY)
+    with connect(relay, retries=0) as client, pytest.raises(lacre.Unavailable) as caught:
+        client.chat("x")
+    assert caught.value.problem == problems.NO_GATEWAY.type
+    assert "gateways are up" in caught.value.remedy
+
+
+@pytest.mark.parametrize("problem", [problem for problem in problems.BY_TYPE.values() if problem.status == 503], ids=str)
+def test_whatever_is_not_there_now_is_asked_again(problem: problems.Problem) -> None:
+    assert Retries(1, repeatable=False).after_refusal(problem, 0.0) is not None
 
 
 def test_how_long() -> None:

@@ -2,7 +2,7 @@
 
 Rules:
 - To reserve takes no I/O while the leases in hand suffice. Where they do not, the request waits for one draw, for `DRAW_LIMIT`
-  at most; all that wait for the same budget share it.
+  at most; all that wait for the same budget share it, and it is tried again for as long as one of them waits.
 - A request is charged to all its budgets or to none.
 - Without the bucket, what is in hand is served; then requests are refused, and told when to come again.
 - Windows go by the time of the bucket's server, so that gateways agree on them whatever their own clocks say.
@@ -36,6 +36,7 @@ from lacre_gateway.plans import Plans
 
 DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
 _TRIES: Final = 24  # compare-and-sets of one draw, against gateways that race for the same budget
+_AGAIN: Final = 0.25  # seconds until a draw is tried again while the bucket is away: a new leader takes some to be chosen
 _BACK_OFF: Final = 0.004  # seconds at most after a lost race, times the number of the try
 _TICK: Final = 1.0
 _AT_ONCE: Final = 16  # writes under way, of those for which nobody waits
@@ -182,7 +183,7 @@ class Ledger:
         try:
             async with asyncio.timeout_at(deadline):
                 met = [await waiter.met for waiter in waiters]
-        except (TimeoutError, FabricError) as exc:
+        except TimeoutError as exc:
             raise BudgetUnavailable from exc
         finally:
             for waiter in waiters:
@@ -220,13 +221,15 @@ class Ledger:
             draw.waiting = None
             try:
                 met = await self._write(draw, [waiter.need for waiter in waiters])
-            except FabricError as exc:
-                for waiter in [*waiters, *(draw.waiting or ())]:
-                    _tell(waiter.met, exc)
-                draw.waiting = None
-                return
+            except FabricError:
+                draw.waiting = [waiter for waiter in (*waiters, *(draw.waiting or ())) if not waiter.met.done()]
+                if not draw.waiting:
+                    return
+                await asyncio.sleep(_AGAIN)
+                continue
             for waiter, each in zip(waiters, met, strict=True):
-                _tell(waiter.met, each)
+                if not waiter.met.done():
+                    waiter.met.set_result(each)
             if not draw.waiting:
                 return
 
@@ -328,7 +331,7 @@ class Ledger:
             async with gate:
                 self._wake(draw)
                 if draw.task is not None:
-                    await draw.task
+                    await asyncio.wait({draw.task}, timeout=DRAW_LIMIT)  # who waits for it keeps it going
 
         await asyncio.gather(*(write(draw) for draw in due))
 
@@ -366,13 +369,3 @@ def _check_possible(caller: Caller, amounts: Amounts) -> None:
         for kind, ceiling in scope.limits:
             if amounts.of(kind) > ceiling:
                 raise AboveLimit(scope.label, kind)
-
-
-def _tell(future: asyncio.Future[bool], outcome: bool | FabricError) -> None:
-    if future.done():
-        return
-    if isinstance(outcome, FabricError):
-        future.set_exception(outcome)
-        future.exception()  # seen: a second budget of the same request may fail unheard
-    else:
-        future.set_result(outcome)
