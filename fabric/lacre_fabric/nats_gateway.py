@@ -33,6 +33,7 @@ from lacre_fabric.work import (
     DuplicateWork,
     FabricError,
     FabricUnavailable,
+    NoQueue,
     NoWorkers,
     QueueFull,
     Work,
@@ -43,6 +44,9 @@ from lacre_fabric.work import (
 GRANT: Final = "Grant"
 REQUEST: Final = "Request"
 GATEWAY: Final = "Gateway"
+# Seconds that work may wait until its queue has a leader, of those that it may wait for a worker; one is chosen within nine.
+LEADERLESS: Final = 10.0
+NO_QUEUE: Final = 0.25  # seconds until it is tried again
 MAX_PRESENCE: Final = 64 * 1024  # bytes of one sign of presence: the names of a node's models
 _STATUS_LINE: Final = 64  # bytes of NATS/1.0 and the empty line, with room
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
@@ -80,7 +84,7 @@ class _Ack:
     def sequence(self) -> int:
         """Raises DuplicateWork, QueueFull or FabricUnavailable."""
         if self.block.startswith(_NO_RESPONDERS):
-            raise FabricUnavailable("the pool has no queue: run `lacre up`, or provision the fabric")
+            raise NoQueue("the pool has no queue: run `lacre up`, or provision the fabric")
         try:
             said = json.loads(self.payload)
             error = said.get("error")
@@ -177,7 +181,7 @@ class NatsGateway:
         _check_size(work, headers, self.connection.client.max_payload)
         self._inbound[work.pool, work.request_id] = inbound = Inbound(queue_limit)
         try:
-            sequence = await self._publish(work, headers)
+            sequence = await self._queued(work, headers, min(queue_limit, LEADERLESS))
         except BaseException:
             del self._inbound[work.pool, work.request_id]
             raise
@@ -211,8 +215,23 @@ class NatsGateway:
             except TimeoutError:
                 raise NoWorkers("no live worker of the pool serves the model") from None
 
+    async def _queued(self, work: Work, headers: dict[str, str], patience: float) -> int | None:
+        """As `_publish`; where nobody took it, for the queue has no leader now, it waits `patience` seconds for one."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
+        while True:
+            try:
+                return await self._publish(work, headers)
+            except NoQueue:
+                if loop.time() + NO_QUEUE >= deadline or not self.workers(work.pool, work.model):
+                    raise
+            await asyncio.sleep(NO_QUEUE)
+
     async def _publish(self, work: Work, headers: dict[str, str]) -> int | None:
-        """The message's sequence in its stream; None where no ack came. It is never published a second time."""
+        """The message's sequence in its stream; None where no ack came: then it is never published a second time.
+
+        Raises NoQueue where it certainly is in none.
+        """
         denials, loop = self.connection.denials, asyncio.get_running_loop()
         acked: asyncio.Future[_Ack | None] = loop.create_future()
         self._acks[work.request_id] = acked

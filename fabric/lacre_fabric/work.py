@@ -56,6 +56,10 @@ class FabricUnavailable(FabricError):
     """The message server cannot be reached, or denies what this role needs."""
 
 
+class NoQueue(FabricUnavailable):
+    """The pool's queue is not there, or has no leader now: the work was not taken."""
+
+
 class FabricRefused(FabricUnavailable):
     """The message server does not take the credential."""
 

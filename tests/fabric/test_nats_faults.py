@@ -23,6 +23,7 @@ from lacre_fabric.work import (
     FabricError,
     FabricLost,
     FabricUnavailable,
+    NoQueue,
     NoWorkers,
     QueueFull,
     QueueTimeout,
@@ -270,8 +271,8 @@ async def test_no_queue_is_said(ends: Ends) -> None:
     provisioner = await ends.live.connect("provisioner")
     await provisioner.jetstream.delete_stream("WORK_a")
     await provisioner.close()
-    with pytest.raises(FabricUnavailable, match="has no queue"):
-        await gateway.dispatch(new_work())
+    with pytest.raises(NoQueue):
+        await gateway.dispatch(new_work(), queue_limit=0.5)
     # The worker says that it can take nothing, and finds the new queue by itself.
     pulling = asyncio.create_task(worker.pull())
     await asyncio.sleep(0.2)
@@ -282,6 +283,24 @@ async def test_no_queue_is_said(ends: Ends) -> None:
             await asyncio.sleep(0.05)
         await gateway.dispatch(new_work())
         await (await pulling).drop()
+
+
+async def test_work_waits_for_its_queue_and_is_in_it_once(ends: Ends) -> None:
+    """As when the queue's leader dies, and another is chosen."""
+    gateway, worker = await ends.gateway(), await ends.worker(slots=2)
+    provisioner = await ends.live.connect("provisioner")
+    await provisioner.jetstream.delete_stream("WORK_a")
+    await provisioner.close()
+    work = new_work()
+    dispatching = asyncio.create_task(gateway.dispatch(work))
+    await asyncio.sleep(0.5)
+    assert not dispatching.done()
+    await ends.live.provision()
+    await dispatching
+    async with asyncio.timeout(5):
+        delivery = await worker.pull()
+    assert (delivery.work.request_id, await gateway.backlog("a")) == (work.request_id, 1)
+    await delivery.drop()
 
 
 async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
