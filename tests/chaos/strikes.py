@@ -31,6 +31,7 @@ class Strikes:
     stage: Stage
     done: dict[Kind, int] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
+    _filling: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def run(self, schedule: Sequence[Strike], began: float) -> None:
         """began: on the monotonic clock. Ends when the last one is undone."""
@@ -59,8 +60,9 @@ class Strikes:
                 await self._skew(strike)
             case "disk":
                 assert self.stage.disk is not None
-                with filled(self.stage.disk):
-                    await asyncio.sleep(strike.lasting)
+                async with self._filling:  # a disk that is full still is filled again when it is free
+                    with filled(self.stage.disk):
+                        await asyncio.sleep(strike.lasting)
             case "keys":
                 if not await self._rotate():
                     return  # what did not happen is not counted
