@@ -66,7 +66,8 @@ def books(entries: Entries, price: Price, lines: Sequence[Mapping[str, Any]], ki
     """Budgets are exact: what was drawn is what receipts cost, to the micro-unit, and what the killed forfeited.
 
     lines: of `lacre budget show --json`, once every gateway was stopped in order: what is unused on a lease is a dead one's.
-    One that is open and used up is none: whoever gave all back while idle has forgotten it.
+    One that is open and used up is none: whoever gave all back while idle has forgotten it. A record has the last two windows
+    of each limit: of a minute's, the earlier ones can be held against nothing.
     """
     spent: Counter[tuple[str, int]] = Counter()
     for intent, outcome in _pairs(entries):
@@ -89,8 +90,9 @@ def books(entries: Entries, price: Price, lines: Sequence[Mapping[str, Any]], ki
         drawn[line["limit"], line["window"]] += line["drawn"] - sum(each["drawn"] - each["used"] for each in line["leases"])
     if not drawn:
         yield "nothing was drawn from any budget"
+    latest = {limit: max(window for name, window in spent if name == limit) for limit, _ in spent}
     for place in drawn | spent:
-        if drawn[place] != spent[place]:
+        if place[1] >= latest.get(place[0], 0) - 1 and drawn[place] != spent[place]:
             yield f"{place[0]} of window {place[1]}: {drawn[place]} is gone from the budgets, and receipts say {spent[place]}"
 
 

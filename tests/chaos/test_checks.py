@@ -116,6 +116,14 @@ def test_what_is_gone_from_a_budget_and_stands_on_no_receipt() -> None:
     assert wrong == f"money_per_month of window {WINDOW}: {3 * COST + 1} is gone from the budgets, and receipts say {3 * COST}"
 
 
+@pytest.mark.parametrize(("kept", "wrong"), [((1, 1), 0), ((0, 1), 1), ((1, 0), 1)])
+def test_of_minutes_the_last_two_are_held_against_the_books(kept: tuple[int, int], wrong: int) -> None:
+    minutes = [intent(number) | {"limits": [f"user:p/requests_per_minute@{number}"]} for number in range(3)]
+    entries = {"g1": [entry for number in range(3) for entry in (minutes[number], outcome(number))]}
+    lines = [line("requests_per_minute", drawn) | {"window": number} for number, drawn in zip((1, 2), kept, strict=True)]
+    assert len(list(checks.books(entries, price(), lines, frozenset()))) == wrong
+
+
 def test_a_lease_that_was_not_given_back() -> None:
     wrong = list(checks.books(ENTRIES, price(), LINES, frozenset()))
     assert wrong and all("did not give back its lease" in each for each in wrong)
