@@ -101,7 +101,7 @@ class Consumer:
         self._task = task
         self._wire = Wire(task)
         self._key: Ed25519PrivateKey = read_ed25519(Path(task.receipt_key))
-        stream, consumer = subjects.work_stream(task.pool), subjects.consumer(task.model)
+        stream, consumer = subjects.work_stream(task.pool, subjects.DEFAULT_REGION), subjects.consumer(task.model)
         self._pull = f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self._asked, self._asked_at, self._said_at = 0, 0.0, 0.0
         self._frames = [
@@ -132,7 +132,7 @@ class Consumer:
         if now - self._said_at >= BEAT:
             self._said_at = now
             said = json.dumps({"models": [self._task.model], "free": BATCH, "busy": 0, "keys": []}).encode()
-            yield _pub(subjects.presence(self._task.pool, self._task.node), said)
+            yield _pub(subjects.presence(self._task.pool, subjects.DEFAULT_REGION, self._task.node), said)
             for reply, number in self._held.items():
                 self._held[reply] += 1
                 yield _hpub(reply, b"NATS/1.0\r\nA: %s\r\nS: %d\r\nK: beat\r\n\r\n" % (ATTEMPT.encode(), number), b"")

@@ -41,14 +41,14 @@ from bench.stand import MODEL, POOL, ROOT, Stand, ended, stand, usage
 from lacre_fabric.buckets import NatsBucket
 from lacre_fabric.connection import Connection
 from lacre_fabric.site import GATEWAY_ID
-from lacre_fabric.subjects import BUDGETS_BUCKET
+from lacre_fabric.subjects import BUDGETS_BUCKET, DEFAULT_REGION
 
 WORKERS = (1, 4, 16, 64)
 RATE, BUSY = 30.0, 0.7
 IDLE_RATE = 5.0  # where nobody waits
 STEP, CAPACITY_AT_FIRST, TARGET = 3.0, 4, 0.8
 LOOK, START = 1.0, 3.0  # seconds between looks at the demand; and until a worker that was asked for is there
-_DEMAND = re.compile(rf'^lacre_pool_demand{{pool="{POOL}"}} ([0-9.]+)', re.MULTILINE)
+_DEMAND = re.compile(rf'^lacre_pool_demand{{pool="{POOL}",region="{DEFAULT_REGION}"}} ([0-9.]+)', re.MULTILINE)
 
 
 class Workers:

@@ -50,6 +50,7 @@ async def serve(settings: Settings) -> None:
             serving.names,
             slots=serving.slots,
             keys=keys.fingerprints,
+            region=settings.nats.region,
         )
         stack.push_async_callback(fabric.close)
         feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))

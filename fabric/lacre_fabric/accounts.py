@@ -3,6 +3,7 @@
 Rules:
 - The streams and buckets are in one account, with the provisioner alone. The gateways share another, and the workers of
   each pool have their own; who looks after the servers is in the servers' own. What is not named here passes no wall.
+- The workers of a pool share their account in every region: they have the same keys. Permissions keep each to its queue.
 - Why permissions are not enough: NATS checks what a client publishes to, and not the subject that it asks the answer to go
   to. Inside one account JetStream writes its answers wherever the asker says, with the server's own authority: a worker that
   may read nothing but its own bucket could put a message of its making there, and have it sent as a manifest, as another
@@ -37,33 +38,37 @@ _OWN_API = "$JS.API"
 
 
 def accounts(roles: Sequence[Role]) -> Entry:
-    """The `accounts` block of nats-server's configuration, for every pool that a role names. Raises SettingsError."""
+    """The `accounts` block of nats-server's configuration, for every pool and region that a role names, and for the servers
+    of all regions alike. Raises SettingsError.
+    """
     names = [role.credential.name for role in roles]
     if len(set(names)) != len(names):
         raise SettingsError("two roles have a credential of the same name")
     pools = sorted({pool for role in roles for pool in role.pools})
-    found = {FABRIC: _fabric(pools), GATEWAYS: _gateways(pools)} | {workers_account(pool): _workers(pool) for pool in pools}
+    regions = sorted({region for role in roles for region in role.regions})
+    found = {FABRIC: _fabric(pools, regions), GATEWAYS: _gateways(pools, regions)}
+    found |= {workers_account(pool): _workers(pool, regions) for pool in pools}
     if any(role.account == SYSTEM for role in roles):
         found[SYSTEM] = {}
     return {name: {"users": [role.user() for role in roles if role.account == name], **entry} for name, entry in found.items()}
 
 
-def _fabric(pools: Sequence[str]) -> Entry:
+def _fabric(pools: Sequence[str], regions: Sequence[str]) -> Entry:
     every = [GATEWAYS, *map(workers_account, pools)]
     services = [_service(READ_MANIFEST, every), *(_service(subject, [GATEWAYS]) for subject in (*REVOCATIONS, *BUDGETS))]
     for pool in pools:
-        services += [_service(subject, [GATEWAYS]) for subject in gateway_services(pool)]
-        services += [_service(subject, [workers_account(pool)]) for subject in worker_services(pool)]
+        services += [_service(subject, [GATEWAYS]) for subject in _of_gateways(pool, regions)]
+        services += [_service(subject, [workers_account(pool)]) for subject in _of_workers(pool, regions)]
     return {
         "jetstream": "enabled",
         "mappings": {f"{subjects.API}.>": f"{_OWN_API}.>"},  # so that the provisioner finds it where everybody does
         "exports": [*services, {"stream": MAX_DELIVERIES, "accounts": [GATEWAYS]}],
-        "imports": [_heard(workers_account(pool), f"presence.{pool}.*") for pool in pools],
+        "imports": [_heard(workers_account(pool), f"presence.{pool}.*.*") for pool in pools],
     }
 
 
-def _gateways(pools: Sequence[str]) -> Entry:
-    asked = (service for pool in pools for service in gateway_services(pool))
+def _gateways(pools: Sequence[str], regions: Sequence[str]) -> Entry:
+    asked = (service for pool in pools for service in _of_gateways(pool, regions))
     return {
         "exports": [
             {"stream": f"{kind}.{pool}.*", "accounts": [workers_account(pool)]} for pool in pools for kind in TOLD_TO_WORKERS
@@ -71,19 +76,28 @@ def _gateways(pools: Sequence[str]) -> Entry:
         "imports": [
             *_asked([READ_MANIFEST, *REVOCATIONS, *BUDGETS, *asked]),
             _heard(FABRIC, MAX_DELIVERIES),
-            *(_heard(workers_account(pool), f"{kind}.{pool}.>") for pool in pools for kind in TOLD_BY_WORKERS),
+            *(_heard(workers_account(pool), f"{kind}.{pool}.*.*") for pool in pools for kind in TOLD_BY_WORKERS),
         ],
     }
 
 
-def _workers(pool: str) -> Entry:
+def _workers(pool: str, regions: Sequence[str]) -> Entry:
     return {
-        "exports": [{"stream": f"{kind}.{pool}.>", "accounts": [GATEWAYS, FABRIC]} for kind in TOLD_BY_WORKERS],
+        "exports": [{"stream": f"{kind}.{pool}.*.*", "accounts": [GATEWAYS, FABRIC]} for kind in TOLD_BY_WORKERS],
         "imports": [
-            *_asked([READ_MANIFEST, *worker_services(pool)]),
+            *_asked([READ_MANIFEST, *_of_workers(pool, regions)]),
             *(_heard(GATEWAYS, f"{kind}.{pool}.*") for kind in TOLD_TO_WORKERS),
         ],
     }
+
+
+def _of_gateways(pool: str, regions: Sequence[str]) -> list[str]:
+    return [service for region in regions for service in gateway_services(pool, region)]
+
+
+def _of_workers(pool: str, regions: Sequence[str]) -> list[str]:
+    """Each once: claims are the same ones in every region."""
+    return list(dict.fromkeys(service for region in regions for service in worker_services(pool, region)))
 
 
 def _service(subject: str, asked_by: Sequence[str]) -> Entry:

@@ -362,7 +362,7 @@ def manifest_publish(state: State = None) -> None:
 
     async def run() -> None:
         async with _provisioner(site) as connection:
-            await provision(connection, site.pools, replicas=site.replicas)
+            await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
             await publish(site, connection)
 
     asyncio.run(run())
@@ -419,7 +419,7 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
 
     site = _site(state)
     logs.configure(StringIO())  # what is denied on purpose; the findings say what matters
-    found = asyncio.run(inspect(site.servers, site.pools, site.replicas, site.credentials()))
+    found = asyncio.run(inspect(site.servers, site.pools, site.replicas, site.credentials(), site.regions))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))
     else:

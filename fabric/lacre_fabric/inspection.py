@@ -22,7 +22,7 @@ from typing import Any, Final
 import nats.errors
 import nats.js.errors
 from nats.aio.msg import Msg
-from nats.js.api import StreamConfig, StreamInfo
+from nats.js.api import ConsumerConfig, Placement, StorageType, StreamConfig, StreamInfo
 
 from lacre.errors import LacreError
 from lacre_fabric import layout, subjects
@@ -38,11 +38,12 @@ _PROVISION: Final = "run `lacre manifest publish`, which mends it"
 _ANEW: Final = "delete the stream when nobody needs what is in it, and run `lacre manifest publish`"
 _ACCOUNTS: Final = "configure the servers with what `lacre fabric accounts` prints, and nothing beside it"
 _FIXED: Final = frozenset({"storage", "retention"})  # what no update of a stream changes
-_CHOSEN: Final = frozenset({"retention", "duplicate_window"})  # by the server, where nothing is asked for
+_CHOSEN: Final = frozenset({"retention", "duplicate_window", "placement"})  # by the server, where nothing is asked for
 _STREAM: Final = (
     "subjects", "retention", "storage", "num_replicas", "discard", "max_msgs", "max_bytes", "max_msgs_per_subject", "max_age",
-    "duplicate_window", "allow_msg_ttl", "deny_delete", "deny_purge",
+    "duplicate_window", "allow_msg_ttl", "deny_delete", "deny_purge", "placement",
 )  # fmt: skip
+_LIMITS: Final = ((StorageType.MEMORY, "max_memory", "max_memory_store"), (StorageType.FILE, "max_storage", "max_file_store"))
 _CONSUMER: Final = ("filter_subject", "ack_policy", "ack_wait", "max_deliver", "max_ack_pending")
 
 
@@ -63,14 +64,18 @@ class Finding:
 
 
 async def inspect(
-    servers: Servers, pools: Mapping[str, Sequence[str]], replicas: int, credentials: Mapping[str, Credential]
+    servers: Servers,
+    pools: Mapping[str, Sequence[str]],
+    replicas: int,
+    credentials: Mapping[str, Credential],
+    regions: Sequence[str] = subjects.ONE_REGION,
 ) -> list[Finding]:
-    """credentials: by role: `provisioner`, `inspector`, and any of `gateway` and `worker-POOL`."""
+    """credentials: by role: `provisioner`, `inspector`, and any of `gateway` and `worker-POOL`, the latter with `@REGION`."""
     found = [_tls(servers)]
     try:
         async with _connected(servers, credentials["provisioner"]) as provisioner:
-            found += await _streams(provisioner, pools, replicas)
-            found += await _consumers(provisioner, pools)
+            found += await _streams(provisioner, layout.streams(tuple(pools), replicas, regions))
+            found += await _consumers(provisioner, layout.consumers(pools, regions))
     except LacreError as exc:
         found.append(
             Finding("fabric", Verdict.WRONG, str(exc), "see that the servers run, have JetStream, and know Lacre's accounts")
@@ -78,12 +83,12 @@ async def inspect(
         return found
     try:
         async with _connected(servers, credentials["inspector"]) as inspector:
-            found += _servers(await _said(inspector), replicas, time.time())
+            found += _servers(await _said(inspector), layout.streams(tuple(pools), replicas, regions), regions, time.time())
     except LacreError as exc:
         found.append(Finding("servers", Verdict.WRONG, str(exc), _ACCOUNTS))
     for role, credential in credentials.items():
         if role not in ("provisioner", "inspector"):
-            found.append(await _denied(servers, role, credential, pools))
+            found.append(await _denied(servers, role, credential, [(pool, region) for pool in pools for region in regions]))
     return found
 
 
@@ -117,9 +122,9 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def _streams(connection: Connection, pools: Mapping[str, Sequence[str]], replicas: int) -> list[Finding]:
+async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> list[Finding]:
     found = []
-    for wanted in layout.streams(tuple(pools), replicas):
+    for wanted in streams:
         name = wanted.name or ""
         async with connection.mapped():
             try:
@@ -137,6 +142,10 @@ def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> Finding:
         remedy = _ANEW if any(field in _FIXED for field, _ in differs) else _PROVISION
         verdict = Verdict.WEAK if {field for field, _ in differs} == {"num_replicas"} else Verdict.WRONG
         return Finding(name, verdict, "; ".join(told for _, told in differs), remedy)
+    if wanted.placement is not None and (info.cluster is None or info.cluster.name != wanted.placement.cluster):
+        there = "nowhere" if info.cluster is None else f"in {info.cluster.name}"
+        remedy = f"it is on its way to {wanted.placement.cluster}: look again"
+        return Finding(name, Verdict.WEAK, f"it is still {there}", remedy)
     if info.cluster is None or not wanted.num_replicas or wanted.num_replicas == 1:
         return Finding(name, Verdict.OK, "as it should be, on one server")
     peers = info.cluster.replicas or []
@@ -158,13 +167,15 @@ def _differences(fields: Iterable[str], wanted: object, there: object) -> list[t
 
 
 def _limit(value: object) -> object:
-    """None for what NATS and its client write as none, zero or minus one: no limit."""
+    """None for what NATS and its client write as none, zero or minus one: no limit. Of a place, its region."""
+    if isinstance(value, Placement):
+        return value.cluster
     return None if value in (None, 0, -1) else value
 
 
-async def _consumers(connection: Connection, pools: Mapping[str, Sequence[str]]) -> list[Finding]:
+async def _consumers(connection: Connection, consumers: Mapping[str, Sequence[ConsumerConfig]]) -> list[Finding]:
     found = []
-    for stream, wanted in layout.consumers(pools).items():
+    for stream, wanted in consumers.items():
         try:
             async with connection.mapped():
                 there = {info.name: info.config for info in await connection.jetstream.consumers_info(stream)}
@@ -198,7 +209,9 @@ async def _said(inspector: Connection) -> list[dict[str, Any]]:
     return said
 
 
-def _servers(said: Sequence[Mapping[str, Any]], replicas: int, now: float) -> list[Finding]:
+def _servers(
+    said: Sequence[Mapping[str, Any]], streams: Sequence[StreamConfig], regions: Sequence[str], now: float
+) -> list[Finding]:
     if not said:
         return [Finding("servers", Verdict.WRONG, "none answers the inspector", _ACCOUNTS)]
     found = []
@@ -207,19 +220,25 @@ def _servers(said: Sequence[Mapping[str, Any]], replicas: int, now: float) -> li
     found.append(
         Finding("versions", verdict, ", ".join(versions), "" if len(versions) == 1 else "run one version on all servers")
     )
-    enough = len(said) >= replicas
-    found.append(
-        Finding(
-            "servers", Verdict.OK if enough else Verdict.WRONG, f"{len(said)} answer, {replicas} keep each stream",
-            "" if enough else "start the servers that are missing, or lower `replicas`",
-        )
-    )  # fmt: skip
-    for server in said:
-        found += _server(server, now)
+    for region in regions:
+        there = [server for server in said if len(regions) == 1 or (server.get("cluster") or {}).get("name") == region]
+        kept = [stream for stream in streams if stream.placement is None or stream.placement.cluster == region]
+        found.append(_enough(region, len(there), max(stream.num_replicas or 1 for stream in kept), regions))
+        for server in there:
+            found += _server(server, kept, now)
     return found
 
 
-def _server(server: Mapping[str, Any], now: float) -> list[Finding]:
+def _enough(region: str, there: int, replicas: int, regions: Sequence[str]) -> Finding:
+    check = "servers" if len(regions) == 1 else f"servers {region}"
+    told = f"{there} answer, {replicas} keep each stream"
+    if there >= replicas:
+        return Finding(check, Verdict.OK, told)
+    return Finding(check, Verdict.WRONG, told, "start the servers that are missing, or lower `replicas`")
+
+
+def _server(server: Mapping[str, Any], kept: Sequence[StreamConfig], now: float) -> list[Finding]:
+    """kept: what it may have to keep, for any server may be given any of its region's streams."""
     name, config = server.get("server_name", "?"), (server.get("jetstream") or {}).get("config") or {}
     wrong: list[tuple[Verdict, str, str]] = []
     if server.get("max_payload", 0) < MAX_PAYLOAD:
@@ -228,17 +247,31 @@ def _server(server: Mapping[str, Any], now: float) -> list[Finding]:
         )
     if not config:
         wrong.append((Verdict.WRONG, "JetStream is off", "configure `jetstream`"))
-    elif not config.get("sync_always"):
-        wrong.append((Verdict.WEAK, "a power cut may forget what was written last", "set sync_interval: always in `jetstream`"))
+    else:
+        if not config.get("sync_always"):
+            told = "a power cut may forget what was written last"
+            wrong.append((Verdict.WEAK, told, "set sync_interval: always in `jetstream`"))
+        for storage, limit, setting in _LIMITS:
+            needed = sum(_most(stream) for stream in kept if stream.storage == storage)
+            if 0 <= config.get(limit, -1) < needed:
+                told = f"{setting} is {config[limit]}, its streams may come to {needed}"
+                wrong.append((Verdict.WRONG, told, f"set {setting} in `jetstream` to {needed} or more"))
     skew = abs(now - datetime.fromisoformat(str(server["at"])).timestamp())
     if skew > _SKEW:
         wrong.append((Verdict.WEAK, f"its clock is {skew:.0f} s from this one", "keep all clocks by NTP"))
     if not wrong:
-        return [Finding(f"server {name}", Verdict.OK, "JetStream, payload, sync and clock are as they should be")]
+        return [Finding(f"server {name}", Verdict.OK, "JetStream, its limits, payload, sync and clock are as they should be")]
     return [Finding(f"server {name}", *each) for each in wrong]
 
 
-async def _denied(servers: Servers, role: str, credential: Credential, pools: Mapping[str, Sequence[str]]) -> Finding:
+def _most(stream: StreamConfig) -> int:
+    """Bytes that a stream may come to, as far as it has a bound."""
+    if stream.max_bytes and stream.max_bytes > 0:
+        return stream.max_bytes
+    return max(0, stream.max_msgs or 0) * max(0, stream.max_msg_size or 0)
+
+
+async def _denied(servers: Servers, role: str, credential: Credential, places: Sequence[tuple[str, str]]) -> Finding:
     """Tries what the role must not do."""
     allowed = []
     try:
@@ -246,7 +279,7 @@ async def _denied(servers: Servers, role: str, credential: Credential, pools: Ma
             for subject in _LISTENED:
                 if not await _refuses(connection, subject, listen=True):
                     allowed.append(f"subscribe to {subject}")
-            for subject in _asked(role, pools):
+            for subject in _asked(role, places):
                 if not await _refuses(connection, subject, listen=False):
                     allowed.append(f"publish to {subject}")
     except LacreError as exc:
@@ -260,19 +293,21 @@ _LISTENED: Final = (">", "_INBOX.>", "work.>", "$SYS.>", "$KV.>")
 _NOBODY: Final = "check-nobody"  # no stream, consumer, gateway or request has this name
 
 
-def _asked(role: str, pools: Mapping[str, Sequence[str]]) -> list[str]:
-    """Subjects that are denied to the role; where they are not, nobody is there to be harmed."""
+def _asked(role: str, places: Sequence[tuple[str, str]]) -> list[str]:
+    """Subjects that are denied to the role; where they are not, nobody is there to be harmed. places: pools and regions."""
     api = [f"{prefix}.{call}" for prefix in ("$JS.API", subjects.API) for call in (
         f"STREAM.CREATE.{_NOBODY}", f"STREAM.DELETE.{_NOBODY}", f"STREAM.PURGE.{_NOBODY}", "STREAM.NAMES",
         f"CONSUMER.CREATE.{_NOBODY}.{_NOBODY}",
     )]  # fmt: skip
-    others = [pool for pool in pools if role != f"worker-{pool}"]
-    own = role.removeprefix("worker-")
-    pulls = [f"{subjects.API}.CONSUMER.MSG.NEXT.{subjects.work_stream(pool)}.{_NOBODY}" for pool in others]
-    if role.startswith("worker-"):
-        replies = [subjects.reply(pool, _NOBODY, _NOBODY) for pool in others]
-        return [*api, *pulls, *replies, f"work.{own}.{_NOBODY}.none", subjects.READ_BUDGETS, subjects.READ_REVOCATIONS]
-    return [*api, *pulls, *(subjects.reply(pool, _NOBODY, _NOBODY) for pool in pools)]
+    kind, _, own = role.partition("-")
+    pool, _, region = own.partition("@")
+    others = [place for place in places if place != (pool, region or subjects.DEFAULT_REGION)]
+    pulls = [f"{subjects.API}.CONSUMER.MSG.NEXT.{subjects.work_stream(*place)}.{_NOBODY}" for place in others]
+    replies = [subjects.reply(other, _NOBODY, _NOBODY) for other in dict.fromkeys(at for at, _ in places) if other != pool]
+    if kind == "worker":
+        works = [f"work.{pool}.{region or subjects.DEFAULT_REGION}.{_NOBODY}.none"]
+        return [*api, *pulls, *replies, *works, subjects.READ_BUDGETS, subjects.READ_REVOCATIONS]
+    return [*api, *pulls, *replies]
 
 
 async def _refuses(connection: Connection, subject: str, *, listen: bool) -> bool:

@@ -2,6 +2,8 @@
 
 Rules:
 - Queues are in memory: whoever waits in them has a client that waits too. What must outlive every server is in files.
+- Of several regions the first is the home: what must be the same for all is kept there, claims and budgets above all. Each pool
+  has a queue in every region, in that region's servers.
 - Each stream is kept by as many servers as `replicas` says, and no consumer by fewer: it has its stream's replicas.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, Placement, RetentionPolicy, StorageType, StreamConfig
 
 from lacre_fabric import nats_revocations, subjects
 from lacre_fabric.work import ACK_WAIT, CLAIM_TTL, DUPLICATE_WINDOW, MAX_DELIVER
@@ -24,28 +26,39 @@ MAX_ACK_PENDING: Final = 100_000  # at least every slot of a pool; the default o
 _KV_DUPLICATES: Final = 120.0  # seconds: what every client of NATS gives a bucket
 
 
-def streams(pools: Sequence[str], replicas: int) -> list[StreamConfig]:
-    """Raises SettingsError for a pool's name that is none."""
-    return [
+def streams(pools: Sequence[str], replicas: int, regions: Sequence[str] = subjects.ONE_REGION) -> list[StreamConfig]:
+    """Raises SettingsError for the name of a pool or a region that is none."""
+    home = [
         _bucket(subjects.TRUST_BUCKET, None, replicas),
         nats_revocations.bucket(replicas),
         _bucket(subjects.BUDGETS_BUCKET, BUDGET_TTL, replicas),
-        *(_work(subjects.check_name("pool", pool), replicas) for pool in pools),
-        *(_bucket(subjects.claims_bucket(pool), CLAIM_TTL, replicas) for pool in pools),
+        *(_bucket(subjects.claims_bucket(subjects.check_name("pool", pool)), CLAIM_TTL, replicas) for pool in pools),
     ]
+    placed = [_placed(bucket, regions[0], regions) for bucket in home]
+    return placed + [_placed(_work(pool, region, replicas), region, regions) for pool in pools for region in regions]
 
 
-def consumers(pools: Mapping[str, Sequence[str]], ack_wait: float = ACK_WAIT) -> dict[str, list[ConsumerConfig]]:
+def consumers(
+    pools: Mapping[str, Sequence[str]], regions: Sequence[str] = subjects.ONE_REGION, ack_wait: float = ACK_WAIT
+) -> dict[str, list[ConsumerConfig]]:
     """Of each stream that has some: one for each model."""
     return {
-        subjects.work_stream(pool): [_consumer(pool, model, ack_wait) for model in models] for pool, models in pools.items()
+        subjects.work_stream(pool, region): [_consumer(pool, region, model, ack_wait) for model in models]
+        for pool, models in pools.items()
+        for region in regions
     }
 
 
-def _work(pool: str, replicas: int) -> StreamConfig:
+def _placed(stream: StreamConfig, region: str, regions: Sequence[str]) -> StreamConfig:
+    """Where there is one region, its servers may have any cluster's name, or be one server without any."""
+    subjects.check_region(region)
+    return stream if len(regions) == 1 else stream.evolve(placement=Placement(cluster=region))
+
+
+def _work(pool: str, region: str, replicas: int) -> StreamConfig:
     return StreamConfig(
-        name=subjects.work_stream(pool),
-        subjects=[f"work.{pool}.*"],
+        name=subjects.work_stream(pool, region),
+        subjects=[f"work.{pool}.{region}.*"],
         retention=RetentionPolicy.WORK_QUEUE,
         storage=StorageType.MEMORY,
         num_replicas=replicas,
@@ -57,10 +70,10 @@ def _work(pool: str, replicas: int) -> StreamConfig:
     )
 
 
-def _consumer(pool: str, model: str, ack_wait: float) -> ConsumerConfig:
+def _consumer(pool: str, region: str, model: str, ack_wait: float) -> ConsumerConfig:
     return ConsumerConfig(
         durable_name=subjects.consumer(model),
-        filter_subject=subjects.work(pool, model),
+        filter_subject=subjects.work(pool, region, model),
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=ack_wait,
         max_deliver=MAX_DELIVER,

@@ -15,6 +15,7 @@ from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
 from lacre_fabric.outbound import Outbound
 from lacre_fabric.revocations import Revocation
+from lacre_fabric.subjects import DEFAULT_REGION
 from lacre_fabric.work import (
     MAX_DELIVER,
     QUEUE_LIMIT,
@@ -102,15 +103,17 @@ class MemoryGateway:
         since, self._revocations_read = self._revocations_read, len(self._hub.revocations)
         return self._hub.revocations[since:]
 
-    def capacity(self) -> Mapping[str, Capacity]:
-        pools: dict[str, Capacity] = {}
+    def capacity(self) -> Mapping[tuple[str, str], Capacity]:
+        found: dict[tuple[str, str], Capacity] = {}
         for worker in self._hub.live:
-            at = pools.get(worker.pool, Capacity())
-            pools[worker.pool] = Capacity(at.workers + 1, at.busy + worker.slots - worker.free, at.free + worker.free)
-        return pools
+            at = found.get((worker.pool, DEFAULT_REGION), Capacity())
+            found[worker.pool, DEFAULT_REGION] = Capacity(
+                at.workers + 1, at.busy + worker.slots - worker.free, at.free + worker.free
+            )
+        return found
 
-    async def backlog(self, pool: str) -> int:
-        return sum(work.pool == pool for work, _ in self._hub.queue)
+    async def backlog(self, pool: str, region: str) -> int:
+        return sum(work.pool == pool and region == DEFAULT_REGION for work, _ in self._hub.queue)
 
     async def close(self) -> None:
         self.connected = False

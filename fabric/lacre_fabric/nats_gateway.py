@@ -1,4 +1,7 @@
-"""The gateway's side of the fabric, over NATS."""
+"""The gateway's side of the fabric, over NATS.
+
+A request is published once: what may be in a queue is put into no other (see `regions`).
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
 from lacre_fabric.nats_revocations import Reader, revoke
+from lacre_fabric.regions import Sent, in_order
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.roles import MAX_DELIVERIES, Credential
 from lacre_fabric.work import (
@@ -111,8 +115,9 @@ def _give_up(acked: asyncio.Future[_Ack | None]) -> None:
 class NatsGateway:
     """A `GatewayFabric`. One wildcard subscription takes the replies to all of this process's requests."""
 
-    def __init__(self, connection: Connection, gateway_id: str) -> None:
+    def __init__(self, connection: Connection, gateway_id: str, region: str = subjects.DEFAULT_REGION) -> None:
         self.connection = connection
+        self._region = region
         self._id = gateway_id
         self._revocations = Reader(connection)
         self._inbound: dict[tuple[str, str], Inbound] = {}  # by pool and request: a pool's worker can name no other pool's
@@ -120,16 +125,19 @@ class NatsGateway:
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
         self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of what is being published, by request
         self._telling: set[asyncio.Task[None]] = set()
-        self._present: dict[tuple[str, str], _Presence] = {}
+        self._present: dict[tuple[str, str, str], _Presence] = {}  # by pool, region and node
+        self._sent = Sent()
         self._presence_came = asyncio.Event()
         self._settled_at = 0.0
         self._begin()
         connection.on_reconnect = self._begin
 
     @classmethod
-    async def connect(cls, servers: Servers | str, credential: Credential, gateway_id: str) -> Self:
+    async def connect(
+        cls, servers: Servers | str, credential: Credential, gateway_id: str, region: str = subjects.DEFAULT_REGION
+    ) -> Self:
         """Raises FabricUnavailable."""
-        gateway = cls(await Connection.open(servers, credential), gateway_id)
+        gateway = cls(await Connection.open(servers, credential), gateway_id, region)
         client = gateway.connection.client
         try:
             async with gateway.connection.mapped(confirmed=True):
@@ -148,21 +156,32 @@ class NatsGateway:
         return self.connection.connected
 
     def workers(self, pool: str, model: str) -> int:
-        return sum(at == pool and model in present.models for (at, _), present in self._live().items())
+        return sum(at == pool and model in present.models for (at, _, _), present in self._live().items())
 
-    def capacity(self) -> Mapping[str, Capacity]:
-        pools: dict[str, Capacity] = {}
-        for (pool, _), said in self._live().items():
+    def capacity(self) -> Mapping[tuple[str, str], Capacity]:
+        found: dict[tuple[str, str], Capacity] = {}
+        for (pool, region, _), said in self._live().items():
             if said.models:  # one that drains names none
-                at = pools.get(pool, Capacity())
-                pools[pool] = Capacity(at.workers + 1, at.busy + said.busy, at.free + said.free)
-        return pools
+                at = found.get((pool, region), Capacity())
+                found[pool, region] = Capacity(at.workers + 1, at.busy + said.busy, at.free + said.free)
+        return found
 
-    async def backlog(self, pool: str) -> int:
+    async def backlog(self, pool: str, region: str) -> int:
         async with self.connection.mapped():
-            return (await self.connection.jetstream.stream_info(subjects.work_stream(pool))).state.messages
+            return (await self.connection.jetstream.stream_info(subjects.work_stream(pool, region))).state.messages
 
-    def _live(self) -> Mapping[tuple[str, str], _Presence]:
+    def _regions(self, work: Work) -> list[str]:
+        """Where the work may go, the best first; empty where nobody is there."""
+        free: dict[str, int] = {}
+        for (pool, region, _), present in self._live().items():
+            if pool == work.pool and work.model in present.models:
+                free[region] = free.get(region, 0) + present.free
+        if len(free) < 2:
+            return list(free)
+        now = time.monotonic()
+        return in_order(self._region, {at: slots - self._sent.count(work.pool, at, now) for at, slots in free.items()})
+
+    def _live(self) -> Mapping[tuple[str, str, str], _Presence]:
         now = time.monotonic()
         self._present = {at: present for at, present in self._present.items() if present.until > now}
         return self._present
@@ -170,7 +189,7 @@ class NatsGateway:
     async def dispatch(self, work: Work, *, queue_limit: float = QUEUE_LIMIT) -> NatsDispatch:
         if not self.connected:
             raise FabricUnavailable("not connected to NATS")
-        await self._await_presence(work)
+        regions = await self._await_presence(work)
         headers = {
             Header.MSG_ID.value: work.digest.hex(),
             Header.MSG_TTL.value: str(math.ceil(queue_limit) + 1),
@@ -181,13 +200,13 @@ class NatsGateway:
         _check_size(work, headers, self.connection.client.max_payload)
         self._inbound[work.pool, work.request_id] = inbound = Inbound(queue_limit)
         try:
-            sequence = await self._queued(work, headers, min(queue_limit, LEADERLESS))
+            region, sequence = await self._queued(regions, work, headers, min(queue_limit, LEADERLESS))
         except BaseException:
             del self._inbound[work.pool, work.request_id]
             raise
         if sequence is not None:
-            self._by_sequence[subjects.work_stream(work.pool), sequence] = inbound
-        return NatsDispatch(self, work, sequence, inbound)
+            self._by_sequence[subjects.work_stream(work.pool, region), sequence] = inbound
+        return NatsDispatch(self, work, region, sequence, inbound)
 
     async def revoke(self, revocation: Revocation) -> None:
         await revoke(self.connection, revocation)
@@ -205,29 +224,46 @@ class NatsGateway:
         self._settled_at = time.monotonic() + SETTLE
         self._by_sequence.clear()
 
-    async def _await_presence(self, work: Work) -> None:
-        """Nobody was heard yet in the first moments of a connection; after that, silence means that nobody is there."""
-        while not self.workers(work.pool, work.model):
+    async def _await_presence(self, work: Work) -> list[str]:
+        """The regions with live workers. Nobody was heard yet in the first moments of a connection; after that, silence means
+        that nobody is there.
+        """
+        while not (regions := self._regions(work)):
             self._presence_came.clear()
             try:
                 async with asyncio.timeout(self._settled_at - time.monotonic()):
                     await self._presence_came.wait()
             except TimeoutError:
                 raise NoWorkers("no live worker of the pool serves the model") from None
+        return regions
 
-    async def _queued(self, work: Work, headers: dict[str, str], patience: float) -> int | None:
-        """As `_publish`; where nobody took it, for the queue has no leader now, it waits `patience` seconds for one."""
+    async def _queued(self, regions: list[str], work: Work, headers: dict[str, str], patience: float) -> tuple[str, int | None]:
+        """As `_publish_in_one`; where none took it, for no queue has a leader now, it waits `patience` seconds for one."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience
         while True:
             try:
-                return await self._publish(work, headers)
+                return await self._publish_in_one(regions, work, headers)
             except NoQueue:
-                if loop.time() + NO_QUEUE >= deadline or not self.workers(work.pool, work.model):
+                if loop.time() + NO_QUEUE >= deadline:
                     raise
-            await asyncio.sleep(NO_QUEUE)
+                await asyncio.sleep(NO_QUEUE)
+                if not (regions := self._regions(work)):
+                    raise
 
-    async def _publish(self, work: Work, headers: dict[str, str]) -> int | None:
+    async def _publish_in_one(self, regions: list[str], work: Work, headers: dict[str, str]) -> tuple[str, int | None]:
+        """The region, and as for `_publish`. That no ack came proves nothing: the work stays where it may be."""
+        for number, region in enumerate(regions, 1):
+            self._sent.add(work.pool, region, work.request_id, time.monotonic())
+            try:
+                return region, await self._publish(region, work, headers)
+            except BaseException as exc:
+                self._sent.forget(work.pool, region, work.request_id)
+                if number == len(regions) or not isinstance(exc, QueueFull | NoQueue):
+                    raise
+        raise NoWorkers("no live worker of the pool serves the model")
+
+    async def _publish(self, region: str, work: Work, headers: dict[str, str]) -> int | None:
         """The message's sequence in its stream; None where no ack came: then it is never published a second time.
 
         Raises NoQueue where it certainly is in none.
@@ -238,7 +274,10 @@ class NatsGateway:
         patience = loop.call_later(API_TIMEOUT, _give_up, acked)
         try:
             await self.connection.client.publish(
-                subjects.work(work.pool, work.model), work.sealed, reply=f"{self._acks_at}{work.request_id}", headers=headers
+                subjects.work(work.pool, region, work.model),
+                work.sealed,
+                reply=f"{self._acks_at}{work.request_id}",
+                headers=headers,
             )
             ack = await acked
         except nats.errors.Error as exc:
@@ -277,12 +316,12 @@ class NatsGateway:
         telling.add_done_callback(self._telling.discard)
 
     async def _on_presence(self, message: Msg) -> None:
-        _, pool, node = message.subject.split(".")
+        _, pool, region, node = message.subject.split(".")
         try:
             said = _Presence.parse(message.data)
         except InvalidMessage:
             return  # no sign of life that can be read is none
-        self._present[pool, node] = said
+        self._present[pool, region, node] = said
         self._presence_came.set()
 
     async def _on_max_deliveries(self, message: Msg) -> None:
@@ -302,10 +341,12 @@ class NatsGateway:
     def knows(self, work: Work) -> bool:
         return (work.pool, work.request_id) in self._inbound
 
-    def forget(self, work: Work, sequence: int | None) -> int | None:
+    def forget(self, work: Work, region: str, sequence: int | None) -> int | None:
         """The sequence, where that still means the request's message."""
         inbound = self._inbound.pop((work.pool, work.request_id), None)
-        if sequence is not None and self._by_sequence.pop((subjects.work_stream(work.pool), sequence), None) is not inbound:
+        self._sent.forget(work.pool, region, work.request_id)
+        stream = subjects.work_stream(work.pool, region)
+        if sequence is not None and self._by_sequence.pop((stream, sequence), None) is not inbound:
             sequence = None
         return sequence
 
@@ -320,9 +361,10 @@ def _check_size(work: Work, headers: dict[str, str], limit: int) -> None:
 class NatsDispatch:
     """A `Dispatch`."""
 
-    def __init__(self, gateway: NatsGateway, work: Work, sequence: int | None, inbound: Inbound) -> None:
+    def __init__(self, gateway: NatsGateway, work: Work, region: str, sequence: int | None, inbound: Inbound) -> None:
         self._gateway = gateway
         self._work = work
+        self._region = region
         self._sequence = sequence
         self._inbound = inbound
 
@@ -343,7 +385,7 @@ class NatsDispatch:
                     yield frame
         finally:
             if ended:
-                self._gateway.forget(self._work, self._sequence)
+                self._gateway.forget(self._work, self._region, self._sequence)
             else:
                 await self.cancel()
 
@@ -364,7 +406,8 @@ class NatsDispatch:
             if self._gateway.connected:
                 await self._inbound.parting()
         finally:
-            sequence = self._gateway.forget(self._work, self._sequence)
+            sequence = self._gateway.forget(self._work, self._region, self._sequence)
         if sequence is not None and not self._inbound.started.is_set() and self._gateway.connected:
             with suppress(nats.errors.Error):  # gone already, or it goes by its time to live
-                await self._gateway.connection.jetstream.delete_msg(subjects.work_stream(self._work.pool), sequence)
+                stream = subjects.work_stream(self._work.pool, self._region)
+                await self._gateway.connection.jetstream.delete_msg(stream, sequence)

@@ -1,4 +1,4 @@
-"""A node's side of the fabric, over NATS. It only dials out, and pulls as much work as it has free slots."""
+"""A node's side of the fabric, over NATS. It only dials out, and pulls as much work of its region as it has free slots."""
 
 from __future__ import annotations
 
@@ -53,12 +53,20 @@ class NatsWorker:
     """A `WorkerFabric`. It outlives its queues: a model whose queue is gone is not announced, and looked for again."""
 
     def __init__(
-        self, connection: Connection, pool: str, node: str, slots: int, keys: Callable[[], Sequence[str]] = tuple
+        self,
+        connection: Connection,
+        pool: str,
+        node: str,
+        slots: int,
+        keys: Callable[[], Sequence[str]] = tuple,
+        *,
+        region: str = subjects.DEFAULT_REGION,
     ) -> None:
         self.connection = connection
         self._keys = keys
         self._pool = pool
         self._node = node
+        self._region = region
         self._slots = slots
         self._free = slots
         self._waiting = 0  # slots that a pull holds for work that has not come yet
@@ -80,9 +88,10 @@ class NatsWorker:
         *,
         slots: int = 1,
         keys: Callable[[], Sequence[str]] = tuple,
+        region: str = subjects.DEFAULT_REGION,
     ) -> Self:
         """keys: the fingerprints of the pool's keys that are held here now; presence tells them. Raises FabricUnavailable."""
-        worker = cls(await Connection.open(servers, credential), pool, node, slots, keys)
+        worker = cls(await Connection.open(servers, credential), pool, node, slots, keys, region=region)
         try:
             await worker._bind(models)
         except BaseException:
@@ -92,7 +101,7 @@ class NatsWorker:
         return worker
 
     async def _bind(self, models: Sequence[str]) -> None:
-        connection, stream = self.connection, subjects.work_stream(self._pool)
+        connection, stream = self.connection, subjects.work_stream(self._pool, self._region)
         async with connection.mapped(confirmed=True):
             for model in models:
                 pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
@@ -148,7 +157,7 @@ class NatsWorker:
         headers = headers_of(message)
         request_id, gateway = headers.get(REQUEST, ""), headers.get(GATEWAY, "")
         models = (queue.model for queue in self._queues)
-        model = next((name for name in models if subjects.work(self._pool, name) == message.subject), None)
+        model = next((name for name in models if subjects.work(self._pool, self._region, name) == message.subject), None)
         if model is None or not _REQUEST_ID.fullmatch(request_id) or not subjects.is_name(gateway):
             log.warning("work.unanswerable")
             await message.ack()
@@ -197,7 +206,8 @@ class NatsWorker:
         free = self._free + self._waiting
         said = {"models": models, "free": free, "busy": self._slots - free, KEYS: list(self._keys())}
         with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
-            await self.connection.client.publish(subjects.presence(self._pool, self._node), json.dumps(said).encode())
+            subject = subjects.presence(self._pool, self._region, self._node)
+            await self.connection.client.publish(subject, json.dumps(said).encode())
 
 
 class NatsDelivery:

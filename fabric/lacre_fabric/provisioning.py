@@ -13,17 +13,23 @@ from lacre_fabric.work import ACK_WAIT
 
 
 async def provision(
-    connection: Connection, pools: Mapping[str, Sequence[str]], *, replicas: int = 1, ack_wait: float = ACK_WAIT
+    connection: Connection,
+    pools: Mapping[str, Sequence[str]],
+    *,
+    replicas: int = 1,
+    regions: Sequence[str] = subjects.ONE_REGION,
+    ack_wait: float = ACK_WAIT,
 ) -> None:
-    """Creates what is missing and mends what differs, the number of replicas too; safe to repeat. pools: each with its models.
+    """Creates what is missing and mends what differs, the number of replicas and the home too; safe to repeat. pools: each with
+    its models. regions: the home first.
 
     Queues are in memory: where NATS lost them, gateways and workers go on once this has run again. Raises FabricUnavailable.
     """
     async with connection.mapped():
-        for config in layout.streams(tuple(pools), replicas):
+        for config in layout.streams(tuple(pools), replicas, regions):
             await _stream(connection, config)
         js = connection.jetstream
-        for stream, wanted in layout.consumers(pools, ack_wait).items():
+        for stream, wanted in layout.consumers(pools, regions, ack_wait).items():
             names = {one.durable_name for one in wanted}
             for consumer in await js.consumers_info(stream):
                 if consumer.name not in names:

@@ -6,7 +6,7 @@ Rules:
 - Only the provisioner creates streams, consumers and buckets, or writes the manifest.
 - Revocations are the gateways' own: they add and read them, and can change or remove none (see `revocations`).
 - The inspector asks the servers two questions about themselves, and nothing else of anybody.
-- A gateway reads its own replies only. A worker touches its own pool only.
+- A gateway reads its own replies only. A worker touches its own pool only, and of its queues that of its own region.
 - Permissions alone do not hold this (see `accounts`): each role also stands in an account that has no more than it needs.
 """
 
@@ -37,7 +37,7 @@ INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ"
 MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
-TOLD_BY_WORKERS: Final = ("reply", "presence")  # each as `KIND.POOL.` and what the kind has
+TOLD_BY_WORKERS: Final = ("reply", "presence")  # `reply.POOL.GATEWAY.REQUEST`, `presence.POOL.REGION.NODE`
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,12 @@ class Credential:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A credential, its account, the pools it is for, and the subjects it may publish and subscribe to."""
+    """A credential, its account, the pools and regions it is for, and the subjects it may publish and subscribe to."""
 
     credential: Credential
     account: str
     pools: tuple[str, ...]
+    regions: tuple[str, ...]
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
 
@@ -90,16 +91,20 @@ class Role:
 
 
 def provisioner(credential: Credential) -> Role:
-    return Role(credential, FABRIC, (), (">",), (">",))
+    return Role(credential, FABRIC, (), (), (">",), (">",))
 
 
 def inspector(credential: Credential) -> Role:
     """Asks servers how they are configured, and how they are: for `lacre fabric check`."""
-    return Role(credential, SYSTEM, (), INSPECT, (_own_inbox(credential),))
+    return Role(credential, SYSTEM, (), (), INSPECT, (_own_inbox(credential),))
 
 
-def gateway(credential: Credential, gateway_id: str, pools: Sequence[str]) -> Role:
-    """pools: those it sends work to. Each process has replies of its own: of two, each would get and cancel the other's."""
+def gateway(
+    credential: Credential, gateway_id: str, pools: Sequence[str], regions: Sequence[str] = subjects.ONE_REGION
+) -> Role:
+    """pools, regions: those it sends work to. Each process has replies of its own: of two, each would get and cancel the
+    other's.
+    """
     subjects.check_gateway(gateway_id)
     processes = (gateway_id, *(subjects.process_name(gateway_id, number) for number in range(MAX_PROCESSES)))
     replies = (subjects.replies(name) for name in processes)
@@ -108,34 +113,42 @@ def gateway(credential: Credential, gateway_id: str, pools: Sequence[str]) -> Ro
         credential,
         GATEWAYS,
         tuple(pools),
-        (*(service for pool in pools for service in gateway_services(pool)), *tell, READ_MANIFEST, *REVOCATIONS, *BUDGETS),
+        tuple(regions),
+        (
+            *(service for pool in pools for region in regions for service in gateway_services(pool, region)),
+            *tell,
+            READ_MANIFEST,
+            *REVOCATIONS,
+            *BUDGETS,
+        ),
         (_own_inbox(credential), *replies, "presence.>", MAX_DELIVERIES),
     )
 
 
-def worker(credential: Credential, pool: str, node: str | None) -> Role:
+def worker(credential: Credential, pool: str, node: str | None, region: str = subjects.DEFAULT_REGION) -> Role:
     """node: None for a credential that all of a pool's workers share, as replicas of one deployment do. They have the same
     keys and read the same queue; such a credential can also say that another node of the pool is there, or is not.
     """
-    presence = subjects.presence(pool, "*" if node is None else subjects.check_name("node", node))
+    presence = subjects.presence(pool, region, "*" if node is None else subjects.check_name("node", node))
     return Role(
         credential,
         workers_account(pool),
         (pool,),
-        (*worker_services(pool), READ_MANIFEST, f"reply.{pool}.>", presence),
+        (region,),
+        (*worker_services(pool, region), READ_MANIFEST, f"reply.{pool}.>", presence),
         (_own_inbox(credential), *(f"{kind}.{pool}.*" for kind in TOLD_TO_WORKERS)),
     )
 
 
-def gateway_services(pool: str) -> tuple[str, ...]:
-    """What a gateway asks of JetStream about one pool: to queue work, to withdraw it, and how much there is."""
-    stream = subjects.work_stream(subjects.check_name("pool", pool))
-    return f"work.{pool}.*", f"{subjects.API}.STREAM.MSG.DELETE.{stream}", f"{subjects.API}.STREAM.INFO.{stream}"
+def gateway_services(pool: str, region: str) -> tuple[str, ...]:
+    """What a gateway asks of JetStream about one pool in one region: to queue work, to withdraw it, and how much there is."""
+    stream = _queue(pool, region)
+    return f"work.{pool}.{region}.*", f"{subjects.API}.STREAM.MSG.DELETE.{stream}", f"{subjects.API}.STREAM.INFO.{stream}"
 
 
-def worker_services(pool: str) -> tuple[str, ...]:
-    """What a worker asks of JetStream about its pool: to pull, to ack, and to make and read claims."""
-    stream, claims = subjects.work_stream(subjects.check_name("pool", pool)), subjects.claims_bucket(pool)
+def worker_services(pool: str, region: str) -> tuple[str, ...]:
+    """What a worker asks of JetStream: to pull and to ack of its pool's queue in its region, to make and read its claims."""
+    stream, claims = _queue(pool, region), subjects.claims_bucket(pool)
     return (
         f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.*",
         f"$JS.ACK.{stream}.>",
@@ -143,6 +156,10 @@ def worker_services(pool: str) -> tuple[str, ...]:
         f"{subjects.API}.STREAM.INFO.KV_{claims}",
         f"{subjects.API}.DIRECT.GET.KV_{claims}.>",
     )
+
+
+def _queue(pool: str, region: str) -> str:
+    return subjects.work_stream(subjects.check_name("pool", pool), subjects.check_region(region))
 
 
 def workers_account(pool: str) -> str:

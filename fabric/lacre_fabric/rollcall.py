@@ -29,13 +29,14 @@ class RollCall:
 
     def __init__(self) -> None:
         self._since = time.monotonic()
-        self._heard: dict[str, tuple[float, frozenset[str]]] = {}  # by node
+        self._heard: dict[str, tuple[float, frozenset[str]]] = {}  # by region and node
 
     async def hear(self, message: Msg) -> None:
         keys: frozenset[str] = frozenset()  # of a worker that says nothing of its keys
         with suppress(InvalidMessage, ValueError, RecursionError):
             keys = frozenset(Members(json.loads(message.data), "presence").texts(KEYS))
-        self._heard[message.subject.rpartition(".")[2]] = (time.monotonic(), keys)
+        _, _, region, node = message.subject.split(".")
+        self._heard[node if region == subjects.DEFAULT_REGION else f"{region}/{node}"] = (time.monotonic(), keys)
 
     @property
     def complete(self) -> bool:
@@ -51,7 +52,7 @@ class RollCall:
 async def _until(connection: Connection, pool: str, limit: float, done: Callable[[RollCall], bool]) -> RollCall:
     call = RollCall()
     async with connection.mapped(confirmed=True):
-        subscription = await connection.client.subscribe(subjects.presence(pool, "*"), cb=call.hear)
+        subscription = await connection.client.subscribe(subjects.presence(pool, "*", "*"), cb=call.hear)
     try:
         deadline = time.monotonic() + limit
         while time.monotonic() < deadline and not (call.complete and done(call)):

@@ -186,7 +186,7 @@ async def upkeep(
     while True:
         try:
             if provisioning:
-                await provision(connection, site.pools, replicas=site.replicas)
+                await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
             await tend(site, connection, schedule)
             await asyncio.sleep(LOOK_FOR_QUEUES if provisioning else LOOK)
         except (LacreError, OSError) as exc:

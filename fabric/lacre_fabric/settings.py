@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jws import b64u_decode
-from lacre_fabric import kms
+from lacre_fabric import kms, subjects
 from lacre_fabric.endpoints import Servers
 
 _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
@@ -90,6 +90,16 @@ KmsAddress = Annotated[str, AfterValidator(_kms_address)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]  # what `subjects` takes as one token of a subject
 
 
+def _region_name(value: str) -> str:
+    try:
+        return subjects.check_region(value)
+    except SettingsError as exc:
+        raise PydanticCustomError("region", "{reason}", {"reason": str(exc)}) from exc
+
+
+Region = Annotated[str, AfterValidator(_region_name)]
+
+
 class Table(BaseModel):
     """A table of the file."""
 
@@ -118,9 +128,10 @@ class NatsServers(Table):
 
 
 class Nats(NatsServers):
-    """The message fabric, and the file with this process's own credential."""
+    """The message fabric, and the file with this process's own credential. region: the NATS cluster that `url` names."""
 
     credentials: FilePath
+    region: Region = subjects.DEFAULT_REGION
 
 
 T = TypeVar("T", bound=Table)

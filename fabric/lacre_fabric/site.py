@@ -8,7 +8,7 @@
     trust/                     the chain of root statements, the published manifest, and the lock for changing either
     kms                        the address of the key that wraps the pools' keys, where they are wrapped
     nats/ logs/                nats-server's state; one log a process
-    site.json                  the pools, their models, where the gateway and nats-server listen
+    site.json                  the pools, their models, the regions, where the gateway and nats-server listen
     env                        LACRE_URL and LACRE_TOKEN, for a shell
 
 Everything is created once and found again; secrets are 0600. What several processes may change (keys, chain, manifest) is
@@ -37,7 +37,7 @@ from lacre.manifest import Document, Manifest, Pool
 from lacre.padding import SHAPES
 from lacre.signing import sign_manifest
 from lacre.trust import ConnectionString, verify
-from lacre_fabric import kms, poolkeys, roles, tokens
+from lacre_fabric import kms, poolkeys, roles, subjects, tokens
 from lacre_fabric.authority import DAY, Authority
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.generations import Generations
@@ -57,12 +57,13 @@ CHANGING: Final = 120.0  # seconds to wait for another process that changes the 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A state folder. pools: each with its models. Methods that read raise SettingsError."""
+    """A state folder. pools: each with its models. regions: the home first. Methods that read raise SettingsError."""
 
     folder: Path
     pools: Mapping[str, Sequence[str]]
     issuer: str = "lacre"
     replicas: int = 1  # of streams and buckets: how many message servers keep each
+    regions: tuple[str, ...] = subjects.ONE_REGION
 
     @classmethod
     def load(cls, folder: Path) -> Site:
@@ -71,7 +72,10 @@ class Site:
         replicas = content.get("replicas", 1)
         if replicas not in REPLICAS:
             raise SettingsError(f"{folder / 'site.json'}: replicas: must be one of {', '.join(map(str, REPLICAS))}")
-        return cls(folder, content["pools"], replicas=replicas)
+        regions = content.get("regions", subjects.ONE_REGION)
+        if not regions or len(set(regions)) != len(regions):
+            raise SettingsError(f"{folder / 'site.json'}: regions: name each once, the home first")
+        return cls(folder, content["pools"], replicas=replicas, regions=tuple(map(subjects.check_region, regions)))
 
     @property
     def servers(self) -> Servers:
@@ -86,7 +90,13 @@ class Site:
         return str(_read_json(self.folder / "site.json")["gateway"])
 
     def save(self, nats_url: str, base_url: str) -> None:
-        content = {"pools": self.pools, "replicas": self.replicas, "nats": nats_url, "gateway": base_url}
+        content = {
+            "pools": self.pools,
+            "replicas": self.replicas,
+            "regions": self.regions,
+            "nats": nats_url,
+            "gateway": base_url,
+        }
         write_secret(self.folder / "site.json", json.dumps(content).encode())
 
     @property
@@ -144,24 +154,33 @@ class Site:
         ]
 
     def replicated_roles(self) -> list[Role]:
-        """Every role where gateways and workers are replicas, each kind with one credential."""
-        gateway = self.credential(f"gateway-{GATEWAY_ID}")
+        """Every role where gateways and workers are replicas, each kind with one credential in each region."""
+        pools, regions = tuple(self.pools), self.regions
+        ids = {region: gateway_of(region) for region in regions}
         return [
             roles.provisioner(self.credential("provisioner")),
             roles.inspector(self.credential("inspector")),
-            roles.gateway(gateway, GATEWAY_ID, tuple(self.pools)),
-            *(roles.worker(self.credential(f"worker-{pool}"), pool, None) for pool in self.pools),
+            *(roles.gateway(self.credential(f"gateway-{name}"), name, pools, regions) for name in ids.values()),
+            *(
+                roles.worker(self.credential(worker_of(pool, region)), pool, None, region)
+                for pool in pools
+                for region in regions
+            ),
         ]
 
     def credentials(self) -> dict[str, Credential]:
-        """By role, those that are at hand: of several of one kind, one."""
-        fixed = {"provisioner": "provisioner", "inspector": "inspector", "gateway": f"gateway-{GATEWAY_ID}"}
-        workers = {f"worker-{pool}": (f"worker-{pool}-{NODE}", f"worker-{pool}") for pool in self.pools}
-        found = {role: self.credential(name) for role, name in fixed.items()}
-        for role, names in workers.items():
-            there = next((name for name in names if self.credential_file(name).exists()), None)
-            if there is not None:
-                found[role] = self.credential(there)
+        """By role as `inspect` takes them, those that are at hand: of several of one kind, one."""
+        mark = {region: "" if region == subjects.DEFAULT_REGION else f"@{region}" for region in self.regions}
+        found = {name: self.credential(name) for name in ("provisioner", "inspector")}
+        for region in self.regions:
+            found[f"gateway{mark[region]}"] = self.credential(f"gateway-{gateway_of(region)}")
+            for pool in self.pools:
+                names = [worker_of(pool, region)]
+                if region == subjects.DEFAULT_REGION:
+                    names.insert(0, f"worker-{pool}-{NODE}")
+                there = next((name for name in names if self.credential_file(name).exists()), None)
+                if there is not None:
+                    found[f"worker-{pool}{mark[region]}"] = self.credential(there)
         return found
 
     def credential(self, name: str) -> Credential:
@@ -330,6 +349,16 @@ class Site:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
             raise SettingsError(f"{path} is damaged: correct it, or remove it and lose what it says of models") from exc
         return [{**known.get((table.get("name"), table.get("path")), {}), **table} for table in tables]
+
+
+def gateway_of(region: str) -> str:
+    """The name of a region's gateways on the fabric."""
+    return GATEWAY_ID if region == subjects.DEFAULT_REGION else region
+
+
+def worker_of(pool: str, region: str) -> str:
+    """The credential that all of a pool's workers in a region share."""
+    return f"worker-{pool}" if region == subjects.DEFAULT_REGION else f"worker-{pool}-{region}"
 
 
 def _locked(handle: int) -> bool:

@@ -9,6 +9,9 @@ from lacre.errors import SettingsError
 from lacre.jws import b64u
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_REGION: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+DEFAULT_REGION: Final = "lacre"  # where there is one and nobody gave it a name
+ONE_REGION: Final = (DEFAULT_REGION,)
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_:-]{1,200}")
 PROCESS: Final = "__"  # between a gateway's name and the number of its process
 _MAX_GATEWAY: Final = 56
@@ -34,6 +37,13 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def check_region(name: str) -> str:
+    """A region's name, which is its NATS cluster's. It has no `_`: a queue's name is of one pool and one region then."""
+    if not _REGION.fullmatch(name):
+        raise SettingsError(f"a region's name has 1 to 31 of a-z, 0-9 and -, and begins with a letter or digit: {name!r}")
+    return name
+
+
 def check_gateway(name: str) -> str:
     """As `check_name`, with room for the number of a process, and unlike any name of one."""
     if PROCESS in name or len(name) > _MAX_GATEWAY:
@@ -49,12 +59,12 @@ def model_token(model: str) -> str:
     return b64u(name)
 
 
-def work_stream(pool: str) -> str:
-    return f"WORK_{pool}"
+def work_stream(pool: str, region: str) -> str:
+    return f"WORK_{pool}_{region}"
 
 
-def work(pool: str, model: str) -> str:
-    return f"work.{pool}.{model_token(model)}"
+def work(pool: str, region: str, model: str) -> str:
+    return f"work.{pool}.{region}.{model_token(model)}"
 
 
 def consumer(model: str) -> str:
@@ -84,8 +94,8 @@ def credit(pool: str, request: str) -> str:
     return f"credit.{pool}.{request}"
 
 
-def presence(pool: str, node: str) -> str:
-    return f"presence.{pool}.{node}"
+def presence(pool: str, region: str, node: str) -> str:
+    return f"presence.{pool}.{region}.{node}"
 
 
 def claims_bucket(pool: str) -> str:

@@ -120,7 +120,7 @@ async def _start(
         async def came(_message: object) -> None:
             present.set()
 
-        await connection.client.subscribe(subjects.presence(POOL, NODE), cb=came)
+        await connection.client.subscribe(subjects.presence(POOL, subjects.DEFAULT_REGION, NODE), cb=came)
         await connection.client.flush()
         for name, module, settings in (
             ("gateway", "lacre_gateway", site.gateway_settings),

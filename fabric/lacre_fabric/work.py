@@ -92,7 +92,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The live workers of a pool, and their slots, by what their presence said last."""
+    """The live workers of a pool in a region, and their slots, by what their presence said last."""
 
     workers: int = 0
     busy: int = 0
@@ -133,10 +133,10 @@ class GatewayFabric(Protocol):
     def workers(self, pool: str, model: str) -> int:
         """How many live workers serve the model, by their presence."""
 
-    def capacity(self) -> Mapping[str, Capacity]:
-        """Of each pool that has live workers."""
+    def capacity(self) -> Mapping[tuple[str, str], Capacity]:
+        """Of each pool and region that have live workers."""
 
-    async def backlog(self, pool: str) -> int:
+    async def backlog(self, pool: str, region: str) -> int:
         """How much work no worker has acked yet. Raises FabricUnavailable."""
 
     @property

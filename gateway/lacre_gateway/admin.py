@@ -155,7 +155,9 @@ async def status(request: Request, asking: Asking) -> StatusReport:
         seconds=round(time.monotonic() - gateway.metrics.since, 3),
         requests=len(live),
         streams=sum(each.started for each in live),
-        pools={name: PoolReport.of(*seen) for name, seen in gauges.pools().items()},
+        pools={
+            pool: {region: PoolReport.of(*seen) for region, seen in regions.items()} for pool, regions in gauges.pools().items()
+        },
         audit_entries=gateway.audit.size,
         rules=Rules(policy_set=rules.policy_set, since=rules.since, reloads=rules.reloads, refusals=rules.refusals),
     )

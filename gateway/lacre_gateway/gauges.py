@@ -23,17 +23,29 @@ class Gauges:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._backlog: dict[str, int] = {}
+        self._backlog: dict[tuple[str, str], int] = {}  # by pool and region
 
     async def refresh(self) -> None:
-        """Looks at the pools' queues; where that cannot be done, nothing is said of them."""
-        fabric, backlog = self._gateway.fabric, {}
-        if fabric is not None and self._gateway.feed.ready:
+        """Looks at the queues; where that cannot be done, nothing is said of them."""
+        places = list(self._places())
+        counts = await asyncio.gather(*(self._ask(*place) for place in places))
+        self._backlog = {place: count for place, count in zip(places, counts, strict=True) if count is not None}
+
+    async def _ask(self, pool: str, region: str) -> int | None:
+        fabric = self._gateway.fabric
+        if fabric is not None:
             with suppress(FabricError, TimeoutError):
                 async with asyncio.timeout(_BACKLOG_LIMIT):
-                    for pool in self._gateway.feed.manifest.pools:
-                        backlog[pool] = await fabric.backlog(pool)
-        self._backlog = backlog
+                    return await fabric.backlog(pool, region)
+        return None
+
+    def _places(self) -> dict[tuple[str, str], Capacity]:
+        """Each pool of the manifest, in the own region and wherever it has live workers; and those."""
+        feed, fabric = self._gateway.feed, self._gateway.fabric
+        pools = feed.manifest.pools if feed.ready else {}
+        seen = {} if fabric is None else fabric.capacity()
+        own = self._gateway.settings.nats.region
+        return {(pool, own): Capacity() for pool in pools} | {at: present for at, present in seen.items() if at[0] in pools}
 
     def read(self) -> Iterator[Metric]:
         gateway = self._gateway
@@ -58,22 +70,22 @@ class Gauges:
             yield gauge("lacre_manifest_expiry_timestamp_seconds", "When it expires.", manifest.expires_at)
         yield from self._families()
 
-    def pools(self) -> dict[str, tuple[Capacity, int | None]]:
-        """Each pool of the manifest: its live workers, and how many requests wait, as of the last `refresh`."""
-        feed, fabric = self._gateway.feed, self._gateway.fabric
-        seen = {} if fabric is None else fabric.capacity()
-        names = tuple(feed.manifest.pools) if feed.ready else ()
-        return {pool: (seen.get(pool, Capacity()), self._backlog.get(pool)) for pool in names}
+    def pools(self) -> dict[str, dict[str, tuple[Capacity, int | None]]]:
+        """Each pool of the manifest, by region: its live workers, and how many requests wait, as of the last `refresh`."""
+        found: dict[str, dict[str, tuple[Capacity, int | None]]] = {}
+        for (pool, region), at in self._places().items():
+            found.setdefault(pool, {})[region] = at, self._backlog.get((pool, region))
+        return found
 
     def _families(self) -> Iterator[Metric]:
-        pools = self.pools()
-        present = {pool: at for pool, (at, _) in pools.items()}
-        backlog = {pool: count for pool, (_, count) in pools.items() if count is not None}
-        workers: Labelled = {(pool,): at.workers for pool, at in present.items()}
-        slots: Labelled = {(pool, state): getattr(at, state) for pool, at in present.items() for state in ("busy", "free")}
-        queued: Labelled = {(pool,): count for pool, count in backlog.items()}
-        demand: Labelled = {(pool,): count + present[pool].busy for pool, count in backlog.items()}
-        yield by_label("lacre_workers", "Live workers, by their presence.", ("pool",), workers)
-        yield by_label("lacre_worker_slots", "Their slots, by their presence.", ("pool", "state"), slots)
-        yield by_label("lacre_queue_requests", "Requests that no worker has taken yet.", ("pool",), queued)
-        yield by_label("lacre_pool_demand", "Backlog and busy slots: what to scale workers by.", ("pool",), demand)
+        present = self._places()
+        backlog = {at: count for at, count in self._backlog.items() if at in present}
+        workers: Labelled = {at: seen.workers for at, seen in present.items()}
+        slots: Labelled = {(*at, state): getattr(seen, state) for at, seen in present.items() for state in ("busy", "free")}
+        queued: Labelled = {at: count for at, count in backlog.items()}  # noqa: C416  # a mapping's keys are invariant
+        demand: Labelled = {at: count + present[at].busy for at, count in backlog.items()}
+        labels = ("pool", "region")
+        yield by_label("lacre_workers", "Live workers, by their presence.", labels, workers)
+        yield by_label("lacre_worker_slots", "Their slots, by their presence.", (*labels, "state"), slots)
+        yield by_label("lacre_queue_requests", "Requests that no worker has taken yet.", labels, queued)
+        yield by_label("lacre_pool_demand", "Backlog and busy slots: what to scale workers by.", labels, demand)

@@ -52,7 +52,7 @@ class StatusReport(Report):
     seconds: float
     requests: int
     streams: int
-    pools: dict[str, PoolReport]
+    pools: dict[str, dict[str, PoolReport]]  # by region
     audit_entries: int
     rules: Rules
 

@@ -194,7 +194,8 @@ async def _connect(gateway: Gateway) -> NatsGateway:
     nats, delay = gateway.settings.nats, _FIRST_RETRY
     while True:
         try:
-            return await NatsGateway.connect(nats.servers, Credential.load(nats.credentials), gateway.settings.instance)
+            credential = Credential.load(nats.credentials)
+            return await NatsGateway.connect(nats.servers, credential, gateway.settings.instance, nats.region)
         except (FabricUnavailable, SettingsError) as exc:
             gateway.log.warning("fabric not connected", reason=str(exc), seconds=delay)
             await asyncio.sleep(delay)

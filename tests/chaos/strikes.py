@@ -93,7 +93,7 @@ class Strikes:
         """The server that leads the pool's queue now; any where nobody knows."""
         with contextlib.suppress(LacreError):
             async with self.stage.connected() as connection, connection.mapped():
-                cluster = (await connection.jetstream.stream_info(subjects.work_stream(POOL))).cluster
+                cluster = (await connection.jetstream.stream_info(subjects.work_stream(POOL, subjects.DEFAULT_REGION))).cluster
                 if cluster is not None and cluster.leader:
                     return cluster.leader
         return next(iter(self.stage.servers))

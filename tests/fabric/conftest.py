@@ -27,6 +27,6 @@ async def nats(server: LiveFabric) -> AsyncIterator[LiveFabric]:
     await server.provision()
     connection = await server.connect("provisioner")
     for pool in ("a", "b"):
-        await connection.jetstream.purge_stream(f"WORK_{pool}")
+        await connection.jetstream.purge_stream(f"WORK_{pool}_lacre")
     await connection.close()
     yield server

@@ -24,7 +24,7 @@ def test_the_server_is_gone_with_something_left_to_say(
         live.stop()
         while connection.connected:
             await asyncio.sleep(0.02)
-        await connection.client.publish("presence.a.n1", b"{}")  # the library keeps it until it is connected again
+        await connection.client.publish("presence.a.lacre.n1", b"{}")  # the library keeps it until it is connected again
         await connection.close()
         assert connection.lost
 

@@ -147,7 +147,9 @@ async def test_a_claim_is_won_once(fabric: Fabric) -> None:
     replayed = new_work(sealed=work.sealed)
     if isinstance(gateway, NatsGateway):
         await gateway.connection.client.publish(
-            subjects.work("a", "m1"), replayed.sealed, headers={"Grant": "g", "Request": replayed.request_id, "Gateway": "g1"}
+            subjects.work("a", subjects.DEFAULT_REGION, "m1"),
+            replayed.sealed,
+            headers={"Grant": "g", "Request": replayed.request_id, "Gateway": "g1"},
         )
     else:
         await gateway._hub.enqueue(replayed, 1)

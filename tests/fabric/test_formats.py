@@ -227,7 +227,7 @@ def test_a_model_s_name_is_one_token(model: str) -> None:
         return
     token = subjects.model_token(model)
     assert re.fullmatch(r"[A-Za-z0-9_-]+", token)
-    assert subjects.work("a", model) == f"work.a.{token}"
+    assert subjects.work("a", "eu", model) == f"work.a.eu.{token}"
     assert jws.b64u_decode(token).decode("utf-8", "surrogatepass") == model, "no two models share a queue"
     assert len(subjects.consumer(model)) <= 255
 

@@ -63,17 +63,17 @@ async def test_streams_and_consumers(site: Site) -> None:
         assert await weak(site, server) == {}
         await provision(connection, site.pools, ack_wait=60.0)
         told = await weak(site, server)
-        assert told.keys() == {"consumers WORK_a", "consumers WORK_b"}
-        assert "ack_wait is 60.0, should be 5.0" in told["consumers WORK_a"]
+        assert told.keys() == {"consumers WORK_a_lacre", "consumers WORK_b_lacre"}
+        assert "ack_wait is 60.0, should be 5.0" in told["consumers WORK_a_lacre"]
         await provision(connection, site.pools)
-        await js.update_stream((await js.stream_info("WORK_a")).config.evolve(duplicate_window=1.0))
+        await js.update_stream((await js.stream_info("WORK_a_lacre")).config.evolve(duplicate_window=1.0))
         await js.update_stream((await js.stream_info("KV_claims_b")).config.evolve(max_age=5.0, duplicate_window=5.0))
         await js.delete_stream("KV_budgets")
         await js.add_stream(StreamConfig(name="KV_budgets", subjects=["$KV.budgets.>"], storage=StorageType.MEMORY))
         await js.delete_stream("KV_trust")
         told = await weak(site, server)
-        assert told.keys() == {"WORK_a", "KV_claims_b", "KV_budgets", "KV_trust"}
-        assert "duplicate_window is 1" in told["WORK_a"]
+        assert told.keys() == {"WORK_a_lacre", "KV_claims_b", "KV_budgets", "KV_trust"}
+        assert "duplicate_window is 1" in told["WORK_a_lacre"]
         assert "max_age is 5.0" in told["KV_claims_b"]
         assert "storage is" in told["KV_budgets"]
         assert told["KV_trust"] == "it is not there"
@@ -91,7 +91,7 @@ async def test_servers(site: Site, told: str) -> None:
         found = await weak(site, server)
         assert found.keys() == {"server lacre"}
         assert told in found["server lacre"]
-        assert {"servers", "WORK_a", "KV_trust"} <= (await weak(site, server, replicas=3)).keys()
+        assert {"servers", "WORK_a_lacre", "KV_trust"} <= (await weak(site, server, replicas=3)).keys()
 
 
 async def test_permissions_that_are_too_wide(site: Site) -> None:

@@ -101,7 +101,9 @@ def test_the_server_listens_on_loopback_alone(configured: Server, started: subpr
 def test_no_password_reaches_the_log_or_the_command_line(
     configured: Server, started: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    passwords = [word for word in (configured._folder / "nats.conf").read_text().split('"') if len(word) == 43]
+    passwords = [
+        word for word in (configured._folder / "nats.conf").read_text().split('"') if len(word) == 43 and "." not in word
+    ]
     assert len(passwords) == 2
     seen = (tmp_path / "nats.log").read_text() + Path(f"/proc/{started.pid}/cmdline").read_text()
     seen += Path(f"/proc/{started.pid}/environ").read_text()

@@ -147,7 +147,7 @@ async def _leader(cluster: NatsCluster) -> Node:
     """The node that leads the queue."""
     connection = await Connection.open(cluster.servers, CREDENTIALS["provisioner"])
     try:
-        info = await connection.jetstream.stream_info("WORK_a")
+        info = await connection.jetstream.stream_info("WORK_a_lacre")
     finally:
         await connection.close()
     assert info.cluster is not None

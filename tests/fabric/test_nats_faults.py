@@ -164,7 +164,7 @@ async def test_a_full_queue_takes_no_more(ends: Ends) -> None:
     gateway, _ = await ends.gateway(), await ends.worker()
     await (await gateway.dispatch(new_work())).cancel()
     for _ in range(QUEUED_MESSAGES):
-        await gateway.connection.client.publish(subjects.work("a", "m2"), b"x")
+        await gateway.connection.client.publish(subjects.work("a", subjects.DEFAULT_REGION, "m2"), b"x")
     await gateway.connection.round_trip()
     began = time.monotonic()
     with pytest.raises(QueueFull):
@@ -269,7 +269,7 @@ async def test_no_queue_is_said(ends: Ends) -> None:
     gateway, worker = await ends.gateway(), await ends.worker()
     await (await gateway.dispatch(new_work())).cancel()
     provisioner = await ends.live.connect("provisioner")
-    await provisioner.jetstream.delete_stream("WORK_a")
+    await provisioner.jetstream.delete_stream("WORK_a_lacre")
     await provisioner.close()
     with pytest.raises(NoQueue):
         await gateway.dispatch(new_work(), queue_limit=0.5)
@@ -289,7 +289,7 @@ async def test_work_waits_for_its_queue_and_is_in_it_once(ends: Ends) -> None:
     """As when the queue's leader dies, and another is chosen."""
     gateway, worker = await ends.gateway(), await ends.worker(slots=2)
     provisioner = await ends.live.connect("provisioner")
-    await provisioner.jetstream.delete_stream("WORK_a")
+    await provisioner.jetstream.delete_stream("WORK_a_lacre")
     await provisioner.close()
     work = new_work()
     dispatching = asyncio.create_task(gateway.dispatch(work))
@@ -299,7 +299,7 @@ async def test_work_waits_for_its_queue_and_is_in_it_once(ends: Ends) -> None:
     await dispatching
     async with asyncio.timeout(5):
         delivery = await worker.pull()
-    assert (delivery.work.request_id, await gateway.backlog("a")) == (work.request_id, 1)
+    assert (delivery.work.request_id, await gateway.backlog("a", subjects.DEFAULT_REGION)) == (work.request_id, 1)
     await delivery.drop()
 
 
@@ -364,7 +364,7 @@ async def test_a_worker_takes_no_heap_of_work_after_an_outage(own: Ends) -> None
         delivery = await pulling
     await asyncio.sleep(0.3)
     provisioner = await own.live.connect("provisioner")
-    info = await provisioner.jetstream.consumer_info("WORK_a", subjects.consumer("m1"))
+    info = await provisioner.jetstream.consumer_info("WORK_a_lacre", subjects.consumer("m1"))
     await provisioner.close()
     assert (info.num_ack_pending, info.num_pending) == (1, 3)
     await delivery.drop()

@@ -28,14 +28,14 @@ from parts.fabric import POOLS, LiveFabric, new_work
 
 ID = "0123456789abcdef" * 2
 M1 = subjects.model_token("m1")
-NEXT = f"CONSUMER.MSG.NEXT.WORK_a.model-{M1}"
+NEXT = f"CONSUMER.MSG.NEXT.WORK_a_lacre.model-{M1}"
 ONE = b'{"batch":1,"expires":1000000000}'
 STREAM_CALLS = ("UPDATE", "DELETE", "PURGE", "INFO", "MSG.GET", "MSG.DELETE")
 # What tells which streams, consumers, subjects and connections there are.
 LISTS = [
     *(f"{api}.{call}" for api in ("$JS.API", subjects.API) for call in ("INFO", "STREAM.NAMES", "STREAM.LIST")),
     *(
-        f"{api}.CONSUMER.{call}.WORK_{pool}"
+        f"{api}.CONSUMER.{call}.WORK_{pool}_lacre"
         for api in ("$JS.API", subjects.API)
         for call in ("NAMES", "LIST")
         for pool in POOLS
@@ -107,10 +107,10 @@ async def state(provisioner: Connection) -> dict[str, tuple[int, int, int]]:
 API = ("$JS.API", subjects.API)
 NOT_FOR_WORKERS = [
     *(f"{api}.{NEXT}" for api in API),
-    f"$JS.ACK.WORK_a.model-{M1}.1.1.1.1.0",
+    f"$JS.ACK.WORK_a_lacre.model-{M1}.1.1.1.1.0",
     f"reply.a.g1.{ID}",
-    f"work.a.{M1}",
-    f"work.b.{M1}",
+    f"work.a.lacre.{M1}",
+    f"work.b.lacre.{M1}",
     f"$KV.claims_a.{ID}",
     "$KV.trust.manifest",
     "$KV.budgets.user.a.b",
@@ -118,17 +118,17 @@ NOT_FOR_WORKERS = [
     f"cancel.a.{ID}",
     f"cancel.b.{ID}",
     f"credit.a.{ID}",
-    "presence.a.n1",
-    "presence.b.n2",
+    "presence.a.lacre.n1",
+    "presence.b.lacre.n2",
     *(f"{api}.STREAM.CREATE.MINE" for api in API),
-    *(f"{api}.STREAM.{call}.WORK_{pool}" for api in API for call in STREAM_CALLS for pool in POOLS),
+    *(f"{api}.STREAM.{call}.WORK_{pool}_lacre" for api in API for call in STREAM_CALLS for pool in POOLS),
     *(f"{api}.STREAM.{call}.KV_claims_a" for api in API for call in STREAM_CALLS),
-    *(f"{api}.DIRECT.GET.WORK_{pool}" for api in API for pool in POOLS),
-    *(f"{api}.CONSUMER.INFO.WORK_{pool}.model-{M1}" for api in API for pool in POOLS),
+    *(f"{api}.DIRECT.GET.WORK_{pool}_lacre" for api in API for pool in POOLS),
+    *(f"{api}.CONSUMER.INFO.WORK_{pool}_lacre.model-{M1}" for api in API for pool in POOLS),
     *LISTS,
     *(f"{api}.STREAM.{call}.KV_claims_b" for api in API for call in ("UPDATE", "DELETE", "PURGE", "MSG.DELETE")),
-    *(f"{api}.CONSUMER.CREATE.WORK_{pool}.mine" for api in API for pool in POOLS),
-    *(f"{api}.CONSUMER.DURABLE.CREATE.WORK_{pool}.mine" for api in API for pool in POOLS),
+    *(f"{api}.CONSUMER.CREATE.WORK_{pool}_lacre.mine" for api in API for pool in POOLS),
+    *(f"{api}.CONSUMER.DURABLE.CREATE.WORK_{pool}_lacre.mine" for api in API for pool in POOLS),
     f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.{ID}",
     subjects.revocation("x"),
     *(f"{api}.{call}.GET.{subjects.REVOCATIONS_STREAM}" for api in API for call in ("DIRECT", "STREAM.MSG")),
@@ -136,22 +136,22 @@ NOT_FOR_WORKERS = [
 ]
 NOT_FOR_GATEWAYS = [
     *(f"{api}.{NEXT}" for api in API),
-    f"$JS.ACK.WORK_a.model-{M1}.1.1.1.1.0",
+    f"$JS.ACK.WORK_a_lacre.model-{M1}.1.1.1.1.0",
     f"reply.a.g1.{ID}",
     f"$KV.claims_a.{ID}",
     "$KV.trust.manifest",
     f"{subjects.API}.DIRECT.GET.{subjects.REVOCATIONS_STREAM}",
     f"{subjects.API}.DIRECT.GET.KV_budgets.$KV.budgets.user.a.b",
-    "presence.a.n1",
+    "presence.a.lacre.n1",
     *(f"{api}.STREAM.CREATE.MINE" for api in API),
-    *(f"{api}.STREAM.{call}.WORK_a" for api in API for call in ("UPDATE", "DELETE", "PURGE", "MSG.GET")),
+    *(f"{api}.STREAM.{call}.WORK_a_lacre" for api in API for call in ("UPDATE", "DELETE", "PURGE", "MSG.GET")),
     *(
         f"{api}.STREAM.{call}.KV_{bucket}"
         for api in API
         for bucket in ("trust", "claims_a", "revocations", "budgets")
         for call in ("DELETE", "MSG.DELETE")
     ),
-    *(f"{api}.CONSUMER.CREATE.WORK_a.mine" for api in API),
+    *(f"{api}.CONSUMER.CREATE.WORK_a_lacre.mine" for api in API),
     *LISTS,
     "_INBOX_gateway-g1.x",
     "_INBOX_worker-a-n1.x",
@@ -210,8 +210,8 @@ async def test_its_own_is_allowed(parties: Parties, role: str) -> None:
     """Else the denials above would prove nothing."""
     who = await parties.connect(role)
     own = {
-        "worker-b-n1": (["reply.b.g1.x", "presence.b.n1", f"$KV.claims_b.{ID}"], ["cancel.b.*", "credit.b.*"]),
-        "gateway-g2": ([f"work.a.{M1}", "cancel.b.x", "credit.a.x"], ["reply.*.g2.*", "presence.>"]),
+        "worker-b-n1": (["reply.b.g1.x", "presence.b.lacre.n1", f"$KV.claims_b.{ID}"], ["cancel.b.*", "credit.b.*"]),
+        "gateway-g2": ([f"work.a.lacre.{M1}", "cancel.b.x", "credit.a.x"], ["reply.*.g2.*", "presence.>"]),
     }
     publish, subscribe = own[role]
     for subject in publish:
@@ -225,7 +225,7 @@ async def test_work_goes_to_its_pool_alone(parties: Parties) -> None:
     thief = await parties.connect("worker-b-n1")
     work = new_work("a")
     await gateway.dispatch(work)
-    pull = await thief.jetstream.pull_subscribe_bind(consumer=subjects.consumer("m1"), stream="WORK_a")
+    pull = await thief.jetstream.pull_subscribe_bind(consumer=subjects.consumer("m1"), stream="WORK_a_lacre")
     with pytest.raises(TimeoutError):
         await pull.fetch(1, timeout=0.3)
     assert NEXT.lower() in thief.denied  # the client library does not keep the case
@@ -325,13 +325,13 @@ async def test_each_denied_call_is_said(parties: Parties) -> None:
                 await worker.jetstream.publish("$KV.trust.manifest", b"", timeout=0.2)
         with pytest.raises(FabricUnavailable, match="nobody answers"):
             async with worker.mapped():
-                await worker.client.request("presence.a.n1", b"", timeout=0.2)
+                await worker.client.request("presence.a.lacre.n1", b"", timeout=0.2)
     await worker.manifest()
 
 
 async def test_a_denied_pull_is_said(parties: Parties) -> None:
     worker = await parties.worker("a")
-    worker._queues[0].pull = await worker.connection.jetstream.pull_subscribe_bind(subjects.consumer("m1"), "WORK_b")
+    worker._queues[0].pull = await worker.connection.jetstream.pull_subscribe_bind(subjects.consumer("m1"), "WORK_b_lacre")
     with pytest.raises(FabricUnavailable, match=r"denies worker-a-n1 .*work_b"):
         await worker.pull()
 
@@ -367,8 +367,15 @@ async def test_no_server_is_said(unused_port: int) -> None:
 # Between accounts
 
 
-TARGETS = ["$KV.trust.manifest", f"work.a.{M1}", f"reply.a.g1.{ID}", f"cancel.a.{ID}", "presence.a.n9", f"$KV.claims_a.{ID}"]
-CALLS = [f"$JS.API.STREAM.PURGE.{name}" for name in ("WORK_a", "KV_trust")] + ["$JS.API.STREAM.CREATE.MINE"]
+TARGETS = [
+    "$KV.trust.manifest",
+    f"work.a.lacre.{M1}",
+    f"reply.a.g1.{ID}",
+    f"cancel.a.{ID}",
+    "presence.a.lacre.n9",
+    f"$KV.claims_a.{ID}",
+]
+CALLS = [f"$JS.API.STREAM.PURGE.{name}" for name in ("WORK_a_lacre", "KV_trust")] + ["$JS.API.STREAM.CREATE.MINE"]
 
 
 @pytest.mark.parametrize("role", ["worker-b-n1", "gateway-g2"])
@@ -382,7 +389,7 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
     await publish_manifest(provisioner, b"genuine")
     heard = await hear(provisioner, ">")
     before = await state(provisioner)
-    stored = {"worker-b-n1": "$KV.claims_b.mine", "gateway-g2": f"work.b.{M1}"}[role]
+    stored = {"worker-b-n1": "$KV.claims_b.mine", "gateway-g2": f"work.b.lacre.{M1}"}[role]
     for target in [*TARGETS, *CALLS]:
         config = {"name": "MINE", "subjects": ["mine"]}
         headers = Frame("f" * 32, 0, Kind.DATA, b"").headers()
@@ -394,12 +401,17 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
             await who.client.publish(subjects.READ_BUDGETS, b'{"last_by_subj":"$KV.budgets.x"}', reply=target)
         else:  # what it stored, and the status of a pull
             await who.client.publish(f"{subjects.API}.DIRECT.GET.KV_claims_b.{stored}", reply=target)
-            await who.client.publish(f"{subjects.API}.CONSUMER.MSG.NEXT.WORK_b.model-{M1}", b'{"no_wait":true}', reply=target)
+            await who.client.publish(
+                f"{subjects.API}.CONSUMER.MSG.NEXT.WORK_b_lacre.model-{M1}", b'{"no_wait":true}', reply=target
+            )
     await who.round_trip()
     await asyncio.sleep(0.2)
     assert not who.denials
     assert not {message.subject for message in heard} & {*TARGETS, *CALLS}
-    after, written = await state(provisioner), dict.fromkeys(("KV_claims_b", "KV_revocations", "KV_budgets", "WORK_b"), ())
+    after, written = (
+        await state(provisioner),
+        dict.fromkeys(("KV_claims_b", "KV_revocations", "KV_budgets", "WORK_b_lacre"), ()),
+    )
     assert {**after, **written} == {**before, **written}
     assert after != before, "what it may write was written"
     assert await who.manifest() == b"genuine"
@@ -434,11 +446,11 @@ async def test_accounts_hold_without_permissions(tmp_path: Path) -> None:
         assert not [message for message in heard if work.request_id in message.subject or work.sealed in message.data]
         told = b"".join(message.data for message in heard if message.subject == "_INBOX_worker-b-n1.x")
         assert b"JetStream not enabled for account" in told and not any(
-            name in told for name in (b"WORK_a", b"claims_a", M1.encode())
+            name in told for name in (b"WORK_a_lacre", b"claims_a", M1.encode())
         )
-        assert {name: held for name, held in (await state(provisioner)).items() if "_b" not in name and name != "WORK_a"} == {
-            name: held for name, held in before.items() if "_b" not in name and name != "WORK_a"
-        }
+        assert {
+            name: held for name, held in (await state(provisioner)).items() if "_b" not in name and name != "WORK_a_lacre"
+        } == {name: held for name, held in before.items() if "_b" not in name and name != "WORK_a_lacre"}
 
 
 def everything(role: Role) -> Role:

@@ -154,7 +154,7 @@ async def test_what_one_process_began_another_one_ends(world: World) -> None:
 
 async def test_queues_that_the_message_server_lost_are_made_again(world: World) -> None:
     """Where nobody starts the two together, as `lacre up` does."""
-    stream = subjects.work_stream(POOL)
+    stream = subjects.work_stream(POOL, subjects.DEFAULT_REGION)
     await world.connection.jetstream.delete_stream(stream)
     world.background(upkeep(world.site, world.connection, Schedule(), provisioning=True))
     async with asyncio.timeout(5):

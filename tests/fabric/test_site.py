@@ -15,7 +15,7 @@ from lacre_fabric.nats_worker import NatsWorker
 from lacre_fabric.provisioning import provision
 from lacre_fabric.server import Server, free_port
 from lacre_fabric.site import GATEWAY_ID, Site
-from lacre_fabric.subjects import presence, process_name
+from lacre_fabric.subjects import DEFAULT_REGION, presence, process_name
 from lacre_fabric.work import Capacity, FabricUnavailable
 
 TABLES = [{"name": "small", "path": "/models/small.gguf"}, {"name": "large", "path": "/models/large.gguf"}]
@@ -73,11 +73,11 @@ async def test_replicas_share_a_credential_and_are_told_apart(tmp_path: Path) ->
             for number in (0, 15)
         ]
         async with asyncio.timeout(5):
-            while any(gateway.capacity().get("default", Capacity()).free != 4 for gateway in gateways):
+            while any(gateway.capacity().get(("default", DEFAULT_REGION), Capacity()).free != 4 for gateway in gateways):
                 await asyncio.sleep(0.05)
         with pytest.raises(FabricUnavailable, match="denies worker-default"):
             async with workers[0].connection.mapped(confirmed=True):
-                await workers[0].connection.client.publish(presence("other", "pod-1"), b"{}")
+                await workers[0].connection.client.publish(presence("other", DEFAULT_REGION, "pod-1"), b"{}")
         for one in (*workers, *gateways, connection):
             await one.close()
     finally:

@@ -53,7 +53,7 @@ async def test_status(world: World, admin: httpx2.AsyncClient) -> None:
     shown = (await admin.get("/v1/status", headers=bearer(world))).json()
     assert shown["gateway"] == "g1"
     assert shown["missing"] == {}
-    assert shown["pools"]["default"] == {"workers": 0, "busy": 0, "free": 0, "queued": 0, "demand": 0}
+    assert shown["pools"]["default"]["lacre"] == {"workers": 0, "busy": 0, "free": 0, "queued": 0, "demand": 0}
     assert shown["rules"]["policy_set"] == world.gateway.rules.status.policy_set
     [allowed] = recorded(world, "admin")
     assert (allowed["decision"], allowed["policies"], allowed["gateway"]) == ("allow", ["admin-by-scope"], "g1")

@@ -95,11 +95,11 @@ async def test_what_is_under_way(world: World, worker: FakeWorker, client: httpx
     go_on.set()
     await asked
     assert value(found, "lacre_requests_in_flight") == value(found, "lacre_streams_open") == 1
-    assert value(found, "lacre_workers", pool="default") == 1
-    assert value(found, "lacre_worker_slots", pool="default", state="busy") == 1
-    assert value(found, "lacre_worker_slots", pool="default", state="free") == 3
-    assert value(found, "lacre_queue_requests", pool="default") == 0
-    assert value(found, "lacre_pool_demand", pool="default") == 1
+    assert value(found, "lacre_workers", pool="default", region="lacre") == 1
+    assert value(found, "lacre_worker_slots", pool="default", region="lacre", state="busy") == 1
+    assert value(found, "lacre_worker_slots", pool="default", region="lacre", state="free") == 3
+    assert value(found, "lacre_queue_requests", pool="default", region="lacre") == 0
+    assert value(found, "lacre_pool_demand", pool="default", region="lacre") == 1
 
 
 async def test_states(world: World) -> None:

@@ -72,7 +72,7 @@ class LiveFabric:
     async def queued(self, pool: str = "a") -> int:
         """How many messages are in the pool's queue."""
         connection = await self.connect("provisioner")
-        info = await connection.jetstream.stream_info(subjects.work_stream(pool))
+        info = await connection.jetstream.stream_info(subjects.work_stream(pool, subjects.DEFAULT_REGION))
         await connection.close()
         return info.state.messages
 

@@ -1,4 +1,4 @@
-"""Three real nats-servers with TLS, as `examples/nats/node.conf` configures them."""
+"""Real nats-servers with TLS, as `examples/nats` configures them: three in a cluster, or one in each region."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ from lacre_fabric.leash import leashed
 from lacre_fabric.provisioning import provision
 from lacre_fabric.roles import Credential, Role
 from lacre_fabric.server import executable, free_port
+from lacre_fabric.subjects import DEFAULT_REGION, ONE_REGION
 from lacre_fabric.work import FabricUnavailable
 from parts.certificates import DAY, Ca
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nats" / "node.conf"
+REGIONAL = EXAMPLE.with_name("region.conf")
 START = 30.0  # seconds
 
 
 class Node:
     """One server, in a folder of its own. conf: the text of its configuration."""
 
-    def __init__(self, folder: Path, name: str, ca: Ca, roles: Sequence[Role], conf: str) -> None:
+    def __init__(
+        self, folder: Path, name: str, ca: Ca, roles: Sequence[Role], conf: str, *, region: str = DEFAULT_REGION
+    ) -> None:
         folder.mkdir(parents=True)
-        self.name, self.folder = name, folder
-        self.port, self.route = free_port(), free_port()
+        self.name, self.folder, self.region = name, folder, region
+        self.port, self.route, self.gate = free_port(), free_port(), free_port()
         self.url = f"tls://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.certify(ca)
@@ -47,16 +51,22 @@ class Node:
     def tell(self, roles: Sequence[Role]) -> None:
         (self.folder / "accounts.json").write_text(json.dumps({"accounts": accounts(roles)}, indent=1))
 
-    def start(self, peers: Sequence[Node]) -> None:
+    def start(self, peers: Sequence[Node], regions: Sequence[Node] = ()) -> None:
+        """regions: one node of each region, where there are several."""
         environment = {
             "NODE": self.name,
+            "REGION": self.region,
+            "GATEWAYS": f"127.0.0.1:{self.gate}",
+            "REGIONS": f"[{', '.join(f'{{name: {node.region}, urls: [tls://127.0.0.1:{node.gate}]}}' for node in regions)}]",
             "CLIENTS": f"127.0.0.1:{self.port}",
             "ROUTES": f"127.0.0.1:{self.route}",
             "PEERS": f"[{', '.join(f'tls://127.0.0.1:{peer.route}' for peer in peers)}]",
             "STORE": str(self.folder / "store"),
         }
+        if regions:
+            (self.folder / "region.conf").write_text(REGIONAL.read_text())
         with (self.folder / "log").open("ab") as log:
-            command = leashed([executable(), "-c", "node.conf"])
+            command = leashed([executable(), "-c", "region.conf" if regions else "node.conf"])
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=os.environ | environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
@@ -99,15 +109,55 @@ class NatsCluster:
 
     async def ready(self, provisioner: Credential, replicas: int = 3) -> None:
         """Until it is provisioned: servers find each other, and choose a leader, in their own time."""
-        deadline = time.monotonic() + START
-        while True:
+        await provisioned(self.servers, provisioner, self.pools, replicas=replicas)
+
+
+class SuperCluster:
+    """A region for each name, each of one server; the first is the home."""
+
+    def __init__(
+        self, folder: Path, roles: Sequence[Role], pools: Mapping[str, Sequence[str]], regions: Sequence[str] = ("eu", "us")
+    ) -> None:
+        self.ca = Ca(folder)
+        self.pools, self.regions = pools, tuple(regions)
+        text = EXAMPLE.read_text()
+        self.nodes = {name: Node(folder / name, f"{name}-n1", self.ca, roles, text, region=name) for name in regions}
+
+    def servers(self, region: str) -> Servers:
+        return Servers((self.nodes[region].url,), ca=self.ca.file)
+
+    def start(self, *regions: str) -> None:
+        """All of them where none is named."""
+        for region in regions or self.regions:
+            self.nodes[region].start([self.nodes[region]], list(self.nodes.values()))
+
+    def stop(self) -> None:
+        for node in self.nodes.values():
+            node.stop()
+
+    async def ready(self, provisioner: Credential) -> None:
+        """Until it is provisioned, from its home."""
+        await provisioned(self.servers(self.regions[0]), provisioner, self.pools, regions=self.regions)
+
+
+async def provisioned(
+    servers: Servers,
+    provisioner: Credential,
+    pools: Mapping[str, Sequence[str]],
+    *,
+    replicas: int = 1,
+    regions: Sequence[str] = ONE_REGION,
+) -> None:
+    """Tries until it is done, for servers that have just started."""
+    deadline = time.monotonic() + START
+    while True:
+        try:
+            connection = await Connection.open(servers, provisioner)
             try:
-                connection = await Connection.open(self.servers, provisioner)
-                try:
-                    return await provision(connection, self.pools, replicas=replicas)
-                finally:
-                    await connection.close()
-            except FabricUnavailable:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.2)
+                return await provision(connection, pools, replicas=replicas, regions=regions)
+            finally:
+                await connection.close()
+        except FabricUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.2)

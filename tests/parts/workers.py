@@ -102,7 +102,7 @@ class Workers:
                 for node, table in zip(nodes, tables, strict=True)
             ]
             pool = cls(site, server, stack, gateway, workers, process)
-            await connection.client.subscribe(subjects.presence(POOL, "*"), cb=pool._hear)
+            await connection.client.subscribe(subjects.presence(POOL, "*", "*"), cb=pool._hear)
             for each in (gateway, *workers):
                 each.start()
                 stack.callback(each.stop)

@@ -41,8 +41,8 @@ async def check(settings: Settings, findings: Findings) -> None:
         findings.ok("fabric", f"connected to {connection.address} as {connection.credential.name}")
         manifest = await _manifest(settings, connection, findings)
         if manifest is not None:
-            await _queues(connection, manifest, findings)
-            await _workers(connection, manifest, findings)
+            await _queues(connection, manifest, settings.nats.region, findings)
+            await _workers(connection, manifest, settings.nats.region, findings)
     finally:
         await connection.close()
 
@@ -86,10 +86,11 @@ def _signing_key(settings: Settings, manifest: Manifest, findings: Findings) -> 
         )  # fmt: skip
 
 
-async def _queues(connection: Connection, manifest: Manifest, findings: Findings) -> None:
+async def _queues(connection: Connection, manifest: Manifest, region: str, findings: Findings) -> None:
+    """Those of the gateway's own region."""
     for pool in manifest.pools:
         try:
-            said = await _info(connection, pool)
+            said = await _info(connection, subjects.work_stream(pool, region))
         except FabricError as exc:
             remedy = "`lacre manifest publish` makes missing queues; a denial means that the credential is not for this pool"
             findings.failed(f"queue {pool}", str(exc), remedy)
@@ -98,10 +99,10 @@ async def _queues(connection: Connection, manifest: Manifest, findings: Findings
         _clock(said, findings)
 
 
-async def _info(connection: Connection, pool: str) -> dict[str, Any]:
-    """What JetStream says of the pool's queue, with its own time. Raises FabricUnavailable."""
+async def _info(connection: Connection, queue: str) -> dict[str, Any]:
+    """What JetStream says of a pool's queue, with its own time. Raises FabricUnavailable."""
     async with connection.mapped():
-        subject = f"{subjects.API}.STREAM.INFO.{subjects.work_stream(pool)}"
+        subject = f"{subjects.API}.STREAM.INFO.{queue}"
         said = json.loads((await connection.client.request(subject, timeout=API_TIMEOUT)).data)
         if "error" in said:
             raise FabricUnavailable("NATS has no such queue")
@@ -124,12 +125,12 @@ def _clock(said: dict[str, Any], findings: Findings) -> None:
         findings.ok("clock", told)
 
 
-async def _workers(connection: Connection, manifest: Manifest, findings: Findings) -> None:
+async def _workers(connection: Connection, manifest: Manifest, own: str, findings: Findings) -> None:
     heard: dict[str, set[str]] = {pool: set() for pool in manifest.pools}
 
     async def hear(message: Msg) -> None:
-        _, pool, node = message.subject.split(".")
-        heard.setdefault(pool, set()).add(node)
+        _, pool, region, node = message.subject.split(".")
+        heard.setdefault(pool, set()).add(node if region == own else f"{region}/{node}")
 
     try:
         async with connection.mapped(confirmed=True):
