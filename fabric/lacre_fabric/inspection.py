@@ -220,13 +220,29 @@ def _servers(
     found.append(
         Finding("versions", verdict, ", ".join(versions), "" if len(versions) == 1 else "run one version on all servers")
     )
+    if len(regions) > 1:
+        found.append(_majority(said, regions))
     for region in regions:
-        there = [server for server in said if len(regions) == 1 or (server.get("cluster") or {}).get("name") == region]
+        there = [server for server in said if len(regions) == 1 or _cluster(server) == region]
         kept = [stream for stream in streams if stream.placement is None or stream.placement.cluster == region]
         found.append(_enough(region, len(there), max(stream.num_replicas or 1 for stream in kept), regions))
         for server in there:
             found += _server(server, kept, now)
     return found
+
+
+def _cluster(server: Mapping[str, Any]) -> str | None:
+    name = (server.get("cluster") or {}).get("name")
+    return None if name is None else str(name)
+
+
+def _majority(said: Sequence[Mapping[str, Any]], regions: Sequence[str]) -> Finding:
+    """Whether most of all servers are left when any region but the home is lost: without that, JetStream answers nobody."""
+    needing = [region for region in regions[1:] if 2 * sum(_cluster(server) != region for server in said) <= len(said)]
+    if not needing:
+        return Finding("majority", Verdict.OK, f"of {len(said)} servers most are left without any region but the home")
+    told = f"without {' or without '.join(needing)} most of the {len(said)} servers are gone, and JetStream with them"
+    return Finding("majority", Verdict.WEAK, told, "run a server in a further place, which keeps nothing, or more in the home")
 
 
 def _enough(region: str, there: int, replicas: int, regions: Sequence[str]) -> Finding:

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import json
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from lacre_fabric import roles
+from lacre_fabric import roles, subjects
+from lacre_fabric.buckets import Conflict, NatsBucket
 from lacre_fabric.connection import Connection
 from lacre_fabric.frames import Kind
+from lacre_fabric.inspection import Verdict, _majority, inspect
+from lacre_fabric.layout import QUEUED_MESSAGES
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsDelivery, NatsWorker
+from lacre_fabric.provisioning import provision
+from lacre_fabric.revocations import Revocation, subject_key
 from lacre_fabric.roles import Credential
-from lacre_fabric.work import CREDIT, Dispatch, FabricError
+from lacre_fabric.work import CREDIT, Dispatch, DuplicateWork, FabricError, FabricUnavailable, QueueTimeout, WorkerLost
 from parts.fabric import new_work
-from parts.nats_cluster import SuperCluster
+from parts.nats_cluster import VOTER, SuperCluster
 
 POOL, MODEL = "a", "m1"
-POOLS = {POOL: (MODEL,), "b": (MODEL,)}
+POOLS = {POOL: (MODEL, "m2"), "b": (MODEL,)}
 REGIONS = ("eu", "us")
 HOME, AWAY = REGIONS
+NOTICED = 15.0  # seconds: longer than servers take to find that they are not the most of all
+QUEUES = [subjects.work_stream(pool, region) for pool in POOLS for region in REGIONS]
 
 pytestmark = [pytest.mark.slow]
 
@@ -60,7 +71,11 @@ class Regions:
 
         async def work() -> None:
             while True:
-                delivery = await worker.pull()
+                try:
+                    delivery = await worker.pull()
+                except FabricError:
+                    await asyncio.sleep(0.1)
+                    continue
                 await self.answer(worker, delivery, pieces)
 
         await self.run(work())
@@ -106,8 +121,19 @@ def every_role(credentials: dict[str, Credential]) -> list[roles.Role]:
     ]
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, names: dict[str, Credential]) -> Iterator[SuperCluster]:
+    cluster = SuperCluster(tmp_path_factory.mktemp("regions"), every_role(names), POOLS, REGIONS)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
 @pytest.fixture
-async def regions(tmp_path: Path, names: dict[str, Credential]) -> AsyncIterator[Regions]:
+async def own(tmp_path: Path, names: dict[str, Credential]) -> AsyncIterator[Regions]:
+    """Regions that may be lost."""
     cluster = SuperCluster(tmp_path, every_role(names), POOLS, REGIONS)
     try:
         cluster.start()
@@ -116,6 +142,18 @@ async def regions(tmp_path: Path, names: dict[str, Credential]) -> AsyncIterator
             yield Regions(cluster, names, stack)
     finally:
         cluster.stop()
+
+
+@pytest.fixture
+async def regions(cluster: SuperCluster, names: dict[str, Credential]) -> AsyncIterator[Regions]:
+    """With empty queues."""
+    await cluster.ready(names["provisioner"])
+    async with AsyncExitStack() as stack:
+        regions = Regions(cluster, names, stack)
+        provisioner = await regions.connect("provisioner", HOME)
+        for stream in QUEUES:
+            await provisioner.jetstream.purge_stream(stream)
+        yield regions
 
 
 async def read(dispatch: Dispatch) -> list[bytes]:
@@ -191,3 +229,291 @@ async def test_where_nobody_is_the_others_answer(regions: Regions) -> None:
     await regions.busy(far)
     assert await read(await gateway.dispatch(new_work())) == [b"x", b"receipt"]
     assert regions.nodes() == ["n-us"] * 2
+
+
+async def test_a_full_queue_or_none_lets_it_go_on(regions: Regions) -> None:
+    near, far = await regions.worker(HOME), await regions.worker(AWAY)
+    gateway = await regions.gateway(HOME)
+    await until_seen(gateway, eu=1, us=1)
+    for _ in range(QUEUED_MESSAGES):
+        await gateway.connection.client.publish(subjects.work(POOL, HOME, "m2"), b"x")
+    await gateway.connection.round_trip()
+    dispatch = await gateway.dispatch(new_work())
+    await regions.answer(far, await far.pull())
+    assert await read(dispatch) == [b"x", b"receipt"]
+
+    provisioner = await regions.connect("provisioner", HOME)
+    await provisioner.jetstream.delete_stream(subjects.work_stream(POOL, HOME))
+    assert gateway.workers(POOL, MODEL) == 2, "its workers have not noticed yet"
+    dispatch = await gateway.dispatch(new_work())
+    await regions.answer(far, await far.pull())
+    assert await read(dispatch) == [b"x", b"receipt"]
+    assert regions.nodes() == ["n-us"] * 2
+    assert near.connection.connected
+
+
+async def test_what_may_be_in_a_queue_is_put_into_no_other(regions: Regions) -> None:
+    """The region's server takes the work and its word is late: it may have it or not, and it has."""
+    near, far = await regions.worker(HOME), await regions.worker(AWAY)
+    gateway = await regions.gateway(HOME)
+    held = await gateway.dispatch(new_work())
+    delivery = await near.pull()
+    await until_seen(gateway, eu=0, us=1)
+    process = regions.cluster.nodes[AWAY].process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    try:
+        work = new_work()
+        dispatch = await gateway.dispatch(work, queue_limit=1.0)
+        with pytest.raises(QueueTimeout):
+            await read(dispatch)
+        await regions.answer(near, delivery)
+        assert await read(held) == [b"x", b"receipt"]
+        assert await gateway.backlog(POOL, HOME) == 0
+    finally:
+        process.send_signal(signal.SIGCONT)
+    async with asyncio.timeout(5):
+        late = await far.pull()
+    assert late.work.digest == work.digest
+
+
+async def test_a_replay_in_the_other_region_is_refused(regions: Regions) -> None:
+    """Neither queue knows what was in the other: the claim does, which both regions' workers make in the home."""
+    near, far = await regions.worker(HOME), await regions.worker(AWAY)
+    gateway, other = await regions.gateway(HOME), await regions.gateway(AWAY)
+    for each in (gateway, other):
+        await until_seen(each, eu=1, us=1)
+    for first, second, here, there in ((gateway, other, near, far), (other, gateway, far, near)):
+        work = new_work()
+        dispatch = await first.dispatch(work)
+        await regions.answer(here, await here.pull())
+        assert await read(dispatch) == [b"x", b"receipt"]
+        with pytest.raises(DuplicateWork):
+            await first.dispatch(new_work(sealed=work.sealed))
+        again = await second.dispatch(new_work(sealed=work.sealed), queue_limit=1.0)
+        await regions.answer(there, await there.pull())
+        with pytest.raises(QueueTimeout):
+            await read(again)
+        assert [digest for _, digest in regions.ran].count(work.digest) == 1
+
+    # Both at once: one of them runs it.
+    work = new_work()
+    both = [await each.dispatch(new_work(sealed=work.sealed), queue_limit=2.0) for each in (gateway, other)]
+    pulled = [(worker, await worker.pull()) for worker in (near, far)]
+    await asyncio.gather(*(regions.answer(*each) for each in pulled))
+    told = await asyncio.gather(*map(read, both), return_exceptions=True)
+    assert sorted(isinstance(each, QueueTimeout) for each in told) == [False, True]
+    assert [digest for _, digest in regions.ran].count(work.digest) == 1
+
+
+async def test_revocations_and_budgets_are_the_same_everywhere(regions: Regions) -> None:
+    gateway, other = await regions.gateway(HOME), await regions.gateway(AWAY)
+    await gateway.revoked()
+    await other.revoked()
+    for first, second in ((gateway, other), (other, gateway)):
+        revocation = Revocation(subject_key("issuer", secrets.token_hex(8)), time.time() + 60)
+        await first.revoke(revocation)
+        assert revocation in await second.revoked()
+
+    buckets = [NatsBucket(each.connection, subjects.BUDGETS_BUCKET) for each in (gateway, other)]
+    key = f"user.{secrets.token_hex(8)}"
+    revision = await buckets[0].write(key, b"0", 0)
+    won = [0, 0]
+
+    async def draw(number: int) -> None:
+        for _ in range(50):
+            entry = await buckets[number].read(key)
+            assert entry is not None
+            try:
+                await buckets[number].write(key, b"%d" % (int(entry.value) + 1), entry.revision)
+            except Conflict:
+                continue
+            won[number] += 1
+
+    await asyncio.gather(draw(0), draw(1))
+    entry = await buckets[1].read(key)
+    assert entry is not None
+    assert int(entry.value) == sum(won), "every draw counts once"
+    assert all(won)
+    assert entry.revision > revision
+
+
+async def test_a_worker_is_of_its_region_and_its_pool(regions: Regions) -> None:
+    gateway = await regions.gateway(HOME)
+    await regions.worker(HOME)
+    await until_seen(gateway, eu=1)
+    await gateway.dispatch(new_work())
+    for name in ("worker-a-us", "worker-b-eu"):
+        for region in REGIONS:  # whichever server it asks
+            thief = await regions.connect(name, region)
+            pull = await thief.jetstream.pull_subscribe_bind(consumer=subjects.consumer(MODEL), stream="WORK_a_eu")
+            with pytest.raises(TimeoutError):
+                await pull.fetch(1, timeout=0.3)
+            assert "work_a_eu" in thief.denied
+            denials = thief.denials
+            said = json.dumps({"models": [MODEL], "busy": 0, "free": 9}).encode()
+            await thief.client.publish(subjects.presence(POOL, HOME, "n-eu"), said)
+            await thief.client.publish(subjects.work(POOL, HOME, MODEL), b"x")
+            await thief.round_trip()
+            assert thief.denials == denials + 2
+    await until_seen(gateway, eu=1)
+    assert await gateway.backlog(POOL, HOME) == 1
+
+
+async def test_the_check_knows_regions(regions: Regions) -> None:
+    """And what is kept elsewhere than it should be."""
+    servers = regions.cluster.servers(HOME)
+    parties = {
+        **{name: regions.credentials[name] for name in ("provisioner", "inspector")},
+        **{f"gateway@{at}": regions.credentials[f"gateway-{at}"] for at in REGIONS},
+        **{f"worker-{pool}@{at}": regions.credentials[f"worker-{pool}-{at}"] for pool in POOLS for at in REGIONS},
+    }
+    found = await inspect(servers, POOLS, 1, parties, REGIONS)
+    assert [each for each in found if each.verdict is not Verdict.OK] == []
+    assert {"WORK_a_us", "consumers WORK_b_us", "servers us", "server us-n1", "permissions worker-a@us"} <= {
+        each.check for each in found
+    }
+    weak = {each.check: each.detail for each in await inspect(servers, POOLS, 1, parties, REGIONS[::-1]) if each.remedy}
+    assert "placement is eu, should be us" in weak["KV_claims_a"]
+    assert "WORK_a_us" not in weak
+    weak = {each.check: each.detail for each in await inspect(servers, POOLS, 1, parties, [*REGIONS, "ap"]) if each.remedy}
+    assert weak["WORK_a_ap"] == "it is not there"
+    assert weak["servers ap"] == "0 answer, 1 keep each stream"
+    away = [{"cluster": {"name": at}} for at in (HOME, AWAY)]
+    assert _majority(away, REGIONS).verdict is Verdict.WEAK
+    assert _majority([*away, {"cluster": {"name": HOME}}], REGIONS).verdict is Verdict.OK
+    assert _majority([*away, {"cluster": {"name": AWAY}}], REGIONS).verdict is Verdict.WEAK
+
+
+async def test_the_home_moves(regions: Regions) -> None:
+    """With what was claimed: a replay is refused after it as before."""
+    workers = [await regions.worker(at) for at in REGIONS]
+    gateways = [await regions.gateway(at) for at in REGIONS]
+    for gateway in gateways:
+        await until_seen(gateway, eu=1, us=1)
+    provisioner = await regions.connect("provisioner", HOME)
+    for here, there in ((0, 1), (1, 0)):
+        work = new_work()
+        dispatch = await gateways[here].dispatch(work)
+        await regions.answer(workers[here], await workers[here].pull())
+        assert await read(dispatch) == [b"x", b"receipt"]
+        await provision(provisioner, POOLS, regions=[REGIONS[there], REGIONS[here]])
+        async with asyncio.timeout(30):
+            while await keeps(provisioner, "KV_claims_a") != REGIONS[there]:
+                await asyncio.sleep(0.2)
+        again = await gateways[there].dispatch(new_work(sealed=work.sealed), queue_limit=1.0)
+        await regions.answer(workers[there], await workers[there].pull())
+        with pytest.raises(QueueTimeout):
+            await read(again)
+    assert len(regions.ran) == 2
+
+
+async def keeps(provisioner: Connection, stream: str) -> str | None:
+    """The region that keeps it, and alone."""
+    info = (await provisioner.jetstream.stream_info(stream)).cluster
+    return None if info is None or info.replicas else info.name
+
+
+async def test_another_region_is_lost(own: Regions) -> None:
+    """The home goes on, and what ran there is lost by name."""
+    near, far = await own.worker(HOME), await own.worker(AWAY)
+    gateway = await own.gateway(HOME)
+    await until_seen(gateway, eu=1, us=1)
+    held = await gateway.dispatch(new_work())
+    at_home = await near.pull()
+    crossing = await gateway.dispatch(new_work())
+    away = await far.pull()
+    assert await away.claim()
+    await away.send(Kind.DATA, b"x")
+    frames = crossing.frames()
+    assert (await anext(frames)).payload == b"x"
+    own.cluster.nodes[AWAY].stop(signal.SIGKILL)
+    with pytest.raises(WorkerLost):
+        await anext(frames)
+    await own.answer(near, at_home)
+    assert await read(held) == [b"x", b"receipt"]
+    await until_seen(gateway, eu=1)
+    await own.busy(near)
+    bucket = NatsBucket(gateway.connection, subjects.BUDGETS_BUCKET)
+    revision = 0
+    began = time.monotonic()
+    while time.monotonic() < began + NOTICED:
+        assert await read(await gateway.dispatch(new_work())) == [b"x", b"receipt"]
+        revision = await bucket.write("user.x", b"1", revision)
+        await gateway.revoked()
+        assert await gateway.backlog(POOL, HOME) == 0
+        await asyncio.sleep(0.2)
+
+    await away.drop()
+    far.release()
+    own.cluster.start(AWAY)
+    await own.cluster.ready(own.credentials["provisioner"])
+    await until_seen(gateway, eu=1, us=1)
+    await own.busy(far)
+    other = await own.gateway(AWAY)
+    await until_seen(other, eu=1, us=1)
+    assert await read(await other.dispatch(new_work())) == [b"x", b"receipt"]
+    assert own.nodes()[-1] == "n-us"
+
+
+async def test_most_servers_are_lost(own: Regions) -> None:
+    """What is left of JetStream answers no questions: nothing is known of budgets and revocations, which is said by name."""
+    gateway = await own.gateway(HOME)
+    bucket = NatsBucket(gateway.connection, subjects.BUDGETS_BUCKET)
+    await bucket.write("user.y", b"1", 0)
+    for name in (AWAY, VOTER):
+        own.cluster.nodes[name].stop(signal.SIGKILL)
+    async with asyncio.timeout(2 * NOTICED):
+        while True:
+            try:
+                await gateway.revoked()
+            except FabricUnavailable:
+                break
+            await asyncio.sleep(0.2)
+    with pytest.raises(FabricUnavailable):
+        await bucket.read("user.y")
+    own.cluster.start(VOTER)
+    async with asyncio.timeout(2 * NOTICED):
+        while True:
+            try:
+                assert (await bucket.read("user.y")) is not None
+                break
+            except FabricUnavailable:
+                await asyncio.sleep(0.2)
+
+
+async def test_the_home_is_lost(own: Regions) -> None:
+    """Nothing can be claimed, and so nothing runs; it is said by name, and goes on when the home is back."""
+    far = await own.worker(AWAY)
+    gateway = await own.gateway(AWAY)
+    await until_seen(gateway, us=1)
+    await own.busy(far)
+    work = new_work()
+    assert await read(await gateway.dispatch(work)) == [b"x", b"receipt"]
+    own.cluster.nodes[HOME].stop(signal.SIGKILL)
+    own.ran.clear()
+    began = time.monotonic()
+    while time.monotonic() < began + NOTICED:
+        with pytest.raises((FabricUnavailable, WorkerLost, QueueTimeout)):
+            await read(await gateway.dispatch(new_work(), queue_limit=5.0))
+        with pytest.raises(FabricUnavailable):
+            await gateway.revoked()
+        with pytest.raises(FabricUnavailable):
+            await NatsBucket(gateway.connection, subjects.BUDGETS_BUCKET).read("user.x")
+    assert not own.ran
+
+    own.cluster.start(HOME)
+    await own.cluster.ready(own.credentials["provisioner"])
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                if await read(await gateway.dispatch(new_work(), queue_limit=5.0)) == [b"x", b"receipt"]:
+                    break
+            except FabricError:
+                await asyncio.sleep(0.2)
+    near = await own.worker(HOME)
+    await own.busy(near)
+    other = await own.gateway(HOME)
+    await until_seen(other, eu=1, us=1)
+    with pytest.raises(QueueTimeout):  # claims outlive every server
+        await read(await other.dispatch(new_work(sealed=work.sealed), queue_limit=1.0))

@@ -112,8 +112,11 @@ class NatsCluster:
         await provisioned(self.servers, provisioner, self.pools, replicas=replicas)
 
 
+VOTER = "vote"  # a place of one server that keeps nothing: with it, any one of two regions may be lost and most servers be left
+
+
 class SuperCluster:
-    """A region for each name, each of one server; the first is the home."""
+    """A region for each name, each of one server, the first the home; and a voter."""
 
     def __init__(
         self, folder: Path, roles: Sequence[Role], pools: Mapping[str, Sequence[str]], regions: Sequence[str] = ("eu", "us")
@@ -121,14 +124,14 @@ class SuperCluster:
         self.ca = Ca(folder)
         self.pools, self.regions = pools, tuple(regions)
         text = EXAMPLE.read_text()
-        self.nodes = {name: Node(folder / name, f"{name}-n1", self.ca, roles, text, region=name) for name in regions}
+        self.nodes = {name: Node(folder / name, f"{name}-n1", self.ca, roles, text, region=name) for name in (*regions, VOTER)}
 
     def servers(self, region: str) -> Servers:
         return Servers((self.nodes[region].url,), ca=self.ca.file)
 
     def start(self, *regions: str) -> None:
         """All of them where none is named."""
-        for region in regions or self.regions:
+        for region in regions or self.nodes:
             self.nodes[region].start([self.nodes[region]], list(self.nodes.values()))
 
     def stop(self) -> None:
