@@ -211,6 +211,7 @@ def test_metrics_that_scale_are_counted_by_the_gateway(chart: Rendered) -> None:
         query = each["spec"]["triggers"][0]["metadata"]["query"]
         assert named_in(query) <= counted()
         assert f'pool="{each["metadata"]["labels"]["lacre/pool"]}"' in query
+        assert f'region="{chart.values["nats"]["external"]["region"]}"' in query, "another region's workers are its own"
         assert query.startswith("max("), "each gateway tells of the same queue: no sum"
 
 

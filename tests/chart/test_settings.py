@@ -77,6 +77,7 @@ def test_workers_read_theirs(chart: Rendered) -> None:
         assert settings.slots == (own["slots"] or None)
         assert settings.trust == chart.values["trust"]
         assert settings.nats.url == gateway_settings(chart).nats.url
+        assert settings.nats.region == gateway_settings(chart).nats.region == chart.values["nats"]["external"]["region"]
         assert settings.kms == (chart.values["kms"] or "plain:")
 
 
@@ -147,6 +148,7 @@ def test_the_signer_s_site(chart: Rendered, tmp_path: Path) -> None:
         assert site.pools == {pool: [m.name for m in each.models] for pool, each in worker_settings(chart).items()}
         assert (site.servers.urls, site.base_url) == (gateway_settings(chart).nats.url, chart.values["publicUrl"])
         assert site.replicas == 3
+        assert list(site.regions) == (chart.values["nats"]["external"]["regions"] or [gateway_settings(chart).nats.region])
         rotating = chart.values["signer"]["rotateHours"] > 0
         assert rotating <= chart.values["poolKeys"]["volume"]["enabled"], "new keys that no worker would see"
         hours = pod.spec["containers"][0]["command"][-1]

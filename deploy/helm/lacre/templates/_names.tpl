@@ -58,6 +58,11 @@ tls://{{ include "lacre.fullname" . }}-nats.{{ .Release.Namespace }}.svc:4222
 {{- end -}}
 {{- end -}}
 
+{{/* The region of gateways and workers. */}}
+{{- define "lacre.nats.region" -}}
+{{- if .Values.nats.enabled }}lacre{{ else }}{{ .Values.nats.external.region }}{{ end -}}
+{{- end }}
+
 {{- define "lacre.nats.port" -}}
 {{- if .Values.nats.enabled -}}4222{{- else -}}
 {{- $host := (urlParse .Values.nats.external.url).host -}}
