@@ -136,7 +136,7 @@ async def test_a_server_that_is_killed_under_load(cluster: NatsCluster) -> None:
         await gateway.close()
     assert before > 20
     assert {outcome for _, outcome in ended[:before]} == {"whole"}
-    known = {"whole", "FabricUnavailable", "NoWorkers", "QueueTimeout", "WorkerLost", "QueueFull"}
+    known = {"whole", "FabricUnavailable", "NoQueue", "NoWorkers", "QueueTimeout", "WorkerLost", "QueueFull"}
     assert {outcome for _, outcome in ended} <= known
     whole = [at for at, outcome in ended if outcome == "whole" and at > killed + 1]
     assert whole[0] - killed < OUTAGE, f"whole again after {whole[0] - killed:.1f} s"
