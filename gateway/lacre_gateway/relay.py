@@ -31,7 +31,7 @@ from lacre_fabric.work import Dispatch, FabricError, Work, WorkerLost
 from lacre_gateway.audit.entries import Intent
 from lacre_gateway.auth import Principal
 from lacre_gateway.budget.fields import fields
-from lacre_gateway.budget.holds import Exhausted, Hold
+from lacre_gateway.budget.holds import BudgetRefused, Exhausted, Hold
 from lacre_gateway.exchange import Attended, ClientGone, Exchange, Receive, Scope, Send, StreamBroken
 from lacre_gateway.limits import Reservation
 from lacre_gateway.manifest import pool_for
@@ -91,7 +91,7 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):
                 raise Refusal(problems.FORBIDDEN)
-        hold = await _reserved(gateway, exchange, request)
+        hold = await _reserved(gateway, exchange, request, decision)
         with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
             if not gateway.audit.writable:
                 await trail.recorded  # or work would be done for an answer that cannot be given
@@ -109,13 +109,18 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
             await exchange.end(last)
 
 
-async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request) -> Hold:
-    """Raises BudgetRefused. Whatever comes of it, the answer will say how far the caller's limits are used."""
+async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, decision: Decision) -> Hold:
+    """Whatever comes of it, the answer will say how far the caller's limits are used.
+
+    Raises BudgetRefused, of which there is a record then, as of a denial.
+    """
     try:
         hold = await gateway.budgets.reserve(request.question.principal, request.question.model, request.ceilings)
-    except Exhausted as exhausted:
-        exchange.limits = fields(exhausted.standings)
-        raise
+    except BudgetRefused as refused:
+        if isinstance(refused, Exhausted):
+            exchange.limits = fields(refused.standings)
+        with Trail(gateway, exchange, request.intent(decision)):
+            raise
     exchange.limits = fields(hold.standings(gateway.budgets.now()))
     return hold
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from lacre.problems import Problem
 from lacre_gateway.audit.entries import Intent, Outcome
 from lacre_gateway.budget.callers import Amounts
-from lacre_gateway.budget.holds import Hold
+from lacre_gateway.budget.holds import BudgetRefused, Hold
 from lacre_gateway.exchange import Exchange
 from lacre_gateway.mapping import ANSWERED, REFUSED, outcome_of, refusal_for
 from lacre_gateway.settlement import Claim, Verdict
 from lacre_gateway.state import Gateway
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a request ended, in the terms of `Outcome`. problem: what the client is told instead of an answer."""
+
+    outcome: str
+    status: int | None
+    problem: Problem | None = None
+    exceeded: str | None = None
 
 
 class Trail:
@@ -42,33 +53,32 @@ class Trail:
         return self
 
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
-        outcome, problem = self._end(error)
-        status = self._exchange.status if problem is None else problem.status
-        end = time.monotonic()
+        end = self._end(error)
+        ended = time.monotonic()
         if self._hold is not None:
             self._hold.stream_over()
 
         def record(verdict: Verdict) -> None:
-            self._record(outcome, status, end - self._since, verdict)
+            self._record(end, ended - self._since, verdict)
             if (tracer := self._gateway.tracer) is not None:
-                tracer.ended(self._intent, self._exchange, verdict, outcome=outcome, end=end, problem=problem)
+                tracer.ended(self._intent, self._exchange, verdict, outcome=end.outcome, end=ended, problem=end.problem)
 
         if self.claim is not None and self.claim.tokens:
             self._gateway.settlement.settle(self.claim, record)
         else:
             record(Verdict())
 
-    def _record(self, outcome: str, status: int | None, duration: float, verdict: Verdict) -> None:
+    def _record(self, end: _End, duration: float, verdict: Verdict) -> None:
         used = verdict.receipt
         if self.claim is not None:
             self._gateway.metrics.settled(self._intent.pool, self._intent.model, verdict)
-        money = self._settle(outcome, verdict)
+        money = self._settle(end.outcome, verdict)
         self._gateway.audit.append(
             Outcome(
                 request_id=self._intent.request_id,
                 time=round(self._intent.time + duration, 3),
-                outcome=outcome,
-                status=status,
+                outcome=end.outcome,
+                status=end.status,
                 unreceipted=used is None,
                 receipt=None if verdict.token is None else hashlib.sha256(verdict.token).hexdigest(),
                 refused_receipt=verdict.refused,
@@ -76,6 +86,8 @@ class Trail:
                 cached_tokens=None if used is None else used.cached_tokens,
                 completion_tokens=None if used is None else used.completion_tokens,
                 money=money,
+                problem=None if end.problem is None else end.problem.slug,
+                exceeded=end.exceeded,
                 duration=round(duration, 6),
             )
         )
@@ -92,9 +104,11 @@ class Trail:
         hold.settle(Amounts(1, used.prompt_tokens + used.completion_tokens, money))
         return money
 
-    def _end(self, error: BaseException | None) -> tuple[str, Problem | None]:
-        """The outcome in a word, and what the client is told instead of an answer, if it is told anything."""
+    def _end(self, error: BaseException | None) -> _End:
         if error is None:
-            return ANSWERED, None
+            return _End(ANSWERED, self._exchange.status)
         outcome = outcome_of(error, started=self._exchange.started)
-        return outcome, refusal_for(error).problem if outcome == REFUSED else None
+        if outcome != REFUSED:
+            return _End(outcome, self._exchange.status)
+        problem = refusal_for(error).problem
+        return _End(outcome, problem.status, problem, error.exceeded if isinstance(error, BudgetRefused) else None)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,7 +31,7 @@ from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import journal
 from lacre_gateway.audit import log as audit_log
 from lacre_gateway.audit.check import verify
-from lacre_gateway.audit.entries import EntryTooLarge, Event, encode, parse
+from lacre_gateway.audit.entries import Entry, EntryTooLarge, Event, encode, parse
 from lacre_gateway.audit.log import AuditUnavailable
 from lacre_gateway.audit.reader import LogReader
 from parts.auditing import ORIGIN, PUBLIC, intent, opened, outcome, written
@@ -39,7 +41,7 @@ ALLOWED = {
     "max_tokens", "sealed_bytes", "enc", "groups", "scopes", "plan", "decision", "policies", "policy_set", "entities",
     "reserved_prompt_tokens", "reserved_money", "lease", "limits", "money", "reserved_tokens",
     "annex", "outcome", "status", "unreceipted", "receipt", "refused_receipt",
-    "prompt_tokens", "cached_tokens", "completion_tokens", "duration",
+    "prompt_tokens", "cached_tokens", "completion_tokens", "duration", "problem", "exceeded",
 }  # fmt: skip
 
 
@@ -68,6 +70,16 @@ async def test_entry_is_proved_when_its_future_is_done(tmp_path: Path) -> None:
 def test_fields_are_the_allowed_ones() -> None:
     [first], [second] = encode(intent(0)), encode(outcome(0))
     assert set(json.loads(first)) | set(json.loads(second)) == ALLOWED
+
+
+def test_the_document_lists_them_all() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/audit.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)
+    listed = {
+        kind: re.findall(r"`(\w+)`", re.sub(r"\([^()]*\)", "", members)) for kind, members in rows
+    }  # what is in brackets explains
+    held = {kind.kind: [field.name for field in dataclasses.fields(kind)] for kind in get_args(Entry)}
+    assert {kind: sorted(names) for kind, names in listed.items()} == {kind: sorted(names) for kind, names in held.items()}
 
 
 @pytest.mark.parametrize("requests", [0, 1, 127, 128, 300, 700])

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import httpx2
 import pytest
 
+import lacre
 from lacre import problems
+from lacre.audit import AuditProof
+from lacre.jws import raw_public_key
+from lacre.trust import ConnectionString
 from lacre_fabric.buckets import Entry
 from lacre_fabric.work import FabricUnavailable
+from lacre_gateway.audit import index as indexes
+from lacre_gateway.audit.check import verify
+from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.ledger import DRAW_LIMIT
 from lacre_gateway.budget.record import Record
 from lacre_gateway.exchange import StreamBroken
 from lacre_gateway.plans import Kind
-from parts.gateway import FakeWorker, Issuer, Script, World
+from parts.gateway import MODEL, FakeWorker, Issuer, Script, World
 
 from .conftest import client_of
 from .test_refusals import assert_problem, post
@@ -37,6 +45,8 @@ money_per_month = "0.005"
 concurrent_streams = 2
 [plans.none.user]
 requests_per_minute = 0
+[plans.once.everyone]
+tokens_per_day = 1600
 [plans.small.user]
 tokens_per_day = 100
 """
@@ -198,6 +208,111 @@ async def test_what_the_answer_says(budgeted: World, worker: FakeWorker, client:
     refused = await post(budgeted, client)
     assert refused.headers["ratelimit"].startswith('"user/requests_per_minute";r=0;t=')
     assert "ratelimit" not in (await post(budgeted, client, authorization=on(budgeted, "streams"))).headers
+
+
+AUDIT = Path(__file__).resolve().parents[2] / "docs/audit.md"
+REFUSED = {
+    "free": (problems.RATE_LIMITED, "user:free/requests_per_minute@"),
+    "once": (problems.BUDGET_SPENT, "plan:once/tokens_per_day@"),
+    "small": (problems.ABOVE_LIMIT, "user:small/tokens_per_day"),
+    "gold": (problems.UNKNOWN_PLAN, None),
+    "daily": (problems.BUDGET_UNAVAILABLE, None),
+}
+
+
+@pytest.mark.parametrize("plan", REFUSED)
+async def test_a_refusal_is_recorded(plan: str, budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """As a denial is: an intent with its proof, and an outcome that says why. For which limit is not for the client to know."""
+    problem, exceeded = REFUSED[plan]
+    worker.script = Script(usage={"completion_tokens": 200})
+    served = {"free": 3, "once": 1}.get(plan, 0)
+    for number in range(1, served + 1):
+        assert (await post(budgeted, client, authorization=on(budgeted, plan))).status_code == 200
+        await settled(budgeted, number)
+    if problem is problems.BUDGET_UNAVAILABLE:
+        budgeted.gateway.budgets.bucket = Unavailable()
+    refused = await post(budgeted, client, authorization=on(budgeted, plan))
+    assert_problem(refused, problem)
+    proof = AuditProof.parse_header(refused.headers["lacre-audit"])
+    proof.verify(raw_public_key(budgeted.grant_key))
+    intent, outcome = (await budgeted.trail(served + 1))[2 * served :]
+    assert json.loads(proof.entry) == intent and "exceeded" not in intent
+    assert (intent["request_id"], intent["subject"]) == (refused.headers["lacre-request-id"], "alice")
+    assert (intent["decision"], intent["policies"]) == ("allow", ["models-for-everyone"])
+    assert (intent["reserved_tokens"], intent["lease"], intent["limits"]) == (None, None, [])
+    assert (outcome["outcome"], outcome["status"], outcome["money"]) == ("refused", problem.status, None)
+    assert outcome["problem"] == problem.slug
+    assert (outcome["exceeded"] and outcome["exceeded"].rstrip("0123456789")) == exceeded
+    await budgeted.gateway.close()
+    assert verify(budgeted.folder / "audit").wrong is None
+
+
+async def test_the_client_keeps_the_proof_of_a_refusal(budgeted: World) -> None:
+    """The SDK checks that it is of what was sent, and the error has it."""
+    url = str(ConnectionString("http://127.0.0.1:9", raw_public_key(budgeted.root)))
+    how = {"memory": lacre.VersionMemory(), "transport": httpx2.ASGITransport(budgeted.app), "retries": 0}
+    async with lacre.AsyncClient(url, token=budgeted.issuer.token(plan="none"), **how) as client:
+        with pytest.raises(lacre.Forbidden) as refused:
+            await client.chat("Hello.", model=MODEL)
+    assert refused.value.problem == problems.ABOVE_LIMIT.type
+    assert refused.value.verification is not None and refused.value.verification.audit is not None
+    [intent, _] = await budgeted.trail()
+    assert refused.value.verification.audit.members == intent
+
+
+async def test_who_met_a_limit(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """As docs/audit.md asks for it."""
+    for subject, requests in (("alice", 5), ("bob", 4), ("carol", 3)):
+        for _ in range(requests):
+            await post(budgeted, client, authorization=on(budgeted, "free", sub=subject))
+    await budgeted.gateway.close()
+    document = AUDIT.read_text()
+    [sql] = re.findall(r'--sql "(SELECT [^"]*exceeded[^"]*)"', document)
+    names, rows = indexes.ask(indexes.build(LogReader(budgeted.folder / "audit")), sql)
+    assert names == ["subject", "exceeded", "requests"]
+    assert [(who, limit.partition("@")[0], times) for who, limit, times in rows] == [
+        ("alice", "user:free/requests_per_minute", 2), ("bob", "user:free/requests_per_minute", 1),
+    ]  # fmt: skip
+
+
+SCOPES = ("user", "tenant", "everyone")
+
+
+def left(response: httpx2.Response) -> dict[str, int]:
+    """What remains of each limit that the caller is told of."""
+    return {limit: int(remaining) for limit, remaining in re.findall(r'"([^"]+)";r=(\d+)', response.headers["ratelimit"])}
+
+
+@pytest.mark.parametrize("ample", [10_000, 1_000_000])  # of which a lease has no spare for another request, and has one
+@pytest.mark.parametrize("short", SCOPES)
+async def test_all_budgets_or_none(short: str, ample: int, tmp_path: Path, issuer: Issuer) -> None:
+    """One of three is used up: nothing is charged to the other two."""
+    labels = {"user": "user", "tenant": "tenant-on-plan", "everyone": "plan"}
+    ceilings, used = {scope: 1600 if scope == short else ample for scope in SCOPES}, 212
+    tables = "".join(f"[plans.p.{scope}]\ntokens_per_day = {ceiling}\n" for scope, ceiling in ceilings.items())
+    world = World(tmp_path, issuer, plans=f'default_plan = "p"\n{tables}')
+    await world.publish(world.document())
+    async with world.worker() as worker, client_of(world) as client:
+        worker.script = Script(usage={"completion_tokens": 200})
+        assert (await post(world, client)).status_code == 200
+        await settled(world, 1)
+        after = {f"{labels[scope]}/tokens_per_day": ceilings[scope] - used for scope in ("user", "tenant")}
+        others = [key for key in world.budgets.entries if not key.startswith(f"{labels[short]}.")]
+        before = [world.budgets.entries[key].value for key in others]
+        assert len(others) == 2
+        for _ in range(3):
+            refused = await post(world, client)
+            assert_problem(refused, problems.BUDGET_SPENT)
+            assert left(refused) == after
+        if ample == 1_000_000:
+            assert [world.budgets.entries[key].value for key in others] == before
+        assert len(worker.opened) == 1
+    met = [entry["exceeded"] for entry in await world.trail(4) if entry["kind"] == "outcome"]
+    assert [limit and limit.partition("@")[0] for limit in met] == [None, *[f"{labels[short]}:p/tokens_per_day"] * 3]
+    await world.gateway.close()
+    for prefix in labels.values():
+        [window] = record(world, prefix).windows[Kind.TOKENS_PER_DAY].values()
+        assert window.drawn() == window.used() == used
 
 
 class Unavailable:

@@ -34,8 +34,8 @@ class Intent:
 
     time: seconds since the epoch. jti: hex SHA-256 of the token's id. enc: base64url SHA-256 of `hdr ‖ enc`. policies: the ids
     of those that decided. policy_set, entities: hex SHA-256 of what they were decided with. reserved_*: what was charged to the
-    caller's limits at admission, in tokens and micro-units; none for a denial. limits: which ones, as `Hold.limits` says.
-    lease: the holder whose leases were charged. annex: hex SHA-256 of the annex entry, where there is one.
+    caller's limits at admission, in tokens and micro-units; none where policy or a budget refused. limits: which ones, as
+    `Hold.limits` says. lease: the holder whose leases were charged. annex: hex SHA-256 of the annex entry, where there is one.
     """
 
     kind: ClassVar[str] = "intent"
@@ -85,8 +85,10 @@ class Annex:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How it ended. duration: seconds. Tokens are those of the receipt that settled it, `receipt` its hex SHA-256; None without
-    one. refused_receipt: why the newest receipt was not that one. money: what was charged, in micro-units.
-    """  # fmt: skip
+    one. refused_receipt: why the newest receipt was not that one. money: what was charged, in micro-units. problem: what the
+    client was told instead of an answer, by its slug. exceeded: the limit that a budget refused it for, as `Hold.limits` names
+    it. That stands here and not in the intent, which the client gets: that a whole plan is used up is for the operator alone.
+    """
 
     kind: ClassVar[str] = "outcome"
 
@@ -102,6 +104,8 @@ class Outcome:
     completion_tokens: int | None
     duration: float | None
     money: int | None = None
+    problem: str | None = None
+    exceeded: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,8 @@ from lacre_gateway.audit.reader import LogReader
 COLUMNS: Final = (
     "kind", "request_id", "time", "subject", "tenant", "issuer", "address", "pool", "model", "action", "shape", "kem", "plan",
     "max_tokens", "sealed_bytes", "enc", "decision", "outcome", "status", "unreceipted", "prompt_tokens", "cached_tokens",
-    "completion_tokens", "duration", "event", "actor", "target", "gateway", "policy_set", "rules", "reason",
+    "completion_tokens", "duration", "money", "problem", "exceeded", "event", "actor", "target", "gateway", "policy_set",
+    "rules", "reason",
 )  # fmt: skip
 # Names come from this file alone; values are bound.
 _TABLE: Final = f"CREATE TABLE entries (idx INTEGER PRIMARY KEY, {', '.join(COLUMNS)}, entry TEXT NOT NULL)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Final, Self
 
 from lacre_gateway.budget.callers import Amounts, Caller, Scope
@@ -18,7 +19,9 @@ NOTHING: Final = Amounts(0, 0, 0)
 
 
 class BudgetRefused(Exception):
-    """A request that was charged nothing."""
+    """A request that was charged nothing. exceeded: the limit that it met, as in `Hold.limits`; None where it met none."""
+
+    exceeded: str | None = None
 
 
 class UnknownPlan(BudgetRefused):
@@ -32,28 +35,37 @@ class BudgetUnavailable(BudgetRefused):
 class AboveLimit(BudgetRefused):
     """The request alone is more than the limit: no waiting helps."""
 
-    def __init__(self, scope: str, kind: Kind) -> None:
-        super().__init__(f"{scope}: above {kind.value}")
-        self.scope = scope
-        self.kind = kind
+    def __init__(self, scope: str, plan: str, kind: Kind) -> None:
+        self.exceeded = f"{scope}:{plan}/{kind}"  # of any window
+        super().__init__(f"above {self.exceeded}")
 
 
 class Exhausted(BudgetRefused):
-    """A limit is used up. retry_after: seconds. standings: of every limit of the caller."""
+    """A limit is used up. retry_after: seconds. standings: of every limit of the caller.
 
-    def __init__(self, kind: Kind, retry_after: float, standings: tuple[Standing, ...]) -> None:
+    exceeded: None where what the limit lacked was given back meanwhile.
+    """
+
+    def __init__(self, kind: Kind, exceeded: str | None, retry_after: float, standings: tuple[Standing, ...]) -> None:
         super().__init__(f"{kind.value} is used up")
         self.kind = kind
+        self.exceeded = exceeded
         self.retry_after = retry_after
         self.standings = standings
 
     @classmethod
-    def of(cls, charges: Sequence[tuple[Scope, Charge]], now: float) -> Self:
+    def of(cls, plan: str, charges: Sequence[tuple[Scope, Charge]], now: float) -> Self:
         """The limit that the caller has to wait for the longest."""
-        short = [(counter, amount) for _, (counter, amount) in charges if not counter.has(amount, now)]
-        waits = [(_wait(counter, amount, now), counter.kind) for counter, amount in short]
-        wait, kind = max(waits, default=(SOON, charges[0][1][0].kind))
-        return cls(kind, wait, tuple(_standings(charges, now)))
+        standings = tuple(_standings(charges, now))
+        short = [
+            (scope, counter, _wait(counter, amount, now))
+            for scope, (counter, amount) in charges
+            if not counter.has(amount, now)
+        ]
+        if not short:
+            return cls(charges[0][1][0].kind, None, SOON, standings)
+        scope, counter, wait = max(short, key=itemgetter(2))
+        return cls(counter.kind, _named(scope, plan, counter), wait, standings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +97,7 @@ class Hold:
     @property
     def limits(self) -> tuple[str, ...]:
         """Every limit that was charged, as `user:standard/tokens_per_day@20782`: scope, plan, kind and number of the window."""
-        plan = self.caller.plan
-        return tuple(f"{scope.label}:{plan}/{counter.kind}@{counter.window}" for scope, (counter, _) in self._charges)
+        return tuple(_named(scope, self.caller.plan, counter) for scope, (counter, _) in self._charges)
 
     def standings(self, now: float) -> tuple[Standing, ...]:
         return tuple(_standings(self._charges, now))
@@ -111,6 +122,10 @@ class Hold:
     def cost(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
         """Micro-units, at the prices of the reservation."""
         return 0 if self.price is None else self.price.of(prompt_tokens, cached_tokens, completion_tokens)
+
+
+def _named(scope: Scope, plan: str, counter: Counter) -> str:
+    return f"{scope.label}:{plan}/{counter.kind}@{counter.window}"
 
 
 def _wait(counter: Counter, amount: int, now: float) -> float:

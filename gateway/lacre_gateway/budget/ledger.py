@@ -189,7 +189,7 @@ class Ledger:
             for waiter in waiters:
                 waiter.met.cancel()
         if not all(met):
-            raise Exhausted.of(self._charges(caller, amounts, self.now()), self.now())
+            raise Exhausted.of(caller.plan, self._charges(caller, amounts, self.now()), self.now())
 
     async def usage(self, tenant: str) -> list[Line]:
         """The budgets of a tenant, and those of its users that this gateway has served lately. Raises FabricUnavailable."""
@@ -368,4 +368,4 @@ def _check_possible(caller: Caller, amounts: Amounts) -> None:
     for scope in caller.scopes:
         for kind, ceiling in scope.limits:
             if amounts.of(kind) > ceiling:
-                raise AboveLimit(scope.label, kind)
+                raise AboveLimit(scope.label, caller.plan, kind)
