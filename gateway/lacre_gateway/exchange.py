@@ -143,7 +143,7 @@ class Exchange:
         headers = [*refusal.headers(), *self.limits]
         with contextlib.suppress(AuditUnavailable):
             if self.recorded is not None:
-                headers.append(_audit((await self.recorded).proof()))
+                headers.append(_audit((await asyncio.shield(self.recorded)).proof()))
         if self._unread:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": self.status, "headers": headers})

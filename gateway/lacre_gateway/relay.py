@@ -94,7 +94,7 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
         hold = await _reserved(gateway, exchange, request, decision)
         with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
             if not gateway.audit.writable:
-                await trail.recorded  # or work would be done for an answer that cannot be given
+                await trail.durable()  # or work would be done for an answer that cannot be given
             work = request.work(_grant(gateway, request), sealed)
             dispatch = await gateway.connected().dispatch(work, queue_limit=gateway.settings.limits.queue_limit)
             del sealed, work  # megabytes, which an answer of minutes need not keep
@@ -256,7 +256,7 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list
             elif frame.kind is Kind.ERROR and not pieces:
                 raise WorkerRefused(frame.payload)
             if not exchange.started:
-                await exchange.begin((await trail.recorded).proof())
+                await exchange.begin((await trail.durable()).proof())
             if frame.kind is Kind.USAGE:
                 return pieces
             if frame.kind is Kind.DATA and dispatch.ready and size < _TOGETHER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Self
 
 from lacre.problems import Problem
 from lacre_gateway.audit.entries import Intent, Outcome
+from lacre_gateway.audit.log import Recorded
 from lacre_gateway.budget.callers import Amounts
 from lacre_gateway.budget.holds import BudgetRefused, Hold
 from lacre_gateway.exchange import Exchange
@@ -30,9 +32,9 @@ class _End:
 
 class Trail:
     """A context: the intent is recorded on entry, the outcome after the exit, whichever way it is left, once the claim has its
-    verdict.
+    verdict and the intent stands. One that could not be recorded costs nothing: budgets and log say the same.
 
-    recorded: done when the intent is durable, and under a signed checkpoint.
+    recorded: done when the intent is durable, and under a signed checkpoint; not to be cancelled.
     claim: what the worker says was used; None where no worker was asked. hold: what was reserved; settled with the claim.
     """
 
@@ -52,6 +54,10 @@ class Trail:
             raise
         return self
 
+    async def durable(self) -> Recorded:
+        """Raises AuditUnavailable. Whoever stops waiting does not take the entry back."""
+        return self.recorded.result() if self.recorded.done() else await asyncio.shield(self.recorded)
+
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         end = self._end(error)
         ended = time.monotonic()
@@ -63,16 +69,22 @@ class Trail:
             if (tracer := self._gateway.tracer) is not None:
                 tracer.ended(self._intent, self._exchange, verdict, outcome=end.outcome, end=ended, problem=end.problem)
 
-        if self.claim is not None and self.claim.tokens:
-            self._gateway.settlement.settle(self.claim, record)
+        def settle(_: object) -> None:
+            if self.claim is not None and self.claim.tokens:
+                self._gateway.settlement.settle(self.claim, record)
+            else:
+                record(Verdict())
+
+        if self.recorded.done():
+            settle(self.recorded)
         else:
-            record(Verdict())
+            self.recorded.add_done_callback(settle)
 
     def _record(self, end: _End, duration: float, verdict: Verdict) -> None:
         used = verdict.receipt
         if self.claim is not None:
             self._gateway.metrics.settled(self._intent.pool, self._intent.model, verdict)
-        money = self._settle(end.outcome, verdict)
+        money = self._settle(end.outcome if self.recorded.exception() is None else REFUSED, verdict)
         self._gateway.audit.append(
             Outcome(
                 request_id=self._intent.request_id,
@@ -93,7 +105,7 @@ class Trail:
         )
 
     def _settle(self, outcome: str, verdict: Verdict) -> int | None:
-        """What the caller pays, in micro-units, for what the receipt says. A request that was refused costs nothing."""
+        """What the caller pays, in micro-units, for what the receipt says. What was refused, or is in no log, costs nothing."""
         hold, used = self._hold, verdict.receipt
         if hold is None:
             return None

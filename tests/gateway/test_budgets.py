@@ -28,7 +28,9 @@ from lacre_gateway.plans import Kind
 from parts.gateway import MODEL, FakeWorker, Issuer, Script, World
 
 from .conftest import client_of
+from .test_audit import no_space
 from .test_refusals import assert_problem, post
+from .test_streaming import served
 
 PRICES = '[prices."*"]\nprompt = "1"\ncached = "0.25"\ncompletion = "2"\n'
 PLANS = """
@@ -356,6 +358,34 @@ async def test_a_draw_is_tried_again_while_somebody_waits(tmp_path: Path, issuer
         world.gateway.budgets.bucket = world.budgets
         assert [(await each).status_code for each in waiting] == [200, 200, 200]
     await world.gateway.close()
+
+
+async def test_what_no_log_has_is_not_charged(budgeted: World, worker: FakeWorker) -> None:
+    """The disk is full, and the client leaves before it learns of it."""
+    asked, forever = asyncio.Event(), asyncio.Event()
+
+    async def before() -> None:
+        asked.set()
+        await forever.wait()
+
+    worker.script = Script(before=before, parting={"completion_tokens": 7})
+    async with served(budgeted) as url, httpx2.AsyncClient(base_url=url) as http:
+        with no_space(budgeted.folder / "audit"):
+            headers = budgeted.headers(authorization=on(budgeted, "free"))
+            asking = asyncio.create_task(http.post("/v1/sealed", content=budgeted.seal()[0], headers=headers))
+            await asked.wait()
+            async with asyncio.timeout(5):
+                while budgeted.gateway.audit.writable:
+                    await asyncio.sleep(0.01)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            async with asyncio.timeout(5):
+                while budgeted.gateway.limits.running:
+                    await asyncio.sleep(0.01)
+    await budgeted.gateway.close()
+    assert not [entry for entry in budgeted.entries() if entry["kind"] != "event"]
+    [window] = record(budgeted, "user").windows[Kind.REQUESTS_PER_MINUTE].values()
+    assert (window.drawn(), window.used()) == (0, 0)
 
 
 async def test_plans_change_while_requests_are_served(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
