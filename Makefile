@@ -5,7 +5,7 @@ PYTEST := $(BIN)/python -m pytest
 
 FUZZ_SECONDS ?= 120
 CHAOS_SECONDS ?= 600
-CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables
+CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
 .PHONY: demo test test-all lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom
 
@@ -27,11 +27,12 @@ chart-test: ready
 	@$(PYTHON) tools/environments.py chart > /dev/null
 	$(PYTEST) tests/chart
 
-# The images, built with buildah and run with podman, both as root: a sealed chat through them. Ends with everything removed.
+# The images, built with buildah and run with podman, both as root, by themselves and as the chart's pods: a sealed chat through them.
+# Ends with everything removed.
 # LACRE_WHEELS: a folder with another llama-cpp-python than this machine's own, such as `tools/bootstrap.py --portable-wheel` makes.
 container-test: sbom
 	build/container/bin/hadolint Dockerfile
-	@for tool in buildah podman runc mmdebstrap iptables; do command -v $$tool > /dev/null || { echo "container-test needs $$tool: apt-get install $(CONTAINER_PACKAGES)"; exit 1; }; done
+	@for tool in buildah podman runc mmdebstrap iptables catatonit; do command -v $$tool > /dev/null || { echo "container-test needs $$tool: apt-get install $(CONTAINER_PACKAGES)"; exit 1; }; done
 	@test $$(id -u) = 0 || { echo "container-test needs root, for the base image"; exit 1; }
 	$(PYTEST) -s tests/containers
 

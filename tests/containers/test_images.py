@@ -6,12 +6,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import httpx2
@@ -19,14 +14,23 @@ import pytest
 
 import lacre
 from lacre_backend.models import DEFAULT_MODEL, find
-from lacre_fabric.server import executable, free_port
-from parts.containers import BASE, CERTIFICATES, ROOT, Deployment, Engine, engine, missing
+from lacre_fabric.server import free_port
+from parts.containers import (
+    BASE,
+    CERTIFICATES,
+    NOBODY,
+    PYTHON,
+    ROOT,
+    Deployment,
+    Engine,
+    Images,
+    missing,
+    tell,
+    until,
+)  # fmt: skip
 
-NOBODY = 65532
 READY_WITHIN = 3.0  # seconds from the start of a gateway's container to the first request that it would serve
-PATIENCE = 60.0
 WORKERS = ("worker-1", "worker-2")
-PYTHON = "/opt/lacre/bin/python"
 
 pytestmark = [
     pytest.mark.container,
@@ -35,51 +39,11 @@ pytestmark = [
 ]
 
 
-class Images(NamedTuple):
-    gateway: str
-    worker: str
-    nats: str
-
-
 class Live(NamedTuple):
     deployment: Deployment
     url: str
     token: str
     base_url: str
-
-
-@pytest.fixture(scope="module")
-def podman() -> Iterator[Engine]:
-    with engine(Path(tempfile.mkdtemp(prefix="lacre-containers-"))) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def images(podman: Engine) -> Images:
-    wheels = Path(os.environ.get("LACRE_WHEELS") or _machines_wheel())
-    _tell(f"llama-cpp-python: {next(wheels.glob('*.whl')).name} of {wheels.name}; an image without /wheels compiles its own")
-    timed("base", podman.make_base)
-    return Images(
-        timed("gateway", lambda: podman.build("gateway", wheels)),
-        timed("worker", lambda: podman.build("worker", wheels)),
-        timed("nats", lambda: podman.build_nats(Path(executable()).resolve())),
-    )
-
-
-def _machines_wheel() -> str:
-    command = [sys.executable, str(ROOT / "tools" / "bootstrap.py"), "--wheel"]
-    return str(Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]).parent)
-
-
-def timed(what: str, do: Callable[[], str | None]) -> str:
-    began = time.monotonic()
-    made = do()
-    _tell(f"{what}: built in {time.monotonic() - began:.0f} s")
-    return made or ""
-
-
-def _tell(line: str) -> None:
-    print(f"\n{line}", end="", flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +71,12 @@ def live(podman: Engine, images: Images) -> Live:
     began = deployment.start("gateway")
     base_url = f"http://127.0.0.1:{port}"
     until(lambda: answers(base_url), "gateway")
-    _tell(f"gateway: ready {time.monotonic() - began:.1f} s after its start, the signer's first manifest included")
+    tell(f"gateway: ready {time.monotonic() - began:.1f} s after its start, the signer's first manifest included")
     for worker in WORKERS:
         began = deployment.start(worker)
         until(lambda name=worker: ready(podman, name), worker)  # type: ignore[misc]
-        _tell(f"{worker}: ready {time.monotonic() - began:.1f} s after its start, the model loaded")
+        tell(f"{worker}: ready {time.monotonic() - began:.1f} s after its start, the model loaded")
     return Live(deployment, url, token, base_url)
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, f"{what} is not ready"
-        time.sleep(0.05)
 
 
 def answers(base_url: str) -> bool:
@@ -149,9 +106,9 @@ def chat(live: Live) -> lacre.Receipt | None:
 def test_what_an_image_says_of_itself(podman: Engine, images: Images, target: str) -> None:
     image = getattr(images, target)
     layers = podman.layers(image)
-    _tell(f"{target}: {sum(size for size, _ in layers) / 2**20:.0f} MiB in layers of")
+    tell(f"{target}: {sum(size for size, _ in layers) / 2**20:.0f} MiB in layers of")
     for size, origin in layers:
-        _tell(f"  {size / 2**20:7.1f} MiB  {origin.removeprefix('/bin/sh -c #(nop) ')[:100]}")
+        tell(f"  {size / 2**20:7.1f} MiB  {origin.removeprefix('/bin/sh -c #(nop) ')[:100]}")
     found = podman.inspect(image)
     config = found["Config"]
     assert config["User"] == f"{NOBODY}:{NOBODY}"
@@ -257,6 +214,6 @@ def test_a_gateway_is_ready_soon(podman: Engine, live: Live) -> None:
         podman.podman("start", "gateway")
         until(lambda: answers(live.base_url), "gateway")
         took.append(time.monotonic() - began)
-    _tell(f"gateway: ready {' and '.join(f'{seconds:.1f} s' for seconds in took)} after a restart")
+    tell(f"gateway: ready {' and '.join(f'{seconds:.1f} s' for seconds in took)} after a restart")
     assert min(took) < READY_WITHIN
     assert chat(live) is not None

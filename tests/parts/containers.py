@@ -16,18 +16,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPOSE = ROOT / "deploy" / "compose.yaml"
-TOOLS = ("buildah", "podman", "runc", "mmdebstrap", "iptables")
+TOOLS = ("buildah", "podman", "runc", "mmdebstrap", "iptables", "catatonit")
 BASE = "localhost/lacre-base"
+NOBODY = 65532  # the images' user
+PATIENCE = 60.0
+PYTHON = "/opt/lacre/bin/python"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 APT_SETTINGS = Path("/etc/apt/apt.conf.d")
 SOURCES = [Path("/etc/apt/sources.list.d") / f"{name}.sources" for name in ("debian", "ubuntu")]
@@ -58,6 +61,23 @@ def missing() -> str | None:
     if absent:
         return f"{', '.join(absent)} not installed (.ci/run names the Debian packages)"
     return None if os.geteuid() == 0 else "a base image is made as root here"
+
+
+def tell(line: str) -> None:
+    print(f"\n{line}", end="", flush=True)
+
+
+def until(true: Callable[[], bool], what: str, log: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, f"{what} is not ready\n{log()}"
+        time.sleep(0.05)
+
+
+class Images(NamedTuple):
+    gateway: str
+    worker: str
+    nats: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +168,7 @@ def engine(folder: Path) -> Iterator[Engine]:
     try:
         yield made
     finally:
+        made.podman("pod", "rm", "--all", "--force", "--time=1", check=False)
         made.podman("rm", "--all", "--force", "--time=1", check=False)
         made.podman("network", "prune", "--force", check=False)
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
