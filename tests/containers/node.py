@@ -74,7 +74,7 @@ class Played:
     def passes(self, probe: str) -> bool:
         asked = self.spec[probe]
         if "exec" in asked:
-            return self.engine.succeeds("exec", self.container, *asked["exec"]["command"])
+            return self.engine.succeeds("exec", self.container, *asked["exec"]["command"], within=asked["timeoutSeconds"])
         ports = {each["name"]: each["containerPort"] for each in self.spec["ports"]}
         return answers(self.address(), ports[asked["httpGet"]["port"]], asked["httpGet"])
 
@@ -82,7 +82,7 @@ class Played:
         until(lambda: self.passes(probe), f"{self.name}: {probe}", self.log)
 
     def log(self) -> str:
-        return self.engine.podman("logs", self.container, check=False)
+        return self.engine.logs(self.container)
 
     def exit_code(self) -> int:
         """Once it has ended by itself."""

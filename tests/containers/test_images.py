@@ -157,7 +157,7 @@ def test_an_image_holds_what_is_listed_and_nothing_of_the_build(podman: Engine, 
 def test_a_sealed_chat(live: Live) -> None:
     receipt = chat(live)
     assert receipt is not None
-    assert receipt.completion_tokens == 8
+    assert 0 < receipt.completion_tokens <= 8
 
 
 def test_either_worker_serves(podman: Engine, live: Live) -> None:

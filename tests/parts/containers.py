@@ -30,6 +30,7 @@ TOOLS = ("buildah", "podman", "runc", "mmdebstrap", "iptables", "catatonit")
 BASE = "localhost/lacre-base"
 NOBODY = 65532  # the images' user
 PATIENCE = 60.0
+ANSWERS_WITHIN = 120.0  # seconds: podman, which waits for ever for a container that ends and restarts all the time
 PYTHON = "/opt/lacre/bin/python"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 APT_SETTINGS = Path("/etc/apt/apt.conf.d")
@@ -88,17 +89,26 @@ class Engine:
 
     def podman(self, *arguments: str, check: bool = True) -> str:
         """What it prints. A failure shows what it said."""
-        return self._run("podman", *arguments, check=check).stdout.strip()
+        return self._run("podman", *arguments, check=check, within=ANSWERS_WITHIN).stdout.strip()
 
-    def succeeds(self, *arguments: str) -> bool:
-        return self._run("podman", *arguments, check=False).returncode == 0
+    def succeeds(self, *arguments: str, within: float = ANSWERS_WITHIN) -> bool:
+        """Also that it answers in time, in seconds."""
+        try:
+            return self._run("podman", *arguments, check=False, within=within).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
 
-    def _run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def logs(self, container: str) -> str:
+        """Its last lines, of both streams."""
+        done = self._run("podman", "logs", "--tail=20", container, check=False, within=ANSWERS_WITHIN)
+        return done.stdout + done.stderr
+
+    def _run(self, *command: str, check: bool = True, within: float | None = None) -> subprocess.CompletedProcess[str]:
         own = {
             "CONTAINERS_STORAGE_CONF": str(self.folder / "storage.conf"),
             "CONTAINERS_CONF": str(self.folder / "containers.conf"),
         }
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | own)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | own, timeout=within)
         assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
