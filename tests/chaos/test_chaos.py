@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,7 @@ async def test_a_minute(tmp_path: Path) -> None:
     assert result.ended["whole"] > SECONDS * RATE / 3  # most of this minute something is away
     assert result.proofs >= result.ended["whole"]
     assert {"kill-gateway", "kill-worker", "kill-server", "leader", "keys", "policies"} <= set(result.strikes)
+    tools = {"partition": shutil.which("ip"), "disk": shutil.which("mount"), "skew": shutil.which("faketime")}
+    able = {kind for kind, tool in tools.items() if tool is not None and (kind == "skew" or os.geteuid() == 0)}
+    assert not able & result.left_out.keys()  # where its tools are, a strike is not left out in silence
+    assert able <= set(result.strikes)

@@ -196,12 +196,14 @@ def test_the_clouds_key_management_services_can_be_asked(podman: Engine, live: L
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_worker_is_on_no_way(podman: Engine, live: Live, worker: str) -> None:
     """It listens on nothing, and reaches nothing but its own network."""
-    listening = inside(
-        podman, worker, "print([x for x in open('/proc/net/tcp').read().splitlines()[1:] if x.split()[3]=='0A'])"
-    )
-    assert listening == "[]"
+    for family in ("tcp", "tcp6"):
+        listening = f"print([x for x in open('/proc/net/{family}').read().splitlines()[1:] if x.split()[3] == '0A'])"
+        assert inside(podman, worker, listening) == "[]"
     routes = inside(podman, worker, "print([x.split()[1] for x in open('/proc/net/route').read().splitlines()[1:]])")
     assert "00000000" not in routes, "no default route"
+    # A destination of no bits, by a device that leads somewhere.
+    default = "print([x for x in open('/proc/net/ipv6_route') if x.split()[1] == '00' and x.split()[9] != 'lo'])"
+    assert inside(podman, worker, default) == "[]"
 
 
 def test_a_gateway_is_ready_soon(podman: Engine, live: Live) -> None:

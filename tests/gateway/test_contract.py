@@ -1,6 +1,6 @@
 """Both apps against their own descriptions: schemathesis asks whatever OpenAPI allows, and more, of a real server.
 
-It lives in an environment of its own (`make contract`), and is left out where that is missing.
+It lives in an environment of its own (`make tested`), and is left out where that is missing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ async def patient(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed: `make contract`")
+@pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed: `make tested`")
 @pytest.mark.parametrize("which", ["public", "admin"])
 async def test_no_breach(patient: World, tmp_path: Path, which: str) -> None:
     app = patient.app if which == "public" else patient.admin

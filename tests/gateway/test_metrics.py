@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -13,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from lacre import problems
 from lacre_gateway.admin import create_admin
 from lacre_gateway.exchange import StreamBroken
-from parts.gateway import MODEL, FakeWorker, World
+from lacre_gateway.plans import PLANS_FILE
+from lacre_gateway.policy.cedar import PolicyError
+from parts.gateway import MODEL, FakeWorker, Issuer, World
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -100,6 +104,20 @@ async def test_what_is_under_way(world: World, worker: FakeWorker, client: httpx
     assert value(found, "lacre_worker_slots", pool="default", region="lacre", state="free") == 3
     assert value(found, "lacre_queue_requests", pool="default", region="lacre") == 0
     assert value(found, "lacre_pool_demand", pool="default", region="lacre") == 1
+
+
+async def test_rules_that_were_refused(tmp_path: Path, issuer: Issuer) -> None:
+    plans = 'default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 9\n'
+    world = World(tmp_path, issuer, plans=plans)
+    file = tmp_path / "policies" / PLANS_FILE
+    for content, expected in ((plans, (0, 0, 0)), ("no such thing", (1, 1, 0)), (plans.replace("9", "8"), (0, 1, 1))):
+        file.write_text(content)
+        with contextlib.suppress(PolicyError):
+            await world.gateway.reload()
+        found = await scrape(world)
+        names = ("lacre_rules_refused", "lacre_rules_refusals", "lacre_rules_reloads")
+        assert tuple(value(found, name) for name in names) == expected
+    await world.gateway.close()
 
 
 async def test_states(world: World) -> None:

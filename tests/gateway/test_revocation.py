@@ -245,7 +245,8 @@ async def test_refused_everywhere_within_a_second(cluster: Cluster, issuer: Issu
     print(
         f"refused on {len(cluster.gateways)} gateways after {sorted(times)[10] * 1e3:.0f} ms, {max(times) * 1e3:.0f} ms at most"
     )
-    assert max(times) < 5.0
+    assert sorted(times)[10] < 1.0
+    assert max(times) < 5.0  # of twenty one may meet a busy moment
 
     # And by a gateway that starts later.
     first = cluster.gateways[0]

@@ -137,6 +137,12 @@ def length(embedding: list[float]) -> float:
     return math.sqrt(sum(each * each for each in embedding))
 
 
+def nobody_on_the_way_has_read(place: Place) -> bool:
+    """That the worker's memory is looked through in the same way, and has what was asked, is seen while llama.cpp streams."""
+    processes = (place.workers.gateway.process, place.workers.nats)
+    return not any(found_in_memory(process.pid, {"canary": CANARY.encode()}) for process in processes)
+
+
 async def test_kserve_by_its_first_protocol(place: Place, client: lacre.Client) -> None:
     body = json.dumps({"instances": [[1, 2, 3], [4, 5, 6]], "note": CANARY}).encode()
     headers = {**ENCODER, "content-type": "application/json"}
@@ -148,19 +154,21 @@ async def test_kserve_by_its_first_protocol(place: Place, client: lacre.Client) 
     facts = response.extensions["lacre"]
     counted = (facts.receipt.prompt_tokens, facts.receipt.cached_tokens, facts.receipt.completion_tokens)
     assert counted == (units(len(body)), 0, units(len(response.content)))
+    assert nobody_on_the_way_has_read(place)
     await asyncio.sleep(1)  # it is settled beside the request
     outcome = place.outcomes()[-1]
     assert (outcome["prompt_tokens"], outcome["cached_tokens"], outcome["completion_tokens"]) == counted
-    for process in (place.workers.gateway.process, place.workers.nats):
-        assert not found_in_memory(process.pid, {"canary": CANARY.encode()})
+    assert nobody_on_the_way_has_read(place)
 
 
 async def test_kserve_by_its_second_protocol(place: Place, client: lacre.Client) -> None:
     tensor = {"name": "ids", "shape": [1, 3], "datatype": "INT64", "data": [1, 2, 3]}
-    response = await asyncio.to_thread(client.post, INFER, json={"id": "7", "inputs": [tensor]}, headers=ENCODER)
+    asked = {"id": "7", "inputs": [tensor], "parameters": {"note": CANARY}}
+    response = await asyncio.to_thread(client.post, INFER, json=asked, headers=ENCODER)
     assert response.status_code == 200, response.text
     [output] = response.json()["outputs"]
     assert (output["name"], output["shape"]) == ("embedding", [1, 16]) and length(output["data"]) == pytest.approx(1, abs=1e-5)
+    assert nobody_on_the_way_has_read(place)
     first = await asyncio.to_thread(client.post, PREDICT, json={"instances": [[1, 2, 3]]}, headers=ENCODER)
     assert first.json()["predictions"][0] == pytest.approx(output["data"], abs=1e-5)
     about = await asyncio.to_thread(client.get, "/v2/models/encoder", headers=ENCODER)
