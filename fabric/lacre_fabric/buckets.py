@@ -89,16 +89,18 @@ class NatsBucket:
 
 
 async def dump(connection: Connection, name: str) -> dict[str, Entry]:
-    """Everything in a bucket, by key. Needs the provisioner's rights. Raises FabricUnavailable."""
-    bucket = NatsBucket(connection, name)
+    """Everything in a bucket, by key. Needs the provisioner's rights. Raises FabricUnavailable.
+
+    Its keys are the leader's word: a watch may be with a replica that is behind, and tells of no keys then, and of no error.
+    """
+    bucket, prefix = NatsBucket(connection, name), f"$KV.{name}."
     async with connection.mapped():
         try:
-            keys = await (await connection.jetstream.key_value(name)).keys()
-        except nats.js.errors.NoKeysError:
-            return {}
-        except nats.js.errors.BucketNotFoundError as exc:
+            found = await connection.jetstream.stream_info(f"KV_{name}", subjects_filter=f"{prefix}>")
+        except nats.js.errors.NotFoundError as exc:
             raise FabricUnavailable(f"there is no bucket {name}: `lacre up` or `lacre manifest publish` makes it") from exc
-    entries = {key: await bucket.read(key) for key in sorted(keys)}
+    keys = sorted(subject.removeprefix(prefix) for subject in found.state.subjects or ())
+    entries = {key: await bucket.read(key) for key in keys}
     return {key: entry for key, entry in entries.items() if entry is not None}
 
 

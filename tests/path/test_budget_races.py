@@ -140,6 +140,9 @@ def check_ceilings(kind: Kind, entries: dict[str, list[dict[str, Any]]]) -> None
         outcomes = {entry["request_id"]: entry for entry in log if entry["kind"] == "outcome"}
         for intent in (entry for entry in log if entry["kind"] == "intent"):
             outcome = outcomes[intent["request_id"]]
+            if not intent["limits"]:  # a budget refused it: nothing was charged
+                assert outcome["outcome"] in ("refused", "interrupted")
+                continue
             [limit] = intent["limits"]
             unknown = outcome["duration"] is None
             prompt = intent["reserved_prompt_tokens"] if unknown else outcome["prompt_tokens"] or 0
@@ -166,8 +169,10 @@ def check_books(kind: Kind, fleet: Fleet, entries: dict[str, list[dict[str, Any]
     assert lines
     settled: dict[int, int] = defaultdict(int)
     for log in entries.values():
-        windows = {entry["request_id"]: entry["limits"] for entry in log if entry["kind"] == "intent"}
+        windows = {entry["request_id"]: entry["limits"] for entry in log if entry["kind"] == "intent" and entry["limits"]}
         for outcome in (entry for entry in log if entry["kind"] == "outcome" and entry["duration"] is not None):
+            if outcome["request_id"] not in windows:
+                continue
             window = int(windows[outcome["request_id"]][0].partition("@")[2])
             tokens = (outcome["prompt_tokens"] or 0) + (outcome["completion_tokens"] or 0)
             amount = {Kind.MONEY_PER_MONTH: outcome["money"], Kind.REQUESTS_PER_MINUTE: 1}.get(kind, tokens)
