@@ -39,6 +39,7 @@ from lacre_fabric.grants import Grant
 from lacre_fabric.work import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
 
 RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is away
+NO_MANIFEST: Final = 0.2  # seconds between looks for a first one
 
 log = structlog.get_logger("lacre.node")
 
@@ -90,8 +91,14 @@ class Node:
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Pulls and answers until cancelled; what was pulled goes on then, until `drain` or `close`."""
+        """Pulls and answers until cancelled; what was pulled goes on then, until `drain` or `close`.
+
+        Before its first manifest it can verify no grant: what waits is left to those who can.
+        """
         while True:
+            if not self._has_manifest():
+                await asyncio.sleep(NO_MANIFEST)
+                continue
             try:
                 delivery = await self._fabric.pull()
             except FabricUnavailable as exc:
@@ -101,6 +108,13 @@ class Node:
             task = asyncio.create_task(self._serve(delivery))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
+
+    def _has_manifest(self) -> bool:
+        try:
+            self._identity.manifest()
+        except LacreError:
+            return False
+        return True
 
     async def drain(self, limit: float) -> None:
         """Lets what runs finish, for `limit` seconds at most; then cancels it."""

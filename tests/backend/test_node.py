@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre import problems
 from lacre.asgi import Call, Receive, Send
 from lacre.asgi.admission import DATE_WINDOW, REMEMBERED_FOR, Seen
-from lacre.errors import TruncatedStream
-from lacre.jws import b64u
+from lacre.errors import TruncatedStream, UsageError
+from lacre.jws import b64u, raw_public_key
+from lacre.manifest import Manifest
 from lacre.padding import SMALLEST, UNIT
 from lacre.problems import Problem
 from lacre.receipts import TRAILER, Receipt
@@ -28,6 +29,7 @@ from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
+from lacre_backend.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.frames import Kind
 from lacre_fabric.work import CLAIM_TTL, QueueTimeout
 from parts.desk import CHAT, JSON, NOW, STREAM, Answer, App, Desk, Sealed, running, until
@@ -170,6 +172,26 @@ class TestGrants:
         """The fabric put it into another model's queue."""
         sealed = desk.seal()
         assert (await desk.ask(sealed, desk.grant(sealed.header, model="big"))).problem == problems.INVALID_GRANT.type
+
+    async def test_nothing_is_pulled_before_there_is_a_manifest(self, app: App) -> None:
+        desk = Desk(app)
+        there, manifest = asyncio.Event(), Manifest("test", 1, NOW, NOW + 3600, raw_public_key(desk.grant_key), {})
+
+        def current() -> Manifest:
+            if not there.is_set():
+                raise UsageError("no manifest yet")
+            return manifest
+
+        identity = Identity("p", lambda: desk.keys, desk.receipt_key, current)
+        node = Node(desk.hub.worker("p", ["m"]), app, identity, clock=lambda: desk.now)
+        running = asyncio.create_task(node.run())
+        asking = asyncio.create_task(desk.ask())
+        await asyncio.sleep(NO_MANIFEST)
+        assert len(desk.hub.queue) == 1
+        there.set()
+        assert (await asking).opened()[0].status == 200
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
     async def test_by_an_expired_manifest(self, app: App) -> None:
         desk = Desk(app, manifest_lives=10)
