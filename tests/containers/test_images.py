@@ -196,14 +196,15 @@ def test_the_clouds_key_management_services_can_be_asked(podman: Engine, live: L
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_worker_is_on_no_way(podman: Engine, live: Live, worker: str) -> None:
     """It listens on nothing, and reaches nothing but its own network."""
-    for family in ("tcp", "tcp6"):
-        listening = f"print([x for x in open('/proc/net/{family}').read().splitlines()[1:] if x.split()[3] == '0A'])"
-        assert inside(podman, worker, listening) == "[]"
+    families = "[each for each in ('tcp', 'tcp6') if os.path.exists('/proc/net/' + each)]"  # a kernel may have no IPv6
+    sockets = f"[line for each in {families} for line in open('/proc/net/' + each).read().splitlines()[1:]]"
+    assert inside(podman, worker, f"import os; print([line for line in {sockets} if line.split()[3] == '0A'])") == "[]"
     routes = inside(podman, worker, "print([x.split()[1] for x in open('/proc/net/route').read().splitlines()[1:]])")
     assert "00000000" not in routes, "no default route"
     # A destination of no bits, by a device that leads somewhere.
-    default = "print([x for x in open('/proc/net/ipv6_route') if x.split()[1] == '00' and x.split()[9] != 'lo'])"
-    assert inside(podman, worker, default) == "[]"
+    lines = "(open('/proc/net/ipv6_route') if os.path.exists('/proc/net/ipv6_route') else [])"
+    default = f"[line for line in {lines} if line.split()[1] == '00' and line.split()[9] != 'lo']"
+    assert inside(podman, worker, f"import os; print({default})") == "[]"
 
 
 def test_a_gateway_is_ready_soon(podman: Engine, live: Live) -> None:
