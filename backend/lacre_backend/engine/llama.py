@@ -47,6 +47,7 @@ __all__ = ["LlamaEngine", "LlamaSettings"]
 
 SCOPE_LIFE: Final = 3600.0  # seconds: the SDK changes its salt by the hour
 _TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
+_TELL_EACH: Final = 128  # tokens of a prompt: what is told of its reading with every step would slow the steps down
 _LOOK: Final = 60.0  # seconds between looks for expired scopes while there is work
 
 
@@ -61,6 +62,7 @@ class _Job:
         self.text = text
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.told = 0  # prompt tokens, of which the stream knows that they were read
         self.cancelled = False
         self.ended = False
         self.deadline: float | None = None
@@ -239,8 +241,10 @@ class LlamaEngine:
         for segment in plan.segments:
             if segment.task is not None and not segment.output:
                 job = self._jobs[segment.task]
-                if job.completion_tokens == 0:
-                    self._outbox.post(job.stream, Read(segment.start + len(segment.tokens), job.cached_tokens))
+                read = segment.start + len(segment.tokens)
+                if job.completion_tokens == 0 and read >= job.told + _TELL_EACH:
+                    job.told = read
+                    self._outbox.post(job.stream, Read(read, job.cached_tokens))
 
     def _results(self, outputs: list[str | None], rows: list[int]) -> None:
         logits = self._context.logits(len(rows))

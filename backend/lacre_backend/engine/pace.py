@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Final
 
 STRETCH: Final = 2.4  # a step that also reads may take so many times as long as one that only generates
-LEAST: Final = 1  # tokens: a prompt gets on, whatever was measured
+# Tokens: a prompt gets on, whatever was measured. With fewer, all that a step costs besides would be taken for theirs, and they
+# would never become more; and llama.cpp's kernels for CPUs take rows by fours.
+LEAST: Final = 4
 GROWTH: Final = 2  # times the last share, at most: one step that was measured too short must not let a whole chunk in
 _WEIGHT: Final = 0.2  # of a new measurement in the running mean
 

@@ -147,7 +147,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A prompt that takes several steps, after one of them but the last: so many of its tokens are there. cached_tokens: of
+    """A prompt that takes several steps, now and then before the last: so many of its tokens are there. cached_tokens: of
     these, those taken from the cache.
     """
 
