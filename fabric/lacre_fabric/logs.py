@@ -5,6 +5,7 @@ Rules:
 - Events are constants of the code. What varies goes into a field.
 - Of other libraries' records (uvicorn, nats) the constant format string is logged and never its arguments; of an exception its
   type and the places in the code, never its text. asyncio writes both into the message itself: of that, the beginning.
+- Of background work that died (`lacre.tasks`), the whole traceback is logged: every frame and every cause, and no text either.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from typing import Any, Final, TextIO
 
 import structlog
 
+from lacre import tasks
 from lacre.errors import LacreError
 
 FIELDS: Final = frozenset({
     "event", "level", "time", "logger", "error", "at",
     "request_id", "method", "route", "status", "duration", "address", "problem",
     "pool", "model", "action", "outcome", "reason", "kind", "denied", "role", "remedy", "version", "host", "port", "seconds",
-    "node", "key_id", "issuer", "gateway", "process",
+    "node", "key_id", "issuer", "gateway", "process", "task", "traceback",
 })  # fmt: skip
 MAX_TEXT: Final = 256
+MAX_TRACEBACK: Final = 16 * 1024  # characters: some hundred frames, and a recursion error does not fill a disk
 _FRAMES: Final = 6
 _VALUES: Final = re.compile(r"[(<\n].*", re.DOTALL)  # of an asyncio message: where arguments, objects and exceptions begin
 
@@ -50,14 +53,15 @@ def make_log(stream: TextIO) -> Log:
 
 def allow_list(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """The structlog processor that lets only known fields with plain values through."""
-    return {name: _plain(value) for name, value in event.items() if name in FIELDS and isinstance(value, _PLAIN)}
+    return {name: _plain(name, value) for name, value in event.items() if name in FIELDS and isinstance(value, _PLAIN)}
 
 
 _PLAIN: Final = (str, int, float, bool, type(None))
 
 
-def _plain(value: object) -> object:
-    return value[:MAX_TEXT] if isinstance(value, str) else value
+def _plain(name: str, value: object) -> object:
+    limit = MAX_TRACEBACK if name == "traceback" else MAX_TEXT
+    return value[:limit] if isinstance(value, str) else value
 
 
 def _add_time(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -87,6 +91,11 @@ class SafeFormatter(logging.Formatter):
         }
         if record.exc_info and record.exc_info[1] is not None:
             event |= places(record.exc_info[1])
+        if record.name == tasks.LOGGER:
+            # The message is a constant and the work's name, and both are the code's own.
+            event |= {"event": text.partition(":")[0], "task": getattr(record, "task", "")}
+            if record.exc_info and record.exc_info[1] is not None:
+                event["traceback"] = whole(record.exc_info[1])
         return json.dumps(allow_list(None, "", event))
 
 
@@ -97,6 +106,19 @@ def places(exc: BaseException) -> dict[str, str]:
         "error": type(exc).__name__,
         "at": " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames),
     }
+
+
+def whole(exc: BaseException) -> str:
+    """The traceback of an exception and of what caused it, as Python prints it, but for the exceptions' texts."""
+    parts: list[str] = []
+    seen: set[int] = set()
+    error: BaseException | None = exc
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        parts.append(f"Traceback (most recent call last):\n{frames}{type(error).__qualname__}\n")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\nwhich led to:\n".join(reversed(parts))[-MAX_TRACEBACK:]  # the end names the place
 
 
 @contextmanager

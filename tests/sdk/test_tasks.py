@@ -1,0 +1,308 @@
+"""Background work: known by name, never dead in silence, and ended within a limit."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from lacre import tasks
+from lacre.errors import NetworkError
+from lacre_fabric.logs import SafeFormatter
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+async def fails() -> None:
+    raise ZeroDivisionError("what " + "the text says")
+
+
+async def returns() -> None:
+    pass
+
+
+def blocks_until(event: threading.Event) -> None:
+    event.wait()
+
+
+async def eventually(true: object) -> None:
+    assert callable(true)
+    for _ in range(500):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never came true")
+
+
+async def test_the_register_names_what_lives() -> None:
+    first, second = tasks.start("one", forever), tasks.start("two", forever)
+    assert [each.name for each in tasks.alive() if each in (first, second)] == ["one", "two"]
+    await first.close()
+    await second.close()
+    assert first not in tasks.alive()
+    assert second not in tasks.alive()
+    first.check()
+
+
+@pytest.mark.parametrize(("work", "cause"), [(fails, ZeroDivisionError), (returns, type(None))])
+async def test_in_a_library_a_death_is_logged_and_raised_at_the_next_check(
+    work: tasks.Work, cause: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    background = tasks.start("keeper", work)
+    await eventually(lambda: not background.alive)
+    with pytest.raises(tasks.TaskDied, match="keeper") as raised:
+        background.check()
+    assert type(raised.value.__cause__) is cause
+    (record,) = caplog.records
+    assert record.getMessage() == "background work died: keeper"
+    await background.close()
+
+
+async def test_closing_is_no_death(caplog: pytest.LogCaptureFixture) -> None:
+    background = tasks.start("keeper", forever)
+    await asyncio.sleep(0)
+    await background.close()
+    background.check()
+    assert not caplog.records
+
+
+async def test_what_it_waited_for_was_cancelled_and_not_the_work_itself() -> None:
+    awaited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def waits() -> None:
+        await awaited
+
+    background = tasks.start("waits", waits)
+    await asyncio.sleep(0)
+    awaited.cancel()
+    await eventually(lambda: not background.alive)
+    with pytest.raises(tasks.TaskDied):
+        background.check()
+
+
+async def test_work_that_may_start_again_does_and_each_death_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    runs = 0
+
+    async def twice() -> None:
+        nonlocal runs
+        runs += 1
+        if runs < 3:
+            raise ZeroDivisionError
+        await forever()
+
+    background = tasks.start("twice", twice, restart=tasks.Restart("it holds no state", after=0.001))
+    await eventually(lambda: runs == 3)
+    assert background.alive
+    assert [record.getMessage() for record in caplog.records] == ["background work starts again: twice"] * 2
+    await background.close()
+
+
+async def test_a_thread_dies_by_raising_and_may_return(caplog: pytest.LogCaptureFixture) -> None:
+    told = threading.Event()
+    good = tasks.thread("good", lambda: blocks_until(told))
+    assert good in tasks.alive()
+    told.set()
+    assert good.join(5)
+    good.check()
+
+    def raises() -> None:
+        raise ZeroDivisionError
+
+    bad = tasks.thread("bad", raises)
+    assert bad.join(5)
+    with pytest.raises(tasks.TaskDied, match="bad"):
+        bad.check()
+    assert [record.getMessage() for record in caplog.records] == ["background work died: bad"]
+
+
+async def test_a_thread_that_does_not_end_is_waited_for_within_a_limit(caplog: pytest.LogCaptureFixture) -> None:
+    told = threading.Event()
+    stuck = tasks.thread("stuck", lambda: blocks_until(told))
+    assert not stuck.join(0.01)
+    assert "thread does not end: stuck" in caplog.messages
+    told.set()
+    assert stuck.join(5)
+
+
+async def test_end_has_a_limit_and_names_what_does_not_end(caplog: pytest.LogCaptureFixture) -> None:
+    let_go = asyncio.Event()
+
+    async def stubborn() -> None:
+        while not let_go.is_set():
+            try:
+                await let_go.wait()
+            except asyncio.CancelledError:
+                continue
+
+    task = tasks.spawn("stubborn", stubborn())
+    await asyncio.sleep(0)
+    await tasks.end(task, limit=0.01)
+    assert caplog.messages == ["task does not end: stubborn"]
+    let_go.set()
+    await task
+
+
+async def test_end_logs_what_was_not_foreseen(caplog: pytest.LogCaptureFixture) -> None:
+    async def foreseen() -> None:
+        raise NetworkError("away")
+
+    each = [tasks.spawn("bug", fails()), tasks.spawn("foreseen", foreseen()), tasks.spawn("waits", forever())]
+    await asyncio.sleep(0)
+    await tasks.end(*each)
+    await asyncio.sleep(0)
+    assert caplog.messages == ["task failed: bug"]
+
+
+async def test_detached_work_fails_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    tasks.detach("aside", fails())
+    await eventually(lambda: caplog.messages == ["task failed: aside"])
+
+
+async def test_together_ends_the_others_when_one_fails() -> None:
+    ended = asyncio.Event()
+
+    async def waits() -> None:
+        try:
+            await forever()
+        finally:
+            ended.set()
+
+    with pytest.raises(ZeroDivisionError):
+        await tasks.together(waits(), fails())
+    assert ended.is_set()
+
+    async def gives(value: int) -> int:
+        return value
+
+    assert await tasks.together(gives(1), gives(2)) == [1, 2]
+
+
+async def test_in_a_process_a_death_ends_the_main_coroutine_in_order() -> None:
+    order = []
+
+    async def main() -> None:
+        tasks.start("fails", fails)
+        try:
+            await forever()
+        finally:
+            order.append("closed")
+
+    with pytest.raises(tasks.TaskDied, match="fails") as raised:
+        await tasks.run(main(), grace=3600)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    assert order == ["closed"]
+
+
+async def test_the_groups_of_two_processes_in_one_are_apart() -> None:
+    """As tests run them: what dies under one `run` leaves the other alone."""
+    going_on = asyncio.Event()
+
+    async def dies() -> None:
+        tasks.start("fails", fails)
+        await forever()
+
+    async def lives() -> str:
+        background = tasks.start("lives", forever)
+        await going_on.wait()
+        await background.close()
+        return "lived"
+
+    living = tasks.spawn("living", tasks.run(lives()))
+    with pytest.raises(tasks.TaskDied):
+        await tasks.run(dies(), grace=3600)
+    going_on.set()
+    assert await living == "lived"
+
+
+async def test_a_run_gives_its_result_and_its_error() -> None:
+    async def result() -> int:
+        return 7
+
+    assert await tasks.run(result()) == 7
+    with pytest.raises(ZeroDivisionError):
+        await tasks.run(fails())
+
+
+async def test_a_run_that_is_cancelled_ends_in_order() -> None:
+    order = []
+
+    async def main() -> None:
+        try:
+            await forever()
+        finally:
+            order.append("closed")
+
+    running = tasks.spawn("run", tasks.run(main()))
+    await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert order == ["closed"]
+
+
+DEATHS = {
+    "a task": "tasks.start('doomed', boom)",
+    "a task that returns": "tasks.start('doomed', lambda: asyncio.sleep(0))",
+    "a task that somebody cancelled": "tasks.start('doomed', lambda: asyncio.sleep(9)).task.cancel()",
+    "a thread": "tasks.thread('doomed', lambda: 1 / 0)",
+    "a task of a thread's own loop": "tasks.thread('other', lambda: asyncio.run(inner()))",
+}
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["ends in order", "hangs at its end"])
+@pytest.mark.parametrize("begin", DEATHS.values(), ids=DEATHS)
+def test_a_process_ends_by_the_death_of_its_work(begin: str, hangs: bool) -> None:
+    """Non-zero and with the traceback; by force where it does not end by itself."""
+    code = f"""
+import asyncio, time
+from lacre import tasks
+async def boom():
+    1 / 0
+async def inner():
+    tasks.start('doomed', boom)
+    await asyncio.sleep(60)
+async def main():
+    {begin}
+    try:
+        await asyncio.sleep(60)
+    finally:
+        if {hangs}:
+            time.sleep(60)
+asyncio.run(tasks.run(main(), grace=0.2))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, timeout=30, text=True)
+    assert ended.returncode == (tasks.STATUS if hangs else 1), ended.stderr
+    assert "background work died: doomed" in ended.stderr
+    assert "ZeroDivisionError" in ended.stderr or "returns" in begin or "sleep" in begin
+
+
+def test_the_log_of_a_process_has_the_traceback_and_no_text() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(SafeFormatter())
+    logger = logging.getLogger(tasks.LOGGER)
+    logger.addHandler(handler)
+    try:
+
+        async def main() -> None:
+            tasks.start("keeper", fails)
+            await forever()
+
+        with pytest.raises(tasks.TaskDied):
+            asyncio.run(tasks.run(main(), grace=3600))
+    finally:
+        logger.removeHandler(handler)
+    line = stream.getvalue()
+    assert '"event": "background work died"' in line
+    assert '"task": "keeper"' in line
+    assert "Traceback (most recent call last)" in line
+    assert "in fails" in line
+    assert "ZeroDivisionError" in line
+    assert "what the text says" not in line
