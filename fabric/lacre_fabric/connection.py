@@ -18,100 +18,21 @@ from typing import Any, Final
 import nats.errors
 import nats.js.errors
 import structlog
-from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.aio.transport import TcpTransport
 from nats.js.client import JetStreamContext
 
 from lacre_fabric import subjects
-from lacre_fabric.endpoints import HungUp, NoTls, Servers, distrusted
+from lacre_fabric.endpoints import Servers, distrusted
+from lacre_fabric.nats_client import DirectClient
+from lacre_fabric.nats_protocol import MAX_SIZE
 from lacre_fabric.roles import Credential
 from lacre_fabric.work import FabricLost, FabricRefused, FabricUnavailable, FabricUntrusted
 
 CONNECT_TIMEOUT: Final = 5  # seconds, for a first connection; after it, there is no end to the tries
 MAX_REFUSALS: Final = 3  # in a row, of a credential that was good before; a server may be between two configurations
-CLOSE_TIMEOUT: Final = 1.0  # seconds for a server to take its leave
 API_TIMEOUT: Final = 2.0  # seconds for an answer by JetStream
 
 log = structlog.get_logger("lacre.fabric")
-
-Take = Callable[[str, bytes, bytes], None]
-
-
-class _Transport(TcpTransport):
-    """Ends with a handshake that failed. The library would wait for ever for the end of what the handshake had taken over, and
-    for half a minute for the last word in TLS of a server that froze.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # the library has none
-        self._aborted = False
-
-    async def connect(self, *arguments: Any, **options: Any) -> None:
-        self._aborted = False
-        await super().connect(*arguments, **options)
-
-    async def connect_tls(self, *arguments: Any, **options: Any) -> None:
-        plain = self._io_writer
-        try:
-            await super().connect_tls(*arguments, **options)
-        except BaseException:
-            self._aborted = True
-            if plain is not None:
-                plain.transport.abort()
-            raise
-
-    async def wait_closed(self) -> None:
-        if not self._aborted:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await super().wait_closed()  # type: ignore[no-untyped-call]  # as above
-
-    def __bool__(self) -> bool:
-        return True  # else the library would replace it, as long as it is not connected
-
-
-class DirectClient(Client):
-    """Hands the messages of some subscriptions over as they are parsed: subject, headers as on the wire, payload.
-
-    The library's own way leads through a dictionary of headers, a queue and a task for each message, which costs a gateway more
-    than all that it does with one. `_process_msg` is where the library's parser delivers; nothing of the parser is replaced.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._direct: dict[int, Take] = {}
-        self._transport = _Transport()
-
-    async def subscribe_directly(self, subject: str, take: Take) -> None:
-        """take: called on the event loop; it must not raise."""
-        subscription = await self.subscribe(subject)
-        self._direct[subscription._id] = take
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """Comes before anything is said to a server. Where `tls://` is called, the library would take a server's word, which
-        is in the clear and may be anybody's, that it speaks none, and go on with the password.
-        """
-        server = self._current_server
-        if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
-            raise NoTls
-        await super()._process_info(info, initial_connection)
-
-    async def _process_connect_init(self) -> None:
-        """The library takes it for a connection, too, when the server hangs up in place of an answer."""
-        try:
-            await super()._process_connect_init()
-        except ConnectionError as exc:
-            raise HungUp from exc
-        if not self.is_connected:
-            raise HungUp
-
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        take = self._direct.get(sid)
-        if take is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-        else:
-            take(subject.decode(), headers or b"", data)
 
 
 class Connection:
@@ -130,8 +51,8 @@ class Connection:
         self._changed = asyncio.Event()
 
     @classmethod
-    async def open(cls, servers: Servers | str, credential: Credential) -> Connection:
-        """Connects to any of the servers; where that one goes, to another.
+    async def open(cls, servers: Servers | str, credential: Credential, *, keep: int = MAX_SIZE) -> Connection:
+        """Connects to any of the servers; where that one goes, to another. keep: bytes of the longest message of any use.
 
         Raises SettingsError, FabricUntrusted where a server does not prove who it is, or FabricUnavailable, after
         `CONNECT_TIMEOUT` for each server or as soon as one refuses the credential.
@@ -142,7 +63,7 @@ class Connection:
         failed: list[FabricUnavailable] = []
         for _ in urls:
             try:
-                return await cls._open(urls, context, credential)
+                return await cls._open(urls, context, credential, keep)
             except FabricRefused:
                 raise
             except FabricUnavailable as exc:
@@ -151,9 +72,9 @@ class Connection:
         raise next((exc for exc in failed if isinstance(exc, FabricUntrusted)), failed[0])
 
     @classmethod
-    async def _open(cls, urls: Sequence[str], context: ssl.SSLContext | None, credential: Credential) -> Connection:
+    async def _open(cls, urls: Sequence[str], context: ssl.SSLContext | None, credential: Credential, keep: int) -> Connection:
         """Connects to the first; the others are for later."""
-        connection = cls(DirectClient(), credential)
+        connection = cls(DirectClient(keep), credential)
         client = connection.client
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -169,7 +90,6 @@ class Connection:
                     allow_reconnect=False,  # a first refusal is final: the library would try again without end
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=1,
-                    ping_interval=10,
                     error_cb=connection._on_error,
                     disconnected_cb=connection._on_change,
                     reconnected_cb=connection._on_reconnect,

@@ -14,6 +14,7 @@ ATTEMPT: Final = "A"
 SEQUENCE: Final = "S"
 KIND: Final = "K"
 MAX_PAYLOAD: Final = 256 * 1024  # bytes; as much as a worker's whole credit
+MAX_BLOCK: Final = 1024  # bytes of headers; ours have some 70, and a proxy of NATS may add its own
 _ATTEMPT: Final = re.compile(r"[0-9a-f]{32}")
 _SEQUENCE: Final = re.compile(r"0|[1-9][0-9]{0,11}")
 # What our workers write. One match reads it; a dictionary of fields would cost a gateway more than the rest of a frame.
@@ -53,6 +54,8 @@ class Frame:
     @classmethod
     def read(cls, block: bytes, payload: bytes) -> Frame:
         """block: the headers as they stand on the wire. Raises InvalidMessage."""
+        if len(block) > MAX_BLOCK:
+            raise InvalidMessage("a frame with more headers than a frame has")
         match = _BLOCK.fullmatch(block)
         if match is None or len(payload) > MAX_PAYLOAD:
             return cls.parse(_fields(block), payload)

@@ -26,11 +26,11 @@ from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
 from lacre_fabric.nats_revocations import Reader, revoke
+from lacre_fabric.presence import Presence, Roster
 from lacre_fabric.regions import Sent, in_order
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.roles import MAX_DELIVERIES, Credential
 from lacre_fabric.work import (
-    PRESENT_FOR,
     QUEUE_LIMIT,
     SETTLE,
     Capacity,
@@ -51,31 +51,13 @@ GATEWAY: Final = "Gateway"
 # Seconds that work may wait until its queue has a leader, of those that it may wait for a worker; one is chosen within nine.
 LEADERLESS: Final = 10.0
 NO_QUEUE: Final = 0.25  # seconds until it is tried again
-MAX_PRESENCE: Final = 64 * 1024  # bytes of one sign of presence: the names of a node's models
+MAX_POOLS: Final = 1024  # that presence may name: NATS lets a worker name its own only
+MAX_STRAY: Final = 256  # requests that nobody waits for, of which workers are told within `STRAY_EVERY`
+STRAY_EVERY: Final = 1.0  # seconds until a worker is told again that nobody waits: a beat comes as often
 _STATUS_LINE: Final = 64  # bytes of NATS/1.0 and the empty line, with room
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
+_MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
 _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream's bounds, with `discard: new`
-
-
-@dataclass(frozen=True, slots=True)
-class _Presence:
-    models: frozenset[str]
-    busy: int
-    free: int
-    until: float  # on the monotonic clock
-
-    @classmethod
-    def parse(cls, data: bytes) -> _Presence:
-        """Raises InvalidMessage."""
-        if len(data) > MAX_PRESENCE:
-            raise InvalidMessage("a sign of presence that is too long")
-        try:
-            said = json.loads(data)
-        except (ValueError, RecursionError) as exc:
-            raise InvalidMessage("a sign of presence that is not JSON") from exc
-        members = Members(said, "presence")
-        models = frozenset(members.texts("models"))
-        return cls(models, members.count("busy"), members.count("free"), time.monotonic() + PRESENT_FOR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +78,39 @@ class _Ack:
                 raise _refused(error)
             if said.get("duplicate"):
                 raise DuplicateWork("this sealed request was published before")
-            return int(said["seq"])
-        except (ValueError, LookupError, TypeError, AttributeError) as exc:
+            return Members(said, "the ack").count("seq")
+        except (ValueError, RecursionError, AttributeError, InvalidMessage) as exc:
             raise FabricUnavailable("NATS answered with what is no ack: see that the pool's queue is a JetStream") from exc
 
 
 def _refused(error: Mapping[str, Any]) -> FabricError:
     if error.get("err_code") == _STORE_FAILED:
         return QueueFull("the pool's queue takes no more")
-    return FabricUnavailable(f"NATS refuses: {error.get('description', 'it does not say why')}")
+    return FabricUnavailable(f"NATS refuses: {str(error.get('description', 'it does not say why'))[:_MAX_TEXT]}")
 
 
 def _give_up(acked: asyncio.Future[_Ack | None]) -> None:
     if not acked.done():
         acked.set_result(None)
+
+
+class _Stray:
+    """The requests for which frames came and nobody waits: each is told to its worker once in a while, and not without end."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, str]] = set()
+        self._since = 0.0
+
+    def add(self, pool: str, request: str) -> bool:
+        """Whether the worker is to be told now."""
+        now = time.monotonic()
+        if now >= self._since + STRAY_EVERY:
+            self._told.clear()
+            self._since = now
+        if (pool, request) in self._told or len(self._told) >= MAX_STRAY:
+            return False
+        self._told.add((pool, request))
+        return True
 
 
 class NatsGateway:
@@ -125,9 +126,10 @@ class NatsGateway:
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
         self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of what is being published, by request
         self._telling: set[asyncio.Task[None]] = set()
-        self._present: dict[tuple[str, str, str], _Presence] = {}  # by pool, region and node
+        self._rosters: dict[str, Roster] = {}  # by pool
         self._sent = Sent()
         self._presence_came = asyncio.Event()
+        self._stray = _Stray()
         self._settled_at = 0.0
         self._begin()
         connection.on_reconnect = self._begin
@@ -144,7 +146,7 @@ class NatsGateway:
                 # What waits to be read is bounded by `Inbound`, for each request by its credit: that request alone ends.
                 await client.subscribe_directly(subjects.replies(gateway_id), gateway._on_reply)
                 await client.subscribe_directly(f"{gateway._acks_at}*", gateway._on_ack)
-                await client.subscribe("presence.>", cb=gateway._on_presence)
+                await client.subscribe_directly("presence.>", gateway._on_presence)
                 await client.subscribe(MAX_DELIVERIES, cb=gateway._on_max_deliveries)
         except BaseException:
             await gateway.connection.close()
@@ -156,15 +158,10 @@ class NatsGateway:
         return self.connection.connected
 
     def workers(self, pool: str, model: str) -> int:
-        return sum(at == pool and model in present.models for (at, _, _), present in self._live().items())
+        return sum(model in present.models for present in self._roster(pool).live().values())
 
     def capacity(self) -> Mapping[tuple[str, str], Capacity]:
-        found: dict[tuple[str, str], Capacity] = {}
-        for (pool, region, _), said in self._live().items():
-            if said.models:  # one that drains names none
-                at = found.get((pool, region), Capacity())
-                found[pool, region] = Capacity(at.workers + 1, at.busy + said.busy, at.free + said.free)
-        return found
+        return {(pool, region): at for pool, heard in self._rosters.items() for region, at in heard.capacity().items()}
 
     async def backlog(self, pool: str, region: str) -> int:
         async with self.connection.mapped():
@@ -172,19 +169,14 @@ class NatsGateway:
 
     def _regions(self, work: Work) -> list[str]:
         """Where the work may go, the best first; empty where nobody is there."""
-        free: dict[str, int] = {}
-        for (pool, region, _), present in self._live().items():
-            if pool == work.pool and work.model in present.models:
-                free[region] = free.get(region, 0) + present.free
+        free = self._roster(work.pool).free(work.model)
         if len(free) < 2:
             return list(free)
         now = time.monotonic()
         return in_order(self._region, {at: slots - self._sent.count(work.pool, at, now) for at, slots in free.items()})
 
-    def _live(self) -> Mapping[tuple[str, str, str], _Presence]:
-        now = time.monotonic()
-        self._present = {at: present for at, present in self._present.items() if present.until > now}
-        return self._present
+    def _roster(self, pool: str) -> Roster:
+        return self._rosters.get(pool) or Roster()
 
     async def dispatch(self, work: Work, *, queue_limit: float = QUEUE_LIMIT) -> NatsDispatch:
         if not self.connected:
@@ -291,44 +283,51 @@ class NatsGateway:
             return None  # it may have arrived: wait for frames, and let the queue limit decide
         raise self.connection.unavailable(TimeoutError(), denials)
 
-    def _on_ack(self, subject: str, block: bytes, payload: bytes) -> None:
+    def _on_ack(self, subject: str, block: bytes, payload: bytes) -> bool:
         acked = self._acks.get(subject.removeprefix(self._acks_at))
-        if acked is not None and not acked.done():
-            acked.set_result(_Ack(block, payload))
+        if acked is None or acked.done():
+            return False
+        acked.set_result(_Ack(block, payload))
+        return True
 
-    def _on_reply(self, subject: str, block: bytes, payload: bytes) -> None:
+    def _on_reply(self, subject: str, block: bytes, payload: bytes) -> bool:
         try:
+            pool, request_id = subjects.parse_reply(subject)
             frame = Frame.read(block, payload)
         except InvalidMessage:
-            return  # what is no frame says nothing about an attempt; where it stood in for one, a gap tells
-        _, pool, _, request_id = subject.split(".")
+            return False  # what is no frame says nothing about an attempt; where it stood in for one, a gap tells
         inbound = self._inbound.get((pool, request_id))
-        if inbound is not None:
-            inbound.put(frame)
-            if frame.kind is Kind.BEAT and (total := inbound.renewal()) is not None:
-                self._tell_soon(subjects.credit(pool, request_id), str(total).encode())
-        elif frame.kind in (Kind.DATA, Kind.BEAT):
-            self._tell_soon(subjects.cancel(pool, request_id))  # it runs for nobody
+        if inbound is None:
+            if frame.kind in (Kind.DATA, Kind.BEAT) and self._stray.add(pool, request_id):
+                self._tell_soon(subjects.cancel(pool, request_id))  # it runs for nobody
+            return False
+        inbound.put(frame)
+        if frame.kind is Kind.BEAT and (total := inbound.renewal()) is not None:
+            self._tell_soon(subjects.credit(pool, request_id), str(total).encode())
+        return True
 
     def _tell_soon(self, subject: str, payload: bytes = b"") -> None:
         telling = asyncio.get_running_loop().create_task(self.tell(subject, payload))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
 
-    async def _on_presence(self, message: Msg) -> None:
-        _, pool, region, node = message.subject.split(".")
+    def _on_presence(self, subject: str, _block: bytes, payload: bytes) -> bool:
         try:
-            said = _Presence.parse(message.data)
+            pool, region, node = subjects.parse_presence(subject)
+            said = Presence.parse(payload)
         except InvalidMessage:
-            return  # no sign of life that can be read is none
-        self._present[pool, region, node] = said
+            return False  # no sign of life that can be read is none
+        if pool not in self._rosters and len(self._rosters) >= MAX_POOLS:
+            return False
+        heard = self._rosters.setdefault(pool, Roster()).hear(region, node, said)
         self._presence_came.set()
+        return heard
 
     async def _on_max_deliveries(self, message: Msg) -> None:
         try:
             said = Members(json.loads(message.data), "the advisory")
             inbound = self._by_sequence.get((said.text("stream"), said.count("stream_seq")))
-        except (ValueError, InvalidMessage):
+        except (ValueError, RecursionError, InvalidMessage):
             return
         if inbound is not None and not inbound.started.is_set():
             inbound.fail(WorkerLost("every delivery of the request came to nothing"))

@@ -27,8 +27,8 @@ from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.nats_gateway import GATEWAY, GRANT, REQUEST
 from lacre_fabric.outbound import Outbound
+from lacre_fabric.presence import KEYS
 from lacre_fabric.roles import Credential
-from lacre_fabric.rollcall import KEYS
 from lacre_fabric.work import BEAT, FabricUnavailable, Work
 
 PULL: Final = 2.0  # seconds that one pull waits, where the node serves one model; one that NATS lost is made good this soon

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,13 +13,12 @@ from nats.aio.msg import Msg
 
 from lacre.errors import InvalidMessage
 from lacre.manifest import fingerprint
-from lacre.members import Members
 from lacre.wire.header import KeyConfig
 from lacre_fabric import subjects
 from lacre_fabric.connection import Connection
+from lacre_fabric.presence import MAX_NODES, keys_in
 from lacre_fabric.work import PRESENT_FOR
 
-KEYS: Final = "keys"  # in a worker's presence: the fingerprints of the keys that it holds
 _LOOK: Final = 0.1  # seconds between looks at what was heard
 
 
@@ -33,10 +31,15 @@ class RollCall:
 
     async def hear(self, message: Msg) -> None:
         keys: frozenset[str] = frozenset()  # of a worker that says nothing of its keys
-        with suppress(InvalidMessage, ValueError, RecursionError):
-            keys = frozenset(Members(json.loads(message.data), "presence").texts(KEYS))
-        _, _, region, node = message.subject.split(".")
-        self._heard[node if region == subjects.DEFAULT_REGION else f"{region}/{node}"] = (time.monotonic(), keys)
+        with suppress(InvalidMessage):
+            keys = keys_in(message.data)
+        try:
+            _, region, node = subjects.parse_presence(message.subject)
+        except InvalidMessage:
+            return  # no worker has such a name
+        name = node if region == subjects.DEFAULT_REGION else f"{region}/{node}"
+        if name in self._heard or len(self._heard) < MAX_NODES:
+            self._heard[name] = (time.monotonic(), keys)
 
     @property
     def complete(self) -> bool:

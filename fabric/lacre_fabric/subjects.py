@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from lacre.errors import SettingsError
+from lacre.errors import InvalidMessage, SettingsError
 from lacre.jws import b64u
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _REGION: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 DEFAULT_REGION: Final = "lacre"  # where there is one and nobody gave it a name
 ONE_REGION: Final = (DEFAULT_REGION,)
+_REQUEST: Final = re.compile(r"[0-9a-f]{32}")
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_:-]{1,200}")
 PROCESS: Final = "__"  # between a gateway's name and the number of its process
 _MAX_GATEWAY: Final = 56
@@ -81,9 +82,9 @@ def process_name(gateway: str, number: int) -> str:
     return f"{gateway}{PROCESS}{number}"
 
 
-def replies(gateway: str) -> str:
-    """Every reply to one gateway process's requests: one subscription for all of them."""
-    return f"reply.*.{gateway}.*"
+def replies(gateway: str, pool: str = "*") -> str:
+    """Every reply to one gateway process's requests, of one pool's workers or of all."""
+    return f"reply.{pool}.{gateway}.*"
 
 
 def cancel(pool: str, request: str) -> str:
@@ -96,6 +97,27 @@ def credit(pool: str, request: str) -> str:
 
 def presence(pool: str, region: str, node: str) -> str:
     return f"presence.{pool}.{region}.{node}"
+
+
+def is_request(request: str) -> bool:
+    """Whether it is a request's id, which stands in subjects."""
+    return _REQUEST.fullmatch(request) is not None
+
+
+def parse_presence(subject: str) -> tuple[str, str, str]:
+    """Pool, region and node, of a subject that a worker chose. Raises InvalidMessage."""
+    kind, *names = subject.split(".", 4)
+    if kind != "presence" or len(names) != 3 or not (is_name(names[0]) and _REGION.fullmatch(names[1]) and is_name(names[2])):
+        raise InvalidMessage("a sign of presence under a name that no worker has")
+    return names[0], names[1], names[2]
+
+
+def parse_reply(subject: str) -> tuple[str, str]:
+    """Pool and request, of a subject that a worker chose. Raises InvalidMessage."""
+    kind, *names = subject.split(".", 4)
+    if kind != "reply" or len(names) != 3 or not is_name(names[0]) or not is_request(names[2]):
+        raise InvalidMessage("a reply to what is no request")
+    return names[0], names[2]
 
 
 def claims_bucket(pool: str) -> str:

@@ -19,7 +19,7 @@ from lacre.receipts import Receipt
 from lacre_fabric import grants, subjects
 from lacre_fabric.frames import MAX_PAYLOAD, Frame, Kind
 from lacre_fabric.grants import MAX_SKEW, Grant
-from lacre_fabric.nats_gateway import MAX_PRESENCE, _Presence
+from lacre_fabric.presence import MAX_BYTES, Presence
 
 KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 PUBLIC = jws.raw_public_key(KEY)
@@ -257,11 +257,11 @@ def test_a_name_is_one_plain_token(name: str) -> None:
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 @example(b"[" * 20_000)
 @example(b'{"models":[' + b"[" * 20_000)
-@example(b'{"models":["' + b"m" * MAX_PRESENCE + b'"]}')
+@example(b'{"models":["' + b"m" * MAX_BYTES + b'"]}')
 @example(b"9" * 5000)
 def test_presence_that_cannot_be_read_is_none(said: bytes) -> None:
     try:
-        present = _Presence.parse(said)
+        present = Presence.parse(said)
     except InvalidMessage:
         return
     assert present.models == frozenset(json.loads(said)["models"])

@@ -1,0 +1,182 @@
+"""What a NATS server sends to a client, taken apart: bytes in, events out. No I/O and no clock.
+
+Rules:
+- A peer chooses a message's subject, its reply subject, its headers and its payload, so nothing of these is trusted here. The
+  server puts one space between the words of a control line and lets no space or tab into a subject: lines are split at spaces
+  and at nothing else. To split at any white space would let a subject with a form feed name another subscription.
+- A length is checked before a buffer for it exists. A message longer than `keep` is dropped as it arrives.
+- A message that cannot be used is the caller's to drop. Only a server that breaks the protocol itself raises `BrokenProtocol`.
+
+Source: https://docs.nats.io/reference/reference-protocols/nats-protocol, and ADR-4 for headers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from lacre.errors import InvalidMessage, ProtocolError
+
+MAX_LINE: Final = 64 * 1024  # bytes of a control line: INFO names every server of a cluster; other lines have 4 KiB
+MAX_SIZE: Final = 64 * 2**20  # bytes of a message that any nats-server can be told to take
+MAX_HEADERS: Final = 64 * 1024  # bytes of a message's headers: a grant has some 600 bytes, JetStream's own have less
+MAX_FIELDS: Final = 64  # of one message: ours have 5, and JetStream adds as many
+STATUS: Final = "Status"
+DESCRIPTION: Final = "Description"
+
+_CRLF: Final = b"\r\n"
+_VERSION: Final = b"NATS/1.0"
+_MAX_DIGITS: Final = 18  # of a number in a control line: it fits 64 bits
+_FIELD_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")  # RFC 9110 section 5.6.2
+_STATUS_LINE: Final = re.compile(rb"NATS/1\.0 ([0-9]{3})(?: ([ -~]{0,255}))?")
+
+
+class BrokenProtocol(ProtocolError):
+    """The server said what the protocol does not have: where the next message begins is not known any more."""
+
+
+class Message(NamedTuple):
+    """headers: as on the wire, empty if there are none. reply: empty if none."""
+
+    sid: int
+    subject: bytes
+    reply: bytes
+    headers: bytes
+    payload: bytes
+
+
+class Oversized(NamedTuple):
+    """A message that was longer than what is kept. size: its bytes."""
+
+    sid: int
+    size: int
+
+
+class Control(NamedTuple):
+    """Any other line. name: PING, PONG, +OK, -ERR or INFO. text: what follows it."""
+
+    name: bytes
+    text: bytes
+
+
+Event = Message | Oversized | Control
+
+
+class _Head(NamedTuple):
+    sid: int
+    subject: bytes
+    reply: bytes
+    headers: int
+    size: int
+
+
+class Reader:
+    """keep: bytes of the longest message, headers and all, that is handed over whole."""
+
+    def __init__(self, keep: int = MAX_SIZE) -> None:
+        self._keep = keep
+        self.reset()
+
+    def reset(self) -> None:
+        """For a new connection."""
+        self._buffer = bytearray()
+        self._head: _Head | None = None
+        self._skip = 0
+
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """Everything that is whole by now. Raises BrokenProtocol."""
+        self._buffer += data
+        while (event := self._next()) is not None:
+            yield event
+
+    def _next(self) -> Event | None:
+        if self._skip and not self._dropped():
+            return None
+        return self._line() if self._head is None else self._body(self._head)
+
+    def _dropped(self) -> bool:
+        """Whether all of a message that was too long has gone by."""
+        size = min(self._skip, len(self._buffer))
+        del self._buffer[:size]
+        self._skip -= size
+        return self._skip == 0
+
+    def _line(self) -> Event | None:
+        end = self._buffer.find(_CRLF, 0, MAX_LINE)
+        if end < 0:
+            if len(self._buffer) >= MAX_LINE:
+                raise BrokenProtocol("the message server sent a line without an end")
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + len(_CRLF)]
+        name, _, text = line.partition(b" ")
+        if name not in (b"MSG", b"HMSG"):
+            return _control(name, text)
+        head = _head(name, text.split(b" "))
+        if head.size > self._keep:
+            self._skip = head.size + len(_CRLF)
+            return Oversized(head.sid, head.size)
+        self._head = head
+        return self._body(head)
+
+    def _body(self, head: _Head) -> Message | None:
+        buffer, size = self._buffer, head.size
+        if len(buffer) < size + len(_CRLF):
+            return None
+        if buffer[size : size + len(_CRLF)] != _CRLF:
+            raise BrokenProtocol("the message server sent a message of another length than it said")
+        headers, payload = bytes(buffer[: head.headers]), bytes(buffer[head.headers : size])
+        del buffer[: size + len(_CRLF)]
+        self._head = None
+        return Message(head.sid, head.subject, head.reply, headers, payload)
+
+
+def _control(name: bytes, text: bytes) -> Control:
+    if name not in (b"PING", b"PONG", b"+OK", b"-ERR", b"INFO"):
+        raise BrokenProtocol("the message server sent a line that NATS does not have")
+    return Control(name, text)
+
+
+def _head(name: bytes, words: list[bytes]) -> _Head:
+    """words: subject, subscription, the reply subject if there is one, the size of the headers for HMSG, and of it all."""
+    numbers = 1 if name == b"MSG" else 2
+    if len(words) not in (2 + numbers, 3 + numbers):
+        raise BrokenProtocol("the message server sent a message's line with too few words or too many")
+    reply = words[2] if len(words) == 3 + numbers else b""
+    sid, headers, size = _number(words[1]), _number(words[-2]) if numbers == 2 else 0, _number(words[-1])
+    if size > MAX_SIZE or headers > size:
+        raise BrokenProtocol("the message server sent a message of an impossible length")
+    return _Head(sid, words[0], reply, headers, size)
+
+
+def _number(word: bytes) -> int:
+    if not word.isdigit() or len(word) > _MAX_DIGITS:
+        raise BrokenProtocol("the message server sent a word where a number belongs")
+    return int(word)
+
+
+def fields(block: bytes, *, status: bool) -> dict[str, str]:
+    """A message's headers by name, the last of a name; a field that is no field of HTTP's form is left out.
+
+    status: whether the server's own word may stand in the first line. It is the server's alone in a message without a reply
+    subject to an inbox; whoever publishes can write the same line, and a field of the same name. Raises InvalidMessage.
+    """
+    if len(block) > MAX_HEADERS:
+        raise InvalidMessage(f"a message with more than {MAX_HEADERS} bytes of headers")
+    first, *lines = block.split(_CRLF, MAX_FIELDS + 2)
+    if not first.startswith(_VERSION):
+        raise InvalidMessage("headers that do not begin with NATS/1.0")
+    if lines and _CRLF in lines[-1]:
+        raise InvalidMessage(f"a message with more than {MAX_FIELDS} headers")
+    found: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if colon and _FIELD_NAME.fullmatch(name):
+            found[name.decode("ascii")] = value.strip().decode("utf-8", "replace")
+    found.pop(STATUS, None)
+    found.pop(DESCRIPTION, None)
+    if status and (said := _STATUS_LINE.fullmatch(first)) is not None:
+        found[STATUS] = said[1].decode("ascii")
+        found[DESCRIPTION] = (said[2] or b"").decode("ascii")
+    return found

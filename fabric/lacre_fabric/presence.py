@@ -1,0 +1,123 @@
+"""Who is there: what workers say of themselves once a second, and what a gateway remembers of it.
+
+Rules:
+- A worker chooses every byte of it. Counts, names and their number are bounded where they are parsed. So is how many workers
+  a pool can seem to have: neither memory, nor labels of metrics, nor a sum over all of them grows with what one worker says.
+- A pool's workers are kept apart from the others': who floods a pool's roster makes no other pool's slower.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from lacre.errors import InvalidMessage
+from lacre.members import Members
+from lacre_fabric.work import PRESENT_FOR, Capacity
+
+MAX_BYTES: Final = 64 * 1024  # of one sign of presence: the names of a node's models and the fingerprints of its keys
+MAX_SLOTS: Final = 2**16  # of one worker, busy or free: no engine decodes so many streams at once
+MAX_MODELS: Final = 1024  # that one worker says it serves
+MAX_MODEL: Final = 180  # characters of a model's name: no more fit a subject
+MAX_KEYS: Final = 1024  # that one worker says it holds: a pool has a few, and the older ones until they are destroyed
+MAX_KEY: Final = 128  # characters of a key's fingerprint; ours have 64
+MAX_NODES: Final = 4096  # of one pool, in all regions
+MAX_REGIONS: Final = 64  # of one pool
+KEYS: Final = "keys"  # in a worker's presence: the fingerprints of the keys that it holds
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """models: those that it takes work for now. busy, free: its slots."""
+
+    models: frozenset[str]
+    busy: int
+    free: int
+
+    @classmethod
+    def parse(cls, data: bytes) -> Presence:
+        """Raises InvalidMessage."""
+        members = _members(data)
+        return cls(_texts(members, "models", MAX_MODELS, MAX_MODEL), _slots(members, "busy"), _slots(members, "free"))
+
+
+def keys_in(data: bytes) -> frozenset[str]:
+    """The fingerprints of the keys that a sign of presence names. Raises InvalidMessage."""
+    return _texts(_members(data), KEYS, MAX_KEYS, MAX_KEY)
+
+
+def _members(data: bytes) -> Members:
+    if len(data) > MAX_BYTES:
+        raise InvalidMessage("a sign of presence that is too long")
+    try:
+        return Members(json.loads(data), "presence")
+    except (ValueError, RecursionError) as exc:
+        raise InvalidMessage("a sign of presence that is not JSON") from exc
+
+
+def _slots(members: Members, name: str) -> int:
+    count = members.count(name)
+    if count > MAX_SLOTS:
+        raise InvalidMessage(f"presence: member {name!r} must be {MAX_SLOTS} at most")
+    return count
+
+
+def _texts(members: Members, name: str, number: int, length: int) -> frozenset[str]:
+    texts = members.texts(name)
+    if len(texts) > number or any(len(text) > length for text in texts):
+        raise InvalidMessage(f"presence: member {name!r} must have {number} entries of {length} characters at most")
+    return frozenset(texts)
+
+
+class Roster:
+    """The workers of one pool that were heard of in the last `PRESENT_FOR` seconds."""
+
+    def __init__(self) -> None:
+        # By region and node, who was heard last at the end: until when it counts, on the monotonic clock.
+        self._nodes: dict[tuple[str, str], tuple[float, Presence]] = {}
+        self._regions: Counter[str] = Counter()  # how many of them are in each
+
+    def hear(self, region: str, node: str, presence: Presence) -> bool:
+        """False where the pool seems to have too many workers or regions already: those that are known stay."""
+        self._forget()
+        known = self._nodes.pop((region, node), None)
+        if known is None:
+            if len(self._nodes) >= MAX_NODES or (region not in self._regions and len(self._regions) >= MAX_REGIONS):
+                return False
+            self._regions[region] += 1
+        self._nodes[region, node] = time.monotonic() + PRESENT_FOR, presence
+        return True
+
+    def live(self) -> Mapping[tuple[str, str], Presence]:
+        """By region and node."""
+        self._forget()
+        return {at: presence for at, (_, presence) in self._nodes.items()}
+
+    def capacity(self) -> dict[str, Capacity]:
+        """By region. A worker that drains serves no model and counts for nothing."""
+        found: dict[str, Capacity] = {}
+        for (region, _), said in self.live().items():
+            if said.models:
+                at = found.get(region, Capacity())
+                found[region] = Capacity(at.workers + 1, at.busy + said.busy, at.free + said.free)
+        return found
+
+    def free(self, model: str) -> dict[str, int]:
+        """The free slots of the workers that serve the model, by region; without those where nobody does."""
+        found: dict[str, int] = {}
+        for (region, _), said in self.live().items():
+            if model in said.models:
+                found[region] = found.get(region, 0) + said.free
+        return found
+
+    def _forget(self) -> None:
+        now = time.monotonic()
+        while self._nodes and self._nodes[oldest := next(iter(self._nodes))][0] <= now:
+            del self._nodes[oldest]
+            self._regions[oldest[0]] -= 1
+            if not self._regions[oldest[0]]:
+                del self._regions[oldest[0]]

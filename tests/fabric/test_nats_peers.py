@@ -1,0 +1,235 @@
+"""Whatever one peer says: the others' messages flow, and `connected` tells whether they do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+import structlog
+
+from lacre_fabric import subjects
+from lacre_fabric.connection import Connection
+from lacre_fabric.frames import Kind
+from lacre_fabric.nats_client import MAX_SILENT, DirectClient
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.server import Server
+from parts.fabric import LiveFabric, new_work
+from parts.raw_nats import RawNats, message
+
+# Header blocks that a client library's parser may raise at: an odd status, an odd description, no line, no version.
+HEADERS = (
+    b"NATS/1.0 \xff\xff\xff\r\n\r\n",
+    b"NATS/1.0 100 \xff\xff\r\n\r\n",
+    b"NATS/1.0\r\n",
+    b"\r\n",
+    b"x",
+    b"NATS/1.0",
+    b"NATS/1.0\r\n\xff\xfe: x\r\n\r\n",
+    b"NATS/1.0 100 x\r\n\xff: x\r\n\r\n",
+    b"NATS/1.0 404 No Messages\r\nStatus: x\r\n\r\n",
+    b"NATS/1.0\r\n" + b"A: b\r\n" * 10_000 + b"\r\n",
+)
+# Subjects that its permissions allow a worker of pool a, and that nats-server passes on.
+SUBJECTS = (
+    b"reply.a.g1.\xff\xfe",
+    b"reply.a.g1.x\x0c2",
+    b"reply.a.g1.x\x0b1",
+    b"reply.a.g1.x\ry",
+    b"reply.a.g1.\x00",
+    b"reply.a.g1." + b"x" * 3000,
+)
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+async def gateway_of(nats: LiveFabric, stack: AsyncExitStack) -> NatsGateway:
+    gateway = await nats.gateway()
+    stack.push_async_callback(gateway.close)
+    return gateway
+
+
+async def worker_of(nats: LiveFabric, stack: AsyncExitStack, pool: str) -> NatsWorker:
+    worker = await nats.worker(pool)
+    stack.push_async_callback(worker.close)
+    return worker
+
+
+async def answers(gateway: NatsGateway, worker: NatsWorker, pool: str) -> None:
+    """A question of the pool is answered from end to end."""
+    async with asyncio.timeout(3):
+        dispatch = await gateway.dispatch(new_work(pool))
+        delivery = await worker.pull()
+        await delivery.send(Kind.DATA, b"x")
+        await delivery.send(Kind.USAGE, b"")
+        await delivery.drop()
+        worker.release()
+        assert [frame.kind async for frame in dispatch.frames()] == [Kind.DATA, Kind.USAGE]
+
+
+async def test_no_subject_silences_a_gateway(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    gateway, worker = await gateway_of(nats, stack), await worker_of(nats, stack, "b")
+    async with RawNats(nats.server.url, nats.credentials["worker-a-n1"]) as thief:
+        for subject in SUBJECTS:
+            await thief.say(message(subject), message(subject, b"x", b"NATS/1.0\r\nA: b\r\n\r\n"))
+            await answers(gateway, worker, "b")
+    assert gateway.connection.client.stats["reconnects"] == 0
+
+
+@pytest.mark.parametrize("number", range(len(HEADERS)))
+async def test_no_header_silences_a_gateway(nats: LiveFabric, stack: AsyncExitStack, number: int) -> None:
+    gateway, worker = await gateway_of(nats, stack), await worker_of(nats, stack, "b")
+    async with RawNats(nats.server.url, nats.credentials["worker-a-n1"]) as thief:
+        for subject in (b"presence.a.lacre.n1", b"reply.a.g1." + b"0" * 32, b"reply.a.g1.x"):
+            await thief.say(message(subject, b"", HEADERS[number]), message(subject, b"{}", HEADERS[number]))
+        await answers(gateway, worker, "b")
+    assert gateway.connection.client.stats["reconnects"] == 0
+
+
+async def test_no_message_of_a_gateway_silences_a_worker(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    """On the subjects that a gateway tells workers by, and as work in the queue, where the status line is the gateway's too."""
+    gateway, worker = await gateway_of(nats, stack), await worker_of(nats, stack, "a")
+    dispatch = await gateway.dispatch(new_work())
+    delivery = await worker.pull()
+    worker.release()
+    request = delivery.work.request_id.encode()
+    work = subjects.work("a", subjects.DEFAULT_REGION, "m1").encode()
+    async with RawNats(nats.server.url, nats.credentials["gateway-g1"]) as thief:
+        for headers in HEADERS:
+            told = (b"credit.a." + request, b"credit.a.\xff\xfe", b"cancel.a.x\x0c1")
+            await thief.say(*(message(subject, b"9" * 5000, headers) for subject in told), message(work, b"x", headers))
+        await thief.say(message(b"credit.a." + request, "²".encode()), message(b"credit.a." + request, b"7" * 9))
+    assert not delivery.cancelled.is_set()
+    await delivery.send(Kind.USAGE, b"")
+    await delivery.drop()
+    assert [frame.kind async for frame in dispatch.frames()] == [Kind.USAGE]
+    await answers(gateway, worker, "a")
+    assert worker.connection.client.stats["reconnects"] == 0
+
+
+async def test_what_cannot_be_used_is_counted_and_told_once(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    gateway = await gateway_of(nats, stack)
+    with structlog.testing.capture_logs() as lines:
+        async with RawNats(nats.server.url, nats.credentials["worker-a-n1"]) as thief:
+            await thief.say(*[message(b"reply.a.g1.\xff")] * 50)
+            await gateway.connection.round_trip()
+    assert gateway.connection.client.unusable == 50
+    (line,) = [line for line in lines if line["event"] == "fabric.unusable_message"]
+    assert (line["kind"], line["role"]) == ("UnicodeDecodeError", "gateway-g1")
+
+
+async def test_what_a_callback_raises_ends_nothing(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    connection = await nats.connect("provisioner")
+    stack.push_async_callback(connection.close)
+
+    def take(_subject: str, _block: bytes, payload: bytes) -> bool:
+        raise RuntimeError(payload)
+
+    await connection.client.subscribe_directly("x.a", take)
+    for _ in range(3):
+        await connection.client.publish("x.a", b"boo")
+    await connection.round_trip()
+    assert (connection.client.unusable, connection.connected) == (3, True)
+
+
+async def test_who_gave_up_waiting_for_a_pong_ends_nothing(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    """The library's own read loop dies there, of an answer to a future that was cancelled."""
+    connection = await nats.connect("provisioner")
+    stack.push_async_callback(connection.close)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.0):
+            await connection.client.flush(1)
+    await connection.round_trip()
+    assert connection.client.stats["reconnects"] == 0
+
+
+# `connected`
+
+
+@asynccontextmanager
+async def relay(server: Server, flows: asyncio.Event) -> AsyncIterator[str]:
+    """A way to the server that stands still, in both directions, while `flows` is not set. Its URL."""
+    tasks: set[asyncio.Task[None]] = set()
+    ends: list[asyncio.StreamWriter] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            await flows.wait()
+            writer.write(data)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", server.port)
+        ends.extend((writer, far_writer))
+        tasks.update(asyncio.create_task(pump(*way)) for way in ((reader, far_writer), (far_reader, writer)))
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    finally:
+        listener.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for end in ends:
+            end.transport.abort()
+        await asyncio.sleep(0)
+
+
+async def connected_by(client: DirectClient, url: str, nats: LiveFabric) -> DirectClient:
+    credential = nats.credentials["provisioner"]
+    options = {"user": credential.name, "password": credential.password, "reconnect_time_wait": 0.05}
+    await client.connect(url, **options, max_reconnect_attempts=-1)
+    return client
+
+
+async def test_a_connection_that_stands_still_is_lost_and_made_anew(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    flows = asyncio.Event()
+    flows.set()
+    url = await stack.enter_async_context(relay(nats.server, flows))
+    client = await connected_by(DirectClient(look=0.05), url, nats)
+    stack.push_async_callback(client.close)
+    await asyncio.sleep(0.05 * 2 * MAX_SILENT)
+    assert client.is_connected, "the server answers each look: a quiet connection is none that stands still"
+    flows.clear()
+    async with asyncio.timeout(3):
+        while client.is_connected:
+            await asyncio.sleep(0.01)
+    flows.set()
+    async with asyncio.timeout(5):
+        while not client.is_connected:
+            await asyncio.sleep(0.01)
+    await client.flush(2)
+    assert client.stats["reconnects"] == 1
+
+
+async def test_a_read_loop_that_died_is_a_lost_connection(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    """Whatever ended it: here, somebody else."""
+    client = await connected_by(DirectClient(look=0.05), nats.server.url, nats)
+    stack.push_async_callback(client.close)
+    assert client._reading_task is not None
+    client._reading_task.cancel()
+    async with asyncio.timeout(3):
+        while client.stats["reconnects"] != 1:
+            await asyncio.sleep(0.01)
+    await client.flush(2)
+
+
+async def test_an_error_of_the_server_ends_no_connection_for_good(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    """The library closes over it, and never comes back."""
+    connection = await Connection.open(nats.server.url, nats.credentials["gateway-g1"])
+    stack.push_async_callback(connection.close)
+    limit = json.loads(json.dumps(connection.client.max_payload))
+    connection.client._max_payload = 2 * limit  # the server has the last word, and hangs up
+    await connection.client.publish(subjects.cancel("a", "0" * 32), bytes(limit + 1))
+    async with asyncio.timeout(5):
+        while connection.client.stats["reconnects"] != 1 or not connection.connected:
+            await asyncio.sleep(0.02)
+    assert not connection.lost
+    await connection.round_trip()
