@@ -168,6 +168,7 @@ class Node:
             max_tokens=grant.max_tokens,
             max_prompt_tokens=grant.max_prompt_tokens,
             features=frozenset(grant.features),
+            fair=grant.fair,
         )
         receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
         refusal = inside.check(opened, grant, now)

@@ -223,7 +223,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
 
 
 def _grant(gateway: Gateway, request: _Request) -> str:
-    """What the worker may do. It names no one: neither subject nor tenant."""
+    """What the worker may do. It names no one: neither subject nor tenant, but by pseudonyms of this hour."""
     now = gateway.clock()
     asked = request.question
     return Grant(
@@ -237,6 +237,7 @@ def _grant(gateway: Gateway, request: _Request) -> str:
         max_tokens=request.ceilings.max_tokens,
         max_prompt_tokens=request.ceilings.max_prompt_tokens,
         features=(),
+        fair=gateway.pseudonyms.of(asked.principal, now),
         enc=b64u(request.digest),
     ).sign(gateway.key)
 

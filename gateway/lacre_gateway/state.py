@@ -20,6 +20,7 @@ from lacre_fabric.work import FabricUnavailable, GatewayFabric
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth import Authenticator
 from lacre_gateway.budget.ledger import Ledger
+from lacre_gateway.fairness import Pseudonyms
 from lacre_gateway.issuers import trusted
 from lacre_gateway.limits import RequestLimits, Reservation
 from lacre_gateway.metrics import Metrics
@@ -50,6 +51,7 @@ class Gateway:
     audit: AuditLog
     feed: ManifestFeed
     key: Ed25519PrivateKey
+    pseudonyms: Pseudonyms
     settlement: Settlement
     metrics: Metrics
     tracer: Tracer | None
@@ -157,6 +159,7 @@ def build(
         budgets=Ledger(lambda: rules.current.plans, settings.instance, log, longest=limits.longest_stream, clock=clock),
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
+        pseudonyms=Pseudonyms(key),
         settlement=Settlement(log),
         metrics=metrics,
         tracer=None if settings.tracing is None else Tracer(settings.tracing, settings.instance),

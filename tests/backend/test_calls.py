@@ -17,6 +17,7 @@ from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
+from lacre_backend.engine.turns import NOBODY, Fair
 
 Post = Callable[..., Any]
 CHAT = "/v1/chat/completions"
@@ -48,11 +49,13 @@ class Recording(EchoEngine):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.scopes: list[bytes | None] = []
+        self.turns: list[Fair] = []
         self.seeds: list[int | None] = []
         self.cancelled: list[str] = []
 
     def submit(self, task: Any) -> Any:
         self.scopes.append(task.cache_scope)
+        self.turns.append(task.fair)
         self.seeds.append(task.sampling.seed)
         return super().submit(task)
 
@@ -132,6 +135,18 @@ async def test_sealed_and_abandoned(app: App, slow: EchoEngine) -> None:
 
 
 # Grants
+
+
+async def test_the_grant_alone_says_whose_turn_it_is(post: Post) -> None:
+    """Not the salt, nor any header that a client may send inside; and every choice of a call is its caller's."""
+    engine, fair = Recording(), ("T" * 22, "C" * 22)
+    headers = [(b"lacre-cache-salt", b"s"), (b"lacre-fair", b"x"), (b"fair", b"y"), (b"lacre-call", b"z")]
+    await post(create_app([engine]), CHAT, chat(n=3), call=granted(fair=fair, max_tokens=100), headers=headers)
+    assert engine.turns == [fair] * 3
+    assert len(set(engine.scopes)) == 1
+    await post(create_app([engine]), CHAT, chat(), headers=headers)
+    assert engine.turns[3:] == [NOBODY], "without a grant all are one caller"
+    engine.close()
 
 
 def granted(**fields: Any) -> Call:

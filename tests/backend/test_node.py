@@ -60,10 +60,12 @@ class TestAnswers:
 
     async def test_what_the_app_is_told(self, desk: Desk, app: App) -> None:
         sealed = desk.seal({"lacre-cache-salt": "ab"})
-        await desk.ask(sealed, desk.grant(sealed.header, features=("tools",)))
+        fair = ("T" * 22, "C" * 22)
+        await desk.ask(sealed, desk.grant(sealed.header, features=("tools",), fair=fair))
         [call], [scope] = app.calls, app.scopes
         assert (call.model, call.action, call.max_tokens, call.max_prompt_tokens) == ("m", "chat", 9, 100)
         assert call.features == {"tools"}
+        assert call.fair == fair
         assert scope["client"] is None
         assert dict(scope["headers"])[b"lacre-cache-salt"] == b"ab"
 

@@ -43,7 +43,7 @@ async def test_a_broken_app_logs_nothing_of_the_prompt(capfd: pytest.CaptureFixt
     sealed, header, _ = seal_request(key.config, encode_request(inner))
     request_id = secrets.token_hex(16)
     enc = b64u(header.digest)
-    grant = Grant(request_id, now, now + 60, "a", "m1", "chat", "none", 9, 9, (), enc).sign(signer)
+    grant = Grant(request_id, now, now + 60, "a", "m1", "chat", "none", 9, 9, (), ("A" * 22, "B" * 22), enc).sign(signer)
 
     hub = MemoryFabric()
     node = Node(hub.worker("a", ["m1"]), broken_app, Identity("a", lambda: {1: key}, signer, lambda: manifest))

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import tracemalloc
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -11,6 +16,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from lacre.errors import UsageError
 from lacre_backend.engine.scheduler import MIN_REUSE, PIECE, Copy, Limits, Plan, Scheduler, Trim
+from lacre_backend.engine.tokens import BLOCK, Tokens
+from lacre_backend.engine.turns import NOBODY, Fair
 
 PREFIX = list(range(100, 100 + 3 * MIN_REUSE))
 SPLIT = Limits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4)
@@ -84,11 +91,12 @@ class Machine(RuleBasedStateMachine):
         own=st.lists(st.integers(0, 3), min_size=1, max_size=60),
         begun=st.lists(st.integers(0, 3), max_size=8),
         output=st.integers(1, 12),
+        fair=st.sampled_from([("t", "a"), ("t", "b"), ("u", "c")]),
     )
-    def submit(self, scope: bytes | None, common: int, own: list[int], begun: list[int], output: int) -> str:
+    def submit(self, scope: bytes | None, common: int, own: list[int], begun: list[int], output: int, fair: Fair) -> str:
         self.count += 1
         name = f"t{self.count}"
-        self.scheduler.submit(name, PREFIX[:common] + own, scope, begun)
+        self.scheduler.submit(name, PREFIX[:common] + own, scope, begun, fair)
         prompt = PREFIX[:common] + own + begun
         self.wanted[name] = list(prompt)
         self.scopes[name] = object() if scope is None else self.owners.setdefault(scope, object())
@@ -112,6 +120,7 @@ class Machine(RuleBasedStateMachine):
         """How many tasks it advanced."""
         plan = self.scheduler.plan()
         self.memory.execute(plan, self.scopes)
+        assert self.scheduler.free_cells == self.limits.cells - self.memory.used, "the counts are those of the real cells"
         seen = 0
         for segment in plan.segments:
             if segment.task is None:
@@ -198,8 +207,8 @@ class Driver:
         self.owners: dict[bytes, object] = {}
         self.scopes: dict[str, object] = {}
 
-    def submit(self, name: str, prompt: list[int], scope: bytes | None = None, output: int = 4) -> None:
-        self.scheduler.submit(name, prompt, scope)
+    def submit(self, name: str, prompt: list[int], scope: bytes | None = None, output: int = 4, fair: Fair = NOBODY) -> None:
+        self.scheduler.submit(name, prompt, scope, fair=fair)
         self.scopes[name] = object() if scope is None else self.owners.setdefault(scope, object())
         self.left[name] = output
 
@@ -279,20 +288,86 @@ def test_a_cache_that_cannot_be_cut_is_not_reused() -> None:
         assert driver.cached(name, prompt, b"a") == (0, len(prompt))
 
 
-def test_one_scopes_many_do_not_starve_anothers_one() -> None:
-    driver = Driver()
-    for i in range(100):
-        driver.submit(f"a{i}", [1] * 5, b"a", output=10)
-    for _ in range(3):
-        driver.step()
-    driver.submit("b", [2] * 5, b"b")
-    for _ in range(12):
-        driver.step()
-    assert driver.left["b"] == 0
+def first_served(tasks: list[tuple[str, bytes | None, Fair]], limits: Limits) -> list[str]:
+    """The names, in the order in which the tasks are admitted."""
+    driver = Driver(limits)
+    for name, scope, fair in tasks:
+        driver.submit(name, list(range(20)), scope, output=2, fair=fair)
     driver.run()
+    return [name for plan in driver.plans for name in plan.admitted]
 
 
-def test_first_come_first_served_within_a_scope() -> None:
+TWO = Limits(slots=2, context=512, cells=1024)
+FLOODS: dict[str, list[tuple[bytes | None, Fair]]] = {
+    "one salt": [(b"attacker", ("a", "a"))] * 100,
+    "a salt each": [(b"%d" % i, ("a", "a")) for i in range(100)],
+    "no salt": [(None, ("a", "a"))] * 100,
+    "a caller each": [(b"%d" % i, ("a", str(i))) for i in range(100)],
+    "the victim's salt": [(b"victim", ("a", "a"))] * 100,
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_many_tasks_of_one_tenant_do_not_starve_anothers_one(flood: str) -> None:
+    """Served second: the first slot was free before the victim came, as far as the order of arrival tells."""
+    tasks = [(f"f{i}", scope, fair) for i, (scope, fair) in enumerate(FLOODS[flood])]
+    order = first_served([*tasks, ("victim", b"victim", ("v", "v"))], TWO)
+    assert order.index("victim") == 1
+    assert len(order) == 101
+
+
+@pytest.mark.parametrize("salts", ["one", "each"])
+def test_callers_of_a_tenant_share_what_it_gets(salts: str) -> None:
+    tasks = [(f"f{i}", b"f" if salts == "one" else b"%d" % i, ("t", "many")) for i in range(100)]
+    assert first_served([*tasks, ("one", None, ("t", "one"))], TWO).index("one") == 1
+
+
+def test_choices_of_one_call_count_as_its_callers() -> None:
+    """`n` choices are tasks of one caller: with all slots taken by them, the next slot is another's."""
+    driver = Driver(TWO)
+    for i in range(8):
+        driver.submit(f"n{i}", [1] * 5, b"a", output=3, fair=("t", "a"))
+    driver.step()
+    driver.submit("other", [2] * 5, b"a", output=3, fair=("t", "b"))
+    driver.run()
+    assert [name for plan in driver.plans for name in plan.admitted][2] == "other"
+
+
+def test_long_prompts_of_one_do_not_hold_up_anothers() -> None:
+    """What a step has for long prompts goes to the caller for whom the least was computed."""
+    driver = Driver(Limits(slots=4, context=1024, cells=4096))
+    driver.submit("streaming", [1], output=200, fair=("s", "s"))
+    for i in range(2):
+        driver.submit(f"long{i}", [5] * 900, output=1, fair=("a", "a"))
+    driver.step()
+    driver.step()
+    driver.submit("victim", [6] * 300, output=1, fair=("v", "v"))
+    steps = 0
+    while driver.left["victim"]:
+        driver.step()
+        steps += 1
+    assert steps <= 2 * -(-300 // driver.scheduler.share) + 2, "at worst it has every other step's share"
+    assert driver.left["long1"]
+
+
+def test_whoever_holds_the_most_cells_gives_way() -> None:
+    """The victim came last, and is not sent back for another's growth."""
+    driver = Driver(Limits(slots=4, context=128, cells=256, unified=True, step=64, chunk=32, burst=16, share=8))
+    for i in range(3):
+        driver.submit(f"a{i}", [i] * 30, output=90, fair=("a", "a"))
+    driver.step()
+    driver.submit("victim", [7] * 10, output=60, fair=("v", "v"))
+    sent_back: set[str] = set()
+    while driver.left["victim"]:
+        driver.step()
+        sent_back |= {*driver.scheduler.waiting}
+    assert sent_back
+    assert "victim" not in sent_back
+    driver.run()
+    assert not any(driver.left.values())
+
+
+def test_first_come_first_served_for_one_caller() -> None:
     driver = Driver(dataclasses.replace(SPLIT, slots=1, cells=128))
     for i in range(5):
         driver.submit(f"t{i}", [1], b"a", output=1)
@@ -425,3 +500,106 @@ def test_what_is_not_a_task() -> None:
             scheduler.submit("u", prompt, None)
     with pytest.raises(UsageError):
         scheduler.submit("t", [1], None)
+
+
+# What planning costs
+
+
+@pytest.mark.parametrize("at", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7, None])
+@pytest.mark.parametrize("length", [1, BLOCK, 5 * BLOCK + 30])
+def test_the_common_beginning_of_two_texts(at: int | None, length: int) -> None:
+    """Whether the tokens came at once or one by one. at: where they differ."""
+    ours = list(range(length))
+    theirs = [-1 if i == at else token for i, token in enumerate(ours)]
+    grown = Tokens(theirs[: length // 2])
+    for token in theirs[length // 2 :]:
+        grown.append(token)
+    expected = length if at is None else min(at, length)
+    for other in (Tokens(theirs), grown, Tokens(theirs[: length // 3], theirs[length // 3 :])):
+        assert Tokens(ours).common(other, length) == expected
+    assert Tokens(ours).common(Tokens(ours, chained=False), length) == 0
+
+
+class Full:
+    """A scheduler whose 16 slots hold `length` tokens each, of one scope and with one beginning. Two of them run."""
+
+    def __init__(self, length: int, *, unified: bool) -> None:
+        self.length = length
+        context = length + 4096
+        cells = 16 * context
+        self.scheduler = Scheduler(
+            Limits(16, context, cells, unified=unified, step=2 * length, chunk=length, burst=128, share=length, multiple=4)
+        )
+        for i in range(16):
+            self.scheduler.submit(f"t{i}", self.prompt(i), b"s", fair=("t", str(i)))
+        while self.scheduler.waiting or len(self.scheduler.running) < 16 or self.reading:
+            self.step()
+        for i in range(2, 16):
+            self.scheduler.end(f"t{i}")
+        self.scheduler.limits = dataclasses.replace(self.scheduler.limits, step=512, chunk=256, share=32)  # as in use
+        self.scheduler.share = 32
+        self.scheduler.plan()
+
+    def prompt(self, i: int) -> list[int]:
+        """Its own from the middle on: the dearest case for whoever looks for a common beginning."""
+        return [7] * (self.length // 2) + [100 + i] * (self.length // 2)
+
+    @property
+    def reading(self) -> bool:
+        return any(not self.scheduler._slots[i].generating for i in range(16))
+
+    def step(self) -> None:
+        for segment in self.scheduler.plan().segments:
+            if segment.task is not None and segment.output:
+                self.scheduler.advance(segment.task, 9)
+
+    def admission(self, tasks: int = 1) -> tuple[int, int]:
+        """What planning costs that admits more such prompts: instructions of Python's machine, and bytes at the peak."""
+        for i in range(tasks):
+            self.scheduler.submit(f"new{i}", Tokens([*self.prompt(3 + i), 1, 2, 3]), b"s", fair=("u", "u"))
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        count = _instructions(self.scheduler.plan)
+        peak = tracemalloc.get_traced_memory()[1] - before
+        tracemalloc.stop()
+        assert self.scheduler.started("new0")
+        return count, peak
+
+
+def _instructions(call: Callable[[], object]) -> int:
+    count = 0
+
+    def trace(frame: FrameType, event: str, _arg: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_planning_costs_the_same_for_a_long_context_as_for_a_short_one(unified: bool) -> None:
+    """16 slots of 128k tokens: nothing in a plan may look at their cells or tokens one by one."""
+    short, peak = Full(2048, unified=unified).admission()
+    long, long_peak = Full(131072, unified=unified).admission()
+    assert long < 2 * short, "the search for a common beginning may take a few steps more"
+    assert max(peak, long_peak) < 64 * 1024, "no copy of a text or of its cells"
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_many_admissions_in_one_step_cost_little_more_than_a_few(unified: bool) -> None:
+    """What is left waits for the next step, a few milliseconds later, and nobody's stream waits for it."""
+    few, _ = Full(2048, unified=unified).admission(4)
+    full = Full(2048, unified=unified)
+    many, _ = full.admission(13)
+    assert many < 2 * few
+    for _ in range(3):
+        full.step()
+    assert all(full.scheduler.started(f"new{i}") for i in range(13))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lacre import jws
 from lacre.errors import Expired, InvalidMessage, InvalidSignature, LacreError, SettingsError
+from lacre.jws import raw_public_key
 from lacre.receipts import Receipt
 from lacre_fabric import grants, subjects
 from lacre_fabric.frames import MAX_PAYLOAD, Frame, Kind
@@ -28,15 +29,16 @@ NOW = 1_790_000_000.0
 NUMBERS = st.integers(0, 2**53)
 TIMES = st.floats(0, 4e9)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+PSEUDONYMS = st.from_regex(r"[A-Za-z0-9_-]{22}", fullmatch=True)
 GRANTS = st.builds(
     Grant, TEXT, st.floats(0, NOW), st.floats(NOW + 1, 4e9), TEXT, TEXT, TEXT, TEXT, NUMBERS, NUMBERS,
-    st.lists(TEXT, max_size=3).map(tuple), TEXT,
+    st.lists(TEXT, max_size=3).map(tuple), st.tuples(PSEUDONYMS, PSEUDONYMS), TEXT,
 )  # fmt: skip
 RECEIPTS = st.builds(Receipt, TEXT, TEXT, NUMBERS, NUMBERS, NUMBERS, TIMES, TIMES, st.booleans())
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)
 )
-GRANT = Grant("id", NOW, NOW + 60, "a", "m1", "chat", "none", 10, 100, (), "x")
+GRANT = Grant("id", NOW, NOW + 60, "a", "m1", "chat", "none", 10, 100, (), ("A" * 22, "B" * 22), "x")
 RECEIPT = Receipt("x", "sha256:0", 1, 0, 2, NOW, NOW + 1, True)
 
 
@@ -208,9 +210,21 @@ def test_a_changed_grant_is_none(place: int, letter: str) -> None:
 
 def test_a_grant_names_nobody() -> None:
     assert set(GRANT.members()) == {
-        "jti", "iat", "exp", "pool", "model", "action", "shape", "max_tokens", "max_prompt_tokens", "features", "enc",
+        "jti", "iat", "exp", "pool", "model", "action", "shape", "max_tokens", "max_prompt_tokens", "features", "fair", "enc",
     }  # fmt: skip
     assert replace(GRANT, jti="other") != GRANT
+
+
+@pytest.mark.parametrize(
+    "fair",
+    [None, [], ["A" * 22], ["A" * 22] * 3, ["A" * 21, "B" * 22], ["A" * 22, "a" * 23], ["alice", "acme"], [1, 2], "A" * 44],
+)
+def test_a_grant_without_two_pseudonyms_is_refused(fair: object) -> None:
+    """An old gateway's, too: without them nobody could tell whose turn it is."""
+    key = Ed25519PrivateKey.generate()
+    members = {name: value for name, value in {**GRANT.members(), "fair": fair}.items() if value is not None}
+    with pytest.raises(InvalidMessage, match="fair"):
+        Grant.verify(jws.sign(members, key, "lacre-grant+jwt"), raw_public_key(key), NOW)
 
 
 # Subjects

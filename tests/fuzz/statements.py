@@ -125,7 +125,9 @@ def string_written_alike(_data: bytes, found: ConnectionString) -> None:
 def example_payloads() -> dict[str, bytes]:
     """A valid payload of each kind, for the seeds."""
     enc = b64u(bytes(32))
-    example_grant = Grant("r1", NOW, NOW + 60, "default", "tiny", "chat", "pad", 256, 4096, ("tools",), enc)
+    example_grant = Grant(
+        "r1", NOW, NOW + 60, "default", "tiny", "chat", "pad", 256, 4096, ("tools",), ("A" * 22, "B" * 22), enc
+    )
     example_receipt = Receipt(enc, "sha256:00", 12, 4, 34, NOW, NOW + 1, True)
     change = RootStatement(raw_public_key(SIGNER), NOW + 1e6, raw_public_key(NEXT_ROOT))
     return {

@@ -35,6 +35,24 @@ async def test_grant_says_what_was_asked_and_not_who(world: World, worker: FakeW
     assert "alice" not in repr(grant) and "acme" not in repr(grant)
 
 
+async def test_a_grant_says_by_pseudonyms_whose_turn_it_takes(
+    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    """Each request is sealed under another salt, and what the client says of itself changes nothing."""
+    for token in (
+        world.issuer.token(),
+        world.issuer.token(),
+        world.issuer.token(sub="bob"),
+        world.issuer.token(tenant="other"),
+    ):
+        body, _ = world.seal()
+        await client.post("/v1/sealed", content=body, headers=world.headers(token, lacre_fair="x", fair="x"))
+    alice, again, bob, other = (grant.fair for grant in worker.grants)
+    assert alice == again
+    assert (alice[0] == bob[0], alice[1] == bob[1]) == (True, False)
+    assert not set(other) & {*alice, *bob}
+
+
 async def test_prompt_ceiling_is_the_models_context(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _ = world.seal(content=b"x" * 5000)
     await client.post("/v1/sealed", content=body, headers=world.headers())

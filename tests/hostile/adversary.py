@@ -250,7 +250,7 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
             "jti": f"{len(self.fabric.works):032x}", "iat": now, "exp": now + 60, "pool": outer["pool"],
             "model": outer["model"], "action": outer["action"], "shape": outer["shape"],
             "max_tokens": int(outer["max-tokens"]), "max_prompt_tokens": 4096, "features": (),
-            "enc": b64u(SealedHeader.parse(sealed).digest),
+            "fair": ("A" * 22, "B" * 22), "enc": b64u(SealedHeader.parse(sealed).digest),
         }  # fmt: skip
 
     # The malicious client

@@ -136,7 +136,8 @@ class Desk:
     def grant(self, header: SealedHeader, key: Ed25519PrivateKey | None = None, **members: Any) -> str:
         usual: dict[str, Any] = {
             "jti": secrets.token_hex(16), "iat": self.now, "exp": self.now + 60, "pool": "p", "model": "m", "action": "chat",
-            "shape": "pad", "max_tokens": 9, "max_prompt_tokens": 100, "features": (), "enc": b64u(header.digest),
+            "shape": "pad", "max_tokens": 9, "max_prompt_tokens": 100, "features": (), "fair": ("A" * 22, "B" * 22),
+            "enc": b64u(header.digest),
         }  # fmt: skip
         return Grant(**{**usual, **members}).sign(key or self.grant_key)
 

@@ -40,7 +40,7 @@ from lacre_backend.api.requests import (
     parse_completion,
     parse_tokenize,
 )
-from lacre_backend.api.served import Served, Serving
+from lacre_backend.api.served import Served, Serving, whose_turn
 from lacre_backend.engine.protocol import Engine, EngineError, Kind, Task
 
 # What may begin before it is known whether another worker has it: nothing outside this process changes by it.
@@ -130,6 +130,7 @@ class _Endpoint(ABC, Generic[_Request]):
             stop=request.stop,
             logprobs=request.alternatives(),
             cache_scope=self._serving.cache_scope(scope),
+            fair=whose_turn(call),
             time_limit=self._serving.time_limit,
         )
         usage = Usage() if call is None else call.usage

@@ -21,7 +21,7 @@ from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_dow
 from lacre_backend.api.exchange import Disconnected, read_body, send_json, until_disconnect
 from lacre_backend.api.generation import fresh_id
 from lacre_backend.api.requests import MAX_BODY, EmbedTexts, EmbedTokens, parse_embedding
-from lacre_backend.api.served import Served, Serving
+from lacre_backend.api.served import Served, Serving, whose_turn
 from lacre_backend.api.template import embedding_tokens, framed
 from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Kind, ModelInfo, Task, TaskRefused
 
@@ -54,9 +54,9 @@ class Embeddings:
             )
         texts = await _tokens(served, request)
         ceilings.check_inputs(call, model, [len(tokens) for tokens in texts])
-        cache_scope, batch = self._serving.cache_scope(scope), fresh_id()
+        cache_scope, fair, batch = self._serving.cache_scope(scope), whose_turn(call), fresh_id()
         tasks = [
-            Task(id=f"{batch}.{i}", prompt=tuple(tokens), max_tokens=1, kind=Kind.EMBED, cache_scope=cache_scope)
+            Task(id=f"{batch}.{i}", prompt=tuple(tokens), max_tokens=1, kind=Kind.EMBED, cache_scope=cache_scope, fair=fair)
             for i, tokens in enumerate(texts)
         ]
         usage = Usage() if call is None else call.usage

@@ -1,4 +1,4 @@
-"""What the endpoints share: the engines by their models' names, each with its chat template, and the scopes of their caches."""
+"""What the endpoints share: the engines by their models' names, the scopes of their caches, and whose turn a call takes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from lacre.asgi import Scope
+from lacre.asgi import Call, Scope
 from lacre_backend.api.errors import RequestRefused, model_not_found
 from lacre_backend.api.exchange import header
 from lacre_backend.api.template import ChatTemplate, markers_of
 from lacre_backend.engine.protocol import Engine, Kind
+from lacre_backend.engine.turns import NOBODY, Fair
 
 SALT_HEADER: Final = b"lacre-cache-salt"
 
@@ -51,3 +52,8 @@ class Serving:
         """None: the client sent no salt, and shares nothing."""
         salt = header(scope, SALT_HEADER)
         return None if salt is None else hmac.digest(self.scope_key, salt, "sha256")
+
+
+def whose_turn(call: Call | None) -> Fair:
+    """By the grant alone: nothing that the client sends can change it."""
+    return NOBODY if call is None or call.fair is None else call.fair

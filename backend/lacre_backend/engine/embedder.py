@@ -90,7 +90,7 @@ class LlamaEmbedder:
             if task.id in self._jobs:
                 raise TaskRefused("A task of this id is not finished yet.", field="id")
             self._jobs[task.id] = job
-            self._packing.add(task.id, len(task.prompt), task.cache_scope)
+            self._packing.add(task.id, len(task.prompt), task.fair)
             self._changed.notify()
         return job.stream
 

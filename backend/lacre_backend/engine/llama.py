@@ -42,6 +42,7 @@ from lacre_backend.engine.sampling import Logits, Sampler, choose, logprob
 from lacre_backend.engine.scheduler import Plan, Scheduler
 from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.text import TextStream
+from lacre_backend.engine.tokens import Tokens
 
 __all__ = ["LlamaEngine", "LlamaSettings"]
 
@@ -56,6 +57,7 @@ class _Job:
 
     def __init__(self, task: Task, stream: EventStream, sampler: Sampler, text: TextStream, limit: int) -> None:
         self.task = task
+        self.tokens = Tokens(task.prompt, task.begun, chained=task.cache_scope is not None)
         self.stream = stream
         self.sampler = sampler
         self.limit = limit  # tokens to generate: what was asked, and what the context has room for
@@ -189,7 +191,7 @@ class LlamaEngine:
                 new, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
             for job in new:
-                self._scheduler.submit(job.task.id, job.task.prompt, job.task.cache_scope, job.task.begun)
+                self._scheduler.submit(job.task.id, job.tokens, job.task.cache_scope, fair=job.task.fair)
             for job in cancelled:
                 if not job.ended:
                     self._end(job, "cancelled")

@@ -1,17 +1,18 @@
-"""Which waiting texts go into the next batch of an encoder: a queue for each scope, served in turn.
+"""Which waiting texts go into the next batch of an encoder.
 
 Rules
 - Pure: no I/O, no clock, no thread, no llama.cpp.
-- Scopes take turns, a text each, so that one scope's thousand texts do not hold up another's one.
-- Within a scope the order is that of arrival; the first that does not fit closes the batch, so that none waits for ever.
+- Tenants take turns, and within a tenant its callers, by the tokens that were computed for them (`turns.py`). So one caller's
+  thousand texts, or long ones, do not hold up another's one.
+- Of one caller the order is that of arrival. The first that does not fit closes the batch, so that none waits for ever.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from lacre.errors import UsageError
+from lacre_backend.engine.turns import NOBODY, Fair, Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,47 +23,48 @@ class Room:
     texts: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    id: str
+    n_tokens: int
+    fair: Fair
+
+
 class Packing:
     """What waits. A text is known from `add` until `take` or `drop`."""
 
     def __init__(self, room: Room) -> None:
         self.room = room
-        self._waiting: OrderedDict[bytes | None, deque[str]] = OrderedDict()
-        self._known: dict[str, tuple[int, bytes | None]] = {}
+        self._turns: Turns[_Text] = Turns()
+        self._known: dict[str, _Text] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, text_id: str, n_tokens: int, scope: bytes | None) -> None:
+    def add(self, text_id: str, n_tokens: int, fair: Fair = NOBODY) -> None:
         if text_id in self._known or not 0 < n_tokens <= self.room.tokens:
             raise UsageError("The text is known already, or does not fit into any batch.")
-        self._known[text_id] = n_tokens, scope
-        self._waiting.setdefault(scope, deque()).append(text_id)
+        text = self._known[text_id] = _Text(text_id, n_tokens, fair)
+        self._turns.add(fair, text_id, text)
 
     def drop(self, text_id: str) -> bool:
         """False where it does not wait (any more)."""
-        known = self._known.pop(text_id, None)
-        if known is None:
-            return False
-        queue = self._waiting[known[1]]
-        queue.remove(text_id)
-        if not queue:
-            del self._waiting[known[1]]
-        return True
+        text = self._known.pop(text_id, None)
+        if text is not None:
+            self._turns.drop(text.fair, text_id)
+        return text is not None
 
     def take(self) -> list[str]:
         """The next batch: not empty while something waits."""
         batch: list[str] = []
         left = self.room.tokens
-        while self._waiting and len(batch) < self.room.texts:
-            scope, queue = next(iter(self._waiting.items()))
-            n_tokens = self._known[queue[0]][0]
-            if n_tokens > left:
+        while len(batch) < self.room.texts:
+            text = self._turns.next()
+            if text is None or text.n_tokens > left:
                 break
-            left -= n_tokens
-            batch.append(queue.popleft())
-            del self._known[batch[-1]]
-            del self._waiting[scope]
-            if queue:
-                self._waiting[scope] = queue  # its next turn is after the others'
+            left -= text.n_tokens
+            self._turns.spend(text.fair, text.n_tokens)
+            self._turns.take(text.fair, text.id, hold=False)
+            del self._known[text.id]
+            batch.append(text.id)
         return batch

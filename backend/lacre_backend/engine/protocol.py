@@ -2,7 +2,8 @@
 
 Rules
 - Nothing here knows of HTTP, JSON or llama.cpp.
-- A task is complete in itself: sampling, limits, stop strings and cache scope. Engines keep nothing else about a request.
+- A task is complete in itself: sampling, limits, stop strings, cache scope and whose turn it takes. Engines keep nothing else
+  about a request.
 - For each task the stream is `Read`*, `Token`* (or one `Embedding`) and then exactly one `Finish`. Every sampled token is one
   `Token`, also those whose text is still held back, so that `Finish.completion_tokens` is their number. The end-of-generation
   token itself is neither.
@@ -20,6 +21,7 @@ from types import MappingProxyType
 from typing import Literal, Protocol
 
 from lacre.errors import LacreError, UsageError
+from lacre_backend.engine.turns import NOBODY, Fair
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -79,7 +81,8 @@ class Task:
     begun: the tokens of the answer that are there already; read like the prompt, and in no count of generated tokens.
     max_tokens: further ones; 0 where the answer that was begun lacks but its end.
     logprobs: None for none; k for the k most likely alternatives beside the chosen token's own.
-    cache_scope: tasks may share a cached prefix only within one scope; None shares nothing.
+    cache_scope: tasks may share a cached prefix only within one scope; None shares nothing. It decides nothing else.
+    fair: the pseudonyms of tenant and caller, which alone decide whose turn it is.
     time_limit: seconds of work, counted from the first step (waiting is not counted); then it finishes as "length".
     """
 
@@ -91,6 +94,7 @@ class Task:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     cache_scope: bytes | None = None
+    fair: Fair = NOBODY
     time_limit: float | None = None
     begun: tuple[int, ...] = ()
 
@@ -205,7 +209,7 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("The prompt is empty.", field="prompt")
     if len(task.prompt) + (task.kind is Kind.GENERATE) > model.n_ctx or len(task.sequence) > model.n_ctx:
         raise PromptTooLong(len(task.sequence), model.n_ctx)
-    if not all(0 <= token < model.n_vocab for token in task.prompt):
+    if min(task.prompt) < 0 or max(task.prompt) >= model.n_vocab:
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
     control = {token.id for token in model.control_tokens}
     if not all(0 <= token < model.n_vocab and token not in control for token in task.begun):

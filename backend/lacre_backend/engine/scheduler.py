@@ -4,10 +4,15 @@ Rules
 - Pure: no I/O, no clock, no thread, no llama.cpp. Whoever drives it executes each plan whole, then reports, then asks again.
 - A running task's next token goes into every step; prompts take what a step has left, within a bounded share, so that a long
   prompt never stalls the others, and short prompts do not wait behind it.
-- Never more cells than there are. Where running tasks outgrow them, idle caches go first, then the youngest task goes back to
-  its queue with what it has generated, to be computed again. The oldest always advances.
-- The scope with the fewest running tasks is served next: many tasks of one do not starve another's one.
-- Cells are reused within one scope only. What has no scope is removed when it ends.
+- Never more cells than there are. Where running tasks outgrow them, idle caches go first. Then a task goes back to its queue
+  with what it has generated, to be computed again: the youngest of the tenant that holds the most cells. The oldest task of all
+  always advances.
+- The pseudonyms of tenant and caller decide whose turn it is, and nothing else does (`turns.py`): who is admitted, whose prompt
+  is read first, and who goes back to the queue.
+- The scope decides what is reused, and nothing else. Cells are reused within one scope only. What has no scope is removed when
+  it ends.
+- What a step costs depends on the number of slots and of the step's tokens, never on how long the contexts are: cells are
+  counts (`cells.py`), tokens are never copied as a whole, and their beginnings are compared by digests (`tokens.py`).
 - Of an answer that is read again, begun elsewhere or sent back to its queue, at most `PIECE` tokens go into a step, and none
   beside its prompt's: llama.cpp attends to longer texts by another kernel, whose other roundings the quantized layers carry
   on to whole logits (measured: up to 1.6 apart). So read, a text goes on as it would have if nothing had been cut.
@@ -21,16 +26,20 @@ Rules
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from lacre.errors import UsageError
+from lacre_backend.engine.cells import Cells
+from lacre_backend.engine.tokens import NO_TOKENS, Tokens
+from lacre_backend.engine.turns import NOBODY, Fair, Turns
 
 MIN_REUSE: Final = 16  # tokens; shorter common beginnings (every chat's first words) are computed faster than they are sought
 MIN_COPY: Final = 128  # tokens; below it a copy between slots takes longer than computing
 MARGIN: Final = 32  # free cells for each running task before another is admitted, so that it is not sent back at once
+COMPARED: Final = 64  # beginnings in one step, some 4 us each; the tasks behind them are admitted with the next step
 PAD: Final = 256  # llama.cpp looks at cells in multiples of this many
 PIECE: Final = 63  # tokens: from 64 of one sequence on, ggml's flash attention on CPUs computes in tiles
 FILLER: Final = 0  # any token does: its result is not looked at
@@ -113,13 +122,13 @@ class Plan:
 
 
 class _Task:
-    __slots__ = ("cached", "generated", "id", "number", "prompt", "scope", "slot", "tokens")
+    __slots__ = ("cached", "fair", "generated", "id", "number", "scope", "slot", "tokens")
 
-    def __init__(self, task_id: str, prompt: Sequence[int], begun: Sequence[int], scope: bytes | None) -> None:
+    def __init__(self, task_id: str, tokens: Tokens, scope: bytes | None, fair: Fair) -> None:
         self.id = task_id
-        self.tokens = [*prompt, *begun]  # and what is generated
-        self.prompt = len(prompt)
+        self.tokens = tokens
         self.scope = scope
+        self.fair = fair
         self.generated = 0
         self.cached: int | None = None  # tokens found in the cache at the first admission
         self.slot: _Slot | None = None
@@ -127,12 +136,12 @@ class _Task:
 
 
 class _Slot:
-    __slots__ = ("cells", "index", "scope", "task", "tokens", "used")
+    __slots__ = ("index", "length", "scope", "task", "tokens", "used")
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.tokens: list[int] = []  # whose cells are there
-        self.cells: list[int] = []  # the cells, as numbers of our own: slots of a unified cache can share some
+        self.tokens = NO_TOKENS  # of the task that runs here, or ran here last
+        self.length = 0  # of these, how many have their cells here
         self.scope: bytes | None = None
         self.task: _Task | None = None
         self.used = 0  # when it was last in use, by the scheduler's count
@@ -144,7 +153,7 @@ class _Slot:
     @property
     def generating(self) -> bool:
         task = self.task
-        return task is not None and task.generated > 0 and len(task.tokens) - len(self.tokens) == 1
+        return task is not None and task.generated > 0 and len(task.tokens) - self.length == 1
 
 
 class Scheduler:
@@ -155,26 +164,39 @@ class Scheduler:
         self.share = limits.share
         self._slots = [_Slot(i) for i in range(limits.slots)]
         self._tasks: dict[str, _Task] = {}
-        self._waiting: OrderedDict[bytes | None, deque[_Task]] = OrderedDict()
-        self._references: Counter[int] = Counter()
+        self._turns: Turns[_Task] = Turns()
+        self._cells = Cells(limits.slots, limits.cells, unified=limits.unified)
         self._count = 0
+        self._compared = 0  # beginnings, in this step
         self._memory: list[Trim | Copy] = []
 
     # Tasks in
 
-    def submit(self, task_id: str, prompt: Sequence[int], scope: bytes | None, begun: Sequence[int] = ()) -> None:
-        """A prompt that fits the context, with what is begun of its answer, and an id that is not in use."""
-        if task_id in self._tasks or not 0 < len(prompt) + len(begun) < self.limits.context:
+    def submit(
+        self,
+        task_id: str,
+        prompt: Sequence[int] | Tokens,
+        scope: bytes | None,
+        begun: Sequence[int] = (),
+        fair: Fair = NOBODY,
+    ) -> None:
+        """A prompt that fits the context, with what is begun of its answer, and an id that is not in use.
+
+        fair: whose turn it takes. `Tokens` that the caller's thread made save this one the work.
+        """
+        tokens = prompt if isinstance(prompt, Tokens) else Tokens(prompt, begun)
+        if task_id in self._tasks or not 0 < len(tokens) < self.limits.context:
             raise UsageError("The task is known already, or its prompt does not fit.")
-        task = self._tasks[task_id] = _Task(task_id, prompt, begun, scope)
-        self._waiting.setdefault(scope, deque()).append(task)
+        task = self._tasks[task_id] = _Task(task_id, tokens, scope, fair)
+        self._turns.add(fair, task_id, task)
 
     def end(self, task_id: str, *, keep: bool = True) -> None:
         """The task is over, for whatever reason. keep: what is computed may serve its scope."""
         task = self._tasks.pop(task_id)
         if task.slot is None:
-            self._unqueue(task)
+            self._turns.drop(task.fair, task_id)
             return
+        self._turns.release(task.fair)
         slot, task.slot = task.slot, None
         slot.task = None
         slot.used = self._tick()
@@ -204,7 +226,7 @@ class Scheduler:
 
     @property
     def free_cells(self) -> int:
-        return self.limits.cells - len(self._references)
+        return self._cells.free
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -212,7 +234,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        return tuple(task.id for queue in self._waiting.values() for task in queue)
+        return tuple(task.id for task in self._turns)
 
     @property
     def busy(self) -> bool:
@@ -221,11 +243,12 @@ class Scheduler:
     @property
     def scopes(self) -> frozenset[bytes]:
         """That have cells."""
-        return frozenset(slot.scope for slot in self._slots if slot.cells and slot.scope is not None)
+        return frozenset(slot.scope for slot in self._slots if slot.length and slot.scope is not None)
 
     def held(self, slot: int) -> tuple[int, ...]:
         """The tokens whose cells are in a slot."""
-        return tuple(self._slots[slot].tokens)
+        held = self._slots[slot]
+        return tuple(held.tokens.all[: held.length])
 
     # A plan out
 
@@ -244,22 +267,13 @@ class Scheduler:
     # Admission
 
     def _admit(self) -> Iterator[str]:
-        while any(slot.idle for slot in self._slots):
-            queue = self._next_queue()
-            if queue is None or not self._place(queue[0]):
+        self._compared = 0
+        while self._compared < COMPARED and any(slot.idle for slot in self._slots):
+            task = self._turns.next()
+            if task is None or not self._place(task):
                 return
-            task = queue.popleft()
-            if not queue:
-                del self._waiting[task.scope]
-            else:
-                self._waiting.move_to_end(task.scope)
+            self._turns.take(task.fair, task.id, hold=True)
             yield task.id
-
-    def _next_queue(self) -> deque[_Task] | None:
-        """Of the scope with the fewest running tasks; of several, the one that waits the longest for its turn."""
-        running = Counter(slot.task.scope for slot in self._slots if slot.task is not None)
-        scope = min(self._waiting, key=lambda scope: running[scope], default=None)
-        return self._waiting.get(scope)
 
     def _place(self, task: _Task) -> bool:
         """Give the task a slot, with what its scope has cached; False where the cells do not suffice."""
@@ -267,20 +281,25 @@ class Scheduler:
         shared = common if source is None or self.limits.unified else 0  # a copy in a split cache takes cells of its own
         running = sum(not s.idle for s in self._slots)
         need = len(task.tokens) - shared + 1
-        spare = [s for s in self._slots if s.idle and s is not slot and s is not source]
-        kept = set(slot.cells[:common] if source is None else source.cells)
-        available = self.free_cells + self._freeable([*spare, slot], kept)
-        if running and available < need + MARGIN * running:
+        if running and self._available(slot, source, common) < need + MARGIN * running:
             return False
         self._trim(slot, common if source is None else 0)
         if source is not None:
-            self._copy(source, slot, common)
+            self._cells.copy(source.index, slot.index, common)
+            self._memory.append(Copy(source.index, slot.index, common))
+        slot.tokens, slot.length = task.tokens, common
         slot.task, slot.scope, task.slot = task, task.scope, slot
         task.number = slot.used = self._tick()
         task.cached = common if task.cached is None else task.cached
         while self.free_cells < need and self._evict():
             pass
         return True
+
+    def _available(self, slot: _Slot, source: _Slot | None, common: int) -> int:
+        """Cells that are free once every idle cache is gone, but for what the task would use."""
+        kept = [0 if s.idle and s is not source else s.length for s in self._slots]
+        kept[slot.index] = common if source is None else 0
+        return self.free_cells + self._cells.freeable(kept)
 
     def _best(self, task: _Task) -> tuple[_Slot, _Slot | None, int]:
         """The slot to use, the one to copy from first (None: use what is there), and how many tokens are common."""
@@ -290,7 +309,8 @@ class Scheduler:
         source = max(self._slots, key=lambda slot: common[slot.index])
         if common[best.index] >= max(MIN_REUSE, common[source.index] - MIN_COPY):
             return best, None, common[best.index]
-        fresh = min(idle, key=self._cost)
+        busy = [slot.index for slot in self._slots if not slot.idle]
+        fresh = min(idle, key=lambda slot: _cost(slot, busy))
         if common[source.index] >= MIN_COPY and source is not fresh:
             return fresh, source, common[source.index]
         return fresh, None, 0
@@ -299,20 +319,9 @@ class Scheduler:
         """The length of the common beginning, at most all but the last token: its logits must be computed."""
         if task.scope is None or slot.scope != task.scope or not self.limits.cuttable:
             return 0
-        ours, theirs = task.tokens, slot.tokens
-        limit = min(len(ours) - 1, len(theirs))
-        if ours[:limit] == theirs[:limit]:
-            return limit
-        return next(i for i in range(limit) if ours[i] != theirs[i])
-
-    def _cost(self, slot: _Slot) -> tuple[int, bool, int, int]:
-        """Which idle slot to give away: one inside or beside those that run, even if a cache elsewhere is older, because every
-        gap is computed or begins a new computation; of several, an empty one, else the one unused for the longest.
-        """
-        busy = [s.index for s in self._slots if not s.idle]
-        inside = bool(busy) and busy[0] < slot.index < busy[-1]
-        distance = 0 if not busy or inside else min(abs(slot.index - busy[0]), abs(slot.index - busy[-1]))
-        return distance, bool(slot.cells), slot.used if slot.cells else 0, slot.index
+        limit = min(len(task.tokens) - 1, slot.length)
+        self._compared += limit > 0
+        return task.tokens.common(slot.tokens, limit)
 
     # Cells
 
@@ -321,71 +330,58 @@ class Scheduler:
         return self._count
 
     def _trim(self, slot: _Slot, keep: int) -> None:
-        if len(slot.cells) <= keep:
-            return
-        for cell in slot.cells[keep:]:
-            self._references[cell] -= 1
-            if not self._references[cell]:
-                del self._references[cell]
-        del slot.cells[keep:], slot.tokens[keep:]
-        self._memory.append(Trim(slot.index, keep))
-
-    def _copy(self, source: _Slot, target: _Slot, keep: int) -> None:
-        if self.limits.unified:
-            target.cells = source.cells[:keep]
-            self._references.update(target.cells)
-        else:
-            target.cells = self._new_cells(keep)
-        target.tokens = source.tokens[:keep]
-        self._memory.append(Copy(source.index, target.index, keep))
-
-    def _new_cells(self, n: int) -> list[int]:
-        cells = [self._tick() for _ in range(n)]
-        self._references.update(cells)
-        return cells
-
-    def _freeable(self, slots: Sequence[_Slot], kept: set[int]) -> int:
-        """Cells that would be free if these slots let go of all but `kept`."""
-        held = Counter(cell for slot in slots for cell in slot.cells)
-        return sum(1 for cell, n in held.items() if cell not in kept and self._references[cell] == n)
+        if slot.length > keep:
+            self._cells.cut(slot.index, keep)
+            slot.length = keep
+            self._memory.append(Trim(slot.index, keep))
 
     def _evict(self) -> bool:
         """Remove the idle cache unused for the longest."""
-        idle = [slot for slot in self._slots if slot.idle and slot.cells]
+        idle = [slot for slot in self._slots if slot.idle and slot.length]
         if idle:
             self._trim(min(idle, key=lambda slot: slot.used), 0)
         return bool(idle)
 
-    def _preempt(self, task: _Task) -> None:
-        """Back to the head of its queue."""
-        slot, task.slot = task.slot, None
-        assert slot is not None  # noqa: S101 - it runs
-        slot.task = None
+    def _preempt(self, segments: dict[int, Segment]) -> None:
+        """One task back to the head of its queue: of the tenant that holds the most cells, and there of the caller that does,
+        the youngest. Never the oldest of all: it must advance.
+        """
+        running = [(slot, slot.task) for slot in self._slots if slot.task is not None]
+        held: Counter[Fair | str] = Counter()
+        for slot, task in running:
+            held[task.fair[0]] += slot.length
+            held[task.fair] += slot.length
+        oldest = min(task.number for _, task in running)
+        slot, task = max(running, key=lambda pair: _weight(pair[1], held, oldest))
+        planned = segments.pop(slot.index, None)
+        if planned is not None:  # these cells were never filled
+            self._cells.cut(slot.index, planned.start)
+            slot.length = planned.start
+        slot.task = task.slot = None
         self._trim(slot, 0)
-        self._waiting.setdefault(task.scope, deque()).appendleft(task)
+        self._turns.add(task.fair, task.id, task, first=True)
+        self._turns.release(task.fair)
 
     def _take(self, slot: _Slot, n: int, segments: dict[int, Segment]) -> None:
         """The next `n` tokens of a slot's task into the step; room for them is made."""
         while self.free_cells < n and slot.task is not None:
             if not self._evict():
-                youngest = max((s.task for s in self._slots if s.task is not None), key=lambda task: task.number)
-                if youngest.slot is not None:
-                    segments.pop(youngest.slot.index, None)
-                self._preempt(youngest)
+                self._preempt(segments)
         task = slot.task
         if task is None:
             return
-        start = len(slot.tokens)
-        tokens = task.tokens[start : start + n]
-        slot.tokens += tokens
-        slot.cells += self._new_cells(n)
+        start = slot.length
+        self._cells.grow(slot.index, n)
+        slot.length += n
         slot.used = self._tick()
-        segments[slot.index] = Segment(slot.index, start, tokens, task.id, len(slot.tokens) == len(task.tokens))
+        self._turns.spend(task.fair, n)
+        output = slot.length == len(task.tokens)
+        segments[slot.index] = Segment(slot.index, start, task.tokens.all[start : start + n], task.id, output)
 
     # Prompts
 
     def _prefill(self, generating: int, segments: dict[int, Segment]) -> None:
-        reading = sorted((s for s in self._slots if not s.idle and s.index not in segments), key=_age)
+        reading = sorted((s for s in self._slots if not s.idle and s.index not in segments), key=self._next_to_read)
         short = [slot for slot in reading if _left(slot) <= self.limits.burst]
         long = [slot for slot in reading if _left(slot) > self.limits.burst]
         room = self.limits.burst if generating else self.limits.chunk
@@ -394,6 +390,10 @@ class Scheduler:
         own = self._round(self.share)
         share = own if generating else max(left, own)
         self._read(long, min(share, self.limits.step - generating - (room - left)), segments)
+
+    def _next_to_read(self, slot: _Slot) -> tuple[tuple[int, int], int]:
+        """The oldest of the tenant and caller for whom the least was computed: one's long prompts do not hold up another's."""
+        return ((0, 0) if slot.task is None else self._turns.spent(slot.task.fair)), _age(slot)
 
     def _round(self, share: int) -> int:
         """One of a share's tokens is computed with those that are generated, the rest by itself: a round number. Behind a long
@@ -417,7 +417,7 @@ class Scheduler:
         longest = max(segment.start + len(segment.tokens) for segment in segments)
         padded = min(-(-longest // PAD) * PAD, self.limits.context)
         first, last = segments[0].slot, segments[-1].slot
-        usable = [slot for slot in self._slots if slot.idle and len(slot.tokens) < padded]
+        usable = [slot for slot in self._slots if slot.idle and slot.length < padded]
         inside = [slot for slot in usable if first < slot.index < last and not self.limits.unified]
         outside = self._beside(usable, first, last)
         n = len(segments) + len(inside)
@@ -426,7 +426,7 @@ class Scheduler:
             inside += outside[:missing]
         if len(inside) > min(self.limits.step, self.free_cells) - sum(len(segment.tokens) for segment in segments):
             return tuple(segments), ()
-        fillers = [Segment(slot.index, len(slot.tokens), (FILLER,), None, True) for slot in inside]
+        fillers = [Segment(slot.index, slot.length, (FILLER,), None, True) for slot in inside]
         ordered = sorted([*segments, *fillers], key=lambda segment: segment.slot)
         return tuple(ordered), tuple(Trim(filler.slot, filler.start) for filler in fillers)
 
@@ -439,25 +439,33 @@ class Scheduler:
         before = itertools.takewhile(known.__contains__, range(first - 1, -1, -1))
         return [known[index] for index in (*after, *before)]
 
-    def _unqueue(self, task: _Task) -> None:
-        queue = self._waiting[task.scope]
-        queue.remove(task)
-        if not queue:
-            del self._waiting[task.scope]
-
 
 def _age(slot: _Slot) -> int:
     return slot.task.number if slot.task is not None else 0
 
 
+def _cost(slot: _Slot, busy: Sequence[int]) -> tuple[int, bool, int, int]:
+    """Which idle slot to give away: one inside or beside those that run, even if a cache elsewhere is older, because every
+    gap is computed or begins a new computation; of several, an empty one, else the one unused for the longest.
+    """
+    inside = bool(busy) and busy[0] < slot.index < busy[-1]
+    distance = 0 if not busy or inside else min(abs(slot.index - busy[0]), abs(slot.index - busy[-1]))
+    return distance, bool(slot.length), slot.used if slot.length else 0, slot.index
+
+
+def _weight(task: _Task, held: Counter[Fair | str], oldest: int) -> tuple[bool, int, int, int]:
+    """The greatest goes back to its queue. held: cells, of tenants and of callers."""
+    return task.number != oldest, held[task.fair[0]], held[task.fair], task.number
+
+
 def _left(slot: _Slot) -> int:
     """Tokens of the slot's task that are not computed."""
-    return 0 if slot.task is None else len(slot.task.tokens) - len(slot.tokens)
+    return 0 if slot.task is None else len(slot.task.tokens) - slot.length
 
 
 def _piece(slot: _Slot) -> int:
     """Of the tokens that are left, as many as one step may take."""
-    read, left = len(slot.tokens), _left(slot)
-    if slot.task is None or read + left <= slot.task.prompt:
+    read, left = slot.length, _left(slot)
+    if slot.task is None or read + left <= slot.task.tokens.prompt:
         return left
-    return slot.task.prompt - read if read < slot.task.prompt else min(left, PIECE)
+    return slot.task.tokens.prompt - read if read < slot.task.tokens.prompt else min(left, PIECE)

@@ -63,7 +63,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the grant says of this call; None where it says nothing. max_tokens counts output over all choices."""
+    """What the grant says of this call; None where it says nothing. max_tokens counts output over all choices.
+
+    fair: pseudonyms of the tenant and of the caller that change hourly. They say whose turn it is, and are for nothing else.
+    """
 
     request_id: str
     model: str | None = None
@@ -71,6 +74,7 @@ class Call:
     max_tokens: int | None = None
     max_prompt_tokens: int | None = None
     features: frozenset[str] = frozenset()
+    fair: tuple[str, str] | None = None
     usage: Usage = field(default_factory=Usage)
 
 
