@@ -13,15 +13,20 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 from lacre.errors import SettingsError
-from lacre_fabric import subjects
+from lacre_fabric import frames, subjects
+from lacre_fabric.layout import MAX_PAYLOAD
 from lacre_fabric.roles import (
     BUDGETS,
     FABRIC,
     GATEWAYS,
+    INSPECT,
+    INSPECTION,
     MAX_DELIVERIES,
+    MAX_PROCESSES,
     READ_MANIFEST,
     REVOCATIONS,
     SYSTEM,
@@ -34,7 +39,27 @@ from lacre_fabric.roles import (
 )
 
 Entry = dict[str, Any]
-_OWN_API = "$JS.API"
+_OWN_API: Final = "$JS.API"
+# A connection that broke counts until the server notices, so each process may have twice what it needs.
+_OVERLAP: Final = 2
+MAX_WORKERS: Final = 64  # of one pool in one region, at the same time; each has one connection
+_GATEWAY_CONNECTIONS: Final = 3  # of one process, beside one for each pool's replies: requests, presence, and one for a command
+_FEW_CONNECTIONS: Final = 32  # for a role that one process or command has, or a few at a time
+WORKER_SUBSCRIPTIONS: Final = 1024  # of one worker: two for each request, and some; nats-server takes 1.5 KB for each
+_SUBSCRIPTIONS: Final = 256  # of one connection of anybody else, who has a dozen
+WORKER_PAYLOAD: Final = frames.MAX_PAYLOAD + 64 * 1024  # bytes: a frame and its headers; or a sign of presence
+_SMALL_PAYLOAD: Final = 64 * 1024  # bytes: a question to a server
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of an account, as nats-server names them. connections: of all its users, on all servers. subscriptions: of one
+    connection. payload: bytes of one message, with its headers.
+    """
+
+    max_connections: int
+    max_subscriptions: int
+    max_payload: int
 
 
 def accounts(roles: Sequence[Role]) -> Entry:
@@ -48,9 +73,37 @@ def accounts(roles: Sequence[Role]) -> Entry:
     regions = sorted({region for role in roles for region in role.regions})
     found = {FABRIC: _fabric(pools, regions), GATEWAYS: _gateways(pools, regions)}
     found |= {workers_account(pool): _workers(pool, regions) for pool in pools}
-    if any(role.account == SYSTEM for role in roles):
-        found[SYSTEM] = {}
-    return {name: {"users": [role.user() for role in roles if role.account == name], **entry} for name, entry in found.items()}
+    if any(role.account == INSPECTION for role in roles):
+        found |= {SYSTEM: _system(), INSPECTION: _inspection()}
+    return {
+        name: {
+            "users": [role.user() for role in roles if role.account == name],
+            "limits": asdict(_limits(name, roles)),
+            **entry,
+        }
+        for name, entry in found.items()
+    }
+
+
+def _limits(account: str, roles: Sequence[Role]) -> Limits:
+    """They grow with the roles that share the account."""
+    if account == FABRIC:
+        return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, MAX_PAYLOAD)
+    if account == GATEWAYS:
+        each = (_GATEWAY_CONNECTIONS + len(role.pools) for role in roles if role.account == GATEWAYS)
+        return Limits(max(1, _OVERLAP * MAX_PROCESSES * sum(each)), _SUBSCRIPTIONS, MAX_PAYLOAD)
+    if account in (SYSTEM, INSPECTION):
+        return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, _SMALL_PAYLOAD)
+    regions = {region for role in roles if role.account == account for region in role.regions}
+    return Limits(_OVERLAP * MAX_WORKERS * len(regions), WORKER_SUBSCRIPTIONS, WORKER_PAYLOAD)
+
+
+def _system() -> Entry:
+    return {"exports": [{"service": subject, "accounts": [INSPECTION], "response_type": "stream"} for subject in INSPECT]}
+
+
+def _inspection() -> Entry:
+    return {"imports": [{"service": {"account": SYSTEM, "subject": subject}} for subject in INSPECT]}
 
 
 def _fabric(pools: Sequence[str], regions: Sequence[str]) -> Entry:

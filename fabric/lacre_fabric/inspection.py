@@ -28,8 +28,8 @@ from lacre.errors import LacreError
 from lacre_fabric import layout, subjects
 from lacre_fabric.connection import Connection
 from lacre_fabric.endpoints import Servers
+from lacre_fabric.layout import MAX_PAYLOAD
 from lacre_fabric.roles import INSPECT, Credential
-from lacre_fabric.server import MAX_PAYLOAD
 from lacre_fabric.work import FabricError
 
 _SKEW: Final = 5.0  # seconds that clocks may differ and nobody notices

@@ -3,6 +3,8 @@
 Rules:
 - Entries are only ever added: a gateway's credential can neither change nor remove one, nor its own. An entry goes by itself,
   when the last token that it is about has expired.
+- The subject of an entry names the credential that wrote it, and each has a share of the bucket. A stolen credential that
+  fills its share takes nothing of the others'. The provisioner's share is the reserve, for when a gateway's is full.
 - A reader goes by the sequence of the stream, and looks again at the last entry that it has seen. Where that is another one,
   or none, the bucket may not be what it was: it is read from its beginning.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,15 +28,25 @@ from lacre_fabric.connection import API_TIMEOUT, Connection
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import FabricUnavailable
 
-MAX_REVOCATIONS: Final = 100_000  # in the bucket: some 30 MB of it, and as much in each gateway
+SHARE: Final = 10_000  # revocations of one credential at a time
+MAX_REVOCATIONS: Final = 20 * SHARE  # in the bucket: some 70 MB of it, and as much in each gateway
+_LARGEST: Final = 1024  # bytes of one, with its headers
+MAX_BYTES: Final = 256 * 2**20  # of the bucket: more than `MAX_REVOCATIONS` of the largest, with what NATS adds to each
 _WALKS: Final = 16  # reads under way at once: each entry takes a round trip
 _EVERY: Final = subjects.revocation("*")
 _NO_BUCKET: Final = "NATS has no bucket of revocations: run `lacre up`, or `lacre manifest publish`"
 _NO_STREAM: Final = 10059  # JSStreamNotFoundErr
 _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the bucket's bounds, with `discard: new`
-_FULL: Final = f"there are {MAX_REVOCATIONS} revocations already, and no room for more: revoke subjects, not single tokens"
+_FULL: Final = (
+    "{name} has no room for more: a credential may have {share} revocations. Run `lacre revoke --state DIR` where the state "
+    "folder is: it has a share of its own. If you made fewer, replace the credential, which may be stolen (docs/nats.md)"
+)
 
 log = structlog.get_logger("lacre.revocations")
+
+
+class RevocationsFull(FabricUnavailable):
+    """The credential's share of the bucket is used up."""
 
 
 def bucket(replicas: int) -> StreamConfig:
@@ -42,7 +55,10 @@ def bucket(replicas: int) -> StreamConfig:
         name=subjects.REVOCATIONS_STREAM,
         subjects=[subjects.revocation("*")],
         max_msgs=MAX_REVOCATIONS,
-        max_msg_size=1024,
+        max_bytes=MAX_BYTES,
+        max_msg_size=_LARGEST,
+        max_msgs_per_subject=SHARE,
+        discard_new_per_subject=True,
         discard=DiscardPolicy.NEW,  # when full it says so, and forgets nothing
         storage=StorageType.FILE,
         num_replicas=replicas,
@@ -53,8 +69,12 @@ def bucket(replicas: int) -> StreamConfig:
 
 
 async def revoke(connection: Connection, revocation: Revocation) -> None:
-    """When this returns it is on disk, and every gateway has it with its next look. Raises FabricUnavailable."""
-    subject, lives = subjects.revocation(revocation.key), math.ceil(revocation.until - time.time())
+    """When this returns it is on disk, and every gateway has it with its next look. It counts for the connection's credential.
+
+    Raises RevocationsFull or FabricUnavailable.
+    """
+    name = connection.credential.name
+    subject, lives = subjects.revocation(name), math.ceil(revocation.until - time.time())
     async with connection.mapped():
         try:
             headers = {Header.MSG_TTL.value: str(max(1, lives))}
@@ -63,7 +83,7 @@ async def revoke(connection: Connection, revocation: Revocation) -> None:
             raise FabricUnavailable(_NO_BUCKET) from exc
         except nats.js.errors.APIError as exc:
             if exc.err_code == _STORE_FAILED:
-                raise FabricUnavailable(_FULL) from exc
+                raise RevocationsFull(_FULL.format(name=name, share=SHARE)) from exc
             raise
 
 
@@ -79,10 +99,14 @@ class _Entry:
     def revocation(self) -> Revocation | None:
         """None for what is no revocation."""
         try:
-            return Revocation.parse(self.subject.rpartition(".")[2], self.value)
+            return Revocation.parse(self.value, self.writer)
         except InvalidMessage:
-            log.error("revocation.unreadable")
             return None
+
+    @property
+    def writer(self) -> str:
+        """The name of the credential that wrote it."""
+        return self.subject.rpartition(".")[2]
 
 
 class Reader:
@@ -104,7 +128,10 @@ class Reader:
                 since = 0
             found = await self._between(since, newest.sequence)
         self._last = newest
-        return [revocation for entry in found if (revocation := entry.revocation()) is not None]
+        read = [(entry.writer, entry.revocation()) for entry in found]
+        for writer, number in Counter(writer for writer, revocation in read if revocation is None).items():
+            log.error("revocation.unreadable", writer=writer, number=number)  # one line, however many a stolen credential wrote
+        return [revocation for _, revocation in read if revocation is not None]
 
     async def _between(self, since: int, until: int) -> list[_Entry]:
         """What stands after `since` up to `until`, in order: asked for at several places at once."""

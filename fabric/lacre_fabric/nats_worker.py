@@ -107,7 +107,7 @@ class NatsWorker:
                 pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
                 self._queues.append(_Queue(model, pull))
             self._turn = cycle(self._queues)
-            self._claims = await connection.jetstream.key_value(subjects.claims_bucket(self._pool))
+            self._claims = _claims(connection, self._pool)
             await self._say_presence()
 
     async def pull(self) -> NatsDelivery:
@@ -302,6 +302,12 @@ class NatsDelivery:
     async def _on_credit(self, message: Msg) -> None:
         if message.data.isdigit() and len(message.data) < 10:
             self._out.renew(int(message.data))
+
+
+def _claims(connection: Connection, pool: str) -> KeyValue:
+    """The pool's bucket, without a look at whether it is there: a worker may ask JetStream's shared API nothing."""
+    bucket = subjects.claims_bucket(pool)
+    return KeyValue(bucket, f"KV_{bucket}", f"$KV.{bucket}.", connection.jetstream, direct=True)
 
 
 def _digest(sealed: bytes) -> bytes:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import nats.js.errors
 from nats.js.api import StreamConfig
 
 from lacre_fabric import layout, subjects
+from lacre_fabric.buckets import dump
 from lacre_fabric.connection import Connection
-from lacre_fabric.work import ACK_WAIT
+from lacre_fabric.layout import CLAIMS, Bounds
+from lacre_fabric.work import ACK_WAIT, FabricUnavailable
+
+_INVALID_CONFIG: Final = 10052  # JSStreamInvalidConfigF: among others, an update that NATS does not do
 
 
 async def provision(
@@ -19,14 +24,15 @@ async def provision(
     replicas: int = 1,
     regions: Sequence[str] = subjects.ONE_REGION,
     ack_wait: float = ACK_WAIT,
+    claims: Bounds = CLAIMS,
 ) -> None:
     """Creates what is missing and mends what differs, the number of replicas and the home too; safe to repeat. pools: each with
-    its models. regions: the home first.
+    its models. regions: the home first. claims: the bounds of each pool's claims.
 
     Queues are in memory: where NATS lost them, gateways and workers go on once this has run again. Raises FabricUnavailable.
     """
     async with connection.mapped():
-        for config in layout.streams(tuple(pools), replicas, regions):
+        for config in layout.streams(tuple(pools), replicas, regions, claims):
             await _stream(connection, config)
         js = connection.jetstream
         for stream, wanted in layout.consumers(pools, regions, ack_wait).items():
@@ -46,7 +52,28 @@ async def publish_manifest(connection: Connection, document: bytes) -> None:
 
 
 async def _stream(connection: Connection, config: StreamConfig) -> None:
+    js = connection.jetstream
     try:
-        await connection.jetstream.update_stream(config)
+        await js.update_stream(config)
     except nats.js.errors.NotFoundError:
-        await connection.jetstream.add_stream(config)
+        await js.add_stream(config)
+    except nats.js.errors.APIError as exc:
+        if exc.err_code != _INVALID_CONFIG or config.allow_msg_ttl:
+            raise
+        await _remake(connection, config)
+
+
+async def _remake(connection: Connection, config: StreamConfig) -> None:
+    """Makes a bucket anew that older versions made with times to live, which no update takes away, and puts back what was in
+    it. Who writes at the same moment is told that the write did not happen, or may not have.
+
+    Claims are not put back: for as long as they count, the queue's own duplicate window refuses the same request.
+    """
+    js, name = connection.jetstream, config.name or ""
+    if not (await js.stream_info(name)).config.allow_msg_ttl:
+        raise FabricUnavailable(f"NATS takes no update of {name}: delete the stream, and provision again")
+    kept = {} if config.discard_new_per_subject else await dump(connection, name.removeprefix("KV_"))
+    await js.delete_stream(name)
+    await js.add_stream(config)
+    for key, entry in kept.items():
+        await js.publish(f"$KV.{name.removeprefix('KV_')}.{key}", entry.value)

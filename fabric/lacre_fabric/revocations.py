@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 from lacre.errors import InvalidMessage
 from lacre.jws import b64u
 from lacre.members import Members
+
+_KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")  # SHA-256 as base64url
 
 
 def token_key(issuer: str, jti: str) -> str:
@@ -41,15 +44,19 @@ class Revocation:
     issued_until: float | None = None
 
     def encode(self) -> bytes:
-        return json.dumps({"until": self.until, "issued_until": self.issued_until}, separators=(",", ":")).encode()
+        said = {"key": self.key, "until": self.until, "issued_until": self.issued_until}
+        return json.dumps(said, separators=(",", ":")).encode()
 
     @classmethod
-    def parse(cls, key: str, value: bytes) -> Self:
-        """Raises InvalidMessage."""
+    def parse(cls, value: bytes, key: str = "") -> Self:
+        """key: of an entry that does not say it, as older versions wrote them. Raises InvalidMessage."""
         try:
             said = json.loads(value)
         except (ValueError, RecursionError) as exc:
             raise InvalidMessage("a revocation that is not JSON") from exc
         members = Members(said, "the revocation")
+        key = members.text("key") if "key" in said else key
+        if not _KEY.fullmatch(key):
+            raise InvalidMessage("a revocation of no token and no subject")
         always = "issued_until" in said and said["issued_until"] is None
         return cls(key, members.time("until"), None if always else members.time("issued_until"))

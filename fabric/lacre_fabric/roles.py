@@ -4,8 +4,10 @@ Rules:
 - Every process has a credential of its own, with an inbox of its own: with the usual `_INBOX.>` a worker of one pool could
   read what is delivered to another.
 - Only the provisioner creates streams, consumers and buckets, or writes the manifest.
-- Revocations are the gateways' own: they add and read them, and can change or remove none (see `revocations`).
-- The inspector asks the servers two questions about themselves, and nothing else of anybody.
+- Revocations are the gateways' own: each adds them in its own name, reads all, and can change or remove none.
+- The inspector asks the servers two questions about themselves, and nothing else of anybody. It asks from an account of its
+  own: in the servers' own account an answer could be sent to a subject that servers obey.
+- A worker asks JetStream's shared API nothing: its queue of questions is one for all pools, and drops them all when it is full.
 - A gateway reads its own replies only. A worker touches its own pool only, and of its queues that of its own region.
 - Permissions alone do not hold this (see `accounts`): each role also stands in an account that has no more than it needs.
 """
@@ -29,10 +31,11 @@ GATEWAYS: Final = "GATEWAYS"
 READ_MANIFEST: Final = (
     f"{subjects.API}.DIRECT.GET.KV_{subjects.TRUST_BUCKET}.$KV.{subjects.TRUST_BUCKET}.{subjects.MANIFEST_KEY}"
 )
-REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # what a gateway asks about them
+REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # what gateways ask about them
 # What gateways read and write of the budgets that they share.
 BUDGETS: Final = (f"$KV.{subjects.BUDGETS_BUCKET}.>", subjects.READ_BUDGETS)
 SYSTEM: Final = "$SYS"  # nats-server's own: what servers say of themselves
+INSPECTION: Final = "INSPECTION"
 INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ"))
 MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
@@ -96,7 +99,7 @@ def provisioner(credential: Credential) -> Role:
 
 def inspector(credential: Credential) -> Role:
     """Asks servers how they are configured, and how they are: for `lacre fabric check`."""
-    return Role(credential, SYSTEM, (), (), INSPECT, (_own_inbox(credential),))
+    return Role(credential, INSPECTION, (), (), INSPECT, (_own_inbox(credential),))
 
 
 def gateway(
@@ -118,7 +121,8 @@ def gateway(
             *(service for pool in pools for region in regions for service in gateway_services(pool, region)),
             *tell,
             READ_MANIFEST,
-            *REVOCATIONS,
+            subjects.revocation(credential.name),
+            subjects.READ_REVOCATIONS,
             *BUDGETS,
         ),
         (_own_inbox(credential), *replies, "presence.>", MAX_DELIVERIES),
@@ -153,7 +157,6 @@ def worker_services(pool: str, region: str) -> tuple[str, ...]:
         f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.*",
         f"$JS.ACK.{stream}.>",
         f"$KV.{claims}.*",
-        f"{subjects.API}.STREAM.INFO.KV_{claims}",
         f"{subjects.API}.DIRECT.GET.KV_{claims}.>",
     )
 

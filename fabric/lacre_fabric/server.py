@@ -16,13 +16,12 @@ from typing import Any, Final
 from lacre.errors import SettingsError
 from lacre_fabric.accounts import accounts
 from lacre_fabric.keyfiles import write_secret
-from lacre_fabric.layout import QUEUED_BYTES
+from lacre_fabric.layout import MAX_PAYLOAD, QUEUED_BYTES
 from lacre_fabric.leash import leashed
 from lacre_fabric.roles import Role
 
-MAX_PAYLOAD: Final = 9 * 2**20  # a sealed request of 7 MiB, its grant and headers, with room
 MAX_MEMORY: Final = 64 * QUEUED_BYTES  # a ceiling, not an allocation: JetStream counts every pool's queue as if it were full
-MAX_FILES: Final = 2**30  # bytes of buckets: manifest, claims and budgets
+MAX_FILES: Final = 4 * 2**30  # bytes, a ceiling too: what `layout.file_bytes` says of 50 pools
 START_TIMEOUT: Final = 10.0  # seconds
 
 

@@ -128,9 +128,9 @@ def manifest() -> str:
     return f"$KV.{TRUST_BUCKET}.{MANIFEST_KEY}"
 
 
-def revocation(key: str) -> str:
-    """key: base64url, or `*` for all."""
-    return f"$KV.{_REVOCATIONS}.{key}"
+def revocation(writer: str) -> str:
+    """writer: the name of a credential, or `*` for all."""
+    return f"$KV.{_REVOCATIONS}.{writer}"
 
 
 def inbox(credential: str) -> str:

@@ -88,11 +88,15 @@ def revoke(
     ] = None,
     state: Annotated[Path | None, typer.Option(help="The state folder; $XDG_STATE_HOME/lacre where left out.")] = None,
 ) -> None:
-    """Have a token, or all tokens of a subject, refused by every gateway from now on. It cannot be taken back."""
+    """Have a token, or all tokens of a subject, refused by every gateway from now on. It cannot be taken back.
+
+    It counts for the gateway's credential. When its share of revocations is full, the state folder's own share is used.
+    """
     import asyncio
     import time
 
     from lacre_fabric.connection import Connection
+    from lacre_fabric.nats_revocations import RevocationsFull
     from lacre_fabric.nats_revocations import revoke as put
     from lacre_fabric.roles import Credential
     from lacre_fabric.site import Site
@@ -100,16 +104,27 @@ def revoke(
     from lacre_gateway.revocation import revocation
     from lacre_gateway.settings import load
 
-    read = load(settings or Site.load((state or default_state()).resolve()).gateway_settings)
+    path = settings or Site.load((state or default_state()).resolve()).gateway_settings
+    read = load(path)
+    folder = (state or path.resolve().parent.parent).resolve()  # where `lacre up` keeps the settings, it is the state folder
     expires = None if until is None else until.replace(tzinfo=until.tzinfo or UTC).timestamp()
     revoked = revocation(read.issuers, jti=jti, subject=sub, issuer=issuer, until=expires, now=time.time())
 
-    async def run() -> None:
-        connection = await Connection.open(read.nats.servers, Credential.load(read.nats.credentials))
+    async def as_role(credential: Credential) -> None:
+        connection = await Connection.open(read.nats.servers, credential)
         try:
             await put(connection, revoked)
         finally:
             await connection.close()
+
+    async def run() -> None:
+        try:
+            await as_role(Credential.load(read.nats.credentials))
+        except RevocationsFull as exc:
+            if not (folder / "site.json").exists():
+                raise
+            await as_role(Site.load(folder).credential("provisioner"))
+            typer.echo(f"warning: {exc}", err=True)
 
     asyncio.run(run())
     typer.echo(f"revoked until {datetime.fromtimestamp(revoked.until, UTC):%Y-%m-%d %H:%M:%S UTC}")

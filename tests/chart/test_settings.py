@@ -17,7 +17,8 @@ from chart.preparing import certificate, mount
 from chart.rendering import CHART, NAMESPACE, ROOT, Pod, Rendered, leaves, render
 from lacre_backend import settings as of_worker
 from lacre_fabric.accounts import accounts
-from lacre_fabric.server import MAX_FILES, MAX_MEMORY, MAX_PAYLOAD, executable
+from lacre_fabric.layout import MAX_PAYLOAD
+from lacre_fabric.server import MAX_FILES, MAX_MEMORY, executable
 from lacre_fabric.settings import parse
 from lacre_fabric.site import Site
 from lacre_gateway import settings as of_gateway

@@ -130,6 +130,7 @@ NOT_FOR_WORKERS = [
     *(f"{api}.CONSUMER.CREATE.WORK_{pool}_lacre.mine" for api in API for pool in POOLS),
     *(f"{api}.CONSUMER.DURABLE.CREATE.WORK_{pool}_lacre.mine" for api in API for pool in POOLS),
     f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.{ID}",
+    *(f"{api}.STREAM.INFO.KV_claims_b" for api in API),
     subjects.revocation("x"),
     *(f"{api}.{call}.GET.{subjects.REVOCATIONS_STREAM}" for api in API for call in ("DIRECT", "STREAM.MSG")),
     "_INBOX_worker-a-n1.x",
@@ -141,6 +142,7 @@ NOT_FOR_GATEWAYS = [
     f"$KV.claims_a.{ID}",
     "$KV.trust.manifest",
     f"{subjects.API}.DIRECT.GET.{subjects.REVOCATIONS_STREAM}",
+    *(subjects.revocation(writer) for writer in ("x", "gateway-g1", "provisioner")),
     f"{subjects.API}.DIRECT.GET.KV_budgets.$KV.budgets.user.a.b",
     "presence.a.lacre.n1",
     *(f"{api}.STREAM.CREATE.MINE" for api in API),
@@ -395,8 +397,9 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
         headers = Frame("f" * 32, 0, Kind.DATA, b"").headers()
         await who.client.publish(stored, json.dumps(config).encode(), headers=headers, reply=target)  # the ack
         if role.startswith("gateway"):
-            await who.client.publish(subjects.revocation("x"), json.dumps(config).encode(), headers=headers, reply=target)
-            await who.client.publish(subjects.READ_REVOCATIONS, b'{"last_by_subj":"$KV.revocations.x"}', reply=target)
+            revocation = subjects.revocation(role)
+            await who.client.publish(revocation, json.dumps(config).encode(), headers=headers, reply=target)
+            await who.client.publish(subjects.READ_REVOCATIONS, b'{"last_by_subj":"$KV.revocations.*"}', reply=target)
             await who.client.publish("$KV.budgets.x", json.dumps(config).encode(), headers=headers, reply=target)
             await who.client.publish(subjects.READ_BUDGETS, b'{"last_by_subj":"$KV.budgets.x"}', reply=target)
         else:  # what it stored, and the status of a pull

@@ -8,15 +8,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from nats.js.errors import APIError
 
 from lacre.errors import InvalidMessage
 from lacre_fabric import subjects
 from lacre_fabric.connection import Connection
 from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_revocations import Reader, bucket, revoke
+from lacre_fabric.nats_revocations import Reader, RevocationsFull, bucket, revoke
 from lacre_fabric.revocations import Revocation, subject_key, token_key
 from lacre_fabric.work import FabricUnavailable
 from parts.fabric import LiveFabric
+
+KEY = "A" * 43
 
 
 def some(number: int, lives: float = 600.0) -> Revocation:
@@ -129,24 +132,33 @@ async def test_a_bucket_made_anew_is_read_from_its_beginning(fresh: LiveFabric) 
     await provisioner.close()
 
 
-async def test_a_full_bucket_says_so_and_forgets_nothing(fresh: LiveFabric) -> None:
-    provisioner = await fresh.connect("provisioner")
-    small = bucket(1)
-    small.max_msgs = 2
-    await provisioner.jetstream.update_stream(small)
+async def test_a_share_that_is_full_says_so_and_the_reserve_stands(fresh: LiveFabric) -> None:
+    provisioner, stolen, other = await fresh.connect("provisioner"), await fresh.gateway("g1"), await fresh.gateway("g2")
+    await provisioner.jetstream.update_stream(bucket(1).evolve(max_msgs_per_subject=2))
     held = [some(1), some(2)]
     for revocation in held:
-        await revoke(provisioner, revocation)
-    with pytest.raises(FabricUnavailable, match="no room for more"):
-        await revoke(provisioner, some(3))
-    assert await Reader(provisioner).read() == held
-    await provisioner.close()
+        await stolen.revoke(revocation)
+    with pytest.raises(RevocationsFull, match="gateway-g1 has no room for more"):
+        await stolen.revoke(some(3))
+    headers = {"Nats-TTL": "never"}
+    with pytest.raises(APIError, match="maximum messages per subject exceeded"):
+        await stolen.connection.jetstream.publish(subjects.revocation("gateway-g1"), b"", headers=headers)
+    for subject in (subjects.revocation("gateway-g2"), subjects.revocation("provisioner"), subjects.revocation(KEY)):
+        denials = stolen.connection.denials
+        await stolen.connection.client.publish(subject, some(3).encode())
+        await stolen.connection.round_trip()
+        assert stolen.connection.denials == denials + 1
+    await other.revoke(some(4))
+    await revoke(provisioner, some(5))
+    assert [each.key for each in await other.revoked()] == [some(number).key for number in (1, 2, 4, 5)]
+    for each in (stolen, other, provisioner):
+        await each.close()
     await fresh.provision()
 
 
 async def test_what_is_no_revocation_is_passed_over(fresh: LiveFabric) -> None:
     gateway = await fresh.gateway("g1")
-    await gateway.connection.jetstream.publish(subjects.revocation("x"), b"nonsense")
+    await gateway.connection.jetstream.publish(subjects.revocation("gateway-g1"), b"nonsense")
     good = some(1)
     await gateway.revoke(good)
     assert await gateway.revoked() == [good]
@@ -158,7 +170,7 @@ async def test_no_gateway_takes_one_back(fresh: LiveFabric) -> None:
     gateway = await fresh.gateway("g1")
     kept = some(1)
     await gateway.revoke(kept)
-    subject, client = subjects.revocation(kept.key), gateway.connection.client
+    subject, client = subjects.revocation("gateway-g1"), gateway.connection.client
     await client.publish(subject, b"")
     await client.publish(subject, b"", headers={"KV-Operation": "DEL"})
     await client.publish(subject, b"", headers={"KV-Operation": "PURGE", "Nats-Rollup": "sub"})
@@ -191,10 +203,20 @@ def test_keys_of_different_names_differ() -> None:
 @pytest.mark.parametrize("value", [b"", b"[]", b"nonsense", b"{}", b'{"until":1}', b'{"until":"1","issued_until":null}'])
 def test_no_revocation(value: bytes) -> None:
     with pytest.raises(InvalidMessage):
-        Revocation.parse("k", value)
+        Revocation.parse(value, KEY)
 
 
 @pytest.mark.parametrize("issued_until", [None, 12.5])
 def test_round_trip(issued_until: float | None) -> None:
-    revocation = Revocation("k", 99.0, issued_until)
-    assert Revocation.parse("k", revocation.encode()) == revocation
+    revocation = Revocation(KEY, 99.0, issued_until)
+    assert Revocation.parse(revocation.encode()) == revocation
+
+
+def test_an_older_entry_has_its_key_in_its_subject() -> None:
+    assert Revocation.parse(b'{"until":99.0,"issued_until":null}', KEY) == Revocation(KEY, 99.0)
+
+
+@pytest.mark.parametrize("key", ['"k"', '"%s"' % ("A" * 44), "1", "null", '"\\ud800%s"' % ("A" * 42)])
+def test_a_key_is_a_digest(key: str) -> None:
+    with pytest.raises(InvalidMessage):
+        Revocation.parse(f'{{"key":{key},"until":99.0,"issued_until":null}}'.encode(), KEY)

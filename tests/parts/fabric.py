@@ -66,8 +66,10 @@ class LiveFabric:
 
     async def provision(self, *, ack_wait: float = ACK_WAIT) -> None:
         connection = await self.connect("provisioner")
-        await provision(connection, POOLS, ack_wait=ack_wait)
-        await connection.close()
+        try:
+            await provision(connection, POOLS, ack_wait=ack_wait)
+        finally:
+            await connection.close()
 
     async def queued(self, pool: str = "a") -> int:
         """How many messages are in the pool's queue."""
