@@ -20,7 +20,7 @@ from nats.js.api import Header
 
 from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.members import Members
-from lacre_fabric import subjects
+from lacre_fabric import orders, subjects
 from lacre_fabric.connection import API_TIMEOUT, Connection
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
@@ -125,6 +125,7 @@ class NatsGateway:
         self._by_sequence: dict[tuple[str, int], Inbound] = {}
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
         self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of what is being published, by request
+        self._order_keys = orders.OrderKeys()
         self._telling: set[asyncio.Task[None]] = set()
         self._rosters: dict[str, Roster] = {}  # by pool
         self._sent = Sent()
@@ -188,6 +189,7 @@ class NatsGateway:
             GRANT: work.grant,
             REQUEST: work.request_id,
             GATEWAY: self._id,
+            orders.KEY: self._order_keys.of(work.pool, work.request_id).hex(),
         }
         _check_size(work, headers, self.connection.client.max_payload)
         self._inbound[work.pool, work.request_id] = inbound = Inbound(queue_limit)
@@ -333,9 +335,11 @@ class NatsGateway:
             inbound.fail(WorkerLost("every delivery of the request came to nothing"))
 
     async def tell(self, subject: str, payload: bytes = b"") -> None:
-        """A plain message to a worker. Where NATS is away it is not said: credit and times to live end what must end."""
+        """A proven order to a worker. While NATS is away it is not said: credit and times to live end what must end."""
+        _, pool, request_id = subject.split(".")
+        proof = orders.proof(self._order_keys.of(pool, request_id), payload or orders.CANCEL)
         with suppress(nats.errors.Error):
-            await self.connection.client.publish(subject, payload)
+            await self.connection.client.publish(subject, payload, headers={orders.PROOF: proof})
 
     def knows(self, work: Work) -> bool:
         return (work.pool, work.request_id) in self._inbound

@@ -21,7 +21,7 @@ from nats.js.kv import KeyValue
 
 from lacre.errors import ProtocolError
 from lacre.wire.header import SealedHeader
-from lacre_fabric import subjects
+from lacre_fabric import orders, subjects
 from lacre_fabric.connection import Connection, headers_of
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
@@ -158,12 +158,16 @@ class NatsWorker:
         request_id, gateway = headers.get(REQUEST, ""), headers.get(GATEWAY, "")
         models = (queue.model for queue in self._queues)
         model = next((name for name in models if subjects.work(self._pool, self._region, name) == message.subject), None)
+        try:
+            order_key = orders.parse_key(headers.get(orders.KEY))
+        except ValueError:
+            model = None
         if model is None or not _REQUEST_ID.fullmatch(request_id) or not subjects.is_name(gateway):
             log.warning("work.unanswerable")
             await message.ack()
             return None
         work = Work(request_id, self._pool, model, _digest(message.data), headers.get(GRANT, ""), message.data)
-        delivery = NatsDelivery(self, message, work, subjects.reply(self._pool, gateway, request_id))
+        delivery = NatsDelivery(self, message, work, subjects.reply(self._pool, gateway, request_id), order_key)
         await delivery.start()
         return delivery
 
@@ -213,10 +217,12 @@ class NatsWorker:
 class NatsDelivery:
     """A `Delivery`."""
 
-    def __init__(self, worker: NatsWorker, message: Msg, work: Work, reply: str) -> None:
+    def __init__(self, worker: NatsWorker, message: Msg, work: Work, reply: str, order_key: bytes | None) -> None:
         self._worker = worker
         self._message = message
         self._reply = reply
+        self._order_key = order_key
+        self._unproven = False
         self._out = Outbound(self._publish)
         self._subscriptions: list[Subscription] = []
         self._progress: asyncio.Task[None] | None = None
@@ -296,12 +302,21 @@ class NatsDelivery:
         except nats.errors.Error as exc:
             raise FabricUnavailable("the connection to NATS is gone") from exc
 
-    async def _on_cancel(self, _message: Msg) -> None:
-        self._out.cancel()
+    async def _on_cancel(self, message: Msg) -> None:
+        if self._proven(message, orders.CANCEL):
+            self._out.cancel()
 
     async def _on_credit(self, message: Msg) -> None:
-        if message.data.isdigit() and len(message.data) < 10:
+        if message.data.isdigit() and len(message.data) < 10 and self._proven(message, message.data):
             self._out.renew(int(message.data))
+
+    def _proven(self, message: Msg, order: bytes) -> bool:
+        if orders.proven(self._order_key, order, headers_of(message).get(orders.PROOF, "")):
+            return True
+        if not self._unproven:  # one line, however many come
+            self._unproven = True
+            log.warning("order.unproven", pool=self.work.pool, remedy="see who holds the pool's credentials: one may be stolen")
+        return False
 
 
 def _claims(connection: Connection, pool: str) -> KeyValue:

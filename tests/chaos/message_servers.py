@@ -11,9 +11,9 @@ from pathlib import Path
 from chaos.network import Network
 from lacre_fabric.accounts import accounts
 from lacre_fabric.keyfiles import write_secret
+from lacre_fabric.layout import MAX_PAYLOAD
 from lacre_fabric.leash import leashed
 from lacre_fabric.roles import Role
-from lacre_fabric.layout import MAX_PAYLOAD
 from lacre_fabric.server import MAX_FILES, MAX_MEMORY, executable
 
 
