@@ -313,7 +313,9 @@ class NatsGateway:
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
 
-    def _on_presence(self, subject: str, _block: bytes, payload: bytes) -> bool:
+    def _on_presence(self, subject: str, block: bytes, payload: bytes) -> bool:
+        if block:
+            return False  # a worker writes no headers: it is an entry of a bucket, which another node had JetStream send there
         try:
             pool, region, node = subjects.parse_presence(subject)
             said = Presence.parse(payload)

@@ -3,9 +3,9 @@
 Rules:
 - Only the gateway that sent a request may cancel it or renew its credit. NATS does not hold that by itself: whoever may ask
   JetStream anything may have the answer sent to any subject of its own account, also to the one on which a colleague hears.
-- So a request carries a key, which only its gateway and the worker that pulled it know. An order has an HMAC by that key,
-  over all that it says (SHA-256, RFC 2104). The key is derived from a secret of the process and the request's name: a gateway can prove its orders
-  about requests that it has forgotten, and about no other gateway's.
+- So a request carries a key, which only its gateway and the worker that pulled it know. An order has an HMAC by that key, over
+  all that it says (SHA-256, RFC 2104). The key is derived from a secret of the process and the request's name: a gateway can
+  prove its orders about requests that it has forgotten, and about no other gateway's.
 - A colleague that hears an order may repeat it. That does no harm: a cancelled request stays so, and credit is a sum that only
   grows.
 """

@@ -18,7 +18,7 @@ from lacre_fabric.roles import GATEWAYS, workers_account
 from lacre_fabric.server import MAX_FILES, configuration
 from lacre_fabric.work import FabricUnavailable
 from parts.fabric import POOLS, LiveFabric
-from parts.said_by import RawNats
+from parts.stolen_nats import StolenNats
 
 SMALL = Bounds(64 * 1024, 100, 512)
 NEVER = {"Nats-TTL": "never"}
@@ -43,10 +43,10 @@ class Stolen:
 
     def __init__(self, live: LiveFabric) -> None:
         self._live = live
-        self.open: list[RawNats] = []
+        self.open: list[StolenNats] = []
 
-    async def __call__(self, role: str) -> RawNats:
-        self.open.append(await RawNats.open(self._live.server.port, self._live.credentials[role]))
+    async def __call__(self, role: str) -> StolenNats:
+        self.open.append(await StolenNats.open(self._live.server.port, self._live.credentials[role]))
         return self.open[-1]
 
 

@@ -12,9 +12,10 @@ from lacre_fabric import orders, subjects
 from lacre_fabric.frames import Kind
 from lacre_fabric.nats_worker import NatsDelivery
 from lacre_fabric.orders import OrderKeys
+from lacre_fabric.rollcall import RollCall
 from lacre_fabric.work import CREDIT
 from parts.fabric import LiveFabric, new_work
-from parts.raw_nats import RawNats
+from parts.stolen_nats import StolenNats
 
 ID = "0123456789abcdef" * 2
 NEXT = f"{subjects.API}.CONSUMER.MSG.NEXT.WORK_a_lacre.model-{subjects.model_token('m2')}"
@@ -45,9 +46,9 @@ def test_no_key(text: str) -> None:
 
 
 @pytest.fixture
-async def stolen(nats: LiveFabric) -> AsyncIterator[RawNats]:
+async def stolen(nats: LiveFabric) -> AsyncIterator[StolenNats]:
     """Another node of the same pool."""
-    raw = await RawNats.open(nats.server.port, nats.credentials["worker-a-n2"])
+    raw = await StolenNats.open(nats.server.port, nats.credentials["worker-a-n2"])
     yield raw
     await raw.close()
 
@@ -69,7 +70,7 @@ async def running(nats: LiveFabric) -> AsyncIterator[NatsDelivery]:
     await gateway.close()
 
 
-async def test_no_answer_of_jetstream_s_is_an_order(running: NatsDelivery, stolen: RawNats) -> None:
+async def test_no_answer_of_jetstream_s_is_an_order(running: NatsDelivery, stolen: StolenNats) -> None:
     """Whoever may ask JetStream anything chooses the subject of the answer. The server writes there with its own authority."""
     request = running.work.request_id
     stolen.say(f"SUB cancel.a.{request} 1\r\nSUB credit.a.{request} 2\r\n".encode())
@@ -90,7 +91,7 @@ async def test_no_answer_of_jetstream_s_is_an_order(running: NatsDelivery, stole
     sending.cancel()
 
 
-async def test_no_other_gateway_cancels_it(nats: LiveFabric, running: NatsDelivery, stolen: RawNats) -> None:
+async def test_no_other_gateway_cancels_it(nats: LiveFabric, running: NatsDelivery, stolen: StolenNats) -> None:
     """Neither of itself, nor told to by a frame for a request that it does not know."""
     request = running.work.request_id
     other = await nats.gateway("g2")
@@ -102,3 +103,26 @@ async def test_no_other_gateway_cancels_it(nats: LiveFabric, running: NatsDelive
     await asyncio.sleep(0.2)
     assert not running.cancelled.is_set()
     await other.close()
+
+
+async def test_no_answer_of_jetstream_s_is_a_colleague_s_presence(nats: LiveFabric, stolen: StolenNats) -> None:
+    """A node may say what it likes of itself, and of no other, also where a bucket keeps it word for word."""
+    gateway, provisioner = await nats.gateway(), await nats.connect("provisioner")
+    call = RollCall()
+    await provisioner.client.subscribe("presence.a.*.*", cb=call.hear)
+    await provisioner.round_trip()
+    said = json.dumps({"models": ["m1"], "busy": 0, "free": 9, "keys": ["k"]}).encode()
+    await stolen.ask("$KV.claims_a.presence", said)
+    for node in ("n1", "n9"):
+        stolen.publish(f"presence.a.lacre.{node}", said)
+        target = f"presence.a.lacre.{node}"
+        stolen.publish(f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.presence", reply=target)
+    await stolen.settle()
+    await asyncio.sleep(0.2)
+    assert (gateway.workers("a", "m1"), call.holders()) == (0, {})
+    stolen.publish("presence.a.lacre.n2", said)
+    await stolen.settle()
+    await asyncio.sleep(0.2)
+    assert (gateway.workers("a", "m1"), call.holders()) == (1, {"n2": frozenset({"k"})})
+    await gateway.close()
+    await provisioner.close()

@@ -1,4 +1,4 @@
-"""NATS as bytes on a socket: what a stolen credential can say, and no library would."""
+"""A stolen credential that speaks NATS as bytes and hears the answers: JetStream's, and those meant for others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATIENCE = 20.0  # seconds for an answer; the machine may be busy
 
 
 @dataclass
-class RawNats:
+class StolenNats:
     """One connection. errors: what the server said in `-ERR` lines."""
 
     credential: Credential
