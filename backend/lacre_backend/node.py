@@ -24,7 +24,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi, problems
-from lacre.asgi.admission import Seen
+from lacre.asgi.admission import Seen, check_date, sent_at
 from lacre.errors import Expired, LacreError, UnknownKeyId
 from lacre.jws import b64u
 from lacre.manifest import Manifest
@@ -159,7 +159,11 @@ class Node:
         grant = self._verify_grant(delivery)
         opened = self._open(delivery)
         now = self._clock()
-        if not self._seen.add(opened.header.digest, now):
+        digest = opened.header.digest
+        if self._seen.has(digest, now):
+            raise _Replayed
+        refusal = check_date(opened, now, seen=self._seen)
+        if refusal is None and not self._seen.add(digest, now, sent_at(opened)):
             raise _Replayed
         call = asgi.Call(
             request_id=grant.jti,
@@ -171,7 +175,7 @@ class Node:
             fair=grant.fair,
         )
         receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
-        refusal = inside.check(opened, grant, now)
+        refusal = refusal or inside.check(opened, grant, now)
         if refusal is not None:
             await _claim(delivery)
             receipt = receipts.sign(final=True)

@@ -49,6 +49,7 @@ class ManifestFeed:
         self._trusted: Trusted | None = None
         self._task: asyncio.Task[None] | None = None
         self._catching_up = asyncio.Lock()
+        self._refreshing = asyncio.Lock()  # what was read first must not be taken last
         self._caught_up = float("-inf")
 
     @property
@@ -67,9 +68,11 @@ class ManifestFeed:
 
     async def refresh(self) -> None:
         """Reads and verifies once. Raises what failed, and keeps what was there."""
-        document = await self._fetch()
-        if document is not None and (self._trusted is None or document != self._trusted.document):
-            self._trusted = accept(document, self._root, self._memory, self._clock())
+        async with self._refreshing:
+            document = await self._fetch()
+            if document is not None and (self._trusted is None or document != self._trusted.document):
+                # In a thread: it verifies signatures, and waits for the file's lock.
+                self._trusted = await asyncio.to_thread(accept, document, self._root, self._memory, self._clock())
 
     async def start(self) -> None:
         """A first read (its failure is not fatal: the fabric may come up later), then one each `poll` seconds. Idempotent."""

@@ -2,6 +2,10 @@
 
 `VersionFile` keeps it on disk: 0600, replaced atomically, under a lock between processes. `VersionMemory` keeps it in the
 process, for where there is no disk to write: rollback is then bounded by the manifest's expiry alone.
+
+Rules:
+- `accept` verifies signatures, and may wait for other processes: it is for a thread, never for an event loop.
+- Nobody is waited for without end: a lock that stays taken is a `SettingsError`, and nothing is accepted without it.
 """
 
 from __future__ import annotations
@@ -11,15 +15,21 @@ import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from lacre.errors import LacreError, SettingsError
 from lacre.jws import b64u, b64u_decode
 from lacre.lineage import Seen, newest, remember
 from lacre.trust import Trusted, verify
+
+LOCK_WAIT: Final = 10.0  # seconds for others that hold the memory; each of them needs some milliseconds
+_LOCK_LOOK: Final = 0.01  # seconds between looks at whether the lock is free
+MAX_REMEMBERED: Final = 64 * 2**20  # bytes of the file: a document of the largest size for some fifty lineages
+_TAKEN: Final = "another process or thread has held the memory of manifests for too long: see which, and end it"
 
 Decide = Callable[[Sequence[Seen]], tuple[Trusted, tuple[Seen, ...]]]
 
@@ -33,7 +43,8 @@ class Memory(Protocol):
 def accept(document: bytes, root: bytes, memory: Memory, now: float) -> Trusted:
     """Verifies `document` against the pinned root and against what was seen before, and remembers the newer.
 
-    Raises what `lacre.trust.verify` raises, and Rollback. now: seconds since the epoch.
+    Raises what `lacre.trust.verify` raises, Rollback, and SettingsError where the memory cannot be used. now: seconds since
+    the epoch. Takes milliseconds of processor time, and up to `LOCK_WAIT` for the memory.
     """
     candidate = verify(document, root, now)
 
@@ -45,23 +56,32 @@ def accept(document: bytes, root: bytes, memory: Memory, now: float) -> Trusted:
 
 
 class VersionMemory:
-    """In this process only."""
+    """In this process only. patience: seconds to wait for other threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience: float = LOCK_WAIT) -> None:
+        self._patience = patience
         self._seen: tuple[Seen, ...] = ()
         self._lock = threading.Lock()
 
     def update(self, decide: Decide) -> Trusted:
-        with self._lock:
+        if not self._lock.acquire(timeout=self._patience):
+            raise SettingsError(_TAKEN)
+        try:
             trusted, self._seen = decide(self._seen)
+        finally:
+            self._lock.release()
         return trusted
 
 
 class VersionFile:
-    """In a folder of its own. Raises SettingsError where it cannot be written, or holds what was not written here."""
+    """In a folder of its own. Raises SettingsError where it cannot be written, or holds what was not written here.
 
-    def __init__(self, folder: Path) -> None:
+    patience: seconds to wait for other processes.
+    """
+
+    def __init__(self, folder: Path, *, patience: float = LOCK_WAIT) -> None:
         self._folder = folder
+        self._patience = patience
 
     @classmethod
     def default(cls) -> VersionFile:
@@ -73,7 +93,7 @@ class VersionFile:
         path = self._folder / "seen.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with _locked(path.with_suffix(".lock")):
+            with _locked(path.with_suffix(".lock"), self._patience):
                 before = _read(path)
                 trusted, after = decide(before)
                 if after != before:
@@ -86,23 +106,39 @@ class VersionFile:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, patience: float) -> Iterator[None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        deadline = time.monotonic() + patience
+        while not _taken(handle):
+            if time.monotonic() >= deadline:
+                raise SettingsError(f"{path}: {_TAKEN}")
+            time.sleep(_LOCK_LOOK)
         yield
     finally:
         os.close(handle)  # and with it the lock
 
 
+def _taken(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _read(path: Path) -> tuple[Seen, ...]:
     try:
+        if path.stat().st_size > MAX_REMEMBERED:
+            raise SettingsError(f"{path} has over {MAX_REMEMBERED} bytes: remove it; the next manifest counts as the first")
         values = json.loads(path.read_bytes())
         if not isinstance(values, list):
             raise ValueError
         return tuple(map(_parse, values))
     except FileNotFoundError:
         return ()
+    except SettingsError:
+        raise
     except (ValueError, KeyError, TypeError, LacreError) as exc:
         # Never forgotten in silence: an attacker who can spoil this file must not win a rollback by it.
         raise SettingsError(f"{path} is damaged: remove it if you know why; the next manifest counts as the first") from exc

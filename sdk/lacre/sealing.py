@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from lacre import audit, receipts
@@ -48,7 +49,7 @@ from lacre.padding import Shape, request_length, shape_named
 from lacre.problems import BY_TYPE, DATE, INTERNAL, INVALID_TOKEN, NO_GATEWAY, UNKNOWN_KEY, Problem
 from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
 from lacre.receipts import Receipt
-from lacre.steps import Outer, Read, Renew, Send, Steps, Wait, sent_bytes, sent_outer
+from lacre.steps import Offload, Outer, Read, Renew, Send, Steps, Wait, sent_bytes, sent_outer
 from lacre.trust import Trusted
 from lacre.verification import SealedTo, Signed, Verification, documented
 from lacre.wire import bhttp
@@ -290,7 +291,8 @@ class Sealing:
                     raise
             else:
                 if outer.status == 200:
-                    return self._accept(document)
+                    yield Offload(partial(self._accept, document))  # signatures, and a file that other processes lock
+                    return
                 problem = problem_of(outer, document)
                 if (seconds := retries.after_refusal(problem, outer.retry_after)) is None:
                     raise problem.exception(outer.retry_after)
@@ -300,7 +302,8 @@ class Sealing:
         now = self._clock()
         trusted = accept(document, self._root, self._memory, now)
         with self._lock:
-            self._trusted, self._fetched_at, self._doubted = trusted, now, False
+            if self._trusted is None or trusted.manifest.version >= self._trusted.manifest.version:  # threads may overtake
+                self._trusted, self._fetched_at, self._doubted = trusted, now, False
 
     def _proved(self, outer: Outer, sent: Mapping[str, object]) -> AuditProof:
         """The gateway's proof that it recorded what was sent, and for whom. Raises InvalidAudit."""

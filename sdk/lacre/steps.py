@@ -1,12 +1,12 @@
 """What an exchange asks of the network, and what comes of it: the steps between `lacre.sealing` and the transports.
 
-A generator of steps yields what to do and is sent what came of it, or thrown the `NetworkError` that did. So the sync
+A generator of steps yields what to do and is sent what came of it, or thrown the `LacreError` that did. So the sync
 transport, the async one and the tests drive the very same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -55,7 +55,14 @@ class Outer:
     speaks_for: Mapping[str, object] = field(default_factory=dict)
 
 
-Step = Send | Read | Wait | Renew
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """Call this where it may take a while, never on an event loop, and send back None."""
+
+    do: Callable[[], None]
+
+
+Step = Send | Read | Wait | Renew | Offload
 Done = Outer | bytes | bool | None  # what came of a step
 T = TypeVar("T")
 Steps = Generator[Step, Done, T]

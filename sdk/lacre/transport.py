@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,7 +28,7 @@ from lacre.inner import Plain
 from lacre.manifest import Manifest
 from lacre.resume import Answer, asking
 from lacre.sealing import ORIGIN, Refusal, Sealing
-from lacre.steps import Done, Outer, Read, Send, Step, Steps, T, Wait
+from lacre.steps import Done, Offload, Outer, Read, Send, Step, Steps, T, Wait
 from lacre.verification import Verification
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class SealedTransport(httpx2.BaseTransport):
             while True:
                 try:
                     done = wire.do(step)
-                except errors.NetworkError as exc:
+                except errors.LacreError as exc:
                     step = steps.throw(exc)
                 else:
                     step = steps.send(done)
@@ -140,7 +140,7 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
             while True:
                 try:
                     done = await wire.do(step)
-                except errors.NetworkError as exc:
+                except errors.LacreError as exc:
                     step = steps.throw(exc)
                 else:
                     step = steps.send(done)
@@ -172,6 +172,9 @@ class Wire:
         if isinstance(step, Wait):
             self.close()
             time.sleep(step.seconds)
+            return None
+        if isinstance(step, Offload):
+            step.do()
             return None
         self._token, refused = self._bearer.token(self._token), self._token
         return self._token != refused
@@ -213,6 +216,9 @@ class AsyncWire:
         if isinstance(step, Wait):
             await self.close()
             await _sleep(step.seconds)
+            return None
+        if isinstance(step, Offload):
+            await _in_thread(step.do)
             return None
         self._token, refused = await self._bearer.token(self._token), self._token
         return self._token != refused
@@ -330,6 +336,12 @@ class AsyncBearer:
             finally:
                 await response.aclose()
         return response, content
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    from anyio import to_thread  # noqa: PLC0415 - what `import lacre` need not wait for
+
+    await to_thread.run_sync(work)
 
 
 async def _sleep(seconds: float) -> None:

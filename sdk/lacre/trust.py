@@ -4,24 +4,35 @@ Rules:
 - The pinned root (Ed25519) signs only statements: which key signs manifests, until when, and which root comes next.
 - A change of root is one payload signed by the old and the new root. A client follows the chain from the root it pinned.
 - The signer signs the manifest. That versions only rise, and statements are never taken back, is `lacre.lineage`'s to see.
+- Who serves a document is not known to be honest: what it can make this file verify is bounded, however long the chain is.
 - A clock correction that a peer suggested never reaches the comparison with an expiry.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
-from lacre.errors import Expired, InvalidMessage, InvalidSignature, SettingsError, UntrustedRoot
-from lacre.jws import b64u, b64u_decode
+from lacre.errors import Expired, InvalidMessage, InvalidSignature, MessageTooLarge, SettingsError, UntrustedRoot
+from lacre.jws import b64u, b64u_decode, read_object
 from lacre.jws import verify as verify_jws
 from lacre.manifest import KEY_BYTES, MANIFEST_TYP, ROOT_TYP, Document, Manifest, RootStatement
 from lacre.members import Members
 
 MAX_FUTURE: Final = 300.0  # seconds that a manifest's `iat` may lie ahead of this clock
+# Ours have 400 characters. Whoever serves a chain chooses its bytes, and each signature that is checked is hashed over them.
+MAX_STATEMENT: Final = 4096
+# Statements of other roots that are checked in search of the pinned root's first: 0.1 ms each. In a chain that was only ever
+# added to, none is: the first statement names itself.
+MAX_FOREIGN: Final = 32
+MAX_CLAIMS: Final = 4  # statements that name one root as the next; an honest chain has one
+MAX_HANDOVERS: Final = 32  # changes of root that are followed back; more than an operator makes while a client is away
+
+Entry = tuple[str, ...]  # one statement: a JWS, or two of the same payload where the root changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,34 +127,114 @@ def verify(document: bytes, root: bytes, now: float) -> Trusted:
     return Trusted(manifest, tuple(roots), steps, parsed.manifest, document)
 
 
-def follow(chain: Sequence[Sequence[str]], pinned: bytes) -> tuple[Step, ...]:
+def follow(chain: Sequence[Entry], pinned: bytes) -> tuple[Step, ...]:
     """The statements from the pinned root on; there is at least one. Those before its first are others' history.
 
+    Whoever serves the chain chooses what stands before the pinned root's first statement, so looking for it is bounded.
     Raises UntrustedRoot or InvalidMessage.
     """
+    signatures = _Signatures()
     root = pinned
     steps: list[Step] = []
-    for entry in chain:
-        statement = _verified_by(entry, root)
+    for entry in chain[_first(chain, pinned, signatures) :]:
+        statement = signatures.statement(entry, root)
         if statement is None:
-            if not steps:
-                continue
             raise UntrustedRoot("the chain of root statements has a gap: a statement is not signed by the root before it")
         if statement.next_root is not None and statement.next_root != root:
             # Both roots sign the same bytes: the old one hands over, the new one accepts.
             payloads = {token.split(".")[1] for token in entry}
-            if len(payloads) != 1 or _verified_by(entry, statement.next_root) is None:
+            if len(payloads) != 1 or signatures.statement(entry, statement.next_root) is None:
                 raise UntrustedRoot("a change of root is not signed by the new root")
             root = statement.next_root
         steps.append(Step(root, statement))
-    if not steps:
-        raise UntrustedRoot("no root statement is signed by the pinned root: wrong gateway, or the pin is from elsewhere")
     return tuple(steps)
 
 
-def _verified_by(entry: Sequence[str], root: bytes) -> RootStatement | None:
-    """The statement in `entry` if one of its signatures is by `root`."""
+@dataclass(frozen=True, slots=True)
+class Ancestry:
+    """How a root came to stand. roots: those that handed over to it, directly or through others.
+
+    oldest: the first such change of root, where the chain does not name who signed it.
+    """
+
+    roots: frozenset[bytes] = frozenset()
+    oldest: Entry | None = None
+
+    @classmethod
+    def of(cls, chain: Sequence[Entry], root: bytes) -> Ancestry:
+        """Goes back from `root`, and verifies only what names it: the rest of the chain costs nothing."""
+        claims, signatures, found = _claims(chain), _Signatures(), [root]
+        at: int | None = len(chain)
+        for _ in range(MAX_HANDOVERS):
+            named = _naming(claims[:at], found[-1])
+            at = next((index for index in named if signatures.statement(chain[index], found[-1])), None)
+            if at is None:
+                break
+            before = next((claim for claim in reversed(claims[:at]) if claim is not None), None)
+            if before is None or signatures.statement(chain[at], before) is None:
+                return cls(frozenset(found[1:]), chain[at])
+            found.append(before)
+        return cls(frozenset(found[1:]))
+
+    def signed_by(self, root: bytes) -> bool:
+        """Whether this root is one of them, as it says itself."""
+        return root in self.roots or (self.oldest is not None and _verified_by(self.oldest, root) is not None)
+
+
+def _first(chain: Sequence[Entry], pinned: bytes, signatures: _Signatures) -> int:
+    """Where the pinned root's first statement is. Raises UntrustedRoot.
+
+    It is the first of the whole chain, or the one that names this root as the next. Only a chain that was put together
+    otherwise has it elsewhere: then the last statements are looked at, and as many of the first ones as cost little.
+    """
+    for index in (*_naming(_claims(chain), pinned), 0):
+        if signatures.statement(chain[index], pinned) is not None:
+            return index
+    start = len(chain)
+    while start > 0 and signatures.statement(chain[start - 1], pinned) is not None:
+        start -= 1
+    if start < len(chain):
+        return start
+    for index, entry in enumerate(chain[:MAX_FOREIGN]):
+        if signatures.statement(entry, pinned) is not None:
+            return index
+    raise UntrustedRoot("no root statement is signed by the pinned root: wrong gateway, or the pin is from elsewhere")
+
+
+def _naming(claims: Sequence[bytes | None], root: bytes) -> tuple[int, ...]:
+    """The first statements that name `root` as the next one. Nothing is verified: this is where to look."""
+    return tuple(itertools.islice((index for index, claim in enumerate(claims) if claim == root), MAX_CLAIMS))
+
+
+def _claims(chain: Sequence[Entry]) -> list[bytes | None]:
+    """The next root that each change of root names, unverified; None for what is no change of root."""
+    return [_claimed(entry) if len(entry) > 1 and len(entry[0]) <= MAX_STATEMENT else None for entry in chain]
+
+
+def _claimed(entry: Entry) -> bytes | None:
+    try:
+        return RootStatement.parse(Members(read_object(entry[0].split(".")[1]), "a root statement")).next_root
+    except (InvalidMessage, IndexError):
+        return None
+
+
+class _Signatures:
+    """Checks root statements, each by one key once: a chain that repeats a statement makes no work of it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Entry, bytes], RootStatement | None] = {}
+
+    def statement(self, entry: Entry, root: bytes) -> RootStatement | None:
+        """The statement in `entry` if one of its signatures is by `root`. Raises InvalidMessage or MessageTooLarge."""
+        if (entry, root) not in self._known:
+            self._known[entry, root] = _verified_by(entry, root)
+        return self._known[entry, root]
+
+
+def _verified_by(entry: Entry, root: bytes) -> RootStatement | None:
     for token in entry:
+        if len(token) > MAX_STATEMENT:
+            raise MessageTooLarge(f"a root statement of over {MAX_STATEMENT} characters")
         try:
             return RootStatement.parse(Members(verify_jws(token, root, ROOT_TYP), "a root statement"))
         except InvalidSignature:

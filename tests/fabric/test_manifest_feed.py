@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -12,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.errors import Expired, InvalidMessage, LacreError, Rollback, UntrustedRoot, UsageError
 from lacre.jws import raw_public_key
 from lacre.manifest import Document, Manifest, RootStatement
+from lacre.memory import VersionFile
 from lacre.signing import sign_manifest, sign_statement
 from lacre_fabric.manifests import ManifestFeed
 from lacre_fabric.work import FabricUnavailable
@@ -146,3 +150,17 @@ async def test_it_follows_the_fabric(bucket: Bucket, feed: ManifestFeed) -> None
     bucket.holds = document(3)
     await asyncio.sleep(0.05)
     assert feed.manifest.version == 2, "closed is closed"
+
+
+async def test_a_memory_that_others_hold_does_not_hold_the_loop(bucket: Bucket, tmp_path: Path) -> None:
+    """The one that holds the file's lock lets go of it on this very loop: it could not, if the loop waited for it."""
+    bucket.holds = document(1)
+    feed = ManifestFeed(bucket.fetch, raw_public_key(ROOT), memory=VersionFile(tmp_path), clock=lambda: bucket.now)
+    holder = os.open(tmp_path / "seen.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(feed.refresh())
+        await asyncio.sleep(0.05)
+        assert not feed.ready
+        os.close(holder)
+    assert feed.manifest.version == 1

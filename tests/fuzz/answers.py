@@ -37,7 +37,7 @@ from lacre.reply import Reply
 from lacre.resume import Answer, asking
 from lacre.sealing import Refusal, Sealing
 from lacre.signing import sign_manifest, sign_statement
-from lacre.steps import Done, Outer, Read, Send, Steps, T
+from lacre.steps import Done, Offload, Outer, Read, Send, Steps, T
 from lacre.streams import Deltas
 from lacre.transport import FACTS
 from lacre.verification import Verification
@@ -135,6 +135,8 @@ def driven(steps: Steps[T], script: Script) -> tuple[T, Iterator[bytes]]:
                 sent, pieces = answer(step, script)
             case Read():
                 sent = next(pieces, None)
+            case Offload():
+                sent = step.do()
             case _:
                 sent = None
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from email.utils import formatdate
+from typing import Any
 
 import httpx2
 
@@ -16,12 +18,17 @@ from hostile.attacks import Verdict, attack
 from hostile.honest import HonestGateway
 from hostile.stage import Stage
 from lacre import ApiError, OpenError, problems
-from lacre.asgi.admission import Seen
+from lacre.asgi import Sealed
+from lacre.asgi.admission import DATE_WINDOW, Seen
+from lacre.asgi.sealed import WELL_KNOWN
+from lacre.wire import bhttp
 from lacre.wire.bhttp import encode_request
-from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre.wire.ohttp import seal_request
+from lacre.wire.opening import PrivateKey
 from lacre_fabric.work import CLAIM_TTL
 
+NOW = 1_800_000_000.0
 ONCE = "a node remembers the digests that it has opened, for longer than a date is good"
 CLAIM = "a worker claims a request in the whole pool before anything of an answer leaves"
 DATE = "the sealed `date` bounds the window: 300 s"
@@ -129,6 +136,62 @@ async def test_flood() -> None:
     assert not seen.add(b"recorded", now + 2)
     assert not seen.add(b"recorded", now + CLAIM_TTL - 1)
     assert seen.add(b"another", now + CLAIM_TTL + 2)
+
+
+@attack(
+    "send requests of a wrong date without end, until an app behind `Sealed` has no memory left for others",
+    by="client",
+    refused=None,
+    gain="a sealed refusal for each of them",
+    defence="nothing is remembered of what its date keeps from running",
+)
+async def test_stale_requests() -> None:
+    """Seen by one of them: once its date has come it runs, and then it is remembered."""
+    now = NOW
+    key = PrivateKey.generate(1)
+    app = Sealed(empty_app, keys=key, clock=lambda: now)
+    request = bhttp.Request("GET", "https", "lacre.invalid", "/", (("date", formatdate(NOW + 600, usegmt=True)),), b"")
+    body, _, _ = seal_request(key.config, bhttp.encode_request(request))
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://service") as client:
+        ends = []
+        for now in (NOW, NOW + 1, NOW + 600, NOW + 601):  # noqa: B007 - it is the app's clock
+            headers = {"content-type": MEDIA_TYPE_REQUEST}
+            ends.append((await client.post(WELL_KNOWN, content=body, headers=headers)).headers["content-type"])
+    assert ends == [MEDIA_TYPE_RESPONSE] * 3 + [problems.MEDIA_TYPE]
+
+
+async def empty_app(_scope: object, _receive: object, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@attack(
+    "fill a worker's memory with requests of every date that it takes, until it refuses everybody",
+    by="client",
+    refused=None,
+    gain="fewer dates are taken; whoever's clock is right goes on, and nothing runs twice",
+    defence="what is remembered goes by dates: the oldest are closed first, and those ahead have a quarter",
+)
+async def test_flood_of_dates() -> None:
+    now, seen = NOW, Seen(limit=1000)
+    honest = [number.to_bytes(2) for number in range(500)]
+    for number, digest in enumerate(honest):
+        for more in range(20):  # as far from now as may be, and of this very moment too
+            sent = now + (-1, 1)[more % 2] * DATE_WINDOW * (20 - more) / 20
+            for date in (sent, now):
+                if seen.takes(date, now):
+                    seen.add(digest + bytes([more, date == now]), now, date)
+        assert seen.takes(now, now) and seen.add(digest, now, now)
+        assert not seen.add(digest, now, now)
+        now += number % 2
+    recorded = [date_refused_or_known(seen, digest, now, number) for number, digest in enumerate(honest)]
+    assert all(recorded)
+
+
+def date_refused_or_known(seen: Seen, digest: bytes, now: float, number: int) -> bool:
+    """A replay of the flood's honest requests: each was sent at a date of its own."""
+    sent = NOW + number // 2
+    return abs(sent - now) > DATE_WINDOW or not seen.takes(sent, now) or not seen.add(digest, now, sent)
 
 
 @attack(

@@ -32,13 +32,16 @@ from lacre.errors import (
 )
 from lacre.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
 from lacre.manifest import MANIFEST_TYP, ROOT_TYP, Document, RootStatement
+from lacre.memory import VersionMemory, accept
 from lacre.sealing import Sealing
 from lacre.signing import sign_manifest, sign_statement
 from lacre.transport import AsyncSealedTransport
 from lacre.wire.header import Kem, SealedHeader
 from lacre.wire.opening import PrivateKey
+from parts.trust import NOW, ROOTS, changes, document, foreign, signature_checks, statement
 
 SIGNED = "the manifest is signed by the signer, whom the pinned root names"
+PIN = raw_public_key(ROOTS[0])
 PINNED = "trust begins at the pinned root, and passes on by its signature only"
 
 
@@ -409,3 +412,39 @@ async def test_no_manifest(stage: Stage, caller: Caller, gateway: GatewayOwner, 
     gateway.manifest = lambda: httpx2.Response(status, headers=elsewhere, stream=Pieces([b""]))
     await refused(caller, stage, gateway, verdict)
     assert {request.url.host for request in gateway.requests} == {"127.0.0.1"}
+
+
+@attack(
+    "put a thousand statements of roots of its own before the pinned root's, to be verified for each root ever seen",
+    by="gateway",
+    refused=None,
+    gain="nothing; a dozen signatures are checked, and one or two for each root ever seen where the pinned one took over",
+    defence="a chain is searched by what it says of itself first, and is otherwise bounded",
+)
+async def test_foreign_statements() -> None:
+    memory = remembering(20)
+    served = document(*foreign(999), statement(ROOTS[0]))
+    assert signature_checks(lambda: accept(served, PIN, memory, NOW)) < 12
+    served, later = document(*foreign(900), *changes()), raw_public_key(ROOTS[2])
+    assert signature_checks(lambda: accept(served, later, memory, NOW)) < 120
+
+
+@attack(
+    "forge a history of a thousand roots that lead to the pinned one, each really signed",
+    by="gateway",
+    refused=None,
+    gain="some hundred signatures that are checked, in a thread, once",
+    defence="so many changes of root are followed back, and no more",
+)
+async def test_endless_history() -> None:
+    others = [Ed25519PrivateKey.generate() for _ in range(500)]
+    served, memory = document(*changes([*others, ROOTS[0]])), remembering(20)
+    assert signature_checks(lambda: accept(served, PIN, memory, NOW)) < 500
+
+
+def remembering(lineages: int) -> VersionMemory:
+    memory = VersionMemory()
+    for _ in range(lineages):
+        other = Ed25519PrivateKey.generate()
+        accept(document(statement(other)), raw_public_key(other), memory, NOW)
+    return memory

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lacre import jws
 from lacre.jws import raw_public_key
 from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
 from lacre.signing import sign_manifest, sign_statement
@@ -44,3 +47,26 @@ def changes(roots: Sequence[Ed25519PrivateKey] = ROOTS) -> list[tuple[str, ...]]
 
 def document(*chain: Sequence[str], of: Manifest | None = None, signer: Ed25519PrivateKey = SIGNER) -> bytes:
     return Document(tuple(map(tuple, chain or [statement(ROOTS[0])])), sign_manifest(of or manifest(), signer)).encode()
+
+
+def foreign(count: int) -> list[tuple[str, ...]]:
+    """So many statements that a root of nobody's has signed, each another one."""
+    root = Ed25519PrivateKey.generate()
+    return [statement(root, exp=NOW + number) for number in range(count)]
+
+
+def signature_checks(call: Callable[[], object]) -> int:
+    """How many signatures `call` checks in this thread, counted as it runs."""
+    checked = 0
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        nonlocal checked
+        checked += event == "call" and frame.f_code is jws.verify.__code__
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return checked

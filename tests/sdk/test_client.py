@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
+import os
 import time
 import traceback
 from email.utils import formatdate
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -17,7 +21,7 @@ from lacre.transport import SealedTransport
 from lacre.trust import ConnectionString
 from lacre.wire.header import Kem
 from parts.chat_app import ChatApp
-from parts.relay import Relay, Wire, served
+from parts.relay import AsyncWire, Relay, Wire, served
 
 SEALED = "/v1/sealed"
 
@@ -297,6 +301,16 @@ class TestTrust:
         relay.respond = lambda request: problem(problems.UNAVAILABLE)
         with pytest.raises(errors.Unavailable):
             client.chat("x")
+
+    async def test_a_memory_that_others_hold_does_not_hold_the_loop(self, relay: Relay, tmp_path: Path) -> None:
+        """The one that holds the file's lock lets go of it on this very loop: it could not, if the loop waited for it."""
+        memory, holder = lacre.VersionFile(tmp_path), os.open(tmp_path / "seen.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
+            asking = asyncio.create_task(client.chat("x"))
+            await asyncio.sleep(0.05)
+            os.close(holder)
+            assert (await asking).text
 
     def test_secrets_are_not_in_repr(self, client: lacre.Client, relay: Relay) -> None:
         client.chat("canary")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import errors
 from lacre.jws import raw_public_key
-from lacre.memory import Memory, VersionFile, VersionMemory, accept
-from parts.trust import NOW, PINNED, ROOTS, changes, document, manifest, statement
+from lacre.memory import MAX_REMEMBERED, Memory, VersionFile, VersionMemory, accept
+from lacre.trust import MAX_HANDOVERS
+from parts.trust import NOW, PINNED, ROOTS, changes, document, foreign, manifest, signature_checks, statement
 
 FIRST, SECOND, THIRD, _ = map(raw_public_key, ROOTS)
 THIEF = Ed25519PrivateKey.generate()
@@ -106,6 +111,82 @@ class TestLineage:
         accept(document(first, of=manifest(5)), PINNED, memory, NOW)
         accept(document(first, *changes(), of=manifest(5)), PINNED, memory, NOW)
         assert accept(document(*changes(), of=manifest(4)), THIRD, memory, NOW).manifest.version == 5
+
+
+class TestForeignStatements:
+    """What is served beside the pinned root's own chain costs nothing for each lineage that is remembered."""
+
+    LINEAGES = 30
+
+    @pytest.fixture
+    def crowded(self) -> VersionMemory:
+        memory = VersionMemory()
+        for _ in range(self.LINEAGES):
+            other = Ed25519PrivateKey.generate()
+            accept(document(statement(other)), raw_public_key(other), memory, NOW)
+        return memory
+
+    def test_no_check_for_other_lineages(self, crowded: VersionMemory) -> None:
+        served = document(*foreign(999), statement(ROOTS[0]))
+        assert signature_checks(lambda: accept(served, PINNED, crowded, NOW)) < 12
+
+    def test_few_where_the_root_took_over(self, crowded: VersionMemory) -> None:
+        """One for each remembered root, of who handed over first: that, no chain names."""
+        served = document(*foreign(900), *changes())
+        assert signature_checks(lambda: accept(served, THIRD, crowded, NOW)) < 30 + 4 * self.LINEAGES
+
+    def test_an_endless_history_is_followed_so_far(self, crowded: VersionMemory) -> None:
+        """Each change is really signed: whoever serves it holds all the keys but the pinned root's."""
+        others = [Ed25519PrivateKey.generate() for _ in range(400)]
+        served = document(*changes([*others, ROOTS[1]]))
+        assert signature_checks(lambda: accept(served, SECOND, crowded, NOW)) < 12 * MAX_HANDOVERS + 4 * self.LINEAGES
+
+    def test_what_was_seen_is_found_behind_them(self) -> None:
+        memory = VersionMemory()
+        accept(document(of=manifest(5)), FIRST, memory, NOW)
+        with pytest.raises(errors.Rollback):
+            accept(document(*foreign(50), *changes(), of=manifest(4)), THIRD, memory, NOW)
+
+
+class TestWaiting:
+    """Nobody waits without end for another one that holds the memory, and nobody goes on without it."""
+
+    def test_a_file_that_stays_locked(self, tmp_path: Path) -> None:
+        holder = os.open(tmp_path / "seen.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX)
+            with pytest.raises(errors.SettingsError, match="held the memory"):
+                accept(document(), PINNED, VersionFile(tmp_path, patience=0.1), NOW)
+        finally:
+            os.close(holder)
+        assert accept(document(), PINNED, VersionFile(tmp_path, patience=0.1), NOW).manifest.version == 1
+
+    def test_a_thread_that_does_not_come_to_an_end(self) -> None:
+        memory, entered, leave = VersionMemory(patience=0.1), threading.Event(), threading.Event()
+
+        def stuck(_: object) -> Any:
+            entered.set()
+            leave.wait(60)
+            raise errors.UsageError("enough")
+
+        def hold() -> None:
+            with pytest.raises(errors.UsageError):
+                memory.update(stuck)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        entered.wait(60)
+        with pytest.raises(errors.SettingsError, match="held the memory"):
+            accept(document(), PINNED, memory, NOW)
+        leave.set()
+        thread.join(60)
+        assert accept(document(), PINNED, memory, NOW).manifest.version == 1
+
+    def test_a_file_without_end_is_not_read(self, tmp_path: Path) -> None:
+        with (tmp_path / "seen.json").open("wb") as file:
+            file.truncate(MAX_REMEMBERED + 1)
+        with pytest.raises(errors.SettingsError, match="bytes"):
+            accept(document(), PINNED, VersionFile(tmp_path), NOW)
 
 
 class TestVersionFile:

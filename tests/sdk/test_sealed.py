@@ -190,6 +190,16 @@ class TestReplay:
         again.key = service.key
         assert (await again.post(again.seal()[0])).status_code == 200 and again.calls
 
+    async def test_what_is_refused_for_its_date_is_not_remembered(self) -> None:
+        """Anybody can make such requests, without end; and it can run once its time has come."""
+        service = Service()
+        body, opener = service.seal(date=NOW + DATE_WINDOW + 60)
+        for _ in range(3):
+            assert (await service.post(body)).headers["content-type"] == RES  # refused inside the seal
+        service.now += 60
+        assert opened(opener, (await service.post(body)).content)[:2] == (200, {"words": 2})
+        assert (await service.post(body)).json()["type"] == problems.REPLAYED.type
+
     async def test_several_processes_share_a_claim(self) -> None:
         taken: set[bytes] = set()
 

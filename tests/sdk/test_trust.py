@@ -9,9 +9,23 @@ from hypothesis import strategies as st
 
 from lacre import errors, jws
 from lacre.jws import b64u, b64u_decode, raw_public_key
-from lacre.manifest import Document
-from lacre.trust import ConnectionString, verify
-from parts.trust import NOW, PINNED, ROOTS, SIGNER, changes, document, manifest, statement
+from lacre.manifest import Document, RootStatement
+from lacre.signing import sign_statement
+from lacre.trust import MAX_FOREIGN, MAX_STATEMENT, ConnectionString, verify
+from parts.trust import (
+    NOW,
+    PINNED,
+    ROOTS,
+    SIGNER,
+    changes,
+    document,
+    foreign,
+    manifest,
+    signature_checks,
+    statement,
+)
+
+THIEF = Ed25519PrivateKey.generate()
 
 
 def spaced(new: Ed25519PrivateKey) -> str:
@@ -88,6 +102,47 @@ class TestChain:
     def test_signer_past_its_expiry(self) -> None:
         with pytest.raises(errors.Expired, match="signer"):
             verify(document(statement(ROOTS[0], exp=NOW)), PINNED, NOW)
+
+
+class TestForeignStatements:
+    """Whoever serves a document fills its chain with what it likes; the pinned root's part of it is found all the same."""
+
+    @pytest.mark.parametrize("chain", [[statement(ROOTS[0])], [statement(ROOTS[0]), statement(ROOTS[0], exp=NOW + 1)]])
+    def test_before_the_pinned_root(self, chain: list[tuple[str, ...]]) -> None:
+        served = document(*foreign(900), *chain)
+        assert signature_checks(lambda: verify(served, PINNED, NOW)) < 12
+        assert verify(served, PINNED, NOW).roots == (PINNED,)
+
+    def test_before_a_change_of_root(self) -> None:
+        served, pin = document(*foreign(900), *changes()), raw_public_key(ROOTS[2])
+        assert verify(served, pin, NOW).roots == tuple(map(raw_public_key, ROOTS[2:]))
+        assert signature_checks(lambda: verify(served, pin, NOW)) < 20
+
+    @pytest.mark.parametrize(
+        "chain",
+        [
+            [*foreign(450), statement(ROOTS[0]), *foreign(450)],  # a gap
+            foreign(1000),
+            [sign_statement(RootStatement(PINNED, NOW, PINNED), THIEF, ROOTS[0])[:1] * 2] * 1000,  # each names the pinned root
+            [("AAAA.e30." + "A" * 86,) * 2] * 1000,
+        ],
+    )
+    def test_that_lead_nowhere(self, chain: list[tuple[str, ...]]) -> None:
+        served = document(*chain)
+
+        def refused() -> None:
+            with pytest.raises((errors.UntrustedRoot, errors.InvalidMessage)):
+                verify(served, PINNED, NOW)
+
+        assert signature_checks(refused) < 2 * MAX_FOREIGN + 20
+
+    def test_a_statement_repeated(self) -> None:
+        served = document(*[statement(ROOTS[0])] * 1000)
+        assert signature_checks(lambda: verify(served, PINNED, NOW)) < 5
+
+    def test_a_statement_has_a_size(self) -> None:
+        with pytest.raises(errors.MessageTooLarge):
+            verify(document((statement(ROOTS[0])[0] + "A" * MAX_STATEMENT,)), PINNED, NOW)
 
 
 class TestManifest:

@@ -1,5 +1,9 @@
 """May an opened request run here? Its date, its path, and whether it was here before. Decides from bytes and a clock value.
 
+Rules:
+- Nothing is remembered of a request whose date is refused: anybody can make such requests, and they never run.
+- What is remembered is bounded. What is forgotten before its time takes its date along: no request of that date runs again.
+
 The refusals go out sealed. What a gateway's grant adds to this is the worker's own (`lacre_backend.inside`).
 """
 
@@ -7,7 +11,6 @@ from __future__ import annotations
 
 import email.utils
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,7 +20,7 @@ from lacre.asgi.exchange import Opened, decoded_path
 
 DATE_WINDOW: Final = 300.0  # seconds that a request's `date` may lie from this clock (RFC 9458 section 6.5.1)
 REMEMBERED_FOR: Final = 900.0  # seconds; more than twice the date window, so what is forgotten is too old to run
-MAX_REMEMBERED: Final = 1_000_000  # digests; some 100 MB, and more requests than a process answers in that time
+MAX_REMEMBERED: Final = 1_000_000  # digests; some 130 MB, and more requests than a process opens in a minute
 # What some programs resolve (RFC 3986 section 5.2.4), merge or cut off, and others do not.
 _AMBIGUOUS: Final = re.compile(r"/\.{1,2}(?:/|$)|//|[\x00-\x1f\x7f]")
 
@@ -35,33 +38,82 @@ class SealedRefusal:
 class Seen:
     """The digests of requests opened here in the last while: refuses a replay on its own.
 
-    limit: how many. While all of them still count, no more is taken: a flood must not make it forget.
-    lifetime: seconds that one is remembered.
+    Ask `check_date` first: what it refuses can never run, and costs no memory here. While the memory is full, the oldest dates
+    are closed: none of them is taken any more, so what is known of them can be forgotten. Dates ahead of this clock cannot be
+    forgotten before their time, and have a quarter of the memory. So a flood narrows the window of dates. It makes nothing run
+    twice, and keeps nobody out whose clock is right.
+
+    limit: how many digests. lifetime: seconds after its date for which one is remembered.
     """
 
     def __init__(self, limit: int = MAX_REMEMBERED, lifetime: float = REMEMBERED_FOR) -> None:
         self._limit = limit
         self._lifetime = lifetime
-        self._until: OrderedDict[bytes, float] = OrderedDict()
+        self._digests: set[bytes] = set()
+        self._by_second: dict[int, list[bytes]] = {}  # of their dates
+        self._open_from = 0  # the second of the oldest date that is taken
+        self._ahead = 0  # digests of dates ahead of the clock
+        self._looked = 0  # the second of the last look for what may be forgotten
 
-    def add(self, digest: bytes, now: float) -> bool:
-        """False where the digest was there, or there is no room."""
-        while self._until and next(iter(self._until.values())) <= now:
-            self._until.popitem(last=False)
-        if digest in self._until or len(self._until) >= self._limit:
+    def has(self, digest: bytes, now: float) -> bool:
+        """Whether it was here. now: seconds since the epoch, as everywhere in this class."""
+        self._forget_old(now)
+        return digest in self._digests
+
+    def takes(self, sent: float, now: float) -> bool:
+        """Whether a request of this date may still run; makes room for it."""
+        self._forget_old(now)
+        second, this = int(sent), int(now)
+        if second < self._open_from or (second > this + 1 and self._ahead >= self._limit // 4):
             return False
-        self._until[digest] = now + self._lifetime
+        while len(self._digests) >= self._limit:
+            oldest = min(self._by_second)
+            if oldest >= min(second, this):
+                return False
+            self._forget(oldest)
+            self._open_from = oldest + 1
         return True
 
+    def add(self, digest: bytes, now: float, sent: float | None = None) -> bool:
+        """False where the digest was there, or there is no room. sent: its date; None for now."""
+        self._forget_old(now)
+        if digest in self._digests or len(self._digests) >= self._limit:
+            return False
+        second = int(now if sent is None else sent)
+        self._digests.add(digest)
+        self._by_second.setdefault(second, []).append(digest)
+        self._ahead += second > now
+        return True
 
-def check_date(opened: Opened, now: float, *, earliest: float = float("-inf")) -> SealedRefusal | None:
-    """earliest: a date before it is refused too; what ran before this process began is not in its memory."""
+    def _forget_old(self, now: float) -> None:
+        if int(now) == self._looked:
+            return
+        self._looked = int(now)
+        for second in [second for second in self._by_second if second + self._lifetime <= now]:
+            self._forget(second)
+        self._ahead = sum(len(digests) for second, digests in self._by_second.items() if second > now)
+
+    def _forget(self, second: int) -> None:
+        self._digests.difference_update(self._by_second.pop(second))
+
+
+def sent_at(opened: Opened) -> float:
+    """The request's `date`, in seconds since the epoch; -inf where it has none that can be read."""
     try:
         (date,) = opened.headers("date")
-        sent = email.utils.parsedate_to_datetime(date).timestamp()
+        return email.utils.parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):  # the second for numbers that no date can hold
-        sent = float("-inf")
-    if abs(sent - now) <= DATE_WINDOW and sent >= earliest:
+        return float("-inf")
+
+
+def check_date(
+    opened: Opened, now: float, *, earliest: float = float("-inf"), seen: Seen | None = None
+) -> SealedRefusal | None:
+    """earliest: a date before it is refused too; what ran before this process began is not in its memory. seen: so is a date
+    that it does not take.
+    """  # fmt: skip
+    sent = sent_at(opened)
+    if abs(sent - now) <= DATE_WINDOW and sent >= earliest and (seen is None or seen.takes(sent, now)):
         return None
     problem = problems.DATE
     body = {"type": problem.type, "title": problem.title, "status": problem.status}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from lacre import problems
-from lacre.asgi.admission import Seen, check_date, check_path
+from lacre.asgi.admission import SealedRefusal, Seen, check_date, check_path, sent_at
 from lacre.asgi.exchange import App, AppFailed, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
 from lacre.errors import LacreError, SettingsError, UnknownKeyId, UsageError
 from lacre.jws import b64u
@@ -104,13 +104,18 @@ class Sealed:
             return await _tell(send, problems.UNKNOWN_KEY)
         except LacreError:
             return await _tell(send, problems.INVALID_REQUEST)
-        digest = opened.header.digest
-        if not self._seen.add(digest, self._clock()) or not (self._claim is None or await self._claim(digest)):
+        now, digest = self._clock(), opened.header.digest
+        if self._seen.has(digest, now):
             return await _tell(send, problems.REPLAYED)
-        await _while_connected(receive, self._answer(opened, send))
+        refusal = check_date(opened, now, earliest=self._began, seen=self._seen)
+        if refusal is None:  # only what may run is remembered
+            if not self._seen.add(digest, now, sent_at(opened)) or not (self._claim is None or await self._claim(digest)):
+                return await _tell(send, problems.REPLAYED)
+            refusal = check_path(opened)
+        await _while_connected(receive, self._answer(opened, refusal, send))
 
-    async def _answer(self, opened: Opened, send: Send) -> None:
-        pieces = self._pieces(opened)
+    async def _answer(self, opened: Opened, refusal: SealedRefusal | None, send: Send) -> None:
+        pieces = self._pieces(opened, refusal)
         try:
             first = await anext(pieces)  # an app that fails before it has begun can still be told of outside
         except AppFailed:
@@ -124,8 +129,7 @@ class Sealed:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _pieces(self, opened: Opened) -> AsyncGenerator[bytes, None]:
-        refusal = check_date(opened, self._clock(), earliest=self._began) or check_path(opened)
+    async def _pieces(self, opened: Opened, refusal: SealedRefusal | None) -> AsyncGenerator[bytes, None]:
         if refusal is not None:
             yield refuse(opened, refusal.status, refusal.body, refusal.media_type, refusal.headers)
             return
