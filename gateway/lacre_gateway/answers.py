@@ -70,11 +70,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 def _allowed(request: Request) -> set[str]:
     """Of all routes of the path: the router itself names the first one's methods alone."""
     app: FastAPI = request.app
-    described = app.openapi()["paths"].get(request.url.path, {})
+    path: str = request.scope["path"]  # a URL would be made with the Host that was sent
+    described = app.openapi()["paths"].get(path, {})
     return {name.upper() for name in described} | {
         method
         for route in app.routes
-        if getattr(route, "path", None) == request.url.path
+        if getattr(route, "path", None) == path
         for method in getattr(route, "methods", None) or ()
     }
 

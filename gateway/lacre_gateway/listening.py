@@ -1,11 +1,4 @@
-"""Sockets, TLS, and what uvicorn does not bound by itself: how long a head may take, and how many connections there are.
-
-Rules:
-- A request's head has `header_timeout` seconds to arrive, counted from the connection or from its first byte. So has the rest
-  of a body that nobody waits for any more.
-- No more than `connections` are held: past that, whoever has waited longest with no request under way is cut off, be it half
-  a head or nothing at all. A request under way is never what has to go.
-"""
+"""Sockets and TLS of the gateway's listeners. What a client may send before it is known is bounded by `lacre.listening`."""
 
 from __future__ import annotations
 
@@ -16,12 +9,12 @@ import socket
 import ssl
 import stat
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from lacre.errors import SettingsError
+from lacre.listening import BoundedConfig, BoundedProtocol, Door
 from lacre_gateway.exchange import App
 from lacre_gateway.gathered import GatheredTransport
 from lacre_gateway.settings import Listen, Tls
@@ -30,7 +23,6 @@ _BACKLOG: Final = 2048  # connections that the kernel holds while the process is
 _KEEP_ALIVE: Final = 75  # seconds; longer than a client's own limit, so that it is the client who closes
 _ABORT_LIMIT: Final = 5.0  # seconds for aborted requests to cancel their work and record their outcome
 OTHER_FILES: Final = 512  # descriptors for everything that is no caller's connection
-_TOO_LATE: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 def bind(listen: Listen, *, shared: bool = False) -> socket.socket:
@@ -101,17 +93,22 @@ def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
         ) from exc
 
 
-class Config(uvicorn.Config):
-    """waiting: connections without a request under way, the one that waits longest first."""
+class Config(BoundedConfig):
+    """uvicorn's settings for one listener."""
 
     def __init__(self, app: App, listen: Listen, context: ssl.SSLContext | None) -> None:
-        self.header_timeout = listen.header_timeout
-        self.connections = room_for(listen.connections)
-        self.waiting: dict[PatientProtocol, None] = {}
+        door = Door(
+            head_timeout=listen.header_timeout,
+            connections=room_for(listen.connections),
+            per_address=listen.connections_per_address,
+            held=listen.held_bytes,
+            free=listen.trusted_proxies,
+            encoded_slashes=False,
+        )
         super().__init__(
             app,
-            http=PatientProtocol,
-            ws="none",
+            door,
+            protocol=GatheringProtocol,
             lifespan="off",
             loop="none",
             log_config=None,
@@ -126,68 +123,11 @@ class Config(uvicorn.Config):
         )
 
 
-class PatientProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with an end to its patience."""
-
-    config: Config
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._deadline: asyncio.TimerHandle | None = None
-        self._unread = False  # whether there is more to come of a message whose head is whole
+class GatheringProtocol(BoundedProtocol):
+    """Its answers go out in pieces of a turn of the loop."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(GatheredTransport(transport, self.loop))
-        self.config.waiting[self] = None
-        self._set_deadline()
-        if len(self.connections) > self.config.connections:
-            oldest = next(iter(self.config.waiting))
-            del self.config.waiting[oldest]
-            oldest.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.config.waiting.pop(self, None)
-        self._end_deadline()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        # uvicorn's own patience with an idle connection ended with these bytes, whatever they were.
-        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
-            self._set_deadline()
-
-    def on_headers_complete(self) -> None:
-        self._end_deadline()
-        self._unread = True
-        self.config.waiting.pop(self, None)
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._unread = False
-        if self.cycle.response_complete:
-            self._end_deadline()
-        super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self.config.waiting[self] = None
-        if self._unread:
-            self._set_deadline()
-
-    def _set_deadline(self) -> None:
-        if self._deadline is None and not self.transport.is_closing():
-            self._deadline = self.loop.call_later(self.config.header_timeout, self._give_up)
-
-    def _end_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _give_up(self) -> None:
-        if not self.transport.is_closing():
-            if not self._unread:
-                self.transport.write(_TOO_LATE)
-            self.transport.close()
 
 
 class Server(uvicorn.Server):

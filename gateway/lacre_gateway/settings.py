@@ -22,6 +22,8 @@ Algorithm = Literal["EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512
 
 # A worker may claim work at the very end of its queue limit, on a clock that differs; its grant must still hold then.
 GRANT_MARGIN: Final = 10.0
+# Several whole heads: with less, honest clients on slow networks would make each other go.
+MIN_HELD: Final = 2**20
 
 
 def _web_url(value: str) -> str:
@@ -75,6 +77,8 @@ class Listen(Table):
     drain_delay: seconds after SIGTERM in which `readyz` says no and requests are still taken, so that balancers can notice.
     drain: seconds that streams have to finish after that.
     header_timeout: seconds that a request's head may take to arrive. connections: how many are held at a time.
+    connections_per_address: of these, of one address or IPv6 /64 that is no trusted proxy.
+    held_bytes: of what nobody has asked for yet: heads that are not whole, and bodies whose sender is not known yet.
     """
 
     host: str = "127.0.0.1"
@@ -85,6 +89,8 @@ class Listen(Table):
     drain: PositiveInt = 30
     header_timeout: PositiveFloat = 15.0
     connections: PositiveInt = 10_000
+    connections_per_address: PositiveInt = 1000
+    held_bytes: Annotated[int, Field(ge=MIN_HELD)] = 64 * 2**20
 
 
 class Admin(Table):

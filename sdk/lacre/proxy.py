@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import re
@@ -39,7 +40,9 @@ except ModuleNotFoundError as exc:
 METHODS: Final = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 PASSED_BACK: Final = ("content-type", "retry-after")  # of an answer's headers; what HTTP adds to them is this server's own
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
+BODY_TIMEOUT: Final = 60.0  # seconds for a body, which comes from this machine
 _EVENT_STREAM: Final = "text/event-stream"
+_PLAIN: Final = re.compile(r"[\t -~]*")
 
 # The first that fits. What else can be raised is a bug, and says no more than 500.
 _STATUS: Final[tuple[tuple[type[errors.LacreError], int], ...]] = (
@@ -113,8 +116,8 @@ def _check_address(request: Request, door: Door) -> Response | None:
 
 
 def _check_key(request: Request, door: Door) -> Response | None:
-    sent = request.headers.get("authorization", "")
-    if hmac.compare_digest(sent.encode("latin-1"), f"Bearer {door.key}".encode("latin-1")):
+    sent, *others = request.headers.getlist("authorization") or [""]
+    if not others and hmac.compare_digest(sent.encode("latin-1"), f"Bearer {door.key}".encode("latin-1")):
         return None
     message = (
         "Send the key that `lacre proxy` printed (or keeps in its --key-file) as a bearer token: OPENAI_API_KEY or api_key."
@@ -126,13 +129,15 @@ def _check_key(request: Request, door: Door) -> Response | None:
 
 async def _forward(request: Request) -> Response:
     client: AsyncClient = request.app.state.client
-    headers = [(name, value) for name, value in request.headers.items() if name in ALLOWED_HEADERS]
+    headers = _passed_on(request)
     path = request.scope["raw_path"].decode("ascii")
     query = request.scope["query_string"].decode("ascii")
     try:
         content = await _body(request)
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it
+    except TimeoutError:
+        return _error(408, "slow_body", f"A request's body has {BODY_TIMEOUT:.0f} s to arrive: send it again.")
     sealed = client.build_request(
         request.method, httpx2.URL(path + (f"?{query}" if query else "")), headers=headers, content=content or None
     )
@@ -141,13 +146,26 @@ async def _forward(request: Request) -> Response:
     return StreamingResponse(_pieces(answer), answer.status_code, passed)
 
 
+def _passed_on(request: Request) -> list[tuple[str, str]]:
+    """Raises UsageError for a header that is not plain text, or is there twice: it has no form that everybody reads alike."""
+    headers = [(name, value) for name, value in request.headers.items() if name in ALLOWED_HEADERS]
+    for name, value in headers:
+        if _PLAIN.fullmatch(value) is None or len(request.headers.getlist(name)) > 1:
+            raise errors.UsageError(f"the header {name} must appear once, in ASCII characters: correct it, or leave it out")
+    return headers
+
+
 async def _body(request: Request) -> bytes:
-    """Raises MessageTooLarge before it was buffered."""
+    """Raises MessageTooLarge before it was buffered, ClientDisconnect, and TimeoutError."""
+    declared = request.headers.get("content-length", "")
     content = bytearray()
-    async for piece in request.stream():
-        content += piece
-        if len(content) > MAX_CONTENT:
+    async with asyncio.timeout(BODY_TIMEOUT):
+        if declared.isdecimal() and int(declared) > MAX_CONTENT:
             raise errors.MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
+        async for piece in request.stream():
+            content += piece
+            if len(content) > MAX_CONTENT:
+                raise errors.MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
     return bytes(content)
 
 

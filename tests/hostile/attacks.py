@@ -19,13 +19,14 @@ from lacre import ApiError
 from lacre.errors import LacreError
 from lacre.problems import Problem
 
-Adversary = Literal["gateway", "fabric", "client", "worker"]
+Adversary = Literal["gateway", "fabric", "client", "stranger", "worker"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 ADVERSARIES: dict[Adversary, str] = {
     "gateway": "Whoever runs the gateway and the fabric: holds the gateway's keys, relays every byte, owns the message server",
     "fabric": "Whoever runs the message server alone: holds everything in it, and no key of the gateway's",
     "client": "A caller with a token, against workers and gateway",
+    "stranger": "Anybody who can reach a port of the gateway, without a token",
     "worker": "A worker of the pool, against the gateway's books and the caller's",
 }
 NOTHING = "nothing"

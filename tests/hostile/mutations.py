@@ -26,6 +26,8 @@ LIMIT: Final = 10  # seconds for a test that a mutation sends round for ever
 SDK: Final = "sdk/lacre"
 WIRE: Final = "sdk/lacre/wire"
 NODE: Final = "backend/lacre_backend/node.py"
+HTTP1: Final = "sdk/lacre/http1.py"
+LISTENING: Final = "sdk/lacre/listening.py"
 INSIDE: Final = "backend/lacre_backend/inside.py"
 ADMISSION: Final = "sdk/lacre/asgi/admission.py"
 
@@ -285,6 +287,26 @@ MUTATIONS: Final = (
              "test_frames.py::test_credit"),
     Mutation("the queue takes a digest once", "fabric/lacre_fabric/memory.py",
              "if work.digest in self._hub.published:", "if False:", "test_replay.py::test_at_the_gateway"),
+    # the listener
+    Mutation("a head is bounded before it is whole", HTTP1,
+             "if len(buffer) + self._blank > MAX_HEAD:", "if False:", "test_heads.py::test_endless"),
+    Mutation("a head has a bounded number of fields", HTTP1,
+             "if len(lines) > MAX_FIELDS:", "if False:", "test_heads.py::test_fields"),
+    Mutation("what is held for nobody is bounded", LISTENING,
+             "while self._held > self.held:", "while False:", "test_heads.py::test_held"),
+    Mutation("an address has a bounded number of connections", LISTENING,
+             "if len(own) > self.per_address:", "if False:", "test_heads.py::test_one_address"),
+    Mutation("a body has one length", HTTP1,
+             'if lengths or version == "1.0":', 'if version == "1.0":', "test_heads.py::test_smuggle"),
+    Mutation("there is one transfer coding", HTTP1,
+             'if [coding.lower() for coding in codings] != [b"chunked"]:', 'if not codings[-1].endswith(b"chunked"):',
+             "test_heads.py::test_coding"),
+    Mutation("a path outside has its normal form", HTTP1,
+             'if _PATH.fullmatch(path) is None or _AMBIGUOUS.search(path.replace(b"%2F", b"/")):',
+             "if _PATH.fullmatch(path) is None:", "test_heads.py::test_path"),
+    Mutation("one request is read at a time", LISTENING,
+             "while not self._refused and not (self._busy and self._reader.between) and (event := self._reader.next()):",
+             "while not self._refused and (event := self._reader.next()):", "test_heads.py::test_ahead"),
     # the gateway
     Mutation("an outer header appears once", "gateway/lacre_gateway/outer.py",
              "if not self.repeated.isdisjoint(_REQUIRED):", "if False:", "test_outside.py::test_twice"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import stat
 import subprocess
 import threading
@@ -238,6 +239,64 @@ class TestErrors:
             answer = client.get(proxy.told["base_url"].removesuffix("/v1") + "/chat/completions")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
         assert "/v1" in answer.json()["error"]["message"]
+
+
+def raw(proxy: Proxy, *lines: bytes) -> bytes:
+    """The whole answer to bytes of one's own; `{key}` and `{port}` stand for the proxy's."""
+    port = httpx2.URL(proxy.told["base_url"]).port
+    assert port is not None
+    known = {b"{key}": proxy.told["api_key"].encode(), b"{port}": str(port).encode()}
+    data = b"\r\n".join(lines)
+    for name, value in known.items():
+        data = data.replace(name, value)
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        connection.sendall(data)
+        found = b""
+        while piece := connection.recv(65536):
+            found += piece
+    return found
+
+
+POST = b"POST /v1/chat/completions HTTP/1.1"
+KEY = b"Authorization: Bearer {key}"
+HOST = b"Host: 127.0.0.1:{port}"
+CLOSE = b"Connection: close"
+
+
+class TestBytesOfAnyKind:
+    @pytest.mark.parametrize(
+        ("lines", "status"),
+        [
+            ((POST, HOST, KEY, b"Content-Type: \xff\xfe", b"Content-Length: 2", CLOSE, b"", b"{}"), b"400"),
+            ((POST, HOST, KEY, b"Content-Type: a", b"Content-Type: b", b"Content-Length: 2", CLOSE, b"", b"{}"), b"400"),
+            ((POST, HOST, KEY, b"Accept: \xe9", b"Content-Length: 2", CLOSE, b"", b"{}"), b"400"),
+            ((POST, HOST, KEY, KEY, b"Content-Length: 2", CLOSE, b"", b"{}"), b"401"),
+            ((POST, HOST, KEY, b"Authorization: Bearer x", b"Content-Length: 2", CLOSE, b"", b"{}"), b"401"),
+            ((POST, HOST, b"Authorization: \xff", b"Content-Length: 2", CLOSE, b"", b"{}"), b"401"),
+            ((POST, b"Host: \xff", KEY, b"Content-Length: 2", b"", b"{}"), b"400"),
+            ((POST, HOST, HOST, KEY, b"Content-Length: 2", b"", b"{}"), b"400"),
+            ((POST, HOST, KEY, b"Transfer-Encoding: gzip, chunked", b"", b"0", b"", b""), b"501"),
+            ((POST, HOST, b"Transfer-Encoding: chunked", CLOSE, b"", b"0", KEY, b"", b""), b"401"),
+            ((b"POST /v1/ch%61t/completions HTTP/1.1", HOST, KEY, b"Content-Length: 2", b"", b"{}"), b"400"),
+            ((b"GET /v1/\xff HTTP/1.1", HOST, KEY, b"", b""), b"400"),
+            ((b"GET /v1/x?\xff HTTP/1.1", HOST, KEY, b"", b""), b"400"),
+            ((POST, HOST, KEY, b"a: " + b"b" * 70_000, b"", b""), b"431"),
+            ((b"GET /v1/" + b"a" * 70_000,), b"414"),
+            ((POST, HOST, KEY, *[b"a:b"] * 200, b"", b""), b"431"),
+        ],
+    )  # fmt: skip
+    def test_a_refusal_and_no_more(self, proxy: Proxy, gateway: Gateway, lines: tuple[bytes, ...], status: bytes) -> None:
+        """Nothing is sealed, nothing fails in a way that nobody foresaw."""
+        told = raw(proxy, *lines)
+        assert told.startswith(b"HTTP/1.1 " + status), told
+        assert not gateway.relay.requests
+
+    def test_a_model_whose_name_has_a_slash(self, proxy: Proxy, gateway: Gateway) -> None:
+        """OpenAI's library encodes it, and it is a part of the name."""
+        told = raw(proxy, b"GET /v1/models/a%2Fb HTTP/1.1", HOST, KEY, CLOSE, b"", b"")
+        assert told.startswith(b"HTTP/1.1 404") and b"model_not_found" in told
+        [inside] = gateway.relay.opened
+        assert inside.request.path == "/v1/models/a%2Fb"
 
 
 class TestStarting:

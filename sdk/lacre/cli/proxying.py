@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT: Final = 11435
 MIN_KEY: Final = 32  # characters: what is shorter could be guessed by a program on the same machine
+CONNECTIONS: Final = 400  # at a time: below the usual limit of 1024 open files, with as many again to the gateway
 GRACE: Final = 5  # seconds that running answers have when the proxy is ended
 
 
@@ -99,15 +100,17 @@ async def _serve(url: str | None, pool: str, door: Door, listener: socket.socket
     import uvicorn
 
     from lacre.client import AsyncClient
+    from lacre.listening import BoundedConfig, Door
     from lacre.proxy import create_app
 
     async with AsyncClient(url, pool=pool) as client:
         with waiting("fetching the manifest"):
             await client.models()  # what keeps it from sealing is told here, and not to each caller
-        config = uvicorn.Config(
+        config = BoundedConfig(
             create_app(client, door),
+            Door(connections=CONNECTIONS, encoded_slashes=True),  # a model's name may hold one
             lifespan="off",
-            ws="none",
+            proxy_headers=False,
             log_config=None,
             server_header=False,
             timeout_graceful_shutdown=GRACE,

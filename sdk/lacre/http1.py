@@ -1,0 +1,342 @@
+"""HTTP/1.1 requests as a server reads them (RFC 9112): bytes in; heads, bodies and their ends out. No socket, no clock.
+
+Rules:
+- A head is bounded before it is kept: `MAX_HEAD` bytes, `MAX_FIELDS` fields, `MAX_TARGET` bytes of target.
+- Two readings of one request must not be possible. A head that another server might read otherwise is refused, not repaired:
+  bare line ends, folded lines, a space before a colon, two lengths, a length beside a transfer coding, a coding that is not
+  exactly `chunked`.
+- A target is a path in its normal form (RFC 3986 section 6.2.2), so that a filter before this server sees the same path.
+- A request's fields are those of its head. Trailers are read to find the end of the message, and dropped (RFC 9110 section
+  6.5.1: they must not be merged).
+- After an error nothing more is read: where the next request begins is unknown then.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from lacre.errors import InvalidMessage
+
+MAX_HEAD: Final = 64 * 1024  # bytes; a token of 16 KiB, its proof, and what proxies add stay well below
+MAX_FIELDS: Final = 100  # clients and proxies send some twenty; each field costs more than its bytes
+MAX_TARGET: Final = 8 * 1024  # bytes; RFC 9112 section 3 asks for 8000
+_MAX_CHUNK_LINE: Final = 256  # bytes of a chunk's size and extensions; nobody sends extensions
+_MAX_EXTENSIONS: Final = 16 * 1024  # bytes of them in one body, which are read for nothing
+_TINY: Final = 256  # bytes of a chunk that is tiny
+_MAX_TINY: Final = 4096  # tiny chunks in one body; each costs as much as a large one
+_MAX_TRAILERS: Final = 8 * 1024  # bytes; they are dropped
+
+_TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # RFC 9110 section 5.6.2
+_METHOD: Final = re.compile(rb"[A-Z][A-Z0-9_-]{0,31}")
+_VERSION: Final = re.compile(rb"HTTP/[0-9]\.[0-9]")
+# What may stand in a line of a head: all but controls, tabs excepted (RFC 9110 section 5.5).
+_PLAIN: Final = bytes(octet for octet in range(256) if octet == 0x09 or (octet >= 0x20 and octet != 0x7F))
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"host", b"expect", b"connection"})
+_BLANK_LINES: Final = re.compile(rb"(?:\r\n)+")
+_PATH: Final = re.compile(rb"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-F]{2})*")
+_QUERY: Final = re.compile(rb"[!\"$-~]*")  # visible, and no `#`; what servers make of it is not by path
+# A path with two readings: an empty or a dot segment, or an octet that is encoded and need not be, or must not be in a path.
+_AMBIGUOUS: Final = re.compile(
+    rb"//|/\.{1,2}(?:/|\Z)|%(?:[01][0-9A-F]|7F|2[DE]|3[0-9]|4[1-9A-F]|5[0-9A]|5[CF]|6[1-9A-F]|7[0-9A]|7E)"
+)
+# A name or an address, and a port (RFC 9110 section 7.2); proxies may send an empty one.
+_HOST: Final = re.compile(rb"(?:\[[0-9A-Za-z:.%]{2,64}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{0,255})(?::[0-9]{0,5})?")
+_LENGTH: Final = re.compile(rb"[0-9]{1,16}")
+_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})((?:[ \t]*;[\t -~\x80-\xff]*)?)")
+
+
+class UnreadableRequest(InvalidMessage):
+    """A request that a server must not guess about. status: what to answer (RFC 9110 section 15.5); the connection ends."""
+
+    remedy = "Send a request as RFC 9112 describes it, with a path in its normal form."
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request's head. path, query: as they were sent, without the `?`; path in its normal form. fields: names in lower case.
+
+    length: of the body in bytes; None where it is chunked. version: "1.0" or "1.1". keep_alive: whether another request may
+    follow. expects: whether the client waits for a `100 Continue`.
+    """
+
+    method: str
+    path: bytes
+    query: bytes
+    version: str
+    fields: list[tuple[bytes, bytes]]
+    length: int | None
+    keep_alive: bool
+    expects: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A piece of the body, as it came."""
+
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The body is whole. What is read next is another request."""
+
+
+Event = Head | Body | End
+_END: Final = End()
+
+
+class RequestReader:
+    """Reads one connection. `feed` takes bytes; `next` says what they hold, until there is nothing more to say.
+
+    The caller bounds what it feeds while it does not ask: `pending` says how much is kept.
+    """
+
+    def __init__(self, *, encoded_slashes: bool = False) -> None:
+        """encoded_slashes: whether a path may hold `%2F`, as the name of a model in one segment does."""
+        self._encoded_slashes = encoded_slashes
+        self._buffer = bytearray()
+        self._scanned = 0  # how far the end of a head was looked for
+        self._blank = 0  # bytes of empty lines before a head
+        self._state = self._head
+        self._left = 0  # bytes of the body, or of its chunk, that are still to come
+        self._chunked = False
+        self._extensions = self._tiny = self._trailers = 0
+
+    @property
+    def pending(self) -> int:
+        """Bytes that were fed and not yet asked for."""
+        return len(self._buffer)
+
+    @property
+    def between(self) -> bool:
+        """Whether the next event is a head."""
+        return self._state == self._head
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def clear(self) -> None:
+        """Forgets what was fed: nothing more will be asked."""
+        self._buffer = bytearray()
+
+    def next(self) -> Event | None:
+        """The next event; None where more bytes are needed. Raises UnreadableRequest."""
+        return self._state()
+
+    # A head (RFC 9112 sections 2.2, 3 and 5)
+
+    def _head(self) -> Event | None:
+        buffer = self._buffer
+        self._skip_blank_lines()
+        end = buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        if end < 0:
+            self._scanned = len(buffer)
+            self._check_begun()
+            return None
+        if end > MAX_HEAD:
+            raise UnreadableRequest(431, f"a head has at most {MAX_HEAD} bytes")
+        raw = bytes(buffer[: end + 2])
+        del buffer[: end + 4]
+        self._scanned = self._blank = 0
+        head = parse_head(raw, encoded_slashes=self._encoded_slashes)
+        self._chunked = head.length is None
+        self._left = head.length or 0
+        self._extensions = self._tiny = self._trailers = 0
+        self._state = self._chunk_size if self._chunked else self._content
+        return head
+
+    def _skip_blank_lines(self) -> None:
+        """Before a request line a server ignores them (RFC 9112 section 2.2), as many as a head may have bytes."""
+        if found := _BLANK_LINES.match(self._buffer):
+            self._blank += found.end()
+            self._scanned = 0
+            del self._buffer[: found.end()]
+
+    def _check_begun(self) -> None:
+        """What can be said of a head before it is whole."""
+        buffer = self._buffer
+        if len(buffer) + self._blank > MAX_HEAD:
+            no_line = len(buffer) > MAX_TARGET and buffer.find(b"\r\n", 0, MAX_TARGET + 64) < 0
+            raise UnreadableRequest(414 if no_line else 431, f"a head has at most {MAX_HEAD} bytes")
+        if buffer and not 0x41 <= buffer[0] <= 0x5A and buffer != b"\r":
+            raise UnreadableRequest(400, "a request begins with its method, in capital letters")
+
+    # A body (RFC 9112 sections 6 and 7.1)
+
+    def _content(self) -> Event | None:
+        if not self._left:
+            self._state = self._head
+            return _END
+        return self._piece()
+
+    def _piece(self) -> Body | None:
+        size = min(self._left, len(self._buffer))
+        if not size:
+            return None
+        content = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        self._left -= size
+        return Body(content)
+
+    def _chunk_size(self) -> Event | None:
+        line = self._line(_MAX_CHUNK_LINE, "a chunk's size line")
+        if line is None:
+            return None
+        found = _CHUNK.fullmatch(line)
+        if found is None:
+            raise UnreadableRequest(400, "a chunk begins with its size in hexadecimal digits")
+        self._extensions += len(found[2])
+        if self._extensions > _MAX_EXTENSIONS:
+            raise UnreadableRequest(400, f"the chunks of a body have at most {_MAX_EXTENSIONS} bytes of extensions")
+        self._left = int(found[1], 16)
+        self._tiny += self._left < _TINY
+        if self._tiny > _MAX_TINY:
+            raise UnreadableRequest(400, f"a body has at most {_MAX_TINY} chunks of under {_TINY} bytes")
+        self._state = self._chunk if self._left else self._trailer
+        return self._state()
+
+    def _chunk(self) -> Event | None:
+        if self._left:
+            return self._piece()
+        if len(self._buffer) < 2:
+            return None
+        if self._buffer[:2] != b"\r\n":
+            raise UnreadableRequest(400, "a chunk ends with CR LF")
+        del self._buffer[:2]
+        self._state = self._chunk_size
+        return self._chunk_size()
+
+    def _trailer(self) -> Event | None:
+        """Reads trailers, which nobody is told of."""
+        while (line := self._line(_MAX_TRAILERS - self._trailers, "what follows the last chunk")) is not None:
+            if not line:
+                self._state = self._head
+                return _END
+            _field(line)
+            self._trailers += len(line) + 2
+        return None
+
+    def _line(self, most: int, what: str) -> bytes | None:
+        """The next line without its end; None where it is not whole. Raises UnreadableRequest for one of over `most` bytes."""
+        end = self._buffer.find(b"\r\n", 0, most + 2)
+        if end < 0:
+            if len(self._buffer) > most + 1:
+                raise UnreadableRequest(400, f"{what} is too long")
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 2]
+        if line.translate(None, _PLAIN):
+            raise UnreadableRequest(400, f"{what} holds a control character")
+        return line
+
+
+def parse_head(raw: bytes, *, encoded_slashes: bool = False) -> Head:
+    """raw: request line and fields, each with its CR LF, without the empty line. Raises UnreadableRequest."""
+    first, *lines = raw[:-2].split(b"\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise UnreadableRequest(431, f"a head has at most {MAX_FIELDS} fields")
+    if raw.translate(None, _PLAIN) != b"\r\n" * (len(lines) + 1):
+        raise UnreadableRequest(400, "a head holds a control character, or a line end that is not CR LF")
+    method, path, query, version = _request_line(first, encoded_slashes=encoded_slashes)
+    fields = [_field(line) for line in lines]
+    framing: dict[bytes, list[bytes]] = {}
+    for name, value in fields:
+        if name in _FRAMING:
+            framing.setdefault(name, []).append(value)
+    _check_host(framing.get(b"host", []), version)
+    return Head(
+        method=method,
+        path=path,
+        query=query,
+        version=version,
+        fields=fields,
+        length=_length(framing, version),
+        keep_alive=version == "1.1" and not any(_closes(value) for value in framing.get(b"connection", ())),
+        expects=_expects(framing.get(b"expect", []), version),
+    )
+
+
+def _request_line(line: bytes, *, encoded_slashes: bool) -> tuple[str, bytes, bytes, str]:
+    method, _, rest = line.partition(b" ")
+    target, _, version = rest.partition(b" ")
+    if _METHOD.fullmatch(method) is None:
+        raise UnreadableRequest(400, "a request begins with its method, in capital letters")
+    if len(target) > MAX_TARGET:
+        raise UnreadableRequest(414, f"a target has at most {MAX_TARGET} bytes")
+    if _VERSION.fullmatch(version) is None:
+        raise UnreadableRequest(400, "a request line is a method, a target and a version, with one space between them")
+    if version not in (b"HTTP/1.1", b"HTTP/1.0"):
+        raise UnreadableRequest(505, "this server speaks HTTP/1.1")
+    path, _, query = target.partition(b"?")
+    if b"%2F" in path and not encoded_slashes:
+        raise UnreadableRequest(400, "a path here holds no encoded slash")
+    _check_path(path)
+    if _QUERY.fullmatch(query) is None:
+        raise UnreadableRequest(400, "a query has visible ASCII characters alone")
+    return method.decode(), path, query, version[5:].decode()
+
+
+def _check_path(path: bytes) -> None:
+    """Raises UnreadableRequest unless it is absolute and in its normal form, encoded octets in capital digits included.
+
+    Neither a whole URL, nor an authority, nor `*` is one: this server is no proxy, and has nothing to say of itself.
+    """
+    if _PATH.fullmatch(path) is None or _AMBIGUOUS.search(path.replace(b"%2F", b"/")):
+        raise UnreadableRequest(400, "a target is an absolute path in its normal form (RFC 3986 section 6.2.2)")
+    if b"%" in path:
+        try:
+            unquote_to_bytes(path).decode()
+        except UnicodeDecodeError as exc:
+            raise UnreadableRequest(400, "a path is UTF-8") from exc
+
+
+def _field(line: bytes) -> tuple[bytes, bytes]:
+    """The name in lower case, and the value without white space around it (RFC 9112 section 5)."""
+    name, colon, value = line.partition(b":")
+    if not colon or not name or name.translate(None, _TOKEN):
+        raise UnreadableRequest(400, "a field is a name, a colon right after it, and a value, on one line")
+    return name.lower(), value.strip(b" \t")
+
+
+def _check_host(hosts: list[bytes], version: str) -> None:
+    """RFC 9112 section 3.2."""
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        raise UnreadableRequest(400, "a request has one Host")
+    if hosts and _HOST.fullmatch(hosts[0]) is None:
+        raise UnreadableRequest(400, "a Host is a name or an address, and perhaps a port")
+
+
+def _length(framing: dict[bytes, list[bytes]], version: str) -> int | None:
+    """Of the body; None where it is chunked (RFC 9112 sections 6.1 to 6.3)."""
+    lengths, codings = framing.get(b"content-length"), framing.get(b"transfer-encoding")
+    if codings:
+        if lengths or version == "1.0":
+            raise UnreadableRequest(400, "a transfer coding with a Content-Length or with HTTP/1.0 has two readings")
+        if [coding.lower() for coding in codings] != [b"chunked"]:
+            raise UnreadableRequest(501, "chunked is the one transfer coding here")
+        return None
+    if not lengths:
+        return 0
+    if len(lengths) > 1 or _LENGTH.fullmatch(lengths[0]) is None:
+        raise UnreadableRequest(400, "a Content-Length is one number in decimal digits")
+    return int(lengths[0])
+
+
+def _closes(connection: bytes) -> bool:
+    return b"close" in connection.lower() and b"close" in {token.strip() for token in connection.lower().split(b",")}
+
+
+def _expects(expectations: list[bytes], version: str) -> bool:
+    """RFC 9110 section 10.1.1: one of HTTP/1.0 is ignored."""
+    if not expectations or version == "1.0":
+        return False
+    if [each.lower() for each in expectations] != [b"100-continue"]:
+        raise UnreadableRequest(417, "100-continue is the one expectation that can be met")
+    return True

@@ -1,0 +1,249 @@
+"""Requests as a server reads them: what is bounded, what is refused because it has two readings, and where a message ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from lacre.http1 import MAX_FIELDS, MAX_HEAD, MAX_TARGET, Body, End, Event, Head, RequestReader, UnreadableRequest
+
+GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def read(data: bytes, size: int | None = None, *, encoded_slashes: bool = False) -> list[Event]:
+    """Every event of `data`, fed in pieces of `size` bytes; pieces of a body that follow each other are joined."""
+    reader, events = RequestReader(encoded_slashes=encoded_slashes), list[Event]()
+    for at in range(0, len(data), size or max(1, len(data))):
+        reader.feed(data[at : at + (size or len(data))])
+        while (event := reader.next()) is not None:
+            if isinstance(event, Body) and events and isinstance(last := events[-1], Body):
+                events[-1] = Body(last.content + event.content)
+            else:
+                events.append(event)
+    return events
+
+
+def status(data: bytes) -> int:
+    """What is answered; and it is the same however the bytes come."""
+    with pytest.raises(UnreadableRequest) as whole:
+        read(data)
+    with pytest.raises(UnreadableRequest) as pieces:
+        read(data, 1 if len(data) < 2000 else 1000)
+    assert whole.value.status == pieces.value.status
+    return whole.value.status
+
+
+def post(*fields: bytes, body: bytes = b"", line: bytes = b"POST /v1/sealed HTTP/1.1") -> bytes:
+    return b"\r\n".join([line, b"Host: x", *fields, b"", body])
+
+
+def chunked(body: bytes) -> bytes:
+    return post(b"Transfer-Encoding: chunked", body=body)
+
+
+@pytest.mark.parametrize("size", [None, 1, 7])
+def test_requests_one_after_the_other(size: int | None) -> None:
+    data = (
+        b"\r\n\r\n" + GET + post(b"Content-Length: 5", b"Expect: 100-Continue", body=b"hello")
+        + chunked(b"3\r\nabc\r\n2 ;x=y\r\nde\r\n0\r\nLacre-Pool: b\r\n\r\n")
+        + post(b"Connection: a, CLOSE", line=b"GET / HTTP/1.1")
+    )  # fmt: skip
+    first, end, second, body, end2, third, body3, end3, last, end4 = read(data, size)
+    assert first == Head("GET", b"/v1/models", b"", "1.1", [(b"host", b"x")], 0, keep_alive=True, expects=False)
+    assert isinstance(second, Head) and (second.length, second.expects) == (5, True)
+    assert (body, body3) == (Body(b"hello"), Body(b"abcde"))
+    assert isinstance(third, Head) and third.length is None
+    assert third.fields == [(b"host", b"x"), (b"transfer-encoding", b"chunked")], "a trailer is no field of the head"
+    assert isinstance(last, Head) and not last.keep_alive
+    assert {end, end2, end3, end4} == {End()}
+
+
+def test_a_field_and_its_value() -> None:
+    [head, _] = read(post(b"A:", b"B: \t x y\t ", b"c:\xe9", b"d-e_f.9: :"))
+    assert isinstance(head, Head)
+    assert head.fields[1:] == [(b"a", b""), (b"b", b"x y"), (b"c", b"\xe9"), (b"d-e_f.9", b":")]
+
+
+def test_the_old_version() -> None:
+    """Proxies and probes still use it: no Host is needed, and no request follows."""
+    [head, _] = read(b"GET / HTTP/1.0\r\nExpect: x\r\nConnection: keep-alive\r\n\r\n")
+    assert isinstance(head, Head) and (head.version, head.keep_alive, head.expects) == ("1.0", False, False)
+
+
+LENGTHS = (b"+4", b"-1", b"1_0", b"4 4", b"0x4", b"4.", b"", b"\xb2", b"9" * 17)
+PATHS = [
+    b"/v1/se%61led",
+    b"/v1/sealed/.",
+    b"/v1/./sealed",
+    b"/v1/../v1/sealed",
+    b"/v1/..",
+    b"//v1/sealed",
+    b"/v1//sealed",
+    b"/v1/sealed//",
+    b"/v1%2Fsealed",
+    b"/v1%2fsealed",
+    b"/v1/%2e%2e/x",
+    b"/v1/%2E/x",
+    b"/v1%5Csealed",
+    b"/v1\\sealed",
+    b"/v1/sealed%00",
+    b"/v1/%0d%0a",
+    b"/v1/%7Ex",
+    b"/v1/%c3%a9",
+    b"/v1/%FF",
+    b"/v1/%zz",
+    b"/v1/%4",
+    b"/v1/\xc3\xa9",
+    b"/v1/se\x01led",
+    b"/v1/se\x7fled",
+    b"/#x",
+    b"/?#",
+    b"http://x/v1/sealed",
+    b"x:443",
+    b"*",
+    b"v1/sealed",
+    b"",
+    b"/v1/sealed?\x00",
+    b"/v1/sealed?\xe9",
+    b"/a b",
+    b"/|",
+    b"/<",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_is_not_in_its_normal_form(path: bytes) -> None:
+    assert status(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path) == 400
+
+
+@pytest.mark.parametrize(
+    "target", [b"/", b"/v1/sealed", b"/a/b%20c", b"/%C3%A9", b"/a.b/...", b"/a:b@c;d=e,f", b"/?a=/../%2e|[{\"'", b"/a/?"]
+)
+def test_a_path_in_its_normal_form(target: bytes) -> None:
+    [head, _] = read(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target)
+    assert isinstance(head, Head) and head.path + (b"?" if b"?" in target else b"") + head.query == target
+
+
+def test_an_encoded_slash_where_one_may_be() -> None:
+    [head, _] = read(b"GET /v1/models/a%2Fb HTTP/1.1\r\nHost: x\r\n\r\n", encoded_slashes=True)
+    assert isinstance(head, Head) and head.path == b"/v1/models/a%2Fb"
+    for path in (b"/v1/..%2Fx", b"/v1/a%2F%2Fb", b"/v1/a%2F", b"/v1%2F/a"):
+        if path != b"/v1/a%2F":
+            with pytest.raises(UnreadableRequest):
+                read(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path, encoded_slashes=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        # two readings of where a body ends
+        (post(b"Content-Length: 4", b"Transfer-Encoding: chunked"), 400),
+        (post(b"Content-Length: 4", b"Content-Length: 4"), 400),
+        (post(b"Content-Length: 4", b"Content-Length: 5"), 400),
+        (post(b"Content-Length: 4, 4"), 400),
+        *((post(b"Content-Length: " + value), 400) for value in LENGTHS),
+        (post(b"Content-Length:4\x0b"), 400),
+        (post(b"Transfer-Encoding: gzip, chunked"), 501),
+        (post(b"Transfer-Encoding: chunked, gzip"), 501),
+        (post(b"Transfer-Encoding: chunked, chunked"), 501),
+        (post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"), 501),
+        (post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"), 501),
+        (post(b"Transfer-Encoding: xchunked"), 501),
+        (post(b"Transfer-Encoding: chunked;x=y"), 501),
+        (post(b"Transfer-Encoding:"), 501),
+        (post(b"Transfer-Encoding: chunked", line=b"POST / HTTP/1.0"), 400),
+        # two readings of where a field ends, or of its name
+        (post(b"Content-Length : 4"), 400),
+        (post(b"Content-Length\t: 4"), 400),
+        (post(b" Content-Length: 4"), 400),
+        (post(b"A: b\r\n folded"), 400),
+        (post(b"A: b\r\n\tfolded"), 400),
+        (post(b"A: b\nContent-Length: 4"), 400),
+        (post(b"A: b\rContent-Length: 4"), 400),
+        (post(b"A: b\r\r\n"), 400),
+        (post(b"A: \x00"), 400),
+        (post(b"A: \x7f"), 400),
+        (post(b"A\x00: b"), 400),
+        (post(b"A\xe9: b"), 400),
+        (post(b"A[]: b"), 400),
+        (post(b": b"), 400),
+        (post(b"no colon"), 400),
+        # whom a request is for
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (post(b"Host: x"), 400),
+        (post(b"Host: y"), 400),
+        (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: u@a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a,b\r\n\r\n", 400),
+        # request lines
+        (b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+        (b"GET / HTTP/0.9\r\n\r\n", 505),
+        (b"GET /\r\n\r\n", 400),
+        (b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /  HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET\t/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
+        (b"GET / http/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.10\r\nHost: x\r\n\r\n", 400),
+        (b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"\n" + GET, 400),
+        # expectations
+        (post(b"Expect: 200-ok"), 417),
+        (post(b"Expect: 100-continue", b"Expect: 100-continue"), 417),
+        # chunks
+        (chunked(b"g\r\n"), 400),
+        (chunked(b"-1\r\n"), 400),
+        (chunked(b"0x1\r\na\r\n"), 400),
+        (chunked(b"1_0\r\n"), 400),
+        (chunked(b" 1\r\na\r\n"), 400),
+        (chunked(b"\r\n"), 400),
+        (chunked(b"000000001\r\na\r\n"), 400),
+        (chunked(b"1\r\nab\r\n"), 400),
+        (chunked(b"1\r\na\n\n"), 400),
+        (chunked(b"1;x\ny\r\na\r\n"), 400),
+        (chunked(b"1;" + b"x" * 300), 400),
+        (chunked(b"1" * 300), 400),
+        (chunked(b"0\r\nno colon\r\n\r\n"), 400),
+        (chunked(b"0\r\nContent-Length : 4\r\n\r\n"), 400),
+        (chunked(b"0\r\n" + b"a: b\r\n" * 2000), 400),
+        (chunked(b"0\r\na: " + b"b" * 9000), 400),
+        (chunked((b"100;" + b"x" * 200 + b"\r\n" + bytes(256) + b"\r\n") * 100), 400),
+        (chunked(b"1\r\na\r\n" * 5000), 400),
+        # sizes
+        (b"GET /" + b"a" * (MAX_HEAD + 10), 414),
+        (b"GET /" + b"a" * MAX_TARGET + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (post(b"a: " + b"b" * MAX_HEAD), 431),
+        (post()[:-2] + b"a: " + b"b" * MAX_HEAD, 431),
+        (post(*[b"a:b"] * MAX_FIELDS), 431),
+        (post(*[b"a:b"] * 20_000), 431),
+        (b"\r\n" * (MAX_HEAD // 2 + 1), 431),
+    ],
+)  # fmt: skip
+def test_refused(data: bytes, expected: int) -> None:
+    assert status(data) == expected
+
+
+def test_the_largest_head() -> None:
+    fields = [b"a:b"] * (MAX_FIELDS - 1)
+    room = MAX_HEAD - len(post(*fields)) + 4 + len(b"a:b")
+    [head, _] = read(post(*fields[1:], b"c:" + b"d" * (room - 2)))
+    assert isinstance(head, Head) and len(head.fields) == MAX_FIELDS
+
+
+def test_nothing_is_read_twice() -> None:
+    """Byte by byte the largest head costs as much as its bytes; their square would take longer than a test may."""
+    data = post()[:-2] + b"a: " + b"b" * (MAX_HEAD - 1000)
+    reader = RequestReader()
+    for at in range(len(data)):
+        reader.feed(data[at : at + 1])
+        assert reader.next() is None
+
+
+def test_upgrades_are_ignored() -> None:
+    """RFC 9110 section 7.8: the request is answered as what it is, and what follows is the next one."""
+    data = post(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk", line=b"GET / HTTP/1.1")
+    assert [type(event) for event in read(data + GET)] == [Head, End, Head, End]
