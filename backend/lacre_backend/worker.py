@@ -18,6 +18,7 @@ from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Facts, Gpu
 from lacre_backend.engine.protocol import Kind
+from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models import find
 from lacre_backend.node import Identity, Node
@@ -127,10 +128,17 @@ async def _signalled(running: asyncio.Task[None]) -> None:
 
 
 def load_engine(model: Model) -> LlamaEngine | LlamaEmbedder:
-    """The engine that the file is for. Raises SettingsError for one that is missing, not GGUF or too large."""
+    """The engine that the file is for. Raises SettingsError for one that is missing, not GGUF too large, or whose tokenizer
+    does not stand its trial.
+    """  # fmt: skip
     file = find(model.path, model.name)
-    engine = LlamaEmbedder if Facts.read(file.path).kind is Kind.EMBED else LlamaEngine
-    return engine(file.path, name=file.name, digest=file.digest, settings=options(model))
+    tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
+    try:
+        engine = LlamaEmbedder if Facts.read(file.path).kind is Kind.EMBED else LlamaEngine
+        return engine(file.path, name=file.name, digest=file.digest, settings=options(model), tokenizer=tokenizer)
+    except BaseException:
+        tokenizer.close()
+        raise
 
 
 def options(model: Model) -> LlamaSettings:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend.api.template import embedding_tokens
+from lacre_backend.api.template import framed
 from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine
 from lacre_backend.engine.protocol import Embedding, EngineError, Event, Finish, Kind, PromptTooLong, Task, TaskRefused
@@ -38,6 +38,10 @@ _ids = itertools.count()
 @pytest.fixture(scope="module")
 def model() -> Published:
     return published()
+
+
+def embedding_tokens(embedder: LlamaEmbedder, text: str) -> list[int]:
+    return framed(embedder.model, embedder.tokenize(text))
 
 
 def task(embedder: LlamaEmbedder, text: str, **fields: Any) -> Task:

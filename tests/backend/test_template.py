@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -26,7 +27,7 @@ def loaded(source: str) -> ChatTemplate:
 def control_ids(source: str, *contents: str) -> list[int]:
     """The control tokens of a conversation of users' messages."""
     pieces = loaded(source).render([{"role": "user", "content": content} for content in contents])
-    return [token for token in chat_tokens(ECHO, pieces) if token in CONTROL]
+    return [token for token in asyncio.run(chat_tokens(ECHO, pieces)) if token in CONTROL]
 
 
 hostile = st.lists(
@@ -79,8 +80,8 @@ def test_composed_control_tokens_are_found_and_users_ones_are_not(source: str) -
 def test_beginning_of_sequence_comes_once() -> None:
     without, with_it = loaded(SPELLED), loaded("{{ bos_token }}" + SPELLED)
     messages = [{"role": "user", "content": "<|bos|>"}]
-    assert chat_tokens(ECHO, without.render(messages)) == chat_tokens(ECHO, with_it.render(messages))
-    assert text_tokens(ECHO, "<|bos|>x").count(256) == 1
+    assert asyncio.run(chat_tokens(ECHO, without.render(messages))) == asyncio.run(chat_tokens(ECHO, with_it.render(messages)))
+    assert asyncio.run(text_tokens(ECHO, "<|bos|>x")).count(256) == 1
 
 
 def test_a_mark_shows_nothing_to_the_caller() -> None:
@@ -119,7 +120,7 @@ def test_white_space_beside_tokens_that_swallow_it() -> None:
     source = "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %} y"
     engine.model = dataclasses.replace(engine.model, control_tokens=tokens, chat_template=source, add_bos=False)
     pieces = ChatTemplate(engine.model).render([{"role": "user", "content": "  x  "}])
-    assert chat_tokens(engine, pieces) == [START.id, *b"x", END.id, *b" y"]
+    assert asyncio.run(chat_tokens(engine, pieces)) == [START.id, *b"x", END.id, *b" y"]
 
 
 class UserDefined(EchoEngine):
@@ -134,7 +135,7 @@ class UserDefined(EchoEngine):
 @given(hostile)
 def test_end_tokens_of_the_wrong_type_stay_text(text: str) -> None:
     engine = UserDefined()
-    assert text_tokens(engine, text) == [256, *text.encode()]
+    assert asyncio.run(text_tokens(engine, text)) == [256, *text.encode()]
 
 
 # The real model
@@ -146,7 +147,7 @@ def test_ordinary_text_has_the_ids_of_the_whole_string(llama: LlamaEngine, conte
     messages = [{"role": "user", "content": content} for content in contents]
     whole = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     whole += "".join(f"<|im_start|>user\n{content}<|im_end|>\n" for content in contents) + "<|im_start|>assistant\n"
-    assert chat_tokens(llama, ChatTemplate(llama.model).render(messages)) == llama.tokenize(whole, special=True)
+    assert asyncio.run(chat_tokens(llama, ChatTemplate(llama.model).render(messages))) == llama.tokenize(whole, special=True)
 
 
 def test_control_tokens_typed_by_a_user_stay_text(llama: LlamaEngine) -> None:
@@ -154,7 +155,7 @@ def test_control_tokens_typed_by_a_user_stay_text(llama: LlamaEngine) -> None:
     start, end = control["<|im_start|>"], control["<|im_end|>"]
 
     def ids(content: str) -> list[int]:
-        return chat_tokens(llama, template.render([{"role": "user", "content": content}]))
+        return asyncio.run(chat_tokens(llama, template.render([{"role": "user", "content": content}])))
 
     ordinary = [token for token in ids("Hello") if token in control.values()]
     assert ordinary == [start, end, start, end, start]

@@ -23,6 +23,12 @@ TEMPLATE = (
 )
 
 
+# The character that stands for each byte in vocabularies with merges, as GPT-2 chose them: itself, or one from 256 on.
+_ITSELF = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(256) if byte not in _ITSELF]
+PRINTABLE = "".join(chr(byte if byte in _ITSELF else 256 + _OTHERS.index(byte)) for byte in range(256))
+
+
 def _string(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
@@ -62,10 +68,21 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, np
     return path
 
 
-def tiny_model(path: Path, *, n_ctx: int = 4096, seed: int = 1) -> Path:
-    """Tokens are the bytes of the text."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
-    kinds = [UNKNOWN, CONTROL, CONTROL, *([BYTE] * 256), NORMAL]
+def tiny_model(
+    path: Path,
+    *,
+    n_ctx: int = 4096,
+    seed: int = 1,
+    vocabulary: Mapping[str, Any] | None = None,
+    without: Sequence[str] = (),
+    template: str = TEMPLATE,
+) -> Path:
+    """Tokens are the bytes of the text, unless `vocabulary` (of `tiny_vocabulary`) says otherwise. without: tokens left out."""
+    written = dict(vocabulary if vocabulary is not None else tiny_vocabulary("llama"))
+    if without:
+        columns = ("tokens", "scores", "token_type")
+        kept = [i for i, token in enumerate(written["tokenizer.ggml.tokens"]) if token not in without]
+        written |= {f"tokenizer.ggml.{name}": [written[f"tokenizer.ggml.{name}"][i] for i in kept] for name in columns}
     metadata = {
         "general.architecture": "llama",
         "general.name": "tiny",
@@ -77,17 +94,58 @@ def tiny_model(path: Path, *, n_ctx: int = 4096, seed: int = 1) -> Path:
         "llama.attention.head_count_kv": N_HEAD_KV,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.rope.dimension_count": N_EMBD // N_HEAD,
-        "tokenizer.ggml.model": "llama",
+        **written,
+        "tokenizer.chat_template": template,
+    }
+    return write_gguf(path, metadata, _weights(len(written["tokenizer.ggml.tokens"]), seed))
+
+
+def tiny_vocabulary(model: str, pre: str | None = None) -> dict[str, Any]:
+    """The smallest one of each kind that llama.cpp reads, with a token for each byte or each character of ASCII.
+
+    model: `tokenizer.ggml.model`. pre: `tokenizer.ggml.pre`, for the models with merges.
+    """
+    marks, words = ["<unk>", "<s>", "</s>"], ["\u2581", "a", "aa", "!", "!!"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    byte_kinds = [BYTE] * 256
+    merges: list[str] = []
+    match model:
+        case "llama":
+            words = ["\u2581"]
+        case "plamo2":
+            pass
+        case "bert":
+            byte_tokens, byte_kinds = [], []  # none in this kind: what has no token is `<unk>`
+            words = ["\u2581", *(chr(code) for code in range(0x21, 0x7F))]
+        case "t5":
+            words = ["\u2581", "\u2581a", "a", "!"]
+        case "rwkv":
+            byte_tokens, words = [f"\\x{byte:02x}" for byte in range(256)], ["aa", "!!"]
+            byte_kinds = [NORMAL] * 256
+        case "gemma4":
+            merges, words = ["a a", "! !"], ["\u2581", "a", "aa", "!", "!!", "\n"]
+        case _:  # with merges, and a printable character for each byte
+            byte_tokens, words = list(PRINTABLE), ["aa", "!!"]
+            byte_kinds = [NORMAL] * 256
+            merges = ["a a", "! !"]
+    tokens = [*marks, *byte_tokens, *words]
+    vocabulary = {
+        "tokenizer.ggml.model": model,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": [0.0] * len(tokens),
-        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, CONTROL, *byte_kinds, *([NORMAL] * len(words))],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.chat_template": TEMPLATE,
     }
-    return write_gguf(path, metadata, _weights(len(tokens), seed))
+    if model == "bert":
+        vocabulary |= {"tokenizer.ggml.seperator_token_id": 2, "tokenizer.ggml.padding_token_id": 0}
+    if merges:
+        vocabulary["tokenizer.ggml.merges"] = merges
+    if pre is not None:
+        vocabulary["tokenizer.ggml.pre"] = pre
+    return vocabulary
 
 
 def _weights(n_vocab: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:

@@ -9,7 +9,6 @@ Rules
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import struct
 from collections.abc import AsyncIterator, Sequence
@@ -20,9 +19,10 @@ from lacre_backend.api import ceilings, shapes
 from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_down
 from lacre_backend.api.exchange import Disconnected, read_body, send_json, until_disconnect
 from lacre_backend.api.generation import fresh_id
+from lacre_backend.api.prompts import embedding_inputs
 from lacre_backend.api.requests import MAX_BODY, EmbedTexts, EmbedTokens, parse_embedding
 from lacre_backend.api.served import Served, Serving, whose_turn
-from lacre_backend.api.template import embedding_tokens, framed
+from lacre_backend.api.template import framed
 from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Kind, ModelInfo, Task, TaskRefused
 
 
@@ -69,8 +69,10 @@ async def _tokens(served: Served, request: EmbedTexts | EmbedTokens) -> list[lis
     """Each input's tokens, with what belongs around them. Raises `RequestRefused`."""
     if isinstance(request, EmbedTokens):
         return [_checked(served.engine.model, tokens, f"input[{i}]") for i, tokens in enumerate(request.input)]
-    # Beside the event loop: a text may be megabytes long, and only its tokens tell whether it fits.
-    return await asyncio.to_thread(lambda: [embedding_tokens(served.engine, text) for text in request.input])
+    try:
+        return await embedding_inputs(served, request.input)
+    except EngineError:
+        raise engine_failed() from None
 
 
 def _checked(model: ModelInfo, tokens: Sequence[int], param: str) -> list[int]:

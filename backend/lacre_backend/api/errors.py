@@ -49,6 +49,15 @@ def context_length_exceeded(n_ctx: int, n_prompt: int | None, param: str) -> Req
     )
 
 
+def text_refused(param: str) -> RequestRefused:
+    return RequestRefused(
+        f"The model's tokenizer cannot read '{param}': it takes more time or memory than a text may. "
+        "Break up very long runs without spaces, or of spaces, or shorten the text.",
+        code="text_not_tokenizable",
+        param=param,
+    )
+
+
 def unsupported(param: str, remedy: str = "Leave it out.") -> RequestRefused:
     return RequestRefused(f"'{param}' is not supported by this server. {remedy}", code="unsupported_parameter", param=param)
 

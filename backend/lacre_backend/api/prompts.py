@@ -3,27 +3,26 @@
 Rules
 - A template that takes tools gets them. Every other model is told of them in the system message, in the format of `HERMES`;
   calls and results of earlier turns are then text of the assistant and of the user, since such templates know no other roles.
-- Long texts are tokenized beside the event loop, and what cannot fit is refused before it is tokenized.
+- What cannot fit is refused before it is tokenized, and what the tokenizer cannot read is refused by its field's name.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from lacre_backend.api import ceilings
 from lacre_backend.api.calls import HERMES, CallFormat
-from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
 from lacre_backend.api.requests import Message
 from lacre_backend.api.served import Served
 from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
 from lacre_backend.api.tools import Tool
-from lacre_backend.engine.protocol import Kind
+from lacre_backend.engine.protocol import EngineClosed, Kind, TextRefused
 
-_INLINE_BYTES: Final = 16 * 1024  # a longer prompt is tokenized beside the event loop, not in it
 _Written = dict[str, Any]
 
 
@@ -34,27 +33,34 @@ async def chat_prompt(served: Served, messages: Sequence[Message], tools: Sequen
         raise RequestRefused(f"The model `{model.name}` has no chat template. Use /v1/completions.", param="model")
     written = [message.for_template() for message in messages]
     told = [tool.for_template() for tool in tools]
-    size = sum(len(message["content"].encode()) for message in written) + sum(len(json.dumps(tool)) for tool in told)
-    ceilings.check_length(model, size, "messages")
     begun = written.pop()["content"] if goes_on else ""
     try:
         pieces = (*_rendered(template, written, told), begun)
     except TemplateRefused as refusal:
         raise RequestRefused(f"The model's chat template does not take these messages: {refusal}.", param="messages") from None
-    return await _beside(size, chat_tokens, served.engine, joined(pieces), template.control)
+    ceilings.check_length(model, sum(len(piece.encode()) for piece in pieces if isinstance(piece, str)), "messages")
+    with _named("messages"):
+        return await chat_tokens(served.engine, joined(pieces), template.control)
 
 
 async def text_prompt(served: Served, text: str) -> list[int]:
     """A prompt without messages. Raises `RequestRefused`."""
-    size = len(text.encode())
-    ceilings.check_length(served.engine.model, size, "prompt")
-    return await _beside(size, text_tokens, served.engine, text)
+    ceilings.check_length(served.engine.model, len(text.encode()), "prompt")
+    with _named("prompt"):
+        return await text_tokens(served.engine, text)
+
+
+async def embedding_inputs(served: Served, texts: Sequence[str]) -> list[list[int]]:
+    """Each text's tokens, with what belongs around them. Raises `RequestRefused`."""
+    with _named("input"):
+        return await embedding_tokens(served.engine, texts)
 
 
 async def plain_tokens(served: Served, text: str) -> list[int]:
     """A text as the model would read it: a prompt, or what is to be embedded. Raises `RequestRefused`."""
     if Kind.EMBED in served.engine.model.kinds:
-        return await asyncio.to_thread(embedding_tokens, served.engine, text)
+        (tokens,) = await embedding_inputs(served, [text])
+        return tokens
     return await text_prompt(served, text)
 
 
@@ -64,8 +70,15 @@ def call_format(served: Served) -> CallFormat:
     return known or HERMES
 
 
-async def _beside(size: int, tokens: Callable[..., list[int]], *arguments: Any) -> list[int]:
-    return tokens(*arguments) if size < _INLINE_BYTES else await asyncio.to_thread(tokens, *arguments)
+@contextlib.contextmanager
+def _named(param: str) -> Iterator[None]:
+    """What the tokenizer refuses, by the field's name. Raises `RequestRefused`."""
+    try:
+        yield
+    except TextRefused:
+        raise text_refused(param) from None
+    except EngineClosed:
+        raise shutting_down() from None
 
 
 def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written]) -> tuple[Any, ...]:

@@ -204,36 +204,41 @@ def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
     return tuple(found)
 
 
-def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence[ControlToken] = ()) -> list[int]:
+async def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence[ControlToken] = ()) -> list[int]:
     """The prompt's ids. Where the model wants a beginning of sequence and the template wrote none, it comes first.
 
-    control: tokens that plain text must not become; the model's own where left out.
+    control: tokens that plain text must not become; the model's own where left out. Raises as `Engine.tokens`.
     """
-    control = control or engine.model.control_tokens
+    texts = {i: _bare(pieces, i, piece) for i, piece in enumerate(pieces) if isinstance(piece, str)}
+    found = iter(await _plain(engine, list(texts.values()), control or engine.model.control_tokens))
     ids: list[int] = []
-    for i, piece in enumerate(pieces):
-        if isinstance(piece, ControlToken):
-            ids.append(piece.id)
-            continue
-        # Some tokenizers swallow white space beside some control tokens.
-        before = pieces[i - 1] if i > 0 else None
-        after = pieces[i + 1] if i + 1 < len(pieces) else None
-        text = piece.lstrip() if isinstance(before, ControlToken) and before.rstrip else piece
-        text = text.rstrip() if isinstance(after, ControlToken) and after.lstrip else text
-        ids += _plain(engine, text, control)
+    for piece in pieces:
+        ids += [piece.id] if isinstance(piece, ControlToken) else next(found)
     return _begun(engine.model, ids)
 
 
-def text_tokens(engine: Engine, text: str) -> list[int]:
-    """The ids of a text prompt, which holds no control token but the beginning of sequence, where the model wants one."""
-    return _begun(engine.model, _plain(engine, text, engine.model.control_tokens))
+def _bare(pieces: Sequence[Piece], i: int, text: str) -> str:
+    """Some tokenizers swallow white space beside some control tokens."""
+    before = pieces[i - 1] if i > 0 else None
+    after = pieces[i + 1] if i + 1 < len(pieces) else None
+    text = text.lstrip() if isinstance(before, ControlToken) and before.rstrip else text
+    return text.rstrip() if isinstance(after, ControlToken) and after.lstrip else text
 
 
-def embedding_tokens(engine: Engine, text: str) -> list[int]:
-    """The ids of a text to embed, with what the tokenizer puts around one. Literals of control tokens are not recognised in it,
-    though what no token covers may become the vocabulary's token for the unknown.
+async def text_tokens(engine: Engine, text: str) -> list[int]:
+    """The ids of a text prompt, which holds no control token but the beginning of sequence, where the model wants one.
+
+    Raises as `Engine.tokens`.
     """
-    return framed(engine.model, engine.tokenize(text))
+    (ids,) = await _plain(engine, [text], engine.model.control_tokens)
+    return _begun(engine.model, ids)
+
+
+async def embedding_tokens(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts to embed, with what the tokenizer puts around each. Literals of control tokens are not recognised in
+    them, though what no token covers may become the vocabulary's token for the unknown. Raises as `Engine.tokens`.
+    """
+    return [framed(engine.model, ids) for ids in await engine.tokens(texts)]
 
 
 def framed(model: ModelInfo, ids: Sequence[int]) -> list[int]:
@@ -247,22 +252,23 @@ def _begun(model: ModelInfo, ids: list[int]) -> list[int]:
     return ids
 
 
-def _plain(engine: Engine, text: str, steering: Sequence[ControlToken]) -> list[int]:
-    """Ids of plain text, none of them a control token's.
+async def _plain(engine: Engine, texts: Sequence[str], steering: Sequence[ControlToken]) -> list[list[int]]:
+    """Ids of plain texts, none of them a control token's.
 
     llama.cpp recognises "user defined" tokens in plain text too, and a file may wrongly give such a type to a token that ends
     generations. Then the literal is cut after its first character, so that nothing is left to recognise.
     """
     control = {token.id for token in steering}
-    ids = engine.tokenize(text)
-    if control.isdisjoint(ids):
-        return ids
+    found = await engine.tokens(texts)
+    recognised = [i for i, ids in enumerate(found) if not control.isdisjoint(ids)]
     literal = _any_of({token.text: token for token in steering if token.text})
-    cuts = [0, *(match.start() + 1 for match in literal.finditer(text)), len(text)]
-    ids = [token for a, b in itertools.pairwise(cuts) for token in engine.tokenize(text[a:b])]
-    if not control.isdisjoint(ids):
-        raise EngineError("The tokenizer makes control tokens out of plain text.")
-    return ids
+    for i in recognised:
+        cuts = [0, *(match.start() + 1 for match in literal.finditer(texts[i])), len(texts[i])]
+        parts = await engine.tokens([texts[i][a:b] for a, b in itertools.pairwise(cuts)])
+        found[i] = list(itertools.chain.from_iterable(parts))
+        if not control.isdisjoint(found[i]):
+            raise EngineError("The tokenizer makes control tokens out of plain text.")
+    return found
 
 
 def joined(pieces: Sequence[Piece]) -> list[Piece]:

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
 from lacre_backend.engine.delivery import EventStream
@@ -95,6 +95,9 @@ class EchoEngine:
             tokens += [control.id] if control else text[0].encode()
             text = text[len(control.text) if control else 1 :]
         return tokens
+
+    async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.tokenize(text) for text in texts]
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
         self._check(task)

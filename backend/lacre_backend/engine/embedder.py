@@ -37,6 +37,7 @@ from lacre_backend.engine.protocol import (
     check,
 )
 from lacre_backend.engine.sizing import LlamaSettings, memory_for_caches
+from lacre_backend.engine.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT: Final = 2048  # tokens of one text: attention's memory grows with the square of a batch
 DEFAULT_TEXTS: Final = 16  # in one batch
@@ -55,11 +56,25 @@ class _Job:
 class LlamaEmbedder:
     """An `Engine` whose one kind is `EMBED`. slots: texts in one batch."""
 
-    def __init__(self, path: Path, *, name: str, digest: str, settings: LlamaSettings | None = None) -> None:
-        """Load `path`. Raises `SettingsError` if llama.cpp cannot, or the settings do not fit the model."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        digest: str,
+        settings: LlamaSettings | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Load `path`. tokenizer: as in `LlamaEngine`.
+
+        Raises `SettingsError` if llama.cpp cannot, or the settings do not fit the model.
+        """
         settings = settings or LlamaSettings()
+        tokenizer = tokenizer or Tokenizer(path)
         context = _context(path, settings)
-        self._model = Model(path, name=name, digest=digest, n_ctx=context, gpu=settings.gpu, kind=Kind.EMBED)
+        self._model = Model(
+            path, name=name, digest=digest, n_ctx=context, gpu=settings.gpu, tokenizer=tokenizer, kind=Kind.EMBED
+        )
         self._packing = Packing(Room(max(context, STEP), settings.slots or DEFAULT_TEXTS))
         self._encoder = _Encoder(self._model, self._packing.room, settings)
         self._outbox = Outbox()
@@ -80,6 +95,9 @@ class LlamaEmbedder:
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
+
+    async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return await self._model.tokenizer.tokens(texts)
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
         check(task, self.model)
@@ -108,6 +126,7 @@ class LlamaEmbedder:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        self._model.tokenizer.close()
         self._encoder.free()
 
     # The thread

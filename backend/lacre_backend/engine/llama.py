@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -42,6 +42,7 @@ from lacre_backend.engine.sampling import Logits, Sampler, choose, logprob
 from lacre_backend.engine.scheduler import Plan, Scheduler
 from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.text import TextStream
+from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.engine.tokens import Tokens
 
 __all__ = ["LlamaEngine", "LlamaSettings"]
@@ -87,11 +88,23 @@ class _Job:
 class LlamaEngine:
     """An `Engine`. slots: how many tasks run at a time; further ones wait."""
 
-    def __init__(self, path: Path, *, name: str, digest: str, settings: LlamaSettings | None = None) -> None:
-        """Load `path`. Raises `SettingsError` if llama.cpp cannot, or the machine has no room for it."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        digest: str,
+        settings: LlamaSettings | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Load `path`. tokenizer: of that file; its own where there is none yet. It is closed with the engine.
+
+        Raises `SettingsError` if llama.cpp cannot, or the machine has no room for it.
+        """
         settings = settings or LlamaSettings()
+        tokenizer = tokenizer or Tokenizer(path)  # before anything else reads the file: it may abort what reads it
         shape = derive(path, settings)
-        self._model = Model(path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu)
+        self._model = Model(path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer)
         self._context = Context(self._model, shape.limits, Compute(shape.threads, settings.flash))
         self._scheduler = Scheduler(shape.limits)
         self._pace = Pace(shape.limits.share, shape.limits.burst)
@@ -123,8 +136,15 @@ class LlamaEngine:
         """Tasks that did not finish, and cells in use, caches included. Exact while nothing runs."""
         return len(self._jobs), self._scheduler.limits.cells - self._scheduler.free_cells
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._model.tokenizer
+
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return self._model.tokenize(text, special)
+
+    async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return await self._model.tokenizer.tokens(texts)
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
         check(task, self.model)
@@ -169,6 +189,7 @@ class LlamaEngine:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        self._model.tokenizer.close()
         self._context.free()
 
     # The decode thread

@@ -23,7 +23,8 @@ from llama_cpp.llama_cpp import _base_path as _llama_folder
 from llama_cpp.llama_cpp import _lib as _llama
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.protocol import ControlToken, EngineError, Kind, ModelInfo
+from lacre_backend.engine.protocol import ControlToken, Kind, ModelInfo
+from lacre_backend.engine.tokenizer import Tokenizer
 
 DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, whatever the model was trained for
 MIN_N_CTX: Final = 64
@@ -176,7 +177,19 @@ def _metadata(pointer: Any, key: str) -> str | None:
 class Model:
     """A loaded GGUF file. `pointer` and `vocab` are llama.cpp's, for the engine's own use."""
 
-    def __init__(self, path: Path, *, name: str, digest: str, n_ctx: int, gpu: Gpu, kind: Kind = Kind.GENERATE) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        digest: str,
+        n_ctx: int,
+        gpu: Gpu,
+        kind: Kind = Kind.GENERATE,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """tokenizer: of the same file; its own where there is none yet. The engine closes it."""
+        self.tokenizer = tokenizer or Tokenizer(path)
         self.pointer = _load(path, _params(gpu))
         # Not at the exit of the process: a daemon thread may still be decoding then, and the system frees it all anyway.
         weakref.finalize(self, L.llama_model_free, self.pointer).atexit = False
@@ -196,20 +209,7 @@ class Model:
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Token ids; `special` lets control tokens' literals become control tokens. No token is added around them."""
-        return self._tokenize(text, add_special=False, special=special)
-
-    def _tokenize(self, text: str, *, add_special: bool, special: bool) -> list[int]:
-        data = text.encode("utf-8")
-        size = len(data) + 4  # a token covers at least one byte; some vocabularies put a space, and tokens, around the text
-        for _ in range(2):
-            tokens = (L.llama_token * size)()
-            count = L.llama_tokenize(self.vocab, data, len(data), tokens, size, add_special, special)
-            if count >= 0:
-                break
-            size = -count  # a vocabulary that spells the space by several bytes
-        else:
-            raise EngineError("llama.cpp could not tokenize the text.")
-        return list(tokens[:count])
+        return self.tokenizer.words(text, parse_special=special)
 
     def _read_piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(MAX_PIECE)
@@ -235,7 +235,7 @@ class Model:
     def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the tokenizer puts before and after a text by itself, such as `[CLS]` and `[SEP]`."""
         plain = self.tokenize("a", special=False)
-        framed = self._tokenize("a", add_special=True, special=False)
+        framed = self.tokenizer.words("a", add_special=True)
         before = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), None)
         if before is None:
             return (), ()

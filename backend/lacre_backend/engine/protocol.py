@@ -14,7 +14,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -28,6 +28,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 class EngineError(LacreError):
     """The engine failed while it worked; the request may be tried again. Never holds prompt or answer."""
+
+
+class EngineClosed(EngineError):
+    """The engine was closed: its worker shuts down, and another one may serve the request."""
 
 
 class TaskRefused(UsageError):
@@ -45,6 +49,16 @@ class PromptTooLong(TaskRefused):
         super().__init__(f"The prompt has {n_prompt} tokens, the context holds {n_ctx}. Shorten the prompt.", field="prompt")
         self.n_prompt = n_prompt
         self.n_ctx = n_ctx
+
+
+class TextRefused(UsageError):
+    """A text that the model's tokenizer cannot read within its limits of time, memory and stack. Nothing was run."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model's tokenizer cannot read this text: it takes more time or memory than a text may. "
+            "Break up very long runs without spaces, or of spaces, or shorten the text."
+        )
 
 
 class Kind(StrEnum):
@@ -237,7 +251,18 @@ class Engine(Protocol):
         ...
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Token ids. special: whether control tokens' literals become control tokens; never True for a user's text."""
+        """Token ids of a text of the program's own, such as a literal of a template: it blocks.
+
+        special: whether control tokens' literals become control tokens.
+        """
+        ...
+
+    async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each of a user's texts, in which no control token is recognised.
+
+        Raises `TextRefused` for one that takes more than a text may, and `EngineError`. Neither blocks the event loop nor
+        waits for what runs on the model.
+        """
         ...
 
     def close(self) -> None:

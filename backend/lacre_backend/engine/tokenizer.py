@@ -1,0 +1,278 @@
+"""A model's tokenizer, in a process of its own: see `tokenizer_process` for why, and for what limits a text.
+
+Rules
+- No text is tokenized in the worker's own process.
+- A vocabulary that does not stand the trial of `tokenizer_process` is refused while the model loads, by name and cause.
+- A text that ends its process, or passes its limits, is refused alone (`TextRefused`): the worker and other texts go on.
+- Short texts never wait for long ones. Long ones are few at a time, because each may take memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from lacre.errors import SettingsError
+from lacre_backend.engine.protocol import EngineClosed, EngineError, TextRefused
+from lacre_backend.engine.tokenizer_process import ADD_SPECIAL, COUNT, HEAD, LENGTH, PARSE_SPECIAL, READY, UNREADABLE
+
+SHORT: Final = 16 * 1024  # bytes: of such a text even the square takes some tenths of a second
+LONG_AT_ONCE: Final = 4  # each may take 256 MiB of stack, and 160 bytes for each of its own
+_IDLE: Final = 4  # connections kept for the next text; a fork behind each takes 2 MB
+LOADING: Final = 180.0  # seconds, of which the process takes its own limit of CPU time; a cold disk takes longer
+STALLED: Final = 60.0  # seconds without an answer. The process limits its CPU time itself, so this machine is overloaded
+_PIECE: Final = 2**18  # bytes taken from a connection at a time
+_SAID: Final = 64 * 1024  # bytes of what a process printed as it failed, of which those lines are told
+_CAUSE: Final = re.compile("ASSERT|error|what\\(\\)|Error")  # that name a cause,
+_CAUSE_LENGTH: Final = 400  # and these last characters of them
+_MODULE: Final = "lacre_backend.engine.tokenizer_process"
+_NO_TIME: Final = "The tokenizer does not answer: this machine has no time for it. Try again later."
+
+# What the process gets of this one's surroundings: where libraries are. Neither secrets nor settings.
+_KEPT: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "LC_ALL", "TMPDIR")
+# It needs no GPU, and a fork must not inherit one.
+_OWN: Final = {
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "HIP_VISIBLE_DEVICES": "-1",
+    "ROCR_VISIBLE_DEVICES": "-1",
+    "GGML_VK_VISIBLE_DEVICES": "",
+    "GGML_NO_BACKTRACE": "1",  # ggml would start a debugger
+    "OPENBLAS_NUM_THREADS": "1",  # forks and threads do not go together
+    "OMP_NUM_THREADS": "1",
+}
+
+
+class Tokenizer:
+    """The tokenizer of one model's file. Every method may be called from any thread, and from any event loop."""
+
+    def __init__(self, path: Path) -> None:
+        """Starts the process, which takes a fifth of a second and what the vocabulary takes. Raises SettingsError."""
+        self._path = path
+        self._lock = threading.Lock()
+        self._process = _Process(path)
+        self._idle: list[socket.socket] = []
+        self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+    async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, in which no control token is recognised, and around which none is put.
+
+        Raises TextRefused, and EngineError where the process ended and does not start again.
+        """
+        if not any(texts):
+            return [[] for _ in texts]
+        request = _request(texts, 0)
+        if len(request) <= SHORT:
+            return await self._asked(request, keep=True)
+        async with self._room():
+            return await self._asked(request, keep=False)
+
+    def words(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """The ids of a text of this program's own, as its model loads: it blocks. Raises as `tokens`."""
+        connection = self._idle_connection()
+        if connection is None:
+            connection = self._connection()
+        connection.settimeout(STALLED)
+        try:
+            connection.sendall(_request([text], ADD_SPECIAL * add_special | PARSE_SPECIAL * parse_special))
+            (length,) = LENGTH.unpack(_received(connection, LENGTH.size))
+            (ids,) = _ids(_received(connection, length))
+        except TimeoutError:
+            connection.close()
+            raise EngineError(_NO_TIME) from None
+        except (OSError, EOFError):
+            connection.close()
+            raise TextRefused from None
+        self._keep(connection)
+        return ids
+
+    @property
+    def pid(self) -> int:
+        """Of the process that holds the vocabulary."""
+        return self._process.pid
+
+    def forks(self) -> set[int]:
+        """The processes that serve a text now, or wait for the next one."""
+        return set(map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()))
+
+    def close(self) -> None:
+        """Ends the process, and with it every text under way."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._process.close()
+        for connection in idle:
+            connection.close()
+
+    async def _asked(self, request: bytes, *, keep: bool) -> list[list[int]]:
+        """keep: whether the process behind the connection may serve another text: after a long one it holds memory."""
+        connection = self._idle_connection()
+        if connection is None:
+            connection = await asyncio.to_thread(self._connection)
+        answered = False
+        try:
+            connection.setblocking(False)
+            async with asyncio.timeout(STALLED):
+                await asyncio.get_running_loop().sock_sendall(connection, request)
+                (length,) = LENGTH.unpack(await _read(connection, LENGTH.size))
+                ids = _ids(await _read(connection, length))
+            answered = True
+        except TimeoutError:
+            raise EngineError(_NO_TIME) from None
+        except (OSError, EOFError):
+            raise TextRefused from None
+        finally:
+            if answered and keep:
+                self._keep(connection)
+            else:
+                connection.close()
+        return ids
+
+    def _room(self) -> asyncio.Semaphore:
+        with self._lock:
+            return self._rooms.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(LONG_AT_ONCE))
+
+    def _idle_connection(self) -> socket.socket | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
+
+    def _keep(self, connection: socket.socket) -> None:
+        with self._lock:
+            if len(self._idle) < _IDLE and self._process.runs:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _connection(self) -> socket.socket:
+        """One with a fork of the process behind it. A process that ended, which no text does, is started again once."""
+        with self._lock:
+            if self._process.closed:
+                raise EngineClosed("The engine is closed.")
+            try:
+                return self._process.connect()
+            except OSError:
+                self._process.close()
+            try:
+                self._process = _Process(self._path)
+                return self._process.connect()
+            except (SettingsError, OSError):
+                raise EngineError("The tokenizer's process does not start again. See whether this host has memory.") from None
+
+
+class _Process:
+    """The process that holds the vocabulary. Raises SettingsError where it cannot load it, or ends as it tries it."""
+
+    def __init__(self, path: Path) -> None:
+        self.closed = False
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            surroundings = {name: os.environ[name] for name in _KEPT if name in os.environ}
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", _MODULE, os.fspath(path)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=surroundings | _OWN,
+            )
+        self._ending = weakref.finalize(self, _end, self._control, self._child)
+        self._control.settimeout(LOADING)
+        try:
+            ready = self._control.recv(len(READY))
+        except TimeoutError:
+            self.close()
+            raise SettingsError(f"{path}: its tokenizer did not load within {LOADING:.0f} s. Is the disk that slow?") from None
+        if ready != READY:
+            raise SettingsError(self._refusal(path))
+        self._control.settimeout(STALLED)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def runs(self) -> bool:
+        return not self.closed and self._child.poll() is None
+
+    def connect(self) -> socket.socket:
+        """Raises OSError where the process ended."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                socket.send_fds(self._control, [b"."], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+        return ours
+
+    def close(self) -> None:
+        self.closed = True
+        self._ending()
+
+    def _refusal(self, path: Path) -> str:
+        said = "" if self._child.stderr is None else self._child.stderr.read(_SAID).decode("utf-8", "replace")
+        code = self._child.wait(STALLED)
+        self.close()
+        cause = "; ".join(line.strip() for line in said.splitlines() if _CAUSE.search(line))[-_CAUSE_LENGTH:]
+        if code == UNREADABLE:
+            return (
+                f"llama.cpp cannot load {path}: {cause or 'it gives no reason'}. "
+                "Check that the file is whole, and of an architecture this llama.cpp knows."
+            )
+        ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return (
+            f"The tokenizer of {path} cannot be used: its process ended with {ended} as it was tried"
+            f"{f' ({cause})' if cause else ''}. Convert the model again, with every byte in its vocabulary."
+        )
+
+
+def _end(control: socket.socket, child: subprocess.Popen[bytes]) -> None:
+    control.close()
+    if child.stderr is not None:
+        child.stderr.close()
+    child.kill()
+    child.wait()
+
+
+def _request(texts: Sequence[str], flags: int) -> bytes:
+    data = [text.encode() for text in texts]
+    body = b"".join(part for text in data for part in (COUNT.pack(len(text)), text))
+    return HEAD.pack(len(body), sum(map(len, data)), flags) + body
+
+
+def _ids(answer: bytes) -> list[list[int]]:
+    found, at = [], 0
+    while at < len(answer):
+        (count,) = COUNT.unpack_from(answer, at)
+        at += COUNT.size
+        found.append(array("i", answer[at : at + 4 * count]).tolist())
+        at += 4 * count
+    return found
+
+
+def _received(connection: socket.socket, size: int) -> bytes:
+    """Raises EOFError where the process behind the connection ended."""
+    data = bytearray()
+    while len(data) < size:
+        if not (piece := connection.recv(min(size - len(data), _PIECE))):
+            raise EOFError
+        data += piece
+    return bytes(data)
+
+
+async def _read(connection: socket.socket, size: int) -> bytes:
+    """`_received`, without blocking."""
+    loop, data = asyncio.get_running_loop(), bytearray()
+    while len(data) < size:
+        if not (piece := await loop.sock_recv(connection, min(size - len(data), _PIECE))):
+            raise EOFError
+        data += piece
+    return bytes(data)
