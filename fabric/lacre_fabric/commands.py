@@ -182,19 +182,23 @@ def keys_rotate(
     and is destroyed: by `lacre up`, or by the next `lacre keys tend`.
     """
     from lacre.errors import SettingsError
-    from lacre_fabric.rotation import GRACE, retire, rotate
+    from lacre_fabric.rotation import GRACE, Failures, retire, rotate
 
     site = _site(state)
     if unknown := set(pool or ()) - set(site.pools):
         raise SettingsError(f"no pool {', '.join(sorted(unknown))}: there is {', '.join(sorted(site.pools))}")
 
     async def run() -> None:
+        failures = Failures()  # pools are independent
         async with _provisioner(site) as connection:
-            await retire(site, connection)
+            with failures.kept():
+                await retire(site, connection)
             for name in pool or site.pools:
-                with waiting("the workers take up the new keys"):
-                    rotated = await rotate(site, connection, name, grace=GRACE if grace is None else grace, wait=wait)
-                _tell(rotated)
+                with failures.kept(name):
+                    with waiting("the workers take up the new keys"):
+                        rotated = await rotate(site, connection, name, grace=GRACE if grace is None else grace, wait=wait)
+                    _tell(rotated)
+        failures.raised()
 
     asyncio.run(run())
 

@@ -5,13 +5,16 @@ Rules:
 - A retired key is destroyed only when no manifest lists it and nothing sealed to it can wait in the queue. A stream under way
   needs it no more: its answer's key was derived when the request was opened.
 - Every step is written down before the next (see `generations`), so what one process began another one ends.
+- Pools are independent: what fails for one is logged with its name, and the others get what is due to them. Nobody else's
+  change waits while the workers of a pool take up their key.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +47,26 @@ log = structlog.get_logger("lacre.upkeep")
 
 class NotTakenUp(LacreError):
     """No live worker of the pool has the new key: nobody may seal to it yet. It stays staged, and is tried again."""
+
+
+class Failures:
+    """What failed for one of several, each of which gets its turn. The log names the pool, and the error the workers."""
+
+    def __init__(self) -> None:
+        self.errors: list[LacreError | OSError] = []
+
+    @contextmanager
+    def kept(self, pool: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except (LacreError, OSError) as exc:
+            log.warning("upkeep.failed", pool=pool, kind=type(exc).__name__, reason=str(exc))
+            self.errors.append(exc)
+
+    def raised(self) -> None:
+        """Raises the first of them, if any."""
+        if self.errors:
+            raise self.errors[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +115,16 @@ async def rotate(site: Site, connection: Connection, pool: str, *, grace: float 
     _check_time("the grace", grace)
     async with site.changing():
         staged = _staged(site, pool)
-        have, lacking = await await_holders(connection, pool, staged.configs, wait)
-        if lacking and not have:
-            raise NotTakenUp(
-                f"no worker of pool {pool} took up the new key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
-                f"see that they read {site.keys_folder(pool)} or a copy of it, and try again"
-            )
-        site.keep_generations(pool, site.generations(pool).list_staged(time.time(), grace))
+    have, lacking = await await_holders(connection, pool, staged.configs, wait)
+    if lacking and not have:
+        raise NotTakenUp(
+            f"no worker of pool {pool} took up the new key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
+            f"see that they read {site.keys_folder(pool)} or a copy of it, and try again"
+        )
+    async with site.changing():
+        generations = site.generations(pool)
+        if generations.staged == staged:  # or else another process, which waited for the same, has listed it
+            site.keep_generations(pool, generations.list_staged(time.time(), grace))
         await _publish(site, connection)
     live = site.generations(pool).live
     return Rotated(pool, staged.configs, tuple(one for one in live if one.retire_at is not None), lacking)
@@ -127,15 +153,39 @@ def _staged(site: Site, pool: str) -> Generation:
 async def retire(site: Site, connection: Connection, *, wait: float = LOAD_WAIT) -> tuple[Generation, ...]:
     """Takes keys whose grace is over out of the manifest, and destroys those that are out long enough. The destroyed ones.
 
+    What cannot be done for one pool, or for want of the fabric, is raised after everything else was.
     wait: seconds for the workers to let go of them; the log names those that do not. Raises SettingsError or FabricUnavailable.
     """
+    failures = Failures()
+    gone = await _retire(site, connection, wait, failures)
+    failures.raised()
+    return gone
+
+
+async def _retire(site: Site, connection: Connection, wait: float, failures: Failures) -> tuple[Generation, ...]:
+    gone: dict[str, tuple[Generation, ...]] = {}
     async with site.changing():
-        if any(site.generations(pool).leaving(time.time()) for pool in site.pools):
-            await _publish(site, connection)
-        gone = {pool: _destroy(site, pool, time.time()) for pool in site.pools}
-    for pool, generations in gone.items():
-        await _check_gone(connection, pool, [config for one in generations for config in one.configs], wait)
+        with failures.kept():
+            if any(_leaving(site, pool) for pool in site.pools):
+                await _publish(site, connection)
+        for pool in site.pools:
+            with failures.kept(pool):
+                gone[pool] = _destroy(site, pool, time.time())
+
+    async def check(pool: str, generations: Sequence[Generation]) -> None:
+        with failures.kept(pool):
+            await _check_gone(connection, pool, [config for one in generations for config in one.configs], wait)
+
+    await asyncio.gather(*(check(pool, generations) for pool, generations in gone.items()))
     return tuple(one for generations in gone.values() for one in generations)
+
+
+def _leaving(site: Site, pool: str) -> bool:
+    """False for a pool whose file is damaged: to say so is for what changes that file."""
+    try:
+        return site.generations(pool).leaving(time.time())
+    except SettingsError:
+        return False
 
 
 def _destroy(site: Site, pool: str, now: float) -> tuple[Generation, ...]:
@@ -156,19 +206,41 @@ async def _check_gone(connection: Connection, pool: str, configs: Sequence[KeyCo
             log.warning("key.still_held", pool=pool, node=node, remedy="destroy this worker's own copy, and restart it")
 
 
-async def tend(site: Site, connection: Connection, schedule: Schedule) -> None:
-    """Whatever is due now: a fresh manifest, a new key, an end to an old one. Raises as `rotate` and `retire` do."""
+async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: float = LOAD_WAIT) -> None:
+    """Whatever is due now: a fresh manifest, new keys, an end to old ones. What fails is logged, and does not keep the rest.
+
+    wait: seconds for workers to take up a key, or to let go of one. Raises the first of what failed, once all was tried.
+    """
+    failures = Failures()
     now = time.time()
-    if not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # before -MAX_FUTURE: the clock was set back since
-        await publish(site, connection)
-    for pool in site.pools:
-        if _rotation_due(site, pool, now, schedule.every):
-            rotated = await rotate(site, connection, pool, grace=schedule.grace)
-            log.info("key.rotated", pool=pool)
-            for node in sorted(rotated.lacking):
-                log.warning("key.not_taken_up", pool=pool, node=node, remedy="see that this worker reads the pool's keys")
-    if any(site.generations(pool).retirement_due(now) for pool in site.pools):
-        await retire(site, connection)
+    with failures.kept():
+        if not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # before -MAX_FUTURE: the clock was set back since
+            await publish(site, connection)
+
+    async def renew(pool: str) -> None:
+        with failures.kept(pool):
+            if _rotation_due(site, pool, now, schedule.every):
+                _tell_rotated(await rotate(site, connection, pool, grace=schedule.grace, wait=wait))
+
+    await asyncio.gather(*map(renew, site.pools))
+    with failures.kept():
+        if any(_retirement_due(site, pool, now) for pool in site.pools):
+            await _retire(site, connection, wait, failures)
+    failures.raised()
+
+
+def _tell_rotated(rotated: Rotated) -> None:
+    log.info("key.rotated", pool=rotated.pool)
+    for node in sorted(rotated.lacking):
+        log.warning("key.not_taken_up", pool=rotated.pool, node=node, remedy="see that this worker reads the pool's keys")
+
+
+def _retirement_due(site: Site, pool: str, now: float) -> bool:
+    """True for a pool whose file is damaged: retiring says so, and goes on with the others."""
+    try:
+        return site.generations(pool).retirement_due(now)
+    except SettingsError:
+        return True
 
 
 def _rotation_due(site: Site, pool: str, now: float, every: float | None) -> bool:
@@ -184,11 +256,13 @@ async def upkeep(
     provisioning: where the message server is not restarted together with this process, its queues are looked after too.
     """
     while True:
-        try:
-            if provisioning:
+        failures = Failures()
+        if provisioning:
+            with failures.kept():
                 await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
+        with suppress(LacreError, OSError):  # it has logged what failed
             await tend(site, connection, schedule)
-            await asyncio.sleep(LOOK_FOR_QUEUES if provisioning else LOOK)
-        except (LacreError, OSError) as exc:
-            log.warning("upkeep.failed", kind=type(exc).__name__, reason=str(exc))
-            await asyncio.sleep(again)
+            if not failures.errors:
+                await asyncio.sleep(LOOK_FOR_QUEUES if provisioning else LOOK)
+                continue
+        await asyncio.sleep(again)

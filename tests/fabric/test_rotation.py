@@ -17,6 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from lacre.errors import SettingsError
+from lacre.manifest import PoolKey
 from lacre.trust import verify
 from lacre_backend.keyring import KeyRing
 from lacre_fabric import subjects
@@ -24,7 +25,7 @@ from lacre_fabric.connection import Connection
 from lacre_fabric.keyfiles import read_secret
 from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.rotation import NotTakenUp, Schedule, publish, retire, rotate, upkeep
+from lacre_fabric.rotation import NotTakenUp, Schedule, publish, retire, rotate, tend, upkeep
 from lacre_fabric.site import Site
 from parts.fabric import POOLS, LiveFabric
 
@@ -40,12 +41,12 @@ class World:
     connection: Connection
     stack: AsyncExitStack
 
-    async def worker(self, node: str = "n1", *, watches: bool = False) -> KeyRing:
+    async def worker(self, node: str = "n1", *, watches: bool = False, pool: str = POOL) -> KeyRing:
         """A live worker, and its keys: those of the folder as it is now, or as it becomes where it watches."""
-        ring = KeyRing(self.site.keys_folder(POOL))
+        ring = KeyRing(self.site.keys_folder(pool))
         self.stack.callback(ring.close)
-        credential = self.nats.credentials[f"worker-{POOL}-{node}"]
-        worker = await NatsWorker.connect(self.nats.server.url, credential, POOL, node, ["m1"], keys=ring.fingerprints)
+        credential = self.nats.credentials[f"worker-{pool}-{node}"]
+        worker = await NatsWorker.connect(self.nats.server.url, credential, pool, node, ["m1"], keys=ring.fingerprints)
         self.stack.push_async_callback(worker.close)
         if watches:
             self.background(ring.watch())
@@ -66,8 +67,14 @@ class World:
         assert document is not None
         return [key.config.key_id for key in verify(document, self.site.root, time.time()).manifest.pools[POOL].keys]
 
-    def in_folder(self) -> set[str]:
-        return {path.name for path in self.site.keys_folder(POOL).iterdir()}
+    async def keys(self, pool: str) -> Sequence[PoolKey]:
+        """The pool's keys in the manifest on the fabric."""
+        document = await self.connection.manifest()
+        assert document is not None
+        return verify(document, self.site.root, time.time()).manifest.pools[pool].keys
+
+    def in_folder(self, pool: str = POOL) -> set[str]:
+        return {path.name for path in self.site.keys_folder(pool).iterdir()}
 
     async def until_in_folder(self, *names: str, seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds
@@ -85,7 +92,7 @@ async def world(nats: LiveFabric, tmp_path: Path) -> AsyncIterator[World]:
         stack.push_async_callback(connection.close)
         await publish(site, connection)
         yield World(nats, site, connection, stack)
-        await connection.jetstream.purge_stream("KV_trust")
+        await connection.jetstream.delete_stream("KV_trust")  # the next test makes it again
 
 
 async def test_workers_have_a_key_before_any_manifest_names_it(world: World) -> None:
@@ -150,6 +157,68 @@ async def test_what_one_process_began_another_one_ends(world: World) -> None:
     await asyncio.sleep(1.5)
     assert set(ring.keys) == {3, 4}
     assert bytes(old._secret) == bytes(32)
+
+
+class TestPoolsAreIndependent:
+    """Pool `a` is first in every order. What fails for it is said with its name, and pool `b` gets what is due to it."""
+
+    @pytest.fixture
+    async def both(self, nats: LiveFabric, tmp_path: Path) -> AsyncIterator[World]:
+        site = Site(tmp_path / "state", {POOL: POOLS[POOL], "b": POOLS["b"]})
+        site.create()
+        async with AsyncExitStack() as stack:
+            connection = await nats.connect("provisioner")
+            stack.push_async_callback(connection.close)
+            await publish(site, connection)
+            yield World(nats, site, connection, stack)
+            await connection.jetstream.delete_stream("KV_trust")  # the next test makes it again
+
+    async def holding_none(self, world: World) -> None:
+        """A worker of pool `a` that announces no key."""
+        credential = world.nats.credentials[f"worker-{POOL}-n1"]
+        worker = await NatsWorker.connect(world.nats.server.url, credential, POOL, "n1", ["m1"])
+        world.stack.push_async_callback(worker.close)
+
+    async def test_a_worker_that_holds_no_key_stops_its_own_pool_alone(self, both: World) -> None:
+        await rotate(both.site, both.connection, "b", grace=0)
+        await self.holding_none(both)
+        await both.worker(pool="b", watches=True)
+        with capture_logs() as logs, pytest.raises(NotTakenUp, match=r"pool a .*\(n1\)"):
+            await tend(both.site, both.connection, Schedule(every=0, grace=0), wait=4)
+        assert both.in_folder("b") == {"5.key", "6.key"}, "the first keys are destroyed, and those of the grace of 0 s"
+        assert [pool_key.config.key_id for pool_key in await both.keys("b")] == [5, 6]
+        assert both.in_folder() == {"1.key", "2.key", "3.key", "4.key"}, "staged, and tried again"
+        said = [(entry["pool"], "n1" in entry["reason"]) for entry in logs if entry["event"] == "upkeep.failed"]
+        assert said == [("a", True)]
+
+    async def test_others_may_change_the_site_while_a_pool_takes_up_its_keys(self, both: World) -> None:
+        await self.holding_none(both)
+        rotating = asyncio.create_task(rotate(both.site, both.connection, POOL, wait=60))
+        await both.until_in_folder("1.key", "2.key", "3.key", "4.key")
+        async with asyncio.timeout(10):
+            await rotate(both.site, both.connection, "b")
+        assert not rotating.done()
+        rotating.cancel()
+        await asyncio.gather(rotating, return_exceptions=True)
+
+    async def test_two_that_wait_for_the_same_keys_list_them_once(self, both: World) -> None:
+        ring = await both.worker()
+        rotating = [asyncio.create_task(rotate(both.site, both.connection, POOL, grace=60)) for _ in range(2)]
+        await both.until_in_folder("1.key", "2.key", "3.key", "4.key")
+        ring.reload()
+        assert [[config.key_id for config in (await one).listed] for one in rotating] == [[3, 4]] * 2
+        assert [pool_key.config.key_id for pool_key in await both.keys(POOL)] == [3, 4, 1, 2]
+
+    async def test_keys_that_are_out_are_destroyed_without_the_fabric(self, both: World) -> None:
+        """Neither a manifest that cannot be published nor another pool's damaged file keeps a private key on disk."""
+        await rotate(both.site, both.connection, "b", grace=0)
+        damaged = both.site.folder / "pools" / POOL / "generations.json"
+        damaged.write_bytes(b"{")
+        gone = await both.nats.connect("provisioner")
+        await gone.close()
+        with pytest.raises(SettingsError, match="damaged"):
+            await retire(both.site, gone, wait=0.1)
+        assert both.in_folder("b") == {"3.key", "4.key"}
 
 
 async def test_queues_that_the_message_server_lost_are_made_again(world: World) -> None:
