@@ -13,14 +13,15 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import deque
 from typing import Final
 
 import uvloop
 
+from lacre import tasks
 from lacre.asgi import App, Message, Receive, Scope, Send
 
+CLOSE_LIMIT: Final = 2 * tasks.END_LIMIT  # seconds: for its calls to end, and for what they left in threads
 AHEAD: Final = 8  # events that have crossed and were not taken: each wakes the other side up less often
 
 
@@ -30,12 +31,12 @@ class Elsewhere:
     def __init__(self, app: App, name: str = "app") -> None:
         self._app = app
         self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._closing = False
+        self._thread = tasks.thread(name, self._run)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         crossing = _Crossing(self._loop, receive, await receive())
-        call = asyncio.run_coroutine_threadsafe(self._called(scope, crossing), self._loop)
+        call = tasks.across(self._called(scope, crossing), self._loop)
         try:
             while (message := await crossing.take()) is not None:
                 await send(message)
@@ -50,15 +51,19 @@ class Elsewhere:
             crossing.end()
 
     def close(self) -> None:
-        if self._thread.is_alive():
+        self._closing = True
+        if self._thread.alive:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
+            self._thread.join(CLOSE_LIMIT)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_forever()
+            if not self._closing:
+                raise RuntimeError("the app's event loop was stopped, and not by `close`")
         finally:
+            self._loop.run_until_complete(tasks.end(*asyncio.all_tasks(self._loop)))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
@@ -106,7 +111,7 @@ class _Crossing:
         if (first := self._first) is not None:
             self._first = None
             return first
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_awaited(self._receive), self._here))
+        return await asyncio.wrap_future(tasks.across(_awaited(self._receive), self._here))
 
     def end(self) -> None:
         self._here.call_soon_threadsafe(self._put, None)

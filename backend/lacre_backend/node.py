@@ -23,7 +23,7 @@ from typing import Final
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import asgi, problems
+from lacre import asgi, problems, tasks
 from lacre.asgi.admission import Seen, check_date, sent_at
 from lacre.errors import Expired, LacreError, UnknownKeyId
 from lacre.jws import b64u
@@ -39,6 +39,8 @@ from lacre_fabric.grants import Grant
 from lacre_fabric.work import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
 
 RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is away
+_ANSWER_END: Final = 2 * tasks.END_LIMIT  # seconds that a cancelled answer has; its app has the half of it
+LEAVE: Final = 2 * _ANSWER_END  # seconds that cancelled requests have at the end of a drain: they also tell who waits
 NO_MANIFEST: Final = 0.2  # seconds between looks for a first one
 
 log = structlog.get_logger("lacre.node")
@@ -88,7 +90,7 @@ class Node:
         self._repeatable = frozenset(repeatable)
         self._clock = clock
         self._seen = Seen(lifetime=CLAIM_TTL)
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
         """Pulls and answers until cancelled; what was pulled goes on then, until `drain` or `close`.
@@ -105,7 +107,7 @@ class Node:
                 log.warning("fabric.unavailable", reason=str(exc))
                 await asyncio.sleep(RECONNECT)
                 continue
-            task = asyncio.create_task(self._serve(delivery))
+            task = tasks.detach("request", self._serve(delivery))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
@@ -117,13 +119,11 @@ class Node:
         return True
 
     async def drain(self, limit: float) -> None:
-        """Lets what runs finish, for `limit` seconds at most; then cancels it."""
+        """Lets what runs finish, for `limit` seconds at most; then cancels it, and waits `LEAVE` seconds at most."""
         await self._fabric.drain()
         if self._running:
             await asyncio.wait(self._running, timeout=limit)
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await tasks.end(*self._running, limit=LEAVE)
 
     async def _serve(self, delivery: Delivery) -> None:
         began = time.monotonic()
@@ -147,6 +147,9 @@ class Node:
             log.error("app.failed", request_id=delivery.work.request_id, **logs.places(exc.__cause__ or exc))
             outcome = "app-failed"
             await _tell(delivery, problems.INTERNAL)
+        except Exception:  # a fault of ours ends this request alone; who waits is told, and the log has it whole
+            await _tell(delivery, problems.INTERNAL)
+            raise
         finally:
             try:
                 await delivery.drop()
@@ -222,9 +225,9 @@ class Node:
     async def _answer(self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts) -> None:
         """Streams the answer, beats beside it, and stops at once when the gateway withdraws the request, or another has it."""
         claimed = asyncio.Event()
-        streaming = asyncio.create_task(self._stream(delivery, opened, call, receipts, claimed))
-        beating = asyncio.create_task(_claim_and_beat(delivery, receipts, claimed))
-        withdrawn = asyncio.create_task(delivery.cancelled.wait())
+        streaming = tasks.spawn("answer", self._stream(delivery, opened, call, receipts, claimed))
+        beating = tasks.spawn("claim and beats", _claim_and_beat(delivery, receipts, claimed))
+        withdrawn = tasks.spawn("withdrawal", delivery.cancelled.wait())
         try:
             await asyncio.wait({streaming, beating, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
             if streaming.done():
@@ -234,15 +237,12 @@ class Node:
             else:
                 raise Cancelled("the gateway withdrew the request")
         except Cancelled:
-            streaming.cancel()
-            await asyncio.gather(streaming, return_exceptions=True)  # what it made until now is counted
+            await tasks.end(streaming, limit=_ANSWER_END)  # what it made until now is counted
             if claimed.is_set():
                 await delivery.stop(receipts.sign(final=True).encode())
             raise
         finally:
-            for task in (streaming, beating, withdrawn):
-                task.cancel()
-            await asyncio.gather(streaming, beating, withdrawn, return_exceptions=True)
+            await tasks.end(streaming, beating, withdrawn, limit=_ANSWER_END, expected=(_Replayed,))
 
     async def _stream(
         self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts, claimed: asyncio.Event

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
+from lacre import tasks
 from lacre_backend import health
 from lacre_backend.api.app import REPEATABLE, create_app
 from lacre_backend.elsewhere import Elsewhere
@@ -34,8 +36,12 @@ log = structlog.get_logger("lacre.worker")
 
 
 async def serve(settings: Settings) -> None:
-    """Raises SettingsError, KmsError or FabricUnavailable where it cannot start."""
+    """Raises SettingsError, KmsError or FabricUnavailable where it cannot start, and TaskDied where a part of it died."""
     logs.configure(sys.stderr)
+    await tasks.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         kept = stack.enter_context(keeping(settings.kms, settings.pool))
         keys, receipt_key = KeyRing(settings.keys, kept), poolkeys.read_receipt_key(settings.receipt_key, kept)
@@ -60,19 +66,19 @@ async def serve(settings: Settings) -> None:
         identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, _looking(keys, kept))
         node = Node(fabric, serving.app, identity, repeatable=serving.repeatable)
         log.info("worker.ready", pool=settings.pool, model=serving.names[0])
-        running, watching = asyncio.create_task(node.run()), asyncio.create_task(keys.watch())
-        stack.push_async_callback(_cancel, watching)
+        running, watching = tasks.start("node", node.run), tasks.start("pool keys", keys.watch)
+        stack.push_async_callback(watching.close)
         if settings.health is not None:
-            telling = asyncio.create_task(health.tell(settings.health, lambda: _state(fabric, running)))
-            stack.push_async_callback(_cancel, telling)
-        await _signalled(running)
-        await _cancel(running)
+            telling = tasks.start("health", partial(health.tell, settings.health, lambda: _state(fabric, running)))
+            stack.push_async_callback(telling.close)
+        await _signalled()
+        await running.close()
         await node.drain(settings.drain)
 
 
-def _state(fabric: NatsWorker, running: asyncio.Task[None]) -> str:
+def _state(fabric: NatsWorker, running: tasks.Background) -> str:
     """What `health` tells: that this worker takes work, or why it does not."""
-    if running.done():
+    if not running.alive:
         return "draining"
     return health.READY if fabric.connection.connected else "not connected to the message server"
 
@@ -110,21 +116,12 @@ def _looking(keys: KeyRing, kept: Keeping) -> Callable[[], bool]:
     return keys.reload if kept.kms is None else lambda: False
 
 
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-async def _signalled(running: asyncio.Task[None]) -> None:
-    """Until SIGTERM or SIGINT; a node that ended by itself raises here."""
+async def _signalled() -> None:
+    """Until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stopped = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopped, running}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    if running.done():
-        running.result()
+    await stop.wait()
 
 
 def load_engine(model: Model) -> LlamaEngine | LlamaEmbedder:

@@ -83,6 +83,7 @@ _LIBRARY: Final = Group()  # of work outside `run`
 _group: ContextVar[Group] = ContextVar("lacre.tasks", default=_LIBRARY)
 # Every piece of lifetime work in this process that has not ended, in the order of its start.
 _register: dict[int, Background | Thread] = {}
+_stack_size = threading.Lock()
 _short: set[asyncio.Future[Any]] = set()  # asyncio itself keeps only weak references to tasks
 
 
@@ -162,7 +163,7 @@ class _Died(Exception):
 class Thread:
     """Lifetime work in a thread of its own. It dies by raising; it may return once its owner told it to."""
 
-    def __init__(self, name: str, target: Callable[[], None]) -> None:
+    def __init__(self, name: str, target: Callable[[], None], stack: int) -> None:
         self.name = name
         self.restart: Restart | None = None
         self.died: TaskDied | None = None
@@ -170,7 +171,12 @@ class Thread:
         self._group = _group.get()
         self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name=name, daemon=True)
         _register[id(self)] = self
-        self._thread.start()
+        with _stack_size:  # a setting of the process, which the next thread to start takes up
+            before = threading.stack_size(stack)
+            try:
+                self._thread.start()
+            finally:
+                threading.stack_size(before)
 
     @property
     def alive(self) -> bool:
@@ -206,9 +212,9 @@ def start(name: str, work: Work, *, restart: Restart | None = None) -> Backgroun
     return Background(name, work, restart)
 
 
-def thread(name: str, target: Callable[[], None]) -> Thread:
-    """Begins lifetime work in a thread. What `target` starts belongs to the same group."""
-    return Thread(name, target)
+def thread(name: str, target: Callable[[], None], *, stack: int = 0) -> Thread:
+    """Begins lifetime work in a thread. What `target` starts belongs to the same group. stack: bytes; 0: the system's size."""
+    return Thread(name, target, stack)
 
 
 def spawn(name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

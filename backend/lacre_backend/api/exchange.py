@@ -7,6 +7,7 @@ import json
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
+from lacre import tasks
 from lacre.asgi import Receive, Scope, Send
 from lacre_backend.api.errors import RequestRefused
 
@@ -44,16 +45,14 @@ async def read_body(receive: Receive, limit: int) -> bytes:
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Run `work`; cancel it when the client leaves."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(receive))
+    task = tasks.spawn("api call", work)
+    watcher = tasks.spawn("client's departure", _disconnected(receive))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             task.result()
     finally:
-        task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        await tasks.end(task, watcher, expected=(Disconnected, RequestRefused))
 
 
 async def _disconnected(receive: Receive) -> None:

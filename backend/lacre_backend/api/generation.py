@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+from lacre import tasks
 from lacre.asgi import Usage
 from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_down
 from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Read, Task, TaskRefused, Token
@@ -93,16 +94,21 @@ async def _interleaved(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerato
         async for event in streams[0]:
             yield 0, event
         return
-    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    waiting = {_next(stream): i for i, stream in enumerate(streams)}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for future in sorted(done, key=waiting.__getitem__):
                 index, event = waiting.pop(future), future.result()
                 if not isinstance(event, Finish):
-                    waiting[asyncio.ensure_future(anext(streams[index]))] = index
+                    waiting[_next(streams[index])] = index
                 yield index, event
     finally:
-        for future in waiting:
-            future.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await tasks.end(*waiting, expected=(EngineError,))
+
+
+def _next(stream: AsyncIterator[Event]) -> asyncio.Task[Event]:
+    async def next_event() -> Event:
+        return await anext(stream)
+
+    return tasks.spawn("choice", next_event())

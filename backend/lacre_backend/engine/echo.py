@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
+from lacre import tasks
 from lacre_backend.engine.delivery import EventStream
 from lacre_backend.engine.protocol import (
     Alternative,
@@ -66,7 +67,7 @@ class EchoEngine:
         self._delay = delay
         self._repeat = repeat
         self._jobs: dict[str, _Job] = {}
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[object]] = set()
         self._closed = False
         self.model: ModelInfo = ModelInfo(
             name=name,
@@ -102,7 +103,7 @@ class EchoEngine:
     def submit(self, task: Task) -> AsyncIterator[Event]:
         self._check(task)
         job = self._jobs[task.id] = _Job(task)
-        running = asyncio.get_running_loop().create_task(self._run(job))
+        running = tasks.detach("echo", self._run(job))
         self._running.add(running)
         running.add_done_callback(self._running.discard)
         return job.stream

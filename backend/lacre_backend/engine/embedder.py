@@ -20,6 +20,7 @@ import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
+from lacre import tasks
 from lacre.errors import SettingsError
 from lacre_backend.engine.context import FLASH, Batch
 from lacre_backend.engine.delivery import EventStream, Outbox
@@ -82,8 +83,7 @@ class LlamaEmbedder:
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
         self._closing = False
         self.steps = 0
-        self._thread = threading.Thread(target=self._run, name=f"embed {name}", daemon=True)
-        self._thread.start()
+        self._thread = tasks.thread(f"embed {name}", self._run)
 
     @property
     def model(self) -> ModelInfo:

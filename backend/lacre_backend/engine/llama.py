@@ -21,6 +21,7 @@ from typing import Final
 
 import numpy as np
 
+from lacre import tasks
 from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.delivery import EventStream, Outbox
 from lacre_backend.engine.model import Model
@@ -120,8 +121,7 @@ class LlamaEngine:
         self._dirty = False  # whether there is data of old cells
         self.steps = 0
         self.computed_tokens = 0  # submitted to `llama_decode`, fillers not counted
-        self._thread = threading.Thread(target=self._run, name=f"decode {name}", daemon=True)
-        self._thread.start()
+        self._thread = tasks.thread(f"decode {name}", self._run)
 
     @property
     def model(self) -> ModelInfo:

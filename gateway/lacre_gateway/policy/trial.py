@@ -12,11 +12,11 @@ import asyncio
 import contextlib
 import json
 import sys
-import threading
 from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 from typing import Final
 
+from lacre import tasks
 from lacre_fabric.leash import PYTHON
 from lacre_gateway.policy.cedar import SYNTAX, PolicyError
 
@@ -59,10 +59,7 @@ def _tried(folder: Path) -> dict[str, str]:
 
 
 def _main(folder: Path) -> None:
-    threading.stack_size(_STACK)
-    thread = threading.Thread(target=lambda: print(json.dumps(_tried(folder))))  # noqa: T201 - for the parent
-    thread.start()
-    thread.join()
+    tasks.thread("trial", lambda: print(json.dumps(_tried(folder))), stack=_STACK).join()  # noqa: T201 - for the parent
 
 
 if __name__ == "__main__":

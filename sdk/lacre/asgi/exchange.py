@@ -7,19 +7,22 @@ Rules:
   event stream waits until a record is full.)
 - The final chunk is sealed only when the app finished its response. An app that raises, or stops early, leaves a stream
   without one, and the client gets `TruncatedStream`: a broken answer is never passed off as whole.
-- Closing the generator tells the app `http.disconnect` and cancels it.
+- Closing the generator tells the app `http.disconnect` and cancels it. From then on `send` raises, as ASGI 2.4 has it, and
+  nothing that the app still does can hold the closing up for longer than `tasks.END_LIMIT`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
+from lacre import tasks
 from lacre.errors import LacreError, UsageError
 from lacre.padding import Shape
 from lacre.records import Headers, Records, records
@@ -49,6 +52,10 @@ class AppFailed(LacreError):
     """The ASGI app raised, or returned before its response was complete. `__cause__` is for the worker's own log."""
 
     remedy = "Look at `__cause__`: the app's own error."
+
+
+class Disconnected(OSError):
+    """What `send` raises to an app whose caller has gone (ASGI specification 2.4)."""
 
 
 @dataclass(slots=True)
@@ -154,16 +161,19 @@ class _Exchange:
         self._app = app
         self._request = request
         self._call = call
-        self._messages: asyncio.Queue[Message | None] = asyncio.Queue(MAX_PENDING)
+        self._pending: deque[Message] = deque()
+        self._came = asyncio.Event()  # a message, or the app's end
+        self._room = asyncio.Event()
         self._body_taken = False
         self._gone = asyncio.Event()
 
     async def messages(self) -> AsyncGenerator[Message, None]:
         """The messages of a whole response: a start, and bodies to the last one. Raises AppFailed where it is not whole."""
-        task = asyncio.create_task(self._run())
+        task = tasks.spawn("sealed app", self._run())
+        task.add_done_callback(lambda _: self._came.set())
         try:
             expected, complete = "http.response.start", False
-            while (message := await self._messages.get()) is not None:
+            while (message := await self._next(task)) is not None:
                 if message["type"] not in _RESPONSE:
                     continue  # of an extension that was not offered
                 if complete or message["type"] != expected:
@@ -175,18 +185,36 @@ class _Exchange:
                 raise AppFailed("the app returned before its response was complete")
         finally:
             self._gone.set()
-            task.cancel()
-            with suppress(asyncio.CancelledError, AppFailed):
-                await task
+            self._room.set()
+            await tasks.end(task, expected=(Disconnected,))
+
+    async def _next(self, task: asyncio.Task[None]) -> Message | None:
+        """The app's next message; None when it has ended. The end needs no room among the messages, so it is never held up."""
+        while not self._pending:
+            if task.done():
+                return None
+            self._came.clear()
+            await self._came.wait()
+        message = self._pending.popleft()
+        self._room.set()
+        return message
 
     async def _run(self) -> None:
         try:
-            await self._app(self._scope(), self._receive, self._messages.put)
+            await self._app(self._scope(), self._receive, self._send)
         except Exception as exc:  # the boundary to an app that is not ours: one type leaves here
+            if self._gone.is_set():
+                raise  # nobody takes it any more, so it is logged
             raise AppFailed("the app raised") from exc
-        finally:
-            with suppress(asyncio.CancelledError):
-                await self._messages.put(None)
+
+    async def _send(self, message: Message) -> None:
+        while len(self._pending) >= MAX_PENDING and not self._gone.is_set():
+            self._room.clear()
+            await self._room.wait()
+        if self._gone.is_set():
+            raise Disconnected("whoever asked has gone")
+        self._pending.append(message)
+        self._came.set()
 
     async def _receive(self) -> Message:
         if not self._body_taken:

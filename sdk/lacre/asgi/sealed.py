@@ -17,12 +17,12 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from lacre import problems
+from lacre import problems, tasks
 from lacre.asgi.admission import SealedRefusal, Seen, check_date, check_path, sent_at
 from lacre.asgi.exchange import App, AppFailed, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
 from lacre.errors import LacreError, SettingsError, UnknownKeyId, UsageError
@@ -115,15 +115,14 @@ class Sealed:
         await _while_connected(receive, self._answer(opened, refusal, send))
 
     async def _answer(self, opened: Opened, refusal: SealedRefusal | None, send: Send) -> None:
-        pieces = self._pieces(opened, refusal)
-        try:
-            first = await anext(pieces)  # an app that fails before it has begun can still be told of outside
-        except AppFailed:
-            await _tell(send, problems.INTERNAL)
-            raise
         headers = [(b"content-type", MEDIA_TYPE_RESPONSE.encode()), (b"incremental", b"?1"), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async with aclosing(pieces):
+        async with aclosing(self._pieces(opened, refusal)) as pieces:
+            try:
+                first = await anext(pieces)  # an app that fails before it has begun can still be told of outside
+            except AppFailed:
+                await _tell(send, problems.INTERNAL)
+                raise
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": first, "more_body": True})
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -196,18 +195,16 @@ async def _body(receive: Receive) -> bytes | Problem:
             return bytes(body)
 
 
-async def _while_connected(receive: Receive, answering: Awaitable[None]) -> None:
+async def _while_connected(receive: Receive, answering: Coroutine[Any, Any, None]) -> None:
     """Ends the app when the caller has gone."""
-    task = asyncio.ensure_future(answering)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    task = tasks.spawn("sealed answer", answering)
+    gone = tasks.spawn("caller's departure", _disconnected(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             await task
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await tasks.end(task, gone, limit=2 * tasks.END_LIMIT)  # the first limit is the app's own
 
 
 async def _disconnected(receive: Receive) -> None:
