@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lacre import tasks
 from lacre.cli import manifest_app
 from lacre.cli.output import AsJson, waiting
 
@@ -107,7 +109,7 @@ def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 
 async def _until_signalled(coroutine: Coroutine[None, None, None]) -> int | None:
     """SIGINT and SIGTERM cancel it, so that it ends what it started. Which one it was; None where it ended by itself."""
-    task = asyncio.ensure_future(coroutine)
+    task = tasks.spawn("command", tasks.run(coroutine))
     came: list[int] = []
 
     def end(number: int) -> None:
@@ -239,7 +241,7 @@ def keys_tend(
     ] = False,
 ) -> None:
     """Do whatever is due: a new pool key, the end of an old one, a fresh manifest. For cron, each hour, without `lacre up`."""
-    from lacre_fabric.rotation import GRACE, Schedule, tend, upkeep
+    from lacre_fabric.rotation import GRACE, KEPT_UP, Schedule, tend, upkeep
 
     site = _site(state)
     schedule = Schedule(every=rotate_hours * 3600 or None, grace=GRACE if grace is None else grace)
@@ -247,7 +249,13 @@ def keys_tend(
     async def run() -> None:
         async with _provisioner(site) as connection:
             if stay:
-                await upkeep(site, connection, schedule, provisioning=True)
+                background = tasks.start(
+                    "upkeep", partial(upkeep, site, connection, schedule, provisioning=True), restart=KEPT_UP
+                )
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await background.close()
             else:
                 await tend(site, connection, schedule)
 

@@ -21,6 +21,7 @@ import structlog
 from nats.aio.msg import Msg
 from nats.js.client import JetStreamContext
 
+from lacre import tasks
 from lacre_fabric import subjects
 from lacre_fabric.endpoints import Servers, distrusted
 from lacre_fabric.nats_client import DirectClient
@@ -47,7 +48,7 @@ class Connection:
         self.on_reconnect: Callable[[], None] = lambda: None
         self._last_error: Exception | None = None
         self._refusals = 0
-        self._closing: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[object] | None = None
         self._changed = asyncio.Event()
 
     @classmethod
@@ -122,7 +123,7 @@ class Connection:
             log.warning("fabric.error", kind="AuthorizationViolation" if refused else type(error).__name__)
             self._refusals = self._refusals + 1 if refused else 0
             if self._refusals == MAX_REFUSALS:
-                self._closing = asyncio.create_task(self._end())
+                self._closing = tasks.detach("end of a connection", self._end())
             return
         self.denials += 1
         self.denied = text
@@ -217,14 +218,15 @@ class Connection:
 
     async def close(self) -> None:
         if self._closing is not None:
-            await self._closing
+            await tasks.settle(self._closing, limit=tasks.END_LIMIT)
         if not self.client.is_closed:
             await self._end()
 
     async def _end(self) -> None:
         # The server is gone already, with what was left to say to it; uvloop then has a RuntimeError for what asyncio ignores.
-        with suppress(nats.errors.Error, OSError, RuntimeError):
-            await self.client.close()
+        with suppress(nats.errors.Error, OSError, RuntimeError, TimeoutError):
+            async with asyncio.timeout(tasks.END_LIMIT):
+                await self.client.close()
         self._changed.set()  # the library's own callback comes last, and not at all after such an error
 
 

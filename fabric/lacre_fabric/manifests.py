@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from lacre import tasks
 from lacre.errors import LacreError, UsageError
 from lacre.manifest import Manifest
 from lacre.memory import Memory, VersionFile, VersionMemory, accept
@@ -47,7 +48,7 @@ class ManifestFeed:
         self._interval = poll
         self._failure = ""
         self._trusted: Trusted | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._polling: tasks.Background | None = None
         self._catching_up = asyncio.Lock()
         self._refreshing = asyncio.Lock()  # what was read first must not be taken last
         self._caught_up = float("-inf")
@@ -77,14 +78,13 @@ class ManifestFeed:
     async def start(self) -> None:
         """A first read (its failure is not fatal: the fabric may come up later), then one each `poll` seconds. Idempotent."""
         await self._try()
-        if self._task is None:
-            self._task = asyncio.create_task(self._poll())
+        if self._polling is None:
+            self._polling = tasks.start("manifest", self._poll)
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        if self._polling is not None:
+            await self._polling.close()
+            self._polling = None
 
     async def catch_up(self) -> None:
         """Looks now, for a request that names what this manifest does not have."""
@@ -103,6 +103,10 @@ class ManifestFeed:
             await self.refresh()
         except LacreError as exc:
             failure = type(exc).__name__
+        except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
+            failure = type(exc).__name__
+            if failure != self._failure:
+                tasks.failed("manifest", exc)
         else:
             failure = ""
         if failure and failure != self._failure:  # once, not with every reading

@@ -18,6 +18,7 @@ import nats.errors
 from nats.aio.msg import Msg
 from nats.js.api import Header
 
+from lacre import tasks
 from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.members import Members
 from lacre_fabric import orders, subjects
@@ -126,7 +127,7 @@ class NatsGateway:
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
         self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of what is being published, by request
         self._order_keys = orders.OrderKeys()
-        self._telling: set[asyncio.Task[None]] = set()
+        self._telling: set[asyncio.Task[object]] = set()
         self._rosters: dict[str, Roster] = {}  # by pool
         self._sent = Sent()
         self._presence_came = asyncio.Event()
@@ -309,7 +310,7 @@ class NatsGateway:
         return True
 
     def _tell_soon(self, subject: str, payload: bytes = b"") -> None:
-        telling = asyncio.get_running_loop().create_task(self.tell(subject, payload))
+        telling = tasks.detach("word to a worker", self.tell(subject, payload))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
 

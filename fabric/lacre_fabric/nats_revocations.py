@@ -11,7 +11,6 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ import nats.js.errors
 import structlog
 from nats.js.api import DiscardPolicy, Header, StorageType, StreamConfig
 
+from lacre import tasks
 from lacre.errors import InvalidMessage
 from lacre_fabric import subjects
 from lacre_fabric.connection import API_TIMEOUT, Connection
@@ -140,7 +140,7 @@ class Reader:
             return []
         step = max(1, -(-(until + 1 - first.sequence) // _WALKS))
         begins = range(first.sequence, until + 1, step)
-        walks = await asyncio.gather(*(self._walk(begin, min(begin + step, until + 1)) for begin in begins))
+        walks = await tasks.together(*(self._walk(begin, min(begin + step, until + 1)) for begin in begins))
         return [entry for walk in walks for entry in walk]
 
     async def _walk(self, begin: int, end: int) -> list[_Entry]:

@@ -19,6 +19,7 @@ from nats.aio.subscription import Subscription
 from nats.js.client import JetStreamContext
 from nats.js.kv import KeyValue
 
+from lacre import tasks
 from lacre.errors import ProtocolError
 from lacre.wire.header import SealedHeader
 from lacre_fabric import orders, subjects
@@ -74,7 +75,7 @@ class NatsWorker:
         self._queues: list[_Queue] = []
         self._turn: Iterator[_Queue] = iter(())
         self._claims: KeyValue | None = None
-        self._presence: asyncio.Task[None] | None = None
+        self._presence: tasks.Background | None = None
         self._draining = False
 
     @classmethod
@@ -97,7 +98,7 @@ class NatsWorker:
         except BaseException:
             await worker.connection.close()
             raise
-        worker._presence = asyncio.create_task(worker._announce())
+        worker._presence = tasks.start("presence", worker._announce)
         return worker
 
     async def _bind(self, models: Sequence[str]) -> None:
@@ -186,8 +187,7 @@ class NatsWorker:
             return
         self._draining = True
         if self._presence is not None:
-            self._presence.cancel()
-            await asyncio.gather(self._presence, return_exceptions=True)
+            await self._presence.close()
         await self._say_presence()
         if not self.connection.connected:
             return
@@ -225,7 +225,7 @@ class NatsDelivery:
         self._unproven = False
         self._out = Outbound(self._publish)
         self._subscriptions: list[Subscription] = []
-        self._progress: asyncio.Task[None] | None = None
+        self._progress: asyncio.Task[object] | None = None
         self._settled = False
         self.work = work
         self.attempt = self._out.attempt
@@ -238,7 +238,7 @@ class NatsDelivery:
             await client.subscribe(subjects.cancel(pool, request_id), cb=self._on_cancel),
             await client.subscribe(subjects.credit(pool, request_id), cb=self._on_credit),
         ]
-        self._progress = asyncio.create_task(self._in_progress())
+        self._progress = tasks.detach("signs of work", self._in_progress())
 
     async def claim(self) -> bool:
         """The first to create the key has the request. A create that timed out may have been done: it is read back.

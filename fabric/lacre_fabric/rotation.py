@@ -20,6 +20,7 @@ from typing import Final
 
 import structlog
 
+from lacre import tasks
 from lacre.errors import LacreError, SettingsError
 from lacre.sealing import REFRESH_BEFORE
 from lacre.trust import MAX_FUTURE
@@ -246,6 +247,9 @@ def _retirement_due(site: Site, pool: str, now: float) -> bool:
 def _rotation_due(site: Site, pool: str, now: float, every: float | None) -> bool:
     current = site.generations(pool).current
     return every is not None and (current is None or current.listed_at is None or now >= current.listed_at + every)
+
+
+KEPT_UP: Final = tasks.Restart("each round looks anew at what is due, and every step of it may be taken twice", after=AGAIN)
 
 
 async def upkeep(

@@ -10,17 +10,19 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import structlog
 
+from lacre import tasks
 from lacre.errors import SettingsError
 from lacre_fabric import logs, subjects, tokens
 from lacre_fabric.connection import Connection
 from lacre_fabric.leash import PYTHON
 from lacre_fabric.provisioning import provision
-from lacre_fabric.rotation import Schedule, publish, upkeep
+from lacre_fabric.rotation import KEPT_UP, Schedule, publish, upkeep
 from lacre_fabric.server import Server, free_port
 from lacre_fabric.site import NODE, Site
 from lacre_fabric.supervisor import Child, Supervisor
@@ -28,6 +30,7 @@ from lacre_fabric.supervisor import Child, Supervisor
 DEFAULT_MODEL: Final = "smollm2-135m"
 POOL: Final = "default"
 ENV_RENEWAL: Final = tokens.LIFETIME / 4  # seconds: whoever sources `env` has a token for most of a day
+_ENV_AGAIN: Final = tasks.Restart("each renewal writes the whole file; a token in it is good for most of a day")
 START_TIMEOUT: Final = 120.0  # seconds; loading a large model takes its time
 ANSWER_TIMEOUT: Final = 2.0  # seconds for one look at `readyz`: what answers on the port may be somebody else
 
@@ -73,18 +76,15 @@ async def running(
             connection, children = await _start(site, supervisor, port, tables)
             base_url = f"http://127.0.0.1:{port}"
             tending = [
-                asyncio.create_task(task)
-                for task in (upkeep(site, connection, schedule or Schedule()), keep_env(site, base_url))
+                tasks.start("upkeep", partial(upkeep, site, connection, schedule or Schedule()), restart=KEPT_UP),
+                tasks.start("env", partial(keep_env, site, base_url), restart=_ENV_AGAIN),
             ]
-            for task in tending:
-                task.add_done_callback(_tell_end)
             try:
                 site.write_env(base_url)
                 yield Running(site, base_url, site.connection_string(base_url), children), supervisor
             finally:
-                for task in tending:
-                    task.cancel()
-                await asyncio.gather(*tending, return_exceptions=True)
+                for each in tending:
+                    await each.close()
                 await connection.close()
         finally:
             supervisor.stop()
@@ -158,12 +158,6 @@ async def _answers(port: int) -> bool:
                 writer.close()
     except (OSError, ValueError):  # ValueError: a first line without end
         return False
-
-
-def _tell_end(upkeep: asyncio.Task[None]) -> None:
-    """It goes on for ever, or something is wrong with the code."""
-    if not upkeep.cancelled() and (error := upkeep.exception()) is not None:
-        log.error("upkeep.ended", exc_info=error)
 
 
 @contextmanager

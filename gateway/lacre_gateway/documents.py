@@ -64,13 +64,21 @@ def is_loopback(host: str) -> bool:
 
 
 def make_client(url: str) -> httpx2.AsyncClient:
-    """For the documents of one issuer. A proxy of the environment is for what is elsewhere."""
-    return httpx2.AsyncClient(
-        headers={"user-agent": f"lacre-gateway/{__version__}", "accept": "application/json", "accept-encoding": "identity"},
-        timeout=TIME_LIMIT,
-        follow_redirects=False,
-        trust_env=url.startswith("https:"),
-    )
+    """For the documents of one issuer. A proxy of the environment is for what is elsewhere.
+
+    Raises FetchFailed if the environment names certificates or a proxy that cannot be used.
+    """
+    try:
+        return httpx2.AsyncClient(
+            headers={"user-agent": f"lacre-gateway/{__version__}", "accept": "application/json", "accept-encoding": "identity"},
+            timeout=TIME_LIMIT,
+            follow_redirects=False,
+            trust_env=url.startswith("https:"),
+        )
+    except (OSError, ValueError, ImportError, httpx2.InvalidURL) as exc:  # an ssl.SSLError is an OSError
+        raise FetchFailed(
+            f"no client for {url} ({type(exc).__name__}): correct SSL_CERT_FILE, SSL_CERT_DIR and the *_PROXY variables"
+        ) from exc
 
 
 async def fetch(client: httpx2.AsyncClient, url: str, etag: str | None) -> Fetched:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
-from lacre import audit, problems
+from lacre import audit, problems, tasks
 from lacre.audit import AuditProof
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.log import AuditUnavailable, Recorded
@@ -178,7 +178,7 @@ class Attended:
 
     async def __aenter__(self) -> None:
         self._task = asyncio.current_task()
-        self._gone = asyncio.get_running_loop().create_task(self._exchange.gone())
+        self._gone = tasks.detach("client's departure", self._exchange.gone())
         self._gone.add_done_callback(self._leave)
 
     async def __aexit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
@@ -188,7 +188,7 @@ class Attended:
         if self._left and self._task is not None and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
             raise ClientGone from None
 
-    def _leave(self, gone: asyncio.Task[None]) -> None:
+    def _leave(self, gone: asyncio.Task[object]) -> None:
         if self._task is not None and not self._over and not gone.cancelled():
             self._left = True
             self._task.cancel()

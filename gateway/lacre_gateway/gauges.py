@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client.core import Metric
 
+from lacre import tasks
 from lacre_fabric.work import Capacity, FabricError
 from lacre_gateway.metrics import Labelled, by_label, gauge
 
@@ -28,7 +29,7 @@ class Gauges:
     async def refresh(self) -> None:
         """Looks at the queues; where that cannot be done, nothing is said of them."""
         places = list(self._places())
-        counts = await asyncio.gather(*(self._ask(*place) for place in places))
+        counts = await tasks.together(*(self._ask(*place) for place in places))
         self._backlog = {place: count for place, count in zip(places, counts, strict=True) if count is not None}
 
     async def _ask(self, pool: str, region: str) -> int | None:

@@ -19,6 +19,10 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from lacre.errors import SettingsError
 
 MAX_KEYS: Final = 100  # of a set; some issuers have a dozen
+# Characters of a member that is text: an RSA modulus of 16,384 bits has 2,731, and longer numbers cost seconds to verify with.
+MAX_MEMBER: Final = 2752
+# RFC 7517 section 4, RFC 7518 section 6 and RFC 8037 section 2: each is text.
+_TEXTS: Final = frozenset({"kty", "use", "alg", "kid", "crv", "x", "y", "n", "e"})
 MIN_RSA_BITS: Final = 2048  # RFC 7518 section 3.3
 _RSA: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # By key type and curve (RFC 7518 section 3.4, RFC 8037 section 3.1).
@@ -110,12 +114,15 @@ def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJ
         raise SettingsError(f"{place}: holds a private or symmetric key: replace it at the issuer, and list only public ones")
     if member.get("use", "sig") != "sig":
         return []
+    for name in _TEXTS & member.keys():
+        if not isinstance(member[name], str) or len(member[name]) > MAX_MEMBER:
+            raise SettingsError(f"{place}: {name} must be text of at most {MAX_MEMBER} characters (RFC 7517 section 4)")
     curve = member.get("crv") if member.get("kty") != "RSA" else None
     fitting = _FITTING.get((str(member.get("kty")), curve), ())
     usable = [name for name in fitting if name in algorithms and member.get("alg", name) == name]
     try:
         keys = [jwt.PyJWK(member, algorithm) for algorithm in usable]
-    except jwt.PyJWTError as exc:
+    except Exception as exc:  # the one place where PyJWT reads somebody else's members; it raises whatever they cause
         raise SettingsError(f"{place}: is not a valid JWK (RFC 7517): copy it from the issuer again") from exc
     for key in keys:
         if isinstance(key.key, RSAPublicKey) and key.key.key_size < MIN_RSA_BITS:

@@ -3,6 +3,8 @@
 Rules:
 - A set that cannot be used (empty, poisoned, malformed) never replaces a good one, and neither does an issuer that is away: the
   keys stay for `stale_limit` seconds after they were last seen, and not a second longer.
+- Whatever goes wrong with a look, it is a failed look, and the next one comes. Keys that are too old are not found, whoever
+  was to drop them.
 - A key that left the set makes nothing good any more: what was remembered of its tokens is forgotten (`epoch`).
 - However many tokens name keys that are not known, the issuer is asked once for all of them, and once per `cooldown`.
 """
@@ -19,6 +21,7 @@ from typing import Final
 import httpx2
 import jwt
 
+from lacre import tasks
 from lacre.errors import LacreError
 from lacre_fabric.logs import Log
 from lacre_gateway.documents import FetchFailed, allowed, fetch, make_client
@@ -74,7 +77,7 @@ class RemoteKeys:
         self._failures = 0
         self._fetching = False
         self._looking: asyncio.Task[None] | None = None
-        self._keeping: asyncio.Task[None] | None = None
+        self._keeping: tasks.Background | None = None
         self._waiting = 0
         self.epoch = 0
 
@@ -83,7 +86,8 @@ class RemoteKeys:
         return self._keys is not None
 
     def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
-        return None if self._keys is None else self._keys.find(kid, alg)
+        keys = self._keys
+        return None if keys is None or time.monotonic() >= self._good_until else keys.find(kid, alg)
 
     async def seek(self, kid: object, alg: object) -> jwt.PyJWK | None:
         """Asks the issuer for a key that is not known; None where it has none of that name. Raises KeysUnavailable."""
@@ -106,13 +110,13 @@ class RemoteKeys:
     def start(self) -> None:
         """Fetches them, and goes on for as long as the process runs. Idempotent."""
         if self._keeping is None:
-            self._keeping = asyncio.create_task(self._keep())
+            self._keeping = tasks.start("issuer keys", self._keep)
 
     async def close(self) -> None:
-        tasks = [task for task in (self._keeping, self._looking) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._keeping is not None:
+            await self._keeping.close()
+        if self._looking is not None:
+            await tasks.end(self._looking)
         self._keeping = None
         if self._client is not None:
             await self._client.aclose()
@@ -130,7 +134,7 @@ class RemoteKeys:
     async def _look(self) -> None:
         """The look that is under way, or else a new one. Never fails: see `_failure`."""
         if self._looking is None:
-            self._looking = asyncio.create_task(self._ask())
+            self._looking = tasks.spawn("look for issuer keys", self._ask())
         await asyncio.shield(self._looking)
 
     async def _ask(self) -> None:
@@ -141,6 +145,9 @@ class RemoteKeys:
                 self._succeeded(await self._fetch())
             except LacreError as exc:
                 self._failed(str(exc))
+            except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
+                tasks.failed("issuer keys", exc)
+                self._failed(f"unforeseen {type(exc).__name__}: see the log")
         finally:
             self._looking, self._fetching = None, False
 

@@ -13,9 +13,10 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Final
 
+from lacre import tasks
 from lacre.errors import LacreError, UsageError
 from lacre_fabric.logs import Log
 from lacre_fabric.revocations import Revocation, subject_key, token_key
@@ -38,7 +39,7 @@ class RevocationList:
         self._read_at = -math.inf  # on the monotonic clock: when the last look began that came to an end
         self._sweep_at = time.monotonic() + _SWEEP
         self._failure = ""
-        self._task: asyncio.Task[None] | None = None
+        self._following: tasks.Background | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -83,15 +84,13 @@ class RevocationList:
     async def start(self, fabric: Callable[[], GatewayFabric]) -> None:
         """A first look (its failure is not fatal: the fabric may come up later), then one each `LOOK` seconds. Idempotent."""
         await self._try(fabric)
-        if self._task is None:
-            self._task = asyncio.create_task(self._follow(fabric))
+        if self._following is None:
+            self._following = tasks.start("revocations", partial(self._follow, fabric))
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        if self._following is not None:
+            await self._following.close()
+            self._following = None
 
     async def _follow(self, fabric: Callable[[], GatewayFabric]) -> None:
         while True:
@@ -103,6 +102,10 @@ class RevocationList:
             await self.refresh(fabric())
         except LacreError as exc:
             failure = str(exc)
+        except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
+            failure = f"unforeseen {type(exc).__name__}"
+            if failure != self._failure:
+                tasks.failed("revocations", exc)
         else:
             failure = ""
         if failure and failure != self._failure:  # once, not with every look

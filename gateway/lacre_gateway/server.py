@@ -18,14 +18,16 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
 import uvloop
 
+from lacre import tasks
 from lacre.errors import SettingsError
 from lacre_fabric import subjects
 from lacre_fabric.buckets import NatsBucket
@@ -46,6 +48,8 @@ _FIRST_RETRY: Final = 0.25  # seconds, doubled with each failure
 _LAST_RETRY: Final = 5.0
 # New objects after which the collector looks for cycles among them. A request makes some hundreds, and hardly a cycle.
 _COLLECT_AFTER: Final = 20_000
+_PAST_DRAIN: Final = 2.0  # seconds: what a server takes to end beyond the limit of its drain
+_GOES_ON: Final = tasks.Restart("what cannot be read changes nothing: the last good rules and certificate stay in force")
 
 
 def serve(settings: Settings) -> None:
@@ -54,7 +58,7 @@ def serve(settings: Settings) -> None:
     # For the fabric's own loggers; the gateway's belongs to the app.
     structlog.configure(processors=list(PROCESSORS), logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_run(settings))
+        runner.run(tasks.run(_run(settings)))
 
 
 @dataclass(slots=True)
@@ -90,17 +94,18 @@ async def _run(settings: Settings) -> None:
             servers.append((make_server(create_admin(gateway), admin, encrypted), at))
         gateway.authenticator.start()
         _on_signals(gateway, servers[0][0])
-        tasks = (_drained(gateway, servers[0][0]), _keep_connected(gateway, link), *reloading(gateway, context))
-        running = [asyncio.create_task(task) for task in tasks]
+        running = [
+            tasks.start("drain", partial(_drained, gateway, servers[0][0])),
+            tasks.start("fabric", partial(_keep_connected, gateway, link)),
+            *reloading(gateway, context),
+        ]
         for _, socket in servers:
             log.info("listening", host=socket.getsockname()[0], port=socket.getsockname()[1])
         _settle_memory()
         try:
-            await _serve(servers)
+            await _serve(servers, patience=settings.listen.drain + _PAST_DRAIN)
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await tasks.together(*(each.close() for each in running))
             await gateway.feed.close()
             await gateway.close()
             await link.close()
@@ -114,17 +119,17 @@ def _settle_memory() -> None:
     gc.set_threshold(_COLLECT_AFTER)
 
 
-async def _serve(servers: Sequence[tuple[Server, socket.socket]]) -> None:
-    """Until the first of them has ended; it goes on answering at the others meanwhile."""
+async def _serve(servers: Sequence[tuple[Server, socket.socket]], *, patience: float) -> None:
+    """Until the first of them has ended; it goes on answering at the others meanwhile. patience: seconds for their end."""
     (first, listener), *others = servers
-    beside = [asyncio.create_task(server.serve(sockets=[at])) for server, at in others]
+    beside = [tasks.start("admin API", partial(server.serve, sockets=[at])) for server, at in others]
     try:
         await first.serve(sockets=[listener])
         await first.settle()
     finally:
         for server, _ in others:
             server.should_exit = True
-        await asyncio.gather(*beside)
+        await tasks.together(*(each.close(patience=patience) for each in beside))
 
 
 def _on_signals(gateway: Gateway, server: Server) -> None:
@@ -145,9 +150,10 @@ async def _drained(gateway: Gateway, server: Server) -> None:
     gateway.log.info("draining", seconds=delay)
     await asyncio.sleep(delay)
     server.should_exit = True
+    await asyncio.Event().wait()  # until the process ends, which it does now
 
 
-def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[Coroutine[None, None, None]]:
+def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[tasks.Background]:
     """Takes up what changed: on SIGHUP rules and certificate, and rules by itself where the operator named a folder of them."""
     hung_up = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
@@ -159,8 +165,10 @@ def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[Coroutin
             with contextlib.suppress(PolicyError):  # told by `reload`
                 await gateway.reload()
 
-    watching = [] if gateway.settings.policies is None else [gateway.rules.watch(gateway.audit.append)]
-    return [on_signal(), *watching]
+    running = [tasks.start("reload", on_signal, restart=_GOES_ON)]
+    if gateway.settings.policies is not None:
+        running.append(tasks.start("rules", partial(gateway.rules.watch, gateway.audit.append), restart=_GOES_ON))
+    return running
 
 
 def _renew(gateway: Gateway, context: ssl.SSLContext | None) -> None:

@@ -5,6 +5,7 @@ Rules:
   that came on a beat. One that is not the pool's, or is for another request, proves nothing, and an older one may stand.
 - A receipt that the pool did sign and that claims more than the grant settles nothing, and no older one does: the worker broke
   its grant, and what it says is not taken.
+- No claim is lost: whatever goes wrong with one of a batch, or with the thread, each claim has one verdict.
 - Signatures are checked in a thread, all that wait together: the event loop goes on forwarding.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from lacre import tasks
 from lacre.errors import LacreError
 from lacre.receipts import Receipt
 from lacre_fabric.logs import Log
@@ -26,6 +28,8 @@ from lacre_gateway.limits import Reservation
 MAX_BATCH: Final = 256
 # Seconds that a claim waits for others. Nobody waits for it, and going to the thread and back costs more than a signature.
 _LINGER: Final = 0.025
+
+_CLOSE_LIMIT: Final = 10.0  # seconds: 256 claims take 25 ms, and thousands of them a second or so
 
 
 class Reason(StrEnum):
@@ -87,32 +91,61 @@ class Settlement:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._waiting: deque[_Waiting] = deque()
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[object] | None = None
         self.batches = 0
 
     def settle(self, claim: Claim, then: Callable[[Verdict], None]) -> None:
         """Returns at once; `then` is called on the event loop."""
         self._waiting.append((claim, then))
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._drain())
+            self._task = tasks.detach("settlement", self._drain())
 
     async def close(self) -> None:
-        """Waits until every claim so far has its verdict."""
+        """Every claim so far has its verdict when this returns. What a thread does not judge in time is judged here."""
         if self._task is not None:
-            await self._task
+            await asyncio.wait({self._task}, timeout=_CLOSE_LIMIT)
+            await tasks.end(self._task)
+        while self._waiting:
+            batch = self._next_batch()
+            self._tell(batch, _judge_all([claim for claim, _ in batch]))
 
     async def _drain(self) -> None:
         await asyncio.sleep(_LINGER)
         while self._waiting:
-            batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
-            verdicts = await asyncio.to_thread(_judge_all, [claim for claim, _ in batch])
-            self.batches += 1
-            for (claim, then), verdict in zip(batch, verdicts, strict=True):
-                if verdict.refused is not None:
-                    where = {"request_id": claim.request_id, "pool": claim.pool}
-                    self._log.warning("receipt refused", **where, reason=verdict.refused.value)
+            batch = self._next_batch()
+            claims = [claim for claim, _ in batch]
+            try:
+                verdicts = await asyncio.to_thread(_judge_all, claims)
+            except asyncio.CancelledError:
+                self._waiting.extendleft(reversed(batch))
+                raise
+            except RuntimeError as exc:  # the system has no thread to give
+                tasks.failed("settlement", exc)
+                verdicts = _judge_all(claims)
+            self._tell(batch, verdicts)
+
+    def _next_batch(self) -> list[_Waiting]:
+        return [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+
+    def _tell(self, batch: Sequence[_Waiting], verdicts: Sequence[Verdict]) -> None:
+        self.batches += 1
+        for (claim, then), verdict in zip(batch, verdicts, strict=True):
+            if verdict.refused is not None:
+                where = {"request_id": claim.request_id, "pool": claim.pool}
+                self._log.warning("receipt refused", **where, reason=verdict.refused.value)
+            try:
                 then(verdict)
+            except Exception as exc:  # noqa: BLE001 - one request's fault must not cost the others of its batch their verdicts
+                tasks.failed("settlement", exc)
 
 
 def _judge_all(claims: Sequence[Claim]) -> list[Verdict]:
-    return [judge(claim) for claim in claims]
+    return [_judged(claim) for claim in claims]
+
+
+def _judged(claim: Claim) -> Verdict:
+    try:
+        return judge(claim)
+    except Exception as exc:  # noqa: BLE001 - a worker wrote it: what cannot be judged proves nothing, and costs no other claim
+        tasks.failed("settlement", exc)
+        return Verdict(refused=Reason.NOT_THE_POOLS)

@@ -110,9 +110,14 @@ class Background:
         if self.died is not None:
             raise self.died
 
-    async def close(self, limit: float = END_LIMIT) -> None:
-        """Cancels the work and waits until it has ended, for `limit` seconds at most."""
+    async def close(self, limit: float = END_LIMIT, *, patience: float = 0.0) -> None:
+        """Cancels the work and waits until it has ended, for `limit` seconds at most.
+
+        patience: seconds in which it may end by itself, before it is cancelled.
+        """
         self._closing = True
+        if patience > 0:
+            await asyncio.wait({self.task}, timeout=patience)
         await end(self.task, limit=limit)
 
     async def _run(self) -> None:
@@ -264,6 +269,11 @@ async def together(*works: Awaitable[T]) -> list[T]:
         return await asyncio.gather(*group)
     finally:
         await end(*(task for task in group if not task.done()))
+
+
+def failed(name: str, error: Exception) -> None:
+    """Logs an unforeseen failure that its owner survives on purpose: a look at somebody else's words that came to nothing."""
+    _tell("a try failed", name, error)
 
 
 def alive() -> tuple[Background | Thread, ...]:

@@ -186,9 +186,9 @@ async def test_decisions_go_on_while_it_reloads(scene: Scene) -> None:
 async def test_hanging_up(scene: Scene, world: World) -> None:
     """SIGHUP reloads at once, also where nobody watches; what is broken is told, and the next one is heard as well."""
     gateway = replace(world.gateway, rules=scene.rules)
-    tasks = [asyncio.create_task(task) for task in reloading(gateway, None)]
+    running = reloading(gateway, None)
     try:
-        assert len(tasks) == 1
+        assert [each.name for each in running] == ["reload"]
         (scene.folder / "strict.cedar").write_text("forbid (")
         os.kill(os.getpid(), signal.SIGHUP)
         await until(lambda: scene.rules.status.refused)
@@ -199,9 +199,8 @@ async def test_hanging_up(scene: Scene, world: World) -> None:
         assert not scene.allows
     finally:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for each in running:
+            await each.close()
     await world.gateway.close()
     events = [entry for entry in world.entries() if entry["kind"] == "event"]
     assert [entry["event"] for entry in events] == ["started", RELOAD_REFUSED, RELOADED, "stopped"]

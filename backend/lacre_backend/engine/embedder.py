@@ -42,6 +42,7 @@ from lacre_backend.engine.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT: Final = 2048  # tokens of one text: attention's memory grows with the square of a batch
 DEFAULT_TEXTS: Final = 16  # in one batch
+CLOSE_LIMIT: Final = 30.0  # seconds for a step under way: a large one takes some on a slow machine
 STEP: Final = 512  # tokens of a batch of short texts; in larger ones each text pays for attention to its neighbours
 _POOLED: Final = (L.LLAMA_POOLING_TYPE_MEAN, L.LLAMA_POOLING_TYPE_CLS, L.LLAMA_POOLING_TYPE_LAST)
 
@@ -125,9 +126,10 @@ class LlamaEmbedder:
                 return
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        ended = self._thread.join(CLOSE_LIMIT)
         self._model.tokenizer.close()
-        self._encoder.free()
+        if ended:  # what a thread still works with is not freed under it
+            self._encoder.free()
 
     # The thread
 

@@ -48,6 +48,7 @@ from lacre_backend.engine.tokens import Tokens
 
 __all__ = ["LlamaEngine", "LlamaSettings"]
 
+CLOSE_LIMIT: Final = 30.0  # seconds for a step under way: a large one takes some on a slow machine
 SCOPE_LIFE: Final = 3600.0  # seconds: the SDK changes its salt by the hour
 _TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
 _TELL_EACH: Final = 128  # tokens of a prompt: what is told of its reading with every step would slow the steps down
@@ -188,9 +189,10 @@ class LlamaEngine:
                 return
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        ended = self._thread.join(CLOSE_LIMIT)
         self._model.tokenizer.close()
-        self._context.free()
+        if ended:  # what a thread still works with is not freed under it
+            self._context.free()
 
     # The decode thread
 

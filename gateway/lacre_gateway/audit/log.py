@@ -26,6 +26,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lacre import tasks
 from lacre.audit import AuditProof
 from lacre.errors import LacreError, SettingsError
 from lacre.jws import raw_public_key
@@ -39,6 +40,7 @@ from lacre_gateway.audit.store import Committed, Publication, Store
 _LINGER: Final = 0.02  # seconds that outcomes, for which nobody waits, may wait for company
 DISTANCE: Final = 0.005  # seconds from one commit's beginning to the next one's, at most: a worker takes longer to answer
 _DISTANCE_EACH: Final = 0.0005  # of it, for each request under way beside the one that waits
+_CLOSE_LIMIT: Final = 30.0  # seconds for a disk to take the last entries: one under load takes some
 _RETRY: Final = 1.0  # seconds between attempts to publish
 _IDLE: Final = 1.0  # seconds without an entry, after which the tiles are brought up to date, or a failed write is tried again
 _PUBLISH_AFTER: Final = 1024  # entries; the journal stays small, and a restart quick
@@ -121,8 +123,7 @@ class AuditLog:
             raise SettingsError(
                 f"audit: the log in {folder} cannot be written ({reason}): free space, or name another"
             ) from exc
-        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
-        self._thread.start()
+        self._thread = tasks.thread("audit", self._run)
 
     def append(self, entry: Entry) -> asyncio.Future[Recorded]:
         """The future is done when the entry is durable; it fails with AuditUnavailable. It need not be awaited.
@@ -132,7 +133,7 @@ class AuditLog:
         recorded: asyncio.Future[Recorded] = self._loop.create_future()
         recorded.add_done_callback(_retrieved)
         waiting = _Waiting(entry, encode(entry), recorded)
-        if not self._thread.is_alive():
+        if not self._thread.alive:
             recorded.set_exception(AuditUnavailable("the audit log is closed"))
             return recorded
         self._entries.append(waiting)
@@ -156,10 +157,10 @@ class AuditLog:
         return self._store.size
 
     async def close(self) -> None:
-        """Waits until every entry so far is durable, and the tiles are up to date."""
+        """Waits until every entry so far is durable, and the tiles are up to date; not for ever, where a disk stands still."""
         self._closing = True
         self._wake()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, _CLOSE_LIMIT)
 
     def _resume(self, folder: Path, key: Ed25519PrivateKey) -> None:
         """Finishes what the last process left, and begins."""

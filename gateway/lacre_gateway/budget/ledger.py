@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from lacre import tasks
 from lacre.errors import InvalidMessage
 from lacre_fabric.buckets import Bucket, Conflict
 from lacre_fabric.logs import Log
@@ -61,7 +62,7 @@ class _Draw:
     record: Record | None = None
     revision: int = 0
     known: bool = False
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[object] | None = None
     waiting: list[_Waiter] | None = None
 
 
@@ -85,7 +86,7 @@ class Ledger:
         self._draws: dict[str, _Draw] = {}
         self._callers: dict[tuple[str, str, str, str | None], Caller | None] = {}
         self._calendar = Calendar()
-        self._task: asyncio.Task[None] | None = None
+        self._tending: tasks.Background | None = None
         self._announced = float("-inf")
         self._told = False
         self._closing = False
@@ -212,7 +213,7 @@ class Ledger:
 
     def _wake(self, draw: _Draw) -> None:
         if draw.task is None or draw.task.done():
-            draw.task = asyncio.get_running_loop().create_task(self._run(draw))
+            draw.task = tasks.detach("budget draw", self._run(draw))
 
     async def _run(self, draw: _Draw) -> None:
         """Writes until nobody waits."""
@@ -283,8 +284,8 @@ class Ledger:
     def start(self) -> None:
         """Begins, or goes on at once with a new bucket."""
         self._announced = float("-inf")
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._tend())
+        if self._tending is None:
+            self._tending = tasks.start("budgets", self._tend)
 
     async def _tend(self) -> None:
         while True:
@@ -295,6 +296,10 @@ class Ledger:
                 except FabricError as exc:
                     if not self._told:
                         self._log.warning("budgets unavailable", reason=str(exc))
+                    self._told = True
+                except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed try is a failed try
+                    if not self._told:
+                        tasks.failed("budgets", exc)
                     self._told = True
                 else:
                     self._told = False
@@ -333,26 +338,32 @@ class Ledger:
                 if draw.task is not None:
                     await asyncio.wait({draw.task}, timeout=DRAW_LIMIT)  # who waits for it keeps it going
 
-        await asyncio.gather(*(write(draw) for draw in due))
+        await tasks.together(*(write(draw) for draw in due))
 
     async def close(self) -> None:
         """Gives back what is left, once all is settled that will be. What stays reserved is forfeited."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        await asyncio.gather(*(draw.task for draw in self._draws.values() if draw.task is not None), return_exceptions=True)
+        if self._tending is not None:
+            await self._tending.close()
+        await tasks.settle(*(draw.task for draw in self._draws.values() if draw.task is not None), limit=2 * DRAW_LIMIT)
         gate = asyncio.Semaphore(_AT_ONCE)
 
-        async def leave(draw: _Draw) -> None:
+        async def leave(draw: _Draw) -> bool:
             async with gate:
-                await self._write(draw, (), leave=True)
+                try:
+                    await self._write(draw, (), leave=True)
+                except FabricError:
+                    return False
+            return True
 
         try:
             async with asyncio.timeout(DRAW_LIMIT):
-                ended = await asyncio.gather(*map(leave, self._draws.values()), return_exceptions=True)
+                left = all(await tasks.together(*map(leave, self._draws.values())))
         except TimeoutError:
-            ended = [FabricUnavailable("NATS did not answer in time")]
-        if any(isinstance(end, BaseException) for end in ended):
+            left = False
+        except Exception as exc:  # noqa: BLE001 - the rest of the gateway has to close too
+            tasks.failed("budgets", exc)
+            left = False
+        if not left:
             self._log.warning("budgets not given back", remedy="they are void when their window ends")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from lacre import tasks
 from lacre.cli import lock
 from lacre.cli.output import AsJson, PoolName, Url, err, waiting
 from lacre.errors import SettingsError
@@ -56,7 +57,7 @@ def proxy(
         door = Door.on(port, key, names=allow_host or (), origins=allow_origin or ())
         shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         told = _as_json(shown, key, key_file) if as_json else _as_shell(shown, key, key_file)
-        asyncio.run(_serve(url, pool, door, listener, told))
+        asyncio.run(tasks.run(_serve(url, pool, door, listener, told)))
 
 
 def check_host(host: str, *, allowed: bool) -> None:
