@@ -75,8 +75,7 @@ async def own(own_server: LiveFabric) -> AsyncIterator[Ends]:
 async def die(worker: NatsWorker) -> None:
     """What the death of a worker's process looks like from outside: the connection is gone, and nothing was said."""
     assert worker._presence is not None
-    worker._presence.cancel()
-    await asyncio.gather(worker._presence, return_exceptions=True)
+    await worker._presence.close()
     await worker.connection.close()
 
 
