@@ -177,7 +177,7 @@ async def _retire(site: Site, connection: Connection, wait: float, failures: Fai
         with failures.kept(pool):
             await _check_gone(connection, pool, [config for one in generations for config in one.configs], wait)
 
-    await asyncio.gather(*(check(pool, generations) for pool, generations in gone.items()))
+    await tasks.together(*(check(pool, generations) for pool, generations in gone.items()))
     return tuple(one for generations in gone.values() for one in generations)
 
 
@@ -223,7 +223,7 @@ async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: 
             if _rotation_due(site, pool, now, schedule.every):
                 _tell_rotated(await rotate(site, connection, pool, grace=schedule.grace, wait=wait))
 
-    await asyncio.gather(*map(renew, site.pools))
+    await tasks.together(*map(renew, site.pools))
     with failures.kept():
         if any(_retirement_due(site, pool, now) for pool in site.pools):
             await _retire(site, connection, wait, failures)
