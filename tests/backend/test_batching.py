@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import gc
 import itertools
+import math
 import random
 import secrets
 from collections import Counter
@@ -147,7 +148,7 @@ async def test_ways_of_sampling_side_by_side(tiny_engine: LlamaEngine, make_task
     alone, _ = await run(tiny_engine, make_task(tiny_engine, "abc", 10, sampling=GREEDY, endless=False, logprobs=2))
     others = [
         Sampling(temperature=1.5, logit_bias={100: 30.0}),
-        Sampling(grammar='root ::= "yes" | "no"'),
+        Sampling(grammar='start: "yes" | "no"'),
         Sampling(frequency_penalty=1.5, temperature=0),
         Sampling(temperature=0.8, top_p=0.9, min_p=0.05),
         Sampling(top_k=3, seed=1),
@@ -307,7 +308,7 @@ async def test_500_mixed_tasks(tiny_engine: LlamaEngine, make_task: MakeTask) ->
                 case 0:  # a refusal
                     yield dataclasses.replace(task, prompt=(*prompt, 10**6)), None
                 case 1:  # an error in the middle: nothing that the grammar admits is left
-                    sampling = Sampling(grammar='root ::= "a"', logit_bias={ord("a") + 3: -1e9}, top_k=1, seed=1)
+                    sampling = Sampling(grammar='start: "a"', logit_bias={ord("a") + 3: -math.inf}, top_k=1, seed=1)
                     yield dataclasses.replace(task, sampling=sampling), None
                 case 2 | 3:  # cancelled
                     yield task, choose.choice([1, 3])

@@ -6,18 +6,16 @@ import itertools
 import json
 from typing import Any
 
-import llama_cpp as L
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lacre_backend.api.calls import HERMES, LLAMA, Argued, Called, CallFormat, CallReader, Part, Speech
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.schema import ANY_OBJECT, Rules
+from lacre_backend.api.schema import Grammars
 from lacre_backend.api.tools import Tool, calling
 from lacre_backend.engine.llama import LlamaEngine
-from lacre_backend.engine.protocol import Sampling
-from lacre_backend.engine.sampling import Sampler
+from lacre_backend.engine.protocol import TaskRefused
 
 unhurried = settings(deadline=None)
 TIDE = {
@@ -118,31 +116,25 @@ def test_answers_that_break_off(text: str, speech: str, made: list[tuple[str, st
         assert read(pieces) == (speech, made, called)
 
 
-# The grammar, by llama.cpp's own reading of it
+# The grammar, by its masks
 
 
-def grammar(choice: Any = None, *, tools: list[Tool] = TOOLS, many: bool = True, speech: str | None = None,
+def grammar(choice: Any = None, *, tools: list[Tool] = TOOLS, many: bool = True, json_text: bool = False,
             form: CallFormat = HERMES) -> str:  # fmt: skip
     may_call = calling(tools, choice, many=many)
     assert may_call is not None
-    rules = Rules()
-    return rules.text(form.grammar(rules, may_call, speech))
+    grammars = Grammars()
+    return grammars.text(form.grammar(grammars, may_call, grammars.any_object() if json_text else None))
 
 
 def admits(llama: LlamaEngine, source: str, text: str) -> bool:
     """Whether the grammar admits the text, and an end after it."""
-    sampler = Sampler(llama._model, Sampling(temperature=0, grammar=source), 8)
-    candidates = sampler._candidates
-    assert candidates is not None
     try:
-        for token in llama.tokenize(text):
-            if not sampler._admits(candidates, token):
-                return False
-            sampler.accept(token)
-        end = next(t for t in range(llama.model.n_vocab) if L.llama_vocab_is_eog(llama._model.vocab, t))
-        return sampler._admits(candidates, end)
-    finally:
-        sampler.close()
+        allowed = llama._masks.compile(source, llama.tokenize(text)).allowed
+    except TaskRefused as refusal:
+        assert refusal.field == "begun"
+        return False
+    return all(allowed[token] for token in range(llama.model.n_vocab) if llama._model.ends(token))
 
 
 TIDE_CALL = HERMES.written("get_tide", '{"port": "Porto", "unit": "m"}')
@@ -202,10 +194,17 @@ def test_a_named_function(llama: LlamaEngine, choice: Any, named: bool) -> None:
 
 
 def test_json_or_a_call(llama: LlamaEngine) -> None:
-    source = grammar(speech=ANY_OBJECT)
+    source = grammar(json_text=True)
     assert admits(llama, source, '{"a": 1}')
     assert admits(llama, source, NOW_CALL)
     assert not admits(llama, source, "Hello.")
+
+
+def test_a_format_without_a_marker_does_not_go_with_json() -> None:
+    with pytest.raises(RequestRefused) as caught:
+        grammar(json_text=True, form=LLAMA)
+    assert caught.value.param == "response_format"
+    assert grammar("required", json_text=True, form=LLAMA)
 
 
 def test_another_format(llama: LlamaEngine) -> None:
@@ -238,9 +237,12 @@ LOOSE: dict[str, Any] = {
 
 def test_what_cannot_be_enforced_is_refused_where_strict_and_left_to_the_model_where_not(llama: LlamaEngine) -> None:
     source = grammar("required", tools=[tool("f", LOOSE)])
-    for sent in ('{"url": "x"}', '{"url": "x", "n": 0, "many": ["a", null], "when": {}, "long": "y", "node": {"next": null}}'):
+    for sent in (
+        '{"url": "https://x", "undeclared": 1}',
+        '{"url": "https://x", "n": 9, "many": ["a", null], "when": "", "long": "y", "node": {"next": null}, "undeclared": []}',
+    ):
         assert admits(llama, source, HERMES.written("f", sent)), sent
-    for sent in ("{}", '{"url": 1}', '{"url": "x", "n": "1"}', '{"url": "x", "many": [1]}'):
+    for sent in ("{}", '{"url": 1}', '{"url": "https:x", "undeclared": 1, "n": "1"}', '{"url": "https:x", "many": [1]}'):
         assert not admits(llama, source, HERMES.written("f", sent)), sent
     with pytest.raises(RequestRefused) as caught:
         grammar("required", tools=[tool("g"), tool("f", LOOSE, strict=True)])
@@ -270,6 +272,6 @@ def test_arguments_are_an_object(parameters: dict[str, Any]) -> None:
 def test_no_schema_raises_anything_but_a_refusal(parameters: dict[str, Any]) -> None:
     for strict in (False, True):
         try:
-            assert "root ::=" in grammar(tools=[tool("f", parameters, strict=strict)])
+            assert "start: " in grammar(tools=[tool("f", parameters, strict=strict)])
         except RequestRefused as refusal:
             assert refusal.param == "tools[0].function.parameters"

@@ -154,7 +154,7 @@ async def test_context_end_is_length(engine: Engine, make_task: MakeTask, run: R
         ({"prompt": (10**6,)}, "prompt"),
         ({"kind": Kind.EMBED}, "kind"),
         ({"sampling": Sampling(logit_bias={10**6: 1.0})}, "logit_bias"),
-        ({"sampling": Sampling(grammar="no root here")}, "grammar"),
+        ({"sampling": Sampling(grammar="no rule here")}, "grammar"),
     ],
 )
 async def test_refusals(engine: Engine, make_task: MakeTask, change: dict[str, Any], field: str) -> None:

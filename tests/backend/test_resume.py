@@ -138,9 +138,9 @@ async def test_a_json_schema_goes_on_where_it_was(llama: LlamaEngine) -> None:
 
 
 async def test_a_beginning_that_the_grammar_refuses(llama: LlamaEngine, make_task: Any) -> None:
-    """It is never given to llama.cpp's grammar, which would end the process."""
+    """Refused before anything runs."""
     begun = tuple(llama.tokenize("no JSON"))
-    task = make_task(llama, sampling=Sampling(temperature=0, grammar='root ::= "{" [a-z]+ "}"'), endless=False, begun=begun)
+    task = make_task(llama, sampling=Sampling(temperature=0, grammar='start: "{" /[a-z]+/ "}"'), endless=False, begun=begun)
     with pytest.raises(TaskRefused) as caught:
         llama.submit(task)
     assert caught.value.field == "begun"

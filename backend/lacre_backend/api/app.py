@@ -121,12 +121,13 @@ class _Endpoint(ABC, Generic[_Request]):
             raise engine_failed() from None
         n_prompt = len(prompt) + len(begun)
         ceilings.check_prompt(call, model, n_prompt, self.prompt_param, begun=len(begun))
+        grammar = await self._serving.compiler.grammar(served.engine, request, call_format(served))
         task = Task(
             id=fresh_id(),
             prompt=tuple(prompt),
             begun=begun,
             max_tokens=ceilings.max_tokens(call, request, model, n_prompt),
-            sampling=request.sampling(call_format(served)),
+            sampling=request.sampling(grammar),
             stop=request.stop,
             logprobs=request.alternatives(),
             cache_scope=self._serving.cache_scope(scope),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.schema import Rules, literal
+from lacre_backend.api.schema import NOTHING, Grammars, literal
 from lacre_backend.api.tools import Calling, Function
 
 MAX_CALLS: Final = 16  # in one answer: a small model may not find an end by itself
@@ -41,24 +41,34 @@ class CallFormat:
         """A call as the model writes it."""
         return f"{self.open}{name}{self.middle}{arguments}{self.close}"
 
-    def grammar(self, rules: Rules, calling: Calling, speech: str | None) -> str:
-        """What an answer is made of. speech: the rule of an answer without a call; None for any text."""
-        body = rules.new(" | ".join(self._call_of(rules, i, function) for i, function in calling.callable))
+    def grammar(self, grammars: Grammars, calling: Calling, speech: str | None) -> str:
+        """The rules of an answer. speech: the name of an answer without a call; None for any text. Raises `RequestRefused`."""
+        lines = [f"body: {' | '.join(self._call_of(grammars, i, function) for i, function in calling.callable)}"]
         more = calling.many and self.marker is not None
-        call = f"{literal(self.open)} {body} {literal(self.close)}"
-        following = f"({literal(self.between)} {rules.new(call)}){{0,{MAX_CALLS - 1}}}" if more else ""
-        calls = f"{call} {following}"
+        lines.append(f"call: {literal(self.open)} body {literal(self.close)}")
+        following = f"({literal(self.between)} call){{0,{MAX_CALLS - 1}}}" if more else ""
         if calling.required:
-            return calls
-        if speech is not None:
-            return f"{speech} | {calls}"
-        if self.marker is None:
-            return f'"" | [^{_code(self.open[0])}] [\\x00-\\U0010FFFF]* | {calls}'
-        rest = literal(self.open.removeprefix(self.marker))
-        return _free_text(rules, self.marker, rules.new(f"{rest} {body} {literal(self.close)} {following}"))
+            lines.append(f"start: call {following}")
+        elif speech is not None:
+            if self.marker is None:
+                # Its calls begin as an object may: which of both is meant shows too late.
+                said = "This model cannot choose between a call and JSON text. Leave out 'response_format', or require a call."
+                raise RequestRefused(said, code="unsupported_value", param="response_format")
+            lines.append(f"start: {speech} | call {following}")
+        elif self.marker is None:
+            lines += [f"start: TEXT | call | {NOTHING}", f"TEXT: /[^{_code(self.open[0])}]/ /(?s:.*)/"]
+        else:
+            rest = literal(self.open.removeprefix(self.marker))
+            marker = "".join(map(_code, self.marker))
+            lines += [
+                f"start: TEXT | marked {rest} body {literal(self.close)} {following} | {NOTHING}",
+                f"TEXT: /(?s:.*)/ & ~/(?s:.*){marker}(?s:.*)/",
+                f"marked[lazy]: /(?s:.*){marker}/",
+            ]
+        return "\n".join(lines) + "\n"
 
-    def _call_of(self, rules: Rules, i: int, function: Function) -> str:
-        arguments = rules.schema(_arguments(function, i), _param(i), strict=bool(function.strict))
+    def _call_of(self, grammars: Grammars, i: int, function: Function) -> str:
+        arguments = grammars.schema(_arguments(function, i), _param(i), strict=bool(function.strict))
         return f"{literal(function.name + self.middle)} {arguments}"
 
 
@@ -92,28 +102,8 @@ def _arguments(function: Function, i: int) -> dict[str, object]:
 
 
 def _code(character: str) -> str:
+    """A character as a regular expression writes it."""
     return f"\\x{ord(character):02X}"
-
-
-def _free_text(rules: Rules, marker: str, after: str) -> str:
-    """A rule for text that goes on with `after` where it has spelled the marker.
-
-    The automaton of Knuth, Morris and Pratt, a rule for each of its states: so much of the marker has just been read.
-    """
-    states = [rules.new('""') for _ in marker]
-    letters = sorted(set(marker))
-    other = f"[^{''.join(map(_code, letters))}] {states[0]}"
-    for matched, state in enumerate(states):
-        ways = ['""', other]
-        for letter in letters:
-            read = marker[:matched] + letter
-            if read == marker:
-                ways.append(f"[{_code(letter)}] {after}")
-            else:
-                longest = next(n for n in range(len(read), -1, -1) if marker.startswith(read[len(read) - n :]))
-                ways.append(f"[{_code(letter)}] {states[longest]}")
-        rules.define(state, " | ".join(ways))
-    return states[0]
 
 
 # Reading

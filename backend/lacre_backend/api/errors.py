@@ -77,6 +77,15 @@ def other_model(name: str) -> RequestRefused:
     )
 
 
+def grammar_too_costly() -> RequestRefused:
+    """What enforces a schema may take so much time; this request has used it up."""
+    return RequestRefused(
+        "The schema took more time than a request may use to enforce it. Use fewer optional properties and alternatives.",
+        code="schema_too_costly",
+        param="response_format",
+    )
+
+
 def engine_failed() -> RequestRefused:
     return RequestRefused("The model failed while it answered. Try again.", status=500, type=SERVER_ERROR)
 

@@ -16,8 +16,19 @@ from dataclasses import replace
 
 from lacre import tasks
 from lacre.asgi import Usage
-from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_down
-from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Read, Task, TaskRefused, Token
+from lacre_backend.api.errors import RequestRefused, engine_failed, grammar_too_costly, shutting_down
+from lacre_backend.engine.protocol import (
+    Embedding,
+    Engine,
+    EngineError,
+    Event,
+    Finish,
+    GrammarTooCostly,
+    Read,
+    Task,
+    TaskRefused,
+    Token,
+)
 
 # A part of a task, in the caller's words.
 _PARAMS = {"begun": "resume.tokens", "grammar": "response_format", "logit_bias": "logit_bias", "max_tokens": "max_tokens"}
@@ -66,6 +77,8 @@ class Generation:
                     self._count(event)
                     if not isinstance(event, Read):
                         yield index, event
+        except GrammarTooCostly:
+            raise grammar_too_costly() from None
         except EngineError:
             raise engine_failed() from None
 

@@ -17,9 +17,9 @@ from pydantic import BeforeValidator, Field
 from lacre_backend.api.calls import CallFormat
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.parsed import Parsed, missing, validated
-from lacre_backend.api.schema import ANY_OBJECT, Rules
+from lacre_backend.api.schema import Grammars
 from lacre_backend.api.tools import MAX_CALLS, MAX_ID, MAX_TOOLS, Calling, Tool, ToolCall, calling
-from lacre_backend.engine.protocol import Sampling
+from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
 MAX_VALUES: Final = 65536  # JSON values in a body; a long conversation has some thousand
@@ -110,14 +110,14 @@ class ResponseFormat(Parsed):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    def rule(self, rules: Rules) -> str | None:
-        """The rule of an answer in this format; None for any text. Raises `RequestRefused`."""
+    def rule(self, grammars: Grammars) -> str | None:
+        """The name of an answer in this format; None for any text. Raises `RequestRefused`."""
         if self.type == "json_object":
-            return ANY_OBJECT
+            return grammars.any_object()
         if self.type == "json_schema":
             if self.json_schema is None:
                 raise missing("response_format.json_schema")
-            return rules.schema(self.json_schema.schema_, "response_format")
+            return grammars.schema(self.json_schema.schema_, "response_format")
         return None
 
 
@@ -174,11 +174,16 @@ class Generate(Named):
         """Whether another worker could go on with the answer wherever it breaks off."""
         return self.stream and self.n == 1
 
+    @property
+    def held(self) -> bool:
+        """Whether the answer is held to a grammar."""
+        return False
+
     def output_limit(self) -> tuple[str, int | None]:
         """The field that limits the output of each choice, and its value."""
         return "max_tokens", self.max_tokens
 
-    def sampling(self, form: CallFormat) -> Sampling:
+    def sampling(self, grammar: Grammar | None) -> Sampling:
         return Sampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -189,11 +194,11 @@ class Generate(Named):
             repeat_penalty=self.repeat_penalty,
             seed=self.seed,
             logit_bias=self.logit_bias,
-            grammar=self.grammar(form),
+            grammar=grammar,
         )
 
-    def grammar(self, form: CallFormat) -> str | None:  # noqa: ARG002 - only chats call
-        """form: how the model writes calls. Raises `RequestRefused`."""
+    def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:  # noqa: ARG002 - only chats are held to one
+        """What an answer is held to, made in `grammars`. form: how the model writes calls. Raises `RequestRefused`."""
         return None
 
     def alternatives(self) -> int | None:
@@ -232,17 +237,20 @@ class ChatRequest(Generate):
         """Not what calls functions: whoever goes on with it would have to know how much of a call was read."""
         return super().resumable and self.calling() is None
 
+    @property
+    def held(self) -> bool:
+        return (self.response_format is not None and self.response_format.type != "text") or self.calling() is not None
+
     def calling(self) -> Calling | None:
         """What the model may call. Raises `RequestRefused`."""
         return calling(self.tools, self.tool_choice, many=self.parallel_tool_calls)
 
-    def grammar(self, form: CallFormat) -> str | None:
-        rules = Rules()
-        speech = None if self.response_format is None else self.response_format.rule(rules)
+    def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:
+        speech = None if self.response_format is None else self.response_format.rule(grammars)
         may_call = self.calling()
         if may_call is not None:
-            return rules.text(form.grammar(rules, may_call, speech))
-        return None if speech is None else rules.text(speech)
+            return grammars.text(form.grammar(grammars, may_call, speech))
+        return None if speech is None else grammars.text(f"start: {speech}\n")
 
 
 class CompletionRequest(Generate):

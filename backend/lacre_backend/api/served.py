@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lacre.asgi import Call, Scope
+from lacre_backend.api.compiling import Compiler
 from lacre_backend.api.errors import RequestRefused, model_not_found
 from lacre_backend.api.exchange import header
 from lacre_backend.api.template import ChatTemplate, markers_of
@@ -37,6 +38,7 @@ class Serving:
     engines: Mapping[str, Served]
     scope_key: bytes = field(repr=False)
     time_limit: float | None
+    compiler: Compiler = field(default_factory=Compiler)
 
     def named(self, model: str, kind: Kind | None = None) -> Served:
         """kind: what it must be able to do. Raises `RequestRefused`."""

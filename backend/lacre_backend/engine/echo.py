@@ -24,6 +24,7 @@ from lacre_backend.engine.protocol import (
     Event,
     Finish,
     FinishReason,
+    Grammar,
     Kind,
     ModelInfo,
     Task,
@@ -107,6 +108,9 @@ class EchoEngine:
         self._running.add(running)
         running.add_done_callback(self._running.discard)
         return job.stream
+
+    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:  # noqa: ARG002 - it takes none
+        raise TaskRefused("This engine only echoes.", field="grammar")
 
     def cancel(self, task_id: str) -> None:
         if job := self._jobs.get(task_id):

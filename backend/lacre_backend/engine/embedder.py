@@ -31,6 +31,7 @@ from lacre_backend.engine.protocol import (
     EngineError,
     Event,
     Finish,
+    Grammar,
     Kind,
     ModelInfo,
     Task,
@@ -99,6 +100,9 @@ class LlamaEmbedder:
 
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return await self._model.tokenizer.tokens(texts)
+
+    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:  # noqa: ARG002 - it takes none
+        raise TaskRefused("This engine only embeds.", field="grammar")
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
         check(task, self.model)

@@ -24,6 +24,7 @@ import numpy as np
 from lacre import tasks
 from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.delivery import EventStream, Outbox
+from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.pace import Pace
 from lacre_backend.engine.protocol import (
@@ -32,6 +33,7 @@ from lacre_backend.engine.protocol import (
     Event,
     Finish,
     FinishReason,
+    Grammar,
     ModelInfo,
     Read,
     Task,
@@ -52,6 +54,7 @@ CLOSE_LIMIT: Final = 30.0  # seconds for a step under way: a large one takes som
 SCOPE_LIFE: Final = 3600.0  # seconds: the SDK changes its salt by the hour
 _TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
 _TELL_EACH: Final = 128  # tokens of a prompt: what is told of its reading with every step would slow the steps down
+_MASK_LOOK: Final = 0.05  # seconds between looks at deadlines while nothing but a mask is waited for
 _LOOK: Final = 60.0  # seconds between looks for expired scopes while there is work
 
 
@@ -109,6 +112,8 @@ class LlamaEngine:
         self._model = Model(path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer)
         self._context = Context(self._model, shape.limits, Compute(shape.threads, settings.flash))
         self._scheduler = Scheduler(shape.limits)
+        self._masks = Masks(self._model)
+        self._parked: dict[str, tuple[_Job, Logits]] = {}  # computed, but for the mask that their next token waits for
         self._pace = Pace(shape.limits.share, shape.limits.burst)
         self._random = np.random.default_rng()
         self._outbox = Outbox()
@@ -147,6 +152,9 @@ class LlamaEngine:
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return await self._model.tokenizer.tokens(texts)
 
+    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
+        return self._masks.compile(source, begun)
+
     def submit(self, task: Task) -> AsyncIterator[Event]:
         check(task, self.model)
         job = self._begin(task)
@@ -167,14 +175,20 @@ class LlamaEngine:
 
     def _begin(self, task: Task) -> _Job:
         limit = min(task.max_tokens, self.model.n_ctx - len(task.sequence))
-        text, sampler = TextStream(task.stop), Sampler(self._model, task.sampling, len(task.begun) + limit)
+        constraint = self._constraint(task)
+        text, sampler = TextStream(task.stop), Sampler(self._model, task.sampling, len(task.begun) + limit, constraint)
         text.begin(map(self._model.piece, task.begun))
-        try:
-            sampler.begin(task.begun)
-        except TaskRefused:
-            sampler.close()
-            raise
+        sampler.begin(task.begun)
         return _Job(task, EventStream(asyncio.get_running_loop()), sampler, text, limit)
+
+    def _constraint(self, task: Task) -> Constraint | None:
+        grammar = task.sampling.grammar
+        if grammar is None:
+            return None
+        compiled = self._masks.compile(grammar, task.begun) if isinstance(grammar, str) else grammar
+        if not isinstance(compiled, Compiled) or compiled.begun != task.begun:
+            raise TaskRefused("The grammar was made by another engine, or for another beginning.", field="grammar")
+        return self._masks.constrain(compiled)
 
     def cancel(self, task_id: str) -> None:
         with self._changed:
@@ -191,6 +205,7 @@ class LlamaEngine:
             self._changed.notify()
         ended = self._thread.join(CLOSE_LIMIT)
         self._model.tokenizer.close()
+        self._masks.close()
         if ended:  # what a thread still works with is not freed under it
             self._context.free()
 
@@ -229,6 +244,7 @@ class LlamaEngine:
         self._scheduler.share = self._pace.share(len(self._scheduler.running))
         if now >= self._look_at_scopes:
             self._forget(now)
+        self._resume(now)
         plan = self._scheduler.plan()
         for task_id in plan.admitted:
             self._start(self._jobs[task_id], now)
@@ -247,6 +263,8 @@ class LlamaEngine:
             self._results(outputs, rows)
         self._interrupt(working)
         self._outbox.flush()
+        if not plan.segments and self._parked:
+            self._await_masks()
 
     def _start(self, job: _Job, now: float) -> None:
         job.cached_tokens = self._scheduler.cached(job.task.id)
@@ -273,10 +291,20 @@ class LlamaEngine:
 
     def _results(self, outputs: list[str | None], rows: list[int]) -> None:
         logits = self._context.logits(len(rows))
-        wanted = [i for i, task_id in enumerate(outputs) if task_id is not None]
-        if len(wanted) < len(outputs):  # a filler's are not looked at
+        jobs = [None if task_id is None else self._jobs[task_id] for task_id in outputs]  # a filler's are not looked at
+        until = time.monotonic() + GRACE
+        late = {i for i, job in enumerate(jobs) if job is not None and not job.sampler.ready(until - time.monotonic())}
+        for i in late:
+            self._park(jobs[i], logits[i])
+        wanted = [i for i, job in enumerate(jobs) if job is not None and i not in late]
+        if len(wanted) < len(outputs):
             logits, rows = logits[wanted], [rows[i] for i in wanted]
-        jobs = [self._jobs[task_id] for task_id in outputs if task_id is not None]
+        self._choose([job for i in wanted if (job := jobs[i]) is not None], rows, logits)
+
+    def _choose(self, jobs: list[_Job], rows: list[int], logits: Logits) -> None:
+        """rows: where in the batch each job's output is; a parked one's, whose grammar needs none, may be any."""
+        if not jobs:
+            return
         tokens = choose([job.sampler for job in jobs], self._context.pointer, rows, logits, self._random)
         now = time.monotonic()
         for job, token, row in zip(jobs, tokens, logits, strict=True):
@@ -290,7 +318,6 @@ class LlamaEngine:
                 self._emit(job, token, row)
 
     def _emit(self, job: _Job, token: int, logits: Logits) -> None:
-        job.sampler.accept(token)
         raw = self._model.piece(token)
         job.completion_tokens += 1
         chosen: float | None = None
@@ -303,7 +330,39 @@ class LlamaEngine:
         elif job.completion_tokens >= job.limit:
             self._end(job, "length")
         else:
+            job.sampler.accept(token)
             self._scheduler.advance(job.task.id, token)
+
+    # Masks that are late
+
+    def _park(self, job: _Job | None, logits: Logits) -> None:
+        """The others go on; this one's token is chosen once its mask is there."""
+        if job is not None and job.sampler.constraint is not None:
+            job.sampler.constraint.waiting = self._wake
+            self._parked[job.task.id] = job, logits.copy()
+
+    def _resume(self, now: float) -> None:
+        """Choose for what was parked and has its mask now, or ends for another reason."""
+        for task_id, (job, logits) in list(self._parked.items()):
+            if job.ended:
+                del self._parked[task_id]
+            elif reason := job.interrupted(now):
+                del self._parked[task_id]
+                self._end(job, reason)
+            elif job.sampler.ready(0):
+                del self._parked[task_id]
+                self._choose([job], [0], logits[None])
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _await_masks(self) -> None:
+        """Nothing else is to be done: wait for a mask, or for what callers leave."""
+        with self._changed:
+            late = all(not job.sampler.ready(0) for job, _ in self._parked.values())
+            if late and not (self._closing or self._inbox or self._cancelled):
+                self._changed.wait(_MASK_LOOK)
 
     def _interrupt(self, working: list[_Job]) -> None:
         """Tasks whose time is up while they still read their prompt, or that nobody listens to any more."""

@@ -34,12 +34,23 @@ class EngineClosed(EngineError):
     """The engine was closed: its worker shuts down, and another one may serve the request."""
 
 
+class GrammarTooCostly(EngineError):
+    """The masks of a request's grammar took more than it may spend, or reached a limit: to try again would not help."""
+
+
 class TaskRefused(UsageError):
     """The engine does not take this task. `field` names the part at fault, as the task calls it; nothing was run."""
 
     def __init__(self, message: str, *, field: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class GrammarTooLarge(TaskRefused):
+    """The grammar is not valid, or larger than an engine follows."""
+
+    def __init__(self) -> None:
+        super().__init__("The grammar is not valid, or too large to be enforced. Simplify the schema.", field="grammar")
 
 
 class PromptTooLong(TaskRefused):
@@ -68,12 +79,21 @@ class Kind(StrEnum):
     EMBED = "embed"
 
 
+class Grammar(Protocol):
+    """A grammar as an engine compiled it, for one request; its choices share what its masks may cost."""
+
+    @property
+    def begun(self) -> tuple[int, ...]:
+        """The tokens of the answer that it has read."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen; the defaults are OpenAI's. Temperature 0 is greedy. Terms are llama.cpp's.
 
-    seed: None draws a fresh one. grammar: GBNF whose start is `root`; every answer then matches it, or a prefix of it when the
-    token limit cuts it. Penalties count generated tokens only, as OpenAI's do.
+    seed: None draws a fresh one. grammar: what the engine's `grammar` made, or its source, which `submit` then compiles; every
+    answer matches it, or a prefix of it when the token limit cuts it. Penalties count generated tokens only, as OpenAI's do.
     """
 
     temperature: float = 1.0
@@ -85,7 +105,7 @@ class Sampling:
     repeat_penalty: float = 1.0
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    grammar: str | None = None
+    grammar: Grammar | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +253,7 @@ def check(task: Task, model: ModelInfo) -> None:
 
 
 class Engine(Protocol):
-    """Runs tasks on one model. All but `close` return at once; every method may be called from any thread."""
+    """Runs tasks on one model. All but `grammar` and `close` return at once; every method may be called from any thread."""
 
     @property
     def model(self) -> ModelInfo: ...
@@ -241,7 +261,8 @@ class Engine(Protocol):
     def submit(self, task: Task) -> AsyncIterator[Event]:
         """Queue a task; called inside a running event loop, which is the one that iterates the result.
 
-        Raises `TaskRefused` (or `PromptTooLong`) at once; the iterator raises `EngineError` if the engine fails. Whoever stops
+        Raises `TaskRefused` (or `PromptTooLong`) at once; the iterator raises `EngineError` if the engine fails, and
+        `GrammarTooCostly` if the task's own grammar does. Whoever stops
         iterating before the `Finish` calls `cancel`.
         """
         ...
@@ -262,6 +283,12 @@ class Engine(Protocol):
 
         Raises `TextRefused` for one that takes more than a text may, and `EngineError`. Neither blocks the event loop nor
         waits for what runs on the model.
+        """
+        ...
+
+    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
+        """Compile a grammar in llguidance's form of Lark, after what is begun of an answer. It may take some tenths of a
+        second: call it beside the event loop. Raises `TaskRefused`; `GrammarTooLarge` where the grammar itself is at fault.
         """
         ...
 

@@ -1,11 +1,10 @@
 """Choosing each sequence's next token from the step's logits: what is greedy, or temperature with top-p and min-p, by numpy;
-by llama.cpp's sampler chain what asks for a grammar, penalties, a seed or top-k.
+by llama.cpp's sampler chain what asks for penalties, a seed or top-k. Both see only what the sequence's grammar admits.
 
 Rules
 - Both follow llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature.
 - Logprobs are those of the model, before penalties, bias and temperature.
-- A token that the grammar refuses is never accepted into the grammar: llama.cpp throws C++ exceptions there, which no Python
-  code could catch.
+- The grammar decides first: whatever bias or penalty a request asks for, a token that its mask forbids is not there to choose.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
+from lacre_backend.engine.masks import Constraint
 from lacre_backend.engine.model import Model
-from lacre_backend.engine.protocol import Alternative, EngineError, Sampling, TaskRefused
+from lacre_backend.engine.protocol import Alternative, EngineError, Sampling
 
 Logits = NDArray[np.float32]
 
@@ -50,10 +50,6 @@ class Candidates:
     def apply(self, sampler: Any) -> None:
         L.llama_sampler_apply(sampler, ctypes.byref(self.array))
 
-    def first(self) -> float:
-        """The first row's logit: minus infinity if a grammar refused it."""
-        return float(self._rows["logit"][0])
-
     def chosen(self) -> int:
         if self.array.selected < 0:
             raise EngineError("No token was chosen.")
@@ -63,74 +59,59 @@ class Candidates:
 class Sampler:
     """The state of one sequence's sampling. Made in any thread, then used by the engine's thread until `close`."""
 
-    def __init__(self, model: Model, sampling: Sampling, max_tokens: int) -> None:
+    def __init__(self, model: Model, sampling: Sampling, max_tokens: int, constraint: Constraint | None = None) -> None:
         self._closed = False
         self._chain: Any = None
-        self._grammar = _grammar(model, sampling.grammar)
+        self.constraint = constraint
         self.sampling = sampling
         penalised = sampling.repeat_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
         drawn = sampling.temperature > 0 and (sampling.seed is not None or sampling.top_k > 0)
-        self.plain = self._grammar is None and not penalised and not drawn
+        self.plain = not penalised and not drawn
         self.bias: tuple[NDArray[np.int32], Logits] | None = None
         if self.plain:
             if sampling.logit_bias:
                 tokens, values = zip(*sampling.logit_bias.items(), strict=True)
                 self.bias = np.array(tokens, dtype=np.int32), np.array(values, dtype=np.float32)
             return
-        self._ids = np.arange(model.n_vocab, dtype=np.int32)
-        self._candidates = Candidates(model.n_vocab) if self._grammar else None
+        self._candidates = Candidates(model.n_vocab) if constraint is not None else None
         self._chain = _chain([*_stages(model, sampling, max_tokens), *_choice(sampling)])
 
     def sample(self, context: Any, row: int, logits: Logits) -> int:
         """The next token by the chain, from row `row` of the last batch; `logits` is the same row."""
-        if self._grammar is None or self._candidates is None:
+        if self.constraint is None or self._candidates is None:
             return int(L.llama_sampler_sample(self._chain, context, row))
-        token = self._constrained(self._candidates, logits)
+        ids = np.flatnonzero(self.constraint.allowed()).astype(np.int32)
+        if len(ids) == 0:
+            raise _nothing_left()
+        self._candidates.fill(ids, logits[ids])
+        self._candidates.apply(self._chain)
+        token = self._candidates.chosen()
         L.llama_sampler_accept(self._chain, token)
         return token
 
-    def sampled(self, context: Any, row: int, logits: Logits) -> int | EngineError:
-        """As `sample`; a sequence that cannot go on must not take the others' step with it."""
-        try:
-            return self.sample(context, row, logits)
-        except EngineError as error:
-            return error
+    def masked(self, logits: Logits) -> Logits:
+        """Where the grammar forbids a token, minus infinity. Raises `EngineError` where nothing is left."""
+        if self.constraint is None:
+            return logits
+        left = np.where(self.constraint.allowed(), logits, np.float32(-np.inf))
+        if left.max() == -np.inf:
+            raise _nothing_left()
+        return left
+
+    def ready(self, seconds: float) -> bool:
+        """Whether the next token can be chosen, after so many seconds at most: its mask is computed elsewhere."""
+        return self.constraint is None or self.constraint.ready or self.constraint.wait(max(seconds, 0))
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """As if these had been sampled: for the grammar and the penalties. Raises TaskRefused."""
-        for token in tokens:
-            if self._grammar is not None and self._candidates is not None:
-                if not self._admits(self._candidates, token):
-                    raise TaskRefused("The answer that was begun does not match the grammar.", field="begun")
-                L.llama_sampler_accept(self._grammar, token)
-            if self._chain is not None:
+        """As if these had been sampled, for the penalties."""
+        if self._chain is not None:
+            for token in tokens:
                 L.llama_sampler_accept(self._chain, token)
 
     def accept(self, token: int) -> None:
-        """`token` is part of the answer (it does not end it): the grammar moves on."""
-        if self._grammar is not None:
-            L.llama_sampler_accept(self._grammar, token)
-
-    def _constrained(self, candidates: Candidates, logits: Logits) -> int:
-        """As llama.cpp's own tools do it: choose freely, and only if the grammar refuses that, ask it about every token."""
-        candidates.fill(self._ids, logits)
-        candidates.apply(self._chain)
-        token = candidates.chosen()
-        if self._admits(candidates, token):
-            return token
-        candidates.fill(self._ids, logits)
-        candidates.apply(self._grammar)
-        candidates.apply(self._chain)
-        token = candidates.chosen()
-        # Where nothing that the grammar admits is left to choose, the chain chose something else.
-        if not self._admits(candidates, token):
-            raise EngineError("The grammar leaves no token to choose.")
-        return token
-
-    def _admits(self, candidates: Candidates, token: int) -> bool:
-        candidates.fill(self._ids[token : token + 1], np.zeros(1, dtype=np.float32))
-        candidates.apply(self._grammar)
-        return candidates.first() == 0
+        """`token` is part of the answer, which goes on: the grammar moves on."""
+        if self.constraint is not None:
+            self.constraint.accept(token)
 
     def close(self) -> None:
         if self._closed:
@@ -138,8 +119,8 @@ class Sampler:
         self._closed = True
         if self._chain is not None:
             L.llama_sampler_free(self._chain)
-        if self._grammar is not None:
-            L.llama_sampler_free(self._grammar)
+        if self.constraint is not None:
+            self.constraint.close()
 
 
 def choose(
@@ -153,20 +134,35 @@ def choose(
     for i, ids, values in biased:
         logits[i, ids] += values
     try:
-        greedy = any(sampler.plain and sampler.sampling.temperature == 0 for sampler in samplers)
+        greedy = any(s.plain and s.constraint is None and s.sampling.temperature == 0 for s in samplers)
         best = logits.argmax(axis=1) if greedy else None
         tokens: list[int | EngineError] = []
         for i, sampler in enumerate(samplers):
-            if not sampler.plain:
-                tokens.append(sampler.sampled(context, rows[i], logits[i]))
-            elif sampler.sampling.temperature == 0 and best is not None:
+            if best is not None and sampler.plain and sampler.constraint is None and sampler.sampling.temperature == 0:
                 tokens.append(int(best[i]))
             else:
-                tokens.append(draw(logits[i], sampler.sampling, float(random.random())))
+                tokens.append(_chosen(sampler, context, rows[i], logits[i], random))
         return tokens
     finally:
         for (i, ids, _), old in zip(biased, before, strict=True):
             logits[i, ids] = old
+
+
+def _chosen(sampler: Sampler, context: Any, row: int, logits: Logits, random: np.random.Generator) -> int | EngineError:
+    """One sequence's token; a sequence that cannot go on must not take the others' step with it."""
+    try:
+        if not sampler.plain:
+            return sampler.sample(context, row, logits)
+        left = sampler.masked(logits)
+        if sampler.sampling.temperature == 0:
+            return int(left.argmax())
+        return draw(left, sampler.sampling, float(random.random()))
+    except EngineError as error:
+        return error
+
+
+def _nothing_left() -> EngineError:
+    return EngineError("The grammar leaves no token to choose.")
 
 
 def draw(logits: Logits, sampling: Sampling, uniform: float) -> int:
@@ -200,15 +196,6 @@ def _pick(weights: Logits, uniform: float) -> int:
     while weights[starts[block] + place] == 0 and place > 0:  # rounding put the target past the last weight that counts
         place -= 1
     return int(starts[block]) + place
-
-
-def _grammar(model: Model, grammar: str | None) -> Any:
-    if grammar is None:
-        return None
-    sampler = L.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
-    if not sampler:
-        raise TaskRefused("The grammar is not valid GBNF with a rule `root`.", field="grammar")
-    return sampler
 
 
 def _stages(model: Model, sampling: Sampling, max_tokens: int) -> list[Any]:

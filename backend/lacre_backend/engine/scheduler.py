@@ -381,7 +381,8 @@ class Scheduler:
     # Prompts
 
     def _prefill(self, generating: int, segments: dict[int, Segment]) -> None:
-        reading = sorted((s for s in self._slots if not s.idle and s.index not in segments), key=self._next_to_read)
+        # What waits for something else than a step has nothing left to read.
+        reading = sorted((s for s in self._slots if s.index not in segments and _left(s) > 0), key=self._next_to_read)
         short = [slot for slot in reading if _left(slot) <= self.limits.burst]
         long = [slot for slot in reading if _left(slot) > self.limits.burst]
         room = self.limits.burst if generating else self.limits.chunk

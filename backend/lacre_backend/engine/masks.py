@@ -1,0 +1,214 @@
+"""Which tokens a grammar admits next: llguidance's masks, computed beside the decode thread.
+
+Rules
+- A grammar is compiled once for a request, outside of any event loop. Its choices share the result, and what masks may cost.
+- No mask is computed in the decode thread. While the model computes a token, the mask for the token after it is computed here.
+- A mask that is late delays its own sequence only. Sequences whose masks were cheap are served first.
+- Every limit of llguidance that is reached is an error: an answer is never cut short, or let go, because its grammar is dear.
+- llguidance never tokenizes here: masks need the tokens' bytes only, and grammars forbid it to look for forced tokens, which
+  would hand a caller's text to the tokenizer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+
+from lacre import tasks
+from lacre_backend.engine.model import Model
+from lacre_backend.engine.protocol import EngineError, GrammarTooCostly, GrammarTooLarge, TaskRefused
+
+Allowed: TypeAlias = NDArray[np.bool_]  # for each token of the vocabulary
+
+MAX_SOURCE: Final = 2 * 2**20  # bytes of a grammar; the schemas of a request come to half of that at most
+START_SECONDS: Final = 0.5  # of masks that any request may cost, whatever its length: some grammars are dear at first
+TOKEN_SECONDS: Final = 0.004  # more for each token; common schemas take a tenth of it
+GRACE: Final = 0.002  # seconds that a step waits for masks which are usually quick, rather than leave them to the next step
+CLOSE_LIMIT: Final = 1.0  # seconds; the dearest mask takes some hundredths of one
+_STATES: Final = 32_000  # of a grammar's lexer; each takes some 1.5 kB
+# The rest are llguidance's own limits, written down here because admission and its documentation rest on them: 2,000 ways on at
+# one place, and about 15 ms for the dearest mask.
+_LIMITS: Final = LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=_STATES,
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+_THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 4))  # a mask takes a hundredth of a step
+_END: Final = -1  # before all that is wanted
+NO_FORCING: Final = '%llguidance {"no_forcing": true}\n'
+
+
+class _Pieces:
+    """The vocabulary as llguidance wants it: the bytes of each token, control tokens marked by a byte that no text has."""
+
+    def __init__(self, model: Model) -> None:
+        control = {token.id: token.text.encode() for token in model.info.control_tokens}
+        self.tokens = [b"\xff" + control[i] if i in control else model.piece(i) for i in range(model.n_vocab)]
+        self.special_token_ids = sorted(control)
+        self.eos_token_id = next(i for i in range(model.n_vocab) if model.ends(i))
+        self.bos_token_id = None
+
+    def __call__(self, text: str) -> list[int]:
+        raise EngineError(f"Masks need no tokenizer, for a text of {len(text)} characters or any other.")
+
+
+class Compiled:
+    """A `Grammar`: one request's. begun: the tokens of the answer that it has read."""
+
+    def __init__(self, matcher: LLMatcher, allowed: Allowed, begun: tuple[int, ...]) -> None:
+        self.matcher = matcher
+        self.allowed = allowed
+        self.begun = begun
+        self._lock = threading.Lock()
+        self._seconds = 0.0
+        self._tokens = 0
+
+    def charge(self, seconds: float) -> None:
+        """One more token, and what its mask took. Raises `GrammarTooCostly` where that is more than a request may spend."""
+        with self._lock:
+            self._seconds += seconds
+            self._tokens += 1
+            if self._seconds > START_SECONDS + TOKEN_SECONDS * self._tokens:
+                raise GrammarTooCostly("The grammar took more time than its request may spend on it. Simplify the schema.")
+
+
+class Masks:
+    """An engine's masks, and the threads that compute them until `close`."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._wanted: queue.PriorityQueue[tuple[float, int, Constraint | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._words = (model.n_vocab + 31) // 32
+        self._threads = [tasks.thread(f"masks {i}", self._run) for i in range(_THREADS)]
+
+    def compile(self, source: str, begun: Sequence[int] = ()) -> Compiled:
+        """source: llguidance's form of Lark, or several as JSON, each of which begins with `NO_FORCING`. begun: tokens of the
+        answer that are there already. It takes up to some tenths of a second, without Python's lock. Raises `TaskRefused`.
+        """
+        if not source.startswith("{"):
+            source = NO_FORCING + source
+        if len(source) > MAX_SOURCE:
+            raise TaskRefused(f"The grammar is longer than {MAX_SOURCE} characters.", field="grammar")
+        matcher = LLMatcher(
+            self._vocabulary(), source, log_level=0, limits=_LIMITS
+        )  # its errors quote the caller: for nobody's log
+        if matcher.is_error():
+            raise GrammarTooLarge
+        if matcher.try_consume_tokens(list(begun)) != len(begun):
+            raise TaskRefused("The answer that was begun does not match the grammar.", field="begun")
+        try:
+            return Compiled(matcher, self.mask(matcher), tuple(begun))
+        except GrammarTooCostly:
+            raise GrammarTooLarge from None
+
+    def constrain(self, compiled: Compiled) -> Constraint:
+        """One sequence under a grammar."""
+        return Constraint(compiled, self)
+
+    def mask(self, matcher: LLMatcher) -> Allowed:
+        """What may come next, ends of the answer among it. Raises `GrammarTooCostly` where a limit is reached."""
+        bits = np.zeros(self._words, dtype=np.int32)
+        matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if matcher.is_error():  # the mask would then only let the answer end
+            raise GrammarTooCostly("The grammar has too many ways on at one place. Simplify the schema.")
+        return np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._model.n_vocab].view(np.bool_)
+
+    def want(self, constraint: Constraint) -> None:
+        """Have the constraint's mask computed."""
+        self._wanted.put((constraint.cost, next(self._numbers), constraint))
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._wanted.put((_END, next(self._numbers), None))
+        for thread in self._threads:
+            thread.join(CLOSE_LIMIT)
+
+    def _vocabulary(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                ends = [token for token in range(self._model.n_vocab) if self._model.ends(token)]
+                wrapper = TokenizerWrapper(_Pieces(self._model))
+                self._tokenizer = LLTokenizer(wrapper, n_vocab=self._model.n_vocab, eos_token=ends)
+            return self._tokenizer
+
+    def _run(self) -> None:
+        while (constraint := self._wanted.get()[2]) is not None:
+            constraint.advance()
+
+
+class Constraint:
+    """One sequence's place in its grammar. `accept` and `allowed` are the decode thread's, `advance` a mask thread's; they
+    take turns by `ready`.
+    """
+
+    def __init__(self, compiled: Compiled, masks: Masks) -> None:
+        self._compiled = compiled
+        self._masks = masks
+        self._matcher = compiled.matcher.deep_copy()
+        self._outcome: Allowed | EngineError = compiled.allowed
+        self._token: int | None = None
+        self._ready = threading.Event()
+        self._ready.set()
+        self._closed = False
+        self.cost = 0.0  # seconds that its last mask took
+        self.waiting: Callable[[], None] | None = None  # to call when the mask is there, where the sequence waits for it
+
+    @property
+    def ready(self) -> bool:
+        return self._ready.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is ready, after a while at most; without one where its masks are slow."""
+        return self._ready.wait(seconds if self.cost < GRACE else 0)
+
+    def allowed(self) -> Allowed:
+        """Raises `EngineError` where there is no mask and will be none."""
+        if isinstance(self._outcome, EngineError):
+            raise self._outcome
+        return self._outcome
+
+    def accept(self, token: int) -> None:
+        """`token`, which was allowed, is part of the answer; what may follow is computed elsewhere."""
+        self._ready.clear()
+        self._token = token
+        self._masks.want(self)
+
+    def advance(self) -> None:
+        """Compute what may follow."""
+        if not self._closed:
+            began = time.thread_time()
+            try:
+                self._outcome = self._next()
+                self.cost = time.thread_time() - began
+                self._compiled.charge(self.cost)
+            except EngineError as error:
+                self._outcome = error
+            except BaseException:  # noqa: BLE001 - a panic of llguidance ends its own sequence, not the thread of all
+                self._outcome = EngineError("The grammar's next step failed.")
+        self._ready.set()
+        if (waiting := self.waiting) is not None:
+            waiting()
+
+    def _next(self) -> Allowed:
+        if self._token is not None and not self._matcher.consume_token(self._token):
+            raise GrammarTooCostly("The grammar reached one of its limits. Simplify the schema.")
+        return self._masks.mask(self._matcher)
+
+    def close(self) -> None:
+        self._closed = True
