@@ -66,7 +66,7 @@ class Patterns:
             raise NotRegular(f"is to be sought more than {MAX_SEARCHES} times in names and values")
         if pattern not in self._matchers:
             expression = self.read(pattern).whole
-            matcher = LLMatcher(_tokenizer(), LLMatcher.grammar_from_regex(expression), log_level=0, limits=_LIMITS)
+            matcher = LLMatcher(byte_tokenizer(), LLMatcher.grammar_from_regex(expression), log_level=0, limits=_LIMITS)
             if matcher.is_error():
                 raise NotRegular("is no regular expression, or too large")
             self._matchers[pattern] = matcher
@@ -91,7 +91,7 @@ class _Bytes:
 
 
 @cache
-def _tokenizer() -> LLTokenizer:
+def byte_tokenizer() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=_END + 1)
 
 
