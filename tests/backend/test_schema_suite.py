@@ -9,9 +9,7 @@ import pytest
 
 from parts.schema_suite import SUITE, Row, rows, table
 
-pytestmark = pytest.mark.skipif(
-    not SUITE.is_dir(), reason=f"the JSON-Schema-Test-Suite is not at {SUITE}: see tests/parts/schema_suite.py"
-)
+pytestmark = pytest.mark.skipif(not SUITE.is_dir(), reason=f"no JSON-Schema-Test-Suite at {SUITE}")
 PAGE = Path(__file__).parents[2] / "docs" / "schemas.md"
 WANTED = {"pattern", "minimum", "multipleOf", "oneOf", "ref", "prefixItems", "const", "enum"}
 

@@ -21,9 +21,8 @@ from lacre_backend.api.schema import grammar
 from lacre_backend.api.schema_patterns import byte_tokenizer
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
-SUITE: Final = (
-    Path(os.environ.get("LACRE_SCHEMA_SUITE") or _ROOT.parent / "shared" / "json-schema-tests") / "tests" / "draft2020-12"
-)
+_FOLDER: Final = Path(os.environ.get("LACRE_SCHEMA_SUITE") or _ROOT.parent / "shared" / "json-schema-tests")
+SUITE: Final = _FOLDER / "tests" / "draft2020-12"
 
 
 @dataclass
@@ -103,7 +102,8 @@ def _respelled(value: Any) -> Any:
 
 def table(found: list[Row]) -> str:
     lines = [
-        "| file of the suite | schemas | enforced | refused, by keyword | valid instances: taken | other order | other spelling | format |",
+        "| file of the suite | schemas | enforced | refused, by keyword "
+        "| valid instances: taken | other order | other spelling | format |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
