@@ -251,7 +251,7 @@ def test_schemas_of_tools_that_are_in_use(name: str, llama: LlamaEngine) -> None
     assert compiled(llama, chat(tools=tools), HERMES) is not None
 
 
-names = st.text(max_size=6)
+names = st.text(max_size=6) | st.sampled_from(["\x7f", "\u2028", "\ud7ff", "\\"])
 values = st.none() | st.booleans() | st.integers(-99, 99) | st.text(max_size=6)
 schemas = st.recursive(
     st.sampled_from([{}, {"type": "string"}, {"type": "integer"}, {"type": ["number", "null"]}, {"type": "object"}])

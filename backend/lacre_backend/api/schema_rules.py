@@ -497,7 +497,8 @@ def _inline(schema: dict[str, Any]) -> str:
 
 def _quoted(text: str) -> str:
     """A JSON string as Lark writes it."""
-    return json.dumps(json.dumps(text, ensure_ascii=False), ensure_ascii=False).replace("\u2028", "\\u2028")
+    spelled = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # one spelling for each, the same as `CH` has
+    return json.dumps(spelled, ensure_ascii=False)
 
 
 def _item(case: Case, i: int) -> Literals:
