@@ -24,7 +24,7 @@ from lacre_fabric.connection import Connection
 from lacre_fabric.work import FabricError, FabricUnavailable
 
 # JSStreamWrongLastSequenceErrF and its constant sister: the compare failed, so nothing was set.
-_CONFLICTS: Final = frozenset({10071, 10164})
+CONFLICTS: Final = frozenset({10071, 10164})
 
 
 class Conflict(FabricError):
@@ -63,12 +63,10 @@ class NatsBucket:
         self._check_connected()
         async with self._connection.mapped():
             try:
-                found = await self._connection.jetstream.get_msg(self._stream, subject=f"{self._subject}.{key}")
+                found = await self._connection.stored(self._stream, last_by_subj=f"{self._subject}.{key}")
             except nats.js.errors.NotFoundError:
                 return None
-        if found.time is None:
-            raise FabricUnavailable("NATS gave an entry without its time: use nats-server 2.10 or later")
-        return Entry(found.data or b"", found.seq or 0, found.time.timestamp())
+        return Entry(found.value, found.sequence, found.time)
 
     async def write(self, key: str, value: bytes, revision: int) -> int:
         self._check_connected()
@@ -77,7 +75,7 @@ class NatsBucket:
                 headers = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(revision)}
                 ack = await self._connection.jetstream.publish(f"{self._subject}.{key}", value, headers=headers)
             except nats.js.errors.APIError as exc:
-                if exc.err_code in _CONFLICTS:
+                if exc.err_code in CONFLICTS:
                     raise Conflict("the key was changed meanwhile") from exc
                 raise
         return ack.seq

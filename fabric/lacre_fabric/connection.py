@@ -9,10 +9,14 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from base64 import b64decode
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final
 
 import nats.errors
@@ -22,18 +26,47 @@ from nats.aio.msg import Msg
 from nats.js.client import JetStreamContext
 
 from lacre import tasks
+from lacre.errors import InvalidMessage
+from lacre.members import Members
 from lacre_fabric import subjects
 from lacre_fabric.endpoints import Servers, distrusted
 from lacre_fabric.nats_client import DirectClient
-from lacre_fabric.nats_protocol import MAX_SIZE
+from lacre_fabric.nats_protocol import DESCRIPTION, MAX_SIZE, STATUS
 from lacre_fabric.roles import Credential
 from lacre_fabric.work import FabricLost, FabricRefused, FabricUnavailable, FabricUntrusted
 
 CONNECT_TIMEOUT: Final = 5  # seconds, for a first connection; after it, there is no end to the tries
 MAX_REFUSALS: Final = 3  # in a row, of a credential that was good before; a server may be between two configurations
 API_TIMEOUT: Final = 2.0  # seconds for an answer by JetStream
+_NOT_FOUND: Final = "404"
+_MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
 
 log = structlog.get_logger("lacre.fabric")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A message as it stands in a stream, without its headers. time: when the server took it, seconds since the epoch.
+    stamp: the same in the server's words, to the nanosecond.
+    """  # fmt: skip
+
+    sequence: int
+    subject: str
+    stamp: str
+    time: float
+    value: bytes = field(repr=False)
+
+    @classmethod
+    def parse(cls, said: object) -> Stored:
+        """Raises InvalidMessage."""
+        members = Members(said, "the message")
+        stamp, data = members.text("time"), said.get("data") if isinstance(said, Mapping) else None
+        try:
+            time = datetime.fromisoformat(stamp).timestamp()
+            value = b64decode(data, validate=True) if isinstance(data, str) else b""
+        except (ValueError, OverflowError) as exc:
+            raise InvalidMessage("the message has a time or a payload that is none") from exc
+        return cls(members.count("seq"), members.text("subject"), stamp, time, value)
 
 
 class Connection:
@@ -52,8 +85,12 @@ class Connection:
         self._changed = asyncio.Event()
 
     @classmethod
-    async def open(cls, servers: Servers | str, credential: Credential, *, keep: int = MAX_SIZE) -> Connection:
-        """Connects to any of the servers; where that one goes, to another. keep: bytes of the longest message of any use.
+    async def open(
+        cls, servers: Servers | str, credential: Credential, *, keep: int = MAX_SIZE, purpose: str = ""
+    ) -> Connection:
+        """Connects to any of the servers; where that one goes, to another.
+
+        keep: bytes of the longest message of any use. purpose: stands in the connection's name, which servers and logs show.
 
         Raises SettingsError, FabricUntrusted where a server does not prove who it is, or FabricUnavailable, after
         `CONNECT_TIMEOUT` for each server or as soon as one refuses the credential.
@@ -64,7 +101,7 @@ class Connection:
         failed: list[FabricUnavailable] = []
         for _ in urls:
             try:
-                return await cls._open(urls, context, credential, keep)
+                return await cls._open(urls, context, DirectClient(keep), credential, purpose)
             except FabricRefused:
                 raise
             except FabricUnavailable as exc:
@@ -73,17 +110,18 @@ class Connection:
         raise next((exc for exc in failed if isinstance(exc, FabricUntrusted)), failed[0])
 
     @classmethod
-    async def _open(cls, urls: Sequence[str], context: ssl.SSLContext | None, credential: Credential, keep: int) -> Connection:
+    async def _open(
+        cls, urls: Sequence[str], context: ssl.SSLContext | None, client: DirectClient, credential: Credential, purpose: str
+    ) -> Connection:
         """Connects to the first; the others are for later."""
-        connection = cls(DirectClient(keep), credential)
-        client = connection.client
+        connection = cls(client, credential)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await client.connect(
                     list(urls),
                     tls=context,
                     dont_randomize=True,
-                    name=credential.name,
+                    name=f"{credential.name} {purpose}".strip(),
                     user=credential.name,
                     password=credential.password,
                     inbox_prefix=subjects.inbox(credential.name),
@@ -171,11 +209,60 @@ class Connection:
     async def manifest(self) -> bytes | None:
         """The manifest document in the trust bucket; None where none was published. Raises FabricUnavailable."""
         async with self.mapped():
+            return await self.newest(f"KV_{subjects.TRUST_BUCKET}", subjects.manifest()) or None
+
+    async def newest(self, stream: str, subject: str) -> bytes | None:
+        """The payload of a subject's last message, from any replica; None where there is none. Raises as `ask`."""
+        message = await self.client.request(f"{subjects.API}.DIRECT.GET.{stream}.{subject}", timeout=API_TIMEOUT)
+        status = headers_of(message).get(STATUS)
+        if status is None:
+            return bytes(message.data)
+        if status == _NOT_FOUND:
+            return None
+        raise nats.js.errors.APIError(code=int(status), description=headers_of(message).get(DESCRIPTION))
+
+    async def stored(self, stream: str, **asked: int | str) -> Stored:
+        """A message of a stream, from its leader. Raises as `ask`.
+
+        asked: `last_by_subj`, or `seq`, or `seq` and `next_by_subj`.
+        """
+        try:
+            return Stored.parse((await self.ask(f"STREAM.MSG.GET.{stream}", asked)).get("message"))
+        except InvalidMessage as exc:
+            raise nats.errors.ProtocolError from exc
+
+    async def missing(self, stream: str, sequences: Collection[int]) -> frozenset[int]:
+        """Those of `sequences` that are not in the stream any more; all, where there is no stream. Raises FabricUnavailable."""
+        async with self.mapped():
             try:
-                message = await self.jetstream.get_msg(f"KV_{subjects.TRUST_BUCKET}", subject=subjects.manifest(), direct=True)
+                state = (await self.ask(f"STREAM.INFO.{stream}", {"deleted_details": True})).get("state")
             except nats.js.errors.NotFoundError:
-                return None
-            return message.data or None
+                return frozenset(sequences)
+        try:
+            members = Members(state, "the stream's state")
+            first, last = members.count("first_seq"), members.count("last_seq")
+        except InvalidMessage as exc:
+            raise FabricUnavailable("NATS describes a stream in no known way") from exc
+        deleted = frozenset(state.get("deleted") or ()) if isinstance(state, dict) else frozenset()
+        return frozenset(one for one in sequences if not first <= one <= last or one in deleted)
+
+    async def ask(self, what: str, asked: Mapping[str, int | str | bool]) -> Mapping[str, object]:
+        """An answer of JetStream's API. Raises nats.errors.Error, of which the errors that JetStream names are a kind.
+
+        The library's own calls parse what a peer stored as if it could be trusted, and raise anything at all.
+        """
+        message = await self.client.request(f"{subjects.API}.{what}", json.dumps(asked).encode(), timeout=API_TIMEOUT)
+        try:
+            said = json.loads(message.data)
+        except (ValueError, RecursionError) as exc:
+            raise nats.errors.ProtocolError from exc
+        if not isinstance(said, dict):
+            raise nats.errors.ProtocolError
+        if isinstance(error := said.get("error"), dict):
+            code, number, text = error.get("code"), error.get("err_code"), str(error.get("description", ""))[:_MAX_TEXT]
+            kind = nats.js.errors.NotFoundError if code == int(_NOT_FOUND) else nats.js.errors.APIError
+            raise kind(code=code, err_code=number, description=text)
+        return said
 
     @asynccontextmanager
     async def mapped(self, *, confirmed: bool = False) -> AsyncIterator[None]:

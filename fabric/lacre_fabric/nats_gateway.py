@@ -1,6 +1,10 @@
 """The gateway's side of the fabric, over NATS.
 
-A request is published once: what may be in a queue is put into no other (see `regions`).
+Rules:
+- A request is published once: what may be in a queue is put into no other (see `regions`).
+- Over the gateway's main connection comes only what NATS itself says: acks, JetStream's answers, advisories. What workers say
+  comes over one connection for each pool (see `nats_pool`). Pools are found by their presence, on a third one, whose loss costs
+  nothing but the finding of new pools.
 """
 
 from __future__ import annotations
@@ -9,13 +13,13 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Self
 
 import nats.errors
-from nats.aio.msg import Msg
 from nats.js.api import Header
 
 from lacre import tasks
@@ -26,14 +30,14 @@ from lacre_fabric.connection import API_TIMEOUT, Connection
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
+from lacre_fabric.nats_pool import KEEP, PoolSide, Waiting
 from lacre_fabric.nats_revocations import Reader, revoke
-from lacre_fabric.presence import Presence, Roster
+from lacre_fabric.presence import MAX_BYTES
 from lacre_fabric.regions import Sent, in_order
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.roles import MAX_DELIVERIES, Credential
 from lacre_fabric.work import (
     QUEUE_LIMIT,
-    SETTLE,
     Capacity,
     DuplicateWork,
     FabricError,
@@ -52,9 +56,9 @@ GATEWAY: Final = "Gateway"
 # Seconds that work may wait until its queue has a leader, of those that it may wait for a worker; one is chosen within nine.
 LEADERLESS: Final = 10.0
 NO_QUEUE: Final = 0.25  # seconds until it is tried again
+LOOK_LIMIT: Final = 5.0  # seconds that a look at what has not begun waits for the main connection
 MAX_POOLS: Final = 1024  # that presence may name: NATS lets a worker name its own only
-MAX_STRAY: Final = 256  # requests that nobody waits for, of which workers are told within `STRAY_EVERY`
-STRAY_EVERY: Final = 1.0  # seconds until a worker is told again that nobody waits: a beat comes as often
+_NO_POOL: Final = "-"  # no pool has such a name
 _STATUS_LINE: Final = 64  # bytes of NATS/1.0 and the empty line, with room
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
 _MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
@@ -95,95 +99,100 @@ def _give_up(acked: asyncio.Future[_Ack | None]) -> None:
         acked.set_result(None)
 
 
-class _Stray:
-    """The requests for which frames came and nobody waits: each is told to its worker once in a while, and not without end."""
-
-    def __init__(self) -> None:
-        self._told: set[tuple[str, str]] = set()
-        self._since = 0.0
-
-    def add(self, pool: str, request: str) -> bool:
-        """Whether the worker is to be told now."""
-        now = time.monotonic()
-        if now >= self._since + STRAY_EVERY:
-            self._told.clear()
-            self._since = now
-        if (pool, request) in self._told or len(self._told) >= MAX_STRAY:
-            return False
-        self._told.add((pool, request))
-        return True
-
-
 class NatsGateway:
-    """A `GatewayFabric`. One wildcard subscription takes the replies to all of this process's requests."""
+    """A `GatewayFabric`. Use `connect`."""
 
-    def __init__(self, connection: Connection, gateway_id: str, region: str = subjects.DEFAULT_REGION) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        lobby: Connection,
+        gateway_id: str,
+        open_pool: Callable[[str], Awaitable[Connection]],
+        region: str = subjects.DEFAULT_REGION,
+    ) -> None:
+        """lobby: for the presence of pools that are not known yet. open_pool: makes a pool's connection."""
         self.connection = connection
+        self._lobby = lobby
+        self._open_pool = open_pool
         self._region = region
         self._id = gateway_id
         self._revocations = Reader(connection)
-        self._inbound: dict[tuple[str, str], Inbound] = {}  # by pool and request: a pool's worker can name no other pool's
+        self._sides: dict[str, PoolSide] = {}  # by pool
         self._by_sequence: dict[tuple[str, int], Inbound] = {}
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
         self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of what is being published, by request
-        self._order_keys = orders.OrderKeys()
-        self._telling: set[asyncio.Task[object]] = set()
-        self._rosters: dict[str, Roster] = {}  # by pool
+        self._order_keys = orders.OrderKeys(connection.credential.password)
         self._sent = Sent()
-        self._presence_came = asyncio.Event()
-        self._stray = _Stray()
-        self._settled_at = 0.0
-        self._begin()
-        connection.on_reconnect = self._begin
+        connection.on_reconnect = self._returned
 
     @classmethod
     async def connect(
         cls, servers: Servers | str, credential: Credential, gateway_id: str, region: str = subjects.DEFAULT_REGION
     ) -> Self:
         """Raises FabricUnavailable."""
-        gateway = cls(await Connection.open(servers, credential), gateway_id, region)
-        client = gateway.connection.client
-        try:
-            async with gateway.connection.mapped(confirmed=True):
-                # What waits to be read is bounded by `Inbound`, for each request by its credit: that request alone ends.
-                await client.subscribe_directly(subjects.replies(gateway_id), gateway._on_reply)
-                await client.subscribe_directly(f"{gateway._acks_at}*", gateway._on_ack)
-                await client.subscribe_directly("presence.>", gateway._on_presence)
-                await client.subscribe(MAX_DELIVERIES, cb=gateway._on_max_deliveries)
-        except BaseException:
-            await gateway.connection.close()
-            raise
+
+        async def open_pool(pool: str) -> Connection:
+            return await Connection.open(servers, credential, keep=KEEP, purpose=f"pool {pool}")
+
+        async with AsyncExitStack() as stack:
+            connection = await Connection.open(servers, credential)
+            stack.push_async_callback(connection.close)
+            lobby = await Connection.open(servers, credential, keep=MAX_BYTES, purpose="presence")
+            stack.push_async_callback(lobby.close)
+            gateway = cls(connection, lobby, gateway_id, open_pool, region)
+            async with connection.mapped(confirmed=True):
+                await connection.client.subscribe_directly(f"{gateway._acks_at}*", gateway._on_ack)
+                await connection.client.subscribe_directly(MAX_DELIVERIES, gateway._on_max_deliveries)
+            async with lobby.mapped(confirmed=True):
+                await lobby.client.subscribe_directly("presence.>", gateway._on_presence)
+                # Where no pool is: a credential that may not hear this gateway's replies is denied now, and not by each pool.
+                await lobby.client.subscribe(subjects.replies(gateway_id, _NO_POOL))
+            stack.pop_all()
         return gateway
 
     @property
     def connected(self) -> bool:
-        return self.connection.connected
+        """Whether messages flow: with NATS itself, and with a pool where there are pools. One pool's flood is not every pool's
+        affair: `dispatch` says which pool cannot be asked.
+        """
+        linked = [side for side in self._sides.values() if side.opened]
+        return self.connection.connected and (not linked or any(side.connected for side in linked))
 
     def workers(self, pool: str, model: str) -> int:
-        return sum(model in present.models for present in self._roster(pool).live().values())
+        side = self._sides.get(pool)
+        return 0 if side is None else sum(model in present.models for present in side.roster.live().values())
 
     def capacity(self) -> Mapping[tuple[str, str], Capacity]:
-        return {(pool, region): at for pool, heard in self._rosters.items() for region, at in heard.capacity().items()}
+        return {(pool, region): at for pool, side in self._sides.items() for region, at in side.roster.capacity().items()}
 
     async def backlog(self, pool: str, region: str) -> int:
         async with self.connection.mapped():
             return (await self.connection.jetstream.stream_info(subjects.work_stream(pool, region))).state.messages
 
-    def _regions(self, work: Work) -> list[str]:
+    def _side(self, pool: str) -> PoolSide:
+        """What this gateway knows of the pool. Raises FabricUnavailable where that is too many pools."""
+        side = self._sides.get(pool)
+        if side is None:
+            if len(self._sides) >= MAX_POOLS:
+                raise FabricUnavailable(f"more than {MAX_POOLS} pools")
+            side = PoolSide(pool, self._id, partial(self._open_pool, pool), self._tell_soon, partial(self._gone, pool))
+            self._sides[pool] = side
+        return side
+
+    def _regions(self, side: PoolSide, work: Work) -> list[str]:
         """Where the work may go, the best first; empty where nobody is there."""
-        free = self._roster(work.pool).free(work.model)
+        free = side.roster.free(work.model)
         if len(free) < 2:
             return list(free)
         now = time.monotonic()
         return in_order(self._region, {at: slots - self._sent.count(work.pool, at, now) for at, slots in free.items()})
 
-    def _roster(self, pool: str) -> Roster:
-        return self._rosters.get(pool) or Roster()
-
     async def dispatch(self, work: Work, *, queue_limit: float = QUEUE_LIMIT) -> NatsDispatch:
-        if not self.connected:
+        if not self.connection.connected:
             raise FabricUnavailable("not connected to NATS")
-        regions = await self._await_presence(work)
+        side = self._side(work.pool)
+        await side.connect()
+        regions = await self._await_presence(side, work)
         headers = {
             Header.MSG_ID.value: work.digest.hex(),
             Header.MSG_TTL.value: str(math.ceil(queue_limit) + 1),
@@ -193,15 +202,16 @@ class NatsGateway:
             orders.KEY: self._order_keys.of(work.pool, work.request_id).hex(),
         }
         _check_size(work, headers, self.connection.client.max_payload)
-        self._inbound[work.pool, work.request_id] = inbound = Inbound(queue_limit)
+        waiting = side.add(work.request_id, queue_limit)
         try:
-            region, sequence = await self._queued(regions, work, headers, min(queue_limit, LEADERLESS))
+            region, sequence = await self._queued(side, regions, work, headers, min(queue_limit, LEADERLESS))
         except BaseException:
-            del self._inbound[work.pool, work.request_id]
+            del side.waiting[work.request_id]
             raise
         if sequence is not None:
-            self._by_sequence[subjects.work_stream(work.pool, region), sequence] = inbound
-        return NatsDispatch(self, work, region, sequence, inbound)
+            self._by_sequence[subjects.work_stream(work.pool, region), sequence] = waiting.inbound
+        side.placed(waiting, region, sequence)
+        return NatsDispatch(self, side, work, waiting)
 
     async def revoke(self, revocation: Revocation) -> None:
         await revoke(self.connection, revocation)
@@ -210,29 +220,42 @@ class NatsGateway:
         return await self._revocations.read()
 
     async def close(self) -> None:
-        for inbound in self._inbound.values():
-            inbound.fail(FabricUnavailable("the gateway is closing"))
-        await self.connection.close()
+        for side in self._sides.values():
+            for waiting in side.waiting.values():
+                waiting.inbound.fail(FabricUnavailable("the gateway is closing"))
+        await asyncio.gather(*(side.close() for side in self._sides.values()), self._lobby.close(), self.connection.close())
 
-    def _begin(self) -> None:
-        """With each connection: whoever is there has a while to be heard, and sequences may count from 1 again."""
-        self._settled_at = time.monotonic() + SETTLE
+    def _returned(self) -> None:
+        """With each new main connection: sequences may count from 1 again, and acks and advisories may be lost."""
         self._by_sequence.clear()
+        for side in self._sides.values():
+            side.look_soon()
 
-    async def _await_presence(self, work: Work) -> list[str]:
+    async def _gone(self, pool: str, region: str, sequences: list[int]) -> frozenset[int]:
+        """As `nats_pool.Gone`."""
+        try:
+            async with asyncio.timeout(LOOK_LIMIT):
+                await self.connection.wait_connected()
+        except TimeoutError as exc:
+            raise FabricUnavailable("not connected to NATS") from exc
+        return await self.connection.missing(subjects.work_stream(pool, region), sequences)
+
+    async def _await_presence(self, side: PoolSide, work: Work) -> list[str]:
         """The regions with live workers. Nobody was heard yet in the first moments of a connection; after that, silence means
         that nobody is there.
         """
-        while not (regions := self._regions(work)):
-            self._presence_came.clear()
+        while not (regions := self._regions(side, work)):
+            side.presence_came.clear()
             try:
-                async with asyncio.timeout(self._settled_at - time.monotonic()):
-                    await self._presence_came.wait()
+                async with asyncio.timeout(side.settled_at - time.monotonic()):
+                    await side.presence_came.wait()
             except TimeoutError:
                 raise NoWorkers("no live worker of the pool serves the model") from None
         return regions
 
-    async def _queued(self, regions: list[str], work: Work, headers: dict[str, str], patience: float) -> tuple[str, int | None]:
+    async def _queued(
+        self, side: PoolSide, regions: list[str], work: Work, headers: dict[str, str], patience: float
+    ) -> tuple[str, int | None]:
         """As `_publish_in_one`; where none took it, for no queue has a leader now, it waits `patience` seconds for one."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience
@@ -243,7 +266,7 @@ class NatsGateway:
                 if loop.time() + NO_QUEUE >= deadline:
                     raise
                 await asyncio.sleep(NO_QUEUE)
-                if not (regions := self._regions(work)):
+                if not (regions := self._regions(side, work)):
                     raise
 
     async def _publish_in_one(self, regions: list[str], work: Work, headers: dict[str, str]) -> tuple[str, int | None]:
@@ -293,49 +316,33 @@ class NatsGateway:
         acked.set_result(_Ack(block, payload))
         return True
 
-    def _on_reply(self, subject: str, block: bytes, payload: bytes) -> bool:
-        try:
-            pool, request_id = subjects.parse_reply(subject)
-            frame = Frame.read(block, payload)
-        except InvalidMessage:
-            return False  # what is no frame says nothing about an attempt; where it stood in for one, a gap tells
-        inbound = self._inbound.get((pool, request_id))
-        if inbound is None:
-            if frame.kind in (Kind.DATA, Kind.BEAT) and self._stray.add(pool, request_id):
-                self._tell_soon(subjects.cancel(pool, request_id))  # it runs for nobody
-            return False
-        inbound.put(frame)
-        if frame.kind is Kind.BEAT and (total := inbound.renewal()) is not None:
-            self._tell_soon(subjects.credit(pool, request_id), str(total).encode())
-        return True
-
-    def _tell_soon(self, subject: str, payload: bytes = b"") -> None:
-        telling = tasks.detach("word to a worker", self.tell(subject, payload))
-        self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
-
     def _on_presence(self, subject: str, block: bytes, payload: bytes) -> bool:
+        """On the lobby: of a pool that has a connection of its own, it says nothing new."""
         if block:
-            return False  # a worker writes no headers: it is an entry of a bucket, which another node had JetStream send there
+            return False  # see `PoolSide`
         try:
             pool, region, node = subjects.parse_presence(subject)
-            said = Presence.parse(payload)
-        except InvalidMessage:
-            return False  # no sign of life that can be read is none
-        if pool not in self._rosters and len(self._rosters) >= MAX_POOLS:
+            side = self._side(pool)
+        except (InvalidMessage, FabricUnavailable):
             return False
-        heard = self._rosters.setdefault(pool, Roster()).hear(region, node, said)
-        self._presence_came.set()
-        return heard
+        if side.connected:
+            return False
+        side.connect_soon()
+        return side.hear(region, node, payload)
 
-    async def _on_max_deliveries(self, message: Msg) -> None:
+    def _on_max_deliveries(self, _subject: str, _block: bytes, payload: bytes) -> bool:
         try:
-            said = Members(json.loads(message.data), "the advisory")
+            said = Members(json.loads(payload), "the advisory")
             inbound = self._by_sequence.get((said.text("stream"), said.count("stream_seq")))
         except (ValueError, RecursionError, InvalidMessage):
-            return
-        if inbound is not None and not inbound.started.is_set():
-            inbound.fail(WorkerLost("every delivery of the request came to nothing"))
+            return False
+        if inbound is None or inbound.started.is_set():
+            return False
+        inbound.fail(WorkerLost("every delivery of the request came to nothing"))
+        return True
+
+    def _tell_soon(self, subject: str, payload: bytes) -> None:
+        tasks.detach("word to a worker", self.tell(subject, payload))
 
     async def tell(self, subject: str, payload: bytes = b"") -> None:
         """A proven order to a worker. While NATS is away it is not said: credit and times to live end what must end."""
@@ -344,16 +351,15 @@ class NatsGateway:
         with suppress(nats.errors.Error):
             await self.connection.client.publish(subject, payload, headers={orders.PROOF: proof})
 
-    def knows(self, work: Work) -> bool:
-        return (work.pool, work.request_id) in self._inbound
-
-    def forget(self, work: Work, region: str, sequence: int | None) -> int | None:
+    def forget(self, side: PoolSide, request_id: str) -> int | None:
         """The sequence, where that still means the request's message."""
-        inbound = self._inbound.pop((work.pool, work.request_id), None)
-        self._sent.forget(work.pool, region, work.request_id)
-        stream = subjects.work_stream(work.pool, region)
-        if sequence is not None and self._by_sequence.pop((stream, sequence), None) is not inbound:
-            sequence = None
+        waiting = side.waiting.pop(request_id, None)
+        if waiting is None or waiting.region is None:
+            return None
+        self._sent.forget(side.pool, waiting.region, request_id)
+        sequence, stream = waiting.sequence, subjects.work_stream(side.pool, waiting.region)
+        if sequence is None or self._by_sequence.pop((stream, sequence), None) is not waiting.inbound:
+            return None
         return sequence
 
 
@@ -367,12 +373,12 @@ def _check_size(work: Work, headers: dict[str, str], limit: int) -> None:
 class NatsDispatch:
     """A `Dispatch`."""
 
-    def __init__(self, gateway: NatsGateway, work: Work, region: str, sequence: int | None, inbound: Inbound) -> None:
+    def __init__(self, gateway: NatsGateway, side: PoolSide, work: Work, waiting: Waiting) -> None:
         self._gateway = gateway
-        self._work = work
-        self._region = region
-        self._sequence = sequence
-        self._inbound = inbound
+        self._side = side
+        self._pool, self._request_id = work.pool, work.request_id  # and not the work: megabytes, for as long as an answer takes
+        self._waiting = waiting
+        self._inbound = waiting.inbound
 
     @property
     def receipt(self) -> bytes | None:
@@ -391,7 +397,7 @@ class NatsDispatch:
                     yield frame
         finally:
             if ended:
-                self._gateway.forget(self._work, self._region, self._sequence)
+                self._gateway.forget(self._side, self._request_id)
             else:
                 await self.cancel()
 
@@ -402,18 +408,19 @@ class NatsDispatch:
     async def consumed(self, size: int) -> None:
         total = self._inbound.consumed(size)
         if total is not None:
-            await self._gateway.tell(subjects.credit(self._work.pool, self._work.request_id), str(total).encode())
+            await self._gateway.tell(subjects.credit(self._pool, self._request_id), str(total).encode())
 
     async def cancel(self) -> None:
-        if not self._gateway.knows(self._work):
+        if self._request_id not in self._side.waiting:
             return
+        gateway = self._gateway
         try:
-            await self._gateway.tell(subjects.cancel(self._work.pool, self._work.request_id))
-            if self._gateway.connected:
+            await gateway.tell(subjects.cancel(self._pool, self._request_id))
+            if gateway.connection.connected and self._side.connected:
                 await self._inbound.parting()
         finally:
-            sequence = self._gateway.forget(self._work, self._region, self._sequence)
-        if sequence is not None and not self._inbound.started.is_set() and self._gateway.connected:
+            sequence = gateway.forget(self._side, self._request_id)
+        if sequence is not None and not self._inbound.started.is_set() and gateway.connection.connected:
             with suppress(nats.errors.Error):  # gone already, or it goes by its time to live
-                stream = subjects.work_stream(self._work.pool, self._region)
-                await self._gateway.connection.jetstream.delete_msg(stream, sequence)
+                stream = subjects.work_stream(self._pool, self._waiting.region or "")
+                await gateway.connection.jetstream.delete_msg(stream, sequence)

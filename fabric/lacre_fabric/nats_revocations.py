@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import nats.js.errors
 import structlog
@@ -24,7 +23,7 @@ from nats.js.api import DiscardPolicy, Header, StorageType, StreamConfig
 from lacre import tasks
 from lacre.errors import InvalidMessage
 from lacre_fabric import subjects
-from lacre_fabric.connection import API_TIMEOUT, Connection
+from lacre_fabric.connection import API_TIMEOUT, Connection, Stored
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import FabricUnavailable
 
@@ -87,39 +86,17 @@ async def revoke(connection: Connection, revocation: Revocation) -> None:
             raise
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """What stands in the stream, and where. stamp: when it was stored, as the server says."""
-
-    sequence: int
-    stamp: str
-    subject: str
-    value: bytes
-
-    def revocation(self) -> Revocation | None:
-        """None for what is no revocation."""
-        try:
-            return Revocation.parse(self.value, self.writer)
-        except InvalidMessage:
-            return None
-
-    @property
-    def writer(self) -> str:
-        """The name of the credential that wrote it."""
-        return self.subject.rpartition(".")[2]
-
-
 class Reader:
     """Reads the bucket over one connection."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._last: _Entry | None = None
+        self._last: Stored | None = None
 
     async def read(self) -> list[Revocation]:
         """Those that were not read before; some may come again. Raises FabricUnavailable."""
         async with self._connection.mapped():
-            newest = await self._get(subject=_EVERY)
+            newest = await self._get(last_by_subj=_EVERY)
             if newest is None or newest == self._last:
                 self._last = newest
                 return []
@@ -128,14 +105,14 @@ class Reader:
                 since = 0
             found = await self._between(since, newest.sequence)
         self._last = newest
-        read = [(entry.writer, entry.revocation()) for entry in found]
+        read = [(_writer(entry), _revocation(entry)) for entry in found]
         for writer, number in Counter(writer for writer, revocation in read if revocation is None).items():
             log.error("revocation.unreadable", writer=writer, number=number)  # one line, however many a stolen credential wrote
         return [revocation for _, revocation in read if revocation is not None]
 
-    async def _between(self, since: int, until: int) -> list[_Entry]:
+    async def _between(self, since: int, until: int) -> list[Stored]:
         """What stands after `since` up to `until`, in order: asked for at several places at once."""
-        first = await self._get(seq=since + 1, subject=_EVERY, next=True)
+        first = await self._get(seq=since + 1, next_by_subj=_EVERY)
         if first is None:
             return []
         step = max(1, -(-(until + 1 - first.sequence) // _WALKS))
@@ -143,22 +120,33 @@ class Reader:
         walks = await tasks.together(*(self._walk(begin, min(begin + step, until + 1)) for begin in begins))
         return [entry for walk in walks for entry in walk]
 
-    async def _walk(self, begin: int, end: int) -> list[_Entry]:
-        found: list[_Entry] = []
-        while begin < end and (entry := await self._get(seq=begin, subject=_EVERY, next=True)) and entry.sequence < end:
+    async def _walk(self, begin: int, end: int) -> list[Stored]:
+        found: list[Stored] = []
+        while begin < end and (entry := await self._get(seq=begin, next_by_subj=_EVERY)) and entry.sequence < end:
             found.append(entry)
             begin = entry.sequence + 1
         return found
 
-    async def _get(self, **asked: Any) -> _Entry | None:
+    async def _get(self, **asked: int | str) -> Stored | None:
         """By JetStream's own API, which answers in JSON. What a direct get answers is the entry itself, headers and all, and
-
         who asks can have it sent to another gateway, as if a worker had.
         """
         try:
-            message = await self._connection.jetstream.get_msg(subjects.REVOCATIONS_STREAM, **asked)
+            return await self._connection.stored(subjects.REVOCATIONS_STREAM, **asked)
         except nats.js.errors.NotFoundError as exc:
             if exc.err_code == _NO_STREAM:
                 raise FabricUnavailable(_NO_BUCKET) from exc
             return None
-        return _Entry(message.seq or 0, str(message.time), message.subject or "", message.data or b"")
+
+
+def _revocation(entry: Stored) -> Revocation | None:
+    """None for what is no revocation."""
+    try:
+        return Revocation.parse(entry.value, _writer(entry))
+    except InvalidMessage:
+        return None
+
+
+def _writer(entry: Stored) -> str:
+    """The name of the credential that wrote it."""
+    return entry.subject.rpartition(".")[2]

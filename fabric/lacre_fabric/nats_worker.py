@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ import nats.js.errors
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.js.api import Header
 from nats.js.client import JetStreamContext
-from nats.js.kv import KeyValue
 
 from lacre import tasks
 from lacre.errors import ProtocolError
 from lacre.wire.header import SealedHeader
-from lacre_fabric import orders, subjects
+from lacre_fabric import nats_protocol, orders, subjects
+from lacre_fabric.buckets import CONFLICTS
 from lacre_fabric.connection import Connection, headers_of
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
@@ -36,7 +36,7 @@ PULL: Final = 2.0  # seconds that one pull waits, where the node serves one mode
 PULL_EACH: Final = 0.5  # and where it serves several, asked in turn
 NO_QUEUE: Final = 1.0  # seconds until the next look for a queue that is not there
 IN_PROGRESS: Final = 2.0  # seconds between signs that unacked work goes on; well inside `ACK_WAIT`
-_REQUEST_ID: Final = re.compile(r"[0-9a-f]{32}")
+MAX_CREDIT_DIGITS: Final = 12  # of the bytes that a reader took: more than any answer has
 
 log = structlog.get_logger("lacre.fabric")
 
@@ -74,9 +74,9 @@ class NatsWorker:
         self._slot_freed = asyncio.Event()
         self._queues: list[_Queue] = []
         self._turn: Iterator[_Queue] = iter(())
-        self._claims: KeyValue | None = None
         self._presence: tasks.Background | None = None
         self._draining = False
+        self.claims_of = pool
 
     @classmethod
     async def connect(
@@ -108,7 +108,6 @@ class NatsWorker:
                 pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
                 self._queues.append(_Queue(model, pull))
             self._turn = cycle(self._queues)
-            self._claims = _claims(connection, self._pool)
             await self._say_presence()
 
     async def pull(self) -> NatsDelivery:
@@ -163,7 +162,7 @@ class NatsWorker:
             order_key = orders.parse_key(headers.get(orders.KEY))
         except ValueError:
             model = None
-        if model is None or not _REQUEST_ID.fullmatch(request_id) or not subjects.is_name(gateway):
+        if model is None or not subjects.is_request(request_id) or not subjects.is_name(gateway):
             log.warning("work.unanswerable")
             await message.ack()
             return None
@@ -175,12 +174,6 @@ class NatsWorker:
     def release(self) -> None:
         self._free += 1
         self._slot_freed.set()
-
-    @property
-    def claims(self) -> KeyValue:
-        if self._claims is None:
-            raise FabricUnavailable("not bound yet")
-        return self._claims
 
     async def drain(self) -> None:
         if self._draining:
@@ -235,8 +228,8 @@ class NatsDelivery:
         client = self._worker.connection.client
         pool, request_id = self.work.pool, self.work.request_id
         self._subscriptions = [
-            await client.subscribe(subjects.cancel(pool, request_id), cb=self._on_cancel),
-            await client.subscribe(subjects.credit(pool, request_id), cb=self._on_credit),
+            await client.subscribe_directly(subjects.cancel(pool, request_id), self._on_cancel),
+            await client.subscribe_directly(subjects.credit(pool, request_id), self._on_credit),
         ]
         self._progress = tasks.detach("signs of work", self._in_progress())
 
@@ -245,16 +238,20 @@ class NatsDelivery:
 
         Raises FabricUnavailable where that cannot be told: the work is left for another worker.
         """
-        key, mine, connection = self.work.digest.hex(), self.attempt.encode(), self._worker.connection
-        denials = connection.denials
+        mine, connection = self.attempt.encode(), self._worker.connection
+        subject, denials = subjects.claim(self._worker.claims_of, self.work.digest.hex()), connection.denials
         try:
-            await self._worker.claims.create(key, mine)
-        except nats.js.errors.KeyWrongLastSequenceError:
-            return False
+            first = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: "0"}
+            await connection.jetstream.publish(subject, mine, headers=first)
         except nats.errors.Error as failed:
+            if isinstance(failed, nats.js.errors.APIError) and failed.err_code in CONFLICTS:
+                return False
             if connection.denials == denials:
                 with suppress(nats.errors.Error):
-                    return (await self._worker.claims.get(key)).value == mine
+                    if (
+                        held := await connection.newest(f"KV_{subjects.claims_bucket(self._worker.claims_of)}", subject)
+                    ) is not None:
+                        return held == mine
             self._leave()
             raise connection.unavailable(failed, denials) from failed
         return True
@@ -302,27 +299,27 @@ class NatsDelivery:
         except nats.errors.Error as exc:
             raise FabricUnavailable("the connection to NATS is gone") from exc
 
-    async def _on_cancel(self, message: Msg) -> None:
-        if self._proven(message, orders.CANCEL):
-            self._out.cancel()
+    def _on_cancel(self, _subject: str, block: bytes, _payload: bytes) -> bool:
+        if not self._proven(block, orders.CANCEL):
+            return False
+        self._out.cancel()
+        return True
 
-    async def _on_credit(self, message: Msg) -> None:
-        if message.data.isdigit() and len(message.data) < 10 and self._proven(message, message.data):
-            self._out.renew(int(message.data))
+    def _on_credit(self, _subject: str, block: bytes, payload: bytes) -> bool:
+        if not payload.isdigit() or len(payload) > MAX_CREDIT_DIGITS or not self._proven(block, payload):
+            return False
+        self._out.renew(int(payload))
+        return True
 
-    def _proven(self, message: Msg, order: bytes) -> bool:
-        if orders.proven(self._order_key, order, headers_of(message).get(orders.PROOF, "")):
+    def _proven(self, block: bytes, order: bytes) -> bool:
+        """block: headers, as on the wire. Raises InvalidMessage."""
+        given = nats_protocol.fields(block, status=False).get(orders.PROOF, "") if block else ""
+        if orders.proven(self._order_key, order, given):
             return True
         if not self._unproven:  # one line, however many come
             self._unproven = True
             log.warning("order.unproven", pool=self.work.pool, remedy="see who holds the pool's credentials: one may be stolen")
         return False
-
-
-def _claims(connection: Connection, pool: str) -> KeyValue:
-    """The pool's bucket, without a look at whether it is there: a worker may ask JetStream's shared API nothing."""
-    bucket = subjects.claims_bucket(pool)
-    return KeyValue(bucket, f"KV_{bucket}", f"$KV.{bucket}.", connection.jetstream, direct=True)
 
 
 def _digest(sealed: bytes) -> bytes:

@@ -4,7 +4,7 @@ Rules:
 - Only the gateway that sent a request may cancel it or renew its credit. NATS does not hold that by itself: whoever may ask
   JetStream anything may have the answer sent to any subject of its own account, also to the one on which a colleague hears.
 - So a request carries a key, which only its gateway and the worker that pulled it know. An order has an HMAC by that key, over
-  all that it says (SHA-256, RFC 2104). The key is derived from a secret of the process and the request's name: a gateway can
+  all that it says (SHA-256, RFC 2104). The key is derived from the gateway's password and the request's name: a gateway can
   prove its orders about requests that it has forgotten, and about no other gateway's.
 - A colleague that hears an order may repeat it. That does no harm: a cancelled request stays so, and credit is a sum that only
   grows.
@@ -24,10 +24,13 @@ CANCEL: Final = b"cancel"
 
 
 class OrderKeys:
-    """A gateway process's keys: one for each of its requests, none of which is kept."""
+    """A gateway's keys: one for each of its requests, none of which is kept.
 
-    def __init__(self) -> None:
-        self._secret = os.urandom(32)
+    password: of the gateway's credential. With it, a gateway that was started again can end what its predecessor left running.
+    """
+
+    def __init__(self, password: str | None = None) -> None:
+        self._secret = os.urandom(32) if password is None else hmac.digest(password.encode(), b"lacre orders", hashlib.sha256)
 
     def of(self, pool: str, request_id: str) -> bytes:
         """16 bytes. Neither a pool's name nor a request's has a dot in it."""

@@ -124,6 +124,11 @@ def claims_bucket(pool: str) -> str:
     return f"claims_{pool}"
 
 
+def claim(pool: str, key: str) -> str:
+    """key: a request's digest in hex."""
+    return f"$KV.{claims_bucket(pool)}.{key}"
+
+
 def manifest() -> str:
     return f"$KV.{TRUST_BUCKET}.{MANIFEST_KEY}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -16,9 +16,9 @@ from lacre_fabric.frames import Kind
 from lacre_fabric.nats_client import MAX_SILENT, DirectClient
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.server import Server
+from parts.cut import way_to
 from parts.fabric import LiveFabric, new_work
-from parts.raw_nats import RawNats, message
+from parts.stolen_nats import StolenNats
 
 # Header blocks that a client library's parser may raise at: an odd status, an odd description, no line, no version.
 HEADERS = (
@@ -50,6 +50,22 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
         yield stack
 
 
+@asynccontextmanager
+async def stolen(nats: LiveFabric, name: str) -> AsyncIterator[Callable[..., Awaitable[None]]]:
+    """Says messages with somebody's credential, each a subject, a payload and a header block; until the server has them."""
+    thief = await StolenNats.open(nats.server.port, nats.credentials[name])
+
+    async def say(*messages: tuple[bytes, bytes, bytes | None]) -> None:
+        for subject, payload, headers in messages:
+            thief.publish(subject, payload, headers=headers)
+        await thief.settle()
+
+    try:
+        yield say
+    finally:
+        await thief.close()
+
+
 async def gateway_of(nats: LiveFabric, stack: AsyncExitStack) -> NatsGateway:
     gateway = await nats.gateway()
     stack.push_async_callback(gateway.close)
@@ -60,6 +76,21 @@ async def worker_of(nats: LiveFabric, stack: AsyncExitStack, pool: str) -> NatsW
     worker = await nats.worker(pool)
     stack.push_async_callback(worker.close)
     return worker
+
+
+async def listening(gateway: NatsGateway, pool: str) -> Connection:
+    """The gateway's connection for what the pool's workers say."""
+    side = gateway._side(pool)
+    await side.connect()
+    assert side._connection is not None
+    return side._connection
+
+
+def reconnects(gateway: NatsGateway) -> int:
+    """Of all of its connections."""
+    pools = [side._connection for side in gateway._sides.values()]
+    each = [gateway.connection, gateway._lobby, *(one for one in pools if one is not None)]
+    return sum(connection.client.stats["reconnects"] for connection in each)
 
 
 async def answers(gateway: NatsGateway, worker: NatsWorker, pool: str) -> None:
@@ -75,22 +106,26 @@ async def answers(gateway: NatsGateway, worker: NatsWorker, pool: str) -> None:
 
 
 async def test_no_subject_silences_a_gateway(nats: LiveFabric, stack: AsyncExitStack) -> None:
-    gateway, worker = await gateway_of(nats, stack), await worker_of(nats, stack, "b")
-    async with RawNats(nats.server.url, nats.credentials["worker-a-n1"]) as thief:
+    gateway, workers = await gateway_of(nats, stack), {pool: await worker_of(nats, stack, pool) for pool in ("a", "b")}
+    attacked = await listening(gateway, "a")
+    async with stolen(nats, "worker-a-n2") as say:
         for subject in SUBJECTS:
-            await thief.say(message(subject), message(subject, b"x", b"NATS/1.0\r\nA: b\r\n\r\n"))
-            await answers(gateway, worker, "b")
-    assert gateway.connection.client.stats["reconnects"] == 0
+            await say((subject, b"", None), (subject, b"x", b"NATS/1.0\r\nA: b\r\n\r\n"))
+            for pool, worker in workers.items():
+                await answers(gateway, worker, pool)
+    assert (reconnects(gateway), attacked.client.unusable) == (0, 2)
 
 
 @pytest.mark.parametrize("number", range(len(HEADERS)))
 async def test_no_header_silences_a_gateway(nats: LiveFabric, stack: AsyncExitStack, number: int) -> None:
-    gateway, worker = await gateway_of(nats, stack), await worker_of(nats, stack, "b")
-    async with RawNats(nats.server.url, nats.credentials["worker-a-n1"]) as thief:
+    gateway, workers = await gateway_of(nats, stack), {pool: await worker_of(nats, stack, pool) for pool in ("a", "b")}
+    await listening(gateway, "a")
+    async with stolen(nats, "worker-a-n1") as say:
         for subject in (b"presence.a.lacre.n1", b"reply.a.g1." + b"0" * 32, b"reply.a.g1.x"):
-            await thief.say(message(subject, b"", HEADERS[number]), message(subject, b"{}", HEADERS[number]))
-        await answers(gateway, worker, "b")
-    assert gateway.connection.client.stats["reconnects"] == 0
+            await say((subject, b"", HEADERS[number]), (subject, b"{}", HEADERS[number]))
+        for pool, worker in workers.items():
+            await answers(gateway, worker, pool)
+    assert reconnects(gateway) == 0
 
 
 async def test_no_message_of_a_gateway_silences_a_worker(nats: LiveFabric, stack: AsyncExitStack) -> None:
@@ -101,11 +136,11 @@ async def test_no_message_of_a_gateway_silences_a_worker(nats: LiveFabric, stack
     worker.release()
     request = delivery.work.request_id.encode()
     work = subjects.work("a", subjects.DEFAULT_REGION, "m1").encode()
-    async with RawNats(nats.server.url, nats.credentials["gateway-g1"]) as thief:
+    async with stolen(nats, "gateway-g1") as say:
         for headers in HEADERS:
             told = (b"credit.a." + request, b"credit.a.\xff\xfe", b"cancel.a.x\x0c1")
-            await thief.say(*(message(subject, b"9" * 5000, headers) for subject in told), message(work, b"x", headers))
-        await thief.say(message(b"credit.a." + request, "²".encode()), message(b"credit.a." + request, b"7" * 9))
+            await say(*((subject, b"9" * 5000, headers) for subject in told), (work, b"x", headers))
+        await say((b"credit.a." + request, "²".encode(), None), (b"credit.a." + request, b"7" * 9, None))
     assert not delivery.cancelled.is_set()
     await delivery.send(Kind.USAGE, b"")
     await delivery.drop()
@@ -115,14 +150,14 @@ async def test_no_message_of_a_gateway_silences_a_worker(nats: LiveFabric, stack
 
 
 async def test_what_cannot_be_used_is_counted_and_told_once(nats: LiveFabric, stack: AsyncExitStack) -> None:
-    gateway = await gateway_of(nats, stack)
+    connection = await listening(await gateway_of(nats, stack), "a")
     with structlog.testing.capture_logs() as lines:
-        async with RawNats(nats.server.url, nats.credentials["worker-a-n1"]) as thief:
-            await thief.say(*[message(b"reply.a.g1.\xff")] * 50)
-            await gateway.connection.round_trip()
-    assert gateway.connection.client.unusable == 50
+        async with stolen(nats, "worker-a-n1") as say:
+            await say(*[(b"reply.a.g1.\xff", b"", None)] * 50)
+            await connection.round_trip()
+    assert connection.client.unusable == 50
     (line,) = [line for line in lines if line["event"] == "fabric.unusable_message"]
-    assert (line["kind"], line["role"]) == ("UnicodeDecodeError", "gateway-g1")
+    assert (line["kind"], line["role"]) == ("UnicodeDecodeError", "gateway-g1 pool a")
 
 
 async def test_what_a_callback_raises_ends_nothing(nats: LiveFabric, stack: AsyncExitStack) -> None:
@@ -153,35 +188,6 @@ async def test_who_gave_up_waiting_for_a_pong_ends_nothing(nats: LiveFabric, sta
 # `connected`
 
 
-@asynccontextmanager
-async def relay(server: Server, flows: asyncio.Event) -> AsyncIterator[str]:
-    """A way to the server that stands still, in both directions, while `flows` is not set. Its URL."""
-    tasks: set[asyncio.Task[None]] = set()
-    ends: list[asyncio.StreamWriter] = []
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            await flows.wait()
-            writer.write(data)
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", server.port)
-        ends.extend((writer, far_writer))
-        tasks.update(asyncio.create_task(pump(*way)) for way in ((reader, far_writer), (far_reader, writer)))
-
-    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield f"nats://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-    finally:
-        listener.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for end in ends:
-            end.transport.abort()
-        await asyncio.sleep(0)
-
-
 async def connected_by(client: DirectClient, url: str, nats: LiveFabric) -> DirectClient:
     credential = nats.credentials["provisioner"]
     options = {"user": credential.name, "password": credential.password, "reconnect_time_wait": 0.05}
@@ -190,18 +196,16 @@ async def connected_by(client: DirectClient, url: str, nats: LiveFabric) -> Dire
 
 
 async def test_a_connection_that_stands_still_is_lost_and_made_anew(nats: LiveFabric, stack: AsyncExitStack) -> None:
-    flows = asyncio.Event()
-    flows.set()
-    url = await stack.enter_async_context(relay(nats.server, flows))
-    client = await connected_by(DirectClient(look=0.05), url, nats)
+    way = await stack.enter_async_context(way_to(nats.server.port))
+    client = await connected_by(DirectClient(look=0.05), way.url, nats)
     stack.push_async_callback(client.close)
     await asyncio.sleep(0.05 * 2 * MAX_SILENT)
     assert client.is_connected, "the server answers each look: a quiet connection is none that stands still"
-    flows.clear()
+    way.flows.clear()
     async with asyncio.timeout(3):
         while client.is_connected:
             await asyncio.sleep(0.01)
-    flows.set()
+    way.flows.set()
     async with asyncio.timeout(5):
         while not client.is_connected:
             await asyncio.sleep(0.01)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from nats.aio.msg import Msg
-from nats.js.kv import KeyValue
 
 from lacre.errors import SettingsError
 from lacre_fabric import roles, subjects
@@ -343,13 +342,12 @@ async def test_a_denied_claim_is_said_and_leaves_the_work(parties: Parties) -> N
     await parties.live.provision(ack_wait=2.5)
     await gateway.dispatch(new_work("a"))
     delivery: NatsDelivery = await worker.pull()
-    own = worker._claims
-    worker._claims = KeyValue("claims_b", "KV_claims_b", "$KV.claims_b.", worker.connection.jetstream, direct=True)
+    worker.claims_of = "b"
     with pytest.raises(FabricUnavailable, match="denies worker-a-n1"):
         await delivery.claim()
     await delivery.drop()
     worker.release()
-    worker._claims = own
+    worker.claims_of = "a"
     async with asyncio.timeout(5):
         assert await (await worker.pull()).claim()
 
@@ -385,8 +383,8 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
     """NATS lets a client name any subject for the answer: JetStream must not be made to speak for it there."""
     gateway, worker = await parties.gateway(), await parties.worker("a")
     await gateway.dispatch(new_work("a"))
-    delivery = await worker.pull()
-    inbound = gateway._inbound["a", ID] = type(gateway._inbound["a", delivery.work.request_id])(1.0)
+    await worker.pull()
+    inbound = gateway._side("a").add(ID, 1.0).inbound
     provisioner, who = await parties.connect("provisioner"), await parties.connect(role)
     await publish_manifest(provisioner, b"genuine")
     heard = await hear(provisioner, ">")

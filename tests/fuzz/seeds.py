@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from fuzz import answers, proofs, statements, wire
+from fuzz import answers, fabric, proofs, statements, wire
 from lacre.asgi import AUTHORITY
 from lacre.jws import b64u, sign
 from lacre.trust import ConnectionString
 from lacre.wire import bhttp
 from lacre.wire.header import Aead, Kdf, Kem, SealedHeader, Suite, encode_key_list
+from lacre_fabric.frames import Frame, Kind
 
 CORPUS: Final = Path(__file__).parent / "corpus"
 REQUEST: Final = bhttp.Request(
@@ -129,9 +130,35 @@ def of_proofs() -> Iterator[tuple[str, str, bytes]]:
     yield "checkpoint", "text", b"\x01" + proof.checkpoint.partition(b"\n\n")[0]
 
 
+def of_fabric() -> Iterator[tuple[str, str, bytes]]:
+    no_cuts = b"\x00"
+    info = b'INFO {"max_payload":1024}\r\nPING\r\n'
+    message = b"HMSG reply.a.g1.x 1 r.x 19 21\r\nNATS/1.0\r\nA: bc\r\n\r\nhi\r\nMSG a 2 0\r\n\r\n"
+    yield "nats_stream", "messages", no_cuts + info + message + b"-ERR 'x'\r\n+OK\r\nPONG\r\n"
+    yield "nats_stream", "pieces", b"\x03\x00\x05\x00\x31\x00\x40" + info + message
+    yield "nats_stream", "form-feed", no_cuts + b"MSG reply.a.g1.x\x0c3 1 2\r\nhi\r\n"
+    yield "nats_stream", "too-long", no_cuts + b"MSG a 1 9000000\r\nx"
+    yield "nats_headers", "fields", b"\x00NATS/1.0\r\nA: b\r\nC:d\r\n\r\n"
+    yield "nats_headers", "status", b"\x01NATS/1.0 404 No Messages\r\nA: b\r\n\r\n"
+    beat = fabric.block(Frame(fabric.ATTEMPT, 0, Kind.BEAT, b""))
+    presence = b'{"models":["m"],"busy":1,"free":1,"keys":["k"]}'
+    for name, kind, chosen, headers, payload in (
+        ("beat", fabric.TO_A_REQUEST, b"", beat, b""),
+        ("stray", fabric.REPLY, b"1" * 32, beat, b""),
+        ("subject", fabric.REPLY, b"\xff\x0c2", b"", b"x"),
+        ("presence", fabric.SIGN_OF_PRESENCE, b"lacre.n1", b"", presence),
+        ("huge-count", fabric.SIGN_OF_PRESENCE, b"lacre.n1", b"", presence.replace(b"1", b"1" * 400)),
+        ("odd-status", fabric.TO_THE_LIBRARY, b"x", b"NATS/1.0 \xff\xff\xff\r\n\r\n", b""),
+        ("odd-name", fabric.TO_THE_LIBRARY, b"x", b"NATS/1.0 100 x\r\n\xff: x\r\n\r\n", b""),
+    ):
+        yield "worker_says", name, bytes([kind]) + text(chosen) + text(headers) + text(payload)
+    yield "jetstream_says", "ack", b'\x01{"stream":"WORK_a_lacre","seq":7}'
+    yield "jetstream_says", "stored", b'\x00{"subject":"x","seq":7,"time":"2026-01-01T00:00:00.123456789Z","data":"aGk="}'
+
+
 def seeds() -> dict[Path, bytes]:
     """Every seed, by its file."""
-    found = (*of_wire(), *of_statements(), *of_answers(), *of_proofs())
+    found = (*of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric())
     return {CORPUS / target / name.lower(): data for target, name, data in found}
 
 

@@ -2,8 +2,8 @@
 
 from typing import Final
 
-from fuzz import answers, proofs, statements, wire
+from fuzz import answers, fabric, proofs, statements, wire
 from fuzz.target import Target
 
-_ALL: Final = (*wire.TARGETS, *statements.TARGETS, *answers.TARGETS, *proofs.TARGETS)
+_ALL: Final = (*wire.TARGETS, *statements.TARGETS, *answers.TARGETS, *proofs.TARGETS, *fabric.TARGETS)
 TARGETS: Final[dict[str, Target]] = {target.name: target for target in _ALL}

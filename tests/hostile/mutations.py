@@ -25,6 +25,7 @@ LIMIT: Final = 10  # seconds for a test that a mutation sends round for ever
 
 SDK: Final = "sdk/lacre"
 WIRE: Final = "sdk/lacre/wire"
+FABRIC: Final = "fabric/lacre_fabric"
 NODE: Final = "backend/lacre_backend/node.py"
 HTTP1: Final = "sdk/lacre/http1.py"
 LISTENING: Final = "sdk/lacre/listening.py"
@@ -333,6 +334,30 @@ MUTATIONS: Final = (
     Mutation("a request is settled below its reservation", "gateway/lacre_gateway/settlement.py",
              "if not within or receipt.cached_tokens > receipt.prompt_tokens:", "if False:",
              "test_workers.py::test_bill_above"),
+    # the connection to NATS
+    Mutation("what a message raises ends with it", f"{FABRIC}/nats_client.py",
+             "        except Exception as exc:  # noqa: BLE001 - a peer's message must not end",
+             "        except ZeroDivisionError as exc:  # a peer's message must not end", "test_nats.py::test_subject"),
+    Mutation("lines are split at spaces alone", f"{FABRIC}/nats_protocol.py",
+             'head = _head(name, text.split(b" "))', "head = _head(name, text.split())",
+             "test_nats.py::test_other_subscription"),
+    Mutation("a message whose headers cannot be read comes without them", f"{FABRIC}/nats_client.py",
+             "        except InvalidMessage as exc:\n            self._unusable",
+             "        except ZeroDivisionError as exc:\n            self._unusable", "test_nats.py::test_headers"),
+    Mutation("a worker's slots are bounded", f"{FABRIC}/presence.py",
+             "if count > MAX_SLOTS:", "if False:", "test_nats.py::test_count"),
+    Mutation("a pool's workers are bounded", f"{FABRIC}/presence.py",
+             "if len(self._nodes) >= MAX_NODES or", "if", "test_nats.py::test_crowd"),
+    Mutation("words about requests of nobody are bounded", f"{FABRIC}/nats_pool.py",
+             "if request in self._told or len(self._told) >= MAX_STRAY:", "if request in self._told:",
+             "test_nats.py::test_to_nobody"),
+    Mutation("what is too long is dropped as it arrives", f"{FABRIC}/nats_protocol.py",
+             "if head.size > self._keep:", "if False:", "test_nats.py::test_too_long"),
+    Mutation("what has not begun is looked for", f"{FABRIC}/nats_pool.py",
+             '            log.warning("fabric.pool_reconnected", pool=self.pool)\n        self.look_soon()',
+             '            log.warning("fabric.pool_reconnected", pool=self.pool)', "test_nats.py::test_cut"),
+    Mutation("a connection that is silent is a lost one", f"{FABRIC}/nats_client.py",
+             "if silent > MAX_SILENT or", "if", "test_nats.py::test_still"),
 )  # fmt: skip
 
 

@@ -1,0 +1,256 @@
+"""A stolen credential that speaks NATS byte for byte, against a gateway and workers of two pools on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+
+import pytest
+
+from hostile.attacks import Verdict, attack
+from lacre_fabric import subjects
+from lacre_fabric.connection import Connection
+from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.nats_client import DirectClient
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_pool import KEEP, MAX_STRAY, PoolSide
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.presence import MAX_NODES, MAX_SLOTS
+from lacre_fabric.work import WorkerLost
+from parts.cut import Cut, way_to
+from parts.fabric import LiveFabric, new_work
+from parts.stolen_nats import StolenNats
+
+THIEF = "worker-a-n2"
+BOUNDED = "what a worker says of itself is bounded where it is parsed"
+OWN_LOOP = "a message is parsed by the gateway's own rules, and what it raises ends with it"
+ODD_HEADERS = (b"NATS/1.0 \xff\xff\xff\r\n\r\n", b"\r\n", b"NATS/1.0\r\n" + b"A: b\r\n" * 70 + b"\r\n")
+
+
+class Site:
+    """A gateway, a worker of each pool and a thief. way: that to what pool a says; it can be cut."""
+
+    def __init__(self, nats: LiveFabric, way: Cut, stack: AsyncExitStack) -> None:
+        self.nats, self.way, self.stack = nats, way, stack
+
+    async def start(self) -> None:
+        self.gateway: NatsGateway = await self._kept(await self.nats.gateway())
+        self.gateway._open_pool = self._open
+        self.workers: dict[str, NatsWorker] = {pool: await self._kept(await self.nats.worker(pool)) for pool in ("a", "b")}
+        for pool in self.workers:
+            await self.side(pool).connect()
+
+    async def _kept(self, end: object) -> object:
+        self.stack.push_async_callback(end.close)  # type: ignore[attr-defined]
+        return end
+
+    async def _open(self, pool: str) -> Connection:
+        url = self.way.url if pool == "a" else self.nats.server.url
+        return await Connection.open(url, self.nats.credentials["gateway-g1"], keep=KEEP)
+
+    async def thief(self, name: str = THIEF) -> StolenNats:
+        thief = await StolenNats.open(self.nats.server.port, self.nats.credentials[name])
+        self.stack.push_async_callback(thief.close)
+        return thief
+
+    def side(self, pool: str) -> PoolSide:
+        return self.gateway._side(pool)
+
+    def client(self, pool: str) -> DirectClient:
+        connection = self.side(pool)._connection
+        assert connection is not None
+        return connection.client
+
+    async def goes_on(self) -> None:
+        """A question of each pool is answered, and no connection of the gateway's broke."""
+        for pool, worker in self.workers.items():
+            async with asyncio.timeout(3):
+                dispatch = await self.gateway.dispatch(new_work(pool))
+                delivery = await worker.pull()
+                worker.release()
+                await delivery.send(Kind.USAGE, b"")
+                await delivery.drop()
+                assert [frame.kind async for frame in dispatch.frames()] == [Kind.USAGE]
+        clients = (self.gateway.connection.client, self.gateway._lobby.client, *map(self.client, self.workers))
+        assert [client.stats["reconnects"] for client in clients] == [0] * len(clients)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFabric]:
+    live = LiveFabric.make(tmp_path_factory.mktemp("nats"))
+    live.start()
+    yield live
+    live.stop()
+
+
+@pytest.fixture
+async def site(server: LiveFabric) -> AsyncIterator[Site]:
+    await server.provision()
+    async with AsyncExitStack() as stack:
+        site = Site(server, await stack.enter_async_context(way_to(server.server.port)), stack)
+        await site.start()
+        yield site
+
+
+@attack(
+    "publish under a subject that is no text, so that the gateway's connection stops reading",
+    by="worker",
+    refused=None,
+    gain="nothing; the message is dropped and counted",
+    defence=OWN_LOOP,
+)
+async def test_subject(site: Site) -> None:
+    thief = await site.thief()
+    for tail in (b"\xff\xfe", b"\x00", b"x\ry", b"x" * 3000):
+        thief.publish(b"reply.a.g1." + tail, b"x")
+    await thief.settle()
+    await site.goes_on()
+    assert site.client("a").unusable == 1
+
+
+@attack(
+    "name another subscription of the gateway's in a subject, behind a form feed",
+    by="worker",
+    refused=None,
+    gain="nothing; the message stays where its permission lets it go",
+    defence="the server's lines are split at spaces, which no subject has",
+)
+async def test_other_subscription(site: Site) -> None:
+    thief, misled = await site.thief(), list[str]()
+
+    def take(subject: str, _block: bytes, _payload: bytes) -> bool:
+        misled.append(subject)
+        return True
+
+    other = await site.client("a").subscribe_directly(f"{subjects.inbox('gateway-g1')}.other", take)
+    for space in (b"\x0c", b"\x0b", b"\r"):
+        thief.publish(b"reply.a.g1.x%b%d" % (space, other._id))
+    await thief.settle()
+    await site.goes_on()
+    assert misled == []
+
+
+@attack(
+    "queue work with headers that a client library cannot read, so that workers stop hearing",
+    by="gateway",
+    refused=None,
+    gain="a pull for each message, which the worker acks as unanswerable",
+    defence=OWN_LOOP,
+)
+async def test_headers(site: Site) -> None:
+    thief = await site.thief("gateway-g2")
+    for headers in ODD_HEADERS * 2:
+        thief.publish(subjects.work("a", subjects.DEFAULT_REGION, "m1"), b"x", headers=headers)
+    await thief.settle()
+    await site.goes_on()
+    assert site.workers["a"].connection.client.stats["reconnects"] == 0
+
+
+@attack(
+    "say in presence that it has slots of 400 digits, so that metrics cannot be shown",
+    by="worker",
+    refused=None,
+    gain="nothing; such a sign of presence is none",
+    defence=BOUNDED,
+)
+async def test_count(site: Site) -> None:
+    thief = await site.thief()
+    for count in (b"1" * 400, b"%d" % (MAX_SLOTS + 1), b"-1", b"1e999"):
+        thief.publish(subjects.presence("a", "lacre", "n2"), b'{"models":["m1"],"busy":%b,"free":1,"keys":[]}' % count)
+    await thief.settle()
+    await site.goes_on()
+    assert all(math.isfinite(float(at.busy)) for at in site.gateway.capacity().values())
+    assert site.gateway.capacity()["a", "lacre"].workers == 1
+
+
+@attack(
+    "answer for thousands of requests that there are none of, each of which the gateway would cancel",
+    by="worker",
+    refused=None,
+    gain="a few hundred words a second from the gateway to its own pool",
+    defence="how many such requests are told of is bounded",
+)
+async def test_to_nobody(site: Site) -> None:
+    thief, said = await site.thief(), site.gateway.connection.client.stats["out_msgs"]
+    for _ in range(2000):
+        frame = Frame(secrets.token_hex(16), 0, Kind.BEAT, b"")
+        thief.publish(f"reply.a.g1.{secrets.token_hex(16)}", headers=frame.headers())
+    await thief.settle()
+    await site.goes_on()
+    assert site.gateway.connection.client.stats["out_msgs"] - said < 4 * MAX_STRAY
+
+
+@attack(
+    "send messages longer than any frame, which the gateway would have to keep until they are whole",
+    by="worker",
+    refused=None,
+    gain="nothing; they are dropped as they arrive",
+    defence="a length is checked before the buffer for it exists",
+)
+async def test_too_long(site: Site) -> None:
+    thief = await site.thief()
+    for _ in range(4):
+        thief.publish(b"reply.a.g1." + b"0" * 32, bytes(KEEP + 1))
+    await thief.settle()
+    await site.goes_on()
+    assert site.client("a").unusable == 4
+
+
+@attack(
+    "cut a connection while an answer is on its way, so that the caller waits until the queue's limit",
+    by="fabric",
+    refused=WorkerLost,
+    defence="with each new connection the gateway looks whether what has not begun is still in its queue",
+)
+async def test_cut(site: Site, verdict: Verdict) -> None:
+    dispatch = await site.gateway.dispatch(new_work("a"))
+    delivery = await site.workers["a"].pull()
+    site.way.cut()
+    async with asyncio.timeout(3):
+        while site.side("a").connected:
+            await asyncio.sleep(0.01)
+    await delivery.send(Kind.USAGE, b"")
+    await delivery.drop()
+    site.way.mend()
+    with verdict.refused():
+        async with asyncio.timeout(5):
+            await anext(dispatch.frames())
+
+
+@attack(
+    "let a connection stand still without closing it",
+    by="fabric",
+    refused=None,
+    gain="the few seconds until the gateway makes another one, and is not ready meanwhile",
+    defence="a connection on which nothing comes, not even the answer to a ping, is a lost one",
+)
+async def test_still(site: Site) -> None:
+    client, credential = DirectClient(look=0.05), site.nats.credentials["gateway-g1"]
+    await client.connect(site.way.url, user=credential.name, password=credential.password, max_reconnect_attempts=-1)
+    site.stack.push_async_callback(client.close)
+    site.way.flows.clear()
+    async with asyncio.timeout(3):
+        while client.is_connected:
+            await asyncio.sleep(0.01)
+
+
+@attack(
+    "seem to be so many workers that the gateway's memory grows",
+    by="worker",
+    refused=None,
+    gain="nothing for the other pools; its own has no room for newcomers for 3 s",
+    defence=BOUNDED,
+)
+async def test_crowd(site: Site) -> None:
+    thief, present = await site.thief("worker-a-n1"), b'{"models":["m1"],"busy":0,"free":1,"keys":[]}'
+    # A credential that a pool's replicas share may say so of every node; here the roster itself is asked.
+    roster = site.side("a").roster
+    for number in range(MAX_NODES + 100):
+        site.side("a").hear("lacre", f"x{number}", present)
+    thief.publish(subjects.presence("a", "lacre", "n1"), present)
+    await thief.settle()
+    assert len(roster.live()) == MAX_NODES
+    await site.goes_on()
