@@ -91,3 +91,61 @@ def test_locks_name_no_index() -> None:
         lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
         assert lines
         assert not [line for line in lines if "://" in line or (line.lstrip().startswith("-") and "--hash=" not in line)], lock
+
+
+SUPERVISOR = ROOT / "sdk/lacre/tasks.py"
+# What starts a task or a thread that nobody watches. (`asyncio.to_thread` is awaited where it stands.)
+UNWATCHED = {
+    "create_task", "ensure_future", "TaskGroup", "gather", "as_completed", "run_coroutine_threadsafe", "run_in_executor",
+    "Thread", "Timer", "start_new_thread", "set_task_factory",
+}  # fmt: skip
+
+
+def unwatched(source: str) -> Iterator[str]:
+    """How a file reaches for background work of its own, whatever it calls it on or imports it as."""
+    for node in ast.walk(ast.parse(source)):
+        found: set[str] = set()
+        if isinstance(node, ast.Attribute) and ast.unparse(node) != "tasks.Thread":  # the supervisor's own
+            found = UNWATCHED & {node.attr}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            names = {alias.name for alias in node.names}
+            found = (
+                UNWATCHED & names if module.partition(".")[0] in ("asyncio", "threading") else {"_thread"} & {module, *names}
+            )
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("shield") and isinstance(node.args[0], ast.Call):
+            found = {"shield, which makes a task of a coroutine"}
+        yield from (f"line {node.lineno}: {name}" for name in found)
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_the_supervisor_alone_starts_background_work(package: str) -> None:
+    found = {path: list(unwatched(path.read_text())) for path in files(package) if path != SUPERVISOR}
+    assert not {path: places for path, places in found.items() if places}, "start it by `lacre.tasks`"
+
+
+def test_the_supervisor_needs_errors_alone_of_ours() -> None:
+    assert {name for name in imports(SUPERVISOR) if name.startswith("lacre")} == {"lacre.errors.LacreError"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "asyncio.create_task(x())",
+        "from asyncio import create_task as begin",
+        "asyncio.get_running_loop().create_task(x())",
+        "begin = loop.create_task",
+        "asyncio.ensure_future(x())",
+        "async def f():\n    async with asyncio.TaskGroup() as group: ...",
+        "threading.Thread(target=x).start()",
+        "from threading import Thread",
+        "threading.Timer(1, x).start()",
+        "import _thread",
+        "from _thread import start_new_thread as begin",
+        "asyncio.gather(x(), y())",
+        "loop.run_in_executor(None, x)",
+        "asyncio.shield(x())",
+    ],
+)
+def test_unwatched_work_is_found(source: str) -> None:
+    assert list(unwatched(source))

@@ -1,0 +1,106 @@
+"""Readers that stall and leave: the node's slot is free again, and its drain ends, whatever the app still does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from lacre.asgi import Call, Receive, Send
+from lacre.asgi.exchange import MAX_PENDING
+from lacre_backend.elsewhere import Elsewhere
+from lacre_backend.node import Node
+from lacre_fabric.frames import Frame
+from parts.desk import STREAM, App, Desk, running, until
+
+PATIENCE = 20.0  # seconds; nothing here takes long, but on a busy machine
+PIECE = b"data: " + b"x" * 900 + b"\n\n"
+
+
+class Flood(App):
+    """Sends far more than a reader's credit allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+        self.answer = self.flood
+
+    async def flood(self, receive: Receive, send: Send, _call: Call) -> None:
+        await receive()
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+            while True:
+                await send({"type": "http.response.body", "body": PIECE, "more_body": True})
+                self.sent += 1
+        finally:
+            self.left.set()
+
+
+@pytest.fixture(params=["on the node's loop", "in a thread of its own"])
+def crossing(request: pytest.FixtureRequest) -> bool:
+    return request.param == "in a thread of its own"
+
+
+async def stalled(desk: Desk, app: Flood) -> AsyncGenerator[Frame, None]:
+    """A request whose reader takes one frame, and no more. Returns when the worker may send nothing any more."""
+    frames = (await desk.dispatch(desk.seal())).frames()
+    await anext(frames)
+    await until(lambda: app.sent > MAX_PENDING, PATIENCE)
+    before = -1
+    while app.sent != before:
+        before = app.sent
+        await asyncio.sleep(0.02)
+    return frames
+
+
+def node_of(desk: Desk, app: Flood, crossing: bool) -> tuple[Node, Elsewhere | None]:
+    elsewhere = Elsewhere(app) if crossing else None
+    return desk.node(elsewhere), elsewhere
+
+
+async def test_a_reader_that_leaves_frees_its_slot(crossing: bool) -> None:
+    app = Flood()
+    desk = Desk(app)
+    node, elsewhere = node_of(desk, app, crossing)
+    async with running(node):
+        frames = await stalled(desk, app)
+        [worker] = desk.hub.live
+        assert worker.free == worker.slots - 1
+        await frames.aclose()
+        await until(lambda: worker.free == worker.slots and app.left.is_set(), PATIENCE)
+    if elsewhere is not None:
+        elsewhere.close()
+
+
+async def test_a_drain_ends_while_a_reader_stalls(crossing: bool) -> None:
+    app = Flood()
+    desk = Desk(app)
+    node, elsewhere = node_of(desk, app, crossing)
+    async with running(node):
+        frames = await stalled(desk, app)
+        async with asyncio.timeout(PATIENCE):
+            await node.drain(0.0)
+        await until(app.left.is_set, PATIENCE)
+        await frames.aclose()
+    if elsewhere is not None:
+        elsewhere.close()
+
+
+async def test_a_failure_of_the_nodes_own_ends_its_request_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    """Who waits is told, the slot is free, and the log has it."""
+    app = App()
+    desk = Desk(app)
+
+    def fails() -> bool:
+        raise ZeroDivisionError
+
+    desk.look_for_keys = fails
+    async with running(desk.node()):
+        sealed = desk.seal()
+        desk.keys.clear()
+        answer = await desk.ask(sealed)
+        assert answer.problem is not None and answer.problem.endswith("internal")
+        [worker] = desk.hub.live
+        await until(lambda: worker.free == worker.slots)
+    assert caplog.messages == ["task failed: request"]

@@ -1,0 +1,137 @@
+"""Every background task and thread of every process, killed one at a time: the process ends, or the work starts again.
+
+What there is to kill is what `lacre.tasks` enumerates in the running process; what a process must have is written down here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from lacre_fabric.server import free_port
+from lacre_fabric.site import Site
+from parts.doomed import Doomed
+from parts.gateway_process import MODEL, POOL, GatewayProcess, gateway_process
+from parts.up import environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+SOON = 15.0  # seconds; one is promised, on a machine that does nothing else
+GATEWAY = {"audit", "issuer keys", "drain", "fabric", "reload", "rules", "admin API", "revocations", "manifest", "budgets"}
+WORKER = {"node", "pool keys", "health", "presence", "manifest"}
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[GatewayProcess]:
+    async with gateway_process(tmp_path) as machine:
+        yield machine
+
+
+def lines(doomed: Doomed, event: str, name: str) -> list[dict[str, object]]:
+    told = [json.loads(line) for line in doomed.said().splitlines() if line.startswith("{")]
+    return [line for line in told if line.get("event") == event and line.get("task") == name]
+
+
+def is_killed(doomed: Doomed, name: str) -> None:
+    """It dies of it, soon, and its log says of what."""
+    seconds = doomed.kill(name, until=doomed.ended)
+    assert doomed.process.wait() not in (0, -9, -15), doomed.said()
+    (death,) = lines(doomed, "background work died", name)
+    assert "Traceback (most recent call last)" in str(death["traceback"])
+    assert "Doom" in str(death["traceback"]) or "RuntimeError" in str(death["traceback"])  # of a loop that was stopped
+    assert seconds < SOON
+
+
+def each_is_killed(start: Callable[[int], Doomed], wanted: set[str], stack: ExitStack) -> set[str]:
+    """start: starts one more of the same process, by its number. wanted: what must be there. Returns the names of all work."""
+    first = start(0)
+    stack.callback(first.stop)
+    first.until(lambda: first.path.exists() and wanted <= first.register().keys())
+    register = first.register()
+    for name, restarts in register.items():
+        if restarts:
+            first.kill(name, until=lambda name=name: lines(first, "background work starts again", name))
+            assert not first.ended()
+            assert name in first.register()
+    final = [name for name, restarts in register.items() if not restarts]
+
+    def die(number: int, name: str) -> None:
+        doomed = start(number) if number else first
+        stack.callback(doomed.stop)
+        doomed.until(lambda: doomed.path.exists() and wanted <= doomed.register().keys())
+        is_killed(doomed, name)
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(die, number, name) for number, name in enumerate(final)]:
+            done.result()
+    return set(register)
+
+
+async def test_a_gateway(site: GatewayProcess, tmp_path: Path) -> None:
+    settings = site.site.gateway_settings
+    policies = copytree(Path(__file__).parents[2] / "policies", tmp_path / "policies")
+
+    def start(number: int) -> Doomed:
+        own = settings.with_name(f"gateway-{number}.toml")
+        text = settings.read_text().replace(f"port = {site.base_url.rpartition(':')[2]}", f"port = {free_port()}")
+        text = text.replace(f'audit = "{site.audit}"', f'audit = "audit-{number}"')
+        text = f'policies = "{policies}"\n' + text + f"\n[admin]\nport = {free_port()}\n"
+        text += '[[issuers]]\nissuer = "https://a.invalid"\naudience = "a"\nalgorithms = ["EdDSA"]\n'
+        text += f'jwks_url = "http://127.0.0.1:{free_port()}/jwks"\n'
+        own.write_text(text)
+        return Doomed.start(tmp_path / f"gateway-{number}.log", "lacre_gateway", "--settings", str(own))
+
+    with ExitStack() as stack:
+        each_is_killed(start, GATEWAY, stack)
+
+
+async def test_a_worker(site: GatewayProcess, tmp_path: Path) -> None:
+    settings = site.site.worker_settings(POOL)
+    before, _, after = settings.read_text().partition("[[models]]")
+    models = after.replace(MODEL, "smollm2-135m")
+
+    def start(number: int) -> Doomed:
+        own = settings.with_name(f"worker-{number}.toml")
+        own.write_text(before.replace('health = "health"', f'health = "health-{number}"') + "[[models]]" + models)
+        return Doomed.start(tmp_path / f"worker-{number}.log", "lacre_backend", "--settings", str(own))
+
+    with ExitStack() as stack:
+        killed = each_is_killed(start, WORKER, stack)
+    assert {name.partition(" ")[0] for name in killed} >= {"api", "decode"}  # the threads
+
+
+def test_up(tmp_path: Path) -> None:
+    """Its upkeep and its `env` hold no state, so both start again. (A child that dies ends it: test_faults.)"""
+    state = tmp_path / "state"
+
+    def start(_number: int) -> Doomed:
+        arguments = ("up", "--state", str(state), "--port", "0")
+        up = Doomed.start(tmp_path / "up.log", "lacre", *arguments, environment=environment(state))
+        up.until(lambda: "ready lacre" in up.said())
+        up.log = Site(state, {}).log("up")
+        return up
+
+    with ExitStack() as stack:
+        assert each_is_killed(start, {"upkeep", "env"}, stack) == {"upkeep", "env"}
+
+
+async def test_a_signer(site: GatewayProcess, tmp_path: Path) -> None:
+    """`lacre keys tend --stay`: what a cluster's signer runs."""
+    state = site.site.folder
+    signer = Doomed.start(
+        tmp_path / "signer.log", "lacre", "keys", "tend", "--stay", "--state", str(state), environment=dict(os.environ)
+    )
+    with ExitStack() as stack:
+        stack.callback(signer.stop)
+        signer.until(lambda: signer.path.exists() and "upkeep" in signer.register())
+        assert signer.register() == {"upkeep": True}
+        signer.kill("upkeep", until=lambda: "background work starts again: upkeep" in signer.said())
+        assert "Doom" in signer.said()
+        assert not signer.ended()

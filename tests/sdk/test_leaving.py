@@ -1,0 +1,175 @@
+"""Readers that stall and leave: nothing of a sealed answer outlives its reader, whatever the app and the connection do."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+
+from lacre import tasks
+from lacre.asgi import AppFailed, Call, Opened, Receive, Scope, Sealed, Send, answer, open_sealed
+from lacre.asgi.exchange import MAX_PENDING
+from lacre.wire import bhttp
+from lacre.wire.ohttp import seal_request
+from lacre.wire.opening import PrivateKey
+
+KEY = PrivateKey.generate(1)
+PATIENCE = 20.0  # seconds; nothing here takes long, but on a busy machine
+STREAM = [(b"content-type", b"text/event-stream")]
+
+
+class Flood:
+    """An app that sends without an end. cleanup: how it behaves once it is cancelled."""
+
+    def __init__(self, cleanup: str = "") -> None:
+        self.cleanup = cleanup
+        self.sent = 0
+        self.ended = asyncio.Event()
+        self.errors: list[BaseException] = []
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+            while True:
+                try:
+                    await send({"type": "http.response.body", "body": b"data: " + b"x" * 900 + b"\n\n", "more_body": True})
+                    self.sent += 1
+                except asyncio.CancelledError:
+                    if self.cleanup != "goes on sending":
+                        raise
+        except BaseException as exc:
+            self.errors.append(exc)
+            if self.cleanup == "waits a little":
+                await asyncio.sleep(0.05)
+            if self.cleanup == "fails":
+                raise ZeroDivisionError from exc
+            raise
+        finally:
+            self.ended.set()
+
+
+def opened() -> Opened:
+    request = bhttp.Request("POST", "https", "lacre.invalid", "/x", (("date", email.utils.formatdate(usegmt=True)),))
+    return open_sealed(seal_request(KEY.config, bhttp.encode_request(request))[0], {1: KEY})
+
+
+def of_ours() -> list[str]:
+    return sorted(task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith(("sealed", "caller")))
+
+
+@pytest.mark.parametrize("cleanup", ["", "waits a little", "goes on sending", "fails"])
+@pytest.mark.parametrize("reads", [0, 1, 2, MAX_PENDING, 2 * MAX_PENDING])
+async def test_a_reader_may_leave_at_any_record(reads: int, cleanup: str) -> None:
+    """The queue between app and sealing is full then, and whoever left takes nothing any more."""
+    app = Flood(cleanup)
+    pieces = answer(app, opened(), Call("r"), shape="none")
+    for _ in range(reads):
+        await anext(pieces)
+    if reads:
+        before = -1
+        while app.sent != before:  # until it is as far ahead as it may be
+            before = app.sent
+            await asyncio.sleep(0.005)
+        assert reads <= app.sent + 1 <= reads + MAX_PENDING + 1
+    async with asyncio.timeout(PATIENCE):
+        await pieces.aclose()
+    assert app.ended.is_set() or not reads
+    assert of_ours() == []
+
+
+async def test_an_app_whose_reader_has_left_cannot_send() -> None:
+    """ASGI 2.4: `send` raises an OSError."""
+    app = Flood("goes on sending")
+    pieces = answer(app, opened(), Call("r"), shape="none")
+    await anext(pieces)
+    await pieces.aclose()
+    assert isinstance(app.errors[-1], OSError)
+
+
+async def test_what_an_app_raises_as_its_reader_leaves_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    pieces = answer(Flood("fails"), opened(), Call("r"), shape="none")
+    await anext(pieces)
+    await pieces.aclose()
+    await asyncio.sleep(0)
+    assert caplog.messages == ["task failed: sealed app"]
+
+
+async def test_an_app_that_does_not_end_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    let_go = asyncio.Event()
+
+    async def stubborn(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        while not let_go.is_set():
+            try:
+                await let_go.wait()
+            except asyncio.CancelledError:
+                continue
+
+    pieces = answer(stubborn, opened(), Call("r"), shape="none")
+    await anext(pieces)
+    await pieces.aclose()
+    assert caplog.messages == ["task does not end: sealed app"]
+    let_go.set()
+
+
+async def test_the_end_of_an_app_that_fails_far_ahead_of_its_reader() -> None:
+    """Everything that it sent comes first."""
+
+    async def fails(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+        for _ in range(MAX_PENDING - 1):
+            await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+        raise ZeroDivisionError
+
+    pieces = answer(fails, opened(), Call("r"), shape="none")
+    for _ in range(MAX_PENDING):
+        await anext(pieces)
+    with pytest.raises(AppFailed):
+        await anext(pieces)
+
+
+@asynccontextmanager
+async def served(app: Sealed) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=None))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = tasks.spawn("server", server.serve([listener]))
+        try:
+            yield server, listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            async with asyncio.timeout(PATIENCE):  # it waits for requests under way, and there is none
+                await serving
+
+
+async def test_callers_that_stall_and_hang_up_leave_nothing_in_a_server() -> None:
+    apps = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        apps.append(Flood())
+        await apps[-1](scope, receive, send)
+
+    async with served(Sealed(app, keys=KEY)) as (server, port):
+        for _ in range(3):
+            headers = (("date", email.utils.formatdate(time.time() + 1, usegmt=True)), ("lacre-shape", "none"))
+            request = bhttp.encode_request(bhttp.Request("POST", "https", "lacre.invalid", "/x", headers))
+            body = seal_request(KEY.config, request)[0]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            head = "POST /.well-known/ohttp-gateway HTTP/1.1\r\nhost: x\r\ncontent-type: message/ohttp-chunked-req\r\n"
+            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            await reader.readuntil(b"\r\n\r\n")
+            before = -1
+            while apps[-1].sent != before:
+                before = apps[-1].sent
+                await asyncio.sleep(0.05)
+            writer.transport.abort()
+        async with asyncio.timeout(PATIENCE):
+            while of_ours() or server.server_state.tasks:
+                await asyncio.sleep(0.01)
+    assert len(apps) == 3
+    assert all(app.ended.is_set() for app in apps)
