@@ -97,6 +97,11 @@ class Inbound:
             self._wake()
             self._ended.set()
 
+    def drop(self) -> None:
+        """Nobody will read it, for its request was never queued: no timer of it stays behind."""
+        self._over = True
+        self._watch.cancel()
+
     async def parting(self) -> None:
         """What a worker that was told to stop has yet to say; returns at once where none has begun."""
         if self.started.is_set():

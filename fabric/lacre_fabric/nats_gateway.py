@@ -206,7 +206,7 @@ class NatsGateway:
         try:
             region, sequence = await self._queued(side, regions, work, headers, min(queue_limit, LEADERLESS))
         except BaseException:
-            del side.waiting[work.request_id]
+            side.waiting.pop(work.request_id).inbound.drop()
             raise
         if sequence is not None:
             self._by_sequence[subjects.work_stream(work.pool, region), sequence] = waiting.inbound
@@ -223,7 +223,7 @@ class NatsGateway:
         for side in self._sides.values():
             for waiting in side.waiting.values():
                 waiting.inbound.fail(FabricUnavailable("the gateway is closing"))
-        await asyncio.gather(*(side.close() for side in self._sides.values()), self._lobby.close(), self.connection.close())
+        await tasks.together(*(side.close() for side in self._sides.values()), self._lobby.close(), self.connection.close())
 
     def _returned(self) -> None:
         """With each new main connection: sequences may count from 1 again, and acks and advisories may be lost."""
