@@ -5,6 +5,7 @@ Rules:
   read what is delivered to another.
 - Only the provisioner creates streams, consumers and buckets, or writes the manifest.
 - Revocations are the gateways' own: each adds them in its own name, reads all, and can change or remove none.
+- Of the budgets a gateway reads all, and writes its own part: what its leases hold.
 - The inspector asks the servers two questions about themselves, and nothing else of anybody. It asks from an account of its
   own: in the servers' own account an answer could be sent to a subject that servers obey.
 - A worker asks JetStream's shared API nothing: its queue of questions is one for all pools, and drops them all when it is full.
@@ -123,7 +124,8 @@ def gateway(
             READ_MANIFEST,
             subjects.revocation(credential.name),
             subjects.READ_REVOCATIONS,
-            *BUDGETS,
+            subjects.budgets_of(credential.name),
+            subjects.READ_BUDGETS,
         ),
         (_own_inbox(credential), *replies, "presence.>", MAX_DELIVERIES),
     )

@@ -138,6 +138,11 @@ def revocation(writer: str) -> str:
     return f"$KV.{_REVOCATIONS}.{writer}"
 
 
+def budgets_of(writer: str) -> str:
+    """All that a credential may write of the budgets."""
+    return f"$KV.{BUDGETS_BUCKET}.{writer}.>"
+
+
 def inbox(credential: str) -> str:
     """A credential's own inbox prefix; with the usual `_INBOX` each could read what is delivered to another."""
     if not _TOKEN.fullmatch(credential):

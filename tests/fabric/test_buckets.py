@@ -10,6 +10,7 @@ import pytest
 
 from lacre_fabric import subjects
 from lacre_fabric.buckets import Bucket, Conflict, MemoryBucket, NatsBucket
+from lacre_fabric.connection import Connection
 from lacre_fabric.work import FabricUnavailable
 from parts.fabric import LiveFabric
 
@@ -72,6 +73,47 @@ async def test_one_of_many_racing_writes_happens(bucket: Bucket, key: str) -> No
     entry = await bucket.read(key)
     assert entry is not None
     assert entry.value == b"12"
+
+
+async def test_a_credential_writes_its_own_part(server: LiveFabric, key: str) -> None:
+    """All read all parts; a compare-and-set is of all of them together."""
+    await server.provision()
+    connections = [await server.connect("gateway-g1"), await server.connect("gateway-g2")]
+    first, second = (NatsBucket(connection, subjects.BUDGETS_BUCKET) for connection in connections)
+    revision = await first.write(key, b"one", 0)
+    for stale in (0, revision - 1, revision + 1):
+        with pytest.raises(Conflict):
+            await second.write(key, b"two", stale)
+    assert await _parts(second, key) == (b"", (b"one",))
+    await second.write(key, b"two", revision)
+    with pytest.raises(Conflict):
+        await first.write(key, b"three", revision)
+    assert await _parts(first, key) == (b"one", (b"two",))
+    for number in range(3):
+        entry = await second.read(key)
+        assert entry is not None
+        await second.write(key, b"two %d" % number, entry.revision)
+    assert await _parts(first, key) == (b"one", (b"two 2",))
+    assert await _parts(NatsBucket(connections[0], subjects.BUDGETS_BUCKET), key) == (b"one", (b"two 2",))
+    await _made_anew(server, connections[1], key)
+    assert await _parts(first, key) == (b"", (b"anew",))
+    for connection in connections:
+        await connection.close()
+
+
+async def _parts(bucket: Bucket, key: str) -> tuple[bytes, tuple[bytes, ...]]:
+    entry = await bucket.read(key)
+    assert entry is not None
+    return entry.value, entry.others
+
+
+async def _made_anew(server: LiveFabric, connection: Connection, key: str) -> None:
+    """Another bucket of the same name, whose sequences begin at 1."""
+    provisioner = await server.connect("provisioner")
+    await provisioner.jetstream.delete_stream(f"KV_{subjects.BUDGETS_BUCKET}")
+    await provisioner.close()
+    await server.provision()
+    await NatsBucket(connection, subjects.BUDGETS_BUCKET).write(key, b"anew", 0)
 
 
 async def test_what_was_acknowledged_outlives_the_server(server: LiveFabric, key: str) -> None:

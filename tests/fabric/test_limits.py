@@ -63,7 +63,11 @@ async def test_full_claims_stop_their_own_pool_alone(raw: Stolen) -> None:
     stolen = await raw("worker-a-n1")
     answers = [await stolen.ask(f"$KV.claims_a.fill{number}", bytes(300)) for number in range(SMALL.messages + 5)]
     assert [("error" in answer) for answer in answers] == [False] * SMALL.messages + [True] * 5
-    others = {"worker-b-n1": "$KV.claims_b.x", "gateway-g1": "$KV.budgets.x", "gateway-g2": subjects.revocation("gateway-g2")}
+    others = {
+        "worker-b-n1": "$KV.claims_b.x",
+        "gateway-g1": "$KV.budgets.gateway-g1.x",
+        "gateway-g2": subjects.revocation("gateway-g2"),
+    }
     for role, subject in others.items():
         other = await raw(role)
         assert "error" not in await other.ask(subject, b"x")
@@ -102,8 +106,12 @@ async def test_no_message_wipes_the_budgets(raw: Stolen, nats: LiveFabric, rollu
     bucket = NatsBucket(connection, subjects.BUDGETS_BUCKET)
     await bucket.write(f"kept.{rollup}", b"usage", 0)
     for headers in ({"Nats-Rollup": rollup}, {"Nats-Rollup": rollup, "KV-Operation": "PURGE"}, {"Nats-TTL": "1s"}):
-        for subject in ("$KV.budgets.zz", f"$KV.budgets.kept.{rollup}"):
-            assert "error" in await stolen.ask(subject, b"", headers)
+        assert "error" in await stolen.ask("$KV.budgets.gateway-g1.zz", b"", headers)
+        for subject in ("$KV.budgets.zz", f"$KV.budgets.kept.{rollup}", f"$KV.budgets.gateway-g2.kept.{rollup}"):
+            stolen.publish(subject, b"", headers=headers)
+            stolen.publish(subject, b"")
+    await stolen.settle()
+    assert len(stolen.errors) == 18
     entry = await bucket.read(f"kept.{rollup}")
     assert entry is not None
     assert entry.value == b"usage"

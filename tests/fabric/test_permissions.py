@@ -142,6 +142,7 @@ NOT_FOR_GATEWAYS = [
     "$KV.trust.manifest",
     f"{subjects.API}.DIRECT.GET.{subjects.REVOCATIONS_STREAM}",
     *(subjects.revocation(writer) for writer in ("x", "gateway-g1", "provisioner")),
+    *(f"$KV.budgets.{key}" for key in ("x", "user.a.b", "gateway-g1.user.a.b", "gateway-g2")),
     f"{subjects.API}.DIRECT.GET.KV_budgets.$KV.budgets.user.a.b",
     "presence.a.lacre.n1",
     *(f"{api}.STREAM.CREATE.MINE" for api in API),
@@ -398,8 +399,8 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
             revocation = subjects.revocation(role)
             await who.client.publish(revocation, json.dumps(config).encode(), headers=headers, reply=target)
             await who.client.publish(subjects.READ_REVOCATIONS, b'{"last_by_subj":"$KV.revocations.*"}', reply=target)
-            await who.client.publish("$KV.budgets.x", json.dumps(config).encode(), headers=headers, reply=target)
-            await who.client.publish(subjects.READ_BUDGETS, b'{"last_by_subj":"$KV.budgets.x"}', reply=target)
+            await who.client.publish(f"$KV.budgets.{role}.x", json.dumps(config).encode(), headers=headers, reply=target)
+            await who.client.publish(subjects.READ_BUDGETS, b'{"last_by_subj":"$KV.budgets.*.x"}', reply=target)
         else:  # what it stored, and the status of a pull
             await who.client.publish(f"{subjects.API}.DIRECT.GET.KV_claims_b.{stored}", reply=target)
             await who.client.publish(

@@ -9,6 +9,7 @@ And at the end, when everybody has come to rest: what the record says is drawn i
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from lacre_gateway.budget.lease import CLOCK_MARGIN, IDLE, Account, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.record import SPARE_PART, Record
-from lacre_gateway.budget.windows import Calendar, window
+from lacre_gateway.budget.windows import Calendar, window, windows_at
 from lacre_gateway.plans import Kind
 
 START = 1_800_000_000.0
@@ -35,6 +36,17 @@ CEILINGS = {
     Kind.CONCURRENT_STREAMS: 7,
 }
 STREAMS = Kind.CONCURRENT_STREAMS
+# What a stolen credential's part may be; empty for one of the right form.
+LIES = [
+    b"",
+    b"",
+    b"",
+    b"not a record",
+    b"[" * 100_000,
+    b'{"v":2}',
+    b'{"v":1,"name":"x","kinds":{"requests_per_minute":{"x":1}}}',
+]
+AMOUNTS = st.sampled_from([0, -(10**6), 1, 10**6, 10**30])
 
 
 @dataclass
@@ -49,6 +61,7 @@ class Writing:
 
     proposal: Proposal
     revision: int
+    writer: int = 0
 
 
 @dataclass
@@ -318,6 +331,67 @@ class Budgets(RuleBasedStateMachine):
                 yield kind, number, found
 
 
+class Parts(Budgets):
+    """Each gateway has a credential, and so a part of the record that it alone writes. One more credential is stolen, and its
+    part says whatever it likes: nobody is served beyond the ceiling for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[int, bytes] = {}
+        self.stolen: list[bytes] = []
+
+    @rule(who=st.integers(0, GATEWAYS - 1))
+    def read(self, who: int) -> None:
+        gateway = self.live[who]
+        if gateway.writing is None:
+            others = [part for writer, part in self.parts.items() if writer != who]
+            own = Record.parse(self.parts[who]) if who in self.parts else Record("name")
+            record = own.with_others([*others, *self.stolen], windows_at(self.now))
+            gateway.read = (record, self.revision)
+            gateway.account.see(record)
+
+    @rule(
+        who=st.integers(0, GATEWAYS - 1),
+        needs=st.lists(st.tuples(st.integers(1, 1500), st.integers(0, 30_000)), max_size=4),
+    )
+    def send(self, who: int, needs: list[tuple[int, int]]) -> None:
+        super().send(who, needs)
+        if (writing := self.live[who].writing) is not None:
+            writing.writer = who
+
+    def apply(self, writing: Writing) -> bool:
+        if writing.revision != self.revision:
+            return False
+        self.parts[writing.writer] = writing.proposal.record.encode()
+        self.revision += 1
+        self.record = Record("name").with_others(self.parts.values(), windows_at(self.now)).merged()
+        return True
+
+    @rule(who=st.integers(0, GATEWAYS - 1), lie=st.sampled_from(LIES), ahead=st.integers(-2, 10**9), amount=AMOUNTS)
+    def lies(self, who: int, lie: bytes, ahead: int, amount: int) -> None:
+        """Also in the name of another's holder."""
+        at = {kind: str(number + ahead if number else 0) for kind, number in windows_at(self.now).items()}
+        shares = {"stolen": [amount, amount], self.live[who].account.holder: [amount, 0, "closed"]}
+        kinds = {kind.value: {number: {"settled": amount, "shares": shares}} for kind, number in at.items()}
+        self.stolen = [lie or json.dumps({"v": 1, "name": "lie", "kinds": kinds}).encode()]
+        self.revision += 1
+
+    @invariant()
+    def capacity_stands_in_the_record(self) -> None:
+        for who, gateway in enumerate(self.live):
+            own = Record.parse(self.parts[who]) if who in self.parts else Record("name")
+            for counter in gateway.account.current.values():
+                assert counter.reserved >= 0
+                share = own.share(counter.kind, counter.window, gateway.account.holder)
+                if counter.window >= own.floor(counter.kind) and counter.kind is not STREAMS:
+                    assert counter.capacity <= (0 if share is None else share.drawn)
+
+    def teardown(self) -> None:
+        self.stolen = []
+        super().teardown()
+
+
 class AnyClocks(Budgets):
     """Clocks that differ by anything: what is counted by windows is as safe as ever. Streams are left out."""
 
@@ -338,6 +412,8 @@ LONG = settings(max_examples=300, stateful_step_count=80, phases=(Phase.generate
 
 TestBudgets = Budgets.TestCase
 TestBudgets.settings = QUICK
+TestParts = Parts.TestCase
+TestParts.settings = QUICK
 TestAnyClocks = AnyClocks.TestCase
 TestAnyClocks.settings = QUICK
 
@@ -345,6 +421,12 @@ TestAnyClocks.settings = QUICK
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 class TestBudgetsLong(Budgets.TestCase):
+    settings = LONG
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+class TestPartsLong(Parts.TestCase):
     settings = LONG
 
 

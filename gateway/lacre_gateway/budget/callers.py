@@ -20,6 +20,7 @@ TENANT_ON_PLAN: Final = "tenant-on-plan"
 TENANT: Final = "tenant"
 PLAN: Final = "plan"
 _DIGEST: Final = 16  # bytes
+SCOPES: Final = tuple(f"{label}." for label in (USER, TENANT_ON_PLAN, TENANT, PLAN))  # what the keys of budgets begin with
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,11 @@ async def _shown(state: Path, audit: list[Path] | None) -> list[Line]:
     from lacre_fabric.site import Site
     from lacre_gateway.audit.entries import parse
     from lacre_gateway.audit.reader import LogReader
+    from lacre_gateway.budget.callers import SCOPES
     from lacre_gateway.budget.ledger import ALIVE, GONE_AFTER
     from lacre_gateway.budget.record import Record
     from lacre_gateway.budget.report import lines, settled_by
+    from lacre_gateway.budget.windows import windows_at
 
     site = Site.load(state)
     connection = await Connection.open(site.servers, site.credential("provisioner"))
@@ -65,14 +67,20 @@ async def _shown(state: Path, audit: list[Path] | None) -> list[Line]:
         found = await dump(connection, subjects.BUDGETS_BUCKET)
     finally:
         await connection.close()
-    since = time.time() - GONE_AFTER
-    signs = {key: entry for key, entry in found.items() if key.startswith(f"{ALIVE}.")}
-    alive = frozenset(entry.value.decode() for entry in signs.values() if entry.time > since)
-    records = {key: Record.parse(entry.value) for key, entry in found.items() if key not in signs}
+    now = time.time()
+    alive: set[str] = set()
+    parts: dict[str, list[bytes]] = {}
+    for whole, entry in found.items():
+        _, _, key = whole.partition(".")  # without the credential that wrote it
+        if key.startswith(f"{ALIVE}.") and entry.time > now - GONE_AFTER:
+            alive.add(entry.value.decode("utf-8", "replace"))
+        elif key.startswith(SCOPES):
+            parts.setdefault(key, []).append(entry.value)
+    records = {key: Record("").with_others(values, windows_at(now)).merged() for key, values in parts.items()}
     settled = None
     if audit:
         settled = settled_by(parse(entry) for folder in audit for entry in LogReader(folder).entries())
-    return list(lines(records, alive, settled))
+    return list(lines(records, frozenset(alive), settled))
 
 
 def _text(line: Line) -> str:

@@ -21,7 +21,7 @@ from typing import Final
 
 from lacre import tasks
 from lacre.errors import InvalidMessage
-from lacre_fabric.buckets import Bucket, Conflict
+from lacre_fabric.buckets import Bucket, Conflict, Entry
 from lacre_fabric.logs import Log
 from lacre_fabric.work import FabricError, FabricUnavailable
 from lacre_gateway.auth import Principal
@@ -31,7 +31,7 @@ from lacre_gateway.budget.holds import AboveLimit, BudgetUnavailable, Exhausted,
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.record import Record
 from lacre_gateway.budget.report import Line, lines
-from lacre_gateway.budget.windows import Calendar
+from lacre_gateway.budget.windows import Calendar, windows_at
 from lacre_gateway.limits import Reservation
 from lacre_gateway.plans import Plans
 
@@ -199,7 +199,7 @@ class Ledger:
         keys = [*callers.shared_of(self.plans, tenant)]
         keys += [key for key in self._draws if key.startswith(callers.users_of(tenant))][:_MAX_USERS]
         entries = [(key, await self.bucket.read(key)) for key in keys]
-        records = {key: _parsed(entry.value) for key, entry in entries if entry is not None}
+        records = {key: self._record(entry, "").merged() for key, entry in entries if entry is not None}
         holders = {
             name
             for record in records.values()
@@ -260,11 +260,15 @@ class Ledger:
     async def _read(self, draw: _Draw) -> None:
         assert self.bucket is not None  # noqa: S101 - `_write` has looked
         entry = await self.bucket.read(draw.account.key)
-        draw.record = None if entry is None or not entry.value else _parsed(entry.value)
+        draw.record = None if entry is None else self._record(entry, draw.account.name)
         draw.revision = 0 if entry is None else entry.revision
         draw.known = True
         if draw.record is not None:
             draw.account.see(draw.record)
+
+    def _record(self, entry: Entry, name: str) -> Record:
+        own = _parsed(entry.value) if entry.value else Record(name)
+        return own.with_others(entry.others, windows_at(max(self.now(), entry.time)))  # its time is the server's
 
     async def _put(self, draw: _Draw, proposal: Proposal) -> None:
         """Whatever comes of it but a success, the record is read again before the next try."""

@@ -9,12 +9,15 @@ Rules:
   clock that goes back finds no fresh budget.
 - A share of streams belongs to no window: it is void at its `until`, which its holder put past the end of its longest stream.
 - A share that its holder closed is final; what it used is kept in one sum with the others.
+- Each gateway's credential writes a part of its own, and draws by what all parts say. Another's part is taken for what it can
+  be, no more: one that cannot be read counts as nothing drawn, and windows that have not begun count for nothing. A gateway
+  that lies in its part can say that its leases hold a whole budget, and cannot give away nor take back what others drew.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -23,6 +26,7 @@ from lacre_gateway.plans import Kind
 
 VERSION: Final = 1
 KEPT_WINDOWS: Final = 2
+_MOST: Final = 2**63  # of anything: far more than any ceiling, and quickly added up
 # What a lease may hold beyond what was asked for: this part of the ceiling, and half of its fair part of what is left.
 SPARE_PART: Final = 64
 
@@ -97,17 +101,52 @@ class Lot:
     refused: bool = False
 
 
+Windows = Mapping[Kind, Mapping[int, Window]]
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """name: whose budget it is, for people."""
+    """name: whose budget it is, for people. windows: of the own part. others: of the parts of other credentials."""
 
     name: str
-    windows: Mapping[Kind, Mapping[int, Window]] = field(default_factory=dict)
+    windows: Windows = field(default_factory=dict)
+    others: tuple[Windows, ...] = ()
+
+    def with_others(self, parts: Iterable[bytes], current: Mapping[Kind, int]) -> Record:
+        """current: the windows that are open now. One more may have begun, by another clock."""
+        found, name = [], self.name
+        for part in parts:
+            try:
+                said = Record.parse(part)
+            except InvalidMessage:
+                continue
+            found.append(
+                {kind: {at: kept[at] for at in kept if at <= current[kind] + 1} for kind, kept in said.windows.items()}
+            )
+            name = name or said.name
+        return Record(name, self.windows, tuple(found))
+
+    def merged(self) -> Record:
+        """All parts as one, for people, without windows that are over. Of two holders of one name the second has a number."""
+        found: dict[Kind, dict[int, Window]] = {}
+        for part in (self.windows, *self.others):
+            for kind, kept in part.items():
+                for at, window in kept.items():
+                    before = found.setdefault(kind, {}).get(at, Window())
+                    shares = dict(before.shares)
+                    for holder, share in window.shares.items():
+                        shares[holder if holder not in shares else f"{holder} ({len(shares)})"] = share
+                    found[kind][at] = Window(shares, before.settled + window.settled)
+        newest = {kind: dict(sorted(kept.items())[-KEPT_WINDOWS:]) for kind, kept in found.items()}
+        return Record(self.name, newest)
 
     def floor(self, kind: Kind) -> int:
         """Windows below are over for good."""
-        kept = self.windows.get(kind, {})
-        return min(kept) if len(kept) >= KEPT_WINDOWS else 0
+        kept = {at for part in (self.windows, *self.others) for at in part.get(kind, {})}
+        return sorted(kept)[-KEPT_WINDOWS] if len(kept) >= KEPT_WINDOWS else 0
+
+    def _elsewhere(self, kind: Kind, window: int, now: float) -> list[Window]:
+        return [part.get(kind, {}).get(window, Window()).folded("", now) for part in self.others]
 
     def share(self, kind: Kind, window: int, holder: str) -> Share | None:
         return self.windows.get(kind, {}).get(window, Window()).shares.get(holder)
@@ -120,14 +159,16 @@ class Record:
         window = kept.get(want.window, Window()).folded(holder, now)
         shares = {name: share for name, share in window.shares.items() if name != holder}
         others = Window(shares, window.settled)
-        drawn, met = _divide(want, others.drawn(), len(shares))
+        every = [others, *self._elsewhere(want.kind, want.window, now)]
+        gone, firm = sum(each.drawn() for each in every), sum(each.used() for each in every)
+        drawn, met = _divide(want, gone, sum(len(each.shares) for each in every))
         if drawn or want.used or want.closed:
             shares = {**shares, holder: Share(drawn, want.used, want.until, want.closed)}
         if want.closed and want.until:
             shares.pop(holder)
         kept[want.window] = replace(others, shares=shares)
         newest = dict(sorted(kept.items())[-KEPT_WINDOWS:])
-        lot = Lot(drawn, others.drawn(), others.used(), met)
+        lot = Lot(drawn, gone, firm, met)
         return replace(self, windows={**self.windows, want.kind: newest}), lot
 
     def encode(self) -> bytes:
@@ -173,9 +214,16 @@ def _encode_window(window: Window) -> dict[str, Any]:
 
 
 def _parse_window(found: Mapping[str, Any]) -> Window:
-    return Window({name: _parse_share(*values) for name, values in found["shares"].items()}, int(found["settled"]))
+    return Window({name: _parse_share(*values) for name, values in found["shares"].items()}, _amount(found["settled"]))
 
 
 def _parse_share(drawn: int, used: int, *rest: object) -> Share:
     until = next((float(value) for value in rest if isinstance(value, int | float)), 0.0)
-    return Share(int(drawn), int(used), until, "closed" in rest)
+    return Share(_amount(drawn), _amount(used), until, "closed" in rest)
+
+
+def _amount(said: object) -> int:
+    """Raises ValueError: less than nothing would give others more than there is."""
+    if type(said) is not int or not 0 <= said <= _MOST:
+        raise ValueError("an amount that is none")
+    return said

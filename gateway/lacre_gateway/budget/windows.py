@@ -28,6 +28,11 @@ def window(kind: Kind, now: float) -> int:
     return ALWAYS
 
 
+def windows_at(now: float) -> dict[Kind, int]:
+    """The window of every kind."""
+    return {kind: window(kind, now) for kind in Kind}
+
+
 @lru_cache(maxsize=64)
 def bounds(kind: Kind, number: int) -> tuple[float, float]:
     """When the window begins and ends, in seconds since the epoch."""
@@ -64,5 +69,5 @@ class Calendar:
     def at(self, now: float) -> dict[Kind, int]:
         if self.windows is None or not self.begin <= now < self.end:
             self.begin, self.end = bounds(Kind.REQUESTS_PER_MINUTE, window(Kind.REQUESTS_PER_MINUTE, now))
-            self.windows = {kind: window(kind, now) for kind in Kind}
+            self.windows = windows_at(now)
         return self.windows
