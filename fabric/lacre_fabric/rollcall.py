@@ -30,8 +30,6 @@ class RollCall:
         self._heard: dict[str, tuple[float, frozenset[str]]] = {}  # by region and node
 
     async def hear(self, message: Msg) -> None:
-        if message.headers:
-            return  # see `NatsGateway`: it is not the worker's word
         keys: frozenset[str] = frozenset()  # of a worker that says nothing of its keys
         with suppress(InvalidMessage):
             keys = keys_in(message.data)

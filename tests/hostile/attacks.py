@@ -28,6 +28,7 @@ ADVERSARIES: dict[Adversary, str] = {
     "client": "A caller with a token, against workers and gateway",
     "stranger": "Anybody who can reach a port of the gateway, without a token",
     "worker": "A worker of the pool, against the gateway's books and the caller's",
+    "credential": "Somebody with one stolen credential of the message server, against everybody else of the site",
 }
 NOTHING = "nothing"
 

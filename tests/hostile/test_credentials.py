@@ -1,0 +1,245 @@
+"""One stolen credential of the message server: what it may say, said in every form, stops nobody but its own pool."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from hostile.attacks import attack
+from lacre_fabric import subjects
+from lacre_fabric.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS
+from lacre_fabric.buckets import NatsBucket
+from lacre_fabric.connection import Connection
+from lacre_fabric.frames import Kind
+from lacre_fabric.layout import Bounds
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_worker import NatsDelivery
+from lacre_fabric.provisioning import provision
+from lacre_fabric.work import CREDIT
+from parts.fabric import POOLS, LiveFabric, new_work
+from parts.stolen_nats import StolenNats
+
+CLAIMS = Bounds(32 * 1024, 50, 512)  # so little room that it is quickly full
+FULL = "its own pool claims nothing for the 15 minutes that claims live"
+
+
+class Site:
+    """A running message server of two pools, and who is connected to it."""
+
+    def __init__(self, live: LiveFabric, stack: AsyncExitStack) -> None:
+        self.live = live
+        self._stack = stack
+
+    async def stolen(self, role: str) -> StolenNats:
+        raw = await StolenNats.open(self.live.server.port, self.live.credentials[role])
+        self._stack.push_async_callback(raw.close)
+        return raw
+
+    async def connect(self, role: str) -> Connection:
+        connection = await self.live.connect(role)
+        self._stack.push_async_callback(connection.close)
+        return connection
+
+    async def gateway(self, name: str) -> NatsGateway:
+        gateway = await self.live.gateway(name)
+        self._stack.push_async_callback(gateway.close)
+        return gateway
+
+    async def running(self, gateway: NatsGateway, pool: str = "a") -> NatsDelivery:
+        """A request of the pool's whose worker has spent its credit."""
+        worker = await self.live.worker(pool)
+        self._stack.push_async_callback(worker.close)
+        await gateway.dispatch(new_work(pool))
+        delivery = await worker.pull()
+        self._stack.push_async_callback(delivery.drop)
+        assert await delivery.claim()
+        await delivery.send(Kind.DATA, bytes(CREDIT))
+        return delivery
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    live = LiveFabric.make(tmp_path)
+    live.start()
+    try:
+        async with AsyncExitStack() as stack:
+            site = Site(live, stack)
+            await provision(await site.connect("provisioner"), POOLS, claims=CLAIMS)
+            yield site
+    finally:
+        live.stop()
+
+
+async def answers(site: Site) -> None:
+    """Pool b takes a request and claims it."""
+    await site.running(await site.gateway("g2"), "b")
+
+
+@attack(
+    "fill the claims of its pool, with entries that never go",
+    by="credential",
+    defence="every bucket has bounds, whose room is reserved; claims take no time to live",
+    refused=None,
+    gain=FULL,
+)
+async def test_claims_fill(site: Site) -> None:
+    thief = await site.stolen("worker-a-n1")
+    for headers in ({"Nats-TTL": "never"}, {"Nats-TTL": "1s"}):
+        assert "error" in await thief.ask("$KV.claims_a.x", b"x", headers)
+    told = [await thief.ask(f"$KV.claims_a.fill{number}", bytes(200)) for number in range(CLAIMS.messages + 3)]
+    assert ["error" in answer for answer in told] == [False] * CLAIMS.messages + [True] * 3
+    assert "error" not in await (await site.stolen("gateway-g1")).ask("$KV.budgets.gateway-g1.x", b"x")
+    assert "error" not in await (await site.stolen("gateway-g1")).ask(subjects.revocation("gateway-g1"), b"x")
+    await answers(site)
+
+
+@attack(
+    "write another claim over one, or erase it, so that a request runs again",
+    by="credential",
+    defence="a claim is written once; claims take no roll-ups",
+    refused=None,
+    gain="nothing",
+)
+async def test_claim_again(site: Site) -> None:
+    delivery = await site.running(await site.gateway("g1"))
+    thief = await site.stolen("worker-a-n2")
+    subject = f"$KV.claims_a.{delivery.work.digest.hex()}"
+    for headers in (None, {"Nats-Rollup": "sub"}, {"Nats-Rollup": "all"}, {"KV-Operation": "DEL"}, {"KV-Operation": "PURGE"}):
+        assert "error" in await thief.ask(subject, b"", headers)
+    assert not await delivery.claim()
+
+
+@attack(
+    "cancel a colleague's request, or renew its credit, by an answer of JetStream's",
+    by="credential",
+    defence="cancels and credit carry an HMAC by a key that only the gateway and the worker of the request know",
+    refused=None,
+    gain="nothing",
+)
+async def test_orders(site: Site) -> None:
+    delivery = await site.running(await site.gateway("g1"))
+    thief, request = await site.stolen("worker-a-n2"), delivery.work.request_id
+    await thief.ask(f"$KV.claims_a.{request}", b"262144")
+    for target in (subjects.cancel("a", request), subjects.credit("a", request)):
+        thief.publish(f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.{request}", reply=target)
+        thief.publish(f"$KV.claims_a.{request}.x", b"", reply=target)
+    await thief.settle()
+    more = asyncio.ensure_future(delivery.send(Kind.DATA, b"more"))
+    await asyncio.sleep(0.3)
+    assert not delivery.cancelled.is_set()
+    assert not more.done()
+    more.cancel()
+
+
+@attack(
+    "have a gateway cancel another gateway's request, by a frame for it",
+    by="credential",
+    defence="a gateway's orders are proven by keys of its own requests",
+    refused=None,
+    gain="nothing",
+)
+async def test_deputy(site: Site) -> None:
+    delivery = await site.running(await site.gateway("g1"))
+    other = await site.gateway("g2")
+    thief, request = await site.stolen("worker-a-n2"), delivery.work.request_id
+    thief.publish(subjects.reply("a", "g2", request), b"x", headers={"A": "f" * 32, "S": "0", "K": "data"})
+    await thief.settle()
+    await other.connection.round_trip()
+    await asyncio.sleep(0.3)
+    assert not delivery.cancelled.is_set()
+
+
+@attack(
+    "announce a worker that is not there, by an answer of JetStream's",
+    by="credential",
+    defence="an answer of JetStream's goes to the account that asked, and crosses into no other",
+    refused=None,
+    gain="nothing; of itself a node may say what it likes",
+)
+async def test_presence(site: Site) -> None:
+    gateway, thief = await site.gateway("g1"), await site.stolen("worker-a-n2")
+    said = json.dumps({"models": ["m1"], "busy": 0, "free": 9, "keys": []}).encode()
+    await thief.ask("$KV.claims_a.presence", said)
+    thief.publish("presence.a.lacre.n1", said)
+    thief.publish(f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.presence", reply="presence.a.lacre.n1")
+    await thief.settle()
+    await asyncio.sleep(0.3)
+    assert gateway.workers("a", "m1") == 0
+
+
+@attack(
+    "erase or change what other gateways drew of the budgets",
+    by="credential",
+    defence="each gateway credential writes its own part; budgets take no roll-ups, deletes, purges or times to live",
+    refused=None,
+    gain="its own part: it can say that its leases hold a whole budget",
+)
+async def test_budgets(site: Site) -> None:
+    honest = NatsBucket(await site.connect("gateway-g2"), subjects.BUDGETS_BUCKET)
+    await honest.write("user.a.b", b"usage", 0)
+    thief = await site.stolen("gateway-g1")
+    for subject in ("$KV.budgets.user.a.b", "$KV.budgets.gateway-g2.user.a.b", "$KV.budgets.gateway-g2.x"):
+        thief.publish(subject, b"{}", headers={"Nats-Rollup": "all"})
+        thief.publish(subject, b"{}")
+    await thief.settle()
+    assert len(thief.errors) == 6
+    for headers in ({"Nats-Rollup": "all"}, {"Nats-Rollup": "sub"}, {"Nats-TTL": "1s"}):
+        assert "error" in await thief.ask("$KV.budgets.gateway-g1.user.a.b", b"{}", headers)
+    entry = await honest.read("user.a.b")
+    assert entry is not None
+    assert (entry.value, entry.others) == (b"usage", ())
+
+
+@attack(
+    "fill the revocations, so that nobody can be revoked",
+    by="credential",
+    defence="each credential has a share of them, in its own name; the provisioner's is the reserve",
+    refused=None,
+    gain="its own share: 10,000 entries that every gateway reads",
+)
+async def test_revocations(site: Site) -> None:
+    thief = await site.stolen("gateway-g1")
+    for writer in ("gateway-g2", "provisioner", "A" * 43):
+        thief.publish(subjects.revocation(writer), b"{}", headers={"Nats-TTL": "never"})
+    await thief.settle()
+    assert len(thief.errors) == 3
+
+
+@attack(
+    "take the message server's memory by subscriptions and connections",
+    by="credential",
+    defence="each account has limits of both",
+    refused=None,
+    gain="the connections of its own pool",
+)
+async def test_subscriptions(site: Site) -> None:
+    thief = await site.stolen("worker-a-n1")
+    for number in range(WORKER_SUBSCRIPTIONS + 50):
+        thief.say(b"SUB credit.a.z%d %d\r\n" % (number, number))
+    await thief.settle()
+    assert len(thief.errors) == 50
+    with pytest.raises(ConnectionError):
+        for _ in range(200):
+            await site.stolen("worker-a-n1")
+    await answers(site)
+
+
+@attack(
+    "send the gateway messages that no worker sends, 8 MiB each",
+    by="credential",
+    defence="a pool's account takes frames of 256 KiB and their headers: the server ends the connection",
+    refused=None,
+    gain="nothing",
+)
+async def test_large(site: Site) -> None:
+    gateway, thief = await site.gateway("g1"), await site.stolen("worker-a-n1")
+    thief.publish(subjects.reply("a", "g1", "0" * 32), bytes(WORKER_PAYLOAD + 1))
+    with pytest.raises(ConnectionError):
+        await thief.settle()
+    await gateway.connection.round_trip()
+    await answers(site)
