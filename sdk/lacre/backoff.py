@@ -1,7 +1,8 @@
 """Whether to try again before anything was handed on, and after how long. Decides; it neither waits nor sends.
 
 Rules:
-- What certainly did not run is tried again: no connection came about, or the gateway said so (429, 503).
+- What certainly did not run is tried again: no connection came about, or the gateway said so (429, 503). That harms nobody and
+  costs nothing, so by default it is tried for as long as a gateway, a worker or a message server takes to come back.
 - What may have run is tried again only where running twice harms nobody (`lacre.inner.is_repeatable`): it is then paid for
   twice, and `attempts` tells.
 - A time-out is the caller's own limit, and not stretched by trying again; one of connecting is no answer that is late.
@@ -11,8 +12,10 @@ Rules:
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Final
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Self
 
 from lacre import problems
 from lacre.errors import NetworkError, TruncatedStream
@@ -21,10 +24,19 @@ FIRST: Final = 0.5  # seconds, of which a random part is waited ("full jitter"):
 LONGEST: Final = 8.0
 PATIENCE: Final = 10.0  # seconds of `Retry-After` that are waited without asking
 
+TRIES: Final = 2  # where the caller names no number: of what may have run, and is paid for again
+# Seconds, where the caller names no number, in which what did not run is tried again. A cluster of message servers is without a
+# leader for up to 15 s; a call that meets that must still end while somebody waits for it.
+ENDURANCE: Final = 25.0
+# The same for a request that goes on with a broken answer: two of them may follow one call.
+ENDURANCE_RESUMING: Final = 12.0
+MOST: Final = 7  # tries within that time: about a call of many attempts little can be claimed where the gateway lies
+NO_GATEWAY_PAUSE: Final = 1.0  # seconds; a balancer looks for another gateway about this often
+
 # What may have run, and did not answer.
 _LOST: Final = (problems.WORKER_LOST, problems.NO_GATEWAY)
-_NEVER_RAN: Final = (
-    problems.RATE_LIMITED,
+# What did not run because something is away or full, and comes back by itself.
+_AWAY: Final = (
     problems.NO_WORKER,
     problems.BUSY,
     problems.UNAVAILABLE,
@@ -33,8 +45,8 @@ _NEVER_RAN: Final = (
     problems.ISSUER_UNAVAILABLE,
     problems.NOT_READY,
     problems.OVERLOADED,
-    problems.SLOW_BODY,
 )
+_NEVER_RAN: Final = (*_AWAY, problems.RATE_LIMITED, problems.SLOW_BODY)
 
 
 def delay(number: int, retry_after: float = 0.0) -> float:
@@ -44,27 +56,52 @@ def delay(number: int, retry_after: float = 0.0) -> float:
 
 @dataclass(slots=True)
 class Retries:
-    """How often one call may still be tried again. repeatable: running it twice harms nobody."""
+    """How often one call may still be tried again.
+
+    left: the caller's number. repeatable: running it twice harms nobody. endurance: seconds from now in which what did not run
+    is tried again beside that. clock: seconds.
+    """
 
     left: int
     repeatable: bool
+    endurance: float = 0.0
+    clock: Callable[[], float] = time.monotonic
     made: int = 0
+    spare: int = MOST
+    until: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.until = self.clock() + self.endurance
+
+    @classmethod
+    def of(cls, number: int | None, *, repeatable: bool, endurance: float, clock: Callable[[], float]) -> Self:
+        """number: the caller's, who then means all tries; None for what is best."""
+        return cls(TRIES, repeatable, endurance, clock) if number is None else cls(number, repeatable)
+
+    @property
+    def rest(self) -> float:
+        """What is left of the endurance, in seconds."""
+        return max(0.0, self.until - self.clock())
 
     def after_failure(self, error: NetworkError | TruncatedStream) -> float | None:
         """Seconds to wait after no answer came, or none that began; None where there is to be no retry."""
         never_ran = isinstance(error, NetworkError) and not error.reached
         late = isinstance(error, NetworkError) and error.timed_out
         may = never_ran or (self.repeatable and not late)
-        return self._next() if may else None
+        return self._next(endure=never_ran) if may else None
 
     def after_refusal(self, problem: problems.Problem, retry_after: float | None) -> float | None:
         """Seconds to wait after the gateway would not take it; None where there is to be no retry."""
         may = problem in _NEVER_RAN or (problem in _LOST and self.repeatable)
-        return self._next(retry_after or 0.0) if may and (retry_after or 0.0) <= PATIENCE else None
+        least = NO_GATEWAY_PAUSE if retry_after is None and problem is problems.NO_GATEWAY else retry_after or 0.0
+        return self._next(least, endure=problem in _AWAY) if may and least <= PATIENCE else None
 
-    def _next(self, retry_after: float = 0.0) -> float | None:
-        if self.left == 0:
+    def _next(self, retry_after: float = 0.0, *, endure: bool) -> float | None:
+        if endure and self.spare and self.rest:
+            self.spare -= 1
+        elif self.left:
+            self.left -= 1
+        else:
             return None
-        self.left -= 1
         self.made += 1
         return delay(self.made, retry_after)

@@ -26,7 +26,7 @@ class SharedOptions(TypedDict, total=False):
     kem: Kem | Sequence[Kem]
     shape: Shape
     keep_identifying_fields: bool
-    retries: int
+    retries: int | None
     resume: int
     memory: Memory | None
     verify: Verify

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from lacre.backoff import ENDURANCE_RESUMING
 from lacre.errors import InvalidReceipt, LacreError, StreamBroken, TruncatedStream
 from lacre.inner import Plain, is_repeatable
 from lacre.marks import ASK, DIGEST, MEMBER, YES
@@ -89,7 +90,7 @@ class Answer:
         if self._splice is not None:
             self.facts.broke_off(*self._splice.seam())
         try:
-            outcome = yield from self._sealing.exchange(replace(self._plain, content=content))
+            outcome = yield from self._sealing.exchange(replace(self._plain, content=content), ENDURANCE_RESUMING)
         except LacreError as exc:
             raise self._broken("the answer broke off, and the request that goes on with it failed") from exc
         self.facts.attempts += outcome.facts.attempts

@@ -27,7 +27,7 @@ from typing import Final
 
 from lacre import audit, receipts
 from lacre.audit import AuditProof
-from lacre.backoff import Retries, delay
+from lacre.backoff import ENDURANCE, Retries, delay
 from lacre.errors import (
     Expired,
     InvalidAudit,
@@ -169,8 +169,8 @@ class Sealing:
     """What one client seals with: the pinned root, the newest manifest, its salt and its clock correction. Thread-safe.
 
     kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
-    retries: how often a request is sent again before anything of its answer was handed on. resume: how often an answer that
-    broke off after that is gone on with (`lacre.resume`).
+    retries: how often a request is sent again before anything of its answer was handed on; None as `lacre.backoff` has it.
+    resume: how often an answer that broke off after that is gone on with (`lacre.resume`).
     clock: seconds since the epoch.
     """
 
@@ -183,7 +183,7 @@ class Sealing:
         kems: Sequence[Kem] = DEFAULT_KEMS,
         shape: Shape = "pad",
         keep_identifying_fields: bool = False,
-        retries: int = 0,
+        retries: int | None = 0,
         resume: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -213,29 +213,30 @@ class Sealing:
         checked = Verification(b64u(self._root), None if trusted is None else Signed.of(trusted, self._clock()))
         return checked if last is None else replace(last.verification, manifest=checked.manifest)
 
-    def manifest(self) -> Steps[Manifest]:
+    def manifest(self, endurance: float = ENDURANCE) -> Steps[Manifest]:
         """The verified manifest, fetched where there is none or it grows old."""
         if self._is_stale():
-            yield from self._fetch_manifest()
+            yield from self._fetch_manifest(endurance)
         return self._current()
 
-    def exchange(self, plain: Plain) -> Steps[Opening | Refusal]:
+    def exchange(self, plain: Plain, endurance: float = ENDURANCE) -> Steps[Opening | Refusal]:
         """Seals `plain` as often as it takes: once, and once more for a new key or a corrected clock.
 
+        endurance: seconds for tries of what did not run, where the caller named no number.
         What is returned as `Opening` has its head; the caller reads and feeds the rest.
         """
         try:
-            return (yield from self._exchange(plain))
+            return (yield from self._exchange(plain, endurance))
         except LacreError as exc:
             exc.verification = exc.verification or self.verification
             raise
 
-    def _exchange(self, plain: Plain) -> Steps[Opening | Refusal]:
+    def _exchange(self, plain: Plain, endurance: float) -> Steps[Opening | Refusal]:
         attempts = 0
         once: set[Problem] = set()  # what was mended already, and is not tried again
-        retries = Retries(self._retries, is_repeatable(plain))
+        retries = Retries.of(self._retries, repeatable=is_repeatable(plain), endurance=endurance, clock=self._clock)
         while True:
-            yield from self.manifest()
+            yield from self.manifest(retries.rest)
             send, opening, sent = self._seal(plain, attempts := attempts + 1)
             try:
                 refusal = yield from self._attempt(send, opening, sent)
@@ -248,7 +249,7 @@ class Sealing:
                 if DATE in once or not self._correct_clock(opening):
                     return opening
                 once.add(DATE)
-            elif refusal.problem in once or not (yield from self._mended(refusal.problem)):
+            elif refusal.problem in once or not (yield from self._mended(refusal.problem, retries.rest)):
                 if (seconds := retries.after_refusal(refusal.problem, refusal.retry_after)) is None:
                     return refusal
                 yield Wait(seconds)
@@ -269,18 +270,18 @@ class Sealing:
             opening.feed(sent_bytes((yield Read())))
         return None
 
-    def _mended(self, problem: Problem) -> Steps[bool]:
+    def _mended(self, problem: Problem, endurance: float) -> Steps[bool]:
         """Whether what the gateway minds may be over now."""
         if problem is UNKNOWN_KEY:
-            yield from self._fetch_manifest()
+            yield from self._fetch_manifest(endurance)
         return problem is UNKNOWN_KEY or (problem is INVALID_TOKEN and (yield Renew()) is True)
 
     def delay(self, number: int) -> float:
         """Seconds before an answer is gone on with for another time."""
         return delay(number)
 
-    def _fetch_manifest(self) -> Steps[None]:
-        retries = Retries(self._retries, repeatable=True)
+    def _fetch_manifest(self, endurance: float) -> Steps[None]:
+        retries = Retries.of(self._retries, repeatable=True, endurance=endurance, clock=self._clock)
         while True:
             try:
                 outer = sent_outer((yield Send("GET", MANIFEST_PATH)))

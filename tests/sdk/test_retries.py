@@ -9,7 +9,7 @@ import pytest
 
 import lacre
 from lacre import backoff, problems
-from lacre.backoff import FIRST, LONGEST, PATIENCE, Retries
+from lacre.backoff import ENDURANCE, FIRST, LONGEST, MOST, NO_GATEWAY_PAUSE, PATIENCE, TRIES, Retries
 from lacre.errors import NetworkError, TruncatedStream
 from lacre.transport import TimedOut, Unreachable
 from parts.chat_app import ChatApp
@@ -110,6 +110,61 @@ def test_as_often_as_asked(relay: Relay) -> None:
         with connect(relay, retries=retries) as client, pytest.raises(lacre.Unavailable):
             client.chat("x")
         assert sum(request.url.path == SEALED for request in relay.requests) == retries + 1
+
+
+class Waiting:
+    """A gateway whose workers are away for so long, by a clock that the client's waits alone move on."""
+
+    def __init__(self, seconds: float, problem: problems.Problem = problems.NO_WORKER) -> None:
+        self.now = 0.0
+        self.sent = 0
+        self.seconds = seconds
+        self.problem = problem
+        self.retries = Retries.of(None, repeatable=False, endurance=ENDURANCE, clock=lambda: self.now)
+
+    def answered(self) -> bool:
+        """Whether the call came through before its client gave it up."""
+        while True:
+            self.sent += 1
+            if self.now >= self.seconds:
+                return True
+            if (pause := self.retries.after_refusal(self.problem, 2.0)) is None:
+                return False
+            self.now += pause
+
+
+@pytest.mark.parametrize("problem", [problems.NO_WORKER, problems.BUSY, problems.AUDIT_UNAVAILABLE], ids=str)
+def test_what_is_away_for_a_while_is_waited_for(problem: problems.Problem) -> None:
+    assert Waiting(12.0, problem).answered()
+    gone = Waiting(1e9, problem)
+    assert not gone.answered()
+    assert gone.sent <= 1 + MOST + TRIES
+    assert gone.now < ENDURANCE + (2.0 + LONGEST) * (TRIES + 1)
+
+
+def test_a_limit_is_not_knocked_at() -> None:
+    limited = Waiting(1e9, problems.RATE_LIMITED)
+    assert not limited.answered()
+    assert limited.sent == 1 + TRIES
+
+
+def test_what_may_have_run_is_not_waited_for() -> None:
+    retries = Retries.of(None, repeatable=True, endurance=ENDURANCE, clock=lambda: 0.0)
+    assert [retries.after_refusal(problems.WORKER_LOST, None) is not None for _ in range(4)] == [True] * TRIES + [False] * 2
+    never = Retries.of(None, repeatable=False, endurance=ENDURANCE, clock=lambda: 0.0)
+    assert never.after_refusal(problems.WORKER_LOST, None) is None
+
+
+def test_a_balancer_has_time_to_look_for_another_gateway() -> None:
+    retries = Retries.of(None, repeatable=True, endurance=ENDURANCE, clock=lambda: 0.0)
+    assert (retries.after_refusal(problems.NO_GATEWAY, None) or 0.0) >= NO_GATEWAY_PAUSE
+
+
+def test_by_default(relay: Relay) -> None:
+    """A caller that names no number has more tries where nothing ran, and every one of them is told."""
+    relay.respond = first(*[problems.BUSY] * 3)
+    with connect(relay) as client:
+        assert client.chat("x").attempts == 4
 
 
 def test_the_manifest_too(relay: Relay) -> None:
