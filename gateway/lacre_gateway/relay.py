@@ -45,6 +45,7 @@ from lacre_gateway.state import Gateway
 from lacre_gateway.trail import Trail
 
 _TOGETHER: Final = 64 * 1024  # bytes of frames that came together and go on together: as much as a server takes without waiting
+_LEAST_QUEUE: Final = 1.0  # seconds in the queue, whatever came before: a worker that is free takes some milliseconds
 _CANCEL_LIMIT: Final = 2.0  # seconds that cancelling may take; the worker also stops by itself when its credit runs out
 
 
@@ -85,6 +86,7 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
     subject = (principal.issuer, principal.subject)
     with gateway.limits.slot(subject):
         sealed = await exchange.sealed_body(gateway.settings.limits.body_timeout)
+        asked = time.monotonic()
         request = await _understood(gateway, exchange, principal, outer, sealed)
         access.check_request(request.digest)
         decision = gateway.rules.decide(request.question)
@@ -96,7 +98,9 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
             if not gateway.audit.writable:
                 await trail.durable()  # or work would be done for an answer that cannot be given
             work = request.work(_grant(gateway, request), sealed)
-            dispatch = await gateway.connected().dispatch(work, queue_limit=gateway.settings.limits.queue_limit)
+            dispatch = await gateway.connected().dispatch(
+                work, queue_limit=rest_of_queue(gateway.settings.limits.queue_limit, time.monotonic() - asked)
+            )
             del sealed, work  # megabytes, which an answer of minutes need not keep
             try:
                 async with _at_most(exchange, gateway.settings.limits.longest_stream), Attended(exchange):
@@ -107,6 +111,14 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
             finally:
                 trail.claim = request.claim(dispatch.receipts)
             await exchange.end(last)
+
+
+def rest_of_queue(limit: float, waited: float) -> float:
+    """Seconds that a request may still wait for a worker, of `limit`, when it has waited so long for its caller's budgets.
+
+    A caller waits for both alike, and is told before its own patience ends.
+    """
+    return min(limit, max(_LEAST_QUEUE, limit - waited))
 
 
 async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, decision: Decision) -> Hold:

@@ -59,7 +59,7 @@ class Retries:
     """How often one call may still be tried again.
 
     left: the caller's number. repeatable: running it twice harms nobody. endurance: seconds from now in which what did not run
-    is tried again beside that. clock: seconds.
+    is tried again, `MOST` times, without being counted against that number. clock: seconds.
     """
 
     left: int
@@ -67,7 +67,7 @@ class Retries:
     endurance: float = 0.0
     clock: Callable[[], float] = time.monotonic
     made: int = 0
-    spare: int = MOST
+    endured: int = 0
     until: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,8 +97,10 @@ class Retries:
         return self._next(least, endure=problem in _AWAY) if may and least <= PATIENCE else None
 
     def _next(self, retry_after: float = 0.0, *, endure: bool) -> float | None:
-        if endure and self.spare and self.rest:
-            self.spare -= 1
+        if endure and self.endurance:
+            if self.endured >= (MOST if self.rest else TRIES):
+                return None
+            self.endured += 1
         elif self.left:
             self.left -= 1
         else:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import httpx2
+import pytest
 
 from lacre.audit import AuditProof
 from lacre.jws import raw_public_key
 from lacre.receipts import units
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.relay import rest_of_queue
 from parts.gateway import ISSUER, MODEL, PIECES, FakeWorker, World, opened
 
 
@@ -136,3 +138,8 @@ async def test_denial_proves_that_it_was_recorded(world: World, client: httpx2.A
     proof.verify(raw_public_key(world.grant_key))
     assert (proof.members["decision"], proof.members["groups"]) == ("deny", ["staff"])
     assert (proof.members["reserved_tokens"], proof.members["address"]) == (None, "192.0.2.1")
+
+
+@pytest.mark.parametrize(("limit", "waited", "rest"), [(30.0, 0.0, 30.0), (10.0, 3.0, 7.0), (10.0, 9.9, 1.0), (0.2, 5.0, 0.2)])
+def test_what_was_waited_for_budgets_counts_against_the_queue(limit: float, waited: float, rest: float) -> None:
+    assert rest_of_queue(limit, waited) == pytest.approx(rest)

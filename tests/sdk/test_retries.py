@@ -9,7 +9,7 @@ import pytest
 
 import lacre
 from lacre import backoff, problems
-from lacre.backoff import ENDURANCE, FIRST, LONGEST, MOST, NO_GATEWAY_PAUSE, PATIENCE, TRIES, Retries
+from lacre.backoff import ENDURANCE, ENDURANCE_RESUMING, FIRST, LONGEST, MOST, NO_GATEWAY_PAUSE, PATIENCE, TRIES, Retries
 from lacre.errors import NetworkError, TruncatedStream
 from lacre.transport import TimedOut, Unreachable
 from parts.chat_app import ChatApp
@@ -138,8 +138,20 @@ def test_what_is_away_for_a_while_is_waited_for(problem: problems.Problem) -> No
     assert Waiting(12.0, problem).answered()
     gone = Waiting(1e9, problem)
     assert not gone.answered()
-    assert gone.sent <= 1 + MOST + TRIES
-    assert gone.now < ENDURANCE + (2.0 + LONGEST) * (TRIES + 1)
+    assert 1 + TRIES < gone.sent <= 1 + MOST
+    assert gone.now < ENDURANCE + 2.0 + LONGEST
+
+
+def test_a_slow_refusal_is_followed_as_often_as_anything() -> None:
+    """A gateway that looks for a worker for ten seconds, and asks for five more, leaves no time for a second try otherwise."""
+    now = 0.0
+    retries = Retries.of(None, repeatable=True, endurance=ENDURANCE_RESUMING, clock=lambda: now)
+    tries = []
+    for _ in range(TRIES + 1):
+        now += 20.0
+        tries.append(retries.after_refusal(problems.NO_WORKER, 5.0) is not None)
+    assert tries == [True] * TRIES + [False]
+    assert retries.after_refusal(problems.WORKER_LOST, None) is not None, "what may have run has tries of its own"
 
 
 def test_a_limit_is_not_knocked_at() -> None:
