@@ -24,6 +24,7 @@ from lacre.errors import LacreError
 MAX_DOCUMENT: Final = 256 * 1024  # bytes; a set of a hundred RSA keys with their certificates is smaller
 TIME_LIMIT: Final = 5.0  # seconds for a whole document
 MAX_FRESH: Final = 86400.0  # seconds: what a document says of itself is believed that far
+_ETAG: Final = re.compile(r'(?:W/)?"[!#-~]{0,256}"')  # RFC 9110 section 8.8.3, in ASCII
 _MAX_AGE: Final = re.compile(r'max-age\s*=\s*"?([0-9]{1,9})"?', re.IGNORECASE)
 _UNCACHED: Final = re.compile(r"\bno-(?:store|cache)\b", re.IGNORECASE)
 
@@ -99,7 +100,13 @@ async def fetch(client: httpx2.AsyncClient, url: str, etag: str | None) -> Fetch
         value = json.loads(content)
     except (ValueError, RecursionError) as exc:
         raise FetchFailed(f"{url} is not JSON") from exc
-    return Fetched(value, response.headers.get("etag"), _freshness(response.headers))
+    return Fetched(value, _tag(response.headers), _freshness(response.headers))
+
+
+def _tag(headers: httpx2.Headers) -> str | None:
+    """The entity tag, where it has the form of one: it is sent back with the next look."""
+    tag = headers.get("etag", "")
+    return tag if _ETAG.fullmatch(tag) else None
 
 
 async def _content(response: httpx2.Response, url: str) -> bytes:

@@ -31,6 +31,9 @@ def trusted(issuers: Sequence[Issuer], log: Log) -> list[TrustedIssuer]:
 
 def _keys(issuer: Issuer, place: str, log: Log) -> KeySet | RemoteKeys:
     if issuer.jwks is not None:
-        return KeySet.read(issuer.jwks, issuer.algorithms, f"{place}.jwks")
+        keys = KeySet.read(issuer.jwks, issuer.algorithms, f"{place}.jwks")
+        for reason in keys.passed_over:
+            log.warning("issuer keys passed over", issuer=issuer.issuer, reason=reason)
+        return keys
     timing = Timing(stale_limit=issuer.stale_limit)
     return RemoteKeys(issuer.issuer, issuer.jwks_url, issuer.algorithms, place=place, log=log, timing=timing)

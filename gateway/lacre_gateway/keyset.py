@@ -3,6 +3,8 @@
 Rules:
 - Only public, asymmetric signature keys. A set that holds a private or a symmetric key is refused whole: it leaked.
 - A key is bound to an algorithm when the set is read. What a token says only picks among those.
+- A key that cannot be used (of a curve that is not known, malformed, too short) is passed over, and takes no other along (RFC
+  7517 section 5). A set without any usable key is refused.
 - Several keys need a `kid` each; a token without one can mean only the single key of a set of one.
 """
 
@@ -37,15 +39,25 @@ _FITTING: Final[dict[tuple[str, str | None], tuple[str, ...]]] = {
 _PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
 
 
+class Unusable(SettingsError):
+    """A key of a set that cannot be used."""
+
+
 class KeySet:
-    """Finds the key that a token names. epoch: rises when a key is withdrawn; from this set none ever is."""
+    """Finds the key that a token names. epoch: rises when a key is withdrawn; from this set none ever is.
+
+    passed_over: what is wrong with each key of the set that cannot be used.
+    """
 
     epoch: Final = 0
     usable: Final = True
 
-    def __init__(self, keys: Mapping[tuple[str | None, str], jwt.PyJWK], single: bool) -> None:
+    def __init__(
+        self, keys: Mapping[tuple[str | None, str], jwt.PyJWK], single: bool, passed_over: tuple[str, ...] = ()
+    ) -> None:
         self._keys = keys
         self._single = single
+        self.passed_over = passed_over
 
     def __le__(self, other: KeySet) -> bool:
         """Whether every key is in the other set too, for the same use."""
@@ -76,7 +88,7 @@ class KeySet:
                 source = json.loads(source.read_bytes())
             except OSError as exc:
                 raise SettingsError(f"{place}: cannot read {source} ({exc.strerror}): write the path of a JWKS file") from exc
-            except ValueError as exc:
+            except (ValueError, RecursionError) as exc:
                 raise SettingsError(f"{place}: {source} is not JSON: it must hold a JWKS (RFC 7517)") from exc
         return cls.parse(source, algorithms, place)
 
@@ -89,16 +101,24 @@ class KeySet:
         if len(members) > MAX_KEYS:
             raise SettingsError(f"{place}: a JWKS has at most {MAX_KEYS} keys")
         bound: dict[tuple[str | None, str], jwt.PyJWK] = {}
+        unusable: list[Unusable] = []
         for number, member in enumerate(members):
-            for key in _bind(member, algorithms, f"{place}: key {number}"):
+            try:
+                fitting = _bind(member, algorithms, f"{place}: key {number}")
+            except Unusable as exc:
+                unusable.append(exc)
+                continue
+            for key in fitting:
                 if (key.key_id, key.algorithm_name) in bound:
                     raise SettingsError(f"{place}: key {number}: a second key of the same kid: give each its own")
                 if key.key_id is None and len(members) > 1:
                     raise SettingsError(f"{place}: key {number}: has no kid: with several keys each needs its own")
                 bound[key.key_id, key.algorithm_name] = key
+        if unusable and not bound:
+            raise unusable[0]
         if not bound:
             raise SettingsError(f"{place}: no key fits the algorithms {', '.join(algorithms)}: pin the ones that it signs with")
-        return cls(bound, single=len(members) == 1)
+        return cls(bound, len(members) == 1, tuple(map(str, unusable)))
 
 
 def _same(one: jwt.PyJWK, other: jwt.PyJWK) -> bool:
@@ -107,24 +127,27 @@ def _same(one: jwt.PyJWK, other: jwt.PyJWK) -> bool:
 
 
 def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJWK]:
-    """The key once for each pinned algorithm that it fits; a key for encryption, or that fits none, is left out."""
+    """The key once for each pinned algorithm that it fits; a key for encryption, or that fits none, is left out.
+
+    Raises Unusable, or SettingsError for what spoils the whole set.
+    """
     if not isinstance(member, dict):
-        raise SettingsError(f"{place}: must be a JSON object")
+        raise Unusable(f"{place}: must be a JSON object")
     if not _PRIVATE.isdisjoint(member) or member.get("kty") == "oct":
         raise SettingsError(f"{place}: holds a private or symmetric key: replace it at the issuer, and list only public ones")
     if member.get("use", "sig") != "sig":
         return []
     for name in _TEXTS & member.keys():
         if not isinstance(member[name], str) or len(member[name]) > MAX_MEMBER:
-            raise SettingsError(f"{place}: {name} must be text of at most {MAX_MEMBER} characters (RFC 7517 section 4)")
+            raise Unusable(f"{place}: {name} must be text of at most {MAX_MEMBER} characters (RFC 7517 section 4)")
     curve = member.get("crv") if member.get("kty") != "RSA" else None
     fitting = _FITTING.get((str(member.get("kty")), curve), ())
     usable = [name for name in fitting if name in algorithms and member.get("alg", name) == name]
     try:
         keys = [jwt.PyJWK(member, algorithm) for algorithm in usable]
     except Exception as exc:  # the one place where PyJWT reads somebody else's members; it raises whatever they cause
-        raise SettingsError(f"{place}: is not a valid JWK (RFC 7517): copy it from the issuer again") from exc
+        raise Unusable(f"{place}: is not a valid JWK (RFC 7517): copy it from the issuer again") from exc
     for key in keys:
         if isinstance(key.key, RSAPublicKey) and key.key.key_size < MIN_RSA_BITS:
-            raise SettingsError(f"{place}: an RSA key of fewer than {MIN_RSA_BITS} bits: replace it at the issuer")
+            raise Unusable(f"{place}: an RSA key of fewer than {MIN_RSA_BITS} bits: replace it at the issuer")
     return keys

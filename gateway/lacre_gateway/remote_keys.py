@@ -28,6 +28,7 @@ from lacre_gateway.documents import FetchFailed, allowed, fetch, make_client
 from lacre_gateway.keyset import KeySet
 
 MAX_WAITING: Final = 256  # tokens with unknown keys that wait for the issuer at a time
+MAX_REASON: Final = 1000  # characters that the log has of what is wrong with keys, of which a set may have a hundred
 _METADATA_LIVES: Final = 3600.0  # seconds: an address changes seldom, and is asked for again when it fails
 WELL_KNOWN: Final = "/.well-known/openid-configuration"  # OpenID Connect Discovery 1.0 section 4
 
@@ -183,6 +184,8 @@ class RemoteKeys:
     def _replace(self, keys: KeySet) -> None:
         if self._keys is not None and not self._keys <= keys:
             self.epoch += 1
+        if keys.passed_over and (self._keys is None or keys.passed_over != self._keys.passed_over):  # once, not with every look
+            self._log.warning("issuer keys passed over", issuer=self._issuer, reason="; ".join(keys.passed_over)[:MAX_REASON])
         self._keys = keys
 
     def _succeeded(self, fresh: float | None) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from fuzz import answers, fabric, proofs, statements, wire
+from fuzz import answers, fabric, keys, proofs, statements, wire
 from lacre.asgi import AUTHORITY
 from lacre.jws import b64u, sign
 from lacre.trust import ConnectionString
@@ -156,9 +156,34 @@ def of_fabric() -> Iterator[tuple[str, str, bytes]]:
     yield "jetstream_says", "stored", b'\x00{"subject":"x","seq":7,"time":"2026-01-01T00:00:00.123456789Z","data":"aGk="}'
 
 
+def of_keys() -> Iterator[tuple[str, str, bytes]]:
+    found = keys.example_set()
+    yield "jwks", "set", found
+    yield "jwks", "odd-kid", found.replace(b'"kid":"a"', b'"kid":["a"]')
+    yield "jwks", "odd-curve", found.replace(b'"crv":"P-256"', b'"crv":["P-256"]')
+    yield "jwks", "odd-exponent", found.replace(b'"AQAB"', b'"' + b"Aw" * 900 + b'"')
+    metadata = b'{"issuer":"http://127.0.0.1:1","jwks_uri":"http://127.0.0.1:1/k"}'
+    ok, no_fields, one_piece = b"\x00", b"\x00", b"\x00"
+    first = ok + no_fields + one_piece + text(metadata)
+    tagged = ok + b"\x02\x00\x01" + text(b'"tag"') + text(b"max-age=60") + one_piece + text(found)
+    known = b"\x03" + no_fields + one_piece + text(b"")
+    yield "issuer", "metadata-and-set", first + tagged + known
+    yield "issuer", "odd-tag", first + ok + b"\x01\x00" + text(b"\xff\xfe") + one_piece + text(found) + known
+
+
+def of_lineages() -> Iterator[tuple[str, str, bytes]]:
+    """Kinds of statement: 0 the last again, 1 any text, 2 and 3 a change of root, 4 one without the new root, others none."""
+    first, change = b"\x05\x00\x00", b"\x02\x00\x01"
+    yield "lineage", "one", b"\x01\x00\x01" + first + b"\x01"
+    yield "lineage", "moved", b"\x02\x00\x01" + first + b"\x01\x01\x02" + first + change + b"\x02"
+    foreign = b"\x05\x03\x00"
+    yield "lineage", "foreign", b"\x01\x01\x04" + foreign + foreign + change + b"\x05\x01\x00" + b"\x01"
+    yield "lineage", "any-text", b"\x01\x00\x02" + b"\x01\x00\x00" + text(b"a.b.c") + first + b"\x01"
+
+
 def seeds() -> dict[Path, bytes]:
     """Every seed, by its file."""
-    found = (*of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric())
+    found = (*of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric(), *of_keys(), *of_lineages())
     return {CORPUS / target / name.lower(): data for target, name, data in found}
 
 

@@ -2,8 +2,16 @@
 
 from typing import Final
 
-from fuzz import answers, fabric, proofs, statements, wire
+from fuzz import answers, fabric, keys, lineages, proofs, statements, wire
 from fuzz.target import Target
 
-_ALL: Final = (*wire.TARGETS, *statements.TARGETS, *answers.TARGETS, *proofs.TARGETS, *fabric.TARGETS)
+_ALL: Final = (
+    *wire.TARGETS,
+    *statements.TARGETS,
+    *answers.TARGETS,
+    *proofs.TARGETS,
+    *fabric.TARGETS,
+    *keys.TARGETS,
+    *lineages.TARGETS,
+)
 TARGETS: Final[dict[str, Target]] = {target.name: target for target in _ALL}

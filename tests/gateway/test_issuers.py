@@ -353,6 +353,37 @@ async def test_a_set_that_is_the_same_is_not_sent_again(room: Room) -> None:
     assert room.reasons() == ""
 
 
+UNUSABLE: list[Any] = [
+    "x", 1, None, {"kty": ["OKP"], "kid": "b"},
+    {"kty": "OKP", "crv": ["Ed25519"], "x": "AA", "kid": "b"},
+    {"kty": "OKP", "crv": "Ed25519", "x": "!", "kid": "b"},
+    {"kty": "OKP", "crv": "Ed25519", "x": 1, "kid": "b"},
+    {"kty": "OKP", "crv": "Ed25519", "x": "A" * 10_000, "kid": "b"},
+    {**OKPAlgorithm.to_jwk(B.public_key(), as_dict=True), "kid": ["b"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", UNUSABLE, ids=str)
+async def test_a_key_that_cannot_be_used_takes_no_other_along(bad: Any, room: Room) -> None:
+    """RFC 7517 section 5. The log says what is wrong with it, once."""
+    room.issuer.publish(a=A, c=C)
+    room.issuer.documents["/jwks"]["keys"].insert(1, bad)
+    keys = await room.started()
+    assert is_key(keys.find("a", "EdDSA"), A) and is_key(keys.find("c", "EdDSA"), C)
+    assert await keys.seek("b", "EdDSA") is None
+    assert room.reasons().count("key 1") == 1
+
+
+async def test_a_tag_that_is_none_is_not_sent_back(room: Room) -> None:
+    """It came off the wire as bytes that no header may hold."""
+    room.issuer.publish(a=A)
+    room.issuer.headers["etag"] = "\u00ff\u20ac"
+    keys = await room.started()
+    room.issuer.publish(a=A, b=B)
+    assert is_key(await keys.seek("b", "EdDSA"), B)
+    assert room.reasons() == ""
+
+
 async def test_a_poisoned_set_s_tag_is_not_kept(room: Room) -> None:
     """Or the issuer would be told that its set is known here, which was thrown away."""
     room.issuer.publish(a=A)
