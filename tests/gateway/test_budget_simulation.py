@@ -439,3 +439,27 @@ class TestAnyClocksLong(AnyClocks.TestCase):
 def test_windows_are_of_utc() -> None:
     assert window(Kind.MONEY_PER_MONTH, START) == 2027 * 12
     assert window(Kind.TOKENS_PER_DAY, START) == 20833
+
+
+def test_what_is_released_while_a_write_is_under_way_is_given_back_after_its_window() -> None:
+    """The last request of an old window ends between the write and its confirmation: the record still has it as reserved."""
+    kind, record = Kind.REQUESTS_PER_MINUTE, None
+    account = Account("key", "name", "g1", LONGEST, touched=START)
+
+    def written(windows: dict[Kind, int], needs: list[Need], settle: Counter | None = None) -> Record:
+        proposal = account.propose(record, windows, needs, START)
+        account.send(proposal)
+        if settle is not None:
+            settle.settle(1, 0)
+        account.confirm(proposal, START)
+        return proposal.record
+
+    record = written({kind: 1}, [Need({kind: (1, 20)})])
+    old = account.current[kind]
+    commit([(old, 1)])
+    account.counter(kind, 2, 20)
+    record = written({kind: 2}, [], settle=old)
+    assert account.due(START + IDLE + 1), "something is left to be given back"
+    record = written({kind: 2}, [])
+    share = record.share(kind, 1, "g1")
+    assert share is None or (share.drawn, share.used) == (0, 0)

@@ -201,11 +201,14 @@ class Account:
         self.floors[counter.kind] = max(self.floors.get(counter.kind, 0), record.floor(counter.kind))
 
     def _forget(self, record: Record) -> None:
-        """What is settled and in the record, or in a window that is over for good."""
+        """What is settled and in the record, or in a window that is over for good.
+
+        A request that was settled while the write was under way left more in the record than is used: that is given back yet.
+        """
         self.past = [
             counter
             for counter in self.past
-            if counter.reserved or (counter.used != counter.reported and counter.window >= record.floor(counter.kind))
+            if counter.reserved or (_is_loose(counter) and counter.window >= record.floor(counter.kind))
         ]
         self.current = {
             kind: counter for kind, counter in self.current.items() if counter.reserved or counter.window >= record.floor(kind)
