@@ -135,11 +135,11 @@ def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJ
         raise Unusable(f"{place}: must be a JSON object")
     if not _PRIVATE.isdisjoint(member) or member.get("kty") == "oct":
         raise SettingsError(f"{place}: holds a private or symmetric key: replace it at the issuer, and list only public ones")
-    if member.get("use", "sig") != "sig":
-        return []
     for name in _TEXTS & member.keys():
         if not isinstance(member[name], str) or len(member[name]) > MAX_MEMBER:
             raise Unusable(f"{place}: {name} must be text of at most {MAX_MEMBER} characters (RFC 7517 section 4)")
+    if member.get("use", "sig") != "sig":
+        return []
     curve = member.get("crv") if member.get("kty") != "RSA" else None
     fitting = _FITTING.get((str(member.get("kty")), curve), ())
     usable = [name for name in fitting if name in algorithms and member.get("alg", name) == name]

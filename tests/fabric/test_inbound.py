@@ -225,3 +225,19 @@ def test_never_more_than_the_credit_is_unread(steps: list[int | tuple[str, int]]
                 return
 
     asyncio.run(run())
+
+
+async def test_what_was_never_queued_leaves_no_timer() -> None:
+    loop = asyncio.get_running_loop()
+    before = len(timers(loop))
+    for _ in range(10):
+        Inbound(30.0).drop()
+    assert len(timers(loop)) == before
+    kept = Inbound(30.0)
+    assert len(timers(loop)) == before + 1
+    kept.drop()
+
+
+def timers(loop: asyncio.AbstractEventLoop) -> list[asyncio.TimerHandle]:
+    """Those that will still fire."""
+    return [handle for handle in loop._scheduled if not handle.cancelled()]  # type: ignore[attr-defined]

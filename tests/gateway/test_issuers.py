@@ -14,9 +14,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jwt.algorithms import OKPAlgorithm
 
+from lacre.errors import SettingsError
 from lacre_fabric.logs import make_log
 from lacre_gateway import documents, remote_keys
 from lacre_gateway.documents import allowed
+from lacre_gateway.keyset import KeySet
 from lacre_gateway.remote_keys import KeysUnavailable, RemoteKeys, Timing
 
 QUICK = Timing(least=60.0, default=60.0, retry=0.02, patience=0.05, cooldown=0.05, stale_limit=3600.0)
@@ -426,3 +428,105 @@ async def test_a_key_that_is_withdrawn_says_so(after: dict[str, Ed25519PrivateKe
 )
 def test_where_documents_may_be(url: str, plain: bool, expected: bool) -> None:
     assert allowed(url, plain=plain) is expected
+
+
+ODD = (None, True, 0, -1, 1.5, "", "A", "=", "A" * 43, "A" * 5000, "ß", "\ud800", [], ["a"], {}, {"a": 1})
+GOOD = {
+    "OKP": {
+        "kty": "OKP",
+        "crv": "Ed25519",
+        "kid": "a",
+        "alg": "EdDSA",
+        "x": OKPAlgorithm.to_jwk(A.public_key(), as_dict=True)["x"],
+    },
+    "EC": {"kty": "EC", "crv": "P-256", "kid": "a", "alg": "ES256", "x": "A" * 43, "y": "B" * 43},
+    "RSA": {"kty": "RSA", "kid": "a", "alg": "RS256", "n": "u" * 342, "e": "AQAB"},
+}
+ALL = ("EdDSA", "ES256", "RS256")
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+@pytest.mark.parametrize("kty", GOOD)
+def test_whatever_a_member_of_a_key_is_the_set_is_read_or_refused(kty: str, value: Any) -> None:
+    """A set comes from outside: its reader raises SettingsError, and nothing else."""
+    for name in (*GOOD[kty], "use", "key_ops", "x5c", "unknown"):
+        try:
+            KeySet.parse({"keys": [{**GOOD[kty], name: value}]}, ALL, "place")
+        except SettingsError as exc:
+            assert "place: " in str(exc)
+
+
+@pytest.mark.parametrize("name", ["kid", "crv", "alg", "kty", "x", "use"])
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, 7], ids=repr)
+def test_a_member_that_must_be_text_is_named(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=f"key 0: {name} must be text"):
+        KeySet.parse({"keys": [{**GOOD["OKP"], name: value}]}, ALL, "place")
+
+
+def test_a_number_of_a_hundred_thousand_bits_is_refused_before_it_is_one() -> None:
+    with pytest.raises(SettingsError, match="n must be text of at most"):
+        KeySet.parse({"keys": [{**GOOD["RSA"], "n": "u" * 20_000}]}, ALL, "place")
+
+
+@pytest.mark.parametrize("odd", [{"kid": ["b"]}, {"crv": ["Ed25519"]}, {"x": 1}, {"alg": {}}], ids=repr)
+async def test_an_odd_member_ends_no_keeper_and_the_next_look_withdraws_a_key(odd: dict[str, Any], room: Room) -> None:
+    room.issuer.publish(a=A)
+    keys = await room.started(Timing(least=0.02, default=0.02, retry=0.02, patience=0.02, cooldown=0.01, stale_limit=3600.0))
+    good = room.issuer.documents["/jwks"]["keys"][0]
+    room.issuer.documents["/jwks"] = {"keys": [good, {**good, "kid": "b", **odd}]}
+    looks = len(room.issuer.asked)
+    await until(lambda: len(room.issuer.asked) > looks + 2)
+    assert is_key(keys.find("a", "EdDSA"), A)
+    room.issuer.publish(c=C)
+    await until(lambda: is_key(keys.find("c", "EdDSA"), C))
+    assert keys.find("a", "EdDSA") is None
+    assert keys.epoch == 1
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SSL_CERT_FILE": "/nowhere/at/all.pem"},
+        {"SSL_CERT_FILE": __file__},
+        {"ALL_PROXY": "socks://127.0.0.1:1"},
+        {"HTTPS_PROXY": "nonsense://"},
+        {"HTTPS_PROXY": "http://["},
+    ],
+    ids=repr,
+)
+async def test_an_environment_that_gives_no_client_is_a_failed_look(
+    environment: dict[str, str], room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    keys = room.keys(issuer="https://127.0.0.1:1")
+    keys.start()
+    await until(lambda: len(room.log.getvalue().splitlines()) >= 1)
+    with pytest.raises(KeysUnavailable):
+        await keys.seek("a", "EdDSA")
+    assert "unforeseen" not in room.reasons()
+    for name in environment:
+        monkeypatch.delenv(name)
+    keys._address = f"{room.issuer.url}/jwks"  # the operator corrects what is wrong, and the next look succeeds
+    keys._client = None
+    room.issuer.publish(a=A)
+    await until(lambda: is_key(keys.find("a", "EdDSA"), A))
+
+
+async def test_keys_are_not_found_past_their_time_though_nobody_drops_them(room: Room) -> None:
+    room.issuer.publish(a=A)
+    keys = await room.started(Timing(least=60.0, default=60.0, retry=0.02, patience=0.05, cooldown=0.05, stale_limit=0.05))
+    keys._good_until = 0.0
+    assert keys.find("a", "EdDSA") is None
+
+
+async def test_whatever_a_look_raises_is_a_failed_look(room: Room, caplog: pytest.LogCaptureFixture) -> None:
+    """A fault of our own code, say: it is logged whole, and the next look comes."""
+    room.issuer.publish(a=A)
+    keys = room.keys(issuer=room.issuer.url)
+    keys._algorithms = None  # type: ignore[assignment]
+    keys.start()
+    await until(lambda: "unforeseen" in room.reasons())
+    assert caplog.messages[0] == "a try failed: issuer keys"
+    keys._algorithms = ("EdDSA",)
+    await until(lambda: is_key(keys.find("a", "EdDSA"), A))

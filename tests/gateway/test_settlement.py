@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import io
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -14,9 +17,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.jws import b64u
 from lacre.receipts import Receipt
+from lacre_fabric.logs import make_log
 from lacre_gateway.exchange import StreamBroken
 from lacre_gateway.limits import Reservation
-from lacre_gateway.settlement import Claim, Reason, Verdict, judge
+from lacre_gateway.settlement import Claim, Reason, Settlement, Verdict, judge
 from parts.gateway import PIECES, FakeWorker, Script, World, opened
 
 KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -147,3 +151,57 @@ async def test_verdicts_come_in_the_order_of_the_claims(world: World) -> None:
         world.gateway.settlement.settle(claim(token(completion)), verdicts.append)
     await world.gateway.settlement.close()
     assert [verdict.receipt.completion_tokens for verdict in verdicts if verdict.receipt] == list(range(1, 9))
+
+
+class Told:
+    """Claims that were settled, by their number, and what was told of each."""
+
+    def __init__(self) -> None:
+        self.settlement = Settlement(make_log(io.StringIO()))
+        self.verdicts: dict[int, list[Verdict]] = {}
+
+    def settle(self, number: int, settled: Claim, fails: bool = False) -> None:
+        def then(verdict: Verdict) -> None:
+            self.verdicts.setdefault(number, []).append(verdict)
+            if fails:
+                raise ZeroDivisionError
+
+        self.settlement.settle(settled, then)
+
+
+async def test_a_fault_in_one_claim_costs_no_other_its_verdict(caplog: pytest.LogCaptureFixture) -> None:
+    told = Told()
+    for number in range(5):
+        told.settle(number, claim(token(3)), fails=number == 1)
+    broken = dataclasses.replace(claim(token(3)), receipt_key=7)  # type: ignore[arg-type]  # a fault of ours, say
+    told.settle(5, broken)
+    await told.settlement.close()
+    assert {number: len(verdicts) for number, verdicts in told.verdicts.items()} == dict.fromkeys(range(6), 1)
+    assert all(told.verdicts[number][0].receipt for number in range(5))
+    assert told.verdicts[5] == [Verdict(refused=Reason.NOT_THE_POOLS)]
+    assert caplog.messages == ["a try failed: settlement"] * 2
+
+
+async def test_a_drain_that_is_cut_off_loses_nothing() -> None:
+    told = Told()
+    async with no_thread_free():
+        for number in range(3):
+            told.settle(number, claim(token(3)))
+        await asyncio.sleep(0.05)  # they are on their way to a thread
+        assert told.settlement._task is not None
+        told.settlement._task.cancel()
+        await asyncio.sleep(0.01)
+        assert not told.verdicts
+        await told.settlement.close()
+    assert [len(told.verdicts[number]) for number in range(3)] == [1, 1, 1]
+
+
+async def test_a_system_without_a_thread_to_give_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    asyncio.get_running_loop().set_default_executor(pool)
+    told = Told()
+    told.settle(0, claim(token(3)))
+    await told.settlement.close()
+    assert len(told.verdicts[0]) == 1 and told.verdicts[0][0].receipt is not None
+    assert caplog.messages == ["a try failed: settlement"]
