@@ -3,30 +3,44 @@
 Rules:
 - Every call but `/metrics` and the API's description needs a token of the same issuers as any request, and a policy that
   permits its `admin:` action on this `Gateway`.
+- Who asks is known before a byte of a body is read, and a body has `MAX_BODY` bytes. Refusals count as sealed requests' do.
 - What is asked for, by whom, and whether it was permitted, is durable in the audit log before anything is done or told.
 - What goes out is fixed words, numbers, digests, and names of the settings and the manifest. Errors are problem documents.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from starlette.requests import ClientDisconnect
 
 from lacre import __version__, problems
 from lacre.errors import LacreError, UsageError
 from lacre_gateway.accesslog import AccessLog
-from lacre_gateway.answers import INVALID, PROBLEM, answer_with_problems, described, problem_response
+from lacre_gateway.answers import (
+    BODY_TOO_LARGE,
+    BODY_TOO_SLOW,
+    INVALID,
+    PROBLEM,
+    answer_with_problems,
+    described,
+    problem_response,
+)
 from lacre_gateway.audit.entries import Admin as AdminEntry
 from lacre_gateway.auth import Principal
+from lacre_gateway.exchange import Message
 from lacre_gateway.gauges import Gauges
-from lacre_gateway.mapping import refusal_for
+from lacre_gateway.mapping import CALLERS_FAULT, refusal_for
 from lacre_gateway.metrics import CONTENT_TYPE, States
 from lacre_gateway.outer import Fields
 from lacre_gateway.policy.cedar import PolicyError
@@ -48,7 +62,7 @@ from lacre_gateway.reports import (
 from lacre_gateway.state import Gateway
 
 # What any call may be refused with; each is a row of `lacre.problems`.
-_REFUSALS: Final[dict[int | str, dict[str, Any]]] = dict.fromkeys((401, 403, 422, 429, 503), PROBLEM)
+_REFUSALS: Final[dict[int | str, dict[str, Any]]] = dict.fromkeys((401, 403, 408, 413, 422, 429, 503), PROBLEM)
 
 
 def create_admin(gateway: Gateway) -> FastAPI:
@@ -64,12 +78,64 @@ def create_admin(gateway: Gateway) -> FastAPI:
     answer_with_problems(app)
     app.add_exception_handler(LacreError, _mapped)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.include_router(_open)
     app.include_router(_routes)
     app.openapi = partial(described, app)  # type: ignore[method-assign]
     return app
 
 
-_routes: Final = APIRouter()
+MAX_BODY: Final = 16 * 1024  # bytes; two names and an issuer are far below
+
+
+class _Guarded(APIRoute):
+    """A call of somebody who is known. FastAPI by itself would read the whole body first, whoever sent it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler, takes_body = super().get_route_handler(), self.body_field is not None
+
+        async def guarded(request: Request) -> Response:
+            asking = await _identified(request)
+            refusals, subject = asking.gateway.refusals, (asking.who.issuer, asking.who.subject)
+            refusals.check(subject, asking.address)
+            request.scope["state"][_CALLER] = asking
+            try:
+                if takes_body:
+                    request = _with_body(request, await _body(request, asking.gateway.settings.limits.body_timeout))
+                return await handler(request)
+            except (Refusal, RequestValidationError, UsageError) as exc:
+                if not isinstance(exc, Refusal) or exc.problem.status in CALLERS_FAULT:
+                    refusals.refused(subject, asking.address)
+                raise
+
+        return guarded
+
+
+async def _body(request: Request, seconds: float) -> bytes:
+    """Raises Refusal."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for piece in request.stream():
+                if len(body) + len(piece) > MAX_BODY:
+                    raise Refusal(BODY_TOO_LARGE)
+                body += piece
+    except (TimeoutError, ClientDisconnect) as exc:
+        raise Refusal(BODY_TOO_SLOW) from exc
+    return bytes(body)
+
+
+def _with_body(request: Request, body: bytes) -> Request:
+    """The same request, for who reads its body anew."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return Request(request.scope, receive)
+
+
+_CALLER: Final = "caller"
+_open: Final = APIRouter()
+_routes: Final = APIRouter(route_class=_Guarded)
 _bearer: Final = HTTPBearer(auto_error=False, description="An access token of one of the gateway's issuers.")
 
 
@@ -117,8 +183,8 @@ class Caller:
         return gateway
 
 
-async def caller(request: Request, _: Annotated[object, Security(_bearer)]) -> Caller:
-    """A dependency. Raises Refusal.
+async def _identified(request: Request) -> Caller:
+    """Raises Refusal.
 
     A token that is bound to a key is refused: proofs of possession are for sealed requests.
     """
@@ -129,10 +195,16 @@ async def caller(request: Request, _: Annotated[object, Security(_bearer)]) -> C
     return Caller(gateway, access.principal, address, request.scope["state"]["request_id"])
 
 
+async def caller(request: Request, _: Annotated[object, Security(_bearer)]) -> Caller:
+    """A dependency: whom the route found."""
+    found: Caller = request.scope["state"][_CALLER]
+    return found
+
+
 Asking = Annotated[Caller, Depends(caller)]
 
 
-@_routes.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})
+@_open.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})
 async def metrics(request: Request) -> Response:
     """Everything that is counted, in Prometheus's text format. Needs no token."""
     await request.app.state.gauges.refresh()

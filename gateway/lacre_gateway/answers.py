@@ -15,6 +15,10 @@ from lacre_gateway.refusal import Refusal
 INVALID: Final = Problem(
     "urn:lacre:problem:invalid-arguments", 422, "The call's arguments are not of the form that the API describes",
     "See /openapi.json.")  # fmt: skip
+BODY_TOO_LARGE: Final = Problem(
+    "urn:lacre:problem:body-too-large", 413, "The call's body is too large", "Send at most 16 KiB.")  # fmt: skip
+BODY_TOO_SLOW: Final = Problem(
+    "urn:lacre:problem:body-too-slow", 408, "The call's body arrived too slowly", "Send it again.")  # fmt: skip
 _BY_STATUS: Final = {400: INVALID, 404: problems.NOT_FOUND, 405: problems.METHOD_NOT_ALLOWED}
 # For OpenAPI: what a problem document is, and a response that is one.
 PROBLEM: Final = {

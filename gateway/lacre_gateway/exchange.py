@@ -1,7 +1,8 @@
 """One HTTP request and its answer, over bare ASGI: what the relay needs of HTTP, and nothing of what the request is for.
 
 Rules:
-- A body is counted while it is read, whatever Content-Length said, and has a limited time to arrive.
+- A body is counted while it is read, whatever Content-Length said, and has a limited time to arrive. Of one whose sender or
+  purpose is refused nothing is kept.
 - Nothing of an answer is buffered: `write` returns when the server took the bytes, and a client that reads nothing is cut off.
 - An answer is ended only by `end`. Leaving it without makes the server abort the connection, so that the chunked coding has no
   last chunk (RFC 9112 section 7.1) and a client cannot take a part for the whole.
@@ -20,6 +21,7 @@ from lacre import audit, problems, tasks
 from lacre.audit import AuditProof
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.log import AuditUnavailable, Recorded
+from lacre_gateway.limits import Room
 from lacre_gateway.outer import Fields
 from lacre_gateway.refusal import RawHeaders, Refusal
 
@@ -71,11 +73,13 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._stall_limit = stall_limit
-        self._unread = True
+        self._unread, self._asked = True, False
         self.fields = Fields.collect(scope["headers"])
         self.address: str = scope["client"][0] if scope.get("client") else ""
         self.request_id: str = scope["state"]["request_id"]
         self.status: int | None = None
+        self._body = bytearray()
+        self._body_until = 0.0  # of the loop's clock
         self.recorded: asyncio.Future[Recorded] | None = None
         self.limits: RawHeaders = []
         self.since = time.monotonic()
@@ -91,20 +95,34 @@ class Exchange:
         """Whether an answer is on its way, so that it is too late for a problem document."""
         return self.status is not None
 
-    async def sealed_body(self, seconds: float) -> bytes:
-        """The whole body. Raises Refusal (too large, too slow) or ClientGone."""
-        body = bytearray()
+    async def sealed_start(self, room: Room, seconds: float, size: int) -> bytes:
+        """The first `size` bytes of the body, or all of a shorter one. The rest stays unread.
+
+        seconds: for this and the rest together. Raises Refusal (too large, too slow), LimitExceeded, or ClientGone.
+        """
+        self._body_until = asyncio.get_running_loop().time() + seconds
+        await self._read(room, size)
+        return bytes(self._body[:size])
+
+    async def sealed_body(self, room: Room) -> bytes:
+        """The whole body, once its start was read. It is kept here no longer. Raises as `sealed_start`."""
+        await self._read(room, MAX_SEALED_REQUEST + 1)
+        body, self._body = bytes(self._body), bytearray()
+        return body
+
+    async def _read(self, room: Room, size: int) -> None:
+        """Until there are `size` bytes, or all."""
         try:
-            async with asyncio.timeout(seconds):
-                while self._unread:
-                    body += await self._next_piece()
-                    if len(body) > MAX_SEALED_REQUEST:
+            async with asyncio.timeout_at(self._body_until):
+                while self._unread and len(self._body) < size:
+                    piece = await self._next_piece()
+                    if len(self._body) + len(piece) > MAX_SEALED_REQUEST:
                         raise Refusal(problems.TOO_LARGE)
+                    room.take(len(piece))
+                    self._body += piece
+                    self.received = len(self._body)
         except TimeoutError:
             raise Refusal(problems.SLOW_BODY) from None
-        finally:
-            self.received = len(body)
-        return bytes(body)
 
     async def gone(self) -> None:
         """Returns when the client has left. Only after the body was read."""
@@ -139,7 +157,10 @@ class Exchange:
     async def refuse(self, refusal: Refusal) -> None:
         """Answers with a problem document."""
         self.status = refusal.problem.status
-        await self._drop(_SKIM_TIME, _SKIM_BYTES)
+        self._body = bytearray()
+        waits = self.fields.expects() and not self._asked  # it is not told to send what nobody wants
+        if not waits:
+            await self._drop(_SKIM_TIME, _SKIM_BYTES)
         headers = [*refusal.headers(), *self.limits]
         with contextlib.suppress(AuditUnavailable):
             if self.recorded is not None:
@@ -147,8 +168,9 @@ class Exchange:
         if self._unread:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": refusal.problem.body(), "more_body": self._unread})
-        if self._unread:
+        linger = self._unread and not waits
+        await self._send({"type": "http.response.body", "body": refusal.problem.body(), "more_body": linger})
+        if linger:
             await self._drop(LINGER, MAX_SEALED_REQUEST)
             await self.end()
 
@@ -160,6 +182,7 @@ class Exchange:
                     limit -= len(await self._next_piece())
 
     async def _next_piece(self) -> bytes:
+        self._asked = True
         message = await self._receive()
         if message["type"] == "http.disconnect":
             self._unread = False

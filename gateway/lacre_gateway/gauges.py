@@ -64,12 +64,23 @@ class Gauges:
         yield gauge(
             "lacre_rules_refused", "Whether the rules on the disk are other ones, and do not hold.", rules.refused is not None
         )
+        yield gauge("lacre_body_bytes", "Bytes of sealed bodies that are held now.", gateway.bodies.held)
+        yield from self._of_doors()
         yield gauge("lacre_audit_entries", "Entries in the audit log.", gateway.audit.size)
         if gateway.feed.ready:
             manifest = gateway.feed.manifest
             yield gauge("lacre_manifest_version", "Version of the manifest that is served.", manifest.version)
             yield gauge("lacre_manifest_expiry_timestamp_seconds", "When it expires.", manifest.expires_at)
         yield from self._families()
+
+    def _of_doors(self) -> Iterator[Metric]:
+        doors = self._gateway.doors
+        held: Labelled = {(name,): door.held_now for name, door in doors.items()}
+        cut: Labelled = {(name,): door.cut for name, door in doors.items()}
+        refused: Labelled = {(name, str(status)): n for name, door in doors.items() for status, n in door.refused.items()}
+        yield by_label("lacre_listener_held_bytes", "Bytes that nobody has asked for.", ("listener",), held)
+        yield by_label("lacre_listener_cut_connections", "Connections that made room for others.", ("listener",), cut)
+        yield by_label("lacre_listener_unreadable", "Requests that cannot be read.", ("listener", "status"), refused)
 
     def pools(self) -> dict[str, dict[str, tuple[Capacity, int | None]]]:
         """Each pool of the manifest, by region: its live workers, and how many requests wait, as of the last `refresh`."""

@@ -1,9 +1,10 @@
-"""How many requests this process has under way at once, of one caller and of all: what protects the process itself.
+"""How many requests this process has under way at once, and how many bytes of them it holds: what protects the process itself.
 
 What callers may use by their plans, over all processes, is for `budget`.
 
 Rules:
 - No I/O and no clock.
+- Bytes are asked for before they are kept.
 - Memory is bounded: whoever has nothing under way is forgotten.
 """
 
@@ -63,3 +64,65 @@ class RequestLimits:
             self._running[subject] -= 1
             if not self._running[subject]:
                 del self._running[subject]
+
+
+class BodyBytes:
+    """Counts the bytes of bodies that this process holds, from before they are kept until they were handed on.
+
+    total: of all callers. each: of one. A caller may also hold no more than what is left for the others: however many fill it
+    up, a newcomer finds as much as each of them has.
+    """
+
+    def __init__(self, *, total: int, each: int) -> None:
+        self._total = total
+        self._each = each
+        self._of: Counter[Hashable] = Counter()
+        self.held = 0
+
+    @contextmanager
+    def room(self, subject: Hashable) -> Iterator[Room]:
+        """For one request's body; what it took is given back at the end, if not before."""
+        room = Room(self, subject)
+        try:
+            yield room
+        finally:
+            room.release()
+
+    def check(self, subject: Hashable, size: int) -> None:
+        """Raises LimitExceeded where so many bytes more do not fit."""
+        if self._of[subject] + size > self._each:
+            raise LimitExceeded(own=True)
+        if self._of[subject] + size > self._total - self.held:
+            raise LimitExceeded(own=False)
+
+    def add(self, subject: Hashable, size: int) -> None:
+        """size: negative where bytes are given back."""
+        self.held += size
+        self._of[subject] += size
+        if not self._of[subject]:
+            del self._of[subject]
+
+
+class Room:
+    """Where the bytes of one body are counted. size: how many there are."""
+
+    def __init__(self, budget: BodyBytes, subject: Hashable) -> None:
+        self._budget = budget
+        self._subject = subject
+        self.size = 0
+
+    def check(self, size: int) -> None:
+        """Raises LimitExceeded where so many bytes more would not fit now. Takes nothing."""
+        self._budget.check(self._subject, size)
+
+    def take(self, size: int) -> None:
+        """Raises LimitExceeded."""
+        self._budget.check(self._subject, size)
+        self._budget.add(self._subject, size)
+        self.size += size
+
+    def release(self) -> None:
+        """Gives all of it back. Idempotent."""
+        if self.size:
+            self._budget.add(self._subject, -self.size)
+            self.size = 0

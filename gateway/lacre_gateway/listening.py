@@ -133,6 +133,8 @@ class GatheringProtocol(BoundedProtocol):
 class Server(uvicorn.Server):
     """uvicorn would raise a signal again at the end, before our own parts are closed: who runs it handles them instead."""
 
+    config: Config
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

@@ -48,6 +48,9 @@ _TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
     (ProtocolError, problems.INVALID_REQUEST, None),
 )
 
+# The statuses of refusals that a caller brings about by what it asks, or how. The others are ours, or the network's.
+CALLERS_FAULT: Final = frozenset({400, 401, 403, 404, 408, 409, 413, 415, 422, 429})
+
 ANSWERED: Final = "answered"
 REFUSED: Final = "refused"
 

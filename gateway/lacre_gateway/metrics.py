@@ -101,6 +101,10 @@ class Metrics(Collector):
         )  # fmt: skip
         self._committed = Counter("lacre_audit_committed_entries", "Entries that were made durable.", registry=registry)
         self._commit_failures = Counter("lacre_audit_commit_failures", "Groups that could not be written.", registry=registry)
+        self._unrecorded = Counter(
+            "lacre_refusals_unrecorded", "Requests refused past their caller's limit of refusals, which have no entries.",
+            registry=registry,
+        )  # fmt: skip
         self._admin = Counter("lacre_admin_requests", "Calls of the admin API.", ["action", "outcome"], registry=registry)
         # What `labels` finds by a lock and a dictionary of texts is kept: it would cost more than the count itself.
         self._children: dict[tuple[str, str], Counter] = {}
@@ -154,6 +158,10 @@ class Metrics(Collector):
             self._committed.inc(entries)
         else:
             self._commit_failures.inc()
+
+    def unrecorded(self, count: int) -> None:
+        """So many requests were refused without an entry of their own."""
+        self._unrecorded.inc(count)
 
     def administered(self, action: str, outcome: str) -> None:
         """outcome: permitted or denied."""

@@ -31,7 +31,7 @@ _MAX_TOKENS: Final = b"lacre-max-tokens"
 _SHAPE: Final = b"lacre-shape"
 _REQUIRED: Final = (_POOL, _MODEL, _ACTION, _MAX_TOKENS, _SHAPE)
 _READ: Final = frozenset(
-    {*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding", b"traceparent"}
+    {*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding", b"traceparent", b"expect"}
 )
 
 
@@ -98,19 +98,27 @@ class Fields:
         value = self.values.get(b"traceparent")
         return None if value is None or b"traceparent" in self.repeated else value.decode("latin-1")
 
-    def check_media(self) -> None:
-        """Raises Refusal unless the body says it is a sealed request of a size that is taken."""
+    def check_media(self) -> int | None:
+        """The length that the body says it has, in bytes; None where it says none.
+
+        Raises Refusal unless it says that it is a sealed request of a size that is taken.
+        """
         media_type = self.values.get(b"content-type", b"").strip().lower()
         if media_type != MEDIA_TYPE_REQUEST.encode() or b"content-encoding" in self.values:
             raise Refusal(problems.UNSUPPORTED_MEDIA_TYPE)
         declared = self.values.get(b"content-length")
         if declared is None:
-            return
+            return None
         text = declared.decode("latin-1")
         if not _LENGTH.fullmatch(text) or b"content-length" in self.repeated:
             raise Refusal(problems.INVALID_HEADERS)
         if int(text) > MAX_SEALED_REQUEST:
             raise Refusal(problems.TOO_LARGE)
+        return int(text)
+
+    def expects(self) -> bool:
+        """Whether the client sends its body only once it is told to (RFC 9110 section 10.1.1)."""
+        return b"expect" in self.values
 
     def outer(self) -> Outer:
         """Raises Refusal."""

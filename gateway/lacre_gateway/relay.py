@@ -1,6 +1,8 @@
 """The path of one sealed request. `relay` reads like the list in DESIGN section 3.
 
 Rules:
+- A caller is known before a byte of the body is read; and where the body says its length, policy decides before more of it is
+  read than its header. What is held of bodies is counted (see `limits`).
 - Nothing here can open anything. Frames are forwarded byte for byte, each as it comes; those that came together go together.
 - An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the connection is aborted:
   the client never sees a clean end of a broken answer.
@@ -15,7 +17,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
@@ -23,19 +25,19 @@ from typing import Final
 from lacre import problems
 from lacre.jws import b64u
 from lacre.manifest import Pool
-from lacre.wire.header import inspect_request
+from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, SealedHeader, inspect_request
 from lacre_fabric.frames import Kind
 from lacre_fabric.grants import Grant
 from lacre_fabric.logs import places
 from lacre_fabric.work import Dispatch, FabricError, Work, WorkerLost
 from lacre_gateway.audit.entries import Intent
-from lacre_gateway.auth import Principal
+from lacre_gateway.auth import Access, Principal
 from lacre_gateway.budget.fields import fields
 from lacre_gateway.budget.holds import BudgetRefused, Exhausted, Hold
 from lacre_gateway.exchange import Attended, ClientGone, Exchange, Receive, Scope, Send, StreamBroken
-from lacre_gateway.limits import Reservation
+from lacre_gateway.limits import LimitExceeded, Reservation
 from lacre_gateway.manifest import pool_for
-from lacre_gateway.mapping import FAILURES, WorkerRefused, counted, refusal_for
+from lacre_gateway.mapping import CALLERS_FAULT, FAILURES, WorkerRefused, counted, refusal_for
 from lacre_gateway.outer import Outer
 from lacre_gateway.policy.cedar import Decision
 from lacre_gateway.policy.question import Question
@@ -81,29 +83,46 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
         exchange.fields.authorization(), exchange.address, proof=exchange.fields.proof(), url=gateway.sealed_url
     )
     principal = access.principal
-    exchange.fields.check_media()
+    with _charged(gateway, exchange, principal):
+        await _permitted(gateway, exchange, access)
+
+
+async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> None:
+    """The request of a known caller."""
+    principal, limits = access.principal, gateway.settings.limits
+    declared = exchange.fields.check_media()
     outer = exchange.fields.outer()
     subject = (principal.issuer, principal.subject)
-    with gateway.limits.slot(subject):
-        sealed = await exchange.sealed_body(gateway.settings.limits.body_timeout)
-        asked = time.monotonic()
-        request = await _understood(gateway, exchange, principal, outer, sealed)
+    with gateway.limits.slot(subject), gateway.bodies.room(subject) as room:
+        room.check(declared or 0)
+        # Without a length that policy could go by, there is nothing to decide on before the body is whole.
+        first = MAX_HEADER if declared is not None else MAX_SEALED_REQUEST + 1
+        start = await exchange.sealed_start(room, limits.body_timeout, first)
+        begun = _Begun(SealedHeader.parse(start), len(start) if declared is None else declared)
+        del start
+        request = await _understood(gateway, exchange, principal, outer, begun)
         access.check_request(request.digest)
         decision = gateway.rules.decide(request.question)
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):
                 raise Refusal(problems.FORBIDDEN)
+        sealed = await exchange.sealed_body(room)
+        if len(sealed) != begun.size:
+            raise Refusal(problems.INVALID_HEADERS)
+        inspect_request(sealed)
+        asked = time.monotonic()
         hold = await _reserved(gateway, exchange, request, decision)
         with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
             if not gateway.audit.writable:
                 await trail.durable()  # or work would be done for an answer that cannot be given
             work = request.work(_grant(gateway, request), sealed)
             dispatch = await gateway.connected().dispatch(
-                work, queue_limit=rest_of_queue(gateway.settings.limits.queue_limit, time.monotonic() - asked)
+                work, queue_limit=rest_of_queue(limits.queue_limit, time.monotonic() - asked)
             )
             del sealed, work  # megabytes, which an answer of minutes need not keep
+            room.release()
             try:
-                async with _at_most(exchange, gateway.settings.limits.longest_stream), Attended(exchange):
+                async with _at_most(exchange, limits.longest_stream), Attended(exchange):
                     last = await _forward(exchange, dispatch, trail)
             except BaseException:
                 await _cancel(dispatch)
@@ -119,6 +138,24 @@ def rest_of_queue(limit: float, waited: float) -> float:
     A caller waits for both alike, and is told before its own patience ends.
     """
     return min(limit, max(_LEAST_QUEUE, limit - waited))
+
+
+@contextlib.contextmanager
+def _charged(gateway: Gateway, exchange: Exchange, principal: Principal) -> Iterator[None]:
+    """Charges a refusal that is the caller's to the caller's limit of them. Raises Refusal where that is used up.
+
+    What a worker says is charged for its pool alone: it must not keep callers from others.
+    """
+    subject, address = (principal.issuer, principal.subject), exchange.address
+    of_pool = (*subject, exchange.fields.values.get(b"lacre-pool"))
+    for key in (subject, of_pool):
+        gateway.refusals.check(key, address)
+    try:
+        yield
+    except FAILURES as exc:
+        if not exchange.started and not isinstance(exc, LimitExceeded) and refusal_for(exc).problem.status in CALLERS_FAULT:
+            gateway.refusals.refused(of_pool if isinstance(exc, WorkerRefused) else subject, address)
+        raise
 
 
 async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, decision: Decision) -> Hold:
@@ -200,20 +237,28 @@ class _Request:
         )
 
 
-async def _understood(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, sealed: bytes) -> _Request:
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What is known of a sealed request before its body is whole. size: of all of it, in bytes."""
+
+    header: SealedHeader
+    size: int
+
+
+async def _understood(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, begun: _Begun) -> _Request:
     """`_inspected`, and once more after a look at the fabric where the key is not known: a rotation may be that young."""
     try:
-        return _inspected(gateway, exchange, principal, outer, sealed)
+        return _inspected(gateway, exchange, principal, outer, begun)
     except Refusal as refusal:
         if refusal.problem is not problems.UNKNOWN_KEY:
             raise
     await gateway.feed.catch_up()
-    return _inspected(gateway, exchange, principal, outer, sealed)
+    return _inspected(gateway, exchange, principal, outer, begun)
 
 
-def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, sealed: bytes) -> _Request:
-    """Raises ProtocolError or Refusal."""
-    header = inspect_request(sealed)
+def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, begun: _Begun) -> _Request:
+    """Raises Refusal."""
+    header = begun.header
     return _Request(
         question=Question(
             principal=principal,
@@ -221,13 +266,13 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
             pool=outer.pool,
             model=outer.model,
             max_tokens=outer.max_tokens,
-            sealed_bytes=len(sealed),
+            sealed_bytes=begun.size,
             kem=header.suite.kem,
             shape=outer.shape,
             address=exchange.address,
             time=round(gateway.clock(), 3),  # as the audit log has it: the decision can be taken anew
         ),
-        ceilings=gateway.ceilings(outer.model, outer.action, outer.max_tokens, len(sealed)),
+        ceilings=gateway.ceilings(outer.model, outer.action, outer.max_tokens, begun.size),
         pool=pool_for(gateway.feed, outer, header, gateway.clock()),
         request_id=exchange.request_id,
         digest=header.digest,

@@ -92,6 +92,7 @@ async def _run(settings: Settings) -> None:
             at = listeners.enter_context(bind(admin))
             encrypted = None if settings.admin.loopback else context
             servers.append((make_server(create_admin(gateway), admin, encrypted), at))
+        gateway.doors = {name: server.config.door for name, (server, _) in zip(("public", "admin"), servers, strict=False)}
         gateway.authenticator.start()
         _on_signals(gateway, servers[0][0])
         running = [

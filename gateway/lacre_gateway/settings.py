@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from lacre.errors import SettingsError
 from lacre.jws import b64u_decode
+from lacre.wire.header import MAX_SEALED_REQUEST
 from lacre_fabric import settings as files
 from lacre_fabric.roles import MAX_PROCESSES
 from lacre_fabric.settings import FilePath, Name, Nats, RootKey, Table
@@ -154,10 +155,19 @@ class Issuer(Table):
 
 
 class Limits(Table):
-    """What one gateway process takes on. Times in seconds."""
+    """What one gateway process takes on. Times in seconds, sizes in bytes.
+
+    body_bytes: of sealed bodies that it holds at once; handing one on costs up to three times its bytes, and the Helm chart
+    gives a gateway 1 GiB. body_bytes_per_subject: of these, of one caller.
+    refused_per_minute: requests of one caller that may be refused, each with its audit entries. refused_per_address: likewise.
+    """
 
     requests_in_flight: PositiveInt = 2048
     concurrent_per_subject: PositiveInt = 256  # whatever their plans allow over all processes
+    body_bytes: Annotated[int, Field(ge=MAX_SEALED_REQUEST)] = 128 * 2**20
+    body_bytes_per_subject: Annotated[int, Field(ge=MAX_SEALED_REQUEST)] = 32 * 2**20
+    refused_per_minute: PositiveInt = 60
+    refused_per_address: PositiveInt = 600  # many callers may share an address
     longest_stream: Annotated[float, Field(gt=0, le=86400)] = 3600.0  # from admission to the last byte
     failed_auth_per_minute: PositiveInt = 60  # per address
     queue_limit: Annotated[float, Field(gt=0, le=30)] = 30.0  # 30 s: the life of a message in the queue

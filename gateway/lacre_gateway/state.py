@@ -12,17 +12,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.dpop import plain_url
 from lacre.jws import raw_public_key
+from lacre.listening import Door
 from lacre.receipts import units
 from lacre_fabric.logs import Log
 from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import FabricUnavailable, GatewayFabric
+from lacre_gateway.audit.entries import UNRECORDED, Event
 from lacre_gateway.audit.log import AuditLog
 from lacre_gateway.auth import Authenticator
 from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.fairness import Pseudonyms
 from lacre_gateway.issuers import trusted
-from lacre_gateway.limits import RequestLimits, Reservation
+from lacre_gateway.limits import BodyBytes, RequestLimits, Reservation
 from lacre_gateway.metrics import Metrics
 from lacre_gateway.outer import Action
 from lacre_gateway.policy.live import LiveRules, Status
@@ -30,7 +32,7 @@ from lacre_gateway.policy.rules import shipped
 from lacre_gateway.revocation import RevocationList, revocation
 from lacre_gateway.settings import Settings
 from lacre_gateway.settlement import Settlement
-from lacre_gateway.throttle import FailureThrottle
+from lacre_gateway.throttle import FailureThrottle, RefusalThrottle
 from lacre_gateway.tracing import Tracer
 
 SEALED_PATH: Final = "/v1/sealed"
@@ -39,7 +41,8 @@ SEALED_PATH: Final = "/v1/sealed"
 @dataclass(slots=True)
 class Gateway:
     """The parts of a running gateway. fabric: None until it is connected. ending: set when it is to drain and end. clock:
-    seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it.
+    seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it. doors: of the listeners
+    that serve it, by name.
     """  # fmt: skip
 
     settings: Settings
@@ -47,6 +50,8 @@ class Gateway:
     revocations: RevocationList
     rules: LiveRules
     limits: RequestLimits
+    bodies: BodyBytes
+    refusals: RefusalThrottle
     budgets: Ledger
     audit: AuditLog
     feed: ManifestFeed
@@ -59,6 +64,7 @@ class Gateway:
     clock: Callable[[], float]
     sealed_url: str
     fabric: GatewayFabric | None = None
+    doors: dict[str, Door] = field(default_factory=dict)
     ending: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -73,6 +79,7 @@ class Gateway:
         """Waits until what was served is settled and on disk. Nothing may be served any more."""
         await self.revocations.close()
         await self.authenticator.close()
+        self.refusals.close()
         await self.settlement.close()
         await self.budgets.close()
         await self.audit.close()
@@ -94,6 +101,11 @@ class Gateway:
         await self.connected().revoke(revoked)
         self.revocations.add(revoked)
         return revoked
+
+    def tell_unrecorded(self, count: int) -> None:
+        """One entry a minute says how many requests were refused past their callers' limits of refusals."""
+        self.metrics.unrecorded(count)
+        self.audit.append(Event(time=round(self.clock(), 3), event=UNRECORDED, count=count))
 
     def connected(self) -> GatewayFabric:
         """Raises FabricUnavailable."""
@@ -150,12 +162,14 @@ def build(
     rules = LiveRules(settings.policies or shipped(), log=log, clock=clock)
     metrics = Metrics()
     requests = RequestLimits(in_flight=limits.requests_in_flight, concurrent=limits.concurrent_per_subject)
-    return Gateway(
+    gateway = Gateway(
         settings=settings,
         authenticator=Authenticator(issuers, revocations, FailureThrottle(limits.failed_auth_per_minute), clock),
         revocations=revocations,
         rules=rules,
         limits=requests,
+        bodies=BodyBytes(total=limits.body_bytes, each=limits.body_bytes_per_subject),
+        refusals=RefusalThrottle(limits.refused_per_minute, limits.refused_per_address, clock),
         budgets=Ledger(lambda: rules.current.plans, settings.instance, log, longest=limits.longest_stream, clock=clock),
         feed=ManifestFeed(fetch, settings.root, memory=memory_in(settings.memory), clock=clock),
         key=key,
@@ -178,3 +192,5 @@ def build(
             under_way=lambda: requests.running,
         ),
     )
+    gateway.refusals.report = gateway.tell_unrecorded
+    return gateway

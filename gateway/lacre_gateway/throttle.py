@@ -1,23 +1,24 @@
-"""Slows down whoever keeps knocking with no valid token, by address. slowapi keeps the counts, in this process.
+"""Slows down callers who keep being refused: without a valid token by address, with one by subject and by address.
 
-Nothing is counted for callers who authenticate: their limits go by subject, in `limits`.
+Requests that are answered are not counted here: their limits are in `limits` and in plans.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import time
+from collections import Counter
+from collections.abc import Callable, Hashable
 from typing import Final
 
 from limits import parse
 from slowapi import Limiter
 
 from lacre import problems
+from lacre.listening import network_of
 from lacre_gateway.refusal import Refusal
 
 _BUCKET: Final = "failed-auth"
-# A household or a server gets a whole /64 (RFC 6177): its single addresses are free to change.
-_IPV6_PREFIX: Final = 64
+_MINUTE: Final = 60  # seconds
 
 
 class FailureThrottle:
@@ -30,13 +31,13 @@ class FailureThrottle:
 
     def check(self, address: str) -> None:
         """Raises Refusal (429) for an address that failed too often."""
-        key = _network(address)
+        key = network_of(address)
         if not self._counts.test(self._limit, _BUCKET, key):
             reset = self._counts.get_window_stats(self._limit, _BUCKET, key).reset_time
             raise Refusal(problems.RATE_LIMITED, retry_after=reset - time.time())
 
     def failed(self, address: str) -> None:
-        self._counts.hit(self._limit, _BUCKET, _network(address))
+        self._counts.hit(self._limit, _BUCKET, network_of(address))
 
 
 def _no_request() -> str:
@@ -44,13 +45,49 @@ def _no_request() -> str:
     return ""
 
 
-def _network(address: str) -> str:
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(ipaddress.ip_network((parsed, _IPV6_PREFIX), strict=False))
-    return str(parsed)
+class RefusalThrottle:
+    """Counts refusals of callers with a valid token, in minutes of UTC, as budgets do. Used on one event loop.
+
+    A refusal costs entries in the audit log, and is charged to no budget: so it has a limit of its own. Past it, a caller is
+    told to wait, and that alone is neither charged nor recorded. `report` is told once a minute how many there were. Memory is
+    bounded by the refusals of one minute.
+
+    per_subject, per_address: refusals a minute. clock: seconds since the epoch.
+    """
+
+    def __init__(self, per_subject: int, per_address: int, clock: Callable[[], float]) -> None:
+        self._limits = {"subject": per_subject, "address": per_address}
+        self._clock = clock
+        self.report: Callable[[int], None] = lambda _count: None
+        self._window = 0
+        self._counts: Counter[tuple[str, Hashable]] = Counter()
+        self.unrecorded = 0  # requests of this minute that were refused for this limit
+
+    def check(self, subject: Hashable, address: str) -> None:
+        """subject: who asks, or who asks for what. Raises Refusal (429)."""
+        self._turn()
+        if any(self._counts[key] >= self._limits[key[0]] for key in _keys(subject, address)):
+            self.unrecorded += 1
+            raise Refusal(problems.RATE_LIMITED, retry_after=(self._window + 1) * _MINUTE - self._clock())
+
+    def refused(self, subject: Hashable, address: str) -> None:
+        """One more."""
+        self._turn()
+        self._counts.update(_keys(subject, address))
+
+    def close(self) -> None:
+        """Tells what was not told yet."""
+        if self.unrecorded:
+            self.report(self.unrecorded)
+            self.unrecorded = 0
+
+    def _turn(self) -> None:
+        window = int(self._clock() // _MINUTE)
+        if window != self._window:
+            self._window = window
+            self._counts.clear()
+            self.close()
+
+
+def _keys(subject: Hashable, address: str) -> tuple[tuple[str, Hashable], tuple[str, Hashable]]:
+    return ("subject", subject), ("address", network_of(address))

@@ -45,7 +45,7 @@ _AMBIGUOUS: Final = re.compile(
 # A name or an address, and a port (RFC 9110 section 7.2); proxies may send an empty one.
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Za-z:.%]{2,64}\]|[A-Za-z0-9\-._~!$&'()*+;=%]{0,255})(?::[0-9]{0,5})?")
 _LENGTH: Final = re.compile(rb"[0-9]{1,16}")
-_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})((?:[ \t]*;[\t -~\x80-\xff]*)?)")
+_CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})((?:;[\t -~\x80-\xff]*)?)")
 
 
 class UnreadableRequest(InvalidMessage):

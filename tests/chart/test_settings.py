@@ -61,6 +61,17 @@ def test_the_gateway_reads_its_file(chart: Rendered) -> None:
         assert settings.as_instance(number).instance == f"g1__{number}"
 
 
+BODIES_COST = 3  # bytes of memory for a byte of a body that is handed on (docs/operating.md)
+PROCESS = 200 * 2**20  # bytes of a gateway that does nothing, with room
+
+
+def test_what_a_gateway_may_hold_fits_its_memory(chart: Rendered) -> None:
+    settings, values = gateway_settings(chart), chart.values["gateway"]
+    [size] = re.findall(r"^(\d+)Gi$", values["resources"]["limits"]["memory"])
+    assert PROCESS + BODIES_COST * settings.limits.body_bytes + settings.listen.held_bytes <= int(size) * 2**30
+    assert settings.listen.connections_per_address == values["connectionsPerAddress"]
+
+
 def test_everything_of_gateway_toml_can_be_said() -> None:
     settings = gateway_settings(render("on"))
     assert (settings.limits.queue_limit, settings.limits.requests_in_flight) == (20.0, 512)

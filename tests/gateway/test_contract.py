@@ -60,8 +60,9 @@ PLANS = """
 
 @pytest.fixture
 async def patient(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
-    """A world in which many bad tokens, from one address, are no reason to say 429."""
-    world = World(tmp_path, issuer, limits="failed_auth_per_minute = 1000000", plans=PLANS)
+    """A world in which many bad tokens and refusals, from one address, are no reason to say 429."""
+    names = ("failed_auth_per_minute", "refused_per_minute", "refused_per_address")
+    world = World(tmp_path, issuer, limits="\n".join(f"{name} = 1000000" for name in names), plans=PLANS)
     await world.publish(world.document())
     yield world
     await world.gateway.close()

@@ -10,6 +10,7 @@ import pytest
 
 from lacre import problems
 from lacre_gateway.exchange import ClientGone, Exchange, Message, Stalled
+from lacre_gateway.limits import BodyBytes, LimitExceeded, Room
 from lacre_gateway.refusal import Refusal
 
 
@@ -40,24 +41,61 @@ def piece(body: bytes, more: bool = True) -> Message:
 GONE: Message = {"type": "http.disconnect"}
 
 
+def room(total: int = 100) -> Room:
+    return Room(BodyBytes(total=total, each=100), "alice")
+
+
 async def test_body_in_pieces() -> None:
-    assert await exchange([piece(b"a"), piece(b""), piece(b"b"), piece(b"c", False)]).sealed_body(1) == b"abc"
+    reading, counted = exchange([piece(b"a"), piece(b""), piece(b"b"), piece(b"c", False)]), room()
+    assert await reading.sealed_start(counted, 1, 2) == b"ab"
+    assert (counted.size, reading.received) == (2, 2), "the rest waits in the network"
+    assert await reading.sealed_body(counted) == b"abc"
+    assert (counted.size, reading.received) == (3, 3)
 
 
 async def test_client_gone_in_the_body() -> None:
     with pytest.raises(ClientGone):
-        await exchange([piece(b"a"), GONE]).sealed_body(1)
+        await exchange([piece(b"a"), GONE]).sealed_start(room(), 1, 2)
 
 
-async def test_body_that_stops_coming() -> None:
+@pytest.mark.parametrize("size", [1, 2])
+async def test_body_that_stops_coming(size: int) -> None:
+    reading, counted = exchange([piece(b"a")]), room()
     with pytest.raises(Refusal) as refused:
-        await exchange([piece(b"a")]).sealed_body(0.05)
+        await reading.sealed_start(counted, 0.05, size)
+        await reading.sealed_body(counted)
     assert refused.value.problem is problems.SLOW_BODY
+
+
+async def test_body_for_which_there_is_no_room() -> None:
+    reading, counted = exchange([piece(b"a" * 60), piece(b"b" * 60, False)]), room(100)
+    await reading.sealed_start(counted, 1, 10)
+    with pytest.raises(LimitExceeded):
+        await reading.sealed_body(counted)
+    assert counted.size == 60, "bytes are asked for before they are kept"
+
+
+async def test_a_client_that_waits_to_be_told_is_not_told_to_send_what_is_refused() -> None:
+    sent: list[Message] = []
+    asked = 0
+
+    async def receive() -> Message:
+        nonlocal asked
+        asked += 1
+        return piece(b"a", False)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: dict[str, Any] = {"headers": [(b"expect", b"100-continue")], "state": {"request_id": "0" * 32}}
+    await Exchange(scope, receive, send).refuse(Refusal(problems.INVALID_TOKEN))
+    assert (asked, sent[0]["status"], dict(sent[0]["headers"])[b"connection"]) == (0, 401, b"close")
+    assert [message["more_body"] for message in sent[1:]] == [False]
 
 
 async def test_client_that_takes_nothing() -> None:
     stuck = exchange([piece(b"", False)], stall_limit=0.05)
-    await stuck.sealed_body(1)
+    await stuck.sealed_start(room(), 1, 1)
     with pytest.raises(Stalled):
         await stuck.write(b"a")
 

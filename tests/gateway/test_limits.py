@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
+
 import pytest
 
-from lacre_gateway.limits import LimitExceeded, RequestLimits, Reservation
+from lacre_gateway.limits import BodyBytes, LimitExceeded, RequestLimits, Reservation
 
 
 def test_slots_are_given_back_whatever_happens() -> None:
@@ -45,3 +47,45 @@ def test_those_at_rest_are_forgotten() -> None:
 @pytest.mark.parametrize(("prompt", "completion", "covered"), [(10, 20, True), (11, 0, False), (0, 21, False), (0, 0, True)])
 def test_reservation_covers(prompt: int, completion: int, covered: bool) -> None:
     assert Reservation(10, 20).covers(prompt, completion) is covered
+
+
+def test_bytes_of_one_caller_and_of_all() -> None:
+    budget = BodyBytes(total=100, each=40)
+    with budget.room("a") as first, budget.room("a") as second, budget.room("b") as other:
+        first.take(30)
+        second.take(10)
+        with pytest.raises(LimitExceeded) as own:
+            second.take(1)
+        assert own.value.own
+        other.take(30)
+        with pytest.raises(LimitExceeded) as of_all:
+            other.check(1)
+        assert not of_all.value.own, "its own limit is not reached, but others need the rest"
+        first.release()
+        first.release()
+        other.take(10)
+        assert budget.held == 50
+    assert budget.held == 0
+    assert not budget._of, "those at rest are forgotten"
+
+
+@pytest.mark.parametrize("crowd", [1, 3, 20])
+def test_a_newcomer_finds_room(crowd: int) -> None:
+    """However many callers take all that they can get."""
+    budget = BodyBytes(total=1000, each=1000)
+    with ExitStack() as stack:
+        for _ in range(100):
+            for number in range(crowd):
+                with suppress(LimitExceeded):
+                    stack.enter_context(budget.room(number)).take(7)
+        assert budget.held <= 1000
+        stack.enter_context(budget.room("newcomer")).take(1000 // (crowd + 1) - 14)
+
+
+def test_bytes_are_given_back_whatever_happens() -> None:
+    budget = BodyBytes(total=100, each=100)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), budget.room("a") as room:
+            room.take(100)
+            raise ZeroDivisionError
+    assert budget.held == 0

@@ -44,7 +44,7 @@ def chunked(body: bytes) -> bytes:
 def test_requests_one_after_the_other(size: int | None) -> None:
     data = (
         b"\r\n\r\n" + GET + post(b"Content-Length: 5", b"Expect: 100-Continue", body=b"hello")
-        + chunked(b"3\r\nabc\r\n2 ;x=y\r\nde\r\n0\r\nLacre-Pool: b\r\n\r\n")
+        + chunked(b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nLacre-Pool: b\r\n\r\n")
         + post(b"Connection: a, CLOSE", line=b"GET / HTTP/1.1")
     )  # fmt: skip
     first, end, second, body, end2, third, body3, end3, last, end4 = read(data, size)
@@ -202,6 +202,7 @@ def test_an_encoded_slash_where_one_may_be() -> None:
         (chunked(b" 1\r\na\r\n"), 400),
         (chunked(b"\r\n"), 400),
         (chunked(b"000000001\r\na\r\n"), 400),
+        (chunked(b"1 ;x=y\r\na\r\n"), 400),
         (chunked(b"1\r\nab\r\n"), 400),
         (chunked(b"1\r\na\n\n"), 400),
         (chunked(b"1;x\ny\r\na\r\n"), 400),

@@ -163,6 +163,7 @@ RESUMED: Final = "resumed"  # count: the requests refused while the log could no
 STOPPED: Final = "stopped"
 RELOADED: Final = "reloaded"
 RELOAD_REFUSED: Final = "reload-refused"  # reason: the fault; target: the file; the set named is the one that goes on
+UNRECORDED: Final = "unrecorded"  # count: requests of one minute that were refused past their callers' limits of refusals
 INTERRUPTED: Final = "interrupted"
 
 

@@ -78,6 +78,8 @@ class Aead(IntEnum):
         return 12
 
 
+# Bytes at the start of a sealed request that hold its header, whichever KEM it uses.
+MAX_HEADER: Final = _HEADER.size + max(kem.n_enc for kem in Kem)
 _KEMS: Final = frozenset(Kem)
 _KDFS: Final = frozenset(Kdf)
 _AEADS: Final = frozenset(Aead)

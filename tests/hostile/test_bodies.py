@@ -1,0 +1,143 @@
+"""What a body may cost an honest gateway, before and after it knows who sends it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import httpx2
+import pytest
+
+from hostile.adversary import AsgiWire, inner
+from hostile.attacks import Verdict, attack
+from hostile.honest import HonestGateway
+from hostile.stage import Stage
+from hostile.test_heads import OUTER, POST, Port, opened, problem_of
+from hostile.test_outside import headers_of
+from lacre import problems
+from lacre.wire.bhttp import encode_request
+from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST
+from lacre.wire.ohttp import seal_request
+from lacre_gateway.admin import MAX_BODY, create_admin
+from lacre_gateway.answers import BODY_TOO_LARGE
+from parts.gateway import Issuer
+
+SOON = 5.0  # seconds in which a refusal comes; none of these waits for a body
+REVOKE = b"POST /v1/revocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+async def answer(port: Port, said: bytes) -> bytes:
+    """The head and the problem that come back while the connection stays open: nothing more is sent."""
+    reader, writer = await port.dial(said)
+    async with asyncio.timeout(SOON):
+        head = await reader.readuntil(b"\r\n\r\n")
+        found = re.search(rb"content-length: (\d+)", head)
+        body = await reader.readexactly(int(found[1])) if found else b""
+    writer.close()
+    return head + body
+
+
+def bearer(token: str) -> bytes:
+    return f"Authorization: Bearer {token}\r\n".encode()
+
+
+def sealed(stage: Stage, size: int = 0) -> bytes:
+    return bytes(seal_request(stage.keys.pool.config, encode_request(inner()) + bytes(size))[0])
+
+
+@attack(
+    "have megabytes read from whoever has no token",
+    by="stranger",
+    defence="who asks is known before the body is read, and nobody is told to send it",
+    refused=problems.INVALID_TOKEN,
+)
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
+async def test_nobody(honest: HonestGateway, verdict: Verdict, expect: bytes) -> None:
+    async with opened(honest) as port:
+        told = await answer(port, POST + OUTER + expect + b"Content-Length: 7000000\r\n\r\n")
+    assert told.startswith(b"HTTP/1.1 401 ")
+    assert honest.gateway.metrics.received == 0
+    verdict.said(problem_of(told))
+
+
+@attack(
+    "have the admin API read megabytes from whoever has no token",
+    by="stranger",
+    defence="who asks is known before the body is read",
+    refused=problems.INVALID_TOKEN,
+)
+async def test_admin(honest: HonestGateway, verdict: Verdict) -> None:
+    async with opened(honest, create_admin(honest.gateway)) as port:
+        verdict.said(problem_of(await answer(port, REVOKE + b"Content-Length: 300000000\r\n\r\n" + bytes(100_000))))
+
+
+@attack(
+    "have the admin API read megabytes",
+    by="client",
+    defence="a call's body has 16 KiB, counted while it is read",
+    refused=BODY_TOO_LARGE,
+)
+async def test_admin_long(honest: HonestGateway, verdict: Verdict) -> None:
+    async with opened(honest, create_admin(honest.gateway)) as port:
+        said = REVOKE + bearer(honest.token) + b"Content-Length: 300000000\r\n\r\n" + b" " * (MAX_BODY + 1)
+        verdict.said(problem_of(await answer(port, said)))
+
+
+@attack(
+    "have megabytes read that policy denies anyway",
+    by="client",
+    defence="policy decides on the outer headers and the length, before more is read than the sealed request's header",
+    refused=problems.FORBIDDEN,
+)
+async def test_denied(stage: Stage, honest: HonestGateway, verdict: Verdict) -> None:
+    async with opened(honest) as port:
+        head = POST + OUTER.replace(b"Action: chat", b"Action: http") + bearer(honest.token)
+        told = await answer(port, head + b"Content-Length: 7000000\r\n\r\n" + sealed(stage, 2000)[:MAX_HEADER])
+    verdict.said(problem_of(told))
+    assert (await honest.outcomes())[0]["problem"] == "forbidden"
+
+
+@attack(
+    "take a gateway's memory by bodies that are never whole",
+    by="client",
+    defence="bytes of bodies are counted before they are kept, for each caller and for all",
+    refused=problems.RATE_LIMITED,
+)
+async def test_bytes(stage: Stage, honest: HonestGateway, verdict: Verdict) -> None:
+    most, size = honest.gateway.settings.limits.body_bytes_per_subject, MAX_SEALED_REQUEST - 1
+    start = sealed(stage, 2000)[:MAX_HEADER]
+    said = POST + OUTER + bearer(honest.token) + b"Content-Length: %d\r\n\r\n" % (size + 1) + start.ljust(size, b"\x00")
+    async with opened(honest) as port:
+        crowd = [await port.dial(said) for _ in range(most // size)]
+        async with asyncio.timeout(SOON):
+            while honest.gateway.bodies.held < most - size:
+                await asyncio.sleep(0.01)
+        verdict.said(problem_of(await answer(port, said)))
+        assert honest.gateway.bodies.held <= most
+        for _, writer in crowd:
+            writer.close()
+        async with asyncio.timeout(SOON):
+            while honest.gateway.bodies.held:
+                await asyncio.sleep(0.01)
+
+
+@attack(
+    "fill the disk of the audit log with requests that are refused",
+    by="client",
+    defence="refusals have a limit of their own; past it they are counted and not recorded",
+    refused=problems.RATE_LIMITED,
+)
+async def test_refusals(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, issuer: Issuer) -> None:
+    async def ask(token: str) -> str | None:
+        headers = [*headers_of(honest, lacre_action="http")[:-1], ("authorization", f"Bearer {token}")]
+        request = httpx2.Request("POST", "http://gateway.test/v1/sealed", headers=headers, content=sealed(stage))
+        return problems.Problem.type_in(await (await wire.handle_async_request(request)).aread())
+
+    allowed = honest.gateway.settings.limits.refused_per_minute
+    honest.gateway.refusals._clock = lambda: 0.0  # the minute does not end meanwhile
+    for _ in range(allowed):
+        assert await ask(honest.token) == problems.FORBIDDEN.type
+    verdict.said(await ask(honest.token))
+    assert await ask(issuer.token(sub="bob")) == problems.FORBIDDEN.type, "another caller is not concerned"
+    assert len(await honest.outcomes(allowed + 1)) == allowed + 1
+    assert honest.gateway.refusals.unrecorded == 1
