@@ -292,6 +292,8 @@ class Connection:
         """What `error` means. denials: how many there were before the call that failed."""
         if self.denials != denials:
             return FabricUnavailable(self._denial())
+        if isinstance(error, nats.js.errors.APIError) and error.err_code and error.description:
+            return FabricUnavailable(f"NATS refuses: {error.description}")  # JetStream's own word, as that a stream is full
         if isinstance(error, nats.errors.NoRespondersError | nats.js.errors.ServiceUnavailableError):
             return FabricUnavailable("nobody answers on NATS: run `lacre up`, or provision the fabric")
         if isinstance(error, nats.js.errors.APIError) and error.description:

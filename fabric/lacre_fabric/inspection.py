@@ -1,8 +1,9 @@
 """`lacre fabric check`: whether running message servers are what Lacre needs, and what is weak about them.
 
 Rules:
-- It changes nothing. What it tries with a credential to find out whether it is denied does no harm where it is allowed: a
-  subscription, a question, or a message to nobody.
+- It changes nothing of anybody's. It writes one entry of its own into each stream, to see whether the stream takes it. What it
+  tries with a credential to find out whether it is denied does no harm where it is allowed: a subscription, a question, or a
+  message to nobody.
 - `wrong` is what breaks a promise of Lacre's, `weak` what keeps it for as long as nothing fails.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -22,13 +24,16 @@ from typing import Any, Final
 import nats.errors
 import nats.js.errors
 from nats.aio.msg import Msg
-from nats.js.api import ConsumerConfig, Placement, StorageType, StreamConfig, StreamInfo
+from nats.js.api import ConsumerConfig, Header, Placement, StorageType, StreamConfig, StreamInfo
 
 from lacre.errors import LacreError
+from lacre.jws import b64u
 from lacre_fabric import layout, subjects
 from lacre_fabric.connection import Connection
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.layout import MAX_PAYLOAD
+from lacre_fabric.nats_revocations import revoke
+from lacre_fabric.revocations import Revocation
 from lacre_fabric.roles import INSPECT, Credential
 from lacre_fabric.work import FabricError
 
@@ -37,11 +42,15 @@ _LISTEN: Final = 1.0  # seconds in which servers answer
 _PROVISION: Final = "run `lacre manifest publish`, which mends it"
 _ANEW: Final = "delete the stream when nobody needs what is in it, and run `lacre manifest publish`"
 _ACCOUNTS: Final = "configure the servers with what `lacre fabric accounts` prints, and nothing beside it"
+_FULL: Final = "see docs/nats.md, The way back: somebody may hold a stolen credential"
+_NEARLY_FULL: Final = 0.8  # of a stream's bytes or messages
+_PROBE: Final = 2  # seconds that an entry lives which tries a stream that takes times to live
 _FIXED: Final = frozenset({"storage", "retention"})  # what no update of a stream changes
 _CHOSEN: Final = frozenset({"retention", "duplicate_window", "placement"})  # by the server, where nothing is asked for
 _STREAM: Final = (
     "subjects", "retention", "storage", "num_replicas", "discard", "max_msgs", "max_bytes", "max_msgs_per_subject", "max_age",
-    "duplicate_window", "allow_msg_ttl", "deny_delete", "deny_purge", "placement",
+    "duplicate_window", "allow_msg_ttl", "deny_delete", "deny_purge", "placement", "max_msg_size", "allow_rollup_hdrs",
+    "discard_new_per_subject",
 )  # fmt: skip
 _LIMITS: Final = ((StorageType.MEMORY, "max_memory", "max_memory_store"), (StorageType.FILE, "max_storage", "max_file_store"))
 _CONSUMER: Final = ("filter_subject", "ack_policy", "ack_wait", "max_deliver", "max_ack_pending")
@@ -132,8 +141,38 @@ async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> l
             except nats.js.errors.NotFoundError:
                 found.append(Finding(name, Verdict.WRONG, "it is not there", _PROVISION))
                 continue
-        found.append(_stream(name, wanted, info))
+        finding = _stream(name, wanted, info)
+        if finding.verdict is not Verdict.WRONG:
+            finding = await _takes_writes(connection, name) or _room(name, info) or finding
+        found.append(finding)
     return found
+
+
+async def _takes_writes(connection: Connection, name: str) -> Finding | None:
+    """What is wrong with a write. A stream can be as it should be, and take none: it is full, or its disk is."""
+    try:
+        if name == subjects.REVOCATIONS_STREAM:
+            await revoke(connection, Revocation(b64u(secrets.token_bytes(32)), time.time() + _PROBE))
+        else:
+            kind, _, rest = name.partition("_")
+            place = f"{rest.rpartition('_')[0]}.{rest.rpartition('_')[2]}"
+            headers = {Header.MSG_TTL.value: str(_PROBE)} if kind == "WORK" else None
+            subject = f"work.{place}.{_NOBODY}" if kind == "WORK" else f"$KV.{rest}.{_NOBODY}-{secrets.token_hex(8)}"
+            if rest in (subjects.TRUST_BUCKET, subjects.BUDGETS_BUCKET):
+                subject = f"$KV.{rest}.{_NOBODY}"
+            async with connection.mapped():
+                await connection.jetstream.publish(subject, b"", headers=headers)
+    except FabricError as exc:
+        return Finding(name, Verdict.WRONG, f"it takes no writes: {exc}", _FULL)
+    return None
+
+
+def _room(name: str, info: StreamInfo) -> Finding | None:
+    state, config = info.state, info.config
+    used = max(state.bytes / (config.max_bytes or 1), state.messages / (config.max_msgs or 1))
+    if used < _NEARLY_FULL:
+        return None
+    return Finding(name, Verdict.WEAK, f"{used:.0%} of its room is used", _FULL)
 
 
 def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> Finding:
@@ -170,7 +209,7 @@ def _limit(value: object) -> object:
     """None for what NATS and its client write as none, zero or minus one: no limit. Of a place, its region."""
     if isinstance(value, Placement):
         return value.cluster
-    return None if value in (None, 0, -1) else value
+    return None if value in (None, 0, -1, False) else value
 
 
 async def _consumers(connection: Connection, consumers: Mapping[str, Sequence[ConsumerConfig]]) -> list[Finding]:

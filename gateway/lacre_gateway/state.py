@@ -134,6 +134,8 @@ class Gateway:
             missing["fabric"] = "not connected to NATS"
         elif not self.revocations.current:
             missing["revocations"] = "cannot be read from NATS, so nobody is let in: see the log"
+        elif not self.budgets.writable:
+            missing["budgets"] = "NATS takes no writes of budgets: run `lacre fabric check`"
         if not self.authenticator.able:
             missing["issuers"] = "no issuer's keys could be fetched, so nobody can be let in: see the log"
         if not self.audit.writable:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from nats.js.api import StorageType, StreamConfig
 
+from lacre_fabric import layout
 from lacre_fabric.connection import Connection
 from lacre_fabric.endpoints import Servers
-from lacre_fabric.inspection import Finding, Verdict, inspect
+from lacre_fabric.inspection import Finding, Verdict, _room, _takes_writes, inspect
 from lacre_fabric.provisioning import provision
 from lacre_fabric.roles import Role
 from lacre_fabric.server import Server, free_port
@@ -77,6 +78,31 @@ async def test_streams_and_consumers(site: Site) -> None:
         assert "max_age is 5.0" in told["KV_claims_b"]
         assert "storage is" in told["KV_budgets"]
         assert told["KV_trust"] == "it is not there"
+
+
+async def test_a_full_stream(site: Site) -> None:
+    """It is as it should be, and takes no writes; or soon takes none."""
+    async with running(site) as (server, connection):
+        js = connection.jetstream
+        small = layout.Bounds(layout.CLAIMS.size, 10, layout.CLAIMS.largest)
+        await js.delete_stream("KV_claims_a")
+        await provision(connection, site.pools, claims=small)
+        for number in range(8):
+            await js.publish(f"$KV.claims_a.fill{number}", b"x")
+        finding = _room("KV_claims_a", await js.stream_info("KV_claims_a"))
+        assert finding is not None
+        assert (finding.verdict, finding.detail) == (Verdict.WEAK, "80% of its room is used")
+        assert await _takes_writes(connection, "KV_claims_a") is None
+        await js.publish("$KV.claims_a.fill9", b"x")
+        finding = await _takes_writes(connection, "KV_claims_a")
+        assert finding is not None
+        assert finding.verdict is Verdict.WRONG
+        assert finding.detail == "it takes no writes: NATS refuses: maximum messages exceeded"
+        told = await weak(site, server)
+        assert told.keys() == {"KV_claims_a", "KV_claims_b"}
+        assert "max_msgs is 10" in told["KV_claims_a"]
+        for name in ("KV_trust", "KV_budgets", "KV_revocations", "WORK_a_lacre", "KV_claims_b"):
+            assert await _takes_writes(connection, name) is None
 
 
 SERVERS: dict[str, Change] = {

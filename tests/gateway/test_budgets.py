@@ -21,7 +21,7 @@ from lacre_fabric.work import FabricUnavailable
 from lacre_gateway.audit import index as indexes
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.reader import LogReader
-from lacre_gateway.budget.ledger import DRAW_LIMIT
+from lacre_gateway.budget.ledger import ALIVE, DRAW_LIMIT, GONE_AFTER
 from lacre_gateway.budget.record import Record
 from lacre_gateway.exchange import StreamBroken
 from lacre_gateway.plans import Kind
@@ -402,3 +402,18 @@ async def test_names_are_for_people_and_keys_are_not(budgeted: World, worker: Fa
     [(key, entry)] = [pair for pair in budgeted.budgets.entries.items() if pair[0].startswith("user.")]
     assert "alice" not in key
     assert json.loads(entry.value)["name"] == "alice of acme on free"
+
+
+async def test_a_bucket_that_takes_no_writes_is_said(budgeted: World) -> None:
+    """Reads, and the leases in hand, go on: nobody would hear of it for a while."""
+    ledger, budgets = budgeted.gateway.budgets, budgeted.budgets
+    ledger.start()
+    while not await budgets.read(f"{ALIVE}.{budgeted.gateway.settings.gateway}"):
+        await asyncio.sleep(0.01)
+    assert "budgets" not in budgeted.gateway.missing()
+    ledger._kept_at -= GONE_AFTER  # so long ago
+    assert "lacre fabric check" in budgeted.gateway.missing()["budgets"]
+    ledger.start()  # with the next sign of life it is good again
+    async with asyncio.timeout(10):
+        while "budgets" in budgeted.gateway.missing():
+            await asyncio.sleep(0.05)

@@ -88,6 +88,7 @@ class Ledger:
         self._calendar = Calendar()
         self._tending: tasks.Background | None = None
         self._announced = float("-inf")
+        self._kept_at = float("inf")  # on the monotonic clock: when a sign of life was last written, or tried first
         self._told = False
         self._closing = False
         self._source = plans
@@ -104,6 +105,11 @@ class Ledger:
 
     def now(self) -> float:
         return self._clock() + self._offset
+
+    @property
+    def writable(self) -> bool:
+        """Whether the bucket has taken writes lately. One that is full, or that nobody leads, takes none."""
+        return time.monotonic() < self._kept_at + GONE_AFTER
 
     # The path of a request
 
@@ -289,6 +295,7 @@ class Ledger:
         """Begins, or goes on at once with a new bucket."""
         self._announced = float("-inf")
         if self._tending is None:
+            self._kept_at = time.monotonic()
             self._tending = tasks.start("budgets", self._tend)
 
     async def _tend(self) -> None:
@@ -321,7 +328,7 @@ class Ledger:
         written, asked = await bucket.read(key), self._clock()
         if written is not None:
             self._offset = written.time - (began + asked) / 2
-        self._announced = began
+        self._announced, self._kept_at = began, time.monotonic()
 
     async def _keep_up(self) -> None:
         """Reports and gives back where it is time to, and forgets whoever is at rest."""
