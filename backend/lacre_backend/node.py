@@ -6,6 +6,8 @@ Rules:
   replay even where the fabric has forgotten.
 - The app is not called before the claim either, but for actions whose app says that doing them twice harms nobody
   (`repeatable`): it begins while the claim is on its way, and is stopped where that is lost.
+- What was delivered before is not begun here: the worker that had it may have been lost by it. That it was lost is told, and
+  whether it had claimed the request; the claim is taken, so that it cannot be claimed late.
 - What is withdrawn is paid for as far as it came: the last frame is the receipt.
 - What is wrong before opening goes out as a problem type; what is wrong after it goes out sealed.
 - Logs carry ids, counts and durations; never content.
@@ -160,6 +162,8 @@ class Node:
 
     async def _work(self, delivery: Delivery) -> str:
         grant = self._verify_grant(delivery)
+        if delivery.again:
+            raise _Refused(problems.UNCLAIMED if await delivery.claim() else problems.WORKER_LOST)
         opened = self._open(delivery)
         now = self._clock()
         digest = opened.header.digest

@@ -224,6 +224,7 @@ class MemoryDelivery:
         self.work = work
         self.attempt = self._out.attempt
         self.cancelled = self._out.cancelled
+        self.again = deliveries > 1
         hub.outbound[work.request_id] = self._out
 
     async def claim(self) -> bool:

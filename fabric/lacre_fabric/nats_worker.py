@@ -223,6 +223,7 @@ class NatsDelivery:
         self.work = work
         self.attempt = self._out.attempt
         self.cancelled = self._out.cancelled
+        self.again = _deliveries(message) > 1
 
     async def start(self) -> None:
         client = self._worker.connection.client
@@ -320,6 +321,14 @@ class NatsDelivery:
             self._unproven = True
             log.warning("order.unproven", pool=self.work.pool, remedy="see who holds the pool's credentials: one may be stolen")
         return False
+
+
+def _deliveries(message: Msg) -> int:
+    """How often JetStream has delivered the message, this time among them."""
+    try:
+        return message.metadata.num_delivered or 1
+    except (nats.errors.Error, ValueError, LookupError, ArithmeticError, OSError):
+        return 1  # its reply subject is not JetStream's: nobody will deliver it again
 
 
 def _digest(sealed: bytes) -> bytes:

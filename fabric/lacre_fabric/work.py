@@ -157,6 +157,7 @@ class Delivery(Protocol):
     work: Work
     attempt: str
     cancelled: asyncio.Event
+    again: bool  # it was delivered before, to a worker that said nothing: that one may have been lost by it
 
     async def claim(self) -> bool:
         """Takes the request for this attempt, in the whole pool. False: another attempt has it; `drop` it silently.

@@ -62,6 +62,7 @@ _FROM_WORKERS: Final = frozenset({
     problems.REPLAYED,
     problems.TOO_LARGE,
     problems.BUSY,
+    problems.UNCLAIMED,
 })  # fmt: skip
 
 

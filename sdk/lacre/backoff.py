@@ -5,6 +5,8 @@ Rules:
   costs nothing, so by default it is tried for as long as a gateway, a worker or a message server takes to come back.
 - What may have run is tried again only where running twice harms nobody (`lacre.inner.is_repeatable`): it is then paid for
   twice, and `attempts` tells.
+- What one worker was lost by is not carried to a third: whatever may have ended a worker is sealed anew once, over all of a
+  call's retries and resumed answers. A sealed request reaches the model in one worker at most, so that makes two.
 - A time-out is the caller's own limit, and not stretched by trying again; one of connecting is no answer that is late.
 - `Retry-After` is the least that is waited. One that asks for more patience than `PATIENCE` is the caller's to decide on.
 """
@@ -24,17 +26,20 @@ FIRST: Final = 0.5  # seconds, of which a random part is waited ("full jitter"):
 LONGEST: Final = 8.0
 PATIENCE: Final = 10.0  # seconds of `Retry-After` that are waited without asking
 
+MOST_LOST: Final = 2  # workers that may be lost while they have one call: after the second it was hardly an accident
 TRIES: Final = 2  # where the caller names no number: of what may have run, and is paid for again
 # Seconds, where the caller names no number, in which what did not run is tried again. A cluster of message servers is without a
 # leader for up to 15 s; a call that meets that must still end while somebody waits for it.
 ENDURANCE: Final = 25.0
-# The same for a request that goes on with a broken answer: two of them may follow one call.
+# The same for a request that goes on with a broken answer.
 ENDURANCE_RESUMING: Final = 12.0
 MOST: Final = 7  # tries within that time: about a call of many attempts little can be claimed where the gateway lies
 NO_GATEWAY_PAUSE: Final = 1.0  # seconds; a balancer looks for another gateway about this often
 
 # What may have run, and did not answer.
-_LOST: Final = (problems.WORKER_LOST, problems.NO_GATEWAY)
+_MAY_HAVE_RUN: Final = (problems.WORKER_LOST, problems.NO_GATEWAY)
+# What a worker may have been lost by.
+LOST: Final = (problems.WORKER_LOST, problems.UNCLAIMED)
 # What did not run because something is away or full, and comes back by itself.
 _AWAY: Final = (
     problems.NO_WORKER,
@@ -46,7 +51,7 @@ _AWAY: Final = (
     problems.NOT_READY,
     problems.OVERLOADED,
 )
-_NEVER_RAN: Final = (*_AWAY, problems.RATE_LIMITED, problems.SLOW_BODY)
+_NEVER_RAN: Final = (*_AWAY, problems.UNCLAIMED, problems.RATE_LIMITED, problems.SLOW_BODY)
 
 
 def delay(number: int, retry_after: float = 0.0) -> float:
@@ -59,13 +64,15 @@ class Retries:
     """How often one call may still be tried again.
 
     left: the caller's number. repeatable: running it twice harms nobody. endurance: seconds from now in which what did not run
-    is tried again, `MOST` times, without being counted against that number. clock: seconds.
+    is tried again, `MOST` times, without being counted against that number. clock: seconds. lost: workers so far that were lost
+    while they had the call, or may have been.
     """
 
     left: int
     repeatable: bool
     endurance: float = 0.0
     clock: Callable[[], float] = time.monotonic
+    lost: int = 0
     made: int = 0
     endured: int = 0
     until: float = field(init=False)
@@ -74,9 +81,11 @@ class Retries:
         self.until = self.clock() + self.endurance
 
     @classmethod
-    def of(cls, number: int | None, *, repeatable: bool, endurance: float, clock: Callable[[], float]) -> Self:
+    def of(cls, number: int | None, *, repeatable: bool, endurance: float, clock: Callable[[], float], lost: int = 0) -> Self:
         """number: the caller's, who then means all tries; None for what is best."""
-        return cls(TRIES, repeatable, endurance, clock) if number is None else cls(number, repeatable)
+        if number is None:
+            return cls(TRIES, repeatable, endurance, clock, lost)
+        return cls(number, repeatable, lost=lost)
 
     @property
     def rest(self) -> float:
@@ -87,12 +96,14 @@ class Retries:
         """Seconds to wait after no answer came, or none that began; None where there is to be no retry."""
         never_ran = isinstance(error, NetworkError) and not error.reached
         late = isinstance(error, NetworkError) and error.timed_out
-        may = never_ran or (self.repeatable and not late)
+        self.lost += isinstance(error, TruncatedStream)
+        may = (never_ran or (self.repeatable and not late)) and self.lost < MOST_LOST
         return self._next(endure=never_ran) if may else None
 
     def after_refusal(self, problem: problems.Problem, retry_after: float | None) -> float | None:
         """Seconds to wait after the gateway would not take it; None where there is to be no retry."""
-        may = problem in _NEVER_RAN or (problem in _LOST and self.repeatable)
+        self.lost += problem in LOST
+        may = (problem in _NEVER_RAN or (problem in _MAY_HAVE_RUN and self.repeatable)) and self.lost < MOST_LOST
         least = NO_GATEWAY_PAUSE if retry_after is None and problem is problems.NO_GATEWAY else retry_after or 0.0
         return self._next(least, endure=problem in _AWAY) if may and least <= PATIENCE else None
 

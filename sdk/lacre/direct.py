@@ -114,7 +114,7 @@ class DirectSealing(Sealing):
         self._token = token
         self._config: KeyConfig | None = None
 
-    def _exchange(self, plain: Plain, endurance: float) -> Steps[Opening | Refusal]:  # noqa: ARG002 - nothing is tried again
+    def _exchange(self, plain: Plain, endurance: float, lost: int) -> Steps[Opening | Refusal]:  # noqa: ARG002 - never again
         attempts = 0
         once: set[Problem] = set()  # what was mended already, and is not tried again
         while True:

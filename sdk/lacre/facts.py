@@ -28,7 +28,8 @@ class Part:
 class Facts:
     """What is known about an exchange; on a response as `extensions["lacre"]`.
 
-    attempts: how often something was sealed and sent for it. parts: what those requests took that broke off.
+    attempts: how often something was sealed and sent for it. lost: workers that were lost while they had it, or may have been.
+    parts: what those requests took that broke off.
     tokens: ids of the answer's tokens, as far as the worker of a stream told them.
     checked: what was checked before anything was sent; `verification` adds what has come since.
     audit: the gateway's proof that it recorded this request, verified; None on a refusal that brings none.
@@ -40,6 +41,7 @@ class Facts:
     sealed_request_bytes: int
     attempts: int
     checked: Verification = field(repr=False)
+    lost: int = 0
     receipt: Receipt | None = None
     audit: AuditProof | None = None
     trailers: tuple[tuple[str, str], ...] = ()

@@ -108,7 +108,11 @@ BUSY: Final = Problem(
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
 WORKER_LOST: Final = Problem(
     _OURS + "worker-lost", 502, "The worker was lost before it answered",
-    "Seal a fresh request; this one may have run.", errors.Unavailable)  # fmt: skip
+    "Seal a fresh request, once; this one was claimed, may have run, and may be what the worker was lost by.",
+    errors.Unavailable)  # fmt: skip
+UNCLAIMED: Final = Problem(
+    _OURS + "unclaimed", 502, "The worker was lost before it claimed the request",
+    "Seal a fresh request, once; nothing came of this one, and nobody can claim it now.", errors.Unavailable)  # fmt: skip
 UNAVAILABLE: Final = Problem(
     _OURS + "unavailable", 503, "The gateway cannot reach its message fabric",
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
@@ -146,7 +150,7 @@ BY_TYPE: Final = {
     for problem in (
         INVALID_TOKEN, INVALID_PROOF, ISSUER_UNAVAILABLE,
         FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
-        UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNAVAILABLE, INTERNAL,
+        UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNCLAIMED, UNAVAILABLE, INTERNAL,
         BUDGET_SPENT, ABOVE_LIMIT, UNKNOWN_PLAN, BUDGET_UNAVAILABLE,
         AUDIT_UNAVAILABLE, NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED, NO_GATEWAY,
     )

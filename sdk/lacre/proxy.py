@@ -38,7 +38,11 @@ except ModuleNotFoundError as exc:
     raise ImportError("lacre proxy needs an extra: pip install 'lacre[proxy]'") from exc
 
 METHODS: Final = ["GET", "POST", "PUT", "PATCH", "DELETE"]
-PASSED_BACK: Final = ("content-type", "retry-after")  # of an answer's headers; what HTTP adds to them is this server's own
+PASSED_BACK: Final = (
+    "content-type",
+    "retry-after",
+    "x-should-retry",
+)
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 BODY_TIMEOUT: Final = 60.0  # seconds for a body, which comes from this machine
 _EVENT_STREAM: Final = "text/event-stream"

@@ -5,6 +5,7 @@ Rules:
 - A new request goes on from the very tokens that were received, on the very model file that made them, or not at all.
 - An answer of which nothing was handed on begins anew, where asking again does no harm.
 - What an answer took, over all its requests, is told: `attempts`, `parts`, and `usage` as the sum.
+- What one worker may have been lost by goes to one more, and to no third: see `lacre.backoff`.
 - A stalled answer is the caller's own timeout, and an altered one an attack: neither is resumed.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from lacre.backoff import ENDURANCE_RESUMING
+from lacre.backoff import ENDURANCE_RESUMING, MOST_LOST
 from lacre.errors import InvalidReceipt, LacreError, StreamBroken, TruncatedStream
 from lacre.inner import Plain, is_repeatable
 from lacre.marks import ASK, DIGEST, MEMBER, YES
@@ -81,6 +82,7 @@ class Answer:
         if not isinstance(error, TruncatedStream) or self._sealing.resume == 0:
             raise error
         self._collect()
+        self.facts.lost += 1
         content = self._continuation()
         if content is None:
             raise self._broken(str(error)) from error
@@ -90,10 +92,12 @@ class Answer:
         if self._splice is not None:
             self.facts.broke_off(*self._splice.seam())
         try:
-            outcome = yield from self._sealing.exchange(replace(self._plain, content=content), ENDURANCE_RESUMING)
+            again = self._sealing.exchange(replace(self._plain, content=content), ENDURANCE_RESUMING, self.facts.lost)
+            outcome = yield from again
         except LacreError as exc:
             raise self._broken("the answer broke off, and the request that goes on with it failed") from exc
         self.facts.attempts += outcome.facts.attempts
+        self.facts.lost = outcome.facts.lost
         if isinstance(outcome, Refusal):
             refusal = outcome.problem.exception(outcome.retry_after)
             raise self._broken("the answer broke off, and the request that goes on with it was refused") from refusal
@@ -113,7 +117,7 @@ class Answer:
 
     def _continuation(self) -> bytes | None:
         """The body of the request that goes on with the answer, or begins anew; None where neither can be."""
-        if self._made >= self._sealing.resume:
+        if self._made >= self._sealing.resume or self.facts.lost >= MOST_LOST:
             return None
         if self._splice is not None and self._splice.tokens:
             if not self._splice.open:

@@ -170,7 +170,7 @@ class Sealing:
 
     kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
     retries: how often a request is sent again before anything of its answer was handed on; None as `lacre.backoff` has it.
-    resume: how often an answer that broke off after that is gone on with (`lacre.resume`).
+    resume: how often an answer that broke off after that is resumed (`lacre.resume`); once at most (`lacre.backoff`).
     clock: seconds since the epoch.
     """
 
@@ -219,22 +219,23 @@ class Sealing:
             yield from self._fetch_manifest(endurance)
         return self._current()
 
-    def exchange(self, plain: Plain, endurance: float = ENDURANCE) -> Steps[Opening | Refusal]:
+    def exchange(self, plain: Plain, endurance: float = ENDURANCE, lost: int = 0) -> Steps[Opening | Refusal]:
         """Seals `plain` as often as it takes: once, and once more for a new key or a corrected clock.
 
-        endurance: seconds for tries of what did not run, where the caller named no number.
+        endurance: seconds for tries of what did not run, where the caller named no number. lost: workers that this call may
+        have cost already (see `lacre.backoff`).
         What is returned as `Opening` has its head; the caller reads and feeds the rest.
         """
         try:
-            return (yield from self._exchange(plain, endurance))
+            return (yield from self._exchange(plain, endurance, lost))
         except LacreError as exc:
             exc.verification = exc.verification or self.verification
             raise
 
-    def _exchange(self, plain: Plain, endurance: float) -> Steps[Opening | Refusal]:
+    def _exchange(self, plain: Plain, endurance: float, lost: int) -> Steps[Opening | Refusal]:
         attempts = 0
         once: set[Problem] = set()  # what was mended already, and is not tried again
-        retries = Retries.of(self._retries, repeatable=is_repeatable(plain), endurance=endurance, clock=self._clock)
+        retries = Retries.of(self._retries, repeatable=is_repeatable(plain), endurance=endurance, clock=self._clock, lost=lost)
         while True:
             yield from self.manifest(retries.rest)
             send, opening, sent = self._seal(plain, attempts := attempts + 1)
@@ -245,12 +246,14 @@ class Sealing:
                     raise
                 yield Wait(seconds)
                 continue
+            opening.facts.lost = retries.lost
             if refusal is None:
                 if DATE in once or not self._correct_clock(opening):
                     return opening
                 once.add(DATE)
             elif refusal.problem in once or not (yield from self._mended(refusal.problem, retries.rest)):
                 if (seconds := retries.after_refusal(refusal.problem, refusal.retry_after)) is None:
+                    opening.facts.lost = retries.lost
                     return refusal
                 yield Wait(seconds)
             else:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
-from lacre import audit, dpop, errors, problems
+from lacre import audit, backoff, dpop, errors, problems
 from lacre.credentials import MAX_ANSWER, AsyncToken, ClientCredentials, Issued, Token, checked
 from lacre.dpop import ProofKey
 from lacre.inner import Plain
@@ -480,6 +480,8 @@ def refusal_response(refusal: Refusal) -> httpx2.Response:
     code = "model_not_found" if problem is problems.UNKNOWN_POOL else problem.slug
     error = {"message": f"{problem.title}. {problem.remedy}", "type": "lacre_gateway_refusal", "param": None, "code": code}
     headers = {"content-type": "application/json"}
+    if problem in backoff.LOST:
+        headers["x-should-retry"] = "false"  # OpenAI's word to its clients: this one has cost as many workers as it may
     if refusal.retry_after is not None:
         headers["retry-after"] = str(int(refusal.retry_after))
     return httpx2.Response(

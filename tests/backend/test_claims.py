@@ -78,6 +78,23 @@ async def test_a_lost_claim_stops_the_app_and_says_nothing(desk: Desk, app: App,
             await asking
 
 
+@pytest.mark.parametrize("claimed", [True, False])
+async def test_what_was_delivered_before_is_not_begun(desk: Desk, app: App, claims: Claims, claimed: bool) -> None:
+    """The worker that had it may have been lost by it. That is told at once, and whether it had claimed the request."""
+    claims.answered.set()
+    sealed = desk.seal()
+    if claimed:
+        await claims.claim(sealed.header.digest, "of the one that was lost")
+    lost = claims.worker("p", ["m"])
+    asking = asyncio.create_task(desk.ask(sealed))
+    await (await lost.pull()).abandon()
+    async with running(desk.node(repeatable=["chat"])):
+        answer = await asking
+    assert answer.problem == (problems.WORKER_LOST if claimed else problems.UNCLAIMED).type
+    assert app.calls == []
+    assert not await claims.claim(sealed.header.digest, "of one that was only slow"), "nobody can claim it now"
+
+
 @pytest.mark.parametrize("lost", [True, False])
 async def test_that_the_app_failed_is_for_the_winner_to_say(desk: Desk, app: App, claims: Claims, lost: bool) -> None:
     failed = asyncio.Event()

@@ -114,6 +114,7 @@ async def test_a_death_before_the_claim_costs_one_redelivery(ends: Ends) -> None
     async with asyncio.timeout(3):
         delivery = await second.pull()
     assert delivery.work == work
+    assert delivery.again
     assert await delivery.claim()
     await delivery.send(Kind.DATA, b"x")
     await delivery.send(Kind.USAGE, b"")

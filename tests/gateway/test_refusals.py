@@ -280,6 +280,8 @@ FROM_WORKERS = [
     (problems.UNKNOWN_KEY.type, problems.UNKNOWN_KEY),
     (problems.REPLAYED.type, problems.REPLAYED),
     (problems.BUSY.type, problems.BUSY),
+    (problems.UNCLAIMED.type, problems.UNCLAIMED),
+    (problems.WORKER_LOST.type, problems.WORKER_LOST),
     (problems.INVALID_TOKEN.type, problems.WORKER_LOST),  # not for a worker to say
     ("<script>", problems.WORKER_LOST),
     ("\xff", problems.WORKER_LOST),

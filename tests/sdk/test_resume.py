@@ -89,18 +89,17 @@ class TestOneStream:
             assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
             assert (usage["prompt_tokens"] > used["prompt_tokens"]) == (place > 2)  # the head and the role are no tokens
 
-    def test_cut_twice(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = cut(9, 6)
+    def test_what_it_took(self, client: lacre.Client, relay: Relay) -> None:
+        relay.bend = cut(9)
         stream = client.chat_stream(SAID)
         assert "".join(stream) == stream.text == SAID
-        assert (stream.attempts, len(stream.parts), stream.finish_reason) == (3, 2, "stop")
+        assert (stream.attempts, len(stream.parts), stream.finish_reason) == (2, 1, "stop")
         [receipt] = stream.receipts
-        first, second = stream.parts
+        [first] = stream.parts
         assert receipt == stream.receipt
-        assert second.prompt == first.prompt + first.completion
-        assert receipt.prompt_tokens == second.prompt + second.completion
-        assert first.completion + second.completion + receipt.completion_tokens == len(SAID.encode())
-        assert stream.usage.prompt == first.prompt + second.prompt + receipt.prompt_tokens
+        assert receipt.prompt_tokens == first.prompt + first.completion
+        assert first.completion + receipt.completion_tokens == len(SAID.encode())
+        assert stream.usage.prompt == first.prompt + receipt.prompt_tokens
         assert stream.usage.completion == len(SAID.encode())
         assert stream.recount(lambda text: len(text.encode())).difference == 0
         assert len({part.audit.index for part in stream.parts if part.audit}) <= 2
@@ -116,7 +115,7 @@ class TestOneStream:
 
     def test_openais_client(self, client: lacre.Client, relay: Relay) -> None:
         talker = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
-        relay.bend = cut(7, 7)
+        relay.bend = cut(7)
         chunks = list(talker.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == SAID
         assert sum(chunk.choices[0].delta.role is not None for chunk in chunks) == 1
@@ -126,7 +125,7 @@ class TestOneStream:
         body = {"prompt": SAID, "stream": True, "logprobs": 1, "max_tokens": 30}
         whole = events(client, body, "/v1/completions")
         for place in (6, 11):
-            relay.bend = cut(place, 4)
+            relay.bend = cut(place)
             assert same_but_name(events(client, body, "/v1/completions")) == same_but_name(whole)
 
     @pytest.mark.parametrize("stop", ["and 😀", "seas!"])
@@ -184,9 +183,9 @@ class TestOneStream:
             list(impatient.chat_stream(SAID))
 
     def test_a_whole_answer_is_asked_for_again(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = cut(0, 0)
+        relay.bend = cut(0)
         reply = client.chat(SAID)
-        assert (reply.text, reply.attempts) == (SAID, 3)
+        assert (reply.text, reply.attempts) == (SAID, 2)
         assert reply.usage.completion == len(SAID.encode())
 
 
@@ -199,13 +198,32 @@ class TestBroken:
         assert caught.value.verification is not None and caught.value.verification.sealed_to is not None
         return caught.value
 
-    def test_more_often_than_it_is_resumed(self, client: lacre.Client, relay: Relay) -> None:
+    @pytest.mark.parametrize("resume", [1, 5])
+    def test_a_second_time(self, relay: Relay, resume: int) -> None:
+        """Whatever the caller asks for: what ended two workers is not sent to a third."""
         relay.bend = lambda pieces: pieces[:6]
-        broken = self.broken(client)
-        assert len(relay.opened) == 3
+        with connect(relay, resume=resume, retries=5) as client:
+            broken = self.broken(client)
+        assert len(relay.opened) == 2
         assert 0 < broken.tokens < len(SAID.encode())
         assert SAID.startswith(broken.text) and broken.text
         assert type(broken.__cause__) is lacre.TruncatedStream
+
+    @pytest.mark.parametrize("problem", [problems.WORKER_LOST, problems.UNCLAIMED], ids=lambda problem: problem.slug)
+    def test_before_or_after_a_worker_was_lost(self, relay: Relay, problem: problems.Problem) -> None:
+        """Retries and resumed answers count together."""
+        for lost_first in (True, False):
+            relay.bend, relay.requests, seals = cut(6, 6), [], iter(range(9))
+
+            def respond(request: httpx2.Request, *, first: bool = lost_first, seals: Iterator[int] = seals) -> Any:
+                lost = request.url.path == SEALED and (next(seals) == 0) is first
+                return served(problem.status, problem.body()) if lost else None
+
+            relay.respond = respond
+            with connect(relay, resume=5, retries=5) as client:
+                broken = self.broken(client)
+            assert sum(request.url.path == SEALED for request in relay.requests) == 2
+            assert type(broken.__cause__) is (lacre.TruncatedStream if lost_first else lacre.Unavailable)
 
     def test_two_choices(self, client: lacre.Client, relay: Relay) -> None:
         relay.bend = cut(12)

@@ -95,6 +95,28 @@ def test_not_again(relay: Relay, fault: Any, error: type[lacre.LacreError]) -> N
     assert sum(request.url.path == SEALED for request in relay.requests) == 1
 
 
+@pytest.mark.parametrize("faults", [
+    (problems.WORKER_LOST, problems.WORKER_LOST),
+    (problems.UNCLAIMED, problems.WORKER_LOST),
+    (problems.WORKER_LOST, problems.BUSY, problems.UNCLAIMED),
+], ids=lambda faults: "-".join(fault.slug for fault in faults))  # fmt: skip
+def test_what_two_workers_were_lost_by_goes_to_no_third(relay: Relay, faults: tuple[problems.Problem, ...]) -> None:
+    relay.respond = first(*faults)
+    with connect(relay, retries=9) as client:
+        answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": [{"role": "user", "content": "x"}]})
+    assert sum(request.url.path == SEALED for request in relay.requests) == len(faults)
+    assert (answer.status_code, answer.extensions["lacre"].lost) == (502, 2)
+    assert answer.headers["x-should-retry"] == "false"  # the word that OpenAI's clients obey
+
+
+def test_what_was_never_claimed_is_asked_again_whatever_it_does(relay: Relay) -> None:
+    with connect(relay) as client:
+        relay.respond = first(problems.UNCLAIMED)
+        assert client.post("/v1/orders", json={"model": "tiny", "messages": ["x"]}).extensions["lacre"].attempts == 2
+        relay.respond = first(problems.WORKER_LOST)
+        assert client.post("/v1/orders", json={"model": "tiny", "messages": ["x"]}).status_code == 502
+
+
 def test_never_twice_what_may_have_an_effect(relay: Relay) -> None:
     with connect(relay) as client:
         relay.respond = first(httpx2.ReadError("cut"))
