@@ -74,7 +74,8 @@ def _forms(text: bytes) -> Iterable[bytes]:
 class HostileFabric(MemoryFabric):
     """A message server that shows its owner all that passes, and does with it what it is told.
 
-    deliver: what is put into the queue when `work` was published. pass_on: what a gateway hears of a frame.
+    deliver: what is put into the queue when `work` was published. lost: deliveries of it that came to nothing
+    before. pass_on: what a gateway hears of a frame.
     """
 
     def __init__(self, eyes: Eyes) -> None:
@@ -83,6 +84,7 @@ class HostileFabric(MemoryFabric):
         self.works: list[Work] = []
         self.frames: list[tuple[str, Frame]] = []
         self.deliver: Callable[[Work], Iterable[Work]] = lambda work: [work]
+        self.lost = 0
         self.pass_on: Callable[[str, Frame], Iterable[tuple[str, Frame]]] = lambda request_id, frame: [(request_id, frame)]
 
     async def enqueue(self, work: Work, deliveries: int) -> None:
@@ -90,7 +92,7 @@ class HostileFabric(MemoryFabric):
         if deliveries == 1:
             self.works.append(work)
         for each in self.deliver(work):
-            await super().enqueue(each, deliveries)
+            await super().enqueue(each, deliveries + self.lost)
 
     def receive(self, request_id: str, frame: Frame) -> None:
         self.eyes.see(frame.payload, *frame.headers().values())
