@@ -184,7 +184,7 @@ def test_a_limit_is_not_knocked_at() -> None:
 
 def test_what_may_have_run_is_not_waited_for() -> None:
     retries = Retries.of(None, repeatable=True, endurance=ENDURANCE, clock=lambda: 0.0)
-    assert [retries.after_refusal(problems.WORKER_LOST, None) is not None for _ in range(4)] == [True] * TRIES + [False] * 2
+    assert [retries.after_refusal(problems.NO_GATEWAY, None) is not None for _ in range(4)] == [True] * TRIES + [False] * 2
     never = Retries.of(None, repeatable=False, endurance=ENDURANCE, clock=lambda: 0.0)
     assert never.after_refusal(problems.WORKER_LOST, None) is None
 
