@@ -1,7 +1,15 @@
 """`make bench`: every benchmark in turn."""
 
-from bench import command, engine, gateway, imports, scale, seal, sealed
+from bench import command, engine, gateway, imports, planning, scale, seal, sealed
 
-BENCHMARKS = {"imports": imports, "seal": seal, "engine": engine, "sealed": sealed, "gateway": gateway, "scale": scale}
+BENCHMARKS = {
+    "imports": imports,
+    "seal": seal,
+    "planning": planning,
+    "engine": engine,
+    "sealed": sealed,
+    "gateway": gateway,
+    "scale": scale,
+}
 
 command.run(__doc__, {name: benchmark.measure for name, benchmark in BENCHMARKS.items()})

@@ -1,4 +1,4 @@
-"""`lacre worker` and `lacre worker tune`."""
+"""`lacre worker`, `lacre worker check` and `lacre worker tune`."""
 
 from __future__ import annotations
 
@@ -50,3 +50,16 @@ def tune(settings: SettingsFile) -> None:
     from lacre_backend.tuning import run
 
     run(settings, typer.echo)
+
+
+@commands.command()
+def check(settings: SettingsFile) -> None:
+    """Look at everything that this worker needs, and say what to do about what is wrong. It serves nothing."""
+    from lacre_backend.examination import examine
+
+    reasons = examine(settings)
+    for reason in reasons:
+        typer.echo(f"failed {reason.kind}: {reason.detail}\n  to do: {reason.remedy}")
+    if reasons:
+        raise typer.Exit(1)
+    typer.echo("ok: this worker can serve")

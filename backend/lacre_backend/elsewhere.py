@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections import deque
 from typing import Final
 
@@ -34,13 +35,20 @@ class Elsewhere:
         self._closing = False
         self._thread = tasks.thread(name, self._run)
 
+    @property
+    def died(self) -> bool:
+        """Whether its thread ended by itself: no call is answered any more."""
+        return self._thread.died is not None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises TaskDied where nothing can answer any more."""
+        self._thread.check()
         crossing = _Crossing(self._loop, receive, await receive())
         call = tasks.across(self._called(scope, crossing), self._loop)
         try:
             while (message := await crossing.take()) is not None:
                 await send(message)
-            await asyncio.wrap_future(call)
+            await _result(call)
         finally:
             call.cancel()
 
@@ -120,6 +128,17 @@ class _Crossing:
         """All that had crossed was taken; what crosses now is counted anew."""
         self._ahead = 0
         self._room.set()
+
+
+async def _result(call: concurrent.futures.Future[None]) -> None:
+    """A call that the other thread gave up failed. Only one that was cancelled here is cancelled here."""
+    try:
+        await asyncio.wrap_future(call)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError("the app's thread ended during a call") from None
 
 
 async def _awaited(receive: Receive) -> Message:

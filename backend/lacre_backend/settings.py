@@ -87,12 +87,14 @@ class UpstreamModel(Table):
 class Upstream(Table):
     """An HTTP server on this host that answers in place of models of our own. origin: its scheme, host and port.
 
+    health: a path that answers with a status of 200 to 299 once the server can work; without one it must only listen.
     headers: names of request headers that go on, beside `content-type` and `accept`. wait: seconds for its next byte.
     longest: seconds for a whole answer. largest_answer: bytes.
     """
 
     origin: Annotated[str, AfterValidator(_origin)]
     beyond_loopback: bool = False  # whether it may be on another host: prompts are then in the clear on the way, but for TLS
+    health: Annotated[str, Field(pattern=r"^/[\x21-\x7e]*$")] | None = None
     models: Annotated[tuple[UpstreamModel, ...], Field(min_length=1)]
     headers: tuple[Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$"), AfterValidator(_passed_on)], ...] = ()
     wait: Seconds = 120.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +13,10 @@ from functools import partial
 import structlog
 
 from lacre import tasks
+from lacre.jws import raw_public_key
 from lacre_backend import health
 from lacre_backend.api.app import REPEATABLE, create_app
+from lacre_backend.claims import ClaimsProbe
 from lacre_backend.elsewhere import Elsewhere
 from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
@@ -24,8 +26,10 @@ from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models import find
 from lacre_backend.node import Identity, Node
+from lacre_backend.readiness import Holding, Part, Readiness, alive
 from lacre_backend.settings import Model, Settings
 from lacre_backend.upstream import app as upstream
+from lacre_backend.upstream.probe import Probe
 from lacre_fabric import logs, poolkeys
 from lacre_fabric.kms.keeping import Keeping, keeping
 from lacre_fabric.manifests import ManifestFeed, memory_in
@@ -49,6 +53,11 @@ async def _serve(settings: Settings) -> None:
         credential = Credential.load(settings.nats.credentials)
         serving = served(settings, stack)
         await keys.look()  # loading a model takes its time; presence must not begin with keys of before
+        claims: list[Part] = []  # known once there is a connection
+        readiness = Readiness(
+            partial(_holding, settings.pool, serving.names, keys, raw_public_key(receipt_key)),
+            [*serving.parts, lambda: claims[0]() if claims else None],
+        )
         fabric = await NatsWorker.connect(
             settings.nats.servers,
             credential,
@@ -57,56 +66,81 @@ async def _serve(settings: Settings) -> None:
             serving.names,
             slots=serving.slots,
             keys=keys.fingerprints,
+            able=readiness,
             region=settings.nats.region,
         )
         stack.push_async_callback(fabric.close)
         feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))
         await feed.start()
         stack.push_async_callback(feed.close)
+        probe = ClaimsProbe(fabric.try_claim)
+        claims.append(probe.reason)
+        await tasks.together(probe.look(), *(watched.look() for watched in serving.watched))
+        readiness.follow(feed)
         identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, _looking(keys, kept))
         node = Node(fabric, serving.app, identity, repeatable=serving.repeatable)
-        log.info("worker.ready", pool=settings.pool, model=serving.names[0])
-        running, watching = tasks.start("node", node.run), tasks.start("pool keys", keys.watch)
-        stack.push_async_callback(watching.close)
+        running = tasks.start("node", node.run)
+        works: list[tuple[str, tasks.Work]] = [
+            ("pool keys", keys.watch),
+            ("claims", probe.watch),
+            ("readiness", readiness.watch),
+        ]
+        works += [("upstream", watched.watch) for watched in serving.watched]
         if settings.health is not None:
-            telling = tasks.start("health", partial(health.tell, settings.health, lambda: _state(fabric, running)))
-            stack.push_async_callback(telling.close)
+            works.append(("health", partial(health.tell, settings.health, lambda: _state(fabric, readiness, running))))
+        for name, work in works:
+            stack.push_async_callback(tasks.start(name, work).close)
+        await fabric.announce()
         await _signalled()
         await running.close()
         await node.drain(settings.drain)
 
 
-def _state(fabric: NatsWorker, running: tasks.Background) -> str:
+def _holding(pool: str, models: Sequence[str], keys: KeyRing, receipt_key: bytes) -> Holding:
+    return Holding(pool, tuple(models), frozenset(keys.fingerprints()), receipt_key)
+
+
+def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) -> str:
     """What `health` tells: that this worker takes work, or why it does not."""
     if not running.alive:
         return "draining"
-    return health.READY if fabric.connection.connected else "not connected to the message server"
+    if not fabric.connection.connected:
+        return "not connected to the message server"
+    return health.READY if readiness.models() else "; ".join(reason.detail for reason in readiness.reasons())
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What answers: under which names, how many requests at a time, and which actions it may begin before their claim."""
+    """What answers: under which names, how many requests at a time, and which actions it may begin before their claim.
+
+    parts: what tells whether it can work. watched: what has to look at something for that.
+    """
 
     app: Elsewhere
     names: list[str]
     slots: int
     repeatable: frozenset[str]
+    parts: tuple[Part, ...]
+    watched: tuple[Probe, ...] = ()
 
 
 def served(settings: Settings, stack: AsyncExitStack) -> Served:
     """It ends with `stack`. Raises SettingsError."""
     if settings.upstream is not None:
-        app = Elsewhere(upstream.create_app(settings.upstream), "upstream")
+        app, probe = Elsewhere(upstream.create_app(settings.upstream), "upstream"), Probe(settings.upstream)
         stack.callback(app.close)
+        stack.push_async_callback(probe.close)
         names = [model.name for model in settings.upstream.models]
-        return Served(app, names, settings.forwarded, frozenset())  # what another program does is never done twice
+        parts = (alive(app), probe.reason)
+        # What another program does is never done twice.
+        return Served(app, names, settings.forwarded, frozenset(), parts, (probe,))
     engines = [load_engine(model) for model in settings.models]
     for engine in engines:
         stack.callback(engine.close)
     app = Elsewhere(create_app(engines), "api")
     stack.callback(app.close)
     slots = settings.slots or sum(engine.slots for engine in engines)
-    return Served(app, [engine.model.name for engine in engines], slots, REPEATABLE)
+    return Served(app, [engine.model.name for engine in engines], slots, REPEATABLE, (alive(app), alive(*engines)))
 
 
 def _looking(keys: KeyRing, kept: Keeping) -> Callable[[], bool]:

@@ -46,7 +46,7 @@ class ManifestFeed:
         self._memory = memory or VersionMemory()
         self._clock = clock
         self._interval = poll
-        self._failure = ""
+        self.failure: Exception | None = None  # why the last reading gave no manifest
         self._trusted: Trusted | None = None
         self._polling: tasks.Background | None = None
         self._catching_up = asyncio.Lock()
@@ -56,6 +56,11 @@ class ManifestFeed:
     @property
     def ready(self) -> bool:
         return self._trusted is not None and self._clock() < self._trusted.manifest.expires_at
+
+    @property
+    def known(self) -> bool:
+        """Whether a manifest was verified; it may have expired since."""
+        return self._trusted is not None
 
     @property
     def manifest(self) -> Manifest:
@@ -102,16 +107,15 @@ class ManifestFeed:
         try:
             await self.refresh()
         except LacreError as exc:
-            failure = type(exc).__name__
+            if type(exc) is not type(self.failure):  # once, not with every reading
+                log.warning("manifest.not_taken", kind=type(exc).__name__)
+            self.failure = exc
         except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
-            failure = type(exc).__name__
-            if failure != self._failure:
+            if type(exc) is not type(self.failure):
                 tasks.failed("manifest", exc)
+            self.failure = exc
         else:
-            failure = ""
-        if failure and failure != self._failure:  # once, not with every reading
-            log.warning("manifest.not_taken", kind=failure)
-        self._failure = failure
+            self.failure = None
 
     def _current(self) -> Trusted:
         if self._trusted is None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import cycle
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import nats.errors
 import nats.js.errors
@@ -18,22 +20,24 @@ from nats.aio.subscription import Subscription
 from nats.js.api import Header
 from nats.js.client import JetStreamContext
 
-from lacre import tasks
+from lacre import problems, tasks
 from lacre.errors import ProtocolError
 from lacre.wire.header import SealedHeader
 from lacre_fabric import nats_protocol, orders, subjects
 from lacre_fabric.buckets import CONFLICTS
-from lacre_fabric.connection import Connection, headers_of
+from lacre_fabric.connection import API_TIMEOUT, Connection, headers_of
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.nats_gateway import GATEWAY, GRANT, REQUEST
 from lacre_fabric.outbound import Outbound
-from lacre_fabric.presence import KEYS
+from lacre_fabric.presence import KEYS, WRONG
 from lacre_fabric.roles import Credential
-from lacre_fabric.work import BEAT, FabricUnavailable, Work
+from lacre_fabric.work import BEAT, Cancelled, FabricUnavailable, Work
 
 PULL: Final = 2.0  # seconds that one pull waits, where the node serves one model; one that NATS lost is made good this soon
 PULL_EACH: Final = 0.5  # and where it serves several, asked in turn
+NOT_ABLE: Final = 0.5  # seconds until the next look whether the worker can work
+_STAMP: Final = "Nats-Time-Stamp"  # of what JetStream gives back: when it was written
 NO_QUEUE: Final = 1.0  # seconds until the next look for a queue that is not there
 IN_PROGRESS: Final = 2.0  # seconds between signs that unacked work goes on; well inside `ACK_WAIT`
 MAX_CREDIT_DIGITS: Final = 12  # of the bytes that a reader took: more than any answer has
@@ -50,8 +54,19 @@ class _Queue:
     there: bool = True
 
 
+class Able(Protocol):
+    """What a worker can serve now, and the kinds of what keeps it from serving the rest."""
+
+    def models(self) -> Collection[str]: ...
+
+    def kinds(self) -> Sequence[str]: ...
+
+
 class NatsWorker:
-    """A `WorkerFabric`. It outlives its queues: a model whose queue is gone is not announced, and looked for again."""
+    """A `WorkerFabric`. It outlives its queues: a model whose queue is gone is not announced, and looked for again.
+
+    A worker that cannot work takes no work and announces no model, until it can (`Able`).
+    """
 
     def __init__(
         self,
@@ -59,11 +74,13 @@ class NatsWorker:
         pool: str,
         node: str,
         slots: int,
-        keys: Callable[[], Sequence[str]] = tuple,
         *,
+        keys: Callable[[], Sequence[str]] = tuple,
+        able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
     ) -> None:
         self.connection = connection
+        self._able = able
         self._keys = keys
         self._pool = pool
         self._node = node
@@ -89,10 +106,13 @@ class NatsWorker:
         *,
         slots: int = 1,
         keys: Callable[[], Sequence[str]] = tuple,
+        able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
     ) -> Self:
-        """keys: the fingerprints of the pool's keys that are held here now; presence tells them. Raises FabricUnavailable."""
-        worker = cls(await Connection.open(servers, credential), pool, node, slots, keys, region=region)
+        """keys: the fingerprints of the pool's keys that are held here now; presence tells them. able: what keeps the worker
+        from working; None for nothing. Raises FabricUnavailable.
+        """
+        worker = cls(await Connection.open(servers, credential), pool, node, slots, keys=keys, able=able, region=region)
         try:
             await worker._bind(models)
         except BaseException:
@@ -129,6 +149,9 @@ class NatsWorker:
             # Pulls that the library keeps until it is connected would come in a heap, and take more work than there are slots.
             await self.connection.wait_connected()
             queue, denials = next(self._turn), self.connection.denials
+            if not self._serves(queue.model):
+                await asyncio.sleep(NOT_ABLE / len(self._queues))
+                continue
             try:
                 (message,) = await queue.pull.fetch(1, timeout=PULL if len(self._queues) == 1 and queue.there else PULL_EACH)
             except (nats.js.errors.ServiceUnavailableError, nats.errors.NoRespondersError):
@@ -142,8 +165,11 @@ class NatsWorker:
                 raise self.connection.unavailable(exc, denials) from exc
             await self._look(queue, there=True)
             delivery = await self._take(message)
-            if delivery is not None:
+            if delivery is not None and self._serves(queue.model):
                 return delivery
+            if delivery is not None:  # it cannot any more, since it asked: the client may send it again, to another
+                with suppress(FabricUnavailable, Cancelled):
+                    await delivery.reject(problems.UNCLAIMED.type)
         raise FabricUnavailable("this worker is draining: it takes no more work")
 
     async def _look(self, queue: _Queue, *, there: bool) -> None:
@@ -171,9 +197,16 @@ class NatsWorker:
         await delivery.start()
         return delivery
 
+    def _serves(self, model: str) -> bool:
+        return self._able is None or model in self._able.models()
+
     def release(self) -> None:
         self._free += 1
         self._slot_freed.set()
+
+    async def try_claim(self) -> float | None:
+        """As the function of this name."""
+        return await try_claim(self.connection, self.claims_of)
 
     async def drain(self) -> None:
         if self._draining:
@@ -198,10 +231,15 @@ class NatsWorker:
             await self._say_presence()
             await asyncio.sleep(BEAT)
 
+    async def announce(self) -> None:
+        """Tells who is there and what it serves at once, beside once a second."""
+        await self._say_presence()
+
     async def _say_presence(self) -> None:
-        models = [queue.model for queue in self._queues if queue.there and not self._draining]
+        models = [q.model for q in self._queues if q.there and not self._draining and self._serves(q.model)]
         free = self._free + self._waiting
-        said = {"models": models, "free": free, "busy": self._slots - free, KEYS: list(self._keys())}
+        wrong = [] if self._able is None else self._able.kinds()
+        said = {"models": models, "free": free, "busy": self._slots - free, KEYS: list(self._keys()), WRONG: wrong}
         with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
             subject = subjects.presence(self._pool, self._region, self._node)
             await self.connection.client.publish(subject, json.dumps(said).encode())
@@ -329,6 +367,22 @@ def _deliveries(message: Msg) -> int:
         return message.metadata.num_delivered or 1
     except (nats.errors.Error, ValueError, LookupError, ArithmeticError, OSError):
         return 1  # its reply subject is not JetStream's: nobody will deliver it again
+
+
+async def try_claim(connection: Connection, pool: str) -> float | None:
+    """Writes a claim that is no request's, and reads it back: when the server wrote it, in seconds since the epoch. None where
+    a server was asked that does not have it yet. Raises FabricUnavailable.
+    """
+    subject = subjects.claim(pool, secrets.token_hex(32))
+    async with connection.mapped():
+        first = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: "0"}
+        await connection.jetstream.publish(subject, b"", headers=first)
+        found = f"{subjects.API}.DIRECT.GET.KV_{subjects.claims_bucket(pool)}.{subject}"
+        stamp = headers_of(await connection.client.request(found, timeout=API_TIMEOUT)).get(_STAMP, "")
+    try:
+        return datetime.fromisoformat(stamp).timestamp()
+    except ValueError:
+        return None
 
 
 def _digest(sealed: bytes) -> bytes:

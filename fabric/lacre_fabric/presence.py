@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -27,7 +28,12 @@ MAX_KEYS: Final = 1024  # that one worker says it holds: a pool has a few, and t
 MAX_KEY: Final = 128  # characters of a key's fingerprint; ours have 64
 MAX_NODES: Final = 4096  # of one pool, in all regions
 MAX_REGIONS: Final = 64  # of one pool
+MAX_REASONS: Final = 16  # that one worker gives for taking no work: there are some ten kinds
+WRONG: Final = "wrong"  # in a worker's presence: the kinds of what keeps it from working
 KEYS: Final = "keys"  # in a worker's presence: the fingerprints of the keys that it holds
+
+
+_KIND: Final = re.compile(r"[a-z_]{1,32}")  # they end in a terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,14 @@ class Presence:
 def keys_in(data: bytes) -> frozenset[str]:
     """The fingerprints of the keys that a sign of presence names. Raises InvalidMessage."""
     return _texts(_members(data), KEYS, MAX_KEYS, MAX_KEY)
+
+
+def wrong_in(data: bytes) -> frozenset[str]:
+    """What keeps a worker from working, by a sign of its presence. Raises InvalidMessage."""
+    kinds = _texts(_members(data), WRONG, MAX_REASONS, 32)
+    if not all(map(_KIND.fullmatch, kinds)):
+        raise InvalidMessage(f"presence: member {WRONG!r} must have words alone")
+    return kinds
 
 
 def _members(data: bytes) -> Members:

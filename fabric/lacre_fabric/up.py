@@ -8,19 +8,21 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import structlog
+from nats.aio.msg import Msg
 
 from lacre import tasks
-from lacre.errors import SettingsError
+from lacre.errors import InvalidMessage, SettingsError
 from lacre_fabric import logs, subjects, tokens
 from lacre_fabric.connection import Connection
 from lacre_fabric.leash import PYTHON
+from lacre_fabric.presence import Presence
 from lacre_fabric.provisioning import provision
 from lacre_fabric.rotation import KEPT_UP, Schedule, publish, upkeep
 from lacre_fabric.server import Server, free_port
@@ -117,8 +119,10 @@ async def _start(
         site.write_settings(server.url, port, {POOL: tables})
         present = asyncio.Event()
 
-        async def came(_message: object) -> None:
-            present.set()
+        async def came(message: Msg) -> None:
+            with suppress(InvalidMessage):
+                if Presence.parse(message.data).models:  # before that, it is there and cannot work yet
+                    present.set()
 
         await connection.client.subscribe(subjects.presence(POOL, subjects.DEFAULT_REGION, NODE), cb=came)
         await connection.client.flush()

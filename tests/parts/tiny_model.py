@@ -76,8 +76,12 @@ def tiny_model(
     vocabulary: Mapping[str, Any] | None = None,
     without: Sequence[str] = (),
     template: str = TEMPLATE,
+    embeds: bool = False,
 ) -> Path:
-    """Tokens are the bytes of the text, unless `vocabulary` (of `tiny_vocabulary`) says otherwise. without: tokens left out."""
+    """Tokens are the bytes of the text, unless `vocabulary` (of `tiny_vocabulary`) says otherwise. without: tokens left out.
+
+    embeds: it makes one vector of a text, in place of more text.
+    """
     written = dict(vocabulary if vocabulary is not None else tiny_vocabulary("llama"))
     if without:
         columns = ("tokens", "scores", "token_type")
@@ -97,6 +101,8 @@ def tiny_model(
         **written,
         "tokenizer.chat_template": template,
     }
+    if embeds:
+        metadata["llama.pooling_type"] = 1  # the mean
     return write_gguf(path, metadata, _weights(len(written["tokenizer.ggml.tokens"]), seed))
 
 

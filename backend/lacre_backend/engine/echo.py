@@ -86,6 +86,10 @@ class EchoEngine:
         )
 
     @property
+    def died(self) -> bool:
+        return False
+
+    @property
     def running(self) -> int:
         """Tasks that were submitted and have not finished."""
         return len(self._jobs)

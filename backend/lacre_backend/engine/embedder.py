@@ -27,6 +27,7 @@ from lacre_backend.engine.delivery import EventStream, Outbox
 from lacre_backend.engine.model import Facts, Model
 from lacre_backend.engine.packing import Packing, Room
 from lacre_backend.engine.protocol import (
+    DIED,
     Embedding,
     EngineError,
     Event,
@@ -83,13 +84,17 @@ class LlamaEmbedder:
         self._outbox = Outbox()
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
-        self._closing = False
+        self._closing = self._closed = False
         self.steps = 0
         self._thread = tasks.thread(f"embed {name}", self._run)
 
     @property
     def model(self) -> ModelInfo:
         return self._model.info
+
+    @property
+    def died(self) -> bool:
+        return self._thread.died is not None
 
     @property
     def slots(self) -> int:
@@ -109,7 +114,7 @@ class LlamaEmbedder:
         job = _Job(task)
         with self._changed:
             if self._closing:
-                raise EngineError("The engine is closed.")
+                raise EngineError(DIED if self.died else "The engine is closed.")
             if task.id in self._jobs:
                 raise TaskRefused("A task of this id is not finished yet.", field="id")
             self._jobs[task.id] = job
@@ -126,9 +131,9 @@ class LlamaEmbedder:
 
     def close(self) -> None:
         with self._changed:
-            if self._closing:
+            if self._closed:
                 return
-            self._closing = True
+            self._closed = self._closing = True  # it is closing already where its thread has died
             self._changed.notify()
         ended = self._thread.join(CLOSE_LIMIT)
         self._model.tokenizer.close()
@@ -174,7 +179,7 @@ class LlamaEmbedder:
             jobs = list(self._jobs.values())
             self._jobs.clear()
         for job in jobs:
-            broken = EngineError("The engine's thread ended. Restart the worker.")
+            broken = EngineError(DIED)
             self._outbox.post(job.stream, _finish(job, cancelled=True) if closed else broken)
         self._outbox.flush()
 

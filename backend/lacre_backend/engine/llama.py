@@ -28,6 +28,7 @@ from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.pace import Pace
 from lacre_backend.engine.protocol import (
+    DIED,
     Alternative,
     EngineError,
     Event,
@@ -121,7 +122,7 @@ class LlamaEngine:
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
         self._inbox: list[_Job] = []  # of these, what the decode thread has not seen
         self._cancelled: list[_Job] = []  # since the decode thread looked
-        self._closing = False
+        self._closing = self._closed = False
         self._scopes: dict[bytes, float] = {}  # when each was last in use
         self._look_at_scopes = 0.0  # when next
         self._dirty = False  # whether there is data of old cells
@@ -132,6 +133,10 @@ class LlamaEngine:
     @property
     def model(self) -> ModelInfo:
         return self._model.info
+
+    @property
+    def died(self) -> bool:
+        return self._thread.died is not None
 
     @property
     def slots(self) -> int:
@@ -166,7 +171,7 @@ class LlamaEngine:
             if self._closing or task.id in self._jobs:
                 job.sampler.close()
                 if self._closing:
-                    raise EngineError("The engine is closed.")
+                    raise EngineError(DIED if self.died else "The engine is closed.")
                 raise TaskRefused("A task of this id is not finished yet.", field="id")
             self._jobs[task.id] = job
             self._inbox.append(job)
@@ -199,9 +204,9 @@ class LlamaEngine:
 
     def close(self) -> None:
         with self._changed:
-            if self._closing:
+            if self._closed:
                 return
-            self._closing = True
+            self._closed = self._closing = True  # it is closing already where its thread has died
             self._changed.notify()
         ended = self._thread.join(CLOSE_LIMIT)
         self._model.tokenizer.close()
@@ -398,7 +403,7 @@ class LlamaEngine:
             self._jobs.clear()
             self._inbox.clear()
         for job in jobs:
-            broken = EngineError("The engine's thread ended. Restart the worker.")
+            broken = EngineError(DIED)
             self._outbox.post(job.stream, job.finish("cancelled") if closed else broken)
             job.sampler.close()
         self._outbox.flush()

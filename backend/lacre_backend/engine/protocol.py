@@ -18,11 +18,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from lacre.errors import LacreError, UsageError
 from lacre_backend.engine.turns import NOBODY, Fair
 
+DIED: Final = "The engine has died, and its process ends: the log has the traceback. Send the request again."
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -257,6 +258,11 @@ class Engine(Protocol):
 
     @property
     def model(self) -> ModelInfo: ...
+
+    @property
+    def died(self) -> bool:
+        """Whether it ended by itself: it runs nothing any more, and its process must end."""
+        ...
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
         """Queue a task; called inside a running event loop, which is the one that iterates the result.

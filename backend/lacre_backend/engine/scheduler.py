@@ -376,7 +376,7 @@ class Scheduler:
         slot.used = self._tick()
         self._turns.spend(task.fair, n)
         output = slot.length == len(task.tokens)
-        segments[slot.index] = Segment(slot.index, start, task.tokens.all[start : start + n], task.id, output)
+        segments[slot.index] = Segment(slot.index, start, task.tokens.all[start : start + n].tolist(), task.id, output)
 
     # Prompts
 

@@ -23,7 +23,8 @@ class Tokens:
     __slots__ = ("_digests", "_hash", "all", "prompt")
 
     def __init__(self, prompt: Sequence[int], begun: Sequence[int] = (), *, chained: bool = True) -> None:
-        self.all = [*prompt, *begun]
+        self.all = array("q", prompt)  # no list: the garbage collector would look at each of 128,000 tokens now and then
+        self.all.extend(begun)
         self.prompt = len(prompt)
         self._hash = hashlib.sha256()
         self._digests: list[bytes] | None = None
@@ -61,7 +62,7 @@ class Tokens:
         """The digests that are missing. Each is of everything up to the end of its block."""
         if self._digests is not None:
             for start in range(len(self._digests) * BLOCK, len(self.all) - BLOCK + 1, BLOCK):
-                self._hash.update(array("q", self.all[start : start + BLOCK]).tobytes())
+                self._hash.update(self.all[start : start + BLOCK].tobytes())
                 self._digests.append(self._hash.copy().digest())
 
 

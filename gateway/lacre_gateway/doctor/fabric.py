@@ -8,18 +8,21 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
 
 from nats.aio.msg import Msg
 
-from lacre.errors import LacreError
+from lacre.errors import InvalidMessage, LacreError
 from lacre.jws import raw_public_key
 from lacre.manifest import Manifest
 from lacre.trust import verify
 from lacre_fabric import subjects
 from lacre_fabric.connection import API_TIMEOUT, Connection
 from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric.presence import MAX_NODES, wrong_in
 from lacre_fabric.roles import Credential
 from lacre_fabric.work import PRESENT_FOR, FabricError, FabricUnavailable
 from lacre_gateway.doctor.findings import Findings
@@ -126,11 +129,14 @@ def _clock(said: dict[str, Any], findings: Findings) -> None:
 
 
 async def _workers(connection: Connection, manifest: Manifest, own: str, findings: Findings) -> None:
-    heard: dict[str, set[str]] = {pool: set() for pool in manifest.pools}
+    heard: dict[str, dict[str, frozenset[str]]] = {pool: {} for pool in manifest.pools}  # and what is wrong with each
 
     async def hear(message: Msg) -> None:
-        _, pool, region, node = message.subject.split(".")
-        heard.setdefault(pool, set()).add(node if region == own else f"{region}/{node}")
+        with suppress(InvalidMessage):
+            pool, region, node = subjects.parse_presence(message.subject)
+            name = node if region == own else f"{region}/{node}"
+            if pool in heard and (name in heard[pool] or len(heard[pool]) < MAX_NODES):
+                heard[pool][name] = wrong_in(message.data)
 
     try:
         async with connection.mapped(confirmed=True):
@@ -143,8 +149,21 @@ async def _workers(connection: Connection, manifest: Manifest, own: str, finding
         await asyncio.sleep(0.05)
     for pool in manifest.pools:
         if heard[pool]:
-            findings.ok(f"workers {pool}", f"{len(heard[pool])} heard of: {', '.join(sorted(heard[pool]))}")
+            _told(pool, heard[pool], findings)
         else:
             findings.warn(
                 f"workers {pool}", "nobody was heard of", "start one with `lacre worker`: callers get a 503 until then"
             )
+
+
+def _told(pool: str, heard: Mapping[str, frozenset[str]], findings: Findings) -> None:
+    """Of the workers of one pool that were heard of. heard: what is wrong with each, in its own words."""
+    wrong = [f"{name} ({', '.join(sorted(kinds))})" for name, kinds in sorted(heard.items()) if kinds]
+    told = f"{len(heard)} heard of: {', '.join(sorted(heard))}"
+    remedy = "their logs say what it is and what to do; so does `lacre worker check --settings FILE` on their machines"
+    if not wrong:
+        findings.ok(f"workers {pool}", told)
+    elif len(wrong) < len(heard):
+        findings.warn(f"workers {pool}", f"{told}; not ready: {', '.join(wrong)}", remedy)
+    else:
+        findings.failed(f"workers {pool}", f"none is ready: {', '.join(wrong)}", remedy)

@@ -1,0 +1,157 @@
+"""A thread of an engine or of an app that dies: nobody waits for it, and the process ends at once, with the traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from lacre import tasks
+from lacre.tasks import TaskDied
+from lacre_backend.elsewhere import Elsewhere
+from lacre_backend.engine.embedder import LlamaEmbedder
+from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.protocol import DIED, EngineError, Event, Finish, Kind, Task
+from lacre_backend.readiness import alive
+from parts.tiny_model import tiny_model
+
+Threaded = LlamaEngine | LlamaEmbedder
+
+
+class Killed(Exception):
+    """What no code foresees."""
+
+
+def kill(thread: str) -> None:
+    """Raises in a thread, wherever it is in Python's code."""
+    [ident] = [found.ident for found in threading.enumerate() if found.name == thread]
+    assert ident is not None
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Killed)) == 1
+
+
+def task(engine: Threaded, name: str, prompt: str = "Hello there") -> Task:
+    kind = Kind.EMBED if isinstance(engine, LlamaEmbedder) else Kind.GENERATE
+    return Task(name, tuple(engine.tokenize(prompt)), 1 if kind is Kind.EMBED else 200, kind=kind)
+
+
+def submitted(engine: Threaded) -> list[AsyncIterator[Event]]:
+    """As many of three tasks as it still takes."""
+    streams = []
+    for number in range(3):
+        try:
+            streams.append(engine.submit(task(engine, f"t{number}")))
+        except EngineError as exc:
+            assert str(exc) in (DIED, "The engine is closed.")  # between the end of its work and that of its thread
+    return streams
+
+
+async def kill_at_work(engine: Threaded, thread: str) -> None:
+    """Idle, it waits in C: a task wakes it. Returns when it is gone, after every task's stream ended."""
+    kill(thread)
+    failed = 0
+    for stream in submitted(engine):
+        try:
+            async for event in stream:
+                assert not (isinstance(event, Finish) and event.reason == "cancelled"), "that is how a closed engine ends"
+        except EngineError as exc:
+            failed += str(exc) == DIED
+    assert failed
+    deadline = time.monotonic() + 5
+    while not engine.died and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture(params=["engine", "embedder"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Threaded]:
+    embeds = request.param == "embedder"
+    path = tiny_model(tmp_path / "tiny.gguf", embeds=embeds)
+    settings = LlamaSettings(n_ctx=512, slots=2, threads=1)
+    found = (LlamaEmbedder if embeds else LlamaEngine)(path, name="tiny", digest="", settings=settings)
+    yield found
+    found.close()
+
+
+async def test_who_waits_for_a_dead_thread_is_told(engine: Threaded) -> None:
+    look = alive(engine)
+    assert (engine.died, look()) == (False, None)
+    await kill_at_work(engine, f"{'embed' if isinstance(engine, LlamaEmbedder) else 'decode'} tiny")
+    assert engine.died
+    assert look() is not None
+    with pytest.raises(EngineError, match="has died"):
+        engine.submit(task(engine, "late"))
+
+
+async def test_a_closed_engine_did_not_die(engine: Threaded) -> None:
+    engine.close()
+    assert not engine.died
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(task(engine, "late"))
+
+
+async def stops_its_loop(_scope: object, _receive: object, _send: object) -> None:
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(3600)
+
+
+async def test_an_app_whose_thread_has_died_answers_nobody() -> None:
+    app = Elsewhere(stops_its_loop, "api")
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://app.test") as http:
+        asked = tasks.spawn("asked", http.get("/"))
+        deadline = time.monotonic() + 5
+        while not app.died and time.monotonic() < deadline:
+            await tasks.settle(asked, limit=0.01)
+        assert app.died
+        with pytest.raises(TaskDied):
+            await http.get("/")
+        with pytest.raises(RuntimeError, match="thread ended"):
+            await asked
+
+
+PROGRAM = """
+import asyncio, sys
+from contextlib import suppress
+from pathlib import Path
+from lacre import tasks
+from lacre_backend.elsewhere import Elsewhere
+from lacre_fabric import logs
+from backend.test_engine_death import LlamaEmbedder, LlamaEngine, LlamaSettings, kill, kill_at_work, stops_its_loop, task
+
+async def main():
+    who, path = sys.argv[1:]
+    if who == "app":
+        app = Elsewhere(stops_its_loop, "api")
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+        with suppress(RuntimeError):
+            await app({"type": "http"}, receive, None)
+    else:
+        kind = LlamaEmbedder if who == "embed" else LlamaEngine
+        engine = kind(Path(path), name="tiny", digest="", settings=LlamaSettings(n_ctx=512, slots=2, threads=1))
+        await kill_at_work(engine, who + " tiny")
+    await asyncio.sleep(3600)
+
+logs.configure(sys.stderr)
+with logs.last_words():
+    asyncio.run(tasks.run(main()))
+"""
+
+
+@pytest.mark.parametrize(("who", "dead"), [("decode", "decode tiny"), ("embed", "embed tiny"), ("app", "api")])
+def test_the_process_ends_at_once_and_says_why(tmp_path: Path, who: str, dead: str) -> None:
+    assert tasks.GRACE <= 1.0, "by force, if need be"
+    path = tiny_model(tmp_path / "tiny.gguf", embeds=who == "embed")
+    command = [sys.executable, "-c", PROGRAM, who, str(path)]
+    tests = str(Path(__file__).parent.parent)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=40, env={"PYTHONPATH": tests})
+    assert done.returncode != 0
+    assert "background work died" in done.stderr
+    assert f'"{dead}"' in done.stderr
+    assert '"traceback"' in done.stderr

@@ -1,0 +1,229 @@
+"""What keeps a worker from working: each thing by its name, and nothing where all is well."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.errors import NetworkError
+from lacre.jws import raw_public_key
+from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement, fingerprint
+from lacre.signing import sign_manifest, sign_statement
+from lacre.wire.header import Kem
+from lacre.wire.opening import PrivateKey
+from lacre_backend.claims import CLOCK, FAILURES, ClaimsProbe
+from lacre_backend.readiness import Holding, Readiness, Reason, against, alive
+from lacre_backend.settings import Upstream
+from lacre_backend.upstream.probe import Probe
+from lacre_fabric.manifests import ManifestFeed
+
+NOW = 1_800_000_000.0
+CLASSIC, OLD, FOREIGN = (PrivateKey.generate(key_id, Kem.X25519).config for key_id in (1, 3, 1))
+XWING = PrivateKey.generate(2, Kem.XWING).config
+KEYS = (PoolKey(XWING, NOW + 1000), PoolKey(CLASSIC, NOW + 1000), PoolKey(OLD, NOW - 1))
+POOL = Pool(("m1", "m2"), KEYS, b"r" * 32, ("none",))
+OTHER = dataclasses.replace(POOL, receipt_key=b"o" * 32, keys=(PoolKey(FOREIGN, NOW + 1000),))
+MANIFEST = Manifest("https://issuer.example", 1, NOW - 60, NOW + 600, b"g" * 32, {"a": POOL, "b": OTHER})
+HELD = Holding("a", ("m1",), frozenset({fingerprint(XWING), fingerprint(CLASSIC)}), b"r" * 32)
+
+
+def test_nothing_speaks_against_a_good_worker() -> None:
+    """Not even a key that it does not hold any more, and that nobody should seal to."""
+    assert against(MANIFEST, HELD, NOW) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "at", "kind", "said"),
+    [
+        ({"receipt_key": b"o" * 32}, NOW, "receipt_key", "it is pool b's"),
+        ({"receipt_key": b"x" * 32}, NOW, "receipt_key", "no pool has it"),
+        ({"keys": frozenset({fingerprint(FOREIGN)})}, NOW, "keys", "none of the keys"),
+        ({"keys": frozenset()}, NOW, "keys", "none of the keys"),
+        ({"keys": frozenset({fingerprint(CLASSIC)})}, NOW, "keys", "not the keys 2"),
+        ({}, NOW + 1000, "manifest", "expired"),
+        ({}, NOW + 600, "manifest", "expired"),
+        ({"pool": "c"}, NOW, "pool", "no pool c, but: a, b"),
+        ({"models": ("m1", "m3")}, NOW, "model", "m3"),
+    ],
+)
+def test_each_thing_has_its_name(changed: dict[str, object], at: float, kind: str, said: str) -> None:
+    [reason] = against(MANIFEST, dataclasses.replace(HELD, **changed), at)
+    assert reason.kind == kind
+    assert said in reason.detail
+    assert reason.remedy
+
+
+def test_a_pool_whose_keys_are_all_over() -> None:
+    later = dataclasses.replace(MANIFEST, expires_at=NOW + 9999)
+    [reason] = against(later, HELD, NOW + 1000)
+    assert (reason.kind, reason.model) == ("keys", None)
+
+
+ROOT, SIGNER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+STATEMENT = sign_statement(RootStatement(raw_public_key(SIGNER), NOW + 1e6), ROOT)
+
+
+async def readiness(
+    manifest: Manifest | None, *, root: Ed25519PrivateKey = ROOT, parts: tuple[Reason | None, ...] = (), now: float = NOW
+) -> Readiness:
+    async def fetch() -> bytes | None:
+        return None if manifest is None else Document((STATEMENT,), sign_manifest(manifest, SIGNER)).encode()
+
+    feed = ManifestFeed(fetch, raw_public_key(root), clock=lambda: now, poll=3600)
+    await feed.start()
+    await feed.close()
+    found = Readiness(lambda: HELD, [lambda part=part: part for part in parts], clock=lambda: now)
+    found.follow(feed)
+    return found
+
+
+async def test_a_wrong_trust_and_a_manifest_that_is_not_there() -> None:
+    assert (await readiness(MANIFEST)).models() == {"m1"}
+    for found, kind in (
+        (await readiness(MANIFEST, root=Ed25519PrivateKey.generate()), "trust"),
+        (await readiness(None), "manifest"),
+        (await readiness(MANIFEST, now=NOW + 601), "manifest"),
+        (await readiness(dataclasses.replace(MANIFEST, issued_at=NOW + 9999, expires_at=NOW + 99999)), "manifest"),
+        (Readiness(lambda: HELD), "manifest"),
+    ):
+        assert (found.kinds(), found.models()) == ([kind], frozenset())
+        assert all(reason.remedy for reason in found.reasons())
+
+
+async def test_a_model_that_is_unknown_takes_none_of_the_others_down() -> None:
+    held = dataclasses.replace(HELD, models=("m1", "m3"))
+    found = await readiness(MANIFEST)
+    found = Readiness(lambda: held, clock=lambda: NOW)
+    found.follow((await readiness(MANIFEST))._feed)  # type: ignore[arg-type]
+    assert (found.models(), found.kinds()) == ({"m1"}, ["model"])
+
+
+async def test_what_a_part_says_counts_whatever_the_manifest_says() -> None:
+    found = await readiness(MANIFEST, parts=(None, Reason("upstream", "down", "start it")))
+    assert (found.models(), found.kinds()) == (frozenset(), ["upstream"])
+
+
+class Mortal:
+    died = False
+
+
+def test_a_dead_thread() -> None:
+    engine, app = Mortal(), Mortal()
+    look = alive(app, engine)
+    assert look() is None
+    engine.died = True
+    assert (look() or Reason("", "", "")).kind == "engine"
+
+
+# Claims and clock
+
+
+async def looked(answers: list[float | Exception | None], clock: Callable[[], float] = lambda: NOW) -> Reason | None:
+    async def claim() -> float | None:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    probe = ClaimsProbe(claim, clock=clock)
+    while answers:
+        await probe.look()
+    return probe.reason()
+
+
+async def test_claims_that_cannot_be_written() -> None:
+    lost = NetworkError("NATS refuses: maximum bytes exceeded")
+    assert await looked([NOW, lost]) is None, "one may fail while a leader is elected"
+    reason = await looked([NOW, *[lost] * FAILURES])
+    assert reason is not None
+    assert (reason.kind, "maximum bytes" in reason.detail) == ("claims", True)
+    assert await looked([*[lost] * 5, NOW]) is None
+    assert await looked([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("ahead", "said"), [(0, None), (CLOCK - 1, None), (1 - CLOCK, None), (CLOCK + 1, "ahead"), (-CLOCK - 1, "behind")]
+)
+async def test_a_clock_that_is_off(ahead: float, said: str | None) -> None:
+    reason = await looked([NOW - ahead])
+    assert (reason is None) is (said is None)
+    if reason is not None:
+        assert (reason.kind, str(said) in reason.detail) == ("clock", True)
+
+
+# An upstream
+
+
+@asynccontextmanager
+async def server(answer: bytes, port: int = 0) -> AsyncIterator[int]:
+    served: list[asyncio.Task[None]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.append(asyncio.current_task())  # type: ignore[arg-type]
+        with suppress(OSError):
+            await reader.read(4096)
+            writer.write(answer)
+            writer.close()
+            await writer.wait_closed()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port) as listening:
+        yield listening.sockets[0].getsockname()[1]
+        await asyncio.sleep(0.02)
+        await asyncio.gather(*served)
+
+
+def probe(port: int, **settings: str) -> Probe:
+    models = [{"name": "m1", "allow": ["POST /v1/chat/completions"]}]
+    return Probe(Upstream.model_validate({"origin": f"http://127.0.0.1:{port}", "models": models, **settings}))
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port: int = held.getsockname()[1]
+        return port
+
+
+async def test_an_upstream_that_is_down_and_comes_back() -> None:
+    port = free_port()
+    looking = probe(port)
+    assert looking.reason() is not None, "before it was looked at, nothing is known"
+    for up in (False, True, False):
+        if up:
+            async with server(b"", port):
+                await looking.look()
+        else:
+            await looking.look()
+        reason = looking.reason()
+        assert (reason is None) is up
+        if reason is not None:
+            assert (reason.kind, str(port) in reason.detail) == ("upstream", True)
+    await looking.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "ready"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", True),
+        (b"HTTP/1.1 503 Loading\r\ncontent-length: 0\r\n\r\n", False),
+        (b"HTTP/1.1 302 Found\r\nlocation: /\r\ncontent-length: 0\r\n\r\n", False),
+        (b"nonsense\r\n\r\n", False),
+        (b"", False),
+    ],
+)
+async def test_an_upstream_that_listens_must_also_answer_where_that_is_asked(answer: bytes, ready: bool) -> None:
+    async with server(answer) as port:
+        looking = probe(port, health="/health")
+        await looking.look()
+        assert (looking.reason() is None) is ready
+        await looking.close()
+        plain = probe(port)
+        await plain.look()
+        assert plain.reason() is None
+        await plain.close()

@@ -1,0 +1,125 @@
+"""Whose turn it is at a worker: what a caller can do to come before others, and what the pseudonyms tell that decide it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
+from hostile.attacks import Verdict, attack
+from hostile.honest import HonestGateway
+from hostile.stage import MODEL, Stage
+from hostile.workers import LyingWorker
+from lacre import problems, tasks
+from lacre.jws import b64u_decode
+from lacre_backend.api.app import create_app
+from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_gateway.claims import Principal
+from lacre_gateway.fairness import HOUR, Pseudonyms
+from parts.gateway import ISSUER, Issuer
+from parts.tiny_model import tiny_model
+
+FLOOD = 8
+TOKENS = 300  # of each answer: all of the flood waits when the other one comes
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[LlamaEngine]:
+    """With one slot: who waits, waits for the others."""
+    settings = LlamaSettings(n_ctx=1024, slots=1, threads=1)
+    engine = LlamaEngine(tiny_model(tmp_path / "tiny.gguf"), name=MODEL, digest="sha256:tiny", settings=settings)
+    yield engine
+    engine.close()
+
+
+@attack(
+    "ask many times at once, under a salt each, to be served before others",
+    by="client",
+    refused=None,
+    gain="nothing; another's one request is served next",
+    defence="the grant's pseudonyms of tenant and caller alone decide whose turn it is",
+)
+@pytest.mark.parametrize("choices", [1, 4])
+async def test_salts(
+    stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer, engine: LlamaEngine, choices: int
+) -> None:
+    await stage.worker(create_app([engine]), models=[MODEL], slots=4 * FLOOD)
+    victim = stage.client(wire, issuer.token(sub="bob", tenant="other"))
+    await victim.chat(stage.prompt, max_tokens=1)
+    done = 0
+
+    async def ask() -> None:
+        nonlocal done
+        client = stage.client(wire, honest.token)  # each draws its own salt
+        await client.chat(stage.prompt, max_tokens=choices * TOKENS, n=choices)
+        done += 1
+
+    flood = [tasks.spawn("flood", ask()) for _ in range(FLOOD // choices)]
+    while engine.held[0] < FLOOD:
+        await asyncio.sleep(0.005)
+    before = done
+    await victim.chat(stage.prompt, max_tokens=TOKENS)
+    assert done - before <= 2, "the one that ran, and one that ended meanwhile"
+    await tasks.end(*flood)
+
+
+def fair(fabric: HostileFabric) -> list[tuple[str, str]]:
+    """Of each grant that came by."""
+    grants = [json.loads(b64u_decode(work.grant.split(".")[1])) for work in fabric.works]
+    return [tuple(grant["fair"]) for grant in grants]
+
+
+async def pseudonyms(stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
+    """Two requests of alice under two salts, then one of a colleague's and one of another tenant's."""
+    tokens = [honest.token, honest.token, issuer.token(sub="bob"), issuer.token(sub="alice", tenant="other")]
+    async with LyingWorker(stage):
+        for token in tokens:
+            await stage.client(wire, token).chat(stage.prompt)
+    (tenant, alice), again, colleague, other = fair(fabric)
+    assert again == (tenant, alice)
+    assert colleague[0] == tenant
+    assert len({tenant, alice, colleague[1], *other}) == 5
+    principal, now = Principal("alice", "acme", ISSUER), time.time()
+    known = Pseudonyms(stage.keys.gateway)
+    assert (tenant, alice) in (known.of(principal, now), known.of(principal, now - 60))
+    assert not {tenant, alice} & {*known.of(principal, now + 2 * HOUR), *known.of(principal, now - 2 * HOUR)}
+
+
+SEEN: dict[str, Any] = {
+    "refused": None,
+    "gain": "within the hour, which requests are one caller's and which callers one tenant's; no name, nothing across hours",
+    "defence": "pseudonyms under a key that only gateways have, other ones every hour",
+}
+
+
+@attack("link one caller's salts by the pseudonyms in its grants", by="worker", **SEEN)
+async def test_linked(stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
+    await pseudonyms(stage, honest, wire, issuer, fabric)
+
+
+@attack("link one caller's requests by the pseudonyms in their grants", by="fabric", **SEEN)
+async def test_linked_outside(
+    stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric
+) -> None:
+    await pseudonyms(stage, honest, wire, issuer, fabric)
+
+
+@attack(
+    "grant pseudonyms that are none: a name, or kilobytes to keep",
+    by="gateway",
+    defence="a grant has two pseudonyms of 22 characters",
+    refused=problems.INVALID_GRANT,
+)
+@pytest.mark.parametrize("pair", [("alice", "acme"), ("A" * 22, "B" * 4000), ("A" * 22,), ()])
+async def test_no_pseudonyms(stage: Stage, gateway: GatewayOwner, verdict: Verdict, pair: tuple[str, ...]) -> None:
+    worker = await stage.worker()
+    gateway.grant = {"fair": pair}
+    with verdict.refused():
+        await stage.client(gateway).chat(stage.prompt)
+    assert worker.calls == 0

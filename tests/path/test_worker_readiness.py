@@ -1,0 +1,174 @@
+"""A worker that cannot work, on a real message server: not announced, not ready, and named everywhere that one would look."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from nats.aio.msg import Msg
+
+from lacre import tasks
+from lacre.jws import b64u, raw_public_key
+from lacre_backend import examination, worker
+from lacre_backend.health import READY
+from lacre_backend.settings import Settings, load
+from lacre_fabric import subjects
+from lacre_fabric.connection import Connection
+from lacre_fabric.provisioning import provision
+from lacre_fabric.rotation import publish
+from lacre_fabric.server import Server, free_port
+from lacre_fabric.site import NODE, Site
+from lacre_gateway.doctor import fabric as doctor
+from lacre_gateway.doctor.findings import Findings, State
+from lacre_gateway.settings import load as load_gateway
+
+POOLS = {"default": ("m1",), "other": ("m1",)}
+
+
+@dataclass
+class Stage:
+    """A site with a message server, and what the worker of the pool `default` says of itself."""
+
+    site: Site
+    port: int  # where its upstream is looked for
+    said: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        """Of a worker that could work."""
+        path = self.site.worker_settings("default")
+        text = path.read_text().partition("[[models]]")[0]
+        upstream = (
+            f'[upstream]\norigin = "http://127.0.0.1:{self.port}"\n[[upstream.models]]\nname = "m1"\nallow = ["POST /x"]\n'
+        )
+        (path.parent / "upstream.toml").write_text(text + upstream)
+        return load(path.parent / "upstream.toml")
+
+    async def hear(self, message: Msg) -> None:
+        if message.subject == subjects.presence("default", subjects.DEFAULT_REGION, NODE):
+            self.said = json.loads(message.data)
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 15
+        while not true():
+            assert time.monotonic() < deadline, self.said
+            await asyncio.sleep(0.02)
+
+    @asynccontextmanager
+    async def running(self, settings: Settings) -> AsyncIterator[None]:
+        self.said = {}
+        task = tasks.spawn("worker", worker._serve(settings))
+        try:
+            yield
+        finally:
+            assert not task.done(), task.exception()
+            await tasks.end(task, limit=15)
+
+    async def doctor(self) -> tuple[State, str]:
+        findings = Findings()
+        await doctor.check(load_gateway(self.site.gateway_settings), findings)
+        [found] = [finding for finding in findings.found if finding.check == "workers default"]
+        return found.state, found.detail
+
+
+@asynccontextmanager
+async def listening(port: int) -> AsyncIterator[None]:
+    async def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(accept, "127.0.0.1", port):
+        yield
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    site = Site(tmp_path / "state", POOLS)
+    site.create()
+    server = Server(site.folder / "nats", free_port())
+    server.configure(site.roles())
+    process = server.start(site.log("nats"))
+    connection = await Connection.open(server.url, site.credential("provisioner"))
+    await provision(connection, site.pools)
+    await publish(site, connection)
+    site.write_settings(server.url, free_port(), {pool: [{"name": "m1"}] for pool in POOLS})
+    stage = Stage(site, free_port())
+    await connection.client.subscribe("presence.>", cb=stage.hear)
+    yield stage
+    await connection.close()
+    process.terminate()
+    process.wait(10)
+
+
+def wrong_trust(site: Site, settings: Settings) -> Settings:
+    return settings.model_copy(update={"trust": b64u(raw_public_key(Ed25519PrivateKey.generate()))})
+
+
+def receipt_key_of_another_pool(site: Site, settings: Settings) -> Settings:
+    return settings.model_copy(update={"receipt_key": load(site.worker_settings("other")).receipt_key})
+
+
+def keys_of_another_pool(site: Site, settings: Settings) -> Settings:
+    return settings.model_copy(update={"keys": load(site.worker_settings("other")).keys})
+
+
+def unknown_model(site: Site, settings: Settings) -> Settings:
+    assert settings.upstream is not None
+    models = (settings.upstream.models[0].model_copy(update={"name": "m9"}),)
+    return settings.model_copy(update={"upstream": settings.upstream.model_copy(update={"models": models})})
+
+
+@pytest.mark.parametrize(
+    ("broken", "kind", "said"),
+    [
+        (wrong_trust, "trust", "pinned root"),
+        (receipt_key_of_another_pool, "receipt_key", "it is pool other's"),
+        (keys_of_another_pool, "keys", "none of the keys"),
+        (unknown_model, "model", "m9"),
+    ],
+)
+async def test_a_worker_with_something_wrong_is_not_announced(
+    stage: Stage, tmp_path: Path, broken: Callable[[Site, Settings], Settings], kind: str, said: str
+) -> None:
+    health = tmp_path / "health"
+    settings = broken(stage.site, stage.settings.model_copy(update={"health": health}))
+    async with listening(stage.port), stage.running(settings):
+        await stage.until(lambda: stage.said.get("wrong") == [kind] and health.exists() and said in health.read_text())
+        assert stage.said["models"] == []
+        checked = await examination._examine(settings)
+        assert [reason.kind for reason in checked] == [kind]
+        assert said in checked[0].detail
+
+
+async def test_a_good_worker_is_announced_and_one_whose_upstream_goes_is_not(stage: Stage, tmp_path: Path) -> None:
+    health = tmp_path / "health"
+    settings = stage.settings.model_copy(update={"health": health})
+    async with stage.running(settings):
+        await stage.until(lambda: stage.said.get("wrong") == ["upstream"])
+        assert (stage.said["models"], await stage.doctor()) == (
+            [],
+            (State.FAILED, f"none is ready: {NODE} (upstream)"),
+        )
+        async with listening(stage.port):
+            await stage.until(lambda: stage.said["models"] == ["m1"])
+            assert stage.said["wrong"] == []
+            await stage.until(lambda: health.read_text() == READY)
+        await stage.until(lambda: stage.said["models"] == [])
+        assert stage.said["wrong"] == ["upstream"]
+
+
+async def test_the_worker_s_own_check_names_what_is_wrong_before_it_runs(stage: Stage) -> None:
+    async with listening(stage.port):
+        assert await examination._examine(stage.settings) == []
+    assert [reason.kind for reason in await examination._examine(stage.settings)] == ["upstream"]
+    path = stage.site.worker_settings("default").parent / "broken.toml"
+    path.write_text("pool = 1\n")
+    for file in (path, path.with_name("missing.toml")):
+        assert [reason.kind for reason in await asyncio.to_thread(examination.examine, file)] == ["settings"]
