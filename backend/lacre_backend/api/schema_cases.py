@@ -10,16 +10,30 @@ Rules
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from urllib.parse import unquote, urldefrag, urljoin
 
-from lacre_backend.api.schema_keywords import demanded, denied
-from lacre_backend.api.schema_terms import Case, Contains, Exists, Items, Literal, Literals, Place, Properties, SchemaRefused
+from lacre_backend.api.schema_keywords import demanded, denied, empty_range
+from lacre_backend.api.schema_terms import (
+    TYPES,
+    Case,
+    Contains,
+    Exists,
+    Items,
+    Literal,
+    Literals,
+    Place,
+    Properties,
+    SchemaRefused,
+)
 
-MAX_CASES: Final = 2000  # of a whole schema; a schema of a hundred plain properties has some hundred
+MAX_CASES: Final = 500  # at one place
+MAX_MADE: Final = 10_000  # of a whole schema; each takes some 10 microseconds, with Python's lock
+MAX_COMPARED: Final = 40  # alternatives, of which each two are held against each other
 MAX_DEPTH: Final = 64  # of keywords that apply in place (`allOf`, `$ref`, ...), one within the other
 
 DIALECTS: Final = (
@@ -209,7 +223,7 @@ class Cases:
 
     def _count(self, made: int, keyword: str, place: Place) -> None:
         self.made += made
-        if self.made > 20 * MAX_CASES or made > MAX_CASES:
+        if self.made > MAX_MADE or made > MAX_CASES:
             raise SchemaRefused(keyword, place.path, "multiplies into too many cases")
 
     def unknown(self, keyword: str, place: Place, problem: str = "is not supported") -> None:
@@ -331,6 +345,8 @@ class Cases:
 
     def _told_apart(self, options: Literals, case: Case, place: Place, numbers: range) -> list[Branch]:
         """Each option holds or does not; so many of them do."""
+        if 1 in numbers and self._disjoint(options, case):
+            return [branch for option in options for branch in self._literal(option, case, track=True)]
         branches: list[tuple[Case, Seen, int]] = [(case, _NOTHING_SEEN, 0)]
         for option in options:
             after = [(c, seen | more, n + 1) for b, seen, n in branches if n + 1 < numbers.stop
@@ -341,6 +357,27 @@ class Cases:
             self._count(len(after), "anyOf", place)
             branches = after
         return [(c, seen) for c, seen, n in branches if n in numbers]
+
+    def _disjoint(self, options: Literals, case: Case) -> bool:
+        """Whether no two options hold for one value, as where a property's constant tells them apart. False where that is not
+        plain to see.
+        """
+        possible = [option for option in options if self._literal(option, case, track=False)]
+        if len(possible) > MAX_COMPARED:
+            return False
+        pairs = itertools.combinations(possible, 2)
+        return all(not self._possible(both) for pair in pairs for both in self._all(pair, case))
+
+    def _possible(self, case: Case) -> bool:
+        """Whether some value may be as the case says, by a look at the properties that it must have."""
+        for name in case.required:
+            own = tuple(each.named[name] for each in case.properties if name in each.named)
+            if len(own) > 1 and not any(self._scalars(own, kind) for kind in TYPES):
+                return False
+        return not case.absent.intersection(case.required)
+
+    def _scalars(self, literals: Literals, kind: str) -> bool:
+        return any(not (kind == "number" and empty_range(case)) for case in self.of(literals, kind))
 
     def _condition(self, place: Place) -> tuple[Literal, Literal | None, Literal | None]:
         schema = place.schema

@@ -340,7 +340,7 @@ class RuleMaker:
             raise SchemaRefused("patternProperties", at.place.path, str(error)) from None
 
     def _name_is(self, name: str, literals: Literals, at: Literal) -> bool:
-        return any(
+        return not literals or any(
             (case.only is None or name in case.only)
             and name not in case.never
             and not case.formats

@@ -37,6 +37,9 @@ class Place:
     def key(self) -> tuple[object, ...]:
         if isinstance(self.schema, bool):
             return (self.schema,)
+        members = self.schema.items() if isinstance(self.schema, dict) else ()
+        if members and not any(k[:1] == "$" or isinstance(v, dict | list) for k, v in members):
+            return ("alone", *sorted((k, type(v), v) for k, v in members))  # the same wherever it stands
         return (id(self.schema), self.scope)
 
     def inside(self, schema: Any, *steps: str | int) -> Place:

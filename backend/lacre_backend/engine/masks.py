@@ -33,6 +33,7 @@ MAX_SOURCE: Final = 2 * 2**20  # bytes of a grammar; the schemas of a request co
 START_SECONDS: Final = 0.5  # of masks that any request may cost, whatever its length: some grammars are dear at first
 TOKEN_SECONDS: Final = 0.004  # more for each token; common schemas take a tenth of it
 GRACE: Final = 0.002  # seconds that a step waits for masks which are usually quick, rather than leave them to the next step
+REHEARSED: Final = 4  # tokens, each some tenths of a millisecond
 CLOSE_LIMIT: Final = 1.0  # seconds; the dearest mask takes some hundredths of one
 _STATES: Final = 32_000  # of a grammar's lexer; each takes some 1.5 kB
 # The rest are llguidance's own limits, written down here because admission and its documentation rest on them: 2,000 ways on at
@@ -46,7 +47,7 @@ _LIMITS: Final = LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,
 )
-_THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 4))  # a mask takes a hundredth of a step
+THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 4))  # a mask takes a hundredth of a step
 _END: Final = -1  # before all that is wanted
 NO_FORCING: Final = '%llguidance {"no_forcing": true}\n'
 
@@ -95,7 +96,11 @@ class Masks:
         self._wanted: queue.PriorityQueue[tuple[float, int, Constraint | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._words = (model.n_vocab + 31) // 32
-        self._threads = [tasks.thread(f"masks {i}", self._run) for i in range(_THREADS)]
+        # What says something: no blank, and no end.
+        self._telling = np.array(
+            [bool(model.piece(i).strip()) and not model.ends(i) for i in range(model.n_vocab)], dtype=np.bool_
+        )
+        self._threads = [tasks.thread(f"masks {i}", self._run) for i in range(THREADS)]
 
     def compile(self, source: str, begun: Sequence[int] = ()) -> Compiled:
         """source: llguidance's form of Lark, or several as JSON, each of which begins with `NO_FORCING`. begun: tokens of the
@@ -113,6 +118,7 @@ class Masks:
         if matcher.try_consume_tokens(list(begun)) != len(begun):
             raise TaskRefused("The answer that was begun does not match the grammar.", field="begun")
         try:
+            self._rehearse(matcher.deep_copy())
             return Compiled(matcher, self.mask(matcher), tuple(begun))
         except GrammarTooCostly:
             raise GrammarTooLarge from None
@@ -128,6 +134,15 @@ class Masks:
         if matcher.is_error():  # the mask would then only let the answer end
             raise GrammarTooCostly("The grammar has too many ways on at one place. Simplify the schema.")
         return np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._model.n_vocab].view(np.bool_)
+
+    def _rehearse(self, matcher: LLMatcher) -> None:
+        """Some tokens of an answer, whichever may come: most limits show at once, before anything runs."""
+        for _ in range(REHEARSED):
+            ways = np.flatnonzero(self.mask(matcher) & self._telling)
+            if len(ways) == 0:
+                return
+            if not matcher.consume_token(int(ways[0])):
+                raise GrammarTooCostly("The grammar reached one of its limits. Simplify the schema.")
 
     def want(self, constraint: Constraint) -> None:
         """Have the constraint's mask computed."""

@@ -1,0 +1,137 @@
+"""Masks beside the decode thread: what they cost, who waits for whom, and what a limit comes to."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lacre_backend.api import schema
+from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.masks import START_SECONDS, THREADS, TOKEN_SECONDS, Constraint
+from lacre_backend.engine.protocol import Event, Finish, GrammarTooCostly, GrammarTooLarge, Sampling, Task, TaskRefused, Token
+from parts.tiny_model import tiny_model
+
+MakeTask = Callable[..., Task]
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[LlamaEngine]:
+    path = tiny_model(tmp_path / "m.gguf")
+    engine = LlamaEngine(path, name="tiny", digest="sha256:0", settings=LlamaSettings(n_ctx=512, slots=4, threads=1))
+    yield engine
+    engine.close()
+
+
+class Held(Constraint):
+    """A mask that takes until it is let go."""
+
+    def __init__(self, let_go: threading.Event) -> None:
+        self.cost = -1.0
+        self._let_go = let_go
+
+    def advance(self) -> None:
+        self._let_go.wait()
+
+
+async def drain(engine: LlamaEngine, task: Task, into: list[Event]) -> None:
+    async for event in engine.submit(task):
+        into.append(event)
+
+
+@pytest.fixture
+def held(small: LlamaEngine) -> Iterator[threading.Event]:
+    """No mask is computed until it is set."""
+    let_go = threading.Event()
+    for _ in range(THREADS):
+        small._masks.want(Held(let_go))
+    yield let_go
+    let_go.set()
+
+
+async def test_a_late_mask_holds_up_its_own_answer_alone(
+    small: LlamaEngine, make_task: MakeTask, run: Run, held: threading.Event
+) -> None:
+    late: list[Event] = []
+    sampling = Sampling(temperature=0, grammar='start: "abcabc"')
+    waiting = asyncio.create_task(drain(small, make_task(small, "x", 20, sampling=sampling, endless=False), late))
+    for _ in range(3):
+        _, finish = await run(small, make_task(small, "y", 10))
+        assert finish.completion_tokens == 10
+    assert [type(event) for event in late] == [Token], "the first mask was there already"
+    held.set()
+    await waiting
+    assert "".join(event.text for event in late if isinstance(event, Token)) == "abcabc"
+    assert isinstance(late[-1], Finish)
+    assert late[-1].reason == "stop"
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "length"])
+async def test_an_answer_that_waits_for_its_mask_still_ends(
+    reason: str, small: LlamaEngine, make_task: MakeTask, held: threading.Event
+) -> None:
+    late: list[Event] = []
+    limit = 0.3 if reason == "length" else None
+    task = make_task(small, "x", 20, sampling=Sampling(grammar='start: "abcabc"'), endless=False, time_limit=limit)
+    waiting = asyncio.create_task(drain(small, task, late))
+    await asyncio.sleep(0.1)
+    if reason == "cancelled":
+        small.cancel(task.id)
+    await asyncio.wait_for(waiting, 5)
+    assert isinstance(late[-1], Finish)
+    assert late[-1].reason == reason
+    assert small.held[0] == 0
+
+
+async def test_the_grammar_goes_on_through_all_ways_to_stop(small: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+    sampling = Sampling(temperature=0, grammar="start: /[a-f]{40}/")
+    task = make_task(small, "x", 60, sampling=sampling, endless=False)
+    tokens, finish = await run(small, task)
+    text = "".join(token.text for token in tokens) + finish.text
+    assert (len(text), set(text) <= set("abcdef"), finish.reason) == (40, True, "stop")
+    tokens, finish = await run(small, make_task(small, "x", 60, sampling=sampling, endless=False, stop=(text[5:8],)))
+    assert finish.reason == "stop"
+    assert len("".join(token.text for token in tokens) + finish.text) <= 5
+
+
+def test_choices_of_a_request_share_its_budget(small: LlamaEngine) -> None:
+    compiled = small._masks.compile('start: "a"')
+    other = small._masks.compile('start: "a"')
+    for _ in range(10):
+        compiled.charge(START_SECONDS / 10)
+    with pytest.raises(GrammarTooCostly):
+        for _ in range(10):
+            compiled.charge(2 * TOKEN_SECONDS + START_SECONDS / 10)
+    other.charge(TOKEN_SECONDS)
+
+
+def test_what_an_engine_does_not_follow_is_refused(small: LlamaEngine) -> None:
+    many = "start: r0\n" + "\n".join(f'r{i}: "k{i}" | r{i + 1}' for i in range(2500)) + '\nr2500: "end"\n'
+    parts = [{"pattern": f"^(.*[ab].{{{150 + i}}}){{3}}$"} for i in range(2)]
+    soon = schema.grammar({"type": "string", "allOf": parts})  # its automaton is built with the first character
+    for source in ("no rule", "start: other", many, soon, "start: /(?=a)/"):
+        with pytest.raises(GrammarTooLarge):
+            print(source[:40], small.grammar(source))
+    with pytest.raises(TaskRefused):
+        small.grammar("start: " + '"a" ' * 600_000)
+
+
+async def test_a_grammar_is_for_its_own_beginning(small: LlamaEngine, make_task: MakeTask) -> None:
+    begun = tuple(small.tokenize("ab"))
+    grammar = small.grammar('start: "abab"', begun)
+    with pytest.raises(TaskRefused) as caught:
+        small.submit(make_task(small, "x", 5, sampling=Sampling(grammar=grammar)))
+    assert caught.value.field == "grammar"
+    async for _ in small.submit(make_task(small, "x", 5, sampling=Sampling(grammar=grammar), begun=begun)):
+        pass
+
+
+def test_a_callers_text_never_reaches_the_tokenizer(small: LlamaEngine) -> None:
+    """llguidance would tokenize what a grammar forces; its tokenizer here raises."""
+    forced = {"type": "object", "properties": {"x" * 5000: {"const": "y" * 5000}}, "required": ["x" * 5000]}
+    small.grammar(schema.grammar(forced))
