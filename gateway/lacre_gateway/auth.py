@@ -225,7 +225,8 @@ class Authenticator:
         try:
             if token is None:
                 raise BadClaim("authorization")
-            verdict = await self._verify(token)
+            with self._throttle.verifying(address):
+                verdict = await self._verify(token)
             if verdict.thumbprint is None and scheme == b"dpop":
                 raise BadClaim("cnf")
         except KeysUnavailable as exc:

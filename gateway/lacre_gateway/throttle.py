@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from limits import parse
@@ -17,6 +18,10 @@ from lacre import problems
 from lacre.listening import network_of
 from lacre_gateway.refusal import Refusal
 
+# Tokens of one address that are verified at a time. Those whose key is not known wait for their issuer, and the places for that
+# are few (`remote_keys.MAX_WAITING`): whoever makes up key ids must not hold them all.
+MAX_VERIFYING: Final = 64
+_VERIFIED_SOON: Final = 2.0  # seconds; an issuer is asked that often
 _BUCKET: Final = "failed-auth"
 _MINUTE: Final = 60  # seconds
 
@@ -28,6 +33,21 @@ class FailureThrottle:
         self._limit = parse(f"{per_minute}/minute")
         limiter = Limiter(key_func=_no_request, storage_uri="memory://", strategy="fixed-window")
         self._counts = limiter.limiter
+        self._verifying: Counter[str] = Counter()
+
+    @contextmanager
+    def verifying(self, address: str) -> Iterator[None]:
+        """While a token of the address is verified, which may take a look at its issuer. Raises Refusal (429)."""
+        network = network_of(address)
+        if self._verifying[network] >= MAX_VERIFYING:
+            raise Refusal(problems.RATE_LIMITED, retry_after=_VERIFIED_SOON)
+        self._verifying[network] += 1
+        try:
+            yield
+        finally:
+            self._verifying[network] -= 1
+            if not self._verifying[network]:
+                del self._verifying[network]
 
     def check(self, address: str) -> None:
         """Raises Refusal (429) for an address that failed too often."""

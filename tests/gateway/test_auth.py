@@ -27,7 +27,7 @@ from lacre_gateway.claims import BadClaim, ClaimNames
 from lacre_gateway.keyset import KeySet
 from lacre_gateway.refusal import Refusal
 from lacre_gateway.revocation import RevocationList
-from lacre_gateway.throttle import FailureThrottle
+from lacre_gateway.throttle import MAX_VERIFYING, FailureThrottle
 from parts.gateway import AUDIENCE, ISSUER, Issuer, World
 
 ALGORITHMS = ("EdDSA", "ES256", "RS256")
@@ -154,6 +154,41 @@ def test_a_verdict_does_not_outlive_its_issuer_s_keys(issuer: Issuer) -> None:
     keys._keys = {}
     with pytest.raises(Refusal):
         principal(auth, token)
+
+
+class AskedKeys(KeySet):
+    """Keys of an issuer that takes its time to say that there are no others. waiting: tokens that wait for it."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.waiting = 0
+        self.answered = asyncio.Event()
+
+    async def seek(self, _kid: object, _alg: object) -> None:
+        self.waiting += 1
+        await self.answered.wait()
+
+
+def test_one_address_does_not_hold_all_places_of_tokens_that_wait_for_their_issuer(issuer: Issuer) -> None:
+    """Key ids can be made up without end. Whoever has a token of a new key waits for the issuer all the same."""
+    keys = AskedKeys.parse(issuer.jwks(), ALGORITHMS, "issuers.0.jwks")
+    auth = authenticator(issuer, keys=keys)
+    token = jwt.encode(issuer.claims(), issuer.ed, algorithm="EdDSA", headers={"kid": "made up"})
+    bearer = f"Bearer {token}".encode()
+
+    async def crowd() -> list[object]:
+        crowding = [asyncio.create_task(auth.authenticate(bearer, "192.0.2.1")) for _ in range(MAX_VERIFYING + 9)]
+        neighbour = asyncio.create_task(auth.authenticate(bearer, "192.0.2.2"))
+        while keys.waiting < MAX_VERIFYING + 1:
+            await asyncio.sleep(0)
+        known = await auth.authenticate(f"Bearer {issuer.token()}".encode(), "192.0.2.2")
+        keys.answered.set()
+        return [known, *await asyncio.gather(*crowding, neighbour, return_exceptions=True)]
+
+    known, *refusals = asyncio.run(crowd())
+    said = [refusal.problem for refusal in refusals if isinstance(refusal, Refusal)]
+    assert known is not None
+    assert said == [problems.INVALID_TOKEN] * MAX_VERIFYING + [problems.RATE_LIMITED] * 9 + [problems.INVALID_TOKEN]
 
 
 NAMED = {
