@@ -29,11 +29,11 @@ PATIENCE: Final = 10.0  # seconds of `Retry-After` that are waited without askin
 MOST_LOST: Final = 2  # workers that may be lost while they have one call: after the second it was hardly an accident
 TRIES: Final = 2  # where the caller names no number: of what may have run, and is paid for again
 # Seconds, where the caller names no number, in which what did not run is tried again. A cluster of message servers is without a
-# leader for up to 15 s; a call that meets that must still end while somebody waits for it.
-ENDURANCE: Final = 25.0
+# leader for up to 20 s; a call that meets that must still end while somebody waits for it.
+ENDURANCE: Final = 30.0
 # The same for a request that goes on with a broken answer.
-ENDURANCE_RESUMING: Final = 12.0
-MOST: Final = 7  # tries within that time: about a call of many attempts little can be claimed where the gateway lies
+ENDURANCE_RESUMING: Final = 15.0
+MOST: Final = 8  # tries within that time: about a call of many attempts little can be claimed where the gateway lies
 NO_GATEWAY_PAUSE: Final = 1.0  # seconds; a balancer looks for another gateway about this often
 
 # What may have run, and did not answer.

@@ -48,7 +48,7 @@ class Client(httpx2.Client):
     pieces of 16 KiB; `none` does not.
     keep_identifying_fields: seal `user`, `metadata`, `safety_identifier` and `prompt_cache_key` too, instead of dropping them.
     retries: how often a request is sent anew, sealed afresh, where nothing of an answer came, or the gateway asks to come back
-    within 10 s; `attempts` counts. Without a number: twice, and for 25 s where it certainly did not run.
+    within 10 s; `attempts` counts. Without a number: twice, and for 30 s where it certainly did not run.
     resume: whether an answer that broke off is resumed, once; 0 for never.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
     verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
