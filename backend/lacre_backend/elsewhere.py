@@ -40,6 +40,11 @@ class Elsewhere:
         """Whether its thread ended by itself: no call is answered any more."""
         return self._thread.died is not None
 
+    @property
+    def stuck(self) -> bool:
+        """What blocks the app's loop is its own affair: whoever waits for it has limits."""
+        return False
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises TaskDied where nothing can answer any more."""
         self._thread.check()

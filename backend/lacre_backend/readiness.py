@@ -158,13 +158,20 @@ class Mortal(Protocol):
     @property
     def died(self) -> bool: ...
 
+    @property
+    def stuck(self) -> bool: ...
+
 
 def alive(*parts: Mortal) -> Part:
-    """The process ends when one of them dies; until then the worker says that it is not ready."""
+    """The process ends when one of them dies; until then the worker says that it is not ready. One that is stuck may go on."""
 
     def look() -> Reason | None:
-        if not any(part.died for part in parts):
-            return None
-        return Reason("engine", "a thread that answers requests has died", "look in the log for its traceback")
+        if any(part.died for part in parts):
+            return Reason("engine", "a thread that answers requests has died", "look in the log for its traceback")
+        if any(part.stuck for part in parts):
+            return Reason(
+                "engine", "an engine has been at one step for minutes", "restart the worker; look at its GPU and memory"
+            )
+        return None
 
     return look

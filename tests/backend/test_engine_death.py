@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -19,7 +20,8 @@ from lacre.tasks import TaskDied
 from lacre_backend.elsewhere import Elsewhere
 from lacre_backend.engine.embedder import LlamaEmbedder
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
-from lacre_backend.engine.protocol import DIED, EngineError, Event, Finish, Kind, Task
+from lacre_backend.engine.protocol import DIED, FAILED_STEPS, STUCK, EngineError, Event, Finish, Kind, Task, Watch
+from lacre_backend.engine.tokens import Tokens
 from lacre_backend.readiness import alive
 from parts.tiny_model import tiny_model
 
@@ -87,6 +89,51 @@ async def test_who_waits_for_a_dead_thread_is_told(engine: Threaded) -> None:
     assert look() is not None
     with pytest.raises(EngineError, match="has died"):
         engine.submit(task(engine, "late"))
+
+
+class Unchecked(LlamaEngine):
+    """Lets through what `check` refuses: llama.cpp fails at it, as it would at a device that is gone."""
+
+    def _begin(self, task: Task) -> Any:
+        job = super()._begin(task)
+        if job.task.id.startswith("bad"):
+            job.tokens = Tokens([10**6] * 5, chained=False)
+        return job
+
+
+async def outcome(engine: LlamaEngine, name: str) -> str:
+    try:
+        return [event async for event in engine.submit(task(engine, name))][-1].__class__.__name__
+    except EngineError as exc:
+        return str(exc)
+
+
+async def test_an_engine_whose_every_step_fails_is_dead(tmp_path: Path) -> None:
+    """Otherwise it would take all of a pool's requests, and fail them. One that works now and then goes on."""
+    settings = LlamaSettings(n_ctx=512, slots=2, threads=1)
+    engine = Unchecked(tiny_model(tmp_path / "tiny.gguf"), name="tiny", digest="", settings=settings)
+    for name in ("bad", "good"):
+        for number in range(FAILED_STEPS - 1):
+            assert "could not decode" in await outcome(engine, f"bad {name} {number}")
+        assert (await outcome(engine, "good"), engine.died) == ("Finish", False)
+    for number in range(FAILED_STEPS):
+        assert "could not decode" in await outcome(engine, f"bad {number}")
+    deadline = time.monotonic() + 5
+    while not engine.died and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    assert engine.died
+    engine.close()
+
+
+def test_a_step_that_does_not_end_is_noticed() -> None:
+    watch = Watch()
+    assert not watch.stuck
+    watch.step()
+    assert not watch.stuck
+    watch._began = time.monotonic() - STUCK - 1
+    assert watch.stuck
+    watch.rest()
+    assert not watch.stuck
 
 
 async def test_a_closed_engine_did_not_die(engine: Threaded) -> None:

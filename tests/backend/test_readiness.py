@@ -110,14 +110,15 @@ async def test_what_a_part_says_counts_whatever_the_manifest_says() -> None:
 
 
 class Mortal:
-    died = False
+    died = stuck = False
 
 
-def test_a_dead_thread() -> None:
+@pytest.mark.parametrize("how", ["died", "stuck"])
+def test_a_dead_or_stuck_thread(how: str) -> None:
     engine, app = Mortal(), Mortal()
     look = alive(app, engine)
     assert look() is None
-    engine.died = True
+    setattr(engine, how, True)
     assert (look() or Reason("", "", "")).kind == "engine"
 
 

@@ -90,6 +90,10 @@ class EchoEngine:
         return False
 
     @property
+    def stuck(self) -> bool:
+        return False
+
+    @property
     def running(self) -> int:
         """Tasks that were submitted and have not finished."""
         return len(self._jobs)

@@ -37,6 +37,7 @@ from lacre_backend.engine.protocol import (
     ModelInfo,
     Task,
     TaskRefused,
+    Watch,
     check,
 )
 from lacre_backend.engine.sizing import LlamaSettings, memory_for_caches
@@ -83,6 +84,7 @@ class LlamaEmbedder:
         self._encoder = _Encoder(self._model, self._packing.room, settings)
         self._outbox = Outbox()
         self._changed = threading.Condition()
+        self._watch = Watch()
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
         self._closing = self._closed = False
         self.steps = 0
@@ -95,6 +97,10 @@ class LlamaEmbedder:
     @property
     def died(self) -> bool:
         return self._thread.died is not None
+
+    @property
+    def stuck(self) -> bool:
+        return self._watch.stuck
 
     @property
     def slots(self) -> int:
@@ -145,7 +151,9 @@ class LlamaEmbedder:
     def _run(self) -> None:
         try:
             while batch := self._take():
+                self._watch.step()
                 self._step(batch)
+                self._watch.rest()
         finally:
             self._give_up()
 
@@ -157,11 +165,13 @@ class LlamaEmbedder:
 
     def _step(self, batch: list[_Job]) -> None:
         events: list[Embedding | EngineError]
+        failed: EngineError | None = None
         try:
             vectors = self._encoder.encode([job.task.prompt for job in batch])
             events = [Embedding(tuple(vector.tolist())) for vector in vectors]
+            self._watch.done()
         except EngineError as error:
-            events = [error] * len(batch)
+            failed, events = error, [error] * len(batch)
         self.steps += 1
         with self._changed:
             for job in batch:
@@ -171,6 +181,8 @@ class LlamaEmbedder:
             if isinstance(event, Embedding):
                 self._outbox.post(job.stream, _finish(job))
         self._outbox.flush()
+        if failed is not None:
+            self._watch.failed(failed)
 
     def _give_up(self) -> None:
         """The thread ends: nobody may wait for it any longer."""

@@ -40,6 +40,7 @@ from lacre_backend.engine.protocol import (
     Task,
     TaskRefused,
     Token,
+    Watch,
     check,
 )
 from lacre_backend.engine.sampling import Logits, Sampler, choose, logprob
@@ -119,6 +120,7 @@ class LlamaEngine:
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
+        self._watch = Watch()
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
         self._inbox: list[_Job] = []  # of these, what the decode thread has not seen
         self._cancelled: list[_Job] = []  # since the decode thread looked
@@ -137,6 +139,10 @@ class LlamaEngine:
     @property
     def died(self) -> bool:
         return self._thread.died is not None
+
+    @property
+    def stuck(self) -> bool:
+        return self._watch.stuck
 
     @property
     def slots(self) -> int:
@@ -219,7 +225,9 @@ class LlamaEngine:
     def _run(self) -> None:
         try:
             while self._take_up():
+                self._watch.step()
                 self._step()
+                self._watch.rest()
         finally:
             self._give_up()
 
@@ -260,6 +268,7 @@ class LlamaEngine:
             self._fail(working, error)
             return
         if plan.segments:
+            self._watch.done()
             self._dirty = True
             self._record(plan, time.monotonic() - now)
         self._tell_read(plan)
@@ -394,6 +403,7 @@ class LlamaEngine:
         for job in working:
             self._drop(job, error, keep=False)
         self._outbox.flush()
+        self._watch.failed(error)
 
     def _give_up(self) -> None:
         """The thread ends: nobody may wait for it any longer."""

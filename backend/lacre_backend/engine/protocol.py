@@ -14,6 +14,7 @@ Rules
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,6 +25,9 @@ from lacre.errors import LacreError, UsageError
 from lacre_backend.engine.turns import NOBODY, Fair
 
 DIED: Final = "The engine has died, and its process ends: the log has the traceback. Send the request again."
+FAILED_STEPS: Final = 8  # in a row, after which an engine counts as broken: a device that fell off its bus fails each one
+STUCK: Final = 300.0  # seconds of one step, after which an engine counts as stuck; the longest that is foreseen takes some 60
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -253,6 +257,39 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
 
 
+class Watch:
+    """What tells a broken engine from a busy one. Written by the engine's thread, read by any."""
+
+    __slots__ = ("_began", "_failures")
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._failures = 0
+
+    def step(self) -> None:
+        """A step begins."""
+        self._began = time.monotonic()
+
+    def rest(self) -> None:
+        """The thread waits for work, or is between two steps."""
+        self._began = None
+
+    def done(self) -> None:
+        """A step was computed."""
+        self._failures = 0
+
+    def failed(self, error: EngineError) -> None:
+        """A step was not. Raises RuntimeError where too many were not: nothing will do but a new process."""
+        self._failures += 1
+        if self._failures >= FAILED_STEPS:
+            raise RuntimeError("every step fails") from error
+
+    @property
+    def stuck(self) -> bool:
+        began = self._began
+        return began is not None and time.monotonic() - began > STUCK
+
+
 class Engine(Protocol):
     """Runs tasks on one model. All but `grammar` and `close` return at once; every method may be called from any thread."""
 
@@ -262,6 +299,11 @@ class Engine(Protocol):
     @property
     def died(self) -> bool:
         """Whether it ended by itself: it runs nothing any more, and its process must end."""
+        ...
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a step has taken so long that it will hardly end."""
         ...
 
     def submit(self, task: Task) -> AsyncIterator[Event]:

@@ -1,0 +1,104 @@
+"""A worker that cannot work takes nothing and is announced for nothing; what it took a moment too early it gives back."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+
+import pytest
+
+from lacre import problems, tasks
+from lacre_fabric import subjects
+from lacre_fabric.frames import Kind
+from lacre_fabric.layout import CLAIMS
+from lacre_fabric.nats_gateway import NatsGateway
+from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.work import FabricUnavailable, NoWorkers
+from parts.fabric import LiveFabric, new_work
+
+
+class Able:
+    def __init__(self, *models: str) -> None:
+        self.able = set(models)
+
+    def models(self) -> set[str]:
+        return self.able
+
+    def kinds(self) -> Sequence[str]:
+        return [] if self.able else ["upstream"]
+
+
+@dataclasses.dataclass
+class Ends:
+    gateway: NatsGateway
+    worker: NatsWorker
+    able: Able
+
+    async def until(self, workers: int) -> None:
+        async with asyncio.timeout(5):
+            while self.gateway.workers("a", "m1") != workers:
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def ends(nats: LiveFabric) -> AsyncIterator[Ends]:
+    async with AsyncExitStack() as stack:
+        gateway, able = await nats.gateway(), Able("m1")
+        stack.push_async_callback(gateway.close)
+        credential = nats.credentials["worker-a-n1"]
+        worker = await NatsWorker.connect(nats.server.url, credential, "a", "n1", ["m1"], able=able)
+        stack.push_async_callback(worker.close)
+        yield Ends(gateway, worker, able)
+
+
+async def test_it_is_announced_only_while_it_can_work(ends: Ends) -> None:
+    await ends.until(1)
+    ends.able.able = set()
+    await ends.until(0)
+    with pytest.raises(NoWorkers):
+        await ends.gateway.dispatch(new_work(), queue_limit=1)
+    ends.able.able = {"m1"}
+    await ends.until(1)
+    pulling = tasks.spawn("pull", ends.worker.pull())
+    await ends.gateway.dispatch(new_work())
+    async with asyncio.timeout(5):
+        await (await pulling).drop()
+
+
+async def test_what_came_when_it_could_not_any_more_goes_back(ends: Ends) -> None:
+    """It had asked for work while it could: the caller is told that nobody began, and sends it again."""
+    await ends.until(1)
+    pulling = tasks.spawn("pull", ends.worker.pull())
+    await asyncio.sleep(0.1)  # the pull waits at the server
+    ends.able.able = set()
+    dispatch = await ends.gateway.dispatch(new_work())
+    async with asyncio.timeout(5):
+        frames = [frame async for frame in dispatch.frames()]
+    assert [(frame.kind, frame.payload) for frame in frames] == [(Kind.ERROR, problems.UNCLAIMED.type.encode())]
+    assert not pulling.done()
+    await tasks.end(pulling)
+
+
+async def test_a_claim_that_is_tried_says_what_time_it_is(ends: Ends) -> None:
+    assert abs((await ends.worker.try_claim() or 0.0) - time.time()) < 5
+    assert await ends.worker.try_claim() is not None, "each time another one: a claim can be made once"
+
+
+async def test_a_full_bucket_is_noticed(nats: LiveFabric, ends: Ends) -> None:
+    connection = await nats.connect("provisioner")
+    stream = f"KV_{subjects.claims_bucket('a')}"
+    try:
+        config = (await connection.jetstream.stream_info(stream)).config
+        held = (await connection.jetstream.stream_info(stream)).state.messages
+        await connection.jetstream.update_stream(config.evolve(max_msgs=max(1, held)))
+        if not held:
+            await ends.worker.try_claim()
+        with pytest.raises(FabricUnavailable):
+            await ends.worker.try_claim()
+        await connection.jetstream.update_stream(config.evolve(max_msgs=CLAIMS.messages))
+        assert await ends.worker.try_claim() is not None
+    finally:
+        await connection.close()
