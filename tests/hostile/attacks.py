@@ -19,7 +19,7 @@ from lacre import ApiError
 from lacre.errors import LacreError
 from lacre.problems import Problem
 
-Adversary = Literal["gateway", "fabric", "client", "stranger", "worker"]
+Adversary = Literal["gateway", "fabric", "client", "stranger", "worker", "issuer"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 ADVERSARIES: dict[Adversary, str] = {
@@ -28,6 +28,7 @@ ADVERSARIES: dict[Adversary, str] = {
     "client": "A caller with a token, against workers and gateway",
     "stranger": "Anybody who can reach a port of the gateway, without a token",
     "worker": "A worker of the pool, against the gateway's books and the caller's",
+    "issuer": "Whoever serves the documents of a token issuer, without its signing key, against the gateway that reads them",
     "credential": "Somebody with one stolen credential of the message server, against everybody else of the site",
 }
 NOTHING = "nothing"

@@ -417,6 +417,20 @@ MUTATIONS: Final = (
              '            log.warning("fabric.pool_reconnected", pool=self.pool)', "test_nats.py::test_cut"),
     Mutation("a connection that is silent is a lost one", f"{FABRIC}/nats_client.py",
              "if silent > MAX_SILENT or", "if", "test_nats.py::test_still"),
+    # background work
+    Mutation("what is left of an answer is cancelled", "sdk/lacre/tasks.py",
+             "        task.cancel()\n    await settle(", "        pass\n    await settle(",
+             "test_leaving.py::test_stalled_at_a_service"),
+    Mutation("an answer ends with its request", NODE,
+             "await tasks.end(streaming, beating, withdrawn, limit=_ANSWER_END, expected=(_Replayed,))", "pass",
+             "test_leaving.py::test_stalled_at_a_worker"),
+    # issuers
+    Mutation("the members of a key are text", "gateway/lacre_gateway/keyset.py",
+             "if not isinstance(member[name], str) or len(member[name]) > MAX_MEMBER:", "if False:",
+             "test_issuers.py::test_odd_members"),
+    Mutation("a failed look is followed by another", "gateway/lacre_gateway/remote_keys.py",
+             "self._look_at = time.monotonic() + min(timing.patience,", "self._look_at = math.inf + min(timing.patience,",
+             "test_issuers.py::test_odd_answers"),
 )  # fmt: skip
 
 

@@ -1,0 +1,116 @@
+"""A caller that asks and does not read: what it leaves behind, in a service behind the seal and in a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import time
+
+import pytest
+
+from hostile.attacks import attack
+from lacre.asgi import Message, Receive, Scope, Sealed, Send
+from lacre.asgi.exchange import MAX_PENDING
+from lacre.wire import bhttp
+from lacre.wire.ohttp import seal_request
+from lacre.wire.opening import PrivateKey
+from parts.desk import App, Desk, running, until
+
+BY_LIMITS = "the end of an app needs no room among its messages, and is waited for within a limit"
+TIMES = 5
+
+
+class Flood:
+    """The application: an answer without an end."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = self.sent = 0
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await self.pour(send)
+
+    async def pour(self, send: Send) -> None:
+        self.begun += 1
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+            while True:
+                await send({"type": "http.response.body", "body": b"data: x\n\n", "more_body": True})
+                self.sent += 1
+        finally:
+            self.ended += 1
+
+
+@attack(
+    "ask for a stream, take nothing of it, and hang up, again and again, at a service behind the seal",
+    by="client",
+    defence=BY_LIMITS,
+    refused=None,
+)
+async def test_stalled_at_a_service() -> None:
+    app, key = Flood(), PrivateKey.generate(1)
+    sealed = Sealed(app, keys=key)
+
+    async def visit() -> None:
+        headers = (("date", email.utils.formatdate(time.time() + 1, usegmt=True)), ("lacre-shape", "none"))
+        body, _, _ = seal_request(key.config, bhttp.encode_request(bhttp.Request("POST", "https", "a.invalid", "/", headers)))
+        asked, gone = iter([{"type": "http.request", "body": body}]), asyncio.Event()
+
+        async def receive() -> Message:
+            if (message := next(asked, None)) is None:
+                await gone.wait()
+                return {"type": "http.disconnect"}
+            return message
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()  # the connection takes no more
+
+        scope = {"type": "http", "method": "POST", "path": "/.well-known/ohttp-gateway", "headers": [
+            (b"content-type", b"message/ohttp-chunked-req")]}  # fmt: skip
+        visiting = asyncio.create_task(sealed(scope, receive, send))
+        before = app.sent
+        await until(lambda: app.sent >= before + MAX_PENDING - 1)
+        gone.set()
+        async with asyncio.timeout(3):
+            await visiting
+
+    for _ in range(TIMES):
+        await visit()
+    assert app.begun == app.ended == TIMES
+
+
+@attack(
+    "ask for a stream at a worker, take one frame of it, and leave, again and again, until its slots are gone",
+    by="client",
+    defence=BY_LIMITS,
+    refused=None,
+)
+@pytest.mark.parametrize("ends", ["the reader leaves", "the worker drains"])
+async def test_stalled_at_a_worker(ends: str) -> None:
+    flood, app = Flood(), App()
+
+    async def answer(receive: Receive, send: Send, _call: object) -> None:
+        await receive()
+        await flood.pour(send)
+
+    app.answer = answer
+    desk = Desk(app)
+    node = desk.node()
+    async with running(node):
+        [worker] = desk.hub.live
+        for _ in range(TIMES if ends == "the reader leaves" else 1):
+            before = flood.sent
+            frames = (await desk.dispatch(desk.seal())).frames()
+            await anext(frames)
+            await until(lambda before=before: flood.sent >= before + MAX_PENDING)  # type: ignore[misc]
+            settled = -1
+            while flood.sent != settled:
+                settled = flood.sent
+                await asyncio.sleep(0.02)
+            if ends == "the worker drains":
+                async with asyncio.timeout(3):
+                    await node.drain(0.0)
+            await frames.aclose()
+            await until(lambda: worker.free == worker.slots)
+    assert flood.begun == flood.ended
