@@ -22,6 +22,10 @@ from lacre_fabric.roles import Role
 
 MAX_MEMORY: Final = 64 * QUEUED_BYTES  # a ceiling, not an allocation: JetStream counts every pool's queue as if it were full
 MAX_FILES: Final = 4 * 2**30  # bytes, a ceiling too: what `layout.file_bytes` says of 50 pools
+# What a stream has not written yet, past which it refuses: a flood of writes keeps an honest one waiting no longer than these
+# take, some tenths of a second where each is synced. A pool's queue holds as many.
+MAX_BUFFERED: Final = 1000
+MAX_BUFFERED_BYTES: Final = 64 * 2**20  # and for each stream no more of the server's memory than this
 START_TIMEOUT: Final = 10.0  # seconds
 
 
@@ -52,6 +56,8 @@ def configuration(host: str, port: int, store: str, roles: Sequence[Role]) -> di
             "store_dir": store,
             "max_memory_store": MAX_MEMORY,
             "max_file_store": MAX_FILES,
+            "max_buffered_msgs": MAX_BUFFERED,
+            "max_buffered_size": MAX_BUFFERED_BYTES,
             "sync_interval": "always",  # a claim that was granted must not be forgotten by a power cut
         },
         "accounts": accounts(roles),

@@ -18,7 +18,7 @@ from chart.rendering import CHART, NAMESPACE, ROOT, Pod, Rendered, leaves, rende
 from lacre_backend import settings as of_worker
 from lacre_fabric.accounts import accounts
 from lacre_fabric.layout import MAX_PAYLOAD
-from lacre_fabric.server import MAX_FILES, MAX_MEMORY, executable
+from lacre_fabric.server import MAX_BUFFERED, MAX_BUFFERED_BYTES, MAX_FILES, MAX_MEMORY, executable
 from lacre_fabric.settings import parse
 from lacre_fabric.site import Site
 from lacre_gateway import settings as of_gateway
@@ -146,7 +146,14 @@ def test_nats_server_takes_its_configuration(chart: Rendered, tmp_path: Path) ->
         env={"POD_NAME": "r-lacre-nats-0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for name, value in (("max_payload", MAX_PAYLOAD), ("max_memory_store", MAX_MEMORY), ("max_file_store", MAX_FILES)):
+    limits = {
+        "max_payload": MAX_PAYLOAD,
+        "max_memory_store": MAX_MEMORY,
+        "max_file_store": MAX_FILES,
+        "max_buffered_msgs": MAX_BUFFERED,
+        "max_buffered_size": MAX_BUFFERED_BYTES,
+    }
+    for name, value in limits.items():
         assert re.search(rf"{name}: {value}\b", conf)
     assert "sync_interval: always" in conf
     listening = {int(port) for port in re.findall(r"(?:listen|http): 0\.0\.0\.0:(\d+)", conf)}

@@ -32,6 +32,7 @@ from lacre_fabric.leash import PYTHON, leashed
 from lacre_fabric.manifests import ManifestFeed
 from lacre_fabric.nats_worker import NatsWorker
 from lacre_fabric.provisioning import provision
+from lacre_fabric.roles import Role
 from lacre_fabric.rotation import publish
 from lacre_fabric.server import Server, free_port
 from lacre_fabric.site import NODE, Site
@@ -78,8 +79,10 @@ class Load:
 class GatewayProcess:
     """site: its state folder. policies: its rule set, where it is not the one that ships. audit: the log's folder."""
 
-    def __init__(self, folder: Path, *, policies: Path | None = None, audit: Path | None = None) -> None:
-        self.site = Site(folder / "state", {POOL: (MODEL,)})
+    def __init__(
+        self, folder: Path, *, policies: Path | None = None, audit: Path | None = None, pools: Sequence[str] = (POOL,)
+    ) -> None:
+        self.site = Site(folder / "state", dict.fromkeys(pools, (MODEL,)))
         self.audit = audit or self.site.folder / "gateway" / "audit"
         self.log = folder / "gateway.log"
         self._policies = policies
@@ -88,6 +91,14 @@ class GatewayProcess:
         self._http = httpx2.AsyncClient(base_url=self.base_url)
         self._open = AsyncExitStack()
         self.process: subprocess.Popen[bytes] | None = None
+        self.nats: subprocess.Popen[bytes] | None = None
+
+    def roles(self) -> list[Role]:
+        return self.site.roles()
+
+    @property
+    def nats_port(self) -> int:
+        return self._server.port
 
     @property
     def base_url(self) -> str:
@@ -102,34 +113,35 @@ class GatewayProcess:
         """Everything but the gateway."""
         site = self.site
         site.create()
-        self._server.configure(site.roles())
-        nats = self._server.start(site.log("nats"))
-        self._open.callback(_end, nats)
+        self._server.configure(self.roles())
+        self.nats = self._server.start(site.log("nats"))
+        self._open.callback(_end, self.nats)
         connection = await Connection.open(self._server.url, site.credential("provisioner"))
         self._open.push_async_callback(connection.close)
         await provision(connection, site.pools)
         await publish(site, connection)
-        site.write_settings(self._server.url, self._port, {POOL: [{"name": MODEL}]})
+        site.write_settings(self._server.url, self._port, {pool: [{"name": MODEL}] for pool in site.pools})
         text = site.gateway_settings.read_text().replace('audit = "audit"', f'audit = "{self.audit}"')
         policies = "" if self._policies is None else f'policies = "{self._policies}"\n'
         site.gateway_settings.write_text(policies + text)
-        await self._node()
+        for pool in site.pools:
+            await self._node(pool)
 
-    async def _node(self) -> None:
+    async def _node(self, pool: str) -> None:
         site = self.site
-        engine, keys = EchoEngine(name=MODEL, delay=0.003), KeyRing(site.keys_folder(POOL))
+        engine, keys = EchoEngine(name=MODEL, delay=0.003), KeyRing(site.keys_folder(pool))
         self._open.callback(engine.close)
         self._open.callback(keys.close)
-        credential = site.credential(f"worker-{POOL}-{NODE}")
+        credential = site.credential(f"worker-{pool}-{NODE}")
         fabric = await NatsWorker.connect(
-            self._server.url, credential, POOL, NODE, [MODEL], slots=SLOTS, keys=keys.fingerprints
+            self._server.url, credential, pool, NODE, [MODEL], slots=SLOTS, keys=keys.fingerprints
         )
         self._open.push_async_callback(fabric.close)
         feed = ManifestFeed(fabric.connection.manifest, site.root)
         await feed.start()
         self._open.push_async_callback(feed.close)
-        receipt_key = read_ed25519(site.folder / "pools" / POOL / "receipt.pem")
-        node = Node(fabric, create_app([engine]), Identity(POOL, lambda: keys.keys, receipt_key, lambda: feed.manifest))
+        receipt_key = read_ed25519(site.folder / "pools" / pool / "receipt.pem")
+        node = Node(fabric, create_app([engine]), Identity(pool, lambda: keys.keys, receipt_key, lambda: feed.manifest))
         running = asyncio.create_task(node.run())
         self._open.push_async_callback(_ended, node, running)
 
