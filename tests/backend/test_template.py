@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, text_tokens
+from lacre_backend.api.template import ChatTemplate, TemplateRefused, any_of, chat_tokens, text_tokens
 from lacre_backend.engine.echo import END, START, EchoEngine
 from lacre_backend.engine.llama import LlamaEngine
 from lacre_backend.engine.protocol import ControlToken
@@ -165,3 +166,31 @@ def test_control_tokens_typed_by_a_user_stay_text(llama: LlamaEngine) -> None:
         second = [i for i, token in enumerate(typed) if token == start][1]
         third = [i for i, token in enumerate(typed) if token == end][1]
         assert typed[second + 1 : third] == llama.tokenize(f"user\n{hostile}", special=False)
+
+
+LITERALS = st.lists(st.text("<|>ab1", min_size=1, max_size=6), max_size=12)
+
+
+@unhurried
+@given(LITERALS, st.text("<|>ab1", max_size=40))
+def test_literals_are_found_as_one_by_one(literals: list[str], text: str) -> None:
+    """The tree finds what trying each literal finds, the longest first."""
+    tokens = {literal: ControlToken(i, literal) for i, literal in enumerate(literals)}
+    one_by_one = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+    assert any_of(tokens).findall(text) == one_by_one.findall(text)
+
+
+def test_thousands_of_literals_that_begin_alike() -> None:
+    """Tried one by one, this takes minutes."""
+    tokens = {f"<unused{i}>": ControlToken(i, f"<unused{i}>") for i in range(6000)}
+    assert any_of(tokens).sub("", "<" * 1_000_000 + "<unused5999>") == "<" * 1_000_000
+
+
+def test_a_template_that_recurses_into_a_tool_refuses_what_is_too_deep() -> None:
+    source = "{% macro r(s) %}{{ r(s.p) if s.p else s.t }}{% endmacro %}{% for t in tools or [] %}{{ r(t) }}{% endfor %}"
+    template = ChatTemplate(dataclasses.replace(ECHO.model, chat_template=source))
+    schema: dict[str, object] = {"t": "string"}
+    for _ in range(900):
+        schema = {"p": schema}
+    with pytest.raises(TemplateRefused):
+        template.render([{"role": "user", "content": "x"}], [schema])

@@ -12,6 +12,7 @@ import pytest
 from lacre.asgi import App
 from lacre_backend.api.app import create_app
 from lacre_backend.api.calls import HERMES, LLAMA
+from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.prompts import chat_prompt
 from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.served import Served
@@ -223,3 +224,31 @@ async def test_required_calls_are_whole_and_valid(llama: LlamaEngine, post: Post
     assert json.loads(streamed).keys() == {"port", "unit"}
     assert sum("tool_calls" in delta for delta in deltas) > 5, "arguments come as they are made"
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+# Arguments of earlier calls, which are JSON inside of the body's JSON
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ['{"a": "\\ud800"}', "[" * 50_000 + "]" * 50_000, '{"a": ' + "9" * 5000 + "}", '{"a": NaN}', '{"a": 1', ""],
+    ids=["half a pair", "deep", "digits", "nan", "cut", "empty"],
+)
+def test_arguments_that_are_no_json_are_text(odd: str) -> None:
+    call = {**CALL, "function": {"name": "get_tide", "arguments": odd}}
+    request = parse_chat(json.dumps(body(ASK, {**CALLED, "tool_calls": [call]}, RESULT)).encode())
+    [written] = request.messages[1].for_template()["tool_calls"]
+    assert written["function"]["arguments"] == odd
+    template = served(NATIVE).template
+    assert template is not None
+    pieces = template.render([message.for_template() for message in request.messages])
+    assert json.dumps(odd) in "".join(piece for piece in pieces if isinstance(piece, str))
+
+
+async def test_arguments_of_too_many_values() -> None:
+    many = "[" + "1," * 40_000 + "1]"
+    calls = [{**CALL, "id": f"c{i}", "function": {"name": "get_tide", "arguments": many}} for i in range(2)]
+    results = [{**RESULT, "tool_call_id": f"c{i}"} for i in range(2)]
+    request = parse_chat(json.dumps(body(ASK, {**CALLED, "tool_calls": calls}, *results)).encode())
+    with pytest.raises(RequestRefused, match="values"):
+        await chat_prompt(served(NATIVE), request.messages, (), goes_on=False)

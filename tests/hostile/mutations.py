@@ -290,7 +290,7 @@ MUTATIONS: Final = (
              "test_grammars.py::test_limits_of_masks"),
     Mutation("a keyword that is not the standard's is refused", "backend/lacre_backend/api/schema_cases.py",
              "        if self.strict:\n", "        if False:\n", "test_grammars.py::test_options_inside"),
-    Mutation("a body holds so many values", "backend/lacre_backend/api/requests.py",
+    Mutation("a body holds so many values", "backend/lacre_backend/api/parsed.py",
              "if count > MAX_VALUES:", "if False:", "test_asked.py::test_many_values"),
     Mutation("a caller has one salt", "backend/lacre_backend/api/exchange.py",
              "if len(values) > 1 or len(values[0]) > MAX_HEADER:", "if False:", "test_asked.py::test_salts"),

@@ -80,8 +80,7 @@ def _checked(model: ModelInfo, tokens: Sequence[int], param: str) -> list[int]:
     inner = list(tokens)
     if len(inner) >= len(before) + len(after) and framed(model, inner[len(before) : len(inner) - len(after)]) == inner:
         inner = inner[len(before) : len(inner) - len(after)]
-    control = {token.id for token in model.control_tokens}
-    if not all(0 <= token < model.n_vocab and token not in control for token in inner):
+    if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in inner):
         raise RequestRefused(
             f"'{param}' holds a token that the model does not have, or one that is not text.", code="invalid_value", param=param
         )

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lacre_backend.api.errors import RequestRefused
+
+MAX_VALUES: Final = 65536  # JSON values in a body; a long conversation has some thousand
 
 
 class Parsed(BaseModel):
     """A member that is not declared is refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+def check_size(document: Any) -> None:
+    """A body has room for millions of values, and while they are looked at one by one the worker serves nobody else.
+
+    Raises `RequestRefused`.
+    """
+    waiting, count = [document], 0
+    while waiting:
+        value = waiting.pop()
+        inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        count += len(inside)
+        if count > MAX_VALUES:
+            raise RequestRefused(f"The body holds more than {MAX_VALUES} values.", status=413, code="request_too_large")
+        waiting += inside
 
 
 def missing(param: str) -> RequestRefused:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from lacre_backend.api import ceilings
 from lacre_backend.api.calls import HERMES, CallFormat
 from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
+from lacre_backend.api.parsed import check_size
 from lacre_backend.api.requests import Message
 from lacre_backend.api.served import Served
 from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
@@ -33,6 +34,7 @@ async def chat_prompt(served: Served, messages: Sequence[Message], tools: Sequen
         raise RequestRefused(f"The model `{model.name}` has no chat template. Use /v1/completions.", param="model")
     written = [message.for_template() for message in messages]
     told = [tool.for_template() for tool in tools]
+    check_size(written)  # with the arguments of calls, which the body holds as text
     begun = written.pop()["content"] if goes_on else ""
     try:
         pieces = (*_rendered(template, written, told), begun)

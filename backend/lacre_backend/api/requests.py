@@ -16,13 +16,12 @@ from pydantic import BeforeValidator, Field
 
 from lacre_backend.api.calls import CallFormat
 from lacre_backend.api.errors import RequestRefused, unsupported
-from lacre_backend.api.parsed import Parsed, missing, validated
+from lacre_backend.api.parsed import Parsed, check_size, missing, validated
 from lacre_backend.api.schema import Grammars
 from lacre_backend.api.tools import MAX_CALLS, MAX_ID, MAX_TOOLS, Calling, Tool, ToolCall, calling
 from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
-MAX_VALUES: Final = 65536  # JSON values in a body; a long conversation has some thousand
 MAX_MESSAGES: Final = 2048
 MAX_PARTS: Final = 256  # content parts of one message
 MAX_N: Final = 16  # choices; each is a sequence in the engine
@@ -399,24 +398,12 @@ def _object(body: bytes) -> dict[str, Any]:
         raise RequestRefused("We could not parse the JSON body of your request. Send a JSON object in UTF-8.") from None
     if not isinstance(raw, dict):
         raise RequestRefused("The body must be a JSON object.")
-    _check_size(raw)
+    check_size(raw)
     for name, inert in _INERT.items():
         value = raw.get(name)
         if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in inert):
             raise unsupported(name)
     return {k: v for k, v in raw.items() if v is not None and k not in _INERT and k not in _IGNORED}
-
-
-def _check_size(document: Any) -> None:
-    """A body has room for millions of values, and while they are looked at one by one the worker serves nobody else."""
-    waiting, count = [document], 0
-    while waiting:
-        value = waiting.pop()
-        inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-        count += len(inside)
-        if count > MAX_VALUES:
-            raise RequestRefused(f"The body holds more than {MAX_VALUES} values.", status=413, code="request_too_large")
-        waiting += inside
 
 
 def _check_messages(raw: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,7 @@ class ChatTemplate:
         self._mark = re.compile(self._nonce + "([cu])([0-9]+);")
         self.control = (*model.control_tokens, *markers)
         self._control = {token.text: token for token in self.control if token.text}
-        self._literal = _any_of(self._control)
+        self._literal = any_of(self._control)
         self._by_id = {token.id: token for token in self.control}
         self._composed: re.Pattern[str] | None = None
         marked = self._literal.sub(lambda match: self._control_mark(match[0]), model.chat_template)
@@ -97,12 +98,16 @@ class ChatTemplate:
             self._template = plain
             self._composed = self._literal
         elif composed := self._composed_literals():
-            self._composed = _any_of(composed)
+            self._composed = any_of(composed)
         self.calls = self._known_calls()
 
     def render(self, messages: Sequence[Message], tools: Tools = None) -> tuple[Piece, ...]:
         """The prompt, up to where the assistant's answer begins. Raises `TemplateRefused`."""
-        return self._pieces(self._run(self._template, self._swapped(messages), self._swapped(tools)))
+        try:
+            swapped = self._swapped(messages), self._swapped(tools)
+        except RecursionError:
+            raise TemplateRefused("they nest too deeply") from None
+        return self._pieces(self._run(self._template, *swapped))
 
     def constant(self, text: str) -> str:
         """A text of this program's own, to stand in a message: literals of control tokens in it are control tokens."""
@@ -159,7 +164,9 @@ class ChatTemplate:
         }
         try:
             return template.render(messages=messages, add_generation_prompt=True, tools=tools, **special)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except (
+            jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError
+        ) as error:  # fmt: skip
             # Only `raise_exception` speaks to the caller; any other failure says how the template is written.
             said = str(error) if isinstance(error, _Raised) else "it fails on them"
             raise TemplateRefused(self._mark.sub(lambda match: self._by_id[int(match[2])].text, said)) from None
@@ -261,7 +268,9 @@ async def _plain(engine: Engine, texts: Sequence[str], steering: Sequence[Contro
     control = {token.id for token in steering}
     found = await engine.tokens(texts)
     recognised = [i for i, ids in enumerate(found) if not control.isdisjoint(ids)]
-    literal = _any_of({token.text: token for token in steering if token.text})
+    if not recognised:
+        return found
+    literal = any_of({token.text: token for token in steering if token.text})
     for i in recognised:
         cuts = [0, *(match.start() + 1 for match in literal.finditer(texts[i])), len(texts[i])]
         parts = await engine.tokens([texts[i][a:b] for a, b in itertools.pairwise(cuts)])
@@ -282,10 +291,26 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
     return joined
 
 
-def _any_of(literals: Mapping[str, ControlToken]) -> re.Pattern[str]:
-    """The longest literal first, as llama.cpp looks for them. Of no literals: what never matches."""
-    longest_first = sorted(literals, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+def any_of(literals: Mapping[str, ControlToken]) -> re.Pattern[str]:
+    """The longest literal first, as llama.cpp looks for them. Of no literals: what never matches.
+
+    As a tree of their common beginnings: a vocabulary has thousands that begin alike, and a text may repeat that beginning.
+    Tried one by one, 6,000 cost 84 µs for each character.
+    """
+    return re.compile(_branches(sorted(filter(None, literals))) or r"(?!)")
+
+
+def _branches(literals: Sequence[str]) -> str:
+    """literals: sorted. What begins alike becomes one branch, whose greedy rest has the longest first."""
+    branches = []
+    for _, group in itertools.groupby(literals, lambda literal: literal[0]):
+        alike = list(group)
+        begin = os.path.commonprefix(alike)  # noqa: RUF071 - they are no paths
+        rests = [literal[len(begin) :] for literal in alike]
+        optional = "?" if rests[0] == "" else ""
+        rest = _branches([each for each in rests if each])
+        branches.append(re.escape(begin) + (rest and f"(?:{rest}){optional}"))
+    return "|".join(branches)
 
 
 # What templates expect to find, as in Hugging Face's `apply_chat_template`

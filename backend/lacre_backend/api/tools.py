@@ -7,11 +7,11 @@ Rules
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
+import pydantic_core
 from pydantic import Field
 
 from lacre_backend.api.errors import RequestRefused
@@ -61,10 +61,13 @@ class ToolCall(Parsed):
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        """Templates write the arguments as JSON themselves, so they get the object, where it is one."""
+        """Templates write the arguments as JSON themselves, so they get the object, where it is one.
+
+        As for a body: what nests deeply, or holds half a surrogate pair, is none, and stays the text that it is.
+        """
         try:
-            arguments = json.loads(self.function.arguments)
-        except (ValueError, RecursionError):
+            arguments = pydantic_core.from_json(self.function.arguments, allow_inf_nan=False)
+        except ValueError:
             arguments = self.function.arguments
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 

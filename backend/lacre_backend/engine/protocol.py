@@ -219,7 +219,8 @@ class ModelInfo:
     """What is true of a loaded model. digest: "sha256:" and the hex digest of the file. created: Unix time of the file.
 
     longest_piece: bytes of the longest token, so that a text longer than `n_ctx * longest_piece` cannot fit. n_embd: numbers in
-    an embedding. frame: what the tokenizer puts before and after a text that is to be embedded.
+    an embedding. frame: what the tokenizer puts before and after a text that is to be embedded. control_ids: of
+    `control_tokens`, whatever is given for it.
     """
 
     name: str
@@ -236,6 +237,11 @@ class ModelInfo:
     kinds: frozenset[Kind]
     n_embd: int = 0
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    control_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        # Made once, and not for each of a request's thousands of texts: a vocabulary may have thousands of them.
+        object.__setattr__(self, "control_ids", frozenset(token.id for token in self.control_tokens))
 
 
 def check(task: Task, model: ModelInfo) -> None:
@@ -250,8 +256,7 @@ def check(task: Task, model: ModelInfo) -> None:
         raise PromptTooLong(len(task.sequence), model.n_ctx)
     if min(task.prompt) < 0 or max(task.prompt) >= model.n_vocab:
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
-    control = {token.id for token in model.control_tokens}
-    if not all(0 <= token < model.n_vocab and token not in control for token in task.begun):
+    if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in task.begun):
         raise TaskRefused("The answer that was begun names a token that no answer has.", field="begun")
     if not all(0 <= token < model.n_vocab for token in task.sampling.logit_bias):
         raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
