@@ -48,6 +48,7 @@ class Elsewhere:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises TaskDied where nothing can answer any more."""
         self._thread.check()
+        self._thread.check()
         crossing = _Crossing(self._loop, receive, await receive())
         call = tasks.across(self._called(scope, crossing), self._loop)
         try:

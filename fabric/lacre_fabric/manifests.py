@@ -118,6 +118,8 @@ class ManifestFeed:
             self.failure = None
 
     def _current(self) -> Trusted:
+        if self._polling is not None:
+            self._polling.check()
         if self._trusted is None:
             raise UsageError("no manifest yet: `lacre manifest publish` puts one on the fabric")
         return self._trusted

@@ -131,6 +131,8 @@ class NatsWorker:
             await self._say_presence()
 
     async def pull(self) -> NatsDelivery:
+        if self._presence is not None:
+            self._presence.check()
         while self._free == 0:
             self._slot_freed.clear()
             await self._slot_freed.wait()

@@ -59,23 +59,30 @@ class Restart:
 
 
 class Group:
-    """The work of one process, or of one library. on_death: called once for the first death, in any thread."""
+    """The work of one process, or of one library.
 
-    def __init__(self, on_death: Callable[[TaskDied], None] | None = None) -> None:
+    For the first death, in any thread: alarm is called before it is logged, for a log may be stuck; on_death after that.
+    """
+
+    def __init__(self, alarm: Callable[[], None] | None = None, on_death: Callable[[], object] | None = None) -> None:
+        self._alarm = alarm
         self._on_death = on_death
         self._lock = threading.Lock()
         self.death: TaskDied | None = None
-        self.over = on_death is None  # from here on, the end of a loop may cancel what is left without a word
+        # Nothing is to end any more: the process is ending, or is not ours. A loop's end may cancel what is left without a word.
+        self.over = on_death is None
 
     def died(self, name: str, error: BaseException | None) -> TaskDied:
         """Logs a death and tells the owner of the group. What follows the first death is only logged."""
         death = TaskDied(f"the background work {name!r} ended: {'it returned' if error is None else type(error).__name__}")
         death.__cause__ = error
-        _tell("background work died", name, error)
         with self._lock:
-            first, self.death = self.death is None, self.death or death
+            first, self.death = self.death is None and not self.over, self.death or death
+        if first and self._alarm is not None:
+            self._alarm()
+        _tell("background work died", name, error)
         if first and self._on_death is not None:
-            self._on_death(death)
+            self._on_death()
         return death
 
 
@@ -289,11 +296,10 @@ async def run(main: Coroutine[Any, Any, T], *, grace: float = GRACE) -> T:
     """
     loop = asyncio.get_running_loop()
 
-    def on_death(_death: TaskDied) -> None:
+    def alarm() -> None:
         threading.Thread(target=_end_by_force, args=(grace,), name="watchdog", daemon=True).start()
-        loop.call_soon_threadsafe(task.cancel)
 
-    group, context = Group(on_death), copy_context()
+    group, context = Group(alarm, lambda: loop.call_soon_threadsafe(task.cancel)), copy_context()
     context.run(_group.set, group)
     task = loop.create_task(main, context=context)
     try:
@@ -313,8 +319,7 @@ async def run(main: Coroutine[Any, Any, T], *, grace: float = GRACE) -> T:
 
 def _end_by_force(grace: float) -> None:
     time.sleep(grace)
-    logging.shutdown()
-    os._exit(STATUS)
+    os._exit(STATUS)  # without a last flush, which could hang: handlers have written what they were given
 
 
 def _tell_failure(task: asyncio.Future[Any], expected: tuple[type[Exception], ...] = ()) -> None:
