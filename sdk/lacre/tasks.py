@@ -69,7 +69,7 @@ class Group:
         self._on_death = on_death
         self._lock = threading.Lock()
         self.death: TaskDied | None = None
-        # Nothing is to end any more: the process is ending, or is not ours. A loop's end may cancel what is left without a word.
+        # There is no process to end (any more), and a loop may cancel what is left without a word.
         self.over = on_death is None
 
     def died(self, name: str, error: BaseException | None) -> TaskDied:
