@@ -1,6 +1,6 @@
 """`make bench`: every benchmark in turn."""
 
-from bench import command, engine, gateway, imports, planning, scale, seal, sealed
+from bench import command, engine, flood, gateway, imports, planning, scale, seal, sealed
 
 BENCHMARKS = {
     "imports": imports,
@@ -9,6 +9,7 @@ BENCHMARKS = {
     "engine": engine,
     "sealed": sealed,
     "gateway": gateway,
+    "flood": flood,
     "scale": scale,
 }
 

@@ -24,6 +24,7 @@ KEYS = {
         "p50_c1_1m_ms",
         "rss_mb",
     },
+    "flood": {"quiet_first_p50_ms", "flood_first_p50_ms", "first_ratio", "flood_rss_mb", "allowed_rss_mb", "flood_cpu_idle"},
     "scale": {
         "cpu_spread",
         "scaled_after_s",
@@ -36,7 +37,7 @@ PEERS = {"nginx_rps_c16", "portkey_rps_c16", "portkey_cpu_us_per_request"}  # wh
 
 
 @pytest.mark.parametrize(
-    "name", ["seal", "imports", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gateway", "scale"))]
+    "name", ["seal", "imports", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gateway", "flood", "scale"))]
 )
 def test_quick(name: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", f"bench.{name}", "--quick", "--json", tmp_path / "out"], cwd=ROOT, check=True)

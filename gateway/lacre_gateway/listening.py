@@ -135,6 +135,22 @@ class Server(uvicorn.Server):
 
     config: Config
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, for sockets that listen already; a TLS handshake has as long as a head, and not a minute."""
+        config, loop = self.config, asyncio.get_running_loop()
+        limit = None if config.ssl is None else config.door.head_timeout
+
+        def connection() -> asyncio.Protocol:
+            return config.http_protocol_class(  # type: ignore[call-arg]  # uvicorn's classes have no common base
+                config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
+            )
+
+        self.servers = [
+            await loop.create_server(connection, sock=each, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=limit)
+            for each in sockets or ()
+        ]
+        self.started = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

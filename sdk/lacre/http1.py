@@ -219,7 +219,9 @@ class RequestReader:
             if not line:
                 self._state = self._head
                 return _END
-            _field(line)
+            name, _value = _field(line)
+            if name in (b"content-length", b"transfer-encoding"):  # RFC 9110 section 6.5.1: the body had an end before it
+                raise UnreadableRequest(400, "a trailer does not say how long the body was")
             self._trailers += len(line) + 2
         return None
 

@@ -48,7 +48,8 @@ class Door:
     head_timeout: seconds. connections: at a time. per_address: of these, of one address or IPv6 /64; None: as many.
     held: bytes that all connections together may hold of what no application asked for. free: addresses and networks that
     `per_address` is not for, such as a balancer's; `*` is everybody. encoded_slashes: whether a path may hold `%2F`.
-    refused: how many requests could not be read, by status. cut: how many connections had to make room.
+    stalled: seconds that a client may leave its answer unread. refused: how many requests could not be read, by status.
+    cut: how many connections had to make room.
     """
 
     head_timeout: float = 15.0
@@ -57,6 +58,7 @@ class Door:
     held: int = 64 * 1024 * 1024
     free: tuple[str, ...] = ()
     encoded_slashes: bool = True
+    stalled: float = STALLED
     refused: Counter[int] = field(default_factory=Counter)
     cut: int = 0
     _waiting: dict[BoundedProtocol, None] = field(default_factory=dict)  # the one that waits longest first
@@ -288,7 +290,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():  # once the client has taken the last bytes, for which it has as long as for others
             self.door.waits(self)
             self._end_deadline()
-            self._deadline = self.loop.call_later(STALLED, self.transport.abort)
+            self._deadline = self.loop.call_later(self.door.stalled, self.transport.abort)
             return
         if self._unread:
             self.door.waits(self)
@@ -365,7 +367,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._unread:
             self.door.refused[408] += 1
             self.transport.write(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-        self._leave()
+        self._refused, self._discarded = True, 0
+        self._reader.clear()
+        self.door.holds(self, 0)
+        self._part()
 
     def timeout_keep_alive_handler(self) -> None:
         """uvicorn's; and a client that has not read its answer by now does not keep it for ever."""
@@ -382,7 +387,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """The client does not read as fast as it is answered."""
         super().pause_writing()
         if self._stalled is None:
-            self._stalled = self.loop.call_later(STALLED, self.transport.abort)
+            self._stalled = self.loop.call_later(self.door.stalled, self.transport.abort)
 
     def resume_writing(self) -> None:
         """It has caught up."""

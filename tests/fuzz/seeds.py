@@ -75,6 +75,21 @@ def of_wire() -> Iterator[tuple[str, str, bytes]]:
     yield "ohttp_request", "any-bytes", no_cuts + b"\x01" + bytes([wire.BYTES]) + text(wire.HEADER.raw + b"\x11" + bytes(17))
 
 
+def of_heads() -> Iterator[tuple[str, str, bytes]]:
+    no_cuts = b"\x00"
+    get = b"GET /v1/models?x=1 HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"
+    post = b"POST /v1/sealed HTTP/1.1\r\nHost: x:1\r\nAuthorization: Bearer a.b.c\r\n"
+    yield "request_head", "two", no_cuts + b"\r\n" + get + get
+    yield "request_head", "length", no_cuts + post + b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\nhello" + get
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nLacre-Pool: a\r\n\r\n"
+    yield "request_head", "chunked", no_cuts + post + chunks + get
+    yield "request_head", "in-pieces", b"\x02\x00\x07\x00\x33" + post + chunks
+    yield "request_head", "old", no_cuts + b"GET / HTTP/1.0\r\n\r\n"
+    yield "request_head", "smuggled", no_cuts + post + b"Content-Length: 5\r\n" + chunks
+    yield "request_head", "coded", no_cuts + post + chunks.replace(b"chunked", b"gzip, chunked")
+    yield "request_head", "encoded", no_cuts + get.replace(b"models", b"m%6Fdels%2F%C3%A9")
+
+
 def of_statements() -> Iterator[tuple[str, str, bytes]]:
     payloads = statements.example_payloads()
     yield "manifest", "document", bytes([statements.DOCUMENT]) + answers.DOCUMENT
@@ -183,7 +198,7 @@ def of_lineages() -> Iterator[tuple[str, str, bytes]]:
 
 def seeds() -> dict[Path, bytes]:
     """Every seed, by its file."""
-    found = (*of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric(), *of_keys(), *of_lineages())
+    found = (*of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric(), *of_keys(), *of_lineages(), *of_heads())
     return {CORPUS / target / name.lower(): data for target, name, data in found}
 
 

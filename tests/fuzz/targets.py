@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from fuzz import answers, fabric, keys, lineages, proofs, statements, wire
+from fuzz import answers, fabric, heads, keys, lineages, proofs, statements, wire
 from fuzz.target import Target
 
 _ALL: Final = (
@@ -13,5 +13,6 @@ _ALL: Final = (
     *fabric.TARGETS,
     *keys.TARGETS,
     *lineages.TARGETS,
+    *heads.TARGETS,
 )
 TARGETS: Final[dict[str, Target]] = {target.name: target for target in _ALL}

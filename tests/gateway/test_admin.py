@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 from lacre import problems
-from parts.gateway import World
+from parts.gateway import Issuer, World
 
 CALLS = [
     ("GET", "/v1/status", "admin:usage"), ("GET", "/v1/revocations", "admin:revoke"), ("POST", "/v1/reload", "admin:reload"),
@@ -145,3 +146,44 @@ async def test_usage(world: World, admin: httpx2.AsyncClient, client: httpx2.Asy
     assert recorded(world, "admin")[-1]["target"] == "acme"
     assert (await admin.get("/v1/usage", params={"tenant": "a/b"}, headers=bearer(world))).status_code == 422
     assert (await admin.get("/v1/usage", params={"tenant": "acme"}, headers=bearer(world, ""))).status_code == 403
+
+
+@pytest.mark.parametrize("said", [b"{", b" " * (2**14 + 1)], ids=["slow", "long"])
+async def test_a_body_has_an_end(tmp_path: Path, issuer: Issuer, said: bytes) -> None:
+    """In time and in bytes: of whoever may use it, too."""
+    world = World(tmp_path, issuer, limits="body_timeout = 0.2")
+    await world.publish(world.document())
+
+    async def body() -> AsyncIterator[bytes]:
+        yield said
+        await asyncio.Event().wait()
+
+    transport = httpx2.ASGITransport(world.admin, client=("127.0.0.1", 40001))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://admin.test") as client:
+        sent = client.post("/v1/revocations", headers=bearer(world), content=body())
+        refused = await asyncio.wait_for(sent, 20)
+    assert (refused.status_code, refused.json()["type"].rpartition(":")[2]) == (
+        (408, "body-too-slow") if said == b"{" else (413, "body-too-large")
+    )
+    await world.gateway.close()
+
+
+async def test_refusals_have_a_limit(tmp_path: Path, issuer: Issuer) -> None:
+    """Each denial is an entry in the audit log: whoever may do nothing must not fill the disk."""
+    world = World(tmp_path, issuer, limits="refused_per_minute = 2")
+    await world.publish(world.document())
+    world.gateway.refusals._clock = lambda: 30.0
+    transport = httpx2.ASGITransport(world.admin, client=("127.0.0.1", 40001))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://admin.test") as client:
+        answers = [await client.get("/v1/status", headers=bearer(world, "lacre:http")) for _ in range(5)]
+        other = await client.get(
+            "/v1/status", headers={"authorization": f"Bearer {issuer.token(scope='lacre:admin', sub='other')}"}
+        )
+    assert [answer.status_code for answer in answers] == [403, 403, 429, 429, 429]
+    assert (answers[2].headers["retry-after"], other.status_code) == ("30", 200)
+    assert len(recorded(world, "admin")) == 3
+    await world.gateway.close()
+    assert [(event["event"], event["count"]) for event in recorded(world, "event")][-2:] == [
+        ("unrecorded", 3),
+        ("stopped", None),
+    ]

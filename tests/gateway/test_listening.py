@@ -28,7 +28,9 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @contextlib.asynccontextmanager
-async def served(world: World, context: ssl.SSLContext | None = None, **listen: float) -> AsyncIterator[tuple[Server, int]]:
+async def served(
+    world: World, context: ssl.SSLContext | None = None, **listen: float | tuple[str, ...]
+) -> AsyncIterator[tuple[Server, int]]:
     settings = Listen(port=0, drain=2, **listen)  # type: ignore[arg-type]
     with bind(settings) as listener:
         server = make_server(world.app, settings, context)
@@ -131,6 +133,29 @@ async def test_too_many_connections(world: World) -> None:
             writer.close()
 
 
+async def answered(port: int, world: World, body: bytes, trailer: str, **changes: str | None) -> str:
+    """The status of a sealed request whose body is chunked and ends with a trailer."""
+    lines = [f"{name}: {value}" for name, value in world.headers(**changes).items()]
+    head = "\r\n".join(["POST /v1/sealed HTTP/1.1", "host: x", "connection: close", "transfer-encoding: chunked", *lines])
+    reader, writer = await dial(
+        port, head.encode() + b"\r\n\r\n%x\r\n%b\r\n0\r\n%b\r\n\r\n" % (len(body), body, trailer.encode())
+    )
+    async with asyncio.timeout(20):
+        told = await reader.read()
+    writer.close()
+    return told[9:12].decode()
+
+
+async def test_trailers_are_no_headers(world: World, worker: FakeWorker) -> None:
+    async with served(world, trusted_proxies=("127.0.0.1",)) as (_, port):
+        token = world.headers()["authorization"]
+        said = ({"lacre_pool": None}, "Lacre-Pool: default"), ({"authorization": None}, f"Authorization: {token}")
+        assert [await answered(port, world, world.seal()[0], trailer, **without) for without, trailer in said] == ["400", "401"]
+        forged = "X-Forwarded-For: 203.0.113.66"
+        assert await answered(port, world, world.seal()[0], forged, x_forwarded_for="192.0.2.1") == "200"
+    assert [entry["address"] for entry in await world.trail() if entry["kind"] == "intent"] == ["192.0.2.1"]
+
+
 def certificate(folder: Path, name: str, days: float = 30) -> Tls:
     """A certificate of its own for 127.0.0.1, with `name` as its common name."""
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
@@ -196,6 +221,16 @@ async def test_a_renewed_certificate(world: World, tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match="one key pair"):
             load_certificate(context, tls)
         assert await asyncio.to_thread(peer_name, port, trust=tls.certificate) == "second TLSv1.3"
+
+
+async def test_a_handshake_that_does_not_come(world: World, tmp_path: Path) -> None:
+    """Whoever speaks no TLS has as long as a head: not the minute that is usual."""
+    async with served(world, tls_context(certificate(tmp_path, "first")), header_timeout=0.3) as (_, port):
+        reader, writer = await dial(port, b"\x16\x03")
+        async with asyncio.timeout(20):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        writer.close()
 
 
 def test_old_tls_is_refused(tmp_path: Path) -> None:

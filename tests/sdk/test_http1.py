@@ -208,6 +208,8 @@ def test_an_encoded_slash_where_one_may_be() -> None:
         (chunked(b"1;x\ny\r\na\r\n"), 400),
         (chunked(b"1;" + b"x" * 300), 400),
         (chunked(b"1" * 300), 400),
+        (chunked(b"0\r\nTransfer-Encoding: gzip\r\n\r\n"), 400),
+        (chunked(b"0\r\nContent-Length: 4\r\n\r\n"), 400),
         (chunked(b"0\r\nno colon\r\n\r\n"), 400),
         (chunked(b"0\r\nContent-Length : 4\r\n\r\n"), 400),
         (chunked(b"0\r\n" + b"a: b\r\n" * 2000), 400),

@@ -152,6 +152,43 @@ async def test_what_does_not_open(change: Any, problem: problems.Problem) -> Non
     assert not service.calls
 
 
+async def test_a_request_that_does_not_come() -> None:
+    service = Service(body_timeout=0.05)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield service.seal()[0][:10]
+        await asyncio.Event().wait()
+
+    answer = await asyncio.wait_for(service.post(body()), 20)  # type: ignore[arg-type]
+    assert (answer.status_code, answer.json()["type"]) == (408, problems.SLOW_BODY.type)
+
+
+async def test_requests_that_are_being_read_share_a_bounded_number_of_bytes() -> None:
+    """Nobody is known before a request is opened; however many fill it up, a short one finds room."""
+    service, over = Service(max_reading=100_000), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield bytes(1000)
+            await asyncio.sleep(0)
+        await over.wait()
+
+    crowd = [asyncio.create_task(service.post(body())) for _ in range(9)]  # type: ignore[arg-type]
+    refused = await asyncio.gather(*crowd)
+    assert {(answer.status_code, answer.headers["retry-after"]) for answer in refused} == {(503, "1")}
+    crowd = [asyncio.create_task(service.post(_held(bytes(9_000), over))) for _ in range(9)]  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)
+    sealed, opener = service.seal()
+    assert opened(opener, (await service.post(sealed)).content)[0] == 200
+    over.set()
+    assert {answer.status_code for answer in await asyncio.gather(*crowd)} == {400}
+
+
+async def _held(body: bytes, over: asyncio.Event) -> AsyncIterator[bytes]:
+    yield body
+    await over.wait()
+
+
 async def test_another_media_type() -> None:
     service = Service()
     answer = await service.post(service.seal()[0], headers={"content-type": "message/ohttp-req"})

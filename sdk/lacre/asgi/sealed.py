@@ -41,6 +41,8 @@ from lacre.wire.opening import PrivateKey
 from lacre.wire.wiping import overwrite
 
 WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # RFC 9540 section 4
+BODY_TIMEOUT: Final = 60.0  # seconds for a sealed request to arrive: 7 MiB at 1 Mbit/s
+MAX_READING: Final = 128 * 2**20  # bytes of all sealed requests that are being read: eighteen of the largest, or thousands
 _KEY_FILE_LIMIT: Final = 1024  # bytes; a key has some 60
 
 Keys = Callable[[], Sequence[PrivateKey]]
@@ -52,7 +54,8 @@ class Sealed:
 
     claim: called with a request's digest (32 bytes) before it runs; False refuses it as a replay. For each digest it must say
     True once in all processes that share a key, and remember that for `lacre.asgi.admission.REMEMBERED_FOR` seconds.
-    path: where keys and requests are. clock: seconds since the epoch.
+    path: where keys and requests are. clock: seconds since the epoch. body_timeout: seconds for a sealed request to arrive.
+    max_reading: bytes of all sealed requests that are being read.
     """
 
     def __init__(
@@ -63,14 +66,19 @@ class Sealed:
         claim: Claim | None = None,
         path: str = WELL_KNOWN,
         clock: Callable[[], float] = time.time,
+        body_timeout: float = BODY_TIMEOUT,
+        max_reading: int = MAX_READING,
     ) -> None:
         self._app = app
+        self._body_timeout = body_timeout
+        self._max_reading = max_reading
         self._keys = _keys(keys)
         self._claim = claim
         self._path = path
         self._clock = clock
         self._began = float(int(clock()))  # a `date` has whole seconds
         self._seen = Seen()
+        self._reading = 0  # bytes of requests that are not whole
 
     @property
     def pins(self) -> tuple[str, ...]:
@@ -95,9 +103,10 @@ class Sealed:
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         if _header(scope, b"content-type").partition(b";")[0].strip().lower() != MEDIA_TYPE_REQUEST.encode():
             return await _tell(send, problems.UNSUPPORTED_MEDIA_TYPE)
-        body = await _body(receive)
+        body = await self._body(scope, receive)
         if isinstance(body, Problem):
-            return await _tell(send, body)
+            later = ((b"retry-after", b"1"),) if body is problems.OVERLOADED else ()
+            return await _tell(send, body, *later)
         try:
             opened = open_sealed(body, {key.config.key_id: key for key in self._keys()})
         except UnknownKeyId:
@@ -113,6 +122,34 @@ class Sealed:
                 return await _tell(send, problems.REPLAYED)
             refusal = check_path(opened)
         await _while_connected(receive, self._answer(opened, refusal, send))
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | Problem:
+        """The sealed request. Nobody is known before it is opened: so all that are being read share `max_reading` bytes.
+
+        None may have more than is left for the others: however many fill it up, a short request finds room.
+        """
+        declared, body = _header(scope, b"content-length"), bytearray()
+        if declared.isdigit() and int(declared[:20]) > MAX_SEALED_REQUEST:
+            return problems.TOO_LARGE
+        try:
+            async with asyncio.timeout(self._body_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return problems.INVALID_REQUEST  # cut short; nobody reads this
+                    piece: bytes = message.get("body", b"")
+                    if len(body) + len(piece) > MAX_SEALED_REQUEST:
+                        return problems.TOO_LARGE
+                    if len(body) + len(piece) > self._max_reading - self._reading:
+                        return problems.OVERLOADED
+                    self._reading += len(piece)
+                    body += piece
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            return problems.SLOW_BODY
+        finally:
+            self._reading -= len(body)
 
     async def _answer(self, opened: Opened, refusal: SealedRefusal | None, send: Send) -> None:
         headers = [(b"content-type", MEDIA_TYPE_RESPONSE.encode()), (b"incremental", b"?1"), (b"cache-control", b"no-store")]
@@ -180,19 +217,6 @@ def _shape(opened: Opened) -> Shape:
     """As the request asks, inside the seal."""
     asked = opened.headers("lacre-shape")
     return shape_named(asked[0]) if asked in (["none"], ["pad"]) else "pad"
-
-
-async def _body(receive: Receive) -> bytes | Problem:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return problems.INVALID_REQUEST  # cut short; nobody reads this
-        body += message.get("body", b"")
-        if len(body) > MAX_SEALED_REQUEST:
-            return problems.TOO_LARGE
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 async def _while_connected(receive: Receive, answering: Coroutine[Any, Any, None]) -> None:
