@@ -36,7 +36,6 @@ STALL_LIMIT: Final = 10.0
 # After a refusal the rest of a body is read and dropped for this long: closing at once would reset the connection, and the
 # client might lose the refusal that it is about to read.
 LINGER: Final = 2.0
-_LINGER_BYTES: Final = 2**20  # of them: most prompts are shorter, and more would be work for whoever sends it
 # What is usually here already when a refusal is decided. Reading it first lets the connection be used again.
 _SKIM_BYTES: Final = 64 * 1024
 _SKIM_TIME: Final = 0.05
@@ -172,7 +171,7 @@ class Exchange:
         linger = self._unread and not waits
         await self._send({"type": "http.response.body", "body": refusal.problem.body(), "more_body": linger})
         if linger:
-            await self._drop(LINGER, _LINGER_BYTES)
+            await self._drop(LINGER, MAX_SEALED_REQUEST)
             await self.end()
 
     async def _drop(self, seconds: float, limit: int) -> None:
