@@ -29,9 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
+import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.errors import SettingsError
+from lacre.errors import LacreError, SettingsError
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document, Manifest, Pool
 from lacre.padding import SHAPES
@@ -53,6 +54,8 @@ DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the
 MANIFEST_LIFETIME: Final = DAY
 KEY_LIFETIME: Final = 7 * DAY  # of a pool key in the manifest, counted anew at each publication until it is rotated
 CHANGING: Final = 120.0  # seconds to wait for another process that changes the same state
+
+log = structlog.get_logger("lacre.site")
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +272,10 @@ class Site:
         self.authority.settle()
         write_secret(self.folder / "trust" / "published", str(now).encode())
         for pool in self.pools:
-            before = self.generations(pool)
+            try:
+                before = self.generations(pool)
+            except SettingsError:
+                continue  # it was published as it was last: nothing of it has changed
             after = before.published(now)
             if after != before:
                 self.keep_generations(pool, after)
@@ -291,9 +297,25 @@ class Site:
         return read_ed25519(self.folder / f"{name}.pem")
 
     def _manifest(self, version: int, now: float) -> Manifest:
-        pools = {name: self._pool(name, models, now) for name, models in self.pools.items()}
+        pools = {name: self._pool_or_last(name, models, now) for name, models in self.pools.items()}
         gateway_key = raw_public_key(self._key("gateway/grant"))
         return Manifest(self.issuer, version, now, now + MANIFEST_LIFETIME, gateway_key, pools)
+
+    def _pool_or_last(self, name: str, models: Sequence[str], now: float) -> Pool:
+        """The pool as the last manifest had it, where its own files are damaged: the others get their next manifest in time.
+
+        Raises SettingsError where there is no last one that still holds.
+        """
+        try:
+            return self._pool(name, models, now)
+        except SettingsError as exc:
+            try:
+                document = (self.folder / "trust" / "manifest.json").read_bytes()
+                last = verify(document, self.authority.chain().roots[0], now).manifest.pools[name]
+            except (OSError, LacreError, KeyError):
+                raise exc from None
+            log.error("pool.damaged", pool=name, reason=str(exc), remedy="it is published as it was last; mend it within a day")
+            return last
 
     def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
         keys = self.generations(name).pool_keys(now, now + KEY_LIFETIME)

@@ -209,6 +209,15 @@ class TestPoolsAreIndependent:
         assert [[config.key_id for config in (await one).listed] for one in rotating] == [[3, 4]] * 2
         assert [pool_key.config.key_id for pool_key in await both.keys(POOL)] == [3, 4, 1, 2]
 
+    async def test_a_pool_that_is_damaged_is_published_as_it_was(self, both: World) -> None:
+        damaged = both.site.folder / "pools" / POOL / "generations.json"
+        damaged.write_bytes(b"{")
+        with capture_logs() as logs:
+            await rotate(both.site, both.connection, "b", grace=60)
+        assert [pool_key.config.key_id for pool_key in await both.keys("b")] == [3, 4, 1, 2]
+        assert [pool_key.config.key_id for pool_key in await both.keys(POOL)] == [1, 2]
+        assert ("pool.damaged", POOL) in [(entry["event"], entry.get("pool")) for entry in logs]
+
     async def test_keys_that_are_out_are_destroyed_without_the_fabric(self, both: World) -> None:
         """Neither a manifest that cannot be published nor another pool's damaged file keeps a private key on disk."""
         await rotate(both.site, both.connection, "b", grace=0)
