@@ -156,6 +156,17 @@ async def test_the_process_starts_again(tmp_path: Path) -> None:
         await tokenizer.tokens(["sea"])
 
 
+async def test_signals_for_the_whole_group_are_the_workers(tmp_path: Path) -> None:
+    """Ctrl-C and a service manager's SIGTERM reach it too, while the worker drains."""
+    with tokenizer_of(tiny_model(tmp_path / "m.gguf")) as tokenizer:
+        before, pid = await tokenizer.tokens(["sea"]), tokenizer.pid
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for process in (pid, *tokenizer.forks()):
+                os.kill(process, number)
+        assert await tokenizer.tokens(["sea"]) == before
+        assert tokenizer.pid == pid
+
+
 def test_nothing_of_it_is_left_behind(tmp_path: Path) -> None:
     engine = LlamaEngine(tiny_model(tmp_path / "m.gguf"), name="m", digest="sha256:0")
     assert engine.tokenize("sea") and Path(f"/proc/{engine.tokenizer.pid}").exists()

@@ -263,7 +263,7 @@ MUTATIONS: Final = (
     Mutation("a call is lost by two workers at most", f"{SDK}/backoff.py",
              "MOST_LOST: Final = 2", "MOST_LOST: Final = 9", "test_lost.py::test_one_after_another"),
     Mutation("each text has a process of its own", "backend/lacre_backend/engine/tokenizer_process.py",
-             "        if os.fork() == 0:", "        if True:", "test_tokenizer.py::test_recursion"),
+             "        return os.fork()", "        return 0", "test_tokenizer.py::test_recursion"),
     Mutation("a text's CPU time is limited", "backend/lacre_backend/engine/tokenizer_process.py",
              "SECONDS + seconds_per_byte * size)", "3600.0)", "test_tokenizer.py::test_square"),
     Mutation("the grant alone says whose turn it is", "backend/lacre_backend/api/served.py",

@@ -59,7 +59,9 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         """Starts the process, which takes a fifth of a second and what the vocabulary takes. Raises SettingsError."""
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what follows, and never held for long: event loops wait for it
+        self._starting = threading.Lock()  # of the process, whose start takes its time
+        self._closed = False
         self._process = _Process(path)
         self._idle: list[socket.socket] = []
         self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
@@ -107,9 +109,11 @@ class Tokenizer:
 
     def close(self) -> None:
         """Ends the process, and with it every text under way."""
+        with self._starting:
+            self._closed = True
+            self._process.close()
         with self._lock:
             idle, self._idle = self._idle, []
-            self._process.close()
         for connection in idle:
             connection.close()
 
@@ -154,8 +158,8 @@ class Tokenizer:
 
     def _connection(self) -> socket.socket:
         """One with a fork of the process behind it. A process that ended, which no text does, is started again once."""
-        with self._lock:
-            if self._process.closed:
+        with self._starting:
+            if self._closed:
                 raise EngineClosed("The engine is closed.")
             try:
                 return self._process.connect()

@@ -75,16 +75,28 @@ def main(path: str) -> None:
     control.sendall(READY)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that ended leave nothing behind
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the whole group: the worker drains, and this ends with it
+        signal.signal(number, signal.SIG_IGN)
     while True:
         _byte, descriptors, _flags, _address = socket.recv_fds(control, 1, 1)
         if not descriptors:
             return  # the worker ended, or closed this tokenizer
         connection = socket.socket(fileno=descriptors[0])
-        if os.fork() == 0:
+        if _fork() == 0:
             control.close()
-            _serve(connection, vocab, seconds_per_byte)
-            os._exit(0)
+            try:
+                _serve(connection, vocab, seconds_per_byte)
+            finally:
+                os._exit(0)
         connection.close()
+
+
+def _fork() -> int:
+    """As `os.fork`; -1 where no process can be had now. That connection closes, and the next one may do better."""
+    try:
+        return os.fork()
+    except OSError:
+        return -1
 
 
 def _enough_stack() -> None:
@@ -198,10 +210,13 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 def _end_with(connection: socket.socket, on: bool) -> None:
-    """Whether the kernel ends this process (SIGIO) as its caller closes the connection."""
-    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
-    flags = fcntl.fcntl(connection, fcntl.F_GETFL)
-    fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
+    """Whether the kernel ends this process (SIGIO) as its caller closes the connection. Some sandboxes cannot do that: then it
+    works on to its limit.
+    """  # fmt: skip
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(connection, fcntl.F_GETFL)
+        fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC if on else flags & ~os.O_ASYNC)
     if on:
         poll = select.poll()
         poll.register(connection, select.POLLIN)
