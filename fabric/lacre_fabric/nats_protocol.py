@@ -27,7 +27,9 @@ DESCRIPTION: Final = "Description"
 
 _CRLF: Final = b"\r\n"
 _VERSION: Final = b"NATS/1.0"
-_MAX_DIGITS: Final = 18  # of a number in a control line: it fits 64 bits
+# The subject, the subscription, perhaps a reply subject, the size of the headers, and of it all; a number fits 64 bits.
+_HMSG: Final = re.compile(rb"HMSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]+) )?([0-9]{1,18}) ([0-9]{1,18})\r\n")
+_MSG: Final = re.compile(rb"MSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]+) )?()([0-9]{1,18})\r\n")
 _FIELD_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")  # RFC 9110 section 5.6.2
 _STATUS_LINE: Final = re.compile(rb"NATS/1\.0 ([0-9]{3})(?: ([ -~]{0,255}))?")
 
@@ -103,57 +105,41 @@ class Reader:
         return self._skip == 0
 
     def _line(self) -> Event | None:
+        match = _HMSG.match(self._buffer) or _MSG.match(self._buffer)
+        if match is not None:  # nearly every line is one of these two
+            # All of it is read before the buffer changes, which the match still looks into.
+            subject, number, reply, header_size, whole = match.groups(b"")
+            sid, headers, size = int(number), int(header_size or 0), int(whole)
+            del self._buffer[: match.end()]
+            if size > MAX_SIZE or headers > size:
+                raise BrokenProtocol("the message server sent a message of an impossible length")
+            if size > self._keep:
+                self._skip = size + len(_CRLF)
+                return Oversized(sid, size)
+            return self._body(_Head(sid, subject, reply, headers, size))
         end = self._buffer.find(_CRLF, 0, MAX_LINE)
         if end < 0:
             if len(self._buffer) >= MAX_LINE:
                 raise BrokenProtocol("the message server sent a line without an end")
             return None
-        line = bytes(self._buffer[:end])
+        name, _, text = bytes(self._buffer[:end]).partition(b" ")
         del self._buffer[: end + len(_CRLF)]
-        name, _, text = line.partition(b" ")
-        if name not in (b"MSG", b"HMSG"):
-            return _control(name, text)
-        head = _head(name, text.split(b" "))
-        if head.size > self._keep:
-            self._skip = head.size + len(_CRLF)
-            return Oversized(head.sid, head.size)
-        self._head = head
-        return self._body(head)
+        if name not in (b"PING", b"PONG", b"+OK", b"-ERR", b"INFO"):
+            raise BrokenProtocol("the message server sent a line that NATS does not have")
+        return Control(name, text)
 
     def _body(self, head: _Head) -> Message | None:
-        buffer, size = self._buffer, head.size
+        sid, subject, reply, headers, size = head
+        buffer = self._buffer
         if len(buffer) < size + len(_CRLF):
+            self._head = head
             return None
-        if buffer[size : size + len(_CRLF)] != _CRLF:
+        if not buffer.startswith(_CRLF, size):
             raise BrokenProtocol("the message server sent a message of another length than it said")
-        headers, payload = bytes(buffer[: head.headers]), bytes(buffer[head.headers : size])
+        message = Message(sid, subject, reply, bytes(buffer[:headers]), bytes(buffer[headers:size]))
         del buffer[: size + len(_CRLF)]
         self._head = None
-        return Message(head.sid, head.subject, head.reply, headers, payload)
-
-
-def _control(name: bytes, text: bytes) -> Control:
-    if name not in (b"PING", b"PONG", b"+OK", b"-ERR", b"INFO"):
-        raise BrokenProtocol("the message server sent a line that NATS does not have")
-    return Control(name, text)
-
-
-def _head(name: bytes, words: list[bytes]) -> _Head:
-    """words: subject, subscription, the reply subject if there is one, the size of the headers for HMSG, and of it all."""
-    numbers = 1 if name == b"MSG" else 2
-    if len(words) not in (2 + numbers, 3 + numbers):
-        raise BrokenProtocol("the message server sent a message's line with too few words or too many")
-    reply = words[2] if len(words) == 3 + numbers else b""
-    sid, headers, size = _number(words[1]), _number(words[-2]) if numbers == 2 else 0, _number(words[-1])
-    if size > MAX_SIZE or headers > size:
-        raise BrokenProtocol("the message server sent a message of an impossible length")
-    return _Head(sid, words[0], reply, headers, size)
-
-
-def _number(word: bytes) -> int:
-    if not word.isdigit() or len(word) > _MAX_DIGITS:
-        raise BrokenProtocol("the message server sent a word where a number belongs")
-    return int(word)
+        return message
 
 
 def fields(block: bytes, *, status: bool) -> dict[str, str]:

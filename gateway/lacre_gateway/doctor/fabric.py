@@ -6,21 +6,20 @@ It connects with the gateway's credential, and subscribes to no replies: those a
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
 
-from nats.aio.msg import Msg
+import nats.js.errors
 
 from lacre.errors import InvalidMessage, LacreError
 from lacre.jws import raw_public_key
 from lacre.manifest import Manifest
 from lacre.trust import verify
 from lacre_fabric import subjects
-from lacre_fabric.connection import API_TIMEOUT, Connection
+from lacre_fabric.connection import Connection
 from lacre_fabric.keyfiles import read_ed25519
 from lacre_fabric.presence import MAX_NODES, wrong_in
 from lacre_fabric.roles import Credential
@@ -105,11 +104,10 @@ async def _queues(connection: Connection, manifest: Manifest, region: str, findi
 async def _info(connection: Connection, queue: str) -> dict[str, Any]:
     """What JetStream says of a pool's queue, with its own time. Raises FabricUnavailable."""
     async with connection.mapped():
-        subject = f"{subjects.API}.STREAM.INFO.{queue}"
-        said = json.loads((await connection.client.request(subject, timeout=API_TIMEOUT)).data)
-        if "error" in said:
-            raise FabricUnavailable("NATS has no such queue")
-    return dict(said)
+        try:
+            return dict(await connection.ask(f"STREAM.INFO.{queue}", {}))
+        except nats.js.errors.NotFoundError as exc:
+            raise FabricUnavailable("NATS has no such queue") from exc
 
 
 def _clock(said: dict[str, Any], findings: Findings) -> None:
@@ -131,16 +129,20 @@ def _clock(said: dict[str, Any], findings: Findings) -> None:
 async def _workers(connection: Connection, manifest: Manifest, own: str, findings: Findings) -> None:
     heard: dict[str, dict[str, frozenset[str]]] = {pool: {} for pool in manifest.pools}  # and what is wrong with each
 
-    async def hear(message: Msg) -> None:
-        with suppress(InvalidMessage):
-            pool, region, node = subjects.parse_presence(message.subject)
-            name = node if region == own else f"{region}/{node}"
-            if pool in heard and (name in heard[pool] or len(heard[pool]) < MAX_NODES):
-                heard[pool][name] = wrong_in(message.data)
+    def hear(subject: str, _block: bytes, payload: bytes) -> bool:
+        try:
+            pool, region, node = subjects.parse_presence(subject)
+            name, wrong = node if region == own else f"{region}/{node}", wrong_in(payload)
+        except InvalidMessage:
+            return False
+        if pool not in heard or (name not in heard[pool] and len(heard[pool]) >= MAX_NODES):
+            return False
+        heard[pool][name] = wrong
+        return True
 
     try:
         async with connection.mapped(confirmed=True):
-            await connection.client.subscribe("presence.>", cb=hear)
+            await connection.client.subscribe_directly("presence.>", hear)
     except FabricError as exc:
         findings.failed("workers", str(exc), "provision the fabric anew: the credential's permissions are not a gateway's")
         return
