@@ -42,6 +42,7 @@ class MemoryFabric:
         self.outbound: dict[str, Outbound] = {}
         self.live: list[MemoryWorker] = []
         self.arrived = asyncio.Condition()
+        self.cut_off: set[str] = set()  # pools, by their names: what `away` says
 
     def gateway(self) -> MemoryGateway:
         return MemoryGateway(self)
@@ -111,6 +112,9 @@ class MemoryGateway:
                 at.workers + 1, at.busy + worker.slots - worker.free, at.free + worker.free
             )
         return found
+
+    def away(self) -> frozenset[str]:
+        return frozenset(self._hub.cut_off)
 
     async def backlog(self, pool: str, region: str) -> int:
         return sum(work.pool == pool and region == DEFAULT_REGION for work, _ in self._hub.queue)

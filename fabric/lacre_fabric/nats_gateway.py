@@ -158,6 +158,9 @@ class NatsGateway:
         linked = [side for side in self._sides.values() if side.opened]
         return self.connection.connected and (not linked or any(side.connected for side in linked))
 
+    def away(self) -> frozenset[str]:
+        return frozenset(pool for pool, side in self._sides.items() if side.opened and not side.connected)
+
     def workers(self, pool: str, model: str) -> int:
         side = self._sides.get(pool)
         return 0 if side is None else sum(model in present.models for present in side.roster.live().values())

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final
 
 import structlog
-from nats.aio.msg import Msg
 
 from lacre import tasks
 from lacre.errors import InvalidMessage, SettingsError
@@ -119,12 +118,13 @@ async def _start(
         site.write_settings(server.url, port, {POOL: tables})
         present = asyncio.Event()
 
-        async def came(message: Msg) -> None:
+        def came(_subject: str, _block: bytes, payload: bytes) -> bool:
             with suppress(InvalidMessage):
-                if Presence.parse(message.data).models:  # before that, it is there and cannot work yet
+                if Presence.parse(payload).models:  # before that, it is there and cannot work yet
                     present.set()
+            return True
 
-        await connection.client.subscribe(subjects.presence(POOL, subjects.DEFAULT_REGION, NODE), cb=came)
+        heard = await connection.client.subscribe_directly(subjects.presence(POOL, subjects.DEFAULT_REGION, NODE), came)
         await connection.client.flush()
         for name, module, settings in (
             ("gateway", "lacre_gateway", site.gateway_settings),
@@ -133,6 +133,7 @@ async def _start(
             command = [*PYTHON, "-m", module, "--settings", str(settings)]
             children[name] = supervisor.start(name, command, site.log(name))
         await _ready(site, supervisor, port, present)
+        await heard.unsubscribe()  # a worker that floods it must not break the connection that keys are published by
     except BaseException:
         await connection.close()
         raise

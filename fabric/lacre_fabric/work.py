@@ -140,7 +140,11 @@ class GatewayFabric(Protocol):
         """How much work no worker has acked yet. Raises FabricUnavailable."""
 
     @property
-    def connected(self) -> bool: ...
+    def connected(self) -> bool:
+        """Whether messages flow, with one pool at least."""
+
+    def away(self) -> frozenset[str]:
+        """The pools whose answers cannot come now: what is asked of them is refused at once."""
 
     async def revoke(self, revocation: Revocation) -> None:
         """For every gateway, until its time is over. Raises FabricUnavailable."""

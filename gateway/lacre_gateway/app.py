@@ -77,6 +77,7 @@ async def readyz(request: Request) -> Response:
     detail = {
         "status": "not ready" if missing else "ready",
         "missing": missing,
+        "away": [] if gateway.fabric is None else sorted(gateway.fabric.away()),
         "rules": gateway.rules.status.detail(),
         "manifest": None if manifest is None else {"version": manifest.version, "expires_at": manifest.expires_at},
     }

@@ -95,8 +95,11 @@ class Gauges:
         workers: Labelled = {at: seen.workers for at, seen in present.items()}
         slots: Labelled = {(*at, state): getattr(seen, state) for at, seen in present.items() for state in ("busy", "free")}
         queued: Labelled = {at: count for at, count in backlog.items()}  # noqa: C416  # a mapping's keys are invariant
+        away = frozenset[str]() if self._gateway.fabric is None else self._gateway.fabric.away()
+        cut_off: Labelled = {(pool,): pool in away for pool in dict.fromkeys(pool for pool, _ in present)}
         demand: Labelled = {at: count + present[at].busy for at, count in backlog.items()}
         labels = ("pool", "region")
+        yield by_label("lacre_pool_away", "Whether answers of the pool cannot come now.", ("pool",), cut_off)
         yield by_label("lacre_workers", "Live workers, by their presence.", labels, workers)
         yield by_label("lacre_worker_slots", "Their slots, by their presence.", (*labels, "state"), slots)
         yield by_label("lacre_queue_requests", "Requests that no worker has taken yet.", labels, queued)

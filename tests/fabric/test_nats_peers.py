@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from lacre_fabric import subjects
+from lacre_fabric.buckets import NatsBucket
 from lacre_fabric.connection import Connection
 from lacre_fabric.frames import Kind
 from lacre_fabric.nats_client import MAX_SILENT, DirectClient
@@ -147,6 +148,31 @@ async def test_no_message_of_a_gateway_silences_a_worker(nats: LiveFabric, stack
     assert [frame.kind async for frame in dispatch.frames()] == [Kind.USAGE]
     await answers(gateway, worker, "a")
     assert worker.connection.client.stats["reconnects"] == 0
+
+
+async def test_no_entry_breaks_the_readers_of_its_bucket(nats: LiveFabric, stack: AsyncExitStack) -> None:
+    """Of what a peer stores, JetStream gives out its headers, too."""
+    gateway, worker = await gateway_of(nats, stack), await worker_of(nats, stack, "a")
+    short = [headers for headers in HEADERS if len(headers) < 256]
+    work = new_work()
+    claim = f"$KV.claims_a.{work.digest.hex()}".encode()
+    async with stolen(nats, "gateway-g1") as say:
+        await say(*((subjects.revocation("gateway-g1").encode(), b"x", headers) for headers in short))
+        await say(*((b"$KV.budgets.gateway-g1.x%d" % number, b"x", headers) for number, headers in enumerate(HEADERS)))
+    async with stolen(nats, "worker-a-n2") as say:
+        await say((claim, b"", b"NATS/1.0 \xff\r\nKV-Operation: DEL\r\nNats-Sequence: x\r\nNats-Time-Stamp: x\r\n\r\n"))
+    bucket = NatsBucket(gateway.connection, subjects.BUDGETS_BUCKET)
+    async with asyncio.timeout(5):
+        for number in range(len(HEADERS)):
+            while (entry := await bucket.read(f"x{number}")) is None:  # it is on its way to the disk
+                await asyncio.sleep(0.02)
+            assert entry.value == b"x"
+    assert await gateway.revoked() == []
+    await gateway.dispatch(work)
+    delivery = await worker.pull()
+    assert not await delivery.claim(), "a claim is a claim, whatever its headers say"
+    assert await worker.connection.newest("KV_claims_a", claim.decode()) == b""
+    await delivery.drop()
 
 
 async def test_what_cannot_be_used_is_counted_and_told_once(nats: LiveFabric, stack: AsyncExitStack) -> None:

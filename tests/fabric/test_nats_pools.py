@@ -90,6 +90,7 @@ async def test_a_pools_lost_connection_is_its_own(both: Both) -> None:
     delivery = await both.pulled("b")
     await delivery.send(Kind.DATA, b"x")
     await both.cut()
+    assert both.gateway.away() == {"a"}
     assert both.gateway.connected, "one pool that floods must not take the gateway out of service for all"
     with pytest.raises(FabricUnavailable, match="answers of pool a"):
         await both.gateway.dispatch(new_work("a"))
@@ -98,6 +99,7 @@ async def test_a_pools_lost_connection_is_its_own(both: Both) -> None:
     await delivery.drop()
     assert [frame.kind async for frame in under_way.frames()] == [Kind.DATA, Kind.USAGE]
     await both.mended()
+    assert both.gateway.away() == frozenset()
     await both.answered("a")
 
 

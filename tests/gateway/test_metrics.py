@@ -124,6 +124,11 @@ async def test_states(world: World) -> None:
     found = await scrape(world)
     assert value(found, "lacre_ready") == value(found, "lacre_fabric_connected") == value(found, "lacre_audit_writable") == 1
     assert value(found, "lacre_manifest_version") == 1
+    assert value(found, "lacre_pool_away", pool="default") == 0
+    world.hub.cut_off |= {"default", "of no manifest"}
+    found = await scrape(world)
+    assert value(found, "lacre_pool_away", pool="default") == 1
+    assert [at for at in found if "of no manifest" in str(at)] == []
     world.gateway.drain()
     world.gateway.fabric = None
     found = await scrape(world)

@@ -56,7 +56,13 @@ async def test_ready(world: World, client: httpx2.AsyncClient) -> None:
     response = await client.get("/readyz")
     assert response.status_code == 200
     detail = json.loads(response.content)
-    assert (detail["status"], detail["missing"], detail["manifest"]["version"]) == ("ready", {}, 1)
+    assert (detail["status"], detail["missing"], detail["away"], detail["manifest"]["version"]) == ("ready", {}, [], 1)
+
+
+async def test_one_pool_that_is_away_leaves_the_gateway_ready(world: World, client: httpx2.AsyncClient) -> None:
+    world.hub.cut_off.add("default")
+    response = await client.get("/readyz")
+    assert (response.status_code, json.loads(response.content)["away"]) == (200, ["default"])
 
 
 async def test_not_ready_says_what_is_missing(world: World, client: httpx2.AsyncClient) -> None:
