@@ -130,10 +130,11 @@ class Client(httpx2.Client):
             if response.is_error:
                 response.read()
                 check(response)
+            deltas.facts = response.extensions[FACTS]
             for event in httpx2.EventSource(response):
                 if text := deltas.feed(event.data):
                     yield text
-            deltas.close(response.extensions[FACTS])
+            deltas.close(deltas.facts)
 
     @property
     def verification(self) -> Verification:
@@ -221,10 +222,11 @@ class AsyncClient(httpx2.AsyncClient):
             if response.is_error:
                 await response.aread()
                 check(response)
+            deltas.facts = response.extensions[FACTS]
             async for event in httpx2.EventSource(response):
                 if text := deltas.feed(event.data):
                     yield text
-            deltas.close(response.extensions[FACTS])
+            deltas.close(deltas.facts)
 
     @property
     def verification(self) -> Verification:

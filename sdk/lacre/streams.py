@@ -37,6 +37,8 @@ class Deltas:
         self.written = Written()
         self.id = self.model = ""
         self.finish_reason: str | None = None
+        self.facts: Facts | None = None  # from the head of the answer on
+        self.left = False  # whether the rest was given up
         self._whole: _Whole | None = None
 
     @property
@@ -77,14 +79,18 @@ class Deltas:
 
     @property
     def whole(self) -> _Whole:
+        if self._whole is None and self.left:
+            raise UsageError("the answer was given up: only one that was read to its last piece has its usage and receipt")
         if self._whole is None:
             raise UsageError("the answer has not ended: ask for this after its last piece")
         return self._whole
 
 
 class _Answer:
-    """What a stream knows of its answer. `usage`, `receipt` and what else only a whole answer has raise UsageError before it
-    has ended.
+    """What a stream knows of its answer. `usage` and `receipt` are a whole answer's alone, and raise UsageError before its end.
+
+    What is known of the exchange (`facts`, `verification`, `attempts`, `parts`, `receipts`) is there from the first piece on,
+    and stays there when the rest is given up.
     """
 
     _deltas: Deltas
@@ -129,7 +135,9 @@ class _Answer:
     @property
     def facts(self) -> Facts:
         """What is known of the exchange: the KEM, the sizes, the attempts."""
-        return self._deltas.whole.facts
+        if self._deltas.facts is None:
+            raise UsageError("the answer has not begun: ask for this after its first piece")
+        return self._deltas.facts
 
     @property
     def audit(self) -> AuditProof:
@@ -164,6 +172,7 @@ class ChatStream(_Answer, Iterator[str]):
         return next(self._pieces)
 
     def close(self) -> None:
+        self._deltas.left = True
         self._pieces.close()
 
     def __enter__(self) -> Self:
@@ -184,6 +193,7 @@ class AsyncChatStream(_Answer, AsyncIterator[str]):
         return await anext(self._pieces)
 
     async def aclose(self) -> None:
+        self._deltas.left = True
         await self._pieces.aclose()
 
     async def __aenter__(self) -> Self:

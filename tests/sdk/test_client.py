@@ -49,6 +49,26 @@ class TestChat:
         assert [piece async for piece in async_client.chat_stream("Go on.")] == ["one ", "two ", "three"]
         assert await async_client.models() == ("tiny",)
 
+    def test_a_stream_that_was_left_tells_what_is_known(self, client: lacre.Client) -> None:
+        stream = client.chat_stream("Tell me a story.")
+        with pytest.raises(lacre.UsageError, match="has not begun"):
+            _ = stream.attempts
+        assert next(stream) == "one "
+        stream.close()
+        assert (stream.text, stream.attempts, stream.parts, stream.receipts) == ("one ", 1, (), ())
+        assert stream.verification.receipt is None
+        for only_of_a_whole_answer in (lambda: stream.usage, lambda: stream.receipt):
+            with pytest.raises(lacre.UsageError, match="given up"):
+                only_of_a_whole_answer()
+
+    async def test_an_async_stream_that_was_left_tells_what_is_known(self, async_client: lacre.AsyncClient) -> None:
+        stream = async_client.chat_stream("Tell me a story.")
+        assert await anext(stream) == "one "
+        await stream.aclose()
+        assert (stream.text, stream.attempts) == ("one ", 1)
+        with pytest.raises(lacre.UsageError, match="given up"):
+            _ = stream.usage
+
     def test_client_is_an_httpx2_client(self, client: lacre.Client) -> None:
         response = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
         assert response.json()["choices"][0]["message"]["content"] == "one two three"
