@@ -5,6 +5,7 @@ What there is to kill is what `lacre.tasks` enumerates in the running process; w
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Callable
@@ -135,3 +136,22 @@ async def test_a_signer(site: GatewayProcess, tmp_path: Path) -> None:
         signer.kill("upkeep", until=lambda: "background work starts again: upkeep" in signer.said())
         assert "Doom" in signer.said()
         assert not signer.ended()
+
+
+async def test_a_proxy(site: GatewayProcess, tmp_path: Path) -> None:
+    """`lacre proxy` has no lifetime work of its own now. If it gets some, that is killed here as well."""
+    await site.start()
+    env = {
+        **environment(tmp_path / "state"),
+        "LACRE_URL": site.site.connection_string(site.base_url),
+        "LACRE_TOKEN": site.token("somebody"),
+    }
+
+    def start(number: int) -> Doomed:
+        log = tmp_path / f"proxy-{number}.log"
+        proxy = Doomed.start(log, "lacre", "proxy", "--port", "0", "--json", environment=env)
+        proxy.until(lambda: "base_url" in proxy.said())
+        return proxy
+
+    with ExitStack() as stack:
+        await asyncio.to_thread(each_is_killed, start, set[str](), stack)
