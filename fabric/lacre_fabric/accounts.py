@@ -1,8 +1,9 @@
 """nats-server's accounts: the walls between the roles, and the few doors in them.
 
 Rules:
-- The streams and buckets are in one account, with the provisioner alone. The gateways share another, and the workers of
-  each pool have their own; who looks after the servers is in the servers' own. What is not named here passes no wall.
+- The streams and buckets are in one account, with the provisioner alone. Each gateway has an account, and so have the workers
+  of each pool, and the inspector. What is not named here passes no wall.
+- A gateway's account reaches the pools that it is for. Gateways share none: one of them could take all its connections.
 - The workers of a pool share their account in every region: they have the same keys. Permissions keep each to its queue.
 - Why permissions are not enough: NATS checks what a client publishes to, and not the subject that it asks the answer to go
   to. Inside one account JetStream writes its answers wherever the asker says, with the server's own authority: a worker that
@@ -12,7 +13,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -22,7 +23,6 @@ from lacre_fabric.layout import MAX_PAYLOAD
 from lacre_fabric.roles import (
     BUDGETS,
     FABRIC,
-    GATEWAYS,
     INSPECT,
     INSPECTION,
     MAX_DELIVERIES,
@@ -33,6 +33,7 @@ from lacre_fabric.roles import (
     TOLD_BY_WORKERS,
     TOLD_TO_WORKERS,
     Role,
+    gateway_account,
     gateway_services,
     worker_services,
     workers_account,
@@ -71,8 +72,10 @@ def accounts(roles: Sequence[Role]) -> Entry:
         raise SettingsError("two roles have a credential of the same name")
     pools = sorted({pool for role in roles for pool in role.pools})
     regions = sorted({region for role in roles for region in role.regions})
-    found = {FABRIC: _fabric(pools, regions), GATEWAYS: _gateways(pools, regions)}
-    found |= {workers_account(pool): _workers(pool, regions) for pool in pools}
+    gateways = _gateways_of(roles)
+    found = {FABRIC: _fabric(pools, regions, gateways)}
+    found |= {account: _gateway(served, regions) for account, served in gateways.items()}
+    found |= {workers_account(pool): _workers(pool, regions, _serving(pool, gateways)) for pool in pools}
     if any(role.account == INSPECTION for role in roles):
         found |= {SYSTEM: _system(), INSPECTION: _inspection()}
     return {
@@ -85,13 +88,26 @@ def accounts(roles: Sequence[Role]) -> Entry:
     }
 
 
+def _gateways_of(roles: Sequence[Role]) -> dict[str, list[str]]:
+    """The accounts of gateways, each with the pools that it is for."""
+    found: dict[str, set[str]] = {}
+    for role in roles:
+        if role.account.startswith(gateway_account("")):
+            found.setdefault(role.account, set()).update(role.pools)
+    return {account: sorted(pools) for account, pools in found.items()}
+
+
+def _serving(pool: str, gateways: Mapping[str, Sequence[str]]) -> list[str]:
+    return [account for account, pools in gateways.items() if pool in pools]
+
+
 def _limits(account: str, roles: Sequence[Role]) -> Limits:
     """They grow with the roles that share the account."""
     if account == FABRIC:
         return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, MAX_PAYLOAD)
-    if account == GATEWAYS:
-        each = (_GATEWAY_CONNECTIONS + len(role.pools) for role in roles if role.account == GATEWAYS)
-        return Limits(max(1, _OVERLAP * MAX_PROCESSES * sum(each)), _SUBSCRIPTIONS, MAX_PAYLOAD)
+    if account.startswith(gateway_account("")):
+        each = (_GATEWAY_CONNECTIONS + len(role.pools) for role in roles if role.account == account)
+        return Limits(_OVERLAP * MAX_PROCESSES * sum(each), _SUBSCRIPTIONS, MAX_PAYLOAD)
     if account in (SYSTEM, INSPECTION):
         return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, _SMALL_PAYLOAD)
     regions = {region for role in roles if role.account == account for region in role.regions}
@@ -106,21 +122,21 @@ def _inspection() -> Entry:
     return {"imports": [{"service": {"account": SYSTEM, "subject": subject}} for subject in INSPECT]}
 
 
-def _fabric(pools: Sequence[str], regions: Sequence[str]) -> Entry:
-    every = [GATEWAYS, *map(workers_account, pools)]
-    services = [_service(READ_MANIFEST, every), *(_service(subject, [GATEWAYS]) for subject in (*REVOCATIONS, *BUDGETS))]
+def _fabric(pools: Sequence[str], regions: Sequence[str], gateways: Mapping[str, Sequence[str]]) -> Entry:
+    every = [*gateways, *map(workers_account, pools)]
+    services = [_service(READ_MANIFEST, every), *(_service(subject, [*gateways]) for subject in (*REVOCATIONS, *BUDGETS))]
     for pool in pools:
-        services += [_service(subject, [GATEWAYS]) for subject in _of_gateways(pool, regions)]
+        services += [_service(subject, _serving(pool, gateways)) for subject in _of_gateways(pool, regions)]
         services += [_service(subject, [workers_account(pool)]) for subject in _of_workers(pool, regions)]
     return {
         "jetstream": "enabled",
         "mappings": {f"{subjects.API}.>": f"{_OWN_API}.>"},  # so that the provisioner finds it where everybody does
-        "exports": [*services, {"stream": MAX_DELIVERIES, "accounts": [GATEWAYS]}],
+        "exports": [*services, {"stream": MAX_DELIVERIES, "accounts": [*gateways]}],
         "imports": [_heard(workers_account(pool), f"presence.{pool}.*.*") for pool in pools],
     }
 
 
-def _gateways(pools: Sequence[str], regions: Sequence[str]) -> Entry:
+def _gateway(pools: Sequence[str], regions: Sequence[str]) -> Entry:
     asked = (service for pool in pools for service in _of_gateways(pool, regions))
     return {
         "exports": [
@@ -134,12 +150,12 @@ def _gateways(pools: Sequence[str], regions: Sequence[str]) -> Entry:
     }
 
 
-def _workers(pool: str, regions: Sequence[str]) -> Entry:
+def _workers(pool: str, regions: Sequence[str], gateways: Sequence[str]) -> Entry:
     return {
-        "exports": [{"stream": f"{kind}.{pool}.*.*", "accounts": [GATEWAYS, FABRIC]} for kind in TOLD_BY_WORKERS],
+        "exports": [{"stream": f"{kind}.{pool}.*.*", "accounts": [*gateways, FABRIC]} for kind in TOLD_BY_WORKERS],
         "imports": [
             *_asked([READ_MANIFEST, *_of_workers(pool, regions)]),
-            *(_heard(GATEWAYS, f"{kind}.{pool}.*") for kind in TOLD_TO_WORKERS),
+            *(_heard(account, f"{kind}.{pool}.*") for account in gateways for kind in TOLD_TO_WORKERS),
         ],
     }
 

@@ -241,6 +241,7 @@ def keys_tend(
     ] = False,
 ) -> None:
     """Do whatever is due: a new pool key, the end of an old one, a fresh manifest. For cron, each hour, without `lacre up`."""
+    from lacre_fabric import floods
     from lacre_fabric.rotation import GRACE, KEPT_UP, Schedule, tend, upkeep
 
     site = _site(state)
@@ -249,13 +250,16 @@ def keys_tend(
     async def run() -> None:
         async with _provisioner(site) as connection:
             if stay:
-                background = tasks.start(
-                    "upkeep", partial(upkeep, site, connection, schedule, provisioning=True), restart=KEPT_UP
-                )
+                upkept = partial(upkeep, site, connection, schedule, provisioning=True)
+                background = [tasks.start("upkeep", upkept, restart=KEPT_UP)]
+                if site.credential_file("inspector").exists():
+                    watched = partial(floods.watch, site.servers, site.credential("inspector"))
+                    background.append(tasks.start("floods", watched, restart=floods.WATCHED))
                 try:
                     await asyncio.Event().wait()
                 finally:
-                    await background.close()
+                    for each in background:
+                        await each.close()
             else:
                 await tend(site, connection, schedule)
 

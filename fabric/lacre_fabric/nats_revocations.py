@@ -107,7 +107,7 @@ class Reader:
         self._last = newest
         read = [(_writer(entry), _revocation(entry)) for entry in found]
         for writer, number in Counter(writer for writer, revocation in read if revocation is None).items():
-            log.error("revocation.unreadable", writer=writer, number=number)  # one line, however many a stolen credential wrote
+            log.error("revocation.unreadable", role=writer, number=number)  # one line, however many a stolen credential wrote
         return [revocation for _, revocation in read if revocation is not None]
 
     async def _between(self, since: int, until: int) -> list[Stored]:

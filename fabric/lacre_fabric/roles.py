@@ -6,7 +6,7 @@ Rules:
 - Only the provisioner creates streams, consumers and buckets, or writes the manifest.
 - Revocations are the gateways' own: each adds them in its own name, reads all, and can change or remove none.
 - Of the budgets a gateway reads all, and writes its own part: what its leases hold.
-- The inspector asks the servers two questions about themselves, and nothing else of anybody. It asks from an account of its
+- The inspector asks the servers three questions about themselves, and nothing else of anybody. It asks from an account of its
   own: in the servers' own account an answer could be sent to a subject that servers obey.
 - A worker asks JetStream's shared API nothing: its queue of questions is one for all pools, and drops them all when it is full.
 - A gateway reads its own replies only. A worker touches its own pool only, and of its queues that of its own region.
@@ -28,7 +28,6 @@ from lacre_fabric import subjects
 from lacre_fabric.keyfiles import read_secret, write_secret
 
 FABRIC: Final = "FABRIC"  # the accounts: the streams, the buckets and the provisioner are in this one
-GATEWAYS: Final = "GATEWAYS"
 READ_MANIFEST: Final = (
     f"{subjects.API}.DIRECT.GET.KV_{subjects.TRUST_BUCKET}.$KV.{subjects.TRUST_BUCKET}.{subjects.MANIFEST_KEY}"
 )
@@ -37,7 +36,8 @@ REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # wh
 BUDGETS: Final = (f"$KV.{subjects.BUDGETS_BUCKET}.>", subjects.READ_BUDGETS)
 SYSTEM: Final = "$SYS"  # nats-server's own: what servers say of themselves
 INSPECTION: Final = "INSPECTION"
-INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ"))
+INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ", "CONNZ"))
+CONNECTIONS: Final = INSPECT[2]
 MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
@@ -115,7 +115,7 @@ def gateway(
     tell = (f"{kind}.{pool}.*" for pool in pools for kind in TOLD_TO_WORKERS)
     return Role(
         credential,
-        GATEWAYS,
+        gateway_account(gateway_id),
         tuple(pools),
         tuple(regions),
         (
@@ -169,6 +169,10 @@ def _queue(pool: str, region: str) -> str:
 
 def workers_account(pool: str) -> str:
     return f"POOL_{pool}"
+
+
+def gateway_account(gateway_id: str) -> str:
+    return f"GATEWAY_{gateway_id}"
 
 
 def _own_inbox(credential: Credential) -> str:

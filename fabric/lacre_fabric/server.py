@@ -26,6 +26,9 @@ MAX_FILES: Final = 4 * 2**30  # bytes, a ceiling too: what `layout.file_bytes` s
 # take, some tenths of a second where each is synced. A pool's queue holds as many.
 MAX_BUFFERED: Final = 1000
 MAX_BUFFERED_BYTES: Final = 64 * 2**20  # and for each stream no more of the server's memory than this
+# Bytes of its log, past which it is put aside, and how many are kept: a line is written for each message that is denied.
+LOG_SIZE: Final = 16 * 2**20
+LOGS: Final = 4
 START_TIMEOUT: Final = 10.0  # seconds
 
 
@@ -75,7 +78,11 @@ class Server:
 
     def configure(self, roles: Sequence[Role]) -> None:
         """Writes the configuration; it holds the passwords, so it is 0600. A running server takes it with `reload`."""
-        config = configuration("127.0.0.1", self.port, str(self._folder), roles) | {"ports_file_dir": str(self._folder)}
+        config = configuration("127.0.0.1", self.port, str(self._folder), roles) | {
+            "ports_file_dir": str(self._folder),
+            "logfile_size_limit": LOG_SIZE,
+            "logfile_max_num": LOGS,
+        }
         write_secret(self._config, json.dumps(config, indent=1).encode())
 
     def command(self) -> list[str]:
@@ -92,7 +99,11 @@ class Server:
         with log.open("ab") as output:
             # A session of its own: the terminal's Ctrl-C would end it while the others still say their last words over it.
             process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                [*self.command(), "--log", str(log)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline and process.poll() is None:

@@ -18,7 +18,7 @@ import structlog
 
 from lacre import tasks
 from lacre.errors import InvalidMessage, SettingsError
-from lacre_fabric import logs, subjects, tokens
+from lacre_fabric import floods, logs, subjects, tokens
 from lacre_fabric.connection import Connection
 from lacre_fabric.leash import PYTHON
 from lacre_fabric.presence import Presence
@@ -76,8 +76,10 @@ async def running(
         try:
             connection, children = await _start(site, supervisor, port, tables)
             base_url = f"http://127.0.0.1:{port}"
+            watched = partial(floods.watch, site.servers, site.credential("inspector"))
             tending = [
                 tasks.start("upkeep", partial(upkeep, site, connection, schedule or Schedule()), restart=KEPT_UP),
+                tasks.start("floods", watched, restart=floods.WATCHED),
                 tasks.start("env", partial(keep_env, site, base_url), restart=_ENV_AGAIN),
             ]
             try:

@@ -23,7 +23,7 @@ from lacre_fabric.nats_worker import NatsDelivery, NatsWorker
 from lacre_fabric.provisioning import publish_manifest
 from lacre_fabric.roles import Credential, Role
 from lacre_fabric.work import FabricUnavailable
-from parts.fabric import POOLS, LiveFabric, new_work
+from parts.fabric import GATEWAYS, POOLS, LiveFabric, new_work
 
 ID = "0123456789abcdef" * 2
 M1 = subjects.model_token("m1")
@@ -42,7 +42,7 @@ LISTS = [
     *(f"$SYS.REQ.SERVER.PING{what}" for what in ("", ".SUBSZ", ".CONNZ", ".JSZ", ".ACCOUNTZ")),
     *(
         f"$SYS.REQ.ACCOUNT.{account}.{what}"
-        for account in (roles.FABRIC, roles.GATEWAYS, *map(roles.workers_account, POOLS))
+        for account in (roles.FABRIC, *map(roles.gateway_account, GATEWAYS), *map(roles.workers_account, POOLS))
         for what in ("SUBSZ", "CONNZ", "INFO")
     ),
 ]

@@ -230,6 +230,20 @@ async def test_subscriptions(site: Site) -> None:
 
 
 @attack(
+    "take every connection that gateways may have",
+    by="credential",
+    defence="each gateway has an account of its own, with connections of its own",
+    refused=None,
+    gain="nothing; its own gateway cannot connect anew while it does",
+)
+async def test_gateways_connections(site: Site) -> None:
+    with pytest.raises(ConnectionError):
+        for _ in range(1000):
+            await site.stolen("gateway-g1")
+    await answers(site)
+
+
+@attack(
     "send the gateway messages that no worker sends, 8 MiB each",
     by="credential",
     defence="a pool's account takes frames of 256 KiB and their headers: the server ends the connection",

@@ -108,8 +108,11 @@ async def test_a_worker(site: GatewayProcess, tmp_path: Path) -> None:
     assert {name.partition(" ")[0] for name in killed} >= {"api", "decode"}  # the threads
 
 
+UP = {"upkeep", "env", "floods"}
+
+
 def test_up(tmp_path: Path) -> None:
-    """Its upkeep and its `env` hold no state, so both start again. (A child that dies ends it: test_faults.)"""
+    """Its tasks hold no state, so each starts again. (A child that dies ends it: test_faults.)"""
     state = tmp_path / "state"
 
     def start(_number: int) -> Doomed:
@@ -120,7 +123,7 @@ def test_up(tmp_path: Path) -> None:
         return up
 
     with ExitStack() as stack:
-        assert each_is_killed(start, {"upkeep", "env"}, stack) == {"upkeep", "env"}
+        assert each_is_killed(start, UP, stack) == UP
 
 
 async def test_a_signer(site: GatewayProcess, tmp_path: Path) -> None:
@@ -131,8 +134,8 @@ async def test_a_signer(site: GatewayProcess, tmp_path: Path) -> None:
     )
     with ExitStack() as stack:
         stack.callback(signer.stop)
-        signer.until(lambda: signer.path.exists() and "upkeep" in signer.register())
-        assert signer.register() == {"upkeep": True}
+        signer.until(lambda: signer.path.exists() and len(signer.register()) == 2)
+        assert signer.register() == {"upkeep": True, "floods": True}
         signer.kill("upkeep", until=lambda: "background work starts again: upkeep" in signer.said())
         assert "Doom" in signer.said()
         assert not signer.ended()
