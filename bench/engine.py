@@ -143,6 +143,7 @@ def measure(quick: bool) -> command.Figures:
     figures: command.Figures = {"threads": float(threads)}
     with peers(["ours", "xllamacpp", "limit", "server"], threads) as found:
         figures |= _rates(found, (8, 16) if quick else (1, 4, 8, 16), 32 if quick else 64, 3 if quick else 5)
+        figures |= _structured(found, 96 if quick else 192, 1 if quick else 3)
         if "server" in found:
             figures["llama_cpp_server_n8"] = _round(found["server"].do("batch", n=8, tokens=32 if quick else 64)["rate"])
         for name in ("ours", "xllamacpp"):
@@ -175,6 +176,20 @@ def _rates(found: dict[str, Peer], sizes: tuple[int, ...], tokens: int, rounds: 
     return figures
 
 
+def _structured(found: dict[str, Peer], tokens: int, rounds: int) -> command.Figures:
+    """Eight streams under a schema of 30 properties. masks_of_step: the CPU time of a step's masks, of the step's own time."""
+    runs: dict[str, list[dict[str, float]]] = defaultdict(list)
+    names = [name for name in ("ours", "xllamacpp") if name in found]
+    for turn in range(rounds):
+        for name in names if turn % 2 == 0 else names[::-1]:
+            runs[name].append(found[name].do("structured", n=8, tokens=tokens))
+    figures: command.Figures = {f"schema_{name}_n8": _round(statistics.median(r["rate"] for r in runs[name])) for name in names}
+    for name in ("masks_ms", "step_ms"):
+        figures[f"schema_{name}"] = round(statistics.median(run[name] for run in runs["ours"]), 3)
+    figures["masks_of_step"] = round(statistics.median(run["masks"] for run in runs["ours"]), 4)
+    return figures
+
+
 def _ratios(figures: command.Figures) -> command.Figures:
     wanted = {
         "x_server_n8": ("ours_n8", "llama_cpp_server_n8"),
@@ -183,6 +198,7 @@ def _ratios(figures: command.Figures) -> command.Figures:
         "of_limit_n8": ("decode_ours_n8", "limit_n8"),
         "of_limit_n16": ("decode_ours_n16", "limit_n16"),
         "ttft_x_xllamacpp_n8": ("ttft_ours_n8_ms", "ttft_xllamacpp_n8_ms"),
+        "schema_x_xllamacpp_n8": ("schema_ours_n8", "schema_xllamacpp_n8"),
         "gap_x_quiet": ("gap_flood_p95_ms", "gap_quiet_p95_ms"),
     }
     return {

@@ -24,6 +24,22 @@ from typing import Any
 N_CTX = 4608
 SLOTS = 16
 STORY = "Write a long story about the harbour, the lighthouse keeper, and the ship that came back after many years. Begin: "
+SCHEMA_PROPERTIES = 30
+# Half of them strings, which end by the model's will; a schema as an extraction has it.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        f"field_{i}": [
+            {"type": "string", "maxLength": 24},
+            {"type": "boolean"},
+            {"type": "integer"},
+            {"enum": ["low", "middle", "high"]},
+        ][i % 4]
+        for i in range(SCHEMA_PROPERTIES)
+    },
+    "required": [f"field_{i}" for i in range(SCHEMA_PROPERTIES)],
+    "additionalProperties": False,
+}
 Marks = list[float]  # when each token of a stream came, by the clock
 
 
@@ -50,7 +66,8 @@ def rates(began: float, streams: list[Marks]) -> dict[str, float]:
 
 class Ours:
     def __init__(self, path: str, threads: int) -> None:
-        global Sampling, Task, Token  # noqa: PLW0603 - not there in a peer's environment
+        global Sampling, Task, Token, grammar  # noqa: PLW0603 - not there in a peer's environment
+        from lacre_backend.api.schema import grammar  # noqa: PLC0415
         from lacre_backend.engine.llama import LlamaEngine, LlamaSettings  # noqa: PLC0415
         from lacre_backend.engine.protocol import Sampling, Task, Token  # noqa: PLC0415
 
@@ -65,14 +82,37 @@ class Ours:
 
         return asyncio.run(run())
 
+    def structured(self, n: int, tokens: int) -> dict[str, float]:
+        """As `batch`, each answer under `SCHEMA`. masks: their CPU time, of the time that the steps took together."""
+
+        async def run() -> dict[str, float]:
+            texts = [prompt() for _ in range(n)]
+            began = time.perf_counter()
+            compiled = [self.engine.grammar(grammar(SCHEMA)) for _ in range(n)]
+            steps = self.engine.steps
+            works = (self.stream(t, tokens, held=c) for t, c in zip(texts, compiled, strict=True))
+            found = rates(began, await asyncio.gather(*works))
+            seconds = time.perf_counter() - began
+            steps = self.engine.steps - steps
+            masks = sum(each.seconds for each in compiled)
+            return found | {"masks": masks / seconds, "masks_ms": masks / steps * 1e3, "step_ms": seconds / steps * 1e3}
+
+        return asyncio.run(run())
+
     async def stream(
-        self, text: str, tokens: int, scope: bytes | None = None, endless: str = "", marks: Marks | None = None
+        self,
+        text: str,
+        tokens: int,
+        scope: bytes | None = None,
+        endless: str = "",
+        marks: Marks | None = None,
+        held: Any = None,
     ) -> Marks:
-        """endless: the id of a task that ends only at its limit. marks: filled as the tokens come."""
+        """endless: the id of a task that ends only at its limit. marks: filled as the tokens come. held: to a grammar."""
         marks = [] if marks is None else marks
         ids = tuple(self.engine.tokenize(text))
         never = dict.fromkeys((token.id for token in self.engine.model.control_tokens), -1000.0) if endless else {}
-        sampling = Sampling(temperature=0, logit_bias=never)
+        sampling = Sampling(temperature=0, logit_bias=never, grammar=held)
         task = Task(endless or secrets.token_hex(8), ids, tokens, sampling=sampling, cache_scope=scope)
         try:
             async for event in self.engine.submit(task):
@@ -140,14 +180,17 @@ def gaps(streams: list[Marks], begin: float, end: float) -> float:
 class Threaded:
     """A peer whose requests block: one thread for each."""
 
-    def first_and_rest(self, text: str, tokens: int) -> Marks:
+    def first_and_rest(self, text: str, tokens: int, schema: dict[str, Any] | None = None) -> Marks:
         raise NotImplementedError
 
-    def batch(self, n: int, tokens: int) -> dict[str, float]:
+    def structured(self, n: int, tokens: int) -> dict[str, float]:
+        return self.batch(n, tokens, SCHEMA)
+
+    def batch(self, n: int, tokens: int, schema: dict[str, Any] | None = None) -> dict[str, float]:
         results: list[Marks] = []
 
         def one(text: str) -> None:
-            results.append(self.first_and_rest(text, tokens))
+            results.append(self.first_and_rest(text, tokens, schema))
 
         threads = [threading.Thread(target=one, args=(prompt(),)) for _ in range(n)]
         began = time.perf_counter()
@@ -178,7 +221,7 @@ class Xllamacpp(Threaded):
         params.n_gpu_layers, params.verbosity = 0, -1
         self.server = xllamacpp.Server(params)
 
-    def first_and_rest(self, text: str, tokens: int) -> Marks:
+    def first_and_rest(self, text: str, tokens: int, schema: dict[str, Any] | None = None) -> Marks:
         marks: Marks = []
 
         def chunk(piece: str) -> bool:
@@ -187,6 +230,7 @@ class Xllamacpp(Threaded):
             return False
 
         body = {"prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True, "cache_prompt": True}
+        body |= {} if schema is None else {"json_schema": schema}
         self.server.handle_completions(json.dumps(body), chunk)
         return marks
 
@@ -209,7 +253,7 @@ class Server(Threaded):
             except OSError:
                 time.sleep(0.2)
 
-    def first_and_rest(self, text: str, tokens: int) -> Marks:
+    def first_and_rest(self, text: str, tokens: int, schema: dict[str, Any] | None = None) -> Marks:  # noqa: ARG002
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         body = {"prompt": text, "max_tokens": tokens, "temperature": 0, "stream": True}
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})

@@ -8,7 +8,16 @@ from typing import Final
 import atheris
 
 # Coverage guides the search, so whatever parses is imported through this; cryptography and json are C and Rust.
-with atheris.instrument_imports(include=["lacre", "lacre_fabric", "lacre_backend.inside", "jwt"]):
+with atheris.instrument_imports(
+    include=[
+        "lacre",
+        "lacre_fabric",
+        "lacre_backend.inside",
+        "lacre_backend.api.schema",
+        "lacre_backend.api.schema_cases",
+        "jwt",
+    ]
+):
     from fuzz.targets import TARGETS
 
 # Tracing memory is slow, so one input of so many is; the corpus's own are all traced in `test_corpus.py`.

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from fuzz import answers, fabric, keys, proofs, statements, wire
+from fuzz import answers, backend, fabric, heads, keys, proofs, statements, wire
 from lacre.asgi import AUTHORITY
 from lacre.jws import b64u, sign
 from lacre.trust import ConnectionString
@@ -196,9 +196,36 @@ def of_lineages() -> Iterator[tuple[str, str, bytes]]:
     yield "lineage", "any-text", b"\x01\x00\x02" + b"\x01\x00\x00" + text(b"a.b.c") + first + b"\x01"
 
 
+def of_backend() -> Iterator[tuple[str, str, bytes]]:
+    anything = backend.example
+    yield "json_schema", "object", anything(type="object", properties={"a": {"type": "string"}}, required=["a"])
+    yield "json_schema", "numbers", anything(type="integer", minimum=3, multipleOf=4, enum=[4, 8, 12])
+    yield (
+        "json_schema",
+        "patterns",
+        anything(patternProperties={"^a": True, "b$": {"pattern": "x+"}}, additionalProperties=False),
+    )
+    yield "json_schema", "choice", anything(oneOf=[{"type": "null"}, {"items": {"$ref": "#"}}], unevaluatedItems=False)
+    yield "json_schema", "denied", anything(**{"not": {"required": ["a"], "contains": {"const": [1]}}, "$anchor": "x"})
+    yield "json_schema", "loose", b"\x01" + anything(uniqueItems=True, format="x", dependentRequired={"a": ["b"]})[1:]
+    yield "chat_template", "messages", b"{% for m in messages %}<{{ m.role }}>{{ m['content'] | trim }}\n{% endfor %}"
+    yield "chat_template", "macro", b"{% macro m(x) %}{{ x ~ x }}{% endmacro %}{% set a = m('a') %}{{ m(a) | upper }}"
+    yield (
+        "chat_template",
+        "doubling",
+        b"{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    )
+    yield "chat_template", "nested", b"{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    yield "chat_template", "wide", b"{{ '%99999999s' | format('a') }}{{ 'a' * 99999999 }}{{ 'a'.center(99999999) }}"
+    yield "chat_template", "inside", b"{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.append.__globals__ }}"
+
+
 def seeds() -> dict[Path, bytes]:
     """Every seed, by its file."""
-    found = (*of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric(), *of_keys(), *of_lineages(), *of_heads())
+    found = (
+        *of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric(), *of_keys(), *of_lineages(), *of_heads(),
+        *of_backend(),
+    )  # fmt: skip
     return {CORPUS / target / name.lower(): data for target, name, data in found}
 
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Target:
     """parse: takes the input; may raise `refuses` and nothing else. holds: what must be true of what it returned; there
     nothing may be raised. max_length: of the inputs that a fuzzer makes. json: whether they hold JSON, so that the fuzzer is
-    given its words.
+    given its words. floor: bytes that any input may cost, where a bound of its own stands in place of a proportion.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Target:
     holds: Callable[[bytes, Any], None] = lambda _data, _parsed: None
     max_length: int = 4096
     json: bool = False
+    floor: int = MEMORY_FLOOR
 
     def check(self, data: bytes) -> None:
         """Raises AssertionError, or whatever escaped, where an invariant does not hold."""
@@ -52,7 +53,7 @@ class Target:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        allowed = MEMORY_FLOOR + MEMORY_FACTOR * len(data)
+        allowed = self.floor + MEMORY_FACTOR * len(data)
         assert peak <= allowed, f"{len(data)} bytes of input cost {peak} bytes of memory, over {allowed}"
 
 

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from fuzz import answers, fabric, heads, keys, lineages, proofs, statements, wire
+from fuzz import answers, backend, fabric, heads, keys, lineages, proofs, statements, wire
 from fuzz.target import Target
 
 _ALL: Final = (
@@ -14,5 +14,6 @@ _ALL: Final = (
     *keys.TARGETS,
     *lineages.TARGETS,
     *heads.TARGETS,
+    *backend.TARGETS,
 )
 TARGETS: Final[dict[str, Target]] = {target.name: target for target in _ALL}

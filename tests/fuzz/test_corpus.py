@@ -20,6 +20,7 @@ REFUSED = {
     "deltas": {"error"}, "issuer": {"odd-tag"}, "reply": {"error"}, "jws": {"critical"},
     "exchange": {"pieces", "cut", "manifest"},
     "manifest": {"huge-number"}, "grant": {"huge-number"}, "receipt": {"huge-number"}, "audit_header": {"path"},
+    "chat_template": {"doubling", "nested", "wide", "inside"},
 }  # fmt: skip
 
 

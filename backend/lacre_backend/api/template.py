@@ -17,6 +17,7 @@ mark of its own before rendering, which turns into plain text after it. What is 
 literal that a template builds out of halves from two users' strings that it puts directly beside each other.
 
 The template itself comes with the model. It runs in Jinja's sandbox: it can neither reach nor change anything of this process.
+`template_bounds.py` limits its rounds, its time and its text.
 """
 
 from __future__ import annotations
@@ -31,11 +32,10 @@ from datetime import datetime
 from typing import Any, Final, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lacre.errors import SettingsError
 from lacre_backend.api.calls import FORMATS, CallFormat
+from lacre_backend.api.template_bounds import BoundedEnvironment
 from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo
 
 Message = Mapping[str, Any]  # role, content, and what tools add: Hugging Face's `tool_calls`, `tool_call_id`
@@ -90,8 +90,9 @@ class ChatTemplate:
         self._composed: re.Pattern[str] | None = None
         marked = self._literal.sub(lambda match: self._control_mark(match[0]), model.chat_template)
         try:
-            plain = _environment().from_string(model.chat_template)
-            self._template = _environment().from_string(marked)
+            self._environment = _environment()
+            plain = self._environment.compiled(model.chat_template)
+            self._template = self._environment.compiled(marked)
         except jinja2.TemplateError:
             raise SettingsError(f"The chat template of {model.name} does not compile. Convert the model again.") from None
         if not self._same_as(plain):
@@ -163,10 +164,9 @@ class ChatTemplate:
             for name, token in (("bos_token", self._model.bos), ("eos_token", self._model.eos))
         }
         try:
-            return template.render(messages=messages, add_generation_prompt=True, tools=tools, **special)
-        except (
-            jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError
-        ) as error:  # fmt: skip
+            values = {"messages": messages, "add_generation_prompt": True, "tools": tools, **special}
+            return self._environment.rendered(template, values)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             # Only `raise_exception` speaks to the caller; any other failure says how the template is written.
             said = str(error) if isinstance(error, _Raised) else "it fails on them"
             raise TemplateRefused(self._mark.sub(lambda match: self._by_id[int(match[2])].text, said)) from None
@@ -333,8 +333,8 @@ def _tojson(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment()
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -77,6 +77,11 @@ class Compiled:
         self._seconds = 0.0
         self._tokens = 0
 
+    @property
+    def seconds(self) -> float:
+        """CPU time of all masks so far."""
+        return self._seconds
+
     def charge(self, seconds: float) -> None:
         """One more token, and what its mask took. Raises `GrammarTooCostly` where that is more than a request may spend."""
         with self._lock:

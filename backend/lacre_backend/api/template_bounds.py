@@ -1,0 +1,223 @@
+"""Jinja's sandbox with bounds: a chat template comes with a model's file, and its input from callers.
+
+Rules
+- What one rendering makes is counted: rounds of loops, calls of macros, and the length of every value, all of them together.
+- Its time is limited too, wherever it counts.
+- What goes beyond is a `TemplateError`, as everything else that a template does wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import loopcontrols
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MAX_SOURCE: Final = 256 * 1024  # characters of a template; the longest in use have some 20,000
+_LOOK_EACH: Final = 256  # rounds between looks at the clock
+# Names that no template has of its own.
+_ROUND: Final = "lacre_round"
+_CHECKED: Final = "lacre_checked"
+_JOINED: Final = "lacre_joined"
+T = TypeVar("T")
+
+
+class TemplateTooLarge(jinja2.TemplateError):
+    """A template that does more than any may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one rendering. rounds: templates go some times over the messages, of which there are 2,048 at most. size: characters
+    and items of all values; a request has 7 MiB, which a template may copy several times. seconds: where it loops; a long
+    conversation takes some hundredths.
+    """
+
+    rounds: int = 1_000_000
+    size: int = 128 * 2**20
+    seconds: float = 10.0
+
+
+class _Spent:
+    """What a rendering has made so far."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._rounds = self._size = 0
+        self._until = time.monotonic() + bounds.seconds
+
+    def round(self) -> str:
+        self._rounds += 1
+        late = self._rounds % _LOOK_EACH == 0 and time.monotonic() > self._until
+        if late or self._rounds > self._bounds.rounds:
+            raise TemplateTooLarge("The template loops too often.")
+        return ""
+
+    def room(self, size: int) -> None:
+        """Before a value of that size is made."""
+        if self._size + size > self._bounds.size:
+            raise TemplateTooLarge("The template makes values that are too large.")
+
+    def value(self, value: T) -> T:
+        if isinstance(value, str | list | tuple | dict):
+            self.room(len(value))
+            self._size += len(value)
+        return value
+
+    def joined(self, *values: Any) -> str:
+        """What `~` makes."""
+        texts = [str(value) for value in values]
+        self.room(sum(map(len, texts)))
+        return self.value("".join(texts))
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of a call: a number may be a width, or how often."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, int):
+                self.room(abs(value))
+
+
+_spent: ContextVar[_Spent] = ContextVar("lacre.template")
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """An environment for one model's template."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, bounds: Bounds | None = None) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], optimized=False)
+        self._bounds = bounds or Bounds()
+        self.filters = {name: _bounded(function) for name, function in self.filters.items()}
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        if len(source) > MAX_SOURCE:
+            raise TemplateTooLarge(f"The template is longer than {MAX_SOURCE} characters.")
+        bounded: nodes.Template = _Counted().visit(super()._parse(source, name, filename))
+        bounded.set_lineno(1)
+        return bounded.set_environment(self)  # type: ignore[return-value]  # it answers itself
+
+    def compiled(self, source: str) -> jinja2.Template:
+        """Raises `TemplateError`."""
+        try:
+            return self.from_string(source)
+        except (RecursionError, MemoryError, OverflowError, ValueError, SyntaxError):  # Python's own, of what Jinja makes
+            raise TemplateTooLarge("The template is nested too deeply, or has a number that is too large.") from None
+
+    def rendered(self, template: jinja2.Template, values: dict[str, Any]) -> str:
+        """A template's text. Raises what `render` raises."""
+        spent = _Spent(self._bounds)
+        token = _spent.set(spent)
+        try:
+            return template.render(**values, **{_ROUND: spent.round, _CHECKED: spent.value, _JOINED: spent.joined})
+        except (RecursionError, MemoryError, OverflowError):
+            raise TemplateTooLarge("The template goes too deep, or makes a value that is too large.") from None
+        finally:
+            _spent.reset(token)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        spent = _spent.get()
+        if operator == "**" and not (_small(left) and _small(right)):
+            raise TemplateTooLarge("The template raises a number to a large power.")
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, str | list | tuple) and isinstance(other, int):
+                    spent.room(len(one) * max(other, 0))
+                elif isinstance(one, int) and one.bit_length() > 4096:
+                    raise TemplateTooLarge("The template makes a number that is too large.")
+        if operator == "%" and isinstance(left, str):
+            _check_format(left)
+        if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+            spent.room(len(left) + len(right))
+        return spent.value(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        spent = _spent.get()
+        if __obj in (spent.round, spent.value, spent.joined):
+            return __obj(*args)
+        spent.arguments(args, kwargs)
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str):
+            _check_method(__obj.__name__, owner, args, spent)
+        return spent.value(super().call(__context, __obj, *args, **kwargs))
+
+
+class _Counted(NodeTransformer):
+    """Has each round of a loop and each call of a macro counted, and each value that is joined or written."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        return self._counted(node)
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        return self._counted(node)
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        return self._counted(node)
+
+    def _counted(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call(_ROUND, [])))
+        return node  # type: ignore[no-any-return]
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call(_JOINED, node.nodes)
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        self.generic_visit(node)
+        node.nodes = [each if isinstance(each, nodes.TemplateData) else _call(_CHECKED, [each]) for each in node.nodes]
+        return node
+
+
+def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
+    return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is given no large number, and whose value counts."""
+
+    @functools.wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        spent = _spent.get(None)
+        if spent is None:  # a constant, worked out as the template is compiled
+            spent = _Spent(Bounds())
+        spent.arguments(args, kwargs)
+        texts = [value for value in args if isinstance(value, str)]
+        if texts and function.__name__ == "do_format":
+            _check_format(texts[0])
+        if function.__name__ in ("do_replace", "do_indent") and texts:
+            spent.room((len(texts[0]) + 1) * max(map(len, texts[1:]), default=1))
+        return spent.value(function(*args, **kwargs))
+
+    return bounded
+
+
+def _check_method(name: str, owner: str, args: tuple[Any, ...], spent: _Spent) -> None:
+    """Methods of texts whose result is longer than what they are given."""
+    match name:
+        case "format" | "format_map":
+            _check_format(owner)
+        case "replace" if len(args) > 1 and isinstance(args[1], str):
+            spent.room((len(owner) + 1) * len(args[1]))
+        case "join" if args and isinstance(args[0], str | list | tuple):
+            spent.room(len(owner) * len(args[0]))
+
+
+def _check_format(form: str) -> None:
+    """A width in a format makes a text of that length."""
+    if re.search(r"[0-9]{6}|%[^a-zA-Z%]*\*", form):
+        raise TemplateTooLarge("The template asks for a wide format.")
+
+
+def _small(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= 1024
