@@ -120,7 +120,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         token = _spent.set(spent)
         try:
             return template.render(**values, **{_ROUND: spent.round, _CHECKED: spent.value, _JOINED: spent.joined})
-        except (RecursionError, MemoryError, OverflowError):
+        except (RecursionError, MemoryError, OverflowError, NameError):  # an infinite number is a name in what Jinja makes
             raise TemplateTooLarge("The template goes too deep, or makes a value that is too large.") from None
         finally:
             _spent.reset(token)

@@ -1,0 +1,96 @@
+"""A template that would take for ever, or all memory, or more than a template may: refused, wherever it does so."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jinja2
+import pytest
+
+from lacre_backend.api.template_bounds import MAX_SOURCE, BoundedEnvironment, Bounds, TemplateTooLarge
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def doubling(name: str) -> str:
+    """A macro that calls the one before it twice."""
+    return f"{{% macro {chr(ord(name) + 1)}() %}}{{{{ {name}() }}}}{{{{ {name}() }}}}{{% endmacro %}}"
+
+
+TOO_LARGE = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a macro that calls itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "macros that double their calls": "{% macro a() %}x{% endmacro %}" + "".join(map(doubling, "abcdefghijklmnopqrs")) + "{{ t() }}",
+    "a text times a number": "{{ 'a' * 999999999 }}",
+    "a list times a number": "{{ ([1] * 999999999) | length }}",
+    "a text doubled by ~": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "a text doubled by +": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "a text doubled by a block": "{% set n = namespace(x='a') %}{% for i in range(60) %}"
+    "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+    "a text doubled by join": "{% set n = namespace(x='a') %}{% for i in range(60) %}"
+    "{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+    "a text doubled by replace": "{% set n = namespace(x='aa') %}{% for i in range(60) %}"
+    "{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
+    "a list doubled": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "a wide method": "{{ 'a'.ljust(999999999) }}",
+    "a wide filter": "{{ 'a' | center(999999999) }}",
+    "a wide format": "{{ '%999999999s' | format('a') }}",
+    "a wide operator": "{{ '%999999999s' % 'a' }}",
+    "a wide format method": "{{ '{:999999999}'.format('a') }}",
+    "a large power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "a number without end": "{{ 9e99999 }}{{ t(9e99999) }}",
+    "a long list": "{{ range(99999) | list | length }}" * 9,
+}  # fmt: skip
+
+
+def rendered(source: str, **bounds: Any) -> str:
+    environment = BoundedEnvironment(Bounds(**{"rounds": 20_000, "size": 2**18, **bounds}))
+    return environment.rendered(environment.compiled(source), {"messages": MESSAGES, "tools": None})
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_what_a_template_makes_is_bounded(name: str) -> None:
+    with pytest.raises(jinja2.TemplateError):
+        rendered(TOO_LARGE[name])
+
+
+def test_a_long_or_deep_template_is_refused() -> None:
+    for source in (
+        "x" * (MAX_SOURCE + 1),
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+    ):
+        with pytest.raises(jinja2.TemplateError):
+            rendered(source)
+
+
+def test_time_is_bounded_where_it_loops() -> None:
+    with pytest.raises(TemplateTooLarge):
+        rendered("{% for i in range(5000) %}{% endfor %}", seconds=-1.0)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append.__globals__ }}",
+        "{{ messages.append({}) }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ lacre_round.__self__ }}",
+        "{{ lacre_round.__func__.__globals__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% include 'x' %}",
+    ],
+)
+def test_nothing_of_the_process_is_reached(source: str) -> None:
+    with contextlib.suppress(jinja2.TemplateError, TypeError):
+        assert rendered(source) == ""
+
+
+def test_what_templates_do_still_works() -> None:
+    source = (
+        "{% macro m(x) %}[{{ x }}]{% endmacro %}{% for m_ in messages %}{{ m(m_.content | upper) }}{{ loop.index ~ ':' ~ 2 }}"
+        "{% endfor %}{{ '%s-%d' | format('a', 3) }}{{ 'b' * 3 }}{{ [1, 2] + [3] }}{{ 2 ** 3 }}{{ 'x'.center(3) }}"
+    )
+    assert rendered(source) == "[HELLO]1:2a-3bbb[1, 2, 3]8 x "
