@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from fuzz import answers, backend, fabric, heads, keys, proofs, statements, wire
+from fuzz import answers, backend, fabric, keys, proofs, statements, wire
 from lacre.asgi import AUTHORITY
 from lacre.jws import b64u, sign
 from lacre.trust import ConnectionString
