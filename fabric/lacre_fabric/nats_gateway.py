@@ -30,7 +30,7 @@ from lacre_fabric.connection import API_TIMEOUT, Connection
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
-from lacre_fabric.nats_pool import KEEP, PoolSide, Waiting
+from lacre_fabric.nats_pool import KEEP, PoolSide, Waiting, read_presence
 from lacre_fabric.nats_revocations import Reader, revoke
 from lacre_fabric.presence import MAX_BYTES
 from lacre_fabric.regions import Sent, in_order
@@ -321,17 +321,17 @@ class NatsGateway:
 
     def _on_presence(self, subject: str, block: bytes, payload: bytes) -> bool:
         """On the lobby: of a pool that has a connection of its own, it says nothing new."""
-        if block:
-            return False  # see `PoolSide`
+        heard = read_presence(subject, block, payload)
+        if heard is None:
+            return False  # before it costs a connection: another gateway can have JetStream's answers sent here
         try:
-            pool, region, node = subjects.parse_presence(subject)
-            side = self._side(pool)
-        except (InvalidMessage, FabricUnavailable):
+            side = self._side(heard.pool)
+        except FabricUnavailable:
             return False
         if side.connected:
             return False
         side.connect_soon()
-        return side.hear(region, node, payload)
+        return side.hear(heard.region, heard.node, heard.said)
 
     def _on_max_deliveries(self, _subject: str, _block: bytes, payload: bytes) -> bool:
         try:

@@ -60,6 +60,29 @@ class _Stray:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A sign of presence that can be read."""
+
+    pool: str
+    region: str
+    node: str
+    said: Presence
+
+
+def read_presence(subject: str, block: bytes, payload: bytes) -> Heard | None:
+    """None for what is no worker's sign of presence.
+
+    block: headers. A worker writes none: with some, it is an entry of a bucket, which another node had JetStream send there.
+    """
+    if block:
+        return None
+    try:
+        return Heard(*subjects.parse_presence(subject), Presence.parse(payload))
+    except InvalidMessage:
+        return None
+
+
 @dataclass(slots=True)
 class Waiting:
     """A request under way. region: None until it was published. sequence: its message's in the queue; None if no ack came."""
@@ -144,24 +167,15 @@ class PoolSide:
 
     # What workers say
 
-    def hear(self, region: str, node: str, payload: bytes) -> bool:
+    def hear(self, region: str, node: str, said: Presence) -> bool:
         """A sign of presence. Whether it was of any use."""
-        try:
-            said = Presence.parse(payload)
-        except InvalidMessage:
-            return False  # no sign of life that can be read is none
         heard = self.roster.hear(region, node, said)
         self.presence_came.set()
         return heard
 
     def _on_presence(self, subject: str, block: bytes, payload: bytes) -> bool:
-        if block:
-            return False  # a worker writes no headers: it is an entry of a bucket, which another node had JetStream send there
-        try:
-            _, region, node = subjects.parse_presence(subject)
-        except InvalidMessage:
-            return False
-        return self.hear(region, node, payload)
+        heard = read_presence(subject, block, payload)
+        return heard is not None and self.hear(heard.region, heard.node, heard.said)
 
     def _on_reply(self, subject: str, block: bytes, payload: bytes) -> bool:
         try:

@@ -18,7 +18,7 @@ from lacre_fabric.nats_client import DirectClient
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_pool import KEEP, MAX_STRAY, PoolSide
 from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.presence import MAX_NODES, MAX_SLOTS
+from lacre_fabric.presence import MAX_NODES, MAX_SLOTS, Presence
 from lacre_fabric.work import WorkerLost
 from parts.cut import Cut, way_to
 from parts.fabric import LiveFabric, new_work
@@ -238,6 +238,22 @@ async def test_still(site: Site) -> None:
 
 
 @attack(
+    "have JetStream's answers sent to other gateways as the presence of pools that there are none of",
+    by="gateway",
+    refused=None,
+    gain="nothing; no answer of JetStream's is a sign of presence, and costs no connection",
+    defence="a pool is met by a sign of presence that can be read",
+)
+async def test_pools_of_nobody(site: Site) -> None:
+    thief = await site.thief("gateway-g2")
+    for number in range(50):
+        thief.publish(subjects.READ_BUDGETS, b'{"last_by_subj":"x"}', reply=f"presence.none{number}.lacre.n1")
+    await thief.settle()
+    await site.goes_on()
+    assert site.gateway._sides.keys() == {"a", "b"}
+
+
+@attack(
     "seem to be so many workers that the gateway's memory grows",
     by="worker",
     refused=None,
@@ -249,7 +265,7 @@ async def test_crowd(site: Site) -> None:
     # A credential that a pool's replicas share may say so of every node; here the roster itself is asked.
     roster = site.side("a").roster
     for number in range(MAX_NODES + 100):
-        site.side("a").hear("lacre", f"x{number}", present)
+        site.side("a").hear("lacre", f"x{number}", Presence.parse(present))
     thief.publish(subjects.presence("a", "lacre", "n1"), present)
     await thief.settle()
     assert len(roster.live()) == MAX_NODES
