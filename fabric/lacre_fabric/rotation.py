@@ -225,7 +225,7 @@ async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: 
 
     await tasks.together(*map(renew, site.pools))
     with failures.kept():
-        if any(_retirement_due(site, pool, now) for pool in site.pools):
+        if any(_retirement_due(site, pool, time.time()) for pool in site.pools):
             await _retire(site, connection, wait, failures)
     failures.raised()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hostile.attacks import attack
+from hostile.attacks import Verdict, attack
 from lacre_fabric import subjects
 from lacre_fabric.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS
 from lacre_fabric.buckets import NatsBucket
@@ -20,6 +20,8 @@ from lacre_fabric.layout import Bounds
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsDelivery
 from lacre_fabric.provisioning import provision
+from lacre_fabric.rotation import NotTakenUp, Schedule, tend
+from lacre_fabric.site import Site as StateFolder
 from lacre_fabric.work import CREDIT
 from parts.fabric import POOLS, LiveFabric, new_work
 from parts.stolen_nats import StolenNats
@@ -170,6 +172,38 @@ async def test_presence(site: Site) -> None:
     await thief.settle()
     await asyncio.sleep(0.3)
     assert gateway.workers("a", "m1") == 0
+
+
+@attack(
+    "say that it holds no key of its pool, so that no pool gets new keys, and old ones stay on disk",
+    by="credential",
+    defence="pools are independent: what fails for one keeps no other from its turn, and the log names the worker",
+    refused=NotTakenUp,
+    gain="its own pool keeps its keys until an operator ends that worker",
+)
+async def test_no_new_keys(site: Site, tmp_path: Path, verdict: Verdict) -> None:
+    state, connection, thief = (
+        StateFolder(tmp_path / "state", POOLS),
+        await site.connect("provisioner"),
+        await site.stolen("worker-a-n1"),
+    )
+    state.create()
+    said = json.dumps({"models": ["m1"], "busy": 0, "free": 9, "keys": []}).encode()
+
+    async def announce() -> None:
+        while True:
+            thief.publish("presence.a.lacre.n1", said)
+            await thief.settle()
+            await asyncio.sleep(0.5)
+
+    announcing = asyncio.create_task(announce())
+    try:
+        with verdict.refused():
+            await tend(state, connection, Schedule(every=0, grace=0), wait=3.5)
+    finally:
+        announcing.cancel()
+    assert [path.name for path in sorted(state.keys_folder("a").iterdir())] == ["1.key", "2.key", "3.key", "4.key"]
+    assert [path.name for path in sorted(state.keys_folder("b").iterdir())] == ["3.key", "4.key"]
 
 
 @attack(
