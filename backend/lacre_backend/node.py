@@ -43,6 +43,9 @@ from lacre_fabric.work import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavai
 RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is away
 _ANSWER_END: Final = 2 * tasks.END_LIMIT  # seconds that a cancelled answer has; its app has the half of it
 LEAVE: Final = 2 * _ANSWER_END  # seconds that cancelled requests have at the end of a drain: they also tell who waits
+# Seconds that a claim is tried for. A bucket has a new leader within nine; a gateway waits some ten for the first frame.
+CLAIM_PATIENCE: Final = 8.0
+CLAIM_AGAIN: Final = 0.2  # seconds between those tries
 NO_MANIFEST: Final = 0.2  # seconds between looks for a first one
 
 log = structlog.get_logger("lacre.node")
@@ -75,7 +78,9 @@ class _Replayed(Exception):
 
 
 class Node:
-    """app: what answers. repeatable: the actions that it may begin before the claim. clock: seconds since the epoch."""
+    """app: what answers. repeatable: the actions that it may begin before the claim. clock: seconds since the epoch.
+    claim_patience: seconds that a claim is tried for.
+    """  # fmt: skip
 
     def __init__(
         self,
@@ -85,7 +90,9 @@ class Node:
         *,
         repeatable: Collection[str] = (),
         clock: Callable[[], float] = time.time,
+        claim_patience: float = CLAIM_PATIENCE,
     ) -> None:
+        self._claim_patience = claim_patience
         self._fabric = fabric
         self._app = app
         self._identity = identity
@@ -139,8 +146,9 @@ class Node:
             outcome = "replayed"
         except Cancelled:
             outcome = "cancelled"
-        except FabricUnavailable:
+        except FabricUnavailable:  # this worker is well: who waits need not take it for lost, and sends the request again
             outcome = "fabric-lost"
+            await _tell(delivery, problems.BUSY)
         except asyncio.CancelledError:  # the end of a drain: whoever waits need not find out by silence
             outcome = "drained"
             await _tell(delivery, problems.WORKER_LOST)
@@ -163,7 +171,7 @@ class Node:
     async def _work(self, delivery: Delivery) -> str:
         grant = self._verify_grant(delivery)
         if delivery.again:
-            raise _Refused(problems.UNCLAIMED if await delivery.claim() else problems.WORKER_LOST)
+            raise _Refused(problems.UNCLAIMED if await self._claimed(delivery) else problems.WORKER_LOST)
         opened = self._open(delivery)
         now = self._clock()
         digest = opened.header.digest
@@ -184,7 +192,7 @@ class Node:
         receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
         refusal = refusal or inside.check(opened, grant, now)
         if refusal is not None:
-            await _claim(delivery)
+            await self._claim(delivery)
             receipt = receipts.sign(final=True)
             sealed = asgi.refuse(
                 opened, refusal.status, refusal.body, refusal.media_type, refusal.headers, trailers=((TRAILER, receipt),)
@@ -230,7 +238,7 @@ class Node:
         """Streams the answer, beats beside it, and stops at once when the gateway withdraws the request, or another has it."""
         claimed = asyncio.Event()
         streaming = tasks.spawn("answer", self._stream(delivery, opened, call, receipts, claimed))
-        beating = tasks.spawn("claim and beats", _claim_and_beat(delivery, receipts, claimed))
+        beating = tasks.spawn("claim and beats", self._claim_and_beat(delivery, receipts, claimed))
         withdrawn = tasks.spawn("withdrawal", delivery.cancelled.wait())
         try:
             await asyncio.wait({streaming, beating, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
@@ -247,6 +255,31 @@ class Node:
             raise
         finally:
             await tasks.end(streaming, beating, withdrawn, limit=_ANSWER_END, expected=(_Replayed,))
+
+    async def _claim_and_beat(self, delivery: Delivery, receipts: _Receipts, claimed: asyncio.Event) -> None:
+        """The first beat at once: until a frame has left, a claimed request of a dead worker looks like one in the queue.
+
+        Ends only by raising: _Replayed, or what sending does.
+        """
+        await self._claim(delivery)
+        claimed.set()
+        await _beat(delivery, receipts)
+
+    async def _claim(self, delivery: Delivery) -> None:
+        """Raises _Replayed, or FabricUnavailable."""
+        if not await self._claimed(delivery):
+            raise _Replayed
+
+    async def _claimed(self, delivery: Delivery) -> bool:
+        """Whether this attempt has the request. While the claims have no leader it asks again, and the answer is made."""
+        deadline = time.monotonic() + self._claim_patience
+        while True:
+            try:
+                return await delivery.claim()
+            except FabricUnavailable:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(CLAIM_AGAIN)
 
     async def _stream(
         self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts, claimed: asyncio.Event
@@ -301,19 +334,8 @@ class _Receipts:
         ).sign(self.key)
 
 
-async def _claim(delivery: Delivery) -> None:
-    """Raises _Replayed."""
-    if not await delivery.claim():
-        raise _Replayed
-
-
-async def _claim_and_beat(delivery: Delivery, receipts: _Receipts, claimed: asyncio.Event) -> None:
-    """The first beat at once: until a frame has left, a claimed request of a dead worker looks like one in the queue.
-
-    Ends only by raising: _Replayed, or what sending does.
-    """
-    await _claim(delivery)
-    claimed.set()
+async def _beat(delivery: Delivery, receipts: _Receipts) -> None:
+    """Ends only by raising what sending does."""
     while True:
         await delivery.send(Kind.BEAT, receipts.sign(final=False).encode())
         await asyncio.sleep(BEAT)

@@ -256,6 +256,7 @@ class NatsDelivery:
         self._reply = reply
         self._order_key = order_key
         self._unproven = False
+        self._doubtful = False  # whether a claim may be this attempt's though nobody said so
         self._out = Outbound(self._publish)
         self._subscriptions: list[Subscription] = []
         self._progress: asyncio.Task[object] | None = None
@@ -277,7 +278,7 @@ class NatsDelivery:
     async def claim(self) -> bool:
         """The first to create the key has the request. A create that timed out may have been done: it is read back.
 
-        Raises FabricUnavailable where that cannot be told: the work is left for another worker.
+        Raises FabricUnavailable where that cannot be told; to call it again is safe.
         """
         mine, connection = self.attempt.encode(), self._worker.connection
         subject, denials = subjects.claim(self._worker.claims_of, self.work.digest.hex()), connection.denials
@@ -285,15 +286,16 @@ class NatsDelivery:
             first = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: "0"}
             await connection.jetstream.publish(subject, mine, headers=first)
         except nats.errors.Error as failed:
-            if isinstance(failed, nats.js.errors.APIError) and failed.err_code in CONFLICTS:
+            lost = isinstance(failed, nats.js.errors.APIError) and failed.err_code in CONFLICTS
+            if lost and not self._doubtful:
                 return False
+            self._doubtful = True  # this create, or one before it, may have been done
             if connection.denials == denials:
                 with suppress(nats.errors.Error):
                     if (
                         held := await connection.newest(f"KV_{subjects.claims_bucket(self._worker.claims_of)}", subject)
                     ) is not None:
                         return held == mine
-            self._leave()
             raise connection.unavailable(failed, denials) from failed
         return True
 

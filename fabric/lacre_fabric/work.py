@@ -166,7 +166,8 @@ class Delivery(Protocol):
     async def claim(self) -> bool:
         """Takes the request for this attempt, in the whole pool. False: another attempt has it; `drop` it silently.
 
-        To be called before the first frame but a rejection. Raises FabricUnavailable; another worker gets the work then.
+        To be called before the first frame but a rejection. Raises FabricUnavailable where that cannot be told now; it may be
+        called again.
         """
 
     async def send(self, kind: Kind, payload: bytes) -> None:

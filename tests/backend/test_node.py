@@ -31,7 +31,8 @@ from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.frames import Kind
-from lacre_fabric.work import CLAIM_TTL, QueueTimeout
+from lacre_fabric.memory import MemoryFabric
+from lacre_fabric.work import CLAIM_TTL, FabricUnavailable, QueueTimeout
 from parts.desk import CHAT, JSON, NOW, STREAM, Answer, App, Desk, Sealed, running, until
 
 
@@ -245,6 +246,35 @@ class TestSealing:
         body, header, opener = seal_request(desk.keys[1].config, b"\x07 not BHTTP")
         assert (await desk.ask(Sealed(body, header, opener))).problem == problems.INVALID_REQUEST.type
         assert not app.calls
+
+
+class Leaderless(MemoryFabric):
+    """Its claims cannot be reached for so many tries. tries: how often they were asked."""
+
+    def __init__(self, away: int) -> None:
+        super().__init__()
+        self.away, self.tries = away, 0
+
+    async def claim(self, digest: bytes, attempt: str) -> bool:
+        self.tries += 1
+        if self.tries <= self.away:
+            raise FabricUnavailable("the claims have no leader")
+        return await super().claim(digest, attempt)
+
+
+class TestClaimsThatAreAway:
+    """A worker that cannot claim is well: nobody takes it for lost, and nothing runs twice."""
+
+    async def test_they_are_asked_again(self, app: App) -> None:
+        desk = Desk(app, hub=(hub := Leaderless(2)))
+        async with running(desk.node()):
+            assert (await desk.ask(desk.seal())).problem is None
+        assert (hub.tries, len(app.calls)) == (3, 1)
+
+    async def test_in_the_end_the_caller_is_told_to_come_again(self, app: App) -> None:
+        desk = Desk(app, hub=Leaderless(10**6))
+        async with running(desk.node(claim_patience=0.1)):
+            assert (await desk.ask(desk.seal())).problem == problems.BUSY.type
 
 
 class TestReplay:

@@ -113,11 +113,11 @@ class Desk:
     def look(self) -> bool:
         return self.look_for_keys()
 
-    def node(self, app: Any = None, repeatable: Collection[str] = ()) -> Node:
+    def node(self, app: Any = None, repeatable: Collection[str] = (), **options: Any) -> Node:
         manifest = Manifest("test", 1, NOW, NOW + self.manifest_lives, raw_public_key(self.grant_key), {})
         identity = Identity("p", lambda: self.keys, self.receipt_key, lambda: manifest, self.look)
         worker = self.hub.worker("p", ["m"], slots=2)
-        return Node(worker, app or self.app, identity, repeatable=repeatable, clock=lambda: self.now)
+        return Node(worker, app or self.app, identity, repeatable=repeatable, clock=lambda: self.now, **options)
 
     def seal(self, headers: dict[str, str | None] | None = None, key: PrivateKey | None = None, **parts: Any) -> Sealed:
         """headers: beside the usual ones, or in their place; None takes one away."""
