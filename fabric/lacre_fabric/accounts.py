@@ -27,6 +27,7 @@ from lacre_fabric.roles import (
     INSPECTION,
     MAX_DELIVERIES,
     MAX_PROCESSES,
+    MAX_SLOTS,
     READ_MANIFEST,
     REVOCATIONS,
     SYSTEM,
@@ -46,7 +47,7 @@ _OVERLAP: Final = 2
 MAX_WORKERS: Final = 64  # of one pool in one region, at the same time; each has one connection
 _GATEWAY_CONNECTIONS: Final = 3  # of one process, beside one for each pool's replies: requests, presence, and one for a command
 _FEW_CONNECTIONS: Final = 32  # for a role that one process or command has, or a few at a time
-WORKER_SUBSCRIPTIONS: Final = 1024  # of one worker: two for each request, and some; nats-server takes 1.5 KB for each
+WORKER_SUBSCRIPTIONS: Final = 2 * MAX_SLOTS + 24  # of one worker: two for each request, and some; each takes 1.5 KB
 _SUBSCRIPTIONS: Final = 256  # of one connection of anybody else, who has a dozen
 WORKER_PAYLOAD: Final = frames.MAX_PAYLOAD + 64 * 1024  # bytes: a frame and its headers; or a sign of presence
 _SMALL_PAYLOAD: Final = 64 * 1024  # bytes: a question to a server

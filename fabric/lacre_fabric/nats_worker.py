@@ -21,7 +21,7 @@ from nats.js.api import Header
 from nats.js.client import JetStreamContext
 
 from lacre import problems, tasks
-from lacre.errors import ProtocolError
+from lacre.errors import ProtocolError, SettingsError
 from lacre.wire.header import SealedHeader
 from lacre_fabric import nats_protocol, orders, subjects
 from lacre_fabric.buckets import CONFLICTS
@@ -31,7 +31,7 @@ from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.nats_gateway import GATEWAY, GRANT, REQUEST
 from lacre_fabric.outbound import Outbound
 from lacre_fabric.presence import KEYS, WRONG
-from lacre_fabric.roles import Credential
+from lacre_fabric.roles import MAX_SLOTS, Credential
 from lacre_fabric.work import BEAT, Cancelled, FabricUnavailable, Work
 
 PULL: Final = 2.0  # seconds that one pull waits, where the node serves one model; one that NATS lost is made good this soon
@@ -109,9 +109,13 @@ class NatsWorker:
         able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
     ) -> Self:
-        """keys: the fingerprints of the pool's keys that are held here now; presence tells them. able: what keeps the worker
-        from working; None for nothing. Raises FabricUnavailable.
+        """slots: at most `MAX_SLOTS`. keys: the fingerprints of the pool's keys that are held here now; presence tells them.
+        able: what keeps the worker from working; None for nothing.
+
+        Raises SettingsError or FabricUnavailable.
         """
+        if slots > MAX_SLOTS:
+            raise SettingsError(f"slots: a worker has at most {MAX_SLOTS}, not {slots}: run more workers of the pool")
         worker = cls(await Connection.open(servers, credential), pool, node, slots, keys=keys, able=able, region=region)
         try:
             await worker._bind(models)

@@ -39,6 +39,7 @@ INSPECTION: Final = "INSPECTION"
 INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ", "CONNZ"))
 CONNECTIONS: Final = INSPECT[2]
 MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
+MAX_SLOTS: Final = 500  # requests at a time of one worker, whose connection has two subscriptions for each
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
 TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
 TOLD_BY_WORKERS: Final = ("reply", "presence")  # `reply.POOL.GATEWAY.REQUEST`, `presence.POOL.REGION.NODE`

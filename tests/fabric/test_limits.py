@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
+from lacre.errors import SettingsError
 from lacre_fabric import layout, subjects
 from lacre_fabric.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS, accounts
 from lacre_fabric.buckets import NatsBucket, dump
 from lacre_fabric.layout import Bounds
 from lacre_fabric.provisioning import provision
-from lacre_fabric.roles import gateway_account, workers_account
+from lacre_fabric.roles import INSPECTION, MAX_SLOTS, SYSTEM, gateway_account, workers_account
 from lacre_fabric.server import LOG_SIZE, LOGS, MAX_FILES, configuration
+from lacre_fabric.site import Site
 from lacre_fabric.work import FabricUnavailable
 from parts.fabric import POOLS, LiveFabric
 from parts.stolen_nats import StolenNats
@@ -243,3 +245,15 @@ async def test_the_log_of_what_is_denied_has_an_end(tmp_path: Path) -> None:
 
 def log_sizes(folder: Path) -> list[int]:
     return [one.stat().st_size for one in folder.glob("nats.log*")]
+
+
+def test_nobody_is_in_the_servers_own_account(tmp_path: Path) -> None:
+    """What servers obey is said there, and an answer of theirs may be sent to any subject of the account that asked."""
+    found = accounts(Site(tmp_path, {"a": ("m1",)}).roles())
+    assert found[SYSTEM]["users"] == []
+    assert [user["user"] for user in found[INSPECTION]["users"]] == ["inspector"]
+
+
+async def test_a_worker_has_as_many_slots_as_subscriptions(nats: LiveFabric) -> None:
+    with pytest.raises(SettingsError, match="at most 500"):
+        await nats.worker("a", slots=MAX_SLOTS + 1)

@@ -317,7 +317,7 @@ MUTATIONS: Final = (
              "subjects.revocation(credential.name),", 'subjects.revocation("*"),',
              "test_credentials.py::test_revocations"),
     Mutation("a connection has so many subscriptions", "fabric/lacre_fabric/accounts.py",
-             "WORKER_SUBSCRIPTIONS: Final = 1024", "WORKER_SUBSCRIPTIONS: Final = -1",
+             "WORKER_SUBSCRIPTIONS: Final = 2 * MAX_SLOTS + 24", "WORKER_SUBSCRIPTIONS: Final = -1",
              "test_credentials.py::test_subscriptions"),
     Mutation("each gateway has an account", "fabric/lacre_fabric/roles.py",
              'return f"GATEWAY_{gateway_id}"', 'return "GATEWAY_" + gateway_id[:0]',
