@@ -10,6 +10,8 @@ comes back after `PAUSE`.
 - `flood_gateway_cpu`: CPUs that the gateway's process used.
 - `flood_rss_mb`: the most memory that the gateway's process had. `allowed_rss_mb`: what its settings allow: memory in peace,
   `listen.held_bytes`, and three times `limits.body_bytes`.
+- `flood_mb_per_s`: what the gateway's side took of the flood. The flood runs at a lower priority: its own CPU time would be
+  spent on other machines.
 - `cut`, `refused`: connections that the flood lost, and answers that it got which were not 200.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,7 +60,10 @@ class Flood:
 
 @dataclass(slots=True)
 class Told:
+    """sent: bytes."""
+
     cut: int = 0
+    sent: int = 0
     refused: Counter[int] = field(default_factory=Counter)
 
 
@@ -66,7 +72,7 @@ async def one(task: Flood, number: int, told: Told) -> None:
     while True:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             reader, writer = await asyncio.open_connection("127.0.0.1", task.port)
-            sending = asyncio.create_task(_send(task, number, writer))
+            sending = asyncio.create_task(_send(task, number, writer, told))
             try:
                 answer = await reader.read(4096)
                 if found := re.match(rb"HTTP/1.1 (\d+)", answer):
@@ -79,7 +85,7 @@ async def one(task: Flood, number: int, told: Told) -> None:
         await asyncio.sleep(PAUSE)
 
 
-async def _send(task: Flood, number: int, writer: asyncio.StreamWriter) -> None:
+async def _send(task: Flood, number: int, writer: asyncio.StreamWriter, told: Told) -> None:
     token = task.tokens[number % len(task.tokens)]
     known = START + _outer() + f"Authorization: Bearer {token}\r\n".encode()
     size = MAX_SEALED_REQUEST - 1
@@ -89,17 +95,17 @@ async def _send(task: Flood, number: int, writer: asyncio.StreamWriter) -> None:
         case 0:
             await _trickle(writer, START)
         case 1:
-            await _pour(writer, START + b"a: ", b"x", 2**40)
+            await _pour(writer, told, START + b"a: ", b"x", 2**40)
         case 2:
-            await _pour(writer, START, b"a:b\r\n", 2**40)
+            await _pour(writer, told, START, b"a:b\r\n", 2**40)
         case 3:
             await _trickle(writer, START + _outer() + length)
         case 4:
-            await _pour(writer, START + _outer() + length, b"x", size)
+            await _pour(writer, told, START + _outer() + length, b"x", size)
         case 5:
             await _trickle(writer, known + length + start)
         case _:
-            await _pour(writer, known + length + start, b"x", size - len(start))
+            await _pour(writer, told, known + length + start, b"x", size - len(start))
 
 
 async def _trickle(writer: asyncio.StreamWriter, begun: bytes) -> None:
@@ -110,7 +116,7 @@ async def _trickle(writer: asyncio.StreamWriter, begun: bytes) -> None:
         await asyncio.sleep(TRICKLE)
 
 
-async def _pour(writer: asyncio.StreamWriter, begun: bytes, what: bytes, size: int) -> None:
+async def _pour(writer: asyncio.StreamWriter, told: Told, begun: bytes, what: bytes, size: int) -> None:
     """As fast as it is taken; and then it waits."""
     writer.write(begun)
     piece = what * (PIECE // len(what))
@@ -118,6 +124,7 @@ async def _pour(writer: asyncio.StreamWriter, begun: bytes, what: bytes, size: i
         writer.write(piece[:size])
         size -= len(piece)
         await writer.drain()
+        told.sent += len(piece)
 
 
 def _outer() -> bytes:
@@ -129,13 +136,16 @@ def _outer() -> bytes:
 
 async def flood(task: Flood) -> None:
     """Until standard input ends; then what it was told."""
-    told = Told()
+    os.nice(10)
+    told, began = Told(), time.monotonic()
     running = [asyncio.create_task(one(task, number, told)) for number in range(task.connections)]
     await asyncio.to_thread(sys.stdin.read)
     for each in running:
         each.cancel()
     await asyncio.gather(*running, return_exceptions=True)
-    print(json.dumps({"cut": told.cut, "refused": sum(told.refused.values()), "statuses": told.refused}), flush=True)
+    rate = told.sent / 2**20 / (time.monotonic() - began)
+    figures = {"cut": told.cut, "refused": sum(told.refused.values()), "mb_per_s": rate, "statuses": told.refused}
+    print(json.dumps(figures), flush=True)
 
 
 @contextmanager
@@ -208,6 +218,7 @@ def measure(quick: bool) -> command.Figures:
         "quiet_rss_mb": round(memory / 2**20, 1),
         "flood_rss_mb": round(max(sizes) / 2**20, 1),
         "allowed_rss_mb": round(allowed / 2**20, 1),
+        "flood_mb_per_s": round(found["mb_per_s"], 1),
         "cut": float(found["cut"]),
         "refused": float(found["refused"]),
     }

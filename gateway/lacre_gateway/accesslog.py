@@ -11,6 +11,7 @@ from typing import Final
 
 from lacre_fabric.logs import Log
 from lacre_gateway.exchange import App, Message, Receive, Scope, Send
+from lacre_gateway.outer import address_of
 
 _ADMIN: Final = frozenset(
     {"/metrics", "/openapi.json", "/v1/status", "/v1/usage", "/v1/revocations", "/v1/reload", "/v1/drain"}
@@ -60,5 +61,5 @@ class AccessLog:
                     status=status,
                     outcome="whole" if whole else "cut",
                     duration=round(time.monotonic() - since, 6),
-                    address=scope["client"][0] if scope.get("client") else "",
+                    address=address_of(scope),
                 )

@@ -42,7 +42,7 @@ from lacre_gateway.exchange import Message
 from lacre_gateway.gauges import Gauges
 from lacre_gateway.mapping import CALLERS_FAULT, refusal_for
 from lacre_gateway.metrics import CONTENT_TYPE, States
-from lacre_gateway.outer import Fields
+from lacre_gateway.outer import Fields, address_of
 from lacre_gateway.policy.cedar import PolicyError
 from lacre_gateway.policy.question import AdminAction, AdminQuestion
 from lacre_gateway.refusal import Refusal
@@ -189,7 +189,7 @@ async def _identified(request: Request) -> Caller:
     A token that is bound to a key is refused: proofs of possession are for sealed requests.
     """
     gateway: Gateway = request.app.state.gateway
-    address = request.client.host if request.client else ""
+    address = address_of(request.scope)
     authorization = Fields.collect(request.scope["headers"]).authorization()
     access = await gateway.authenticator.authenticate(authorization, address)
     return Caller(gateway, access.principal, address, request.scope["state"]["request_id"])

@@ -22,7 +22,7 @@ from lacre.audit import AuditProof
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.log import AuditUnavailable, Recorded
 from lacre_gateway.limits import Room
-from lacre_gateway.outer import Fields
+from lacre_gateway.outer import Fields, address_of
 from lacre_gateway.refusal import RawHeaders, Refusal
 
 Scope = MutableMapping[str, Any]
@@ -75,7 +75,7 @@ class Exchange:
         self._stall_limit = stall_limit
         self._unread, self._asked = True, False
         self.fields = Fields.collect(scope["headers"])
-        self.address: str = scope["client"][0] if scope.get("client") else ""
+        self.address = address_of(scope)
         self.request_id: str = scope["state"]["request_id"]
         self.status: int | None = None
         self._body = bytearray()

@@ -9,10 +9,10 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from lacre import problems
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
@@ -22,6 +22,7 @@ MAX_TOKENS: Final = 2**31 - 1
 # Names of pools and models are short; whether they exist is for the manifest to say.
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
+_ADDRESS: Final = re.compile(r"[0-9A-Za-z.:%_-]{1,64}")  # IPv4, IPv6 with a zone, or the name of a test's client
 _LENGTH: Final = re.compile(r"[0-9]{1,19}")
 
 _POOL: Final = b"lacre-pool"
@@ -33,6 +34,15 @@ _REQUIRED: Final = (_POOL, _MODEL, _ACTION, _MAX_TOKENS, _SHAPE)
 _READ: Final = frozenset(
     {*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding", b"traceparent", b"expect"}
 )
+
+
+def address_of(scope: Mapping[str, Any]) -> str:
+    """The caller's address, by the connection or by a trusted proxy; empty where there is none.
+
+    What a proxy passes on may be its caller's own text. What no address could be is none: it would go into logs and audit.
+    """
+    address: str = scope["client"][0] if scope.get("client") else ""
+    return address if _ADDRESS.fullmatch(address) else ""
 
 
 class Action(StrEnum):

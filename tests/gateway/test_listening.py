@@ -156,6 +156,13 @@ async def test_trailers_are_no_headers(world: World, worker: FakeWorker) -> None
     assert [entry["address"] for entry in await world.trail() if entry["kind"] == "intent"] == ["192.0.2.1"]
 
 
+@pytest.mark.parametrize("forwarded", ["[", "x" * 5000, "10.0.0.1, caf\u00e9", "fe80::1%eth0", ""])
+async def test_an_address_that_is_none(world: World, worker: FakeWorker, forwarded: str) -> None:
+    """What a trusted proxy passes on is its caller's word where it does not check it."""
+    async with served(world, trusted_proxies=("127.0.0.1",)) as (_, port):
+        assert await answered(port, world, world.seal()[0], "A: b", x_forwarded_for=forwarded) in ("200", "403")
+
+
 def certificate(folder: Path, name: str, days: float = 30) -> Tls:
     """A certificate of its own for 127.0.0.1, with `name` as its common name."""
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
