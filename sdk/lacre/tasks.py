@@ -187,6 +187,9 @@ class Thread:
             before = threading.stack_size(stack)
             try:
                 self._thread.start()
+            except RuntimeError:  # the system has none to give
+                _register.pop(id(self), None)
+                raise
             finally:
                 threading.stack_size(before)
 
