@@ -64,30 +64,33 @@ class Inbound:
         """Whether the next frame is here already."""
         return bool(self._frames)
 
-    def put(self, frame: Frame) -> None:
-        """Takes a frame, in the order in which it came off the wire."""
+    def put(self, frame: Frame) -> bool:
+        """Takes a frame, in the order in which it came off the wire. Whether it was of any use."""
         if self._over or (self._bound is not None and frame.attempt != self._bound):
-            return
+            return False
         self._silent_at = self._loop.time() + LOST_AFTER
         if self._bound is None:
             self._bind(frame.attempt)
         if frame.sequence != self._next:
-            return self.fail(FrameGap("a frame of the answer is missing"))
+            self.fail(FrameGap("a frame of the answer is missing"))
+            return False
         self._next += 1
         if frame.kind in (Kind.USAGE, Kind.BEAT, Kind.STOPPED) and 0 < len(frame.payload) <= MAX_RECEIPT:
             self._receipts.append(frame.payload)
         if frame.kind is Kind.STOPPED:
-            return self.fail(WorkerLost("the worker stopped, for its reader took nothing for too long"))
+            self.fail(WorkerLost("the worker stopped, for its reader took nothing for too long"))
+            return True
         self._pending_bytes += len(frame.payload) if frame.kind is not Kind.BEAT else 0
         self._beats = self._beats + 1 if frame.kind is Kind.BEAT else 0
         if self._pending_bytes > 2 * CREDIT or len(self._frames) + self._beats >= MAX_PENDING_FRAMES:
-            return self.fail(FrameGap("the worker sent more than its credit allows"))
+            self.fail(FrameGap("the worker sent more than its credit allows"))
+            return False
         if frame.kind is not Kind.BEAT:
             self._frames.append(frame)
             self._wake()
             if frame.kind is not Kind.DATA:
                 self._ended.set()
-        return None
+        return True
 
     def fail(self, error: FabricError) -> None:
         """Ends the frames with an error, after those that came before it."""

@@ -155,11 +155,11 @@ class NatsGateway:
         """Whether messages flow: with NATS itself, and with a pool where there are pools. One pool's flood is not every pool's
         affair: `dispatch` says which pool cannot be asked.
         """
-        linked = [side for side in self._sides.values() if side.opened]
-        return self.connection.connected and (not linked or any(side.connected for side in linked))
+        tried = [side for side in self._sides.values() if side.tried]
+        return self.connection.connected and (not tried or any(side.connected for side in tried))
 
     def away(self) -> frozenset[str]:
-        return frozenset(pool for pool, side in self._sides.items() if side.opened and not side.connected)
+        return frozenset(pool for pool, side in self._sides.items() if side.tried and not side.connected)
 
     def workers(self, pool: str, model: str) -> int:
         side = self._sides.get(pool)

@@ -108,15 +108,17 @@ class PoolSide:
         self._connection: Connection | None = None
         self._connections = 0
         self._opening = asyncio.Lock()
+        self._soon: asyncio.Task[object] | None = None
+        self._closed = False
         self._failed: FabricUnavailable | None = None
         self._not_before = 0.0
 
     # The connection
 
     @property
-    def opened(self) -> bool:
-        """Whether it ever had a connection."""
-        return self._connection is not None
+    def tried(self) -> bool:
+        """Whether there is a connection, or was one, or should be one."""
+        return self._connection is not None or self._failed is not None
 
     @property
     def connected(self) -> bool:
@@ -137,18 +139,27 @@ class PoolSide:
 
     def connect_soon(self) -> None:
         """For a pool that was heard of. What fails is tried again with the next sign of presence."""
-        if self._connection is None and not self._opening.locked() and time.monotonic() >= self._not_before:
-            tasks.detach("connection of a pool", self.connect())
+        gone = self._connection is None or self._connection.lost
+        if gone and not self._closed and not self._opening.locked() and time.monotonic() >= self._not_before:
+            self._soon = tasks.detach("connection of a pool", self.connect())
 
     async def _try(self) -> None:
+        if self._closed:
+            raise FabricUnavailable("the gateway is closing")
         if self._failed is not None and time.monotonic() < self._not_before:
             raise self._failed
         try:
-            connection = await self._open()
+            connection = await self._subscribed()
         except FabricUnavailable as exc:
             self._failed, self._not_before = exc, time.monotonic() + RETRY
             log.warning("fabric.pool_not_connected", pool=self.pool, reason=str(exc))
             raise
+        connection.on_reconnect = self._returned
+        self._connection, self._failed = connection, None
+        self._returned()
+
+    async def _subscribed(self) -> Connection:
+        connection = await self._open()
         try:
             async with connection.mapped(confirmed=True):
                 # What waits to be read is bounded by `Inbound`, for each request by its credit: that request alone ends.
@@ -157,11 +168,12 @@ class PoolSide:
         except BaseException:
             await connection.close()
             raise
-        connection.on_reconnect = self._returned
-        self._connection, self._failed = connection, None
-        self._returned()
+        return connection
 
     async def close(self) -> None:
+        self._closed = True
+        if self._soon is not None:
+            await tasks.end(self._soon)
         if self._connection is not None:
             await self._connection.close()
 
@@ -189,10 +201,10 @@ class PoolSide:
                 self._tell(subjects.cancel(self.pool, request_id), b"")  # it runs for nobody
             return False
         inbound = waiting.inbound
-        inbound.put(frame)
+        taken = inbound.put(frame)
         if frame.kind is Kind.BEAT and (total := inbound.renewal()) is not None:
             self._tell(subjects.credit(self.pool, request_id), str(total).encode())
-        return True
+        return taken
 
     # Requests
 

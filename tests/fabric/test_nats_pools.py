@@ -119,6 +119,32 @@ async def test_a_gateway_whose_pools_are_all_away_says_so(both: Both) -> None:
     assert gateway.connection.connected
 
 
+async def test_a_pool_whose_connection_cannot_be_made_is_away(both: Both) -> None:
+    gateway = await both.nats.gateway("g2")
+    both.stack.push_async_callback(gateway.close)
+    both.way.cut()
+    credential = both.nats.credentials["gateway-g2"]
+    gateway._open_pool = lambda _pool: Connection.open(both.way.url, credential, keep=KEEP)
+    for _ in range(2):  # at once, the second time
+        with pytest.raises(FabricUnavailable):
+            await gateway.dispatch(new_work("a"))
+    assert gateway.away() >= {"a"}
+    both.way.mend()
+    async with asyncio.timeout(5):
+        while gateway.away():
+            await asyncio.sleep(0.05)  # presence has it tried again
+
+
+async def test_a_gateway_that_closes_leaves_no_connection_behind(both: Both) -> None:
+    """Not even one that is being made."""
+    for seconds in (0.0, 0.001, 0.003, 0.01):
+        gateway = await both.nats.gateway("g2")
+        gateway._side("a").connect_soon()
+        await asyncio.sleep(seconds)
+        await gateway.close()
+    assert len([task for task in asyncio.all_tasks() if "connection of a pool" in task.get_name()]) == 0
+
+
 async def test_an_answer_that_came_while_the_connection_was_away_is_missed_at_once(both: Both) -> None:
     """The request waited for a worker, and would wait for half a minute more."""
     dispatch = await both.gateway.dispatch(new_work("a"))
