@@ -220,11 +220,27 @@ def of_backend() -> Iterator[tuple[str, str, bytes]]:
     yield "chat_template", "inside", b"{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.append.__globals__ }}"
 
 
+def of_chats() -> Iterator[tuple[str, str, bytes]]:
+    ask = {"role": "user", "content": "How is the tide? <|end|>"}
+    schema = {"type": "object", "properties": {"port": {"type": "object", "properties": {"name": {"type": "string"}}}}}
+    tool = {"type": "function", "function": {"name": "tide", "description": "Now", "parameters": schema}}
+    call = {"id": "c1", "type": "function", "function": {"name": "tide", "arguments": '{"port": {"name": "Porto"}}'}}
+    called = (
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "2 m"},
+    )
+    for name, body in (
+        ("plain", {"messages": [ask], "max_tokens": 9, "temperature": 0.5, "stop": ["x"], "logit_bias": {"3": 1}}),
+        ("tools", {"messages": [ask, *called], "tools": [tool], "tool_choice": "auto"}),
+    ):
+        yield "chat_request", name, json.dumps({"model": "tiny", **body}).encode()
+
+
 def seeds() -> dict[Path, bytes]:
     """Every seed, by its file."""
     found = (
         *of_wire(), *of_statements(), *of_answers(), *of_proofs(), *of_fabric(), *of_keys(), *of_lineages(), *of_heads(),
-        *of_backend(),
+        *of_backend(), *of_chats(),
     )  # fmt: skip
     return {CORPUS / target / name.lower(): data for target, name, data in found}
 

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from fuzz import answers, backend, fabric, heads, keys, lineages, proofs, statements, wire
+from fuzz import answers, backend, chats, fabric, heads, keys, lineages, proofs, statements, wire
 from fuzz.target import Target
 
 _ALL: Final = (
@@ -15,5 +15,6 @@ _ALL: Final = (
     *lineages.TARGETS,
     *heads.TARGETS,
     *backend.TARGETS,
+    *chats.TARGETS,
 )
 TARGETS: Final[dict[str, Target]] = {target.name: target for target in _ALL}
