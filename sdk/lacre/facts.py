@@ -41,12 +41,12 @@ class Facts:
     sealed_request_bytes: int
     attempts: int
     checked: Verification = field(repr=False)
-    lost: int = 0
     receipt: Receipt | None = None
     audit: AuditProof | None = None
     trailers: tuple[tuple[str, str], ...] = ()
     parts: list[Part] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list, repr=False)
+    lost: int = 0
 
     def broke_off(self, prompt: int, cached: int, completion: int) -> None:
         """The request of now took so much, and another goes on."""
