@@ -12,6 +12,7 @@ import asyncio
 import ctypes
 import json
 import os
+import queue
 import runpy
 import shutil
 import socket
@@ -57,6 +58,9 @@ def _interrupt(entry: tasks.Thread) -> None:
         elif isinstance(kept, threading.Condition):
             with kept:
                 kept.notify_all()
+        elif isinstance(kept, queue.Queue):
+            with kept.not_empty:
+                kept.not_empty.notify_all()
         elif isinstance(kept, asyncio.AbstractEventLoop):
             kept.call_soon_threadsafe(kept.stop)
 
@@ -103,7 +107,9 @@ class Doomed:
 
     def register(self) -> dict[str, bool]:
         """The names of what lives, and whether each starts again after a death."""
-        return dict(self._ask({}))
+        with suppress(ConnectionRefusedError):  # the socket is there a moment before anybody listens
+            return dict(self._ask({}))
+        return {}
 
     def until(self, true: Callable[[], Any]) -> None:
         deadline = time.monotonic() + PATIENCE
