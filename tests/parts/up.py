@@ -14,6 +14,11 @@ from pathlib import Path
 
 LACRE = [sys.executable, "-P", "-m", "lacre"]  # as the installed command: without the current folder on its path
 START = 60.0  # seconds
+MARKS = {
+    "nats-server": "nats-server",
+    "lacre_gateway": "-m lacre_gateway ",
+    "lacre_backend": "-m lacre_backend ",
+}  # of a command
 
 
 @dataclass
@@ -45,8 +50,8 @@ class Up:
         names = {}
         for pid in descendants(self.process.pid):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")
-            for name in ("nats-server", "lacre_gateway", "lacre_backend"):
-                if name in command:
+            for name, mark in MARKS.items():
+                if mark in command:  # and no child of a worker's own, such as its tokenizer
                     names[name] = pid
         return names
 
