@@ -269,6 +269,13 @@ schemas = st.recursive(
         | st.builds(lambda i, a, b: {"items": i, "minItems": a, "maxItems": a + b}, inner, st.integers(0, 3), st.integers(0, 3))
         | st.builds(lambda k, o: {k: o}, st.sampled_from(["anyOf", "oneOf", "allOf"]), st.lists(inner, min_size=1, max_size=3))
         | st.builds(lambda v: {"type": "object", "additionalProperties": v}, inner)
+        | st.builds(lambda v: {"not": v}, inner)
+        | st.builds(
+            lambda p, n, v: {"patternProperties": {p: v}, "propertyNames": {"minLength": n, "maxLength": n + 1}},
+            st.sampled_from(["^a", "b$", "[0-9]"]),
+            st.integers(0, 2),
+            inner,
+        )
     ),
     max_leaves=8,
 )

@@ -39,7 +39,7 @@ PLAIN: /[^"\\\x00-\x1F\x7F]*/
 NUMBER: /-?(0|[1-9][0-9]{{0,15}})(\.[0-9]{{1,15}})?([eE][-+]?[0-9]{{1,2}})?/
 WHOLE: /-?(0|[1-9][0-9]{{0,15}})/
 KEYWORD: /true|false|null/
-FRACTION: /-?(0|[1-9][0-9]{{0,15}})\.[0-9]{{0,15}}[1-9]/
+FRACTION: /-?(0|[1-9][0-9]{{0,8}})\.[0-9]{{0,4}}[1-9]/
 anything: "{{" (STR ":" anything ("," STR ":" anything)*)? "}}" | "[" (anything ("," anything)*)? "]" | STR | NUMBER | KEYWORD
 """
 # What is inline has the blanks of the rules around it: llguidance joins those alone into one set of lexemes.
@@ -202,8 +202,7 @@ class RuleMaker:
         """A string as a terminal, quotes and all."""
         if case.formats:
             raise SchemaRefused("format", at.place.path, "stands beside what a value may not be")
-        counted = "" if (case.least, case.most) == (0, None) else f"{{{case.least},{'' if case.most is None else case.most}}}"
-        parts = [f'"\\"" CH{counted} "\\""' if counted else "STR"]
+        parts = [_counted_string(case)]
         for pattern, holds in dict.fromkeys(case.patterns):
             spelled = f'("\\"" (PLAIN & /{self._read(pattern, at)}/) "\\"")'
             parts.append(spelled if holds else f"~{spelled}")
@@ -488,6 +487,13 @@ class RuleMaker:
             else:
                 keys.append(self._terminal(self._spelled(kind, at)))
         return keys
+
+
+def _counted_string(case: Case) -> str:
+    """Any string of the case's length."""
+    if case.most is None:
+        return f'"\\"" CH{{{case.least}}} CH* "\\""' if case.least else "STR"
+    return f'"\\"" CH{{{case.least},{case.most}}} "\\""' if case.most else '"\\"\\""'
 
 
 def _inline(schema: dict[str, Any]) -> str:
