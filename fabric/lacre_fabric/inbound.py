@@ -2,7 +2,7 @@
 
 Rules:
 - The first attempt that sends a frame is the one, for it has claimed the request or refuses it: another's frames are dropped.
-- Its frames count from 0 without a gap. A worker that falls silent for `LOST_AFTER` is lost.
+- Its frames count from 0 without a gap. A worker that is silent for `LOST_AFTER` is lost, unless the reader slept.
 - What is not read yet is bounded by the worker's credit; more than that is a worker out of hand, and ends this request only.
 - Whoever leaves pays for what was made: a worker that is withdrawn says last what it used, and is waited for, but not for long.
 - A worker is told what its reader took when that is worth a message, and at the latest with its own next beat.
@@ -27,6 +27,9 @@ RENEW_AFTER: Final = CREDIT // 8
 # Each of a worker's receipts says more than the one before: more than one is kept only in case the last does not verify.
 KEPT_RECEIPTS: Final = 4
 MAX_RECEIPT: Final = 4096  # bytes; ours have some 500
+# Seconds that a timer comes late where this process was stopped, or starved: then frames wait in its sockets.
+STOOD_STILL: Final = 0.25
+CATCH_UP: Final = 1.5  # seconds to read them, and to hear the next beat
 PARTING: Final = 1.0  # seconds that a worker has to say what it used, once it is withdrawn
 
 
@@ -153,8 +156,11 @@ class Inbound:
             self._arrived.set_result(None)
 
     def _look(self) -> None:
-        """Whether it is silent for too long by now."""
-        if self._loop.time() < self._silent_at:
+        """Whether it is silent for too long by now. What a loop that stood still has not read yet is no silence."""
+        now = self._loop.time()
+        if now - self._watch.when() > STOOD_STILL:
+            self._silent_at = max(self._silent_at, now + CATCH_UP)
+        if now < self._silent_at:
             self._watch = self._loop.call_at(self._silent_at, self._look)
         elif self._bound is None:
             self.fail(QueueTimeout("no worker took the request within its queue limit"))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.inbound import KEPT_RECEIPTS, MAX_PENDING_FRAMES, MAX_RECEIPT, Inbound
+from lacre_fabric.inbound import CATCH_UP, KEPT_RECEIPTS, MAX_PENDING_FRAMES, MAX_RECEIPT, STOOD_STILL, Inbound
 from lacre_fabric.outbound import Outbound
-from lacre_fabric.work import CREDIT, Cancelled, FabricError, FrameGap, WorkerLost
+from lacre_fabric.work import CREDIT, Cancelled, FabricError, FrameGap, QueueTimeout, WorkerLost
 
 ONE, OTHER = "1" * 32, "2" * 32
 
@@ -241,3 +242,21 @@ async def test_what_was_never_queued_leaves_no_timer() -> None:
 def timers(loop: asyncio.AbstractEventLoop) -> list[asyncio.TimerHandle]:
     """Those that will still fire."""
     return [handle for handle in loop._scheduled if not handle.cancelled()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.2])
+async def test_a_reader_that_stood_still_takes_no_worker_for_lost(limit: float) -> None:
+    """As after SIGSTOP and SIGCONT: the timer is due at once, and what the worker sent meanwhile has yet to be read."""
+    inbound = Inbound(limit)
+    time.sleep(limit + 2 * STOOD_STILL)  # noqa: ASYNC251 - that is the point
+    await asyncio.sleep(0.01)
+    inbound.put(Frame(ONE, 0, Kind.USAGE, b"receipt"))
+    assert [frame.kind async for frame in inbound.frames()] == [Kind.USAGE]
+
+
+async def test_and_silence_after_that_counts() -> None:
+    inbound = Inbound(0.05)
+    time.sleep(0.05 + 2 * STOOD_STILL)  # noqa: ASYNC251 - that is the point
+    with pytest.raises(QueueTimeout):
+        async with asyncio.timeout(CATCH_UP + 2):
+            await anext(inbound.frames())
