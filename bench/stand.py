@@ -43,6 +43,7 @@ LIMITS = """
 requests_in_flight = 4096
 concurrent_per_subject = 4096
 """
+LISTEN = "connections_per_address = 10000\n"  # all that measure are at one
 PLANS = (
     """
 currency = "USD"
@@ -176,7 +177,7 @@ def stand(folder: Path) -> Iterator[Stand]:
         policies = folder / "policies"
         shutil.copytree(shipped(), policies)
         (policies / PLANS_FILE).write_text(PLANS)
-        text = site.gateway_settings.read_text()
+        text = site.gateway_settings.read_text().replace("[listen]\n", f"[listen]\n{LISTEN}")
         added = f"{LIMITS}\n[admin]\nport = {admin_port}\n"
         site.gateway_settings.write_text(f"policies = {json.dumps(str(policies))}\n{text}{added}")
         log = stack.enter_context(site.log("gateway").open("wb"))
