@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema_cases import Cases, Document
-from lacre_backend.api.schema_rules import BLANK, RuleMaker
+from lacre_backend.api.schema_rules import RuleMaker
+from lacre_backend.api.schema_scalars import BLANK
 from lacre_backend.api.schema_terms import Literal, SchemaRefused
 
 MAX_VALUES: Final = 5000  # JSON values in one schema

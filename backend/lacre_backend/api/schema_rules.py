@@ -11,52 +11,30 @@ Rules
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from lacre_backend.api.schema_cases import Cases
-from lacre_backend.api.schema_keywords import empty_range
-from lacre_backend.api.schema_patterns import NotRegular, Patterns
+from lacre_backend.api.schema_patterns import NotRegular
+from lacre_backend.api.schema_scalars import NOTHING, PRELUDE, ScalarRules, inline, quoted
 from lacre_backend.api.schema_terms import TYPES, Case, Contains, Exists, Literal, Literals, Properties, SchemaRefused
 
-MAX_RULES: Final = 8000  # of one schema
 MAX_OPTIONAL: Final = 450  # optional properties of one object: llguidance follows four ways for each, and 2,000 in all
 MAX_ALTERNATIVES: Final = 300  # arrays and objects at one place, six ways each
 MAX_CLASSES: Final = 4  # patterns of property names in one object: each may hold or not
 MAX_COUNTED: Final = 2000  # states of an object or array whose properties or items are counted
 MAX_FIRST: Final = 1000  # items of an array with schemas of their own
 MAX_DEPTH: Final = 100  # of schemas within schemas, before Python's own limit
-BLANK: Final = r"[ \n\r\t]{1,20}"  # bounded, or a model may write blanks until its limit
-
-PRELUDE: Final = rf"""%llguidance {{"no_forcing": true, "ignore_once": true}}
-%ignore /{BLANK}/
-CH: /[^"\\\x00-\x1F\x7F]/ | /\\(["\\bfnrt]|u00(0[0-7be-f]|1[0-9a-f]|7f))/
-STR: "\"" CH* "\""
-PLAIN: /[^"\\\x00-\x1F\x7F]*/
-NUMBER: /-?(0|[1-9][0-9]{{0,15}})(\.[0-9]{{1,15}})?([eE][-+]?[0-9]{{1,2}})?/
-WHOLE: /-?(0|[1-9][0-9]{{0,15}})/
-KEYWORD: /true|false|null/
-FRACTION: /-?(0|[1-9][0-9]{{0,8}})\.[0-9]{{0,4}}[1-9]/
-anything: "{{" (STR ":" anything ("," STR ":" anything)*)? "}}" | "[" (anything ("," anything)*)? "]" | STR | NUMBER | KEYWORD
-"""
-# What is inline has the blanks of the rules around it: llguidance joins those alone into one set of lexemes.
-_BLANKS: Final = {"x-guidance": {"whitespace_pattern": BLANK}}
-NOTHING: Final = '""'
 _NO: Final = None  # the rule of what cannot be
 
 
-class RuleMaker:
+class RuleMaker(ScalarRules):
     """Makes the rules of one schema."""
 
     def __init__(self, cases: Cases) -> None:
-        self._cases = cases
-        self._patterns = Patterns()
-        self._lines: list[str] = []
-        self._names = itertools.count()
-        self._terminals: dict[str, str] = {}
+        super().__init__(cases)
         self._made: dict[frozenset[tuple[object, ...]], tuple[str | None, Literals]] = {}
         self._depth = 0
 
@@ -66,24 +44,6 @@ class RuleMaker:
         if name is _NO:
             raise SchemaRefused("schema", "#", "admits nothing")
         return f"{PRELUDE}start: {name}\n" + "\n".join(self._lines) + "\n"
-
-    # Rules and terminals
-
-    def _new(self, body: str) -> str:
-        name = f"r{next(self._names)}"
-        self._define(name, body)
-        return name
-
-    def _define(self, name: str, body: str) -> None:
-        if len(self._lines) > MAX_RULES:
-            raise SchemaRefused("schema", "#", f"needs more than {MAX_RULES} rules")
-        self._lines.append(f"{name}: {body}")
-
-    def _terminal(self, body: str) -> str:
-        if body not in self._terminals:
-            self._terminals[body] = name = f"T{len(self._terminals)}"
-            self._lines.append(f"{name}: {body}")
-        return self._terminals[body]
 
     def _rule(self, literals: Iterable[Literal]) -> str | None:
         """The name of a rule for what all the literals admit; None for nothing."""
@@ -125,100 +85,8 @@ class RuleMaker:
             )
         if scalars:
             one = scalars[0] if len(scalars) == 1 else {"anyOf": scalars}
-            bodies.append(_inline(one))
+            bodies.append(inline(one))
         return bodies
-
-    # Scalars
-
-    def _scalar(self, case: Case, at: Literal, scalars: list[dict[str, Any]], bodies: list[str]) -> None:
-        match case.type:
-            case "null":
-                scalars.append({"type": "null"})
-            case "boolean":
-                scalars += [{"type": "boolean"}] if case.only is None else [{"const": value} for value in sorted(case.only)]
-            case "number":
-                self._number(case, at, scalars, bodies)
-            case _:
-                self._string(case, at, scalars, bodies)
-
-    def _number(self, case: Case, at: Literal, scalars: list[dict[str, Any]], bodies: list[str]) -> None:
-        if empty_range(case):
-            return
-        bounds: dict[str, Any] = {}
-        for (value, without), keyword in ((case.low, "inimum"), (case.high, "aximum")):
-            if not math.isinf(value):
-                m = keyword.replace("i", "mi", 1) if keyword == "inimum" else "m" + keyword
-                bounds[f"exclusive{m[0].upper()}{m[1:]}" if without else m] = value
-        if case.whole is False:
-            if bounds or case.multiples:
-                raise SchemaRefused("type", at.place.path, "cannot exclude integers from a range")
-            bodies.append("FRACTION")
-            return
-        if not bounds and not case.multiples:
-            bodies.append("WHOLE" if case.whole else "NUMBER")  # of as many digits as readers keep
-            return
-        scalars.append(self._numeric({"type": "integer" if case.whole else "number", **bounds}, case.multiples))
-
-    @staticmethod
-    def _numeric(schema: dict[str, Any], multiples: tuple[float, ...]) -> dict[str, Any]:
-        if len(multiples) == 1:
-            return {**schema, "multipleOf": multiples[0]}
-        return {**schema, "allOf": [{"multipleOf": each} for each in multiples]} if multiples else schema
-
-    def _string(self, case: Case, at: Literal, scalars: list[dict[str, Any]], bodies: list[str]) -> None:
-        if case.most is not None and case.most < case.least:
-            return
-        if case.only is not None:
-            scalars += self._listed(case, at)
-        elif case.never or any(not holds for _, holds in case.patterns):
-            bodies.append(self._terminal(self._spelled(case, at)))
-        else:
-            lengths = {"minLength": case.least} if case.least else {}
-            most = {} if case.most is None else {"maxLength": case.most}
-            schema: dict[str, Any] = {"type": "string", **lengths, **most}
-            parts = [{"pattern": self._pattern(pattern, at)} for pattern, _ in dict.fromkeys(case.patterns)]
-            parts += [{"format": name} for name in dict.fromkeys(case.formats)]
-            scalars.append({**schema, **parts[0]} if len(parts) == 1 else {**schema, "allOf": parts} if parts else schema)
-
-    def _pattern(self, pattern: str, at: Literal) -> str:
-        self._read(pattern, at)
-        return pattern
-
-    def _listed(self, case: Case, at: Literal) -> list[dict[str, Any]]:
-        if case.formats:
-            raise SchemaRefused("format", at.place.path, "stands beside a list of values; leave one of them out")
-        found = [text for text in sorted(case.only or ()) if text not in case.never and self._is(case, text, at)]
-        return [{"enum": found}] if found else []
-
-    def _is(self, case: Case, text: str, at: Literal) -> bool:
-        """Whether a text keeps lengths and patterns."""
-        long_enough = case.least <= len(text) and (case.most is None or len(text) <= case.most)
-        try:
-            return long_enough and all(self._patterns.matches(pattern, text) == holds for pattern, holds in case.patterns)
-        except NotRegular as error:
-            raise SchemaRefused("pattern", at.place.path, str(error)) from None
-
-    def _spelled(self, case: Case, at: Literal) -> str:
-        """A string as a terminal, quotes and all."""
-        if case.formats:
-            raise SchemaRefused("format", at.place.path, "stands beside what a value may not be")
-        parts = [_counted_string(case)]
-        for pattern, holds in dict.fromkeys(case.patterns):
-            spelled = f'("\\"" (PLAIN & /{self._read(pattern, at)}/) "\\"")'
-            parts.append(spelled if holds else f"~{spelled}")
-            if not holds:
-                parts.append('("\\"" PLAIN "\\"")')  # in these alone a pattern is told by the letters themselves
-        if case.never:
-            parts.append(f"~({' | '.join(map(_quoted, sorted(case.never)))})")  # one set: apart, each would multiply the others
-        return " & ".join(
-            f"({part})" if " " in part and not part.startswith(("~", "(")) else part for part in dict.fromkeys(parts)
-        )
-
-    def _read(self, pattern: str, at: Literal) -> str:
-        try:
-            return self._patterns.read(pattern).whole
-        except NotRegular as error:
-            raise SchemaRefused("pattern", at.place.path, str(error)) from None
 
     # Arrays
 
@@ -361,7 +229,7 @@ class RuleMaker:
             if rule is _NO and required:
                 return []
             if rule is not _NO:
-                members.append((f'{_quoted(name)} ":" {rule}', required))
+                members.append((f'{quoted(name)} ":" {rule}', required))
         if sum(not required for _, required in members) > MAX_OPTIONAL:
             raise SchemaRefused("properties", at.place.path, f"names more than {MAX_OPTIONAL} properties that may be left out")
         pairs = self._pairs(case, at, names, None)
@@ -481,30 +349,12 @@ class RuleMaker:
                 continue
             kind = replace(kind, never=kind.never | never, patterns=(*kind.patterns, *conditions))  # noqa: PLW2901
             if kind.only is not None:
-                keys += [_quoted(t) for t in sorted(kind.only) if t not in kind.never and self._is(kind, t, at)]
+                keys += [quoted(t) for t in sorted(kind.only) if t not in kind.never and self._is(kind, t, at)]
             elif kind == Case("string"):
                 keys.append("STR")
             else:
                 keys.append(self._terminal(self._spelled(kind, at)))
         return keys
-
-
-def _counted_string(case: Case) -> str:
-    """Any string of the case's length."""
-    if case.most is None:
-        return f'"\\"" CH{{{case.least}}} CH* "\\""' if case.least else "STR"
-    return f'"\\"" CH{{{case.least},{case.most}}} "\\""' if case.most else '"\\"\\""'
-
-
-def _inline(schema: dict[str, Any]) -> str:
-    """A schema that llguidance reads itself."""
-    return f"%json {json.dumps(schema | _BLANKS)}"
-
-
-def _quoted(text: str) -> str:
-    """A JSON string as Lark writes it."""
-    spelled = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # one spelling for each, the same as `CH` has
-    return json.dumps(spelled, ensure_ascii=False)
 
 
 def _item(case: Case, i: int) -> Literals:
