@@ -140,6 +140,16 @@ class TestWhatPasses:
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
         assert answer.json()["error"]["code"] == "rate-limited"
 
+    def test_what_workers_were_lost_by_is_not_asked_again_by_the_program(self, proxy: Proxy, gateway: Gateway) -> None:
+        def lose(request: httpx2.Request) -> httpx2.Response | None:
+            return served(502, problems.WORKER_LOST.body()) if request.url.path == SEALED else None
+
+        gateway.relay.respond, gateway.relay.requests = lose, []
+        with proxy.client() as client:
+            answer = client.post("chat/completions", json=BODY)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (502, "false")
+        assert sum(request.url.path == SEALED for request in gateway.relay.requests) == 2
+
 
 class TestWhoGetsIn:
     @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "localhost:1", ""])

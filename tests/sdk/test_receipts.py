@@ -56,7 +56,7 @@ class TestGoodReceipts:
         with client.chat_stream("x") as stream:
             for _ in range(3):
                 next(stream)
-                for early in ("receipt", "usage", "attempts", "facts"):
+                for early in ("receipt", "usage"):
                     with pytest.raises(lacre.UsageError, match="not ended"):
                         getattr(stream, early)
                 with pytest.raises(lacre.UsageError):
