@@ -7,8 +7,9 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from lacre.asgi import Call, Receive, Send
+from lacre.asgi import Call, Disconnected, Message, Receive, Send
 from lacre.asgi.exchange import MAX_PENDING
+from lacre_backend.api.exchange import until_disconnect
 from lacre_backend.elsewhere import Elsewhere
 from lacre_backend.node import Node
 from lacre_fabric.frames import Frame
@@ -104,3 +105,27 @@ async def test_a_failure_of_the_nodes_own_ends_its_request_aloud(caplog: pytest.
         [worker] = desk.hub.live
         await until(lambda: worker.free == worker.slots)
     assert caplog.messages == ["task failed: request"]
+
+
+@pytest.mark.parametrize("first", ["the watcher", "the call"])
+async def test_a_call_that_finds_its_caller_gone_has_not_failed(first: str, caplog: pytest.LogCaptureFixture) -> None:
+    leaves = asyncio.Event()
+
+    async def receive() -> Message:
+        await leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def call() -> None:
+        try:
+            if first == "the watcher":
+                leaves.set()
+                await asyncio.Event().wait()
+        finally:
+            raise Disconnected("the caller has gone")
+
+    if first == "the watcher":
+        await until_disconnect(receive, call())
+    else:
+        with pytest.raises(Disconnected):
+            await until_disconnect(receive, call())
+    assert not caplog.records

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lacre.asgi import EXTENSION, App, Call, Receive, Scope, Send, Usage
+from lacre.asgi import EXTENSION, App, Call, Disconnected, Receive, Scope, Send, Usage
 from lacre.errors import SettingsError
 from lacre.marks import DIGEST
 from lacre_backend.api import ceilings, shapes
@@ -28,7 +28,7 @@ from lacre_backend.api.answers import Answer, Progress
 from lacre_backend.api.calls import CallReader
 from lacre_backend.api.embeddings import Embeddings
 from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found, other_model
-from lacre_backend.api.exchange import Disconnected, EventStream, read_body, send_json, until_disconnect
+from lacre_backend.api.exchange import EventStream, read_body, send_json, until_disconnect
 from lacre_backend.api.generation import Generation, fresh_id
 from lacre_backend.api.prompts import call_format, chat_prompt, plain_tokens, text_prompt
 from lacre_backend.api.requests import (

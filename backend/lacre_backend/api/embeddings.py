@@ -14,10 +14,10 @@ import struct
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from lacre.asgi import EXTENSION, Call, Receive, Scope, Send, Usage
+from lacre.asgi import EXTENSION, Call, Disconnected, Receive, Scope, Send, Usage
 from lacre_backend.api import ceilings, shapes
 from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_down
-from lacre_backend.api.exchange import Disconnected, read_body, send_json, until_disconnect
+from lacre_backend.api.exchange import read_body, send_json, until_disconnect
 from lacre_backend.api.generation import fresh_id
 from lacre_backend.api.prompts import embedding_inputs
 from lacre_backend.api.requests import MAX_BODY, EmbedTexts, EmbedTokens, parse_embedding

@@ -8,14 +8,10 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
 from lacre import tasks
-from lacre.asgi import Receive, Scope, Send
+from lacre.asgi import Disconnected, Receive, Scope, Send
 from lacre_backend.api.errors import RequestRefused
 
 MAX_HEADER: Final = 256  # bytes of a header of ours
-
-
-class Disconnected(Exception):
-    """The client left before its request was whole."""
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
@@ -34,7 +30,7 @@ async def read_body(receive: Receive, limit: int) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Disconnected
+            raise Disconnected("the caller left before its request was whole")
         piece = message.get("body", b"")
         if len(body) + len(piece) > limit:
             raise RequestRefused(f"The request body is larger than {limit} bytes.", status=413, code="request_too_large")
@@ -44,7 +40,7 @@ async def read_body(receive: Receive, limit: int) -> bytes:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; cancel it when the client leaves."""
+    """Run `work`; cancel it when the client leaves. Raises Disconnected if `work` notices that first, as it sends."""
     task = tasks.spawn("api call", work)
     watcher = tasks.spawn("client's departure", _disconnected(receive))
     try:

@@ -17,10 +17,10 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
-from lacre.asgi import EXTENSION, App, Call, Receive, Scope, Send
+from lacre.asgi import EXTENSION, App, Call, Disconnected, Receive, Scope, Send
 from lacre.receipts import UNIT, units
 from lacre_backend.api.errors import RequestRefused, grant_mismatch, model_not_found
-from lacre_backend.api.exchange import Disconnected, EventStream, header, read_body, send_json, until_disconnect
+from lacre_backend.api.exchange import EventStream, header, read_body, send_json, until_disconnect
 from lacre_backend.api.requests import MAX_BODY
 from lacre_backend.api.served import SALT_HEADER
 from lacre_backend.settings import Upstream, UpstreamModel
