@@ -50,7 +50,7 @@ class Inbound:
         self._receipts: deque[bytes] = deque(maxlen=KEPT_RECEIPTS)
         # One timer, put off when it comes due and not with each frame.
         self._silent_at = self._loop.time() + queue_limit
-        self._watch = self._loop.call_at(self._silent_at, self._look)
+        self._watch = self._watching()
         self._ended = asyncio.Event()  # nothing more will come, or nothing that counts
         self.started = asyncio.Event()
 
@@ -149,7 +149,11 @@ class Inbound:
         self._bound = attempt
         self.started.set()
         self._watch.cancel()
-        self._watch = self._loop.call_at(self._silent_at, self._look)
+        self._watch = self._watching()
+
+    def _watching(self) -> asyncio.TimerHandle:
+        self._due = self._silent_at  # uvloop's handle cannot tell, where the time has come already
+        return self._loop.call_at(self._due, self._look)
 
     def _wake(self) -> None:
         if self._arrived is not None and not self._arrived.done():
@@ -158,10 +162,10 @@ class Inbound:
     def _look(self) -> None:
         """Whether it is silent for too long by now. What a loop that stood still has not read yet is no silence."""
         now = self._loop.time()
-        if now - self._watch.when() > STOOD_STILL:
+        if now - self._due > STOOD_STILL:
             self._silent_at = max(self._silent_at, now + CATCH_UP)
         if now < self._silent_at:
-            self._watch = self._loop.call_at(self._silent_at, self._look)
+            self._watch = self._watching()
         elif self._bound is None:
             self.fail(QueueTimeout("no worker took the request within its queue limit"))
         else:

@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -260,3 +261,16 @@ async def test_and_silence_after_that_counts() -> None:
     with pytest.raises(QueueTimeout):
         async with asyncio.timeout(CATCH_UP + 2):
             await anext(inbound.frames())
+
+
+def test_uvloop_has_no_time_for_a_timer_that_is_due() -> None:
+    """It makes a plain handle of it. A request that no worker takes must end there too: gateways run on uvloop."""
+
+    async def waited() -> None:
+        for number in range(20):
+            with pytest.raises(QueueTimeout):
+                async with asyncio.timeout(5):
+                    await anext(Inbound(number / 10_000).frames())
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(waited())
