@@ -18,7 +18,7 @@ from lacre.memory import Memory, VersionFile
 from lacre.padding import Shape
 from lacre.reply import CHAT_PATH, Messages, Reply, chat_body, check
 from lacre.sealing import DEFAULT_KEMS, ORIGIN, Sealing
-from lacre.streams import AsyncChatStream, ChatStream, Deltas
+from lacre.streams import AsyncChatStream, ChatStream, Deltas, events_of
 from lacre.transport import FACTS, AsyncSealedTransport, SealedTransport
 from lacre.trust import ConnectionString
 from lacre.verification import Verification
@@ -131,9 +131,10 @@ class Client(httpx2.Client):
                 response.read()
                 check(response)
             deltas.facts = response.extensions[FACTS]
-            for event in httpx2.EventSource(response):
-                if text := deltas.feed(event.data):
-                    yield text
+            with events_of(response) as events:
+                for event in events:
+                    if text := deltas.feed(event.data):
+                        yield text
             deltas.close(deltas.facts)
 
     @property
@@ -223,9 +224,10 @@ class AsyncClient(httpx2.AsyncClient):
                 await response.aread()
                 check(response)
             deltas.facts = response.extensions[FACTS]
-            async for event in httpx2.EventSource(response):
-                if text := deltas.feed(event.data):
-                    yield text
+            with events_of(response) as events:
+                async for event in events:
+                    if text := deltas.feed(event.data):
+                        yield text
             deltas.close(deltas.facts)
 
     @property

@@ -25,6 +25,7 @@ from lacre.trust import is_loopback
 EARLY: Final = 30.0  # seconds before its expiry that a token is replaced; a request under way is checked at its start alone
 EARLY_SHARE: Final = 0.2  # and for one that lives shorter than that lasts, this share of its life
 DEFAULT_LIFE: Final = 300.0  # seconds, where the server does not say (RFC 6749 section 5.1)
+MAX_LIFE: Final = 365 * 86400.0  # seconds: a longer life is cut to this, for a number of hundreds of digits fits no clock
 MAX_ANSWER: Final = 64 * 1024  # bytes read of a token server's answer; a JWT has some thousand
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
 _ERROR_CODE: Final = re.compile(r"[a-z_]{1,40}")  # of RFC 6749 section 5.2: no other text of the server's is shown
@@ -94,8 +95,9 @@ class Issued:
                 remedy="Check client_id, client_secret, scope and token_url with whoever runs the token server.",
             )
         token, life = members.get("access_token"), members.get("expires_in", DEFAULT_LIFE)
-        if not isinstance(token, str) or isinstance(life, bool) or not isinstance(life, int | float) or life < 0:
+        if not isinstance(token, str) or isinstance(life, bool) or not isinstance(life, int | float) or not life >= 0:
             raise InvalidMessage("the token server's answer is not of RFC 6749: check token_url")
+        life = min(life, MAX_LIFE)
         return cls(checked(token), asked_at + life - min(EARLY, life * EARLY_SHARE))
 
     def fresh(self, refused: str | None) -> bool:

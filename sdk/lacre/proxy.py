@@ -45,6 +45,9 @@ PASSED_BACK: Final = (
 )
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 BODY_TIMEOUT: Final = 60.0  # seconds for a body, which comes from this machine
+# Bytes of all bodies together, until their requests end: 18 of the largest, of which sealing makes copies while it sends them.
+HELD: Final = 128 * 1024 * 1024
+RETRY_AFTER: Final = 1  # seconds; requests end all the time
 _EVENT_STREAM: Final = "text/event-stream"
 _PLAIN: Final = re.compile(r"[\t -~]*")
 
@@ -74,13 +77,14 @@ class Door:
         return cls(key, frozenset(hosts), frozenset(origins))
 
 
-def create_app(client: AsyncClient, door: Door) -> ASGIApp:
-    """The server, as an ASGI app. The caller closes the client."""
+def create_app(client: AsyncClient, door: Door, held: int = HELD) -> ASGIApp:
+    """The server, as an ASGI app. The caller closes the client. held: bytes of all bodies together."""
     cors = Middleware(CORSMiddleware, allow_origins=sorted(door.origins), allow_methods=METHODS, allow_headers=["*"])
     middleware = [
         Middleware(_Guard, check=lambda request: _check_address(request, door)),
         *([cors] if door.origins else []),
         Middleware(_Guard, check=lambda request: _check_key(request, door)),
+        Middleware(_Bodies, most=held),
     ]
     app = Starlette(
         routes=[Route("/v1/{path:path}", _forward, methods=METHODS)],
@@ -103,6 +107,34 @@ class _Guard:
             return  # a lifespan that was not asked for, or a WebSocket, which is closed by that
         refusal = self._check(Request(scope))
         await (self._app if refusal is None else refusal)(scope, receive, send)
+
+
+class _Full(Exception):
+    """There is no room for more bytes of bodies now."""
+
+
+class _Bodies:
+    """Counts the bytes of bodies, from before they are kept until their request ends. most: of all requests together."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._left = most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if size > self._left:
+                raise _Full
+            self._left -= size
+            taken += size
+
+        scope.setdefault("state", {})["take"] = take
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._left += taken
 
 
 def _check_address(request: Request, door: Door) -> Response | None:
@@ -142,6 +174,10 @@ async def _forward(request: Request) -> Response:
         return Response(status_code=499)  # nobody reads it
     except TimeoutError:
         return _error(408, "slow_body", f"A request's body has {BODY_TIMEOUT:.0f} s to arrive: send it again.")
+    except _Full:
+        refusal = _error(503, "overloaded", "The bodies of the requests under way leave no room for this one: send it again.")
+        refusal.headers["retry-after"] = str(RETRY_AFTER)
+        return refusal
     sealed = client.build_request(
         request.method, httpx2.URL(path + (f"?{query}" if query else "")), headers=headers, content=content or None
     )
@@ -160,16 +196,17 @@ def _passed_on(request: Request) -> list[tuple[str, str]]:
 
 
 async def _body(request: Request) -> bytes:
-    """Raises MessageTooLarge before it was buffered, ClientDisconnect, and TimeoutError."""
+    """Raises MessageTooLarge and _Full before it was buffered, ClientDisconnect, and TimeoutError."""
     declared = request.headers.get("content-length", "")
     content = bytearray()
     async with asyncio.timeout(BODY_TIMEOUT):
         if declared.isdecimal() and int(declared) > MAX_CONTENT:
             raise errors.MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
         async for piece in request.stream():
-            content += piece
-            if len(content) > MAX_CONTENT:
+            if len(content) + len(piece) > MAX_CONTENT:
                 raise errors.MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
+            request.state.take(len(piece))
+            content += piece
     return bytes(content)
 
 

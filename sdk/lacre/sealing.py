@@ -424,7 +424,8 @@ def read_all(limit: int) -> Steps[bytes]:
 
 def _uncoded(head: Head) -> Head:
     """No worker was asked to compress, and what one byte may unfold to has no bound. Raises InvalidMessage."""
-    if head.get("content-encoding").lower() not in ("", "identity"):
+    codings = (value.strip().lower() for name, value in head.headers if name == "content-encoding")
+    if any(coding not in ("", "identity") for coding in codings):  # in whichever field: an HTTP library applies them all
         raise InvalidMessage("the worker's answer is compressed, which nobody asked for: what it serves must not do that")
     return head
 

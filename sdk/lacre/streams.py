@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
+
+import httpx2
 
 from lacre.audit import AuditProof
 from lacre.errors import InvalidAudit, InvalidMessage, TruncatedStream, UsageError
@@ -16,6 +19,17 @@ from lacre.reply import TokenUsage, api_error, checked_usage, claimed, json_obje
 from lacre.verification import Verification
 
 DONE: Final = "[DONE]"  # what ends a stream of events in OpenAI's format
+
+
+@contextmanager
+def events_of(response: httpx2.Response) -> Iterator[httpx2.EventSource]:
+    """Reads an answer's events. Raises InvalidMessage if it is no stream of events, or one event is above httpx2's limit."""
+    # The format is UTF-8 (WHATWG HTML section 9.2.5). A codec that the answer names could inflate it, or fail in its own way.
+    response.encoding = "utf-8"
+    try:
+        yield httpx2.EventSource(response)
+    except httpx2.SSEError as exc:
+        raise InvalidMessage("the worker's answer is not a stream of events, or holds one that is too large") from exc
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,14 @@ from typing import Any
 import httpx2
 import pytest
 
+import lacre
 from lacre import problems
+from lacre import proxy as proxying
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from parts.chat_app import reply
 from parts.live import Gateway, beside, settings
-from parts.relay import Relay, served
+from parts.relay import AsyncWire, Relay, served
 from parts.up import LACRE
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "the sea"}]}
@@ -236,6 +238,29 @@ class TestErrors:
             answer = client.post("chat/completions", content=b"x" * (8 * 2**20))
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "message_too_large")
         assert not gateway.relay.requests
+
+    async def test_many_bodies_at_once(self) -> None:
+        """All together have a bound: whoever finds no room is told to come back, and what ended leaves its room."""
+        begun, go = asyncio.Event(), asyncio.Event()
+
+        async def waiting(_scope: Any, _receive: Any, send: Any) -> None:
+            begun.set()
+            await go.wait()
+            await reply(send, 200, {})
+
+        relay, door = Relay(waiting), proxying.Door("k" * 32, frozenset({"proxy"}))
+        headers = {"authorization": f"Bearer {door.key}", "content-type": "application/octet-stream"}
+        async with lacre.AsyncClient(relay.url, token="t", memory=lacre.VersionMemory(), transport=AsyncWire(relay)) as client:
+            wire = httpx2.ASGITransport(proxying.create_app(client, door, held=1000))
+            async with httpx2.AsyncClient(base_url="http://proxy/v1/", headers=headers, transport=wire) as caller:
+                first = asyncio.create_task(caller.post("predict", content=b"x" * 600))
+                await begun.wait()
+                refused = await caller.post("predict", content=b"x" * 401)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+                assert refused.headers["retry-after"] == "1"
+                go.set()
+                statuses = [(await first).status_code, (await caller.post("predict", content=b"x" * 1000)).status_code]
+        assert statuses == [200, 200]
 
     def test_an_answer_that_proves_nothing(self, proxy: Proxy, gateway: Gateway) -> None:
         gateway.relay.respond = lambda request: served(200, b"plain") if request.url.path == SEALED else None

@@ -237,11 +237,38 @@ def test_how_long() -> None:
     assert len({backoff.delay(3) for _ in range(20)}) > 1
 
 
-def test_a_compressed_answer_is_not_inflated() -> None:
+@pytest.mark.parametrize("codings", [["gzip"], ["identity", "gzip"], ["", "br"], ["identity, gzip"], ["GZIP"]], ids=str)
+def test_a_compressed_answer_is_not_inflated(codings: list[str]) -> None:
+    headers = [(b"content-encoding", coding.encode()) for coding in codings]
+
     async def compressing(scope: Any, receive: Any, send: Any) -> None:
         await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-encoding", b"gzip")]})
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"\x1f\x8b"})
 
     with connect(Relay(compressing)) as client, pytest.raises(lacre.InvalidMessage, match="compressed"):
         client.chat("x")
+
+
+@pytest.mark.parametrize(
+    ("media_type", "body"),
+    [
+        ("text/event-stream; charset=zlib", b"data: x\n\n"),
+        ("text/event-stream; charset=rot13", b"data: x\n\n"),
+        ("text/event-stream; charset=undefined", b"data: x\n\n"),
+        ("text/event-stream; charset=unicode_escape", b'data: {"a":"\\ud800"}\n\n'),
+        ("application/json", b"{}"),
+        ("text/event-stream", b"data: " + b"x" * 2**20 + b"\n\n"),
+    ],
+    ids=["zlib", "rot13", "undefined", "unicode_escape", "no events", "one that is too large"],
+)
+def test_a_stream_that_is_none(media_type: str, body: bytes) -> None:
+    """However a worker calls it: nothing but a typed error comes of it, and no codec of its choice runs."""
+
+    async def odd(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", media_type.encode())]})
+        await send({"type": "http.response.body", "body": body})
+
+    with connect(Relay(odd)) as client, pytest.raises(lacre.InvalidMessage):
+        list(client.chat_stream("x"))

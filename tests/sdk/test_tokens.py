@@ -87,6 +87,14 @@ def test_replaced_before_it_expires(issuing: Issuing, monkeypatch: pytest.Monkey
     assert issuing.used == ["t1", "t2"]
 
 
+def test_a_life_that_no_clock_holds(issuing: Issuing) -> None:
+    issuing.life = 10**400
+    with issuing.client() as client:
+        client.chat("x")
+        client.chat("x")
+    assert issuing.used == ["t1", "t1"]
+
+
 def test_a_refused_token_is_replaced_once(issuing: Issuing) -> None:
     issuing.good = lambda token: token != "t1"
     with issuing.client() as client:
@@ -137,6 +145,7 @@ async def test_single_flight_awaited(issuing: Issuing) -> None:
         (503, b"", lacre.Unavailable),
         (200, b"<html>", lacre.InvalidMessage),
         (200, b'{"access_token":"a b"}', lacre.SettingsError),
+        (200, b'{"access_token":"a","expires_in":NaN}', lacre.InvalidMessage),
     ],
 )
 def test_a_token_server_that_gives_none(issuing: Issuing, status: int, body: bytes, error: type[lacre.LacreError]) -> None:
