@@ -2,7 +2,7 @@
 
 Rules:
 - The streams and buckets are in one account, with the provisioner alone. Each gateway has an account, and so have the workers
-  of each pool, and the inspector. What is not named here passes no wall.
+  of each pool, the inspector, and the warden. What is not named here passes no wall.
 - A gateway's account reaches the pools that it is for. Gateways share none: one of them could take all its connections.
 - The workers of a pool share their account in every region: they have the same keys. Permissions keep each to its queue.
 - Why permissions are not enough: NATS checks what a client publishes to, and not the subject that it asks the answer to go
@@ -23,6 +23,7 @@ from lacre_fabric.layout import MAX_PAYLOAD
 from lacre_fabric.roles import (
     BUDGETS,
     FABRIC,
+    GUARD,
     INSPECT,
     INSPECTION,
     MAX_DELIVERIES,
@@ -33,6 +34,7 @@ from lacre_fabric.roles import (
     SYSTEM,
     TOLD_BY_WORKERS,
     TOLD_TO_WORKERS,
+    WARDEN,
     Role,
     gateway_account,
     gateway_services,
@@ -51,6 +53,7 @@ WORKER_SUBSCRIPTIONS: Final = 2 * MAX_SLOTS + 24  # of one worker: two for each 
 _SUBSCRIPTIONS: Final = 256  # of one connection of anybody else, who has a dozen
 WORKER_PAYLOAD: Final = frames.MAX_PAYLOAD + 64 * 1024  # bytes: a frame and its headers; or a sign of presence
 _SMALL_PAYLOAD: Final = 64 * 1024  # bytes: a question to a server
+_ASKING: Final = {INSPECTION: INSPECT, WARDEN: GUARD}  # the accounts that ask servers about themselves, and what
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,9 @@ def accounts(roles: Sequence[Role]) -> Entry:
     found = {FABRIC: _fabric(pools, regions, gateways)}
     found |= {account: _gateway(served, regions) for account, served in gateways.items()}
     found |= {workers_account(pool): _workers(pool, regions, _serving(pool, gateways)) for pool in pools}
-    if any(role.account == INSPECTION for role in roles):
-        found |= {SYSTEM: _system(), INSPECTION: _inspection()}
+    asking = {name: asked for name, asked in _ASKING.items() if any(role.account == name for role in roles)}
+    if asking:
+        found |= {SYSTEM: _system(asking), **{name: _asking(asked) for name, asked in asking.items()}}
     return {
         name: {
             "users": [role.user() for role in roles if role.account == name],
@@ -109,18 +113,28 @@ def _limits(account: str, roles: Sequence[Role]) -> Limits:
     if account.startswith(gateway_account("")):
         each = (_GATEWAY_CONNECTIONS + len(role.pools) for role in roles if role.account == account)
         return Limits(_OVERLAP * MAX_PROCESSES * sum(each), _SUBSCRIPTIONS, MAX_PAYLOAD)
-    if account in (SYSTEM, INSPECTION):
+    if account == SYSTEM or account in _ASKING:
         return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, _SMALL_PAYLOAD)
     regions = {region for role in roles if role.account == account for region in role.regions}
     return Limits(_OVERLAP * MAX_WORKERS * len(regions), WORKER_SUBSCRIPTIONS, WORKER_PAYLOAD)
 
 
-def _system() -> Entry:
-    return {"exports": [{"service": subject, "accounts": [INSPECTION], "response_type": "stream"} for subject in INSPECT]}
+def _system(asking: Mapping[str, Sequence[str]]) -> Entry:
+    subjects_asked = dict.fromkeys(subject for asked in asking.values() for subject in asked)
+    return {
+        "exports": [
+            {
+                "service": subject,
+                "accounts": [name for name, asked in asking.items() if subject in asked],
+                "response_type": "stream",
+            }
+            for subject in subjects_asked
+        ]
+    }
 
 
-def _inspection() -> Entry:
-    return {"imports": [{"service": {"account": SYSTEM, "subject": subject}} for subject in INSPECT]}
+def _asking(asked: Sequence[str]) -> Entry:
+    return {"imports": [{"service": {"account": SYSTEM, "subject": subject}} for subject in asked]}
 
 
 def _fabric(pools: Sequence[str], regions: Sequence[str], gateways: Mapping[str, Sequence[str]]) -> Entry:

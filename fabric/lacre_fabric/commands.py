@@ -252,9 +252,11 @@ def keys_tend(
             if stay:
                 upkept = partial(upkeep, site, connection, schedule, provisioning=True)
                 background = [tasks.start("upkeep", upkept, restart=KEPT_UP)]
-                if site.credential_file("inspector").exists():
-                    watched = partial(floods.watch, site.servers, site.credential("inspector"))
+                if site.credential_file("warden").exists():
+                    watched = partial(floods.watch, site.servers, site.credential("warden"))
                     background.append(tasks.start("floods", watched, restart=floods.WATCHED))
+                else:
+                    floods.not_watched("the state folder has no credential `warden`")
                 try:
                     await asyncio.Event().wait()
                 finally:

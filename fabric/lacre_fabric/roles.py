@@ -8,6 +8,8 @@ Rules:
 - Of the budgets a gateway reads all, and writes its own part: what its leases hold.
 - The inspector asks the servers three questions about themselves, and nothing else of anybody. It asks from an account of its
   own: in the servers' own account an answer could be sent to a subject that servers obey.
+- The warden asks the servers who sends how much, and has them end a connection. Only the site's operator holds it: whoever
+  has it can end every connection. It has an account of its own, too.
 - A worker asks JetStream's shared API nothing: its queue of questions is one for all pools, and drops them all when it is full.
 - A gateway reads its own replies only. A worker touches its own pool only, and of its queues that of its own region.
 - Permissions alone do not hold this (see `accounts`): each role also stands in an account that has no more than it needs.
@@ -38,6 +40,9 @@ SYSTEM: Final = "$SYS"  # nats-server's own: what servers say of themselves
 INSPECTION: Final = "INSPECTION"
 INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ", "CONNZ"))
 CONNECTIONS: Final = INSPECT[2]
+WARDEN: Final = "WARDEN"
+KICK: Final = subjects.kick("*")
+GUARD: Final = (CONNECTIONS, KICK)  # what the warden asks of servers
 MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
 MAX_SLOTS: Final = 500  # requests at a time of one worker, whose connection has two subscriptions for each
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
@@ -102,6 +107,11 @@ def provisioner(credential: Credential) -> Role:
 def inspector(credential: Credential) -> Role:
     """Asks servers how they are configured, and how they are: for `lacre fabric check`."""
     return Role(credential, INSPECTION, (), (), INSPECT, (_own_inbox(credential),))
+
+
+def warden(credential: Credential) -> Role:
+    """Asks servers who sends how much, and has them end a connection that floods: for `lacre up` and `keys tend --stay`."""
+    return Role(credential, WARDEN, (), (), GUARD, (_own_inbox(credential),))
 
 
 def gateway(

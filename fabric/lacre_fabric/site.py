@@ -152,6 +152,7 @@ class Site:
         return [
             roles.provisioner(self.credential("provisioner")),
             roles.inspector(self.credential("inspector")),
+            roles.warden(self.credential("warden")),
             roles.gateway(self.credential(f"gateway-{GATEWAY_ID}"), GATEWAY_ID, tuple(self.pools)),
             *(roles.worker(self.credential(f"worker-{pool}-{NODE}"), pool, NODE) for pool in self.pools),
         ]
@@ -163,6 +164,7 @@ class Site:
         return [
             roles.provisioner(self.credential("provisioner")),
             roles.inspector(self.credential("inspector")),
+            roles.warden(self.credential("warden")),
             *(roles.gateway(self.credential(f"gateway-{name}"), name, pools, regions) for name in ids.values()),
             *(
                 roles.worker(self.credential(worker_of(pool, region)), pool, None, region)

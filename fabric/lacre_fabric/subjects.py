@@ -91,6 +91,11 @@ def cancel(pool: str, request: str) -> str:
     return f"cancel.{pool}.{request}"
 
 
+def kick(server: str) -> str:
+    """Where a nats-server, 2.10 or later, is asked to end a connection: `{"cid": N}`. server: its id, or `*` for each."""
+    return f"$SYS.REQ.SERVER.{server}.KICK"
+
+
 def credit(pool: str, request: str) -> str:
     return f"credit.{pool}.{request}"
 

@@ -76,7 +76,7 @@ async def running(
         try:
             connection, children = await _start(site, supervisor, port, tables)
             base_url = f"http://127.0.0.1:{port}"
-            watched = partial(floods.watch, site.servers, site.credential("inspector"))
+            watched = partial(floods.watch, site.servers, site.credential("warden"))
             tending = [
                 tasks.start("upkeep", partial(upkeep, site, connection, schedule or Schedule()), restart=KEPT_UP),
                 tasks.start("floods", watched, restart=floods.WATCHED),

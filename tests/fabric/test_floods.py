@@ -1,63 +1,198 @@
-"""Who floods the message server is named in the log, once, and who works is not."""
+"""Who floods the message server is named in the log and cut off, and who works is neither."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from lacre_fabric import logs
+import pytest
+
+from lacre import tasks
+from lacre_fabric import floods, logs, roles
 from lacre_fabric.endpoints import Servers
-from lacre_fabric.floods import MESSAGES, Flood, Rates, watch
+from lacre_fabric.floods import CUT_BYTES, CUT_MESSAGES, LOOKS, MESSAGES, Flood, Rates, watch
+from lacre_fabric.roles import CONNECTIONS, Credential, Role
 from lacre_fabric.server import Server, free_port
 from lacre_fabric.site import Site
 from parts.stolen_nats import StolenNats, published
 
+LIMIT = 60.0  # seconds for what takes two or three looks; the machine may be busy
+NOBODY: frozenset[str] = frozenset()
 
-def said(*connections: tuple[int, str, int, int]) -> dict[str, object]:
-    """A server's word on its connections: cid, user, messages and bytes that came from it."""
+
+def stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def said(at: float, *connections: tuple[int, str, int, int], server: str = "s", started: float = 0.0) -> dict[str, object]:
+    """A server's word at a time on its connections: cid, user, messages and bytes that came from it."""
     names = ("cid", "authorized_user", "in_msgs", "in_bytes")
-    return {"server_id": "s", "connections": [dict(zip(names, one, strict=True)) for one in connections]}
+    listed = [dict(zip(names, one, strict=True)) | {"start": stamp(started)} for one in connections]
+    return {"server_id": server, "now": stamp(at), "connections": listed}
 
 
 def test_what_is_a_flood() -> None:
-    rates = Rates()
-    assert rates.floods([said((1, "worker-a", 10**9, 0), (2, "gateway", 5, 5))], 2.0) == []  # since when, nobody knows
-    assert rates.floods([said((1, "worker-a", 10**9 + 10_000, 0), (2, "gateway", 9, 9))], 2.0) == []
+    rates, old = Rates(), 10**5
+    assert rates.floods([said(old, (1, "worker-a", 10**8, 0), (2, "gateway", 5, 5))]) == []  # in a day and more
+    assert rates.floods([said(old + 2, (1, "worker-a", 10**8 + 39_000, 0), (2, "gateway", 9, 9))]) == []
     found = rates.floods(
-        [said((1, "worker-a", 10**9 + 10_500, 0), (3, "worker-b", 30_000, 0), (4, "worker-b", 30_000, 0))], 2.0
+        [said(old + 4, (1, "worker-a", 10**8 + 39_500, 0), (3, "worker-b", 30_000 * (old + 4), 0), (4, "worker-b", 9, 0))]
     )
     assert found == [Flood("worker-b", 30_000)]
-    assert rates.floods([said((3, "worker-b", 30_001, 2**30), (4, "worker-b", 1, 1))], 2.0) == [Flood("worker-b", 0)]
+    assert rates.floods([said(old + 6, (3, "worker-b", 30_000 * (old + 4) + 2, 2**30), (4, "worker-b", 9, 1))]) == [
+        Flood("worker-b", 1)
+    ]
+
+
+def test_a_connection_is_cut_off_when_two_looks_find_it_over() -> None:
+    """The user's other connections stay, however much they send together."""
+    rates, honest = Rates(), CUT_MESSAGES - 1000
+    for look in range(1, 5):
+        sent = look * (CUT_MESSAGES + 1)
+        rates.floods(
+            [said(look, (1, "worker-a", sent, 0), (2, "worker-a", look * honest, 0), (3, "gateway", 0, look * CUT_BYTES))]
+        )
+        assert rates.to_cut(NOBODY) == ([("s", 1)] if look >= LOOKS else [])
+    rates.floods([said(5, (1, "worker-a", sent, 0), (3, "gateway", 0, 6 * CUT_BYTES))])
+    assert rates.to_cut(NOBODY) == []
+    assert rates.to_cut(frozenset({"gateway"})) == [("s", 3)], "by bytes; and one look is enough for one that comes back"
+
+
+def test_a_look_that_comes_late_accuses_nobody() -> None:
+    """By the server's clock: answers that lay about, that came twice or out of order change no rate."""
+    rates, rate = Rates(), CUT_MESSAGES - 1000
+    for times in ((10, 5), (20, 60, 61, 20), (61.001, 61.0005), (63,)):
+        rates.floods([said(at, (1, "worker-a", round(at * rate), 0)) for at in times])
+        assert not rates.over
+    rates.floods([said(63.1, (1, "worker-a", 63 * rate + CUT_MESSAGES - 1, 0))])
+    assert not rates.over, "a burst, shorter than a second"
 
 
 def test_what_is_no_answer_says_nothing() -> None:
     rates = Rates()
-    for odd in (None, [], {}, {"connections": 1}, {"connections": [1, {}, {"cid": "x", "in_msgs": None}]}):
-        assert rates.floods([odd], 1.0) == []
+    odd_ones = [{}, {"cid": "x", "in_msgs": None}, {"cid": 1, "start": "now", "in_msgs": 1, "in_bytes": 1}, 1]
+    whole = said(1.0, (1, "x", 10**400, 10**400))
+    odd = (
+        None,
+        [],
+        {},
+        {"connections": 1},
+        {"connections": odd_ones},
+        said(1.0) | {"connections": odd_ones},
+        whole | {"now": "?"},
+    )
+    for each in (*odd, whole | {"server_id": "a.*"}, whole | {"server_id": ""}):
+        assert rates.floods([each]) == []
+        assert rates.to_cut(frozenset({"x"})) == []
+    assert rates.floods([whole]) == [Flood("x", 2**64)]
 
 
-async def test_the_flooding_user_is_named(tmp_path: Path) -> None:
-    site, out = Site(tmp_path, {"a": ("m1",)}), StringIO()
-    server = Server(tmp_path / "nats", free_port())
-    server.configure(site.roles())
-    process = server.start(tmp_path / "nats.log")
-    logs.configure(out)
-    watching = asyncio.ensure_future(watch(Servers.of(server.url), site.credential("inspector"), look=0.6))
-    try:
-        thief = await StolenNats.open(server.port, site.credential("worker-a-n1"))
-        async with asyncio.timeout(30):
-            while "fabric.flood" not in out.getvalue():
-                thief.say(published("reply.a.g1.x", b"x") * MESSAGES)
+class Watched:
+    """A nats-server with somebody who watches it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.site, self.out = Site(folder, {"a": ("m1",)}), StringIO()
+        self.server = Server(folder / "nats", free_port())
+        self.log = folder / "nats.log"
+
+    @asynccontextmanager
+    async def running(self, found: list[Role]) -> AsyncIterator[None]:
+        self.server.configure(found)
+        process = self.server.start(self.log)
+        logs.configure(self.out)
+        watching = partial(watch, Servers.of(self.server.url), self.site.credential("warden"), look=0.6)
+        task = tasks.start("floods", watching, restart=floods.WATCHED)
+        try:
+            yield
+        finally:
+            await task.close()
+            process.terminate()
+            process.wait(10)
+
+    def lines(self, event: str) -> list[dict[str, object]]:
+        found = [json.loads(text) for text in self.out.getvalue().splitlines()]
+        return [line for line in found if line["event"] == event]
+
+    async def thief(self) -> StolenNats:
+        return await StolenNats.open(self.server.port, self.site.credential("worker-a-n1"))
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    return Watched(tmp_path)
+
+
+async def flood(thief: StolenNats, seconds: float = LIMIT) -> float:
+    """Floods until the server hangs up; how long that took, in seconds. Raises TimeoutError."""
+    began, batch = time.monotonic(), published("reply.a.g1.x", b"x") * MESSAGES
+    async with asyncio.timeout(seconds):
+        with suppress(ConnectionError):
+            while True:
+                thief.say(batch)
                 await thief.settle()
-                assert not watching.done()
+    await thief.close()
+    return time.monotonic() - began
+
+
+async def test_the_flooding_connection_is_cut_off(watched: Watched) -> None:
+    """By nats-server, on the warden's word; the neighbour with the same credential stays. One that comes back goes sooner."""
+    async with watched.running(watched.site.roles()):
+        neighbour = await watched.thief()
+        first = await flood(await watched.thief())
+        again = await flood(await watched.thief())
+        print(f"cut off after {first:.1f} s, and when it came back after {again:.1f} s")
+        neighbour.publish("reply.a.g1.x", b"honest")
+        assert await neighbour.settle() == []
+        assert not neighbour.errors
+        await neighbour.close()
+        assert [line["role"] for line in watched.lines("fabric.flood")] == ["worker-a-n1"]
+        assert watched.lines("fabric.flood")[0]["number"] > MESSAGES  # type: ignore[operator] - a number, or it fails
+        assert [(line["role"], line["number"]) for line in watched.lines("fabric.cut_off")] == [("worker-a-n1", 1)]
+        assert not watched.lines("floods.not_cut_off")
+
+
+async def test_where_nobody_may_cut_off_the_user_is_named_and_the_log_says_so_once(watched: Watched) -> None:
+    """As with accounts that were configured before there was a cut-off."""
+    found = [
+        replace(role, publish=(CONNECTIONS,)) if role.credential.name == "warden" else role for role in watched.site.roles()
+    ]
+    async with watched.running(found):
+        thief = await watched.thief()
+        with pytest.raises(TimeoutError):
+            await flood(thief, 8.0)
+        assert len(watched.lines("fabric.flood")) == 1
+        assert ["denies warden" in str(line["reason"]) for line in watched.lines("floods.not_cut_off")] == [True]
+        assert await thief.settle() == []
         await thief.close()
-        lines = [line for text in out.getvalue().splitlines() if (line := json.loads(text))["event"] == "fabric.flood"]
-        assert [line["role"] for line in lines] == ["worker-a-n1"]
-        assert lines[0]["number"] > MESSAGES
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-        process.terminate()
-        process.wait(10)
+
+
+async def test_only_the_warden_ends_connections(watched: Watched) -> None:
+    """Of all credentials but the provisioner's, which stands in another account than the servers' own."""
+    found = watched.site.roles()
+    async with watched.running(found):
+        neighbour = await watched.thief()
+        kick = f"$SYS.REQ.SERVER.{neighbour.info['server_id']}.KICK"
+        body = json.dumps({"cid": neighbour.info["client_id"]}).encode()
+        for role in found:
+            if role.credential.name == "warden":
+                continue
+            other = await StolenNats.open(watched.server.port, role.credential)
+            other.publish(kick, body)
+            await other.settle()
+            await other.close()
+            assert await neighbour.settle() == [], role.credential.name
+        await neighbour.close()
+
+
+def test_what_the_warden_may_ask() -> None:
+    role = roles.warden(Credential("warden", "x"))
+    assert role.publish == ("$SYS.REQ.SERVER.PING.CONNZ", "$SYS.REQ.SERVER.*.KICK")
+    assert role.subscribe == ("_INBOX_warden.>",)
