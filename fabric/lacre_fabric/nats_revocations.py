@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import Counter
@@ -36,6 +37,9 @@ _EVERY: Final = subjects.revocation("*")
 _NO_BUCKET: Final = "NATS has no bucket of revocations: run `lacre up`, or `lacre manifest publish`"
 _NO_STREAM: Final = 10059  # JSStreamNotFoundErr
 _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the bucket's bounds, with `discard: new`
+_BUSY: Final = 10167  # JSStreamTooManyRequests: more waits to be written than `max_buffered_msgs`, and this was not taken
+_BUSY_LIMIT: Final = 10.0  # seconds to try again for: a flood by one connection is cut off sooner
+_BUSY_PAUSE: Final = 0.1  # seconds between tries
 _FULL: Final = (
     "{name} has no room for more: a credential may have {share} revocations. Run `lacre revoke --state DIR` where the state "
     "folder is: it has a share of its own. If you made fewer, replace the credential, which may be stolen (docs/nats.md)"
@@ -70,8 +74,15 @@ def bucket(replicas: int) -> StreamConfig:
 async def revoke(connection: Connection, revocation: Revocation) -> None:
     """When this returns it is on disk, and every gateway has it with its next look. It counts for the connection's credential.
 
-    Raises RevocationsFull or FabricUnavailable.
+    Tries again while NATS has too much to write. Raises RevocationsFull or FabricUnavailable.
     """
+    deadline = time.monotonic() + _BUSY_LIMIT
+    while not await _put(connection, revocation, last=time.monotonic() >= deadline):
+        await asyncio.sleep(_BUSY_PAUSE)
+
+
+async def _put(connection: Connection, revocation: Revocation, *, last: bool) -> bool:
+    """False where NATS had too much to write to take it. last: raise then, too."""
     name = connection.credential.name
     subject, lives = subjects.revocation(name), math.ceil(revocation.until - time.time())
     async with connection.mapped():
@@ -83,7 +94,10 @@ async def revoke(connection: Connection, revocation: Revocation) -> None:
         except nats.js.errors.APIError as exc:
             if exc.err_code == _STORE_FAILED:
                 raise RevocationsFull(_FULL.format(name=name, share=SHARE)) from exc
+            if exc.err_code == _BUSY and not last:
+                return False
             raise
+    return True
 
 
 class Reader:

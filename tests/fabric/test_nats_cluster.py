@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lacre_fabric import roles
+from lacre import tasks
+from lacre_fabric import floods, roles
 from lacre_fabric.connection import Connection
 from lacre_fabric.frames import Kind
 from lacre_fabric.inspection import Verdict, inspect
@@ -23,10 +26,11 @@ from parts.fabric import new_work
 from parts.nats_cluster import NatsCluster, Node
 
 POOLS = {"a": ("m1",)}
-CREDENTIALS = {name: Credential.new(name) for name in ("provisioner", "inspector", "gateway-g1", "worker-a-n1")}
+CREDENTIALS = {name: Credential.new(name) for name in ("provisioner", "inspector", "warden", "gateway-g1", "worker-a-n1")}
 ROLES = [
     roles.provisioner(CREDENTIALS["provisioner"]),
     roles.inspector(CREDENTIALS["inspector"]),
+    roles.warden(CREDENTIALS["warden"]),
     roles.gateway(CREDENTIALS["gateway-g1"], "g1", tuple(POOLS)),
     roles.worker(CREDENTIALS["worker-a-n1"], "a", "n1"),
 ]
@@ -78,6 +82,25 @@ async def test_the_check_has_nothing_to_say(cluster: NatsCluster) -> None:
             for each in await inspect(cluster.servers, POOLS, 3, credentials)
         ):
             await asyncio.sleep(0.5)
+
+
+async def test_a_flood_is_cut_off_at_every_server(cluster: NatsCluster) -> None:
+    """The warden is connected to one of them."""
+    watched = partial(floods.watch, cluster.servers, CREDENTIALS["warden"], look=0.6)
+    watching = tasks.start("floods", watched, restart=floods.WATCHED)
+    try:
+        for node in cluster.nodes:
+            servers = replace(cluster.servers, urls=(node.url,))
+            thief = await Connection.open(servers, CREDENTIALS["worker-a-n1"])
+            back = asyncio.Event()
+            thief.on_reconnect = back.set
+            async with asyncio.timeout(60):
+                while not back.is_set():
+                    for _ in range(20_000):
+                        await thief.client.publish("reply.a.g1.x", b"x")
+            await thief.close()
+    finally:
+        await watching.close()
 
 
 async def work(worker: NatsWorker) -> None:

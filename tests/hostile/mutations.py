@@ -326,6 +326,11 @@ MUTATIONS: Final = (
              "    return Limits(_OVERLAP * MAX_WORKERS * len(regions), WORKER_SUBSCRIPTIONS, WORKER_PAYLOAD)",
              "    return Limits(_OVERLAP * MAX_WORKERS * len(regions), WORKER_SUBSCRIPTIONS, MAX_PAYLOAD)",
              "test_credentials.py::test_large"),
+    Mutation("a connection that floods is cut off", "fabric/lacre_fabric/floods.py",
+             "            await self._cut_off(connection, rates)\n", "",
+             "test_credentials.py::test_cut_off"),
+    Mutation("the warden may end a connection", "fabric/lacre_fabric/roles.py",
+             "GUARD: Final = (CONNECTIONS, KICK)", "GUARD: Final = (CONNECTIONS,)", "test_credentials.py::test_cut_off"),
     # the fabric's formats
     Mutation("a grant expires", "fabric/lacre_fabric/grants.py",
              "if now >= grant.exp or grant.iat > now + MAX_SKEW:", "if grant.iat > now + MAX_SKEW:",

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hostile.attacks import Verdict, attack
-from lacre_fabric import subjects
+from lacre import tasks
+from lacre_fabric import floods, subjects
 from lacre_fabric.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS
 from lacre_fabric.buckets import NatsBucket
 from lacre_fabric.connection import Connection
+from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Kind
 from lacre_fabric.layout import Bounds
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsDelivery
 from lacre_fabric.provisioning import provision
 from lacre_fabric.rotation import NotTakenUp, Schedule, tend
+from lacre_fabric.server import Server, free_port
 from lacre_fabric.site import Site as StateFolder
 from lacre_fabric.work import CREDIT
 from parts.fabric import POOLS, LiveFabric, new_work
-from parts.stolen_nats import StolenNats
+from parts.stolen_nats import StolenNats, published
 
 CLAIMS = Bounds(32 * 1024, 50, 512)  # so little room that it is quickly full
 FULL = "its own pool claims nothing for the 15 minutes that claims live"
@@ -75,6 +80,14 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
             yield site
     finally:
         live.stop()
+
+
+async def flood(thief: StolenNats) -> None:
+    """For a minute, or until the server hangs up. Raises ConnectionError then."""
+    batch, until = published("reply.a.g1.x", b"x") * 20_000, time.monotonic() + 60
+    while time.monotonic() < until:
+        thief.say(batch)
+        await thief.settle()
 
 
 async def answers(site: Site) -> None:
@@ -275,6 +288,34 @@ async def test_gateways_connections(site: Site) -> None:
         for _ in range(1000):
             await site.stolen("gateway-g1")
     await answers(site)
+
+
+@attack(
+    "flood the message server over one connection, and come back when it is cut off",
+    by="credential",
+    defence="the warden has nats-server end each connection that floods; the log names the user",
+    refused=None,
+    gain="a second or so of flooding with each connection, until the credential is replaced",
+)
+async def test_cut_off(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "state", {"a": ("m1",)})
+    server = Server(tmp_path / "nats", free_port())
+    server.configure(folder.roles())
+    process = server.start(tmp_path / "nats.log")
+    watched = partial(floods.watch, Servers.of(server.url), folder.credential("warden"), look=0.6)
+    watching = tasks.start("floods", watched, restart=floods.WATCHED)
+    try:
+        neighbour, *thieves = [await StolenNats.open(server.port, folder.credential("worker-a-n1")) for _ in range(3)]
+        for thief in thieves:
+            with pytest.raises(ConnectionError):
+                await flood(thief)
+            await thief.close()
+        assert await neighbour.settle() == [], "the same credential, over another connection"
+        await neighbour.close()
+    finally:
+        await watching.close()
+        process.terminate()
+        process.wait(10)
 
 
 @attack(

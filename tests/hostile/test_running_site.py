@@ -6,15 +6,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import lacre
 from hostile.attacks import attack
-from lacre_fabric import roles, subjects
+from lacre import tasks
+from lacre_fabric import floods, roles, subjects
 from lacre_fabric.buckets import dump
 from lacre_fabric.connection import Connection
+from lacre_fabric.endpoints import Servers
 from lacre_fabric.nats_revocations import revoke
 from lacre_fabric.revocations import Revocation, subject_key
 from lacre_fabric.roles import Role
@@ -23,7 +26,7 @@ from parts.gateway_process import GatewayProcess, Kept
 from parts.thief import Thief
 
 SECONDS = 9.0  # that each credential is spoken with
-GOES_ON = 15.0  # seconds for an answer: 3 are promised, and this machine does everything at once
+GOES_ON = 8.0  # seconds for an answer: 3 are promised, and this machine does everything at once
 NATS_MEMORY = 600 * 2**20  # bytes more than before
 GATEWAY_MEMORY = 250 * 2**20
 OTHERS = (
@@ -72,11 +75,16 @@ class Asking:
 @pytest.fixture
 async def two(tmp_path: Path) -> AsyncIterator[TwoPools]:
     site = TwoPools(tmp_path, pools=("a", "b"))
+    watching = None
     try:
         await site.set_up()
+        watched = partial(floods.watch, Servers.of(f"nats://127.0.0.1:{site.nats_port}"), site.site.credential("warden"))
+        watching = tasks.start("floods", watched, restart=floods.WATCHED)
         await site.start()
         yield site
     finally:
+        if watching is not None:
+            await watching.close()
         await site.close()
 
 
@@ -93,7 +101,7 @@ def memory(pid: int) -> int:
 @attack(
     "say everything that one credential may say, in odd forms, sizes and rates",
     by="credential",
-    defence="each pool has a connection of its own at the gateway; accounts, buckets and shares are bounded",
+    defence="each pool has a connection of its own at the gateway; all that it fills is bounded; floods are cut off",
     refused=None,
     gain="its own pools' time; with a gateway's, refusals by name of who must draw from the budgets while it floods them",
 )
@@ -123,7 +131,7 @@ async def test_a_stolen_credential(two: TwoPools, stolen: str) -> None:
     # All gateways write one stream of budgets, so a flood of it delays a draw past its limit: that is a 503, by name.
     unforeseen = [told for told in asking.failed if stolen != "gateway-g2" or "cannot reach the budgets" not in told]
     assert unforeseen == []
-    assert len(asking.times) - len(asking.failed) > 5
+    assert len(asking.times) - len(asking.failed) > max(5, 3 * len(asking.failed))
     assert most[0] - before[0] < NATS_MEMORY
     assert most[1] - before[1] < GATEWAY_MEMORY
     after = await dump(provisioner, subjects.BUDGETS_BUCKET)
