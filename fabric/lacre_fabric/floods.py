@@ -35,8 +35,9 @@ from lacre_fabric.work import FabricUnavailable
 
 MESSAGES: Final = 20_000  # a second, of one user: 256 streams at 50 tokens a second are 13,000
 BYTES: Final = 256 * 2**20  # a second, of one user
-# A second, of one connection. The busiest honest one is a worker's: a frame for each token, if every slot makes 100 a second.
-# One Python process seals and sends fewer. A gateway's connections send some ten messages for each request: far less.
+# A second, of one connection. The busiest honest one is a worker's: a frame for each token, if all slots make 100 a second. One
+# Python process that also makes, seals and sends each token does less than half of that. A gateway process has some 900
+# requests a second (docs/scale.md), and sends some ten messages for each: a fifth of it, over several connections.
 CUT_MESSAGES: Final = 100 * MAX_SLOTS
 CUT_BYTES: Final = 2 * BYTES  # a second, of one connection: four gigabits, more than one process seals or relays
 LOOKS: Final = 2  # in a row, until a connection is cut off: one may be a burst
