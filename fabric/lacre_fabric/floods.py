@@ -35,10 +35,10 @@ from lacre_fabric.work import FabricUnavailable
 
 MESSAGES: Final = 20_000  # a second, of one user: 256 streams at 50 tokens a second are 13,000
 BYTES: Final = 256 * 2**20  # a second, of one user
-# A second, of one connection. The busiest honest one is a worker's: a frame for each token, if all slots make 100 a second. One
-# Python process that also makes, seals and sends each token does less than half of that. A gateway process has some 900
-# requests a second (docs/scale.md), and sends some ten messages for each: a fifth of it, over several connections.
-CUT_MESSAGES: Final = 100 * MAX_SLOTS
+# A second, of one connection. The busiest honest one is a worker's: a frame for each token, in every slot. At 200 tokens a
+# second in each that is 100,000; a core that seals and frames 200 bytes and does nothing else makes some 30,000. A gateway
+# process has some 900 requests a second (docs/scale.md), and some ten messages for each: 9,000, over several connections.
+CUT_MESSAGES: Final = 200 * MAX_SLOTS
 CUT_BYTES: Final = 2 * BYTES  # a second, of one connection: four gigabits, more than one process seals or relays
 LOOKS: Final = 2  # in a row, until a connection is cut off: one may be a burst
 LOOK: Final = 2.0  # seconds between looks
