@@ -412,6 +412,8 @@ MUTATIONS: Final = (
     Mutation("lines are split at spaces alone", f"{FABRIC}/nats_protocol.py",
              r'rb"MSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]+) )?()(', r'rb"MSG (\S+)\s([0-9]{1,18})\s(?:(\S+)\s)?()(',
              "test_nats.py::test_other_subscription"),
+    Mutation("a frame's headers are read whatever their bytes", f"{FABRIC}/frames.py",
+             'block.decode("utf-8", "replace")', "block.decode()", "test_nats.py::test_headers_to_the_gateway"),
     Mutation("a message whose headers cannot be read comes without them", f"{FABRIC}/nats_client.py",
              "        except InvalidMessage as exc:\n            self._unusable",
              "        except ZeroDivisionError as exc:\n            self._unusable", "test_nats.py::test_headers"),

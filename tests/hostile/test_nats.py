@@ -27,7 +27,14 @@ from parts.stolen_nats import StolenNats
 THIEF = "worker-a-n2"
 BOUNDED = "what a worker says of itself is bounded where it is parsed"
 OWN_LOOP = "a message is parsed by the gateway's own rules, and what it raises ends with it"
-ODD_HEADERS = (b"NATS/1.0 \xff\xff\xff\r\n\r\n", b"\r\n", b"NATS/1.0\r\n" + b"A: b\r\n" * 70 + b"\r\n")
+ODD_HEADERS = (
+    b"NATS/1.0 \xff\xff\xff\r\n\r\n",
+    b"NATS/1.0 100 \xff\xff\r\n\r\n",
+    b"NATS/1.0\r\n\xff\xfe: x\r\n\r\n",
+    b"NATS/1.0\r\n",
+    b"\r\n",
+    b"NATS/1.0\r\n" + b"A: b\r\n" * 70 + b"\r\n",
+)
 
 
 class Site:
@@ -109,6 +116,23 @@ async def test_subject(site: Site) -> None:
     await thief.settle()
     await site.goes_on()
     assert site.client("a").unusable == 1
+
+
+@attack(
+    "publish under headers that a client library cannot read, so that the gateway stops hearing every pool",
+    by="worker",
+    refused=None,
+    gain="nothing; such a frame is none",
+    defence=OWN_LOOP,
+)
+async def test_headers_to_the_gateway(site: Site) -> None:
+    thief = await site.thief()
+    for headers in ODD_HEADERS:
+        thief.publish(subjects.presence("a", "lacre", "n2"), b"{}", headers=headers)
+        thief.publish(subjects.reply("a", "g1", "0" * 32), b"x", headers=headers)
+    await thief.settle()
+    await site.goes_on()
+    assert site.client("a").unusable == 0  # read by the gateway's own rules, and nothing raised
 
 
 @attack(
