@@ -273,6 +273,8 @@ MUTATIONS: Final = (
     Mutation("the grant alone says whose turn it is", "backend/lacre_backend/api/served.py",
              "return NOBODY if call is None or call.fair is None else call.fair", "return NOBODY",
              "test_turns.py::test_salts"),
+    Mutation("a step compares so many beginnings", "backend/lacre_backend/engine/scheduler.py",
+             "while self._compared < COMPARED and any(", "while any(", "test_turns.py::test_alike"),
     Mutation("pseudonyms change with the hour", "gateway/lacre_gateway/fairness.py",
              "hour = str(int(now // HOUR))", 'hour = ""', "test_turns.py::test_linked"),
     Mutation("a grant has two pseudonyms", "fabric/lacre_fabric/grants.py",

@@ -20,6 +20,7 @@ from lacre import problems, tasks
 from lacre.jws import b64u_decode
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.scheduler import COMPARED, Limits, Scheduler
 from lacre_gateway.claims import Principal
 from lacre_gateway.fairness import HOUR, Pseudonyms
 from parts.gateway import ISSUER, Issuer
@@ -123,3 +124,32 @@ async def test_no_pseudonyms(stage: Stage, gateway: GatewayOwner, verdict: Verdi
     with verdict.refused():
         await stage.client(gateway).chat(stage.prompt)
     assert worker.calls == 0
+
+
+@attack(
+    "ask many times at once with long prompts that begin alike, so that every stream waits until they are compared",
+    by="client",
+    refused=None,
+    gain="nothing; its own prompts wait for later steps",
+    defence="one step compares so many beginnings, and leaves the other prompts to the next ones",
+)
+def test_alike() -> None:
+    slots, prompt = 16, [7] * 200
+    scheduler = Scheduler(Limits(slots=slots, context=256, cells=slots * 256))
+
+    def step() -> int:
+        """How many were admitted."""
+        plan = scheduler.plan()
+        for segment in plan.segments:
+            if segment.task is not None and segment.output:
+                scheduler.end(segment.task)
+        return len(plan.admitted)
+
+    for around in range(2):  # the second time, every slot holds a beginning to compare
+        for number in range(slots):
+            scheduler.submit(f"{around}.{number}", [*prompt, number], b"s", fair=("t", "c"))
+        admitted = [step()]
+        while scheduler.busy:
+            admitted.append(step())
+        assert sum(admitted) == slots
+    assert max(admitted) <= COMPARED // slots + 1
