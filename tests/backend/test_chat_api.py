@@ -247,11 +247,16 @@ async def test_body_limit(app: App, post: Post) -> None:
     assert (await post(app, CHAT, b" " * (7 * 2**20 + 1))).error(413)["code"] == "request_too_large"
 
 
-@pytest.mark.parametrize(("length", "said"), [(511, " tokens. Please"), (100_000, "far more")])
+@pytest.mark.parametrize(("length", "said"), [(512, "512 tokens. Please"), (100_000, "far more")])
 @pytest.mark.parametrize(("path", "param"), [(CHAT, "messages"), (TEXT, "prompt")])
 async def test_context_length(app: App, post: Post, path: str, param: str, length: int, said: str) -> None:
-    body = chat("x" * length) if path == CHAT else {"model": "echo", "prompt": "x" * length}
-    error = (await post(app, path, body)).error(400)
+    """A text of more bytes than the context can hold is not even counted."""
+
+    def body(text: str) -> dict[str, object]:
+        return chat(text) if path == CHAT else {"model": "echo", "prompt": text}
+
+    around = (await post(app, path, body("x"))).json()["usage"]["prompt_tokens"] - 1  # what the template adds
+    error = (await post(app, path, body("x" * (length - around)))).error(400)
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
     assert "512" in error["message"]
     assert said in error["message"]

@@ -119,9 +119,8 @@ class Tokenizer:
 
     async def _asked(self, request: bytes, *, keep: bool) -> list[list[int]]:
         """keep: whether the process behind the connection may serve another text: after a long one it holds memory."""
-        connection = self._idle_connection()
-        if connection is None:
-            connection = await asyncio.to_thread(self._connection)
+        while (connection := self._idle_connection()) is None:
+            await asyncio.to_thread(self._open)  # into the idle ones: a caller who leaves now takes no connection along
         answered = False
         try:
             connection.setblocking(False)
@@ -148,6 +147,16 @@ class Tokenizer:
     def _idle_connection(self) -> socket.socket | None:
         with self._lock:
             return self._idle.pop() if self._idle else None
+
+    def _open(self) -> None:
+        """Puts a fresh connection among the idle ones. Raises as `_connection`."""
+        connection = self._connection()
+        with self._lock:
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        connection.close()
+        raise EngineClosed("The engine is closed.")
 
     def _keep(self, connection: socket.socket) -> None:
         with self._lock:
