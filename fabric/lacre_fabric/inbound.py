@@ -17,7 +17,16 @@ from contextlib import suppress
 from typing import Final
 
 from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.work import CREDIT, LOST_AFTER, FabricError, FrameGap, QueueTimeout, WorkerLost
+from lacre_fabric.work import (
+    CREDIT,
+    LOST_AFTER,
+    FabricError,
+    FrameGap,
+    FrameMissing,
+    QueueTimeout,
+    ReaderStalled,
+    WorkerLost,
+)
 
 # Frames of few bytes each must not pile up either. A sealed record has a length, a tag and a byte at least: 18 bytes, and no
 # honest worker gets so many of them out of its credit.
@@ -75,13 +84,13 @@ class Inbound:
         if self._bound is None:
             self._bind(frame.attempt)
         if frame.sequence != self._next:
-            self.fail(FrameGap("a frame of the answer is missing"))
+            self.fail(FrameMissing("a frame of the answer is missing"))
             return False
         self._next += 1
         if frame.kind in (Kind.USAGE, Kind.BEAT, Kind.STOPPED) and 0 < len(frame.payload) <= MAX_RECEIPT:
             self._receipts.append(frame.payload)
         if frame.kind is Kind.STOPPED:
-            self.fail(WorkerLost("the worker stopped, for its reader took nothing for too long"))
+            self.fail(ReaderStalled("the worker stopped, for its reader took nothing for too long"))
             return True
         self._pending_bytes += len(frame.payload) if frame.kind is not Kind.BEAT else 0
         self._beats = self._beats + 1 if frame.kind is Kind.BEAT else 0

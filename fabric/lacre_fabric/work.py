@@ -48,8 +48,16 @@ class WorkerLost(FabricError):
     """The worker fell silent, or every delivery of the work came to nothing."""
 
 
+class ReaderStalled(WorkerLost):
+    """The worker stopped by itself, for it was told of no reader: it lives, and says so."""
+
+
 class FrameGap(FabricError):
     """A frame is missing or out of order: what came cannot be trusted to be whole."""
+
+
+class FrameMissing(FrameGap):
+    """A later frame came in place of the next: the one between was lost on its way, and its worker lived after it."""
 
 
 class FabricUnavailable(FabricError):

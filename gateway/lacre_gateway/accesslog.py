@@ -10,7 +10,7 @@ import time
 from typing import Final
 
 from lacre_fabric.logs import Log
-from lacre_gateway.exchange import App, Message, Receive, Scope, Send
+from lacre_gateway.exchange import CUT, App, Message, Receive, Scope, Send
 from lacre_gateway.outer import address_of
 
 _ADMIN: Final = frozenset(
@@ -59,7 +59,7 @@ class AccessLog:
                     method=scope["method"] if scope["method"] in _METHODS else "other",
                     route=route,
                     status=status,
-                    outcome="whole" if whole else "cut",
+                    outcome="whole" if whole and CUT not in scope["state"] else "cut",
                     duration=round(time.monotonic() - since, 6),
                     address=address_of(scope),
                 )

@@ -4,8 +4,9 @@ Rules:
 - A body is counted while it is read, whatever Content-Length said, and has a limited time to arrive. Of one whose sender or
   purpose is refused nothing is kept.
 - Nothing of an answer is buffered: `write` returns when the server took the bytes, and a client that reads nothing is cut off.
-- An answer is ended only by `end`. Leaving it without makes the server abort the connection, so that the chunked coding has no
-  last chunk (RFC 9112 section 7.1) and a client cannot take a part for the whole.
+- What tells a part from the whole is the seal's final chunk. An answer that breaks off never has it, however it ends here.
+- `give_up` ends an answer in order, and so says that its worker may be lost. Left without an end, an answer says that it was
+  not: the server aborts the connection, as if this process had died (RFC 9112 section 7.1: no last chunk comes).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+CUT: Final = "cut"  # in the scope's state: an answer that ended in order, and is not whole
 # A worker gives up a stream whose credit is not renewed for 5 s (DESIGN section 7); later there is nothing left to send.
 STALL_LIMIT: Final = 10.0
 # After a refusal the rest of a body is read and dropped for this long: closing at once would reset the connection, and the
@@ -74,9 +76,11 @@ class Exchange:
         self._send = send
         self._stall_limit = stall_limit
         self._unread, self._asked = True, False
+        self._over = False  # its end was sent, or begun
+        self._state = scope["state"]
         self.fields = Fields.collect(scope["headers"])
         self.address = address_of(scope)
-        self.request_id: str = scope["state"]["request_id"]
+        self.request_id: str = self._state["request_id"]
         self.status: int | None = None
         self._body = bytearray()
         self._body_until = 0.0  # of the loop's clock
@@ -142,7 +146,14 @@ class Exchange:
 
     async def end(self, pieces: Sequence[bytes] = ()) -> None:
         """The last pieces, and the end of the answer. Raises Stalled."""
+        self._over = True
         await self._send_body(pieces, more=False)
+
+    async def give_up(self) -> None:
+        """Ends an answer of which no more comes, and whose worker may be lost. Raises Stalled."""
+        self._state[CUT] = True
+        if not self._over:
+            await self.end()
 
     async def _send_body(self, pieces: Sequence[bytes], *, more: bool) -> None:
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)

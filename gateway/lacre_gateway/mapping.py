@@ -16,10 +16,14 @@ from lacre.problems import Problem
 from lacre_fabric.work import (
     DuplicateWork,
     FabricError,
+    FabricLost,
+    FabricUnavailable,
     FrameGap,
+    FrameMissing,
     NoWorkers,
     QueueFull,
     QueueTimeout,
+    ReaderStalled,
     WorkerLost,
 )
 from lacre_gateway.audit.log import AuditUnavailable
@@ -79,6 +83,9 @@ class WorkerRefused(Exception):
 # answers INTERNAL if nothing was answered yet, and aborts the connection otherwise.
 FAILURES: Final = (Refusal, LimitExceeded, BudgetRefused, WorkerRefused, Stalled, LacreError)
 
+# What breaks an answer off without any doing of its worker's: our own part, the message server's, or the reader's.
+_WORKER_LIVES: Final = (Stalled, ReaderStalled, FrameMissing, FabricUnavailable, FabricLost, AuditUnavailable)
+
 
 @contextmanager
 def counted(metrics: Metrics, exchange: Exchange) -> Iterator[None]:
@@ -101,6 +108,11 @@ def outcome_of(error: BaseException, *, started: bool) -> str:
     if isinstance(error, asyncio.CancelledError):
         return "interrupted"
     return "broken" if started else REFUSED
+
+
+def may_be_lost(error: Exception) -> bool:
+    """Whether an answer may have broken off because its worker died: whatever is not known to be something else."""
+    return not isinstance(error, _WORKER_LIVES)
 
 
 def refusal_for(error: BaseException) -> Refusal:

@@ -4,8 +4,8 @@ Rules:
 - A caller is known before a byte of the body is read; and where the body says its length, policy decides before more of it is
   read than its header. What is held of bodies is counted (see `limits`).
 - Nothing here can open anything. Frames are forwarded byte for byte, each as it comes; those that came together go together.
-- An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the connection is aborted:
-  the client never sees a clean end of a broken answer.
+- An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the answer ends without its
+  seal's final chunk: in order where its worker may be lost, so that the client counts it, and by an abort where it is not.
 - A request that ends in any other way than its answer's end is cancelled at the worker.
 - The intent is durable before the first byte of the answer leaves, and the answer's header proves it. What settles the request
   is decided after it (see `settlement`), and nothing here waits for that.
@@ -34,10 +34,10 @@ from lacre_gateway.audit.entries import Intent
 from lacre_gateway.auth import Access, Principal
 from lacre_gateway.budget.fields import fields
 from lacre_gateway.budget.holds import BudgetRefused, Exhausted, Hold
-from lacre_gateway.exchange import Attended, ClientGone, Exchange, Receive, Scope, Send, StreamBroken
+from lacre_gateway.exchange import Attended, ClientGone, Exchange, Receive, Scope, Send, Stalled, StreamBroken
 from lacre_gateway.limits import LimitExceeded, Reservation
 from lacre_gateway.manifest import pool_for
-from lacre_gateway.mapping import CALLERS_FAULT, FAILURES, WorkerRefused, counted, refusal_for
+from lacre_gateway.mapping import CALLERS_FAULT, FAILURES, WorkerRefused, counted, may_be_lost, refusal_for
 from lacre_gateway.outer import Outer
 from lacre_gateway.policy.cedar import Decision
 from lacre_gateway.policy.question import Question
@@ -66,15 +66,29 @@ class SealedEndpoint:
             return
         except FAILURES as exc:
             if exchange.started:
-                raise StreamBroken from exc
+                await _break_off(exchange, exc)
+                return
             refusal = refusal_for(exc)
             if refusal.problem is problems.INTERNAL:
                 self._gateway.log.error("request failed", request_id=exchange.request_id, **places(exc))
             await exchange.refuse(refusal)
-        except Exception:  # a fault of the gateway: the server logs where it was, the caller learns that it was
+        except Exception as exc:  # a fault of the gateway: the server logs where it was, the caller learns that it was
             if not exchange.started:
                 await exchange.refuse(Refusal(problems.INTERNAL))
+            else:  # a worker that dies may be what it is about
+                with contextlib.suppress(StreamBroken):
+                    await _break_off(exchange, exc)
             raise
+
+
+async def _break_off(exchange: Exchange, error: Exception) -> None:
+    """Ends an answer that was under way. Raises StreamBroken where its worker is not lost."""
+    if not may_be_lost(error):
+        raise StreamBroken from error
+    try:
+        await exchange.give_up()
+    except Stalled:
+        raise StreamBroken from error
 
 
 async def relay(gateway: Gateway, exchange: Exchange) -> None:

@@ -5,8 +5,10 @@ Rules:
   costs nothing, so by default it is tried for as long as a gateway, a worker or a message server takes to come back.
 - What may have run is tried again only where running twice harms nobody (`lacre.inner.is_repeatable`): it is then paid for
   twice, and `attempts` tells.
-- What one worker was lost by is not carried to a third: whatever may have ended a worker is sealed anew once, over all of a
+- What two workers were lost by is not carried to a third: whatever may have ended a worker is sealed anew once, over all of a
   call's retries and resumed answers. A sealed request reaches the model in one worker at most, so that makes two.
+- A connection that broke is no worker that was lost: a gateway lives on when a worker dies, and says so by an end in order. A
+  request cannot end a gateway, for to it a request is noise.
 - A time-out is the caller's own limit, and not stretched by trying again; one of connecting is no answer that is late.
 - `Retry-After` is the least that is waited. One that asks for more patience than `PATIENCE` is the caller's to decide on.
 """
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from lacre import problems
-from lacre.errors import NetworkError, TruncatedStream
+from lacre.errors import LacreError, NetworkError, TruncatedStream
 
 FIRST: Final = 0.5  # seconds, of which a random part is waited ("full jitter"): many clients must not come back at once
 LONGEST: Final = 8.0
@@ -31,7 +33,7 @@ TRIES: Final = 2  # where the caller names no number: of what may have run, and 
 # Seconds, where the caller names no number, in which what did not run is tried again. A cluster of message servers is without a
 # leader for up to 20 s; a call that meets that must still end while somebody waits for it.
 ENDURANCE: Final = 30.0
-# The same for a request that goes on with a broken answer.
+# The same for the requests that go on with a broken answer, all of them together: a further one is made while it lasts.
 ENDURANCE_RESUMING: Final = 15.0
 MOST: Final = 8  # tries within that time: about a call of many attempts little can be claimed where the gateway lies
 NO_GATEWAY_PAUSE: Final = 1.0  # seconds; a balancer looks for another gateway about this often
@@ -52,6 +54,11 @@ _AWAY: Final = (
     problems.OVERLOADED,
 )
 _NEVER_RAN: Final = (*_AWAY, problems.UNCLAIMED, problems.RATE_LIMITED, problems.SLOW_BODY)
+
+
+def may_have_lost(error: LacreError) -> bool:
+    """Whether it may be the end of a worker."""
+    return isinstance(error, TruncatedStream) and not error.cut
 
 
 def delay(number: int, retry_after: float = 0.0) -> float:
@@ -96,7 +103,7 @@ class Retries:
         """Seconds to wait after no answer came, or none that began; None where there is to be no retry."""
         never_ran = isinstance(error, NetworkError) and not error.reached
         late = isinstance(error, NetworkError) and error.timed_out
-        self.lost += isinstance(error, TruncatedStream)
+        self.lost += may_have_lost(error)
         may = (never_ran or (self.repeatable and not late)) and self.lost < MOST_LOST
         return self._next(endure=never_ran) if may else None
 

@@ -30,7 +30,9 @@ BASE_URL: Final = f"{ORIGIN}/v1"
 DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0)
 DEFAULT_LIMITS: Final = httpx2.Limits(max_connections=100, max_keepalive_connections=20)  # httpx2's own
 
-DEFAULT_RESUMES: Final = 1
+# A gateway may restart twice while a long answer is on its way, and a connection be cut. What may be a worker's end counts
+# apart, and is followed once (`lacre.backoff`).
+DEFAULT_RESUMES: Final = 3
 
 Verify = ssl.SSLContext | str | bool
 EventHooks = Mapping[str, list[Any]]
@@ -49,7 +51,7 @@ class Client(httpx2.Client):
     keep_identifying_fields: seal `user`, `metadata`, `safety_identifier` and `prompt_cache_key` too, instead of dropping them.
     retries: how often a request is sent anew, sealed afresh, where nothing of an answer came, or the gateway asks to come back
     within 10 s; `attempts` counts. Without a number: twice, and for 30 s where it certainly did not run.
-    resume: whether an answer that broke off is resumed, once; 0 for never.
+    resume: how often an answer that broke off is resumed at most; 0 for never. After two workers that may be lost by it, never.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
     verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 

@@ -83,9 +83,14 @@ class MessageTooLarge(ProtocolError):
 
 
 class TruncatedStream(ProtocolError):
-    """The stream ended before its final chunk: whatever came before it is not the whole answer."""
+    """The stream ended before its final chunk: whatever came before it is not the whole answer.
+
+    cut: whether the connection broke. A gateway that lives ends an answer in order where its worker may be lost, so a broken
+    connection is the gateway's own end or the network's.
+    """
 
     remedy = "Ask again: what came is not the whole answer."
+    cut = False
 
 
 class StreamBroken(TruncatedStream):

@@ -5,7 +5,8 @@ Rules:
 - A new request goes on from the very tokens that were received, on the very model file that made them, or not at all.
 - An answer of which nothing was handed on begins anew, where asking again does no harm.
 - What an answer took, over all its requests, is told: `attempts`, `parts`, and `usage` as the sum.
-- What one worker may have been lost by goes to one more, and to no third: see `lacre.backoff`.
+- What one worker may have been lost by goes to one more, and to no third: see `lacre.backoff`. A connection that broke is none.
+- Going on takes a limited time, over all breaks of one answer.
 - A stalled answer is the caller's own timeout, and an altered one an attack: neither is resumed.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from lacre.backoff import ENDURANCE_RESUMING, MOST_LOST
+from lacre.backoff import ENDURANCE_RESUMING, MOST_LOST, may_have_lost
 from lacre.errors import InvalidReceipt, LacreError, StreamBroken, TruncatedStream
 from lacre.inner import Plain, is_repeatable
 from lacre.marks import ASK, DIGEST, MEMBER, YES
@@ -45,6 +46,7 @@ class Answer:
         self._plain = plain
         self._opening = opening
         self._made = 0  # further requests
+        self._rest = ENDURANCE_RESUMING  # seconds for them
         self._handed = False
         self._ready: list[bytes] = []
         self.head = opening.head
@@ -82,20 +84,22 @@ class Answer:
         if not isinstance(error, TruncatedStream) or self._sealing.resume == 0:
             raise error
         self._collect()
-        self.facts.lost += 1
+        self.facts.lost += may_have_lost(error)
         content = self._continuation()
         if content is None:
             raise self._broken(str(error)) from error
         self._made += 1
+        began = self._sealing.now()
         if self._made > 1:
             yield Wait(self._sealing.delay(self._made - 1))
         if self._splice is not None:
             self.facts.broke_off(*self._splice.seam())
         try:
-            again = self._sealing.exchange(replace(self._plain, content=content), ENDURANCE_RESUMING, self.facts.lost)
+            again = self._sealing.exchange(replace(self._plain, content=content), self._rest, self.facts.lost)
             outcome = yield from again
         except LacreError as exc:
             raise self._broken("the answer broke off, and the request that goes on with it failed") from exc
+        self._rest -= self._sealing.now() - began
         self.facts.attempts += outcome.facts.attempts
         self.facts.lost = outcome.facts.lost
         if isinstance(outcome, Refusal):
@@ -117,7 +121,7 @@ class Answer:
 
     def _continuation(self) -> bytes | None:
         """The body of the request that goes on with the answer, or begins anew; None where neither can be."""
-        if self._made >= self._sealing.resume or self.facts.lost >= MOST_LOST:
+        if self._made >= self._sealing.resume or self.facts.lost >= MOST_LOST or self._rest <= 0:
             return None
         if self._splice is not None and self._splice.tokens:
             if not self._splice.open:

@@ -170,7 +170,7 @@ class Sealing:
 
     kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
     retries: how often a request is sent again before anything of its answer was handed on; None as `lacre.backoff` has it.
-    resume: how often an answer that broke off after that is resumed (`lacre.resume`); once at most (`lacre.backoff`).
+    resume: how often an answer that broke off after that is resumed (`lacre.resume`), while a worker at most may be lost by it.
     clock: seconds since the epoch.
     """
 
@@ -278,6 +278,10 @@ class Sealing:
         if problem is UNKNOWN_KEY:
             yield from self._fetch_manifest(endurance)
         return problem is UNKNOWN_KEY or (problem is INVALID_TOKEN and (yield Renew()) is True)
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self._clock()
 
     def delay(self, number: int) -> float:
         """Seconds before an answer is gone on with for another time."""

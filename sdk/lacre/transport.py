@@ -513,4 +513,6 @@ def _mapped_stream() -> Iterator[None]:
     except httpx2.TimeoutException as exc:
         raise TimedOut("the answer stalled: what came so far is not the whole of it") from exc
     except httpx2.TransportError as exc:
-        raise errors.TruncatedStream("the connection broke in mid-answer: what came so far is not the whole of it") from exc
+        broke = errors.TruncatedStream("the connection broke in mid-answer: what came so far is not the whole of it")
+        broke.cut = True
+        raise broke from exc

@@ -23,7 +23,7 @@ import lacre
 from lacre import audit
 
 # Seconds from the call to its end, whole or in an error. What did not run is sent again for 30 s (`lacre.backoff`), the last
-# try takes 15 s at most, a stream is resumed once, and an answer takes its time on a machine that is busy.
+# try takes 15 s at most, resuming a stream 15 s and a last try more, and an answer takes its time on a machine that is busy.
 DEADLINE: Final = 90.0
 STEP: Final = 15.0
 HUNG: Final = 2 * DEADLINE  # after which it is ended, and counted as one that would never have

@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lacre import problems
 from lacre_gateway.admin import create_admin
-from lacre_gateway.exchange import StreamBroken
 from lacre_gateway.plans import PLANS_FILE
 from lacre_gateway.policy.cedar import PolicyError
 from parts.gateway import MODEL, FakeWorker, Issuer, World
@@ -75,8 +73,7 @@ async def test_requests_that_were_refused(world: World, client: httpx2.AsyncClie
 
 async def test_one_that_broke(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script.ending = f"error:{problems.BUSY.type}"
-    with pytest.raises(StreamBroken):  # in this process there is no connection that the server could abort
-        await ask(world, client)
+    await ask(world, client)
     await world.trail()
     found = await scrape(world)
     assert value(found, "lacre_requests_total", outcome="broken", problem="none") == 1

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from hostile.adversary import AsgiWire, HostileFabric
+from collections.abc import AsyncIterator
+
+import httpx2
+
+from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, SealedAnswer, framed
 from hostile.attacks import Verdict, attack
 from hostile.honest import HonestGateway
 from hostile.stage import Stage
-from lacre import problems
+from lacre import StreamBroken, problems
+from lacre.client import DEFAULT_RESUMES
+from lacre_fabric.frames import Frame
+from lacre_fabric.work import WorkerLost
 
 
 @attack(
@@ -24,3 +31,48 @@ async def test_one_after_another(
     with verdict.refused():
         await stage.client(wire, honest.token, retries=5, resume=5).chat(stage.prompt)
     assert (len(fabric.works), worker.calls) == (2, 0)
+
+
+@attack(
+    "end one worker after another in the midst of its answer",
+    by="client",
+    defence="a gateway ends an answer in order where its worker may be lost, and the SDK counts it, over all parts of a call",
+    refused=StreamBroken,
+    gain="two workers for each call of the SDK's, one for each sealed request",
+)
+async def test_in_mid_answer(
+    stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict
+) -> None:
+    await stage.worker()
+
+    def die(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
+        if frame.sequence == 4:
+            fabric.inbound[request_id].fail(WorkerLost("silent"))
+        return [(request_id, frame)]
+
+    fabric.pass_on = die
+    with verdict.refused():
+        async for _ in stage.client(wire, honest.token, retries=5, resume=5).chat_stream(stage.prompt):
+            pass
+    assert len(fabric.works) == 2
+
+
+@attack(
+    "break each answer off as a gateway does that dies, so that the caller counts no worker",
+    by="gateway",
+    defence="a call's breaks are counted too, of whatever kind",
+    refused=StreamBroken,
+    gain=f"{DEFAULT_RESUMES} more sealed requests for each answer that is begun, with their sizes and token ceilings",
+)
+async def test_as_if_it_had_died(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
+    worker = await stage.worker()
+
+    async def breaking(answer: SealedAnswer) -> AsyncIterator[bytes]:
+        yield answer.nonce + b"".join(map(framed, answer.chunks[:4]))
+        raise httpx2.ReadError("reset by peer")
+
+    gateway.change = breaking
+    with verdict.refused():
+        async for _ in stage.client(gateway, resume=DEFAULT_RESUMES).chat_stream(stage.prompt):
+            pass
+    assert len(gateway.posts) == worker.calls == 1 + DEFAULT_RESUMES

@@ -1,14 +1,15 @@
 """A gateway and a worker in one process, for the SDK's tests: it really opens and seals, and serves a real signed manifest.
 
 A test bends what passes through it: `tamper` the sealed request, `bend` the sealed answer's pieces, `respond` all of it; and
-what the worker says: `receipts`, and what the gateway proves: `audit`.
+what the worker says: `receipts`, and what the gateway proves: `audit`. An answer that `bend` shortens ends in order, as where a
+gateway says that the worker may be lost; with `fault` its connection breaks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import httpx2
@@ -49,6 +50,7 @@ class Relay:
     receipts: Callable[[Receipt], list[Receipt]] = lambda receipt: [receipt]
     audit: Callable[[AuditProof], AuditProof | None] = lambda proof: proof
     respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
+    fault: httpx2.TransportError | None = None
 
     def __post_init__(self) -> None:
         self._documents: dict[int, bytes] = {}
@@ -89,7 +91,8 @@ class Relay:
         chunks = [chunk async for chunk in answer]
         proved = self.audit(audited.proof(audited.entry(request.headers, request.content), self.gateway_key))
         headers = {"content-type": MEDIA_TYPE_RESPONSE, **({} if proved is None else {audit.HEADER: proved.header()})}
-        return httpx2.Response(200, headers=headers, stream=Stream(self.bend(chunks)))
+        bent = self.bend(chunks)
+        return httpx2.Response(200, headers=headers, stream=Stream(bent, self.fault if len(bent) < len(chunks) else None))
 
     def _trailers(self, opened: asgi.Opened, used: asgi.Usage) -> list[tuple[str, str]]:
         now = self.clock()
@@ -107,17 +110,22 @@ class Relay:
 
 
 class Stream(httpx2.AsyncByteStream, httpx2.SyncByteStream):
-    """Bytes in the given pieces."""
+    """Bytes in the given pieces. fault: how the connection breaks after them."""
 
-    def __init__(self, pieces: Iterable[bytes]) -> None:
+    def __init__(self, pieces: Iterable[bytes], fault: httpx2.TransportError | None = None) -> None:
         self._pieces = tuple(pieces)
+        self._fault = fault
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self._pieces)
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._pieces
+        if self._fault is not None:
+            raise self._fault
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._pieces:
             yield piece
+        if self._fault is not None:
+            raise self._fault
 
 
 def served(status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> httpx2.Response:

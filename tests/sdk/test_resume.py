@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,13 @@ from hypothesis import strategies as st
 import lacre
 from lacre import problems
 from lacre.asgi import App
+from lacre.backoff import ENDURANCE_RESUMING
 from lacre.errors import InvalidMessage
 from lacre.marks import Mark
+from lacre.sealing import Sealing
 from lacre.splice import Splice
+from lacre.transport import SealedTransport
+from lacre.trust import ConnectionString
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from parts.relay import AsyncWire, Relay, Wire, served
@@ -26,6 +31,7 @@ SAID = "日本 and 😀 seas"
 MESSAGES: list[Any] = [{"role": "user", "content": SAID}]
 BODY = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 400}
 SEALED = "/v1/sealed"
+CUT = httpx2.RemoteProtocolError("peer closed connection without sending complete message body (incomplete chunked read)")
 Bend = Callable[[list[bytes]], list[bytes]]
 
 
@@ -104,6 +110,22 @@ class TestOneStream:
         assert stream.recount(lambda text: len(text.encode())).difference == 0
         assert len({part.audit.index for part in stream.parts if part.audit}) <= 2
         assert stream.verification.receipt == receipt
+
+    @pytest.mark.parametrize("times", [2, 3])
+    def test_more_breaks_of_the_connection_than_workers_may_be_lost(self, relay: Relay, times: int) -> None:
+        relay.fault, relay.bend = CUT, cut(*[6] * times)
+        with connect(relay) as client:
+            stream = client.chat_stream(SAID)
+            assert "".join(stream) == SAID
+        assert (stream.attempts, len(stream.parts), stream.usage.completion) == (times + 1, times, len(SAID.encode()))
+
+    async def test_async_too(self, relay: Relay) -> None:
+        relay.fault, relay.bend = CUT, cut(9, 9)
+        memory = lacre.VersionMemory()
+        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
+            stream = client.chat_stream(SAID)
+            assert "".join([piece async for piece in stream]) == SAID
+            assert stream.attempts == 3
 
     async def test_async(self, relay: Relay) -> None:
         memory = lacre.VersionMemory()
@@ -198,7 +220,7 @@ class TestBroken:
         assert caught.value.verification is not None and caught.value.verification.sealed_to is not None
         return caught.value
 
-    @pytest.mark.parametrize("resume", [1, 5])
+    @pytest.mark.parametrize("resume", [1, 3, 5])
     def test_a_second_time(self, relay: Relay, resume: int) -> None:
         """Whatever the caller asks for: what ended two workers is not sent to a third."""
         relay.bend = lambda pieces: pieces[:6]
@@ -224,6 +246,46 @@ class TestBroken:
                 broken = self.broken(client)
             assert sum(request.url.path == SEALED for request in relay.requests) == 2
             assert type(broken.__cause__) is (lacre.TruncatedStream if lost_first else lacre.Unavailable)
+
+    def test_by_the_connection_as_often_as_asked(self, relay: Relay) -> None:
+        """No request ends a gateway: that is no worker that was lost, and the caller's number holds."""
+        relay.fault, relay.bend = CUT, lambda pieces: pieces[:4]
+        with connect(relay, resume=4) as client:
+            broken = self.broken(client)
+        assert len(relay.opened) == 5
+        assert isinstance(broken.__cause__, lacre.TruncatedStream) and broken.__cause__.cut
+
+    @pytest.mark.parametrize("lost", [(0, 1), (0, 2), (1, 3)])
+    def test_both_ways(self, relay: Relay, lost: tuple[int, int]) -> None:
+        """Breaks of the connection in between neither hide a lost worker nor count as one."""
+        faults = iter([None if number in lost else CUT for number in range(9)])
+
+        def bend(pieces: list[bytes]) -> list[bytes]:
+            relay.fault = next(faults)
+            return pieces[:4]
+
+        relay.bend = bend
+        with connect(relay, resume=9, retries=9) as client:
+            self.broken(client)
+        assert len(relay.opened) == lost[1] + 1
+
+    def test_when_going_on_took_long(self, relay: Relay) -> None:
+        """A call ends while somebody waits for it, however many connections break."""
+        relay.fault, relay.bend = CUT, lambda pieces: pieces[:4]
+        began = time.time()
+
+        def clock() -> float:
+            """Each sealed request takes more than half of what there is, but for the first one."""
+            return began + 0.6 * ENDURANCE_RESUMING * len(relay.opened)
+
+        sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), resume=9, clock=clock)
+        outer = httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay))
+        with (
+            httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client,
+            pytest.raises(lacre.StreamBroken),
+        ):
+            events(client, path="/chat/completions")
+        assert len(relay.opened) == 3
 
     def test_two_choices(self, client: lacre.Client, relay: Relay) -> None:
         relay.bend = cut(12)
