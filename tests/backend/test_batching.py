@@ -28,6 +28,7 @@ from lacre_backend.engine import llama as llama_module
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.protocol import EngineError, Event, Finish, Read, Sampling, Task, TaskRefused, Token
+from lacre_backend.engine.tokenizer import Tokenizer
 from parts.tiny_model import tiny_model
 
 MakeTask = Callable[..., Task]
@@ -66,7 +67,8 @@ class Reference:
     """One sequence in a context of its own: the logits at each position of a text."""
 
     def __init__(self, path: Path) -> None:
-        self.model = Model(path, name="m", digest="", n_ctx=512, gpu=Gpu(layers=0))
+        self.tokenizer = Tokenizer(path)
+        self.model = Model(path, name="m", digest="", n_ctx=512, gpu=Gpu(layers=0), tokenizer=self.tokenizer)
         params = L.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = 1
@@ -90,6 +92,7 @@ class Reference:
 
     def close(self) -> None:
         L.llama_free(self.context)
+        self.tokenizer.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lacre_backend import models
 from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.scheduler import Limits, Plan, Segment
+from lacre_backend.engine.tokenizer import Tokenizer
 from parts.workers import MODEL, Workers, busiest
 
 KILLS = 30
@@ -36,7 +38,10 @@ class Reference:
 
     def __init__(self) -> None:
         file = models.find()
-        self._model = Model(file.path, name=file.name, digest=file.digest, n_ctx=1024, gpu=Gpu(layers=0))
+        with closing(Tokenizer(file.path)) as tokenizer:
+            self._model = Model(
+                file.path, name=file.name, digest=file.digest, n_ctx=1024, gpu=Gpu(layers=0), tokenizer=tokenizer
+            )
         self._context = Context(self._model, Limits(slots=1, context=1024, cells=1024), Compute(1))
 
     def distances(self, prompt: list[int], answer: list[int]) -> list[float]:

@@ -186,10 +186,10 @@ class Model:
         n_ctx: int,
         gpu: Gpu,
         kind: Kind = Kind.GENERATE,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer,
     ) -> None:
-        """tokenizer: of the same file; its own where there is none yet. The engine closes it."""
-        self.tokenizer = tokenizer or Tokenizer(path)
+        """tokenizer: of the same file. Its owner closes it."""
+        self.tokenizer = tokenizer
         self.pointer = _load(path, _params(gpu))
         # Not at the exit of the process: a daemon thread may still be decoding then, and the system frees it all anyway.
         weakref.finalize(self, L.llama_model_free, self.pointer).atexit = False

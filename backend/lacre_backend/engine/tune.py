@@ -12,6 +12,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from typing import Final
 from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.scheduler import Limits, Plan, Segment, Trim
+from lacre_backend.engine.tokenizer import Tokenizer
 
 HISTORY: Final = 192  # tokens before the step that is timed
 SLOTS: Final = (1, 4, 8, 16)
@@ -59,7 +61,8 @@ class Choice:
 
 def tune(path: Path, gpu: Gpu, *, most: int) -> Choice:
     """most: slots that the memory has room for. Takes about a minute for a small model on two cores. Raises SettingsError."""
-    model = Model(path, name=path.stem, digest="", n_ctx=_CONTEXT, gpu=gpu)
+    with closing(Tokenizer(path)) as tokenizer:
+        model = Model(path, name=path.stem, digest="", n_ctx=_CONTEXT, gpu=gpu, tokenizer=tokenizer)
     ways = list(_ways())
     rates: dict[Way, dict[int, float]] = {way: dict.fromkeys(SLOTS, 0.0) for way in ways}
     for way in ways:
