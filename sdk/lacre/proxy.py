@@ -23,6 +23,7 @@ from typing import Any, Final
 import httpx2
 
 from lacre import errors
+from lacre.backoff import may_have_lost
 from lacre.client import AsyncClient
 from lacre.inner import ALLOWED_HEADERS, MAX_CONTENT
 
@@ -237,7 +238,8 @@ async def _failed(_request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.LacreError)  # noqa: S101 - it is registered for these alone
     status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
     status = 504 if isinstance(error, httpx2.TimeoutException) else status
-    return JSONResponse(explained(error), status)
+    headers = {"x-should-retry": "false"} if may_have_lost(error) else None  # OpenAI's word: the client asked anew already
+    return JSONResponse(explained(error), status, headers)
 
 
 async def _not_found(request: Request, _exc: Exception) -> Response:

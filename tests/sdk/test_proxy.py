@@ -152,6 +152,15 @@ class TestWhatPasses:
         assert (answer.status_code, answer.headers["x-should-retry"]) == (502, "false")
         assert sum(request.url.path == SEALED for request in gateway.relay.requests) == 2
 
+    def test_nor_what_they_were_lost_by_in_mid_answer(self, proxy: Proxy, gateway: Gateway) -> None:
+        """Before anything of it opened: no refusal says so, but the answer's end."""
+        gateway.relay.bend = lambda pieces: pieces[:0]
+        asked = len(gateway.relay.opened)
+        with proxy.client() as client:
+            answer = client.post("chat/completions", json=BODY)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (502, "false")
+        assert len(gateway.relay.opened) == asked + 2
+
 
 class TestWhoGetsIn:
     @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "localhost:1", ""])
