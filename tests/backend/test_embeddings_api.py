@@ -141,6 +141,9 @@ async def test_an_engine_that_closes(post: Post) -> None:
     app = create_app([engine])
     engine.close()
     assert (await post(app, PATH, body())).error(503)["type"] == "server_error"
+    # What cannot fit is refused before it would be tokenized; white space may cost nothing.
+    assert (await post(app, PATH, body(["a", "word " * 50_000]))).error(400)["code"] == "context_length_exceeded"
+    assert (await post(app, PATH, body("word" + " " * 200_000))).error(503)["type"] == "server_error"
 
 
 def test_two_models_of_one_name() -> None:

@@ -129,6 +129,10 @@ async def test_a_grammar_is_for_its_own_beginning(small: LlamaEngine, make_task:
     assert caught.value.field == "grammar"
     async for _ in small.submit(make_task(small, "x", 5, sampling=Sampling(grammar=grammar), begun=begun)):
         pass
+    for token in (-1, small.model.n_vocab, 2**32, 2**70):
+        with pytest.raises(TaskRefused) as caught:
+            small.grammar('start: "abab"', (token,))
+        assert caught.value.field == "begun"
 
 
 def test_a_callers_text_never_reaches_the_tokenizer(small: LlamaEngine) -> None:

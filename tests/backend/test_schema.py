@@ -66,6 +66,10 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
     "empty object": ({"type": "object", "additionalProperties": False}, lambda v: v == {}),
     "no items": ({"type": "array", "maxItems": 0}, lambda v: v == []),
     "range": ({"type": "integer", "minimum": 3, "exclusiveMaximum": 20, "multipleOf": 4}, lambda v: v in (4, 8, 12, 16)),
+    "several steps": (
+        {"type": "number", "minimum": 1, "maximum": 13, "allOf": [{"multipleOf": 0.4}, {"multipleOf": 1.5}]},
+        lambda v: v in (6, 12),
+    ),
     "pattern": ({"type": "string", "pattern": "^[ab]{2,4}-[0-9]$"}, lambda v: re.fullmatch("[ab]{2,4}-[0-9]", v) is not None),
     "one of": (
         {"oneOf": [{"type": "integer", "maximum": 5}, {"type": "integer", "minimum": 3, "maximum": 9}]},
@@ -156,6 +160,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"type": "integer", "maximum": 2**60}, "'maximum'"),
     ({"type": "integer", "multipleOf": 99991}, "'multipleOf'"),
     ({"type": "integer", "multipleOf": -1}, "'multipleOf'"),
+    ({"type": "integer", "allOf": [{"multipleOf": n} for n in (7, 11, 13, 17, 19, 23, 29)]}, "'multipleOf'"),
+    ({"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "'multipleOf'"),
+    ({"prefixItems": [{"type": "integer", "multipleOf": 9973 - i} for i in range(3)], "type": "array"}, "'multipleOf'"),
     ({"type": "string", "pattern": "(?=a)b"}, "'pattern'"),
     ({"type": "string", "pattern": "(a"}, "'pattern'"),
     ({"$schema": "https://example.com/own", "type": "string"}, "'$schema'"),
@@ -182,6 +189,15 @@ def test_what_cannot_be_kept_is_named(source: dict[str, Any], said: str, llama: 
 
 def chat(**fields: Any) -> ChatRequest:
     return parse_chat(json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}).encode())
+
+
+def test_the_steps_of_all_tools_of_a_request_count_together() -> None:
+    grammars = schema.Grammars()
+    for _ in range(2):
+        grammars.schema({"type": "integer", "multipleOf": 9973}, "tools[0].function.parameters")
+    grammars.schema({"type": "number", "multipleOf": 0.01}, "tools[1].function.parameters")
+    with pytest.raises(RequestRefused, match="multipleOf"):
+        grammars.schema({"type": "integer", "multipleOf": 9967}, "tools[2].function.parameters")
 
 
 def test_size_and_depth_are_bounded() -> None:

@@ -6,7 +6,9 @@ import asyncio
 import gc
 import importlib.metadata
 import os
+import resource
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.llama import LlamaEngine
-from lacre_backend.engine.protocol import EngineClosed, TextRefused
+from lacre_backend.engine.protocol import EngineClosed, EngineError, TextRefused
 from lacre_backend.engine.tokenizer import LONG_AT_ONCE, SHORT, Tokenizer
+from lacre_backend.engine.tokenizer_process import LENGTH, NO_PROCESS
 from lacre_backend.settings import Model
 from lacre_backend.worker import load_engine
 from parts.pre_tokenizers import MODELS, PRE_TOKENIZERS, UNSPELLED, VERSION, hard_texts
@@ -170,6 +173,36 @@ async def test_the_process_starts_again(tmp_path: Path) -> None:
             assert await tokenizer.tokens(["sea" * SHORT]) == [before[0] * SHORT]
     with pytest.raises(EngineClosed):
         await tokenizer.tokens(["sea"])
+
+
+async def test_a_text_is_not_to_blame_for_what_ended_before_it_came(tmp_path: Path) -> None:
+    """A fork that waits for the next text is the first to go where memory is short."""
+    with tokenizer_of(tiny_model(tmp_path / "m.gguf")) as tokenizer:
+        before = await tokenizer.tokens(["sea"])
+        for pid in (waiting := tokenizer.forks()):
+            os.kill(pid, signal.SIGKILL)
+        while waiting & tokenizer.forks():
+            await asyncio.sleep(0.01)
+        assert waiting and await tokenizer.tokens(["sea"]) == before
+
+
+async def test_a_lack_of_processes_is_said(tmp_path: Path) -> None:
+    """The text is not to blame for that either: what can be tried again is told apart. For root there is no such limit."""
+    with tokenizer_of(tiny_model(tmp_path / "m.gguf")) as tokenizer:
+        if os.geteuid() == 0:
+            ours, theirs = socket.socketpair()
+            tokenizer._keep(ours)
+            theirs.setblocking(False)
+            asking = asyncio.create_task(tokenizer.tokens(["sea"]))
+            assert await asyncio.get_running_loop().sock_recv(theirs, 1)
+            theirs.send(LENGTH.pack(NO_PROCESS))
+            theirs.close()
+        else:
+            limits = resource.prlimit(tokenizer.pid, resource.RLIMIT_NPROC)
+            resource.prlimit(tokenizer.pid, resource.RLIMIT_NPROC, (1, limits[1]))
+            asking = asyncio.create_task(tokenizer.tokens(["sea"]))
+        with pytest.raises(EngineError, match="gets no process"):
+            await asking
 
 
 async def test_signals_for_the_whole_group_are_the_workers(tmp_path: Path) -> None:

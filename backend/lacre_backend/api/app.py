@@ -121,7 +121,8 @@ class _Endpoint(ABC, Generic[_Request]):
             raise engine_failed() from None
         n_prompt = len(prompt) + len(begun)
         ceilings.check_prompt(call, model, n_prompt, self.prompt_param, begun=len(begun))
-        grammar = await self._serving.compiler.grammar(served.engine, request, call_format(served))
+        fair = whose_turn(call)
+        grammar = await self._serving.compiler.grammar(served.engine, request, call_format(served), fair)
         task = Task(
             id=fresh_id(),
             prompt=tuple(prompt),
@@ -131,7 +132,7 @@ class _Endpoint(ABC, Generic[_Request]):
             stop=request.stop,
             logprobs=request.alternatives(),
             cache_scope=self._serving.cache_scope(scope),
-            fair=whose_turn(call),
+            fair=fair,
             time_limit=self._serving.time_limit,
         )
         usage = Usage() if call is None else call.usage

@@ -57,7 +57,10 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def encode(document: Any) -> bytes:
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, of an upstream's: it stays the escape that it was
+        return json.dumps(document, separators=(",", ":")).encode()
 
 
 async def send_json(send: Send, status: int, document: Any) -> None:

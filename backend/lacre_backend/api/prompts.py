@@ -54,6 +54,8 @@ async def text_prompt(served: Served, text: str) -> list[int]:
 
 async def embedding_inputs(served: Served, texts: Sequence[str]) -> list[list[int]]:
     """Each text's tokens, with what belongs around them. Raises `RequestRefused`."""
+    for text in texts:  # white space may cost no token
+        ceilings.check_length(served.engine.model, len("".join(text.split()).encode()), "input")
     with _named("input"):
         return await embedding_tokens(served.engine, texts)
 

@@ -8,8 +8,9 @@ Rules
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Final, TypeAlias
 
 from lacre_backend.api.schema_terms import (
@@ -293,10 +294,32 @@ def _number(unknown: Unknown, keyword: str, place: Place, case: Case) -> Case:
             return _below(case, value, excluded=keyword == "exclusiveMaximum")
     if value <= 0:
         raise SchemaRefused(keyword, place.path, "is not more than 0")
-    if len(f"{value:.15g}".replace(".", "").strip("0")) > MAX_STEP_DIGITS or not MIN_STEP <= value <= MAX_STEP:
+    if not _fine_step(value):
         unknown(keyword, place, f"has more than {MAX_STEP_DIGITS} digits, or is not from {MIN_STEP} to {MAX_STEP}")
         return case
-    return replace(case, multiples=(*case.multiples, value))
+    common = common_multiple((*case.multiples, value))
+    if not _fine_step(common):
+        told = f"has a least common multiple of {common:.15g} with the others at its place"
+        unknown(keyword, place, f"{told}, which has more than {MAX_STEP_DIGITS} digits, or is more than {MAX_STEP}")
+        return case
+    return replace(case, multiples=(common,))
+
+
+def _fine_step(value: float) -> bool:
+    return len(f"{value:.15g}".replace(".", "").strip("0")) <= MAX_STEP_DIGITS and MIN_STEP <= value <= MAX_STEP
+
+
+def common_multiple(steps: Sequence[float]) -> float:
+    """The least number that is a multiple of each: a number that is one of this is one of all. Told apart, they would multiply
+    each other's remainders in an automaton, which llguidance looks through to its end, whatever its limits.
+    """
+    exact = [Fraction(f"{step:.15g}") for step in steps]
+    return float(Fraction(math.lcm(*(each.numerator for each in exact)), math.gcd(*(each.denominator for each in exact))))
+
+
+def remainders(step: float) -> int:
+    """How many an automaton remembers for a `multipleOf`: of its digits as a whole number."""
+    return int(f"{step:.4f}".rstrip("0").replace(".", ""))
 
 
 def _above(case: Case, value: float, *, excluded: bool) -> Case:

@@ -14,7 +14,7 @@ import math
 from typing import Any, Final
 
 from lacre_backend.api.schema_cases import Cases
-from lacre_backend.api.schema_keywords import empty_range
+from lacre_backend.api.schema_keywords import empty_range, remainders
 from lacre_backend.api.schema_patterns import NotRegular, Patterns
 from lacre_backend.api.schema_terms import Case, Literal, SchemaRefused
 
@@ -46,6 +46,7 @@ class ScalarRules:
         self._lines: list[str] = []
         self._names = itertools.count()
         self._terminals: dict[str, str] = {}
+        self.remainders = 0  # that automata remember for `multipleOf`
 
     def _new(self, body: str) -> str:
         name = f"r{next(self._names)}"
@@ -92,11 +93,11 @@ class ScalarRules:
             return
         scalars.append(self._numeric({"type": "integer" if case.whole else "number", **bounds}, case.multiples))
 
-    @staticmethod
-    def _numeric(schema: dict[str, Any], multiples: tuple[float, ...]) -> dict[str, Any]:
-        if len(multiples) == 1:
-            return {**schema, "multipleOf": multiples[0]}
-        return {**schema, "allOf": [{"multipleOf": each} for each in multiples]} if multiples else schema
+    def _numeric(self, schema: dict[str, Any], multiples: tuple[float, ...]) -> dict[str, Any]:
+        if not multiples:
+            return schema
+        self.remainders += remainders(multiples[0])
+        return {**schema, "multipleOf": multiples[0]}
 
     def _string(self, case: Case, at: Literal, scalars: list[dict[str, Any]], bodies: list[str]) -> None:
         if case.most is not None and case.most < case.least:

@@ -115,7 +115,7 @@ class Case:
     whole: bool | None = None
     low: tuple[float, bool] = (-math.inf, False)  # and whether it is excluded
     high: tuple[float, bool] = (math.inf, False)
-    multiples: tuple[float, ...] = ()
+    multiples: tuple[float, ...] = ()  # one at most: several are their least common multiple
     least: int = 0  # characters, items or properties
     most: int | None = None
     patterns: tuple[tuple[str, bool], ...] = ()  # and whether they match

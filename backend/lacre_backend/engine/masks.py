@@ -120,7 +120,8 @@ class Masks:
         )  # its errors quote the caller: for nobody's log
         if matcher.is_error():
             raise GrammarTooLarge
-        if matcher.try_consume_tokens(list(begun)) != len(begun):
+        known = all(0 <= token < self._model.n_vocab for token in begun)
+        if not known or matcher.try_consume_tokens(list(begun)) != len(begun):
             raise TaskRefused("The answer that was begun does not match the grammar.", field="begun")
         try:
             self._rehearse(matcher.deep_copy())

@@ -25,7 +25,16 @@ from typing import Final
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.protocol import EngineClosed, EngineError, TextRefused
-from lacre_backend.engine.tokenizer_process import ADD_SPECIAL, COUNT, HEAD, LENGTH, PARSE_SPECIAL, READY, UNREADABLE
+from lacre_backend.engine.tokenizer_process import (
+    ADD_SPECIAL,
+    COUNT,
+    HEAD,
+    LENGTH,
+    NO_PROCESS,
+    PARSE_SPECIAL,
+    READY,
+    UNREADABLE,
+)
 
 SHORT: Final = 16 * 1024  # bytes: of such a text even the square takes some tenths of a second
 LONG_AT_ONCE: Final = 4  # each may take 256 MiB of stack, and 160 bytes for each of its own
@@ -37,6 +46,7 @@ _SAID: Final = 64 * 1024  # bytes of what a process printed as it failed, of whi
 _CAUSE: Final = re.compile("ASSERT|error|what\\(\\)|Error")  # that name a cause,
 _CAUSE_LENGTH: Final = 400  # and these last characters of them
 _MODULE: Final = "lacre_backend.engine.tokenizer_process"
+_NO_PROCESS: Final = "The tokenizer gets no process: raise this host's or container's limit of processes, or its memory."
 _NO_TIME: Final = "The tokenizer does not answer: this machine has no time for it. Try again later."
 
 # What the process gets of this one's surroundings: where libraries are. Neither secrets nor settings.
@@ -87,7 +97,7 @@ class Tokenizer:
         connection.settimeout(STALLED)
         try:
             connection.sendall(_request([text], ADD_SPECIAL * add_special | PARSE_SPECIAL * parse_special))
-            (length,) = LENGTH.unpack(_received(connection, LENGTH.size))
+            length = _length(_received(connection, LENGTH.size))
             (ids,) = _ids(_received(connection, length))
         except TimeoutError:
             connection.close()
@@ -95,6 +105,9 @@ class Tokenizer:
         except (OSError, EOFError):
             connection.close()
             raise TextRefused from None
+        except EngineError:
+            connection.close()
+            raise
         self._keep(connection)
         return ids
 
@@ -126,7 +139,7 @@ class Tokenizer:
             connection.setblocking(False)
             async with asyncio.timeout(STALLED):
                 await asyncio.get_running_loop().sock_sendall(connection, request)
-                (length,) = LENGTH.unpack(await _read(connection, LENGTH.size))
+                length = _length(await _read(connection, LENGTH.size))
                 ids = _ids(await _read(connection, length))
             answered = True
         except TimeoutError:
@@ -145,8 +158,15 @@ class Tokenizer:
             return self._rooms.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(LONG_AT_ONCE))
 
     def _idle_connection(self) -> socket.socket | None:
-        with self._lock:
-            return self._idle.pop() if self._idle else None
+        """Not one whose process ended as it waited, such as for want of memory: the next text is not to blame for that."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            if _waits(connection):
+                return connection
+            connection.close()
 
     def _open(self) -> None:
         """Puts a fresh connection among the idle ones. Raises as `_connection`."""
@@ -259,6 +279,26 @@ def _request(texts: Sequence[str], flags: int) -> bytes:
     data = [text.encode() for text in texts]
     body = b"".join(part for text in data for part in (COUNT.pack(len(text)), text))
     return HEAD.pack(len(body), sum(map(len, data)), flags) + body
+
+
+def _waits(connection: socket.socket) -> bool:
+    """Whether the process behind an idle connection is there: until it is asked, it says nothing."""
+    connection.setblocking(False)
+    try:
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _length(head: bytes) -> int:
+    """Of the answer that follows. Raises EngineError where no process could be had."""
+    (length,) = LENGTH.unpack(head)
+    if length == NO_PROCESS:
+        raise EngineError(_NO_PROCESS)
+    return int(length)
 
 
 def _ids(answer: bytes) -> list[list[int]]:

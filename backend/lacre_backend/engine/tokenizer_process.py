@@ -47,6 +47,7 @@ _LOADING_MEMORY: Final = 2 * 2**30  # bytes: the largest vocabularies take a ten
 _TRIAL_SECONDS: Final = 10  # of CPU time: a trial takes some hundredths of one
 _PR_SET_DUMPABLE: Final = 4
 READY: Final = b"ready"
+NO_PROCESS: Final = 2**64 - 1  # in place of an answer's length: no process can be had for the text now
 UNREADABLE: Final = 3  # exit code: llama.cpp does not load the file, and said why
 
 # One character for each byte that begins a longer one in UTF-8, and for each that goes on with one.
@@ -82,7 +83,11 @@ def main(path: str) -> None:
         if not descriptors:
             return  # the worker ended, or closed this tokenizer
         connection = socket.socket(fileno=descriptors[0])
-        if _fork() == 0:
+        child = _fork()
+        if child == -1:
+            with contextlib.suppress(OSError):
+                connection.send(LENGTH.pack(NO_PROCESS), socket.MSG_DONTWAIT)
+        elif child == 0:
             control.close()
             try:
                 _serve(connection, vocab, seconds_per_byte)
@@ -92,7 +97,7 @@ def main(path: str) -> None:
 
 
 def _fork() -> int:
-    """As `os.fork`; -1 where no process can be had now. That connection closes, and the next one may do better."""
+    """As `os.fork`; -1 where no process can be had now. That connection is told, and the next one may do better."""
     try:
         return os.fork()
     except OSError:

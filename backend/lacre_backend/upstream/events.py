@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -19,20 +20,27 @@ from lacre_backend.upstream import counts, refusals
 
 MAX_EVENT: Final = 2**20  # bytes; a whole tool call has some thousand. The SDK takes no longer one either
 _DONE: Final = b"[DONE]"
+_END: Final = re.compile(rb"\r?\n\r?\n")
 
 
 class Blocks:
     """Splits an event stream into the data of its events, however its bytes come."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, piece: bytes) -> list[bytes]:
         """The data of the events that are whole now. Raises RequestRefused for one that is too long."""
-        *blocks, self._rest = (self._rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")
+        at, sought = 0, max(0, len(self._rest) - 3)  # an end may have begun in the last piece: what is before has none
+        self._rest += piece
+        found = []
+        while (end := _END.search(self._rest, sought)) is not None:
+            found.append(_data(bytes(self._rest[at : end.start()]).replace(b"\r\n", b"\n")))
+            at = sought = end.end()
+        del self._rest[:at]
         if len(self._rest) > MAX_EVENT:
             raise refusals.unusable("sends events without end")
-        return [data for data in map(_data, blocks) if data]
+        return [data for data in found if data]
 
 
 def _data(block: bytes) -> bytes:
