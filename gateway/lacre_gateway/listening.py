@@ -9,7 +9,7 @@ import socket
 import ssl
 import stat
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, cast
 
 import uvicorn
 
@@ -17,6 +17,7 @@ from lacre.errors import SettingsError
 from lacre.listening import BoundedConfig, BoundedProtocol, Door
 from lacre_gateway.exchange import App
 from lacre_gateway.gathered import GatheredTransport
+from lacre_gateway.handshakes import Handshake, Terms, TlsListener
 from lacre_gateway.settings import Listen, Tls
 
 _BACKLOG: Final = 2048  # connections that the kernel holds while the process is busy
@@ -124,9 +125,14 @@ class Config(BoundedConfig):
 
 
 class GatheringProtocol(BoundedProtocol):
-    """Its answers go out in pieces of a turn of the loop."""
+    """Its answers go out in pieces of a turn of the loop. handshake: whose place it takes, with TLS."""
+
+    handshake: Handshake | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if self.handshake is not None:
+            self.handshake.leave()
+            self.handshake = None
         super().connection_made(GatheredTransport(transport, self.loop))
 
 
@@ -137,18 +143,20 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, for sockets that listen already; a TLS handshake has as long as a head, and not a minute."""
-        config, loop = self.config, asyncio.get_running_loop()
-        limit = None if config.ssl is None else config.door.head_timeout
+        config, loop, context = self.config, asyncio.get_running_loop(), self.config.ssl
 
-        def connection() -> asyncio.Protocol:
-            return config.http_protocol_class(  # type: ignore[call-arg]  # uvicorn's classes have no common base
-                config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
-            )
+        def connection(handshake: Handshake | None = None) -> asyncio.Protocol:
+            made = GatheringProtocol(config, self.server_state, self.lifespan.state, loop)
+            made.handshake = handshake
+            return made
 
-        self.servers = [
-            await loop.create_server(connection, sock=each, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=limit)
-            for each in sockets or ()
-        ]
+        self.servers = []
+        for each in sockets or ():
+            if context is None:
+                self.servers.append(await loop.create_server(connection, sock=each, backlog=config.backlog))
+            else:
+                listener = TlsListener(each, Terms(config.door, context, config.door.head_timeout, connection))
+                self.servers.append(cast("asyncio.Server", listener))
         self.started = True
 
     @contextlib.contextmanager

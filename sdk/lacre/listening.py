@@ -23,7 +23,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 from urllib.parse import unquote
 
 import uvicorn
@@ -39,6 +39,12 @@ LINGER: Final = 2.0  # seconds for a client to read its refusal: closing at once
 STALLED: Final = 30.0  # seconds; longer than an application's own patience with a stream
 # A household or a server gets a whole /64 (RFC 6177): its single addresses are free to change.
 _IPV6_PREFIX: Final = 64
+
+
+class Held(Protocol):
+    """A connection, or what will be one. cut: ends it at once, and with it all that it holds."""
+
+    def cut(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -61,9 +67,10 @@ class Door:
     stalled: float = STALLED
     refused: Counter[int] = field(default_factory=Counter)
     cut: int = 0
-    _waiting: dict[BoundedProtocol, None] = field(default_factory=dict)  # the one that waits longest first
-    _of_address: dict[str, dict[BoundedProtocol, None]] = field(default_factory=dict)  # all of its connections, oldest first
-    _holding: dict[BoundedProtocol, int] = field(default_factory=dict)  # bytes; whoever has held some for longest first
+    _inside: set[Held] = field(default_factory=set)
+    _waiting: dict[Held, None] = field(default_factory=dict)  # the one that waits longest first
+    _of_address: dict[str, dict[Held, None]] = field(default_factory=dict)  # all of its connections, oldest first
+    _holding: dict[Held, int] = field(default_factory=dict)  # bytes; whoever has held some for longest first
     _held: int = 0
 
     @property
@@ -71,10 +78,16 @@ class Door:
         """Bytes that no application asked for so far."""
         return self._held
 
-    def enter(self, connection: BoundedProtocol, address: str, count: int) -> None:
-        """count: connections now, with this one."""
+    @property
+    def inside(self) -> int:
+        """How many connections there are."""
+        return len(self._inside)
+
+    def enter(self, connection: Held, address: str) -> None:
+        """It has no request under way so far. To make room for it, another one is cut off, or it itself."""
+        self._inside.add(connection)
         self._waiting[connection] = None
-        if count > self.connections:
+        if len(self._inside) > self.connections:
             self._cut(next(iter(self._waiting)))
         if self.per_address is None or self._is_free(address):
             return
@@ -83,8 +96,9 @@ class Door:
         if len(own) > self.per_address:
             self._cut(next((each for each in own if each in self._waiting), connection))
 
-    def leave(self, connection: BoundedProtocol, address: str) -> None:
+    def leave(self, connection: Held, address: str) -> None:
         """Idempotent."""
+        self._inside.discard(connection)
         self._waiting.pop(connection, None)
         self._held -= self._holding.pop(connection, 0)
         network = network_of(address)
@@ -94,15 +108,15 @@ class Door:
             if not own:
                 del self._of_address[network]
 
-    def waits(self, connection: BoundedProtocol) -> None:
+    def waits(self, connection: Held) -> None:
         """It has no request under way from now on."""
         self._waiting[connection] = None
 
-    def works(self, connection: BoundedProtocol) -> None:
+    def works(self, connection: Held) -> None:
         """It has one."""
         self._waiting.pop(connection, None)
 
-    def holds(self, connection: BoundedProtocol, size: int) -> None:
+    def holds(self, connection: Held, size: int) -> None:
         """size: bytes that no application has asked for, in all."""
         self._held += size - self._holding.get(connection, 0)
         if size:
@@ -112,7 +126,7 @@ class Door:
         while self._held > self.held:
             self._cut(next(iter(self._holding)))  # which leaves, and holds nothing then
 
-    def _cut(self, connection: BoundedProtocol) -> None:
+    def _cut(self, connection: Held) -> None:
         self.cut += 1
         connection.cut()
 
@@ -177,7 +191,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.flow = _Flow(transport, lambda: self._busy and self._reader.between and self._reader.pending > AHEAD)
         self._address = self.client[0] if self.client else ""
         self._set_deadline(self.door.head_timeout)
-        self.door.enter(self, self._address, len(self.connections))
+        self.door.enter(self, self._address)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()

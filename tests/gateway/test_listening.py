@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import ipaddress
+import resource
 import socket
 import ssl
 import time
@@ -238,6 +239,57 @@ async def test_a_handshake_that_does_not_come(world: World, tmp_path: Path) -> N
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""
         writer.close()
+
+
+@pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
+async def test_too_many_handshakes(world: World, tmp_path: Path, limit: str) -> None:
+    """A handshake takes a place like any connection: the one that takes longest makes room, and its successor is served."""
+    tls = certificate(tmp_path, "first")
+    async with served(world, tls_context(tls), **{limit: 3}) as (server, port):
+        waiting = [await dial(port, b"\x16\x03") for _ in range(5)]
+        async with asyncio.timeout(20):  # well below the patience with a handshake
+            for reader, _ in waiting[:2]:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+            assert await asyncio.to_thread(peer_name, port, trust=tls.certificate) == "first TLSv1.3"
+        assert server.config.door.cut == 3
+        for _, writer in waiting:
+            writer.close()
+        async with asyncio.timeout(20):
+            while server.config.door.inside:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_handshake_makes_room_for_its_connection(world: World, tmp_path: Path) -> None:
+    """It is not counted twice: with one place, each of many requests is served."""
+    tls = certificate(tmp_path, "first")
+    verify = ssl.create_default_context(cafile=str(tls.certificate))
+    async with served(world, tls_context(tls), connections=1, connections_per_address=1) as (server, port):
+        for _ in range(5):
+            async with httpx2.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=verify) as http:
+                assert (await http.get("/healthz")).status_code == 200
+            while server.config.door.inside:
+                await asyncio.sleep(0.01)
+        assert server.config.door.cut == 0
+
+
+async def test_nobody_can_be_accepted(world: World, tmp_path: Path) -> None:
+    """Without a file to spare, the listener tries again: it is not lost."""
+    tls = certificate(tmp_path, "first")
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context))
+    async with served(world, tls_context(tls)) as (_, port):
+        dialled = socket.socket()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (dialled.fileno() + 1, hard))
+        try:
+            await asyncio.to_thread(dialled.connect, ("127.0.0.1", port))
+            await asyncio.sleep(0.1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        dialled.close()
+        assert await asyncio.to_thread(peer_name, port, trust=tls.certificate) == "first TLSv1.3"
+    assert not failures
 
 
 def test_old_tls_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -64,10 +65,12 @@ class Port:
 
 
 @contextlib.asynccontextmanager
-async def opened(honest: HonestGateway, app: App | None = None, **listen: float) -> AsyncIterator[Port]:
+async def opened(
+    honest: HonestGateway, app: App | None = None, context: ssl.SSLContext | None = None, **listen: float
+) -> AsyncIterator[Port]:
     settings = Listen(port=0, drain=1, header_timeout=HEAD_TIMEOUT, **listen)  # type: ignore[arg-type]
     with bind(settings) as listener:
-        server = make_server(app or honest.app, settings)
+        server = make_server(app or honest.app, settings, context)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
@@ -155,6 +158,26 @@ async def test_one_address(honest: HonestGateway) -> None:
         async with asyncio.timeout(10):
             while len(port.server.server_state.connections) != 3:
                 await asyncio.sleep(0.005)
+        for _, writer in crowd:
+            writer.close()
+
+
+@attack(
+    "hold connections whose TLS handshake never ends",
+    by="stranger",
+    defence="a handshake takes a place like any connection, in all and of its address; the oldest makes room",
+    refused=None,
+    gain="that its own older connections end",
+)
+@pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
+async def test_handshakes(honest: HonestGateway, limit: str) -> None:
+    async with opened(honest, context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), **{limit: 3}) as port:
+        crowd = [await port.dial(b"\x16\x03") for _ in range(6)]
+        async with asyncio.timeout(HEAD_TIMEOUT * 0.8):  # before time would end them
+            for reader, _ in crowd[:3]:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+        assert port.server.config.door.inside == 3  # type: ignore[attr-defined]
         for _, writer in crowd:
             writer.close()
 
