@@ -301,6 +301,8 @@ MUTATIONS: Final = (
     Mutation("a limit of the masks is an error", "backend/lacre_backend/engine/masks.py",
              "if matcher.is_error():  # the mask would then only let the answer end", "if False:",
              "test_grammars.py::test_limits_of_masks"),
+    Mutation("the remainders of a request's schemas are counted", "backend/lacre_backend/api/schema.py",
+             "if self._remainders > MAX_REMAINDERS:", "if False:", "test_grammars.py::test_remainders"),
     Mutation("a keyword that is not the standard's is refused", "backend/lacre_backend/api/schema_cases.py",
              "        if self.strict:\n", "        if False:\n", "test_grammars.py::test_options_inside"),
     Mutation("a body holds so many values", "backend/lacre_backend/api/parsed.py",

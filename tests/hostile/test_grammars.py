@@ -111,6 +111,23 @@ async def test_cases_multiply(stage: Stage, gateway: GatewayOwner, verdict: Verd
 
 
 @attack(
+    "hold the worker up by steps of numbers, each of which has thousands of remainders",
+    by="client",
+    defence="the remainders of a request's schemas are counted together",
+    refused=ApiError,
+    code="invalid_value",
+)
+async def test_remainders(stage: Stage, gateway: GatewayOwner, verdict: Verdict, tmp_path: Path) -> None:
+    members = {f"a{step}": {"type": "integer", "multipleOf": step} for step in (9949, 9967, 9973)}
+    with engine_of(tmp_path) as engine:
+        await stage.worker(create_app([engine]))
+        schema = {"type": "object", "properties": members, "required": list(members), "additionalProperties": False}
+        answer = await gateway.submit(asked(stage, schema), max_tokens=40)
+        verdict.answered(answer.status, answer.code)
+        assert (await gateway.submit(encode_request(inner(chat(stage, max_tokens=4))), max_tokens=4)).status == 200
+
+
+@attack(
     "weaken a schema by a grammar library's own options inside it",
     by="client",
     defence="a keyword that is not the standard's is refused by name",
