@@ -24,9 +24,10 @@ def _header(name: str, **schema: Any) -> dict[str, Any]:
 _TEXT: Final = {"type": "string"}
 _NUMBER: Final = {"type": "number"}
 _READY: Final = _object(
-    ("status", "missing", "rules", "manifest"),
+    ("status", "missing", "away", "rules", "manifest"),
     status={"enum": ["ready", "not ready"]},
     missing={"type": "object", "additionalProperties": _TEXT},
+    away={"type": "array", "items": _TEXT},
     rules={"type": "object"},
     manifest={"anyOf": [_object(("version", "expires_at"), version={"type": "integer"}, expires_at=_NUMBER), {"type": "null"}]},
 )
