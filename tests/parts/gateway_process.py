@@ -184,8 +184,11 @@ class GatewayProcess:
         return tokens.issue(issuer, subject, tenant="acme", scopes=scopes, groups=groups)
 
     def client(self, wire: Kept, token: str) -> lacre.AsyncClient:
+        """One that neither asks again nor resumes: each failure is seen."""
         url = self.site.connection_string(self.base_url)
-        return lacre.AsyncClient(url, token=token, memory=lacre.VersionMemory(), transport=wire, shape="none")
+        return lacre.AsyncClient(
+            url, token=token, memory=lacre.VersionMemory(), transport=wire, shape="none", retries=0, resume=0
+        )
 
     @asynccontextmanager
     async def load(self, clients: int = 12) -> AsyncIterator[Load]:
