@@ -161,6 +161,9 @@ async def test_orders(site: Site) -> None:
 async def test_deputy(site: Site) -> None:
     delivery = await site.running(await site.gateway("g1"))
     other = await site.gateway("g2")
+    async with asyncio.timeout(10):
+        while "a" not in other._sides or not other._sides["a"].connected:  # where it hears what the pool's workers say
+            await asyncio.sleep(0.02)
     thief, request = await site.stolen("worker-a-n2"), delivery.work.request_id
     thief.publish(subjects.reply("a", "g2", request), b"x", headers={"A": "f" * 32, "S": "0", "K": "data"})
     await thief.settle()

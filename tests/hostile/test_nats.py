@@ -265,8 +265,8 @@ async def test_still(site: Site) -> None:
     "have JetStream's answers sent to other gateways as the presence of pools that there are none of",
     by="gateway",
     refused=None,
-    gain="nothing; no answer of JetStream's is a sign of presence, and costs no connection",
-    defence="a pool is met by a sign of presence that can be read",
+    gain="nothing; the answers stay in its account, and none is a sign of presence that can be read",
+    defence="each gateway has an account of its own",
 )
 async def test_pools_of_nobody(site: Site) -> None:
     thief = await site.thief("gateway-g2")
