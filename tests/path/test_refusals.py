@@ -19,6 +19,7 @@ import lacre
 from lacre import problems
 from lacre.inner import Plain
 from lacre.sealing import Read, Sealing, Send
+from lacre.steps import Offload
 from lacre.transport import outer_of
 from lacre.trust import ConnectionString
 from lacre_fabric import tokens
@@ -48,6 +49,10 @@ class Hand:
         steps = self.sealing.exchange(Plain("POST", path, [("content-type", "application/json")], content))
         step = next(steps)
         while not (isinstance(step, Send) and step.sealed):
+            if isinstance(step, Offload):
+                step.do()
+                step = steps.send(None)
+                continue
             assert isinstance(step, Send)
             response = self.gateway.request(step.method, step.path)
             step = steps.send(outer_of(response))
