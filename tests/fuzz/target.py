@@ -46,15 +46,24 @@ class Target:
         self.holds(data, parsed)
 
     def check_memory(self, data: bytes) -> None:
-        """`check`, and that Python's allocations stay in proportion to the input: several times slower."""
+        """`check`, and that Python's allocations stay in proportion to the input: several times slower.
+
+        An input that costs too much is tried again: the first of its kind may have loaded a module, which is not its cost.
+        """
+        allowed = self.floor + MEMORY_FACTOR * len(data)
+        peak = self._peak(data)
+        if peak > allowed:
+            peak = self._peak(data)
+        assert peak <= allowed, f"{len(data)} bytes of input cost {peak} bytes of memory, over {allowed}"
+
+    def _peak(self, data: bytes) -> int:
+        """Bytes that Python allocated at most, at once."""
         tracemalloc.start()
         try:
             self.check(data)
-            peak = tracemalloc.get_traced_memory()[1]
+            return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        allowed = self.floor + MEMORY_FACTOR * len(data)
-        assert peak <= allowed, f"{len(data)} bytes of input cost {peak} bytes of memory, over {allowed}"
 
 
 class Script:
