@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from lacre_fabric import kms, poolkeys, rotation
 from lacre_fabric.keyfiles import write_secret
 from lacre_fabric.kms import KeyWithheld, KmsError, KmsUnreachable, WrongWrapping
 from lacre_fabric.kms.keeping import Keeping, keeping
+from lacre_fabric.kms.service import LARGEST
 from lacre_fabric.settings import KmsAddress, Table, parse
 from lacre_fabric.site import Site
-from parts.key_services.http import Answer, Asked, Loopback
+from parts.key_services.http import GZIP, Answer, Asked, Loopback
 
 GOOD = [
     "plain:",
@@ -200,8 +202,13 @@ def test_a_new_generation_is_wrapped_too(site: Site, address: str) -> None:
         (400, {"errors": None}),
         (400, {"errors": 5}),
         (418, {"errors": ["?"]}),
+        (200, b"[" * 60_000),
+        (200, b'{"data":{"plaintext":"' + b"A" * LARGEST + b'"}}'),
+        (200, GZIP + b"no gzip"),
+        (200, gzip.compress(b'{"data":{"plaintext":"' + b"A" * 1000 + b'"}}')),
+        (400, b"\xff"),
     ],
-    ids=str,
+    ids=lambda said: repr(said)[:40],
 )
 def test_something_else_at_the_address(tmp_path: Path, said: Answer) -> None:
     write_secret(tmp_path / "token", b"t")

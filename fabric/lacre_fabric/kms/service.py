@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,7 +18,10 @@ import httpx2
 from lacre_fabric.kms.protocol import KmsError, KmsUnreachable
 
 TIMEOUT: Final = 10.0  # seconds for each step; a worker's start waits for it
+LONGEST: Final = 30.0  # seconds for a whole answer: one that comes a byte at a time passes every step's limit
+LARGEST: Final = 64 * 1024  # bytes of an answer; a wrapped key and what surrounds it take some 2 KiB
 _BUSY: Final = frozenset({408, 429})
+_IDENTITY: Final = {"accept-encoding": "identity"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +66,30 @@ class HttpService:
 
     def post(self, path: str, body: Mapping[str, object], headers: Mapping[str, str]) -> Said:
         """Raises KmsUnreachable: no answer, or one that promises another."""
+        deadline = time.monotonic() + LONGEST
         try:
-            response = self._client.post(path, json=body, headers=dict(headers))
+            with self._client.stream("POST", path, json=body, headers={**headers, **_IDENTITY}) as response:
+                if response.status_code >= 500 or response.status_code in _BUSY:
+                    raise KmsUnreachable(f"{self.name} cannot answer now (HTTP {response.status_code})")
+                content = self._content(response, deadline)
         except httpx2.TransportError as exc:
             raise KmsUnreachable(f"{self.name} does not answer ({type(exc).__name__})") from exc
-        if response.status_code >= 500 or response.status_code in _BUSY:
-            raise KmsUnreachable(f"{self.name} cannot answer now (HTTP {response.status_code})")
         try:
-            members = response.json()
-        except ValueError:
+            members = json.loads(content)
+        except (ValueError, RecursionError):
             members = {}
         return Said(self.name, response.status_code, members if isinstance(members, dict) else {})
+
+    def _content(self, response: httpx2.Response, deadline: float) -> bytes:
+        """Bounded, and never inflated: what is compressed is no JSON."""
+        content = bytearray()
+        for piece in response.iter_raw():
+            content += piece
+            if len(content) > LARGEST:
+                raise KmsError(f"{self.name} answered with more than {LARGEST} bytes: see that its address is right")
+            if time.monotonic() > deadline:
+                raise KmsUnreachable(f"{self.name} took longer than {LONGEST:.0f} s to answer")
+        return bytes(content)
 
     def close(self) -> None:
         self._client.close()

@@ -27,11 +27,12 @@ class Asked:
         return said
 
 
-Answer = tuple[int, Mapping[str, object]]
+GZIP = b"\x1f\x8b"  # what begins so is sent as a compressed answer
+Answer = tuple[int, Mapping[str, object] | bytes]
 
 
 class Loopback:
-    """answer: status and JSON for each request. Its exceptions are 500, and show in the test as such."""
+    """answer: status, and JSON or bytes as they are, for each request. Its exceptions are 500, and show in the test as such."""
 
     def __init__(self, answer: Callable[[Asked], Answer]) -> None:
         class Handler(BaseHTTPRequestHandler):
@@ -46,9 +47,11 @@ class Loopback:
                     status, members = answer(asked)
                 except Exception as exc:  # noqa: BLE001 - the test sees it as 500
                     status, members = 500, {"stand": repr(exc)}
-                content = json.dumps(members).encode()
+                content = members if isinstance(members, bytes) else json.dumps(members).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
+                if content.startswith(GZIP):
+                    self.send_header("content-encoding", "gzip")
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
