@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import weakref
 from array import array
@@ -34,7 +35,6 @@ from lacre_backend.engine.tokenizer_process import (
     READY,
     UNREADABLE,
 )
-from lacre_fabric.leash import PYTHON
 
 SHORT: Final = 16 * 1024  # bytes: of such a text even the square takes some tenths of a second
 LONG_AT_ONCE: Final = 4  # each may take 256 MiB of stack, and 160 bytes for each of its own
@@ -210,7 +210,7 @@ class _Process:
         with theirs:
             surroundings = {name: os.environ[name] for name in _KEPT if name in os.environ}
             self._child = subprocess.Popen(
-                [*PYTHON, "-m", _MODULE, os.fspath(path)],
+                [sys.executable, "-P", "-m", _MODULE, os.fspath(path)],  # -P: no module of the current folder in its place
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
