@@ -347,7 +347,7 @@ class RuleMaker(ScalarRules):
         for kind in kinds:
             if kind.most is not None and kind.most < kind.least:
                 continue
-            kind = replace(kind, never=kind.never | never, patterns=(*kind.patterns, *conditions))  # noqa: PLW2901
+            kind = replace(kind, never=kind.never | never, patterns=(*kind.patterns, *conditions))  # noqa: PLW2901 - narrowed
             if kind.only is not None:
                 keys += [quoted(t) for t in sorted(kind.only) if t not in kind.never and self._is(kind, t, at)]
             elif kind == Case("string"):

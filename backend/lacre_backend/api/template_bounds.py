@@ -167,7 +167,7 @@ class _Counted(NodeTransformer):
     def _counted(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_call(_ROUND, [])))
-        return node  # type: ignore[no-any-return]
+        return node  # type: ignore[no-any-return]  # a Macro, For or CallBlock has a body, and Node has none
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
