@@ -16,7 +16,7 @@ from lacre_fabric import kms, poolkeys, rotation
 from lacre_fabric.keyfiles import write_secret
 from lacre_fabric.kms import KeyWithheld, KmsError, KmsUnreachable, WrongWrapping
 from lacre_fabric.kms.keeping import Keeping, keeping
-from lacre_fabric.kms.service import LARGEST
+from lacre_fabric.kms.service import LARGEST, HttpService
 from lacre_fabric.settings import KmsAddress, Table, parse
 from lacre_fabric.site import Site
 from parts.key_services.http import GZIP, Answer, Asked, Loopback
@@ -203,7 +203,6 @@ def test_a_new_generation_is_wrapped_too(site: Site, address: str) -> None:
         (400, {"errors": 5}),
         (418, {"errors": ["?"]}),
         (200, b"[" * 60_000),
-        (200, b'{"data":{"plaintext":"' + b"A" * LARGEST + b'"}}'),
         (200, GZIP + b"no gzip"),
         (200, gzip.compress(b'{"data":{"plaintext":"' + b"A" * 1000 + b'"}}')),
         (400, b"\xff"),
@@ -220,6 +219,21 @@ def test_something_else_at_the_address(tmp_path: Path, said: Answer) -> None:
                 poolkeys.read(tmp_path / "keys" / "1.key", kept)
             assert not caught.value.retryable
     finally:
+        server.close()
+
+
+@pytest.mark.parametrize(("size", "taken"), [(LARGEST, True), (LARGEST + 1, False)])
+def test_an_answer_has_a_largest_size(size: int, taken: bool) -> None:
+    server = Loopback(lambda _: (200, b'{"a":"b"}'.ljust(size)))
+    service = HttpService("the vault", f"http://127.0.0.1:{server.port}")
+    try:
+        if taken:
+            assert service.post("/", {}, {}).members == {"a": "b"}
+        else:
+            with pytest.raises(KmsError, match=f"more than {LARGEST} bytes"):
+                service.post("/", {}, {})
+    finally:
+        service.close()
         server.close()
 
 
