@@ -7,16 +7,20 @@ FUZZ_SECONDS ?= 120
 CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
-.PHONY: demo test test-all lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom
+.PHONY: demo test test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom
 
 demo: ready
 	$(BIN)/lacre demo
 
 test: tested
-	$(PYTEST) -m "not slow and not container"
+	$(PYTEST) -m "not slow and not container and not heavy"
 
 test-all: tested environments
-	$(PYTEST) -m "not container"
+	$(PYTEST) -m "not container and not heavy"
+
+# Suites that need large environments, each made when its suite first runs. SUITES: some of tests/heavy's folders; else all.
+test-heavy: tested
+	$(PYTEST) $(or $(SUITES:%=tests/heavy/%),tests/heavy)
 
 # Other people's programs and other Pythons, each with its own lock file; kept outside the clone.
 environments:

@@ -1,6 +1,7 @@
 """Python environments beside `.venv`, one for each lock file in tests/ecosystem: other people's programs, and other Pythons.
 
 `environments.py NAME...` makes those that are missing, all of them where no name is given, and prints each one's interpreter.
+The heavy suites have lock files too (tests/heavy/SUITE); each of those is made only by its name.
 An environment is kept outside the clone (`$XDG_CACHE_HOME/lacre/environments`) under a name that says what it was made from,
 so that a second run starts in seconds. It holds what its lock file lists, and no Lacre: that is the clone's, by PYTHONPATH.
 """
@@ -16,7 +17,9 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
-LOCKS = Path(__file__).resolve().parent.parent / "tests" / "ecosystem"
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+LOCKS = TESTS / "ecosystem"
+HEAVY = TESTS / "heavy"
 DECLARED = ("3.11", "3.12", "3.13", "3.14")
 
 
@@ -47,7 +50,7 @@ def _version(python: Path) -> str | None:
 def ready(name: str, python: Path | None = None) -> Path:
     """The interpreter of the environment NAME, made now where there is none. python: what it is made from."""
     base = python or Path(sys.executable)
-    lock = LOCKS / f"{name}.lock"
+    lock = lock_of(name)
     key = sha256(lock.read_bytes() + str(base.resolve()).encode()).hexdigest()[:16]
     home = folder() / f"{name}-{_version(base)}-{key}"
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,15 @@ def _make(home: Path, lock: Path, base: Path) -> None:
     (home / ".ready").touch()
 
 
+def lock_of(name: str) -> Path:
+    found = [*LOCKS.glob(f"{name}.lock"), *HEAVY.glob(f"*/{name}.lock")]
+    if len(found) != 1:
+        raise SystemExit(f"{len(found)} lock files are named {name}.lock in tests/ecosystem and tests/heavy: there must be one")
+    return found[0]
+
+
 def names() -> list[str]:
+    """Of those that `make environments` makes."""
     return sorted(lock.stem for lock in LOCKS.glob("*.lock"))
 
 

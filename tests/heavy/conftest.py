@@ -1,0 +1,44 @@
+"""Suites that need an environment too large for every run: `make test-heavy`.
+
+Rules
+- A suite is a folder here, and has its rooms in suites.toml. Everything in it is marked `heavy`.
+- What it needs in Python is in NAME.lock of its folder, compiled by tools/lock.sh from NAME.in. `environment("NAME")` makes
+  it, outside the clone, when a test asks: what does not run costs nothing.
+- PyTorch goes into no lock file. No suite needs it so far.
+- What is not there is a failure, and no reason to skip: CI must not pass without having looked.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HEAVY = Path(__file__).resolve().parent
+ROOT = HEAVY.parents[1]
+# Of one test, with the environment that it may be the first to make.
+SECONDS = 600
+
+Environment = Callable[[str], str]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HEAVY):
+            item.add_marker("heavy")
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(SECONDS))
+
+
+@pytest.fixture(scope="session")
+def environment() -> Environment:
+    """By the name of its lock file, the environment's interpreter. It has no Lacre: give it PYTHONPATH."""
+
+    def made(name: str) -> str:
+        command = [sys.executable, str(ROOT / "tools/environments.py"), name]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    return made
