@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import lacre
 from lacre import problems
+from lacre.connection import outer_of
 from lacre.inner import Plain
 from lacre.sealing import Read, Sealing, Send
 from lacre.steps import Offload
-from lacre.transport import outer_of
 from lacre.trust import ConnectionString
 from lacre_fabric import tokens
 from lacre_fabric.keyfiles import read_ed25519
