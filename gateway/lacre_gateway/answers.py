@@ -59,7 +59,7 @@ def described(
 
 def problem_response(refusal: Refusal) -> Response:
     headers = {name.decode(): value.decode() for name, value in refusal.headers()}
-    return Response(refusal.problem.body(), status_code=refusal.problem.status, headers=headers)
+    return Response(refusal.body, status_code=refusal.problem.status, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

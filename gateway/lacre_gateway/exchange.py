@@ -180,7 +180,7 @@ class Exchange:
             headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
         linger = self._unread and not waits
-        await self._send({"type": "http.response.body", "body": refusal.problem.body(), "more_body": linger})
+        await self._send({"type": "http.response.body", "body": refusal.body, "more_body": linger})
         if linger:
             await self._drop(LINGER, MAX_SEALED_REQUEST)
             await self.end()

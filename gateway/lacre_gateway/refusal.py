@@ -1,9 +1,12 @@
-"""How the gateway says no before the first byte of an answer: a row of the fixed problem table, and nothing else."""
+"""How the gateway says no before the first byte of an answer: a row of the fixed problem table, with typed members of
+`lacre.details`, and nothing else.
+"""  # fmt: skip
 
 from __future__ import annotations
 
 import math
 
+from lacre.details import NONE, Details
 from lacre.problems import MEDIA_TYPE, Problem
 
 RawHeaders = list[tuple[bytes, bytes]]
@@ -13,19 +16,23 @@ class Refusal(Exception):
     """Ends a request with a problem document. Raised anywhere on its path, answered at one place.
 
     retry_after: seconds, for 429 and 503. challenge: the value of WWW-Authenticate, for 401 (RFC 9110 section 11.6.1).
+    details: what the document says beside its type.
     """
 
-    def __init__(self, problem: Problem, *, retry_after: float | None = None, challenge: bytes | None = None) -> None:
+    def __init__(
+        self, problem: Problem, *, retry_after: float | None = None, challenge: bytes | None = None, details: Details = NONE
+    ) -> None:
         super().__init__(problem.type)
         self.problem = problem
         self.retry_after = retry_after
         self.challenge = challenge
+        self.body = problem.body(details)
 
     def headers(self) -> RawHeaders:
         """Those that every problem response has, and the ones that belong to this refusal."""
         headers = [
             (b"content-type", MEDIA_TYPE.encode()),
-            (b"content-length", str(len(self.problem.body())).encode()),
+            (b"content-length", str(len(self.body)).encode()),
             (b"cache-control", b"no-store"),
         ]
         if self.retry_after is not None:

@@ -17,6 +17,7 @@ from typing import Final
 
 import httpx2
 
+from lacre import details
 from lacre._version import __version__
 from lacre.client import DEFAULT_LIMITS, DEFAULT_TIMEOUT, EventHooks, Verify
 from lacre.credentials import checked
@@ -122,9 +123,10 @@ class DirectSealing(Sealing):
             send, opening = self._sealed(plain, config, attempts := attempts + 1)
             outer = sent_outer((yield send))
             if outer.status != 200:
-                problem = problem_of(outer, (yield from read_all(MAX_PROBLEM)))
+                document = yield from read_all(MAX_PROBLEM)
+                problem = problem_of(outer, document)
                 if problem is not UNKNOWN_KEY or problem in once:
-                    return Refusal(problem, outer.retry_after, opening.facts)
+                    return Refusal(problem, outer.retry_after, opening.facts, details.read(document))
                 once.add(problem)
                 self._config = None
                 continue
@@ -140,7 +142,7 @@ class DirectSealing(Sealing):
         outer = sent_outer((yield Send("GET", WELL_KNOWN)))
         content = yield from read_all(MAX_KEYS)
         if outer.status != 200:
-            raise problem_of(outer, content).exception(outer.retry_after)
+            raise problem_of(outer, content).exception(outer.retry_after, details.read(content))
         published = {hashlib.sha256(config.encode()).digest(): config for config in parse_key_list(content)}
         for pin in self._pins:
             if pin in published:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lacre.details import Details
     from lacre.verification import Verification
 
 
@@ -191,6 +192,7 @@ class RefusedError(LacreError):
     status: the outer HTTP status, 4xx or 5xx.
     problem: the problem type (RFC 9457), one of `lacre.problems`.
     retry_after: seconds to wait before trying again, where the gateway said so.
+    details: which limit, how much, which names would do: the members of `lacre.details` that the gateway told.
     """
 
     remedy = "Do what the problem's title says; the operator's log says more, by the time and the caller."
@@ -203,6 +205,7 @@ class RefusedError(LacreError):
         self.status = status
         self.problem = problem
         self.retry_after = retry_after
+        self.details: Details = {}
 
 
 class Unauthenticated(RefusedError):

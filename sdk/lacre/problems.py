@@ -1,7 +1,8 @@
 """What a gateway may say before a request is opened: a fixed table of problem types (RFC 9457).
 
-A problem carries a type and a title out of this table, never the text of an exception. Workers name a problem by its type in
-an `error` frame; the gateway turns it into the HTTP response, and the SDK into a typed error.
+A problem carries a type and a title out of this table, and typed members of `lacre.details`; never the text of an exception.
+Workers name a problem by its type in an `error` frame; the gateway turns it into the HTTP response, and the SDK into a typed
+error.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from lacre import details as members
 from lacre import errors
+from lacre.details import Details
 
 MEDIA_TYPE: Final = "application/problem+json"
 _OURS: Final = "urn:lacre:problem:"
@@ -28,9 +31,10 @@ class Problem:
     remedy: str
     error: Callable[..., errors.RefusedError] = errors.RefusedError
 
-    def body(self) -> bytes:
+    def body(self, details: Details = members.NONE) -> bytes:
         """The `application/problem+json` document."""
-        return json.dumps({"type": self.type, "title": self.title, "status": self.status}, separators=(",", ":")).encode()
+        said = {"type": self.type, "title": self.title, "status": self.status, **members.written(details)}
+        return json.dumps(said, separators=(",", ":")).encode()
 
     @property
     def slug(self) -> str:
@@ -47,9 +51,11 @@ class Problem:
         kind = value.get("type") if isinstance(value, dict) else None
         return kind if isinstance(kind, str) else None
 
-    def exception(self, retry_after: float | None = None) -> errors.RefusedError:
-        said = f"{self.title}. {self.remedy}"
-        return self.error(said, status=self.status, problem=self.type, retry_after=retry_after, remedy=self.remedy)
+    def exception(self, retry_after: float | None = None, details: Details = members.NONE) -> errors.RefusedError:
+        said = " ".join(filter(None, (f"{self.title}.", members.told(details), self.remedy)))
+        refused = self.error(said, status=self.status, problem=self.type, retry_after=retry_after, remedy=self.remedy)
+        refused.details = dict(details)
+        return refused
 
 
 INVALID_TOKEN: Final = Problem(

@@ -103,7 +103,7 @@ class Answer:
         self.facts.attempts += outcome.facts.attempts
         self.facts.lost = outcome.facts.lost
         if isinstance(outcome, Refusal):
-            refusal = outcome.problem.exception(outcome.retry_after)
+            refusal = outcome.exception()
             raise self._broken("the answer broke off, and the request that goes on with it was refused") from refusal
         self._join(outcome)
 

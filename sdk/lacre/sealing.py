@@ -21,19 +21,21 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
-from lacre import audit, receipts
+from lacre import audit, details, receipts
 from lacre.audit import AuditProof
 from lacre.backoff import ENDURANCE, Retries, delay
+from lacre.details import Details
 from lacre.errors import (
     Expired,
     InvalidAudit,
     InvalidMessage,
     LacreError,
     NetworkError,
+    RefusedError,
     SettingsError,
     TruncatedStream,
     UnsealedResponse,
@@ -87,11 +89,15 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The gateway would not take the request. Nobody signed this."""
+    """The gateway would not take the request. Nobody signed this. details: what it says beside the problem's type."""
 
     problem: Problem
     retry_after: float | None
     facts: Facts
+    details: Details = field(default_factory=dict)
+
+    def exception(self) -> RefusedError:
+        return self.problem.exception(self.retry_after, self.details)
 
 
 Trailers = tuple[tuple[str, str], ...]
@@ -263,10 +269,10 @@ class Sealing:
         """None once the answer's head is there."""
         outer = sent_outer((yield send))
         if outer.status != 200:
-            problem = problem_of(outer, (yield from read_all(MAX_PROBLEM)))
+            document = yield from read_all(MAX_PROBLEM)
             with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
                 opening.facts.audit = self._proved(outer, sent)
-            return Refusal(problem, outer.retry_after, opening.facts)
+            return Refusal(problem_of(outer, document), outer.retry_after, opening.facts, details.read(document))
         check_sealed(outer)
         opening.facts.audit = self._proved(outer, {**sent, "decision": "allow"})
         while not opening.ready:
@@ -303,7 +309,7 @@ class Sealing:
                     return
                 problem = problem_of(outer, document)
                 if (seconds := retries.after_refusal(problem, outer.retry_after)) is None:
-                    raise problem.exception(outer.retry_after)
+                    raise problem.exception(outer.retry_after, details.read(document))
             yield Wait(seconds)
 
     def _accept(self, document: bytes) -> None:

@@ -207,10 +207,10 @@ def sealed_response(answer: Answer, stream: httpx2.SyncByteStream | httpx2.Async
 
 
 def refusal_response(refusal: Refusal) -> httpx2.Response:
-    problem, exception = refusal.problem, refusal.problem.exception(refusal.retry_after)
+    problem, exception = refusal.problem, refusal.exception()
     exception.verification = refusal.facts.verification
     code = "model_not_found" if problem is problems.UNKNOWN_POOL else problem.slug
-    error = {"message": f"{problem.title}. {problem.remedy}", "type": "lacre_gateway_refusal", "param": None, "code": code}
+    error = {"message": str(exception), "type": "lacre_gateway_refusal", "param": None, "code": code}
     headers = {"content-type": "application/json"}
     if problem in backoff.LOST:
         headers["x-should-retry"] = "false"  # OpenAI's word to its clients: this one has cost as many workers as it may

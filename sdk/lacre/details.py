@@ -1,0 +1,125 @@
+"""What a problem document says beside its type (RFC 9457 section 3.2): which limit, how much, which names would do.
+
+Rules:
+- Only the members of this table are written and read, each in its form. Whatever else stands in a document is dropped.
+- Nobody signed them. They are told in our own words, and change what a person reads, never what is trusted or tried next.
+- No value is a sentence: names, numbers and short lists of names, so that nothing in them can speak for us.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Final
+
+Detail = str | int | float | tuple[str, ...]
+Details = Mapping[str, Detail]
+
+NONE: Final[Details] = {}
+MAX_LISTED: Final = 32  # names in a list: as many as a person reads
+_MOST: Final = 2**53  # what every JSON reader holds exactly
+_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # as models and pools are named
+
+
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) and _NAME.fullmatch(value) else None
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST else None
+
+
+def _time(value: object) -> float | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if 0 <= value <= _LAST_TIME else None  # which no NaN is
+
+
+def _listed(value: object) -> tuple[str, ...] | None:
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    names = tuple(name for name in map(_name, value[:MAX_LISTED]) if name is not None)
+    return names or None
+
+
+_LAST_TIME: Final = 253_402_300_799  # 9999-12-31T23:59:59Z: later ones have no date
+_FORMS: Final[dict[str, Callable[[object], Detail | None]]] = {
+    "limit": _name,  # what is used up or exceeded: as plans.toml and the settings name it, or `max_tokens`
+    "scope": _name,  # whose limit it is: user, tenant, plan, address, gateway, policy
+    "unit": _name,  # what it counts
+    "ceiling": _count,  # the limit itself
+    "asked": _count,  # what this request asked for
+    "remaining": _count,  # what was left
+    "reason": _name,  # why a token is not taken
+    "claim": _name,  # which of its claims is meant
+    "expired_at": _time,  # seconds since the epoch
+    "header": _name,  # which field of the request is missing or wrong
+    "models": _listed,  # those that the caller may use
+    "pools": _listed,
+    "paths": _listed,  # those that there are
+    "methods": _listed,  # those that the path takes
+}
+
+
+def read(body: bytes) -> dict[str, Detail]:
+    """The members of a problem document that are of this table and of their form. Never raises."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    found = {name: form(value[name]) for name, form in _FORMS.items() if name in value}
+    return {name: detail for name, detail in found.items() if detail is not None}
+
+
+def written(details: Details) -> dict[str, Detail]:
+    """The same members, for a document: what is not of its form stays out, and a list has `MAX_LISTED` names at most."""
+    found = {name: form(details[name]) for name, form in _FORMS.items() if name in details}
+    return {name: detail for name, detail in found.items() if detail is not None}
+
+
+def told(details: Details) -> str:
+    """The same in a sentence or two, for a person; empty where there is nothing to say."""
+    return " ".join(filter(None, (_limit(details), _token(details), _names(details))))
+
+
+def _limit(details: Details) -> str:
+    if "limit" not in details:
+        return _field(details)
+    unit = f" {details['unit']}" if "unit" in details else ""
+    parts = [f"The limit is {details['limit']}"]
+    if "scope" in details:
+        parts.append(f"of the {details['scope']}")
+    amounts = [
+        f"{said} {details[name]}{unit if name == 'ceiling' else ''}"
+        for name, said in (("ceiling", "at most"), ("asked", "asked for"), ("remaining", "left"))
+        if name in details
+    ]
+    return " ".join(parts) + (f": {', '.join(amounts)}." if amounts else ".")
+
+
+def _field(details: Details) -> str:
+    return f"The header field is {details['header']}." if "header" in details else ""
+
+
+def _token(details: Details) -> str:
+    if "expired_at" in details:
+        return f"The token expired at {_date(details['expired_at'])}."
+    if "reason" not in details:
+        return ""
+    claim = f", claim {details['claim']}" if "claim" in details else ""
+    return f"The reason is {details['reason']}{claim}."
+
+
+def _date(value: Detail) -> str:
+    seconds = value if isinstance(value, int | float) else 0.0
+    return datetime.datetime.fromtimestamp(int(seconds), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _names(details: Details) -> str:
+    said = (("models", "Models"), ("pools", "Pools"), ("paths", "Paths"), ("methods", "Methods"))
+    lists = [f"{word}: {', '.join(value)}." for name, word in said if isinstance(value := details.get(name), tuple)]
+    return " ".join(lists)
