@@ -23,8 +23,9 @@ def main(max_tokens: int) -> None:
             stream = client.chat_stream([system, *turns], max_tokens=max_tokens)
             for piece in stream:
                 print(piece, end="", flush=True)
-            print(f"\n({stream.usage.prompt} tokens read, {stream.usage.cached} of them from the cache)")
-            turns.append({"role": "assistant", "content": stream.text})
+            reply = stream.reply()
+            print(f"\n({reply.usage.prompt} tokens read, {reply.usage.cached} of them from the cache)")
+            turns.append({"role": "assistant", "content": reply.text})
 
 
 if __name__ == "__main__":

@@ -23,10 +23,19 @@ def sync_client() -> None:
         assert_type(reply.usage, lacre.TokenUsage)
         assert_type(reply.receipt, lacre.Receipt)
         assert_type(reply.recount(len), lacre.Recount)
+        assert_type(reply.finish_reason, str | None)
+        assert_type(reply.tool_calls, tuple[lacre.ToolCall, ...])
+        assert_type(reply.choices[0].logprobs, tuple[lacre.TokenLogprob, ...] | None)
+        client.chat([{"role": "user", "content": "x"}, reply.message], timeout=3, extra_body={"seed": 1}, tools=[])
         stream = client.chat_stream([{"role": "user", "content": "x"}])
         assert_type(stream, lacre.ChatStream)
         for piece in stream:
             assert_type(piece, str)
+        assert_type(stream.usage, lacre.TokenUsage | None)
+        assert_type(stream.reply(), lacre.Reply)
+        for event in client.chat_stream("x", n=2).events():
+            if isinstance(event, lacre.ToolCallDelta):
+                assert_type(event.arguments, str)
         assert_type(client.models(), tuple[str, ...])
         assert_type(client.post("/v1/chat/completions", json={}), httpx2.Response)
 
@@ -42,6 +51,7 @@ async def async_client() -> None:
             assert_type(stream, lacre.AsyncChatStream)
             async for piece in stream:
                 assert_type(piece, str)
+            assert_type(await stream.reply(), lacre.Reply)
         assert_type(await client.models(), tuple[str, ...])
 
 

@@ -55,7 +55,8 @@ async def events(client: lacre.AsyncClient, question: Question) -> AsyncIterator
         except lacre.LacreError as error:
             yield event("failed", {"message": str(error), "remedy": error.remedy})
             return
-        yield event("done", {"tokens": stream.usage.completion, "model": stream.model})
+        reply = await stream.reply()  # whole by now: it has its usage, its receipt and its proof
+        yield event("done", {"tokens": reply.usage.completion, "model": reply.model})
 
 
 def event(name: str, data: object) -> str:

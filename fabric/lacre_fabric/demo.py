@@ -81,7 +81,7 @@ async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console
             out.file.flush()
     out.print()
     seconds = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else 0.0
-    completion_tokens = stream.usage.completion
+    completion_tokens, facts = (await stream.reply()).usage.completion, stream.facts
     result = Result(
         ok=bool(arrivals),
         model=live.site.pools["default"][0],
@@ -89,8 +89,8 @@ async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console
         completion_tokens=completion_tokens,
         ttft_ms=round((arrivals[0] - began) * 1e3, 1) if arrivals else 0.0,
         tokens_per_s=round((completion_tokens - 1) / seconds, 1) if seconds else 0.0,
-        kem=stream.facts.kem,
-        sealed_request_bytes=stream.facts.sealed_request_bytes,
+        kem="" if facts is None else facts.kem,
+        sealed_request_bytes=0 if facts is None else facts.sealed_request_bytes,
     )
     out.print(
         f"\n[dim]{result.completion_tokens} tokens, {result.tokens_per_s} a second, the first after {result.ttft_ms:.0f} ms; "

@@ -43,7 +43,7 @@ class ManifestFeed:
     ) -> None:
         self._fetch = fetch
         self._root = root
-        self._memory = memory or VersionMemory()
+        self._memory = VersionMemory() if memory is None else memory
         self._clock = clock
         self._interval = poll
         self.failure: Exception | None = None  # why the last reading gave no manifest

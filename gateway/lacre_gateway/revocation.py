@@ -133,6 +133,8 @@ def revocation(
     until = longest if until is None else min(until + trusted.leeway, longest)
     if until <= now:
         raise UsageError("--until lies in the past: whatever expired then is refused already")
+    if not all(name is None or name.strip() for name in (jti, subject)):
+        raise UsageError("--jti or --sub is empty, and would revoke nothing: give the token's id, or the subject")
     if jti is not None and subject is None:
         return Revocation(token_key(trusted.issuer, jti), until)
     if subject is not None and jti is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lacre._version import __version__
 from lacre.audit import AuditProof
+from lacre.choices import Choice, Finished, ReasoningDelta, RefusalDelta, TextDelta, TokenLogprob, ToolCall, ToolCallDelta
 from lacre.client import BASE_URL, AsyncClient, Client
 from lacre.credentials import ClientCredentials
 from lacre.dpop import ProofKey
@@ -65,11 +66,13 @@ __all__ = [
     "AsyncOpenAI",
     "AuditProof",
     "ChatStream",
+    "Choice",
     "Client",
     "ClientCredentials",
     "ConnectionString",
     "DestinationError",
     "Expired",
+    "Finished",
     "Forbidden",
     "InvalidAudit",
     "InvalidMessage",
@@ -86,14 +89,20 @@ __all__ = [
     "ProofKey",
     "ProtocolError",
     "RateLimited",
+    "ReasoningDelta",
     "Receipt",
     "Recount",
+    "RefusalDelta",
     "RefusedError",
     "Reply",
     "Rollback",
     "SettingsError",
     "StreamBroken",
+    "TextDelta",
+    "TokenLogprob",
     "TokenUsage",
+    "ToolCall",
+    "ToolCallDelta",
     "TruncatedStream",
     "Unauthenticated",
     "Unavailable",

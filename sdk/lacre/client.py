@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, Final
 
 import httpx2
 
+from lacre import arguments, credentials
 from lacre._version import __version__
+from lacre.chat_request import ChatRequest, Messages
+from lacre.choices import StreamEvent
 from lacre.credentials import AsyncToken, Token
 from lacre.dpop import ProofKey
-from lacre.errors import SettingsError
+from lacre.errors import SettingsError, UsageError
 from lacre.manifest import Manifest
 from lacre.memory import Memory, VersionFile
 from lacre.padding import Shape
-from lacre.reply import CHAT_PATH, Messages, Reply, chat_body, check
+from lacre.reply import CHAT_PATH, Reply, check
 from lacre.sealing import DEFAULT_KEMS, ORIGIN, Sealing
 from lacre.streams import AsyncChatStream, ChatStream, Deltas, events_of
 from lacre.transport import FACTS, AsyncSealedTransport, SealedTransport
@@ -36,15 +40,16 @@ DEFAULT_RESUMES: Final = 3
 
 Verify = ssl.SSLContext | str | bool
 EventHooks = Mapping[str, list[Any]]
+Timeout = httpx2.Timeout | float | None | EllipsisType  # of one call; `...` is the client's own
 
 
 class Client(httpx2.Client):
     """A sealed client. It *is* an `httpx2.Client` with its base URL set: `client.post("/v1/chat/completions", json=...)`.
 
-    url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` where left out.
+    url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` if None.
     token: the access token, a callable that returns one, asked before each request, or OAuth2 `ClientCredentials`;
-    `LACRE_TOKEN` where left out.
-    dpop: the key that the token is bound to, where it is (RFC 9449); the one in the file `LACRE_DPOP_KEY` where left out.
+    `LACRE_TOKEN` if None. An empty one is refused: it never stands for the environment's.
+    dpop: the key that the token is bound to, where it is (RFC 9449); the one in the file `LACRE_DPOP_KEY` if None.
     pool: the pool of workers to seal to. kem: the key encapsulation that is accepted, or several, the preferred first.
     shape: `pad` fills requests and answers up to lengths that say little, for which an answer that is no event stream comes in
     pieces of 16 KiB; `none` does not.
@@ -79,29 +84,31 @@ class Client(httpx2.Client):
         transport: httpx2.BaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
-        where = ConnectionString.parse(url or _setting("LACRE_URL", "url"))
+        where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
+        bearer, key = credentials.sync_source(token), _proof_key(dpop)
+        sealing = Sealing(
+            where.root,
+            _memory(memory),
+            pool=arguments.text(pool, "pool"),
+            kems=arguments.one_or_more(kem, Kem, "kem"),
+            shape=shape,
+            keep_identifying_fields=arguments.flag(keep_identifying_fields, "keep_identifying_fields"),
+            retries=None if retries is None else arguments.count(retries, "retries"),
+            resume=arguments.count(resume, "resume"),
+        )
+        lasts = arguments.timeout(timeout)
         outer = httpx2.Client(
             base_url=where.base_url,
             headers=_OUTER_HEADERS,
             timeout=DEFAULT_TIMEOUT,
-            verify=verify,
-            proxy=proxy,
+            verify=arguments.verify(verify),
+            proxy=arguments.proxy(proxy),
             limits=limits,
             transport=transport,
         )
-        sealing = Sealing(
-            where.root,
-            memory or VersionFile.default(),
-            pool=pool,
-            kems=_kems(kem),
-            shape=shape,
-            keep_identifying_fields=keep_identifying_fields,
-            retries=retries,
-            resume=resume,
-        )
-        self._sealed = SealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"), dpop or _proof_key())
+        self._sealed = SealedTransport(sealing, outer, bearer, key)
         self._pool_name = pool
-        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks)
+        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks)
 
     def send(
         self,
@@ -114,30 +121,70 @@ class Client(httpx2.Client):
         """As `httpx2.Client.send`, but a redirect is an answer like any other: it is never followed."""
         return super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
-    def chat(self, messages: Messages, **params: Any) -> Reply:
-        """One answer. messages: a string, or OpenAI-style messages; params: any OpenAI sampling parameter."""
-        return Reply.parse(self.post(CHAT_PATH, json=chat_body(messages, params, stream=False)))
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        timeout: Timeout = ...,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_query: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> Reply:
+        """One whole answer.
 
-    def chat_stream(self, messages: Messages, **params: Any) -> ChatStream:
-        """The answer's text, piece by piece as each record opens; once it has ended, its usage and receipt too.
+        messages: a string, or messages in OpenAI's form; params: any parameter of OpenAI's chat completions.
+        timeout: of this call, in seconds. extra_body: further members of the body, as `openai` has it; so `extra_headers`, of
+        which only what does not say who asks is sealed, and `extra_query`. Raises UsageError for what is wrong with these.
+        """
+        request = ChatRequest.of(
+            messages,
+            params,
+            stream=False,
+            timeout=timeout,
+            extra_headers=extra_headers,
+            extra_query=extra_query,
+            extra_body=extra_body,
+        )
+        return Reply.parse(self.post(CHAT_PATH, content=request.content, **request.options))
+
+    def chat_stream(
+        self,
+        messages: Messages,
+        *,
+        timeout: Timeout = ...,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_query: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> ChatStream:
+        """The answer as it comes: iterate for its text, over `events()` for all of it, or take `reply()`. As for `chat`.
 
         An answer that breaks off is resumed (`resume`). Iterating raises StreamBroken where it cannot be: the pieces until then
         are not the whole of it.
         """
+        request = ChatRequest.of(
+            messages,
+            params,
+            stream=True,
+            timeout=timeout,
+            extra_headers=extra_headers,
+            extra_query=extra_query,
+            extra_body=extra_body,
+        )
         deltas = Deltas()
-        return ChatStream(self._pieces(chat_body(messages, params, stream=True), deltas), deltas)
+        return ChatStream(self._events(request, deltas), deltas)
 
-    def _pieces(self, body: Mapping[str, Any], deltas: Deltas) -> Generator[str, None, None]:
-        with self.stream("POST", CHAT_PATH, json=body) as response:
+    def _events(self, request: ChatRequest, deltas: Deltas) -> Generator[StreamEvent, None, None]:
+        with self.stream("POST", CHAT_PATH, content=request.content, **request.options) as response:
+            facts = deltas.facts = response.extensions[FACTS]
             if response.is_error:
                 response.read()
                 check(response)
-            deltas.facts = response.extensions[FACTS]
             with events_of(response) as events:
                 for event in events:
-                    if text := deltas.feed(event.data):
-                        yield text
-            deltas.close(deltas.facts)
+                    yield from deltas.feed(event.data)
+            deltas.close(facts)
 
     @property
     def verification(self) -> Verification:
@@ -172,29 +219,31 @@ class AsyncClient(httpx2.AsyncClient):
         transport: httpx2.AsyncBaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
-        where = ConnectionString.parse(url or _setting("LACRE_URL", "url"))
+        where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
+        bearer, key = credentials.source(token), _proof_key(dpop)
+        sealing = Sealing(
+            where.root,
+            _memory(memory),
+            pool=arguments.text(pool, "pool"),
+            kems=arguments.one_or_more(kem, Kem, "kem"),
+            shape=shape,
+            keep_identifying_fields=arguments.flag(keep_identifying_fields, "keep_identifying_fields"),
+            retries=None if retries is None else arguments.count(retries, "retries"),
+            resume=arguments.count(resume, "resume"),
+        )
+        lasts = arguments.timeout(timeout)
         outer = httpx2.AsyncClient(
             base_url=where.base_url,
             headers=_OUTER_HEADERS,
             timeout=DEFAULT_TIMEOUT,
-            verify=verify,
-            proxy=proxy,
+            verify=arguments.verify(verify),
+            proxy=arguments.proxy(proxy),
             limits=limits,
             transport=transport,
         )
-        sealing = Sealing(
-            where.root,
-            memory or VersionFile.default(),
-            pool=pool,
-            kems=_kems(kem),
-            shape=shape,
-            keep_identifying_fields=keep_identifying_fields,
-            retries=retries,
-            resume=resume,
-        )
-        self._sealed = AsyncSealedTransport(sealing, outer, token or _setting("LACRE_TOKEN", "token"), dpop or _proof_key())
+        self._sealed = AsyncSealedTransport(sealing, outer, bearer, key)
         self._pool_name = pool
-        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks)
+        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks)
 
     async def send(
         self,
@@ -207,30 +256,66 @@ class AsyncClient(httpx2.AsyncClient):
         """As `httpx2.AsyncClient.send`, but a redirect is an answer like any other: it is never followed."""
         return await super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
-    async def chat(self, messages: Messages, **params: Any) -> Reply:
-        """One answer. messages: a string, or OpenAI-style messages; params: any OpenAI sampling parameter."""
-        return Reply.parse(await self.post(CHAT_PATH, json=chat_body(messages, params, stream=False)))
+    async def chat(
+        self,
+        messages: Messages,
+        *,
+        timeout: Timeout = ...,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_query: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> Reply:
+        """As `Client.chat`."""
+        request = ChatRequest.of(
+            messages,
+            params,
+            stream=False,
+            timeout=timeout,
+            extra_headers=extra_headers,
+            extra_query=extra_query,
+            extra_body=extra_body,
+        )
+        return Reply.parse(await self.post(CHAT_PATH, content=request.content, **request.options))
 
-    def chat_stream(self, messages: Messages, **params: Any) -> AsyncChatStream:
-        """The answer's text, piece by piece as each record opens; once it has ended, its usage and receipt too.
+    def chat_stream(
+        self,
+        messages: Messages,
+        *,
+        timeout: Timeout = ...,
+        extra_headers: Mapping[str, str] | None = None,
+        extra_query: Mapping[str, str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> AsyncChatStream:
+        """The answer as it comes: iterate for its text, over `events()` for all of it, or take `reply()`. As for `chat`.
 
         An answer that breaks off is resumed (`resume`). Iterating raises StreamBroken where it cannot be: the pieces until then
         are not the whole of it.
         """
+        request = ChatRequest.of(
+            messages,
+            params,
+            stream=True,
+            timeout=timeout,
+            extra_headers=extra_headers,
+            extra_query=extra_query,
+            extra_body=extra_body,
+        )
         deltas = Deltas()
-        return AsyncChatStream(self._pieces(chat_body(messages, params, stream=True), deltas), deltas)
+        return AsyncChatStream(self._events(request, deltas), deltas)
 
-    async def _pieces(self, body: Mapping[str, Any], deltas: Deltas) -> AsyncGenerator[str, None]:
-        async with self.stream("POST", CHAT_PATH, json=body) as response:
+    async def _events(self, request: ChatRequest, deltas: Deltas) -> AsyncGenerator[StreamEvent, None]:
+        async with self.stream("POST", CHAT_PATH, content=request.content, **request.options) as response:
+            facts = deltas.facts = response.extensions[FACTS]
             if response.is_error:
                 await response.aread()
                 check(response)
-            deltas.facts = response.extensions[FACTS]
             with events_of(response) as events:
                 async for event in events:
-                    if text := deltas.feed(event.data):
-                        yield text
-            deltas.close(deltas.facts)
+                    for said in deltas.feed(event.data):
+                        yield said
+            deltas.close(facts)
 
     @property
     def verification(self) -> Verification:
@@ -245,20 +330,21 @@ class AsyncClient(httpx2.AsyncClient):
 _OUTER_HEADERS: Final = {"user-agent": f"lacre/{__version__}"}
 
 
-def _kems(kem: Kem | Sequence[Kem]) -> tuple[Kem, ...]:
-    return (kem,) if isinstance(kem, Kem) else tuple(kem)
+def _memory(given: Memory | None) -> Memory:
+    if given is None:
+        return VersionFile.default()
+    if isinstance(given, type) or not callable(getattr(given, "update", None)):
+        raise UsageError("memory: lacre.VersionMemory(), a lacre.VersionFile or another with `update` is wanted")
+    return given
 
 
-def _setting(variable: str, parameter: str) -> str:
-    value = os.environ.get(variable)
-    if not value:
-        raise SettingsError(f"pass {parameter}=... or set {variable}; `lacre up` writes both into DIR/env")
-    return value
-
-
-def _proof_key() -> ProofKey | None:
-    path = os.environ.get("LACRE_DPOP_KEY")
-    return ProofKey.load(path) if path else None
+def _proof_key(given: ProofKey | None) -> ProofKey | None:
+    if given is None:
+        path = os.environ.get("LACRE_DPOP_KEY")
+        return ProofKey.load(path) if path else None
+    if not isinstance(given, ProofKey):
+        raise UsageError(f"dpop: a lacre.ProofKey is wanted, not {arguments.kind_of(given)}: lacre.ProofKey.load(path)")
+    return given
 
 
 def _models(pools: Mapping[str, Any], pool: str) -> tuple[str, ...]:
@@ -270,6 +356,7 @@ def _models(pools: Mapping[str, Any], pool: str) -> tuple[str, ...]:
 
 def fetch_manifest(url: str | None = None, *, memory: Memory | None = None, verify: Verify = True) -> Manifest:
     """The manifest that the gateway serves, verified against the root pinned in `url` (`LACRE_URL`). Needs no token."""
-    where = ConnectionString.parse(url or _setting("LACRE_URL", "url"))
-    with httpx2.Client(base_url=where.base_url, headers=_OUTER_HEADERS, timeout=DEFAULT_TIMEOUT, verify=verify) as outer:
-        return SealedTransport(Sealing(where.root, memory or VersionFile.default()), outer, "").manifest()
+    where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
+    sealing, checks = Sealing(where.root, _memory(memory)), arguments.verify(verify)
+    with httpx2.Client(base_url=where.base_url, headers=_OUTER_HEADERS, timeout=DEFAULT_TIMEOUT, verify=checks) as outer:
+        return SealedTransport(sealing, outer, "").manifest()

@@ -11,15 +11,17 @@ This file decides and does no I/O: `lacre.transport` sends what it asks for, ove
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 from urllib.parse import quote, urlencode, urlsplit
 
-from lacre.errors import InvalidMessage, SettingsError, Unauthenticated, Unavailable
+from lacre import arguments
+from lacre.errors import InvalidMessage, SettingsError, Unauthenticated, Unavailable, UsageError
 from lacre.trust import is_loopback
 
 EARLY: Final = 30.0  # seconds before its expiry that a token is replaced; a request under way is checked at its start alone
@@ -47,6 +49,11 @@ class ClientCredentials:
     in_body: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("token_url", "client_id", "client_secret"):
+            arguments.text(getattr(self, name), name)
+        for name in ("scope", "audience"):  # None is absent, and nothing else
+            if (value := getattr(self, name)) is not None:
+                arguments.text(value, name)
         try:
             where = urlsplit(self.token_url)
             secure = where.scheme == "https" or (where.scheme == "http" and is_loopback(where.hostname or ""))
@@ -65,12 +72,41 @@ class ClientCredentials:
     def form(self) -> bytes:
         own = {"client_id": self.client_id, "client_secret": self.client_secret} if self.in_body else {}
         asked = {"scope": self.scope, "audience": self.audience}
-        fields = {"grant_type": "client_credentials", **own, **{name: value for name, value in asked.items() if value}}
+        fields = {
+            "grant_type": "client_credentials",
+            **own,
+            **{name: value for name, value in asked.items() if value is not None},
+        }
         return urlencode(fields).encode()
 
 
 Token = str | Callable[[], str] | ClientCredentials
 AsyncToken = str | Callable[[], str | Awaitable[str]] | ClientCredentials
+
+
+def source(value: AsyncToken | None) -> AsyncToken:
+    """`token=` as it was given; LACRE_TOKEN where it is None, and for nothing else. Raises UsageError or SettingsError."""
+    if value is None or isinstance(value, str):
+        return arguments.setting(value, "token", "LACRE_TOKEN")
+    if callable(value) or isinstance(value, ClientCredentials):
+        return value
+    raise UsageError(f"token: a string, a callable or lacre.ClientCredentials is wanted, not {arguments.kind_of(value)}")
+
+
+def sync_source(value: Token | None) -> Token:
+    """The same for a sync client, whose callable returns the token itself; `given` sees that it does."""
+    return cast("Token", source(value))
+
+
+def given(value: object) -> str:
+    """What a callable gave for a token. Raises UsageError, which shows nothing of it."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if inspect.iscoroutine(value):
+        value.close()  # nobody will await it
+        raise UsageError("token: the callable is async, and this client is not: pass a plain function, or use AsyncClient")
+    said = "an empty string" if isinstance(value, str) else arguments.kind_of(value)
+    raise UsageError(f"token: the callable returned {said} in place of a token, and nothing stands in for one")
 
 
 @dataclass(frozen=True, slots=True)

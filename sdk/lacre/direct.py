@@ -17,10 +17,10 @@ from typing import Final
 
 import httpx2
 
-from lacre import details
+from lacre import arguments, details
 from lacre._version import __version__
 from lacre.client import DEFAULT_LIMITS, DEFAULT_TIMEOUT, EventHooks, Verify
-from lacre.credentials import checked
+from lacre.credentials import checked, given
 from lacre.errors import InvalidMessage, MessageTooLarge, SettingsError, UntrustedRoot
 from lacre.facts import Facts
 from lacre.inner import MAX_CONTENT, Plain
@@ -71,12 +71,19 @@ class Client(httpx2.Client):
         transport: httpx2.BaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
+        base_url, lasts = arguments.text(url, "url"), arguments.timeout(timeout)
+        sealing = DirectSealing(_pins(key), _credential(token), shape)
         outer = httpx2.Client(
-            base_url=url, headers=_OUTER, timeout=timeout, verify=verify, proxy=proxy, limits=limits, transport=transport
+            base_url=base_url,
+            headers=_OUTER,
+            timeout=lasts,
+            verify=arguments.verify(verify),
+            proxy=arguments.proxy(proxy),
+            limits=limits,
+            transport=transport,
         )
-        sealing = DirectSealing(_pins(key), token, shape)
         super().__init__(
-            transport=SealedTransport(sealing, outer, ""), base_url=BASE_URL, timeout=timeout, event_hooks=event_hooks
+            transport=SealedTransport(sealing, outer, ""), base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks
         )
 
 
@@ -97,12 +104,19 @@ class AsyncClient(httpx2.AsyncClient):
         transport: httpx2.AsyncBaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
+        base_url, lasts = arguments.text(url, "url"), arguments.timeout(timeout)
+        sealing = DirectSealing(_pins(key), _credential(token), shape)
         outer = httpx2.AsyncClient(
-            base_url=url, headers=_OUTER, timeout=timeout, verify=verify, proxy=proxy, limits=limits, transport=transport
+            base_url=base_url,
+            headers=_OUTER,
+            timeout=lasts,
+            verify=arguments.verify(verify),
+            proxy=arguments.proxy(proxy),
+            limits=limits,
+            transport=transport,
         )
-        sealing = DirectSealing(_pins(key), token, shape)
         super().__init__(
-            transport=AsyncSealedTransport(sealing, outer, ""), base_url=BASE_URL, timeout=timeout, event_hooks=event_hooks
+            transport=AsyncSealedTransport(sealing, outer, ""), base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks
         )
 
 
@@ -164,7 +178,7 @@ class DirectSealing(Sealing):
         date = email.utils.formatdate(self._clock() + self._clock_offset, usegmt=True)
         headers = [(name, value) for name, value in plain.headers if name not in _STAYS_OUT]
         if self._token is not None:
-            token = self._token if isinstance(self._token, str) else self._token()
+            token = self._token if isinstance(self._token, str) else given(self._token())
             headers = [(name, value) for name, value in headers if name != "authorization"]
             headers.append(("authorization", f"Bearer {checked(token)}"))
         own = (("date", date), ("lacre-shape", self._shape))
@@ -174,9 +188,16 @@ class DirectSealing(Sealing):
 _OUTER: Final[Mapping[str, str]] = {"user-agent": f"lacre/{__version__}", "accept": "*/*"}
 
 
+def _credential(token: Credential | None) -> Credential | None:
+    """None is none; an empty one is the caller's mistake. Raises UsageError."""
+    if token is None or callable(token):
+        return token
+    return arguments.text(token, "token")
+
+
 def _pins(key: Pins) -> list[bytes]:
-    """Raises SettingsError."""
-    keys = [key] if isinstance(key, str) else list(key)
+    """Raises SettingsError, or UsageError for what is not a string."""
+    keys = arguments.one_or_more(key, str, "key") if key else ()
     try:
         pins = [b64u_decode(each) for each in keys]
     except InvalidMessage as exc:

@@ -92,7 +92,7 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     body = _json_object(plain.content) if action != "http" else None
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     headers = dict(plain.headers)
-    default_model = headers.get(_MODEL) or (models[0] if models else "")
+    default_model = headers.get(_MODEL, models[0] if models else "")
     if action == "http":
         return Prepared(allowed, action, _named(default_model), _asked(headers.get(_MAX_TOKENS)))
     if body is None:
@@ -100,8 +100,10 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
         return Prepared(allowed, action, _named(default_model), ceiling)
     dropped = () if keep_identifying_fields else IDENTIFYING_FIELDS
     sealed_body = {name: value for name, value in body.items() if name not in dropped}
-    if not isinstance(sealed_body.get("model"), str):
+    if sealed_body.get("model") is None:
         sealed_body["model"] = default_model
+    elif not isinstance(sealed_body["model"], str):
+        raise UsageError("model: a string is wanted, or nothing for the pool's first; `client.models()` lists those served")
     if sealed_body != body:
         allowed = replace(allowed, content=json.dumps(sealed_body, separators=(",", ":"), ensure_ascii=False).encode())
     ceiling = NO_OUTPUT if action in _WITHOUT_OUTPUT else _ceiling(sealed_body)

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import httpx2
 
-from lacre import errors
+from lacre import arguments, errors
 from lacre.backoff import may_have_lost
 from lacre.client import AsyncClient
 from lacre.inner import ALLOWED_HEADERS, MAX_CONTENT
@@ -73,7 +73,8 @@ class Door:
 
     @classmethod
     def on(cls, port: int, key: str, *, names: Sequence[str] = (), origins: Sequence[str] = ()) -> Door:
-        """names: what this machine is called, beside loopback's own names."""
+        """names: what this machine is called, beside loopback's own names. Raises UsageError for a key that is none."""
+        arguments.text(key, "key")
         hosts = {host.lower() for name in (*LOOPBACK, *names) for host in (f"{name}:{port}", *([name] if port == 80 else []))}
         return cls(key, frozenset(hosts), frozenset(origins))
 

@@ -1,15 +1,16 @@
-"""OpenAI's chat format, as far as the SDK itself reads and writes it."""
+"""OpenAI's chat format, as far as the SDK itself reads it: a whole answer, and the errors in its place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import httpx2
 
 from lacre.audit import AuditProof
+from lacre.choices import Choice, TokenLogprob, ToolCall
 from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError
 from lacre.facts import Facts
 from lacre.receipts import Receipt
@@ -18,8 +19,6 @@ from lacre.transport import FACTS, REFUSAL
 from lacre.verification import Verification, documented
 
 CHAT_PATH: Final = "/v1/chat/completions"
-
-Messages = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +36,10 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer: it is made only after the seal's final chunk has opened.
+    """A whole answer: it is made only after the seal's final chunk has opened. Its `repr` says nothing of what was answered.
 
-    finish_reason: OpenAI's `stop`, `length` and so on. attempts: how often the request was sealed and sent.
+    choices: all of them. `text`, `tool_calls`, `finish_reason`, `refusal`, `reasoning`, `logprobs`, `message`: the first's.
+    attempts: how often the request was sealed and sent.
     receipt: the pool's signed word on what was used, verified, and equal to `usage`.
     audit: the gateway's proof, verified, that it recorded this request; worth keeping.
     verification: what was checked, and with what. raw: the whole JSON object.
@@ -47,14 +47,45 @@ class Reply:
 
     id: str
     model: str
-    text: str
-    finish_reason: str
+    choices: tuple[Choice, ...]
     usage: TokenUsage
     attempts: int
-    receipt: Receipt
-    audit: AuditProof
+    receipt: Receipt = field(repr=False)
+    audit: AuditProof = field(repr=False)
     verification: Verification = field(repr=False)
     raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """What the model said; empty where it only calls functions."""
+        return self.choices[0].text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.choices[0].tool_calls
+
+    @property
+    def finish_reason(self) -> str | None:
+        """OpenAI's `stop`, `length`, `tool_calls` and so on; None if the worker did not say."""
+        return self.choices[0].finish_reason
+
+    @property
+    def refusal(self) -> str | None:
+        return self.choices[0].refusal
+
+    @property
+    def reasoning(self) -> str | None:
+        return self.choices[0].reasoning
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Of each token, where `logprobs=True` asked for them."""
+        return self.choices[0].logprobs
+
+    @property
+    def message(self) -> Mapping[str, Any]:
+        """To be appended to `messages` for the next turn."""
+        return self.choices[0].message
 
     @classmethod
     def parse(cls, response: httpx2.Response) -> Reply:
@@ -63,20 +94,22 @@ class Reply:
         """
         facts = response.extensions[FACTS]
         with documented(facts.verification):
-            return cls._parse(checked_json(response), facts)
+            return cls.of(checked_json(response), facts)
 
     @classmethod
-    def _parse(cls, body: Mapping[str, Any], facts: Facts) -> Reply:
+    def of(cls, body: Mapping[str, Any], facts: Facts) -> Reply:
+        """body: a chat completion. Raises InvalidMessage and InvalidReceipt."""
         if facts.receipt is None or facts.audit is None:
             raise InvalidReceipt("the answer came without a receipt or a proof that it was recorded")
         try:
             _written(body)
-            choice = body["choices"][0]
+            choices = tuple(Choice.parse(choice, place) for place, choice in enumerate(body["choices"]))
+            if not choices:
+                raise IndexError
             return cls(
                 id=str(body["id"]),
                 model=str(body["model"]),
-                text=_text(choice["message"]),
-                finish_reason=str(choice["finish_reason"]),
+                choices=choices,
                 usage=checked_usage(body["usage"], claimed(facts, facts.receipt)),
                 attempts=facts.attempts,
                 receipt=facts.receipt,
@@ -84,19 +117,12 @@ class Reply:
                 verification=facts.verification,
                 raw=body,
             )
-        except (KeyError, IndexError, TypeError, AttributeError) as exc:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as exc:
             raise InvalidMessage("the worker's answer is not a chat completion") from exc
 
     def recount(self, tokenizer: Tokenizer | None = None) -> Recount:
         """The answer's tokens counted again, as far as that can be done here. tokenizer: how many tokens a text has."""
         return _written(self.raw).recount(self.receipt.completion_tokens, tokenizer)
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        raise TypeError
-    return content
 
 
 def _written(body: Mapping[str, Any]) -> Written:
@@ -130,14 +156,6 @@ def checked_usage(told: Mapping[str, Any] | None, claimed: TokenUsage) -> TokenU
     if usage != claimed:
         raise InvalidReceipt("the answer's receipt claims other tokens than its usage tells: tell the pool's operator")
     return claimed
-
-
-def chat_body(messages: Messages, params: Mapping[str, Any], *, stream: bool) -> dict[str, Any]:
-    """The request body; a string stands for one message of the user. A stream is asked to tell its usage."""
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(message) for message in messages]
-    if not stream:
-        return {"messages": turns, **params}
-    return {"messages": turns, "stream_options": {"include_usage": True}, **params, "stream": True}
 
 
 def check(response: httpx2.Response) -> None:

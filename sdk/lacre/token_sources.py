@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
+from inspect import isawaitable
 from typing import TYPE_CHECKING
 
 import httpx2
 
 from lacre import dpop
-from lacre.credentials import MAX_ANSWER, AsyncToken, ClientCredentials, Issued, Token
+from lacre.credentials import MAX_ANSWER, AsyncToken, ClientCredentials, Issued, Token, given
 from lacre.dpop import ProofKey
 from lacre.outer_errors import mapped
 
@@ -39,7 +40,7 @@ class Bearer:
         if isinstance(source, str):
             return source
         if not isinstance(source, ClientCredentials):
-            return source()
+            return given(source())
         with self._turn:
             if self._issued is None or not self._issued.fresh(refused):
                 self._issued = self._ask(source)
@@ -82,8 +83,8 @@ class AsyncBearer:
         if isinstance(source, str):
             return source
         if not isinstance(source, ClientCredentials):
-            given = source()
-            return given if isinstance(given, str) else await given
+            came = source()
+            return given(await came if isawaitable(came) else came)
         async with self._lock():
             if self._issued is None or not self._issued.fresh(refused):
                 self._issued = await self._ask(source)

@@ -14,6 +14,7 @@ from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
 from lacre.asgi import Opened
 from lacre.asgi.admission import SealedRefusal
 from lacre.audit import AuditProof
+from lacre.choices import TextDelta
 from lacre.errors import (
     ApiError,
     InvalidMessage,
@@ -68,8 +69,10 @@ RAW, SEALED_BYTES, SEALED_CUT, SEALED_ANSWER, SEALED_DATE = range(5)
 def deltas(data: bytes) -> Deltas:
     """Events of a stream, a line each."""
     reader = Deltas()
-    size = sum(len(reader.feed(line)) for line in data.decode("utf-8", "replace").split("\n"))
-    assert size <= len(data)
+    events = [event for line in data.decode("utf-8", "replace").split("\n") for event in reader.feed(line)]
+    assert sum(len(event.text) for event in events if isinstance(event, TextDelta)) <= len(data)
+    assert "".join(event.text for event in events if isinstance(event, TextDelta) and event.choice == 0) == reader.text
+    assert sum(len(choice.text) for choice in reader.choices) <= len(data)
     reader.close(FACTS_OF_AN_ANSWER)
     return reader
 
@@ -88,7 +91,8 @@ def reply(data: bytes) -> Reply:
 
 
 def reply_can_be_counted(_data: bytes, answer: Reply) -> None:
-    assert all(isinstance(value, str) for value in (answer.id, answer.model, answer.text, answer.finish_reason))
+    assert all(isinstance(value, str) for value in (answer.id, answer.model, answer.text, answer.finish_reason or ""))
+    assert all(isinstance(call.arguments, str) for choice in answer.choices for call in choice.tool_calls)
     answer.recount(len)
 
 

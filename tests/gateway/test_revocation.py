@@ -160,6 +160,8 @@ def test_until_the_token_expires_and_is_not_taken_any_more() -> None:
     [
         ({}, "--jti"),
         ({"jti": "t1", "subject": "bob"}, "--jti"),
+        ({"jti": " "}, "--jti or --sub is empty"),
+        ({"subject": ""}, "--jti or --sub is empty"),
         ({"jti": "t1", "until": NOW - 60}, "--until"),
         ({"jti": "t1", "issuer": "https://third.example"}, "--issuer"),
     ],

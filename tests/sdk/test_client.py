@@ -51,23 +51,23 @@ class TestChat:
 
     def test_a_stream_that_was_left_tells_what_is_known(self, client: lacre.Client) -> None:
         stream = client.chat_stream("Tell me a story.")
-        with pytest.raises(lacre.UsageError, match="has not begun"):
-            _ = stream.attempts
+        assert (stream.attempts, stream.facts, stream.verification, stream.receipts) == (0, None, None, ())
         assert next(stream) == "one "
         stream.close()
         assert (stream.text, stream.attempts, stream.parts, stream.receipts) == ("one ", 1, (), ())
         assert stream.verification.receipt is None
-        for only_of_a_whole_answer in (lambda: stream.usage, lambda: stream.receipt):
-            with pytest.raises(lacre.UsageError, match="given up"):
-                only_of_a_whole_answer()
+        assert (stream.usage, stream.receipt, stream.recount()) == (None, None, None)
+        with pytest.raises(lacre.UsageError, match="given up"):
+            stream.reply()
 
     async def test_an_async_stream_that_was_left_tells_what_is_known(self, async_client: lacre.AsyncClient) -> None:
         stream = async_client.chat_stream("Tell me a story.")
         assert await anext(stream) == "one "
         await stream.aclose()
         assert (stream.text, stream.attempts) == ("one ", 1)
+        assert stream.usage is None
         with pytest.raises(lacre.UsageError, match="given up"):
-            _ = stream.usage
+            await stream.reply()
 
     def test_client_is_an_httpx2_client(self, client: lacre.Client) -> None:
         response = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})

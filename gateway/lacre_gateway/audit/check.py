@@ -60,7 +60,7 @@ def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -
 
     Raises SettingsError where the folder is no log or cannot be read.
     """
-    walk = _Walk(folder, key or own_key(folder))
+    walk = _Walk(folder, own_key(folder) if key is None else key)
     wrong: Wrong | None = None
     try:
         walk.run(kept)

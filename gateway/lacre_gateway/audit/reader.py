@@ -173,7 +173,7 @@ class LogReader:
 
     def __init__(self, folder: Path, key: bytes | None = None) -> None:
         """key: of the gateway; the one that the log itself names where left out. Raises Wrong or SettingsError."""
-        self.key = key or own_key(folder)
+        self.key = own_key(folder) if key is None else key
         self._snapshot = Snapshot.take(folder)
         loaded = load(self._snapshot, self.key)
         if loaded.note is None:

@@ -117,5 +117,5 @@ def show(stream: ChatStream, display: Display) -> Pace:
             display.add(piece)
             piece = next(stream, None)
     later = time.monotonic() - first
-    tokens = max(stream.receipt.completion_tokens - 1, 0)
+    tokens = max(stream.reply().receipt.completion_tokens - 1, 0)
     return Pace(first - began, tokens / later if later > 0 else 0.0)

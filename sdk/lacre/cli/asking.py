@@ -28,7 +28,7 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Ask once, and print the answer alone: `cat report.txt | lacre ask "Summarise."`"""
-    turns = [{"role": "system", "content": system}] if system else []
+    turns = [{"role": "system", "content": system}] if system is not None else []
     turns.append({"role": "user", "content": question(prompt, "" if sys.stdin.isatty() else sys.stdin.read())})
     params = sampling(model, max_tokens, temperature)
     if schema is not None:

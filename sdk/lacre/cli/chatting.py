@@ -34,7 +34,7 @@ def chat(
 ) -> None:
     """Talk to a model, sealed. The token comes from LACRE_TOKEN."""
     params = sampling(model, max_tokens, temperature)
-    turns = [{"role": "system", "content": system}] if system else []
+    turns = [{"role": "system", "content": system}] if system is not None else []
     with Client(url, pool=pool) as client:
         if prompt is not None:
             display = Rendered(out) if out.is_terminal and not plain else Plain(out)

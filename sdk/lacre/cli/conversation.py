@@ -137,11 +137,12 @@ def save(path: Path, turns: list[dict[str, str]]) -> None:
 
 
 def _told(stream: ChatStream, pace: Pace) -> str:
-    usage = stream.usage
+    reply = stream.reply()
+    usage = reply.usage
     counts = f"{usage.completion} tokens · {pace.rate:.1f} tokens/s · first after {pace.first:.2f} s"
     cached = f", {usage.cached} from the cache" if usage.cached else ""
-    attempts = f" · {stream.attempts} attempts" if stream.attempts > 1 else ""
-    return f"{counts} · prompt {usage.prompt}{cached}{attempts} · receipt ✓ · audit #{stream.audit.index} ✓"
+    attempts = f" · {reply.attempts} attempts" if reply.attempts > 1 else ""
+    return f"{counts} · prompt {usage.prompt}{cached}{attempts} · receipt ✓ · audit #{reply.audit.index} ✓"
 
 
 def _history(path: Path | None) -> History:

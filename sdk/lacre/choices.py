@@ -1,0 +1,315 @@
+"""What a model answered: choices with their text, calls of functions and log probabilities; whole, or delta by delta.
+
+Rules:
+- Nothing that came is dropped: what has no name here is in `Choice.message`, as it came.
+- Nothing of an answer is in a `repr`: those end up in logs.
+- What a peer chose (indices, depth, kinds) allocates nothing by itself, and nests no deeper than `MAX_DEPTH` here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from lacre.errors import InvalidMessage
+
+MAX_DEPTH: Final = 16  # levels of a delta that are put together; a tool call has three
+# Members that are said once, and again perhaps, but never in pieces.
+_SCALARS: Final = frozenset({"role", "id", "type"})
+_FORMS: Final = ("function", "custom")  # of a tool call, by its `type`
+_REASONING: Final = ("reasoning_content", "reasoning")  # as llama-server and vLLM name it
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model wants made. The program makes it, or not: what is in it was chosen by a model.
+
+    id: what the message with its result names as `tool_call_id`. name: of the function.
+    arguments: JSON, as the model wrote it; of a custom tool, its input. Cut short where `finish_reason` is `length`.
+    """
+
+    id: str
+    name: str = field(repr=False)
+    arguments: str = field(repr=False)
+    type: str = "function"
+
+    def parsed(self) -> dict[str, Any]:
+        """The arguments as an object. Raises InvalidMessage if they are none: the model wrote them."""
+        try:
+            value = json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            return value
+        wrong = InvalidMessage("the model's arguments for this call are not a JSON object, or were cut short")
+        wrong.remedy = "Allow more tokens, or say `strict: true` in the tool; then ask again."
+        raise wrong
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> ToolCall:
+        """One of a message's `tool_calls`. Raises TypeError for what is none."""
+        kind = _text(value.get("type")) or "function"
+        forms = {form: _called(value.get(form)) for form in _FORMS}
+        name, given = forms.get(kind, ("", ""))
+        return cls(_text(value.get("id")), name, given, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of the answer, and the natural logarithm of its probability. raw: its bytes, where the worker told them.
+    top: the likeliest in its place, where `top_logprobs` asked for them.
+    """  # fmt: skip
+
+    token: str = field(repr=False)
+    logprob: float
+    raw: bytes | None = field(default=None, repr=False)
+    top: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> TokenLogprob:
+        """Raises TypeError, KeyError or ValueError for what is none."""
+        told = value.get("bytes")
+        logprob = value["logprob"]
+        if isinstance(logprob, bool) or not isinstance(logprob, int | float):
+            raise TypeError
+        likely = value.get("top_logprobs") or ()
+        top = tuple(cls.parse({**each, "top_logprobs": None}) for each in likely)  # one level
+        return cls(_text(value["token"]), float(logprob), None if told is None else bytes(_list(told)), top)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of an answer's choices.
+
+    text: its content. finish_reason: OpenAI's `stop`, `length`, `tool_calls` and so on; None where none came (so far).
+    refusal, reasoning: what the model said in place of an answer, or before it. logprobs: where they were asked for.
+    message: the whole message, to be appended to `messages` for the next turn.
+    """
+
+    index: int
+    finish_reason: str | None
+    text: str = field(repr=False)
+    tool_calls: tuple[ToolCall, ...] = field(repr=False)
+    refusal: str | None = field(repr=False)
+    reasoning: str | None = field(repr=False)
+    logprobs: tuple[TokenLogprob, ...] | None = field(repr=False)
+    message: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def parse(cls, choice: Mapping[str, Any], place: int) -> Choice:
+        """A choice of a chat completion. place: its index, where it does not say. Raises KeyError, TypeError and such."""
+        message = choice["message"]
+        if not isinstance(message, Mapping):
+            raise TypeError
+        reason = choice.get("finish_reason")
+        return cls(
+            index=_index(choice.get("index"), place),
+            finish_reason=None if reason is None else _text(reason),
+            text=_text(message.get("content")),
+            tool_calls=tuple(map(ToolCall.parse, _list(message.get("tool_calls")))),
+            refusal=_optional(message.get("refusal")),
+            reasoning=_optional(_reasoning(message)),
+            logprobs=_logprobs(choice),
+            message=message,
+        )
+
+
+# What a stream says, event by event. `choice` is the index of the choice that it belongs to.
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More of a choice's text. logprobs: of the tokens that came with it, whose text may still be held back."""
+
+    choice: int
+    text: str = field(repr=False)
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More of what the model says before it answers."""
+
+    choice: int
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalDelta:
+    """More of what the model says in place of an answer."""
+
+    choice: int
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """More of a call. index: of the call in its choice. The first has `id` and `name`; `arguments` grow piece by piece."""
+
+    choice: int
+    index: int
+    id: str | None = None
+    name: str | None = field(default=None, repr=False)
+    arguments: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A choice is whole."""
+
+    choice: int
+    reason: str
+
+
+StreamEvent = TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta | Finished
+
+
+class Growing:
+    """One choice, out of its deltas."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._message: dict[str, Any] = {}
+        self._logprobs: list[Any] | None = None
+        self.finish_reason: str | None = None
+
+    def add(self, choice: Mapping[str, Any]) -> list[StreamEvent]:
+        """What one chunk adds to it. Raises TypeError, KeyError and such for what is no chunk's choice."""
+        delta = choice["delta"]
+        if not isinstance(delta, Mapping):
+            raise TypeError
+        events = list(self._said(choice, delta))
+        _merge(self._message, delta, MAX_DEPTH)
+        logprobs = choice.get("logprobs")
+        if isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
+            self._logprobs = self._logprobs or []
+            self._logprobs += logprobs["content"]
+        return events
+
+    def _said(self, choice: Mapping[str, Any], delta: Mapping[str, Any]) -> Iterator[StreamEvent]:
+        text, listed = _text(delta.get("content")), _logprobs(choice) or ()
+        if reasoning := _text(_reasoning(delta)):
+            yield ReasoningDelta(self._index, reasoning)
+        if text or listed:
+            yield TextDelta(self._index, text, listed)
+        if refusal := _text(delta.get("refusal")):
+            yield RefusalDelta(self._index, refusal)
+        for place, call in enumerate(_list(delta.get("tool_calls"))):
+            called = ToolCall.parse(call)
+            index = _index(call.get("index"), place)
+            yield ToolCallDelta(self._index, index, called.id or None, called.name or None, called.arguments)
+        if (reason := choice.get("finish_reason")) is not None:
+            self.finish_reason = _text(reason)
+            yield Finished(self._index, self.finish_reason)
+
+    def whole(self) -> dict[str, Any]:
+        """As a whole chat completion has a choice; so far, if it has not ended."""
+        message = {"role": "assistant", "content": None, **_settled(self._message)}
+        logprobs = None if self._logprobs is None else {"content": self._logprobs}
+        return {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+class _Text:
+    """A string that grows: its pieces are joined when it is read, for joining at each would take quadratic time."""
+
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+
+
+class _Items:
+    """A list whose items say their index in each delta, as `tool_calls` do."""
+
+    def __init__(self) -> None:
+        self.by_index: dict[int, dict[str, Any]] = {}
+
+
+def _merge(into: dict[str, Any], delta: Mapping[str, Any], depth: int) -> None:
+    for name, value in delta.items():
+        if isinstance(value, str) and name not in _SCALARS:
+            if not isinstance(into.get(name), _Text):
+                into[name] = _Text()
+            into[name].parts.append(value)
+        elif isinstance(value, Mapping) and depth:
+            if not isinstance(into.get(name), dict):
+                into[name] = {}
+            _merge(into[name], value, depth - 1)
+        elif isinstance(value, list) and depth and _numbered(name, value):
+            if not isinstance(into.get(name), _Items):
+                into[name] = _Items()
+            for place, item in enumerate(value):
+                _merge(into[name].by_index.setdefault(_index(item.get("index"), place), {}), item, depth - 1)
+        elif isinstance(value, list) and isinstance(into.get(name), list):
+            into[name].extend(value)
+        elif value is not None or name not in into:
+            into[name] = list(value) if isinstance(value, list) else value
+
+
+def _numbered(name: str, items: Sequence[object]) -> bool:
+    """Whether each item says which one of the list it belongs to; in `tool_calls` it does by its place, if by nothing else."""
+    return all(isinstance(item, Mapping) and (name == "tool_calls" or "index" in item) for item in items)
+
+
+def _settled(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as it is by now."""
+    settled: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, _Text):
+            settled[name] = "".join(value.parts)
+        elif isinstance(value, _Items):
+            items = (_settled(value.by_index[index]) for index in sorted(value.by_index))
+            settled[name] = [{key: each for key, each in item.items() if key != "index"} for item in items]
+        elif isinstance(value, dict):
+            settled[name] = _settled(value)
+        else:
+            settled[name] = value
+    return settled
+
+
+def _called(value: object) -> tuple[str, str]:
+    """The name and the arguments of one form of a tool call."""
+    if value is None:
+        return "", ""
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return _text(value.get("name")), _text(value.get("arguments")) + _text(value.get("input"))
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _optional(value: object) -> str | None:
+    return _text(value) or None
+
+
+def _reasoning(message: Mapping[str, Any]) -> object:
+    return next((message[name] for name in _REASONING if message.get(name)), None)
+
+
+def _list(value: object) -> Sequence[Any]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise TypeError
+    return value
+
+
+def _index(value: object, place: int) -> int:
+    if value is None:
+        return place
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError
+    return value
+
+
+def _logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...] | None:
+    told = choice.get("logprobs")
+    if not isinstance(told, Mapping) or told.get("content") is None:
+        return None
+    return tuple(map(TokenLogprob.parse, _list(told["content"])))
