@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import time
 from email.utils import formatdate
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from hostile.messages import FORM, chat, part, told, unread
 from hostile.stage import OTHER_MODEL, Stage
 from lacre import ApiError, problems
 from lacre.asgi import Receive, Scope, Send
-from lacre.errors import TruncatedStream
+from lacre.errors import TruncatedStream, UsageError
 from lacre.wire.bhttp import encode_request
 
 INSIDE = "the worker compares the inside with the grant"
@@ -194,3 +195,18 @@ async def test_log(stage: Stage, gateway: GatewayOwner, verdict: Verdict, way: s
     with verdict.refused():
         [piece async for piece in stage.client(gateway).chat_stream(stage.prompt)]
     assert "app.failed" in gateway.eyes.log.getvalue()
+
+
+@attack(
+    "have a service that passes its callers' tokens on answer as itself, by sending it none",
+    by="client",
+    defence="absent is None alone: an empty token is refused, and the environment's does not stand in for it",
+    refused=UsageError,
+)
+@pytest.mark.parametrize("token", ["", " ", "\r\n", lambda: "", lambda: " "])
+async def test_no_token_to_pass_on(
+    stage: Stage, gateway: GatewayOwner, verdict: Verdict, monkeypatch: pytest.MonkeyPatch, token: Any
+) -> None:
+    monkeypatch.setenv("LACRE_TOKEN", "of-the-service")
+    with verdict.refused():
+        await stage.client(gateway, token=token).chat(stage.prompt)
