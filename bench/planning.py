@@ -13,7 +13,8 @@ import time
 from dataclasses import replace
 
 from bench import command
-from lacre_backend.engine.scheduler import Limits, Scheduler
+from lacre_backend.engine.plan import Limits
+from lacre_backend.engine.scheduler import Scheduler
 from lacre_backend.engine.tokens import Tokens
 
 SLOTS, RUNNING = 16, 2

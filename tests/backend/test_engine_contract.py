@@ -245,3 +245,12 @@ async def test_what_cannot_have_been_begun(engine: Engine, make_task: MakeTask) 
         with pytest.raises(TaskRefused) as caught:
             engine.submit(make_task(engine, begun=begun))
         assert caught.value.field == "begun"
+
+
+async def test_choices_are_taken_together_or_not_at_all(engine: Engine, make_task: MakeTask) -> None:
+    first = make_task(engine, max_tokens=2)
+    good = [dataclasses.replace(first, id=f"{first.id}.{i}", group=first.id) for i in range(3)]
+    with pytest.raises(TaskRefused):
+        engine.submit_all([*good, dataclasses.replace(first, id=f"{first.id}.9", max_tokens=0)])
+    streams = engine.submit_all(good)  # none of these ids is in use
+    assert [sum(isinstance(event, Token) for event in [e async for e in stream]) for stream in streams] == [2, 2, 2]

@@ -17,8 +17,8 @@ from lacre.errors import SettingsError
 from lacre_backend import models
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import DEFAULT_N_CTX
+from lacre_backend.engine.plan import Limits
 from lacre_backend.engine.protocol import Engine, Finish, Read, Sampling, Task, Token
-from lacre_backend.engine.scheduler import Limits
 
 MakeTask = Callable[..., Task]
 Run = Callable[..., Any]

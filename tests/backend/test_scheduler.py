@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from lacre.errors import UsageError
-from lacre_backend.engine.scheduler import MIN_REUSE, PIECE, Copy, Limits, Plan, Scheduler, Trim
+from lacre_backend.engine.plan import Copy, Limits, Plan, Trim
+from lacre_backend.engine.scheduler import MIN_REUSE, PIECE, Scheduler
 from lacre_backend.engine.tokens import BLOCK, Tokens
 from lacre_backend.engine.turns import NOBODY, Fair
 
@@ -35,7 +36,8 @@ class Memory:
         self.limits = limits
         self.slots: list[list[list[object]]] = [[] for _ in range(limits.slots)]
 
-    def execute(self, plan: Plan, scopes: dict[str, object]) -> None:
+    def execute(self, plan: Plan, scopes: dict[str, tuple[object, ...]]) -> None:
+        """scopes: of each task: what its cells belong to, which is what it may attend to."""
         for step in plan.memory:
             if isinstance(step, Trim):
                 assert len(self.slots[step.slot]) > step.keep, "there was something to remove"
@@ -49,10 +51,12 @@ class Memory:
             cells = self.slots[segment.slot]
             assert len(cells) == segment.start, "positions go on where they were"
             assert segment.tokens
-            owner = None if segment.task is None else scopes[segment.task]
+            owner = () if segment.task is None else scopes[segment.task]
             if segment.task is not None:
-                assert all(cell[1] is owner for cell in cells), "what is attended to came from this very scope"
-            cells += [[token, owner] for token in segment.tokens]
+                assert all(cell[1] in owner for cell in cells), (
+                    "what is attended to came from this very scope, or from a sibling"
+                )
+            cells += [[token, owner[0] if owner else None] for token in segment.tokens]
             assert len(cells) <= self.limits.context
         assert self.used <= self.limits.cells
         assert self.limits.cuttable or not plan.after
@@ -62,6 +66,7 @@ class Memory:
     def copy(self, step: Copy) -> None:
         assert not self.slots[step.target]
         assert len(self.slots[step.source]) >= step.keep
+        assert self.limits.cuttable or len(self.slots[step.source]) == step.keep, "one state can only be copied as it is"
         source = self.slots[step.source][: step.keep]
         self.slots[step.target] = source if self.limits.unified else [list(cell) for cell in source]
 
@@ -79,7 +84,7 @@ class Machine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.limits)
         self.memory = Memory(self.limits)
         self.wanted: dict[str, list[int]] = {}  # of tasks that did not end: the prompt and what was generated
-        self.scopes: dict[str, object] = {}
+        self.scopes: dict[str, tuple[object, ...]] = {}
         self.owners: dict[bytes | None, object] = {}
         self.steps_left: dict[str, int] = {}
         self.count = 0
@@ -97,11 +102,33 @@ class Machine(RuleBasedStateMachine):
         self.count += 1
         name = f"t{self.count}"
         self.scheduler.submit(name, PREFIX[:common] + own, scope, begun, fair)
-        prompt = PREFIX[:common] + own + begun
-        self.wanted[name] = list(prompt)
-        self.scopes[name] = object() if scope is None else self.owners.setdefault(scope, object())
-        self.steps_left[name] = min(output, self.limits.context - len(prompt))
+        self.know(name, PREFIX[:common] + own + begun, scope, output)
         return name
+
+    @rule(
+        target=tasks,
+        scope=st.sampled_from([None, None, b"a", b"b"]),
+        prompt=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+        outputs=st.lists(st.integers(1, 12), min_size=2, max_size=8),
+        fair=st.sampled_from([("t", "a"), ("t", "b"), ("u", "c")]),
+        reuse=st.booleans(),
+    )
+    def submit_choices(
+        self, scope: bytes | None, prompt: list[int], outputs: list[int], fair: Fair, reuse: bool
+    ) -> MultipleResults[str]:
+        prompt = PREFIX[: 40 * reuse] + prompt
+        self.count += 1
+        group, own = f"g{self.count}", object()
+        names = [f"{group}.{i}" for i in range(len(outputs))]
+        for name, output in zip(names, outputs, strict=True):
+            self.scheduler.submit(name, prompt, scope, (), fair, group=group)
+            self.know(name, prompt, scope, output, own)
+        return multiple(*names)
+
+    def know(self, name: str, prompt: list[int], scope: bytes | None, output: int, own: object | None = None) -> None:
+        self.wanted[name] = list(prompt)
+        self.scopes[name] = (own or object(),) if scope is None else (self.owners.setdefault(scope, object()),)
+        self.steps_left[name] = min(output, self.limits.context - len(prompt))
 
     @rule(task=consumes(tasks), keep=st.booleans())
     def cancel(self, task: str, keep: bool) -> None:
@@ -121,7 +148,13 @@ class Machine(RuleBasedStateMachine):
         plan = self.scheduler.plan()
         self.memory.execute(plan, self.scopes)
         assert self.scheduler.free_cells == self.limits.cells - self.memory.used, "the counts are those of the real cells"
-        seen = 0
+        seen = len(plan.copied)
+        for name in plan.copied:
+            slot = self.scheduler._tasks[name].slot
+            assert slot is not None
+            assert [cell[0] for cell in self.memory.slots[slot.index]] == self.wanted[name], "the whole prompt is there"
+            assert name not in [segment.task for segment in plan.segments]
+            self.result(name)
         for segment in plan.segments:
             if segment.task is None:
                 continue
@@ -205,24 +238,32 @@ class Driver:
         self.plans: list[Plan] = []
         self.left: dict[str, int] = {}
         self.owners: dict[bytes, object] = {}
-        self.scopes: dict[str, object] = {}
+        self.scopes: dict[str, tuple[object, ...]] = {}
 
     def submit(self, name: str, prompt: list[int], scope: bytes | None = None, output: int = 4, fair: Fair = NOBODY) -> None:
         self.scheduler.submit(name, prompt, scope, fair=fair)
-        self.scopes[name] = object() if scope is None else self.owners.setdefault(scope, object())
+        self.scopes[name] = (object() if scope is None else self.owners.setdefault(scope, object()),)
         self.left[name] = output
+
+    def submit_choices(self, n: int, prompt: list[int], output: int = 4, fair: Fair = NOBODY) -> list[str]:
+        """Of one request without a scope."""
+        own, names = object(), [f"n{i}" for i in range(n)]
+        for name in names:
+            self.scheduler.submit(name, prompt, None, fair=fair, group="g")
+            self.scopes[name], self.left[name] = (own,), output
+        return names
 
     def step(self) -> Plan:
         plan = self.scheduler.plan()
         self.memory.execute(plan, self.scopes)
         self.plans.append(plan)
-        for segment in plan.segments:
-            if segment.task is not None and segment.output:
-                self.left[segment.task] -= 1
-                if self.left[segment.task]:
-                    self.scheduler.advance(segment.task, 7)
+        for name in [*plan.copied, *(segment.task for segment in plan.segments if segment.output)]:
+            if name is not None:
+                self.left[name] -= 1
+                if self.left[name]:
+                    self.scheduler.advance(name, 7)
                 else:
-                    self.scheduler.end(segment.task)
+                    self.scheduler.end(name)
         return plan
 
     def run(self) -> None:
@@ -286,6 +327,67 @@ def test_a_cache_that_cannot_be_cut_is_not_reused() -> None:
     prompt = [*PREFIX, 1, 2, 3]
     for name in ("first", "same"):
         assert driver.cached(name, prompt, b"a") == (0, len(prompt))
+
+
+# The choices of one request
+
+
+def prompt_tokens(driver: Driver, length: int) -> int:
+    """How many tokens of prompts of this length were computed, over all tasks and steps."""
+    segments = [segment for plan in driver.plans for segment in plan.segments if segment.task is not None]
+    return sum(len(segment.tokens) for segment in segments if segment.start < length)
+
+
+@pytest.mark.parametrize("length", [1, MIN_REUSE - 1, 60])
+@pytest.mark.parametrize("limits", [SPLIT, TIGHT, WHOLE], ids=["split", "unified", "recurrent"])
+def test_choices_read_their_prompt_once(limits: Limits, length: int) -> None:
+    driver = Driver(limits)
+    driver.submit_choices(4, list(range(length)))
+    driver.run()
+    assert prompt_tokens(driver, length) == length
+    assert driver.scheduler.free_cells == limits.cells, "what has no scope is gone with the last of them"
+
+
+@pytest.mark.parametrize("limits", [SPLIT, TIGHT], ids=["split", "unified"])
+def test_more_choices_than_slots_read_their_prompt_once(limits: Limits) -> None:
+    """Also those that begin when the one that read it has long ended."""
+    driver = Driver(limits)
+    driver.submit_choices(14, [*PREFIX])
+    driver.run()
+    assert prompt_tokens(driver, len(PREFIX)) == len(PREFIX)
+
+
+def test_what_cannot_be_cut_is_read_once_for_as_many_choices_as_there_are_slots() -> None:
+    driver = Driver(WHOLE)
+    driver.submit_choices(3 * WHOLE.slots, [*PREFIX])
+    driver.run()
+    assert prompt_tokens(driver, len(PREFIX)) == 3 * len(PREFIX)
+
+
+def test_choices_go_on_where_the_one_that_read_left() -> None:
+    driver = Driver()
+    names = driver.submit_choices(3, [*PREFIX])
+    driver.step()
+    reading = driver.scheduler.running
+    assert reading == (names[0],)
+    driver.scheduler.end(names[0])
+    driver.run()
+    assert prompt_tokens(driver, len(PREFIX)) == len(PREFIX)
+
+
+def test_choices_that_wait_for_their_prompt_hold_no_slot_of_anothers() -> None:
+    driver = Driver(TWO)
+    driver.submit_choices(8, [5] * 400, fair=("t", "a"))
+    driver.submit("other", [6] * 10, output=2, fair=("v", "v"))
+    assert set(driver.step().admitted) == {"n0", "other"}
+
+
+def test_a_callers_later_request_comes_after_the_choices_of_an_earlier_one() -> None:
+    driver = Driver(dataclasses.replace(TWO, slots=1, cells=512))
+    driver.submit_choices(4, [5] * 10, fair=("t", "a"))
+    driver.submit("later", [6] * 10, fair=("t", "a"))
+    driver.run()
+    assert [name for plan in driver.plans for name in plan.admitted][-1] == "later"
 
 
 def first_served(tasks: list[tuple[str, bytes | None, Fair]], limits: Limits) -> list[str]:

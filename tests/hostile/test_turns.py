@@ -20,7 +20,8 @@ from lacre import problems, tasks
 from lacre.jws import b64u_decode
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
-from lacre_backend.engine.scheduler import COMPARED, Limits, Scheduler
+from lacre_backend.engine.plan import Limits
+from lacre_backend.engine.scheduler import COMPARED, Scheduler
 from lacre_gateway.claims import Principal
 from lacre_gateway.fairness import HOUR, Pseudonyms
 from parts.gateway import ISSUER, Issuer

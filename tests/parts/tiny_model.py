@@ -16,6 +16,7 @@ _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _INT32 = 4, 6, 7, 8, 9, 5
 _ALIGNMENT = 32
 _F32 = 0
 N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, N_FF = 64, 2, 4, 2, 128
+D_CONV, D_INNER, D_STATE, DT_RANK = 4, 128, 16, 4  # of the recurrent one
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -104,6 +105,49 @@ def tiny_model(
     if embeds:
         metadata["llama.pooling_type"] = 1  # the mean
     return write_gguf(path, metadata, _weights(len(written["tokenizer.ggml.tokens"]), seed))
+
+
+def tiny_recurrent_model(path: Path, *, n_ctx: int = 4096, seed: int = 1) -> Path:
+    """A Mamba of two layers: it keeps one state for each sequence, which cannot be cut."""
+    vocabulary = tiny_vocabulary("llama")
+    metadata = {
+        "general.architecture": "mamba",
+        "general.name": "tiny",
+        "mamba.block_count": N_LAYER,
+        "mamba.context_length": n_ctx,
+        "mamba.embedding_length": N_EMBD,
+        "mamba.feed_forward_length": 0,
+        "mamba.attention.head_count": 0,
+        "mamba.attention.layer_norm_rms_epsilon": 1e-5,
+        "mamba.ssm.conv_kernel": D_CONV,
+        "mamba.ssm.inner_size": D_INNER,
+        "mamba.ssm.state_size": D_STATE,
+        "mamba.ssm.time_step_rank": DT_RANK,
+        **vocabulary,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+    random = np.random.default_rng(seed)
+
+    def matrix(*shape: int) -> np.ndarray[Any, Any]:
+        return random.normal(0, shape[-1] ** -0.5, shape)
+
+    n_vocab = len(vocabulary["tokenizer.ggml.tokens"])
+    tensors = {"token_embd.weight": random.normal(0, 1, (n_vocab, N_EMBD)), "output_norm.weight": np.ones(N_EMBD)}
+    tensors["output.weight"] = 4 * matrix(n_vocab, N_EMBD)
+    for layer in range(N_LAYER):
+        tensors |= {
+            f"blk.{layer}.attn_norm.weight": np.ones(N_EMBD),
+            f"blk.{layer}.ssm_in.weight": matrix(2 * D_INNER, N_EMBD),
+            f"blk.{layer}.ssm_conv1d.weight": matrix(D_INNER, D_CONV),
+            f"blk.{layer}.ssm_conv1d.bias": np.zeros(D_INNER),
+            f"blk.{layer}.ssm_x.weight": matrix(DT_RANK + 2 * D_STATE, D_INNER),
+            f"blk.{layer}.ssm_dt.weight": matrix(D_INNER, DT_RANK),
+            f"blk.{layer}.ssm_dt.bias": np.zeros(D_INNER),
+            f"blk.{layer}.ssm_a": -np.tile(np.arange(1.0, D_STATE + 1), (D_INNER, 1)),
+            f"blk.{layer}.ssm_d": np.ones(D_INNER),
+            f"blk.{layer}.ssm_out.weight": matrix(N_EMBD, D_INNER),
+        }
+    return write_gguf(path, metadata, tensors)
 
 
 def tiny_vocabulary(model: str, pre: str | None = None) -> dict[str, Any]:

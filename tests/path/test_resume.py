@@ -16,7 +16,7 @@ import lacre
 from lacre_backend import models
 from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.model import Gpu, Model
-from lacre_backend.engine.scheduler import Limits, Plan, Segment
+from lacre_backend.engine.plan import Limits, Plan, Segment
 from lacre_backend.engine.tokenizer import Tokenizer
 from parts.workers import MODEL, Workers, busiest
 

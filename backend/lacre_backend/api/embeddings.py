@@ -102,7 +102,7 @@ async def _vectors(engine: Engine, tasks: Sequence[Task], usage: Usage) -> list[
 
 def _submitted(engine: Engine, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
     try:
-        return [engine.submit(task) for task in tasks]
+        return engine.submit_all(tasks)
     except TaskRefused as refusal:
         raise RequestRefused(str(refusal), param="input") from None
     except EngineError:

@@ -35,7 +35,9 @@ _PARAMS = {"begun": "resume.tokens", "grammar": "response_format", "logit_bias":
 
 
 class Generation:
-    """`n` runs of one task. A seeded task's choices have seeds one apart: alike they would be the same choice."""
+    """`n` runs of one task, whose prompt is read once. A seeded task's choices have seeds one apart: alike they would be the
+    same choice.
+    """
 
     def __init__(self, engine: Engine, task: Task, n: int, usage: Usage, prompt_param: str) -> None:
         """usage: where to count. prompt_param: the caller's word for the prompt."""
@@ -49,6 +51,7 @@ class Generation:
             replace(
                 task,
                 id=f"{task.id}.{i}",
+                group=task.id if n > 1 else None,
                 sampling=task.sampling if base is None else replace(task.sampling, seed=base + i),
             )
             for i in range(n)
@@ -57,8 +60,7 @@ class Generation:
     def submit(self) -> None:
         """Hand the tasks to the engine. Raises `RequestRefused`; `close` is due even then."""
         try:
-            for task in self._tasks:
-                self._streams.append(self._engine.submit(task))
+            self._streams += self._engine.submit_all(self._tasks)
         except TaskRefused as refusal:
             raise RequestRefused(str(refusal), param=self._params.get(refusal.field)) from None
         except EngineError:

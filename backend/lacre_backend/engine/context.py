@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.model import Model
+from lacre_backend.engine.plan import Copy, Limits, Plan, Trim
 from lacre_backend.engine.protocol import EngineError
-from lacre_backend.engine.scheduler import Copy, Limits, Plan, Trim
 
 Logits = NDArray[np.float32]
 

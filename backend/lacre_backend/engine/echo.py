@@ -117,6 +117,11 @@ class EchoEngine:
         running.add_done_callback(self._running.discard)
         return job.stream
 
+    def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+        for task in tasks:
+            self._check(task)
+        return [self.submit(task) for task in tasks]
+
     def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:  # noqa: ARG002 - it takes none
         raise TaskRefused("This engine only echoes.", field="grammar")
 

@@ -116,17 +116,22 @@ class LlamaEmbedder:
         raise TaskRefused("This engine only embeds.", field="grammar")
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
-        check(task, self.model)
-        job = _Job(task)
+        return self.submit_all([task])[0]
+
+    def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+        for task in tasks:
+            check(task, self.model)
+        jobs = {task.id: _Job(task) for task in tasks}
         with self._changed:
             if self._closing:
                 raise EngineError(DIED if self.died else "The engine is closed.")
-            if task.id in self._jobs:
+            if len(jobs) < len(tasks) or not self._jobs.keys().isdisjoint(jobs):
                 raise TaskRefused("A task of this id is not finished yet.", field="id")
-            self._jobs[task.id] = job
-            self._packing.add(task.id, len(task.prompt), task.fair)
+            self._jobs |= jobs
+            for task in tasks:
+                self._packing.add(task.id, len(task.prompt), task.fair)
             self._changed.notify()
-        return job.stream
+        return [job.stream for job in jobs.values()]
 
     def cancel(self, task_id: str) -> None:
         """What is in the step under way ends with it."""

@@ -27,6 +27,7 @@ from lacre_backend.engine.delivery import EventStream, Outbox
 from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.pace import Pace
+from lacre_backend.engine.plan import Plan
 from lacre_backend.engine.protocol import (
     DIED,
     Alternative,
@@ -43,8 +44,9 @@ from lacre_backend.engine.protocol import (
     Watch,
     check,
 )
+from lacre_backend.engine.rows import Rows
 from lacre_backend.engine.sampling import Logits, Sampler, choose, logprob
-from lacre_backend.engine.scheduler import Plan, Scheduler
+from lacre_backend.engine.scheduler import Scheduler
 from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.text import TextStream
 from lacre_backend.engine.tokenizer import Tokenizer
@@ -76,6 +78,11 @@ class _Job:
         self.cancelled = False
         self.ended = False
         self.deadline: float | None = None
+
+    @property
+    def lacks_tokens(self) -> bool:
+        """Whether there is anything to generate."""
+        return self.limit > 0 and not self.text.stopped
 
     def interrupted(self, now: float) -> FinishReason | None:
         """Why to stop between two steps, if there is a reason."""
@@ -122,6 +129,7 @@ class LlamaEngine:
         self._changed = threading.Condition()
         self._watch = Watch()
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
+        self._rows = Rows()  # of choices that were submitted and have not finished
         self._inbox: list[_Job] = []  # of these, what the decode thread has not seen
         self._cancelled: list[_Job] = []  # since the decode thread looked
         self._closing = self._closed = False
@@ -167,22 +175,38 @@ class LlamaEngine:
         return self._masks.compile(source, begun)
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
-        check(task, self.model)
-        job = self._begin(task)
-        if job.limit == 0 or job.text.stopped:
-            job.sampler.close()
-            job.stream.put(job.finish("length"))
-            return job.stream
-        with self._changed:
-            if self._closing or task.id in self._jobs:
+        return self.submit_all([task])[0]
+
+    def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+        for task in tasks:
+            check(task, self.model)
+        jobs: list[_Job] = []
+        try:
+            for task in tasks:
+                jobs.append(self._begin(task))
+            self._enter([job for job in jobs if job.lacks_tokens])
+        except (EngineError, TaskRefused):
+            for job in jobs:
                 job.sampler.close()
-                if self._closing:
-                    raise EngineError(DIED if self.died else "The engine is closed.")
+            raise
+        for job in jobs:
+            if not job.lacks_tokens:
+                job.sampler.close()
+                job.stream.put(job.finish("length"))
+        return [job.stream for job in jobs]
+
+    def _enter(self, jobs: Sequence[_Job]) -> None:
+        """All of them are taken up at once, or none."""
+        with self._changed:
+            if self._closing:
+                raise EngineError(DIED if self.died else "The engine is closed.")
+            new = {job.task.id: job for job in jobs}
+            if len(new) < len(jobs) or not self._jobs.keys().isdisjoint(new):
                 raise TaskRefused("A task of this id is not finished yet.", field="id")
-            self._jobs[task.id] = job
-            self._inbox.append(job)
+            self._rows.add([job.task for job in jobs])
+            self._jobs |= new
+            self._inbox += jobs
             self._changed.notify()
-        return job.stream
 
     def _begin(self, task: Task) -> _Job:
         limit = min(task.max_tokens, self.model.n_ctx - len(task.sequence))
@@ -242,7 +266,8 @@ class LlamaEngine:
                 new, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
             for job in new:
-                self._scheduler.submit(job.task.id, job.tokens, job.task.cache_scope, fair=job.task.fair)
+                task = job.task
+                self._scheduler.submit(task.id, job.tokens, task.cache_scope, fair=task.fair, group=task.group)
             for job in cancelled:
                 if not job.ended:
                     self._end(job, "cancelled")
@@ -262,6 +287,7 @@ class LlamaEngine:
         for task_id in plan.admitted:
             self._start(self._jobs[task_id], now)
         working = [self._jobs[segment.task] for segment in plan.segments if segment.task is not None]
+        working += [self._jobs[task_id] for task_id in plan.copied]
         try:
             rows = self._context.execute(plan)
         except EngineError as error:
@@ -275,6 +301,7 @@ class LlamaEngine:
         outputs = [segment.task for segment in plan.segments if segment.output]
         if any(task_id is not None for task_id in outputs):
             self._results(outputs, rows)
+        self._begin_copied(plan)
         self._interrupt(working)
         self._outbox.flush()
         if not plan.segments and self._parked:
@@ -306,6 +333,7 @@ class LlamaEngine:
     def _results(self, outputs: list[str | None], rows: list[int]) -> None:
         logits = self._context.logits(len(rows))
         jobs = [None if task_id is None else self._jobs[task_id] for task_id in outputs]  # a filler's are not looked at
+        self._keep(jobs, logits)
         until = time.monotonic() + GRACE
         late = {i for i, job in enumerate(jobs) if job is not None and not job.sampler.ready(until - time.monotonic())}
         for i in late:
@@ -315,8 +343,30 @@ class LlamaEngine:
             logits, rows = logits[wanted], [rows[i] for i in wanted]
         self._choose([job for i in wanted if (job := jobs[i]) is not None], rows, logits)
 
-    def _choose(self, jobs: list[_Job], rows: list[int], logits: Logits) -> None:
-        """rows: where in the batch each job's output is; a parked one's, whose grammar needs none, may be any."""
+    def _keep(self, jobs: list[_Job | None], logits: Logits) -> None:
+        """The rows at the ends of prompts that have more choices."""
+        with self._changed:
+            for job, row in zip(jobs, logits, strict=True):
+                if job is not None and job.completion_tokens == 0:
+                    self._rows.keep(job.task, row)
+
+    def _begin_copied(self, plan: Plan) -> None:
+        """The first tokens of choices whose prompt a sibling read."""
+        for task_id in plan.copied:
+            job = self._jobs[task_id]
+            with self._changed:
+                row = self._rows.of(job.task)
+            if task_id in self._parked:
+                continue  # it was sent back while it waited for its mask, and still does
+            if row is None:
+                self._drop(job, EngineError("The prompt of a choice was lost. Send the request again."), keep=False)
+            elif job.sampler.ready(0):
+                self._choose([job], [None], row[None])
+            else:
+                self._park(job, row)
+
+    def _choose(self, jobs: list[_Job], rows: Sequence[int | None], logits: Logits) -> None:
+        """rows: where in the batch each job's output is; None where it is from an earlier one."""
         if not jobs:
             return
         tokens = choose([job.sampler for job in jobs], self._context.pointer, rows, logits, self._random)
@@ -365,7 +415,7 @@ class LlamaEngine:
                 self._end(job, reason)
             elif job.sampler.ready(0):
                 del self._parked[task_id]
-                self._choose([job], [0], logits[None])
+                self._choose([job], [None], logits[None])
 
     def _wake(self) -> None:
         with self._changed:
@@ -395,6 +445,7 @@ class LlamaEngine:
             self._scopes[job.task.cache_scope] = time.monotonic()
         with self._changed:
             del self._jobs[job.task.id]
+            self._rows.remove(job.task)
         self._outbox.post(job.stream, event)
         job.sampler.close()
 

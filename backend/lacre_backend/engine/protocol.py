@@ -123,6 +123,7 @@ class Task:
     cache_scope: tasks may share a cached prefix only within one scope; None shares nothing. It decides nothing else.
     fair: the pseudonyms of tenant and caller, which alone decide whose turn it is.
     time_limit: seconds of work, counted from the first step (waiting is not counted); then it finishes as "length".
+    group: of the choices of one request, whose prompts are the same. It is read once; give them to `submit_all`.
     """
 
     id: str
@@ -136,6 +137,7 @@ class Task:
     fair: Fair = NOBODY
     time_limit: float | None = None
     begun: tuple[int, ...] = ()
+    group: str | None = None
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -318,6 +320,10 @@ class Engine(Protocol):
         `GrammarTooCostly` if the task's own grammar does. Whoever stops
         iterating before the `Finish` calls `cancel`.
         """
+        ...
+
+    def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+        """Queue the choices of one request together: all of them, or none. Raises as `submit`."""
         ...
 
     def cancel(self, task_id: str) -> None:

@@ -73,19 +73,22 @@ class Sampler:
                 tokens, values = zip(*sampling.logit_bias.items(), strict=True)
                 self.bias = np.array(tokens, dtype=np.int32), np.array(values, dtype=np.float32)
             return
+        self._n_vocab = model.n_vocab
         self._candidates = Candidates(model.n_vocab) if constraint is not None else None
         self._chain = _chain([*_stages(model, sampling, max_tokens), *_choice(sampling)])
 
-    def sample(self, context: Any, row: int, logits: Logits) -> int:
-        """The next token by the chain, from row `row` of the last batch; `logits` is the same row."""
-        if self.constraint is None or self._candidates is None:
+    def sample(self, context: Any, row: int | None, logits: Logits) -> int:
+        """The next token by the chain. logits: one row. row: where it is in the last batch; None if in an earlier one."""
+        if self.constraint is None and row is not None:
             return int(L.llama_sampler_sample(self._chain, context, row))
-        ids = np.flatnonzero(self.constraint.allowed()).astype(np.int32)
-        if len(ids) == 0:
+        allowed = np.arange(self._n_vocab) if self.constraint is None else np.flatnonzero(self.constraint.allowed())
+        if len(allowed) == 0:
             raise _nothing_left()
-        self._candidates.fill(ids, logits[ids])
-        self._candidates.apply(self._chain)
-        token = self._candidates.chosen()
+        ids = allowed.astype(np.int32)
+        candidates = self._candidates or Candidates(self._n_vocab)
+        candidates.fill(ids, logits[ids])
+        candidates.apply(self._chain)
+        token = candidates.chosen()
         L.llama_sampler_accept(self._chain, token)
         return token
 
@@ -124,10 +127,10 @@ class Sampler:
 
 
 def choose(
-    samplers: Sequence[Sampler], context: Any, rows: Sequence[int], logits: Logits, random: np.random.Generator
+    samplers: Sequence[Sampler], context: Any, rows: Sequence[int | None], logits: Logits, random: np.random.Generator
 ) -> list[int | EngineError]:
-    """A token for each sequence, or why there is none. rows: where in the batch its output is; logits: a row for each, which
-    is as before afterwards.
+    """A token for each sequence, or why there is none. rows: where in the last batch its output is; None where it is in none.
+    logits: a row for each, which is as before afterwards.
     """
     biased = [(i, *sampler.bias) for i, sampler in enumerate(samplers) if sampler.bias is not None]
     before = [logits[i, ids] for i, ids, _ in biased]
@@ -148,7 +151,7 @@ def choose(
             logits[i, ids] = old
 
 
-def _chosen(sampler: Sampler, context: Any, row: int, logits: Logits, random: np.random.Generator) -> int | EngineError:
+def _chosen(sampler: Sampler, context: Any, row: int | None, logits: Logits, random: np.random.Generator) -> int | EngineError:
     """One sequence's token; a sequence that cannot go on must not take the others' step with it."""
     try:
         if not sampler.plain:

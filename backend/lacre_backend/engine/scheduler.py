@@ -9,8 +9,8 @@ Rules
   always advances.
 - The pseudonyms of tenant and caller decide whose turn it is, and nothing else does (`turns.py`): who is admitted, whose prompt
   is read first, and who goes back to the queue.
-- The scope decides what is reused, and nothing else. Cells are reused within one scope only. What has no scope is removed when
-  it ends.
+- The scope decides what is reused, and nothing else. Cells are reused within one scope only, and between the choices of one
+  request, which read their prompt once (`choices.py`). What has no scope is removed when its request ends.
 - What a step costs depends on the number of slots and of the step's tokens, never on how long the contexts are: cells are
   counts (`cells.py`), tokens are never copied as a whole, and their beginnings are compared by digests (`tokens.py`).
 - Of an answer that is read again, begun elsewhere or sent back to its queue, at most `PIECE` tokens go into a step, and none
@@ -28,16 +28,17 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from lacre.errors import UsageError
 from lacre_backend.engine.cells import Cells
+from lacre_backend.engine.choices import Choices
+from lacre_backend.engine.plan import Copy, Limits, Plan, Segment, Trim
 from lacre_backend.engine.tokens import NO_TOKENS, Tokens
 from lacre_backend.engine.turns import NOBODY, Fair, Turns
 
 MIN_REUSE: Final = 16  # tokens; shorter common beginnings (every chat's first words) are computed faster than they are sought
-MIN_COPY: Final = 128  # tokens; below it a copy between slots takes longer than computing
+MIN_COPY: Final = 128  # tokens; below it a copy between slots takes longer than computing. Choices copy whatever they share
 MARGIN: Final = 32  # free cells for each running task before another is admitted, so that it is not sent back at once
 COMPARED: Final = 64  # beginnings in one step, some 4 us each; the tasks behind them are admitted with the next step
 PAD: Final = 256  # llama.cpp looks at cells in multiples of this many
@@ -45,90 +46,15 @@ PIECE: Final = 63  # tokens: from 64 of one sequence on, ggml's flash attention 
 FILLER: Final = 0  # any token does: its result is not looked at
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """slots: sequences at a time. context: cells of one. cells: cells of all, fewer than `slots * context` in a unified cache.
-
-    step: tokens in a step. chunk: of prompts, while nothing is generated. burst: of short prompts (at most so long) together
-    while others generate. share: of long prompts, then; whoever measures may set it anew at any time. multiple: how many
-    sequences the kernels take at once. cuttable: whether cells can be taken from the end of a sequence; if not, no prefix is
-    reused, and there are no fillers.
-    """
-
-    slots: int
-    context: int
-    cells: int
-    unified: bool = False
-    step: int = 512
-    chunk: int = 256
-    burst: int = 128
-    share: int = 32
-    multiple: int = 1
-    cuttable: bool = True
-
-    def __post_init__(self) -> None:
-        fits = self.context <= self.cells <= self.slots * self.context
-        positive = min(self.slots, self.context, self.share, self.burst, self.chunk) > 0
-        rooms = self.slots + self.burst + self.share <= self.step and self.chunk <= self.step
-        if not (fits and positive and rooms):
-            raise UsageError(f"These limits contradict each other: {self}.")
-
-
-@dataclass(frozen=True, slots=True)
-class Trim:
-    """Remove the slot's cells from position `keep` on."""
-
-    slot: int
-    keep: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Make `target`, which is empty, hold the first `keep` cells of `source`."""
-
-    source: int
-    target: int
-    keep: int
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens of one slot from position `start` on. output: the last one's logits are wanted. task: None for a filler, whose
-    output nobody looks at: it is there because rows of logits come by fours too.
-    """
-
-    slot: int
-    start: int
-    tokens: Sequence[int]
-    task: str | None
-    output: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: first `memory` in its order, then `segments` as one batch, then `after`. generating: tasks that are past
-    their prompt.
-    """
-
-    memory: tuple[Trim | Copy, ...]
-    segments: tuple[Segment, ...]
-    after: tuple[Trim, ...]
-    admitted: tuple[str, ...]
-    generating: int
-
-    @property
-    def size(self) -> int:
-        return sum(len(segment.tokens) for segment in self.segments)
-
-
 class _Task:
-    __slots__ = ("cached", "fair", "generated", "id", "number", "scope", "slot", "tokens")
+    __slots__ = ("cached", "choices", "fair", "generated", "id", "number", "scope", "slot", "tokens")
 
-    def __init__(self, task_id: str, tokens: Tokens, scope: bytes | None, fair: Fair) -> None:
+    def __init__(self, task_id: str, tokens: Tokens, scope: bytes | None, fair: Fair, choices: Choices[_Task] | None) -> None:
         self.id = task_id
         self.tokens = tokens
         self.scope = scope
         self.fair = fair
+        self.choices = choices  # of its request, where there are several
         self.generated = 0
         self.cached: int | None = None  # tokens found in the cache at the first admission
         self.slot: _Slot | None = None
@@ -136,13 +62,14 @@ class _Task:
 
 
 class _Slot:
-    __slots__ = ("index", "length", "scope", "task", "tokens", "used")
+    __slots__ = ("choices", "index", "length", "scope", "task", "tokens", "used")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.tokens = NO_TOKENS  # of the task that runs here, or ran here last
         self.length = 0  # of these, how many have their cells here
         self.scope: bytes | None = None
+        self.choices: Choices[_Task] | None = None  # whose prompt its cells begin with, while one of them did not end
         self.task: _Task | None = None
         self.used = 0  # when it was last in use, by the scheduler's count
 
@@ -165,6 +92,7 @@ class Scheduler:
         self._slots = [_Slot(i) for i in range(limits.slots)]
         self._tasks: dict[str, _Task] = {}
         self._turns: Turns[_Task] = Turns()
+        self._groups: dict[str, Choices[_Task]] = {}
         self._cells = Cells(limits.slots, limits.cells, unified=limits.unified)
         self._count = 0
         self._compared = 0  # beginnings, in this step
@@ -179,29 +107,37 @@ class Scheduler:
         scope: bytes | None,
         begun: Sequence[int] = (),
         fair: Fair = NOBODY,
+        *,
+        group: str | None = None,
     ) -> None:
         """A prompt that fits the context, with what is begun of its answer, and an id that is not in use.
 
-        fair: whose turn it takes. `Tokens` that the caller's thread made save this one the work.
+        fair: whose turn it takes. group: of the choices of one request, whose tokens are the same. `Tokens` that the caller's
+        thread made save this one the work.
         """
         tokens = prompt if isinstance(prompt, Tokens) else Tokens(prompt, begun)
         if task_id in self._tasks or not 0 < len(tokens) < self.limits.context:
             raise UsageError("The task is known already, or its prompt does not fit.")
-        task = self._tasks[task_id] = _Task(task_id, tokens, scope, fair)
+        choices = None if group is None else self._groups.setdefault(group, Choices(len(tokens)))
+        if choices is not None:
+            choices.members += 1
+        task = self._tasks[task_id] = _Task(task_id, tokens, scope, fair, choices)
         self._turns.add(fair, task_id, task)
 
     def end(self, task_id: str, *, keep: bool = True) -> None:
         """The task is over, for whatever reason. keep: what is computed may serve its scope."""
         task = self._tasks.pop(task_id)
-        if task.slot is None:
+        if task.slot is not None:
+            self._turns.release(task.fair)
+            slot, task.slot = task.slot, None
+            slot.task = None
+            slot.used = self._tick()
+            if not keep or task.scope is None:
+                self._trim(slot, self._of_choices(slot, task) if keep else 0)
+        elif task.choices is None or task not in task.choices.waiting:
             self._turns.drop(task.fair, task_id)
-            return
-        self._turns.release(task.fair)
-        slot, task.slot = task.slot, None
-        slot.task = None
-        slot.used = self._tick()
-        if not keep or task.scope is None:
-            self._trim(slot, 0)
+        if task.choices is not None:
+            self._leave(task, task.choices)
 
     def advance(self, task_id: str, token: int) -> None:
         """The task's segment gave this token, and the task goes on."""
@@ -234,7 +170,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        return tuple(task.id for task in self._turns)
+        beside = (task for choices in self._groups.values() for task in choices.waiting)
+        return tuple(task.id for task in itertools.chain(self._turns, beside))
 
     @property
     def busy(self) -> bool:
@@ -254,7 +191,12 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next step. Empty segments: nothing runs, though there may be memory to free."""
+        for choices in self._groups.values():
+            reader = choices.reader
+            if reader is not None and reader.slot is not None and reader.slot.length >= choices.length:
+                self._release(choices)
         admitted = tuple(self._admit())
+        copied = tuple(task_id for task_id in admitted if self._is_copied(self._tasks[task_id]))
         segments: dict[int, Segment] = {}
         for slot in sorted((s for s in self._slots if s.generating), key=_age):
             self._take(slot, 1, segments)
@@ -262,7 +204,8 @@ class Scheduler:
         self._prefill(generating, segments)
         ordered, after = self._filled([segments[i] for i in sorted(segments)])
         memory, self._memory = tuple(self._memory), []
-        return Plan(memory, ordered, after, admitted, generating)
+        still = tuple(task_id for task_id in copied if self._tasks[task_id].slot is not None)  # not sent back by this very plan
+        return Plan(memory, ordered, after, admitted, generating, still)
 
     # Admission
 
@@ -270,7 +213,13 @@ class Scheduler:
         self._compared = 0
         while self._compared < COMPARED and any(slot.idle for slot in self._slots):
             task = self._turns.next()
-            if task is None or not self._place(task):
+            if task is None:
+                return
+            if task.choices is not None and task.choices.must_wait(task):
+                self._turns.drop(task.fair, task.id)
+                task.choices.waiting.append(task)
+                continue
+            if not self._place(task):
                 return
             self._turns.take(task.fair, task.id, hold=True)
             yield task.id
@@ -288,9 +237,14 @@ class Scheduler:
             self._cells.copy(source.index, slot.index, common)
             self._memory.append(Copy(source.index, slot.index, common))
         slot.tokens, slot.length = task.tokens, common
-        slot.task, slot.scope, task.slot = task, task.scope, slot
+        slot.task, slot.scope, slot.choices, task.slot = task, task.scope, task.choices, slot
         task.number = slot.used = self._tick()
-        task.cached = common if task.cached is None else task.cached
+        found = common
+        if task.choices is not None:
+            found = task.choices.cached = common if task.choices.cached is None else task.choices.cached
+            if common < task.choices.length:
+                task.choices.reader = task
+        task.cached = found if task.cached is None else task.cached
         while self.free_cells < need and self._evict():
             pass
         return True
@@ -307,21 +261,59 @@ class Scheduler:
         common = {slot.index: self._common(slot, task) for slot in self._slots}
         best = max(idle, key=lambda slot: (common[slot.index], slot.used))
         source = max(self._slots, key=lambda slot: common[slot.index])
-        if common[best.index] >= max(MIN_REUSE, common[source.index] - MIN_COPY):
+        sibling = task.choices is not None and source.choices is task.choices  # then nothing of the prompt is computed again
+        least, gain = (1, 0) if sibling else (MIN_REUSE, MIN_COPY)
+        if common[best.index] >= max(least, common[source.index] - gain):
             return best, None, common[best.index]
         busy = [slot.index for slot in self._slots if not slot.idle]
         fresh = min(idle, key=lambda slot: _cost(slot, busy))
-        if common[source.index] >= MIN_COPY and source is not fresh:
+        if common[source.index] >= max(gain, 1) and source is not fresh:
             return fresh, source, common[source.index]
         return fresh, None, 0
 
     def _common(self, slot: _Slot, task: _Task) -> int:
-        """The length of the common beginning, at most all but the last token: its logits must be computed."""
+        """The length of the common beginning. Where no sibling's logits are at hand, all but the last token at most."""
+        if (ours := self._of_choices(slot, task)) > 0:
+            return ours
         if task.scope is None or slot.scope != task.scope or not self.limits.cuttable:
             return 0
         limit = min(len(task.tokens) - 1, slot.length)
         self._compared += limit > 0
         return task.tokens.common(slot.tokens, limit)
+
+    # Choices
+
+    def _of_choices(self, slot: _Slot, task: _Task) -> int:
+        """How many tokens of its request's prompt a task finds in a slot. What cannot be cut is found at its very end only."""
+        choices = task.choices
+        if choices is None or slot.choices is not choices:
+            return 0
+        if not self.limits.cuttable:
+            return choices.length if slot.length == choices.length else 0
+        return min(slot.length, choices.length)
+
+    def _is_copied(self, task: _Task) -> bool:
+        return task.slot is not None and task.slot.length == len(task.tokens)
+
+    def _release(self, choices: Choices[_Task]) -> None:
+        """Those that waited for a prompt take their turns, before what their caller asked for later."""
+        for task in reversed(choices.released()):
+            self._turns.add(task.fair, task.id, task, first=True)
+
+    def _leave(self, task: _Task, choices: Choices[_Task]) -> None:
+        choices.members -= 1
+        if task in choices.waiting:
+            choices.waiting.remove(task)
+        if choices.reader is task:
+            self._release(choices)
+        if choices.members:
+            return
+        self._groups = {name: group for name, group in self._groups.items() if group is not choices}
+        for slot in self._slots:
+            if slot.choices is choices:
+                slot.choices = None
+                if slot.scope is None:
+                    self._trim(slot, 0)
 
     # Cells
 
@@ -336,10 +328,10 @@ class Scheduler:
             self._memory.append(Trim(slot.index, keep))
 
     def _evict(self) -> bool:
-        """Remove the idle cache unused for the longest."""
+        """Remove the idle cache unused for the longest; a prompt that choices may still copy goes last."""
         idle = [slot for slot in self._slots if slot.idle and slot.length]
         if idle:
-            self._trim(min(idle, key=lambda slot: slot.used), 0)
+            self._trim(min(idle, key=lambda slot: (slot.choices is not None, slot.used)), 0)
         return bool(idle)
 
     def _preempt(self, segments: dict[int, Segment]) -> None:
@@ -357,7 +349,7 @@ class Scheduler:
         if planned is not None:  # these cells were never filled
             self._cells.cut(slot.index, planned.start)
             slot.length = planned.start
-        slot.task = task.slot = None
+        slot.task = task.slot = slot.choices = None
         self._trim(slot, 0)
         self._turns.add(task.fair, task.id, task, first=True)
         self._turns.release(task.fair)
@@ -445,13 +437,15 @@ def _age(slot: _Slot) -> int:
     return slot.task.number if slot.task is not None else 0
 
 
-def _cost(slot: _Slot, busy: Sequence[int]) -> tuple[int, bool, int, int]:
-    """Which idle slot to give away: one inside or beside those that run, even if a cache elsewhere is older, because every
-    gap is computed or begins a new computation; of several, an empty one, else the one unused for the longest.
+def _cost(slot: _Slot, busy: Sequence[int]) -> tuple[bool, int, bool, int, int]:
+    """Which idle slot to give away: first one without a prompt that choices may still copy. Then one inside or beside those
+    that run, even if a cache elsewhere is older, because every gap is computed or begins a new computation; of several, an
+    empty one, else the one unused for the longest.
     """
+    kept = slot.choices is not None and slot.length > 0
     inside = bool(busy) and busy[0] < slot.index < busy[-1]
     distance = 0 if not busy or inside else min(abs(slot.index - busy[0]), abs(slot.index - busy[-1]))
-    return distance, bool(slot.length), slot.used if slot.length else 0, slot.index
+    return kept, distance, bool(slot.length), slot.used if slot.length else 0, slot.index
 
 
 def _weight(task: _Task, held: Counter[Fair | str], oldest: int) -> tuple[bool, int, int, int]:

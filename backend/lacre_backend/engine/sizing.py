@@ -17,7 +17,7 @@ import llama_cpp as L
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.model import DEFAULT_N_CTX, MIN_N_CTX, Facts, Gpu
-from lacre_backend.engine.scheduler import Limits
+from lacre_backend.engine.plan import Limits
 
 DEFAULT_SLOTS: Final = 8
 MAX_SLOTS: Final = 256  # llama.cpp's own limit

@@ -19,7 +19,7 @@ from typing import Final
 
 from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.model import Gpu, Model
-from lacre_backend.engine.scheduler import Limits, Plan, Segment, Trim
+from lacre_backend.engine.plan import Limits, Plan, Segment, Trim
 from lacre_backend.engine.tokenizer import Tokenizer
 
 HISTORY: Final = 192  # tokens before the step that is timed
