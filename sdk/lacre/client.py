@@ -15,8 +15,10 @@ from lacre._version import __version__
 from lacre.chat_request import ChatRequest, Messages
 from lacre.choices import StreamEvent
 from lacre.credentials import AsyncToken, Token
+from lacre.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.dpop import ProofKey
 from lacre.errors import SettingsError, UsageError
+from lacre.forks import StaysInProcess
 from lacre.manifest import Manifest
 from lacre.memory import Memory, VersionFile
 from lacre.padding import Shape
@@ -32,7 +34,6 @@ BASE_URL: Final = f"{ORIGIN}/v1"
 
 # Reading waits for the queue (30 s) and a long prompt's prefill; the other steps are quick.
 DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0)
-DEFAULT_LIMITS: Final = httpx2.Limits(max_connections=100, max_keepalive_connections=20)  # httpx2's own
 
 # A gateway may restart twice while a long answer is on its way, and a connection be cut. What may be a worker's end counts
 # apart, and is followed once (`lacre.backoff`).
@@ -43,7 +44,7 @@ EventHooks = Mapping[str, list[Any]]
 Timeout = httpx2.Timeout | float | None | EllipsisType  # of one call; `...` is the client's own
 
 
-class Client(httpx2.Client):
+class Client(StaysInProcess, httpx2.Client):
     """A sealed client. It *is* an `httpx2.Client` with its base URL set: `client.post("/v1/chat/completions", json=...)`.
 
     url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` if None.
@@ -97,18 +98,13 @@ class Client(httpx2.Client):
             resume=arguments.count(resume, "resume"),
         )
         lasts = arguments.timeout(timeout)
-        outer = httpx2.Client(
-            base_url=where.base_url,
-            headers=_OUTER_HEADERS,
-            timeout=DEFAULT_TIMEOUT,
-            verify=arguments.verify(verify),
-            proxy=arguments.proxy(proxy),
-            limits=limits,
-            transport=transport,
+        checks, through = arguments.verify(verify), arguments.proxy(proxy)
+        dial: Dial[httpx2.BaseTransport] = Dial(
+            where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, limits, transport
         )
-        self._sealed = SealedTransport(sealing, outer, bearer, key)
+        self._sealed = SealedTransport(sealing, outer(dial), bearer, key)
         self._pool_name = pool
-        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks)
+        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
     def send(
         self,
@@ -196,7 +192,7 @@ class Client(httpx2.Client):
         return _models(self._sealed.manifest().pools, self._pool_name)
 
 
-class AsyncClient(httpx2.AsyncClient):
+class AsyncClient(StaysInProcess, httpx2.AsyncClient):
     """The async twin of `Client`; `token` may also be a callable that returns an awaitable."""
 
     def __init__(
@@ -232,18 +228,13 @@ class AsyncClient(httpx2.AsyncClient):
             resume=arguments.count(resume, "resume"),
         )
         lasts = arguments.timeout(timeout)
-        outer = httpx2.AsyncClient(
-            base_url=where.base_url,
-            headers=_OUTER_HEADERS,
-            timeout=DEFAULT_TIMEOUT,
-            verify=arguments.verify(verify),
-            proxy=arguments.proxy(proxy),
-            limits=limits,
-            transport=transport,
+        checks, through = arguments.verify(verify), arguments.proxy(proxy)
+        dial: Dial[httpx2.AsyncBaseTransport] = Dial(
+            where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, limits, transport
         )
-        self._sealed = AsyncSealedTransport(sealing, outer, bearer, key)
+        self._sealed = AsyncSealedTransport(sealing, async_outer(dial), bearer, key)
         self._pool_name = pool
-        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks)
+        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
     async def send(
         self,
@@ -357,6 +348,6 @@ def _models(pools: Mapping[str, Any], pool: str) -> tuple[str, ...]:
 def fetch_manifest(url: str | None = None, *, memory: Memory | None = None, verify: Verify = True) -> Manifest:
     """The manifest that the gateway serves, verified against the root pinned in `url` (`LACRE_URL`). Needs no token."""
     where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
-    sealing, checks = Sealing(where.root, _memory(memory)), arguments.verify(verify)
-    with httpx2.Client(base_url=where.base_url, headers=_OUTER_HEADERS, timeout=DEFAULT_TIMEOUT, verify=checks) as outer:
-        return SealedTransport(sealing, outer, "").manifest()
+    dial: Dial[httpx2.BaseTransport] = Dial(where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, arguments.verify(verify))
+    with SealedTransport(Sealing(where.root, _memory(memory)), outer(dial), "") as sealed:
+        return sealed.manifest()

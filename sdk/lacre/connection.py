@@ -1,112 +1,214 @@
-"""The connection to the gateway: does the steps of one exchange over httpx2, and reads the answer's body piece by piece.
+"""The connection to the gateway: does the steps of a call over httpx2, and reads the answer's body piece by piece.
 
 Rules:
-- Redirects are never followed, no cookie is sent, and the answer's bytes are read as they came.
+- Redirects are never followed, and the answer's bytes are read as they came.
+- A connection belongs to the process that made it: a fork makes its own, and never touches its parent's (`lacre.forks`).
+- A `Wire` belongs to one call. What the calls of a client share is in its `Link`.
 
-`lacre.sealing` decides what to send; `lacre.transport` drives it.
+`lacre.sealing` decides what to send; `lacre.transport` hands on what comes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import httpx2
 
 from lacre import audit, dpop
-from lacre.credentials import checked
+from lacre.credentials import AsyncToken, Token, checked
 from lacre.dpop import ProofKey
+from lacre.errors import LacreError
+from lacre.forks import Home, PerLoop, PerProcess, Sockets
 from lacre.outer_errors import mapped
-from lacre.steps import Done, Offload, Outer, Read, Send, Step, Wait
+from lacre.single_flight import AsyncSingleFlight, SingleFlight
+from lacre.steps import Done, Offload, Outer, Read, Send, Step, Steps, T, Together, Wait
 from lacre.token_sources import AsyncBearer, Bearer
+
+POOL_BESIDE: Final = 5.0  # seconds for a free connection beside the one that a call holds: enough for a short request to end
+_READ_HERE: Final = "this answer is read"
+
+
+class Link:
+    """What the calls of a sync client share on the network."""
+
+    def __init__(self, outer: PerProcess[httpx2.Client], token: Token, key: ProofKey | None) -> None:
+        self.outer = outer
+        self.sockets = Sockets()
+        self.bearer = Bearer(token, outer, key)
+        self.flight = SingleFlight()
+
+    def close(self) -> None:
+        for client in self.outer.made():
+            client.close()
+
+
+class AsyncLink:
+    """The async twin of `Link`."""
+
+    def __init__(self, outer: PerLoop[httpx2.AsyncClient], token: AsyncToken, key: ProofKey | None) -> None:
+        self.outer = outer
+        self.sockets = Sockets()
+        self.bearer = AsyncBearer(token, outer, key)
+        self.flight = AsyncSingleFlight()
+
+    async def aclose(self) -> None:
+        for client in self.outer.made():
+            await client.aclose()
 
 
 class Wire:
-    """Does the steps of one exchange; holds the last response, whose body is read step by step."""
+    """Does the steps of one call; holds the last response, whose body is read step by step."""
 
-    def __init__(self, outer: httpx2.Client, bearer: Bearer, extensions: Any) -> None:
-        self._outer = outer
-        self._bearer = bearer
+    def __init__(self, link: Link, extensions: Any) -> None:
+        self._link = link
         self._extensions = extensions
+        self._home = Home()
         self._token: str | None = None
         self._response: httpx2.Response | None = None
         self._chunks: Iterator[bytes] = iter(())
 
-    def do(self, step: Step) -> Done:
-        if isinstance(step, Send):
-            return self._send(step)
-        if isinstance(step, Read):
-            with mapped():
-                return self.read()
-        if isinstance(step, Wait):
+    def run(self, steps: Steps[T]) -> T:
+        """Does what `steps` asks, and returns their result. The last response's body is still open then."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    done = self.do(step)
+                except LacreError as exc:
+                    step = steps.throw(exc)
+                else:
+                    step = steps.send(done)
+        except StopIteration as finished:
+            result: T = finished.value
+            return result
+        except BaseException:
             self.close()
-            time.sleep(step.seconds)
-            return None
-        if isinstance(step, Offload):
-            step.do()
-            return None
-        self._token, refused = self._bearer.token(self._token), self._token
-        return self._token != refused
+            raise
+
+    def do(self, step: Step) -> Done:
+        self._home.check(_READ_HERE)
+        match step:
+            case Send():
+                return self._send(step)
+            case Read():
+                with mapped():
+                    return self.read()
+            case Wait():
+                self.close()
+                time.sleep(step.seconds)
+            case Offload():
+                step.do()
+            case Together():
+                if not step.beside:
+                    self.close()
+                patience = _patience(self._extensions, step.endurance)
+                self._link.flight.run(step.wanted, partial(self._aside, step.do), patience)
+            case _:
+                self._token, refused = self._link.bearer.token(self._token), self._token
+                return self._token != refused
+        return None
+
+    def _aside(self, steps: Callable[[], Steps[None]]) -> None:
+        aside = Wire(self._link, _beside(self._extensions))
+        aside.run(steps())
+        aside.close()
 
     def _send(self, step: Send) -> Outer:
         self.close()
-        token = self._bearer.token() if step.sealed else None
-        request = outer_request(self._outer, step, credentials(self._outer, step, token, self._bearer.key), self._extensions)
+        outer, bearer = self._link.outer.get(), self._link.bearer
+        token = bearer.token() if step.sealed else None
+        request = outer_request(outer, step, credentials(outer, step, token, bearer.key), self._extensions)
+        request.extensions["trace"] = self._link.sockets.trace
         with mapped():
-            self._response = self._outer.send(request, stream=True, follow_redirects=False)
+            self._response = outer.send(request, stream=True, follow_redirects=False)
         self._token, self._chunks = token, self._response.iter_raw()
         return outer_of(self._response, token)
 
     def read(self) -> bytes | None:
+        self._home.check(_READ_HERE)
         return next(self._chunks, None)
 
     def close(self) -> None:
-        if self._response is not None:
+        if self._response is not None and self._home:
             self._response.close()
 
 
 class AsyncWire:
     """The async twin of `Wire`."""
 
-    def __init__(self, outer: httpx2.AsyncClient, bearer: AsyncBearer, extensions: Any) -> None:
-        self._outer = outer
-        self._bearer = bearer
+    def __init__(self, link: AsyncLink, extensions: Any) -> None:
+        self._link = link
         self._extensions = extensions
+        self._home = Home()
         self._token: str | None = None
         self._response: httpx2.Response | None = None
         self._chunks: AsyncIterator[bytes] | None = None
 
-    async def do(self, step: Step) -> Done:
-        if isinstance(step, Send):
-            return await self._send(step)
-        if isinstance(step, Read):
-            with mapped():
-                return await self.read()
-        if isinstance(step, Wait):
+    async def run(self, steps: Steps[T]) -> T:
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    done = await self.do(step)
+                except LacreError as exc:
+                    step = steps.throw(exc)
+                else:
+                    step = steps.send(done)
+        except StopIteration as finished:
+            result: T = finished.value
+            return result
+        except BaseException:
             await self.close()
-            await _sleep(step.seconds)
-            return None
-        if isinstance(step, Offload):
-            await _in_thread(step.do)
-            return None
-        self._token, refused = await self._bearer.token(self._token), self._token
-        return self._token != refused
+            raise
+
+    async def do(self, step: Step) -> Done:
+        self._home.check(_READ_HERE)
+        match step:
+            case Send():
+                return await self._send(step)
+            case Read():
+                with mapped():
+                    return await self.read()
+            case Wait():
+                await self.close()
+                await _sleep(step.seconds)
+            case Offload():
+                await _in_thread(step.do)
+            case Together():
+                if not step.beside:
+                    await self.close()
+                patience = _patience(self._extensions, step.endurance)
+                await self._link.flight.run(step.wanted, partial(self._aside, step.do), patience)
+            case _:
+                self._token, refused = await self._link.bearer.token(self._token), self._token
+                return self._token != refused
+        return None
+
+    async def _aside(self, steps: Callable[[], Steps[None]]) -> None:
+        aside = AsyncWire(self._link, _beside(self._extensions))
+        await aside.run(steps())
+        await aside.close()
 
     async def _send(self, step: Send) -> Outer:
         await self.close()
-        token = await self._bearer.token() if step.sealed else None
-        request = outer_request(self._outer, step, credentials(self._outer, step, token, self._bearer.key), self._extensions)
+        outer, bearer = self._link.outer.get(), self._link.bearer
+        token = await bearer.token() if step.sealed else None
+        request = outer_request(outer, step, credentials(outer, step, token, bearer.key), self._extensions)
+        request.extensions["trace"] = self._link.sockets.atrace
         with mapped():
-            self._response = await self._outer.send(request, stream=True, follow_redirects=False)
+            self._response = await outer.send(request, stream=True, follow_redirects=False)
         self._token, self._chunks = token, self._response.aiter_raw()
         return outer_of(self._response, token)
 
     async def read(self) -> bytes | None:
+        self._home.check(_READ_HERE)
         return None if self._chunks is None else await anext(self._chunks, None)
 
     async def close(self) -> None:
-        if self._response is not None:
+        if self._response is not None and self._home:
             await self._response.aclose()
 
 
@@ -120,6 +222,20 @@ async def _sleep(seconds: float) -> None:
     from anyio import sleep  # noqa: PLC0415 - what `import lacre` need not wait for
 
     await sleep(seconds)
+
+
+def _patience(extensions: Any, endurance: float) -> float | None:
+    """Seconds that a call waits for what another one fetches: what its own time limits and tries would allow it."""
+    limits = extensions.get("timeout", {})
+    allowed = [limits.get(name) for name in ("pool", "connect", "read")]
+    return None if None in allowed else endurance + sum(allowed)
+
+
+def _beside(extensions: Any) -> dict[str, Any]:
+    """The time limits, but that of waiting for a free connection: this call itself may hold the only one."""
+    limits = extensions.get("timeout", {})
+    pool = limits.get("pool")
+    return {"timeout": {**limits, "pool": POOL_BESIDE if pool is None else min(pool, POOL_BESIDE)}}
 
 
 def credentials(
@@ -141,10 +257,7 @@ def outer_request(
     """The request to the gateway, with the application's own timeouts."""
     headers = [*step.headers, ("accept-encoding", "identity"), *credentials]
     timeouts = {"timeout": extensions["timeout"]} if "timeout" in extensions else None
-    request = outer.build_request(step.method, step.path, headers=headers, content=step.body or None, extensions=timeouts)
-    # One that the gateway set would tie requests together that were made with different tokens.
-    request.headers.pop("cookie", None)
-    return request
+    return outer.build_request(step.method, step.path, headers=headers, content=step.body or None, extensions=timeouts)
 
 
 def outer_of(response: httpx2.Response, token: str | None = None) -> Outer:

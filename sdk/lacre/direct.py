@@ -19,17 +19,20 @@ import httpx2
 
 from lacre import arguments, details
 from lacre._version import __version__
-from lacre.client import DEFAULT_LIMITS, DEFAULT_TIMEOUT, EventHooks, Verify
+from lacre.client import DEFAULT_TIMEOUT, EventHooks, Verify
 from lacre.credentials import checked, given
+from lacre.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.errors import InvalidMessage, MessageTooLarge, SettingsError, UntrustedRoot
 from lacre.facts import Facts
+from lacre.forks import StaysInProcess
 from lacre.inner import MAX_CONTENT, Plain
 from lacre.jws import b64u, b64u_decode
 from lacre.memory import VersionMemory
 from lacre.padding import Shape, request_length
-from lacre.problems import DATE, UNKNOWN_KEY, Problem
-from lacre.sealing import AUTHORITY, MAX_PROBLEM, ORIGIN, Opening, Refusal, Sealing, check_sealed, problem_of, read_all
-from lacre.steps import Read, Send, Steps, sent_bytes, sent_outer
+from lacre.problems import DATE, UNKNOWN_KEY
+from lacre.sealed_answer import MAX_PROBLEM, Opening, Refusal, check_sealed, problem_of, read_all
+from lacre.sealing import AUTHORITY, ORIGIN, Call, Scope, Sealing
+from lacre.steps import Read, Send, Steps, Together, sent_bytes, sent_outer
 from lacre.transport import AsyncSealedTransport, SealedTransport
 from lacre.verification import Verification
 from lacre.wire import bhttp
@@ -49,7 +52,7 @@ Pins = str | Sequence[str]
 Credential = str | Callable[[], str]
 
 
-class Client(httpx2.Client):
+class Client(StaysInProcess, httpx2.Client):
     """An `httpx2.Client` of one sealed app: `client.post("/summaries", json=...)`, with its base URL set.
 
     url: where the app is served, `https://host[:port]` or `http://`. key: what is pinned (`Sealed.pins`), or several while the
@@ -72,22 +75,14 @@ class Client(httpx2.Client):
         event_hooks: EventHooks | None = None,
     ) -> None:
         base_url, lasts = arguments.text(url, "url"), arguments.timeout(timeout)
+        checks, through = arguments.verify(verify), arguments.proxy(proxy)
+        dial: Dial[httpx2.BaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, limits, transport)
         sealing = DirectSealing(_pins(key), _credential(token), shape)
-        outer = httpx2.Client(
-            base_url=base_url,
-            headers=_OUTER,
-            timeout=lasts,
-            verify=arguments.verify(verify),
-            proxy=arguments.proxy(proxy),
-            limits=limits,
-            transport=transport,
-        )
-        super().__init__(
-            transport=SealedTransport(sealing, outer, ""), base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks
-        )
+        sealed = SealedTransport(sealing, outer(dial), "")
+        super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
 
-class AsyncClient(httpx2.AsyncClient):
+class AsyncClient(StaysInProcess, httpx2.AsyncClient):
     """The async twin of `Client`."""
 
     def __init__(
@@ -105,19 +100,11 @@ class AsyncClient(httpx2.AsyncClient):
         event_hooks: EventHooks | None = None,
     ) -> None:
         base_url, lasts = arguments.text(url, "url"), arguments.timeout(timeout)
+        checks, through = arguments.verify(verify), arguments.proxy(proxy)
+        dial: Dial[httpx2.AsyncBaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, limits, transport)
         sealing = DirectSealing(_pins(key), _credential(token), shape)
-        outer = httpx2.AsyncClient(
-            base_url=base_url,
-            headers=_OUTER,
-            timeout=lasts,
-            verify=arguments.verify(verify),
-            proxy=arguments.proxy(proxy),
-            limits=limits,
-            transport=transport,
-        )
-        super().__init__(
-            transport=AsyncSealedTransport(sealing, outer, ""), base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks
-        )
+        sealed = AsyncSealedTransport(sealing, async_outer(dial), "")
+        super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
 
 class DirectSealing(Sealing):
@@ -129,53 +116,58 @@ class DirectSealing(Sealing):
         self._token = token
         self._config: KeyConfig | None = None
 
-    def _exchange(self, plain: Plain, endurance: float, lost: int) -> Steps[Opening | Refusal]:  # noqa: ARG002 - never again
-        attempts = 0
-        once: set[Problem] = set()  # what was mended already, and is not tried again
+    def _exchange(self, call: Call) -> Steps[Opening | Refusal]:
         while True:
-            config = self._config or (yield from self._learn())
-            send, opening = self._sealed(plain, config, attempts := attempts + 1)
-            outer = sent_outer((yield send))
-            if outer.status != 200:
+            config = yield from self._known()
+            send, opening = self._sealed(call, config)
+            said = sent_outer((yield send))
+            if said.status != 200:
                 document = yield from read_all(MAX_PROBLEM)
-                problem = problem_of(outer, document)
-                if problem is not UNKNOWN_KEY or problem in once:
-                    return Refusal(problem, outer.retry_after, opening.facts, details.read(document))
-                once.add(problem)
-                self._config = None
+                problem = problem_of(said, document)
+                if problem is not UNKNOWN_KEY or problem in call.mended:
+                    return Refusal(problem, said.retry_after, opening.facts, details.read(document))
+                call.mended.add(problem)
+                if self._config is config:  # no other call has learned of a newer one yet
+                    self._config = None
                 continue
-            check_sealed(outer)
+            check_sealed(said)
             while not opening.ready:
                 opening.feed(sent_bytes((yield Read())))
-            if DATE in once or not self._correct_clock(opening):
+            if DATE in call.mended or not self._correct_clock(opening, call.scope):
                 return opening
-            once.add(DATE)
+            call.mended.add(DATE)
 
-    def _learn(self) -> Steps[KeyConfig]:
+    def _known(self) -> Steps[KeyConfig]:
+        """The key to seal to; asked for once by all calls that lack it."""
+        while (config := self._config) is None:
+            yield Together(lambda: self._config is None, self._fetch_keys, 0.0)
+        return config
+
+    def _fetch_keys(self) -> Steps[None]:
         """The first pinned key that the server has. Raises UntrustedRoot, or what a bad list raises."""
-        outer = sent_outer((yield Send("GET", WELL_KNOWN)))
+        said = sent_outer((yield Send("GET", WELL_KNOWN)))
         content = yield from read_all(MAX_KEYS)
-        if outer.status != 200:
-            raise problem_of(outer, content).exception(outer.retry_after, details.read(content))
+        if said.status != 200:
+            raise problem_of(said, content).exception(said.retry_after, details.read(content))
         published = {hashlib.sha256(config.encode()).digest(): config for config in parse_key_list(content)}
-        for pin in self._pins:
-            if pin in published:
-                self._config = published[pin]
-                return published[pin]
-        raise UntrustedRoot("the app has none of the pinned keys: ask who runs it, by a way that you trust, for its pin")
+        self._config = next((published[pin] for pin in self._pins if pin in published), None)
+        if self._config is None:
+            raise UntrustedRoot("the app has none of the pinned keys: ask who runs it, by a way that you trust, for its pin")
 
-    def _sealed(self, plain: Plain, config: KeyConfig, attempt: int) -> tuple[Send, Opening]:
+    def _sealed(self, call: Call, config: KeyConfig) -> tuple[Send, Opening]:
+        plain = call.plain
         if len(plain.content) > MAX_CONTENT:
             raise MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
         padded_to = request_length if self._shape == "pad" else None
-        body, header, opener = seal_request(config, bhttp.encode_request(self._inside(plain), padded_to=padded_to))
+        body, header, opener = seal_request(config, bhttp.encode_request(self._inside(plain, call.scope), padded_to=padded_to))
         headers = (("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
         pinned = b64u(hashlib.sha256(config.encode()).digest())
-        facts = Facts(header.suite.kem.label, self._shape, len(body), attempt, Verification(pinned))
+        call.attempts += 1
+        facts = call.facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, Verification(pinned))
         return Send("POST", WELL_KNOWN, headers, body), Opening(opener, facts, lambda _trailers: None)
 
-    def _inside(self, plain: Plain) -> bhttp.Request:
-        date = email.utils.formatdate(self._clock() + self._clock_offset, usegmt=True)
+    def _inside(self, plain: Plain, scope: Scope) -> bhttp.Request:
+        date = email.utils.formatdate(self._clock() + scope.offset, usegmt=True)
         headers = [(name, value) for name, value in plain.headers if name not in _STAYS_OUT]
         if self._token is not None:
             token = self._token if isinstance(self._token, str) else given(self._token())

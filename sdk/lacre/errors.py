@@ -18,7 +18,7 @@ what had been checked by then, and what had not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lacre.details import Details
@@ -33,6 +33,22 @@ class LacreError(Exception):
 
     remedy: str = "Read the message; it names what to do next."
     verification: Verification | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: a process pool hands its workers' errors on by pickling them.
+
+        They hold all that the error knows, but not the request that httpx2 keeps in its errors: the prompt is in it.
+        """
+        state = dict(self.__dict__)
+        if "_request" in state:
+            state["_request"] = None
+        return _copied, (type(self), self.args, state)
+
+
+def _copied(kind: type[LacreError], args: tuple[Any, ...], state: dict[str, Any]) -> LacreError:
+    error = kind.__new__(kind, *args)  # not by its constructor: each kind asks for something else
+    error.__dict__.update(state)
+    return error
 
 
 # The caller's misuse

@@ -53,6 +53,10 @@ class Facts:
         self.parts.append(Part(prompt, cached, completion, self.receipt, self.audit))
         self.receipt, self.audit, self.trailers = None, None, ()
 
+    def goes_on(self, other: Facts) -> None:
+        """The request of now is `other`'s. All of its answer may have come with its head."""
+        self.checked, self.audit, self.receipt, self.trailers = other.checked, other.audit, other.receipt, other.trailers
+
     @property
     def receipts(self) -> tuple[Receipt, ...]:
         """Those that came, over all requests; a request whose worker was lost brings none."""

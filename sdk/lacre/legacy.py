@@ -16,6 +16,8 @@ import httpx2
 
 from lacre import client as sealed
 from lacre import errors, transport
+from lacre.dial import NoCookies
+from lacre.forks import StaysInProcess
 from lacre.options import AsyncOptions, Options
 from lacre.sealing import ORIGIN
 from lacre.verification import Verification
@@ -42,7 +44,7 @@ class TimedOut(errors.NetworkError, httpx.TimeoutException):
     remedy = transport.TimedOut.remedy
 
 
-class Client(httpx.Client):
+class Client(StaysInProcess, httpx.Client):
     """An `httpx.Client` whose every request is sealed: `openai.OpenAI(http_client=lacre.legacy.Client(), ...)`.
 
     url and options: as for `lacre.Client`; those of the connection to the gateway are of httpx2's types. Requests, responses
@@ -59,7 +61,9 @@ class Client(httpx.Client):
     ) -> None:
         self._sealed = sealed.Client(url, **options)
         hooks = None if event_hooks is None else dict(event_hooks)
-        super().__init__(transport=Transport(self._sealed), base_url=ORIGIN, timeout=timeout, event_hooks=hooks)
+        super().__init__(
+            transport=Transport(self._sealed), base_url=ORIGIN, timeout=timeout, event_hooks=hooks, cookies=NoCookies()
+        )
 
     def send(
         self,
@@ -82,7 +86,7 @@ class Client(httpx.Client):
         return self._sealed.models()
 
 
-class AsyncClient(httpx.AsyncClient):
+class AsyncClient(StaysInProcess, httpx.AsyncClient):
     """The async twin of `Client`."""
 
     def __init__(
@@ -95,7 +99,9 @@ class AsyncClient(httpx.AsyncClient):
     ) -> None:
         self._sealed = sealed.AsyncClient(url, **options)
         hooks = None if event_hooks is None else dict(event_hooks)
-        super().__init__(transport=AsyncTransport(self._sealed), base_url=ORIGIN, timeout=timeout, event_hooks=hooks)
+        super().__init__(
+            transport=AsyncTransport(self._sealed), base_url=ORIGIN, timeout=timeout, event_hooks=hooks, cookies=NoCookies()
+        )
 
     async def send(
         self,

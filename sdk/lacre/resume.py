@@ -19,7 +19,8 @@ from lacre.backoff import ENDURANCE_RESUMING, MOST_LOST, may_have_lost
 from lacre.errors import InvalidReceipt, LacreError, StreamBroken, TruncatedStream
 from lacre.inner import Plain, is_repeatable
 from lacre.marks import ASK, DIGEST, MEMBER, YES
-from lacre.sealing import Opening, Refusal, Sealing
+from lacre.sealed_answer import Opening, Refusal
+from lacre.sealing import Sealing
 from lacre.splice import EVENT_STREAM, Splice
 from lacre.steps import Steps, Wait
 
@@ -138,7 +139,7 @@ class Answer:
             raise self._broken(f"the answer broke off, and a worker refused to go on with it (status {head.status})")
         if self._digest and head.get(DIGEST) != self._digest:
             raise self._broken("the answer broke off, and another model file would have gone on with it")
-        self.facts.checked, self.facts.audit = opening.facts.checked, opening.facts.audit
+        self.facts.goes_on(opening.facts)
         self._opening, opening.facts = opening, self.facts
         self._collect()
         self._finish()

@@ -5,10 +5,9 @@ Rules:
 - Every attempt is a fresh seal. A gateway's advice before the seal is not authenticated: it can cause one manifest refresh
   and one retry, and it is counted in `attempts`.
 - Nothing is tried again that was handed on in part, and nothing that harms where it runs twice: see `lacre.backoff`.
-- An answer is whole only when the response's final chunk has opened and the BHTTP message in it has ended. What came in the
-  final chunk is passed on after that alone, and after the receipt in it was verified.
 - The gateway proves with its answer that it recorded the request, or nothing of the answer is opened.
 - The clock correction that a worker's `#date` problem suggests came sealed, and is used for the inner `date` alone.
+- Calls share what is the client's, and nothing of one another: no error or answer of a call tells of another one.
 
 `Sealing.exchange` and `Sealing.manifest` are generators of the steps in `lacre.steps`: they do no I/O.
 """
@@ -25,20 +24,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
-from lacre import audit, details, receipts
+from lacre import audit, details, forks, receipts
 from lacre.audit import AuditProof
 from lacre.backoff import ENDURANCE, Retries, delay
-from lacre.details import Details
 from lacre.errors import (
     Expired,
     InvalidAudit,
-    InvalidMessage,
     LacreError,
     NetworkError,
     RefusedError,
     SettingsError,
     TruncatedStream,
-    UnsealedResponse,
     UnsupportedSuite,
     UsageError,
 )
@@ -48,131 +44,67 @@ from lacre.jws import b64u
 from lacre.manifest import MAX_DOCUMENT, Manifest, PoolKey
 from lacre.memory import Memory, accept
 from lacre.padding import Shape, request_length, shape_named
-from lacre.problems import BY_TYPE, DATE, INTERNAL, INVALID_TOKEN, NO_GATEWAY, UNKNOWN_KEY, Problem
-from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
+from lacre.problems import DATE, INVALID_TOKEN, UNKNOWN_KEY, Problem
 from lacre.receipts import Receipt
-from lacre.steps import Offload, Outer, Read, Renew, Send, Steps, Wait, sent_bytes, sent_outer
+from lacre.sealed_answer import MAX_PROBLEM, Opening, Refusal, Trailers, check_sealed, problem_of, read_all
+from lacre.steps import Offload, Outer, Read, Renew, Send, Steps, Together, Wait, sent_bytes, sent_outer
 from lacre.trust import Trusted
-from lacre.verification import SealedTo, Signed, Verification, documented
+from lacre.verification import SealedTo, Signed, Verification
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Kem
-from lacre.wire.ohttp import ResponseOpener, seal_request
+from lacre.wire.ohttp import seal_request
 
 ORIGIN: Final = "https://lacre.invalid"  # RFC 2606: never resolves, so what escaped its seal would reach nobody
 AUTHORITY: Final = "lacre.invalid"
 DEFAULT_KEMS: Final = (Kem.XWING,)
 MANIFEST_PATH: Final = "/v1/manifest"
 SEALED_PATH: Final = "/v1/sealed"
-_OF_PROXIES: Final = frozenset({502, 503, 504})  # what they say, in words of their own, where a gateway does not answer
 SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym for as long as it lives
 MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off than this, the manifest would not have verified
-MAX_PROBLEM: Final = 64 * 1024  # bytes read of a problem document, outside or sealed; ours have some hundred
 REFRESH_BEFORE: Final = 0.5  # of a manifest's lifetime: fetched anew then, so that its expiry is never met in a request
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The sealed answer's own status and headers."""
+@dataclass(slots=True)
+class Scope:
+    """How workers see this client for a while: the salt of its prefix cache, and the clock correction that one of them gave.
 
-    status: int
-    headers: tuple[tuple[str, str], ...]
-
-    def get(self, name: str) -> str:
-        """The first value of a header, `name` in lower case; empty where there is none."""
-        return next((value for key, value in self.headers if key == name), "")
-
-    @property
-    def media_type(self) -> str:
-        """Without its parameters, in lower case."""
-        return self.get("content-type").partition(";")[0].strip().lower()
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """The gateway would not take the request. Nobody signed this. details: what it says beside the problem's type."""
-
-    problem: Problem
-    retry_after: float | None
-    facts: Facts
-    details: Details = field(default_factory=dict)
-
-    def exception(self) -> RefusedError:
-        return self.problem.exception(self.retry_after, self.details)
-
-
-Trailers = tuple[tuple[str, str], ...]
-
-
-class Opening:
-    """Opens one sealed answer as its bytes arrive: first the head, then the pieces of the body, then the trailers.
-
-    The pieces that came before somebody asked for them wait in it. verify: makes the receipt of the trailers, or raises; it
-    returns None where none is due.
+    Both end together: a correction that outlived its salt would link it to the next one. RFC 9458 section 6.5.2 wants the
+    correction short-lived. since, offset: seconds, by this machine's clock.
     """
 
-    def __init__(self, opener: ResponseOpener, facts: Facts, verify: Callable[[Trailers], Receipt | None]) -> None:
-        self._opener = opener
-        self._verify = verify
-        self._decoder = bhttp.ResponseDecoder()
-        self._pending: list[bytes] = []
-        self._head: Head | None = None
-        self.ended = False
-        self.facts = facts
+    since: float
+    salt: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    offset: float = 0.0
 
-    def feed(self, data: bytes | None) -> None:
-        """Takes the next bytes of the outer body; None at its end.
 
-        Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole; InvalidReceipt
-        where it was whole, and its receipt does not hold.
-        """
-        with documented(self.facts.verification):
-            self._feed(data)
+@dataclass(slots=True)
+class Call:
+    """What one call knows of itself, over all its attempts. Nothing in it is another call's, nor comes to be.
 
-    def _feed(self, data: bytes | None) -> None:
-        for record in self._opener.close() if data is None else self._opener.feed(data):
-            self._take(self._decoder.feed(record))
-        if data is None:
-            self._take(self._decoder.close())
-            self.facts.receipt = self._verify(self.facts.trailers)
-            self.ended = True
+    mended: what was mended already, and is not tried again. fetches: of the client, by the time that its manifest was taken.
+    trusted, facts: None until there were any; facts: of the newest attempt.
+    """
 
-    def _take(self, events: Sequence[bhttp.Event]) -> None:
-        for event in events:
-            match event:
-                case bhttp.Head(informational=False):
-                    self._head = _uncoded(Head(event.status, event.headers))
-                case bhttp.Data():
-                    self._pending.append(event.content)
-                case bhttp.End():
-                    self.facts.trailers = event.trailers
+    plain: Plain
+    retries: Retries
+    scope: Scope
+    attempts: int = 0
+    mended: set[Problem] = field(default_factory=set)
+    trusted: Trusted | None = None
+    fetches: int = 0
+    facts: Facts | None = None
 
     @property
-    def ready(self) -> bool:
-        """Whether enough is here to act on: the head, and of a sealed problem document the whole body."""
-        if self._head is None:
-            return self.ended
-        is_problem = self._head.get("content-type") == PROBLEM_MEDIA_TYPE
-        return not is_problem or self.ended or sum(map(len, self._pending)) > MAX_PROBLEM
-
-    @property
-    def head(self) -> Head:
-        if self._head is None:
-            raise InvalidMessage("the sealed answer has no head")
-        return self._head
-
-    @property
-    def problem_type(self) -> str | None:
-        """The type in the sealed problem document, where the answer is one."""
-        return Problem.type_in(b"".join(self._pending)) if self.head.get("content-type") == PROBLEM_MEDIA_TYPE else None
-
-    def take(self) -> list[bytes]:
-        """The pieces of the body that have opened so far."""
-        pieces, self._pending = self._pending, []
-        return pieces
+    def manifest(self) -> Manifest:
+        if self.trusted is None:
+            raise UsageError("no manifest was learned yet")
+        return self.trusted.manifest
 
 
 class Sealing:
-    """What one client seals with: the pinned root, the newest manifest, its salt and its clock correction. Thread-safe.
+    """What the calls of one client share: the pinned root, the newest manifest, and the scope of now. Thread-safe.
+
+    What belongs to one call is in its `Call`. A forked child has a scope of its own.
 
     kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
     retries: how often a request is sent again before anything of its answer was handed on; None as `lacre.backoff` has it.
@@ -205,11 +137,15 @@ class Sealing:
         self._lock = threading.Lock()
         self._trusted: Trusted | None = None
         self._fetched_at = 0.0
+        self._fetches = 0
         self._doubted = False
-        self._clock_offset = 0.0
-        self._salt = ""
-        self._salt_since = float("-inf")
+        self._scope = Scope(float("-inf"))
         self._last: Facts | None = None
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._scope, self._last = Scope(float("-inf")), None
 
     @property
     def verification(self) -> Verification:
@@ -219,11 +155,14 @@ class Sealing:
         checked = Verification(b64u(self._root), None if trusted is None else Signed.of(trusted, self._clock()))
         return checked if last is None else replace(last.verification, manifest=checked.manifest)
 
-    def manifest(self, endurance: float = ENDURANCE) -> Steps[Manifest]:
+    def manifest(self) -> Steps[Manifest]:
         """The verified manifest, fetched where there is none or it grows old."""
-        if self._is_stale():
-            yield from self._fetch_manifest(endurance)
-        return self._current()
+        try:
+            yield from self._learn(ENDURANCE)
+            return self._taken()[0].manifest
+        except LacreError as exc:
+            exc.verification = exc.verification or self._checked(None)
+            raise
 
     def exchange(self, plain: Plain, endurance: float = ENDURANCE, lost: int = 0) -> Steps[Opening | Refusal]:
         """Seals `plain` as often as it takes: once, and once more for a new key or a corrected clock.
@@ -232,21 +171,24 @@ class Sealing:
         have cost already (see `lacre.backoff`).
         What is returned as `Opening` has its head; the caller reads and feeds the rest.
         """
+        repeatable = is_repeatable(plain)
+        retries = Retries.of(self._retries, repeatable=repeatable, endurance=endurance, clock=self._clock, lost=lost)
+        call = Call(plain, retries, self._scope_now())
         try:
-            return (yield from self._exchange(plain, endurance, lost))
+            return (yield from self._exchange(call))
         except LacreError as exc:
-            exc.verification = exc.verification or self.verification
+            known = self._checked(None) if call.facts is None else call.facts.verification
+            exc.verification = exc.verification or known
             raise
 
-    def _exchange(self, plain: Plain, endurance: float, lost: int) -> Steps[Opening | Refusal]:
-        attempts = 0
-        once: set[Problem] = set()  # what was mended already, and is not tried again
-        retries = Retries.of(self._retries, repeatable=is_repeatable(plain), endurance=endurance, clock=self._clock, lost=lost)
+    def _exchange(self, call: Call) -> Steps[Opening | Refusal]:
+        retries = call.retries
         while True:
-            yield from self.manifest(retries.rest)
-            send, opening, sent = self._seal(plain, attempts := attempts + 1)
+            yield from self._learn(retries.rest)
+            call.trusted, call.fetches = self._taken()
+            send, opening, sent = self._seal(call)
             try:
-                refusal = yield from self._attempt(send, opening, sent)
+                refusal = yield from self._attempt(call, send, opening, sent)
             except (NetworkError, TruncatedStream) as exc:
                 if (seconds := retries.after_failure(exc)) is None:
                     raise
@@ -254,35 +196,35 @@ class Sealing:
                 continue
             opening.facts.lost = retries.lost
             if refusal is None:
-                if DATE in once or not self._correct_clock(opening):
+                if DATE in call.mended or not self._correct_clock(opening, call.scope):
                     return opening
-                once.add(DATE)
-            elif refusal.problem in once or not (yield from self._mended(refusal.problem, retries.rest)):
+                call.mended.add(DATE)
+            elif refusal.problem in call.mended or not (yield from self._mended(call, refusal.problem)):
                 if (seconds := retries.after_refusal(refusal.problem, refusal.retry_after)) is None:
                     opening.facts.lost = retries.lost
                     return refusal
                 yield Wait(seconds)
             else:
-                once.add(refusal.problem)
+                call.mended.add(refusal.problem)
 
-    def _attempt(self, send: Send, opening: Opening, sent: Mapping[str, object]) -> Steps[Refusal | None]:
+    def _attempt(self, call: Call, send: Send, opening: Opening, sent: Mapping[str, object]) -> Steps[Refusal | None]:
         """None once the answer's head is there."""
         outer = sent_outer((yield send))
         if outer.status != 200:
             document = yield from read_all(MAX_PROBLEM)
             with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
-                opening.facts.audit = self._proved(outer, sent)
+                opening.facts.audit = self._proof(outer, call.manifest, sent)
             return Refusal(problem_of(outer, document), outer.retry_after, opening.facts, details.read(document))
         check_sealed(outer)
-        opening.facts.audit = self._proved(outer, {**sent, "decision": "allow"})
+        opening.facts.audit = yield from self._proved(call, outer, {**sent, "decision": "allow"})
         while not opening.ready:
             opening.feed(sent_bytes((yield Read())))
         return None
 
-    def _mended(self, problem: Problem, endurance: float) -> Steps[bool]:
+    def _mended(self, call: Call, problem: Problem) -> Steps[bool]:
         """Whether what the gateway minds may be over now."""
         if problem is UNKNOWN_KEY:
-            yield from self._fetch_manifest(endurance)
+            yield from self._refresh(call)
         return problem is UNKNOWN_KEY or (problem is INVALID_TOKEN and (yield Renew()) is True)
 
     def now(self) -> float:
@@ -292,6 +234,17 @@ class Sealing:
     def delay(self, number: int) -> float:
         """Seconds before an answer is gone on with for another time."""
         return delay(number)
+
+    def _learn(self, endurance: float) -> Steps[None]:
+        """Sees to it that there is a manifest of now. It is fetched once for all calls that lack it."""
+        if self._is_stale():
+            yield Together(self._is_stale, partial(self._fetch_manifest, endurance), endurance)
+
+    def _refresh(self, call: Call, *, beside: bool = False) -> Steps[None]:
+        """Fetches the manifest, unless that was done since the call took its own. beside: see `Together`."""
+        endurance = call.retries.rest
+        fetch = partial(self._fetch_manifest, endurance)
+        yield Together(lambda: self._fetches == call.fetches, fetch, endurance, beside=beside)
 
     def _fetch_manifest(self, endurance: float) -> Steps[None]:
         retries = Retries.of(self._retries, repeatable=True, endurance=endurance, clock=self._clock)
@@ -318,14 +271,26 @@ class Sealing:
         with self._lock:
             if self._trusted is None or trusted.manifest.version >= self._trusted.manifest.version:  # threads may overtake
                 self._trusted, self._fetched_at, self._doubted = trusted, now, False
+            self._fetches += 1
 
-    def _proved(self, outer: Outer, sent: Mapping[str, object]) -> AuditProof:
-        """The gateway's proof that it recorded what was sent, and for whom. Raises InvalidAudit."""
+    def _proved(self, call: Call, outer: Outer, sent: Mapping[str, object]) -> Steps[AuditProof]:
+        """The gateway's proof that it recorded what was sent, and for whom. Raises InvalidAudit.
+
+        Its key may have changed since this side learned the manifest: nobody is accused before that was looked at.
+        """
         try:
-            return audit.of_answer(outer.audit, self._current().gateway_key, {**sent, **outer.speaks_for})
+            return self._proof(outer, call.manifest, sent)
         except InvalidAudit:
-            self._doubted = True  # the key may have changed: the next request asks for the manifest first
-            raise
+            self._doubted = True  # where it cannot be fetched now, the next call does it
+            with contextlib.suppress(NetworkError, RefusedError):
+                yield from self._refresh(call, beside=True)
+            newest = self._taken()[0].manifest
+            if newest.gateway_key == call.manifest.gateway_key:
+                raise
+        return self._proof(outer, newest, sent)
+
+    def _proof(self, outer: Outer, manifest: Manifest, sent: Mapping[str, object]) -> AuditProof:
+        return audit.of_answer(outer.audit, manifest.gateway_key, {**sent, **outer.speaks_for})
 
     def _is_stale(self) -> bool:
         with self._lock:
@@ -334,17 +299,18 @@ class Sealing:
             lifetime = self._trusted.manifest.expires_at - self._fetched_at
             return self._clock() >= self._fetched_at + lifetime * REFRESH_BEFORE
 
-    def _current(self) -> Manifest:
+    def _taken(self) -> tuple[Trusted, int]:
+        """The newest manifest, and how many were fetched until now."""
         with self._lock:
             if self._trusted is None:
                 raise UsageError("no manifest was learned yet")
             if self._clock() >= self._trusted.manifest.expires_at:
                 raise Expired("the manifest has expired: the operator must run `lacre manifest publish`")
-            return self._trusted.manifest
+            return self._trusted, self._fetches
 
-    def _seal(self, plain: Plain, attempt: int) -> tuple[Send, Opening, Mapping[str, object]]:
+    def _seal(self, call: Call) -> tuple[Send, Opening, Mapping[str, object]]:
         """What to send, what opens the answer, and what the gateway's audit entry must say of it."""
-        manifest = self._current()
+        manifest = call.manifest
         pool = manifest.pools.get(self._pool)
         if pool is None:
             raise UsageError(f"the manifest has no pool {self._pool!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
@@ -352,7 +318,7 @@ class Sealing:
         if self._shape not in pool.shapes:
             taken = ", ".join(pool.shapes)
             raise SettingsError(f"pool {self._pool!r} does not take the shape {self._shape!r}: choose one of {taken}")
-        prepared = prepare(plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
+        prepared = prepare(call.plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
         outer = (
             ("lacre-pool", self._pool),
             ("lacre-model", prepared.model),
@@ -361,10 +327,13 @@ class Sealing:
             ("lacre-shape", self._shape),
         )
         padded_to = request_length if self._shape == "pad" else None
-        body, header, opener = seal_request(key.config, bhttp.encode_request(self._inner(prepared, outer), padded_to=padded_to))
+        body, header, opener = seal_request(
+            key.config, bhttp.encode_request(self._inner(prepared, call.scope, outer), padded_to=padded_to)
+        )
         headers = (*outer, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
-        facts = Facts(header.suite.kem.label, self._shape, len(body), attempt, self._checked(key))
-        self._last = facts
+        call.attempts += 1
+        facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, self._checked(call.trusted, key))
+        call.facts = self._last = facts
 
         def verify(trailers: Trailers) -> Receipt:
             return receipts.of_answer(trailers, pool.receipt_key, header.digest, prepared.max_tokens)
@@ -382,15 +351,17 @@ class Sealing:
         }
         return Send("POST", SEALED_PATH, headers, body, sealed=header.digest), Opening(opener, facts, verify), sent
 
-    def _checked(self, key: PoolKey) -> Verification:
+    def _checked(self, trusted: Trusted | None, key: PoolKey | None = None) -> Verification:
+        """trusted: the manifest that a call goes by; the newest where it has none yet. key: what it seals to."""
         with self._lock:
-            signed = None if self._trusted is None else Signed.of(self._trusted, self._clock())
-        return Verification(b64u(self._root), signed, SealedTo.of(self._pool, key))
+            trusted = trusted or self._trusted
+        signed = None if trusted is None else Signed.of(trusted, self._clock())
+        return Verification(b64u(self._root), signed, None if key is None else SealedTo.of(self._pool, key))
 
-    def _inner(self, prepared: Prepared, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
+    def _inner(self, prepared: Prepared, scope: Scope, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
         plain = prepared.plain
-        date = email.utils.formatdate(self._clock() + self._clock_offset, usegmt=True)
-        own = (("date", date), ("lacre-cache-salt", self.salt()))
+        date = email.utils.formatdate(self._clock() + scope.offset, usegmt=True)
+        own = (("date", date), ("lacre-cache-salt", scope.salt))
         return bhttp.Request(plain.method, "https", AUTHORITY, plain.path, (*plain.headers, *own, *outer), plain.content)
 
     def _choose(self, keys: Sequence[PoolKey]) -> PoolKey:
@@ -401,16 +372,19 @@ class Sealing:
         wanted = ", ".join(kem.label for kem in self._kems)
         raise UnsupportedSuite(f"pool {self._pool!r} has no current key for {wanted}: ask its operator, or accept another KEM")
 
-    def salt(self) -> str:
-        """The prefix cache's scope: random, this client's own, and another one each hour."""
+    def _scope_now(self) -> Scope:
+        """Another one each hour, and where the clock was turned back."""
+        now = self._clock()
         with self._lock:
-            if self._clock() - self._salt_since >= SALT_LIFETIME:
-                self._salt, self._salt_since = secrets.token_hex(16), self._clock()
-                self._clock_offset = 0.0  # learned from one worker; RFC 9458 section 6.5.2 wants it short-lived
-            return self._salt
+            if not 0 <= now - self._scope.since < SALT_LIFETIME:
+                self._scope = Scope(now)
+            return self._scope
 
-    def _correct_clock(self, opening: Opening) -> bool:
-        """Whether the answer is the worker's `#date` problem with a date to go by (RFC 9458 section 6.5.2)."""
+    def _correct_clock(self, opening: Opening, scope: Scope) -> bool:
+        """Whether the answer is the worker's `#date` problem with a date to go by (RFC 9458 section 6.5.2).
+
+        The correction holds in the scope that the request was made in, and in no later one.
+        """
         if opening.problem_type != DATE.type:
             return False
         try:
@@ -420,38 +394,5 @@ class Sealing:
         offset = theirs - self._clock()
         if abs(offset) > MAX_CORRECTION:
             return False
-        self._clock_offset = offset
+        scope.offset = offset
         return True
-
-
-def read_all(limit: int) -> Steps[bytes]:
-    """Up to `limit` bytes of the last response."""
-    content = bytearray()  # which grows in place: a peer may send a byte at a time
-    while len(content) < limit and (data := sent_bytes((yield Read()))) is not None:
-        content += data
-    return bytes(content[:limit])
-
-
-def _uncoded(head: Head) -> Head:
-    """No worker was asked to compress, and what one byte may unfold to has no bound. Raises InvalidMessage."""
-    codings = (value.strip().lower() for name, value in head.headers if name == "content-encoding")
-    if any(coding not in ("", "identity") for coding in codings):  # in whichever field: an HTTP library applies them all
-        raise InvalidMessage("the worker's answer is compressed, which nobody asked for: what it serves must not do that")
-    return head
-
-
-def problem_of(outer: Outer, body: bytes) -> Problem:
-    """The row of our own table that the gateway named, or else one of the same status. Its words are never shown: they are
-    nobody's.
-    """  # fmt: skip
-    named = BY_TYPE.get(Problem.type_in(body) or "")
-    if named is not None:
-        return named
-    if outer.status in _OF_PROXIES:
-        return NO_GATEWAY
-    return next((problem for problem in BY_TYPE.values() if problem.status == outer.status), INTERNAL)
-
-
-def check_sealed(outer: Outer) -> None:
-    if outer.content_type.partition(";")[0].strip().lower() != MEDIA_TYPE_RESPONSE:
-        raise UnsealedResponse("the gateway answered without a seal; nothing of it was read: check the gateway's address")

@@ -15,6 +15,7 @@ import json
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage, MessageTooLarge
+from lacre.event_blocks import EventBlocks, field
 from lacre.marks import Mark
 
 EVENT_STREAM: Final = "text/event-stream"
@@ -34,7 +35,7 @@ class Splice:
 
     def __init__(self, *, marked: bool) -> None:
         self._marked = marked
-        self._buffer = b""
+        self._blocks = EventBlocks()
         self._held: list[bytes] = []
         self._parts: list[str] = []
         self._first: dict[str, Any] = {}  # the answer's own members, out of its first event
@@ -52,14 +53,11 @@ class Splice:
 
     def feed(self, data: bytes) -> bytes:
         """What may be handed on now. Raises InvalidMessage or MessageTooLarge."""
-        *blocks, self._buffer = (self._buffer + data).split(b"\n\n")
-        if not self._marked:
-            blocks = [block.replace(b"\r\n", b"\n") for block in blocks]
-        out = b"".join(map(self._block, blocks))
-        if len(self._buffer) > MAX_EVENT:
+        out = b"".join(map(self._event, self._blocks.feed(data)))
+        if len(self._blocks.pending) > MAX_EVENT:
             if self._marked:
                 raise MessageTooLarge(f"an event of over {MAX_EVENT} bytes in the answer")
-            self._buffer = b""
+            self._blocks.pending = b""
         return out if self._marked else data
 
     def end(self) -> bytes:
@@ -70,21 +68,20 @@ class Splice:
     def seam(self) -> Counts:
         """The stream broke off, and another goes on. Returns what the request took, as far as it told."""
         spent = (0, 0, 0) if self._mark is None else (self._mark.prompt, self._mark.cached, self._mark.count)
-        self._buffer, self._held, self._mark, self.failed = b"", [], None, False
+        self._blocks, self._held, self._mark, self.failed = EventBlocks(), [], None, False
         if self.tokens:
             self._seams += 1
             self._spent.append(spent)
             self._shift = self._offset
         return spent
 
-    def _block(self, block: bytes) -> bytes:
+    def _event(self, lines: list[bytes]) -> bytes:
         """One event, or what stands between two."""
-        lines = [line for line in block.split(b"\n") if line and not line.startswith(b":")]
-        data = b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+        data = b"\n".join(field(lines, b"data"))
         if not data:
             return b""
         chunk = _object(data)
-        ids = [line[3:].removeprefix(b" ") for line in lines if line.startswith(b"id:")]
+        ids = field(lines, b"id")
         if not self._marked:
             self._note(chunk)
             return b""

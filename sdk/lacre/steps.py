@@ -62,7 +62,21 @@ class Offload:
     do: Callable[[], None]
 
 
-Step = Send | Read | Wait | Renew | Offload
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Do these steps once for all calls of the client that want them now, whichever came first, and send back None.
+
+    wanted: whether they are still to be done. do: makes them. endurance: seconds of their tries. beside: whether the response
+    that is being read stays open meanwhile.
+    """
+
+    wanted: Callable[[], bool]
+    do: Callable[[], Steps[None]]
+    endurance: float
+    beside: bool = False
+
+
+Step = Send | Read | Wait | Renew | Offload | Together
 Done = Outer | bytes | bool | None  # what came of a step
 T = TypeVar("T")
 Steps = Generator[Step, Done, T]

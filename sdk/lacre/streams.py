@@ -32,8 +32,9 @@ _HEAD: Final = ("created", "system_fingerprint", "service_tier")  # of a chunk: 
 @contextmanager
 def events_of(response: httpx2.Response) -> Iterator[httpx2.EventSource]:
     """Reads an answer's events. Raises InvalidMessage if it is no stream of events, or one event is above httpx2's limit."""
-    # The format is UTF-8 (WHATWG HTML section 9.2.5). A codec that the answer names could inflate it, or fail in its own way.
-    response.encoding = "utf-8"
+    # The format is UTF-8 (WHATWG HTML section 9.2.5), after a byte order mark or none. A codec that the answer names could
+    # inflate it, or fail in its own way.
+    response.encoding = "utf-8-sig"
     try:
         yield httpx2.EventSource(response)
     except httpx2.SSEError as exc:

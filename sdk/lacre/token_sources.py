@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from functools import partial
 from inspect import isawaitable
-from typing import TYPE_CHECKING
+from typing import Final
 
 import httpx2
 
 from lacre import dpop
 from lacre.credentials import MAX_ANSWER, AsyncToken, ClientCredentials, Issued, Token, given
 from lacre.dpop import ProofKey
+from lacre.forks import PerLoop, PerProcess
 from lacre.outer_errors import mapped
+from lacre.single_flight import AsyncSingleFlight, SingleFlight
 
-if TYPE_CHECKING:
-    import anyio
+_NONE_YET: Final = Issued("", float("-inf"))
 
 
 class Bearer:
@@ -26,13 +27,13 @@ class Bearer:
     the key where there is one.
     """  # fmt: skip
 
-    def __init__(self, source: Token, outer: httpx2.Client, key: ProofKey | None) -> None:
+    def __init__(self, source: Token, outer: PerProcess[httpx2.Client], key: ProofKey | None) -> None:
         """key: what the token is bound to, where it is."""
         self.key = key
         self._source = source
         self._outer = outer
-        self._issued: Issued | None = None
-        self._turn = threading.Lock()
+        self._issued = _NONE_YET
+        self._flight = SingleFlight()
 
     def token(self, refused: str | None = None) -> str:
         """refused: one that the gateway does not take, to get another; the same again where there is none."""
@@ -41,22 +42,23 @@ class Bearer:
             return source
         if not isinstance(source, ClientCredentials):
             return given(source())
-        with self._turn:
-            if self._issued is None or not self._issued.fresh(refused):
-                self._issued = self._ask(source)
-            return self._issued.token
+        issued = self._issued
+        if not issued.fresh(refused):
+            self._flight.run(lambda: self._issued is issued, partial(self._renew, source))
+        return self._issued.token
 
-    def _ask(self, source: ClientCredentials) -> Issued:
+    def _renew(self, source: ClientCredentials) -> None:
         began = time.monotonic()
         response, content = self._answer(source, None)
         if self.key is not None and (nonce := wanted_nonce(response, content)) is not None:
             response, content = self._answer(source, nonce)
-        return Issued.parse(response.status_code, content, began)
+        self._issued = Issued.parse(response.status_code, content, began)
 
     def _answer(self, source: ClientCredentials, nonce: str | None) -> tuple[httpx2.Response, bytes]:
-        request = token_request(self._outer, source, self.key, nonce)
+        outer = self._outer.get()
+        request = token_request(outer, source, self.key, nonce)
         with mapped("the token server", "token_url"):
-            response = self._outer.send(request, stream=True, follow_redirects=False)
+            response = outer.send(request, stream=True, follow_redirects=False)
             try:
                 content = b""
                 for piece in response.iter_raw():
@@ -71,12 +73,12 @@ class Bearer:
 class AsyncBearer:
     """The async twin of `Bearer`."""
 
-    def __init__(self, source: AsyncToken, outer: httpx2.AsyncClient, key: ProofKey | None) -> None:
+    def __init__(self, source: AsyncToken, outer: PerLoop[httpx2.AsyncClient], key: ProofKey | None) -> None:
         self.key = key
         self._source = source
         self._outer = outer
-        self._issued: Issued | None = None
-        self._turn: anyio.Lock | None = None
+        self._issued = _NONE_YET
+        self._flight = AsyncSingleFlight()
 
     async def token(self, refused: str | None = None) -> str:
         source = self._source
@@ -85,29 +87,23 @@ class AsyncBearer:
         if not isinstance(source, ClientCredentials):
             came = source()
             return given(await came if isawaitable(came) else came)
-        async with self._lock():
-            if self._issued is None or not self._issued.fresh(refused):
-                self._issued = await self._ask(source)
-            return self._issued.token
+        issued = self._issued
+        if not issued.fresh(refused):
+            await self._flight.run(lambda: self._issued is issued, partial(self._renew, source))
+        return self._issued.token
 
-    def _lock(self) -> anyio.Lock:
-        if self._turn is None:
-            from anyio import Lock  # noqa: PLC0415 - what `import lacre` need not wait for
-
-            self._turn = Lock()
-        return self._turn
-
-    async def _ask(self, source: ClientCredentials) -> Issued:
+    async def _renew(self, source: ClientCredentials) -> None:
         began = time.monotonic()
         response, content = await self._answer(source, None)
         if self.key is not None and (nonce := wanted_nonce(response, content)) is not None:
             response, content = await self._answer(source, nonce)
-        return Issued.parse(response.status_code, content, began)
+        self._issued = Issued.parse(response.status_code, content, began)
 
     async def _answer(self, source: ClientCredentials, nonce: str | None) -> tuple[httpx2.Response, bytes]:
-        request = token_request(self._outer, source, self.key, nonce)
+        outer = self._outer.get()
+        request = token_request(outer, source, self.key, nonce)
         with mapped("the token server", "token_url"):
-            response = await self._outer.send(request, stream=True, follow_redirects=False)
+            response = await outer.send(request, stream=True, follow_redirects=False)
             try:
                 content = b""
                 async for piece in response.aiter_raw():

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Final
+from typing import Final
 
 import httpx2
 
 from lacre import backoff, errors, problems
-from lacre.connection import AsyncWire, Wire
+from lacre.connection import AsyncLink, AsyncWire, Link, Wire
 from lacre.credentials import AsyncToken, Token
 from lacre.dpop import ProofKey
+from lacre.forks import PerLoop, PerProcess
 from lacre.inner import Plain
 from lacre.manifest import Manifest
 from lacre.outer_errors import TimedOut, Unreachable, mapped_stream
 from lacre.resume import Answer, asking
-from lacre.sealing import ORIGIN, Refusal, Sealing
-from lacre.steps import Steps, T
-from lacre.token_sources import AsyncBearer, Bearer
+from lacre.sealed_answer import Refusal
+from lacre.sealing import ORIGIN, Sealing
 from lacre.verification import Verification
 
 __all__ = ["FACTS", "REFUSAL", "AsyncSealedTransport", "SealedTransport", "TimedOut", "Unreachable"]
@@ -37,22 +37,22 @@ FACTS: Final = "lacre"
 
 
 class SealedTransport(httpx2.BaseTransport):
-    """Seals requests and sends them through `outer`, a client whose base URL is the gateway. Closes it when closed."""
+    """Seals requests and sends them through `outer`: clients whose base URL is the gateway. Closes them when closed."""
 
-    def __init__(self, sealing: Sealing, outer: httpx2.Client, token: Token, key: ProofKey | None = None) -> None:
+    def __init__(self, sealing: Sealing, outer: PerProcess[httpx2.Client], token: Token, key: ProofKey | None = None) -> None:
         self._sealing = sealing
-        self._outer = outer
-        self._bearer = Bearer(token, outer, key)
+        self._link = Link(outer, token, key)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         plain = plain_request(request, request.read())
         plain = asking(plain) if self._sealing.resume else plain
-        outcome, wire = self.drive(self._sealing.exchange(plain), request.extensions)
+        wire = Wire(self._link, request.extensions)
+        outcome = wire.run(self._sealing.exchange(plain))
         if isinstance(outcome, Refusal):
             wire.close()
             return refusal_response(outcome)
         answer = Answer(self._sealing, plain, outcome)
-        return sealed_response(answer, SealedStream(self, answer, wire, request.extensions))
+        return sealed_response(answer, SealedStream(answer, wire))
 
     @property
     def verification(self) -> Verification:
@@ -60,50 +60,31 @@ class SealedTransport(httpx2.BaseTransport):
 
     def manifest(self) -> Manifest:
         """The verified manifest, fetched where there is none or it grows old."""
-        manifest, wire = self.drive(self._sealing.manifest(), {})
-        wire.close()
-        return manifest
+        return Wire(self._link, {}).run(self._sealing.manifest())
 
     def close(self) -> None:
-        self._outer.close()
-
-    def drive(self, steps: Steps[T], extensions: Any) -> tuple[T, Wire]:
-        """Does what `steps` asks; returns its result, and the wire with the last response's body, still open."""
-        wire = Wire(self._outer, self._bearer, extensions)
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    done = wire.do(step)
-                except errors.LacreError as exc:
-                    step = steps.throw(exc)
-                else:
-                    step = steps.send(done)
-        except StopIteration as finished:
-            result: T = finished.value
-            return result, wire
-        except BaseException:
-            wire.close()
-            raise
+        self._link.close()
 
 
 class AsyncSealedTransport(httpx2.AsyncBaseTransport):
     """The async twin of `SealedTransport`; the token may be a callable that returns an awaitable."""
 
-    def __init__(self, sealing: Sealing, outer: httpx2.AsyncClient, token: AsyncToken, key: ProofKey | None = None) -> None:
+    def __init__(
+        self, sealing: Sealing, outer: PerLoop[httpx2.AsyncClient], token: AsyncToken, key: ProofKey | None = None
+    ) -> None:
         self._sealing = sealing
-        self._outer = outer
-        self._bearer = AsyncBearer(token, outer, key)
+        self._link = AsyncLink(outer, token, key)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         plain = plain_request(request, await request.aread())
         plain = asking(plain) if self._sealing.resume else plain
-        outcome, wire = await self.drive(self._sealing.exchange(plain), request.extensions)
+        wire = AsyncWire(self._link, request.extensions)
+        outcome = await wire.run(self._sealing.exchange(plain))
         if isinstance(outcome, Refusal):
             await wire.close()
             return refusal_response(outcome)
         answer = Answer(self._sealing, plain, outcome)
-        return sealed_response(answer, AsyncSealedStream(self, answer, wire, request.extensions))
+        return sealed_response(answer, AsyncSealedStream(answer, wire))
 
     @property
     def verification(self) -> Verification:
@@ -111,40 +92,18 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
 
     async def manifest(self) -> Manifest:
         """The verified manifest, fetched where there is none or it grows old."""
-        manifest, wire = await self.drive(self._sealing.manifest(), {})
-        await wire.close()
-        return manifest
+        return await AsyncWire(self._link, {}).run(self._sealing.manifest())
 
     async def aclose(self) -> None:
-        await self._outer.aclose()
-
-    async def drive(self, steps: Steps[T], extensions: Any) -> tuple[T, AsyncWire]:
-        wire = AsyncWire(self._outer, self._bearer, extensions)
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    done = await wire.do(step)
-                except errors.LacreError as exc:
-                    step = steps.throw(exc)
-                else:
-                    step = steps.send(done)
-        except StopIteration as finished:
-            result: T = finished.value
-            return result, wire
-        except BaseException:
-            await wire.close()
-            raise
+        await self._link.aclose()
 
 
 class SealedStream(httpx2.SyncByteStream):
     """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
 
-    def __init__(self, transport: SealedTransport, answer: Answer, wire: Wire, extensions: Any) -> None:
-        self._transport = transport
+    def __init__(self, answer: Answer, wire: Wire) -> None:
         self._answer = answer
         self._wire = wire
-        self._extensions = extensions
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._answer.take()
@@ -155,7 +114,7 @@ class SealedStream(httpx2.SyncByteStream):
                 self._answer.feed(data)
             except errors.LacreError as broken:
                 self._wire.close()
-                _, self._wire = self._transport.drive(self._answer.resume(broken), self._extensions)
+                self._wire.run(self._answer.resume(broken))
             yield from self._answer.take()
 
     def close(self) -> None:
@@ -165,11 +124,9 @@ class SealedStream(httpx2.SyncByteStream):
 class AsyncSealedStream(httpx2.AsyncByteStream):
     """The async twin of `SealedStream`."""
 
-    def __init__(self, transport: AsyncSealedTransport, answer: Answer, wire: AsyncWire, extensions: Any) -> None:
-        self._transport = transport
+    def __init__(self, answer: Answer, wire: AsyncWire) -> None:
         self._answer = answer
         self._wire = wire
-        self._extensions = extensions
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._answer.take():
@@ -181,7 +138,7 @@ class AsyncSealedStream(httpx2.AsyncByteStream):
                 self._answer.feed(data)
             except errors.LacreError as broken:
                 await self._wire.close()
-                _, self._wire = await self._transport.drive(self._answer.resume(broken), self._extensions)
+                await self._wire.run(self._answer.resume(broken))
             for piece in self._answer.take():
                 yield piece
 

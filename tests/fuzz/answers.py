@@ -36,9 +36,10 @@ from lacre.problems import MEDIA_TYPE as PROBLEM
 from lacre.receipts import TRAILER, Receipt
 from lacre.reply import Reply
 from lacre.resume import Answer, asking
-from lacre.sealing import Refusal, Sealing
+from lacre.sealed_answer import Refusal
+from lacre.sealing import Sealing
 from lacre.signing import sign_manifest, sign_statement
-from lacre.steps import Done, Offload, Outer, Read, Send, Steps, T
+from lacre.steps import Done, Offload, Outer, Read, Send, Steps, T, Together
 from lacre.streams import Deltas
 from lacre.transport import FACTS
 from lacre.verification import Verification
@@ -141,6 +142,8 @@ def driven(steps: Steps[T], script: Script) -> tuple[T, Iterator[bytes]]:
                 sent = next(pieces, None)
             case Offload():
                 sent = step.do()
+            case Together():
+                sent = driven(step.do(), script)[0] if step.wanted() else None
             case _:
                 sent = None
 

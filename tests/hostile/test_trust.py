@@ -30,6 +30,7 @@ from lacre.errors import (
     UnsupportedSuite,
     UntrustedRoot,
 )
+from lacre.forks import PerLoop
 from lacre.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
 from lacre.manifest import MANIFEST_TYP, ROOT_TYP, Document, RootStatement
 from lacre.memory import VersionMemory, accept
@@ -252,7 +253,7 @@ async def test_rollback(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -
 def clocked(stage: Stage, gateway: GatewayOwner, memory: lacre.VersionMemory, now: list[float]) -> httpx2.AsyncClient:
     """The SDK's transport under a clock that the test turns."""
     sealing = Sealing(raw_public_key(stage.keys.root), memory, clock=lambda: now[0])
-    outer = httpx2.AsyncClient(base_url="http://127.0.0.1:9", transport=gateway)
+    outer = PerLoop(lambda: httpx2.AsyncClient(base_url="http://127.0.0.1:9", transport=gateway))
     return httpx2.AsyncClient(transport=AsyncSealedTransport(sealing, outer, "t0ken"), base_url="https://lacre.invalid")
 
 

@@ -160,7 +160,7 @@ async def test_a_token_that_the_client_asks_for_itself_is_bound(client_id: str, 
     url, key = cluster.gateways[0].url, lacre.ProofKey.generate()
     async with lacre.AsyncClient(url, token=source, dpop=key, memory=lacre.VersionMemory()) as client:
         assert (await client.chat("Count.", max_tokens=8)).text == "one two three"
-        token = await client._sealed._bearer.token()
+        token = await client._sealed._link.bearer.token()
     assert jwt.decode(token, options={"verify_signature": False})["cnf"] == {"jkt": key.thumbprint}
     memory = lacre.VersionMemory()
     client = await asyncio.to_thread(lacre.Client, url, token=source, dpop=key, memory=memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,8 +20,8 @@ import lacre
 from lacre import problems
 from lacre.connection import outer_of
 from lacre.inner import Plain
-from lacre.sealing import Read, Sealing, Send
-from lacre.steps import Offload
+from lacre.sealing import Sealing
+from lacre.steps import Done, Offload, Read, Send, Step, Together
 from lacre.trust import ConnectionString
 from lacre_fabric import tokens
 from lacre_fabric.keyfiles import read_ed25519
@@ -49,19 +50,28 @@ class Hand:
         steps = self.sealing.exchange(Plain("POST", path, [("content-type", "application/json")], content))
         step = next(steps)
         while not (isinstance(step, Send) and step.sealed):
-            if isinstance(step, Offload):
-                step.do()
-                step = steps.send(None)
-                continue
-            assert isinstance(step, Send)
-            response = self.gateway.request(step.method, step.path)
-            step = steps.send(outer_of(response))
-            assert isinstance(step, Read)
-            step = steps.send(response.content)
-            if isinstance(step, Read):
-                step = steps.send(None)
+            step = steps.send(self._done(step))
         self.steps, self.step = steps, step
         return step
+
+    def _done(self, step: Step) -> Done:
+        match step:
+            case Together():
+                asked = step.do()
+                with contextlib.suppress(StopIteration):
+                    inner = next(asked)
+                    while True:
+                        inner = asked.send(self._done(inner))
+            case Offload():
+                step.do()
+            case Send():
+                response = self.gateway.request(step.method, step.path)
+                self.content: bytes | None = response.content
+                return outer_of(response)
+            case Read():
+                content, self.content = self.content, None
+                return content
+        return None
 
     def open(self, response: httpx2.Response) -> tuple[int, bytes]:
         """The status and body inside the sealed answer to what was sealed last.

@@ -17,7 +17,7 @@ from lacre.audit import AuditProof
 from lacre.jws import raw_public_key
 from lacre.sealing import MANIFEST_PATH
 from parts import audited
-from parts.relay import AsyncWire, Relay, Wire
+from parts.relay import AsyncWire, Relay, Wire, served
 
 
 def test_the_reply_keeps_it(client: lacre.Client, relay: Relay) -> None:
@@ -71,17 +71,44 @@ def test_no_proof(client: lacre.Client, relay: Relay, bend: str) -> None:
         list(client.chat_stream("Hello."))
 
 
-def test_after_a_wrong_one_the_manifest_is_fetched(client: lacre.Client, relay: Relay) -> None:
-    """The gateway's key may have changed: the call fails, the next one does not."""
+def stopped(relay: Relay) -> None:
+    """The signer's clock, so that the root's statement stays the very same."""
     now = time.time()
-    relay.clock = lambda: now  # so that the root's statement stays the very same
+    relay.clock = lambda: now
+
+
+def manifests(relay: Relay) -> int:
+    return sum(request.url.path == MANIFEST_PATH for request in relay.requests)
+
+
+def test_the_gateways_key_has_changed(client: lacre.Client, relay: Relay) -> None:
+    """Nobody is accused: what this side knew was old, and it looks for the new key while the answer waits."""
+    stopped(relay)
     client.chat("Hello.")
     relay.gateway_key, relay.version = Ed25519PrivateKey.generate(), 2
+    reply = client.chat("Hello.")
+    assert (reply.attempts, manifests(relay)) == (1, 2)
+    assert reply.audit
+
+
+def test_another_key_than_the_newest_manifest_names(client: lacre.Client, relay: Relay) -> None:
+    client.chat("Hello.")
+    relay.gateway_key = Ed25519PrivateKey.generate()
+    with pytest.raises(lacre.InvalidAudit, match="does not hold"):
+        client.chat("Hello.")
+    assert manifests(relay) == 2
+
+
+def test_no_manifest_to_look_into(client: lacre.Client, relay: Relay) -> None:
+    """The call fails; the next one fetches the manifest first."""
+    stopped(relay)
+    client.chat("Hello.")
+    relay.gateway_key, relay.version = Ed25519PrivateKey.generate(), 2
+    relay.respond = lambda request: served(404) if request.url.path == MANIFEST_PATH else None
     with pytest.raises(lacre.InvalidAudit):
         client.chat("Hello.")
-    fetched = sum(request.url.path == MANIFEST_PATH for request in relay.requests)
+    relay.respond = lambda _request: None
     assert client.chat("Hello.").audit
-    assert sum(request.url.path == MANIFEST_PATH for request in relay.requests) == fetched + 1
 
 
 def jwt_of(claims: dict[str, str]) -> str:

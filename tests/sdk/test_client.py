@@ -16,6 +16,7 @@ import pytest
 
 import lacre
 from lacre import asgi, errors, problems
+from lacre.forks import PerProcess
 from lacre.sealing import Sealing
 from lacre.transport import SealedTransport
 from lacre.trust import ConnectionString
@@ -248,7 +249,7 @@ class TestDate:
         relay.clock = lambda: self.now
         self.now = 1_800_000_000.0
         sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), clock=lambda: self.now)
-        outer = httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay))
+        outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay)))
         with httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client:
             response = client.post("/chat/completions", json={"messages": [{"role": "user"}]})
             assert response.status_code == 200

@@ -156,7 +156,7 @@ class TestTimeouts:
 def test_limits_are_of_the_connection_to_the_gateway(relay: Relay) -> None:
     limits = httpx2.Limits(max_connections=1)
     with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), limits=limits) as client:
-        assert client._sealed._outer._transport._pool._max_connections == 1  # type: ignore[attr-defined]
+        assert client._sealed._link.outer.get()._transport._pool._max_connections == 1  # type: ignore[attr-defined]
 
 
 class TestRedirects:

@@ -16,16 +16,24 @@ from hypothesis import strategies as st
 import lacre
 from lacre import problems
 from lacre.asgi import App
+from lacre.audit import HEADER
 from lacre.backoff import ENDURANCE_RESUMING
 from lacre.errors import InvalidMessage
+from lacre.forks import PerProcess
+from lacre.jws import b64u
 from lacre.marks import Mark
+from lacre.receipts import TRAILER, Receipt
 from lacre.sealing import Sealing
 from lacre.splice import Splice
 from lacre.transport import SealedTransport
 from lacre.trust import ConnectionString
+from lacre.wire import bhttp
+from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from lacre.wire.opening import open_request
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
-from parts.relay import AsyncWire, Relay, Wire, served
+from parts import audited
+from parts.relay import AsyncWire, Relay, Stream, Wire, served
 
 SAID = "日本 and 😀 seas"
 MESSAGES: list[Any] = [{"role": "user", "content": SAID}]
@@ -78,6 +86,20 @@ def same_but_name(chunks: Sequence[Any]) -> list[Any]:
     return [{**chunk, **named} if isinstance(chunk, dict) else chunk for chunk in without_usage(chunks)]
 
 
+def by_hand(relay: Relay, request: httpx2.Request) -> httpx2.Response:
+    """The first answer breaks off after its head; all of the second one is in one record before the final chunk."""
+    _, header, sealer = open_request({1: relay.key}, request.content)
+    encoder = bhttp.ResponseEncoder()
+    head = encoder.head(200, (("content-type", "application/json"),))
+    proof = audited.proof(audited.entry(request.headers, request.content), relay.gateway_key)
+    headers = {"content-type": MEDIA_TYPE_RESPONSE, HEADER: proof.header()}
+    if sum(each.url.path == SEALED for each in relay.requests) == 1:
+        return httpx2.Response(200, headers=headers, stream=Stream([sealer.seal(head)], CUT))
+    receipt = Receipt(b64u(header.digest), "sha256:00", 1, 0, 1, time.time(), time.time(), True).sign(relay.receipt_key)
+    whole = head + encoder.data(b'{"ok":true}') + encoder.end(((TRAILER, receipt),))
+    return httpx2.Response(200, headers=headers, stream=Stream([sealer.seal(whole) + sealer.finish()]))
+
+
 class TestOneStream:
     def test_wherever_it_is_cut(self, client: lacre.Client, relay: Relay) -> None:
         """The seam shows in nothing but the usage: one id, one role, one end, each character once."""
@@ -110,6 +132,14 @@ class TestOneStream:
         assert stream.recount(lambda text: len(text.encode())).difference == 0
         assert len({part.audit.index for part in stream.parts if part.audit}) <= 2
         assert stream.verification.receipt == receipt
+
+    def test_the_rest_comes_at_once(self, client: lacre.Client, relay: Relay) -> None:
+        """A worker may seal its trailers before the final chunk. Where they come with the head, receipt and proof are kept."""
+        relay.respond = lambda request: by_hand(relay, request) if request.url.path == SEALED else None
+        response = client.post("/v1/chat/completions", json={"messages": MESSAGES})
+        facts = response.extensions["lacre"]
+        assert (response.json(), facts.attempts) == ({"ok": True}, 2)
+        assert facts.trailers and facts.audit.members["enc"] == facts.receipt.enc
 
     @pytest.mark.parametrize("times", [2, 3])
     def test_more_breaks_of_the_connection_than_workers_may_be_lost(self, relay: Relay, times: int) -> None:
@@ -279,7 +309,7 @@ class TestBroken:
             return began + 0.6 * ENDURANCE_RESUMING * len(relay.opened)
 
         sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), resume=9, clock=clock)
-        outer = httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay))
+        outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay)))
         with (
             httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client,
             pytest.raises(lacre.StreamBroken),

@@ -1,0 +1,190 @@
+"""What a forked child must not share with its parent: connections, locks, and secrets that live for a while.
+
+`gunicorn --preload`, Celery and `multiprocessing` fork a process whose clients are in use. The child has copies of them. If it
+used them, both processes would read from one connection, each the other's answers. A lock that another thread held at the fork
+would stay locked for ever.
+
+Rules:
+- What holds such a thing is watched, and renewed in the child before any other code runs there.
+- A child never ends, reads or writes its parent's connections. It lets go of their sockets without a word to the peer.
+- What a fork took from a child's hands it keeps, unused, until it ends: no destructor may touch what the parent still uses.
+
+This is state of the process, for a fork is the process's own: the one list of this kind in the SDK.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+from lacre.errors import UsageError
+
+T = TypeVar("T")
+
+
+class Forked(Protocol):
+    """Something that a child must not use as its parent left it."""
+
+    def after_fork(self) -> None:
+        """Called in the child, where no other thread runs. It takes no lock, and waits for nothing."""
+
+
+_watched: Final[WeakSet[Forked]] = WeakSet()
+_left: Final[list[object]] = []  # the parent's, kept from every destructor
+
+
+def watch(one: Forked) -> None:
+    """From now on `one.after_fork` is called in each forked child, for as long as somebody else keeps `one`."""
+    _watched.add(one)
+
+
+def leave(one: object) -> None:
+    """In a child: keeps what the parent uses, and nobody here."""
+    _left.append(one)
+
+
+def _in_child() -> None:
+    for one in list(_watched):
+        one.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # where there is no fork, there is nothing to do
+    os.register_at_fork(after_in_child=_in_child)
+
+
+class Home:
+    """The process in which something was made, and where alone it can be used."""
+
+    __slots__ = ("_pid",)
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    def __bool__(self) -> bool:
+        """Whether this is still that process."""
+        return os.getpid() == self._pid
+
+    def check(self, what: str) -> None:
+        """Raises UsageError in any other process. what: names the thing, with a verb: "this answer is read"."""
+        if not self:
+            raise UsageError(f"{what} by the process that asked for it, and this is a fork of it: ask again here")
+
+
+class PerProcess(Generic[T]):
+    """One thing for each process: the child of a fork makes its own when it first needs it.
+
+    make: makes it; called here, and again in each child. renewable: False where it holds what the caller gave and nobody here
+    can make again, such as an open connection.
+    """
+
+    def __init__(self, make: Callable[[], T], *, renewable: bool = True) -> None:
+        self._make = make
+        self._renewable = renewable
+        self._lock = threading.Lock()
+        self._one: T | None = make()
+        watch(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        leave(self._one)
+        self._one = None
+
+    def get(self) -> T:
+        """Raises UsageError in a child that cannot make its own."""
+        with self._lock:
+            if self._one is None:
+                self._one = self._make() if self._renewable else _not_renewable()
+            return self._one
+
+    def made(self) -> list[T]:
+        """What this process has made so far, and nobody closed."""
+        return [] if self._one is None else [self._one]
+
+
+class PerLoop(Generic[T]):
+    """One thing for each event loop of each process. See `PerProcess`; what is not renewable is one for all loops."""
+
+    def __init__(self, make: Callable[[], T], *, renewable: bool = True) -> None:
+        self._make = make
+        self._renewable = renewable
+        self._spare: T | None = make()
+        self._ours: WeakKeyDictionary[Any, T] = WeakKeyDictionary()
+        watch(self)
+
+    def after_fork(self) -> None:
+        leave((self._spare, self._ours))
+        self._spare, self._ours = None, WeakKeyDictionary()
+
+    def get(self) -> T:
+        """The running loop's own. Raises UsageError in a child that cannot make one."""
+        from anyio.lowlevel import current_token  # noqa: PLC0415 - what `import lacre` need not wait for
+
+        if not self._renewable:
+            return _not_renewable() if self._spare is None else self._spare
+        loop = current_token().native_token
+        if loop not in self._ours:
+            spare, self._spare = self._spare, None
+            self._ours[loop] = self._make() if spare is None else spare
+        return self._ours[loop]
+
+    def made(self) -> list[T]:
+        """What the running loop uses, and what none uses."""
+        from anyio.lowlevel import current_token  # noqa: PLC0415
+
+        return [one for one in (self._spare, self._ours.get(current_token().native_token)) if one is not None]
+
+
+def _not_renewable() -> NoReturn:
+    raise UsageError("this client has a transport= of its own, which a fork cannot share: make the client in each process")
+
+
+class Sockets:
+    """The sockets of a client's connections, as far as httpcore's `trace` extension tells of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}  # by its descriptor, the inode of a socket; a descriptor may be another file's by now
+        watch(self)
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """A `trace` extension of httpcore. It notes each new stream of bytes."""
+        if not event.endswith(_CONNECTED):
+            return
+        found = info["return_value"].get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it is closed already
+            descriptor = -1 if found is None else found.fileno()
+            self._known[descriptor] = os.fstat(descriptor).st_ino
+
+    async def atrace(self, event: str, info: dict[str, Any]) -> None:
+        """The same for async clients."""
+        self.trace(event, info)
+
+    def after_fork(self) -> None:
+        """Lets go of the parent's sockets: as long as a child holds one, the peer does not see that the parent closed it.
+
+        Each descriptor becomes one of /dev/null. So it is not given to another file, which a destructor would then close.
+        """
+        known, self._known = self._known, {}
+        with contextlib.suppress(OSError):  # no descriptor is free: then the sockets stay, unused
+            nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            for descriptor, inode in known.items():
+                with contextlib.suppress(OSError):  # it is closed already
+                    if os.fstat(descriptor).st_ino == inode:
+                        os.dup2(nothing, descriptor, inheritable=False)
+            os.close(nothing)
+
+
+_CONNECTED: Final = (".connect_tcp.complete", ".start_tls.complete", ".connect_unix_socket.complete")
+
+
+class StaysInProcess:
+    """What cannot be pickled or copied, and says why: it holds a token and open connections."""
+
+    def __reduce_ex__(self, _protocol: object) -> Any:
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        raise UsageError(
+            f"{name} can be neither pickled nor copied: it holds a token and connections. Make one in each process"
+        )
