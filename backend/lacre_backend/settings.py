@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from lacre.jws import b64u_decode
 from lacre_backend.upstream.origin import OF_A_CONNECTION
 from lacre_backend.upstream.routes import Route
+from lacre_fabric import model_names
 from lacre_fabric.kms import PLAIN
 from lacre_fabric.settings import FilePath, KmsAddress, Name, Nats, RootKey, Table
 from lacre_fabric.settings import load as load_table
@@ -23,7 +24,7 @@ _NEVER_PASSED_ON: Final = frozenset(
     {"authorization", "cookie", "host", "content-length", "content-encoding", "accept-encoding", "expect", "user-agent"}
 ) | {name.decode() for name in OF_A_CONNECTION}
 
-ModelName = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
+ModelName = Annotated[str, Field(pattern=model_names.PATTERN)]
 Seconds = Annotated[float, Field(gt=0)]
 
 

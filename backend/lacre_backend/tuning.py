@@ -32,7 +32,7 @@ def run(path: Path, report: Callable[[str], None]) -> None:
     settings = load(path)
     if not settings.models:
         raise SettingsError(f"{path} has no models of its own: what is behind an upstream is tuned there")
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for index, model in enumerate(settings.models):
         file = find(model.path, model.name)
         if Facts.read(file.path).kind is Kind.EMBED:
@@ -47,7 +47,7 @@ def run(path: Path, report: Callable[[str], None]) -> None:
         report(f"  chosen: {choice.way}, {choice.slots} slots")
         text = written(text, index, values(choice), choice.table())
     draft = path.with_name(path.name + ".tuned")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     draft.chmod(path.stat().st_mode & 0o777)
     load(draft)
     draft.replace(path)

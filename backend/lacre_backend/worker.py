@@ -13,6 +13,7 @@ from functools import partial
 import structlog
 
 from lacre import tasks
+from lacre.errors import SettingsError
 from lacre.jws import raw_public_key
 from lacre_backend import health
 from lacre_backend.api.app import REPEATABLE, create_app
@@ -24,7 +25,7 @@ from lacre_backend.engine.model import Facts, Gpu
 from lacre_backend.engine.protocol import Kind
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
-from lacre_backend.models import find
+from lacre_backend.models import DEFAULT_MODEL, find
 from lacre_backend.node import Identity, Node
 from lacre_backend.readiness import Holding, Part, Readiness, alive
 from lacre_backend.settings import Model, Settings
@@ -33,6 +34,7 @@ from lacre_backend.upstream.probe import Probe
 from lacre_fabric import logs, poolkeys
 from lacre_fabric.kms.keeping import Keeping, keeping
 from lacre_fabric.manifests import ManifestFeed, memory_in
+from lacre_fabric.model_names import from_file
 from lacre_fabric.nats_worker import NatsWorker
 from lacre_fabric.roles import Credential
 
@@ -134,6 +136,7 @@ def served(settings: Settings, stack: AsyncExitStack) -> Served:
         parts = (alive(app), probe.reason)
         # What another program does is never done twice.
         return Served(app, names, settings.forwarded, frozenset(), parts, (probe,))
+    _check_names(settings.models)
     engines = [load_engine(model) for model in settings.models]
     for engine in engines:
         stack.callback(engine.close)
@@ -141,6 +144,17 @@ def served(settings: Settings, stack: AsyncExitStack) -> Served:
     stack.callback(app.close)
     slots = settings.slots or sum(engine.slots for engine in engines)
     return Served(app, [engine.model.name for engine in engines], slots, REPEATABLE, (alive(app), alive(*engines)))
+
+
+def _check_names(models: Sequence[Model]) -> None:
+    """Raises SettingsError where two have one id: a caller of it would get either."""
+    known: dict[str, Model] = {}
+    for model in models:
+        name = model.name or (DEFAULT_MODEL if model.path is None else from_file(model.path))
+        other = known.setdefault(name, model)
+        if other is not model:
+            both = " and ".join(str(one.path or "the default model") for one in (other, model))
+            raise SettingsError(f"models.name: {both} have one id, {name}: set `name` of one of them to another")
 
 
 def _looking(keys: KeyRing, kept: Keeping) -> Callable[[], bool]:

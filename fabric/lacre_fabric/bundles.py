@@ -3,27 +3,32 @@
     STATE/bundles/nats/           nats.conf, with every role's password
     STATE/bundles/gateway/        gateway.toml, its grant key, its credential, and the issuer's public keys
     STATE/bundles/worker-POOL/    worker.toml, the pool's receipt key, and its workers' credential
+    STATE/bundles/…-REGION/       the last two for each region, where regions have names
     STATE/data/nats, …/gateway    empty: for what these two write
 
 Rules
 - No bundle holds the root, the signer or another process's secret: who has one folder has no more than that process.
 - A pool's private keys are in none: they come and go, so workers are given `STATE/pools/POOL/keys` itself, to read.
 - Settings name the places that the images know (docs/containers.md), not those of this machine.
+- A pool and its models are added to those that the state knows already. What a person wrote into settings stays. nats.conf is
+  written anew: it is all passwords and limits.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from lacre.errors import SettingsError
 from lacre.jws import b64u
 from lacre.wire.wiping import overwrite
-from lacre_fabric import tokens
+from lacre_fabric import model_names, nats_conf, settings_files, subjects, tokens
 from lacre_fabric.keyfiles import read_secret, write_secret
+from lacre_fabric.served_models import DEFAULT_MODEL
 from lacre_fabric.server import configuration
-from lacre_fabric.site import GATEWAY_ID, Site, write_toml
+from lacre_fabric.site import Site, gateway_of, worker_of
 
 NATS_PORT: Final = 4222
 GATEWAY_PORT: Final = 8321
@@ -41,60 +46,84 @@ class Bundles:
     public_url: str
 
     def write(self) -> None:
-        """Makes what is missing, keys too, and writes every bundle anew. Raises SettingsError."""
+        """Makes what is missing, keys too, and brings every bundle up to date. Raises SettingsError."""
+        replace(self, site=_with_what_is_there(self.site))._write()
+
+    def _write(self) -> None:
         self.site.create()
         self.site.save(self.nats_url, self.public_url)
-        roles = self.site.replicated_roles()
-        nats = configuration(EVERYWHERE, NATS_PORT, "/data", roles)
-        write_secret(self.folder("nats") / "nats.conf", json.dumps(nats, indent=1).encode())
-        self._write_gateway()
-        for pool in self.site.pools:
-            self._write_worker(pool)
-        for name in ("nats", "gateway"):
+        nats = configuration(EVERYWHERE, NATS_PORT, "/data", self.site.replicated_roles())
+        write_secret(self.folder("nats") / "nats.conf", nats_conf.encode(nats))
+        for region in self.site.regions:
+            self._write_gateway(region)
+            for pool in self.site.pools:
+                self._write_worker(pool, region)
+        for name in ("nats", *(_in("gateway", region) for region in self.site.regions)):
             (self.site.folder / "data" / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def folder(self, name: str) -> Path:
         return self.site.folder / "bundles" / name
 
-    def _write_gateway(self) -> None:
-        folder = self.folder("gateway")
+    def _write_gateway(self, region: str) -> None:
+        folder, name = self.folder(_in("gateway", region)), gateway_of(region)
         self._copy("gateway/grant.pem", folder / "grant.pem")
-        self._copy(f"fabric/gateway-{GATEWAY_ID}.json", folder / "credential.json")
+        self._copy(f"fabric/gateway-{name}.json", folder / "credential.json")
         write_secret(folder / "issuer.jwks", (self.site.folder / "issuer.jwks").read_bytes())
-        settings = {
-            "gateway": GATEWAY_ID,
-            "public_url": self.public_url,
-            "trust": b64u(self.site.root),
+        values = {"gateway": name, "public_url": self.public_url, "trust": b64u(self.site.root), "nats": self._nats(region)}
+        issuer = {"issuer": tokens.ISSUER, "audience": tokens.AUDIENCE, "algorithms": ["EdDSA"], "jwks": "issuer.jwks"}
+        defaults = {
             "signing_key": "grant.pem",
             "audit": f"{STATE}/audit",
             "memory": f"{STATE}/manifests",
             "listen": {"host": EVERYWHERE, "port": GATEWAY_PORT, "drain": DRAIN},
-            "nats": self._nats(),
-            "issuers": [{"issuer": tokens.ISSUER, "audience": tokens.AUDIENCE, "algorithms": ["EdDSA"], "jwks": "issuer.jwks"}],
+            "issuers": [issuer],
         }
-        write_toml(folder / "gateway.toml", settings)
+        settings_files.write(folder / "gateway.toml", values, defaults)
 
-    def _write_worker(self, pool: str) -> None:
-        folder = self.folder(f"worker-{pool}")
+    def _write_worker(self, pool: str, region: str) -> None:
+        folder = self.folder(_in(f"worker-{pool}", region))
         self._copy(f"pools/{pool}/receipt.pem", folder / "receipt.pem")
-        self._copy(f"fabric/worker-{pool}.json", folder / "credential.json")
-        settings = {
-            "pool": pool,
-            "node": "n1",  # each worker says its own on the command line
-            "drain": DRAIN,
-            "trust": b64u(self.site.root),
-            "keys": f"{STATE}/keys",
-            "receipt_key": "receipt.pem",
-            "health": "/tmp/health",  # noqa: S108 - a container's own, in memory
-            "nats": self._nats(),
-            "models": [{"name": name, "path": f"/models/{name}.gguf"} for name in self.site.pools[pool]],
-        }
-        write_toml(folder / "worker.toml", settings)
+        self._copy(f"fabric/{worker_of(pool, region)}.json", folder / "credential.json")
+        document, new = settings_files.opened(folder / "worker.toml")
+        values = {"pool": pool, "trust": b64u(self.site.root), "nats": self._nats(region)}
+        settings_files.update(document, values)
+        if new:
+            files = {"keys": f"{STATE}/keys", "receipt_key": "receipt.pem", "health": "/tmp/health"}  # noqa: S108 - a container's
+            node = {"node": "n1", "drain": DRAIN}  # each worker says its own name on the command line
+            settings_files.update(document, {**node, **files})
+        if "upstream" not in document:
+            there = {one.get("name") for one in settings_files.tables(folder / "worker.toml", document, "models")}
+            wanted = [{"name": n} if n in there else {"name": n, "path": f"/models/{n}.gguf"} for n in self.site.pools[pool]]
+            settings_files.set_tables(document, "models", wanted, lambda one, other: one.get("name") == other["name"])
+        settings_files.save(folder / "worker.toml", document)
 
-    def _nats(self) -> dict[str, str]:
-        return {"url": self.nats_url, "credentials": "credential.json"}
+    def _nats(self, region: str) -> dict[str, str]:
+        own = {} if region == subjects.DEFAULT_REGION else {"region": region}
+        return {"url": self.nats_url, "credentials": "credential.json", **own}
 
     def _copy(self, name: str, to: Path) -> None:
         content = read_secret(self.site.folder / name)
         write_secret(to, content)
         overwrite(content)
+
+
+def _with_what_is_there(site: Site) -> Site:
+    """The state's own site where it has one, with these pools and models added. Raises SettingsError."""
+    there = Site.load_or_new(site.folder, {})
+    pools = {name: list(models) for name, models in there.pools.items()}
+    for name, models in site.pools.items():
+        known = pools.setdefault(name, [])
+        known += [model for model in models if model not in known]
+        if not known:
+            known.append(DEFAULT_MODEL)
+    for model in {model for models in pools.values() for model in models}:
+        if not re.fullmatch(model_names.PATTERN, model):
+            raise SettingsError(
+                f"{model!r} is no model's id: use 1 to {model_names.MAX_NAME} printable ASCII characters, no space"
+            )
+    return replace(there if there.pools else site, pools=pools)
+
+
+def _in(name: str, region: str) -> str:
+    """The folder of one region's processes."""
+    return name if region == subjects.DEFAULT_REGION else f"{name}-{region}"

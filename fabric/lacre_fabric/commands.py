@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -15,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs
     from lacre_fabric.generations import Generation
     from lacre_fabric.rotation import Rotated
     from lacre_fabric.site import Site
+
+MAX_WORKERS: Final = 16  # of `lacre up`: each holds its models and caches in this machine's memory
 
 State = Annotated[Path | None, typer.Option(help="The state folder; $XDG_STATE_HOME/lacre where left out.")]
 
@@ -70,25 +73,36 @@ def up(
     state: State = None,
     port: Annotated[int, typer.Option(help="The gateway's port; 0 picks a free one.", min=0, max=65535)] = 8321,
     model: Annotated[
-        list[Path] | None, typer.Option(help="A GGUF file, or the default model's name (the one served where left out).")
+        list[Path] | None,
+        typer.Option(
+            help="A GGUF file, or the default model's name; may be repeated. Default: what this state served last, or else the "
+            "default model."
+        ),
     ] = None,
+    workers: Annotated[int, typer.Option(help="How many workers serve the models.", min=1, max=MAX_WORKERS)] = 1,
     rotate_hours: RotateHours = 24.0,
     kms: KmsAddress = None,
 ) -> None:
-    """Run a whole Lacre on this machine: keys, message server, gateway and one worker. Ctrl-C ends it."""
+    """Run a whole Lacre on this machine: keys, message server, gateway and workers. Ctrl-C ends it.
+
+    A worker that dies is started again.
+    """
     from lacre_fabric.rotation import Schedule
     from lacre_fabric.up import default_state, running
 
     folder = (state or default_state()).resolve()
     schedule = Schedule(every=rotate_hours * 3600 or None)
+    tell = partial(typer.secho, dim=True, err=True)  # a line stays one line, to be copied
 
     async def run() -> None:
         with ExitStack() as starting:
-            starting.enter_context(waiting("starting a message server, a gateway and a worker"))
-            async with running(folder, port, [path.resolve() for path in model or []], schedule, kms) as (live, supervisor):
+            starting.enter_context(waiting("starting a message server, a gateway and workers"))
+            files = [path.resolve() for path in model or []]
+            everything = running(folder, port, files, schedule=schedule, kms=kms, workers=workers, tell=tell)
+            async with everything as (live, supervisor):
                 starting.close()
                 typer.echo(f"ready {live.connection_string}")
-                Console(stderr=True).print(f"[dim]In another shell:  . {live.site.folder / 'env'} && lacre chat[/dim]")
+                tell(f"In another shell:  . {shlex.quote(str(live.site.folder / 'env'))} && lacre chat")
                 await supervisor.watch()
 
     asyncio.run(_until_signalled(run()))
@@ -159,8 +173,9 @@ def keys_init(
     """Make root, signer, issuer, gateway and pool keys where there are none, and print the root that applications pin."""
     from lacre.jws import b64u
     from lacre_fabric import subjects
+    from lacre_fabric.served_models import DEFAULT_MODEL
     from lacre_fabric.site import Site
-    from lacre_fabric.up import DEFAULT_MODEL, POOL, default_state
+    from lacre_fabric.up import POOL, default_state
 
     for name in pool or ():
         subjects.check_name("pool", name)
@@ -398,9 +413,10 @@ def fabric_accounts(state: State = None) -> None:
 
     One credential for all instances of the gateway and one for all workers of a pool, made in the state folder's `fabric`.
     """
+    from lacre_fabric import nats_conf
     from lacre_fabric.accounts import accounts
 
-    typer.echo(json.dumps({"accounts": accounts(_site(state).replicated_roles())}, indent=1))
+    typer.echo(nats_conf.encode({"accounts": accounts(_site(state).replicated_roles())}).decode(), nl=False)
 
 
 @fabric_app.command("bundles")
@@ -408,20 +424,28 @@ def fabric_bundles(
     nats: Annotated[str, typer.Option(help="Where the message server will be, as nats://HOST:PORT.")],
     public_url: Annotated[str, typer.Option(help="Where clients will find the gateway.")],
     state: State = None,
-    model: Annotated[list[str] | None, typer.Option(help="A model's name, for /models/NAME.gguf; may be repeated.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model's name, for /models/NAME.gguf; may be repeated. Default: the pool's models so far, or else the "
+            "default model."
+        ),
+    ] = None,
     pool: Annotated[str, typer.Option(help="The pool that serves them.")] = "default",
 ) -> None:
     """Write what each process gets where they run apart, in containers say: its settings and the secrets it may have.
 
-    Makes keys where there are none, and prints the connection string that applications pin.
+    Makes keys where there are none, and prints the connection string that applications pin. Run again, it adds the pool and its
+    models to the others of this state, and removes nothing: take out of `site.json` by hand what shall go.
     """
     from lacre_fabric import subjects
     from lacre_fabric.bundles import Bundles
     from lacre_fabric.site import Site
-    from lacre_fabric.up import DEFAULT_MODEL, default_state
+    from lacre_fabric.up import check_state, default_state
 
-    models = tuple(model or [DEFAULT_MODEL])
-    site = Site((state or default_state()).resolve(), {subjects.check_name("pool", pool): models})
+    folder = (state or default_state()).resolve()
+    check_state(folder)
+    site = Site(folder, {subjects.check_name("pool", pool): tuple(model or ())})
     Bundles(site, nats, public_url).write()
     typer.echo(site.connection_string(public_url))
 

@@ -9,6 +9,7 @@ What is read comes back in a `bytearray`: whoever asked overwrites it after use.
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import tempfile
 from collections.abc import Collection
@@ -60,7 +61,7 @@ def read_secret(path: Path) -> bytearray:
             status = os.fstat(file.fileno())
             mode = stat.S_IMODE(status.st_mode)
             if exposed(mode, status.st_uid, status.st_gid, user=os.geteuid(), groups={os.getegid(), *os.getgroups()}):
-                raise SettingsError(f"{path} can be read by others (mode {mode:04o}): chmod 600 {path}")
+                raise SettingsError(f"{path} can be read by others (mode {mode:04o}): chmod 600 {shlex.quote(str(path))}")
             content = bytearray(status.st_size)
             with memoryview(content) as view:
                 size = 0

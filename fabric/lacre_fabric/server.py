@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lacre.errors import SettingsError
+from lacre_fabric import nats_conf
 from lacre_fabric.accounts import accounts
 from lacre_fabric.keyfiles import write_secret
 from lacre_fabric.layout import MAX_PAYLOAD, QUEUED_BYTES
@@ -83,7 +83,7 @@ class Server:
             "logfile_size_limit": LOG_SIZE,
             "logfile_max_num": LOGS,
         }
-        write_secret(self._config, json.dumps(config, indent=1).encode())
+        write_secret(self._config, nats_conf.encode(config))
 
     def command(self) -> list[str]:
         return leashed([executable(), "-c", str(self._config)])

@@ -4,7 +4,7 @@
     issuer.pem issuer.jwks     the development token issuer
     gateway/                   gateway.toml, its grant key, its credential, audit/
     pools/NAME/                the pool's keys, what is known of their generations, and its receipt key
-    workers/NAME/              worker.toml and credential
+    workers/NAME/              worker.toml, a copy for each of several workers, and what it said of models not served now
     trust/                     the chain of root statements, the published manifest, and the lock for changing either
     kms                        the address of the key that wraps the pools' keys, where they are wrapped
     nats/ logs/                nats-server's state; one log a process
@@ -22,23 +22,24 @@ import fcntl
 import json
 import os
 import time
-import tomllib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeGuard
+from typing import Any, Final
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tomlkit import TOMLDocument, dumps, parse
 
+from lacre import shell
 from lacre.errors import LacreError, SettingsError
 from lacre.jws import b64u, raw_public_key
 from lacre.manifest import Document, Manifest, Pool
 from lacre.padding import SHAPES
 from lacre.signing import sign_manifest
 from lacre.trust import ConnectionString, verify
-from lacre_fabric import kms, poolkeys, roles, subjects, tokens
+from lacre_fabric import kms, poolkeys, roles, served_models, settings_files, subjects, tokens
 from lacre_fabric.authority import DAY, Authority
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.generations import Generations
@@ -53,6 +54,7 @@ NODE: Final = "n1"
 DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor's patience is longer
 MANIFEST_LIFETIME: Final = DAY
 KEY_LIFETIME: Final = 7 * DAY  # of a pool key in the manifest, counted anew at each publication until it is rotated
+_LOOPBACK: Final = "http://127.0.0.1:"
 CHANGING: Final = 120.0  # seconds to wait for another process that changes the same state
 
 log = structlog.get_logger("lacre.site")
@@ -71,36 +73,66 @@ class Site:
     @classmethod
     def load(cls, folder: Path) -> Site:
         """The site that `lacre up` wrote down last, or an operator whose message servers are not on this machine."""
-        content = _read_json(folder / "site.json")
-        replicas = content.get("replicas", 1)
+        path = folder / "site.json"
+        content = _read_json(path)
+        pools, replicas = content.get("pools"), content.get("replicas", 1)
+        if not isinstance(pools, dict) or not all(_are_names(models) for models in pools.values()):
+            raise SettingsError(
+                f'{path}: pools: write each with its models, as {{"default": ["{served_models.DEFAULT_MODEL}"]}}'
+            )
+        for pool in pools:
+            subjects.check_name("pool", pool)
         if replicas not in REPLICAS:
-            raise SettingsError(f"{folder / 'site.json'}: replicas: must be one of {', '.join(map(str, REPLICAS))}")
-        regions = content.get("regions", subjects.ONE_REGION)
-        if not regions or len(set(regions)) != len(regions):
-            raise SettingsError(f"{folder / 'site.json'}: regions: name each once, the home first")
-        return cls(folder, content["pools"], replicas=replicas, regions=tuple(map(subjects.check_region, regions)))
+            raise SettingsError(f"{path}: replicas: must be one of {', '.join(map(str, REPLICAS))}")
+        regions = content.get("regions", list(subjects.ONE_REGION))
+        if not _are_names(regions) or not regions or len(set(regions)) != len(regions):
+            raise SettingsError(f"{path}: regions: name each once, the home first")
+        return cls(folder, pools, replicas=replicas, regions=tuple(map(subjects.check_region, regions)))
+
+    @classmethod
+    def load_or_new(cls, folder: Path, pools: Mapping[str, Sequence[str]]) -> Site:
+        """The state's own site where it has one: what it knows and nobody named stays. These pools have these models in it."""
+        if not (folder / "site.json").exists():
+            return cls(folder, pools)
+        site = cls.load(folder)
+        return replace(site, pools={**site.pools, **pools})
 
     @property
     def servers(self) -> Servers:
         """The message servers: an address, or a table such as `[nats]` of the settings files, without credentials."""
-        said = _read_json(self.folder / "site.json")["nats"]
+        said = _member(self.folder / "site.json", "nats")
         table = said if isinstance(said, dict) else {"url": said}
         return validated(NatsServers, table, self.folder / "site.json").servers
 
     @property
+    def is_of_one_machine(self) -> bool:
+        """Whether its message server is the one that `lacre up` starts; so is that of a state without a site yet."""
+        path = self.folder / "site.json"
+        here = not path.exists() or str(_member(path, "nats")).startswith("nats://127.0.0.1:")
+        return here and self.replicas == 1 and self.regions == subjects.ONE_REGION
+
+    @property
     def base_url(self) -> str:
         """Where the gateway serves, or served last."""
-        return str(_read_json(self.folder / "site.json")["gateway"])
+        return str(_member(self.folder / "site.json", "gateway"))
 
     def save(self, nats_url: str, base_url: str) -> None:
+        """What else the file says stays: how the message servers are trusted, above all. Raises SettingsError."""
+        path = self.folder / "site.json"
+        before = _read_json(path) if path.exists() else {}
+        nats: object = nats_url
+        if isinstance(before.get("nats"), dict):
+            nats = {**before["nats"], "url": nats_url}
+            validated(NatsServers, nats, path)
         content = {
+            **before,
             "pools": self.pools,
             "replicas": self.replicas,
             "regions": self.regions,
-            "nats": nats_url,
+            "nats": nats,
             "gateway": base_url,
         }
-        write_secret(self.folder / "site.json", json.dumps(content).encode())
+        write_secret(path, json.dumps(content).encode())
 
     @property
     def gateway_settings(self) -> Path:
@@ -108,6 +140,10 @@ class Site:
 
     def worker_settings(self, pool: str) -> Path:
         return self.folder / "workers" / pool / "worker.toml"
+
+    def node_settings(self, pool: str, node: str) -> Path:
+        """Of one of several workers of the pool: a copy of `worker_settings`."""
+        return self.folder / "workers" / pool / f"worker-{node}.toml"
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
@@ -147,19 +183,22 @@ class Site:
         finally:
             os.close(handle)  # and with it the lock
 
-    def roles(self) -> list[Role]:
-        """Every role of the fabric, with its credential."""
+    def roles(self, nodes: Sequence[str] = (NODE,)) -> list[Role]:
+        """Every role of the fabric, with its credential. nodes: the workers of each pool."""
         return [
             roles.provisioner(self.credential("provisioner")),
             roles.inspector(self.credential("inspector")),
             roles.warden(self.credential("warden")),
             roles.gateway(self.credential(f"gateway-{GATEWAY_ID}"), GATEWAY_ID, tuple(self.pools)),
-            *(roles.worker(self.credential(f"worker-{pool}-{NODE}"), pool, NODE) for pool in self.pools),
+            *(roles.worker(self.credential(f"worker-{pool}-{node}"), pool, node) for pool in self.pools for node in nodes),
         ]
 
     def replicated_roles(self) -> list[Role]:
         """Every role where gateways and workers are replicas, each kind with one credential in each region."""
         pools, regions = tuple(self.pools), self.regions
+        workers = [worker_of(pool, region) for pool in pools for region in regions]
+        if len(set(workers)) < len(workers):
+            raise SettingsError("a pool and a region together have another pool's name: rename one (`a-eu`, or `a` in `eu`)")
         ids = {region: gateway_of(region) for region in regions}
         return [
             roles.provisioner(self.credential("provisioner")),
@@ -256,7 +295,8 @@ class Site:
         """`env`: what a shell sources to use this site. It holds a token, so it is 0600."""
         path = self.folder / "env"
         url, token = self.connection_string(base_url), self.token("developer")
-        write_secret(path, f"export LACRE_URL='{url}'\nexport LACRE_TOKEN='{token}'\n".encode())
+        lines = (shell.exported("LACRE_URL", url), shell.exported("LACRE_TOKEN", token), "")
+        write_secret(path, "\n".join(lines).encode())
         return path
 
     def sign_manifest(self, now: float | None = None) -> bytes:
@@ -324,55 +364,74 @@ class Site:
         receipt_key = poolkeys.public_receipt_key(self.receipt_file(name))
         return Pool(tuple(models), keys, receipt_key, SHAPES)
 
-    def write_settings(self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
-        """The settings files of gateway and workers. models: for each pool, the tables of its worker's `[[models]]`; what the
-        file has said of the same model before, by hand or by `lacre worker tune`, stays.
+    def write_settings(
+        self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]], nodes: Sequence[str] = (NODE,)
+    ) -> None:
+        """The settings files of gateway and workers. models: for each pool that has workers here, the tables of `[[models]]`.
+
+        Only addresses, keys and the list of models are written anew: what a person or `lacre worker tune` wrote stays. nodes:
+        the workers of each pool. Of several, each has a copy of the pool's settings with its share of the processors.
         """
         base_url = f"http://127.0.0.1:{port}"
-        gateway = {
-            "gateway": GATEWAY_ID,
-            "public_url": base_url,
-            "trust": b64u(self.root),
-            "signing_key": "grant.pem",
-            "audit": "audit",
-            "memory": "manifests",
-            "listen": {"host": "127.0.0.1", "port": port, "drain": DRAIN},
-            "nats": {"url": nats_url, "credentials": str(self.credential_file(f"gateway-{GATEWAY_ID}"))},
-            "issuers": [
-                {
-                    "issuer": tokens.ISSUER,
-                    "audience": tokens.AUDIENCE,
-                    "algorithms": ["EdDSA"],
-                    "jwks": str(self.folder / "issuer.jwks"),
-                }
-            ],
-        }
+        self._write_gateway(nats_url, port, base_url)
+        for pool, tables in models.items():
+            document = self._write_worker(nats_url, pool, tables)
+            for node in nodes if len(nodes) > 1 else ():
+                self._copy_worker(pool, node, document, max(1, len(os.sched_getaffinity(0)) // len(nodes)))
         self.save(nats_url, base_url)
-        write_toml(self.gateway_settings, gateway)
-        for pool in self.pools:
-            worker = {
-                "pool": pool,
-                "node": NODE,
-                "drain": DRAIN,
-                "trust": b64u(self.root),
-                "keys": str(self.keys_folder(pool)),
-                "receipt_key": str(self.receipt_file(pool)),
-                "kms": self.kms,
-                "memory": "manifests",
-                "health": "health",
-                "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
-                "models": self._kept(pool, models[pool]),
-            }
-            write_toml(self.worker_settings(pool), worker)
 
-    def _kept(self, pool: str, tables: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    def _write_gateway(self, nats_url: str, port: int, base_url: str) -> None:
+        key_set = str(self.folder / "issuer.jwks")
+        document, new = settings_files.opened(self.gateway_settings)
+        values: dict[str, object] = {
+            "gateway": GATEWAY_ID,
+            "trust": b64u(self.root),
+            "listen": {"port": port},
+            "nats": {"url": nats_url, "credentials": str(self.credential_file(f"gateway-{GATEWAY_ID}"))},
+        }
+        if str(document.get("public_url", _LOOPBACK)).startswith(_LOOPBACK):  # any other is a person's
+            values["public_url"] = base_url
+        settings_files.update(document, values)
+        if new:
+            issuer = {"issuer": tokens.ISSUER, "audience": tokens.AUDIENCE, "algorithms": ["EdDSA"], "jwks": key_set}
+            files = {"signing_key": "grant.pem", "audit": "audit", "memory": "manifests"}
+            settings_files.update(document, {**files, "listen": {"host": "127.0.0.1", "drain": DRAIN}, "issuers": [issuer]})
+        settings_files.tables(self.gateway_settings, document, "issuers")  # raises
+        for issuer in document.get("issuers", []):
+            if issuer.get("issuer") == tokens.ISSUER and isinstance(issuer.get("jwks"), str):
+                settings_files.update(issuer, {"jwks": key_set})  # the folder may have moved
+        settings_files.save(self.gateway_settings, document)
+
+    def _write_worker(self, nats_url: str, pool: str, tables: Sequence[Mapping[str, object]]) -> TOMLDocument:
         path = self.worker_settings(pool)
-        try:
-            before = tomllib.loads(path.read_text())["models"] if path.exists() else []
-            known = {(table.get("name"), table.get("path")): table for table in before}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
-            raise SettingsError(f"{path} is damaged: correct it, or remove it and lose what it says of models") from exc
-        return [{**known.get((table.get("name"), table.get("path")), {}), **table} for table in tables]
+        document, new = settings_files.opened(path)
+        if not new and not {"models", "upstream"} & set(document):
+            raise SettingsError(f"{path} is damaged: it has no [[models]]. Correct it, or remove it and lose what it says")
+        values = {
+            "pool": pool,
+            "node": NODE,
+            "trust": b64u(self.root),
+            "keys": str(self.keys_folder(pool)),
+            "receipt_key": str(self.receipt_file(pool)),
+            "kms": self.kms,
+            "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
+        }
+        settings_files.update(document, values)
+        if new:
+            settings_files.update(document, {"drain": DRAIN, "memory": "manifests", "health": "health"})
+        if "upstream" not in document:
+            served_models.keep(path, document, tables)
+        settings_files.save(path, document)
+        return document
+
+    def _copy_worker(self, pool: str, node: str, document: TOMLDocument, threads: int) -> None:
+        """For one of several workers of the pool. threads: of each model, where the settings do not say."""
+        copy = parse(f"# Copied from {self.worker_settings(pool).name} at each start: edit that file.\n" + dumps(document))
+        own = {"node": node, "nats": {"credentials": str(self.credential_file(f"worker-{pool}-{node}"))}}
+        settings_files.update(copy, own | {name: f"{copy[name]}-{node}" for name in ("memory", "health") if name in copy})
+        for model in copy.get("models", []):
+            model.setdefault("threads", threads)
+        settings_files.save(self.node_settings(pool, node), copy)
 
 
 def gateway_of(region: str) -> str:
@@ -393,28 +452,24 @@ def _locked(handle: int) -> bool:
     return True
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as exc:
-        raise SettingsError(f"{path} is missing or damaged: start `lacre up` on this state first") from exc
+        content = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise SettingsError(f"{path} cannot be read ({exc.strerror}): start `lacre up` on this state first") from exc
+    except (ValueError, RecursionError) as exc:
+        raise SettingsError(f"{path} is damaged ({exc}): correct it, or remove it and start `lacre up` on this state") from exc
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} is damaged: it must hold a JSON object. Correct it, or remove it and start `lacre up`")
+    return content
 
 
-def write_toml(path: Path, values: Mapping[str, object]) -> None:
-    """Scalars and lists first, then tables, then arrays of tables; enough for our own settings files."""
-    lines = [f"{name} = {_scalar(value)}" for name, value in values.items() if not _is_table(value)]
-    for name, value in values.items():
-        tables = [value] if isinstance(value, Mapping) else value if _is_table(value) else ()
-        heading = f"[{name}]" if isinstance(value, Mapping) else f"[[{name}]]"
-        for table in tables:
-            lines += ["", heading, *(f"{key} = {_scalar(inner)}" for key, inner in table.items())]
-    write_secret(path, ("\n".join(lines) + "\n").encode())
+def _member(path: Path, name: str) -> Any:
+    try:
+        return _read_json(path)[name]
+    except KeyError:
+        raise SettingsError(f"{path} has no `{name}`: add it, or start `lacre up` on this state") from None
 
 
-def _is_table(value: object) -> TypeGuard[Any]:
-    return isinstance(value, Mapping) or (isinstance(value, list) and bool(value) and isinstance(value[0], Mapping))
-
-
-def _scalar(value: object) -> str:
-    """JSON's strings, numbers, truth values and lists of them are TOML's too."""
-    return json.dumps(value)
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)

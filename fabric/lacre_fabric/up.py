@@ -1,4 +1,4 @@
-"""`lacre up`: a whole Lacre on one machine: keys, a private nats-server, a gateway and a worker, each a process of its own."""
+"""`lacre up`: a whole Lacre on one machine: keys, a private nats-server, a gateway and workers, each a process of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,21 +18,21 @@ import structlog
 
 from lacre import tasks
 from lacre.errors import InvalidMessage, SettingsError
-from lacre_fabric import floods, logs, subjects, tokens
+from lacre_fabric import floods, logs, served_models, subjects, tokens
 from lacre_fabric.connection import Connection
 from lacre_fabric.leash import PYTHON
 from lacre_fabric.presence import Presence
 from lacre_fabric.provisioning import provision
 from lacre_fabric.rotation import KEPT_UP, Schedule, publish, upkeep
+from lacre_fabric.served_models import Served
 from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import NODE, Site
+from lacre_fabric.site import Site
 from lacre_fabric.supervisor import Child, Supervisor
 
-DEFAULT_MODEL: Final = "smollm2-135m"
 POOL: Final = "default"
 ENV_RENEWAL: Final = tokens.LIFETIME / 4  # seconds: whoever sources `env` has a token for most of a day
 _ENV_AGAIN: Final = tasks.Restart("each renewal writes the whole file; a token in it is good for most of a day")
-START_TIMEOUT: Final = 120.0  # seconds; loading a large model takes its time
+START_TIMEOUT: Final = 120.0  # seconds for each worker; loading a large model takes its time
 ANSWER_TIMEOUT: Final = 2.0  # seconds for one look at `readyz`: what answers on the port may be somebody else
 
 log = structlog.get_logger("lacre.up")
@@ -55,26 +55,35 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    state: Path, port: int, models: Sequence[Path] = (), schedule: Schedule | None = None, kms: str | None = None
+    state: Path,
+    port: int,
+    models: Sequence[Path] = (),
+    *,
+    schedule: Schedule | None = None,
+    kms: str | None = None,
+    workers: int = 1,
+    tell: Callable[[str], None] = lambda _line: None,
 ) -> AsyncIterator[tuple[Running, Supervisor]]:
     """Starts everything and waits until a request would be served; ends everything on leaving. Main thread only.
 
-    state, models: absolute paths; GGUF files, of which the default model needs its name only, and is the one where there are
-    none. port: 0 picks a free one. schedule: of the pool keys. kms: the address of what wraps them; as before where None.
-    Raises SettingsError, KmsError, ChildDied or FabricUnavailable.
+    state, models: absolute paths; GGUF files, of which the default model needs its name only. Without any, what the state's
+    settings name is served, or else the default model. port: 0 picks a free one. schedule: of the pool keys. kms: the address
+    of what wraps them; as before where None. workers: of the pool. tell: gets a line when a worker died and when it was
+    started again. Raises SettingsError, KmsError, ChildDied or FabricUnavailable.
     """
-    supervisor = Supervisor()
-    tables = [_table(model) for model in models] or [_table(Path(DEFAULT_MODEL))]
-    site = Site(state, {POOL: tuple(table["name"] for table in tables)})
+    check_state(state)
+    supervisor = Supervisor(tell)
     with ExitStack() as stack:
         stack.enter_context(_only_one(state))
+        served = served_models.chosen(Site(state, {}).worker_settings(POOL), models)
+        site = _site(state, served)
         port = _free(port)
         if kms is not None:
             site.choose_kms(kms)
         site.create()
         logs.configure(stack.enter_context(site.log("up").open("a")))
         try:
-            connection, children = await _start(site, supervisor, port, tables)
+            connection, children = await _start(site, supervisor, port, served, workers)
             base_url = f"http://127.0.0.1:{port}"
             watched = partial(floods.watch, site.servers, site.credential("warden"))
             tending = [
@@ -93,11 +102,25 @@ async def running(
             supervisor.stop()
 
 
-def _table(model: Path) -> dict[str, str]:
-    """The worker's `[[models]]` table of one model."""
-    if model.name == DEFAULT_MODEL:
-        return {"name": DEFAULT_MODEL}
-    return {"name": model.stem.lower(), "path": str(model)}
+def check_state(state: Path) -> None:
+    """Raises SettingsError for a name that settings files cannot hold: TOML and JSON are Unicode."""
+    try:
+        str(state).encode()
+    except UnicodeEncodeError:
+        raise SettingsError(
+            f"the state folder {str(state)!r} has a name that is not UTF-8: name another with --state"
+        ) from None
+
+
+def _site(state: Path, served: Served) -> Site:
+    """The state's own site, with what this machine serves. Raises SettingsError where its message servers are elsewhere."""
+    site = Site.load_or_new(state, {POOL: served.names})
+    if not site.is_of_one_machine:
+        raise SettingsError(
+            f"{state} belongs to a site whose message servers run elsewhere (site.json). `lacre up` would change that: name "
+            "another folder with --state"
+        )
+    return site
 
 
 async def keep_env(site: Site, base_url: str, every: float = ENV_RENEWAL) -> None:
@@ -108,33 +131,36 @@ async def keep_env(site: Site, base_url: str, every: float = ENV_RENEWAL) -> Non
 
 
 async def _start(
-    site: Site, supervisor: Supervisor, port: int, tables: Sequence[Mapping[str, str]]
+    site: Site, supervisor: Supervisor, port: int, served: Served, workers: int
 ) -> tuple[Connection, dict[str, Child]]:
+    nodes = [f"n{number}" for number in range(1, workers + 1)]
     server = Server(site.folder / "nats", free_port())
-    server.configure(site.roles())
+    server.configure(site.roles(nodes))
     children = {"nats-server": supervisor.add(Child("nats-server", server.start(site.log("nats")), site.log("nats")))}
     connection = await Connection.open(server.url, site.credential("provisioner"))
     try:
         await provision(connection, site.pools)
         await publish(site, connection)
-        site.write_settings(server.url, port, {POOL: tables})
-        present = asyncio.Event()
+        site.write_settings(server.url, port, {POOL: served.tables}, nodes)
+        present: set[str] = set()
 
-        def came(_subject: str, _block: bytes, payload: bytes) -> bool:
+        def came(subject: str, _block: bytes, payload: bytes) -> bool:
             with suppress(InvalidMessage):
                 if Presence.parse(payload).models:  # before that, it is there and cannot work yet
-                    present.set()
+                    present.add(subjects.parse_presence(subject)[2])
             return True
 
-        heard = await connection.client.subscribe_directly(subjects.presence(POOL, subjects.DEFAULT_REGION, NODE), came)
+        heard = await connection.client.subscribe_directly(subjects.presence(POOL, subjects.DEFAULT_REGION, "*"), came)
         await connection.client.flush()
-        for name, module, settings in (
-            ("gateway", "lacre_gateway", site.gateway_settings),
-            ("worker", "lacre_backend", site.worker_settings(POOL)),
-        ):
-            command = [*PYTHON, "-m", module, "--settings", str(settings)]
-            children[name] = supervisor.start(name, command, site.log(name))
-        await _ready(site, supervisor, port, present)
+        command = [*PYTHON, "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
+        children["gateway"] = supervisor.start("gateway", command, site.log("gateway"))
+        for node in nodes:  # one after the other: each takes its share of the memory that the one before has left
+            name = "worker" if len(nodes) == 1 else f"worker-{node}"
+            settings = site.worker_settings(POOL) if len(nodes) == 1 else site.node_settings(POOL, node)
+            command = [*PYTHON, "-m", "lacre_backend", "--settings", str(settings)]
+            children[name] = supervisor.start(name, command, site.log(name), again=True)
+            await _ready(supervisor, children[name], partial(_heard, present, node))
+        await _ready(supervisor, children["gateway"], partial(_answers, port))
         await heard.unsubscribe()  # a worker that floods it must not break the connection that keys are published by
     except BaseException:
         await connection.close()
@@ -142,15 +168,19 @@ async def _start(
     return connection, children
 
 
-async def _ready(site: Site, supervisor: Supervisor, port: int, present: asyncio.Event) -> None:
-    """Until the gateway says so and the worker was heard of."""
+async def _ready(supervisor: Supervisor, child: Child, said: Callable[[], Awaitable[bool]]) -> None:
+    """Until the child is ready. Raises ChildDied where any has died, and SettingsError where this one takes too long."""
     deadline = time.monotonic() + START_TIMEOUT
-    while not (present.is_set() and await _answers(port)):
+    while not await said():
         supervisor.check()
         if time.monotonic() > deadline:
-            late = "gateway" if present.is_set() else "worker"
-            raise SettingsError(f"the {late} was not ready within {START_TIMEOUT:.0f} s: see {site.log(late)}")
+            raise SettingsError(f"the {child.name} was not ready within {START_TIMEOUT:.0f} s: see {child.log}")
         await asyncio.sleep(0.05)
+
+
+async def _heard(present: Collection[str], node: str) -> bool:
+    """Whether the worker has said that it is there."""
+    return node in present
 
 
 async def _answers(port: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
+import shlex
 import socket
 import ssl
 import stat
@@ -84,7 +85,7 @@ def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
     """Connections from now on are served with what is in the files now. Raises SettingsError, and changes nothing then."""
     try:
         if stat.S_IMODE(tls.key.stat().st_mode) & stat.S_IRWXO:
-            raise SettingsError(f"listen.tls.key: {tls.key} can be read by everybody: chmod 600 {tls.key}")
+            raise SettingsError(f"listen.tls.key: {tls.key} can be read by everybody: chmod 600 {shlex.quote(str(tls.key))}")
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)  # a try on one that serves nobody
         context.load_cert_chain(tls.certificate, tls.key)
     except OSError as exc:  # ssl.SSLError is one

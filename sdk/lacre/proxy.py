@@ -3,7 +3,7 @@
 Rules:
 - Only who sends its key is served. The key is this proxy's own; the gateway's token stays in here.
 - A web page can make its browser send requests to loopback, and by DNS rebinding under a name of its own: a `Host` that is not
-  this server's is refused, and so is every `Origin` that was not allowed.
+  this server's (see `hosts`) is refused, and so is every `Origin` that was not allowed.
 - What comes from inside the seal passes on piece by piece, as it opens.
 - Errors have OpenAI's shape and say what to do next. A stream that breaks ends with an error event, never with `[DONE]`.
 - Nothing of a request or an answer is logged.
@@ -25,6 +25,7 @@ import httpx2
 from lacre import arguments, errors
 from lacre.backoff import may_have_lost
 from lacre.client import AsyncClient
+from lacre.hosts import Hosts
 from lacre.inner import ALLOWED_HEADERS, MAX_CONTENT
 
 try:
@@ -44,12 +45,13 @@ PASSED_BACK: Final = (
     "retry-after",
     "x-should-retry",
 )
-LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 BODY_TIMEOUT: Final = 60.0  # seconds for a body, which comes from this machine
 # Bytes of all bodies together, until their requests end: 18 of the largest, of which sealing makes copies while it sends them.
 HELD: Final = 128 * 1024 * 1024
 RETRY_AFTER: Final = 1  # seconds; requests end all the time
 _EVENT_STREAM: Final = "text/event-stream"
+_UNBUFFERED: Final = {"x-accel-buffering": "no"}  # an nginx in front would keep a stream until it ends
+_BLANKS: Final = " \t"
 _PLAIN: Final = re.compile(r"[\t -~]*")
 
 # The first that fits. What else can be raised is a bug, and says no more than 500.
@@ -68,15 +70,19 @@ class Door:
     """Who comes in. hosts: values of `Host`; origins: of `Origin`, none by default."""
 
     key: str = field(repr=False)
-    hosts: frozenset[str]
+    hosts: Hosts
     origins: frozenset[str] = frozenset()
 
     @classmethod
-    def on(cls, port: int, key: str, *, names: Sequence[str] = (), origins: Sequence[str] = ()) -> Door:
-        """names: what this machine is called, beside loopback's own names. Raises UsageError for a key that is none."""
+    def on(
+        cls, port: int, key: str, *, names: Sequence[str] = (), origins: Sequence[str] = (), listening: str = "127.0.0.1"
+    ) -> Door:
+        """names: what this machine is called, beside loopback's own names. listening: the socket's address.
+
+        Raises UsageError for a key that is none, and SettingsError for a name that no `Host` can be.
+        """
         arguments.text(key, "key")
-        hosts = {host.lower() for name in (*LOOPBACK, *names) for host in (f"{name}:{port}", *([name] if port == 80 else []))}
-        return cls(key, frozenset(hosts), frozenset(origins))
+        return cls(key, Hosts.of(listening, port, names), frozenset(origins))
 
 
 def create_app(client: AsyncClient, door: Door, held: int = HELD) -> ASGIApp:
@@ -141,11 +147,12 @@ class _Bodies:
 
 def _check_address(request: Request, door: Door) -> Response | None:
     hosts, origins = request.headers.getlist("host"), request.headers.getlist("origin")
-    if len(hosts) != 1 or hosts[0].lower() not in door.hosts:
-        known = ", ".join(sorted(door.hosts))
-        return _error(
-            421, "host", f"This proxy answers to the hosts {known}, and to no other: use one of them as the base URL."
+    if len(hosts) != 1 or not door.hosts.know(hosts[0]):
+        message = (
+            f"This proxy answers to the hosts {door.hosts}, and to no other. Use one of them in the base URL, or start the "
+            "proxy with --allow-host and the name."
         )
+        return _error(421, "host", message)
     if any(origin not in door.origins for origin in origins):
         return _error(
             403, "origin", "A web page may not use this proxy, unless it was started with --allow-origin for that page."
@@ -155,7 +162,9 @@ def _check_address(request: Request, door: Door) -> Response | None:
 
 def _check_key(request: Request, door: Door) -> Response | None:
     sent, *others = request.headers.getlist("authorization") or [""]
-    if not others and hmac.compare_digest(sent.encode("latin-1"), f"Bearer {door.key}".encode("latin-1")):
+    scheme, _, key = sent.strip(_BLANKS).partition(" ")  # RFC 9110 sections 11.1 and 11.4: any case, one blank or more
+    right = hmac.compare_digest(key.lstrip(_BLANKS).encode("latin-1"), door.key.encode("latin-1"))
+    if not others and scheme.lower() == "bearer" and right:
         return None
     message = (
         "Send the key that `lacre proxy` printed (or keeps in its --key-file) as a bearer token: OPENAI_API_KEY or api_key."
@@ -184,7 +193,7 @@ async def _forward(request: Request) -> Response:
         request.method, httpx2.URL(path + (f"?{query}" if query else "")), headers=headers, content=content or None
     )
     answer = await client.send(sealed, stream=True)
-    passed = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers}
+    passed = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers} | _UNBUFFERED
     return StreamingResponse(_pieces(answer), answer.status_code, passed)
 
 

@@ -121,6 +121,7 @@ class TestWhatPasses:
                     if '"content":"t"' in line.replace(" ", ""):
                         seen.set()
         assert seen.is_set() and lines[-1] == "data: [DONE]"
+        assert answer.headers["x-accel-buffering"] == "no"
 
     def test_models(self, proxy: Proxy) -> None:
         with proxy.client() as client:
@@ -163,7 +164,21 @@ class TestWhatPasses:
 
 
 class TestWhoGetsIn:
-    @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "localhost:1", ""])
+    @pytest.mark.parametrize(
+        "host",
+        [
+            "evil.example",
+            "evil.example:{port}",
+            "127.0.0.1",
+            "localhost:1",
+            "",
+            "192.0.2.1:{port}",
+            "0.0.0.0:{port}",
+            "[::2]:{port}",
+            "127.0.0.1.evil.example:{port}",
+            "[::1:{port}",
+        ],
+    )
     def test_another_host_is_refused(self, proxy: Proxy, gateway: Gateway, host: str) -> None:
         """A page whose name was pointed at loopback (DNS rebinding) sends its own name; the key alone would not tell."""
         port = httpx2.URL(proxy.told["base_url"]).port
@@ -173,7 +188,16 @@ class TestWhoGetsIn:
         assert "127.0.0.1" in answer.json()["error"]["message"]
         assert not gateway.relay.requests
 
-    @pytest.mark.parametrize("host", ["localhost:{port}", "LOCALHOST:{port}", "[::1]:{port}"])
+    @pytest.mark.parametrize("sent", ["bearer {key}", "BEARER {key}", "Bearer   {key}"])
+    def test_the_schemes_case_and_blanks_make_no_difference(self, proxy: Proxy, sent: str) -> None:
+        """RFC 9110 sections 11.1 and 11.4."""
+        with proxy.client(authorization=sent.format(key=proxy.told["api_key"])) as client:
+            assert client.get("models").status_code == 200
+
+    @pytest.mark.parametrize(
+        "host",
+        ["localhost:{port}", "LOCALHOST:{port}", "localhost.:{port}", "127.8.9.1:{port}", "[::1]:{port}", "[0:0::1]:{port}"],
+    )
     def test_loopbacks_names(self, proxy: Proxy, host: str) -> None:
         port = httpx2.URL(proxy.told["base_url"]).port
         with proxy.client(host=host.format(port=port)) as client:
@@ -197,7 +221,7 @@ class TestWhoGetsIn:
             assert (each.status_code, each.headers["access-control-allow-origin"]) == (200, page)
 
     @pytest.mark.parametrize(
-        "sent", ["", "Bearer", "Bearer wrong", "Bearer t0ken", "Basic {key}", "Bearer {key}x", "bearer {key}"]
+        "sent", ["", "Bearer", "Bearer wrong", "Bearer t0ken", "Basic {key}", "Bearer {key}x", "Bearer{key}", "x Bearer {key}"]
     )
     def test_without_the_key(self, proxy: Proxy, gateway: Gateway, sent: str) -> None:
         with proxy.client(authorization=sent.format(key=proxy.told["api_key"])) as client:
@@ -257,7 +281,7 @@ class TestErrors:
             await go.wait()
             await reply(send, 200, {})
 
-        relay, door = Relay(waiting), proxying.Door("k" * 32, frozenset({"proxy"}))
+        relay, door = Relay(waiting), proxying.Door.on(80, "k" * 32, names=["proxy"])
         headers = {"authorization": f"Bearer {door.key}", "content-type": "application/octet-stream"}
         async with lacre.AsyncClient(relay.url, token="t", memory=lacre.VersionMemory(), transport=AsyncWire(relay)) as client:
             wire = httpx2.ASGITransport(proxying.create_app(client, door, held=1000))
@@ -360,6 +384,57 @@ class TestStarting:
         done = self.run(tmp_path, "--host", host)
         assert done.returncode == 1
         assert "--allow-remote" in done.stderr
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--host", "127.0.0.2"],
+            ["--host", "localhost"],
+            ["--host", "0.0.0.0", "--allow-remote"],
+            ["--host", "::1"],
+            ["--host", "0:0:0:0:0:0:0:1"],
+            ["--host", "::", "--allow-remote"],
+        ],
+    )
+    def test_it_answers_at_the_address_that_it_prints(self, gateway: Gateway, tmp_path: Path, options: list[str]) -> None:
+        with running(gateway, tmp_path, *options) as proxy, proxy.client() as client:
+            assert client.get("models").status_code == 200
+
+    def test_where_it_listens_on_all_addresses_each_is_its_own(self, gateway: Gateway, tmp_path: Path) -> None:
+        with running(gateway, tmp_path, "--host", "0.0.0.0", "--allow-remote", "--allow-host", "Box.lan") as proxy:
+            port = httpx2.URL(proxy.told["base_url"]).port
+            for host, status in (
+                ("192.0.2.1", 200),
+                ("0.0.0.0", 200),
+                ("[2001:db8::1]", 200),
+                ("box.LAN", 200),
+                ("other.lan", 421),
+            ):
+                with proxy.client(host=f"{host}:{port}") as client:
+                    assert client.get("models").status_code == status, host
+
+    @pytest.mark.parametrize("name", ["", "two words", "http://box.lan", "box.lan/x", "[::1"])
+    def test_an_allowed_host_that_is_none(self, tmp_path: Path, name: str) -> None:
+        done = self.run(tmp_path, "--allow-host", name)
+        assert done.returncode == 1
+        assert "is no host" in done.stderr
+
+    @pytest.mark.parametrize("folder", ["My keys", "it's", "$HOME", 'a"b', "`id`", "new\nline", "José"])
+    def test_a_shell_reads_what_it_prints(self, gateway: Gateway, tmp_path: Path, folder: str) -> None:
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "the key"
+        command = [*LACRE, "proxy", "--port", "0", "--key-file", str(file)]
+        process = subprocess.Popen(
+            command, env=settings(gateway, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stderr is not None
+        process.stderr.readline()  # it was told by then
+        process.terminate()
+        told = process.communicate(timeout=30)[0]
+        script = f'{told}\nprintf %s "$OPENAI_API_KEY"'
+        assert (
+            subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout == file.read_text().strip()
+        )
 
     def test_a_gateway_that_is_not_there(self, tmp_path: Path) -> None:
         done = self.run(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import shlex
 import shutil
 import tempfile
 from contextlib import suppress
@@ -91,7 +92,7 @@ def _tls(tls: Tls, host: str, findings: Findings) -> None:
         findings.failed("tls", str(exc), "put a PEM certificate with its chain, and its key with mode 0600, in these files")
         return
     if tls.key.stat().st_mode & 0o040:
-        findings.warn("tls", f"{tls.key} can be read by its group", f"chmod 600 {tls.key}")
+        findings.warn("tls", f"{tls.key} can be read by its group", f"chmod 600 {shlex.quote(str(tls.key))}")
     until, now = certificate.not_valid_after_utc, datetime.now(UTC)
     told = f"{tls.certificate}: for {', '.join(_names(certificate)) or 'no name'}, until {until:%Y-%m-%d %H:%M} UTC"
     if not certificate.not_valid_before_utc <= now < until:

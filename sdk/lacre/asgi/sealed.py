@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import os
 import secrets
+import shlex
 import stat
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -193,7 +194,7 @@ def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
     try:
         with path.open("rb", buffering=0) as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise SettingsError(f"{path} can be read by others: chmod 600 {path}")
+                raise SettingsError(f"{path} can be read by others: chmod 600 {shlex.quote(str(path))}")
             content = bytearray(_KEY_FILE_LIMIT)
             length = file.readinto(content) or 0
     except OSError as exc:

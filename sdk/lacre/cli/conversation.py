@@ -7,6 +7,7 @@ named for it, and that one is for its owner alone.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -152,7 +153,7 @@ def _history(path: Path | None) -> History:
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         if path.stat().st_mode & 0o077:
-            raise SettingsError(f"{path} holds prompts and can be read by others: chmod 600 {path}")
+            raise SettingsError(f"{path} holds prompts and can be read by others: chmod 600 {shlex.quote(str(path))}")
     except OSError as exc:
         raise SettingsError(f"{path} cannot be written ({exc.strerror}): name another file with --history") from exc
     return FileHistory(str(path))

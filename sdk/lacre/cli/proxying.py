@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import secrets
+import shlex
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from lacre import tasks
+from lacre import shell, tasks
 from lacre.cli import lock
 from lacre.cli.output import AsJson, PoolName, Url, err, waiting
 from lacre.errors import SettingsError
@@ -48,15 +49,19 @@ def proxy(
     as_json: AsJson = False,
 ) -> None:
     """Serve OpenAI's API on loopback, sealing every request. Ctrl-C ends it."""
+    from lacre.hosts import base_url
     from lacre.proxy import Door
 
     check_host(host, allowed=allow_remote)
     key = secrets.token_urlsafe(32) if key_file is None else key_from(key_file)
     with listening(host, port) as listener:
         port = listener.getsockname()[1]
-        door = Door.on(port, key, names=allow_host or (), origins=allow_origin or ())
-        shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        door = Door.on(port, key, names=allow_host or (), origins=allow_origin or (), listening=host)
+        shown = base_url(host, port)
         told = _as_json(shown, key, key_file) if as_json else _as_shell(shown, key, key_file)
+        if door.hosts.everywhere:
+            elsewhere = f"other machines: http://ADDRESS:{port}/v1, with an address of this one; a name needs --allow-host"
+            err.print(elsewhere, markup=False, style="dim", soft_wrap=True)
         asyncio.run(tasks.run(_serve(url, pool, door, listener, told)))
 
 
@@ -79,7 +84,7 @@ def key_from(path: Path) -> str:
         with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(32) + "\n")
         if path.stat().st_mode & 0o077:
-            raise SettingsError(f"{path} can be read by others: chmod 600 {path}")
+            raise SettingsError(f"{path} can be read by others: chmod 600 {shlex.quote(str(path))}")
         key = path.read_text().strip()
     except OSError as exc:
         raise SettingsError(f"{path} cannot be used ({exc.strerror}): name another file with --key-file") from exc
@@ -124,8 +129,10 @@ async def _serve(url: str | None, pool: str, door: Door, listener: socket.socket
 
 
 def _as_shell(base_url: str, key: str, key_file: Path | None) -> str:
-    shown = f"'{key}'" if key_file is None else f"\"$(cat '{key_file.resolve()}')\""
-    return f"export OPENAI_BASE_URL='{base_url}'\nexport OPENAI_API_KEY={shown}"
+    url = shell.exported("OPENAI_BASE_URL", base_url)
+    if key_file is None:
+        return f"{url}\n{shell.exported('OPENAI_API_KEY', key)}"
+    return f'{url}\nexport OPENAI_API_KEY="$(cat {shell.quoted(str(key_file.resolve()))})"'
 
 
 def _as_json(base_url: str, key: str, key_file: Path | None) -> str:

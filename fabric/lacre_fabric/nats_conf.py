@@ -1,0 +1,62 @@
+r"""nats-server's configuration as text that it reads back to the same values.
+
+Rules
+- It looks like JSON, and NATS reads it by a grammar of its own: a string there knows \t, \n, \r, \", \\ and \xHH, which is
+  one byte. JSON's \u is an error to it.
+- A quoted name takes no escapes: only plain names are written.
+- Quoted text holds no variables: `$HOME` in a path stays what it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from lacre.errors import SettingsError
+
+_NAME: Final = re.compile(r"[ !#-\[\]-~]+")  # printable ASCII without the quote and the backslash
+_PLAIN: Final = frozenset(range(0x20, 0x7F)) - {ord('"'), ord("\\")}
+
+
+def encode(config: Mapping[str, object]) -> bytes:
+    """The configuration as ASCII. A string is written as the bytes of a path are (`os.fsencode`).
+
+    Raises SettingsError for what this format cannot hold.
+    """
+    return (_value(config, "\n") + "\n").encode("ascii")
+
+
+def _value(value: object, line: str) -> str:
+    """line: the line break before the brace that closes it."""
+    inner = f"{line} "
+    if isinstance(value, Mapping):
+        return _block("{", [f"{_name(key)}: {_value(one, inner)}" for key, one in value.items()], "}", line)
+    if isinstance(value, list | tuple):
+        return _block("[", [_value(one, inner) for one in value], "]", line)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return _text(value)
+    raise SettingsError(f"nats-server's configuration cannot hold a {type(value).__name__}: write text or a number")
+
+
+def _block(begin: str, parts: list[str], end: str, line: str) -> str:
+    return f"{begin}{line} " + f",{line} ".join(parts) + f"{line}{end}" if parts else begin + end
+
+
+def _name(name: str) -> str:
+    if _NAME.fullmatch(name) is None:
+        raise SettingsError(f"{name!r} cannot be a name in nats-server's configuration: use printable ASCII, without quotes")
+    return f'"{name}"'
+
+
+def _text(text: str) -> str:
+    try:
+        content = os.fsencode(text)
+    except UnicodeEncodeError as exc:
+        raise SettingsError(f"{text!r} holds half a character: write it as text or as a path of this system") from exc
+    return '"' + "".join(chr(byte) if byte in _PLAIN else f"\\x{byte:02X}" for byte in content) + '"'
