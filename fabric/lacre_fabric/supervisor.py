@@ -121,10 +121,11 @@ class Supervisor:
     async def watch(self) -> None:
         """Until a child dies that is not started again: raises ChildDied."""
         while True:
-            self._look(time.monotonic())
+            self.tend(time.monotonic())
             await asyncio.sleep(WATCH)
 
-    def _look(self, now: float) -> None:
+    def tend(self, now: float) -> None:
+        """Starts again what it is time for. now: by the monotonic clock. Raises ChildDied for what is never started again."""
         for place, child in enumerate(self._children):
             if child.process.poll() is None:
                 continue
@@ -137,17 +138,17 @@ class Supervisor:
                 log.error("child.died", kind=child.name, status=status, seconds=again.interval, remedy=f"see {child.log}")
                 self._tell(f"{child.obituary()}\n{child.name} is started again in {again.interval:.0f} s")
             elif now >= again.due:
-                self._start_again(place, again)
+                self._start_again(place, again, now)
 
-    def _start_again(self, place: int, again: _Again) -> None:
+    def _start_again(self, place: int, again: _Again, now: float) -> None:
         child = self._children[place]
         try:
             self._children[place] = _started(child.name, again.command, child.log)
         except OSError as exc:  # no memory or no process to be had: as if it had died at once
-            again.died(time.monotonic())
+            again.died(now)
             log.error("child.not_started", kind=child.name, reason=exc.strerror, seconds=again.interval)
             return
-        again.started, again.due = time.monotonic(), None
+        again.started, again.due = now, None
         log.warning("child.started_again", kind=child.name, number=self._children[place].process.pid)
         self._tell(f"{child.name} was started again")
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from lacre.errors import SettingsError
 from lacre.trust import ConnectionString
 from lacre_backend import settings as worker
+from lacre_fabric.bundles import Bundles
 from lacre_fabric.server import executable
 from lacre_fabric.site import Site
 from lacre_gateway import settings as gateway
@@ -70,3 +72,65 @@ def test_again_keeps_the_keys(state: Path) -> None:
     url = bundles(state, "--model=small")
     assert {path: path.read_bytes() for path in state.rglob("*.pem")} == before
     assert ConnectionString.parse(url).root == Site.load(state).root
+
+
+def site_of(state: Path) -> dict[str, object]:
+    return json.loads((state / "site.json").read_text())  # type: ignore[no-any-return]
+
+
+class TestAgain:
+    """Nothing that the state knows goes because it was not named again."""
+
+    def test_another_pool_is_added(self, state: Path) -> None:
+        bundles(state, "--pool=legal", "--model=large")
+        bundles(state, "--model=other")
+        assert site_of(state)["pools"] == {"default": ["small", "other"], "legal": ["large"]}
+        assert {path.name for path in (state / "bundles").iterdir()} == {*BUNDLES, "worker-legal"}
+        served = worker.load(state / "bundles" / "worker-default" / "worker.toml").models
+        assert [model.name for model in served] == ["small", "other"]
+        accounts = (state / "bundles" / "nats" / "nats.conf").read_text()
+        assert "POOL_legal" in accounts and "POOL_default" in accounts
+
+    def test_without_a_model_the_pools_own_stay(self, state: Path) -> None:
+        bundles(state)
+        assert site_of(state)["pools"] == {"default": ["small"]}
+
+    def test_replicas_regions_and_how_servers_are_trusted_stay(self, tmp_path: Path) -> None:
+        site = Site(tmp_path, {"legal": ["m1"], "default": ["m2"]}, replicas=3, regions=("eu", "us"))
+        site.create()
+        site.save("tls://n:4222", "https://g")
+        path = tmp_path / "site.json"
+        path.write_text(json.dumps({**site_of(tmp_path), "nats": {"url": "tls://n:4222", "ca": "ca.pem"}, "note": 1}))
+        Bundles(Site(tmp_path, {"default": ("m3",)}), "tls://other:4222", "https://other").write()
+        assert site_of(tmp_path) == {
+            "pools": {"legal": ["m1"], "default": ["m2", "m3"]},
+            "replicas": 3,
+            "regions": ["eu", "us"],
+            "nats": {"url": "tls://other:4222", "ca": "ca.pem"},
+            "gateway": "https://other",
+            "note": 1,
+        }
+        names = {f"{kind}-{region}" for kind in ("gateway", "worker-legal", "worker-default") for region in ("eu", "us")}
+        assert {path.name for path in (tmp_path / "bundles").iterdir()} == {"nats", *names}
+        assert worker.load(tmp_path / "bundles" / "worker-legal-us" / "worker.toml").nats.region == "us"
+
+    def test_what_a_person_wrote_stays(self, state: Path) -> None:
+        of_gateway = state / "bundles" / "gateway" / "gateway.toml"
+        of_worker = state / "bundles" / "worker-default" / "worker.toml"
+        of_gateway.write_text("# ours\n" + of_gateway.read_text().replace("drain = 25", "drain = 50 # long"))
+        of_worker.write_text(of_worker.read_text().replace("/models/small.gguf", "/models/renamed.gguf") + "slots = 3 # few\n")
+        before = of_gateway.read_text(), of_worker.read_text()
+        bundles(state, "--model=small")
+        assert (of_gateway.read_text(), of_worker.read_text()) == before
+
+    @pytest.mark.parametrize("model", ["My Model (Q4)", "", "modèle", "m" * 129])
+    def test_a_model_that_has_no_such_id(self, state: Path, model: str) -> None:
+        before = site_of(state)
+        with pytest.raises(SettingsError, match="no model's id"):
+            Bundles(Site(state, {"default": (model,)}), "nats://nats:4222", "http://127.0.0.1:8321").write()
+        assert site_of(state) == before
+
+    def test_a_pool_and_a_region_that_share_a_name_with_another_pool(self, tmp_path: Path) -> None:
+        site = Site(tmp_path, {"a": ["m"], "a-eu": ["m"]}, regions=("lacre", "eu"))
+        with pytest.raises(SettingsError, match="rename one"):
+            site.replicated_roles()

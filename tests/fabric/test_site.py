@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from lacre.errors import SettingsError
+from lacre_backend import settings as worker
 from lacre_fabric.connection import Connection
 from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.nats_worker import NatsWorker
@@ -17,6 +20,7 @@ from lacre_fabric.server import Server, free_port
 from lacre_fabric.site import GATEWAY_ID, Site
 from lacre_fabric.subjects import DEFAULT_REGION, presence, process_name
 from lacre_fabric.work import Capacity, FabricUnavailable
+from lacre_gateway import settings as gateway
 
 TABLES = [{"name": "small", "path": "/models/small.gguf"}, {"name": "large", "path": "/models/large.gguf"}]
 
@@ -83,3 +87,92 @@ async def test_replicas_share_a_credential_and_are_told_apart(tmp_path: Path) ->
     finally:
         process.terminate()
         process.wait(10)
+
+
+EDITS = """
+[limits]
+streams = 5  # of mine
+"""
+
+
+def test_what_a_person_wrote_into_the_settings_stays(site: Site) -> None:
+    of_gateway, of_worker = site.gateway_settings, site.worker_settings("default")
+    own = '[[issuers]]\nissuer = "https://id.example"\naudience = "lacre"\n'
+    edited = (
+        of_gateway.read_text().replace("drain = 5", "drain = 60 # patience").replace('audit = "audit"', 'audit = "/var/audit"')
+    )
+    of_gateway.write_text(f"# our gateway\n{edited}\n{own}{EDITS}")
+    of_worker.write_text(
+        "# our worker\n" + of_worker.read_text().replace("drain = 5\n", "").replace('"health"', '"/run/health"')
+    )
+    texts = of_gateway.read_text(), of_worker.read_text()
+    site.write_settings("nats://127.0.0.1:5222", 9321, {"default": TABLES})
+    for path, before in zip((of_gateway, of_worker), texts, strict=True):
+        moved = before.replace(":4222", ":5222").replace(":8321", ":9321").replace("port = 8321", "port = 9321")
+        assert path.read_text() == moved
+
+
+def test_a_public_url_of_a_persons_own_stays(site: Site) -> None:
+    path = site.gateway_settings
+    path.write_text(path.read_text().replace("http://127.0.0.1:8321", "https://llm.example"))
+    site.write_settings("nats://127.0.0.1:5222", 9321, {"default": TABLES})
+    assert tomllib.loads(path.read_text())["public_url"] == "https://llm.example"
+
+
+@pytest.mark.parametrize("name", ["José", "模型 😀", "two words", "it's", 'q"uo\\te', "new\nline", "del\x7f"])
+def test_settings_of_a_state_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    site = Site(tmp_path / name, {"default": ("small", "large")})
+    site.create()
+    for _ in range(2):
+        site.write_settings("nats://127.0.0.1:4222", 8321, {"default": TABLES})
+    assert gateway.load(site.gateway_settings).nats.credentials == site.credential_file(f"gateway-{GATEWAY_ID}")
+    assert worker.load(site.worker_settings("default")).keys == site.keys_folder("default")
+
+
+def test_several_workers_have_copies_with_their_share(site: Site) -> None:
+    path = site.worker_settings("default")
+    path.write_text(path.read_text().replace('name = "large"', 'name = "large"\nthreads = 3'))
+    site.write_settings("nats://127.0.0.1:4222", 8321, {"default": TABLES}, ["n1", "n2"])
+    found = [worker.load(site.node_settings("default", node)) for node in ("n1", "n2")]
+    assert [one.node for one in found] == ["n1", "n2"]
+    for name in ("health", "memory"):
+        assert len({getattr(one, name) for one in found}) == 2, "each has its own"
+    assert all(one.models[1].threads == 3 for one in found)
+    assert all(one.models[0].threads == max(1, len(os.sched_getaffinity(0)) // 2) for one in found)
+    assert "threads" not in models(site)[0], "the file that a person edits has no guess of ours"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"pools": 1}',
+        '{"pools": {"a": "m"}}',
+        "{}",
+        '{"pools": {"a": ["m"]}, "regions": 5}',
+        '{"pools": {"A!": []}}',
+    ],
+)
+def test_a_damaged_site_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "site.json").write_text(content)
+    with pytest.raises(SettingsError):
+        Site.load(tmp_path)
+
+
+def test_what_else_site_json_says_stays(tmp_path: Path) -> None:
+    path = tmp_path / "site.json"
+    path.write_text(
+        '{"pools": {"a": ["m"]}, "nats": {"url": "tls://n:4222", "ca": "ca.pem"}, "gateway": "https://g", "note": "mine"}'
+    )
+    Site.load(tmp_path).save("tls://other:4222", "https://other")
+    assert json.loads(path.read_text()) | {"regions": 0} == {
+        "pools": {"a": ["m"]},
+        "replicas": 1,
+        "regions": 0,
+        "nats": {"url": "tls://other:4222", "ca": "ca.pem"},
+        "gateway": "https://other",
+        "note": "mine",
+    }
+    with pytest.raises(SettingsError, match="tls://"):
+        Site.load(tmp_path).save("nats://other:4222", "https://other")

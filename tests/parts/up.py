@@ -29,6 +29,7 @@ class Up:
     state: Path
     url: str
     token: str
+    output: str = ""
 
     @classmethod
     def start(cls, state: Path, *arguments: str) -> Up:
@@ -55,12 +56,23 @@ class Up:
                     names[name] = pid
         return names
 
+    def workers(self) -> list[int]:
+        """The process of each living worker."""
+        found = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(self.process.pid)}
+        return [pid for pid, command in found.items() if b"-m\0lacre_backend\0" in command and alive(pid)]
+
+    def said(self) -> list[str]:
+        """The lines since it was ready, of a process that ended."""
+        if self.process.stdout is not None and not self.process.stdout.closed:
+            with self.process.stdout as output:
+                self.output = output.read()
+        return self.output.splitlines()
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
         status = self.process.wait(30)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self.said()
         return status
 
 
@@ -89,6 +101,12 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def ticks(pid: int) -> int:
+    """CPU time so far, in clock ticks (proc(5)): the worker that answers is the one that computes."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def wait_until_gone(pids: list[int], seconds: float) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lacre
-from parts.up import LACRE, Up, environment, wait_until_gone
+from parts.up import LACRE, Up, environment, ticks, wait_until_gone
 
 
 def lacre_up(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -105,9 +105,9 @@ class TestDeaths:
         live.stop()
 
     def test_the_worker_killed_in_mid_stream(self, own: Up) -> None:
-        with lacre.Client(
-            own.url, token=own.token, memory=lacre.VersionMemory(), resume=0
-        ) as client:  # there is no other worker
+        """The stream says that it broke; everything else runs on, and the worker comes back."""
+        others = {name: pid for name, pid in own.children().items() if name != "lacre_backend"}
+        with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory(), resume=0) as client:
             stream = client.chat_stream("Tell me a very long story.", max_tokens=2000)
             next(stream)
             os.kill(own.children()["lacre_backend"], signal.SIGKILL)
@@ -115,6 +115,49 @@ class TestDeaths:
             with pytest.raises(lacre.TruncatedStream):
                 list(stream)
             assert time.monotonic() - began < 5
-        assert own.process.wait(15) != 0
-        assert own.process.stdout is not None
-        assert "worker ended with status -9 (Killed)" in own.process.stdout.read()
+            assert client.chat("Hi.", max_tokens=2).text, "asked again until the worker was back"
+        assert {name: own.children()[name] for name in others} == others
+        assert own.stop() == 0
+        said = [line for line in own.said() if line.startswith("worker ")]
+        assert said[0].startswith("worker ended with status -9 (Killed)")
+        assert said[1:] == ["worker is started again in 1 s", "worker was started again"]
+
+    @pytest.mark.parametrize("name", ["lacre_gateway", "nats-server"])
+    def test_what_all_depend_on_ends_everything(self, own: Up, name: str) -> None:
+        os.kill(own.children()[name], signal.SIGKILL)
+        assert own.process.wait(15) == 1
+        assert f"{name.removeprefix('lacre_')} ended with status -9 (Killed)" in "".join(own.said())
+
+    @pytest.mark.parametrize("folder", ["José's 模型 $HOME"])
+    def test_two_workers_finish_each_others_answers(self, tmp_path: Path, folder: str) -> None:
+        """What the README promises, on one machine: the worker that answers is killed, and the stream goes on."""
+        (tmp_path / folder).mkdir()
+        own = Up.start(tmp_path / folder / "state", "--workers", "2")
+        try:
+            first = own.workers()
+            assert len(first) == 2
+            with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory()) as client:
+                before = {pid: ticks(pid) for pid in first}
+                stream = client.chat_stream("Tell me a long story about a fox.", max_tokens=120, temperature=0)
+                pieces = [next(stream) for _ in range(20)]
+                victim = max(first, key=lambda pid: ticks(pid) - before[pid])
+                os.kill(victim, signal.SIGKILL)
+                pieces += list(stream)
+            assert "".join(pieces) == stream.text and stream.finish_reason in ("stop", "length")
+            assert len(stream.parts) == 1, "it was resumed once"
+            deadline = time.monotonic() + 30
+            while len(own.workers()) < 2 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert victim not in own.workers() and len(own.workers()) == 2
+        finally:
+            own.stop()
+        said = own.said()
+        hint = next(line for line in said if line.startswith("In another shell:")).removeprefix("In another shell:")
+        shown = subprocess.run(
+            ["sh", "-c", f'{hint.partition(" && ")[0]}; printf %s "$LACRE_URL"'], check=True, capture_output=True, text=True
+        )
+        assert shown.stdout == own.url, "the hint can be copied as it is"
+        assert [line for line in said if line.endswith("was started again")] in (
+            ["worker-n1 was started again"],
+            ["worker-n2 was started again"],
+        )

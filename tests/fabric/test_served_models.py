@@ -1,0 +1,109 @@
+"""Which models `lacre up` serves, under which ids, and what becomes of those that it does not serve now."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lacre.errors import SettingsError
+from lacre_fabric import model_names, served_models
+from lacre_fabric.site import Site
+
+IDS = {
+    "SmolLM2-135M-Instruct-Q4_1.gguf": "smollm2-135m-instruct-q4_1",
+    "My Model (Q4).gguf": "my-model-q4",
+    "-rf.gguf": "rf",
+    "a#b%20c?d&e.gguf": "a-b-20c-d-e",
+    "José.gguf": "jose",
+    "two\nlines.gguf": "two-lines",
+    "llama3.1:8b.gguf": "llama3.1:8b",
+    ".gguf": "gguf",
+}
+
+
+@pytest.mark.parametrize(("file", "name"), IDS.items())
+def test_an_id_from_a_files_name(file: str, name: str) -> None:
+    assert model_names.from_file(Path("/models") / file) == name
+
+
+@given(
+    st.text(st.characters(blacklist_characters="/\0"), min_size=1, max_size=300).filter(lambda name: name not in (".", ".."))
+)
+def test_any_files_name_gives_an_id_that_a_url_holds(name: str) -> None:
+    found = model_names.from_file(Path("/models") / f"{name}.gguf")
+    assert re.fullmatch(model_names.PATTERN, found)
+    assert re.fullmatch(r"[a-z0-9][a-z0-9._~+@:=-]*", found)
+
+
+def test_letters_beyond_ascii_do_not_fall_together() -> None:
+    names = {model_names.from_file(Path(f"{stem}.gguf")) for stem in ("模型", "型模", "Qwen 模", "Qwen 型", "Qwen")}
+    assert len(names) == 5
+
+
+def test_two_files_with_one_id_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "a" / "My Model.gguf", tmp_path / "b" / "my-model.gguf"]
+    with pytest.raises(SettingsError, match="would share the id my-model") as error:
+        served_models.chosen(tmp_path / "worker.toml", files)
+    assert all(str(file) in str(error.value) for file in files)
+    assert served_models.chosen(tmp_path / "worker.toml", [files[0], files[0]]).names == ("my-model",), (
+        "the same file twice is one"
+    )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path / "state", {"default": ()})
+    site.create()
+    return site
+
+
+def serve(site: Site, *models: str) -> tuple[str, ...]:
+    served = served_models.chosen(site.worker_settings("default"), [Path(model) for model in models])
+    site.write_settings("nats://127.0.0.1:4222", 8321, {"default": served.tables})
+    return served.names
+
+
+def tables(site: Site) -> list[dict[str, object]]:
+    return tomllib.loads(site.worker_settings("default").read_text())["models"]  # type: ignore[no-any-return]
+
+
+def test_without_a_choice_what_was_served_is_served_again(site: Site) -> None:
+    assert serve(site) == ("smollm2-135m",)
+    assert serve(site, "/m/A.gguf", "/m/B.gguf") == ("a", "b")
+    assert serve(site) == ("a", "b")
+    assert tables(site) == [{"name": "a", "path": "/m/A.gguf"}, {"name": "b", "path": "/m/B.gguf"}]
+
+
+def test_what_was_set_for_a_model_waits_while_it_is_not_served(site: Site) -> None:
+    serve(site, "/m/A.gguf", "/m/B.gguf")
+    path = site.worker_settings("default")
+    path.write_text(path.read_text().replace('name = "a"', 'name = "a"\nthreads = 3'))
+    assert serve(site, "/m/B.gguf") == ("b",)
+    assert serve(site, "/m/C.gguf") == ("c",)
+    assert tables(site) == [{"name": "c", "path": "/m/C.gguf"}]
+    assert serve(site, "/m/C.gguf", "/m/A.gguf") == ("c", "a")
+    assert tables(site)[1] == {"name": "a", "path": "/m/A.gguf", "threads": 3}
+
+
+def test_a_persons_own_id_stays(site: Site) -> None:
+    serve(site, "/m/A.gguf")
+    path = site.worker_settings("default")
+    path.write_text(path.read_text().replace('name = "a"', 'name = "house"'))
+    assert serve(site, "/m/A.gguf") == ("house",)
+    assert serve(site) == ("house",)
+
+
+def test_an_upstream_of_a_persons_own_stays(site: Site) -> None:
+    serve(site)
+    path = site.worker_settings("default")
+    upstream = '[upstream]\norigin = "http://127.0.0.1:9"\n[[upstream.models]]\nname = "big"\nallow = ["POST /x"]\n'
+    path.write_text(path.read_text().partition("[[models]]")[0] + upstream)
+    assert serve(site) == ("big",)
+    assert "models" not in tomllib.loads(path.read_text())
+    with pytest.raises(SettingsError, match="leave --model out"):
+        served_models.chosen(path, [Path("/m/A.gguf")])
