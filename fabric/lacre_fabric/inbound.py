@@ -113,7 +113,7 @@ class Inbound:
             self._ended.set()
 
     def drop(self) -> None:
-        """Nobody will read it, for its request was never queued: no timer of it stays behind."""
+        """Nobody will read it any more: its request was never queued, or is over. No timer of it stays behind."""
         self._over = True
         self._watch.cancel()
 

@@ -149,7 +149,7 @@ class MemoryDispatch:
                     yield frame
         finally:
             if ended:
-                self._hub.inbound.pop(self._request_id, None)
+                self._forget()
             else:
                 await self.cancel()
 
@@ -169,7 +169,11 @@ class MemoryDispatch:
             self._hub.withdraw(self._request_id)
             await self._inbound.parting()
         finally:
-            self._hub.inbound.pop(self._request_id, None)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._hub.inbound.pop(self._request_id, None)
+        self._inbound.drop()
 
 
 class MemoryWorker:

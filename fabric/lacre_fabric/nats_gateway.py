@@ -357,7 +357,10 @@ class NatsGateway:
     def forget(self, side: PoolSide, request_id: str) -> int | None:
         """The sequence, where that still means the request's message."""
         waiting = side.waiting.pop(request_id, None)
-        if waiting is None or waiting.region is None:
+        if waiting is None:
+            return None
+        waiting.inbound.drop()
+        if waiting.region is None:
             return None
         self._sent.forget(side.pool, waiting.region, request_id)
         sequence, stream = waiting.sequence, subjects.work_stream(side.pool, waiting.region)

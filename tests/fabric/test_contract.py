@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -202,6 +202,32 @@ async def test_who_says_nothing_is_not_waited_for(fabric: Fabric) -> None:
     await dispatch.cancel()
     assert PARTING <= time.monotonic() - began < 3 * PARTING
     assert dispatch.receipt == b"so far"
+
+
+@pytest.mark.parametrize("end", ["withdrawn unread", "withdrawn in mid-answer", "refused"])
+async def test_a_request_that_is_over_leaves_no_timer(fabric: Fabric, end: str) -> None:
+    """Its queue limit is far away: of a flood, each request's timer would stay until then."""
+    gateway, worker = await fabric.gateway(), await fabric.worker()
+    work = new_work()
+    dispatch = await gateway.dispatch(work, queue_limit=300.0)
+    if end == "withdrawn in mid-answer":
+        delivery = await worker.pull()
+        await delivery.send(Kind.DATA, b"x")
+        frames = dispatch.frames()
+        await anext(frames)
+        await frames.aclose()
+        await delivery.drop()
+    elif end == "refused":
+        with pytest.raises(DuplicateWork):
+            await gateway.dispatch(replace(work, request_id=new_work().request_id), queue_limit=300.0)
+    await dispatch.cancel()
+    assert _far(asyncio.get_running_loop()) == []
+
+
+def _far(loop: asyncio.AbstractEventLoop) -> list[asyncio.TimerHandle]:
+    """What the loop would still do beyond the next minute."""
+    timers: list[asyncio.TimerHandle] = loop._scheduled  # type: ignore[attr-defined]
+    return [timer for timer in timers if not timer.cancelled() and timer.when() > loop.time() + 60]
 
 
 async def test_cancelled_work_leaves_the_queue(fabric: Fabric) -> None:
