@@ -176,7 +176,6 @@ class TestWhoGetsIn:
             "0.0.0.0:{port}",
             "[::2]:{port}",
             "127.0.0.1.evil.example:{port}",
-            "[::1:{port}",
         ],
     )
     def test_another_host_is_refused(self, proxy: Proxy, gateway: Gateway, host: str) -> None:
