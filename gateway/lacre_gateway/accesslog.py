@@ -10,8 +10,9 @@ import time
 from typing import Final
 
 from lacre_fabric.logs import Log
-from lacre_gateway.exchange import CUT, App, Message, Receive, Scope, Send
+from lacre_gateway.exchange import CUT, REFUSED, App, Message, Receive, Scope, Send
 from lacre_gateway.outer import address_of
+from lacre_gateway.refusal import Refusal
 
 _ADMIN: Final = frozenset(
     {"/metrics", "/openapi.json", "/v1/status", "/v1/usage", "/v1/revocations", "/v1/reload", "/v1/drain"}
@@ -62,4 +63,13 @@ class AccessLog:
                     outcome="whole" if whole and CUT not in scope["state"] else "cut",
                     duration=round(time.monotonic() - since, 6),
                     address=address_of(scope),
+                    **_said(scope["state"].get(REFUSED)),
                 )
+
+
+def _said(refusal: Refusal | None) -> dict[str, str]:
+    """What was wrong, in fixed words: of a token the claim and the reason, and nothing that stands in it."""
+    if refusal is None:
+        return {}
+    reason = ": ".join(str(refusal.details[name]) for name in ("claim", "reason") if name in refusal.details)
+    return {"problem": refusal.problem.slug, **({"reason": reason} if reason else {})}

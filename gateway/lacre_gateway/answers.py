@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from lacre import problems
 from lacre.problems import MEDIA_TYPE, Problem
+from lacre_gateway.exchange import REFUSED
 from lacre_gateway.refusal import Refusal
 
 INVALID: Final = Problem(
@@ -84,8 +85,10 @@ def _allowed(request: Request) -> set[str]:
     }
 
 
-async def _refused(_request: Request, error: Exception) -> Response:
-    return problem_response(error if isinstance(error, Refusal) else Refusal(problems.INTERNAL))
+async def _refused(request: Request, error: Exception) -> Response:
+    refusal = error if isinstance(error, Refusal) else Refusal(problems.INTERNAL)
+    request.scope["state"][REFUSED] = refusal
+    return problem_response(refusal)
 
 
 async def _failed(_request: Request, _error: Exception) -> Response:

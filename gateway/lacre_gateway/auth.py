@@ -8,11 +8,14 @@ Rules:
 - A verdict is remembered under the SHA-256 of the *whole* header, until the token's `exp`, or until its issuer withdraws a key.
   Only good ones are. Whether the token was revoked, and its proof, are looked at each time.
 - A token that is bound to a key (`cnf`) is nobody's without that key's proof, which is for one request (see `lacre.dpop`).
-- Whatever is wrong, the answer is the same 401. Neither the token nor an exception's text goes out, to a log or to the audit.
+- Whatever is wrong with a token whose signature does not hold, the answer is the same 401. The bearer of a genuine one is told
+  which claim is not taken and why, in fixed words (RFC 6750 section 3). Neither the token, nor what a claim of it says, nor an
+  exception's text goes out, to a log or to the audit; when it expired does.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 from collections import OrderedDict
@@ -25,7 +28,9 @@ import jwt
 from lacre import dpop, problems
 from lacre.errors import InvalidMessage, LacreError
 from lacre.jws import b64u, read_object
+from lacre.problems import Problem
 from lacre_fabric.revocations import subject_key, token_key
+from lacre_gateway import claims as says
 from lacre_gateway.claims import BadClaim, ClaimNames, Principal, bound_key, moment
 from lacre_gateway.refusal import Refusal
 from lacre_gateway.remote_keys import KeysUnavailable
@@ -47,10 +52,19 @@ _REQUIRED: Final = ["iss", "aud", "exp", "iat", "sub"]
 
 _ALGORITHMS: Final = " ".join(dpop.ALGORITHMS)
 _MISSING: Final = f'Bearer realm="lacre", DPoP realm="lacre", algs="{_ALGORITHMS}"'.encode()
-_INVALID: Final = {
-    b"bearer": b'Bearer realm="lacre", error="invalid_token"',
-    b"dpop": f'DPoP realm="lacre", error="invalid_token", algs="{_ALGORITHMS}"'.encode(),
+_ERROR: Final = {
+    b"bearer": ('Bearer realm="lacre", error="invalid_token"', ""),
+    b"dpop": ('DPoP realm="lacre", error="invalid_token"', f', algs="{_ALGORITHMS}"'),
 }
+# What is wrong with a genuine token, by PyJWT's errors: it checks the signature first.
+_FAULTS: Final[tuple[tuple[type[jwt.PyJWTError], str, str, Problem], ...]] = (
+    (jwt.ExpiredSignatureError, "exp", says.EXPIRED, problems.INVALID_TOKEN),
+    (jwt.ImmatureSignatureError, "nbf", says.NOT_YET, problems.INVALID_TOKEN),
+    (jwt.InvalidAudienceError, "aud", says.FOREIGN, problems.INVALID_TOKEN),
+    (jwt.InvalidIssuedAtError, "iat", says.MALFORMED, problems.UNUSABLE_CLAIMS),
+    (jwt.exceptions.InvalidSubjectError, "sub", says.MALFORMED, problems.UNUSABLE_CLAIMS),
+    (jwt.exceptions.InvalidJTIError, "jti", says.MALFORMED, problems.UNUSABLE_CLAIMS),
+)
 _INVALID_PROOF: Final = f'DPoP realm="lacre", error="invalid_dpop_proof", algs="{_ALGORITHMS}"'.encode()
 
 
@@ -104,30 +118,22 @@ class TrustedIssuer:
     names: ClaimNames
 
     async def key(self, header: Mapping[str, Any]) -> jwt.PyJWK:
-        """Raises BadClaim or KeysUnavailable."""
+        """Raises _NotVerified or KeysUnavailable."""
         kid, alg = header.get("kid"), header.get("alg")
         if alg not in self.algorithms:
-            raise BadClaim("alg")
+            raise _NotVerified("alg")
         key = self.keys.find(kid, alg) or await self.keys.seek(kid, alg)
         if key is None:
-            raise BadClaim("kid")
+            raise _NotVerified("kid")
         return key
 
     def verdict(self, token: str, key: jwt.PyJWK, epoch: int) -> _Verdict:
         """Raises jwt.PyJWTError or BadClaim. epoch: of the keys, when `key` was found."""
-        claims = jwt.decode(
-            token,
-            key,
-            algorithms=[key.algorithm_name],
-            audience=self.audience,
-            issuer=self.issuer,
-            leeway=self.leeway,
-            options={"require": _REQUIRED},
-        )
+        claims = self._claims(token, key)
         principal = self.names.principal(claims, self.issuer, self.tenant)
         expires, issued = moment(claims, "exp"), moment(claims, "iat")
         if expires - issued > self.lifetime:
-            raise BadClaim("exp")
+            raise BadClaim("exp", says.TOO_LONG)
         names = [subject_key(self.issuer, principal.subject)]
         if principal.jti is not None:
             names.append(token_key(self.issuer, principal.jti))
@@ -135,6 +141,29 @@ class TrustedIssuer:
         return _Verdict(
             Access(principal), self.keys, epoch, expires + self.leeway, issued - self.leeway, tuple(names), bound_key(claims)
         )
+
+    def _claims(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
+        """Raises jwt.PyJWTError, or BadClaim for a token whose signature holds."""
+        check: dict[str, Any] = {"algorithms": [key.algorithm_name], "audience": self.audience, "issuer": self.issuer}
+        try:
+            return jwt.decode(token, key, **check, leeway=self.leeway, options={"require": _REQUIRED})
+        except jwt.MissingRequiredClaimError as exc:
+            raise BadClaim(exc.claim, says.MISSING) from exc
+        except tuple(fault[0] for fault in _FAULTS) as exc:
+            raise _fault(exc, read_object(token.split(".")[1])) from exc
+
+
+def _fault(error: jwt.PyJWTError, claims: Mapping[str, Any]) -> BadClaim:
+    """claims: of the token, whose signature holds."""
+    _, claim, reason, problem = next(fault for fault in _FAULTS if isinstance(error, fault[0]))
+    if reason == says.NOT_YET and "iat" in str(error):
+        claim = "iat"
+    ended = max(0.0, moment(claims, claim)) if reason == says.EXPIRED else None
+    return BadClaim(claim, reason, problem, ended)
+
+
+class _NotVerified(Exception):
+    """What came is no token of a known issuer; the text names what shows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +242,7 @@ class Authenticator:
         if not self._revocations.current:
             raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY)
         if self._revocations.refuses(verdict.revocable, verdict.issued):
-            raise Refusal(problems.INVALID_TOKEN, challenge=_INVALID[_credentials(authorization)[0]])
+            raise _unusable(BadClaim("token", says.REVOKED, problems.INVALID_TOKEN), _credentials(authorization)[0])
         if verdict.thumbprint is None:
             return verdict.access
         return self._proved(verdict, _Shown(authorization, proof, method, url), address)
@@ -224,17 +253,21 @@ class Authenticator:
         scheme, token = _credentials(authorization)
         try:
             if token is None:
-                raise BadClaim("authorization")
+                raise _NotVerified("authorization")
             with self._throttle.verifying(address):
                 verdict = await self._verify(token)
             if verdict.thumbprint is None and scheme == b"dpop":
-                raise BadClaim("cnf")
+                raise BadClaim("cnf", says.MISSING, problems.INVALID_TOKEN)
         except KeysUnavailable as exc:
             raise Refusal(problems.ISSUER_UNAVAILABLE, retry_after=_RETRY) from exc
-        except (jwt.PyJWTError, BadClaim, InvalidMessage) as exc:
+        except BadClaim as exc:
             self._throttle.failed(address)
-            challenge = _MISSING if authorization is None else _INVALID[scheme]
-            raise Refusal(problems.INVALID_TOKEN, challenge=challenge) from exc
+            raise _unusable(exc, scheme) from exc
+        except (jwt.PyJWTError, _NotVerified, InvalidMessage) as exc:
+            self._throttle.failed(address)
+            if authorization is None:
+                raise Refusal(problems.INVALID_TOKEN, challenge=_MISSING, details={"reason": says.MISSING}) from exc
+            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(scheme)) from exc
         return verdict
 
     async def _verify(self, token: str) -> _Verdict:
@@ -242,11 +275,11 @@ class Authenticator:
         head, payload, _ = token.split(".")
         header, claims = read_object(head), read_object(payload)
         if "crit" in header or str(header.get("typ", "jwt")).lower() not in _TYPES:
-            raise BadClaim("typ")
+            raise _NotVerified("typ")
         issuer = claims.get("iss")
         trusted = self._by_name.get(issuer) if isinstance(issuer, str) else None
         if trusted is None:
-            raise BadClaim("iss")
+            raise _NotVerified("iss")
         key = await trusted.key(header)
         return trusted.verdict(token, key, trusted.keys.epoch)
 
@@ -276,6 +309,24 @@ class Authenticator:
         self._verdicts[digest] = verdict
         while len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
+
+
+def _unusable(fault: BadClaim, scheme: bytes) -> Refusal:
+    """For the bearer of a token whose signature holds."""
+    ended = (
+        ""
+        if fault.at is None
+        else datetime.datetime.fromtimestamp(int(fault.at), datetime.UTC).strftime(" at %Y-%m-%dT%H:%M:%SZ")
+    )
+    challenge = _challenge(scheme, f"{fault.claim}: {fault.reason}{ended}")
+    return Refusal(fault.problem, challenge=challenge, details=fault.details)
+
+
+def _challenge(scheme: bytes, description: str = "") -> bytes:
+    """description: in the characters of `error_description` (RFC 6750 section 3)."""
+    error, rest = _ERROR[scheme]
+    said = f', error_description="{description}"' if description else ""
+    return f"{error}{said}{rest}".encode()
 
 
 def _credentials(authorization: bytes | None) -> tuple[bytes, str | None]:

@@ -32,6 +32,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+REFUSED: Final = "refused"  # in the scope's state: the refusal that was answered
 CUT: Final = "cut"  # in the scope's state: an answer that ended in order, and is not whole
 # A worker gives up a stream whose credit is not renewed for 5 s (DESIGN section 7); later there is nothing left to send.
 STALL_LIMIT: Final = 10.0
@@ -167,7 +168,7 @@ class Exchange:
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answers with a problem document."""
-        self.status = refusal.problem.status
+        self.status, self._state[REFUSED] = refusal.problem.status, refusal
         self._body = bytearray()
         waits = self.fields.expects() and not self._asked  # it is not told to send what nobody wants
         if not waits:

@@ -23,7 +23,11 @@ def trusted(issuers: Sequence[Issuer], log: Log) -> list[TrustedIssuer]:
             tenant=issuer.tenant,
             leeway=issuer.leeway,
             lifetime=issuer.token_lifetime,
-            names=ClaimNames(**issuer.claims.model_dump()),
+            names=ClaimNames(
+                **issuer.claims.model_dump(),
+                default_tenant=issuer.default_tenant,
+                elsewhere=issuer.claims_elsewhere == "ignore",
+            ),
         )
         for number, issuer in enumerate(issuers)
     ]

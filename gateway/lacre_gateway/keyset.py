@@ -3,9 +3,10 @@
 Rules:
 - Only public, asymmetric signature keys. A set that holds a private or a symmetric key is refused whole: it leaked.
 - A key is bound to an algorithm when the set is read. What a token says only picks among those.
-- A key that cannot be used (of a curve that is not known, malformed, too short) is passed over, and takes no other along (RFC
-  7517 section 5). A set without any usable key is refused.
-- Several keys need a `kid` each; a token without one can mean only the single key of a set of one.
+- A key that cannot be used (of a curve that is not known, malformed, too short, without a `kid` among several, or of another
+  one's `kid`) is passed over, and takes no other along (RFC 7517 section 5). A set without any usable key is refused.
+- Of two keys of one `kid` and algorithm the first counts. The same key twice is one.
+- A token without a `kid` can mean only the single key of a set of one.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _FITTING: Final[dict[tuple[str, str | None], tuple[str, ...]]] = {
     ("EC", "P-521"): ("ES512",),
     ("RSA", None): _RSA,
 }
-# Members that make a JWK a private or symmetric one (RFC 7518 sections 6.2.2, 6.3.2 and 6.4.1).
-_PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
+# Members that make a JWK a private or symmetric one (RFC 7518 sections 6.2.2, 6.3.2 and 6.4.1; `priv` of ML-DSA's drafts).
+_PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv"})
 
 
 class Unusable(SettingsError):
@@ -105,15 +106,11 @@ class KeySet:
         for number, member in enumerate(members):
             try:
                 fitting = _bind(member, algorithms, f"{place}: key {number}")
+                _check_names(fitting, bound, len(members), f"{place}: key {number}")
             except Unusable as exc:
                 unusable.append(exc)
-                continue
-            for key in fitting:
-                if (key.key_id, key.algorithm_name) in bound:
-                    raise SettingsError(f"{place}: key {number}: a second key of the same kid: give each its own")
-                if key.key_id is None and len(members) > 1:
-                    raise SettingsError(f"{place}: key {number}: has no kid: with several keys each needs its own")
-                bound[key.key_id, key.algorithm_name] = key
+            else:
+                bound |= {(key.key_id, key.algorithm_name): key for key in fitting}
         if unusable and not bound:
             raise unusable[0]
         if not bound:
@@ -121,9 +118,27 @@ class KeySet:
         return cls(bound, len(members) == 1, tuple(map(str, unusable)))
 
 
+def _check_names(keys: Sequence[jwt.PyJWK], bound: Mapping[tuple[str | None, str], jwt.PyJWK], count: int, place: str) -> None:
+    """Raises Unusable where no token could mean this key: bound: those before it. count: of the whole set."""
+    for key in keys:
+        if key.key_id is None and count > 1:
+            raise Unusable(f"{place}: has no kid: with several keys each needs its own")
+        before = bound.get((key.key_id, key.algorithm_name))
+        if before is not None and not _same(key, before):
+            raise Unusable(f"{place}: a second key of the same kid: give each its own")
+
+
 def _same(one: jwt.PyJWK, other: jwt.PyJWK) -> bool:
     same: bool = one.key == other.key
     return same
+
+
+def _operations(member: Mapping[str, Any], place: str) -> Sequence[object]:
+    """What the key says that it is for (RFC 7517 section 4.3). Raises Unusable."""
+    operations = member.get("key_ops", ["verify"])
+    if not isinstance(operations, list):
+        raise Unusable(f"{place}: key_ops must be a list (RFC 7517 section 4.3)")
+    return operations
 
 
 def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJWK]:
@@ -138,10 +153,12 @@ def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJ
     for name in _TEXTS & member.keys():
         if not isinstance(member[name], str) or len(member[name]) > MAX_MEMBER:
             raise Unusable(f"{place}: {name} must be text of at most {MAX_MEMBER} characters (RFC 7517 section 4)")
-    if member.get("use", "sig") != "sig":
+    if member.get("use", "sig") != "sig" or "verify" not in _operations(member, place):
         return []
     curve = member.get("crv") if member.get("kty") != "RSA" else None
-    fitting = _FITTING.get((str(member.get("kty")), curve), ())
+    fitting = _FITTING.get((str(member.get("kty")), curve))
+    if fitting is None:
+        raise Unusable(f"{place}: is of a type or curve that is not known here (RFC 7517 section 5)")
     usable = [name for name in fitting if name in algorithms and member.get("alg", name) == name]
     try:
         keys = [jwt.PyJWK(member, algorithm) for algorithm in usable]

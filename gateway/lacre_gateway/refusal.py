@@ -26,6 +26,7 @@ class Refusal(Exception):
         self.problem = problem
         self.retry_after = retry_after
         self.challenge = challenge
+        self.details = details
         self.body = problem.body(details)
 
     def headers(self) -> RawHeaders:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import Capacity
 from lacre_gateway.budget.report import Line
-from lacre_gateway.claims import MAX_NAME
+from lacre_gateway.claims import MAX_NAME, is_name
 
 TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # as `auth` takes it from a token
 
@@ -115,7 +115,7 @@ class Revoke(Report):
     def _one(self) -> Self:
         if (self.jti is None) == (self.sub is None):
             raise ValueError("jti or sub, one of the two")
-        if not (self.jti or self.sub or "").isprintable():
+        if not is_name(self.jti or self.sub):
             raise ValueError("no token has such a name")
         return self
 

@@ -54,8 +54,11 @@ def _key_address(value: str) -> str:
 
 
 def _claim_path(value: object) -> object:
-    """`realm_access.roles`, or the same as a list, for names that have dots of their own."""
-    path = tuple(value.split(".")) if isinstance(value, str) else tuple(value) if isinstance(value, list) else ()
+    """`realm_access.roles`, or the same as a list, for names that have dots of their own. A URL is one name."""
+    if isinstance(value, str):
+        path = (value,) if "://" in value else tuple(value.split("."))
+    else:
+        path = tuple(value) if isinstance(value, list) else ()
     if not path or not all(isinstance(name, str) and name for name in path):
         raise PydanticCustomError("claim", "write the claim's name, with dots to what is inside it, or a list of names")
     return path
@@ -126,7 +129,10 @@ class Issuer(Table):
 
     jwks: its keys, as a file or as the set itself. jwks_url: where they are fetched. Without either, OpenID Connect Discovery
     finds them.
-    tenant: which tenant its tokens speak for; where it is absent, the token's own claim says so.
+    tenant: which tenant its tokens speak for; where it is absent, the token's own claim says so. default_tenant: of those that
+    have no such claim; without it they are refused.
+    claims_elsewhere: what becomes of a token whose groups, scopes, plan or tenant are kept elsewhere: `refuse` it, or `ignore`
+    that, so that it counts as one without them.
     leeway: seconds that its clock and ours may differ. token_lifetime: the most seconds that a token may live.
     stale_limit: seconds for which keys that were fetched are used when the issuer cannot be reached.
     """
@@ -137,7 +143,9 @@ class Issuer(Table):
     jwks: Annotated[FilePath | dict[str, Any], BeforeValidator(_key_set)] | None = None
     jwks_url: Annotated[str, AfterValidator(_key_address)] | None = None
     tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    default_tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
     claims: Claims = Claims()
+    claims_elsewhere: Literal["refuse", "ignore"] = "refuse"
     leeway: Annotated[float, Field(ge=0, le=120)] = 10.0
     token_lifetime: PositiveFloat = 31 * 86400.0
     stale_limit: PositiveFloat = 86400.0
@@ -146,6 +154,8 @@ class Issuer(Table):
     def _reachable(self) -> Issuer:
         if self.jwks is not None and self.jwks_url is not None:
             raise PydanticCustomError("jwks", "an issuer has its keys in one place: jwks or jwks_url")
+        if self.tenant is not None and self.default_tenant is not None:
+            raise PydanticCustomError("tenant", "with `tenant` every token speaks for it: remove `default_tenant`")
         if self.jwks is None and self.jwks_url is None and not allowed(self.issuer, plain=True):
             raise PydanticCustomError(
                 "discovery",

@@ -61,6 +61,14 @@ class Problem:
 INVALID_TOKEN: Final = Problem(
     _OURS + "invalid-token", 401, "The access token is missing, invalid or expired",
     "Get a fresh token for this gateway's audience and try again.", errors.Unauthenticated)  # fmt: skip
+UNUSABLE_CLAIMS: Final = Problem(
+    _OURS + "unusable-claims", 401, "The access token is genuine, but one of its claims cannot be used",
+    "Have the issuer correct the claim, or the operator the settings for this issuer; docs/access.md has the form of each.",
+    errors.Unauthenticated)  # fmt: skip
+CLAIMS_ELSEWHERE: Final = Problem(
+    _OURS + "claims-elsewhere", 401, "The access token says that its groups, or other claims, are kept elsewhere",
+    "Have the issuer put them into the token, as fewer groups or app roles; docs/access.md says what the operator can do.",
+    errors.Unauthenticated)  # fmt: skip
 INVALID_PROOF: Final = Problem(
     _OURS + "invalid-proof", 401, "The token is bound to a key, and the proof is missing, invalid or for another request",
     "Pass dpop=... with the key that the token is bound to, and set this machine's clock.", errors.Unauthenticated)  # fmt: skip
@@ -154,7 +162,7 @@ DATE: Final = Problem(
 BY_TYPE: Final = {
     problem.type: problem
     for problem in (
-        INVALID_TOKEN, INVALID_PROOF, ISSUER_UNAVAILABLE,
+        INVALID_TOKEN, UNUSABLE_CLAIMS, CLAIMS_ELSEWHERE, INVALID_PROOF, ISSUER_UNAVAILABLE,
         FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
         UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNCLAIMED, UNAVAILABLE, INTERNAL,
         BUDGET_SPENT, ABOVE_LIMIT, UNKNOWN_PLAN, BUDGET_UNAVAILABLE,

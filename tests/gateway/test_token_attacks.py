@@ -1,11 +1,13 @@
 """Attacks with access tokens, each a test: all get a 401, and no worker is asked.
 
+Whoever made a token up learns nothing from it. The bearer of a genuine one learns which claim is not taken.
 What is attacked is the whole gateway: its routes, its cache with a good token in it, its list of revocations.
 """
 
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import hmac
 import http.server
@@ -23,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import OKPAlgorithm
 
-from lacre import ProofKey, problems
+from lacre import ProofKey, details, problems
 from lacre.dpop import WINDOW
 from lacre.problems import Problem
 from lacre.wire.header import inspect_request
@@ -152,6 +154,34 @@ BAD: dict[str, Callable[[Issuer], str]] = {
 }
 
 
+UNUSABLE, INVALID = problems.UNUSABLE_CLAIMS, problems.INVALID_TOKEN
+# Of those that the issuer really signed: what their bearers are told.
+GENUINE: dict[str, tuple[Problem, str, str]] = {
+    "expired": (INVALID, "exp", "expired"),
+    "not yet valid": (INVALID, "nbf", "not-yet-valid"),
+    "issued in the future": (INVALID, "iat", "not-yet-valid"),
+    "foreign audience": (INVALID, "aud", "for-another-audience"),
+    "no audience": (UNUSABLE, "aud", "missing"),
+    "no expiry": (UNUSABLE, "exp", "missing"),
+    "no time of issue": (UNUSABLE, "iat", "missing"),
+    "lives longer than its issuer's may": (UNUSABLE, "exp", "lives-too-long"),
+    "no subject": (UNUSABLE, "sub", "missing"),
+    "empty subject": (UNUSABLE, "sub", "malformed"),
+    "subject with a line break": (UNUSABLE, "sub", "malformed"),
+    "subject of surrogates": (UNUSABLE, "sub", "malformed"),
+    "long subject": (UNUSABLE, "sub", "malformed"),
+    "tenant with a slash": (UNUSABLE, "tenant", "malformed"),
+    "groups of numbers": (UNUSABLE, "groups", "malformed"),
+    "too many groups": (UNUSABLE, "groups", "too-many"),
+    "exp beyond time": (UNUSABLE, "exp", "malformed"),
+    "exp in a string": (UNUSABLE, "exp", "malformed"),
+    "iat in a string": (UNUSABLE, "iat", "malformed"),
+    "bound to a certificate": (UNUSABLE, "cnf", "bound-in-another-way"),
+    "bound in two ways": (UNUSABLE, "cnf", "bound-in-another-way"),
+    "bound to nothing": (UNUSABLE, "cnf", "bound-in-another-way"),
+}
+
+
 @dataclass
 class Door:
     """The gateway's, with a worker behind it that counts."""
@@ -177,6 +207,16 @@ class Door:
         assert response.headers["www-authenticate"] == challenge
         assert len(self.worker.opened) == opened
 
+    async def says(self, headers: Any, problem: Problem, claim: str, reason: str, body: bytes | None = None) -> None:
+        """It stays shut, and says why to the bearer of a genuine token."""
+        opened = len(self.worker.opened)
+        response = await self.knock(headers, body)
+        assert (response.status_code, Problem.type_in(response.content)) == (401, problem.type)
+        told = details.read(response.content)
+        assert (told["claim"], told["reason"]) == (claim, reason)
+        assert f'error="invalid_token", error_description="{claim}: {reason}' in response.headers["www-authenticate"]
+        assert len(self.worker.opened) == opened
+
 
 @pytest.fixture
 async def door(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> AsyncIterator[Door]:
@@ -189,7 +229,19 @@ async def door(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> 
 
 @pytest.mark.parametrize("name", BAD)
 async def test_bad_token(name: str, world: World, door: Door) -> None:
-    await door.stays_shut(world.headers(BAD[name](world.issuer)))
+    headers = world.headers(BAD[name](world.issuer))
+    await (door.says(headers, *GENUINE[name]) if name in GENUINE else door.stays_shut(headers))
+
+
+async def test_an_expired_token_says_when_to_whom_the_issuer_gave_it_alone(world: World, door: Door) -> None:
+    ended = now() - 3600
+    token = world.issuer.token(exp=ended)
+    response = await door.knock(world.headers(token))
+    assert details.read(response.content)["expired_at"] == ended
+    said = f"exp: expired at {datetime.datetime.fromtimestamp(ended, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
+    assert response.headers["www-authenticate"] == f'{CHALLENGE}, error_description="{said}"'
+    head, payload, _ = token.split(".")
+    await door.stays_shut(world.headers(f"{head}.{payload}.{b64(bytes(64))}"))
 
 
 async def test_what_is_said_once_is_taken(world: World, door: Door) -> None:
@@ -257,7 +309,7 @@ async def test_revoked(revoke: dict[str, str], world: World, door: Door) -> None
     token = world.issuer.token(sub="bob", jti="t1")
     await door.opens(world.headers(token))  # and its verdict is remembered
     await world.gateway.revoke(**revoke)
-    await door.stays_shut(world.headers(token))
+    await door.says(world.headers(token), INVALID, "token", "revoked")
     await door.opens(world.headers(world.issuer.token(sub="carol", jti="t2")))
 
 
@@ -398,8 +450,7 @@ async def test_bound_token_as_bearer(bound: Bound, door: Door) -> None:
 async def test_token_of_nobody_with_a_proof(bound: Bound, world: World, door: Door) -> None:
     """A bearer token does not become a bound one by whoever sends it as one (RFC 9449 section 7.1)."""
     token = world.issuer.token(sub="bob")
-    challenge = 'DPoP realm="lacre", error="invalid_token", algs="ES256 EdDSA"'
-    await door.stays_shut(bound.headers(bound.proof(token=token), token=token), bound.body, challenge=challenge)
+    await door.says(bound.headers(bound.proof(token=token), token=token), INVALID, "cnf", "missing", bound.body)
 
 
 async def test_two_proofs_are_none(bound: Bound, door: Door) -> None:
@@ -411,8 +462,7 @@ async def test_revoked_with_a_good_proof(bound: Bound, world: World, door: Door)
     await door.opens(bound.headers(bound.proof()), bound.body)
     await world.gateway.revoke(subject="bob")
     again = Bound(world, bound.key)
-    challenge = 'DPoP realm="lacre", error="invalid_token", algs="ES256 EdDSA"'
-    await door.stays_shut(again.headers(again.proof()), again.body, challenge=challenge)
+    await door.says(again.headers(again.proof()), INVALID, "token", "revoked", again.body)
 
 
 @pytest.mark.parametrize("url", [URL + "?x=1", URL + "#x", "HTTP://127.0.0.1:8321/v1/sealed"])

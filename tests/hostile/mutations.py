@@ -465,6 +465,14 @@ MUTATIONS: Final = (
     Mutation("a failed look is followed by another", "gateway/lacre_gateway/remote_keys.py",
              "self._look_at = time.monotonic() + min(timing.patience,", "self._look_at = math.inf + min(timing.patience,",
              "test_issuers.py::test_odd_answers"),
+    # claims
+    Mutation("groups that are elsewhere are not none", "gateway/lacre_gateway/claims.py",
+             "if not self.elsewhere:", "if False:", "test_claims.py::test_groups_elsewhere"),
+    Mutation("a name shows as it is", "gateway/lacre_gateway/claims.py",
+             "return value.isprintable() or not any(map(_is_unreadable, value))", "return True",
+             "test_claims.py::test_name_that_shows_another"),
+    Mutation("a token names its tenant", "gateway/lacre_gateway/issuers.py",
+             "default_tenant=issuer.default_tenant,", "", "test_claims.py::test_no_tenant"),
 )  # fmt: skip
 
 

@@ -1,0 +1,104 @@
+"""Real signed tokens of every shape in `token_shapes`, through the authenticator that real settings make."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import io
+import json
+import time
+from typing import Any
+
+import httpx2
+import jwt
+import pytest
+
+from lacre import details
+from lacre_fabric.logs import make_log
+from lacre_fabric.memory import MemoryFabric
+from lacre_gateway import settings
+from lacre_gateway.auth import Authenticator, Principal
+from lacre_gateway.issuers import trusted
+from lacre_gateway.refusal import Refusal
+from lacre_gateway.revocation import RevocationList
+from lacre_gateway.throttle import FailureThrottle
+from parts.gateway import FakeWorker, Issuer, World
+
+from .token_shapes import DROP, ROWS, At, Caller, Refused, Row
+
+ISSUER = "https://issuer.example"
+
+
+def written(claims: dict[str, Any]) -> bytes:
+    """The payload: as JSON of ASCII alone, in which every text can be."""
+    now = int(time.time())
+    standard = {"iss": ISSUER, "aud": "lacre", "sub": "u", "iat": now - 5, "exp": now + 600}
+    said = {name: value for name, value in {**standard, **claims}.items() if value is not DROP}
+    return json.dumps(
+        {name: value.form(now + value.seconds) if isinstance(value, At) else value for name, value in said.items()}
+    ).encode()
+
+
+def authenticator(issuer: Issuer, changes: dict[str, Any]) -> Authenticator:
+    table = {
+        "issuer": ISSUER,
+        "audience": "lacre",
+        "algorithms": ("EdDSA",),
+        "jwks": issuer.jwks(),
+        "tenant": "acme",
+        **changes,
+    }
+    log = make_log(io.StringIO())
+    revocations = RevocationList(log)
+    asyncio.run(revocations.refresh(MemoryFabric().gateway()))
+    return Authenticator(trusted([settings.Issuer.model_validate(table)], log), revocations, FailureThrottle(9), time.time)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_each_is_read_or_refused_as_its_row_says(row: Row, issuer: Issuer) -> None:
+    token = jwt.api_jws.encode(written(row.claims), issuer.ed, "EdDSA", headers={"kid": "ed", **row.headers})
+    asking = authenticator(issuer, row.settings).authenticate(f"Bearer {token}".encode(), "192.0.2.1")
+    if isinstance(row.expected, Caller):
+        assert asyncio.run(asking).principal == Principal(issuer=ISSUER, **dataclasses.asdict(row.expected))
+        return
+    assert isinstance(row.expected, Refused)
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(asking)
+    told = details.read(refused.value.body)
+    assert (refused.value.problem, told.get("claim"), told.get("reason")) == (
+        row.expected.problem, row.expected.claim, row.expected.reason,
+    )  # fmt: skip
+    assert ("expired_at" in told) == (row.expected.reason == "expired")
+
+
+def test_the_table_has_each_row_once() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS) >= 100
+
+
+NAMES = [row for row in ROWS if row.name.startswith("name: ")]
+
+
+async def test_every_name_that_is_read_is_served_and_recorded(
+    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    """Policy, budgets and the audit log take them as they are."""
+    for number, row in enumerate(NAMES, 1):
+        headers = world.headers(world.issuer.token(**row.claims))
+        response = await client.post("/v1/sealed", content=world.seal()[0], headers=headers)
+        assert (row.name, response.status_code) == (row.name, 200)
+        assert response.headers["lacre-audit"].isascii()
+        intent = [entry for entry in await world.trail(number) if entry["kind"] == "intent"][-1]
+        assert (intent["subject"], intent["groups"]) == (row.claims["sub"], row.claims["groups"])
+
+
+async def test_a_name_that_no_text_could_hold_safely_is_in_no_log(
+    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    response = await client.post(
+        "/v1/sealed", content=world.seal()[0], headers=world.headers(world.issuer.token(sub="mallory\u2028root"))
+    )
+    assert response.status_code == 401
+    line = [entry for entry in map(json.loads, world.log.getvalue().splitlines()) if entry["event"] == "request"][-1]
+    assert (line["problem"], line["reason"]) == ("unusable-claims", "sub: malformed")
+    assert "mallory" not in world.log.getvalue()
+    assert worker.opened == []

@@ -1,0 +1,78 @@
+"""A caller with a genuine token whose claims say less than they should, or show other than they are."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+import pytest
+
+from hostile.attacks import Verdict, attack
+from lacre import problems
+from lacre_fabric.logs import make_log
+from lacre_fabric.memory import MemoryFabric
+from lacre_gateway.auth import Authenticator
+from lacre_gateway.issuers import trusted
+from lacre_gateway.refusal import Refusal
+from lacre_gateway.revocation import RevocationList
+from lacre_gateway.settings import Issuer as IssuerSettings
+from lacre_gateway.throttle import FailureThrottle
+from parts.gateway import AUDIENCE, ISSUER, Issuer
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Issuer:
+    return Issuer()
+
+
+async def shown(issuer: Issuer, verdict: Verdict, claims: dict[str, Any]) -> None:
+    """To a gateway whose settings say no more than they must."""
+    log = make_log(io.StringIO())
+    table = {"issuer": ISSUER, "audience": AUDIENCE, "algorithms": ("EdDSA",), "jwks": issuer.jwks()}
+    revocations = RevocationList(log)
+    await revocations.refresh(MemoryFabric().gateway())
+    auth = Authenticator(trusted([IssuerSettings.model_validate(table)], log), revocations, FailureThrottle(9), time.time)
+    with pytest.raises(Refusal) as refused:
+        await auth.authenticate(f"Bearer {issuer.token(**claims)}".encode(), "192.0.2.1")
+    verdict.said(refused.value.problem.type)
+
+
+@attack(
+    "join so many groups that the token only says where they are, to leave one that a rule forbids",
+    by="client",
+    defence="a token whose groups are elsewhere is refused, unless the settings say otherwise",
+    refused=problems.CLAIMS_ELSEWHERE,
+)
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"hasgroups": True},
+        {"_claim_names": {"groups": "src1"}, "_claim_sources": {"src1": {"endpoint": "https://graph.example"}}},
+        {"groups": ["staff"], "_claim_names": {"groups": "src1"}},
+    ],
+    ids=["marked", "distributed", "in part"],
+)
+async def test_groups_elsewhere(issuer: Issuer, verdict: Verdict, claims: dict[str, Any]) -> None:
+    await shown(issuer, verdict, claims)
+
+
+@attack(
+    "carry a name that turns the text around it, so that a list of callers shows another's",
+    by="client",
+    defence="a name with controls, or with what changes the order of text, is no name",
+    refused=problems.UNUSABLE_CLAIMS,
+)
+@pytest.mark.parametrize("name", ["nimda\u202e", "\u2066admin\u2069", "alice\u2028admin", "alice\x1b[2K"], ids=ascii)
+async def test_name_that_shows_another(issuer: Issuer, verdict: Verdict, name: str) -> None:
+    await shown(issuer, verdict, {"sub": name})
+
+
+@attack(
+    "have a token read for no tenant in particular, and so for the one that is called default",
+    by="client",
+    defence="a token that names no tenant is refused, unless the settings name one for it",
+    refused=problems.UNUSABLE_CLAIMS,
+)
+async def test_no_tenant(issuer: Issuer, verdict: Verdict) -> None:
+    await shown(issuer, verdict, {"tenant": None})
