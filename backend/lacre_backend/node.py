@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import structlog
@@ -78,8 +79,9 @@ class _Replayed(Exception):
 
 
 class Node:
-    """app: what answers. repeatable: the actions that it may begin before the claim. clock: seconds since the epoch.
-    claim_patience: seconds that a claim is tried for.
+    """app: what answers. repeatable: the actions that it may begin before the claim. weighs: those of which it says how many
+    sequences a request is; one of another action counts as one. clock: seconds since the epoch. claim_patience: seconds that a
+    claim is tried for.
     """  # fmt: skip
 
     def __init__(
@@ -89,6 +91,7 @@ class Node:
         identity: Identity,
         *,
         repeatable: Collection[str] = (),
+        weighs: Collection[str] = (),
         clock: Callable[[], float] = time.time,
         claim_patience: float = CLAIM_PATIENCE,
     ) -> None:
@@ -97,6 +100,7 @@ class Node:
         self._app = app
         self._identity = identity
         self._repeatable = frozenset(repeatable)
+        self._weighs = frozenset(weighs)
         self._clock = clock
         self._seen = Seen(lifetime=CLAIM_TTL)
         self._running: set[asyncio.Task[object]] = set()
@@ -112,6 +116,8 @@ class Node:
                 continue
             try:
                 delivery = await self._fabric.pull()
+                if self._weighs:
+                    self._fabric.weigh(delivery, None)
             except FabricUnavailable as exc:
                 log.warning("fabric.unavailable", reason=str(exc))
                 await asyncio.sleep(RECONNECT)
@@ -164,7 +170,7 @@ class Node:
             try:
                 await delivery.drop()
             finally:
-                self._fabric.release()
+                self._fabric.release(delivery)
             seconds = round(time.monotonic() - began, 3)
             log.info("work.done", request_id=delivery.work.request_id, outcome=outcome, seconds=seconds)
 
@@ -180,6 +186,8 @@ class Node:
         refusal = check_date(opened, now, seen=self._seen)
         if refusal is None and not self._seen.add(digest, now, sent_at(opened)):
             raise _Replayed
+        if self._weighs and grant.action not in self._weighs:
+            self._fabric.weigh(delivery, 1)
         call = asgi.Call(
             request_id=grant.jti,
             model=grant.model,
@@ -188,6 +196,7 @@ class Node:
             max_prompt_tokens=grant.max_prompt_tokens,
             features=frozenset(grant.features),
             fair=grant.fair,
+            weigh=partial(self._weigh, asyncio.get_running_loop(), delivery),
         )
         receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
         refusal = refusal or inside.check(opened, grant, now)
@@ -202,6 +211,10 @@ class Node:
             return "refused-inside"
         await self._answer(delivery, opened, call, receipts)
         return "answered"
+
+    def _weigh(self, loop: asyncio.AbstractEventLoop, delivery: Delivery, sequences: int) -> None:
+        """Called by the app, in its own thread."""
+        loop.call_soon_threadsafe(partial(self._fabric.weigh, delivery, sequences))
 
     def _verify_grant(self, delivery: Delivery) -> Grant:
         work = delivery.work

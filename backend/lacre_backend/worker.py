@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
@@ -16,7 +16,7 @@ from lacre import tasks
 from lacre.errors import SettingsError
 from lacre.jws import raw_public_key
 from lacre_backend import health
-from lacre_backend.api.app import REPEATABLE, create_app
+from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.claims import ClaimsProbe
 from lacre_backend.elsewhere import Elsewhere
 from lacre_backend.engine.embedder import LlamaEmbedder
@@ -37,6 +37,7 @@ from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.model_names import from_file
 from lacre_fabric.nats_worker import NatsWorker
 from lacre_fabric.roles import Credential
+from lacre_fabric.slots import shares
 
 log = structlog.get_logger("lacre.worker")
 
@@ -67,6 +68,7 @@ async def _serve(settings: Settings) -> None:
             settings.node,
             serving.names,
             slots=serving.slots,
+            each=serving.each,
             keys=keys.fingerprints,
             able=readiness,
             region=settings.nats.region,
@@ -80,7 +82,7 @@ async def _serve(settings: Settings) -> None:
         await tasks.together(probe.look(), *(watched.look() for watched in serving.watched))
         readiness.follow(feed)
         identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, _looking(keys, kept))
-        node = Node(fabric, serving.app, identity, repeatable=serving.repeatable)
+        node = Node(fabric, serving.app, identity, repeatable=serving.repeatable, weighs=serving.weighs)
         running = tasks.start("node", node.run)
         works: list[tuple[str, tasks.Work]] = [
             ("pool keys", keys.watch),
@@ -113,8 +115,9 @@ def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What answers: under which names, how many requests at a time, and which actions it may begin before their claim.
+    """What answers: under which names, how many sequences at a time, and which actions it may begin before their claim.
 
+    each: of the slots, how many each model may have. weighs: actions of which the app says how many sequences a request is.
     parts: what tells whether it can work. watched: what has to look at something for that.
     """
 
@@ -124,6 +127,8 @@ class Served:
     repeatable: frozenset[str]
     parts: tuple[Part, ...]
     watched: tuple[Probe, ...] = ()
+    each: Mapping[str, int] = field(default_factory=dict)
+    weighs: frozenset[str] = frozenset()
 
 
 def served(settings: Settings, stack: AsyncExitStack) -> Served:
@@ -142,8 +147,10 @@ def served(settings: Settings, stack: AsyncExitStack) -> Served:
         stack.callback(engine.close)
     app = Elsewhere(create_app(engines), "api")
     stack.callback(app.close)
-    slots = settings.slots or sum(engine.slots for engine in engines)
-    return Served(app, [engine.model.name for engine in engines], slots, REPEATABLE, (alive(app), alive(*engines)))
+    own = {engine.model.name: engine.slots for engine in engines}
+    slots = settings.slots or sum(own.values())
+    parts = (alive(app), alive(*engines))
+    return Served(app, list(own), slots, REPEATABLE, parts, each=shares(slots, own), weighs=WEIGHED)
 
 
 def _check_names(models: Sequence[Model]) -> None:

@@ -11,15 +11,18 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
+from lacre import tasks
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
 from lacre_fabric.outbound import Outbound
 from lacre_fabric.revocations import Revocation
+from lacre_fabric.slots import Slots
 from lacre_fabric.subjects import DEFAULT_REGION
 from lacre_fabric.work import (
     MAX_DELIVER,
     QUEUE_LIMIT,
     Capacity,
+    Delivery,
     DuplicateWork,
     FabricUnavailable,
     NoWorkers,
@@ -50,14 +53,20 @@ class MemoryFabric:
     async def claim(self, digest: bytes, attempt: str) -> bool:
         return self.claims.setdefault(digest, attempt) == attempt
 
-    def worker(self, pool: str, models: Sequence[str], *, slots: int = 1) -> MemoryWorker:
-        worker = MemoryWorker(self, pool, models, slots)
+    def worker(
+        self, pool: str, models: Sequence[str], *, slots: int = 1, each: Mapping[str, int] | None = None
+    ) -> MemoryWorker:
+        worker = MemoryWorker(self, pool, models, Slots(slots, models, each))
         self.live.append(worker)
         return worker
 
     async def enqueue(self, work: Work, deliveries: int) -> None:
         async with self.arrived:
             self.queue.append((work, deliveries))
+            self.arrived.notify_all()
+
+    async def look(self) -> None:
+        async with self.arrived:
             self.arrived.notify_all()
 
     def withdraw(self, request_id: str) -> None:
@@ -109,7 +118,7 @@ class MemoryGateway:
         for worker in self._hub.live:
             at = found.get((worker.pool, DEFAULT_REGION), Capacity())
             found[worker.pool, DEFAULT_REGION] = Capacity(
-                at.workers + 1, at.busy + worker.slots - worker.free, at.free + worker.free
+                at.workers + 1, at.busy + worker.slots.busy, at.free + worker.slots.total - worker.slots.busy
             )
         return found
 
@@ -179,37 +188,39 @@ class MemoryDispatch:
 class MemoryWorker:
     """A `WorkerFabric`."""
 
-    def __init__(self, hub: MemoryFabric, pool: str, models: Sequence[str], slots: int) -> None:
+    def __init__(self, hub: MemoryFabric, pool: str, models: Sequence[str], slots: Slots) -> None:
         self._hub = hub
         self.pool = pool
         self.models = tuple(models)
-        self.slots = self.free = slots
-        self._slot = asyncio.Semaphore(slots)
+        self.slots = slots
 
     async def pull(self) -> MemoryDelivery:
-        await self._slot.acquire()
-        try:
-            async with self._hub.arrived:
-                while (entry := self._next()) is None:
-                    if self not in self._hub.live:
-                        raise FabricUnavailable("this worker is draining: it takes no more work")
-                    await self._hub.arrived.wait()
-        except BaseException:
-            self._slot.release()
-            raise
-        self.free -= 1
-        return MemoryDelivery(self._hub, *entry)
+        async with self._hub.arrived:
+            while (entry := self._next()) is None:
+                if self not in self._hub.live:
+                    raise FabricUnavailable("this worker is draining: it takes no more work")
+                await self._hub.arrived.wait()
+        delivery = MemoryDelivery(self._hub, *entry)
+        self.slots.take(delivery.attempt, delivery.work.model)
+        return delivery
 
     def _next(self) -> tuple[Work, int] | None:
         for entry in self._hub.queue if self in self._hub.live else ():
-            if entry[0].pool == self.pool and entry[0].model in self.models:
+            if entry[0].pool == self.pool and entry[0].model in self.models and self.slots.may_pull(entry[0].model):
                 self._hub.queue.remove(entry)
                 return entry
         return None
 
-    def release(self) -> None:
-        self.free += 1
-        self._slot.release()
+    def weigh(self, delivery: Delivery, sequences: int | None) -> None:
+        self.slots.weigh(delivery.attempt, sequences)
+        self._look_again()
+
+    def release(self, delivery: Delivery | None = None) -> None:
+        self.slots.give(None if delivery is None else delivery.attempt)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        tasks.detach("a free slot", self._hub.look())
 
     async def drain(self) -> None:
         if self in self._hub.live:

@@ -1,15 +1,18 @@
-"""A node's side of the fabric, over NATS. It only dials out, and pulls as much work of its region as it has free slots."""
+"""A node's side of the fabric, over NATS. It only dials out, and pulls as much work of its region as it has free slots.
+
+Each model has a queue, and one pull of its own while it has a free slot (`slots.py`): a flood of one model's requests takes no
+slot of another's, and what this worker cannot begin stays in the queue for other workers.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import cycle
 from typing import Final, Protocol, Self
 
 import nats.errors
@@ -30,12 +33,13 @@ from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.nats_gateway import GATEWAY, GRANT, REQUEST
 from lacre_fabric.outbound import Outbound
-from lacre_fabric.presence import KEYS, WRONG
+from lacre_fabric.presence import KEYS, ROOM, WRONG
 from lacre_fabric.roles import MAX_SLOTS, Credential
-from lacre_fabric.work import BEAT, Cancelled, FabricUnavailable, Work
+from lacre_fabric.slots import Slots
+from lacre_fabric.work import BEAT, Cancelled, Delivery, FabricUnavailable, Work
 
-PULL: Final = 2.0  # seconds that one pull waits, where the node serves one model; one that NATS lost is made good this soon
-PULL_EACH: Final = 0.5  # and where it serves several, asked in turn
+PULL: Final = 2.0  # seconds that one pull waits; one that NATS lost is made good this soon
+PULL_EACH: Final = 0.5  # and where there are fewer free slots than models, which are asked in turn then
 NOT_ABLE: Final = 0.5  # seconds until the next look whether the worker can work
 _STAMP: Final = "Nats-Time-Stamp"  # of what JetStream gives back: when it was written
 NO_QUEUE: Final = 1.0  # seconds until the next look for a queue that is not there
@@ -73,7 +77,7 @@ class NatsWorker:
         connection: Connection,
         pool: str,
         node: str,
-        slots: int,
+        slots: Slots,
         *,
         keys: Callable[[], Sequence[str]] = tuple,
         able: Able | None = None,
@@ -86,11 +90,10 @@ class NatsWorker:
         self._node = node
         self._region = region
         self._slots = slots
-        self._free = slots
-        self._waiting = 0  # slots that a pull holds for work that has not come yet
-        self._slot_freed = asyncio.Event()
-        self._queues: list[_Queue] = []
-        self._turn: Iterator[_Queue] = iter(())
+        self._changed = asyncio.Event()  # there may be a free slot, or it drains
+        self._queues: list[_Queue] = []  # whose turn it is to be asked comes first
+        self._pulls: dict[str, asyncio.Task[NatsDelivery | None]] = {}  # that wait, by model
+        self._pullers = 0
         self._presence: tasks.Background | None = None
         self._draining = False
         self.claims_of = pool
@@ -105,18 +108,21 @@ class NatsWorker:
         models: Sequence[str],
         *,
         slots: int = 1,
+        each: Mapping[str, int] | None = None,
         keys: Callable[[], Sequence[str]] = tuple,
         able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
     ) -> Self:
-        """slots: at most `MAX_SLOTS`. keys: the fingerprints of the pool's keys that are held here now; presence tells them.
-        able: what keeps the worker from working; None for nothing.
+        """slots: at most `MAX_SLOTS`. each: of these, how many each model may have; all where it names none. keys: the
+        fingerprints of the pool's keys that are held here now; presence tells them. able: what keeps the worker from working;
+        None for nothing.
 
         Raises SettingsError or FabricUnavailable.
         """
         if slots > MAX_SLOTS:
             raise SettingsError(f"slots: a worker has at most {MAX_SLOTS}, not {slots}: run more workers of the pool")
-        worker = cls(await Connection.open(servers, credential), pool, node, slots, keys=keys, able=able, region=region)
+        room = Slots(slots, models, each)
+        worker = cls(await Connection.open(servers, credential), pool, node, room, keys=keys, able=able, region=region)
         try:
             await worker._bind(models)
         except BaseException:
@@ -131,52 +137,80 @@ class NatsWorker:
             for model in models:
                 pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
                 self._queues.append(_Queue(model, pull))
-            self._turn = cycle(self._queues)
             await self._say_presence()
 
     async def pull(self) -> NatsDelivery:
         if self._presence is not None:
             self._presence.check()
-        while self._free == 0:
-            self._slot_freed.clear()
-            await self._slot_freed.wait()
-        self._free -= 1
-        self._waiting += 1
+        self._pullers += 1
         try:
-            return await self._pull()
-        except BaseException:
-            self.release()
+            return await self._next()
+        except asyncio.CancelledError:
+            if self._pullers == 1:  # nobody is left who would take what comes
+                for waiting in self._pulls.values():
+                    waiting.cancel()
             raise
         finally:
-            self._waiting -= 1
+            self._pullers -= 1
 
-    async def _pull(self) -> NatsDelivery:
+    async def _next(self) -> NatsDelivery:
         while not self._draining:
+            self._changed.clear()
+            if (delivery := self._arrived()) is not None:
+                return delivery
             # Pulls that the library keeps until it is connected would come in a heap, and take more work than there are slots.
             await self.connection.wait_connected()
-            queue, denials = next(self._turn), self.connection.denials
-            if not self._serves(queue.model):
-                await asyncio.sleep(NOT_ABLE / len(self._queues))
-                continue
+            able = self._ask()
+            changed = tasks.spawn("a free slot", self._changed.wait())
             try:
-                (message,) = await queue.pull.fetch(1, timeout=PULL if len(self._queues) == 1 and queue.there else PULL_EACH)
-            except (nats.js.errors.ServiceUnavailableError, nats.errors.NoRespondersError):
-                await self._look(queue, there=False)
-                await asyncio.sleep(NO_QUEUE / len(self._queues))
-                continue
-            except nats.errors.Error as exc:
-                if isinstance(exc, TimeoutError) and self.connection.denials == denials:
-                    await self._look(queue, there=self.connection.connected)
-                    continue
-                raise self.connection.unavailable(exc, denials) from exc
-            await self._look(queue, there=True)
-            delivery = await self._take(message)
-            if delivery is not None and self._serves(queue.model):
-                return delivery
-            if delivery is not None:  # it cannot any more, since it asked: the client may send it again, to another
-                with suppress(FabricUnavailable, Cancelled):
-                    await delivery.reject(problems.UNCLAIMED.type)
+                wait = {changed, *self._pulls.values()}
+                await asyncio.wait(wait, timeout=None if able else NOT_ABLE, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
         raise FabricUnavailable("this worker is draining: it takes no more work")
+
+    def _arrived(self) -> NatsDelivery | None:
+        """What a pull brought. Raises FabricUnavailable where one failed."""
+        for model, waiting in [(model, waiting) for model, waiting in self._pulls.items() if waiting.done()]:
+            del self._pulls[model]
+            self._slots.pulled(model)
+            if not waiting.cancelled() and (delivery := waiting.result()) is not None:
+                self._slots.take(delivery.attempt, model)
+                return delivery
+        return None
+
+    def _ask(self) -> bool:
+        """Pulls for each model that has a free slot and is not pulled for yet. False: some cannot be served now."""
+        able = [queue for queue in self._queues if self._serves(queue.model)]
+        patience = PULL if self._slots.total - self._slots.busy >= len(able) else PULL_EACH
+        for queue in able:
+            if self._slots.may_pull(queue.model):
+                self._slots.pull(queue.model)
+                self._pulls[queue.model] = tasks.spawn(f"pull {queue.model}", self._fetch(queue, patience))
+                self._queues.remove(queue)
+                self._queues.append(queue)
+        return len(able) == len(self._queues)
+
+    async def _fetch(self, queue: _Queue, patience: float) -> NatsDelivery | None:
+        """One pull; None where nothing came of it. Raises FabricUnavailable."""
+        denials = self.connection.denials
+        try:
+            (message,) = await queue.pull.fetch(1, timeout=patience if queue.there else PULL_EACH)
+        except (nats.js.errors.ServiceUnavailableError, nats.errors.NoRespondersError):
+            await self._look(queue, there=False)
+            await asyncio.sleep(NO_QUEUE)
+            return None
+        except nats.errors.Error as exc:
+            if isinstance(exc, TimeoutError) and self.connection.denials == denials:
+                await self._look(queue, there=self.connection.connected)
+                return None
+            raise self.connection.unavailable(exc, denials) from exc
+        await self._look(queue, there=True)
+        delivery = await self._take(message)
+        if delivery is None or self._serves(queue.model):
+            return delivery
+        await _turn_away(delivery)  # it cannot any more, since it asked
+        return None
 
     async def _look(self, queue: _Queue, *, there: bool) -> None:
         if queue.there != there:
@@ -206,9 +240,13 @@ class NatsWorker:
     def _serves(self, model: str) -> bool:
         return self._able is None or model in self._able.models()
 
-    def release(self) -> None:
-        self._free += 1
-        self._slot_freed.set()
+    def weigh(self, delivery: Delivery, sequences: int | None) -> None:
+        self._slots.weigh(delivery.attempt, sequences)
+        self._changed.set()
+
+    def release(self, delivery: Delivery | None = None) -> None:
+        self._slots.give(None if delivery is None else delivery.attempt)
+        self._changed.set()
 
     async def try_claim(self) -> float | None:
         """As the function of this name."""
@@ -218,15 +256,21 @@ class NatsWorker:
         if self._draining:
             return
         self._draining = True
+        self._changed.set()
         if self._presence is not None:
             await self._presence.close()
         await self._say_presence()
-        if not self.connection.connected:
-            return
-        with suppress(nats.errors.Error):
-            for queue in self._queues:  # with nobody there to hear the answer, the server drops a pull that waits
-                await queue.pull.unsubscribe()
-            await self.connection.round_trip()
+        if self.connection.connected:
+            with suppress(nats.errors.Error):
+                for queue in self._queues:  # with nobody there to hear the answer, the server drops a pull that waits
+                    await queue.pull.unsubscribe()
+                await self.connection.round_trip()
+        pulls, self._pulls = self._pulls, {}
+        brought = [waiting.result() for waiting in pulls.values() if _is_good(waiting)]
+        await tasks.end(*pulls.values(), expected=(FabricUnavailable,))
+        for delivery in brought:
+            if delivery is not None:  # it came while nobody took it any more
+                await _turn_away(delivery)
 
     async def close(self) -> None:
         await self.drain()
@@ -243,9 +287,10 @@ class NatsWorker:
 
     async def _say_presence(self) -> None:
         models = [q.model for q in self._queues if q.there and not self._draining and self._serves(q.model)]
-        free = self._free + self._waiting
+        busy, room = self._slots.busy, {model: self._slots.free(model) for model in models}
         wrong = [] if self._able is None else self._able.kinds()
-        said = {"models": models, "free": free, "busy": self._slots - free, KEYS: list(self._keys()), WRONG: wrong}
+        said = {"models": models, "free": self._slots.total - busy, "busy": busy, ROOM: room}
+        said |= {KEYS: list(self._keys()), WRONG: wrong}
         with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
             subject = subjects.presence(self._pool, self._region, self._node)
             await self.connection.client.publish(subject, json.dumps(said).encode())
@@ -367,6 +412,16 @@ class NatsDelivery:
             self._unproven = True
             log.warning("order.unproven", pool=self.work.pool, remedy="see who holds the pool's credentials: one may be stolen")
         return False
+
+
+async def _turn_away(delivery: NatsDelivery) -> None:
+    """The client may send it again, to another worker."""
+    with suppress(FabricUnavailable, Cancelled):
+        await delivery.reject(problems.UNCLAIMED.type)
+
+
+def _is_good(waiting: asyncio.Task[NatsDelivery | None]) -> bool:
+    return waiting.done() and not waiting.cancelled() and waiting.exception() is None
 
 
 def _deliveries(message: Msg) -> int:

@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from lacre.errors import InvalidMessage
@@ -30,6 +30,7 @@ MAX_NODES: Final = 4096  # of one pool, in all regions
 MAX_REGIONS: Final = 64  # of one pool
 MAX_REASONS: Final = 16  # that one worker gives for taking no work: there are some ten kinds
 WRONG: Final = "wrong"  # in a worker's presence: the kinds of what keeps it from working
+ROOM: Final = "room"  # in a worker's presence: its free slots by model; a worker of before does not say it
 KEYS: Final = "keys"  # in a worker's presence: the fingerprints of the keys that it holds
 
 
@@ -38,17 +39,24 @@ _KIND: Final = re.compile(r"[a-z_]{1,32}")  # they end in a terminal
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """models: those that it takes work for now. busy, free: its slots."""
+    """models: those that it takes work for now. busy, free: its slots. room: of these, how many are free for each model; `free`
+    for one that it does not name.
+    """
 
     models: frozenset[str]
     busy: int
     free: int
+    room: Mapping[str, int] = field(default_factory=dict)
+
+    def free_for(self, model: str) -> int:
+        return min(self.free, self.room.get(model, self.free))
 
     @classmethod
     def parse(cls, data: bytes) -> Presence:
         """Raises InvalidMessage."""
         members = _members(data)
-        return cls(_texts(members, "models", MAX_MODELS, MAX_MODEL), _slots(members, "busy"), _slots(members, "free"))
+        models = _texts(members, "models", MAX_MODELS, MAX_MODEL)
+        return cls(models, _slots(members, "busy"), _slots(members, "free"), _room(members, models))
 
 
 def keys_in(data: bytes) -> frozenset[str]:
@@ -78,6 +86,12 @@ def _slots(members: Members, name: str) -> int:
     if count > MAX_SLOTS:
         raise InvalidMessage(f"presence: member {name!r} must be {MAX_SLOTS} at most")
     return count
+
+
+def _room(members: Members, models: frozenset[str]) -> dict[str, int]:
+    """Of the models that it serves alone."""
+    said = members.counts(ROOM)
+    return {model: min(said[model], MAX_SLOTS) for model in models & said.keys()}
 
 
 def _texts(members: Members, name: str, number: int, length: int) -> frozenset[str]:
@@ -125,7 +139,7 @@ class Roster:
         found: dict[str, int] = {}
         for (region, _), said in self.live().items():
             if model in said.models:
-                found[region] = found.get(region, 0) + said.free
+                found[region] = found.get(region, 0) + said.free_for(model)
         return found
 
     def _forget(self) -> None:

@@ -193,12 +193,17 @@ class Delivery(Protocol):
 
 class WorkerFabric(Protocol):
     async def pull(self) -> Delivery:
-        """The next piece of work, once there is one and a slot is free. Raises FabricUnavailable, after which another try may
-        do better, or FabricLost.
-        """  # fmt: skip
+        """The next piece of work, once there is one and a slot of its model is free. Raises FabricUnavailable, after which
+        another try may do better, or FabricLost.
+        """
 
-    def release(self) -> None:
-        """A slot that a delivery took is free again."""
+    def weigh(self, delivery: Delivery, sequences: int | None) -> None:
+        """How many sequences a delivery's request is, or is still; it counts as one until then. None: not known yet, and until
+        it is, nothing more of its model is pulled. One that was released already is no error.
+        """
+
+    def release(self, delivery: Delivery | None = None) -> None:
+        """What a delivery took is free again. None: the oldest one that was not released."""
 
     async def drain(self) -> None:
         """Stops pulling and announcing, for good; what was pulled goes on. Idempotent."""

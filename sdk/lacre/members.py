@@ -81,6 +81,13 @@ class Members:
         values = self._get(name, list, "a list of objects")
         return tuple(Members(value, f"{self._what}.{name}") for value in values)
 
+    def counts(self, name: str) -> dict[str, int]:
+        """An object of integers >= 0, by their names; empty where it is not there."""
+        if name not in self._values:
+            return {}
+        values = Members(self._get(name, dict, "an object of integers"), f"{self._what}.{name}")
+        return {key: values.count(key) for key in values._values}
+
     def named_objects(self, name: str) -> dict[str, Members]:
         values = self._get(name, dict, "an object")
         return {key: Members(value, f"{self._what}.{name}[{key!r}]") for key, value in values.items()}

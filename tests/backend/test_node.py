@@ -27,7 +27,7 @@ from lacre.receipts import TRAILER, Receipt
 from lacre.records import END
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
-from lacre_backend.api.app import create_app
+from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.frames import Kind
@@ -481,3 +481,57 @@ class TestCancelling:
         assert (last.kind, last.payload.decode()) == (Kind.ERROR, problems.WORKER_LOST.type)  # told, not left to find out
         assert not desk.hub.outbound
         assert desk.hub.gateway().workers("p", "m") == 0
+
+
+class Together:
+    """An app around another one: how many calls were under way at once, at most."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self.now = self.most = 0
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self.now -= 1
+
+
+class TestSequences:
+    """A request of `n` choices is `n` sequences at the engine: the node (of two slots) pulls accordingly."""
+
+    @pytest.mark.parametrize(("choices", "together"), [(1, 2), (2, 1), (8, 1)])
+    async def test_a_burst_is_pulled_by_what_it_weighs(self, app: App, choices: int, together: int) -> None:
+        desk, engine = Desk(app), EchoEngine(name="m", delay=0.01)
+        counted = Together(create_app([engine]))
+        body = {"model": "m", "n": choices, "max_tokens": 4, "messages": [{"role": "user", "content": "four"}]}
+        async with running(desk.node(counted, REPEATABLE, weighs=WEIGHED)):
+            answers = await asyncio.gather(*(desk.ask(*self.sealed(desk, body)) for _ in range(6)))
+        assert [answer.opened()[0].status for answer in answers] == [200] * 6
+        assert counted.most == together
+        engine.close()
+
+    async def test_a_request_that_the_app_refuses_holds_nothing(self, app: App) -> None:
+        desk, engine = Desk(app), EchoEngine(name="m")
+        async with running(desk.node(create_app([engine]), REPEATABLE, weighs=WEIGHED)):
+            for body in ({"model": "m", "n": 10**6}, {"model": "m", "messages": []}, [], {"model": "other"}):
+                answer = await desk.ask(*self.sealed(desk, body))
+                assert answer.opened()[0].status >= 400
+        engine.close()
+
+    async def test_what_is_no_generation_counts_as_one_at_once(self, app: App) -> None:
+        """Though the app says nothing of it."""
+        desk = Desk(app)
+        app.answer = app.slowly
+        async with running(desk.node(weighs=WEIGHED)):
+            for _ in range(2):
+                sealed = desk.seal({"lacre-action": "http"}, path="/predict")
+                await desk.dispatch(sealed, desk.grant(sealed.header, action="http"))
+            await until(lambda: len(app.calls) == 2)
+
+    @staticmethod
+    def sealed(desk: Desk, body: Any) -> tuple[Sealed, str]:
+        sealed = desk.seal({"lacre-max-tokens": "32"}, content=json.dumps(body).encode())
+        return sealed, desk.grant(sealed.header, max_tokens=32, max_prompt_tokens=1000)

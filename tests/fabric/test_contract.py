@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from lacre_fabric.nats_gateway import NatsGateway
 from lacre_fabric.work import (
     CREDIT,
     Cancelled,
+    Delivery,
     Dispatch,
     DuplicateWork,
     FabricUnavailable,
@@ -56,11 +58,11 @@ async def fabric(request: pytest.FixtureRequest, nats: LiveFabric) -> AsyncItera
     async def memory_gateway() -> GatewayFabric:
         return hub.gateway()
 
-    async def memory_worker(node: str = "n1", slots: int = 1) -> WorkerFabric:
-        return hub.worker("a", ["m1"], slots=slots)
+    async def memory_worker(node: str = "n1", models: Sequence[str] = ("m1",), **slots: Any) -> WorkerFabric:
+        return hub.worker("a", models, **slots)
 
-    async def nats_worker(node: str = "n1", slots: int = 1) -> WorkerFabric:
-        return await nats.worker(node=node, slots=slots)
+    async def nats_worker(node: str = "n1", models: Sequence[str] = ("m1",), **slots: Any) -> WorkerFabric:
+        return await nats.worker(node=node, models=models, **slots)
 
     async with AsyncExitStack() as stack:
         if request.param == "memory":
@@ -307,3 +309,77 @@ async def test_slots_bound_what_is_pulled(fabric: Fabric) -> None:
     worker.release()
     async with asyncio.timeout(3):
         await worker.pull()
+
+
+# Several models, and requests of several sequences
+
+TWO = {"models": ("m1", "m2"), "slots": 5, "each": {"m1": 2, "m2": 3}}
+
+
+async def pulled(worker: WorkerFabric, patience: float = 0.4) -> list[Delivery]:
+    """All that it pulls until nothing more comes."""
+    deliveries = []
+    while True:
+        try:
+            async with asyncio.timeout(patience):
+                deliveries.append(await worker.pull())
+        except TimeoutError:
+            return deliveries
+
+
+async def test_a_flood_of_one_model_takes_no_slot_of_another(fabric: Fabric) -> None:
+    gateway, worker = await fabric.gateway(), await fabric.worker(**TWO)
+    for _ in range(8):
+        await gateway.dispatch(new_work(model="m1"))
+    for _ in range(8):
+        await gateway.dispatch(new_work(model="m2"))
+    taken = await pulled(worker)
+    assert sorted(delivery.work.model for delivery in taken) == ["m1", "m1", "m2", "m2", "m2"]
+    worker.release(next(delivery for delivery in taken if delivery.work.model == "m2"))
+    assert [delivery.work.model for delivery in await pulled(worker)] == ["m2"]
+
+
+async def test_what_a_worker_cannot_begin_stays_for_others(fabric: Fabric) -> None:
+    gateway, worker = await fabric.gateway(), await fabric.worker(**TWO)
+    works = [new_work(model="m1") for _ in range(4)]
+    for work in works:
+        await gateway.dispatch(work)
+    taken = await pulled(worker)
+    other = await fabric.worker(node="n2", models=("m1",), slots=4)
+    async with asyncio.timeout(3):
+        rest = [await other.pull(), await other.pull()]
+    assert not any(delivery.again for delivery in rest), "it was never given to the first one"
+    assert {delivery.work.request_id for delivery in [*taken, *rest]} == {work.request_id for work in works}
+
+
+async def test_a_request_of_many_sequences_takes_as_many_slots(fabric: Fabric) -> None:
+    gateway, worker = await fabric.gateway(), await fabric.worker(models=("m1", "m2"), slots=6, each={"m1": 4, "m2": 2})
+    for _ in range(5):
+        await gateway.dispatch(new_work(model="m1"))
+    async with asyncio.timeout(3):
+        heavy = await worker.pull()
+    worker.weigh(heavy, 16)
+    for _ in range(3):
+        await gateway.dispatch(new_work(model="m2"))
+    assert [delivery.work.model for delivery in await pulled(worker)] == ["m2", "m2"], "its weight is its own model's affair"
+    worker.weigh(heavy, 4)
+    assert await pulled(worker) == []
+    worker.weigh(heavy, 3)
+    assert [delivery.work.model for delivery in await pulled(worker)] == ["m1"]
+    worker.release(heavy)
+    worker.weigh(heavy, 16)  # too late to mean anything
+    assert [delivery.work.model for delivery in await pulled(worker)] == ["m1", "m1", "m1"]
+
+
+async def test_a_request_whose_sequences_are_not_known_holds_its_model_back(fabric: Fabric) -> None:
+    gateway, worker = await fabric.gateway(), await fabric.worker(slots=4)
+    for _ in range(4):
+        await gateway.dispatch(new_work())
+    async with asyncio.timeout(3):
+        first = await worker.pull()
+    worker.weigh(first, None)
+    assert await pulled(worker) == []
+    worker.weigh(first, 2)
+    assert len(await pulled(worker)) == 2
+    worker.weigh(first, 1)
+    assert len(await pulled(worker)) == 1

@@ -81,9 +81,16 @@ class LiveFabric:
     async def gateway(self, name: str = "g1") -> NatsGateway:
         return await NatsGateway.connect(self.server.url, self.credentials[f"gateway-{name}"], name)
 
-    async def worker(self, pool: str = "a", node: str = "n1", models: Sequence[str] = ("m1",), slots: int = 1) -> NatsWorker:
+    async def worker(
+        self,
+        pool: str = "a",
+        node: str = "n1",
+        models: Sequence[str] = ("m1",),
+        slots: int = 1,
+        each: Mapping[str, int] | None = None,
+    ) -> NatsWorker:
         credential = self.credentials[f"worker-{pool}-{node}"]
-        return await NatsWorker.connect(self.server.url, credential, pool, node, models, slots=slots)
+        return await NatsWorker.connect(self.server.url, credential, pool, node, models, slots=slots, each=each)
 
 
 def sealed_bytes() -> bytes:

@@ -43,6 +43,7 @@ from lacre_backend.api.requests import (
 from lacre_backend.api.served import Served, Serving, whose_turn
 from lacre_backend.engine.protocol import Engine, EngineError, Kind, Task
 
+WEIGHED: Final = frozenset({"chat", "complete"})  # of which a request says by `n` how many sequences it is
 # What may begin before it is known whether another worker has it: nothing outside this process changes by it.
 REPEATABLE: Final = frozenset({"chat", "complete", "embed", "inspect"})
 DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
@@ -110,6 +111,8 @@ class _Endpoint(ABC, Generic[_Request]):
 
     async def _answer(self, request: _Request, scope: Scope, send: Send) -> None:
         call: Call | None = scope.get("extensions", {}).get(EXTENSION)
+        if call is not None:
+            call.weigh(request.n)
         ceilings.check_action(call, request, self.action)
         served = self._serving.named(request.model, Kind.GENERATE)
         model, begun = served.engine.model, request.begun
@@ -137,7 +140,9 @@ class _Endpoint(ABC, Generic[_Request]):
         )
         usage = Usage() if call is None else call.usage
         reply = shapes.Reply(self.shape.prefix + task.id, int(time.time()), model, request.include_usage)
-        generation = Generation(served.engine, task, request.n, usage, self.prompt_param)
+        generation = Generation(
+            served.engine, task, request.n, usage, self.prompt_param, weigh=None if call is None else call.weigh
+        )
         try:
             generation.submit()
             answer = Answer(generation, self.shape(reply), self.reader(served, request))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -39,8 +39,19 @@ class Generation:
     same choice.
     """
 
-    def __init__(self, engine: Engine, task: Task, n: int, usage: Usage, prompt_param: str) -> None:
-        """usage: where to count. prompt_param: the caller's word for the prompt."""
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        n: int,
+        usage: Usage,
+        prompt_param: str,
+        *,
+        weigh: Callable[[int], object] | None = None,
+    ) -> None:
+        """usage: where to count. prompt_param: the caller's word for the prompt. weigh: hears how many choices did not end."""
+        self._weigh = weigh
+        self._unfinished = n
         self._params = _PARAMS | {"prompt": prompt_param}
         self._engine = engine
         self._usage = usage
@@ -77,6 +88,10 @@ class Generation:
                     if isinstance(event, Finish) and event.reason == "cancelled":
                         raise shutting_down()
                     self._count(event)
+                    if isinstance(event, Finish):
+                        self._unfinished -= 1
+                        if self._weigh is not None:
+                            self._weigh(self._unfinished)
                     if not isinstance(event, Read):
                         yield index, event
         except GrammarTooCostly:

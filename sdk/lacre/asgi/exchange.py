@@ -68,11 +68,16 @@ class Usage:
     model_digest: str = ""
 
 
+def _weightless(_sequences: int) -> None:
+    """Of a call that no worker counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What the grant says of this call; None where it says nothing. max_tokens counts output over all choices.
 
     fair: pseudonyms of the tenant and of the caller that change hourly. They say whose turn it is, and are for nothing else.
+    weigh: tells the worker how many sequences the call is at its engine, and is still; it pulls accordingly. From any thread.
     """
 
     request_id: str
@@ -83,6 +88,7 @@ class Call:
     features: frozenset[str] = frozenset()
     fair: tuple[str, str] | None = None
     usage: Usage = field(default_factory=Usage)
+    weigh: Callable[[int], object] = field(default=_weightless, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
