@@ -86,16 +86,27 @@ def test_beginning_of_sequence_comes_once() -> None:
 
 
 def test_a_mark_shows_nothing_to_the_caller() -> None:
-    template = loaded("{{ raise_exception('no ' + '<|end|>' + messages[0].content) }}")
+    against = "{% if messages | length > 4 %}{{ raise_exception('no ' + '<|end|>' + messages[0].content) }}{% endif %}"
     with pytest.raises(TemplateRefused) as caught:
-        template.render([{"role": "user", "content": "here"}])
+        loaded(against + SPELLED).render([{"role": "user", "content": "here"}] * 5)
     assert str(caught.value) == "no <|end|>here"
 
 
-@pytest.mark.parametrize("source", ["{{ messages[9].content.x }}", "{{ 1 + messages[0].content }}", "{{ 1 // 0 }}"])
+FAILING = ["{{ messages[9].content.x }}", "{{ 1 + messages[0].content }}", "{{ 1 // 0 }}"]
+
+
+@pytest.mark.parametrize("source", FAILING)
 def test_a_failing_template_refuses(source: str) -> None:
-    with pytest.raises(TemplateRefused):
-        loaded(source).render([{"role": "user", "content": "secret"}])
+    with pytest.raises(TemplateRefused, match="fails on them"):
+        loaded("{% if messages | length > 4 %}" + source + "{% endif %}" + SPELLED).render(
+            [{"role": "user", "content": "x"}] * 5
+        )
+
+
+@pytest.mark.parametrize("source", FAILING)
+def test_one_that_always_fails_is_not_loaded(source: str) -> None:
+    with pytest.raises(SettingsError, match="does not take a single message"):
+        loaded(source)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +114,13 @@ def test_a_failing_template_refuses(source: str) -> None:
     ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ raise_exception.__globals__ }}", "{{ cycler.__init__ }}"],
 )
 def test_the_sandbox_holds(source: str) -> None:
+    messages = [{"role": "user", "content": "x"}] * 5
     try:
-        pieces = loaded(source).render([{"role": "user", "content": "x"}])
-    except TemplateRefused:
-        return
-    assert pieces == ()
+        pieces = loaded("{% if messages | length > 4 %}" + source + "{% endif %}" + SPELLED).render(messages)
+    except TemplateRefused as refused:
+        assert str(refused) == "it fails on them"
+    else:
+        assert pieces == loaded(SPELLED).render(messages)
 
 
 def test_a_template_that_does_not_compile() -> None:
@@ -188,7 +201,7 @@ def test_thousands_of_literals_that_begin_alike() -> None:
 
 def test_a_template_that_recurses_into_a_tool_refuses_what_is_too_deep() -> None:
     source = "{% macro r(s) %}{{ r(s.p) if s.p else s.t }}{% endmacro %}{% for t in tools or [] %}{{ r(t) }}{% endfor %}"
-    template = ChatTemplate(dataclasses.replace(ECHO.model, chat_template=source))
+    template = loaded(source + SPELLED)
     schema: dict[str, object] = {"t": "string"}
     for _ in range(900):
         schema = {"p": schema}

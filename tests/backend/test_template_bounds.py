@@ -8,7 +8,8 @@ from typing import Any
 import jinja2
 import pytest
 
-from lacre_backend.api.template_bounds import MAX_SOURCE, BoundedEnvironment, Bounds, TemplateTooLarge
+from lacre_backend.api.template_bounds import MAX_SOURCE, Bounds, TemplateTooLarge
+from lacre_backend.api.template_environment import template_environment
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -40,12 +41,42 @@ TOO_LARGE = {
     "a wide format method": "{{ '{:999999999}'.format('a') }}",
     "a large power": "{{ 9 ** 9 ** 9 ** 9 }}",
     "a number without end": "{{ 9e99999 }}{{ t(9e99999) }}",
+    "a wide format map": "{{ '{a:999999999}'.format_map({'a': 1}) }}",
+    "a wide JSON": "{{ {'a': {'b': 1}} | tojson(indent=999999) }}",
+    "a JSON with long separators": "{% set l = 'a' * 60000 %}{{ [1, 2, 3, 4, 5, 6] | tojson(separators=(l, l)) }}",
+    "a JSON with a long indent": "{% set l = 'a' * 60000 %}{{ [1, 2, 3, 4, 5, 6] | tojson(indent=l) }}",
+    "a JSON that escapes": "{% set l = 'é' * 60000 %}{{ l | tojson(ensure_ascii=True) }}",
     "a long list": "{{ range(99999) | list | length }}" * 9,
 }  # fmt: skip
 
 
+DEEP = "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+# A list that is small until it is written: it holds another twice, which holds a third twice, and so on.
+WRITTEN = {
+    "put out": "{{ n.x }}",
+    "in a block": "{% set y %}{{ n.x }}{% endset %}",
+    "string": "{{ n.x | string | length }}",
+    "upper": "{{ n.x | upper }}",
+    "pprint": "{{ n.x | pprint }}",
+    "tojson": "{{ n.x | tojson }}",
+    "tojson with an indent": "{{ n.x | tojson(indent=2) }}",
+    "in a dict": "{{ dict(a=n.x) }}",
+    "the items of a dict": "{{ {'a': n.x}.items() | string }}",
+    "~": "{{ (n.x ~ 'a') | length }}",
+    "%": "{{ ('%s' % n.x) | length }}",
+    "the filter format": "{{ ('%s' | format(n.x)) | length }}",
+    "the method format": "{{ '{}'.format(n.x) | length }}",
+    "a method format that was kept": "{% set f = '{a}'.format %}{{ f(a=n.x) | length }}",
+    "the method format_map": "{{ '{a}'.format_map({'a': n.x}) | length }}",
+    "join": "{{ n.x | join | length }}",
+    "join of what was selected": "{{ [n.x] | select | join | length }}",
+    "map": "{{ [n.x] | map('string') | join }}",
+    "replace": "{{ 'a' | replace('a', n.x) }}",
+}
+
+
 def rendered(source: str, **bounds: Any) -> str:
-    environment = BoundedEnvironment(Bounds(**{"rounds": 20_000, "size": 2**18, **bounds}))
+    environment = template_environment(Bounds(**{"rounds": 20_000, "size": 2**18, **bounds}))
     return environment.rendered(environment.compiled(source), {"messages": MESSAGES, "tools": None})
 
 
@@ -53,6 +84,21 @@ def rendered(source: str, **bounds: Any) -> str:
 def test_what_a_template_makes_is_bounded(name: str) -> None:
     with pytest.raises(jinja2.TemplateError):
         rendered(TOO_LARGE[name])
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_what_is_written_is_weighed_before(how: str) -> None:
+    """Made first, each of these would have 2 to the 60th parts."""
+    with pytest.raises(TemplateTooLarge):
+        rendered(DEEP + WRITTEN[how])
+
+
+def test_what_is_written_often_is_not_too_large() -> None:
+    """A conversation that is near what a request may hold."""
+    messages = [{"role": "user", "content": "é" * 3000}] * 2000
+    environment = template_environment()
+    source = "{% for m in messages %}{{ m | tojson(ensure_ascii=True) }}{% endfor %}{{ messages | tojson | length }}"
+    assert len(environment.rendered(environment.compiled(source), {"messages": messages})) > 2000 * 18_000
 
 
 def test_a_long_or_deep_template_is_refused() -> None:
@@ -81,10 +127,17 @@ def test_time_is_bounded_where_it_loops() -> None:
         "{{ lacre_round.__func__.__globals__ }}",
         "{{ cycler.__init__.__globals__ }}",
         "{% include 'x' %}",
+        "{{ dict.__class__ }}",
+        "{{ dict.mro }}",
+        "{{ namespace.__mro__ }}",
+        "{{ namespace(__html__=messages) | e }}",
+        "{% set n = namespace() %}{% set n.__html__ = messages %}{{ n | e }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ strftime_now.__globals__ }}",
     ],
 )
 def test_nothing_of_the_process_is_reached(source: str) -> None:
-    with contextlib.suppress(jinja2.TemplateError, TypeError):
+    with contextlib.suppress(jinja2.TemplateError, TypeError, AttributeError):
         assert rendered(source) == ""
 
 

@@ -52,7 +52,7 @@ DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
 def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_TIME_LIMIT) -> App:
     """An ASGI app that serves these engines, each under its model's name. The caller closes them.
 
-    Raises `SettingsError` if a model's chat template does not compile, or two have one name.
+    Raises `SettingsError` if a model's chat template cannot be used, or two have one name.
     """
     served: dict[str, Served] = {}
     for engine in engines:

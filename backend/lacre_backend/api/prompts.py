@@ -21,6 +21,7 @@ from lacre_backend.api.parsed import check_size
 from lacre_backend.api.requests import Message
 from lacre_backend.api.served import Served
 from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
+from lacre_backend.api.template_texts import as_text
 from lacre_backend.api.tools import Tool
 from lacre_backend.engine.protocol import EngineClosed, Kind, TextRefused
 
@@ -35,7 +36,7 @@ async def chat_prompt(served: Served, messages: Sequence[Message], tools: Sequen
     written = [message.for_template() for message in messages]
     told = [tool.for_template() for tool in tools]
     check_size(written)  # with the arguments of calls, which the body holds as text
-    begun = written.pop()["content"] if goes_on else ""
+    begun = as_text(written.pop()["content"]) if goes_on else ""
     try:
         pieces = (*_rendered(template, written, told), begun)
     except TemplateRefused as refusal:
@@ -94,11 +95,11 @@ def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Writt
     instructions = _instructions(template, told)
     first = spoken[0]
     if first["role"] == "system":
-        return template.render([{**first, "content": f"{first['content']}\n\n{instructions}"}, *spoken[1:]])
+        return template.render([{**first, "content": f"{as_text(first['content'])}\n\n{instructions}"}, *spoken[1:]])
     try:
         return template.render([{"role": "system", "content": instructions}, *spoken])
     except TemplateRefused:  # some know no system message
-        return template.render([{**first, "content": f"{instructions}\n\n{first['content']}"}, *spoken[1:]])
+        return template.render([{**first, "content": f"{instructions}\n\n{as_text(first['content'])}"}, *spoken[1:]])
 
 
 def _spoken(template: ChatTemplate, written: Sequence[_Written]) -> list[_Written]:
@@ -106,7 +107,7 @@ def _spoken(template: ChatTemplate, written: Sequence[_Written]) -> list[_Writte
     spoken: list[_Written] = []
     for is_result, group in itertools.groupby(written, lambda message: message["role"] == "tool"):
         if is_result:
-            content = "\n".join(_result(template, message["content"]) for message in group)
+            content = "\n".join(_result(template, as_text(message["content"])) for message in group)
             spoken.append({"role": "user", "content": content})
         else:
             spoken += [_without_calls(template, message) for message in group]
@@ -115,7 +116,9 @@ def _spoken(template: ChatTemplate, written: Sequence[_Written]) -> list[_Writte
 
 def _without_calls(template: ChatTemplate, message: _Written) -> _Written:
     calls = [call["function"] for call in message.get("tool_calls", ())]
-    said = [message["content"]] if message["content"] or not calls else []
+    if not calls:
+        return message
+    said = [as_text(message["content"])] if message["content"] else []
     texts = [*said, *(_call(template, call) for call in calls)]
     return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": "\n".join(texts)}
 

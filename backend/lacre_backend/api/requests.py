@@ -81,9 +81,11 @@ class Message(Parsed):
     tool_call_id: Annotated[str, Field(max_length=MAX_ID)] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """`developer` is OpenAI's newer word for `system`; templates know the old one."""
+        """`developer` is OpenAI's newer word for `system`; templates know the old one. One part is a text."""
         role = "system" if self.role == "developer" else self.role
-        written: dict[str, Any] = {"role": role, "content": "".join(part.text for part in self.content or ())}
+        texts = [part.text for part in self.content or ()]
+        content = [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else "".join(texts)
+        written: dict[str, Any] = {"role": role, "content": content}
         if self.name is not None:
             written["name"] = self.name
         if self.tool_calls is not None:

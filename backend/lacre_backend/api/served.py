@@ -19,7 +19,7 @@ SALT_HEADER: Final = b"lacre-cache-salt"
 
 
 class Served:
-    """An engine and its chat template, if its model has one. Raises `SettingsError` if that does not compile."""
+    """An engine and its chat template, if its model has one. Raises `SettingsError` if that cannot be used."""
 
     def __init__(self, engine: Engine) -> None:
         model = engine.model

@@ -16,6 +16,8 @@ show to be composed are recognised in the rendered text after all, and each of *
 mark of its own before rendering, which turns into plain text after it. What is left then, for such templates only, is a
 literal that a template builds out of halves from two users' strings that it puts directly beside each other.
 
+What it renders is what Hugging Face's `apply_chat_template` renders. No text is left out unsaid: `template_texts.py` looks.
+
 The template itself comes with the model. It runs in Jinja's sandbox: it can neither reach nor change anything of this process.
 `template_bounds.py` limits its rounds, its time and its text.
 """
@@ -28,18 +30,28 @@ import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import jinja2
 
 from lacre.errors import SettingsError
 from lacre_backend.api.calls import FORMATS, CallFormat
-from lacre_backend.api.template_bounds import BoundedEnvironment
+from lacre_backend.api.template_environment import Raised, template_environment
+from lacre_backend.api.template_texts import (
+    Form,
+    Message,
+    Rendering,
+    TemplateRefused,
+    TextLost,
+    Tools,
+    check_texts,
+    form_of,
+    shaped,
+)
 from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo
 
-Message = Mapping[str, Any]  # role, content, and what tools add: Hugging Face's `tool_calls`, `tool_call_id`
-Tools = Sequence[Mapping[str, Any]] | None
+__all__ = ["ChatTemplate", "Message", "Piece", "TemplateRefused", "Tools"]
+
 Piece = str | ControlToken  # str: plain text, in which no control token is recognised
 
 _NAME, _ARGUMENTS, _RESULT = "get_tide", {"port": "Porto"}, "It rises."
@@ -66,12 +78,20 @@ _SAMPLES: Final[tuple[tuple[tuple[Message, ...], Tools], ...]] = (
 )
 
 
-class TemplateRefused(Exception):
-    """The template does not take these messages; the text is the template's own, for the caller."""
+# The simplest conversations in which each role speaks.
+_USER: Final[Message] = {"role": "user", "content": "Hello"}
+_SYSTEM: Final[Message] = {"role": "system", "content": "Be kind"}
+_ANSWER: Final[Message] = {"role": "assistant", "content": "Two"}
+_SPEAKING: Final[Mapping[str, tuple[tuple[Message, ...], Tools]]] = {
+    "user": ((_USER,), None),
+    "system": ((_SYSTEM, _USER), None),
+    "assistant": ((_USER, _ANSWER, _USER), None),
+    "tool": (_USED, (_TOOL,)),
+}
 
 
 class ChatTemplate:
-    """A model's chat template, loaded. Raises `SettingsError` if it does not compile.
+    """A model's chat template, loaded. Raises `SettingsError` if it does not compile, or leaves out what messages say.
 
     calls: how the model writes calls of functions, if the template takes tools and it is a way that is known here.
     """
@@ -89,26 +109,41 @@ class ChatTemplate:
         self._by_id = {token.id: token for token in self.control}
         self._composed: re.Pattern[str] | None = None
         marked = self._literal.sub(lambda match: self._control_mark(match[0]), model.chat_template)
+        self._forms: dict[str, Form] = {}
+        self._no_tools: Tools = None
         try:
-            self._environment = _environment()
+            self._environment = template_environment()
             plain = self._environment.compiled(model.chat_template)
             self._template = self._environment.compiled(marked)
         except jinja2.TemplateError:
-            raise SettingsError(f"The chat template of {model.name} does not compile. Convert the model again.") from None
+            raise self._unusable("does not compile") from None
+        self._learn_forms(plain)
         if not self._same_as(plain):
             self._template = plain
             self._composed = self._literal
         elif composed := self._composed_literals():
             self._composed = any_of(composed)
         self.calls = self._known_calls()
+        self._check_whole()
 
-    def render(self, messages: Sequence[Message], tools: Tools = None) -> tuple[Piece, ...]:
-        """The prompt, up to where the assistant's answer begins. Raises `TemplateRefused`."""
+    def render(
+        self, messages: Sequence[Message], tools: Tools = None, *, add_generation_prompt: bool = True
+    ) -> tuple[Piece, ...]:
+        """The prompt, up to where the assistant's answer begins. Raises `TemplateRefused`.
+
+        A content is a text or a list of text parts; the template gets it in the form that it takes from its role.
+        """
+
+        def run(messages: Sequence[Message], tools: Tools) -> str:
+            return self._run(self._template, messages, tools, add_generation_prompt=add_generation_prompt)
+
         try:
-            swapped = self._swapped(messages), self._swapped(tools)
+            swapped, told = self._swapped(shaped(messages, self._forms)), self._swapped(tools)
         except RecursionError:
             raise TemplateRefused("they nest too deeply") from None
-        return self._pieces(self._run(self._template, *swapped))
+        rendered = run(swapped, told)
+        check_texts(swapped, told, run, rendered)
+        return self._pieces(rendered)
 
     def constant(self, text: str) -> str:
         """A text of this program's own, to stand in a message: literals of control tokens in it are control tokens."""
@@ -157,26 +192,77 @@ class ChatTemplate:
 
     # Running it
 
-    def _run(self, template: jinja2.Template, messages: Any, tools: Any) -> str:
-        # Both templates get marks here: what a template does with its beginning-of-sequence token is not a user's text.
-        special = {
-            name: self._control_mark(token.text) if token and token.text in self._control else ""
-            for name, token in (("bos_token", self._model.bos), ("eos_token", self._model.eos))
+    def _run(self, template: jinja2.Template, messages: Any, tools: Any, *, add_generation_prompt: bool = True) -> str:
+        values = {
+            "messages": messages,
+            "tools": self._no_tools if tools is None else tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
         }
+        for name, token in (("bos_token", self._model.bos), ("eos_token", self._model.eos)):
+            if token is not None:
+                # Both templates get marks here: what one does with its beginning-of-sequence token is not a user's text.
+                values[name] = self._control_mark(token.text) if token.text in self._control else token.text
         try:
-            values = {"messages": messages, "add_generation_prompt": True, "tools": tools, **special}
             return self._environment.rendered(template, values)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             # Only `raise_exception` speaks to the caller; any other failure says how the template is written.
-            said = str(error) if isinstance(error, _Raised) else "it fails on them"
+            said = str(error) if isinstance(error, Raised) else "it fails on them"
             raise TemplateRefused(self._mark.sub(lambda match: self._by_id[int(match[2])].text, said)) from None
 
     def _outcome(self, template: jinja2.Template, messages: Sequence[Message], tools: Tools) -> str:
         """What a sample renders to, with the marks written out again; or what the template says against it."""
         try:
-            return self._mark.sub(lambda match: self._by_id[int(match[2])].text, self._run(template, messages, tools))
+            rendered = self._run(template, shaped(messages, self._forms), tools)
         except TemplateRefused as refusal:
             return f"refused: {refusal}"
+        return self._mark.sub(lambda match: self._by_id[int(match[2])].text, rendered)
+
+    # Learning about it
+
+    def _learn_forms(self, plain: jinja2.Template) -> None:
+        """The form of each role's contents. A role that the template refuses has none, and each request hears why."""
+
+        def run(messages: Sequence[Message], tools: Tools) -> str:
+            return self._run(plain, shaped(messages, self._forms), tools)
+
+        self._no_tools = self._simplest(run)
+        for role, (sample, tools) in _SPEAKING.items():
+            try:
+                form = form_of(role, sample, tools, run)
+            except TextLost as lost:
+                if role == "tool":
+                    continue  # then it takes no tools, and is not given this role
+                raise self._unusable(f"leaves out {lost.what}") from None
+            if form is not None:
+                self._forms[role] = form
+
+    def _simplest(self, run: Rendering) -> Tools:
+        """What says to the template that there are no tools: nothing, but for one that needs a list. Raises `SettingsError`."""
+        for tools in (None, ()):
+            for messages in ((_USER,), (_SYSTEM, _USER)):
+                try:
+                    run(messages, tools)
+                except TemplateRefused as refusal:
+                    said = str(refusal)
+                else:
+                    return tools
+        raise self._unusable(f"does not take a single message ({said})")
+
+    def _check_whole(self) -> None:
+        """The roles that the template takes, in one conversation; and with tools, where it takes these."""
+        spoken = [message for message in (_SYSTEM, _USER, _ANSWER, _USER) if message["role"] in self._forms]
+        used = [*spoken[:1], *_USED] if spoken[0] is _SYSTEM else _USED
+        for messages, tools in ((spoken, None), *(((used, (_TOOL,)),) if self.calls else ())):
+            try:
+                self.render(messages, tools)
+            except TextLost as lost:
+                raise self._unusable(f"leaves out {lost.what}") from None
+            except TemplateRefused:
+                continue  # each request hears why
+
+    def _unusable(self, why: str) -> SettingsError:
+        return SettingsError(f"The chat template of {self._model.name} {why}. Convert the model again, with another template.")
 
     def _same_as(self, plain: jinja2.Template) -> bool:
         return all(self._outcome(self._template, *sample) == self._outcome(plain, *sample) for sample in _SAMPLES)
@@ -192,7 +278,7 @@ class ChatTemplate:
         found: dict[str, ControlToken] = {}
         for sample in _SAMPLES:
             try:
-                pieces = self._pieces(self._run(self._template, *sample))
+                pieces = self._pieces(self._run(self._template, shaped(sample[0], self._forms), sample[1]))
             except TemplateRefused:
                 continue
             for piece in pieces:
@@ -311,31 +397,3 @@ def _branches(literals: Sequence[str]) -> str:
         rest = _branches([each for each in rests if each])
         branches.append(re.escape(begin) + (rest and f"(?:{rest}){optional}"))
     return "|".join(branches)
-
-
-# What templates expect to find, as in Hugging Face's `apply_chat_template`
-
-
-class _Raised(jinja2.TemplateError):
-    """The template called `raise_exception`."""
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _Raised(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().astimezone().strftime(form)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    # Jinja's own escapes HTML, which no model was trained on.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _environment() -> BoundedEnvironment:
-    environment = BoundedEnvironment()
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment

@@ -3,6 +3,8 @@
 Rules
 - What one rendering makes is counted: rounds of loops, calls of macros, and the length of every value, all of them together.
 - Its time is limited too, wherever it counts.
+- What is written out, as text or as JSON, is weighed before: a list that holds another twice, which holds a third twice, is
+  small until it is written.
 - What goes beyond is a `TemplateError`, as everything else that a template does wrong.
 """
 
@@ -11,14 +13,14 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -27,8 +29,16 @@ MAX_SOURCE: Final = 256 * 1024  # characters of a template; the longest in use h
 _LOOK_EACH: Final = 256  # rounds between looks at the clock
 # Names that no template has of its own.
 _ROUND: Final = "lacre_round"
-_CHECKED: Final = "lacre_checked"
+_WRITTEN: Final = "lacre_written"
 _JOINED: Final = "lacre_joined"
+# Characters of a value that is no text and holds none: a number. Longer ones are of some thousand digits at most.
+_SCALAR: Final = 32
+_HOLDING: Final = (Mapping, list, tuple, set, frozenset, ItemsView, KeysView, ValuesView)
+# Filters that look at values and write none of them out.
+_LOOKING: Final = frozenset({
+    "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map", "max",
+    "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
+})  # fmt: skip
 T = TypeVar("T")
 
 
@@ -46,6 +56,39 @@ class Bounds:
     rounds: int = 1_000_000
     size: int = 128 * 2**20
     seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Of a value, as it would be written out: characters, without what JSON escapes; values in it; how deep they nest."""
+
+    characters: int
+    values: int
+    depth: int
+
+
+def weight(value: Any) -> Weight:
+    """Takes time for what is there once, however often it is held. Raises `RecursionError` for what nests too deeply."""
+    return _weight(value, {})
+
+
+def _weight(value: Any, known: dict[int, tuple[Any, Weight]]) -> Weight:
+    """known: by the identity of a value that it keeps, so that no other gets the same one."""
+    if isinstance(value, str):
+        return Weight(len(value) + 2, 1, 0)
+    if not isinstance(value, _HOLDING):
+        return Weight(value.bit_length() // 3 + 2 if isinstance(value, int) else _SCALAR, 1, 0)
+    if id(value) not in known:
+        inside = [_weight(each, known) for each in value]
+        if isinstance(value, Mapping):
+            inside += [_weight(each, known) for each in value.values()]
+        weighed = Weight(
+            sum((each.characters + 2 for each in inside), start=2),
+            sum((each.values for each in inside), start=1),
+            max((each.depth for each in inside), default=0) + 1,
+        )
+        known[id(value)] = value, weighed
+    return known[id(value)][1]
 
 
 class _Spent:
@@ -74,8 +117,20 @@ class _Spent:
             self._size += len(value)
         return value
 
+    def written(self, value: T) -> T:
+        """What becomes part of the text."""
+        self.weigh(value)
+        return self.value(value)
+
+    def weigh(self, *values: Any) -> None:
+        """Before they are written out."""
+        for value in values:
+            if not isinstance(value, str):
+                self.room(weight(value).characters)
+
     def joined(self, *values: Any) -> str:
         """What `~` makes."""
+        self.weigh(*values)
         texts = [str(value) for value in values]
         self.room(sum(map(len, texts)))
         return self.value("".join(texts))
@@ -90,15 +145,29 @@ class _Spent:
 _spent: ContextVar[_Spent] = ContextVar("lacre.template")
 
 
+def make_room(size: int) -> None:
+    """In a rendering, before a value of that size is made."""
+    _now().room(size)
+
+
+def _now() -> _Spent:
+    """Of a constant, which is worked out as the template is compiled, there is no rendering yet."""
+    return _spent.get(None) or _Spent(Bounds())
+
+
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """An environment for one model's template."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, bounds: Bounds | None = None) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], optimized=False)
+    def __init__(self, bounds: Bounds | None = None, *, extensions: Sequence[type[Extension]] = (loopcontrols,)) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
         self._bounds = bounds or Bounds()
-        self.filters = {name: _bounded(function) for name, function in self.filters.items()}
+        for name, function in list(self.filters.items()):
+            self.add_filter(name, function)
+
+    def add_filter(self, name: str, function: Callable[..., Any]) -> None:
+        self.filters[name] = _bounded(function, writes=name not in _LOOKING)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         if len(source) > MAX_SOURCE:
@@ -119,7 +188,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         spent = _Spent(self._bounds)
         token = _spent.set(spent)
         try:
-            return template.render(**values, **{_ROUND: spent.round, _CHECKED: spent.value, _JOINED: spent.joined})
+            return template.render(**values, **{_ROUND: spent.round, _WRITTEN: spent.written, _JOINED: spent.joined})
         except (RecursionError, MemoryError, OverflowError, NameError):  # an infinite number is a name in what Jinja makes
             raise TemplateTooLarge("The template goes too deep, or makes a value that is too large.") from None
         finally:
@@ -137,18 +206,22 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                     raise TemplateTooLarge("The template makes a number that is too large.")
         if operator == "%" and isinstance(left, str):
             _check_format(left)
+            spent.weigh(right)
         if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
             spent.room(len(left) + len(right))
         return spent.value(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         spent = _spent.get()
-        if __obj in (spent.round, spent.value, spent.joined):
+        if __obj in (spent.round, spent.written, spent.joined):
             return __obj(*args)
         spent.arguments(args, kwargs)
-        owner = getattr(__obj, "__self__", None)
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox has `format` and `format_map` wrapped
+        owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
-            _check_method(__obj.__name__, owner, args, spent)
+            args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
+            _check_method(method.__name__, owner, args, spent)
+            spent.weigh(*args, *kwargs.values())
         return spent.value(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -175,7 +248,7 @@ class _Counted(NodeTransformer):
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
-        node.nodes = [each if isinstance(each, nodes.TemplateData) else _call(_CHECKED, [each]) for each in node.nodes]
+        node.nodes = [each if isinstance(each, nodes.TemplateData) else _call(_WRITTEN, [each]) for each in node.nodes]
         return node
 
 
@@ -183,15 +256,18 @@ def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
     return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
 
 
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is given no large number, and whose value counts."""
+def _bounded(function: Callable[..., Any], *, writes: bool) -> Callable[..., Any]:
+    """A filter that is given no large number, and whose value counts. writes: values that it is given become text."""
+    has_context = int(hasattr(function, "jinja_pass_arg"))  # of the template, before what it gives
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        spent = _spent.get(None)
-        if spent is None:  # a constant, worked out as the template is compiled
-            spent = _Spent(Bounds())
+        spent = _now()
         spent.arguments(args, kwargs)
+        if function.__name__ in ("do_join", "sync_do_join"):
+            args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
+        if writes:
+            spent.weigh(*args[has_context:], *kwargs.values())
         texts = [value for value in args if isinstance(value, str)]
         if texts and function.__name__ == "do_format":
             _check_format(texts[0])

@@ -1,0 +1,101 @@
+"""Conversations that each template is given. Every text has a word that nothing else has: `WORD`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+
+WORD: Final = re.compile(r"w_[a-z]+")
+
+TIDE: Final[dict[str, Any]] = {
+    "type": "function",
+    "function": {
+        "name": "get_tide",
+        "description": "The tide at a port, é <now>",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "port": {"type": "string", "description": "Its name"},
+                "unit": {"type": "string", "enum": ["m", "ft"]},
+            },
+            "required": ["port"],
+        },
+    },
+}
+WAVES: Final[dict[str, Any]] = {"type": "function", "function": {**TIDE["function"], "name": "get_waves"}}
+
+
+def said(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def calling(content: str, **calls: str) -> dict[str, Any]:
+    """calls: the ports that tools are asked for, by the calls' ids."""
+    written = [
+        {"id": call, "type": "function", "function": {"name": "get_tide", "arguments": {"port": port, "unit": "m"}}}
+        for call, port in calls.items()
+    ]
+    return {"role": "assistant", "content": content, "tool_calls": written}
+
+
+def result(call: str, content: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call, "name": "get_tide", "content": content}
+
+
+SYSTEM: Final = said("system", "Be kind, w_system.\nSempre. ")
+ASK: Final = said("user", "Olá w_ask 🌊 \"quoted\" <b> & 'that' \\ {{ x }}")
+ANSWER: Final = said("assistant", "  It rises, w_answer.\n")
+AGAIN: Final = said("user", "And w_again?")
+_USED: Final = [ASK, calling("", call00001="w_port é"), result("call00001", "2 m w_result <b>")]
+_DONE: Final = [*_USED, said("assistant", "Two metres, w_done."), AGAIN]
+
+CONVERSATIONS: Final[dict[str, tuple[Messages, Tools]]] = {
+    "a question": ([ASK], None),
+    "after a system message": ([SYSTEM, ASK], None),
+    "several turns": ([ASK, ANSWER, AGAIN], None),
+    "several turns after a system message": ([SYSTEM, ASK, ANSWER, AGAIN], None),
+    "many turns": ([SYSTEM, *([ASK, ANSWER] * 5), AGAIN], None),
+    "two questions": ([ASK, AGAIN], None),
+    "an answer at the end": ([ASK, ANSWER], None),
+    "reasoning": ([ASK, said("assistant", "<think>\nHidden.\n</think>\n\nShown w_shown."), AGAIN], None),
+    "a later system message": ([ASK, ANSWER, SYSTEM, AGAIN], None),
+    "other alphabets": ([said("user", "w_greek Ωμέγα, 日本語, العربية, \u200d\u00a0\u3000, 👩‍👩‍👧")], None),
+    "with a tool": ([ASK], [TIDE]),
+    "with tools after a system message": ([SYSTEM, ASK], [TIDE, WAVES]),
+    "a call and its result": (_USED, [TIDE]),
+    "a call and its result after a system message": ([SYSTEM, *_USED], [TIDE, WAVES]),
+    "a call that is over": (_DONE, [TIDE]),
+    "a call without tools": ([SYSTEM, *_DONE], None),
+    "words beside a call": (
+        [ASK, calling("Let me see, w_beside.", call00001="w_port"), result("call00001", "w_result")],
+        [TIDE],
+    ),
+    "two calls": (
+        [
+            ASK,
+            calling("", call00001="w_one", call00002="w_two"),
+            result("call00001", "w_result"),
+            result("call00002", "w_second"),
+        ],
+        [TIDE],
+    ),
+}
+
+
+def text(*parts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": part} for part in parts]
+
+
+IN_PARTS: Final[dict[str, Messages]] = {
+    "one part": [said("user", text("Olá w_one."))],
+    "two parts": [said("user", text("Olá w_one.", "And w_two 🌊?"))],
+    "parts of each role": [
+        said("system", text("Be w_kind. ", "And w_brief.")),
+        said("user", text("Olá w_one.")),
+        said("assistant", text("Sim w_two,", " w_three.")),
+        said("user", text("E w_four?\n", "w_five")),
+    ],
+}
