@@ -15,7 +15,8 @@ from lacre.errors import UsageError
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema import Grammars
 from lacre_backend.api.schema_patterns import byte_tokenizer
-from lacre_backend.api.template_bounds import BoundedEnvironment, Bounds
+from lacre_backend.api.template_bounds import Bounds
+from lacre_backend.api.template_environment import template_environment
 
 SMALL: Final = Bounds(rounds=2000, size=2**17, seconds=5.0)
 MESSAGES: Final = [{"role": "user", "content": "Hello <b>"}, {"role": "assistant", "content": "Hi"}]
@@ -52,7 +53,7 @@ def compiles(_data: bytes, source: str) -> None:
 
 
 def chat_template(data: bytes) -> str:
-    environment = BoundedEnvironment(SMALL)
+    environment = template_environment(SMALL)
     try:
         template = environment.compiled(data.decode("utf-8", "replace"))
         return environment.rendered(template, {"messages": MESSAGES, "tools": None, "add_generation_prompt": True})
