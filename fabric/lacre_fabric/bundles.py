@@ -16,7 +16,6 @@ Rules
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -117,7 +116,7 @@ def _with_what_is_there(site: Site) -> Site:
         if not known:
             known.append(DEFAULT_MODEL)
     for model in {model for models in pools.values() for model in models}:
-        if not re.fullmatch(model_names.PATTERN, model):
+        if not model_names.is_name(model):
             raise SettingsError(
                 f"{model!r} is no model's id: use 1 to {model_names.MAX_NAME} printable ASCII characters, no space"
             )

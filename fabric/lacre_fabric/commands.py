@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import signal
 import time
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from lacre import tasks
 from lacre.cli import manifest_app
-from lacre.cli.output import AsJson, waiting
+from lacre.cli.output import AsJson, printable, waiting
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
     from lacre_fabric.connection import Connection
@@ -92,12 +93,15 @@ def up(
 
     folder = (state or default_state()).resolve()
     schedule = Schedule(every=rotate_hours * 3600 or None)
-    tell = partial(typer.secho, dim=True, err=True)  # a line stays one line, to be copied
+    # Links stay: a store of models may call the file itself by its digest.
+    files = [Path(os.path.normpath(path.absolute())) for path in model or []]
+
+    def tell(line: str) -> None:
+        typer.secho(printable(line), dim=True, err=True)  # unbroken, to be copied
 
     async def run() -> None:
         with ExitStack() as starting:
             starting.enter_context(waiting("starting a message server, a gateway and workers"))
-            files = [path.resolve() for path in model or []]
             everything = running(folder, port, files, schedule=schedule, kms=kms, workers=workers, tell=tell)
             async with everything as (live, supervisor):
                 starting.close()

@@ -18,6 +18,10 @@ _OTHERS: Final = re.compile(r"[^a-z0-9._~+@:=-]+")
 _DIGEST: Final = 8  # hexadecimal digits
 
 
+def is_name(name: str) -> bool:
+    return re.fullmatch(PATTERN.strip("^$"), name) is not None
+
+
 def from_file(path: Path) -> str:
     """`My Model (Q4).gguf` is `my-model-q4`. Part of a digest stands for letters that ASCII lacks, so that two such files have
     two ids. Other files can still share one: who serves several must compare.

@@ -9,6 +9,7 @@ Rules
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from lacre.errors import SettingsError
 from lacre_fabric import settings_files
-from lacre_fabric.model_names import from_file
+from lacre_fabric.model_names import from_file, is_name
 
 DEFAULT_MODEL: Final = "smollm2-135m"
 _ASIDE: Final = "set-aside.toml"
@@ -70,9 +71,11 @@ def keep(path: Path, document: MutableMapping[str, Any], wanted: Sequence[Mappin
 
 
 def _named(table: Mapping[str, Any]) -> dict[str, str]:
-    path = table.get("path")
-    name = table.get("name") or (DEFAULT_MODEL if path is None else from_file(Path(path)))
-    return {"name": str(name)} if path is None else {"name": str(name), "path": str(path)}
+    """With the id that is derived where it has none, or one that no worker takes."""
+    path, name = table.get("path"), str(table.get("name", ""))
+    if not is_name(name):
+        name = DEFAULT_MODEL if path is None else from_file(Path(path))
+    return {"name": name} if path is None else {"name": name, "path": str(path)}
 
 
 def _same(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
@@ -82,8 +85,8 @@ def _same(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
 def _as_there(settings: Path, there: Sequence[dict[str, str]], wanted: dict[str, str]) -> dict[str, str]:
     """The model as the file names it already: perhaps by an id of a person's own, or by a relative path."""
 
-    def place(table: Mapping[str, str]) -> Path | None:
-        return (settings.parent / table["path"]).resolve() if "path" in table else None
+    def place(table: Mapping[str, str]) -> str | None:
+        return os.path.normpath(settings.parent / table["path"]) if "path" in table else None
 
     return next((one for one in there if place(one) == place(wanted)), wanted)
 

@@ -98,6 +98,23 @@ def test_a_persons_own_id_stays(site: Site) -> None:
     assert serve(site) == ("house",)
 
 
+def test_an_id_that_no_worker_takes_is_derived_anew(site: Site) -> None:
+    """As older versions wrote it."""
+    serve(site, "/m/A.gguf")
+    path = site.worker_settings("default")
+    path.write_text(path.read_text().replace('name = "a"\npath = "/m/A.gguf"', 'name = "b c"\npath = "/m/B C.gguf"\nslots = 2'))
+    assert serve(site) == ("b-c",)
+    assert tables(site) == [{"name": "b-c", "path": "/m/B C.gguf", "slots": 2}]
+
+
+def test_a_link_gives_a_file_another_id(site: Site, tmp_path: Path) -> None:
+    """As in a store that calls files by their digests."""
+    links = [tmp_path / "Qwen.gguf", tmp_path / "Other.gguf"]
+    for link in links:
+        link.symlink_to("/blobs/0123abcd")
+    assert serve(site, *map(str, links)) == ("qwen", "other")
+
+
 def test_an_upstream_of_a_persons_own_stays(site: Site) -> None:
     serve(site)
     path = site.worker_settings("default")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lacre
+from lacre_backend.models import find
 from parts.up import LACRE, Up, environment, ticks, wait_until_gone
 
 
@@ -84,6 +85,36 @@ def test_a_model_that_is_none(tmp_path: Path, content: bytes | None) -> None:
     assert failed.returncode != 0
     assert "worker ended with status 1" in failed.stderr
     assert str(model) in failed.stderr.replace("\n", "")
+
+
+def test_a_model_file_of_an_odd_name(tmp_path: Path) -> None:
+    model = tmp_path / "-My Model (Q4) é#%20?.gguf"
+    model.symlink_to(find().path)
+    live = Up.start(tmp_path / "state", "--model", str(model))
+    try:
+        with lacre.Client(live.url, token=live.token, memory=lacre.VersionMemory()) as client:
+            [name] = client.models()
+            assert name == "my-model-q4-e-20"
+            assert client.get(f"/v1/models/{name}").json()["id"] == name
+            assert client.chat("Hi.", max_tokens=2, model=name).text
+    finally:
+        live.stop()
+
+
+def test_two_model_files_with_one_id(tmp_path: Path) -> None:
+    models = [tmp_path / "My Model.gguf", tmp_path / "my-model.gguf"]
+    failed = lacre_up(tmp_path / "state", "--port", "0", *(f"--model={model}" for model in models))
+    assert failed.returncode == 1
+    assert all(str(model) in failed.stderr for model in models)
+
+
+def test_a_state_of_message_servers_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    content = '{"pools": {"legal": ["m"]}, "nats": "tls://n:4222", "gateway": "https://g", "replicas": 3}'
+    (tmp_path / "site.json").write_text(content)
+    failed = lacre_up(tmp_path, "--port", "0")
+    assert failed.returncode == 1
+    assert "--state" in failed.stderr
+    assert (tmp_path / "site.json").read_text() == content
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -154,6 +154,7 @@ class Sealed:
 
     async def _answer(self, opened: Opened, refusal: SealedRefusal | None, send: Send) -> None:
         headers = [(b"content-type", MEDIA_TYPE_RESPONSE.encode()), (b"incremental", b"?1"), (b"cache-control", b"no-store")]
+        headers.append((b"x-accel-buffering", b"no"))  # what is incremental, an nginx in front would keep until it ends
         async with aclosing(self._pieces(opened, refusal)) as pieces:
             try:
                 first = await anext(pieces)  # an app that fails before it has begun can still be told of outside
