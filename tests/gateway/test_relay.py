@@ -22,7 +22,7 @@ async def test_answer_is_forwarded_byte_for_byte(world: World, worker: FakeWorke
     assert response.status_code == 200
     assert opened(opener, response.content) == b"".join(PIECES)
     assert response.headers["content-type"] == MEDIA_TYPE_RESPONSE
-    assert response.headers["incremental"] == "?1"
+    assert (response.headers["incremental"], response.headers["x-accel-buffering"]) == ("?1", "no")
     assert "content-length" not in response.headers
     assert len(worker.opened) == 1
 

@@ -102,6 +102,7 @@ async def test_a_request_and_its_answer_are_sealed() -> None:
     body, opener = service.seal("/words/the%20secret%20sea")
     answer = await service.post(body)
     assert (answer.status_code, answer.headers["content-type"]) == (200, RES)
+    assert (answer.headers["incremental"], answer.headers["x-accel-buffering"]) == ("?1", "no"), "nothing on the way keeps it"
     assert b"secret" not in body and b"words" not in answer.content
     assert opened(opener, answer.content)[:2] == (200, {"words": 3})
 

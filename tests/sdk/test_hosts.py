@@ -1,0 +1,74 @@
+"""Which `Host` means this machine: what a program may write into a base URL, and what a web page could make of it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lacre.errors import SettingsError
+from lacre.hosts import Hosts, base_url
+
+PRINTED = {
+    "127.0.0.1": "http://127.0.0.1:8080/v1",
+    "127.0.0.2": "http://127.0.0.2:8080/v1",
+    "LocalHost": "http://localhost:8080/v1",
+    "0.0.0.0": "http://127.0.0.1:8080/v1",
+    "192.0.2.7": "http://192.0.2.7:8080/v1",
+    "::1": "http://[::1]:8080/v1",
+    "0:0:0:0:0:0:0:1": "http://[::1]:8080/v1",
+    "::": "http://[::1]:8080/v1",
+    "FE80::1%eth0": "http://[fe80::1]:8080/v1",
+}
+
+
+@pytest.mark.parametrize(("listening", "url"), PRINTED.items())
+def test_what_is_printed_is_answered(listening: str, url: str) -> None:
+    assert base_url(listening, 8080) == url
+    assert Hosts.of(listening, 8080).know(url.removeprefix("http://").removesuffix("/v1"))
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.0.0.1", "[::1]", "localhost.", "127.0.0.1:", "localhost:80", "box", "BOX:80"]
+)
+def test_port_80_need_not_be_written(host: str) -> None:
+    assert Hosts.of("127.0.0.1", 80, ["Box"]).know(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "127.0.0.1", "localhost:80", "localhost:8081", "localhost:08080x", "192.0.2.7:8080"]
+)
+def test_another_port_or_address_is_another_server(host: str) -> None:
+    assert not Hosts.of("127.0.0.1", 8080).know(host)
+
+
+NONE = [
+    *("", ":8080", "evil.example:8080", "127.1:8080", "0x7f.0.0.1:8080", "2130706433:8080", "a@localhost:8080"),
+    *("localhost:8080/x", "localhost:8080,evil.example", "[127.0.0.1]x:8080", "[::1]]:8080", "[]:8080"),
+    *("löcalhost:8080", "localhost :8080"),
+]
+
+
+@pytest.mark.parametrize("host", NONE)
+@pytest.mark.parametrize("listening", ["127.0.0.1", "0.0.0.0"])
+def test_what_is_no_host_of_this_machine(listening: str, host: str) -> None:
+    assert not Hosts.of(listening, 8080).know(host)
+
+
+def test_a_name_with_a_port_of_its_own() -> None:
+    """As through a tunnel."""
+    hosts = Hosts.of("127.0.0.1", 8080, ["box.lan:9000", "other.lan"])
+    assert hosts.know("box.lan:9000") and hosts.know("other.lan:8080")
+    assert not hosts.know("box.lan:8080") and not hosts.know("other.lan:9000")
+    assert "box.lan:9000" in str(hosts) and "other.lan:8080" in str(hosts)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "http://box", "box/x", "[::1", "ü"])
+def test_a_name_that_is_none(name: str) -> None:
+    with pytest.raises(SettingsError, match="is no host"):
+        Hosts.of("127.0.0.1", 8080, [name])
+
+
+@given(st.text(max_size=40))
+def test_no_text_does_anything_but_yes_or_no(text: str) -> None:
+    assert Hosts.of("0.0.0.0", 8080).know(text) in (True, False)
