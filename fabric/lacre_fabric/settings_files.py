@@ -47,12 +47,16 @@ def write(path: Path, values: Values, defaults: Values | None = None) -> None:
 
 
 def save(path: Path, document: tomlkit.TOMLDocument) -> None:
-    """Raises SettingsError for text that is not Unicode, such as a path in another encoding."""
+    """Leaves a file that says the same already; a link stays one, and what it names is replaced.
+
+    Raises SettingsError for text that is not Unicode, such as a path in another encoding.
+    """
     try:
         content = tomlkit.dumps(document).encode()
     except UnicodeEncodeError as exc:
         raise SettingsError(f"{path}: a name in it is not UTF-8, which TOML needs: rename that file or folder") from exc
-    write_secret(path, content)
+    if not path.exists() or path.read_bytes() != content:
+        write_secret(path.resolve(), content)
 
 
 def update(table: MutableMapping[str, Any], values: Values) -> None:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from lacre.errors import SettingsError
 from lacre_backend import models
+from lacre_backend.settings import Settings
+from lacre_backend.worker import served
+from lacre_fabric.settings import parse
+
+WORKER = f"""
+pool = "default"
+node = "n1"
+trust = "{"A" * 43}"
+keys = "keys"
+receipt_key = "receipt.pem"
+nats = {{url = "nats://127.0.0.1:4222", credentials = "credential.json"}}
+"""
 
 
 def test_the_default_model() -> None:
@@ -30,6 +43,22 @@ def test_a_model_is_named_after_its_file(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
     assert models.find(path).name == "qwen3-0.6b-q8_0"
     assert models.find(path, "mine").name == "mine"
+
+
+def test_a_name_that_no_id_can_be_becomes_one(tmp_path: Path) -> None:
+    path = tmp_path / "My Model (Q4).gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
+    assert models.find(path).name == "my-model-q4"
+
+
+@pytest.mark.parametrize(
+    "tables",
+    ['path = "a/My Model.gguf"\n[[models]]\npath = "b/my-model.gguf"', 'name = "smollm2-135m"\npath = "x.gguf"\n[[models]]'],
+)
+def test_two_models_with_one_id_are_refused_before_either_is_loaded(tmp_path: Path, tables: str) -> None:
+    settings = parse(Settings, f"{WORKER}[[models]]\n{tables}\n", tmp_path / "worker.toml")
+    with pytest.raises(SettingsError, match="have one id"):
+        served(settings, AsyncExitStack())
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,24 @@ def test_only_what_differs_changes(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    path, target = tmp_path / "x.toml", tmp_path / "kept elsewhere" / "mine.toml"
+    target.parent.mkdir()
+    target.write_text("a = 1 # mine\n")
+    path.symlink_to(target)
+    settings_files.write(path, {"a": 2})
+    assert path.is_symlink()
+    assert target.read_text() == "a = 2 # mine\n"
+
+
+def test_what_says_the_same_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("a = 1\n")
+    before = path.stat()
+    settings_files.write(path, {"a": 1})
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 def test_a_table_keeps_its_own_lines_wherever_it_goes(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text(EDITED)
