@@ -6,6 +6,7 @@ Rules:
   the record, *whichever* of the writes that were sent have happened. So it goes down before a write that lowers it is sent, and
   up only when one that raises it was confirmed. A write in doubt leaves it at the least of both.
 - A reservation stays in the window that it was made in, and is settled there, at no more than was reserved.
+- A lease holds what was lately used in `COVER` seconds, so that who goes on as before is served while nothing can be drawn.
 - Of streams, nothing is begun under a lease that would be void before the longest stream ends.
 """
 
@@ -14,14 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
-from lacre_gateway.budget.record import SPARE_PART, Lot, Record, Want
+from lacre_gateway.budget.record import Lot, Record, Want
 from lacre_gateway.plans import Kind
 
 IDLE: Final = 3.0  # seconds without a reservation, after which what is left is given back
 TRIM: Final = 1.0  # seconds between writes that only give back what is far too much
 REPORT: Final = 15.0  # seconds that usage may go unreported
+COVER: Final = 10.0  # seconds: a new leader of the bucket takes some to be chosen, and a flood some to be cut off
+# Parts of the ceiling: what a lease holds for requests to come at least, and at most.
+LEAST_SPARE: Final = 64
+MOST_SPARE: Final = 8
 STREAMS_TERM: Final = 60.0  # seconds that streams may begin under a lease, before it must be renewed
 # Seconds by which the clocks of gateways may differ, where shares of streams become void by the clock.
 CLOCK_MARGIN: Final = 30.0
@@ -31,7 +36,8 @@ CLOCK_MARGIN: Final = 30.0
 class Counter:
     """One kind in one window. capacity: what may be committed. confirmed: what stood in the record when that was last sure.
     others, firm: what of the ceiling others had drawn then, and what they had surely used. low: how much spare is too little.
-    until: when the last stream may begin.
+    until: when the last stream may begin. beyond: what is wanted for requests to come. largest: that was reserved at once.
+    lately: what was used in the last seconds, of `COVER`; it was `seen` of `used` at the time `looked`.
     """  # fmt: skip
 
     kind: Kind
@@ -47,6 +53,20 @@ class Counter:
     low: int = -1
     until: float = math.inf
     doubtful: bool = False
+    beyond: int = 0
+    largest: int = 0
+    lately: float = 0.0
+    seen: int = 0
+    looked: float = 0.0
+
+    @classmethod
+    def after(cls, last: Counter | None, kind: Kind, window: int) -> Self:
+        """An empty one, which wants as much for requests to come as the one of the last window did."""
+        until = -math.inf if kind is Kind.CONCURRENT_STREAMS else math.inf
+        if last is None:
+            return cls(kind, window, until=until)
+        lately = last.lately + max(0, last.used - last.seen)
+        return cls(kind, window, until=until, largest=last.largest, lately=lately, looked=last.looked)
 
     @property
     def committed(self) -> int:
@@ -63,6 +83,22 @@ class Counter:
 
     def has(self, amount: int, now: float) -> bool:
         return min(self.capacity, self.ceiling) - self.used - self.reserved >= amount and now < self.until
+
+    def reserve(self, amount: int) -> None:
+        self.reserved += amount
+        self.largest = max(self.largest, amount)
+
+    def look(self, now: float) -> None:
+        """Finds what to hold for requests to come."""
+        passed = max(0.0, now - self.looked)
+        self.lately = self.lately * math.exp(-passed / COVER) + max(0, self.used - self.seen)
+        self.seen, self.looked = self.used, now
+        self.beyond = max(self.ceiling // LEAST_SPARE, min(int(self.lately), self.ceiling // MOST_SPARE))
+
+    @property
+    def excess(self) -> bool:
+        """Whether there is far more spare than the next requests want."""
+        return self.spare > max(2 * max(1, self.beyond), min(self.largest, self.ceiling // MOST_SPARE))
 
     def settle(self, reserved: int, used: int) -> None:
         self.reserved -= reserved
@@ -108,8 +144,7 @@ class Account:
         if found is None or found.window < window:
             if found is not None:
                 self.past.append(found)
-            until = -math.inf if kind is Kind.CONCURRENT_STREAMS else math.inf
-            found = self.current[kind] = Counter(kind, window, until=until)
+            found = self.current[kind] = Counter.after(found, kind, window)
         found.ceiling = ceiling
         return found
 
@@ -123,6 +158,7 @@ class Account:
         lots, met = [], [True] * len(needs)
         for counter in (*self.past, *self.current.values()):
             self._know(counter, before)
+            counter.look(now)
             current = self.current.get(counter.kind) is counter and counter.window >= windows[counter.kind]
             amounts = tuple(need.amounts.get(counter.kind, (0, 0))[0] for need in needs) if current else ()
             want = self._want(counter, amounts, spare=current and not idle, until=until)
@@ -153,7 +189,7 @@ class Account:
             committed=counter.committed,
             used=counter.used,
             needs=needs,
-            spare=spare,
+            spare=counter.beyond if spare else 0,
             until=until + self.longest + CLOCK_MARGIN if streams else 0.0,
             closed=closed,
         )
@@ -162,7 +198,7 @@ class Account:
         """A budget that was given back whole, and forgotten here, goes on from what stands in the record."""
         share = None if record is None else record.share(counter.kind, counter.window, self.holder)
         if share is not None and counter.confirmed == counter.used == counter.reserved == 0 and not counter.doubtful:
-            counter.used = counter.reported = share.used
+            counter.used = counter.reported = counter.seen = share.used
 
     def send(self, proposal: Proposal) -> None:
         """Before the write: nothing is committed from now on that would be too much once it has happened."""
@@ -236,7 +272,7 @@ def _is_due(counter: Counter, since: float, now: float) -> bool:
         return True
     if counter.kind is Kind.CONCURRENT_STREAMS and counter.reserved and counter.until - now < STREAMS_TERM / 2:
         return True
-    return since >= TRIM and counter.spare > 2 * max(1, counter.ceiling // SPARE_PART)
+    return since >= TRIM and counter.excess
 
 
 def _is_loose(counter: Counter) -> bool:
@@ -255,4 +291,4 @@ def lacking(charges: Iterable[Charge], now: float) -> list[Counter]:
 def commit(charges: Iterable[Charge]) -> None:
     """All of it; only where nothing is lacking."""
     for counter, amount in charges:
-        counter.reserved += amount
+        counter.reserve(amount)

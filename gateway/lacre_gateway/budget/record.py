@@ -27,8 +27,6 @@ from lacre_gateway.plans import Kind
 VERSION: Final = 1
 KEPT_WINDOWS: Final = 2
 _MOST: Final = 2**63  # of anything: far more than any ceiling, and quickly added up
-# What a lease may hold beyond what was asked for: this part of the ceiling, and half of its fair part of what is left.
-SPARE_PART: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,8 @@ class Want:
     """What a holder asks of one window.
 
     committed: used and reserved: what it must keep. used: of it. needs: what each request that waits wants beyond, in turn.
-    spare: whether it wants some for requests to come. until: for streams. closed: it leaves.
+    spare: what it wants for requests to come; it gets no more than half of its fair part of what is left. until: for streams.
+    closed: it leaves.
     """
 
     kind: Kind
@@ -83,7 +82,7 @@ class Want:
     committed: int
     used: int
     needs: tuple[int, ...] = ()
-    spare: bool = True
+    spare: int = 0
     until: float = 0.0
     closed: bool = False
 
@@ -201,7 +200,7 @@ def _divide(want: Want, others: int, holders: int) -> tuple[int, tuple[bool, ...
         met.append(need == 0 or drawn + need <= free)
         drawn += need if met[-1] else 0
     if want.spare and all(met):
-        drawn += max(0, min(want.ceiling // SPARE_PART, (free - drawn) // (2 * (holders + 1))))
+        drawn += max(0, min(want.spare, (free - drawn) // (2 * (holders + 1))))
     return drawn, tuple(met)
 
 
