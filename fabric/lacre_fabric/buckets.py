@@ -30,6 +30,7 @@ from lacre_fabric.work import FabricError, FabricUnavailable
 CONFLICTS: Final = frozenset({10071, 10164})
 
 _COMPARED: Final = "Nats-Expected-Last-Subject-Sequence-Subject"  # of which subjects the revision is the newest
+ANSWER: Final = 1.0  # seconds: whoever waits for a budget has time for three tries
 _MAX_KNOWN: Final = 4096  # keys of which the parts are kept
 
 
@@ -57,7 +58,7 @@ class Bucket(Protocol):
     async def write(self, key: str, value: bytes, revision: int) -> int:
         """Replaces the entry of `revision`, 0 for none, and returns the new revision.
 
-        Raises Conflict, or FabricUnavailable: then it may have happened all the same.
+        Raises Conflict, FabricBusy, or another FabricUnavailable: then it may have happened all the same.
         """
 
 
@@ -123,7 +124,7 @@ class NatsBucket:
 
     async def _get(self, **asked: int | str) -> Stored | None:
         try:
-            return await self._connection.stored(self._stream, **asked)
+            return await self._connection.stored(self._stream, asked, limit=ANSWER)
         except nats.js.errors.NotFoundError:
             return None
 
@@ -136,7 +137,7 @@ class NatsBucket:
                     _COMPARED: f"{self._subject}.*.{key}",
                 }
                 subject = f"{self._subject}.{self._own}.{key}"
-                ack = await self._connection.jetstream.publish(subject, value, headers=headers)
+                ack = await self._connection.jetstream.publish(subject, value, headers=headers, timeout=ANSWER)
             except nats.js.errors.APIError as exc:
                 if exc.err_code in CONFLICTS:
                     raise Conflict("the key was changed meanwhile") from exc
@@ -169,7 +170,7 @@ async def dump(connection: Connection, name: str) -> dict[str, Entry]:
             raise FabricUnavailable(f"there is no bucket {name}: `lacre up` or `lacre manifest publish` makes it") from exc
         for subject in sorted(info.state.subjects or ()):
             with suppress(nats.js.errors.NotFoundError):
-                said = await connection.stored(f"KV_{name}", last_by_subj=subject)
+                said = await connection.stored(f"KV_{name}", {"last_by_subj": subject})
                 found[subject.removeprefix(prefix)] = Entry(said.value, said.sequence, said.time)
     return found
 

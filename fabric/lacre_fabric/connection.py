@@ -33,11 +33,14 @@ from lacre_fabric.endpoints import Servers, distrusted
 from lacre_fabric.nats_client import DirectClient
 from lacre_fabric.nats_protocol import DESCRIPTION, MAX_SIZE, STATUS
 from lacre_fabric.roles import Credential
-from lacre_fabric.work import FabricLost, FabricRefused, FabricUnavailable, FabricUntrusted
+from lacre_fabric.work import FabricBusy, FabricLost, FabricRefused, FabricUnavailable, FabricUntrusted
 
 CONNECT_TIMEOUT: Final = 5  # seconds, for a first connection; after it, there is no end to the tries
 MAX_REFUSALS: Final = 3  # in a row, of a credential that was good before; a server may be between two configurations
 API_TIMEOUT: Final = 2.0  # seconds for an answer by JetStream
+TOO_MANY_REQUESTS: Final = (
+    10167  # JSStreamTooManyRequests: more waits to be written than `max_buffered_msgs`; this was not taken
+)
 _NOT_FOUND: Final = "404"
 _MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
 
@@ -221,13 +224,13 @@ class Connection:
             return None
         raise nats.js.errors.APIError(code=int(status), description=headers_of(message).get(DESCRIPTION))
 
-    async def stored(self, stream: str, **asked: int | str) -> Stored:
+    async def stored(self, stream: str, asked: Mapping[str, int | str], *, limit: float = API_TIMEOUT) -> Stored:
         """A message of a stream, from its leader. Raises as `ask`.
 
-        asked: `last_by_subj`, or `seq`, or `seq` and `next_by_subj`.
+        asked: `last_by_subj`, or `seq`, or `seq` and `next_by_subj`. limit: seconds for the answer.
         """
         try:
-            return Stored.parse((await self.ask(f"STREAM.MSG.GET.{stream}", asked)).get("message"))
+            return Stored.parse((await self.ask(f"STREAM.MSG.GET.{stream}", asked, limit=limit)).get("message"))
         except InvalidMessage as exc:
             raise nats.errors.ProtocolError from exc
 
@@ -246,12 +249,14 @@ class Connection:
         deleted = frozenset(state.get("deleted") or ()) if isinstance(state, dict) else frozenset()
         return frozenset(one for one in sequences if not first <= one <= last or one in deleted)
 
-    async def ask(self, what: str, asked: Mapping[str, int | str | bool]) -> Mapping[str, object]:
+    async def ask(
+        self, what: str, asked: Mapping[str, int | str | bool], *, limit: float = API_TIMEOUT
+    ) -> Mapping[str, object]:
         """An answer of JetStream's API. Raises nats.errors.Error, of which the errors that JetStream names are a kind.
 
         The library's own calls parse what a peer stored as if it could be trusted, and raise anything at all.
         """
-        message = await self.client.request(f"{subjects.API}.{what}", json.dumps(asked).encode(), timeout=API_TIMEOUT)
+        message = await self.client.request(f"{subjects.API}.{what}", json.dumps(asked).encode(), timeout=limit)
         try:
             said = json.loads(message.data)
         except (ValueError, RecursionError) as exc:
@@ -292,6 +297,8 @@ class Connection:
         """What `error` means. denials: how many there were before the call that failed."""
         if self.denials != denials:
             return FabricUnavailable(self._denial())
+        if isinstance(error, nats.js.errors.APIError) and error.err_code == TOO_MANY_REQUESTS:
+            return FabricBusy("NATS has too much to write: something floods it")
         if isinstance(error, nats.js.errors.APIError) and error.err_code and error.description:
             return FabricUnavailable(f"NATS refuses: {error.description}")  # JetStream's own word, as that a stream is full
         if isinstance(error, nats.errors.NoRespondersError | nats.js.errors.ServiceUnavailableError):

@@ -26,7 +26,7 @@ from lacre import tasks
 from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.members import Members
 from lacre_fabric import orders, subjects
-from lacre_fabric.connection import API_TIMEOUT, Connection
+from lacre_fabric.connection import API_TIMEOUT, TOO_MANY_REQUESTS, Connection
 from lacre_fabric.endpoints import Servers
 from lacre_fabric.frames import Frame, Kind
 from lacre_fabric.inbound import Inbound
@@ -91,6 +91,8 @@ class _Ack:
 def _refused(error: Mapping[str, Any]) -> FabricError:
     if error.get("err_code") == _STORE_FAILED:
         return QueueFull("the pool's queue takes no more")
+    if error.get("err_code") == TOO_MANY_REQUESTS:
+        return NoQueue("the pool's queue has too much to write: something floods it")
     return FabricUnavailable(f"NATS refuses: {str(error.get('description', 'it does not say why'))[:_MAX_TEXT]}")
 
 

@@ -24,7 +24,7 @@ from nats.js.api import DiscardPolicy, Header, StorageType, StreamConfig
 from lacre import tasks
 from lacre.errors import InvalidMessage
 from lacre_fabric import subjects
-from lacre_fabric.connection import API_TIMEOUT, Connection, Stored
+from lacre_fabric.connection import API_TIMEOUT, TOO_MANY_REQUESTS, Connection, Stored
 from lacre_fabric.revocations import Revocation
 from lacre_fabric.work import FabricUnavailable
 
@@ -37,7 +37,6 @@ _EVERY: Final = subjects.revocation("*")
 _NO_BUCKET: Final = "NATS has no bucket of revocations: run `lacre up`, or `lacre manifest publish`"
 _NO_STREAM: Final = 10059  # JSStreamNotFoundErr
 _STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the bucket's bounds, with `discard: new`
-_BUSY: Final = 10167  # JSStreamTooManyRequests: more waits to be written than `max_buffered_msgs`, and this was not taken
 _BUSY_LIMIT: Final = 10.0  # seconds to try again for: a flood by one connection is cut off sooner
 _BUSY_PAUSE: Final = 0.1  # seconds between tries
 _FULL: Final = (
@@ -94,7 +93,7 @@ async def _put(connection: Connection, revocation: Revocation, *, last: bool) ->
         except nats.js.errors.APIError as exc:
             if exc.err_code == _STORE_FAILED:
                 raise RevocationsFull(_FULL.format(name=name, share=SHARE)) from exc
-            if exc.err_code == _BUSY and not last:
+            if exc.err_code == TOO_MANY_REQUESTS and not last:
                 return False
             raise
     return True
@@ -146,7 +145,7 @@ class Reader:
         who asks can have it sent to another gateway, as if a worker had.
         """
         try:
-            return await self._connection.stored(subjects.REVOCATIONS_STREAM, **asked)
+            return await self._connection.stored(subjects.REVOCATIONS_STREAM, asked)
         except nats.js.errors.NotFoundError as exc:
             if exc.err_code == _NO_STREAM:
                 raise FabricUnavailable(_NO_BUCKET) from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -22,10 +23,12 @@ from lacre_fabric.roles import Role
 
 MAX_MEMORY: Final = 64 * QUEUED_BYTES  # a ceiling, not an allocation: JetStream counts every pool's queue as if it were full
 MAX_FILES: Final = 4 * 2**30  # bytes, a ceiling too: what `layout.file_bytes` says of 50 pools
-# What a stream has not written yet, past which it refuses: a flood of writes keeps an honest one waiting no longer than these
-# take, some tenths of a second where each is synced. A pool's queue holds as many.
-MAX_BUFFERED: Final = 1000
+# What a stream has not written yet, past which it refuses, and whoever was refused tries again. A flood of writes keeps an
+# honest one waiting for as long as these take, 0.1 s or more where each is synced. With 1,000 it was more than a second.
+MAX_BUFFERED: Final = 100
 MAX_BUFFERED_BYTES: Final = 64 * 2**20  # and for each stream no more of the server's memory than this
+# Bytes of memory past which nats-server collects its garbage at once; it may take more. Under floods half of it is garbage.
+MEMORY: Final = 512 * 2**20
 # Bytes of its log, past which it is put aside, and how many are kept: a line is written for each message that is denied.
 LOG_SIZE: Final = 16 * 2**20
 LOGS: Final = 4
@@ -104,6 +107,7 @@ class Server:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                env={"GOMEMLIMIT": str(MEMORY), **os.environ},
             )
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline and process.poll() is None:

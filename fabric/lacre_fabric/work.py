@@ -64,8 +64,12 @@ class FabricUnavailable(FabricError):
     """The message server cannot be reached, or denies what this role needs."""
 
 
+class FabricBusy(FabricUnavailable):
+    """A stream has too much to write now, and did not take this: try again at once."""
+
+
 class NoQueue(FabricUnavailable):
-    """The pool's queue is not there, or has no leader now: the work was not taken."""
+    """The pool's queue is not there, or has no leader or too much to write now: the work was not taken."""
 
 
 class FabricRefused(FabricUnavailable):

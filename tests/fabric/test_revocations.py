@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 from nats.js.errors import APIError
 
-from lacre import tasks
 from lacre.errors import InvalidMessage
 from lacre_fabric import subjects
 from lacre_fabric.connection import Connection
@@ -20,7 +18,6 @@ from lacre_fabric.nats_revocations import Reader, RevocationsFull, bucket, revok
 from lacre_fabric.revocations import Revocation, subject_key, token_key
 from lacre_fabric.work import FabricUnavailable
 from parts.fabric import LiveFabric
-from parts.stolen_nats import StolenNats, published
 
 KEY = "A" * 43
 
@@ -52,35 +49,6 @@ async def test_every_gateway_reads_each_once(fresh: LiveFabric) -> None:
     assert await second.revoked() == added
     await first.close()
     await second.close()
-
-
-async def test_a_revocation_is_tried_again_while_nats_has_too_much_to_write(tmp_path: Path) -> None:
-    live = LiveFabric.make(tmp_path)
-    live.server.configure(live.roles())
-    path = tmp_path / "nats.conf"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"jetstream": config["jetstream"] | {"max_buffered_msgs": 1}}))
-    live.process = live.server.start(live.log)
-    try:
-        await live.provision()
-        thief = await StolenNats.open(live.server.port, live.credentials["gateway-g2"])
-        batch = published(subjects.revocation("gateway-g2"), b"{}") * 5000
-        until = time.monotonic() + 2
-
-        async def flood() -> None:
-            while time.monotonic() < until:
-                thief.say(batch)
-                await thief.settle()
-
-        gateway = await live.gateway("g1")
-        flooding = tasks.spawn("flood", flood())
-        while not flooding.done():
-            await gateway.revoke(some(1))
-        await tasks.end(flooding)
-        await thief.close()
-        await gateway.close()
-    finally:
-        live.stop()
 
 
 async def test_many_are_read_at_once_and_in_order(fresh: LiveFabric) -> None:

@@ -103,7 +103,7 @@ def memory(pid: int) -> int:
     by="credential",
     defence="each pool has a connection of its own at the gateway; all that it fills is bounded; floods are cut off",
     refused=None,
-    gain="its own pools' time; with a gateway's, refusals by name of who must draw from the budgets while it floods them",
+    gain="its own pools' time",
 )
 async def test_a_stolen_credential(two: TwoPools, stolen: str) -> None:
     assert two.process is not None
@@ -128,10 +128,8 @@ async def test_a_stolen_credential(two: TwoPools, stolen: str) -> None:
         f"{stolen}: {thief.said} batches on {thief.connections} connections; {len(asking.times)} questions to pool b, the "
         f"slowest {max(asking.times):.2f} s, {len(asking.failed)} refused; MiB more: nats-server {grown[0]}, gateway {grown[1]}"
     )
-    # All gateways write one stream of budgets, so a flood of it delays a draw past its limit: that is a 503, by name.
-    unforeseen = [told for told in asking.failed if stolen != "gateway-g2" or "cannot reach the budgets" not in told]
-    assert unforeseen == []
-    assert len(asking.times) - len(asking.failed) > max(5, 3 * len(asking.failed))
+    assert asking.failed == []
+    assert len(asking.times) > 5
     assert most[0] - before[0] < NATS_MEMORY
     assert most[1] - before[1] < GATEWAY_MEMORY
     after = await dump(provisioner, subjects.BUDGETS_BUCKET)

@@ -23,7 +23,7 @@ from lacre import tasks
 from lacre.errors import InvalidMessage
 from lacre_fabric.buckets import Bucket, Conflict, Entry
 from lacre_fabric.logs import Log
-from lacre_fabric.work import FabricError, FabricUnavailable
+from lacre_fabric.work import FabricBusy, FabricError, FabricUnavailable
 from lacre_gateway.auth import Principal
 from lacre_gateway.budget import callers
 from lacre_gateway.budget.callers import Amounts, Caller, Scope
@@ -38,6 +38,7 @@ from lacre_gateway.plans import Plans
 DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
 _TRIES: Final = 24  # compare-and-sets of one draw, against gateways that race for the same budget
 _AGAIN: Final = 0.25  # seconds until a draw is tried again while the bucket is away: a new leader takes some to be chosen
+_BUSY: Final = 0.02  # seconds, where it has too much to write: a flood leaves room now and then
 _BACK_OFF: Final = 0.004  # seconds at most after a lost race, times the number of the try
 _TICK: Final = 1.0
 _AT_ONCE: Final = 16  # writes under way, of those for which nobody waits
@@ -228,11 +229,11 @@ class Ledger:
             draw.waiting = None
             try:
                 met = await self._write(draw, [waiter.need for waiter in waiters])
-            except FabricError:
+            except FabricError as exc:
                 draw.waiting = [waiter for waiter in (*waiters, *(draw.waiting or ())) if not waiter.met.done()]
                 if not draw.waiting:
                     return
-                await asyncio.sleep(_AGAIN)
+                await asyncio.sleep(_BUSY if isinstance(exc, FabricBusy) else _AGAIN)
                 continue
             for waiter, each in zip(waiters, met, strict=True):
                 if not waiter.met.done():
