@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -14,6 +14,7 @@ import structlog
 from lacre import tasks
 from lacre_fabric import subjects
 from lacre_fabric.buckets import NatsBucket
+from lacre_fabric.server import MAX_BUFFERED
 from lacre_gateway.auth import Principal
 from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.limits import Reservation
@@ -35,8 +36,9 @@ async def flooded(
     live = LiveFabric.make(folder)
     live.server.configure(live.roles())
     path = folder / "nats.conf"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"jetstream": config["jetstream"] | {"max_buffered_msgs": 1}}))
+    told, count = re.subn(rf"(max_buffered_msgs\W+){MAX_BUFFERED}\b", r"\g<1>1", path.read_text())
+    assert count == 1
+    path.write_text(told)
     live.process = live.server.start(live.log)
     try:
         await live.provision()

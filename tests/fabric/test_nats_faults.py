@@ -164,8 +164,7 @@ async def test_a_full_queue_takes_no_more(ends: Ends) -> None:
     gateway, _ = await ends.gateway(), await ends.worker()
     await (await gateway.dispatch(new_work())).cancel()
     for _ in range(QUEUED_MESSAGES):
-        await gateway.connection.client.publish(subjects.work("a", subjects.DEFAULT_REGION, "m2"), b"x")
-    await gateway.connection.round_trip()
+        await gateway.connection.jetstream.publish(subjects.work("a", subjects.DEFAULT_REGION, "m2"), b"x")
     began = time.monotonic()
     with pytest.raises(QueueFull):
         await gateway.dispatch(new_work())

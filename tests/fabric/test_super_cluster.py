@@ -236,8 +236,7 @@ async def test_a_full_queue_or_none_lets_it_go_on(regions: Regions) -> None:
     gateway = await regions.gateway(HOME)
     await until_seen(gateway, eu=1, us=1)
     for _ in range(QUEUED_MESSAGES):
-        await gateway.connection.client.publish(subjects.work(POOL, HOME, "m2"), b"x")
-    await gateway.connection.round_trip()
+        await gateway.connection.jetstream.publish(subjects.work(POOL, HOME, "m2"), b"x")
     dispatch = await gateway.dispatch(new_work())
     await regions.answer(far, await far.pull())
     assert await read(dispatch) == [b"x", b"receipt"]
