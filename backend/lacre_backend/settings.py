@@ -35,6 +35,7 @@ class Model(Table):
     name: ModelName | None = None
     # Left out, these are derived from the model and the machine; `lacre worker tune` measures the last four.
     context: PositiveInt | None = None  # tokens of one request
+    beyond_training: bool = False  # whether that may be more than the file says it was trained for
     cells: PositiveInt | None = None  # tokens of all requests, in a unified cache
     slots: PositiveInt | None = None  # requests at a time
     threads: PositiveInt | None = None

@@ -202,5 +202,6 @@ def options(model: Model) -> LlamaSettings:
         unified=model.unified,
         cells=model.cells,
         flash=model.flash,
+        beyond_training=model.beyond_training,
         gpu=Gpu(model.gpu_layers, model.split_mode, model.main_gpu, model.tensor_split),
     )

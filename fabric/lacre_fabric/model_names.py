@@ -15,6 +15,7 @@ from typing import Final
 PATTERN: Final = r"^[\x21-\x7e]{1,128}$"  # what an id may be that somebody gave: printable ASCII without spaces
 MAX_NAME: Final = 128  # characters
 _OTHERS: Final = re.compile(r"[^a-z0-9._~+@:=-]+")
+_SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")  # what `llama-gguf-split` puts behind the name of each file of a model
 _DIGEST: Final = 8  # hexadecimal digits
 
 
@@ -23,10 +24,11 @@ def is_name(name: str) -> bool:
 
 
 def from_file(path: Path) -> str:
-    """`My Model (Q4).gguf` is `my-model-q4`. Part of a digest stands for letters that ASCII lacks, so that two such files have
-    two ids. Other files can still share one: who serves several must compare.
+    """`My Model (Q4).gguf` is `my-model-q4`, and so is each of the files that this model was split into. Part of a digest stands
+    for letters that ASCII lacks, so that two such files have two ids. Other files can still share one: who serves several must
+    compare.
     """
-    stem = path.stem
+    stem = _SHARD.sub("", path.stem)
     plain = "".join(one for one in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(one))
     name = _OTHERS.sub("-", plain.lower()).strip("-._~+@:=")
     lost = any(one.isalnum() and not one.isascii() for one in plain)

@@ -23,6 +23,7 @@ IDS = {
     "two\nlines.gguf": "two-lines",
     "llama3.1:8b.gguf": "llama3.1:8b",
     ".gguf": "gguf",
+    "My Model (Q4)-00002-of-00003.gguf": "my-model-q4",
 }
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _INT32 = 4, 6, 7, 8, 9, 5
+_UINT16, _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _INT32 = 2, 4, 6, 7, 8, 9, 5
 _ALIGNMENT = 32
 _F32 = 0
 N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, N_FF = 64, 2, 4, 2, 128
@@ -40,6 +41,10 @@ def _value(value: Any) -> bytes:
     match value:
         case bool():
             return struct.pack("<I?", _BOOL, value)
+        case np.uint16():
+            return struct.pack("<IH", _UINT16, value)
+        case np.int32():
+            return struct.pack("<Ii", _INT32, value)
         case int():
             return struct.pack("<II", _UINT32, value)
         case float():
@@ -78,17 +83,42 @@ def tiny_model(
     without: Sequence[str] = (),
     template: str = TEMPLATE,
     embeds: bool = False,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Tokens are the bytes of the text, unless `vocabulary` (of `tiny_vocabulary`) says otherwise. without: tokens left out.
 
-    embeds: it makes one vector of a text, in place of more text.
+    embeds: it makes one vector of a text, in place of more text. more: further metadata.
     """
     written = dict(vocabulary if vocabulary is not None else tiny_vocabulary("llama"))
     if without:
         columns = ("tokens", "scores", "token_type")
         kept = [i for i, token in enumerate(written["tokenizer.ggml.tokens"]) if token not in without]
         written |= {f"tokenizer.ggml.{name}": [written[f"tokenizer.ggml.{name}"][i] for i in kept] for name in columns}
-    metadata = {
+    metadata = _metadata(written, n_ctx) | {"tokenizer.chat_template": template} | dict(more)
+    if embeds:
+        metadata["llama.pooling_type"] = 1  # the mean
+    return write_gguf(path, metadata, _weights(len(written["tokenizer.ggml.tokens"]), seed))
+
+
+def tiny_split_model(folder: Path, name: str = "tiny", *, count: int = 3) -> list[Path]:
+    """The same in several files, as `llama-gguf-split` writes them."""
+    vocabulary = tiny_vocabulary("llama")
+    weights = list(_weights(len(vocabulary["tokenizer.ggml.tokens"]), 1).items())
+    files = []
+    for number in range(count):
+        split = {
+            "split.no": np.uint16(number),
+            "split.count": np.uint16(count),
+            "split.tensors.count": np.int32(len(weights)),
+        }
+        metadata = _metadata(vocabulary, 4096) | {"tokenizer.chat_template": TEMPLATE} if number == 0 else {}
+        path = folder / f"{name}-{number + 1:05d}-of-{count:05d}.gguf"
+        files.append(write_gguf(path, metadata | split, dict(weights[number::count])))
+    return files
+
+
+def _metadata(vocabulary: Mapping[str, Any], n_ctx: int) -> dict[str, Any]:
+    return {
         "general.architecture": "llama",
         "general.name": "tiny",
         "llama.block_count": N_LAYER,
@@ -99,12 +129,8 @@ def tiny_model(
         "llama.attention.head_count_kv": N_HEAD_KV,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.rope.dimension_count": N_EMBD // N_HEAD,
-        **written,
-        "tokenizer.chat_template": template,
+        **vocabulary,
     }
-    if embeds:
-        metadata["llama.pooling_type"] = 1  # the mean
-    return write_gguf(path, metadata, _weights(len(written["tokenizer.ggml.tokens"]), seed))
 
 
 def tiny_recurrent_model(path: Path, *, n_ctx: int = 4096, seed: int = 1) -> Path:

@@ -272,6 +272,6 @@ def _context(path: Path, settings: LlamaSettings) -> int:
     if settings.unified or settings.cells is not None:
         raise SettingsError(f"{path.name} embeds and keeps no cache: leave `unified` and `cells` out.")
     memory_for_caches(path, facts, settings)
-    if settings.n_ctx is not None and settings.n_ctx > facts.n_ctx_train:
-        raise SettingsError(f"context is {settings.n_ctx}; {path.name} was trained on at most {facts.n_ctx_train} tokens.")
+    if settings.n_ctx is not None and facts.n_ctx_most is not None and settings.n_ctx > facts.n_ctx_most:
+        raise SettingsError(f"context is {settings.n_ctx}; {path.name} was trained on at most {facts.n_ctx_most} tokens.")
     return settings.n_ctx or min(facts.n_ctx_train, DEFAULT_CONTEXT)

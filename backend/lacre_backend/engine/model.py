@@ -29,6 +29,7 @@ from lacre_backend.engine.tokenizer import Tokenizer
 DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, whatever the model was trained for
 MIN_N_CTX: Final = 64
 MAX_PIECE: Final = 1024  # bytes of one token; the longest in use are runs of some hundred spaces
+_MAX_FACTOR: Final = 1024.0  # of a context's length by scaling; those in use are 64 at most
 _LOG_LEVEL_ERROR: Final = 4
 
 # llama.cpp has one log callback per process.
@@ -119,6 +120,8 @@ class Facts:
     """What a model says of itself before its weights are loaded. bytes_per_token: of one cell in the cache, at 16 bits.
 
     cuttable: whether a sequence's cache can be cut anywhere: recurrent models keep one state, not cells.
+    n_ctx_most: tokens that it was made for, with the scaling of positions that the file names; None if it does not say.
+    generates: whether its tokens see only those before them.
     """
 
     architecture: str
@@ -127,6 +130,8 @@ class Facts:
     bytes_per_token: int
     pooling: int | None
     cuttable: bool
+    n_ctx_most: int | None = None
+    generates: bool = True
 
     @property
     def kind(self) -> Kind:
@@ -158,14 +163,30 @@ class Facts:
         head = width // max(heads, 1)
         both = number("attention.key_length", head) + number("attention.value_length", head)
         pooling = number("pooling_type", -1)
+        trained = number("context_length", 0)
+        scaled = number("rope.scaling.original_context_length", 0) * _factor(
+            _metadata(pointer, f"{architecture}.rope.scaling.factor")
+        )
+        causal = (_metadata(pointer, f"{architecture}.attention.causal") or "true").lower() != "false"
         return cls(
             architecture=architecture,
-            n_ctx_train=number("context_length", DEFAULT_N_CTX),
+            n_ctx_train=trained or DEFAULT_N_CTX,
             n_embd=width,
             bytes_per_token=2 * layers * number("attention.head_count_kv", heads) * both,
             pooling=None if pooling < 0 else pooling,
             cuttable=not (L.llama_model_is_recurrent(pointer) or L.llama_model_is_hybrid(pointer)),
+            n_ctx_most=max(trained, int(scaled)) if trained else None,
+            generates=causal and not L.llama_model_has_encoder(pointer),
         )
+
+
+def _factor(text: str | None) -> float:
+    """How many times longer texts may be than the original context; 1 where the file says no such number."""
+    try:
+        factor = float(text or 1)
+    except ValueError:
+        return 1.0
+    return factor if 1 <= factor <= _MAX_FACTOR else 1.0
 
 
 def _metadata(pointer: Any, key: str) -> str | None:

@@ -16,6 +16,7 @@ from typing import Final
 import llama_cpp as L
 
 from lacre.errors import SettingsError
+from lacre_backend.engine import shards
 from lacre_backend.engine.model import DEFAULT_N_CTX, MIN_N_CTX, Facts, Gpu
 from lacre_backend.engine.plan import Limits
 
@@ -31,9 +32,9 @@ _CGROUP: Final = Path("/sys/fs/cgroup")
 class LlamaSettings:
     """How to run a model. None: derived from the model and the machine.
 
-    n_ctx: tokens of one sequence. slots: sequences at a time. unified: one cache for all of them instead of one each, of
-    `cells` tokens in all. flash: flash attention; None lets llama.cpp decide. threads: None takes every core that the process
-    may use.
+    n_ctx: tokens of one sequence. beyond_training: whether these may be more than the file says it was trained for. slots:
+    sequences at a time. unified: one cache for all of them instead of one each, of `cells` tokens in all. flash: flash
+    attention; None lets llama.cpp decide. threads: None takes every core that the process may use.
     """
 
     n_ctx: int | None = None
@@ -43,6 +44,7 @@ class LlamaSettings:
     cells: int | None = None
     flash: bool | None = None
     gpu: Gpu = field(default_factory=Gpu)
+    beyond_training: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None)
     """Raises `SettingsError` where the settings make no sense or the model does not fit. available: bytes; None asks."""
     _check(settings)
     facts = Facts.read(path)
+    _check_file(path, facts, settings)
     room = memory_for_caches(path, facts, settings, available=available)
     context = settings.n_ctx or _context(facts, room)
     slots = settings.slots or _slots(facts, room, context)
@@ -89,6 +92,21 @@ def _check(settings: LlamaSettings) -> None:
         raise SettingsError("cells is for a unified cache: set unified too, or leave cells out.")
 
 
+def _check_file(path: Path, facts: Facts, settings: LlamaSettings) -> None:
+    """What the settings ask for, and the file says that it cannot."""
+    if not facts.generates:
+        raise SettingsError(
+            f"{path.name} is no model that this engine can generate with. Its kind ({facts.architecture or 'unknown'}) has "
+            "an encoder, or lets tokens see later ones. To embed with it, convert it with its pooling type; or serve another."
+        )
+    most = facts.n_ctx_most
+    if settings.n_ctx is not None and most is not None and settings.n_ctx > most and not settings.beyond_training:
+        raise SettingsError(
+            f"context is {settings.n_ctx}; {path.name} was trained on at most {most} tokens, and answers badly beyond. "
+            f"Set a context of {most} or less, or beyond_training = true to have it all the same."
+        )
+
+
 def memory_for_caches(path: Path, facts: Facts, settings: LlamaSettings, *, available: int | None = None) -> int | None:
     """Bytes beside the weights. None: not known, since layers go to a GPU with a memory of its own.
 
@@ -96,7 +114,7 @@ def memory_for_caches(path: Path, facts: Facts, settings: LlamaSettings, *, avai
     """
     if settings.gpu.layers != 0 and L.llama_supports_gpu_offload():
         return None
-    weights = path.stat().st_size
+    weights = shards.size(path)
     free = free_memory() if available is None else available
     room = free - weights - OVERHEAD
     if room < MIN_N_CTX * facts.bytes_per_token:

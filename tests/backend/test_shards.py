@@ -1,0 +1,188 @@
+"""A model in several files: all of them are found, digested and counted, or the one at fault is named."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lacre.errors import SettingsError
+from lacre_backend import models
+from lacre_backend.engine import shards
+from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.sizing import OVERHEAD, derive
+from lacre_backend.settings import Model
+from lacre_backend.worker import load_engine
+from parts.tiny_model import tiny_model, tiny_split_model, write_gguf
+
+SMALL = LlamaSettings(n_ctx=256, slots=1, threads=1)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> list[Path]:
+    return tiny_split_model(tmp_path, "My Tiny", count=3)
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_a_split_model_is_all_of_its_files(split: list[Path], given: int) -> None:
+    """Whichever of them the settings name."""
+    found = models.find(split[given])
+    whole = b"".join(path.read_bytes() for path in split)
+    assert (found.path, found.name) == (split[0], "my-tiny")
+    assert found.digest == "sha256:" + hashlib.sha256(whole).hexdigest()
+    assert shards.size(split[given]) == len(whole)
+
+
+def test_each_byte_of_each_file_is_in_the_digest(split: list[Path]) -> None:
+    digests = {models.find(split[0]).digest}
+    for path in split:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        digests.add(models.find(split[0]).digest)
+    assert len(digests) == 4
+
+
+async def test_it_says_what_the_model_in_one_file_says(split: list[Path], tmp_path: Path) -> None:
+    engine = load_engine(Model(path=split[1], context=256, slots=1, threads=1))
+    other = LlamaEngine(tiny_model(tmp_path / "one.gguf"), name="one", digest="sha256:0", settings=SMALL)
+    assert isinstance(engine, LlamaEngine)
+    try:
+        assert (engine.model.name, engine.model.digest) == ("my-tiny", models.find(split[0]).digest)
+        assert engine.tokenize("the sea") == other.tokenize("the sea")
+    finally:
+        engine.close()
+        other.close()
+
+
+def test_its_size_counts_where_memory_is_short(split: list[Path]) -> None:
+    whole = sum(path.stat().st_size for path in split)
+    with pytest.raises(SettingsError, match="does not fit"):
+        derive(split[0], SMALL, available=OVERHEAD + whole)
+    assert derive(split[0], SMALL, available=OVERHEAD + whole + 2**20).limits.context == 256
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_shard_that_is_missing_is_named(split: list[Path], lost: int) -> None:
+    split[lost].unlink()
+    with pytest.raises(SettingsError) as caught:
+        models.find(split[(lost + 1) % 3])
+    assert f"My Tiny-0000{lost + 1}-of-00003.gguf" in str(caught.value)
+    assert "split into 3 files" in str(caught.value)
+
+
+def rename(split: list[Path]) -> Path:
+    return split[0].rename(split[0].with_name("model.gguf"))
+
+
+def swap(split: list[Path]) -> Path:
+    shutil.copy(split[2], split[1])
+    return split[0]
+
+
+def other_number(split: list[Path]) -> Path:
+    return split[1].rename(split[1].with_name("Other-00001-of-00003.gguf"))
+
+
+def of_another_count(split: list[Path]) -> Path:
+    for number in (1, 2):
+        split[number - 1].rename(split[0].with_name(f"two-0000{number}-of-00002.gguf"))
+    return split[0].with_name("two-00001-of-00002.gguf")
+
+
+def no_gguf(split: list[Path]) -> Path:
+    split[2].write_bytes(b"PK" + bytes(100))
+    return split[0]
+
+
+def in_one_file(split: list[Path]) -> Path:
+    tiny_model(split[2])
+    return split[0]
+
+
+@pytest.mark.parametrize("spoil", [rename, swap, other_number, of_another_count, no_gguf, in_one_file])
+def test_files_that_do_not_belong_together(split: list[Path], spoil: Callable[[list[Path]], Path]) -> None:
+    given = spoil(split)
+    with pytest.raises(SettingsError, match="shard") as caught:
+        models.find(given)
+    assert ".gguf" in str(caught.value)
+
+
+def test_more_shards_than_any_model_has(tmp_path: Path) -> None:
+    path = tmp_path / "x-00001-of-60000.gguf"
+    write_gguf(path, {"split.no": np.uint16(0), "split.count": np.uint16(60000)}, {})
+    with pytest.raises(SettingsError, match="60000"):
+        models.find(path)
+
+
+def test_a_model_in_one_file_may_be_named_like_a_shard(tmp_path: Path) -> None:
+    """What its metadata says counts, as for llama.cpp: it was merged, and kept its name."""
+    path = tiny_model(tmp_path / "tiny-00001-of-00003.gguf")
+    assert models.find(path).path == path
+    assert models.find(path).digest == "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("cut", [4, 10, 24, 40, 300, 3000])
+def test_metadata_that_ends_too_soon_is_no_shard(tmp_path: Path, split: list[Path], cut: int) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(split[0].read_bytes()[:cut])
+    assert shards.read_split(path) is None
+
+
+def test_lengths_that_no_file_has_are_not_read(tmp_path: Path) -> None:
+    """A key of 2**63 bytes, and an array of as many arrays: neither takes memory or time."""
+    path = tmp_path / "huge.gguf"
+    head = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2**63 - 1).to_bytes(8, "little")
+    path.write_bytes(head + (2**63).to_bytes(8, "little") + bytes(100))
+    assert shards.read_split(path) is None
+    array = (1).to_bytes(8, "little") + b"k" + (9).to_bytes(4, "little") + (9).to_bytes(4, "little") + b"\xff" * 8
+    path.write_bytes(head + array * 3 + bytes(1000))
+    assert shards.read_split(path) is None
+
+
+# Settings that contradict the file
+
+
+@pytest.mark.parametrize(
+    ("file", "asked", "refused"),
+    [
+        ({}, 4096, None),
+        ({}, 4097, ("4097", "4096")),
+        ({}, 2**20, ("1048576", "4096")),
+        ({"llama.rope.scaling.factor": 4.0}, 8192, ("8192", "4096")),  # its context is the scaled one already
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 4096}, 16384, None),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 4096}, 16385, ("16385", "16384")),
+    ],
+)
+def test_a_context_beyond_what_the_model_was_trained_on(
+    tmp_path: Path, file: dict[str, float], asked: int, refused: tuple[str, ...] | None
+) -> None:
+    path = tiny_model(tmp_path / "tiny.gguf", n_ctx=4096, more=file)
+    settings = LlamaSettings(n_ctx=asked, slots=1, threads=1)
+    if refused is None:
+        assert derive(path, settings).limits.context == asked
+        return
+    with pytest.raises(SettingsError, match="trained on at most") as caught:
+        derive(path, settings)
+    assert all(number in str(caught.value) for number in refused)
+    knowing = LlamaSettings(n_ctx=asked, slots=1, threads=1, beyond_training=True)
+    assert derive(path, knowing, available=2**40).limits.context == asked
+
+
+def test_a_worker_refuses_it_too(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "tiny.gguf", n_ctx=512)
+    with pytest.raises(SettingsError, match="beyond_training = true"):
+        load_engine(Model(path=path, context=1024, slots=1, threads=1))
+    engine = load_engine(Model(path=path, context=1024, slots=1, threads=1, beyond_training=True))
+    assert engine.model.n_ctx == 1024
+    engine.close()
+
+
+def test_an_encoder_without_pooling_is_no_chat_model(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "tiny.gguf", more={"llama.attention.causal": False})
+    with pytest.raises(SettingsError, match="pooling type"):
+        load_engine(Model(path=path, context=256, slots=1, threads=1))
