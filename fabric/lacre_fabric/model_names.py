@@ -24,7 +24,7 @@ def is_name(name: str) -> bool:
 
 
 def from_file(path: Path) -> str:
-    """`My Model (Q4).gguf` is `my-model-q4`, and so is each of the files that this model was split into. Part of a digest stands
+    """`My Model (Q4).gguf` is `my-model-q4`, and so is each file that this model was split into. Part of a digest stands
     for letters that ASCII lacks, so that two such files have two ids. Other files can still share one: who serves several must
     compare.
     """
