@@ -10,12 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from lacre import errors, problems, resume, transport
-from lacre.asgi import AppFailed
+from lacre import errors, problems
 
 DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "errors.md"
-MODULES: Final = (errors, transport, resume)
-ALONE: Final = (AppFailed,)
 
 _HEAD: Final = """\
 # Errors
@@ -68,8 +65,8 @@ def rows(kind: type[errors.LacreError], known: frozenset[type[errors.LacreError]
 
 def known() -> frozenset[type[errors.LacreError]]:
     """Every type that the SDK defines."""
-    found = {each for module in MODULES for each in vars(module).values() if inspect.isclass(each)}
-    return frozenset(each for each in {*found, *ALONE} if issubclass(each, errors.LacreError))
+    found = (each for each in vars(errors).values() if inspect.isclass(each))
+    return frozenset(each for each in found if issubclass(each, errors.LacreError))
 
 
 def document() -> str:

@@ -38,6 +38,8 @@ ENDURANCE_RESUMING: Final = 15.0
 MOST: Final = 8  # tries within that time: about a call of many attempts little can be claimed where the gateway lies
 NO_GATEWAY_PAUSE: Final = 1.0  # seconds; a balancer looks for another gateway about this often
 
+# Causes of no connection that no waiting mends: the wrong port, the wrong authority.
+_LASTING: Final = ("certificate", "tls", "not-tls")
 # What may have run, and did not answer.
 _MAY_HAVE_RUN: Final = (problems.WORKER_LOST, problems.NO_GATEWAY)
 # What a worker may have been lost by.
@@ -102,6 +104,8 @@ class Retries:
     def after_failure(self, error: NetworkError | TruncatedStream) -> float | None:
         """Seconds to wait after no answer came, or none that began; None where there is to be no retry."""
         never_ran = isinstance(error, NetworkError) and not error.reached
+        if isinstance(error, NetworkError) and error.cause in _LASTING:
+            return None
         late = isinstance(error, NetworkError) and error.timed_out
         self.lost += may_have_lost(error)
         may = (never_ran or (self.repeatable and not late)) and self.lost < MOST_LOST

@@ -22,6 +22,7 @@ from lacre.credentials import AsyncToken, Token, checked
 from lacre.dpop import ProofKey
 from lacre.errors import LacreError
 from lacre.forks import Home, PerLoop, PerProcess, Sockets
+from lacre.outer_causes import Dialled
 from lacre.outer_errors import mapped
 from lacre.single_flight import AsyncSingleFlight, SingleFlight
 from lacre.steps import Done, Offload, Outer, Read, Send, Step, Steps, T, Together, Wait
@@ -121,7 +122,7 @@ class Wire:
         outer, bearer = self._link.outer.get(), self._link.bearer
         token = bearer.token() if step.sealed else None
         request = outer_request(outer, step, credentials(outer, step, token, bearer.key), self._extensions)
-        request.extensions["trace"] = self._link.sockets.trace
+        Dialled(self._link.sockets.trace).watch(request)
         with mapped():
             self._response = outer.send(request, stream=True, follow_redirects=False)
         self._token, self._chunks = token, self._response.iter_raw()
@@ -197,7 +198,7 @@ class AsyncWire:
         outer, bearer = self._link.outer.get(), self._link.bearer
         token = await bearer.token() if step.sealed else None
         request = outer_request(outer, step, credentials(outer, step, token, bearer.key), self._extensions)
-        request.extensions["trace"] = self._link.sockets.atrace
+        Dialled(self._link.sockets.trace).awatch(request)
         with mapped():
             self._response = await outer.send(request, stream=True, follow_redirects=False)
         self._token, self._chunks = token, self._response.aiter_raw()

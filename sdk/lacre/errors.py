@@ -18,7 +18,9 @@ what had been checked by then, and what had not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import httpx2
 
 if TYPE_CHECKING:
     from lacre.details import Details
@@ -57,13 +59,13 @@ def _copied(kind: type[LacreError], args: tuple[Any, ...], state: dict[str, Any]
 class UsageError(LacreError):
     """The calling code or its settings are wrong; the message names the remedy."""
 
-    remedy = "Change the call or the setting that the message names."
+    remedy = "Change the call as the message says."
 
 
 class SettingsError(UsageError):
     """A connection string, settings file, key file or environment variable does not say what it must."""
 
-    remedy = "Correct the setting that the message names; `lacre up` writes a connection string and a token that work."
+    remedy = "Correct the setting that the message names."
 
 
 class AlreadyUsedError(UsageError):
@@ -122,6 +124,12 @@ class StreamBroken(TruncatedStream):
         super().__init__(message)
         self.text = text
         self.tokens = tokens
+
+
+class GaveUp(TruncatedStream):
+    """The worker ended its stream with an error of its own: it failed, or shuts down."""
+
+    remedy = "Ask again: another worker may do better."
 
 
 class UnsupportedSuite(ProtocolError):
@@ -250,16 +258,38 @@ class Unavailable(RefusedError):
 
 # The network
 
+Cause = Literal[
+    "refused", "name", "route", "certificate", "tls", "not-tls", "not-http", "proxy", "timeout", "busy", "broken", "other"
+]
+
 
 class NetworkError(LacreError):
     """The gateway could not be reached, or the connection broke before its answer.
 
     reached: whether a connection had come about, so that the request may have run. timed_out: whether a time limit was over.
+    cause: nothing listens there (`refused`), the name is unknown (`name`), there is no route, the certificate is not trusted
+    (`certificate`), the two sides speak different protocols (`tls`, `not-tls`, `not-http`), the proxy failed, a time limit was
+    over, all of the client's own connections were in use (`busy`), the connection broke, or something else.
     """
 
     remedy = "Check the address and the network, and try again."
     reached = True
     timed_out = False
+    cause: Cause = "other"
+
+
+class Unreachable(NetworkError, httpx2.NetworkError):
+    """The gateway could not be reached, or the connection broke before its answer. Both Lacre's and httpx2's."""
+
+    remedy = "Check the address in LACRE_URL, and that the gateway runs; then try again."
+
+
+class TimedOut(NetworkError, httpx2.TimeoutException):
+    """The gateway did not connect or answer in time. Both Lacre's and httpx2's."""
+
+    remedy = "Try again, or allow a longer `timeout=...`: a queue and a long prompt take their time."
+    timed_out = True
+    cause: Cause = "timeout"
 
 
 # The model's own server, from inside the seal
@@ -279,3 +309,12 @@ class ApiError(LacreError):
         self.status = status
         self.code = code
         self.type = type
+
+
+# An app behind the seal
+
+
+class AppFailed(LacreError):
+    """The ASGI app raised, or returned before its response was complete. `__cause__` is for the worker's own log."""
+
+    remedy = "Look at `__cause__`: the app's own error."

@@ -158,10 +158,6 @@ class Sockets:
             descriptor = -1 if found is None else found.fileno()
             self._known[descriptor] = os.fstat(descriptor).st_ino
 
-    async def atrace(self, event: str, info: dict[str, Any]) -> None:
-        """The same for async clients."""
-        self.trace(event, info)
-
     def after_fork(self) -> None:
         """Lets go of the parent's sockets: as long as a child holds one, the peer does not see that the parent closed it.
 

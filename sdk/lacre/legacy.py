@@ -32,13 +32,13 @@ DEFAULT_TIMEOUT: Final = httpx.Timeout(**sealed.DEFAULT_TIMEOUT.as_dict())
 EventHooks = Mapping[str, list[Callable[..., Any]]]
 
 
-class Unreachable(errors.NetworkError, httpx.NetworkError):
+class Unreachable(errors.Unreachable, httpx.NetworkError):  # type: ignore[misc]  # `request` is httpx2's or httpx's
     """The gateway could not be reached, or the connection broke before its answer. Both Lacre's and httpx's."""
 
     remedy = transport.Unreachable.remedy
 
 
-class TimedOut(errors.NetworkError, httpx.TimeoutException):
+class TimedOut(errors.TimedOut, httpx.TimeoutException):  # type: ignore[misc]  # as above
     """The gateway did not connect or answer in time. Both Lacre's and httpx's."""
 
     remedy = transport.TimedOut.remedy
@@ -83,7 +83,8 @@ class Client(StaysInProcess, httpx.Client):
 
     def models(self) -> tuple[str, ...]:
         """The models that the pool serves, as the verified manifest names them."""
-        return self._sealed.models()
+        with _mapped():
+            return self._sealed.models()
 
 
 class AsyncClient(StaysInProcess, httpx.AsyncClient):
@@ -121,7 +122,8 @@ class AsyncClient(StaysInProcess, httpx.AsyncClient):
 
     async def models(self) -> tuple[str, ...]:
         """The models that the pool serves, as the verified manifest names them."""
-        return await self._sealed.models()
+        with _mapped():
+            return await self._sealed.models()
 
 
 class Transport(httpx.BaseTransport):
@@ -210,5 +212,5 @@ def _mapped() -> Iterator[None]:
 
 def _as(kind: type[TimedOut] | type[Unreachable], exc: errors.LacreError) -> errors.LacreError:
     mapped = kind(str(exc))
-    mapped.verification = exc.verification
+    mapped.__dict__.update((name, value) for name, value in vars(exc).items() if name != "_request")  # which is httpx2's
     return mapped

@@ -7,35 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import httpx2
 
-from lacre import errors
+from lacre import errors, outer_causes
+from lacre.errors import TimedOut, Unreachable
+from lacre.outer_causes import Peer, Why
+
+__all__ = ["TimedOut", "Unreachable", "mapped", "mapped_stream"]
 
 
-class Unreachable(errors.NetworkError, httpx2.NetworkError):
-    """The gateway could not be reached, or the connection broke before its answer. Both Lacre's and httpx2's."""
-
-    remedy = "Check the address in LACRE_URL, and that the gateway runs; then try again."
-
-
-class TimedOut(errors.NetworkError, httpx2.TimeoutException):
-    """The gateway did not connect or answer in time. Both Lacre's and httpx2's."""
-
-    remedy = "Try again, or allow a longer `timeout=...`: a queue and a long prompt take their time."
-    timed_out = True
+E = TypeVar("E", TimedOut, Unreachable)
 
 
 @contextmanager
 def mapped(who: str = "the gateway", setting: str = "LACRE_URL") -> Iterator[None]:
+    """who: is reached in the block. setting: where its address comes from."""
     try:
         yield
     except httpx2.TimeoutException as exc:
-        late = TimedOut(f"{who} did not answer in time: try again, or allow a longer timeout")
+        late = _told(TimedOut, outer_causes.late(exc, Peer.of(exc, who, setting)))
         late.reached = not isinstance(exc, httpx2.ConnectTimeout | httpx2.PoolTimeout)
         raise late from exc
     except httpx2.TransportError as exc:
-        gone = Unreachable(f"{who} cannot be reached: check the address in {setting} and that it runs")
+        gone = _told(Unreachable, outer_causes.why(exc, Peer.of(exc, who, setting)))
         gone.reached = not isinstance(exc, httpx2.ConnectError | httpx2.ProxyError | httpx2.UnsupportedProtocol)
         raise gone from exc
 
@@ -50,3 +46,10 @@ def mapped_stream() -> Iterator[None]:
         broke = errors.TruncatedStream("the connection broke in mid-answer: what came so far is not the whole of it")
         broke.cut = True
         raise broke from exc
+
+
+def _told(kind: type[E], why: Why) -> E:
+    error = kind(why.said)
+    error.cause, error.remedy = why.cause, why.helps
+    error.add_note(why.helps)
+    return error

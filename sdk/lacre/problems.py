@@ -52,9 +52,10 @@ class Problem:
         return kind if isinstance(kind, str) else None
 
     def exception(self, retry_after: float | None = None, details: Details = members.NONE) -> errors.RefusedError:
-        said = " ".join(filter(None, (f"{self.title}.", members.told(details), self.remedy)))
+        said = " ".join(filter(None, (f"{self.title}.", members.told(details))))
         refused = self.error(said, status=self.status, problem=self.type, retry_after=retry_after, remedy=self.remedy)
         refused.details = dict(details)
+        refused.add_note(self.remedy)  # a traceback says it; `str` does not, for `remedy` does
         return refused
 
 

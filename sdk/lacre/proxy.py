@@ -237,7 +237,7 @@ async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
 
 def explained(error: errors.LacreError) -> dict[str, Any]:
     """The error in OpenAI's shape: what happened and what helps, and for who wants it, what had been verified by then."""
-    message, code = str(error), re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
+    message, code = str(error).rstrip("."), re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
     helps = error.remedy if error.remedy not in message else ""
     checked = None if error.verification is None else error.verification.members()
     told = {"message": f"{message}. {helps}".strip(" ."), "type": "lacre_error", "param": None, "code": code}

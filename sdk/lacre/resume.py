@@ -16,19 +16,13 @@ import json
 from dataclasses import replace
 
 from lacre.backoff import ENDURANCE_RESUMING, MOST_LOST, may_have_lost
-from lacre.errors import InvalidReceipt, LacreError, StreamBroken, TruncatedStream
+from lacre.errors import GaveUp, InvalidReceipt, LacreError, StreamBroken, TruncatedStream
 from lacre.inner import Plain, is_repeatable
 from lacre.marks import ASK, DIGEST, MEMBER, YES
 from lacre.sealed_answer import Opening, Refusal
 from lacre.sealing import Sealing
 from lacre.splice import EVENT_STREAM, Splice
 from lacre.steps import Steps, Wait
-
-
-class GaveUp(TruncatedStream):
-    """The worker ended its stream with an error of its own: it failed, or shuts down."""
-
-    remedy = "Ask again: another worker may do better."
 
 
 def asking(plain: Plain) -> Plain:

@@ -16,6 +16,7 @@ from lacre import dpop
 from lacre.credentials import MAX_ANSWER, AsyncToken, ClientCredentials, Issued, Token, given
 from lacre.dpop import ProofKey
 from lacre.forks import PerLoop, PerProcess
+from lacre.outer_causes import Dialled
 from lacre.outer_errors import mapped
 from lacre.single_flight import AsyncSingleFlight, SingleFlight
 
@@ -57,6 +58,7 @@ class Bearer:
     def _answer(self, source: ClientCredentials, nonce: str | None) -> tuple[httpx2.Response, bytes]:
         outer = self._outer.get()
         request = token_request(outer, source, self.key, nonce)
+        Dialled().watch(request)
         with mapped("the token server", "token_url"):
             response = outer.send(request, stream=True, follow_redirects=False)
             try:
@@ -102,6 +104,7 @@ class AsyncBearer:
     async def _answer(self, source: ClientCredentials, nonce: str | None) -> tuple[httpx2.Response, bytes]:
         outer = self._outer.get()
         request = token_request(outer, source, self.key, nonce)
+        Dialled().awatch(request)
         with mapped("the token server", "token_url"):
             response = await outer.send(request, stream=True, follow_redirects=False)
             try:

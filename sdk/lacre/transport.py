@@ -167,7 +167,7 @@ def refusal_response(refusal: Refusal) -> httpx2.Response:
     problem, exception = refusal.problem, refusal.exception()
     exception.verification = refusal.facts.verification
     code = "model_not_found" if problem is problems.UNKNOWN_POOL else problem.slug
-    error = {"message": str(exception), "type": "lacre_gateway_refusal", "param": None, "code": code}
+    error = {"message": f"{exception} {exception.remedy}", "type": "lacre_gateway_refusal", "param": None, "code": code}
     headers = {"content-type": "application/json"}
     if problem in backoff.LOST:
         headers["x-should-retry"] = "false"  # OpenAI's word to its clients: this one has cost as many workers as it may

@@ -6,7 +6,6 @@ from lacre.asgi.exchange import (
     MAX_PENDING,
     SCHEME,
     App,
-    AppFailed,
     Call,
     Disconnected,
     Message,
@@ -21,6 +20,7 @@ from lacre.asgi.exchange import (
     refuse,
 )
 from lacre.asgi.sealed import Sealed, key_file, pin
+from lacre.errors import AppFailed
 
 __all__ = [
     "AUTHORITY",

@@ -23,7 +23,7 @@ from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from lacre import tasks
-from lacre.errors import LacreError, UsageError
+from lacre.errors import AppFailed, UsageError
 from lacre.padding import Shape
 from lacre.records import Headers, Records, records
 from lacre.wire import bhttp
@@ -46,12 +46,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class AppFailed(LacreError):
-    """The ASGI app raised, or returned before its response was complete. `__cause__` is for the worker's own log."""
-
-    remedy = "Look at `__cause__`: the app's own error."
 
 
 class Disconnected(OSError):

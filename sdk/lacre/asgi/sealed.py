@@ -25,8 +25,8 @@ from typing import Any, Final
 
 from lacre import problems, tasks
 from lacre.asgi.admission import SealedRefusal, Seen, check_date, check_path, sent_at
-from lacre.asgi.exchange import App, AppFailed, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
-from lacre.errors import LacreError, SettingsError, UnknownKeyId, UsageError
+from lacre.asgi.exchange import App, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
+from lacre.errors import AppFailed, LacreError, SettingsError, UnknownKeyId, UsageError
 from lacre.jws import b64u
 from lacre.padding import Shape, shape_named
 from lacre.problems import Problem

@@ -1,0 +1,259 @@
+"""Why a connection did not come about, or broke: what an exception of httpx2's says, in words that name the cause.
+
+Rules:
+- The cause is read from the chain of exceptions below httpx2's: the operating system's, and TLS's. It is not guessed from text.
+- What a peer wrote (a reason phrase, a certificate's names) is not repeated, but for what OpenSSL says of a certificate.
+- Addresses are shown, for they are what must be corrected; a proxy's user and password are not.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import httpx2
+
+from lacre.errors import Cause
+
+DIALLED: Final = "lacre.dialled"  # of a request's extensions: a `Dialled`
+
+# OpenSSL's numbers of what is wrong with a certificate (X509_V_ERR_*).
+_EXPIRED: Final = frozenset({9, 10})
+_OTHER_NAME: Final = frozenset({62, 63, 64})
+# OpenSSL's words for bytes that are no TLS at all.
+_NOT_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"})
+_NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL})
+_STATUS: Final = re.compile(r"[1-5][0-9]{2}\b")
+_VARIABLES: Final = {"https": "HTTPS_PROXY or ALL_PROXY", "http": "HTTP_PROXY or ALL_PROXY"}
+_MOST_CHAINED: Final = 32  # exceptions that are looked at; a chain has some six
+
+
+Trace = Callable[[str, dict[str, Any]], None]
+
+
+class Dialled:
+    """Where a request's connection was opened to, as `httpcore2` traces it: with a proxy that is the proxy.
+
+    then: is told each event too, if given.
+    """
+
+    def __init__(self, then: Trace | None = None) -> None:
+        self.to: tuple[str, int] | None = None
+        self._then = then
+
+    def watch(self, request: httpx2.Request) -> None:
+        """Has the request note it, for the errors that it may end in."""
+        request.extensions |= {"trace": self.trace, DIALLED: self}
+
+    def awatch(self, request: httpx2.Request) -> None:
+        """The same for async clients."""
+        request.extensions |= {"trace": self.atrace, DIALLED: self}
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """A `trace` extension of httpcore."""
+        if event.endswith("connect_tcp.started"):
+            self.to = (str(info.get("host")), int(info.get("port") or 0))
+        if self._then is not None:
+            self._then(event, info)
+
+    async def atrace(self, event: str, info: dict[str, Any]) -> None:
+        """The same for async clients."""
+        self.trace(event, info)
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """cause: of `NetworkError`. said: what happened. helps: what to do about it."""
+
+    cause: Cause
+    said: str
+    helps: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who was to be reached. who: in words. setting: where its address comes from. url: of the request, if it is known.
+    proxy: what was dialled in its place, as HOST:PORT.
+    """  # fmt: skip
+
+    who: str
+    setting: str
+    url: httpx2.URL | None
+    proxy: str | None
+
+    @classmethod
+    def of(cls, exc: httpx2.TransportError, who: str, setting: str) -> Peer:
+        try:
+            request = exc.request
+        except RuntimeError:  # it knows of none
+            return cls(who, setting, None, None)
+        dialled = request.extensions.get(DIALLED)
+        to = dialled.to if isinstance(dialled, Dialled) else None
+        elsewhere = to is not None and to != (_host(request.url), _port(request.url))
+        return cls(who, setting, request.url, f"{to[0]}:{to[1]}" if to is not None and elsewhere else None)
+
+    @property
+    def named(self) -> str:
+        return self.who if self.url is None else f"{self.who} at {_host(self.url)}:{_port(self.url)}"
+
+    @property
+    def scheme(self) -> str:
+        return "" if self.url is None else self.url.scheme
+
+
+def late(exc: httpx2.TimeoutException, peer: Peer) -> Why:
+    """A time limit was over."""
+    if isinstance(exc, httpx2.PoolTimeout):
+        return Why(
+            "busy",
+            f"all connections of this client are in use, and none came free{_within(exc, 'pool')}",
+            "Read or close the streams that are open, or allow more with `limits=httpx2.Limits(max_connections=...)`.",
+        )
+    if isinstance(exc, httpx2.ConnectTimeout):
+        if peer.proxy is not None:
+            return _of_proxy(peer, f"did not answer{_within(exc, 'connect')}")
+        return Why(
+            "timeout",
+            f"no connection to {peer.named} came about{_within(exc, 'connect')}",
+            f"Check the host and the port in {peer.setting}, and that no firewall is in the way; then try again.",
+        )
+    if isinstance(exc, httpx2.WriteTimeout):
+        said = f"{peer.named} did not take the request{_within(exc, 'write')}"
+    else:
+        said = f"{peer.named} did not answer in time: nothing came{_within(exc, 'read')}"
+    return Why("timeout", said, "Try again, or allow a longer `timeout=...`: a queue and a long prompt take their time.")
+
+
+def why(exc: httpx2.TransportError, peer: Peer) -> Why:
+    """Anything else."""
+    chain = list(_chain(exc))
+    for found in chain:
+        if isinstance(found, ssl.SSLError):
+            return _tls(found, peer)
+    if isinstance(exc, httpx2.ProxyError):
+        status = _STATUS.match(str(exc))
+        told = f"refused to connect (status {status[0]})" if status else "refused to connect"
+        return _of_proxy(peer, told + (", for it wants a user and a password" if status and status[0] == "407" else ""))
+    if isinstance(exc, httpx2.ConnectError):
+        return _unconnected(chain, peer)
+    plain = (
+        " If that port wants TLS, the address begins with lacre:// in place of lacre+http://." if peer.scheme == "http" else ""
+    )
+    if any(type(found).__module__.partition(".")[0] == "h11" for found in chain):  # which could not read what came
+        return Why(
+            "not-http",
+            f"{peer.named} does not answer in HTTP: something else listens there",
+            f"Check the port in {peer.setting}.{plain}",
+        )
+    return Why(
+        "broken",
+        f"the connection to {peer.named} broke before an answer came",
+        f"Try again; if it comes again, see whether {peer.who} runs and the port in {peer.setting} is its own.{plain}",
+    )
+
+
+def _unconnected(chain: list[BaseException], peer: Peer) -> Why:
+    for found in chain:
+        if isinstance(found, socket.gaierror):
+            if peer.proxy is not None:
+                return _of_proxy(peer, "has a name that cannot be resolved")
+            return Why(
+                "name",
+                f"the name of {peer.named} cannot be resolved",
+                f"Check the host in {peer.setting}, and that this machine's name server answers.",
+            )
+        if isinstance(found, ConnectionRefusedError):
+            if peer.proxy is not None:
+                return _of_proxy(peer, "does not run: nothing listens there")
+            return Why(
+                "refused",
+                f"{peer.named} cannot be reached: nothing listens there",
+                f"Check the host and the port in {peer.setting}, and that {peer.who} runs; then try again.",
+            )
+        if isinstance(found, OSError) and found.errno in _NO_ROUTE:
+            return Why(
+                "route",
+                f"{peer.named} cannot be reached: there is no route from this machine",
+                f"Check the network of this machine, and the host in {peer.setting}.",
+            )
+    if peer.proxy is not None:
+        return _of_proxy(peer, "cannot be reached")
+    return Why(
+        "other",
+        f"{peer.named} cannot be reached",
+        f"Check the address in {peer.setting}, and that {peer.who} runs; then try again.",
+    )
+
+
+def _tls(exc: ssl.SSLError, peer: Peer) -> Why:
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return Why("certificate", f"the certificate of {peer.named} is not trusted: {exc.verify_message}", _trusting(exc, peer))
+    if exc.reason in _NOT_TLS:
+        return Why(
+            "not-tls",
+            f"{peer.named} does not speak TLS on that port",
+            f"Check the port in {peer.setting}. A gateway without TLS is reached on this machine alone, as lacre+http://.",
+        )
+    return Why(
+        "tls",
+        f"{peer.named} and this machine cannot agree on TLS ({exc.reason or 'no reason given'})",
+        "Ask the operator which TLS versions and certificates the gateway wants, or look at what stands before it.",
+    )
+
+
+def _trusting(exc: ssl.SSLCertVerificationError, peer: Peer) -> str:
+    if exc.verify_code in _EXPIRED:
+        return "Set this machine's clock; if it is right, the operator must renew the certificate."
+    if exc.verify_code in _OTHER_NAME:
+        return f"Use the host name that the certificate is for in {peer.setting}, or ask the operator for one with this name."
+    return (
+        "If it comes from an authority of your own, name that with `verify=ssl.create_default_context(cafile=...)` or "
+        "SSL_CERT_FILE. If not, do not trust this server."
+    )
+
+
+def _of_proxy(peer: Peer, said: str) -> Why:
+    at = "" if peer.proxy is None else f" at {peer.proxy}"
+    where = f"`proxy=...`, or {_VARIABLES.get(peer.scheme, 'HTTPS_PROXY, HTTP_PROXY or ALL_PROXY')}"
+    return Why(
+        "proxy",
+        f"the proxy{at} {said}",
+        f"Correct the proxy ({where}), or list the host of {peer.who} in NO_PROXY if none is needed.",
+    )
+
+
+def _within(exc: httpx2.TimeoutException, step: str) -> str:
+    """The limit that was over."""
+    try:
+        limit = exc.request.extensions["timeout"][step]
+    except (RuntimeError, KeyError, TypeError):
+        return " in time"
+    return f" within {limit:g} s" if isinstance(limit, int | float) else " in time"
+
+
+def _host(url: httpx2.URL) -> str:
+    return url.host
+
+
+def _port(url: httpx2.URL) -> int:
+    return url.port or {"https": 443, "http": 80}.get(url.scheme, 0)
+
+
+def _chain(exc: BaseException) -> Iterator[BaseException]:
+    """The exception and all below it, those of groups too."""
+    waiting: list[BaseException | None] = [exc]
+    seen: set[int] = set()
+    while waiting and len(seen) < _MOST_CHAINED:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        waiting += [found.__context__, found.__cause__]
+        if isinstance(found, BaseExceptionGroup):
+            waiting += found.exceptions
