@@ -249,7 +249,7 @@ def test_what_cannot_be_enforced_is_refused_where_strict_and_left_to_the_model_w
     assert caught.value.param == "tools[1].function.parameters"
 
 
-@pytest.mark.parametrize("parameters", [{"type": "string"}, {"type": ["object"]}, {"type": 1}])
+@pytest.mark.parametrize("parameters", [{"type": "string"}, {"type": ["string", "null"]}, {"type": 1}])
 def test_arguments_are_an_object(parameters: dict[str, Any]) -> None:
     with pytest.raises(RequestRefused, match="object"):
         grammar(tools=[tool("f", parameters)])

@@ -184,7 +184,7 @@ async def test_fields_that_change_nothing_are_taken(app: App, post: Post) -> Non
             "messages[0].content[0].type",
             "unsupported_value",
         ),
-        ({"messages": [{"role": "assistant", "tool_calls": []}]}, 400, "messages[0].tool_calls", "empty_array"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, 400, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"role": "assistant", "function_call": {}}]}, 400, "messages[0].function_call", "unsupported_parameter"),
         ({"messages": [{"role": "user", "content": "x", "zzz": 1}]}, 400, "messages[0].zzz", "unknown_parameter"),
         ({"max_tokens": 0}, 400, "max_tokens", "below_min_value"),

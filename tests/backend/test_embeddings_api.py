@@ -63,8 +63,14 @@ async def test_tokens_are_taken_as_they_are_told(both: App, post: Post) -> None:
     assert told == published().ids(TEXT)
     text = values(await post(both, PATH, body()))
     for tokens in (told, told[1:-1], [told], [told[1:-1], told]):
-        for found in values(await post(both, PATH, body(tokens))):
+        for found in values(await post(both, PATH, body(tokens, own_token_ids=True))):
             assert found @ text[0] > 0.99999
+
+
+async def test_ids_of_another_vocabulary_are_refused_with_what_to_do(both: App, post: Post) -> None:
+    for given in ([15339, 1917], [[15339, 1917], [1]]):
+        told = (await post(both, PATH, body(given))).error(400)["message"]
+        assert "check_embedding_ctx_length=False" in told and "own_token_ids" in told and "15339" not in told
 
 
 async def test_base64(both: App, post: Post) -> None:
@@ -81,17 +87,20 @@ async def test_base64(both: App, post: Post) -> None:
         ({"input": ""}, 400, "input[0]", "string_below_min_length"),
         ({"input": ["a", ""]}, 400, "input[1]", "string_below_min_length"),
         ({"input": ["a", 1]}, 400, "input[1]", "invalid_type"),
-        ({"input": [1, "a"]}, 400, "input[0][1]", "invalid_type"),
-        ({"input": [1, True]}, 400, "input[0][1]", "invalid_type"),
+        ({"input": [1, "a"]}, 400, "input[1]", "invalid_type"),
+        ({"input": [1, True]}, 400, "input[1]", "invalid_type"),
         ({"input": [[1], []]}, 400, "input[1]", "empty_array"),
         ({"input": 7}, 400, "input", "invalid_type"),
         ({"input": {"a": 1}}, 400, "input", "invalid_type"),
         ({"input": ["x"] * 2049}, 400, "input", "array_above_max_length"),
-        ({"input": [10**6]}, 400, "input[0]", "invalid_value"),
-        ({"input": [-1]}, 400, "input[0]", "invalid_value"),
-        ({"input": [7592, 102, 7592]}, 400, "input[0]", "invalid_value"),  # [SEP] in the middle
+        ({"input": [10**6], "own_token_ids": True}, 400, "input[0]", "invalid_value"),
+        ({"input": [-1], "own_token_ids": True}, 400, "input[0]", "invalid_value"),
+        ({"input": [7592, 102, 7592], "own_token_ids": True}, 400, "input[0]", "invalid_value"),  # [SEP] in the middle
         ({"input": "word " * 511}, 400, "input", "context_length_exceeded"),
-        ({"input": [7592] * 511}, 400, "input", "context_length_exceeded"),
+        ({"input": [7592] * 511, "own_token_ids": True}, 400, "input", "context_length_exceeded"),
+        ({"input": [15339, 1917]}, 400, "input", "token_ids_refused"),  # LangChain's default, of OpenAI's vocabulary
+        ({"input": [[15339, 1917]], "own_token_ids": False}, 400, "input", "token_ids_refused"),
+        ({"input": [15339], "own_token_ids": "yes"}, 400, "own_token_ids", "invalid_type"),
         ({"dimensions": 128}, 400, "dimensions", "unsupported_value"),
         ({"dimensions": 0}, 400, "dimensions", "below_min_value"),
         ({"encoding_format": "int8"}, 400, "encoding_format", "invalid_value"),

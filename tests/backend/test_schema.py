@@ -179,7 +179,9 @@ def test_what_cannot_be_kept_is_named(source: dict[str, Any], said: str, llama: 
     """Deep inside as at the root: what is refused is refused before anything runs."""
     inside = {"type": "object", "properties": {"deep": source}, "required": ["deep"]}
     for each in (source, inside) if "#" not in json.dumps(source) else (source,):
-        form = ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"name": "s", "schema": each}})
+        form = ResponseFormat.model_validate(
+            {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": each}}
+        )
         with pytest.raises(RequestRefused) as caught:
             compiled(llama, chat(response_format=form.model_dump(by_alias=True, exclude_none=True)), HERMES)
         assert said.partition(" at ")[0] in str(caught.value)
@@ -265,6 +267,58 @@ def test_schemas_of_tools_that_are_in_use(name: str, llama: LlamaEngine) -> None
     parameters = {"type": "object", "properties": TOOLS_OF_OTHERS[name]}
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     assert compiled(llama, chat(tools=tools), HERMES) is not None
+
+
+AGES = {"type": "integer", "minimum": 0, "maximum": 9007199254740991}
+
+
+@pytest.mark.parametrize(("strict", "refused"), [(True, True), (False, False), (None, False)])
+def test_what_cannot_be_enforced_is_left_to_the_model_unless_strict(
+    strict: bool | None, refused: bool, llama: LlamaEngine
+) -> None:
+    """The rest of the schema is enforced all the same."""
+    members = {"age": AGES, "code": {"type": "string", "format": "postcode", "maxLength": 8}}
+    source = {"type": "object", "properties": members, "required": ["age", "code"], "additionalProperties": False}
+    described = {"name": "s", "schema": source} | ({} if strict is None else {"strict": strict})
+    request = chat(response_format={"type": "json_schema", "json_schema": described})
+    if refused:
+        with pytest.raises(RequestRefused, match="'format' at #/properties/code"):
+            compiled(llama, request, HERMES)
+        return
+    text = request.grammar(HERMES, schema.Grammars()) or ""
+    assert admits(llama, text, '{"age": 9007199254740991, "code": "1000-001"}')
+    for wrong in ('{"age": -1, "code": "x"}', '{"age": 1, "code": "123456789"}', '{"age": 1}'):
+        assert not admits(llama, text, wrong), wrong
+
+
+LOOSE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "one keyword of several": ({"type": "array", "items": {"type": "integer"}, "minItems": "two"}, "[1]", '["a"]'),
+    "a form of a property": (
+        {"type": "object", "properties": {"a": {"type": "boolean", "required": True}}}, '{"a": true}', '{"a": 1}'),
+    "inside of a choice": ({"anyOf": [{"type": "null"}, {"type": "string", "pattern": "(?<=a)b"}]}, '"x"', "1"),
+    "inside of what is not": ({"type": "string", "not": {"format": "postcode"}}, '"x"', "1"),
+    "an unknown type": (
+        {"type": "object", "properties": {"a": {"type": "date"}, "b": {"type": "null"}}}, '{"a": "x", "b": null}', '{"b": 1}'),
+    "a list at the root": ({"type": "array", "minItems": 10**9, "items": {"$ref": "https://x"}}, "[1, {}]", "{}"),
+    "any value at the root": ({"$ref": "https://x"}, "[1]", "1 2"),
+    "too many ways": ({"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(900)}}, '{"p1": null}', "[]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_of_a_schema_that_is_not_strict_one_keyword_is_passed_over(name: str, llama: LlamaEngine) -> None:
+    source, right, wrong = LOOSE[name]
+    grammars = schema.Grammars()
+    text = grammars.text(f"start: {grammars.schema(source, 'response_format', strict=False)}\n")
+    assert admits(llama, text, right)
+    assert not admits(llama, text, wrong)
+
+
+def admits(llama: LlamaEngine, grammar: str, text: str) -> bool:
+    try:
+        return bool(llama.grammar(grammar, tuple(llama.tokenize(text))).matcher.is_accepting())
+    except TaskRefused:
+        return False
 
 
 # Letters that every vocabulary spells: what a model cannot write is refused.

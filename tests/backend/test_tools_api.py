@@ -231,8 +231,8 @@ async def test_required_calls_are_whole_and_valid(llama: LlamaEngine, post: Post
 
 @pytest.mark.parametrize(
     "odd",
-    ['{"a": "\\ud800"}', "[" * 50_000 + "]" * 50_000, '{"a": ' + "9" * 5000 + "}", '{"a": NaN}', '{"a": 1', ""],
-    ids=["half a pair", "deep", "digits", "nan", "cut", "empty"],
+    ['{"a": "\\ud800"}', "[" * 50_000 + "]" * 50_000, '{"a": ' + "9" * 5000 + "}", '{"a": NaN}', '{"a": 1', '{"a": 1e999}'],
+    ids=["half a pair", "deep", "digits", "nan", "cut", "infinite"],
 )
 def test_arguments_that_are_no_json_are_text(odd: str) -> None:
     call = {**CALL, "function": {"name": "get_tide", "arguments": odd}}
@@ -243,6 +243,21 @@ def test_arguments_that_are_no_json_are_text(odd: str) -> None:
     assert template is not None
     pieces = template.render([message.for_template() for message in request.messages])
     assert json.dumps(odd) in "".join(piece for piece in pieces if isinstance(piece, str))
+
+
+@pytest.mark.parametrize("template", [NATIVE, EchoEngine().model.chat_template], ids=["native", "fallback"])
+@pytest.mark.parametrize("arguments", ["", " ", "{}"])
+async def test_a_call_without_arguments_has_an_empty_object(template: str, arguments: str) -> None:
+    call = {**CALL, "function": {"name": "get_tide", "arguments": arguments}}
+    assert HERMES.written("get_tide", "{}") in await prompt(template, ASK, {**CALLED, "tool_calls": [call]}, RESULT)
+
+
+async def test_half_a_pair_in_arguments_is_answered(post: Post) -> None:
+    call = {**CALL, "function": {"name": "get_tide", "arguments": '{"a": "\\ud83d"}'}}
+    for template in (NATIVE, EchoEngine().model.chat_template or ""):
+        app = create_app([served(template).engine])
+        messages = [ASK, {**CALLED, "tool_calls": [call]}, RESULT]
+        assert (await post(app, CHAT, {"model": "echo", "messages": messages, "max_tokens": 3})).status == 200
 
 
 async def test_arguments_of_too_many_values() -> None:

@@ -34,7 +34,7 @@ def engine_of(folder: Path) -> Iterator[LlamaEngine]:
 
 
 def asked(stage: Stage, schema: Any, max_tokens: int = 40) -> bytes:
-    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": schema}}
     return encode_request(inner(chat(stage, response_format=form, max_tokens=max_tokens)))
 
 

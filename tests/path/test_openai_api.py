@@ -230,7 +230,7 @@ CHAT: dict[str, list[tuple[dict[str, Any], Check]]] = {
         tool_call(speaks_or_calls, max_tokens=20),
     ],
     "tool_choice": [
-        tool_call(calls_once, tools=[TIDE, NOW], tool_choice=BY_NAME, parallel_tool_calls=False),
+        tool_call(calls_once, tools=[TIDE, NOW], tool_choice=BY_NAME),
         tool_call(no_calls, tool_choice="none", max_tokens=8),
         tool_call(speaks_or_calls, tool_choice="auto", max_tokens=20),
     ],
@@ -391,6 +391,20 @@ def test_text_refuses(client: openai.OpenAI, name: str, value: Any) -> None:
     assert caught.value.param == name
 
 
+def test_a_parsed_message_goes_back(client: openai.OpenAI) -> None:
+    """As `.parse` gives it: with `parsed`, `parsed_arguments`, and nulls."""
+    given: Any = {"model": CHAT_MODEL, "tools": [TIDE], "max_tokens": 160, "temperature": 0}
+    asked: list[Any] = [{"role": "user", "content": "How is the tide in Porto?"}]
+    answer = client.chat.completions.parse(messages=asked, tool_choice="required", parallel_tool_calls=False, **given)
+    message: Any = answer.choices[0].message
+    [call] = message.tool_calls
+    assert call.function.parsed_arguments.keys() == {"port", "unit"}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "2 m"}
+    for back in (message, message.model_dump()):
+        after = client.chat.completions.create(messages=[*asked, back, result], **{**given, "max_tokens": 3})
+        assert after.usage and after.usage.completion_tokens <= 3
+
+
 class TestEmbeddings:
     @pytest.fixture
     def model(self) -> str:
@@ -410,7 +424,9 @@ class TestEmbeddings:
     async def test_several(self, async_client: openai.AsyncOpenAI, model: str) -> None:
         texts = [f"Sea number {i}." for i in range(30)]
         ids = [published().ids(text) for text in texts]
-        by_text, by_ids = [(await async_client.embeddings.create(model=model, input=given)).data for given in (texts, ids)]
+        own: Any = {"own_token_ids": True}
+        by_text = (await async_client.embeddings.create(model=model, input=texts)).data
+        by_ids = (await async_client.embeddings.create(model=model, input=ids, extra_body=own)).data
         for i in (0, 29):
             assert by_text[i].index == by_ids[i].index == i
             assert np.array(by_text[i].embedding) @ published().embed(ids[i]) > 0.999
@@ -418,8 +434,8 @@ class TestEmbeddings:
 
     @pytest.mark.parametrize(
         ("fields", "param"),
-        [({"input": ""}, "input[0]"), ({"dimensions": 8}, "dimensions"), ({"encoding_format": "int8"}, "encoding_format"),
-         ({"model": CHAT_MODEL}, "model")],
+        [({"input": ""}, "input[0]"), ({"input": [15339, 1917]}, "input"), ({"dimensions": 8}, "dimensions"),
+         ({"encoding_format": "int8"}, "encoding_format"), ({"model": CHAT_MODEL}, "model")],
     )  # fmt: skip
     def test_refuses(self, client: openai.OpenAI, model: str, fields: Any, param: str) -> None:
         with pytest.raises(openai.BadRequestError) as caught:

@@ -92,7 +92,8 @@ def _param(i: int) -> str:
 def _arguments(function: Function, i: int) -> dict[str, object]:
     """The schema of the arguments, which are an object."""
     schema = function.arguments()
-    if schema.get("type", "object") != "object":
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise RequestRefused(
             f"Invalid schema for {_param(i)}: arguments are an object, so its type must be.",
             code="invalid_value",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, TypeVar
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lacre_backend.api.errors import RequestRefused
 
 MAX_VALUES: Final = 65536  # JSON values in a body; a long conversation has some thousand
+# pydantic's words for types, in JSON's.
+_TYPES: Final = {
+    "int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "tuple": "array",
+    "dict": "object", "model": "object",
+}  # fmt: skip
 
 
 class Parsed(BaseModel):
@@ -18,19 +24,43 @@ class Parsed(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+class Echoed(Parsed):
+    """What clients send back as they got it, or write in full: null is absent, and members that only keep books are dropped."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {name: value for name, value in raw.items() if value is not None and name not in cls.ignored}
+
+
 def check_size(document: Any) -> None:
     """A body has room for millions of values, and while they are looked at one by one the worker serves nobody else.
 
     Raises `RequestRefused`.
     """
-    waiting, count = [document], 0
-    while waiting:
-        value = waiting.pop()
-        inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-        count += len(inside)
+    for count, _ in enumerate(_values(document)):
         if count > MAX_VALUES:
             raise RequestRefused(f"The body holds more than {MAX_VALUES} values.", status=413, code="request_too_large")
-        waiting += inside
+
+
+def has_infinite(document: Any) -> bool:
+    """Whether a number in it, such as 1e999, is beyond what readers of JSON keep: they make it Infinity, which is no JSON."""
+    return any(isinstance(value, float) and math.isinf(value) for value in _values(document))
+
+
+def _values(document: Any) -> Iterator[Any]:
+    waiting = [document]
+    while waiting:
+        value = waiting.pop()
+        yield value
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def missing(param: str) -> RequestRefused:
@@ -78,7 +108,8 @@ def _invalid(kind: str, path: str, context: Mapping[str, Any]) -> RequestRefused
         case "literal_error":
             said, code = f"value is not supported. Expected one of {context.get('expected')}", "invalid_value"
         case _ if kind.endswith(("_type", "_parsing")):
-            wanted = kind.removesuffix("_type").removesuffix("_parsing").replace("model", "object").replace("dict", "object")
+            told = kind.removesuffix("_type").removesuffix("_parsing")
+            wanted = _TYPES.get(told, told)
             return RequestRefused(f"Invalid type for '{path}': expected {_a(wanted)}.", code="invalid_type", param=path)
         case _:
             said, code = "the value has the wrong form", "invalid_value"

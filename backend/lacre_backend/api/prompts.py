@@ -17,8 +17,8 @@ from typing import Any, Final
 from lacre_backend.api import ceilings
 from lacre_backend.api.calls import HERMES, CallFormat
 from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
+from lacre_backend.api.messages import Message
 from lacre_backend.api.parsed import check_size
-from lacre_backend.api.requests import Message
 from lacre_backend.api.served import Served
 from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
 from lacre_backend.api.template_texts import as_text

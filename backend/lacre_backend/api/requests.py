@@ -8,7 +8,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 import pydantic_core
@@ -16,14 +16,13 @@ from pydantic import BeforeValidator, Field
 
 from lacre_backend.api.calls import CallFormat
 from lacre_backend.api.errors import RequestRefused, unsupported
-from lacre_backend.api.parsed import Parsed, check_size, missing, validated
+from lacre_backend.api.messages import MAX_NAME, Messages, check_known, check_turns, has_a_beginning
+from lacre_backend.api.parsed import Echoed, Parsed, check_size, has_infinite, missing, validated
 from lacre_backend.api.schema import Grammars
-from lacre_backend.api.tools import MAX_CALLS, MAX_ID, MAX_TOOLS, Calling, Tool, ToolCall, calling
+from lacre_backend.api.tools import MAX_TOOLS, Calling, Tool, calling
 from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
-MAX_MESSAGES: Final = 2048
-MAX_PARTS: Final = 256  # content parts of one message
 MAX_N: Final = 16  # choices; each is a sequence in the engine
 MAX_TOKENS: Final = 2**31 - 1  # what the engine can count; the context is the real limit
 MAX_STOP: Final = 4  # OpenAI's
@@ -31,7 +30,6 @@ MAX_STOP_LENGTH: Final = 256  # characters; held-back text is searched for it at
 MAX_TOP_LOGPROBS: Final = 20  # OpenAI's
 MAX_LOGPROBS: Final = 5  # OpenAI's, for text completions
 MAX_LOGIT_BIAS: Final = 300  # OpenAI's
-MAX_NAME: Final = 256
 MAX_TOP_K: Final = 1000
 MAX_INPUTS: Final = 2048  # OpenAI's, for embeddings
 
@@ -54,60 +52,40 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "best_of": (1,),
 }
 # Fields about the caller or its bookkeeping: no answer depends on them, and nothing is kept.
-_IGNORED: Final = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
-_UNSUPPORTED_IN_MESSAGES: Final = ("function_call", "audio")
+_IGNORED: Final[Mapping[str, type]] = {
+    "user": str,
+    "metadata": dict,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+}
+_SPOKEN: Final[Mapping[type, str]] = {str: "a string", dict: "an object"}
+OWN_IDS: Final = "own_token_ids"
+# Ids of another model's vocabulary name other words here, and their vectors look like any others.
+_FOREIGN_IDS: Final = (
+    "'input' holds token ids. Send text: ids of another model's vocabulary would give wrong vectors. In LangChain, "
+    "set OpenAIEmbeddings(check_embedding_ctx_length=False). For ids that this model's /v1/tokenize gave, add "
+    '"own_token_ids": true.'
+)
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _as_parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class TextPart(Parsed):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Parsed):
-    """content: may be left out where the assistant calls tools. tool_call_id: of the call that a `tool` message answers."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1, max_length=MAX_PARTS)] | None = None
-    name: Annotated[str, Field(max_length=MAX_NAME)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_CALLS)] | None = None
-    tool_call_id: Annotated[str, Field(max_length=MAX_ID)] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """`developer` is OpenAI's newer word for `system`; templates know the old one. One part is a text."""
-        role = "system" if self.role == "developer" else self.role
-        texts = [part.text for part in self.content or ()]
-        content = [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else "".join(texts)
-        written: dict[str, Any] = {"role": role, "content": content}
-        if self.name is not None:
-            written["name"] = self.name
-        if self.tool_calls is not None:
-            written["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            written["tool_call_id"] = self.tool_call_id
-        return written
-
-
-class StreamOptions(Parsed):
+class StreamOptions(Echoed):
     include_usage: bool = False
     include_obfuscation: bool = False  # accepted: records are padded by the seal, not here
 
 
-class JsonSchema(Parsed):
+class JsonSchema(Echoed):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 
 
-class ResponseFormat(Parsed):
+class ResponseFormat(Echoed):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -118,7 +96,7 @@ class ResponseFormat(Parsed):
         if self.type == "json_schema":
             if self.json_schema is None:
                 raise missing("response_format.json_schema")
-            return grammars.schema(self.json_schema.schema_, "response_format")
+            return grammars.schema(self.json_schema.schema_, "response_format", strict=bool(self.json_schema.strict))
         return None
 
 
@@ -214,7 +192,7 @@ class Generate(Named):
 class ChatRequest(Generate):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -267,12 +245,18 @@ class CompletionRequest(Generate):
 class EmbeddingRequest(Named):
     """`POST /v1/embeddings`: inputs, each of which becomes a vector."""
 
+    # Not OpenAI's: token ids in `input` are those of this model, as `/v1/tokenize` tells them.
+    own_token_ids: bool = False
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
 
 class EmbedTexts(EmbeddingRequest):
     input: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_INPUTS)]
+
+
+class _OneInput(Parsed):
+    input: list[int]
 
 
 class EmbedTokens(EmbeddingRequest):
@@ -283,25 +267,25 @@ class TokenizeRequest(Named):
     """`POST /v1/tokenize`: a text, or messages as the model's chat template writes them."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS, strict=False)] = ()
 
 
 def parse_tokenize(body: bytes) -> TokenizeRequest:
     raw = _object(body)
-    _check_messages(raw)
+    check_known(raw.get("messages"))
     request = validated(TokenizeRequest, raw)
     if (request.prompt is None) == (request.messages is None):
         raise RequestRefused("Send either 'prompt' or 'messages'.", code="invalid_parameter_combination", param="prompt")
-    _check_turns(request.messages or ())
+    check_turns(request.messages or ())
     return request
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     raw = _object(body)
-    _check_messages(raw)
+    check_known(raw.get("messages"))
     request = validated(ChatRequest, raw)
-    _check_turns(request.messages)
+    check_turns(request.messages)
     if request.calling() is not None and request.resume is not None:
         raise RequestRefused(
             "'resume' is not for answers that may call tools.", code="invalid_parameter_combination", param="resume"
@@ -314,7 +298,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestRefused("'top_logprobs' needs 'logprobs' to be true.", code="invalid_value", param="top_logprobs")
-    if request.continue_final_message and not _has_a_beginning(request.messages):
+    if request.continue_final_message and not has_a_beginning(request.messages):
         raise RequestRefused(
             "'continue_final_message' needs a last message of the assistant, in words, after at least one other.",
             code="invalid_value",
@@ -338,51 +322,25 @@ def parse_completion(body: bytes) -> CompletionRequest:
 def parse_embedding(body: bytes) -> EmbedTexts | EmbedTokens:
     raw = _object(body)
     given = raw.get("input")
+    first = given[0] if isinstance(given, list) and given else None
     if isinstance(given, str):
         return validated(EmbedTexts, {**raw, "input": [given]})
-    if isinstance(given, list) and given and isinstance(given[0], int):
-        return validated(EmbedTokens, {**raw, "input": [given]})
-    if isinstance(given, list) and given and isinstance(given[0], list):
-        return validated(EmbedTokens, raw)
-    return validated(EmbedTexts, raw)
+    if isinstance(first, bool) or not isinstance(first, int | list):
+        return validated(EmbedTexts, raw)
+    if isinstance(first, int):
+        validated(_OneInput, {"input": given})  # its errors name the member as the caller wrote it
+    request = validated(EmbedTokens, {**raw, "input": [given] if isinstance(first, int) else given})
+    check_token_ids(given, request.own_token_ids)
+    return request
 
 
-def _has_a_beginning(messages: Sequence[Message]) -> bool:
-    last = messages[-1]
-    return len(messages) > 1 and last.role == "assistant" and last.tool_calls is None
-
-
-def _check_turns(messages: Sequence[Message]) -> None:
-    """Content where there must be some; and each call of a tool answered, each answer for a call. Raises `RequestRefused`."""
-    waiting: list[str] = []
-    for i, message in enumerate(messages):
-        path = f"messages[{i}]"
-        if message.role == "tool":
-            if message.tool_call_id is None:
-                raise missing(f"{path}.tool_call_id")
-            if message.tool_call_id not in waiting:
-                raise RequestRefused(
-                    f"'{path}' answers no tool call of the assistant's message before it.", param=f"{path}.tool_call_id"
-                )
-            waiting.remove(message.tool_call_id)
-        else:
-            _check_answered(waiting, path)
-            _check_tools_of(message, path)
-            waiting = [call.id for call in message.tool_calls or ()]
-        if message.content is None and message.tool_calls is None:
-            raise missing(f"{path}.content")
-    _check_answered(waiting, "messages")
-
-
-def _check_answered(waiting: Sequence[str], path: str) -> None:
-    if waiting:
-        raise RequestRefused(f"The tool call '{waiting[0]}' has no message of role 'tool' that answers it.", param=path)
-
-
-def _check_tools_of(message: Message, path: str) -> None:
-    for name, value in (("tool_calls", message.tool_calls), ("tool_call_id", message.tool_call_id)):
-        if value is not None and (name == "tool_call_id" or message.role != "assistant"):
-            raise RequestRefused(f"'{name}' does not belong to the role '{message.role}'.", param=f"{path}.{name}")
+def check_token_ids(given: Any, own: Any) -> None:
+    """given: the `input` of embeddings. own: whether ids in it are the model's, as the caller says. Raises `RequestRefused`."""
+    ids = isinstance(given, list) and any(not isinstance(each, str) for each in given)
+    if own not in (None, True, False):
+        raise RequestRefused(f"Invalid type for '{OWN_IDS}': expected a boolean.", code="invalid_type", param=OWN_IDS)
+    if ids and own is not True:
+        raise RequestRefused(_FOREIGN_IDS, code="token_ids_refused", param="input")
 
 
 def _check_generate(request: Generate) -> None:
@@ -401,29 +359,14 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RequestRefused("The body must be a JSON object.")
     check_size(raw)
+    for name, value in raw.items():
+        if has_infinite(value):
+            raise RequestRefused(f"'{name}' holds a number beyond what JSON readers keep.", code="invalid_value", param=name)
+    for name, kind in _IGNORED.items():
+        if not isinstance(raw.get(name), kind | None):
+            raise RequestRefused(f"Invalid type for '{name}': expected {_SPOKEN[kind]}.", code="invalid_type", param=name)
     for name, inert in _INERT.items():
         value = raw.get(name)
         if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in inert):
             raise unsupported(name)
     return {k: v for k, v in raw.items() if v is not None and k not in _INERT and k not in _IGNORED}
-
-
-def _check_messages(raw: dict[str, Any]) -> None:
-    for i, message in enumerate(raw["messages"] if isinstance(raw.get("messages"), list) else []):
-        _check_message(message, f"messages[{i}]")
-
-
-def _check_message(message: Any, path: str) -> None:
-    """Refuse what OpenAI knows and this server does not, and drop nulls, which mean "absent"."""
-    if not isinstance(message, dict):
-        return
-    for name in [name for name, value in message.items() if value is None]:
-        del message[name]
-    if message.get("role") == "function":
-        raise RequestRefused("Use the role 'tool'.", code="unsupported_value", param=f"{path}.role")
-    for name in _UNSUPPORTED_IN_MESSAGES:
-        if name in message:
-            raise unsupported(f"{path}.{name}")
-    for i, part in enumerate(message["content"] if isinstance(message.get("content"), list) else []):
-        if isinstance(part, dict) and part.get("type") in ("image_url", "input_audio", "file", "refusal"):
-            raise RequestRefused("Only text content is supported.", code="unsupported_value", param=f"{path}.content[{i}].type")

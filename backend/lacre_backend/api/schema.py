@@ -2,7 +2,7 @@
 
 Rules
 - A schema is enforced whole or refused: a keyword that a grammar cannot enforce is named in the error with its place, never
-  ignored. Annotations (title, description, ...) are no constraints. Only of a function that is not `strict` what cannot be
+  ignored. Annotations (title, description, ...) are no constraints. Only of a schema that is not `strict` what cannot be
   enforced is left to the model, as OpenAI does.
 - A caller's words reach a grammar as JSON strings or checked patterns only; rules and their names are made here.
 - Size and depth are bounded before anything is expanded: a schema is input from outside.
@@ -17,8 +17,8 @@ from typing import Any, Final
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema_cases import Cases, Document
 from lacre_backend.api.schema_rules import RuleMaker
-from lacre_backend.api.schema_scalars import BLANK
-from lacre_backend.api.schema_terms import Literal, SchemaRefused
+from lacre_backend.api.schema_scalars import ANY_OF, BLANK, PRELUDE
+from lacre_backend.api.schema_terms import Literal, NoSchema, SchemaRefused
 
 MAX_VALUES: Final = 5000  # JSON values in one schema
 MAX_LENGTH: Final = 512 * 1024  # characters of all schemas of a request, as JSON
@@ -33,13 +33,13 @@ class Grammars:
     """A grammar while it is made: an answer's form, and the schemas within it."""
 
     def __init__(self, *, loosely: bool = False) -> None:
-        """loosely: the arguments of functions that are not strict may be any object."""
+        """loosely: what is to keep a schema that is not strict may be any value of its type."""
         self._loosely = loosely
         self._schemas: list[str] = []
         self._length = 0
         self._remainders = 0
         self._given: list[tuple[str, Mapping[str, Any]]] = []
-        self.loose = False  # whether a schema of a function that is not strict is among them
+        self.loose = False  # whether a schema that is not strict is among them
 
     def any_object(self) -> str:
         """The name of any one JSON object."""
@@ -51,7 +51,7 @@ class Grammars:
         try:
             self._bounded(schema)
             if self._loosely and not strict:
-                return self.any_object()
+                return self._any(schema)
             self._given.append((param, schema))
             document = Document(schema)
             maker = RuleMaker(Cases(document, strict))
@@ -59,12 +59,20 @@ class Grammars:
             self._count(maker.remainders)
             return self._named(text)
         except SchemaRefused as refused:
-            if strict or refused.keyword in _ALWAYS:
+            if strict or isinstance(refused, NoSchema):
                 raise _refusal(refused, param) from None
         except RecursionError:
             if strict:
                 raise _refusal(SchemaRefused("schema", "#", "is nested too deeply"), param) from None
-        return self.any_object()
+        return self._any(schema)
+
+    def _any(self, schema: Mapping[str, Any]) -> str:
+        """The name of any value of the type that a schema wants at its root."""
+        kind = schema.get("type")
+        if kind == "object":
+            return self.any_object()
+        name = ANY_OF.get(kind if kind != "integer" else "number", "anything") if isinstance(kind, str) else "anything"
+        return self._named(f"{PRELUDE}start: {name}\n")
 
     def text(self, rules: str) -> str:
         """The whole grammar. rules: those of the answer's form, which begin with `start`."""
@@ -99,11 +107,11 @@ class Grammars:
             inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
             count += 1 + len(inside)
             if count > 2 * MAX_VALUES or depth > MAX_DEPTH:
-                raise SchemaRefused(_SIZE, "#", f"has more than {MAX_VALUES} values or {MAX_DEPTH} levels")
+                raise NoSchema(_SIZE, "#", f"has more than {MAX_VALUES} values or {MAX_DEPTH} levels")
             waiting += [(each, depth + 1) for each in inside]
         self._length += len(json.dumps(schema, ensure_ascii=False))
         if self._length > MAX_LENGTH:
-            raise SchemaRefused(_SIZE, "#", f"is longer than {MAX_LENGTH} characters, with those before it")
+            raise NoSchema(_SIZE, "#", f"is longer than {MAX_LENGTH} characters, with those before it")
 
 
 _SIZE: Final = "schema"
@@ -112,7 +120,6 @@ _LARGE: Final = (
     *("multipleOf", "pattern", "patternProperties", "maxLength", "minLength", "maxItems", "minItems", "enum"),
     *("anyOf", "oneOf", "allOf", "contains", "properties"),
 )
-_ALWAYS: Final = frozenset({_SIZE})  # of these a function that is not strict is not spared
 
 
 def grammar(schema: Mapping[str, Any], param: str = "response_format") -> str:

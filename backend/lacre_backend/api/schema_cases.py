@@ -4,6 +4,7 @@ Rules
 - Pure: a schema in, cases out. A value is valid under the schema if and only if it is under one of the cases of its type.
 - What is asked about is a set of literals: schemas that must hold, or must not. `not`, `if` and `oneOf` need both.
 - Every keyword is known here, or refused by its name and place. Annotations are no constraints, and `format` is one.
+- Of a schema that is not strict a keyword that cannot be enforced is passed over, alone: what is left admits more, never less.
 - `unevaluated…` sees what the keywords beside it evaluated, case by case. Only under it are overlapping branches told apart.
 - The number of cases is bounded: branches multiply.
 """
@@ -26,9 +27,11 @@ from lacre_backend.api.schema_terms import (
     Items,
     Literal,
     Literals,
+    NoSchema,
     Place,
     Properties,
     SchemaRefused,
+    TooCostly,
 )
 
 MAX_CASES: Final = 500  # at one place
@@ -44,7 +47,9 @@ DIALECTS: Final = (
 )
 ANNOTATIONS: Final = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id", "$comment",
-     "$anchor", "$dynamicAnchor", "$defs", "definitions", "contentEncoding", "contentMediaType", "contentSchema"}
+     "$anchor", "$dynamicAnchor", "$defs", "definitions", "contentEncoding", "contentMediaType", "contentSchema",
+     # OpenAPI's, as pydantic and others write them; `discriminator` only says where `oneOf` and `const` decide
+     "discriminator", "example", "externalDocs", "xml", "id"}
 )  # fmt: skip
 # Keywords that look at their neighbours, and those that only their neighbours look at.
 _HANDLED_BESIDE: Final = frozenset(
@@ -174,7 +179,7 @@ class Cases:
         if isinstance(schema, bool):
             return [(case, _NOTHING_SEEN)] if schema == literal.holds else []
         if not isinstance(schema, dict):
-            raise SchemaRefused("schema", place.path, "is no schema")
+            raise NoSchema("schema", place.path, "is no schema")
         key = (*literal.key, case.type)
         if key in self._open:
             raise SchemaRefused("$ref", place.path, "refers to itself without anything between")
@@ -199,36 +204,50 @@ class Cases:
         track = track or any(keyword in place.schema for keyword in _LAST)
         branches: list[Branch] = [(case, _NOTHING_SEEN)]
         for keyword in self._keywords(place):
-            branches = [
-                (after, seen | more) for before, seen in branches
-                for after, more in self._apply(keyword, place, before, seen, track=track)
-            ]  # fmt: skip
-            self._count(len(branches), keyword, place)
+            try:
+                after = [(one, seen | more) for before, seen in branches
+                         for one, more in self._apply(keyword, place, before, seen, track=track)]  # fmt: skip
+                self._count(len(after), keyword, place)
+            except SchemaRefused as refused:
+                self.leave(refused)
+            else:
+                branches = after
         return branches
 
     def _fails(self, place: Place, case: Case) -> Iterator[Branch]:
         """One keyword, at least, does not hold."""
         for keyword in self._keywords(place):
-            if keyword in _LAST:
-                others = {k: v for k, v in place.schema.items() if k != keyword}
-                rest = replace(place, schema=others)
-                branches = [
-                    (after, _NOTHING_SEEN) for before, seen in self._holds(rest, case, track=True)
-                    for after in self._unevaluated_fails(keyword, place, before, seen)
-                ]  # fmt: skip
-            else:
-                branches = [(after, _NOTHING_SEEN) for after in self._deny(keyword, place, case)]
-            self._count(len(branches), keyword, place)
+            try:
+                branches = self._without(keyword, place, case)
+                self._count(len(branches), keyword, place)
+            except SchemaRefused as refused:
+                self.leave(refused)
+                branches = [(case, _NOTHING_SEEN)]
             yield from branches
+
+    def _without(self, keyword: str, place: Place, case: Case) -> list[Branch]:
+        """One keyword does not hold."""
+        if keyword not in _LAST:
+            return [(after, _NOTHING_SEEN) for after in self._deny(keyword, place, case)]
+        rest = replace(place, schema={k: v for k, v in place.schema.items() if k != keyword})
+        return [(after, _NOTHING_SEEN) for before, seen in self._holds(rest, case, track=True)
+                for after in self._unevaluated_fails(keyword, place, before, seen)]  # fmt: skip
 
     def _count(self, made: int, keyword: str, place: Place) -> None:
         self.made += made
-        if self.made > MAX_MADE or made > MAX_CASES:
+        if self.made > MAX_MADE:
+            raise TooCostly(keyword, place.path, "multiplies into too many cases")
+        if made > MAX_CASES:
             raise SchemaRefused(keyword, place.path, "multiplies into too many cases")
+
+    def leave(self, refused: SchemaRefused) -> None:
+        """Leave to the model what cannot be enforced, where the schema is not strict; raise it again where it is."""
+        if self.strict or isinstance(refused, NoSchema | TooCostly):
+            raise refused
 
     def unknown(self, keyword: str, place: Place, problem: str = "is not supported") -> None:
         """Refuse, or leave it to the model."""
-        if self.strict:
+        if self.strict:  # else it is passed over
             raise SchemaRefused(keyword, place.path, problem)
 
     # What a keyword demands, and what breaks it

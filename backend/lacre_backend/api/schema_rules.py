@@ -18,8 +18,19 @@ from typing import Any, Final
 
 from lacre_backend.api.schema_cases import Cases
 from lacre_backend.api.schema_patterns import NotRegular
-from lacre_backend.api.schema_scalars import NOTHING, PRELUDE, ScalarRules, inline, quoted
-from lacre_backend.api.schema_terms import TYPES, Case, Contains, Exists, Literal, Literals, Properties, SchemaRefused
+from lacre_backend.api.schema_scalars import ANY_OF, NOTHING, PRELUDE, ScalarRules, inline, quoted
+from lacre_backend.api.schema_terms import (
+    TYPES,
+    Case,
+    Contains,
+    Exists,
+    Literal,
+    Literals,
+    NoSchema,
+    Properties,
+    SchemaRefused,
+    TooCostly,
+)
 
 MAX_OPTIONAL: Final = 450  # optional properties of one object: llguidance follows four ways for each, and 2,000 in all
 MAX_ALTERNATIVES: Final = 300  # arrays and objects at one place, six ways each
@@ -42,7 +53,7 @@ class RuleMaker(ScalarRules):
         """The whole grammar. Raises `SchemaRefused`."""
         name = self._rule((root,))
         if name is _NO:
-            raise SchemaRefused("schema", "#", "admits nothing")
+            raise NoSchema("schema", "#", "admits nothing")
         return f"{PRELUDE}start: {name}\n" + "\n".join(self._lines) + "\n"
 
     def _rule(self, literals: Iterable[Literal]) -> str | None:
@@ -57,7 +68,7 @@ class RuleMaker(ScalarRules):
         self._made[key] = name, wanted  # the name first: a schema may refer to itself
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise SchemaRefused("schema", wanted[0].place.path, f"has more than {MAX_DEPTH} levels")
+            raise TooCostly("schema", wanted[0].place.path, f"has more than {MAX_DEPTH} levels")
         bodies = self._alternatives(wanted)
         self._depth -= 1
         if not bodies:
@@ -71,22 +82,29 @@ class RuleMaker(ScalarRules):
         bodies: list[str] = []
         for kind in TYPES:
             for case in self._cases.of(wanted, kind):
-                match kind:
-                    case "array":
-                        bodies += self._array(case, wanted[0])
-                    case "object":
-                        bodies += self._object(case, wanted[0])
-                    case _:
-                        self._scalar(case, wanted[0], scalars, bodies)
+                try:
+                    self._one(case, wanted[0], scalars, bodies)
+                except SchemaRefused as refused:
+                    self._cases.leave(refused)
+                    bodies.append(ANY_OF[kind])
         bodies = list(dict.fromkeys(bodies))
         if len(bodies) > MAX_ALTERNATIVES:
-            raise SchemaRefused(
-                "anyOf", wanted[0].place.path, f"leaves more than {MAX_ALTERNATIVES} arrays and objects at one place"
-            )
+            told = f"leaves more than {MAX_ALTERNATIVES} arrays and objects at one place"
+            self._cases.leave(SchemaRefused("anyOf", wanted[0].place.path, told))
+            return ["anything"]
         if scalars:
             one = scalars[0] if len(scalars) == 1 else {"anyOf": scalars}
             bodies.append(inline(one))
         return bodies
+
+    def _one(self, case: Case, at: Literal, scalars: list[dict[str, Any]], bodies: list[str]) -> None:
+        match case.type:
+            case "array":
+                bodies += self._array(case, at)
+            case "object":
+                bodies += self._object(case, at)
+            case _:
+                self._scalar(case, at, scalars, bodies)
 
     # Arrays
 

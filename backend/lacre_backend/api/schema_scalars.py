@@ -16,7 +16,7 @@ from typing import Any, Final
 from lacre_backend.api.schema_cases import Cases
 from lacre_backend.api.schema_keywords import empty_range, remainders
 from lacre_backend.api.schema_patterns import NotRegular, Patterns
-from lacre_backend.api.schema_terms import Case, Literal, SchemaRefused
+from lacre_backend.api.schema_terms import Case, Literal, SchemaRefused, TooCostly
 
 MAX_RULES: Final = 8000  # of one schema
 BLANK: Final = r"[ \n\r\t]{1,20}"  # bounded, or a model may write blanks until its limit
@@ -30,8 +30,21 @@ NUMBER: /-?(0|[1-9][0-9]{{0,15}})(\.[0-9]{{1,15}})?([eE][-+]?[0-9]{{1,2}})?/
 WHOLE: /-?(0|[1-9][0-9]{{0,15}})/
 KEYWORD: /true|false|null/
 FRACTION: /-?(0|[1-9][0-9]{{0,8}})\.[0-9]{{0,4}}[1-9]/
-anything: "{{" (STR ":" anything ("," STR ":" anything)*)? "}}" | "[" (anything ("," anything)*)? "]" | STR | NUMBER | KEYWORD
+NULL: "null"
+BOOLEAN: /true|false/
+anyobject: "{{" (STR ":" anything ("," STR ":" anything)*)? "}}"
+anyarray: "[" (anything ("," anything)*)? "]"
+anything: anyobject | anyarray | STR | NUMBER | KEYWORD
 """
+# Any value of a type.
+ANY_OF: Final = {
+    "null": "NULL",
+    "boolean": "BOOLEAN",
+    "number": "NUMBER",
+    "string": "STR",
+    "array": "anyarray",
+    "object": "anyobject",
+}
 # What is inline has the blanks of the rules around it: llguidance joins those alone into one set of lexemes.
 _BLANKS: Final = {"x-guidance": {"whitespace_pattern": BLANK}}
 NOTHING: Final = '""'
@@ -55,7 +68,7 @@ class ScalarRules:
 
     def _define(self, name: str, body: str) -> None:
         if len(self._lines) > MAX_RULES:
-            raise SchemaRefused("schema", "#", f"needs more than {MAX_RULES} rules")
+            raise TooCostly("schema", "#", f"needs more than {MAX_RULES} rules")
         self._lines.append(f"{name}: {body}")
 
     def _terminal(self, body: str) -> str:

@@ -24,6 +24,14 @@ class SchemaRefused(Exception):
         self.problem = problem
 
 
+class NoSchema(SchemaRefused):
+    """What is no schema, is too large, or admits nothing: refused whether strict or not."""
+
+
+class TooCostly(SchemaRefused):
+    """What takes too long to look at. Of a schema that is not strict all is left to the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A schema where it stands. scope: the resources it was reached through, for `$dynamicRef`."""

@@ -15,17 +15,21 @@ import pydantic_core
 from pydantic import Field
 
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.parsed import Parsed, validated
+from lacre_backend.api.parsed import Echoed, Parsed, has_infinite, validated
 
 MAX_TOOLS: Final = 128  # OpenAI's
 MAX_CALLS: Final = 64  # in one message
 MAX_ID: Final = 256
 
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+# What clients write beside a function or a call of one. No prompt depends on any of it.
+_BOOKKEEPING: Final = frozenset(
+    {"index", "parsed_arguments", "provider_specific_fields", "extra_content", "thought_signature", "cache_control"}
+)
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
-class Function(Parsed):
+class Function(Echoed):
     """parameters: the JSON schema of the arguments; none where left out. strict: refuse what cannot be enforced of it."""
 
     name: _Name
@@ -37,7 +41,9 @@ class Function(Parsed):
         return _NO_PARAMETERS if self.parameters is None else self.parameters
 
 
-class Tool(Parsed):
+class Tool(Echoed):
+    ignored = _BOOKKEEPING
+
     type: Literal["function"]
     function: Function
 
@@ -48,27 +54,37 @@ class Tool(Parsed):
         return {"type": "function", "function": {"name": function.name, **described, "parameters": function.arguments()}}
 
 
-class FunctionCall(Parsed):
+class FunctionCall(Echoed):
     """arguments: JSON, or what the model made in its place."""
+
+    ignored = _BOOKKEEPING
 
     name: _Name
     arguments: str
 
 
-class ToolCall(Parsed):
+class ToolCall(Echoed):
+    """type: the only one that there is, which some clients lose when they join a stream's pieces."""
+
+    ignored = _BOOKKEEPING
+
     id: Annotated[str, Field(min_length=1, max_length=MAX_ID)]
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
         """Templates write the arguments as JSON themselves, so they get the object, where it is one.
 
-        As for a body: what nests deeply, or holds half a surrogate pair, is none, and stays the text that it is.
+        As for a body: what nests deeply, or holds half a surrogate pair or a number without bounds, is none, and stays the text
+        that it is. No text at all, as some servers write a call without arguments, is an empty object.
         """
+        text = self.function.arguments
         try:
-            arguments = pydantic_core.from_json(self.function.arguments, allow_inf_nan=False)
+            arguments = pydantic_core.from_json(text if text.strip() else "{}", allow_inf_nan=False)
         except ValueError:
-            arguments = self.function.arguments
+            arguments = text
+        if has_infinite(arguments):
+            arguments = text
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
@@ -95,7 +111,7 @@ class _AllowedTools(Parsed):
 class Calling:
     """What the model may do. tools: that it is told of. callable: those it may call, with their places in the request.
 
-    required: it must call, and not speak. many: several calls in one answer.
+    required: it must call, and not speak. many: several calls in one answer; never of a function that the request names.
     """
 
     tools: tuple[Tool, ...]
@@ -117,7 +133,9 @@ def calling(tools: Sequence[Tool], choice: Any, *, many: bool) -> Calling | None
     if choice in (None, "auto", "required"):
         return Calling(tuple(tools), offered, choice == "required", many)
     allowed, required = _named(choice, names)
-    return Calling(tuple(tools), tuple((i, each) for i, each in offered if each.name in allowed), required, many)
+    once = isinstance(choice, dict) and choice.get("type") == "function"
+    callable = tuple((i, each) for i, each in offered if each.name in allowed)
+    return Calling(tuple(tools), callable, required, many and not once)
 
 
 def _check_choice_alone(tools: Sequence[Tool], choice: Any) -> None:

@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +20,7 @@ from typing import Any, Final
 from lacre.asgi import Call
 from lacre.inner import IDENTIFYING_FIELDS
 from lacre_backend.api.errors import RequestRefused, grant_mismatch
+from lacre_backend.api.requests import OWN_IDS, check_token_ids
 
 _SAMPLING: Final = frozenset(
     {
@@ -34,7 +36,7 @@ _MEMBERS: Final = {
         "tools", "top_logprobs",
     },
     "complete": _SAMPLING | {"echo", "prompt", "suffix"},
-    "embed": frozenset({"dimensions", "encoding_format", "input"}),
+    "embed": frozenset({"dimensions", "encoding_format", "input", OWN_IDS}),
     "rerank": frozenset({"documents", "query", "return_documents", "top_n"}),
 }  # fmt: skip
 ACTIONS: Final = frozenset(_MEMBERS)
@@ -65,6 +67,8 @@ def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed
         raise grant_mismatch(f"The request was granted for the model `{call.model}`, and names another.", "model")
     body["model"] = known_as
     stream = tell_usage = False
+    if action == "embed":
+        check_token_ids(body.get("input"), body.pop(OWN_IDS, None))
     if action in _GENERATE:
         _bound(body, call, several="n" in also)
         stream, tell_usage = _streaming(body)
@@ -73,7 +77,7 @@ def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed
 
 def _object(content: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(content, parse_constant=_no_constant)
+        body = json.loads(content, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
@@ -83,6 +87,13 @@ def _object(content: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(name)  # NaN and the infinities are no JSON (RFC 8259 section 6)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # 1e999 would be written as Infinity
+        raise ValueError(text)
+    return number
 
 
 def _bound(body: dict[str, Any], call: Call, *, several: bool) -> None:

@@ -1,0 +1,172 @@
+"""The messages of a conversation, parsed once, with what clients add to those that they send back.
+
+Rules
+- A client sends an answer back as it got it, or as its own object: with nulls, empty lists and members of its own. Those that
+  keep books (`BOOKKEEPING`) are dropped, and null is absent. Any other member is refused by name.
+- What a message says is never dropped: a refusal is the text of its message, and audio, images and files are refused.
+- Errors name the field in OpenAI's way (`messages[0].content`), never its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator, Field
+
+from lacre_backend.api.errors import RequestRefused, unsupported
+from lacre_backend.api.parsed import Echoed, missing
+from lacre_backend.api.tools import MAX_CALLS, MAX_ID, ToolCall
+
+MAX_MESSAGES: Final = 2048
+MAX_PARTS: Final = 256  # content parts of one message
+MAX_NAME: Final = 256
+
+# What clients and servers write beside a message's own members. No prompt depends on any of it.
+BOOKKEEPING: Final = frozenset(
+    {
+        # openai's parsed and streamed messages; Azure's
+        "parsed", "annotations", "index", "logprobs", "finish_reason", "content_filter_results", "content_filter_offsets",
+        "end_turn", "context", "weight",
+        # a whole answer as one message
+        "id", "object", "created", "model", "usage", "system_fingerprint", "service_tier", "status", "stop_reason",
+        # reasoning in other forms than a text, which templates know no name for
+        "reasoning", "reasoning_details", "reasoning_items", "reasoning_text", "thinking", "thinking_blocks",
+        # LangChain, LiteLLM, the AI SDK, Mistral's and Cohere's clients
+        "additional_kwargs", "response_metadata", "usage_metadata", "invalid_tool_calls", "example", "lc_kwargs",
+        "provider_specific_fields", "providerOptions", "provider_options", "providerMetadata", "provider_metadata",
+        "experimental_providerMetadata", "extra_content", "citations", "tool_plan", "metadata", "cache_control",
+        "createdAt", "created_at", "timestamp",
+    }
+)  # fmt: skip
+# Content, which is not text; empty it says nothing.
+_OTHER_CONTENT: Final = ("function_call", "audio", "images", "files", "attachments", "experimental_attachments")
+_OTHER_PARTS: Final = (
+    "image_url", "input_audio", "file", "image", "audio", "video", "video_url", "document", "input_image", "input_file",
+)  # fmt: skip
+
+
+def _as_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return [_said(part) for part in value]
+    return value
+
+
+def _said(part: Any) -> Any:
+    """A part with which an assistant refused says why."""
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
+
+
+def _none_if_empty(value: Any) -> Any:
+    return None if value == [] else value
+
+
+class TextPart(Echoed):
+    ignored = BOOKKEEPING
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Echoed):
+    """content: may be left out where the assistant calls tools, or refused. tool_call_id: of the call that a `tool` message
+    answers. reasoning_content: what led to the answer, for templates that show it to the model again.
+    """
+
+    ignored = BOOKKEEPING
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1, max_length=MAX_PARTS)] | None = None
+    name: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None, BeforeValidator(_none_if_empty)] = None
+    tool_call_id: Annotated[str, Field(max_length=MAX_ID)] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """`developer` is OpenAI's newer word for `system`; templates know the old one. One part is a text."""
+        role = "system" if self.role == "developer" else self.role
+        texts = [part.text for part in self.content or ()]
+        if self.refusal:
+            texts = [text for text in texts if text] + [self.refusal]
+        content = [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else "".join(texts)
+        written: dict[str, Any] = {"role": role, "content": content}
+        if self.name is not None:
+            written["name"] = self.name
+        if self.reasoning_content is not None:
+            written["reasoning_content"] = self.reasoning_content
+        if self.tool_calls is not None:
+            written["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            written["tool_call_id"] = self.tool_call_id
+        return written
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+def check_known(raw: Any) -> None:
+    """Refuse by name what OpenAI knows and this server does not. raw: the `messages` of a body. Raises `RequestRefused`."""
+    for i, message in enumerate(raw if isinstance(raw, list) else []):
+        if isinstance(message, dict):
+            _check_message(message, f"messages[{i}]")
+
+
+def _check_message(message: dict[str, Any], path: str) -> None:
+    if message.get("role") == "function":
+        raise RequestRefused("Use the role 'tool'.", code="unsupported_value", param=f"{path}.role")
+    for name in _OTHER_CONTENT:
+        if message.get(name) not in (None, []):
+            raise unsupported(f"{path}.{name}")
+        message.pop(name, None)
+    if message.get("content") == [] and message.get("role") in ("assistant", "tool"):
+        message["content"] = ""
+    for i, part in enumerate(message["content"] if isinstance(message.get("content"), list) else []):
+        if isinstance(part, dict) and part.get("type") in _OTHER_PARTS:
+            raise RequestRefused("Only text content is supported.", code="unsupported_value", param=f"{path}.content[{i}].type")
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Content where there must be some; and each call of a tool answered, each answer for a call. Raises `RequestRefused`."""
+    waiting: list[str] = []
+    for i, message in enumerate(messages):
+        path = f"messages[{i}]"
+        _check_role(message, path)
+        if message.role == "tool":
+            if message.tool_call_id is None:
+                raise missing(f"{path}.tool_call_id")
+            if message.tool_call_id not in waiting:
+                raise RequestRefused(
+                    f"'{path}' answers no tool call of the assistant's message before it.", param=f"{path}.tool_call_id"
+                )
+            waiting.remove(message.tool_call_id)
+        else:
+            _check_answered(waiting, path)
+            waiting = [call.id for call in message.tool_calls or ()]
+        if message.content is None and message.tool_calls is None and message.refusal is None:
+            raise missing(f"{path}.content")
+    _check_answered(waiting, "messages")
+
+
+def has_a_beginning(messages: Sequence[Message]) -> bool:
+    """Whether the last message is the beginning of an answer, which may go on."""
+    last = messages[-1]
+    return len(messages) > 1 and last.role == "assistant" and last.tool_calls is None
+
+
+def _check_answered(waiting: Sequence[str], path: str) -> None:
+    if waiting:
+        raise RequestRefused(f"The tool call '{waiting[0]}' has no message of role 'tool' that answers it.", param=path)
+
+
+def _check_role(message: Message, path: str) -> None:
+    """What only one role has."""
+    of_assistant = ("tool_calls", "refusal", "reasoning_content")
+    others = of_assistant if message.role != "assistant" else ()
+    for name in (*others, *(("tool_call_id",) if message.role != "tool" else ())):
+        if getattr(message, name) is not None:
+            raise RequestRefused(f"'{name}' does not belong to the role '{message.role}'.", param=f"{path}.{name}")
