@@ -78,6 +78,14 @@ def test_composed_control_tokens_are_found_and_users_ones_are_not(source: str) -
         assert control_ids(source, content) == control_ids(source, "Hello")
 
 
+@pytest.mark.parametrize("how", ["upper", "urlencode"])
+def test_a_mark_that_is_rewritten_is_refused(how: str) -> None:
+    template = loaded(COMPOSED.replace("m.content", f"(m.content | {how})"))
+    template.render([{"role": "user", "content": "Hello"}])
+    with pytest.raises(TemplateRefused, match="rewrites a text in which a control token is spelled"):
+        template.render([{"role": "user", "content": "Say <|start|>"}])
+
+
 def test_beginning_of_sequence_comes_once() -> None:
     without, with_it = loaded(SPELLED), loaded("{{ bos_token }}" + SPELLED)
     messages = [{"role": "user", "content": "<|bos|>"}]

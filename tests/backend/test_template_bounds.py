@@ -46,6 +46,9 @@ TOO_LARGE = {
     "a JSON with long separators": "{% set l = 'a' * 60000 %}{{ [1, 2, 3, 4, 5, 6] | tojson(separators=(l, l)) }}",
     "a JSON with a long indent": "{% set l = 'a' * 60000 %}{{ [1, 2, 3, 4, 5, 6] | tojson(indent=l) }}",
     "a JSON that escapes": "{% set l = 'é' * 60000 %}{{ l | tojson(ensure_ascii=True) }}",
+    "a list in many slices": "{{ [1] | slice(99999999) | list | length }}",
+    "a list in one long batch": "{{ [1] | batch(99999999, 'a') | list | length }}",
+    "much text of nobody's": "{{ lipsum(999999) }}",
     "a long list": "{{ range(99999) | list | length }}" * 9,
 }  # fmt: skip
 

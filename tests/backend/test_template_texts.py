@@ -178,6 +178,18 @@ class TestOfEachRequest:
         with pytest.raises(TemplateRefused, match="what a message of the role 'tool' says"):
             rendered(only("m.role != 'tool'"), [USER, said("tool", "2 m")])
 
+    def test_a_tool(self) -> None:
+        """Told of tools where there is no system message, and not where there is one."""
+        source = "{% if messages[0].role != 'system' %}{{ tools | tojson }}{% endif %}" + PLAIN
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+        template = loaded(source)
+        assert '"name": "f"' in str(template.render([USER], [tool]))
+        with pytest.raises(TemplateRefused, match="it would leave out a tool"):
+            template.render([SYSTEM, USER], [tool])
+        template.render([SYSTEM, USER])
+        with pytest.raises(TemplateRefused, match="it would leave out a tool"):
+            loaded(source.replace("{{ tools", "{{ tools[:1]")).render([USER], [tool, tool])
+
     def test_the_same_text_elsewhere_is_not_that_text(self) -> None:
         with pytest.raises(TemplateRefused):
             rendered(only("m.role != 'system' or loop.first"), [said("system", "Olá"), USER, said("system", "Olá")])
@@ -227,3 +239,31 @@ async def test_the_api_hands_parts_on() -> None:
     ids = await chat_prompt(Served(engine), request.messages, (), goes_on=True)
     text = b"".join(bytes([token]) if token < 256 else b"." for token in ids).decode()
     assert text == "..system\na&b.\n.user\nc.\n.assistantde"
+
+
+NATIVE = (
+    "{% if tools %}<|start|>system\nTools:{{ tools | tojson }}<|end|>\n{% endif %}"
+    "{% for m in messages %}<|start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
+    "{% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}<|start|>assistant\n"
+)
+
+
+async def test_what_is_said_beside_a_call_is_a_message_of_its_own() -> None:
+    """Where the template would leave it out, as Hermes' own does."""
+    engine = EchoEngine(name="tiny")
+    engine.model = dataclasses.replace(engine.model, chat_template=NATIVE)
+    call = {**CALL, "function": {"name": "f", "arguments": '{"a": 1}'}}
+    result = {"role": "tool", "tool_call_id": "c", "content": "2 m"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    body = {"model": "tiny", "messages": [USER, {**CALLS, "tool_calls": [call]}, result], "tools": [tool]}
+    request = parse_chat(json.dumps(body).encode())
+    served = Served(engine)
+    assert served.template is not None and served.template.calls is not None
+    ids = await chat_prompt(served, request.messages, request.tools, goes_on=False)
+    text = b"".join(bytes([token]) if token < 256 else b"." for token in ids).decode()
+    assert text.endswith(
+        '.assistant\nLet me see.\n.assistant\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>.\n'
+        ".tool\n2 m.\n.assistant"
+    )

@@ -3,6 +3,7 @@
 Rules
 - A template that takes tools gets them. Every other model is told of them in the system message, in the format of `HERMES`;
   calls and results of earlier turns are then text of the assistant and of the user, since such templates know no other roles.
+- What an assistant said beside a call is a message of its own, before the call, if the template would leave it out.
 - What cannot fit is refused before it is tokenized, and what the tokenizer cannot read is refused by its field's name.
 """
 
@@ -21,7 +22,7 @@ from lacre_backend.api.messages import Message
 from lacre_backend.api.parsed import check_size
 from lacre_backend.api.served import Served
 from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
-from lacre_backend.api.template_texts import as_text
+from lacre_backend.api.template_texts import TextLost, as_text
 from lacre_backend.api.tools import Tool
 from lacre_backend.engine.protocol import EngineClosed, Kind, TextRefused
 
@@ -40,7 +41,8 @@ async def chat_prompt(served: Served, messages: Sequence[Message], tools: Sequen
     try:
         pieces = (*_rendered(template, written, told), begun)
     except TemplateRefused as refusal:
-        raise RequestRefused(f"The model's chat template does not take these messages: {refusal}.", param="messages") from None
+        said = str(refusal).rstrip(".!")
+        raise RequestRefused(f"The model's chat template does not take these messages: {said}.", param="messages") from None
     ceilings.check_length(model, sum(len(piece.encode()) for piece in pieces if isinstance(piece, str)), "messages")
     with _named("messages"):
         return await chat_tokens(served.engine, joined(pieces), template.control)
@@ -88,7 +90,13 @@ def _named(param: str) -> Iterator[None]:
 
 def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Written]) -> tuple[Any, ...]:
     if template.calls is not None:
-        return template.render(written, told or None)
+        try:
+            return template.render(written, told or None)
+        except TextLost:
+            apart = list(_apart(written))
+            if len(apart) == len(written):
+                raise
+            return template.render(apart, told or None)
     spoken = _spoken(template, written)
     if not told:
         return template.render(spoken)
@@ -100,6 +108,16 @@ def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Writt
         return template.render([{"role": "system", "content": instructions}, *spoken])
     except TemplateRefused:  # some know no system message
         return template.render([{**first, "content": f"{instructions}\n\n{as_text(first['content'])}"}, *spoken[1:]])
+
+
+def _apart(written: Sequence[_Written]) -> Iterator[_Written]:
+    """What an assistant says beside calls, as a message before them."""
+    for message in written:
+        if message.get("tool_calls") and message["content"]:
+            yield {"role": message["role"], "content": message["content"]}
+            yield {**message, "content": ""}
+        else:
+            yield message
 
 
 def _spoken(template: ChatTemplate, written: Sequence[_Written]) -> list[_Written]:

@@ -55,7 +55,7 @@ __all__ = ["ChatTemplate", "Message", "Piece", "TemplateRefused", "Tools"]
 Piece = str | ControlToken  # str: plain text, in which no control token is recognised
 
 _NAME, _ARGUMENTS, _RESULT = "get_tide", {"port": "Porto"}, "It rises."
-_TOOL: Final = {
+_TOOL: Final[Mapping[str, Any]] = {
     "type": "function",
     "function": {
         "name": _NAME,
@@ -69,11 +69,12 @@ _USED: Final[tuple[Message, ...]] = (
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "content": _RESULT, "tool_call_id": "call00001", "name": _NAME},
 )
+_SPEAKING_OF_A_TOOL: Final[tuple[tuple[Message, ...], Tools]] = (({"role": "user", "content": "Hello"},), (_TOOL,))
 _SAMPLES: Final[tuple[tuple[tuple[Message, ...], Tools], ...]] = (
     (({"role": "user", "content": "Hello"},), None),
     (({"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}), None),
     (({"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}, {"role": "user", "content": "Three"}), None),
-    (({"role": "user", "content": "Hello"},), (_TOOL,)),
+    _SPEAKING_OF_A_TOOL,
     (_USED, (_TOOL,)),
 )
 
@@ -123,6 +124,7 @@ class ChatTemplate:
             self._composed = self._literal
         elif composed := self._composed_literals():
             self._composed = any_of(composed)
+        self._describes = _TOOL["function"]["description"] in self._outcome(self._template, *_SPEAKING_OF_A_TOOL)
         self.calls = self._known_calls()
         self._check_whole()
 
@@ -142,7 +144,7 @@ class ChatTemplate:
         except RecursionError:
             raise TemplateRefused("they nest too deeply") from None
         rendered = run(swapped, told)
-        check_texts(swapped, told, run, rendered)
+        check_texts(swapped, told, run, rendered, describes=self._describes)
         return self._pieces(rendered)
 
     def constant(self, text: str) -> str:
@@ -177,6 +179,8 @@ class ChatTemplate:
         for kind, token_id, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
             token = self._by_id[int(token_id)]
             pieces += [token if kind == "c" else token.text, *self._recognised(text)]
+        if any(self._nonce in piece.lower() for piece in pieces if isinstance(piece, str)):
+            raise TemplateRefused("it rewrites a text in which a control token is spelled")
         return tuple(joined(pieces))
 
     def _recognised(self, text: str) -> list[Piece]:

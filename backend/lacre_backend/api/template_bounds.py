@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE: Final = 256 * 1024  # characters of a template; the longest in use have some 20,000
+_MAX_SLICES: Final = 65536  # lists that a filter may make of one; no request has more values
 _LOOK_EACH: Final = 256  # rounds between looks at the clock
 # Names that no template has of its own.
 _ROUND: Final = "lacre_round"
@@ -268,9 +269,12 @@ def _bounded(function: Callable[..., Any], *, writes: bool) -> Callable[..., Any
             args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
         if writes:
             spent.weigh(*args[has_context:], *kwargs.values())
+        given = (*args, *kwargs.values())
         texts = [value for value in args if isinstance(value, str)]
         if texts and function.__name__ == "do_format":
             _check_format(texts[0])
+        if function.__name__ in ("do_slice", "do_batch") and any(isinstance(n, int) and n > _MAX_SLICES for n in given):
+            raise TemplateTooLarge("The template cuts a list into too many parts.")
         if function.__name__ in ("do_replace", "do_indent") and texts:
             spent.room((len(texts[0]) + 1) * max(map(len, texts[1:]), default=1))
         return spent.value(function(*args, **kwargs))

@@ -112,4 +112,5 @@ def template_environment(bounds: Bounds | None = None) -> BoundedEnvironment:
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
+    del environment.globals["lipsum"]  # random text, of any length
     return environment

@@ -128,17 +128,20 @@ def form_of(role: str, sample: Sequence[Message], tools: Tools, render: Renderin
 # Of each request
 
 
-def check_texts(messages: Sequence[Message], tools: Tools, render: Rendering, rendered: str) -> None:
-    """rendered: what became of these messages. Raises `TextLost`."""
+def check_texts(messages: Sequence[Message], tools: Tools, render: Rendering, rendered: str, *, describes: bool) -> None:
+    """rendered: what became of these messages. describes: the template writes what tools are for. Raises `TextLost`."""
     words = Words()
     standing: list[tuple[str, str, int]] = []  # a word, the text that it stands for, and the message's place
     instead = [_instead(message, i, words, standing) for i, message in enumerate(messages)]
+    described = tools and [{**tool, "function": {**tool["function"], "description": words.next()}} for tool in tools]
     try:
-        spelled = render(instead, tools)
+        spelled = render(instead, described)
     except TemplateRefused:  # it looks into the texts: then these themselves must be there
         missing = next((place for _, text, place in standing if text.strip() not in rendered), None)
     else:
         missing = next((place for word, _, place in standing if not comes_out(word, spelled)), None)
+        if describes and not all(comes_out(tool["function"]["description"], spelled) for tool in described or ()):
+            raise TextLost("a tool")
     if missing is not None:
         raise _lost(messages[missing], missing)
 

@@ -22,6 +22,10 @@ import pytest
 from heavy.conftest import Environment
 from heavy.templates.conversations import CONVERSATIONS, IN_PARTS, WORD, Messages, Tools, said
 from lacre.errors import SettingsError
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.prompts import chat_prompt
+from lacre_backend.api.requests import ChatRequest, parse_chat
+from lacre_backend.api.served import Served
 from lacre_backend.api.template import ChatTemplate, TemplateRefused
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import ControlToken, ModelInfo
@@ -170,6 +174,50 @@ def test_each_is_equal_or_refused_by_name(templates: dict[str, str], theirs: lis
     print(f"{len(templates)} templates, {len(alike)} of them equal in most conversations. Renderings: {dict(kinds)}")
     assert not wrong, "\n".join(wrong[:20])
     assert len(alike) >= 60
+
+
+def served(name: str, source: str) -> Served | None:
+    engine = EchoEngine(name=name, n_ctx=2**20)
+    engine.model = dataclasses.replace(engine.model, chat_template=source)
+    try:
+        return Served(engine)
+    except SettingsError:
+        return None
+
+
+def asked(messages: Messages, tools: Tools) -> ChatRequest:
+    """As a client of OpenAI's API sends it."""
+    sent = [{name: value for name, value in each.items() if (each["role"], name) != ("tool", "name")} for each in messages]
+    for i, message in enumerate(sent):
+        if calls := message.get("tool_calls"):
+            functions = [{**c["function"], "arguments": json.dumps(c["function"]["arguments"])} for c in calls]
+            sent[i] = {**message, "tool_calls": [{**c, "function": f} for c, f in zip(calls, functions, strict=True)]}
+    return parse_chat(json.dumps({"model": "m", "messages": sent, **({"tools": tools} if tools else {})}).encode())
+
+
+async def test_nothing_is_lost_between_a_client_and_the_model(templates: dict[str, str]) -> None:
+    """With calls and tools as text, where the template knows none: each word is in the prompt, or the request is refused."""
+    conversations = {**CONVERSATIONS, **{AS_PARTS + name: (messages, None) for name, messages in IN_PARTS.items()}}
+    kinds: Counter[str] = Counter()
+    for template, source in templates.items():
+        model = served(template, source)
+        for name, (messages, tools) in conversations.items() if model else ():
+            request = asked(messages, tools)
+            try:
+                ids = await chat_prompt(model, request.messages, request.tools, goes_on=False)
+            except RequestRefused as refusal:
+                assert refusal.param == "messages"
+                kinds["refused"] += 1
+                continue
+            text = bytes(token for token in ids if token < 256).decode()
+            kinds["whole"] += 1
+            names = {tool["function"]["name"] for tool in tools or ()}
+            lost = Case(template, name, messages, tools, answering=True).missing(text) | {
+                each for each in names if each not in text
+            }
+            assert not lost, f"{template}: {name}: {lost}"
+    print(dict(kinds))
+    assert kinds["refused"] < kinds["whole"] / 20
 
 
 def test_those_that_are_not_loaded(templates: dict[str, str]) -> None:
