@@ -1,6 +1,6 @@
 """What each process of a deployment gets, where they run apart: one folder each, with its settings and the secrets it may have.
 
-    STATE/bundles/nats/           nats.conf, with every role's password
+    STATE/bundles/nats/           nats.conf, which includes lacre.conf, with every role's password
     STATE/bundles/gateway/        gateway.toml, its grant key, its credential, and the issuer's public keys
     STATE/bundles/worker-POOL/    worker.toml, the pool's receipt key, and its workers' credential
     STATE/bundles/…-REGION/       the last two for each region, where regions have names
@@ -10,12 +10,15 @@ Rules
 - No bundle holds the root, the signer or another process's secret: who has one folder has no more than that process.
 - A pool's private keys are in none: they come and go, so workers are given `STATE/pools/POOL/keys` itself, to read.
 - Settings name the places that the images know (docs/containers.md), not those of this machine.
-- A pool and its models are added to those that the state knows already. What a person wrote into settings stays. nats.conf is
-  written anew: it is all passwords and limits.
+- A pool and its models are added to those that the state knows already. What a person wrote into settings stays, such as a
+  certificate in nats.conf. lacre.conf is written anew: it is all passwords and limits.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -36,6 +39,12 @@ DRAIN: Final = 25  # seconds that running requests have; what ends containers wa
 EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - a container's own network; what is published of it, its runtime decides
 
 
+_NATS_CONF: Final = b"""# Yours to edit: TLS, a cluster. What stands below wins over lacre.conf, which is written anew.
+include ./lacre.conf
+"""
+_INCLUDED: Final = re.compile(rb"""^\s*include\s+["']?(\./)?lacre\.conf""", re.MULTILINE)
+
+
 @dataclass(frozen=True, slots=True)
 class Bundles:
     """nats_url: where the message server will be for the others; public_url: where the gateway will be for clients."""
@@ -50,9 +59,8 @@ class Bundles:
 
     def _write(self) -> None:
         self.site.create()
+        self._write_nats()
         self.site.save(self.nats_url, self.public_url)
-        nats = configuration(EVERYWHERE, NATS_PORT, "/data", self.site.replicated_roles())
-        write_secret(self.folder("nats") / "nats.conf", nats_conf.encode(nats))
         for region in self.site.regions:
             self._write_gateway(region)
             for pool in self.site.pools:
@@ -62,6 +70,14 @@ class Bundles:
 
     def folder(self, name: str) -> Path:
         return self.site.folder / "bundles" / name
+
+    def _write_nats(self) -> None:
+        folder = self.folder("nats")
+        ours = configuration(EVERYWHERE, NATS_PORT, "/data", self.site.replicated_roles())
+        own = _persons_own(folder / "nats.conf", ours)
+        write_secret(folder / "lacre.conf", nats_conf.encode(ours))
+        if own is not None:
+            write_secret(folder / "nats.conf", _NATS_CONF + own)
 
     def _write_gateway(self, region: str) -> None:
         folder, name = self.folder(_in("gateway", region)), gateway_of(region)
@@ -104,6 +120,26 @@ class Bundles:
         content = read_secret(self.site.folder / name)
         write_secret(to, content)
         overwrite(content)
+
+
+def _persons_own(path: Path, ours: Mapping[str, object]) -> bytes | None:
+    """What a person wrote into the nats.conf of an older version, which had all in one file, as JSON. None for a newer file.
+
+    Raises SettingsError where that cannot be told.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    if _INCLUDED.search(text):
+        return None
+    try:
+        before = json.loads(text)
+        return nats_conf.lines({name: value for name, value in before.items() if name not in ours})
+    except (ValueError, AttributeError, RecursionError):
+        raise SettingsError(
+            f"{path} has been edited: take out the accounts and what else Lacre wrote, and put `include ./lacre.conf` there"
+        ) from None
 
 
 def _with_what_is_there(site: Site) -> Site:

@@ -28,6 +28,11 @@ def encode(config: Mapping[str, object]) -> bytes:
     return (_value(config, "\n") + "\n").encode("ascii")
 
 
+def lines(config: Mapping[str, object]) -> bytes:
+    """The same, to stand among others in a file: a line or more for each member. Raises SettingsError."""
+    return "".join(f"{_name(key)}: {_value(value, chr(10))}\n" for key, value in config.items()).encode("ascii")
+
+
 def _value(value: object, line: str) -> str:
     """line: the line break before the brace that closes it."""
     inner = f"{line} "

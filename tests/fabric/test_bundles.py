@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,13 @@ from lacre.errors import SettingsError
 from lacre.trust import ConnectionString
 from lacre_backend import settings as worker
 from lacre_fabric.bundles import Bundles
-from lacre_fabric.server import executable
+from lacre_fabric.server import executable, free_port
 from lacre_fabric.site import Site
 from lacre_gateway import settings as gateway
 
 COMMAND = ["fabric", "bundles", "--nats=nats://nats:4222", "--public-url=http://127.0.0.1:8321"]
 BUNDLES = {
-    "nats": {"nats.conf"},
+    "nats": {"nats.conf", "lacre.conf"},
     "gateway": {"gateway.toml", "grant.pem", "credential.json", "issuer.jwks"},
     "worker-default": {"worker.toml", "receipt.pem", "credential.json"},
 }
@@ -78,6 +80,18 @@ def site_of(state: Path) -> dict[str, object]:
     return json.loads((state / "site.json").read_text())  # type: ignore[no-any-return]
 
 
+def _first_line(port: int) -> bytes:
+    """What a nats-server says to whoever connects."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), 5) as connection, connection.makefile("rb") as lines:
+                return lines.readline()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 class TestAgain:
     """Nothing that the state knows goes because it was not named again."""
 
@@ -88,7 +102,7 @@ class TestAgain:
         assert {path.name for path in (state / "bundles").iterdir()} == {*BUNDLES, "worker-legal"}
         served = worker.load(state / "bundles" / "worker-default" / "worker.toml").models
         assert [model.name for model in served] == ["small", "other"]
-        accounts = (state / "bundles" / "nats" / "nats.conf").read_text()
+        accounts = (state / "bundles" / "nats" / "lacre.conf").read_text()
         assert "POOL_legal" in accounts and "POOL_default" in accounts
 
     def test_without_a_model_the_pools_own_stay(self, state: Path) -> None:
@@ -122,6 +136,45 @@ class TestAgain:
         before = of_gateway.read_text(), of_worker.read_text()
         bundles(state, "--model=small")
         assert (of_gateway.read_text(), of_worker.read_text()) == before
+
+    def test_a_certificate_of_the_message_servers_stays(self, state: Path) -> None:
+        """Without it they would speak plain from then on."""
+        path = state / "bundles" / "nats" / "nats.conf"
+        path.write_text(
+            path.read_text() + 'tls {cert_file: "/certs/x.pem", key_file: "/certs/x.key"} # ours\nmax_payload: 1MB\n'
+        )
+        before = path.read_text()
+        bundles(state, "--pool=legal")
+        assert path.read_text() == before
+        assert "POOL_legal" in (state / "bundles" / "nats" / "lacre.conf").read_text()
+
+    def test_what_a_person_adds_wins(self, state: Path, tmp_path: Path) -> None:
+        path, port = state / "bundles" / "nats" / "nats.conf", free_port()
+        path.write_text(path.read_text() + f"host: 127.0.0.1\nport: {port}\nmax_payload: 1MB\njetstream: disabled\n")
+        process = subprocess.Popen([executable(), "-c", str(path)], stderr=subprocess.DEVNULL)
+        try:
+            said = json.loads(_first_line(port).removeprefix(b"INFO "))
+        finally:
+            process.terminate()
+            process.wait(10)
+        assert said["max_payload"] == 2**20
+        assert said["auth_required"], "the accounts are included"
+
+    def test_a_nats_conf_of_an_older_version(self, state: Path) -> None:
+        """It had all in one file, as JSON."""
+        path, included = (state / "bundles" / "nats" / name for name in ("nats.conf", "lacre.conf"))
+        fresh, old = path.read_text(), json.loads(included.read_text())
+        path.write_text(json.dumps(old, indent=1))
+        included.unlink()
+        bundles(state)
+        assert path.read_text() == fresh
+        path.write_text(json.dumps({**old, "tls": {"cert_file": "/certs/é.pem"}}, indent=1))
+        bundles(state)
+        assert path.read_text() == fresh + '"tls": {\n "cert_file": "/certs/\\xC3\\xA9.pem"\n}\n'
+        path.write_text("port: 4222\naccounts { A { users: [] } }\n")
+        with pytest.raises(subprocess.CalledProcessError):
+            bundles(state)
+        assert path.read_text() == "port: 4222\naccounts { A { users: [] } }\n"
 
     @pytest.mark.parametrize("model", ["My Model (Q4)", "", "modèle", "m" * 129])
     def test_a_model_that_has_no_such_id(self, state: Path, model: str) -> None:
