@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from lacre import tasks
 from lacre.cli import manifest_app
-from lacre.cli.output import AsJson, printable, waiting
+from lacre.cli.output import AsJson, printable, say_table, waiting
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
     from lacre_fabric.connection import Connection
@@ -300,10 +299,7 @@ def keys_list(state: State = None, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([dict(zip(("pool", "key", "kem", "state"), row, strict=True)) for row in rows], indent=2))
         return
-    table = Table("pool", "key", "KEM", "state")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)
+    say_table(("pool", "key", "KEM", "state"), [tuple(map(str, row)) for row in rows])
 
 
 def _state(generation: Generation) -> str:
@@ -469,10 +465,8 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))
     else:
-        table = Table("", "check", "found", "what to do")
-        for finding in found:
-            table.add_row(finding.verdict.value, finding.check, finding.detail, finding.remedy)
-        Console().print(table)
+        told = [(finding.verdict.value, finding.check, finding.detail, finding.remedy) for finding in found]
+        say_table(("", "check", "found", "what to do"), told)
     if any(finding.verdict is Verdict.WRONG for finding in found):
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lacre.cli.output import waiting
+from lacre.cli.output import say_json, waiting
 from lacre.errors import SettingsError
 
 audit_app = typer.Typer(name="audit", help="The audit log: verify it, prove from it, search it.", no_args_is_help=True)
@@ -151,7 +151,7 @@ def audit_query(
     if sql is not None:
         names, rows = indexes.ask(database, sql)
         for row in rows:
-            typer.echo(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False))
+            say_json(dict(zip(names, row, strict=True)))
     else:
         wanted: dict[str, Any] = {
             "subject": subject, "tenant": tenant, "model": model, "decision": decision, "outcome": outcome,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from lacre.cli.output import say_json, say_table
+from lacre.cli.surroundings import stdin_text, utf8
 from lacre.errors import SettingsError
 from lacre_gateway.audit.commands import KeyOption, parse_key, seconds
 
@@ -27,7 +25,6 @@ policy_app = typer.Typer(name="policy", help="The rules: check them, try them, a
 
 Folder = Annotated[Path | None, typer.Argument(help="The folder of the rule set; the one that ships where left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_UNBROKEN = 10_000  # columns: a row is a line where no terminal has to show it
 _VERDICT = {True: "allow", False: "deny", None: "depends"}
 
 
@@ -77,13 +74,13 @@ def policy_explain(
     from lacre_gateway.policy.explain import explain, requested
 
     try:
-        values = json.loads(sys.stdin.read() if request == "-" else _read(Path(request)))
+        values = json.loads(stdin_text() if request == "-" else _read(Path(request)))
     except (ValueError, RecursionError) as exc:
         raise SettingsError(f"{request} is not JSON") from exc
     question, missing = requested(values)
     found = explain(_rules(policies).policies, question, missing)
     if as_json:
-        typer.echo(json.dumps(_explanation(found), ensure_ascii=False))
+        say_json(_explanation(found))
     else:
         _tell(found)
 
@@ -108,7 +105,7 @@ def policy_replay(
     rules = _rules(against)
     found = replay(LogReader(audit, parse_key(key)).entries(), rules.policies, seconds(since), seconds(until))
     if as_json:
-        typer.echo(json.dumps(_replayed(found, rules.policies.digest), ensure_ascii=False))
+        say_json(_replayed(found, rules.policies.digest))
     else:
         _tell_replay(found, limit)
 
@@ -197,15 +194,13 @@ def _change(change: Change) -> dict[str, Any]:
 
 
 def _tell_replay(found: Replay, limit: int) -> None:
-    table = Table(box=box.SIMPLE)
-    for heading in ("entry", "tenant/subject", "action", "resource", "was", "becomes"):
-        table.add_column(heading, overflow="fold")
+    rows = []
     for change in found.changes[-limit:]:
         members = change.asked.members
         row = (str(change.asked.index), f"{members['tenant']}/{members['subject']}", members["action"], change.asked.resource)
-        table.add_row(*row, *(_words(decision.allowed, decision.policies) for decision in (change.asked.was, change.becomes)))
-    if found.changes:
-        Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNBROKEN).print(table)
+        rows.append((*row, *(_words(decision.allowed, decision.policies) for decision in (change.asked.was, change.becomes))))
+    if rows:
+        say_table(("entry", "tenant/subject", "action", "resource", "was", "becomes"), rows)
     if (hidden := len(found.changes) - limit) > 0:
         typer.echo(f"and {hidden} before them: --limit shows more, --json all")
     denied = sum(not change.becomes.allowed for change in found.changes)
@@ -225,6 +220,6 @@ def _words(allowed: bool, policies: Sequence[str]) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise SettingsError(f"cannot read {path}: it must be a file in UTF-8") from exc
+        return utf8(path.read_bytes(), str(path))
+    except OSError as exc:
+        raise SettingsError(f"cannot read {path} ({exc.strerror}): name a file with a request as JSON, or - for stdin") from exc

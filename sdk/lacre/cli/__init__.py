@@ -8,19 +8,18 @@ Rules:
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from lacre._version import __version__
-from lacre.errors import LacreError
 
 try:
     import typer
 
     from lacre.cli import asking, chatting, manifests, proxying, standing
+    from lacre.cli.ending import run
     from lacre.cli.manifests import manifest_app
-    from lacre.cli.output import exit_code, tell
+    from lacre.cli.surroundings import check_texts
 except ModuleNotFoundError as exc:
     raise SystemExit("the lacre command needs an extra: pip install 'lacre[cli]'") from exc
 
@@ -56,14 +55,12 @@ def root(
     """Options of the command itself."""
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The console script."""
+    run(_command)
+
+
+def _command() -> None:
     for entry in entry_points(group=GROUP):
         entry.load()(app)
-    try:
-        app()
-    except LacreError as exc:
-        tell(exc)
-        sys.exit(exit_code(exc))
-    except BrokenPipeError:
-        sys.exit(1)
+    check_texts(typer.main.get_command(app))()

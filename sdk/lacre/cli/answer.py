@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol, Self
 
+from markdown_it import MarkdownIt
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.text import Text
 
-from lacre.cli.output import printable, waiting
+from lacre.cli.output import printable, waiting, write
 from lacre.streams import ChatStream
 
 REDRAW: Final = 0.08  # seconds: quicker than this is flicker
+# Rich's own settings, but HTML and link definitions are plain text.
+_PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 _FENCE: Final = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 
 
@@ -39,21 +42,19 @@ class Display(Protocol):
 class Plain:
     """The text as it is, and a line end after it. For a terminal its control characters are made visible."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self) -> None:
         self._begun = False
 
     def add(self, piece: str) -> None:
         self._begun = True
-        self._console.out(printable(piece) if self._console.is_terminal else piece, end="")
-        self._console.file.flush()
+        write(piece)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         if self._begun:
-            self._console.out()
+            write("\n")
 
 
 class Rendered:
@@ -87,7 +88,10 @@ class Rendered:
 
 
 def _markdown(text: str) -> RenderableType:
-    return Markdown(text, hyperlinks=False)  # a link shows its address: a model may not hide where it leads
+    """Rendered so that all of the text is seen. Rich by itself leaves out HTML, comments and link definitions."""
+    drawn = Markdown("", hyperlinks=False)  # a link shows its address: a model may not hide where it leads
+    drawn.markup, drawn.parsed = text, _PARSER.parse(text)
+    return drawn
 
 
 def ended_blocks(text: str) -> int:

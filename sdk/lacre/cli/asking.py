@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +10,12 @@ import typer
 
 from lacre.cli.answer import Plain, show
 from lacre.cli.chatting import MaxTokens, Model, System, Temperature, sampling
-from lacre.cli.output import AsJson, PoolName, Url, out, waiting
+from lacre.cli.output import AsJson, PoolName, Url, say_json, waiting
+from lacre.cli.surroundings import read_stdin, utf8
 from lacre.client import Client
 from lacre.errors import SettingsError
+
+MAX_SCHEMA = 2**20  # bytes: a worker takes no schema of such a length, and a wrong file is not read whole
 
 
 def ask(
@@ -29,20 +31,20 @@ def ask(
 ) -> None:
     """Ask once, and print the answer alone: `cat report.txt | lacre ask "Summarise."`"""
     turns = [{"role": "system", "content": system}] if system is not None else []
-    turns.append({"role": "user", "content": question(prompt, "" if sys.stdin.isatty() else sys.stdin.read())})
+    turns.append({"role": "user", "content": question(prompt, read_stdin())})
     params = sampling(model, max_tokens, temperature)
     if schema is not None:
         params["response_format"] = response_format(schema)
     with Client(url, pool=pool) as client:
         if not as_json:
-            show(client.chat_stream(turns, **params), Plain(out))
+            show(client.chat_stream(turns, **params), Plain())
             return
         with waiting("waiting for the answer"):
             reply = client.chat(turns, **params)
     usage = {"prompt": reply.usage.prompt, "completion": reply.usage.completion, "cached": reply.usage.cached}
     told = {"id": reply.id, "model": reply.model, "text": reply.text, "finish_reason": reply.finish_reason, "usage": usage}
     checked = client.verification.members()
-    typer.echo(json.dumps({**told, "attempts": reply.attempts, "verification": checked}, ensure_ascii=False))
+    say_json({**told, "attempts": reply.attempts, "verification": checked})
 
 
 def question(prompt: str | None, piped: str) -> str:
@@ -56,7 +58,11 @@ def question(prompt: str | None, piped: str) -> str:
 def response_format(path: Path) -> dict[str, Any]:
     """OpenAI's, for the schema in this file. Raises SettingsError."""
     try:
-        schema = json.loads(path.read_text())
-    except (OSError, ValueError) as exc:
+        with path.open("rb") as file:
+            content = file.read(MAX_SCHEMA + 1)
+        if len(content) > MAX_SCHEMA:
+            raise SettingsError(f"{path} holds over {MAX_SCHEMA} bytes: name a file with a JSON schema")
+        schema = json.loads(utf8(content, str(path)).removeprefix("\ufeff"))
+    except (OSError, ValueError, RecursionError) as exc:
         raise SettingsError(f"{path}: not a readable file with a JSON schema") from exc
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from lacre.cli.answer import Plain, Rendered, show
-from lacre.cli.output import PoolName, Url, out
+from lacre.cli.output import PoolName, Url, at_terminal, out
+from lacre.cli.surroundings import stdin_lines
 from lacre.client import Client
 
 Model = Annotated[str | None, typer.Option(help="The model; the pool's first by default.")]
@@ -37,9 +38,9 @@ def chat(
     turns = [{"role": "system", "content": system}] if system is not None else []
     with Client(url, pool=pool) as client:
         if prompt is not None:
-            display = Rendered(out) if out.is_terminal and not plain else Plain(out)
+            display = Rendered(out()) if at_terminal() and not plain else Plain()
             show(client.chat_stream([*turns, {"role": "user", "content": prompt}], **params), display)
-        elif sys.stdin.isatty() and out.is_terminal:
+        elif sys.stdin.isatty() and at_terminal():
             from lacre.cli.conversation import Conversation
 
             Conversation(client, turns, params, rendered=not plain, history=history).run()
@@ -58,9 +59,9 @@ def _from_a_pipe(client: Client, turns: list[Turn], params: dict[str, Any]) -> N
     for question in _lines():
         turns.append({"role": "user", "content": question})
         stream = client.chat_stream(turns, **params)
-        show(stream, Plain(out))
+        show(stream, Plain())
         turns.append({"role": "assistant", "content": stream.text})
 
 
 def _lines() -> Iterator[str]:
-    yield from filter(None, map(str.strip, sys.stdin))
+    yield from filter(None, map(str.strip, stdin_lines()))

@@ -53,7 +53,7 @@ class Conversation:
         self._client = client
         self._turns = turns
         self._params = params
-        self._display: Callable[[], Plain | Rendered] = lambda: Rendered(out) if rendered else Plain(out)
+        self._display: Callable[[], Plain | Rendered] = lambda: Rendered(out()) if rendered else Plain()
         self._prompt: PromptSession[str] = PromptSession(
             history=_history(history),
             multiline=True,
@@ -70,8 +70,8 @@ class Conversation:
         with waiting("fetching the manifest"):
             models = self._client.models()
         model = self._params.get("model") or next(iter(models), "no model")
-        err.print(f"A sealed chat with [bold]{printable(model)}[/bold]. /help says what the keys do.")
-        err.print(lock.line(self._client.verification), markup=False, style="green")
+        err().print(f"A sealed chat with [bold]{printable(model)}[/bold]. /help says what the keys do.")
+        err().print(lock.line(self._client.verification), markup=False, style="green")
         while (typed := self._typed()) is not None:
             try:
                 if typed.startswith("/"):
@@ -101,29 +101,29 @@ class Conversation:
             pace = show(stream, self._display())
         except KeyboardInterrupt:
             stream.close()
-            err.print("cut off, and forgotten with its question", style="dim")
+            err().print("cut off, and forgotten with its question", style="dim")
             return
         self._turns = [*asked, {"role": "assistant", "content": stream.text}]
-        err.print(_told(stream, pace), style="dim", markup=False)
+        err().print(_told(stream, pace), style="dim", markup=False)
 
     def _command(self, name: str, rest: str) -> bool:
         """False for the last one."""
         match name:
             case "/clear":
                 self._turns = [turn for turn in self._turns if turn["role"] == "system"]
-                err.print("forgotten", style="dim")
+                err().print("forgotten", style="dim")
             case "/system":
                 self._turns = [{"role": "system", "content": rest}] if rest else []
-                err.print("begun anew", style="dim")
+                err().print("begun anew", style="dim")
             case "/save":
                 save(Path(rest.strip() or "chat.md"), self._turns)
-                err.print(f"written to {rest.strip() or 'chat.md'}", style="dim", markup=False)
+                err().print(f"written to {rest.strip() or 'chat.md'}", style="dim", markup=False)
             case "/lock":
-                out.print(lock.table(self._client.verification))
+                lock.show(self._client.verification)
             case "/quit" | "/exit":
                 return False
             case _:
-                err.print(HELP, markup=False)
+                err().print(HELP, markup=False)
         return True
 
 
@@ -131,8 +131,8 @@ def save(path: Path, turns: list[dict[str, str]]) -> None:
     """Writes a conversation as Markdown into a new file of mode 0600. Raises SettingsError."""
     text = "\n\n".join(f"**{turn['role']}**\n\n{turn['content']}" for turn in turns)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text + "\n")
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(f"{text}\n".encode("utf-8", "backslashreplace"))
     except OSError as exc:
         raise SettingsError(f"{path} cannot be written ({exc.strerror}): name a file that is not there yet") from exc
 

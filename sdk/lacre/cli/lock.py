@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from rich.table import Table
-
-from lacre.cli.output import ago, date, printable, until
+from lacre.cli.output import ago, date, printable, say_table, until
 from lacre.verification import Verification
 
 SHORT: Final = 8  # characters of a fingerprint that a person compares at a glance; the table has all of them
@@ -52,9 +50,8 @@ def rows(checked: Verification) -> Iterator[Row]:
     yield (False, "audit", "no entry yet") if audit is None else (True, "audit", f"entry {audit.index}, under a checkpoint")
 
 
-def table(checked: Verification, *more: Row) -> Table:
-    """The rows, and others after them."""
-    shown = Table(show_header=False, box=None, pad_edge=False)
-    for verified, what, how in (*rows(checked), *more):
-        shown.add_row("✓" if verified else "–", what, printable(how), style=None if verified else "dim")
-    return shown
+def show(checked: Verification, *more: Row) -> None:
+    """The rows, and others after them, as data."""
+    found = [*rows(checked), *more]
+    told = [("✓" if verified else "–", what, how) for verified, what, how in found]
+    say_table(("", "", ""), told, styles=[None if verified else "dim" for verified, _, _ in found])

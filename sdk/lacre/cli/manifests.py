@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
-from rich.table import Table
 
-from lacre.cli.output import AsJson, Url, date, out, waiting
+from lacre.cli.output import AsJson, Url, date, printable, say, say_json, say_table, waiting
 from lacre.client import fetch_manifest
 
 manifest_app = typer.Typer(name="manifest", help="The signed description of pools, models and keys.", no_args_is_help=True)
@@ -19,12 +16,12 @@ def manifest_show(url: Url = None, as_json: AsJson = False) -> None:
     with waiting("fetching the manifest"):
         manifest = fetch_manifest(url)
     if as_json:
-        typer.echo(json.dumps(manifest.members(), indent=2))
+        say_json(manifest.members(), indent=2)
         return
-    out.print(f"{manifest.issuer}, version {manifest.version}, valid until {date(manifest.expires_at)}")
-    table = Table("pool", "models", "key", "KEM", "seal until", "shapes")
+    say(printable(f"{manifest.issuer}, version {manifest.version}, valid until {date(manifest.expires_at)}"))
+    rows: list[tuple[str, ...]] = []
     for name, pool in manifest.pools.items():
         for key in pool.keys:
             row = (name, ", ".join(pool.models), str(key.config.key_id), key.config.kem.label, date(key.not_after))
-            table.add_row(*row, ", ".join(pool.shapes))
-    out.print(table)
+            rows.append((*row, ", ".join(pool.shapes)))
+    say_table(("pool", "models", "key", "KEM", "seal until", "shapes"), rows)

@@ -1,21 +1,28 @@
-"""How the command speaks: two consoles, progress, dates, errors and their exit codes."""
+"""How the command speaks: data, tables, progress, dates, errors and their exit codes.
+
+Rules:
+- Data goes to stdout unchanged, by `write` and `say`. It never passes rich, which folds, colours and cuts.
+- rich draws for a person at a terminal. The stream says whether there is one; `FORCE_COLOR` does not.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Annotated, Final
+from functools import cache
+from typing import Annotated, Any, Final
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 
 from lacre import errors
-
-out = Console(highlight=False, markup=False)  # what comes from elsewhere is text, and no markup of ours
-err = Console(stderr=True, highlight=False)
 
 Url = Annotated[str | None, typer.Option(help="The connection string.", envvar="LACRE_URL", show_envvar=True)]
 PoolName = Annotated[str, typer.Option("--pool", help="The pool of workers.")]
@@ -39,12 +46,68 @@ def exit_code(error: errors.LacreError) -> int:
     return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), FAILED)
 
 
+@cache
+def out() -> Console:
+    """The terminal on stdout. Text from elsewhere is never markup."""
+    return Console(highlight=False, markup=False)
+
+
+@cache
+def err() -> Console:
+    """For messages beside the data."""
+    return Console(stderr=True, highlight=False)
+
+
+def at_terminal() -> bool:
+    """Whether stdout is a terminal."""
+    return sys.stdout.isatty()
+
+
+def write(text: str) -> None:
+    """Writes data unchanged, but at a terminal without control characters. It has left the process when this returns."""
+    sys.stdout.write(printable(text) if at_terminal() else text)
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """Writes data, and a line end."""
+    write(text + "\n")
+
+
+def say_json(value: Any, *, indent: int | None = None) -> None:
+    """Writes JSON. Where stdout is not UTF-8, everything beyond ASCII is escaped."""
+    ours = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    say(json.dumps(value, indent=indent, ensure_ascii=not ours))
+
+
+def say_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, styles: Sequence[str | None] = ()) -> None:
+    """Writes a table: drawn at a terminal; in a pipe, one line for each row, never folded. styles: of the drawn rows."""
+    cells = [tuple(" ".join(printable(cell).split()) for cell in row) for row in rows]
+    if at_terminal():
+        out().print(_drawn(headings, cells, styles))
+        return
+    lines = [tuple(headings), *cells] if any(headings) else cells
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True))
+        say("  ".join(padded).rstrip())
+
+
+def _drawn(headings: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> Table:
+    table = Table() if any(headings) else Table(show_header=False, box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # rich's default cuts off long words
+    for i, row in enumerate(rows):
+        table.add_row(*row, style=styles[i] if i < len(styles) else None)
+    return table
+
+
 def tell(error: errors.LacreError) -> None:
     """The error, and what helps where the message does not say it yet."""
     message = printable(str(error))
-    err.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    err().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
     if error.remedy not in message:
-        err.print(f"what helps: {printable(error.remedy)}", markup=False, soft_wrap=True)
+        err().print(f"what helps: {printable(error.remedy)}", markup=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
@@ -55,8 +118,8 @@ def printable(text: str) -> str:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Says what is waited for, to a person at a terminal, until it is over."""
-    if err.is_terminal:
-        with err.status(f"[dim]{what}[/dim]"):
+    if sys.stderr.isatty():
+        with err().status(f"[dim]{what}[/dim]"):
             yield
     else:
         yield

@@ -17,7 +17,7 @@ import typer
 
 from lacre import shell, tasks
 from lacre.cli import lock
-from lacre.cli.output import AsJson, PoolName, Url, err, waiting
+from lacre.cli.output import AsJson, PoolName, Url, err, say, waiting
 from lacre.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT: Final = 11435
 MIN_KEY: Final = 32  # characters: what is shorter could be guessed by a program on the same machine
+MAX_KEY: Final = 4096  # bytes that are read of the file
 CONNECTIONS: Final = 400  # at a time: below the usual limit of 1024 open files, with as many again to the gateway
 GRACE: Final = 5  # seconds that running answers have when the proxy is ended
 
@@ -85,10 +86,11 @@ def key_from(path: Path) -> str:
             file.write(secrets.token_urlsafe(32) + "\n")
         if path.stat().st_mode & 0o077:
             raise SettingsError(f"{path} can be read by others: chmod 600 {shlex.quote(str(path))}")
-        key = path.read_text().strip()
+        with path.open("rb") as file:
+            key = file.read(MAX_KEY + 1).decode("ascii", "replace").strip()
     except OSError as exc:
         raise SettingsError(f"{path} cannot be used ({exc.strerror}): name another file with --key-file") from exc
-    if len(key) < MIN_KEY or not key.isascii() or len(key.split()) != 1:
+    if not MIN_KEY <= len(key) <= MAX_KEY or not key.isascii() or len(key.split()) != 1:
         raise SettingsError(f"{path} must hold one key of {MIN_KEY} characters or more: remove it, and a new one is made")
     return key
 
@@ -122,8 +124,8 @@ async def _serve(url: str | None, pool: str, door: Door, listener: socket.socket
             timeout_graceful_shutdown=GRACE,
         )
         server = uvicorn.Server(config)
-        typer.echo(told)
-        err.print(lock.line(client.verification), markup=False, style="green")
+        say(told)
+        err().print(lock.line(client.verification), markup=False, style="green")
         with suppress(KeyboardInterrupt):
             await server.serve([listener])
 

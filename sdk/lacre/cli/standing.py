@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lacre.cli import lock
-from lacre.cli.output import AsJson, PoolName, Url, exit_code, out, tell, waiting
+from lacre.cli.output import AsJson, PoolName, Url, exit_code, say_json, tell, waiting
 from lacre.client import Client
 from lacre.errors import LacreError
 from lacre.reply import Reply
@@ -41,9 +40,9 @@ def status(
         seconds = time.monotonic() - began
         checked = client.verification
     if as_json:
-        typer.echo(json.dumps({**checked.members(), "models": models, "ok": error is None, "error": _error(error)}, indent=2))
+        say_json({**checked.members(), "models": models, "ok": error is None, "error": _error(error)}, indent=2)
     else:
-        out.print(lock.table(checked, *_more(models, reply, seconds)))
+        lock.show(checked, *_more(models, reply, seconds))
         if error is not None:
             tell(error)
     if error is not None:

@@ -1,0 +1,93 @@
+"""How a command ends: all output written, an exit code that says what happened, and no traceback.
+
+Rules:
+- Exit code 0 means that everything was written to stdout.
+- If the system refuses something (a file, a folder, a full disk), the error names it and says what helps.
+- A reader that closes the pipe early (`| head`) is told nothing. The exit code is 1, because it did not get everything.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Final, NoReturn
+
+from lacre.cli import surroundings
+from lacre.cli.output import FAILED, exit_code, tell
+from lacre.errors import LacreError, SettingsError, UsageError
+
+
+class OutputError(UsageError):
+    """The command's output cannot be written."""
+
+    remedy = "Free some space or write the output elsewhere, then run the command again: the lost output is not kept."
+
+
+def run(command: Callable[[], object]) -> NoReturn:
+    """Runs a command, and ends the process with its exit code."""
+    surroundings.settle()
+    code = FAILED
+    try:
+        code = _code(command)
+        sys.stdout.flush()
+    except LacreError as exc:
+        code = _told(exc)
+    except BrokenPipeError:
+        code = FAILED
+    except OSError as exc:
+        code = _told(explained(exc))
+    _give_up_output()
+    sys.exit(code)
+
+
+def _told(error: LacreError) -> int:
+    tell(error)
+    return exit_code(error)
+
+
+def _code(command: Callable[[], object]) -> int:
+    try:
+        command()
+    except SystemExit as ended:  # a command of typer's ends so, well or not
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)  # noqa: T201 - as Python itself does
+            return 1
+        return ended.code or 0
+    return 0
+
+
+def _give_up_output() -> None:
+    """Drops output that cannot be written: Python would try again at its exit, and change the exit code to 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+
+
+def explained(error: OSError) -> LacreError:
+    """An operating system error as one of ours. It shows the file's name: the caller of the command chose it."""
+    why = error.strerror or type(error).__name__
+    if error.filename is None and error.errno in _OF_OUTPUT:
+        return OutputError(f"the output cannot be written ({why})")
+    helps = _REMEDIES.get(error.errno or 0, "see that it is there, and that this user may read and write it")
+    place = "a file cannot be used" if error.filename is None else f"{_shown(error.filename)} cannot be used"
+    return SettingsError(f"{place} ({why}): {helps}")
+
+
+_OF_OUTPUT: Final = frozenset({errno.ENOSPC, errno.EFBIG, errno.EBADF, errno.EDQUOT, errno.EIO})
+_REMEDIES: Final[Mapping[int, str]] = {
+    errno.ENOSPC: "free some space there, or name another folder",
+    errno.EDQUOT: "free some space there, or name another folder",
+    errno.EFBIG: "allow this process larger files (ulimit -f), or name another folder",
+    errno.EROFS: "name a folder that can be written",
+    errno.EMFILE: "allow this process more open files (ulimit -n)",
+    errno.ENFILE: "end what holds so many files open on this machine",
+}
+
+
+def _shown(name: object) -> str:
+    return os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
