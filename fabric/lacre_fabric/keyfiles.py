@@ -32,8 +32,10 @@ def write_secret(path: Path, content: bytes | bytearray) -> None:
         with os.fdopen(handle, "wb", buffering=0) as file:  # a buffer of Python's would keep a copy
             _write_all(file, content)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as exc:
         destroy(temporary)
+        if isinstance(exc, OSError) and exc.filename is None:
+            exc.filename = str(path)  # a failed write does not say by itself which file it was
         raise
     _sync_folder(path.parent)  # the rename itself must survive a crash
 

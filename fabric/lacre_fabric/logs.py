@@ -125,12 +125,18 @@ def whole(exc: BaseException) -> str:
 def last_words() -> Iterator[None]:
     """What ends a process unforeseen is logged like any exception; Python's own traceback would end in its text.
 
-    A LacreError passes: it was written for whoever started the process.
+    A LacreError passes: it was written for whoever started the process. So does an OSError about a named file: the command's
+    end explains it (`lacre.cli.ending`).
     """
     try:
         yield
     except LacreError:
         raise
+    except OSError as exc:
+        if exc.filename is not None:
+            raise
+        make_log(sys.stderr).error("crashed", **places(exc))
+        raise SystemExit(1) from None
     except Exception as exc:  # noqa: BLE001 - the end of the process: there is nobody left to raise it to
         make_log(sys.stderr).error("crashed", **places(exc))
         raise SystemExit(1) from None

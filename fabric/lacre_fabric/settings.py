@@ -28,6 +28,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from lacre import folders
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jws import b64u_decode
 from lacre_fabric import kms, subjects
@@ -37,7 +38,9 @@ _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 
 
 def _from_folder(path: Path, info: ValidationInfo) -> Path:
-    return info.context["folder"] / path.expanduser() if info.context else path
+    if "\0" in str(path):
+        raise PydanticCustomError("file_path", "a path holds no null character")
+    return info.context["folder"] / folders.expanded(path) if info.context else path
 
 
 def _root_key(value: str) -> str:
@@ -154,6 +157,8 @@ def parse(kind: type[T], text: str, path: Path) -> T:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise SettingsError(f"{path}: not TOML: {exc}") from exc
+    except RecursionError as exc:
+        raise SettingsError(f"{path}: its arrays or tables are nested too deep: no setting needs that") from exc
     return validated(kind, values, path)
 
 

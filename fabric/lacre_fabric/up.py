@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from lacre import tasks
+from lacre import folders, tasks
 from lacre.errors import InvalidMessage, SettingsError
 from lacre_fabric import floods, logs, served_models, subjects, tokens
 from lacre_fabric.connection import Connection
@@ -39,8 +39,8 @@ log = structlog.get_logger("lacre.up")
 
 
 def default_state() -> Path:
-    """`$XDG_STATE_HOME/lacre` (`~/.local/state` where unset)."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "lacre"
+    """The user's own: see `lacre.folders.state`. Raises SettingsError."""
+    return folders.state()
 
 
 @dataclass(frozen=True, slots=True)

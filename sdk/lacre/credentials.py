@@ -22,6 +22,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from lacre import arguments
 from lacre.errors import InvalidMessage, SettingsError, Unauthenticated, Unavailable, UsageError
+from lacre.outer_settings import checked_host
 from lacre.trust import is_loopback
 
 EARLY: Final = 30.0  # seconds before its expiry that a token is replaced; a request under way is checked at its start alone
@@ -30,6 +31,7 @@ DEFAULT_LIFE: Final = 300.0  # seconds, where the server does not say (RFC 6749 
 MAX_LIFE: Final = 365 * 86400.0  # seconds: a longer life is cut to this, for a number of hundreds of digits fits no clock
 MAX_ANSWER: Final = 64 * 1024  # bytes read of a token server's answer; a JWT has some thousand
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
+_NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?")
 _ERROR_CODE: Final = re.compile(r"[a-z_]{1,40}")  # of RFC 6749 section 5.2: no other text of the server's is shown
 
 
@@ -61,6 +63,7 @@ class ClientCredentials:
             secure = False
         if not secure or not where.hostname:
             raise SettingsError("token_url must be https:// (or http:// on loopback): a client secret goes there")
+        checked_host(where.hostname)
 
     def headers(self) -> dict[str, str]:
         form = {"content-type": "application/x-www-form-urlencoded", "accept": "application/json"}
@@ -130,15 +133,28 @@ class Issued:
                 problem=f"oauth2:{said}",
                 remedy="Check client_id, client_secret, scope and token_url with whoever runs the token server.",
             )
-        token, life = members.get("access_token"), members.get("expires_in", DEFAULT_LIFE)
-        if not isinstance(token, str) or isinstance(life, bool) or not isinstance(life, int | float) or not life >= 0:
+        token, life = members.get("access_token"), _life(members.get("expires_in"))
+        if not isinstance(token, str) or life is None:
             raise InvalidMessage("the token server's answer is not of RFC 6749: check token_url")
-        life = min(life, MAX_LIFE)
         return cls(checked(token), asked_at + life - min(EARLY, life * EARLY_SHARE))
 
     def fresh(self, refused: str | None) -> bool:
         """refused: the token that is known to be good no more."""
         return self.token != refused and time.monotonic() < self.replace_at
+
+
+def _life(told: object) -> float | None:
+    """A token's life in seconds. Servers write it as a number or as a string of one (RFC 6749 section 5.1 has a number).
+
+    None if it is neither, or negative.
+    """
+    if told is None:
+        return DEFAULT_LIFE
+    if isinstance(told, str) and _NUMBER.fullmatch(told):
+        told = float(told)
+    if isinstance(told, bool) or not isinstance(told, int | float) or not told >= 0:
+        return None
+    return min(told, MAX_LIFE)
 
 
 def checked(token: str) -> str:

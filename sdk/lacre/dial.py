@@ -11,6 +11,7 @@ from typing import Final, Generic, TypeVar
 import httpx2
 
 from lacre.forks import PerLoop, PerProcess
+from lacre.outer_settings import settings_checked
 
 DEFAULT_LIMITS: Final = httpx2.Limits(max_connections=100, max_keepalive_connections=20)  # httpx2's own
 Transport = TypeVar("Transport", httpx2.BaseTransport, httpx2.AsyncBaseTransport)
@@ -43,36 +44,38 @@ class Dial(Generic[Transport]):
 
 
 def outer(dial: Dial[httpx2.BaseTransport]) -> PerProcess[httpx2.Client]:
-    """The client of each process."""
+    """The client of each process. Raises SettingsError."""
 
     def client() -> httpx2.Client:
-        return httpx2.Client(
-            base_url=dial.base_url,
-            headers=dial.headers,
-            cookies=NoCookies(),
-            timeout=dial.timeout,
-            verify=dial.verify,
-            proxy=dial.proxy,
-            limits=dial.limits,
-            transport=dial.transport,
-        )
+        with settings_checked(dial.verify, dial.proxy):
+            return httpx2.Client(
+                base_url=dial.base_url,
+                headers=dial.headers,
+                cookies=NoCookies(),
+                timeout=dial.timeout,
+                verify=dial.verify,
+                proxy=dial.proxy,
+                limits=dial.limits,
+                transport=dial.transport,
+            )
 
     return PerProcess(client, renewable=dial.transport is None)
 
 
 def async_outer(dial: Dial[httpx2.AsyncBaseTransport]) -> PerLoop[httpx2.AsyncClient]:
-    """The client of each event loop of each process."""
+    """The client of each event loop of each process. Raises SettingsError."""
 
     def client() -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(
-            base_url=dial.base_url,
-            headers=dial.headers,
-            cookies=NoCookies(),
-            timeout=dial.timeout,
-            verify=dial.verify,
-            proxy=dial.proxy,
-            limits=dial.limits,
-            transport=dial.transport,
-        )
+        with settings_checked(dial.verify, dial.proxy):
+            return httpx2.AsyncClient(
+                base_url=dial.base_url,
+                headers=dial.headers,
+                cookies=NoCookies(),
+                timeout=dial.timeout,
+                verify=dial.verify,
+                proxy=dial.proxy,
+                limits=dial.limits,
+                transport=dial.transport,
+            )
 
     return PerLoop(client, renewable=dial.transport is None)

@@ -14,6 +14,7 @@ import email.utils
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -28,6 +29,7 @@ from lacre.forks import StaysInProcess
 from lacre.inner import MAX_CONTENT, Plain
 from lacre.jws import b64u, b64u_decode
 from lacre.memory import VersionMemory
+from lacre.outer_settings import checked_host
 from lacre.padding import Shape, request_length
 from lacre.problems import DATE, UNKNOWN_KEY
 from lacre.sealed_answer import MAX_PROBLEM, Opening, Refusal, check_sealed, problem_of, read_all
@@ -74,7 +76,7 @@ class Client(StaysInProcess, httpx2.Client):
         transport: httpx2.BaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
-        base_url, lasts = arguments.text(url, "url"), arguments.timeout(timeout)
+        base_url, lasts = _url(url), arguments.timeout(timeout)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
         dial: Dial[httpx2.BaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, limits, transport)
         sealing = DirectSealing(_pins(key), _credential(token), shape)
@@ -99,7 +101,7 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         transport: httpx2.AsyncBaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
-        base_url, lasts = arguments.text(url, "url"), arguments.timeout(timeout)
+        base_url, lasts = _url(url), arguments.timeout(timeout)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
         dial: Dial[httpx2.AsyncBaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, limits, transport)
         sealing = DirectSealing(_pins(key), _credential(token), shape)
@@ -185,6 +187,19 @@ def _credential(token: Credential | None) -> Credential | None:
     if token is None or callable(token):
         return token
     return arguments.text(token, "token")
+
+
+def _url(url: str) -> str:
+    """Raises UsageError or SettingsError."""
+    try:
+        parts = urlsplit(arguments.text(url, "url"))
+        usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise SettingsError("url: the address of the app is expected, such as https://app.example:8443")
+    checked_host(parts.hostname or "")
+    return url
 
 
 def _pins(key: Pins) -> list[bytes]:

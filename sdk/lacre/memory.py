@@ -10,17 +10,16 @@ Rules:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
+from lacre import folders
 from lacre.errors import LacreError, SettingsError
 from lacre.jws import b64u, b64u_decode
 from lacre.lineage import Seen, newest, remember
@@ -80,14 +79,13 @@ class VersionFile:
     """
 
     def __init__(self, folder: Path, *, patience: float = LOCK_WAIT) -> None:
-        self._folder = folder
+        self._folder = folders.given(folder, "folder")
         self._patience = patience
 
     @classmethod
     def default(cls) -> VersionFile:
-        """`$XDG_STATE_HOME/lacre/manifests` (`~/.local/state` where unset)."""
-        home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        return cls(Path(home) / "lacre" / "manifests")
+        """`manifests` in the state folder: `$XDG_STATE_HOME/lacre`, or `~/.local/state/lacre`. Raises SettingsError."""
+        return cls(folders.state() / "manifests")
 
     def update(self, decide: Decide) -> Trusted:
         path = self._folder / "seen.json"
@@ -100,31 +98,28 @@ class VersionFile:
                     _write(path, after)
         except OSError as exc:
             raise SettingsError(
-                f"cannot keep the newest manifest in {self._folder}: make it writable, or pass memory=lacre.VersionMemory()"
+                f"cannot keep the newest manifest in {self._folder} ({exc.strerror}): make it a writable folder with free "
+                "space, or pass memory=lacre.VersionMemory()"
             ) from exc
         return trusted
 
 
 @contextmanager
 def _locked(path: Path, patience: float) -> Iterator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    import filelock  # noqa: PLC0415 - `import lacre` need not wait for it
+
+    # A soft lock outlives its process and would need breaking, so none is used. Removing the file would break the lock.
+    lock = filelock.FileLock(
+        path, patience, mode=0o600, poll_interval=_LOCK_LOOK, fallback_to_soft=False, preserve_lock_file=True
+    )
     try:
-        deadline = time.monotonic() + patience
-        while not _taken(handle):
-            if time.monotonic() >= deadline:
-                raise SettingsError(f"{path}: {_TAKEN}")
-            time.sleep(_LOCK_LOOK)
+        lock.acquire()
+    except filelock.Timeout as exc:
+        raise SettingsError(f"{path}: {_TAKEN}") from exc
+    try:
         yield
     finally:
-        os.close(handle)  # and with it the lock
-
-
-def _taken(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        lock.release()
 
 
 def _read(path: Path) -> tuple[Seen, ...]:
@@ -139,7 +134,7 @@ def _read(path: Path) -> tuple[Seen, ...]:
         return ()
     except SettingsError:
         raise
-    except (ValueError, KeyError, TypeError, LacreError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, LacreError) as exc:
         # Never forgotten in silence: an attacker who can spoil this file must not win a rollback by it.
         raise SettingsError(f"{path} is damaged: remove it if you know why; the next manifest counts as the first") from exc
 

@@ -34,6 +34,8 @@ def mapped(who: str = "the gateway", setting: str = "LACRE_URL") -> Iterator[Non
         gone = _told(Unreachable, outer_causes.why(exc, Peer.of(exc, who, setting)))
         gone.reached = not isinstance(exc, httpx2.ConnectError | httpx2.ProxyError | httpx2.UnsupportedProtocol)
         raise gone from exc
+    except (httpx2.InvalidURL, UnicodeError) as exc:
+        raise errors.SettingsError(f"{who} has an address that cannot be resolved: check {setting} and the proxy") from exc
 
 
 @contextmanager

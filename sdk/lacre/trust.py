@@ -22,6 +22,7 @@ from lacre.jws import b64u, b64u_decode, read_object
 from lacre.jws import verify as verify_jws
 from lacre.manifest import KEY_BYTES, MANIFEST_TYP, ROOT_TYP, Document, Manifest, RootStatement
 from lacre.members import Members
+from lacre.outer_settings import checked_host
 
 MAX_FUTURE: Final = 300.0  # seconds that a manifest's `iat` may lie ahead of this clock
 # Ours have 400 characters. Whoever serves a chain chooses its bytes, and each signature that is checked is hashed over them.
@@ -66,7 +67,7 @@ class ConnectionString:
             raise SettingsError("?trust= in the connection string is not base64url: copy it whole") from exc
         if len(root) != KEY_BYTES:
             raise SettingsError(f"?trust= in the connection string must hold {KEY_BYTES} bytes: copy it whole")
-        authority = f"[{host}]" if ":" in host else host
+        authority = f"[{host}]" if ":" in host else checked_host(host)
         return cls(f"{schemes[parts.scheme]}://{authority}{f':{port}' if port is not None else ''}", root)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The bare SDK, with its three dependencies and nothing else of Lacre's, on every declared Python that is here.
+"""The bare SDK, with its five dependencies and nothing else of Lacre's, on every declared Python that is here.
 
 Left out is what looks into the memory of the fabric's processes (tests/wire/test_wiping.py).
 """

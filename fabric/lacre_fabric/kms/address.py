@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from lacre import folders
 from lacre.errors import SettingsError
 
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -59,7 +60,7 @@ class Address:
         """An option that names a file."""
         if option not in self.options:
             return None
-        path = Path(self.options[option].removeprefix("file:")).expanduser()
+        path = folders.expanded(Path(self.options[option].removeprefix("file:")))
         if not path.is_absolute():
             raise SettingsError(f"{self.scheme}: {option} must be the whole path of a file")
         return path

@@ -10,9 +10,9 @@ each time: an agent that renews it in its file needs to tell nobody.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Final
 
+from lacre import folders
 from lacre.errors import SettingsError
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keyfiles import read_secret
@@ -80,7 +80,7 @@ class Transit:
             for name in _TOKENS:
                 if token := os.environ.get(name):
                     return token
-        content = read_secret(self._token_file or Path.home() / ".vault-token")
+        content = read_secret(self._token_file or folders.home() / ".vault-token")
         try:
             return content.decode("ascii").strip()
         except UnicodeDecodeError as exc:

@@ -71,14 +71,13 @@ def _give_up_output() -> None:
 def explained(error: OSError) -> LacreError:
     """An operating system error as one of ours. It shows the file's name: the caller of the command chose it."""
     why = error.strerror or type(error).__name__
-    if error.filename is None and error.errno in _OF_OUTPUT:
+    if error.filename == surroundings.STDOUT:
         return OutputError(f"the output cannot be written ({why})")
     helps = _REMEDIES.get(error.errno or 0, "see that it is there, and that this user may read and write it")
     place = "a file cannot be used" if error.filename is None else f"{_shown(error.filename)} cannot be used"
     return SettingsError(f"{place} ({why}): {helps}")
 
 
-_OF_OUTPUT: Final = frozenset({errno.ENOSPC, errno.EFBIG, errno.EBADF, errno.EDQUOT, errno.EIO})
 _REMEDIES: Final[Mapping[int, str]] = {
     errno.ENOSPC: "free some space there, or name another folder",
     errno.EDQUOT: "free some space there, or name another folder",

@@ -15,7 +15,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from lacre.errors import SettingsError
@@ -24,6 +24,7 @@ from lacre.errors import SettingsError
 MIN_SIZE: Final = {"COLUMNS": 20, "LINES": 2, "TERMINAL_WIDTH": 20}
 MAX_SIZE: Final = 10_000  # columns or lines: no terminal has more, and rich pads lines to their full width
 MAX_STDIN: Final = 64 * 2**20  # bytes: more than any request may hold; `yes | lacre ask` must not fill the memory
+STDOUT: Final = "<stdout>"  # in place of a file's name
 _ERRORS: Final = "backslashreplace"  # as Python has it for stderr
 
 
@@ -40,6 +41,27 @@ class _Unfailing(io.TextIOWrapper):
             super().flush()
 
 
+class _Named(io.TextIOWrapper):
+    """A stdout whose errors say that they are its own, as those of files do."""
+
+    def write(self, text: str) -> int:
+        with _naming(STDOUT):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _naming(STDOUT):
+            super().flush()
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        exc.filename = name
+        raise
+
+
 def settle() -> None:
     """Makes the process's surroundings fit. Called once, at its start, before anything looks at them."""
     _settle_size(os.environ)
@@ -49,7 +71,8 @@ def settle() -> None:
     if 1 in closed or sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding=_encoding(sys.stdout), errors=_ERRORS)
+        encoding, at_terminal = _encoding(sys.stdout), sys.stdout.isatty()
+        sys.stdout = _Named(sys.stdout.detach(), encoding, _ERRORS, line_buffering=at_terminal)
     if 2 in closed or sys.stderr is None or isinstance(sys.stderr, io.TextIOWrapper):
         encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
         raw = io.FileIO(2, "w", closefd=False)

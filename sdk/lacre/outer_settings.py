@@ -1,0 +1,90 @@
+"""Whether the connection to the gateway can be set up at all: proxies, certificates, and host names.
+
+httpx2 reads proxies and certificate files from the environment when a client is made. A mistake there becomes a SettingsError
+that names the variable. The value of a proxy variable is never shown: it may hold a password.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import httpx2
+
+from lacre.errors import SettingsError
+
+_PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy")
+_CERTIFICATES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # in the order in which httpx2 and ssl look
+_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  # RFC 1123 section 2.1, and `_` as DNS has it
+MAX_HOST: Final = 253  # characters of a name in DNS (RFC 1035 section 2.3.4)
+
+
+@contextmanager
+def settings_checked(verify: object = True, proxy: object = None) -> Iterator[None]:
+    """Around the making of a client: what it cannot be made with is a SettingsError. verify, proxy: as the caller gave them."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, httpx2.InvalidURL) as exc:
+        raise SettingsError(_reason(exc, verify, proxy)) from None  # the cause's text may hold a proxy's password
+
+
+def _reason(error: Exception, verify: object, proxy: object) -> str:
+    if proxy is not None and (why := _unusable(proxy)):
+        return f"proxy: {why}"
+    if isinstance(error, OSError):  # ssl's own errors are among these
+        return _certificates(error, verify)
+    for name in sorted(os.environ):
+        if name.lower() in _PROXIES and os.environ[name] and (why := _unusable(os.environ[name])):
+            return f"the environment variable {name}: {why}"
+    return "the client cannot be made with these settings: check url, verify, proxy and limits, and the variables for proxies"
+
+
+def _unusable(proxy: object) -> str:
+    """Why a proxy cannot be used; empty if it can."""
+    try:
+        given = proxy if isinstance(proxy, httpx2.Proxy | httpx2.URL) else str(proxy)
+        if isinstance(given, str) and "://" not in given:
+            given = f"http://{given}"
+        with httpx2.HTTPTransport(proxy=given if isinstance(given, httpx2.Proxy) else httpx2.Proxy(given), verify=False):
+            return ""
+    except ImportError:
+        return "a SOCKS proxy needs another package: pip install 'httpx2[socks]', or name an http:// proxy"
+    except (ValueError, TypeError, httpx2.InvalidURL):
+        return "it is not the URL of a proxy: use http://HOST:PORT, https://, socks5:// or socks5h://, or unset it"
+
+
+def _certificates(error: OSError, verify: object) -> str:
+    why = error.strerror or "no certificates in it"
+    if isinstance(error, ssl.SSLError):
+        why = "it holds no certificate in PEM form"
+    if isinstance(verify, str):
+        return f"verify: {verify} cannot be used ({why}): name a file of certificates in PEM form, or pass an ssl.SSLContext"
+    name = next((name for name in _CERTIFICATES if os.environ.get(name)), "")
+    if name:
+        return f"the environment variable {name}: {os.environ[name]} cannot be used ({why}): correct it, or unset it"
+    return f"this system's certificates cannot be read ({why}): set SSL_CERT_FILE to a file of certificates in PEM form"
+
+
+def checked_host(host: str) -> str:
+    """The host, if a resolver takes it. Raises SettingsError.
+
+    host: a name, in which other characters than ASCII follow IDNA, or an IP address without brackets.
+    """
+    if ":" in host:
+        return host
+    try:
+        name = httpx2.URL(scheme="http", host=host).raw_host.decode("ascii")
+    except (httpx2.InvalidURL, UnicodeError, ValueError) as exc:
+        raise SettingsError(_no_host(host)) from exc
+    labels = name.removesuffix(".").split(".")
+    if len(name) > MAX_HOST or not all(map(_LABEL.fullmatch, labels)):
+        raise SettingsError(_no_host(host))
+    return host
+
+
+def _no_host(host: str) -> str:
+    return f"{host[:64]!r} is not a host name: a name has letters, digits, dashes and dots, and 1 to 63 characters between dots"
