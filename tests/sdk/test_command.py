@@ -205,7 +205,7 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
 class TestChat:
     def test_a_conversation(self, gateway: Gateway, screen: Screen, tmp_path: Path) -> None:
         screen.start([*LACRE, "chat"], settings(gateway, tmp_path) | {"LANG": "C.UTF-8"})
-        shown = screen.wait_for(r"A sealed chat with tiny")
+        shown = screen.wait_for(r"A sealed chat with tiny[^🔒]*🔒 root \S{8}… · manifest v1")
         assert re.search(r"🔒 root \S{8}… · manifest v1", shown)
         screen.wait_for(r"\n>\s*\n")
 

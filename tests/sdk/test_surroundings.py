@@ -1,4 +1,4 @@
-"""The `lacre` command in odd surroundings: streams closed, full or not UTF-8, a terminal without a size, a user without a home."""
+"""The `lacre` command in odd surroundings: streams closed, full or not UTF-8, a terminal of no size, a user of no home."""
 
 from __future__ import annotations
 

@@ -156,6 +156,26 @@ def test_a_token_server_that_gives_none(issuing: Issuing, status: int, body: byt
     assert caught.value.remedy and "<" not in str(caught.value) and SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("told", "lasts"),
+    [
+        (b"3600", 3600), (b'"3600"', 3600), (b"3600.5", 3600.5), (b'"3600.5"', 3600.5), (b"0", 0), (b'"0"', 0),
+        (b"null", credentials.DEFAULT_LIFE), (b"9" * 400, credentials.MAX_LIFE), (b'"9999999999"', credentials.MAX_LIFE),
+        (b"1e999", credentials.MAX_LIFE), (b"-1", None), (b'"-1"', None), (b'""', None), (b'"soon"', None), (b'"1e3"', None),
+        ('"\u0663"'.encode(), None), (b"true", None), (b"[]", None), (b"NaN", None), (b'"nan"', None),
+        (b'"' + b"9" * 400 + b'"', None),
+    ],
+)  # fmt: skip
+def test_how_long_a_token_lives(told: bytes, lasts: float | None) -> None:
+    answer = b'{"access_token":"a","expires_in":' + told + b"}"
+    if lasts is None:
+        with pytest.raises(lacre.InvalidMessage, match="RFC 6749"):
+            credentials.Issued.parse(200, answer, 0.0)
+    else:
+        early = min(credentials.EARLY, lasts * credentials.EARLY_SHARE)
+        assert credentials.Issued.parse(200, answer, 0.0).replace_at == lasts - early
+
+
 @pytest.mark.parametrize("url", ["http://issuer.example/token", "ftp://issuer.example", "issuer.example/token", "https://["])
 def test_a_secret_goes_over_tls(url: str) -> None:
     with pytest.raises(lacre.SettingsError):

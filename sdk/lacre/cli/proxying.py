@@ -62,7 +62,7 @@ def proxy(
         told = _as_json(shown, key, key_file) if as_json else _as_shell(shown, key, key_file)
         if door.hosts.everywhere:
             elsewhere = f"other machines: http://ADDRESS:{port}/v1, with an address of this one; a name needs --allow-host"
-            err.print(elsewhere, markup=False, style="dim", soft_wrap=True)
+            err().print(elsewhere, markup=False, style="dim", soft_wrap=True)
         asyncio.run(tasks.run(_serve(url, pool, door, listener, told)))
 
 
