@@ -58,6 +58,8 @@ class Client(StaysInProcess, httpx2.Client):
     retries: how often a request is sent anew, sealed afresh, where nothing of an answer came, or the gateway asks to come back
     within 10 s; `attempts` counts. Without a number: twice, and for 30 s where it certainly did not run.
     resume: how often an answer that broke off is resumed at most; 0 for never. After two workers that may be lost by it, never.
+    max_concurrency: how many requests may be on their way at once; the others wait for their turn. A stream counts until it was
+    read to the end or left. None for no limit. An async client counts in each event loop.
     memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
     verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
@@ -77,6 +79,7 @@ class Client(StaysInProcess, httpx2.Client):
         keep_identifying_fields: bool = False,
         retries: int | None = None,
         resume: int = DEFAULT_RESUMES,
+        max_concurrency: int | None = None,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
@@ -97,12 +100,12 @@ class Client(StaysInProcess, httpx2.Client):
             retries=None if retries is None else arguments.count(retries, "retries"),
             resume=arguments.count(resume, "resume"),
         )
-        lasts = arguments.timeout(timeout)
+        lasts, at_once = arguments.timeout(timeout), _at_once(max_concurrency)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
         dial: Dial[httpx2.BaseTransport] = Dial(
             where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, limits, transport
         )
-        self._sealed = SealedTransport(sealing, outer(dial), bearer, key)
+        self._sealed = SealedTransport(sealing, outer(dial), bearer, key, at_once)
         self._pool_name = pool
         super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
@@ -207,6 +210,7 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         keep_identifying_fields: bool = False,
         retries: int | None = None,
         resume: int = DEFAULT_RESUMES,
+        max_concurrency: int | None = None,
         memory: Memory | None = None,
         timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
         verify: Verify = True,
@@ -227,12 +231,12 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
             retries=None if retries is None else arguments.count(retries, "retries"),
             resume=arguments.count(resume, "resume"),
         )
-        lasts = arguments.timeout(timeout)
+        lasts, at_once = arguments.timeout(timeout), _at_once(max_concurrency)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
         dial: Dial[httpx2.AsyncBaseTransport] = Dial(
             where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, limits, transport
         )
-        self._sealed = AsyncSealedTransport(sealing, async_outer(dial), bearer, key)
+        self._sealed = AsyncSealedTransport(sealing, async_outer(dial), bearer, key, at_once)
         self._pool_name = pool
         super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
@@ -327,6 +331,10 @@ def _memory(given: Memory | None) -> Memory:
     if isinstance(given, type) or not callable(getattr(given, "update", None)):
         raise UsageError("memory: lacre.VersionMemory(), a lacre.VersionFile or another with `update` is wanted")
     return given
+
+
+def _at_once(given: int | None) -> int | None:
+    return None if given is None else arguments.count(given, "max_concurrency", least=1)
 
 
 def _proof_key(given: ProofKey | None) -> ProofKey | None:

@@ -28,6 +28,7 @@ class SharedOptions(TypedDict, total=False):
     keep_identifying_fields: bool
     retries: int | None
     resume: int
+    max_concurrency: int | None
     memory: Memory | None
     verify: Verify
     proxy: httpx2.Proxy | httpx2.URL | str | None

@@ -18,6 +18,7 @@ from typing import Final
 import httpx2
 
 from lacre import backoff, errors, problems
+from lacre.concurrency import AsyncTurns, Slot, Turns
 from lacre.connection import AsyncLink, AsyncWire, Link, Wire
 from lacre.credentials import AsyncToken, Token
 from lacre.dpop import ProofKey
@@ -39,20 +40,35 @@ FACTS: Final = "lacre"
 class SealedTransport(httpx2.BaseTransport):
     """Seals requests and sends them through `outer`: clients whose base URL is the gateway. Closes them when closed."""
 
-    def __init__(self, sealing: Sealing, outer: PerProcess[httpx2.Client], token: Token, key: ProofKey | None = None) -> None:
+    def __init__(
+        self,
+        sealing: Sealing,
+        outer: PerProcess[httpx2.Client],
+        token: Token,
+        key: ProofKey | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        """at_once: requests on their way at a time; None for no limit."""
         self._sealing = sealing
         self._link = Link(outer, token, key)
+        self._turns = None if at_once is None else PerProcess(lambda: Turns(at_once))
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         plain = plain_request(request, request.read())
         plain = asking(plain) if self._sealing.resume else plain
-        wire = Wire(self._link, request.extensions)
-        outcome = wire.run(self._sealing.exchange(plain))
-        if isinstance(outcome, Refusal):
-            wire.close()
-            return refusal_response(outcome)
-        answer = Answer(self._sealing, plain, outcome)
-        return sealed_response(answer, SealedStream(answer, wire))
+        slot = Slot() if self._turns is None else self._turns.get().take()
+        try:
+            wire = Wire(self._link, request.extensions)
+            outcome = wire.run(self._sealing.exchange(plain))
+            if isinstance(outcome, Refusal):
+                wire.close()
+                slot.leave()
+                return refusal_response(outcome)
+            answer = Answer(self._sealing, plain, outcome)
+            return sealed_response(answer, SealedStream(answer, wire, slot))
+        except BaseException:
+            slot.leave()
+            raise
 
     @property
     def verification(self) -> Verification:
@@ -70,21 +86,33 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
     """The async twin of `SealedTransport`; the token may be a callable that returns an awaitable."""
 
     def __init__(
-        self, sealing: Sealing, outer: PerLoop[httpx2.AsyncClient], token: AsyncToken, key: ProofKey | None = None
+        self,
+        sealing: Sealing,
+        outer: PerLoop[httpx2.AsyncClient],
+        token: AsyncToken,
+        key: ProofKey | None = None,
+        at_once: int | None = None,
     ) -> None:
         self._sealing = sealing
         self._link = AsyncLink(outer, token, key)
+        self._turns = None if at_once is None else PerLoop(lambda: AsyncTurns(at_once))
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         plain = plain_request(request, await request.aread())
         plain = asking(plain) if self._sealing.resume else plain
-        wire = AsyncWire(self._link, request.extensions)
-        outcome = await wire.run(self._sealing.exchange(plain))
-        if isinstance(outcome, Refusal):
-            await wire.close()
-            return refusal_response(outcome)
-        answer = Answer(self._sealing, plain, outcome)
-        return sealed_response(answer, AsyncSealedStream(answer, wire))
+        slot = Slot() if self._turns is None else await self._turns.get().take()
+        try:
+            wire = AsyncWire(self._link, request.extensions)
+            outcome = await wire.run(self._sealing.exchange(plain))
+            if isinstance(outcome, Refusal):
+                await wire.close()
+                slot.leave()
+                return refusal_response(outcome)
+            answer = Answer(self._sealing, plain, outcome)
+            return sealed_response(answer, AsyncSealedStream(answer, wire, slot))
+        except BaseException:
+            slot.leave()
+            raise
 
     @property
     def verification(self) -> Verification:
@@ -101,9 +129,10 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
 class SealedStream(httpx2.SyncByteStream):
     """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
 
-    def __init__(self, answer: Answer, wire: Wire) -> None:
+    def __init__(self, answer: Answer, wire: Wire, slot: Slot) -> None:
         self._answer = answer
         self._wire = wire
+        self._slot = slot
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._answer.take()
@@ -118,15 +147,19 @@ class SealedStream(httpx2.SyncByteStream):
             yield from self._answer.take()
 
     def close(self) -> None:
-        self._wire.close()
+        try:
+            self._wire.close()
+        finally:
+            self._slot.leave()
 
 
 class AsyncSealedStream(httpx2.AsyncByteStream):
     """The async twin of `SealedStream`."""
 
-    def __init__(self, answer: Answer, wire: AsyncWire) -> None:
+    def __init__(self, answer: Answer, wire: AsyncWire, slot: Slot) -> None:
         self._answer = answer
         self._wire = wire
+        self._slot = slot
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._answer.take():
@@ -143,7 +176,10 @@ class AsyncSealedStream(httpx2.AsyncByteStream):
                 yield piece
 
     async def aclose(self) -> None:
-        await self._wire.close()
+        try:
+            await self._wire.close()
+        finally:
+            self._slot.leave()
 
 
 def plain_request(request: httpx2.Request, content: bytes) -> Plain:
