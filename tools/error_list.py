@@ -33,7 +33,8 @@ except lacre.LacreError as error:
     print(error.verification)  # what had been checked by then, and with what; None where nothing had begun
 ```
 
-`RefusedError` and what is below it have `status`, `problem` and `retry_after`; `ApiError` has `status`, `code` and `type`;
+`RefusedError` and what is below it have `status`, `problem`, `retry_after` and `details` (which limit, how much, which
+names would do: [wire.md](wire.md#13-errors) lists them); `ApiError` has `status`, `code` and `type`;
 `StreamBroken` has the `text` and the number of `tokens` that came. `TimedOut` and `Unreachable` are httpx2's exceptions too, so
 that programs which know those handle them. No message holds a key, a token, a prompt or an answer.
 

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from lacre import problems
+from lacre.details import Detail
 from lacre.problems import MEDIA_TYPE, Problem
 from lacre_gateway.exchange import REFUSED
 from lacre_gateway.refusal import Refusal
@@ -66,8 +67,15 @@ def problem_response(refusal: Refusal) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the router says of a wrong path or method, or of a body that is no JSON."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    response = problem_response(Refusal(_BY_STATUS.get(status, problems.INTERNAL)))
-    if status == problems.METHOD_NOT_ALLOWED.status:
+    details: dict[str, Detail] = {}
+    if status == problems.NOT_FOUND.status:
+        details["paths"] = tuple(sorted(request.app.openapi()["paths"]))
+    elif status == problems.METHOD_NOT_ALLOWED.status:
+        details["methods"] = tuple(sorted(_allowed(request)))
+    refusal = Refusal(_BY_STATUS.get(status, problems.INTERNAL), details=details)
+    request.scope["state"][REFUSED] = refusal
+    response = problem_response(refusal)
+    if "methods" in details:
         response.headers["allow"] = ", ".join(sorted(_allowed(request)))
     return response
 

@@ -20,10 +20,15 @@ RETRY_AFTER: Final = 1.0  # seconds; requests end all the time
 
 
 class LimitExceeded(Exception):
-    """retry_after: seconds until the same request may pass. own: the caller's own limit, not this process's."""
+    """name: of the limit, as the settings have it. ceiling: its value. retry_after: seconds until the same request may pass.
 
-    def __init__(self, *, own: bool) -> None:
-        super().__init__("limit exceeded")
+    own: the caller's own limit, not this process's.
+    """
+
+    def __init__(self, name: str, ceiling: int, *, own: bool) -> None:
+        super().__init__(f"above {name}")
+        self.name = name
+        self.ceiling = ceiling
         self.retry_after = RETRY_AFTER
         self.own = own
 
@@ -52,9 +57,9 @@ class RequestLimits:
     def slot(self, subject: Hashable) -> Iterator[None]:
         """Holds one of the places for requests under way, from before its body is read. Raises LimitExceeded."""
         if self.running >= self._in_flight:
-            raise LimitExceeded(own=False)
+            raise LimitExceeded("requests_in_flight", self._in_flight, own=False)
         if self._running[subject] >= self._concurrent:
-            raise LimitExceeded(own=True)
+            raise LimitExceeded("concurrent_per_subject", self._concurrent, own=True)
         self.running += 1
         self._running[subject] += 1
         try:
@@ -91,9 +96,9 @@ class BodyBytes:
     def check(self, subject: Hashable, size: int) -> None:
         """Raises LimitExceeded where so many bytes more do not fit."""
         if self._of[subject] + size > self._each:
-            raise LimitExceeded(own=True)
+            raise LimitExceeded("body_bytes_per_subject", self._each, own=True)
         if self._of[subject] + size > self._total - self.held:
-            raise LimitExceeded(own=False)
+            raise LimitExceeded("body_bytes", self._total, own=False)
 
     def add(self, subject: Hashable, size: int) -> None:
         """size: negative where bytes are given back."""

@@ -29,11 +29,14 @@ def etag(document: bytes) -> str:
 
 def pool_for(feed: ManifestFeed, outer: Outer, header: SealedHeader, now: float) -> Pool:
     """The pool that can open this request and serves this model. now: seconds since the epoch. Raises Refusal."""
-    pool = require(feed).manifest.pools.get(outer.pool)
-    if pool is None or outer.model not in pool.models:
-        raise Refusal(problems.UNKNOWN_POOL)
+    pools = require(feed).manifest.pools
+    pool = pools.get(outer.pool)
+    if pool is None:
+        raise Refusal(problems.UNKNOWN_POOL, details={"pools": tuple(sorted(pools))})
+    if outer.model not in pool.models:
+        raise Refusal(problems.UNKNOWN_POOL, details={"models": pool.models})
     if outer.shape not in pool.shapes:
-        raise Refusal(problems.INVALID_HEADERS)
+        raise Refusal(problems.INVALID_HEADERS, details={"header": "lacre-shape"})
     known = (key for key in pool.keys if key.config.key_id == header.key_id and now < key.not_after)
     if not any(key.config.offers(header.suite) for key in known):
         raise Refusal(problems.UNKNOWN_KEY)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from lacre import problems
+from lacre.details import Detail
 from lacre.errors import LacreError, MessageTooLarge, ProtocolError
 from lacre.problems import Problem
 from lacre_fabric.work import (
@@ -27,6 +28,7 @@ from lacre_fabric.work import (
     WorkerLost,
 )
 from lacre_gateway.audit.log import AuditUnavailable
+from lacre_gateway.budget.fields import details
 from lacre_gateway.budget.holds import AboveLimit, BudgetRefused, Exhausted, UnknownPlan
 from lacre_gateway.exchange import ClientGone, Exchange, Stalled
 from lacre_gateway.limits import LimitExceeded
@@ -120,7 +122,7 @@ def refusal_for(error: BaseException) -> Refusal:
     if isinstance(error, Refusal):
         return error
     if isinstance(error, LimitExceeded):
-        return Refusal(problems.RATE_LIMITED if error.own else problems.OVERLOADED, retry_after=error.retry_after)
+        return _of_process(error)
     if isinstance(error, BudgetRefused):
         return _of_budget(error)
     if isinstance(error, WorkerRefused):
@@ -131,12 +133,21 @@ def refusal_for(error: BaseException) -> Refusal:
     return Refusal(problems.INTERNAL)
 
 
+def _of_process(error: LimitExceeded) -> Refusal:
+    """How much a process can hold is for its operator."""
+    if not error.own:
+        return Refusal(problems.OVERLOADED, retry_after=error.retry_after, details={"limit": error.name, "scope": "gateway"})
+    said: dict[str, Detail] = {"limit": error.name, "scope": "user", "ceiling": error.ceiling}
+    return Refusal(problems.RATE_LIMITED, retry_after=error.retry_after, details=said)
+
+
 def _of_budget(error: BudgetRefused) -> Refusal:
     if isinstance(error, Exhausted):
         spent = error.kind in (Kind.TOKENS_PER_DAY, Kind.MONEY_PER_MONTH)
-        return Refusal(problems.BUDGET_SPENT if spent else problems.RATE_LIMITED, retry_after=error.retry_after)
+        problem = problems.BUDGET_SPENT if spent else problems.RATE_LIMITED
+        return Refusal(problem, retry_after=error.retry_after, details=details(error.kind, error.met))
     if isinstance(error, AboveLimit):
-        return Refusal(problems.ABOVE_LIMIT)
+        return Refusal(problems.ABOVE_LIMIT, details=details(error.kind, error.met))
     if isinstance(error, UnknownPlan):
         return Refusal(problems.UNKNOWN_PLAN)
     return Refusal(problems.BUDGET_UNAVAILABLE, retry_after=_RETRY_SOON)

@@ -9,10 +9,10 @@ Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from lacre import problems
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
@@ -34,6 +34,9 @@ _REQUIRED: Final = (_POOL, _MODEL, _ACTION, _MAX_TOKENS, _SHAPE)
 _READ: Final = frozenset(
     {*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding", b"traceparent", b"expect"}
 )
+
+
+_T = TypeVar("_T")
 
 
 def address_of(scope: Mapping[str, Any]) -> str:
@@ -121,7 +124,7 @@ class Fields:
             return None
         text = declared.decode("latin-1")
         if not _LENGTH.fullmatch(text) or b"content-length" in self.repeated:
-            raise Refusal(problems.INVALID_HEADERS)
+            raise _invalid(b"content-length")
         if int(text) > MAX_SEALED_REQUEST:
             raise Refusal(problems.TOO_LARGE)
         return int(text)
@@ -132,16 +135,32 @@ class Fields:
 
     def outer(self) -> Outer:
         """Raises Refusal."""
-        if not self.repeated.isdisjoint(_REQUIRED):
-            raise Refusal(problems.INVALID_HEADERS)
+        return Outer(
+            self._required(_POOL, _name),
+            self._required(_MODEL, _name),
+            self._required(_ACTION, Action),
+            self._required(_MAX_TOKENS, _count),
+            self._required(_SHAPE, Shape),
+        )
+
+    def _required(self, name: bytes, form: Callable[[str], _T]) -> _T:
+        """Raises Refusal, which names the field."""
+        if name in self.repeated:
+            raise _invalid(name)
         try:
-            pool, model, action, max_tokens, shape = (self.values[name].decode("ascii") for name in _REQUIRED)
-            parsed = Outer(pool, model, Action(action), _count(max_tokens), Shape(shape))
+            return form(self.values[name].decode("ascii"))
         except (KeyError, ValueError) as exc:
-            raise Refusal(problems.INVALID_HEADERS) from exc
-        if not _NAME.fullmatch(pool) or not _NAME.fullmatch(model):
-            raise Refusal(problems.INVALID_HEADERS)
-        return parsed
+            raise _invalid(name) from exc
+
+
+def _invalid(name: bytes) -> Refusal:
+    return Refusal(problems.INVALID_HEADERS, details={"header": name.decode("ascii")})
+
+
+def _name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError("a name of a pool or model")
+    return text
 
 
 def _count(text: str) -> int:

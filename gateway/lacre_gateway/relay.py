@@ -40,6 +40,7 @@ from lacre_gateway.manifest import pool_for
 from lacre_gateway.mapping import CALLERS_FAULT, FAILURES, WorkerRefused, counted, may_be_lost, refusal_for
 from lacre_gateway.outer import Outer
 from lacre_gateway.policy.cedar import Decision
+from lacre_gateway.policy.denial import denied, usable
 from lacre_gateway.policy.question import Question
 from lacre_gateway.refusal import Refusal
 from lacre_gateway.settlement import Claim
@@ -119,10 +120,10 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         decision = gateway.rules.decide(request.question)
         if not decision.allowed:
             with Trail(gateway, exchange, request.intent(decision)):
-                raise Refusal(problems.FORBIDDEN)
+                raise denied(gateway.rules.would_allow, request.question, request.pool.models)
         sealed = await exchange.sealed_body(room)
         if len(sealed) != begun.size:
-            raise Refusal(problems.INVALID_HEADERS)
+            raise Refusal(problems.INVALID_HEADERS, details={"header": "content-length"})
         inspect_request(sealed)
         asked = time.monotonic()
         hold = await _reserved(gateway, exchange, request, decision)
@@ -273,24 +274,37 @@ async def _understood(gateway: Gateway, exchange: Exchange, principal: Principal
 def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, begun: _Begun) -> _Request:
     """Raises Refusal."""
     header = begun.header
+    question = Question(
+        principal=principal,
+        action=outer.action,
+        pool=outer.pool,
+        model=outer.model,
+        max_tokens=outer.max_tokens,
+        sealed_bytes=begun.size,
+        kem=header.suite.kem,
+        shape=outer.shape,
+        address=exchange.address,
+        time=round(gateway.clock(), 3),  # as the audit log has it: the decision can be taken anew
+    )
     return _Request(
-        question=Question(
-            principal=principal,
-            action=outer.action,
-            pool=outer.pool,
-            model=outer.model,
-            max_tokens=outer.max_tokens,
-            sealed_bytes=begun.size,
-            kem=header.suite.kem,
-            shape=outer.shape,
-            address=exchange.address,
-            time=round(gateway.clock(), 3),  # as the audit log has it: the decision can be taken anew
-        ),
+        question=question,
         ceilings=gateway.ceilings(outer.model, outer.action, outer.max_tokens, begun.size),
-        pool=pool_for(gateway.feed, outer, header, gateway.clock()),
+        pool=_pool(gateway, question, outer, header),
         request_id=exchange.request_id,
         digest=header.digest,
     )
+
+
+def _pool(gateway: Gateway, question: Question, outer: Outer, header: SealedHeader) -> Pool:
+    """Raises Refusal. Of an unknown model it names those that this caller may use."""
+    try:
+        return pool_for(gateway.feed, outer, header, gateway.clock())
+    except Refusal as refusal:
+        models = refusal.details.get("models")
+        if not isinstance(models, tuple):
+            raise
+        details = usable(gateway.rules.would_allow, question, models)
+        raise Refusal(refusal.problem, details=details) from refusal
 
 
 def _grant(gateway: Gateway, request: _Request) -> str:

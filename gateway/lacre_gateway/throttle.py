@@ -30,6 +30,7 @@ class FailureThrottle:
     """Fixed one-minute windows of failed authentications per address."""
 
     def __init__(self, per_minute: int) -> None:
+        self._ceiling = per_minute
         self._limit = parse(f"{per_minute}/minute")
         limiter = Limiter(key_func=_no_request, storage_uri="memory://", strategy="fixed-window")
         self._counts = limiter.limiter
@@ -40,7 +41,7 @@ class FailureThrottle:
         """While a token of the address is verified, which may take a look at its issuer. Raises Refusal (429)."""
         network = network_of(address)
         if self._verifying[network] >= MAX_VERIFYING:
-            raise Refusal(problems.RATE_LIMITED, retry_after=_VERIFIED_SOON)
+            raise _limited("tokens_verified_at_once", "address", MAX_VERIFYING, _VERIFIED_SOON)
         self._verifying[network] += 1
         try:
             yield
@@ -54,7 +55,7 @@ class FailureThrottle:
         key = network_of(address)
         if not self._counts.test(self._limit, _BUCKET, key):
             reset = self._counts.get_window_stats(self._limit, _BUCKET, key).reset_time
-            raise Refusal(problems.RATE_LIMITED, retry_after=reset - time.time())
+            raise _limited("failed_auth_per_minute", "address", self._ceiling, reset - time.time())
 
     def failed(self, address: str) -> None:
         self._counts.hit(self._limit, _BUCKET, network_of(address))
@@ -86,9 +87,11 @@ class RefusalThrottle:
     def check(self, subject: Hashable, address: str) -> None:
         """subject: who asks, or who asks for what. Raises Refusal (429)."""
         self._turn()
-        if any(self._counts[key] >= self._limits[key[0]] for key in _keys(subject, address)):
+        met = next((key[0] for key in _keys(subject, address) if self._counts[key] >= self._limits[key[0]]), None)
+        if met is not None:
             self.unrecorded += 1
-            raise Refusal(problems.RATE_LIMITED, retry_after=(self._window + 1) * _MINUTE - self._clock())
+            name, scope = _NAMES[met]
+            raise _limited(name, scope, self._limits[met], (self._window + 1) * _MINUTE - self._clock())
 
     def refused(self, subject: Hashable, address: str) -> None:
         """One more."""
@@ -107,6 +110,18 @@ class RefusalThrottle:
             self._window = window
             self._counts.clear()
             self.close()
+
+
+# By what is counted: the limit's name in the settings, and whose it is.
+_NAMES: Final = {"subject": ("refused_per_minute", "user"), "address": ("refused_per_address", "address")}
+
+
+def _limited(name: str, scope: str, ceiling: int, seconds: float) -> Refusal:
+    return Refusal(
+        problems.RATE_LIMITED,
+        retry_after=seconds,
+        details={"limit": name, "scope": scope, "ceiling": ceiling, "unit": "requests"},
+    )
 
 
 def _keys(subject: Hashable, address: str) -> tuple[tuple[str, Hashable], tuple[str, Hashable]]:

@@ -79,6 +79,14 @@ ISSUER_UNAVAILABLE: Final = Problem(
 FORBIDDEN: Final = Problem(
     _OURS + "forbidden", 403, "Policy does not allow this request",
     "Ask the operator for access to this pool, model or action.", errors.Forbidden)  # fmt: skip
+TOO_MANY_TOKENS: Final = Problem(
+    _OURS + "too-many-tokens", 403, "The request asks for more output tokens than policy allows",
+    "Ask for fewer: max_tokens counts for each of the `n` choices. Or ask the operator for more.",
+    errors.Forbidden)  # fmt: skip
+PATH_NOT_ALLOWED: Final = Problem(
+    _OURS + "path-not-allowed", 403, "The path is none of the model API's, and policy does not allow this caller any other",
+    "Use a path that is listed, exactly as it stands there. For another one ask the operator for the action `http`.",
+    errors.Forbidden)  # fmt: skip
 INVALID_HEADERS: Final = Problem(
     _OURS + "invalid-headers", 400, "A Lacre-* header is missing or invalid", "Update the client.")  # fmt: skip
 UNKNOWN_POOL: Final = Problem(
@@ -145,9 +153,23 @@ OVERLOADED: Final = Problem(
 SLOW_BODY: Final = Problem(
     _OURS + "slow-body", 408, "The sealed request arrived too slowly", "Try again on a better connection.")  # fmt: skip
 NOT_FOUND: Final = Problem(
-    _OURS + "not-found", 404, "No such resource", "Sealed requests go to POST /v1/sealed.")  # fmt: skip
+    _OURS + "not-found", 404, "No such resource",
+    "Sealed requests go to POST /v1/sealed: the SDK and `lacre proxy` make them, and nothing else is taken.")  # fmt: skip
 METHOD_NOT_ALLOWED: Final = Problem(
     _OURS + "method-not-allowed", 405, "This resource does not take this method", "See the Allow header.")  # fmt: skip
+
+# Said by the SDK in place of `path-not-allowed`: it knows the path, which no gateway does.
+UNKNOWN_PATH: Final = Problem(
+    _OURS + "unknown-path", 404, "The model API has no such path, and policy does not allow this caller any other",
+    "Use one of the paths that are listed. For another one ask the operator for the action `http`.",
+    errors.Forbidden)  # fmt: skip
+PATH_FORM: Final = Problem(
+    _OURS + "path-form", 404, "The path is not written as the model API has it",
+    "Use the path that is listed, letter by letter: without a slash at its end, doubled slashes or escapes.",
+    errors.Forbidden)  # fmt: skip
+WRONG_METHOD: Final = Problem(
+    _OURS + "wrong-method", 405, "The path does not take this method", "Use the method that is listed.",
+    errors.Forbidden)  # fmt: skip
 
 # Said by whatever stands before a gateway, in words of its own: it sent the request to none, or to one that was lost meanwhile.
 NO_GATEWAY: Final = Problem(
@@ -164,9 +186,11 @@ BY_TYPE: Final = {
     problem.type: problem
     for problem in (
         INVALID_TOKEN, UNUSABLE_CLAIMS, CLAIMS_ELSEWHERE, INVALID_PROOF, ISSUER_UNAVAILABLE,
-        FORBIDDEN, INVALID_HEADERS, UNKNOWN_POOL, UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
+        FORBIDDEN, TOO_MANY_TOKENS, PATH_NOT_ALLOWED, INVALID_HEADERS, UNKNOWN_POOL,
+        UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, TOO_LARGE,
         UNKNOWN_KEY, INVALID_GRANT, REPLAYED, RATE_LIMITED, NO_WORKER, BUSY, WORKER_LOST, UNCLAIMED, UNAVAILABLE, INTERNAL,
         BUDGET_SPENT, ABOVE_LIMIT, UNKNOWN_PLAN, BUDGET_UNAVAILABLE,
-        AUDIT_UNAVAILABLE, NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED, NO_GATEWAY,
+        AUDIT_UNAVAILABLE, NOT_READY, OVERLOADED, SLOW_BODY, NOT_FOUND, METHOD_NOT_ALLOWED,
+        UNKNOWN_PATH, PATH_FORM, WRONG_METHOD, NO_GATEWAY,
     )
 }  # fmt: skip

@@ -27,6 +27,7 @@ from typing import Final
 from lacre import audit, details, forks, receipts
 from lacre.audit import AuditProof
 from lacre.backoff import ENDURANCE, Retries, delay
+from lacre.details import Details
 from lacre.errors import (
     Expired,
     InvalidAudit,
@@ -43,8 +44,9 @@ from lacre.inner import Plain, Prepared, is_repeatable, prepare
 from lacre.jws import b64u
 from lacre.manifest import MAX_DOCUMENT, Manifest, PoolKey
 from lacre.memory import Memory, accept
+from lacre.model_paths import misdirected
 from lacre.padding import Shape, request_length, shape_named
-from lacre.problems import DATE, INVALID_TOKEN, UNKNOWN_KEY, Problem
+from lacre.problems import DATE, INVALID_TOKEN, PATH_NOT_ALLOWED, UNKNOWN_KEY, Problem
 from lacre.receipts import Receipt
 from lacre.sealed_answer import MAX_PROBLEM, Opening, Refusal, Trailers, check_sealed, problem_of, read_all
 from lacre.steps import Offload, Outer, Read, Renew, Send, Steps, Together, Wait, sent_bytes, sent_outer
@@ -214,7 +216,11 @@ class Sealing:
             document = yield from read_all(MAX_PROBLEM)
             with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
                 opening.facts.audit = self._proof(outer, call.manifest, sent)
-            return Refusal(problem_of(outer, document), outer.retry_after, opening.facts, details.read(document))
+            problem = problem_of(outer, document)
+            said: Details = details.read(document)
+            if problem is PATH_NOT_ALLOWED:
+                problem, said = misdirected(call.plain.method, call.plain.path.partition("?")[0])
+            return Refusal(problem, outer.retry_after, opening.facts, said)
         check_sealed(outer)
         opening.facts.audit = yield from self._proved(call, outer, {**sent, "decision": "allow"})
         while not opening.ready:

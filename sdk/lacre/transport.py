@@ -209,6 +209,8 @@ def refusal_response(refusal: Refusal) -> httpx2.Response:
         headers["x-should-retry"] = "false"  # OpenAI's word to its clients: this one has cost as many workers as it may
     if refusal.retry_after is not None:
         headers["retry-after"] = str(int(refusal.retry_after))
+    if isinstance(methods := refusal.details.get("methods"), tuple):
+        headers["allow"] = ", ".join(methods)  # RFC 9110 section 15.5.6
     return httpx2.Response(
         problem.status,
         headers=headers,

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 import lacre
-from lacre import problems
+from lacre import details, problems
 from lacre.audit import AuditProof
 from lacre.jws import raw_public_key
 from lacre.trust import ConnectionString
@@ -92,7 +92,8 @@ def record(world: World, prefix: str) -> Record:
 async def test_requests_a_minute(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     codes = [(await post(budgeted, client)).status_code for _ in range(4)]
     assert codes == [200] * 3 + [429]
-    assert_problem(await post(budgeted, client), problems.RATE_LIMITED)
+    met = {"limit": "requests_per_minute", "scope": "user", "unit": "requests", "ceiling": 3, "asked": 1, "remaining": 0}
+    assert_problem(await post(budgeted, client), problems.RATE_LIMITED, **met)
     bob = f"Bearer {budgeted.issuer.token(sub='bob')}"
     assert (await post(budgeted, client, authorization=bob)).status_code == 200
     assert len(worker.opened) == 4
@@ -111,7 +112,7 @@ async def test_what_is_not_used_is_given_back(budgeted: World, worker: FakeWorke
     while len(worker.opened) < 5:
         await asyncio.sleep(0.01)
     refused = await post(budgeted, client, authorization=token, lacre_max_tokens="3000")
-    assert_problem(refused, problems.RATE_LIMITED)
+    assert_problem(refused, problems.RATE_LIMITED, limit="tokens_per_minute", unit="tokens", ceiling=5000)
     assert refused.headers["retry-after"] == "2"  # what is reserved may come back long before the minute is over
     hold.set()
     assert (await first).status_code == 200
@@ -154,14 +155,16 @@ async def test_streams_at_once(budgeted: World, worker: FakeWorker, client: http
     ]
     while len(worker.opened) < 2:
         await asyncio.sleep(0.01)
-    assert_problem(await post(budgeted, client, authorization=on(budgeted, "streams", sub="u3")), problems.RATE_LIMITED)
+    third = await post(budgeted, client, authorization=on(budgeted, "streams", sub="u3"))
+    assert_problem(third, problems.RATE_LIMITED, limit="concurrent_streams", unit="concurrent-requests", scope="plan")
+    assert "ceiling" not in details.read(third.content)  # how far a whole plan is used is for the operator
     hold.set()
     assert [(await task).status_code for task in running] == [200, 200]
     assert (await post(budgeted, client, authorization=on(budgeted, "streams", sub="u3"))).status_code == 200
 
 
 async def test_an_explicit_zero_is_zero(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(budgeted, client, authorization=on(budgeted, "none")), problems.ABOVE_LIMIT)
+    assert_problem(await post(budgeted, client, authorization=on(budgeted, "none")), problems.ABOVE_LIMIT, ceiling=0)
     assert not worker.opened
 
 
@@ -178,7 +181,7 @@ async def test_a_refused_request_costs_nothing(budgeted: World, client: httpx2.A
     budgeted.hub.max_queue = 0
     budgeted.hub.worker("default", ["smollm2-135m"])
     for _ in range(10):
-        assert_problem(await post(budgeted, client, lacre_action="http"), problems.FORBIDDEN)
+        assert_problem(await post(budgeted, client, lacre_action="http"), problems.PATH_NOT_ALLOWED)
         assert_problem(await post(budgeted, client), problems.BUSY)
     budgeted.hub.max_queue, budgeted.hub.live = 10, []
     async with budgeted.worker():

@@ -11,7 +11,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from lacre import problems
+from lacre import details, problems
+from lacre.details import Detail
+from lacre.model_paths import KNOWN
 from lacre.problems import Problem
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from parts.gateway import FakeWorker, Issuer, Script, World
@@ -19,8 +21,11 @@ from parts.gateway import FakeWorker, Issuer, Script, World
 from .conftest import client_of
 
 
-def assert_problem(response: httpx2.Response, problem: Problem) -> None:
-    assert (response.status_code, response.content) == (problem.status, problem.body())
+def assert_problem(response: httpx2.Response, problem: Problem, **told: Detail) -> None:
+    """told: members of the document beside its type, title and status."""
+    found = details.read(response.content)
+    assert (response.status_code, response.content) == (problem.status, problem.body(found))
+    assert found == {**found, **told}
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["cache-control"] == "no-store"
     assert len(response.headers["lacre-request-id"]) == 32
@@ -46,7 +51,8 @@ HEADERS: list[tuple[str, str | None]] = [
 async def test_outer_headers(
     name: str, value: str | None, world: World, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
-    assert_problem(await post(world, client, **{name: value}), problems.INVALID_HEADERS)
+    header = name.replace("_", "-")
+    assert_problem(await post(world, client, **{name: value}), problems.INVALID_HEADERS, header=header)
     assert worker.opened == []
 
 
@@ -63,9 +69,14 @@ async def test_outer_header_twice(world: World, worker: FakeWorker, client: http
     assert_problem(await client.post("/v1/sealed", content=world.seal()[0], headers=headers), problems.INVALID_HEADERS)
 
 
-@pytest.mark.parametrize("name", ["lacre_pool", "lacre_model"])
-async def test_unknown_pool_or_model(name: str, world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, **{name: "another"}), problems.UNKNOWN_POOL)
+async def test_an_unknown_pool_names_the_pools(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(world, client, lacre_pool="another"), problems.UNKNOWN_POOL, pools=("default",))
+    assert worker.opened == []
+
+
+async def test_an_unknown_model_names_the_models(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    refused = await post(world, client, lacre_model="smollm2-135M")
+    assert_problem(refused, problems.UNKNOWN_POOL, models=("smollm2-135m",))
     assert worker.opened == []
 
 
@@ -136,8 +147,9 @@ async def test_replay(world: World, worker: FakeWorker, client: httpx2.AsyncClie
 
 
 async def test_policy(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, lacre_action="http"), problems.FORBIDDEN)
-    assert_problem(await post(world, client, lacre_max_tokens="40000"), problems.FORBIDDEN)
+    assert_problem(await post(world, client, lacre_action="http"), problems.PATH_NOT_ALLOWED, paths=KNOWN)
+    most = {"limit": "max_tokens", "scope": "policy", "unit": "tokens", "ceiling": 32768, "asked": 40000}
+    assert_problem(await post(world, client, lacre_max_tokens="40000"), problems.TOO_MANY_TOKENS, **most)
     assert worker.opened == []
     first, end, second, _ = await world.trail(2)
     assert (first["decision"], first["policies"]) == ("deny", [])
@@ -199,6 +211,9 @@ async def test_queue_limit(impatient: World) -> None:
     assert (await impatient.trail())[1]["outcome"] == "refused"
 
 
+AT_ONCE: dict[str, Detail] = {"limit": "concurrent_per_subject", "scope": "user", "ceiling": 2}
+
+
 async def test_requests_at_once(impatient: World) -> None:
     hold = asyncio.Event()
     async with client_of(impatient) as client, impatient.worker() as worker:
@@ -207,11 +222,12 @@ async def test_requests_at_once(impatient: World) -> None:
         running = [asyncio.create_task(post(impatient, client)) for _ in range(2)]
         while len(worker.opened) < 2:
             await asyncio.sleep(0.01)
-        assert_problem(await post(impatient, client), problems.RATE_LIMITED)  # a third of alice's
+        assert_problem(await post(impatient, client), problems.RATE_LIMITED, **AT_ONCE)  # a third of alice's
         running.append(asyncio.create_task(post(impatient, client, authorization=f"Bearer {bob}")))
         while len(worker.opened) < 3:
             await asyncio.sleep(0.01)
-        assert_problem(await post(impatient, client, authorization=f"Bearer {bob}"), problems.OVERLOADED)  # a fourth of all
+        fourth = await post(impatient, client, authorization=f"Bearer {bob}")  # of all
+        assert_problem(fourth, problems.OVERLOADED, limit="requests_in_flight", scope="gateway")
         hold.set()
         assert [(await task).status_code for task in running] == [200, 200, 200]
         assert (await post(impatient, client)).status_code == 200
@@ -263,7 +279,7 @@ async def test_too_large_whatever_it_says(length: str | None, world: World, clie
 
 @pytest.mark.parametrize("length", ["", "-1", "0x10", "1 0", "9" * 20])
 async def test_content_length_that_is_none(length: str, world: World, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, content_length=length), problems.INVALID_HEADERS)
+    assert_problem(await post(world, client, content_length=length), problems.INVALID_HEADERS, header="content-length")
 
 
 async def test_audit_that_cannot_be_written(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
@@ -305,11 +321,24 @@ async def test_worker_dies_before_its_answer(world: World, worker: FakeWorker, c
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/sealed/", "/docs", "/openapi.json", "/redoc", "/v1/chat/completions", "/%00"]
+    "path",
+    [
+        "/",
+        "/v1",
+        "/v1/sealed/",
+        "/v1//sealed",
+        "/V1/sealed",
+        "/docs",
+        "/openapi.json",
+        "/redoc",
+        "/v1/chat/completions",
+        "/%00",
+    ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_no_such_resource(path: str, method: str, client: httpx2.AsyncClient) -> None:
-    assert_problem(await client.request(method, path), problems.NOT_FOUND)
+    known = ("/healthz", "/readyz", "/v1/manifest", "/v1/sealed")
+    assert_problem(await client.request(method, path), problems.NOT_FOUND, paths=known)
 
 
 @pytest.mark.parametrize(("method", "path", "allow"), [
@@ -320,11 +349,11 @@ async def test_no_such_resource(path: str, method: str, client: httpx2.AsyncClie
 ])  # fmt: skip
 async def test_wrong_method(method: str, path: str, allow: set[str], client: httpx2.AsyncClient) -> None:
     response = await client.request(method, path)
-    assert_problem(response, problems.METHOD_NOT_ALLOWED)
+    assert_problem(response, problems.METHOD_NOT_ALLOWED, methods=tuple(sorted(allow)))
     assert set(response.headers["allow"].split(", ")) == allow
 
 
 async def test_a_problem_says_nothing_else(world: World, client: httpx2.AsyncClient) -> None:
     response = await post(world, client, lacre_pool="canary")
-    assert set(json.loads(response.content)) == {"type", "title", "status"}
+    assert set(json.loads(response.content)) == {"type", "title", "status", "pools"}
     assert "canary" not in response.text + str(response.headers)

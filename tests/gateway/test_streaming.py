@@ -107,9 +107,12 @@ async def test_connection_is_used_again(world: World, worker: FakeWorker, url: s
         if status == 200:
             await reader.readuntil(b"\r\n0\r\n\r\n")
         else:
-            await reader.readexactly(len(problems.INVALID_TOKEN.body()))
+            await reader.readexactly(len(FOREIGN))
     writer.close()
     await writer.wait_closed()
+
+
+FOREIGN = problems.INVALID_TOKEN.body({"reason": "for-another-audience", "claim": "aud"})
 
 
 def raw_request(headers: dict[str, str], body: bytes, length: int | None = None) -> bytes:
@@ -267,7 +270,7 @@ async def test_refusal_reaches_a_client_that_is_still_sending(world: World, url:
     writer.write(raw_request(world.headers(world.issuer.token(aud="x")), body[: 2**20], length=len(body)))
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     assert head.startswith(b"http/1.1 401") and b"connection: close" in head
-    assert await reader.readexactly(len(problems.INVALID_TOKEN.body())) == problems.INVALID_TOKEN.body()
+    assert await reader.readexactly(len(FOREIGN)) == FOREIGN
     writer.write(body[2**20 :])
     await writer.drain()
     assert await reader.read() == b""

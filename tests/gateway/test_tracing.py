@@ -108,7 +108,7 @@ async def test_a_refusal(traced: World, collector: Collector) -> None:
     await ask(traced)
     await traced.gateway.close()
     denied, unserved = map(attributes, collector.spans())
-    assert (denied["error.type"], denied["http.response.status_code"]) == ("forbidden", 403)
+    assert (denied["error.type"], denied["http.response.status_code"]) == ("path-not-allowed", 403)
     assert denied["lacre.decision"] == "deny"
     assert (unserved["error.type"], unserved["http.response.status_code"]) == (problems.NO_WORKER.slug, 503)
     assert [span.status.code for span in collector.spans()] == [0, 2]  # the second is the service's fault

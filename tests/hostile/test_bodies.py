@@ -87,14 +87,14 @@ async def test_admin_long(honest: HonestGateway, verdict: Verdict) -> None:
     "have megabytes read that policy denies anyway",
     by="client",
     defence="policy decides on the outer headers and the length, before more is read than the sealed request's header",
-    refused=problems.FORBIDDEN,
+    refused=problems.PATH_NOT_ALLOWED,
 )
 async def test_denied(stage: Stage, honest: HonestGateway, verdict: Verdict) -> None:
     async with opened(honest) as port:
         head = POST + OUTER.replace(b"Action: chat", b"Action: http") + bearer(honest.token)
         told = await answer(port, head + b"Content-Length: 7000000\r\n\r\n" + sealed(stage, 2000)[:MAX_HEADER])
     verdict.said(problem_of(told))
-    assert (await honest.outcomes())[0]["problem"] == "forbidden"
+    assert (await honest.outcomes())[0]["problem"] == "path-not-allowed"
 
 
 @attack(
@@ -136,8 +136,8 @@ async def test_refusals(stage: Stage, honest: HonestGateway, wire: AsgiWire, ver
     allowed = honest.gateway.settings.limits.refused_per_minute
     honest.gateway.refusals._clock = lambda: 0.0  # the minute does not end meanwhile
     for _ in range(allowed):
-        assert await ask(honest.token) == problems.FORBIDDEN.type
+        assert await ask(honest.token) == problems.PATH_NOT_ALLOWED.type
     verdict.said(await ask(honest.token))
-    assert await ask(issuer.token(sub="bob")) == problems.FORBIDDEN.type, "another caller is not concerned"
+    assert await ask(issuer.token(sub="bob")) == problems.PATH_NOT_ALLOWED.type, "another caller is not concerned"
     assert len(await honest.outcomes(allowed + 1)) == allowed + 1
     assert honest.gateway.refusals.unrecorded == 1

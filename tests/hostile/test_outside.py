@@ -79,7 +79,10 @@ async def test_too_large(honest: HonestGateway, wire: AsgiWire, verdict: Verdict
 
 
 @attack(
-    "use an action that policy does not grant", by="client", defence="Cedar policies, default deny", refused=problems.FORBIDDEN
+    "use an action that policy does not grant",
+    by="client",
+    defence="Cedar policies, default deny",
+    refused=problems.PATH_NOT_ALLOWED,
 )
 async def test_policy(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker()

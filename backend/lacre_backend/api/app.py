@@ -232,12 +232,14 @@ def _refusal(refusal: RequestRefused) -> Response:
 
 
 async def _unknown_url(request: Request, _error: Exception) -> Response:
-    return _refusal(
-        RequestRefused(f"Unknown request URL: {request.method} {request.url.path}.", status=404, code="unknown_url")
-    )
+    served = ", ".join(sorted({route.path for route in request.app.routes if "{" not in route.path}))
+    message = f"Unknown request URL: {request.method} {request.url.path}. This server has {served}."
+    return _refusal(RequestRefused(message, status=404, code="unknown_url"))
 
 
-async def _method_not_allowed(request: Request, _error: Exception) -> Response:
-    return _refusal(
-        RequestRefused(f"Not allowed to {request.method} on {request.url.path}.", status=405, code="method_not_supported")
-    )
+async def _method_not_allowed(request: Request, error: Exception) -> Response:
+    allow = dict(getattr(error, "headers", None) or {}).get("Allow", "")
+    message = f"Not allowed to {request.method} on {request.url.path}: it takes {allow}."
+    response = _refusal(RequestRefused(message, status=405, code="method_not_supported"))
+    response.headers["allow"] = allow  # RFC 9110 section 15.5.6
+    return response

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final
 
+from lacre.details import Detail
 from lacre_gateway.budget.callers import PLAN
-from lacre_gateway.budget.holds import Standing
+from lacre_gateway.budget.holds import Met, Standing
 from lacre_gateway.budget.windows import DAY, MINUTE
 from lacre_gateway.plans import Kind
 
@@ -27,7 +28,7 @@ _WINDOWS: Final = {
     Kind.TOKENS_PER_DAY: DAY,
     Kind.MONEY_PER_MONTH: _MONTH,
 }
-_UNITS: Final = {
+UNITS: Final = {
     Kind.REQUESTS_PER_MINUTE: "requests",
     Kind.TOKENS_PER_MINUTE: "tokens",
     Kind.TOKENS_PER_DAY: "tokens",
@@ -38,6 +39,18 @@ _OPENAI: Final = (
     (b"requests", (Kind.REQUESTS_PER_MINUTE,)),
     (b"tokens", (Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY)),
 )
+
+
+def details(kind: Kind, met: Met | None) -> dict[str, Detail]:
+    """For the problem document of a refusal: which limit was met, and how much of it is a plan's own affair."""
+    told: dict[str, Detail] = {"limit": kind.value, "unit": UNITS[kind]}
+    if met is None:
+        return told
+    told["scope"] = met.scope
+    if met.scope != PLAN:
+        told |= {"ceiling": met.ceiling, "asked": met.asked}
+        told |= {} if met.remaining is None else {"remaining": met.remaining}
+    return told
 
 
 def fields(standings: Iterable[Standing]) -> Headers:
@@ -58,7 +71,7 @@ def _policies(policies: tuple[tuple[str, Kind, int], ...]) -> bytes:
 
 def _policy(scope: str, kind: Kind, ceiling: int) -> str:
     window = f";w={_WINDOWS[kind]}" if kind in _WINDOWS else ""
-    return f'"{_name(scope, kind)}";q={ceiling}{window};qu="{_UNITS[kind]}"'
+    return f'"{_name(scope, kind)}";q={ceiling}{window};qu="{UNITS[kind]}"'
 
 
 def _level(standing: Standing) -> str:

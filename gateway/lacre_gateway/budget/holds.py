@@ -24,6 +24,18 @@ class BudgetRefused(Exception):
     exceeded: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Met:
+    """The limit that a request met, in its own units. scope: whose it is. asked: by the request. remaining: None where it does
+    not matter.
+    """
+
+    scope: str
+    ceiling: int
+    asked: int
+    remaining: int | None = None
+
+
 class UnknownPlan(BudgetRefused):
     """The token names a plan that is not in the plans file."""
 
@@ -33,39 +45,45 @@ class BudgetUnavailable(BudgetRefused):
 
 
 class AboveLimit(BudgetRefused):
-    """The request alone is more than the limit: no waiting helps."""
+    """The request alone is more than the limit: no waiting helps. ceiling: of the limit. asked: by this request."""
 
-    def __init__(self, scope: str, plan: str, kind: Kind) -> None:
+    def __init__(self, scope: str, plan: str, kind: Kind, ceiling: int, asked: int) -> None:
         self.exceeded = f"{scope}:{plan}/{kind}"  # of any window
         super().__init__(f"above {self.exceeded}")
+        self.kind = kind
+        self.met = Met(scope, ceiling, asked)
 
 
 class Exhausted(BudgetRefused):
     """A limit is used up. retry_after: seconds. standings: of every limit of the caller.
 
-    exceeded: None where what the limit lacked was given back meanwhile.
+    exceeded, met: None where what the limit lacked was given back meanwhile.
     """
 
-    def __init__(self, kind: Kind, exceeded: str | None, retry_after: float, standings: tuple[Standing, ...]) -> None:
+    def __init__(
+        self, kind: Kind, exceeded: str | None, retry_after: float, standings: tuple[Standing, ...], met: Met | None = None
+    ) -> None:
         super().__init__(f"{kind.value} is used up")
         self.kind = kind
         self.exceeded = exceeded
         self.retry_after = retry_after
         self.standings = standings
+        self.met = met
 
     @classmethod
     def of(cls, plan: str, charges: Sequence[tuple[Scope, Charge]], now: float) -> Self:
         """The limit that the caller has to wait for the longest."""
         standings = tuple(_standings(charges, now))
         short = [
-            (scope, counter, _wait(counter, amount, now))
+            (scope, counter, _wait(counter, amount, now), amount)
             for scope, (counter, amount) in charges
             if not counter.has(amount, now)
         ]
         if not short:
             return cls(charges[0][1][0].kind, None, SOON, standings)
-        scope, counter, wait = max(short, key=itemgetter(2))
-        return cls(counter.kind, _named(scope, plan, counter), wait, standings)
+        scope, counter, wait, amount = max(short, key=itemgetter(2))
+        met = Met(scope.label, counter.ceiling, amount, counter.remaining)
+        return cls(counter.kind, _named(scope, plan, counter), wait, standings, met)
 
 
 @dataclass(frozen=True, slots=True)

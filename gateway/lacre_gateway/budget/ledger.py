@@ -390,5 +390,5 @@ def _parsed(value: bytes) -> Record:
 def _check_possible(caller: Caller, amounts: Amounts) -> None:
     for scope in caller.scopes:
         for kind, ceiling in scope.limits:
-            if amounts.of(kind) > ceiling:
-                raise AboveLimit(scope.label, caller.plan, kind)
+            if (asked := amounts.of(kind)) > ceiling:
+                raise AboveLimit(scope.label, caller.plan, kind, ceiling, asked)

@@ -83,6 +83,10 @@ class PolicySet:
     def decide(self, question: AnyQuestion) -> Decision:
         return self._decisions.get(question.key, lambda: self._decide(question))
 
+    def would_allow(self, question: AnyQuestion) -> bool:
+        """A decision that is neither remembered nor recorded: of what nobody has asked."""
+        return self._decide(question).allowed
+
     def _decide(self, question: AnyQuestion) -> Decision:
         parties = self._parties.get(question.entities_key, lambda: self._parsed(question))
         if parties.entities is None:

@@ -83,6 +83,10 @@ class LiveRules:
     def decide(self, question: AnyQuestion) -> Decision:
         return self.current.policies.decide(question)
 
+    def would_allow(self, question: AnyQuestion) -> bool:
+        """Of what nobody has asked: see `policy.denial`."""
+        return self.current.policies.would_allow(question)
+
     @property
     def status(self) -> Status:
         rules = self.current
