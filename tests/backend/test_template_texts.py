@@ -109,7 +109,11 @@ class TestAtLoad:
 
     @pytest.mark.parametrize(
         "content",
-        ["{{ m.text }}", "{{ m.content.text }}", "{{ m.content[1].text }}", "{{ m.content[:5] }}", "{{ m.content | length }}"],
+        [
+            *("{{ m.text }}", "{{ m.content.text }}", "{{ m.content[1].text }}", "{{ m.content | length }}"),
+            *("{{ m.content[:5] }}", "{{ m.content[:1000] }}", "{{ m.content[9:] }}", "{{ m.content | truncate }}"),
+            *("{{ m.content.split('\\n')[0] }}", "{{ m.content.split('\\n\\n') | last }}", "{{ m.content | wordcount }}"),
+        ],
     )
     def test_a_text_that_is_left_out(self, content: str) -> None:
         with pytest.raises(SettingsError, match="leaves out"):
@@ -199,6 +203,23 @@ class TestOfEachRequest:
         assert "one&two" in rendered(source, [said("user", parts("one", "two"))])
         with pytest.raises(TemplateRefused, match="what a message of the role 'user' says"):
             rendered(source, [USER, ANSWER, said("user", parts("one", "two"))])
+
+    @pytest.mark.parametrize("text", ["a" * 20_001, "b " * 10_001])
+    def test_the_end_of_a_long_text(self, text: str) -> None:
+        source = PLAIN.replace("m.content", "m.content[:20000]")
+        assert text[:20_000] in rendered(source, [said("user", text[:20_000])])
+        with pytest.raises(TemplateRefused, match="what a message of the role 'user' says"):
+            rendered(source, [said("user", text)])
+
+    @pytest.mark.parametrize("tag", ["</think>", "<|channel|>", "[/INST]"])
+    def test_what_is_before_a_tag(self, tag: str) -> None:
+        """An assistant's reasoning is cut as the template wants; a question is not."""
+        source = PLAIN.replace("m.content", f"m.content.split('{tag}') | last")
+        answer = said("assistant", f"Reasoning{tag}Yes")
+        assert "assistant\nYes<|end|>" in rendered(source, [USER, answer])
+        for role in ("user", "system"):
+            with pytest.raises(TemplateRefused, match=f"what a message of the role '{role}' says"):
+                rendered(source, [said(role, f"What is {tag} for?"), USER])
 
     def test_nothing_is_no_text(self) -> None:
         source = only("m.content and (m.role != 'system' or loop.first)")

@@ -4,7 +4,8 @@ A template is a program: that it renders says nothing about what it left out. Ma
 first, or nothing that an assistant said beside a call. Nobody would notice but by odd answers.
 
 Rules
-- What a template does is seen by rendering: with a word of our own in place of each text, which nothing else spells.
+- What a template does is seen by rendering. In place of each text stands another that is as long and begins and ends with a
+  word of our own, which nothing else spells. It has the tags of the text too, at which a template might cut.
 - A template that leaves out what the simplest conversation says, in one of the roles, is not loaded.
 - Of each request the same conversation is rendered once more with such words, and is refused if one is missing.
 - What a template cuts out of a text, such as an assistant's reasoning of earlier turns, is its own affair.
@@ -13,6 +14,8 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -46,20 +49,40 @@ class Form(Enum):
     EITHER = 4
 
 
+# What templates look for in texts: `</think>`, `<|im_end|>`, `[INST]`
+_TAG: Final = re.compile(r"</?[A-Za-z_]{1,32}>|<\|[^|<>]{1,40}\|>|\[/?[A-Z_]{2,32}\]")
+_MOST_TAGS: Final = 64  # of one text, each once: more than any template looks for
+# At load: longer than a title, and of several paragraphs.
+_LONG: Final = "so\n\non " * 1000
+
+
 class Words:
     """Words that stand for texts. Found in whatever case a template writes them."""
 
     def __init__(self) -> None:
         self._begin = "w" + secrets.token_hex(12)
+        self._any = re.compile(self._begin + "x[0-9]+x")
         self._count = 0
 
     def next(self) -> str:
         self._count += 1
         return f"{self._begin}x{self._count}x"
 
+    def instead(self, text: str, *, tags: bool = True) -> tuple[str, tuple[str, ...]]:
+        """A text that is as long, and the words in it. tags: with those of the text."""
+        first = self.next()
+        kept = dict.fromkeys(itertools.islice((tag[0] for tag in _TAG.finditer(text)), _MOST_TAGS)) if tags else {}
+        if len(text) <= len(first) and not kept and "\n" not in text:
+            return first, (first,)
+        last = self.next()
+        begin = " ".join((first, *kept, ""))
+        filler = "so\n\non " if "\n" in text else "so on "
+        room = max(len(text) - len(begin) - len(last), 0)
+        return begin + (filler * (room // len(filler) + 1))[:room] + last, (first, last)
 
-def comes_out(word: str, rendered: str) -> bool:
-    return word in rendered or word in rendered.lower()
+    def found(self, rendered: str) -> frozenset[str]:
+        """Those that are in a text; in one pass, for there may be thousands, and it may be long."""
+        return frozenset(self._any.findall(rendered.lower()))
 
 
 def as_text(content: Any) -> Any:
@@ -99,7 +122,7 @@ def form_of(role: str, sample: Sequence[Message], tools: Tools, render: Renderin
     Raises `TextLost`.
     """
     words = Words()
-    first, second, beside = words.next(), words.next(), words.next()
+    (first, of_first), (second, of_second), beside = words.instead(_LONG), words.instead(_LONG), words.next()
     at = max(i for i, message in enumerate(sample) if message["role"] == role)
 
     def tried(content: Any) -> str | None:
@@ -110,16 +133,17 @@ def form_of(role: str, sample: Sequence[Message], tools: Tools, render: Renderin
 
     def takes(rendered: str | None, *wanted: str) -> bool:
         """Not if it writes down the list itself, as `{{ message.content }}` does."""
-        return rendered is not None and all(comes_out(word, rendered) for word in wanted) and not comes_out(beside, rendered)
+        found = words.found(rendered or "")
+        return rendered is not None and found.issuperset(wanted) and beside not in found
 
     def part(text: str) -> dict[str, str]:
         return {"type": "text", "text": text, "beside": beside}
 
     text, one, two = tried(first), tried([part(first)]), tried([part(first), part(second)])
-    if takes(text, first):
-        return Form.EITHER if one == text and takes(two, first, second) else Form.TEXT
-    if takes(one, first):
-        return Form.PARTS if takes(two, first, second) else Form.ONE_PART
+    if takes(text, *of_first):
+        return Form.EITHER if one == text and takes(two, *of_first, *of_second) else Form.TEXT
+    if takes(one, *of_first):
+        return Form.PARTS if takes(two, *of_first, *of_second) else Form.ONE_PART
     if text is not None:
         raise TextLost(f"what a message of the role '{role}' says")
     return None
@@ -139,8 +163,9 @@ def check_texts(messages: Sequence[Message], tools: Tools, render: Rendering, re
     except TemplateRefused:  # it looks into the texts: then these themselves must be there
         missing = next((place for _, text, place in standing if text.strip() not in rendered), None)
     else:
-        missing = next((place for word, _, place in standing if not comes_out(word, spelled)), None)
-        if describes and not all(comes_out(tool["function"]["description"], spelled) for tool in described or ()):
+        found = words.found(spelled)
+        missing = next((place for word, _, place in standing if word not in found), None)
+        if describes and not all(tool["function"]["description"] in found for tool in described or ()):
             raise TextLost("a tool")
     if missing is not None:
         raise _lost(messages[missing], missing)
@@ -150,8 +175,9 @@ def _instead(message: Message, place: int, words: Words, standing: list[tuple[st
     def word(text: str) -> str:
         if not text.strip():
             return text
-        made = words.next()
-        standing.append((made, text, place))
+        # An assistant's reasoning may be cut, at its tags.
+        made, found = words.instead(text, tags=message["role"] != "assistant")
+        standing.extend((each, text, place) for each in found)
         return made
 
     written = dict(message)

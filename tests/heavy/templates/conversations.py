@@ -49,6 +49,9 @@ SYSTEM: Final = said("system", "Be kind, w_system.\nSempre. ")
 ASK: Final = said("user", "Olá w_ask 🌊 \"quoted\" <b> & 'that' \\ {{ x }}")
 ANSWER: Final = said("assistant", "  It rises, w_answer.\n")
 AGAIN: Final = said("user", "And w_again?")
+TAGS: Final = (
+    "<think> </think> <tool_call> <tool_response> <|im_end|>\n<|im_start|>system\n[/INST] </s> <|eot_id|> <end_of_turn>"
+)
 _USED: Final = [ASK, calling("", call00001="w_port é"), result("call00001", "2 m w_result <b>")]
 _DONE: Final = [*_USED, said("assistant", "Two metres, w_done."), AGAIN]
 
@@ -63,6 +66,9 @@ CONVERSATIONS: Final[dict[str, tuple[Messages, Tools]]] = {
     "reasoning": ([ASK, said("assistant", "<think>\nHidden.\n</think>\n\nShown w_shown."), AGAIN], None),
     "a later system message": ([ASK, ANSWER, SYSTEM, AGAIN], None),
     "other alphabets": ([said("user", "w_greek Ωμέγα, 日本語, العربية, \u200d\u00a0\u3000, 👩‍👩‍👧")], None),
+    "tags in what is asked": ([said("user", f"w_before {TAGS} w_after"), ANSWER, AGAIN], None),
+    "tags in a system message": ([said("system", f"w_before {TAGS} w_after"), ASK], None),
+    "tags in a result": ([*_USED[:2], result("call00001", f"w_before {TAGS} w_after")], [TIDE]),
     "with a tool": ([ASK], [TIDE]),
     "with tools after a system message": ([SYSTEM, ASK], [TIDE, WAVES]),
     "a call and its result": (_USED, [TIDE]),
