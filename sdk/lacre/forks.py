@@ -47,13 +47,32 @@ def leave(one: object) -> None:
     _left.append(one)
 
 
+_undivided: Final = threading.Lock()  # held while something is done that no fork may cut in two
+
+
 def _in_child() -> None:
+    _undivided.release()
     for one in list(_watched):
         one.after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # where there is no fork, there is nothing to do
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_undivided.acquire, after_in_parent=_undivided.release, after_in_child=_in_child)
+
+
+class Undivided:
+    """Work for once in a process and its forks, of some milliseconds: a fork waits for its end."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._done = False
+
+    def __call__(self) -> None:
+        if not self._done:
+            with _undivided:
+                if not self._done:
+                    self._work()
+                    self._done = True
 
 
 class Home:

@@ -40,6 +40,7 @@ from lacre.errors import (
     UsageError,
 )
 from lacre.facts import Facts
+from lacre.first_use import first_use
 from lacre.inner import Plain, Prepared, is_repeatable, prepare
 from lacre.jws import b64u
 from lacre.manifest import MAX_DOCUMENT, Manifest, PoolKey
@@ -144,6 +145,7 @@ class Sealing:
         self._scope = Scope(float("-inf"))
         self._last: Facts | None = None
         forks.watch(self)
+        first_use()
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()

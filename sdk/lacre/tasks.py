@@ -72,6 +72,10 @@ class Group:
         # There is no process to end (any more), and a loop may cancel what is left without a word.
         self.over = on_death is None
 
+    def unlock(self) -> None:
+        """For a fork: no thread of its parent is here that holds the lock."""
+        self._lock = threading.Lock()
+
     def died(self, name: str, error: BaseException | None) -> TaskDied:
         """Logs a death and tells the owner of the group. What follows the first death is only logged."""
         death = TaskDied(f"the background work {name!r} ended: {'it returned' if error is None else type(error).__name__}")
@@ -92,6 +96,20 @@ _group: ContextVar[Group] = ContextVar("lacre.tasks", default=_LIBRARY)
 _register: dict[int, Background | Thread] = {}
 _stack_size = threading.Lock()
 _short: set[asyncio.Future[Any]] = set()  # asyncio itself keeps only weak references to tasks
+_of_parents: list[Background | Thread] = []  # a fork's: they run in its parent, and no destructor may say otherwise
+
+
+def _in_child() -> None:
+    """A fork has none of its parent's threads and loops, and must not wait for a lock that one of them held."""
+    global _stack_size  # noqa: PLW0603 - the one way to replace it
+    _stack_size = threading.Lock()
+    _LIBRARY.unlock()
+    _of_parents.extend(_register.values())
+    _register.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 class Background:

@@ -16,6 +16,7 @@ import anyio
 import httpx2
 import uvicorn
 
+from parts.certificates import Pair
 from parts.relay import Relay
 
 
@@ -48,11 +49,17 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def serving(gateway: Gateway) -> AsyncIterator[Gateway]:
+async def serving(gateway: Gateway, pair: Pair | None = None) -> AsyncIterator[Gateway]:
+    """pair: serves TLS with it."""
+    files = {} if pair is None else {"ssl_certfile": pair.certificate, "ssl_keyfile": pair.key}
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(gateway, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            gateway, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1, timeout_keep_alive=60, **files
+        )
         server = uvicorn.Server(config)
         gateway.url = gateway.relay.url.replace("127.0.0.1:9", f"127.0.0.1:{listener.getsockname()[1]}")
+        if pair is not None:
+            gateway.url = gateway.url.replace("lacre+http://", "lacre://")
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(server.serve, [listener])
             try:
@@ -62,14 +69,14 @@ async def serving(gateway: Gateway) -> AsyncIterator[Gateway]:
 
 
 @contextlib.contextmanager
-def beside(gateway: Gateway) -> Iterator[Gateway]:
-    """Serves it in a thread, for tests that block."""
+def beside(gateway: Gateway, pair: Pair | None = None) -> Iterator[Gateway]:
+    """Serves it in a thread, for tests that block. pair: over TLS."""
     ready, stop = threading.Event(), asyncio.Event()
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
-        async with serving(gateway):
+        async with serving(gateway, pair):
             ready.set()
             await stop.wait()
 
