@@ -35,10 +35,14 @@ class LimitExceeded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one request may use at most, in tokens."""
+    """What one request may use at most, in tokens.
+
+    shrinks: whether fewer prompt tokens may be reserved, if so many do not fit a limit. The worker then refuses longer prompts.
+    """
 
     max_prompt_tokens: int
     max_tokens: int
+    shrinks: bool = False
 
     def covers(self, prompt_tokens: int, completion_tokens: int) -> bool:
         return prompt_tokens <= self.max_prompt_tokens and completion_tokens <= self.max_tokens

@@ -19,7 +19,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from lacre import problems
@@ -127,6 +127,7 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         inspect_request(sealed)
         asked = time.monotonic()
         hold = await _reserved(gateway, exchange, request, decision)
+        request = replace(request, ceilings=hold.ceilings)
         with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
             if not gateway.audit.writable:
                 await trail.durable()  # or work would be done for an answer that cannot be given

@@ -121,7 +121,7 @@ class Gateway:
             return Reservation(max_prompt_tokens=units(sealed_bytes), max_tokens=max_tokens)
         configured = self.settings.models.get(model)
         prompt = sealed_bytes if configured is None else min(configured.context, sealed_bytes)
-        return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens)
+        return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens, shrinks=True)
 
     def missing(self) -> dict[str, str]:
         """What is still missing before requests can be served, and who can help; empty when nothing is."""

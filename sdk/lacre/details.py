@@ -52,6 +52,7 @@ _FORMS: Final[dict[str, Callable[[object], Detail | None]]] = {
     "ceiling": _count,  # the limit itself
     "asked": _count,  # what this request asked for
     "remaining": _count,  # what was left
+    "fits": _count,  # output tokens (`max_tokens`, over all choices) that would not be too many
     "reason": _name,  # why a token is not taken
     "claim": _name,  # which of its claims is meant
     "expired_at": _time,  # seconds since the epoch
@@ -98,7 +99,8 @@ def _limit(details: Details) -> str:
         for name, said in (("ceiling", "at most"), ("asked", "asked for"), ("remaining", "left"))
         if name in details
     ]
-    return " ".join(parts) + (f": {', '.join(amounts)}." if amounts else ".")
+    fits = f" With max_tokens of {details['fits']} or less it would fit." if "fits" in details else ""
+    return " ".join(parts) + (f": {', '.join(amounts)}." if amounts else ".") + fits
 
 
 def _field(details: Details) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lacre.asgi import Call
-from lacre_backend.api.errors import context_length_exceeded, grant_mismatch
+from lacre_backend.api.errors import RequestRefused, context_length_exceeded, grant_mismatch
 from lacre_backend.api.requests import Generate, Named
 from lacre_backend.engine.protocol import ModelInfo
 
@@ -54,7 +54,7 @@ def check_prompt(call: Call | None, model: ModelInfo, n_prompt: int, param: str,
     if n_prompt - begun >= model.n_ctx or n_prompt > model.n_ctx:
         raise context_length_exceeded(model.n_ctx, n_prompt, param)
     if call is not None and call.max_prompt_tokens is not None and n_prompt > call.max_prompt_tokens:
-        raise grant_mismatch(f"The prompt has {n_prompt} tokens, but was granted {call.max_prompt_tokens}.", param)
+        raise _too_much("prompt", n_prompt, call.max_prompt_tokens, param)
 
 
 def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int]) -> None:
@@ -63,4 +63,12 @@ def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int]) -> 
     if longest > model.n_ctx:
         raise context_length_exceeded(model.n_ctx, longest, "input")
     if call is not None and call.max_prompt_tokens is not None and total > call.max_prompt_tokens:
-        raise grant_mismatch(f"The input has {total} tokens, but was granted {call.max_prompt_tokens}.", "input")
+        raise _too_much("input", total, call.max_prompt_tokens, "input")
+
+
+def _too_much(what: str, tokens: int, granted: int, param: str) -> RequestRefused:
+    return grant_mismatch(
+        f"The {what} has {tokens} tokens, but was granted {granted}: no more is left of this caller's limits, or fits the "
+        "sealed request's size. Shorten it, ask for fewer output tokens, or try again when the limit's window has ended.",
+        param,
+    )

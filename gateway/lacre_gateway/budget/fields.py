@@ -50,6 +50,7 @@ def details(kind: Kind, met: Met | None) -> dict[str, Detail]:
     if met.scope != PLAN:
         told |= {"ceiling": met.ceiling, "asked": met.asked}
         told |= {} if met.remaining is None else {"remaining": met.remaining}
+        told |= {} if met.fits is None else {"fits": met.fits}
     return told
 
 

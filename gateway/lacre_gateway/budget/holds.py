@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Final, Self
 
-from lacre_gateway.budget.callers import Amounts, Caller, Scope
+from lacre_gateway.budget.callers import Amounts, Caller, Scope, ceiling_of
 from lacre_gateway.budget.lease import Charge, Counter
 from lacre_gateway.budget.windows import bounds
+from lacre_gateway.limits import Reservation
 from lacre_gateway.plans import Kind, Price
 
 # Seconds after which a request may pass that was refused only for what others have reserved, and may not use.
@@ -27,13 +28,14 @@ class BudgetRefused(Exception):
 @dataclass(frozen=True, slots=True)
 class Met:
     """The limit that a request met, in its own units. scope: whose it is. asked: by the request. remaining: None where it does
-    not matter.
+    not matter. fits: the output tokens that would fit; None where that is not known.
     """
 
     scope: str
     ceiling: int
     asked: int
     remaining: int | None = None
+    fits: int | None = None
 
 
 class UnknownPlan(BudgetRefused):
@@ -45,13 +47,13 @@ class BudgetUnavailable(BudgetRefused):
 
 
 class AboveLimit(BudgetRefused):
-    """The request alone is more than the limit: no waiting helps. ceiling: of the limit. asked: by this request."""
+    """The request alone is more than the limit: no waiting helps."""
 
-    def __init__(self, scope: str, plan: str, kind: Kind, ceiling: int, asked: int) -> None:
-        self.exceeded = f"{scope}:{plan}/{kind}"  # of any window
+    def __init__(self, plan: str, kind: Kind, met: Met) -> None:
+        self.exceeded = f"{met.scope}:{plan}/{kind}"  # of any window
         super().__init__(f"above {self.exceeded}")
         self.kind = kind
-        self.met = Met(scope, ceiling, asked)
+        self.met = met
 
 
 class Exhausted(BudgetRefused):
@@ -98,16 +100,20 @@ class Standing:
 
 
 class Hold:
-    """A reservation. lease: the holder that it was charged to. It ends with `stream_over` and `settle`, each once."""
+    """A reservation. ceilings: what it covers, and the grant may allow. lease: the holder that it was charged to.
 
-    __slots__ = ("_charges", "_over", "_settled", "caller", "lease", "price", "reserved")
+    It ends with `stream_over` and `settle`, each once.
+    """
+
+    __slots__ = ("_charges", "_over", "_settled", "caller", "ceilings", "lease", "price", "reserved")
 
     def __init__(
-        self, caller: Caller, price: Price | None, reserved: Amounts, lease: str, charges: tuple[tuple[Scope, Charge], ...]
+        self, caller: Caller, price: Price | None, ceilings: Reservation, lease: str, charges: tuple[tuple[Scope, Charge], ...]
     ) -> None:
         self.caller = caller
         self.price = price
-        self.reserved = reserved
+        self.ceilings = ceilings
+        self.reserved = ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
         self.lease = lease
         self._charges = charges
         self._over = self._settled = False

@@ -16,7 +16,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from lacre import tasks
@@ -25,19 +25,20 @@ from lacre_fabric.buckets import Bucket, Conflict, Entry
 from lacre_fabric.logs import Log
 from lacre_fabric.work import FabricBusy, FabricError, FabricUnavailable
 from lacre_gateway.auth import Principal
-from lacre_gateway.budget import callers
+from lacre_gateway.budget import callers, fitting
 from lacre_gateway.budget.callers import Amounts, Caller, Scope
-from lacre_gateway.budget.holds import AboveLimit, BudgetUnavailable, Exhausted, Hold, UnknownPlan
+from lacre_gateway.budget.holds import NOTHING, BudgetUnavailable, Exhausted, Hold, UnknownPlan
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.record import Record
 from lacre_gateway.budget.report import Line, lines
 from lacre_gateway.budget.windows import Calendar, windows_at
 from lacre_gateway.limits import Reservation
-from lacre_gateway.plans import Plans
+from lacre_gateway.plans import Plans, Price
 
 DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
 _TRIES: Final = 24  # compare-and-sets of one draw, against gateways that race for the same budget
 _AGAIN: Final = 0.25  # seconds until a draw is tried again while the bucket is away: a new leader takes some to be chosen
+_SMALLER: Final = 3  # times that less is reserved of a prompt, as it is learnt what others have drawn
 _BUSY: Final = 0.02  # seconds, where it has too much to write: a flood leaves room now and then
 _BACK_OFF: Final = 0.004  # seconds at most after a lost race, times the number of the try
 _TICK: Final = 1.0
@@ -121,9 +122,21 @@ class Ledger:
         """
         plans = self.plans
         caller, price = self._caller(plans, who), plans.price_of(model)
+        most = fitting.most(caller, price, ceilings)
+        deadline = asyncio.get_running_loop().time() + DRAW_LIMIT
+        if most == ceilings.max_prompt_tokens:
+            return await self._hold(caller, price, ceilings, deadline)
+        for _ in range(_SMALLER):
+            reduced = replace(ceilings, max_prompt_tokens=self._left(caller, price, ceilings.max_tokens, most))
+            try:
+                return await self._hold(caller, price, reduced, deadline)
+            except Exhausted:  # it is known now what others have drawn
+                if self._left(caller, price, ceilings.max_tokens, most) >= reduced.max_prompt_tokens:
+                    raise
+        return await self._hold(caller, price, replace(ceilings, max_prompt_tokens=fitting.least(most)), deadline)
+
+    async def _hold(self, caller: Caller, price: Price | None, ceilings: Reservation, deadline: float) -> Hold:
         amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
-        _check_possible(caller, amounts)
-        deadline = None
         while True:
             now = self.now()
             charges = self._charges(caller, amounts, now)
@@ -131,9 +144,14 @@ class Ledger:
             if not short:
                 commit(charge for _, charge in charges)
                 self._draw_ahead(charges)
-                return Hold(caller, price, amounts, self.holder, tuple(charges))
-            deadline = deadline or asyncio.get_running_loop().time() + DRAW_LIMIT
+                return Hold(caller, price, ceilings, self.holder, tuple(charges))
             await self._draw_for(caller, amounts, charges, short, deadline)
+
+    def _left(self, caller: Caller, price: Price | None, completion: int, most: int) -> int:
+        """The prompt tokens, `most` at most, that fit what is left of the caller's limits, as far as is known here."""
+        charges = self._charges(caller, NOTHING, self.now())
+        rooms = (fitting.room(counter.kind, counter.remaining, price, completion) for _, (counter, _) in charges)
+        return max(fitting.least(most), min([most, *(room for room in rooms if room is not None)]))
 
     def _caller(self, plans: Plans, who: Principal) -> Caller:
         key = (who.issuer, who.tenant, who.subject, who.plan)
@@ -385,10 +403,3 @@ def _parsed(value: bytes) -> Record:
         return Record.parse(value)
     except InvalidMessage as exc:
         raise FabricUnavailable("a budget in the bucket cannot be read: it is of another version, or damaged") from exc
-
-
-def _check_possible(caller: Caller, amounts: Amounts) -> None:
-    for scope in caller.scopes:
-        for kind, ceiling in scope.limits:
-            if (asked := amounts.of(kind)) > ceiling:
-                raise AboveLimit(scope.label, caller.plan, kind, ceiling, asked)

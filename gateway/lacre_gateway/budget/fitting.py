@@ -1,0 +1,75 @@
+"""How much of a prompt a reservation covers, where the most that may be in the sealed request does not fit a limit.
+
+A gateway cannot see a prompt. It knows the sealed size, of which padding may be the most: a greeting of two tokens looks like
+4,000. Where so many could never fit a limit, less is reserved, and the grant says how much.
+
+Rules:
+- No I/O and no clock.
+- Nothing is under-reserved: the worker refuses a prompt of more tokens than the grant names, before it computes any of them.
+- A request whose whole bound fits the limit is not cut short. It waits for its turn, as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from lacre_gateway.budget.callers import Caller, ceiling_of
+from lacre_gateway.budget.holds import AboveLimit, Met
+from lacre_gateway.limits import Reservation
+from lacre_gateway.plans import Kind, Price
+
+# Prompt tokens: a short question in the words of most chat templates. Where fewer are left, to wait is better.
+LEAST: Final = 64
+_MILLION: Final = 10**6
+
+
+def room(kind: Kind, available: int, price: Price | None, completion: int) -> int | None:
+    """The prompt tokens that fit into what is available of a limit, beside the output; below 1: none. None: any number."""
+    match kind:
+        case Kind.TOKENS_PER_MINUTE | Kind.TOKENS_PER_DAY:
+            return available - completion
+        case Kind.MONEY_PER_MONTH if price is not None:
+            left = available * _MILLION - completion * price.completion
+            each = max(price.prompt, price.cached)
+            return left // each if each else (None if left >= 0 else -1)
+        case _:
+            return None
+
+
+def most(caller: Caller, price: Price | None, asked: Reservation) -> int:
+    """The prompt tokens that may be reserved at all: of those asked for, what fits each of the caller's limits when it is
+    unused. Raises AboveLimit.
+    """
+    found = asked.max_prompt_tokens
+    if asked.shrinks:
+        rooms = (room(kind, ceiling, price, asked.max_tokens) for _, kind, ceiling in _limits(caller))
+        found = max(min(found, 1), min([found, *(each for each in rooms if each is not None)]))
+    amounts = ceiling_of(price, found, asked.max_tokens)
+    for scope, kind, ceiling in _limits(caller):
+        if amounts.of(kind) > ceiling:
+            met = Met(scope, ceiling, amounts.of(kind), fits=_fits(kind, ceiling, price, asked))
+            raise AboveLimit(caller.plan, kind, met)
+    return found
+
+
+def least(most_of_it: int) -> int:
+    """Below it a request waits for its limits to be free, and is not cut further."""
+    return min(LEAST, most_of_it)
+
+
+def _fits(kind: Kind, ceiling: int, price: Price | None, asked: Reservation) -> int | None:
+    """The output tokens that would fit beside a short prompt; None where no number would."""
+    prompt = least(asked.max_prompt_tokens) if asked.shrinks else asked.max_prompt_tokens
+    found: int | None = None
+    if kind in (Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY):
+        found = ceiling - prompt
+    elif kind is Kind.MONEY_PER_MONTH and price is not None and price.completion:
+        found = (ceiling * _MILLION - prompt * max(price.prompt, price.cached)) // price.completion
+    return found if found is not None and found > 0 else None
+
+
+def _limits(caller: Caller) -> Iterator[tuple[str, Kind, int]]:
+    for scope in caller.scopes:
+        for kind, ceiling in scope.limits:
+            yield scope.label, kind, ceiling

@@ -1,0 +1,182 @@
+"""A short prompt under a small limit: its padding does not keep it out, and never is less reserved than can be used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lacre import problems
+from lacre.padding import request_length
+from lacre.wire.bhttp import Request, encode_request
+from lacre.wire.ohttp import seal_request
+from lacre_gateway.budget import fitting
+from lacre_gateway.budget.callers import Caller, Scope, ceiling_of
+from lacre_gateway.budget.holds import AboveLimit
+from lacre_gateway.limits import Reservation
+from lacre_gateway.plans import Kind, Price
+from parts.gateway import FakeWorker, Issuer, Script, World
+
+from .conftest import client_of
+from .test_refusals import assert_problem
+
+PLANS = """
+default_plan = "minute"
+[plans.minute.user]
+tokens_per_minute = 300
+[plans.day.tenant]
+tokens_per_day = 300
+[plans.money.user]
+money_per_month = "0.0003"
+[plans.whole.everyone]
+tokens_per_day = 300
+[plans.ample.user]
+tokens_per_minute = 3000
+[plans.shut.user]
+tokens_per_minute = 0
+[prices."*"]
+prompt = "1.00"
+cached = "0.10"
+completion = "1.00"
+"""
+OUTPUT = 16
+USED = {"prompt_tokens": 31, "cached_tokens": 0, "completion_tokens": 16}  # a greeting in SmolLM2's template, and an answer
+
+
+@pytest.fixture
+async def small(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
+    world = World(tmp_path, issuer, plans=PLANS)
+    await world.publish(world.document())
+    yield world
+    await world.gateway.close()
+
+
+@pytest.fixture
+async def worker(small: World) -> AsyncIterator[FakeWorker]:
+    async with small.worker() as worker:
+        worker.script = Script(usage=USED)
+        yield worker
+
+
+@pytest.fixture
+async def client(small: World) -> AsyncIterator[httpx2.AsyncClient]:
+    async with client_of(small) as client:
+        yield client
+
+
+def padded(world: World) -> bytes:
+    """A "hi", sealed as the SDK seals it."""
+    body = b'{"model":"smollm2-135m","messages":[{"role":"user","content":"hi"}],"max_tokens":16}'
+    message = encode_request(Request("POST", "https", "lacre.invalid", "/v1/chat/completions", (), body))
+    filled = message + bytes(request_length(len(message)) - len(message))
+    return seal_request(world.private_keys[1].config, filled)[0]
+
+
+async def hi(world: World, client: httpx2.AsyncClient, plan: str = "minute", output: int = OUTPUT) -> httpx2.Response:
+    token = world.issuer.token(plan=plan)
+    headers = world.headers(token, lacre_shape="pad", lacre_max_tokens=str(output))
+    return await client.post("/v1/sealed", content=padded(world), headers=headers)
+
+
+@pytest.mark.parametrize("plan", ["minute", "day", "money", "whole"])
+async def test_a_greeting_fits_a_limit_of_300(small: World, worker: FakeWorker, client: httpx2.AsyncClient, plan: str) -> None:
+    """Again and again, for as long as there is room for it: five take 47 each of 300, and the sixth finds 65."""
+    assert len(padded(small)) > 5000
+    for number in range(1, 6):
+        response = await hi(small, client, plan)
+        assert response.status_code == 200, response.text
+        await small.trail(number)
+    granted = [grant.max_prompt_tokens for grant in worker.grants]
+    assert granted == [300 - 47 * number - OUTPUT for number in range(5)]
+    intent, outcome = (await small.trail(5))[:2]
+    assert (intent["reserved_prompt_tokens"], intent["reserved_tokens"]) == (284, OUTPUT)
+    assert (outcome["prompt_tokens"], outcome["unreceipted"]) == (31, False)
+    refused = await hi(small, client, plan)
+    assert refused.status_code == 429, "less than a short prompt is left: to wait helps"
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+async def test_a_worker_that_bills_more_than_was_reserved_is_not_believed(
+    small: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    worker.script = Script(usage=USED | {"prompt_tokens": 285})
+    assert (await hi(small, client)).status_code == 200
+    assert (await small.trail())[1]["unreceipted"]
+
+
+async def test_what_fits_the_limit_whole_is_reserved_whole(
+    small: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    assert (await hi(small, client, "ample")).status_code == 200
+    assert worker.grants[0].max_prompt_tokens == 2048, "the context"
+
+
+async def test_two_at_once_never_reserve_more_than_there_is(
+    small: World, worker: FakeWorker, client: httpx2.AsyncClient
+) -> None:
+    hold = asyncio.Event()
+    worker.script = Script(before=hold.wait, usage=USED)
+    first = asyncio.create_task(hi(small, client))
+    while not worker.opened:
+        await asyncio.sleep(0.01)
+    second = await hi(small, client)
+    assert_problem(second, problems.RATE_LIMITED, limit="tokens_per_minute", ceiling=300)
+    assert second.headers["retry-after"] == "2"
+    hold.set()
+    assert (await first).status_code == 200
+
+
+async def test_a_refusal_says_what_would_fit(small: World, client: httpx2.AsyncClient) -> None:
+    refused = await hi(small, client, output=512)
+    assert_problem(refused, problems.ABOVE_LIMIT, limit="tokens_per_minute", ceiling=300, asked=513, fits=236)
+    assert (await hi(small, client, "money", output=512)).json()["fits"] == 236
+    assert "fits" not in (await hi(small, client, "shut")).json()
+
+
+def test_the_error_says_it_in_words() -> None:
+    details = {"limit": "tokens_per_minute", "scope": "user", "unit": "tokens", "ceiling": 300, "asked": 513, "fits": 236}
+    assert "max_tokens of 236 or less it would fit" in str(problems.ABOVE_LIMIT.exception(details=details))
+
+
+async def test_an_application_s_bytes_are_not_cut(small: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    """Of `http`, the size is known: less than it has would help nobody."""
+    body, _ = small.seal(content=b"x" * 400_000)
+    token = small.issuer.token(scope="lacre:http")
+    response = await client.post(
+        "/v1/sealed", content=body, headers=small.headers(token, lacre_action="http", lacre_max_tokens="16")
+    )
+    assert_problem(response, problems.ABOVE_LIMIT)
+
+
+# Nothing is under-reserved, whatever the numbers
+
+amounts = st.integers(0, 5000)
+
+
+@given(
+    amounts,
+    st.sampled_from([Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY, Kind.MONEY_PER_MONTH]),
+    st.integers(1, 6000),
+    st.integers(1, 600),
+    st.tuples(*[st.sampled_from([0, 1, 333_333, 10**6, 3 * 10**6])] * 3),
+)
+def test_what_is_reserved_fits_the_limit(
+    ceiling: int, kind: Kind, prompt: int, output: int, prices: tuple[int, int, int]
+) -> None:
+    price = Price(*prices)
+    caller = Caller("p", (Scope("user", "user.x", "x", ((kind, ceiling),)),))
+    try:
+        most = fitting.most(caller, price, Reservation(prompt, output, shrinks=True))
+    except AboveLimit as refused:
+        assert ceiling_of(price, 1, output).of(kind) > ceiling, "not even one token of a prompt fits"
+        if refused.met.fits is not None:
+            assert ceiling_of(price, min(fitting.LEAST, prompt), refused.met.fits).of(kind) <= ceiling
+        return
+    assert 1 <= most <= prompt
+    assert ceiling_of(price, most, output).of(kind) <= ceiling
+    assert most == prompt or ceiling_of(price, most + 1, output).of(kind) > ceiling
