@@ -12,7 +12,7 @@ import shlex
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from importlib.util import find_spec
@@ -96,7 +96,8 @@ def up(
     files = [Path(os.path.normpath(path.absolute())) for path in model or []]
 
     def tell(line: str) -> None:
-        typer.secho(printable(line), dim=True, err=True)  # unbroken, to be copied
+        with suppress(OSError):  # nobody reads it any more: no reason to end
+            typer.secho(printable(line), dim=True, err=True)  # unbroken, to be copied
 
     async def run() -> None:
         with ExitStack() as starting:
