@@ -26,6 +26,7 @@ import lacre
 from bench import command
 from bench.engine import Peer, model
 from bench.runner import N_CTX, SLOTS, Marks, prompt, rates
+from lacre_fabric import settings_files
 
 STREAMS = 8
 START = 60.0  # seconds
@@ -65,8 +66,8 @@ def lacre_up(path: Path, threads: int) -> Iterator[Sealed]:
         state = Path(folder) / "state"
         settings = state / "workers" / "default" / "worker.toml"  # what it says of a model stays
         settings.parent.mkdir(parents=True, mode=0o700)
-        values = f"context = {N_CTX}\nslots = {SLOTS}\nthreads = {threads}\nflash = true\n"
-        settings.write_text(f'[[models]]\nname = "{path.stem}"\npath = "{path}"\n{values}')
+        how = {"context": N_CTX, "slots": SLOTS, "threads": threads, "flash": True}
+        settings_files.write(settings, {"models": [{"name": path.stem, "path": str(path), **how}]})
         arguments = ["up", "--state", state, "--port", "0", "--model", path]
         process = subprocess.Popen([sys.executable, "-P", "-m", "lacre", *arguments], stdout=subprocess.PIPE, text=True)
         try:

@@ -28,7 +28,8 @@ _MODEL: Final = re.compile(r"\s*\[\[\s*models\s*\]\]")
 
 
 def run(path: Path, report: Callable[[str], None]) -> None:
-    """Tune every model of the settings file. Raises SettingsError."""
+    """Tune every model of the settings file. A link to it stays one. Raises SettingsError."""
+    path = path.resolve()
     settings = load(path)
     if not settings.models:
         raise SettingsError(f"{path} has no models of its own: what is behind an upstream is tuned there")
