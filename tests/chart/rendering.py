@@ -95,10 +95,10 @@ class Rendered:
         return [pod for pod in self.pods if selector.items() <= pod.labels.items()]
 
 
-def template(*files: Path, options: tuple[str, ...] = ()) -> str:
+def template(*files: Path, options: tuple[str, ...] = (), release: str = RELEASE, namespace: str = NAMESPACE) -> str:
     """Raises CalledProcessError, with what Helm says."""
     values = [part for file in (NEEDED, *files) for part in ("--values", str(file))]
-    command = [helm(), "template", RELEASE, str(CHART), "--namespace", NAMESPACE, *values, *options]
+    command = [helm(), "template", release, str(CHART), "--namespace", namespace, *values, *options]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

@@ -9,7 +9,7 @@ import pytest
 from chart.rendering import Pod, Rendered, leaves, render
 
 pytestmark = pytest.mark.slow
-ENVIRONMENT = {"INSTANCE", "NODE", "POD_NAME", "SSL_CERT_FILE"}  # names and a path
+ENVIRONMENT = {"GOMEMLIMIT", "INSTANCE", "NODE", "POD_NAME", "SSL_CERT_FILE"}  # a size, names and a path
 # Pod Security Standards, restricted: the sources that a volume may have.
 VOLUMES = {
     "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",

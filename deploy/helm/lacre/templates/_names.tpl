@@ -1,10 +1,14 @@
 {{/* What things are called, and how they are told apart. */}}
 
+{{/* A Service's name begins with a letter and has no dot (RFC 1035); a release may be called 123, or pr.7. */}}
 {{- define "lacre.fullname" -}}
-{{- if contains "lacre" .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- $release := .Release.Name | replace "." "-" -}}
+{{- if not (regexMatch "^[a-z]" $release) -}}
+{{- printf "lacre-%s" $release | trunc 40 | trimSuffix "-" -}}
+{{- else if contains "lacre" $release -}}
+{{- $release | trunc 40 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-lacre" .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- printf "%s-lacre" $release | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
@@ -12,10 +16,10 @@
 {{- define "lacre.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: lacre
-app.kubernetes.io/instance: {{ $root.Release.Name }}
-app.kubernetes.io/component: {{ index . 1 }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
+app.kubernetes.io/component: {{ index . 1 | quote }}
 {{- with (slice . 2) }}
-lacre/pool: {{ index . 0 }}
+lacre/pool: {{ index . 0 | quote }}
 {{- end }}
 {{- end -}}
 
@@ -24,8 +28,8 @@ lacre/pool: {{ index . 0 }}
 {{- $root := index . 0 -}}
 {{ include "lacre.selector" . }}
 app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ $root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | quote }}
 {{- end -}}
 
 {{/* (list $ "repository"): an image of this project. */}}
@@ -44,7 +48,7 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- with $own.modelsVolume }}{{ $_ := set $pool "modelsVolume" . }}{{ end }}
 {{- $_ := set $pool "secret" ($pool.secret | default (printf "lacre-pool-%s" $name)) }}
 {{- $_ := set $pool "keysSecret" ($pool.keysSecret | default (printf "lacre-pool-%s-keys" $name)) }}
-{{ $name }}:
+{{ $name | quote }}:
 {{ toYaml $pool | indent 2 }}
 {{- end }}
 {{- end }}
