@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import httpx2
 
-from lacre import arguments, credentials
+from lacre import arguments, credentials, request_log
 from lacre._version import __version__
 from lacre.chat_request import ChatRequest, Messages
 from lacre.choices import StreamEvent
@@ -107,6 +107,7 @@ class Client(StaysInProcess, httpx2.Client):
         )
         self._sealed = SealedTransport(sealing, outer(dial), bearer, key, at_once)
         self._pool_name = pool
+        request_log.once("httpx2")
         super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
     def send(
@@ -238,6 +239,7 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         )
         self._sealed = AsyncSealedTransport(sealing, async_outer(dial), bearer, key, at_once)
         self._pool_name = pool
+        request_log.once("httpx2")
         super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
     async def send(

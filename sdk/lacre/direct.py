@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from lacre import arguments, details
+from lacre import arguments, details, request_log
 from lacre._version import __version__
 from lacre.client import DEFAULT_TIMEOUT, EventHooks, Verify
 from lacre.credentials import checked, given
@@ -81,6 +81,7 @@ class Client(StaysInProcess, httpx2.Client):
         dial: Dial[httpx2.BaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, limits, transport)
         sealing = DirectSealing(_pins(key), _credential(token), shape)
         sealed = SealedTransport(sealing, outer(dial), "")
+        request_log.once("httpx2")
         super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
 
@@ -106,6 +107,7 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         dial: Dial[httpx2.AsyncBaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, limits, transport)
         sealing = DirectSealing(_pins(key), _credential(token), shape)
         sealed = AsyncSealedTransport(sealing, async_outer(dial), "")
+        request_log.once("httpx2")
         super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final, Unpack
 import httpx2
 
 from lacre import client as sealed
-from lacre import errors, transport
+from lacre import errors, request_log, transport
 from lacre.dial import NoCookies
 from lacre.forks import StaysInProcess
 from lacre.options import AsyncOptions, Options
@@ -60,6 +60,7 @@ class Client(StaysInProcess, httpx.Client):
         **options: Unpack[Options],
     ) -> None:
         self._sealed = sealed.Client(url, **options)
+        request_log.once("httpx")
         hooks = None if event_hooks is None else dict(event_hooks)
         super().__init__(
             transport=Transport(self._sealed), base_url=ORIGIN, timeout=timeout, event_hooks=hooks, cookies=NoCookies()
@@ -99,6 +100,7 @@ class AsyncClient(StaysInProcess, httpx.AsyncClient):
         **options: Unpack[AsyncOptions],
     ) -> None:
         self._sealed = sealed.AsyncClient(url, **options)
+        request_log.once("httpx")
         hooks = None if event_hooks is None else dict(event_hooks)
         super().__init__(
             transport=AsyncTransport(self._sealed), base_url=ORIGIN, timeout=timeout, event_hooks=hooks, cookies=NoCookies()
