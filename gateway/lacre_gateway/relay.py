@@ -289,7 +289,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
     )
     return _Request(
         question=question,
-        ceilings=gateway.ceilings(outer.model, outer.action, outer.max_tokens, begun.size),
+        ceilings=gateway.ceilings(outer, header, begun.size),
         pool=_pool(gateway, question, outer, header),
         request_id=exchange.request_id,
         digest=header.digest,

@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lacre.dpop import plain_url
 from lacre.jws import raw_public_key
 from lacre.listening import Door
+from lacre.padding import SMALLEST
 from lacre.receipts import units
+from lacre.wire.header import SealedHeader
 from lacre_fabric.logs import Log
 from lacre_fabric.manifests import ManifestFeed, memory_in
 from lacre_fabric.revocations import Revocation
@@ -26,7 +28,7 @@ from lacre_gateway.fairness import Pseudonyms
 from lacre_gateway.issuers import trusted
 from lacre_gateway.limits import BodyBytes, RequestLimits, Reservation
 from lacre_gateway.metrics import Metrics
-from lacre_gateway.outer import Action
+from lacre_gateway.outer import Action, Outer
 from lacre_gateway.policy.live import LiveRules, Status
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.revocation import RevocationList, revocation
@@ -113,14 +115,18 @@ class Gateway:
             raise FabricUnavailable("the gateway is not connected to its message fabric yet")
         return self.fabric
 
-    def ceilings(self, model: str, action: Action, max_tokens: int, sealed_bytes: int) -> Reservation:
-        """What a request may use. A token of a prompt is at least a byte of the sealed request that carries it; of the action
-        `http`, bytes are counted and no tokens.
+    def ceilings(self, outer: Outer, header: SealedHeader, sealed_bytes: int) -> Reservation:
+        """What a request may use. A token of a prompt is at least a byte of what is sealed: JSON and HTTP put more bytes about
+        it than a chat template adds tokens. Of a request below the least padded length these may be too few, and its whole size
+        counts. The worker refuses what is more. Of the action `http`, bytes are counted and no tokens.
         """
+        model, action, max_tokens = outer.model, outer.action, outer.max_tokens
         if action is Action.HTTP:
             return Reservation(max_prompt_tokens=units(sealed_bytes), max_tokens=max_tokens)
         configured = self.settings.models.get(model)
-        prompt = sealed_bytes if configured is None else min(configured.context, sealed_bytes)
+        room = header.room(sealed_bytes)
+        bound = room if room >= SMALLEST else sealed_bytes
+        prompt = bound if configured is None else min(configured.context, bound)
         return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens, shrinks=True)
 
     def missing(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre import problems
-from lacre.padding import request_length
+from lacre.padding import SMALLEST, request_length
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.ohttp import seal_request
 from lacre_gateway.budget import fitting
@@ -37,6 +37,8 @@ money_per_month = "0.0003"
 tokens_per_day = 300
 [plans.ample.user]
 tokens_per_minute = 3000
+[plans.plenty.user]
+tokens_per_day = 1000000
 [plans.shut.user]
 tokens_per_minute = 0
 [prices."*"]
@@ -114,6 +116,20 @@ async def test_what_fits_the_limit_whole_is_reserved_whole(
 ) -> None:
     assert (await hi(small, client, "ample")).status_code == 200
     assert worker.grants[0].max_prompt_tokens == 2048, "the context"
+
+
+async def test_what_is_sealed_bounds_the_prompt_and_not_the_seal(tmp_path: Path, issuer: Issuer) -> None:
+    """Of a model whose context the gateway does not know: the padded length, without the encapsulated key."""
+    world = World(tmp_path, issuer, plans=PLANS)
+    world.gateway.settings.models.clear()
+    await world.publish(world.document())
+    async with world.worker() as worker, client_of(world) as client:
+        token = world.issuer.token(plan="plenty")
+        for body in (padded(world), world.seal()[0]):
+            response = await client.post("/v1/sealed", content=body, headers=world.headers(token))
+            assert response.status_code == 200
+            assert worker.grants[-1].max_prompt_tokens == (SMALLEST if len(body) > 5000 else len(body))
+    await world.gateway.close()
 
 
 async def test_two_at_once_never_reserve_more_than_there_is(

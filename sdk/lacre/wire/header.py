@@ -220,6 +220,12 @@ class SealedHeader:
         """`hdr ‖ enc`, as it stands on the wire."""
         return self.identifiers + self.enc
 
+    def room(self, size: int) -> int:
+        """The most bytes of plaintext, padding included, that a sealed request of `size` bytes holds: what is left beside this
+        header and the final chunk's mark and tag.
+        """
+        return max(0, size - len(self.raw) - 1 - framing.TAG)
+
     @property
     def digest(self) -> bytes:
         """SHA-256 of `hdr ‖ enc`. It names the request: HPKE makes every `enc` a fresh one, and a grant is bound to it."""
