@@ -30,11 +30,14 @@ try:
 except lacre.LacreError as error:
     print(f"{type(error).__name__}: {error}")
     print(error.remedy)  # what to do next
+    print(error.request_id)  # by which the operator finds the request; None where no gateway answered
     print(error.verification)  # what had been checked by then, and with what; None where nothing had begun
 ```
 
 `RefusedError` and what is below it have `status`, `problem`, `retry_after` and `details` (which limit, how much, which
-names would do: [wire.md](wire.md#13-errors) lists them); `ApiError` has `status`, `code` and `type`;
+names would do: [wire.md](wire.md#13-errors) lists them). `NetworkError`
+has `cause`: `refused`, `name`, `certificate`, `proxy` and so on.
+`ApiError` has `status`, `code` and `type`;
 `StreamBroken` has the `text` and the number of `tokens` that came. `TimedOut` and `Unreachable` are httpx2's exceptions too, so
 that programs which know those handle them. No message holds a key, a token, a prompt or an answer.
 

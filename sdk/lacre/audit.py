@@ -121,6 +121,19 @@ def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditP
 
 def speaks_for(token: str) -> dict[str, object]:
     """The members of an entry that the bearer token itself names; none where it is not a JWT that this side can read."""
+    claims = _claims(token)
+    named = {"subject": claims.get("sub"), "issuer": claims.get("iss")}
+    return {name: value for name, value in named.items() if isinstance(value, str)}
+
+
+def expires(token: str) -> float | None:
+    """When the token expires, by its own word (RFC 7519 section 4.1.4); None where it does not say so here."""
+    told = _claims(token).get("exp")
+    return float(told) if isinstance(told, int | float) and not isinstance(told, bool) and 0 < told < 2**53 else None
+
+
+def _claims(token: str) -> dict[str, object]:
+    """What a JWT says, unverified: it is this side's own. Empty where it cannot be read."""
     parts = token.split(".")
     if len(parts) != 3:
         return {}
@@ -128,10 +141,7 @@ def speaks_for(token: str) -> dict[str, object]:
         claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(claims, dict):
-        return {}
-    named = {"subject": claims.get("sub"), "issuer": claims.get("iss")}
-    return {name: value for name, value in named.items() if isinstance(value, str)}
+    return claims if isinstance(claims, dict) else {}
 
 
 def _b64(data: bytes) -> str:

@@ -18,6 +18,7 @@ from lacre.credentials import AsyncToken, Token
 from lacre.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.dpop import ProofKey
 from lacre.errors import SettingsError, UsageError
+from lacre.facts import documented
 from lacre.forks import StaysInProcess
 from lacre.manifest import Manifest
 from lacre.memory import Memory, VersionFile
@@ -178,13 +179,13 @@ class Client(StaysInProcess, httpx2.Client):
     def _events(self, request: ChatRequest, deltas: Deltas) -> Generator[StreamEvent, None, None]:
         with self.stream("POST", CHAT_PATH, content=request.content, **request.options) as response:
             facts = deltas.facts = response.extensions[FACTS]
-            if response.is_error:
-                response.read()
-                check(response)
-            with events_of(response) as events:
+            with documented(facts), events_of(response) as events:
+                if response.is_error:
+                    response.read()
+                    check(response)
                 for event in events:
                     yield from deltas.feed(event.data)
-            deltas.close(facts)
+                deltas.close(facts)
 
     @property
     def verification(self) -> Verification:
@@ -305,14 +306,14 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
     async def _events(self, request: ChatRequest, deltas: Deltas) -> AsyncGenerator[StreamEvent, None]:
         async with self.stream("POST", CHAT_PATH, content=request.content, **request.options) as response:
             facts = deltas.facts = response.extensions[FACTS]
-            if response.is_error:
-                await response.aread()
-                check(response)
-            with events_of(response) as events:
+            with documented(facts), events_of(response) as events:
+                if response.is_error:
+                    await response.aread()
+                    check(response)
                 async for event in events:
                     for said in deltas.feed(event.data):
                         yield said
-            deltas.close(facts)
+                deltas.close(facts)
 
     @property
     def verification(self) -> Verification:

@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -29,6 +30,7 @@ from lacre.steps import Done, Offload, Outer, Read, Send, Step, Steps, T, Togeth
 from lacre.token_sources import AsyncBearer, Bearer
 
 POOL_BESIDE: Final = 5.0  # seconds for a free connection beside the one that a call holds: enough for a short request to end
+_REQUEST_ID: Final = re.compile(r"[0-9A-Za-z-]{1,64}")  # ours has 32 hexadecimal digits
 _READ_HERE: Final = "this answer is read"
 
 
@@ -270,7 +272,13 @@ def outer_of(response: httpx2.Response, token: str | None = None) -> Outer:
         retry_after=_seconds(headers.get("retry-after")),
         audit=headers.get(audit.HEADER, ""),
         speaks_for={} if token is None else audit.speaks_for(token),
+        request_id=_request_id(headers.get("lacre-request-id")),
+        token_expires=None if token is None else audit.expires(token),
     )
+
+
+def _request_id(told: str | None) -> str | None:
+    return told if told is not None and _REQUEST_ID.fullmatch(told) else None
 
 
 def _seconds(retry_after: str | None) -> float | None:

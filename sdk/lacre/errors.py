@@ -31,10 +31,13 @@ class LacreError(Exception):
     """Base of every error that Lacre raises.
 
     remedy: what to do next. verification: what was checked of the exchange that failed; None where there was none.
+    request_id: the gateway's name for the request, by which its operator finds it in logs and audit; nobody signed it. None
+    where no gateway answered.
     """
 
     remedy: str = "Read the message; it names what to do next."
     verification: Verification | None = None
+    request_id: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles: a process pool hands its workers' errors on by pickling them.

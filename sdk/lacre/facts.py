@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from lacre.audit import AuditProof
+from lacre.errors import LacreError
 from lacre.padding import Shape
 from lacre.receipts import Receipt
 from lacre.verification import Verification
@@ -30,6 +33,7 @@ class Facts:
 
     attempts: how often something was sealed and sent for it. lost: workers that were lost while they had it, or may have been.
     parts: what those requests took that broke off.
+    request_id: the gateway's name for the newest of its requests; nobody signed it.
     tokens: ids of the answer's tokens, as far as the worker of a stream told them.
     checked: what was checked before anything was sent; `verification` adds what has come since.
     audit: the gateway's proof that it recorded this request, verified; None on a refusal that brings none.
@@ -47,6 +51,7 @@ class Facts:
     parts: list[Part] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list, repr=False)
     lost: int = 0
+    request_id: str | None = None
 
     def broke_off(self, prompt: int, cached: int, completion: int) -> None:
         """The request of now took so much, and another goes on."""
@@ -56,6 +61,14 @@ class Facts:
     def goes_on(self, other: Facts) -> None:
         """The request of now is `other`'s. All of its answer may have come with its head."""
         self.checked, self.audit, self.receipt, self.trailers = other.checked, other.audit, other.receipt, other.trailers
+        self.request_id = other.request_id
+
+    def tell(self, error: LacreError) -> None:
+        """Attaches what is known to an error that leaves; one that has it already keeps it."""
+        error.verification = error.verification or self.verification
+        if error.request_id is None and self.request_id is not None:
+            error.request_id = self.request_id
+            error.add_note(f"The gateway's id of the request: {self.request_id}")
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
@@ -66,3 +79,13 @@ class Facts:
     def verification(self) -> Verification:
         """What was checked of this exchange so far."""
         return replace(self.checked, receipt=self.receipt, audit=self.audit)
+
+
+@contextmanager
+def documented(facts: Facts) -> Iterator[None]:
+    """Attaches what is known of the exchange to an error that leaves."""
+    try:
+        yield
+    except LacreError as exc:
+        facts.tell(exc)
+        raise

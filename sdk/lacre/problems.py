@@ -18,6 +18,9 @@ from lacre import errors
 from lacre.details import Details
 
 MEDIA_TYPE: Final = "application/problem+json"
+# Limits of requests at once, as gateways name them, and what a client does about them.
+_AT_ONCE: Final = frozenset({"concurrent_per_subject", "concurrent_streams"})
+_FEWER_AT_ONCE: Final = "Make the client with max_concurrency=N, at most the limit: further requests then wait for their turn."
 _OURS: Final = "urn:lacre:problem:"
 
 
@@ -52,10 +55,12 @@ class Problem:
         return kind if isinstance(kind, str) else None
 
     def exception(self, retry_after: float | None = None, details: Details = members.NONE) -> errors.RefusedError:
-        said = " ".join(filter(None, (f"{self.title}.", members.told(details))))
-        refused = self.error(said, status=self.status, problem=self.type, retry_after=retry_after, remedy=self.remedy)
+        later = f"The gateway takes it again in {retry_after:g} s." if retry_after else ""
+        said = " ".join(filter(None, (f"{self.title}.", members.told(details), later)))
+        helps = _FEWER_AT_ONCE if details.get("limit") in _AT_ONCE else self.remedy
+        refused = self.error(said, status=self.status, problem=self.type, retry_after=retry_after, remedy=helps)
         refused.details = dict(details)
-        refused.add_note(self.remedy)  # a traceback says it; `str` does not, for `remedy` does
+        refused.add_note(helps)  # a traceback says it; `str` does not, for `remedy` does
         return refused
 
 

@@ -44,6 +44,7 @@ PASSED_BACK: Final = (
     "content-type",
     "retry-after",
     "x-should-retry",
+    "x-request-id",
 )
 BODY_TIMEOUT: Final = 60.0  # seconds for a body, which comes from this machine
 # Bytes of all bodies together, until their requests end: 18 of the largest, of which sealing makes copies while it sends them.
@@ -241,7 +242,7 @@ def explained(error: errors.LacreError) -> dict[str, Any]:
     helps = error.remedy if error.remedy not in message else ""
     checked = None if error.verification is None else error.verification.members()
     told = {"message": f"{message}. {helps}".strip(" ."), "type": "lacre_error", "param": None, "code": code}
-    return {"error": {**told, "remedy": error.remedy, "verification": checked}}
+    return {"error": {**told, "remedy": error.remedy, "request_id": error.request_id, "verification": checked}}
 
 
 async def _failed(_request: Request, error: Exception) -> Response:

@@ -12,11 +12,11 @@ import httpx2
 from lacre.audit import AuditProof
 from lacre.choices import Choice, TokenLogprob, ToolCall
 from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError
-from lacre.facts import Facts
+from lacre.facts import Facts, documented
 from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
 from lacre.transport import FACTS, REFUSAL
-from lacre.verification import Verification, documented
+from lacre.verification import Verification
 
 CHAT_PATH: Final = "/v1/chat/completions"
 
@@ -93,7 +93,7 @@ class Reply:
         usage is not that of its receipt.
         """
         facts = response.extensions[FACTS]
-        with documented(facts.verification):
+        with documented(facts):
             return cls.of(checked_json(response), facts)
 
     @classmethod

@@ -75,7 +75,7 @@ class Answer:
 
     def resume(self, error: LacreError) -> Steps[None]:
         """Goes on by a new request. Raises `error` where it is of a kind that is not resumed, and StreamBroken."""
-        error.verification = error.verification or self.facts.verification
+        self.facts.tell(error)
         if not isinstance(error, TruncatedStream) or self._sealing.resume == 0:
             raise error
         self._collect()
@@ -142,5 +142,5 @@ class Answer:
         splice = self._splice
         text, tokens = ("", 0) if splice is None else (splice.text, len(splice.tokens))
         broken = StreamBroken(message, text=text, tokens=tokens)
-        broken.verification = self.facts.verification
+        self.facts.tell(broken)
         return broken

@@ -14,12 +14,11 @@ from typing import Final
 
 from lacre.details import Details
 from lacre.errors import InvalidMessage, RefusedError, UnsealedResponse
-from lacre.facts import Facts
+from lacre.facts import Facts, documented
 from lacre.problems import BY_TYPE, INTERNAL, NO_GATEWAY, Problem
 from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
 from lacre.receipts import Receipt
 from lacre.steps import Outer, Read, Steps, sent_bytes
-from lacre.verification import documented
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre.wire.ohttp import ResponseOpener
@@ -83,7 +82,7 @@ class Opening:
         Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole; InvalidReceipt
         where it was whole, and its receipt does not hold.
         """
-        with documented(self.facts.verification):
+        with documented(self.facts):
             self._feed(data)
 
     def _feed(self, data: bytes | None) -> None:

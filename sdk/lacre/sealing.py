@@ -181,8 +181,9 @@ class Sealing:
         try:
             return (yield from self._exchange(call))
         except LacreError as exc:
-            known = self._checked(None) if call.facts is None else call.facts.verification
-            exc.verification = exc.verification or known
+            if call.facts is not None:
+                call.facts.tell(exc)
+            exc.verification = exc.verification or self._checked(None)
             raise
 
     def _exchange(self, call: Call) -> Steps[Opening | Refusal]:
@@ -214,6 +215,7 @@ class Sealing:
     def _attempt(self, call: Call, send: Send, opening: Opening, sent: Mapping[str, object]) -> Steps[Refusal | None]:
         """None once the answer's head is there."""
         outer = sent_outer((yield send))
+        opening.facts.request_id = outer.request_id
         if outer.status != 200:
             document = yield from read_all(MAX_PROBLEM)
             with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
@@ -222,6 +224,8 @@ class Sealing:
             said: Details = details.read(document)
             if problem is PATH_NOT_ALLOWED:
                 problem, said = misdirected(call.plain.method, call.plain.path.partition("?")[0])
+            elif problem is INVALID_TOKEN and not said and outer.token_expires is not None:
+                said = {"expired_at": outer.token_expires} if outer.token_expires <= self._clock() else said
             return Refusal(problem, outer.retry_after, opening.facts, said)
         check_sealed(outer)
         opening.facts.audit = yield from self._proved(call, outer, {**sent, "decision": "allow"})
@@ -270,7 +274,9 @@ class Sealing:
                     return
                 problem = problem_of(outer, document)
                 if (seconds := retries.after_refusal(problem, outer.retry_after)) is None:
-                    raise problem.exception(outer.retry_after, details.read(document))
+                    refused = problem.exception(outer.retry_after, details.read(document))
+                    refused.request_id = outer.request_id
+                    raise refused
             yield Wait(seconds)
 
     def _accept(self, document: bytes) -> None:

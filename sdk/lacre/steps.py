@@ -46,13 +46,17 @@ class Renew:
 
 @dataclass(frozen=True, slots=True)
 class Outer:
-    """What the gateway's own response says. audit: its `Lacre-Audit`. speaks_for: whom the token names that was sent."""
+    """What the gateway's own response says. audit: its `Lacre-Audit`. request_id: its `Lacre-Request-Id`, if it is of its form.
+    speaks_for: whom the token names that was sent. token_expires: when it does, by its own word: seconds since the epoch.
+    """  # fmt: skip
 
     status: int
     content_type: str = ""
     retry_after: float | None = None
     audit: str = ""
     speaks_for: Mapping[str, object] = field(default_factory=dict)
+    request_id: str | None = None
+    token_expires: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ __all__ = ["FACTS", "REFUSAL", "AsyncSealedTransport", "SealedTransport", "Timed
 
 REFUSAL: Final = "lacre.refusal"
 FACTS: Final = "lacre"
+REQUEST_ID: Final = "x-request-id"  # where OpenAI's packages look for it; the gateway's, for a worker does not know it
 
 
 class SealedTransport(httpx2.BaseTransport):
@@ -195,16 +196,20 @@ def plain_request(request: httpx2.Request, content: bytes) -> Plain:
 
 def sealed_response(answer: Answer, stream: httpx2.SyncByteStream | httpx2.AsyncByteStream) -> httpx2.Response:
     head = answer.head
-    headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.headers]
+    headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.headers if name != REQUEST_ID]
+    if answer.facts.request_id is not None:
+        headers.append((REQUEST_ID.encode(), answer.facts.request_id.encode()))
     return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: answer.facts})
 
 
 def refusal_response(refusal: Refusal) -> httpx2.Response:
     problem, exception = refusal.problem, refusal.exception()
-    exception.verification = refusal.facts.verification
+    refusal.facts.tell(exception)
     code = "model_not_found" if problem is problems.UNKNOWN_POOL else problem.slug
     error = {"message": f"{exception} {exception.remedy}", "type": "lacre_gateway_refusal", "param": None, "code": code}
     headers = {"content-type": "application/json"}
+    if refusal.facts.request_id is not None:
+        headers[REQUEST_ID] = refusal.facts.request_id
     if problem in backoff.LOST:
         headers["x-should-retry"] = "false"  # OpenAI's word to its clients: this one has cost as many workers as it may
     if refusal.retry_after is not None:

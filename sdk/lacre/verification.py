@@ -6,13 +6,10 @@ was not checked: nothing had come yet that it could be checked on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from lacre.audit import AuditProof
-from lacre.errors import LacreError
 from lacre.jws import b64u
 from lacre.manifest import PoolKey, fingerprint
 from lacre.receipts import Receipt
@@ -89,13 +86,3 @@ class Verification:
         receipt = None if self.receipt is None else self.receipt.members()
         audit = None if self.audit is None else {"index": self.audit.index, "entry": self.audit.members}
         return {"pinned": self.pinned, **shown, "receipt": receipt, "audit": audit}
-
-
-@contextmanager
-def documented(verification: Verification) -> Iterator[None]:
-    """Attaches what was checked to an error that leaves; one that has its document keeps it."""
-    try:
-        yield
-    except LacreError as exc:
-        exc.verification = exc.verification or verification
-        raise

@@ -37,6 +37,8 @@ EXIT_CODES: Final[dict[type[errors.LacreError], int]] = {
     errors.ApiError: 7,
 }
 FAILED: Final = 1
+# What only says that the message has it already.
+_IN_THE_MESSAGE: Final = {kind.remedy for kind in (errors.LacreError, errors.UsageError, errors.SettingsError)}
 
 # C0 and C1 without tab and line feed: what moves a cursor, names a window or fills a clipboard.
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -103,11 +105,13 @@ def _drawn(headings: Sequence[str], rows: Sequence[Sequence[str]], styles: Seque
 
 
 def tell(error: errors.LacreError) -> None:
-    """The error, and what helps where the message does not say it yet."""
+    """The error, what helps where the message does not say it yet, and by which id the operator finds the request."""
     message = printable(str(error))
     err().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
-    if error.remedy not in message:
+    if error.remedy not in message and error.remedy not in _IN_THE_MESSAGE:
         err().print(f"what helps: {printable(error.remedy)}", markup=False, soft_wrap=True)
+    if error.request_id is not None:
+        err().print(f"request id: {error.request_id}", markup=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:

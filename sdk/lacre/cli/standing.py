@@ -57,4 +57,7 @@ def _more(models: tuple[str, ...], reply: Reply | None, seconds: float) -> list[
 
 
 def _error(error: LacreError | None) -> Mapping[str, Any] | None:
-    return None if error is None else {"type": type(error).__name__, "message": str(error), "remedy": error.remedy}
+    if error is None:
+        return None
+    told = {"type": type(error).__name__, "message": str(error), "remedy": error.remedy}
+    return {**told, "request_id": error.request_id}
