@@ -79,7 +79,9 @@ class StreamOptions(Echoed):
 
 
 class JsonSchema(Echoed):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    """name: says nothing here, and may be that of a generic class, such as `Page[int]`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from urllib.parse import unquote, urldefrag, urljoin
 
-from lacre_backend.api.schema_keywords import demanded, denied, empty_range
+from lacre_backend.api.schema_keywords import demanded, denied
+from lacre_backend.api.schema_numbers import empty_range
 from lacre_backend.api.schema_terms import (
     TYPES,
     Case,
@@ -48,8 +49,8 @@ DIALECTS: Final = (
 ANNOTATIONS: Final = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id", "$comment",
      "$anchor", "$dynamicAnchor", "$defs", "definitions", "contentEncoding", "contentMediaType", "contentSchema",
-     # OpenAPI's, as pydantic and others write them; `discriminator` only says where `oneOf` and `const` decide
-     "discriminator", "example", "externalDocs", "xml", "id"}
+     # OpenAPI's, and zod's
+     "example", "externalDocs", "xml", "id"}
 )  # fmt: skip
 # Keywords that look at their neighbours, and those that only their neighbours look at.
 _HANDLED_BESIDE: Final = frozenset(
@@ -193,6 +194,7 @@ class Cases:
 
     def _keywords(self, place: Place) -> list[str]:
         found = [k for k in place.schema if k not in ANNOTATIONS and k not in _HANDLED_BESIDE and k not in _LAST]
+        found.sort(key=lambda keyword: keyword != "discriminator")  # it makes required what tells `oneOf` apart
         beside = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}
         for keyword in ("items", "additionalItems", "additionalProperties"):
             if keyword in place.schema:

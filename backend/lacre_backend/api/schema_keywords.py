@@ -7,15 +7,14 @@ Rules
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any, Final, TypeAlias
 
+from lacre_backend.api.schema_formats import of_string
+from lacre_backend.api.schema_numbers import above, below, bound, exact, number
 from lacre_backend.api.schema_terms import (
     MAX_COUNT,
-    MAX_EXACT,
     TYPES,
     Case,
     Contains,
@@ -27,21 +26,6 @@ from lacre_backend.api.schema_terms import (
     SchemaRefused,
 )
 
-# What is stricter than the format that was asked for is it, too.
-FORMATS: Final = {
-    name: name for name in ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-}
-FORMATS.update({"idn-email": "email", "idn-hostname": "hostname", "iri": "uri", "iri-reference": "uri", "uri-reference": "uri"})
-_JSON_POINTER: Final = r"(/([^~/\x00-\x1f]|~[01])*)*"
-PATTERN_FORMATS: Final = {
-    "json-pointer": f"^{_JSON_POINTER}$",
-    "relative-json-pointer": f"^(0|[1-9][0-9]{{0,8}})(#|{_JSON_POINTER})$",
-    "uri-template": r"^[A-Za-z0-9._~:/?#@!$&()*+,;=-]*$",
-    "regex": r"^[A-Za-z0-9 _-]*$",
-}
-MAX_STEP: Final = 10_000  # of `multipleOf`: an automaton remembers each remainder
-MIN_STEP: Final = 0.0001
-MAX_STEP_DIGITS: Final = 4
 _KEYWORDS: Final = {
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
     "string": ("minLength", "maxLength", "pattern", "format"),
@@ -58,12 +42,13 @@ Unknown: TypeAlias = Callable[..., None]  # refuses a keyword, or leaves it to t
 
 def demanded(unknown: Unknown, keyword: str, place: Place, case: Case) -> list[Case]:
     """The cases in which the keyword holds."""
-    value = place.schema[keyword]
     match keyword:
         case "type":
             return _typed(_types(place), case)
         case "enum" | "const":
             return _one_of(keyword, _values(keyword, place), place, case)
+        case "discriminator":
+            return [_discriminated(place, case)]
     kind = _OF_TYPE.get(keyword)
     if kind is None:
         unknown(keyword, place)
@@ -72,12 +57,12 @@ def demanded(unknown: Unknown, keyword: str, place: Place, case: Case) -> list[C
     if case.type != kind:
         return [case]
     if kind == "number":
-        return [_number(unknown, keyword, place, case)]
+        return [number(unknown, keyword, place, case)]
     if keyword in _LEAST or keyword in _MOST:
         n = _counted(unknown, keyword, place)
         return [case] if n is None else [_at_least(case, n) if keyword in _LEAST else _at_most(case, n)]
     if kind == "string":
-        return [_string(unknown, keyword, value, place, case)]
+        return [of_string(unknown, keyword, place, case)]
     return _array(keyword, place, case) if kind == "array" else _object(keyword, place, case)
 
 
@@ -92,6 +77,8 @@ def denied(unknown: Unknown, keyword: str, place: Place, case: Case) -> list[Cas
             return _typed(others, case) + wholes
         case "enum" | "const":
             return _none_of(keyword, _values(keyword, place), place, case)
+        case "discriminator":
+            return []
     kind = _OF_TYPE.get(keyword)
     if kind is None:
         unknown(keyword, place)
@@ -107,9 +94,9 @@ def denied(unknown: Unknown, keyword: str, place: Place, case: Case) -> list[Cas
         return [case] if n is None else [_at_least(case, n + 1)]
     match keyword:
         case "minimum" | "exclusiveMinimum":
-            return [_below(case, _bound(keyword, place), excluded=keyword == "minimum")]
+            return [below(case, bound(keyword, place), excluded=keyword == "minimum")]
         case "maximum" | "exclusiveMaximum":
-            return [_above(case, _bound(keyword, place), excluded=keyword == "maximum")]
+            return [above(case, bound(keyword, place), excluded=keyword == "maximum")]
         case "pattern":
             return [replace(case, patterns=(*case.patterns, (value, False)))]
         case "format" | "multipleOf":
@@ -175,21 +162,6 @@ def _counted(unknown: Unknown, keyword: str, place: Place) -> int | None:
     return int(value)
 
 
-def _bound(keyword: str, place: Place) -> float:
-    value = place.schema[keyword]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SchemaRefused(keyword, place.path, "is not a number")
-    return _exact(keyword, value, place)
-
-
-def _exact(keyword: str, value: float, place: Place) -> float:
-    if not abs(value) <= MAX_EXACT:
-        raise SchemaRefused(
-            keyword, place.path, f"names a number beyond {MAX_EXACT}, which not every reader of JSON tells apart"
-        )
-    return value
-
-
 # Any type
 
 
@@ -225,8 +197,8 @@ def _one_of(keyword: str, values: list[Any], place: Place, case: Case) -> list[C
             only = frozenset(own) if case.only is None else case.only & frozenset(own)
             return [replace(case, only=only)] if only else []
         case "number":
-            exact = sorted({_exact(keyword, value, place) for value in own})
-            return [_below(_above(case, value, excluded=False), value, excluded=False) for value in exact]
+            listed = sorted({exact(keyword, value, place) for value in own})
+            return [below(above(case, value, excluded=False), value, excluded=False) for value in listed]
         case "array":
             return [_exactly_items(case, value, keyword, place) for value in own]
     return [_exactly_members(case, value, keyword, place) for value in own]
@@ -268,8 +240,8 @@ def _none_of(keyword: str, values: list[Any], place: Place, case: Case) -> list[
 
 def _other_than(keyword: str, value: Any, place: Place, case: Case) -> list[Case]:
     if case.type == "number":
-        exact = _exact(keyword, value, place)
-        return [_below(case, exact, excluded=True), _above(case, exact, excluded=True)]
+        value = exact(keyword, value, place)
+        return [below(case, value, excluded=True), above(case, value, excluded=True)]
     if case.type == "array":
         other_length = [_at_least(case, len(value) + 1)] + ([_at_most(case, len(value) - 1)] if value else [])
         return other_length + _one_differs(_constants(value, keyword, place), place, case)
@@ -282,67 +254,6 @@ def _other_than(keyword: str, value: Any, place: Place, case: Case) -> list[Case
     ]  # fmt: skip
 
 
-# Numbers
-
-
-def _number(unknown: Unknown, keyword: str, place: Place, case: Case) -> Case:
-    value = _bound(keyword, place)
-    match keyword:
-        case "minimum" | "exclusiveMinimum":
-            return _above(case, value, excluded=keyword == "exclusiveMinimum")
-        case "maximum" | "exclusiveMaximum":
-            return _below(case, value, excluded=keyword == "exclusiveMaximum")
-    if value <= 0:
-        raise SchemaRefused(keyword, place.path, "is not more than 0")
-    if not _fine_step(value):
-        unknown(keyword, place, f"has more than {MAX_STEP_DIGITS} digits, or is not from {MIN_STEP} to {MAX_STEP}")
-        return case
-    common = common_multiple((*case.multiples, value))
-    if not _fine_step(common):
-        told = f"has a least common multiple of {common:.15g} with the others at its place"
-        unknown(keyword, place, f"{told}, which has more than {MAX_STEP_DIGITS} digits, or is more than {MAX_STEP}")
-        return case
-    return replace(case, multiples=(common,))
-
-
-def _fine_step(value: float) -> bool:
-    return len(f"{value:.15g}".replace(".", "").strip("0")) <= MAX_STEP_DIGITS and MIN_STEP <= value <= MAX_STEP
-
-
-def common_multiple(steps: Sequence[float]) -> float:
-    """The least number that is a multiple of each: a number that is one of this is one of all. Told apart, they would multiply
-    each other's remainders in an automaton, which llguidance looks through to its end, whatever its limits.
-    """
-    exact = [Fraction(f"{step:.15g}") for step in steps]
-    return float(Fraction(math.lcm(*(each.numerator for each in exact)), math.gcd(*(each.denominator for each in exact))))
-
-
-def remainders(step: float) -> int:
-    """How many an automaton remembers for a `multipleOf`: of its digits as a whole number."""
-    return int(f"{step:.4f}".rstrip("0").replace(".", ""))
-
-
-def _above(case: Case, value: float, *, excluded: bool) -> Case:
-    return replace(case, low=max(case.low, (value, excluded)))
-
-
-def _below(case: Case, value: float, *, excluded: bool) -> Case:
-    tighter = value < case.high[0] or (value == case.high[0] and excluded)
-    return replace(case, high=(value, excluded)) if tighter else case
-
-
-def empty_range(case: Case) -> bool:
-    """Whether no number lies within the case's bounds."""
-    (low, without_low), (high, without_high) = case.low, case.high
-    if low > high or (low == high and (without_low or without_high)):
-        return True
-    if case.whole is not True or math.inf in (-low, high):
-        return case.whole is False and low == high and low == low // 1
-    first = low // 1 + 1 if without_low or low != low // 1 else low
-    last = high // 1 - 1 if without_high and high == high // 1 else high // 1
-    return first > last
-
-
 # Lengths
 
 
@@ -352,20 +263,6 @@ def _at_least(case: Case, n: int) -> Case:
 
 def _at_most(case: Case, n: int) -> Case:
     return replace(case, most=n if case.most is None else min(case.most, n))
-
-
-# Strings
-
-
-def _string(unknown: Unknown, keyword: str, value: str, place: Place, case: Case) -> Case:
-    if keyword == "pattern":
-        return replace(case, patterns=(*case.patterns, (value, True)))
-    if value in PATTERN_FORMATS:
-        return replace(case, patterns=(*case.patterns, (PATTERN_FORMATS[value], True)))
-    if value not in FORMATS:
-        unknown(keyword, place, f"is none of {', '.join([*FORMATS, *PATTERN_FORMATS])}")
-        return case
-    return replace(case, formats=(*case.formats, FORMATS[value]))
 
 
 # Arrays
@@ -489,6 +386,13 @@ def _others(place: Place) -> tuple[list[str], list[str]]:
             raise SchemaRefused(keyword, place.path, "has the wrong form")
         found.append(list(value))
     return found[0], found[1]
+
+
+def _discriminated(place: Place, case: Case) -> Case:
+    """OpenAPI's `discriminator` (version 3.1, section 4.8.25): the property by which options are told apart is there."""
+    value = place.schema["discriminator"]
+    name = value.get("propertyName") if isinstance(value, dict) else None
+    return replace(case, required=(*case.required, name)) if case.type == "object" and isinstance(name, str) else case
 
 
 def _object(keyword: str, place: Place, case: Case) -> list[Case]:

@@ -2,13 +2,16 @@
 
 Rules
 - A pattern is found anywhere in a text, unless its own anchors say otherwise.
-- What is not regular, or means something else elsewhere, is refused: look-around, references back, word boundaries.
+- A look ahead is a second expression that the rest of the text keeps, or does not: `A(?=B)C` is A, then what is both C and B
+  with anything after it. Inside of what repeats there is no one rest, so there it is refused.
+- What is not regular, or means something else elsewhere, is refused: looks behind, references back, word boundaries.
 - A caller's pattern never meets Python's own matcher, which backtracks and would take for ever; llguidance's takes linear time.
 - Nothing of one request's patterns is kept for another's.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +24,7 @@ MAX_PATTERN: Final = 1000  # characters
 MAX_SEARCHES: Final = 5000  # of patterns in names and values; each takes some 20 microseconds
 _CLASSES: Final = {"d": "0-9", "w": "A-Za-z0-9_", "s": r" \t\n\r\f\v\u00a0\ufeff\u2028\u2029"}
 _NEGATED: Final = {"D": "d", "W": "w", "S": "s"}
+MAX_BRANCHES: Final = 64  # of one pattern, once its anchors and looks ahead are told apart; people write a handful
 _CONTROLS: Final = frozenset("tnrfv")
 _ANY: Final = "(?s:.*)"
 _END: Final = 256  # the token that ends a text, after one for each byte
@@ -33,16 +37,12 @@ class NotRegular(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """body: without anchors, in Rust's syntax. begins, ends: whether it is anchored."""
+    """expression: of the whole text in which the pattern is found, as terminals of a grammar are written. plain: whether
+    llguidance's own reader of patterns understands it alike.
+    """
 
-    body: str
-    begins: bool
-    ends: bool
-
-    @property
-    def whole(self) -> str:
-        """An expression of the whole text in which the pattern is found."""
-        return f"{'' if self.begins else _ANY}({self.body}){'' if self.ends else _ANY}"
+    expression: str
+    plain: bool
 
 
 class Patterns:
@@ -65,8 +65,8 @@ class Patterns:
         if self._searches > MAX_SEARCHES:
             raise NotRegular(f"is to be sought more than {MAX_SEARCHES} times in names and values")
         if pattern not in self._matchers:
-            expression = self.read(pattern).whole
-            matcher = LLMatcher(byte_tokenizer(), LLMatcher.grammar_from_regex(expression), log_level=0, limits=_LIMITS)
+            grammar = f"start: WHOLE\nWHOLE: {self.read(pattern).expression}\n"
+            matcher = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=_LIMITS)
             if matcher.is_error():
                 raise NotRegular("is no regular expression, or too large")
             self._matchers[pattern] = matcher
@@ -95,49 +95,121 @@ def byte_tokenizer() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=_END + 1)
 
 
+# A pattern's parts: expressions in Rust's syntax, looks ahead, and the two anchors.
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Ahead: what follows begins as one of the branches says, or does not."""
+
+    branches: tuple[_Branch, ...]
+    holds: bool
+
+
+_BEGIN: Final = "^"
+_END_OF_TEXT: Final = "$"
+_Part = str | _Look  # an anchor is itself, and nothing else is spelled so
+_Branch = tuple[_Part, ...]
+
+
 def _read(pattern: str) -> Pattern:
     if len(pattern) > MAX_PATTERN:
         raise NotRegular(f"is longer than {MAX_PATTERN} characters")
-    begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
-    inner = pattern[begins : len(pattern) - ends]
-    body = _Reader(inner).read()
-    if (begins or ends) and _alternates(inner):
-        raise NotRegular("has an anchor in one of its alternatives; put them into a group")
-    return Pattern(body, begins, ends)
+    reader = _Reader(pattern)
+    branches = reader.whole()
+    found = [_text(branch, anchored=False) for branch in branches]
+    whole = found[0] if len(found) == 1 else " | ".join(f"({each})" for each in found)
+    return Pattern(whole, reader.plain and len(branches) == 1 and _anchored_at_its_ends(pattern, branches[0]))
 
 
-def _alternates(body: str) -> bool:
-    depth, i, quoted = 0, 0, False
-    while i < len(body):
-        match body[i]:
-            case "\\":
-                i += 1
-            case "[":
-                quoted = True
-            case "]":
-                quoted = False
-            case "(" if not quoted:
-                depth += 1
-            case ")" if not quoted:
-                depth -= 1
-            case "|" if not quoted and depth == 0:
-                return True
-        i += 1
-    return False
+def _anchored_at_its_ends(pattern: str, branch: _Branch) -> bool:
+    """Whether there are no looks, nor anchors elsewhere than at the pattern's own ends."""
+    ends = pattern.endswith("$") and not pattern.endswith("\\$")
+    anchors = (branch.count(_BEGIN), branch.count(_END_OF_TEXT))
+    return anchors == (pattern.startswith("^"), ends) and not any(isinstance(part, _Look) for part in branch)
+
+
+def _text(branch: _Branch, *, anchored: bool) -> str:
+    """A text that has the branch in it; that begins with it, where it is anchored."""
+    consuming = [i for i, part in enumerate(branch) if part not in (_BEGIN, _END_OF_TEXT) and not isinstance(part, _Look)]
+    begins = [i for i, part in enumerate(branch) if part == _BEGIN]
+    ends = [i for i, part in enumerate(branch) if part == _END_OF_TEXT]
+    if any(consuming and i > consuming[0] for i in begins) or any(consuming and i < consuming[-1] for i in ends):
+        raise NotRegular("has an anchor in its middle")
+    anchored = anchored or bool(begins)
+    expression, regular = ("" if ends else _ANY), True  # from the last part on; regular: it is one expression so far
+    for i, part in reversed(list(enumerate(branch))):
+        if isinstance(part, _Look):
+            at_start = anchored and not (consuming and consuming[0] < i)
+            ahead = " | ".join(f"({_ahead(each, at_start=at_start)})" for each in part.branches)
+            this = _terminal(expression) if regular else f"({expression})"
+            expression, regular = f"{this} & {'' if part.holds else '~'}({ahead})", False
+        elif part not in (_BEGIN, _END_OF_TEXT):
+            expression = f"{part}{expression}" if regular else f"{_terminal(part)} ({expression})"
+    if not anchored:
+        expression = f"{_ANY}{expression}" if regular else f"/{_ANY}/ ({expression})"
+    return _terminal(expression) if regular else expression
+
+
+def _terminal(expression: str) -> str:
+    return f"/{expression}/" if expression else '""'
+
+
+def _ahead(branch: _Branch, *, at_start: bool) -> str:
+    if _BEGIN in branch and not at_start:
+        raise NotRegular("has an anchor in its middle")
+    return _text(branch, anchored=True)
 
 
 class _Reader:
-    """One pattern, character by character."""
+    """One pattern, character by character. Groups without anchors and looks stay one expression; others become branches."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
+        self.plain = True  # whether other readers know all of it
 
-    def read(self) -> str:
-        out = []
-        while self._at < len(self._text):
-            out.append(self._one())
-        return "".join(out)
+    def whole(self) -> list[_Branch]:
+        branches = self._branches()
+        if self._at < len(self._text):
+            raise NotRegular("closes a group that it does not open")
+        return branches
+
+    def _branches(self) -> list[_Branch]:
+        """Up to the end of the group, or of the pattern."""
+        found = self._sequence()
+        while self._peek() == "|":
+            self._at += 1
+            found += self._sequence()
+            _few(found)
+        return _merged(found)
+
+    def _sequence(self) -> list[_Branch]:
+        found: list[_Branch] = [()]
+        while (character := self._peek()) and character not in "|)":
+            parts = self._quantified(self._one())
+            found = [(*before, *after) for before, after in itertools.product(found, parts)]
+            _few(found)
+        return [_joined(branch) for branch in found]
+
+    def _quantified(self, branches: list[_Branch]) -> list[_Branch]:
+        quantifier = re.match(r"[*+?]|\{[0-9]{1,4}(,[0-9]{0,4})?\}", self._text[self._at :])
+        if quantifier is None:
+            return branches
+        self._at += quantifier.end()
+        if self._peek() == "?":
+            self._at += 1  # greed does not matter to what is matched
+        written = quantifier.group()
+        if len(branches) == 1 and len(branches[0]) == 1 and _is_expression(branches[0][0]):
+            return [(f"{branches[0][0]}{written}",)]
+        if branches == [()]:
+            return branches
+        if written not in ("?", "{0,1}", "{1}", "{1,1}"):
+            raise NotRegular("repeats an anchor or a look ahead")
+        return branches + ([()] if written in ("?", "{0,1}") else [])
+
+    def _peek(self) -> str:
+        return self._text[self._at : self._at + 1]
 
     def _next(self, n: int = 1) -> str:
         taken = self._text[self._at : self._at + n]
@@ -146,37 +218,36 @@ class _Reader:
         self._at += n
         return taken
 
-    def _one(self) -> str:
+    def _one(self) -> list[_Branch]:
         match character := self._next():
             case "\\":
-                return self._escape(inside=False)
+                return [(self._escape(inside=False),)]
             case "[":
-                return self._set()
+                return [(self._set(),)]
             case "^" | "$":
-                raise NotRegular("has an anchor in its middle")
+                return [(character,)]
             case ".":
-                return r"[^\n\r\u2028\u2029]"
+                return [(r"[^\n\r\u2028\u2029]",)]
             case "(":
                 return self._group()
-            case "*" | "+" | "?" | "}":
-                if self._text[self._at : self._at + 1] in ("?", "+"):
-                    self._at += self._text[self._at] == "?"  # greed does not matter to what is matched
-                return character
-            case "/":
-                return r"\x2f"
-        return character if character in "|){" else _plain(character)
+            case "*" | "+" | "?":
+                raise NotRegular("repeats nothing")
+        return [(_plain(character),)]
 
-    def _group(self) -> str:
-        if self._text[self._at : self._at + 1] != "?":
-            return "(?:"
-        if self._text[self._at : self._at + 2] == "?:":
-            self._at += 2
-            return "(?:"
-        named = re.match(r"\?<[A-Za-z_]\w*>", self._text[self._at :])
-        if named is None:
-            raise NotRegular("looks around, which no grammar can")
-        self._at += named.end()
-        return "(?:"
+    def _group(self) -> list[_Branch]:
+        opened = re.match(r"\?(:|=|!|P?<[A-Za-z_]\w*>)", self._text[self._at :])
+        if opened is None and self._peek() == "?":
+            raise NotRegular("looks behind or sets flags, which no grammar can")
+        self._at += 0 if opened is None else opened.end()
+        inside = self._branches()
+        if self._next() != ")":
+            raise NotRegular("does not close a group")
+        kind = "" if opened is None else opened.group(1)
+        if kind in ("=", "!"):
+            return [(_Look(tuple(inside), kind == "="),)]
+        if len(inside) == 1 and all(_is_expression(part) for part in inside[0]):
+            return [(f"(?:{''.join(map(str, inside[0]))})",)]
+        return inside
 
     def _escape(self, *, inside: bool) -> str:
         character = self._next()
@@ -189,10 +260,33 @@ class _Reader:
         if character == "x":
             return _plain(chr(self._hex(2)))
         if character == "u":
-            return _plain(chr(self._hex(4)))
+            return _plain(chr(self._code()))
+        if character in "pP":
+            return self._property(character)
         if character.isalnum():
             raise NotRegular(f"uses \\{character}, which is not supported")
         return _plain(character)
+
+    def _code(self) -> int:
+        braced = re.match(r"\{([0-9a-fA-F]{1,6})\}", self._text[self._at :])
+        if braced is None:
+            return self._hex(4)
+        self._at += braced.end()
+        code = int(braced.group(1), 16)
+        if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+            raise NotRegular("names no character")
+        return code
+
+    def _property(self, letter: str) -> str:
+        named = re.match(r"\{[A-Za-z_=]{1,40}\}", self._text[self._at :])
+        if named is None:
+            raise NotRegular("has a property of characters without its name")
+        self._at += named.end()
+        self.plain = False
+        written = f"\\{letter}{named.group()}"
+        if not _is_known(written):
+            raise NotRegular(f"names a property of characters, {named.group()}, which is not known")
+        return written
 
     def _hex(self, n: int) -> int:
         try:
@@ -205,10 +299,10 @@ class _Reader:
 
     def _set(self) -> str:
         out = "["
-        if self._text[self._at : self._at + 1] == "^":
+        if self._peek() == "^":
             self._at += 1
             out = "[^"
-        if self._text[self._at : self._at + 1] == "]":
+        if self._peek() == "]":
             raise NotRegular("has an empty set")
         while (character := self._next()) != "]":
             if character == "\\":
@@ -218,9 +312,44 @@ class _Reader:
         return out + "]"
 
 
+def _few(branches: Sequence[_Branch]) -> None:
+    if len(branches) > MAX_BRANCHES:
+        raise NotRegular(f"has more than {MAX_BRANCHES} alternatives around its anchors and looks ahead")
+
+
+def _is_expression(part: _Part) -> bool:
+    return not isinstance(part, _Look) and part not in (_BEGIN, _END_OF_TEXT)
+
+
+def _joined(branch: _Branch) -> _Branch:
+    """Expressions that follow each other as one."""
+    found: list[_Part] = []
+    for part in branch:
+        last = found[-1] if found else None
+        if isinstance(part, str) and isinstance(last, str) and _is_expression(part) and _is_expression(last):
+            found[-1] = last + part
+        else:
+            found.append(part)
+    return tuple(found)
+
+
+def _merged(branches: Sequence[_Branch]) -> list[_Branch]:
+    """Alternatives without anchors and looks as one expression."""
+    simple = ["".join(map(str, branch)) for branch in branches if all(map(_is_expression, branch))]
+    others = [branch for branch in branches if not all(map(_is_expression, branch))]
+    if not simple:
+        return others
+    return [(f"(?:{'|'.join(simple)})" if len(simple) > 1 or others else simple[0],), *others]
+
+
+def _is_known(written: str) -> bool:
+    """Whether Rust's expressions know a property."""
+    return not LLMatcher(byte_tokenizer(), f"start: /{written}/", log_level=0, limits=_LIMITS).is_error()
+
+
 def _plain(character: str) -> str:
     """A character that stands for itself, in and outside of sets."""
     code = ord(character)
-    if character.isalnum() or character in " _,:;=!@%~<>'":
+    if character.isalnum() or character in " _,:;=!@%<>'":
         return character
     return f"\\x{code:02x}" if code < 0x80 else character

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from lacre_backend.api import schema_sets
 from lacre_backend.api.schema_cases import Cases
 from lacre_backend.api.schema_patterns import NotRegular
 from lacre_backend.api.schema_scalars import ANY_OF, NOTHING, PRELUDE, ScalarRules, inline, quoted
@@ -39,6 +40,10 @@ MAX_COUNTED: Final = 2000  # states of an object or array whose properties or it
 MAX_FIRST: Final = 1000  # items of an array with schemas of their own
 MAX_DEPTH: Final = 100  # of schemas within schemas, before Python's own limit
 _NO: Final = None  # the rule of what cannot be
+_UNIQUE: Final = (
+    f"needs items of at most {schema_sets.MAX_LISTED} values, as of an enum, or a 'maxItems' of 1 at most; "
+    "use a list, or leave out 'strict'"
+)
 
 
 class RuleMaker(ScalarRules):
@@ -113,7 +118,10 @@ class RuleMaker(ScalarRules):
         if n_first > MAX_FIRST:
             raise SchemaRefused("prefixItems", at.place.path, f"has more than {MAX_FIRST} items")
         if case.unique is not None and not (case.most is not None and case.most <= 1):
-            self._cases.unknown("uniqueItems", replace(at.place, path=case.unique), "needs a 'maxItems' of 1 at most")
+            found = None if n_first or case.contains else schema_sets.values(self._cases, _item(case, 0), self._keeps(at))
+            if found is not None:
+                return self._set(case, found)
+            self._cases.unknown("uniqueItems", replace(at.place, path=case.unique), _UNIQUE)
         firsts = [_item(case, i) for i in range(n_first)]
         rest = _item(case, n_first)
         if case.contains:
@@ -132,6 +140,19 @@ class RuleMaker(ScalarRules):
         if most is not None and most < case.least:
             return []
         return [f'"[" {self._sequence(names, tail, case.least, most)} "]"']
+
+    def _keeps(self, at: Literal) -> Callable[[Case, str], bool]:
+        return lambda case, text: self._is(case, text, at)
+
+    def _set(self, case: Case, found: Sequence[object]) -> list[str]:
+        most = len(found) if case.most is None else min(case.most, len(found))
+        if most < case.least:
+            return []
+        items = [quoted(each) if isinstance(each, str) else inline({"const": each}) for each in found]
+        name = f"r{next(self._names)}"
+        for line in schema_sets.rules(name, items, case.least, most):
+            self._line(line)
+        return [f'"[" {name} "]"']
 
     def _sequence(self, names: Sequence[str], tail: str | None, least: int, most: int | None) -> str:
         """Items with commas between: first those of `names`, then any number of `tail`."""

@@ -14,8 +14,9 @@ import math
 from typing import Any, Final
 
 from lacre_backend.api.schema_cases import Cases
-from lacre_backend.api.schema_keywords import empty_range, remainders
-from lacre_backend.api.schema_patterns import NotRegular, Patterns
+from lacre_backend.api.schema_formats import NARROWER
+from lacre_backend.api.schema_numbers import empty_range, remainders
+from lacre_backend.api.schema_patterns import NotRegular, Pattern, Patterns
 from lacre_backend.api.schema_terms import Case, Literal, SchemaRefused, TooCostly
 
 MAX_RULES: Final = 8000  # of one schema
@@ -67,9 +68,12 @@ class ScalarRules:
         return name
 
     def _define(self, name: str, body: str) -> None:
+        self._line(f"{name}: {body}")
+
+    def _line(self, line: str) -> None:
         if len(self._lines) > MAX_RULES:
             raise TooCostly("schema", "#", f"needs more than {MAX_RULES} rules")
-        self._lines.append(f"{name}: {body}")
+        self._lines.append(line)
 
     def _terminal(self, body: str) -> str:
         if body not in self._terminals:
@@ -117,19 +121,15 @@ class ScalarRules:
             return
         if case.only is not None:
             scalars += self._listed(case, at)
-        elif case.never or any(not holds for _, holds in case.patterns):
+        elif case.never or not all(holds and self._read(pattern, at).plain for pattern, holds in case.patterns):
             bodies.append(self._terminal(self._spelled(case, at)))
         else:
             lengths = {"minLength": case.least} if case.least else {}
             most = {} if case.most is None else {"maxLength": case.most}
             schema: dict[str, Any] = {"type": "string", **lengths, **most}
-            parts = [{"pattern": self._pattern(pattern, at)} for pattern, _ in dict.fromkeys(case.patterns)]
+            parts = [{"pattern": pattern} for pattern, _ in dict.fromkeys(case.patterns)]
             parts += [{"format": name} for name in dict.fromkeys(case.formats)]
             scalars.append({**schema, **parts[0]} if len(parts) == 1 else {**schema, "allOf": parts} if parts else schema)
-
-    def _pattern(self, pattern: str, at: Literal) -> str:
-        self._read(pattern, at)
-        return pattern
 
     def _listed(self, case: Case, at: Literal) -> list[dict[str, Any]]:
         if case.formats:
@@ -147,11 +147,9 @@ class ScalarRules:
 
     def _spelled(self, case: Case, at: Literal) -> str:
         """A string as a terminal, quotes and all."""
-        if case.formats:
-            raise SchemaRefused("format", at.place.path, "stands beside what a value may not be")
         parts = [_counted_string(case)]
-        for pattern, holds in dict.fromkeys(case.patterns):
-            spelled = f'("\\"" (PLAIN & /{self._read(pattern, at)}/) "\\"")'
+        for pattern, holds in dict.fromkeys((*case.patterns, *((NARROWER[name], True) for name in case.formats))):
+            spelled = f'("\\"" (PLAIN & ({self._read(pattern, at).expression})) "\\"")'
             parts.append(spelled if holds else f"~{spelled}")
             if not holds:
                 parts.append('("\\"" PLAIN "\\"")')  # in these alone a pattern is told by the letters themselves
@@ -161,9 +159,9 @@ class ScalarRules:
             f"({part})" if " " in part and not part.startswith(("~", "(")) else part for part in dict.fromkeys(parts)
         )
 
-    def _read(self, pattern: str, at: Literal) -> str:
+    def _read(self, pattern: str, at: Literal) -> Pattern:
         try:
-            return self._patterns.read(pattern).whole
+            return self._patterns.read(pattern)
         except NotRegular as error:
             raise SchemaRefused("pattern", at.place.path, str(error)) from None
 
