@@ -22,6 +22,7 @@ from typing import Any, Final, Self
 from lacre import checkpoints, merkle
 from lacre.checkpoints import Checkpoint
 from lacre.errors import InvalidAudit, InvalidMessage, LacreError, MessageTooLarge
+from lacre.jws import unrepeated
 
 HEADER: Final = "lacre-audit"
 # An entry, a path and a checkpoint in base64 stay below it, however long a caller's name is; nginx and Node take as much.
@@ -52,11 +53,11 @@ class AuditProof:
 
     @property
     def members(self) -> dict[str, Any]:
-        """What the entry says. Raises InvalidAudit where it is not a JSON object."""
+        """What the entry says. Raises InvalidAudit if it is not a JSON object, or has a member twice: readers would differ."""
         try:
-            value = json.loads(self.entry)
+            value = json.loads(self.entry, object_pairs_hook=unrepeated)
         except (ValueError, RecursionError) as exc:
-            raise InvalidAudit("the audit entry is not JSON") from exc
+            raise InvalidAudit("the audit entry is not JSON, or has a member twice") from exc
         if not isinstance(value, dict):
             raise InvalidAudit("the audit entry is not a JSON object")
         return value
@@ -106,17 +107,35 @@ def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditP
     Raises InvalidAudit.
     """
     if not header:
-        raise InvalidAudit("the gateway's answer does not prove that it was recorded: update the gateway, or tell its operator")
+        raise InvalidAudit(
+            "the answer does not prove that it was recorded: see whether a proxy on the way drops the header Lacre-Audit; else "
+            "update the gateway, or tell its operator"
+        )
     try:
         proof = AuditProof.parse_header(header)
     except LacreError as exc:
         raise InvalidAudit("the gateway's Lacre-Audit is malformed: tell its operator") from exc
     proof.verify(key)
     members = proof.members
+    if "enc" in expected and members.get("enc") != expected["enc"]:
+        raise _of_another(proof)
     for name, value in expected.items():
         if members.get(name) != value:
             raise InvalidAudit(f"the gateway recorded another {name} than was sent: tell its operator, and keep the proof")
     return proof
+
+
+def _of_another(proof: AuditProof) -> InvalidAudit:
+    """The gateway proves that it recorded a request, and not this one. That may well be no fault of its own."""
+    error = InvalidAudit(
+        "this is the answer to another request: something here, or a proxy on the way, mixes up connections. "
+        f"The proof that came is of entry {proof.index}"
+    )
+    error.remedy = (
+        "Ask again. If it comes again, see whether processes or programs share a connection, and what proxy is between. "
+        "If none is, tell the gateway's operator."
+    )
+    return error
 
 
 def speaks_for(token: str) -> dict[str, object]:

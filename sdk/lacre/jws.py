@@ -124,7 +124,7 @@ def read_object(segment: str) -> dict[str, Any]:
     One that names a member twice, at any depth, says two things and so nothing (RFC 8725 section 3.10: readers would differ).
     """
     try:
-        value = json.loads(b64u_decode(segment), object_pairs_hook=_unrepeated)
+        value = json.loads(b64u_decode(segment), object_pairs_hook=unrepeated)
     except (ValueError, RecursionError) as exc:
         raise InvalidMessage("a part of a token that is not JSON, or that has a member twice") from exc
     if not isinstance(value, dict):
@@ -132,7 +132,8 @@ def read_object(segment: str) -> dict[str, Any]:
     return value
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook` of `json.loads`. Raises ValueError for an object that names a member twice."""
     members = dict(pairs)
     if len(members) != len(pairs):
         raise ValueError

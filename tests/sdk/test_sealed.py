@@ -8,6 +8,7 @@ import json
 import stat
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,18 @@ class TestKeys:
         first, second = key_file(file), key_file(file)
         assert first.config == second.config and first.config.kem is Kem.XWING
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+    def test_of_processes_that_start_at_once(self, tmp_path: Path) -> None:
+        """All serve the key of the one that was first, and none reads half of it."""
+        file = tmp_path / "service.key"
+        with ThreadPoolExecutor(16) as pool:
+            keys = list(pool.map(lambda _: key_file(file).config, range(16)))
+        assert keys == [keys[0]] * 16
+        assert [each.name for each in tmp_path.iterdir()] == ["service.key"]
+
+    def test_no_folder_for_it(self, tmp_path: Path) -> None:
+        with pytest.raises(lacre.SettingsError, match="make its folder"):
+            key_file(tmp_path / "nowhere" / "service.key")
 
     def test_one_that_others_can_read(self, tmp_path: Path) -> None:
         file = tmp_path / "service.key"

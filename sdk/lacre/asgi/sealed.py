@@ -17,6 +17,7 @@ import os
 import secrets
 import shlex
 import stat
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -185,13 +186,11 @@ def pin(config: KeyConfig) -> str:
 def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
     """The private key in a file; a new one, for its owner alone, where there is none. Raises SettingsError."""
     path = Path(path)
-    with (
-        suppress(FileExistsError),
-        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as new,
-    ):
-        secret = PrivateKey.generate(key_id).to_bytes()
-        new.write(secret)
-        overwrite(secret)
+    try:
+        if not path.exists():
+            _make_key_file(path, key_id)
+    except OSError as exc:
+        raise SettingsError(f"{path} cannot be written ({exc.strerror}): make its folder, or name another file") from exc
     try:
         with path.open("rb", buffering=0) as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
@@ -204,6 +203,19 @@ def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
         return PrivateKey.from_bytes(memoryview(content)[:length])
     finally:
         overwrite(content)
+
+
+def _make_key_file(path: Path, key_id: int) -> None:
+    """Whole, or not at all: of several processes that start at once, all read the key of the one that was first."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", buffering=0) as new:  # mkstemp: 0600 from the start
+        secret = PrivateKey.generate(key_id).to_bytes()
+        try:
+            new.write(secret)
+        finally:
+            overwrite(secret)
+        os.fsync(new.fileno())
+        with suppress(FileExistsError):
+            os.link(new.name, path)
 
 
 def _keys(keys: PrivateKey | Sequence[PrivateKey] | Keys) -> Keys:
