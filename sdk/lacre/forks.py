@@ -130,11 +130,13 @@ class PerLoop(Generic[T]):
     def __init__(self, make: Callable[[], T], *, renewable: bool = True) -> None:
         self._make = make
         self._renewable = renewable
+        self._lock = threading.Lock()  # loops of several threads
         self._spare: T | None = make()
         self._ours: WeakKeyDictionary[Any, T] = WeakKeyDictionary()
         watch(self)
 
     def after_fork(self) -> None:
+        self._lock = threading.Lock()
         leave((self._spare, self._ours))
         self._spare, self._ours = None, WeakKeyDictionary()
 
@@ -145,10 +147,11 @@ class PerLoop(Generic[T]):
         if not self._renewable:
             return _not_renewable() if self._spare is None else self._spare
         loop = current_token().native_token
-        if loop not in self._ours:
-            spare, self._spare = self._spare, None
-            self._ours[loop] = self._make() if spare is None else spare
-        return self._ours[loop]
+        with self._lock:
+            if loop not in self._ours:
+                spare, self._spare = self._spare, None
+                self._ours[loop] = self._make() if spare is None else spare
+            return self._ours[loop]
 
     def made(self) -> list[T]:
         """What the running loop uses, and what none uses."""

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
-from lacre import folders
+from lacre import folders, forks
 from lacre.errors import LacreError, SettingsError
 from lacre.jws import b64u, b64u_decode
 from lacre.lineage import Seen, newest, remember
@@ -60,6 +60,10 @@ class VersionMemory:
     def __init__(self, *, patience: float = LOCK_WAIT) -> None:
         self._patience = patience
         self._seen: tuple[Seen, ...] = ()
+        self._lock = threading.Lock()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
         self._lock = threading.Lock()
 
     def update(self, decide: Decide) -> Trusted:

@@ -339,6 +339,25 @@ def remembered(_client: lacre.Client) -> list[str]:
     return [told if time.monotonic() - began < 4 else "late"]
 
 
+def locked(client: lacre.Client) -> list[str]:
+    """Every lock of a client is held by a thread at the fork."""
+    memory = lacre.VersionMemory(patience=2)
+    other = lacre.Client(sys.argv[2], token="t", **{**options(), "memory": memory}, max_concurrency=1)
+    holders = [
+        memory._lock, other._sealed._sealing._lock, other._sealed._link.flight._lock, other._sealed._link.outer._lock,
+        client._sealed._sealing._lock, client._sealed._link.outer._lock,
+    ]  # fmt: skip
+    assert other._sealed._turns is not None
+    slot = other._sealed._turns.get().take()
+    for lock in holders:
+        lock.acquire()
+    child = Child(lambda: calls(other, 2) + calls(client, 2))
+    for lock in holders:
+        lock.release()
+    slot.leave()
+    return child.told() + calls(other, 1) + calls(client, 1)
+
+
 def background(_client: lacre.Client) -> list[str]:
     """The parent's threads are not here, and a lock that one of them holds is not waited for."""
     over = threading.Event()
@@ -365,7 +384,7 @@ def options() -> dict[str, Any]:
 
 
 PROGRAMS = (plain, threads, unused, generations, leaving, stream, sockets, pools, secrets, copied, given, loops,
-            forked_in_a_task, issued, remembered, background)  # fmt: skip
+            forked_in_a_task, issued, remembered, background, locked)  # fmt: skip
 
 if __name__ == "__main__":
     program = {each.__name__: each for each in PROGRAMS}[sys.argv[1]]
