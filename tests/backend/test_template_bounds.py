@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from typing import Any
 
 import jinja2
@@ -94,6 +95,21 @@ def test_what_is_written_is_weighed_before(how: str) -> None:
     """Made first, each of these would have 2 to the 60th parts."""
     with pytest.raises(TemplateTooLarge):
         rendered(DEEP + WRITTEN[how])
+
+
+@pytest.mark.parametrize("how", ["indent=l", "separators=(l, ':')", "ensure_ascii=True"])
+def test_json_is_measured_before_it_is_made(how: str) -> None:
+    """Made first, it would have some hundred megabytes."""
+    source = "{% set l = 'é' * 60000 %}{{ ([[l, l, l, l], range(9999) | list] * 9) | tojson(" + how + ") }}"
+    environment = template_environment()
+    template = environment.compiled(source.replace("[l, l, l, l]", "[l] * 60") if "ascii" in how else source)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TemplateTooLarge):
+            environment.rendered(template, {})
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_written_often_is_not_too_large() -> None:
