@@ -253,6 +253,18 @@ SMALL: Final = {
 }
 
 
+# What else templates are written with: one on each line.
+FEATURES: Final = Path(__file__).with_name("features.jinja").read_text(encoding="utf-8").splitlines()
+TALK: Final[Messages] = [said("system", "Be <b>"), said("user", " Olá 'x' "), said("assistant", "Yes\n"), said("user", "Z")]
+
+
+def test_what_templates_are_written_with(environment: Environment) -> None:
+    texts = by_transformers(environment("templates"), [asking(source, TALK, None, answering=True) for source in FEATURES])
+    for source, text in zip(FEATURES, texts, strict=True):
+        template = ChatTemplate(model("small", source, tokens=False))
+        assert ours(template, Case("small", source, TALK, None, answering=True)) == text, source
+
+
 @pytest.fixture(scope="module")
 def small(environment: Environment) -> dict[str, str | None]:
     asked = [asking(EACH.replace("BODY", source), SAID, None, answering=True) for source in SMALL.values()]
