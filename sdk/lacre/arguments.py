@@ -25,19 +25,19 @@ _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e]*")
 _MOST_AT_ONCE: Final = 2**31 - 1  # of any count that a caller names; what is above it is a mistake
 
 
-def text(value: object, name: str, *, why: str = "") -> str:
-    """A string that says something. Raises UsageError. why: added to what is wrong with an empty one."""
+def text(value: object, name: str, *, helps: str = "give one that says something") -> str:
+    """A string that says something. Raises UsageError. helps: what to do about an empty one."""
     if not isinstance(value, str):
         raise UsageError(f"{name}: a string is wanted, not {kind_of(value)}")
     if not value.strip():
-        raise UsageError(f"{name}: it is empty{why}; leave {name} out, or pass None, if you have none to give")
+        raise UsageError(f"{name}: it is empty; {helps}")
     return value
 
 
 def setting(value: str | None, name: str, variable: str) -> str:
     """The argument; where it is None, the environment variable. Raises UsageError, or SettingsError where both are absent."""
     if value is not None:
-        return text(value, name, why=f", and {variable} does not stand in for it")
+        return text(value, name, helps=f"{variable} does not stand in for it, unless {name} is left out or None")
     found = os.environ.get(variable)
     if not found:
         raise SettingsError(f"pass {name}=... or set {variable}; `lacre up` writes both into DIR/env")

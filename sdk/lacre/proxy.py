@@ -83,6 +83,10 @@ class Door:
         Raises UsageError for a key that is none, and SettingsError for a name that no `Host` can be.
         """
         arguments.text(key, "key")
+        for name in names:
+            arguments.text(name, "a name of this machine")
+        for origin in origins:
+            arguments.text(origin, "an origin that may call")
         return cls(key, Hosts.of(listening, port, names), frozenset(origins))
 
 

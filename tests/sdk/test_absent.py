@@ -138,6 +138,10 @@ class TestElsewhere:
                 make("http://127.0.0.1:9", key=PIN, token=blank)
         with pytest.raises(lacre.UsageError, match="key"):
             proxy.Door.on(80, blank)
+        with pytest.raises(lacre.UsageError, match="name"):
+            proxy.Door.on(80, "k" * 40, names=[blank])
+        with pytest.raises(lacre.UsageError, match="origin"):
+            proxy.Door.on(80, "k" * 40, origins=[blank])
 
     @pytest.mark.parametrize("command", [["chat", "hi"], ["ask", "hi"], ["status"], ["proxy"], ["manifest", "show"]])
     def test_an_option_of_the_command(self, command: list[str]) -> None:
