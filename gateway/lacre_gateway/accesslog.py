@@ -72,4 +72,5 @@ def _said(refusal: Refusal | None) -> dict[str, str]:
     if refusal is None:
         return {}
     reason = ": ".join(str(refusal.details[name]) for name in ("claim", "reason") if name in refusal.details)
+    reason = reason or refusal.noted
     return {"problem": refusal.problem.slug, **({"reason": reason} if reason else {})}

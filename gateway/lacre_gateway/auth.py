@@ -267,7 +267,7 @@ class Authenticator:
             self._throttle.failed(address)
             if authorization is None:
                 raise Refusal(problems.INVALID_TOKEN, challenge=_MISSING, details={"reason": says.MISSING}) from exc
-            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(scheme)) from exc
+            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(scheme), noted=_noted(exc)) from exc
         return verdict
 
     async def _verify(self, token: str) -> _Verdict:
@@ -320,6 +320,13 @@ def _unusable(fault: BadClaim, scheme: bytes) -> Refusal:
     )
     challenge = _challenge(scheme, f"{fault.claim}: {fault.reason}{ended}")
     return Refusal(fault.problem, challenge=challenge, details=fault.details)
+
+
+def _noted(fault: Exception) -> str:
+    """For the operator: what shows that it is no token of ours. Names nothing of what was sent."""
+    if isinstance(fault, _NotVerified):
+        return f"{fault}: not known here"
+    return "signature" if isinstance(fault, jwt.InvalidSignatureError) else "form"
 
 
 def _challenge(scheme: bytes, description: str = "") -> bytes:

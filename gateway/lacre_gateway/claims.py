@@ -150,7 +150,8 @@ class BadClaim(Exception):
 
     @property
     def details(self) -> dict[str, Detail]:
-        return {"reason": self.reason, "claim": self.claim, **({} if self.at is None else {"expired_at": self.at})}
+        claim = {} if self.reason == REVOKED else {"claim": self.claim}  # of all of the token
+        return {"reason": self.reason, **claim, **({} if self.at is None else {"expired_at": self.at})}
 
 
 def bound_key(claims: Mapping[str, Any]) -> str | None:

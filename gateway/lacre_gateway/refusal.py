@@ -16,17 +16,24 @@ class Refusal(Exception):
     """Ends a request with a problem document. Raised anywhere on its path, answered at one place.
 
     retry_after: seconds, for 429 and 503. challenge: the value of WWW-Authenticate, for 401 (RFC 9110 section 11.6.1).
-    details: what the document says beside its type.
+    details: what the document says beside its type. noted: what the log alone says, in a fixed word.
     """
 
     def __init__(
-        self, problem: Problem, *, retry_after: float | None = None, challenge: bytes | None = None, details: Details = NONE
+        self,
+        problem: Problem,
+        *,
+        retry_after: float | None = None,
+        challenge: bytes | None = None,
+        details: Details = NONE,
+        noted: str = "",
     ) -> None:
         super().__init__(problem.type)
         self.problem = problem
         self.retry_after = retry_after
         self.challenge = challenge
         self.details = details
+        self.noted = noted
         self.body = problem.body(details)
 
     def headers(self) -> RawHeaders:

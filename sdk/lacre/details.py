@@ -82,6 +82,15 @@ def written(details: Details) -> dict[str, Detail]:
     return {name: detail for name, detail in found.items() if detail is not None}
 
 
+_UNITS: Final = {"concurrent-requests": "requests at once"}
+_REASONS: Final = {
+    "missing": "None was sent.",
+    "revoked": "It was revoked.",
+    "shape": "Another shape would be allowed.",
+    "kem": "Another key encapsulation would be allowed.",
+}
+
+
 def told(details: Details) -> str:
     """The same in a sentence or two, for a person; empty where there is nothing to say."""
     return " ".join(filter(None, (_limit(details), _token(details), _names(details))))
@@ -90,14 +99,14 @@ def told(details: Details) -> str:
 def _limit(details: Details) -> str:
     if "limit" not in details:
         return _field(details)
-    unit = f" {details['unit']}" if "unit" in details else ""
+    unit = f" {_UNITS.get(str(details['unit']), details['unit'])}" if "unit" in details else ""
     parts = [f"The limit is {details['limit']}"]
     if "scope" in details:
         parts.append(f"of the {details['scope']}")
     amounts = [
         f"{said} {details[name]}{unit if name == 'ceiling' else ''}"
         for name, said in (("ceiling", "at most"), ("asked", "asked for"), ("remaining", "left"))
-        if name in details
+        if name in details and (name, details[name]) != ("asked", 1)  # one request, as ever
     ]
     fits = f" With max_tokens of {details['fits']} or less it would fit." if "fits" in details else ""
     return " ".join(parts) + (f": {', '.join(amounts)}." if amounts else ".") + fits
@@ -112,8 +121,9 @@ def _token(details: Details) -> str:
         return f"The token expired at {_date(details['expired_at'])}."
     if "reason" not in details:
         return ""
-    claim = f", claim {details['claim']}" if "claim" in details else ""
-    return f"The reason is {details['reason']}{claim}."
+    if "claim" not in details:
+        return _REASONS.get(str(details["reason"]), f"The reason is {details['reason']}.")
+    return f"Its claim {details['claim']} is not taken: {details['reason']}."
 
 
 def _date(value: Detail) -> str:

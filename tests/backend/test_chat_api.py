@@ -269,8 +269,13 @@ async def test_answer_ends_with_the_context(app: App, post: Post) -> None:
 
 
 async def test_unknown_addresses_and_methods(app: App, post: Post) -> None:
-    assert (await post(app, "/v1/nothing", {})).error(404)["code"] == "unknown_url"
-    assert (await post(app, CHAT, {}, method="GET")).error(405)["code"] == "method_not_supported"
+    for path in ("/v1/nothing", "/v1/responses", f"{CHAT}/", "/v1/chat", "/V1/chat/completions"):
+        error = (await post(app, path, {})).error(404)
+        assert error["code"] == "unknown_url"
+        assert f"This server has {CHAT}, /v1/completions" in error["message"]
+    refused = await post(app, CHAT, {}, method="GET")
+    assert refused.error(405)["code"] == "method_not_supported"
+    assert dict(refused.headers)["allow"] == "POST"
 
 
 async def test_models(app: App, post: Post) -> None:

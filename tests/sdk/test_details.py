@@ -55,6 +55,22 @@ def test_an_error_says_which_limit_and_how_much() -> None:
     assert refused.retry_after == 26.0
 
 
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        ({"limit": "concurrent_streams", "scope": "user", "ceiling": 32, "asked": 1, "remaining": 0,
+          "unit": "concurrent-requests"},
+         "The limit is concurrent_streams of the user: at most 32 requests at once, left 0."),
+        ({"reason": "malformed", "claim": "groups"}, "Its claim groups is not taken: malformed."),
+        ({"reason": "revoked"}, "It was revoked."),
+        ({"reason": "something-new"}, "The reason is something-new."),
+        ({"header": "lacre-pool"}, "The header field is lacre-pool."),
+    ],
+)  # fmt: skip
+def test_what_a_person_reads(details: dict[str, Detail], said: str) -> None:
+    assert said in str(problems.RATE_LIMITED.exception(None, details))
+
+
 def test_an_error_says_when_a_token_expired() -> None:
     assert "The token expired at 2025-11-29T07:06:40Z." in str(
         problems.INVALID_TOKEN.exception(details={"expired_at": 1_764_400_000})

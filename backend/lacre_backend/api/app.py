@@ -72,6 +72,7 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
         ],
         exception_handlers={404: _unknown_url, 405: _method_not_allowed},
     )
+    app.router.redirect_slashes = False  # a path with a slash more is another path; a client follows no redirect
     app.state.served = served
     return app
 
