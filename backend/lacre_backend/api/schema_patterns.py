@@ -253,7 +253,7 @@ class _Reader:
         character = self._next()
         if character in _CLASSES:
             return _CLASSES[character] if inside else f"[{_CLASSES[character]}]"
-        if character in _NEGATED and not inside:
+        if character in _NEGATED:  # within a set, a set in a set
             return f"[^{_CLASSES[_NEGATED[character]]}]"
         if character in _CONTROLS:
             return f"\\{character}"
