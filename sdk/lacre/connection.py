@@ -29,7 +29,7 @@ from lacre.single_flight import AsyncSingleFlight, SingleFlight
 from lacre.steps import Done, Offload, Outer, Read, Send, Step, Steps, T, Together, Wait
 from lacre.token_sources import AsyncBearer, Bearer
 
-POOL_BESIDE: Final = 5.0  # seconds for a free connection beside the one that a call holds: enough for a short request to end
+POOL_BESIDE: Final = 2.0  # seconds for a free connection beside the one that a call holds: enough for a short request to end
 _REQUEST_ID: Final = re.compile(r"[0-9A-Za-z-]{1,64}")  # ours has 32 hexadecimal digits
 _READ_HERE: Final = "this answer is read"
 

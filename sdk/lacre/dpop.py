@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge, SettingsError, VerificationError
+from lacre.forks import StaysInProcess
 from lacre.jws import b64u, read_object
 from lacre.members import Members
 
@@ -53,11 +54,13 @@ def _jws() -> jwt.PyJWS:
     return jwt.PyJWS(algorithms=list(ALGORITHMS))
 
 
-class ProofKey:
+class ProofKey(StaysInProcess):
     """The application's private key. Register its `thumbprint` with the issuer, or ask for tokens with `proof`.
 
     Made by `generate`, or read from a PEM file by `load`: an EC key on P-256, or an Ed25519 key.
     """
+
+    _holds = "a private key, which a file or a secret store hands on"
 
     def __init__(self, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> None:
         from jwt.algorithms import ECAlgorithm, OKPAlgorithm  # noqa: PLC0415 - what `import lacre` need not wait for

@@ -199,10 +199,10 @@ _CONNECTED: Final = (".connect_tcp.complete", ".start_tls.complete", ".connect_u
 
 
 class StaysInProcess:
-    """What cannot be pickled or copied, and says why: it holds a token and open connections."""
+    """What cannot be pickled or copied, and says why. _holds: what it has that another process must not, or cannot, have."""
+
+    _holds = "a token and connections"
 
     def __reduce_ex__(self, _protocol: object) -> Any:
         name = f"{type(self).__module__}.{type(self).__qualname__}"
-        raise UsageError(
-            f"{name} can be neither pickled nor copied: it holds a token and connections. Make one in each process"
-        )
+        raise UsageError(f"{name} cannot be pickled or copied: it holds {self._holds}. Make one in each process")

@@ -250,16 +250,20 @@ class Sealing:
     def _learn(self, endurance: float) -> Steps[None]:
         """Sees to it that there is a manifest of now. It is fetched once for all calls that lack it."""
         if self._is_stale():
-            yield Together(self._is_stale, partial(self._fetch_manifest, endurance), endurance)
+            yield Together(self._is_stale, partial(self._fetch_manifest, endurance, self._retries), endurance)
 
     def _refresh(self, call: Call, *, beside: bool = False) -> Steps[None]:
-        """Fetches the manifest, unless that was done since the call took its own. beside: see `Together`."""
-        endurance = call.retries.rest
-        fetch = partial(self._fetch_manifest, endurance)
+        """Fetches the manifest, unless that was done since the call took its own.
+
+        beside: while an answer waits, which is then tried once; see `Together`.
+        """
+        endurance = 0.0 if beside else call.retries.rest
+        fetch = partial(self._fetch_manifest, endurance, 0 if beside else self._retries)
         yield Together(lambda: self._fetches == call.fetches, fetch, endurance, beside=beside)
 
-    def _fetch_manifest(self, endurance: float) -> Steps[None]:
-        retries = Retries.of(self._retries, repeatable=True, endurance=endurance, clock=self._clock)
+    def _fetch_manifest(self, endurance: float, number: int | None) -> Steps[None]:
+        """number: of further tries; None as `lacre.backoff` has it."""
+        retries = Retries.of(number, repeatable=True, endurance=endurance, clock=self._clock)
         while True:
             try:
                 outer = sent_outer((yield Send("GET", MANIFEST_PATH)))
@@ -294,10 +298,13 @@ class Sealing:
         """
         try:
             return self._proof(outer, call.manifest, sent)
-        except InvalidAudit:
-            self._doubted = True  # where it cannot be fetched now, the next call does it
-            with contextlib.suppress(NetworkError, RefusedError):
+        except InvalidAudit as exc:
+            self._doubted = True  # if it cannot be fetched now, the next call does it
+            try:
                 yield from self._refresh(call, beside=True)
+            except (NetworkError, RefusedError):
+                exc.remedy = "Ask again: the manifest is fetched first then, for the gateway's key may have changed."
+                raise exc from None
             newest = self._taken()[0].manifest
             if newest.gateway_key == call.manifest.gateway_key:
                 raise

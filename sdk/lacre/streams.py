@@ -20,6 +20,7 @@ from lacre.audit import AuditProof
 from lacre.choices import Choice, Growing, StreamEvent, TextDelta, ToolCall
 from lacre.errors import InvalidMessage, TruncatedStream, UsageError
 from lacre.facts import Facts, Part
+from lacre.forks import StaysInProcess
 from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
 from lacre.reply import Reply, TokenUsage, api_error, checked_usage, claimed, json_object
@@ -121,13 +122,14 @@ class Deltas:
         return Reply.of({**body, "choices": choices, "usage": self._told}, self.facts)
 
 
-class _Answer:
+class _Answer(StaysInProcess):
     """What a stream knows of its answer, at any time: what is not known is None, or empty.
 
     `usage` and `receipt` are a whole answer's, verified; None until it has ended whole. What is known of the exchange
     (`facts`, `verification`, `attempts`, `parts`, `receipts`, `audit`) is there from the first event on, and stays.
     """
 
+    _holds = "an answer that is on its way"
     _deltas: Deltas
 
     def __repr__(self) -> str:

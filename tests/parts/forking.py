@@ -224,13 +224,13 @@ def secrets(client: lacre.Client) -> list[str]:
 def copied(client: lacre.Client) -> list[str]:
     asynchronous = lacre.AsyncClient(sys.argv[2], token="t", memory=lacre.VersionMemory())
     seen = []
-    for one in (client, asynchronous):
+    for one in (client, asynchronous, client.chat_stream("x"), asynchronous.chat_stream("x"), lacre.ProofKey.generate()):
         for way in (pickle.dumps, copy.copy, copy.deepcopy):
             try:
                 way(one)
             except lacre.UsageError as exc:
                 seen.append("ok" if "in each process" in str(exc) else str(exc))
-    return seen if len(seen) == 6 else ["it was copied"]
+    return seen if len(seen) == 15 else ["it was copied"]
 
 
 def given(_client: lacre.Client) -> list[str]:

@@ -107,8 +107,9 @@ def test_no_manifest_to_look_into(client: lacre.Client, relay: Relay) -> None:
     client.chat("Hello.")
     relay.gateway_key, relay.version = Ed25519PrivateKey.generate(), 2
     relay.respond = lambda request: served(404) if request.url.path == MANIFEST_PATH else None
-    with pytest.raises(lacre.InvalidAudit):
+    with pytest.raises(lacre.InvalidAudit) as raised:
         client.chat("Hello.")
+    assert raised.value.remedy.startswith("Ask again")
     relay.respond = lambda _request: None
     assert client.chat("Hello.").audit
 
