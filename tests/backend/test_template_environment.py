@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from lacre_backend.api.template_environment import Raised, template_environment
+from lacre_backend.api.template_environment import Raised, given, template_environment
 
 VALUE = {"b": "é<1>", "a": [1, None]}
 
@@ -46,6 +46,15 @@ def test_generation_is_what_is_inside() -> None:
 def test_an_open_generation_does_not_compile() -> None:
     with pytest.raises(jinja2.TemplateSyntaxError):
         template_environment().compiled("{% generation %}a")
+
+
+def test_messages_are_given_as_transformers_gives_them() -> None:
+    message = {"role": "assistant", "content": "a", "name": None, "tool_calls": None}
+    assert given(message) == {"role": "assistant", "content": "a"}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        told = given({**message, name: "r"})
+        assert told["reasoning_content"] == told["thinking"] == told[name] == "r"
+    assert given({"thinking": "t", "reasoning_content": "r"}) == {"thinking": "t", "reasoning_content": "r"}
 
 
 def test_loop_controls() -> None:

@@ -36,7 +36,7 @@ import jinja2
 
 from lacre.errors import SettingsError
 from lacre_backend.api.calls import FORMATS, CallFormat
-from lacre_backend.api.template_environment import Raised, template_environment
+from lacre_backend.api.template_environment import Raised, given, template_environment
 from lacre_backend.api.template_texts import (
     Form,
     Message,
@@ -140,7 +140,7 @@ class ChatTemplate:
             return self._run(self._template, messages, tools, add_generation_prompt=add_generation_prompt)
 
         try:
-            swapped, told = self._swapped(shaped(messages, self._forms)), self._swapped(tools)
+            swapped, told = self._swapped(shaped([*map(given, messages)], self._forms)), self._swapped(tools)
         except RecursionError:
             raise TemplateRefused("they nest too deeply") from None
         rendered = run(swapped, told)

@@ -9,7 +9,7 @@ Rules
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final, NoReturn
 
@@ -25,6 +25,10 @@ from lacre_backend.api.template_bounds import BoundedEnvironment, Bounds, make_r
 # What JSON may make of one character: `\u0000`, and of one beyond the basic plane two of these where it must be ASCII.
 _ESCAPED: Final = 6
 _ESCAPED_ASCII: Final = 12
+
+
+# Names of an assistant's reasoning, the first the usual one.
+_REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
 
 class Raised(jinja2.TemplateError):
@@ -103,6 +107,13 @@ def _tojson(
     escaped = _ESCAPED_ASCII if ensure_ascii else _ESCAPED
     make_room(weighed.characters * escaped + weighed.values * (beside + inward + 1))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def given(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message as transformers hands it on: no member is null, and reasoning has the names that templates read."""
+    present = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((present[name] for name in _REASONING if name in present), None)
+    return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
 
 
 def template_environment(bounds: Bounds | None = None) -> BoundedEnvironment:
