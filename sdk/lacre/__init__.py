@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 from lacre._version import __version__
 from lacre.audit import AuditProof
-from lacre.choices import Choice, Finished, ReasoningDelta, RefusalDelta, TextDelta, TokenLogprob, ToolCall, ToolCallDelta
+from lacre.choices import (
+    Choice,
+    Finished,
+    ReasoningDelta,
+    RefusalDelta,
+    StreamEvent,
+    TextDelta,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+)
 from lacre.client import BASE_URL, AsyncClient, Client
 from lacre.credentials import ClientCredentials
 from lacre.dpop import ProofKey
@@ -19,6 +29,7 @@ from lacre.errors import (
     DestinationError,
     Expired,
     Forbidden,
+    GaveUp,
     InvalidAudit,
     InvalidMessage,
     InvalidProof,
@@ -34,10 +45,12 @@ from lacre.errors import (
     Rollback,
     SettingsError,
     StreamBroken,
+    TimedOut,
     TruncatedStream,
     Unauthenticated,
     Unavailable,
     UnknownKeyId,
+    Unreachable,
     UnsealedResponse,
     UnsupportedSuite,
     UntrustedRoot,
@@ -74,6 +87,7 @@ __all__ = [
     "Expired",
     "Finished",
     "Forbidden",
+    "GaveUp",
     "InvalidAudit",
     "InvalidMessage",
     "InvalidProof",
@@ -98,7 +112,9 @@ __all__ = [
     "Rollback",
     "SettingsError",
     "StreamBroken",
+    "StreamEvent",
     "TextDelta",
+    "TimedOut",
     "TokenLogprob",
     "TokenUsage",
     "ToolCall",
@@ -107,6 +123,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "UnknownKeyId",
+    "Unreachable",
     "UnsealedResponse",
     "UnsupportedSuite",
     "UntrustedRoot",
