@@ -17,8 +17,10 @@ from parts.drawing import Unfinished, drawn
 from parts.pydantic_models import MODELS
 
 SEEDS = range(5)
-# Sets of values that cannot be listed: refused by name where strict.
-REFUSED = {"Tags": "uniqueItems", "UniqueObjects": "uniqueItems"}
+# Sets of lists or objects: refused by name where strict.
+REFUSED = {"UniqueObjects": "uniqueItems"}
+# Sets of any text or number, whose repeated items are told only where an answer is JSON alone: refused as strict tools.
+REFUSED_AS_TOOLS = REFUSED.keys() | {"Tags"}
 # What pydantic wants beyond the schema that it writes, by which an answer is valid: a decimal in a text, a URL's scheme, a text
 # that is JSON, keys that are numbers, and keys that match a pattern where others are not forbidden.
 BEYOND = {"Money", "Links", "Moments", "Odd", "Records", "Keyed"}
@@ -80,7 +82,7 @@ def test_as_tools(name: str) -> None:
     plain = {"type": "function", "function": {"name": "answer", "parameters": MODELS[name].model_json_schema()}}
     if tool["function"]["parameters"].get("type") != "object":  # a list at the root is no tool's
         return
-    for each in (plain,) if name in REFUSED else (tool, plain):
+    for each in (plain,) if name in REFUSED_AS_TOOLS else (tool, plain):
         for answer in answers(grammar(tools=[each], tool_choice={"type": "function", "function": {"name": "answer"}})):
             reader = CallReader(HERMES)
             parts = [*reader.push(answer), *reader.finish()]

@@ -9,6 +9,7 @@ import numpy as np
 from llguidance import LLMatcher
 
 from lacre_backend.api.schema_patterns import byte_tokenizer
+from lacre_backend.engine.distinct import Watch, split
 
 _END: Final = 256
 _BYTES: Final = 257
@@ -25,6 +26,8 @@ class Unfinished(Exception):
 
 def drawn(grammar: str, seed: int, limit: int = 3000) -> str:
     """One answer. Raises `Unfinished`."""
+    grammar, distinct = split(grammar)
+    watch = Watch(distinct)
     matcher = LLMatcher(byte_tokenizer(), grammar, log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     chance = np.random.default_rng(seed)
@@ -35,6 +38,8 @@ def drawn(grammar: str, seed: int, limit: int = 3000) -> str:
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         assert not matcher.is_error(), matcher.get_error()
         allowed = np.unpackbits(bits.view(np.uint8), bitorder="little")[:_BYTES].astype(bool)
+        if watch.pending:
+            allowed &= np.array([i == _END or not allowed[i] or watch.probe().feed(bytes([i])) for i in range(_BYTES)])
         ways = np.flatnonzero(allowed & ~_BLANK)
         if len(ways) == 0:
             ways = np.flatnonzero(allowed)
@@ -50,6 +55,7 @@ def drawn(grammar: str, seed: int, limit: int = 3000) -> str:
         if token == _END:
             break
         assert matcher.consume_token(token)
+        assert watch.feed(bytes([token]))
         out.append(token)
     if not matcher.is_accepting():
         raise Unfinished(bytes(out).decode("utf-8", "replace"))

@@ -91,14 +91,18 @@ class ResponseFormat(Echoed):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    def rule(self, grammars: Grammars) -> str | None:
-        """The name of an answer in this format; None for any text. Raises `RequestRefused`."""
+    def rule(self, grammars: Grammars, *, alone: bool) -> str | None:
+        """The name of an answer in this format; None for any text. alone: no call may stand in its place.
+
+        Raises `RequestRefused`.
+        """
         if self.type == "json_object":
             return grammars.any_object()
         if self.type == "json_schema":
             if self.json_schema is None:
                 raise missing("response_format.json_schema")
-            return grammars.schema(self.json_schema.schema_, "response_format", strict=bool(self.json_schema.strict))
+            strict = bool(self.json_schema.strict)
+            return grammars.schema(self.json_schema.schema_, "response_format", strict=strict, alone=alone)
         return None
 
 
@@ -227,8 +231,8 @@ class ChatRequest(Generate):
         return calling(self.tools, self.tool_choice, many=self.parallel_tool_calls)
 
     def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:
-        speech = None if self.response_format is None else self.response_format.rule(grammars)
         may_call = self.calling()
+        speech = None if self.response_format is None else self.response_format.rule(grammars, alone=may_call is None)
         if may_call is not None:
             return grammars.text(form.grammar(grammars, may_call, speech))
         return None if speech is None else grammars.text(f"start: {speech}\n")

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from lacre_backend.api import schema_sets
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema_cases import Cases, Document
 from lacre_backend.api.schema_rules import RuleMaker
@@ -39,14 +40,18 @@ class Grammars:
         self._length = 0
         self._remainders = 0
         self._given: list[tuple[str, Mapping[str, Any]]] = []
+        self._marks: list[str] = []  # where lists stand whose items differ
         self.loose = False  # whether a schema that is not strict is among them
 
     def any_object(self) -> str:
         """The name of any one JSON object."""
         return self._named(_ANY_OBJECT)
 
-    def schema(self, schema: Mapping[str, Any], param: str, *, strict: bool = True) -> str:
-        """The name of what a JSON schema admits. param: whose it is, for errors. Raises `RequestRefused`."""
+    def schema(self, schema: Mapping[str, Any], param: str, *, strict: bool = True, alone: bool = False) -> str:
+        """The name of what a JSON schema admits. param: whose it is, for errors. alone: the answer is this and nothing else.
+
+        Raises `RequestRefused`.
+        """
         self.loose = self.loose or not strict
         try:
             self._bounded(schema)
@@ -54,9 +59,10 @@ class Grammars:
                 return self._any(schema)
             self._given.append((param, schema))
             document = Document(schema)
-            maker = RuleMaker(Cases(document, strict))
+            maker = RuleMaker(Cases(document, strict), watched=alone)
             text = maker.text(Literal(document.root))
             self._count(maker.remainders)
+            self._marks = self._watched(schema, maker.distinct, strict=strict)
             return self._named(text)
         except SchemaRefused as refused:
             if strict or isinstance(refused, NoSchema):
@@ -65,6 +71,14 @@ class Grammars:
             if strict:
                 raise _refusal(SchemaRefused("schema", "#", "is nested too deeply"), param) from None
         return self._any(schema)
+
+    def _watched(self, schema: Mapping[str, Any], places: set[str], *, strict: bool) -> list[str]:
+        try:
+            return schema_sets.watched(schema, places) if places else []
+        except SchemaRefused:
+            if strict:
+                raise
+            return []  # left to the model
 
     def _any(self, schema: Mapping[str, Any]) -> str:
         """The name of any value of the type that a schema wants at its root."""
@@ -77,7 +91,8 @@ class Grammars:
     def text(self, rules: str) -> str:
         """The whole grammar. rules: those of the answer's form, which begin with `start`."""
         if len(self._schemas) == 1 and rules == "start: @s0\n":
-            return self._schemas[0]  # alone, it lets no blank stand before it
+            marks = "".join(f"{mark}\n" for mark in self._marks)
+            return marks + self._schemas[0]  # alone, it lets no blank stand before it
         grammars = [{"name": "answer", "lark_grammar": _HEAD + rules}]
         grammars += [{"name": f"s{i}", "lark_grammar": source} for i, source in enumerate(self._schemas)]
         return json.dumps({"grammars": grammars})

@@ -49,8 +49,11 @@ _UNIQUE: Final = (
 class RuleMaker(ScalarRules):
     """Makes the rules of one schema."""
 
-    def __init__(self, cases: Cases) -> None:
+    def __init__(self, cases: Cases, *, watched: bool = False) -> None:
+        """watched: the engine can tell repeated items by reading the answer, which is this value alone."""
         super().__init__(cases)
+        self._watched = watched
+        self.distinct: set[str] = set()  # the places of lists that the engine is to watch
         self._made: dict[frozenset[tuple[object, ...]], tuple[str | None, Literals]] = {}
         self._depth = 0
 
@@ -121,7 +124,10 @@ class RuleMaker(ScalarRules):
             found = None if n_first or case.contains else schema_sets.values(self._cases, _item(case, 0), self._keeps(at))
             if found is not None:
                 return self._set(case, found)
-            self._cases.unknown("uniqueItems", replace(at.place, path=case.unique), _UNIQUE)
+            if self._watched and not n_first and not case.contains and schema_sets.endless(self._cases, _item(case, 0)):
+                self.distinct.add(case.unique)
+            else:
+                self._cases.unknown("uniqueItems", replace(at.place, path=case.unique), _UNIQUE)
         firsts = [_item(case, i) for i in range(n_first)]
         rest = _item(case, n_first)
         if case.contains:

@@ -3,21 +3,30 @@
 Rules
 - llguidance's rules carry 64 bits, one for each value that an array may hold: set when the value is there, and looked at before
   it comes. So any order is admitted, and no value twice.
-- Of values that cannot be listed, such as all texts, a grammar keeps no record: there `uniqueItems` is refused.
+- Of values that cannot be listed, such as all texts, a grammar keeps no record. There the engine reads the answer and forbids
+  what would end an item twice (`engine.distinct`), if the answer is that JSON alone. Elsewhere `uniqueItems` is refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from typing import Final
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
 
 from lacre_backend.api.schema_cases import Cases
 from lacre_backend.api.schema_numbers import empty_range
-from lacre_backend.api.schema_terms import TYPES, Case, Literals
+from lacre_backend.api.schema_terms import TYPES, Case, Literals, SchemaRefused
+from lacre_backend.engine.distinct import ANY, MARK
 
 MAX_LISTED: Final = 64  # values of an item: the bits of a rule
+# Keywords whose schemas tell of the same value, or of any member or item of it.
+_INSIDE: Final[Mapping[str, tuple[str, ...]]] = {
+    "allOf": (), "anyOf": (), "oneOf": (), "additionalProperties": (ANY,), "items": (ANY,), "prefixItems": (ANY,),
+}  # fmt: skip
+MAX_FOLLOWED: Final = 32  # references, one within the other, on the way to a list
 
 
 def values(cases: Cases, item: Literals, keeps: Callable[[Case, str], bool]) -> list[object] | None:
@@ -77,6 +86,50 @@ def rules(name: str, items: Sequence[str], least: int, most: int) -> list[str]:
     ]
 
 
-def spelled(value: object) -> str:
-    """A value as JSON has it, in its one spelling."""
-    return json.dumps(value, ensure_ascii=False)
+def endless(cases: Cases, item: Literals) -> bool:
+    """Whether an item is a text or a number that can always be made longer, so that it becomes another one."""
+    free = {kind: Case(kind) for kind in ("string", "number")}
+    found = [(kind, case) for kind in TYPES for case in cases.of(item, kind)]
+    return bool(found) and all(kind in free and replace(case, whole=None) == free[kind] for kind, case in found)
+
+
+def watched(schema: Mapping[str, Any], places: set[str]) -> list[str]:
+    """The lines that tell the engine where in an answer the lists at these places of a schema stand. Raises `SchemaRefused`."""
+    found: dict[str, set[str]] = {}
+    waiting: list[tuple[Any, str, tuple[str, ...], frozenset[str]]] = [(schema, "#", (), frozenset())]
+    while waiting:
+        part, place, path, followed = waiting.pop()
+        if not isinstance(part, dict):
+            continue
+        if place in places:
+            found.setdefault(place, set()).add(MARK + "/".join(path))
+        reference = part.get("$ref")
+        if isinstance(reference, str):
+            if reference in followed or len(followed) > MAX_FOLLOWED:
+                raise SchemaRefused(
+                    "uniqueItems", place, "stands in a schema that refers to itself; use a list, or leave out 'strict'"
+                )
+            waiting.append((_target(schema, reference), reference, path, followed | {reference}))
+        for keyword, step in _INSIDE.items():
+            inside = part.get(keyword)
+            waiting += [(inside, f"{place}/{keyword}", (*path, *step), followed)]
+            if isinstance(inside, list):
+                waiting += [(each, f"{place}/{keyword}/{i}", (*path, *step), followed) for i, each in enumerate(inside)]
+        members = part.get("properties")
+        for name, each in members.items() if isinstance(members, dict) else ():
+            waiting.append((each, f"{place}/properties/{name}", (*path, _step(name)), followed))
+    for place in sorted(places - found.keys()):
+        raise SchemaRefused(
+            "uniqueItems", place, "stands where repeated items cannot be told; use a list, or leave out 'strict'"
+        )
+    return sorted({line for lines in found.values() for line in lines})
+
+
+def _step(name: str) -> str:
+    return urllib.parse.quote(json.dumps(name, ensure_ascii=False)[1:-1].replace("\x7f", "\\u007f"), safe="")
+
+
+def _target(schema: Any, reference: str) -> Any:
+    for step in reference.removeprefix("#").split("/")[1:]:
+        schema = schema.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(schema, dict) else None
+    return schema

@@ -24,6 +24,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from lacre import tasks
+from lacre_backend.engine.distinct import ENDS_NUMBER, ENDS_TEXT, Watch, split
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.protocol import EngineError, GrammarTooCostly, GrammarTooLarge, TaskRefused
 
@@ -69,8 +70,10 @@ class _Pieces:
 class Compiled:
     """A `Grammar`: one request's. begun: the tokens of the answer that it has read."""
 
-    def __init__(self, matcher: LLMatcher, allowed: Allowed, begun: tuple[int, ...]) -> None:
+    def __init__(self, matcher: LLMatcher, allowed: Allowed, begun: tuple[int, ...], watch: Watch | None = None) -> None:
+        """watch: where lists of the answer have items that differ."""
         self.matcher = matcher
+        self.watch = watch
         self.allowed = allowed
         self.begun = begun
         self._lock = threading.Lock()
@@ -105,12 +108,14 @@ class Masks:
         self._telling = np.array(
             [bool(model.piece(i).strip()) and not model.ends(i) for i in range(model.n_vocab)], dtype=np.bool_
         )
+        self._ending: tuple[Allowed, Allowed] | None = None  # tokens that may end a number or a text; made when first wanted
         self._threads = [tasks.thread(f"masks {i}", self._run) for i in range(THREADS)]
 
     def compile(self, source: str, begun: Sequence[int] = ()) -> Compiled:
         """source: llguidance's form of Lark, or several as JSON, each of which begins with `NO_FORCING`. begun: tokens of the
         answer that are there already. It takes up to some tenths of a second, without Python's lock. Raises `TaskRefused`.
         """
+        source, distinct = split(source)
         if not source.startswith("{"):
             source = NO_FORCING + source
         if len(source) > MAX_SOURCE:
@@ -125,7 +130,10 @@ class Masks:
             raise TaskRefused("The answer that was begun does not match the grammar.", field="begun")
         try:
             self._rehearse(matcher.deep_copy())
-            return Compiled(matcher, self.mask(matcher), tuple(begun))
+            watch = Watch(distinct) if distinct else None
+            for token in begun if watch is not None else ():
+                self.follow(watch, token)
+            return Compiled(matcher, self.without_repeats(self.mask(matcher), watch), tuple(begun), watch)
         except GrammarTooCostly:
             raise GrammarTooLarge from None
 
@@ -140,6 +148,30 @@ class Masks:
         if matcher.is_error():  # the mask would then only let the answer end
             raise GrammarTooCostly("The grammar has too many ways on at one place. Simplify the schema.")
         return np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._model.n_vocab].view(np.bool_)
+
+    def follow(self, watch: Watch | None, token: int) -> None:
+        """A token is part of the answer."""
+        if watch is not None and not self._model.ends(token):
+            watch.feed(self._model.piece(token))
+
+    def without_repeats(self, allowed: Allowed, watch: Watch | None) -> Allowed:
+        """What may come next, less what would end an item that its list has already."""
+        if watch is None or not watch.pending:
+            return allowed
+        for token in map(int, np.flatnonzero(allowed & self._ends_items()[watch.in_text])):
+            if not self._model.ends(token) and not watch.probe().feed(self._model.piece(token)):
+                allowed[token] = False
+        return allowed
+
+    def _ends_items(self) -> tuple[Allowed, Allowed]:
+        with self._lock:
+            if self._ending is None:
+                pieces = [self._model.piece(i) for i in range(self._model.n_vocab)]
+                self._ending = (
+                    np.array([any(byte in ENDS_NUMBER for byte in piece) for piece in pieces], dtype=np.bool_),
+                    np.array([ENDS_TEXT in piece for piece in pieces], dtype=np.bool_),
+                )
+            return self._ending
 
     def _rehearse(self, matcher: LLMatcher) -> None:
         """Some tokens of an answer, whichever may come: most limits show at once, before anything runs."""
@@ -182,6 +214,7 @@ class Constraint:
         self._compiled = compiled
         self._masks = masks
         self._matcher = compiled.matcher.deep_copy()
+        self._watch = None if compiled.watch is None else compiled.watch.copy()
         self._outcome: Allowed | EngineError = compiled.allowed
         self._token: int | None = None
         self._ready = threading.Event()
@@ -229,7 +262,9 @@ class Constraint:
     def _next(self) -> Allowed:
         if self._token is not None and not self._matcher.consume_token(self._token):
             raise GrammarTooCostly("The grammar reached one of its limits. Simplify the schema.")
-        return self._masks.mask(self._matcher)
+        if self._token is not None:
+            self._masks.follow(self._watch, self._token)
+        return self._masks.without_repeats(self._masks.mask(self._matcher), self._watch)
 
     def close(self) -> None:
         self._closed = True

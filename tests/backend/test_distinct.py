@@ -1,0 +1,128 @@
+"""Lists whose items differ (`uniqueItems`): those of any text or number, which the engine reads beside the grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.schema import Grammars
+from lacre_backend.engine.distinct import Watch, split
+from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.engine.protocol import Sampling, Task
+from parts.drawing import drawn
+
+MakeTask = Callable[..., Task]
+Run = Callable[..., Any]
+TEXTS = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+NUMBERS = {"type": "array", "items": {"type": "number"}, "uniqueItems": True}
+
+
+def grammar(schema: dict[str, Any]) -> str:
+    grammars = Grammars()
+    return grammars.text(f"start: {grammars.schema(schema, 'response_format', alone=True)}\n")
+
+
+def objects(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def watch(*paths: str) -> Watch:
+    return Watch(split("".join(f"//distinct {path}\n" for path in paths) + "start: TEXT")[1])
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "new"),
+    [
+        ("a", '{"a": ["x", "y"]}', True),
+        ("a", '{"a": ["x", "x"]}', False),
+        ("a", '{"a": ["x", "y", "x"]}', False),
+        ("a", '{"b": ["x", "x"], "a": []}', True),
+        ("a", '{"a": ["x"], "b": {"a": ["x", "x"]}}', True),
+        ("b/a", '{"b": {"a": ["x", "x"]}}', False),
+        ("*/a", '[{"a": ["x"]}, {"a": ["x"]}]', True),
+        ("*/a", '[{"a": ["x"]}, {"a": ["x", "x"]}]', False),
+        ("a", '{"a": [1, 2, 1.0]}', False),
+        ("a", '{"a": [1,10 , 100]}', True),
+        ("a", '{"a": ["a,b", "a]", "\\\\\\"", "\\\\"]}', True),
+        ("a", '{"a": ["\\"", "\\""]}', False),
+        ("a%2Fb%22", '{"a/b\\"": ["x", "x"]}', True),
+        ("a%2Fb%5C%22", '{"a/b\\"": ["x", "x"]}', False),
+    ],
+)
+def test_repeated_items_are_told(path: str, answer: str, new: bool) -> None:
+    assert watch(path).feed(answer.encode()) == new
+    if new:
+        json.loads(answer)
+
+
+@given(
+    lists=st.lists(st.lists(st.text(max_size=2) | st.integers(-3, 3), max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 60)),
+)
+def test_where_an_answer_is_cut_changes_nothing(lists: list[list[object]], cuts: list[int]) -> None:
+    """And a probe changes nothing of the watch."""
+    answer = json.dumps({"a": lists}).encode()
+    new, begin, read = True, 0, watch("a/*")
+    for end in [*sorted({min(cut, len(answer)) for cut in cuts}), len(answer)]:
+        probed = read.probe().feed(answer[begin:end])
+        assert read.feed(answer[begin:end]) == probed
+        new, begin = new and probed, end
+    assert new == all(len({(type(x) is str, x) for x in each}) == len(each) for each in lists)
+
+
+def test_what_is_drawn_has_no_repeated_items() -> None:
+    schema = objects(tags={**TEXTS, "minItems": 3, "maxItems": 6}, inner=objects(**{"a/b": {**NUMBERS, "minItems": 4}}))
+    schema["properties"]["refers"] = {"$ref": "#/$defs/Set"}
+    schema["$defs"] = {"Set": {"anyOf": [TEXTS, {"type": "null"}]}}
+    source = grammar(schema)
+    assert split(source)[1] == {(b"tags",), (b"inner", b"a/b"), (b"refers",)}
+    for seed in range(6):
+        value = json.loads(drawn(source, seed))
+        for each in (value["tags"], value["inner"]["a/b"]):
+            assert len(each) == len(set(each)) >= 3
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**TEXTS, "items": {"type": "string", "maxLength": 4}},
+        {**TEXTS, "items": {"type": "integer", "maximum": 1000}},
+        {**TEXTS, "items": {"type": "string", "format": "date"}},
+        {**TEXTS, "items": {"type": "array"}},
+        {**TEXTS, "items": {}},
+        {
+            "$ref": "#/$defs/Node",
+            "$defs": {"Node": objects(tags=TEXTS, next={"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]})},
+        },
+        {"type": "object", "patternProperties": {"^a": TEXTS}},
+    ],
+)  # fmt: skip
+def test_where_they_cannot_be_told_the_schema_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestRefused, match="'uniqueItems' at #"):
+        grammar(schema)
+    grammars = Grammars()
+    loose = grammars.text(f"start: {grammars.schema(schema, 'response_format', strict=False, alone=True)}\n")
+    assert not split(loose)[1]
+
+
+async def test_a_model_that_repeats_itself_does_not(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
+    prompt = 'Write JSON. {"tags": ["sea", "sea", "sea", "sea", "sea"]}\n{"tags": ["sea", "sea", "sea", "sea", "sea"]}\n'
+
+    async def tags(unique: bool, before: str = "") -> list[str]:
+        begun = tuple(llama.tokenize(before)) if before else ()
+        source = grammar(objects(tags={**TEXTS, "uniqueItems": unique, "minItems": 4, "maxItems": 4}))
+        sampling = Sampling(temperature=0, grammar=llama.grammar(source, begun))
+        task = make_task(llama, prompt, max_tokens=80, sampling=sampling, endless=False, begun=begun)
+        tokens, finish = await run(llama, task)
+        return json.loads(before + "".join(token.text for token in tokens) + finish.text)["tags"]  # type: ignore[no-any-return]
+
+    assert len(set(await tags(False))) < 4, "or this shows nothing"
+    assert len(set(await tags(True))) == 4
+    resumed = await tags(True, '{"tags": ["sea", "se')
+    assert len(set(resumed)) == 4 and resumed[0] == "sea"
