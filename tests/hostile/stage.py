@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,14 +145,20 @@ class Stage:
         keys: Mapping[int, PrivateKey] | None = None,
         clock: Callable[[], float] = time.time,
         slots: int = 4,
+        each: Mapping[str, int] | None = None,
+        weighs: Collection[str] = (),
     ) -> Worker:
-        """A worker process, as far as its fabric can tell. It trusts the root, and reads its manifest from the fabric."""
+        """A worker process, as far as its fabric can tell. It trusts the root, and reads its manifest from the fabric.
+
+        each: of the slots, how many each model may have. weighs: actions of which the app says how many sequences a request is.
+        """
         counted = Counted(app or create_app([self._engine(name) for name in models]))
         feed = ManifestFeed(self.read_bucket, raw_public_key(self.keys.root))
         await feed.refresh()
         held = keys or (self.keys.of_workers if pool == POOL else {1: self.keys.other})
         identity = Identity(pool, lambda: held, self.keys.receipts, lambda: feed.manifest)
-        node = Node(self.hub.worker(pool, tuple(models), slots=slots), counted, identity, clock=clock)
+        fabric = self.hub.worker(pool, tuple(models), slots=slots, each=each)
+        node = Node(fabric, counted, identity, weighs=weighs, clock=clock)
         worker = Worker(node, counted, feed, asyncio.create_task(node.run()))
         self._open.push_async_callback(worker.stop)
         return worker

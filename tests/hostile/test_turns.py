@@ -14,11 +14,12 @@ import pytest
 from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
 from hostile.attacks import Verdict, attack
 from hostile.honest import HonestGateway
-from hostile.stage import MODEL, Stage
+from hostile.stage import MODEL, OTHER_MODEL, Stage
 from hostile.workers import LyingWorker
 from lacre import problems, tasks
 from lacre.jws import b64u_decode
-from lacre_backend.api.app import create_app
+from lacre_backend.api.app import WEIGHED, create_app
+from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.plan import Limits
 from lacre_backend.engine.scheduler import COMPARED, Scheduler
@@ -71,6 +72,58 @@ async def test_salts(
     await victim.chat(stage.prompt, max_tokens=TOKENS)
     assert done - before <= FLOOD // 2, "those that ran, and what ended while the victim's request was on its way"
     await tasks.end(*flood)
+
+
+async def flooding(stage: Stage, honest: HonestGateway, wire: AsgiWire, engine: EchoEngine, n: int) -> list[asyncio.Task[Any]]:
+    """More requests for one model than the worker has slots, which take long. They began when this returns."""
+
+    async def ask() -> None:
+        await stage.client(wire, honest.token).chat(stage.prompt, model=MODEL, max_tokens=TOKENS // n, n=n)
+
+    flood = [tasks.spawn("flood", ask()) for _ in range(FLOOD)]
+    async with asyncio.timeout(5):
+        while not engine.running:
+            await asyncio.sleep(0.005)
+            assert not any(task.done() for task in flood)
+    return flood
+
+
+@attack(
+    "flood one model, so that a worker has no slot left for another",
+    by="client",
+    refused=None,
+    gain="nothing; the other model is served at once",
+    defence="a worker pulls for each model by that model's own slots",
+)
+async def test_other_model(stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer) -> None:
+    slow, other = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS), EchoEngine(name=OTHER_MODEL)
+    await stage.worker(create_app([slow, other]), slots=4, each={MODEL: 2, OTHER_MODEL: 2})
+    flood = await flooding(stage, honest, wire, slow, 1)
+    victim = stage.client(wire, issuer.token(sub="bob", tenant="other"))
+    async with asyncio.timeout(5):  # each of the flood takes a minute
+        await victim.chat(stage.prompt, model=OTHER_MODEL, max_tokens=1)
+    assert slow.running == 2
+    await tasks.end(*flood)
+    slow.close()
+    other.close()
+
+
+@attack(
+    "ask for 16 choices at a time, which a worker would take for one request",
+    by="client",
+    refused=None,
+    gain="nothing; what the worker cannot begin stays in the queue for others",
+    defence="a request takes a slot for each of its choices, and nothing more is pulled until its choices are known",
+)
+async def test_choices(stage: Stage, honest: HonestGateway, wire: AsgiWire) -> None:
+    slow = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS)
+    await stage.worker(create_app([slow]), models=[MODEL], slots=4, weighs=WEIGHED)
+    flood = await flooding(stage, honest, wire, slow, 16)
+    for _ in range(20):
+        await asyncio.sleep(0.01)
+        assert slow.running <= 16
+    await tasks.end(*flood)
+    slow.close()
 
 
 def fair(fabric: HostileFabric) -> list[tuple[str, str]]:
