@@ -9,11 +9,11 @@ Rules:
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import httpx2
@@ -22,6 +22,7 @@ from lacre.errors import SettingsError, UsageError
 
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e]*")
+_MOST_SECONDS: Final = 10**9  # thirty years; sockets and locks overflow not far above it
 _MOST_AT_ONCE: Final = 2**31 - 1  # of any count that a caller names; what is above it is a mistake
 
 
@@ -44,6 +45,94 @@ def setting(value: str | None, name: str, variable: str) -> str:
     return found
 
 
+def instance(value: object, kind: type | tuple[type, ...], name: str) -> None:
+    """Raises UsageError if the value is of another type."""
+    if not isinstance(value, kind):
+        kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+        raise UsageError(f"{name}: {kinds} is expected, not {kind_of(value)}")
+
+
+def function(value: object, name: str) -> None:
+    """Raises UsageError if the value cannot be called."""
+    if not callable(value):
+        raise UsageError(f"{name}: a function is expected, not {kind_of(value)}")
+
+
+@contextmanager
+def of_request() -> Iterator[None]:
+    """Around the building of a request. Raises UsageError for what none can be built of: a body that is not JSON, say."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError, OverflowError, httpx2.InvalidURL) as exc:
+        if isinstance(exc, UnicodeError):
+            raise UsageError(_NOT_UNICODE) from None  # its text would show the value
+        raise UsageError(f"no request can be built of these arguments ({type(exc).__name__}): {_OF_REQUEST}") from exc
+
+
+@contextmanager
+def of_content() -> Iterator[None]:
+    """Around the reading of a request's content. Raises UsageError where it is not of bytes, or not for this client."""
+    try:
+        yield
+    except (TypeError, AttributeError, RuntimeError) as exc:
+        raise UsageError("content: text, bytes or an iterable of bytes is expected; an async one for an async client") from exc
+
+
+_OF_REQUEST: Final = "give json= plain data without NaN, text or bytes for content=, and strings for headers and params"
+_NOT_UNICODE: Final = "a text in these arguments holds half of a surrogate pair, or a character that is not allowed there"
+
+
+def hooks(value: object) -> dict[str, list[Any]] | None:
+    """`event_hooks=`: the functions for `request`, and those for `response`. Raises UsageError."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not set(value) <= {"request", "response"}:
+        raise UsageError("event_hooks: a mapping is expected, with `request` and `response` as its only names")
+    found = {name: list(each) if isinstance(each, list | tuple) else [None] for name, each in value.items()}
+    if not all(callable(hook) for each in found.values() for hook in each):
+        raise UsageError("event_hooks: a list of functions is expected for each name")
+    return found
+
+
+def limits(value: object) -> httpx2.Limits:
+    """`limits=`. Raises UsageError."""
+    if not isinstance(value, httpx2.Limits):
+        raise UsageError(f"limits: an httpx2.Limits is expected, not {kind_of(value)}")
+    return value
+
+
+def auth(value: Any, default: object, kind: type, request: type) -> Any:
+    """`auth=` of httpx2 or httpx, whose default, `Auth` and `Request` are given. Raises UsageError, here or when it is used."""
+    pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(each, str | bytes) for each in value)
+    if pair or value is None or value is default or isinstance(value, kind):
+        return value
+    if not callable(value):
+        raise UsageError(f"auth: a pair of strings or an Auth is expected, not {kind_of(value)}")
+
+    def checked(asked: object) -> object:
+        answered = value(asked)
+        if not isinstance(answered, request):
+            raise UsageError(f"auth: the function must return the request, and returned {kind_of(answered)}")
+        return answered
+
+    return checked
+
+
+def sendable(request: object, kind: type, stream: type, *, closed: bool) -> None:
+    """What a client is to send: a request of this kind with a body of this kind. Raises UsageError."""
+    instance(request, kind, "request")
+    if not isinstance(getattr(request, "stream", None), stream):
+        raise UsageError("content: an async iterable belongs to an async client, and any other to a client that is not")
+    seconds = getattr(request, "extensions", {}).get("timeout") or {}
+    if not isinstance(seconds, Mapping):
+        raise UsageError("timeout: a number of seconds is expected, or a Timeout, or None for no limit")
+    for each in seconds.values():
+        if each is not None and (isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each <= _MOST_SECONDS):
+            raise UsageError("timeout: a number of seconds is expected, or a Timeout, or None for no limit")
+    if closed:
+        raise UsageError("this client is closed: make another one")
+
+
 def flag(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"{name}: True or False is wanted, not {kind_of(value)}")
@@ -61,7 +150,7 @@ def timeout(value: object) -> httpx2.Timeout | float | None:
     """`timeout=`: seconds, an `httpx2.Timeout`, or None for no limit."""
     if value is None or isinstance(value, httpx2.Timeout):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST_SECONDS:
         raise UsageError("timeout: a number of seconds above 0 is wanted, or an httpx2.Timeout, or None for no limit")
     return value
 

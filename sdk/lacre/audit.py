@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from lacre import checkpoints, merkle
+from lacre import arguments, checkpoints, merkle
 from lacre.checkpoints import Checkpoint
 from lacre.errors import InvalidAudit, InvalidMessage, LacreError, MessageTooLarge
 from lacre.jws import unrepeated
@@ -44,6 +44,7 @@ class AuditProof:
 
     def verify(self, key: bytes) -> Checkpoint:
         """That the log of this key holds the entry. key: the manifest's `gateway_key`. Raises InvalidAudit."""
+        arguments.instance(key, bytes, "key")
         try:
             checkpoint = checkpoints.verify(self.checkpoint, key)
             merkle.verify_inclusion(merkle.leaf_hash(self.entry), self.index, checkpoint.size, self.path, checkpoint.root)
@@ -69,7 +70,8 @@ class AuditProof:
 
     @classmethod
     def parse_header(cls, value: str) -> Self:
-        """Unknown members are passed over. Raises InvalidMessage or MessageTooLarge."""
+        """Unknown members are passed over. Raises InvalidMessage or MessageTooLarge, and UsageError for what is no string."""
+        arguments.instance(value, str, "value")
         if len(value) > MAX_HEADER:
             raise MessageTooLarge(f"a Lacre-Audit of over {MAX_HEADER} characters")
         members = dict(member.strip(" \t").partition("=")[::2] for member in value.split(","))
@@ -86,7 +88,8 @@ class AuditProof:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads what `text` writes. Raises InvalidMessage or MessageTooLarge."""
+        """Reads what `text` writes. Raises InvalidMessage or MessageTooLarge, and UsageError for what is no string."""
+        arguments.instance(text, str, "text")
         if len(text) > _MAX_TEXT:
             raise MessageTooLarge("an audit proof that is too long")
         head, _, note = text.partition("\n\n")

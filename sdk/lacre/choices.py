@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,6 +21,15 @@ MAX_DEPTH: Final = 16  # levels of a delta that are put together; a tool call ha
 _SCALARS: Final = frozenset({"role", "id", "type"})
 _FORMS: Final = ("function", "custom")  # of a tool call, by its `type`
 _REASONING: Final = ("reasoning_content", "reasoning")  # as llama-server and vLLM name it
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """What a peer wrote. Raises InvalidMessage if it is not what its place asks for."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as exc:
+        raise InvalidMessage(f"this is not {what}") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +59,12 @@ class ToolCall:
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> ToolCall:
-        """One of a message's `tool_calls`. Raises TypeError for what is none."""
-        kind = _text(value.get("type")) or "function"
-        forms = {form: _called(value.get(form)) for form in _FORMS}
-        name, given = forms.get(kind, ("", ""))
-        return cls(_text(value.get("id")), name, given, kind)
+        """One of a message's `tool_calls`. Raises InvalidMessage for what is none."""
+        with _reading("a tool call"):
+            kind = _text(value.get("type")) or "function"
+            forms = {form: _called(value.get(form)) for form in _FORMS}
+            name, given = forms.get(kind, ("", ""))
+            return cls(_text(value.get("id")), name, given, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +80,15 @@ class TokenLogprob:
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> TokenLogprob:
-        """Raises TypeError, KeyError or ValueError for what is none."""
-        told = value.get("bytes")
-        logprob = value["logprob"]
-        if isinstance(logprob, bool) or not isinstance(logprob, int | float):
-            raise TypeError
-        likely = value.get("top_logprobs") or ()
-        top = tuple(cls.parse({**each, "top_logprobs": None}) for each in likely)  # one level
-        return cls(_text(value["token"]), float(logprob), None if told is None else bytes(_list(told)), top)
+        """Raises InvalidMessage for what is none."""
+        with _reading("a token with its probability"):
+            told = value.get("bytes")
+            logprob = value["logprob"]
+            if isinstance(logprob, bool) or not isinstance(logprob, int | float):
+                raise TypeError
+            likely = value.get("top_logprobs") or ()
+            top = tuple(cls.parse({**each, "top_logprobs": None}) for each in likely)  # one level
+            return cls(_text(value["token"]), float(logprob), None if told is None else bytes(_list(told)), top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +111,22 @@ class Choice:
 
     @classmethod
     def parse(cls, choice: Mapping[str, Any], place: int) -> Choice:
-        """A choice of a chat completion. place: its index, where it does not say. Raises KeyError, TypeError and such."""
-        message = choice["message"]
-        if not isinstance(message, Mapping):
-            raise TypeError
-        reason = choice.get("finish_reason")
-        return cls(
-            index=_index(choice.get("index"), place),
-            finish_reason=None if reason is None else _text(reason),
-            text=_text(message.get("content")),
-            tool_calls=tuple(map(ToolCall.parse, _list(message.get("tool_calls")))),
-            refusal=_optional(message.get("refusal")),
-            reasoning=_optional(_reasoning(message)),
-            logprobs=_logprobs(choice),
-            message=message,
-        )
+        """A choice of a chat completion. place: its index, where it does not say. Raises InvalidMessage for what is none."""
+        with _reading("a choice of a chat completion"):
+            message = choice["message"]
+            if not isinstance(message, Mapping):
+                raise TypeError
+            reason = choice.get("finish_reason")
+            return cls(
+                index=_index(choice.get("index"), place),
+                finish_reason=None if reason is None else _text(reason),
+                text=_text(message.get("content")),
+                tool_calls=tuple(map(ToolCall.parse, _list(message.get("tool_calls")))),
+                refusal=_optional(message.get("refusal")),
+                reasoning=_optional(_reasoning(message)),
+                logprobs=_logprobs(choice),
+                message=message,
+            )
 
 
 # What a stream says, event by event. `choice` is the index of the choice that it belongs to.

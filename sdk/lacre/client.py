@@ -101,15 +101,20 @@ class Client(StaysInProcess, httpx2.Client):
             retries=None if retries is None else arguments.count(retries, "retries"),
             resume=arguments.count(resume, "resume"),
         )
-        lasts, at_once = arguments.timeout(timeout), _at_once(max_concurrency)
+        lasts, at_once, hooks = arguments.timeout(timeout), _at_once(max_concurrency), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
         dial: Dial[httpx2.BaseTransport] = Dial(
-            where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, limits, transport
+            where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, arguments.limits(limits), transport
         )
         self._sealed = SealedTransport(sealing, outer(dial), bearer, key, at_once)
         self._pool_name = pool
         request_log.once("httpx2")
-        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
+        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=hooks, cookies=NoCookies())
+
+    def build_request(self, *args: Any, **options: Any) -> httpx2.Request:
+        """As `httpx2.Client.build_request`. Raises UsageError for what no request can be built of."""
+        with arguments.of_request():
+            return super().build_request(*args, **options)
 
     def send(
         self,
@@ -120,6 +125,8 @@ class Client(StaysInProcess, httpx2.Client):
         follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
     ) -> httpx2.Response:
         """As `httpx2.Client.send`, but a redirect is an answer like any other: it is never followed."""
+        arguments.sendable(request, httpx2.Request, httpx2.SyncByteStream, closed=self.is_closed)
+        auth = arguments.auth(auth, httpx2.USE_CLIENT_DEFAULT, httpx2.Auth, httpx2.Request)
         return super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
     def chat(
@@ -233,15 +240,20 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
             retries=None if retries is None else arguments.count(retries, "retries"),
             resume=arguments.count(resume, "resume"),
         )
-        lasts, at_once = arguments.timeout(timeout), _at_once(max_concurrency)
+        lasts, at_once, hooks = arguments.timeout(timeout), _at_once(max_concurrency), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
         dial: Dial[httpx2.AsyncBaseTransport] = Dial(
-            where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, limits, transport
+            where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, arguments.limits(limits), transport
         )
         self._sealed = AsyncSealedTransport(sealing, async_outer(dial), bearer, key, at_once)
         self._pool_name = pool
         request_log.once("httpx2")
-        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
+        super().__init__(transport=self._sealed, base_url=ORIGIN, timeout=lasts, event_hooks=hooks, cookies=NoCookies())
+
+    def build_request(self, *args: Any, **options: Any) -> httpx2.Request:
+        """As `httpx2.AsyncClient.build_request`. Raises UsageError for what no request can be built of."""
+        with arguments.of_request():
+            return super().build_request(*args, **options)
 
     async def send(
         self,
@@ -252,6 +264,8 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
     ) -> httpx2.Response:
         """As `httpx2.AsyncClient.send`, but a redirect is an answer like any other: it is never followed."""
+        arguments.sendable(request, httpx2.Request, httpx2.AsyncByteStream, closed=self.is_closed)
+        auth = arguments.auth(auth, httpx2.USE_CLIENT_DEFAULT, httpx2.Auth, httpx2.Request)
         return await super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
     async def chat(

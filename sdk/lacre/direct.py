@@ -76,13 +76,13 @@ class Client(StaysInProcess, httpx2.Client):
         transport: httpx2.BaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
-        base_url, lasts = _url(url), arguments.timeout(timeout)
+        base_url, lasts, hooks = _url(url), arguments.timeout(timeout), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
-        dial: Dial[httpx2.BaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, limits, transport)
+        dial: Dial[httpx2.BaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, arguments.limits(limits), transport)
         sealing = DirectSealing(_pins(key), _credential(token), shape)
         sealed = SealedTransport(sealing, outer(dial), "")
         request_log.once("httpx2")
-        super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
+        super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=hooks, cookies=NoCookies())
 
 
 class AsyncClient(StaysInProcess, httpx2.AsyncClient):
@@ -102,13 +102,15 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         transport: httpx2.AsyncBaseTransport | None = None,
         event_hooks: EventHooks | None = None,
     ) -> None:
-        base_url, lasts = _url(url), arguments.timeout(timeout)
+        base_url, lasts, hooks = _url(url), arguments.timeout(timeout), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
-        dial: Dial[httpx2.AsyncBaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, limits, transport)
+        dial: Dial[httpx2.AsyncBaseTransport] = Dial(
+            base_url, _OUTER, lasts, checks, through, arguments.limits(limits), transport
+        )
         sealing = DirectSealing(_pins(key), _credential(token), shape)
         sealed = AsyncSealedTransport(sealing, async_outer(dial), "")
         request_log.once("httpx2")
-        super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=event_hooks, cookies=NoCookies())
+        super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=hooks, cookies=NoCookies())
 
 
 class DirectSealing(Sealing):

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from lacre import arguments, folders
 from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge, SettingsError, VerificationError
 from lacre.forks import StaysInProcess
 from lacre.jws import b64u, read_object
@@ -39,6 +40,7 @@ TYP: Final = "dpop+jwt"
 # Seconds that a proof's `iat` may lie off, each way; as much as a worker allows a request's date. The fabric remembers a sealed
 # request for 900 s: for longer than any proof of it could be used.
 WINDOW: Final = 300.0
+MAX_FILE: Final = 64 * 1024  # bytes that are read of a key's file; a key in PEM form has some 300
 MAX_PROOF: Final = 4096  # characters; ours have some 600
 # The members of a public key, in the order of RFC 7638 section 3.2, and the algorithm that it is for.
 _FORMS: Final = {("EC", "P-256"): ("ES256", ("crv", "kty", "x", "y")), ("OKP", "Ed25519"): ("EdDSA", ("crv", "kty", "x"))}
@@ -90,7 +92,8 @@ class ProofKey(StaysInProcess):
     def load(cls, path: Path | str) -> Self:
         """path: an unencrypted private key (PEM, PKCS#8 or SEC 1). Raises SettingsError."""
         try:
-            key = serialization.load_pem_private_key(Path(path).read_bytes(), password=None)
+            with folders.given(path, "path").open("rb") as file:
+                key = serialization.load_pem_private_key(file.read(MAX_FILE), password=None)
         except OSError as exc:
             raise SettingsError(f"cannot read the DPoP key in {path} ({exc.strerror})") from exc
         except (ValueError, TypeError) as exc:
@@ -110,6 +113,12 @@ class ProofKey(StaysInProcess):
         token: the access token that goes with it; none where one is asked for. request: SHA-256 of `hdr ‖ enc` of the sealed
         request. nonce: what an issuer asked for in `DPoP-Nonce`.
         """
+        for name, value in (("method", method), ("url", url), *((("token", token),) if token is not None else ())):
+            arguments.text(value, name)
+        if request is not None:
+            arguments.instance(request, bytes, "request")
+        if nonce is not None:
+            arguments.text(nonce, "nonce")
         claims: dict[str, Any] = {
             "jti": secrets.token_urlsafe(16),
             "htm": method,

@@ -71,6 +71,12 @@ class SettingsError(UsageError):
     remedy = "Correct the setting that the message names."
 
 
+class OutputError(UsageError):
+    """The output of the `lacre` command cannot be written: its disk is full, or its stdout is closed."""
+
+    remedy = "Free some space or write the output elsewhere, then run the command again: the lost output is not kept."
+
+
 class AlreadyUsedError(UsageError):
     """A one-use object (a request sealer, a response opener) was used a second time."""
 

@@ -14,8 +14,8 @@ from typing import Any, Final, Unpack
 
 import httpx2
 
+from lacre import arguments, errors, request_log, transport
 from lacre import client as sealed
-from lacre import errors, request_log, transport
 from lacre.dial import NoCookies
 from lacre.forks import StaysInProcess
 from lacre.options import AsyncOptions, Options
@@ -61,10 +61,15 @@ class Client(StaysInProcess, httpx.Client):
     ) -> None:
         self._sealed = sealed.Client(url, **options)
         request_log.once("httpx")
-        hooks = None if event_hooks is None else dict(event_hooks)
+        lasts, hooks = _timeout(timeout), arguments.hooks(event_hooks)
         super().__init__(
-            transport=Transport(self._sealed), base_url=ORIGIN, timeout=timeout, event_hooks=hooks, cookies=NoCookies()
+            transport=Transport(self._sealed), base_url=ORIGIN, timeout=lasts, event_hooks=hooks, cookies=NoCookies()
         )
+
+    def build_request(self, *args: Any, **options: Any) -> httpx.Request:
+        """As `httpx.Client.build_request`. Raises UsageError for what no request can be built of."""
+        with _of_request():
+            return super().build_request(*args, **options)
 
     def send(
         self,
@@ -75,6 +80,8 @@ class Client(StaysInProcess, httpx.Client):
         follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
     ) -> httpx.Response:
         """As `httpx.Client.send`, but a redirect is an answer like any other."""
+        arguments.sendable(request, httpx.Request, httpx.SyncByteStream, closed=self.is_closed)
+        auth = arguments.auth(auth, httpx.USE_CLIENT_DEFAULT, httpx.Auth, httpx.Request)
         return super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
     @property
@@ -101,10 +108,15 @@ class AsyncClient(StaysInProcess, httpx.AsyncClient):
     ) -> None:
         self._sealed = sealed.AsyncClient(url, **options)
         request_log.once("httpx")
-        hooks = None if event_hooks is None else dict(event_hooks)
+        lasts, hooks = _timeout(timeout), arguments.hooks(event_hooks)
         super().__init__(
-            transport=AsyncTransport(self._sealed), base_url=ORIGIN, timeout=timeout, event_hooks=hooks, cookies=NoCookies()
+            transport=AsyncTransport(self._sealed), base_url=ORIGIN, timeout=lasts, event_hooks=hooks, cookies=NoCookies()
         )
+
+    def build_request(self, *args: Any, **options: Any) -> httpx.Request:
+        """As `httpx.AsyncClient.build_request`. Raises UsageError for what no request can be built of."""
+        with _of_request():
+            return super().build_request(*args, **options)
 
     async def send(
         self,
@@ -115,6 +127,8 @@ class AsyncClient(StaysInProcess, httpx.AsyncClient):
         follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
     ) -> httpx.Response:
         """As `httpx.AsyncClient.send`, but a redirect is an answer like any other."""
+        arguments.sendable(request, httpx.Request, httpx.AsyncByteStream, closed=self.is_closed)
+        auth = arguments.auth(auth, httpx.USE_CLIENT_DEFAULT, httpx.Auth, httpx.Request)
         return await super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
     @property
@@ -128,6 +142,20 @@ class AsyncClient(StaysInProcess, httpx.AsyncClient):
             return await self._sealed.models()
 
 
+@contextmanager
+def _of_request() -> Iterator[None]:
+    with arguments.of_request():
+        try:
+            yield
+        except httpx.InvalidURL as exc:
+            raise httpx2.InvalidURL(str(exc)) from exc
+
+
+def _timeout(value: object) -> Any:
+    """`timeout=` of httpx. Raises UsageError."""
+    return value if isinstance(value, httpx.Timeout) else arguments.timeout(value)
+
+
 class Transport(httpx.BaseTransport):
     """Sends httpx's requests through a sealed client. Closes it when closed."""
 
@@ -136,7 +164,9 @@ class Transport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         with _mapped():
-            answer = self._client.send(_request(request, request.read()), stream=True)
+            with arguments.of_content():
+                content = request.read()
+            answer = self._client.send(_request(request, content), stream=True)
         return _response(answer, _Stream(answer))
 
     def close(self) -> None:
@@ -151,7 +181,9 @@ class AsyncTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         with _mapped():
-            answer = await self._client.send(_request(request, await request.aread()), stream=True)
+            with arguments.of_content():
+                content = await request.aread()
+            answer = await self._client.send(_request(request, content), stream=True)
         return _response(answer, _AsyncStream(answer))
 
     async def aclose(self) -> None:

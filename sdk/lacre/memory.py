@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol
 
-from lacre import folders, forks
-from lacre.errors import LacreError, SettingsError
+from lacre import arguments, folders, forks
+from lacre.errors import LacreError, SettingsError, UsageError
 from lacre.jws import b64u, b64u_decode
 from lacre.lineage import Seen, newest, remember
 from lacre.trust import Trusted, verify
@@ -54,6 +54,14 @@ def accept(document: bytes, root: bytes, memory: Memory, now: float) -> Trusted:
     return memory.update(decide)
 
 
+def _decided(decide: Decide, before: Sequence[Seen]) -> tuple[Trusted, tuple[Seen, ...]]:
+    arguments.function(decide, "decide")
+    decision = decide(before)
+    if not isinstance(decision, tuple) or len(decision) != 2 or not isinstance(decision[1], tuple):
+        raise UsageError("decide: it must return what is trusted now, and a tuple of what to remember")
+    return decision
+
+
 class VersionMemory:
     """In this process only. patience: seconds to wait for other threads."""
 
@@ -70,7 +78,7 @@ class VersionMemory:
         if not self._lock.acquire(timeout=self._patience):
             raise SettingsError(_TAKEN)
         try:
-            trusted, self._seen = decide(self._seen)
+            trusted, self._seen = _decided(decide, self._seen)
         finally:
             self._lock.release()
         return trusted
@@ -97,7 +105,7 @@ class VersionFile:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _locked(path.with_suffix(".lock"), self._patience):
                 before = _read(path)
-                trusted, after = decide(before)
+                trusted, after = _decided(decide, before)
                 if after != before:
                     _write(path, after)
         except OSError as exc:

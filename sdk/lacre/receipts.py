@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import jws
+from lacre import arguments, jws
 from lacre.errors import InvalidReceipt, LacreError
 from lacre.members import Members
 
@@ -46,11 +46,14 @@ class Receipt:
         }  # fmt: skip
 
     def sign(self, key: Ed25519PrivateKey) -> str:
+        arguments.instance(key, Ed25519PrivateKey, "key")
         return jws.sign(self.members(), key, TYP)
 
     @classmethod
     def verify(cls, token: str, key: bytes) -> Receipt:
         """Raises InvalidMessage or InvalidSignature. key: the pool's `receipt_key` in the manifest."""
+        arguments.instance(token, str, "token")
+        arguments.instance(key, bytes, "key")
         members = Members(jws.verify(token, key, TYP), "the receipt")
         return cls(
             enc=members.text("enc"),

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lacre import arguments
+from lacre.errors import UsageError
+
 Tokenizer = Callable[[str], int]
 
 # In a message or delta, text that the model did not write.
@@ -61,13 +64,21 @@ class Written:
 
     def recount(self, claimed: int, tokenizer: Tokenizer | None) -> Recount:
         """claimed: tokens of the answer."""
+        if tokenizer is not None:
+            arguments.function(tokenizer, "tokenizer")
         texts = ["".join(parts) for parts in self._texts.values()]
         return Recount(
             claimed=claimed,
             text_bytes=sum(len(text.encode("utf-8", "surrogatepass")) for text in texts),
             listed=self._listed,
-            counted=None if tokenizer is None else sum(map(tokenizer, texts)),
+            counted=None if tokenizer is None else sum(_counted(tokenizer(text)) for text in texts),
         )
+
+
+def _counted(tokens: object) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise UsageError(f"tokenizer: it must return a number of tokens, and returned {arguments.kind_of(tokens)}")
+    return tokens
 
 
 def _strings(part: object) -> Iterator[str]:

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 import httpx2
 
+from lacre import arguments
 from lacre.audit import AuditProof
 from lacre.choices import Choice, TokenLogprob, ToolCall
-from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError
+from lacre.errors import ApiError, InvalidMessage, InvalidReceipt, LacreError, UsageError
 from lacre.facts import Facts, documented
 from lacre.receipts import Receipt
 from lacre.recount import Recount, Tokenizer, Written
@@ -92,13 +93,17 @@ class Reply:
         """Raises what `check` raises, InvalidMessage for an answer that is no chat completion, and InvalidReceipt where its
         usage is not that of its receipt.
         """
-        facts = response.extensions[FACTS]
+        arguments.instance(response, httpx2.Response, "response")
+        facts = response.extensions.get(FACTS)
+        if not isinstance(facts, Facts):
+            raise UsageError("response: an answer of a sealed client is expected, and this is another's")
         with documented(facts):
             return cls.of(checked_json(response), facts)
 
     @classmethod
     def of(cls, body: Mapping[str, Any], facts: Facts) -> Reply:
         """body: a chat completion. Raises InvalidMessage and InvalidReceipt."""
+        arguments.instance(facts, Facts, "facts")
         if facts.receipt is None or facts.audit is None:
             raise InvalidReceipt("the answer came without a receipt or a proof that it was recorded")
         try:

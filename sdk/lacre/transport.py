@@ -17,7 +17,7 @@ from typing import Final
 
 import httpx2
 
-from lacre import backoff, errors, problems
+from lacre import arguments, backoff, errors, problems
 from lacre.concurrency import AsyncTurns, Slot, Turns
 from lacre.connection import AsyncLink, AsyncWire, Link, Wire
 from lacre.credentials import AsyncToken, Token
@@ -55,7 +55,9 @@ class SealedTransport(httpx2.BaseTransport):
         self._turns = None if at_once is None else PerProcess(lambda: Turns(at_once))
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        plain = plain_request(request, request.read())
+        with arguments.of_content():
+            content = request.read()
+        plain = plain_request(request, content)
         plain = asking(plain) if self._sealing.resume else plain
         slot = Slot() if self._turns is None else self._turns.get().take()
         try:
@@ -99,7 +101,9 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
         self._turns = None if at_once is None else PerLoop(lambda: AsyncTurns(at_once))
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        plain = plain_request(request, await request.aread())
+        with arguments.of_content():
+            content = await request.aread()
+        plain = plain_request(request, content)
         plain = asking(plain) if self._sealing.resume else plain
         slot = Slot() if self._turns is None else await self._turns.get().take()
         try:

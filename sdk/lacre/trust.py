@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
+from lacre import arguments
 from lacre.errors import Expired, InvalidMessage, InvalidSignature, MessageTooLarge, SettingsError, UntrustedRoot
 from lacre.jws import b64u, b64u_decode, read_object
 from lacre.jws import verify as verify_jws
@@ -46,6 +47,7 @@ class ConnectionString:
     @classmethod
     def parse(cls, text: str) -> ConnectionString:
         """Raises SettingsError. `lacre://` means TLS; `lacre+http://` is accepted for loopback addresses only."""
+        arguments.instance(text, str, "the connection string")
         try:
             parts = urlsplit(text.strip())
             host, port = parts.hostname, parts.port

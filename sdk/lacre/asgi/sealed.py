@@ -24,7 +24,7 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from lacre import problems, tasks
+from lacre import arguments, folders, problems, tasks
 from lacre.asgi.admission import SealedRefusal, Seen, check_date, check_path, sent_at
 from lacre.asgi.exchange import App, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
 from lacre.errors import AppFailed, LacreError, SettingsError, UnknownKeyId, UsageError
@@ -45,6 +45,7 @@ from lacre.wire.wiping import overwrite
 WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # RFC 9540 section 4
 BODY_TIMEOUT: Final = 60.0  # seconds for a sealed request to arrive: 7 MiB at 1 Mbit/s
 MAX_READING: Final = 128 * 2**20  # bytes of all sealed requests that are being read: eighteen of the largest, or thousands
+MAX_KEY_ID: Final = 255  # one byte (RFC 9458 section 3)
 _KEY_FILE_LIMIT: Final = 1024  # bytes; a key has some 60
 
 Keys = Callable[[], Sequence[PrivateKey]]
@@ -71,14 +72,24 @@ class Sealed:
         body_timeout: float = BODY_TIMEOUT,
         max_reading: int = MAX_READING,
     ) -> None:
+        arguments.function(app, "app")
+        arguments.function(clock, "clock")
+        arguments.text(path, "path")
+        if claim is not None:
+            arguments.function(claim, "claim")
         self._app = app
+        arguments.instance(body_timeout, (int, float), "body_timeout")
+        arguments.timeout(body_timeout)
         self._body_timeout = body_timeout
-        self._max_reading = max_reading
+        self._max_reading = arguments.count(max_reading, "max_reading")
         self._keys = _keys(keys)
         self._claim = claim
         self._path = path
         self._clock = clock
-        self._began = float(int(clock()))  # a `date` has whole seconds
+        try:
+            self._began = float(int(clock()))  # a `date` has whole seconds
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise UsageError("clock: it must return seconds since the epoch") from exc
         self._seen = Seen()
         self._reading = 0  # bytes of requests that are not whole
 
@@ -180,12 +191,15 @@ class Sealed:
 
 def pin(config: KeyConfig) -> str:
     """What a client pins of a key: base64url of the SHA-256 of its key configuration."""
+    arguments.instance(config, KeyConfig, "config")
     return b64u(hashlib.sha256(config.encode()).digest())
 
 
 def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
     """The private key in a file; a new one, for its owner alone, where there is none. Raises SettingsError."""
-    path = Path(path)
+    path = folders.given(path, "path")
+    if isinstance(key_id, bool) or not isinstance(key_id, int) or not 0 <= key_id <= MAX_KEY_ID:
+        raise UsageError(f"key_id: a whole number from 0 to {MAX_KEY_ID} is expected")
     try:
         if not path.exists():
             _make_key_file(path, key_id)
@@ -198,7 +212,7 @@ def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
             content = bytearray(_KEY_FILE_LIMIT)
             length = file.readinto(content) or 0
     except OSError as exc:
-        raise SettingsError(f"{path} cannot be read ({exc.strerror})") from exc
+        raise SettingsError(f"{path} cannot be used ({exc.strerror}): name another file for the key") from exc
     try:
         return PrivateKey.from_bytes(memoryview(content)[:length])
     finally:
@@ -221,8 +235,8 @@ def _make_key_file(path: Path, key_id: int) -> None:
 def _keys(keys: PrivateKey | Sequence[PrivateKey] | Keys) -> Keys:
     if callable(keys):
         return keys
-    fixed = (keys,) if isinstance(keys, PrivateKey) else tuple(keys)
-    if not fixed or len({key.config.key_id for key in fixed}) != len(fixed):
+    fixed = arguments.one_or_more(keys, PrivateKey, "keys")
+    if len({key.config.key_id for key in fixed}) != len(fixed):
         raise UsageError("keys: one PrivateKey, or several with different key ids")
     return lambda: fixed
 

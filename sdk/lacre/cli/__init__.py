@@ -60,7 +60,12 @@ def main() -> NoReturn:
     run(_command)
 
 
-def _command() -> None:
+def register() -> None:
+    """Adds the sub-commands of what else is installed."""
     for entry in entry_points(group=GROUP):
         entry.load()(app)
+
+
+def _command() -> None:
+    register()
     check_texts(typer.main.get_command(app))()

@@ -16,13 +16,7 @@ from typing import Final, NoReturn
 
 from lacre.cli import surroundings
 from lacre.cli.output import FAILED, exit_code, tell
-from lacre.errors import LacreError, SettingsError, UsageError
-
-
-class OutputError(UsageError):
-    """The command's output cannot be written."""
-
-    remedy = "Free some space or write the output elsewhere, then run the command again: the lost output is not kept."
+from lacre.errors import LacreError, OutputError, SettingsError
 
 
 def run(command: Callable[[], object]) -> NoReturn:
