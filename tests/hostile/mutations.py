@@ -136,7 +136,7 @@ MUTATIONS: Final = (
              "if candidate.manifest.version < seen.version or not _continues(candidate, seen):",
              "if candidate.manifest.version < seen.version:", "test_trust.py::test_a_statement_less"),
     Mutation("the newest manifest seen is remembered", f"{SDK}/memory.py",
-             "            trusted, self._seen = _decided(decide, self._seen)", "            trusted, _ = _decided(decide, self._seen)",
+             "trusted, self._seen = _decided(decide, self._seen)", "trusted, _ = _decided(decide, self._seen)",
              "test_trust.py::test_older"),
     # the client
     Mutation("a KEM that was not chosen is not used", f"{SDK}/sealing.py",
