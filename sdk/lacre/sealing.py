@@ -64,6 +64,7 @@ MANIFEST_PATH: Final = "/v1/manifest"
 SEALED_PATH: Final = "/v1/sealed"
 SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym for as long as it lives
 MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off than this, the manifest would not have verified
+REFRESH_PAUSE: Final = 30.0  # seconds until a refresh that failed is tried again, while the manifest that there is still holds
 REFRESH_BEFORE: Final = 0.5  # of a manifest's lifetime: fetched anew then, so that its expiry is never met in a request
 
 
@@ -140,6 +141,7 @@ class Sealing:
         self._lock = threading.Lock()
         self._trusted: Trusted | None = None
         self._fetched_at = 0.0
+        self._missed_at = float("-inf")  # when a refresh failed
         self._fetches = 0
         self._doubted = False
         self._scope = Scope(float("-inf"))
@@ -248,9 +250,21 @@ class Sealing:
         return delay(number)
 
     def _learn(self, endurance: float) -> Steps[None]:
-        """Sees to it that there is a manifest of now. It is fetched once for all calls that lack it."""
-        if self._is_stale():
-            yield Together(self._is_stale, partial(self._fetch_manifest, endurance, self._retries), endurance)
+        """Sees to it that there is a manifest of now. It is fetched once for all calls that lack it.
+
+        While the present one still holds, a newer one is asked for once, and done without for a while if it does not come.
+        """
+        if not self._is_stale():
+            return
+        holds = self._still_holds()
+        number, endurance = (0, 0.0) if holds else (self._retries, endurance)
+        try:
+            yield Together(self._is_stale, partial(self._fetch_manifest, endurance, number), endurance)
+        except (NetworkError, RefusedError):
+            if not holds:
+                raise
+            with self._lock:
+                self._missed_at = self._clock()
 
     def _refresh(self, call: Call, *, beside: bool = False) -> Steps[None]:
         """Fetches the manifest, unless that was done since the call took its own.
@@ -317,8 +331,16 @@ class Sealing:
         with self._lock:
             if self._trusted is None or self._doubted:
                 return True
+            now = self._clock()
+            if 0 <= now - self._missed_at < REFRESH_PAUSE and now < self._trusted.manifest.expires_at:
+                return False
             lifetime = self._trusted.manifest.expires_at - self._fetched_at
-            return self._clock() >= self._fetched_at + lifetime * REFRESH_BEFORE
+            return now >= self._fetched_at + lifetime * REFRESH_BEFORE
+
+    def _still_holds(self) -> bool:
+        with self._lock:
+            trusted = None if self._doubted else self._trusted
+        return trusted is not None and self._clock() < trusted.manifest.expires_at
 
     def _taken(self) -> tuple[Trusted, int]:
         """The newest manifest, and how many were fetched until now."""

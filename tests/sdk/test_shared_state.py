@@ -16,7 +16,7 @@ import pytest
 import lacre
 from lacre import asgi, direct, problems
 from lacre.forks import PerProcess
-from lacre.sealing import SALT_LIFETIME, Sealing
+from lacre.sealing import REFRESH_PAUSE, SALT_LIFETIME, Sealing
 from lacre.transport import SealedTransport
 from lacre.trust import ConnectionString
 from lacre.wire.opening import PrivateKey
@@ -220,6 +220,26 @@ class TestOneFetchForAll:
             answers = list(pool.map(lambda _: client.post("/chat/completions", json=body), range(8)))
         assert {each.status_code for each in answers} == {200}
         assert manifests(relay) == 2
+
+    def test_a_newer_one_does_not_come(self, relay: Relay) -> None:
+        """The one that there is serves until it expires, and is asked for now and then, not by every call."""
+        now = [time.time()]
+        sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), clock=lambda: now[0])
+        outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay)))
+        body = {"messages": [{"role": "user"}]}
+        with httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client:
+            client.post("/chat/completions", json=body)
+            unavailable = problems.UNAVAILABLE.body()
+            relay.respond = lambda request: served(503, unavailable) if request.url.path == MANIFEST else None
+            now[0] += relay.lifetime * 0.6
+            assert [client.post("/chat/completions", json=body).status_code for _ in range(5)] == [200] * 5
+            assert manifests(relay) == 2
+            now[0] += REFRESH_PAUSE + 1
+            assert client.post("/chat/completions", json=body).status_code == 200
+            assert manifests(relay) == 3
+            now[0] += relay.lifetime
+            with pytest.raises(lacre.Unavailable):
+                client.post("/chat/completions", json=body)
 
     async def test_a_token(self, relay: Relay) -> None:
         """A token server that fails is asked once by all who wait."""
