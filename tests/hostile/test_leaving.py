@@ -112,5 +112,5 @@ async def test_stalled_at_a_worker(ends: str) -> None:
                 async with asyncio.timeout(3):
                     await node.drain(0.0)
             await frames.aclose()
-            await until(lambda: worker.free == worker.slots)
+            await until(lambda: worker.slots.busy == 0)
     assert flood.begun == flood.ended
