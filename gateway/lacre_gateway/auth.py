@@ -20,7 +20,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import jwt
@@ -186,8 +186,8 @@ class _Verdict:
 class _Shown:
     """What came with one request. method, url: of the request."""
 
-    authorization: bytes | None
-    proof: bytes | None
+    authorization: bytes | None = field(repr=False)
+    proof: bytes | None = field(repr=False)
     method: str
     url: str
 

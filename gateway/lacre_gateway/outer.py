@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Self, TypeVar
 
@@ -83,7 +83,7 @@ class Outer:
 class Fields:
     """The header fields of one request that the gateway reads, each at most once. Every other one is left unread."""
 
-    values: dict[bytes, bytes]
+    values: dict[bytes, bytes] = field(repr=False)
     repeated: frozenset[bytes]
 
     @classmethod

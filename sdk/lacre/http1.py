@@ -14,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -68,9 +68,9 @@ class Head:
 
     method: str
     path: bytes
-    query: bytes
+    query: bytes = field(repr=False)
     version: str
-    fields: list[tuple[bytes, bytes]]
+    fields: list[tuple[bytes, bytes]] = field(repr=False)
     length: int | None
     keep_alive: bool
     expects: bool
@@ -80,7 +80,7 @@ class Head:
 class Body:
     """A piece of the body, as it came."""
 
-    content: bytes
+    content: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

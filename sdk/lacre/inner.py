@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeGuard
 
 from lacre.errors import MessageTooLarge, UsageError
@@ -61,8 +61,8 @@ class Plain:
 
     method: str
     path: str
-    headers: Sequence[tuple[str, str]]
-    content: bytes
+    headers: Sequence[tuple[str, str]] = field(repr=False)
+    content: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from lacre.errors import InvalidMessage
@@ -36,7 +36,7 @@ class Mark:
     prompt: int
     cached: int
     count: int
-    tokens: Sequence[int]
+    tokens: Sequence[int] = field(repr=False)
 
     def __str__(self) -> str:
         return f"{self.prompt}.{self.cached}.{self.count}:{','.join(map(str, self.tokens))}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from lacre_backend.api.errors import RequestRefused
@@ -114,7 +114,7 @@ def _code(character: str) -> str:
 class Speech:
     """Text that is no call."""
 
-    text: str
+    text: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Called:
 
     index: int
     id: str
-    name: str
+    name: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class Argued:
     """More of a call's arguments, as JSON text."""
 
     index: int
-    text: str
+    text: str = field(repr=False)
 
 
 Part = Speech | Called | Argued

@@ -127,16 +127,16 @@ class Task:
     """
 
     id: str
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] = field(repr=False)
     max_tokens: int
     kind: Kind = Kind.GENERATE
     sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = field(default=(), repr=False)
     logprobs: int | None = None
-    cache_scope: bytes | None = None
+    cache_scope: bytes | None = field(default=None, repr=False)
     fair: Fair = NOBODY
     time_limit: float | None = None
-    begun: tuple[int, ...] = ()
+    begun: tuple[int, ...] = field(default=(), repr=False)
     group: str | None = None
 
     @property
@@ -149,8 +149,8 @@ class Task:
 class Alternative:
     """A token that could have come. raw: its own bytes, which need not be whole UTF-8. logprob: natural, before sampling."""
 
-    id: int
-    raw: bytes
+    id: int = field(repr=False)
+    raw: bytes = field(repr=False)
     logprob: float
 
 
@@ -162,9 +162,9 @@ class Token:
     raw: the token's own bytes. logprob, top: set when the task asked. cached_tokens: prompt tokens taken from the cache.
     """
 
-    id: int
-    text: str
-    raw: bytes
+    id: int = field(repr=False)
+    text: str = field(repr=False)
+    raw: bytes = field(repr=False)
     logprob: float | None = None
     top: tuple[Alternative, ...] = ()
     cached_tokens: int = 0
@@ -187,7 +187,7 @@ class Finish:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    text: str = ""
+    text: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lacre.asgi import Call
@@ -48,7 +48,7 @@ _LIMITS: Final = ("max_completion_tokens", "max_tokens")
 class Body:
     """content: what goes on. stream: whether events are asked for. tell_usage: whether the client asked for it in them."""
 
-    content: bytes
+    content: bytes = field(repr=False)
     stream: bool = False
     tell_usage: bool = False
 

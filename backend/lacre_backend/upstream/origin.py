@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import httpx2
@@ -45,9 +45,9 @@ class Request:
     """target: the path with its query."""
 
     method: str
-    target: str
-    headers: Headers
-    content: bytes
+    target: str = field(repr=False)
+    headers: Headers = field(repr=False)
+    content: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,69 @@
+"""What a `repr` says ends up in logs and reports: no prompt, no answer, no token of access is in one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lacre import chat_request, choices, credentials, http1, inner, marks, reply, steps, streams
+from lacre.wire import bhttp
+from lacre_backend.api import calls
+from lacre_backend.engine import protocol
+from lacre_backend.upstream import bodies, origin
+from lacre_gateway import auth, outer
+
+# What holds a part of a prompt, an answer or a credential, by the members that do.
+HOLDERS: list[tuple[type, set[str]]] = [
+    (inner.Plain, {"headers", "content"}),
+    (steps.Send, {"body"}),
+    (chat_request.ChatRequest, {"content", "options"}),
+    (credentials.ClientCredentials, {"client_secret"}),
+    (credentials.Issued, {"token"}),
+    (bhttp.Request, {"headers", "content"}),
+    (bhttp.Head, {"headers"}),
+    (bhttp.Data, {"content"}),
+    (http1.Head, {"query", "fields"}),
+    (http1.Body, {"content"}),
+    (marks.Mark, {"tokens"}),
+    (reply.Reply, {"raw"}),
+    (choices.Choice, {"text", "tool_calls", "refusal", "reasoning", "logprobs", "message"}),
+    (choices.ToolCall, {"name", "arguments"}),
+    (choices.TokenLogprob, {"token", "raw", "top"}),
+    (choices.TextDelta, {"text", "logprobs"}),
+    (choices.ReasoningDelta, {"text"}),
+    (choices.RefusalDelta, {"text"}),
+    (choices.ToolCallDelta, {"name", "arguments"}),
+    (protocol.Task, {"prompt", "begun", "stop", "cache_scope"}),
+    (protocol.Token, {"id", "text", "raw"}),
+    (protocol.Alternative, {"id", "raw"}),
+    (protocol.Finish, {"text"}),
+    (calls.Speech, {"text"}),
+    (calls.Called, {"name"}),
+    (calls.Argued, {"text"}),
+    (bodies.Body, {"content"}),
+    (origin.Request, {"target", "headers", "content"}),
+    (auth._Shown, {"authorization", "proof"}),
+    (outer.Fields, {"values"}),
+]
+
+
+@pytest.mark.parametrize(("holder", "hidden"), HOLDERS, ids=[f"{each.__module__}.{each.__name__}" for each, _ in HOLDERS])
+def test_what_is_hidden(holder: type, hidden: set[str]) -> None:
+    shown = {field.name for field in dataclasses.fields(holder) if field.repr}
+    assert not hidden & shown
+    assert hidden <= {field.name for field in dataclasses.fields(holder)}
+    assert "__repr__" not in vars(holder) or holder.__dataclass_params__.repr  # type: ignore[attr-defined]
+
+
+def test_every_event_of_a_stream_is_looked_at() -> None:
+    known = {holder for holder, _ in HOLDERS}
+    events = set(streams.StreamEvent.__args__)
+    assert events - known == {choices.Finished}
+
+
+def test_a_request_and_an_answer() -> None:
+    plain = inner.Plain("POST", "/v1/chat/completions", [("authorization", "canary")], b"canary")
+    shown = [plain, marks.Mark(1, 0, 1, [77123]), bhttp.Data(b"canary"), http1.Body(b"canary")]
+    assert "canary" not in repr(shown)
+    assert "77123" not in repr(shown)
