@@ -99,6 +99,9 @@ async def _refused(request: Request, error: Exception) -> Response:
     return problem_response(refusal)
 
 
-async def _failed(_request: Request, _error: Exception) -> Response:
-    """A fault of the gateway. The server logs where it was; the caller learns that it was."""
-    return problem_response(Refusal(problems.INTERNAL))
+async def _failed(request: Request, _error: Exception) -> Response:
+    """A fault of the gateway. The server logs where it was; the caller learns that it was, and by which id to ask for it."""
+    response = problem_response(Refusal(problems.INTERNAL))
+    if (request_id := request.scope.get("state", {}).get("request_id")) is not None:
+        response.headers["lacre-request-id"] = request_id  # it is answered past the layer that says so elsewhere
+    return response

@@ -26,6 +26,7 @@ from typing import Any, Final, Protocol
 import jwt
 
 from lacre import dpop, problems
+from lacre.details import Detail
 from lacre.errors import InvalidMessage, LacreError
 from lacre.jws import b64u, read_object
 from lacre.problems import Problem
@@ -232,8 +233,11 @@ class Authenticator:
 
         For a token that was seen before it does not wait for anything.
         """  # fmt: skip
-        if authorization is not None and len(authorization) > MAX_TOKEN:
-            authorization = b""  # not worth hashing, and a bad one like any other
+        if authorization is not None and len(authorization) > MAX_TOKEN:  # not worth hashing, whoever signed it
+            self._throttle.check(address)
+            self._throttle.failed(address)
+            size: dict[str, Detail] = {"limit": "token", "unit": "bytes", "ceiling": MAX_TOKEN, "asked": len(authorization)}
+            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(b"bearer"), details=size, noted="too long")
         digest = hashlib.sha256(authorization or b"").digest()
         verdict = self._verdicts.get(digest)
         if verdict is None or verdict.epoch != verdict.keys.epoch or self._clock() >= verdict.until:

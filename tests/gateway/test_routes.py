@@ -85,6 +85,15 @@ async def test_not_ready_says_what_is_missing(world: World, client: httpx2.Async
     assert await missing() == {"manifest"}
 
 
+async def test_a_fault_of_the_gateway_has_its_request_s_id(world: World) -> None:
+    world.gateway.feed = None  # type: ignore[assignment]
+    transport = httpx2.ASGITransport(world.app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
+        response = await client.get("/v1/manifest")
+    assert (response.status_code, response.content) == (500, problems.INTERNAL.body())
+    assert response.headers["lacre-request-id"] == world.logged()[-1]["request_id"]
+
+
 async def test_health_needs_nothing(world: World, client: httpx2.AsyncClient) -> None:
     world.gateway.fabric = None
     response = await client.get("/healthz")
