@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from lacre.errors import SettingsError
-from lacre_gateway.settings import Settings, load, parse
+from lacre_gateway.settings import Issuer, Settings, load, parse
 
 TEXT = """
 gateway = "g1"
@@ -142,6 +142,26 @@ def test_names_of_claims() -> None:
     for wrong in ('groups = ""', "groups = []", "groups = 3", 'groups = "a..b"', 'groups = ["a", 3]'):
         with pytest.raises(SettingsError, match=r"issuers.0.claims.groups: write the claim's name"):
             parse(TEXT.replace("[limits]", f"[issuers.claims]\n{wrong}\n[limits]"), PLACE)
+
+
+def test_a_url_is_one_claim_s_name() -> None:
+    claims = 'groups = "https://my.app.example.com/roles"'
+    found = parse(TEXT.replace("[limits]", f"[issuers.claims]\n{claims}\n[limits]"), PLACE).issuers[0].claims
+    assert found.groups == ("https://my.app.example.com/roles",)
+
+
+def test_a_token_without_a_tenant_needs_the_settings_word() -> None:
+    def issuer(more: str) -> Issuer:
+        return parse(TEXT.replace('jwks = "jwks.json"', f'jwks = "jwks.json"\n{more}'), PLACE).issuers[0]
+
+    assert (issuer("").default_tenant, issuer("").claims_elsewhere) == (None, "refuse")
+    assert issuer('default_tenant = "default"').default_tenant == "default"
+    assert issuer('claims_elsewhere = "ignore"').claims_elsewhere == "ignore"
+    with pytest.raises(SettingsError, match="remove `default_tenant`"):
+        issuer('tenant = "acme"\ndefault_tenant = "acme"')
+    for wrong in ('default_tenant = ""', 'default_tenant = "a/b"', 'claims_elsewhere = "ask"'):
+        with pytest.raises(SettingsError, match=r"issuers.0.(default_tenant|claims_elsewhere)"):
+            issuer(wrong)
 
 
 def test_no_issuer() -> None:

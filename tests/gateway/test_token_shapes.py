@@ -18,6 +18,8 @@ from lacre_fabric.logs import make_log
 from lacre_fabric.memory import MemoryFabric
 from lacre_gateway import settings
 from lacre_gateway.auth import Authenticator, Principal
+from lacre_gateway.doctor.findings import Findings
+from lacre_gateway.doctor.trust import _issuer
 from lacre_gateway.issuers import trusted
 from lacre_gateway.refusal import Refusal
 from lacre_gateway.revocation import RevocationList
@@ -73,6 +75,32 @@ def test_each_is_read_or_refused_as_its_row_says(row: Row, issuer: Issuer) -> No
 
 def test_the_table_has_each_row_once() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS) >= 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "speak for the tenant acme"),
+        ({"tenant": None}, "name their tenant in tenant, and those that do not are refused"),
+        (
+            {"tenant": None, "default_tenant": "all", "claims": {"tenant": "org.id"}},
+            "in org.id, and those that do not speak for all",
+        ),
+    ],
+)
+async def test_the_doctor_says_whom_an_issuer_s_tokens_speak_for(changes: dict[str, Any], said: str, issuer: Issuer) -> None:
+    findings = Findings()
+    table = {
+        "issuer": ISSUER,
+        "audience": "lacre",
+        "algorithms": ("EdDSA",),
+        "jwks": issuer.jwks(),
+        "tenant": "acme",
+        **changes,
+    }
+    await _issuer(settings.Issuer.model_validate(table), "issuers.0", findings)
+    [finding] = findings.found
+    assert finding.detail.endswith(said)
 
 
 NAMES = [row for row in ROWS if row.name.startswith("name: ")]

@@ -61,7 +61,7 @@ async def _issuer(issuer: Issuer, place: str, findings: Findings) -> None:
         return
     keys = found.keys
     if not isinstance(keys, RemoteKeys):
-        findings.ok(place, f"{issuer.issuer}: its keys are in the settings")
+        findings.ok(place, f"{issuer.issuer}: its keys are in the settings; {_tenancy(issuer)}")
         return
     keys.start()
     try:
@@ -71,10 +71,18 @@ async def _issuer(issuer: Issuer, place: str, findings: Findings) -> None:
     finally:
         await keys.close()
     if keys.usable:
-        findings.ok(place, f"{issuer.issuer}: its keys were fetched")
+        findings.ok(place, f"{issuer.issuer}: its keys were fetched; {_tenancy(issuer)}")
     else:
         remedy = "see that this machine reaches the issuer by https, that its certificate is valid, and that it publishes keys"
         findings.failed(place, f"{issuer.issuer}: {_reason(log.getvalue())}", remedy)
+
+
+def _tenancy(issuer: Issuer) -> str:
+    """Whom its tokens speak for. A token of a real issuer may well have no such claim, and is refused then."""
+    if issuer.tenant is not None:
+        return f"its tokens speak for the tenant {issuer.tenant}"
+    otherwise = "are refused" if issuer.default_tenant is None else f"speak for {issuer.default_tenant}"
+    return f"its tokens name their tenant in {'.'.join(issuer.claims.tenant)}, and those that do not {otherwise}"
 
 
 def _reason(log: str) -> str:
