@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lacre
 from lacre import problems
@@ -320,3 +322,47 @@ def test_no_repr_says_what_was_answered() -> None:
         stream = client.chat_stream(SECRET)
         shown += [stream, *stream.events(), stream.facts, client, client.verification]
     assert SECRET not in " ".join(map(repr, shown))
+
+
+def members_of(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(NAMES, inner, max_size=3)
+
+
+NAMES = st.sampled_from(
+    ["content", "refusal", "reasoning", "reasoning_content", "tool_calls", "function", "custom", "arguments", "input", "name",
+     "id", "type", "index", "role", "audio", "x", "logprobs", "bytes", "token", "logprob", "top_logprobs"]
+)  # fmt: skip
+LEAVES = st.none() | st.booleans() | st.integers(-2, 3) | st.integers() | st.floats() | st.text(max_size=3)
+WORDS = LEAVES | st.sampled_from(["function", "custom"])
+VALUES = st.recursive(WORDS, lambda inner: st.lists(inner, max_size=2) | members_of(inner))
+CALL = st.fixed_dictionaries({}, optional={"index": LEAVES, "id": LEAVES, "type": LEAVES, "function": VALUES, "custom": VALUES})
+SAID = {
+    "content": st.text(max_size=3) | VALUES,
+    "tool_calls": st.lists(CALL | VALUES, max_size=2),
+    "x": VALUES,
+    "refusal": VALUES,
+}
+DELTA = st.fixed_dictionaries({}, optional=SAID)
+LOGPROBS = st.fixed_dictionaries({"content": VALUES}) | VALUES
+ABOUT = {"index": st.integers(0, 2) | LEAVES, "finish_reason": LEAVES, "logprobs": LOGPROBS}
+CHOICE = st.fixed_dictionaries({"delta": DELTA | VALUES}, optional=ABOUT)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(CHOICE, max_size=2) | VALUES, max_size=4))
+def test_whatever_a_worker_streams_is_kept_or_refused(chunks: list[Any]) -> None:
+    """And what was kept can be read at any time."""
+    reader, said, refused = Deltas(), dict[int, str](), False
+    for choices in chunks:
+        try:
+            events = reader.feed(json.dumps({"choices": choices}))
+        except lacre.InvalidMessage:
+            refused = True
+            break
+        for event in events:
+            if isinstance(event, TextDelta):
+                said[event.choice] = said.get(event.choice, "") + event.text
+    kept = {choice.index: choice.text for choice in reader.choices}
+    assert refused or {index: text for index, text in kept.items() if text} == {i: text for i, text in said.items() if text}
+    assert repr(reader.choices)
+    json.dumps([choice.message for choice in reader.choices])
