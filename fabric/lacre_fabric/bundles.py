@@ -18,18 +18,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from lacre.errors import SettingsError
 from lacre.jws import b64u
+from lacre.manifest import KEY_BYTES
+from lacre.trust import ConnectionString
 from lacre.wire.wiping import overwrite
-from lacre_fabric import model_names, nats_conf, settings_files, subjects, tokens
+from lacre_fabric import model_names, nats_conf, served_models, settings_files, subjects, tokens
 from lacre_fabric.keyfiles import read_secret, write_secret
 from lacre_fabric.served_models import DEFAULT_MODEL
 from lacre_fabric.server import configuration
+from lacre_fabric.settings import NatsServers, validated
 from lacre_fabric.site import Site, gateway_of, worker_of
 
 NATS_PORT: Final = 4222
@@ -55,6 +59,7 @@ class Bundles:
 
     def write(self) -> None:
         """Makes what is missing, keys too, and brings every bundle up to date. Raises SettingsError."""
+        check_addresses(self.nats_url, self.public_url)
         replace(self, site=_with_what_is_there(self.site))._write()
 
     def _write(self) -> None:
@@ -107,10 +112,20 @@ class Bundles:
             node = {"node": "n1", "drain": DRAIN}  # each worker says its own name on the command line
             settings_files.update(document, {**node, **files})
         if "upstream" not in document:
-            there = {one.get("name") for one in settings_files.tables(folder / "worker.toml", document, "models")}
-            wanted = [{"name": n} if n in there else {"name": n, "path": f"/models/{n}.gguf"} for n in self.site.pools[pool]]
-            settings_files.set_tables(document, "models", wanted, lambda one, other: one.get("name") == other["name"])
+            self._keep_models(folder / "worker.toml", document, self.site.pools[pool])
         settings_files.save(folder / "worker.toml", document)
+
+    def _keep_models(self, path: Path, document: MutableMapping[str, Any], names: Sequence[str]) -> None:
+        """The pool's models are served. What a person wrote of others, or of those that went, waits beside the settings."""
+        there = {one.get("name") for one in settings_files.tables(path, document, "models")}
+        known = there | served_models.waiting_names(path)
+        served_models.keep(
+            path,
+            document,
+            [{"name": name} if name in known else _table(name) for name in names],
+            same=lambda one, other: one.get("name") == other.get("name"),
+            derived=lambda one: dict(one) == _table(str(one.get("name"))),
+        )
 
     def _nats(self, region: str) -> dict[str, str]:
         own = {} if region == subjects.DEFAULT_REGION else {"region": region}
@@ -120,6 +135,10 @@ class Bundles:
         content = read_secret(self.site.folder / name)
         write_secret(to, content)
         overwrite(content)
+
+
+def _table(name: str) -> dict[str, str]:
+    return {"name": name, "path": f"/models/{name}.gguf"}
 
 
 def _persons_own(path: Path, ours: Mapping[str, object]) -> bytes | None:
@@ -140,6 +159,19 @@ def _persons_own(path: Path, ours: Mapping[str, object]) -> bytes | None:
         raise SettingsError(
             f"{path} has been edited: take out the accounts and what else Lacre wrote, and put `include ./lacre.conf` there"
         ) from None
+
+
+def check_addresses(nats_url: str, public_url: str) -> None:
+    """What others will be given, before anything is made of it. Raises SettingsError."""
+    validated(NatsServers, {"url": nats_url}, Path("--nats"))
+    if urlsplit(public_url).scheme not in ("http", "https"):
+        raise SettingsError(f"--public-url {public_url}: write an address such as https://gateway.example.com")
+    try:
+        ConnectionString.parse(str(ConnectionString(public_url.rstrip("/"), bytes(KEY_BYTES))))
+    except SettingsError as exc:
+        raise SettingsError(
+            f"--public-url {public_url}: no client would take it ({exc}); write an address such as https://gateway.example.com"
+        ) from exc
 
 
 def _with_what_is_there(site: Site) -> Site:

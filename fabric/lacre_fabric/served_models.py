@@ -2,15 +2,15 @@
 
 Rules
 - Without a choice, what the file says is served; a new file gets the default model.
-- What the file says of a model, by hand or by `lacre worker tune`, stays with it. While that model is not served, it waits in
-  `set-aside.toml` beside the file.
+- What the file says of a model, by hand or by `lacre worker tune`, stays with it: its id and its place, too. While that model
+  is not served, it waits in `set-aside.toml` beside the file.
 - Two files never share one id: a caller of it would get either.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -49,25 +49,45 @@ def chosen(path: Path, models: Sequence[Path]) -> Served:
             raise SettingsError(f"{path} has a table [upstream]: leave --model out, or remove that table")
         return Served(_upstream(path, document), ())
     there = [_named(one) for one in settings_files.tables(path, document, "models")]
-    wanted = [_as_there(path, there, table(model)) for model in models] or there or [table(Path(DEFAULT_MODEL))]
+    aside = path.with_name(_ASIDE)
+    known = there + [_named(one) for one in settings_files.tables(aside, settings_files.read(aside) or {}, "models")]
+    wanted = [_as_there(path, known, table(model)) for model in models] or there or [table(Path(DEFAULT_MODEL))]
     unique = list({(one["name"], one.get("path")): one for one in wanted}.values())
     _check_names(unique)
     return Served(tuple(one["name"] for one in unique), tuple(unique))
 
 
-def keep(path: Path, document: MutableMapping[str, Any], wanted: Sequence[Mapping[str, object]]) -> None:
-    """Puts the tables into the document of the settings file at `path`, each with what was known of it."""
+def keep(
+    path: Path,
+    document: MutableMapping[str, Any],
+    wanted: Sequence[Mapping[str, object]],
+    *,
+    same: Callable[[Mapping[str, object], Mapping[str, object]], bool] | None = None,
+    derived: Callable[[Mapping[str, object]], bool] | None = None,
+) -> None:
+    """Puts the tables into the document of the settings file at `path`, each with what was known of it.
+
+    same: whether two tables are of one model. derived: whether a table says nothing that a program would not write itself; any
+    other waits while its model is not served.
+    """
+    same, derived = same or _same, derived or _is_derived
     settings_files.tables(path, document, "models")  # raises
     aside_path = path.with_name(_ASIDE)
     aside, _new = settings_files.opened(aside_path)
     waiting = settings_files.tables(aside_path, aside, "models")
-    known = [{**next((one for one in waiting if _same(one, table)), {}), **table} for table in wanted]
-    going = settings_files.set_tables(document, "models", known, _same)
-    left = [one for one in waiting if not any(_same(one, table) for table in wanted)]
-    left += [one for one in going if set(one) - {"name", "path"} and not any(_same(one, other) for other in left)]
+    known = [{**next((one for one in waiting if same(one, table)), {}), **table} for table in wanted]
+    going = settings_files.set_tables(document, "models", known, same)
+    left = [one for one in waiting if not any(same(one, table) for table in wanted)]
+    left += [one for one in going if not derived(one) and not any(same(one, other) for other in left)]
     if left != waiting:
-        settings_files.set_tables(aside, "models", left, _same)
+        settings_files.set_tables(aside, "models", left, same)
         settings_files.save(aside_path, aside)
+
+
+def waiting_names(path: Path) -> set[str]:
+    """The ids that wait beside the settings file at `path`. Raises SettingsError for a damaged file."""
+    aside = path.with_name(_ASIDE)
+    return {str(one.get("name")) for one in settings_files.tables(aside, settings_files.read(aside) or {}, "models")}
 
 
 def _named(table: Mapping[str, Any]) -> dict[str, str]:
@@ -80,6 +100,11 @@ def _named(table: Mapping[str, Any]) -> dict[str, str]:
 
 def _same(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
     return _named(one) == _named(other)
+
+
+def _is_derived(one: Mapping[str, object]) -> bool:
+    """Whether `table` says the same of this model."""
+    return dict(one) == table(Path(str(one.get("path", DEFAULT_MODEL))))
 
 
 def _as_there(settings: Path, there: Sequence[dict[str, str]], wanted: dict[str, str]) -> dict[str, str]:

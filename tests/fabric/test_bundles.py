@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,46 @@ class TestAgain:
         before = of_gateway.read_text(), of_worker.read_text()
         bundles(state, "--model=small")
         assert (of_gateway.read_text(), of_worker.read_text()) == before
+
+    def test_a_model_that_a_person_wrote_is_not_lost(self, state: Path) -> None:
+        """The site does not know it, so no manifest names it, and no caller could reach it."""
+        path = state / "bundles" / "worker-default" / "worker.toml"
+        path.write_text(path.read_text() + '\n[[models]]\nname = "own"\npath = "/models/own-q4.gguf"\n')
+        bundles(state)
+        assert [model.name for model in worker.load(path).models] == ["small"]
+        bundles(state, "--model=own")
+        assert [str(model.path) for model in worker.load(path).models] == ["/models/small.gguf", "/models/own-q4.gguf"]
+
+    def test_a_model_that_was_taken_out_and_comes_back(self, state: Path) -> None:
+        bundles(state, "--model=other")
+        path = state / "bundles" / "worker-default" / "worker.toml"
+        path.write_text(path.read_text().replace('name = "small"', 'name = "small"\nslots = 3'))
+        (state / "site.json").write_text(json.dumps({**site_of(state), "pools": {"default": ["new"]}}))
+        bundles(state)
+        aside = tomllib.loads(path.with_name("set-aside.toml").read_text())["models"]
+        assert [model["name"] for model in aside] == ["small"], "nobody wrote anything of the other"
+        bundles(state, "--model=small")
+        assert [(model.name, model.slots) for model in worker.load(path).models][1] == ("small", 3)
+
+    @pytest.mark.parametrize(
+        ("nats", "public_url", "said"),
+        [
+            ("nats", "https://g", "--nats: url: write an address such as nats://"),
+            ("http://n:4222", "https://g", "--nats"),
+            ("nats://n:99999", "https://g", "--nats"),
+            ("nats://u:p@n:4222", "https://g", "take user and password out"),
+            ("nats://n:4222", "g", "--public-url g: write an address such as https://"),
+            ("nats://n:4222", "ftp://g", "--public-url"),
+            ("nats://n:4222", "https://", "--public-url"),
+            ("nats://n:4222", "https://g/v1", "no client would take it"),
+            ("nats://n:4222", "https://g:port", "no client would take it"),
+            ("nats://n:4222", "http://gateway:8321", "no client would take it .*https://"),
+        ],
+    )
+    def test_an_address_that_nobody_could_use(self, tmp_path: Path, nats: str, public_url: str, said: str) -> None:
+        with pytest.raises(SettingsError, match=said):
+            Bundles(Site(tmp_path / "state", {"default": ()}), nats, public_url).write()
+        assert not (tmp_path / "state").exists(), "nothing is made before that"
 
     def test_a_certificate_of_the_message_servers_stays(self, state: Path) -> None:
         """Without it they would speak plain from then on."""

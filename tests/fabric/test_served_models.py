@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_a_persons_own_id_stays(site: Site) -> None:
     path.write_text(path.read_text().replace('name = "a"', 'name = "house"'))
     assert serve(site, "/m/A.gguf") == ("house",)
     assert serve(site) == ("house",)
+
+
+def test_a_persons_own_id_waits_while_its_model_is_not_served(site: Site, tmp_path: Path) -> None:
+    """It says no more than an id and a place, and is known by neither of the names that would be derived."""
+    serve(site, "/m/A.gguf", "/m/B.gguf")
+    path = site.worker_settings("default")
+    own = os.path.relpath("/m/A.gguf", path.parent)
+    path.write_text(path.read_text().replace('name = "a"\npath = "/m/A.gguf"', f'name = "house"\npath = "{own}"'))
+    assert serve(site, "/m/B.gguf") == ("b",)
+    assert serve(site, "/m/A.gguf") == ("house",)
+    assert tables(site) == [{"name": "house", "path": own}]
+    assert not tomllib.loads(path.with_name("set-aside.toml").read_text()).get("models"), "what says nothing does not wait"
 
 
 def test_an_id_that_no_worker_takes_is_derived_anew(site: Site) -> None:
