@@ -13,7 +13,7 @@ from __future__ import annotations
 import email.utils
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import httpx2
@@ -84,6 +84,24 @@ class Client(StaysInProcess, httpx2.Client):
         request_log.once("httpx2")
         super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=hooks, cookies=NoCookies())
 
+    def build_request(self, *args: Any, **options: Any) -> httpx2.Request:
+        """As `httpx2.Client.build_request`. Raises UsageError for what no request can be built of."""
+        with arguments.of_request():
+            return super().build_request(*args, **options)
+
+    def send(
+        self,
+        request: httpx2.Request,
+        *,
+        stream: bool = False,
+        auth: Any = httpx2.USE_CLIENT_DEFAULT,
+        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
+    ) -> httpx2.Response:
+        """As `httpx2.Client.send`, but a redirect is an answer like any other: it is never followed."""
+        arguments.sendable(request, httpx2.Request, httpx2.SyncByteStream, closed=self.is_closed)
+        auth = arguments.auth(auth, httpx2.USE_CLIENT_DEFAULT, httpx2.Auth, httpx2.Request)
+        return super().send(request, stream=stream, auth=auth, follow_redirects=False)
+
 
 class AsyncClient(StaysInProcess, httpx2.AsyncClient):
     """The async twin of `Client`."""
@@ -111,6 +129,24 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         sealed = AsyncSealedTransport(sealing, async_outer(dial), "")
         request_log.once("httpx2")
         super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=hooks, cookies=NoCookies())
+
+    def build_request(self, *args: Any, **options: Any) -> httpx2.Request:
+        """As `httpx2.AsyncClient.build_request`. Raises UsageError for what no request can be built of."""
+        with arguments.of_request():
+            return super().build_request(*args, **options)
+
+    async def send(
+        self,
+        request: httpx2.Request,
+        *,
+        stream: bool = False,
+        auth: Any = httpx2.USE_CLIENT_DEFAULT,
+        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
+    ) -> httpx2.Response:
+        """As `httpx2.AsyncClient.send`, but a redirect is an answer like any other: it is never followed."""
+        arguments.sendable(request, httpx2.Request, httpx2.AsyncByteStream, closed=self.is_closed)
+        auth = arguments.auth(auth, httpx2.USE_CLIENT_DEFAULT, httpx2.Auth, httpx2.Request)
+        return await super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
 
 class DirectSealing(Sealing):

@@ -143,14 +143,14 @@ def test_every_command_is_walked() -> None:
 
 
 def test_some_commands_in_odd_surroundings(gateway: Gateway, tmp_path: Path) -> None:
-    search(gateway, tmp_path, 12, st.sampled_from(sorted(COMMANDS)))
+    search(gateway, tmp_path, 8, st.sampled_from(sorted(COMMANDS)))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", sorted(COMMANDS), ids=" ".join)
 def test_each_command_in_odd_surroundings(gateway: Gateway, tmp_path: Path, path: tuple[str, ...]) -> None:
-    search(gateway, tmp_path, 8, st.just(path))
+    search(gateway, tmp_path, 3, st.just(path))
 
 
 def answered(gateway: Gateway, home: Path, variables: dict[str, str], redirected: str) -> None:
@@ -172,7 +172,7 @@ def test_no_answer_is_lost(gateway: Gateway, tmp_path: Path, number: int) -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_answer_is_lost_anywhere(gateway: Gateway, tmp_path: Path) -> None:
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(surroundings, st.sampled_from(REDIRECTED))
     def run_one(variables: dict[str, str], redirected: str) -> None:
         answered(gateway, tmp_path, variables, redirected)

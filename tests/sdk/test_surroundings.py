@@ -43,7 +43,7 @@ def run(
 
 
 class TestSizes:
-    @pytest.mark.parametrize("columns", ["0", "-1", "garbage", "²", "1", "9" * 30])
+    @pytest.mark.parametrize("columns", ["0", "²", "9" * 30])
     def test_the_answer_is_whole(self, gateway: Gateway, tmp_path: Path, columns: str) -> None:
         done = run(gateway, tmp_path, *ASK, COLUMNS=columns, LINES=columns, TERMINAL_WIDTH=columns)
         assert (done.returncode, done.stdout.decode()) == (0, ANSWER)
@@ -58,13 +58,13 @@ class TestSizes:
         assert lines[1].split()[0] == "pool"
         assert lines[2].startswith("default  tiny ")
 
-    @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])
+    @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
     def test_a_pipe_is_no_terminal(self, gateway: Gateway, tmp_path: Path, variable: str) -> None:
         text = "# no\x1b[31m heading\r"
         done = run(gateway, tmp_path, "chat", "--", text, TERM="xterm-256color", **{variable: "1"})
         assert done.stdout.decode() == text + "\n"
 
-    @pytest.mark.parametrize("variables", [{"COLUMNS": "0"}, {"TERM": "dumb"}, {"TERM": ""}, {"NO_COLOR": "1"}])
+    @pytest.mark.parametrize("variables", [{"COLUMNS": "0"}, {"TERM": "dumb"}])
     def test_a_terminal_shows_it_all(self, gateway: Gateway, tmp_path: Path, variables: dict[str, str]) -> None:
         text = "A <b>bold</b> word.\n\n<div>a block</div>\n\n[hidden]: http://example.com/\n\nThe end."
         shown = at_terminal([*LACRE, "chat", "--", text], settings(gateway, tmp_path) | {"TERM": "xterm"} | variables)
@@ -83,15 +83,14 @@ class TestStreams:
         assert done.returncode == 1
         assert b"stdin holds over" in done.stderr
 
-    @pytest.mark.parametrize("redirected", [">&-", ">/dev/full", ">&- <&- 2>/dev/null"])
-    @pytest.mark.parametrize("arguments", [ASK, ["--version"], ["--help"], ["status", "--json"], ["manifest", "show"]])
+    @pytest.mark.parametrize("redirected", [">&-", ">/dev/full"])
+    @pytest.mark.parametrize("arguments", [ASK, ["--version"], ["--help"], ["status", "--json"]])
     def test_an_answer_that_cannot_be_written(
         self, gateway: Gateway, tmp_path: Path, redirected: str, arguments: list[str]
     ) -> None:
         done = run(gateway, tmp_path, *arguments, redirected=redirected)
         assert done.returncode == 1
-        if "2>" not in redirected:
-            assert b"the output cannot be written" in done.stderr and b"what helps" in done.stderr
+        assert b"the output cannot be written" in done.stderr and b"what helps" in done.stderr
 
     def test_a_reader_that_leaves(self, gateway: Gateway, tmp_path: Path) -> None:
         script = '"$@" | head -c 3 > /dev/null; test "${PIPESTATUS[0]}" = 1'
@@ -162,6 +161,23 @@ class TestUsers:
             done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=60)
             assert (done.returncode, "Traceback" in done.stderr) == (1, False)
             assert "no home folder to keep state in: set XDG_STATE_HOME" in " ".join(done.stderr.split())
+
+    @pytest.mark.parametrize(("blocks", "file"), [(0, "root.pem"), (1, "generations.json")])
+    def test_a_disk_that_is_full(self, gateway: Gateway, tmp_path: Path, blocks: int, file: str) -> None:
+        command = [
+            "sh",
+            "-c",
+            f'ulimit -f {blocks}; exec "$@"',
+            "sh",
+            *LACRE,
+            "keys",
+            "init",
+            "--state",
+            str(tmp_path / "state"),
+        ]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+        assert f"{file} cannot be used (File too large)" in done.stderr and "ulimit -f" in done.stderr
 
     def test_a_state_folder_that_is_a_file(self, gateway: Gateway, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

@@ -79,7 +79,12 @@ def say(text: str) -> None:
 def say_json(value: Any, *, indent: int | None = None) -> None:
     """Writes JSON. Where stdout is not UTF-8, everything beyond ASCII is escaped."""
     ours = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    say(json.dumps(value, indent=indent, ensure_ascii=not ours))
+    say(json.dumps(value, indent=indent, ensure_ascii=not ours, default=_in_json))
+
+
+def _in_json(value: object) -> str:
+    """What JSON has no form for: bytes, as an SQL query may return, in hexadecimal."""
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def say_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, styles: Sequence[str | None] = ()) -> None:
