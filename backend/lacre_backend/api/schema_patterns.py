@@ -117,7 +117,7 @@ def _read(pattern: str) -> Pattern:
         raise NotRegular(f"is longer than {MAX_PATTERN} characters")
     reader = _Reader(pattern)
     branches = reader.whole()
-    found = [_text(branch, anchored=False) for branch in branches]
+    found = [_text(branch) for branch in branches]
     whole = found[0] if len(found) == 1 else " | ".join(f"({each})" for each in found)
     return Pattern(whole, reader.plain and len(branches) == 1 and _anchored_at_its_ends(pattern, branches[0]))
 
@@ -129,21 +129,21 @@ def _anchored_at_its_ends(pattern: str, branch: _Branch) -> bool:
     return anchors == (pattern.startswith("^"), ends) and not any(isinstance(part, _Look) for part in branch)
 
 
-def _text(branch: _Branch, *, anchored: bool) -> str:
-    """A text that has the branch in it; that begins with it, where it is anchored."""
+def _text(branch: _Branch, *, ahead: bool = False, at_start: bool = False) -> str:
+    """A text that has the branch in it. ahead: that begins with it, as what a look sees does. at_start: of the whole text."""
     consuming = [i for i, part in enumerate(branch) if part not in (_BEGIN, _END_OF_TEXT) and not isinstance(part, _Look)]
     begins = [i for i, part in enumerate(branch) if part == _BEGIN]
     ends = [i for i, part in enumerate(branch) if part == _END_OF_TEXT]
     if any(consuming and i > consuming[0] for i in begins) or any(consuming and i < consuming[-1] for i in ends):
         raise NotRegular("has an anchor in its middle")
-    anchored = anchored or bool(begins)
+    anchored, at_start = ahead or bool(begins), at_start or bool(begins)
     expression, regular = ("" if ends else _ANY), True  # from the last part on; regular: it is one expression so far
     for i, part in reversed(list(enumerate(branch))):
         if isinstance(part, _Look):
-            at_start = anchored and not (consuming and consuming[0] < i)
-            ahead = " | ".join(f"({_ahead(each, at_start=at_start)})" for each in part.branches)
+            first = at_start and not (consuming and consuming[0] < i)
+            looked = " | ".join(f"({_ahead(each, at_start=first)})" for each in part.branches)
             this = _terminal(expression) if regular else f"({expression})"
-            expression, regular = f"{this} & {'' if part.holds else '~'}({ahead})", False
+            expression, regular = f"{this} & {'' if part.holds else '~'}({looked})", False
         elif part not in (_BEGIN, _END_OF_TEXT):
             expression = f"{part}{expression}" if regular else f"{_terminal(part)} ({expression})"
     if not anchored:
@@ -158,7 +158,7 @@ def _terminal(expression: str) -> str:
 def _ahead(branch: _Branch, *, at_start: bool) -> str:
     if _BEGIN in branch and not at_start:
         raise NotRegular("has an anchor in its middle")
-    return _text(branch, anchored=True)
+    return _text(branch, ahead=True, at_start=at_start)
 
 
 class _Reader:

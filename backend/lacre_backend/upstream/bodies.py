@@ -63,7 +63,9 @@ def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed
     action = str(call.action)
     for name in body.keys() - _MEMBERS[action] - _EVERYWHERE - also:
         raise RequestRefused(f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
-    if body.get("model") != call.model:
+    if not isinstance(body.get("model"), str):
+        raise RequestRefused("Invalid type for 'model': expected a string.", code="invalid_type", param="model")
+    if body["model"] != call.model:
         raise grant_mismatch(f"The request was granted for the model `{call.model}`, and names another.", "model")
     body["model"] = known_as
     stream = tell_usage = False
