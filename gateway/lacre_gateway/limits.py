@@ -38,11 +38,19 @@ class Reservation:
     """What one request may use at most, in tokens.
 
     shrinks: whether fewer prompt tokens may be reserved, if so many do not fit a limit. The worker then refuses longer prompts.
+    enough: the prompt tokens that ordinary text of the request's size has; with so many left of a limit, it need not wait for
+    more. None: it waits for all.
     """
 
     max_prompt_tokens: int
     max_tokens: int
     shrinks: bool = False
+    enough: int | None = None
+
+    @property
+    def ordinary(self) -> int:
+        """As `enough`, and all where that is not known."""
+        return self.max_prompt_tokens if self.enough is None else min(self.enough, self.max_prompt_tokens)
 
     def covers(self, prompt_tokens: int, completion_tokens: int) -> bool:
         return prompt_tokens <= self.max_prompt_tokens and completion_tokens <= self.max_tokens

@@ -37,6 +37,7 @@ from lacre_gateway.settlement import Settlement
 from lacre_gateway.throttle import FailureThrottle, RefusalThrottle
 from lacre_gateway.tracing import Tracer
 
+ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON and HTTP around it, and padding, have bytes besides
 SEALED_PATH: Final = "/v1/sealed"
 
 
@@ -125,9 +126,11 @@ class Gateway:
             return Reservation(max_prompt_tokens=units(sealed_bytes), max_tokens=max_tokens)
         configured = self.settings.models.get(model)
         room = header.room(sealed_bytes)
-        bound = room if room >= SMALLEST else sealed_bytes
+        padded = room >= SMALLEST
+        bound = room if padded else sealed_bytes
         prompt = bound if configured is None else min(configured.context, bound)
-        return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens, shrinks=True)
+        enough = bound // ORDINARY if padded else None
+        return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens, shrinks=True, enough=enough)
 
     def missing(self) -> dict[str, str]:
         """What is still missing before requests can be served, and who can help; empty when nothing is."""

@@ -39,6 +39,8 @@ tokens_per_day = 300
 tokens_per_minute = 3000
 [plans.plenty.user]
 tokens_per_day = 1000000
+[plans.filled.user]
+tokens_per_minute = 5000
 [plans.shut.user]
 tokens_per_minute = 0
 [prices."*"]
@@ -116,6 +118,25 @@ async def test_what_fits_the_limit_whole_is_reserved_whole(
 ) -> None:
     assert (await hi(small, client, "ample")).status_code == 200
     assert worker.grants[0].max_prompt_tokens == 2048, "the context"
+
+
+async def test_a_limit_is_used_up_by_what_is_used(small: World, client: httpx2.AsyncClient) -> None:
+    """Of 5,000, not only until the padding does not fit any more: until ordinary text of the padded size does not."""
+    async with small.worker() as worker:
+        worker.script = Script(usage=USED | {"completion_tokens": 569})  # 600 each
+        granted = []
+        for number in range(1, 7):
+            assert (await hi(small, client, "filled", output=600)).status_code == 200
+            await small.trail(number)
+            granted.append(worker.grants[-1].max_prompt_tokens)
+        assert granted == [2048, 2048, 2048, 2048, 2000, 1400]
+        refused = await hi(small, client, "filled", output=600)
+        assert_problem(refused, problems.RATE_LIMITED, limit="tokens_per_minute", ceiling=5000, remaining=1400)
+        worker.script = Script(usage=USED)
+        body, _ = small.seal()  # not padded: all that it may be has to fit
+        token = small.issuer.token(plan="filled")
+        refused = await client.post("/v1/sealed", content=body, headers=small.headers(token))
+        assert refused.status_code == 429
 
 
 async def test_what_is_sealed_bounds_the_prompt_and_not_the_seal(tmp_path: Path, issuer: Issuer) -> None:

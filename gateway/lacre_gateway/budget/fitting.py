@@ -1,12 +1,13 @@
 """How much of a prompt a reservation covers, where the most that may be in the sealed request does not fit a limit.
 
 A gateway cannot see a prompt. It knows the sealed size, of which padding may be the most: a greeting of two tokens looks like
-4,000. Where so many could never fit a limit, less is reserved, and the grant says how much.
+4,000. Where so many do not fit a limit, less is reserved, and the grant says how much.
 
 Rules:
 - No I/O and no clock.
 - Nothing is under-reserved: the worker refuses a prompt of more tokens than the grant names, before it computes any of them.
-- A request whose whole bound fits the limit is not cut short. It waits for its turn, as any other.
+- Where the whole bound fits the limit, but not what is left of it, a padded request is cut too, as long as ordinary text of
+  its size fits. Else it waits, as any other.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ def most(caller: Caller, price: Price | None, asked: Reservation) -> int:
     return found
 
 
-def least(most_of_it: int) -> int:
-    """Below it a request waits for its limits to be free, and is not cut further."""
-    return min(LEAST, most_of_it)
+def least(asked: Reservation, most_of_it: int) -> int:
+    """With fewer prompt tokens left than these, a request waits for its limits to be free, and is not cut further."""
+    return min(most_of_it, LEAST if most_of_it < asked.max_prompt_tokens else asked.ordinary)
 
 
 def _fits(kind: Kind, ceiling: int, price: Price | None, asked: Reservation) -> int | None:
     """The output tokens that would fit beside a short prompt; None where no number would."""
-    prompt = least(asked.max_prompt_tokens) if asked.shrinks else asked.max_prompt_tokens
+    prompt = min(LEAST, asked.max_prompt_tokens) if asked.shrinks else asked.max_prompt_tokens
     found: int | None = None
     if kind in (Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY):
         found = ceiling - prompt

@@ -124,16 +124,19 @@ class Ledger:
         caller, price = self._caller(plans, who), plans.price_of(model)
         most = fitting.most(caller, price, ceilings)
         deadline = asyncio.get_running_loop().time() + DRAW_LIMIT
-        if most == ceilings.max_prompt_tokens:
-            return await self._hold(caller, price, ceilings, deadline)
+        least = fitting.least(ceilings, most)
+        prompt = most
+        if most < ceilings.max_prompt_tokens:
+            prompt = max(least, min(most, self._left(caller, price, ceilings)))
         for _ in range(_SMALLER):
-            reduced = replace(ceilings, max_prompt_tokens=self._left(caller, price, ceilings.max_tokens, most))
             try:
-                return await self._hold(caller, price, reduced, deadline)
+                return await self._hold(caller, price, replace(ceilings, max_prompt_tokens=prompt), deadline)
             except Exhausted:  # it is known now what others have drawn
-                if self._left(caller, price, ceilings.max_tokens, most) >= reduced.max_prompt_tokens:
+                left = self._left(caller, price, ceilings)
+                if not least <= left < prompt:
                     raise
-        return await self._hold(caller, price, replace(ceilings, max_prompt_tokens=fitting.least(most)), deadline)
+                prompt = left
+        return await self._hold(caller, price, replace(ceilings, max_prompt_tokens=least), deadline)
 
     async def _hold(self, caller: Caller, price: Price | None, ceilings: Reservation, deadline: float) -> Hold:
         amounts = callers.ceiling_of(price, ceilings.max_prompt_tokens, ceilings.max_tokens)
@@ -147,11 +150,11 @@ class Ledger:
                 return Hold(caller, price, ceilings, self.holder, tuple(charges))
             await self._draw_for(caller, amounts, charges, short, deadline)
 
-    def _left(self, caller: Caller, price: Price | None, completion: int, most: int) -> int:
-        """The prompt tokens, `most` at most, that fit what is left of the caller's limits, as far as is known here."""
+    def _left(self, caller: Caller, price: Price | None, ceilings: Reservation) -> int:
+        """The prompt tokens, of those asked for, that fit what is left of the caller's limits, as far as is known here."""
         charges = self._charges(caller, NOTHING, self.now())
-        rooms = (fitting.room(counter.kind, counter.remaining, price, completion) for _, (counter, _) in charges)
-        return max(fitting.least(most), min([most, *(room for room in rooms if room is not None)]))
+        rooms = (fitting.room(counter.kind, counter.remaining, price, ceilings.max_tokens) for _, (counter, _) in charges)
+        return min([ceilings.max_prompt_tokens, *(room for room in rooms if room is not None)])
 
     def _caller(self, plans: Plans, who: Principal) -> Caller:
         key = (who.issuer, who.tenant, who.subject, who.plan)
