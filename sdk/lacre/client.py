@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from types import EllipsisType
+from types import EllipsisType, NoneType
 from typing import Any, Final
 
 import httpx2
@@ -103,6 +103,7 @@ class Client(StaysInProcess, httpx2.Client):
         )
         lasts, at_once, hooks = arguments.timeout(timeout), _at_once(max_concurrency), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
+        arguments.instance(transport, (httpx2.BaseTransport, NoneType), "transport")
         dial: Dial[httpx2.BaseTransport] = Dial(
             where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, arguments.limits(limits), transport
         )
@@ -242,6 +243,7 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         )
         lasts, at_once, hooks = arguments.timeout(timeout), _at_once(max_concurrency), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
+        arguments.instance(transport, (httpx2.AsyncBaseTransport, NoneType), "transport")
         dial: Dial[httpx2.AsyncBaseTransport] = Dial(
             where.base_url, _OUTER_HEADERS, DEFAULT_TIMEOUT, checks, through, arguments.limits(limits), transport
         )

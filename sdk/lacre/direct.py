@@ -13,6 +13,7 @@ from __future__ import annotations
 import email.utils
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -78,6 +79,7 @@ class Client(StaysInProcess, httpx2.Client):
     ) -> None:
         base_url, lasts, hooks = _url(url), arguments.timeout(timeout), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
+        arguments.instance(transport, (httpx2.BaseTransport, NoneType), "transport")
         dial: Dial[httpx2.BaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, arguments.limits(limits), transport)
         sealing = DirectSealing(_pins(key), _credential(token), shape)
         sealed = SealedTransport(sealing, outer(dial), "")
@@ -122,6 +124,7 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
     ) -> None:
         base_url, lasts, hooks = _url(url), arguments.timeout(timeout), arguments.hooks(event_hooks)
         checks, through = arguments.verify(verify), arguments.proxy(proxy)
+        arguments.instance(transport, (httpx2.AsyncBaseTransport, NoneType), "transport")
         dial: Dial[httpx2.AsyncBaseTransport] = Dial(
             base_url, _OUTER, lasts, checks, through, arguments.limits(limits), transport
         )

@@ -48,7 +48,8 @@ class TestEveryClient:
             ("token", b"t"), ("token", 0), ("token", False), ("token", ()), ("url", 3), ("url", b"lacre://x"), ("pool", None),
             ("memory", 0), ("memory", ""), ("memory", lacre.VersionMemory), ("dpop", ""), ("dpop", "key.pem"), ("kem", ()),
             ("kem", ""), ("kem", None), ("retries", -1), ("retries", True), ("retries", "2"), ("resume", None), ("resume", 1.5),
-            ("verify", None), ("verify", 0), ("proxy", 0), ("keep_identifying_fields", ""),
+            ("verify", None), ("verify", 0), ("transport", ""), ("transport", 0), ("transport", object()),
+            ("proxy", 0), ("keep_identifying_fields", ""),
         ],
     )  # fmt: skip
     def test_another_kind_is_a_mistake_that_names_the_argument(
