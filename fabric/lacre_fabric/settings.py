@@ -34,6 +34,7 @@ from lacre.jws import b64u_decode
 from lacre_fabric import kms, subjects
 from lacre_fabric.endpoints import Servers
 
+MAX_FILE: Final = 4 * 2**20  # bytes of a settings file: some ten thousand models or issuers; /dev/zero has no end
 _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 
 
@@ -143,11 +144,15 @@ T = TypeVar("T", bound=Table)
 def load(kind: type[T], path: Path) -> T:
     """Reads and checks the file. Raises SettingsError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+        text = content.decode("utf-8").removeprefix("\ufeff")  # as some editors begin a file
     except OSError as exc:
         raise SettingsError(f"{path}: cannot read the settings file ({exc.strerror})") from exc
     except UnicodeDecodeError as exc:
         raise SettingsError(f"{path}: the settings file must be UTF-8") from exc
+    if len(content) > MAX_FILE:
+        raise SettingsError(f"{path}: over {MAX_FILE} bytes are no settings file: name another")
     return parse(kind, text, path)
 
 

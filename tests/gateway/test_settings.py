@@ -198,3 +198,30 @@ def test_an_instance_that_the_credential_is_not_for(number: int) -> None:
 def test_instances_have_one_process_each() -> None:
     with pytest.raises(SettingsError, match="processes"):
         settings("processes = 2\n" + TEXT).as_instance(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (TEXT.replace("g1", "é").encode("latin-1"), "must be UTF-8"),
+        (b"a = " + b"[" * 5000, "nested too deep"),
+        (TEXT.replace("grant.pem", "a\\u0000b").encode(), "no null character"),
+        (TEXT.replace("grant.pem", "~nobody-of-this-name/x").encode(), "no such home folder"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=said):
+        load(path)
+
+
+def test_a_file_without_end() -> None:
+    with pytest.raises(SettingsError, match="no settings file"):
+        load(Path("/dev/zero"))
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    assert load(path).gateway == "g1"
