@@ -342,7 +342,7 @@ def parse_embedding(body: bytes) -> EmbedTexts | EmbedTokens:
 
 def check_token_ids(given: Any, own: Any) -> None:
     """given: the `input` of embeddings. own: whether ids in it are the model's, as the caller says. Raises `RequestRefused`."""
-    ids = isinstance(given, list) and any(not isinstance(each, str) for each in given)
+    ids = isinstance(given, list) and any(isinstance(each, int | list) for each in given)
     if own not in (None, True, False):
         raise RequestRefused(f"Invalid type for '{OWN_IDS}': expected a boolean.", code="invalid_type", param=OWN_IDS)
     if ids and own is not True:
