@@ -291,7 +291,7 @@ def _check_path(path: bytes) -> None:
     Neither a whole URL, nor an authority, nor `*` is one: this server is no proxy, and has nothing to say of itself.
     """
     if _PATH.fullmatch(path) is None or _AMBIGUOUS.search(path.replace(b"%2F", b"/")):
-        raise UnreadableRequest(400, "a target is an absolute path in its normal form (RFC 3986 section 6.2.2)")
+        raise UnreadableRequest(400, "a target is an absolute path in its normal form: no doubled slash, no dots (RFC 3986)")
     if b"%" in path:
         try:
             unquote_to_bytes(path).decode()

@@ -237,7 +237,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 else:
                     self._finish()
         except UnreadableRequest as exc:
-            self._refuse(exc.status)
+            self._refuse(exc.status, str(exc))
             return
         if self._busy and (self.cycle.body if self._unread else self._reader.pending > AHEAD):
             self.flow.pause_reading()  # until the application has taken what there is, or has answered
@@ -333,8 +333,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # Ends
 
-    def _refuse(self, status: int) -> None:
-        """Answers what cannot be read, and reads no further but to let the client see it."""
+    def _refuse(self, status: int, reason: str) -> None:
+        """Answers what cannot be read, and reads no further but to let the client see it. reason: a fixed text of `http1`."""
         self._refused, self._discarded = True, 0
         self._reader.clear()
         self.door.refused[status] += 1
@@ -343,7 +343,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cut()
             return
         phrase = http.HTTPStatus(status).phrase
-        self.transport.write(f"HTTP/1.1 {status} {phrase}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n".encode())
+        body = f"{reason}\n".encode()
+        fields = f"content-type: text/plain\r\ncontent-length: {len(body)}\r\nconnection: close"
+        self.transport.write(f"HTTP/1.1 {status} {phrase}\r\n{fields}\r\n\r\n".encode() + body)
         self._part()
 
     def _discard(self, size: int) -> None:

@@ -41,6 +41,7 @@ except ModuleNotFoundError as exc:
 
 METHODS: Final = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 PASSED_BACK: Final = (
+    "allow",
     "content-type",
     "retry-after",
     "x-should-retry",

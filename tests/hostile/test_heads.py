@@ -59,9 +59,15 @@ class Port:
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
-        if bare := re.fullmatch(rb"HTTP/1.1 (\d+) [ -~]+\r\ncontent-length: 0\r\nconnection: close\r\n\r\n", answer):
+        if bare := BARE.fullmatch(answer):
             raise UnreadableRequest(int(bare[1]), "a bare status, and the end")
         return answer
+
+
+# A status, and at most one fixed line of what is wrong.
+BARE = re.compile(
+    rb"HTTP/1.1 (\d+) [ -~]+\r\n(?:content-type: text/plain\r\n)?content-length: \d+\r\nconnection: close\r\n\r\n(?:[ -~]+\n)?"
+)
 
 
 @contextlib.asynccontextmanager

@@ -143,6 +143,33 @@ class TestWhatPasses:
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
         assert answer.json()["error"]["code"] == "rate-limited"
 
+    def test_a_doubled_slash_is_named(self, proxy: Proxy) -> None:
+        """As a base URL that ends in one makes it: the listener reads no such path, and says so."""
+        with proxy.client() as client:
+            answer = client.post("/chat//completions", json=BODY)
+        assert (answer.status_code, answer.headers["content-type"]) == (400, "text/plain")
+        assert "normal form: no doubled slash" in answer.text
+
+    @pytest.mark.parametrize(
+        ("method", "path", "status", "code", "allow"),
+        [
+            ("POST", "chat/completions/", 404, "path-form", None),
+            ("POST", "responses", 404, "unknown-path", None),
+            ("POST", "models", 405, "wrong-method", "GET"),
+        ],
+    )
+    def test_a_path_that_policy_does_not_allow(
+        self, method: str, path: str, status: int, code: str, allow: str | None, proxy: Proxy, gateway: Gateway
+    ) -> None:
+        def refuse(request: httpx2.Request) -> httpx2.Response | None:
+            return served(403, problems.PATH_NOT_ALLOWED.body()) if request.url.path == SEALED else None
+
+        gateway.relay.respond = refuse
+        with proxy.client() as client:
+            answer = client.request(method, path, json=BODY)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert answer.headers.get("allow") == allow
+
     def test_what_workers_were_lost_by_is_not_asked_again_by_the_program(self, proxy: Proxy, gateway: Gateway) -> None:
         def lose(request: httpx2.Request) -> httpx2.Response | None:
             return served(502, problems.WORKER_LOST.body()) if request.url.path == SEALED else None
