@@ -139,6 +139,24 @@ def admits(llama: LlamaEngine, source: str, text: str) -> bool:
 
 TIDE_CALL = HERMES.written("get_tide", '{"port": "Porto", "unit": "m"}')
 NOW_CALL = HERMES.written("now", "{}")
+NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "several"),
+    [
+        (NOW, False),
+        ("required", True),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NOW]}}, True),
+    ],
+    ids=["by name", "required", "allowed"],
+)
+def test_a_function_by_name_is_called_once(choice: Any, several: bool, llama: LlamaEngine) -> None:
+    source = grammar(choice)
+    assert admits(llama, source, NOW_CALL)
+    assert admits(llama, source, f"{NOW_CALL}\n{NOW_CALL}") == several
+
+
 SPOKEN = ["", "Hello <b>you</b>.", "x < y", "a <tool_cal", "<<tool_cal l>", "é\n東京", "tool_call>"]
 BAD = [
     HERMES.written("get_tide", "{}"),
