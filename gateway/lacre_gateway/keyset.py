@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from lacre.errors import SettingsError
 
+MAX_FILE: Final = 2**20  # bytes of a JWKS in a file; a key has some hundred, and a chain of certificates some thousand
 MAX_KEYS: Final = 100  # of a set; some issuers have a dozen
 # Characters of a member that is text: an RSA modulus of 16,384 bits has 2,731, and longer numbers cost seconds to verify with.
 MAX_MEMBER: Final = 2752
@@ -86,7 +87,11 @@ class KeySet:
         """source: a JWKS file, or the set itself. place: the settings key, for messages. Raises SettingsError."""
         if isinstance(source, Path):
             try:
-                source = json.loads(source.read_bytes())
+                with source.open("rb") as file:
+                    content = file.read(MAX_FILE + 1)
+                if len(content) > MAX_FILE:
+                    raise SettingsError(f"{place}: {source} has over {MAX_FILE} bytes, more than {MAX_KEYS} keys need")
+                source = json.loads(content)
             except OSError as exc:
                 raise SettingsError(f"{place}: cannot read {source} ({exc.strerror}): write the path of a JWKS file") from exc
             except (ValueError, RecursionError) as exc:

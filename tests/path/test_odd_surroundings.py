@@ -26,12 +26,13 @@ from parts.live import settings as of_client
 from parts.relay import Relay
 from parts.up import LACRE
 
+MEMORY: Final = 6_000_000  # KiB
 CODES: Final = {0, 1, 2, *EXIT_CODES.values()}
 ANSWER: Final = "The sea is wide."
 # What serves until it is ended, or makes a whole Lacre: with settings that do not exist, they end by themselves.
 SERVERS: Final = {("up",), ("demo",), ("proxy",)}
 TEXTS: Final = (
-    "", " ", "x", "-1", "0", "1e999", "nan", "٣", "caf\udce9", "é日本🔒", "a\nb", "\x1b[31m", "/", "/dev/null", "/dev/full",
+    "", " ", "x", "-1", "0", "1e999", "nan", "٣", "caf\udce9", "é日本🔒", "a\nb", "\x1b[31m", "/", "/dev/null", "/dev/zero",
     "nowhere/x", "lacre://a..b?trust=" + "A" * 43, "http://[", "{", "[" * 3000, "y" * 5000, "2026-01-01", "9" * 20,
 )  # fmt: skip
 VARIABLES: Final[dict[str, tuple[str, ...]]] = {
@@ -112,6 +113,7 @@ def run(
 ) -> subprocess.CompletedProcess[bytes]:
     piped = redirected.startswith("|")
     script = f'"$@" {redirected}; exit ${{PIPESTATUS[0]}}' if piped else f'"$@" {redirected}'
+    script = f"ulimit -v {MEMORY}; {script}"  # what is read without end, such as /dev/zero, ends there with a traceback
     environment = of_client(gateway, home) | {"TMPDIR": str(home)} | variables
     command = ["bash", "-c", script, "bash", *LACRE, *(os.fsencode(word) for word in words)]
     done = subprocess.run(

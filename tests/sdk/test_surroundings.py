@@ -210,3 +210,16 @@ class TestUsers:
         done = run(gateway, tmp_path, *ASK, **{variable: value})
         assert done.returncode == 1
         assert said in " ".join(done.stderr.decode().split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ask", "x", "--schema"], ["policy", "explain"], ["audit", "check-receipt"], ["gateway", "--settings"]],
+    ids=" ".join,
+)
+def test_a_file_without_end_is_not_read_whole(tmp_path: Path, arguments: list[str]) -> None:
+    more = [str(tmp_path)] if "check-receipt" in arguments else []
+    command = ["sh", "-c", 'ulimit -v 6000000; exec "$@"', "sh", *LACRE, *arguments, "/dev/zero", *more]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "/dev/zero" in done.stderr and "bytes" in done.stderr

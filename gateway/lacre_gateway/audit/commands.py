@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from lacre.cli.output import say_json, waiting
+from lacre.cli.surroundings import read_file
 from lacre.errors import SettingsError
 
 audit_app = typer.Typer(name="audit", help="The audit log: verify it, prove from it, search it.", no_args_is_help=True)
@@ -40,7 +41,7 @@ def audit_verify(
     from lacre_gateway.audit.check import verify
 
     with waiting("verifying every byte"):
-        verdict = verify(folder, parse_key(key), [_read(path) for path in checkpoint or ()])
+        verdict = verify(folder, parse_key(key), [read_file(path) for path in checkpoint or ()])
     found = {
         "ok": verdict.wrong is None, "verdict": verdict.words, "origin": verdict.origin, "entries": verdict.size,
         "root": verdict.root.hex(), "requests": verdict.requests, "under_way": verdict.under_way, "torn": verdict.torn,
@@ -97,7 +98,7 @@ def audit_check_receipt(
     from lacre_gateway.audit.check import check_receipt
     from lacre_gateway.audit.reader import LogReader
 
-    text = _read(proof).decode("utf-8", "replace")
+    text = read_file(proof).decode("utf-8", "replace")
     kept = AuditProof.parse(text) if text.startswith("c2sp.org/") else AuditProof.parse_header(text.strip())
     check_receipt(kept, LogReader(folder, parse_key(key)))
     typer.echo(f"entry {kept.index} is in the log, and the log goes on from the tree that it was proved in")
@@ -182,10 +183,3 @@ def parse_key(text: str | None) -> bytes | None:
     if len(key) != 32:
         raise SettingsError("--key must hold 32 bytes: `lacre manifest show --json` has it as gateway_key")
     return key
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise SettingsError(f"cannot read {path}: {exc.strerror}") from exc

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lacre.cli.output import say_json, say_table
-from lacre.cli.surroundings import stdin_text, utf8
+from lacre.cli.surroundings import read_file, stdin_text, utf8
 from lacre.errors import SettingsError
 from lacre_gateway.audit.commands import KeyOption, parse_key, seconds
 
@@ -74,7 +74,7 @@ def policy_explain(
     from lacre_gateway.policy.explain import explain, requested
 
     try:
-        values = json.loads(stdin_text() if request == "-" else _read(Path(request)))
+        values = json.loads(stdin_text() if request == "-" else utf8(read_file(Path(request)), request))
     except (ValueError, RecursionError) as exc:
         raise SettingsError(f"{request} is not JSON") from exc
     question, missing = requested(values)
@@ -216,10 +216,3 @@ def _tell_replay(found: Replay, limit: int) -> None:
 
 def _words(allowed: bool, policies: Sequence[str]) -> str:
     return f"{_VERDICT[allowed]} ({', '.join(policies) or 'no policy'})"
-
-
-def _read(path: Path) -> str:
-    try:
-        return utf8(path.read_bytes(), str(path))
-    except OSError as exc:
-        raise SettingsError(f"cannot read {path} ({exc.strerror}): name a file with a request as JSON, or - for stdin") from exc

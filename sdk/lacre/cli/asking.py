@@ -11,11 +11,9 @@ import typer
 from lacre.cli.answer import Plain, show
 from lacre.cli.chatting import MaxTokens, Model, System, Temperature, sampling
 from lacre.cli.output import AsJson, PoolName, Url, say_json, waiting
-from lacre.cli.surroundings import read_stdin, utf8
+from lacre.cli.surroundings import read_file, read_stdin, utf8
 from lacre.client import Client
 from lacre.errors import SettingsError
-
-MAX_SCHEMA = 2**20  # bytes: a worker takes no schema of such a length, and a wrong file is not read whole
 
 
 def ask(
@@ -58,11 +56,7 @@ def question(prompt: str | None, piped: str) -> str:
 def response_format(path: Path) -> dict[str, Any]:
     """OpenAI's, for the schema in this file. Raises SettingsError."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_SCHEMA + 1)
-        if len(content) > MAX_SCHEMA:
-            raise SettingsError(f"{path} holds over {MAX_SCHEMA} bytes: name a file with a JSON schema")
-        schema = json.loads(utf8(content, str(path)).removeprefix("\ufeff"))
-    except (OSError, ValueError, RecursionError) as exc:
+        schema = json.loads(utf8(read_file(path), str(path)).removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as exc:
         raise SettingsError(f"{path}: not a readable file with a JSON schema") from exc
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}

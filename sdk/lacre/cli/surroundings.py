@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final
 
 from lacre.errors import SettingsError
@@ -24,6 +25,7 @@ from lacre.errors import SettingsError
 MIN_SIZE: Final = {"COLUMNS": 20, "LINES": 2, "TERMINAL_WIDTH": 20}
 MAX_SIZE: Final = 10_000  # columns or lines: no terminal has more, and rich pads lines to their full width
 MAX_STDIN: Final = 64 * 2**20  # bytes: more than any request may hold; `yes | lacre ask` must not fill the memory
+MAX_FILE: Final = 2**20  # bytes: requests, proofs, schemas and checkpoints have some thousand
 STDOUT: Final = "<stdout>"  # in place of a file's name
 _ERRORS: Final = "backslashreplace"  # as Python has it for stderr
 
@@ -140,6 +142,18 @@ def _stdin(read: Callable[[Any], bytes]) -> bytes:
         raise SettingsError(f"stdin cannot be read ({why}): pipe a text into it, or add </dev/null") from exc
     if len(content) > MAX_STDIN:
         raise SettingsError(f"stdin holds over {MAX_STDIN} bytes, more than a request may hold: send less text")
+    return content
+
+
+def read_file(path: Path, most: int = MAX_FILE) -> bytes:
+    """A whole file that the command line names. Raises SettingsError, also for one of over `most` bytes: some have no end."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as exc:
+        raise SettingsError(f"cannot read {path} ({exc.strerror}): name a file that this user may read") from exc
+    if len(content) > most:
+        raise SettingsError(f"{path} holds over {most} bytes: name another file")
     return content
 
 
