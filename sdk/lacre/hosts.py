@@ -1,4 +1,5 @@
-"""Which values of `Host` mean a server on this machine (RFC 9110 section 7.2), and the base URL that it prints. No I/O.
+"""Which values of `Host` mean a server on this machine (RFC 9110 section 7.2), which of `Origin` are allowed, and the base URL
+that a server prints. No I/O.
 
 Rules
 - By DNS rebinding a web page gives its own name to this machine's address. So a name counts only where it was allowed.
@@ -20,6 +21,11 @@ from lacre.errors import SettingsError
 LOCALHOST: Final = "localhost"
 HTTP: Final = 80  # the port of an http URL that names none
 _AUTHORITY: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(:(?P<port>[0-9]{1,5})?)?")
+_ORIGIN: Final = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9_.-]{1,253})(:(?P<port>[0-9]{1,5}))?/?"
+)
+_UNWRITTEN: Final = {"http": str(HTTP), "https": "443"}  # browsers leave these ports out of an origin
+NO_PAGE: Final = "null"  # the origin of a page that comes from no server (RFC 6454 section 7.1)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -79,6 +85,22 @@ def base_url(listening: str, port: int) -> str:
     if address is not None and address.is_unspecified:
         listening = "127.0.0.1" if address.version == 4 else "::1"
     return f"http://{shown(listening)}:{port}/v1"
+
+
+def as_origin(text: str) -> str:
+    """A web page's origin as browsers send it (RFC 6454 section 6.2): a port that goes without saying, a slash at its end and
+    letter case make no difference. Raises SettingsError for what no browser sends.
+    """
+    if text == NO_PAGE:
+        return text
+    found = _ORIGIN.fullmatch(text.strip().lower())
+    if found is None or (found["host"].startswith("[") and _address(found["host"]) is None):
+        raise SettingsError(
+            f"{text!r} is no origin of a web page: write its scheme, host and port, such as http://localhost:3000"
+        )
+    port = found["port"]
+    written = "" if port is None or port == _UNWRITTEN.get(found["scheme"]) else f":{port}"
+    return f"{found['scheme']}://{found['host']}{written}"
 
 
 def shown(host: str) -> str:

@@ -25,7 +25,7 @@ import httpx2
 from lacre import arguments, errors
 from lacre.backoff import may_have_lost
 from lacre.client import AsyncClient
-from lacre.hosts import Hosts
+from lacre.hosts import Hosts, as_origin
 from lacre.inner import ALLOWED_HEADERS, MAX_CONTENT
 
 try:
@@ -81,14 +81,16 @@ class Door:
     ) -> Door:
         """names: what this machine is called, beside loopback's own names. listening: the socket's address.
 
-        Raises UsageError for a key that is none, and SettingsError for a name that no `Host` can be.
+        Raises UsageError for a key that is none, and SettingsError for a name that no `Host` can be, or an origin that no
+        browser sends.
         """
-        arguments.text(key, "key")
+        if not arguments.text(key, "key").isascii():
+            raise errors.UsageError("key: it has characters that no header carries: use ASCII")
         for name in names:
             arguments.text(name, "a name of this machine")
         for origin in origins:
             arguments.text(origin, "an origin that may call")
-        return cls(key, Hosts.of(listening, port, names), frozenset(origins))
+        return cls(key, Hosts.of(listening, port, names), frozenset(map(as_origin, origins)))
 
 
 def create_app(client: AsyncClient, door: Door, held: int = HELD) -> ASGIApp:

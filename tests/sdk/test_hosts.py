@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre.hosts import Hosts, base_url
+from lacre.hosts import Hosts, as_origin, base_url
 
 PRINTED = {
     "127.0.0.1": "http://127.0.0.1:8080/v1",
@@ -72,3 +72,29 @@ def test_a_name_that_is_none(name: str) -> None:
 @given(st.text(max_size=40))
 def test_no_text_does_anything_but_yes_or_no(text: str) -> None:
     assert Hosts.of("0.0.0.0", 8080).know(text) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    {
+        "http://localhost:3000": "http://localhost:3000",
+        "http://localhost:3000/": "http://localhost:3000",
+        "HTTPS://App.Example": "https://app.example",
+        "https://app.example:443/": "https://app.example",
+        "http://app.example:443": "http://app.example:443",
+        "http://[::1]:80": "http://[::1]",
+        "chrome-extension://abcdef": "chrome-extension://abcdef",
+        "null": "null",
+    }.items(),
+)
+def test_an_origin_is_what_a_browser_sends(written: str, sent: str) -> None:
+    assert as_origin(written) == sent
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "*", "localhost", "localhost:3000", "http://", "http://a/b", "http://a?b", "http://u@a", "http://é", "http://[::g]"],
+)
+def test_an_origin_that_no_browser_sends(written: str) -> None:
+    with pytest.raises(SettingsError, match="is no origin"):
+        as_origin(written)

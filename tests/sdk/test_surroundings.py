@@ -185,6 +185,25 @@ class TestUsers:
         assert done.returncode == 1
         assert b"Not a directory" in done.stderr
 
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["keys", "init", "--state", ""],
+            ["up", "--port=0", "--state="],
+            ["up", "--port=0", "--state=x", "--model=a.gguf", "--model="],
+            ["proxy", "--key-file="],
+            ["token", "issue", "--state=x", "--dpop", ""],
+            [*ASK, "--schema="],
+            ["worker", "--settings="],
+        ],
+        ids=" ".join,
+    )
+    def test_an_empty_path_is_not_the_current_folder(self, gateway: Gateway, tmp_path: Path, arguments: list[str]) -> None:
+        done = run(gateway, tmp_path, *arguments)
+        assert done.returncode == 1
+        assert b"is an empty path" in done.stderr
+        assert not list(tmp_path.iterdir()), "nothing is made there"
+
     def test_a_folder_that_is_gone(self, gateway: Gateway, tmp_path: Path) -> None:
         gone = tmp_path / "gone"
         command = ["sh", "-c", f'cd {gone} && rmdir {gone} && exec "$@"', "sh", *LACRE, "keys", "list", "--state", "here"]

@@ -84,6 +84,8 @@ def key_from(path: Path) -> str:
     try:
         with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_urlsafe(32) + "\n")
+        if not path.is_file():
+            raise SettingsError(f"{path} is no file: name one with --key-file")
         if path.stat().st_mode & 0o077:
             raise SettingsError(f"{path} can be read by others: chmod 600 {shlex.quote(str(path))}")
         with path.open("rb") as file:

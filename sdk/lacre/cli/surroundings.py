@@ -181,7 +181,9 @@ def argument(value: str, what: str) -> str:
 
 
 def check_texts(command: Any) -> Any:
-    """Makes a click command, and all below it, check its text arguments with `argument`. Paths may hold any bytes."""
+    """Makes a click command, and all below it, check its text arguments with `argument`. Paths may hold any bytes, but one."""
+    for parameter in getattr(command, "params", ()):
+        _refuse_empty_path(parameter)
     callback = command.callback
     if callback is not None:
 
@@ -193,6 +195,24 @@ def check_texts(command: Any) -> Any:
     for each in getattr(command, "commands", {}).values():
         check_texts(each)
     return command
+
+
+def _refuse_empty_path(parameter: Any) -> None:
+    """`--state "$UNSET"` must not mean the current folder, which is what an empty path is to Python."""
+    process = parameter.process_value
+
+    def checked(context: Any, value: Any) -> Any:
+        found = process(context, value)
+        for each, path in zip(_several(value), _several(found), strict=False):
+            if each == "" and isinstance(path, Path):
+                raise SettingsError(f"the argument {parameter.name} is an empty path: name a file or folder, or leave it out")
+        return found
+
+    parameter.process_value = checked
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _text(value: Any, name: str) -> Any:
