@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
 from lacre.forks import Home
@@ -40,12 +42,17 @@ class Slot:
 
 
 class Turns:
-    """The slots of a sync client. Thread-safe."""
+    """The slots of a sync client. Thread-safe.
+
+    A slot may be left by a signal handler, or by the destructor of a stream: they run between any two steps of a thread, of
+    `take` too, and must not wait for its lock.
+    """
 
     def __init__(self, most: int) -> None:
         self._free = most
         self._waiting: deque[threading.Event] = deque()
         self._lock = threading.Lock()
+        self._given: SimpleQueue[None] = SimpleQueue()  # its `put` may interrupt itself
 
     def take(self) -> Slot:
         """Waits for a slot."""
@@ -57,6 +64,7 @@ class Turns:
                     mine.set()
                 else:
                     self._waiting.append(mine)
+            self._settle()
             mine.wait()
         except BaseException:
             self._withdraw(mine)
@@ -68,17 +76,29 @@ class Turns:
             if mine in self._waiting:
                 self._waiting.remove(mine)
             elif mine.is_set():
-                self._give()
+                self._given.put(None)
+        self._settle()
 
     def give(self) -> None:
-        with self._lock:
-            self._give()
+        self._given.put(None)
+        self._settle()
 
-    def _give(self) -> None:
-        if self._waiting:
-            self._waiting.popleft().set()
-        else:
-            self._free += 1
+    def _settle(self) -> None:
+        """Hands on what was given. Who holds the lock now does this when it has let go of it."""
+        while not self._given.empty() and self._lock.acquire(blocking=False):
+            try:
+                self._hand_on()
+            finally:
+                self._lock.release()
+
+    def _hand_on(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._given.get_nowait()
+                if self._waiting:
+                    self._waiting.popleft().set()
+                else:
+                    self._free += 1
 
 
 class AsyncTurns:

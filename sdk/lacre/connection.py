@@ -14,14 +14,14 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import httpx2
 
 from lacre import audit, dpop
 from lacre.credentials import AsyncToken, Token, checked
 from lacre.dpop import ProofKey
-from lacre.errors import LacreError
+from lacre.errors import LacreError, UsageError
 from lacre.forks import Home, PerLoop, PerProcess, Sockets
 from lacre.outer_causes import Dialled
 from lacre.outer_errors import mapped
@@ -31,6 +31,7 @@ from lacre.token_sources import AsyncBearer, Bearer
 
 POOL_BESIDE: Final = 2.0  # seconds for a free connection beside the one that a call holds: enough for a short request to end
 _REQUEST_ID: Final = re.compile(r"[0-9A-Za-z-]{1,64}")  # ours has 32 hexadecimal digits
+Outside = TypeVar("Outside", httpx2.Client, httpx2.AsyncClient)
 _READ_HERE: Final = "this answer is read"
 
 
@@ -121,7 +122,7 @@ class Wire:
 
     def _send(self, step: Send) -> Outer:
         self.close()
-        outer, bearer = self._link.outer.get(), self._link.bearer
+        outer, bearer = _opened(self._link.outer.get()), self._link.bearer
         token = bearer.token() if step.sealed else None
         request = outer_request(outer, step, credentials(outer, step, token, bearer.key), self._extensions)
         Dialled(self._link.sockets.trace).watch(request)
@@ -197,7 +198,7 @@ class AsyncWire:
 
     async def _send(self, step: Send) -> Outer:
         await self.close()
-        outer, bearer = self._link.outer.get(), self._link.bearer
+        outer, bearer = _opened(self._link.outer.get()), self._link.bearer
         token = await bearer.token() if step.sealed else None
         request = outer_request(outer, step, credentials(outer, step, token, bearer.key), self._extensions)
         Dialled(self._link.sockets.trace).awatch(request)
@@ -252,6 +253,13 @@ def credentials(
     url = str(outer.base_url.join(step.path))
     proof = key.proof(step.method, url, token=checked(token), request=step.sealed)
     return [("authorization", f"DPoP {token}"), (dpop.HEADER, proof)]
+
+
+def _opened(outer: Outside) -> Outside:
+    """A call may begin, or go on, after another thread or task has closed the client. Raises UsageError."""
+    if outer.is_closed:
+        raise UsageError("this client is closed: make another one")
+    return outer
 
 
 def outer_request(

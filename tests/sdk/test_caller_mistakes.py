@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 import lacre
+import lacre.legacy
 from lacre.chat_request import MAX_DEPTH, encode
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire
@@ -170,3 +171,23 @@ class TestOptionsOfACall:
         assert inner["content-type"] == "application/json"
         assert not {"authorization", "x-user"} & set(inner)
         assert relay.requests[-1].headers["authorization"] == "Bearer t0ken"
+
+
+class TestAClosedClient:
+    """Nothing was fetched before, so each of these would connect."""
+
+    @pytest.mark.parametrize("make", [lacre.Client, lacre.legacy.Client])
+    @pytest.mark.parametrize("use", [lambda client: client.models(), lambda client: client.get("/v1/models")])
+    def test_a_sync_one(self, relay: Relay, make: Callable[..., Any], use: Callable[[Any], Any]) -> None:
+        client = make(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay))
+        client.close()
+        with pytest.raises(lacre.UsageError, match="this client is closed"):
+            use(client)
+
+    @pytest.mark.parametrize("make", [lacre.AsyncClient, lacre.legacy.AsyncClient])
+    @pytest.mark.parametrize("use", [lambda client: client.models(), lambda client: client.get("/v1/models")])
+    async def test_an_async_one(self, relay: Relay, make: Callable[..., Any], use: Callable[[Any], Any]) -> None:
+        client = make(relay.url, token="t", memory=lacre.VersionMemory(), transport=AsyncWire(relay))
+        await client.aclose()
+        with pytest.raises(lacre.UsageError, match="this client is closed"):
+            await use(client)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import httpx2
@@ -166,6 +168,33 @@ class TestOrder:
             first.leave()  # which gives nothing a second time
         assert order == list(range(8))
         assert turns._free == 1
+
+    @pytest.mark.timeout(30)
+    @pytest.mark.parametrize("most", [1, 2])
+    @pytest.mark.parametrize("step", range(1, 25))
+    def test_a_slot_that_is_left_between_two_steps(self, step: int, most: int) -> None:
+        """By a signal handler, or by the destructor of a stream that was dropped: they run in the thread that takes a slot."""
+        turns, steps = Turns(most), 0
+        other = turns.take()
+        code = {method.__code__ for method in (Turns.take, Turns.give, Turns._settle, Turns._hand_on)}
+
+        def between(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal steps
+            steps += event == "line"
+            if steps == step:
+                other.leave()
+            return between
+
+        late = threading.Timer(0.05, other.leave)
+        late.start()
+        sys.settrace(lambda frame, *_: between if frame.f_code in code else None)
+        try:
+            slot = turns.take()
+            slot.leave()
+        finally:
+            sys.settrace(None)
+        late.join()
+        assert (turns._free, len(turns._waiting)) == (most, 0)
 
     async def test_a_slot_that_came_with_the_cancellation_is_passed_on(self) -> None:
         turns = AsyncTurns(1)
