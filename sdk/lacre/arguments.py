@@ -126,9 +126,11 @@ def sendable(request: object, kind: type, stream: type, *, closed: bool) -> None
     seconds = getattr(request, "extensions", {}).get("timeout") or {}
     if not isinstance(seconds, Mapping):
         raise UsageError("timeout: a number of seconds is expected, or a Timeout, or None for no limit")
-    for each in seconds.values():
-        if each is not None and (isinstance(each, bool) or not isinstance(each, int | float) or not 0 <= each <= _MOST_SECONDS):
-            raise UsageError("timeout: a number of seconds is expected, or a Timeout, or None for no limit")
+    for step, each in seconds.items():
+        if step == "pool" and each == 0:
+            continue  # a connection that is free now, or none
+        if each is not None and (isinstance(each, bool) or not isinstance(each, int | float) or not 0 < each <= _MOST_SECONDS):
+            raise UsageError("timeout: a number of seconds above 0 is expected, or a Timeout, or None for no limit")
     if closed:
         raise UsageError("this client is closed: make another one")
 

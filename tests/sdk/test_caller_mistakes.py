@@ -173,6 +173,22 @@ class TestOptionsOfACall:
         assert relay.requests[-1].headers["authorization"] == "Bearer t0ken"
 
 
+class TestALimitOfARequest:
+    """A socket with a limit of 0 seconds does not wait at all: the gateway would look unreachable."""
+
+    @pytest.mark.parametrize("limit", [0, 0.0, -1, httpx2.Timeout(5, read=0), httpx2.Timeout(5, connect=0), 1e308, "9", True])
+    def test_one_that_no_answer_can_keep(self, client: lacre.Client, relay: Relay, limit: Any) -> None:
+        with pytest.raises(lacre.UsageError, match="timeout: a number of seconds above 0"):
+            client.post("/v1/chat/completions", json={"messages": [HELLO]}, timeout=limit)
+        with pytest.raises(lacre.UsageError, match="timeout: a number of seconds above 0"):
+            client.chat("hi", timeout=limit)
+        assert not relay.requests
+
+    @pytest.mark.parametrize("limit", [0.5, 5, None, httpx2.Timeout(5, pool=0)])
+    def test_one_that_can_be_kept(self, client: lacre.Client, limit: Any) -> None:
+        assert client.post("/v1/chat/completions", json={"messages": [HELLO]}, timeout=limit).status_code == 200
+
+
 class TestAClosedClient:
     """Nothing was fetched before, so each of these would connect."""
 
