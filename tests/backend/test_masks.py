@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from lacre_backend.api import schema
 from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import START_SECONDS, THREADS, TOKEN_SECONDS, Constraint
+from lacre_backend.engine.plan import Plan
 from lacre_backend.engine.protocol import Event, Finish, GrammarTooCostly, GrammarTooLarge, Sampling, Task, TaskRefused, Token
 from parts.tiny_model import tiny_model
 
@@ -69,6 +71,51 @@ async def test_a_late_mask_holds_up_its_own_answer_alone(
     assert "".join(event.text for event in late if isinstance(event, Token)) == "abcabc"
     assert isinstance(late[-1], Finish)
     assert late[-1].reason == "stop"
+
+
+class LetGoMidway(LlamaEngine):
+    """Lets masks go while the very step is computed that reads again what waited for one."""
+
+    let_go: threading.Event | None = None
+    midway = 0
+
+    def _tell_read(self, plan: Plan) -> None:
+        super()._tell_read(plan)
+        again = [segment.task for segment in plan.segments if segment.output and segment.task in self._parked]
+        if again and self.let_go is not None and not self.let_go.is_set():
+            self.midway += 1
+            self.let_go.set()
+            constraint = self._jobs[str(again[0])].sampler.constraint
+            while constraint is not None and not constraint.ready:
+                time.sleep(0.001)
+
+
+async def test_what_waits_for_its_mask_and_is_read_again_says_each_token_once(tmp_path: Path) -> None:
+    """Two that outgrow the cells send it back to its queue while it waits; its mask comes with the step that reads it again."""
+    settings = LlamaSettings(n_ctx=256, threads=1, slots=3, unified=True, cells=512)
+    engine = LetGoMidway(tiny_model(tmp_path / "m.gguf"), name="tiny", digest="sha256:0", settings=settings)
+
+    async def said(name: str, prompt: range, max_tokens: int, sampling: Sampling) -> list[int]:
+        return [
+            e.id async for e in engine.submit(Task(name, tuple(prompt), max_tokens, sampling=sampling)) if isinstance(e, Token)
+        ]
+
+    grammar = Sampling(temperature=0, grammar="start: /[a-f]{30}/")
+    endless = Sampling(temperature=0, logit_bias={2: -1000.0})
+    try:
+        alone = await said("alone", range(3, 103), 40, grammar)
+        engine.let_go = threading.Event()
+        for _ in range(THREADS):
+            engine._masks.want(Held(engine.let_go))
+        others = [asyncio.create_task(said(f"other {i}", range(20 + i, 80 + i), 190, endless)) for i in range(2)]
+        await asyncio.sleep(0)
+        again = await asyncio.wait_for(said("again", range(3, 103), 40, grammar), 30)
+        await asyncio.gather(*others)
+        assert (engine.midway, again) == (1, alone)
+    finally:
+        if engine.let_go is not None:
+            engine.let_go.set()
+        engine.close()
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "length"])

@@ -334,6 +334,9 @@ class LlamaEngine:
         logits = self._context.logits(len(rows))
         jobs = [None if task_id is None else self._jobs[task_id] for task_id in outputs]  # a filler's are not looked at
         self._keep(jobs, logits)
+        for job in jobs:
+            if job is not None:  # one that was sent back while it waited for its mask, and read again: these logits are its own
+                self._parked.pop(job.task.id, None)
         until = time.monotonic() + GRACE
         late = {i for i, job in enumerate(jobs) if job is not None and not job.sampler.ready(until - time.monotonic())}
         for i in late:
