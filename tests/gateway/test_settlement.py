@@ -171,7 +171,7 @@ async def test_a_fault_in_one_claim_costs_no_other_its_verdict(caplog: pytest.Lo
     told = Told()
     for number in range(5):
         told.settle(number, claim(token(3)), fails=number == 1)
-    broken = dataclasses.replace(claim(token(3)), receipt_key=7)  # type: ignore[arg-type]  # a fault of ours, say
+    broken = dataclasses.replace(claim(token(3)), reservation=None)  # type: ignore[arg-type]  # a fault of ours, say
     told.settle(5, broken)
     await told.settlement.close()
     assert {number: len(verdicts) for number, verdicts in told.verdicts.items()} == dict.fromkeys(range(6), 1)
