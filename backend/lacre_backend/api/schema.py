@@ -72,7 +72,7 @@ class Grammars:
                 raise _refusal(SchemaRefused("schema", "#", "is nested too deeply"), param) from None
         return self._any(schema)
 
-    def _watched(self, schema: Mapping[str, Any], places: set[str], *, strict: bool) -> list[str]:
+    def _watched(self, schema: Mapping[str, Any], places: Mapping[str, bool], *, strict: bool) -> list[str]:
         try:
             return schema_sets.watched(schema, places) if places else []
         except SchemaRefused:

@@ -53,7 +53,7 @@ class RuleMaker(ScalarRules):
         """watched: the engine can tell repeated items by reading the answer, which is this value alone."""
         super().__init__(cases)
         self._watched = watched
-        self.distinct: set[str] = set()  # the places of lists that the engine is to watch
+        self.distinct: dict[str, bool] = {}  # the places of lists that the engine is to watch: whether their numbers are whole
         self._made: dict[frozenset[tuple[object, ...]], tuple[str | None, Literals]] = {}
         self._depth = 0
 
@@ -125,7 +125,8 @@ class RuleMaker(ScalarRules):
             if found is not None:
                 return self._set(case, found)
             if self._watched and not n_first and not case.contains and schema_sets.endless(self._cases, _item(case, 0)):
-                self.distinct.add(case.unique)
+                whole = schema_sets.whole(self._cases, _item(case, 0))
+                self.distinct[case.unique] = whole and self.distinct.get(case.unique, True)
             else:
                 self._cases.unknown("uniqueItems", replace(at.place, path=case.unique), _UNIQUE)
         firsts = [_item(case, i) for i in range(n_first)]

@@ -9,7 +9,6 @@ Rules
 
 from __future__ import annotations
 
-import json
 import math
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,18 @@ from typing import Any, Final
 from lacre_backend.api.schema_cases import Cases
 from lacre_backend.api.schema_numbers import empty_range
 from lacre_backend.api.schema_terms import TYPES, Case, Literals, SchemaRefused
-from lacre_backend.engine.distinct import ANY, MARK
+from lacre_backend.engine.distinct import ANY, MARK, WHOLE
 
 MAX_LISTED: Final = 64  # values of an item: the bits of a rule
 # Keywords whose schemas tell of the same value, or of any member or item of it.
 _INSIDE: Final[Mapping[str, tuple[str, ...]]] = {
     "allOf": (), "anyOf": (), "oneOf": (), "additionalProperties": (ANY,), "items": (ANY,), "prefixItems": (ANY,),
 }  # fmt: skip
+# What keeps an item from going on and becoming another one, or may.
+_LIMITING: Final = frozenset(
+    {"enum", "const", "pattern", "format", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+     "multipleOf", "$ref", "anyOf", "oneOf", "allOf", "not", "if"}
+)  # fmt: skip
 MAX_FOLLOWED: Final = 32  # references, one within the other, on the way to a list
 
 
@@ -93,16 +97,27 @@ def endless(cases: Cases, item: Literals) -> bool:
     return bool(found) and all(kind in free and replace(case, whole=None) == free[kind] for kind, case in found)
 
 
-def watched(schema: Mapping[str, Any], places: set[str]) -> list[str]:
-    """The lines that tell the engine where in an answer the lists at these places of a schema stand. Raises `SchemaRefused`."""
-    found: dict[str, set[str]] = {}
+def whole(cases: Cases, item: Literals) -> bool:
+    """Whether an item that is a number is a whole one."""
+    found = list(cases.of(item, "number"))
+    return bool(found) and all(case.whole for case in found)
+
+
+def watched(schema: Mapping[str, Any], places: Mapping[str, bool]) -> list[str]:
+    """The lines that tell the engine where in an answer the lists at these places of a schema stand. places: by each, whether
+    its numbers are whole. Raises `SchemaRefused`.
+    """
+    found: dict[str, set[tuple[str, ...]]] = {}
+    others: set[tuple[str, ...]] = set()
     waiting: list[tuple[Any, str, tuple[str, ...], frozenset[str]]] = [(schema, "#", (), frozenset())]
     while waiting:
         part, place, path, followed = waiting.pop()
         if not isinstance(part, dict):
             continue
         if place in places:
-            found.setdefault(place, set()).add(MARK + "/".join(path))
+            found.setdefault(place, set()).add(path)
+        elif _is_limited(part):
+            others.add(path)
         reference = part.get("$ref")
         if isinstance(reference, str):
             if reference in followed or len(followed) > MAX_FOLLOWED:
@@ -118,15 +133,32 @@ def watched(schema: Mapping[str, Any], places: set[str]) -> list[str]:
         members = part.get("properties")
         for name, each in members.items() if isinstance(members, dict) else ():
             waiting.append((each, f"{place}/properties/{name}", (*path, _step(name)), followed))
-    for place in sorted(places - found.keys()):
-        raise SchemaRefused(
-            "uniqueItems", place, "stands where repeated items cannot be told; use a list, or leave out 'strict'"
-        )
-    return sorted({line for lines in found.values() for line in lines})
+    for place in sorted(places):
+        paths = found.get(place, set())
+        if not paths or any(_may_be_one(path, other) for path in paths for other in others):
+            raise SchemaRefused(
+                "uniqueItems", place, "stands where repeated items cannot be told; use a list, or leave out 'strict'"
+            )
+    lines = {(*path, *((WHOLE,) if places[place] else ())) for place, paths in found.items() for path in paths}
+    return sorted(MARK + "".join(f"/{step}" for step in line) for line in lines)
+
+
+def _is_limited(part: Mapping[str, Any]) -> bool:
+    """Whether it may be a list whose items cannot always go on, so that the same one must be admitted twice."""
+    prefix = part.get("prefixItems")
+    items = [part.get("items"), *(prefix if isinstance(prefix, list) else ())]
+    listed = [part.get("const"), *(part["enum"] if isinstance(part.get("enum"), list) else ())]
+    return any(isinstance(each, dict) and not _LIMITING.isdisjoint(each) for each in items) or any(
+        isinstance(each, list) for each in listed
+    )
+
+
+def _may_be_one(path: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    return len(path) == len(other) and all(a == b or ANY in (a, b) for a, b in zip(path, other, strict=True))
 
 
 def _step(name: str) -> str:
-    return urllib.parse.quote(json.dumps(name, ensure_ascii=False)[1:-1].replace("\x7f", "\\u007f"), safe="")
+    return urllib.parse.quote(name.encode("utf-8", "surrogatepass"), safe="")
 
 
 def _target(schema: Any, reference: str) -> Any:
