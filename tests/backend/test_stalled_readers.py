@@ -67,9 +67,9 @@ async def test_a_reader_that_leaves_frees_its_slot(crossing: bool) -> None:
     async with running(node):
         frames = await stalled(desk, app)
         [worker] = desk.hub.live
-        assert worker.free == worker.slots - 1
+        assert worker.slots.busy == 1
         await frames.aclose()
-        await until(lambda: worker.free == worker.slots and app.left.is_set(), PATIENCE)
+        await until(lambda: worker.slots.busy == 0 and app.left.is_set(), PATIENCE)
     if elsewhere is not None:
         elsewhere.close()
 
@@ -103,7 +103,7 @@ async def test_a_failure_of_the_nodes_own_ends_its_request_aloud(caplog: pytest.
         answer = await desk.ask(sealed)
         assert answer.problem is not None and answer.problem.endswith("internal")
         [worker] = desk.hub.live
-        await until(lambda: worker.free == worker.slots)
+        await until(lambda: worker.slots.busy == 0)
     assert caplog.messages == ["task failed: request"]
 
 
