@@ -288,3 +288,19 @@ async def test_what_is_said_beside_a_call_is_a_message_of_its_own() -> None:
         '.assistant\nLet me see.\n.assistant\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>.\n'
         ".tool\n2 m.\n.assistant"
     )
+
+
+async def test_a_tool_may_say_nothing_of_what_it_is_for() -> None:
+    """Hermes' template adds to a description, and fails where there is none."""
+    engine = EchoEngine(name="tiny")
+    source = NATIVE.replace(
+        "{{ tools | tojson }}", "{% for t in tools %}{{ t.function.name + ': ' + t.function.description }}{% endfor %}"
+    )
+    engine.model = dataclasses.replace(engine.model, chat_template=source)
+    tools = [{"type": "function", "function": {"name": "f", **said}} for said in ({}, {"description": "The tide"})]
+    request = parse_chat(json.dumps({"model": "tiny", "messages": [USER], "tools": tools[:1]}).encode())
+    ids = await chat_prompt(Served(engine), request.messages, request.tools, goes_on=False)
+    assert b"Tools:f: ." in b"".join(bytes([token]) if token < 256 else b"." for token in ids)
+    template = loaded(source)
+    assert "f: The tide" in "".join(piece for piece in template.render([USER], tools[1:]) if isinstance(piece, str))
+    assert "description" not in str(loaded(NATIVE).render([USER], tools[:1])), "where nothing fails, nothing is added"

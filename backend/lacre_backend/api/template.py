@@ -63,6 +63,10 @@ _TOOL: Final[Mapping[str, Any]] = {
         "parameters": {"type": "object", "properties": {"port": {"type": "string"}}},
     },
 }
+_UNDESCRIBED: Final[Mapping[str, Any]] = {
+    "type": "function",
+    "function": {name: value for name, value in _TOOL["function"].items() if name != "description"},
+}
 _CALL: Final = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
 _USED: Final[tuple[Message, ...]] = (
     {"role": "user", "content": "Hello"},
@@ -124,6 +128,7 @@ class ChatTemplate:
             self._composed = self._literal
         elif composed := self._composed_literals():
             self._composed = any_of(composed)
+        self._wants_description = self._fails_without_description()
         self._describes = _TOOL["function"]["description"] in self._outcome(self._template, *_SPEAKING_OF_A_TOOL)
         self.calls = self._known_calls()
         self._check_whole()
@@ -139,6 +144,8 @@ class ChatTemplate:
         def run(messages: Sequence[Message], tools: Tools) -> str:
             return self._run(self._template, messages, tools, add_generation_prompt=add_generation_prompt)
 
+        if tools is not None and self._wants_description:
+            tools = [_described(tool) for tool in tools]
         try:
             swapped, told = self._swapped(shaped([*map(given, messages)], self._forms)), self._swapped(tools)
         except RecursionError:
@@ -271,6 +278,18 @@ class ChatTemplate:
     def _same_as(self, plain: jinja2.Template) -> bool:
         return all(self._outcome(self._template, *sample) == self._outcome(plain, *sample) for sample in _SAMPLES)
 
+    def _fails_without_description(self) -> bool:
+        """Some templates add something to what a tool is for, and fail where it does not say."""
+
+        def taken(tool: Mapping[str, Any]) -> bool:
+            try:
+                self._run(self._template, shaped((_USER,), self._forms), (tool,))
+            except TemplateRefused:
+                return False
+            return True
+
+        return not taken(_UNDESCRIBED) and taken(_described(_UNDESCRIBED))
+
     def _known_calls(self) -> CallFormat | None:
         """The template takes tools if it shows the tool, a call and its result; which format, is how it writes that call."""
         told, used = (self._outcome(self._template, *sample) for sample in _SAMPLES[-2:])
@@ -289,6 +308,11 @@ class ChatTemplate:
                 if isinstance(piece, str):
                     found |= {literal: self._control[literal] for literal in self._literal.findall(piece)}
         return found
+
+
+def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """With a description, if only an empty one."""
+    return {**tool, "function": {"description": "", **tool["function"]}}
 
 
 def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
