@@ -411,10 +411,7 @@ class LlamaEngine:
     def _resume(self, now: float) -> None:
         """Choose for what was parked and has its mask now, or ends for another reason."""
         for task_id, (job, logits) in list(self._parked.items()):
-            if job.ended:
-                del self._parked[task_id]
-            elif reason := job.interrupted(now):
-                del self._parked[task_id]
+            if reason := job.interrupted(now):
                 self._end(job, reason)
             elif job.sampler.ready(0):
                 del self._parked[task_id]
@@ -443,6 +440,7 @@ class LlamaEngine:
 
     def _drop(self, job: _Job, event: Finish | EngineError, *, keep: bool) -> None:
         job.ended = True
+        self._parked.pop(job.task.id, None)  # nothing of an answer that is over stays here while nothing else runs
         self._scheduler.end(job.task.id, keep=keep)
         if keep and job.task.cache_scope is not None:
             self._scopes[job.task.cache_scope] = time.monotonic()
