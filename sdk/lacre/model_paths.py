@@ -30,7 +30,8 @@ def misdirected(method: str, path: str) -> tuple[Problem, Details]:
     """What to tell the caller of a path that the model API has not, or of its method. path: without its query."""
     plain = _plain(path)
     meant = plain if plain in METHODS else "/v1" + plain if "/v1" + plain in METHODS else None
-    if plain.startswith(_MODEL) and (plain != path or method != "GET"):
+    verb = method == "POST" and ":" in plain  # as KServe's protocol has it: `/v1/models/NAME:predict`
+    if plain.startswith(_MODEL) and not verb and (plain != path or method != "GET"):
         meant = plain
     if meant is None:
         return problems.UNKNOWN_PATH, {"paths": KNOWN}

@@ -34,6 +34,7 @@ CHAT = "/v1/chat/completions"
         ("POST", "/v1/chat", problems.UNKNOWN_PATH, KNOWN),
         ("POST", "/v1/audio/transcriptions", problems.UNKNOWN_PATH, KNOWN),
         ("POST", "/v2/chat/completions", problems.UNKNOWN_PATH, KNOWN),
+        ("POST", "/v1/models/tiny:predict", problems.UNKNOWN_PATH, KNOWN),
         ("GET", "/", problems.UNKNOWN_PATH, KNOWN),
     ],
 )
