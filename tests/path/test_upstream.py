@@ -22,7 +22,6 @@ import httpx2
 import pytest
 
 import lacre
-from lacre import problems
 from lacre.receipts import units
 from lacre_backend import models
 from lacre_fabric import tokens
@@ -207,7 +206,7 @@ async def test_what_was_not_allowed_is_not_asked(client: lacre.Client, method: s
 async def test_an_application_needs_its_scope(place: Place, client: lacre.Client) -> None:
     with lacre.Client(place.workers.gateway.url, token=place.token(), retries=0) as plain:
         response = await asyncio.to_thread(plain.post, PREDICT, json={"instances": [[1]]}, headers=ENCODER)
-    assert (response.status_code, response.json()["type"]) == (404, problems.UNKNOWN_PATH.type)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown-path")
 
 
 async def test_an_answer_has_the_room_that_was_asked_for(client: lacre.Client) -> None:
