@@ -16,7 +16,7 @@ import lacre
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPING = ROOT / "typing_tests"
-MAX_WHEEL = 200_000  # bytes of the SDK's own files, compressed as they are in the wheel
+MAX_WHEEL = 220_000  # bytes of the SDK's own files, compressed as they are in the wheel
 NODE, NPM = shutil.which("node"), shutil.which("npm")
 
 

@@ -20,6 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from chart.rendering import NAMESPACE, Object, Rendered, merged, template
 from lacre_fabric.tokens import AUDIENCE, ISSUER
+from parts import strict_yaml
 
 NATS = f"r-lacre-nats.{NAMESPACE}.svc"
 POOL = "default"
@@ -120,4 +121,4 @@ class Prepared:
         values = merged(own, self._values)
         file = self.folder / "values.yaml"
         file.write_text(yaml.safe_dump(values))
-        return Rendered(tuple(each for each in yaml.safe_load_all(template(file)) if each), values)
+        return Rendered(tuple(strict_yaml.load_all(template(file))), values)

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from parts import strict_yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "lacre"
 VALUES = Path(__file__).resolve().parent / "values"
@@ -107,7 +109,7 @@ def render(case: str, *options: str) -> Rendered:
     """options: such as `--set` and what follows it."""
     file = CASES[case]
     files = () if file is None else (file,)
-    objects = [each for each in yaml.safe_load_all(template(*files, options=options)) if each]
+    objects = strict_yaml.load_all(template(*files, options=options))
     values: Object = {}
     for each in (CHART / "values.yaml", NEEDED, *files):
         values = merged(values, yaml.safe_load(each.read_text()))

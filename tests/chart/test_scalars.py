@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from chart.rendering import NPM, VALUES, Object, leaves, template
 from chart.test_rendering import validated
+from parts import strict_yaml
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,7 +46,7 @@ def odd_values(value: str) -> Object:
 def objects(folder: Path, values: Object, **how: str) -> list[Any]:
     file = folder / "odd.yaml"
     file.write_text(json.dumps(values))  # in which every text is quoted
-    return [each for each in yaml.safe_load_all(template(VALUES / "on.yaml", file, **how)) if each]
+    return strict_yaml.load_all(template(VALUES / "on.yaml", file, **how))
 
 
 def texts(each: Object) -> dict[str, object]:
