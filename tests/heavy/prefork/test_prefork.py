@@ -94,3 +94,13 @@ def test_celery(environment: Environment, surroundings: dict[str, str]) -> None:
     seen = json.loads(done.stdout)
     assert Counter(told for _, told in seen) == {"ok": CALLS}
     assert len({pid for pid, _ in seen}) > WORKERS
+
+
+def test_multiprocessing(environment: Environment, surroundings: dict[str, str]) -> None:
+    """A pool that is forked from a process whose clients were used, and that replaces its processes after some tasks."""
+    asking = [environment("prefork"), "-P", str(HERE / "pooled.py"), str(CALLS), str(WORKERS)]
+    done = subprocess.run(asking, env=surroundings, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    assert Counter(told for _, told in seen) == {"ok": CALLS + 2}
+    assert len({pid for pid, _ in seen}) > WORKERS
