@@ -205,11 +205,12 @@ class NatsWorker:
                 await self._look(queue, there=self.connection.connected)
                 return None
             raise self.connection.unavailable(exc, denials) from exc
-        await self._look(queue, there=True)
-        delivery = await self._take(message)
-        if delivery is None or self._serves(queue.model):
-            return delivery
-        await _turn_away(delivery)  # it cannot any more, since it asked
+        async with self.connection.mapped():
+            await self._look(queue, there=True)
+            delivery = await self._take(message)
+            if delivery is None or self._serves(queue.model):
+                return delivery
+            await _turn_away(delivery)  # it cannot any more, since it asked
         return None
 
     async def _look(self, queue: _Queue, *, there: bool) -> None:

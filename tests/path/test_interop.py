@@ -23,7 +23,7 @@ def test_a_sealed_streaming_chat(up: Up, kem: str, label: str) -> None:
     if not (FOLDER / "node_modules").is_dir():
         subprocess.run([str(NPM), "ci"], cwd=FOLDER, check=True, capture_output=True)
     environment = os.environ | {"LACRE_URL": up.url, "LACRE_TOKEN": up.token}
-    command = [str(NODE), "client.mjs", "--kem", kem, "Tell me a long story about the sea."]
+    command = [str(NODE), "client.mjs", "--kem", kem, "--max-tokens", "64", "Tell me a long story about the sea."]
     done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     *pieces, totals = [json.loads(line) for line in done.stdout.splitlines()]
