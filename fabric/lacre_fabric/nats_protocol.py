@@ -28,8 +28,9 @@ DESCRIPTION: Final = "Description"
 _CRLF: Final = b"\r\n"
 _VERSION: Final = b"NATS/1.0"
 # The subject, the subscription, perhaps a reply subject, the size of the headers, and of it all; a number fits 64 bits.
-_HMSG: Final = re.compile(rb"HMSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]+) )?([0-9]{1,18}) ([0-9]{1,18})\r\n")
-_MSG: Final = re.compile(rb"MSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]+) )?()([0-9]{1,18})\r\n")
+# The server's own advisories carry an empty reply subject: two spaces stand side by side there.
+_HMSG: Final = re.compile(rb"HMSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]*) )?([0-9]{1,18}) ([0-9]{1,18})\r\n")
+_MSG: Final = re.compile(rb"MSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]*) )?()([0-9]{1,18})\r\n")
 _FIELD_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")  # RFC 9110 section 5.6.2
 _STATUS_LINE: Final = re.compile(rb"NATS/1\.0 ([0-9]{3})(?: ([ -~]{0,255}))?")
 

@@ -46,6 +46,15 @@ def test_every_message_comes_as_it_was_sent(messages: list[Message], step: int) 
     assert heard == [Control(b"PING", b""), *messages, Control(b"PONG", b"")]
 
 
+def test_an_empty_reply_subject_is_none() -> None:
+    """As nats-server writes its own advisories of JetStream: two spaces side by side."""
+    sent = b"MSG $JS.EVENT.ADVISORY.API 1  2\r\n{}\r\nHMSG a 1  3 5\r\nabchi\r\n"
+    assert list(Reader().feed(sent)) == [
+        Message(1, b"$JS.EVENT.ADVISORY.API", b"", b"", b"{}"),
+        Message(1, b"a", b"", b"abc", b"hi"),
+    ]
+
+
 @pytest.mark.parametrize(
     "line",
     [
