@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
+# Files and folders whose prose `make lint` checks. `python tools/prose.py` without arguments checks all.
+PROSE := docs/quickstart.md tools/prose.py
 FUZZ_SECONDS ?= 120
 CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
@@ -51,6 +53,7 @@ lint: ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/prose.py $(PROSE)
 
 bench: ready
 	$(BIN)/python -m bench
