@@ -33,7 +33,7 @@ def defences() -> Iterator[str]:
     yield "### Each defence, and the attack that succeeds without it\n"
     yield "| defence | in | the attack that its absence lets through |\n|---|---|---|"
     for mutation in MUTATIONS:
-        yield f"| {mutation.defence} | `{mutation.file}` | {attack[f'tests/hostile/{mutation.test}'].name} |"
+        yield f"| {mutation.defence} | `{mutation.place}` | {attack[f'tests/hostile/{mutation.test}'].name} |"
     yield ""
 
 

@@ -2,20 +2,80 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hostile.attacks import every
-from hostile.mutations import MUTATIONS, ROOT, Mutation, caught, copy
+from hostile.mutation import Mutation, NotFound
+from hostile.mutations import MUTATIONS, ROOT, caught, copy
+
+SOURCE = """
+LIMIT = 4
+
+class Door:
+    def enter(self, size):
+        # the comment and the layout may change
+        if (size >
+                LIMIT):
+            raise ValueError(size)
+        try:
+            self.opened(by="us",
+                        limit=LIMIT)
+        except (OSError, ValueError) as exc:
+            log(exc)
+        def later():
+            return size + 1
+        return size
+
+    def leave(self):
+        self.close()
+        self.forget()
+        self.forget()
+"""
+DOOR = {
+    ("room:Door.enter", "if size > LIMIT:", "if False:"): "if False:\n            raise ValueError(size)",
+    ("room:Door.enter", "size > LIMIT", "True"): "if True:\n            raise ValueError(size)",
+    ("room:Door.enter", "limit=LIMIT", "limit=9"): "self.opened(by='us', limit=9)",
+    ("room:Door.enter", "limit=LIMIT", ""): "self.opened(by='us')",
+    ("room:Door.enter", "except (OSError, ValueError) as exc:", "except OSError as exc:"): "except OSError as exc:\n",
+    ("room:Door.enter.later", "return size + 1", "return 0"): "return 0",
+    ("room:Door.leave", "self.close()", ""): "def leave(self):\n        pass\n        self.forget()",
+    ("room:Door.leave", "self.close()", "return None"): "def leave(self):\n        return None\n        self.forget()",
+    ("room", "LIMIT = 4", "LIMIT = 0"): "LIMIT = 0",
+    ("room", "class Door:", "class Door(Base):"): "class Door(Base):\n\n    def enter",
+}  # fmt: skip
+LOST = {
+    "another function": ("room:Door.go", "self.close()", ""),
+    "another statement": ("room:Door.leave", "self.open()", ""),
+    "inside another function": ("room:Door.enter", "return size + 1", ""),
+    "twice": ("room:Door.leave", "self.forget()", ""),
+}
+
+
+@pytest.mark.parametrize("place", DOOR, ids=" ".join)
+def test_finds_a_statement_by_its_meaning(place: tuple[str, str, str]) -> None:
+    changed = Mutation("a door", *place, "test_door").applied(SOURCE)
+    assert DOOR[place] in changed
+    assert len(ast.parse(changed).body) == 2
+
+
+@pytest.mark.parametrize("place", LOST.values(), ids=LOST)
+def test_a_place_that_is_gone_or_doubled_is_an_error(place: tuple[str, str, str]) -> None:
+    with pytest.raises(NotFound):
+        Mutation("a door", *place, "test_door").applied(SOURCE)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_is_of_this_tree(mutation: Mutation) -> None:
-    found = (ROOT / mutation.file).read_text().count(mutation.old)
-    assert found == 1, "the line has changed: change the mutation with it, and see that `make mutants` still catches it"
-    assert mutation.new != mutation.old
+    source = mutation.path(ROOT).read_text()
+    try:
+        changed = mutation.applied(source)
+    except NotFound as lost:
+        pytest.fail(f"{lost}: change the mutation with the product, and see that `make mutants` still catches it")
+    assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source))
     assert f"tests/hostile/{mutation.test}" in every()
 
 
