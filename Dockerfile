@@ -16,7 +16,7 @@ COPY requirements/build.lock requirements/
 RUN python3 -m venv /tools && /tools/bin/pip install --require-hashes --no-deps -r requirements/build.lock
 COPY tools/slim.py tools/
 
-# The project's wheel: Python alone, the same for every image.
+# The project's two wheels: Python alone, the same for every image.
 FROM tools AS project
 COPY LICENSE README.md pyproject.toml ./
 COPY policies policies
@@ -24,7 +24,7 @@ COPY sdk sdk
 COPY fabric fabric
 COPY gateway gateway
 COPY backend backend
-RUN /tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist .
+RUN /tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist ./sdk .
 
 FROM tools AS gateway-packages
 COPY requirements/gateway.lock requirements/

@@ -1,4 +1,4 @@
-"""Makes `.venv` ready: locked dependencies, llama-cpp-python built from source, this project installed editable.
+"""Makes `.venv` ready: locked dependencies, llama-cpp-python built from source, both of the tree's distributions editable.
 
 Runs on the standard library of any Python >= 3.11, and is silent and quick when nothing changed. With a name after it, such
 as `fuzz`, it also installs what `requirements/NAME.lock` adds, which only some targets of the Makefile need; what would not
@@ -28,6 +28,8 @@ VENV = ROOT / ".venv"
 STAMP = VENV / ".ready"
 LOCKS = ROOT / "requirements"
 MAIN_LOCKS = ("base.lock", "build.lock", "model.lock", "native.lock")
+# What the metadata of `lacre` and `lacre-server` is made from.
+PROJECTS = ("pyproject.toml", "sdk/pyproject.toml", "sdk/hatch_build.py", "sdk/lacre/_version.py")
 APART = frozenset({"container", "contract"})
 
 # No multimodal build: it would nearly double the compile time for files that nothing here loads.
@@ -140,7 +142,7 @@ def main() -> None:
 def prepare() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this file is what tells an older Python so
         raise SystemExit(f"Lacre needs Python 3.11 or newer; this is {platform.python_version()}. Try: make PYTHON=python3.12")
-    wanted = digest(*((LOCKS / name).read_text() for name in MAIN_LOCKS), (ROOT / "pyproject.toml").read_text(),
+    wanted = digest(*((LOCKS / name).read_text() for name in MAIN_LOCKS), *((ROOT / name).read_text() for name in PROJECTS),
                     Path(__file__).read_text(), CMAKE_ARGS, cpu(), sys.version, str(ROOT))  # fmt: skip
     if STAMP.exists() and STAMP.read_text() == wanted:
         return
@@ -154,7 +156,7 @@ def prepare() -> None:
     install("base.lock")
     install("model.lock")
     pip("install", "--no-deps", native_wheel())
-    pip("install", "--no-deps", "--no-build-isolation", "-e", ROOT)
+    pip("install", "--no-deps", "--no-build-isolation", "-e", ROOT / "sdk", "-e", ROOT)
     STAMP.write_text(wanted)
 
 

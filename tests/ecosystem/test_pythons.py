@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_declared_are_those_of_the_project() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    assert [version for version in environments.DECLARED if f'"Programming Language :: Python :: {version}"' in text] == list(
-        environments.DECLARED
-    )
+    for path in ("pyproject.toml", "sdk/pyproject.toml"):
+        classifiers = tomllib.loads((ROOT / path).read_text())["project"]["classifiers"]
+        declared = [each.rpartition(" ")[2] for each in classifiers if re.fullmatch(r"Programming Language .* 3\.\d+", each)]
+        assert declared == list(environments.DECLARED), path
 
 
 @pytest.mark.parametrize("version", environments.DECLARED)
