@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# Processes that share the tests. One more than there are cores, because many tests wait for a server.
+JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+SHARED := $(PYTEST) -n $(JOBS) --durations=30
 
 # Files and folders whose prose `make lint` checks. `python tools/prose.py` without arguments checks all.
 PROSE := docs/quickstart.md tools/prose.py
@@ -15,10 +18,10 @@ demo: ready
 	$(BIN)/lacre demo
 
 test: tested
-	$(PYTEST) -m "not slow and not container and not heavy"
+	$(SHARED) -m "not slow and not container and not heavy"
 
 test-all: tested environments
-	$(PYTEST) -m "not container and not heavy"
+	$(SHARED) -m "not container and not heavy"
 
 # Suites that need large environments, each made when its suite first runs. SUITES: some of tests/heavy's folders; else all.
 test-heavy: tested

@@ -360,7 +360,7 @@ UNUSABLE: list[Any] = [
     {"kty": "OKP", "crv": "Ed25519", "x": "!", "kid": "b"},
     {"kty": "OKP", "crv": "Ed25519", "x": 1, "kid": "b"},
     {"kty": "OKP", "crv": "Ed25519", "x": "A" * 10_000, "kid": "b"},
-    {**OKPAlgorithm.to_jwk(B.public_key(), as_dict=True), "kid": ["b"]},
+    {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo", "kid": ["b"]},  # RFC 8037, A.2
 ]  # fmt: skip
 
 
