@@ -7,7 +7,7 @@ JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 SHARED := $(PYTEST) -n $(JOBS) --durations=30
 
 # Files and folders whose prose `make lint` checks. `python tools/prose.py` without arguments checks all.
-PROSE := docs/quickstart.md tools/prose.py
+PROSE := README.md SECURITY.md tools/prose.py $(filter-out docs/threat-model.md docs/wire.md,$(wildcard docs/*.md))
 FUZZ_SECONDS ?= 120
 CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit

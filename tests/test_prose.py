@@ -118,7 +118,7 @@ def test_comments_of_settings_and_scripts(tmp_path: Path, name: str, sign: str) 
     [
         ("A stream that breaks off is gone on with.", "A worker resumes a broken stream."),
         ("Four, where\nleft out.", "Default: four."),
-        ("The address is none: see below.", "The address is not valid. There is none."),
+        ("The address is none: see below.", "The address is not valid. There is none. The default is None."),
         ("A plan that there is not is refused.", "The gateway refuses unknown plans."),
         ("A signer is heard by nobody.", "Clients reject the signer."),
         ("The consumer is nobody's.", "The consumer is unexpected. Nobody uses it."),

@@ -123,7 +123,7 @@ class TestExitCodes:
         assert (made["TruncatedStream"], made["ApiError"], made["SettingsError"]) == (6, 7, 1)
 
     def test_the_guide_lists_them(self) -> None:
-        guide = (Path(__file__).resolve().parents[2] / "docs/using.md").read_text()
+        guide = (Path(__file__).resolve().parents[2] / "docs/command.md").read_text()
         listed = dict(re.findall(r"^\| (\d+) \| .*?`(\w+)`", guide, re.MULTILINE))
         assert listed == {str(code): kind.__name__ for kind, code in EXIT_CODES.items()}
 

@@ -24,7 +24,7 @@ def examine(file: Path) -> list[Finding]:
     try:
         settings = load(file)
     except SettingsError as exc:
-        findings.failed("settings", str(exc), "correct the file; docs/operating.md lists the keys")
+        findings.failed("settings", str(exc), "correct the file; docs/settings.md lists the keys")
         findings.skipped("everything else", "the settings are needed first")
         return findings.found
     findings.ok("settings", f"{file}: gateway {settings.gateway}, {settings.processes} process(es)")

@@ -28,7 +28,7 @@ Url = Annotated[str | None, typer.Option(help="The connection string.", envvar="
 PoolName = Annotated[str, typer.Option("--pool", help="The pool of workers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-# By the branch of the error: docs/using.md has this table, and a test holds one against the other.
+# By the branch of the error: docs/command.md has this table, and a test compares them.
 EXIT_CODES: Final[dict[type[errors.LacreError], int]] = {
     errors.RefusedError: 3,
     errors.NetworkError: 4,
