@@ -115,7 +115,7 @@ WORKDIR /var/lib/lacre
 EXPOSE 8321
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
-    CMD ["/opt/lacre/bin/python", "-P", "-m", "lacre_gateway.health", "--settings", "/etc/lacre/gateway.toml"]
+    CMD ["/opt/lacre/bin/python", "-P", "-m", "lacre_gateway.probe", "--settings", "/etc/lacre/gateway.toml"]
 ENTRYPOINT ["/opt/lacre/bin/python", "-P", "-m", "lacre_gateway"]
 CMD ["--settings", "/etc/lacre/gateway.toml"]
 

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.jws import b64u
-from lacre.receipts import TYP
+from lacre.evidence.receipts import TYP
+from lacre.jose.jws import b64u
 from lacre.wire.header import SealedHeader
-from lacre_fabric import subjects
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.nats_gateway import GATEWAY, REQUEST
-from lacre_fabric.roles import Credential
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.gateway import GATEWAY, REQUEST
+from lacre_fabric.nats.roles import Credential
 
 RECORD = b"\xa5" * 512  # no record looks like the end of a chunked answer
 BATCH = 256  # messages asked for at once

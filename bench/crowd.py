@@ -20,13 +20,13 @@ from pathlib import Path
 
 import uvloop
 
-from lacre.jws import b64u
-from lacre.receipts import Receipt
-from lacre_fabric.frames import Kind
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.nats_worker import NatsDelivery, NatsWorker
-from lacre_fabric.roles import Credential
-from lacre_fabric.work import BEAT, Cancelled, FabricUnavailable
+from lacre.evidence.receipts import Receipt
+from lacre.jose.jws import b64u
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
+from lacre_fabric.work.contract import BEAT, Cancelled, FabricUnavailable
+from lacre_fabric.work.frames import Kind
 
 RECORD = b"\xa5" * 512  # no record looks like the end of a chunked answer
 SPREAD = 0.8  # of the logarithm of a service time: its squared coefficient of variation is e^(0.8²) − 1 = 0.90

@@ -25,7 +25,7 @@ from typing import Any
 import llama_cpp
 
 from bench import command
-from lacre_backend import models
+from lacre_backend.engine import gguf
 from lacre_backend.engine.model import silence
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacre"
@@ -43,7 +43,7 @@ def model() -> Path:
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
         draft = path.with_suffix(".part")
-        source = str(models.find().path).encode()
+        source = str(gguf.find().path).encode()
         silence()
         assert llama_cpp.llama_model_quantize(source, str(draft).encode(), ctypes.byref(params)) == 0
         draft.replace(path)

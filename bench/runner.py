@@ -67,8 +67,8 @@ def rates(began: float, streams: list[Marks]) -> dict[str, float]:
 class Ours:
     def __init__(self, path: str, threads: int) -> None:
         global Sampling, Task, Token, grammar  # noqa: PLW0603 - not there in a peer's environment
-        from lacre_backend.api.schema import grammar  # noqa: PLC0415
-        from lacre_backend.engine.llama import LlamaEngine, LlamaSettings  # noqa: PLC0415
+        from lacre_backend.api.schema.grammar import grammar  # noqa: PLC0415
+        from lacre_backend.engine.generate import LlamaEngine, LlamaSettings  # noqa: PLC0415
         from lacre_backend.engine.protocol import Sampling, Task, Token  # noqa: PLC0415
 
         settings = LlamaSettings(n_ctx=N_CTX, slots=SLOTS, threads=threads, flash=True)

@@ -38,10 +38,10 @@ from bench import arrivals, command
 from bench.crowd import Shift, Task
 from bench.queueing import mean_wait, wanted
 from bench.stand import MODEL, POOL, ROOT, Stand, ended, stand, usage
-from lacre_fabric.buckets import NatsBucket
-from lacre_fabric.connection import Connection
-from lacre_fabric.site import GATEWAY_ID
-from lacre_fabric.subjects import BUDGETS_BUCKET, DEFAULT_REGION
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.kv import NatsBucket
+from lacre_fabric.nats.subjects import BUDGETS_BUCKET, DEFAULT_REGION
+from lacre_fabric.operate.site import GATEWAY_ID
 
 WORKERS = (1, 4, 16, 64)
 RATE, BUSY = 30.0, 0.7

@@ -26,7 +26,7 @@ import lacre
 from bench import command
 from bench.engine import Peer, model
 from bench.runner import N_CTX, SLOTS, Marks, prompt, rates
-from lacre_fabric import settings_files
+from lacre_fabric.operate import settings_files
 
 STREAMS = 8
 START = 60.0  # seconds

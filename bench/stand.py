@@ -25,11 +25,11 @@ from bench.consumer import Task as Answers
 from bench.load import Task as Load
 from lacre.wire.header import MEDIA_TYPE_REQUEST, Aead, Kdf, Kem, Suite
 from lacre.wire.ohttp import seal_request
-from lacre_fabric.connection import Connection
-from lacre_fabric.provisioning import provision, publish_manifest
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import NODE, Site
-from lacre_gateway.plans import PLANS_FILE
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision, publish_manifest
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.site import NODE, Site
+from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.policy.rules import shipped
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -65,7 +65,7 @@ def test_the_gateway_reads_headers_alone() -> None:
 
 def test_the_gateway_cannot_come_by_the_opening_code() -> None:
     """Not even through what it imports from elsewhere."""
-    code = "import sys, lacre_gateway.app, lacre_gateway.relay; assert 'lacre.wire.opening' not in sys.modules"
+    code = "import sys, lacre_gateway.app, lacre_gateway.relay.relay; assert 'lacre.wire.opening' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -93,7 +93,7 @@ def test_locks_name_no_index() -> None:
         assert not [line for line in lines if "://" in line or (line.lstrip().startswith("-") and "--hash=" not in line)], lock
 
 
-SUPERVISOR = ROOT / "sdk/lacre/tasks.py"
+SUPERVISOR = ROOT / "sdk/lacre/runtime/tasks.py"
 # What starts a task or a thread that nobody watches. What a pool runs is fine where it is awaited on the spot.
 UNWATCHED = {
     "create_task", "ensure_future", "TaskGroup", "gather", "as_completed", "run_coroutine_threadsafe", "run_in_executor",
@@ -127,7 +127,7 @@ def unwatched(source: str) -> Iterator[str]:
 @pytest.mark.parametrize("package", ROOMS)
 def test_the_supervisor_alone_starts_background_work(package: str) -> None:
     found = {path: list(unwatched(path.read_text())) for path in files(package) if path != SUPERVISOR}
-    assert not {path: places for path, places in found.items() if places}, "start it by `lacre.tasks`"
+    assert not {path: places for path, places in found.items() if places}, "start it by `lacre.runtime.tasks`"
 
 
 def test_the_supervisor_needs_errors_alone_of_ours() -> None:

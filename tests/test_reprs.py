@@ -6,26 +6,31 @@ import dataclasses
 
 import pytest
 
-from lacre import chat_request, choices, credentials, http1, inner, marks, reply, steps, streams
+from lacre.chat import choices, reply, request, stream
+from lacre.exchange import request as inner
+from lacre.exchange import resume_marks, steps
+from lacre.runtime import http1
+from lacre.transport import oauth
 from lacre.wire import bhttp
-from lacre_backend.api import calls
+from lacre_backend.api.tools import format
 from lacre_backend.engine import protocol
 from lacre_backend.upstream import bodies, origin
-from lacre_gateway import auth, outer
+from lacre_gateway.auth import tokens
+from lacre_gateway.http import headers
 
 # What holds a part of a prompt, an answer or a credential, by the members that do.
 HOLDERS: list[tuple[type, set[str]]] = [
     (inner.Plain, {"headers", "content"}),
     (steps.Send, {"body"}),
-    (chat_request.ChatRequest, {"content", "options"}),
-    (credentials.ClientCredentials, {"client_secret"}),
-    (credentials.Issued, {"token"}),
+    (request.ChatRequest, {"content", "options"}),
+    (oauth.ClientCredentials, {"client_secret"}),
+    (oauth.Issued, {"token"}),
     (bhttp.Request, {"headers", "content"}),
     (bhttp.Head, {"headers"}),
     (bhttp.Data, {"content"}),
     (http1.Head, {"query", "fields"}),
     (http1.Body, {"content"}),
-    (marks.Mark, {"tokens"}),
+    (resume_marks.Mark, {"tokens"}),
     (reply.Reply, {"raw"}),
     (choices.Choice, {"text", "tool_calls", "refusal", "reasoning", "logprobs", "message"}),
     (choices.ToolCall, {"name", "arguments"}),
@@ -38,13 +43,13 @@ HOLDERS: list[tuple[type, set[str]]] = [
     (protocol.Token, {"id", "text", "raw"}),
     (protocol.Alternative, {"id", "raw"}),
     (protocol.Finish, {"text"}),
-    (calls.Speech, {"text"}),
-    (calls.Called, {"name"}),
-    (calls.Argued, {"text"}),
+    (format.Speech, {"text"}),
+    (format.Called, {"name"}),
+    (format.Argued, {"text"}),
     (bodies.Body, {"content"}),
     (origin.Request, {"target", "headers", "content"}),
-    (auth._Shown, {"authorization", "proof"}),
-    (outer.Fields, {"values"}),
+    (tokens._Shown, {"authorization", "proof"}),
+    (headers.Fields, {"values"}),
 ]
 
 
@@ -58,12 +63,12 @@ def test_what_is_hidden(holder: type, hidden: set[str]) -> None:
 
 def test_every_event_of_a_stream_is_looked_at() -> None:
     known = {holder for holder, _ in HOLDERS}
-    events = set(streams.StreamEvent.__args__)
+    events = set(stream.StreamEvent.__args__)
     assert events - known == {choices.Finished}
 
 
 def test_a_request_and_an_answer() -> None:
     plain = inner.Plain("POST", "/v1/chat/completions", [("authorization", "canary")], b"canary")
-    shown = [plain, marks.Mark(1, 0, 1, [77123]), bhttp.Data(b"canary"), http1.Body(b"canary")]
+    shown = [plain, resume_marks.Mark(1, 0, 1, [77123]), bhttp.Data(b"canary"), http1.Body(b"canary")]
     assert "canary" not in repr(shown)
     assert "77123" not in repr(shown)

@@ -21,11 +21,11 @@ from typing import Final
 import structlog
 
 from lacre.errors import LacreError, SettingsError
-from lacre.manifest import fingerprint
+from lacre.trust.manifest import fingerprint
 from lacre.wire.opening import PrivateKey
-from lacre_fabric import poolkeys
-from lacre_fabric.kms import KmsError
-from lacre_fabric.kms.keeping import Keeping
+from lacre_fabric.keys import pool_keys
+from lacre_fabric.keys.kms import KmsError
+from lacre_fabric.keys.kms.wrapping import Keeping
 
 LOOK: Final = 1.0  # seconds between looks into the folder
 AGAIN: Final = 30.0  # seconds until a service that refused a key is asked once more: a right may come late
@@ -49,14 +49,14 @@ class KeyRing:
     key management service does not unwrap. again: seconds until one that it refused later on is asked for once more.
     """
 
-    def __init__(self, folder: Path, keeping: Keeping = poolkeys.AS_THEY_ARE, *, again: float = AGAIN) -> None:
+    def __init__(self, folder: Path, keeping: Keeping = pool_keys.AS_THEY_ARE, *, again: float = AGAIN) -> None:
         self._folder, self._keeping, self._again = folder, keeping, again
         self._stamps: dict[Path, _Stamp] = {}
         self._keys: dict[Path, PrivateKey] = {}
         self._empty = False
         self._refused: dict[Path, _Refused] = {}
         for path, stamp in _stamps(folder).items():
-            self._keep(path, stamp, poolkeys.read(path, keeping))
+            self._keep(path, stamp, pool_keys.read(path, keeping))
         if not self._keys:
             raise SettingsError(f"{folder} holds no pool key: `lacre keys init` makes one")
 
@@ -110,7 +110,7 @@ class KeyRing:
 
     def _read(self, path: Path) -> PrivateKey | LacreError:
         try:
-            return poolkeys.read(path, self._keeping)
+            return pool_keys.read(path, self._keeping)
         except (SettingsError, KmsError) as exc:
             return exc
 
@@ -148,7 +148,7 @@ class KeyRing:
 
 def _stamps(folder: Path) -> dict[Path, _Stamp]:
     stamps = {}
-    for path in poolkeys.files(folder):
+    for path in pool_keys.files(folder):
         try:
             status = path.stat()
         except OSError:

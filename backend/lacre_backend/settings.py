@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from lacre.jws import b64u_decode
+from lacre.jose.jws import b64u_decode
 from lacre_backend.upstream.origin import OF_A_CONNECTION
 from lacre_backend.upstream.routes import Route
-from lacre_fabric import model_names
-from lacre_fabric.kms import PLAIN
+from lacre_fabric.keys.kms import PLAIN
+from lacre_fabric.operate import model_names
 from lacre_fabric.settings import FilePath, KmsAddress, Name, Nats, RootKey, Table
 from lacre_fabric.settings import load as load_table
 
@@ -126,8 +126,8 @@ class Settings(Table):
     """The whole file. keys: the folder with the pool's private keys; receipt_key: an Ed25519 key in PEM. Either models or an
     upstream, not both.
 
-    kms: the address of the key that wraps both, or "plain:" (see `lacre_fabric.kms`). memory: the folder that remembers the
-    newest manifest seen; without one it is forgotten when the process ends.
+    kms: the address of the key that wraps both, or "plain:" (see `lacre_fabric.keys.kms`). memory: the folder that remembers
+    the newest manifest seen; without one it is forgotten when the process ends.
     health: the file that says each second how the worker is, for `python -m lacre_backend.health`.
     """
 

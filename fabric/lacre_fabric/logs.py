@@ -5,7 +5,8 @@ Rules:
 - Events are constants of the code. What varies goes into a field.
 - Of other libraries' records (uvicorn, nats) the constant format string is logged and never its arguments; of an exception its
   type and the places in the code, never its text. asyncio writes both into the message itself: of that, the beginning.
-- Of background work that died (`lacre.tasks`), the whole traceback is logged: every frame and every cause, and no text either.
+- Of background work that died (`lacre.runtime.tasks`), the whole traceback is logged: every frame and every cause, and no
+  text either.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any, Final, TextIO
 
 import structlog
 
-from lacre import tasks
 from lacre.errors import LacreError
+from lacre.runtime import tasks
 
 FIELDS: Final = frozenset({
     "event", "level", "time", "logger", "error", "at",

@@ -28,11 +28,12 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from lacre import folders
 from lacre.errors import InvalidMessage, SettingsError
-from lacre.jws import b64u_decode
-from lacre_fabric import kms, subjects
-from lacre_fabric.endpoints import Servers
+from lacre.jose.jws import b64u_decode
+from lacre.runtime import folders
+from lacre_fabric.keys import kms
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.servers import Servers
 
 MAX_FILE: Final = 4 * 2**20  # bytes of a settings file: some ten thousand models or issuers; /dev/zero has no end
 _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)

@@ -12,13 +12,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
-from lacre_gateway.accesslog import AccessLog
-from lacre_gateway.answers import answer_with_problems, described
-from lacre_gateway.exchange import App, Receive, Scope, Send
-from lacre_gateway.manifest import etag, require
-from lacre_gateway.public_api import PATHS, SECURITY
-from lacre_gateway.relay import SealedEndpoint
-from lacre_gateway.state import SEALED_PATH, Gateway
+from lacre_gateway.gateway import SEALED_PATH, Gateway
+from lacre_gateway.http.access_log import AccessLog
+from lacre_gateway.http.answers import answer_with_problems, described
+from lacre_gateway.http.exchange import App, Receive, Scope, Send
+from lacre_gateway.http.public_api import PATHS, SECURITY
+from lacre_gateway.relay.pools import etag, require
+from lacre_gateway.relay.relay import SealedEndpoint
 
 _READ: Final = ["GET", "HEAD"]
 

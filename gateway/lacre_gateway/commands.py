@@ -51,7 +51,7 @@ def gateway(
 
             serve_all(found, settings)
             return
-        from lacre_gateway.server import serve
+        from lacre_gateway.serve import serve
 
         serve(found if process is None else found.for_process(process, port or found.listen.port))
 
@@ -68,8 +68,8 @@ def doctor(
     from lacre_gateway.doctor.report import show
 
     if settings is None:
-        from lacre_fabric.site import Site
-        from lacre_fabric.up import default_state
+        from lacre_fabric.operate.site import Site
+        from lacre_fabric.operate.up import default_state
 
         settings = Site.load((state or default_state()).resolve()).gateway_settings
     if not show(examine(settings), as_json=as_json):
@@ -95,13 +95,13 @@ def revoke(
     import asyncio
     import time
 
-    from lacre_fabric.connection import Connection
-    from lacre_fabric.nats_revocations import RevocationsFull
-    from lacre_fabric.nats_revocations import revoke as put
-    from lacre_fabric.roles import Credential
-    from lacre_fabric.site import Site
-    from lacre_fabric.up import default_state
-    from lacre_gateway.revocation import revocation
+    from lacre_fabric.nats.connection import Connection
+    from lacre_fabric.nats.revocations import RevocationsFull
+    from lacre_fabric.nats.revocations import revoke as put
+    from lacre_fabric.nats.roles import Credential
+    from lacre_fabric.operate.site import Site
+    from lacre_fabric.operate.up import default_state
+    from lacre_gateway.auth.revocation import revocation
     from lacre_gateway.settings import load
 
     path = settings or Site.load((state or default_state()).resolve()).gateway_settings

@@ -5,7 +5,7 @@ Rules:
   own admin listener; they share nothing in memory.
 - One that dies is started again, at longer and longer intervals while it keeps dying. One that cannot start the first time
   ends all: something is wrong with the settings, and it has said what.
-- SIGTERM and SIGINT drain all of them; SIGHUP is handed on. When this process dies, they do (see `lacre_fabric.leash`).
+- SIGTERM and SIGINT drain all of them; SIGHUP is handed on. When this process dies, they do (see `lacre_fabric.operate.leash`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import LacreError, SettingsError
-from lacre_fabric.leash import PYTHON, leashed
 from lacre_fabric.logs import Log, make_log
-from lacre_gateway.listening import reserve
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_gateway.http.server import reserve
 from lacre_gateway.settings import Settings
 
 _WATCH: Final = 0.1  # seconds between looks at the processes

@@ -10,13 +10,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, Posi
 from pydantic_core import PydanticCustomError
 
 from lacre.errors import SettingsError
-from lacre.jws import b64u_decode
+from lacre.jose.jws import b64u_decode
 from lacre.wire.header import MAX_SEALED_REQUEST
 from lacre_fabric import settings as files
-from lacre_fabric.roles import MAX_PROCESSES
+from lacre_fabric.nats.roles import MAX_PROCESSES
+from lacre_fabric.nats.subjects import check_gateway, process_name
 from lacre_fabric.settings import FilePath, Name, Nats, RootKey, Table
-from lacre_fabric.subjects import check_gateway, process_name
-from lacre_gateway.documents import allowed, is_loopback
+from lacre_gateway.auth.fetch import allowed, is_loopback
 
 # Signatures that the gateway can check and not make. HS* would let whoever reads this file mint tokens, `none` anybody.
 Algorithm = Literal["EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]

@@ -8,8 +8,7 @@
 from typing import TYPE_CHECKING
 
 from lacre._version import __version__
-from lacre.audit import AuditProof
-from lacre.choices import (
+from lacre.chat.choices import (
     Choice,
     Finished,
     ReasoningDelta,
@@ -20,9 +19,9 @@ from lacre.choices import (
     ToolCall,
     ToolCallDelta,
 )
+from lacre.chat.reply import Reply, TokenUsage
+from lacre.chat.stream import AsyncChatStream, ChatStream
 from lacre.client import BASE_URL, AsyncClient, Client
-from lacre.credentials import ClientCredentials
-from lacre.dpop import ProofKey
 from lacre.errors import (
     AlreadyUsedError,
     ApiError,
@@ -57,14 +56,15 @@ from lacre.errors import (
     UsageError,
     VerificationError,
 )
-from lacre.facts import Part
-from lacre.memory import VersionFile, VersionMemory
-from lacre.receipts import Receipt
-from lacre.recount import Recount
-from lacre.reply import Reply, TokenUsage
-from lacre.streams import AsyncChatStream, ChatStream
-from lacre.trust import ConnectionString
-from lacre.verification import Verification
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.exchange_info import Part
+from lacre.evidence.receipts import Receipt
+from lacre.evidence.recount import Recount
+from lacre.evidence.verification import Verification
+from lacre.jose.dpop import ProofKey
+from lacre.transport.oauth import ClientCredentials
+from lacre.trust.chain import ConnectionString
+from lacre.trust.manifest_store import VersionFile, VersionMemory
 from lacre.wire.header import Kem
 
 if TYPE_CHECKING:

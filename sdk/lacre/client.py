@@ -10,26 +10,27 @@ from typing import Any, Final
 
 import httpx2
 
-from lacre import arguments, credentials, request_log
 from lacre._version import __version__
-from lacre.chat_request import ChatRequest, Messages
-from lacre.choices import StreamEvent
-from lacre.credentials import AsyncToken, Token
-from lacre.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
-from lacre.dpop import ProofKey
+from lacre.chat.choices import StreamEvent
+from lacre.chat.reply import CHAT_PATH, Reply, check
+from lacre.chat.request import ChatRequest, Messages
+from lacre.chat.stream import AsyncChatStream, ChatStream, Deltas, events_of
 from lacre.errors import SettingsError, UsageError
-from lacre.facts import documented
-from lacre.forks import StaysInProcess
-from lacre.manifest import Manifest
-from lacre.memory import Memory, VersionFile
-from lacre.padding import Shape
-from lacre.reply import CHAT_PATH, Reply, check
-from lacre.sealing import DEFAULT_KEMS, ORIGIN, Sealing
-from lacre.streams import AsyncChatStream, ChatStream, Deltas, events_of
-from lacre.transport import FACTS, AsyncSealedTransport, SealedTransport
-from lacre.trust import ConnectionString
-from lacre.verification import Verification
+from lacre.evidence.exchange_info import documented
+from lacre.evidence.verification import Verification
+from lacre.exchange.call import DEFAULT_KEMS, ORIGIN, Sealing
+from lacre.jose.dpop import ProofKey
+from lacre.runtime import arguments
+from lacre.runtime.forks import StaysInProcess
+from lacre.transport import oauth, request_log
+from lacre.transport.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
+from lacre.transport.oauth import AsyncToken, Token
+from lacre.transport.sealed import FACTS, AsyncSealedTransport, SealedTransport
+from lacre.trust.chain import ConnectionString
+from lacre.trust.manifest import Manifest
+from lacre.trust.manifest_store import Memory, VersionFile
 from lacre.wire.header import Kem
+from lacre.wire.padding import Shape
 
 BASE_URL: Final = f"{ORIGIN}/v1"
 
@@ -37,7 +38,7 @@ BASE_URL: Final = f"{ORIGIN}/v1"
 DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0)
 
 # A gateway may restart twice while a long answer is on its way, and a connection be cut. What may be a worker's end counts
-# apart, and is followed once (`lacre.backoff`).
+# apart, and is followed once (`lacre.exchange.retry`).
 DEFAULT_RESUMES: Final = 3
 
 Verify = ssl.SSLContext | str | bool
@@ -90,7 +91,7 @@ class Client(StaysInProcess, httpx2.Client):
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
-        bearer, key = credentials.sync_source(token), _proof_key(dpop)
+        bearer, key = oauth.sync_source(token), _proof_key(dpop)
         sealing = Sealing(
             where.root,
             _memory(memory),
@@ -230,7 +231,7 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
-        bearer, key = credentials.source(token), _proof_key(dpop)
+        bearer, key = oauth.source(token), _proof_key(dpop)
         sealing = Sealing(
             where.root,
             _memory(memory),

@@ -19,28 +19,29 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from lacre import arguments, details, request_log
 from lacre._version import __version__
 from lacre.client import DEFAULT_TIMEOUT, EventHooks, Verify
-from lacre.credentials import checked, given
-from lacre.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.errors import InvalidMessage, MessageTooLarge, SettingsError, UntrustedRoot
-from lacre.facts import Facts
-from lacre.forks import StaysInProcess
-from lacre.inner import MAX_CONTENT, Plain
-from lacre.jws import b64u, b64u_decode
-from lacre.memory import VersionMemory
-from lacre.outer_settings import checked_host
-from lacre.padding import Shape, request_length
-from lacre.problems import DATE, UNKNOWN_KEY
-from lacre.sealed_answer import MAX_PROBLEM, Opening, Refusal, check_sealed, problem_of, read_all
-from lacre.sealing import AUTHORITY, ORIGIN, Call, Scope, Sealing
-from lacre.steps import Read, Send, Steps, Together, sent_bytes, sent_outer
-from lacre.transport import AsyncSealedTransport, SealedTransport
-from lacre.verification import Verification
+from lacre.evidence.exchange_info import Facts
+from lacre.evidence.verification import Verification
+from lacre.exchange.call import AUTHORITY, ORIGIN, Call, Scope, Sealing
+from lacre.exchange.request import MAX_CONTENT, Plain
+from lacre.exchange.sealed_answer import MAX_PROBLEM, Opening, Refusal, check_sealed, problem_of, read_all
+from lacre.exchange.steps import Read, Send, Steps, Together, sent_bytes, sent_outer
+from lacre.jose.jws import b64u, b64u_decode
+from lacre.problems import DATE, UNKNOWN_KEY, details
+from lacre.runtime import arguments
+from lacre.runtime.forks import StaysInProcess
+from lacre.transport import request_log
+from lacre.transport.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
+from lacre.transport.oauth import checked, given
+from lacre.transport.sealed import AsyncSealedTransport, SealedTransport
+from lacre.transport.tls_settings import checked_host
+from lacre.trust.manifest_store import VersionMemory
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, KeyConfig, parse_key_list
 from lacre.wire.ohttp import seal_request
+from lacre.wire.padding import Shape, request_length
 
 BASE_URL: Final = ORIGIN
 WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # RFC 9540 section 4

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import httpx2
 
 if TYPE_CHECKING:
-    from lacre.details import Details
-    from lacre.verification import Verification
+    from lacre.evidence.verification import Verification
+    from lacre.problems.details import Details
 
 
 class LacreError(Exception):
@@ -225,7 +225,7 @@ class RefusedError(LacreError):
     status: the outer HTTP status, 4xx or 5xx.
     problem: the problem type (RFC 9457), one of `lacre.problems`.
     retry_after: seconds to wait before trying again, where the gateway said so.
-    details: which limit, how much, which names would do: the members of `lacre.details` that the gateway told.
+    details: which limit, how much, which names would do: the members of `lacre.problems.details` that the gateway told.
     """
 
     remedy = "Do what the problem's title says; the operator's log says more, by the time and the caller."

@@ -14,13 +14,16 @@ from typing import Any, Final, Unpack
 
 import httpx2
 
-from lacre import arguments, errors, request_log, transport
 from lacre import client as sealed
-from lacre.dial import NoCookies
-from lacre.forks import StaysInProcess
+from lacre import errors
+from lacre.evidence.verification import Verification
+from lacre.exchange.call import ORIGIN
 from lacre.options import AsyncOptions, Options
-from lacre.sealing import ORIGIN
-from lacre.verification import Verification
+from lacre.runtime import arguments
+from lacre.runtime.forks import StaysInProcess
+from lacre.transport import request_log
+from lacre.transport import sealed as transport
+from lacre.transport.dial import NoCookies
 
 try:
     import httpx

@@ -11,11 +11,11 @@ from typing import TypedDict
 import httpx2
 
 from lacre.client import Verify
-from lacre.credentials import AsyncToken, Token
-from lacre.dpop import ProofKey
-from lacre.memory import Memory
-from lacre.padding import Shape
+from lacre.jose.dpop import ProofKey
+from lacre.transport.oauth import AsyncToken, Token
+from lacre.trust.manifest_store import Memory
 from lacre.wire.header import Kem
+from lacre.wire.padding import Shape
 
 
 class SharedOptions(TypedDict, total=False):

@@ -22,11 +22,12 @@ from typing import Any, Final
 
 import httpx2
 
-from lacre import arguments, errors
-from lacre.backoff import may_have_lost
+from lacre import errors
 from lacre.client import AsyncClient
-from lacre.hosts import Hosts, as_origin
-from lacre.inner import ALLOWED_HEADERS, MAX_CONTENT
+from lacre.exchange.request import ALLOWED_HEADERS, MAX_CONTENT
+from lacre.exchange.retry import may_have_lost
+from lacre.runtime import arguments
+from lacre.runtime.hosts import Hosts, as_origin
 
 try:
     from starlette.applications import Starlette

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from lacre.asgi import EXTENSION, App, Call
-from lacre_backend import models
 from lacre_backend.api.app import create_app
+from lacre_backend.engine import gguf
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.engine.embedder import LlamaEmbedder
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.embed import LlamaEmbedder
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import Engine, Event, Finish, Read, Sampling, Task, Token
 from parts.minilm import NAME, minilm
 
@@ -29,7 +29,7 @@ SETTINGS = LlamaSettings(n_ctx=1024, threads=1)
 
 @pytest.fixture(scope="session")
 def llama() -> Iterator[LlamaEngine]:
-    file = models.find()
+    file = gguf.find()
     engine = LlamaEngine(file.path, name=file.name, digest=file.digest, settings=SETTINGS)
     yield engine
     engine.close()
@@ -96,7 +96,7 @@ def own_engine(request: pytest.FixtureRequest) -> Engine:
     """An engine for a test that closes it."""
     if request.param == "echo":
         return EchoEngine(repeat=20, delay=0.001)
-    file = models.find()
+    file = gguf.find()
     return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=SETTINGS)
 
 

@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 
 from lacre.asgi import Usage
-from lacre_backend import models
 from lacre_backend.api.app import create_app
-from lacre_backend.api.generation import Generation
-from lacre_backend.engine import llama as llama_module
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.api.run import Generation
+from lacre_backend.engine import generate as llama_module
+from lacre_backend.engine import gguf
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.protocol import EngineError, Event, Finish, Read, Sampling, Task, TaskRefused, Token
 from lacre_backend.engine.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def reference() -> Iterator[Reference]:
-    reference = Reference(models.find().path)
+    reference = Reference(gguf.find().path)
     yield reference
     reference.close()
 
@@ -110,7 +110,7 @@ async def test_batched_tokens_are_those_of_one_sequence(
     """Teacher-forced: each greedy token's logit is within 0.25 of the best one of a single sequence at that position."""
     common = "The harbour master wrote into his book, in a small and even hand, all that he had seen that day. "
     prompts = [common * 2 + f"Ship number {i} carried {'salt and oil ' * (i % 5)}" for i in range(16)]
-    with engine_of(models.find().path, settings) as engine:
+    with engine_of(gguf.find().path, settings) as engine:
         if scope:
             await run(engine, make_task(engine, prompts[0], max_tokens=2, sampling=GREEDY, cache_scope=scope))
         tasks = [make_task(engine, text, 12, sampling=GREEDY, endless=False, cache_scope=scope) for text in prompts]

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lacre_backend.api.calls import HERMES, LLAMA, Argued, Called, CallFormat, CallReader, Part, Speech
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.schema import Grammars
-from lacre_backend.api.tools import Tool, calling
-from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.api.schema.grammar import Grammars
+from lacre_backend.api.tools.format import HERMES, LLAMA, Argued, Called, CallFormat, CallReader, Part, Speech
+from lacre_backend.api.tools.request import Tool, calling
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import TaskRefused
 
 unhurried = settings(deadline=None)

@@ -12,8 +12,8 @@ import pytest
 
 from lacre.asgi import Usage
 from lacre_backend.api.app import create_app
-from lacre_backend.api.generation import Generation
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.api.run import Generation
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import Finish, Sampling, Task, TaskRefused, Token
 from parts.tiny_model import tiny_model, tiny_recurrent_model
 

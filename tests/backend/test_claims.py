@@ -8,9 +8,9 @@ import pytest
 
 from lacre import problems
 from lacre.asgi import Call, Receive, Send
-from lacre_fabric.frames import Kind
-from lacre_fabric.memory import MemoryFabric
-from lacre_fabric.work import FabricUnavailable, QueueTimeout
+from lacre_fabric.work.contract import FabricUnavailable, QueueTimeout
+from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.memory import MemoryFabric
 from parts.desk import App, Desk, running, until
 
 

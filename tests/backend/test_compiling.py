@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from lacre_backend.api.calls import HERMES
 from lacre_backend.api.compiling import Compiler
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import ChatRequest, parse_chat
+from lacre_backend.api.tools.format import HERMES
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import Grammar
 from lacre_backend.engine.turns import Fair

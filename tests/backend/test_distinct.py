@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.schema import Grammars
+from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.engine.distinct import Watch, split
-from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import Sampling, Task
 from parts.drawing import drawn
 

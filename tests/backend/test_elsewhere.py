@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from lacre.asgi import App
-from lacre_backend.elsewhere import AHEAD, Elsewhere
+from lacre_backend.app_thread import AHEAD, Elsewhere
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend.api.template import framed
-from lacre_backend.engine.embedder import LlamaEmbedder
-from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.api.template.prompt import framed
+from lacre_backend.engine.embed import LlamaEmbedder
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import Embedding, EngineError, Event, Finish, Kind, PromptTooLong, Task, TaskRefused
 from lacre_backend.engine.sizing import LlamaSettings
+from lacre_backend.serve import load_engine
 from lacre_backend.settings import Model
-from lacre_backend.worker import load_engine
 from parts.minilm import Array, Published, minilm, published
 from parts.tiny_model import tiny_model
 

@@ -13,7 +13,7 @@ from lacre.asgi import App, Call
 from lacre.errors import SettingsError
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.engine.embedder import LlamaEmbedder
+from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.sizing import LlamaSettings
 from parts.minilm import NAME, minilm, published
 

@@ -15,14 +15,14 @@ from typing import Any
 import httpx2
 import pytest
 
-from lacre import tasks
-from lacre.tasks import TaskDied
-from lacre_backend.elsewhere import Elsewhere
-from lacre_backend.engine.embedder import LlamaEmbedder
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre.runtime import tasks
+from lacre.runtime.tasks import TaskDied
+from lacre_backend.app_thread import Elsewhere
+from lacre_backend.engine.embed import LlamaEmbedder
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import DIED, FAILED_STEPS, STUCK, EngineError, Event, Finish, Kind, Task, Watch
 from lacre_backend.engine.tokens import Tokens
-from lacre_backend.readiness import alive
+from lacre_backend.node.readiness import alive
 from parts.tiny_model import tiny_model
 
 Threaded = LlamaEngine | LlamaEmbedder
@@ -167,7 +167,7 @@ import asyncio, sys
 from contextlib import suppress
 from pathlib import Path
 from lacre import tasks
-from lacre_backend.elsewhere import Elsewhere
+from lacre_backend.app_thread import Elsewhere
 from lacre_fabric import logs
 from backend.test_engine_death import LlamaEmbedder, LlamaEngine, LlamaSettings, kill, kill_at_work, stops_its_loop, task
 

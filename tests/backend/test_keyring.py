@@ -11,13 +11,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from lacre.errors import SettingsError
-from lacre.manifest import fingerprint
+from lacre.trust.manifest import fingerprint
 from lacre.wire.header import Kem
 from lacre_backend.keyring import KeyRing
-from lacre_fabric.keyfiles import write_secret
-from lacre_fabric.kms import WrongWrapping
-from lacre_fabric.kms.keeping import keeping
-from lacre_fabric.poolkeys import keep_only, make, public_parts
+from lacre_fabric.keys.kms import WrongWrapping
+from lacre_fabric.keys.kms.wrapping import keeping
+from lacre_fabric.keys.pool_keys import keep_only, make, public_parts
+from lacre_fabric.keys.secret_files import write_secret
 from parts.key_services.http import Answer, Asked, Loopback
 
 

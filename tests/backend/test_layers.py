@@ -11,7 +11,13 @@ import lacre_backend
 
 ROOT = Path(lacre_backend.__file__).parent
 FORBIDDEN = {
-    "api": ("llama_cpp", "numpy", "lacre_backend.engine.llama", "lacre_backend.engine.model", "lacre_backend.engine.sampling"),
+    "api": (
+        "llama_cpp",
+        "numpy",
+        "lacre_backend.engine.generate",
+        "lacre_backend.engine.model",
+        "lacre_backend.engine.sampling",
+    ),
     "engine": ("json", "starlette", "pydantic", "jinja2", "lacre.asgi", "lacre.wire", "lacre_fabric", "lacre_backend.api"),
 }
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend import models
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine import gguf
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import DEFAULT_N_CTX
 from lacre_backend.engine.plan import Limits
 from lacre_backend.engine.protocol import Engine, Finish, Read, Sampling, Task, Token
@@ -27,7 +27,7 @@ CHUNK = Limits(slots=1, context=1, cells=1).chunk
 
 
 def start(*, settings: LlamaSettings | None = None) -> LlamaEngine:
-    file = models.find()
+    file = gguf.find()
     return LlamaEngine(file.path, name=file.name, digest=file.digest, settings=settings)
 
 
@@ -58,7 +58,7 @@ def test_settings_that_make_no_sense(settings: LlamaSettings) -> None:
 
 def test_a_file_that_only_looks_like_a_model(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "broken.gguf"
-    path.write_bytes(models.find().path.read_bytes()[:100_000])
+    path.write_bytes(gguf.find().path.read_bytes()[:100_000])
     with pytest.raises(SettingsError, match="cannot load"):
         LlamaEngine(path, name="broken", digest="sha256:")
     assert capfd.readouterr() == ("", "")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lacre_backend.api import schema
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.api.schema import grammar as schema
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import START_SECONDS, THREADS, TOKEN_SECONDS, Constraint
 from lacre_backend.engine.plan import Plan
 from lacre_backend.engine.protocol import Event, Finish, GrammarTooCostly, GrammarTooLarge, Sampling, Task, TaskRefused, Token

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend import models
+from lacre_backend.engine import gguf
+from lacre_backend.serve import served
 from lacre_backend.settings import Settings
-from lacre_backend.worker import served
 from lacre_fabric.settings import parse
 
 WORKER = f"""
@@ -27,8 +27,8 @@ nats = {{url = "nats://127.0.0.1:4222", credentials = "credential.json"}}
 
 
 def test_the_default_model() -> None:
-    found = models.find()
-    assert found.name == models.DEFAULT_MODEL == "smollm2-135m"
+    found = gguf.find()
+    assert found.name == gguf.DEFAULT_MODEL == "smollm2-135m"
     assert found.path.suffix == ".gguf"
     assert found.digest == "sha256:" + hashlib.sha256(found.path.read_bytes()).hexdigest()
 
@@ -41,14 +41,14 @@ def test_the_default_model_is_found_without_importing_its_package() -> None:
 def test_a_model_is_named_after_its_file(tmp_path: Path) -> None:
     path = tmp_path / "Qwen3-0.6B-Q8_0.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
-    assert models.find(path).name == "qwen3-0.6b-q8_0"
-    assert models.find(path, "mine").name == "mine"
+    assert gguf.find(path).name == "qwen3-0.6b-q8_0"
+    assert gguf.find(path, "mine").name == "mine"
 
 
 def test_a_name_that_no_id_can_be_becomes_one(tmp_path: Path) -> None:
     path = tmp_path / "My Model (Q4).gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(100))
-    assert models.find(path).name == "my-model-q4"
+    assert gguf.find(path).name == "my-model-q4"
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes | None, said: s
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(SettingsError, match=said) as caught:
-        models.find(path)
+        gguf.find(path)
     assert str(path) in str(caught.value)
 
 
 def test_a_folder_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read"):
-        models.find(tmp_path)
+        gguf.find(tmp_path)

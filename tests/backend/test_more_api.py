@@ -10,7 +10,7 @@ import pytest
 from lacre.asgi import App, Call
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.engine.generate import LlamaEngine
 
 Post = Callable[..., Any]
 CHAT, TOKENIZE = "/v1/chat/completions", "/v1/tokenize"

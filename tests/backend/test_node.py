@@ -19,20 +19,20 @@ from lacre import problems
 from lacre.asgi import Call, Receive, Send
 from lacre.asgi.admission import DATE_WINDOW, REMEMBERED_FOR, Seen
 from lacre.errors import TruncatedStream, UsageError
-from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Manifest
-from lacre.padding import SMALLEST, UNIT
+from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.jose.jws import b64u, raw_public_key
 from lacre.problems import Problem
-from lacre.receipts import TRAILER, Receipt
-from lacre.records import END
+from lacre.trust.manifest import Manifest
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
+from lacre.wire.padding import SMALLEST, UNIT
+from lacre.wire.records import END
 from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.node import NO_MANIFEST, Identity, Node
-from lacre_fabric.frames import Kind
-from lacre_fabric.memory import MemoryFabric
-from lacre_fabric.work import CLAIM_TTL, FabricUnavailable, QueueTimeout
+from lacre_backend.node.node import NO_MANIFEST, Identity, Node
+from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
+from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.memory import MemoryFabric
 from parts.desk import CHAT, JSON, NOW, STREAM, Answer, App, Desk, Sealed, running, until
 
 

@@ -13,16 +13,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import problems
 from lacre.asgi import Receive, Scope, Send
-from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Manifest
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.trust.manifest import Manifest
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
-from lacre_backend.node import Identity, Node
-from lacre_fabric.frames import Kind
-from lacre_fabric.grants import Grant
-from lacre_fabric.memory import MemoryFabric
-from lacre_fabric.work import Work
+from lacre_backend.node.node import Identity, Node
+from lacre_fabric.work.contract import Work
+from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.grants import Grant
+from lacre_fabric.work.memory import MemoryFabric
 
 CANARY = "canary-7f3a91"
 

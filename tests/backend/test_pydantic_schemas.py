@@ -9,10 +9,10 @@ import openai
 import pytest
 from openai.lib._parsing import type_to_response_format_param
 
-from lacre_backend.api.calls import HERMES, Argued, CallReader
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import parse_chat
-from lacre_backend.api.schema import Grammars
+from lacre_backend.api.schema.grammar import Grammars
+from lacre_backend.api.tools.format import HERMES, Argued, CallReader
 from parts.drawing import Unfinished, drawn
 from parts.pydantic_models import MODELS
 

@@ -12,16 +12,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import NetworkError
-from lacre.jws import raw_public_key
-from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement, fingerprint
-from lacre.signing import sign_manifest, sign_statement
+from lacre.jose.jws import raw_public_key
+from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement, fingerprint
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
-from lacre_backend.claims import CLOCK, FAILURES, ClaimsProbe
-from lacre_backend.readiness import Holding, Readiness, Reason, against, alive
+from lacre_backend.node.claims import CLOCK, FAILURES, ClaimsProbe
+from lacre_backend.node.readiness import Holding, Readiness, Reason, against, alive
 from lacre_backend.settings import Upstream
 from lacre_backend.upstream.probe import Probe
-from lacre_fabric.manifests import ManifestFeed
+from lacre_fabric.nats.manifest_feed import ManifestFeed
 
 NOW = 1_800_000_000.0
 CLASSIC, OLD, FOREIGN = (PrivateKey.generate(key_id, Kem.X25519).config for key_id in (1, 3, 1))

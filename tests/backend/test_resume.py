@@ -8,9 +8,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from lacre.marks import Mark
+from lacre.exchange.resume_marks import Mark
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import Engine, Sampling, TaskRefused
 
 MESSAGES = [{"role": "user", "content": "Sea: 日本 and 😀."}]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_backend import models
+from lacre_backend.engine import gguf
 from lacre_backend.engine.model import Facts
 from lacre_backend.engine.pace import GROWTH, LEAST, STRETCH, Pace
 from lacre_backend.engine.protocol import Sampling
@@ -109,7 +109,7 @@ def test_a_share_stretches_a_step_so_far_and_no_further() -> None:
 
 
 def test_facts_are_read_without_the_weights() -> None:
-    facts = Facts.read(models.find().path)
+    facts = Facts.read(gguf.find().path)
     assert (facts.architecture, facts.n_ctx_train, facts.n_embd, facts.pooling) == ("llama", 8192, 576, None)
     assert facts.bytes_per_token == 2 * 30 * 3 * (64 + 64)
 

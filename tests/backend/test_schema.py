@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lacre_backend.api import schema
-from lacre_backend.api.calls import HERMES
 from lacre_backend.api.compiling import compiled
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import ChatRequest, ResponseFormat, parse_chat
-from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.api.schema import grammar as schema
+from lacre_backend.api.tools.format import HERMES
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import EngineError, Sampling, Task, TaskRefused
 
 MakeTask = Callable[..., Task]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lacre_backend.api.schema_patterns import NotRegular, Patterns
+from lacre_backend.api.schema.patterns import NotRegular, Patterns
 
 # Each with texts in which it is found, and texts in which it is not.
 CASES: dict[str, tuple[list[str], list[str]]] = {

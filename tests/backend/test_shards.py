@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend import models
-from lacre_backend.engine import shards
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine import gguf, shards
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.sizing import OVERHEAD, derive
+from lacre_backend.serve import load_engine
 from lacre_backend.settings import Model
-from lacre_backend.worker import load_engine
 from parts.tiny_model import tiny_model, tiny_split_model, write_gguf
 
 SMALL = LlamaSettings(n_ctx=256, slots=1, threads=1)
@@ -30,7 +29,7 @@ def split(tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize("given", [0, 1, 2])
 def test_a_split_model_is_all_of_its_files(split: list[Path], given: int) -> None:
     """Whichever of them the settings name."""
-    found = models.find(split[given])
+    found = gguf.find(split[given])
     whole = b"".join(path.read_bytes() for path in split)
     assert (found.path, found.name) == (split[0], "my-tiny")
     assert found.digest == "sha256:" + hashlib.sha256(whole).hexdigest()
@@ -38,12 +37,12 @@ def test_a_split_model_is_all_of_its_files(split: list[Path], given: int) -> Non
 
 
 def test_each_byte_of_each_file_is_in_the_digest(split: list[Path]) -> None:
-    digests = {models.find(split[0]).digest}
+    digests = {gguf.find(split[0]).digest}
     for path in split:
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        digests.add(models.find(split[0]).digest)
+        digests.add(gguf.find(split[0]).digest)
     assert len(digests) == 4
 
 
@@ -52,7 +51,7 @@ async def test_it_says_what_the_model_in_one_file_says(split: list[Path], tmp_pa
     other = LlamaEngine(tiny_model(tmp_path / "one.gguf"), name="one", digest="sha256:0", settings=SMALL)
     assert isinstance(engine, LlamaEngine)
     try:
-        assert (engine.model.name, engine.model.digest) == ("my-tiny", models.find(split[0]).digest)
+        assert (engine.model.name, engine.model.digest) == ("my-tiny", gguf.find(split[0]).digest)
         assert engine.tokenize("the sea") == other.tokenize("the sea")
     finally:
         engine.close()
@@ -70,7 +69,7 @@ def test_its_size_counts_where_memory_is_short(split: list[Path]) -> None:
 def test_a_shard_that_is_missing_is_named(split: list[Path], lost: int) -> None:
     split[lost].unlink()
     with pytest.raises(SettingsError) as caught:
-        models.find(split[(lost + 1) % 3])
+        gguf.find(split[(lost + 1) % 3])
     assert f"My Tiny-0000{lost + 1}-of-00003.gguf" in str(caught.value)
     assert "split into 3 files" in str(caught.value)
 
@@ -108,7 +107,7 @@ def in_one_file(split: list[Path]) -> Path:
 def test_files_that_do_not_belong_together(split: list[Path], spoil: Callable[[list[Path]], Path]) -> None:
     given = spoil(split)
     with pytest.raises(SettingsError, match="shard") as caught:
-        models.find(given)
+        gguf.find(given)
     assert ".gguf" in str(caught.value)
 
 
@@ -116,14 +115,14 @@ def test_more_shards_than_any_model_has(tmp_path: Path) -> None:
     path = tmp_path / "x-00001-of-60000.gguf"
     write_gguf(path, {"split.no": np.uint16(0), "split.count": np.uint16(60000)}, {})
     with pytest.raises(SettingsError, match="60000"):
-        models.find(path)
+        gguf.find(path)
 
 
 def test_a_model_in_one_file_may_be_named_like_a_shard(tmp_path: Path) -> None:
     """What its metadata says counts, as for llama.cpp: it was merged, and kept its name."""
     path = tiny_model(tmp_path / "tiny-00001-of-00003.gguf")
-    assert models.find(path).path == path
-    assert models.find(path).digest == "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    assert gguf.find(path).path == path
+    assert gguf.find(path).digest == "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("cut", [4, 10, 24, 40, 300, 3000])

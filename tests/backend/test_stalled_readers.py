@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from lacre.asgi import Call, Disconnected, Message, Receive, Send
-from lacre.asgi.exchange import MAX_PENDING
-from lacre_backend.api.exchange import until_disconnect
-from lacre_backend.elsewhere import Elsewhere
-from lacre_backend.node import Node
-from lacre_fabric.frames import Frame
+from lacre.asgi.app_call import MAX_PENDING
+from lacre_backend.api.http import until_disconnect
+from lacre_backend.app_thread import Elsewhere
+from lacre_backend.node.node import Node
+from lacre_fabric.work.frames import Frame
 from parts.desk import STREAM, App, Desk, running, until
 
 PATIENCE = 20.0  # seconds; nothing here takes long, but on a busy machine

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_backend.api.template import ChatTemplate, TemplateRefused, any_of, chat_tokens, text_tokens
+from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused, any_of, chat_tokens, text_tokens
 from lacre_backend.engine.echo import END, START, EchoEngine
-from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import ControlToken
 
 unhurried = settings(deadline=None)  # the machine is shared

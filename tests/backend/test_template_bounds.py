@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 import pytest
 
-from lacre_backend.api.template_bounds import MAX_SOURCE, Bounds, TemplateTooLarge
-from lacre_backend.api.template_environment import template_environment
+from lacre_backend.api.template.bounds import MAX_SOURCE, Bounds, TemplateTooLarge
+from lacre_backend.api.template.environment import template_environment
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 

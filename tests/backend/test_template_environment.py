@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from lacre_backend.api.template_environment import Raised, given, template_environment
+from lacre_backend.api.template.environment import Raised, given, template_environment
 
 VALUE = {"b": "é<1>", "a": [1, None]}
 

@@ -12,9 +12,9 @@ import pytest
 from lacre.errors import SettingsError
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.prompts import chat_prompt
+from lacre_backend.api.registry import Served
 from lacre_backend.api.requests import parse_chat
-from lacre_backend.api.served import Served
-from lacre_backend.api.template import ChatTemplate, TemplateRefused
+from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
 from lacre_backend.engine.echo import EchoEngine
 
 HEAD, TAIL = "<|start|>{{ m.role }}\n", "<|end|>\n"

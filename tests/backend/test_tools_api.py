@@ -11,13 +11,13 @@ import pytest
 
 from lacre.asgi import App
 from lacre_backend.api.app import create_app
-from lacre_backend.api.calls import HERMES, LLAMA
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.prompts import chat_prompt
+from lacre_backend.api.registry import Served
 from lacre_backend.api.requests import parse_chat
-from lacre_backend.api.served import Served
+from lacre_backend.api.tools.format import HERMES, LLAMA
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.engine.llama import LlamaEngine
+from lacre_backend.engine.generate import LlamaEngine
 
 Post = Callable[..., Any]
 CHAT = "/v1/chat/completions"

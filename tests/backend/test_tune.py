@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend import tuning
+from lacre_backend.commands import tune
 from lacre_backend.engine.tune import SLOTS, Way, choose
 from lacre_backend.settings import load
 from parts.tiny_model import tiny_model
@@ -43,7 +43,7 @@ def test_it_writes_its_choice_and_its_table(tmp_path: Path) -> None:
     path = tmp_path / "worker.toml"
     path.write_text(SETTINGS)
     said: list[str] = []
-    tuning.run(path, said.append)
+    tune.run(path, said.append)
     text = path.read_text()
     (model,) = load(path).models
     assert model.slots in SLOTS
@@ -52,7 +52,7 @@ def test_it_writes_its_choice_and_its_table(tmp_path: Path) -> None:
     assert 'path = "tiny.gguf"  # stays' in text
     assert text.count("threads =") == 1
     assert text.startswith("# ours")
-    tuning.run(path, said.append)
+    tune.run(path, said.append)
     again = path.read_text()
     assert again.count("#| tok/s") == 1
     assert tomllib.loads(again).keys() == tomllib.loads(SETTINGS).keys()
@@ -61,4 +61,4 @@ def test_it_writes_its_choice_and_its_table(tmp_path: Path) -> None:
 
 def test_models_in_another_form_are_not_guessed_at() -> None:
     with pytest.raises(SettingsError):
-        tuning.written('models = [{ path = "x" }]\n', 0, {"threads": "1"}, [])
+        tune.written('models = [{ path = "x" }]\n', 0, {"threads": "1"}, [])

@@ -15,14 +15,14 @@ import pytest
 
 from lacre.asgi import App, AppFailed, Send
 from lacre.errors import SettingsError
-from lacre.jws import b64u
-from lacre.receipts import UNIT
+from lacre.evidence.receipts import UNIT
+from lacre.jose.jws import b64u
 from lacre.wire import bhttp
-from lacre_backend.elsewhere import Elsewhere
+from lacre_backend.app_thread import Elsewhere
+from lacre_backend.serve import served
 from lacre_backend.settings import Settings, Upstream
 from lacre_backend.upstream.app import create_app
-from lacre_backend.worker import served
-from lacre_fabric.server import free_port
+from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.settings import parse, validated
 from parts.behind import Respond, answering, ask, opened, serving
 from parts.upstream import CHAT, JSON, PREDICT, code, granted, settings, used

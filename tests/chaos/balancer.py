@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lacre_fabric.leash import leashed
+from lacre_fabric.operate.leash import leashed
 
 # A request whose bytes went out is never sent to a second gateway: nginx holds a POST to be no idempotent method.
 _CONFIG = """

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from chaos.load import DEADLINE, Ended
 from chaos.vitals import Life
-from lacre_gateway.plans import Price
+from lacre_gateway.budget.plans import Price
 
 Entries = Mapping[str, Sequence[Mapping[str, Any]]]  # of the audit logs, by gateway
 

@@ -13,13 +13,13 @@ from typing import Final
 from lacre_backend.api.app import REPEATABLE, create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.keyring import KeyRing
-from lacre_backend.node import Identity, Node
+from lacre_backend.node.node import Identity, Node
 from lacre_fabric import logs
-from lacre_fabric.endpoints import Servers
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.manifests import ManifestFeed
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.site import Site
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats.manifest_feed import ManifestFeed
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate.site import Site
 
 POOL: Final = "default"
 DELAY: Final = 0.02  # seconds for a token

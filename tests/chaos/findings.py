@@ -16,11 +16,11 @@ from chaos.load import Ended
 from chaos.schedule import GATEWAYS, Kind
 from chaos.stage import PLANS, Stage
 from chaos.vitals import Life
-from lacre.audit import AuditProof
 from lacre.errors import LacreError
+from lacre.evidence.audit_proof import AuditProof
 from lacre_gateway.audit.check import check_receipt, verify
 from lacre_gateway.audit.reader import LogReader
-from lacre_gateway.plans import Price, parse
+from lacre_gateway.budget.plans import Price, parse
 from parts.up import LACRE
 
 

@@ -20,10 +20,11 @@ from typing import Any, Final, TextIO
 import httpx2
 
 import lacre
-from lacre import audit
+from lacre.evidence import audit_proof
 
-# Seconds from the call to its end, whole or in an error. What did not run is sent again for 30 s (`lacre.backoff`), the last
-# try takes 15 s at most, resuming a stream 15 s and a last try more, and an answer takes its time on a machine that is busy.
+# Seconds from the call to its end, whole or in an error. What did not run is sent again for 30 s (`lacre.exchange.retry`),
+# the last try takes 15 s at most, resuming a stream 15 s and a last try more, and an answer takes its time on a machine that
+# is busy.
 DEADLINE: Final = 90.0
 STEP: Final = 15.0
 HUNG: Final = 2 * DEADLINE  # after which it is ended, and counted as one that would never have
@@ -76,8 +77,8 @@ class Kept(httpx2.AsyncHTTPTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await super().handle_async_request(request)
-        if audit.HEADER in response.headers:
-            print(json.dumps({"proof": response.headers[audit.HEADER]}), file=self._out, flush=True)
+        if audit_proof.HEADER in response.headers:
+            print(json.dumps({"proof": response.headers[audit_proof.HEADER]}), file=self._out, flush=True)
         return response
 
 

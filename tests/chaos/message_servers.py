@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos.network import Network
-from lacre_fabric.accounts import accounts
-from lacre_fabric.keyfiles import write_secret
-from lacre_fabric.layout import MAX_PAYLOAD
-from lacre_fabric.leash import leashed
-from lacre_fabric.roles import Role
-from lacre_fabric.server import MAX_FILES, MAX_MEMORY, executable
+from lacre_fabric.keys.secret_files import write_secret
+from lacre_fabric.nats.accounts import accounts
+from lacre_fabric.nats.roles import Role
+from lacre_fabric.nats.streams import MAX_PAYLOAD
+from lacre_fabric.operate.leash import leashed
+from lacre_fabric.operate.nats_server import MAX_FILES, MAX_MEMORY, executable
 
 
 @dataclass

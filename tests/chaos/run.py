@@ -19,9 +19,9 @@ from chaos.schedule import draw
 from chaos.stage import Stage
 from chaos.strikes import Strikes
 from chaos.vitals import Life, Vitals
-from lacre_fabric import tokens
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.leash import PYTHON, leashed
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.operate import dev_issuer
+from lacre_fabric.operate.leash import PYTHON, leashed
 
 RATE: Final = 4.0  # requests in a second, in the mix of `load`: what two cores serve and have time left for the rest
 CALLERS: Final = 6
@@ -40,7 +40,7 @@ async def run(folder: Path, seed: int, seconds: float) -> Result:
 async def _struck(stage: Stage, folder: Path, seed: int, seconds: float) -> Result:
     vitals, strikes = Vitals(stage.parts), Strikes(stage)
     issuer = read_ed25519(stage.site.folder / "issuer.pem")
-    passes = tuple(tokens.issue(issuer, f"user-{number}", tenant="acme") for number in range(CALLERS))
+    passes = tuple(dev_issuer.issue(issuer, f"user-{number}", tenant="acme") for number in range(CALLERS))
     plan = load.Plan(stage.url, passes, seed, seconds, RATE)
     watching = asyncio.create_task(vitals.watch())
     with _asking(folder, plan) as asking:

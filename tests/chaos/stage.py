@@ -23,15 +23,15 @@ from chaos.echo_worker import POOL
 from chaos.message_servers import MessageServer
 from chaos.network import network
 from chaos.schedule import GATEWAYS, REAL_WORKERS, SERVERS, SMALL_DISK, WORKERS
-from lacre_fabric import roles
-from lacre_fabric.connection import Connection
-from lacre_fabric.leash import PYTHON, leashed
-from lacre_fabric.provisioning import provision
-from lacre_fabric.rotation import publish
-from lacre_fabric.server import free_port
-from lacre_fabric.site import NODE, Site
-from lacre_fabric.work import FabricUnavailable
-from lacre_gateway.plans import PLANS_FILE
+from lacre_fabric.nats import roles
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.nats_server import free_port
+from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.site import NODE, Site
+from lacre_fabric.work.contract import FabricUnavailable
+from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.policy.rules import shipped
 from parts.cluster import GatewayProcess, own_issuer
 from parts.small_disk import NO_DISK, small_disk

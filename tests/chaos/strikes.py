@@ -14,9 +14,10 @@ from chaos.echo_worker import POOL
 from chaos.schedule import Kind, Strike
 from chaos.stage import PLANS, EchoWorker, Stage
 from lacre.errors import LacreError
-from lacre_fabric import rotation, subjects
-from lacre_fabric.connection import Connection
-from lacre_gateway.plans import PLANS_FILE
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.operate import rotation
+from lacre_gateway.budget.plans import PLANS_FILE
 from parts.small_disk import filled
 
 GRACE: Final = 15.0  # seconds that a key which was replaced is still listed

@@ -9,9 +9,9 @@ from functools import cache
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from lacre_gateway import gauges
-from lacre_gateway.metrics import Metrics, States
-from lacre_gateway.settlement import Verdict
+from lacre_gateway.admin import gauges
+from lacre_gateway.budget.settlement import Verdict
+from lacre_gateway.observe.metrics import Metrics, States
 
 _NAME = re.compile(r"\b(?:lacre|process)_[a-z_]+")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chart.rendering import Object, Pod, Rendered
-from lacre_fabric.server import executable, free_port
+from lacre_fabric.operate.nats_server import executable, free_port
 
 PYTHON = "/opt/lacre/bin/python"
 ENTRYPOINTS = {"lacre-gateway": "lacre_gateway", "lacre-worker": "lacre_backend"}  # the images', as the Dockerfile has them

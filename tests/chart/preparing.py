@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import NameOID
 
 from chart.rendering import NAMESPACE, Object, Rendered, merged, template
-from lacre_fabric.tokens import AUDIENCE, ISSUER
+from lacre_fabric.operate.dev_issuer import AUDIENCE, ISSUER
 from parts import strict_yaml
 
 NATS = f"r-lacre-nats.{NAMESPACE}.svc"

@@ -16,11 +16,11 @@ from chart.playing import ENTRYPOINTS, PYTHON
 from chart.preparing import certificate, mount
 from chart.rendering import CHART, NAMESPACE, ROOT, Pod, Rendered, leaves, render
 from lacre_backend import settings as of_worker
-from lacre_fabric.accounts import accounts
-from lacre_fabric.layout import MAX_PAYLOAD
-from lacre_fabric.server import MAX_BUFFERED, MAX_BUFFERED_BYTES, MAX_FILES, MAX_MEMORY, executable
+from lacre_fabric.nats.accounts import accounts
+from lacre_fabric.nats.streams import MAX_PAYLOAD
+from lacre_fabric.operate.nats_server import MAX_BUFFERED, MAX_BUFFERED_BYTES, MAX_FILES, MAX_MEMORY, executable
+from lacre_fabric.operate.site import Site
 from lacre_fabric.settings import parse
-from lacre_fabric.site import Site
 from lacre_gateway import settings as of_gateway
 
 pytestmark = pytest.mark.slow

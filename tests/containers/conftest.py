@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lacre_fabric.server import executable
+from lacre_fabric.operate.nats_server import executable
 from parts.containers import ROOT, Engine, Images, engine, tell
 
 

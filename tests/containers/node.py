@@ -24,7 +24,7 @@ import yaml
 
 from chart.playing import answers
 from chart.rendering import Object, Pod, Rendered
-from lacre_fabric.server import free_port
+from lacre_fabric.operate.nats_server import free_port
 from parts.containers import Engine, until
 
 FOR_GROUP = 0o440  # what `fsGroup` adds to a file's mode

@@ -13,8 +13,8 @@ import httpx2
 import pytest
 
 import lacre
-from lacre_backend.models import DEFAULT_MODEL, find
-from lacre_fabric.server import free_port
+from lacre_backend.engine.gguf import DEFAULT_MODEL, find
+from lacre_fabric.operate.nats_server import free_port
 from parts.containers import (
     BASE,
     CERTIFICATES,
@@ -189,7 +189,7 @@ def test_a_process_has_no_more_than_it_needs(podman: Engine, live: Live, service
 
 @pytest.mark.parametrize("service", ["gateway", "worker-1"])
 def test_the_clouds_key_management_services_can_be_asked(podman: Engine, live: Live, service: str) -> None:
-    modules = ", ".join(f"lacre_fabric.kms.{name}" for name in ("aws", "google", "azure", "vault"))
+    modules = ", ".join(f"lacre_fabric.keys.kms.{name}" for name in ("aws", "google", "azure", "vault"))
     assert inside(podman, service, f"import {modules}; print('all')").strip() == "all"
 
 

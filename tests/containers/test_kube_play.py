@@ -16,8 +16,8 @@ from chart import preparing
 from chart.preparing import MODEL, NATS, Prepared
 from chart.rendering import NPM, Object
 from containers.node import Node, Played
-from lacre_backend.models import find
-from lacre_fabric.site import Site
+from lacre_backend.engine.gguf import find
+from lacre_fabric.operate.site import Site
 from parts.containers import Engine, Images, missing, tell, until
 
 PODS, OUTSIDE = "lacre-pods", "lacre-outside"

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from lacre_fabric.server import free_port
+from lacre_fabric.operate.nats_server import free_port
 from parts.fabric import LiveFabric
 
 

@@ -10,13 +10,14 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from lacre import problems, tasks
-from lacre_fabric import subjects
-from lacre_fabric.frames import Kind
-from lacre_fabric.layout import CLAIMS
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.work import FabricUnavailable, NoWorkers
+from lacre import problems
+from lacre.runtime import tasks
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.streams import CLAIMS
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.work.contract import FabricUnavailable, NoWorkers
+from lacre_fabric.work.frames import Kind
 from parts.fabric import LiveFabric, new_work
 
 

@@ -13,11 +13,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import Expired, InvalidSignature, SettingsError
-from lacre.jws import b64u, raw_public_key
-from lacre.trust import Trusted, verify
-from lacre_fabric.authority import MAX_CHANGES, SIGNER_LIFETIME, SIGNER_RENEWAL, Authority
-from lacre_fabric.keyfiles import read_ed25519, read_secret
-from lacre_fabric.site import Site
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.trust.chain import Trusted, verify
+from lacre_fabric.keys.root_and_signer import MAX_CHANGES, SIGNER_LIFETIME, SIGNER_RENEWAL, Authority
+from lacre_fabric.keys.secret_files import read_ed25519, read_secret
+from lacre_fabric.operate.site import Site
 
 NOW = time.time()
 DAY = 86400.0

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from lacre_fabric import subjects
-from lacre_fabric.buckets import Bucket, Conflict, MemoryBucket, NatsBucket
-from lacre_fabric.connection import Connection
-from lacre_fabric.work import FabricUnavailable
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.kv import Bucket, Conflict, MemoryBucket, NatsBucket
+from lacre_fabric.work.contract import FabricUnavailable
 from parts.fabric import LiveFabric
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre.trust import ConnectionString
+from lacre.trust.chain import ConnectionString
 from lacre_backend import settings as worker
-from lacre_fabric.bundles import Bundles
-from lacre_fabric.server import executable, free_port
-from lacre_fabric.site import Site
+from lacre_fabric.operate.bundles import Bundles
+from lacre_fabric.operate.nats_server import executable, free_port
+from lacre_fabric.operate.site import Site
 from lacre_gateway import settings as gateway
 
 COMMAND = ["fabric", "bundles", "--nats=nats://nats:4222", "--public-url=http://127.0.0.1:8321"]

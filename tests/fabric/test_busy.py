@@ -11,14 +11,14 @@ from pathlib import Path
 
 import structlog
 
-from lacre import tasks
-from lacre_fabric import subjects
-from lacre_fabric.buckets import NatsBucket
-from lacre_fabric.server import MAX_BUFFERED
-from lacre_gateway.auth import Principal
+from lacre.runtime import tasks
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.kv import NatsBucket
+from lacre_fabric.operate.nats_server import MAX_BUFFERED
+from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.ledger import Ledger
-from lacre_gateway.limits import Reservation
-from lacre_gateway.plans import parse
+from lacre_gateway.budget.plans import parse
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats, published
 

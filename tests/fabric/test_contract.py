@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 
-from lacre_fabric import subjects
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.inbound import PARTING
-from lacre_fabric.memory import MemoryFabric
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.work import (
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.work.contract import (
     CREDIT,
     Cancelled,
     Delivery,
@@ -29,6 +26,9 @@ from lacre_fabric.work import (
     WorkerFabric,
     WorkerLost,
 )
+from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.gateway_stream import PARTING
+from lacre_fabric.work.memory import MemoryFabric
 from parts.fabric import LiveFabric, new_work
 
 

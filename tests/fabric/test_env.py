@@ -9,9 +9,9 @@ from pathlib import Path
 
 import jwt
 
-from lacre_fabric import tokens
-from lacre_fabric.site import Site
-from lacre_fabric.up import ENV_RENEWAL, keep_env
+from lacre_fabric.operate import dev_issuer
+from lacre_fabric.operate.site import Site
+from lacre_fabric.operate.up import ENV_RENEWAL, keep_env
 from parts.up import read_env
 
 
@@ -34,4 +34,4 @@ async def test_renewed(tmp_path: Path) -> None:
     assert claims[0]["jti"] != claims[1]["jti"]
     assert claims[1]["exp"] >= claims[0]["exp"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert ENV_RENEWAL < tokens.LIFETIME / 2  # what was sourced just before the renewal is good for a while yet
+    assert ENV_RENEWAL < dev_issuer.LIFETIME / 2  # what was sourced just before the renewal is good for a while yet

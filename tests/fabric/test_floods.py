@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from lacre import tasks
-from lacre_fabric import floods, logs, roles
-from lacre_fabric.endpoints import Servers
-from lacre_fabric.floods import CUT_BYTES, CUT_MESSAGES, LOOKS, MESSAGES, Flood, Rates, watch
-from lacre_fabric.roles import CONNECTIONS, Credential, Role
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import Site
+from lacre.runtime import tasks
+from lacre_fabric import logs
+from lacre_fabric.nats import roles
+from lacre_fabric.nats.roles import CONNECTIONS, Credential, Role
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.operate import floods
+from lacre_fabric.operate.floods import CUT_BYTES, CUT_MESSAGES, LOOKS, MESSAGES, Flood, Rates, watch
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.site import Site
 from parts.stolen_nats import StolenNats, published
 
 LIMIT = 60.0  # seconds for what takes two or three looks; the machine may be busy

@@ -13,14 +13,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lacre import jws
 from lacre.errors import Expired, InvalidMessage, InvalidSignature, LacreError, SettingsError
-from lacre.jws import raw_public_key
-from lacre.receipts import Receipt
-from lacre_fabric import grants, subjects
-from lacre_fabric.frames import MAX_PAYLOAD, Frame, Kind
-from lacre_fabric.grants import MAX_SKEW, Grant
-from lacre_fabric.presence import MAX_BYTES, Presence
+from lacre.evidence.receipts import Receipt
+from lacre.jose import jws
+from lacre.jose.jws import raw_public_key
+from lacre_fabric.nats import subjects
+from lacre_fabric.work import grants
+from lacre_fabric.work.frames import MAX_PAYLOAD, Frame, Kind
+from lacre_fabric.work.grants import MAX_SKEW, Grant
+from lacre_fabric.work.presence import MAX_BYTES, Presence
 
 KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 PUBLIC = jws.raw_public_key(KEY)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre.trust import MAX_FUTURE
+from lacre.trust.chain import MAX_FUTURE
 from lacre.wire.header import Aead, Kdf, Kem, KeyConfig
-from lacre_fabric.generations import KEY_IDS, MAX_DRAIN, Generations
+from lacre_fabric.keys.generations import KEY_IDS, MAX_DRAIN, Generations
 
 NOW = 1_800_000_000.0
 DAY = 86400.0

@@ -10,10 +10,10 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.inbound import CATCH_UP, KEPT_RECEIPTS, MAX_PENDING_FRAMES, MAX_RECEIPT, STOOD_STILL, Inbound
-from lacre_fabric.outbound import Outbound
-from lacre_fabric.work import CREDIT, Cancelled, FabricError, FrameGap, QueueTimeout, WorkerLost
+from lacre_fabric.work.contract import CREDIT, Cancelled, FabricError, FrameGap, QueueTimeout, WorkerLost
+from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.gateway_stream import CATCH_UP, KEPT_RECEIPTS, MAX_PENDING_FRAMES, MAX_RECEIPT, STOOD_STILL, Inbound
+from lacre_fabric.work.worker_stream import Outbound
 
 ONE, OTHER = "1" * 32, "2" * 32
 

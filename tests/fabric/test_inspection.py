@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from nats.js.api import StorageType, StreamConfig
 
-from lacre_fabric import layout
-from lacre_fabric.connection import Connection
-from lacre_fabric.endpoints import Servers
-from lacre_fabric.inspection import Finding, Verdict, _room, _takes_writes, inspect
-from lacre_fabric.provisioning import provision
-from lacre_fabric.roles import Role
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import Site
+from lacre_fabric.nats import streams
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.roles import Role
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.operate.fabric_check import Finding, Verdict, _room, _takes_writes, inspect
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.site import Site
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -84,7 +84,7 @@ async def test_a_full_stream(site: Site) -> None:
     """It is as it should be, and takes no writes; or soon takes none."""
     async with running(site) as (server, connection):
         js = connection.jetstream
-        small = layout.Bounds(layout.CLAIMS.size, 10, layout.CLAIMS.largest)
+        small = streams.Bounds(streams.CLAIMS.size, 10, streams.CLAIMS.largest)
         await js.delete_stream("KV_claims_a")
         await provision(connection, site.pools, claims=small)
         for number in range(8):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric.keyfiles import ed25519, exposed, read_ed25519, read_secret, write_secret
-from lacre_fabric.roles import Credential
+from lacre_fabric.keys.secret_files import ed25519, exposed, read_ed25519, read_secret, write_secret
+from lacre_fabric.nats.roles import Credential
 
 
 def mode(path: Path) -> int:

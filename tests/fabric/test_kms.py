@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import LacreError, SettingsError
-from lacre.jws import raw_public_key
+from lacre.jose.jws import raw_public_key
 from lacre.wire.header import Kem
-from lacre_fabric import kms, poolkeys, rotation
-from lacre_fabric.keyfiles import write_secret
-from lacre_fabric.kms import KeyWithheld, KmsError, KmsUnreachable, WrongWrapping
-from lacre_fabric.kms.keeping import Keeping, keeping
-from lacre_fabric.kms.service import LARGEST, HttpService
+from lacre_fabric.keys import kms, pool_keys
+from lacre_fabric.keys.kms import KeyWithheld, KmsError, KmsUnreachable, WrongWrapping
+from lacre_fabric.keys.kms.service import LARGEST, HttpService
+from lacre_fabric.keys.kms.wrapping import Keeping, keeping
+from lacre_fabric.keys.secret_files import write_secret
+from lacre_fabric.operate import rotation
+from lacre_fabric.operate.site import Site
 from lacre_fabric.settings import KmsAddress, Table, parse
-from lacre_fabric.site import Site
 from parts.key_services.http import GZIP, Answer, Asked, Loopback
 
 GOOD = [
@@ -114,8 +115,8 @@ except kms.ExtraMissing as exc:
 
 def test_no_library_is_imported_before_it_is_asked_for() -> None:
     code = (
-        "import sys, lacre_fabric.kms, lacre_backend.keyring\n"
-        "lacre_fabric.kms.connect('file:/nowhere').close()\n"
+        "import sys, lacre_fabric.keys.kms, lacre_backend.keyring\n"
+        "lacre_fabric.keys.kms.connect('file:/nowhere').close()\n"
         "assert not {'boto3', 'botocore', 'google.auth', 'azure.identity', 'pkcs11'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -136,11 +137,11 @@ def site(tmp_path: Path, address: str) -> Site:
 
 def test_a_site_s_keys_are_wrapped(site: Site, address: str) -> None:
     with keeping(address, "default") as kept:
-        configs = poolkeys.public_parts(site.keys_folder("default"), kept)
-        receipt_key = poolkeys.read_receipt_key(site.receipt_file("default"), kept)
+        configs = pool_keys.public_parts(site.keys_folder("default"), kept)
+        receipt_key = pool_keys.read_receipt_key(site.receipt_file("default"), kept)
     assert set(configs) == set(site.generations("default").live[0].configs)
-    assert raw_public_key(receipt_key) == poolkeys.public_receipt_key(site.receipt_file("default"))
-    for path in (*poolkeys.files(site.keys_folder("default")), site.receipt_file("default")):
+    assert raw_public_key(receipt_key) == pool_keys.public_receipt_key(site.receipt_file("default"))
+    for path in (*pool_keys.files(site.keys_folder("default")), site.receipt_file("default")):
         with pytest.raises(SettingsError, match="set `kms`"):
             Keeping(None, "default").read(path, Keeping(None, "default").receipt_key())
 
@@ -154,16 +155,16 @@ def test_a_file_opens_under_its_own_name_and_pool_alone(site: Site, address: str
     folder = site.keys_folder("default")
     (folder / "1.key").rename(folder / "3.key")
     with keeping(address, "default") as kept, pytest.raises(WrongWrapping, match=r"3\.key"):
-        poolkeys.read(folder / "3.key", kept)
+        pool_keys.read(folder / "3.key", kept)
     with keeping(address, "other") as kept, pytest.raises(WrongWrapping, match=r"2\.key"):
-        poolkeys.read(folder / "2.key", kept)
+        pool_keys.read(folder / "2.key", kept)
 
 
 def test_where_a_service_is_set_a_bare_key_is_refused(site: Site, address: str) -> None:
     """Whoever can write the folder cannot make a worker hold a key of his own."""
-    poolkeys.make(site.keys_folder("default"), (9,), (Kem.XWING,))
+    pool_keys.make(site.keys_folder("default"), (9,), (Kem.XWING,))
     with keeping(address, "default") as kept, pytest.raises(SettingsError, match="rewrap"):
-        poolkeys.read(site.keys_folder("default") / "9.key", kept)
+        pool_keys.read(site.keys_folder("default") / "9.key", kept)
 
 
 def test_keys_that_are_there_are_not_left_behind_by_another_address(site: Site, tmp_path: Path) -> None:
@@ -175,17 +176,17 @@ def test_keys_that_are_there_are_not_left_behind_by_another_address(site: Site, 
 def test_a_key_file_that_is_gone_is_told(site: Site, address: str, tmp_path: Path) -> None:
     (tmp_path / "kms.key").rename(tmp_path / "away")
     with keeping(address, "default") as kept, pytest.raises(KeyWithheld, match="is gone"):
-        poolkeys.public_parts(site.keys_folder("default"), kept)
+        pool_keys.public_parts(site.keys_folder("default"), kept)
     (tmp_path / "kms.key").write_bytes(b"short")
     (tmp_path / "kms.key").chmod(0o600)
     with keeping(address, "default") as kept, pytest.raises(LacreError, match="32 bytes"):
-        poolkeys.public_parts(site.keys_folder("default"), kept)
+        pool_keys.public_parts(site.keys_folder("default"), kept)
 
 
 def test_a_new_generation_is_wrapped_too(site: Site, address: str) -> None:
     staged = rotation._staged(site, "default")
     with keeping(address, "default") as kept:
-        there = {poolkeys.read(path, kept).config for path in poolkeys.files(site.keys_folder("default"))}
+        there = {pool_keys.read(path, kept).config for path in pool_keys.files(site.keys_folder("default"))}
     assert set(staged.configs) < there
     assert len(there) == 4
 
@@ -214,9 +215,9 @@ def test_something_else_at_the_address(tmp_path: Path, said: Answer) -> None:
     server = Loopback(lambda asked: (200, {"data": {"ciphertext": "vault:v1:x"}}) if "encrypt" in asked.path else said)
     try:
         with keeping(f"vault://127.0.0.1:{server.port}/transit/k?token-file={tmp_path / 'token'}", "default") as kept:
-            poolkeys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
+            pool_keys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
             with pytest.raises(KmsError, match=r"1\.key") as caught:
-                poolkeys.read(tmp_path / "keys" / "1.key", kept)
+                pool_keys.read(tmp_path / "keys" / "1.key", kept)
             assert not caught.value.retryable
     finally:
         server.close()
@@ -246,7 +247,7 @@ def test_a_token_that_others_can_read_is_not_used(tmp_path: Path) -> None:
     try:
         with keeping(f"vault://127.0.0.1:{server.port}/transit/k?token-file={token}", "default") as kept:
             with pytest.raises(SettingsError, match="chmod 600"):
-                poolkeys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
+                pool_keys.make(tmp_path / "keys", (1,), (Kem.X25519,), kept)
     finally:
         server.close()
     assert asked == []

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lacre_fabric.kms import Context, KeyWithheld, Kms, KmsError, KmsUnreachable, WrongWrapping, connect
-from lacre_fabric.kms.envelope import Sealed, seal, unseal
+from lacre_fabric.keys.kms import Context, KeyWithheld, Kms, KmsError, KmsUnreachable, WrongWrapping, connect
+from lacre_fabric.keys.kms.envelope import Sealed, seal, unseal
 from parts.key_services import Key, Stand
 from parts.key_services import openbao as bao
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric import roles
-from lacre_fabric.leash import leashed
-from lacre_fabric.roles import Credential
-from lacre_fabric.server import Server
+from lacre_fabric.nats import roles
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.operate.leash import leashed
+from lacre_fabric.operate.nats_server import Server
 
 # Starts a child on a leash, says its process id, and waits to be killed.
 PARENT = (
-    "import subprocess, sys, time; from lacre_fabric.leash import leashed;"
+    "import subprocess, sys, time; from lacre_fabric.operate.leash import leashed;"
     "command = [sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(60)'];"
     "print(subprocess.Popen(leashed(command)).pid, flush=True);"
     "time.sleep(60)"
@@ -64,7 +64,7 @@ def test_a_parent_that_is_gone_already() -> None:
     """It died between the fork and the leash: the command does not run."""
     with subprocess.Popen([sys.executable, "-c", ""]) as other:
         pass
-    command = [sys.executable, "-m", "lacre_fabric.leash", str(other.pid), sys.executable, "-c", "print('ran')"]
+    command = [sys.executable, "-m", "lacre_fabric.operate.leash", str(other.pid), sys.executable, "-c", "print('ran')"]
     done = subprocess.run(command, capture_output=True, check=False, timeout=20)
     assert (done.returncode, done.stdout) == (1, b"")
 
@@ -126,7 +126,7 @@ def test_a_wrong_configuration_is_said(configured: Server, tmp_path: Path) -> No
 
 def test_the_server_dies_with_who_started_it(configured: Server, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from lacre_fabric.server import Server;"
+        "import sys, time; from pathlib import Path; from lacre_fabric.operate.nats_server import Server;"
         "process = Server(Path(sys.argv[1]), int(sys.argv[2])).start(Path(sys.argv[3]));"
         "print(process.pid, flush=True); time.sleep(60)"
     )

@@ -10,15 +10,16 @@ import pytest
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from lacre.errors import SettingsError
-from lacre_fabric import layout, subjects
-from lacre_fabric.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS, accounts
-from lacre_fabric.buckets import NatsBucket, dump
-from lacre_fabric.layout import Bounds
-from lacre_fabric.provisioning import provision
-from lacre_fabric.roles import INSPECTION, MAX_SLOTS, SYSTEM, gateway_account, workers_account
-from lacre_fabric.server import LOG_SIZE, LOGS, MAX_FILES, configuration
-from lacre_fabric.site import Site
-from lacre_fabric.work import FabricUnavailable
+from lacre_fabric.nats import streams as layout
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS, accounts
+from lacre_fabric.nats.kv import NatsBucket, dump
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.roles import INSPECTION, MAX_SLOTS, SYSTEM, gateway_account, workers_account
+from lacre_fabric.nats.streams import Bounds
+from lacre_fabric.operate.nats_server import LOG_SIZE, LOGS, MAX_FILES, configuration
+from lacre_fabric.operate.site import Site
+from lacre_fabric.work.contract import FabricUnavailable
 from parts.fabric import POOLS, LiveFabric
 from parts.stolen_nats import StolenNats
 

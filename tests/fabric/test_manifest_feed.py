@@ -13,12 +13,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import Expired, InvalidMessage, LacreError, Rollback, UntrustedRoot, UsageError
-from lacre.jws import raw_public_key
-from lacre.manifest import Document, Manifest, RootStatement
-from lacre.memory import VersionFile
-from lacre.signing import sign_manifest, sign_statement
-from lacre_fabric.manifests import ManifestFeed
-from lacre_fabric.work import FabricUnavailable
+from lacre.jose.jws import raw_public_key
+from lacre.trust.manifest import Document, Manifest, RootStatement
+from lacre.trust.manifest_store import VersionFile
+from lacre.trust.signing import sign_manifest, sign_statement
+from lacre_fabric.nats.manifest_feed import ManifestFeed
+from lacre_fabric.work.contract import FabricUnavailable
 
 ROOT, SIGNER = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 NOW = time.time()

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from lacre import tasks
-from lacre_fabric import floods, roles
-from lacre_fabric.connection import Connection
-from lacre_fabric.frames import Kind
-from lacre_fabric.inspection import Verdict, inspect
-from lacre_fabric.layout import streams
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.provisioning import provision
-from lacre_fabric.roles import Credential
-from lacre_fabric.work import FabricError
+from lacre.runtime import tasks
+from lacre_fabric.nats import roles
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.nats.streams import streams
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate import floods
+from lacre_fabric.operate.fabric_check import Verdict, inspect
+from lacre_fabric.work.contract import FabricError
+from lacre_fabric.work.frames import Kind
 from parts.fabric import new_work
 from parts.nats_cluster import NatsCluster, Node
 from parts.stolen_nats import published

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric import nats_conf
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import Site
+from lacre_fabric.operate import nats_conf
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.site import Site
 
 NAMES = [
     "José",

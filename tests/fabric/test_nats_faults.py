@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import MessageTooLarge
-from lacre_fabric import roles, subjects
-from lacre_fabric.frames import Kind
-from lacre_fabric.layout import QUEUED_MESSAGES
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.provisioning import provision
-from lacre_fabric.work import (
+from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.streams import QUEUED_MESSAGES
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.work.contract import (
     Dispatch,
     FabricError,
     FabricLost,
@@ -29,6 +28,7 @@ from lacre_fabric.work import (
     QueueTimeout,
     WorkerLost,
 )
+from lacre_fabric.work.frames import Kind
 from parts.fabric import POOLS, LiveFabric, new_work, sealed_bytes
 
 

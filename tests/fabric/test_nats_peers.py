@@ -10,13 +10,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 import structlog
 
-from lacre_fabric import subjects
-from lacre_fabric.buckets import NatsBucket
-from lacre_fabric.connection import Connection
-from lacre_fabric.frames import Kind
-from lacre_fabric.nats_client import MAX_SILENT, DirectClient
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsWorker
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.client import MAX_SILENT, DirectClient
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.kv import NatsBucket
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.work.frames import Kind
 from parts.cut import way_to
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats

@@ -10,11 +10,11 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from lacre_fabric.connection import Connection
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.nats_pool import GRACE, KEEP, MAX_STRAY, PoolSide
-from lacre_fabric.nats_worker import NatsDelivery, NatsWorker
-from lacre_fabric.work import FabricUnavailable, WorkerLost
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.pool import GRACE, KEEP, MAX_STRAY, PoolSide
+from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
+from lacre_fabric.work.contract import FabricUnavailable, WorkerLost
+from lacre_fabric.work.frames import Frame, Kind
 from parts.cut import Cut, way_to
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats

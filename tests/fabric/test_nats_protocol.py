@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import InvalidMessage
-from lacre_fabric.nats_protocol import (
+from lacre_fabric.nats.protocol import (
     MAX_FIELDS,
     MAX_HEADERS,
     MAX_LINE,

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric import roles
-from lacre_fabric.connection import Connection
-from lacre_fabric.endpoints import Servers
-from lacre_fabric.roles import Credential
-from lacre_fabric.server import free_port
+from lacre_fabric.nats import roles
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.settings import NatsServers, parse
-from lacre_fabric.work import FabricRefused, FabricUnavailable, FabricUntrusted
+from lacre_fabric.work.contract import FabricRefused, FabricUnavailable, FabricUntrusted
 from parts.certificates import DAY, Ca
 from parts.nats_cluster import EXAMPLE, NatsCluster
 

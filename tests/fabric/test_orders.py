@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from lacre_fabric import orders, subjects
-from lacre_fabric.frames import Kind
-from lacre_fabric.nats_worker import NatsDelivery
-from lacre_fabric.orders import OrderKeys
-from lacre_fabric.rollcall import RollCall
-from lacre_fabric.work import CREDIT
+from lacre_fabric.nats import orders, subjects
+from lacre_fabric.nats.key_holders import RollCall
+from lacre_fabric.nats.orders import OrderKeys
+from lacre_fabric.nats.worker import NatsDelivery
+from lacre_fabric.work.contract import CREDIT
+from lacre_fabric.work.frames import Kind
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats
 

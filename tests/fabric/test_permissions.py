@@ -14,15 +14,15 @@ import pytest
 from nats.aio.msg import Msg
 
 from lacre.errors import SettingsError
-from lacre_fabric import roles, subjects
-from lacre_fabric.accounts import accounts
-from lacre_fabric.connection import Connection
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsDelivery, NatsWorker
-from lacre_fabric.provisioning import publish_manifest
-from lacre_fabric.roles import Credential, Role
-from lacre_fabric.work import FabricUnavailable
+from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats.accounts import accounts
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.provisioning import publish_manifest
+from lacre_fabric.nats.roles import Credential, Role
+from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
+from lacre_fabric.work.contract import FabricUnavailable
+from lacre_fabric.work.frames import Frame, Kind
 from parts.fabric import GATEWAYS, POOLS, LiveFabric, new_work
 
 ID = "0123456789abcdef" * 2

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric import layout, roles, subjects
-from lacre_fabric.accounts import accounts
-from lacre_fabric.regions import Sent, in_order
-from lacre_fabric.roles import Credential
-from lacre_fabric.work import BEAT
+from lacre_fabric.nats import roles, streams, subjects
+from lacre_fabric.nats.accounts import accounts
+from lacre_fabric.nats.regions import Sent, in_order
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.work.contract import BEAT
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_queue_is_of_one_pool_and_one_region() -> None:
     """However the names are: a pool's may have the `_` that stands between them, a region's may not."""
     for name in ("us_east", "US", "", "-us", "u.s", "*", "x" * 32):
         with pytest.raises(SettingsError, match="region"):
-            layout.streams(["a"], 1, [name])
+            streams.streams(["a"], 1, [name])
         with pytest.raises(SettingsError, match="region"):
             roles.worker(Credential.new("w"), "a", "n1", name)
         with pytest.raises(SettingsError, match="region"):
@@ -56,10 +56,10 @@ def test_a_queue_is_of_one_pool_and_one_region() -> None:
 
 
 def test_home_and_queues_have_their_places() -> None:
-    placed = {stream.name: stream.placement.cluster for stream in layout.streams(["a"], 3, ["eu", "us"]) if stream.placement}
+    placed = {stream.name: stream.placement.cluster for stream in streams.streams(["a"], 3, ["eu", "us"]) if stream.placement}
     home = dict.fromkeys(("KV_trust", "KV_revocations", "KV_budgets", "KV_claims_a"), "eu")
     assert placed == home | {"WORK_a_eu": "eu", "WORK_a_us": "us"}
-    assert not any(stream.placement for stream in layout.streams(["a"], 3))
+    assert not any(stream.placement for stream in streams.streams(["a"], 3))
 
 
 def test_a_credential_is_of_one_region() -> None:

@@ -11,12 +11,12 @@ import pytest
 from nats.js.errors import APIError
 
 from lacre.errors import InvalidMessage
-from lacre_fabric import subjects
-from lacre_fabric.connection import Connection
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_revocations import Reader, RevocationsFull, bucket, revoke
-from lacre_fabric.revocations import Revocation, subject_key, token_key
-from lacre_fabric.work import FabricUnavailable
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.revocations import Reader, RevocationsFull, bucket, revoke
+from lacre_fabric.work.contract import FabricUnavailable
+from lacre_fabric.work.revocations import Revocation, subject_key, token_key
 from parts.fabric import LiveFabric
 
 KEY = "A" * 43

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric import poolkeys
-from lacre_fabric.keyfiles import destroy
-from lacre_fabric.kms import KeyWithheld, KmsError
-from lacre_fabric.rewrapping import rewrap
-from lacre_fabric.server import free_port
-from lacre_fabric.site import Site
+from lacre_fabric.keys import pool_keys
+from lacre_fabric.keys.kms import KeyWithheld, KmsError
+from lacre_fabric.keys.secret_files import destroy
+from lacre_fabric.operate.nats_server import free_port
+from lacre_fabric.operate.rewrapping import rewrap
+from lacre_fabric.operate.site import Site
 from parts.crash_rewrap import secrets_of
 from parts.key_services import openbao as bao
 
@@ -38,7 +38,7 @@ def local(tmp_path: Path) -> str:
 
 
 def contents(site: Site) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in (*poolkeys.files(site.keys_folder(POOL)), site.receipt_file(POOL))}
+    return {path: path.read_bytes() for path in (*pool_keys.files(site.keys_folder(POOL)), site.receipt_file(POOL))}
 
 
 def test_there_and_back(site: Site, local: str) -> None:

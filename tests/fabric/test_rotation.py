@@ -17,16 +17,16 @@ import pytest
 from structlog.testing import capture_logs
 
 from lacre.errors import SettingsError
-from lacre.manifest import PoolKey
-from lacre.trust import verify
+from lacre.trust.chain import verify
+from lacre.trust.manifest import PoolKey
 from lacre_backend.keyring import KeyRing
-from lacre_fabric import subjects
-from lacre_fabric.connection import Connection
-from lacre_fabric.keyfiles import read_secret
-from lacre_fabric.manifests import ManifestFeed, memory_in
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.rotation import NotTakenUp, Schedule, publish, retire, rotate, tend, upkeep
-from lacre_fabric.site import Site
+from lacre_fabric.keys.secret_files import read_secret
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate.rotation import NotTakenUp, Schedule, publish, retire, rotate, tend, upkeep
+from lacre_fabric.operate.site import Site
 from parts.fabric import POOLS, LiveFabric
 
 POOL = "a"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_fabric import settings_files
+from lacre_fabric.operate import settings_files
 
 EDITED = """# why this file is mine
 pool = "default" # the one

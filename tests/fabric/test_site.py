@@ -12,14 +12,14 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_backend import settings as worker
-from lacre_fabric.connection import Connection
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.provisioning import provision
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import GATEWAY_ID, Site
-from lacre_fabric.subjects import DEFAULT_REGION, presence, process_name
-from lacre_fabric.work import Capacity, FabricUnavailable
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.subjects import DEFAULT_REGION, presence, process_name
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.site import GATEWAY_ID, Site
+from lacre_fabric.work.contract import Capacity, FabricUnavailable
 from lacre_gateway import settings as gateway
 
 TABLES = [{"name": "small", "path": "/models/small.gguf"}, {"name": "large", "path": "/models/large.gguf"}]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre_fabric.presence import MAX_SLOTS, Presence, Roster
-from lacre_fabric.slots import Slots, shares
+from lacre_fabric.work.presence import MAX_SLOTS, Presence, Roster
+from lacre_fabric.work.slots import Slots, shares
 
 
 def test_a_model_has_its_own_slots() -> None:

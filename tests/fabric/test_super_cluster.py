@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from lacre_fabric import roles, subjects
-from lacre_fabric.buckets import Conflict, NatsBucket
-from lacre_fabric.connection import Connection
-from lacre_fabric.frames import Kind
-from lacre_fabric.inspection import Verdict, _majority, inspect
-from lacre_fabric.layout import QUEUED_MESSAGES
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsDelivery, NatsWorker
-from lacre_fabric.provisioning import provision
-from lacre_fabric.revocations import Revocation, subject_key
-from lacre_fabric.roles import Credential
-from lacre_fabric.work import CREDIT, Dispatch, DuplicateWork, FabricError, FabricUnavailable, QueueTimeout, WorkerLost
+from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.kv import Conflict, NatsBucket
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.nats.streams import QUEUED_MESSAGES
+from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
+from lacre_fabric.operate.fabric_check import Verdict, _majority, inspect
+from lacre_fabric.work.contract import CREDIT, Dispatch, DuplicateWork, FabricError, FabricUnavailable, QueueTimeout, WorkerLost
+from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.revocations import Revocation, subject_key
 from parts.fabric import new_work
 from parts.nats_cluster import VOTER, SuperCluster
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lacre_fabric.supervisor import FIRST_INTERVAL, LONGEST_INTERVAL, SETTLED, ChildDied, Supervisor
+from lacre_fabric.operate.supervisor import FIRST_INTERVAL, LONGEST_INTERVAL, SETTLED, ChildDied, Supervisor
 
 SLEEPS = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 DIES = [sys.executable, "-S", "-c", "print('no such model'); raise SystemExit(3)"]

@@ -13,8 +13,9 @@ from fuzz.target import Script, Target, cut
 from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
 from lacre.asgi import Opened
 from lacre.asgi.admission import SealedRefusal
-from lacre.audit import AuditProof
-from lacre.choices import TextDelta
+from lacre.chat.choices import TextDelta
+from lacre.chat.reply import Reply
+from lacre.chat.stream import Deltas
 from lacre.errors import (
     ApiError,
     InvalidMessage,
@@ -26,28 +27,27 @@ from lacre.errors import (
     UsageError,
     VerificationError,
 )
-from lacre.facts import Facts
-from lacre.inner import Plain
-from lacre.jws import b64u
-from lacre.manifest import Document
-from lacre.memory import VersionMemory
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.exchange_info import Facts
+from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.evidence.verification import Verification
+from lacre.exchange.call import Sealing
+from lacre.exchange.request import Plain
+from lacre.exchange.resume import Answer, asking
+from lacre.exchange.sealed_answer import Refusal
+from lacre.exchange.steps import Done, Offload, Outer, Read, Send, Steps, T, Together
+from lacre.jose.jws import b64u
 from lacre.problems import DATE
 from lacre.problems import MEDIA_TYPE as PROBLEM
-from lacre.receipts import TRAILER, Receipt
-from lacre.reply import Reply
-from lacre.resume import Answer, asking
-from lacre.sealed_answer import Refusal
-from lacre.sealing import Sealing
-from lacre.signing import sign_manifest, sign_statement
-from lacre.steps import Done, Offload, Outer, Read, Send, Steps, T, Together
-from lacre.streams import Deltas
-from lacre.transport import FACTS
-from lacre.verification import Verification
+from lacre.transport.sealed import FACTS
+from lacre.trust.manifest import Document
+from lacre.trust.manifest_store import VersionMemory
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import ResponseSealer, open_request
-from lacre_backend import inside
-from lacre_fabric.grants import Grant
+from lacre_backend.node import grant_check
+from lacre_fabric.work.grants import Grant
 from parts import audited
 
 OF_AN_ANSWER: Final = (InvalidMessage, InvalidReceipt, ApiError)
@@ -100,7 +100,7 @@ def reply_can_be_counted(_data: bytes, answer: Reply) -> None:
 def request_inside(data: bytes) -> SealedRefusal | None:
     """What a hostile client seals, up to where the worker would call its app: it may run, or is refused inside the seal."""
     opened = Opened(bhttp.decode_request(data), HEADER, ResponseSealer(HEADER, RESPONSE_SECRET, bytes(32)))
-    return inside.check(opened, GRANT, NOW)
+    return grant_check.check(opened, GRANT, NOW)
 
 
 def refusal_can_be_sealed(_data: bytes, refusal: SealedRefusal | None) -> None:

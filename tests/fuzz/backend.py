@@ -13,10 +13,10 @@ from llguidance import LLMatcher
 from fuzz.target import Target
 from lacre.errors import UsageError
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.schema import Grammars
-from lacre_backend.api.schema_patterns import byte_tokenizer
-from lacre_backend.api.template_bounds import Bounds
-from lacre_backend.api.template_environment import template_environment
+from lacre_backend.api.schema.grammar import Grammars
+from lacre_backend.api.schema.patterns import byte_tokenizer
+from lacre_backend.api.template.bounds import Bounds
+from lacre_backend.api.template.environment import template_environment
 
 SMALL: Final = Bounds(rounds=2000, size=2**17, seconds=5.0)
 MESSAGES: Final = [{"role": "user", "content": "Hello <b>"}, {"role": "assistant", "content": "Hi"}]

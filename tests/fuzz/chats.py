@@ -8,7 +8,7 @@ from typing import Final
 from fuzz.target import Target
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import parse_chat
-from lacre_backend.api.template import ChatTemplate, Piece, TemplateRefused
+from lacre_backend.api.template.prompt import ChatTemplate, Piece, TemplateRefused
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import ControlToken
 

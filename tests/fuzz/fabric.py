@@ -16,15 +16,15 @@ from nats.aio.subscription import Subscription
 
 from fuzz.target import Script, Target, cut, outcome
 from lacre.errors import InvalidMessage
-from lacre_fabric import nats_protocol, subjects
-from lacre_fabric.connection import Connection, Stored
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.nats_client import DirectClient
-from lacre_fabric.nats_gateway import _Ack
-from lacre_fabric.nats_pool import KEEP, PoolSide
-from lacre_fabric.nats_protocol import BrokenProtocol, Event, Message, Reader
-from lacre_fabric.presence import MAX_NODES, MAX_SLOTS
-from lacre_fabric.work import FabricError, FabricUnavailable
+from lacre_fabric.nats import protocol, subjects
+from lacre_fabric.nats.client import DirectClient
+from lacre_fabric.nats.connection import Connection, Stored
+from lacre_fabric.nats.gateway import _Ack
+from lacre_fabric.nats.pool import KEEP, PoolSide
+from lacre_fabric.nats.protocol import BrokenProtocol, Event, Message, Reader
+from lacre_fabric.work.contract import FabricError, FabricUnavailable
+from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.presence import MAX_NODES, MAX_SLOTS
 
 POOL, GATEWAY, NODE = "a", "g1", "honest"
 REPLIES, PRESENCE, OTHERS = 1, 2, 3  # subscriptions; the last one is one of the library's own way
@@ -52,13 +52,13 @@ def _events(pieces: list[bytes]) -> list[Event]:
 
 
 def nats_headers(data: bytes) -> dict[str, str]:
-    return nats_protocol.fields(data[1:], status=data[:1] == b"\x01")
+    return protocol.fields(data[1:], status=data[:1] == b"\x01")
 
 
 def headers_are_plain(data: bytes, found: dict[str, str]) -> None:
     assert all(name.isascii() and "\n" not in name for name in found)
-    assert len(found) <= nats_protocol.MAX_FIELDS + 2
-    assert data[:1] == b"\x01" or nats_protocol.STATUS not in found
+    assert len(found) <= protocol.MAX_FIELDS + 2
+    assert data[:1] == b"\x01" or protocol.STATUS not in found
 
 
 # A worker

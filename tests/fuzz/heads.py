@@ -9,7 +9,7 @@ from typing import Final
 import h11
 
 from fuzz.target import Script, Target, cut
-from lacre.http1 import MAX_FIELDS, MAX_HEAD, MAX_TARGET, Body, End, Head, RequestReader, UnreadableRequest
+from lacre.runtime.http1 import MAX_FIELDS, MAX_HEAD, MAX_TARGET, Body, End, Head, RequestReader, UnreadableRequest
 
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 

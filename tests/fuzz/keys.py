@@ -15,8 +15,8 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from fuzz.target import Script, Target
 from lacre.errors import SettingsError
-from lacre_gateway.documents import MAX_DOCUMENT, Fetched, FetchFailed, allowed, fetch
-from lacre_gateway.keyset import KeySet
+from lacre_gateway.auth.fetch import MAX_DOCUMENT, Fetched, FetchFailed, allowed, fetch
+from lacre_gateway.auth.jwks import KeySet
 
 ALGORITHMS: Final = ("EdDSA", "ES256", "ES384", "ES512", "RS256", "PS512")
 URL: Final = "http://127.0.0.1:1/keys"

@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fuzz.statements import MANIFEST, NOW, OF_TRUST, SIGNER
 from fuzz.target import Script, Target
 from lacre.errors import Rollback
-from lacre.jws import raw_public_key, sign_bytes
-from lacre.lineage import Seen
-from lacre.manifest import ROOT_TYP, Document, Manifest, RootStatement
-from lacre.memory import VersionMemory, accept
-from lacre.signing import sign_manifest
-from lacre.trust import Trusted
+from lacre.jose.jws import raw_public_key, sign_bytes
+from lacre.trust.chain import Trusted
+from lacre.trust.manifest import ROOT_TYP, Document, Manifest, RootStatement
+from lacre.trust.manifest_store import VersionMemory, accept
+from lacre.trust.rollback import Seen
+from lacre.trust.signing import sign_manifest
 
 ROOTS: Final = tuple(Ed25519PrivateKey.from_private_bytes(bytes([number] * 32)) for number in range(11, 17))
 DOCUMENTS: Final = 5

@@ -7,11 +7,11 @@ from typing import Final
 
 from fuzz.statements import SIGNER, text
 from fuzz.target import Script, Target
-from lacre import audit, checkpoints, merkle
-from lacre.audit import AuditProof
-from lacre.checkpoints import Checkpoint
 from lacre.errors import InvalidAudit, InvalidMessage, InvalidSignature, MessageTooLarge
-from lacre.jws import raw_public_key
+from lacre.evidence import audit_proof, checkpoints, merkle
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.checkpoints import Checkpoint
+from lacre.jose.jws import raw_public_key
 
 ORIGIN: Final = "lacre.example/log"
 PUBLIC: Final = raw_public_key(SIGNER)
@@ -28,9 +28,9 @@ def proven(entry: bytes) -> AuditProof:
 def audit_header(data: bytes) -> AuditProof:
     """With the first byte 0 any header; otherwise an entry that is proven, and what is written behind its header."""
     if data[:1] == b"\x00":
-        return audit.of_answer(text(data[1:]), PUBLIC, EXPECTED)
+        return audit_proof.of_answer(text(data[1:]), PUBLIC, EXPECTED)
     script = Script(data[1:])
-    return audit.of_answer(proven(script.text()).header() + text(script.rest()), PUBLIC, EXPECTED)
+    return audit_proof.of_answer(proven(script.text()).header() + text(script.rest()), PUBLIC, EXPECTED)
 
 
 def proof_written_alike(_data: bytes, proof: AuditProof) -> None:

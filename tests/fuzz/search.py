@@ -12,9 +12,9 @@ with atheris.instrument_imports(
     include=[
         "lacre",
         "lacre_fabric",
-        "lacre_backend.inside",
-        "lacre_backend.api.schema",
-        "lacre_backend.api.schema_cases",
+        "lacre_backend.node.grant_check",
+        "lacre_backend.api.schema.grammar",
+        "lacre_backend.api.schema.cases",
         "jwt",
     ]
 ):

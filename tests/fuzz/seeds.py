@@ -14,11 +14,11 @@ from typing import Final
 
 from fuzz import answers, backend, fabric, keys, proofs, statements, wire
 from lacre.asgi import AUTHORITY
-from lacre.jws import b64u, sign
-from lacre.trust import ConnectionString
+from lacre.jose.jws import b64u, sign
+from lacre.trust.chain import ConnectionString
 from lacre.wire import bhttp
 from lacre.wire.header import Aead, Kdf, Kem, SealedHeader, Suite, encode_key_list
-from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, Kind
 
 CORPUS: Final = Path(__file__).parent / "corpus"
 REQUEST: Final = bhttp.Request(

@@ -13,19 +13,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fuzz.target import Target
 from lacre.errors import Expired, InvalidMessage, InvalidSignature, MessageTooLarge, SettingsError, UntrustedRoot
-from lacre.jws import b64u, raw_public_key, sign_bytes, verify
-from lacre.manifest import MANIFEST_TYP, ROOT_TYP, Document, Manifest, Pool, PoolKey, RootStatement
-from lacre.members import Members
-from lacre.receipts import TYP as RECEIPT_TYP
-from lacre.receipts import Receipt
-from lacre.signing import sign_manifest, sign_statement
-from lacre.trust import ConnectionString, Trusted
-from lacre.trust import verify as verify_document
+from lacre.evidence.receipts import TYP as RECEIPT_TYP
+from lacre.evidence.receipts import Receipt
+from lacre.jose.claims import Members
+from lacre.jose.jws import b64u, raw_public_key, sign_bytes, verify
+from lacre.trust.chain import ConnectionString, Trusted
+from lacre.trust.chain import verify as verify_document
+from lacre.trust.manifest import MANIFEST_TYP, ROOT_TYP, Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
-from lacre_fabric.frames import ATTEMPT, KIND, SEQUENCE, Frame
-from lacre_fabric.grants import TYP as GRANT_TYP
-from lacre_fabric.grants import Grant
+from lacre_fabric.work.frames import ATTEMPT, KIND, SEQUENCE, Frame
+from lacre_fabric.work.grants import TYP as GRANT_TYP
+from lacre_fabric.work.grants import Grant
 
 OF_A_SIGNATURE: Final = (InvalidMessage, InvalidSignature, MessageTooLarge)
 OF_TRUST: Final = (*OF_A_SIGNATURE, UntrustedRoot, Expired)

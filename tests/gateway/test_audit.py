@@ -25,8 +25,8 @@ from typing import Any, get_args
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import audit
 from lacre.errors import SettingsError
+from lacre.evidence import audit_proof
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import journal
 from lacre_gateway.audit import log as audit_log
@@ -177,7 +177,7 @@ async def test_long_lists_stand_in_an_annex(tmp_path: Path) -> None:
     proof = (await log.append(intent(1, groups=groups))).proof()
     log.append(outcome(1))
     await log.close()
-    assert len(proof.header()) < audit.MAX_HEADER and proof.members["groups"] == []
+    assert len(proof.header()) < audit_proof.MAX_HEADER and proof.members["groups"] == []
     annex, told = entries(tmp_path / "audit")[1:3]
     assert (annex["kind"], annex["groups"], told["annex"] is None) == ("annex", list(groups), False)
     assert sound(tmp_path / "audit")

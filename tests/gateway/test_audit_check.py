@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import checkpoints, merkle
-from lacre.checkpoints import Checkpoint
 from lacre.errors import InvalidAudit
+from lacre.evidence import checkpoints, merkle
+from lacre.evidence.checkpoints import Checkpoint
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import tiles
 from lacre_gateway.audit.check import SELF_CONSISTENT, Verdict, check_receipt, verify

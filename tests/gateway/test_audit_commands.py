@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lacre.jws import b64u
+from lacre.jose.jws import b64u
 from lacre_gateway.audit.reader import LogReader
 from parts.auditing import PUBLIC, written
 

@@ -21,13 +21,13 @@ from jwt.algorithms import OKPAlgorithm, RSAAlgorithm
 from lacre import problems
 from lacre.errors import SettingsError
 from lacre_fabric.logs import make_log
-from lacre_fabric.memory import MemoryFabric
-from lacre_gateway.auth import MAX_TOKEN, Authenticator, Principal, TrustedIssuer
-from lacre_gateway.claims import BadClaim, ClaimNames, is_name
-from lacre_gateway.keyset import KeySet
-from lacre_gateway.refusal import Refusal
-from lacre_gateway.revocation import RevocationList
-from lacre_gateway.throttle import MAX_VERIFYING, FailureThrottle
+from lacre_fabric.work.memory import MemoryFabric
+from lacre_gateway.auth.claims import BadClaim, ClaimNames, is_name
+from lacre_gateway.auth.jwks import KeySet
+from lacre_gateway.auth.revocation import RevocationList
+from lacre_gateway.auth.throttle import MAX_VERIFYING, FailureThrottle
+from lacre_gateway.auth.tokens import MAX_TOKEN, Authenticator, Principal, TrustedIssuer
+from lacre_gateway.http.refusal import Refusal
 from parts.gateway import AUDIENCE, ISSUER, Issuer, World
 
 ALGORITHMS = ("EdDSA", "ES256", "RS256")

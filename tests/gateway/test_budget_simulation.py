@@ -34,9 +34,9 @@ from lacre_gateway.budget.lease import (
     commit,
     lacking,
 )
+from lacre_gateway.budget.plans import Kind
 from lacre_gateway.budget.record import Record
 from lacre_gateway.budget.windows import Calendar, window, windows_at
-from lacre_gateway.plans import Kind
 
 START = 1_800_000_000.0
 LONGEST = 100.0

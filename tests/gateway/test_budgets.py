@@ -12,18 +12,19 @@ import httpx2
 import pytest
 
 import lacre
-from lacre import details, problems
-from lacre.audit import AuditProof
-from lacre.jws import raw_public_key
-from lacre.trust import ConnectionString
-from lacre_fabric.buckets import Entry
-from lacre_fabric.work import FabricUnavailable
+from lacre import problems
+from lacre.evidence.audit_proof import AuditProof
+from lacre.jose.jws import raw_public_key
+from lacre.problems import details
+from lacre.trust.chain import ConnectionString
+from lacre_fabric.nats.kv import Entry
+from lacre_fabric.work.contract import FabricUnavailable
 from lacre_gateway.audit import index as indexes
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.ledger import ALIVE, DRAW_LIMIT, GONE_AFTER
+from lacre_gateway.budget.plans import Kind
 from lacre_gateway.budget.record import Record
-from lacre_gateway.plans import Kind
 from parts.gateway import MODEL, FakeWorker, Issuer, Script, World
 
 from .conftest import client_of

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from lacre_gateway.listening import bind, make_server
+from lacre_gateway.http.server import bind, make_server
 from lacre_gateway.settings import Listen
 from parts.gateway import Issuer, World
 

@@ -11,13 +11,13 @@ import pytest
 
 import lacre
 from lacre import problems
-from lacre.details import MAX_LISTED
-from lacre.jws import raw_public_key
-from lacre.model_paths import KNOWN
+from lacre.exchange.model_paths import KNOWN
+from lacre.jose.jws import raw_public_key
 from lacre.problems import Problem
-from lacre.trust import ConnectionString
+from lacre.problems.details import MAX_LISTED
+from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
-from lacre_gateway.outer import MAX_TOKENS, Action, Shape
+from lacre_gateway.http.headers import MAX_TOKENS, Action, Shape
 from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.denial import denied, usable
 from lacre_gateway.policy.question import Question

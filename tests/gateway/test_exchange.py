@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lacre import problems
-from lacre_gateway.exchange import ClientGone, Exchange, Message, Stalled
-from lacre_gateway.limits import BodyBytes, LimitExceeded, Room
-from lacre_gateway.refusal import Refusal
+from lacre_gateway.budget.in_flight import BodyBytes, LimitExceeded, Room
+from lacre_gateway.http.exchange import ClientGone, Exchange, Message, Stalled
+from lacre_gateway.http.refusal import Refusal
 
 
 def exchange(messages: Iterable[Message], sent: list[Message] | None = None, **options: Any) -> Exchange:

@@ -7,8 +7,8 @@ import re
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre_gateway.claims import Principal
-from lacre_gateway.fairness import HOUR, Pseudonyms
+from lacre_gateway.auth.claims import Principal
+from lacre_gateway.auth.pseudonyms import HOUR, Pseudonyms
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 ALICE = Principal("alice", "acme", "https://issuer.example")

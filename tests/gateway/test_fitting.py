@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre import problems
-from lacre.padding import SMALLEST, request_length
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.ohttp import seal_request
+from lacre.wire.padding import SMALLEST, request_length
 from lacre_gateway.budget import fitting
 from lacre_gateway.budget.callers import Caller, Scope, ceiling_of
 from lacre_gateway.budget.holds import AboveLimit
-from lacre_gateway.limits import Reservation
-from lacre_gateway.plans import Kind, Price
+from lacre_gateway.budget.in_flight import Reservation
+from lacre_gateway.budget.plans import Kind, Price
 from parts.gateway import FakeWorker, Issuer, Script, World
 
 from .conftest import client_of

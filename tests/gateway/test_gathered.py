@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from lacre_gateway.gathered import MOST, GatheredTransport
+from lacre_gateway.http.gathered import MOST, GatheredTransport
 
 
 class Recorder(asyncio.Transport):

@@ -16,10 +16,10 @@ from jwt.algorithms import OKPAlgorithm
 
 from lacre.errors import SettingsError
 from lacre_fabric.logs import make_log
-from lacre_gateway import documents, remote_keys
-from lacre_gateway.documents import allowed
-from lacre_gateway.keyset import KeySet
-from lacre_gateway.remote_keys import KeysUnavailable, RemoteKeys, Timing
+from lacre_gateway.auth import fetch, jwks_remote
+from lacre_gateway.auth.fetch import allowed
+from lacre_gateway.auth.jwks import KeySet
+from lacre_gateway.auth.jwks_remote import KeysUnavailable, RemoteKeys, Timing
 
 QUICK = Timing(least=60.0, default=60.0, retry=0.02, patience=0.05, cooldown=0.05, stale_limit=3600.0)
 DISCOVERY = "/.well-known/openid-configuration"
@@ -30,7 +30,7 @@ class Issuer:
     """An HTTP server. documents: what is served where; headers: with each. status, hang: of the next answers."""
 
     port: int = 0
-    documents: dict[str, Any] = field(default_factory=dict)
+    fetch: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
     etags: bool = False
@@ -200,7 +200,7 @@ async def test_a_key_that_came_while_the_old_set_was_on_its_way_is_found(room: R
 
 
 async def test_waiting_is_bounded(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_keys, "MAX_WAITING", 2)
+    monkeypatch.setattr(jwks_remote, "MAX_WAITING", 2)
     room.issuer.publish(a=A)
     keys = await room.started()
     room.issuer.gate.clear()
@@ -253,7 +253,7 @@ POISON = {
     "a key that is none": {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "!", "kid": "b"}]},
     "too many": {"keys": [{"kty": "OKP", "crv": "Ed25519", "x": PRIVATE["x"], "kid": f"{n}"} for n in range(101)]},
     "too long": json.dumps({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": PRIVATE["x"], "kid": "b"}]}).encode()
-    + b" " * documents.MAX_DOCUMENT,
+    + b" " * fetch.MAX_DOCUMENT,
 }
 
 
@@ -284,7 +284,7 @@ async def test_no_other_status_is_a_set(status: int, room: Room) -> None:
 
 
 async def test_an_issuer_that_hangs_holds_nobody_for_long(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "TIME_LIMIT", 0.2)
+    monkeypatch.setattr(fetch, "TIME_LIMIT", 0.2)
     room.issuer.publish(a=A)
     keys = await room.started()
     room.issuer.gate.clear()

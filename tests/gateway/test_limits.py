@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from lacre_gateway.limits import BodyBytes, LimitExceeded, RequestLimits, Reservation
+from lacre_gateway.budget.in_flight import BodyBytes, LimitExceeded, RequestLimits, Reservation
 
 
 def test_slots_are_given_back_whatever_happens() -> None:

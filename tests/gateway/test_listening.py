@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from lacre.errors import SettingsError
-from lacre_gateway.listening import Server, bind, load_certificate, make_server, tls_context
+from lacre_gateway.http.server import Server, bind, load_certificate, make_server, tls_context
 from lacre_gateway.settings import Listen, Tls
 from parts.gateway import FakeWorker, World, opened
 

@@ -20,7 +20,7 @@ import lacre_fabric
 import lacre_gateway
 from lacre.errors import SettingsError
 from lacre_fabric.logs import FIELDS, MAX_TEXT, SafeFormatter, last_words, make_log, places
-from lacre_gateway.logs import standard_logging
+from lacre_gateway.http.logs import standard_logging
 
 SECRET = "s3cr3t-canary"
 

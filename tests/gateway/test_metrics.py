@@ -12,8 +12,8 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from lacre import problems
-from lacre_gateway.admin import create_admin
-from lacre_gateway.plans import PLANS_FILE
+from lacre_gateway.admin.api import create_admin
+from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.policy.cedar import PolicyError
 from parts.gateway import MODEL, FakeWorker, Issuer, World
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from lacre_gateway.listening import bind, make_server
+from lacre_gateway.http.server import bind, make_server
 from lacre_gateway.settings import Listen
 from parts.gateway import World
 

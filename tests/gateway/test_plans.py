@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_gateway.plans import Kind, Limits, Plans, Price, load, money, parse
+from lacre_gateway.budget.plans import Kind, Limits, Plans, Price, load, money, parse
 from lacre_gateway.policy.rules import shipped
 
 TEXT = """

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_gateway.outer import Action
+from lacre_gateway.http.headers import Action
 from lacre_gateway.policy.cases import Case
 from lacre_gateway.policy.cedar import MAX_DECISIONS, NAMES, SYNTAX, Decision, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion, Question

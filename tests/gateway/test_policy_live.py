@@ -23,7 +23,7 @@ from lacre_gateway.policy.cedar import SYNTAX, PolicyError
 from lacre_gateway.policy.live import LiveRules
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.policy.trial import try_out
-from lacre_gateway.server import reloading
+from lacre_gateway.serve import reloading
 from parts.gateway import World
 from parts.policies import BROKEN, asked
 

@@ -20,9 +20,9 @@ import httpx2
 import pytest
 
 import lacre
-from lacre.jws import b64u
-from lacre_fabric.leash import PYTHON, leashed
-from lacre_fabric.server import free_port
+from lacre.jose.jws import b64u
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.nats_server import free_port
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.doctor import State, examine
 from parts.chat_app import ChatApp

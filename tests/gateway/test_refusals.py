@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from lacre import details, problems
-from lacre.details import Detail
-from lacre.model_paths import KNOWN
-from lacre.problems import Problem
+from lacre import problems
+from lacre.exchange.model_paths import KNOWN
+from lacre.problems import Problem, details
+from lacre.problems.details import Detail
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from parts.gateway import FakeWorker, Issuer, Script, World
 

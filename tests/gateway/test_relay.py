@@ -7,12 +7,12 @@ import json
 import httpx2
 import pytest
 
-from lacre.audit import AuditProof
-from lacre.jws import raw_public_key
-from lacre.receipts import units
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.receipts import units
+from lacre.jose.jws import raw_public_key
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.reader import LogReader
-from lacre_gateway.relay import rest_of_queue
+from lacre_gateway.relay.relay import rest_of_queue
 from parts.gateway import ISSUER, MODEL, PIECES, FakeWorker, World, opened
 
 

@@ -18,16 +18,16 @@ import pytest
 import lacre
 from lacre import problems
 from lacre.errors import UsageError
-from lacre_fabric import subjects
-from lacre_fabric.connection import Connection
 from lacre_fabric.logs import make_log
-from lacre_fabric.memory import MemoryFabric
-from lacre_fabric.nats_revocations import revoke
-from lacre_fabric.revocations import Revocation, subject_key, token_key
-from lacre_fabric.roles import Credential
-from lacre_fabric.work import FabricUnavailable
-from lacre_gateway import revocation as module
-from lacre_gateway.revocation import MAX_AGE, RevocationList, revocation
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.revocations import revoke
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.work.contract import FabricUnavailable
+from lacre_fabric.work.memory import MemoryFabric
+from lacre_fabric.work.revocations import Revocation, subject_key, token_key
+from lacre_gateway.auth import revocation as module
+from lacre_gateway.auth.revocation import MAX_AGE, RevocationList, revocation
 from lacre_gateway.settings import Issuer as IssuerSettings
 from lacre_gateway.settings import load
 from parts.chat_app import ChatApp

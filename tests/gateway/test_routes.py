@@ -14,10 +14,11 @@ from pathlib import Path
 import httpx2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import problems, trust
-from lacre.jws import raw_public_key
-from lacre_fabric.keyfiles import write_ed25519
-from lacre_fabric.roles import Credential
+from lacre import problems
+from lacre.jose.jws import raw_public_key
+from lacre.trust import chain
+from lacre_fabric.keys.secret_files import write_ed25519
+from lacre_fabric.nats.roles import Credential
 from parts.gateway import Issuer, World
 
 from .conftest import client_of
@@ -28,7 +29,7 @@ async def test_manifest_is_served_as_published(world: World, client: httpx2.Asyn
     assert response.content == world.published
     assert response.headers["content-type"] == "application/json"
     assert response.headers["cache-control"] == "no-cache"
-    assert trust.verify(response.content, raw_public_key(world.root), time.time()).manifest.version == 1
+    assert chain.verify(response.content, raw_public_key(world.root), time.time()).manifest.version == 1
 
 
 async def test_manifest_is_asked_for_again_by_its_tag(world: World, client: httpx2.AsyncClient) -> None:

@@ -15,11 +15,11 @@ import httpx2
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.jws import b64u
-from lacre.receipts import Receipt
+from lacre.evidence.receipts import Receipt
+from lacre.jose.jws import b64u
 from lacre_fabric.logs import make_log
-from lacre_gateway.limits import Reservation
-from lacre_gateway.settlement import Claim, Reason, Settlement, Verdict, judge
+from lacre_gateway.budget.in_flight import Reservation
+from lacre_gateway.budget.settlement import Claim, Reason, Settlement, Verdict, judge
 from parts.gateway import PIECES, FakeWorker, Script, World, opened
 
 KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()

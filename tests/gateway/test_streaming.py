@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import problems
 from lacre.errors import TruncatedStream
-from lacre_fabric.work import FabricLost, FabricUnavailable, FrameGap, FrameMissing, ReaderStalled, WorkerLost
+from lacre_fabric.work.contract import FabricLost, FabricUnavailable, FrameGap, FrameMissing, ReaderStalled, WorkerLost
 from lacre_gateway.audit.log import AuditUnavailable
-from lacre_gateway.exchange import Stalled
-from lacre_gateway.listening import bind, make_server
-from lacre_gateway.logs import NotOurs
+from lacre_gateway.http.exchange import Stalled
+from lacre_gateway.http.logs import NotOurs
+from lacre_gateway.http.server import bind, make_server
 from lacre_gateway.settings import Listen
 from parts.gateway import PIECES, FakeWorker, Script, World, opened
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lacre import problems
-from lacre_gateway.refusal import Refusal
-from lacre_gateway.throttle import RefusalThrottle
+from lacre_gateway.auth.throttle import RefusalThrottle
+from lacre_gateway.http.refusal import Refusal
 
 ALICE = ("issuer", "alice")
 

@@ -25,11 +25,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import OKPAlgorithm
 
-from lacre import ProofKey, details, problems
-from lacre.dpop import WINDOW
-from lacre.problems import Problem
+from lacre import ProofKey, problems
+from lacre.jose.dpop import WINDOW
+from lacre.problems import Problem, details
 from lacre.wire.header import inspect_request
-from lacre_gateway import auth
+from lacre_gateway.auth import tokens
 from parts.gateway import AUDIENCE, FakeWorker, Issuer, World
 
 URL = "http://127.0.0.1:8321/v1/sealed"  # the gateway's public one
@@ -238,7 +238,7 @@ async def test_a_token_that_is_too_long_says_how_long_one_may_be(groups: int, wo
     token = world.issuer.token(groups=["g" * 200] * groups)
     opened = len(door.worker.opened)
     response = await door.knock(world.headers(token))
-    told = {"limit": "token", "unit": "bytes", "ceiling": auth.MAX_TOKEN, "asked": len(f"Bearer {token}")}
+    told = {"limit": "token", "unit": "bytes", "ceiling": tokens.MAX_TOKEN, "asked": len(f"Bearer {token}")}
     assert (response.status_code, response.content) == (401, problems.INVALID_TOKEN.body(told))
     assert response.headers["www-authenticate"] == CHALLENGE
     assert len(door.worker.opened) == opened
@@ -501,7 +501,7 @@ async def test_other_spellings_of_the_url_are_the_same(url: str, bound: Bound, d
 
 
 async def test_the_memory_of_proofs_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "MAX_PROOFS", 2)
+    monkeypatch.setattr(tokens, "MAX_PROOFS", 2)
     bound, decide = Bound(world), world.gateway.authenticator.authenticate
     proofs = [bound.proof().encode() for _ in range(4)]
     for proof in proofs:

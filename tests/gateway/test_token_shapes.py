@@ -13,17 +13,17 @@ import httpx2
 import jwt
 import pytest
 
-from lacre import details
+from lacre.problems import details
 from lacre_fabric.logs import make_log
-from lacre_fabric.memory import MemoryFabric
+from lacre_fabric.work.memory import MemoryFabric
 from lacre_gateway import settings
-from lacre_gateway.auth import Authenticator, Principal
+from lacre_gateway.auth.issuers import trusted
+from lacre_gateway.auth.revocation import RevocationList
+from lacre_gateway.auth.throttle import FailureThrottle
+from lacre_gateway.auth.tokens import Authenticator, Principal
 from lacre_gateway.doctor.findings import Findings
 from lacre_gateway.doctor.trust import _issuer
-from lacre_gateway.issuers import trusted
-from lacre_gateway.refusal import Refusal
-from lacre_gateway.revocation import RevocationList
-from lacre_gateway.throttle import FailureThrottle
+from lacre_gateway.http.refusal import Refusal
 from parts.gateway import FakeWorker, Issuer, World
 
 from .token_shapes import DROP, ROWS, At, Caller, Refused, Row

@@ -17,8 +17,8 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, service_attributes
 
 from lacre import problems
-from lacre_fabric.memory import MemoryDelivery
-from lacre_gateway import tracing
+from lacre_fabric.work.memory import MemoryDelivery
+from lacre_gateway.observe import tracing
 from parts.gateway import MODEL, Issuer, World
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -179,7 +179,7 @@ def test_the_names_are_opentelemetrys() -> None:
 
 def test_off_it_is_not_even_imported() -> None:
     code = (
-        "import sys, lacre_gateway.server, lacre_gateway.admin; "
+        "import sys, lacre_gateway.serve, lacre_gateway.admin.api; "
         "assert not [name for name in sys.modules if name.startswith('opentelemetry.sdk')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

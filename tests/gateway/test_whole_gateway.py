@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lacre.audit import AuditProof
+from lacre.evidence.audit_proof import AuditProof
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.check import Verdict, check_receipt, verify
 from lacre_gateway.audit.reader import LogReader

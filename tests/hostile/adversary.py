@@ -21,18 +21,19 @@ import httpx2
 import structlog
 
 from hostile.stage import MODEL, POOL, Pieces, Stage
-from lacre import audit, problems
-from lacre.jws import b64u, raw_public_key
+from lacre import problems
+from lacre.evidence import audit_proof
+from lacre.jose.jws import b64u, raw_public_key
 from lacre.wire import bhttp, varint
 from lacre.wire.framing import Deframer
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, SealedHeader
 from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.grants import Grant
 from lacre_fabric.logs import PROCESSORS
-from lacre_fabric.memory import MemoryFabric
-from lacre_fabric.work import Work
+from lacre_fabric.work.contract import Work
+from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.grants import Grant
+from lacre_fabric.work.memory import MemoryFabric
 from parts import audited
 
 OUTER = ("pool", "model", "action", "max-tokens", "shape")
@@ -195,9 +196,9 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
     def _proved(self, request: httpx2.Request, answer: httpx2.Response) -> httpx2.Response:
         """Its log is its own affair: whatever it did, it can prove that it recorded what was sent."""
         token = request.headers["authorization"].removeprefix("Bearer ")
-        entry = self.recorded(audited.entry(request.headers, request.content, **audit.speaks_for(token)))
+        entry = self.recorded(audited.entry(request.headers, request.content, **audit_proof.speaks_for(token)))
         if answer.status_code == 200 and entry is not None:
-            answer.headers[audit.HEADER] = audited.proof(entry, self.log_key).header()
+            answer.headers[audit_proof.HEADER] = audited.proof(entry, self.log_key).header()
         return answer
 
     @staticmethod

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hostile.stage import MODEL, OTHER_MODEL, Keys
-from lacre.jws import b64u, raw_public_key
-from lacre_fabric.buckets import MemoryBucket
+from lacre.jose.jws import b64u, raw_public_key
 from lacre_fabric.logs import make_log
-from lacre_fabric.memory import MemoryFabric
+from lacre_fabric.nats.kv import MemoryBucket
+from lacre_fabric.work.memory import MemoryFabric
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.reader import LogReader
+from lacre_gateway.gateway import Gateway, build
 from lacre_gateway.settings import parse
-from lacre_gateway.state import Gateway, build
 from parts.gateway import AUDIENCE, ISSUER, Issuer
 
 

@@ -18,17 +18,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import lacre
 from lacre import asgi
-from lacre.jws import raw_public_key
-from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
-from lacre.signing import sign_manifest, sign_statement
-from lacre.trust import ConnectionString
+from lacre.jose.jws import raw_public_key
+from lacre.trust.chain import ConnectionString
+from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.node import Identity, Node
-from lacre_fabric.manifests import ManifestFeed
-from lacre_fabric.memory import MemoryFabric
+from lacre_backend.node.node import Identity, Node
+from lacre_fabric.nats.manifest_feed import ManifestFeed
+from lacre_fabric.work.memory import MemoryFabric
 
 MODEL = "smollm2-135m"
 OTHER_MODEL = "smollm2-360m"

@@ -18,8 +18,8 @@ from lacre import problems
 from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST
 from lacre.wire.ohttp import seal_request
-from lacre_gateway.admin import MAX_BODY, create_admin
-from lacre_gateway.answers import BODY_TOO_LARGE
+from lacre_gateway.admin.api import MAX_BODY, create_admin
+from lacre_gateway.http.answers import BODY_TOO_LARGE
 from parts.gateway import Issuer
 
 SOON = 5.0  # seconds in which a refusal comes; none of these waits for a body

@@ -11,13 +11,13 @@ import pytest
 from hostile.attacks import Verdict, attack
 from lacre import problems
 from lacre_fabric.logs import make_log
-from lacre_fabric.memory import MemoryFabric
-from lacre_gateway.auth import Authenticator
-from lacre_gateway.issuers import trusted
-from lacre_gateway.refusal import Refusal
-from lacre_gateway.revocation import RevocationList
+from lacre_fabric.work.memory import MemoryFabric
+from lacre_gateway.auth.issuers import trusted
+from lacre_gateway.auth.revocation import RevocationList
+from lacre_gateway.auth.throttle import FailureThrottle
+from lacre_gateway.auth.tokens import Authenticator
+from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.settings import Issuer as IssuerSettings
-from lacre_gateway.throttle import FailureThrottle
 from parts.gateway import AUDIENCE, ISSUER, Issuer
 
 

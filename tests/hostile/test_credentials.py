@@ -13,21 +13,22 @@ from pathlib import Path
 import pytest
 
 from hostile.attacks import Verdict, attack
-from lacre import tasks
-from lacre_fabric import floods, subjects
-from lacre_fabric.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS
-from lacre_fabric.buckets import NatsBucket
-from lacre_fabric.connection import Connection
-from lacre_fabric.endpoints import Servers
-from lacre_fabric.frames import Kind
-from lacre_fabric.layout import Bounds
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsDelivery
-from lacre_fabric.provisioning import provision
-from lacre_fabric.rotation import NotTakenUp, Schedule, tend
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import Site as StateFolder
-from lacre_fabric.work import CREDIT
+from lacre.runtime import tasks
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.kv import NatsBucket
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.nats.streams import Bounds
+from lacre_fabric.nats.worker import NatsDelivery
+from lacre_fabric.operate import floods
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.rotation import NotTakenUp, Schedule, tend
+from lacre_fabric.operate.site import Site as StateFolder
+from lacre_fabric.work.contract import CREDIT
+from lacre_fabric.work.frames import Kind
 from parts.fabric import POOLS, LiveFabric, new_work
 from parts.stolen_nats import StolenNats, published
 

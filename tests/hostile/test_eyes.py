@@ -8,7 +8,7 @@ import pytest
 
 from hostile.adversary import Eyes, GatewayOwner, HostileFabric
 from hostile.stage import Stage
-from lacre_fabric.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, Kind
 
 
 @pytest.mark.parametrize(

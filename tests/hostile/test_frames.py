@@ -18,13 +18,13 @@ from hostile.honest import HonestGateway
 from hostile.stage import Stage
 from lacre import OpenError, problems
 from lacre.errors import TruncatedStream
-from lacre.jws import b64u
-from lacre.receipts import Receipt
+from lacre.evidence.receipts import Receipt
+from lacre.jose.jws import b64u
 from lacre.wire.header import SealedHeader
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.inbound import MAX_PENDING_FRAMES
-from lacre_fabric.outbound import Outbound
-from lacre_fabric.work import CREDIT
+from lacre_fabric.work.contract import CREDIT
+from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.gateway_stream import MAX_PENDING_FRAMES
+from lacre_fabric.work.worker_stream import Outbound
 from parts.gateway import Issuer
 
 COUNTED = "frames of an attempt are counted, and a gap ends the answer"

@@ -16,7 +16,7 @@ from hostile.stage import MODEL, Stage
 from lacre import ApiError
 from lacre.wire.bhttp import encode_request
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import THREADS, Constraint
 from parts.tiny_model import tiny_model
 

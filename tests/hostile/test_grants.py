@@ -20,11 +20,11 @@ from hostile.honest import HonestGateway
 from hostile.stage import MODEL, OTHER_MODEL, OTHER_POOL, Stage
 from lacre import ApiError, problems
 from lacre.errors import Expired, InvalidAudit, InvalidSignature
-from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Document
-from lacre.signing import sign_manifest
-from lacre_fabric.grants import TYP
-from lacre_fabric.work import Work
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.trust.manifest import Document
+from lacre.trust.signing import sign_manifest
+from lacre_fabric.work.contract import Work
+from lacre_fabric.work.grants import TYP
 
 BY_THE_GATEWAY = "a grant is signed by the gateway's key, which the manifest names"
 BOUND = "a grant is bound to the digest of one sealed request"

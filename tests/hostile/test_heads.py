@@ -15,12 +15,12 @@ from hostile.attacks import Verdict, attack
 from hostile.honest import HonestGateway
 from hostile.stage import MODEL, Stage
 from lacre import problems
-from lacre.http1 import MAX_HEAD, UnreadableRequest
+from lacre.runtime.http1 import MAX_HEAD, UnreadableRequest
 from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST
 from lacre.wire.ohttp import seal_request
-from lacre_gateway.exchange import App, Receive, Scope, Send
-from lacre_gateway.listening import Server, bind, make_server
+from lacre_gateway.http.exchange import App, Receive, Scope, Send
+from lacre_gateway.http.server import Server, bind, make_server
 from lacre_gateway.settings import Listen
 
 from .adversary import inner

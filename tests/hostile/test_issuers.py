@@ -13,10 +13,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.attacks import Verdict, attack
-from lacre.jws import b64u, raw_public_key
+from lacre.jose.jws import b64u, raw_public_key
 from lacre_fabric.logs import make_log
-from lacre_gateway.keyset import KeySet, Unusable
-from lacre_gateway.remote_keys import RemoteKeys, Timing
+from lacre_gateway.auth.jwks import KeySet, Unusable
+from lacre_gateway.auth.jwks_remote import RemoteKeys, Timing
 
 KEY = {"kty": "OKP", "crv": "Ed25519", "kid": "a", "alg": "EdDSA", "x": b64u(raw_public_key(Ed25519PrivateKey.generate()))}
 ODD = [{"kid": ["a"]}, {"crv": ["Ed25519"]}, {"alg": {"a": 1}}, {"x": 7}, {"kty": ["OKP"]}, {"use": ["sig"]}]

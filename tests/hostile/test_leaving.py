@@ -10,7 +10,7 @@ import pytest
 
 from hostile.attacks import attack
 from lacre.asgi import Message, Receive, Scope, Sealed, Send
-from lacre.asgi.exchange import MAX_PENDING
+from lacre.asgi.app_call import MAX_PENDING
 from lacre.wire import bhttp
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey

@@ -12,8 +12,8 @@ from hostile.honest import HonestGateway
 from hostile.stage import Stage
 from lacre import StreamBroken, problems
 from lacre.client import DEFAULT_RESUMES
-from lacre_fabric.frames import Frame
-from lacre_fabric.work import WorkerLost
+from lacre_fabric.work.contract import WorkerLost
+from lacre_fabric.work.frames import Frame
 
 
 @attack(

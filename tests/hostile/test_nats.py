@@ -11,15 +11,15 @@ from contextlib import AsyncExitStack
 import pytest
 
 from hostile.attacks import Verdict, attack
-from lacre_fabric import subjects
-from lacre_fabric.connection import Connection
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.nats_client import DirectClient
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_pool import KEEP, MAX_STRAY, PoolSide
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.presence import MAX_NODES, MAX_SLOTS, Presence
-from lacre_fabric.work import WorkerLost
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.client import DirectClient
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.pool import KEEP, MAX_STRAY, PoolSide
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.work.contract import WorkerLost
+from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.presence import MAX_NODES, MAX_SLOTS, Presence
 from parts.cut import Cut, way_to
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats

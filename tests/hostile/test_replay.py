@@ -26,7 +26,7 @@ from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
-from lacre_fabric.work import CLAIM_TTL
+from lacre_fabric.work.contract import CLAIM_TTL
 
 NOW = 1_800_000_000.0
 ONCE = "a node remembers the digests that it has opened, for longer than a date is good"

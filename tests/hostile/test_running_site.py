@@ -13,15 +13,16 @@ import pytest
 
 import lacre
 from hostile.attacks import attack
-from lacre import tasks
-from lacre_fabric import floods, roles, subjects
-from lacre_fabric.buckets import dump
-from lacre_fabric.connection import Connection
-from lacre_fabric.endpoints import Servers
-from lacre_fabric.nats_revocations import revoke
-from lacre_fabric.revocations import Revocation, subject_key
-from lacre_fabric.roles import Role
-from lacre_fabric.tokens import ISSUER
+from lacre.runtime import tasks
+from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.kv import dump
+from lacre_fabric.nats.revocations import revoke
+from lacre_fabric.nats.roles import Role
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.operate import floods
+from lacre_fabric.operate.dev_issuer import ISSUER
+from lacre_fabric.work.revocations import Revocation, subject_key
 from parts.gateway_process import GatewayProcess, Kept
 from parts.thief import Thief
 

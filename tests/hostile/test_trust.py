@@ -30,13 +30,13 @@ from lacre.errors import (
     UnsupportedSuite,
     UntrustedRoot,
 )
-from lacre.forks import PerLoop
-from lacre.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
-from lacre.manifest import MANIFEST_TYP, ROOT_TYP, Document, RootStatement
-from lacre.memory import VersionMemory, accept
-from lacre.sealing import Sealing
-from lacre.signing import sign_manifest, sign_statement
-from lacre.transport import AsyncSealedTransport
+from lacre.exchange.call import Sealing
+from lacre.jose.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
+from lacre.runtime.forks import PerLoop
+from lacre.transport.sealed import AsyncSealedTransport
+from lacre.trust.manifest import MANIFEST_TYP, ROOT_TYP, Document, RootStatement
+from lacre.trust.manifest_store import VersionMemory, accept
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem, SealedHeader
 from lacre.wire.opening import PrivateKey
 from parts.trust import NOW, ROOTS, changes, document, foreign, signature_checks, statement

@@ -16,15 +16,16 @@ from hostile.attacks import Verdict, attack
 from hostile.honest import HonestGateway
 from hostile.stage import MODEL, OTHER_MODEL, Stage
 from hostile.workers import LyingWorker
-from lacre import problems, tasks
-from lacre.jws import b64u_decode
+from lacre import problems
+from lacre.jose.jws import b64u_decode
+from lacre.runtime import tasks
 from lacre_backend.api.app import WEIGHED, create_app
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.engine.llama import LlamaEngine, LlamaSettings
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.plan import Limits
 from lacre_backend.engine.scheduler import COMPARED, Scheduler
-from lacre_gateway.claims import Principal
-from lacre_gateway.fairness import HOUR, Pseudonyms
+from lacre_gateway.auth.claims import Principal
+from lacre_gateway.auth.pseudonyms import HOUR, Pseudonyms
 from parts.gateway import ISSUER, Issuer
 from parts.tiny_model import tiny_model
 

@@ -19,9 +19,9 @@ from hostile.callers import Caller
 from hostile.stage import Pieces, Stage
 from lacre import OpenError, problems
 from lacre.errors import NetworkError, RefusedError, Unavailable, UnsealedResponse
-from lacre.jws import raw_public_key
-from lacre.transport import TimedOut
-from lacre.trust import ConnectionString
+from lacre.jose.jws import raw_public_key
+from lacre.transport.sealed import TimedOut
+from lacre.trust.chain import ConnectionString
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from parts import audited
 

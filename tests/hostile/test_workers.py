@@ -17,8 +17,8 @@ from hostile.stage import Stage
 from hostile.workers import TOKENS, Headers, LyingWorker
 from lacre import ApiError, problems
 from lacre.errors import InvalidReceipt
-from lacre.jws import b64u_decode
-from lacre.receipts import TRAILER, Receipt
+from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.jose.jws import b64u_decode
 
 OF_THE_POOL = "the caller takes one receipt, by the pool's key, final, for this request, and not above what it asked for"
 

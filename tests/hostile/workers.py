@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hostile.stage import MODEL, POOL, Stage
-from lacre.jws import b64u
-from lacre.receipts import TRAILER, Receipt
+from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.jose.jws import b64u
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import open_request
-from lacre_fabric.frames import Kind
-from lacre_fabric.memory import MemoryDelivery
+from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.memory import MemoryDelivery
 
 TEXT = "One, two, three."
 TOKENS = 16

@@ -23,9 +23,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi
-from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Manifest
-from lacre.receipts import TRAILER, Receipt
+from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.trust.manifest import Manifest
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from parts.chat_app import ChatApp
 from parts.live import Gateway, serving

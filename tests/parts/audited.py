@@ -8,10 +8,10 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import checkpoints, merkle
-from lacre.audit import AuditProof
-from lacre.checkpoints import Checkpoint
-from lacre.jws import b64u, raw_public_key
+from lacre.evidence import checkpoints, merkle
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.checkpoints import Checkpoint
+from lacre.jose.jws import b64u, raw_public_key
 from lacre.wire.header import inspect_request
 
 ORIGIN = "test/audit/g1"

@@ -8,7 +8,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.jws import raw_public_key
+from lacre.jose.jws import raw_public_key
 from lacre_fabric.logs import make_log
 from lacre_gateway.audit.entries import Intent, Outcome
 from lacre_gateway.audit.log import AuditLog

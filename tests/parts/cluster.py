@@ -16,20 +16,21 @@ from typing import Self
 import httpx2
 
 from lacre import asgi
-from lacre.jws import b64u
-from lacre.trust import verify
+from lacre.jose.jws import b64u
+from lacre.trust.chain import verify
 from lacre_backend.keyring import KeyRing
-from lacre_backend.node import Identity, Node
-from lacre_fabric import roles, tokens
-from lacre_fabric.connection import Connection
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.leash import PYTHON, leashed
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.provisioning import provision
-from lacre_fabric.rotation import publish
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import NODE, Site
-from lacre_gateway.plans import PLANS_FILE
+from lacre_backend.node.node import Identity, Node
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats import roles
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate import dev_issuer
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.site import NODE, Site
+from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.policy.rules import shipped
 
 POOL = "default"
@@ -193,8 +194,8 @@ def own_issuer(site: Site) -> str:
     """The table `[[issuers]]` for the site's development issuer."""
     return f"""
         [[issuers]]
-        issuer = "{tokens.ISSUER}"
-        audience = "{tokens.AUDIENCE}"
+        issuer = "{dev_issuer.ISSUER}"
+        audience = "{dev_issuer.AUDIENCE}"
         algorithms = ["EdDSA"]
         jwks = "{site.folder / "issuer.jwks"}"
     """

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lacre.jws import raw_public_key
-from lacre.trust import verify
+from lacre.jose.jws import raw_public_key
+from lacre.trust.chain import verify
 from lacre_backend.keyring import KeyRing
-from lacre_fabric import poolkeys, rotation
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.site import Site
+from lacre_fabric.keys import pool_keys
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.operate import rotation
+from lacre_fabric.operate.site import Site
 
 POOL = "default"
 CRASHED = 9
@@ -91,7 +92,7 @@ def check_tidy(site: Site) -> None:
     assert raw_public_key(read_ed25519(site.folder / "root.pem")) == chain.roots[-1]
     assert raw_public_key(read_ed25519(site.folder / "signer.pem")) == chain.signer
     live = {f"{key_id}.key" for generation in site.generations(POOL).live for key_id in generation.ids}
-    assert {path.name for path in poolkeys.files(site.keys_folder(POOL))} == live
+    assert {path.name for path in pool_keys.files(site.keys_folder(POOL))} == live
 
 
 def main(name: str, folder: Path) -> None:

@@ -9,19 +9,19 @@ import shutil
 import sys
 from pathlib import Path
 
-from lacre_fabric import poolkeys
-from lacre_fabric.keyfiles import ed25519_pem
-from lacre_fabric.kms.keeping import keeping
-from lacre_fabric.rewrapping import rewrap
-from lacre_fabric.site import Site
+from lacre_fabric.keys import pool_keys
+from lacre_fabric.keys.kms.wrapping import keeping
+from lacre_fabric.keys.secret_files import ed25519_pem
+from lacre_fabric.operate.rewrapping import rewrap
+from lacre_fabric.operate.site import Site
 from parts.crash import POOL, crash
 
 
 def secrets_of(site: Site, address: str) -> dict[str, bytes]:
     """Every key of the pool, by its file's name."""
     with keeping(address, POOL) as kept:
-        keys = {path.name: bytes(poolkeys.read(path, kept).to_bytes()) for path in poolkeys.files(site.keys_folder(POOL))}
-        receipt_key = poolkeys.read_receipt_key(site.receipt_file(POOL), kept)
+        keys = {path.name: bytes(pool_keys.read(path, kept).to_bytes()) for path in pool_keys.files(site.keys_folder(POOL))}
+        receipt_key = pool_keys.read_receipt_key(site.receipt_file(POOL), kept)
     return keys | {"receipt.pem": ed25519_pem(receipt_key)}
 
 

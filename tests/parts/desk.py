@@ -14,18 +14,18 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.asgi import EXTENSION, Call, Receive, Scope, Send
-from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Manifest
-from lacre.receipts import Receipt
+from lacre.evidence.receipts import Receipt
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.trust.manifest import Manifest
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey
-from lacre_backend.node import Identity, Node
-from lacre_fabric.frames import Frame, Kind
-from lacre_fabric.grants import Grant
-from lacre_fabric.memory import MemoryDispatch, MemoryFabric
-from lacre_fabric.work import Work
+from lacre_backend.node.node import Identity, Node
+from lacre_fabric.work.contract import Work
+from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.grants import Grant
+from lacre_fabric.work.memory import MemoryDispatch, MemoryFabric
 
 CHAT = "/v1/chat/completions"
 NOW = 1_790_000_000.0

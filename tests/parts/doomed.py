@@ -2,8 +2,8 @@
 
     python -m parts.doomed SOCKET MODULE [ARGUMENT...]
 
-The program knows nothing of this. A side thread listens on a socket. It finds a name in the register of `lacre.tasks`, and
-throws an exception into what that coroutine waits for, or into that thread.
+The program knows nothing of this. A side thread listens on a socket. It finds a name in the register of
+`lacre.runtime.tasks`, and throws an exception into what that coroutine waits for, or into that thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lacre import tasks
+from lacre.runtime import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0  # seconds; the machine may be busy

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from llguidance import LLMatcher
 
-from lacre_backend.api.schema_patterns import byte_tokenizer
+from lacre_backend.api.schema.patterns import byte_tokenizer
 from lacre_backend.engine.distinct import Watch, split
 
 _END: Final = 256

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lacre.wire.header import SealedHeader
-from lacre_fabric import roles, subjects
-from lacre_fabric.connection import Connection
-from lacre_fabric.nats_gateway import NatsGateway
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.provisioning import provision
-from lacre_fabric.roles import Credential, Role
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.work import ACK_WAIT, Work
+from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.roles import Credential, Role
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.work.contract import ACK_WAIT, Work
 
 POOLS = {"a": ("m1", "m2"), "b": ("m1",)}
 GATEWAYS = ("g1", "g2")

@@ -13,16 +13,17 @@ from pathlib import Path
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST, Aead, Kdf, Kem, KeyConfig, Suite
 from lacre.wire.ohttp import ResponseOpener, seal_request
-from lacre_fabric import roles, tokens
-from lacre_fabric.connection import Connection
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.leash import PYTHON, leashed
-from lacre_fabric.provisioning import provision
-from lacre_fabric.rotation import publish
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import Site
-from lacre_fabric.work import FabricUnavailable
-from lacre_gateway.plans import PLANS_FILE
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats import roles
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.operate import dev_issuer
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.site import Site
+from lacre_fabric.work.contract import FabricUnavailable
+from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.policy.rules import shipped
 from parts.cluster import GatewayProcess, own_issuer
 from parts.fleet_worker import MODEL, POOL
@@ -137,7 +138,7 @@ class Fleet:
         return self.site.folder / "gateway" / f"audit-{name}"
 
     def token(self, subject: str, tenant: str) -> str:
-        return tokens.issue(read_ed25519(self.site.folder / "issuer.pem"), subject, tenant=tenant)
+        return dev_issuer.issue(read_ed25519(self.site.folder / "issuer.pem"), subject, tenant=tenant)
 
     def seal(self) -> tuple[bytes, ResponseOpener]:
         date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())

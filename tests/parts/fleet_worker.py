@@ -14,11 +14,11 @@ from typing import Any
 
 from lacre.asgi import EXTENSION
 from lacre_backend.keyring import KeyRing
-from lacre_backend.node import Identity, Node
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.manifests import ManifestFeed
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.site import NODE, Site
+from lacre_backend.node.node import Identity, Node
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats.manifest_feed import ManifestFeed
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate.site import NODE, Site
 
 POOL, MODEL = "default", "tiny"
 MAX_PROMPT = 60  # tokens that a call says it had; less than any sealed request has bytes

@@ -26,7 +26,7 @@ from typing import Any
 import httpx2
 
 import lacre
-from lacre import tasks
+from lacre.runtime import tasks
 
 CHILDREN, CALLS = 4, 10
 SAID = "one two three"
@@ -316,7 +316,7 @@ def issued(_client: lacre.Client) -> list[str]:
 
 def remembered(_client: lacre.Client) -> list[str]:
     """A thread holds the memory's lock at the fork; the child ends later, and keeps nobody from it."""
-    folder = lacre.memory.Path(sys.argv[3])
+    folder = lacre.trust.manifest_store.Path(sys.argv[3])
     memory = lacre.VersionFile(folder, patience=5)
     holds, over = threading.Event(), threading.Event()
 

@@ -22,26 +22,26 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from lacre import problems
 from lacre.errors import ProtocolError, VerificationError
-from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
-from lacre.receipts import Receipt
-from lacre.signing import sign_manifest, sign_statement
+from lacre.evidence.receipts import Receipt
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST, Kem, SealedHeader
 from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey, ResponseSealer, open_request
-from lacre_fabric.buckets import MemoryBucket
-from lacre_fabric.frames import Kind
-from lacre_fabric.grants import Grant
 from lacre_fabric.logs import make_log
-from lacre_fabric.memory import MemoryDelivery, MemoryFabric
-from lacre_gateway.admin import create_admin
+from lacre_fabric.nats.kv import MemoryBucket
+from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.grants import Grant
+from lacre_fabric.work.memory import MemoryDelivery, MemoryFabric
+from lacre_gateway.admin.api import create_admin
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.reader import LogReader
-from lacre_gateway.plans import PLANS_FILE
+from lacre_gateway.budget.plans import PLANS_FILE
+from lacre_gateway.gateway import Gateway, build
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import parse
-from lacre_gateway.state import Gateway, build
 
 ISSUER = "https://issuer.example"
 AUDIENCE = "lacre-test"

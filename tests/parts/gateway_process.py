@@ -18,24 +18,24 @@ from typing import Any
 import httpx2
 
 import lacre
-from lacre import audit
-from lacre.audit import AuditProof
-from lacre.jws import raw_public_key
+from lacre.evidence import audit_proof
+from lacre.evidence.audit_proof import AuditProof
+from lacre.jose.jws import raw_public_key
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.keyring import KeyRing
-from lacre_backend.node import Identity, Node
-from lacre_fabric import tokens
-from lacre_fabric.connection import Connection
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.leash import PYTHON, leashed
-from lacre_fabric.manifests import ManifestFeed
-from lacre_fabric.nats_worker import NatsWorker
-from lacre_fabric.provisioning import provision
-from lacre_fabric.roles import Role
-from lacre_fabric.rotation import publish
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import NODE, Site
+from lacre_backend.node.node import Identity, Node
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.manifest_feed import ManifestFeed
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.roles import Role
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate import dev_issuer
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.site import NODE, Site
 
 POOL, MODEL = "default", "echo"
 PATIENCE = 60.0  # seconds; the machine may be busy
@@ -53,8 +53,8 @@ class Kept(httpx2.AsyncHTTPTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await super().handle_async_request(request)
-        if audit.HEADER in response.headers:
-            self.proofs.append(AuditProof.parse_header(response.headers[audit.HEADER]))
+        if audit_proof.HEADER in response.headers:
+            self.proofs.append(AuditProof.parse_header(response.headers[audit_proof.HEADER]))
         if response.status_code != 200:
             self.problems.append((response.status_code, response.headers.get("retry-after", "")))
         return response
@@ -83,7 +83,7 @@ class GatewayProcess:
         self, folder: Path, *, policies: Path | None = None, audit: Path | None = None, pools: Sequence[str] = (POOL,)
     ) -> None:
         self.site = Site(folder / "state", dict.fromkeys(pools, (MODEL,)))
-        self.audit = audit or self.site.folder / "gateway" / "audit"
+        self.audit = audit_proof or self.site.folder / "gateway" / "audit"
         self.log = folder / "gateway.log"
         self._policies = policies
         self._server = Server(self.site.folder / "nats", free_port())
@@ -181,7 +181,7 @@ class GatewayProcess:
 
     def token(self, subject: str, scopes: Sequence[str] = (), groups: Sequence[str] = ()) -> str:
         issuer = read_ed25519(self.site.folder / "issuer.pem")
-        return tokens.issue(issuer, subject, tenant="acme", scopes=scopes, groups=groups)
+        return dev_issuer.issue(issuer, subject, tenant="acme", scopes=scopes, groups=groups)
 
     def client(self, wire: Kept, token: str) -> lacre.AsyncClient:
         """One that neither asks again nor resumes: each failure is seen."""

@@ -20,8 +20,8 @@ import httpx2
 import uvicorn
 
 import lacre
-from lacre.trust import ConnectionString
-from lacre_fabric.server import free_port
+from lacre.trust.chain import ConnectionString
+from lacre_fabric.operate.nats_server import free_port
 from parts.chat_app import ChatApp
 from parts.relay import Relay
 

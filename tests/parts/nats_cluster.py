@@ -13,15 +13,15 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from lacre_fabric.accounts import accounts
-from lacre_fabric.connection import Connection
-from lacre_fabric.endpoints import Servers
-from lacre_fabric.leash import leashed
-from lacre_fabric.provisioning import provision
-from lacre_fabric.roles import Credential, Role
-from lacre_fabric.server import executable, free_port
-from lacre_fabric.subjects import DEFAULT_REGION, ONE_REGION
-from lacre_fabric.work import FabricUnavailable
+from lacre_fabric.nats.accounts import accounts
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.nats.roles import Credential, Role
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.nats.subjects import DEFAULT_REGION, ONE_REGION
+from lacre_fabric.operate.leash import leashed
+from lacre_fabric.operate.nats_server import executable, free_port
+from lacre_fabric.work.contract import FabricUnavailable
 from parts.certificates import DAY, Ca
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "nats" / "node.conf"

@@ -15,16 +15,17 @@ from dataclasses import dataclass, field
 import httpx2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import asgi, audit
-from lacre.audit import AuditProof
-from lacre.jws import b64u, raw_public_key
-from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
-from lacre.padding import SHAPES, shape_named
-from lacre.receipts import TRAILER, Receipt
-from lacre.signing import sign_manifest, sign_statement
-from lacre.trust import ConnectionString
+from lacre import asgi
+from lacre.evidence import audit_proof
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.trust.chain import ConnectionString
+from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import PrivateKey
+from lacre.wire.padding import SHAPES, shape_named
 from parts import audited
 
 
@@ -48,7 +49,7 @@ class Relay:
     tamper: Callable[[bytes], bytes] = bytes
     bend: Callable[[list[bytes]], list[bytes]] = list
     receipts: Callable[[Receipt], list[Receipt]] = lambda receipt: [receipt]
-    audit: Callable[[AuditProof], AuditProof | None] = lambda proof: proof
+    audit_proof: Callable[[AuditProof], AuditProof | None] = lambda proof: proof
     respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
     fault: httpx2.TransportError | None = None
 
@@ -90,7 +91,7 @@ class Relay:
         answer = asgi.answer(self.app, opened, call, shape=shape, trailers=lambda: self._trailers(opened, call.usage))
         chunks = [chunk async for chunk in answer]
         proved = self.audit(audited.proof(audited.entry(request.headers, request.content), self.gateway_key))
-        headers = {"content-type": MEDIA_TYPE_RESPONSE, **({} if proved is None else {audit.HEADER: proved.header()})}
+        headers = {"content-type": MEDIA_TYPE_RESPONSE, **({} if proved is None else {audit_proof.HEADER: proved.header()})}
         bent = self.bend(chunks)
         return httpx2.Response(200, headers=headers, stream=Stream(bent, self.fault if len(bent) < len(chunks) else None))
 

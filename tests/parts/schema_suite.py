@@ -17,8 +17,8 @@ from typing import Any, Final
 from llguidance import LLMatcher
 
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.schema import grammar
-from lacre_backend.api.schema_patterns import byte_tokenizer
+from lacre_backend.api.schema.grammar import grammar
+from lacre_backend.api.schema.patterns import byte_tokenizer
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _FOLDER: Final = Path(os.environ.get("LACRE_SCHEMA_SUITE") or _ROOT.parent / "shared" / "json-schema-tests")

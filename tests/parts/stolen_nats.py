@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from lacre_fabric import subjects
-from lacre_fabric.roles import Credential
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.roles import Credential
 
 PATIENCE = 20.0  # seconds for an answer; the machine may be busy
 

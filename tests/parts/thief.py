@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from lacre_fabric.roles import Role
+from lacre_fabric.nats.roles import Role
 from parts.stolen_nats import published
 
 BATCH = 256 * 1024  # bytes said at once

@@ -9,10 +9,10 @@ from types import FrameType
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import jws
-from lacre.jws import raw_public_key
-from lacre.manifest import Document, Manifest, Pool, PoolKey, RootStatement
-from lacre.signing import sign_manifest, sign_statement
+from lacre.jose import jws
+from lacre.jose.jws import raw_public_key
+from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
 

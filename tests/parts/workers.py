@@ -15,13 +15,13 @@ from typing import Self
 
 from nats.aio.msg import Msg
 
-from lacre_fabric import roles, subjects
-from lacre_fabric.connection import Connection
-from lacre_fabric.leash import PYTHON, leashed
-from lacre_fabric.provisioning import provision
-from lacre_fabric.rotation import publish
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import NODE, Site
+from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.site import NODE, Site
 from parts.cluster import GatewayProcess
 
 POOL = "default"

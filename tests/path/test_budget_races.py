@@ -19,7 +19,7 @@ import httpx2
 import pytest
 
 from lacre_gateway.audit.reader import LogReader
-from lacre_gateway.plans import Kind, parse
+from lacre_gateway.budget.plans import Kind, parse
 from parts.fleet import Fleet
 from parts.gateway import opened
 from parts.up import LACRE

@@ -1,6 +1,7 @@
 """Every background task and thread of every process, killed one at a time: the process ends, or the work starts again.
 
-What there is to kill is what `lacre.tasks` enumerates in the running process; what a process must have is written down here.
+What there is to kill is what `lacre.runtime.tasks` enumerates in the running process; what a process must have is written
+down here.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from shutil import copytree
 
 import pytest
 
-from lacre_fabric.server import free_port
-from lacre_fabric.site import Site
+from lacre_fabric.operate.nats_server import free_port
+from lacre_fabric.operate.site import Site
 from parts.doomed import Doomed
 from parts.gateway_process import MODEL, POOL, GatewayProcess, gateway_process
 from parts.up import environment

@@ -14,10 +14,10 @@ import httpx2
 import pytest
 
 import lacre
-from lacre.trust import ConnectionString
+from lacre.trust.chain import ConnectionString
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
-from lacre_fabric import tokens
+from lacre_fabric.operate import dev_issuer
 from lacre_gateway.audit.reader import LogReader
 from parts.cluster import MODEL, Cluster
 from parts.faults import FaultyNetwork
@@ -33,8 +33,8 @@ SAID = "seven seas and one moon"
 async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
     issuer = f"""
         [[issuers]]
-        issuer = "{tokens.ISSUER}"
-        audience = "{tokens.AUDIENCE}"
+        issuer = "{dev_issuer.ISSUER}"
+        audience = "{dev_issuer.AUDIENCE}"
         algorithms = ["EdDSA"]
         jwks = "{tmp_path}/state/issuer.jwks"
     """

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import lacre
-from lacre_fabric.leash import PYTHON, leashed
+from lacre_fabric.operate.leash import PYTHON, leashed
 from parts.network import Namespace, forwarded, namespace
 from parts.workers import Workers
 

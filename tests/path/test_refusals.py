@@ -18,13 +18,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import lacre
 from lacre import problems
-from lacre.connection import outer_of
-from lacre.inner import Plain
-from lacre.sealing import Sealing
-from lacre.steps import Done, Offload, Read, Send, Step, Together
-from lacre.trust import ConnectionString
-from lacre_fabric import tokens
-from lacre_fabric.keyfiles import read_ed25519
+from lacre.exchange.call import Sealing
+from lacre.exchange.request import Plain
+from lacre.exchange.steps import Done, Offload, Read, Send, Step, Together
+from lacre.transport.connection import outer_of
+from lacre.trust.chain import ConnectionString
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.operate import dev_issuer
 from parts import audited
 from parts.up import Up
 
@@ -118,16 +118,16 @@ class TestTokens:
         ids=["expired", "not yet valid"],
     )
     def test_times(self, up: Up, hand: Hand, lifetime: float, now: float) -> None:
-        hand.token = tokens.issue(read_ed25519(up.state / "issuer.pem"), "jo", lifetime=lifetime, now=now)
+        hand.token = dev_issuer.issue(read_ed25519(up.state / "issuer.pem"), "jo", lifetime=lifetime, now=now)
         assert problem(hand.post(hand.seal())) is problems.INVALID_TOKEN
 
     def test_a_foreign_audience(self, up: Up, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tokens, "AUDIENCE", "another")
-        hand.token = tokens.issue(read_ed25519(up.state / "issuer.pem"), "jo")
+        monkeypatch.setattr(dev_issuer, "AUDIENCE", "another")
+        hand.token = dev_issuer.issue(read_ed25519(up.state / "issuer.pem"), "jo")
         assert problem(hand.post(hand.seal())) is problems.INVALID_TOKEN
 
     def test_another_issuers_key(self, hand: Hand) -> None:
-        hand.token = tokens.issue(Ed25519PrivateKey.generate(), "jo")
+        hand.token = dev_issuer.issue(Ed25519PrivateKey.generate(), "jo")
         assert problem(hand.post(hand.seal())) is problems.INVALID_TOKEN
 
     @pytest.mark.parametrize("token", ["x", "a.b.c"])

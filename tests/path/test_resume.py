@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import lacre
-from lacre_backend import models
+from lacre_backend.engine import gguf
 from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.plan import Limits, Plan, Segment
@@ -37,7 +37,7 @@ class Reference:
     """The same model in a context of this process, which generates without a seam: the prompt, then a token at a time."""
 
     def __init__(self) -> None:
-        file = models.find()
+        file = gguf.find()
         with closing(Tokenizer(file.path)) as tokenizer:
             self._model = Model(
                 file.path, name=file.name, digest=file.digest, n_ctx=1024, gpu=Gpu(layers=0), tokenizer=tokenizer

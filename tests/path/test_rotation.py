@@ -13,7 +13,7 @@ import pytest
 
 import lacre
 from lacre.errors import UntrustedRoot
-from lacre.trust import ConnectionString
+from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
 from parts.memory import found_in_memory, parts_of
 from parts.up import LACRE, Up, environment

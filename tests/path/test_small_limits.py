@@ -10,11 +10,11 @@ import httpx2
 import pytest
 
 import lacre
-from lacre.jws import raw_public_key
-from lacre.trust import ConnectionString
+from lacre.jose.jws import raw_public_key
+from lacre.trust.chain import ConnectionString
 from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.engine.echo import EchoEngine
-from lacre_backend.node import Identity, Node
+from lacre_backend.node.node import Identity, Node
 from parts.gateway import MODEL, Issuer, World
 
 PLANS = 'default_plan = "p"\n[plans.p.user]\ntokens_per_day = 300\n'

@@ -22,12 +22,12 @@ import httpx2
 import pytest
 
 import lacre
-from lacre.receipts import units
-from lacre_backend import models
-from lacre_fabric import tokens
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.leash import leashed
-from lacre_fabric.server import free_port
+from lacre.evidence.receipts import units
+from lacre_backend.engine import gguf
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.operate import dev_issuer
+from lacre_fabric.operate.leash import leashed
+from lacre_fabric.operate.nats_server import free_port
 from lacre_gateway.audit.reader import LogReader
 from parts.memory import found_in_memory
 from parts.workers import MODEL, Workers
@@ -86,7 +86,7 @@ class Place:
 
     def token(self, *scopes: str) -> str:
         key = read_ed25519(self.workers.site.folder / "issuer.pem")
-        return tokens.issue(key, "mallory", scopes=scopes)
+        return dev_issuer.issue(key, "mallory", scopes=scopes)
 
     def outcomes(self) -> list[dict[str, Any]]:
         entries = LogReader(self.workers.site.gateway_settings.parent / "audit").entries()
@@ -98,7 +98,7 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
     folder = tmp_path_factory.mktemp("upstream")
     with ExitStack() as stack:
         encoder = stack.enter_context(running(folder, "encoder"))
-        writer = stack.enter_context(running(folder, "writer", str(models.find().path)))
+        writer = stack.enter_context(running(folder, "writer", str(gguf.find().path)))
         await encoder.wait("/v2/health/ready")
         await writer.wait("/health")
         served = {

@@ -15,17 +15,18 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from nats.aio.msg import Msg
 
-from lacre import tasks
-from lacre.jws import b64u, raw_public_key
-from lacre_backend import examination, worker
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.runtime import tasks
+from lacre_backend import serve
+from lacre_backend.commands import check
 from lacre_backend.health import READY
 from lacre_backend.settings import Settings, load
-from lacre_fabric import subjects
-from lacre_fabric.connection import Connection
-from lacre_fabric.provisioning import provision
-from lacre_fabric.rotation import publish
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import NODE, Site
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.doctor import fabric as doctor
 from lacre_gateway.doctor.findings import Findings, State
 from lacre_gateway.settings import load as load_gateway
@@ -65,7 +66,7 @@ class Stage:
     @asynccontextmanager
     async def running(self, settings: Settings) -> AsyncIterator[None]:
         self.said = {}
-        task = tasks.spawn("worker", worker._serve(settings))
+        task = tasks.spawn("worker", serve._serve(settings))
         try:
             yield
         finally:
@@ -142,7 +143,7 @@ async def test_a_worker_with_something_wrong_is_not_announced(
     async with listening(stage.port), stage.running(settings):
         await stage.until(lambda: stage.said.get("wrong") == [kind] and health.exists() and said in health.read_text())
         assert stage.said["models"] == []
-        checked = await examination._examine(settings)
+        checked = await check._examine(settings)
         assert [reason.kind for reason in checked] == [kind]
         assert said in checked[0].detail
 
@@ -166,9 +167,9 @@ async def test_a_good_worker_is_announced_and_one_whose_upstream_goes_is_not(sta
 
 async def test_the_worker_s_own_check_names_what_is_wrong_before_it_runs(stage: Stage) -> None:
     async with listening(stage.port):
-        assert await examination._examine(stage.settings) == []
-    assert [reason.kind for reason in await examination._examine(stage.settings)] == ["upstream"]
+        assert await check._examine(stage.settings) == []
+    assert [reason.kind for reason in await check._examine(stage.settings)] == ["upstream"]
     path = stage.site.worker_settings("default").parent / "broken.toml"
     path.write_text("pool = 1\n")
     for file in (path, path.with_name("missing.toml")):
-        assert [reason.kind for reason in await asyncio.to_thread(examination.examine, file)] == ["settings"]
+        assert [reason.kind for reason in await asyncio.to_thread(check.examine, file)] == ["settings"]

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 import lacre
-from lacre_fabric import poolkeys
-from lacre_fabric.connection import Connection
-from lacre_fabric.kms.envelope import is_sealed
-from lacre_fabric.leash import PYTHON, leashed
-from lacre_fabric.provisioning import provision
-from lacre_fabric.rewrapping import rewrap
-from lacre_fabric.rotation import publish
-from lacre_fabric.server import Server, free_port
-from lacre_fabric.site import Site
+from lacre_fabric.keys import pool_keys
+from lacre_fabric.keys.kms.envelope import is_sealed
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.rewrapping import rewrap
+from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.site import Site
 from parts.key_services import Key
 from parts.key_services.openbao import OpenBao, executable
 from parts.tiny_model import tiny_model
@@ -131,7 +131,7 @@ async def test_a_running_worker_takes_up_new_keys_and_outlives_the_service(stage
     worker = stage.worker()
     worker.says("worker.ready")
     with site.keeping(POOL) as kept:
-        poolkeys.make(site.keys_folder(POOL), (3,), poolkeys.DEFAULT_KEMS[:1], kept)
+        pool_keys.make(site.keys_folder(POOL), (3,), pool_keys.DEFAULT_KEMS[:1], kept)
     worker.says('"key_id": 3')
     stage.bao.close()
     shutil.copy2(site.keys_folder(POOL) / "3.key", site.keys_folder(POOL) / "4.key")

@@ -13,9 +13,9 @@ import lacre
 import lacre.legacy
 from lacre import direct, proxy
 from lacre.cli import app
-from lacre.cli.chatting import sampling
+from lacre.cli.chat import sampling
 from lacre.client import fetch_manifest
-from lacre.trust import Trusted
+from lacre.trust.chain import Trusted
 from parts.relay import AsyncWire, Relay, Wire
 
 CLIENTS = [lacre.Client, lacre.AsyncClient, lacre.OpenAI, lacre.AsyncOpenAI, lacre.legacy.Client, lacre.legacy.AsyncClient]

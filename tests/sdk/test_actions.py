@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lacre.errors import UsageError
-from lacre.inner import DEFAULT_MAX_TOKENS, MAX_TOKENS, NO_OUTPUT, Plain, action_of, prepare
+from lacre.exchange.request import DEFAULT_MAX_TOKENS, MAX_TOKENS, NO_OUTPUT, Plain, action_of, prepare
 
 
 @pytest.mark.parametrize(

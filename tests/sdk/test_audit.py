@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre import audit, checkpoints, merkle
-from lacre.audit import AuditProof
-from lacre.checkpoints import Checkpoint
 from lacre.errors import InvalidAudit, LacreError
-from lacre.jws import raw_public_key
+from lacre.evidence import audit_proof, checkpoints, merkle
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.checkpoints import Checkpoint
+from lacre.jose.jws import raw_public_key
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = raw_public_key(KEY)
@@ -41,7 +41,7 @@ def test_header_and_file_hold_the_same() -> None:
     assert AuditProof.parse_header(PROOF.header()) == PROOF
     assert AuditProof.parse(PROOF.text()) == PROOF
     assert PROOF.text().startswith("c2sp.org/tlog-proof@v1\nextra ")
-    assert audit.of_answer(PROOF.header(), PUBLIC, {"kind": "intent", "enc": "abc", "subject": "alice"}) == PROOF
+    assert audit_proof.of_answer(PROOF.header(), PUBLIC, {"kind": "intent", "enc": "abc", "subject": "alice"}) == PROOF
 
 
 def test_a_log_of_one_entry() -> None:
@@ -65,12 +65,12 @@ def test_members_of_the_future_are_passed_over() -> None:
 def test_an_entry_that_says_something_else(expected: dict[str, object]) -> None:
     name = next(iter(expected))
     with pytest.raises(InvalidAudit, match="another request" if name == "enc" else f"another {name}"):
-        audit.of_answer(PROOF.header(), PUBLIC, expected)
+        audit_proof.of_answer(PROOF.header(), PUBLIC, expected)
 
 
 def test_none_at_all() -> None:
     with pytest.raises(InvalidAudit, match="does not prove"):
-        audit.of_answer("", PUBLIC, {})
+        audit_proof.of_answer("", PUBLIC, {})
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_none_at_all() -> None:
 )
 def test_what_is_not_proved(spoil: object) -> None:
     with pytest.raises(InvalidAudit):
-        audit.of_answer(spoil(PROOF).header(), PUBLIC, {"enc": "abc"})  # type: ignore[operator]
+        audit_proof.of_answer(spoil(PROOF).header(), PUBLIC, {"enc": "abc"})  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_what_is_not_proved(spoil: object) -> None:
 def test_malformed_headers(old: str, new: str) -> None:
     assert old in PROOF.header()
     with pytest.raises(InvalidAudit, match="malformed"):
-        audit.of_answer(PROOF.header().replace(old, new, 1), PUBLIC, {})
+        audit_proof.of_answer(PROOF.header().replace(old, new, 1), PUBLIC, {})
 
 
 def test_too_long() -> None:
     with pytest.raises(InvalidAudit, match="malformed"):
-        audit.of_answer("x" * (audit.MAX_HEADER + 1), PUBLIC, {})
+        audit_proof.of_answer("x" * (audit_proof.MAX_HEADER + 1), PUBLIC, {})
     with pytest.raises(LacreError):
         AuditProof.parse("x" * 200_000)
 
@@ -118,8 +118,8 @@ def test_too_long() -> None:
 def test_the_largest_fits() -> None:
     """An entry as large as the gateway makes one, the longest path, and a checkpoint with the longest origin."""
     note = Checkpoint("o" * 255, merkle.MAX_LEAVES, bytes(32)).sign(KEY, bytes(4))
-    largest = AuditProof(bytes(audit.MAX_INTENT), merkle.MAX_LEAVES - 1, (bytes(32),) * merkle.MAX_PATH, note)
-    assert len(largest.header()) <= audit.MAX_HEADER
+    largest = AuditProof(bytes(audit_proof.MAX_INTENT), merkle.MAX_LEAVES - 1, (bytes(32),) * merkle.MAX_PATH, note)
+    assert len(largest.header()) <= audit_proof.MAX_HEADER
     assert AuditProof.parse_header(largest.header()) == largest
 
 
@@ -147,4 +147,4 @@ def jwt_of(claims: object) -> str:
     ],
 )
 def test_whom_a_token_names(token: str, expected: dict[str, str]) -> None:
-    assert audit.speaks_for(token) == expected
+    assert audit_proof.speaks_for(token) == expected

@@ -13,9 +13,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import lacre
-from lacre.audit import AuditProof
-from lacre.jws import raw_public_key
-from lacre.sealing import MANIFEST_PATH
+from lacre.evidence.audit_proof import AuditProof
+from lacre.exchange.call import MANIFEST_PATH
+from lacre.jose.jws import raw_public_key
 from parts import audited
 from parts.relay import AsyncWire, Relay, Wire, served
 

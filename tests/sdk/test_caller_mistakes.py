@@ -13,7 +13,7 @@ import pytest
 
 import lacre
 import lacre.legacy
-from lacre.chat_request import MAX_DEPTH, encode
+from lacre.chat.request import MAX_DEPTH, encode
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire
 

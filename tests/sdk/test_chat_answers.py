@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import lacre
 from lacre import problems
 from lacre.asgi import EXTENSION
-from lacre.choices import Finished, Growing, ReasoningDelta, RefusalDelta, TextDelta, ToolCallDelta
-from lacre.streams import Deltas
+from lacre.chat.choices import Finished, Growing, ReasoningDelta, RefusalDelta, TextDelta, ToolCallDelta
+from lacre.chat.stream import Deltas
 from parts.relay import AsyncWire, Relay, Wire, served
 
 SECRET = "what the model said"

@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre import checkpoints
-from lacre.checkpoints import Checkpoint
 from lacre.errors import InvalidMessage, InvalidSignature, LacreError, MessageTooLarge
-from lacre.jws import raw_public_key
+from lacre.evidence import checkpoints
+from lacre.evidence.checkpoints import Checkpoint
+from lacre.jose.jws import raw_public_key
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = raw_public_key(KEY)

@@ -16,10 +16,10 @@ import pytest
 
 import lacre
 from lacre import asgi, errors, problems
-from lacre.forks import PerProcess
-from lacre.sealing import Sealing
-from lacre.transport import SealedTransport
-from lacre.trust import ConnectionString
+from lacre.exchange.call import Sealing
+from lacre.runtime.forks import PerProcess
+from lacre.transport.sealed import SealedTransport
+from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served

@@ -19,8 +19,8 @@ import anyio
 import pytest
 
 from lacre import errors, problems
-from lacre.cli.answer import ended_blocks
 from lacre.cli.output import EXIT_CODES, exit_code, printable
+from lacre.cli.render import ended_blocks
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from parts.live import Gateway, beside, settings

@@ -17,7 +17,7 @@ import pytest
 import lacre
 import lacre.legacy
 from lacre import problems
-from lacre.concurrency import AsyncTurns, Turns
+from lacre.transport.concurrency import AsyncTurns, Turns
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served
 

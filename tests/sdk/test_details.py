@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre import details, problems
-from lacre.details import MAX_LISTED, Detail
+from lacre import problems
+from lacre.problems import details
+from lacre.problems.details import MAX_LISTED, Detail
 
 WHOLE: dict[str, Detail] = {
     "limit": "tokens_per_minute", "scope": "user", "unit": "tokens", "ceiling": 1000, "asked": 1500, "remaining": 3,

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lacre
-from lacre import ProofKey, dpop
+from lacre import ProofKey
 from lacre.errors import InvalidMessage, LacreError, SettingsError, VerificationError
-from lacre.jws import b64u
+from lacre.jose import dpop
+from lacre.jose.jws import b64u
 from lacre.wire.header import inspect_request
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served

@@ -14,9 +14,9 @@ import pytest
 
 import lacre
 from lacre import problems
-from lacre.audit import AuditProof
-from lacre.transport import TimedOut
-from lacre.verification import Signed, Verification
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.verification import Signed, Verification
+from lacre.transport.sealed import TimedOut
 
 TOOL = Path(__file__).parents[2] / "tools" / "error_list.py"
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lacre
-from lacre.event_blocks import EventBlocks, field
-from lacre.marks import Mark
-from lacre.splice import Splice
+from lacre.exchange.event_blocks import EventBlocks, field
+from lacre.exchange.resume_marks import Mark
+from lacre.exchange.sse_join import Splice
 from parts.relay import Relay, Wire
 
 WORDS = ["one ", "日本 ", "😀", ""]

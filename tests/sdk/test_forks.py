@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lacre.forks import Undivided
+from lacre.runtime.forks import Undivided
 from parts.certificates import Ca
 from parts.chat_app import ChatApp
 from parts.forking import PROGRAMS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lacre.http1 import MAX_FIELDS, MAX_HEAD, MAX_TARGET, Body, End, Event, Head, RequestReader, UnreadableRequest
+from lacre.runtime.http1 import MAX_FIELDS, MAX_HEAD, MAX_TARGET, Body, End, Event, Head, RequestReader, UnreadableRequest
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
 

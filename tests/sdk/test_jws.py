@@ -8,7 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import InvalidSignature, LacreError
-from lacre.jws import b64u, raw_public_key, sign, verify
+from lacre.jose.jws import b64u, raw_public_key, sign, verify
 
 KEY = Ed25519PrivateKey.generate()
 PUBLIC = raw_public_key(KEY)

@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 import pytest
 import uvicorn
 
-from lacre import tasks
 from lacre.asgi import AppFailed, Call, Opened, Receive, Scope, Sealed, Send, answer, open_sealed
-from lacre.asgi.exchange import MAX_PENDING
+from lacre.asgi.app_call import MAX_PENDING
+from lacre.runtime import tasks
 from lacre.wire import bhttp
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from lacre.listening import AHEAD, DISCARDED, BoundedConfig, BoundedProtocol, Door, network_of
+from lacre.runtime.listening import AHEAD, DISCARDED, BoundedConfig, BoundedProtocol, Door, network_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lacre import errors
-from lacre.jws import b64u, b64u_decode, raw_public_key, sign
-from lacre.manifest import MANIFEST_TYP, Document, Manifest, Pool, PoolKey, RootStatement
-from lacre.members import Members
-from lacre.signing import sign_manifest, sign_statement
-from lacre.trust import verify
+from lacre.jose.claims import Members
+from lacre.jose.jws import b64u, b64u_decode, raw_public_key, sign
+from lacre.trust.chain import verify
+from lacre.trust.manifest import MANIFEST_TYP, Document, Manifest, Pool, PoolKey, RootStatement
+from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import ALL_ALGORITHMS, Kem, KeyConfig
 
 NOW = 1_800_000_000.0

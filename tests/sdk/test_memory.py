@@ -15,9 +15,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import errors
-from lacre.jws import raw_public_key
-from lacre.memory import MAX_REMEMBERED, Memory, VersionFile, VersionMemory, accept
-from lacre.trust import MAX_HANDOVERS
+from lacre.jose.jws import raw_public_key
+from lacre.trust.chain import MAX_HANDOVERS
+from lacre.trust.manifest_store import MAX_REMEMBERED, Memory, VersionFile, VersionMemory, accept
 from parts.trust import NOW, PINNED, ROOTS, changes, document, foreign, manifest, signature_checks, statement
 
 FIRST, SECOND, THIRD, _ = map(raw_public_key, ROOTS)
@@ -220,7 +220,7 @@ class TestVersionFile:
     def test_between_processes_the_newest_wins(self, tmp_path: Path) -> None:
         documents = [document(of=manifest(version)) for version in range(1, 13)]
         code = (
-            "import sys; from pathlib import Path; from lacre.memory import VersionFile, accept;"
+            "import sys; from pathlib import Path; from lacre.trust.manifest_store import VersionFile, accept;"
             "folder, root, now, *files = sys.argv[1:];"
             "[accept(Path(f).read_bytes(), bytes.fromhex(root), VersionFile(Path(folder)), float(now)) for f in files]"
         )

@@ -9,8 +9,8 @@ from pymerkle import InmemoryTree
 from pymerkle.proof import verify_consistency as their_consistency
 from pymerkle.proof import verify_inclusion as their_inclusion
 
-from lacre import merkle
 from lacre.errors import InvalidProof
+from lacre.evidence import merkle
 
 SIZES = st.integers(1, 600)
 

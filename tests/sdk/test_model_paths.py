@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import lacre
 from lacre import problems
-from lacre.inner import action_of
-from lacre.model_paths import KNOWN, METHODS, misdirected
+from lacre.exchange.model_paths import KNOWN, METHODS, misdirected
+from lacre.exchange.request import action_of
 from lacre.problems import Problem
 
 CHAT = "/v1/chat/completions"

@@ -25,7 +25,7 @@ import lacre.asgi
 import lacre.direct
 import lacre.legacy
 from lacre.client import fetch_manifest
-from lacre.jws import b64u
+from lacre.jose.jws import b64u
 from parts.chat_app import ChatApp
 from parts.odd import calls, outcome
 from parts.relay import AsyncWire, Relay, Stream, Wire

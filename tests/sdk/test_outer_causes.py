@@ -20,9 +20,9 @@ import pytest
 import lacre
 import lacre.legacy
 from lacre import errors
-from lacre.dial import Dial, outer
-from lacre.token_sources import Bearer
-from lacre.trust import ConnectionString
+from lacre.transport.dial import Dial, outer
+from lacre.transport.token_sources import Bearer
+from lacre.trust.chain import ConnectionString
 from parts.certificates import Ca, Pair
 
 ROOT = bytes(32)
@@ -283,7 +283,7 @@ def test_every_public_error_is_in_one_place() -> None:
         for kind in _below(lacre.LacreError)
         if kind.__module__.startswith("lacre.") and not kind.__name__.startswith("_")
     }
-    of_servers = {"lacre.http1", "lacre.tasks"}  # which no client raises
+    of_servers = {"lacre.runtime.http1", "lacre.runtime.tasks"}  # which no client raises
     assert defined <= {"lacre.errors", "lacre.legacy", *of_servers}  # the second needs httpx
 
 

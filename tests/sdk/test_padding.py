@@ -12,15 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lacre
-from lacre import padding
 from lacre.errors import SettingsError, UsageError
-from lacre.padding import LARGEST_REQUEST, SMALLEST, UNIT, bucket, request_length, shape_named, whole_units
-from lacre.records import END, LARGEST_FLOOR, records
-from lacre.wire import bhttp
+from lacre.wire import bhttp, padding
 from lacre.wire.framing import MAX_CHUNK
 from lacre.wire.header import MAX_SEALED_REQUEST, Kem
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
+from lacre.wire.padding import LARGEST_REQUEST, SMALLEST, UNIT, bucket, request_length, shape_named, whole_units
+from lacre.wire.records import END, LARGEST_FLOOR, records
 from parts.chat_app import ChatApp
 from parts.relay import Relay, Wire
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lacre
-from lacre import folders
+from lacre.runtime import folders
 
 # What third parties import for this platform is imported first. From then on, neither the modules that Windows lacks nor the
 # names that its `os` and `signal` lack are there for the SDK.

@@ -11,10 +11,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import lacre
-from lacre.jws import b64u
-from lacre.receipts import TRAILER, Receipt, of_answer
-from lacre.recount import Recount, Written
-from lacre.streams import Deltas
+from lacre.chat.stream import Deltas
+from lacre.evidence.receipts import TRAILER, Receipt, of_answer
+from lacre.evidence.recount import Recount, Written
+from lacre.jose.jws import b64u
 from parts.chat_app import ChatApp
 from parts.relay import Relay, Wire
 

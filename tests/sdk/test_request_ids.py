@@ -14,8 +14,9 @@ import pytest
 
 import lacre
 import lacre.legacy
-from lacre import audit, problems
+from lacre import problems
 from lacre.cli.output import tell
+from lacre.evidence import audit_proof
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served
 
@@ -179,12 +180,12 @@ class TestATokenThatHasExpired:
 
     @pytest.mark.parametrize("exp", [None, True, "1", -1, 1e400, [1]])
     def test_what_is_no_time(self, exp: object) -> None:
-        assert audit.expires(jwt(exp=exp)) is None
+        assert audit_proof.expires(jwt(exp=exp)) is None
         assert "expired at" not in str(self.refused(jwt(exp=exp)))
 
     @pytest.mark.parametrize("token", ["opaque", "a.b", "a.!.c", "e30.W10.c2ln"])
     def test_what_is_no_jwt(self, token: str) -> None:
-        assert audit.expires(token) is None
+        assert audit_proof.expires(token) is None
 
 
 class TestWhichLimit:

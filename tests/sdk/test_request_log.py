@@ -12,8 +12,8 @@ import pytest
 
 import lacre
 import lacre.openai
-from lacre.jws import raw_public_key
-from lacre.trust import ConnectionString
+from lacre.jose.jws import raw_public_key
+from lacre.trust.chain import ConnectionString
 from parts.gateway import MODEL, Issuer, World
 
 

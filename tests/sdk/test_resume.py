@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 import lacre
 from lacre import problems
 from lacre.asgi import App
-from lacre.audit import HEADER
-from lacre.backoff import ENDURANCE_RESUMING
 from lacre.errors import InvalidMessage
-from lacre.forks import PerProcess
-from lacre.jws import b64u
-from lacre.marks import Mark
-from lacre.receipts import TRAILER, Receipt
-from lacre.sealing import Sealing
-from lacre.splice import Splice
-from lacre.transport import SealedTransport
-from lacre.trust import ConnectionString
+from lacre.evidence.audit_proof import HEADER
+from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.exchange.call import Sealing
+from lacre.exchange.resume_marks import Mark
+from lacre.exchange.retry import ENDURANCE_RESUMING
+from lacre.exchange.sse_join import Splice
+from lacre.jose.jws import b64u
+from lacre.runtime.forks import PerProcess
+from lacre.transport.sealed import SealedTransport
+from lacre.trust.chain import ConnectionString
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre.wire.opening import open_request

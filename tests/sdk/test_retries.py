@@ -8,10 +8,11 @@ import httpx2
 import pytest
 
 import lacre
-from lacre import backoff, problems
-from lacre.backoff import ENDURANCE, ENDURANCE_RESUMING, FIRST, LONGEST, MOST, NO_GATEWAY_PAUSE, PATIENCE, TRIES, Retries
+from lacre import problems
 from lacre.errors import NetworkError, TruncatedStream
-from lacre.transport import TimedOut, Unreachable
+from lacre.exchange import retry
+from lacre.exchange.retry import ENDURANCE, ENDURANCE_RESUMING, FIRST, LONGEST, MOST, NO_GATEWAY_PAUSE, PATIENCE, TRIES, Retries
+from lacre.transport.sealed import TimedOut, Unreachable
 from parts.chat_app import ChatApp
 from parts.relay import Relay, Wire, served
 
@@ -233,8 +234,8 @@ def test_how_long() -> None:
     assert retries.after_refusal(problems.BUSY, PATIENCE + 1) is None
     assert 0 <= (retries.after_failure(TruncatedStream("cut")) or 0) <= 2 * FIRST
     assert retries.after_failure(NetworkError("gone")) is None
-    assert all(backoff.delay(50) <= LONGEST for _ in range(20))
-    assert len({backoff.delay(3) for _ in range(20)}) > 1
+    assert all(retry.delay(50) <= LONGEST for _ in range(20))
+    assert len({retry.delay(3) for _ in range(20)}) > 1
 
 
 @pytest.mark.parametrize("codings", [["gzip"], ["identity", "gzip"], ["", "br"], ["identity, gzip"], ["GZIP"]], ids=str)

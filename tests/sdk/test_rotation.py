@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import lacre
 from lacre import errors
-from lacre.jws import raw_public_key
-from lacre.manifest import Document, RootStatement
-from lacre.signing import sign_manifest, sign_statement
-from lacre.trust import ConnectionString
+from lacre.jose.jws import raw_public_key
+from lacre.trust.chain import ConnectionString
+from lacre.trust.manifest import Document, RootStatement
+from lacre.trust.signing import sign_manifest, sign_statement
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served
 

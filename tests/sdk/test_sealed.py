@@ -22,11 +22,11 @@ import lacre
 from lacre import direct, problems
 from lacre.asgi import Sealed, key_file, pin
 from lacre.asgi.admission import DATE_WINDOW
-from lacre.padding import request_length
 from lacre.wire import bhttp
 from lacre.wire.header import Kem, encode_key_list, parse_key_list
 from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey
+from lacre.wire.padding import request_length
 from parts.chat_app import reply
 
 WELL_KNOWN = "/.well-known/ohttp-gateway"

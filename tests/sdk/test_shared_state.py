@@ -15,10 +15,10 @@ import pytest
 
 import lacre
 from lacre import asgi, direct, problems
-from lacre.forks import PerProcess
-from lacre.sealing import REFRESH_PAUSE, SALT_LIFETIME, Sealing
-from lacre.transport import SealedTransport
-from lacre.trust import ConnectionString
+from lacre.exchange.call import REFRESH_PAUSE, SALT_LIFETIME, Sealing
+from lacre.runtime.forks import PerProcess
+from lacre.transport.sealed import SealedTransport
+from lacre.trust.chain import ConnectionString
 from lacre.wire.opening import PrivateKey
 from parts.chat_app import ChatApp, reply
 from parts.relay import AsyncWire, Relay, Wire, served

@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from lacre import tasks
 from lacre.errors import NetworkError
+from lacre.runtime import tasks
 from lacre_fabric.logs import SafeFormatter
 
 

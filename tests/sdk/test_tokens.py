@@ -14,7 +14,8 @@ import httpx2
 import pytest
 
 import lacre
-from lacre import credentials, problems
+from lacre import problems
+from lacre.transport import oauth
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served
 
@@ -160,8 +161,8 @@ def test_a_token_server_that_gives_none(issuing: Issuing, status: int, body: byt
     ("told", "lasts"),
     [
         (b"3600", 3600), (b'"3600"', 3600), (b"3600.5", 3600.5), (b'"3600.5"', 3600.5), (b"0", 0), (b'"0"', 0),
-        (b"null", credentials.DEFAULT_LIFE), (b"9" * 400, credentials.MAX_LIFE), (b'"9999999999"', credentials.MAX_LIFE),
-        (b"1e999", credentials.MAX_LIFE), (b"-1", None), (b'"-1"', None), (b'""', None), (b'"soon"', None), (b'"1e3"', None),
+        (b"null", oauth.DEFAULT_LIFE), (b"9" * 400, oauth.MAX_LIFE), (b'"9999999999"', oauth.MAX_LIFE),
+        (b"1e999", oauth.MAX_LIFE), (b"-1", None), (b'"-1"', None), (b'""', None), (b'"soon"', None), (b'"1e3"', None),
         ('"\u0663"'.encode(), None), (b"true", None), (b"[]", None), (b"NaN", None), (b'"nan"', None),
         (b'"' + b"9" * 400 + b'"', None),
     ],
@@ -170,10 +171,10 @@ def test_how_long_a_token_lives(told: bytes, lasts: float | None) -> None:
     answer = b'{"access_token":"a","expires_in":' + told + b"}"
     if lasts is None:
         with pytest.raises(lacre.InvalidMessage, match="RFC 6749"):
-            credentials.Issued.parse(200, answer, 0.0)
+            oauth.Issued.parse(200, answer, 0.0)
     else:
-        early = min(credentials.EARLY, lasts * credentials.EARLY_SHARE)
-        assert credentials.Issued.parse(200, answer, 0.0).replace_at == lasts - early
+        early = min(oauth.EARLY, lasts * oauth.EARLY_SHARE)
+        assert oauth.Issued.parse(200, answer, 0.0).replace_at == lasts - early
 
 
 @pytest.mark.parametrize("url", ["http://issuer.example/token", "ftp://issuer.example", "issuer.example/token", "https://["])
@@ -181,4 +182,4 @@ def test_a_secret_goes_over_tls(url: str) -> None:
     with pytest.raises(lacre.SettingsError):
         lacre.ClientCredentials(url, "app", SECRET)
     assert SECRET not in repr(lacre.ClientCredentials("http://127.0.0.1:1/token", "app", SECRET))
-    assert "t0p" not in repr(credentials.Issued("t0p", 1.0))
+    assert "t0p" not in repr(oauth.Issued("t0p", 1.0))

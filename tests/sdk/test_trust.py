@@ -7,11 +7,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lacre import errors, jws
-from lacre.jws import b64u, b64u_decode, raw_public_key
-from lacre.manifest import Document, RootStatement
-from lacre.signing import sign_statement
-from lacre.trust import MAX_FOREIGN, MAX_STATEMENT, ConnectionString, verify
+from lacre import errors
+from lacre.jose import jws
+from lacre.jose.jws import b64u, b64u_decode, raw_public_key
+from lacre.trust.chain import MAX_FOREIGN, MAX_STATEMENT, ConnectionString, verify
+from lacre.trust.manifest import Document, RootStatement
+from lacre.trust.signing import sign_statement
 from parts.trust import (
     NOW,
     PINNED,

@@ -8,8 +8,8 @@ import pytest
 
 import lacre
 from lacre.errors import LacreError
-from lacre.jws import b64u, raw_public_key
-from lacre.manifest import fingerprint
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.trust.manifest import fingerprint
 from parts.relay import Relay, served
 
 

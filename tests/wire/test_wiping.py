@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from lacre.wire.header import Kem
 from lacre.wire.opening import open_request
-from lacre_fabric.poolkeys import make, read
+from lacre_fabric.keys.pool_keys import make, read
 
 def step(name):
     print(name, flush=True)

@@ -22,15 +22,13 @@ from starlette.routing import Route
 
 from lacre.asgi import EXTENSION, App, Call, Disconnected, Receive, Scope, Send, Usage
 from lacre.errors import SettingsError
-from lacre.marks import DIGEST
-from lacre_backend.api import ceilings, shapes
-from lacre_backend.api.answers import Answer, Progress
-from lacre_backend.api.calls import CallReader
+from lacre.exchange.resume_marks import DIGEST
+from lacre_backend.api import ceilings, responses
 from lacre_backend.api.embeddings import Embeddings
 from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found, other_model
-from lacre_backend.api.exchange import EventStream, read_body, send_json, until_disconnect
-from lacre_backend.api.generation import Generation, fresh_id
+from lacre_backend.api.http import EventStream, read_body, send_json, until_disconnect
 from lacre_backend.api.prompts import call_format, chat_prompt, plain_tokens, text_prompt
+from lacre_backend.api.registry import Served, Serving, whose_turn
 from lacre_backend.api.requests import (
     MAX_BODY,
     ChatRequest,
@@ -40,7 +38,9 @@ from lacre_backend.api.requests import (
     parse_completion,
     parse_tokenize,
 )
-from lacre_backend.api.served import Served, Serving, whose_turn
+from lacre_backend.api.run import Generation, fresh_id
+from lacre_backend.api.streaming import Answer, Progress
+from lacre_backend.api.tools.format import CallReader
 from lacre_backend.engine.protocol import Engine, EngineError, Kind, Task
 
 WEIGHED: Final = frozenset({"chat", "complete"})  # of which a request says by `n` how many sequences it is
@@ -85,7 +85,7 @@ class _Endpoint(ABC, Generic[_Request]):
 
     action: ClassVar[str]
     prompt_param: ClassVar[str]
-    shape: ClassVar[type[shapes.Chat | shapes.Completion]]
+    shape: ClassVar[type[responses.Chat | responses.Completion]]
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
@@ -140,7 +140,7 @@ class _Endpoint(ABC, Generic[_Request]):
             time_limit=self._serving.time_limit,
         )
         usage = Usage() if call is None else call.usage
-        reply = shapes.Reply(self.shape.prefix + task.id, int(time.time()), model, request.include_usage)
+        reply = responses.Reply(self.shape.prefix + task.id, int(time.time()), model, request.include_usage)
         generation = Generation(
             served.engine, task, request.n, usage, self.prompt_param, weigh=None if call is None else call.weigh
         )
@@ -160,7 +160,7 @@ class _Endpoint(ABC, Generic[_Request]):
 class _Chat(_Endpoint[ChatRequest]):
     action = "chat"
     prompt_param = "messages"
-    shape = shapes.Chat
+    shape = responses.Chat
 
     def parse(self, body: bytes) -> ChatRequest:
         return parse_chat(body)
@@ -178,7 +178,7 @@ class _Chat(_Endpoint[ChatRequest]):
 class _Complete(_Endpoint[CompletionRequest]):
     action = "complete"
     prompt_param = "prompt"
-    shape = shapes.Completion
+    shape = responses.Completion
 
     def parse(self, body: bytes) -> CompletionRequest:
         return parse_completion(body)
@@ -217,7 +217,7 @@ class _Tokenize:
 
 async def _models(request: Request) -> Response:
     served: Mapping[str, Served] = request.app.state.served
-    return JSONResponse({"object": "list", "data": [shapes.model(each.engine.model) for each in served.values()]})
+    return JSONResponse({"object": "list", "data": [responses.model(each.engine.model) for each in served.values()]})
 
 
 async def _model(request: Request) -> Response:
@@ -225,7 +225,7 @@ async def _model(request: Request) -> Response:
     served: Served | None = request.app.state.served.get(name)
     if served is None:
         return _refusal(model_not_found(name))
-    return JSONResponse(shapes.model(served.engine.model))
+    return JSONResponse(responses.model(served.engine.model))
 
 
 def _refusal(refusal: RequestRefused) -> Response:

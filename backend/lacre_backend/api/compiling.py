@@ -19,10 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Final
 
-from lacre_backend.api.calls import CallFormat
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import Generate
-from lacre_backend.api.schema import Grammars
+from lacre_backend.api.schema.grammar import Grammars
+from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.engine.protocol import Engine, Grammar, GrammarTooLarge, TaskRefused
 from lacre_backend.engine.turns import NOBODY, Fair, Turns
 

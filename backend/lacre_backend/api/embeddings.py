@@ -15,14 +15,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from lacre.asgi import EXTENSION, Call, Disconnected, Receive, Scope, Send, Usage
-from lacre_backend.api import ceilings, shapes
+from lacre_backend.api import ceilings, responses
 from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_down
-from lacre_backend.api.exchange import read_body, send_json, until_disconnect
-from lacre_backend.api.generation import fresh_id
+from lacre_backend.api.http import read_body, send_json, until_disconnect
 from lacre_backend.api.prompts import embedding_inputs
+from lacre_backend.api.registry import Served, Serving, whose_turn
 from lacre_backend.api.requests import MAX_BODY, EmbedTexts, EmbedTokens, parse_embedding
-from lacre_backend.api.served import Served, Serving, whose_turn
-from lacre_backend.api.template import framed
+from lacre_backend.api.run import fresh_id
+from lacre_backend.api.template.prompt import framed
 from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Kind, ModelInfo, Task, TaskRefused
 
 
@@ -62,7 +62,7 @@ class Embeddings:
         usage = Usage() if call is None else call.usage
         vectors = await _vectors(served.engine, tasks, usage)
         written = [_written(vector, request.encoding_format) for vector in vectors]
-        await send_json(send, 200, shapes.embeddings(model, written, usage))
+        await send_json(send, 200, responses.embeddings(model, written, usage))
 
 
 async def _tokens(served: Served, request: EmbedTexts | EmbedTokens) -> list[list[int]]:

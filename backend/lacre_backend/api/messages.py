@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.parsed import Echoed, missing
-from lacre_backend.api.tools import MAX_CALLS, MAX_ID, ToolCall
+from lacre_backend.api.tools.request import MAX_CALLS, MAX_ID, ToolCall
 
 MAX_MESSAGES: Final = 2048
 MAX_PARTS: Final = 256  # content parts of one message

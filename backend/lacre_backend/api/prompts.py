@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from lacre_backend.api import ceilings
-from lacre_backend.api.calls import HERMES, CallFormat
 from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
 from lacre_backend.api.messages import Message
 from lacre_backend.api.parsed import check_size
-from lacre_backend.api.served import Served
-from lacre_backend.api.template import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
-from lacre_backend.api.template_texts import TextLost, as_text
-from lacre_backend.api.tools import Tool
+from lacre_backend.api.registry import Served
+from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
+from lacre_backend.api.template.texts import TextLost, as_text
+from lacre_backend.api.tools.format import HERMES, CallFormat
+from lacre_backend.api.tools.request import Tool
 from lacre_backend.engine.protocol import EngineClosed, Kind, TextRefused
 
 _Written = dict[str, Any]

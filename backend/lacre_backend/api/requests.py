@@ -14,12 +14,12 @@ from typing import Annotated, Any, Final, Literal
 import pydantic_core
 from pydantic import BeforeValidator, Field
 
-from lacre_backend.api.calls import CallFormat
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.messages import MAX_NAME, Messages, check_known, check_turns, has_a_beginning
 from lacre_backend.api.parsed import Echoed, Parsed, check_size, has_infinite, missing, validated
-from lacre_backend.api.schema import Grammars
-from lacre_backend.api.tools import MAX_TOOLS, Calling, Tool, calling
+from lacre_backend.api.schema.grammar import Grammars
+from lacre_backend.api.tools.format import CallFormat
+from lacre_backend.api.tools.request import MAX_TOOLS, Calling, Tool, calling
 from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
-from lacre import tasks
+from lacre.runtime import tasks
 from lacre_backend.engine.delivery import EventStream
 from lacre_backend.engine.protocol import (
     Alternative,

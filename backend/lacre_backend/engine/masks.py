@@ -23,7 +23,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
-from lacre import tasks
+from lacre.runtime import tasks
 from lacre_backend.engine.distinct import ENDS_NUMBER, ENDS_TEXT, Watch, split
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.protocol import EngineError, GrammarTooCostly, GrammarTooLarge, TaskRefused

@@ -1,7 +1,7 @@
 """Whose turn it is: tenants first, then the callers of a tenant, then the order of arrival.
 
 Rules
-- Who asks is known by two pseudonyms, which come with the grant (`lacre_fabric.grants`): of the tenant, and of the caller.
+- Who asks is known by two pseudonyms, which come with the grant (`lacre_fabric.work.grants`): of the tenant, and of the caller.
   Nothing that a client chooses decides here: neither its cache salt, nor how many conversations or choices it asks for.
 - The tenant with the fewest running tasks is served next; of several, the one for whom the fewest tokens were computed; of
   several, the one that waits the longest for its turn. The same decides between the callers of that tenant.

@@ -2,9 +2,9 @@
 
 Rules:
 - A request goes on only where its model's list has its method and path, and never to another model than was granted.
-- It has been claimed in the whole pool by then (see `lacre_backend.node`): what the upstream does is done once.
+- It has been claimed in the whole pool by then (see `lacre_backend.node.node`): what the upstream does is done once.
 - OpenAI's calls are bounded by the grant in their body, and counted by the upstream's own `usage` (`bodies`, `counts`). What is
-  none of them, the action `http`, is passed on as it is and counted by its bytes (`lacre.receipts.units`).
+  none of them, the action `http`, is passed on as it is and counted by its bytes (`lacre.evidence.receipts.units`).
 - Neither requests nor answers are logged.
 """
 
@@ -18,11 +18,11 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from lacre.asgi import EXTENSION, App, Call, Disconnected, Receive, Scope, Send
-from lacre.receipts import UNIT, units
+from lacre.evidence.receipts import UNIT, units
 from lacre_backend.api.errors import RequestRefused, grant_mismatch, model_not_found
-from lacre_backend.api.exchange import EventStream, header, read_body, send_json, until_disconnect
+from lacre_backend.api.http import EventStream, header, read_body, send_json, until_disconnect
+from lacre_backend.api.registry import SALT_HEADER
 from lacre_backend.api.requests import MAX_BODY
-from lacre_backend.api.served import SALT_HEADER
 from lacre_backend.settings import Upstream, UpstreamModel
 from lacre_backend.upstream import bodies, counts, events, refusals
 from lacre_backend.upstream.origin import Answer, Headers, Origin, Request
@@ -147,7 +147,7 @@ def _listing(models: Mapping[str, UpstreamModel]) -> dict[str, Any]:
 
 
 async def _stream(answer: Answer, send: Send, call: Call, granted: int | None) -> None:
-    """granted: units of `lacre.receipts`, where the answer is counted by them."""
+    """granted: units of `lacre.evidence.receipts`, where the answer is counted by them."""
     await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
     size = 0
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lacre.asgi import Call
-from lacre.inner import IDENTIFYING_FIELDS
+from lacre.exchange.request import IDENTIFYING_FIELDS
 from lacre_backend.api.errors import RequestRefused, grant_mismatch
 from lacre_backend.api.requests import OWN_IDS, check_token_ids
 

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from lacre.asgi import Call
-from lacre_backend.api.exchange import EventStream
+from lacre_backend.api.http import EventStream
 from lacre_backend.upstream import counts, refusals
 
 MAX_EVENT: Final = 2**20  # bytes; a whole tool call has some thousand. The SDK takes no longer one either

@@ -14,7 +14,7 @@ from typing import Final
 
 import httpx2
 
-from lacre_backend.readiness import Reason
+from lacre_backend.node.readiness import Reason
 from lacre_backend.settings import Upstream
 from lacre_backend.upstream.origin import CONNECT
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from lacre import checkpoints, merkle
-from lacre.audit import AuditProof
-from lacre.checkpoints import Checkpoint
 from lacre.errors import InvalidMessage, InvalidProof, LacreError
+from lacre.evidence import checkpoints, merkle
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.checkpoints import Checkpoint
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import journal, tiles
 from lacre_gateway.audit.edge import Edge

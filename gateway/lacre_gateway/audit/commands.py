@@ -94,7 +94,7 @@ def audit_check_receipt(
     key: KeyOption = None,
 ) -> None:
     """Hold a client's proof against the log: the entry is still there, and the log is a continuation of what it was then."""
-    from lacre.audit import AuditProof
+    from lacre.evidence.audit_proof import AuditProof
     from lacre_gateway.audit.check import check_receipt
     from lacre_gateway.audit.reader import LogReader
 
@@ -172,7 +172,7 @@ def seconds(moment: datetime | None) -> float | None:
 def parse_key(text: str | None) -> bytes | None:
     """What `--key` says. Raises SettingsError."""
     from lacre.errors import InvalidMessage
-    from lacre.jws import b64u_decode
+    from lacre.jose.jws import b64u_decode
 
     if text is None:
         return None

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lacre import merkle
-from lacre.merkle import Frontier
+from lacre.evidence import merkle
+from lacre.evidence.merkle import Frontier
 from lacre_gateway.audit import tiles
 
 

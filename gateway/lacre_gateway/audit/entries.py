@@ -17,8 +17,8 @@ from dataclasses import MISSING, dataclass, fields
 from operator import attrgetter
 from typing import Any, ClassVar, Final, Literal
 
-from lacre.audit import MAX_INTENT
 from lacre.errors import InvalidMessage, LacreError
+from lacre.evidence.audit_proof import MAX_INTENT
 
 _MAX_LISTS: Final = 1024  # bytes of groups, scopes and policies that an intent carries itself
 MAX_ENTRY: Final = 0xFFFF  # C2SP tlog-tiles: an entry's length is two bytes in its bundle

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lacre.checkpoints import MAX_NOTE
 from lacre.errors import InvalidMessage
+from lacre.evidence.checkpoints import MAX_NOTE
 from lacre_gateway.audit.tiles import decode_bundle, encode_bundle, sync_folder
 
 NAME: Final = "journal"

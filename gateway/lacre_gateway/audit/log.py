@@ -26,10 +26,10 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import tasks
-from lacre.audit import AuditProof
 from lacre.errors import LacreError, SettingsError
-from lacre.jws import raw_public_key
+from lacre.evidence.audit_proof import AuditProof
+from lacre.jose.jws import raw_public_key
+from lacre.runtime import tasks
 from lacre_fabric.logs import Log
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.entries import Entry, Event, Intent, Outcome, encode, parse

@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final, Self
 
-from lacre import checkpoints, merkle
-from lacre.audit import AuditProof
-from lacre.checkpoints import Checkpoint
 from lacre.errors import InvalidMessage, LacreError, SettingsError
+from lacre.evidence import checkpoints, merkle
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.checkpoints import Checkpoint
 from lacre_gateway.audit import journal, tiles
 from lacre_gateway.audit.edge import Edge
 
@@ -204,7 +204,7 @@ class LogReader:
         return next(self.entries(index, index + 1))
 
     def node(self, height: int, index: int) -> bytes:
-        """For `lacre.merkle`."""
+        """For `lacre.evidence.merkle`."""
         level, within = divmod(height, tiles.HEIGHT)
         if within:
             return merkle.node_hash(self.node(height - 1, 2 * index), self.node(height - 1, 2 * index + 1))

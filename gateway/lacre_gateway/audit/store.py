@@ -26,11 +26,11 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import checkpoints, merkle
-from lacre.audit import AuditProof
-from lacre.checkpoints import Checkpoint
 from lacre.errors import LacreError, SettingsError
-from lacre.jws import raw_public_key
+from lacre.evidence import checkpoints, merkle
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.checkpoints import Checkpoint
+from lacre.jose.jws import raw_public_key
 from lacre_gateway.audit import tiles
 from lacre_gateway.audit.journal import Journal
 from lacre_gateway.audit.reader import CHECKPOINT, KEY, Loaded, Snapshot, Wrong, load

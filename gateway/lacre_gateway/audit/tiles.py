@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import InvalidMessage
-from lacre.merkle import HASH_BYTES
+from lacre.evidence.merkle import HASH_BYTES
 
 WIDTH: Final = 256
 HEIGHT: Final = 8

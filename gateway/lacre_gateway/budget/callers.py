@@ -12,8 +12,8 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from lacre.jws import b64u
-from lacre_gateway.plans import Kind, Limits, Plans, Price
+from lacre.jose.jws import b64u
+from lacre_gateway.budget.plans import Kind, Limits, Plans, Price
 
 USER: Final = "user"
 TENANT_ON_PLAN: Final = "tenant-on-plan"

@@ -31,7 +31,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
 ) -> None:
     """Show every limit that was drawn from: what is used, on leases and forfeited. Exits with 1 where the sums are wrong."""
-    from lacre_fabric.up import default_state
+    from lacre_fabric.operate.up import default_state
 
     shown = asyncio.run(_shown(state or default_state(), audit))
     for line in shown:
@@ -49,10 +49,10 @@ def show(
 
 async def _shown(state: Path, audit: list[Path] | None) -> list[Line]:
     """Raises SettingsError, FabricUnavailable or InvalidMessage."""
-    from lacre_fabric import subjects
-    from lacre_fabric.buckets import dump
-    from lacre_fabric.connection import Connection
-    from lacre_fabric.site import Site
+    from lacre_fabric.nats import subjects
+    from lacre_fabric.nats.connection import Connection
+    from lacre_fabric.nats.kv import dump
+    from lacre_fabric.operate.site import Site
     from lacre_gateway.audit.entries import parse
     from lacre_gateway.audit.reader import LogReader
     from lacre_gateway.budget.callers import SCOPES
@@ -93,6 +93,6 @@ def _text(line: Line) -> str:
 
 
 def _amount(line: Line, amount: int) -> str:
-    from lacre_gateway.plans import Kind, money
+    from lacre_gateway.budget.plans import Kind, money
 
     return money(amount) if line.kind is Kind.MONEY_PER_MONTH else str(amount)

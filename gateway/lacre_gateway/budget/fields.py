@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final
 
-from lacre.details import Detail
+from lacre.problems.details import Detail
 from lacre_gateway.budget.callers import PLAN
 from lacre_gateway.budget.holds import Met, Standing
+from lacre_gateway.budget.plans import Kind
 from lacre_gateway.budget.windows import DAY, MINUTE
-from lacre_gateway.plans import Kind
 
 Headers = list[tuple[bytes, bytes]]
 

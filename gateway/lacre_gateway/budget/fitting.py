@@ -17,8 +17,8 @@ from typing import Final
 
 from lacre_gateway.budget.callers import Caller, ceiling_of
 from lacre_gateway.budget.holds import AboveLimit, Met
-from lacre_gateway.limits import Reservation
-from lacre_gateway.plans import Kind, Price
+from lacre_gateway.budget.in_flight import Reservation
+from lacre_gateway.budget.plans import Kind, Price
 
 # Prompt tokens: a short question in the words of most chat templates. Where fewer are left, to wait is better.
 LEAST: Final = 64

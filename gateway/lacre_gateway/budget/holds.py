@@ -8,10 +8,10 @@ from operator import itemgetter
 from typing import Final, Self
 
 from lacre_gateway.budget.callers import Amounts, Caller, Scope, ceiling_of
+from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Charge, Counter
+from lacre_gateway.budget.plans import Kind, Price
 from lacre_gateway.budget.windows import bounds
-from lacre_gateway.limits import Reservation
-from lacre_gateway.plans import Kind, Price
 
 # Seconds after which a request may pass that was refused only for what others have reserved, and may not use.
 SOON: Final = 2.0

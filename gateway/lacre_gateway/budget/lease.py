@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
+from lacre_gateway.budget.plans import Kind
 from lacre_gateway.budget.record import Lot, Record, Want
-from lacre_gateway.plans import Kind
 
 IDLE: Final = 3.0  # seconds without a reservation, after which what is left is given back
 TRIM: Final = 1.0  # seconds between writes that only give back what is far too much

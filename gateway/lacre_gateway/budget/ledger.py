@@ -19,21 +19,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from lacre import tasks
 from lacre.errors import InvalidMessage
-from lacre_fabric.buckets import Bucket, Conflict, Entry
+from lacre.runtime import tasks
 from lacre_fabric.logs import Log
-from lacre_fabric.work import FabricBusy, FabricError, FabricUnavailable
-from lacre_gateway.auth import Principal
+from lacre_fabric.nats.kv import Bucket, Conflict, Entry
+from lacre_fabric.work.contract import FabricBusy, FabricError, FabricUnavailable
+from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.budget import callers, fitting
 from lacre_gateway.budget.callers import Amounts, Caller, Scope
 from lacre_gateway.budget.holds import NOTHING, BudgetUnavailable, Exhausted, Hold, UnknownPlan
+from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
+from lacre_gateway.budget.plans import Plans, Price
 from lacre_gateway.budget.record import Record
 from lacre_gateway.budget.report import Line, lines
 from lacre_gateway.budget.windows import Calendar, windows_at
-from lacre_gateway.limits import Reservation
-from lacre_gateway.plans import Plans, Price
 
 DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
 _TRIES: Final = 24  # compare-and-sets of one draw, against gateways that race for the same budget

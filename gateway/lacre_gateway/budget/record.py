@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage
-from lacre_gateway.plans import Kind
+from lacre_gateway.budget.plans import Kind
 
 VERSION: Final = 1
 KEPT_WINDOWS: Final = 2

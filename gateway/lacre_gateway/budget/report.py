@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre_gateway.budget.callers import key_of
+from lacre_gateway.budget.plans import Kind
 from lacre_gateway.budget.record import Record, Window
 from lacre_gateway.budget.windows import label
-from lacre_gateway.plans import Kind
 
 _LIMIT: Final = re.compile(r"([a-z-]+):(.*)/([a-z_]+)@([0-9]+)", re.DOTALL)
 _TOKENS: Final = frozenset({Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY})

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
 
-from lacre_gateway.plans import Kind
+from lacre_gateway.budget.plans import Kind
 
 MINUTE: Final = 60
 DAY: Final = 86400

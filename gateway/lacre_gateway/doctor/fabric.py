@@ -14,15 +14,15 @@ from typing import Any, Final
 import nats.js.errors
 
 from lacre.errors import InvalidMessage, LacreError
-from lacre.jws import raw_public_key
-from lacre.manifest import Manifest
-from lacre.trust import verify
-from lacre_fabric import subjects
-from lacre_fabric.connection import Connection
-from lacre_fabric.keyfiles import read_ed25519
-from lacre_fabric.presence import MAX_NODES, wrong_in
-from lacre_fabric.roles import Credential
-from lacre_fabric.work import PRESENT_FOR, FabricError, FabricUnavailable
+from lacre.jose.jws import raw_public_key
+from lacre.trust.chain import verify
+from lacre.trust.manifest import Manifest
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.work.contract import PRESENT_FOR, FabricError, FabricUnavailable
+from lacre_fabric.work.presence import MAX_NODES, wrong_in
 from lacre_gateway.doctor.findings import Findings
 from lacre_gateway.settings import Settings
 

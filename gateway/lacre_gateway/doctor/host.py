@@ -17,7 +17,7 @@ from cryptography import x509
 
 from lacre.errors import SettingsError
 from lacre_gateway.doctor.findings import Findings
-from lacre_gateway.listening import OTHER_FILES, bind, tls_context
+from lacre_gateway.http.server import OTHER_FILES, bind, tls_context
 from lacre_gateway.settings import Listen, Settings, Tls
 
 _LITTLE: Final = 64 * 2**20  # bytes free: some 60,000 requests

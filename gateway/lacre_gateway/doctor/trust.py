@@ -9,15 +9,15 @@ import time
 from typing import Final
 
 from lacre.errors import LacreError, SettingsError
-from lacre_fabric.keyfiles import read_ed25519
+from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.logs import make_log
-from lacre_fabric.roles import Credential
+from lacre_fabric.nats.roles import Credential
+from lacre_gateway.auth.issuers import trusted
+from lacre_gateway.auth.jwks_remote import RemoteKeys
 from lacre_gateway.doctor.findings import Findings
-from lacre_gateway.issuers import trusted
 from lacre_gateway.policy.cedar import PolicyError
 from lacre_gateway.policy.rules import RuleSet, shipped
 from lacre_gateway.policy.trial import try_out
-from lacre_gateway.remote_keys import RemoteKeys
 from lacre_gateway.settings import Issuer, Settings
 
 _ISSUER_LIMIT: Final = 10.0  # seconds that an issuer has to answer

@@ -16,8 +16,8 @@ from pydantic import Field
 from lacre.errors import SettingsError
 from lacre.wire.header import Kem
 from lacre_fabric.settings import Table, validated
-from lacre_gateway.auth import Principal
-from lacre_gateway.outer import Action, Shape
+from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy.cedar import Decision, PolicyError
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
 

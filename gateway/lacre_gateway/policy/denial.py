@@ -14,12 +14,12 @@ from dataclasses import replace
 from typing import Final
 
 from lacre import problems
-from lacre.details import MAX_LISTED, Detail
-from lacre.model_paths import KNOWN
+from lacre.exchange.model_paths import KNOWN
+from lacre.problems.details import MAX_LISTED, Detail
 from lacre.wire.header import Kem
-from lacre_gateway.outer import Action, Shape
+from lacre_gateway.http.headers import Action, Shape
+from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.policy.question import Question
-from lacre_gateway.refusal import Refusal
 
 _MAX_TOKENS: Final = "max_tokens"
 _SEALED_BYTES: Final = "sealed_bytes"

@@ -18,8 +18,8 @@ from enum import StrEnum
 from typing import Any, Final
 
 from lacre.wire.header import Kem
-from lacre_gateway.auth import Principal
-from lacre_gateway.outer import Action, Shape
+from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.http.headers import Action, Shape
 
 _POST_QUANTUM: Final = frozenset({Kem.XWING})
 _HOUR: Final = 3600

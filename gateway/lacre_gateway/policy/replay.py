@@ -15,8 +15,8 @@ from typing import Any, Final
 from lacre.errors import InvalidMessage
 from lacre.wire.header import Kem
 from lacre_gateway.audit.entries import Admin, Annex, Intent, parse
-from lacre_gateway.auth import Principal
-from lacre_gateway.outer import Action, Shape
+from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy.cedar import Decision, PolicySet
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
 

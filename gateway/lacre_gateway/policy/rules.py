@@ -20,11 +20,11 @@ from typing import Final, Self
 
 from lacre.errors import SettingsError
 from lacre.wire.header import Kem
-from lacre_gateway.auth import Principal
-from lacre_gateway.outer import Action, Shape
-from lacre_gateway.plans import PLANS_FILE, Plans
-from lacre_gateway.plans import load as load_plans
-from lacre_gateway.plans import parse as parse_plans
+from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.budget.plans import PLANS_FILE, Plans
+from lacre_gateway.budget.plans import load as load_plans
+from lacre_gateway.budget.plans import parse as parse_plans
+from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy import cases as written
 from lacre_gateway.policy.cases import Case
 from lacre_gateway.policy.cedar import SCHEMA, PolicyError, PolicySet

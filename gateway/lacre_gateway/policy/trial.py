@@ -16,8 +16,8 @@ from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 from typing import Final
 
-from lacre import tasks
-from lacre_fabric.leash import PYTHON
+from lacre.runtime import tasks
+from lacre_fabric.operate.leash import PYTHON
 from lacre_gateway.policy.cedar import SYNTAX, PolicyError
 
 UNTRIED: Final = "untried"  # the machine's fault, not the set's: to be tried again

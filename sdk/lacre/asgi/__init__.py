@@ -1,6 +1,6 @@
 """Serving what is sealed: `answer` and `open_sealed` for a worker's node, `Sealed` for any ASGI app of one's own."""
 
-from lacre.asgi.exchange import (
+from lacre.asgi.app_call import (
     AUTHORITY,
     EXTENSION,
     MAX_PENDING,

@@ -4,7 +4,7 @@ Rules:
 - Nothing is remembered of a request whose date is refused: anybody can make such requests, and they never run.
 - What is remembered is bounded. What is forgotten before its time takes its date along: no request of that date runs again.
 
-The refusals go out sealed. What a gateway's grant adds to this is the worker's own (`lacre_backend.inside`).
+The refusals go out sealed. What a gateway's grant adds to this is the worker's own (`lacre_backend.node.grant_check`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lacre import problems
-from lacre.asgi.exchange import Opened, decoded_path
+from lacre.asgi.app_call import Opened, decoded_path
 
 DATE_WINDOW: Final = 300.0  # seconds that a request's `date` may lie from this clock (RFC 9458 section 6.5.1)
 REMEMBERED_FOR: Final = 900.0  # seconds; more than twice the date window, so what is forgotten is too old to run

@@ -24,13 +24,13 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from lacre import arguments, folders, problems, tasks
+from lacre import problems
 from lacre.asgi.admission import SealedRefusal, Seen, check_date, check_path, sent_at
-from lacre.asgi.exchange import App, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
+from lacre.asgi.app_call import App, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
 from lacre.errors import AppFailed, LacreError, SettingsError, UnknownKeyId, UsageError
-from lacre.jws import b64u
-from lacre.padding import Shape, shape_named
+from lacre.jose.jws import b64u
 from lacre.problems import Problem
+from lacre.runtime import arguments, folders, tasks
 from lacre.wire.header import (
     MAX_SEALED_REQUEST,
     MEDIA_TYPE_KEYS,
@@ -40,6 +40,7 @@ from lacre.wire.header import (
     encode_key_list,
 )
 from lacre.wire.opening import PrivateKey
+from lacre.wire.padding import Shape, shape_named
 from lacre.wire.wiping import overwrite
 
 WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # RFC 9540 section 4

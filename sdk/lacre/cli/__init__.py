@@ -16,9 +16,9 @@ from lacre._version import __version__
 try:
     import typer
 
-    from lacre.cli import asking, chatting, manifests, proxying, standing
+    from lacre.cli import ask, chat, manifest, proxy, status
     from lacre.cli.ending import run
-    from lacre.cli.manifests import manifest_app
+    from lacre.cli.manifest import manifest_app
     from lacre.cli.surroundings import check_texts
 except ModuleNotFoundError as exc:
     raise SystemExit("the lacre command needs an extra: pip install 'lacre[cli]'") from exc
@@ -35,11 +35,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command()(chatting.chat)
-app.command()(asking.ask)
-app.command()(standing.status)
-app.command()(proxying.proxy)
-app.add_typer(manifests.manifest_app)
+app.command()(chat.chat)
+app.command()(ask.ask)
+app.command()(status.status)
+app.command()(proxy.proxy)
+app.add_typer(manifest.manifest_app)
 
 
 def _version(wanted: bool) -> None:

@@ -17,12 +17,12 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from lacre.chat.stream import ChatStream
 from lacre.cli import lock
-from lacre.cli.answer import Pace, Plain, Rendered, show
 from lacre.cli.output import err, out, printable, tell, waiting
+from lacre.cli.render import Pace, Plain, Rendered, show
 from lacre.client import Client
 from lacre.errors import LacreError, SettingsError
-from lacre.streams import ChatStream
 
 HELP: Final = """\
 Enter sends. Alt-Enter or Ctrl-J begins a new line, and what is pasted keeps its own. Up and down go through what was typed.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from lacre.cli.output import ago, date, printable, say_table, until
-from lacre.verification import Verification
+from lacre.evidence.verification import Verification
 
 SHORT: Final = 8  # characters of a fingerprint that a person compares at a glance; the table has all of them
 

@@ -24,9 +24,9 @@ from heavy.templates.conversations import CONVERSATIONS, IN_PARTS, WORD, Message
 from lacre.errors import SettingsError
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.prompts import chat_prompt
+from lacre_backend.api.registry import Served
 from lacre_backend.api.requests import ChatRequest, parse_chat
-from lacre_backend.api.served import Served
-from lacre_backend.api.template import ChatTemplate, TemplateRefused
+from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import ControlToken, ModelInfo
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import pytest
 
-from lacre_backend.api.calls import HERMES, Argued, CallReader
 from lacre_backend.api.requests import parse_chat
-from lacre_backend.api.schema import Grammars
+from lacre_backend.api.schema.grammar import Grammars
+from lacre_backend.api.tools.format import HERMES, Argued, CallReader
 from parts.drawing import Unfinished, drawn
 
 FOLDER: Final = Path(__file__).resolve().parent

@@ -13,7 +13,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """address: for `lacre_fabric.kms`. name: what the stand calls it."""
+    """address: for `lacre_fabric.keys.kms`. name: what the stand calls it."""
 
     address: str
     name: str

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from lacre.errors import InvalidMessage
-from lacre.jws import b64u, b64u_decode
-from lacre_fabric.server import free_port
+from lacre.jose.jws import b64u, b64u_decode
+from lacre_fabric.operate.nats_server import free_port
 from parts.key_services import Key
 from parts.key_services.http import Answer, Asked, Loopback
 

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from lacre_fabric.keyfiles import write_secret
-from lacre_fabric.server import free_port
+from lacre_fabric.keys.secret_files import write_secret
+from lacre_fabric.operate.nats_server import free_port
 from parts.key_services import Key
 from parts.key_services.http import Answer, Asked, Loopback
 

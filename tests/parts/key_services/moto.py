@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx2
 
-from lacre_fabric.leash import PYTHON, leashed
-from lacre_fabric.server import free_port
+from lacre_fabric.operate.leash import PYTHON, leashed
+from lacre_fabric.operate.nats_server import free_port
 from parts.key_services import Key
 
 START = 60.0  # seconds

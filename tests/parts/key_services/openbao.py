@@ -11,9 +11,9 @@ from pathlib import Path
 
 import httpx2
 
-from lacre_fabric.keyfiles import write_secret
-from lacre_fabric.leash import leashed
-from lacre_fabric.server import free_port
+from lacre_fabric.keys.secret_files import write_secret
+from lacre_fabric.operate.leash import leashed
+from lacre_fabric.operate.nats_server import free_port
 from parts.key_services import Key
 
 START = 30.0  # seconds

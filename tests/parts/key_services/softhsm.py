@@ -11,7 +11,7 @@ from typing import Any
 
 import pkcs11
 
-from lacre_fabric.keyfiles import write_secret
+from lacre_fabric.keys.secret_files import write_secret
 from parts.key_services import Key
 
 MODULES = ("/usr/lib/softhsm/libsofthsm2.so", "/usr/lib64/pkcs11/libsofthsm2.so", "/opt/homebrew/lib/softhsm/libsofthsm2.so")

@@ -1,0 +1,61 @@
+"""What the endpoints share: the engines by their models' names, the scopes of their caches, and whose turn a call takes."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from lacre.asgi import Call, Scope
+from lacre_backend.api.compiling import Compiler
+from lacre_backend.api.errors import RequestRefused, model_not_found
+from lacre_backend.api.http import header
+from lacre_backend.api.template.prompt import ChatTemplate, markers_of
+from lacre_backend.engine.protocol import Engine, Kind
+from lacre_backend.engine.turns import NOBODY, Fair
+
+SALT_HEADER: Final = b"lacre-cache-salt"
+
+
+class Served:
+    """An engine and its chat template, if its model has one. Raises `SettingsError` if that cannot be used."""
+
+    def __init__(self, engine: Engine) -> None:
+        model = engine.model
+        self.engine = engine
+        chats = model.chat_template is not None and Kind.GENERATE in model.kinds
+        self.template = ChatTemplate(model, markers_of(engine)) if chats else None
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """engines: by their models' names. scope_key: turns a client's salt into a cache scope, differently in each process.
+
+    time_limit: seconds of work for one choice.
+    """
+
+    engines: Mapping[str, Served]
+    scope_key: bytes = field(repr=False)
+    time_limit: float | None
+    compiler: Compiler = field(default_factory=Compiler)
+
+    def named(self, model: str, kind: Kind | None = None) -> Served:
+        """kind: what it must be able to do. Raises `RequestRefused`."""
+        served = self.engines.get(model)
+        if served is None:
+            raise model_not_found(model)
+        if kind is not None and kind not in served.engine.model.kinds:
+            does, not_ = ("embeds", "generate") if kind is Kind.GENERATE else ("generates", "embed")
+            raise RequestRefused(f"The model `{model}` {does} and does not {not_}. Name another.", param="model")
+        return served
+
+    def cache_scope(self, scope: Scope) -> bytes | None:
+        """None: the client sent no salt, and shares nothing."""
+        salt = header(scope, SALT_HEADER)
+        return None if salt is None else hmac.digest(self.scope_key, salt, "sha256")
+
+
+def whose_turn(call: Call | None) -> Fair:
+    """By the grant alone: nothing that the client sends can change it."""
+    return NOBODY if call is None or call.fair is None else call.fair

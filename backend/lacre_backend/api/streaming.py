@@ -1,0 +1,131 @@
+"""The engine's events as an answer: whole, or streamed as they come; text, and calls of functions where there may be some.
+
+Rules
+- Each event of the engine leaves in chunks of its own, at once.
+- An error after the first chunk ends the stream with an event of its own, without `[DONE]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from lacre.asgi import Scope, Usage
+from lacre.exchange.resume_marks import ASK, YES, Mark
+from lacre_backend.api import responses
+from lacre_backend.api.errors import RequestRefused
+from lacre_backend.api.http import EventStream, header
+from lacre_backend.api.requests import Generate
+from lacre_backend.api.run import Generation
+from lacre_backend.api.tools.format import CallReader, Part, Speech
+from lacre_backend.engine.protocol import Finish, Token
+
+
+class Progress:
+    """The marks of one answer: each event of text carries one, so that a client can resume it (`lacre.exchange.resume_marks`)."""
+
+    def __init__(self, usage: Usage) -> None:
+        self._usage = usage
+        self._count = 0
+        self._new: list[int] = []
+
+    @classmethod
+    def of(cls, request: Generate, scope: Scope, usage: Usage) -> Progress | None:
+        """None where the client does not ask for marks, or nobody could go on with the answer."""
+        asked = request.resumable and header(scope, ASK.encode()) == YES.encode()
+        return cls(usage) if asked else None
+
+    def add(self, token: Token) -> None:
+        self._count += 1
+        self._new.append(token.id)
+
+    def mark(self) -> str:
+        new, self._new = self._new, []
+        return str(Mark(self._usage.prompt_tokens, self._usage.cached_tokens, self._count, new))
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice on its way. reader: of its calls, if it may hold any."""
+
+    reader: CallReader | None
+    parts: list[Part] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)  # whose logprobs were asked for
+
+    def take(self, event: Token | Finish) -> list[Part]:
+        """What the event adds."""
+        if self.reader is None:
+            return [Speech(event.text)] if event.text else []
+        return [*self.reader.push(event.text), *(self.reader.finish() if isinstance(event, Finish) else ())]
+
+    def reason(self, finish: Finish) -> str:
+        called = finish.reason == "stop" and self.reader is not None and self.reader.called
+        return "tool_calls" if called else finish.reason
+
+
+class Answer:
+    """One answer of `generation`, in `shape`. reader: makes what reads a choice's calls; None where there are none to read."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        shape: responses.Chat | responses.Completion,
+        reader: Callable[[], CallReader] | None = None,
+    ) -> None:
+        self._generation = generation
+        self._shape = shape
+        self._reader = reader
+        self._choices: dict[int, _Choice] = {}
+
+    def _choice(self, index: int) -> _Choice:
+        if index not in self._choices:
+            self._choices[index] = _Choice(None if self._reader is None else self._reader())
+        return self._choices[index]
+
+    async def whole(self, usage: Usage) -> dict[str, Any]:
+        """Every choice, once all have finished."""
+        finished: dict[int, dict[str, Any]] = {}
+        async with aclosing(self._generation.events()) as events:
+            async for index, event in events:
+                choice = self._choice(index)
+                choice.parts += choice.take(event)
+                if isinstance(event, Finish):
+                    finished[index] = self._shape.choice(index, choice.parts, choice.tokens, choice.reason(event))
+                elif event.logprob is not None:
+                    choice.tokens.append(event)
+        return self._shape.whole([finished[index] for index in sorted(finished)], usage)
+
+    async def stream(self, out: EventStream, usage: Usage | None, progress: Progress | None) -> None:
+        """Each token as it comes. usage: told at the end, if given. progress: told with each, if given."""
+        try:
+            async with aclosing(self._generation.events()) as events:
+                async for index, event in events:
+                    if index not in self._choices and (first := self._shape.first(index)) is not None:
+                        await out.event(first)
+                    token = isinstance(event, Token)
+                    if progress is not None and isinstance(event, Token):
+                        progress.add(event)
+                    for chunk in self._chunks(index, event):
+                        await out.event(chunk, progress.mark() if progress is not None and token else None)
+        except RequestRefused as refusal:
+            if not out.started:
+                raise
+            await out.broken(refusal)
+            return
+        if usage is not None:
+            await out.event(self._shape.spent(usage))
+        await out.done()
+
+    def _chunks(self, index: int, event: Token | Finish) -> Iterator[dict[str, Any]]:
+        """A token that says nothing yet, since its text is held back, is told only if its logprobs are wanted."""
+        choice = self._choice(index)
+        parts = choice.take(event)
+        tokens = (event,) if isinstance(event, Token) and event.logprob is not None else ()
+        if tokens and not parts:
+            parts = [Speech("")]
+        for i, part in enumerate(parts):
+            yield self._shape.piece(index, part, tokens if i == 0 else ())
+        if isinstance(event, Finish):
+            yield self._shape.last(index, choice.reason(event))

@@ -1,0 +1,427 @@
+"""From messages to prompt tokens, through the model's own chat template, without letting a user's text steer the model.
+
+The rule: **no text of a request ever becomes a control token.**
+
+How, and why it holds. Chat templates are programs that glue constants ("<|im_start|>") and the users' strings together; in the
+glued string nobody can tell any more who wrote which. So the template's constants are told apart *before* the gluing: every
+literal of a control token in the template's *source* is replaced by a mark that holds 128 random bits, which were drawn when
+the template was loaded and never leave this object. After rendering, a mark is one control token; all else, whoever wrote it,
+is tokenized as plain text, in which llama.cpp recognises no control token (`parse_special` off). A user who types
+"<|im_end|>" gets the letters, and so does one who makes a literal out of parts (one half in each of two messages, or
+text around something the template cuts out), for which escaping literals in the users' strings would not be enough.
+
+Some templates compose their control tokens ('<|' + role + '|>'), or look at their own constants, so that marks change what
+they render. Loading finds these out by rendering sample conversations both ways. For them the literals that the samples
+show to be composed are recognised in the rendered text after all, and each of *those* in a user's string is swapped for a
+mark of its own before rendering, which turns into plain text after it. What is left then, for such templates only, is a
+literal that a template builds out of halves from two users' strings that it puts directly beside each other.
+
+What it renders is what Hugging Face's `apply_chat_template` renders. No text is left out unsaid: `template_texts.py` looks.
+
+The template itself comes with the model. It runs in Jinja's sandbox: it can neither reach nor change anything of this process.
+`template_bounds.py` limits its rounds, its time and its text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import jinja2
+
+from lacre.errors import SettingsError
+from lacre_backend.api.template.environment import Raised, given, template_environment
+from lacre_backend.api.template.texts import (
+    Form,
+    Message,
+    Rendering,
+    TemplateRefused,
+    TextLost,
+    Tools,
+    check_texts,
+    form_of,
+    shaped,
+)
+from lacre_backend.api.tools.format import FORMATS, CallFormat
+from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, ModelInfo
+
+__all__ = ["ChatTemplate", "Message", "Piece", "TemplateRefused", "Tools"]
+
+Piece = str | ControlToken  # str: plain text, in which no control token is recognised
+
+_NAME, _ARGUMENTS, _RESULT = "get_tide", {"port": "Porto"}, "It rises."
+_TOOL: Final[Mapping[str, Any]] = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "The tide now",
+        "parameters": {"type": "object", "properties": {"port": {"type": "string"}}},
+    },
+}
+_UNDESCRIBED: Final[Mapping[str, Any]] = {
+    "type": "function",
+    "function": {name: value for name, value in _TOOL["function"].items() if name != "description"},
+}
+_CALL: Final = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
+_USED: Final[tuple[Message, ...]] = (
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": _RESULT, "tool_call_id": "call00001", "name": _NAME},
+)
+_SPEAKING_OF_A_TOOL: Final[tuple[tuple[Message, ...], Tools]] = (({"role": "user", "content": "Hello"},), (_TOOL,))
+_SAMPLES: Final[tuple[tuple[tuple[Message, ...], Tools], ...]] = (
+    (({"role": "user", "content": "Hello"},), None),
+    (({"role": "system", "content": "Be kind"}, {"role": "user", "content": "Hello"}), None),
+    (({"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}, {"role": "user", "content": "Three"}), None),
+    _SPEAKING_OF_A_TOOL,
+    (_USED, (_TOOL,)),
+)
+
+
+# The simplest conversations in which each role speaks.
+_USER: Final[Message] = {"role": "user", "content": "Hello"}
+_SYSTEM: Final[Message] = {"role": "system", "content": "Be kind"}
+_ANSWER: Final[Message] = {"role": "assistant", "content": "Two"}
+_SPEAKING: Final[Mapping[str, tuple[tuple[Message, ...], Tools]]] = {
+    "user": ((_USER,), None),
+    "system": ((_SYSTEM, _USER), None),
+    "assistant": ((_USER, _ANSWER, _USER), None),
+    "tool": (_USED, (_TOOL,)),
+}
+
+
+class ChatTemplate:
+    """A model's chat template, loaded. Raises `SettingsError` if it does not compile, or leaves out what messages say.
+
+    calls: how the model writes calls of functions, if the template takes tools and it is a way that is known here.
+    """
+
+    def __init__(self, model: ModelInfo, markers: Sequence[ControlToken] = ()) -> None:
+        """markers: tokens that steer, though the model's file calls them text: see `markers_of`."""
+        if model.chat_template is None:
+            raise SettingsError(f"The model {model.name} has no chat template.")
+        self._model = model
+        self._nonce = secrets.token_hex(16)
+        self._mark = re.compile(self._nonce + "([cu])([0-9]+);")
+        self.control = (*model.control_tokens, *markers)
+        self._control = {token.text: token for token in self.control if token.text}
+        self._literal = any_of(self._control)
+        self._by_id = {token.id: token for token in self.control}
+        self._composed: re.Pattern[str] | None = None
+        marked = self._literal.sub(lambda match: self._control_mark(match[0]), model.chat_template)
+        self._forms: dict[str, Form] = {}
+        self._no_tools: Tools = None
+        try:
+            self._environment = template_environment()
+            plain = self._environment.compiled(model.chat_template)
+            self._template = self._environment.compiled(marked)
+        except jinja2.TemplateError:
+            raise self._unusable("does not compile") from None
+        self._learn_forms(plain)
+        if not self._same_as(plain):
+            self._template = plain
+            self._composed = self._literal
+        elif composed := self._composed_literals():
+            self._composed = any_of(composed)
+        self._wants_description = self._fails_without_description()
+        self._describes = _TOOL["function"]["description"] in self._outcome(self._template, *_SPEAKING_OF_A_TOOL)
+        self.calls = self._known_calls()
+        self._check_whole()
+
+    def render(
+        self, messages: Sequence[Message], tools: Tools = None, *, add_generation_prompt: bool = True
+    ) -> tuple[Piece, ...]:
+        """The prompt, up to where the assistant's answer begins. Raises `TemplateRefused`.
+
+        A content is a text or a list of text parts; the template gets it in the form that it takes from its role.
+        """
+
+        def run(messages: Sequence[Message], tools: Tools) -> str:
+            return self._run(self._template, messages, tools, add_generation_prompt=add_generation_prompt)
+
+        if tools is not None and self._wants_description:
+            tools = [_described(tool) for tool in tools]
+        try:
+            swapped, told = self._swapped(shaped([*map(given, messages)], self._forms)), self._swapped(tools)
+        except RecursionError:
+            raise TemplateRefused("they nest too deeply") from None
+        rendered = run(swapped, told)
+        check_texts(swapped, told, run, rendered, describes=self._describes)
+        return self._pieces(rendered)
+
+    def constant(self, text: str) -> str:
+        """A text of this program's own, to stand in a message: literals of control tokens in it are control tokens."""
+        return self._literal.sub(lambda match: self._control_mark(match[0]), text)
+
+    # Marks: `c` and the token's id for a control token of the template; `u` and the id for a literal out of a user's string
+
+    def _control_mark(self, literal: str) -> str:
+        return f"{self._nonce}c{self._control[literal].id};"
+
+    def _swap(self, text: str) -> str:
+        if self._composed is None:
+            return text
+        return self._composed.sub(lambda match: f"{self._nonce}u{self._control[match[0]].id};", text)
+
+    def _swapped(self, value: Any) -> Any:
+        """Every string inside of it."""
+        match value:
+            case str():
+                return self._swap(value)
+            case Mapping():
+                return {self._swap(key): self._swapped(each) for key, each in value.items()}
+            case list() | tuple():
+                return [self._swapped(each) for each in value]
+        return value
+
+    def _pieces(self, rendered: str) -> tuple[Piece, ...]:
+        # re.split with two groups gives: text, kind, id, text, kind, id, ..., text.
+        parts = self._mark.split(rendered)
+        pieces: list[Piece] = list(self._recognised(parts[0]))
+        for kind, token_id, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+            token = self._by_id[int(token_id)]
+            pieces += [token if kind == "c" else token.text, *self._recognised(text)]
+        if any(self._nonce in piece.lower() for piece in pieces if isinstance(piece, str)):
+            raise TemplateRefused("it rewrites a text in which a control token is spelled")
+        return tuple(joined(pieces))
+
+    def _recognised(self, text: str) -> list[Piece]:
+        """Text outside of marks: plain, but for what a template of the second kind composed."""
+        if self._composed is None:
+            return [text]
+        pieces: list[Piece] = []
+        end = 0
+        for match in self._composed.finditer(text):
+            pieces += [text[end : match.start()], self._control[match[0]]]
+            end = match.end()
+        return [*pieces, text[end:]]
+
+    # Running it
+
+    def _run(self, template: jinja2.Template, messages: Any, tools: Any, *, add_generation_prompt: bool = True) -> str:
+        values = {
+            "messages": messages,
+            "tools": self._no_tools if tools is None else tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        for name, token in (("bos_token", self._model.bos), ("eos_token", self._model.eos)):
+            if token is not None:
+                # Both templates get marks here: what one does with its beginning-of-sequence token is not a user's text.
+                values[name] = self._control_mark(token.text) if token.text in self._control else token.text
+        try:
+            return self._environment.rendered(template, values)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            # Only `raise_exception` speaks to the caller; any other failure says how the template is written.
+            said = str(error) if isinstance(error, Raised) else "it fails on them"
+            raise TemplateRefused(self._mark.sub(lambda match: self._by_id[int(match[2])].text, said)) from None
+
+    def _outcome(self, template: jinja2.Template, messages: Sequence[Message], tools: Tools) -> str:
+        """What a sample renders to, with the marks written out again; or what the template says against it."""
+        try:
+            rendered = self._run(template, shaped(messages, self._forms), tools)
+        except TemplateRefused as refusal:
+            return f"refused: {refusal}"
+        return self._mark.sub(lambda match: self._by_id[int(match[2])].text, rendered)
+
+    # Learning about it
+
+    def _learn_forms(self, plain: jinja2.Template) -> None:
+        """The form of each role's contents. A role that the template refuses has none, and each request hears why."""
+
+        def run(messages: Sequence[Message], tools: Tools) -> str:
+            return self._run(plain, shaped(messages, self._forms), tools)
+
+        self._no_tools = self._simplest(run)
+        for role, (sample, tools) in _SPEAKING.items():
+            try:
+                form = form_of(role, sample, tools, run)
+            except TextLost as lost:
+                if role == "tool":
+                    continue  # then it takes no tools, and is not given this role
+                raise self._unusable(f"leaves out {lost.what}") from None
+            if form is not None:
+                self._forms[role] = form
+
+    def _simplest(self, run: Rendering) -> Tools:
+        """What says to the template that there are no tools: nothing, but for one that needs a list. Raises `SettingsError`."""
+        for tools in (None, ()):
+            for messages in ((_USER,), (_SYSTEM, _USER)):
+                try:
+                    run(messages, tools)
+                except TemplateRefused as refusal:
+                    said = str(refusal)
+                else:
+                    return tools
+        raise self._unusable(f"does not take a single message ({said})")
+
+    def _check_whole(self) -> None:
+        """The roles that the template takes, in one conversation; and with tools, where it takes these."""
+        spoken = [message for message in (_SYSTEM, _USER, _ANSWER, _USER) if message["role"] in self._forms]
+        used = [*spoken[:1], *_USED] if spoken[0] is _SYSTEM else _USED
+        for messages, tools in ((spoken, None), *(((used, (_TOOL,)),) if self.calls else ())):
+            try:
+                self.render(messages, tools)
+            except TextLost as lost:
+                raise self._unusable(f"leaves out {lost.what}") from None
+            except TemplateRefused:
+                continue  # each request hears why
+
+    def _unusable(self, why: str) -> SettingsError:
+        return SettingsError(f"The chat template of {self._model.name} {why}. Convert the model again, with another template.")
+
+    def _same_as(self, plain: jinja2.Template) -> bool:
+        return all(self._outcome(self._template, *sample) == self._outcome(plain, *sample) for sample in _SAMPLES)
+
+    def _fails_without_description(self) -> bool:
+        """Some templates add something to what a tool is for, and fail where it does not say."""
+
+        def taken(tool: Mapping[str, Any]) -> bool:
+            try:
+                self._run(self._template, shaped((_USER,), self._forms), (tool,))
+            except TemplateRefused:
+                return False
+            return True
+
+        return not taken(_UNDESCRIBED) and taken(_described(_UNDESCRIBED))
+
+    def _known_calls(self) -> CallFormat | None:
+        """The template takes tools if it shows the tool, a call and its result; which format, is how it writes that call."""
+        told, used = (self._outcome(self._template, *sample) for sample in _SAMPLES[-2:])
+        if _NAME not in told or _RESULT not in used:
+            return None
+        return next((form for form in FORMATS if form.written(_NAME, json.dumps(_ARGUMENTS)) in used), None)
+
+    def _composed_literals(self) -> dict[str, ControlToken]:
+        found: dict[str, ControlToken] = {}
+        for sample in _SAMPLES:
+            try:
+                pieces = self._pieces(self._run(self._template, shaped(sample[0], self._forms), sample[1]))
+            except TemplateRefused:
+                continue
+            for piece in pieces:
+                if isinstance(piece, str):
+                    found |= {literal: self._control[literal] for literal in self._literal.findall(piece)}
+        return found
+
+
+def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """With a description, if only an empty one."""
+    return {**tool, "function": {"description": "", **tool["function"]}}
+
+
+def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
+    """What marks calls and their results, where the vocabulary has a token for it that llama.cpp finds in plain text too."""
+    found = []
+    for literal in {literal for form in FORMATS for literal in form.markers}:
+        ids = engine.tokenize(literal)
+        if len(ids) == 1:
+            found.append(ControlToken(ids[0], literal))
+    return tuple(found)
+
+
+async def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence[ControlToken] = ()) -> list[int]:
+    """The prompt's ids. Where the model wants a beginning of sequence and the template wrote none, it comes first.
+
+    control: tokens that plain text must not become; the model's own where left out. Raises as `Engine.tokens`.
+    """
+    texts = {i: _bare(pieces, i, piece) for i, piece in enumerate(pieces) if isinstance(piece, str)}
+    found = iter(await _plain(engine, list(texts.values()), control or engine.model.control_tokens))
+    ids: list[int] = []
+    for piece in pieces:
+        ids += [piece.id] if isinstance(piece, ControlToken) else next(found)
+    return _begun(engine.model, ids)
+
+
+def _bare(pieces: Sequence[Piece], i: int, text: str) -> str:
+    """Some tokenizers swallow white space beside some control tokens."""
+    before = pieces[i - 1] if i > 0 else None
+    after = pieces[i + 1] if i + 1 < len(pieces) else None
+    text = text.lstrip() if isinstance(before, ControlToken) and before.rstrip else text
+    return text.rstrip() if isinstance(after, ControlToken) and after.lstrip else text
+
+
+async def text_tokens(engine: Engine, text: str) -> list[int]:
+    """The ids of a text prompt, which holds no control token but the beginning of sequence, where the model wants one.
+
+    Raises as `Engine.tokens`.
+    """
+    (ids,) = await _plain(engine, [text], engine.model.control_tokens)
+    return _begun(engine.model, ids)
+
+
+async def embedding_tokens(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts to embed, with what the tokenizer puts around each. Literals of control tokens are not recognised in
+    them, though what no token covers may become the vocabulary's token for the unknown. Raises as `Engine.tokens`.
+    """
+    return [framed(engine.model, ids) for ids in await engine.tokens(texts)]
+
+
+def framed(model: ModelInfo, ids: Sequence[int]) -> list[int]:
+    before, after = model.frame
+    return [*before, *ids, *after]
+
+
+def _begun(model: ModelInfo, ids: list[int]) -> list[int]:
+    if model.add_bos and model.bos is not None and ids[:1] != [model.bos.id]:
+        return [model.bos.id, *ids]
+    return ids
+
+
+async def _plain(engine: Engine, texts: Sequence[str], steering: Sequence[ControlToken]) -> list[list[int]]:
+    """Ids of plain texts, none of them a control token's.
+
+    llama.cpp recognises "user defined" tokens in plain text too, and a file may wrongly give such a type to a token that ends
+    generations. Then the literal is cut after its first character, so that nothing is left to recognise.
+    """
+    control = {token.id for token in steering}
+    found = await engine.tokens(texts)
+    recognised = [i for i, ids in enumerate(found) if not control.isdisjoint(ids)]
+    if not recognised:
+        return found
+    literal = any_of({token.text: token for token in steering if token.text})
+    for i in recognised:
+        cuts = [0, *(match.start() + 1 for match in literal.finditer(texts[i])), len(texts[i])]
+        parts = await engine.tokens([texts[i][a:b] for a, b in itertools.pairwise(cuts)])
+        found[i] = list(itertools.chain.from_iterable(parts))
+        if not control.isdisjoint(found[i]):
+            raise EngineError("The tokenizer makes control tokens out of plain text.")
+    return found
+
+
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbouring plain pieces as one, so that they are tokenized as one; empty ones dropped."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        elif piece != "":
+            joined.append(piece)
+    return joined
+
+
+def any_of(literals: Mapping[str, ControlToken]) -> re.Pattern[str]:
+    """The longest literal first, as llama.cpp looks for them. Of no literals: what never matches.
+
+    As a tree of their common beginnings: a vocabulary has thousands that begin alike, and a text may repeat that beginning.
+    Tried one by one, 6,000 cost 84 µs for each character.
+    """
+    return re.compile(_branches(sorted(filter(None, literals))) or r"(?!)")
+
+
+def _branches(literals: Sequence[str]) -> str:
+    """literals: sorted. What begins alike becomes one branch, whose greedy rest has the longest first."""
+    branches = []
+    for _, group in itertools.groupby(literals, lambda literal: literal[0]):
+        alike = list(group)
+        begin = os.path.commonprefix(alike)  # noqa: RUF071 - they are no paths
+        rests = [literal[len(begin) :] for literal in alike]
+        optional = "?" if rests[0] == "" else ""
+        rest = _branches([each for each in rests if each])
+        branches.append(re.escape(begin) + (rest and f"(?:{rest}){optional}"))
+    return "|".join(branches)

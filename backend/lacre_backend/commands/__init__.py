@@ -1,0 +1,65 @@
+"""`lacre worker`, `lacre worker check` and `lacre worker tune`."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer(no_args_is_help=True)
+SettingsFile = Annotated[Path, typer.Option("--settings", help="The worker's settings file (TOML).")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands, where what they need is installed."""
+    if find_spec("nats") is not None and find_spec("llama_cpp") is not None and find_spec("pydantic") is not None:
+        app.add_typer(commands, name="worker")
+
+
+@commands.callback(invoke_without_command=True)
+def worker(
+    context: typer.Context,
+    settings: Annotated[Path | None, typer.Option(help="The worker's settings file (TOML).")] = None,
+    node: Annotated[str | None, typer.Option(help="Its own name in the pool, where several share the settings.")] = None,
+) -> None:
+    """Run a worker: it dials out to the fabric, opens sealed requests and answers them with its models."""
+    if context.invoked_subcommand is not None:
+        return
+    if settings is None:
+        raise typer.BadParameter("name the worker's settings file", param_hint="--settings")
+    import uvloop
+
+    from lacre_backend.serve import serve
+    from lacre_backend.settings import load
+    from lacre_fabric.logs import last_words
+    from lacre_fabric.nats.subjects import check_name
+
+    with last_words(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        found = load(settings)
+        if node is not None:
+            found = found.model_copy(update={"node": check_name("node", node)})
+        runner.run(serve(found))
+
+
+@commands.command()
+def tune(settings: SettingsFile) -> None:
+    """Measure on this machine how each model runs fastest, and write the choice and its figures into the settings."""
+    from lacre_backend.commands.tune import run
+
+    run(settings, typer.echo)
+
+
+@commands.command()
+def check(settings: SettingsFile) -> None:
+    """Look at everything that this worker needs, and say what to do about what is wrong. It serves nothing."""
+    from lacre_backend.commands.check import examine
+
+    reasons = examine(settings)
+    for reason in reasons:
+        typer.echo(f"failed {reason.kind}: {reason.detail}\n  to do: {reason.remedy}")
+    if reasons:
+        raise typer.Exit(1)
+    typer.echo("ok: this worker can serve")

@@ -1,0 +1,89 @@
+"""`lacre worker check`: looks at everything that this worker needs to serve, and says what to do about what is wrong.
+
+It takes no work, announces nothing and loads no model. It can run beside the worker that it looks at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from lacre.errors import LacreError
+from lacre.jose.jws import raw_public_key
+from lacre_backend.engine.gguf import find
+from lacre_backend.keyring import KeyRing
+from lacre_backend.node.claims import FAILURES, ClaimsProbe
+from lacre_backend.node.readiness import Holding, Reason, against, unread
+from lacre_backend.settings import Settings, load
+from lacre_backend.upstream.probe import Probe
+from lacre_fabric.keys import pool_keys
+from lacre_fabric.keys.kms.wrapping import keeping
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.manifest_feed import ManifestFeed
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.nats.worker import try_claim
+
+
+def examine(file: Path) -> list[Reason]:
+    """file: the settings file. What speaks against the worker; empty where it can serve. Never raises for what is wrong."""
+    found: list[Reason] = []
+    settings: Settings | None = None
+    with _noted(found, "settings"):
+        settings = load(file)
+    return found if settings is None else found + asyncio.run(_examine(settings))
+
+
+async def _examine(settings: Settings) -> list[Reason]:
+    found: list[Reason] = []
+    held = _held(settings, found)
+    if settings.upstream is not None:
+        probe = Probe(settings.upstream)
+        await probe.look()
+        await probe.close()
+        found += [reason for reason in (probe.reason(),) if reason is not None]
+    with _noted(found, "fabric"):
+        connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
+        try:
+            found += await _on_the_fabric(settings, connection, held)
+        finally:
+            await connection.close()
+    return found
+
+
+def _held(settings: Settings, found: list[Reason]) -> Holding | None:
+    """The files that it names; what it holds, where all can be read."""
+    names: tuple[str, ...] = tuple(model.name for model in settings.upstream.models) if settings.upstream else ()
+    for model in settings.models:
+        with _noted(found, "model"):
+            names += (find(model.path, model.name).name,)
+    with _noted(found, "keys"), keeping(settings.kms, settings.pool) as kept:
+        ring = KeyRing(settings.keys, kept)
+        keys = frozenset(ring.fingerprints())
+        ring.close()
+        receipt_key = raw_public_key(pool_keys.read_receipt_key(settings.receipt_key, kept))
+        return Holding(settings.pool, names, keys, receipt_key)
+    return None
+
+
+async def _on_the_fabric(settings: Settings, connection: Connection, held: Holding | None) -> list[Reason]:
+    feed = ManifestFeed(connection.manifest, settings.root)  # remembers nothing: that is the running worker's
+    await feed.catch_up()
+    found = [] if feed.known else [unread(feed)]
+    if feed.known and held is not None:
+        found += against(feed.manifest, held, time.time())
+    probe = ClaimsProbe(partial(try_claim, connection, settings.pool))
+    for _ in range(FAILURES):
+        await probe.look()
+    return found + [reason for reason in (probe.reason(),) if reason is not None]
+
+
+@contextmanager
+def _noted(found: list[Reason], kind: str) -> Iterator[None]:
+    try:
+        yield
+    except LacreError as exc:
+        found.append(Reason(kind, str(exc), exc.remedy))

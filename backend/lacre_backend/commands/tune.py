@@ -1,0 +1,84 @@
+"""`lacre worker tune`: measures each model of a settings file and writes what was best into it, with the figures beside it.
+
+Rules
+- Of the file only the chosen keys and our own comment change; every other line stays as it is.
+- The new file is read and checked before it takes the old one's place, which it does at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from lacre.errors import SettingsError
+from lacre_backend.engine.gguf import find
+from lacre_backend.engine.model import Facts
+from lacre_backend.engine.protocol import Kind
+from lacre_backend.engine.sizing import LlamaSettings, derive
+from lacre_backend.engine.tune import SLOTS, Choice, tune
+from lacre_backend.serve import options
+from lacre_backend.settings import load
+
+_MARK: Final = "# measured by `lacre worker tune`:"
+_TABLE: Final = re.compile(r"\s*\[")
+_MODEL: Final = re.compile(r"\s*\[\[\s*models\s*\]\]")
+
+
+def run(path: Path, report: Callable[[str], None]) -> None:
+    """Tune every model of the settings file. A link to it stays one. Raises SettingsError."""
+    path = path.resolve()
+    settings = load(path)
+    if not settings.models:
+        raise SettingsError(f"{path} has no models of its own: what is behind an upstream is tuned there")
+    text = path.read_text(encoding="utf-8")
+    for index, model in enumerate(settings.models):
+        file = find(model.path, model.name)
+        if Facts.read(file.path).kind is Kind.EMBED:
+            report(f"{file.name}: embeds, and has nothing to tune")
+            continue
+        wanted = options(model)
+        most = max((slots for slots in SLOTS if _fits(file.path, replace(wanted, slots=slots, cells=None))), default=1)
+        report(f"{file.name}: measuring")
+        choice = tune(file.path, wanted.gpu, most=most)
+        for line in choice.table():
+            report("  " + line)
+        report(f"  chosen: {choice.way}, {choice.slots} slots")
+        text = written(text, index, values(choice), choice.table())
+    draft = path.with_name(path.name + ".tuned")
+    draft.write_text(text, encoding="utf-8")
+    draft.chmod(path.stat().st_mode & 0o777)
+    load(draft)
+    draft.replace(path)
+
+
+def values(choice: Choice) -> dict[str, str]:
+    """As TOML. A unified cache needs no size of its own: all the slots' contexts."""
+    way = choice.way
+    flags = {"flash": way.flash, "unified": way.unified}
+    numbers = {"threads": str(way.threads), "slots": str(choice.slots)}
+    return numbers | {name: str(flag).lower() for name, flag in flags.items()}
+
+
+def written(text: str, index: int, values: Mapping[str, str], table: list[str]) -> str:
+    """The file's text with `values` in its `index`-th `[[models]]` table, and our comment above them."""
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if _MODEL.match(line)]
+    if index >= len(starts):
+        raise SettingsError("The settings write `models` in another form than [[models]] tables. Write them as such tables.")
+    begin = starts[index] + 1
+    end = next((i for i in range(begin, len(lines)) if _TABLE.match(lines[i])), len(lines))
+    ours = re.compile(rf"\s*({'|'.join(values)})\s*=|{re.escape(_MARK)}|#\|")
+    kept = [line for line in lines[begin:end] if not ours.match(line)]
+    fresh = [_MARK, *(f"#| {line}" for line in table), *(f"{name} = {value}" for name, value in values.items())]
+    return "\n".join([*lines[:begin], *fresh, *kept, *lines[end:]]) + "\n"
+
+
+def _fits(path: Path, settings: LlamaSettings) -> bool:
+    try:
+        derive(path, settings)
+    except SettingsError:
+        return False
+    return True

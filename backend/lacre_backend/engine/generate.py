@@ -1,0 +1,495 @@
+"""llama.cpp behind the engine protocol: many sequences in one context, one long-lived thread that decodes.
+
+Rules
+- The scheduler decides, the context executes, the samplers choose; this file moves what they say between them and the callers.
+- The context, the scheduler and the samplers belong to the decode thread alone. Callers leave tasks and cancellations behind a
+  lock; the thread takes them up between steps, so that each takes effect within one.
+- Nothing about a prompt or an answer is logged, or part of an error.
+- What is cached for a scope is removed `SCOPE_LIFE` after its last use, and where nothing is cached or running the cells' data
+  is overwritten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from lacre.runtime import tasks
+from lacre_backend.engine.context import Compute, Context
+from lacre_backend.engine.delivery import EventStream, Outbox
+from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
+from lacre_backend.engine.model import Model
+from lacre_backend.engine.pace import Pace
+from lacre_backend.engine.plan import Plan
+from lacre_backend.engine.protocol import (
+    DIED,
+    Alternative,
+    EngineError,
+    Event,
+    Finish,
+    FinishReason,
+    Grammar,
+    ModelInfo,
+    Read,
+    Task,
+    TaskRefused,
+    Token,
+    Watch,
+    check,
+)
+from lacre_backend.engine.rows import Rows
+from lacre_backend.engine.sampling import Logits, Sampler, choose, logprob
+from lacre_backend.engine.scheduler import Scheduler
+from lacre_backend.engine.sizing import LlamaSettings, derive
+from lacre_backend.engine.text import TextStream
+from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.engine.tokens import Tokens
+
+__all__ = ["LlamaEngine", "LlamaSettings"]
+
+CLOSE_LIMIT: Final = 30.0  # seconds for a step under way: a large one takes some on a slow machine
+SCOPE_LIFE: Final = 3600.0  # seconds: the SDK changes its salt by the hour
+_TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
+_TELL_EACH: Final = 128  # tokens of a prompt: what is told of its reading with every step would slow the steps down
+_MASK_LOOK: Final = 0.05  # seconds between looks at deadlines while nothing but a mask is waited for
+_LOOK: Final = 60.0  # seconds between looks for expired scopes while there is work
+
+
+class _Job:
+    """A task from its submission to its finish. The decode thread's, but for `cancelled`, which anyone may set."""
+
+    def __init__(self, task: Task, stream: EventStream, sampler: Sampler, text: TextStream, limit: int) -> None:
+        self.task = task
+        self.tokens = Tokens(task.prompt, task.begun, chained=task.cache_scope is not None)
+        self.stream = stream
+        self.sampler = sampler
+        self.limit = limit  # tokens to generate: what was asked, and what the context has room for
+        self.text = text
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.told = 0  # prompt tokens, of which the stream knows that they were read
+        self.cancelled = False
+        self.ended = False
+        self.deadline: float | None = None
+
+    @property
+    def lacks_tokens(self) -> bool:
+        """Whether there is anything to generate."""
+        return self.limit > 0 and not self.text.stopped
+
+    def interrupted(self, now: float) -> FinishReason | None:
+        """Why to stop between two steps, if there is a reason."""
+        if self.cancelled or self.stream.abandoned:
+            return "cancelled"
+        if self.deadline is not None and now >= self.deadline:
+            return "length"
+        return None
+
+    def finish(self, reason: FinishReason) -> Finish:
+        text = "" if self.text.stopped else self.text.flush()
+        if self.text.stopped and reason == "length":
+            reason = "stop"
+        return Finish(reason, len(self.task.sequence), self.cached_tokens, self.completion_tokens, text)
+
+
+class LlamaEngine:
+    """An `Engine`. slots: how many tasks run at a time; further ones wait."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str,
+        digest: str,
+        settings: LlamaSettings | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Load `path`. tokenizer: of that file; its own where there is none yet. It is closed with the engine.
+
+        Raises `SettingsError` if llama.cpp cannot, or the machine has no room for it.
+        """
+        settings = settings or LlamaSettings()
+        tokenizer = tokenizer or Tokenizer(path)  # before anything else reads the file: it may abort what reads it
+        shape = derive(path, settings)
+        self._model = Model(path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer)
+        self._context = Context(self._model, shape.limits, Compute(shape.threads, settings.flash))
+        self._scheduler = Scheduler(shape.limits)
+        self._masks = Masks(self._model)
+        self._parked: dict[str, tuple[_Job, Logits]] = {}  # computed, but for the mask that their next token waits for
+        self._pace = Pace(shape.limits.share, shape.limits.burst)
+        self._random = np.random.default_rng()
+        self._outbox = Outbox()
+        self._changed = threading.Condition()
+        self._watch = Watch()
+        self._jobs: dict[str, _Job] = {}  # submitted and not finished
+        self._rows = Rows()  # of choices that were submitted and have not finished
+        self._inbox: list[_Job] = []  # of these, what the decode thread has not seen
+        self._cancelled: list[_Job] = []  # since the decode thread looked
+        self._closing = self._closed = False
+        self._scopes: dict[bytes, float] = {}  # when each was last in use
+        self._look_at_scopes = 0.0  # when next
+        self._dirty = False  # whether there is data of old cells
+        self.steps = 0
+        self.computed_tokens = 0  # submitted to `llama_decode`, fillers not counted
+        self._thread = tasks.thread(f"decode {name}", self._run)
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._model.info
+
+    @property
+    def died(self) -> bool:
+        return self._thread.died is not None
+
+    @property
+    def stuck(self) -> bool:
+        return self._watch.stuck
+
+    @property
+    def slots(self) -> int:
+        return self._scheduler.limits.slots
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Tasks that did not finish, and cells in use, caches included. Exact while nothing runs."""
+        return len(self._jobs), self._scheduler.limits.cells - self._scheduler.free_cells
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._model.tokenizer
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        return self._model.tokenize(text, special)
+
+    async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return await self._model.tokenizer.tokens(texts)
+
+    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
+        return self._masks.compile(source, begun)
+
+    def submit(self, task: Task) -> AsyncIterator[Event]:
+        return self.submit_all([task])[0]
+
+    def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
+        for task in tasks:
+            check(task, self.model)
+        jobs: list[_Job] = []
+        try:
+            for task in tasks:
+                jobs.append(self._begin(task))
+            self._enter([job for job in jobs if job.lacks_tokens])
+        except (EngineError, TaskRefused):
+            for job in jobs:
+                job.sampler.close()
+            raise
+        for job in jobs:
+            if not job.lacks_tokens:
+                job.sampler.close()
+                job.stream.put(job.finish("length"))
+        return [job.stream for job in jobs]
+
+    def _enter(self, jobs: Sequence[_Job]) -> None:
+        """All of them are taken up at once, or none."""
+        with self._changed:
+            if self._closing:
+                raise EngineError(DIED if self.died else "The engine is closed.")
+            new = {job.task.id: job for job in jobs}
+            if len(new) < len(jobs) or not self._jobs.keys().isdisjoint(new):
+                raise TaskRefused("A task of this id is not finished yet.", field="id")
+            self._rows.add([job.task for job in jobs])
+            self._jobs |= new
+            self._inbox += jobs
+            self._changed.notify()
+
+    def _begin(self, task: Task) -> _Job:
+        limit = min(task.max_tokens, self.model.n_ctx - len(task.sequence))
+        constraint = self._constraint(task)
+        text, sampler = TextStream(task.stop), Sampler(self._model, task.sampling, len(task.begun) + limit, constraint)
+        text.begin(map(self._model.piece, task.begun))
+        sampler.begin(task.begun)
+        return _Job(task, EventStream(asyncio.get_running_loop()), sampler, text, limit)
+
+    def _constraint(self, task: Task) -> Constraint | None:
+        grammar = task.sampling.grammar
+        if grammar is None:
+            return None
+        compiled = self._masks.compile(grammar, task.begun) if isinstance(grammar, str) else grammar
+        if not isinstance(compiled, Compiled) or compiled.begun != task.begun:
+            raise TaskRefused("The grammar was made by another engine, or for another beginning.", field="grammar")
+        return self._masks.constrain(compiled)
+
+    def cancel(self, task_id: str) -> None:
+        with self._changed:
+            if job := self._jobs.get(task_id):
+                job.cancelled = True
+                self._cancelled.append(job)
+                self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = self._closing = True  # it is closing already where its thread has died
+            self._changed.notify()
+        ended = self._thread.join(CLOSE_LIMIT)
+        self._model.tokenizer.close()
+        self._masks.close()
+        if ended:  # what a thread still works with is not freed under it
+            self._context.free()
+
+    # The decode thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_up():
+                self._watch.step()
+                self._step()
+                self._watch.rest()
+        finally:
+            self._give_up()
+
+    def _take_up(self) -> bool:
+        """What callers left; waits for it where there is nothing else to do. False: the engine is closing."""
+        while True:
+            with self._changed:
+                if self._closing:
+                    return False
+                idle = not (self._inbox or self._cancelled or self._scheduler.busy)
+                timed_out = idle and not self._changed.wait(self._patience())
+                new, self._inbox = self._inbox, []
+                cancelled, self._cancelled = self._cancelled, []
+            for job in new:
+                task = job.task
+                self._scheduler.submit(task.id, job.tokens, task.cache_scope, fair=task.fair, group=task.group)
+            for job in cancelled:
+                if not job.ended:
+                    self._end(job, "cancelled")
+            if timed_out and not self._scheduler.busy:
+                self._tidy()
+            if self._scheduler.busy:
+                return True
+            self._outbox.flush()
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        self._scheduler.share = self._pace.share(len(self._scheduler.running))
+        if now >= self._look_at_scopes:
+            self._forget(now)
+        self._resume(now)
+        plan = self._scheduler.plan()
+        for task_id in plan.admitted:
+            self._start(self._jobs[task_id], now)
+        working = [self._jobs[segment.task] for segment in plan.segments if segment.task is not None]
+        working += [self._jobs[task_id] for task_id in plan.copied]
+        try:
+            rows = self._context.execute(plan)
+        except EngineError as error:
+            self._fail(working, error)
+            return
+        if plan.segments:
+            self._watch.done()
+            self._dirty = True
+            self._record(plan, time.monotonic() - now)
+        self._tell_read(plan)
+        outputs = [segment.task for segment in plan.segments if segment.output]
+        if any(task_id is not None for task_id in outputs):
+            self._results(outputs, rows)
+        self._begin_copied(plan)
+        self._interrupt(working)
+        self._outbox.flush()
+        if not plan.segments and self._parked:
+            self._await_masks()
+
+    def _start(self, job: _Job, now: float) -> None:
+        job.cached_tokens = self._scheduler.cached(job.task.id)
+        if job.deadline is None and job.task.time_limit is not None:
+            job.deadline = now + job.task.time_limit
+        if job.task.cache_scope is not None:
+            self._scopes[job.task.cache_scope] = now
+
+    def _record(self, plan: Plan, seconds: float) -> None:
+        reading = sum(len(segment.tokens) for segment in plan.segments if segment.task is not None) - plan.generating
+        self._pace.observe(plan.generating, reading, seconds)
+        self.steps += 1
+        self.computed_tokens += reading + plan.generating
+
+    def _tell_read(self, plan: Plan) -> None:
+        """How far prompts are read that take more steps; one that is read again, after its task lost its cells, is no news."""
+        for segment in plan.segments:
+            if segment.task is not None and not segment.output:
+                job = self._jobs[segment.task]
+                read = segment.start + len(segment.tokens)
+                if job.completion_tokens == 0 and read >= job.told + _TELL_EACH:
+                    job.told = read
+                    self._outbox.post(job.stream, Read(read, job.cached_tokens))
+
+    def _results(self, outputs: list[str | None], rows: list[int]) -> None:
+        logits = self._context.logits(len(rows))
+        jobs = [None if task_id is None else self._jobs[task_id] for task_id in outputs]  # a filler's are not looked at
+        self._keep(jobs, logits)
+        for job in jobs:
+            if job is not None:  # one that was sent back while it waited for its mask, and read again: these logits are its own
+                self._parked.pop(job.task.id, None)
+        until = time.monotonic() + GRACE
+        late = {i for i, job in enumerate(jobs) if job is not None and not job.sampler.ready(until - time.monotonic())}
+        for i in late:
+            self._park(jobs[i], logits[i])
+        wanted = [i for i, job in enumerate(jobs) if job is not None and i not in late]
+        if len(wanted) < len(outputs):
+            logits, rows = logits[wanted], [rows[i] for i in wanted]
+        self._choose([job for i in wanted if (job := jobs[i]) is not None], rows, logits)
+
+    def _keep(self, jobs: list[_Job | None], logits: Logits) -> None:
+        """The rows at the ends of prompts that have more choices."""
+        with self._changed:
+            for job, row in zip(jobs, logits, strict=True):
+                if job is not None and job.completion_tokens == 0:
+                    self._rows.keep(job.task, row)
+
+    def _begin_copied(self, plan: Plan) -> None:
+        """The first tokens of choices whose prompt a sibling read."""
+        for task_id in plan.copied:
+            job = self._jobs[task_id]
+            with self._changed:
+                row = self._rows.of(job.task)
+            if task_id in self._parked:
+                continue  # it was sent back while it waited for its mask, and still does
+            if row is None:
+                self._drop(job, EngineError("The prompt of a choice was lost. Send the request again."), keep=False)
+            elif job.sampler.ready(0):
+                self._choose([job], [None], row[None])
+            else:
+                self._park(job, row)
+
+    def _choose(self, jobs: list[_Job], rows: Sequence[int | None], logits: Logits) -> None:
+        """rows: where in the batch each job's output is; None where it is from an earlier one."""
+        if not jobs:
+            return
+        tokens = choose([job.sampler for job in jobs], self._context.pointer, rows, logits, self._random)
+        now = time.monotonic()
+        for job, token, row in zip(jobs, tokens, logits, strict=True):
+            if reason := job.interrupted(now):
+                self._end(job, reason)
+            elif isinstance(token, EngineError):
+                self._drop(job, token, keep=True)
+            elif self._model.ends(token):
+                self._end(job, "stop")
+            else:
+                self._emit(job, token, row)
+
+    def _emit(self, job: _Job, token: int, logits: Logits) -> None:
+        raw = self._model.piece(token)
+        job.completion_tokens += 1
+        chosen: float | None = None
+        top: tuple[Alternative, ...] = ()
+        if job.task.logprobs is not None:
+            chosen, top = logprob(self._model, logits, token, job.task.logprobs)
+        self._outbox.post(job.stream, Token(token, job.text.push(raw), raw, chosen, top, job.cached_tokens))
+        if job.text.stopped:
+            self._end(job, "stop")
+        elif job.completion_tokens >= job.limit:
+            self._end(job, "length")
+        else:
+            job.sampler.accept(token)
+            self._scheduler.advance(job.task.id, token)
+
+    # Masks that are late
+
+    def _park(self, job: _Job | None, logits: Logits) -> None:
+        """The others go on; this one's token is chosen once its mask is there."""
+        if job is not None and job.sampler.constraint is not None:
+            job.sampler.constraint.waiting = self._wake
+            self._parked[job.task.id] = job, logits.copy()
+
+    def _resume(self, now: float) -> None:
+        """Choose for what was parked and has its mask now, or ends for another reason."""
+        for task_id, (job, logits) in list(self._parked.items()):
+            if reason := job.interrupted(now):
+                self._end(job, reason)
+            elif job.sampler.ready(0):
+                del self._parked[task_id]
+                self._choose([job], [None], logits[None])
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _await_masks(self) -> None:
+        """Nothing else is to be done: wait for a mask, or for what callers leave."""
+        with self._changed:
+            late = all(not job.sampler.ready(0) for job, _ in self._parked.values())
+            if late and not (self._closing or self._inbox or self._cancelled):
+                self._changed.wait(_MASK_LOOK)
+
+    def _interrupt(self, working: list[_Job]) -> None:
+        """Tasks whose time is up while they still read their prompt, or that nobody listens to any more."""
+        now = time.monotonic()
+        for job in working:
+            if not job.ended and (reason := job.interrupted(now)):
+                self._end(job, reason)
+
+    def _end(self, job: _Job, reason: FinishReason) -> None:
+        self._drop(job, job.finish(reason), keep=True)
+
+    def _drop(self, job: _Job, event: Finish | EngineError, *, keep: bool) -> None:
+        job.ended = True
+        self._parked.pop(job.task.id, None)  # nothing of an answer that is over stays here while nothing else runs
+        self._scheduler.end(job.task.id, keep=keep)
+        if keep and job.task.cache_scope is not None:
+            self._scopes[job.task.cache_scope] = time.monotonic()
+        with self._changed:
+            del self._jobs[job.task.id]
+            self._rows.remove(job.task)
+        self._outbox.post(job.stream, event)
+        job.sampler.close()
+
+    def _fail(self, working: list[_Job], error: EngineError) -> None:
+        """A step that failed: nothing it touched can be trusted to be in the cache."""
+        for job in working:
+            self._drop(job, error, keep=False)
+        self._outbox.flush()
+        self._watch.failed(error)
+
+    def _give_up(self) -> None:
+        """The thread ends: nobody may wait for it any longer."""
+        with self._changed:
+            closed, self._closing = self._closing, True
+            jobs = list(self._jobs.values())
+            self._jobs.clear()
+            self._inbox.clear()
+        for job in jobs:
+            broken = EngineError(DIED)
+            self._outbox.post(job.stream, job.finish("cancelled") if closed else broken)
+            job.sampler.close()
+        self._outbox.flush()
+
+    # Caches
+
+    def _patience(self) -> float | None:
+        """How long to wait for work before tidying up."""
+        if self._dirty and not self._scopes:
+            return _TIDY
+        return min(self._scopes.values()) + SCOPE_LIFE + 1 - time.monotonic() if self._scopes else None
+
+    def _tidy(self) -> None:
+        """Nothing runs: remove what has expired; overwrite the data where nothing is left."""
+        now = time.monotonic()
+        self._forget(now)
+        plan = self._scheduler.plan()
+        self._context.execute(replace(plan, segments=(), after=()))
+        if self._dirty and not self._scheduler.scopes:
+            self._context.wipe()
+            self._dirty = False
+
+    def _forget(self, now: float) -> None:
+        self._look_at_scopes = now + _LOOK
+        for scope in [scope for scope, used in self._scopes.items() if now - used > SCOPE_LIFE]:
+            del self._scopes[scope]
+            self._scheduler.forget(scope)

@@ -1,0 +1,42 @@
+"""Is what was sealed what was granted? Decides from an opened request, its grant and a clock value; the refusals go out sealed.
+
+The inside may leave out a copy of an outer value, and never differ from the grant. The application's own server checks the
+body against `lacre.call`; here are the parts that every sealed request has.
+"""
+
+from __future__ import annotations
+
+from lacre.asgi import AUTHORITY, SCHEME, Opened, decoded_path
+from lacre.asgi.admission import SealedRefusal, check_date, check_path
+from lacre.exchange.request import action_of
+from lacre_fabric.work.grants import Grant
+
+
+def check(opened: Opened, grant: Grant, now: float) -> SealedRefusal | None:
+    """None where the request may run. now: seconds since the epoch."""
+    return check_date(opened, now) or check_path(opened) or _check_copies(opened, grant)
+
+
+def _check_copies(opened: Opened, grant: Grant) -> SealedRefusal | None:
+    request = opened.request
+    if (request.scheme, request.authority) != (SCHEME, AUTHORITY):
+        return _mismatch("authority")
+    copies = {
+        "lacre-pool": grant.pool,
+        "lacre-model": grant.model,
+        "lacre-action": grant.action,
+        "lacre-max-tokens": str(grant.max_tokens),
+        "lacre-shape": grant.shape,
+    }
+    for name, granted in copies.items():
+        if any(value != granted for value in opened.headers(name)):
+            return _mismatch(name.removeprefix("lacre-").replace("-", "_"))
+    if action_of(request.method, decoded_path(request)) != grant.action:  # as the app will read it
+        return _mismatch("action")
+    return None
+
+
+def _mismatch(what: str) -> SealedRefusal:
+    message = f"the sealed request's {what} is not what the gateway granted"
+    error = {"message": message, "type": "invalid_request_error", "param": what, "code": "grant_mismatch"}
+    return SealedRefusal(403, {"error": error})

@@ -1,0 +1,355 @@
+"""The node: pulls sealed work, opens it, lets an ASGI app answer, and seals each piece as it is produced.
+
+Rules:
+- Nothing of a request is acted on before its grant verified, over the very bytes that came, and it opened.
+- No frame leaves before this attempt has claimed the request in the whole pool. A loser says nothing. A local memory refuses a
+  replay even where the fabric has forgotten.
+- The app is not called before the claim either, but for actions whose app says that doing them twice harms nobody
+  (`repeatable`): it begins while the claim is on its way, and is stopped where that is lost.
+- What was delivered before is not begun here: the worker that had it may have been lost by it. That it was lost is told, and
+  whether it had claimed the request; the claim is taken, so that it cannot be claimed late.
+- What is withdrawn is paid for as far as it came: the last frame is the receipt.
+- What is wrong before opening goes out as a problem type; what is wrong after it goes out sealed.
+- Logs carry ids, counts and durations; never content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre import asgi, problems
+from lacre.asgi.admission import Seen, check_date, sent_at
+from lacre.errors import Expired, LacreError, UnknownKeyId
+from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.jose.jws import b64u
+from lacre.runtime import tasks
+from lacre.trust.manifest import Manifest
+from lacre.wire.header import SealedHeader
+from lacre.wire.opening import PrivateKey
+from lacre.wire.padding import SHAPES, shape_named
+from lacre_backend.node import grant_check
+from lacre_fabric import logs
+from lacre_fabric.work.contract import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
+from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.grants import Grant
+
+RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is away
+_ANSWER_END: Final = 2 * tasks.END_LIMIT  # seconds that a cancelled answer has; its app has the half of it
+LEAVE: Final = 2 * _ANSWER_END  # seconds that cancelled requests have at the end of a drain: they also tell who waits
+# Seconds that a claim is tried for. A bucket has a new leader within nine; a gateway waits some ten for the first frame.
+CLAIM_PATIENCE: Final = 8.0
+CLAIM_AGAIN: Final = 0.2  # seconds between those tries
+NO_MANIFEST: Final = 0.2  # seconds between looks for a first one
+
+log = structlog.get_logger("lacre.node")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a node is: its pool, and what it opens and signs with.
+
+    look_for_keys: looks whether there are new ones; asked before a key id counts as unknown.
+    """
+
+    pool: str
+    keys: Callable[[], Mapping[int, PrivateKey]]
+    receipt_key: Ed25519PrivateKey = field(repr=False)
+    manifest: Callable[[], Manifest]
+    look_for_keys: Callable[[], bool] = lambda: False
+
+
+class _Refused(Exception):
+    """Not to be worked on: `problem` says why, and goes out unsealed."""
+
+    def __init__(self, problem: problems.Problem) -> None:
+        super().__init__(problem.slug)
+        self.problem = problem
+
+
+class _Replayed(Exception):
+    """Another attempt has the request, or had it: nothing is said."""
+
+
+class Node:
+    """app: what answers. repeatable: the actions that it may begin before the claim. weighs: those of which it says how many
+    sequences a request is; one of another action counts as one. clock: seconds since the epoch. claim_patience: seconds that a
+    claim is tried for.
+    """  # fmt: skip
+
+    def __init__(
+        self,
+        fabric: WorkerFabric,
+        app: asgi.App,
+        identity: Identity,
+        *,
+        repeatable: Collection[str] = (),
+        weighs: Collection[str] = (),
+        clock: Callable[[], float] = time.time,
+        claim_patience: float = CLAIM_PATIENCE,
+    ) -> None:
+        self._claim_patience = claim_patience
+        self._fabric = fabric
+        self._app = app
+        self._identity = identity
+        self._repeatable = frozenset(repeatable)
+        self._weighs = frozenset(weighs)
+        self._clock = clock
+        self._seen = Seen(lifetime=CLAIM_TTL)
+        self._running: set[asyncio.Task[object]] = set()
+
+    async def run(self) -> None:
+        """Pulls and answers until cancelled; what was pulled goes on then, until `drain` or `close`.
+
+        Before its first manifest it can verify no grant: what waits is left to those who can.
+        """
+        while True:
+            if not self._has_manifest():
+                await asyncio.sleep(NO_MANIFEST)
+                continue
+            try:
+                delivery = await self._fabric.pull()
+                if self._weighs:
+                    self._fabric.weigh(delivery, None)
+            except FabricUnavailable as exc:
+                log.warning("fabric.unavailable", reason=str(exc))
+                await asyncio.sleep(RECONNECT)
+                continue
+            task = tasks.detach("request", self._serve(delivery))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    def _has_manifest(self) -> bool:
+        try:
+            self._identity.manifest()
+        except LacreError:
+            return False
+        return True
+
+    async def drain(self, limit: float) -> None:
+        """Lets what runs finish, for `limit` seconds at most; then cancels it, and waits `LEAVE` seconds at most."""
+        await self._fabric.drain()
+        if self._running:
+            await asyncio.wait(self._running, timeout=limit)
+        await tasks.end(*self._running, limit=LEAVE)
+
+    async def _serve(self, delivery: Delivery) -> None:
+        began = time.monotonic()
+        outcome = "failed"
+        try:
+            outcome = await self._work(delivery)
+        except _Refused as refused:
+            outcome = refused.problem.slug
+            await _tell(delivery, refused.problem)
+        except _Replayed:
+            outcome = "replayed"
+        except Cancelled:
+            outcome = "cancelled"
+        except FabricUnavailable:  # this worker is well: who waits need not take it for lost, and sends the request again
+            outcome = "fabric-lost"
+            await _tell(delivery, problems.BUSY)
+        except asyncio.CancelledError:  # the end of a drain: whoever waits need not find out by silence
+            outcome = "drained"
+            await _tell(delivery, problems.WORKER_LOST)
+            raise
+        except asgi.AppFailed as exc:
+            log.error("app.failed", request_id=delivery.work.request_id, **logs.places(exc.__cause__ or exc))
+            outcome = "app-failed"
+            await _tell(delivery, problems.INTERNAL)
+        except Exception:  # a fault of ours ends this request alone; who waits is told, and the log has it whole
+            await _tell(delivery, problems.INTERNAL)
+            raise
+        finally:
+            try:
+                await delivery.drop()
+            finally:
+                self._fabric.release(delivery)
+            seconds = round(time.monotonic() - began, 3)
+            log.info("work.done", request_id=delivery.work.request_id, outcome=outcome, seconds=seconds)
+
+    async def _work(self, delivery: Delivery) -> str:
+        grant = self._verify_grant(delivery)
+        if delivery.again:
+            raise _Refused(problems.UNCLAIMED if await self._claimed(delivery) else problems.WORKER_LOST)
+        opened = self._open(delivery)
+        now = self._clock()
+        digest = opened.header.digest
+        if self._seen.has(digest, now):
+            raise _Replayed
+        refusal = check_date(opened, now, seen=self._seen)
+        if refusal is None and not self._seen.add(digest, now, sent_at(opened)):
+            raise _Replayed
+        if self._weighs and grant.action not in self._weighs:
+            self._fabric.weigh(delivery, 1)
+        call = asgi.Call(
+            request_id=grant.jti,
+            model=grant.model,
+            action=grant.action,
+            max_tokens=grant.max_tokens,
+            max_prompt_tokens=grant.max_prompt_tokens,
+            features=frozenset(grant.features),
+            fair=grant.fair,
+            weigh=partial(self._weigh, asyncio.get_running_loop(), delivery),
+        )
+        receipts = _Receipts(self._identity.receipt_key, grant, call.usage, now, self._clock)
+        refusal = refusal or grant_check.check(opened, grant, now)
+        if refusal is not None:
+            await self._claim(delivery)
+            receipt = receipts.sign(final=True)
+            sealed = asgi.refuse(
+                opened, refusal.status, refusal.body, refusal.media_type, refusal.headers, trailers=((TRAILER, receipt),)
+            )
+            await delivery.send(Kind.DATA, sealed)
+            await delivery.send(Kind.USAGE, receipt.encode())
+            return "refused-inside"
+        await self._answer(delivery, opened, call, receipts)
+        return "answered"
+
+    def _weigh(self, loop: asyncio.AbstractEventLoop, delivery: Delivery, sequences: int) -> None:
+        """Called by the app, in its own thread."""
+        loop.call_soon_threadsafe(partial(self._fabric.weigh, delivery, sequences))
+
+    def _verify_grant(self, delivery: Delivery) -> Grant:
+        work = delivery.work
+        try:
+            manifest, now = self._identity.manifest(), self._clock()
+            if now >= manifest.expires_at:  # or a fabric that withholds the next one would keep a withdrawn grant key alive
+                raise Expired("the manifest has expired, and with it the key that verifies grants")
+            grant = Grant.verify(work.grant, manifest.gateway_key, now)
+        except LacreError as exc:
+            log.warning("grant.refused", request_id=work.request_id, kind=type(exc).__name__)
+            raise _Refused(problems.INVALID_GRANT) from exc
+        try:
+            digest = SealedHeader.parse(work.sealed).digest
+        except LacreError as exc:
+            raise _Refused(problems.INVALID_REQUEST) from exc
+        # Work's own fields come from the fabric, which proves nothing: the signature and these bytes do.
+        expected = (self._identity.pool, b64u(digest), work.model)
+        if (grant.pool, grant.enc, grant.model) != expected or grant.shape not in SHAPES:
+            log.warning("grant.refused", request_id=work.request_id, kind="mismatch")
+            raise _Refused(problems.INVALID_GRANT)
+        return grant
+
+    def _open(self, delivery: Delivery, *, look: bool = True) -> asgi.Opened:
+        try:
+            return asgi.open_sealed(delivery.work.sealed, self._identity.keys())
+        except UnknownKeyId as exc:
+            if look and self._identity.look_for_keys():
+                return self._open(delivery, look=False)
+            raise _Refused(problems.UNKNOWN_KEY) from exc
+        except LacreError as exc:
+            raise _Refused(problems.INVALID_REQUEST) from exc
+
+    async def _answer(self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts) -> None:
+        """Streams the answer, beats beside it, and stops at once when the gateway withdraws the request, or another has it."""
+        claimed = asyncio.Event()
+        streaming = tasks.spawn("answer", self._stream(delivery, opened, call, receipts, claimed))
+        beating = tasks.spawn("claim and beats", self._claim_and_beat(delivery, receipts, claimed))
+        withdrawn = tasks.spawn("withdrawal", delivery.cancelled.wait())
+        try:
+            await asyncio.wait({streaming, beating, withdrawn}, return_when=asyncio.FIRST_COMPLETED)
+            if streaming.done():
+                await streaming
+            elif beating.done():
+                await beating
+            else:
+                raise Cancelled("the gateway withdrew the request")
+        except Cancelled:
+            await tasks.end(streaming, limit=_ANSWER_END)  # what it made until now is counted
+            if claimed.is_set():
+                await delivery.stop(receipts.sign(final=True).encode())
+            raise
+        finally:
+            await tasks.end(streaming, beating, withdrawn, limit=_ANSWER_END, expected=(_Replayed,))
+
+    async def _claim_and_beat(self, delivery: Delivery, receipts: _Receipts, claimed: asyncio.Event) -> None:
+        """The first beat at once: until a frame has left, a claimed request of a dead worker looks like one in the queue.
+
+        Ends only by raising: _Replayed, or what sending does.
+        """
+        await self._claim(delivery)
+        claimed.set()
+        await _beat(delivery, receipts)
+
+    async def _claim(self, delivery: Delivery) -> None:
+        """Raises _Replayed, or FabricUnavailable."""
+        if not await self._claimed(delivery):
+            raise _Replayed
+
+    async def _claimed(self, delivery: Delivery) -> bool:
+        """Whether this attempt has the request. While the claims have no leader it asks again, and the answer is made."""
+        deadline = time.monotonic() + self._claim_patience
+        while True:
+            try:
+                return await delivery.claim()
+            except FabricUnavailable:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(CLAIM_AGAIN)
+
+    async def _stream(
+        self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts, claimed: asyncio.Event
+    ) -> None:
+        final: list[str] = []
+
+        def trailers() -> tuple[tuple[str, str], ...]:
+            final.append(receipts.sign(final=True))
+            return ((TRAILER, final[0]),)
+
+        if call.action not in self._repeatable:
+            await claimed.wait()
+        shape = shape_named(receipts.grant.shape)
+        try:
+            async with aclosing(asgi.answer(self._app, opened, call, shape=shape, trailers=trailers)) as pieces:
+                async for piece in pieces:
+                    await claimed.wait()
+                    await delivery.send(Kind.DATA, piece)
+        except asgi.AppFailed:
+            await claimed.wait()  # to say that is the winner's as well
+            raise
+        await delivery.send(Kind.USAGE, final[0].encode())
+
+
+async def _tell(delivery: Delivery, problem: problems.Problem) -> None:
+    """Ends the work with an error frame, where somebody still listens."""
+    with suppress(Cancelled, FabricUnavailable):
+        await delivery.reject(problem.type)
+
+
+@dataclass(frozen=True, slots=True)
+class _Receipts:
+    """Signs what a call used so far."""
+
+    key: Ed25519PrivateKey = field(repr=False)
+    grant: Grant
+    usage: asgi.Usage
+    start: float
+    clock: Callable[[], float]
+
+    def sign(self, *, final: bool) -> str:
+        usage = self.usage
+        return Receipt(
+            enc=self.grant.enc,
+            model=usage.model_digest,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            start=self.start,
+            end=self.clock(),
+            final=final,
+        ).sign(self.key)
+
+
+async def _beat(delivery: Delivery, receipts: _Receipts) -> None:
+    """Ends only by raising what sending does."""
+    while True:
+        await delivery.send(Kind.BEAT, receipts.sign(final=False).encode())
+        await asyncio.sleep(BEAT)

@@ -1,0 +1,208 @@
+"""The worker process: loads the models, joins the fabric and runs the node until SIGTERM, then drains."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import structlog
+
+from lacre.errors import SettingsError
+from lacre.jose.jws import raw_public_key
+from lacre.runtime import tasks
+from lacre_backend import health
+from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
+from lacre_backend.app_thread import Elsewhere
+from lacre_backend.engine.embed import LlamaEmbedder
+from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
+from lacre_backend.engine.gguf import DEFAULT_MODEL, find
+from lacre_backend.engine.model import Facts, Gpu
+from lacre_backend.engine.protocol import Kind
+from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.keyring import KeyRing
+from lacre_backend.node.claims import ClaimsProbe
+from lacre_backend.node.node import Identity, Node
+from lacre_backend.node.readiness import Holding, Part, Readiness, alive
+from lacre_backend.settings import Model, Settings
+from lacre_backend.upstream import app as upstream
+from lacre_backend.upstream.probe import Probe
+from lacre_fabric import logs
+from lacre_fabric.keys import pool_keys
+from lacre_fabric.keys.kms.wrapping import Keeping, keeping
+from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.nats.worker import NatsWorker
+from lacre_fabric.operate.model_names import from_file
+from lacre_fabric.work.slots import shares
+
+log = structlog.get_logger("lacre.worker")
+
+
+async def serve(settings: Settings) -> None:
+    """Raises SettingsError, KmsError or FabricUnavailable where it cannot start, and TaskDied where a part of it died."""
+    logs.configure(sys.stderr)
+    await tasks.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    async with AsyncExitStack() as stack:
+        kept = stack.enter_context(keeping(settings.kms, settings.pool))
+        keys, receipt_key = KeyRing(settings.keys, kept), pool_keys.read_receipt_key(settings.receipt_key, kept)
+        stack.callback(keys.close)
+        credential = Credential.load(settings.nats.credentials)
+        serving = served(settings, stack)
+        await keys.look()  # loading a model takes its time; presence must not begin with keys of before
+        claims: list[Part] = []  # known once there is a connection
+        readiness = Readiness(
+            partial(_holding, settings.pool, serving.names, keys, raw_public_key(receipt_key)),
+            [*serving.parts, lambda: claims[0]() if claims else None],
+        )
+        fabric = await NatsWorker.connect(
+            settings.nats.servers,
+            credential,
+            settings.pool,
+            settings.node,
+            serving.names,
+            slots=serving.slots,
+            each=serving.each,
+            keys=keys.fingerprints,
+            able=readiness,
+            region=settings.nats.region,
+        )
+        stack.push_async_callback(fabric.close)
+        feed = ManifestFeed(fabric.connection.manifest, settings.root, memory=memory_in(settings.memory))
+        await feed.start()
+        stack.push_async_callback(feed.close)
+        probe = ClaimsProbe(fabric.try_claim)
+        claims.append(probe.reason)
+        await tasks.together(probe.look(), *(watched.look() for watched in serving.watched))
+        readiness.follow(feed)
+        identity = Identity(settings.pool, lambda: keys.keys, receipt_key, lambda: feed.manifest, _looking(keys, kept))
+        node = Node(fabric, serving.app, identity, repeatable=serving.repeatable, weighs=serving.weighs)
+        running = tasks.start("node", node.run)
+        works: list[tuple[str, tasks.Work]] = [
+            ("pool keys", keys.watch),
+            ("claims", probe.watch),
+            ("readiness", readiness.watch),
+        ]
+        works += [("upstream", watched.watch) for watched in serving.watched]
+        if settings.health is not None:
+            works.append(("health", partial(health.tell, settings.health, lambda: _state(fabric, readiness, running))))
+        for name, work in works:
+            stack.push_async_callback(tasks.start(name, work).close)
+        await fabric.announce()
+        await _signalled()
+        await running.close()
+        await node.drain(settings.drain)
+
+
+def _holding(pool: str, models: Sequence[str], keys: KeyRing, receipt_key: bytes) -> Holding:
+    return Holding(pool, tuple(models), frozenset(keys.fingerprints()), receipt_key)
+
+
+def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) -> str:
+    """What `health` tells: that this worker takes work, or why it does not."""
+    if not running.alive:
+        return "draining"
+    if not fabric.connection.connected:
+        return "not connected to the message server"
+    return health.READY if readiness.models() else "; ".join(reason.detail for reason in readiness.reasons())
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What answers: under which names, how many sequences at a time, and which actions it may begin before their claim.
+
+    each: of the slots, how many each model may have. weighs: actions of which the app says how many sequences a request is.
+    parts: what tells whether it can work. watched: what has to look at something for that.
+    """
+
+    app: Elsewhere
+    names: list[str]
+    slots: int
+    repeatable: frozenset[str]
+    parts: tuple[Part, ...]
+    watched: tuple[Probe, ...] = ()
+    each: Mapping[str, int] = field(default_factory=dict)
+    weighs: frozenset[str] = frozenset()
+
+
+def served(settings: Settings, stack: AsyncExitStack) -> Served:
+    """It ends with `stack`. Raises SettingsError."""
+    if settings.upstream is not None:
+        app, probe = Elsewhere(upstream.create_app(settings.upstream), "upstream"), Probe(settings.upstream)
+        stack.callback(app.close)
+        stack.push_async_callback(probe.close)
+        names = [model.name for model in settings.upstream.models]
+        parts = (alive(app), probe.reason)
+        # What another program does is never done twice.
+        return Served(app, names, settings.forwarded, frozenset(), parts, (probe,))
+    _check_names(settings.models)
+    engines = [load_engine(model) for model in settings.models]
+    for engine in engines:
+        stack.callback(engine.close)
+    app = Elsewhere(create_app(engines), "api")
+    stack.callback(app.close)
+    own = {engine.model.name: engine.slots for engine in engines}
+    slots = settings.slots or sum(own.values())
+    parts = (alive(app), alive(*engines))
+    return Served(app, list(own), slots, REPEATABLE, parts, each=shares(slots, own), weighs=WEIGHED)
+
+
+def _check_names(models: Sequence[Model]) -> None:
+    """Raises SettingsError where two have one id: a caller of it would get either."""
+    known: dict[str, Model] = {}
+    for model in models:
+        name = model.name or (DEFAULT_MODEL if model.path is None else from_file(model.path))
+        other = known.setdefault(name, model)
+        if other is not model:
+            both = " and ".join(str(one.path or "the default model") for one in (other, model))
+            raise SettingsError(f"models.name: {both} have one id, {name}: set `name` of one of them to another")
+
+
+def _looking(keys: KeyRing, kept: Keeping) -> Callable[[], bool]:
+    """What a node asks before a key id counts as unknown. A key management service is not waited for there: streams would
+    stall. Nobody seals to a key that this worker was not heard to hold, and `watch` takes it up.
+    """
+    return keys.reload if kept.kms is None else lambda: False
+
+
+async def _signalled() -> None:
+    """Until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+def load_engine(model: Model) -> LlamaEngine | LlamaEmbedder:
+    """The engine that the file is for. Raises SettingsError for one that is missing, not GGUF too large, or whose tokenizer
+    does not stand its trial.
+    """  # fmt: skip
+    file = find(model.path, model.name)
+    tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
+    try:
+        engine = LlamaEmbedder if Facts.read(file.path).kind is Kind.EMBED else LlamaEngine
+        return engine(file.path, name=file.name, digest=file.digest, settings=options(model), tokenizer=tokenizer)
+    except BaseException:
+        tokenizer.close()
+        raise
+
+
+def options(model: Model) -> LlamaSettings:
+    """A model's table, in the engine's words."""
+    return LlamaSettings(
+        n_ctx=model.context,
+        threads=model.threads,
+        slots=model.slots,
+        unified=model.unified,
+        cells=model.cells,
+        flash=model.flash,
+        beyond_training=model.beyond_training,
+        gpu=Gpu(model.gpu_layers, model.split_mode, model.main_gpu, model.tensor_split),
+    )

@@ -1,0 +1,89 @@
+"""Azure Key Vault and managed HSM: `azurekms://NAME.vault.azure.net/KEY[/VERSION]`, an RSA key that may wrap and unwrap.
+
+The service knows no associated data: the envelope alone binds the context. What is wrapped names the version that did it, and
+is unwrapped by that one. Who it is: azure-identity's default chain (workload identity, managed identity, `az login`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from azure.core.exceptions import AzureError, ClientAuthenticationError
+from azure.identity import DefaultAzureCredential
+
+from lacre.errors import InvalidMessage, SettingsError
+from lacre.jose.jws import b64u, b64u_decode
+from lacre_fabric.keys.kms.address import LOOPBACK, Address
+from lacre_fabric.keys.kms.protocol import Context, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
+from lacre_fabric.keys.kms.service import HttpService, Said
+
+_API: Final = "7.4"
+_ALGORITHM: Final = "RSA-OAEP-256"
+
+
+def connect(address: Address) -> Kms:
+    address.only()
+    name, _, version = address.path.strip("/").partition("/")
+    if not address.host or not name or "/" in version:
+        raise SettingsError("azurekms: wants vault and key, such as azurekms://NAME.vault.azure.net/KEY")
+    return AzureKeys(address, name, version)
+
+
+class AzureKeys:
+    scheme = "azurekms"
+    binds = False
+
+    def __init__(self, address: Address, name: str, version: str) -> None:
+        self._name, self._version = name, version
+        # A token is for one kind of vault in one cloud: vault.azure.net, managedhsm.azure.net, vault.azure.cn and so on.
+        kind = "vault.azure.net" if address.host in LOOPBACK else address.host.partition(".")[2]
+        self._scope = f"https://{kind}/.default"
+        self._service = HttpService(f"the key vault at {address.host}", address.origin)
+        self._credential: Any = DefaultAzureCredential()
+
+    def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:  # noqa: ARG002 - see above
+        said = self._ask("wrapkey", self._version, b64u(bytes(data_key)))
+        return json.dumps({"version": said.text("kid").rpartition("/")[2], "value": said.text("value")}).encode()
+
+    def unwrap(self, wrapped: bytes, context: Context) -> bytearray:  # noqa: ARG002 - see above
+        try:
+            members = json.loads(wrapped)
+            version, value = str(members["version"]), str(members["value"])
+            if not version.isalnum():  # it becomes part of a path
+                raise ValueError
+        except (ValueError, KeyError, TypeError) as exc:
+            raise WrongWrapping("the wrapped key is none of a key vault's") from exc
+        said = self._ask("unwrapkey", version, value)
+        try:
+            return bytearray(b64u_decode(said.text("value")))
+        except InvalidMessage as exc:
+            raise WrongWrapping(f"{self._service.name} answered with no data key") from exc
+
+    def close(self) -> None:
+        self._service.close()
+        self._credential.close()
+
+    def _ask(self, operation: str, version: str, value: str) -> Said:
+        key = f"{self._name}/{version}" if version else self._name
+        body = {"alg": _ALGORITHM, "value": value}
+        headers = {"Authorization": f"Bearer {self._token()}"}
+        said = self._service.post(f"/keys/{key}/{operation}?api-version={_API}", body, headers)
+        if not said.ok:
+            raise self._refused(said, operation)
+        return said
+
+    def _refused(self, said: Said, operation: str) -> KeyWithheld | WrongWrapping:
+        """A disabled or expired key is 403 like a missing permission, a removed one 404; what does not open is 400."""
+        what = f"{self._service.name} does not {operation} with {self._name}"
+        if said.status in (401, 403, 404, 409):
+            return KeyWithheld(f"{what} (HTTP {said.status})")
+        return WrongWrapping(f"{what}: not this")
+
+    def _token(self) -> str:
+        try:
+            return str(self._credential.get_token(self._scope).token)
+        except ClientAuthenticationError:
+            raise SettingsError("azurekms: no credentials: give this process an identity (docs/kms.md)") from None
+        except AzureError as exc:
+            raise KmsUnreachable(f"Azure gives no access token ({type(exc).__name__})") from None

@@ -1,0 +1,87 @@
+"""A secret, sealed by a data key that a key management service wraps.
+
+Rules:
+- The service sees the data key alone; the file has the rest. Neither opens anything without the other.
+- The context is associated data of this seal, whether or not the service binds it too: a file moved to another pool's folder,
+  or to another key's name, does not open.
+- A data key seals one secret, once: that is why the nonce may be zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from lacre.errors import InvalidMessage
+from lacre.jose.jws import b64u, b64u_decode
+from lacre.wire.wiping import overwrite
+from lacre_fabric.keys.kms.protocol import DATA_KEY, Context, Kms, WrongWrapping
+
+_MAGIC: Final = b'{"wrapped":'  # neither PEM nor a pool key begins so
+_NONCE: Final = bytes(12)
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What a wrapped key file says. scheme: of the service. public: what of a signing key everybody may know."""
+
+    scheme: str
+    wrapped: bytes
+    content: bytes
+    public: bytes = b""
+
+    def encode(self) -> bytes:
+        members = {"wrapped": b64u(self.wrapped), "by": self.scheme, "content": b64u(self.content), "public": b64u(self.public)}
+        return json.dumps(members, separators=(",", ":")).encode()
+
+    @classmethod
+    def parse(cls, data: bytes | bytearray) -> Sealed:
+        """Raises WrongWrapping."""
+        try:
+            members = json.loads(data)
+            binary = (b64u_decode(members[name]) for name in ("wrapped", "content", "public"))
+            return cls(str(members["by"]), *binary)
+        except (ValueError, KeyError, TypeError, InvalidMessage) as exc:
+            raise WrongWrapping("the wrapped key is damaged") from exc
+
+
+def is_sealed(data: bytes | bytearray) -> bool:
+    return data.startswith(_MAGIC)
+
+
+def seal(kms: Kms, secret: bytes | bytearray, context: Context, public: bytes = b"") -> bytes:
+    """Raises KmsError or SettingsError."""
+    data_key = bytearray(os.urandom(DATA_KEY))
+    try:
+        wrapped = kms.wrap(data_key, context)
+        content = AESGCM(data_key).encrypt(_NONCE, secret, _bound(context, public))
+    finally:
+        overwrite(data_key)
+    return Sealed(kms.scheme, wrapped, content, public).encode()
+
+
+def unseal(kms: Kms, data: bytes | bytearray, context: Context) -> bytearray:
+    """The secret; overwrite it after use. Raises KmsError or SettingsError."""
+    sealed = Sealed.parse(data)
+    if sealed.scheme != kms.scheme:
+        raise WrongWrapping(f"the key was wrapped by {sealed.scheme}: and is opened with {kms.scheme}:")
+    data_key = kms.unwrap(sealed.wrapped, context)
+    try:
+        opened = AESGCM(data_key).decrypt(_NONCE, sealed.content, _bound(context, sealed.public))
+    except (InvalidTag, ValueError) as exc:  # ValueError: a data key of another length
+        raise WrongWrapping("the wrapped key does not open") from exc
+    finally:
+        overwrite(data_key)
+    try:
+        return bytearray(opened)
+    finally:
+        overwrite(opened)
+
+
+def _bound(context: Context, public: bytes) -> bytes:
+    return context.encode() + b"\0" + public  # no context has a zero byte

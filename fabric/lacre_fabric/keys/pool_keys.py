@@ -1,0 +1,114 @@
+"""A pool's private keys as files, for its workers: `NUMBER.key`, one for each key. Gateways never load this.
+
+Rules:
+- A key is in the folder exactly as long as it may open requests: workers take up what appears and destroy what disappears.
+- Whoever makes a key keeps only its public part.
+- Each is wrapped for its pool and its own number, where the pool's keys are wrapped (see `kms.keeping`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.errors import SettingsError
+from lacre.jose.jws import raw_public_key
+from lacre.wire.header import Kem, KeyConfig
+from lacre.wire.opening import PrivateKey
+from lacre.wire.wiping import overwrite
+from lacre_fabric.keys.kms.envelope import Sealed, is_sealed
+from lacre_fabric.keys.kms.wrapping import Keeping
+from lacre_fabric.keys.secret_files import destroy, destroy_leftovers, ed25519_pem, parse_ed25519, read_ed25519, read_secret
+
+_SUFFIX: Final = ".key"
+DEFAULT_KEMS: Final = (Kem.XWING, Kem.X25519)
+AS_THEY_ARE: Final = Keeping(None, "")
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{_SUFFIX}"))
+
+
+def number(path: Path) -> int:
+    """The key's id, by the file's name. Raises SettingsError."""
+    if not path.stem.isdecimal():
+        raise SettingsError(f"{path} is none of the pool's keys: take it out of this folder")
+    return int(path.stem)
+
+
+def read(path: Path, keeping: Keeping = AS_THEY_ARE) -> PrivateKey:
+    """Raises SettingsError or KmsError."""
+    content = keeping.read(path, keeping.pool_key(number(path) if keeping.kms else 0))
+    try:
+        return PrivateKey.from_bytes(content)
+    finally:
+        overwrite(content)
+
+
+def make(folder: Path, ids: Sequence[int], kems: Sequence[Kem], keeping: Keeping = AS_THEY_ARE) -> tuple[KeyConfig, ...]:
+    """New keys, one for each id and its KEM, in files that are complete when this returns. What they are announced as."""
+    return tuple(_make(folder, key_id, kem, keeping) for key_id, kem in zip(ids, kems, strict=True))
+
+
+def _make(folder: Path, key_id: int, kem: Kem, keeping: Keeping) -> KeyConfig:
+    key = PrivateKey.generate(key_id, kem)
+    content = key.to_bytes()
+    try:
+        keeping.write(folder / f"{key_id}{_SUFFIX}", content, keeping.pool_key(key_id))
+    finally:
+        overwrite(content)
+        key.destroy()
+    return key.config
+
+
+def public_parts(folder: Path, keeping: Keeping = AS_THEY_ARE) -> tuple[KeyConfig, ...]:
+    """Of the keys in `folder`, in the order of their ids."""
+    keys = [read(path, keeping) for path in files(folder)]
+    for key in keys:
+        key.destroy()
+    return tuple(sorted((key.config for key in keys), key=lambda config: config.key_id))
+
+
+def keep_only(folder: Path, ids: Iterable[int]) -> None:
+    """Destroys every other key in `folder`, and what a crash left of one."""
+    kept = {f"{key_id}{_SUFFIX}" for key_id in ids}
+    for path in files(folder):
+        if path.name not in kept:
+            destroy(path)
+    destroy_leftovers(folder, f"*{_SUFFIX}")
+
+
+def make_receipt_key(path: Path, keeping: Keeping) -> None:
+    """The key that signs the pool's receipts, where there is none. Raises SettingsError or KmsError."""
+    if path.exists():
+        return
+    key = Ed25519PrivateKey.generate()
+    content = ed25519_pem(key)
+    try:
+        keeping.write(path, content, keeping.receipt_key(), raw_public_key(key))
+    finally:
+        overwrite(content)
+
+
+def read_receipt_key(path: Path, keeping: Keeping = AS_THEY_ARE) -> Ed25519PrivateKey:
+    """Raises SettingsError or KmsError."""
+    content = keeping.read(path, keeping.receipt_key())
+    try:
+        return parse_ed25519(content, path)
+    finally:
+        overwrite(content)
+
+
+def public_receipt_key(path: Path) -> bytes:
+    """Without asking a key management service: whoever signs manifests needs no right to unwrap.
+
+    Raises SettingsError or KmsError.
+    """
+    content = read_secret(path)
+    if is_sealed(content):
+        return Sealed.parse(content).public
+    overwrite(content)
+    return raw_public_key(read_ed25519(path))

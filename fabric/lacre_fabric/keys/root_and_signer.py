@@ -1,0 +1,141 @@
+"""The root and the signer of a state folder, and the chain of statements that leads from one to the next.
+
+    root.pem signer.pem              the current ones
+    root.next.pem signer.next.pem    the coming one, for as long as a change is under way
+    trust/chain.json                 every statement that a root here ever made, and which keys they lead to
+
+Rules:
+- The chain only grows: somewhere an application pins the first root, and another remembers the last statement.
+- chain.json, replaced in one step, says which keys are current. A change writes the new key, then the chain, and destroys the
+  old key last: wherever it stops, the keys that the chain names are there, and what is left over is seen to next time.
+- Public keys are read from the chain. The root's private key is used for statements alone, and may be kept elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.errors import InvalidMessage, SettingsError
+from lacre.jose.jws import b64u, b64u_decode, raw_public_key
+from lacre.trust.manifest import MAX_CHAIN, RootStatement
+from lacre.trust.signing import sign_statement
+from lacre_fabric.keys.secret_files import destroy, destroy_leftovers, ed25519, read_ed25519, write_ed25519, write_secret
+
+DAY: Final = 86400.0
+SIGNER_LIFETIME: Final = 90 * DAY
+SIGNER_RENEWAL: Final = 30 * DAY  # before its end, the root says the signer's name again
+MAX_CHANGES: Final = MAX_CHAIN - 100  # statements; the rest is for renewals: 16 years of them
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """roots: each that ever stood here, the current one last. entries: the signed statements. until: the signer's expiry."""
+
+    roots: tuple[bytes, ...]
+    signer: bytes
+    until: float
+    entries: tuple[tuple[str, ...], ...] = ()
+
+    def encode(self) -> bytes:
+        roots, signer = [b64u(root) for root in self.roots], b64u(self.signer)
+        return json.dumps({"roots": roots, "signer": signer, "until": self.until, "chain": self.entries}, indent=1).encode()
+
+    @classmethod
+    def parse(cls, members: Any) -> Chain:
+        roots = tuple(map(b64u_decode, members["roots"]))
+        entries = tuple(tuple(map(str, entry)) for entry in members["chain"])
+        return cls(roots, b64u_decode(members["signer"]), float(members["until"]), entries)
+
+
+class Authority:
+    """Of a state folder. Changes want the folder's lock. Raises SettingsError where a file is missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / "trust" / "chain.json"
+
+    def create(self, now: float) -> None:
+        """A first root and signer, and the statement between them; what is there stays."""
+        if self._path.exists():
+            return
+        root, signer = ed25519(self._folder / "root.pem"), ed25519(self._folder / "signer.pem")
+        chain = Chain((raw_public_key(root),), raw_public_key(signer), now + SIGNER_LIFETIME)
+        self._extend(chain, sign_statement(RootStatement(chain.signer, chain.until), root))
+
+    def chain(self) -> Chain:
+        try:
+            return Chain.parse(json.loads(self._path.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError, InvalidMessage) as exc:
+            raise SettingsError(f"{self._path} is missing or damaged: restore it, or start with a new state folder") from exc
+
+    def renewed(self, now: float) -> Chain:
+        """The chain, longer by a statement for the same signer where the last one grows old and the root is at hand."""
+        chain = self.chain()
+        if now < chain.until - SIGNER_RENEWAL or not (self._folder / "root.pem").exists():
+            return chain
+        again = Chain(chain.roots, chain.signer, now + SIGNER_LIFETIME, chain.entries)
+        return self._extend(again, sign_statement(RootStatement(again.signer, again.until), self._root(chain)))
+
+    def signer(self) -> Ed25519PrivateKey:
+        return self._find("signer", self.chain().signer)
+
+    def rotate_signer(self, now: float) -> Chain:
+        """A new signer. The old key stays on disk until `settle`."""
+        chain, signer = self._begin(), Ed25519PrivateKey.generate()
+        root = self._root(chain)
+        write_ed25519(self._folder / "signer.next.pem", signer)
+        after = Chain(chain.roots, raw_public_key(signer), now + SIGNER_LIFETIME, chain.entries)
+        return self._extend(after, sign_statement(RootStatement(after.signer, after.until), root))
+
+    def rotate_root(self, now: float) -> Chain:
+        """A new root, for the same signer: the old one hands over, the new one accepts. The old key stays until `settle`."""
+        chain, following = self._begin(), Ed25519PrivateKey.generate()
+        root = self._root(chain)
+        write_ed25519(self._folder / "root.next.pem", following)
+        after = Chain((*chain.roots, raw_public_key(following)), chain.signer, now + SIGNER_LIFETIME, chain.entries)
+        statement = RootStatement(after.signer, after.until, after.roots[-1])
+        return self._extend(after, sign_statement(statement, root, following))
+
+    def settle(self) -> None:
+        """Destroys the keys that the chain does not name, and puts a coming one in the current one's place."""
+        chain = self.chain()
+        for name, public_key in (("root", chain.roots[-1]), ("signer", chain.signer)):
+            current, coming = self._folder / f"{name}.pem", self._folder / f"{name}.next.pem"
+            if coming.exists():
+                if raw_public_key(read_ed25519(coming)) == public_key:
+                    destroy(current)
+                    coming.rename(current)
+                else:
+                    destroy(coming)
+            destroy_leftovers(self._folder, name)
+
+    def _begin(self) -> Chain:
+        self.settle()
+        chain = self.chain()
+        if len(chain.entries) >= MAX_CHANGES:
+            raise SettingsError(
+                f"the chain of root statements has {len(chain.entries)} entries, and clients take {MAX_CHAIN}: "
+                "start with a new state folder, and give applications its root to pin"
+            )
+        return chain
+
+    def _extend(self, chain: Chain, entry: tuple[str, ...]) -> Chain:
+        longer = Chain(chain.roots, chain.signer, chain.until, (*chain.entries, entry))
+        write_secret(self._path, longer.encode())
+        return longer
+
+    def _root(self, chain: Chain) -> Ed25519PrivateKey:
+        return self._find("root", chain.roots[-1])
+
+    def _find(self, name: str, public_key: bytes) -> Ed25519PrivateKey:
+        for path in (self._folder / f"{name}.next.pem", self._folder / f"{name}.pem"):
+            if path.exists():
+                key = read_ed25519(path)
+                if raw_public_key(key) == public_key:
+                    return key
+        raise SettingsError(f"{self._folder} does not hold the private key of the current {name}: put {name}.pem back for this")

@@ -1,0 +1,204 @@
+"""nats-server's accounts: the walls between the roles, and the few doors in them.
+
+Rules:
+- The streams and buckets are in one account, with the provisioner alone. Each gateway has an account, and so have the workers
+  of each pool, the inspector, and the warden. What is not named here passes no wall.
+- A gateway's account reaches the pools that it is for. Gateways share none: one of them could take all its connections.
+- The workers of a pool share their account in every region: they have the same keys. Permissions keep each to its queue.
+- Why permissions are not enough: NATS checks what a client publishes to, and not the subject that it asks the answer to go
+  to. Inside one account JetStream writes its answers wherever the asker says, with the server's own authority: a worker that
+  may read nothing but its own bucket could put a message of its making there, and have it sent as a manifest, as another
+  pool's work or as a call of JetStream's API. From another account, an answer comes back to the account that asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from lacre.errors import SettingsError
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.roles import (
+    BUDGETS,
+    FABRIC,
+    GUARD,
+    INSPECT,
+    INSPECTION,
+    MAX_DELIVERIES,
+    MAX_PROCESSES,
+    MAX_SLOTS,
+    READ_MANIFEST,
+    REVOCATIONS,
+    SYSTEM,
+    TOLD_BY_WORKERS,
+    TOLD_TO_WORKERS,
+    WARDEN,
+    Role,
+    gateway_account,
+    gateway_services,
+    worker_services,
+    workers_account,
+)
+from lacre_fabric.nats.streams import MAX_PAYLOAD
+from lacre_fabric.work import frames
+
+Entry = dict[str, Any]
+_OWN_API: Final = "$JS.API"
+# A connection that broke counts until the server notices, so each process may have twice what it needs.
+_OVERLAP: Final = 2
+MAX_WORKERS: Final = 64  # of one pool in one region, at the same time; each has one connection
+_GATEWAY_CONNECTIONS: Final = 3  # of one process, beside one for each pool's replies: requests, presence, and one for a command
+_FEW_CONNECTIONS: Final = 32  # for a role that one process or command has, or a few at a time
+WORKER_SUBSCRIPTIONS: Final = 2 * MAX_SLOTS + 24  # of one worker: two for each request, and some; each takes 1.5 KB
+_SUBSCRIPTIONS: Final = 256  # of one connection of anybody else, who has a dozen
+WORKER_PAYLOAD: Final = frames.MAX_PAYLOAD + 64 * 1024  # bytes: a frame and its headers; or a sign of presence
+_SMALL_PAYLOAD: Final = 64 * 1024  # bytes: a question to a server
+_ASKING: Final = {INSPECTION: INSPECT, WARDEN: GUARD}  # the accounts that ask servers about themselves, and what
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of an account, as nats-server names them. connections: of all its users, on all servers. subscriptions: of one
+    connection. payload: bytes of one message, with its headers.
+    """
+
+    max_connections: int
+    max_subscriptions: int
+    max_payload: int
+
+
+def accounts(roles: Sequence[Role]) -> Entry:
+    """The `accounts` block of nats-server's configuration, for every pool and region that a role names, and for the servers
+    of all regions alike. Raises SettingsError.
+    """
+    names = [role.credential.name for role in roles]
+    if len(set(names)) != len(names):
+        raise SettingsError("two roles have a credential of the same name")
+    pools = sorted({pool for role in roles for pool in role.pools})
+    regions = sorted({region for role in roles for region in role.regions})
+    gateways = _gateways_of(roles)
+    found = {FABRIC: _fabric(pools, regions, gateways)}
+    found |= {account: _gateway(served, regions) for account, served in gateways.items()}
+    found |= {workers_account(pool): _workers(pool, regions, _serving(pool, gateways)) for pool in pools}
+    asking = {name: asked for name, asked in _ASKING.items() if any(role.account == name for role in roles)}
+    if asking:
+        found |= {SYSTEM: _system(asking), **{name: _asking(asked) for name, asked in asking.items()}}
+    return {
+        name: {
+            "users": [role.user() for role in roles if role.account == name],
+            "limits": asdict(_limits(name, roles)),
+            **entry,
+        }
+        for name, entry in found.items()
+    }
+
+
+def _gateways_of(roles: Sequence[Role]) -> dict[str, list[str]]:
+    """The accounts of gateways, each with the pools that it is for."""
+    found: dict[str, set[str]] = {}
+    for role in roles:
+        if role.account.startswith(gateway_account("")):
+            found.setdefault(role.account, set()).update(role.pools)
+    return {account: sorted(pools) for account, pools in found.items()}
+
+
+def _serving(pool: str, gateways: Mapping[str, Sequence[str]]) -> list[str]:
+    return [account for account, pools in gateways.items() if pool in pools]
+
+
+def _limits(account: str, roles: Sequence[Role]) -> Limits:
+    """They grow with the roles that share the account."""
+    if account == FABRIC:
+        return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, MAX_PAYLOAD)
+    if account.startswith(gateway_account("")):
+        each = (_GATEWAY_CONNECTIONS + len(role.pools) for role in roles if role.account == account)
+        return Limits(_OVERLAP * MAX_PROCESSES * sum(each), _SUBSCRIPTIONS, MAX_PAYLOAD)
+    if account == SYSTEM or account in _ASKING:
+        return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, _SMALL_PAYLOAD)
+    regions = {region for role in roles if role.account == account for region in role.regions}
+    return Limits(_OVERLAP * MAX_WORKERS * len(regions), WORKER_SUBSCRIPTIONS, WORKER_PAYLOAD)
+
+
+def _system(asking: Mapping[str, Sequence[str]]) -> Entry:
+    subjects_asked = dict.fromkeys(subject for asked in asking.values() for subject in asked)
+    return {
+        "exports": [
+            {
+                "service": subject,
+                "accounts": [name for name, asked in asking.items() if subject in asked],
+                "response_type": "stream",
+            }
+            for subject in subjects_asked
+        ]
+    }
+
+
+def _asking(asked: Sequence[str]) -> Entry:
+    return {"imports": [{"service": {"account": SYSTEM, "subject": subject}} for subject in asked]}
+
+
+def _fabric(pools: Sequence[str], regions: Sequence[str], gateways: Mapping[str, Sequence[str]]) -> Entry:
+    every = [*gateways, *map(workers_account, pools)]
+    services = [_service(READ_MANIFEST, every), *(_service(subject, [*gateways]) for subject in (*REVOCATIONS, *BUDGETS))]
+    for pool in pools:
+        services += [_service(subject, _serving(pool, gateways)) for subject in _of_gateways(pool, regions)]
+        services += [_service(subject, [workers_account(pool)]) for subject in _of_workers(pool, regions)]
+    return {
+        "jetstream": "enabled",
+        "mappings": {f"{subjects.API}.>": f"{_OWN_API}.>"},  # so that the provisioner finds it where everybody does
+        "exports": [*services, {"stream": MAX_DELIVERIES, "accounts": [*gateways]}],
+        "imports": [_heard(workers_account(pool), f"presence.{pool}.*.*") for pool in pools],
+    }
+
+
+def _gateway(pools: Sequence[str], regions: Sequence[str]) -> Entry:
+    asked = (service for pool in pools for service in _of_gateways(pool, regions))
+    return {
+        "exports": [
+            {"stream": f"{kind}.{pool}.*", "accounts": [workers_account(pool)]} for pool in pools for kind in TOLD_TO_WORKERS
+        ],
+        "imports": [
+            *_asked([READ_MANIFEST, *REVOCATIONS, *BUDGETS, *asked]),
+            _heard(FABRIC, MAX_DELIVERIES),
+            *(_heard(workers_account(pool), f"{kind}.{pool}.*.*") for pool in pools for kind in TOLD_BY_WORKERS),
+        ],
+    }
+
+
+def _workers(pool: str, regions: Sequence[str], gateways: Sequence[str]) -> Entry:
+    return {
+        "exports": [{"stream": f"{kind}.{pool}.*.*", "accounts": [*gateways, FABRIC]} for kind in TOLD_BY_WORKERS],
+        "imports": [
+            *_asked([READ_MANIFEST, *_of_workers(pool, regions)]),
+            *(_heard(account, f"{kind}.{pool}.*") for account in gateways for kind in TOLD_TO_WORKERS),
+        ],
+    }
+
+
+def _of_gateways(pool: str, regions: Sequence[str]) -> list[str]:
+    return [service for region in regions for service in gateway_services(pool, region)]
+
+
+def _of_workers(pool: str, regions: Sequence[str]) -> list[str]:
+    """Each once: claims are the same ones in every region."""
+    return list(dict.fromkeys(service for region in regions for service in worker_services(pool, region)))
+
+
+def _service(subject: str, asked_by: Sequence[str]) -> Entry:
+    # A pull is answered by a message or by a status, and more than once where both meet.
+    many = {"response_type": "stream"} if ".MSG.NEXT." in subject else {}
+    return {"service": _real(subject), "accounts": list(asked_by), **many}
+
+
+def _asked(services: Iterable[str]) -> list[Entry]:
+    return [{"service": {"account": FABRIC, "subject": _real(subject)}, "to": subject} for subject in services]
+
+
+def _heard(account: str, subject: str) -> Entry:
+    return {"stream": {"account": account, "subject": subject}}
+
+
+def _real(subject: str) -> str:
+    """The subject as the account of the streams has it."""
+    return subject.replace(f"{subjects.API}.", f"{_OWN_API}.", 1)

@@ -1,0 +1,165 @@
+"""The bucket of revocations: every gateway looks into it, several times a second.
+
+Rules:
+- Entries are only ever added: a gateway's credential can neither change nor remove one, nor its own. An entry goes by itself,
+  when the last token that it is about has expired.
+- The subject of an entry names the credential that wrote it, and each has a share of the bucket. A stolen credential that
+  fills its share takes nothing of the others'. The provisioner's share is the reserve, for when a gateway's is full.
+- A reader goes by the sequence of the stream, and looks again at the last entry that it has seen. Where that is another one,
+  or none, the bucket may not be what it was: it is read from its beginning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from typing import Final
+
+import nats.js.errors
+import structlog
+from nats.js.api import DiscardPolicy, Header, StorageType, StreamConfig
+
+from lacre.errors import InvalidMessage
+from lacre.runtime import tasks
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import API_TIMEOUT, TOO_MANY_REQUESTS, Connection, Stored
+from lacre_fabric.work.contract import FabricUnavailable
+from lacre_fabric.work.revocations import Revocation
+
+SHARE: Final = 10_000  # revocations of one credential at a time
+MAX_REVOCATIONS: Final = 20 * SHARE  # in the bucket: some 70 MB of it, and as much in each gateway
+_LARGEST: Final = 1024  # bytes of one, with its headers
+MAX_BYTES: Final = 256 * 2**20  # of the bucket: more than `MAX_REVOCATIONS` of the largest, with what NATS adds to each
+_WALKS: Final = 16  # reads under way at once: each entry takes a round trip
+_EVERY: Final = subjects.revocation("*")
+_NO_BUCKET: Final = "NATS has no bucket of revocations: run `lacre up`, or `lacre manifest publish`"
+_NO_STREAM: Final = 10059  # JSStreamNotFoundErr
+_STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the bucket's bounds, with `discard: new`
+_BUSY_LIMIT: Final = 10.0  # seconds to try again for: a flood by one connection is cut off sooner
+_BUSY_PAUSE: Final = 0.1  # seconds between tries
+_FULL: Final = (
+    "{name} has no room for more: a credential may have {share} revocations. Run `lacre revoke --state DIR` where the state "
+    "folder is: it has a share of its own. If you made fewer, replace the credential, which may be stolen (docs/nats.md)"
+)
+
+log = structlog.get_logger("lacre.revocations")
+
+
+class RevocationsFull(FabricUnavailable):
+    """The credential's share of the bucket is used up."""
+
+
+def bucket(replicas: int) -> StreamConfig:
+    """The bucket, as a stream: it keeps every entry, on disk, until the entry's own time is over."""
+    return StreamConfig(
+        name=subjects.REVOCATIONS_STREAM,
+        subjects=[subjects.revocation("*")],
+        max_msgs=MAX_REVOCATIONS,
+        max_bytes=MAX_BYTES,
+        max_msg_size=_LARGEST,
+        max_msgs_per_subject=SHARE,
+        discard_new_per_subject=True,
+        discard=DiscardPolicy.NEW,  # when full it says so, and forgets nothing
+        storage=StorageType.FILE,
+        num_replicas=replicas,
+        allow_msg_ttl=True,
+        deny_delete=True,
+        deny_purge=True,
+    )
+
+
+async def revoke(connection: Connection, revocation: Revocation) -> None:
+    """When this returns it is on disk, and every gateway has it with its next look. It counts for the connection's credential.
+
+    Tries again while NATS has too much to write. Raises RevocationsFull or FabricUnavailable.
+    """
+    deadline = time.monotonic() + _BUSY_LIMIT
+    while not await _put(connection, revocation, last=time.monotonic() >= deadline):
+        await asyncio.sleep(_BUSY_PAUSE)
+
+
+async def _put(connection: Connection, revocation: Revocation, *, last: bool) -> bool:
+    """False where NATS had too much to write to take it. last: raise then, too."""
+    name = connection.credential.name
+    subject, lives = subjects.revocation(name), math.ceil(revocation.until - time.time())
+    async with connection.mapped():
+        try:
+            headers = {Header.MSG_TTL.value: str(max(1, lives))}
+            await connection.jetstream.publish(subject, revocation.encode(), headers=headers, timeout=API_TIMEOUT)
+        except nats.js.errors.NoStreamResponseError as exc:
+            raise FabricUnavailable(_NO_BUCKET) from exc
+        except nats.js.errors.APIError as exc:
+            if exc.err_code == _STORE_FAILED:
+                raise RevocationsFull(_FULL.format(name=name, share=SHARE)) from exc
+            if exc.err_code == TOO_MANY_REQUESTS and not last:
+                return False
+            raise
+    return True
+
+
+class Reader:
+    """Reads the bucket over one connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._last: Stored | None = None
+
+    async def read(self) -> list[Revocation]:
+        """Those that were not read before; some may come again. Raises FabricUnavailable."""
+        async with self._connection.mapped():
+            newest = await self._get(last_by_subj=_EVERY)
+            if newest is None or newest == self._last:
+                self._last = newest
+                return []
+            since = 0 if self._last is None else self._last.sequence
+            if since and await self._get(seq=since) != self._last:
+                since = 0
+            found = await self._between(since, newest.sequence)
+        self._last = newest
+        read = [(_writer(entry), _revocation(entry)) for entry in found]
+        for writer, number in Counter(writer for writer, revocation in read if revocation is None).items():
+            log.error("revocation.unreadable", role=writer, number=number)  # one line, however many a stolen credential wrote
+        return [revocation for _, revocation in read if revocation is not None]
+
+    async def _between(self, since: int, until: int) -> list[Stored]:
+        """What stands after `since` up to `until`, in order: asked for at several places at once."""
+        first = await self._get(seq=since + 1, next_by_subj=_EVERY)
+        if first is None:
+            return []
+        step = max(1, -(-(until + 1 - first.sequence) // _WALKS))
+        begins = range(first.sequence, until + 1, step)
+        walks = await tasks.together(*(self._walk(begin, min(begin + step, until + 1)) for begin in begins))
+        return [entry for walk in walks for entry in walk]
+
+    async def _walk(self, begin: int, end: int) -> list[Stored]:
+        found: list[Stored] = []
+        while begin < end and (entry := await self._get(seq=begin, next_by_subj=_EVERY)) and entry.sequence < end:
+            found.append(entry)
+            begin = entry.sequence + 1
+        return found
+
+    async def _get(self, **asked: int | str) -> Stored | None:
+        """By JetStream's own API, which answers in JSON. What a direct get answers is the entry itself, headers and all, and
+        who asks can have it sent to another gateway, as if a worker had.
+        """
+        try:
+            return await self._connection.stored(subjects.REVOCATIONS_STREAM, asked)
+        except nats.js.errors.NotFoundError as exc:
+            if exc.err_code == _NO_STREAM:
+                raise FabricUnavailable(_NO_BUCKET) from exc
+            return None
+
+
+def _revocation(entry: Stored) -> Revocation | None:
+    """None for what is no revocation."""
+    try:
+        return Revocation.parse(entry.value, _writer(entry))
+    except InvalidMessage:
+        return None
+
+
+def _writer(entry: Stored) -> str:
+    """The name of the credential that wrote it."""
+    return entry.subject.rpartition(".")[2]

@@ -1,0 +1,190 @@
+"""Who may do what on the fabric: each role's credential and the permissions that nats-server enforces (DESIGN section 7).
+
+Rules:
+- Every process has a credential of its own, with an inbox of its own: with the usual `_INBOX.>` a worker of one pool could
+  read what is delivered to another.
+- Only the provisioner creates streams, consumers and buckets, or writes the manifest.
+- Revocations are the gateways' own: each adds them in its own name, reads all, and can change or remove none.
+- Of the budgets a gateway reads all, and writes its own part: what its leases hold.
+- The inspector asks the servers three questions about themselves, and nothing else of anybody. It asks from an account of its
+  own: in the servers' own account an answer could be sent to a subject that servers obey.
+- The warden asks the servers who sends how much, and has them end a connection. Only the site's operator holds it: whoever
+  has it can end every connection. It has an account of its own, too.
+- A worker asks JetStream's shared API nothing: its queue of questions is one for all pools, and drops them all when it is full.
+- A gateway reads its own replies only. A worker touches its own pool only, and of its queues that of its own region.
+- Permissions alone do not hold this (see `accounts`): each role also stands in an account that has no more than it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from lacre.errors import InvalidMessage, SettingsError
+from lacre.jose.claims import Members
+from lacre_fabric.keys.secret_files import read_secret, write_secret
+from lacre_fabric.nats import subjects
+
+FABRIC: Final = "FABRIC"  # the accounts: the streams, the buckets and the provisioner are in this one
+READ_MANIFEST: Final = (
+    f"{subjects.API}.DIRECT.GET.KV_{subjects.TRUST_BUCKET}.$KV.{subjects.TRUST_BUCKET}.{subjects.MANIFEST_KEY}"
+)
+REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # what gateways ask about them
+# What gateways read and write of the budgets that they share.
+BUDGETS: Final = (f"$KV.{subjects.BUDGETS_BUCKET}.>", subjects.READ_BUDGETS)
+SYSTEM: Final = "$SYS"  # nats-server's own: what servers say of themselves
+INSPECTION: Final = "INSPECTION"
+INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ", "CONNZ"))
+CONNECTIONS: Final = INSPECT[2]
+WARDEN: Final = "WARDEN"
+KICK: Final = subjects.kick("*")
+GUARD: Final = (CONNECTIONS, KICK)  # what the warden asks of servers
+MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
+MAX_SLOTS: Final = 500  # requests at a time of one worker, whose connection has two subscriptions for each
+MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
+TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
+TOLD_BY_WORKERS: Final = ("reply", "presence")  # `reply.POOL.GATEWAY.REQUEST`, `presence.POOL.REGION.NODE`
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A name and a password for nats-server, in a 0600 file. `name` is the role too: what stands in inbox subjects."""
+
+    name: str
+    password: str = field(repr=False)
+
+    @classmethod
+    def new(cls, name: str) -> Credential:
+        return cls(name, secrets.token_urlsafe(32))
+
+    @classmethod
+    def load(cls, path: Path) -> Credential:
+        """Raises SettingsError."""
+        try:
+            members = Members(json.loads(read_secret(path)), "the credential")
+            return cls(members.text("name"), members.text("password"))
+        except (ValueError, RecursionError, InvalidMessage) as exc:
+            raise SettingsError(f"{path} is not a fabric credential: `lacre up` writes them") from exc
+
+    @classmethod
+    def load_or_new(cls, path: Path, name: str) -> Credential:
+        if not path.exists():
+            cls.new(name).save(path)
+        return cls.load(path)
+
+    def save(self, path: Path) -> None:
+        write_secret(path, json.dumps(asdict(self)).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A credential, its account, the pools and regions it is for, and the subjects it may publish and subscribe to."""
+
+    credential: Credential
+    account: str
+    pools: tuple[str, ...]
+    regions: tuple[str, ...]
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+
+    def user(self) -> dict[str, Any]:
+        """The user's entry in nats-server's configuration."""
+        return {
+            "user": self.credential.name,
+            "password": self.credential.password,
+            "permissions": {"publish": list(self.publish), "subscribe": list(self.subscribe)},
+        }
+
+
+def provisioner(credential: Credential) -> Role:
+    return Role(credential, FABRIC, (), (), (">",), (">",))
+
+
+def inspector(credential: Credential) -> Role:
+    """Asks servers how they are configured, and how they are: for `lacre fabric check`."""
+    return Role(credential, INSPECTION, (), (), INSPECT, (_own_inbox(credential),))
+
+
+def warden(credential: Credential) -> Role:
+    """Asks servers who sends how much, and has them end a connection that floods: for `lacre up` and `keys tend --stay`."""
+    return Role(credential, WARDEN, (), (), GUARD, (_own_inbox(credential),))
+
+
+def gateway(
+    credential: Credential, gateway_id: str, pools: Sequence[str], regions: Sequence[str] = subjects.ONE_REGION
+) -> Role:
+    """pools, regions: those it sends work to. Each process has replies of its own: of two, each would get and cancel the
+    other's.
+    """
+    subjects.check_gateway(gateway_id)
+    processes = (gateway_id, *(subjects.process_name(gateway_id, number) for number in range(MAX_PROCESSES)))
+    replies = (subjects.replies(name) for name in processes)
+    tell = (f"{kind}.{pool}.*" for pool in pools for kind in TOLD_TO_WORKERS)
+    return Role(
+        credential,
+        gateway_account(gateway_id),
+        tuple(pools),
+        tuple(regions),
+        (
+            *(service for pool in pools for region in regions for service in gateway_services(pool, region)),
+            *tell,
+            READ_MANIFEST,
+            subjects.revocation(credential.name),
+            subjects.READ_REVOCATIONS,
+            subjects.budgets_of(credential.name),
+            subjects.READ_BUDGETS,
+        ),
+        (_own_inbox(credential), *replies, "presence.>", MAX_DELIVERIES),
+    )
+
+
+def worker(credential: Credential, pool: str, node: str | None, region: str = subjects.DEFAULT_REGION) -> Role:
+    """node: None for a credential that all of a pool's workers share, as replicas of one deployment do. They have the same
+    keys and read the same queue; such a credential can also say that another node of the pool is there, or is not.
+    """
+    presence = subjects.presence(pool, region, "*" if node is None else subjects.check_name("node", node))
+    return Role(
+        credential,
+        workers_account(pool),
+        (pool,),
+        (region,),
+        (*worker_services(pool, region), READ_MANIFEST, f"reply.{pool}.>", presence),
+        (_own_inbox(credential), *(f"{kind}.{pool}.*" for kind in TOLD_TO_WORKERS)),
+    )
+
+
+def gateway_services(pool: str, region: str) -> tuple[str, ...]:
+    """What a gateway asks of JetStream about one pool in one region: to queue work, to withdraw it, and how much there is."""
+    stream = _queue(pool, region)
+    return f"work.{pool}.{region}.*", f"{subjects.API}.STREAM.MSG.DELETE.{stream}", f"{subjects.API}.STREAM.INFO.{stream}"
+
+
+def worker_services(pool: str, region: str) -> tuple[str, ...]:
+    """What a worker asks of JetStream: to pull and to ack of its pool's queue in its region, to make and read its claims."""
+    stream, claims = _queue(pool, region), subjects.claims_bucket(pool)
+    return (
+        f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.*",
+        f"$JS.ACK.{stream}.>",
+        f"$KV.{claims}.*",
+        f"{subjects.API}.DIRECT.GET.KV_{claims}.>",
+    )
+
+
+def _queue(pool: str, region: str) -> str:
+    return subjects.work_stream(subjects.check_name("pool", pool), subjects.check_region(region))
+
+
+def workers_account(pool: str) -> str:
+    return f"POOL_{pool}"
+
+
+def gateway_account(gateway_id: str) -> str:
+    return f"GATEWAY_{gateway_id}"
+
+
+def _own_inbox(credential: Credential) -> str:
+    return f"{subjects.inbox(credential.name)}.>"

@@ -1,0 +1,155 @@
+"""The names of streams, subjects and buckets (DESIGN section 7). Names become NATS tokens here."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from lacre.errors import InvalidMessage, SettingsError
+from lacre.jose.jws import b64u
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_REGION: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+DEFAULT_REGION: Final = "lacre"  # where there is one and nobody gave it a name
+ONE_REGION: Final = (DEFAULT_REGION,)
+_REQUEST: Final = re.compile(r"[0-9a-f]{32}")
+_TOKEN: Final = re.compile(r"[A-Za-z0-9_:-]{1,200}")
+PROCESS: Final = "__"  # between a gateway's name and the number of its process
+_MAX_GATEWAY: Final = 56
+_MAX_MODEL: Final = 180  # bytes; as base64 in a consumer's name it stays below JetStream's 255
+API: Final = "FABRIC.API"  # where every account finds JetStream's API: `$JS.API` is each account's own (see `accounts`)
+TRUST_BUCKET: Final = "trust"
+MANIFEST_KEY: Final = "manifest"
+_REVOCATIONS: Final = "revocations"
+REVOCATIONS_STREAM: Final = f"KV_{_REVOCATIONS}"
+READ_REVOCATIONS: Final = f"{API}.STREAM.MSG.GET.{REVOCATIONS_STREAM}"
+BUDGETS_BUCKET: Final = "budgets"
+READ_BUDGETS: Final = f"{API}.STREAM.MSG.GET.KV_{BUDGETS_BUCKET}"
+
+
+def is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
+def check_name(kind: str, name: str) -> str:
+    """A pool, gateway or node name: it stands in subjects, where `.`, `*` and `>` would reach into others'."""
+    if not is_name(name):
+        raise SettingsError(f"a {kind} name has 1 to 63 of a-z, 0-9, - and _, and begins with a letter or digit: {name!r}")
+    return name
+
+
+def check_region(name: str) -> str:
+    """A region's name, which is its NATS cluster's. It has no `_`: a queue's name is of one pool and one region then."""
+    if not _REGION.fullmatch(name):
+        raise SettingsError(f"a region's name has 1 to 31 of a-z, 0-9 and -, and begins with a letter or digit: {name!r}")
+    return name
+
+
+def check_gateway(name: str) -> str:
+    """As `check_name`, with room for the number of a process, and unlike any name of one."""
+    if PROCESS in name or len(name) > _MAX_GATEWAY:
+        raise SettingsError(f"a gateway's name has no {PROCESS} in it, and at most {_MAX_GATEWAY} characters: {name!r}")
+    return check_name("gateway", name)
+
+
+def model_token(model: str) -> str:
+    """A model's name as one token; it may hold any character. Raises SettingsError for one that is empty or too long."""
+    name = model.encode("utf-8", "surrogatepass")
+    if not 0 < len(name) <= _MAX_MODEL:
+        raise SettingsError(f"a model name has 1 to {_MAX_MODEL} bytes: {model[:40]!r}")
+    return b64u(name)
+
+
+def work_stream(pool: str, region: str) -> str:
+    return f"WORK_{pool}_{region}"
+
+
+def work(pool: str, region: str, model: str) -> str:
+    return f"work.{pool}.{region}.{model_token(model)}"
+
+
+def consumer(model: str) -> str:
+    """The one durable consumer of a model's subject."""
+    return f"model-{model_token(model)}"
+
+
+def reply(pool: str, gateway: str, request: str) -> str:
+    return f"reply.{pool}.{gateway}.{request}"
+
+
+def process_name(gateway: str, number: int) -> str:
+    """One of a gateway's several processes: it has replies of its own. No gateway can have such a name."""
+    return f"{gateway}{PROCESS}{number}"
+
+
+def replies(gateway: str, pool: str = "*") -> str:
+    """Every reply to one gateway process's requests, of one pool's workers or of all."""
+    return f"reply.{pool}.{gateway}.*"
+
+
+def cancel(pool: str, request: str) -> str:
+    return f"cancel.{pool}.{request}"
+
+
+def kick(server: str) -> str:
+    """Where a nats-server, 2.10 or later, is asked to end a connection: `{"cid": N}`. server: its id, or `*` for each."""
+    return f"$SYS.REQ.SERVER.{server}.KICK"
+
+
+def credit(pool: str, request: str) -> str:
+    return f"credit.{pool}.{request}"
+
+
+def presence(pool: str, region: str, node: str) -> str:
+    return f"presence.{pool}.{region}.{node}"
+
+
+def is_request(request: str) -> bool:
+    """Whether it is a request's id, which stands in subjects."""
+    return _REQUEST.fullmatch(request) is not None
+
+
+def parse_presence(subject: str) -> tuple[str, str, str]:
+    """Pool, region and node, of a subject that a worker chose. Raises InvalidMessage."""
+    kind, *names = subject.split(".", 4)
+    if kind != "presence" or len(names) != 3 or not (is_name(names[0]) and _REGION.fullmatch(names[1]) and is_name(names[2])):
+        raise InvalidMessage("a sign of presence under a name that no worker has")
+    return names[0], names[1], names[2]
+
+
+def parse_reply(subject: str) -> tuple[str, str]:
+    """Pool and request, of a subject that a worker chose. Raises InvalidMessage."""
+    kind, *names = subject.split(".", 4)
+    if kind != "reply" or len(names) != 3 or not is_name(names[0]) or not is_request(names[2]):
+        raise InvalidMessage("a reply to what is no request")
+    return names[0], names[2]
+
+
+def claims_bucket(pool: str) -> str:
+    return f"claims_{pool}"
+
+
+def claim(pool: str, key: str) -> str:
+    """key: a request's digest in hex."""
+    return f"$KV.{claims_bucket(pool)}.{key}"
+
+
+def manifest() -> str:
+    return f"$KV.{TRUST_BUCKET}.{MANIFEST_KEY}"
+
+
+def revocation(writer: str) -> str:
+    """writer: the name of a credential, or `*` for all."""
+    return f"$KV.{_REVOCATIONS}.{writer}"
+
+
+def budgets_of(writer: str) -> str:
+    """All that a credential may write of the budgets."""
+    return f"$KV.{BUDGETS_BUCKET}.{writer}.>"
+
+
+def inbox(credential: str) -> str:
+    """A credential's own inbox prefix; with the usual `_INBOX` each could read what is delivered to another."""
+    if not _TOKEN.fullmatch(credential):
+        raise SettingsError(f"a credential's name has 1 to 200 of A-Z, a-z, 0-9, -, _ and `:`: {credential!r}")
+    return f"_INBOX_{credential}"

@@ -1,0 +1,458 @@
+"""A node's side of the fabric, over NATS. It only dials out, and pulls as much work of its region as it has free slots.
+
+Each model has a queue, and one pull of its own while it has a free slot (`slots.py`): a flood of one model's requests takes no
+slot of another's, and what this worker cannot begin stays in the queue for other workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, Protocol, Self
+
+import nats.errors
+import nats.js.errors
+import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js.api import Header
+from nats.js.client import JetStreamContext
+
+from lacre import problems
+from lacre.errors import ProtocolError, SettingsError
+from lacre.runtime import tasks
+from lacre.wire.header import SealedHeader
+from lacre_fabric.nats import orders, protocol, subjects
+from lacre_fabric.nats.connection import API_TIMEOUT, Connection, headers_of
+from lacre_fabric.nats.gateway import GATEWAY, GRANT, REQUEST
+from lacre_fabric.nats.kv import CONFLICTS
+from lacre_fabric.nats.roles import MAX_SLOTS, Credential
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, Work
+from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.presence import KEYS, ROOM, WRONG
+from lacre_fabric.work.slots import Slots
+from lacre_fabric.work.worker_stream import Outbound
+
+PULL: Final = 2.0  # seconds that one pull waits; one that NATS lost is made good this soon
+PULL_EACH: Final = 0.5  # and where there are fewer free slots than models, which are asked in turn then
+NOT_ABLE: Final = 0.5  # seconds until the next look whether the worker can work
+_STAMP: Final = "Nats-Time-Stamp"  # of what JetStream gives back: when it was written
+NO_QUEUE: Final = 1.0  # seconds until the next look for a queue that is not there
+IN_PROGRESS: Final = 2.0  # seconds between signs that unacked work goes on; well inside `ACK_WAIT`
+MAX_CREDIT_DIGITS: Final = 12  # of the bytes that a reader took: more than any answer has
+
+log = structlog.get_logger("lacre.fabric")
+
+
+@dataclass(slots=True)
+class _Queue:
+    """A model's queue. there: NATS has it, as far as the last pull could tell."""
+
+    model: str
+    pull: JetStreamContext.PullSubscription
+    there: bool = True
+
+
+class Able(Protocol):
+    """What a worker can serve now, and the kinds of what keeps it from serving the rest."""
+
+    def models(self) -> Collection[str]: ...
+
+    def kinds(self) -> Sequence[str]: ...
+
+
+class NatsWorker:
+    """A `WorkerFabric`. It outlives its queues: a model whose queue is gone is not announced, and looked for again.
+
+    A worker that cannot work takes no work and announces no model, until it can (`Able`).
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        pool: str,
+        node: str,
+        slots: Slots,
+        *,
+        keys: Callable[[], Sequence[str]] = tuple,
+        able: Able | None = None,
+        region: str = subjects.DEFAULT_REGION,
+    ) -> None:
+        self.connection = connection
+        self._able = able
+        self._keys = keys
+        self._pool = pool
+        self._node = node
+        self._region = region
+        self._slots = slots
+        self._changed = asyncio.Event()  # there may be a free slot, or it drains
+        self._queues: list[_Queue] = []  # whose turn it is to be asked comes first
+        self._pulls: dict[str, asyncio.Task[NatsDelivery | None]] = {}  # that wait, by model
+        self._pullers = 0
+        self._presence: tasks.Background | None = None
+        self._draining = False
+        self.claims_of = pool
+
+    @classmethod
+    async def connect(
+        cls,
+        servers: Servers | str,
+        credential: Credential,
+        pool: str,
+        node: str,
+        models: Sequence[str],
+        *,
+        slots: int = 1,
+        each: Mapping[str, int] | None = None,
+        keys: Callable[[], Sequence[str]] = tuple,
+        able: Able | None = None,
+        region: str = subjects.DEFAULT_REGION,
+    ) -> Self:
+        """slots: at most `MAX_SLOTS`. each: of these, how many each model may have; all where it names none. keys: the
+        fingerprints of the pool's keys that are held here now; presence tells them. able: what keeps the worker from working;
+        None for nothing.
+
+        Raises SettingsError or FabricUnavailable.
+        """
+        if slots > MAX_SLOTS:
+            raise SettingsError(f"slots: a worker has at most {MAX_SLOTS}, not {slots}: run more workers of the pool")
+        room = Slots(slots, models, each)
+        worker = cls(await Connection.open(servers, credential), pool, node, room, keys=keys, able=able, region=region)
+        try:
+            await worker._bind(models)
+        except BaseException:
+            await worker.connection.close()
+            raise
+        worker._presence = tasks.start("presence", worker._announce)
+        return worker
+
+    async def _bind(self, models: Sequence[str]) -> None:
+        connection, stream = self.connection, subjects.work_stream(self._pool, self._region)
+        async with connection.mapped(confirmed=True):
+            for model in models:
+                pull = await connection.jetstream.pull_subscribe_bind(consumer=subjects.consumer(model), stream=stream)
+                self._queues.append(_Queue(model, pull))
+            await self._say_presence()
+
+    async def pull(self) -> NatsDelivery:
+        if self._presence is not None:
+            self._presence.check()
+        self._pullers += 1
+        try:
+            return await self._next()
+        except asyncio.CancelledError:
+            if self._pullers == 1:  # nobody is left who would take what comes
+                for waiting in self._pulls.values():
+                    waiting.cancel()
+            raise
+        finally:
+            self._pullers -= 1
+
+    async def _next(self) -> NatsDelivery:
+        while not self._draining:
+            self._changed.clear()
+            if (delivery := self._arrived()) is not None:
+                return delivery
+            # Pulls that the library keeps until it is connected would come in a heap, and take more work than there are slots.
+            await self.connection.wait_connected()
+            able = self._ask()
+            changed = tasks.spawn("a free slot", self._changed.wait())
+            try:
+                wait = {changed, *self._pulls.values()}
+                await asyncio.wait(wait, timeout=None if able else NOT_ABLE, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+        raise FabricUnavailable("this worker is draining: it takes no more work")
+
+    def _arrived(self) -> NatsDelivery | None:
+        """What a pull brought. Raises FabricUnavailable where one failed."""
+        for model, waiting in [(model, waiting) for model, waiting in self._pulls.items() if waiting.done()]:
+            del self._pulls[model]
+            self._slots.pulled(model)
+            if not waiting.cancelled() and (delivery := waiting.result()) is not None:
+                self._slots.take(delivery.attempt, model)
+                return delivery
+        return None
+
+    def _ask(self) -> bool:
+        """Pulls for each model that has a free slot and is not pulled for yet. False: some cannot be served now."""
+        able = [queue for queue in self._queues if self._serves(queue.model)]
+        patience = PULL if self._slots.total - self._slots.busy >= len(able) else PULL_EACH
+        for queue in able:
+            if self._slots.may_pull(queue.model):
+                self._slots.pull(queue.model)
+                self._pulls[queue.model] = tasks.spawn(f"pull {queue.model}", self._fetch(queue, patience))
+                self._queues.remove(queue)
+                self._queues.append(queue)
+        return len(able) == len(self._queues)
+
+    async def _fetch(self, queue: _Queue, patience: float) -> NatsDelivery | None:
+        """One pull; None where nothing came of it. Raises FabricUnavailable."""
+        denials = self.connection.denials
+        try:
+            (message,) = await queue.pull.fetch(1, timeout=patience if queue.there else PULL_EACH)
+        except (nats.js.errors.ServiceUnavailableError, nats.errors.NoRespondersError):
+            await self._look(queue, there=False)
+            await asyncio.sleep(NO_QUEUE)
+            return None
+        except nats.errors.Error as exc:
+            if isinstance(exc, TimeoutError) and self.connection.denials == denials:
+                await self._look(queue, there=self.connection.connected)
+                return None
+            raise self.connection.unavailable(exc, denials) from exc
+        async with self.connection.mapped():
+            await self._look(queue, there=True)
+            delivery = await self._take(message)
+            if delivery is None or self._serves(queue.model):
+                return delivery
+            await _turn_away(delivery)  # it cannot any more, since it asked
+        return None
+
+    async def _look(self, queue: _Queue, *, there: bool) -> None:
+        if queue.there != there:
+            queue.there = there
+            log.warning("queue.found" if there else "queue.missing", pool=self._pool, model=queue.model)
+            await self._say_presence()
+
+    async def _take(self, message: Msg) -> NatsDelivery | None:
+        """The delivery, ready to be worked on; None where nobody could be answered."""
+        headers = headers_of(message)
+        request_id, gateway = headers.get(REQUEST, ""), headers.get(GATEWAY, "")
+        models = (queue.model for queue in self._queues)
+        model = next((name for name in models if subjects.work(self._pool, self._region, name) == message.subject), None)
+        try:
+            order_key = orders.parse_key(headers.get(orders.KEY))
+        except ValueError:
+            model = None
+        if model is None or not subjects.is_request(request_id) or not subjects.is_name(gateway):
+            log.warning("work.unanswerable")
+            await message.ack()
+            return None
+        work = Work(request_id, self._pool, model, _digest(message.data), headers.get(GRANT, ""), message.data)
+        delivery = NatsDelivery(self, message, work, subjects.reply(self._pool, gateway, request_id), order_key)
+        await delivery.start()
+        return delivery
+
+    def _serves(self, model: str) -> bool:
+        return self._able is None or model in self._able.models()
+
+    def weigh(self, delivery: Delivery, sequences: int | None) -> None:
+        self._slots.weigh(delivery.attempt, sequences)
+        self._changed.set()
+
+    def release(self, delivery: Delivery | None = None) -> None:
+        self._slots.give(None if delivery is None else delivery.attempt)
+        self._changed.set()
+
+    async def try_claim(self) -> float | None:
+        """As the function of this name."""
+        return await try_claim(self.connection, self.claims_of)
+
+    async def drain(self) -> None:
+        if self._draining:
+            return
+        self._draining = True
+        self._changed.set()
+        if self._presence is not None:
+            await self._presence.close()
+        await self._say_presence()
+        if self.connection.connected:
+            with suppress(nats.errors.Error):
+                for queue in self._queues:  # with nobody there to hear the answer, the server drops a pull that waits
+                    await queue.pull.unsubscribe()
+                await self.connection.round_trip()
+        pulls, self._pulls = self._pulls, {}
+        brought = [waiting.result() for waiting in pulls.values() if _is_good(waiting)]
+        await tasks.end(*pulls.values(), expected=(FabricUnavailable,))
+        for delivery in brought:
+            if delivery is not None:  # it came while nobody took it any more
+                await _turn_away(delivery)
+
+    async def close(self) -> None:
+        await self.drain()
+        await self.connection.close()
+
+    async def _announce(self) -> None:
+        while True:
+            await self._say_presence()
+            await asyncio.sleep(BEAT)
+
+    async def announce(self) -> None:
+        """Tells who is there and what it serves at once, beside once a second."""
+        await self._say_presence()
+
+    async def _say_presence(self) -> None:
+        models = [q.model for q in self._queues if q.there and not self._draining and self._serves(q.model)]
+        busy, room = self._slots.busy, {model: self._slots.free(model) for model in models}
+        wrong = [] if self._able is None else self._able.kinds()
+        said = {"models": models, "free": self._slots.total - busy, "busy": busy, ROOM: room}
+        said |= {KEYS: list(self._keys()), WRONG: wrong}
+        with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
+            subject = subjects.presence(self._pool, self._region, self._node)
+            await self.connection.client.publish(subject, json.dumps(said).encode())
+
+
+class NatsDelivery:
+    """A `Delivery`."""
+
+    def __init__(self, worker: NatsWorker, message: Msg, work: Work, reply: str, order_key: bytes | None) -> None:
+        self._worker = worker
+        self._message = message
+        self._reply = reply
+        self._order_key = order_key
+        self._unproven = False
+        self._doubtful = False  # whether a claim may be this attempt's though nobody said so
+        self._out = Outbound(self._publish)
+        self._subscriptions: list[Subscription] = []
+        self._progress: asyncio.Task[object] | None = None
+        self._settled = False
+        self.work = work
+        self.attempt = self._out.attempt
+        self.cancelled = self._out.cancelled
+        self.again = _deliveries(message) > 1
+
+    async def start(self) -> None:
+        client = self._worker.connection.client
+        pool, request_id = self.work.pool, self.work.request_id
+        self._subscriptions = [
+            await client.subscribe_directly(subjects.cancel(pool, request_id), self._on_cancel),
+            await client.subscribe_directly(subjects.credit(pool, request_id), self._on_credit),
+        ]
+        self._progress = tasks.detach("signs of work", self._in_progress())
+
+    async def claim(self) -> bool:
+        """The first to create the key has the request. A create that timed out may have been done: it is read back.
+
+        Raises FabricUnavailable where that cannot be told; to call it again is safe.
+        """
+        mine, connection = self.attempt.encode(), self._worker.connection
+        subject, denials = subjects.claim(self._worker.claims_of, self.work.digest.hex()), connection.denials
+        try:
+            first = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: "0"}
+            await connection.jetstream.publish(subject, mine, headers=first)
+        except nats.errors.Error as failed:
+            lost = isinstance(failed, nats.js.errors.APIError) and failed.err_code in CONFLICTS
+            if lost and not self._doubtful:
+                return False
+            self._doubtful = True  # this create, or one before it, may have been done
+            if connection.denials == denials:
+                with suppress(nats.errors.Error):
+                    if (
+                        held := await connection.newest(f"KV_{subjects.claims_bucket(self._worker.claims_of)}", subject)
+                    ) is not None:
+                        return held == mine
+            raise connection.unavailable(failed, denials) from failed
+        return True
+
+    async def send(self, kind: Kind, payload: bytes) -> None:
+        await self._out.send(kind, payload)
+        await self._settle()
+
+    async def stop(self, receipt: bytes) -> None:
+        await self._out.stop(receipt)
+
+    async def reject(self, problem_type: str) -> None:
+        await self.send(Kind.ERROR, problem_type.encode())
+        await self.drop()
+
+    async def drop(self) -> None:
+        await self._settle()
+        subscriptions, self._subscriptions = self._subscriptions, []
+        for subscription in subscriptions:
+            with suppress(nats.errors.Error):
+                await subscription.unsubscribe()
+
+    async def _settle(self) -> None:
+        """Acks once. The work leaves the queue with it: what breaks from here on is the client's to resume."""
+        if not self._settled:
+            self._leave()
+            with suppress(nats.errors.Error):
+                await self._message.ack()
+
+    def _leave(self) -> None:
+        """No sign any more that the work goes on: unless it is acked now, it is delivered again."""
+        self._settled = True
+        if self._progress is not None:
+            self._progress.cancel()
+
+    async def _in_progress(self) -> None:
+        while True:
+            await asyncio.sleep(IN_PROGRESS)
+            with suppress(nats.errors.Error):
+                await self._message.in_progress()
+
+    async def _publish(self, frame: Frame) -> None:
+        try:
+            await self._worker.connection.client.publish(self._reply, frame.payload, headers=frame.headers())
+        except nats.errors.Error as exc:
+            raise FabricUnavailable("the connection to NATS is gone") from exc
+
+    def _on_cancel(self, _subject: str, block: bytes, _payload: bytes) -> bool:
+        if not self._proven(block, orders.CANCEL):
+            return False
+        self._out.cancel()
+        return True
+
+    def _on_credit(self, _subject: str, block: bytes, payload: bytes) -> bool:
+        if not payload.isdigit() or len(payload) > MAX_CREDIT_DIGITS or not self._proven(block, payload):
+            return False
+        self._out.renew(int(payload))
+        return True
+
+    def _proven(self, block: bytes, order: bytes) -> bool:
+        """block: headers, as on the wire. Raises InvalidMessage."""
+        given = protocol.fields(block, status=False).get(orders.PROOF, "") if block else ""
+        if orders.proven(self._order_key, order, given):
+            return True
+        if not self._unproven:  # one line, however many come
+            self._unproven = True
+            log.warning("order.unproven", pool=self.work.pool, remedy="see who holds the pool's credentials: one may be stolen")
+        return False
+
+
+async def _turn_away(delivery: NatsDelivery) -> None:
+    """The client may send it again, to another worker."""
+    with suppress(FabricUnavailable, Cancelled):
+        await delivery.reject(problems.UNCLAIMED.type)
+
+
+def _is_good(waiting: asyncio.Task[NatsDelivery | None]) -> bool:
+    return waiting.done() and not waiting.cancelled() and waiting.exception() is None
+
+
+def _deliveries(message: Msg) -> int:
+    """How often JetStream has delivered the message, this time among them."""
+    try:
+        return message.metadata.num_delivered or 1
+    except (nats.errors.Error, ValueError, LookupError, ArithmeticError, OSError):
+        return 1  # its reply subject is not JetStream's: nobody will deliver it again
+
+
+async def try_claim(connection: Connection, pool: str) -> float | None:
+    """Writes a claim that is no request's, and reads it back: when the server wrote it, in seconds since the epoch. None where
+    a server was asked that does not have it yet. Raises FabricUnavailable.
+    """
+    subject = subjects.claim(pool, secrets.token_hex(32))
+    async with connection.mapped():
+        first = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: "0"}
+        await connection.jetstream.publish(subject, b"", headers=first)
+        found = f"{subjects.API}.DIRECT.GET.KV_{subjects.claims_bucket(pool)}.{subject}"
+        stamp = headers_of(await connection.client.request(found, timeout=API_TIMEOUT)).get(_STAMP, "")
+    try:
+        return datetime.fromisoformat(stamp).timestamp()
+    except ValueError:
+        return None
+
+
+def _digest(sealed: bytes) -> bytes:
+    """Of `hdr ‖ enc`; empty where the bytes are no sealed request, which the node will say to the gateway."""
+    try:
+        return SealedHeader.parse(sealed).digest
+    except ProtocolError:
+        return b""

@@ -1,0 +1,126 @@
+"""`lacre demo`: one sealed chat through everything, and side by side what was asked and what the gateway saw of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx2
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+import lacre
+from lacre.evidence import audit_proof
+from lacre.evidence.audit_proof import AuditProof
+from lacre_fabric.operate.up import Running, running
+
+PROMPT: Final = "I want to leave my job. In two sentences, how do I tell my boss?"
+MAX_TOKENS: Final = 128
+_SHOWN: Final = 128  # bytes of ciphertext
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `--json` prints. ttft_ms: milliseconds to the first text; tokens_per_s: from the first text to the last."""
+
+    ok: bool
+    model: str
+    text: str
+    completion_tokens: int
+    ttft_ms: float
+    tokens_per_s: float
+    kem: str
+    sealed_request_bytes: int
+
+
+class _Tap(httpx2.AsyncBaseTransport):
+    """The connection to the gateway, remembering the last request that went over it, and the proof that came back."""
+
+    def __init__(self) -> None:
+        self._inner = httpx2.AsyncHTTPTransport()
+        self.last: httpx2.Request | None = None
+        self.audit = ""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.last = request
+        response = await self._inner.handle_async_request(request)
+        self.audit = response.headers.get(audit_proof.HEADER, "")
+        return response
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+async def demo(out: Console) -> Result:
+    """Starts everything in a temporary state, asks, shows, and ends everything."""
+    with tempfile.TemporaryDirectory(prefix="lacre-demo-") as folder:
+        out.print("[dim]Starting nats-server, a gateway and a worker with the model …[/dim]")
+        async with running(Path(folder) / "state", 0) as (live, _):
+            tap = _Tap()
+            token = live.site.token("ada@example.com")
+            memory = lacre.VersionMemory()
+            async with lacre.AsyncClient(live.connection_string, token=token, memory=memory, transport=tap) as client:
+                return await _ask(client, tap, live, out)
+
+
+async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console) -> Result:
+    began = time.perf_counter()
+    arrivals: list[float] = []
+    async with client.chat_stream(PROMPT, max_tokens=MAX_TOKENS, temperature=0) as stream:
+        async for text in stream:
+            arrivals.append(time.perf_counter())
+            if len(arrivals) == 1:
+                _show(out, tap)
+            out.out(text, end="")
+            out.file.flush()
+    out.print()
+    seconds = arrivals[-1] - arrivals[0] if len(arrivals) > 1 else 0.0
+    completion_tokens, facts = (await stream.reply()).usage.completion, stream.facts
+    result = Result(
+        ok=bool(arrivals),
+        model=live.site.pools["default"][0],
+        text=stream.text,
+        completion_tokens=completion_tokens,
+        ttft_ms=round((arrivals[0] - began) * 1e3, 1) if arrivals else 0.0,
+        tokens_per_s=round((completion_tokens - 1) / seconds, 1) if seconds else 0.0,
+        kem="" if facts is None else facts.kem,
+        sealed_request_bytes=0 if facts is None else facts.sealed_request_bytes,
+    )
+    out.print(
+        f"\n[dim]{result.completion_tokens} tokens, {result.tokens_per_s} a second, the first after {result.ttft_ms:.0f} ms; "
+        f"sealed with {result.kem}, {result.sealed_request_bytes} bytes.[/dim]"
+    )
+    return result
+
+
+def _show(out: Console, tap: _Tap) -> None:
+    """Left what the application asked, right what passed the gateway; below, the entry that it proved to have recorded."""
+    if tap.last is None:
+        return
+    headers = "\n".join(f"{name}: {value}" for name, value in tap.last.headers.items() if name.startswith("lacre-"))
+    content = tap.last.content
+    seen = f"{headers}\n\n{content[:_SHOWN].hex(' ', 2)} … {len(content)} bytes"
+    sides = Table.grid(expand=True, padding=(0, 1))
+    sides.add_column(ratio=1)
+    sides.add_column(ratio=1)
+    sides.add_row(
+        Panel(Text(PROMPT), title="you asked", border_style="green"),
+        Panel(Text(seen), title="the gateway saw", border_style="red"),
+    )
+    out.print(sides)
+    if tap.audit:  # which the client has verified by now
+        proof = AuditProof.parse_header(tap.audit)
+        line = json.dumps(proof.members)  # with blanks, where the terminal may break it
+        title = f"and wrote into its audit log, as entry {proof.index}, which it proves with the answer"
+        out.print(Panel(Text(line), title=title, border_style="red"))
+    out.print("[bold]The answer, opened here record by record:[/bold]")
+
+
+def as_json(result: Result) -> str:
+    return json.dumps(asdict(result))

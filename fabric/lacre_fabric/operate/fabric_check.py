@@ -1,0 +1,381 @@
+"""`lacre fabric check`: whether running message servers are what Lacre needs, and what is weak about them.
+
+Rules:
+- It changes nothing of anybody's. It writes one entry of its own into each stream, to see whether the stream takes it. What it
+  tries with a credential to find out whether it is denied does no harm where it is allowed: a subscription, a question, or a
+  message to nobody.
+- `wrong` is what breaks a promise of Lacre's, `weak` what keeps it for as long as nothing fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final
+
+import nats.errors
+import nats.js.errors
+from nats.aio.msg import Msg
+from nats.js.api import ConsumerConfig, Header, Placement, StorageType, StreamConfig, StreamInfo
+
+from lacre.errors import LacreError
+from lacre.jose.jws import b64u
+from lacre_fabric.nats import streams as layout
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.revocations import revoke
+from lacre_fabric.nats.roles import INSPECT, Credential
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.nats.streams import MAX_PAYLOAD
+from lacre_fabric.work.contract import FabricError
+from lacre_fabric.work.revocations import Revocation
+
+_SKEW: Final = 5.0  # seconds that clocks may differ and nobody notices
+_LISTEN: Final = 1.0  # seconds in which servers answer
+_PROVISION: Final = "run `lacre manifest publish`, which mends it"
+_ANEW: Final = "delete the stream when nobody needs what is in it, and run `lacre manifest publish`"
+_ACCOUNTS: Final = "configure the servers with what `lacre fabric accounts` prints, and nothing beside it"
+_FULL: Final = "see docs/nats.md, The way back: somebody may hold a stolen credential"
+_NEARLY_FULL: Final = 0.8  # of a stream's bytes or messages
+_PROBE: Final = 2  # seconds that an entry lives which tries a stream that takes times to live
+_FIXED: Final = frozenset({"storage", "retention"})  # what no update of a stream changes
+_CHOSEN: Final = frozenset({"retention", "duplicate_window", "placement"})  # by the server, where nothing is asked for
+_STREAM: Final = (
+    "subjects", "retention", "storage", "num_replicas", "discard", "max_msgs", "max_bytes", "max_msgs_per_subject", "max_age",
+    "duplicate_window", "allow_msg_ttl", "deny_delete", "deny_purge", "placement", "max_msg_size", "allow_rollup_hdrs",
+    "discard_new_per_subject",
+)  # fmt: skip
+_LIMITS: Final = ((StorageType.MEMORY, "max_memory", "max_memory_store"), (StorageType.FILE, "max_storage", "max_file_store"))
+_CONSUMER: Final = ("filter_subject", "ack_policy", "ack_wait", "max_deliver", "max_ack_pending")
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WEAK = "weak"
+    WRONG = "wrong"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """remedy: what to do; empty where there is nothing to do."""
+
+    check: str
+    verdict: Verdict
+    detail: str
+    remedy: str = ""
+
+
+async def inspect(
+    servers: Servers,
+    pools: Mapping[str, Sequence[str]],
+    replicas: int,
+    credentials: Mapping[str, Credential],
+    regions: Sequence[str] = subjects.ONE_REGION,
+) -> list[Finding]:
+    """credentials: by role: `provisioner`, `inspector`, and any of `gateway` and `worker-POOL`, the latter with `@REGION`."""
+    found = [_tls(servers)]
+    try:
+        async with _connected(servers, credentials["provisioner"]) as provisioner:
+            found += await _streams(provisioner, layout.streams(tuple(pools), replicas, regions))
+            found += await _consumers(provisioner, layout.consumers(pools, regions))
+    except LacreError as exc:
+        found.append(
+            Finding("fabric", Verdict.WRONG, str(exc), "see that the servers run, have JetStream, and know Lacre's accounts")
+        )
+        return found
+    try:
+        async with _connected(servers, credentials["inspector"]) as inspector:
+            found += _servers(await _said(inspector), layout.streams(tuple(pools), replicas, regions), regions, time.time())
+    except LacreError as exc:
+        found.append(Finding("servers", Verdict.WRONG, str(exc), _ACCOUNTS))
+    for role, credential in credentials.items():
+        if role not in ("provisioner", "inspector"):
+            found.append(await _denied(servers, role, credential, [(pool, region) for pool in pools for region in regions]))
+    return found
+
+
+@asynccontextmanager
+async def _connected(servers: Servers, credential: Credential) -> AsyncIterator[Connection]:
+    connection = await Connection.open(servers, credential)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def _tls(servers: Servers) -> Finding:
+    if servers.tls:
+        return Finding("tls", Verdict.OK, "servers prove who they are")
+    far = [host for host in servers.hosts if not _loopback(host)]
+    if not far:
+        return Finding("tls", Verdict.OK, "none, on this machine alone")
+    return Finding(
+        "tls",
+        Verdict.WRONG,
+        f"passwords go to {', '.join(far)} in the clear",
+        "configure `tls` on the servers, and write tls:// in `url`",
+    )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> list[Finding]:
+    found = []
+    for wanted in streams:
+        name = wanted.name or ""
+        async with connection.mapped():
+            try:
+                info = await connection.jetstream.stream_info(name)
+            except nats.js.errors.NotFoundError:
+                found.append(Finding(name, Verdict.WRONG, "it is not there", _PROVISION))
+                continue
+        finding = _stream(name, wanted, info)
+        if finding.verdict is not Verdict.WRONG:
+            finding = await _takes_writes(connection, name) or _room(name, info) or finding
+        found.append(finding)
+    return found
+
+
+async def _takes_writes(connection: Connection, name: str) -> Finding | None:
+    """What is wrong with a write. A stream can be as it should be, and take none: it is full, or its disk is."""
+    try:
+        if name == subjects.REVOCATIONS_STREAM:
+            await revoke(connection, Revocation(b64u(secrets.token_bytes(32)), time.time() + _PROBE))
+        else:
+            kind, _, rest = name.partition("_")
+            place = f"{rest.rpartition('_')[0]}.{rest.rpartition('_')[2]}"
+            headers = {Header.MSG_TTL.value: str(_PROBE)} if kind == "WORK" else None
+            subject = f"work.{place}.{_NOBODY}" if kind == "WORK" else f"$KV.{rest}.{_NOBODY}-{secrets.token_hex(8)}"
+            if rest in (subjects.TRUST_BUCKET, subjects.BUDGETS_BUCKET):
+                subject = f"$KV.{rest}.{_NOBODY}"
+            async with connection.mapped():
+                await connection.jetstream.publish(subject, b"", headers=headers)
+    except FabricError as exc:
+        return Finding(name, Verdict.WRONG, f"it takes no writes: {exc}", _FULL)
+    return None
+
+
+def _room(name: str, info: StreamInfo) -> Finding | None:
+    state, config = info.state, info.config
+    used = max(state.bytes / (config.max_bytes or 1), state.messages / (config.max_msgs or 1))
+    if used < _NEARLY_FULL:
+        return None
+    return Finding(name, Verdict.WEAK, f"{used:.0%} of its room is used", _FULL)
+
+
+def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> Finding:
+    differs = _differences(_STREAM, wanted, info.config)
+    if differs:
+        remedy = _ANEW if any(field in _FIXED for field, _ in differs) else _PROVISION
+        verdict = Verdict.WEAK if {field for field, _ in differs} == {"num_replicas"} else Verdict.WRONG
+        return Finding(name, verdict, "; ".join(told for _, told in differs), remedy)
+    if wanted.placement is not None and (info.cluster is None or info.cluster.name != wanted.placement.cluster):
+        there = "nowhere" if info.cluster is None else f"in {info.cluster.name}"
+        remedy = f"it is on its way to {wanted.placement.cluster}: look again"
+        return Finding(name, Verdict.WEAK, f"it is still {there}", remedy)
+    if info.cluster is None or not wanted.num_replicas or wanted.num_replicas == 1:
+        return Finding(name, Verdict.OK, "as it should be, on one server")
+    peers = info.cluster.replicas or []
+    late = [peer.name or "?" for peer in peers if peer.offline or not peer.current]
+    if info.cluster.leader is None or late:
+        told = f"leader {info.cluster.leader or 'none'}; behind or away: {', '.join(late) or 'none'}"
+        return Finding(name, Verdict.WEAK, told, "see that every server runs and reaches the others")
+    return Finding(name, Verdict.OK, f"as it should be, leader {info.cluster.leader}, {len(peers)} more current")
+
+
+def _differences(fields: Iterable[str], wanted: object, there: object) -> list[tuple[str, str]]:
+    """Fields that differ, each with how it is told. Where the server chooses, any choice will do."""
+    told = []
+    for field in fields:
+        want, has = _limit(getattr(wanted, field)), _limit(getattr(there, field))
+        if want != has and not (want is None and field in _CHOSEN):
+            told.append((field, f"{field} is {has}, should be {want}"))
+    return told
+
+
+def _limit(value: object) -> object:
+    """None for what NATS and its client write as none, zero or minus one: no limit. Of a place, its region."""
+    if isinstance(value, Placement):
+        return value.cluster
+    return None if value in (None, 0, -1, False) else value
+
+
+async def _consumers(connection: Connection, consumers: Mapping[str, Sequence[ConsumerConfig]]) -> list[Finding]:
+    found = []
+    for stream, wanted in consumers.items():
+        try:
+            async with connection.mapped():
+                there = {info.name: info.config for info in await connection.jetstream.consumers_info(stream)}
+        except FabricError as exc:
+            found.append(Finding(f"consumers {stream}", Verdict.WRONG, str(exc), _PROVISION))
+            continue
+        names = {config.durable_name or "": config for config in wanted}
+        told = [f"{name} is missing" for name in names.keys() - there.keys()]
+        told += [f"{name} is nobody's" for name in there.keys() - names.keys()]
+        for name in names.keys() & there.keys():
+            told += [f"{name}: {text}" for _, text in _differences(_CONSUMER, names[name], there[name])]
+        verdict = Verdict.WRONG if told else Verdict.OK
+        found.append(Finding(f"consumers {stream}", verdict, "; ".join(told) or f"{len(names)}", _PROVISION if told else ""))
+    return found
+
+
+async def _said(inspector: Connection) -> list[dict[str, Any]]:
+    """What each server says of its configuration (VARZ). Raises FabricError."""
+    said: list[dict[str, Any]] = []
+
+    async def hear(message: Msg) -> None:
+        answer = json.loads(message.data)
+        if "data" in answer:
+            said.append({**answer["data"], "at": answer["server"]["time"]})
+
+    inbox = f"{subjects.inbox(inspector.credential.name)}.servers"
+    async with inspector.mapped(confirmed=True):
+        await inspector.client.subscribe(inbox, cb=hear)
+        await inspector.client.publish(INSPECT[0], reply=inbox)
+    await asyncio.sleep(_LISTEN)
+    return said
+
+
+def _servers(
+    said: Sequence[Mapping[str, Any]], streams: Sequence[StreamConfig], regions: Sequence[str], now: float
+) -> list[Finding]:
+    if not said:
+        return [Finding("servers", Verdict.WRONG, "none answers the inspector", _ACCOUNTS)]
+    found = []
+    versions = sorted({str(server["version"]) for server in said})
+    verdict = Verdict.OK if len(versions) == 1 else Verdict.WEAK
+    found.append(
+        Finding("versions", verdict, ", ".join(versions), "" if len(versions) == 1 else "run one version on all servers")
+    )
+    if len(regions) > 1:
+        found.append(_majority(said, regions))
+    for region in regions:
+        there = [server for server in said if len(regions) == 1 or _cluster(server) == region]
+        kept = [stream for stream in streams if stream.placement is None or stream.placement.cluster == region]
+        found.append(_enough(region, len(there), max(stream.num_replicas or 1 for stream in kept), regions))
+        for server in there:
+            found += _server(server, kept, now)
+    return found
+
+
+def _cluster(server: Mapping[str, Any]) -> str | None:
+    name = (server.get("cluster") or {}).get("name")
+    return None if name is None else str(name)
+
+
+def _majority(said: Sequence[Mapping[str, Any]], regions: Sequence[str]) -> Finding:
+    """Whether most of all servers are left when any region but the home is lost: without that, JetStream answers nobody."""
+    needing = [region for region in regions[1:] if 2 * sum(_cluster(server) != region for server in said) <= len(said)]
+    if not needing:
+        return Finding("majority", Verdict.OK, f"of {len(said)} servers most are left without any region but the home")
+    told = f"without {' or without '.join(needing)} most of the {len(said)} servers are gone, and JetStream with them"
+    return Finding("majority", Verdict.WEAK, told, "run a server in a further place, which keeps nothing, or more in the home")
+
+
+def _enough(region: str, there: int, replicas: int, regions: Sequence[str]) -> Finding:
+    check = "servers" if len(regions) == 1 else f"servers {region}"
+    told = f"{there} answer, {replicas} keep each stream"
+    if there >= replicas:
+        return Finding(check, Verdict.OK, told)
+    return Finding(check, Verdict.WRONG, told, "start the servers that are missing, or lower `replicas`")
+
+
+def _server(server: Mapping[str, Any], kept: Sequence[StreamConfig], now: float) -> list[Finding]:
+    """kept: what it may have to keep, for any server may be given any of its region's streams."""
+    name, config = server.get("server_name", "?"), (server.get("jetstream") or {}).get("config") or {}
+    wrong: list[tuple[Verdict, str, str]] = []
+    if server.get("max_payload", 0) < MAX_PAYLOAD:
+        wrong.append(
+            (Verdict.WRONG, f"max_payload is {server.get('max_payload')}", f"set max_payload to {MAX_PAYLOAD} or more")
+        )
+    if not config:
+        wrong.append((Verdict.WRONG, "JetStream is off", "configure `jetstream`"))
+    else:
+        if not config.get("sync_always"):
+            told = "a power cut may forget what was written last"
+            wrong.append((Verdict.WEAK, told, "set sync_interval: always in `jetstream`"))
+        for storage, limit, setting in _LIMITS:
+            needed = sum(_most(stream) for stream in kept if stream.storage == storage)
+            if 0 <= config.get(limit, -1) < needed:
+                told = f"{setting} is {config[limit]}, its streams may come to {needed}"
+                wrong.append((Verdict.WRONG, told, f"set {setting} in `jetstream` to {needed} or more"))
+    skew = abs(now - datetime.fromisoformat(str(server["at"])).timestamp())
+    if skew > _SKEW:
+        wrong.append((Verdict.WEAK, f"its clock is {skew:.0f} s from this one", "keep all clocks by NTP"))
+    if not wrong:
+        return [Finding(f"server {name}", Verdict.OK, "JetStream, its limits, payload, sync and clock are as they should be")]
+    return [Finding(f"server {name}", *each) for each in wrong]
+
+
+def _most(stream: StreamConfig) -> int:
+    """Bytes that a stream may come to, as far as it has a bound."""
+    if stream.max_bytes and stream.max_bytes > 0:
+        return stream.max_bytes
+    return max(0, stream.max_msgs or 0) * max(0, stream.max_msg_size or 0)
+
+
+async def _denied(servers: Servers, role: str, credential: Credential, places: Sequence[tuple[str, str]]) -> Finding:
+    """Tries what the role must not do."""
+    allowed = []
+    try:
+        async with _connected(servers, credential) as connection:
+            for subject in _LISTENED:
+                if not await _refuses(connection, subject, listen=True):
+                    allowed.append(f"subscribe to {subject}")
+            for subject in _asked(role, places):
+                if not await _refuses(connection, subject, listen=False):
+                    allowed.append(f"publish to {subject}")
+    except LacreError as exc:
+        return Finding(f"permissions {role}", Verdict.WRONG, str(exc), _ACCOUNTS)
+    if allowed:
+        return Finding(f"permissions {role}", Verdict.WRONG, f"it may {', '.join(allowed)}", _ACCOUNTS)
+    return Finding(f"permissions {role}", Verdict.OK, "what it must not do is denied")
+
+
+_LISTENED: Final = (">", "_INBOX.>", "work.>", "$SYS.>", "$KV.>")
+_NOBODY: Final = "check-nobody"  # no stream, consumer, gateway or request has this name
+
+
+def _asked(role: str, places: Sequence[tuple[str, str]]) -> list[str]:
+    """Subjects that are denied to the role; where they are not, nobody is there to be harmed. places: pools and regions."""
+    api = [f"{prefix}.{call}" for prefix in ("$JS.API", subjects.API) for call in (
+        f"STREAM.CREATE.{_NOBODY}", f"STREAM.DELETE.{_NOBODY}", f"STREAM.PURGE.{_NOBODY}", "STREAM.NAMES",
+        f"CONSUMER.CREATE.{_NOBODY}.{_NOBODY}",
+    )]  # fmt: skip
+    kind, _, own = role.partition("-")
+    pool, _, region = own.partition("@")
+    others = [place for place in places if place != (pool, region or subjects.DEFAULT_REGION)]
+    pulls = [f"{subjects.API}.CONSUMER.MSG.NEXT.{subjects.work_stream(*place)}.{_NOBODY}" for place in others]
+    replies = [subjects.reply(other, _NOBODY, _NOBODY) for other in dict.fromkeys(at for at, _ in places) if other != pool]
+    if kind == "worker":
+        works = [f"work.{pool}.{region or subjects.DEFAULT_REGION}.{_NOBODY}.none"]
+        return [*api, *pulls, *replies, *works, subjects.READ_BUDGETS, subjects.READ_REVOCATIONS]
+    return [*api, *pulls, *replies]
+
+
+async def _refuses(connection: Connection, subject: str, *, listen: bool) -> bool:
+    denials = connection.denials
+    try:
+        if listen:
+            subscription = await connection.client.subscribe(subject)
+            await connection.round_trip()
+            await subscription.unsubscribe()
+        else:
+            await connection.client.publish(subject, b"")
+            await connection.round_trip()
+    except nats.errors.Error as exc:
+        raise connection.unavailable(exc, denials) from exc
+    return connection.denials > denials

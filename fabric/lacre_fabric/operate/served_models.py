@@ -1,0 +1,132 @@
+"""Which models a worker's settings file names, and which ones `lacre up` serves.
+
+Rules
+- Without a choice, what the file says is served; a new file gets the default model.
+- What the file says of a model, by hand or by `lacre worker tune`, stays with it: its id and its place, too. While that model
+  is not served, it waits in `set-aside.toml` beside the file.
+- Two files never share one id: a caller of it would get either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lacre.errors import SettingsError
+from lacre_fabric.operate import settings_files
+from lacre_fabric.operate.model_names import from_file, is_name
+
+DEFAULT_MODEL: Final = "smollm2-135m"
+_ASIDE: Final = "set-aside.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """names: the ids that callers use. tables: the `[[models]]` of the settings file; none where it has an `[upstream]`."""
+
+    names: tuple[str, ...]
+    tables: tuple[Mapping[str, str], ...]
+
+
+def table(model: Path) -> dict[str, str]:
+    """The `[[models]]` table of a file that no settings name yet; the default model needs its name only."""
+    if model.name == DEFAULT_MODEL:
+        return {"name": DEFAULT_MODEL}
+    return {"name": from_file(model), "path": str(model)}
+
+
+def chosen(path: Path, models: Sequence[Path]) -> Served:
+    """path: the worker's settings file, which need not exist. models: absolute; none for those that the file names.
+
+    Raises SettingsError for a damaged file, for an `[upstream]` beside chosen models, and for two models with one id.
+    """
+    document: Mapping[str, Any] = settings_files.read(path) or {}
+    if "upstream" in document:
+        if models:
+            raise SettingsError(f"{path} has a table [upstream]: leave --model out, or remove that table")
+        return Served(_upstream(path, document), ())
+    there = [_named(one) for one in settings_files.tables(path, document, "models")]
+    aside = path.with_name(_ASIDE)
+    known = there + [_named(one) for one in settings_files.tables(aside, settings_files.read(aside) or {}, "models")]
+    wanted = [_as_there(path, known, table(model)) for model in models] or there or [table(Path(DEFAULT_MODEL))]
+    unique = list({(one["name"], one.get("path")): one for one in wanted}.values())
+    _check_names(unique)
+    return Served(tuple(one["name"] for one in unique), tuple(unique))
+
+
+def keep(
+    path: Path,
+    document: MutableMapping[str, Any],
+    wanted: Sequence[Mapping[str, object]],
+    *,
+    same: Callable[[Mapping[str, object], Mapping[str, object]], bool] | None = None,
+    derived: Callable[[Mapping[str, object]], bool] | None = None,
+) -> None:
+    """Puts the tables into the document of the settings file at `path`, each with what was known of it.
+
+    same: whether two tables are of one model. derived: whether a table says nothing that a program would not write itself; any
+    other waits while its model is not served.
+    """
+    same, derived = same or _same, derived or _is_derived
+    settings_files.tables(path, document, "models")  # raises
+    aside_path = path.with_name(_ASIDE)
+    aside, _new = settings_files.opened(aside_path)
+    waiting = settings_files.tables(aside_path, aside, "models")
+    known = [{**next((one for one in waiting if same(one, table)), {}), **table} for table in wanted]
+    going = settings_files.set_tables(document, "models", known, same)
+    left = [one for one in waiting if not any(same(one, table) for table in wanted)]
+    left += [one for one in going if not derived(one) and not any(same(one, other) for other in left)]
+    if left != waiting:
+        settings_files.set_tables(aside, "models", left, same)
+        settings_files.save(aside_path, aside)
+
+
+def waiting_names(path: Path) -> set[str]:
+    """The ids that wait beside the settings file at `path`. Raises SettingsError for a damaged file."""
+    aside = path.with_name(_ASIDE)
+    return {str(one.get("name")) for one in settings_files.tables(aside, settings_files.read(aside) or {}, "models")}
+
+
+def _named(table: Mapping[str, Any]) -> dict[str, str]:
+    """With the id that is derived where it has none, or one that no worker takes."""
+    path, name = table.get("path"), str(table.get("name", ""))
+    if not is_name(name):
+        name = DEFAULT_MODEL if path is None else from_file(Path(path))
+    return {"name": name} if path is None else {"name": name, "path": str(path)}
+
+
+def _same(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
+    return _named(one) == _named(other)
+
+
+def _is_derived(one: Mapping[str, object]) -> bool:
+    """Whether `table` says the same of this model."""
+    return dict(one) == table(Path(str(one.get("path", DEFAULT_MODEL))))
+
+
+def _as_there(settings: Path, there: Sequence[dict[str, str]], wanted: dict[str, str]) -> dict[str, str]:
+    """The model as the file names it already: perhaps by an id of a person's own, or by a relative path."""
+
+    def place(table: Mapping[str, str]) -> str | None:
+        return os.path.normpath(settings.parent / table["path"]) if "path" in table else None
+
+    return next((one for one in there if place(one) == place(wanted)), wanted)
+
+
+def _check_names(tables: Sequence[Mapping[str, str]]) -> None:
+    known: dict[str, Mapping[str, str]] = {}
+    for one in tables:
+        other = known.setdefault(one["name"], one)
+        if other is not one:
+            both = " and ".join(each.get("path", "the default model") for each in (other, one))
+            raise SettingsError(f"{both} would share the id {one['name']}: give one of the files another name")
+
+
+def _upstream(path: Path, document: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        return tuple(str(model["name"]) for model in document["upstream"]["models"])
+    except (LookupError, TypeError) as exc:
+        raise SettingsError(f"{path} is damaged: each of upstream.models needs a name") from exc

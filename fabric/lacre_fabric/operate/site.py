@@ -1,0 +1,477 @@
+"""The state folder of one machine's Lacre: which files it holds, how they are made, and what they say to each other.
+
+    root.pem signer.pem        signs root statements; signs manifests (in production each on a machine of its own)
+    issuer.pem issuer.jwks     the development token issuer
+    gateway/                   gateway.toml, its grant key, its credential, audit/
+    pools/NAME/                the pool's keys, what is known of their generations, and its receipt key
+    workers/NAME/              worker.toml, a copy for each of several workers, and what it said of models not served now
+    trust/                     the chain of root statements, the published manifest, and the lock for changing either
+    kms                        the address of the key that wraps the pools' keys, where they are wrapped
+    nats/ logs/                nats-server's state; one log a process
+    site.json                  the pools, their models, the regions, where the gateway and nats-server listen
+    env                        LACRE_URL and LACRE_TOKEN, for a shell
+
+Everything is created once and found again; secrets are 0600. What several processes may change (keys, chain, manifest) is
+changed inside `Site.changing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tomlkit import TOMLDocument, dumps, parse
+
+from lacre.errors import LacreError, SettingsError
+from lacre.jose.jws import b64u, raw_public_key
+from lacre.runtime import shell
+from lacre.trust.chain import ConnectionString, verify
+from lacre.trust.manifest import Document, Manifest, Pool
+from lacre.trust.signing import sign_manifest
+from lacre.wire.padding import SHAPES
+from lacre_fabric.keys import kms, pool_keys
+from lacre_fabric.keys.generations import Generations
+from lacre_fabric.keys.kms.wrapping import Keeping, keeping
+from lacre_fabric.keys.root_and_signer import DAY, Authority
+from lacre_fabric.keys.secret_files import ed25519, read_ed25519, read_secret, write_secret
+from lacre_fabric.nats import roles, subjects
+from lacre_fabric.nats.roles import Credential, Role
+from lacre_fabric.nats.servers import Servers
+from lacre_fabric.nats.streams import REPLICAS
+from lacre_fabric.operate import dev_issuer, served_models, settings_files
+from lacre_fabric.settings import NatsServers, validated
+
+GATEWAY_ID: Final = "g1"
+NODE: Final = "n1"
+DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor's patience is longer
+MANIFEST_LIFETIME: Final = DAY
+KEY_LIFETIME: Final = 7 * DAY  # of a pool key in the manifest, counted anew at each publication until it is rotated
+_LOOPBACK: Final = "http://127.0.0.1:"
+CHANGING: Final = 120.0  # seconds to wait for another process that changes the same state
+
+log = structlog.get_logger("lacre.site")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A state folder. pools: each with its models. regions: the home first. Methods that read raise SettingsError."""
+
+    folder: Path
+    pools: Mapping[str, Sequence[str]]
+    issuer: str = "lacre"
+    replicas: int = 1  # of streams and buckets: how many message servers keep each
+    regions: tuple[str, ...] = subjects.ONE_REGION
+
+    @classmethod
+    def load(cls, folder: Path) -> Site:
+        """The site that `lacre up` wrote down last, or an operator whose message servers are not on this machine."""
+        path = folder / "site.json"
+        content = _read_json(path)
+        pools, replicas = content.get("pools"), content.get("replicas", 1)
+        if not isinstance(pools, dict) or not all(_are_names(models) for models in pools.values()):
+            raise SettingsError(
+                f'{path}: pools: write each with its models, as {{"default": ["{served_models.DEFAULT_MODEL}"]}}'
+            )
+        for pool in pools:
+            subjects.check_name("pool", pool)
+        if replicas not in REPLICAS:
+            raise SettingsError(f"{path}: replicas: must be one of {', '.join(map(str, REPLICAS))}")
+        regions = content.get("regions", list(subjects.ONE_REGION))
+        if not _are_names(regions) or not regions or len(set(regions)) != len(regions):
+            raise SettingsError(f"{path}: regions: name each once, the home first")
+        return cls(folder, pools, replicas=replicas, regions=tuple(map(subjects.check_region, regions)))
+
+    @classmethod
+    def load_or_new(cls, folder: Path, pools: Mapping[str, Sequence[str]]) -> Site:
+        """The state's own site where it has one: what it knows and nobody named stays. These pools have these models in it."""
+        if not (folder / "site.json").exists():
+            return cls(folder, pools)
+        site = cls.load(folder)
+        return replace(site, pools={**site.pools, **pools})
+
+    @property
+    def servers(self) -> Servers:
+        """The message servers: an address, or a table such as `[nats]` of the settings files, without credentials."""
+        said = _member(self.folder / "site.json", "nats")
+        table = said if isinstance(said, dict) else {"url": said}
+        return validated(NatsServers, table, self.folder / "site.json").servers
+
+    @property
+    def is_of_one_machine(self) -> bool:
+        """Whether its message server is the one that `lacre up` starts; so is that of a state without a site yet."""
+        path = self.folder / "site.json"
+        here = not path.exists() or str(_member(path, "nats")).startswith("nats://127.0.0.1:")
+        return here and self.replicas == 1 and self.regions == subjects.ONE_REGION
+
+    @property
+    def base_url(self) -> str:
+        """Where the gateway serves, or served last."""
+        return str(_member(self.folder / "site.json", "gateway"))
+
+    def save(self, nats_url: str, base_url: str) -> None:
+        """What else the file says stays: how the message servers are trusted, above all. Raises SettingsError."""
+        path = self.folder / "site.json"
+        before = _read_json(path) if path.exists() else {}
+        nats: object = nats_url
+        if isinstance(before.get("nats"), dict):
+            nats = {**before["nats"], "url": nats_url}
+            validated(NatsServers, nats, path)
+        content = {
+            **before,
+            "pools": self.pools,
+            "replicas": self.replicas,
+            "regions": self.regions,
+            "nats": nats,
+            "gateway": base_url,
+        }
+        write_secret(path, json.dumps(content).encode())
+
+    @property
+    def gateway_settings(self) -> Path:
+        return self.folder / "gateway" / "gateway.toml"
+
+    def worker_settings(self, pool: str) -> Path:
+        return self.folder / "workers" / pool / "worker.toml"
+
+    def node_settings(self, pool: str, node: str) -> Path:
+        """Of one of several workers of the pool: a copy of `worker_settings`."""
+        return self.folder / "workers" / pool / f"worker-{node}.toml"
+
+    def log(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.log"
+
+    def create(self) -> None:
+        """Makes what is missing; what is there stays."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self.folder / "logs").mkdir(exist_ok=True)
+        self.authority.create(time.time())
+        for name in ("issuer", "gateway/grant"):
+            ed25519(self.folder / f"{name}.pem")
+        for pool in self.pools:
+            with self.keeping(pool) as kept:
+                pool_keys.make_receipt_key(self.receipt_file(pool), kept)
+                self._create_keys(pool, kept)
+        key_set = dev_issuer.key_set(self._key("issuer"))
+        (self.folder / "issuer.jwks").write_text(json.dumps(key_set))
+
+    def _create_keys(self, pool: str, kept: Keeping) -> None:
+        """A first key of each kind where there is none; the manifest lists them in this order."""
+        if not self._generations_file(pool).exists():
+            folder = self.keys_folder(pool)
+            configs = pool_keys.public_parts(folder, kept) or pool_keys.make(folder, (1, 2), pool_keys.DEFAULT_KEMS, kept)
+            self.keep_generations(pool, Generations().stage(configs).list_staged(time.time(), 0))
+
+    @asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """Alone among all processes. Raises SettingsError where another one does not come to an end."""
+        handle = os.open(self.folder / "trust" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            deadline = time.monotonic() + CHANGING
+            while not _locked(handle):
+                if time.monotonic() > deadline:
+                    raise SettingsError(f"another command has been changing {self.folder} for too long: see which, and end it")
+                await asyncio.sleep(0.05)
+            yield
+        finally:
+            os.close(handle)  # and with it the lock
+
+    def roles(self, nodes: Sequence[str] = (NODE,)) -> list[Role]:
+        """Every role of the fabric, with its credential. nodes: the workers of each pool."""
+        return [
+            roles.provisioner(self.credential("provisioner")),
+            roles.inspector(self.credential("inspector")),
+            roles.warden(self.credential("warden")),
+            roles.gateway(self.credential(f"gateway-{GATEWAY_ID}"), GATEWAY_ID, tuple(self.pools)),
+            *(roles.worker(self.credential(f"worker-{pool}-{node}"), pool, node) for pool in self.pools for node in nodes),
+        ]
+
+    def replicated_roles(self) -> list[Role]:
+        """Every role where gateways and workers are replicas, each kind with one credential in each region."""
+        pools, regions = tuple(self.pools), self.regions
+        workers = [worker_of(pool, region) for pool in pools for region in regions]
+        if len(set(workers)) < len(workers):
+            raise SettingsError("a pool and a region together have another pool's name: rename one (`a-eu`, or `a` in `eu`)")
+        ids = {region: gateway_of(region) for region in regions}
+        return [
+            roles.provisioner(self.credential("provisioner")),
+            roles.inspector(self.credential("inspector")),
+            roles.warden(self.credential("warden")),
+            *(roles.gateway(self.credential(f"gateway-{name}"), name, pools, regions) for name in ids.values()),
+            *(
+                roles.worker(self.credential(worker_of(pool, region)), pool, None, region)
+                for pool in pools
+                for region in regions
+            ),
+        ]
+
+    def credentials(self) -> dict[str, Credential]:
+        """By role as `inspect` takes them, those that are at hand: of several of one kind, one."""
+        mark = {region: "" if region == subjects.DEFAULT_REGION else f"@{region}" for region in self.regions}
+        found = {name: self.credential(name) for name in ("provisioner", "inspector")}
+        for region in self.regions:
+            found[f"gateway{mark[region]}"] = self.credential(f"gateway-{gateway_of(region)}")
+            for pool in self.pools:
+                names = [worker_of(pool, region)]
+                if region == subjects.DEFAULT_REGION:
+                    names.insert(0, f"worker-{pool}-{NODE}")
+                there = next((name for name in names if self.credential_file(name).exists()), None)
+                if there is not None:
+                    found[f"worker-{pool}{mark[region]}"] = self.credential(there)
+        return found
+
+    def credential(self, name: str) -> Credential:
+        return Credential.load_or_new(self.credential_file(name), name)
+
+    def credential_file(self, name: str) -> Path:
+        return self.folder / "fabric" / f"{name}.json"
+
+    @property
+    def authority(self) -> Authority:
+        return Authority(self.folder)
+
+    @property
+    def root(self) -> bytes:
+        """The public root key: what applications pin from now on."""
+        return self.authority.chain().roots[-1]
+
+    def keys_folder(self, pool: str) -> Path:
+        """The pool's private keys: what its workers read."""
+        return self.folder / "pools" / pool / "keys"
+
+    def receipt_file(self, pool: str) -> Path:
+        return self.folder / "pools" / pool / "receipt.pem"
+
+    @property
+    def kms(self) -> str:
+        """The address of the key that wraps the pools' keys (see `kms`)."""
+        path = self.folder / "kms"
+        return path.read_text().strip() if path.exists() else kms.PLAIN
+
+    def choose_kms(self, address: str) -> None:
+        """For keys that are made from now on. Raises SettingsError where there are some that something else wraps."""
+        if address != self.kms:
+            if any(self.receipt_file(pool).exists() for pool in self.pools):
+                raise SettingsError("there are keys already, wrapped otherwise: `lacre keys rewrap` moves them")
+            self.keep_kms(kms.check(address))
+
+    def keep_kms(self, address: str) -> None:
+        write_secret(self.folder / "kms", address.encode())
+
+    def keeping(self, pool: str) -> AbstractContextManager[Keeping]:
+        """How the pool's keys are kept. Raises SettingsError."""
+        return keeping(self.kms, pool)
+
+    def generations(self, pool: str) -> Generations:
+        path = self._generations_file(pool)
+        try:
+            return Generations.parse(read_secret(path))
+        except ValueError as exc:
+            raise SettingsError(
+                f"{path} is damaged: remove it, and every key in the folder beside it counts as current"
+            ) from exc
+
+    def keep_generations(self, pool: str, generations: Generations) -> None:
+        write_secret(self._generations_file(pool), generations.encode())
+
+    def _generations_file(self, pool: str) -> Path:
+        return self.folder / "pools" / pool / "generations.json"
+
+    def connection_string(self, base_url: str) -> str:
+        return str(ConnectionString(base_url, self.root))
+
+    def token(self, subject: str) -> str:
+        """A development access token."""
+        return dev_issuer.issue(self._key("issuer"), subject)
+
+    def write_env(self, base_url: str) -> Path:
+        """`env`: what a shell sources to use this site. It holds a token, so it is 0600."""
+        path = self.folder / "env"
+        url, token = self.connection_string(base_url), self.token("developer")
+        lines = (shell.exported("LACRE_URL", url), shell.exported("LACRE_TOKEN", token), "")
+        write_secret(path, "\n".join(lines).encode())
+        return path
+
+    def sign_manifest(self, now: float | None = None) -> bytes:
+        """The next version of the manifest, signed and kept; the document to publish."""
+        now = time.time() if now is None else now
+        chain = self.authority.renewed(now)
+        manifest = sign_manifest(self._manifest(self._next_version(), now), self.authority.signer())
+        document = Document(chain.entries, manifest).encode()
+        verify(document, chain.roots[0], now)  # what would not verify from the first root on is not published
+        write_secret(self.folder / "trust" / "manifest.json", document)
+        return document
+
+    def published(self, now: float) -> None:
+        """The manifest signed as of `now` is on the fabric: writes down what follows, and destroys replaced signing keys."""
+        self.authority.settle()
+        write_secret(self.folder / "trust" / "published", str(now).encode())
+        for pool in self.pools:
+            try:
+                before = self.generations(pool)
+            except SettingsError:
+                continue  # it was published as it was last: nothing of it has changed
+            after = before.published(now)
+            if after != before:
+                self.keep_generations(pool, after)
+
+    @property
+    def published_at(self) -> float:
+        """When the manifest that is on the fabric was signed; 0 where none is."""
+        path = self.folder / "trust" / "published"
+        return float(path.read_text()) if path.exists() else 0.0
+
+    def _next_version(self) -> int:
+        """Counts every manifest ever signed here; kept before it is used, so that no version is signed twice."""
+        path = self.folder / "trust" / "version"
+        version = int(path.read_text()) + 1 if path.exists() else 1
+        write_secret(path, str(version).encode())
+        return version
+
+    def _key(self, name: str) -> Ed25519PrivateKey:
+        return read_ed25519(self.folder / f"{name}.pem")
+
+    def _manifest(self, version: int, now: float) -> Manifest:
+        pools = {name: self._pool_or_last(name, models, now) for name, models in self.pools.items()}
+        gateway_key = raw_public_key(self._key("gateway/grant"))
+        return Manifest(self.issuer, version, now, now + MANIFEST_LIFETIME, gateway_key, pools)
+
+    def _pool_or_last(self, name: str, models: Sequence[str], now: float) -> Pool:
+        """The pool as the last manifest had it, where its own files are damaged: the others get their next manifest in time.
+
+        Raises SettingsError where there is no last one that still holds.
+        """
+        try:
+            return self._pool(name, models, now)
+        except SettingsError as exc:
+            try:
+                document = (self.folder / "trust" / "manifest.json").read_bytes()
+                last = verify(document, self.authority.chain().roots[0], now).manifest.pools[name]
+            except (OSError, LacreError, KeyError):
+                raise exc from None
+            log.error("pool.damaged", pool=name, reason=str(exc), remedy="it is published as it was last; mend it within a day")
+            return last
+
+    def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
+        keys = self.generations(name).pool_keys(now, now + KEY_LIFETIME)
+        receipt_key = pool_keys.public_receipt_key(self.receipt_file(name))
+        return Pool(tuple(models), keys, receipt_key, SHAPES)
+
+    def write_settings(
+        self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]], nodes: Sequence[str] = (NODE,)
+    ) -> None:
+        """The settings files of gateway and workers. models: for each pool that has workers here, the tables of `[[models]]`.
+
+        Only addresses, keys and the list of models are written anew: what a person or `lacre worker tune` wrote stays. nodes:
+        the workers of each pool. Of several, each has a copy of the pool's settings with its share of the processors.
+        """
+        base_url = f"http://127.0.0.1:{port}"
+        self._write_gateway(nats_url, port, base_url)
+        for pool, tables in models.items():
+            document = self._write_worker(nats_url, pool, tables)
+            for node in nodes if len(nodes) > 1 else ():
+                self._copy_worker(pool, node, document, max(1, len(os.sched_getaffinity(0)) // len(nodes)))
+        self.save(nats_url, base_url)
+
+    def _write_gateway(self, nats_url: str, port: int, base_url: str) -> None:
+        key_set = str(self.folder / "issuer.jwks")
+        document, new = settings_files.opened(self.gateway_settings)
+        values: dict[str, object] = {
+            "gateway": GATEWAY_ID,
+            "trust": b64u(self.root),
+            "listen": {"port": port},
+            "nats": {"url": nats_url, "credentials": str(self.credential_file(f"gateway-{GATEWAY_ID}"))},
+        }
+        if str(document.get("public_url", _LOOPBACK)).startswith(_LOOPBACK):  # any other is a person's
+            values["public_url"] = base_url
+        settings_files.update(document, values)
+        if new:
+            issuer = {"issuer": dev_issuer.ISSUER, "audience": dev_issuer.AUDIENCE, "algorithms": ["EdDSA"], "jwks": key_set}
+            files = {"signing_key": "grant.pem", "audit": "audit", "memory": "manifests"}
+            settings_files.update(document, {**files, "listen": {"host": "127.0.0.1", "drain": DRAIN}, "issuers": [issuer]})
+        settings_files.tables(self.gateway_settings, document, "issuers")  # raises
+        for issuer in document.get("issuers", []):
+            if issuer.get("issuer") == dev_issuer.ISSUER and isinstance(issuer.get("jwks"), str):
+                settings_files.update(issuer, {"jwks": key_set})  # the folder may have moved
+        settings_files.save(self.gateway_settings, document)
+
+    def _write_worker(self, nats_url: str, pool: str, tables: Sequence[Mapping[str, object]]) -> TOMLDocument:
+        path = self.worker_settings(pool)
+        document, new = settings_files.opened(path)
+        if not new and not {"models", "upstream"} & set(document):
+            raise SettingsError(f"{path} is damaged: it has no [[models]]. Correct it, or remove it and lose what it says")
+        values = {
+            "pool": pool,
+            "node": NODE,
+            "trust": b64u(self.root),
+            "keys": str(self.keys_folder(pool)),
+            "receipt_key": str(self.receipt_file(pool)),
+            "kms": self.kms,
+            "nats": {"url": nats_url, "credentials": str(self.credential_file(f"worker-{pool}-{NODE}"))},
+        }
+        settings_files.update(document, values)
+        if new:
+            settings_files.update(document, {"drain": DRAIN, "memory": "manifests", "health": "health"})
+        if "upstream" not in document:
+            served_models.keep(path, document, tables)
+        settings_files.save(path, document)
+        return document
+
+    def _copy_worker(self, pool: str, node: str, document: TOMLDocument, threads: int) -> None:
+        """For one of several workers of the pool. threads: of each model, where the settings do not say."""
+        copy = parse(f"# Copied from {self.worker_settings(pool).name} at each start: edit that file.\n" + dumps(document))
+        own = {"node": node, "nats": {"credentials": str(self.credential_file(f"worker-{pool}-{node}"))}}
+        settings_files.update(copy, own | {name: f"{copy[name]}-{node}" for name in ("memory", "health") if name in copy})
+        for model in copy.get("models", []):
+            model.setdefault("threads", threads)
+        settings_files.save(self.node_settings(pool, node), copy)
+
+
+def gateway_of(region: str) -> str:
+    """The name of a region's gateways on the fabric."""
+    return GATEWAY_ID if region == subjects.DEFAULT_REGION else region
+
+
+def worker_of(pool: str, region: str) -> str:
+    """The credential that all of a pool's workers in a region share."""
+    return f"worker-{pool}" if region == subjects.DEFAULT_REGION else f"worker-{pool}-{region}"
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise SettingsError(f"{path} cannot be read ({exc.strerror}): start `lacre up` on this state first") from exc
+    except (ValueError, RecursionError) as exc:
+        raise SettingsError(f"{path} is damaged ({exc}): correct it, or remove it and start `lacre up` on this state") from exc
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} is damaged: it must hold a JSON object. Correct it, or remove it and start `lacre up`")
+    return content
+
+
+def _member(path: Path, name: str) -> Any:
+    try:
+        return _read_json(path)[name]
+    except KeyError:
+        raise SettingsError(f"{path} has no `{name}`: add it, or start `lacre up` on this state") from None
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)

@@ -1,0 +1,230 @@
+"""`lacre up`: a whole Lacre on one machine: keys, a private nats-server, a gateway and workers, each a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from lacre.errors import InvalidMessage, SettingsError
+from lacre.runtime import folders, tasks
+from lacre_fabric import logs
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.connection import Connection
+from lacre_fabric.nats.provisioning import provision
+from lacre_fabric.operate import dev_issuer, floods, served_models
+from lacre_fabric.operate.leash import PYTHON
+from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.rotation import KEPT_UP, Schedule, publish, upkeep
+from lacre_fabric.operate.served_models import Served
+from lacre_fabric.operate.site import Site
+from lacre_fabric.operate.supervisor import Child, Supervisor
+from lacre_fabric.work.presence import Presence
+
+POOL: Final = "default"
+ENV_RENEWAL: Final = dev_issuer.LIFETIME / 4  # seconds: whoever sources `env` has a token for most of a day
+_ENV_AGAIN: Final = tasks.Restart("each renewal writes the whole file; a token in it is good for most of a day")
+START_TIMEOUT: Final = 120.0  # seconds for each worker; loading a large model takes its time
+ANSWER_TIMEOUT: Final = 2.0  # seconds for one look at `readyz`: what answers on the port may be somebody else
+
+log = structlog.get_logger("lacre.up")
+
+
+def default_state() -> Path:
+    """The user's own: see `lacre.runtime.folders.state`. Raises SettingsError."""
+    return folders.state()
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What `lacre up` started."""
+
+    site: Site
+    base_url: str
+    connection_string: str
+    children: dict[str, Child]
+
+
+@asynccontextmanager
+async def running(
+    state: Path,
+    port: int,
+    models: Sequence[Path] = (),
+    *,
+    schedule: Schedule | None = None,
+    kms: str | None = None,
+    workers: int = 1,
+    tell: Callable[[str], None] = lambda _line: None,
+) -> AsyncIterator[tuple[Running, Supervisor]]:
+    """Starts everything and waits until a request would be served; ends everything on leaving. Main thread only.
+
+    state, models: absolute paths; GGUF files, of which the default model needs its name only. Without any, what the state's
+    settings name is served, or else the default model. port: 0 picks a free one. schedule: of the pool keys. kms: the address
+    of what wraps them; as before where None. workers: of the pool. tell: gets a line when a worker died and when it was
+    started again. Raises SettingsError, KmsError, ChildDied or FabricUnavailable.
+    """
+    check_state(state)
+    supervisor = Supervisor(tell)
+    with ExitStack() as stack:
+        stack.enter_context(_only_one(state))
+        served = served_models.chosen(Site(state, {}).worker_settings(POOL), models)
+        site = _site(state, served)
+        port = _free(port)
+        if kms is not None:
+            site.choose_kms(kms)
+        site.create()
+        logs.configure(stack.enter_context(site.log("up").open("a")))
+        try:
+            connection, children = await _start(site, supervisor, port, served, workers)
+            base_url = f"http://127.0.0.1:{port}"
+            watched = partial(floods.watch, site.servers, site.credential("warden"))
+            tending = [
+                tasks.start("upkeep", partial(upkeep, site, connection, schedule or Schedule()), restart=KEPT_UP),
+                tasks.start("floods", watched, restart=floods.WATCHED),
+                tasks.start("env", partial(keep_env, site, base_url), restart=_ENV_AGAIN),
+            ]
+            try:
+                site.write_env(base_url)
+                yield Running(site, base_url, site.connection_string(base_url), children), supervisor
+            finally:
+                for each in tending:
+                    await each.close()
+                await connection.close()
+        finally:
+            supervisor.stop()
+
+
+def check_state(state: Path) -> None:
+    """Raises SettingsError for a name that settings files cannot hold: TOML and JSON are Unicode."""
+    try:
+        str(state).encode()
+    except UnicodeEncodeError:
+        raise SettingsError(
+            f"the state folder {str(state)!r} has a name that is not UTF-8: name another with --state"
+        ) from None
+
+
+def _site(state: Path, served: Served) -> Site:
+    """The state's own site, with what this machine serves. Raises SettingsError where its message servers are elsewhere."""
+    site = Site.load_or_new(state, {POOL: served.names})
+    if not site.is_of_one_machine:
+        raise SettingsError(
+            f"{state} belongs to a site whose message servers run elsewhere (site.json). `lacre up` would change that: name "
+            "another folder with --state"
+        )
+    return site
+
+
+async def keep_env(site: Site, base_url: str, every: float = ENV_RENEWAL) -> None:
+    """Keeps a token in `env` that is good for a while, for as long as this runs. every: seconds."""
+    while True:
+        await asyncio.sleep(every)
+        site.write_env(base_url)
+
+
+async def _start(
+    site: Site, supervisor: Supervisor, port: int, served: Served, workers: int
+) -> tuple[Connection, dict[str, Child]]:
+    nodes = [f"n{number}" for number in range(1, workers + 1)]
+    server = Server(site.folder / "nats", free_port())
+    server.configure(site.roles(nodes))
+    children = {"nats-server": supervisor.add(Child("nats-server", server.start(site.log("nats")), site.log("nats")))}
+    connection = await Connection.open(server.url, site.credential("provisioner"))
+    try:
+        await provision(connection, site.pools)
+        await publish(site, connection)
+        site.write_settings(server.url, port, {POOL: served.tables}, nodes)
+        present: set[str] = set()
+
+        def came(subject: str, _block: bytes, payload: bytes) -> bool:
+            with suppress(InvalidMessage):
+                if Presence.parse(payload).models:  # before that, it is there and cannot work yet
+                    present.add(subjects.parse_presence(subject)[2])
+            return True
+
+        heard = await connection.client.subscribe_directly(subjects.presence(POOL, subjects.DEFAULT_REGION, "*"), came)
+        await connection.client.flush()
+        command = [*PYTHON, "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
+        children["gateway"] = supervisor.start("gateway", command, site.log("gateway"))
+        for node in nodes:  # one after the other: each takes its share of the memory that the one before has left
+            name = "worker" if len(nodes) == 1 else f"worker-{node}"
+            settings = site.worker_settings(POOL) if len(nodes) == 1 else site.node_settings(POOL, node)
+            command = [*PYTHON, "-m", "lacre_backend", "--settings", str(settings)]
+            children[name] = supervisor.start(name, command, site.log(name), again=True)
+            await _ready(supervisor, children[name], partial(_heard, present, node))
+        await _ready(supervisor, children["gateway"], partial(_answers, port))
+        await heard.unsubscribe()  # a worker that floods it must not break the connection that keys are published by
+    except BaseException:
+        await connection.close()
+        raise
+    return connection, children
+
+
+async def _ready(supervisor: Supervisor, child: Child, said: Callable[[], Awaitable[bool]]) -> None:
+    """Until the child is ready. Raises ChildDied where any has died, and SettingsError where this one takes too long."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while not await said():
+        supervisor.check()
+        if time.monotonic() > deadline:
+            raise SettingsError(f"the {child.name} was not ready within {START_TIMEOUT:.0f} s: see {child.log}")
+        await asyncio.sleep(0.05)
+
+
+async def _heard(present: Collection[str], node: str) -> bool:
+    """Whether the worker has said that it is there."""
+    return node in present
+
+
+async def _answers(port: int) -> bool:
+    """Whether `GET /readyz` says 200."""
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+                return (await reader.readline()).startswith(b"HTTP/1.1 200")
+            finally:
+                writer.close()
+    except (OSError, ValueError):  # ValueError: a first line without end
+        return False
+
+
+@contextmanager
+def _only_one(state: Path) -> Iterator[None]:
+    """Two of them on one state would sign the same versions and fight over the store. Raises SettingsError."""
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise SettingsError(f"cannot keep state in {state} ({exc.strerror}): name a folder of yours with --state") from exc
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"`lacre up` already runs on {state}: stop it, or use another --state") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _free(port: int) -> int:
+    """The port, if nobody listens on it; one that is free for 0. Raises SettingsError."""
+    if port == 0:
+        return free_port()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as exc:
+            raise SettingsError(f"port {port} is taken ({exc.strerror}): stop what listens there, or use --port") from exc
+    return port

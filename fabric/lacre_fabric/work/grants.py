@@ -1,0 +1,82 @@
+"""A grant: the gateway's word to a worker that this sealed request may run, and how far. It names nobody who asks.
+
+It carries two pseudonyms, of the tenant and of the caller, by which workers share their time fairly. Only the gateway can tell
+whose they are, and they change every hour (`lacre_gateway.auth.pseudonyms`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.errors import Expired, InvalidMessage
+from lacre.jose import jws
+from lacre.jose.claims import Members
+
+TYP: Final = "lacre-grant+jwt"
+PSEUDONYM: Final = 16  # bytes; in a grant as base64url
+_PSEUDONYM: Final = re.compile(r"[A-Za-z0-9_-]{22}")  # so many characters: a worker keeps them while the caller's tasks last
+MAX_SKEW: Final = 60.0  # seconds that a gateway's clock may run ahead of a worker's
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """jti: the request id. iat, exp: seconds since the epoch. max_tokens: output tokens over all choices.
+    max_prompt_tokens: what the reservation covers. fair: the pseudonyms of tenant and caller. enc: base64url SHA-256 of
+    `hdr ‖ enc`.
+    """  # fmt: skip
+
+    jti: str
+    iat: float
+    exp: float
+    pool: str
+    model: str
+    action: str
+    shape: str
+    max_tokens: int
+    max_prompt_tokens: int
+    features: tuple[str, ...]
+    fair: tuple[str, str]
+    enc: str
+
+    def members(self) -> dict[str, Any]:
+        return {
+            "jti": self.jti, "iat": self.iat, "exp": self.exp, "pool": self.pool, "model": self.model, "action": self.action,
+            "shape": self.shape, "max_tokens": self.max_tokens, "max_prompt_tokens": self.max_prompt_tokens,
+            "features": list(self.features), "fair": list(self.fair), "enc": self.enc,
+        }  # fmt: skip
+
+    def sign(self, key: Ed25519PrivateKey) -> str:
+        return jws.sign(self.members(), key, TYP)
+
+    @classmethod
+    def verify(cls, token: str, key: bytes, now: float) -> Grant:
+        """Raises InvalidMessage, InvalidSignature or Expired. key: the manifest's `gateway_key`."""
+        members = Members(jws.verify(token, key, TYP), "the grant")
+        grant = cls(
+            jti=members.text("jti"),
+            iat=members.time("iat"),
+            exp=members.time("exp"),
+            pool=members.text("pool"),
+            model=members.text("model"),
+            action=members.text("action"),
+            shape=members.text("shape"),
+            max_tokens=members.count("max_tokens"),
+            max_prompt_tokens=members.count("max_prompt_tokens"),
+            features=members.texts("features"),
+            fair=_pair(members.texts("fair")),
+            enc=members.text("enc"),
+        )
+        if now >= grant.exp or grant.iat > now + MAX_SKEW:
+            raise Expired("the grant is expired or not valid yet: check the clocks of gateway and worker")
+        return grant
+
+
+def _pair(pseudonyms: tuple[str, ...]) -> tuple[str, str]:
+    """Raises InvalidMessage."""
+    if len(pseudonyms) != 2 or not all(map(_PSEUDONYM.fullmatch, pseudonyms)):
+        raise InvalidMessage("the grant's `fair` is not two pseudonyms of 22 base64url characters: update the gateway")
+    return pseudonyms[0], pseudonyms[1]

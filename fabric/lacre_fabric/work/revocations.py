@@ -1,0 +1,62 @@
+"""What was revoked before its time, as it stands on the fabric. `nats_revocations` writes and reads it.
+
+An entry names a token or a subject by digest: the message server learns no name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Final, Self
+
+from lacre.errors import InvalidMessage
+from lacre.jose.claims import Members
+from lacre.jose.jws import b64u
+
+_KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")  # SHA-256 as base64url
+
+
+def token_key(issuer: str, jti: str) -> str:
+    """Names one token, by its `jti` (RFC 7519 section 4.1.7): unique for its issuer alone."""
+    return _digest("jti", issuer, jti)
+
+
+def subject_key(issuer: str, subject: str) -> str:
+    """Names whom tokens speak for."""
+    return _digest("sub", issuer, subject)
+
+
+def _digest(*names: str) -> str:
+    return b64u(hashlib.sha256(json.dumps(names).encode()).digest())
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """Times in seconds since the epoch. until: when no token that it is about can be valid any more.
+
+    issued_until: tokens that were issued later are not meant; None where all are.
+    """
+
+    key: str
+    until: float
+    issued_until: float | None = None
+
+    def encode(self) -> bytes:
+        said = {"key": self.key, "until": self.until, "issued_until": self.issued_until}
+        return json.dumps(said, separators=(",", ":")).encode()
+
+    @classmethod
+    def parse(cls, value: bytes, key: str = "") -> Self:
+        """key: of an entry that does not say it, as older versions wrote them. Raises InvalidMessage."""
+        try:
+            said = json.loads(value)
+        except (ValueError, RecursionError) as exc:
+            raise InvalidMessage("a revocation that is not JSON") from exc
+        members = Members(said, "the revocation")
+        key = members.text("key") if "key" in said else key
+        if not _KEY.fullmatch(key):
+            raise InvalidMessage("a revocation of no token and no subject")
+        always = "issued_until" in said and said["issued_until"] is None
+        return cls(key, members.time("until"), None if always else members.time("issued_until"))

@@ -1,0 +1,63 @@
+"""The frames of one attempt as a node sends them: numbered, and paid for with credit. No transport here."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+
+from lacre_fabric.work.contract import CREDIT, CREDIT_TIMEOUT, Cancelled
+from lacre_fabric.work.frames import Frame, Kind
+
+Publish = Callable[[Frame], Awaitable[None]]
+
+
+class Outbound:
+    """Counts frames and credit; `publish` puts a frame on the wire."""
+
+    def __init__(self, publish: Publish) -> None:
+        self.attempt = secrets.token_hex(16)
+        self.cancelled = asyncio.Event()
+        self._publish = publish
+        self._sequence = 0
+        self._sent = 0
+        self._consumed = 0
+        self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()
+
+    async def send(self, kind: Kind, payload: bytes) -> None:
+        """Raises Cancelled. A number is given only as its frame goes out; a beat passes data that waits for credit."""
+        if kind is Kind.DATA:
+            await self._pay(len(payload))
+        if self.cancelled.is_set():
+            raise Cancelled("the gateway withdrew the request, or its reader stalled")
+        await self._put(kind, payload)
+
+    async def stop(self, receipt: bytes) -> None:
+        """The last frame of what was withdrawn; nobody's credit is asked."""
+        await self._put(Kind.STOPPED, receipt)
+
+    async def _put(self, kind: Kind, payload: bytes) -> None:
+        async with self._turn:
+            frame = Frame(self.attempt, self._sequence, kind, payload)
+            self._sequence += 1
+            await self._publish(frame)
+
+    def renew(self, consumed: int) -> None:
+        """The gateway's reader took `consumed` bytes since the beginning: a renewal that is lost is made good by the next."""
+        self._consumed = max(self._consumed, min(consumed, self._sent))
+        self._changed.set()
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+        self._changed.set()
+
+    async def _pay(self, size: int) -> None:
+        while not self.cancelled.is_set() and self._sent + min(size, CREDIT) > self._consumed + CREDIT:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(CREDIT_TIMEOUT):
+                    await self._changed.wait()
+            except TimeoutError:
+                self.cancel()
+        self._sent += size

@@ -1,0 +1,290 @@
+"""The admin API and `/metrics`, as an app of its own for a listener of its own (`[admin]` in the settings).
+
+Rules:
+- Every call but `/metrics` and the API's description needs a token of the same issuers as any request, and a policy that
+  permits its `admin:` action on this `Gateway`.
+- Who asks is known before a byte of a body is read, and a body has `MAX_BODY` bytes. Refusals count as sealed requests' do.
+- What is asked for, by whom, and whether it was permitted, is durable in the audit log before anything is done or told.
+- What goes out is fixed words, numbers, digests, and names of the settings and the manifest. Errors are problem documents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from starlette.requests import ClientDisconnect
+
+from lacre import __version__, problems
+from lacre.errors import LacreError, UsageError
+from lacre_gateway.admin.gauges import Gauges
+from lacre_gateway.admin.reports import (
+    TENANT,
+    Draining,
+    PoolReport,
+    Reloaded,
+    Revocations,
+    Revoke,
+    Revoked,
+    Rules,
+    StatusReport,
+    UsageReport,
+    Used,
+)
+from lacre_gateway.audit.entries import Admin as AdminEntry
+from lacre_gateway.auth.tokens import Principal
+from lacre_gateway.gateway import Gateway
+from lacre_gateway.http.access_log import AccessLog
+from lacre_gateway.http.answers import (
+    BODY_TOO_LARGE,
+    BODY_TOO_SLOW,
+    INVALID,
+    PROBLEM,
+    answer_with_problems,
+    described,
+    problem_response,
+)
+from lacre_gateway.http.exchange import Message
+from lacre_gateway.http.headers import Fields, address_of
+from lacre_gateway.http.refusal import Refusal
+from lacre_gateway.observe.metrics import CONTENT_TYPE, States
+from lacre_gateway.policy.cedar import PolicyError
+from lacre_gateway.policy.question import AdminAction, AdminQuestion
+from lacre_gateway.relay.failures import CALLERS_FAULT, refusal_for
+
+# What any call may be refused with; each is a row of `lacre.problems`.
+_REFUSALS: Final[dict[int | str, dict[str, Any]]] = dict.fromkeys((401, 403, 408, 413, 422, 429, 503), PROBLEM)
+
+
+def create_admin(gateway: Gateway) -> FastAPI:
+    """An ASGI app over `gateway`; it starts and stops none of its parts."""
+    app = FastAPI(
+        title="Lacre gateway: administration", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None,
+        redirect_slashes=False, responses=_REFUSALS,
+    )  # fmt: skip
+    gauges = Gauges(gateway)
+    States(gateway.metrics, [gauges.read])
+    app.state.gateway, app.state.gauges = gateway, gauges
+    app.add_middleware(AccessLog, log=gateway.log)
+    answer_with_problems(app)
+    app.add_exception_handler(LacreError, _mapped)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.include_router(_open)
+    app.include_router(_routes)
+    app.openapi = partial(described, app)  # type: ignore[method-assign]
+    return app
+
+
+MAX_BODY: Final = 16 * 1024  # bytes; two names and an issuer are far below
+
+
+class _Guarded(APIRoute):
+    """A call of somebody who is known. FastAPI by itself would read the whole body first, whoever sent it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler, takes_body = super().get_route_handler(), self.body_field is not None
+
+        async def guarded(request: Request) -> Response:
+            asking = await _identified(request)
+            refusals, subject = asking.gateway.refusals, (asking.who.issuer, asking.who.subject)
+            refusals.check(subject, asking.address)
+            request.scope["state"][_CALLER] = asking
+            try:
+                if takes_body:
+                    request = _with_body(request, await _body(request, asking.gateway.settings.limits.body_timeout))
+                return await handler(request)
+            except (Refusal, RequestValidationError, UsageError) as exc:
+                if not isinstance(exc, Refusal) or exc.problem.status in CALLERS_FAULT:
+                    refusals.refused(subject, asking.address)
+                raise
+
+        return guarded
+
+
+async def _body(request: Request, seconds: float) -> bytes:
+    """Raises Refusal."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for piece in request.stream():
+                if len(body) + len(piece) > MAX_BODY:
+                    raise Refusal(BODY_TOO_LARGE)
+                body += piece
+    except (TimeoutError, ClientDisconnect) as exc:
+        raise Refusal(BODY_TOO_SLOW) from exc
+    return bytes(body)
+
+
+def _with_body(request: Request, body: bytes) -> Request:
+    """The same request, for who reads its body anew."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return Request(request.scope, receive)
+
+
+_CALLER: Final = "caller"
+_open: Final = APIRouter()
+_routes: Final = APIRouter(route_class=_Guarded)
+_bearer: Final = HTTPBearer(auto_error=False, description="An access token of one of the gateway's issuers.")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever holds the token that came with a call; not yet permitted anything."""
+
+    gateway: Gateway
+    who: Principal
+    address: str
+    request_id: str
+
+    @property
+    def actor(self) -> str:
+        return f"{self.who.tenant}/{self.who.subject}"
+
+    async def may(self, action: AdminAction, target: str | None = None) -> Gateway:
+        """The gateway, for who may do this; recorded either way. target: whom it is about. Raises Refusal, AuditUnavailable."""
+        gateway, who = self.gateway, self.who
+        question = AdminQuestion(who, action, gateway.settings.gateway, self.address, round(gateway.clock(), 3))
+        decision = gateway.rules.decide(question)
+        entry = AdminEntry(
+            request_id=self.request_id,
+            time=question.time,
+            subject=who.subject,
+            tenant=who.tenant,
+            issuer=who.issuer,
+            jti=None if who.jti is None else hashlib.sha256(who.jti.encode()).hexdigest(),
+            address=self.address,
+            gateway=question.gateway,
+            action=action.value,
+            target=target,
+            groups=who.groups,
+            scopes=who.scopes,
+            plan=who.plan,
+            decision="allow" if decision.allowed else "deny",
+            policies=decision.policies,
+            policy_set=decision.policy_set,
+            entities=decision.entities,
+        )
+        await gateway.audit.append(entry)
+        gateway.metrics.administered(action.value, "permitted" if decision.allowed else "denied")
+        if not decision.allowed:
+            raise Refusal(problems.FORBIDDEN)
+        return gateway
+
+
+async def _identified(request: Request) -> Caller:
+    """Raises Refusal.
+
+    A token that is bound to a key is refused: proofs of possession are for sealed requests.
+    """
+    gateway: Gateway = request.app.state.gateway
+    address = address_of(request.scope)
+    authorization = Fields.collect(request.scope["headers"]).authorization()
+    access = await gateway.authenticator.authenticate(authorization, address)
+    return Caller(gateway, access.principal, address, request.scope["state"]["request_id"])
+
+
+async def caller(request: Request, _: Annotated[object, Security(_bearer)]) -> Caller:
+    """A dependency: whom the route found."""
+    found: Caller = request.scope["state"][_CALLER]
+    return found
+
+
+Asking = Annotated[Caller, Depends(caller)]
+
+
+@_open.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})
+async def metrics(request: Request) -> Response:
+    """Everything that is counted, in Prometheus's text format. Needs no token."""
+    await request.app.state.gauges.refresh()
+    gateway: Gateway = request.app.state.gateway
+    return Response(gateway.metrics.show(), headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
+
+
+@_routes.get("/v1/status")
+async def status(request: Request, asking: Asking) -> StatusReport:
+    """How this process is: what is missing, what is under way, its workers, its rules, its audit log."""
+    gateway = await asking.may(AdminAction.USAGE)
+    gauges: Gauges = request.app.state.gauges
+    await gauges.refresh()
+    live, rules = gateway.metrics.live, gateway.rules.status
+    return StatusReport(
+        gateway=gateway.settings.instance,
+        version=__version__,
+        missing=gateway.missing(),
+        draining=gateway.draining,
+        seconds=round(time.monotonic() - gateway.metrics.since, 3),
+        requests=len(live),
+        streams=sum(each.started for each in live),
+        pools={
+            pool: {region: PoolReport.of(*seen) for region, seen in regions.items()} for pool, regions in gauges.pools().items()
+        },
+        audit_entries=gateway.audit.size,
+        rules=Rules(policy_set=rules.policy_set, since=rules.since, reloads=rules.reloads, refusals=rules.refusals),
+    )
+
+
+@_routes.get("/v1/usage")
+async def usage(asking: Asking, tenant: Annotated[str, Query(pattern=TENANT)]) -> UsageReport:
+    """What a tenant and its users have used of their budgets, each limit in its window, as it stands on the fabric."""
+    gateway = await asking.may(AdminAction.USAGE, tenant)
+    return UsageReport(tenant=tenant, budgets=[Used.of(line) for line in await gateway.budgets.usage(tenant)])
+
+
+@_routes.get("/v1/revocations")
+async def revocations(asking: Asking) -> Revocations:
+    """What this process refuses before its time. Tokens and subjects are named by digest: nobody keeps a list of them."""
+    gateway = await asking.may(AdminAction.REVOKE)
+    return Revocations(current=gateway.revocations.current, revocations=[Revoked.of(each) for each in gateway.revocations])
+
+
+@_routes.post("/v1/revocations", status_code=201)
+async def revoke(asking: Asking, asked: Revoke) -> Revoked:
+    """Has a token, or all that a subject was issued until now, refused: here at once, elsewhere within a second.
+
+    It stands on the fabric when this is answered, and cannot be taken back.
+    """
+    target = asked.sub if asked.jti is None else hashlib.sha256(asked.jti.encode()).hexdigest()
+    gateway = await asking.may(AdminAction.REVOKE, target)
+    return Revoked.of(await gateway.revoke(jti=asked.jti, subject=asked.sub, issuer=asked.issuer, until=asked.until))
+
+
+@_routes.post("/v1/reload", responses={409: {"model": Reloaded}})
+async def reload(response: Response, asking: Asking) -> Reloaded:
+    """Puts the rules that are on the disk to work. 409: they do not hold, and the last good ones go on."""
+    gateway = await asking.may(AdminAction.RELOAD)
+    try:
+        await gateway.reload(asking.actor)
+    except PolicyError as exc:
+        response.status_code = 409
+        return Reloaded(taken=False, policy_set=gateway.rules.status.policy_set, fault=exc.fault, file=exc.place or None)
+    return Reloaded(taken=True, policy_set=gateway.rules.status.policy_set)
+
+
+@_routes.post("/v1/drain", status_code=202)
+async def drain(asking: Asking) -> Draining:
+    """Has this process end as on SIGTERM: not ready from now on, gone when its streams have finished."""
+    gateway = await asking.may(AdminAction.DRAIN)
+    gateway.drain()
+    return Draining(draining=True, streams=sum(each.started for each in gateway.metrics.live))
+
+
+async def _mapped(request: Request, error: Exception) -> Response:
+    """What the fabric or the audit log cannot do now, and what nobody could do."""
+    return await _invalid(request, error) if isinstance(error, UsageError) else problem_response(refusal_for(error))
+
+
+async def _invalid(_request: Request, _error: Exception) -> Response:
+    """Without an echo of what was sent."""
+    return problem_response(Refusal(INVALID))

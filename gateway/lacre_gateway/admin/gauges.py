@@ -1,0 +1,106 @@
+"""What a running gateway's state looks like in numbers: read from its parts when Prometheus asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client.core import Metric
+
+from lacre.runtime import tasks
+from lacre_fabric.work.contract import Capacity, FabricError
+from lacre_gateway.observe.metrics import Labelled, by_label, gauge
+
+if TYPE_CHECKING:
+    from lacre_gateway.gateway import Gateway
+
+_BACKLOG_LIMIT: Final = 1.0  # seconds that a look at the queues may take; a scrape must not hang on the fabric
+
+
+class Gauges:
+    """Give its `read` to `metrics.States`. `refresh` asks what only the fabric knows."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._backlog: dict[tuple[str, str], int] = {}  # by pool and region
+
+    async def refresh(self) -> None:
+        """Looks at the queues; where that cannot be done, nothing is said of them."""
+        places = list(self._places())
+        counts = await tasks.together(*(self._ask(*place) for place in places))
+        self._backlog = {place: count for place, count in zip(places, counts, strict=True) if count is not None}
+
+    async def _ask(self, pool: str, region: str) -> int | None:
+        fabric = self._gateway.fabric
+        if fabric is not None:
+            with suppress(FabricError, TimeoutError):
+                async with asyncio.timeout(_BACKLOG_LIMIT):
+                    return await fabric.backlog(pool, region)
+        return None
+
+    def _places(self) -> dict[tuple[str, str], Capacity]:
+        """Each pool of the manifest, in the own region and wherever it has live workers; and those."""
+        feed, fabric = self._gateway.feed, self._gateway.fabric
+        pools = feed.manifest.pools if feed.ready else {}
+        seen = {} if fabric is None else fabric.capacity()
+        own = self._gateway.settings.nats.region
+        return {(pool, own): Capacity() for pool in pools} | {at: present for at, present in seen.items() if at[0] in pools}
+
+    def read(self) -> Iterator[Metric]:
+        gateway = self._gateway
+        yield gauge("lacre_ready", "Whether requests can be served now.", not gateway.missing())
+        yield gauge("lacre_draining", "Whether this process is about to end.", gateway.draining)
+        connected = gateway.fabric is not None and gateway.fabric.connected
+        yield gauge("lacre_fabric_connected", "Whether there is a connection to NATS.", connected)
+        yield gauge(
+            "lacre_audit_writable", "Whether the last attempt to write the audit log succeeded.", gateway.audit.writable
+        )
+        rules = gateway.rules.status
+        yield gauge("lacre_rules_since_timestamp_seconds", "When the rules that decide took over.", rules.since)
+        yield gauge("lacre_rules_reloads", "How often other ones took over since the start.", rules.reloads)
+        yield gauge("lacre_rules_refusals", "How often others were refused since the start.", rules.refusals)
+        yield gauge(
+            "lacre_rules_refused", "Whether the rules on the disk are other ones, and do not hold.", rules.refused is not None
+        )
+        yield gauge("lacre_body_bytes", "Bytes of sealed bodies that are held now.", gateway.bodies.held)
+        yield from self._of_doors()
+        yield gauge("lacre_audit_entries", "Entries in the audit log.", gateway.audit.size)
+        if gateway.feed.ready:
+            manifest = gateway.feed.manifest
+            yield gauge("lacre_manifest_version", "Version of the manifest that is served.", manifest.version)
+            yield gauge("lacre_manifest_expiry_timestamp_seconds", "When it expires.", manifest.expires_at)
+        yield from self._families()
+
+    def _of_doors(self) -> Iterator[Metric]:
+        doors = self._gateway.doors
+        held: Labelled = {(name,): door.held_now for name, door in doors.items()}
+        cut: Labelled = {(name,): door.cut for name, door in doors.items()}
+        refused: Labelled = {(name, str(status)): n for name, door in doors.items() for status, n in door.refused.items()}
+        yield by_label("lacre_listener_held_bytes", "Bytes that nobody has asked for.", ("listener",), held)
+        yield by_label("lacre_listener_cut_connections", "Connections that made room for others.", ("listener",), cut)
+        yield by_label("lacre_listener_unreadable", "Requests that cannot be read.", ("listener", "status"), refused)
+
+    def pools(self) -> dict[str, dict[str, tuple[Capacity, int | None]]]:
+        """Each pool of the manifest, by region: its live workers, and how many requests wait, as of the last `refresh`."""
+        found: dict[str, dict[str, tuple[Capacity, int | None]]] = {}
+        for (pool, region), at in self._places().items():
+            found.setdefault(pool, {})[region] = at, self._backlog.get((pool, region))
+        return found
+
+    def _families(self) -> Iterator[Metric]:
+        present = self._places()
+        backlog = {at: count for at, count in self._backlog.items() if at in present}
+        workers: Labelled = {at: seen.workers for at, seen in present.items()}
+        slots: Labelled = {(*at, state): getattr(seen, state) for at, seen in present.items() for state in ("busy", "free")}
+        queued: Labelled = {at: count for at, count in backlog.items()}  # noqa: C416  # a mapping's keys are invariant
+        away = frozenset[str]() if self._gateway.fabric is None else self._gateway.fabric.away()
+        cut_off: Labelled = {(pool,): pool in away for pool in dict.fromkeys(pool for pool, _ in present)}
+        demand: Labelled = {at: count + present[at].busy for at, count in backlog.items()}
+        labels = ("pool", "region")
+        yield by_label("lacre_pool_away", "Whether answers of the pool cannot come now.", ("pool",), cut_off)
+        yield by_label("lacre_workers", "Live workers, by their presence.", labels, workers)
+        yield by_label("lacre_worker_slots", "Their slots, by their presence.", (*labels, "state"), slots)
+        yield by_label("lacre_queue_requests", "Requests that no worker has taken yet.", labels, queued)
+        yield by_label("lacre_pool_demand", "Backlog and busy slots: what to scale workers by.", labels, demand)

@@ -1,0 +1,144 @@
+"""What the admin API answers with and takes: the models that its description is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lacre_fabric.work.contract import Capacity
+from lacre_fabric.work.revocations import Revocation
+from lacre_gateway.auth.claims import MAX_NAME, is_name
+from lacre_gateway.budget.report import Line
+
+TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # as `auth` takes it from a token
+
+
+class Report(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PoolReport(Report):
+    """queued: requests that no worker has taken; None where the queue cannot be looked at. demand: they and the busy slots."""
+
+    workers: int
+    busy: int
+    free: int
+    queued: int | None
+    demand: int | None
+
+    @classmethod
+    def of(cls, seen: Capacity, queued: int | None) -> Self:
+        demand = None if queued is None else queued + seen.busy
+        return cls(workers=seen.workers, busy=seen.busy, free=seen.free, queued=queued, demand=demand)
+
+
+class Rules(Report):
+    """policy_set: hex SHA-256 of what decides. since: seconds since the epoch."""
+
+    policy_set: str
+    since: float
+    reloads: int
+    refusals: int
+
+
+class StatusReport(Report):
+    """missing: what is missing before requests can be served, and who can help. seconds: since the start."""
+
+    gateway: str
+    version: str
+    missing: dict[str, str]
+    draining: bool
+    seconds: float
+    requests: int
+    streams: int
+    pools: dict[str, dict[str, PoolReport]]  # by region
+    audit_entries: int
+    rules: Rules
+
+
+class Used(Report):
+    """One limit in one window. key: whose budget. kind: what it counts; money in micro-units. window: its number.
+
+    used: settled, or by receipts of requests under way. drawn: what gateways hold in leases, too. forfeited: leases whose
+    gateway died; they count as used until the window is over.
+    """
+
+    key: str
+    name: str
+    kind: str
+    window: int
+    used: int
+    drawn: int
+    forfeited: int
+
+    @classmethod
+    def of(cls, line: Line) -> Self:
+        return cls(
+            key=line.key,
+            name=line.name,
+            kind=line.kind.value,
+            window=line.window,
+            used=line.used,
+            drawn=line.drawn,
+            forfeited=line.forfeited,
+        )
+
+
+class UsageReport(Report):
+    tenant: str
+    budgets: list[Used]
+
+
+class Reloaded(Report):
+    """fault, file: why the rules on the disk were not taken, in a word, and where."""
+
+    taken: bool
+    policy_set: str
+    fault: str | None = None
+    file: str | None = None
+
+
+class Revoke(Report):
+    """Which tokens: the one of this `jti`, or every one of `sub` that was issued until now. One of the two.
+
+    issuer: may be left out where there is one. until: when the last of them expires, in seconds since the epoch; the longest
+    that one may live where left out.
+    """
+
+    jti: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+    sub: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+    issuer: str | None = None
+    until: Annotated[float, Field(gt=0, lt=2**53)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.jti is None) == (self.sub is None):
+            raise ValueError("jti or sub, one of the two")
+        if not is_name(self.jti or self.sub):
+            raise ValueError("no token has such a name")
+        return self
+
+
+class Revoked(Report):
+    """key: names token or subject, by digest. Times in seconds since the epoch; issued_until: None where all are meant."""
+
+    key: str
+    until: float
+    issued_until: float | None
+
+    @classmethod
+    def of(cls, revocation: Revocation) -> Self:
+        return cls(key=revocation.key, until=revocation.until, issued_until=revocation.issued_until)
+
+
+class Revocations(Report):
+    """current: whether the list is up to date; a gateway whose list is not lets nobody in."""
+
+    current: bool
+    revocations: list[Revoked]
+
+
+class Draining(Report):
+    draining: bool
+    streams: int

@@ -1,0 +1,211 @@
+"""The keys of an issuer that publishes them: found by OpenID Connect Discovery, or at an address that the settings name.
+
+Rules:
+- A set that cannot be used (empty, poisoned, malformed) never replaces a good one, and neither does an issuer that is away: the
+  keys stay for `stale_limit` seconds after they were last seen, and not a second longer.
+- Whatever goes wrong with a look, it is a failed look, and the next one comes. Keys that are too old are not found, whoever
+  was to drop them.
+- A key that left the set makes nothing good any more: what was remembered of its tokens is forgotten (`epoch`).
+- However many tokens name keys that are not known, the issuer is asked once for all of them, and once per `cooldown`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import httpx2
+import jwt
+
+from lacre.errors import LacreError
+from lacre.runtime import tasks
+from lacre_fabric.logs import Log
+from lacre_gateway.auth.fetch import FetchFailed, allowed, fetch, make_client
+from lacre_gateway.auth.jwks import KeySet
+
+MAX_WAITING: Final = 256  # tokens with unknown keys that wait for the issuer at a time
+MAX_REASON: Final = 1000  # characters that the log has of what is wrong with keys, of which a set may have a hundred
+_METADATA_LIVES: Final = 3600.0  # seconds: an address changes seldom, and is asked for again when it fails
+WELL_KNOWN: Final = "/.well-known/openid-configuration"  # OpenID Connect Discovery 1.0 section 4
+
+
+class KeysUnavailable(LacreError):
+    """Whether the token is good cannot be said: its issuer cannot be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. least, default: between looks at an issuer that says less, or nothing. retry, patience: after a failure, doubled
+    up to patience. cooldown: between looks for keys that are not known. stale_limit: how long keys outlive their issuer.
+    """  # fmt: skip
+
+    least: float = 60.0
+    default: float = 600.0
+    retry: float = 2.0
+    patience: float = 60.0
+    cooldown: float = 2.0
+    stale_limit: float = 86400.0
+
+
+class RemoteKeys:
+    """An issuer's `KeySet`, kept current.
+
+    address: of the set itself; None where discovery says it. place: the settings key, for the log.
+    """
+
+    def __init__(
+        self, issuer: str, address: str | None, algorithms: Sequence[str], *, place: str, log: Log, timing: Timing | None = None
+    ) -> None:
+        self._issuer = issuer
+        self._address = address
+        self._algorithms = algorithms
+        self._place = place
+        self._log = log
+        self._timing = timing or Timing()
+        self._client: httpx2.AsyncClient | None = None
+        self._found_at: str | None = None  # what discovery said
+        self._found_until = -math.inf  # on the monotonic clock, as all times here
+        self._keys: KeySet | None = None
+        self._etag: str | None = None
+        self._good_until = -math.inf
+        self._look_at = -math.inf
+        self._last_look = -math.inf
+        self._failure = ""
+        self._failures = 0
+        self._fetching = False
+        self._looking: asyncio.Task[None] | None = None
+        self._keeping: tasks.Background | None = None
+        self._waiting = 0
+        self.epoch = 0
+
+    @property
+    def usable(self) -> bool:
+        return self._keys is not None
+
+    def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
+        keys = self._keys
+        return None if keys is None or time.monotonic() >= self._good_until else keys.find(kid, alg)
+
+    async def seek(self, kid: object, alg: object) -> jwt.PyJWK | None:
+        """Asks the issuer for a key that is not known; None where it has none of that name. Raises KeysUnavailable."""
+        if self._waiting >= MAX_WAITING:
+            raise KeysUnavailable("too many tokens wait for their issuer")
+        self._waiting += 1
+        try:
+            late = self._fetching  # what is on its way now may be older than the key
+            await self._look()
+            key = self.find(kid, alg)
+            if key is None and late:
+                await self._look()
+                key = self.find(kid, alg)
+        finally:
+            self._waiting -= 1
+        if key is None and self._failure:
+            raise KeysUnavailable("the issuer cannot be asked for its keys")
+        return key
+
+    def start(self) -> None:
+        """Fetches them, and goes on for as long as the process runs. Idempotent."""
+        if self._keeping is None:
+            self._keeping = tasks.start("issuer keys", self._keep)
+
+    async def close(self) -> None:
+        if self._keeping is not None:
+            await self._keeping.close()
+        if self._looking is not None:
+            await tasks.end(self._looking)
+        self._keeping = None
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def _keep(self) -> None:
+        while True:
+            now = time.monotonic()
+            if self._keys is not None and now >= self._good_until:
+                self._drop()
+            if now >= self._look_at:
+                await self._look()
+            else:
+                await asyncio.sleep((self._look_at if self._keys is None else min(self._look_at, self._good_until)) - now)
+
+    async def _look(self) -> None:
+        """The look that is under way, or else a new one. Never fails: see `_failure`."""
+        if self._looking is None:
+            self._looking = tasks.spawn("look for issuer keys", self._ask())
+        await asyncio.shield(self._looking)
+
+    async def _ask(self) -> None:
+        try:
+            await asyncio.sleep(max(0.0, self._last_look + self._timing.cooldown - time.monotonic()))
+            self._last_look, self._fetching = time.monotonic(), True
+            try:
+                self._succeeded(await self._fetch())
+            except LacreError as exc:
+                self._failed(str(exc))
+            except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
+                tasks.failed("issuer keys", exc)
+                self._failed(f"unforeseen {type(exc).__name__}: see the log")
+        finally:
+            self._looking, self._fetching = None, False
+
+    async def _fetch(self) -> float | None:
+        """How long the set says that it may be kept. Raises FetchFailed or SettingsError."""
+        address = await self._where()
+        answer = await fetch(self._http(), address, self._etag)
+        if answer.value is not None:
+            self._replace(KeySet.parse(answer.value, self._algorithms, f"{self._place}: {address}"))
+            self._etag = answer.etag
+        return answer.fresh
+
+    async def _where(self) -> str:
+        """The set's address. Raises FetchFailed."""
+        if self._address is not None:
+            return self._address
+        if self._found_at is None or time.monotonic() >= self._found_until:
+            url = self._issuer.rstrip("/") + WELL_KNOWN
+            said = (await fetch(self._http(), url, None)).value
+            address = said.get("jwks_uri") if isinstance(said, Mapping) and said.get("issuer") == self._issuer else None
+            if not isinstance(address, str) or not allowed(address, plain=self._issuer.startswith("http:")):
+                raise FetchFailed(f"{url} does not describe the issuer {self._issuer}, with a jwks_uri of https")
+            if address != self._found_at:
+                self._found_at, self._etag = address, None
+            self._found_until = time.monotonic() + _METADATA_LIVES
+        return self._found_at
+
+    def _http(self) -> httpx2.AsyncClient:
+        if self._client is None:
+            self._client = make_client(self._address or self._issuer)
+        return self._client
+
+    def _replace(self, keys: KeySet) -> None:
+        if self._keys is not None and not self._keys <= keys:
+            self.epoch += 1
+        if keys.passed_over and (self._keys is None or keys.passed_over != self._keys.passed_over):  # once, not with every look
+            self._log.warning("issuer keys passed over", issuer=self._issuer, reason="; ".join(keys.passed_over)[:MAX_REASON])
+        self._keys = keys
+
+    def _succeeded(self, fresh: float | None) -> None:
+        timing, now = self._timing, self._last_look
+        if self._failure:
+            self._log.info("issuer keys read again", issuer=self._issuer)
+        self._failure, self._failures = "", 0
+        self._look_at = now + (timing.default if fresh is None else max(timing.least, fresh))
+        self._good_until = now + max(timing.stale_limit, self._look_at - now)
+
+    def _failed(self, reason: str) -> None:
+        timing = self._timing
+        self._look_at = time.monotonic() + min(timing.patience, timing.retry * 2.0 ** min(self._failures, 16))
+        self._failures += 1
+        self._found_until = -math.inf  # the set may have moved
+        if reason != self._failure:  # once, not with every look
+            self._log.warning("issuer keys not read", issuer=self._issuer, reason=reason)
+        self._failure = reason
+
+    def _drop(self) -> None:
+        self._log.error("issuer keys too old", issuer=self._issuer, reason=self._failure)
+        self._keys, self._etag = None, None
+        self.epoch += 1

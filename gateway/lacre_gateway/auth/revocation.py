@@ -1,0 +1,149 @@
+"""Which tokens are refused before their time. The fabric holds the list; every gateway keeps a copy, and looks several times a
+second for what is new.
+
+Rules:
+- A list that is not known to be current refuses everybody: a gateway that has never read it, or not for `MAX_AGE`, serves
+  nobody. It loses nothing by that, for the list is read over the very connection that requests leave by.
+- What was read once stays until its time is over, whatever becomes of the bucket meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Final
+
+from lacre.errors import LacreError, UsageError
+from lacre.runtime import tasks
+from lacre_fabric.logs import Log
+from lacre_fabric.work.contract import GatewayFabric
+from lacre_fabric.work.revocations import Revocation, subject_key, token_key
+from lacre_gateway.settings import Issuer
+
+LOOK: Final = 0.1  # seconds from one look to the next: a busy machine may take some more, and a second is promised
+# Seconds. NATS takes some to choose a new leader for a bucket, and needs one for most of what a request does, too.
+MAX_AGE: Final = 10.0
+_SWEEP: Final = 60.0  # seconds between looks for entries whose time is over
+
+
+class RevocationList:
+    """The copy of one gateway. clock: seconds since the epoch."""
+
+    def __init__(self, log: Log, clock: Callable[[], float] = time.time) -> None:
+        self._log = log
+        self._clock = clock
+        self._entries: dict[str, tuple[float, float]] = {}  # by key: until, and the last moment of issue that is meant
+        self._read_at = -math.inf  # on the monotonic clock: when the last look began that came to an end
+        self._sweep_at = time.monotonic() + _SWEEP
+        self._failure = ""
+        self._following: tasks.Background | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Revocation]:
+        """Those whose time is not over."""
+        now = self._clock()
+        for key, (until, meant) in self._entries.items():
+            if now < until:
+                yield Revocation(key, until, None if meant == math.inf else meant)
+
+    @property
+    def current(self) -> bool:
+        """Whether it may be decided by."""
+        return time.monotonic() < self._read_at + MAX_AGE
+
+    def refuses(self, keys: Sequence[str], issued: float) -> bool:
+        """keys: the token's own and its subject's. issued: when the token was, in seconds since the epoch."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and issued <= entry[1] and self._clock() < entry[0]:
+                return True
+        return False
+
+    def add(self, revocation: Revocation) -> None:
+        """Of two for one key, what refuses all that either does."""
+        meant = math.inf if revocation.issued_until is None else revocation.issued_until
+        until, before = self._entries.get(revocation.key, (-math.inf, -math.inf))
+        self._entries[revocation.key] = max(until, revocation.until), max(before, meant)
+
+    async def refresh(self, fabric: GatewayFabric) -> None:
+        """One look. Raises FabricUnavailable, and keeps what was there."""
+        began = time.monotonic()
+        for revocation in await fabric.revoked():
+            self.add(revocation)
+        self._read_at = began
+        if began >= self._sweep_at:
+            self._sweep_at = began + _SWEEP
+            now = self._clock()
+            self._entries = {key: entry for key, entry in self._entries.items() if now < entry[0]}
+
+    async def start(self, fabric: Callable[[], GatewayFabric]) -> None:
+        """A first look (its failure is not fatal: the fabric may come up later), then one each `LOOK` seconds. Idempotent."""
+        await self._try(fabric)
+        if self._following is None:
+            self._following = tasks.start("revocations", partial(self._follow, fabric))
+
+    async def close(self) -> None:
+        if self._following is not None:
+            await self._following.close()
+            self._following = None
+
+    async def _follow(self, fabric: Callable[[], GatewayFabric]) -> None:
+        while True:
+            await asyncio.sleep(LOOK)
+            await self._try(fabric)
+
+    async def _try(self, fabric: Callable[[], GatewayFabric]) -> None:
+        try:
+            await self.refresh(fabric())
+        except LacreError as exc:
+            failure = str(exc)
+        except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
+            failure = f"unforeseen {type(exc).__name__}"
+            if failure != self._failure:
+                tasks.failed("revocations", exc)
+        else:
+            failure = ""
+        if failure and failure != self._failure:  # once, not with every look
+            self._log.warning("revocations not read", reason=failure)
+        self._failure = failure
+
+
+def revocation(
+    issuers: Sequence[Issuer],
+    *,
+    jti: str | None = None,
+    subject: str | None = None,
+    issuer: str | None = None,
+    until: float | None = None,
+    now: float,
+) -> Revocation:
+    """What revokes one token, or all that a subject was issued until `now`. Raises UsageError.
+
+    issuer: may be left out where there is one. until: when the last such token expires; without it, the longest that a token of
+    this issuer can live from now on, so that no other is needed. Times in seconds since the epoch.
+    """
+    trusted = _issuer(issuers, issuer)
+    # An issuer's clock may be ahead by the leeway, and a token is taken that much longer than it says.
+    longest = now + trusted.token_lifetime + 2 * trusted.leeway
+    until = longest if until is None else min(until + trusted.leeway, longest)
+    if until <= now:
+        raise UsageError("--until lies in the past: whatever expired then is refused already")
+    if not all(name is None or name.strip() for name in (jti, subject)):
+        raise UsageError("--jti or --sub is empty, and would revoke nothing: give the token's id, or the subject")
+    if jti is not None and subject is None:
+        return Revocation(token_key(trusted.issuer, jti), until)
+    if subject is not None and jti is None:
+        return Revocation(subject_key(trusted.issuer, subject), until, issued_until=now)
+    raise UsageError("revoke a token by its --jti, or whom tokens speak for by --sub: one of the two")
+
+
+def _issuer(issuers: Sequence[Issuer], name: str | None) -> Issuer:
+    named = [issuer for issuer in issuers if name in (None, issuer.issuer)]
+    if len(named) != 1:
+        raise UsageError(f"name the token's issuer with --issuer, one of: {', '.join(issuer.issuer for issuer in issuers)}")
+    return named[0]

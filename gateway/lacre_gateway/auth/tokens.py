@@ -1,0 +1,347 @@
+"""Who is asking: an access token (JWT, RFC 9068; used as RFC 6750 or RFC 9449 says) becomes a `Principal`, or a refusal.
+
+Rules:
+- The algorithm is chosen by the settings, never by the token: a key is usable only with the algorithms that are pinned for its
+  issuer and fit its type. There is no symmetric one and no `none` (RFC 8725 sections 3.1 and 3.2).
+- `iss`, `aud`, `exp`, `iat` and `sub` must be there, each once. `jku`, `x5u`, `x5c` and `jwk` in a token are never looked at,
+  and one with `crit` is not taken.
+- A verdict is remembered under the SHA-256 of the *whole* header, until the token's `exp`, or until its issuer withdraws a key.
+  Only good ones are. Whether the token was revoked, and its proof, are looked at each time.
+- A token that is bound to a key (`cnf`) is nobody's without that key's proof, which is for one request (see `lacre.jose.dpop`).
+- Whatever is wrong with a token whose signature does not hold, the answer is the same 401. The bearer of a genuine one is told
+  which claim is not taken and why, in fixed words (RFC 6750 section 3). Neither the token, nor what a claim of it says, nor an
+  exception's text goes out, to a log or to the audit; when it expired does.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import jwt
+
+from lacre import problems
+from lacre.errors import InvalidMessage, LacreError
+from lacre.jose import dpop
+from lacre.jose.jws import b64u, read_object
+from lacre.problems import Problem
+from lacre.problems.details import Detail
+from lacre_fabric.work.revocations import subject_key, token_key
+from lacre_gateway.auth import claims as says
+from lacre_gateway.auth.claims import BadClaim, ClaimNames, Principal, bound_key, moment
+from lacre_gateway.auth.jwks_remote import KeysUnavailable
+from lacre_gateway.auth.revocation import RevocationList
+from lacre_gateway.auth.throttle import FailureThrottle
+from lacre_gateway.http.refusal import Refusal
+
+__all__ = ["Access", "Authenticator", "Principal", "TrustedIssuer"]
+
+# Well above any real token with groups, and below what would make hashing and parsing it worth an attacker's while.
+MAX_TOKEN: Final = 16 * 1024
+MAX_VERDICTS: Final = 16_384
+MAX_PROOFS: Final = 65_536  # remembered; what falls out is still a request that the fabric has seen
+_RETRY: Final = 5.0  # seconds, where nobody can be let in
+
+_CREDENTIALS: Final = re.compile(rb"(bearer|dpop) +([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)", re.IGNORECASE)
+# What an access token says that it is (RFC 9068 section 2.1), or what most issuers say: never a proof or a logout token.
+_TYPES: Final = frozenset({"at+jwt", "application/at+jwt", "jwt"})
+_REQUIRED: Final = ["iss", "aud", "exp", "iat", "sub"]
+
+_ALGORITHMS: Final = " ".join(dpop.ALGORITHMS)
+_MISSING: Final = f'Bearer realm="lacre", DPoP realm="lacre", algs="{_ALGORITHMS}"'.encode()
+_ERROR: Final = {
+    b"bearer": ('Bearer realm="lacre", error="invalid_token"', ""),
+    b"dpop": ('DPoP realm="lacre", error="invalid_token"', f', algs="{_ALGORITHMS}"'),
+}
+# What is wrong with a genuine token, by PyJWT's errors: it checks the signature first.
+_FAULTS: Final[tuple[tuple[type[jwt.PyJWTError], str, str, Problem], ...]] = (
+    (jwt.ExpiredSignatureError, "exp", says.EXPIRED, problems.INVALID_TOKEN),
+    (jwt.ImmatureSignatureError, "nbf", says.NOT_YET, problems.INVALID_TOKEN),
+    (jwt.InvalidAudienceError, "aud", says.FOREIGN, problems.INVALID_TOKEN),
+    (jwt.InvalidIssuedAtError, "iat", says.MALFORMED, problems.UNUSABLE_CLAIMS),
+    (jwt.exceptions.InvalidSubjectError, "sub", says.MALFORMED, problems.UNUSABLE_CLAIMS),
+    (jwt.exceptions.InvalidJTIError, "jti", says.MALFORMED, problems.UNUSABLE_CLAIMS),
+)
+_INVALID_PROOF: Final = f'DPoP realm="lacre", error="invalid_dpop_proof", algs="{_ALGORITHMS}"'.encode()
+
+
+class Keys(Protocol):
+    """An issuer's keys: a `KeySet`, or `RemoteKeys`. epoch: rises when one is withdrawn. usable: whether there are any."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def usable(self) -> bool: ...
+
+    def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
+        """Of those that are known."""
+
+    async def seek(self, kid: object, alg: object) -> jwt.PyJWK | None:
+        """After another look. Raises KeysUnavailable."""
+
+    def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who asks, and with which proof; None for a token that is good without."""
+
+    principal: Principal
+    proof: dpop.Proof | None = None
+
+    def check_request(self, digest: bytes) -> None:
+        """digest: SHA-256 of `hdr ‖ enc`. Raises Refusal where the proof is not for this sealed request."""
+        if self.proof is not None and self.proof.request != b64u(digest):
+            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF)
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedIssuer:
+    """One issuer and its keys. tenant: which one its tokens speak for; None lets the token say. Times in seconds.
+
+    leeway: that its clock may differ. lifetime: the most that a token may have.
+    """
+
+    issuer: str
+    audience: str
+    keys: Keys
+    algorithms: tuple[str, ...]
+    tenant: str | None
+    leeway: float
+    lifetime: float
+    names: ClaimNames
+
+    async def key(self, header: Mapping[str, Any]) -> jwt.PyJWK:
+        """Raises _NotVerified or KeysUnavailable."""
+        kid, alg = header.get("kid"), header.get("alg")
+        if alg not in self.algorithms:
+            raise _NotVerified("alg")
+        key = self.keys.find(kid, alg) or await self.keys.seek(kid, alg)
+        if key is None:
+            raise _NotVerified("kid")
+        return key
+
+    def verdict(self, token: str, key: jwt.PyJWK, epoch: int) -> _Verdict:
+        """Raises jwt.PyJWTError or BadClaim. epoch: of the keys, when `key` was found."""
+        claims = self._claims(token, key)
+        principal = self.names.principal(claims, self.issuer, self.tenant)
+        expires, issued = moment(claims, "exp"), moment(claims, "iat")
+        if expires - issued > self.lifetime:
+            raise BadClaim("exp", says.TOO_LONG)
+        names = [subject_key(self.issuer, principal.subject)]
+        if principal.jti is not None:
+            names.append(token_key(self.issuer, principal.jti))
+        # By a clock that is ahead, what was issued before a moment may say that it was after it.
+        return _Verdict(
+            Access(principal), self.keys, epoch, expires + self.leeway, issued - self.leeway, tuple(names), bound_key(claims)
+        )
+
+    def _claims(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
+        """Raises jwt.PyJWTError, or BadClaim for a token whose signature holds."""
+        check: dict[str, Any] = {"algorithms": [key.algorithm_name], "audience": self.audience, "issuer": self.issuer}
+        try:
+            return jwt.decode(token, key, **check, leeway=self.leeway, options={"require": _REQUIRED})
+        except jwt.MissingRequiredClaimError as exc:
+            raise BadClaim(exc.claim, says.MISSING) from exc
+        except tuple(fault[0] for fault in _FAULTS) as exc:
+            raise _fault(exc, read_object(token.split(".")[1])) from exc
+
+
+def _fault(error: jwt.PyJWTError, claims: Mapping[str, Any]) -> BadClaim:
+    """claims: of the token, whose signature holds."""
+    _, claim, reason, problem = next(fault for fault in _FAULTS if isinstance(error, fault[0]))
+    if reason == says.NOT_YET and "iat" in str(error):
+        claim = "iat"
+    ended = max(0.0, moment(claims, claim)) if reason == says.EXPIRED else None
+    return BadClaim(claim, reason, problem, ended)
+
+
+class _NotVerified(Exception):
+    """What came is no token of a known issuer; the text names what shows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """A good token. access: what it gives, but for a proof. until, issued: seconds since the epoch, with the leeway.
+
+    revocable: what it can be revoked by. thumbprint: of the key that it is bound to.
+    """
+
+    access: Access
+    keys: Keys
+    epoch: int
+    until: float
+    issued: float
+    revocable: tuple[str, ...]
+    thumbprint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What came with one request. method, url: of the request."""
+
+    authorization: bytes | None = field(repr=False)
+    proof: bytes | None = field(repr=False)
+    method: str
+    url: str
+
+
+class Authenticator:
+    """Verifies tokens and proofs, and remembers the good ones. clock: seconds since the epoch."""
+
+    def __init__(
+        self,
+        issuers: Sequence[TrustedIssuer],
+        revocations: RevocationList,
+        throttle: FailureThrottle,
+        clock: Callable[[], float],
+    ) -> None:
+        self.issuers = tuple(issuers)
+        self._by_name = {issuer.issuer: issuer for issuer in issuers}
+        self._revocations = revocations
+        self._throttle = throttle
+        self._clock = clock
+        self._verdicts: OrderedDict[bytes, _Verdict] = OrderedDict()
+        self._proofs: OrderedDict[bytes, None] = OrderedDict()
+
+    @property
+    def able(self) -> bool:
+        """Whether anybody could be let in: not before the keys of some issuer are known."""
+        return any(issuer.keys.usable for issuer in self.issuers)
+
+    def start(self) -> None:
+        """Begins to fetch the keys of issuers. Called on the event loop; idempotent."""
+        for issuer in self.issuers:
+            issuer.keys.start()
+
+    async def close(self) -> None:
+        for issuer in self.issuers:
+            await issuer.keys.close()
+
+    async def authenticate(
+        self, authorization: bytes | None, address: str, *, proof: bytes | None = None, method: str = "POST", url: str = ""
+    ) -> Access:
+        """authorization, proof: the values of the headers `Authorization` and `DPoP`. address: the caller's. method, url: what
+        is asked of whom, in the form of `dpop.plain_url`. Raises Refusal.
+
+        For a token that was seen before it does not wait for anything.
+        """  # fmt: skip
+        if authorization is not None and len(authorization) > MAX_TOKEN:  # not worth hashing, whoever signed it
+            self._throttle.check(address)
+            self._throttle.failed(address)
+            size: dict[str, Detail] = {"limit": "token", "unit": "bytes", "ceiling": MAX_TOKEN, "asked": len(authorization)}
+            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(b"bearer"), details=size, noted="too long")
+        digest = hashlib.sha256(authorization or b"").digest()
+        verdict = self._verdicts.get(digest)
+        if verdict is None or verdict.epoch != verdict.keys.epoch or self._clock() >= verdict.until:
+            verdict = await self._verified(authorization, address)
+            self._remember(digest, verdict)
+        if not self._revocations.current:
+            raise Refusal(problems.UNAVAILABLE, retry_after=_RETRY)
+        if self._revocations.refuses(verdict.revocable, verdict.issued):
+            raise _unusable(BadClaim("token", says.REVOKED, problems.INVALID_TOKEN), _credentials(authorization)[0])
+        if verdict.thumbprint is None:
+            return verdict.access
+        return self._proved(verdict, _Shown(authorization, proof, method, url), address)
+
+    async def _verified(self, authorization: bytes | None, address: str) -> _Verdict:
+        # An address that only sends bad tokens must not buy a signature check with each; good remembered ones need none.
+        self._throttle.check(address)
+        scheme, token = _credentials(authorization)
+        try:
+            if token is None:
+                raise _NotVerified("authorization")
+            with self._throttle.verifying(address):
+                verdict = await self._verify(token)
+            if verdict.thumbprint is None and scheme == b"dpop":
+                raise BadClaim("cnf", says.MISSING, problems.INVALID_TOKEN)
+        except KeysUnavailable as exc:
+            raise Refusal(problems.ISSUER_UNAVAILABLE, retry_after=_RETRY) from exc
+        except BadClaim as exc:
+            self._throttle.failed(address)
+            raise _unusable(exc, scheme) from exc
+        except (jwt.PyJWTError, _NotVerified, InvalidMessage) as exc:
+            self._throttle.failed(address)
+            if authorization is None:
+                raise Refusal(problems.INVALID_TOKEN, challenge=_MISSING, details={"reason": says.MISSING}) from exc
+            raise Refusal(problems.INVALID_TOKEN, challenge=_challenge(scheme), noted=_noted(exc)) from exc
+        return verdict
+
+    async def _verify(self, token: str) -> _Verdict:
+        # Unverified, and used to choose which configured issuer's keys and rules the token is held against.
+        head, payload, _ = token.split(".")
+        header, claims = read_object(head), read_object(payload)
+        if "crit" in header or str(header.get("typ", "jwt")).lower() not in _TYPES:
+            raise _NotVerified("typ")
+        issuer = claims.get("iss")
+        trusted = self._by_name.get(issuer) if isinstance(issuer, str) else None
+        if trusted is None:
+            raise _NotVerified("iss")
+        key = await trusted.key(header)
+        return trusted.verdict(token, key, trusted.keys.epoch)
+
+    def _proved(self, verdict: _Verdict, shown: _Shown, address: str) -> Access:
+        """Raises Refusal unless whoever shows the token has its key."""
+        scheme, token = _credentials(shown.authorization)
+        try:
+            if scheme != b"dpop" or token is None or shown.proof is None:
+                raise InvalidMessage("a token that is bound to a key comes with the scheme DPoP and a proof")
+            expected = dpop.Expected(shown.method, shown.url, dpop.token_hash(token), str(verdict.thumbprint))
+            proof = dpop.verify(shown.proof.decode("latin-1"), expected, self._clock())
+            self._spend(proof)
+        except LacreError as exc:
+            self._throttle.failed(address)
+            raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF) from exc
+        return Access(verdict.access.principal, proof)
+
+    def _spend(self, proof: dpop.Proof) -> None:
+        """Each proof is good once (RFC 9449 section 11.1). Raises InvalidMessage."""
+        if proof.identity in self._proofs:
+            raise InvalidMessage("a DPoP proof that was used before")
+        self._proofs[proof.identity] = None
+        while len(self._proofs) > MAX_PROOFS:
+            self._proofs.popitem(last=False)
+
+    def _remember(self, digest: bytes, verdict: _Verdict) -> None:
+        self._verdicts[digest] = verdict
+        while len(self._verdicts) > MAX_VERDICTS:
+            self._verdicts.popitem(last=False)
+
+
+def _unusable(fault: BadClaim, scheme: bytes) -> Refusal:
+    """For the bearer of a token whose signature holds."""
+    ended = (
+        ""
+        if fault.at is None
+        else datetime.datetime.fromtimestamp(int(fault.at), datetime.UTC).strftime(" at %Y-%m-%dT%H:%M:%SZ")
+    )
+    challenge = _challenge(scheme, f"{fault.claim}: {fault.reason}{ended}")
+    return Refusal(fault.problem, challenge=challenge, details=fault.details)
+
+
+def _noted(fault: Exception) -> str:
+    """For the operator: what shows that it is no token of ours. Names nothing of what was sent."""
+    if isinstance(fault, _NotVerified):
+        return f"{fault}: not known here"
+    return "signature" if isinstance(fault, jwt.InvalidSignatureError) else "form"
+
+
+def _challenge(scheme: bytes, description: str = "") -> bytes:
+    """description: in the characters of `error_description` (RFC 6750 section 3)."""
+    error, rest = _ERROR[scheme]
+    said = f', error_description="{description}"' if description else ""
+    return f"{error}{said}{rest}".encode()
+
+
+def _credentials(authorization: bytes | None) -> tuple[bytes, str | None]:
+    """The scheme in lower case, and the token; None where there is none of the form of one."""
+    match = _CREDENTIALS.fullmatch(authorization or b"")
+    return (b"bearer", None) if match is None else (match[1].lower(), match[2].decode("ascii"))

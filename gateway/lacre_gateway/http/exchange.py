@@ -1,0 +1,235 @@
+"""One HTTP request and its answer, over bare ASGI: what the relay needs of HTTP, and nothing of what the request is for.
+
+Rules:
+- A body is counted while it is read, whatever Content-Length said, and has a limited time to arrive. Of one whose sender or
+  purpose is refused nothing is kept.
+- Nothing of an answer is buffered: `write` returns when the server took the bytes, and a client that reads nothing is cut off.
+- What tells a part from the whole is the seal's final chunk. An answer that breaks off never has it, however it ends here.
+- `give_up` ends an answer in order, and so says that its worker may be lost. Left without an end, an answer says that it was
+  not: the server aborts the connection, as if this process had died (RFC 9112 section 7.1: no last chunk comes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from types import TracebackType
+from typing import Any, Final
+
+from lacre import problems
+from lacre.evidence import audit_proof
+from lacre.evidence.audit_proof import AuditProof
+from lacre.runtime import tasks
+from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
+from lacre_gateway.audit.log import AuditUnavailable, Recorded
+from lacre_gateway.budget.in_flight import Room
+from lacre_gateway.http.headers import Fields, address_of
+from lacre_gateway.http.refusal import RawHeaders, Refusal
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+REFUSED: Final = "refused"  # in the scope's state: the refusal that was answered
+CUT: Final = "cut"  # in the scope's state: an answer that ended in order, and is not whole
+# A worker gives up a stream whose credit is not renewed for 5 s (DESIGN section 7); later there is nothing left to send.
+STALL_LIMIT: Final = 10.0
+# After a refusal the rest of a body is read and dropped for this long: closing at once would reset the connection, and the
+# client might lose the refusal that it is about to read.
+LINGER: Final = 2.0
+# What is usually here already when a refusal is decided. Reading it first lets the connection be used again.
+_SKIM_BYTES: Final = 64 * 1024
+_SKIM_TIME: Final = 0.05
+
+_ANSWER_HEADERS: Final = (
+    (b"content-type", MEDIA_TYPE_RESPONSE.encode()),
+    (b"incremental", b"?1"),  # draft-ietf-httpbis-incremental: intermediaries must not buffer
+    (b"x-accel-buffering", b"no"),  # the same, for an nginx in front
+    (b"cache-control", b"no-store"),
+)
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+class StreamBroken(Exception):
+    """Aborts an answer that was under way. Left to the server, which closes the connection."""
+
+
+class Stalled(Exception):
+    """The client has stopped reading."""
+
+
+class Exchange:
+    """One request and its answer. address: the caller's. status: what was answered; None so far. recorded: its intent, once
+    there is one.
+
+    since, first_byte: when it began, and when its answer did, on the monotonic clock. received, sent: bytes. records: pieces.
+    limits: the fields that say how far the caller's limits are used.
+    stall_limit: seconds that a client may leave a piece unread.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, stall_limit: float = STALL_LIMIT) -> None:
+        self._receive = receive
+        self._send = send
+        self._stall_limit = stall_limit
+        self._unread, self._asked = True, False
+        self._over = False  # its end was sent, or begun
+        self._state = scope["state"]
+        self.fields = Fields.collect(scope["headers"])
+        self.address = address_of(scope)
+        self.request_id: str = self._state["request_id"]
+        self.status: int | None = None
+        self._body = bytearray()
+        self._body_until = 0.0  # of the loop's clock
+        self.recorded: asyncio.Future[Recorded] | None = None
+        self.limits: RawHeaders = []
+        self.since = time.monotonic()
+        self.first_byte: float | None = None
+        self.received = self.sent = self.records = 0
+
+    @property
+    def traceparent(self) -> str | None:
+        return self.fields.traceparent()
+
+    @property
+    def started(self) -> bool:
+        """Whether an answer is on its way, so that it is too late for a problem document."""
+        return self.status is not None
+
+    async def sealed_start(self, room: Room, seconds: float, size: int) -> bytes:
+        """The first `size` bytes of the body, or all of a shorter one. The rest stays unread.
+
+        seconds: for this and the rest together. Raises Refusal (too large, too slow), LimitExceeded, or ClientGone.
+        """
+        self._body_until = asyncio.get_running_loop().time() + seconds
+        await self._read(room, size)
+        return bytes(self._body[:size])
+
+    async def sealed_body(self, room: Room) -> bytes:
+        """The whole body, once its start was read. It is kept here no longer. Raises as `sealed_start`."""
+        await self._read(room, MAX_SEALED_REQUEST + 1)
+        body, self._body = bytes(self._body), bytearray()
+        return body
+
+    async def _read(self, room: Room, size: int) -> None:
+        """Until there are `size` bytes, or all."""
+        try:
+            async with asyncio.timeout_at(self._body_until):
+                while self._unread and len(self._body) < size:
+                    piece = await self._next_piece()
+                    if len(self._body) + len(piece) > MAX_SEALED_REQUEST:
+                        raise Refusal(problems.TOO_LARGE)
+                    room.take(len(piece))
+                    self._body += piece
+                    self.received = len(self._body)
+        except TimeoutError:
+            raise Refusal(problems.SLOW_BODY) from None
+
+    async def gone(self) -> None:
+        """Returns when the client has left. Only after the body was read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def begin(self, proof: AuditProof) -> None:
+        """Starts the answer. It has no Content-Length: its end shows only in the seal. proof: that it was recorded."""
+        self.status = 200
+        self.first_byte = time.monotonic()
+        headers = [*_ANSWER_HEADERS, *self.limits, _audit(proof)]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, pieces: Sequence[bytes]) -> None:
+        """Raises Stalled where the client does not take them in time."""
+        await self._send_body(pieces, more=True)
+
+    async def end(self, pieces: Sequence[bytes] = ()) -> None:
+        """The last pieces, and the end of the answer. Raises Stalled."""
+        self._over = True
+        await self._send_body(pieces, more=False)
+
+    async def give_up(self) -> None:
+        """Ends an answer of which no more comes, and whose worker may be lost. Raises Stalled."""
+        self._state[CUT] = True
+        if not self._over:
+            await self.end()
+
+    async def _send_body(self, pieces: Sequence[bytes], *, more: bool) -> None:
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        try:
+            async with asyncio.timeout(self._stall_limit):
+                await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise Stalled from None
+        self.sent += len(body)
+        self.records += len(pieces)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answers with a problem document."""
+        self.status, self._state[REFUSED] = refusal.problem.status, refusal
+        self._body = bytearray()
+        waits = self.fields.expects() and not self._asked  # it is not told to send what nobody wants
+        if not waits:
+            await self._drop(_SKIM_TIME, _SKIM_BYTES)
+        headers = [*refusal.headers(), *self.limits]
+        with contextlib.suppress(AuditUnavailable):
+            if self.recorded is not None:
+                headers.append(_audit((await asyncio.shield(self.recorded)).proof()))
+        if self._unread:
+            headers.append((b"connection", b"close"))
+        await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
+        linger = self._unread and not waits
+        await self._send({"type": "http.response.body", "body": refusal.body, "more_body": linger})
+        if linger:
+            await self._drop(LINGER, MAX_SEALED_REQUEST)
+            await self.end()
+
+    async def _drop(self, seconds: float, limit: int) -> None:
+        """Reads what is left of the body, within limits, and forgets it."""
+        with contextlib.suppress(TimeoutError, ClientGone):
+            async with asyncio.timeout(seconds):
+                while self._unread and limit > 0:
+                    limit -= len(await self._next_piece())
+
+    async def _next_piece(self) -> bytes:
+        self._asked = True
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._unread = False
+            raise ClientGone
+        self._unread = message.get("more_body", False)
+        piece: bytes = message.get("body", b"")
+        return piece
+
+
+class Attended:
+    """A context that is cut short by ClientGone as soon as the client leaves. Only after the body was read."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._left = self._over = False
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._gone = tasks.detach("client's departure", self._exchange.gone())
+        self._gone.add_done_callback(self._leave)
+
+    async def __aexit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
+        self._over = True
+        self._gone.cancel()
+        # Cancelled by somebody else as well, it stays cancelled.
+        if self._left and self._task is not None and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise ClientGone from None
+
+    def _leave(self, gone: asyncio.Task[object]) -> None:
+        if self._task is not None and not self._over and not gone.cancelled():
+            self._left = True
+            self._task.cancel()
+
+
+def _audit(proof: AuditProof) -> tuple[bytes, bytes]:
+    return audit_proof.HEADER.encode(), proof.header().encode()

@@ -1,0 +1,30 @@
+"""What the gateway adds to `lacre_fabric.logs`: how uvicorn's records are treated."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lacre_fabric.logs import SafeFormatter
+from lacre_gateway.http.exchange import StreamBroken
+
+
+class NotOurs(logging.Filter):
+    """Drops what the server says of an answer that the relay aborted on purpose: the request's own line tells it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], StreamBroken))
+
+
+def standard_logging(stream: str) -> dict[str, Any]:
+    """For `logging.config.dictConfig`: every library's records, by the rules above. stream: such as ext://sys.stderr."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"safe": {"()": SafeFormatter}},
+        "handlers": {"stream": {"class": "logging.StreamHandler", "formatter": "safe", "stream": stream, "filters": ["ours"]}},
+        "filters": {"ours": {"()": NotOurs}},
+        "root": {"level": "WARNING", "handlers": ["stream"]},
+        # Above every level: a logger without handlers has Python's last resort, which writes whatever it is given.
+        "loggers": {"uvicorn.access": {"level": logging.CRITICAL + 1, "handlers": [], "propagate": False}},
+    }

@@ -1,0 +1,87 @@
+"""The public routes in OpenAPI's words. It is not served: clients follow docs/wire.md; tests hold the routes against it."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE
+from lacre_gateway.http.answers import PROBLEM
+from lacre_gateway.http.headers import MAX_TOKENS, Action, Shape
+
+
+def _object(required: tuple[str, ...], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}
+
+
+def _json(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _header(name: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": True, "schema": schema}
+
+
+_TEXT: Final = {"type": "string"}
+_NUMBER: Final = {"type": "number"}
+_READY: Final = _object(
+    ("status", "missing", "away", "rules", "manifest"),
+    status={"enum": ["ready", "not ready"]},
+    missing={"type": "object", "additionalProperties": _TEXT},
+    away={"type": "array", "items": _TEXT},
+    rules={"type": "object"},
+    manifest={"anyOf": [_object(("version", "expires_at"), version={"type": "integer"}, expires_at=_NUMBER), {"type": "null"}]},
+)
+_NAME: Final = {"type": "string", "pattern": "^[!-~]{1,128}$"}
+# What a sealed request may be refused with: the rows of `lacre.problems`.
+_REFUSALS: Final = ("400", "401", "403", "404", "408", "409", "413", "415", "422", "429", "502", "503")
+
+PATHS: Final[dict[str, Any]] = {
+    "/v1/sealed": {
+        "post": {
+            "operationId": "sealed",
+            "summary": "A sealed request, answered by a sealed response (docs/wire.md).",
+            "security": [{"token": []}],
+            "parameters": [
+                _header("lacre-pool", **_NAME),
+                _header("lacre-model", **_NAME),
+                _header("lacre-action", enum=[action.value for action in Action]),
+                _header("lacre-max-tokens", type="integer", minimum=1, maximum=MAX_TOKENS),
+                _header("lacre-shape", enum=[shape.value for shape in Shape]),
+            ],
+            "requestBody": {
+                "required": True,
+                "content": {MEDIA_TYPE_REQUEST: {"schema": {"type": "string", "format": "binary"}}},
+            },
+            "responses": {
+                "200": {"description": "The answer, record by record.", "content": {MEDIA_TYPE_RESPONSE: {}}},
+                **dict.fromkeys(_REFUSALS, PROBLEM),
+            },
+        }
+    },
+    "/v1/manifest": {
+        "get": {
+            "operationId": "manifest",
+            "summary": "The signed manifest and the chain of root statements.",
+            "responses": {
+                "200": _json("As it was published.", {"type": "object"}),
+                "304": {"description": "It is the one that If-None-Match names."},
+                "503": PROBLEM,
+            },
+        }
+    },
+    "/healthz": {
+        "get": {
+            "operationId": "healthz",
+            "summary": "Whether the process runs.",
+            "responses": {"200": _json("It does.", _object(("status",), status={"const": "ok"}))},
+        }
+    },
+    "/readyz": {
+        "get": {
+            "operationId": "readyz",
+            "summary": "Whether requests can be served now, and if not, what is missing.",
+            "responses": {"200": _json("They can.", _READY), "503": _json("They cannot.", _READY)},
+        }
+    },
+}  # fmt: skip
+SECURITY: Final = {"token": {"type": "http", "scheme": "bearer"}}

@@ -1,0 +1,50 @@
+"""How the gateway says no before the first byte of an answer: a row of the fixed problem table, with typed members of
+`lacre.problems.details`, and nothing else.
+"""  # fmt: skip
+
+from __future__ import annotations
+
+import math
+
+from lacre.problems import MEDIA_TYPE, Problem
+from lacre.problems.details import NONE, Details
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+
+class Refusal(Exception):
+    """Ends a request with a problem document. Raised anywhere on its path, answered at one place.
+
+    retry_after: seconds, for 429 and 503. challenge: the value of WWW-Authenticate, for 401 (RFC 9110 section 11.6.1).
+    details: what the document says beside its type. noted: what the log alone says, in a fixed word.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        retry_after: float | None = None,
+        challenge: bytes | None = None,
+        details: Details = NONE,
+        noted: str = "",
+    ) -> None:
+        super().__init__(problem.type)
+        self.problem = problem
+        self.retry_after = retry_after
+        self.challenge = challenge
+        self.details = details
+        self.noted = noted
+        self.body = problem.body(details)
+
+    def headers(self) -> RawHeaders:
+        """Those that every problem response has, and the ones that belong to this refusal."""
+        headers = [
+            (b"content-type", MEDIA_TYPE.encode()),
+            (b"content-length", str(len(self.body)).encode()),
+            (b"cache-control", b"no-store"),
+        ]
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(max(1, math.ceil(self.retry_after))).encode()))
+        if self.challenge is not None:
+            headers.append((b"www-authenticate", self.challenge))
+        return headers

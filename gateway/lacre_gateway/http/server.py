@@ -1,0 +1,175 @@
+"""Sockets and TLS of the gateway's listeners. `lacre.runtime.listening` bounds what an unknown client may send."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import shlex
+import socket
+import ssl
+import stat
+from collections.abc import Iterator
+from typing import Final, cast
+
+import uvicorn
+
+from lacre.errors import SettingsError
+from lacre.runtime.listening import BoundedConfig, BoundedProtocol, Door
+from lacre_gateway.http.exchange import App
+from lacre_gateway.http.gathered import GatheredTransport
+from lacre_gateway.http.handshakes import Handshake, Terms, TlsListener
+from lacre_gateway.settings import Listen, Tls
+
+_BACKLOG: Final = 2048  # connections that the kernel holds while the process is busy
+_KEEP_ALIVE: Final = 75  # seconds; longer than a client's own limit, so that it is the client who closes
+_ABORT_LIMIT: Final = 5.0  # seconds for aborted requests to cancel their work and record their outcome
+OTHER_FILES: Final = 512  # descriptors for everything that is no caller's connection
+
+
+def bind(listen: Listen, *, shared: bool = False) -> socket.socket:
+    """The listening socket. shared: other processes listen on the same port. Raises SettingsError."""
+    listener = reserve(listen, shared=shared)
+    listener.listen(_BACKLOG)  # from here on connections wait in the kernel until they are served
+    listener.setblocking(False)
+    return listener
+
+
+def reserve(listen: Listen, *, shared: bool = False) -> socket.socket:
+    """A socket that holds the address and does not listen. Raises SettingsError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as exc:
+        raise SettingsError(
+            f"listen: cannot listen on {listen.host} port {listen.port} ({exc.strerror}): free it, or name another"
+        ) from exc
+    return listener
+
+
+def allow_connections(count: int) -> None:
+    """Raises this process's limit of open files as far as so many connections need it, and the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+
+
+def room_for(count: int) -> int:
+    """How many connections this process can hold, `count` at most: one that cannot be accepted would lock everybody out."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return count if soft == resource.RLIM_INFINITY else max(1, min(count, soft - OTHER_FILES))
+
+
+def tls_context(tls: Tls) -> ssl.SSLContext:
+    """TLS 1.2 or newer, with the certificate that is in the files now. Raises SettingsError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    load_certificate(context, tls)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
+    """Connections from now on are served with what is in the files now. Raises SettingsError, and changes nothing then."""
+    try:
+        if stat.S_IMODE(tls.key.stat().st_mode) & stat.S_IRWXO:
+            raise SettingsError(f"listen.tls.key: {tls.key} can be read by everybody: chmod 600 {shlex.quote(str(tls.key))}")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)  # a try on one that serves nobody
+        context.load_cert_chain(tls.certificate, tls.key)
+    except OSError as exc:  # ssl.SSLError is one
+        reason = "they are no PEM files of one key pair" if isinstance(exc, ssl.SSLError) else exc.strerror
+        raise SettingsError(
+            f"listen.tls: cannot use {tls.certificate} with {tls.key} ({reason}): write the certificate's chain and its key"
+        ) from exc
+
+
+class Config(BoundedConfig):
+    """uvicorn's settings for one listener."""
+
+    def __init__(self, app: App, listen: Listen, context: ssl.SSLContext | None) -> None:
+        door = Door(
+            head_timeout=listen.header_timeout,
+            connections=room_for(listen.connections),
+            per_address=listen.connections_per_address,
+            held=listen.held_bytes,
+            free=listen.trusted_proxies,
+            encoded_slashes=False,
+        )
+        super().__init__(
+            app,
+            door,
+            protocol=GatheringProtocol,
+            lifespan="off",
+            loop="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=bool(listen.trusted_proxies),
+            forwarded_allow_ips=list(listen.trusted_proxies),
+            timeout_graceful_shutdown=listen.drain,
+            timeout_keep_alive=_KEEP_ALIVE,
+            backlog=_BACKLOG,
+            ssl_context_factory=None if context is None else lambda _config, _default: context,
+        )
+
+
+class GatheringProtocol(BoundedProtocol):
+    """Its answers go out in pieces of a turn of the loop. handshake: whose place it takes, with TLS."""
+
+    handshake: Handshake | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if self.handshake is not None:
+            self.handshake.leave()
+            self.handshake = None
+        super().connection_made(GatheredTransport(transport, self.loop))
+
+
+class Server(uvicorn.Server):
+    """uvicorn would raise a signal again at the end, before our own parts are closed: who runs it handles them instead."""
+
+    config: Config
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, for sockets that listen already; a TLS handshake has as long as a head, and not a minute."""
+        config, loop, context = self.config, asyncio.get_running_loop(), self.config.ssl
+
+        def connection(handshake: Handshake | None = None) -> asyncio.Protocol:
+            made = GatheringProtocol(config, self.server_state, self.lifespan.state, loop)
+            made.handshake = handshake
+            return made
+
+        self.servers = []
+        for each in sockets or ():
+            if context is None:
+                self.servers.append(await loop.create_server(connection, sock=each, backlog=config.backlog))
+            else:
+                listener = TlsListener(each, Terms(config.door, context, config.door.head_timeout, connection))
+                self.servers.append(cast("asyncio.Server", listener))
+        self.started = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def settle(self) -> None:
+        """Waits for the requests that the end of `serve` aborted."""
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=_ABORT_LIMIT)
+
+
+def make_server(app: App, listen: Listen, context: ssl.SSLContext | None = None) -> Server:
+    """context: None serves plain HTTP."""
+    return Server(Config(app, listen, context))

@@ -1,0 +1,153 @@
+"""Every way that a request can fail, as the problem that the caller is told: the one place where errors become problems.
+
+What is not in this table is a fault of the gateway, and says no more than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from lacre import problems
+from lacre.errors import LacreError, MessageTooLarge, ProtocolError
+from lacre.problems import Problem
+from lacre.problems.details import Detail
+from lacre_fabric.work.contract import (
+    DuplicateWork,
+    FabricError,
+    FabricLost,
+    FabricUnavailable,
+    FrameGap,
+    FrameMissing,
+    NoWorkers,
+    QueueFull,
+    QueueTimeout,
+    ReaderStalled,
+    WorkerLost,
+)
+from lacre_gateway.audit.log import AuditUnavailable
+from lacre_gateway.budget.fields import details
+from lacre_gateway.budget.holds import AboveLimit, BudgetRefused, Exhausted, UnknownPlan
+from lacre_gateway.budget.in_flight import LimitExceeded
+from lacre_gateway.budget.plans import Kind
+from lacre_gateway.http.exchange import ClientGone, Exchange, Stalled
+from lacre_gateway.http.refusal import Refusal
+from lacre_gateway.observe.metrics import Metrics
+
+# Seconds. Presence is published each second, and answers take some: sooner is pointless, much later wastes a free worker.
+_RETRY_SOON: Final = 2.0
+_RETRY_LATER: Final = 5.0
+
+# The first that fits decides.
+_TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
+    (DuplicateWork, problems.REPLAYED, None),
+    (NoWorkers, problems.NO_WORKER, _RETRY_LATER),
+    (QueueFull, problems.BUSY, _RETRY_LATER),
+    (QueueTimeout, problems.BUSY, _RETRY_LATER),
+    (WorkerLost, problems.WORKER_LOST, None),
+    (FrameGap, problems.WORKER_LOST, None),
+    (FabricError, problems.UNAVAILABLE, _RETRY_SOON),
+    (AuditUnavailable, problems.AUDIT_UNAVAILABLE, _RETRY_SOON),
+    (MessageTooLarge, problems.TOO_LARGE, None),
+    (ProtocolError, problems.INVALID_REQUEST, None),
+)
+
+# The statuses of refusals that a caller brings about by what it asks, or how. The others are ours, or the network's.
+CALLERS_FAULT: Final = frozenset({400, 401, 403, 404, 408, 409, 413, 415, 422, 429})
+
+ANSWERED: Final = "answered"
+REFUSED: Final = "refused"
+
+# What a worker may say of a request that it did not answer. Anything else is not for it to say.
+_FROM_WORKERS: Final = frozenset({
+    problems.INVALID_REQUEST,
+    problems.UNKNOWN_KEY,
+    problems.INVALID_GRANT,
+    problems.REPLAYED,
+    problems.TOO_LARGE,
+    problems.BUSY,
+    problems.UNCLAIMED,
+})  # fmt: skip
+
+
+class WorkerRefused(Exception):
+    """A worker answered with a problem instead of an answer."""
+
+    def __init__(self, problem_type: bytes) -> None:
+        super().__init__("a worker refused the request")
+        problem = problems.BY_TYPE.get(problem_type.decode("ascii", "replace"))
+        self.problem = problem if problem in _FROM_WORKERS else problems.WORKER_LOST
+
+
+# Everything that a request can fail with by design. Anything else is a bug: it goes on to the server, which logs where it was,
+# answers INTERNAL if nothing was answered yet, and aborts the connection otherwise.
+FAILURES: Final = (Refusal, LimitExceeded, BudgetRefused, WorkerRefused, Stalled, LacreError)
+
+# What breaks an answer off without any doing of its worker's: our own part, the message server's, or the reader's.
+_WORKER_LIVES: Final = (Stalled, ReaderStalled, FrameMissing, FabricUnavailable, FabricLost, AuditUnavailable)
+
+
+@contextmanager
+def counted(metrics: Metrics, exchange: Exchange) -> Iterator[None]:
+    """Counts the request while it is under way, and how it ended."""
+    metrics.live.add(exchange)
+    try:
+        yield
+    except BaseException as exc:
+        outcome = outcome_of(exc, started=exchange.started)
+        metrics.ended(exchange, outcome, refusal_for(exc).problem if outcome == REFUSED else None)
+        raise
+    else:
+        metrics.ended(exchange, ANSWERED)
+
+
+def outcome_of(error: BaseException, *, started: bool) -> str:
+    """How a request ended that did not end well, in a word. started: whether its answer was under way."""
+    if isinstance(error, ClientGone):
+        return "client-gone"
+    if isinstance(error, asyncio.CancelledError):
+        return "interrupted"
+    return "broken" if started else REFUSED
+
+
+def may_be_lost(error: Exception) -> bool:
+    """Whether an answer may have broken off because its worker died: whatever is not known to be something else."""
+    return not isinstance(error, _WORKER_LIVES)
+
+
+def refusal_for(error: BaseException) -> Refusal:
+    """The refusal that tells the caller as much of `error` as a caller may know."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, LimitExceeded):
+        return _of_process(error)
+    if isinstance(error, BudgetRefused):
+        return _of_budget(error)
+    if isinstance(error, WorkerRefused):
+        return Refusal(error.problem, retry_after=_RETRY_LATER if error.problem.status == 503 else None)
+    for kind, problem, retry_after in _TABLE:
+        if isinstance(error, kind):
+            return Refusal(problem, retry_after=retry_after)
+    return Refusal(problems.INTERNAL)
+
+
+def _of_process(error: LimitExceeded) -> Refusal:
+    """How much a process can hold is for its operator."""
+    if not error.own:
+        return Refusal(problems.OVERLOADED, retry_after=error.retry_after, details={"limit": error.name, "scope": "gateway"})
+    said: dict[str, Detail] = {"limit": error.name, "scope": "user", "ceiling": error.ceiling}
+    return Refusal(problems.RATE_LIMITED, retry_after=error.retry_after, details=said)
+
+
+def _of_budget(error: BudgetRefused) -> Refusal:
+    if isinstance(error, Exhausted):
+        spent = error.kind in (Kind.TOKENS_PER_DAY, Kind.MONEY_PER_MONTH)
+        problem = problems.BUDGET_SPENT if spent else problems.RATE_LIMITED
+        return Refusal(problem, retry_after=error.retry_after, details=details(error.kind, error.met))
+    if isinstance(error, AboveLimit):
+        return Refusal(problems.ABOVE_LIMIT, details=details(error.kind, error.met))
+    if isinstance(error, UnknownPlan):
+        return Refusal(problems.UNKNOWN_PLAN)
+    return Refusal(problems.BUDGET_UNAVAILABLE, retry_after=_RETRY_SOON)

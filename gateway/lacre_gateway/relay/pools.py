@@ -1,0 +1,43 @@
+"""Serving and routing by the manifest. `lacre_fabric.nats.manifest_feed` fetches and verifies it; the gateway can make none."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+from lacre import problems
+from lacre.trust.manifest import Pool
+from lacre.wire.header import SealedHeader
+from lacre_fabric.nats.manifest_feed import ManifestFeed
+from lacre_gateway.http.headers import Outer
+from lacre_gateway.http.refusal import Refusal
+
+_RETRY: Final = 5.0  # seconds: a publication takes about as long to reach a gateway
+
+
+def require(feed: ManifestFeed) -> ManifestFeed:
+    """The feed, if it has a manifest that clients would take. Raises Refusal."""
+    if not feed.ready:
+        raise Refusal(problems.NOT_READY, retry_after=_RETRY)
+    return feed
+
+
+def etag(document: bytes) -> str:
+    """Another one for other bytes (RFC 9110 section 8.8.3)."""
+    return f'"{hashlib.sha256(document).hexdigest()[:32]}"'
+
+
+def pool_for(feed: ManifestFeed, outer: Outer, header: SealedHeader, now: float) -> Pool:
+    """The pool that can open this request and serves this model. now: seconds since the epoch. Raises Refusal."""
+    pools = require(feed).manifest.pools
+    pool = pools.get(outer.pool)
+    if pool is None:
+        raise Refusal(problems.UNKNOWN_POOL, details={"pools": tuple(sorted(pools))})
+    if outer.model not in pool.models:
+        raise Refusal(problems.UNKNOWN_POOL, details={"models": pool.models})
+    if outer.shape not in pool.shapes:
+        raise Refusal(problems.INVALID_HEADERS, details={"header": "lacre-shape"})
+    known = (key for key in pool.keys if key.config.key_id == header.key_id and now < key.not_after)
+    if not any(key.config.offers(header.suite) for key in known):
+        raise Refusal(problems.UNKNOWN_KEY)
+    return pool

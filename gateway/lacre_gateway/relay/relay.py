@@ -1,0 +1,376 @@
+"""The path of one sealed request. `relay` reads like the list in DESIGN section 3.
+
+Rules:
+- A caller is known before a byte of the body is read; and where the body says its length, policy decides before more of it is
+  read than its header. What is held of bodies is counted (see `limits`).
+- Nothing here can open anything. Frames are forwarded byte for byte, each as it comes; those that came together go together.
+- An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the answer ends without its
+  seal's final chunk: in order where its worker may be lost, so that the client counts it, and by an abort where it is not.
+- A request that ends in any other way than its answer's end is cancelled at the worker.
+- The intent is durable before the first byte of the answer leaves, and the answer's header proves it. What settles the request
+  is decided after it (see `settlement`), and nothing here waits for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Final
+
+from lacre import problems
+from lacre.jose.jws import b64u
+from lacre.trust.manifest import Pool
+from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, SealedHeader, inspect_request
+from lacre_fabric.logs import places
+from lacre_fabric.work.contract import Dispatch, FabricError, Work, WorkerLost
+from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.grants import Grant
+from lacre_gateway.audit.entries import Intent
+from lacre_gateway.auth.tokens import Access, Principal
+from lacre_gateway.budget.fields import fields
+from lacre_gateway.budget.holds import BudgetRefused, Exhausted, Hold
+from lacre_gateway.budget.in_flight import LimitExceeded, Reservation
+from lacre_gateway.budget.settlement import Claim
+from lacre_gateway.gateway import Gateway
+from lacre_gateway.http.exchange import Attended, ClientGone, Exchange, Receive, Scope, Send, Stalled, StreamBroken
+from lacre_gateway.http.headers import Outer
+from lacre_gateway.http.refusal import Refusal
+from lacre_gateway.policy.cedar import Decision
+from lacre_gateway.policy.denial import denied, usable
+from lacre_gateway.policy.question import Question
+from lacre_gateway.relay.failures import CALLERS_FAULT, FAILURES, WorkerRefused, counted, may_be_lost, refusal_for
+from lacre_gateway.relay.pools import pool_for
+from lacre_gateway.relay.trail import Trail
+
+_TOGETHER: Final = 64 * 1024  # bytes of frames that came together and go on together: as much as a server takes without waiting
+_LEAST_QUEUE: Final = 1.0  # seconds in the queue, whatever came before: a worker that is free takes some milliseconds
+_CANCEL_LIMIT: Final = 2.0  # seconds that cancelling may take; the worker also stops by itself when its credit runs out
+
+
+class SealedEndpoint:
+    """`POST /v1/sealed`, as a bare ASGI app."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        try:
+            with counted(self._gateway.metrics, exchange):
+                await relay(self._gateway, exchange)
+        except ClientGone:
+            return
+        except FAILURES as exc:
+            if exchange.started:
+                await _break_off(exchange, exc)
+                return
+            refusal = refusal_for(exc)
+            if refusal.problem is problems.INTERNAL:
+                self._gateway.log.error("request failed", request_id=exchange.request_id, **places(exc))
+            await exchange.refuse(refusal)
+        except Exception as exc:  # a fault of the gateway: the server logs where it was, the caller learns that it was
+            if not exchange.started:
+                await exchange.refuse(Refusal(problems.INTERNAL))
+            else:  # a worker that dies may be what it is about
+                with contextlib.suppress(StreamBroken):
+                    await _break_off(exchange, exc)
+            raise
+
+
+async def _break_off(exchange: Exchange, error: Exception) -> None:
+    """Ends an answer that was under way. Raises StreamBroken where its worker is not lost."""
+    if not may_be_lost(error):
+        raise StreamBroken from error
+    try:
+        await exchange.give_up()
+    except Stalled:
+        raise StreamBroken from error
+
+
+async def relay(gateway: Gateway, exchange: Exchange) -> None:
+    """Raises whatever `mapping` names, before the first byte of the answer or after it."""
+    access = await gateway.authenticator.authenticate(
+        exchange.fields.authorization(), exchange.address, proof=exchange.fields.proof(), url=gateway.sealed_url
+    )
+    principal = access.principal
+    with _charged(gateway, exchange, principal):
+        await _permitted(gateway, exchange, access)
+
+
+async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> None:
+    """The request of a known caller."""
+    principal, limits = access.principal, gateway.settings.limits
+    declared = exchange.fields.check_media()
+    outer = exchange.fields.outer()
+    subject = (principal.issuer, principal.subject)
+    with gateway.limits.slot(subject), gateway.bodies.room(subject) as room:
+        room.check(declared or 0)
+        # Without a length that policy could go by, there is nothing to decide on before the body is whole.
+        first = MAX_HEADER if declared is not None else MAX_SEALED_REQUEST + 1
+        start = await exchange.sealed_start(room, limits.body_timeout, first)
+        begun = _Begun(SealedHeader.parse(start), len(start) if declared is None else declared)
+        del start
+        request = await _understood(gateway, exchange, principal, outer, begun)
+        access.check_request(request.digest)
+        decision = gateway.rules.decide(request.question)
+        if not decision.allowed:
+            with Trail(gateway, exchange, request.intent(decision)):
+                raise denied(gateway.rules.would_allow, request.question, request.pool.models)
+        sealed = await exchange.sealed_body(room)
+        if len(sealed) != begun.size:
+            raise Refusal(problems.INVALID_HEADERS, details={"header": "content-length"})
+        inspect_request(sealed)
+        asked = time.monotonic()
+        hold = await _reserved(gateway, exchange, request, decision)
+        request = replace(request, ceilings=hold.ceilings)
+        with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
+            if not gateway.audit.writable:
+                await trail.durable()  # or work would be done for an answer that cannot be given
+            work = request.work(_grant(gateway, request), sealed)
+            dispatch = await gateway.connected().dispatch(
+                work, queue_limit=rest_of_queue(limits.queue_limit, time.monotonic() - asked)
+            )
+            del sealed, work  # megabytes, which an answer of minutes need not keep
+            room.release()
+            try:
+                async with _at_most(exchange, limits.longest_stream), Attended(exchange):
+                    last = await _forward(exchange, dispatch, trail)
+            except BaseException:
+                await _cancel(dispatch)
+                raise
+            finally:
+                trail.claim = request.claim(dispatch.receipts)
+            await exchange.end(last)
+
+
+def rest_of_queue(limit: float, waited: float) -> float:
+    """Seconds that a request may still wait for a worker, of `limit`, when it has waited so long for its caller's budgets.
+
+    A caller waits for both alike, and is told before its own patience ends.
+    """
+    return min(limit, max(_LEAST_QUEUE, limit - waited))
+
+
+@contextlib.contextmanager
+def _charged(gateway: Gateway, exchange: Exchange, principal: Principal) -> Iterator[None]:
+    """Charges a refusal that is the caller's to the caller's limit of them. Raises Refusal where that is used up.
+
+    What a worker says is charged for its pool alone: it must not keep callers from others.
+    """
+    subject, address = (principal.issuer, principal.subject), exchange.address
+    of_pool = (*subject, exchange.fields.values.get(b"lacre-pool"))
+    for key in (subject, of_pool):
+        gateway.refusals.check(key, address)
+    try:
+        yield
+    except FAILURES as exc:
+        if not exchange.started and not isinstance(exc, LimitExceeded) and refusal_for(exc).problem.status in CALLERS_FAULT:
+            gateway.refusals.refused(of_pool if isinstance(exc, WorkerRefused) else subject, address)
+        raise
+
+
+async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, decision: Decision) -> Hold:
+    """Whatever comes of it, the answer will say how far the caller's limits are used.
+
+    Raises BudgetRefused, of which there is a record then, as of a denial.
+    """
+    try:
+        hold = await gateway.budgets.reserve(request.question.principal, request.question.model, request.ceilings)
+    except BudgetRefused as refused:
+        if isinstance(refused, Exhausted):
+            exchange.limits = fields(refused.standings)
+        with Trail(gateway, exchange, request.intent(decision)):
+            raise
+    exchange.limits = fields(hold.standings(gateway.budgets.now()))
+    return hold
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A request that is well-formed, and whose pool can open it; not yet allowed."""
+
+    question: Question
+    ceilings: Reservation
+    pool: Pool
+    request_id: str
+    digest: bytes
+
+    def intent(self, decision: Decision, hold: Hold | None = None) -> Intent:
+        asked, who = self.question, self.question.principal
+        return Intent(
+            request_id=self.request_id,
+            time=asked.time,
+            subject=who.subject,
+            tenant=who.tenant,
+            issuer=who.issuer,
+            jti=None if who.jti is None else hashlib.sha256(who.jti.encode()).hexdigest(),
+            address=asked.address,
+            pool=asked.pool,
+            model=asked.model,
+            action=asked.action.value,
+            shape=asked.shape.value,
+            kem=asked.kem.label,
+            max_tokens=asked.max_tokens,
+            sealed_bytes=asked.sealed_bytes,
+            enc=b64u(self.digest),
+            groups=who.groups,
+            scopes=who.scopes,
+            plan=who.plan,
+            decision="allow" if decision.allowed else "deny",
+            policies=decision.policies,
+            policy_set=decision.policy_set,
+            entities=decision.entities,
+            reserved_prompt_tokens=None if hold is None else self.ceilings.max_prompt_tokens,
+            reserved_tokens=None if hold is None else self.ceilings.max_tokens,
+            reserved_money=None if hold is None else hold.reserved.money,
+            lease=None if hold is None else hold.lease,
+            limits=() if hold is None else hold.limits,
+        )
+
+    def work(self, grant: str, sealed: bytes) -> Work:
+        return Work(
+            request_id=self.request_id,
+            pool=self.question.pool,
+            model=self.question.model,
+            digest=self.digest,
+            grant=grant,
+            sealed=sealed,
+        )
+
+    def claim(self, receipts: tuple[bytes, ...]) -> Claim:
+        return Claim(
+            request_id=self.request_id,
+            pool=self.question.pool,
+            receipt_key=self.pool.receipt_key,
+            enc=b64u(self.digest),
+            reservation=self.ceilings,
+            tokens=receipts,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What is known of a sealed request before its body is whole. size: of all of it, in bytes."""
+
+    header: SealedHeader
+    size: int
+
+
+async def _understood(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, begun: _Begun) -> _Request:
+    """`_inspected`, and once more after a look at the fabric where the key is not known: a rotation may be that young."""
+    try:
+        return _inspected(gateway, exchange, principal, outer, begun)
+    except Refusal as refusal:
+        if refusal.problem is not problems.UNKNOWN_KEY:
+            raise
+    await gateway.feed.catch_up()
+    return _inspected(gateway, exchange, principal, outer, begun)
+
+
+def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, begun: _Begun) -> _Request:
+    """Raises Refusal."""
+    header = begun.header
+    question = Question(
+        principal=principal,
+        action=outer.action,
+        pool=outer.pool,
+        model=outer.model,
+        max_tokens=outer.max_tokens,
+        sealed_bytes=begun.size,
+        kem=header.suite.kem,
+        shape=outer.shape,
+        address=exchange.address,
+        time=round(gateway.clock(), 3),  # as the audit log has it: the decision can be taken anew
+    )
+    return _Request(
+        question=question,
+        ceilings=gateway.ceilings(outer, header, begun.size),
+        pool=_pool(gateway, question, outer, header),
+        request_id=exchange.request_id,
+        digest=header.digest,
+    )
+
+
+def _pool(gateway: Gateway, question: Question, outer: Outer, header: SealedHeader) -> Pool:
+    """Raises Refusal. Of an unknown model it names those that this caller may use."""
+    try:
+        return pool_for(gateway.feed, outer, header, gateway.clock())
+    except Refusal as refusal:
+        models = refusal.details.get("models")
+        if not isinstance(models, tuple):
+            raise
+        details = usable(gateway.rules.would_allow, question, models)
+        raise Refusal(refusal.problem, details=details) from refusal
+
+
+def _grant(gateway: Gateway, request: _Request) -> str:
+    """What the worker may do. It names no one: neither subject nor tenant, but by pseudonyms of this hour."""
+    now = gateway.clock()
+    asked = request.question
+    return Grant(
+        jti=request.request_id,
+        iat=now,
+        exp=now + gateway.settings.limits.grant_lifetime,
+        pool=asked.pool,
+        model=asked.model,
+        action=asked.action.value,
+        shape=asked.shape.value,
+        max_tokens=request.ceilings.max_tokens,
+        max_prompt_tokens=request.ceilings.max_prompt_tokens,
+        features=(),
+        fair=gateway.pseudonyms.of(asked.principal, now),
+        enc=b64u(request.digest),
+    ).sign(gateway.key)
+
+
+async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list[bytes]:
+    """Returns when the worker said that the answer is whole, with the pieces that its end takes along.
+
+    Raises WorkerRefused, FabricError, AuditUnavailable or Stalled.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    async with aclosing(dispatch.frames()) as frames:
+        async for frame in frames:
+            if frame.kind is Kind.DATA:
+                pieces.append(frame.payload)
+                size += len(frame.payload)
+            elif frame.kind is Kind.ERROR and not pieces:
+                raise WorkerRefused(frame.payload)
+            if not exchange.started:
+                await exchange.begin((await trail.durable()).proof())
+            if frame.kind is Kind.USAGE:
+                return pieces
+            if frame.kind is Kind.DATA and dispatch.ready and size < _TOGETHER:
+                continue
+            await exchange.write(pieces)
+            await dispatch.consumed(size)
+            pieces, size = [], 0
+            if frame.kind is Kind.ERROR:
+                raise WorkerRefused(frame.payload)
+    raise WorkerLost("the frames ended without a last one")
+
+
+@contextlib.asynccontextmanager
+async def _at_most(exchange: Exchange, longest: float) -> AsyncIterator[None]:
+    """Ends a request that has lasted for `longest` seconds: no lease of streams is kept for longer. Raises WorkerLost."""
+    limit = asyncio.timeout(exchange.since + longest - time.monotonic())
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise WorkerLost("the answer took longer than limits.longest_stream") from None
+
+
+async def _cancel(dispatch: Dispatch) -> None:
+    """As well as can be: the worker also stops by itself, when its credit is not renewed."""
+    with contextlib.suppress(FabricError, TimeoutError):
+        async with asyncio.timeout(_CANCEL_LIMIT):
+            await dispatch.cancel()

@@ -1,0 +1,126 @@
+"""The audit trail of one request: an intent, and whatever happens then, exactly one outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from lacre.problems import Problem
+from lacre_gateway.audit.entries import Intent, Outcome
+from lacre_gateway.audit.log import Recorded
+from lacre_gateway.budget.callers import Amounts
+from lacre_gateway.budget.holds import BudgetRefused, Hold
+from lacre_gateway.budget.settlement import Claim, Verdict
+from lacre_gateway.gateway import Gateway
+from lacre_gateway.http.exchange import Exchange
+from lacre_gateway.relay.failures import ANSWERED, REFUSED, outcome_of, refusal_for
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a request ended, in the terms of `Outcome`. problem: what the client is told instead of an answer."""
+
+    outcome: str
+    status: int | None
+    problem: Problem | None = None
+    exceeded: str | None = None
+
+
+class Trail:
+    """A context: the intent is recorded on entry, the outcome after the exit, whichever way it is left, once the claim has its
+    verdict and the intent stands. One that could not be recorded costs nothing: budgets and log say the same.
+
+    recorded: done when the intent is durable, and under a signed checkpoint; not to be cancelled.
+    claim: what the worker says was used; None where no worker was asked. hold: what was reserved; settled with the claim.
+    """
+
+    def __init__(self, gateway: Gateway, exchange: Exchange, intent: Intent, hold: Hold | None = None) -> None:
+        self._gateway = gateway
+        self._exchange = exchange
+        self._intent = intent
+        self._hold = hold
+        self._since = time.monotonic()
+        self.claim: Claim | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.recorded = self._exchange.recorded = self._gateway.audit.append(self._intent)
+        except BaseException:
+            self._settle(REFUSED, Verdict())
+            raise
+        return self
+
+    async def durable(self) -> Recorded:
+        """Raises AuditUnavailable. Whoever stops waiting does not take the entry back."""
+        return self.recorded.result() if self.recorded.done() else await asyncio.shield(self.recorded)
+
+    def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
+        end = self._end(error)
+        ended = time.monotonic()
+        if self._hold is not None:
+            self._hold.stream_over()
+
+        def record(verdict: Verdict) -> None:
+            self._record(end, ended - self._since, verdict)
+            if (tracer := self._gateway.tracer) is not None:
+                tracer.ended(self._intent, self._exchange, verdict, outcome=end.outcome, end=ended, problem=end.problem)
+
+        def settle(_: object) -> None:
+            if self.claim is not None and self.claim.tokens:
+                self._gateway.settlement.settle(self.claim, record)
+            else:
+                record(Verdict())
+
+        if self.recorded.done():
+            settle(self.recorded)
+        else:
+            self.recorded.add_done_callback(settle)
+
+    def _record(self, end: _End, duration: float, verdict: Verdict) -> None:
+        used = verdict.receipt
+        if self.claim is not None:
+            self._gateway.metrics.settled(self._intent.pool, self._intent.model, verdict)
+        money = self._settle(end.outcome if self.recorded.exception() is None else REFUSED, verdict)
+        self._gateway.audit.append(
+            Outcome(
+                request_id=self._intent.request_id,
+                time=round(self._intent.time + duration, 3),
+                outcome=end.outcome,
+                status=end.status,
+                unreceipted=used is None,
+                receipt=None if verdict.token is None else hashlib.sha256(verdict.token).hexdigest(),
+                refused_receipt=verdict.refused,
+                prompt_tokens=None if used is None else used.prompt_tokens,
+                cached_tokens=None if used is None else used.cached_tokens,
+                completion_tokens=None if used is None else used.completion_tokens,
+                money=money,
+                problem=None if end.problem is None else end.problem.slug,
+                exceeded=end.exceeded,
+                duration=round(duration, 6),
+            )
+        )
+
+    def _settle(self, outcome: str, verdict: Verdict) -> int | None:
+        """What the caller pays, in micro-units, for what the receipt says. What was refused, or is in no log, costs nothing."""
+        hold, used = self._hold, verdict.receipt
+        if hold is None:
+            return None
+        if outcome == REFUSED or used is None:
+            hold.settle(Amounts(0 if outcome == REFUSED else 1, 0, 0))
+            return 0
+        money = hold.cost(used.prompt_tokens, used.cached_tokens, used.completion_tokens)
+        hold.settle(Amounts(1, used.prompt_tokens + used.completion_tokens, money))
+        return money
+
+    def _end(self, error: BaseException | None) -> _End:
+        if error is None:
+            return _End(ANSWERED, self._exchange.status)
+        outcome = outcome_of(error, started=self._exchange.started)
+        if outcome != REFUSED:
+            return _End(outcome, self._exchange.status)
+        problem = refusal_for(error).problem
+        return _End(outcome, problem.status, problem, error.exceeded if isinstance(error, BudgetRefused) else None)

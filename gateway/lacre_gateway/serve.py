@@ -1,0 +1,211 @@
+"""Runs a gateway: serves HTTP with uvicorn, connects to the fabric, and ends in order.
+
+Rules:
+- HTTP is served from the first moment, so that `readyz` can say what is missing; the fabric may come up later, and go and come.
+- Rules are taken up while requests are served: on SIGHUP, and when their files change. So is the certificate, on SIGHUP.
+- On SIGTERM, on SIGINT, or where an administrator says so, `readyz` says no at once. For `listen.drain_delay` seconds requests
+  are still taken; a second signal ends that. Then streams under way have `listen.drain` seconds to finish, and are aborted
+  after it. What they used is settled, and outcomes are on disk, before the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging.config
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import structlog
+import uvloop
+
+from lacre.errors import SettingsError
+from lacre.runtime import tasks
+from lacre_fabric.keys.secret_files import read_ed25519
+from lacre_fabric.logs import PROCESSORS, make_log
+from lacre_fabric.nats import subjects
+from lacre_fabric.nats.gateway import NatsGateway
+from lacre_fabric.nats.kv import NatsBucket
+from lacre_fabric.nats.roles import Credential
+from lacre_fabric.work.contract import FabricUnavailable
+from lacre_gateway.admin.api import create_admin
+from lacre_gateway.app import create_app
+from lacre_gateway.gateway import Gateway, build
+from lacre_gateway.http.logs import standard_logging
+from lacre_gateway.http.server import Server, allow_connections, bind, load_certificate, make_server, tls_context
+from lacre_gateway.policy.cedar import PolicyError
+from lacre_gateway.settings import Settings
+
+_FIRST_RETRY: Final = 0.25  # seconds, doubled with each failure
+_LAST_RETRY: Final = 5.0
+# New objects after which the collector looks for cycles among them. A request makes some hundreds, and hardly a cycle.
+_COLLECT_AFTER: Final = 20_000
+_PAST_DRAIN: Final = 2.0  # seconds: what a server takes to end beyond the limit of its drain
+_GOES_ON: Final = tasks.Restart("what cannot be read changes nothing: the last good rules and certificate stay in force")
+
+
+def serve(settings: Settings) -> None:
+    """Until SIGTERM or SIGINT. Raises SettingsError where it cannot start: a port that is taken, a file that is missing."""
+    logging.config.dictConfig(standard_logging("ext://sys.stderr"))
+    # For the fabric's own loggers; the gateway's belongs to the app.
+    structlog.configure(processors=list(PROCESSORS), logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(tasks.run(_run(settings)))
+
+
+@dataclass(slots=True)
+class _Link:
+    """The connection to the fabric, once there is one."""
+
+    fabric: NatsGateway | None = None
+
+    async def manifest(self) -> bytes | None:
+        if self.fabric is None:
+            raise FabricUnavailable("not connected to NATS yet")
+        return await self.fabric.connection.manifest()
+
+    async def close(self) -> None:
+        if self.fabric is not None:
+            await self.fabric.close()
+
+
+async def _run(settings: Settings) -> None:
+    key = read_ed25519(settings.signing_key)
+    Credential.load(settings.nats.credentials)  # a file that is wrong now is said now
+    context = None if settings.listen.tls is None else tls_context(settings.listen.tls)
+    allow_connections(settings.listen.connections)
+    link, log = _Link(), make_log(sys.stderr).bind(gateway=settings.instance)
+    with ExitStack() as listeners:
+        listener = listeners.enter_context(bind(settings.listen, shared=settings.shared))
+        gateway = build(settings, key, log, link.manifest)
+        servers = [(make_server(create_app(gateway), settings.listen, context), listener)]
+        if settings.admin is not None:
+            admin = settings.listen.model_copy(update={"host": settings.admin.host, "port": settings.admin.port})
+            at = listeners.enter_context(bind(admin))
+            encrypted = None if settings.admin.loopback else context
+            servers.append((make_server(create_admin(gateway), admin, encrypted), at))
+        gateway.doors = {name: server.config.door for name, (server, _) in zip(("public", "admin"), servers, strict=False)}
+        gateway.authenticator.start()
+        _on_signals(gateway, servers[0][0])
+        running = [
+            tasks.start("drain", partial(_drained, gateway, servers[0][0])),
+            tasks.start("fabric", partial(_keep_connected, gateway, link)),
+            *reloading(gateway, context),
+        ]
+        for _, socket in servers:
+            log.info("listening", host=socket.getsockname()[0], port=socket.getsockname()[1])
+        _settle_memory()
+        try:
+            await _serve(servers, patience=settings.listen.drain + _PAST_DRAIN)
+        finally:
+            await tasks.together(*(each.close() for each in running))
+            await gateway.feed.close()
+            await gateway.close()
+            await link.close()
+            log.info("stopped")
+
+
+def _settle_memory() -> None:
+    """What is there when a process begins to serve stays until it ends: the collector need not go through it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER)
+
+
+async def _serve(servers: Sequence[tuple[Server, socket.socket]], *, patience: float) -> None:
+    """Until the first of them has ended; it goes on answering at the others meanwhile. patience: seconds for their end."""
+    (first, listener), *others = servers
+    beside = [tasks.start("admin API", partial(server.serve, sockets=[at])) for server, at in others]
+    try:
+        await first.serve(sockets=[listener])
+        await first.settle()
+    finally:
+        for server, _ in others:
+            server.should_exit = True
+        await tasks.together(*(each.close(patience=patience) for each in beside))
+
+
+def _on_signals(gateway: Gateway, server: Server) -> None:
+    """The first SIGTERM or SIGINT begins the drain; a second one ends its delay."""
+
+    def come() -> None:
+        if gateway.draining:
+            server.should_exit = True
+        gateway.drain()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, come)
+
+
+async def _drained(gateway: Gateway, server: Server) -> None:
+    await gateway.ending.wait()
+    delay = gateway.settings.listen.drain_delay
+    gateway.log.info("draining", seconds=delay)
+    await asyncio.sleep(delay)
+    server.should_exit = True
+    await asyncio.Event().wait()  # until the process ends, which it does now
+
+
+def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[tasks.Background]:
+    """Takes up what changed: on SIGHUP rules and certificate, and rules by itself where the operator named a folder of them."""
+    hung_up = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
+
+    async def on_signal() -> None:
+        while await hung_up.wait():
+            hung_up.clear()
+            _renew(gateway, context)
+            with contextlib.suppress(PolicyError):  # told by `reload`
+                await gateway.reload()
+
+    running = [tasks.start("reload", on_signal, restart=_GOES_ON)]
+    if gateway.settings.policies is not None:
+        running.append(tasks.start("rules", partial(gateway.rules.watch, gateway.audit.append), restart=_GOES_ON))
+    return running
+
+
+def _renew(gateway: Gateway, context: ssl.SSLContext | None) -> None:
+    tls = gateway.settings.listen.tls
+    if context is None or tls is None:
+        return
+    try:
+        load_certificate(context, tls)
+    except SettingsError as exc:
+        gateway.log.error("certificate not taken, the last one goes on", reason=str(exc))
+    else:
+        gateway.log.info("certificate taken")
+
+
+async def _keep_connected(gateway: Gateway, link: _Link) -> None:
+    """A connection comes back by itself. One that NATS ended for good is made anew, with the credential that is there then."""
+    while True:
+        gateway.fabric = link.fabric = await _connect(gateway)
+        gateway.budgets.bucket = NatsBucket(link.fabric.connection, subjects.BUDGETS_BUCKET)
+        gateway.budgets.start()
+        gateway.log.info("fabric connected")
+        await gateway.revocations.start(gateway.connected)
+        await gateway.feed.start()
+        await link.fabric.connection.wait_lost()
+        gateway.log.warning("fabric lost")
+        await link.fabric.close()
+
+
+async def _connect(gateway: Gateway) -> NatsGateway:
+    """Tries until it is connected."""
+    nats, delay = gateway.settings.nats, _FIRST_RETRY
+    while True:
+        try:
+            credential = Credential.load(nats.credentials)
+            return await NatsGateway.connect(nats.servers, credential, gateway.settings.instance, nats.region)
+        except (FabricUnavailable, SettingsError) as exc:
+            gateway.log.warning("fabric not connected", reason=str(exc), seconds=delay)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _LAST_RETRY)

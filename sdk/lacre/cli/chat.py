@@ -1,0 +1,67 @@
+"""`lacre chat`: a question with its answer, or a conversation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lacre.cli.output import PoolName, Url, at_terminal, out
+from lacre.cli.render import Plain, Rendered, show
+from lacre.cli.surroundings import stdin_lines
+from lacre.client import Client
+
+Model = Annotated[str | None, typer.Option(help="The model; the pool's first by default.")]
+System = Annotated[str | None, typer.Option(help="A system message.")]
+MaxTokens = Annotated[int, typer.Option(help="The longest answer, in tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature.")]
+
+Turn = dict[str, str]
+
+
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="The question; without one, a conversation.")] = None,
+    url: Url = None,
+    pool: PoolName = "default",
+    model: Model = None,
+    system: System = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are, without rendering Markdown.")] = False,
+    history: Annotated[Path | None, typer.Option(help="Keep what is typed in this file; by default it is forgotten.")] = None,
+) -> None:
+    """Talk to a model, sealed. The token comes from LACRE_TOKEN."""
+    params = sampling(model, max_tokens, temperature)
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    with Client(url, pool=pool) as client:
+        if prompt is not None:
+            display = Rendered(out()) if at_terminal() and not plain else Plain()
+            show(client.chat_stream([*turns, {"role": "user", "content": prompt}], **params), display)
+        elif sys.stdin.isatty() and at_terminal():
+            from lacre.cli.conversation import Conversation
+
+            Conversation(client, turns, params, rendered=not plain, history=history).run()
+        else:
+            _from_a_pipe(client, turns, params)
+
+
+def sampling(model: str | None, max_tokens: int, temperature: float | None) -> dict[str, Any]:
+    """The parameters that were given."""
+    params = {"max_tokens": max_tokens, "model": model, "temperature": temperature}
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _from_a_pipe(client: Client, turns: list[Turn], params: dict[str, Any]) -> None:
+    """Each line is a turn, and each answer a paragraph; the first error ends it."""
+    for question in _lines():
+        turns.append({"role": "user", "content": question})
+        stream = client.chat_stream(turns, **params)
+        show(stream, Plain())
+        turns.append({"role": "assistant", "content": stream.text})
+
+
+def _lines() -> Iterator[str]:
+    yield from filter(None, map(str.strip, stdin_lines()))

@@ -1,0 +1,144 @@
+"""`lacre proxy`: an OpenAI-compatible server on loopback, for programs in any language."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import os
+import secrets
+import shlex
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from lacre.cli import lock
+from lacre.cli.output import AsJson, PoolName, Url, err, say, waiting
+from lacre.errors import SettingsError
+from lacre.runtime import shell, tasks
+
+if TYPE_CHECKING:
+    from lacre.proxy import Door
+
+DEFAULT_PORT: Final = 11435
+MIN_KEY: Final = 32  # characters: what is shorter could be guessed by a program on the same machine
+MAX_KEY: Final = 4096  # bytes that are read of the file
+CONNECTIONS: Final = 400  # at a time: below the usual limit of 1024 open files, with as many again to the gateway
+GRACE: Final = 5  # seconds that running answers have when the proxy is ended
+
+
+def proxy(
+    url: Url = None,
+    pool: PoolName = "default",
+    port: Annotated[int, typer.Option(help="The port; 0 picks a free one.", min=0, max=65535)] = DEFAULT_PORT,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    key_file: Annotated[
+        Path | None, typer.Option(help="Where the key is kept, made if it is not there; else there is a new one each time.")
+    ] = None,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Listen beyond loopback, where prompts cross the network unsealed.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name of this machine that callers use beside loopback's.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may call, as http://localhost:3000.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve OpenAI's API on loopback, sealing every request. Ctrl-C ends it."""
+    from lacre.proxy import Door
+    from lacre.runtime.hosts import base_url
+
+    check_host(host, allowed=allow_remote)
+    key = secrets.token_urlsafe(32) if key_file is None else key_from(key_file)
+    with listening(host, port) as listener:
+        port = listener.getsockname()[1]
+        door = Door.on(port, key, names=allow_host or (), origins=allow_origin or (), listening=host)
+        shown = base_url(host, port)
+        told = _as_json(shown, key, key_file) if as_json else _as_shell(shown, key, key_file)
+        if door.hosts.everywhere:
+            elsewhere = f"other machines: http://ADDRESS:{port}/v1, with an address of this one; a name needs --allow-host"
+            err().print(elsewhere, markup=False, style="dim", soft_wrap=True)
+        asyncio.run(tasks.run(_serve(url, pool, door, listener, told)))
+
+
+def check_host(host: str, *, allowed: bool) -> None:
+    """Raises SettingsError for an address beyond loopback that was not allowed, and for one that is none."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError as exc:
+        raise SettingsError(f"--host {host} is no address: 127.0.0.1 is the usual one") from exc
+    if not loopback and not allowed:
+        raise SettingsError(
+            f"{host} can be reached from other machines, and prompts would cross the network unsealed: run the proxy where "
+            "the program runs, or say --allow-remote"
+        )
+
+
+def key_from(path: Path) -> str:
+    """The key in a file of mode 0600; a new one where there is none. Raises SettingsError."""
+    try:
+        with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+        if not path.is_file():
+            raise SettingsError(f"{path} is no file: name one with --key-file")
+        if path.stat().st_mode & 0o077:
+            raise SettingsError(f"{path} can be read by others: chmod 600 {shlex.quote(str(path))}")
+        with path.open("rb") as file:
+            key = file.read(MAX_KEY + 1).decode("ascii", "replace").strip()
+    except OSError as exc:
+        raise SettingsError(f"{path} cannot be used ({exc.strerror}): name another file with --key-file") from exc
+    if not MIN_KEY <= len(key) <= MAX_KEY or not key.isascii() or len(key.split()) != 1:
+        raise SettingsError(f"{path} must hold one key of {MIN_KEY} characters or more: remove it, and a new one is made")
+    return key
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Raises SettingsError where the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as exc:
+        raise SettingsError(f"port {port} of {host} cannot be had ({exc.strerror}): choose another with --port") from exc
+
+
+async def _serve(url: str | None, pool: str, door: Door, listener: socket.socket, told: str) -> None:
+    import uvicorn
+
+    from lacre.client import AsyncClient
+    from lacre.proxy import create_app
+    from lacre.runtime.listening import BoundedConfig, Door
+
+    async with AsyncClient(url, pool=pool) as client:
+        with waiting("fetching the manifest"):
+            await client.models()  # what keeps it from sealing is told here, and not to each caller
+        config = BoundedConfig(
+            create_app(client, door),
+            Door(connections=CONNECTIONS, encoded_slashes=True),  # a model's name may hold one
+            lifespan="off",
+            proxy_headers=False,
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE,
+        )
+        server = uvicorn.Server(config)
+        say(told)
+        err().print(lock.line(client.verification), markup=False, style="green")
+        with suppress(KeyboardInterrupt):
+            await server.serve([listener])
+
+
+def _as_shell(base_url: str, key: str, key_file: Path | None) -> str:
+    url = shell.exported("OPENAI_BASE_URL", base_url)
+    if key_file is None:
+        return f"{url}\n{shell.exported('OPENAI_API_KEY', key)}"
+    return f'{url}\nexport OPENAI_API_KEY="$(cat {shell.quoted(str(key_file.resolve()))})"'
+
+
+def _as_json(base_url: str, key: str, key_file: Path | None) -> str:
+    shown = {"api_key": key} if key_file is None else {"key_file": str(key_file.resolve())}
+    return json.dumps({"base_url": base_url, **shown})

@@ -1,0 +1,125 @@
+"""An answer as it comes: plain for a pipe, Markdown for a terminal.
+
+A terminal cannot draw again what has scrolled off it. So a block of Markdown is printed for good when it has ended, and only
+the last, which still grows, is drawn anew.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from markdown_it import MarkdownIt
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.text import Text
+
+from lacre.chat.stream import ChatStream
+from lacre.cli.output import printable, waiting, write
+
+REDRAW: Final = 0.08  # seconds: quicker than this is flicker
+# Rich's own settings, but HTML and link definitions are plain text.
+_PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
+_FENCE: Final = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
+
+
+class Display(Protocol):
+    """Where an answer's pieces go. Left as a context, it has shown all of them, whatever ended the answer."""
+
+    def add(self, piece: str) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None: ...
+
+
+class Plain:
+    """The text as it is, and a line end after it. For a terminal its control characters are made visible."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def add(self, piece: str) -> None:
+        self._begun = True
+        write(piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        if self._begun:
+            write("\n")
+
+
+class Rendered:
+    """Markdown, block by block."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="ellipsis")
+        self._growing = ""
+        self._drawn_at = 0.0
+
+    def add(self, piece: str) -> None:
+        self._growing += printable(piece)
+        end = ended_blocks(self._growing)
+        if end:
+            self._console.print(_markdown(self._growing[:end]))
+            self._growing = self._growing[end:]
+        if end or time.monotonic() - self._drawn_at >= REDRAW:
+            self._live.update(_markdown(self._growing), refresh=True)
+            self._drawn_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self._live.update(Text(""), refresh=True)
+        self._live.stop()
+        if self._growing.strip():
+            self._console.print(_markdown(self._growing))
+
+
+def _markdown(text: str) -> RenderableType:
+    """Rendered so that all of the text is seen. Rich by itself leaves out HTML, comments and link definitions."""
+    drawn = Markdown("", hyperlinks=False)  # a link shows its address: a model may not hide where it leads
+    drawn.markup, drawn.parsed = text, _PARSER.parse(text)
+    return drawn
+
+
+def ended_blocks(text: str) -> int:
+    """How much of the text is blocks that nothing to come can change: up to the last empty line outside a fence."""
+    end = text.rfind("\n\n")
+    while end >= 0 and len(_FENCE.findall(text[:end])) % 2:
+        end = text.rfind("\n\n", 0, end)
+    return end + 2 if end >= 0 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How quickly an answer came: seconds until its first piece, and tokens for each second after it."""
+
+    first: float
+    rate: float
+
+
+def show(stream: ChatStream, display: Display) -> Pace:
+    """Shows the stream's text to its end. Raises what the stream raises, with all shown that came."""
+    began = time.monotonic()
+    with waiting("sealed, and waiting for the first token"):
+        piece = next(stream, None)
+    first = time.monotonic()
+    with display:
+        while piece is not None:
+            display.add(piece)
+            piece = next(stream, None)
+    later = time.monotonic() - first
+    tokens = max(stream.reply().receipt.completion_tokens - 1, 0)
+    return Pace(first - began, tokens / later if later > 0 else 0.0)

@@ -1,0 +1,63 @@
+"""`lacre status`: where this client stands, check by check."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from lacre.chat.reply import Reply
+from lacre.cli import lock
+from lacre.cli.output import AsJson, PoolName, Url, exit_code, say_json, tell, waiting
+from lacre.client import Client
+from lacre.errors import LacreError
+
+QUESTION = "Say yes."
+
+
+def status(
+    url: Url = None,
+    pool: PoolName = "default",
+    ask: Annotated[bool, typer.Option(help="Seal a question of one token, so that receipt and audit are seen too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Check everything that a request depends on, and print what was verified."""
+    models: tuple[str, ...] = ()
+    reply: Reply | None = None
+    error: LacreError | None = None
+    with Client(url, pool=pool) as client:
+        began = time.monotonic()
+        try:
+            with waiting("fetching the manifest"):
+                models = client.models()
+            if ask:
+                with waiting("asking a sealed question of one token"):
+                    reply = client.chat(QUESTION, max_tokens=1)
+        except LacreError as exc:
+            error = exc
+        seconds = time.monotonic() - began
+        checked = client.verification
+    if as_json:
+        say_json({**checked.members(), "models": models, "ok": error is None, "error": _error(error)}, indent=2)
+    else:
+        lock.show(checked, *_more(models, reply, seconds))
+        if error is not None:
+            tell(error)
+    if error is not None:
+        raise typer.Exit(exit_code(error))
+
+
+def _more(models: tuple[str, ...], reply: Reply | None, seconds: float) -> list[lock.Row]:
+    rows: list[lock.Row] = [(bool(models), "models", ", ".join(models) or "unknown")]
+    if reply is not None:
+        rows.append((True, "answered", f"by {reply.model} in {seconds:.2f} s, attempts: {reply.attempts}"))
+    return rows
+
+
+def _error(error: LacreError | None) -> Mapping[str, Any] | None:
+    if error is None:
+        return None
+    told = {"type": type(error).__name__, "message": str(error), "remedy": error.remedy}
+    return {**told, "request_id": error.request_id}

@@ -1,0 +1,197 @@
+"""The gateway's proof that it recorded a request: the entry, where it stands in the audit log, and a signed checkpoint over it.
+
+It comes with the answer, as the header `Lacre-Audit`, and can be kept: `AuditProof.text` is a C2SP tlog-proof, which
+`lacre audit check-receipt` holds against the log, today or in a year.
+
+Rules:
+- The entry says what the client itself sent and asked for, or the proof is worth nothing to it: `of_answer` compares.
+- Everything is verified from the bytes alone, with the manifest's `gateway_key`.
+- What it does not say: that nobody else was shown another log. That takes comparing checkpoints (docs/audit.md).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from lacre.errors import InvalidAudit, InvalidMessage, LacreError, MessageTooLarge
+from lacre.evidence import checkpoints, merkle
+from lacre.evidence.checkpoints import Checkpoint
+from lacre.jose.jws import unrepeated
+from lacre.runtime import arguments
+
+HEADER: Final = "lacre-audit"
+# An entry, a path and a checkpoint in base64 stay below it, however long a caller's name is; nginx and Node take as much.
+MAX_HEADER: Final = 8 * 1024
+MAX_INTENT: Final = 4096  # bytes of an entry that a header carries
+_MAX_TEXT: Final = 128 * 1024  # of a proof in a file
+_FIRST_LINE: Final = "c2sp.org/tlog-proof@v1"
+_INDEX: Final = re.compile(r"0|[1-9][0-9]{0,14}")
+
+
+@dataclass(frozen=True, slots=True)
+class AuditProof:
+    """An entry of an audit log, its index, its inclusion proof, and the checkpoint (a signed note) that it leads to."""
+
+    entry: bytes
+    index: int
+    path: merkle.Path = field(repr=False)
+    checkpoint: bytes = field(repr=False)
+
+    def verify(self, key: bytes) -> Checkpoint:
+        """That the log of this key holds the entry. key: the manifest's `gateway_key`. Raises InvalidAudit."""
+        arguments.instance(key, bytes, "key")
+        try:
+            checkpoint = checkpoints.verify(self.checkpoint, key)
+            merkle.verify_inclusion(merkle.leaf_hash(self.entry), self.index, checkpoint.size, self.path, checkpoint.root)
+        except LacreError as exc:
+            raise InvalidAudit(f"the gateway's audit proof does not hold ({exc}): tell its operator, and keep it") from exc
+        return checkpoint
+
+    @property
+    def members(self) -> dict[str, Any]:
+        """What the entry says. Raises InvalidAudit if it is not a JSON object, or has a member twice: readers would differ."""
+        try:
+            value = json.loads(self.entry, object_pairs_hook=unrepeated)
+        except (ValueError, RecursionError) as exc:
+            raise InvalidAudit("the audit entry is not JSON, or has a member twice") from exc
+        if not isinstance(value, dict):
+            raise InvalidAudit("the audit entry is not a JSON object")
+        return value
+
+    def header(self) -> str:
+        """A Dictionary of RFC 9651."""
+        path, note = b"".join(self.path), self.checkpoint
+        return f"index={self.index}, entry=:{_b64(self.entry)}:, path=:{_b64(path)}:, checkpoint=:{_b64(note)}:"
+
+    @classmethod
+    def parse_header(cls, value: str) -> Self:
+        """Unknown members are passed over. Raises InvalidMessage or MessageTooLarge, and UsageError for what is no string."""
+        arguments.instance(value, str, "value")
+        if len(value) > MAX_HEADER:
+            raise MessageTooLarge(f"a Lacre-Audit of over {MAX_HEADER} characters")
+        members = dict(member.strip(" \t").partition("=")[::2] for member in value.split(","))
+        try:
+            entry, path, note = (_octets(members[name]) for name in ("entry", "path", "checkpoint"))
+            return cls(entry, _index(members["index"]), _path(path), note)
+        except KeyError as exc:
+            raise InvalidMessage("a Lacre-Audit without index, entry, path or checkpoint") from exc
+
+    def text(self) -> str:
+        """The proof as a file: C2SP tlog-proof, with the entry as its `extra`."""
+        lines = [_FIRST_LINE, f"extra {_b64(self.entry)}", f"index {self.index}", *map(_b64, self.path)]
+        return "\n".join(lines) + "\n\n" + self.checkpoint.decode()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads what `text` writes. Raises InvalidMessage or MessageTooLarge, and UsageError for what is no string."""
+        arguments.instance(text, str, "text")
+        if len(text) > _MAX_TEXT:
+            raise MessageTooLarge("an audit proof that is too long")
+        head, _, note = text.partition("\n\n")
+        first, extra, index, *path = head.split("\n") if head.count("\n") >= 2 else ("", "", "")
+        if first != _FIRST_LINE or not extra.startswith("extra ") or not index.startswith("index "):
+            raise InvalidMessage(f"not an audit proof: it begins with {_FIRST_LINE}, extra (the entry) and index")
+        hashes = b"".join(_decoded(line) for line in path)
+        try:
+            return cls(_decoded(extra[6:]), _index(index[6:]), _path(hashes), note.encode())
+        except UnicodeEncodeError as exc:  # lone surrogates: what a file read leniently has for bytes that are no UTF-8
+            raise InvalidMessage("an audit proof that is not UTF-8") from exc
+
+
+def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditProof:
+    """The proof of one answer: by the gateway, and of an entry that says what was sent.
+
+    header: its value; empty where there is none. key: the manifest's `gateway_key`. expected: members of the entry.
+    Raises InvalidAudit.
+    """
+    if not header:
+        raise InvalidAudit(
+            "the answer does not prove that it was recorded: see whether a proxy on the way drops the header Lacre-Audit; else "
+            "update the gateway, or tell its operator"
+        )
+    try:
+        proof = AuditProof.parse_header(header)
+    except LacreError as exc:
+        raise InvalidAudit("the gateway's Lacre-Audit is malformed: tell its operator") from exc
+    proof.verify(key)
+    members = proof.members
+    if "enc" in expected and members.get("enc") != expected["enc"]:
+        raise _of_another(proof)
+    for name, value in expected.items():
+        if members.get(name) != value:
+            raise InvalidAudit(f"the gateway recorded another {name} than was sent: tell its operator, and keep the proof")
+    return proof
+
+
+def _of_another(proof: AuditProof) -> InvalidAudit:
+    """The gateway proves that it recorded a request, and not this one. That may well be no fault of its own."""
+    error = InvalidAudit(
+        "this is the answer to another request: something here, or a proxy on the way, mixes up connections. "
+        f"The proof that came is of entry {proof.index}"
+    )
+    error.remedy = (
+        "Ask again. If it comes again, see whether processes or programs share a connection, and what proxy is between. "
+        "If none is, tell the gateway's operator."
+    )
+    return error
+
+
+def speaks_for(token: str) -> dict[str, object]:
+    """The members of an entry that the bearer token itself names; none where it is not a JWT that this side can read."""
+    claims = _claims(token)
+    named = {"subject": claims.get("sub"), "issuer": claims.get("iss")}
+    return {name: value for name, value in named.items() if isinstance(value, str)}
+
+
+def expires(token: str) -> float | None:
+    """When the token expires, by its own word (RFC 7519 section 4.1.4); None where it does not say so here."""
+    told = _claims(token).get("exp")
+    return float(told) if isinstance(told, int | float) and not isinstance(told, bool) and 0 < told < 2**53 else None
+
+
+def _claims(token: str) -> dict[str, object]:
+    """What a JWT says, unverified: it is this side's own. Empty where it cannot be read."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return {}
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+    except (ValueError, RecursionError):
+        return {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def _b64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _octets(item: str) -> bytes:
+    """A Byte Sequence of RFC 9651 section 3.3.5."""
+    if len(item) < 2 or item[0] != ":" or item[-1] != ":":
+        raise InvalidMessage("not a byte sequence of a structured field")
+    return _decoded(item[1:-1])
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text.encode("ascii"), validate=True)
+    except (UnicodeEncodeError, binascii.Error) as exc:
+        raise InvalidMessage("not base64") from exc
+
+
+def _index(text: str) -> int:
+    if not _INDEX.fullmatch(text):
+        raise InvalidMessage("an index is a decimal number")
+    return int(text)
+
+
+def _path(hashes: bytes) -> merkle.Path:
+    if len(hashes) % merkle.HASH_BYTES or len(hashes) > merkle.MAX_PATH * merkle.HASH_BYTES:
+        raise InvalidMessage("a path is up to 40 hashes of 32 bytes")
+    return tuple(hashes[at : at + merkle.HASH_BYTES] for at in range(0, len(hashes), merkle.HASH_BYTES))

@@ -1,0 +1,88 @@
+"""A receipt: the pool's signed word on what a request used. It attributes a count to the pool; it does not prove the count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from lacre.errors import InvalidReceipt, LacreError
+from lacre.jose import jws
+from lacre.jose.claims import Members
+from lacre.runtime import arguments
+
+TYP: Final = "lacre-receipt+jwt"
+TRAILER: Final = "lacre-receipt"  # the field of the sealed answer's trailer that carries the final one
+# Bytes of a body that count as one, for the action `http`: what is behind it may know nothing of tokens. A begun one counts.
+UNIT: Final = 1024
+
+
+def units(size: int) -> int:
+    """What a body of `size` bytes counts, for the action `http`."""
+    return -(-size // UNIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """enc: base64url SHA-256 of `hdr ‖ enc`. model: `sha256:` and the digest of the model file; empty where there is none that
+    the worker knows. Counts are tokens; of the action `http`, `units` of the bodies: the request's as prompt, the answer's.
+    start, end: seconds since the epoch. final: False for a cumulative one on a beat.
+    """  # fmt: skip
+
+    enc: str
+    model: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    start: float
+    end: float
+    final: bool
+
+    def members(self) -> dict[str, Any]:
+        return {
+            "enc": self.enc, "model": self.model, "prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens, "start": self.start, "end": self.end, "final": self.final,
+        }  # fmt: skip
+
+    def sign(self, key: Ed25519PrivateKey) -> str:
+        arguments.instance(key, Ed25519PrivateKey, "key")
+        return jws.sign(self.members(), key, TYP)
+
+    @classmethod
+    def verify(cls, token: str, key: bytes) -> Receipt:
+        """Raises InvalidMessage or InvalidSignature. key: the pool's `receipt_key` in the manifest."""
+        arguments.instance(token, str, "token")
+        arguments.instance(key, bytes, "key")
+        members = Members(jws.verify(token, key, TYP), "the receipt")
+        return cls(
+            enc=members.text("enc"),
+            model=members.text("model"),
+            prompt_tokens=members.count("prompt_tokens"),
+            cached_tokens=members.count("cached_tokens"),
+            completion_tokens=members.count("completion_tokens"),
+            start=members.time("start"),
+            end=members.time("end"),
+            final=members.flag("final"),
+        )
+
+
+def of_answer(trailers: Sequence[tuple[str, str]], key: bytes, digest: bytes, max_tokens: int) -> Receipt:
+    """The receipt of a whole answer: by the pool, for this request, final, and not above what was asked for.
+
+    key: the pool's `receipt_key`. digest: SHA-256 of the request's `hdr ‖ enc`. max_tokens: over all choices.
+    Raises InvalidReceipt.
+    """
+    tokens = [value for name, value in trailers if name == TRAILER]
+    if len(tokens) != 1:
+        raise InvalidReceipt(f"the answer has {len(tokens)} receipts in place of one: tell the pool's operator")
+    try:
+        receipt = Receipt.verify(tokens[0], key)
+    except LacreError as exc:
+        raise InvalidReceipt("the answer's receipt is not one by the pool's receipt key: tell the pool's operator") from exc
+    if receipt.enc != jws.b64u(digest) or not receipt.final:
+        raise InvalidReceipt("the answer's receipt is for another request, or not for all of this one")
+    if receipt.completion_tokens > max_tokens or receipt.cached_tokens > receipt.prompt_tokens:
+        raise InvalidReceipt("the answer's receipt claims more tokens than the request allows: tell the pool's operator")
+    return receipt

@@ -1,0 +1,94 @@
+"""Counting an answer again, to hold it against its receipt. It asks nothing of the network.
+
+What it can show: that a receipt claims tokens of which no byte arrived, or more than the model's tokenizer makes of the text.
+What it cannot: that the model named did the work, or how many tokens the prompt had, for its template is the worker's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lacre.errors import UsageError
+from lacre.runtime import arguments
+
+Tokenizer = Callable[[str], int]
+
+# In a message or delta, text that the model did not write.
+_NOT_WRITTEN = frozenset({"role", "id", "type"})
+
+
+@dataclass(frozen=True, slots=True)
+class Recount:
+    """Tokens of the answer, over all choices: as the receipt claims them, and as they can be counted here.
+
+    claimed: what the receipt says. text_bytes: the UTF-8 bytes of all that the answer says; a token of text has one at least.
+    listed: the tokens that the answer lists, where `logprobs` was asked for: the same worker's word, but each with its bytes.
+    counted: what the caller's tokenizer makes of the text.
+    """
+
+    claimed: int
+    text_bytes: int
+    listed: int | None = None
+    counted: int | None = None
+
+    @property
+    def unexplained(self) -> int:
+        """Claimed tokens that not even a byte of text accounts for. A stop sequence, which is cut off, a control token, which
+        has no text, and the marks around a tool call make some honestly; a worker that makes many up shows here.
+        """
+        return max(0, self.claimed - self.text_bytes)
+
+    @property
+    def difference(self) -> int | None:
+        """Claimed less counted tokens. Honestly 0 or little more: beside what `unexplained` names, a model may spell a text in
+        more tokens than its tokenizer would. None without a tokenizer.
+        """
+        return None if self.counted is None else self.claimed - self.counted
+
+
+class Written:
+    """What the model wrote, choice by choice, out of a whole message or out of its deltas."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, list[str]] = {}
+        self._listed: int | None = None
+
+    def add(self, choice: Mapping[str, Any], part: Mapping[str, Any]) -> None:
+        """part: the choice's `message` or `delta`. Raises TypeError or AttributeError for what is no choice."""
+        self._texts.setdefault(choice.get("index", 0), []).extend(_strings(part))
+        logprobs = choice.get("logprobs")
+        if isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
+            self._listed = (self._listed or 0) + len(logprobs["content"])
+
+    def recount(self, claimed: int, tokenizer: Tokenizer | None) -> Recount:
+        """claimed: tokens of the answer."""
+        if tokenizer is not None:
+            arguments.function(tokenizer, "tokenizer")
+        texts = ["".join(parts) for parts in self._texts.values()]
+        return Recount(
+            claimed=claimed,
+            text_bytes=sum(len(text.encode("utf-8", "surrogatepass")) for text in texts),
+            listed=self._listed,
+            counted=None if tokenizer is None else sum(_counted(tokenizer(text)) for text in texts),
+        )
+
+
+def _counted(tokens: object) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise UsageError(f"tokenizer: it must return a number of tokens, and returned {arguments.kind_of(tokens)}")
+    return tokens
+
+
+def _strings(part: object) -> Iterator[str]:
+    """Every text in it, in order: the content, a refusal, the reasoning, the names and arguments of tool calls."""
+    waiting = [part]  # in place of recursion, which a hostile worker could drive too deep
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += [value[name] for name in reversed(value) if name not in _NOT_WRITTEN]
+        elif isinstance(value, list):
+            waiting += reversed(value)

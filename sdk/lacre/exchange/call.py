@@ -1,0 +1,442 @@
+"""One sealed exchange, without any HTTP library: what to send, what came back, what to do next.
+
+Rules:
+- Nothing of the request leaves before a trusted manifest names the key that it is sealed to. There is no plaintext fallback.
+- Every attempt is a fresh seal. A gateway's advice before the seal is not authenticated: it can cause one manifest refresh
+  and one retry, and it is counted in `attempts`.
+- Nothing is tried again that was handed on in part, and nothing that harms where it runs twice: see `lacre.exchange.retry`.
+- The gateway proves with its answer that it recorded the request, or nothing of the answer is opened.
+- The clock correction that a worker's `#date` problem suggests came sealed, and is used for the inner `date` alone.
+- Calls share what is the client's, and nothing of one another: no error or answer of a call tells of another one.
+
+`Sealing.exchange` and `Sealing.manifest` are generators of the steps in `lacre.exchange.steps`: they do no I/O.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final
+
+from lacre.errors import (
+    Expired,
+    InvalidAudit,
+    LacreError,
+    NetworkError,
+    RefusedError,
+    SettingsError,
+    TruncatedStream,
+    UnsupportedSuite,
+    UsageError,
+)
+from lacre.evidence import audit_proof, receipts
+from lacre.evidence.audit_proof import AuditProof
+from lacre.evidence.exchange_info import Facts
+from lacre.evidence.receipts import Receipt
+from lacre.evidence.verification import SealedTo, Signed, Verification
+from lacre.exchange.first_use import first_use
+from lacre.exchange.model_paths import misdirected
+from lacre.exchange.request import Plain, Prepared, is_repeatable, prepare
+from lacre.exchange.retry import ENDURANCE, Retries, delay
+from lacre.exchange.sealed_answer import MAX_PROBLEM, Opening, Refusal, Trailers, check_sealed, problem_of, read_all
+from lacre.exchange.steps import Offload, Outer, Read, Renew, Send, Steps, Together, Wait, sent_bytes, sent_outer
+from lacre.jose.jws import b64u
+from lacre.problems import DATE, INVALID_TOKEN, PATH_NOT_ALLOWED, UNKNOWN_KEY, Problem, details
+from lacre.problems.details import Details
+from lacre.runtime import forks
+from lacre.trust.chain import Trusted
+from lacre.trust.manifest import MAX_DOCUMENT, Manifest, PoolKey
+from lacre.trust.manifest_store import Memory, accept
+from lacre.wire import bhttp
+from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Kem
+from lacre.wire.ohttp import seal_request
+from lacre.wire.padding import Shape, request_length, shape_named
+
+ORIGIN: Final = "https://lacre.invalid"  # RFC 2606: never resolves, so what escaped its seal would reach nobody
+AUTHORITY: Final = "lacre.invalid"
+DEFAULT_KEMS: Final = (Kem.XWING,)
+MANIFEST_PATH: Final = "/v1/manifest"
+SEALED_PATH: Final = "/v1/sealed"
+SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym for as long as it lives
+MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off than this, the manifest would not have verified
+REFRESH_PAUSE: Final = 30.0  # seconds until a refresh that failed is tried again, while the manifest that there is still holds
+REFRESH_BEFORE: Final = 0.5  # of a manifest's lifetime: fetched anew then, so that its expiry is never met in a request
+
+
+@dataclass(slots=True)
+class Scope:
+    """How workers see this client for a while: the salt of its prefix cache, and the clock correction that one of them gave.
+
+    Both end together: a correction that outlived its salt would link it to the next one. RFC 9458 section 6.5.2 wants the
+    correction short-lived. since, offset: seconds, by this machine's clock.
+    """
+
+    since: float
+    salt: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    offset: float = 0.0
+
+
+@dataclass(slots=True)
+class Call:
+    """What one call knows of itself, over all its attempts. Nothing in it is another call's, nor comes to be.
+
+    mended: what was mended already, and is not tried again. fetches: of the client, by the time that its manifest was taken.
+    trusted, facts: None until there were any; facts: of the newest attempt.
+    """
+
+    plain: Plain
+    retries: Retries
+    scope: Scope
+    attempts: int = 0
+    mended: set[Problem] = field(default_factory=set)
+    trusted: Trusted | None = None
+    fetches: int = 0
+    facts: Facts | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        if self.trusted is None:
+            raise UsageError("no manifest was learned yet")
+        return self.trusted.manifest
+
+
+class Sealing:
+    """What the calls of one client share: the pinned root, the newest manifest, and the scope of now. Thread-safe.
+
+    What belongs to one call is in its `Call`. A forked child has a scope of its own.
+
+    kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
+    retries: how often a request is sent again before anything of its answer was handed on; None as `lacre.exchange.retry` has
+    it. resume: how often an answer that broke off after that is resumed (`lacre.exchange.resume`), while a worker at most may
+    be lost by it. clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        root: bytes,
+        memory: Memory,
+        *,
+        pool: str = "default",
+        kems: Sequence[Kem] = DEFAULT_KEMS,
+        shape: Shape = "pad",
+        keep_identifying_fields: bool = False,
+        retries: int | None = 0,
+        resume: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._root = root
+        self._memory = memory
+        self._pool = pool
+        self._kems = tuple(kems)
+        self._shape = shape_named(shape)
+        self._keep_identifying_fields = keep_identifying_fields
+        self._retries = retries
+        self.resume = resume
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._trusted: Trusted | None = None
+        self._fetched_at = 0.0
+        self._missed_at = float("-inf")  # when a refresh failed
+        self._fetches = 0
+        self._doubted = False
+        self._scope = Scope(float("-inf"))
+        self._last: Facts | None = None
+        forks.watch(self)
+        first_use()
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._scope, self._last = Scope(float("-inf")), None
+
+    @property
+    def verification(self) -> Verification:
+        """What was checked of the newest request; before the first, of the manifest, if there is one."""
+        with self._lock:
+            trusted, last = self._trusted, self._last
+        checked = Verification(b64u(self._root), None if trusted is None else Signed.of(trusted, self._clock()))
+        return checked if last is None else replace(last.verification, manifest=checked.manifest)
+
+    def manifest(self) -> Steps[Manifest]:
+        """The verified manifest, fetched where there is none or it grows old."""
+        try:
+            yield from self._learn(ENDURANCE)
+            return self._taken()[0].manifest
+        except LacreError as exc:
+            exc.verification = exc.verification or self._checked(None)
+            raise
+
+    def exchange(self, plain: Plain, endurance: float = ENDURANCE, lost: int = 0) -> Steps[Opening | Refusal]:
+        """Seals `plain` as often as it takes: once, and once more for a new key or a corrected clock.
+
+        endurance: seconds for tries of what did not run, where the caller named no number. lost: workers that this call may
+        have cost already (see `lacre.exchange.retry`).
+        What is returned as `Opening` has its head; the caller reads and feeds the rest.
+        """
+        repeatable = is_repeatable(plain)
+        retries = Retries.of(self._retries, repeatable=repeatable, endurance=endurance, clock=self._clock, lost=lost)
+        call = Call(plain, retries, self._scope_now())
+        try:
+            return (yield from self._exchange(call))
+        except LacreError as exc:
+            if call.facts is not None:
+                call.facts.tell(exc)
+            exc.verification = exc.verification or self._checked(None)
+            raise
+
+    def _exchange(self, call: Call) -> Steps[Opening | Refusal]:
+        retries = call.retries
+        while True:
+            yield from self._learn(retries.rest)
+            call.trusted, call.fetches = self._taken()
+            send, opening, sent = self._seal(call)
+            try:
+                refusal = yield from self._attempt(call, send, opening, sent)
+            except (NetworkError, TruncatedStream) as exc:
+                if (seconds := retries.after_failure(exc)) is None:
+                    raise
+                yield Wait(seconds)
+                continue
+            opening.facts.lost = retries.lost
+            if refusal is None:
+                if DATE in call.mended or not self._correct_clock(opening, call.scope):
+                    return opening
+                call.mended.add(DATE)
+            elif refusal.problem in call.mended or not (yield from self._mended(call, refusal.problem)):
+                if (seconds := retries.after_refusal(refusal.problem, refusal.retry_after)) is None:
+                    opening.facts.lost = retries.lost
+                    return refusal
+                yield Wait(seconds)
+            else:
+                call.mended.add(refusal.problem)
+
+    def _attempt(self, call: Call, send: Send, opening: Opening, sent: Mapping[str, object]) -> Steps[Refusal | None]:
+        """None once the answer's head is there."""
+        outer = sent_outer((yield send))
+        opening.facts.request_id = outer.request_id
+        if outer.status != 200:
+            document = yield from read_all(MAX_PROBLEM)
+            with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
+                opening.facts.audit = self._proof(outer, call.manifest, sent)
+            problem = problem_of(outer, document)
+            said: Details = details.read(document)
+            if problem is PATH_NOT_ALLOWED:
+                problem, said = misdirected(call.plain.method, call.plain.path.partition("?")[0])
+            elif problem is INVALID_TOKEN and not said and outer.token_expires is not None:
+                said = {"expired_at": outer.token_expires} if outer.token_expires <= self._clock() else said
+            return Refusal(problem, outer.retry_after, opening.facts, said)
+        check_sealed(outer)
+        opening.facts.audit = yield from self._proved(call, outer, {**sent, "decision": "allow"})
+        while not opening.ready:
+            opening.feed(sent_bytes((yield Read())))
+        return None
+
+    def _mended(self, call: Call, problem: Problem) -> Steps[bool]:
+        """Whether what the gateway minds may be over now."""
+        if problem is UNKNOWN_KEY:
+            yield from self._refresh(call)
+        return problem is UNKNOWN_KEY or (problem is INVALID_TOKEN and (yield Renew()) is True)
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self._clock()
+
+    def delay(self, number: int) -> float:
+        """Seconds before an answer is gone on with for another time."""
+        return delay(number)
+
+    def _learn(self, endurance: float) -> Steps[None]:
+        """Sees to it that there is a manifest of now. It is fetched once for all calls that lack it.
+
+        While the present one still holds, a newer one is asked for once, and done without for a while if it does not come.
+        """
+        if not self._is_stale():
+            return
+        holds = self._still_holds()
+        number, endurance = (0, 0.0) if holds else (self._retries, endurance)
+        try:
+            yield Together(self._is_stale, partial(self._fetch_manifest, endurance, number), endurance)
+        except (NetworkError, RefusedError):
+            if not holds:
+                raise
+            with self._lock:
+                self._missed_at = self._clock()
+
+    def _refresh(self, call: Call, *, beside: bool = False) -> Steps[None]:
+        """Fetches the manifest, unless that was done since the call took its own.
+
+        beside: while an answer waits, which is then tried once; see `Together`.
+        """
+        endurance = 0.0 if beside else call.retries.rest
+        fetch = partial(self._fetch_manifest, endurance, 0 if beside else self._retries)
+        yield Together(lambda: self._fetches == call.fetches, fetch, endurance, beside=beside)
+
+    def _fetch_manifest(self, endurance: float, number: int | None) -> Steps[None]:
+        """number: of further tries; None as `lacre.exchange.retry` has it."""
+        retries = Retries.of(number, repeatable=True, endurance=endurance, clock=self._clock)
+        while True:
+            try:
+                outer = sent_outer((yield Send("GET", MANIFEST_PATH)))
+                # One more than is taken: too long is seen, not cut.
+                document = yield from read_all(MAX_DOCUMENT + 1 if outer.status == 200 else MAX_PROBLEM)
+            except NetworkError as exc:
+                if (seconds := retries.after_failure(exc)) is None:
+                    raise
+            else:
+                if outer.status == 200:
+                    yield Offload(partial(self._accept, document))  # signatures, and a file that other processes lock
+                    return
+                problem = problem_of(outer, document)
+                if (seconds := retries.after_refusal(problem, outer.retry_after)) is None:
+                    refused = problem.exception(outer.retry_after, details.read(document))
+                    refused.request_id = outer.request_id
+                    raise refused
+            yield Wait(seconds)
+
+    def _accept(self, document: bytes) -> None:
+        now = self._clock()
+        trusted = accept(document, self._root, self._memory, now)
+        with self._lock:
+            if self._trusted is None or trusted.manifest.version >= self._trusted.manifest.version:  # threads may overtake
+                self._trusted, self._fetched_at, self._doubted = trusted, now, False
+            self._fetches += 1
+
+    def _proved(self, call: Call, outer: Outer, sent: Mapping[str, object]) -> Steps[AuditProof]:
+        """The gateway's proof that it recorded what was sent, and for whom. Raises InvalidAudit.
+
+        Its key may have changed since this side learned the manifest: nobody is accused before that was looked at.
+        """
+        try:
+            return self._proof(outer, call.manifest, sent)
+        except InvalidAudit as exc:
+            self._doubted = True  # if it cannot be fetched now, the next call does it
+            try:
+                yield from self._refresh(call, beside=True)
+            except (NetworkError, RefusedError):
+                exc.remedy = "Ask again: the manifest is fetched first then, for the gateway's key may have changed."
+                raise exc from None
+            newest = self._taken()[0].manifest
+            if newest.gateway_key == call.manifest.gateway_key:
+                raise
+        return self._proof(outer, newest, sent)
+
+    def _proof(self, outer: Outer, manifest: Manifest, sent: Mapping[str, object]) -> AuditProof:
+        return audit_proof.of_answer(outer.audit, manifest.gateway_key, {**sent, **outer.speaks_for})
+
+    def _is_stale(self) -> bool:
+        with self._lock:
+            if self._trusted is None or self._doubted:
+                return True
+            now = self._clock()
+            if 0 <= now - self._missed_at < REFRESH_PAUSE and now < self._trusted.manifest.expires_at:
+                return False
+            lifetime = self._trusted.manifest.expires_at - self._fetched_at
+            return now >= self._fetched_at + lifetime * REFRESH_BEFORE
+
+    def _still_holds(self) -> bool:
+        with self._lock:
+            trusted = None if self._doubted else self._trusted
+        return trusted is not None and self._clock() < trusted.manifest.expires_at
+
+    def _taken(self) -> tuple[Trusted, int]:
+        """The newest manifest, and how many were fetched until now."""
+        with self._lock:
+            if self._trusted is None:
+                raise UsageError("no manifest was learned yet")
+            if self._clock() >= self._trusted.manifest.expires_at:
+                raise Expired("the manifest has expired: the operator must run `lacre manifest publish`")
+            return self._trusted, self._fetches
+
+    def _seal(self, call: Call) -> tuple[Send, Opening, Mapping[str, object]]:
+        """What to send, what opens the answer, and what the gateway's audit entry must say of it."""
+        manifest = call.manifest
+        pool = manifest.pools.get(self._pool)
+        if pool is None:
+            raise UsageError(f"the manifest has no pool {self._pool!r}: it has {', '.join(sorted(manifest.pools)) or 'none'}")
+        key = self._choose([key for key in pool.keys if key.not_after > self._clock()])
+        if self._shape not in pool.shapes:
+            taken = ", ".join(pool.shapes)
+            raise SettingsError(f"pool {self._pool!r} does not take the shape {self._shape!r}: choose one of {taken}")
+        prepared = prepare(call.plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
+        outer = (
+            ("lacre-pool", self._pool),
+            ("lacre-model", prepared.model),
+            ("lacre-action", prepared.action),
+            ("lacre-max-tokens", str(prepared.max_tokens)),
+            ("lacre-shape", self._shape),
+        )
+        padded_to = request_length if self._shape == "pad" else None
+        body, header, opener = seal_request(
+            key.config, bhttp.encode_request(self._inner(prepared, call.scope, outer), padded_to=padded_to)
+        )
+        headers = (*outer, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
+        call.attempts += 1
+        facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, self._checked(call.trusted, key))
+        call.facts = self._last = facts
+
+        def verify(trailers: Trailers) -> Receipt:
+            return receipts.of_answer(trailers, pool.receipt_key, header.digest, prepared.max_tokens)
+
+        sent = {
+            "kind": "intent",
+            "enc": b64u(header.digest),
+            "pool": self._pool,
+            "model": prepared.model,
+            "action": prepared.action,
+            "max_tokens": prepared.max_tokens,
+            "shape": self._shape,
+            "kem": facts.kem,
+            "sealed_bytes": len(body),
+        }
+        return Send("POST", SEALED_PATH, headers, body, sealed=header.digest), Opening(opener, facts, verify), sent
+
+    def _checked(self, trusted: Trusted | None, key: PoolKey | None = None) -> Verification:
+        """trusted: the manifest that a call goes by; the newest where it has none yet. key: what it seals to."""
+        with self._lock:
+            trusted = trusted or self._trusted
+        signed = None if trusted is None else Signed.of(trusted, self._clock())
+        return Verification(b64u(self._root), signed, None if key is None else SealedTo.of(self._pool, key))
+
+    def _inner(self, prepared: Prepared, scope: Scope, outer: Sequence[tuple[str, str]]) -> bhttp.Request:
+        plain = prepared.plain
+        date = email.utils.formatdate(self._clock() + scope.offset, usegmt=True)
+        own = (("date", date), ("lacre-cache-salt", scope.salt))
+        return bhttp.Request(plain.method, "https", AUTHORITY, plain.path, (*plain.headers, *own, *outer), plain.content)
+
+    def _choose(self, keys: Sequence[PoolKey]) -> PoolKey:
+        for kem in self._kems:
+            for key in keys:
+                if key.config.kem is kem:
+                    return key
+        wanted = ", ".join(kem.label for kem in self._kems)
+        raise UnsupportedSuite(f"pool {self._pool!r} has no current key for {wanted}: ask its operator, or accept another KEM")
+
+    def _scope_now(self) -> Scope:
+        """Another one each hour, and where the clock was turned back."""
+        now = self._clock()
+        with self._lock:
+            if not 0 <= now - self._scope.since < SALT_LIFETIME:
+                self._scope = Scope(now)
+            return self._scope
+
+    def _correct_clock(self, opening: Opening, scope: Scope) -> bool:
+        """Whether the answer is the worker's `#date` problem with a date to go by (RFC 9458 section 6.5.2).
+
+        The correction holds in the scope that the request was made in, and in no later one.
+        """
+        if opening.problem_type != DATE.type:
+            return False
+        try:
+            theirs = email.utils.parsedate_to_datetime(opening.head.get("date")).timestamp()
+        except (ValueError, OverflowError):  # the second for numbers that no date can hold
+            return False
+        offset = theirs - self._clock()
+        if abs(offset) > MAX_CORRECTION:
+            return False
+        scope.offset = offset
+        return True

@@ -1,0 +1,147 @@
+"""One answer for the caller, out of as many sealed requests as it takes. It does no I/O: see `lacre.exchange.call`.
+
+Rules:
+- What was handed on is never taken back, and never said twice: see `lacre.exchange.sse_join`.
+- A new request goes on from the very tokens that were received, on the very model file that made them, or not at all.
+- An answer of which nothing was handed on begins anew, where asking again does no harm.
+- What an answer took, over all its requests, is told: `attempts`, `parts`, and `usage` as the sum.
+- What one worker may have been lost by goes to one more, and to no third: see `lacre.exchange.retry`. A connection that broke
+  is none.
+- Going on takes a limited time, over all breaks of one answer.
+- A stalled answer is the caller's own timeout, and an altered one an attack: neither is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from lacre.errors import GaveUp, InvalidReceipt, LacreError, StreamBroken, TruncatedStream
+from lacre.exchange.call import Sealing
+from lacre.exchange.request import Plain, is_repeatable
+from lacre.exchange.resume_marks import ASK, DIGEST, MEMBER, YES
+from lacre.exchange.retry import ENDURANCE_RESUMING, MOST_LOST, may_have_lost
+from lacre.exchange.sealed_answer import Opening, Refusal
+from lacre.exchange.sse_join import EVENT_STREAM, Splice
+from lacre.exchange.steps import Steps, Wait
+
+
+def asking(plain: Plain) -> Plain:
+    """The request, with the wish for marks where its answer may be a stream that can be resumed."""
+    own_affair = f'"{MEMBER}"'.encode() in plain.content  # an application that goes on with an answer itself
+    if not is_repeatable(plain) or b'"stream"' not in plain.content or own_affair:
+        return plain
+    return replace(plain, headers=(*(field for field in plain.headers if field[0] != ASK), (ASK, YES)))
+
+
+class Answer:
+    """plain: the application's request. opening: of its first sealed answer, whose head is there."""
+
+    def __init__(self, sealing: Sealing, plain: Plain, opening: Opening) -> None:
+        self._sealing = sealing
+        self._plain = plain
+        self._opening = opening
+        self._made = 0  # further requests
+        self._rest = ENDURANCE_RESUMING  # seconds for them
+        self._handed = False
+        self._ready: list[bytes] = []
+        self.head = opening.head
+        self.facts = opening.facts
+        self._digest = self.head.get(DIGEST) if any(name == ASK for name, _ in plain.headers) else ""
+        streams = sealing.resume > 0 and self.head.status == 200 and self.head.media_type == EVENT_STREAM
+        self._splice = Splice(marked=bool(self._digest)) if streams else None
+        if self._splice is not None:
+            self.facts.tokens = self._splice.tokens
+        self._collect()
+        self._finish()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of the answer has come."""
+        return self._opening.ended
+
+    def take(self) -> list[bytes]:
+        """What may be handed on now."""
+        ready, self._ready = self._ready, []
+        self._handed |= bool(ready)
+        return ready
+
+    def feed(self, data: bytes | None) -> None:
+        """The next bytes of the outer body; None at its end. Against what it raises, `resume` may help."""
+        self._opening.feed(data)
+        self._collect()
+        if self._opening.ended and self._splice is not None and self._splice.failed and self._continuation() is not None:
+            raise GaveUp("the worker gave the answer up: what came so far is not the whole of it")
+        self._finish()
+
+    def resume(self, error: LacreError) -> Steps[None]:
+        """Goes on by a new request. Raises `error` where it is of a kind that is not resumed, and StreamBroken."""
+        self.facts.tell(error)
+        if not isinstance(error, TruncatedStream) or self._sealing.resume == 0:
+            raise error
+        self._collect()
+        self.facts.lost += may_have_lost(error)
+        content = self._continuation()
+        if content is None:
+            raise self._broken(str(error)) from error
+        self._made += 1
+        began = self._sealing.now()
+        if self._made > 1:
+            yield Wait(self._sealing.delay(self._made - 1))
+        if self._splice is not None:
+            self.facts.broke_off(*self._splice.seam())
+        try:
+            again = self._sealing.exchange(replace(self._plain, content=content), self._rest, self.facts.lost)
+            outcome = yield from again
+        except LacreError as exc:
+            raise self._broken("the answer broke off, and the request that goes on with it failed") from exc
+        self._rest -= self._sealing.now() - began
+        self.facts.attempts += outcome.facts.attempts
+        self.facts.lost = outcome.facts.lost
+        if isinstance(outcome, Refusal):
+            refusal = outcome.exception()
+            raise self._broken("the answer broke off, and the request that goes on with it was refused") from refusal
+        self._join(outcome)
+
+    def _collect(self) -> None:
+        pieces = self._opening.take()
+        self._ready += pieces if self._splice is None else filter(None, map(self._splice.feed, pieces))
+
+    def _finish(self) -> None:
+        if not self._opening.ended or self._splice is None:
+            return
+        if self._digest and (self.facts.receipt is None or self.facts.receipt.model != self._digest):
+            raise InvalidReceipt("the answer's receipt names another model file than the answer: tell the pool's operator")
+        if held := self._splice.end():
+            self._ready.append(held)
+
+    def _continuation(self) -> bytes | None:
+        """The body of the request that goes on with the answer, or begins anew; None where neither can be."""
+        if self._made >= self._sealing.resume or self.facts.lost >= MOST_LOST or self._rest <= 0:
+            return None
+        if self._splice is not None and self._splice.tokens:
+            if not self._splice.open:
+                return None
+            member = {MEMBER: {"digest": self._digest, "tokens": self._splice.tokens}}
+            body = json.loads(self._plain.content) | member
+            return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+        untouched = not self._handed and not self._ready
+        return self._plain.content if untouched and is_repeatable(self._plain) else None
+
+    def _join(self, opening: Opening) -> None:
+        head = opening.head
+        if (head.status, head.media_type) != (self.head.status, self.head.media_type):
+            raise self._broken(f"the answer broke off, and a worker refused to go on with it (status {head.status})")
+        if self._digest and head.get(DIGEST) != self._digest:
+            raise self._broken("the answer broke off, and another model file would have gone on with it")
+        self.facts.goes_on(opening.facts)
+        self._opening, opening.facts = opening, self.facts
+        self._collect()
+        self._finish()
+
+    def _broken(self, message: str) -> StreamBroken:
+        splice = self._splice
+        text, tokens = ("", 0) if splice is None else (splice.text, len(splice.tokens))
+        broken = StreamBroken(message, text=text, tokens=tokens)
+        self.facts.tell(broken)
+        return broken

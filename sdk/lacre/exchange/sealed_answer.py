@@ -1,0 +1,161 @@
+"""One sealed answer: what the gateway says of it outside, and what opens inside. Bytes in, bytes out.
+
+Rules:
+- An answer is whole only when the response's final chunk has opened and the BHTTP message in it has ended. What came in the
+  final chunk is passed on after that alone, and after the receipt in it was verified.
+- What is not sealed is never taken for an answer. A refusal is one of our own rows, whatever words came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from lacre.errors import InvalidMessage, RefusedError, UnsealedResponse
+from lacre.evidence.exchange_info import Facts, documented
+from lacre.evidence.receipts import Receipt
+from lacre.exchange.steps import Outer, Read, Steps, sent_bytes
+from lacre.problems import BY_TYPE, INTERNAL, NO_GATEWAY, Problem
+from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
+from lacre.problems.details import Details
+from lacre.wire import bhttp
+from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from lacre.wire.ohttp import ResponseOpener
+
+MAX_PROBLEM: Final = 64 * 1024  # bytes read of a problem document, outside or sealed; ours have some hundred
+_OF_PROXIES: Final = frozenset({502, 503, 504})  # what they say, in words of their own, where a gateway does not answer
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The sealed answer's own status and headers."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+
+    def get(self, name: str) -> str:
+        """The first value of a header, `name` in lower case; empty where there is none."""
+        return next((value for key, value in self.headers if key == name), "")
+
+    @property
+    def media_type(self) -> str:
+        """Without its parameters, in lower case."""
+        return self.get("content-type").partition(";")[0].strip().lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The gateway would not take the request. Nobody signed this. details: what it says beside the problem's type."""
+
+    problem: Problem
+    retry_after: float | None
+    facts: Facts
+    details: Details = field(default_factory=dict)
+
+    def exception(self) -> RefusedError:
+        return self.problem.exception(self.retry_after, self.details)
+
+
+Trailers = tuple[tuple[str, str], ...]
+
+
+class Opening:
+    """Opens one sealed answer as its bytes arrive: first the head, then the pieces of the body, then the trailers.
+
+    The pieces that came before somebody asked for them wait in it. verify: makes the receipt of the trailers, or raises; it
+    returns None where none is due.
+    """
+
+    def __init__(self, opener: ResponseOpener, facts: Facts, verify: Callable[[Trailers], Receipt | None]) -> None:
+        self._opener = opener
+        self._verify = verify
+        self._decoder = bhttp.ResponseDecoder()
+        self._pending: list[bytes] = []
+        self._head: Head | None = None
+        self.ended = False
+        self.facts = facts
+
+    def feed(self, data: bytes | None) -> None:
+        """Takes the next bytes of the outer body; None at its end.
+
+        Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole; InvalidReceipt
+        where it was whole, and its receipt does not hold.
+        """
+        with documented(self.facts):
+            self._feed(data)
+
+    def _feed(self, data: bytes | None) -> None:
+        for record in self._opener.close() if data is None else self._opener.feed(data):
+            self._take(self._decoder.feed(record))
+        if data is None:
+            self._take(self._decoder.close())
+            self.facts.receipt = self._verify(self.facts.trailers)
+            self.ended = True
+
+    def _take(self, events: Sequence[bhttp.Event]) -> None:
+        for event in events:
+            match event:
+                case bhttp.Head(informational=False):
+                    self._head = _uncoded(Head(event.status, event.headers))
+                case bhttp.Data():
+                    self._pending.append(event.content)
+                case bhttp.End():
+                    self.facts.trailers = event.trailers
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough is here to act on: the head, and of a sealed problem document the whole body."""
+        if self._head is None:
+            return self.ended
+        is_problem = self._head.get("content-type") == PROBLEM_MEDIA_TYPE
+        return not is_problem or self.ended or sum(map(len, self._pending)) > MAX_PROBLEM
+
+    @property
+    def head(self) -> Head:
+        if self._head is None:
+            raise InvalidMessage("the sealed answer has no head")
+        return self._head
+
+    @property
+    def problem_type(self) -> str | None:
+        """The type in the sealed problem document, where the answer is one."""
+        return Problem.type_in(b"".join(self._pending)) if self.head.get("content-type") == PROBLEM_MEDIA_TYPE else None
+
+    def take(self) -> list[bytes]:
+        """The pieces of the body that have opened so far."""
+        pieces, self._pending = self._pending, []
+        return pieces
+
+
+def read_all(limit: int) -> Steps[bytes]:
+    """Up to `limit` bytes of the last response."""
+    content = bytearray()  # which grows in place: a peer may send a byte at a time
+    while len(content) < limit and (data := sent_bytes((yield Read()))) is not None:
+        content += data
+    return bytes(content[:limit])
+
+
+def _uncoded(head: Head) -> Head:
+    """No worker was asked to compress, and what one byte may unfold to has no bound. Raises InvalidMessage."""
+    codings = (value.strip().lower() for name, value in head.headers if name == "content-encoding")
+    if any(coding not in ("", "identity") for coding in codings):  # in whichever field: an HTTP library applies them all
+        raise InvalidMessage("the worker's answer is compressed, which nobody asked for: what it serves must not do that")
+    return head
+
+
+def problem_of(outer: Outer, body: bytes) -> Problem:
+    """The row of our own table that the gateway named, or else one of the same status. Its words are never shown: they are
+    nobody's.
+    """  # fmt: skip
+    named = BY_TYPE.get(Problem.type_in(body) or "")
+    if named is not None:
+        return named
+    if outer.status in _OF_PROXIES:
+        return NO_GATEWAY
+    return next((problem for problem in BY_TYPE.values() if problem.status == outer.status), INTERNAL)
+
+
+def check_sealed(outer: Outer) -> None:
+    if outer.content_type.partition(";")[0].strip().lower() != MEDIA_TYPE_RESPONSE:
+        raise UnsealedResponse("the gateway answered without a seal; nothing of it was read: check the gateway's address")

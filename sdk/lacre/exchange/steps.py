@@ -1,0 +1,98 @@
+"""What an exchange asks of the network, and what comes of it: the steps between `lacre.exchange.call` and the transports.
+
+A generator of steps yields what to do and is sent what came of it, or thrown the `LacreError` that did. So the sync
+transport, the async one and the tests drive the very same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from lacre.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this to the gateway, and send back an `Outer`.
+
+    sealed: SHA-256 of `hdr ‖ enc` of the sealed request in it, which wants the access token and its own timeouts.
+    """
+
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = field(default=b"", repr=False)
+    sealed: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read more of the last response's body, and send back its next bytes; None at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait so many seconds, and send back None."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Get another token than the one that was sent, and send back whether there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """What the gateway's own response says. audit: its `Lacre-Audit`. request_id: its `Lacre-Request-Id`, if it is of its form.
+    speaks_for: whom the token names that was sent. token_expires: when it does, by its own word: seconds since the epoch.
+    """  # fmt: skip
+
+    status: int
+    content_type: str = ""
+    retry_after: float | None = None
+    audit: str = ""
+    speaks_for: Mapping[str, object] = field(default_factory=dict)
+    request_id: str | None = None
+    token_expires: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """Call this where it may take a while, never on an event loop, and send back None."""
+
+    do: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Do these steps once for all calls of the client that want them now, whichever came first, and send back None.
+
+    wanted: whether they are still to be done. do: makes them. endurance: seconds of their tries. beside: whether the response
+    that is being read stays open meanwhile.
+    """
+
+    wanted: Callable[[], bool]
+    do: Callable[[], Steps[None]]
+    endurance: float
+    beside: bool = False
+
+
+Step = Send | Read | Wait | Renew | Offload | Together
+Done = Outer | bytes | bool | None  # what came of a step
+T = TypeVar("T")
+Steps = Generator[Step, Done, T]
+
+
+def sent_outer(sent: Done) -> Outer:
+    if not isinstance(sent, Outer):
+        raise UsageError("after Send an Outer is due")
+    return sent
+
+
+def sent_bytes(sent: Done) -> bytes | None:
+    if isinstance(sent, Outer | bool):
+        raise UsageError("after Read bytes are due, or None")
+    return sent

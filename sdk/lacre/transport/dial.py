@@ -1,0 +1,81 @@
+"""How a client's connections to the gateway are made: in each process anew, and without cookies."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.cookiejar import Cookie, CookieJar
+from typing import Final, Generic, TypeVar
+
+import httpx2
+
+from lacre.runtime.forks import PerLoop, PerProcess
+from lacre.transport.tls_settings import settings_checked
+
+DEFAULT_LIMITS: Final = httpx2.Limits(max_connections=100, max_keepalive_connections=20)  # httpx2's own
+Transport = TypeVar("Transport", httpx2.BaseTransport, httpx2.AsyncBaseTransport)
+
+
+class NoCookies(CookieJar):
+    """Keeps nothing and sends nothing: a cookie would tie together what is asked with different tokens or salts."""
+
+    def extract_cookies(self, response: object, request: object) -> None:
+        """Passes over what a peer wants kept."""
+
+    def add_cookie_header(self, request: object) -> None:
+        """Adds none."""
+
+    def set_cookie(self, cookie: Cookie) -> None:
+        """Drops it, as all that says who asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dial(Generic[Transport]):
+    """What `httpx2.Client` is given for the connection to a gateway. transport: the caller's own, or None."""
+
+    base_url: str
+    headers: Mapping[str, str]
+    timeout: httpx2.Timeout | float | None
+    verify: ssl.SSLContext | str | bool = True
+    proxy: httpx2.Proxy | httpx2.URL | str | None = None
+    limits: httpx2.Limits = field(default_factory=lambda: DEFAULT_LIMITS)
+    transport: Transport | None = None
+
+
+def outer(dial: Dial[httpx2.BaseTransport]) -> PerProcess[httpx2.Client]:
+    """The client of each process. Raises SettingsError."""
+
+    def client() -> httpx2.Client:
+        with settings_checked(dial.verify, dial.proxy):
+            return httpx2.Client(
+                base_url=dial.base_url,
+                headers=dial.headers,
+                cookies=NoCookies(),
+                timeout=dial.timeout,
+                verify=dial.verify,
+                proxy=dial.proxy,
+                limits=dial.limits,
+                transport=dial.transport,
+            )
+
+    return PerProcess(client, renewable=dial.transport is None)
+
+
+def async_outer(dial: Dial[httpx2.AsyncBaseTransport]) -> PerLoop[httpx2.AsyncClient]:
+    """The client of each event loop of each process. Raises SettingsError."""
+
+    def client() -> httpx2.AsyncClient:
+        with settings_checked(dial.verify, dial.proxy):
+            return httpx2.AsyncClient(
+                base_url=dial.base_url,
+                headers=dial.headers,
+                cookies=NoCookies(),
+                timeout=dial.timeout,
+                verify=dial.verify,
+                proxy=dial.proxy,
+                limits=dial.limits,
+                transport=dial.transport,
+            )
+
+    return PerLoop(client, renewable=dial.transport is None)

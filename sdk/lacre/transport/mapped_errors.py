@@ -1,0 +1,58 @@
+"""What goes wrong on the connection to the gateway, or to a token server. The one place that maps httpx2's exceptions.
+
+An error here is both Lacre's and httpx2's, so that programs that know httpx2's handle it as theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import httpx2
+
+from lacre import errors
+from lacre.errors import TimedOut, Unreachable
+from lacre.transport import network_causes
+from lacre.transport.network_causes import Peer, Why
+
+__all__ = ["TimedOut", "Unreachable", "mapped", "mapped_stream"]
+
+
+E = TypeVar("E", TimedOut, Unreachable)
+
+
+@contextmanager
+def mapped(who: str = "the gateway", setting: str = "LACRE_URL") -> Iterator[None]:
+    """who: is reached in the block. setting: where its address comes from."""
+    try:
+        yield
+    except httpx2.TimeoutException as exc:
+        late = _told(TimedOut, network_causes.late(exc, Peer.of(exc, who, setting)))
+        late.reached = not isinstance(exc, httpx2.ConnectTimeout | httpx2.PoolTimeout)
+        raise late from exc
+    except httpx2.TransportError as exc:
+        gone = _told(Unreachable, network_causes.why(exc, Peer.of(exc, who, setting)))
+        gone.reached = not isinstance(exc, httpx2.ConnectError | httpx2.ProxyError | httpx2.UnsupportedProtocol)
+        raise gone from exc
+    except (httpx2.InvalidURL, UnicodeError) as exc:
+        raise errors.SettingsError(f"{who} has an address that cannot be resolved: check {setting} and the proxy") from exc
+
+
+@contextmanager
+def mapped_stream() -> Iterator[None]:
+    try:
+        yield
+    except httpx2.TimeoutException as exc:
+        raise TimedOut("the answer stalled: what came so far is not the whole of it") from exc
+    except httpx2.TransportError as exc:
+        broke = errors.TruncatedStream("the connection broke in mid-answer: what came so far is not the whole of it")
+        broke.cut = True
+        raise broke from exc
+
+
+def _told(kind: type[E], why: Why) -> E:
+    error = kind(why.said)
+    error.cause, error.remedy = why.cause, why.helps
+    error.add_note(why.helps)
+    return error

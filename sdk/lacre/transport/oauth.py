@@ -1,0 +1,174 @@
+"""Where access tokens come from: a string, a callable, or OAuth2 client credentials.
+
+Rules:
+- A token or a secret is never logged, shown, or part of an error.
+- OAuth2: one request for a token at a time, whose outcome all who wait share; a token is replaced before it expires.
+- A token that the gateway refuses is replaced once, where there is another.
+
+This file decides and does no I/O: `lacre.transport.sealed` sends what it asks for, over the connection settings of the client.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final, cast
+from urllib.parse import quote, urlencode, urlsplit
+
+from lacre.errors import InvalidMessage, SettingsError, Unauthenticated, Unavailable, UsageError
+from lacre.runtime import arguments
+from lacre.transport.tls_settings import checked_host
+from lacre.trust.chain import is_loopback
+
+EARLY: Final = 30.0  # seconds before its expiry that a token is replaced; a request under way is checked at its start alone
+EARLY_SHARE: Final = 0.2  # and for one that lives shorter than that lasts, this share of its life
+DEFAULT_LIFE: Final = 300.0  # seconds, where the server does not say (RFC 6749 section 5.1)
+MAX_LIFE: Final = 365 * 86400.0  # seconds: a longer life is cut to this, for a number of hundreds of digits fits no clock
+MAX_ANSWER: Final = 64 * 1024  # bytes read of a token server's answer; a JWT has some thousand
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
+_NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?")
+_ERROR_CODE: Final = re.compile(r"[a-z_]{1,40}")  # of RFC 6749 section 5.2: no other text of the server's is shown
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCredentials:
+    """A program's own OAuth2 identity (RFC 6749 section 4.4): `Client(url, token=ClientCredentials(...))`.
+
+    token_url: the issuer's token endpoint, https, or http on loopback. scope, audience: sent where given.
+    in_body: send id and secret in the form, for a server that does not take HTTP Basic. Raises SettingsError.
+    """
+
+    token_url: str
+    client_id: str
+    client_secret: str = field(repr=False)
+    scope: str | None = None
+    audience: str | None = None
+    in_body: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("token_url", "client_id", "client_secret"):
+            arguments.text(getattr(self, name), name)
+        for name in ("scope", "audience"):  # None is absent, and nothing else
+            if (value := getattr(self, name)) is not None:
+                arguments.text(value, name)
+        try:
+            where = urlsplit(self.token_url)
+            secure = where.scheme == "https" or (where.scheme == "http" and is_loopback(where.hostname or ""))
+        except ValueError:
+            secure = False
+        if not secure or not where.hostname:
+            raise SettingsError("token_url must be https:// (or http:// on loopback): a client secret goes there")
+        checked_host(where.hostname)
+
+    def headers(self) -> dict[str, str]:
+        form = {"content-type": "application/x-www-form-urlencoded", "accept": "application/json"}
+        if self.in_body:
+            return form
+        pair = f"{quote(self.client_id, safe='')}:{quote(self.client_secret, safe='')}"
+        return {**form, "authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+
+    def form(self) -> bytes:
+        own = {"client_id": self.client_id, "client_secret": self.client_secret} if self.in_body else {}
+        asked = {"scope": self.scope, "audience": self.audience}
+        fields = {
+            "grant_type": "client_credentials",
+            **own,
+            **{name: value for name, value in asked.items() if value is not None},
+        }
+        return urlencode(fields).encode()
+
+
+Token = str | Callable[[], str] | ClientCredentials
+AsyncToken = str | Callable[[], str | Awaitable[str]] | ClientCredentials
+
+
+def source(value: AsyncToken | None) -> AsyncToken:
+    """`token=` as it was given; LACRE_TOKEN where it is None, and for nothing else. Raises UsageError or SettingsError."""
+    if value is None or isinstance(value, str):
+        return arguments.setting(value, "token", "LACRE_TOKEN")
+    if callable(value) or isinstance(value, ClientCredentials):
+        return value
+    raise UsageError(f"token: a string, a callable or lacre.ClientCredentials is wanted, not {arguments.kind_of(value)}")
+
+
+def sync_source(value: Token | None) -> Token:
+    """The same for a sync client, whose callable returns the token itself; `given` sees that it does."""
+    return cast("Token", source(value))
+
+
+def given(value: object) -> str:
+    """What a callable gave for a token. Raises UsageError, which shows nothing of it."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if inspect.iscoroutine(value):
+        value.close()  # nobody will await it
+        raise UsageError("token: the callable is async, and this client is not: pass a plain function, or use AsyncClient")
+    said = "an empty string" if isinstance(value, str) else arguments.kind_of(value)
+    raise UsageError(f"token: the callable returned {said} in place of a token, and nothing stands in for one")
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A token, and when to replace it, by the monotonic clock."""
+
+    token: str = field(repr=False)
+    replace_at: float
+
+    @classmethod
+    def parse(cls, status: int, content: bytes, asked_at: float) -> Issued:
+        """A token server's answer. asked_at: by the monotonic clock. Raises Unauthenticated, Unavailable or InvalidMessage."""
+        members = _object(content)
+        if status != 200:
+            code = members.get("error")
+            said = code if isinstance(code, str) and _ERROR_CODE.fullmatch(code) else f"status {status}"
+            refused = Unauthenticated if 400 <= status < 500 and status != 429 else Unavailable
+            raise refused(
+                f"the token server gave no token ({said}): check client_id, client_secret and scope, or try again later",
+                status=status,
+                problem=f"oauth2:{said}",
+                remedy="Check client_id, client_secret, scope and token_url with whoever runs the token server.",
+            )
+        token, life = members.get("access_token"), _life(members.get("expires_in"))
+        if not isinstance(token, str) or life is None:
+            raise InvalidMessage("the token server's answer is not of RFC 6749: check token_url")
+        return cls(checked(token), asked_at + life - min(EARLY, life * EARLY_SHARE))
+
+    def fresh(self, refused: str | None) -> bool:
+        """refused: the token that is known to be good no more."""
+        return self.token != refused and time.monotonic() < self.replace_at
+
+
+def _life(told: object) -> float | None:
+    """A token's life in seconds. Servers write it as a number or as a string of one (RFC 6749 section 5.1 has a number).
+
+    None if it is neither, or negative.
+    """
+    if told is None:
+        return DEFAULT_LIFE
+    if isinstance(told, str) and _NUMBER.fullmatch(told):
+        told = float(told)
+    if isinstance(told, bool) or not isinstance(told, int | float) or not told >= 0:
+        return None
+    return min(told, MAX_LIFE)
+
+
+def checked(token: str) -> str:
+    """The token, if it is of the form of one: what refuses it later on would say it aloud. Raises SettingsError."""
+    if not _TOKEN.fullmatch(token):
+        raise SettingsError(
+            "the access token holds a space, a line end or a sign that none has: see LACRE_TOKEN, or what token=... gives"
+        )
+    return token
+
+
+def _object(content: bytes) -> dict[str, object]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

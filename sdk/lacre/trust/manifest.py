@@ -1,0 +1,146 @@
+"""The formats that trust is made of: root statements, the manifest, and the document that carries both.
+
+Forms only: whether to believe one is decided in `lacre.trust.chain`. Unknown members are ignored, missing ones refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lacre.errors import InvalidMessage, MessageTooLarge, UnsupportedSuite
+from lacre.jose.claims import Members
+from lacre.jose.jws import b64u
+from lacre.wire.header import KeyConfig
+
+ROOT_TYP: Final = "lacre-root+jwt"
+MANIFEST_TYP: Final = "lacre-manifest+jwt"
+KEY_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
+MAX_DOCUMENT: Final = 2**20  # bytes of `GET /v1/manifest`; some hundred pools with X-Wing keys
+MAX_CHAIN: Final = 1000  # root statements; a root that changes monthly for 80 years
+
+
+@dataclass(frozen=True, slots=True)
+class RootStatement:
+    """What a root signs: the signer of manifests, until when, and the root that takes over, if one does."""
+
+    signer: bytes
+    expires_at: float
+    next_root: bytes | None = None
+
+    def payload(self) -> bytes:
+        next_root = None if self.next_root is None else b64u(self.next_root)
+        members = {"typ": "lacre-root", "signer": b64u(self.signer), "exp": self.expires_at, "next_root": next_root}
+        return json.dumps(members, separators=(",", ":")).encode()
+
+    @classmethod
+    def parse(cls, members: Members) -> RootStatement:
+        if members.text("typ") != "lacre-root":
+            raise InvalidMessage("a root statement must say typ lacre-root")
+        signer = members.octets("signer", KEY_BYTES)
+        return cls(signer, members.time("exp"), members.optional_octets("next_root", KEY_BYTES))
+
+
+def fingerprint(config: KeyConfig) -> str:
+    """Names a key, where its id alone might be another's of old."""
+    return b64u(hashlib.sha256(config.encode()).digest()[:12])
+
+
+@dataclass(frozen=True, slots=True)
+class PoolKey:
+    """A public key to seal to, and the time (seconds since the epoch) after which nobody should."""
+
+    config: KeyConfig
+    not_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Workers that share keys. `keys`: the newest first; those with a suite unknown here are left out."""
+
+    models: tuple[str, ...]
+    keys: tuple[PoolKey, ...]
+    receipt_key: bytes
+    shapes: tuple[str, ...]
+
+    def members(self) -> dict[str, Any]:
+        keys = [{"config": b64u(key.config.encode()), "not_after": key.not_after} for key in self.keys]
+        receipt_key = b64u(self.receipt_key)
+        return {"models": list(self.models), "keys": keys, "receipt_key": receipt_key, "shapes": list(self.shapes)}
+
+    @classmethod
+    def parse(cls, members: Members) -> Pool:
+        keys = tuple(key for key in map(_parse_key, members.objects("keys")) if key is not None)
+        receipt_key = members.octets("receipt_key", KEY_BYTES)
+        return cls(members.texts("models"), keys, receipt_key, members.texts("shapes"))
+
+
+def _parse_key(members: Members) -> PoolKey | None:
+    encoded, not_after = members.octets("config"), members.time("not_after")
+    try:
+        return PoolKey(KeyConfig.parse(encoded), not_after)
+    except UnsupportedSuite:
+        return None  # a suite of the future beside ones we have; a pool with none left cannot be sealed to
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The signed description of every pool. Times are seconds since the epoch.
+
+    gateway_key verifies grants and audit checkpoints, and certifies nothing else.
+    """
+
+    issuer: str
+    version: int
+    issued_at: float
+    expires_at: float
+    gateway_key: bytes
+    pools: Mapping[str, Pool]
+
+    def members(self) -> dict[str, Any]:
+        return {
+            "iss": self.issuer,
+            "ver": self.version,
+            "iat": self.issued_at,
+            "exp": self.expires_at,
+            "gateway_key": b64u(self.gateway_key),
+            "pools": {name: pool.members() for name, pool in self.pools.items()},
+        }
+
+    @classmethod
+    def parse(cls, members: Members) -> Manifest:
+        return cls(
+            issuer=members.text("iss"),
+            version=members.count("ver"),
+            issued_at=members.time("iat"),
+            expires_at=members.time("exp"),
+            gateway_key=members.octets("gateway_key", KEY_BYTES),
+            pools={name: Pool.parse(pool) for name, pool in members.named_objects("pools").items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What `GET /v1/manifest` serves: the chain of root statements (each one JWS, or two at a change), and the manifest."""
+
+    roots: tuple[tuple[str, ...], ...]
+    manifest: str
+
+    def encode(self) -> bytes:
+        return json.dumps({"roots": self.roots, "manifest": self.manifest}, separators=(",", ":")).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Document:
+        if len(data) > MAX_DOCUMENT:
+            raise MessageTooLarge(f"a manifest document of over {MAX_DOCUMENT} bytes")
+        try:
+            members = Members(json.loads(data), "the manifest document")
+        except (ValueError, RecursionError) as exc:
+            raise InvalidMessage("the manifest document is not JSON") from exc
+        roots = members.text_lists("roots", at_most=MAX_CHAIN)
+        if any(len(entry) not in (1, 2) for entry in roots):
+            raise InvalidMessage("an entry of the chain of roots is one JWS, or two at a change")
+        return cls(roots, members.text("manifest"))

@@ -1,0 +1,174 @@
+"""Remembers the newest manifest seen, for each lineage of roots, so that an older one is noticed.
+
+`VersionFile` keeps it on disk: 0600, replaced atomically, under a lock between processes. `VersionMemory` keeps it in the
+process, for where there is no disk to write: rollback is then bounded by the manifest's expiry alone.
+
+Rules:
+- `accept` verifies signatures, and may wait for other processes: it is for a thread, never for an event loop.
+- Nobody is waited for without end: a lock that stays taken is a `SettingsError`, and nothing is accepted without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Protocol
+
+from lacre.errors import LacreError, SettingsError, UsageError
+from lacre.jose.jws import b64u, b64u_decode
+from lacre.runtime import arguments, folders, forks
+from lacre.trust.chain import Trusted, verify
+from lacre.trust.rollback import Seen, newest, remember
+
+LOCK_WAIT: Final = 10.0  # seconds for others that hold the memory; each of them needs some milliseconds
+_LOCK_LOOK: Final = 0.01  # seconds between looks at whether the lock is free
+MAX_REMEMBERED: Final = 64 * 2**20  # bytes of the file: a document of the largest size for some fifty lineages
+_TAKEN: Final = "another process or thread has held the memory of manifests for too long: see which, and end it"
+
+Decide = Callable[[Sequence[Seen]], tuple[Trusted, tuple[Seen, ...]]]
+
+
+class Memory(Protocol):
+    """Where what was `Seen` is kept. `update` is atomic: `decide` gets all that is kept, and what it returns is kept."""
+
+    def update(self, decide: Decide) -> Trusted: ...
+
+
+def accept(document: bytes, root: bytes, memory: Memory, now: float) -> Trusted:
+    """Verifies `document` against the pinned root and against what was seen before, and remembers the newer.
+
+    Raises what `lacre.trust.chain.verify` raises, Rollback, and SettingsError where the memory cannot be used. now: seconds
+    since the epoch. Takes milliseconds of processor time, and up to `LOCK_WAIT` for the memory.
+    """
+    candidate = verify(document, root, now)
+
+    def decide(remembered: Sequence[Seen]) -> tuple[Trusted, tuple[Seen, ...]]:
+        chosen = newest(candidate, remembered, now)
+        return chosen, remember(chosen, remembered)
+
+    return memory.update(decide)
+
+
+def _decided(decide: Decide, before: Sequence[Seen]) -> tuple[Trusted, tuple[Seen, ...]]:
+    arguments.function(decide, "decide")
+    decision = decide(before)
+    if not isinstance(decision, tuple) or len(decision) != 2 or not isinstance(decision[1], tuple):
+        raise UsageError("decide: it must return what is trusted now, and a tuple of what to remember")
+    return decision
+
+
+class VersionMemory:
+    """In this process only. patience: seconds to wait for other threads."""
+
+    def __init__(self, *, patience: float = LOCK_WAIT) -> None:
+        self._patience = patience
+        self._seen: tuple[Seen, ...] = ()
+        self._lock = threading.Lock()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def update(self, decide: Decide) -> Trusted:
+        if not self._lock.acquire(timeout=self._patience):
+            raise SettingsError(_TAKEN)
+        try:
+            trusted, self._seen = _decided(decide, self._seen)
+        finally:
+            self._lock.release()
+        return trusted
+
+
+class VersionFile:
+    """In a folder of its own. Raises SettingsError where it cannot be written, or holds what was not written here.
+
+    patience: seconds to wait for other processes.
+    """
+
+    def __init__(self, folder: Path, *, patience: float = LOCK_WAIT) -> None:
+        self._folder = folders.given(folder, "folder")
+        self._patience = patience
+
+    @classmethod
+    def default(cls) -> VersionFile:
+        """`manifests` in the state folder: `$XDG_STATE_HOME/lacre`, or `~/.local/state/lacre`. Raises SettingsError."""
+        return cls(folders.state() / "manifests")
+
+    def update(self, decide: Decide) -> Trusted:
+        path = self._folder / "seen.json"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _locked(path.with_suffix(".lock"), self._patience):
+                before = _read(path)
+                trusted, after = _decided(decide, before)
+                if after != before:
+                    _write(path, after)
+        except OSError as exc:
+            raise SettingsError(
+                f"cannot keep the newest manifest in {self._folder} ({exc.strerror}): make it a writable folder with free "
+                "space, or pass memory=lacre.VersionMemory()"
+            ) from exc
+        return trusted
+
+
+@contextmanager
+def _locked(path: Path, patience: float) -> Iterator[None]:
+    import filelock  # noqa: PLC0415 - `import lacre` need not wait for it
+
+    # A soft lock outlives its process and would need breaking, so none is used. Removing the file would break the lock.
+    lock = filelock.FileLock(
+        path, patience, mode=0o600, poll_interval=_LOCK_LOOK, fallback_to_soft=False, preserve_lock_file=True
+    )
+    try:
+        lock.acquire()
+    except filelock.Timeout as exc:
+        raise SettingsError(f"{path}: {_TAKEN}") from exc
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> tuple[Seen, ...]:
+    try:
+        if path.stat().st_size > MAX_REMEMBERED:
+            raise SettingsError(f"{path} has over {MAX_REMEMBERED} bytes: remove it; the next manifest counts as the first")
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, list):
+            raise ValueError
+        return tuple(map(_parse, values))
+    except FileNotFoundError:
+        return ()
+    except SettingsError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, LacreError) as exc:
+        # Never forgotten in silence: an attacker who can spoil this file must not win a rollback by it.
+        raise SettingsError(f"{path} is damaged: remove it if you know why; the next manifest counts as the first") from exc
+
+
+def _parse(value: dict[str, str]) -> Seen:
+    pin, *roots = map(b64u_decode, [value["pin"], *value["roots"]])
+    return Seen(pin, tuple(roots), int(value["ver"]), b64u_decode(value["document"]))
+
+
+def _form(seen: Seen) -> dict[str, object]:
+    roots = [b64u(root) for root in seen.roots]
+    return {"pin": b64u(seen.pin), "roots": roots, "ver": seen.version, "document": b64u(seen.document)}
+
+
+def _write(path: Path, seen: Sequence[Seen]) -> None:
+    content = json.dumps([_form(one) for one in seen]).encode()
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as new:  # mkstemp: 0600 from the start
+        try:
+            new.write(content)
+            new.flush()
+            os.fsync(new.fileno())
+            Path(new.name).replace(path)
+        except BaseException:
+            Path(new.name).unlink(missing_ok=True)
+            raise
