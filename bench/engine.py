@@ -25,8 +25,8 @@ from typing import Any
 import llama_cpp
 
 from bench import command
-from lacre_backend.engine import gguf
 from lacre_backend.engine.model import silence
+from lacre_backend.models import gguf
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacre"
 LIMIT = 300  # seconds for one task of a peer

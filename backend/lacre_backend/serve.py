@@ -20,11 +20,11 @@ from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.app_thread import Elsewhere
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
-from lacre_backend.engine.gguf import DEFAULT_MODEL, find
 from lacre_backend.engine.model import Facts, Gpu
 from lacre_backend.engine.protocol import Kind
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
+from lacre_backend.models.gguf import DEFAULT_MODEL, find
 from lacre_backend.node.claims import ClaimsProbe
 from lacre_backend.node.node import Identity, Node
 from lacre_backend.node.readiness import Holding, Part, Readiness, alive
@@ -37,7 +37,7 @@ from lacre_fabric.keys.kms.wrapping import Keeping, keeping
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.operate.model_names import from_file
+from lacre_fabric.work.model_names import from_file
 from lacre_fabric.work.slots import shares
 
 log = structlog.get_logger("lacre.worker")

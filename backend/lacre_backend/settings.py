@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated, Final, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from lacre.jose.jws import b64u_decode
-from lacre_backend.upstream.origin import OF_A_CONNECTION
-from lacre_backend.upstream.routes import Route
+from lacre_backend.upstream.settings import Upstream
 from lacre_fabric.keys.kms import PLAIN
-from lacre_fabric.operate import model_names
-from lacre_fabric.settings import FilePath, KmsAddress, Name, Nats, RootKey, Table
+from lacre_fabric.settings import FilePath, KmsAddress, ModelName, Name, Nats, RootKey, Seconds, Table
 from lacre_fabric.settings import load as load_table
 
 _FORWARDED: Final = 8  # requests at a time where the settings do not say; what the upstream can take is its operator's to know
-# Not for an upstream, whatever the settings say: who asks, and what the connection or its content is made of.
-_NEVER_PASSED_ON: Final = frozenset(
-    {"authorization", "cookie", "host", "content-length", "content-encoding", "accept-encoding", "expect", "user-agent"}
-) | {name.decode() for name in OF_A_CONNECTION}
-
-ModelName = Annotated[str, Field(pattern=model_names.PATTERN)]
-Seconds = Annotated[float, Field(gt=0)]
 
 
 class Model(Table):
@@ -45,81 +34,6 @@ class Model(Table):
     split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model
     main_gpu: NonNegativeInt = 0
     tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = ()
-
-
-def _route(value: object) -> Route:
-    try:
-        return Route.parse(value if isinstance(value, str) else "")
-    except ValueError:
-        raise PydanticCustomError("route", "write a method and a path, such as 'POST /v1/models/encoder:predict'") from None
-
-
-def _origin(value: str) -> str:
-    parts = urlsplit(value)
-    try:
-        plain = value == f"{parts.scheme}://{parts.netloc}" and "@" not in parts.netloc and parts.port != 0
-    except ValueError:
-        plain = False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
-        raise PydanticCustomError("origin", "write scheme, host and port alone, such as http://127.0.0.1:8080")
-    return value
-
-
-def _passed_on(name: str) -> str:
-    if name in _NEVER_PASSED_ON or name.startswith("lacre-"):
-        raise PydanticCustomError("passed_on", "is none that may go on to an upstream; leave it out")
-    return name
-
-
-class UpstreamModel(Table):
-    """A model that the upstream serves. allow: what may be asked of it, `METHOD /path`, with a `*` for any one segment.
-
-    known_as: its name there, where it is another one. members: of OpenAI's bodies, that go on beside the usual ones. fixed:
-    members that are set whatever the client says. salt: the member that takes the scope of the prefix cache.
-    """
-
-    name: ModelName
-    known_as: str | None = None
-    allow: Annotated[tuple[Annotated[Route, BeforeValidator(_route)], ...], Field(min_length=1)]
-    members: tuple[str, ...] = ()
-    fixed: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    salt: str | None = None
-
-
-class Upstream(Table):
-    """An HTTP server on this host that answers in place of models of our own. origin: its scheme, host and port.
-
-    health: a path that answers with a status of 200 to 299 once the server can work; without one it must only listen.
-    headers: names of request headers that go on, beside `content-type` and `accept`. wait: seconds for its next byte.
-    longest: seconds for a whole answer. largest_answer: bytes.
-    """
-
-    origin: Annotated[str, AfterValidator(_origin)]
-    beyond_loopback: bool = False  # whether it may be on another host: prompts are then in the clear on the way, but for TLS
-    health: Annotated[str, Field(pattern=r"^/[\x21-\x7e]*$")] | None = None
-    models: Annotated[tuple[UpstreamModel, ...], Field(min_length=1)]
-    headers: tuple[Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$"), AfterValidator(_passed_on)], ...] = ()
-    wait: Seconds = 120.0
-    longest: Seconds = 600.0
-    largest_answer: PositiveInt = 64 * 2**20
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Upstream:
-        if not self.beyond_loopback and not _is_loopback(urlsplit(self.origin).hostname or ""):
-            raise PydanticCustomError(
-                "loopback", "origin: is not on this host; run the worker beside it, or set beyond_loopback = true"
-            )
-        names = [model.name for model in self.models]
-        if len(set(names)) < len(names):
-            raise PydanticCustomError("names", "models: two have one name; give one of them another")
-        return self
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Settings(Table):

@@ -34,6 +34,7 @@ from lacre.runtime import folders
 from lacre_fabric.keys import kms
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.servers import Servers
+from lacre_fabric.work import model_names
 
 MAX_FILE: Final = 4 * 2**20  # bytes of a settings file: some ten thousand models or issuers; /dev/zero has no end
 _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
@@ -92,6 +93,8 @@ def _kms_address(value: str) -> str:
 FilePath = Annotated[Path, AfterValidator(_from_folder)]
 RootKey = Annotated[str, AfterValidator(_root_key)]
 KmsAddress = Annotated[str, AfterValidator(_kms_address)]
+ModelName = Annotated[str, Field(pattern=model_names.PATTERN)]
+Seconds = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]  # what `subjects` takes as one token of a subject
 
 

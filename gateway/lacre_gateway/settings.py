@@ -11,12 +11,12 @@ from pydantic_core import PydanticCustomError
 
 from lacre.errors import SettingsError
 from lacre.jose.jws import b64u_decode
+from lacre.runtime.hosts import is_loopback
 from lacre.wire.header import MAX_SEALED_REQUEST
 from lacre_fabric import settings as files
 from lacre_fabric.nats.roles import MAX_PROCESSES
 from lacre_fabric.nats.subjects import check_gateway, process_name
 from lacre_fabric.settings import FilePath, Name, Nats, RootKey, Table
-from lacre_gateway.auth.fetch import allowed, is_loopback
 
 # Signatures that the gateway can check and not make. HS* would let whoever reads this file mint tokens, `none` anybody.
 Algorithm = Literal["EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
@@ -25,6 +25,19 @@ Algorithm = Literal["EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512
 GRANT_MARGIN: Final = 10.0
 # Several whole heads: with less, honest clients on slow networks would make each other go.
 MIN_HELD: Final = 2**20
+
+
+def fetchable(url: str, *, plain: bool = False) -> bool:
+    """Whether the gateway may fetch a document there. plain: also over http, from this machine."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError:
+        return False
+    if not host or parts.username is not None or parts.fragment:
+        return False
+    return parts.scheme == "https" or (plain and parts.scheme == "http" and is_loopback(host))
 
 
 def _web_url(value: str) -> str:
@@ -48,7 +61,7 @@ def _key_set(value: object) -> object:
 
 
 def _key_address(value: str) -> str:
-    if not allowed(value, plain=True):
+    if not fetchable(value, plain=True):
         raise PydanticCustomError("jwks_url", "write the https address of a JWKS (http on loopback only)")
     return value
 
@@ -156,7 +169,7 @@ class Issuer(Table):
             raise PydanticCustomError("jwks", "an issuer has its keys in one place: jwks or jwks_url")
         if self.tenant is not None and self.default_tenant is not None:
             raise PydanticCustomError("tenant", "with `tenant` every token speaks for it: remove `default_tenant`")
-        if self.jwks is None and self.jwks_url is None and not allowed(self.issuer, plain=True):
+        if self.jwks is None and self.jwks_url is None and not fetchable(self.issuer, plain=True):
             raise PydanticCustomError(
                 "discovery",
                 "an issuer is found at its own https address (http on loopback only): correct it, or name its jwks_url",

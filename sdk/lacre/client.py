@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import ssl
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from types import EllipsisType, NoneType
 from typing import Any, Final
@@ -25,6 +24,7 @@ from lacre.runtime.forks import StaysInProcess
 from lacre.transport import oauth, request_log
 from lacre.transport.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.transport.oauth import AsyncToken, Token
+from lacre.transport.options import Verify
 from lacre.transport.sealed import FACTS, AsyncSealedTransport, SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.trust.manifest import Manifest
@@ -41,7 +41,6 @@ DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0
 # apart, and is followed once (`lacre.exchange.retry`).
 DEFAULT_RESUMES: Final = 3
 
-Verify = ssl.SSLContext | str | bool
 EventHooks = Mapping[str, list[Any]]
 Timeout = httpx2.Timeout | float | None | EllipsisType  # of one call; `...` is the client's own
 

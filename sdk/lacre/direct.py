@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from lacre._version import __version__
-from lacre.client import DEFAULT_TIMEOUT, EventHooks, Verify
+from lacre.client import DEFAULT_TIMEOUT, EventHooks
 from lacre.errors import InvalidMessage, MessageTooLarge, SettingsError, UntrustedRoot
 from lacre.evidence.exchange_info import Facts
 from lacre.evidence.verification import Verification
@@ -32,11 +32,12 @@ from lacre.jose.jws import b64u, b64u_decode
 from lacre.problems import DATE, UNKNOWN_KEY, details
 from lacre.runtime import arguments
 from lacre.runtime.forks import StaysInProcess
+from lacre.runtime.hosts import checked_host
 from lacre.transport import request_log
 from lacre.transport.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.transport.oauth import checked, given
+from lacre.transport.options import Verify
 from lacre.transport.sealed import AsyncSealedTransport, SealedTransport
-from lacre.transport.tls_settings import checked_host
 from lacre.trust.manifest_store import VersionMemory
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, KeyConfig, parse_key_list

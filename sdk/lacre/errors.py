@@ -18,13 +18,21 @@ what had been checked by then, and what had not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 import httpx2
 
-if TYPE_CHECKING:
-    from lacre.evidence.verification import Verification
-    from lacre.problems.details import Details
+Detail = str | int | float | tuple[str, ...]
+Details = Mapping[str, Detail]  # members of a problem document, as `lacre.problems.details` has them
+
+
+class Checked(Protocol):
+    """What was checked of an exchange. A client's errors carry a `lacre.Verification`; `lacre.Verification.of` returns it."""
+
+    def members(self) -> dict[str, Any]:
+        """As JSON's objects."""
+        ...
 
 
 class LacreError(Exception):
@@ -36,7 +44,7 @@ class LacreError(Exception):
     """
 
     remedy: str = "Read the message; it names what to do next."
-    verification: Verification | None = None
+    verification: Checked | None = None
     request_id: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:

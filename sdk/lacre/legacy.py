@@ -18,12 +18,12 @@ from lacre import client as sealed
 from lacre import errors
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import ORIGIN
-from lacre.options import AsyncOptions, Options
 from lacre.runtime import arguments
 from lacre.runtime.forks import StaysInProcess
 from lacre.transport import request_log
 from lacre.transport import sealed as transport
 from lacre.transport.dial import NoCookies
+from lacre.transport.options import AsyncOptions, Options
 
 try:
     import httpx

@@ -12,7 +12,7 @@ from typing import Final, Unpack
 import httpx2
 
 from lacre.client import BASE_URL, DEFAULT_TIMEOUT, AsyncClient, Client
-from lacre.options import AsyncOptions, Options
+from lacre.transport.options import AsyncOptions, Options
 
 try:
     import openai

@@ -24,11 +24,11 @@ from lacre.asgi import Usage
 from lacre_backend.api.app import create_app
 from lacre_backend.api.run import Generation
 from lacre_backend.engine import generate as llama_module
-from lacre_backend.engine import gguf
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.protocol import EngineError, Event, Finish, Read, Sampling, Task, TaskRefused, Token
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.models import gguf
 from parts.tiny_model import tiny_model
 
 MakeTask = Callable[..., Task]

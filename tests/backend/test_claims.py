@@ -10,8 +10,8 @@ from lacre import problems
 from lacre.asgi import Call, Receive, Send
 from lacre_fabric.work.contract import FabricUnavailable, QueueTimeout
 from lacre_fabric.work.frames import Kind
-from lacre_fabric.work.memory import MemoryFabric
 from parts.desk import App, Desk, running, until
+from parts.memory_fabric import MemoryFabric
 
 
 class Claims(MemoryFabric):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend.engine import gguf
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import DEFAULT_N_CTX
 from lacre_backend.engine.plan import Limits
 from lacre_backend.engine.protocol import Engine, Finish, Read, Sampling, Task, Token
+from lacre_backend.models import gguf
 
 MakeTask = Callable[..., Task]
 Run = Callable[..., Any]

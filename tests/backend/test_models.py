@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend.engine import gguf
+from lacre_backend.models import gguf
 from lacre_backend.serve import served
 from lacre_backend.settings import Settings
 from lacre_fabric.settings import parse

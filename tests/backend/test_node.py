@@ -32,8 +32,8 @@ from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.node.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
 from lacre_fabric.work.frames import Kind
-from lacre_fabric.work.memory import MemoryFabric
 from parts.desk import CHAT, JSON, NOW, STREAM, Answer, App, Desk, Sealed, running, until
+from parts.memory_fabric import MemoryFabric
 
 
 @pytest.fixture

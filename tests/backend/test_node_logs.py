@@ -22,7 +22,7 @@ from lacre_backend.node.node import Identity, Node
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.frames import Kind
 from lacre_fabric.work.grants import Grant
-from lacre_fabric.work.memory import MemoryFabric
+from parts.memory_fabric import MemoryFabric
 
 CANARY = "canary-7f3a91"
 

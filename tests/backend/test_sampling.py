@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_backend.engine import gguf
 from lacre_backend.engine.model import Facts
 from lacre_backend.engine.pace import GROWTH, LEAST, STRETCH, Pace
 from lacre_backend.engine.protocol import Sampling
 from lacre_backend.engine.sampling import draw
 from lacre_backend.engine.sizing import CPU_ROWS, DEFAULT_SLOTS, OVERHEAD, LlamaSettings, derive
+from lacre_backend.models import gguf
 from parts.tiny_model import tiny_model
 
 unhurried = settings(deadline=None)  # the machine is shared

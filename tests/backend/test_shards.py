@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_backend.engine import gguf, shards
+from lacre_backend.engine import shards
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.sizing import OVERHEAD, derive
+from lacre_backend.models import gguf
 from lacre_backend.serve import load_engine
 from lacre_backend.settings import Model
 from parts.tiny_model import tiny_model, tiny_split_model, write_gguf

@@ -15,7 +15,7 @@ import pytest
 from chart.playing import Machine
 from chart.preparing import MODEL, NATS, POOL, Prepared
 from chart.rendering import NPM, Pod
-from lacre_backend.engine.gguf import find
+from lacre_backend.models.gguf import find
 from lacre_fabric.operate.site import Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NPM is None, reason="npm, which Helm is fetched with, is not installed")]

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 import lacre
-from lacre_backend.engine.gguf import DEFAULT_MODEL, find
+from lacre_backend.models.gguf import DEFAULT_MODEL, find
 from lacre_fabric.operate.nats_server import free_port
 from parts.containers import (
     BASE,

@@ -16,7 +16,7 @@ from chart import preparing
 from chart.preparing import MODEL, NATS, Prepared
 from chart.rendering import NPM, Object
 from containers.node import Node, Played
-from lacre_backend.engine.gguf import find
+from lacre_backend.models.gguf import find
 from lacre_fabric.operate.site import Site
 from parts.containers import Engine, Images, missing, tell, until
 

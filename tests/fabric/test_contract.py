@@ -28,8 +28,8 @@ from lacre_fabric.work.contract import (
 )
 from lacre_fabric.work.frames import Frame, Kind
 from lacre_fabric.work.gateway_stream import PARTING
-from lacre_fabric.work.memory import MemoryFabric
 from parts.fabric import LiveFabric, new_work
+from parts.memory_fabric import MemoryFabric
 
 
 @dataclass

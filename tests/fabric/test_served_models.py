@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_fabric.operate import model_names, served_models
+from lacre_fabric.operate import served_models
 from lacre_fabric.operate.site import Site
+from lacre_fabric.work import model_names
 
 IDS = {
     "SmolLM2-135M-Instruct-Q4_1.gguf": "smollm2-135m-instruct-q4_1",

@@ -15,8 +15,9 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from fuzz.target import Script, Target
 from lacre.errors import SettingsError
-from lacre_gateway.auth.fetch import MAX_DOCUMENT, Fetched, FetchFailed, allowed, fetch
+from lacre_gateway.auth.fetch import MAX_DOCUMENT, Fetched, FetchFailed, fetch
 from lacre_gateway.auth.jwks import KeySet
+from lacre_gateway.settings import fetchable
 
 ALGORITHMS: Final = ("EdDSA", "ES256", "ES384", "ES512", "RS256", "PS512")
 URL: Final = "http://127.0.0.1:1/keys"
@@ -78,7 +79,7 @@ async def _followed(answering: Issuer) -> None:
     async with httpx2.AsyncClient(transport=answering) as client:
         said: Fetched = await fetch(client, URL, None)
         address = said.value.get("jwks_uri") if isinstance(said.value, dict) else None
-        url = address if isinstance(address, str) and allowed(address, plain=True) else URL
+        url = address if isinstance(address, str) and fetchable(address, plain=True) else URL
         keys = await fetch(client, url, None)
         await fetch(client, url, keys.etag)
 

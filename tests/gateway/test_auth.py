@@ -21,7 +21,6 @@ from jwt.algorithms import OKPAlgorithm, RSAAlgorithm
 from lacre import problems
 from lacre.errors import SettingsError
 from lacre_fabric.logs import make_log
-from lacre_fabric.work.memory import MemoryFabric
 from lacre_gateway.auth.claims import BadClaim, ClaimNames, is_name
 from lacre_gateway.auth.jwks import KeySet
 from lacre_gateway.auth.revocation import RevocationList
@@ -29,6 +28,7 @@ from lacre_gateway.auth.throttle import MAX_VERIFYING, FailureThrottle
 from lacre_gateway.auth.tokens import MAX_TOKEN, Authenticator, Principal, TrustedIssuer
 from lacre_gateway.http.refusal import Refusal
 from parts.gateway import AUDIENCE, ISSUER, Issuer, World
+from parts.memory_fabric import MemoryFabric
 
 ALGORITHMS = ("EdDSA", "ES256", "RS256")
 

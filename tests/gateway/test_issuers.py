@@ -17,9 +17,9 @@ from jwt.algorithms import OKPAlgorithm
 from lacre.errors import SettingsError
 from lacre_fabric.logs import make_log
 from lacre_gateway.auth import fetch, jwks_remote
-from lacre_gateway.auth.fetch import allowed
 from lacre_gateway.auth.jwks import KeySet
 from lacre_gateway.auth.jwks_remote import KeysUnavailable, RemoteKeys, Timing
+from lacre_gateway.settings import fetchable
 
 QUICK = Timing(least=60.0, default=60.0, retry=0.02, patience=0.05, cooldown=0.05, stale_limit=3600.0)
 DISCOVERY = "/.well-known/openid-configuration"
@@ -426,7 +426,7 @@ async def test_a_key_that_is_withdrawn_says_so(after: dict[str, Ed25519PrivateKe
     ],
 )
 def test_where_documents_may_be(url: str, plain: bool, expected: bool) -> None:
-    assert allowed(url, plain=plain) is expected
+    assert fetchable(url, plain=plain) is expected
 
 
 ODD = (None, True, 0, -1, 1.5, "", "A", "=", "A" * 43, "A" * 5000, "ß", "\ud800", [], ["a"], {}, {"a": 1})

@@ -12,9 +12,9 @@ import httpx2
 import pytest
 
 from lacre import problems
+from lacre.errors import Detail
 from lacre.exchange.model_paths import KNOWN
 from lacre.problems import Problem, details
-from lacre.problems.details import Detail
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from parts.gateway import FakeWorker, Issuer, Script, World
 

@@ -24,7 +24,6 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.revocations import revoke
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.work.contract import FabricUnavailable
-from lacre_fabric.work.memory import MemoryFabric
 from lacre_fabric.work.revocations import Revocation, subject_key, token_key
 from lacre_gateway.auth import revocation as module
 from lacre_gateway.auth.revocation import MAX_AGE, RevocationList, revocation
@@ -33,6 +32,7 @@ from lacre_gateway.settings import load
 from parts.chat_app import ChatApp
 from parts.cluster import MODEL, POOL, Cluster, GatewayProcess
 from parts.gateway import ISSUER, FakeWorker, Issuer, World
+from parts.memory_fabric import MemoryFabric
 
 NOW = 1_800_000_000.0
 DAY = 86400.0

@@ -15,7 +15,6 @@ import pytest
 
 from lacre.problems import details
 from lacre_fabric.logs import make_log
-from lacre_fabric.work.memory import MemoryFabric
 from lacre_gateway import settings
 from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.revocation import RevocationList
@@ -25,6 +24,7 @@ from lacre_gateway.doctor.findings import Findings
 from lacre_gateway.doctor.trust import _issuer
 from lacre_gateway.http.refusal import Refusal
 from parts.gateway import FakeWorker, Issuer, World
+from parts.memory_fabric import MemoryFabric
 
 from .token_shapes import DROP, ROWS, At, Caller, Refused, Row
 

@@ -17,9 +17,9 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, service_attributes
 
 from lacre import problems
-from lacre_fabric.work.memory import MemoryDelivery
 from lacre_gateway.observe import tracing
 from parts.gateway import MODEL, Issuer, World
+from parts.memory_fabric import MemoryDelivery
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PROMPT = b'{"messages":[{"role":"user","content":"s3cr3t-canary"}]}'

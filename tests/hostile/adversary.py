@@ -33,8 +33,8 @@ from lacre_fabric.logs import PROCESSORS
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.frames import Frame, Kind
 from lacre_fabric.work.grants import Grant
-from lacre_fabric.work.memory import MemoryFabric
 from parts import audited
+from parts.memory_fabric import MemoryFabric
 
 OUTER = ("pool", "model", "action", "max-tokens", "shape")
 

@@ -13,12 +13,12 @@ from hostile.stage import MODEL, OTHER_MODEL, Keys
 from lacre.jose.jws import b64u, raw_public_key
 from lacre_fabric.logs import make_log
 from lacre_fabric.nats.kv import MemoryBucket
-from lacre_fabric.work.memory import MemoryFabric
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.gateway import Gateway, build
 from lacre_gateway.settings import parse
 from parts.gateway import AUDIENCE, ISSUER, Issuer
+from parts.memory_fabric import MemoryFabric
 
 
 class HonestGateway:

@@ -28,7 +28,7 @@ from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.node.node import Identity, Node
 from lacre_fabric.nats.manifest_feed import ManifestFeed
-from lacre_fabric.work.memory import MemoryFabric
+from parts.memory_fabric import MemoryFabric
 
 MODEL = "smollm2-135m"
 OTHER_MODEL = "smollm2-360m"

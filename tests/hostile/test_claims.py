@@ -11,7 +11,6 @@ import pytest
 from hostile.attacks import Verdict, attack
 from lacre import problems
 from lacre_fabric.logs import make_log
-from lacre_fabric.work.memory import MemoryFabric
 from lacre_gateway.auth.issuers import trusted
 from lacre_gateway.auth.revocation import RevocationList
 from lacre_gateway.auth.throttle import FailureThrottle
@@ -19,6 +18,7 @@ from lacre_gateway.auth.tokens import Authenticator
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.settings import Issuer as IssuerSettings
 from parts.gateway import AUDIENCE, ISSUER, Issuer
+from parts.memory_fabric import MemoryFabric
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import open_request
 from lacre_fabric.work.frames import Kind
-from lacre_fabric.work.memory import MemoryDelivery
+from parts.memory_fabric import MemoryDelivery
 
 TEXT = "One, two, three."
 TOKENS = 16

@@ -25,7 +25,7 @@ from lacre_backend.node.node import Identity, Node
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.frames import Frame, Kind
 from lacre_fabric.work.grants import Grant
-from lacre_fabric.work.memory import MemoryDispatch, MemoryFabric
+from parts.memory_fabric import MemoryDispatch, MemoryFabric
 
 CHAT = "/v1/chat/completions"
 NOW = 1_790_000_000.0

@@ -34,7 +34,6 @@ from lacre_fabric.logs import make_log
 from lacre_fabric.nats.kv import MemoryBucket
 from lacre_fabric.work.frames import Kind
 from lacre_fabric.work.grants import Grant
-from lacre_fabric.work.memory import MemoryDelivery, MemoryFabric
 from lacre_gateway.admin.api import create_admin
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.reader import LogReader
@@ -42,6 +41,7 @@ from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.gateway import Gateway, build
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import parse
+from parts.memory_fabric import MemoryDelivery, MemoryFabric
 
 ISSUER = "https://issuer.example"
 AUDIENCE = "lacre-test"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lacre
-from lacre_backend.engine.gguf import find
+from lacre_backend.models.gguf import find
 from parts.up import LACRE, Up, environment, ticks, wait_until_gone
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import lacre
-from lacre_backend.engine import gguf
 from lacre_backend.engine.context import Compute, Context
 from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.plan import Limits, Plan, Segment
 from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.models import gguf
 from parts.workers import MODEL, Workers, busiest
 
 KILLS = 30

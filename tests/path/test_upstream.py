@@ -23,7 +23,7 @@ import pytest
 
 import lacre
 from lacre.evidence.receipts import units
-from lacre_backend.engine import gguf
+from lacre_backend.models import gguf
 from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.leash import leashed

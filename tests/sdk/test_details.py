@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre import problems
+from lacre.errors import Detail
 from lacre.problems import details
-from lacre.problems.details import MAX_LISTED, Detail
+from lacre.problems.details import MAX_LISTED
 
 WHOLE: dict[str, Detail] = {
     "limit": "tokens_per_minute", "scope": "user", "unit": "tokens", "ceiling": 1000, "asked": 1500, "remaining": 3,

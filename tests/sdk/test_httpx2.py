@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 import lacre
-from lacre.options import AsyncOptions, Options
+from lacre.transport.options import AsyncOptions, Options
 from parts.chat_app import ChatApp, reply
 from parts.relay import Relay, Wire
 

@@ -24,7 +24,7 @@ from lacre_backend.engine.protocol import Finish, Token
 
 
 class Progress:
-    """The marks of one answer: each event of text carries one, so that a client can resume it (`lacre.exchange.resume_marks`)."""
+    """The marks of one answer: each event of text has one, so that a client can resume it (`lacre.exchange.resume_marks`)."""
 
     def __init__(self, usage: Usage) -> None:
         self._usage = usage

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lacre.errors import LacreError
 from lacre.jose.jws import raw_public_key
-from lacre_backend.engine.gguf import find
 from lacre_backend.keyring import KeyRing
+from lacre_backend.models.gguf import find
 from lacre_backend.node.claims import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
 from lacre_backend.settings import Settings, load

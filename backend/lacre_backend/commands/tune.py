@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.gguf import find
 from lacre_backend.engine.model import Facts
 from lacre_backend.engine.protocol import Kind
 from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.tune import SLOTS, Choice, tune
+from lacre_backend.models.gguf import find
 from lacre_backend.serve import options
 from lacre_backend.settings import load
 

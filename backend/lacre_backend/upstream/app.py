@@ -23,9 +23,9 @@ from lacre_backend.api.errors import RequestRefused, grant_mismatch, model_not_f
 from lacre_backend.api.http import EventStream, header, read_body, send_json, until_disconnect
 from lacre_backend.api.registry import SALT_HEADER
 from lacre_backend.api.requests import MAX_BODY
-from lacre_backend.settings import Upstream, UpstreamModel
 from lacre_backend.upstream import bodies, counts, events, refusals
 from lacre_backend.upstream.origin import Answer, Headers, Origin, Request
+from lacre_backend.upstream.settings import Upstream, UpstreamModel
 
 MAX_ERROR: Final = 64 * 1024  # bytes of an error that is passed on; one in OpenAI's form has some hundred
 _EVENT_STREAM: Final = b"text/event-stream"

@@ -15,8 +15,8 @@ from typing import Final
 import httpx2
 
 from lacre_backend.node.readiness import Reason
-from lacre_backend.settings import Upstream
 from lacre_backend.upstream.origin import CONNECT
+from lacre_backend.upstream.settings import Upstream
 
 EVERY: Final = 2.0  # seconds between looks: what callers notice of an upstream that goes lasts no longer
 _FAILURES: Final = (OSError, TimeoutError, httpx2.TransportError)

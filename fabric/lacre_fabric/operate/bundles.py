@@ -31,11 +31,12 @@ from lacre.trust.manifest import KEY_BYTES
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys.secret_files import read_secret, write_secret
 from lacre_fabric.nats import subjects
-from lacre_fabric.operate import dev_issuer, model_names, nats_conf, served_models, settings_files
+from lacre_fabric.operate import dev_issuer, nats_conf, served_models, settings_files
 from lacre_fabric.operate.nats_server import configuration
 from lacre_fabric.operate.served_models import DEFAULT_MODEL
 from lacre_fabric.operate.site import Site, gateway_of, worker_of
 from lacre_fabric.settings import NatsServers, validated
+from lacre_fabric.work import model_names
 
 NATS_PORT: Final = 4222
 GATEWAY_PORT: Final = 8321

@@ -10,7 +10,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import secrets
 import time
@@ -28,6 +27,7 @@ from nats.js.api import ConsumerConfig, Header, Placement, StorageType, StreamCo
 
 from lacre.errors import LacreError
 from lacre.jose.jws import b64u
+from lacre.runtime.hosts import is_loopback
 from lacre_fabric.nats import streams as layout
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
@@ -114,7 +114,7 @@ async def _connected(servers: Servers, credential: Credential) -> AsyncIterator[
 def _tls(servers: Servers) -> Finding:
     if servers.tls:
         return Finding("tls", Verdict.OK, "servers prove who they are")
-    far = [host for host in servers.hosts if not _loopback(host)]
+    far = [host for host in servers.hosts if not is_loopback(host)]
     if not far:
         return Finding("tls", Verdict.OK, "none, on this machine alone")
     return Finding(
@@ -123,13 +123,6 @@ def _tls(servers: Servers) -> Finding:
         f"passwords go to {', '.join(far)} in the clear",
         "configure `tls` on the servers, and write tls:// in `url`",
     )
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> list[Finding]:

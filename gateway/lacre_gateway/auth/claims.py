@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre import problems
+from lacre.errors import Detail
 from lacre.problems import Problem
-from lacre.problems.details import Detail
 
 MAX_NAME: Final = 256  # characters of a subject, group or scope
 MAX_NAMES: Final = 256  # groups or scopes of one token

@@ -9,12 +9,10 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import re
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import httpx2
 
@@ -40,28 +38,6 @@ class Fetched:
     value: Any | None
     etag: str | None
     fresh: float | None
-
-
-def allowed(url: str, *, plain: bool = False) -> bool:
-    """Whether a document may be fetched there. plain: over http, too, from this machine."""
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname
-        _ = parts.port
-    except ValueError:
-        return False
-    if not host or parts.username is not None or parts.fragment:
-        return False
-    return parts.scheme == "https" or (plain and parts.scheme == "http" and is_loopback(host))
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def make_client(url: str) -> httpx2.AsyncClient:

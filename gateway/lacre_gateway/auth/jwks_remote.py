@@ -24,8 +24,9 @@ import jwt
 from lacre.errors import LacreError
 from lacre.runtime import tasks
 from lacre_fabric.logs import Log
-from lacre_gateway.auth.fetch import FetchFailed, allowed, fetch, make_client
+from lacre_gateway.auth.fetch import FetchFailed, fetch, make_client
 from lacre_gateway.auth.jwks import KeySet
+from lacre_gateway.settings import fetchable
 
 MAX_WAITING: Final = 256  # tokens with unknown keys that wait for the issuer at a time
 MAX_REASON: Final = 1000  # characters that the log has of what is wrong with keys, of which a set may have a hundred
@@ -169,7 +170,7 @@ class RemoteKeys:
             url = self._issuer.rstrip("/") + WELL_KNOWN
             said = (await fetch(self._http(), url, None)).value
             address = said.get("jwks_uri") if isinstance(said, Mapping) and said.get("issuer") == self._issuer else None
-            if not isinstance(address, str) or not allowed(address, plain=self._issuer.startswith("http:")):
+            if not isinstance(address, str) or not fetchable(address, plain=self._issuer.startswith("http:")):
                 raise FetchFailed(f"{url} does not describe the issuer {self._issuer}, with a jwks_uri of https")
             if address != self._found_at:
                 self._found_at, self._etag = address, None

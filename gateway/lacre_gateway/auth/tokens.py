@@ -26,11 +26,10 @@ from typing import Any, Final, Protocol
 import jwt
 
 from lacre import problems
-from lacre.errors import InvalidMessage, LacreError
+from lacre.errors import Detail, InvalidMessage, LacreError
 from lacre.jose import dpop
 from lacre.jose.jws import b64u, read_object
 from lacre.problems import Problem
-from lacre.problems.details import Detail
 from lacre_fabric.work.revocations import subject_key, token_key
 from lacre_gateway.auth import claims as says
 from lacre_gateway.auth.claims import BadClaim, ClaimNames, Principal, bound_key, moment

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final
 
-from lacre.problems.details import Detail
+from lacre.errors import Detail
 from lacre_gateway.budget.callers import PLAN
 from lacre_gateway.budget.holds import Met, Standing
 from lacre_gateway.budget.plans import Kind

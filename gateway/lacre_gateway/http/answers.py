@@ -9,8 +9,8 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from lacre import problems
+from lacre.errors import Detail
 from lacre.problems import MEDIA_TYPE, Problem
-from lacre.problems.details import Detail
 from lacre_gateway.http.exchange import REFUSED
 from lacre_gateway.http.refusal import Refusal
 

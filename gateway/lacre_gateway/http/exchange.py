@@ -16,7 +16,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from lacre import problems
 from lacre.evidence import audit_proof
@@ -24,7 +24,6 @@ from lacre.evidence.audit_proof import AuditProof
 from lacre.runtime import tasks
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.log import AuditUnavailable, Recorded
-from lacre_gateway.budget.in_flight import Room
 from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.refusal import RawHeaders, Refusal
 
@@ -51,6 +50,14 @@ _ANSWER_HEADERS: Final = (
     (b"x-accel-buffering", b"no"),  # the same, for an nginx in front
     (b"cache-control", b"no-store"),
 )
+
+
+class BodyCount(Protocol):
+    """Counts the bytes of one body, before each is kept: `lacre_gateway.budget.in_flight.Room`."""
+
+    def take(self, size: int) -> None:
+        """Raises to refuse so many bytes more."""
+        ...
 
 
 class ClientGone(Exception):
@@ -102,7 +109,7 @@ class Exchange:
         """Whether an answer is on its way, so that it is too late for a problem document."""
         return self.status is not None
 
-    async def sealed_start(self, room: Room, seconds: float, size: int) -> bytes:
+    async def sealed_start(self, room: BodyCount, seconds: float, size: int) -> bytes:
         """The first `size` bytes of the body, or all of a shorter one. The rest stays unread.
 
         seconds: for this and the rest together. Raises Refusal (too large, too slow), LimitExceeded, or ClientGone.
@@ -111,13 +118,13 @@ class Exchange:
         await self._read(room, size)
         return bytes(self._body[:size])
 
-    async def sealed_body(self, room: Room) -> bytes:
+    async def sealed_body(self, room: BodyCount) -> bytes:
         """The whole body, once its start was read. It is kept here no longer. Raises as `sealed_start`."""
         await self._read(room, MAX_SEALED_REQUEST + 1)
         body, self._body = bytes(self._body), bytearray()
         return body
 
-    async def _read(self, room: Room, size: int) -> None:
+    async def _read(self, room: BodyCount, size: int) -> None:
         """Until there are `size` bytes, or all."""
         try:
             async with asyncio.timeout_at(self._body_until):

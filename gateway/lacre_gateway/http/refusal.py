@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 
+from lacre.errors import Details
 from lacre.problems import MEDIA_TYPE, Problem
-from lacre.problems.details import NONE, Details
+from lacre.problems.details import NONE
 
 RawHeaders = list[tuple[bytes, bytes]]
 

@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Final
 
 from lacre import problems
+from lacre.errors import Detail
 from lacre.exchange.model_paths import KNOWN
-from lacre.problems.details import MAX_LISTED, Detail
+from lacre.problems.details import MAX_LISTED
 from lacre.wire.header import Kem
 from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.http.refusal import Refusal

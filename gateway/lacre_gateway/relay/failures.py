@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from lacre import problems
-from lacre.errors import LacreError, MessageTooLarge, ProtocolError
+from lacre.errors import Detail, LacreError, MessageTooLarge, ProtocolError
 from lacre.problems import Problem
-from lacre.problems.details import Detail
 from lacre_fabric.work.contract import (
     DuplicateWork,
     FabricError,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lacre.errors import LacreError
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.receipts import Receipt
 from lacre.jose.jws import b64u
@@ -75,6 +76,11 @@ class Verification:
     sealed_to: SealedTo | None = None
     receipt: Receipt | None = None
     audit: AuditProof | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(error: LacreError) -> Verification | None:
+        """What had been checked by the time of a client's error. None if the error came before any exchange."""
+        return error.verification if isinstance(error.verification, Verification) else None
 
     def members(self) -> dict[str, Any]:
         """As JSON's objects. Of the audit proof, what its entry says and where it stands."""

@@ -25,6 +25,7 @@ from functools import partial
 from typing import Final
 
 from lacre.errors import (
+    Details,
     Expired,
     InvalidAudit,
     LacreError,
@@ -48,7 +49,6 @@ from lacre.exchange.sealed_answer import MAX_PROBLEM, Opening, Refusal, Trailers
 from lacre.exchange.steps import Offload, Outer, Read, Renew, Send, Steps, Together, Wait, sent_bytes, sent_outer
 from lacre.jose.jws import b64u
 from lacre.problems import DATE, INVALID_TOKEN, PATH_NOT_ALLOWED, UNKNOWN_KEY, Problem, details
-from lacre.problems.details import Details
 from lacre.runtime import forks
 from lacre.trust.chain import Trusted
 from lacre.trust.manifest import MAX_DOCUMENT, Manifest, PoolKey

@@ -10,8 +10,8 @@ from typing import Final
 from urllib.parse import unquote
 
 from lacre import problems
+from lacre.errors import Details
 from lacre.problems import Problem
-from lacre.problems.details import Details
 
 # As `lacre.exchange.request.action_of` has them.
 METHODS: Final[dict[str, str]] = {

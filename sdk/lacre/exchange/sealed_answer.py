@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from lacre.errors import InvalidMessage, RefusedError, UnsealedResponse
+from lacre.errors import Details, InvalidMessage, RefusedError, UnsealedResponse
 from lacre.evidence.exchange_info import Facts, documented
 from lacre.evidence.receipts import Receipt
 from lacre.exchange.steps import Outer, Read, Steps, sent_bytes
 from lacre.problems import BY_TYPE, INTERNAL, NO_GATEWAY, Problem
 from lacre.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
-from lacre.problems.details import Details
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre.wire.ohttp import ResponseOpener

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from lacre import errors
+from lacre.errors import Details
 from lacre.problems import details as members
-from lacre.problems.details import Details
 
 MEDIA_TYPE: Final = "application/problem+json"
 # Limits of requests at once, as gateways name them, and what a client does about them.

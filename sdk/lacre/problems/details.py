@@ -11,11 +11,10 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
-Detail = str | int | float | tuple[str, ...]
-Details = Mapping[str, Detail]
+from lacre.errors import Detail, Details
 
 NONE: Final[Details] = {}
 MAX_LISTED: Final = 32  # names in a list: as many as a person reads

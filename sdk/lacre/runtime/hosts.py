@@ -16,9 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import httpx2
+
 from lacre.errors import SettingsError
 
 LOCALHOST: Final = "localhost"
+_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  # RFC 1123 section 2.1, and `_` as DNS has it
+MAX_HOST: Final = 253  # characters of a name in DNS (RFC 1035 section 2.3.4)
 HTTP: Final = 80  # the port of an http URL that names none
 _AUTHORITY: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(:(?P<port>[0-9]{1,5})?)?")
 _ORIGIN: Final = re.compile(
@@ -125,3 +129,34 @@ def _address(host: str) -> Address | None:
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
         return None
+
+
+def checked_host(host: str) -> str:
+    """The host, if a resolver takes it. Raises SettingsError.
+
+    host: a name, in which other characters than ASCII follow IDNA, or an IP address without brackets.
+    """
+    if ":" in host:
+        return host
+    try:
+        name = httpx2.URL(scheme="http", host=host).raw_host.decode("ascii")
+    except (httpx2.InvalidURL, UnicodeError, ValueError) as exc:
+        raise SettingsError(_no_host(host)) from exc
+    labels = name.removesuffix(".").split(".")
+    if len(name) > MAX_HOST or not all(map(_LABEL.fullmatch, labels)):
+        raise SettingsError(_no_host(host))
+    return host
+
+
+def _no_host(host: str) -> str:
+    return f"{host[:64]!r} is not a host name: a name has letters, digits, dashes and dots, and 1 to 63 characters between dots"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host of a URL, without brackets, is on this machine: `localhost`, or an address that cannot leave it."""
+    if host == LOCALHOST:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

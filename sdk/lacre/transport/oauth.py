@@ -22,8 +22,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from lacre.errors import InvalidMessage, SettingsError, Unauthenticated, Unavailable, UsageError
 from lacre.runtime import arguments
-from lacre.transport.tls_settings import checked_host
-from lacre.trust.chain import is_loopback
+from lacre.runtime.hosts import checked_host, is_loopback
 
 EARLY: Final = 30.0  # seconds before its expiry that a token is replaced; a request under way is checked at its start alone
 EARLY_SHARE: Final = 0.2  # and for one that lives shorter than that lasts, this share of its life

@@ -1,4 +1,4 @@
-"""Whether the connection to the gateway can be set up at all: proxies, certificates, and host names.
+"""Whether the connection to the gateway can be set up at all: proxies and certificates.
 
 httpx2 reads proxies and certificate files from the environment when a client is made. A mistake there becomes a SettingsError
 that names the variable. The value of a proxy variable is never shown: it may hold a password.
@@ -7,7 +7,6 @@ that names the variable. The value of a proxy variable is never shown: it may ho
 from __future__ import annotations
 
 import os
-import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,6 @@ from lacre.errors import SettingsError
 
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy")
 _CERTIFICATES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # in the order in which httpx2 and ssl look
-_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  # RFC 1123 section 2.1, and `_` as DNS has it
-MAX_HOST: Final = 253  # characters of a name in DNS (RFC 1035 section 2.3.4)
 
 
 @contextmanager
@@ -67,24 +64,3 @@ def _certificates(error: OSError, verify: object) -> str:
     if name:
         return f"the environment variable {name}: {os.environ[name]} cannot be used ({why}): correct it, or unset it"
     return f"this system's certificates cannot be read ({why}): set SSL_CERT_FILE to a file of certificates in PEM form"
-
-
-def checked_host(host: str) -> str:
-    """The host, if a resolver takes it. Raises SettingsError.
-
-    host: a name, in which other characters than ASCII follow IDNA, or an IP address without brackets.
-    """
-    if ":" in host:
-        return host
-    try:
-        name = httpx2.URL(scheme="http", host=host).raw_host.decode("ascii")
-    except (httpx2.InvalidURL, UnicodeError, ValueError) as exc:
-        raise SettingsError(_no_host(host)) from exc
-    labels = name.removesuffix(".").split(".")
-    if len(name) > MAX_HOST or not all(map(_LABEL.fullmatch, labels)):
-        raise SettingsError(_no_host(host))
-    return host
-
-
-def _no_host(host: str) -> str:
-    return f"{host[:64]!r} is not a host name: a name has letters, digits, dashes and dots, and 1 to 63 characters between dots"

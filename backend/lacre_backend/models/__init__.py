@@ -1,0 +1,1 @@
+"""Which files the models are, and by which ids a worker serves them."""
