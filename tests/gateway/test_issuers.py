@@ -30,7 +30,7 @@ class Issuer:
     """An HTTP server. documents: what is served where; headers: with each. status, hang: of the next answers."""
 
     port: int = 0
-    fetch: dict[str, Any] = field(default_factory=dict)
+    documents: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
     etags: bool = False

@@ -83,7 +83,7 @@ class GatewayProcess:
         self, folder: Path, *, policies: Path | None = None, audit: Path | None = None, pools: Sequence[str] = (POOL,)
     ) -> None:
         self.site = Site(folder / "state", dict.fromkeys(pools, (MODEL,)))
-        self.audit = audit_proof or self.site.folder / "gateway" / "audit"
+        self.audit = audit or self.site.folder / "gateway" / "audit"
         self.log = folder / "gateway.log"
         self._policies = policies
         self._server = Server(self.site.folder / "nats", free_port())

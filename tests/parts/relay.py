@@ -49,7 +49,7 @@ class Relay:
     tamper: Callable[[bytes], bytes] = bytes
     bend: Callable[[list[bytes]], list[bytes]] = list
     receipts: Callable[[Receipt], list[Receipt]] = lambda receipt: [receipt]
-    audit_proof: Callable[[AuditProof], AuditProof | None] = lambda proof: proof
+    audit: Callable[[AuditProof], AuditProof | None] = lambda proof: proof
     respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
     fault: httpx2.TransportError | None = None
 
