@@ -1,7 +1,8 @@
-"""Every link in the documents leads somewhere: to a file of the tree and, with a `#`, to a heading of it."""
+"""Every link in the documents leads to a file and, with a `#`, to a heading of it. Files and modules that they name exist."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,27 @@ def broken(page: Path) -> Iterator[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of(page: Path) -> None:
     assert list(broken(page)) == []
+
+
+ROOMS = "sdk/|fabric/lacre_|gateway/lacre_|backend/lacre_|tests/|tools/|bench/|deploy/|examples/|policies/|requirements/"
+NAMED = re.compile(rf"(?<![\w/.-])(?:{ROOMS})[\w./-]*\w")
+MODULE = re.compile(r"(?<![\w.])python -m ((?:lacre|tests|bench)[\w.]*)")
+
+
+def missing(text: str) -> list[str]:
+    """Files and modules of ours that a text names, and that do not exist."""
+    files = [name for name in NAMED.findall(text) if not (ROOT / name).exists()]
+    return files + [name for name in MODULE.findall(text) if importlib.util.find_spec(name) is None]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_of(page: Path) -> None:
+    assert missing(page.read_text()) == []
+
+
+def test_a_missing_name_is_seen() -> None:
+    text = "`tests/none.py`, `tests/docs/test_links.py`, `sdk/lacre/`; `python -m lacre.none`, `python -m lacre`"
+    assert missing(text) == ["tests/none.py", "lacre.none"]
 
 
 def test_a_broken_link_is_seen(tmp_path: Path) -> None:
