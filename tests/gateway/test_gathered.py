@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 from lacre_gateway.http.gathered import MOST, GatheredTransport
 
@@ -60,6 +61,43 @@ async def test_what_is_changed_after_the_write_is_sent_as_it_was() -> None:
     buffer[:] = b"otherwise"
     await asyncio.sleep(0)
     assert recorder.written == [b"as it was"]
+
+
+class Paused(asyncio.Protocol):
+    """A server's side of a connection. pauses: how often its transport asked it to stop writing."""
+
+    def __init__(self) -> None:
+        self.pauses = 0
+        self.writable = asyncio.Event()
+        self.writable.set()
+
+    def pause_writing(self) -> None:
+        self.pauses += 1
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+
+
+async def test_a_reader_that_is_slow_pauses_the_server() -> None:
+    """Over a real connection: the server holds what the system does not take, and no more; every byte arrives in order."""
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    loop, protocol = asyncio.get_running_loop(), Paused()
+    inner, _ = await loop.create_connection(lambda: protocol, sock=here)
+    transport, sent = GatheredTransport(inner, loop), bytearray()
+    while protocol.writable.is_set():
+        assert len(sent) < 100 * MOST, "nobody asked the server to stop"
+        piece = len(sent).to_bytes(8, "big") * 1000
+        transport.write(piece)
+        sent += piece
+        await asyncio.sleep(0)
+    assert protocol.pauses == 1 and 0 < inner.get_write_buffer_size() <= 2 * MOST
+    reading = asyncio.create_task(asyncio.to_thread(there.makefile("rb").read))
+    await protocol.writable.wait()
+    transport.close()
+    assert await reading == sent
+    there.close()
 
 
 async def test_close_sends_and_abort_drops() -> None:

@@ -227,7 +227,7 @@ class TestRefusals:
         assert len(sealed_requests(relay)) == 2
 
     def test_unreachable(self, relay: Relay) -> None:
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory()) as client:
+        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), retries=0) as client:
             with pytest.raises(lacre.NetworkError) as caught:
                 client.chat("x")
         assert isinstance(caught.value, httpx2.NetworkError)
@@ -318,10 +318,12 @@ class TestTrust:
             client.chat("canary")
         assert not sealed_requests(relay)
 
-    def test_a_gateway_without_a_manifest(self, client: lacre.Client, relay: Relay) -> None:
+    def test_a_gateway_without_a_manifest(self, relay: Relay) -> None:
         relay.respond = lambda request: problem(problems.UNAVAILABLE)
-        with pytest.raises(errors.Unavailable):
-            client.chat("x")
+        memory = lacre.VersionMemory()
+        with lacre.Client(relay.url, token="t", memory=memory, transport=Wire(relay), retries=0) as client:
+            with pytest.raises(errors.Unavailable):
+                client.chat("x")
 
     async def test_a_memory_that_others_hold_does_not_hold_the_loop(self, relay: Relay, tmp_path: Path) -> None:
         """The one that holds the file's lock lets go of it on this very loop: it could not, if the loop waited for it."""

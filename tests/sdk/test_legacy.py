@@ -83,7 +83,7 @@ def test_network_errors_are_httpxs_and_lacres(relay: Relay, fault: Exception, er
         raise fault
 
     relay.respond = fail
-    with sync_client(relay) as client, pytest.raises(error) as caught:
+    with sync_client(relay, retries=0) as client, pytest.raises(error) as caught:
         client.post(CHAT, json=BODY)
     assert isinstance(caught.value, lacre.NetworkError)
     assert caught.value.remedy != lacre.LacreError.remedy

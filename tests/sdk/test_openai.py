@@ -42,21 +42,23 @@ OUTSIDE = {
     "incremental", "lacre-pool", "lacre-model", "lacre-action", "lacre-max-tokens", "lacre-shape",
 }  # fmt: skip
 
-# What an application may give away about itself and its users without a thought.
+# What an application may give away about itself and its users without a thought. None is of hex digits alone: a cache salt is,
+# and may hold any four of them.
 TELLING: dict[str, Any] = {
     "user": "jo@example.com",
-    "metadata": {"customer": "4711"},
+    "metadata": {"customer": "no. 4711"},
     "safety_identifier": "sid-8812",
     "prompt_cache_key": "tenant-77-conversation-3",
     "extra_headers": {
         "traceparent": TRACE, "tracestate": "vendor=x1", "baggage": "userId=alice", "cookie": "session=c00kie",
         "x-request-id": "req-5150", "idempotency-key": "idem-99", "x-forwarded-for": "203.0.113.9", "referer": "https://intra.example",
-        "from": "jo@example.com", "x-datadog-trace-id": "12345678", "accept-language": "de-AT",
+        "from": "jo@example.com", "x-datadog-trace-id": "trace-12345678", "accept-language": "de-AT",
     },
 }  # fmt: skip
 SECRETS = (
-    "jo@example", "4711", "sid-8812", "tenant-77", TRACE, "vendor=x1", "alice", "c00kie", "req-5150", "idem-99", "203.0.113.9",
-    "intra.example", "12345678", "de-AT", "org-secret", "proj-secret", "in-the-query", "t0ken", "sealed-key",
+    "jo@example", "no. 4711", "sid-8812", "tenant-77", TRACE, "vendor=x1", "alice", "c00kie", "req-5150", "idem-99",
+    "203.0.113.9", "intra.example", "trace-12345678", "de-AT", "org-secret", "proj-secret", "in-the-query",
+    "t0ken", "sealed-key",
 )  # fmt: skip
 
 
@@ -356,13 +358,16 @@ class TestErrors:
         [(httpx2.ReadTimeout("slow"), openai.APITimeoutError), (httpx2.ConnectError("gone"), openai.APIConnectionError)],
         ids=["timeout", "no connection"],
     )
-    def test_the_network(self, sync_openai: openai.OpenAI, relay: Relay, fault: Exception, error: type[Exception]) -> None:
+    def test_the_network(self, relay: Relay, fault: Exception, error: type[Exception]) -> None:
         def fail(_request: httpx2.Request) -> httpx2.Response:
             raise fault
 
         relay.respond = fail
-        with pytest.raises(error) as caught:
-            sync_openai.chat.completions.create(model="tiny", messages=MESSAGES)
+        memory = lacre.VersionMemory()
+        with lacre.Client(relay.url, token="t", memory=memory, transport=Wire(relay), retries=0) as client:
+            talker = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed", max_retries=0)
+            with pytest.raises(error) as caught:
+                talker.chat.completions.create(model="tiny", messages=MESSAGES)
         assert isinstance(caught.value.__cause__, lacre.NetworkError)
 
 

@@ -46,6 +46,11 @@ class Proxy:
         )
 
 
+def over_tls(gateway: Gateway) -> str:
+    """An address where nobody speaks TLS: the client fails at once, where it would wait for a gateway that is away."""
+    return gateway.url.replace("lacre+http://", "lacre://")
+
+
 @contextmanager
 def running(gateway: Gateway, home: Path, *options: str) -> Iterator[Proxy]:
     command = [*LACRE, "proxy", "--port", "0", "--json", *options]
@@ -135,12 +140,13 @@ class TestWhatPasses:
 
     def test_a_gateways_refusal(self, proxy: Proxy, gateway: Gateway) -> None:
         def refuse(request: httpx2.Request) -> httpx2.Response | None:
-            return served(429, problems.RATE_LIMITED.body(), {"retry-after": "7"}) if request.url.path == SEALED else None
+            return served(429, problems.RATE_LIMITED.body(), {"retry-after": "11"}) if request.url.path == SEALED else None
 
         gateway.relay.respond = refuse
         with proxy.client() as client:
             answer = client.post("chat/completions", json=BODY)
-        assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+        # Longer than `PATIENCE` of lacre.backoff: the proxy leaves the waiting to its caller.
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "11")
         assert answer.json()["error"]["code"] == "rate-limited"
 
     def test_a_doubled_slash_is_named(self, proxy: Proxy) -> None:
@@ -481,8 +487,8 @@ class TestStarting:
             subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout == file.read_text().strip()
         )
 
-    def test_a_gateway_that_is_not_there(self, tmp_path: Path) -> None:
-        done = self.run(tmp_path)
+    def test_a_gateway_that_it_cannot_reach(self, gateway: Gateway, tmp_path: Path) -> None:
+        done = self.run(tmp_path, LACRE_URL=over_tls(gateway))
         assert done.returncode == 4
         assert not done.stdout  # no key of a proxy that does not run
 
