@@ -56,6 +56,7 @@ lint: ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/rooms.py
 	$(BIN)/python tools/prose.py $(PROSE)
 
 bench: ready

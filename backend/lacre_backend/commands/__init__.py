@@ -1,4 +1,8 @@
-"""`lacre worker`, `lacre worker check` and `lacre worker tune`."""
+"""`lacre worker`, `lacre worker check` and `lacre worker tune`.
+
+Rules: what a command needs is imported when it runs, so that `lacre --help` stays quick.
+Open `check.py` first: it tries everything that a worker needs to serve. `tune.py` measures a model.
+"""
 
 from __future__ import annotations
 

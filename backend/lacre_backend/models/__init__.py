@@ -1,1 +1,4 @@
-"""Which files the models are, and by which ids a worker serves them."""
+"""Model files: which GGUF files a worker serves, and by which ids.
+
+Open `gguf.py` first.
+"""

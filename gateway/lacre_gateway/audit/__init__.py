@@ -1,12 +1,7 @@
-"""The record of who was allowed what: a Merkle log in the C2SP tlog-tiles layout, with signed checkpoints. docs/audit.md
+"""The record of who was allowed what: a Merkle log in the C2SP tlog-tiles layout, with signed checkpoints (docs/audit.md).
 
-entries    what an entry says: allow-listed fields, one JSON object each
-tiles      the names and bytes of tiles and entry bundles
-edge       the part of the tree that still grows, in memory
-journal    the one file that a group commit appends to and syncs
-store      the log on disk, written: recovery, commits, publication
-log        what the gateway calls: one thread that groups, commits and answers
-reader     the log on disk, read, also while it is written
-check      whether it holds, and if not, the first place where it does not
-index      the entries as a table, for questions
+Rules: an entry holds allow-listed fields only; an entry is durable before its answer leaves; one thread writes.
+Open `log.py` first: it is what the gateway calls. `entries.py` says what an entry holds.
+`tiles.py`, `edge.py`, `journal.py` and `store.py` are the log on disk.
+`reader.py`, `check.py` and `index.py` read it, also while it grows.
 """

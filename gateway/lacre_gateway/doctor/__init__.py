@@ -3,6 +3,8 @@
 Rules:
 - It changes nothing, takes no work and no answer, and can run beside the gateway that it looks after.
 - Each check tells one thing, and its remedy; what cannot be looked at because something else is wrong is `skipped`.
+
+Open `host.py` first for the shape of a check; `findings.py` says what one returns.
 """
 
 from __future__ import annotations

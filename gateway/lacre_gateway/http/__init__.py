@@ -1,0 +1,5 @@
+"""HTTP before its meaning: sockets, uvicorn, one request with its answer, outer headers, refusals, the access log.
+
+Rules: heads and bodies are bounded before the sender is known; an answer is never buffered; a refusal is a problem document.
+Open `exchange.py` first. `headers.py` reads the outer headers, and `refusal.py` is what a caller gets instead of an answer.
+"""

@@ -1,11 +1,6 @@
-"""Who may do what: Cedar rules beside their cases, read as one set. docs/policies.md
+"""Who may do what: Cedar rules and their cases, read as one set (docs/policies.md).
 
-question   a request as rules see it: principal, action, resource, context
-cedar      schema and rules, parsed once; decides
-cases      requests written down, and how they must be decided
-rules      the set in its folder, read and checked as a whole
-trial      tries a set in a process of its own
-explain    why a request is decided as it is
-replay     a log's requests, decided anew under other rules
-live       the set that decides now, and its successor
+Rules: deny by default; a set is read whole, tried against its cases, and swapped at once; the last good one stays.
+Open `question.py` first: a request as rules see it. `cedar.py` decides, and `rules.py` with `cases.py` reads a folder.
+`live.py` holds the set that decides now. `trial.py`, `explain.py` and `replay.py` serve the commands.
 """

@@ -1,4 +1,7 @@
-"""Serving what is sealed: `answer` and `open_sealed` for a worker's node, `Sealed` for any ASGI app of one's own."""
+"""Serving what is sealed: `answer` and `open_sealed` for a worker's node, `Sealed` for any ASGI app of one's own.
+
+Open `sealed.py` first: the ASGI app around another. `app_call.py` calls an app with one opened request.
+"""
 
 from lacre.asgi.app_call import (
     AUTHORITY,

@@ -4,6 +4,8 @@ Rules:
 - What is data goes to stdout; what is said to a person beside it (progress, errors, the lock line) goes to stderr.
 - What somebody else wrote (a model, a gateway, a manifest) never reaches a terminal with its control characters.
 - No secret is taken from an argument or printed, but for the one that `lacre proxy` and `lacre token issue` are asked for.
+
+Open `ask.py` first: the smallest command. `output.py` prints, and `surroundings.py` maps what goes wrong outside.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A problem carries a type and a title out of this table, and typed members of `lacre.problems.details`; never the text of an
 exception. Workers name a problem by its type in an `error` frame; the gateway turns it into the HTTP response, and the SDK
 into a typed error.
+
+The table is in this file. Open `details.py` for the typed members.
 """
 
 from __future__ import annotations

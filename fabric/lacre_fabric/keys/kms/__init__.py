@@ -1,16 +1,8 @@
-"""Key management services that wrap the pools' private keys: one protocol, and which service, by an address.
+"""Key management services that wrap the pools' private keys. An address in the settings chooses one (docs/kms.md).
 
-    plain:                                         no service: the key files are as they are, 0600
-    file:/PATH                                     a local key file, made where there is none
-    awskms:///KEY?region=REGION                    AWS KMS; KEY: an ARN or alias/NAME
-    gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K
-    azurekms://NAME.vault.azure.net/KEY            Azure Key Vault or managed HSM
-    vault://HOST[:PORT]/MOUNT/KEY                  transit of Vault or OpenBao
-    pkcs11:token=T;object=K?module-path=/PATH&pin-source=/PATH     (RFC 7512)
-
-Rules:
-- An address holds no secret. Tokens and PINs come from 0600 files or from where the provider's own tools look for them.
-- A service's library is imported when an address asks for it, and not before.
+Rules: an address holds no secret. Tokens and PINs come from 0600 files, or from where the provider's own tools look.
+A service's library is imported when its address is used.
+Open `protocol.py` first: three methods. `envelope.py` wraps keys by them, and `address.py` parses an address.
 """
 
 from __future__ import annotations

@@ -1,0 +1,80 @@
+"""The import picture of `tools/rooms.py`: few rooms, in floors, without circles, each with a front that says where to begin."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 12  # lines of a front
+
+
+def _rooms() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rooms", ROOT / "tools/rooms.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rooms"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+rooms = _rooms()
+FOLDERS = sorted(
+    path.parent
+    for name, package in rooms.PACKAGES.items()
+    for path in (ROOT / package.folder / name).rglob("__init__.py")
+    if path.parent.name != name
+)
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, source in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return root
+
+
+def test_this_tree_has_no_fault() -> None:
+    found = rooms.pictures()
+    assert len(found) == 4 and all(len(picture.files) > 50 for picture in found)
+    assert [fault for picture in found for fault in rooms.faults(picture)] == []
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ({"wire/a.py": "import lacre.cli.b\n", "cli/b.py": ""}, "wire imports cli"),
+        ({"wire/a.py": "def f():\n    from lacre.cli import b\n", "cli/b.py": ""}, "wire imports cli"),
+        (
+            {"wire/a.py": "if TYPE_CHECKING:\n    from lacre.wire.b import B\n", "wire/b.py": "from lacre.wire import a\n"},
+            "files import each other",
+        ),
+        (
+            {"wire/a.py": "from lacre.jose.b import x\n", "jose/b.py": "from lacre.wire.c import y\n", "wire/c.py": ""},
+            "rooms import",
+        ),
+        ({"new.py": ""}, "new is in FLOORS or in the tree, not in both"),
+        ({f"room{number}.py": "" for number in range(30)}, "30 rooms, at most 20"),
+    ],
+)
+def test_a_fault_is_named(tmp_path: Path, files: dict[str, str], fault: str) -> None:
+    made = tree(tmp_path, {f"sdk/lacre/{name}": source for name, source in files.items()})
+    [picture] = [picture for picture in rooms.pictures(made) if picture.name == "lacre"]
+    assert any(fault in found for found in rooms.faults(picture))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_room_has_a_front(folder: Path) -> None:
+    """It says what the room is for, and names a file that is there."""
+    front = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert front, "write in `__init__.py` what the room is for, its rules, and which file to open first"
+    first = re.search(r"Open `([a-z0-9_]+\.py)`", front)
+    assert first is not None and (folder / first[1]).is_file()
+    assert len(front.splitlines()) <= LONGEST
