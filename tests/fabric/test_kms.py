@@ -102,7 +102,7 @@ def test_without_its_library_the_error_names_the_extra(extra: str) -> None:
     code = f"""
 import sys
 sys.modules[{module!r}] = None  # as Python has it where it is not installed
-from lacre_fabric import kms
+from lacre_fabric.keys import kms
 kms.check({address!r})
 try:
     kms.connect({address!r})

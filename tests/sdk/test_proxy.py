@@ -145,7 +145,7 @@ class TestWhatPasses:
         gateway.relay.respond = refuse
         with proxy.client() as client:
             answer = client.post("chat/completions", json=BODY)
-        # Longer than `PATIENCE` of lacre.backoff: the proxy leaves the waiting to its caller.
+        # Longer than `PATIENCE` of lacre.exchange.retry: the proxy leaves the waiting to its caller.
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "11")
         assert answer.json()["error"]["code"] == "rate-limited"
 

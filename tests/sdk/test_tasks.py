@@ -262,7 +262,7 @@ def test_a_process_ends_by_the_death_of_its_work(begin: str, hangs: bool) -> Non
     """Non-zero and with the traceback; by force where it does not end by itself."""
     code = f"""
 import asyncio, time
-from lacre import tasks
+from lacre.runtime import tasks
 async def boom():
     1 / 0
 async def inner():
