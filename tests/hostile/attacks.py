@@ -23,13 +23,13 @@ Adversary = Literal["gateway", "fabric", "client", "stranger", "worker", "issuer
 F = TypeVar("F", bound=Callable[..., Any])
 
 ADVERSARIES: dict[Adversary, str] = {
-    "gateway": "Whoever runs the gateway and the fabric: holds the gateway's keys, relays every byte, owns the message server",
-    "fabric": "Whoever runs the message server alone: holds everything in it, and no key of the gateway's",
+    "gateway": "The owner of gateway and fabric: holds the gateway's keys, relays every byte, owns the message server",
+    "fabric": "The owner of the message server only: holds everything in it, and no key of the gateway",
     "client": "A caller with a token, against workers and gateway",
-    "stranger": "Anybody who can reach a port of the gateway, without a token",
+    "stranger": "Anyone who can reach a port of the gateway, without a token",
     "worker": "A worker of the pool, against the gateway's books and the caller's",
-    "issuer": "Whoever serves the documents of a token issuer, without its signing key, against the gateway that reads them",
-    "credential": "Somebody with one stolen credential of the message server, against everybody else of the site",
+    "issuer": "The server of a token issuer's documents, without the issuer's signing key, against the gateway that reads them",
+    "credential": "A thief of one credential of the message server, against the rest of the site",
 }
 NOTHING = "nothing"
 
@@ -49,7 +49,7 @@ class Attack:
 
     @property
     def outcome(self) -> str:
-        """The table's last column."""
+        """The table's column of outcomes."""
         if self.refused is None:
             return f"gains: {self.gain}"
         if isinstance(self.refused, Problem):

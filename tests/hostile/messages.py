@@ -13,7 +13,7 @@ from hostile.stage import MODEL, Stage
 from lacre.wire import varint
 from lacre.wire.bhttp import encode_request
 
-FORM = "the message in the seal is checked whole before it is acted on (RFC 9292)"
+FORM = "the whole message in the seal is checked before it is used (RFC 9292)"
 
 
 def chat(stage: Stage, **members: Any) -> bytes:

@@ -21,7 +21,7 @@ def attacks() -> Iterator[str]:
     for adversary, description in ADVERSARIES.items():
         rows = [(test, attack) for test, attack in every().items() if attack.by == adversary]
         yield f"### {description}\n"
-        yield "| attack | what stands against it | what comes of it | test |\n|---|---|---|---|"
+        yield "| attack | defence | outcome | test |\n|---|---|---|---|"
         for test, attack in rows:
             name = test.removeprefix("tests/hostile/").replace(".py::test_", ": ").removeprefix("test_")
             yield f"| {attack.name} | {attack.defence} | {attack.outcome} | {name} |"
@@ -30,8 +30,8 @@ def attacks() -> Iterator[str]:
 
 def defences() -> Iterator[str]:
     attack = every()
-    yield "### Each defence, and the attack that succeeds without it\n"
-    yield "| defence | in | the attack that its absence lets through |\n|---|---|---|"
+    yield "### Defences, and the attack that succeeds without each\n"
+    yield "| defence | in | attack that succeeds without it |\n|---|---|---|"
     for mutation in MUTATIONS:
         yield f"| {mutation.defence} | `{mutation.place}` | {attack[f'tests/hostile/{mutation.test}'].name} |"
     yield ""

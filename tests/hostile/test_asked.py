@@ -99,7 +99,7 @@ async def test_more_prompt(stage: Stage, gateway: GatewayOwner, verdict: Verdict
 
 
 @attack(
-    "seal a request without a date, with two, or with one that is none",
+    "seal a request without a date, with two, or with an invalid one",
     by="client",
     refused=ApiError,
     code=problems.DATE.type,
@@ -135,7 +135,7 @@ async def test_nesting(stage: Stage, gateway: GatewayOwner, verdict: Verdict, ne
 
 
 @attack(
-    "send JSON of millions of values, and hold up everybody else's answers",
+    "send JSON of millions of values, to delay all other answers",
     by="client",
     defence="a limit on values",
     refused=ApiError,
@@ -157,11 +157,11 @@ async def test_bomb(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> No
 
 
 @attack(
-    "share another caller's prefix cache by naming two salts, or an endless one",
+    "share another caller's prefix cache by sending two salts, or an endless one",
     by="client",
     refused=ApiError,
     code="None",
-    defence="one salt, of 256 bytes at most, known to nobody else",
+    defence="one salt of at most 256 bytes, which no other caller knows",
 )
 @pytest.mark.parametrize("salts", [("a", "b"), ("a" * 257,)], ids=["two", "long"])
 async def test_salts(stage: Stage, gateway: GatewayOwner, verdict: Verdict, salts: tuple[str, ...]) -> None:
@@ -198,9 +198,9 @@ async def test_log(stage: Stage, gateway: GatewayOwner, verdict: Verdict, way: s
 
 
 @attack(
-    "have a service that passes its callers' tokens on answer as itself, by sending it none",
+    "send no token to a service that forwards its callers' tokens, so that it answers as itself",
     by="client",
-    defence="absent is None alone: an empty token is refused, and the environment's does not stand in for it",
+    defence="only None means absent: an empty token is refused, and the environment's token does not replace it",
     refused=UsageError,
 )
 @pytest.mark.parametrize("token", ["", " ", "\r\n", lambda: "", lambda: " "])

@@ -46,9 +46,9 @@ def sealed(stage: Stage, size: int = 0) -> bytes:
 
 
 @attack(
-    "have megabytes read from whoever has no token",
+    "have the gateway read megabytes without a token",
     by="stranger",
-    defence="who asks is known before the body is read, and nobody is told to send it",
+    defence="the gateway checks the token before it reads the body or asks for it",
     refused=problems.INVALID_TOKEN,
 )
 @pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
@@ -61,9 +61,9 @@ async def test_nobody(honest: HonestGateway, verdict: Verdict, expect: bytes) ->
 
 
 @attack(
-    "have the admin API read megabytes from whoever has no token",
+    "have the admin API read megabytes without a token",
     by="stranger",
-    defence="who asks is known before the body is read",
+    defence="the gateway checks the token before it reads the body",
     refused=problems.INVALID_TOKEN,
 )
 async def test_admin(honest: HonestGateway, verdict: Verdict) -> None:
@@ -74,7 +74,7 @@ async def test_admin(honest: HonestGateway, verdict: Verdict) -> None:
 @attack(
     "have the admin API read megabytes",
     by="client",
-    defence="a call's body has 16 KiB, counted while it is read",
+    defence="a body has at most 16 KiB, counted while it is read",
     refused=BODY_TOO_LARGE,
 )
 async def test_admin_long(honest: HonestGateway, verdict: Verdict) -> None:
@@ -84,7 +84,7 @@ async def test_admin_long(honest: HonestGateway, verdict: Verdict) -> None:
 
 
 @attack(
-    "have megabytes read that policy denies anyway",
+    "have the gateway read megabytes that policy denies anyway",
     by="client",
     defence="policy decides on the outer headers and the length, before more is read than the sealed request's header",
     refused=problems.PATH_NOT_ALLOWED,
@@ -124,7 +124,7 @@ async def test_bytes(stage: Stage, honest: HonestGateway, verdict: Verdict) -> N
 @attack(
     "fill the disk of the audit log with requests that are refused",
     by="client",
-    defence="refusals have a limit of their own; past it they are counted and not recorded",
+    defence="refusals have their own limit; beyond it they are counted, not recorded",
     refused=problems.RATE_LIMITED,
 )
 async def test_refusals(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, issuer: Issuer) -> None:

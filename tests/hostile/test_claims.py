@@ -39,7 +39,7 @@ async def shown(issuer: Issuer, verdict: Verdict, claims: dict[str, Any]) -> Non
 
 
 @attack(
-    "join so many groups that the token only says where they are, to leave one that a rule forbids",
+    "join so many groups that the token only links to them, which hides one that a rule forbids",
     by="client",
     defence="a token whose groups are elsewhere is refused, unless the settings say otherwise",
     refused=problems.CLAIMS_ELSEWHERE,
@@ -58,9 +58,9 @@ async def test_groups_elsewhere(issuer: Issuer, verdict: Verdict, claims: dict[s
 
 
 @attack(
-    "carry a name that turns the text around it, so that a list of callers shows another's",
+    "carry a name that reverses the text around it, so that a list of callers shows another name",
     by="client",
-    defence="a name with controls, or with what changes the order of text, is no name",
+    defence="a name with control characters, or with characters that reorder text, is refused",
     refused=problems.UNUSABLE_CLAIMS,
 )
 @pytest.mark.parametrize("name", ["nimda\u202e", "\u2066admin\u2069", "alice\u2028admin", "alice\x1b[2K"], ids=ascii)
@@ -69,7 +69,7 @@ async def test_name_that_shows_another(issuer: Issuer, verdict: Verdict, name: s
 
 
 @attack(
-    "have a token read for no tenant in particular, and so for the one that is called default",
+    "use a token without a tenant, which would count as the tenant called default",
     by="client",
     defence="a token that names no tenant is refused, unless the settings name one for it",
     refused=problems.UNUSABLE_CLAIMS,

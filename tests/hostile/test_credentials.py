@@ -33,7 +33,7 @@ from parts.fabric import POOLS, LiveFabric, new_work
 from parts.stolen_nats import StolenNats, published
 
 CLAIMS = Bounds(32 * 1024, 50, 512)  # so little room that it is quickly full
-FULL = "its own pool claims nothing for the 15 minutes that claims live"
+FULL = "its own pool can claim nothing for 15 minutes, the life of a claim"
 
 
 class Site:
@@ -99,7 +99,7 @@ async def answers(site: Site) -> None:
 @attack(
     "fill the claims of its pool, with entries that never go",
     by="credential",
-    defence="every bucket has bounds, whose room is reserved; claims take no time to live",
+    defence="every bucket has a reserved size; a claim cannot set its own time to live",
     refused=None,
     gain=FULL,
 )
@@ -117,7 +117,7 @@ async def test_claims_fill(site: Site) -> None:
 @attack(
     "write another claim over one, or erase it, so that a request runs again",
     by="credential",
-    defence="a claim is written once; claims take no roll-ups",
+    defence="a claim is written once; the bucket accepts no roll-ups",
     refused=None,
     gain="nothing",
 )
@@ -131,7 +131,7 @@ async def test_claim_again(site: Site) -> None:
 
 
 @attack(
-    "cancel a colleague's request, or renew its credit, by an answer of JetStream's",
+    "cancel another worker's request, or renew its credit, through an answer of JetStream",
     by="credential",
     defence="cancels and credit carry an HMAC by a key that only the gateway and the worker of the request know",
     refused=None,
@@ -174,11 +174,11 @@ async def test_deputy(site: Site) -> None:
 
 
 @attack(
-    "announce a worker that is not there, by an answer of JetStream's",
+    "announce a missing worker through an answer of JetStream",
     by="credential",
-    defence="an answer of JetStream's goes to the account that asked, and crosses into no other",
+    defence="JetStream answers only the account that asked",
     refused=None,
-    gain="nothing; of itself a node may say what it likes",
+    gain="nothing; a node may say anything about itself",
 )
 async def test_presence(site: Site) -> None:
     gateway, thief = await site.gateway("g1"), await site.stolen("worker-a-n2")
@@ -194,7 +194,7 @@ async def test_presence(site: Site) -> None:
 @attack(
     "say that it holds no key of its pool, so that no pool gets new keys, and old ones stay on disk",
     by="credential",
-    defence="pools are independent: what fails for one keeps no other from its turn, and the log names the worker",
+    defence="pools rotate independently, and the log names the worker",
     refused=NotTakenUp,
     gain="its own pool keeps its keys until an operator ends that worker",
 )
@@ -224,9 +224,9 @@ async def test_no_new_keys(site: Site, tmp_path: Path, verdict: Verdict) -> None
 
 
 @attack(
-    "erase or change what other gateways drew of the budgets",
+    "erase or change other gateways' draws on the budgets",
     by="credential",
-    defence="each gateway credential writes its own part; budgets take no roll-ups, deletes, purges or times to live",
+    defence="each gateway credential writes its own part; the bucket accepts no roll-ups, deletes, purges or times to live",
     refused=None,
     gain="its own part: it can say that its leases hold a whole budget",
 )
@@ -285,7 +285,7 @@ async def test_subscriptions(site: Site) -> None:
     by="credential",
     defence="each gateway has an account of its own, with connections of its own",
     refused=None,
-    gain="nothing; its own gateway cannot connect anew while it does",
+    gain="nothing; only its own gateway cannot reconnect meanwhile",
 )
 async def test_gateways_connections(site: Site) -> None:
     with pytest.raises(ConnectionError):

@@ -127,7 +127,7 @@ async def test_drop(
         await asked(stage, honest, wire)
 
 
-@attack("number the frames anew, so that none seems to be missing", by="fabric", defence=UNREAD, refused=OpenError)
+@attack("renumber the frames, so that none seems to be missing", by="fabric", defence=UNREAD, refused=OpenError)
 @pytest.mark.parametrize("times", [0, 2])
 async def test_renumber(
     stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, times: int
@@ -170,7 +170,7 @@ async def test_exchange(stage: Stage, honest: HonestGateway, wire: AsgiWire, fab
     "have the gateway tell the caller that its token is invalid",
     by="fabric",
     refused=problems.WORKER_LOST,
-    defence="of a worker's problems the gateway passes on those that are a worker's to say",
+    defence="the gateway passes on only the problems that a worker may report",
 )
 async def test_problem(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     said = problems.INVALID_TOKEN.type.encode()
@@ -182,7 +182,7 @@ async def test_problem(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabr
 @attack(
     "flood a gateway with frames",
     by="fabric",
-    defence="what waits to be read is bounded, for each request",
+    defence="unread bytes are bounded for each request",
     refused=problems.WORKER_LOST,
 )
 async def test_flood(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
@@ -215,7 +215,7 @@ async def test_presence(stage: Stage, honest: HonestGateway, wire: AsgiWire, fab
         await stage.client(wire, honest.token).chat(stage.prompt)
 
 
-@attack("cancel somebody's request in mid-answer", by="fabric", defence=WHOLE, refused=TruncatedStream)
+@attack("cancel a request during its answer", by="fabric", defence=WHOLE, refused=TruncatedStream)
 async def test_cancel(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     def cancelling(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
         if frame.sequence == 4:
@@ -232,7 +232,7 @@ async def test_cancel(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabri
     "promise a worker endless credit, so that it fills the fabric",
     by="fabric",
     refused=None,
-    defence="credit never runs ahead of what was sent: 256 KiB",
+    defence="credit never runs ahead of the bytes sent: 256 KiB",
     gain="nothing; the worker waits for a reader",
 )
 async def test_credit() -> None:
@@ -278,7 +278,7 @@ def claim(**members: Any) -> Receipt:
     by="fabric",
     defence=OF_THE_POOL,
     refused=None,
-    gain="nothing above the truth; the request is booked on an earlier receipt, or as `unreceipted`",
+    gain="nothing above the true usage; the request is booked on an earlier receipt, or as `unreceipted`",
 )
 async def test_forged_receipt(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
     own = Ed25519PrivateKey.generate()
@@ -297,7 +297,7 @@ async def test_forged_receipt(stage: Stage, honest: HonestGateway, wire: AsgiWir
     by="fabric",
     defence="a receipt names the digest of its request",
     refused=None,
-    gain="nothing above the truth; the request is booked on an earlier receipt, or as `unreceipted`",
+    gain="nothing above the true usage; the request is booked on an earlier receipt, or as `unreceipted`",
 )
 async def test_another_receipt(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
     fabric.pass_on = usage(lambda _frame: claim().sign(stage.keys.receipts).encode())

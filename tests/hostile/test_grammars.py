@@ -20,7 +20,7 @@ from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import THREADS, Constraint
 from parts.tiny_model import tiny_model
 
-BESIDE = "masks are computed beside the decode thread, and one that is late holds up its own answer alone"
+BESIDE = "another thread computes the masks, and a late one delays only its own answer"
 
 
 @contextmanager
@@ -50,7 +50,7 @@ class Dearest(Constraint):
 
 
 @attack(
-    "hold every answer of a worker by a schema whose masks take for ever",
+    "delay every answer of a worker with a schema whose masks take forever",
     by="client",
     defence=BESIDE,
     refused=None,
@@ -76,9 +76,9 @@ async def test_slow_masks(stage: Stage, gateway: GatewayOwner, verdict: Verdict,
 
 
 @attack(
-    "have an answer cut short by a schema that reaches a limit of the masks, and pass it off as whole",
+    "have a mask limit cut an answer short, and present it as whole",
     by="client",
-    defence="a limit that masks reach is an error of the request's own",
+    defence="reaching a mask limit ends that request with an error",
     refused=ApiError,
     code="schema_too_costly",
 )
@@ -95,9 +95,9 @@ async def test_limits_of_masks(stage: Stage, gateway: GatewayOwner, verdict: Ver
 
 
 @attack(
-    "hold the worker up by a schema whose branches multiply",
+    "stall the worker with a schema whose branches multiply",
     by="client",
-    defence="the cases of a schema are counted while they are made, beside the event loop",
+    defence="a schema's cases are counted while they are made, outside the event loop",
     refused=ApiError,
     code="invalid_value",
 )
@@ -111,7 +111,7 @@ async def test_cases_multiply(stage: Stage, gateway: GatewayOwner, verdict: Verd
 
 
 @attack(
-    "hold the worker up by steps of numbers, each of which has thousands of remainders",
+    "stall the worker with `multipleOf` values that have thousands of remainders each",
     by="client",
     defence="the remainders of a request's schemas are counted together",
     refused=ApiError,
@@ -130,7 +130,7 @@ async def test_remainders(stage: Stage, gateway: GatewayOwner, verdict: Verdict,
 @attack(
     "weaken a schema by a grammar library's own options inside it",
     by="client",
-    defence="a keyword that is not the standard's is refused by name",
+    defence="a keyword outside the standard is refused by name",
     refused=ApiError,
     code="invalid_value",
 )

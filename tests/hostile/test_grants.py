@@ -28,7 +28,7 @@ from lacre_fabric.work.grants import TYP
 
 BY_THE_GATEWAY = "a grant is signed by the gateway's key, which the manifest names"
 BOUND = "a grant is bound to the digest of one sealed request"
-INSIDE = "the inside repeats what stands outside, and the worker compares it with the grant"
+INSIDE = "the sealed request repeats the outer headers, and the worker compares them with the grant"
 
 
 # The fabric's owner: no key
@@ -77,7 +77,7 @@ async def test_unsigned(stage: Stage, honest: HonestGateway, wire: AsgiWire, ver
     await refused(stage, honest, wire, verdict, forge)
 
 
-@attack("leave the grant out", by="fabric", defence="nothing runs without one", refused=problems.INVALID_GRANT)
+@attack("omit the grant", by="fabric", defence="no request runs without a grant", refused=problems.INVALID_GRANT)
 async def test_without(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
     await refused(stage, honest, wire, verdict, regranted(lambda _token: ""))
 
@@ -266,7 +266,7 @@ async def mismatch(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict:
 @attack(
     "grant a shape that does not exist",
     by="gateway",
-    defence="a worker grants no shape that it does not have",
+    defence="a worker refuses a shape that it does not know",
     refused=problems.INVALID_GRANT,
 )
 async def test_unknown_shape(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
@@ -296,7 +296,7 @@ async def test_pool(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict
     by="gateway",
     refused=ApiError,
     code="grant_mismatch",
-    defence="the worker refuses inside the seal: the gateway does not learn which it was",
+    defence="the worker refuses inside the seal: the gateway does not learn the reason",
 )
 async def test_prompt_tokens(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     await stage.worker()
@@ -305,7 +305,7 @@ async def test_prompt_tokens(stage: Stage, caller: Caller, gateway: GatewayOwner
         await caller.chat(stage.prompt)
 
 
-@attack("grant features that do not exist", by="gateway", defence="the worker knows of none", refused=None, gain="nothing")
+@attack("grant features that do not exist", by="gateway", defence="workers know no features", refused=None, gain="nothing")
 async def test_features(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
     await stage.worker()
     gateway.grant = {"features": ("debug", "log_prompts")}
@@ -316,7 +316,8 @@ async def test_features(stage: Stage, caller: Caller, gateway: GatewayOwner) -> 
     "change an outer header on its way to an honest gateway",
     by="gateway",
     refused=InvalidAudit,
-    defence="the gateway's proof names what it was asked; behind that, the inside repeats it, and no app is called",
+    defence="the gateway's proof names the headers that it received; the worker compares them with the sealed copy, and "
+    "calls no app",
 )
 @pytest.mark.parametrize(
     ("header", "value"),

@@ -130,9 +130,9 @@ async def test_fields(port: Port, verdict: Verdict) -> None:
 
 
 @attack(
-    "send many heads at once that are never whole",
+    "send many incomplete heads at once",
     by="stranger",
-    defence="all connections together hold a bounded number of bytes for nobody; who has held some for longest is cut off",
+    defence="bytes that no app asked for are bounded over all connections; the longest holder is cut off",
     refused=None,
     gain="that its own older connections end",
 )
@@ -171,7 +171,7 @@ async def test_one_address(honest: HonestGateway) -> None:
 @attack(
     "hold connections whose TLS handshake never ends",
     by="stranger",
-    defence="a handshake takes a place like any connection, in all and of its address; the oldest makes room",
+    defence="a handshake counts as a connection, in total and for its address; the oldest makes room",
     refused=None,
     gain="that its own older connections end",
 )
@@ -189,7 +189,7 @@ async def test_handshakes(honest: HonestGateway, limit: str) -> None:
 
 
 @attack(
-    "be somebody by a token behind the body",
+    "authenticate with a token in the trailers, behind the body",
     by="stranger",
     defence="a request's fields are those of its head; trailers are dropped",
     refused=problems.INVALID_TOKEN,
@@ -203,9 +203,9 @@ async def test_trailer(stage: Stage, honest: HonestGateway, port: Port, verdict:
 
 
 @attack(
-    "hide a second request in the body of a first, by two readings of its length",
+    "hide a second request in the body of a first, by an ambiguous length",
     by="stranger",
-    defence="a transfer coding and a length never come together",
+    defence="a request with both a transfer coding and a length is refused",
     refused=UnreadableRequest,
 )
 async def test_smuggle(port: Port, verdict: Verdict) -> None:
@@ -217,7 +217,7 @@ async def test_smuggle(port: Port, verdict: Verdict) -> None:
 @attack(
     "hide a second request in the body of a first, by a coding that another server decodes",
     by="stranger",
-    defence="chunked is the one transfer coding",
+    defence="chunked is the only transfer coding",
     refused=UnreadableRequest,
 )
 async def test_coding(port: Port, verdict: Verdict) -> None:
@@ -226,9 +226,9 @@ async def test_coding(port: Port, verdict: Verdict) -> None:
 
 
 @attack(
-    "reach a path past a proxy that filters by it",
+    "reach a path that a proxy filters out",
     by="stranger",
-    defence="a path that is not in its normal form is none",
+    defence="a path that is not in normal form is refused",
     refused=UnreadableRequest,
 )
 @pytest.mark.parametrize("path", ["/v1/se%61led", "/healthz/../v1/sealed", "//v1/sealed", "/v1/./sealed"])
@@ -239,7 +239,7 @@ async def test_path(port: Port, verdict: Verdict, path: str) -> None:
 @attack(
     "send thousands of requests ahead on one connection",
     by="stranger",
-    defence="one is read at a time; what is sent ahead waits in the network",
+    defence="one request is read at a time; the others wait in the network",
     refused=None,
     gain="answers, one after the other",
 )

@@ -23,9 +23,9 @@ ODD = [{"kid": ["a"]}, {"crv": ["Ed25519"]}, {"alg": {"a": 1}}, {"x": 7}, {"kty"
 
 
 @attack(
-    "publish a key whose members are lists, numbers or objects, to end the reading of keys",
+    "publish a key whose members are lists, numbers or objects, to stop the reading of keys",
     by="issuer",
-    defence="the members of a key that are text must be text",
+    defence="text members of a key must be text",
     refused=Unusable,
 )
 @pytest.mark.parametrize("odd", ODD, ids=repr)
@@ -35,9 +35,9 @@ async def test_odd_members(odd: dict[str, Any], verdict: Verdict) -> None:
 
 
 @attack(
-    "answer with what no client library takes, so that the gateway never looks again and a withdrawn key stays good",
+    "answer with bytes that break client libraries, so that the gateway never looks again and accepts a withdrawn key",
     by="issuer",
-    defence="whatever a look raises, it is a failed look: the next one comes, and keys have a ceiling",
+    defence="any exception is a failed look: the next one follows, and old keys expire",
     refused=None,
     gain="the delay of one retry",
 )

@@ -16,7 +16,7 @@ from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from parts.desk import App, Desk, running, until
 
-BY_LIMITS = "the end of an app needs no room among its messages, and is waited for within a limit"
+BY_LIMITS = "an app can end while its message queue is full, within a time limit"
 TIMES = 5
 
 
@@ -42,7 +42,7 @@ class Flood:
 
 
 @attack(
-    "ask for a stream, take nothing of it, and hang up, again and again, at a service behind the seal",
+    "ask a sealed service for streams again and again, read nothing and hang up",
     by="client",
     defence=BY_LIMITS,
     refused=None,
@@ -81,7 +81,7 @@ async def test_stalled_at_a_service() -> None:
 
 
 @attack(
-    "ask for a stream at a worker, take one frame of it, and leave, again and again, until its slots are gone",
+    "ask a worker for streams again and again, read one frame and leave, until its slots are gone",
     by="client",
     defence=BY_LIMITS,
     refused=None,

@@ -22,7 +22,7 @@ async def record_lengths(stage: Stage, gateway: GatewayOwner, text: str, **optio
     by="gateway",
     defence="shape `pad`: each record is as long as the others",
     refused=None,
-    gain="how many records there are, and when each leaves",
+    gain="the number of records, and when each leaves",
 )
 async def test_records(stage: Stage, gateway: GatewayOwner) -> None:
     await stage.worker()
@@ -37,7 +37,7 @@ async def test_records(stage: Stage, gateway: GatewayOwner) -> None:
     by="gateway",
     defence="shape `pad`: an answer falls into a bucket",
     refused=None,
-    gain="the bucket: of 12 % above 4 KiB, one below it",
+    gain="the bucket: steps of 12 % above 4 KiB, one bucket below",
 )
 async def test_whole(stage: Stage, gateway: GatewayOwner) -> None:
     await stage.worker()
@@ -53,7 +53,7 @@ async def test_whole(stage: Stage, gateway: GatewayOwner) -> None:
     by="gateway",
     defence="shape `pad`: a request falls into a bucket",
     refused=None,
-    gain="the bucket: of 12 % above 4 KiB, one below it",
+    gain="the bucket: steps of 12 % above 4 KiB, one bucket below",
 )
 async def test_requests(stage: Stage, gateway: GatewayOwner) -> None:
     await stage.worker()

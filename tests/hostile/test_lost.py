@@ -17,11 +17,11 @@ from lacre_fabric.work.frames import Frame
 
 
 @attack(
-    "end one worker after another by one call that ends each",
+    "crash one worker after another with one call",
     by="client",
-    defence="a request that was delivered before is not begun again, and the SDK counts the workers that a call was lost by",
+    defence="a redelivered request does not begin again, and the SDK counts the workers that a call lost",
     refused=problems.UNCLAIMED,
-    gain="two workers for each call of the SDK's, one for each sealed request",
+    gain="two workers for each SDK call, one for each sealed request",
 )
 async def test_one_after_another(
     stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict
@@ -34,11 +34,11 @@ async def test_one_after_another(
 
 
 @attack(
-    "end one worker after another in the midst of its answer",
+    "crash one worker after another during its answer",
     by="client",
-    defence="a gateway ends an answer in order where its worker may be lost, and the SDK counts it, over all parts of a call",
+    defence="the gateway ends an answer in order if its worker may be lost, and the SDK counts that over all parts of a call",
     refused=StreamBroken,
-    gain="two workers for each call of the SDK's, one for each sealed request",
+    gain="two workers for each SDK call, one for each sealed request",
 )
 async def test_in_mid_answer(
     stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict
@@ -58,11 +58,11 @@ async def test_in_mid_answer(
 
 
 @attack(
-    "break each answer off as a gateway does that dies, so that the caller counts no worker",
+    "break each answer like a dying gateway, so that the caller counts no worker",
     by="gateway",
-    defence="a call's breaks are counted too, of whatever kind",
+    defence="the SDK counts every broken answer of a call",
     refused=StreamBroken,
-    gain=f"{DEFAULT_RESUMES} more sealed requests for each answer that is begun, with their sizes and token ceilings",
+    gain=f"{DEFAULT_RESUMES} more sealed requests for each answer, with their sizes and token ceilings",
 )
 async def test_as_if_it_had_died(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
     worker = await stage.worker()

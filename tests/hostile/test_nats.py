@@ -25,8 +25,8 @@ from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats
 
 THIEF = "worker-a-n2"
-BOUNDED = "what a worker says of itself is bounded where it is parsed"
-OWN_LOOP = "a message is parsed by the gateway's own rules, and what it raises ends with it"
+BOUNDED = "the parser limits everything that a worker announces"
+OWN_LOOP = "the gateway parses messages by its own rules, and an exception drops only that message"
 ODD_HEADERS = (
     b"NATS/1.0 \xff\xff\xff\r\n\r\n",
     b"NATS/1.0 100 \xff\xff\r\n\r\n",
@@ -103,7 +103,7 @@ async def site(server: LiveFabric) -> AsyncIterator[Site]:
 
 
 @attack(
-    "publish under a subject that is no text, so that the gateway's connection stops reading",
+    "publish under a subject that is not text, so that the gateway's connection stops reading",
     by="worker",
     refused=None,
     gain="nothing; the message is dropped and counted",
@@ -119,10 +119,10 @@ async def test_subject(site: Site) -> None:
 
 
 @attack(
-    "publish under headers that a client library cannot read, so that the gateway stops hearing every pool",
+    "publish headers that a client library cannot read, so that the gateway loses every pool",
     by="worker",
     refused=None,
-    gain="nothing; such a frame is none",
+    gain="nothing; such a frame is ignored",
     defence=OWN_LOOP,
 )
 async def test_headers_to_the_gateway(site: Site) -> None:
@@ -136,10 +136,10 @@ async def test_headers_to_the_gateway(site: Site) -> None:
 
 
 @attack(
-    "name another subscription of the gateway's in a subject, behind a form feed",
+    "name another subscription of the gateway in a subject, behind a form feed",
     by="worker",
     refused=None,
-    gain="nothing; the message stays where its permission lets it go",
+    gain="nothing; the message goes only where its permission allows",
     defence="the server's lines are split at spaces, which no subject has",
 )
 async def test_other_subscription(site: Site) -> None:
@@ -158,7 +158,7 @@ async def test_other_subscription(site: Site) -> None:
 
 
 @attack(
-    "queue work with headers that a client library cannot read, so that workers stop hearing",
+    "queue work with headers that a client library cannot read, so that workers take no more work",
     by="gateway",
     refused=None,
     gain="a pull for each message, which the worker acks as unanswerable",
@@ -174,10 +174,10 @@ async def test_headers(site: Site) -> None:
 
 
 @attack(
-    "say in presence that it has slots of 400 digits, so that metrics cannot be shown",
+    "announce a number of slots with 400 digits, so that metrics fail",
     by="worker",
     refused=None,
-    gain="nothing; such a sign of presence is none",
+    gain="nothing; such a sign of presence is ignored",
     defence=BOUNDED,
 )
 async def test_count(site: Site) -> None:
@@ -191,11 +191,11 @@ async def test_count(site: Site) -> None:
 
 
 @attack(
-    "answer for thousands of requests that there are none of, each of which the gateway would cancel",
+    "answer thousands of unknown requests, each of which the gateway would cancel",
     by="worker",
     refused=None,
-    gain="a few hundred words a second from the gateway to its own pool",
-    defence="how many such requests are told of is bounded",
+    gain="a few hundred messages a second from the gateway to its own pool",
+    defence="the number of such cancels is limited",
 )
 async def test_to_nobody(site: Site) -> None:
     thief, said = await site.thief(), site.gateway.connection.client.stats["out_msgs"]
@@ -208,7 +208,7 @@ async def test_to_nobody(site: Site) -> None:
 
 
 @attack(
-    "send messages longer than any frame, which the gateway would have to keep until they are whole",
+    "send messages longer than any frame, which the gateway would have to buffer whole",
     by="worker",
     refused=None,
     gain="nothing; they are dropped as they arrive",
@@ -224,10 +224,10 @@ async def test_too_long(site: Site) -> None:
 
 
 @attack(
-    "cut a connection while an answer is on its way, so that the caller waits until the queue's limit",
+    "cut a connection during an answer, so that the caller waits until the queue limit",
     by="fabric",
     refused=WorkerLost,
-    defence="with each new connection the gateway looks whether what has not begun is still in its queue",
+    defence="on each new connection the gateway checks whether requests that have not begun are still queued",
 )
 async def test_cut(site: Site, verdict: Verdict) -> None:
     dispatch = await site.gateway.dispatch(new_work("a"))
@@ -245,11 +245,11 @@ async def test_cut(site: Site, verdict: Verdict) -> None:
 
 
 @attack(
-    "let a connection stand still without closing it",
+    "stall a connection without closing it",
     by="fabric",
     refused=None,
-    gain="the few seconds until the gateway makes another one, and is not ready meanwhile",
-    defence="a connection on which nothing comes, not even the answer to a ping, is a lost one",
+    gain="a few seconds, in which the gateway is not ready",
+    defence="a connection that stays silent, even to a ping, counts as lost",
 )
 async def test_still(site: Site) -> None:
     client, credential = DirectClient(look=0.05), site.nats.credentials["gateway-g1"]
@@ -262,10 +262,10 @@ async def test_still(site: Site) -> None:
 
 
 @attack(
-    "have JetStream's answers sent to other gateways as the presence of pools that there are none of",
+    "have JetStream's answers sent to other gateways as the presence of unknown pools",
     by="gateway",
     refused=None,
-    gain="nothing; the answers stay in its account, and none is a sign of presence that can be read",
+    gain="nothing; the answers stay in its account, and none is valid as a sign of presence",
     defence="each gateway has an account of its own",
 )
 async def test_pools_of_nobody(site: Site) -> None:
@@ -278,10 +278,10 @@ async def test_pools_of_nobody(site: Site) -> None:
 
 
 @attack(
-    "seem to be so many workers that the gateway's memory grows",
+    "announce so many workers that the gateway's memory grows",
     by="worker",
     refused=None,
-    gain="nothing for the other pools; its own has no room for newcomers for 3 s",
+    gain="nothing in other pools; its own pool has no room for new workers for 3 s",
     defence=BOUNDED,
 )
 async def test_crowd(site: Site) -> None:

@@ -36,7 +36,7 @@ def headers_of(honest: HonestGateway, **changes: str) -> list[tuple[str, str]]:
 @attack(
     "send a request in the clear",
     by="client",
-    defence="there is one media type, and no other way in",
+    defence="there is one media type, and no other endpoint",
     refused=problems.UNSUPPORTED_MEDIA_TYPE,
 )
 @pytest.mark.parametrize("media_type", ["application/json", "message/ohttp-req", "message/bhttp"])

@@ -15,7 +15,7 @@ from hostile.callers import Caller
 from hostile.stage import OTHER_MODEL, Stage
 from lacre.errors import InvalidAudit
 
-PROVED = "the caller takes an answer with a proof that the gateway recorded what it was asked"
+PROVED = "the caller accepts an answer only with a proof that the gateway recorded the request"
 
 Entry = dict[str, Any]
 
@@ -54,7 +54,7 @@ async def test_another(stage: Stage, caller: Caller, gateway: GatewayOwner, verd
     await unproved(stage, caller, gateway, verdict, lambda entry: entry | other)
 
 
-@attack("record a request under somebody else's name", by="gateway", defence=PROVED, refused=InvalidAudit)
+@attack("record a request under another caller's name", by="gateway", defence=PROVED, refused=InvalidAudit)
 async def test_name(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
     await stage.worker()
     token = jwt.encode({"sub": "alice", "iss": "https://issuer.example"}, "k" * 32)
@@ -74,7 +74,7 @@ async def test_key(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict:
 @attack(
     "show its callers one log, and its auditors another",
     by="gateway",
-    defence="nothing at once: whoever compares two signed checkpoints has the proof",
+    defence="nothing at once: two signed checkpoints prove it to anyone who compares them",
     refused=None,
     gain="a second log, until somebody compares",
 )

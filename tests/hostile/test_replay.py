@@ -29,8 +29,8 @@ from lacre.wire.opening import PrivateKey
 from lacre_fabric.work.contract import CLAIM_TTL
 
 NOW = 1_800_000_000.0
-ONCE = "a node remembers the digests that it has opened, for longer than a date is good"
-CLAIM = "a worker claims a request in the whole pool before anything of an answer leaves"
+ONCE = "a worker remembers each opened digest for longer than its date is valid"
+CLAIM = "a worker claims a request in the whole pool before it sends any part of an answer"
 DATE = "the sealed `date` bounds the window: 300 s"
 AGAIN = "one more sealed answer"
 
@@ -42,10 +42,10 @@ async def recorded(stage: Stage, gateway: GatewayOwner) -> bytes:
 
 
 @attack(
-    "send a recorded request to the gateway again, with a token of one's own",
+    "send a recorded request to the gateway again, with another token",
     by="client",
     refused=problems.REPLAYED,
-    defence="the queue takes a digest once, at whichever gateway",
+    defence="the queue takes a digest once, from all gateways together",
 )
 async def test_at_the_gateway(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker()
@@ -58,7 +58,7 @@ async def test_at_the_gateway(stage: Stage, honest: HonestGateway, wire: AsgiWir
 
 
 @attack(
-    "deliver a request twice", by="fabric", defence=CLAIM, refused=None, gain="nothing; the second copy ends without a word"
+    "deliver a request twice", by="fabric", defence=CLAIM, refused=None, gain="nothing; the second copy ends without an answer"
 )
 async def test_twice(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
     worker = await stage.worker()
@@ -79,7 +79,7 @@ async def settled(fabric: HostileFabric, ended: int) -> None:
     by="fabric",
     defence=CLAIM,
     refused=None,
-    gain="nothing; the second copy ends without a word",
+    gain="nothing; the second copy ends without an answer",
 )
 async def test_two_workers(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
     workers = [await stage.worker(slots=1), await stage.worker(slots=1)]
@@ -95,7 +95,7 @@ async def test_two_workers(stage: Stage, honest: HonestGateway, wire: AsgiWire, 
     by="gateway",
     defence=f"{CLAIM}; {ONCE}",
     refused=None,
-    gain="nothing; the second copy ends without a word",
+    gain="nothing; the second copy ends without an answer",
 )
 async def test_same_worker(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
     worker = await stage.worker()
@@ -110,7 +110,7 @@ async def test_same_worker(stage: Stage, gateway: GatewayOwner, fabric: HostileF
     by="fabric",
     defence=ONCE,
     refused=None,
-    gain="nothing; the second copy ends without a word",
+    gain="nothing; the second copy ends without an answer",
 )
 async def test_same_worker_wiped(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
     worker = await stage.worker()
@@ -122,11 +122,11 @@ async def test_same_worker_wiped(stage: Stage, gateway: GatewayOwner, fabric: Ho
 
 
 @attack(
-    "fill a worker's memory with requests of one's own, until it forgets",
+    "fill a worker's replay memory with requests, until it forgets",
     by="gateway",
     refused=None,
-    gain="nothing; a full memory takes no more requests",
-    defence="what may still be replayed is never forgotten",
+    gain="nothing; a full memory refuses requests",
+    defence="a digest that could still be replayed is never forgotten",
 )
 async def test_flood() -> None:
     now = time.time()
@@ -139,11 +139,11 @@ async def test_flood() -> None:
 
 
 @attack(
-    "send requests of a wrong date without end, until an app behind `Sealed` has no memory left for others",
+    "send endless requests with wrong dates, until an app behind `Sealed` has no replay memory left",
     by="client",
     refused=None,
     gain="a sealed refusal for each of them",
-    defence="nothing is remembered of what its date keeps from running",
+    defence="a request that is refused for its date is not remembered",
 )
 async def test_stale_requests() -> None:
     """Seen by one of them: once its date has come it runs, and then it is remembered."""
@@ -166,11 +166,11 @@ async def empty_app(_scope: object, _receive: object, send: Any) -> None:
 
 
 @attack(
-    "fill a worker's memory with requests of every date that it takes, until it refuses everybody",
+    "fill a worker's replay memory with requests of every valid date, until it refuses everyone",
     by="client",
     refused=None,
-    gain="fewer dates are taken; whoever's clock is right goes on, and nothing runs twice",
-    defence="what is remembered goes by dates: the oldest are closed first, and those ahead have a quarter",
+    gain="fewer dates are accepted; callers with a correct clock continue, and nothing runs twice",
+    defence="a full memory refuses the oldest dates first, and future dates get a quarter of it",
 )
 async def test_flood_of_dates() -> None:
     now, seen = NOW, Seen(limit=1000)
@@ -198,7 +198,7 @@ def date_refused_or_known(seen: Seen, digest: bytes, now: float, number: int) ->
     "lie about claims, and send a request to every worker of the pool",
     by="fabric",
     refused=None,
-    gain=f"{AGAIN} for each further worker process of the pool, and can read none of them",
+    gain=f"{AGAIN} from each other worker process of the pool, all unreadable",
     defence="nothing: the fabric keeps the claims",
 )
 async def test_every_worker(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
@@ -215,10 +215,10 @@ async def test_every_worker(stage: Stage, honest: HonestGateway, wire: AsgiWire,
 
 
 @attack(
-    "wipe the fabric's memory, and send a request again once its worker was restarted",
+    "wipe the fabric's memory, and send a request again after its worker restarted",
     by="fabric",
     refused=None,
-    gain=f"{AGAIN}, inside the date window and the grant's minute, and cannot read it",
+    gain=f"{AGAIN} within the date window and the grant's minute, which it cannot read",
     defence="nothing: both memories are new",
 )
 async def test_restarted(stage: Stage, gateway: GatewayOwner, fabric: HostileFabric) -> None:
@@ -283,7 +283,7 @@ async def two_answers(stage: Stage, gateway: GatewayOwner, request: httpx2.Reque
     "have a request run in two workers, and choose which answer the caller gets",
     by="gateway",
     refused=None,
-    gain="the choice between two true answers, and can read neither",
+    gain="the choice between two true answers, neither of which it can read",
     defence="nothing: both are answers to this request",
 )
 async def test_choose(stage: Stage, gateway: GatewayOwner) -> None:

@@ -100,9 +100,9 @@ def memory(pid: int) -> int:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stolen", ["worker-a-n1", "gateway-g2", "inspector"])
 @attack(
-    "say everything that one credential may say, in odd forms, sizes and rates",
+    "send everything that one credential may send, in odd forms, sizes and rates",
     by="credential",
-    defence="each pool has a connection of its own at the gateway; all that it fills is bounded; floods are cut off",
+    defence="each pool has its own connection at the gateway; every buffer is bounded; floods are cut off",
     refused=None,
     gain="its own pools' time",
 )

@@ -75,7 +75,7 @@ async def test_header_flood(
 @attack(
     "announce a part of the message of 2^62 - 1 bytes",
     by="client",
-    defence="a length is judged before anything of it is buffered",
+    defence="a length is checked before anything is buffered",
     refused=problems.INVALID_REQUEST,
 )
 @pytest.mark.parametrize("before", [b"", b"\x04POST", b"\x04POST\x05https\x0dlacre.invalid\x01/"])
@@ -84,7 +84,7 @@ async def test_huge_part(stage: Stage, gateway: GatewayOwner, verdict: Verdict, 
 
 
 @attack(
-    "send the content in hundreds of thousands of chunks of a byte, and hold up everybody else's answers",
+    "send the content in hundreds of thousands of one-byte chunks, to delay all other answers",
     by="client",
     defence="a limit on chunks of content",
     refused=problems.INVALID_REQUEST,
@@ -100,7 +100,7 @@ async def test_tiny_pieces(stage: Stage, gateway: GatewayOwner, verdict: Verdict
 
 
 @attack(
-    "end the message in the middle of one of its parts, in a seal that is whole",
+    "end the message in the middle of a part, inside a complete seal",
     by="client",
     defence=FORM,
     refused=problems.INVALID_REQUEST,
@@ -162,7 +162,7 @@ async def test_low_order(stage: Stage, gateway: GatewayOwner, verdict: Verdict) 
     "seal under an AEAD that the key's configuration does not offer",
     by="client",
     refused=problems.INVALID_REQUEST,
-    defence="the worker takes what its configuration offers",
+    defence="the worker accepts only what its configuration offers",
 )
 async def test_not_offered(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
     seed = secrets.token_bytes(32)
@@ -175,7 +175,10 @@ async def test_not_offered(stage: Stage, gateway: GatewayOwner, verdict: Verdict
 
 
 @attack(
-    "send a request of more chunks than any needs", by="client", defence="a limit on chunks", refused=problems.INVALID_REQUEST
+    "send a request with more chunks than any request needs",
+    by="client",
+    defence="a limit on chunks",
+    refused=problems.INVALID_REQUEST,
 )
 async def test_chunk_flood(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
     """Each of a byte, and all of them good."""

@@ -17,10 +17,10 @@ from lacre.errors import InvalidMessage, MessageTooLarge, TruncatedStream
 from lacre.wire.framing import MAX_CHUNK
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 
-COUNTED = "a record's nonce counts it: only the next one opens"
-FINAL = "the final chunk, and no other, is sealed under the AAD `final`"
+COUNTED = "a record's nonce counts it: only the next record opens"
+FINAL = "only the final chunk is sealed under the AAD `final`"
 WHOLE = "an answer is whole only when its final chunk has opened"
-LENGTHS = "a length is judged before anything of it is buffered"
+LENGTHS = "a length is checked before anything is buffered"
 NONCE = "the answer's key is derived from its nonce"
 
 
@@ -137,7 +137,9 @@ async def test_insert(stage: Stage, caller: Caller, gateway: GatewayOwner, verdi
         await asked(stage, caller)
 
 
-@attack("put in an empty record", by="gateway", defence="a record that is not final holds a byte", refused=InvalidMessage)
+@attack(
+    "put in an empty record", by="gateway", defence="a record that is not final holds at least one byte", refused=InvalidMessage
+)
 @pytest.mark.parametrize("length", [1, 16])
 async def test_empty_record(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, length: int) -> None:
     gateway.change = at(2, lambda chunk: [bytes(length), chunk])
@@ -169,14 +171,14 @@ async def test_truncate_inside(stage: Stage, caller: Caller, gateway: GatewayOwn
         await asked(stage, caller)
 
 
-@attack("pass an earlier record off as the final one", by="gateway", defence=FINAL, refused=OpenError)
+@attack("present an earlier record as the final one", by="gateway", defence=FINAL, refused=OpenError)
 async def test_early_final(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     gateway.change = lambda answer: SealedAnswer(answer.nonce, answer.chunks[:5], answer.chunks[5])
     with verdict.refused():
         await asked(stage, caller)
 
 
-@attack("pass the final chunk off as one that others follow", by="gateway", defence=FINAL, refused=OpenError)
+@attack("present the final chunk as one that others follow", by="gateway", defence=FINAL, refused=OpenError)
 async def test_final_as_another(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     def relabel(answer: SealedAnswer) -> SealedAnswer:
         follows = [answer.final] if len(answer.final) > 16 else [answer.final + b"\x00"]
@@ -208,7 +210,7 @@ async def test_append_an_answer(stage: Stage, caller: Caller, gateway: GatewayOw
         await asked(stage, caller)
 
 
-@attack("break the connection in mid-answer", by="gateway", defence=WHOLE, refused=TruncatedStream)
+@attack("break the connection during the answer", by="gateway", defence=WHOLE, refused=TruncatedStream)
 async def test_break(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     async def breaking(answer: SealedAnswer) -> AsyncIterator[bytes]:
         yield answer.nonce + framed(answer.chunks[0])
@@ -287,7 +289,7 @@ async def test_huge_final_chunk(stage: Stage, caller: Caller, gateway: GatewayOw
 
 
 @attack(
-    "answer with what was sealed for an earlier request of the same caller",
+    "answer with bytes sealed for an earlier request of the same caller",
     by="gateway",
     refused=OpenError,
     defence="the answer's key is exported from this one request's context",
@@ -320,7 +322,7 @@ async def test_another_callers_answer(stage: Stage, caller: Caller, gateway: Gat
 @attack(
     "drip an answer byte by byte",
     by="gateway",
-    defence="nothing: whoever carries an answer can be slow",
+    defence="nothing: anyone who carries an answer can be slow",
     refused=None,
     gain="delay; every record opens as soon as it is there",
 )

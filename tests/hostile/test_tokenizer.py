@@ -45,7 +45,7 @@ async def ask(stage: Stage, gateway: GatewayOwner, verdict: Verdict, engine: Lla
 
 
 @attack(
-    "end the worker by a run of characters, on which its tokenizer recurses",
+    "crash the worker with a run of characters on which its tokenizer recurses",
     by="client",
     defence=DEFENCE,
     refused=ApiError,
@@ -57,7 +57,7 @@ async def test_recursion(stage: Stage, gateway: GatewayOwner, verdict: Verdict, 
 
 
 @attack(
-    "hold a worker up by a run of digits, on which its tokenizer takes the square of its length",
+    "stall a worker with a run of digits on which its tokenizer takes quadratic time",
     by="client",
     defence=DEFENCE,
     refused=ApiError,

@@ -77,7 +77,7 @@ async def test_own_pool_key(stage: Stage, caller: Caller, gateway: GatewayOwner,
     await refused(caller, stage, gateway, verdict)
 
 
-@attack("do so under a header that says the same in other words", by="gateway", defence=SIGNED, refused=InvalidSignature)
+@attack("do so under a header that says the same in another form", by="gateway", defence=SIGNED, refused=InvalidSignature)
 async def test_other_words(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     own = b64u(PrivateKey.generate(1).config.encode())
     header = b64u(json.dumps({"typ": MANIFEST_TYP, "alg": ALGORITHM}).encode())
@@ -130,7 +130,7 @@ async def test_hmac(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict
     await refused(caller, stage, gateway, verdict)
 
 
-@attack("serve a chain, a signer and a manifest all of its own", by="gateway", defence=PINNED, refused=UntrustedRoot)
+@attack("serve its own chain, signer and manifest", by="gateway", defence=PINNED, refused=UntrustedRoot)
 async def test_own_root(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     document = Stage(gateway.fabric, replace(stage.keys, root=Ed25519PrivateKey.generate())).bucket
     gateway.manifest = lambda: document
@@ -154,7 +154,7 @@ async def test_own_next_root(stage: Stage, caller: Caller, gateway: GatewayOwner
 
 
 @attack(
-    "have an old root, stolen, hand over to a key whose holder never agreed",
+    "let a stolen old root appoint a key whose holder never agreed",
     by="gateway",
     refused=UntrustedRoot,
     defence="a change of root is signed by the old root and by the new one",
@@ -165,7 +165,9 @@ async def test_next_root_that_never_agreed(stage: Stage, caller: Caller, gateway
     await refused(caller, stage, gateway, verdict)
 
 
-@attack("appoint itself as the next root by the signer's key, stolen", by="gateway", defence=PINNED, refused=UntrustedRoot)
+@attack(
+    "appoint itself as the next root with the stolen key of the signer", by="gateway", defence=PINNED, refused=UntrustedRoot
+)
 async def test_next_root_by_the_signer(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     own = Ed25519PrivateKey.generate()
     document = appointing(stage, own, stage.keys.signer, own)
@@ -174,9 +176,9 @@ async def test_next_root_by_the_signer(stage: Stage, caller: Caller, gateway: Ga
 
 
 @attack(
-    "pass off as a manifest what the signer signed for something else",
+    "present another statement of the signer as a manifest",
     by="gateway",
-    defence="each kind of statement has its own `typ`, and verifying asks for it",
+    defence="each kind of statement has its own `typ`, which the verifier requires",
     refused=InvalidSignature,
 )
 async def test_another_type(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
@@ -188,10 +190,10 @@ async def test_another_type(stage: Stage, caller: Caller, gateway: GatewayOwner,
 
 
 @attack(
-    "go on serving the manifests of a signer whose time is over",
+    "keep serving the manifests of a signer whose time is over",
     by="gateway",
     refused=Expired,
-    defence="the root's statement says until when a signer signs",
+    defence="the root's statement limits the signer's time",
 )
 async def test_signer_past_its_time(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     document = Document((stage.statement(lives=-1),), sign_manifest(stage.manifest(2), stage.keys.signer)).encode()
@@ -273,7 +275,7 @@ async def test_older_to_a_newcomer(stage: Stage, gateway: GatewayOwner) -> None:
 
 
 @attack(
-    "serve the same manifest for ever, while newer ones are published",
+    "serve the same manifest forever, while newer ones are published",
     by="gateway",
     refused=Expired,
     defence="`exp`: hours to days",
@@ -296,7 +298,7 @@ async def test_freeze(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> 
     by="gateway",
     refused=None,
     gain="nothing; the newer chain is used",
-    defence="statements are only added: a chain without the newest one seen is an older one",
+    defence="statements are only added: a chain without the newest one seen counts as older",
 )
 async def test_a_statement_less(stage: Stage, gateway: GatewayOwner) -> None:
     """The signer was replaced, its key stolen. It signs a manifest of a higher version, under the chain of before."""
@@ -315,7 +317,7 @@ async def test_a_statement_less(stage: Stage, gateway: GatewayOwner) -> None:
 
 
 @attack(
-    "spell the manifest's signature in another way, so that the honest one passes for a second of its version",
+    "spell the manifest's signature in another way, so that the honest one looks like a second manifest of its version",
     by="gateway",
     defence="a signed statement has one spelling (canonical base64url)",
     refused=InvalidMessage,
@@ -380,7 +382,10 @@ async def test_unknown_key(stage: Stage, caller: Caller, gateway: GatewayOwner, 
 
 
 @attack(
-    "serve a manifest document of 100 MB", by="gateway", defence="a limit, past which nothing is read", refused=MessageTooLarge
+    "serve a manifest document of 100 MB",
+    by="gateway",
+    defence="a limit, beyond which nothing is read",
+    refused=MessageTooLarge,
 )
 async def test_huge(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     def pieces() -> Iterator[bytes]:
@@ -416,11 +421,11 @@ async def test_no_manifest(stage: Stage, caller: Caller, gateway: GatewayOwner, 
 
 
 @attack(
-    "put a thousand statements of roots of its own before the pinned root's, to be verified for each root ever seen",
+    "put a thousand statements of its own before the pinned root's, to be verified for each root ever seen",
     by="gateway",
     refused=None,
-    gain="nothing; a dozen signatures are checked, and one or two for each root ever seen where the pinned one took over",
-    defence="a chain is searched by what it says of itself first, and is otherwise bounded",
+    gain="nothing; a dozen signature checks, plus one or two for each root ever seen if the pinned root is a later one",
+    defence="the search looks first where the chain itself points, and is otherwise bounded",
 )
 async def test_foreign_statements() -> None:
     memory = remembering(20)
@@ -431,11 +436,11 @@ async def test_foreign_statements() -> None:
 
 
 @attack(
-    "forge a history of a thousand roots that lead to the pinned one, each really signed",
+    "forge a history of a thousand roots that lead to the pinned one, each with a valid signature",
     by="gateway",
     refused=None,
-    gain="some hundred signatures that are checked, in a thread, once",
-    defence="so many changes of root are followed back, and no more",
+    gain="a hundred signature checks in a thread, once",
+    defence="a limited number of root changes is followed back",
 )
 async def test_endless_history() -> None:
     others = [Ed25519PrivateKey.generate() for _ in range(500)]

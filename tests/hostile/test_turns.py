@@ -43,11 +43,11 @@ def engine(tmp_path: Path) -> Iterator[LlamaEngine]:
 
 
 @attack(
-    "ask many times at once, under a salt each, to be served before others",
+    "send many requests at once, each with its own salt, to be served first",
     by="client",
     refused=None,
-    gain="nothing; another's one request is served next",
-    defence="the grant's pseudonyms of tenant and caller alone decide whose turn it is",
+    gain="nothing; another caller's single request is served next",
+    defence="only the grant's pseudonyms of tenant and caller decide the order",
 )
 @pytest.mark.parametrize("choices", [1, 4])
 async def test_salts(
@@ -110,11 +110,11 @@ async def test_other_model(stage: Stage, honest: HonestGateway, wire: AsgiWire, 
 
 
 @attack(
-    "ask for 16 choices at a time, which a worker would take for one request",
+    "ask for 16 choices at a time, which would count as one request",
     by="client",
     refused=None,
-    gain="nothing; what the worker cannot begin stays in the queue for others",
-    defence="a request takes a slot for each of its choices, and nothing more is pulled until its choices are known",
+    gain="nothing; requests that the worker cannot begin stay in the queue for others",
+    defence="a request takes a slot for each choice, and the worker pulls no more until it knows their number",
 )
 async def test_choices(stage: Stage, honest: HonestGateway, wire: AsgiWire) -> None:
     slow = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS)
@@ -151,8 +151,8 @@ async def pseudonyms(stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer
 
 SEEN: dict[str, Any] = {
     "refused": None,
-    "gain": "within the hour, which requests are one caller's and which callers one tenant's; no name, nothing across hours",
-    "defence": "pseudonyms under a key that only gateways have, other ones every hour",
+    "gain": "which requests are from one caller, and which callers from one tenant, within an hour; no names",
+    "defence": "pseudonyms under a key that only gateways have, new ones every hour",
 }
 
 
@@ -169,7 +169,7 @@ async def test_linked_outside(
 
 
 @attack(
-    "grant pseudonyms that are none: a name, or kilobytes to keep",
+    "grant invalid pseudonyms: a name, or kilobytes",
     by="gateway",
     defence="a grant has two pseudonyms of 22 characters",
     refused=problems.INVALID_GRANT,
@@ -184,11 +184,11 @@ async def test_no_pseudonyms(stage: Stage, gateway: GatewayOwner, verdict: Verdi
 
 
 @attack(
-    "ask many times at once with long prompts that begin alike, so that every stream waits until they are compared",
+    "send many long prompts at once that begin alike, so that every stream waits for their comparison",
     by="client",
     refused=None,
-    gain="nothing; its own prompts wait for later steps",
-    defence="one step compares so many beginnings, and leaves the other prompts to the next ones",
+    gain="nothing; its own prompts wait",
+    defence="one step compares a limited number of prompts, and leaves the others to later steps",
 )
 def test_alike() -> None:
     slots, prompt = 16, [7] * 200

@@ -34,7 +34,10 @@ FORGED = json.dumps(
 
 
 @attack(
-    "answer a plain 200 in the clear", by="gateway", defence="a 200 of another media type is not read", refused=UnsealedResponse
+    "answer a plain 200 in the clear",
+    by="gateway",
+    defence="the client does not read a 200 of another media type",
+    refused=UnsealedResponse,
 )
 @pytest.mark.parametrize("media_type", ["application/json", "text/event-stream", ""])
 async def test_plain(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, media_type: str) -> None:
@@ -49,7 +52,7 @@ async def test_plain(stage: Stage, caller: Caller, gateway: GatewayOwner, verdic
     "downgrade the answer to Oblivious HTTP without chunks",
     by="gateway",
     refused=UnsealedResponse,
-    defence="one media type is taken, and there is no code for the other",
+    defence="one media type is accepted, and there is no code for the other",
 )
 async def test_not_chunked(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     gateway.respond = lambda _request: response(200, FORGED, "message/ohttp-res")
@@ -60,7 +63,7 @@ async def test_not_chunked(stage: Stage, caller: Caller, gateway: GatewayOwner, 
 @attack(
     "answer in the clear under the sealed media type",
     by="gateway",
-    defence="what does not open is no answer",
+    defence="bytes that do not open are not an answer",
     refused=OpenError,
 )
 async def test_plaintext_under_the_type(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
@@ -84,7 +87,7 @@ async def test_other_status(stage: Stage, caller: Caller, gateway: GatewayOwner,
         await caller.chat(stage.prompt)
 
 
-@attack("redirect the request elsewhere", by="gateway", defence="redirects are not followed", refused=Unavailable)
+@attack("redirect the request to another host", by="gateway", defence="redirects are not followed", refused=Unavailable)
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 async def test_redirect(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, status: int) -> None:
     to = {"location": "http://evil.example/v1/sealed"}
@@ -96,10 +99,10 @@ async def test_redirect(stage: Stage, caller: Caller, gateway: GatewayOwner, ver
 
 
 @attack(
-    "leave out `Incremental`, and hold the answer back until it is whole",
+    "omit `Incremental`, and hold the answer back until it is whole",
     by="gateway",
     refused=None,
-    defence="nothing: whoever carries an answer can be slow",
+    defence="nothing: anyone who carries an answer can be slow",
     gain="delay of the first word until the last",
 )
 async def test_incremental(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
@@ -110,10 +113,10 @@ async def test_incremental(stage: Stage, caller: Caller, gateway: GatewayOwner) 
 
 
 @attack(
-    "claim a content coding, to have the client inflate what nobody sealed",
+    "claim a content coding, to have the client inflate unsealed bytes",
     by="gateway",
     refused=None,
-    defence="the outer body is read raw: the seal alone says what is inside",
+    defence="the outer body is read raw: only the seal decides its content",
     gain="nothing; the same text",
 )
 async def test_content_coding(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
@@ -140,10 +143,10 @@ def said(problem: problems.Problem, body: bytes | None = None) -> httpx2.Respons
 
 
 @attack(
-    "shift the client's clock by a #date problem outside of the seal",
+    "shift the client's clock by a #date problem outside the seal",
     by="gateway",
     refused=RefusedError,
-    defence="only a sealed one corrects the clock, and the manifest's expiry never sees the correction",
+    defence="only a sealed one corrects the clock, and the manifest's expiry ignores the correction",
 )
 async def test_date(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
     worker = await stage.worker()
@@ -185,7 +188,7 @@ async def test_endless_problem(stage: Stage, caller: Caller, gateway: GatewayOwn
 
 
 @attack(
-    "set a cookie, to tie together what is asked with different tokens",
+    "set a cookie, to link requests with different tokens",
     by="gateway",
     refused=None,
     defence="no cookie is ever sent",
@@ -258,7 +261,7 @@ async def test_stall(stage: Stage, verdict: Verdict) -> None:
 
 
 @attack(
-    "drip the head of an answer for ever, a byte before each read timeout",
+    "drip the head of an answer forever, a byte before each read timeout",
     by="gateway",
     refused=None,
     defence="nothing: a read timeout bounds silence, not time; a deadline is the application's own (`asyncio.timeout`)",

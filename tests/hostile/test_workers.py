@@ -20,7 +20,7 @@ from lacre.errors import InvalidReceipt
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u_decode
 
-OF_THE_POOL = "the caller takes one receipt, by the pool's key, final, for this request, and not above what it asked for"
+OF_THE_POOL = "the caller accepts one final receipt by the pool's key, which must name this request and keep its token ceiling"
 
 Lie = Callable[[Headers, Receipt], Headers]
 
@@ -66,10 +66,10 @@ async def test_above(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> N
 
 
 @attack(
-    "claim other tokens in the receipt than in the answer",
+    "claim a different token count in the receipt than in the answer",
     by="worker",
     refused=InvalidReceipt,
-    defence="the caller holds the receipt against the answer's own `usage`",
+    defence="the caller compares the receipt with the answer's `usage`",
 )
 @pytest.mark.parametrize("claimed", [TOKENS - 1, TOKENS + 1, 512])
 async def test_other_than_told(stage: Stage, gateway: GatewayOwner, verdict: Verdict, claimed: int) -> None:
@@ -81,7 +81,7 @@ async def test_other_than_told(stage: Stage, gateway: GatewayOwner, verdict: Ver
     by="worker",
     refused=None,
     gain="a bill up to the reservation; `reply.recount()` shows tokens without text",
-    defence="nothing at once: a receipt attributes the count, it does not prove it",
+    defence="nothing at once: a receipt attributes the count but does not prove it",
 )
 async def test_overcount(stage: Stage, gateway: GatewayOwner) -> None:
     usage = {"prompt_tokens": 9, "completion_tokens": 500}
@@ -120,10 +120,10 @@ async def test_two_stories(stage: Stage, honest: HonestGateway, wire: AsgiWire) 
 
 
 @attack(
-    "look for who asks in what it opens",
+    "look for the caller's name in opened requests",
     by="worker",
     refused=None,
-    gain="the prompt, which is its to see; no name",
+    gain="the prompt, which it must read; no name",
     defence="inner headers by allow-list, identifying fields dropped, grants without a name",
 )
 async def test_who(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
@@ -142,7 +142,7 @@ async def test_who(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: 
 
 
 @attack(
-    "mark a caller by a clock of its own",
+    "mark a caller by a false clock",
     by="worker",
     refused=ApiError,
     code=problems.DATE.type,
