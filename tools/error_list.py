@@ -1,4 +1,4 @@
-"""Writes docs/errors.md from the errors themselves: every type, whose fault it is, and what to do. A test compares them.
+"""Writes docs/errors.md from the code: every error type, its meaning and its remedy. A test compares them.
 
 python tools/error_list.py
 """
@@ -19,8 +19,6 @@ _HEAD: Final = """\
 
 *Written by `make errors` from the code, and compared with it by a test.*
 
-Every error that Lacre raises is a `lacre.LacreError`. The branches say whose fault it was, and each type says what to do next:
-
 ```python
 import lacre
 
@@ -30,16 +28,22 @@ try:
 except lacre.LacreError as error:
     print(f"{type(error).__name__}: {error}")
     print(error.remedy)  # what to do next
-    print(error.request_id)  # by which the operator finds the request; None where no gateway answered
-    print(error.verification)  # what had been checked by then, and with what; None where nothing had begun
+    print(error.request_id)  # for the operator, who finds the request by it; None if no gateway answered
+    print(error.verification)  # what was checked, and with which keys; None if nothing had begun
 ```
 
-`RefusedError` and what is below it have `status`, `problem`, `retry_after` and `details` (which limit, how much, which
-names would do: [wire.md](wire.md#13-errors) lists them). `NetworkError`
-has `cause`: `refused`, `name`, `certificate`, `proxy` and so on.
-`ApiError` has `status`, `code` and `type`;
-`StreamBroken` has the `text` and the number of `tokens` that came. `TimedOut` and `Unreachable` are httpx2's exceptions too, so
-that programs which know those handle them. No message holds a key, a token, a prompt or an answer.
+Every error that Lacre raises is a `lacre.LacreError`. Its branches say whose fault it was, and each type has a remedy. No
+message contains a key, a token, a prompt or an answer.
+
+| type | further attributes |
+|---|---|
+| `RefusedError` and the types below it | `status`, `problem`, `retry_after`, `details` ([wire.md](wire.md#13-errors)) |
+| `NetworkError` | `cause`: `refused`, `name`, `certificate`, `proxy` and so on |
+| `ApiError` | `status`, `code`, `type` |
+| `StreamBroken` | the `text` and the number of `tokens` that arrived |
+| `TimedOut`, `Unreachable` | they are httpx2's exceptions too, so programs that handle those need no change |
+
+## Types
 
 An indented type is a kind of the one above it.
 
@@ -50,8 +54,8 @@ An indented type is a kind of the one above it.
 _REFUSALS: Final = """
 ## Refusals by the gateway
 
-What a gateway says before the seal is signed by nobody: it changes what is tried next, never what is trusted. An error of this
-kind says in `problem` which of these it is. With a client of OpenAI's the last part of the type is `error.code`.
+No signature covers a refusal that comes before the seal. It may change what a client tries next, never what it trusts. The
+error's `problem` is one of these types. OpenAI's clients show its last part as `error.code`.
 
 | `problem` | status | raised as | what to do |
 |---|---|---|---|
@@ -59,7 +63,7 @@ kind says in `problem` which of these it is. With a client of OpenAI's the last 
 
 
 def rows(kind: type[errors.LacreError], known: frozenset[type[errors.LacreError]], depth: int = 0) -> Iterator[str]:
-    """The type's row, and those of its kinds, in the order of their definition."""
+    """The row of a type, then those of its subtypes, in the order of their definition."""
     said = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
     yield f"| {'&emsp;' * depth}`{kind.__name__}` | {said} | {kind.remedy} |"
     for below in kind.__subclasses__():
