@@ -12,90 +12,92 @@ FUZZ_SECONDS ?= 120
 CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
-.PHONY: demo test test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom dist
 
-demo: ready
+help:  ## List these targets.
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: ready  ## Send one sealed chat to a real model, seen from both sides.
 	$(BIN)/lacre demo
 
-test: tested
+test: tested  ## Run the fast tests.
 	$(SHARED) -m "not slow and not container and not heavy"
 
-test-all: tested environments
+test-all: tested environments  ## Run the slow tests too. JOBS: how many processes share them.
 	$(SHARED) -m "not container and not heavy"
 
-# Suites that need large environments, each made when its suite first runs. SUITES: some of tests/heavy's folders; else all.
-test-heavy: tested
+# Each suite's environment is made when it first runs.
+test-heavy: tested  ## Run the suites that need large environments. SUITES: some of tests/heavy's folders.
 	$(PYTEST) $(or $(SUITES:%=tests/heavy/%),tests/heavy)
 
-# Other people's programs and other Pythons, each with its own lock file; kept outside the clone.
-environments:
+environments:  ## Install other people's programs and other Pythons, for the tests.
 	@$(PYTHON) tools/environments.py > /dev/null
 
 # deploy/helm: rendered over a matrix of values by a real Helm, held against Kubernetes' schemas and our own tests; `test-all` has it.
-chart-test: ready
+chart-test: ready  ## Test the Helm chart. `test-all` does so too.
 	@$(PYTHON) tools/environments.py chart > /dev/null
 	$(PYTEST) tests/chart
 
 # The images, built with buildah and run with podman, both as root, by themselves and as the chart's pods: a sealed chat through them.
 # Ends with everything removed.
 # LACRE_WHEELS: a folder with another llama-cpp-python than this machine's own, such as `tools/bootstrap.py --portable-wheel` makes.
-container-test: sbom
+container-test: sbom  ## Build and run the images and the chart's pods. Needs root, buildah and podman.
 	build/container/bin/hadolint Dockerfile
 	@for tool in buildah podman runc mmdebstrap iptables catatonit; do command -v $$tool > /dev/null || { echo "container-test needs $$tool: apt-get install $(CONTAINER_PACKAGES)"; exit 1; }; done
 	@test $$(id -u) = 0 || { echo "container-test needs root, for the base image"; exit 1; }
 	$(PYTEST) -s tests/containers
 
-# What is in the images, as CycloneDX: build/sbom.
-sbom: ready
+sbom: ready  ## List what is in the images, as CycloneDX: build/sbom.
 	@$(PYTHON) tools/bootstrap.py container
 	@mkdir -p build/sbom
 	PYTHONWARNINGS=ignore build/container/bin/cyclonedx-py requirements --pyproject pyproject.toml -o build/sbom/gateway.cdx.json requirements/gateway.lock
 	cat requirements/worker.lock requirements/native.lock | PYTHONWARNINGS=ignore build/container/bin/cyclonedx-py requirements --pyproject pyproject.toml -o build/sbom/worker.cdx.json -
 
-lint: ready
+# docs/releasing.md. DIST_KEY: a file with the key that signs.
+dist: ready  ## Make wheels and source distributions, with SBOMs, provenance and signed checksums.
+	@$(BIN)/python tools/dist.py
+
+lint: ready  ## Check style, types, imports and prose.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/rooms.py
 	$(BIN)/python tools/prose.py $(PROSE)
 
-bench: ready
+bench: ready  ## Measure speed, in ratios against a peer.
 	$(BIN)/python -m bench
 
-# Where the gateway spends its time under load: build/profile.svg, a flame graph.
-profile: ready
+profile: ready  ## Draw where the gateway spends its time under load: build/profile.svg.
 	@$(PYTHON) tools/bootstrap.py profile
 	$(BIN)/python -m bench.profile
 
 # Seconds for all targets together; what it learned stays in build/fuzz.
-fuzz: ready
+fuzz: ready  ## Search for input that breaks a parser. FUZZ_SECONDS: for all parsers together.
 	@$(PYTHON) tools/bootstrap.py fuzz
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
 # Strikes a whole deployment, at the times that CHAOS_SEED draws, and says what did not hold. Root and nginx make it complete.
-chaos: ready
+chaos: ready  ## Strike a whole deployment, and say what did not hold. CHAOS_SECONDS, CHAOS_SEED.
 	PYTHONPATH=tests $(BIN)/python -m chaos --seconds $(CHAOS_SECONDS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED)) $(if $(CHAOS_RECORD),--record)
 
-# Takes one defence away at a time in a copy of the tree, and sees which attack of tests/hostile notices; some minutes.
-mutants: ready
+mutants: ready  ## Remove one defence at a time, and see which attack notices.
 	PYTHONPATH=tests $(BIN)/python -m hostile.mutations
 
-# The tables of docs/threat-model.md, from the attacks themselves.
-threat-model: ready
+threat-model: ready  ## Write the tables of docs/threat-model.md, from the attacks.
 	PYTHONPATH=tests $(BIN)/python -m hostile.table
 
 # What only tests need: an encoder, as data; key management services and their clients; and what asks the gateway whatever its
 # OpenAPI allows, in an environment of its own.
-tested: ready
+tested: ready  ## Install what only tests need.
 	@$(PYTHON) tools/bootstrap.py embedding kms contract
 
-# docs/errors.md, from the errors themselves.
-errors: ready
+errors: ready  ## Write docs/errors.md, from the errors.
 	$(BIN)/python tools/error_list.py
 
 # Quick when nothing changed: tools/bootstrap.py compares what .venv was made from with what is here.
-ready:
+ready:  ## Make .venv ready. Quick if nothing changed.
 	@$(PYTHON) tools/bootstrap.py
 
-clean:
+clean:  ## Remove .venv, caches, build and dist.
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist build
