@@ -1,4 +1,4 @@
-"""A dialogue: every turn is sent with all those before it, and the oldest are left out when they grow too long.
+"""A dialogue: each request sends all turns so far, without the oldest ones once they grow too long.
 
 python examples/dialogue.py
 """

@@ -1,4 +1,4 @@
-"""Extraction: what a free text says, as an object of a fixed shape. The worker's grammar lets the model write nothing else.
+"""Extraction: turns a free text into an object of a fixed shape. The worker's grammar lets the model write nothing else.
 
 echo "Ada Lovelace was born in London in 1815." | python examples/extract.py
 """

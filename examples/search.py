@@ -1,4 +1,4 @@
-"""Search by meaning: the lines of a file that are nearest to a question, by their embeddings. Nothing is kept.
+"""Search by meaning: prints the lines of a file that are nearest to a question, by their embeddings. Stores nothing.
 
 python examples/search.py README.md "who can read my prompt?" --model all-minilm-l6-v2
 """
@@ -17,7 +17,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="Find what is nearest in meaning.")
     arguments.add_argument("file", type=Path)
     arguments.add_argument("question")
-    arguments.add_argument("--model", required=True, help="one that embeds: `lacre status` lists what is served")
+    arguments.add_argument("--model", required=True, help="a model that embeds: `lacre status` lists the models")
     arguments.add_argument("--count", type=int, default=3)
     given = arguments.parse_args()
     lines = [line.strip() for line in given.file.read_text().splitlines() if len(line.strip()) > 20]

@@ -1,4 +1,4 @@
-"""Summary of a text that is longer than the model can read: its parts are summarised side by side, then the summaries.
+"""Summarises a text that is longer than the model can read: first its parts, side by side, then the summaries.
 
 python examples/summarise.py docs/wire.md
 """
@@ -16,7 +16,7 @@ AT_ONCE = 4  # parts; more would only wait in the worker's queue
 
 
 def parts(text: str, size: int) -> Iterator[str]:
-    """Paragraphs, gathered up to `size` characters; one that is longer is cut."""
+    """Paragraphs, joined up to `size` characters. Longer ones are cut."""
     gathered = ""
     for paragraph in text.split("\n\n"):
         if gathered and len(gathered) + len(paragraph) > size:

@@ -1,4 +1,4 @@
-"""Translation: each line of a text into another language, while it is typed or from a pipe.
+"""Translates each line of a text into another language, as you type or from a pipe.
 
 echo "Good morning." | python examples/translate.py German
 """

@@ -1,4 +1,4 @@
-"""Free generation: several beginnings of a story, as warm as you like, from one seed and so the same each time.
+"""Free generation: continues a story several times, at any temperature. One seed gives the same texts each time.
 
 python examples/write.py "Once upon a time, on an island," --count 3
 """

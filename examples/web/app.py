@@ -2,7 +2,7 @@
 
     uvicorn --app-dir examples/web app:app
 
-Between browser and this app the text is in the clear, so in earnest this stands behind TLS, where its users trust it.
+Between browser and app the text is in the clear. In production, run this app behind TLS, on a host that its users trust.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""`python seed.py ARCHIVE STATE [KEYS]`: what the state folder begins with, from an archive of one.
+"""`python seed.py ARCHIVE STATE [KEYS]`: fills a new state folder from an archive.
 
 Rules:
-- Each part, a pool or the rest, is unpacked once. What was destroyed since must not come back, and a state that has moved on
-  knows better than the archive: no version is signed twice.
-- In KEYS is a folder for each pool, a volume that its workers read: the pool's keys are kept there.
+- Each part, a pool or the rest, is unpacked once. Destroyed keys must not come back, and no version may be signed twice.
+- KEYS has a folder for each pool: a volume with the pool's keys, which its workers read.
 """
 
 import json

@@ -8,7 +8,7 @@ securityContext:
   runAsUser: 65532
   runAsGroup: 65532
   fsGroup: 65532
-  fsGroupChangePolicy: OnRootMismatch # keys that were written with 0600 stay so
+  fsGroupChangePolicy: OnRootMismatch # keys written with mode 0600 keep it
   seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
