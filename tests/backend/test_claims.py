@@ -10,8 +10,10 @@ from lacre import problems
 from lacre.asgi import Call, Receive, Send
 from lacre_fabric.work.contract import FabricUnavailable, QueueTimeout
 from lacre_fabric.work.frames import Kind
-from parts.desk import App, Desk, running, until
+from parts.keys import MODEL, NOW, POOL
 from parts.memory_fabric import MemoryFabric
+from parts.stage import Stage, running, until
+from parts.told_app import App
 
 
 class Claims(MemoryFabric):
@@ -40,13 +42,13 @@ def claims() -> Claims:
 
 
 @pytest.fixture
-def desk(app: App, claims: Claims) -> Desk:
-    return Desk(app, claims)
+def stage(app: App, claims: Claims) -> Stage:
+    return Stage(claims, now=NOW)
 
 
-async def test_what_is_repeatable_begins_beside_the_claim(desk: Desk, app: App, claims: Claims) -> None:
-    async with running(desk.node(repeatable=["chat"])):
-        asking = asyncio.create_task(desk.ask())
+async def test_what_is_repeatable_begins_beside_the_claim(stage: Stage, app: App, claims: Claims) -> None:
+    async with running(stage.node(app, repeatable=["chat"])):
+        asking = asyncio.create_task(stage.ask())
         await until(lambda: app.calls)
         await asyncio.sleep(0.05)
         assert not asking.done() and not any(inbound.started.is_set() for inbound in claims.inbound.values())  # not a frame yet
@@ -55,9 +57,9 @@ async def test_what_is_repeatable_begins_beside_the_claim(desk: Desk, app: App, 
     assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE] and answer.opened()[0].status == 200
 
 
-async def test_anything_else_waits_for_it(desk: Desk, app: App, claims: Claims) -> None:
-    async with running(desk.node(repeatable=["embed"])):
-        asking = asyncio.create_task(desk.ask())
+async def test_anything_else_waits_for_it(stage: Stage, app: App, claims: Claims) -> None:
+    async with running(stage.node(app, repeatable=["embed"])):
+        asking = asyncio.create_task(stage.ask())
         await asyncio.sleep(0.1)
         assert not app.calls
         claims.answered.set()
@@ -66,11 +68,11 @@ async def test_anything_else_waits_for_it(desk: Desk, app: App, claims: Claims) 
 
 
 @pytest.mark.parametrize("down", [False, True])
-async def test_a_lost_claim_stops_the_app_and_says_nothing(desk: Desk, app: App, claims: Claims, down: bool) -> None:
+async def test_a_lost_claim_stops_the_app_and_says_nothing(stage: Stage, app: App, claims: Claims, down: bool) -> None:
     app.answer = app.slowly
     claims.lost, claims.down = True, down
-    async with running(desk.node(repeatable=["chat"])):
-        asking = asyncio.create_task(desk.ask())
+    async with running(stage.node(app, repeatable=["chat"])):
+        asking = asyncio.create_task(stage.ask())
         await until(lambda: app.calls)
         claims.answered.set()
         await asyncio.wait_for(app.left.wait(), 3)
@@ -79,16 +81,16 @@ async def test_a_lost_claim_stops_the_app_and_says_nothing(desk: Desk, app: App,
 
 
 @pytest.mark.parametrize("claimed", [True, False])
-async def test_what_was_delivered_before_is_not_begun(desk: Desk, app: App, claims: Claims, claimed: bool) -> None:
+async def test_what_was_delivered_before_is_not_begun(stage: Stage, app: App, claims: Claims, claimed: bool) -> None:
     """The worker that had it may have been lost by it. That is told at once, and whether it had claimed the request."""
     claims.answered.set()
-    sealed = desk.seal()
+    sealed = stage.seal()
     if claimed:
         await claims.claim(sealed.header.digest, "of the one that was lost")
-    lost = claims.worker("p", ["m"])
-    asking = asyncio.create_task(desk.ask(sealed))
+    lost = claims.worker(POOL, [MODEL])
+    asking = asyncio.create_task(stage.ask(sealed))
     await (await lost.pull()).abandon()
-    async with running(desk.node(repeatable=["chat"])):
+    async with running(stage.node(app, repeatable=["chat"])):
         answer = await asking
     assert answer.problem == (problems.WORKER_LOST if claimed else problems.UNCLAIMED).type
     assert app.calls == []
@@ -96,7 +98,7 @@ async def test_what_was_delivered_before_is_not_begun(desk: Desk, app: App, clai
 
 
 @pytest.mark.parametrize("lost", [True, False])
-async def test_that_the_app_failed_is_for_the_winner_to_say(desk: Desk, app: App, claims: Claims, lost: bool) -> None:
+async def test_that_the_app_failed_is_for_the_winner_to_say(stage: Stage, app: App, claims: Claims, lost: bool) -> None:
     failed = asyncio.Event()
 
     async def fail(receive: Receive, send: Send, call: Call) -> None:
@@ -104,8 +106,8 @@ async def test_that_the_app_failed_is_for_the_winner_to_say(desk: Desk, app: App
         raise ValueError("no")
 
     app.answer, claims.lost = fail, lost
-    async with running(desk.node(repeatable=["chat"])):
-        asking = asyncio.create_task(desk.ask())
+    async with running(stage.node(app, repeatable=["chat"])):
+        asking = asyncio.create_task(stage.ask())
         await asyncio.wait_for(failed.wait(), 3)
         await asyncio.sleep(0.05)
         assert not asking.done() and not any(inbound.started.is_set() for inbound in claims.inbound.values())

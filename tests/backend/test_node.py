@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import email.utils
 import json
 import secrets
@@ -32,8 +31,11 @@ from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.node.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
 from lacre_fabric.work.frames import Kind
-from parts.desk import CHAT, JSON, NOW, STREAM, Answer, App, Desk, Sealed, running, until
+from parts.by_hand import CHAT, Answer, Sealed
+from parts.keys import MODEL, NOW, POOL
 from parts.memory_fabric import MemoryFabric
+from parts.stage import Stage, running, until
+from parts.told_app import JSON, STREAM, App
 
 
 @pytest.fixture
@@ -42,35 +44,35 @@ def app() -> App:
 
 
 @pytest.fixture
-async def desk(app: App) -> AsyncIterator[Desk]:
+async def stage(app: App) -> AsyncIterator[Stage]:
     """A node that runs."""
-    desk = Desk(app)
-    async with running(desk.node()):
-        yield desk
+    stage = Stage(now=NOW)
+    async with running(stage.node(app)):
+        yield stage
 
 
 class TestAnswers:
-    async def test_a_good_request(self, desk: Desk, app: App) -> None:
-        sealed = desk.seal()
-        answer = await desk.ask(sealed)
+    async def test_a_good_request(self, stage: Stage, app: App) -> None:
+        sealed = stage.seal()
+        answer = await stage.ask(sealed)
         head, content, trailers = answer.opened()
         assert (head.status, content) == (200, b'{"said":"aloud"}')
         assert trailers.keys() == {TRAILER}
         assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE]
         assert {frame.attempt for frame in answer.frames} == {answer.frames[0].attempt}
 
-    async def test_what_the_app_is_told(self, desk: Desk, app: App) -> None:
-        sealed = desk.seal({"lacre-cache-salt": "ab"})
+    async def test_what_the_app_is_told(self, stage: Stage, app: App) -> None:
+        sealed = stage.seal({"lacre-cache-salt": "ab"})
         fair = ("T" * 22, "C" * 22)
-        await desk.ask(sealed, desk.grant(sealed.header, features=("tools",), fair=fair))
+        await stage.ask(sealed, stage.grant(sealed.header, features=("tools",), fair=fair))
         [call], [scope] = app.calls, app.scopes
-        assert (call.model, call.action, call.max_tokens, call.max_prompt_tokens) == ("m", "chat", 9, 100)
+        assert (call.model, call.action, call.max_tokens, call.max_prompt_tokens) == (MODEL, "chat", 9, 100)
         assert call.features == {"tools"}
         assert call.fair == fair
         assert scope["client"] is None
         assert dict(scope["headers"])[b"lacre-cache-salt"] == b"ab"
 
-    async def test_a_stream_has_records_of_one_size(self, desk: Desk, app: App) -> None:
+    async def test_a_stream_has_records_of_one_size(self, stage: Stage, app: App) -> None:
         async def stream(receive: Receive, send: Send, call: Call) -> None:
             await receive()
             await send({"type": "http.response.start", "status": 200, "headers": STREAM})
@@ -79,7 +81,7 @@ class TestAnswers:
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
         app.answer = stream
-        answer = await desk.ask()
+        answer = await stage.ask()
         assert answer.sizes() == [32 + 2 + UNIT + 16, *[2 + UNIT + 16] * 3, 1 + END + 16]
         _, content, _ = answer.opened()
         response = httpx2.Response(
@@ -87,13 +89,13 @@ class TestAnswers:
         )
         assert [event.data for event in httpx2.EventSource(response)] == ["a", "medium", "word" * 40, "[DONE]"]
 
-    async def test_without_padding_where_the_grant_says_so(self, desk: Desk) -> None:
-        sealed = desk.seal({"lacre-shape": "none"})
-        answer = await desk.ask(sealed, desk.grant(sealed.header, shape="none"))
+    async def test_without_padding_where_the_grant_says_so(self, stage: Stage) -> None:
+        sealed = stage.seal({"lacre-shape": "none"})
+        answer = await stage.ask(sealed, stage.grant(sealed.header, shape="none"))
         assert answer.opened()[1] == b'{"said":"aloud"}'
         assert sum(answer.sizes()) < 1000 < SMALLEST
 
-    async def test_an_answer_larger_than_a_frame_may_be(self, desk: Desk, app: App) -> None:
+    async def test_an_answer_larger_than_a_frame_may_be(self, stage: Stage, app: App) -> None:
         content = secrets.token_bytes(600_000)
 
         async def large(receive: Receive, send: Send, call: Call) -> None:
@@ -103,24 +105,24 @@ class TestAnswers:
 
         app.answer = large
         for shape in ("pad", "none"):
-            sealed = desk.seal({"lacre-shape": shape})
-            answer = await desk.ask(sealed, desk.grant(sealed.header, shape=shape))
+            sealed = stage.seal({"lacre-shape": shape})
+            answer = await stage.ask(sealed, stage.grant(sealed.header, shape=shape))
             assert max(answer.sizes()) < 17_000
             assert answer.opened()[1] == content
 
-    async def test_two_at_once(self, desk: Desk) -> None:
-        answers = await asyncio.gather(*(desk.ask(desk.seal(content=b"%d" % number)) for number in range(6)))
+    async def test_two_at_once(self, stage: Stage) -> None:
+        answers = await asyncio.gather(*(stage.ask(stage.seal(content=b"%d" % number)) for number in range(6)))
         assert [answer.opened()[1] for answer in answers] == [b"%d" % number for number in range(6)]
 
     async def test_with_the_real_api(self, app: App) -> None:
-        engine = EchoEngine(name="m", n_ctx=512)
-        desk = Desk(app)
-        body = {"model": "m", "messages": [{"role": "user", "content": "sea"}], "max_tokens": 9, "stream": True}
-        async with running(desk.node(create_app([engine]))):
-            answer = await desk.ask(desk.seal(content=json.dumps(body).encode()))
+        engine = EchoEngine(name=MODEL, n_ctx=512)
+        stage = Stage(now=NOW)
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "sea"}], "max_tokens": 9, "stream": True}
+        async with running(stage.node(create_app([engine]))):
+            answer = await stage.ask(stage.seal(content=json.dumps(body).encode()))
         _, content, trailers = answer.opened()
         assert content.count(b"chat.completion.chunk") == 5 and b"data: [DONE]" in content
-        receipt = desk.receipt(trailers[TRAILER])
+        receipt = stage.receipt(trailers[TRAILER])
         assert (receipt.completion_tokens, receipt.model) == (3, engine.model.digest)
         engine.close()
 
@@ -141,67 +143,68 @@ class TestGrants:
         ],
         ids=str,
     )
-    async def test_members(self, desk: Desk, app: App, members: dict[str, Any]) -> None:
-        sealed = desk.seal()
-        answer = await desk.ask(sealed, desk.grant(sealed.header, **members))
+    async def test_members(self, stage: Stage, app: App, members: dict[str, Any]) -> None:
+        sealed = stage.seal()
+        answer = await stage.ask(sealed, stage.grant(sealed.header, **members))
         assert answer.problem == problems.INVALID_GRANT.type
         assert not app.calls
 
-    async def test_by_another_key(self, desk: Desk, app: App) -> None:
-        sealed = desk.seal()
-        answer = await desk.ask(sealed, desk.grant(sealed.header, Ed25519PrivateKey.generate()))
+    async def test_by_another_key(self, stage: Stage, app: App) -> None:
+        sealed = stage.seal()
+        answer = await stage.ask(sealed, stage.grant(sealed.header, Ed25519PrivateKey.generate()))
         assert (answer.problem, app.calls) == (problems.INVALID_GRANT.type, [])
 
     @pytest.mark.parametrize("grant", ["", "a.b.c", "x" * 100_000])
-    async def test_what_is_no_grant(self, desk: Desk, app: App, grant: str) -> None:
-        sealed = desk.seal()
-        dispatch = await desk.dispatch(sealed, grant or " ")
+    async def test_what_is_no_grant(self, stage: Stage, app: App, grant: str) -> None:
+        sealed = stage.seal()
+        dispatch = await stage.dispatch(sealed, grant or " ")
         frames = [frame async for frame in dispatch.frames()]
         assert (Answer(frames, sealed.opener).problem, app.calls) == (problems.INVALID_GRANT.type, [])
 
-    async def test_a_receipt_is_no_grant(self, desk: Desk, app: App) -> None:
+    async def test_a_receipt_is_no_grant(self, stage: Stage, app: App) -> None:
         """Signed by the very key that signs grants, and of another type."""
-        sealed = desk.seal()
+        sealed = stage.seal()
         members = json.loads('{"enc":"a","model":"m","prompt_tokens":1,"cached_tokens":0,"completion_tokens":1}')
-        forged = Receipt(**members, start=1.0, end=1.0, final=True).sign(desk.grant_key)
-        assert ((await desk.ask(sealed, forged)).problem, app.calls) == (problems.INVALID_GRANT.type, [])
+        forged = Receipt(**members, start=1.0, end=1.0, final=True).sign(stage.keys.gateway)
+        assert ((await stage.ask(sealed, forged)).problem, app.calls) == (problems.INVALID_GRANT.type, [])
 
-    async def test_of_another_request(self, desk: Desk, app: App) -> None:
-        first, second = desk.seal(), desk.seal()
-        assert (await desk.ask(second, desk.grant(first.header))).problem == problems.INVALID_GRANT.type
+    async def test_of_another_request(self, stage: Stage, app: App) -> None:
+        first, second = stage.seal(), stage.seal()
+        assert (await stage.ask(second, stage.grant(first.header))).problem == problems.INVALID_GRANT.type
         assert not app.calls
 
-    async def test_for_a_model_that_the_queue_does_not_name(self, desk: Desk, app: App) -> None:
+    async def test_for_a_model_that_the_queue_does_not_name(self, stage: Stage, app: App) -> None:
         """The fabric put it into another model's queue."""
-        sealed = desk.seal()
-        assert (await desk.ask(sealed, desk.grant(sealed.header, model="big"))).problem == problems.INVALID_GRANT.type
+        sealed = stage.seal()
+        assert (await stage.ask(sealed, stage.grant(sealed.header, model="big"))).problem == problems.INVALID_GRANT.type
 
     async def test_nothing_is_pulled_before_there_is_a_manifest(self, app: App) -> None:
-        desk = Desk(app)
-        there, manifest = asyncio.Event(), Manifest("test", 1, NOW, NOW + 3600, raw_public_key(desk.grant_key), {})
+        stage = Stage(now=NOW)
+        there, manifest = asyncio.Event(), Manifest("test", 1, NOW, NOW + 3600, raw_public_key(stage.keys.gateway), {})
 
         def current() -> Manifest:
             if not there.is_set():
                 raise UsageError("no manifest yet")
             return manifest
 
-        identity = Identity("p", lambda: desk.keys, desk.receipt_key, current)
-        node = Node(desk.hub.worker("p", ["m"]), app, identity, clock=lambda: desk.now)
+        identity = Identity(POOL, lambda: stage.held, stage.keys.receipts, current)
+        node = Node(stage.hub.worker(POOL, [MODEL]), app, identity, clock=lambda: stage.now)
         running = asyncio.create_task(node.run())
-        asking = asyncio.create_task(desk.ask())
+        asking = asyncio.create_task(stage.ask())
         await asyncio.sleep(NO_MANIFEST)
-        assert len(desk.hub.queue) == 1
+        assert len(stage.hub.queue) == 1
         there.set()
         assert (await asking).opened()[0].status == 200
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
     async def test_by_an_expired_manifest(self, app: App) -> None:
-        desk = Desk(app, manifest_lives=10)
-        async with running(desk.node()):
-            assert (await desk.ask()).problem is None
-            desk.now += 10
-            assert (await desk.ask()).problem == problems.INVALID_GRANT.type
+        stage = Stage(now=NOW)
+        expiring = stage.manifest(lives=10)
+        async with running(stage.node(app, manifest=lambda: expiring)):
+            assert (await stage.ask()).problem is None
+            stage.now += 10
+            assert (await stage.ask()).problem == problems.INVALID_GRANT.type
 
 
 class TestSealing:
@@ -215,36 +218,36 @@ class TestSealing:
             (lambda body: b"\x02" + body[1:], problems.INVALID_GRANT),  # its digest is another one then
         ],
     )
-    async def test_altered_on_the_way(self, desk: Desk, app: App, bend: Callable[[bytes], bytes], problem: Problem) -> None:
-        sealed = desk.seal()
-        altered = dataclasses.replace(sealed, body=bend(sealed.body))
-        answer = await desk.ask(altered)
+    async def test_altered_on_the_way(self, stage: Stage, app: App, bend: Callable[[bytes], bytes], problem: Problem) -> None:
+        sealed = stage.seal()
+        altered = sealed._replace(body=bend(sealed.body))
+        answer = await stage.ask(altered)
         assert (answer.problem, app.calls) == (problem.type, [])
 
-    async def test_to_a_key_that_is_not_here(self, desk: Desk, app: App) -> None:
-        answer = await desk.ask(desk.seal(key=PrivateKey.generate(7)))
+    async def test_to_a_key_that_is_not_here(self, stage: Stage, app: App) -> None:
+        answer = await stage.ask(stage.seal(key=PrivateKey.generate(7)))
         assert (answer.problem, app.calls) == (problems.UNKNOWN_KEY.type, [])
 
-    async def test_a_key_that_came_since_the_last_look(self, desk: Desk) -> None:
+    async def test_a_key_that_came_since_the_last_look(self, stage: Stage) -> None:
         """A client learned of it before this worker did."""
         new = PrivateKey.generate(2)
 
         def look() -> bool:
-            desk.keys = {**desk.keys, 2: new}
+            stage.held = {**stage.held, 2: new}
             return True
 
-        desk.look_for_keys = look
-        assert (await desk.ask(desk.seal(key=new))).opened()[0].status == 200
+        stage.look_for_keys = look
+        assert (await stage.ask(stage.seal(key=new))).opened()[0].status == 200
 
-    async def test_a_look_that_brings_another_key_is_the_only_one(self, desk: Desk, app: App) -> None:
+    async def test_a_look_that_brings_another_key_is_the_only_one(self, stage: Stage, app: App) -> None:
         looks: list[int] = []
-        desk.look_for_keys = lambda: looks.append(1) is None
-        answer = await desk.ask(desk.seal(key=PrivateKey.generate(2)))
+        stage.look_for_keys = lambda: looks.append(1) is None
+        answer = await stage.ask(stage.seal(key=PrivateKey.generate(2)))
         assert (answer.problem, app.calls, looks) == (problems.UNKNOWN_KEY.type, [], [1])
 
-    async def test_something_that_is_no_http(self, desk: Desk, app: App) -> None:
-        body, header, opener = seal_request(desk.keys[1].config, b"\x07 not BHTTP")
-        assert (await desk.ask(Sealed(body, header, opener))).problem == problems.INVALID_REQUEST.type
+    async def test_something_that_is_no_http(self, stage: Stage, app: App) -> None:
+        body, header, opener = seal_request(stage.held[1].config, b"\x07 not BHTTP")
+        assert (await stage.ask(Sealed(body, header, opener))).problem == problems.INVALID_REQUEST.type
         assert not app.calls
 
 
@@ -266,49 +269,49 @@ class TestClaimsThatAreAway:
     """A worker that cannot claim is well: nobody takes it for lost, and nothing runs twice."""
 
     async def test_they_are_asked_again(self, app: App) -> None:
-        desk = Desk(app, hub=(hub := Leaderless(2)))
-        async with running(desk.node()):
-            assert (await desk.ask(desk.seal())).problem is None
+        stage = Stage(hub := Leaderless(2), now=NOW)
+        async with running(stage.node(app)):
+            assert (await stage.ask(stage.seal())).problem is None
         assert (hub.tries, len(app.calls)) == (3, 1)
 
     async def test_in_the_end_the_caller_is_told_to_come_again(self, app: App) -> None:
-        desk = Desk(app, hub=Leaderless(10**6))
-        async with running(desk.node(claim_patience=0.1)):
-            assert (await desk.ask(desk.seal())).problem == problems.BUSY.type
+        stage = Stage(Leaderless(10**6), now=NOW)
+        async with running(stage.node(app, claim_patience=0.1)):
+            assert (await stage.ask(stage.seal())).problem == problems.BUSY.type
 
 
 class TestReplay:
-    async def silence(self, desk: Desk, sealed: Sealed) -> None:
+    async def silence(self, stage: Stage, sealed: Sealed) -> None:
         """A loser ends without a word: not one frame comes for it."""
         with pytest.raises(QueueTimeout):
-            await desk.ask(sealed)
+            await stage.ask(sealed)
 
-    async def test_at_the_same_node(self, desk: Desk, app: App) -> None:
-        sealed = desk.seal()
-        assert (await desk.ask(sealed)).problem is None
-        desk.hub.claims.clear()  # the fabric forgot: the node's own memory is what is left
-        await self.silence(desk, sealed)
+    async def test_at_the_same_node(self, stage: Stage, app: App) -> None:
+        sealed = stage.seal()
+        assert (await stage.ask(sealed)).problem is None
+        stage.hub.claims.clear()  # the fabric forgot: the node's own memory is what is left
+        await self.silence(stage, sealed)
         assert len(app.calls) == 1
 
     async def test_at_another_node_of_the_pool(self, app: App) -> None:
-        desk = Desk(app)
-        sealed = desk.seal()
-        async with running(desk.node()):
-            assert (await desk.ask(sealed)).problem is None
-        async with running(desk.node()):
-            await self.silence(desk, sealed)
+        stage = Stage(now=NOW)
+        sealed = stage.seal()
+        async with running(stage.node(app)):
+            assert (await stage.ask(sealed)).problem is None
+        async with running(stage.node(app)):
+            await self.silence(stage, sealed)
         assert len(app.calls) == 1
 
     async def test_after_the_window_the_date_refuses_it(self, app: App) -> None:
         """A fabric that forgets, and a node that starts anew, gain at most what lies inside the date's window."""
-        desk = Desk(app)
-        sealed = desk.seal()
-        async with running(desk.node()):
-            assert (await desk.ask(sealed)).problem is None
-        desk.hub.claims.clear()
-        desk.now += DATE_WINDOW + 1
-        async with running(desk.node()):
-            head, _, _ = (await desk.ask(sealed)).opened()
+        stage = Stage(now=NOW)
+        sealed = stage.seal()
+        async with running(stage.node(app)):
+            assert (await stage.ask(sealed)).problem is None
+        stage.hub.claims.clear()
+        stage.now += DATE_WINDOW + 1
+        async with running(stage.node(app)):
+            head, _, _ = (await stage.ask(sealed)).opened()
         assert (head.status, len(app.calls)) == (400, 1)
 
     def test_memory_holds_as_long_as_a_claim(self) -> None:
@@ -327,9 +330,9 @@ class TestReplay:
 class TestInside:
     """What differs from the grant is refused inside the seal, with a receipt for nothing, and padded like any answer."""
 
-    def check(self, desk: Desk, answer: Answer, status: int) -> bytes:
+    def check(self, stage: Stage, answer: Answer, status: int) -> bytes:
         head, content, trailers = answer.opened()
-        receipt = desk.receipt(trailers[TRAILER])
+        receipt = stage.receipt(trailers[TRAILER])
         assert head.status == status
         assert (receipt.final, receipt.prompt_tokens, receipt.completion_tokens) == (True, 0, 0)
         assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE]
@@ -337,23 +340,23 @@ class TestInside:
         return content
 
     @pytest.mark.parametrize("seconds", [DATE_WINDOW + 1, -DATE_WINDOW - 1, 86400 * 365])
-    async def test_date(self, desk: Desk, app: App, seconds: float) -> None:
+    async def test_date(self, stage: Stage, app: App, seconds: float) -> None:
         date = email.utils.formatdate(NOW + seconds, usegmt=True)
-        head, content, _ = (await desk.ask(desk.seal({"date": date}))).opened()
+        head, content, _ = (await stage.ask(stage.seal({"date": date}))).opened()
         assert (head.status, Problem.type_in(content)) == (400, problems.DATE.type)
         assert dict(head.headers)["date"] == email.utils.formatdate(NOW, usegmt=True)
         assert not app.calls
 
     @pytest.mark.parametrize("date", [None, "", "yesterday", "Thu, 99 Foo 2026 00:00:00 GMT", "0"])
-    async def test_what_is_no_date(self, desk: Desk, app: App, date: str | None) -> None:
-        content = self.check(desk, await desk.ask(desk.seal({"date": date})), 400)
+    async def test_what_is_no_date(self, stage: Stage, app: App, date: str | None) -> None:
+        content = self.check(stage, await stage.ask(stage.seal({"date": date})), 400)
         assert Problem.type_in(content) == problems.DATE.type
         assert not app.calls
 
     @pytest.mark.parametrize("seconds", [DATE_WINDOW - 1, 1 - DATE_WINDOW])
-    async def test_a_date_inside_the_window(self, desk: Desk, seconds: float) -> None:
+    async def test_a_date_inside_the_window(self, stage: Stage, seconds: float) -> None:
         date = email.utils.formatdate(NOW + seconds, usegmt=True)
-        assert (await desk.ask(desk.seal({"date": date}))).opened()[0].status == 200
+        assert (await stage.ask(stage.seal({"date": date}))).opened()[0].status == 200
 
     @pytest.mark.parametrize(
         ("sealed", "param"),
@@ -369,43 +372,43 @@ class TestInside:
             ({"scheme": "http"}, "authority"),
         ],
     )
-    async def test_what_differs_from_the_grant(self, desk: Desk, app: App, sealed: dict[str, Any], param: str) -> None:
-        content = self.check(desk, await desk.ask(desk.seal(**sealed)), 403)
+    async def test_what_differs_from_the_grant(self, stage: Stage, app: App, sealed: dict[str, Any], param: str) -> None:
+        content = self.check(stage, await stage.ask(stage.seal(**sealed)), 403)
         error = json.loads(content)["error"]
         assert (error["code"], error["param"]) == ("grant_mismatch", param)
         assert not app.calls
 
-    async def test_copies_may_be_left_out(self, desk: Desk) -> None:
+    async def test_copies_may_be_left_out(self, stage: Stage) -> None:
         names = ("pool", "model", "action", "max-tokens", "shape")
-        answer = await desk.ask(desk.seal({f"lacre-{name}": None for name in names}))
+        answer = await stage.ask(stage.seal({f"lacre-{name}": None for name in names}))
         assert answer.opened()[0].status == 200
 
     @pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
-    async def test_http_is_no_way_around_the_actions(self, desk: Desk, app: App, path: str) -> None:
-        sealed = desk.seal({"lacre-action": "http"}, path=path)
-        self.check(desk, await desk.ask(sealed, desk.grant(sealed.header, action="http")), 403)
-        other = desk.seal({"lacre-action": "http"}, path="/predict")
-        assert (await desk.ask(other, desk.grant(other.header, action="http"))).opened()[0].status == 200
+    async def test_http_is_no_way_around_the_actions(self, stage: Stage, app: App, path: str) -> None:
+        sealed = stage.seal({"lacre-action": "http"}, path=path)
+        self.check(stage, await stage.ask(sealed, stage.grant(sealed.header, action="http")), 403)
+        other = stage.seal({"lacre-action": "http"}, path="/predict")
+        assert (await stage.ask(other, stage.grant(other.header, action="http"))).opened()[0].status == 200
         assert len(app.calls) == 1
 
 
 class TestReceipts:
-    async def test_the_client_and_the_gateway_get_the_same_one(self, desk: Desk) -> None:
-        sealed = desk.seal()
-        answer = await desk.ask(sealed)
+    async def test_the_client_and_the_gateway_get_the_same_one(self, stage: Stage) -> None:
+        sealed = stage.seal()
+        answer = await stage.ask(sealed)
         _, _, trailers = answer.opened()
         assert answer.frames[-1].payload.decode() == trailers[TRAILER]
-        receipt = desk.receipt(trailers[TRAILER])
+        receipt = stage.receipt(trailers[TRAILER])
         assert receipt == Receipt(b64u(sealed.header.digest), "sha256:" + "7" * 64, 11, 4, 3, NOW, NOW, True)
 
-    async def test_beats_carry_what_was_used_so_far(self, desk: Desk, app: App) -> None:
+    async def test_beats_carry_what_was_used_so_far(self, stage: Stage, app: App) -> None:
         app.answer = app.slowly
-        sealed = desk.seal()
-        dispatch = await desk.dispatch(sealed)
+        sealed = stage.seal()
+        dispatch = await stage.dispatch(sealed)
         async with aclosing(dispatch.frames()) as frames:
             async for _ in frames:
                 await until(lambda: len(dispatch.receipts) > 1)
-                first, *_, last = map(desk.receipt, dispatch.receipts)
+                first, *_, last = map(stage.receipt, dispatch.receipts)
                 break
         assert (first.completion_tokens, last.completion_tokens) == (0, 2)
         assert not last.final
@@ -439,39 +442,39 @@ class TestAppsThatFail:
 
     @pytest.mark.parametrize("how", ["gone", "raises", "silent", "headless", "twice", "odd_header"])
     @pytest.mark.parametrize("shape", ["pad", "none"])
-    async def test_is_never_passed_off_as_whole(self, desk: Desk, app: App, how: str, shape: str) -> None:
+    async def test_is_never_passed_off_as_whole(self, stage: Stage, app: App, how: str, shape: str) -> None:
         app.answer = getattr(self, how)
-        sealed = desk.seal({"lacre-shape": shape})
-        answer = await desk.ask(sealed, desk.grant(sealed.header, shape=shape))
+        sealed = stage.seal({"lacre-shape": shape})
+        answer = await stage.ask(sealed, stage.grant(sealed.header, shape=shape))
         assert answer.problem == problems.INTERNAL.type
         with pytest.raises(TruncatedStream):
             answer.opened()
         assert b"secret" not in b"".join(frame.payload for frame in answer.frames)
         app.answer = app.echo
-        assert (await desk.ask()).opened()[0].status == 200  # its slot is free, and the next one is served
+        assert (await stage.ask()).opened()[0].status == 200  # its slot is free, and the next one is served
 
 
 class TestCancelling:
-    async def test_a_gateway_that_withdraws_frees_the_slot(self, desk: Desk, app: App) -> None:
+    async def test_a_gateway_that_withdraws_frees_the_slot(self, stage: Stage, app: App) -> None:
         app.answer = app.slowly
-        dispatch = await desk.dispatch(desk.seal())
+        dispatch = await stage.dispatch(stage.seal())
         async with aclosing(dispatch.frames()) as frames:
             async for _ in frames:
                 break
         await asyncio.wait_for(app.left.wait(), 1)
         assert dispatch.receipt is not None
-        last = desk.receipt(dispatch.receipt)
+        last = stage.receipt(dispatch.receipt)
         assert (last.completion_tokens, last.final) == (2, True)  # before its first beat: what was made is told all the same
-        await until(lambda: not desk.hub.outbound)
+        await until(lambda: not stage.hub.outbound)
         app.answer = app.echo
-        assert (await desk.ask()).opened()[0].status == 200
+        assert (await stage.ask()).opened()[0].status == 200
 
     async def test_draining_cancels_what_takes_too_long(self, app: App) -> None:
-        desk = Desk(app)
+        stage = Stage(now=NOW)
         app.answer = app.slowly
-        node = desk.node()
+        node = stage.node(app)
         task = asyncio.create_task(node.run())
-        dispatch = await desk.dispatch(desk.seal())
+        dispatch = await stage.dispatch(stage.seal())
         async with aclosing(dispatch.frames()) as frames:
             await anext(frames)
             task.cancel()
@@ -479,8 +482,8 @@ class TestCancelling:
             await node.drain(0.1)
             last = [frame async for frame in frames][-1]
         assert (last.kind, last.payload.decode()) == (Kind.ERROR, problems.WORKER_LOST.type)  # told, not left to find out
-        assert not desk.hub.outbound
-        assert desk.hub.gateway().workers("p", "m") == 0
+        assert not stage.hub.outbound
+        assert stage.hub.gateway().workers(POOL, MODEL) == 0
 
 
 class Together:
@@ -504,34 +507,34 @@ class TestSequences:
 
     @pytest.mark.parametrize(("choices", "together"), [(1, 2), (2, 1), (8, 1)])
     async def test_a_burst_is_pulled_by_what_it_weighs(self, app: App, choices: int, together: int) -> None:
-        desk, engine = Desk(app), EchoEngine(name="m", delay=0.01)
+        stage, engine = Stage(now=NOW), EchoEngine(name=MODEL, delay=0.01)
         counted = Together(create_app([engine]))
-        body = {"model": "m", "n": choices, "max_tokens": 4, "messages": [{"role": "user", "content": "four"}]}
-        async with running(desk.node(counted, REPEATABLE, weighs=WEIGHED)):
-            answers = await asyncio.gather(*(desk.ask(*self.sealed(desk, body)) for _ in range(6)))
+        body = {"model": MODEL, "n": choices, "max_tokens": 4, "messages": [{"role": "user", "content": "four"}]}
+        async with running(stage.node(counted, slots=2, repeatable=REPEATABLE, weighs=WEIGHED)):
+            answers = await asyncio.gather(*(stage.ask(*self.sealed(stage, body)) for _ in range(6)))
         assert [answer.opened()[0].status for answer in answers] == [200] * 6
         assert counted.most == together
         engine.close()
 
     async def test_a_request_that_the_app_refuses_holds_nothing(self, app: App) -> None:
-        desk, engine = Desk(app), EchoEngine(name="m")
-        async with running(desk.node(create_app([engine]), REPEATABLE, weighs=WEIGHED)):
-            for body in ({"model": "m", "n": 10**6}, {"model": "m", "messages": []}, [], {"model": "other"}):
-                answer = await desk.ask(*self.sealed(desk, body))
+        stage, engine = Stage(now=NOW), EchoEngine(name=MODEL)
+        async with running(stage.node(create_app([engine]), repeatable=REPEATABLE, weighs=WEIGHED)):
+            for body in ({"model": MODEL, "n": 10**6}, {"model": MODEL, "messages": []}, [], {"model": "other"}):
+                answer = await stage.ask(*self.sealed(stage, body))
                 assert answer.opened()[0].status >= 400
         engine.close()
 
     async def test_what_is_no_generation_counts_as_one_at_once(self, app: App) -> None:
         """Though the app says nothing of it."""
-        desk = Desk(app)
+        stage = Stage(now=NOW)
         app.answer = app.slowly
-        async with running(desk.node(weighs=WEIGHED)):
+        async with running(stage.node(app, slots=2, weighs=WEIGHED)):
             for _ in range(2):
-                sealed = desk.seal({"lacre-action": "http"}, path="/predict")
-                await desk.dispatch(sealed, desk.grant(sealed.header, action="http"))
+                sealed = stage.seal({"lacre-action": "http"}, path="/predict")
+                await stage.dispatch(sealed, stage.grant(sealed.header, action="http"))
             await until(lambda: len(app.calls) == 2)
 
     @staticmethod
-    def sealed(desk: Desk, body: Any) -> tuple[Sealed, str]:
-        sealed = desk.seal({"lacre-max-tokens": "32"}, content=json.dumps(body).encode())
-        return sealed, desk.grant(sealed.header, max_tokens=32, max_prompt_tokens=1000)
+    def sealed(stage: Stage, body: Any) -> tuple[Sealed, str]:
+        sealed = stage.seal({"lacre-max-tokens": "32"}, content=json.dumps(body).encode())
+        return sealed, stage.grant(sealed.header, max_tokens=32, max_prompt_tokens=1000)

@@ -13,7 +13,9 @@ from lacre_backend.api.http import until_disconnect
 from lacre_backend.app_thread import Elsewhere
 from lacre_backend.node.node import Node
 from lacre_fabric.work.frames import Frame
-from parts.desk import STREAM, App, Desk, running, until
+from parts.keys import NOW
+from parts.stage import Stage, running, until
+from parts.told_app import STREAM, App
 
 PATIENCE = 20.0  # seconds; nothing here takes long, but on a busy machine
 PIECE = b"data: " + b"x" * 900 + b"\n\n"
@@ -43,9 +45,9 @@ def crossing(request: pytest.FixtureRequest) -> bool:
     return request.param == "in a thread of its own"
 
 
-async def stalled(desk: Desk, app: Flood) -> AsyncGenerator[Frame, None]:
+async def stalled(stage: Stage, app: Flood) -> AsyncGenerator[Frame, None]:
     """A request whose reader takes one frame, and no more. Returns when the worker may send nothing any more."""
-    frames = (await desk.dispatch(desk.seal())).frames()
+    frames = (await stage.dispatch(stage.seal())).frames()
     await anext(frames)
     await until(lambda: app.sent > MAX_PENDING, PATIENCE)
     before = -1
@@ -55,18 +57,18 @@ async def stalled(desk: Desk, app: Flood) -> AsyncGenerator[Frame, None]:
     return frames
 
 
-def node_of(desk: Desk, app: Flood, crossing: bool) -> tuple[Node, Elsewhere | None]:
+def node_of(stage: Stage, app: Flood, crossing: bool) -> tuple[Node, Elsewhere | None]:
     elsewhere = Elsewhere(app) if crossing else None
-    return desk.node(elsewhere), elsewhere
+    return stage.node(elsewhere or app), elsewhere
 
 
 async def test_a_reader_that_leaves_frees_its_slot(crossing: bool) -> None:
     app = Flood()
-    desk = Desk(app)
-    node, elsewhere = node_of(desk, app, crossing)
+    stage = Stage(now=NOW)
+    node, elsewhere = node_of(stage, app, crossing)
     async with running(node):
-        frames = await stalled(desk, app)
-        [worker] = desk.hub.live
+        frames = await stalled(stage, app)
+        [worker] = stage.hub.live
         assert worker.slots.busy == 1
         await frames.aclose()
         await until(lambda: worker.slots.busy == 0 and app.left.is_set(), PATIENCE)
@@ -76,10 +78,10 @@ async def test_a_reader_that_leaves_frees_its_slot(crossing: bool) -> None:
 
 async def test_a_drain_ends_while_a_reader_stalls(crossing: bool) -> None:
     app = Flood()
-    desk = Desk(app)
-    node, elsewhere = node_of(desk, app, crossing)
+    stage = Stage(now=NOW)
+    node, elsewhere = node_of(stage, app, crossing)
     async with running(node):
-        frames = await stalled(desk, app)
+        frames = await stalled(stage, app)
         async with asyncio.timeout(PATIENCE):
             await node.drain(0.0)
         await until(app.left.is_set, PATIENCE)
@@ -91,18 +93,18 @@ async def test_a_drain_ends_while_a_reader_stalls(crossing: bool) -> None:
 async def test_a_failure_of_the_nodes_own_ends_its_request_aloud(caplog: pytest.LogCaptureFixture) -> None:
     """Who waits is told, the slot is free, and the log has it."""
     app = App()
-    desk = Desk(app)
+    stage = Stage(now=NOW)
 
     def fails() -> bool:
         raise ZeroDivisionError
 
-    desk.look_for_keys = fails
-    async with running(desk.node()):
-        sealed = desk.seal()
-        desk.keys.clear()
-        answer = await desk.ask(sealed)
+    stage.look_for_keys = fails
+    async with running(stage.node(app)):
+        sealed = stage.seal()
+        stage.held.clear()
+        answer = await stage.ask(sealed)
         assert answer.problem is not None and answer.problem.endswith("internal")
-        [worker] = desk.hub.live
+        [worker] = stage.hub.live
         await until(lambda: worker.slots.busy == 0)
     assert caplog.messages == ["task failed: request"]
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from parts.gateway import FakeWorker, Issuer, World
+from parts.fake_worker import FakeWorker
+from parts.issuer import Issuer
+from parts.stage import Stage
+
+PutUp = Callable[..., Awaitable[Stage]]
 
 
 @pytest.fixture(scope="session")
@@ -18,25 +23,29 @@ def issuer() -> Issuer:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
-    world = World(tmp_path, issuer)
-    await world.publish(world.document())
-    yield world
-    await world.gateway.close()
+async def put_up(tmp_path: Path, issuer: Issuer) -> AsyncIterator[PutUp]:
+    """Makes a stage with a gateway of the test's own settings (`Stage.build_gateway`), which ends with the test."""
+    async with AsyncExitStack() as stack:
+
+        async def put_up(**parts: str) -> Stage:
+            return await stack.enter_async_context(Stage.on_air(tmp_path, issuer, **parts))
+
+        yield put_up
 
 
 @pytest.fixture
-async def worker(world: World) -> AsyncIterator[FakeWorker]:
-    async with world.worker() as worker:
+async def stage(put_up: PutUp) -> Stage:
+    """A file with settings of its own puts another one in this one's place."""
+    return await put_up()
+
+
+@pytest.fixture
+async def worker(stage: Stage) -> AsyncIterator[FakeWorker]:
+    async with stage.fake_worker() as worker:
         yield worker
 
 
 @pytest.fixture
-async def client(world: World) -> AsyncIterator[httpx2.AsyncClient]:
-    async with client_of(world) as client:
+async def client(stage: Stage) -> AsyncIterator[httpx2.AsyncClient]:
+    async with stage.http() as client:
         yield client
-
-
-def client_of(world: World, *, address: str = "192.0.2.1") -> httpx2.AsyncClient:
-    transport = httpx2.ASGITransport(world.app, client=(address, 40000))
-    return httpx2.AsyncClient(transport=transport, base_url="http://gateway.test")

@@ -27,8 +27,9 @@ from lacre_gateway.auth.revocation import RevocationList
 from lacre_gateway.auth.throttle import MAX_VERIFYING, FailureThrottle
 from lacre_gateway.auth.tokens import MAX_TOKEN, Authenticator, Principal, TrustedIssuer
 from lacre_gateway.http.refusal import Refusal
-from parts.gateway import AUDIENCE, ISSUER, Issuer, World
+from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.memory_fabric import MemoryFabric
+from parts.stage import Stage
 
 ALGORITHMS = ("EdDSA", "ES256", "RS256")
 
@@ -66,18 +67,18 @@ def b64(value: object) -> str:
 
 
 @pytest.mark.parametrize("value", [None, "", "Basic YTpi", "Bearer", "Bearer ", "Bearer a b", "bearer ..", "Bearer é"])
-async def test_no_token(value: str | None, world: World, client: httpx2.AsyncClient) -> None:
-    body, _ = world.seal()
-    headers = {**world.headers(authorization=None), **({} if value is None else {"authorization": value.encode()})}
+async def test_no_token(value: str | None, stage: Stage, client: httpx2.AsyncClient) -> None:
+    body, _, _ = stage.seal()
+    headers = {**stage.headers(authorization=None), **({} if value is None else {"authorization": value.encode()})}
     response = await client.post("/v1/sealed", content=body, headers=headers)  # type: ignore[arg-type]
     assert response.status_code == 401
     assert json.loads(response.content)["type"] == problems.INVALID_TOKEN.type
     assert response.headers["www-authenticate"].startswith('Bearer realm="lacre"')
 
 
-async def test_two_tokens_are_none(world: World, client: httpx2.AsyncClient) -> None:
-    body, _ = world.seal()
-    headers = [*world.headers().items(), ("authorization", f"Bearer {world.issuer.token(sub='bob')}")]
+async def test_two_tokens_are_none(stage: Stage, client: httpx2.AsyncClient) -> None:
+    body, _, _ = stage.seal()
+    headers = [*stage.headers().items(), ("authorization", f"Bearer {stage.issuer.token(sub='bob')}")]
     assert (await client.post("/v1/sealed", content=body, headers=headers)).status_code == 401
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import httpx2
@@ -25,9 +24,11 @@ from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.ledger import ALIVE, DRAW_LIMIT, GONE_AFTER
 from lacre_gateway.budget.plans import Kind
 from lacre_gateway.budget.record import Record
-from parts.gateway import MODEL, FakeWorker, Issuer, Script, World
+from parts.fake_worker import FakeWorker, Script
+from parts.keys import MODEL
+from parts.stage import Stage
 
-from .conftest import client_of
+from .conftest import PutUp
 from .test_audit import no_space
 from .test_refusals import assert_problem, post
 from .test_streaming import served
@@ -53,153 +54,133 @@ tokens_per_day = 1600
 tokens_per_day = 100
 """
 
-Make = Callable[..., Awaitable[World]]
-
 
 @pytest.fixture
-async def budgeted(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
-    world = World(tmp_path, issuer, plans=PLANS + PRICES)
-    await world.publish(world.document())
-    yield world
-    await world.gateway.close()
+async def stage(put_up: PutUp) -> Stage:
+    return await put_up(plans=PLANS + PRICES)
 
 
-@pytest.fixture
-async def worker(budgeted: World) -> AsyncIterator[FakeWorker]:
-    async with budgeted.worker() as worker:
-        yield worker
+def on(stage: Stage, plan: str, **claims: str) -> str:
+    return f"Bearer {stage.issuer.token(plan=plan, **claims)}"
 
 
-@pytest.fixture
-async def client(budgeted: World) -> AsyncIterator[httpx2.AsyncClient]:
-    async with client_of(budgeted) as client:
-        yield client
-
-
-def on(world: World, plan: str, **claims: str) -> str:
-    return f"Bearer {world.issuer.token(plan=plan, **claims)}"
-
-
-async def settled(world: World, requests: int) -> None:
+async def settled(stage: Stage, requests: int) -> None:
     """Until so many requests are settled, which is after their answers."""
-    await world.trail(requests)
+    await stage.trail(requests)
 
 
-def record(world: World, prefix: str) -> Record:
-    [entry] = [entry for key, entry in world.budgets.entries.items() if key.startswith(f"{prefix}.")]
+def record(stage: Stage, prefix: str) -> Record:
+    [entry] = [entry for key, entry in stage.budgets.entries.items() if key.startswith(f"{prefix}.")]
     return Record.parse(entry.value)
 
 
-async def test_requests_a_minute(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    codes = [(await post(budgeted, client)).status_code for _ in range(4)]
+async def test_requests_a_minute(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    codes = [(await post(stage, client)).status_code for _ in range(4)]
     assert codes == [200] * 3 + [429]
     met = {"limit": "requests_per_minute", "scope": "user", "unit": "requests", "ceiling": 3, "asked": 1, "remaining": 0}
-    assert_problem(await post(budgeted, client), problems.RATE_LIMITED, **met)
-    bob = f"Bearer {budgeted.issuer.token(sub='bob')}"
-    assert (await post(budgeted, client, authorization=bob)).status_code == 200
+    assert_problem(await post(stage, client), problems.RATE_LIMITED, **met)
+    bob = f"Bearer {stage.issuer.token(sub='bob')}"
+    assert (await post(stage, client, authorization=bob)).status_code == 200
     assert len(worker.opened) == 4
 
 
-async def test_what_is_not_used_is_given_back(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_what_is_not_used_is_given_back(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """Each reserves some 3,700 of 5,000 tokens, and uses 19 of them: a second fits only once the first is settled."""
-    token = on(budgeted, "tokens")
+    token = on(stage, "tokens")
     for number in range(1, 5):
-        response = await post(budgeted, client, authorization=token, lacre_max_tokens="3000")
+        response = await post(stage, client, authorization=token, lacre_max_tokens="3000")
         assert response.status_code == 200
-        await settled(budgeted, number)
+        await settled(stage, number)
     hold = asyncio.Event()
     worker.script = Script(before=hold.wait)
-    first = asyncio.create_task(post(budgeted, client, authorization=token, lacre_max_tokens="3000"))
+    first = asyncio.create_task(post(stage, client, authorization=token, lacre_max_tokens="3000"))
     while len(worker.opened) < 5:
         await asyncio.sleep(0.01)
-    refused = await post(budgeted, client, authorization=token, lacre_max_tokens="3000")
+    refused = await post(stage, client, authorization=token, lacre_max_tokens="3000")
     assert_problem(refused, problems.RATE_LIMITED, limit="tokens_per_minute", unit="tokens", ceiling=5000)
     assert refused.headers["retry-after"] == "2"  # what is reserved may come back long before the minute is over
     hold.set()
     assert (await first).status_code == 200
 
 
-async def test_money_to_the_micro_unit(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_money_to_the_micro_unit(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """12 prompt tokens, 2 of them cached, and 7 more: 10 × 1 + 2 × 0.25 + 7 × 2 = 24.5 micro-units, rounded up."""
     for number in range(1, 4):
-        response = await post(budgeted, client, authorization=on(budgeted, "money", sub=f"user-{number}"))
+        response = await post(stage, client, authorization=on(stage, "money", sub=f"user-{number}"))
         assert response.status_code == 200
-        await settled(budgeted, number)  # before it is, the tenant's money is held back for what the request may use at most
-    trail = await budgeted.trail(3)
+        await settled(stage, number)  # before it is, the tenant's money is held back for what the request may use at most
+    trail = await stage.trail(3)
     assert [entry["money"] for entry in trail if entry["kind"] == "outcome"] == [25] * 3
     intent = trail[0]
     assert intent["reserved_money"] == intent["reserved_prompt_tokens"] + 2 * 256
-    assert intent["lease"] == budgeted.gateway.budgets.holder
+    assert intent["lease"] == stage.gateway.budgets.holder
     assert [limit.partition("@")[0] for limit in intent["limits"]] == ["tenant-on-plan:money/money_per_month"]
-    await budgeted.gateway.close()
-    [window] = record(budgeted, "tenant-on-plan").windows[Kind.MONEY_PER_MONTH].values()
+    await stage.gateway.close()
+    [window] = record(stage, "tenant-on-plan").windows[Kind.MONEY_PER_MONTH].values()
     assert window.drawn() == window.used() == 75
 
 
-async def test_a_day_that_is_spent(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_a_day_that_is_spent(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(usage={"completion_tokens": 2000})
     for number in range(1, 3):
-        token = on(budgeted, "daily", sub=f"user-{number}")
-        assert (await post(budgeted, client, authorization=token, lacre_max_tokens="2000")).status_code == 200
-        await settled(budgeted, number)
-    refused = await post(budgeted, client, authorization=on(budgeted, "daily"), lacre_max_tokens="2000")
+        token = on(stage, "daily", sub=f"user-{number}")
+        assert (await post(stage, client, authorization=token, lacre_max_tokens="2000")).status_code == 200
+        await settled(stage, number)
+    refused = await post(stage, client, authorization=on(stage, "daily"), lacre_max_tokens="2000")
     assert_problem(refused, problems.BUDGET_SPENT)
     assert int(refused.headers["retry-after"]) == int(refused.headers["ratelimit"].partition(";t=")[2])
 
 
-async def test_streams_at_once(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_streams_at_once(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     hold = asyncio.Event()
     worker.script = Script(before=hold.wait)
     running = [
-        asyncio.create_task(post(budgeted, client, authorization=on(budgeted, "streams", sub=f"u{number}")))
-        for number in range(2)
+        asyncio.create_task(post(stage, client, authorization=on(stage, "streams", sub=f"u{number}"))) for number in range(2)
     ]
     while len(worker.opened) < 2:
         await asyncio.sleep(0.01)
-    third = await post(budgeted, client, authorization=on(budgeted, "streams", sub="u3"))
+    third = await post(stage, client, authorization=on(stage, "streams", sub="u3"))
     assert_problem(third, problems.RATE_LIMITED, limit="concurrent_streams", unit="concurrent-requests", scope="plan")
     assert "ceiling" not in details.read(third.content)  # how far a whole plan is used is for the operator
     hold.set()
     assert [(await task).status_code for task in running] == [200, 200]
-    assert (await post(budgeted, client, authorization=on(budgeted, "streams", sub="u3"))).status_code == 200
+    assert (await post(stage, client, authorization=on(stage, "streams", sub="u3"))).status_code == 200
 
 
-async def test_an_explicit_zero_is_zero(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(budgeted, client, authorization=on(budgeted, "none")), problems.ABOVE_LIMIT, ceiling=0)
+async def test_an_explicit_zero_is_zero(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, authorization=on(stage, "none")), problems.ABOVE_LIMIT, ceiling=0)
     assert not worker.opened
 
 
-async def test_more_than_the_limit_at_once(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(budgeted, client, authorization=on(budgeted, "small")), problems.ABOVE_LIMIT)
+async def test_more_than_the_limit_at_once(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, authorization=on(stage, "small")), problems.ABOVE_LIMIT)
 
 
-async def test_a_plan_that_there_is_not(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(budgeted, client, authorization=on(budgeted, "gold")), problems.UNKNOWN_PLAN)
+async def test_a_plan_that_there_is_not(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, authorization=on(stage, "gold")), problems.UNKNOWN_PLAN)
 
 
-async def test_a_refused_request_costs_nothing(budgeted: World, client: httpx2.AsyncClient) -> None:
+async def test_a_refused_request_costs_nothing(stage: Stage, client: httpx2.AsyncClient) -> None:
     """Neither one that policy refuses, nor one for which there is no worker."""
-    budgeted.hub.max_queue = 0
-    budgeted.hub.worker("default", ["smollm2-135m"])
+    stage.hub.max_queue = 0
+    stage.hub.worker("default", ["smollm2-135m"])
     for _ in range(10):
-        assert_problem(await post(budgeted, client, lacre_action="http"), problems.PATH_NOT_ALLOWED)
-        assert_problem(await post(budgeted, client), problems.BUSY)
-    budgeted.hub.max_queue, budgeted.hub.live = 10, []
-    async with budgeted.worker():
-        assert (await post(budgeted, client)).status_code == 200
+        assert_problem(await post(stage, client, lacre_action="http"), problems.PATH_NOT_ALLOWED)
+        assert_problem(await post(stage, client), problems.BUSY)
+    stage.hub.max_queue, stage.hub.live = 10, []
+    async with stage.fake_worker():
+        assert (await post(stage, client)).status_code == 200
 
 
-async def test_an_answer_that_breaks_costs_what_was_made(
-    budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient
-) -> None:
+async def test_an_answer_that_breaks_costs_what_was_made(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(beats=({"completion_tokens": 3}, {"completion_tokens": 5}), ending="error:x")
-    await post(budgeted, client, authorization=on(budgeted, "money"))
-    outcome = (await budgeted.trail())[1]
+    await post(stage, client, authorization=on(stage, "money"))
+    outcome = (await stage.trail())[1]
     assert (outcome["outcome"], outcome["money"]) == ("broken", 21)  # 10 × 1 + 2 × 0.25 + 5 × 2, rounded up
 
 
-async def test_what_the_answer_says(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    first = await post(budgeted, client)
+async def test_what_the_answer_says(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    first = await post(stage, client)
     assert first.headers["ratelimit-policy"] == '"user/requests_per_minute";q=3;w=60;qu="requests"'
     level, _, reset = first.headers["ratelimit"].partition(";t=")
     assert level == '"user/requests_per_minute";r=2'
@@ -208,10 +189,10 @@ async def test_what_the_answer_says(budgeted: World, worker: FakeWorker, client:
     assert 0 < int(first.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
     assert "x-ratelimit-limit-tokens" not in first.headers
     for _ in range(2):
-        await post(budgeted, client)
-    refused = await post(budgeted, client)
+        await post(stage, client)
+    refused = await post(stage, client)
     assert refused.headers["ratelimit"].startswith('"user/requests_per_minute";r=0;t=')
-    assert "ratelimit" not in (await post(budgeted, client, authorization=on(budgeted, "streams"))).headers
+    assert "ratelimit" not in (await post(stage, client, authorization=on(stage, "streams"))).headers
 
 
 AUDIT = Path(__file__).resolve().parents[2] / "docs/audit.md"
@@ -225,21 +206,21 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("plan", REFUSED)
-async def test_a_refusal_is_recorded(plan: str, budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_a_refusal_is_recorded(plan: str, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """As a denial is: an intent with its proof, and an outcome that says why. For which limit is not for the client to know."""
     problem, exceeded = REFUSED[plan]
     worker.script = Script(usage={"completion_tokens": 200})
     served = {"free": 3, "once": 1}.get(plan, 0)
     for number in range(1, served + 1):
-        assert (await post(budgeted, client, authorization=on(budgeted, plan))).status_code == 200
-        await settled(budgeted, number)
+        assert (await post(stage, client, authorization=on(stage, plan))).status_code == 200
+        await settled(stage, number)
     if problem is problems.BUDGET_UNAVAILABLE:
-        budgeted.gateway.budgets.bucket = Unavailable()
-    refused = await post(budgeted, client, authorization=on(budgeted, plan))
+        stage.gateway.budgets.bucket = Unavailable()
+    refused = await post(stage, client, authorization=on(stage, plan))
     assert_problem(refused, problem)
     proof = AuditProof.parse_header(refused.headers["lacre-audit"])
-    proof.verify(raw_public_key(budgeted.grant_key))
-    intent, outcome = (await budgeted.trail(served + 1))[2 * served :]
+    proof.verify(raw_public_key(stage.keys.gateway))
+    intent, outcome = (await stage.trail(served + 1))[2 * served :]
     assert json.loads(proof.entry) == intent and "exceeded" not in intent
     assert (intent["request_id"], intent["subject"]) == (refused.headers["lacre-request-id"], "alice")
     assert (intent["decision"], intent["policies"]) == ("allow", ["models-for-everyone"])
@@ -247,32 +228,32 @@ async def test_a_refusal_is_recorded(plan: str, budgeted: World, worker: FakeWor
     assert (outcome["outcome"], outcome["status"], outcome["money"]) == ("refused", problem.status, None)
     assert outcome["problem"] == problem.slug
     assert (outcome["exceeded"] and outcome["exceeded"].rstrip("0123456789")) == exceeded
-    await budgeted.gateway.close()
-    assert verify(budgeted.folder / "audit").wrong is None
+    await stage.gateway.close()
+    assert verify(stage.folder / "audit").wrong is None
 
 
-async def test_the_client_keeps_the_proof_of_a_refusal(budgeted: World) -> None:
+async def test_the_client_keeps_the_proof_of_a_refusal(stage: Stage) -> None:
     """The SDK checks that it is of what was sent, and the error has it."""
-    url = str(ConnectionString("http://127.0.0.1:9", raw_public_key(budgeted.root)))
-    how = {"memory": lacre.VersionMemory(), "transport": httpx2.ASGITransport(budgeted.app), "retries": 0}
-    async with lacre.AsyncClient(url, token=budgeted.issuer.token(plan="none"), **how) as client:
+    url = str(ConnectionString("http://127.0.0.1:9", raw_public_key(stage.keys.root)))
+    how = {"memory": lacre.VersionMemory(), "transport": httpx2.ASGITransport(stage.app), "retries": 0}
+    async with lacre.AsyncClient(url, token=stage.issuer.token(plan="none"), **how) as client:
         with pytest.raises(lacre.Forbidden) as refused:
             await client.chat("Hello.", model=MODEL)
     assert refused.value.problem == problems.ABOVE_LIMIT.type
     assert refused.value.verification is not None and refused.value.verification.audit is not None
-    [intent, _] = await budgeted.trail()
+    [intent, _] = await stage.trail()
     assert refused.value.verification.audit.members == intent
 
 
-async def test_who_met_a_limit(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_who_met_a_limit(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """As docs/audit.md asks for it."""
     for subject, requests in (("alice", 5), ("bob", 4), ("carol", 3)):
         for _ in range(requests):
-            await post(budgeted, client, authorization=on(budgeted, "free", sub=subject))
-    await budgeted.gateway.close()
+            await post(stage, client, authorization=on(stage, "free", sub=subject))
+    await stage.gateway.close()
     document = AUDIT.read_text()
     [sql] = re.findall(r'--sql "(SELECT [^"]*exceeded[^"]*)"', document)
-    names, rows = indexes.ask(indexes.build(LogReader(budgeted.folder / "audit")), sql)
+    names, rows = indexes.ask(indexes.build(LogReader(stage.folder / "audit")), sql)
     assert names == ["subject", "exceeded", "requests"]
     assert [(who, limit.partition("@")[0], times) for who, limit, times in rows] == [
         ("alice", "user:free/requests_per_minute", 2), ("bob", "user:free/requests_per_minute", 1),
@@ -289,33 +270,32 @@ def left(response: httpx2.Response) -> dict[str, int]:
 
 @pytest.mark.parametrize("ample", [10_000, 1_000_000])  # of which a lease has no spare for another request, and has one
 @pytest.mark.parametrize("short", SCOPES)
-async def test_all_budgets_or_none(short: str, ample: int, tmp_path: Path, issuer: Issuer) -> None:
+async def test_all_budgets_or_none(put_up: PutUp, short: str, ample: int) -> None:
     """One of three is used up: nothing is charged to the other two."""
     labels = {"user": "user", "tenant": "tenant-on-plan", "everyone": "plan"}
     ceilings, used = {scope: 1600 if scope == short else ample for scope in SCOPES}, 212
     tables = "".join(f"[plans.p.{scope}]\ntokens_per_day = {ceiling}\n" for scope, ceiling in ceilings.items())
-    world = World(tmp_path, issuer, plans=f'default_plan = "p"\n{tables}')
-    await world.publish(world.document())
-    async with world.worker() as worker, client_of(world) as client:
+    stage = await put_up(plans=f'default_plan = "p"\n{tables}')
+    async with stage.fake_worker() as worker, stage.http() as client:
         worker.script = Script(usage={"completion_tokens": 200})
-        assert (await post(world, client)).status_code == 200
-        await settled(world, 1)
+        assert (await post(stage, client)).status_code == 200
+        await settled(stage, 1)
         after = {f"{labels[scope]}/tokens_per_day": ceilings[scope] - used for scope in ("user", "tenant")}
-        others = [key for key in world.budgets.entries if not key.startswith(f"{labels[short]}.")]
-        before = [world.budgets.entries[key].value for key in others]
+        others = [key for key in stage.budgets.entries if not key.startswith(f"{labels[short]}.")]
+        before = [stage.budgets.entries[key].value for key in others]
         assert len(others) == 2
         for _ in range(3):
-            refused = await post(world, client)
+            refused = await post(stage, client)
             assert_problem(refused, problems.BUDGET_SPENT)
             assert left(refused) == after
         if ample == 1_000_000:
-            assert [world.budgets.entries[key].value for key in others] == before
+            assert [stage.budgets.entries[key].value for key in others] == before
         assert len(worker.opened) == 1
-    met = [entry["exceeded"] for entry in await world.trail(4) if entry["kind"] == "outcome"]
+    await stage.gateway.close()
+    met = [entry["exceeded"] for entry in await stage.trail(4) if entry["kind"] == "outcome"]
     assert [limit and limit.partition("@")[0] for limit in met] == [None, *[f"{labels[short]}:p/tokens_per_day"] * 3]
-    await world.gateway.close()
     for prefix in labels.values():
-        [window] = record(world, prefix).windows[Kind.TOKENS_PER_DAY].values()
+        [window] = record(stage, prefix).windows[Kind.TOKENS_PER_DAY].values()
         assert window.drawn() == window.used() == used
 
 
@@ -332,37 +312,33 @@ class Unavailable:
         raise FabricUnavailable("gone")
 
 
-async def test_without_the_bucket_what_is_in_hand_is_served(tmp_path: Path, issuer: Issuer) -> None:
+async def test_without_the_bucket_what_is_in_hand_is_served(put_up: PutUp) -> None:
     """640 a minute: a lease has one, and ten beyond."""
-    world = World(tmp_path, issuer, plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')
-    await world.publish(world.document())
-    async with world.worker(), client_of(world) as client:
-        assert (await post(world, client)).status_code == 200
-        world.gateway.budgets.bucket = Unavailable()
-        codes = [(await post(world, client)).status_code for _ in range(11)]
+    stage = await put_up(plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')
+    async with stage.fake_worker(), stage.http() as client:
+        assert (await post(stage, client)).status_code == 200
+        stage.gateway.budgets.bucket = Unavailable()
+        codes = [(await post(stage, client)).status_code for _ in range(11)]
         assert codes == [200] * 10 + [503]
-        assert_problem(await post(world, client), problems.BUDGET_UNAVAILABLE)
-        world.gateway.budgets.bucket = world.budgets
-        assert (await post(world, client)).status_code == 200
-    await world.gateway.close()
+        assert_problem(await post(stage, client), problems.BUDGET_UNAVAILABLE)
+        stage.gateway.budgets.bucket = stage.budgets
+        assert (await post(stage, client)).status_code == 200
 
 
-async def test_a_draw_is_tried_again_while_somebody_waits(tmp_path: Path, issuer: Issuer) -> None:
+async def test_a_draw_is_tried_again_while_somebody_waits(put_up: PutUp) -> None:
     """As when the bucket's leader dies, and another is chosen."""
-    world = World(tmp_path, issuer, plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')
-    await world.publish(world.document())
-    async with world.worker(), client_of(world) as client:
-        world.gateway.budgets.bucket = away = Unavailable()
-        waiting = [asyncio.create_task(post(world, client)) for _ in range(3)]
+    stage = await put_up(plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')
+    async with stage.fake_worker(), stage.http() as client:
+        stage.gateway.budgets.bucket = away = Unavailable()
+        waiting = [asyncio.create_task(post(stage, client)) for _ in range(3)]
         async with asyncio.timeout(DRAW_LIMIT):
             while away.asked < 2:
                 await asyncio.sleep(0.01)
-        world.gateway.budgets.bucket = world.budgets
+        stage.gateway.budgets.bucket = stage.budgets
         assert [(await each).status_code for each in waiting] == [200, 200, 200]
-    await world.gateway.close()
 
 
-async def test_what_no_log_has_is_not_charged(budgeted: World, worker: FakeWorker) -> None:
+async def test_what_no_log_has_is_not_charged(stage: Stage, worker: FakeWorker) -> None:
     """The disk is full, and the client leaves before it learns of it."""
     asked, forever = asyncio.Event(), asyncio.Event()
 
@@ -371,51 +347,51 @@ async def test_what_no_log_has_is_not_charged(budgeted: World, worker: FakeWorke
         await forever.wait()
 
     worker.script = Script(before=before, parting={"completion_tokens": 7})
-    async with served(budgeted) as url, httpx2.AsyncClient(base_url=url) as http:
-        with no_space(budgeted.folder / "audit"):
-            headers = budgeted.headers(authorization=on(budgeted, "free"))
-            asking = asyncio.create_task(http.post("/v1/sealed", content=budgeted.seal()[0], headers=headers))
+    async with served(stage) as url, httpx2.AsyncClient(base_url=url) as http:
+        with no_space(stage.folder / "audit"):
+            headers = stage.headers(authorization=on(stage, "free"))
+            asking = asyncio.create_task(http.post("/v1/sealed", content=stage.seal()[0], headers=headers))
             await asked.wait()
             async with asyncio.timeout(5):
-                while budgeted.gateway.audit.writable:
+                while stage.gateway.audit.writable:
                     await asyncio.sleep(0.01)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             async with asyncio.timeout(5):
-                while budgeted.gateway.limits.running:
+                while stage.gateway.limits.running:
                     await asyncio.sleep(0.01)
-    await budgeted.gateway.close()
-    assert not [entry for entry in budgeted.entries() if entry["kind"] != "event"]
-    [window] = record(budgeted, "user").windows[Kind.REQUESTS_PER_MINUTE].values()
+    await stage.gateway.close()
+    assert not [entry for entry in stage.entries() if entry["kind"] != "event"]
+    [window] = record(stage, "user").windows[Kind.REQUESTS_PER_MINUTE].values()
     assert (window.drawn(), window.used()) == (0, 0)
 
 
-async def test_plans_change_while_requests_are_served(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert [(await post(budgeted, client)).status_code for _ in range(4)] == [200, 200, 200, 429]
-    (budgeted.folder / "policies" / "plans.toml").write_text(
+async def test_plans_change_while_requests_are_served(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert [(await post(stage, client)).status_code for _ in range(4)] == [200, 200, 200, 429]
+    (stage.folder / "policies" / "plans.toml").write_text(
         PLANS.replace("requests_per_minute = 3", "requests_per_minute = 5") + PRICES
     )
-    await budgeted.gateway.reload()
-    assert [(await post(budgeted, client)).status_code for _ in range(3)] == [200, 200, 429]
+    await stage.gateway.reload()
+    assert [(await post(stage, client)).status_code for _ in range(3)] == [200, 200, 429]
 
 
-async def test_names_are_for_people_and_keys_are_not(budgeted: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    await post(budgeted, client)
-    [(key, entry)] = [pair for pair in budgeted.budgets.entries.items() if pair[0].startswith("user.")]
+async def test_names_are_for_people_and_keys_are_not(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    await post(stage, client)
+    [(key, entry)] = [pair for pair in stage.budgets.entries.items() if pair[0].startswith("user.")]
     assert "alice" not in key
     assert json.loads(entry.value)["name"] == "alice of acme on free"
 
 
-async def test_a_bucket_that_takes_no_writes_is_said(budgeted: World) -> None:
+async def test_a_bucket_that_takes_no_writes_is_said(stage: Stage) -> None:
     """Reads, and the leases in hand, go on: nobody would hear of it for a while."""
-    ledger, budgets = budgeted.gateway.budgets, budgeted.budgets
+    ledger, budgets = stage.gateway.budgets, stage.budgets
     ledger.start()
-    while not await budgets.read(f"{ALIVE}.{budgeted.gateway.settings.gateway}"):
+    while not await budgets.read(f"{ALIVE}.{stage.gateway.settings.gateway}"):
         await asyncio.sleep(0.01)
-    assert "budgets" not in budgeted.gateway.missing()
+    assert "budgets" not in stage.gateway.missing()
     ledger._kept_at -= GONE_AFTER  # so long ago
-    assert "lacre fabric check" in budgeted.gateway.missing()["budgets"]
+    assert "lacre fabric check" in stage.gateway.missing()["budgets"]
     ledger.start()  # with the next sign of life it is good again
     async with asyncio.timeout(10):
-        while "budgets" in budgeted.gateway.missing():
+        while "budgets" in stage.gateway.missing():
             await asyncio.sleep(0.05)

@@ -18,7 +18,9 @@ from fastapi import FastAPI
 
 from lacre_gateway.http.server import bind, make_server
 from lacre_gateway.settings import Listen
-from parts.gateway import Issuer, World
+from parts.stage import Stage
+
+from .conftest import PutUp
 
 SCHEMATHESIS = Path(__file__).resolve().parents[2] / "build" / "contract" / "bin" / "schemathesis"
 CHECKS = (
@@ -59,26 +61,23 @@ PLANS = """
 
 
 @pytest.fixture
-async def patient(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
-    """A world in which many bad tokens and refusals, from one address, are no reason to say 429."""
+async def stage(put_up: PutUp) -> Stage:
+    """A stage in which many bad tokens and refusals, from one address, are no reason to say 429."""
     names = ("failed_auth_per_minute", "refused_per_minute", "refused_per_address")
-    world = World(tmp_path, issuer, limits="\n".join(f"{name} = 1000000" for name in names), plans=PLANS)
-    await world.publish(world.document())
-    yield world
-    await world.gateway.close()
+    return await put_up(limits="\n".join(f"{name} = 1000000" for name in names), plans=PLANS)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="schemathesis is not installed: `make tested`")
 @pytest.mark.parametrize("which", ["public", "admin"])
-async def test_no_breach(patient: World, tmp_path: Path, which: str) -> None:
-    app = patient.app if which == "public" else patient.admin
+async def test_no_breach(stage: Stage, tmp_path: Path, which: str) -> None:
+    app = stage.app if which == "public" else stage.admin
     schema = tmp_path / "openapi.json"
     schema.write_text(json.dumps(app.openapi()))
     (tmp_path / "hooks.py").write_text(HOOKS)
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)}
-    token = patient.issuer.token(scope="lacre:admin lacre:http", sub="root")
-    async with patient.worker(), serving(app) as url:
+    token = stage.issuer.token(scope="lacre:admin lacre:http", sub="root")
+    async with stage.fake_worker(), serving(app) as url:
         command = [
             str(SCHEMATHESIS), "run", str(schema), "--url", url, "--checks", CHECKS, "--max-time", str(SECONDS),
             "--header", f"Authorization: Bearer {token}", "--phases", "examples,coverage,fuzzing", "--no-color",
@@ -89,12 +88,12 @@ async def test_no_breach(patient: World, tmp_path: Path, which: str) -> None:
         )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "Tested" in done.stdout or "passed" in done.stdout
-    assert not [line for line in patient.logged() if line["level"] == "error"], patient.logged()
+    assert not [line for line in stage.logged() if line["level"] == "error"], stage.logged()
 
 
-async def test_the_public_description(world: World) -> None:
+async def test_the_public_description(stage: Stage) -> None:
     """It is complete: every route is in it, and it is not served."""
-    document = world.app.openapi()
-    routes = {getattr(route, "path", None) for route in world.app.routes}
+    document = stage.app.openapi()
+    routes = {getattr(route, "path", None) for route in stage.app.routes}
     assert set(document["paths"]) == routes
-    assert world.app.openapi_url is None
+    assert stage.app.openapi_url is None

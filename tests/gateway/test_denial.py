@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-import httpx2
 import pytest
 
 import lacre
 from lacre import problems
 from lacre.exchange.model_paths import KNOWN
-from lacre.jose.jws import raw_public_key
 from lacre.problems import Problem
 from lacre.problems.details import MAX_LISTED
-from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
 from lacre_gateway.http.headers import MAX_TOKENS, Action, Shape
 from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.denial import denied, usable
 from lacre_gateway.policy.question import Question
-from parts.gateway import MODEL, World
+from parts.keys import MODEL
 from parts.policies import RULES, SCHEMA, asked
+from parts.stage import Stage
 
 MODELS = ("smollm2-135m", "large", "secret")
 
@@ -93,12 +90,9 @@ def test_the_models_of_a_typo_are_those_that_policy_allows() -> None:
 
 
 @pytest.fixture
-async def sdk(world: World) -> AsyncIterator[lacre.AsyncClient]:
+def sdk(stage: Stage) -> lacre.AsyncClient:
     """The SDK's client, for a caller who may do what the shipped rules permit everybody."""
-    url = str(ConnectionString("http://127.0.0.1:9", raw_public_key(world.root)))
-    how = {"memory": lacre.VersionMemory(), "transport": httpx2.ASGITransport(world.app), "retries": 0, "resume": 0}
-    async with lacre.AsyncClient(url, token=world.issuer.token(), **how) as client:
-        yield client
+    return stage.client()
 
 
 @pytest.mark.parametrize(
@@ -112,24 +106,24 @@ async def sdk(world: World) -> AsyncIterator[lacre.AsyncClient]:
     ],
 )
 async def test_a_client_hears_what_is_wrong_with_its_path(
-    method: str, path: str, status: int, code: str, allow: str | None, world: World, sdk: lacre.AsyncClient
+    method: str, path: str, status: int, code: str, allow: str | None, stage: Stage, sdk: lacre.AsyncClient
 ) -> None:
     response = await sdk.request(method, f"{lacre.BASE_URL.removesuffix('/v1')}{path}", json={"model": MODEL})
     error = response.json()["error"]
     assert (response.status_code, error["code"], response.headers.get("allow")) == (status, code, allow)
     assert "Policy does not allow" not in error["message"]
     assert "/v1/" in error["message"]
-    assert (await world.trail())[1]["problem"] == "path-not-allowed"  # the gateway knows no more
+    assert (await stage.trail())[1]["problem"] == "path-not-allowed"  # the gateway knows no more
 
 
-async def test_a_client_hears_which_limit_it_is(world: World, sdk: lacre.AsyncClient) -> None:
+async def test_a_client_hears_which_limit_it_is(stage: Stage, sdk: lacre.AsyncClient) -> None:
     with pytest.raises(lacre.Forbidden) as refused:
         await sdk.chat("Hello.", model=MODEL, max_tokens=100_000)
     assert refused.value.details["ceiling"] == 32768
     assert "at most 32768 tokens" in str(refused.value)
 
 
-async def test_a_client_hears_which_models_there_are(world: World, sdk: lacre.AsyncClient) -> None:
+async def test_a_client_hears_which_models_there_are(stage: Stage, sdk: lacre.AsyncClient) -> None:
     with pytest.raises(lacre.LacreError) as refused:
         await sdk.chat("Hello.", model="smollm2-135M")
     assert f"Models: {MODEL}." in str(refused.value)

@@ -1,10 +1,9 @@
-"""A short prompt under a small limit: its padding does not keep it out, and never is less reserved than can be used."""
+"""A short prompt under a stage limit: its padding does not keep it out, and never is less reserved than can be used."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -20,9 +19,11 @@ from lacre_gateway.budget.callers import Caller, Scope, ceiling_of
 from lacre_gateway.budget.holds import AboveLimit
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.plans import Kind, Price
-from parts.gateway import FakeWorker, Issuer, Script, World
+from parts.fake_worker import FakeWorker, Script
+from parts.issuer import Issuer
+from parts.stage import Stage
 
-from .conftest import client_of
+from .conftest import PutUp
 from .test_refusals import assert_problem
 
 PLANS = """
@@ -53,126 +54,115 @@ USED = {"prompt_tokens": 31, "cached_tokens": 0, "completion_tokens": 16}  # a g
 
 
 @pytest.fixture
-async def small(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
-    world = World(tmp_path, issuer, plans=PLANS)
-    await world.publish(world.document())
-    yield world
-    await world.gateway.close()
+async def stage(put_up: PutUp) -> Stage:
+    return await put_up(plans=PLANS)
 
 
 @pytest.fixture
-async def worker(small: World) -> AsyncIterator[FakeWorker]:
-    async with small.worker() as worker:
+async def worker(stage: Stage) -> AsyncIterator[FakeWorker]:
+    async with stage.fake_worker() as worker:
         worker.script = Script(usage=USED)
         yield worker
 
 
-@pytest.fixture
-async def client(small: World) -> AsyncIterator[httpx2.AsyncClient]:
-    async with client_of(small) as client:
-        yield client
-
-
-def padded(world: World) -> bytes:
+def padded(stage: Stage) -> bytes:
     """A "hi", sealed as the SDK seals it."""
     body = b'{"model":"smollm2-135m","messages":[{"role":"user","content":"hi"}],"max_tokens":16}'
     message = encode_request(Request("POST", "https", "lacre.invalid", "/v1/chat/completions", (), body))
     filled = message + bytes(request_length(len(message)) - len(message))
-    return seal_request(world.private_keys[1].config, filled)[0]
+    return seal_request(stage.held[1].config, filled)[0]
 
 
-async def hi(world: World, client: httpx2.AsyncClient, plan: str = "minute", output: int = OUTPUT) -> httpx2.Response:
-    token = world.issuer.token(plan=plan)
-    headers = world.headers(token, lacre_shape="pad", lacre_max_tokens=str(output))
-    return await client.post("/v1/sealed", content=padded(world), headers=headers)
+async def hi(stage: Stage, client: httpx2.AsyncClient, plan: str = "minute", output: int = OUTPUT) -> httpx2.Response:
+    token = stage.issuer.token(plan=plan)
+    headers = stage.headers(token, lacre_shape="pad", lacre_max_tokens=str(output))
+    return await client.post("/v1/sealed", content=padded(stage), headers=headers)
 
 
 @pytest.mark.parametrize("plan", ["minute", "day", "money", "whole"])
-async def test_a_greeting_fits_a_limit_of_300(small: World, worker: FakeWorker, client: httpx2.AsyncClient, plan: str) -> None:
+async def test_a_greeting_fits_a_limit_of_300(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient, plan: str) -> None:
     """Again and again, for as long as there is room for it: five take 47 each of 300, and the sixth finds 65."""
-    assert len(padded(small)) > 5000
+    assert len(padded(stage)) > 5000
     for number in range(1, 6):
-        response = await hi(small, client, plan)
+        response = await hi(stage, client, plan)
         assert response.status_code == 200, response.text
-        await small.trail(number)
+        await stage.trail(number)
     granted = [grant.max_prompt_tokens for grant in worker.grants]
     assert granted == [300 - 47 * number - OUTPUT for number in range(5)]
-    intent, outcome = (await small.trail(5))[:2]
+    intent, outcome = (await stage.trail(5))[:2]
     assert (intent["reserved_prompt_tokens"], intent["reserved_tokens"]) == (284, OUTPUT)
     assert (outcome["prompt_tokens"], outcome["unreceipted"]) == (31, False)
-    refused = await hi(small, client, plan)
+    refused = await hi(stage, client, plan)
     assert refused.status_code == 429, "less than a short prompt is left: to wait helps"
     assert int(refused.headers["retry-after"]) >= 1
 
 
 async def test_a_worker_that_bills_more_than_was_reserved_is_not_believed(
-    small: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     worker.script = Script(usage=USED | {"prompt_tokens": 285})
-    assert (await hi(small, client)).status_code == 200
-    assert (await small.trail())[1]["unreceipted"]
+    assert (await hi(stage, client)).status_code == 200
+    assert (await stage.trail())[1]["unreceipted"]
 
 
 async def test_what_fits_the_limit_whole_is_reserved_whole(
-    small: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
-    assert (await hi(small, client, "ample")).status_code == 200
+    assert (await hi(stage, client, "ample")).status_code == 200
     assert worker.grants[0].max_prompt_tokens == 2048, "the context"
 
 
-async def test_a_limit_is_used_up_by_what_is_used(small: World, client: httpx2.AsyncClient) -> None:
+async def test_a_limit_is_used_up_by_what_is_used(stage: Stage, client: httpx2.AsyncClient) -> None:
     """Of 5,000, not only until the padding does not fit any more: until ordinary text of the padded size does not."""
-    async with small.worker() as worker:
+    async with stage.fake_worker() as worker:
         worker.script = Script(usage=USED | {"completion_tokens": 569})  # 600 each
         granted = []
         for number in range(1, 7):
-            assert (await hi(small, client, "filled", output=600)).status_code == 200
-            await small.trail(number)
+            assert (await hi(stage, client, "filled", output=600)).status_code == 200
+            await stage.trail(number)
             granted.append(worker.grants[-1].max_prompt_tokens)
         assert granted == [2048, 2048, 2048, 2048, 2000, 1400]
-        refused = await hi(small, client, "filled", output=600)
+        refused = await hi(stage, client, "filled", output=600)
         assert_problem(refused, problems.RATE_LIMITED, limit="tokens_per_minute", ceiling=5000, remaining=1400)
         worker.script = Script(usage=USED)
-        body, _ = small.seal()  # not padded: all that it may be has to fit
-        token = small.issuer.token(plan="filled")
-        refused = await client.post("/v1/sealed", content=body, headers=small.headers(token))
+        body, _, _ = stage.seal()  # not padded: all that it may be has to fit
+        token = stage.issuer.token(plan="filled")
+        refused = await client.post("/v1/sealed", content=body, headers=stage.headers(token))
         assert refused.status_code == 429
 
 
-async def test_what_is_sealed_bounds_the_prompt_and_not_the_seal(tmp_path: Path, issuer: Issuer) -> None:
+async def test_what_is_sealed_bounds_the_prompt_and_not_the_seal(put_up: PutUp, issuer: Issuer) -> None:
     """Of a model whose context the gateway does not know: the padded length, without the encapsulated key."""
-    world = World(tmp_path, issuer, plans=PLANS)
-    world.gateway.settings.models.clear()
-    await world.publish(world.document())
-    async with world.worker() as worker, client_of(world) as client:
-        token = world.issuer.token(plan="plenty")
-        for body in (padded(world), world.seal()[0]):
-            response = await client.post("/v1/sealed", content=body, headers=world.headers(token))
+    stage = await put_up(plans=PLANS)
+    stage.gateway.settings.models.clear()
+    async with stage.fake_worker() as worker, stage.http() as client:
+        token = stage.issuer.token(plan="plenty")
+        for body in (padded(stage), stage.seal()[0]):
+            response = await client.post("/v1/sealed", content=body, headers=stage.headers(token))
             assert response.status_code == 200
             assert worker.grants[-1].max_prompt_tokens == (SMALLEST if len(body) > 5000 else len(body))
-    await world.gateway.close()
 
 
 async def test_two_at_once_never_reserve_more_than_there_is(
-    small: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     hold = asyncio.Event()
     worker.script = Script(before=hold.wait, usage=USED)
-    first = asyncio.create_task(hi(small, client))
+    first = asyncio.create_task(hi(stage, client))
     while not worker.opened:
         await asyncio.sleep(0.01)
-    second = await hi(small, client)
+    second = await hi(stage, client)
     assert_problem(second, problems.RATE_LIMITED, limit="tokens_per_minute", ceiling=300)
     assert second.headers["retry-after"] == "2"
     hold.set()
     assert (await first).status_code == 200
 
 
-async def test_a_refusal_says_what_would_fit(small: World, client: httpx2.AsyncClient) -> None:
-    refused = await hi(small, client, output=512)
+async def test_a_refusal_says_what_would_fit(stage: Stage, client: httpx2.AsyncClient) -> None:
+    refused = await hi(stage, client, output=512)
     assert_problem(refused, problems.ABOVE_LIMIT, limit="tokens_per_minute", ceiling=300, asked=513, fits=236)
-    assert (await hi(small, client, "money", output=512)).json()["fits"] == 236
-    assert "fits" not in (await hi(small, client, "shut")).json()
+    assert (await hi(stage, client, "money", output=512)).json()["fits"] == 236
+    assert "fits" not in (await hi(stage, client, "shut")).json()
 
 
 def test_the_error_says_it_in_words() -> None:
@@ -180,12 +170,12 @@ def test_the_error_says_it_in_words() -> None:
     assert "max_tokens of 236 or less it would fit" in str(problems.ABOVE_LIMIT.exception(details=details))
 
 
-async def test_an_application_s_bytes_are_not_cut(small: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_an_application_s_bytes_are_not_cut(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """Of `http`, the size is known: less than it has would help nobody."""
-    body, _ = small.seal(content=b"x" * 400_000)
-    token = small.issuer.token(scope="lacre:http")
+    body, _, _ = stage.seal(content=b"x" * 400_000)
+    token = stage.issuer.token(scope="lacre:http")
     response = await client.post(
-        "/v1/sealed", content=body, headers=small.headers(token, lacre_action="http", lacre_max_tokens="16")
+        "/v1/sealed", content=body, headers=stage.headers(token, lacre_action="http", lacre_max_tokens="16")
     )
     assert_problem(response, problems.ABOVE_LIMIT)
 

@@ -23,18 +23,20 @@ from cryptography.x509.oid import NameOID
 from lacre.errors import SettingsError
 from lacre_gateway.http.server import Server, bind, load_certificate, make_server, tls_context
 from lacre_gateway.settings import Listen, Tls
-from parts.gateway import FakeWorker, World, opened
+from parts.by_hand import opened
+from parts.fake_worker import FakeWorker
+from parts.stage import Stage
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @contextlib.asynccontextmanager
 async def served(
-    world: World, context: ssl.SSLContext | None = None, **listen: float | tuple[str, ...]
+    stage: Stage, context: ssl.SSLContext | None = None, **listen: float | tuple[str, ...]
 ) -> AsyncIterator[tuple[Server, int]]:
     settings = Listen(port=0, drain=2, **listen)  # type: ignore[arg-type]
     with bind(settings) as listener:
-        server = make_server(world.app, settings, context)
+        server = make_server(stage.app, settings, context)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
@@ -72,8 +74,8 @@ async def trickle(writer: asyncio.StreamWriter, what: bytes) -> None:
         pytest.param(HEALTH + b"POST /v1/", b"s", id="a second request that never comes"),
     ],
 )
-async def test_a_head_that_does_not_come(world: World, said: bytes, then: bytes) -> None:
-    async with served(world, header_timeout=0.4) as (_, port):
+async def test_a_head_that_does_not_come(stage: Stage, said: bytes, then: bytes) -> None:
+    async with served(stage, header_timeout=0.4) as (_, port):
         reader, writer = await dial(port, said)
         slow = asyncio.create_task(trickle(writer, then or b""))
         async with asyncio.timeout(20):
@@ -84,9 +86,9 @@ async def test_a_head_that_does_not_come(world: World, said: bytes, then: bytes)
         assert told.endswith(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
 
 
-async def test_a_body_that_nobody_waits_for(world: World) -> None:
+async def test_a_body_that_nobody_waits_for(stage: Stage) -> None:
     """The answer is given at once; what still comes does not hold the connection for ever."""
-    async with served(world, header_timeout=0.4) as (_, port):
+    async with served(stage, header_timeout=0.4) as (_, port):
         reader, writer = await dial(port, b"GET /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
         slow = asyncio.create_task(trickle(writer, b"."))
         async with asyncio.timeout(20):
@@ -97,29 +99,29 @@ async def test_a_body_that_nobody_waits_for(world: World) -> None:
         assert b"408" not in told
 
 
-async def test_patience_is_not_for_answers(world: World, worker: FakeWorker) -> None:
+async def test_patience_is_not_for_answers(stage: Stage, worker: FakeWorker) -> None:
     """An answer may take as long as it takes, and so may the pause between two requests."""
 
     async def pause() -> None:
         await asyncio.sleep(0.3)
 
     worker.script.between = pause
-    async with served(world, header_timeout=0.2) as (_, port), httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+    async with served(stage, header_timeout=0.2) as (_, port), httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
         for _ in range(2):
-            body, opener = world.seal()
-            answer = await http.post("/v1/sealed", content=body, headers=world.headers())
+            body, _, opener = stage.seal()
+            answer = await http.post("/v1/sealed", content=body, headers=stage.headers())
             assert opened(opener, answer.content)
             await asyncio.sleep(0.3)
 
 
-async def test_too_many_connections(world: World) -> None:
+async def test_too_many_connections(stage: Stage) -> None:
     """Whoever waits longest without a request makes room; whoever has one under way does not."""
-    async with served(world, connections=3) as (server, port):
+    async with served(stage, connections=3) as (server, port):
         busy = await dial(port, b"POST /v1/sealed HTTP/1.1\r\nhost: x\r\n")
-        for name, value in world.headers().items():
+        for name, value in stage.headers().items():
             busy[1].write(f"{name}: {value}\r\n".encode())
         busy[1].write(b"content-length: 100000\r\n\r\n")
-        while len(world.gateway.metrics.live) != 1:
+        while len(stage.gateway.metrics.live) != 1:
             await asyncio.sleep(0.01)
         idle = [await dial(port, b"GET /heal") for _ in range(2)]
         newest = await dial(port, HEALTH)
@@ -129,14 +131,14 @@ async def test_too_many_connections(world: World) -> None:
                 assert await idle[0][0].read() == b""  # cut off
             while len(server.server_state.connections) > 3:
                 await asyncio.sleep(0.01)
-        assert len(world.gateway.metrics.live) == 1
+        assert len(stage.gateway.metrics.live) == 1
         for _, writer in (busy, *idle, newest):
             writer.close()
 
 
-async def answered(port: int, world: World, body: bytes, trailer: str, **changes: str | None) -> str:
+async def answered(port: int, stage: Stage, body: bytes, trailer: str, **changes: str | None) -> str:
     """The status of a sealed request whose body is chunked and ends with a trailer."""
-    lines = [f"{name}: {value}" for name, value in world.headers(**changes).items()]
+    lines = [f"{name}: {value}" for name, value in stage.headers(**changes).items()]
     head = "\r\n".join(["POST /v1/sealed HTTP/1.1", "host: x", "connection: close", "transfer-encoding: chunked", *lines])
     reader, writer = await dial(
         port, head.encode() + b"\r\n\r\n%x\r\n%b\r\n0\r\n%b\r\n\r\n" % (len(body), body, trailer.encode())
@@ -147,21 +149,21 @@ async def answered(port: int, world: World, body: bytes, trailer: str, **changes
     return told[9:12].decode()
 
 
-async def test_trailers_are_no_headers(world: World, worker: FakeWorker) -> None:
-    async with served(world, trusted_proxies=("127.0.0.1",)) as (_, port):
-        token = world.headers()["authorization"]
+async def test_trailers_are_no_headers(stage: Stage, worker: FakeWorker) -> None:
+    async with served(stage, trusted_proxies=("127.0.0.1",)) as (_, port):
+        token = stage.headers()["authorization"]
         said = ({"lacre_pool": None}, "Lacre-Pool: default"), ({"authorization": None}, f"Authorization: {token}")
-        assert [await answered(port, world, world.seal()[0], trailer, **without) for without, trailer in said] == ["400", "401"]
+        assert [await answered(port, stage, stage.seal()[0], trailer, **without) for without, trailer in said] == ["400", "401"]
         forged = "X-Forwarded-For: 203.0.113.66"
-        assert await answered(port, world, world.seal()[0], forged, x_forwarded_for="192.0.2.1") == "200"
-    assert [entry["address"] for entry in await world.trail() if entry["kind"] == "intent"] == ["192.0.2.1"]
+        assert await answered(port, stage, stage.seal()[0], forged, x_forwarded_for="192.0.2.1") == "200"
+    assert [entry["address"] for entry in await stage.trail() if entry["kind"] == "intent"] == ["192.0.2.1"]
 
 
 @pytest.mark.parametrize("forwarded", ["[", "x" * 5000, "10.0.0.1, caf\u00e9", "fe80::1%eth0", ""])
-async def test_an_address_that_is_none(world: World, worker: FakeWorker, forwarded: str) -> None:
+async def test_an_address_that_is_none(stage: Stage, worker: FakeWorker, forwarded: str) -> None:
     """What a trusted proxy passes on is its caller's word where it does not check it."""
-    async with served(world, trusted_proxies=("127.0.0.1",)) as (_, port):
-        assert await answered(port, world, world.seal()[0], "A: b", x_forwarded_for=forwarded) in ("200", "403")
+    async with served(stage, trusted_proxies=("127.0.0.1",)) as (_, port):
+        assert await answered(port, stage, stage.seal()[0], "A: b", x_forwarded_for=forwarded) in ("200", "403")
 
 
 def certificate(folder: Path, name: str, days: float = 30) -> Tls:
@@ -198,14 +200,14 @@ def peer_name(port: int, *, trust: Path, at_most: ssl.TLSVersion = ssl.TLSVersio
         return f"{name} {tls.version()}"
 
 
-async def test_tls(world: World, worker: FakeWorker, tmp_path: Path) -> None:
+async def test_tls(stage: Stage, worker: FakeWorker, tmp_path: Path) -> None:
     tls = certificate(tmp_path, "first")
     context = tls_context(tls)
-    async with served(world, context) as (_, port):
+    async with served(stage, context) as (_, port):
         verify = ssl.create_default_context(cafile=str(tls.certificate))
         async with httpx2.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=verify) as http:
-            body, opener = world.seal()
-            answer = await http.post("/v1/sealed", content=body, headers=world.headers())
+            body, _, opener = stage.seal()
+            answer = await http.post("/v1/sealed", content=body, headers=stage.headers())
             assert opened(opener, answer.content)
         reader, writer = await dial(port, HEALTH)
         assert not (await reader.read()).startswith(b"HTTP")  # plain HTTP is not answered
@@ -214,11 +216,11 @@ async def test_tls(world: World, worker: FakeWorker, tmp_path: Path) -> None:
             assert (await asyncio.to_thread(peer_name, port, trust=tls.certificate, at_most=version)).startswith("first TLSv1.")
 
 
-async def test_a_renewed_certificate(world: World, tmp_path: Path) -> None:
+async def test_a_renewed_certificate(stage: Stage, tmp_path: Path) -> None:
     """What SIGHUP does: new connections see it, and files that do not hold change nothing."""
     tls = certificate(tmp_path, "first")
     context = tls_context(tls)
-    async with served(world, context) as (_, port):
+    async with served(stage, context) as (_, port):
         assert await asyncio.to_thread(peer_name, port, trust=tls.certificate) == "first TLSv1.3"
         certificate(tmp_path, "second")
         load_certificate(context, tls)
@@ -231,9 +233,9 @@ async def test_a_renewed_certificate(world: World, tmp_path: Path) -> None:
         assert await asyncio.to_thread(peer_name, port, trust=tls.certificate) == "second TLSv1.3"
 
 
-async def test_a_handshake_that_does_not_come(world: World, tmp_path: Path) -> None:
+async def test_a_handshake_that_does_not_come(stage: Stage, tmp_path: Path) -> None:
     """Whoever speaks no TLS has as long as a head: not the minute that is usual."""
-    async with served(world, tls_context(certificate(tmp_path, "first")), header_timeout=0.3) as (_, port):
+    async with served(stage, tls_context(certificate(tmp_path, "first")), header_timeout=0.3) as (_, port):
         reader, writer = await dial(port, b"\x16\x03")
         async with asyncio.timeout(20):
             with contextlib.suppress(ConnectionError):
@@ -242,10 +244,10 @@ async def test_a_handshake_that_does_not_come(world: World, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
-async def test_too_many_handshakes(world: World, tmp_path: Path, limit: str) -> None:
+async def test_too_many_handshakes(stage: Stage, tmp_path: Path, limit: str) -> None:
     """A handshake takes a place like any connection: the one that takes longest makes room, and its successor is served."""
     tls = certificate(tmp_path, "first")
-    async with served(world, tls_context(tls), **{limit: 3}) as (server, port):
+    async with served(stage, tls_context(tls), **{limit: 3}) as (server, port):
         waiting = [await dial(port, b"\x16\x03") for _ in range(5)]
         async with asyncio.timeout(20):  # well below the patience with a handshake
             for reader, _ in waiting[:2]:
@@ -260,11 +262,11 @@ async def test_too_many_handshakes(world: World, tmp_path: Path, limit: str) -> 
                 await asyncio.sleep(0.01)
 
 
-async def test_a_handshake_makes_room_for_its_connection(world: World, tmp_path: Path) -> None:
+async def test_a_handshake_makes_room_for_its_connection(stage: Stage, tmp_path: Path) -> None:
     """It is not counted twice: with one place, each of many requests is served."""
     tls = certificate(tmp_path, "first")
     verify = ssl.create_default_context(cafile=str(tls.certificate))
-    async with served(world, tls_context(tls), connections=1, connections_per_address=1) as (server, port):
+    async with served(stage, tls_context(tls), connections=1, connections_per_address=1) as (server, port):
         for _ in range(5):
             async with httpx2.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=verify) as http:
                 assert (await http.get("/healthz")).status_code == 200
@@ -273,12 +275,12 @@ async def test_a_handshake_makes_room_for_its_connection(world: World, tmp_path:
         assert server.config.door.cut == 0
 
 
-async def test_nobody_can_be_accepted(world: World, tmp_path: Path) -> None:
+async def test_nobody_can_be_accepted(stage: Stage, tmp_path: Path) -> None:
     """Without a file to spare, the listener tries again: it is not lost."""
     tls = certificate(tmp_path, "first")
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failures.append(context))
-    async with served(world, tls_context(tls)) as (_, port):
+    async with served(stage, tls_context(tls)) as (_, port):
         dialled = socket.socket()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (dialled.fileno() + 1, hard))
@@ -310,9 +312,9 @@ def test_certificate_files_that_are_none(tmp_path: Path) -> None:
         tls_context(tls)
 
 
-async def test_time_is_what_ends_it(world: World) -> None:
+async def test_time_is_what_ends_it(stage: Stage) -> None:
     """A deadline, not a race: a head that comes in time, in pieces, is served."""
-    async with served(world, header_timeout=30) as (_, port):
+    async with served(stage, header_timeout=30) as (_, port):
         reader, writer = await dial(port)
         began = time.monotonic()
         for at in range(len(HEALTH)):

@@ -10,7 +10,7 @@ import pytest
 
 from lacre_gateway.http.server import bind, make_server
 from lacre_gateway.settings import Listen
-from parts.gateway import World
+from parts.stage import Stage
 
 VALUES = (
     b"", b"\xff\xfe", b"\xc3\xa9", b"\t", b"[", b"%00", b"a" * 30_000, b"=?utf-8?q?x?=", b'; ; =;"', b"9" * 400, b"-1", b"{}",
@@ -40,10 +40,10 @@ CALLS = {
 
 
 @pytest.fixture(params=CALLS)
-async def port(request: pytest.FixtureRequest, world: World) -> AsyncIterator[tuple[str, int]]:
+async def port(request: pytest.FixtureRequest, stage: Stage) -> AsyncIterator[tuple[str, int]]:
     settings = Listen(port=0, drain=1, trusted_proxies=("127.0.0.1",))
     with bind(settings) as listener:
-        server = make_server(world.app if request.param == "public" else world.admin, settings)
+        server = make_server(stage.app if request.param == "public" else stage.admin, settings)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
@@ -74,11 +74,11 @@ async def status(port: int, said: bytes) -> int:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-async def test_any_value(port: tuple[str, int], world: World, name: bytes, caplog: pytest.LogCaptureFixture) -> None:
+async def test_any_value(port: tuple[str, int], stage: Stage, name: bytes, caplog: pytest.LogCaptureFixture) -> None:
     which, at = port
-    world.gateway.refusals._clock = lambda: 0.0
-    world.gateway.refusals._limits = {"subject": 10**6, "address": 10**6}
-    token = world.issuer.token(scope="lacre:admin", sub="root").encode()
+    stage.gateway.refusals._clock = lambda: 0.0
+    stage.gateway.refusals._limits = {"subject": 10**6, "address": 10**6}
+    token = stage.issuer.token(scope="lacre:admin", sub="root").encode()
     for call in CALLS[which]:
         for values in [*((value,) for value in VALUES), (b"a", b"b")]:
             got = await status(at, request_of(call, name, *values, token=token))

@@ -24,8 +24,8 @@ from lacre_gateway.policy.live import LiveRules
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.policy.trial import try_out
 from lacre_gateway.serve import reloading
-from parts.gateway import World
 from parts.policies import BROKEN, asked
+from parts.stage import Stage
 
 STRICT = '@id("strict") forbid (principal, action in Action::"sealed", resource) when { context.max_tokens > 100 };\n'
 
@@ -183,9 +183,9 @@ async def test_decisions_go_on_while_it_reloads(scene: Scene) -> None:
     assert seen == {(True, old), (False, scene.rules.status.policy_set)}
 
 
-async def test_hanging_up(scene: Scene, world: World) -> None:
+async def test_hanging_up(scene: Scene, stage: Stage) -> None:
     """SIGHUP reloads at once, also where nobody watches; what is broken is told, and the next one is heard as well."""
-    gateway = replace(world.gateway, rules=scene.rules)
+    gateway = replace(stage.gateway, rules=scene.rules)
     running = reloading(gateway, None)
     try:
         assert [each.name for each in running] == ["reload"]
@@ -201,8 +201,8 @@ async def test_hanging_up(scene: Scene, world: World) -> None:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         for each in running:
             await each.close()
-    await world.gateway.close()
-    events = [entry for entry in world.entries() if entry["kind"] == "event"]
+    await stage.gateway.close()
+    events = [entry for entry in stage.entries() if entry["kind"] == "event"]
     assert [entry["event"] for entry in events] == ["started", RELOAD_REFUSED, RELOADED, "stopped"]
     assert events[2]["policy_set"] == scene.rules.status.policy_set
-    assert verify(world.folder / "audit").wrong is None
+    assert verify(stage.folder / "audit").wrong is None

@@ -27,7 +27,7 @@ from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.doctor import State, examine
 from parts.chat_app import ChatApp
 from parts.cluster import Cluster
-from parts.gateway import AUDIENCE, ISSUER, Issuer
+from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.up import descendants, wait_until_gone
 
 

@@ -16,9 +16,11 @@ from lacre.errors import Detail
 from lacre.exchange.model_paths import KNOWN
 from lacre.problems import Problem, details
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
-from parts.gateway import FakeWorker, Issuer, Script, World
+from parts.fake_worker import FakeWorker, Script
+from parts.issuer import Issuer
+from parts.stage import Stage
 
-from .conftest import client_of
+from .conftest import PutUp
 
 
 def assert_problem(response: httpx2.Response, problem: Problem, **told: Detail) -> None:
@@ -32,9 +34,9 @@ def assert_problem(response: httpx2.Response, problem: Problem, **told: Detail) 
     assert ("retry-after" in response.headers) == (problem.status in (429, 503))
 
 
-async def post(world: World, client: httpx2.AsyncClient, body: bytes | None = None, **headers: str | None) -> httpx2.Response:
-    sealed = world.seal()[0] if body is None else body
-    return await client.post("/v1/sealed", content=sealed, headers=world.headers(**headers))
+async def post(stage: Stage, client: httpx2.AsyncClient, body: bytes | None = None, **headers: str | None) -> httpx2.Response:
+    sealed = stage.seal()[0] if body is None else body
+    return await client.post("/v1/sealed", content=sealed, headers=stage.headers(**headers))
 
 
 HEADERS: list[tuple[str, str | None]] = [
@@ -49,33 +51,33 @@ HEADERS: list[tuple[str, str | None]] = [
 
 @pytest.mark.parametrize(("name", "value"), HEADERS)
 async def test_outer_headers(
-    name: str, value: str | None, world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    name: str, value: str | None, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     header = name.replace("_", "-")
-    assert_problem(await post(world, client, **{name: value}), problems.INVALID_HEADERS, header=header)
+    assert_problem(await post(stage, client, **{name: value}), problems.INVALID_HEADERS, header=header)
     assert worker.opened == []
 
 
 @pytest.mark.parametrize("value", ["1", "2147483647"])
-async def test_max_tokens_within_bounds(value: str, world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    headers = world.headers(world.issuer.token(scope="lacre:long"), lacre_max_tokens=value)
-    response = await client.post("/v1/sealed", content=world.seal()[0], headers=headers)
+async def test_max_tokens_within_bounds(value: str, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    headers = stage.headers(stage.issuer.token(scope="lacre:long"), lacre_max_tokens=value)
+    response = await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)
     assert response.status_code == 200
     assert worker.grants[0].max_tokens == int(value)
 
 
-async def test_outer_header_twice(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    headers = [*world.headers().items(), ("lacre-max-tokens", "1")]
-    assert_problem(await client.post("/v1/sealed", content=world.seal()[0], headers=headers), problems.INVALID_HEADERS)
+async def test_outer_header_twice(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    headers = [*stage.headers().items(), ("lacre-max-tokens", "1")]
+    assert_problem(await client.post("/v1/sealed", content=stage.seal()[0], headers=headers), problems.INVALID_HEADERS)
 
 
-async def test_an_unknown_pool_names_the_pools(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, lacre_pool="another"), problems.UNKNOWN_POOL, pools=("default",))
+async def test_an_unknown_pool_names_the_pools(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, lacre_pool="another"), problems.UNKNOWN_POOL, pools=("default",))
     assert worker.opened == []
 
 
-async def test_an_unknown_model_names_the_models(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    refused = await post(world, client, lacre_model="smollm2-135M")
+async def test_an_unknown_model_names_the_models(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    refused = await post(stage, client, lacre_model="smollm2-135M")
     assert_problem(refused, problems.UNKNOWN_POOL, models=("smollm2-135m",))
     assert worker.opened == []
 
@@ -84,17 +86,17 @@ async def test_an_unknown_model_names_the_models(world: World, worker: FakeWorke
     "media_type",
     [None, "application/json", "message/ohttp-req", "message/ohttp-chunked-res", f"{MEDIA_TYPE_REQUEST}, text/html"],
 )
-async def test_media_type(media_type: str | None, world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, content_type=media_type), problems.UNSUPPORTED_MEDIA_TYPE)
+async def test_media_type(media_type: str | None, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, content_type=media_type), problems.UNSUPPORTED_MEDIA_TYPE)
     assert worker.opened == []
 
 
-async def test_content_encoding(world: World, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, content_encoding="gzip"), problems.UNSUPPORTED_MEDIA_TYPE)
+async def test_content_encoding(stage: Stage, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, content_encoding="gzip"), problems.UNSUPPORTED_MEDIA_TYPE)
 
 
-def broken_bodies(world: World) -> Iterator[bytes]:
-    body, _ = world.seal()
+def broken_bodies(stage: Stage) -> Iterator[bytes]:
+    body, _, _ = stage.seal()
     yield b""
     yield b"hello"
     yield b'{"messages": []}'
@@ -107,103 +109,100 @@ def broken_bodies(world: World) -> Iterator[bytes]:
     yield body[:5] + b"\x00\x09" + body[7:]  # an AEAD that we do not have
 
 
-async def test_body_that_is_not_sealed(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    for body in broken_bodies(world):
-        assert_problem(await post(world, client, body), problems.INVALID_REQUEST)
+async def test_body_that_is_not_sealed(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    for body in broken_bodies(stage):
+        assert_problem(await post(stage, client, body), problems.INVALID_REQUEST)
     assert worker.opened == []
 
 
 async def test_body_that_only_a_worker_can_tell_from_a_whole_one(
-    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     """A final chunk that lost a byte, or any byte changed in a chunk, shows only when it is opened."""
-    body, _ = world.seal()
-    assert_problem(await post(world, client, body[:-1]), problems.INVALID_REQUEST)
+    body, _, _ = stage.seal()
+    assert_problem(await post(stage, client, body[:-1]), problems.INVALID_REQUEST)
     assert worker.opened == []
 
 
-async def test_unknown_key_id(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    body, _ = world.seal()
-    assert_problem(await post(world, client, b"\x07" + body[1:]), problems.UNKNOWN_KEY)
+async def test_unknown_key_id(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _, _ = stage.seal()
+    assert_problem(await post(stage, client, b"\x07" + body[1:]), problems.UNKNOWN_KEY)
     assert worker.opened == []
 
 
-async def test_key_past_its_time(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, world.seal(key_id=9)[0]), problems.UNKNOWN_KEY)
+async def test_key_past_its_time(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, stage.seal(key=9)[0]), problems.UNKNOWN_KEY)
 
 
-async def test_key_id_of_another_kem(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    body, _ = world.seal(key_id=2)
-    assert_problem(await post(world, client, b"\x01" + body[1:]), problems.UNKNOWN_KEY)
+async def test_key_id_of_another_kem(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _, _ = stage.seal(key=2)
+    assert_problem(await post(stage, client, b"\x01" + body[1:]), problems.UNKNOWN_KEY)
 
 
-async def test_replay(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    body, _ = world.seal()
-    assert (await post(world, client, body)).status_code == 200
-    assert_problem(await post(world, client, body), problems.REPLAYED)
+async def test_replay(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _, _ = stage.seal()
+    assert (await post(stage, client, body)).status_code == 200
+    assert_problem(await post(stage, client, body), problems.REPLAYED)
     assert len(worker.opened) == 1
     # The first is settled beside the second, and may be recorded after it.
-    assert sorted(str(entry.get("outcome")) for entry in await world.trail(2)) == ["None", "None", "answered", "refused"]
+    assert sorted(str(entry.get("outcome")) for entry in await stage.trail(2)) == ["None", "None", "answered", "refused"]
 
 
-async def test_policy(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, lacre_action="http"), problems.PATH_NOT_ALLOWED, paths=KNOWN)
+async def test_policy(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, lacre_action="http"), problems.PATH_NOT_ALLOWED, paths=KNOWN)
     most = {"limit": "max_tokens", "scope": "policy", "unit": "tokens", "ceiling": 32768, "asked": 40000}
-    assert_problem(await post(world, client, lacre_max_tokens="40000"), problems.TOO_MANY_TOKENS, **most)
+    assert_problem(await post(stage, client, lacre_max_tokens="40000"), problems.TOO_MANY_TOKENS, **most)
     assert worker.opened == []
-    first, end, second, _ = await world.trail(2)
+    first, end, second, _ = await stage.trail(2)
     assert (first["decision"], first["policies"]) == ("deny", [])
     assert (end["outcome"], end["status"], end["unreceipted"]) == ("refused", 403, True)
     assert second["policies"] == ["output-ceiling"]
 
 
 async def test_no_manifest(tmp_path: Path, issuer: Issuer) -> None:
-    world = World(tmp_path, issuer)
-    await world.gateway.revocations.start(world.gateway.connected)
-    async with client_of(world) as client:
-        assert_problem(await post(world, client), problems.NOT_READY)
-    await world.gateway.close()
+    stage = Stage.with_gateway(tmp_path, issuer)
+    await stage.gateway.revocations.start(stage.gateway.connected)
+    async with stage.http() as client:
+        assert_problem(await post(stage, client), problems.NOT_READY)
+    await stage.gateway.close()
 
 
 async def test_expired_manifest(tmp_path: Path, issuer: Issuer) -> None:
-    world = World(tmp_path, issuer)
-    await world.publish(world.document(lives=0.05))
+    stage = Stage.with_gateway(tmp_path, issuer)
+    await stage.publish(stage.document(lives=0.05))
     await asyncio.sleep(0.06)
-    async with client_of(world) as client:
-        assert_problem(await post(world, client), problems.NOT_READY)
-    await world.gateway.close()
+    async with stage.http() as client:
+        assert_problem(await post(stage, client), problems.NOT_READY)
+    await stage.gateway.close()
 
 
-async def test_no_worker_within_two_seconds(world: World, client: httpx2.AsyncClient) -> None:
+async def test_no_worker_within_two_seconds(stage: Stage, client: httpx2.AsyncClient) -> None:
     since = time.monotonic()
-    assert_problem(await post(world, client), problems.NO_WORKER)
+    assert_problem(await post(stage, client), problems.NO_WORKER)
     assert time.monotonic() - since < 2
 
 
-async def test_not_connected(world: World, client: httpx2.AsyncClient) -> None:
-    world.gateway.fabric = None
-    assert_problem(await post(world, client), problems.UNAVAILABLE)
+async def test_not_connected(stage: Stage, client: httpx2.AsyncClient) -> None:
+    stage.gateway.fabric = None
+    assert_problem(await post(stage, client), problems.UNAVAILABLE)
 
 
-async def test_queue_full(world: World, client: httpx2.AsyncClient) -> None:
-    world.hub.max_queue = 0
-    world.hub.worker("default", ["smollm2-135m"])
-    assert_problem(await post(world, client), problems.BUSY)
+async def test_queue_full(stage: Stage, client: httpx2.AsyncClient) -> None:
+    stage.hub.max_queue = 0
+    stage.hub.worker("default", ["smollm2-135m"])
+    assert_problem(await post(stage, client), problems.BUSY)
 
 
 @pytest.fixture
-async def impatient(tmp_path: Path, issuer: Issuer) -> AsyncIterator[World]:
+async def impatient(put_up: PutUp) -> Stage:
     limits = "queue_limit = 0.2\nbody_timeout = 0.3\nconcurrent_per_subject = 2\nrequests_in_flight = 3"
-    world = World(tmp_path, issuer, limits=limits)
-    await world.publish(world.document())
-    yield world
-    await world.gateway.close()
+    return await put_up(limits=limits)
 
 
-async def test_queue_limit(impatient: World) -> None:
+async def test_queue_limit(impatient: Stage) -> None:
     """A worker is there and never free: the request waits, is refused, and leaves the queue."""
     impatient.hub.worker("default", ["smollm2-135m"])
-    async with client_of(impatient) as client:
+    async with impatient.http() as client:
         since = time.monotonic()
         assert_problem(await post(impatient, client), problems.BUSY)
         assert 0.2 <= time.monotonic() - since < 1
@@ -214,9 +213,9 @@ async def test_queue_limit(impatient: World) -> None:
 AT_ONCE: dict[str, Detail] = {"limit": "concurrent_per_subject", "scope": "user", "ceiling": 2}
 
 
-async def test_requests_at_once(impatient: World) -> None:
+async def test_requests_at_once(impatient: Stage) -> None:
     hold = asyncio.Event()
-    async with client_of(impatient) as client, impatient.worker() as worker:
+    async with impatient.http() as client, impatient.fake_worker() as worker:
         worker.script = Script(before=hold.wait)
         bob = impatient.issuer.token(sub="bob")
         running = [asyncio.create_task(post(impatient, client)) for _ in range(2)]
@@ -233,13 +232,13 @@ async def test_requests_at_once(impatient: World) -> None:
         assert (await post(impatient, client)).status_code == 200
 
 
-async def test_slow_body(impatient: World) -> None:
+async def test_slow_body(impatient: Stage) -> None:
     async def trickle() -> AsyncIterator[bytes]:
         for byte in impatient.seal()[0]:
             yield bytes([byte])
             await asyncio.sleep(0.05)
 
-    async with client_of(impatient) as client:
+    async with impatient.http() as client:
         since = time.monotonic()
         response = await client.post("/v1/sealed", content=trickle(), headers=impatient.headers())
     assert_problem(response, problems.SLOW_BODY)
@@ -247,7 +246,7 @@ async def test_slow_body(impatient: World) -> None:
     assert impatient.gateway.limits.running == 0
 
 
-async def test_too_large_by_content_length(world: World, client: httpx2.AsyncClient) -> None:
+async def test_too_large_by_content_length(stage: Stage, client: httpx2.AsyncClient) -> None:
     """Refused before it is read: the body that is announced never comes."""
     sent = []
 
@@ -256,38 +255,38 @@ async def test_too_large_by_content_length(world: World, client: httpx2.AsyncCli
             sent.append(2**20)
             yield bytes(2**20)
 
-    headers = world.headers(content_length=str(MAX_SEALED_REQUEST + 1))
+    headers = stage.headers(content_length=str(MAX_SEALED_REQUEST + 1))
     assert_problem(await client.post("/v1/sealed", content=body(), headers=headers), problems.TOO_LARGE)
     assert sum(sent) <= MAX_SEALED_REQUEST + 2**21  # what lingers before the close is bounded too
 
 
 @pytest.mark.parametrize("length", [None, "10"])
-async def test_too_large_whatever_it_says(length: str | None, world: World, client: httpx2.AsyncClient) -> None:
+async def test_too_large_whatever_it_says(length: str | None, stage: Stage, client: httpx2.AsyncClient) -> None:
     sent = 0
 
     async def body() -> AsyncIterator[bytes]:
         nonlocal sent
-        yield world.seal()[0]  # a header that can be read
+        yield stage.seal()[0]  # a header that can be read
         for _ in range(200):
             sent += 2**18
             yield bytes(2**18)
 
-    headers = world.headers(content_length=length)
+    headers = stage.headers(content_length=length)
     assert_problem(await client.post("/v1/sealed", content=body(), headers=headers), problems.TOO_LARGE)
     assert sent <= 2 * MAX_SEALED_REQUEST + 2**20  # what is read, and what is read to be dropped
 
 
 @pytest.mark.parametrize("length", ["", "-1", "0x10", "1 0", "9" * 20])
-async def test_content_length_that_is_none(length: str, world: World, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(world, client, content_length=length), problems.INVALID_HEADERS, header="content-length")
+async def test_content_length_that_is_none(length: str, stage: Stage, client: httpx2.AsyncClient) -> None:
+    assert_problem(await post(stage, client, content_length=length), problems.INVALID_HEADERS, header="content-length")
 
 
-async def test_audit_that_cannot_be_written(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_audit_that_cannot_be_written(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """No record, no service: not one byte of the answer leaves."""
-    await world.gateway.audit.close()
-    assert_problem(await post(world, client), problems.AUDIT_UNAVAILABLE)
+    await stage.gateway.audit.close()
+    assert_problem(await post(stage, client), problems.AUDIT_UNAVAILABLE)
     assert worker.opened == []  # and no worker works for nobody
-    assert "audit" in world.gateway.missing()
+    assert "audit" in stage.gateway.missing()
 
 
 FROM_WORKERS = [
@@ -306,17 +305,17 @@ FROM_WORKERS = [
 
 @pytest.mark.parametrize(("said", "problem"), FROM_WORKERS)
 async def test_worker_refuses(
-    said: str, problem: Problem, world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    said: str, problem: Problem, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     worker.script = Script(pieces=(), ending=f"error:{said}")
-    assert_problem(await post(world, client), problem)
-    assert (await world.trail())[1]["status"] == problem.status
+    assert_problem(await post(stage, client), problem)
+    assert (await stage.trail())[1]["status"] == problem.status
 
 
-async def test_worker_dies_before_its_answer(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_worker_dies_before_its_answer(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(pieces=(), beats=({},), ending="silence")
     since = time.monotonic()
-    assert_problem(await post(world, client), problems.WORKER_LOST)
+    assert_problem(await post(stage, client), problems.WORKER_LOST)
     assert time.monotonic() - since < 5
 
 
@@ -353,7 +352,7 @@ async def test_wrong_method(method: str, path: str, allow: set[str], client: htt
     assert set(response.headers["allow"].split(", ")) == allow
 
 
-async def test_a_problem_says_nothing_else(world: World, client: httpx2.AsyncClient) -> None:
-    response = await post(world, client, lacre_pool="canary")
+async def test_a_problem_says_nothing_else(stage: Stage, client: httpx2.AsyncClient) -> None:
+    response = await post(stage, client, lacre_pool="canary")
     assert set(json.loads(response.content)) == {"type", "title", "status", "pools"}
     assert "canary" not in response.text + str(response.headers)

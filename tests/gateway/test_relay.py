@@ -13,12 +13,16 @@ from lacre.jose.jws import raw_public_key
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.relay.relay import rest_of_queue
-from parts.gateway import ISSUER, MODEL, PIECES, FakeWorker, World, opened
+from parts.by_hand import opened
+from parts.fake_worker import PIECES, FakeWorker
+from parts.issuer import ISSUER
+from parts.keys import MODEL
+from parts.stage import Stage
 
 
-async def test_answer_is_forwarded_byte_for_byte(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    body, opener = world.seal()
-    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+async def test_answer_is_forwarded_byte_for_byte(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _, opener = stage.seal()
+    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
     assert response.status_code == 200
     assert opened(opener, response.content) == b"".join(PIECES)
     assert response.headers["content-type"] == MEDIA_TYPE_RESPONSE
@@ -27,9 +31,9 @@ async def test_answer_is_forwarded_byte_for_byte(world: World, worker: FakeWorke
     assert len(worker.opened) == 1
 
 
-async def test_grant_says_what_was_asked_and_not_who(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    body, _ = world.seal()
-    await client.post("/v1/sealed", content=body, headers=world.headers(lacre_shape="pad", lacre_max_tokens="99"))
+async def test_grant_says_what_was_asked_and_not_who(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _, _ = stage.seal()
+    await client.post("/v1/sealed", content=body, headers=stage.headers(lacre_shape="pad", lacre_max_tokens="99"))
     [grant] = worker.grants
     assert (grant.pool, grant.model, grant.action, grant.shape) == ("default", MODEL, "chat", "pad")
     assert grant.max_tokens == 99
@@ -38,45 +42,45 @@ async def test_grant_says_what_was_asked_and_not_who(world: World, worker: FakeW
 
 
 async def test_a_grant_says_by_pseudonyms_whose_turn_it_takes(
-    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     """Each request is sealed under another salt, and what the client says of itself changes nothing."""
     for token in (
-        world.issuer.token(),
-        world.issuer.token(),
-        world.issuer.token(sub="bob"),
-        world.issuer.token(tenant="other"),
+        stage.issuer.token(),
+        stage.issuer.token(),
+        stage.issuer.token(sub="bob"),
+        stage.issuer.token(tenant="other"),
     ):
-        body, _ = world.seal()
-        await client.post("/v1/sealed", content=body, headers=world.headers(token, lacre_fair="x", fair="x"))
+        body, _, _ = stage.seal()
+        await client.post("/v1/sealed", content=body, headers=stage.headers(token, lacre_fair="x", fair="x"))
     alice, again, bob, other = (grant.fair for grant in worker.grants)
     assert alice == again
     assert (alice[0] == bob[0], alice[1] == bob[1]) == (True, False)
     assert not set(other) & {*alice, *bob}
 
 
-async def test_prompt_ceiling_is_the_models_context(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    body, _ = world.seal(content=b"x" * 5000)
-    await client.post("/v1/sealed", content=body, headers=world.headers())
+async def test_prompt_ceiling_is_the_models_context(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _, _ = stage.seal(content=b"x" * 5000)
+    await client.post("/v1/sealed", content=body, headers=stage.headers())
     assert worker.grants[0].max_prompt_tokens == 2048
 
 
-async def test_an_application_s_ceilings_are_of_bytes(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_an_application_s_ceilings_are_of_bytes(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """Whatever the context of a model: what is behind `http` may know nothing of tokens."""
-    body, _ = world.seal(content=b"x" * 5000)
-    headers = world.headers(world.issuer.token(scope="lacre:http"), lacre_action="http", lacre_max_tokens="99")
+    body, _, _ = stage.seal(content=b"x" * 5000)
+    headers = stage.headers(stage.issuer.token(scope="lacre:http"), lacre_action="http", lacre_max_tokens="99")
     await client.post("/v1/sealed", content=body, headers=headers)
     [grant] = worker.grants
     assert (grant.action, grant.max_tokens, grant.max_prompt_tokens) == ("http", 99, units(len(body)))
-    intent, outcome = await world.trail()
+    intent, outcome = await stage.trail()
     assert intent["reserved_prompt_tokens"] == units(len(body))
     assert outcome["unreceipted"], "the fake worker claims more than that"
 
 
-async def test_trail_of_an_answer(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    body, _ = world.seal()
-    response = await client.post("/v1/sealed", content=body, headers=world.headers())
-    intent, outcome = await world.trail()
+async def test_trail_of_an_answer(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _, _ = stage.seal()
+    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
+    intent, outcome = await stage.trail()
     assert intent["request_id"] == outcome["request_id"] == response.headers["lacre-request-id"] == worker.grants[0].jti
     assert (intent["subject"], intent["tenant"], intent["issuer"]) == ("alice", "acme", ISSUER)
     assert (intent["pool"], intent["model"], intent["action"], intent["shape"]) == ("default", MODEL, "chat", "none")
@@ -87,55 +91,55 @@ async def test_trail_of_an_answer(world: World, worker: FakeWorker, client: http
     assert 0 < outcome["duration"] < 10
 
 
-async def test_x25519_is_taken_too(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    body, opener = world.seal(key_id=2)
-    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+async def test_x25519_is_taken_too(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    body, _, opener = stage.seal(key=2)
+    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
     assert opened(opener, response.content) == b"".join(PIECES)
-    assert (await world.trail())[0]["kem"] == "X25519"
+    assert (await stage.trail())[0]["kem"] == "X25519"
 
 
-async def test_nothing_secret_is_left_behind(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    token = world.issuer.token()
-    body, _ = world.seal(content=b"a canary in the prompt")
-    await client.post("/v1/sealed?token=query-canary", content=body, headers=world.headers(token))
-    await client.post("/v1/sealed", content=body, headers=world.headers(token[:-4]))
+async def test_nothing_secret_is_left_behind(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+    token = stage.issuer.token()
+    body, _, _ = stage.seal(content=b"a canary in the prompt")
+    await client.post("/v1/sealed?token=query-canary", content=body, headers=stage.headers(token))
+    await client.post("/v1/sealed", content=body, headers=stage.headers(token[:-4]))
     await client.get(f"/{token}", headers={"authorization": f"Bearer {token}"})
-    await world.trail()
-    left = world.log.getvalue() + json.dumps(world.entries())
+    await stage.trail()
+    left = stage.log.getvalue() + json.dumps(stage.entries())
     for part in token.split("."):
         assert part not in left
     assert "canary" not in left and "Bearer" not in left
     assert body[7:40].hex() not in left
 
 
-async def test_streams_are_counted_down_again(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_streams_are_counted_down_again(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     for _ in range(3):
-        body, _ = world.seal()
-        await client.post("/v1/sealed", content=body, headers=world.headers())
-    assert world.gateway.limits.running == 0
-    assert world.hub.inbound == {}
+        body, _, _ = stage.seal()
+        await client.post("/v1/sealed", content=body, headers=stage.headers())
+    assert stage.gateway.limits.running == 0
+    assert stage.hub.inbound == {}
 
 
-async def test_answer_proves_that_it_was_recorded(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_answer_proves_that_it_was_recorded(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """The entry is durable, and under the checkpoint that comes with it, before the first byte of the answer."""
-    body, _ = world.seal()
-    async with client.stream("POST", "/v1/sealed", content=body, headers=world.headers()) as response:
+    body, _, _ = stage.seal()
+    async with client.stream("POST", "/v1/sealed", content=body, headers=stage.headers()) as response:
         proof = AuditProof.parse_header(response.headers["lacre-audit"])
-        proof.verify(raw_public_key(world.grant_key))
-        assert LogReader(world.folder / "audit").entry(proof.index) == proof.entry
+        proof.verify(raw_public_key(stage.keys.gateway))
+        assert LogReader(stage.folder / "audit").entry(proof.index) == proof.entry
         await response.aread()
     assert proof.members["enc"] == worker.grants[0].enc
     assert proof.members["request_id"] == response.headers["lacre-request-id"]
-    [_, outcome] = await world.trail()
+    [_, outcome] = await stage.trail()
     assert len(outcome["receipt"]) == 64
 
 
-async def test_denial_proves_that_it_was_recorded(world: World, client: httpx2.AsyncClient) -> None:
-    headers = world.headers(world.issuer.token(groups=["staff"]), lacre_max_tokens="40000")
-    response = await client.post("/v1/sealed", content=world.seal()[0], headers=headers)
+async def test_denial_proves_that_it_was_recorded(stage: Stage, client: httpx2.AsyncClient) -> None:
+    headers = stage.headers(stage.issuer.token(groups=["staff"]), lacre_max_tokens="40000")
+    response = await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)
     assert response.status_code == 403
     proof = AuditProof.parse_header(response.headers["lacre-audit"])
-    proof.verify(raw_public_key(world.grant_key))
+    proof.verify(raw_public_key(stage.keys.gateway))
     assert (proof.members["decision"], proof.members["groups"]) == ("deny", ["staff"])
     assert (proof.members["reserved_tokens"], proof.members["address"]) == (None, "192.0.2.1")
 

@@ -31,8 +31,10 @@ from lacre_gateway.settings import Issuer as IssuerSettings
 from lacre_gateway.settings import load
 from parts.chat_app import ChatApp
 from parts.cluster import MODEL, POOL, Cluster, GatewayProcess
-from parts.gateway import ISSUER, FakeWorker, Issuer, World
+from parts.fake_worker import FakeWorker
+from parts.issuer import ISSUER, Issuer
 from parts.memory_fabric import MemoryFabric
+from parts.stage import Stage
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
@@ -122,18 +124,18 @@ async def test_it_goes_on_looking(known: RevocationList, monkeypatch: pytest.Mon
 
 
 async def test_a_gateway_that_does_not_know_serves_nobody(
-    world: World, worker: FakeWorker, client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    headers = world.headers(world.issuer.token())
-    assert (await client.post("/v1/sealed", content=world.seal()[0], headers=headers)).status_code == 200
+    headers = stage.headers(stage.issuer.token())
+    assert (await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)).status_code == 200
     monkeypatch.setattr(module, "MAX_AGE", 0.0)
-    response = await client.post("/v1/sealed", content=world.seal()[0], headers=headers)
+    response = await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)
     assert response.content == problems.UNAVAILABLE.body()
     assert response.headers["retry-after"] == "5"
     assert (await client.get("/readyz")).json()["missing"].keys() == {"revocations"}
     assert len(worker.opened) == 1
     monkeypatch.setattr(module, "MAX_AGE", MAX_AGE)
-    assert (await client.post("/v1/sealed", content=world.seal()[0], headers=headers)).status_code == 200
+    assert (await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)).status_code == 200
 
 
 # What is asked for
@@ -179,19 +181,19 @@ def test_of_several_issuers_one_is_named() -> None:
 
 
 async def test_a_subject_is_let_in_again_with_a_token_issued_later(
-    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     async def status(token: str) -> int:
-        return (await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers(token))).status_code
+        return (await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(token))).status_code
 
     now = int(time.time())
-    before, during = world.issuer.token(sub="bob", iat=now - 5), world.issuer.token(sub="bob", iat=now + 5)
+    before, during = stage.issuer.token(sub="bob", iat=now - 5), stage.issuer.token(sub="bob", iat=now + 5)
     assert [await status(before), await status(during)] == [200, 200]
-    revoked = await world.gateway.revoke(subject="bob")
-    world.gateway.revocations._entries[revoked.key] = (revoked.until, now - 3.0)
+    revoked = await stage.gateway.revoke(subject="bob")
+    stage.gateway.revocations._entries[revoked.key] = (revoked.until, now - 3.0)
     # Its issuer's clock may be 10 s ahead: what says that it was issued soon after may have been issued before.
     assert [await status(before), await status(during)] == [401, 401]
-    world.gateway.revocations._entries[revoked.key] = (revoked.until, now - 6.0)
+    stage.gateway.revocations._entries[revoked.key] = (revoked.until, now - 6.0)
     assert [await status(before), await status(during)] == [401, 200]
 
 

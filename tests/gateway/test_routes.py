@@ -19,107 +19,106 @@ from lacre.jose.jws import raw_public_key
 from lacre.trust import chain
 from lacre_fabric.keys.secret_files import write_ed25519
 from lacre_fabric.nats.roles import Credential
-from parts.gateway import Issuer, World
+from parts.issuer import Issuer
+from parts.stage import Stage
 
-from .conftest import client_of
 
-
-async def test_manifest_is_served_as_published(world: World, client: httpx2.AsyncClient) -> None:
+async def test_manifest_is_served_as_published(stage: Stage, client: httpx2.AsyncClient) -> None:
     response = await client.get("/v1/manifest")
-    assert response.content == world.published
+    assert response.content == stage.bucket
     assert response.headers["content-type"] == "application/json"
     assert response.headers["cache-control"] == "no-cache"
-    assert chain.verify(response.content, raw_public_key(world.root), time.time()).manifest.version == 1
+    assert chain.verify(response.content, raw_public_key(stage.keys.root), time.time()).manifest.version == 1
 
 
-async def test_manifest_is_asked_for_again_by_its_tag(world: World, client: httpx2.AsyncClient) -> None:
+async def test_manifest_is_asked_for_again_by_its_tag(stage: Stage, client: httpx2.AsyncClient) -> None:
     tag = (await client.get("/v1/manifest")).headers["etag"]
     for known in (tag, f'"other", {tag}', f"W/{tag}", "*"):
         again = await client.get("/v1/manifest", headers={"if-none-match": known})
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
     assert (await client.get("/v1/manifest", headers={"if-none-match": '"other"'})).status_code == 200
-    await world.publish(world.document(2))
+    await stage.publish(stage.document(2))
     changed = await client.get("/v1/manifest", headers={"if-none-match": tag})
-    assert (changed.status_code, changed.content) == (200, world.published)
+    assert (changed.status_code, changed.content) == (200, stage.bucket)
     assert changed.headers["etag"] != tag
 
 
 async def test_no_manifest(tmp_path: Path, issuer: Issuer) -> None:
-    world = World(tmp_path, issuer)
-    async with client_of(world) as client:
+    stage = Stage.with_gateway(tmp_path, issuer)
+    async with stage.http() as client:
         response = await client.get("/v1/manifest")
         assert (response.status_code, response.content) == (503, problems.NOT_READY.body())
         assert response.headers["retry-after"] == "5"
-    await world.gateway.close()
+    await stage.gateway.close()
 
 
-async def test_ready(world: World, client: httpx2.AsyncClient) -> None:
+async def test_ready(stage: Stage, client: httpx2.AsyncClient) -> None:
     response = await client.get("/readyz")
     assert response.status_code == 200
     detail = json.loads(response.content)
     assert (detail["status"], detail["missing"], detail["away"], detail["manifest"]["version"]) == ("ready", {}, [], 1)
 
 
-async def test_one_pool_that_is_away_leaves_the_gateway_ready(world: World, client: httpx2.AsyncClient) -> None:
-    world.hub.cut_off.add("default")
+async def test_one_pool_that_is_away_leaves_the_gateway_ready(stage: Stage, client: httpx2.AsyncClient) -> None:
+    stage.hub.cut_off.add("default")
     response = await client.get("/readyz")
     assert (response.status_code, json.loads(response.content)["away"]) == (200, ["default"])
 
 
-async def test_not_ready_says_what_is_missing(world: World, client: httpx2.AsyncClient) -> None:
+async def test_not_ready_says_what_is_missing(stage: Stage, client: httpx2.AsyncClient) -> None:
     async def missing() -> set[str]:
         response = await client.get("/readyz")
         assert response.status_code == 503 and response.headers["retry-after"]
         return set(json.loads(response.content)["missing"])
 
-    fabric, world.gateway.fabric = world.gateway.fabric, None
+    fabric, stage.gateway.fabric = stage.gateway.fabric, None
     assert await missing() == {"fabric"}
-    world.gateway.fabric = fabric
+    stage.gateway.fabric = fabric
     assert fabric is not None
     await fabric.close()
     assert await missing() == {"fabric"}
-    world.gateway.fabric = world.hub.gateway()
-    await world.publish(world.document(2, gateway_key=raw_public_key(Ed25519PrivateKey.generate())))
+    stage.gateway.fabric = stage.hub.gateway()
+    await stage.publish(stage.document(2, gateway_key=raw_public_key(Ed25519PrivateKey.generate())))
     assert await missing() == {"signing_key"}
-    await world.publish(world.document(3, lives=0.05))
+    await stage.publish(stage.document(3, lives=0.05))
     await asyncio.sleep(0.06)
     assert await missing() == {"manifest"}
 
 
-async def test_a_fault_of_the_gateway_has_its_request_s_id(world: World) -> None:
-    world.gateway.feed = None  # type: ignore[assignment]
-    transport = httpx2.ASGITransport(world.app, raise_app_exceptions=False)
+async def test_a_fault_of_the_gateway_has_its_request_s_id(stage: Stage) -> None:
+    stage.gateway.feed = None  # type: ignore[assignment]
+    transport = httpx2.ASGITransport(stage.app, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
         response = await client.get("/v1/manifest")
     assert (response.status_code, response.content) == (500, problems.INTERNAL.body())
-    assert response.headers["lacre-request-id"] == world.logged()[-1]["request_id"]
+    assert response.headers["lacre-request-id"] == stage.logged()[-1]["request_id"]
 
 
-async def test_health_needs_nothing(world: World, client: httpx2.AsyncClient) -> None:
-    world.gateway.fabric = None
+async def test_health_needs_nothing(stage: Stage, client: httpx2.AsyncClient) -> None:
+    stage.gateway.fabric = None
     response = await client.get("/healthz")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
     assert (await client.head("/healthz")).status_code == 200
 
 
-async def test_probes_are_not_logged(world: World, client: httpx2.AsyncClient) -> None:
+async def test_probes_are_not_logged(stage: Stage, client: httpx2.AsyncClient) -> None:
     await client.get("/healthz")
     await client.get("/readyz")
-    assert world.logged() == []
-    world.gateway.fabric = None
+    assert stage.logged() == []
+    stage.gateway.fabric = None
     await client.get("/readyz")
-    [line] = world.logged()
+    [line] = stage.logged()
     assert (line["route"], line["status"]) == ("/readyz", 503)
 
 
-def settings_file(world: World, port: int) -> Path:
-    write_ed25519(world.folder / "grant.key", world.grant_key)
-    Credential.new("gateway-g1").save(world.folder / "gateway.creds")
-    text = world.settings_text().replace('audit = "audit"', 'audit = "another"')  # the other one is in use
+def settings_file(stage: Stage, port: int) -> Path:
+    write_ed25519(stage.folder / "grant.key", stage.keys.gateway)
+    Credential.new("gateway-g1").save(stage.folder / "gateway.creds")
+    text = stage.settings_text().replace('audit = "audit"', 'audit = "another"')  # the other one is in use
     text = text.replace("[nats]", f"listen = {{ port = {port}, drain = 2 }}\n[nats]")
     with socket.create_server(("127.0.0.1", 0)) as unused:  # a port where no NATS is
         text = text.replace("4222", str(unused.getsockname()[1]))
-    path = world.folder / "gateway.toml"
+    path = stage.folder / "gateway.toml"
     path.write_text(text)
     return path
 
@@ -129,8 +128,8 @@ def start(path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-async def test_process_serves_before_its_fabric_is_there_and_ends_in_order(world: World) -> None:
-    process = start(settings_file(world, 0))
+async def test_process_serves_before_its_fabric_is_there_and_ends_in_order(stage: Stage) -> None:
+    process = start(settings_file(stage, 0))
     assert process.stderr is not None
     try:
         line = json.loads(process.stderr.readline())
@@ -138,8 +137,8 @@ async def test_process_serves_before_its_fabric_is_there_and_ends_in_order(world
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{line['port']}") as http:
             assert (await http.get("/healthz")).status_code == 200
             assert set((await http.get("/readyz")).json()["missing"]) == {"fabric", "manifest"}
-            token = world.issuer.token()
-            refused = await http.post("/v1/sealed", content=world.seal()[0], headers=world.headers(token))
+            token = stage.issuer.token()
+            refused = await http.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(token))
             assert refused.content == problems.UNAVAILABLE.body()  # nor does it know what was revoked
         process.send_signal(signal.SIGTERM)
         _, rest = await asyncio.to_thread(process.communicate, timeout=10)
@@ -153,14 +152,14 @@ async def test_process_serves_before_its_fabric_is_there_and_ends_in_order(world
     assert token not in rest.decode()
 
 
-async def test_process_that_cannot_start_says_why(world: World) -> None:
+async def test_process_that_cannot_start_says_why(stage: Stage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        path = settings_file(world, taken.getsockname()[1])
+        path = settings_file(stage, taken.getsockname()[1])
         process = start(path)
         _, said = await asyncio.to_thread(process.communicate, timeout=10)
     assert process.returncode == 1
     assert b"listen: cannot listen on 127.0.0.1 port" in said and b"Traceback" not in said
-    (world.folder / "grant.key").unlink()
+    (stage.folder / "grant.key").unlink()
     process = start(path)
     _, said = await asyncio.to_thread(process.communicate, timeout=10)
     assert process.returncode == 1

@@ -20,7 +20,9 @@ from lacre.jose.jws import b64u
 from lacre_fabric.logs import make_log
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.settlement import Claim, Reason, Settlement, Verdict, judge
-from parts.gateway import PIECES, FakeWorker, Script, World, opened
+from parts.by_hand import opened
+from parts.fake_worker import PIECES, FakeWorker, Script
+from parts.stage import Stage
 
 KEY, OTHER_KEY = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
 ENC = b64u(bytes(32))
@@ -66,37 +68,37 @@ def test_which_receipt_counts(tokens: tuple[bytes, ...], settled: int | None, re
     assert (verdict.receipt.completion_tokens if verdict.receipt else None, verdict.refused) == (settled, refused)
 
 
-async def broken(world: World, client: httpx2.AsyncClient) -> dict[str, Any]:
+async def broken(stage: Stage, client: httpx2.AsyncClient) -> dict[str, Any]:
     """The outcome of an answer that breaks off."""
-    await client.post("/v1/sealed", content=world.seal()[0], headers=world.headers())
-    return (await world.trail())[1]
+    await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers())
+    return (await stage.trail())[1]
 
 
-async def test_broken_answer_is_settled_on_the_last_beat(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_broken_answer_is_settled_on_the_last_beat(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(beats=({"completion_tokens": 3}, {"completion_tokens": 5}), ending="error:x")
-    outcome = await broken(world, client)
+    outcome = await broken(stage, client)
     assert (outcome["outcome"], outcome["completion_tokens"], outcome["refused_receipt"]) == ("broken", 5, None)
 
 
 async def test_a_beat_that_proves_nothing_leaves_the_one_before(
-    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     forged = receipt(7).sign(OTHER_KEY).encode()
     worker.script = Script(beats=({"completion_tokens": 3}, forged, b"", b"no receipt"), ending="error:x")
-    outcome = await broken(world, client)
+    outcome = await broken(stage, client)
     assert (outcome["unreceipted"], outcome["completion_tokens"]) == (False, 3)
     assert outcome["refused_receipt"] == "not-by-the-pool"
 
 
-async def test_above_the_grant_is_not_settled_at_all(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_above_the_grant_is_not_settled_at_all(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(beats=({"completion_tokens": 3},), usage={"completion_tokens": 257})
-    body, opener = world.seal()
-    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+    body, _, opener = stage.seal()
+    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
     assert opened(opener, response.content) == b"".join(PIECES)
-    outcome = (await world.trail())[1]
+    outcome = (await stage.trail())[1]
     assert (outcome["unreceipted"], outcome["completion_tokens"]) == (True, None)
     assert outcome["refused_receipt"] == "above-the-grant"
-    [warning] = [entry for entry in world.logged() if entry["level"] == "warning"]
+    [warning] = [entry for entry in stage.logged() if entry["level"] == "warning"]
     assert (warning["event"], warning["reason"]) == ("receipt refused", "above-the-grant")
 
 
@@ -113,41 +115,41 @@ async def no_thread_free() -> AsyncIterator[threading.Event]:
         await asyncio.gather(*busy)
 
 
-async def ask(world: World, client: httpx2.AsyncClient) -> bool:
-    body, opener = world.seal(key_id=2)
-    response = await client.post("/v1/sealed", content=body, headers=world.headers())
+async def ask(stage: Stage, client: httpx2.AsyncClient) -> bool:
+    body, _, opener = stage.seal(key=2)
+    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
     return opened(opener, response.content) == b"".join(PIECES)
 
 
 async def test_no_answer_waits_and_many_are_settled_at_once(
-    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     async with no_thread_free() as go:
-        assert all([await ask(world, client) for _ in range(20)])
-        kinds = [entry["kind"] for entry in await world.trail(10)]
+        assert all([await ask(stage, client) for _ in range(20)])
+        kinds = [entry["kind"] for entry in await stage.trail(10)]
         assert kinds == ["intent"] * 20
         go.set()
-        entries = await world.trail(20)
+        entries = await stage.trail(20)
     assert [entry["unreceipted"] for entry in entries if entry["kind"] == "outcome"] == [False] * 20
-    assert world.gateway.settlement.batches <= 2  # the first alone, and all that came meanwhile
+    assert stage.gateway.settlement.batches <= 2  # the first alone, and all that came meanwhile
 
 
-async def test_closing_waits_for_what_is_not_settled_yet(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
+async def test_closing_waits_for_what_is_not_settled_yet(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     async with no_thread_free() as go:
-        assert await ask(world, client)
-        closing = asyncio.create_task(world.gateway.close())
+        assert await ask(stage, client)
+        closing = asyncio.create_task(stage.gateway.close())
         await asyncio.sleep(0.05)
         assert not closing.done()
         go.set()
         await closing
-    assert [entry["kind"] for entry in await world.trail()] == ["intent", "outcome"]
+    assert [entry["kind"] for entry in await stage.trail()] == ["intent", "outcome"]
 
 
-async def test_verdicts_come_in_the_order_of_the_claims(world: World) -> None:
+async def test_verdicts_come_in_the_order_of_the_claims(stage: Stage) -> None:
     verdicts: list[Verdict] = []
     for completion in range(1, 9):
-        world.gateway.settlement.settle(claim(token(completion)), verdicts.append)
-    await world.gateway.settlement.close()
+        stage.gateway.settlement.settle(claim(token(completion)), verdicts.append)
+    await stage.gateway.settlement.close()
     assert [verdict.receipt.completion_tokens for verdict in verdicts if verdict.receipt] == list(range(1, 9))
 
 

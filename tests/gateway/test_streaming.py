@@ -23,15 +23,17 @@ from lacre_gateway.http.exchange import Stalled
 from lacre_gateway.http.logs import NotOurs
 from lacre_gateway.http.server import bind, make_server
 from lacre_gateway.settings import Listen
-from parts.gateway import PIECES, FakeWorker, Script, World, opened
+from parts.by_hand import opened
+from parts.fake_worker import PIECES, FakeWorker, Script
+from parts.stage import Stage
 
 
 @contextlib.asynccontextmanager
-async def served(world: World, drain: int = 5) -> AsyncIterator[str]:
+async def served(stage: Stage, drain: int = 5) -> AsyncIterator[str]:
     """The gateway on a port of its own. Leaving it is what SIGTERM does."""
     listen = Listen(port=0, drain=drain)
     with bind(listen) as listener:
-        server = make_server(world.app, listen)
+        server = make_server(stage.app, listen)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
@@ -44,8 +46,8 @@ async def served(world: World, drain: int = 5) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def url(world: World) -> AsyncIterator[str]:
-    async with served(world) as url:
+async def url(stage: Stage) -> AsyncIterator[str]:
+    async with served(stage) as url:
         yield url
 
 
@@ -62,16 +64,16 @@ async def until(condition: object, seconds: float = 3.0) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_pieces_arrive_as_they_are_sent(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+async def test_pieces_arrive_as_they_are_sent(stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
     turns = asyncio.Semaphore(0)
 
     async def turn() -> None:
         await turns.acquire()
 
     worker.script = Script(between=turn)
-    body, opener = world.seal()
+    body, _, opener = stage.seal()
     plain: list[bytes] = []
-    async with http.stream("POST", "/v1/sealed", content=body, headers=world.headers()) as response:
+    async with http.stream("POST", "/v1/sealed", content=body, headers=stage.headers()) as response:
         assert response.status_code == 200
         assert response.headers["transfer-encoding"] == "chunked"
         assert "content-length" not in response.headers and "server" not in response.headers
@@ -84,23 +86,23 @@ async def test_pieces_arrive_as_they_are_sent(world: World, worker: FakeWorker, 
 
 
 async def test_large_answer_flows_with_the_credit_of_its_reader(
-    world: World, worker: FakeWorker, http: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient
 ) -> None:
     """Four times the whole credit: it only arrives if the gateway renews what the client read."""
     pieces = tuple(os.urandom(16_000) for _ in range(70))
     worker.script = Script(pieces=pieces)
-    body, opener = world.seal()
-    response = await http.post("/v1/sealed", content=body, headers=world.headers())
+    body, _, opener = stage.seal()
+    response = await http.post("/v1/sealed", content=body, headers=stage.headers())
     assert opened(opener, response.content) == b"".join(pieces)
 
 
-async def test_connection_is_used_again(world: World, worker: FakeWorker, url: str) -> None:
+async def test_connection_is_used_again(stage: Stage, worker: FakeWorker, url: str) -> None:
     """Also after a refusal, as long as the body was there already."""
     _, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
-    for token, status in ((world.issuer.token(aud="x"), 401), (None, 200), (world.issuer.token(aud="y"), 401), (None, 200)):
-        body, _ = world.seal()
-        writer.write(raw_request(world.headers(token), body))
+    for token, status in ((stage.issuer.token(aud="x"), 401), (None, 200), (stage.issuer.token(aud="y"), 401), (None, 200)):
+        body, _, _ = stage.seal()
+        writer.write(raw_request(stage.headers(token), body))
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         assert head.startswith(f"http/1.1 {status}".encode()), head
         assert b"connection: close" not in head
@@ -121,12 +123,12 @@ def raw_request(headers: dict[str, str], body: bytes, length: int | None = None)
     return f"POST /v1/sealed HTTP/1.1\r\nhost: x\r\n{lines}content-length: {size}\r\n\r\n".encode() + body
 
 
-def failing(world: World, error: Exception) -> Script:
+def failing(stage: Stage, error: Exception) -> Script:
     """The frames end with an error, after one piece was read."""
 
     async def fail() -> None:
-        await until(lambda: any(each.started for each in world.gateway.metrics.live))
-        for inbound in world.hub.inbound.values():
+        await until(lambda: any(each.started for each in stage.gateway.metrics.live))
+        for inbound in stage.hub.inbound.values():
             inbound.fail(error)  # type: ignore[arg-type]  # one is a fault of the gateway's own
         await asyncio.Event().wait()
 
@@ -139,15 +141,15 @@ ALIVE = [FabricUnavailable("x"), FabricLost("x"), FrameMissing("x"), ReaderStall
 
 @pytest.mark.parametrize("ending", [*LOST, *ALIVE], ids=repr)
 async def test_how_a_broken_answer_ends(
-    ending: str | Exception, world: World, worker: FakeWorker, http: httpx2.AsyncClient
+    ending: str | Exception, stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient
 ) -> None:
     """In order where its worker may be lost, so that a client counts it; with a broken connection otherwise. Never whole."""
-    worker.script = Script(ending=ending) if isinstance(ending, str) else failing(world, ending)
-    body, opener = world.seal()
+    worker.script = Script(ending=ending) if isinstance(ending, str) else failing(stage, ending)
+    body, _, opener = stage.seal()
     got: list[bytes] = []
     lives = pytest.raises(httpx2.RemoteProtocolError, match="incomplete chunked read")
     with lives if ending in ALIVE else contextlib.nullcontext():
-        async with http.stream("POST", "/v1/sealed", content=body, headers=world.headers()) as response:
+        async with http.stream("POST", "/v1/sealed", content=body, headers=stage.headers()) as response:
             assert response.status_code == 200
             async for piece in response.aiter_raw():
                 got.append(piece)
@@ -156,68 +158,68 @@ async def test_how_a_broken_answer_ends(
         opener.feed(piece)
     with pytest.raises(TruncatedStream):
         opener.close()
-    outcome = (await world.trail())[1]
+    outcome = (await stage.trail())[1]
     assert (outcome["outcome"], outcome["status"], outcome["unreceipted"]) == ("broken", 200, True)
-    assert world.gateway.limits.running == 0
-    [line] = [entry for entry in world.logged() if entry["event"] == "request"]
+    assert stage.gateway.limits.running == 0
+    [line] = [entry for entry in stage.logged() if entry["event"] == "request"]
     assert line["outcome"] == "cut"
 
 
-async def test_abort_is_seen_in_the_raw_bytes(world: World, worker: FakeWorker, url: str) -> None:
-    worker.script = failing(world, FabricLost("x"))
+async def test_abort_is_seen_in_the_raw_bytes(stage: Stage, worker: FakeWorker, url: str) -> None:
+    worker.script = failing(stage, FabricLost("x"))
     _, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
-    writer.write(raw_request(world.headers(), world.seal()[0]))
+    writer.write(raw_request(stage.headers(), stage.seal()[0]))
     everything = await reader.read()  # to the end of the connection
     assert everything.startswith(b"HTTP/1.1 200") and not everything.endswith(b"0\r\n\r\n")
     writer.close()
     await writer.wait_closed()
 
 
-async def test_broken_answer_is_settled_on_its_last_receipt(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+async def test_broken_answer_is_settled_on_its_last_receipt(stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
     worker.script = Script(beats=({},), ending="error:x")
-    await http.post("/v1/sealed", content=world.seal()[0], headers=world.headers())
-    outcome = (await world.trail())[1]
+    await http.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers())
+    outcome = (await stage.trail())[1]
     assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("broken", False, 7)
 
 
 @pytest.mark.parametrize("usage", [{"completion_tokens": 257}, {"prompt_tokens": 2049}, {"enc": "AAAA"}, {"key": "another"}])
 async def test_receipt_that_does_not_hold(
-    usage: dict[str, object], world: World, worker: FakeWorker, http: httpx2.AsyncClient
+    usage: dict[str, object], stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient
 ) -> None:
     """The answer is whole, and the client gets it; what the worker wants to be paid for it is refused."""
     key = Ed25519PrivateKey.generate() if usage.pop("key", None) else None
     worker.script = Script(usage=usage, receipt_key=key)
-    body, opener = world.seal(content=b"x" * 9000)
-    response = await http.post("/v1/sealed", content=body, headers=world.headers())
+    body, _, opener = stage.seal(content=b"x" * 9000)
+    response = await http.post("/v1/sealed", content=body, headers=stage.headers())
     assert opened(opener, response.content) == b"".join(PIECES)
-    outcome = (await world.trail())[1]
+    outcome = (await stage.trail())[1]
     assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("answered", True, None)
-    assert [entry["event"] for entry in world.logged() if entry["level"] == "warning"] == ["receipt refused"]
+    assert [entry["event"] for entry in stage.logged() if entry["level"] == "warning"] == ["receipt refused"]
 
 
 @pytest.mark.parametrize("when", ["before the answer", "in mid-answer"])
-async def test_client_that_leaves(when: str, world: World, worker: FakeWorker, url: str) -> None:
+async def test_client_that_leaves(when: str, stage: Stage, worker: FakeWorker, url: str) -> None:
     """The worker is told at once, its slot is free, and the outcome says so."""
     forever = asyncio.Event()
     worker.script = Script(before=forever.wait) if when == "before the answer" else Script(between=forever.wait)
     async with httpx2.AsyncClient(base_url=url) as http:
         with contextlib.suppress(httpx2.ReadTimeout):
-            request = http.stream("POST", "/v1/sealed", content=world.seal()[0], headers=world.headers(), timeout=0.3)
+            request = http.stream("POST", "/v1/sealed", content=stage.seal()[0], headers=stage.headers(), timeout=0.3)
             async with request as response:
                 async for _ in response.aiter_raw():
                     break
     since = time.monotonic()
     await until(lambda: worker.cancelled)
     assert time.monotonic() - since < 1
-    outcome = (await world.trail())[1]
+    outcome = (await stage.trail())[1]
     assert outcome["outcome"] == "client-gone"
     assert outcome["status"] == (None if when == "before the answer" else 200)
-    await until(lambda: world.gateway.limits.running == 0)
-    assert world.hub.inbound == {}
+    await until(lambda: stage.gateway.limits.running == 0)
+    assert stage.hub.inbound == {}
 
 
-async def test_who_leaves_pays_for_what_was_made(world: World, worker: FakeWorker, url: str) -> None:
+async def test_who_leaves_pays_for_what_was_made(stage: Stage, worker: FakeWorker, url: str) -> None:
     """Also where it leaves between two beats: the worker says once more what it used."""
     beaten = asyncio.Event()
 
@@ -227,47 +229,47 @@ async def test_who_leaves_pays_for_what_was_made(world: World, worker: FakeWorke
 
     worker.script = Script(between=forever, parting={"prompt_tokens": 12, "completion_tokens": 9})
     async with httpx2.AsyncClient(base_url=url) as http:
-        async with http.stream("POST", "/v1/sealed", content=world.seal()[0], headers=world.headers()) as response:
+        async with http.stream("POST", "/v1/sealed", content=stage.seal()[0], headers=stage.headers()) as response:
             await beaten.wait()
             async for _ in response.aiter_raw():
                 break
-    outcome = (await world.trail())[1]
+    outcome = (await stage.trail())[1]
     assert (outcome["outcome"], outcome["unreceipted"]) == ("client-gone", False)
     assert (outcome["prompt_tokens"], outcome["completion_tokens"]) == (12, 9)
 
 
-async def test_client_that_leaves_while_it_uploads(world: World, worker: FakeWorker, url: str) -> None:
+async def test_client_that_leaves_while_it_uploads(stage: Stage, worker: FakeWorker, url: str) -> None:
     _, port = url.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection("127.0.0.1", int(port))
-    writer.write(raw_request(world.headers(), world.seal()[0][:100], length=5000))
-    await until(lambda: world.gateway.limits.running == 1)
+    writer.write(raw_request(stage.headers(), stage.seal()[0][:100], length=5000))
+    await until(lambda: stage.gateway.limits.running == 1)
     writer.close()
     await writer.wait_closed()
-    await until(lambda: world.gateway.limits.running == 0)
+    await until(lambda: stage.gateway.limits.running == 0)
     assert worker.opened == []
 
 
-async def test_client_that_stops_reading(world: World, worker: FakeWorker, url: str) -> None:
+async def test_client_that_stops_reading(stage: Stage, worker: FakeWorker, url: str) -> None:
     """The worker's credit runs out and no more than that is ever held for the client."""
     worker.script = Script(pieces=tuple(os.urandom(16_000) for _ in range(400)), between=lambda: asyncio.sleep(0))
     _, port = url.removeprefix("http://").split(":")
     stream = socket.socket()
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     stream.connect(("127.0.0.1", int(port)))
-    stream.sendall(raw_request(world.headers(), world.seal()[0]))
-    await until(lambda: worker.cancelled == 0 and world.gateway.limits.running == 1)
+    stream.sendall(raw_request(stage.headers(), stage.seal()[0]))
+    await until(lambda: worker.cancelled == 0 and stage.gateway.limits.running == 1)
     await asyncio.sleep(0.5)
-    assert world.gateway.limits.running == 1
+    assert stage.gateway.limits.running == 1
     stream.close()
-    await until(lambda: world.gateway.limits.running == 0)
+    await until(lambda: stage.gateway.limits.running == 0)
 
 
-async def test_refusal_reaches_a_client_that_is_still_sending(world: World, url: str) -> None:
+async def test_refusal_reaches_a_client_that_is_still_sending(stage: Stage, url: str) -> None:
     """Closing at once would reset the connection and lose the refusal."""
     _, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
     body = bytes(3 * 2**20)
-    writer.write(raw_request(world.headers(world.issuer.token(aud="x")), body[: 2**20], length=len(body)))
+    writer.write(raw_request(stage.headers(stage.issuer.token(aud="x")), body[: 2**20], length=len(body)))
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     assert head.startswith(b"http/1.1 401") and b"connection: close" in head
     assert await reader.readexactly(len(FOREIGN)) == FOREIGN
@@ -278,36 +280,36 @@ async def test_refusal_reaches_a_client_that_is_still_sending(world: World, url:
     await writer.wait_closed()
 
 
-async def test_chunked_upload_without_length(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
-    body, opener = world.seal()
+async def test_chunked_upload_without_length(stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+    body, _, opener = stage.seal()
 
     async def pieces() -> AsyncIterator[bytes]:
         for start in range(0, len(body), 100):
             yield body[start : start + 100]
 
-    response = await http.post("/v1/sealed", content=pieces(), headers=world.headers())
+    response = await http.post("/v1/sealed", content=pieces(), headers=stage.headers())
     assert opened(opener, response.content) == b"".join(PIECES)
 
 
-async def test_many_at_once(world: World, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
+async def test_many_at_once(stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
     async def one() -> bool:
-        body, opener = world.seal(key_id=2)
-        response = await http.post("/v1/sealed", content=body, headers=world.headers())
+        body, _, opener = stage.seal(key=2)
+        response = await http.post("/v1/sealed", content=body, headers=stage.headers())
         return opened(opener, response.content) == b"".join(PIECES)
 
     assert all(await asyncio.gather(*(one() for _ in range(20))))
-    entries = await world.trail(20)
+    entries = await stage.trail(20)
     assert len({entry["request_id"] for entry in entries}) == 20
 
 
-async def test_shutdown_lets_streams_finish(world: World, worker: FakeWorker) -> None:
+async def test_shutdown_lets_streams_finish(stage: Stage, worker: FakeWorker) -> None:
     go = asyncio.Event()
     worker.script = Script(between=go.wait)
-    body, opener = world.seal()
+    body, _, opener = stage.seal()
     async with contextlib.AsyncExitStack() as stack:
-        url = await stack.enter_async_context(served(world))
+        url = await stack.enter_async_context(served(stage))
         http = await stack.enter_async_context(httpx2.AsyncClient(base_url=url))
-        answering = asyncio.create_task(http.post("/v1/sealed", content=body, headers=world.headers()))
+        answering = asyncio.create_task(http.post("/v1/sealed", content=body, headers=stage.headers()))
         await until(lambda: worker.opened)
         asyncio.get_running_loop().call_later(0.3, go.set)
         # Leaving the stack shuts the server down while the answer is under way. The client is closed after it.
@@ -315,18 +317,18 @@ async def test_shutdown_lets_streams_finish(world: World, worker: FakeWorker) ->
     assert opened(opener, (await answering).content) == b"".join(PIECES)
 
 
-async def test_shutdown_aborts_what_takes_too_long(world: World, worker: FakeWorker) -> None:
+async def test_shutdown_aborts_what_takes_too_long(stage: Stage, worker: FakeWorker) -> None:
     worker.script = Script(ending="silence", between=asyncio.Event().wait)
     async with httpx2.AsyncClient() as http:
-        async with served(world, drain=1) as url:
-            answering = asyncio.create_task(http.post(f"{url}/v1/sealed", content=world.seal()[0], headers=world.headers()))
+        async with served(stage, drain=1) as url:
+            answering = asyncio.create_task(http.post(f"{url}/v1/sealed", content=stage.seal()[0], headers=stage.headers()))
             await until(lambda: worker.opened)
             await asyncio.sleep(0.1)
             since = time.monotonic()
         assert time.monotonic() - since < 4
         with pytest.raises(httpx2.RemoteProtocolError):
             await answering
-    assert (await world.trail())[1]["outcome"] == "interrupted"
+    assert (await stage.trail())[1]["outcome"] == "interrupted"
     assert worker.cancelled == 1
 
 
@@ -347,16 +349,16 @@ def library_logs() -> Iterator[list[logging.LogRecord]]:
 
 
 async def test_aborts_do_not_fill_the_log(
-    world: World, worker: FakeWorker, http: httpx2.AsyncClient, library_logs: list[logging.LogRecord]
+    stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient, library_logs: list[logging.LogRecord]
 ) -> None:
-    worker.script = failing(world, FabricLost("x"))
+    worker.script = failing(stage, FabricLost("x"))
     with pytest.raises(httpx2.RemoteProtocolError):
-        await http.post("/v1/sealed", content=world.seal()[0], headers=world.headers())
-    await world.trail()
+        await http.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers())
+    await stage.trail()
     assert [record for record in library_logs if record.exc_info] == []
 
 
-async def test_manifest_over_http(world: World, http: httpx2.AsyncClient) -> None:
+async def test_manifest_over_http(stage: Stage, http: httpx2.AsyncClient) -> None:
     response = await http.get("/v1/manifest")
-    assert json.loads(response.content) == json.loads(world.gateway.feed.document)
-    assert response.content == world.gateway.feed.document
+    assert json.loads(response.content) == json.loads(stage.gateway.feed.document)
+    assert response.content == stage.gateway.feed.document

@@ -30,7 +30,9 @@ from lacre.jose.dpop import WINDOW
 from lacre.problems import Problem, details
 from lacre.wire.header import inspect_request
 from lacre_gateway.auth import tokens
-from parts.gateway import AUDIENCE, FakeWorker, Issuer, World
+from parts.fake_worker import FakeWorker
+from parts.issuer import AUDIENCE, Issuer
+from parts.stage import Stage
 
 URL = "http://127.0.0.1:8321/v1/sealed"  # the gateway's public one
 PROOF_CHALLENGE = 'DPoP realm="lacre", error="invalid_dpop_proof", algs="ES256 EdDSA"'
@@ -185,12 +187,12 @@ GENUINE: dict[str, tuple[Problem, str, str]] = {
 class Door:
     """The gateway's, with a worker behind it that counts."""
 
-    world: World
+    stage: Stage
     worker: FakeWorker
     client: httpx2.AsyncClient
 
     async def knock(self, headers: Any, body: bytes | None = None) -> httpx2.Response:
-        return await self.client.post("/v1/sealed", content=body or self.world.seal()[0], headers=headers)
+        return await self.client.post("/v1/sealed", content=body or self.stage.seal()[0], headers=headers)
 
     async def opens(self, headers: Any, body: bytes | None = None) -> None:
         assert (await self.knock(headers, body)).status_code == 200
@@ -218,26 +220,26 @@ class Door:
 
 
 @pytest.fixture
-async def door(world: World, worker: FakeWorker, client: httpx2.AsyncClient) -> AsyncIterator[Door]:
+async def door(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> AsyncIterator[Door]:
     """Before and after each attack a good token is served: the attack is not refused for what is refused anyway."""
-    door, good = Door(world, worker, client), world.headers(world.issuer.token())
+    door, good = Door(stage, worker, client), stage.headers(stage.issuer.token())
     await door.opens(good)
     yield door
     await door.opens(good)
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_bad_token(name: str, world: World, door: Door) -> None:
-    headers = world.headers(BAD[name](world.issuer))
+async def test_bad_token(name: str, stage: Stage, door: Door) -> None:
+    headers = stage.headers(BAD[name](stage.issuer))
     await (door.says(headers, *GENUINE[name]) if name in GENUINE else door.stays_shut(headers))
 
 
 @pytest.mark.parametrize("groups", [100, 6000], ids=["a little", "a megabyte"])
-async def test_a_token_that_is_too_long_says_how_long_one_may_be(groups: int, world: World, door: Door) -> None:
+async def test_a_token_that_is_too_long_says_how_long_one_may_be(groups: int, stage: Stage, door: Door) -> None:
     """Some issuers put hundreds of groups into one. It says nothing of who signed it: nobody has looked."""
-    token = world.issuer.token(groups=["g" * 200] * groups)
+    token = stage.issuer.token(groups=["g" * 200] * groups)
     opened = len(door.worker.opened)
-    response = await door.knock(world.headers(token))
+    response = await door.knock(stage.headers(token))
     told = {"limit": "token", "unit": "bytes", "ceiling": tokens.MAX_TOKEN, "asked": len(f"Bearer {token}")}
     assert (response.status_code, response.content) == (401, problems.INVALID_TOKEN.body(told))
     assert response.headers["www-authenticate"] == CHALLENGE
@@ -253,40 +255,40 @@ async def test_a_token_that_is_too_long_says_how_long_one_may_be(groups: int, wo
         ("expired", "exp: expired"), ("groups of numbers", "groups: malformed"),
     ],
 )  # fmt: skip
-async def test_the_log_says_why_a_token_is_not_taken(name: str, noted: str, world: World, door: Door) -> None:
+async def test_the_log_says_why_a_token_is_not_taken(name: str, noted: str, stage: Stage, door: Door) -> None:
     """And nothing that stands in it. What is told to nobody is for the operator all the same."""
-    token = BAD[name](world.issuer)
-    await door.knock(world.headers(token))
-    line = world.logged()[-1]
+    token = BAD[name](stage.issuer)
+    await door.knock(stage.headers(token))
+    line = stage.logged()[-1]
     assert (line["status"], line["reason"]) == (401, noted)
-    assert token[-20:] not in world.log.getvalue()
+    assert token[-20:] not in stage.log.getvalue()
 
 
-async def test_an_expired_token_says_when_to_whom_the_issuer_gave_it_alone(world: World, door: Door) -> None:
+async def test_an_expired_token_says_when_to_whom_the_issuer_gave_it_alone(stage: Stage, door: Door) -> None:
     ended = now() - 3600
-    token = world.issuer.token(exp=ended)
-    response = await door.knock(world.headers(token))
+    token = stage.issuer.token(exp=ended)
+    response = await door.knock(stage.headers(token))
     assert details.read(response.content)["expired_at"] == ended
     said = f"exp: expired at {datetime.datetime.fromtimestamp(ended, datetime.UTC):%Y-%m-%dT%H:%M:%SZ}"
     assert response.headers["www-authenticate"] == f'{CHALLENGE}, error_description="{said}"'
     head, payload, _ = token.split(".")
-    await door.stays_shut(world.headers(f"{head}.{payload}.{b64(bytes(64))}"))
+    await door.stays_shut(stage.headers(f"{head}.{payload}.{b64(bytes(64))}"))
 
 
-async def test_what_is_said_once_is_taken(world: World, door: Door) -> None:
+async def test_what_is_said_once_is_taken(stage: Stage, door: Door) -> None:
     """The forms above that say something twice fail for the repetition alone."""
-    await door.opens(world.headers(signed(world.issuer, claims_text(world.issuer))))
-    await door.opens(world.headers(signed(world.issuer, claims_text(world.issuer)[:-1] + ',"x":{"y":[{"z":1},{"z":2}]}}')))
+    await door.opens(stage.headers(signed(stage.issuer, claims_text(stage.issuer))))
+    await door.opens(stage.headers(signed(stage.issuer, claims_text(stage.issuer)[:-1] + ',"x":{"y":[{"z":1},{"z":2}]}}')))
 
 
-async def test_the_first_characters_of_a_good_token_are_not_enough(world: World, door: Door) -> None:
-    good = world.issuer.token(sub="alice")
-    await door.opens(world.headers(good))  # and its verdict is remembered
+async def test_the_first_characters_of_a_good_token_are_not_enough(stage: Stage, door: Door) -> None:
+    good = stage.issuer.token(sub="alice")
+    await door.opens(stage.headers(good))  # and its verdict is remembered
     head, payload, signature = good.split(".")
-    forged = f"{head}.{b64({**world.issuer.claims(), 'sub': 'mallory'})}.{signature}"
+    forged = f"{head}.{b64({**stage.issuer.claims(), 'sub': 'mallory'})}.{signature}"
     assert forged[:40] == good[:40]
-    await door.stays_shut(world.headers(forged))
-    await door.stays_shut(world.headers(f"{head}.{payload}.{signature[:40]}{b64(bytes(34))}"))
+    await door.stays_shut(stage.headers(forged))
+    await door.stays_shut(stage.headers(f"{head}.{payload}.{signature[:40]}{b64(bytes(34))}"))
 
 
 class KeyServer:
@@ -319,12 +321,12 @@ class KeyServer:
 
 
 @pytest.mark.parametrize("parameter", ["jku", "x5u"])
-async def test_no_address_in_a_token_is_visited(parameter: str, world: World, door: Door) -> None:
+async def test_no_address_in_a_token_is_visited(parameter: str, stage: Stage, door: Door) -> None:
     key = Ed25519PrivateKey.generate()
     server = KeyServer({"keys": [{**OKPAlgorithm.to_jwk(key.public_key(), as_dict=True), "kid": "ed"}]})
     try:
-        token = jwt.encode(world.issuer.claims(), key, algorithm="EdDSA", headers={"kid": "ed", parameter: server.url})
-        await door.stays_shut(world.headers(token))
+        token = jwt.encode(stage.issuer.claims(), key, algorithm="EdDSA", headers={"kid": "ed", parameter: server.url})
+        await door.stays_shut(stage.headers(token))
         assert server.asked == []
     finally:
         server.close()
@@ -334,12 +336,12 @@ async def test_no_address_in_a_token_is_visited(parameter: str, world: World, do
 
 
 @pytest.mark.parametrize("revoke", [{"jti": "t1"}, {"subject": "bob"}], ids=["by its id", "by its subject"])
-async def test_revoked(revoke: dict[str, str], world: World, door: Door) -> None:
-    token = world.issuer.token(sub="bob", jti="t1")
-    await door.opens(world.headers(token))  # and its verdict is remembered
-    await world.gateway.revoke(**revoke)
-    await door.says(world.headers(token), INVALID, "token", "revoked")
-    await door.opens(world.headers(world.issuer.token(sub="carol", jti="t2")))
+async def test_revoked(revoke: dict[str, str], stage: Stage, door: Door) -> None:
+    token = stage.issuer.token(sub="bob", jti="t1")
+    await door.opens(stage.headers(token))  # and its verdict is remembered
+    await stage.gateway.revoke(**revoke)
+    await door.says(stage.headers(token), INVALID, "token", "revoked")
+    await door.opens(stage.headers(stage.issuer.token(sub="carol", jti="t2")))
 
 
 # Bound to a key
@@ -349,12 +351,12 @@ async def test_revoked(revoke: dict[str, str], world: World, door: Door) -> None
 class Bound:
     """A token that is bound to a key, and a sealed request with its proof."""
 
-    world: World
+    stage: Stage
     key: ProofKey = field(default_factory=ProofKey.generate)
 
     def __post_init__(self) -> None:
-        self.token = self.world.issuer.token(sub="bob", cnf={"jkt": self.key.thumbprint})
-        self.body = self.world.seal()[0]
+        self.token = self.stage.issuer.token(sub="bob", cnf={"jkt": self.key.thumbprint})
+        self.body = self.stage.seal()[0]
         self.digest = inspect_request(self.body).digest
 
     def proof(self, method: str = "POST", url: str = URL, **changes: Any) -> str:
@@ -362,12 +364,12 @@ class Bound:
         return values.pop("key", self.key).proof(method, url, **values)
 
     def headers(self, proof: str | None, scheme: str = "DPoP", token: str | None = None) -> dict[str, str]:
-        return self.world.headers(authorization=f"{scheme} {token or self.token}", dpop=proof)
+        return self.stage.headers(authorization=f"{scheme} {token or self.token}", dpop=proof)
 
 
 @pytest.fixture(params=["ES256", "EdDSA"])
-def bound(request: pytest.FixtureRequest, world: World) -> Bound:
-    return Bound(world, ProofKey.generate() if request.param == "ES256" else ProofKey(Ed25519PrivateKey.generate()))
+def bound(request: pytest.FixtureRequest, stage: Stage) -> Bound:
+    return Bound(stage, ProofKey.generate() if request.param == "ES256" else ProofKey(Ed25519PrivateKey.generate()))
 
 
 def changed(bound: Bound, header: dict[str, Any] | None = None, **claims: Any) -> str:
@@ -424,7 +426,7 @@ BAD_PROOFS: dict[str, Callable[[Bound], str | None]] = {
     "for no URL": lambda bound: changed(bound, htu="/v1/sealed"),
     "for another method": lambda bound: bound.proof(method="GET"),
     "by another key": lambda bound: bound.proof(key=ProofKey.generate()),
-    "for another token": lambda bound: bound.proof(token=bound.world.issuer.token()),
+    "for another token": lambda bound: bound.proof(token=bound.stage.issuer.token()),
     "for no token": lambda bound: bound.proof(token=None),
     "for another sealed request": lambda bound: bound.proof(request=bytes(32)),
     "for no sealed request": lambda bound: bound.proof(request=None),
@@ -455,10 +457,10 @@ async def test_bad_proof(name: str, bound: Bound, door: Door) -> None:
     await door.opens(bound.headers(bound.proof()), bound.body)
 
 
-async def test_proof_replayed(bound: Bound, world: World, door: Door) -> None:
+async def test_proof_replayed(bound: Bound, stage: Stage, door: Door) -> None:
     headers = bound.headers(bound.proof())
     await door.opens(headers, bound.body)
-    for body in (bound.body, world.seal()[0]):
+    for body in (bound.body, stage.seal()[0]):
         await door.stays_shut(headers, body, problems.INVALID_PROOF, PROOF_CHALLENGE)
 
 
@@ -476,9 +478,9 @@ async def test_bound_token_as_bearer(bound: Bound, door: Door) -> None:
     await door.opens(bound.headers(bound.proof()), bound.body)
 
 
-async def test_token_of_nobody_with_a_proof(bound: Bound, world: World, door: Door) -> None:
+async def test_token_of_nobody_with_a_proof(bound: Bound, stage: Stage, door: Door) -> None:
     """A bearer token does not become a bound one by whoever sends it as one (RFC 9449 section 7.1)."""
-    token = world.issuer.token(sub="bob")
+    token = stage.issuer.token(sub="bob")
     await door.says(bound.headers(bound.proof(token=token), token=token), INVALID, "cnf", "missing", bound.body)
 
 
@@ -487,10 +489,10 @@ async def test_two_proofs_are_none(bound: Bound, door: Door) -> None:
     await door.stays_shut(headers, bound.body, problems.INVALID_PROOF, PROOF_CHALLENGE)
 
 
-async def test_revoked_with_a_good_proof(bound: Bound, world: World, door: Door) -> None:
+async def test_revoked_with_a_good_proof(bound: Bound, stage: Stage, door: Door) -> None:
     await door.opens(bound.headers(bound.proof()), bound.body)
-    await world.gateway.revoke(subject="bob")
-    again = Bound(world, bound.key)
+    await stage.gateway.revoke(subject="bob")
+    again = Bound(stage, bound.key)
     await door.says(again.headers(again.proof()), INVALID, "token", "revoked", again.body)
 
 
@@ -500,10 +502,10 @@ async def test_other_spellings_of_the_url_are_the_same(url: str, bound: Bound, d
     await door.opens(bound.headers(changed(bound, htu=url)), bound.body)
 
 
-async def test_the_memory_of_proofs_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_memory_of_proofs_is_bounded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "MAX_PROOFS", 2)
-    bound, decide = Bound(world), world.gateway.authenticator.authenticate
+    bound, decide = Bound(stage), stage.gateway.authenticator.authenticate
     proofs = [bound.proof().encode() for _ in range(4)]
     for proof in proofs:
-        await decide(f"DPoP {bound.token}".encode(), "", proof=proof, url=world.gateway.sealed_url)
-    assert len(world.gateway.authenticator._proofs) == 2
+        await decide(f"DPoP {bound.token}".encode(), "", proof=proof, url=stage.gateway.sealed_url)
+    assert len(stage.gateway.authenticator._proofs) == 2

@@ -23,8 +23,10 @@ from lacre_gateway.auth.tokens import Authenticator, Principal
 from lacre_gateway.doctor.findings import Findings
 from lacre_gateway.doctor.trust import _issuer
 from lacre_gateway.http.refusal import Refusal
-from parts.gateway import FakeWorker, Issuer, World
+from parts.fake_worker import FakeWorker
+from parts.issuer import Issuer
 from parts.memory_fabric import MemoryFabric
+from parts.stage import Stage
 
 from .token_shapes import DROP, ROWS, At, Caller, Refused, Row
 
@@ -107,26 +109,26 @@ NAMES = [row for row in ROWS if row.name.startswith("name: ")]
 
 
 async def test_every_name_that_is_read_is_served_and_recorded(
-    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     """Policy, budgets and the audit log take them as they are."""
     for number, row in enumerate(NAMES, 1):
-        headers = world.headers(world.issuer.token(**row.claims))
-        response = await client.post("/v1/sealed", content=world.seal()[0], headers=headers)
+        headers = stage.headers(stage.issuer.token(**row.claims))
+        response = await client.post("/v1/sealed", content=stage.seal()[0], headers=headers)
         assert (row.name, response.status_code) == (row.name, 200)
         assert response.headers["lacre-audit"].isascii()
-        intent = [entry for entry in await world.trail(number) if entry["kind"] == "intent"][-1]
+        intent = [entry for entry in await stage.trail(number) if entry["kind"] == "intent"][-1]
         assert (intent["subject"], intent["groups"]) == (row.claims["sub"], row.claims["groups"])
 
 
 async def test_a_name_that_no_text_could_hold_safely_is_in_no_log(
-    world: World, worker: FakeWorker, client: httpx2.AsyncClient
+    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     response = await client.post(
-        "/v1/sealed", content=world.seal()[0], headers=world.headers(world.issuer.token(sub="mallory\u2028root"))
+        "/v1/sealed", content=stage.seal()[0], headers=stage.headers(stage.issuer.token(sub="mallory\u2028root"))
     )
     assert response.status_code == 401
-    line = [entry for entry in map(json.loads, world.log.getvalue().splitlines()) if entry["event"] == "request"][-1]
+    line = [entry for entry in map(json.loads, stage.log.getvalue().splitlines()) if entry["event"] == "request"][-1]
     assert (line["problem"], line["reason"]) == ("unusable-claims", "sub: malformed")
-    assert "mallory" not in world.log.getvalue()
+    assert "mallory" not in stage.log.getvalue()
     assert worker.opened == []

@@ -5,9 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,8 +17,11 @@ from opentelemetry.semconv.attributes import error_attributes, http_attributes, 
 
 from lacre import problems
 from lacre_gateway.observe import tracing
-from parts.gateway import MODEL, Issuer, World
+from parts.keys import MODEL
 from parts.memory_fabric import MemoryDelivery
+from parts.stage import Stage
+
+from .conftest import PutUp
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PROMPT = b'{"messages":[{"role":"user","content":"s3cr3t-canary"}]}'
@@ -65,26 +67,23 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture
-async def traced(tmp_path: Path, issuer: Issuer, collector: Collector) -> AsyncIterator[World]:
-    world = World(tmp_path, issuer, settings=f'tracing = {{ endpoint = "{collector.url}" }}')
-    await world.publish(world.document())
-    yield world
-    await world.gateway.close()
+async def traced(collector: Collector, put_up: PutUp) -> Stage:
+    return await put_up(settings=f'tracing = {{ endpoint = "{collector.url}" }}')
 
 
-async def ask(world: World, **headers: str | None) -> httpx2.Response:
-    transport = httpx2.ASGITransport(world.app, client=("192.0.2.1", 40000))
+async def ask(stage: Stage, **headers: str | None) -> httpx2.Response:
+    transport = httpx2.ASGITransport(stage.app, client=("192.0.2.1", 40000))
     async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
-        body, _ = world.seal(content=PROMPT)
-        return await client.post("/v1/sealed", content=body, headers=world.headers(**headers))
+        body, _, _ = stage.seal(content=PROMPT)
+        return await client.post("/v1/sealed", content=body, headers=stage.headers(**headers))
 
 
 def attributes(span: Any) -> dict[str, Any]:
     return {at.key: getattr(at.value, at.value.WhichOneof("value")) for at in span.attributes}
 
 
-async def test_a_request(traced: World, collector: Collector) -> None:
-    async with traced.worker():
+async def test_a_request(traced: Stage, collector: Collector) -> None:
+    async with traced.fake_worker():
         answer = await ask(traced, traceparent=f"00-{TRACE}-{SPAN}-01")
     await traced.gateway.close()
     [span] = collector.spans()
@@ -103,7 +102,7 @@ async def test_a_request(traced: World, collector: Collector) -> None:
     assert span.start_time_unix_nano < event.time_unix_nano < span.end_time_unix_nano
 
 
-async def test_a_refusal(traced: World, collector: Collector) -> None:
+async def test_a_refusal(traced: Stage, collector: Collector) -> None:
     await ask(traced, lacre_action="http")
     await ask(traced)
     await traced.gateway.close()
@@ -114,11 +113,11 @@ async def test_a_refusal(traced: World, collector: Collector) -> None:
     assert [span.status.code for span in collector.spans()] == [0, 2]  # the second is the service's fault
 
 
-async def test_nobody_is_named(traced: World, collector: Collector) -> None:
+async def test_nobody_is_named(traced: Stage, collector: Collector) -> None:
     """Neither content nor who asks: of the token, of its claims, of the address."""
     token = traced.issuer.token(sub="canary-sub", tenant="canary-tenant", groups=["canary-group"], jti="canary-jti")
-    async with traced.worker():
-        body, _ = traced.seal(content=PROMPT)
+    async with traced.fake_worker():
+        body, _, _ = traced.seal(content=PROMPT)
         transport = httpx2.ASGITransport(traced.app, client=("203.0.113.77", 40000))
         async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
             await client.post("/v1/sealed", content=body, headers=traced.headers(token) | {"cookie": "canary-cookie"})
@@ -129,10 +128,10 @@ async def test_nobody_is_named(traced: World, collector: Collector) -> None:
         assert secret not in sent
 
 
-async def test_the_worker_learns_nothing_of_it(traced: World) -> None:
+async def test_the_worker_learns_nothing_of_it(traced: Stage) -> None:
     """Not in the grant, not in the message, and not inside: what reaches the worker is the same bytes as without."""
     works = []
-    async with traced.worker() as worker:
+    async with traced.fake_worker() as worker:
         original = worker._serve
 
         async def serve(delivery: MemoryDelivery) -> None:
@@ -147,18 +146,16 @@ async def test_the_worker_learns_nothing_of_it(traced: World) -> None:
         assert name not in told
 
 
-async def test_traceparents_that_are_none(traced: World, collector: Collector) -> None:
+async def test_traceparents_that_are_none(traced: Stage, collector: Collector) -> None:
     for value in ("", "00-0-0-01", f"00-{'0' * 32}-{SPAN}-01", f"ff-{TRACE}-{SPAN}-01", "x" * 5000):
         await ask(traced, traceparent=value)
     await traced.gateway.close()
     assert [span.parent_span_id for span in collector.spans()] == [b""] * 5
 
 
-async def test_a_collector_that_is_away(tmp_path: Path, issuer: Issuer) -> None:
-    world = World(tmp_path, issuer, settings='tracing = { endpoint = "http://127.0.0.1:9" }')
-    await world.publish(world.document())
-    assert (await ask(world)).status_code == 503  # as ever: there is no worker
-    await world.gateway.close()
+async def test_a_collector_that_is_away(put_up: PutUp) -> None:
+    stage = await put_up(settings='tracing = { endpoint = "http://127.0.0.1:9" }')
+    assert (await ask(stage)).status_code == 503  # as ever: there is no worker
 
 
 def test_the_names_are_opentelemetrys() -> None:

@@ -20,10 +20,9 @@ from typing import Any
 import httpx2
 import structlog
 
-from hostile.stage import MODEL, POOL, Pieces, Stage
 from lacre import problems
 from lacre.evidence import audit_proof
-from lacre.jose.jws import b64u, raw_public_key
+from lacre.jose.jws import raw_public_key
 from lacre.wire import bhttp, varint
 from lacre.wire.framing import Deframer
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, SealedHeader
@@ -32,9 +31,11 @@ from lacre.wire.opening import PrivateKey
 from lacre_fabric.logs import PROCESSORS
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.frames import Frame, Kind
-from lacre_fabric.work.grants import Grant
-from parts import audited
+from parts import audited, by_hand
+from parts.keys import MODEL, POOL
 from parts.memory_fabric import MemoryFabric
+from parts.stage import Stage
+from parts.wires import Pieces
 
 OUTER = ("pool", "model", "action", "max-tokens", "shape")
 
@@ -221,11 +222,12 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
     ) -> Ran:
         """Has a worker do the work, under a grant of its own making (`grant`: members that differ; token: a whole one)."""
         outer = outer or dict(zip(OUTER, (POOL, MODEL, "chat", "512", "none"), strict=True))
-        members = self.members(sealed, outer) | grant
+        members = self.members(outer) | grant
+        header = SealedHeader.parse(sealed)
         number = len(self.fabric.works)
         request_id = f"{number:032x}"
-        token = token if token is not None else Grant(**members).sign(self.stage.keys.gateway)
-        work = Work(request_id, members["pool"], members["model"], SealedHeader.parse(sealed).digest, token, sealed)
+        token = token if token is not None else self.stage.grant(header, **members)
+        work = Work(request_id, members["pool"], members["model"], header.digest, token, sealed)
         dispatch = await self.fabric.gateway().dispatch(work)
         frames: list[Frame] = []
         collecting = asyncio.create_task(_collect(dispatch, frames))
@@ -238,7 +240,7 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
 
     async def ended(self, request_id: str, *, until: asyncio.Task[None]) -> str:
         """How the worker ended it: by its frames or, where it says nothing, by its own log."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             for ended, outcome in self.eyes.outcomes:
                 if ended == request_id and (until.done() or outcome in ("replayed", "failed", "cancelled")):
@@ -246,14 +248,12 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
             await asyncio.sleep(0.001)
         raise AssertionError("the work did not end")
 
-    def members(self, sealed: bytes, outer: Mapping[str, str]) -> dict[str, Any]:
-        """An honest gateway's grant."""
-        now = time.time()
+    @staticmethod
+    def members(outer: Mapping[str, str]) -> dict[str, Any]:
+        """Of an honest gateway's grant."""
         return {
-            "jti": f"{len(self.fabric.works):032x}", "iat": now, "exp": now + 60, "pool": outer["pool"],
-            "model": outer["model"], "action": outer["action"], "shape": outer["shape"],
-            "max_tokens": int(outer["max-tokens"]), "max_prompt_tokens": 4096, "features": (),
-            "fair": ("A" * 22, "B" * 22), "enc": b64u(SealedHeader.parse(sealed).digest),
+            "pool": outer["pool"], "model": outer["model"], "action": outer["action"], "shape": outer["shape"],
+            "max_tokens": int(outer["max-tokens"]), "max_prompt_tokens": 4096,
         }  # fmt: skip
 
     # The malicious client
@@ -296,13 +296,10 @@ def opened(ran: Ran, opener: ResponseOpener) -> Inside:
     return Inside(ran.outcome, ran.problem, status, b"".join(e.content for e in events if isinstance(e, bhttp.Data)))
 
 
-def inner(
-    content: bytes = b"{}", *, path: str = "/v1/chat/completions", date: float | None = None, **changes: Any
-) -> bhttp.Request:
-    """A client's request before sealing, as the SDK would have it but for `changes`."""
+def inner(content: bytes = b"{}", *, date: float | None = None, **parts: Any) -> bhttp.Request:
+    """A client's request before sealing, as the SDK would have it but for `parts`."""
     headers = (("content-type", "application/json"), ("date", formatdate(date or time.time(), usegmt=True)))
-    standard = {"method": "POST", "scheme": "https", "authority": "lacre.invalid", "path": path, "headers": headers}
-    return bhttp.Request(content=content, **{**standard, **changes})
+    return by_hand.request(content, **{"headers": headers, **parts})
 
 
 def response(status: int, content: bytes | Iterable[bytes] | AsyncIterator[bytes], media_type: str = "") -> httpx2.Response:

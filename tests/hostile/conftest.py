@@ -17,9 +17,9 @@ import structlog
 from hostile.adversary import AsgiWire, Eyes, GatewayOwner, HostileFabric
 from hostile.attacks import Attack, Verdict
 from hostile.callers import AsyncCaller, Caller, SyncCaller
-from hostile.honest import HonestGateway
-from hostile.stage import Keys, Stage
-from parts.gateway import Issuer
+from parts.issuer import Issuer
+from parts.keys import MODEL, OTHER_MODEL, OTHER_POOL, POOL
+from parts.stage import Stage
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def fabric(eyes: Eyes) -> HostileFabric:
 
 @pytest.fixture
 async def stage(fabric: HostileFabric, eyes: Eyes) -> AsyncIterator[Stage]:
-    stage = Stage(fabric, Keys())
+    stage = Stage(fabric, served={POOL: (MODEL, OTHER_MODEL), OTHER_POOL: (MODEL,)})
     yield stage
     await stage.close()
     assert not eyes.has_seen(stage.canary), "plaintext left the process"
@@ -76,18 +76,16 @@ def issuer() -> Issuer:
 
 
 @pytest.fixture
-async def honest(
-    tmp_path: Path, issuer: Issuer, stage: Stage, fabric: HostileFabric, eyes: Eyes
-) -> AsyncIterator[HonestGateway]:
-    """An honest gateway whose fabric belongs to the adversary."""
-    gateway = HonestGateway(tmp_path, stage.keys, issuer, stage.read_bucket)
-    await gateway.start(fabric)
-    yield gateway
-    await gateway.close()
-    eyes.see(gateway.log.getvalue(), *gateway.entries())
+async def honest(tmp_path: Path, issuer: Issuer, stage: Stage, eyes: Eyes) -> AsyncIterator[Stage]:
+    """An honest gateway whose fabric belongs to the adversary: it lets alice do what the shipped policies allow."""
+    stage.build_gateway(tmp_path, issuer, limits="queue_limit = 20.0")
+    await stage.publish()
+    yield stage
+    await stage.gateway.close()
+    eyes.see(stage.log.getvalue(), *stage.raw_entries())
 
 
 @pytest.fixture
-def wire(honest: HonestGateway, eyes: Eyes) -> AsgiWire:
+def wire(honest: Stage, eyes: Eyes) -> AsgiWire:
     """The client's connection to it."""
     return AsgiWire(honest.app, eyes)

@@ -9,9 +9,10 @@ from typing import Any
 
 from hostile.adversary import GatewayOwner, inner
 from hostile.attacks import Verdict
-from hostile.stage import MODEL, Stage
 from lacre.wire import varint
 from lacre.wire.bhttp import encode_request
+from parts.keys import MODEL
+from parts.stage import Stage
 
 FORM = "the whole message in the seal is checked before it is used (RFC 9292)"
 

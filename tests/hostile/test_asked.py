@@ -12,11 +12,12 @@ import pytest
 from hostile.adversary import GatewayOwner, inner
 from hostile.attacks import Verdict, attack
 from hostile.messages import FORM, chat, part, told, unread
-from hostile.stage import OTHER_MODEL, Stage
 from lacre import ApiError, problems
 from lacre.asgi import Receive, Scope, Send
 from lacre.errors import TruncatedStream, UsageError
 from lacre.wire.bhttp import encode_request
+from parts.keys import OTHER_MODEL
+from parts.stage import Stage
 
 INSIDE = "the worker compares the inside with the grant"
 

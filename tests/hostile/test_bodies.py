@@ -10,8 +10,6 @@ import pytest
 
 from hostile.adversary import AsgiWire, inner
 from hostile.attacks import Verdict, attack
-from hostile.honest import HonestGateway
-from hostile.stage import Stage
 from hostile.test_heads import OUTER, POST, Port, opened, problem_of
 from hostile.test_outside import headers_of
 from lacre import problems
@@ -20,7 +18,8 @@ from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST
 from lacre.wire.ohttp import seal_request
 from lacre_gateway.admin.api import MAX_BODY, create_admin
 from lacre_gateway.http.answers import BODY_TOO_LARGE
-from parts.gateway import Issuer
+from parts.issuer import Issuer
+from parts.stage import Stage
 
 SOON = 5.0  # seconds in which a refusal comes; none of these waits for a body
 REVOKE = b"POST /v1/revocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -52,7 +51,7 @@ def sealed(stage: Stage, size: int = 0) -> bytes:
     refused=problems.INVALID_TOKEN,
 )
 @pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
-async def test_nobody(honest: HonestGateway, verdict: Verdict, expect: bytes) -> None:
+async def test_nobody(honest: Stage, verdict: Verdict, expect: bytes) -> None:
     async with opened(honest) as port:
         told = await answer(port, POST + OUTER + expect + b"Content-Length: 7000000\r\n\r\n")
     assert told.startswith(b"HTTP/1.1 401 ")
@@ -66,7 +65,7 @@ async def test_nobody(honest: HonestGateway, verdict: Verdict, expect: bytes) ->
     defence="the gateway checks the token before it reads the body",
     refused=problems.INVALID_TOKEN,
 )
-async def test_admin(honest: HonestGateway, verdict: Verdict) -> None:
+async def test_admin(honest: Stage, verdict: Verdict) -> None:
     async with opened(honest, create_admin(honest.gateway)) as port:
         verdict.said(problem_of(await answer(port, REVOKE + b"Content-Length: 300000000\r\n\r\n" + bytes(100_000))))
 
@@ -77,7 +76,7 @@ async def test_admin(honest: HonestGateway, verdict: Verdict) -> None:
     defence="a body has at most 16 KiB, counted while it is read",
     refused=BODY_TOO_LARGE,
 )
-async def test_admin_long(honest: HonestGateway, verdict: Verdict) -> None:
+async def test_admin_long(honest: Stage, verdict: Verdict) -> None:
     async with opened(honest, create_admin(honest.gateway)) as port:
         said = REVOKE + bearer(honest.token) + b"Content-Length: 300000000\r\n\r\n" + b" " * (MAX_BODY + 1)
         verdict.said(problem_of(await answer(port, said)))
@@ -89,7 +88,7 @@ async def test_admin_long(honest: HonestGateway, verdict: Verdict) -> None:
     defence="policy decides on the outer headers and the length, before more is read than the sealed request's header",
     refused=problems.PATH_NOT_ALLOWED,
 )
-async def test_denied(stage: Stage, honest: HonestGateway, verdict: Verdict) -> None:
+async def test_denied(stage: Stage, honest: Stage, verdict: Verdict) -> None:
     async with opened(honest) as port:
         head = POST + OUTER.replace(b"Action: chat", b"Action: http") + bearer(honest.token)
         told = await answer(port, head + b"Content-Length: 7000000\r\n\r\n" + sealed(stage, 2000)[:MAX_HEADER])
@@ -103,7 +102,7 @@ async def test_denied(stage: Stage, honest: HonestGateway, verdict: Verdict) -> 
     defence="bytes of bodies are counted before they are kept, for each caller and for all",
     refused=problems.RATE_LIMITED,
 )
-async def test_bytes(stage: Stage, honest: HonestGateway, verdict: Verdict) -> None:
+async def test_bytes(stage: Stage, honest: Stage, verdict: Verdict) -> None:
     most, size = honest.gateway.settings.limits.body_bytes_per_subject, MAX_SEALED_REQUEST - 1
     start = sealed(stage, 2000)[:MAX_HEADER]
     said = POST + OUTER + bearer(honest.token) + b"Content-Length: %d\r\n\r\n" % (size + 1) + start.ljust(size, b"\x00")
@@ -127,7 +126,7 @@ async def test_bytes(stage: Stage, honest: HonestGateway, verdict: Verdict) -> N
     defence="refusals have their own limit; beyond it they are counted, not recorded",
     refused=problems.RATE_LIMITED,
 )
-async def test_refusals(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, issuer: Issuer) -> None:
+async def test_refusals(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, issuer: Issuer) -> None:
     async def ask(token: str) -> str | None:
         headers = [*headers_of(honest, lacre_action="http")[:-1], ("authorization", f"Bearer {token}")]
         request = httpx2.Request("POST", "http://gateway.test/v1/sealed", headers=headers, content=sealed(stage))

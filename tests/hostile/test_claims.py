@@ -17,7 +17,7 @@ from lacre_gateway.auth.throttle import FailureThrottle
 from lacre_gateway.auth.tokens import Authenticator
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.settings import Issuer as IssuerSettings
-from parts.gateway import AUDIENCE, ISSUER, Issuer
+from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.memory_fabric import MemoryFabric
 
 

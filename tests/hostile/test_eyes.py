@@ -7,8 +7,8 @@ import base64
 import pytest
 
 from hostile.adversary import Eyes, GatewayOwner, HostileFabric
-from hostile.stage import Stage
 from lacre_fabric.work.frames import Frame, Kind
+from parts.stage import Stage
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.adversary import AsgiWire, Eyes, HostileFabric, framed
 from hostile.attacks import Verdict, attack
-from hostile.honest import HonestGateway
-from hostile.stage import Stage
 from lacre import OpenError, problems
 from lacre.errors import TruncatedStream
 from lacre.evidence.receipts import Receipt
@@ -25,7 +23,8 @@ from lacre_fabric.work.contract import CREDIT
 from lacre_fabric.work.frames import Frame, Kind
 from lacre_fabric.work.gateway_stream import MAX_PENDING_FRAMES
 from lacre_fabric.work.worker_stream import Outbound
-from parts.gateway import Issuer
+from parts.issuer import Issuer
+from parts.stage import Stage
 
 COUNTED = "frames of an attempt are counted, and a gap ends the answer"
 WHOLE = "an answer is whole only when its final chunk has opened"
@@ -35,7 +34,7 @@ OF_THE_POOL = "a receipt is signed with the pool's receipt key"
 Frames = Iterable[Frame]
 
 
-async def asked(stage: Stage, honest: HonestGateway, wire: AsgiWire) -> str:
+async def asked(stage: Stage, honest: Stage, wire: AsgiWire) -> str:
     """Somebody asks an honest gateway; the worker's frames pass through the adversary's hands."""
     worker = await stage.worker()
     before = len(stage.hub.works)
@@ -66,7 +65,7 @@ def data(frame: Frame, number: int) -> bool:
 
 
 @attack("put a record of its own between two of the worker's", by="fabric", defence=UNREAD, refused=OpenError)
-async def test_inject(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_inject(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     injected = framed(secrets.token_bytes(64))
     fabric.pass_on = each(lambda frame: [replace(frame, payload=injected), frame] if data(frame, 3) else [frame])
     with verdict.refused():
@@ -80,7 +79,7 @@ async def test_inject(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabri
     gain="nothing; they are dropped",
     defence="a gateway is bound to the first attempt that sends a frame",
 )
-async def test_another_attempt(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_another_attempt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     def beside(frame: Frame) -> Frames:
         return [frame, Frame("f" * 32, 0, Kind.DATA, framed(bytes(64))), Frame("f" * 32, 0, Kind.ERROR, b"x")]
 
@@ -89,7 +88,7 @@ async def test_another_attempt(stage: Stage, honest: HonestGateway, wire: AsgiWi
 
 
 @attack("answer before the worker does", by="fabric", defence=UNREAD, refused=OpenError)
-async def test_first(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_first(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     """The gateway is bound to the impostor, whose answer is whole in all that a gateway can see."""
     forged = bytes(32) + framed(bytes(64)) + b"\x00" + bytes(64)
 
@@ -103,7 +102,7 @@ async def test_first(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric
 
 
 @attack("swap two frames", by="fabric", defence=COUNTED, refused=TruncatedStream)
-async def test_swap(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_swap(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     held: list[tuple[str, Frame]] = []
 
     def swap(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
@@ -119,9 +118,7 @@ async def test_swap(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric:
 
 @attack("leave out a frame, or send one twice", by="fabric", defence=COUNTED, refused=TruncatedStream)
 @pytest.mark.parametrize("times", [0, 2])
-async def test_drop(
-    stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, times: int
-) -> None:
+async def test_drop(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, times: int) -> None:
     fabric.pass_on = lambda request_id, frame: [(request_id, frame)] * (times if frame.sequence == 4 else 1)
     with verdict.refused():
         await asked(stage, honest, wire)
@@ -130,7 +127,7 @@ async def test_drop(
 @attack("renumber the frames, so that none seems to be missing", by="fabric", defence=UNREAD, refused=OpenError)
 @pytest.mark.parametrize("times", [0, 2])
 async def test_renumber(
-    stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, times: int
+    stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict, times: int
 ) -> None:
     """As hard as it can try: the gateway finds nothing wrong, and the caller does."""
     fabric.pass_on = each(lambda frame: [frame] * (times if frame.sequence == 4 else 1))
@@ -139,7 +136,7 @@ async def test_renumber(
 
 
 @attack("tell the gateway early that the answer has ended", by="fabric", defence=WHOLE, refused=TruncatedStream)
-async def test_early_end(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_early_end(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     fabric.pass_on = each(lambda frame: [replace(frame, kind=Kind.USAGE, payload=b"")] if data(frame, 4) else [frame])
     with verdict.refused():
         await asked(stage, honest, wire)
@@ -151,7 +148,7 @@ async def test_early_end(stage: Stage, honest: HonestGateway, wire: AsgiWire, fa
     defence="each answer is sealed for its one request",
     refused=OpenError,
 )
-async def test_exchange(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_exchange(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     """The second caller is given the first one's recorded frames."""
     await asked(stage, honest, wire)
     recorded = [frame for _, frame in fabric.frames]
@@ -172,7 +169,7 @@ async def test_exchange(stage: Stage, honest: HonestGateway, wire: AsgiWire, fab
     refused=problems.WORKER_LOST,
     defence="the gateway passes on only the problems that a worker may report",
 )
-async def test_problem(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_problem(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     said = problems.INVALID_TOKEN.type.encode()
     fabric.pass_on = each(lambda frame: [replace(frame, kind=Kind.ERROR, payload=said)])
     with verdict.refused():
@@ -185,7 +182,7 @@ async def test_problem(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabr
     defence="unread bytes are bounded for each request",
     refused=problems.WORKER_LOST,
 )
-async def test_flood(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_flood(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     flood = MAX_PENDING_FRAMES + 2
     fabric.pass_on = each(lambda frame: [replace(frame, payload=b"")] * flood + [frame] if frame.sequence == 0 else [frame])
     with verdict.refused():
@@ -198,25 +195,24 @@ async def test_flood(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric
 async def test_withhold(
     stage: Stage, tmp_path: Path, issuer: Issuer, fabric: HostileFabric, eyes: Eyes, verdict: Verdict
 ) -> None:
-    honest = HonestGateway(tmp_path, stage.keys, issuer, stage.read_bucket, queue_limit=0.1)
-    await honest.start(fabric)
+    stage.build_gateway(tmp_path, issuer, limits="queue_limit = 0.1")
+    await stage.publish()
     fabric.deliver = lambda _work: []
     with verdict.refused():
-        await asked(stage, honest, AsgiWire(honest.app, eyes))
-    await honest.close()
+        await asked(stage, stage, AsgiWire(stage.app, eyes))
 
 
 @attack(
     "claim that there is no worker", by="fabric", defence="nothing: presence is the fabric's word", refused=problems.NO_WORKER
 )
-async def test_presence(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_presence(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     fabric.live.clear()
     with verdict.refused():
         await stage.client(wire, honest.token).chat(stage.prompt)
 
 
 @attack("cancel a request during its answer", by="fabric", defence=WHOLE, refused=TruncatedStream)
-async def test_cancel(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_cancel(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     def cancelling(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
         if frame.sequence == 4:
             fabric.outbound[request_id].cancel()
@@ -253,7 +249,7 @@ async def test_credit() -> None:
 # The gateway's books
 
 
-async def booked(stage: Stage, honest: HonestGateway, wire: AsgiWire) -> dict[str, Any]:
+async def booked(stage: Stage, honest: Stage, wire: AsgiWire) -> dict[str, Any]:
     """What the gateway writes down of an answer that the caller got whole."""
     assert await asked(stage, honest, wire) == stage.prompt
     (outcome,) = await honest.outcomes()
@@ -280,7 +276,7 @@ def claim(**members: Any) -> Receipt:
     refused=None,
     gain="nothing above the true usage; the request is booked on an earlier receipt, or as `unreceipted`",
 )
-async def test_forged_receipt(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_forged_receipt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     own = Ed25519PrivateKey.generate()
 
     def forged(_frame: Frame) -> bytes:
@@ -299,7 +295,7 @@ async def test_forged_receipt(stage: Stage, honest: HonestGateway, wire: AsgiWir
     refused=None,
     gain="nothing above the true usage; the request is booked on an earlier receipt, or as `unreceipted`",
 )
-async def test_another_receipt(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_another_receipt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     fabric.pass_on = usage(lambda _frame: claim().sign(stage.keys.receipts).encode())
     booked_as = await booked(stage, honest, wire)
     assert booked_as["completion_tokens"] in (None, 0)
@@ -312,7 +308,7 @@ async def test_another_receipt(stage: Stage, honest: HonestGateway, wire: AsgiWi
     refused=None,
     gain="a lower bill for one caller; never a higher one than the pool signed",
 )
-async def test_first_receipt(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_first_receipt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     beats: list[bytes] = []
 
     def change(frame: Frame) -> Frames:

@@ -12,12 +12,13 @@ from typing import Any
 from hostile.adversary import GatewayOwner, inner
 from hostile.attacks import Verdict, attack
 from hostile.messages import chat
-from hostile.stage import MODEL, Stage
 from lacre import ApiError
 from lacre.wire.bhttp import encode_request
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import THREADS, Constraint
+from parts.keys import MODEL
+from parts.stage import Stage
 from parts.tiny_model import tiny_model
 
 BESIDE = "another thread computes the masks, and a late one delays only its own answer"

@@ -16,8 +16,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
-from hostile.honest import HonestGateway
-from hostile.stage import MODEL, OTHER_MODEL, OTHER_POOL, Stage
 from lacre import ApiError, problems
 from lacre.errors import Expired, InvalidAudit, InvalidSignature
 from lacre.jose.jws import b64u, raw_public_key
@@ -25,6 +23,8 @@ from lacre.trust.manifest import Document
 from lacre.trust.signing import sign_manifest
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.grants import TYP
+from parts.keys import MODEL, OTHER_MODEL, OTHER_POOL
+from parts.stage import Stage
 
 BY_THE_GATEWAY = "a grant is signed by the gateway's key, which the manifest names"
 BOUND = "a grant is bound to the digest of one sealed request"
@@ -34,9 +34,7 @@ INSIDE = "the sealed request repeats the outer headers, and the worker compares 
 # The fabric's owner: no key
 
 
-async def refused(
-    stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, deliver: Callable[[Work], list[Work]]
-) -> None:
+async def refused(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, deliver: Callable[[Work], list[Work]]) -> None:
     """The caller's request reaches the worker as `deliver` has it; the app never hears of it."""
     worker = await stage.worker()
     stage.hub.deliver = deliver  # type: ignore[attr-defined]
@@ -65,20 +63,20 @@ def with_members(**members: Any) -> Callable[[str], str]:
 
 
 @attack("forge a grant", by="fabric", defence=BY_THE_GATEWAY, refused=problems.INVALID_GRANT)
-async def test_forge(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_forge(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     own = Ed25519PrivateKey.generate()
     forge = regranted(lambda token: jwt.encode(payload_of(token), own, algorithm="EdDSA", headers={"typ": TYP}))
     await refused(stage, honest, wire, verdict, forge)
 
 
 @attack("sign a grant under `alg: none`", by="fabric", defence="EdDSA is the only algorithm", refused=problems.INVALID_GRANT)
-async def test_unsigned(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_unsigned(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     forge = regranted(lambda token: jwt.encode(payload_of(token), None, algorithm="none", headers={"typ": TYP}))
     await refused(stage, honest, wire, verdict, forge)
 
 
 @attack("omit the grant", by="fabric", defence="no request runs without a grant", refused=problems.INVALID_GRANT)
-async def test_without(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_without(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     await refused(stage, honest, wire, verdict, regranted(lambda _token: ""))
 
 
@@ -87,14 +85,12 @@ async def test_without(stage: Stage, honest: HonestGateway, wire: AsgiWire, verd
     "members",
     [{"exp": 9e9}, {"max_tokens": 2**31 - 1}, {"max_prompt_tokens": 10**6}, {"action": "http"}, {"features": ["all"]}],
 )
-async def test_extend(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, members: dict[str, Any]) -> None:
+async def test_extend(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, members: dict[str, Any]) -> None:
     await refused(stage, honest, wire, verdict, regranted(with_members(**members)))
 
 
 @attack("send one request's grant with another request", by="fabric", defence=BOUND, refused=problems.INVALID_GRANT)
-async def test_another_request(
-    stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict
-) -> None:
+async def test_another_request(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     worker = await stage.worker()
     client = stage.client(wire, honest.token)
     await client.chat("A cheap question.", max_tokens=1)
@@ -105,7 +101,7 @@ async def test_another_request(
 
 
 @attack("swap the sealed request under a good grant", by="fabric", defence=BOUND, refused=problems.INVALID_GRANT)
-async def test_swap(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
+async def test_swap(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     worker = await stage.worker()
     client = stage.client(wire, honest.token)
     await client.chat("A recorded question.")
@@ -123,7 +119,7 @@ async def test_swap(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric:
     defence="`exp` of the grant: a minute",
     refused=problems.INVALID_GRANT,
 )
-async def test_late(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_late(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker(clock=lambda: time.time() + 61)
     with verdict.refused():
         await stage.client(wire, honest.token).chat(stage.prompt)
@@ -131,21 +127,21 @@ async def test_late(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict
 
 
 @attack("deliver a request to another pool", by="fabric", defence="a grant names its pool", refused=problems.INVALID_GRANT)
-async def test_another_pool(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_another_pool(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     other = await stage.worker(pool=OTHER_POOL)
     await refused(stage, honest, wire, verdict, lambda work: [replace(work, pool=OTHER_POOL)])
     assert other.calls == 0
 
 
 @attack("deliver a request to another model", by="fabric", defence="a grant names its model", refused=problems.INVALID_GRANT)
-async def test_another_model(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_another_model(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     await refused(stage, honest, wire, verdict, lambda work: [replace(work, model=OTHER_MODEL)])
 
 
 @attack(
     "flip a bit of the sealed request", by="fabric", defence="its chunks are authenticated", refused=problems.INVALID_REQUEST
 )
-async def test_flip(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_flip(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     await refused(
         stage, honest, wire, verdict, lambda work: [replace(work, sealed=work.sealed[:-1] + bytes([work.sealed[-1] ^ 1]))]
     )
@@ -154,7 +150,7 @@ async def test_flip(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict
 @attack(
     "cut the end off the sealed request", by="fabric", defence="its final chunk is marked", refused=problems.INVALID_REQUEST
 )
-async def test_cut(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_cut(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     await refused(stage, honest, wire, verdict, lambda work: [replace(work, sealed=work.sealed[:-17])])
 
 
@@ -323,7 +319,7 @@ async def test_features(stage: Stage, caller: Caller, gateway: GatewayOwner) -> 
     ("header", "value"),
     [("model", OTHER_MODEL), ("action", "complete"), ("max-tokens", "64"), ("max-tokens", "2048"), ("shape", "none")],
 )
-async def test_outside(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, header: str, value: str) -> None:
+async def test_outside(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, header: str, value: str) -> None:
     """Somebody between TLS and the gateway: a proxy, or a load balancer."""
     worker = await stage.worker()
     changed = f"lacre-{header}".encode()
@@ -339,7 +335,7 @@ async def test_outside(stage: Stage, honest: HonestGateway, wire: AsgiWire, verd
     defence="another pool has other keys",
     refused=problems.INVALID_REQUEST,
 )
-async def test_outside_pool(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_outside_pool(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker(pool=OTHER_POOL)
     wire.meddle = lambda headers: [(name, b"other" if name == b"lacre-pool" else value) for name, value in headers]
     with verdict.refused():

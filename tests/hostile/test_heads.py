@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import pytest
 
 from hostile.attacks import Verdict, attack
-from hostile.honest import HonestGateway
-from hostile.stage import MODEL, Stage
 from lacre import problems
 from lacre.runtime.http1 import MAX_HEAD, UnreadableRequest
 from lacre.wire.bhttp import encode_request
@@ -22,6 +20,8 @@ from lacre.wire.ohttp import seal_request
 from lacre_gateway.http.exchange import App, Receive, Scope, Send
 from lacre_gateway.http.server import Server, bind, make_server
 from lacre_gateway.settings import Listen
+from parts.keys import MODEL
+from parts.stage import Stage
 
 from .adversary import inner
 
@@ -72,7 +72,7 @@ BARE = re.compile(
 
 @contextlib.asynccontextmanager
 async def opened(
-    honest: HonestGateway, app: App | None = None, context: ssl.SSLContext | None = None, **listen: float
+    honest: Stage, app: App | None = None, context: ssl.SSLContext | None = None, **listen: float
 ) -> AsyncIterator[Port]:
     settings = Listen(port=0, drain=1, header_timeout=HEAD_TIMEOUT, **listen)  # type: ignore[arg-type]
     with bind(settings) as listener:
@@ -89,7 +89,7 @@ async def opened(
 
 
 @pytest.fixture
-async def port(honest: HonestGateway) -> AsyncIterator[Port]:
+async def port(honest: Stage) -> AsyncIterator[Port]:
     async with opened(honest) as port:
         yield port
 
@@ -136,7 +136,7 @@ async def test_fields(port: Port, verdict: Verdict) -> None:
     refused=None,
     gain="that its own older connections end",
 )
-async def test_held(honest: HonestGateway) -> None:
+async def test_held(honest: Stage) -> None:
     async with opened(honest, held_bytes=2**20) as port:
         crowd = [await port.dial(POST + b"a: " + b"x" * 60_000) for _ in range(40)]
         for _ in range(200):
@@ -158,7 +158,7 @@ async def test_held(honest: HonestGateway) -> None:
     refused=None,
     gain="that its own older connections end",
 )
-async def test_one_address(honest: HonestGateway) -> None:
+async def test_one_address(honest: Stage) -> None:
     async with opened(honest, connections_per_address=3) as port:
         crowd = [await port.dial(b"GET /") for _ in range(6)]
         async with asyncio.timeout(10):
@@ -176,7 +176,7 @@ async def test_one_address(honest: HonestGateway) -> None:
     gain="that its own older connections end",
 )
 @pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
-async def test_handshakes(honest: HonestGateway, limit: str) -> None:
+async def test_handshakes(honest: Stage, limit: str) -> None:
     async with opened(honest, context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), **{limit: 3}) as port:
         crowd = [await port.dial(b"\x16\x03") for _ in range(6)]
         async with asyncio.timeout(HEAD_TIMEOUT * 0.8):  # before time would end them
@@ -194,7 +194,7 @@ async def test_handshakes(honest: HonestGateway, limit: str) -> None:
     defence="a request's fields are those of its head; trailers are dropped",
     refused=problems.INVALID_TOKEN,
 )
-async def test_trailer(stage: Stage, honest: HonestGateway, port: Port, verdict: Verdict) -> None:
+async def test_trailer(stage: Stage, honest: Stage, port: Port, verdict: Verdict) -> None:
     worker = await stage.worker()
     sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner()))
     body = b"%x\r\n%b\r\n0\r\nAuthorization: Bearer %b\r\n\r\n" % (len(sealed), sealed, honest.token.encode())
@@ -243,7 +243,7 @@ async def test_path(port: Port, verdict: Verdict, path: str) -> None:
     refused=None,
     gain="answers, one after the other",
 )
-async def test_ahead(honest: HonestGateway) -> None:
+async def test_ahead(honest: Stage) -> None:
     running = most = 0
 
     async def counted(scope: Scope, receive: Receive, send: Send) -> None:

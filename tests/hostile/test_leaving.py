@@ -14,7 +14,9 @@ from lacre.asgi.app_call import MAX_PENDING
 from lacre.wire import bhttp
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
-from parts.desk import App, Desk, running, until
+from parts.keys import NOW
+from parts.stage import Stage, running, until
+from parts.told_app import App
 
 BY_LIMITS = "an app can end while its message queue is full, within a time limit"
 TIMES = 5
@@ -95,13 +97,13 @@ async def test_stalled_at_a_worker(ends: str) -> None:
         await flood.pour(send)
 
     app.answer = answer
-    desk = Desk(app)
-    node = desk.node()
+    stage = Stage(now=NOW)
+    node = stage.node(app)
     async with running(node):
-        [worker] = desk.hub.live
+        [worker] = stage.hub.live
         for _ in range(TIMES if ends == "the reader leaves" else 1):
             before = flood.sent
-            frames = (await desk.dispatch(desk.seal())).frames()
+            frames = (await stage.dispatch(stage.seal())).frames()
             await anext(frames)
             await until(lambda before=before: flood.sent >= before + MAX_PENDING)  # type: ignore[misc]
             settled = -1

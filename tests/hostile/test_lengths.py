@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hostile.adversary import GatewayOwner, SealedAnswer
 from hostile.attacks import attack
-from hostile.stage import Stage
+from parts.stage import Stage
 
 # One character of each is one token's text, and of very different lengths in JSON and UTF-8.
 TEXTS = ("aaaaaaaa", "\x01\x02\x03\x04\x05\x06\x07\x08", "日本語日本語日本")

@@ -8,12 +8,11 @@ import httpx2
 
 from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, SealedAnswer, framed
 from hostile.attacks import Verdict, attack
-from hostile.honest import HonestGateway
-from hostile.stage import Stage
 from lacre import StreamBroken, problems
 from lacre.client import DEFAULT_RESUMES
 from lacre_fabric.work.contract import WorkerLost
 from lacre_fabric.work.frames import Frame
+from parts.stage import Stage
 
 
 @attack(
@@ -23,9 +22,7 @@ from lacre_fabric.work.frames import Frame
     refused=problems.UNCLAIMED,
     gain="two workers for each SDK call, one for each sealed request",
 )
-async def test_one_after_another(
-    stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict
-) -> None:
+async def test_one_after_another(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     worker = await stage.worker()
     fabric.lost = 1  # each request has ended a worker already when this one gets it
     with verdict.refused():
@@ -40,9 +37,7 @@ async def test_one_after_another(
     refused=StreamBroken,
     gain="two workers for each SDK call, one for each sealed request",
 )
-async def test_in_mid_answer(
-    stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict
-) -> None:
+async def test_in_mid_answer(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     await stage.worker()
 
     def die(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:

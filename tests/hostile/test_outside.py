@@ -9,13 +9,13 @@ import pytest
 
 from hostile.adversary import AsgiWire, inner
 from hostile.attacks import Verdict, attack
-from hostile.honest import HonestGateway
-from hostile.stage import MODEL, Stage
 from lacre import problems
 from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
+from parts.keys import MODEL
+from parts.stage import Stage
 
 OUTER_HEADERS = {
     "content-type": MEDIA_TYPE_REQUEST, "lacre-pool": "default", "lacre-model": MODEL, "lacre-action": "chat",
@@ -28,7 +28,7 @@ async def refused_outside(wire: AsgiWire, verdict: Verdict, content: bytes, head
     verdict.said(problems.Problem.type_in(await (await wire.handle_async_request(request)).aread()))
 
 
-def headers_of(honest: HonestGateway, **changes: str) -> list[tuple[str, str]]:
+def headers_of(honest: Stage, **changes: str) -> list[tuple[str, str]]:
     return [*(OUTER_HEADERS | {name.replace("_", "-"): value for name, value in changes.items()}).items(),
             ("authorization", f"Bearer {honest.token}")]  # fmt: skip
 
@@ -40,7 +40,7 @@ def headers_of(honest: HonestGateway, **changes: str) -> list[tuple[str, str]]:
     refused=problems.UNSUPPORTED_MEDIA_TYPE,
 )
 @pytest.mark.parametrize("media_type", ["application/json", "message/ohttp-req", "message/bhttp"])
-async def test_clear(honest: HonestGateway, wire: AsgiWire, verdict: Verdict, media_type: str) -> None:
+async def test_clear(honest: Stage, wire: AsgiWire, verdict: Verdict, media_type: str) -> None:
     await refused_outside(wire, verdict, b'{"messages":[]}', headers_of(honest, content_type=media_type))
 
 
@@ -51,7 +51,7 @@ async def test_clear(honest: HonestGateway, wire: AsgiWire, verdict: Verdict, me
     defence="each outer header appears once",
 )
 @pytest.mark.parametrize("name", ["lacre-model", "lacre-pool", "lacre-action", "lacre-max-tokens", "lacre-shape"])
-async def test_twice(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, name: str) -> None:
+async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, name: str) -> None:
     worker = await stage.worker()
     sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner()))
     await refused_outside(wire, verdict, sealed, [*headers_of(honest), (name, OUTER_HEADERS[name])])
@@ -64,7 +64,7 @@ async def test_twice(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdic
     defence="the gateway walks the chunks to the final one",
     refused=problems.INVALID_REQUEST,
 )
-async def test_cut_outside(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: Any, verdict: Verdict) -> None:
+async def test_cut_outside(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Any, verdict: Verdict) -> None:
     sealed, *_ = seal_request(stage.keys.pool.config, bytes(20_000))
     await refused_outside(wire, verdict, sealed[:8000], headers_of(honest))
     assert not fabric.works
@@ -73,7 +73,7 @@ async def test_cut_outside(stage: Stage, honest: HonestGateway, wire: AsgiWire, 
 @attack(
     "send the gateway more than 7 MiB", by="client", defence="a limit, counted while it is read", refused=problems.TOO_LARGE
 )
-async def test_too_large(honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_too_large(honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     headers = [pair for pair in headers_of(honest) if pair[0] != "content-length"]
     await refused_outside(wire, verdict, bytes(MAX_SEALED_REQUEST + 1), headers)
 
@@ -84,7 +84,7 @@ async def test_too_large(honest: HonestGateway, wire: AsgiWire, verdict: Verdict
     defence="Cedar policies, default deny",
     refused=problems.PATH_NOT_ALLOWED,
 )
-async def test_policy(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_policy(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker()
     sealed, *_ = seal_request(stage.keys.pool.config, encode_request(inner(path="/admin")))
     await refused_outside(wire, verdict, sealed, headers_of(honest, lacre_action="http"))
@@ -98,7 +98,7 @@ async def test_policy(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdi
     refused=problems.UNKNOWN_KEY,
 )
 @pytest.mark.parametrize("taken_out", [True, False])
-async def test_old_generation(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict, taken_out: bool) -> None:
+async def test_old_generation(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict, taken_out: bool) -> None:
     worker = await stage.worker()
     older = stage.pools(PrivateKey.generate(7)) if taken_out else stage.pools(stage.keys.pool, lives=-1)
     stage.bucket = stage.document(2, pools=older)

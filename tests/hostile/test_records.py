@@ -12,8 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hostile.adversary import GatewayOwner
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
-from hostile.stage import OTHER_MODEL, Stage
 from lacre.errors import InvalidAudit
+from parts.keys import OTHER_MODEL
+from parts.stage import Stage
 
 PROVED = "the caller accepts an answer only with a proof that the gateway recorded the request"
 

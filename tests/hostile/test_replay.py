@@ -15,8 +15,6 @@ import httpx2
 
 from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, SealedAnswer, inner, opened, response
 from hostile.attacks import Verdict, attack
-from hostile.honest import HonestGateway
-from hostile.stage import Stage
 from lacre import ApiError, OpenError, problems
 from lacre.asgi import Sealed
 from lacre.asgi.admission import DATE_WINDOW, Seen
@@ -27,6 +25,7 @@ from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_fabric.work.contract import CLAIM_TTL
+from parts.stage import Stage
 
 NOW = 1_800_000_000.0
 ONCE = "a worker remembers each opened digest for longer than its date is valid"
@@ -47,7 +46,7 @@ async def recorded(stage: Stage, gateway: GatewayOwner) -> bytes:
     refused=problems.REPLAYED,
     defence="the queue takes a digest once, from all gateways together",
 )
-async def test_at_the_gateway(stage: Stage, honest: HonestGateway, wire: AsgiWire, verdict: Verdict) -> None:
+async def test_at_the_gateway(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
     worker = await stage.worker()
     await stage.client(wire, honest.token).chat(stage.prompt)
     recorded = next(request for request in wire.requests if request.url.path == "/v1/sealed")
@@ -60,7 +59,7 @@ async def test_at_the_gateway(stage: Stage, honest: HonestGateway, wire: AsgiWir
 @attack(
     "deliver a request twice", by="fabric", defence=CLAIM, refused=None, gain="nothing; the second copy ends without an answer"
 )
-async def test_twice(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_twice(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     worker = await stage.worker()
     fabric.deliver = lambda work: [work, work]
     assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
@@ -81,7 +80,7 @@ async def settled(fabric: HostileFabric, ended: int) -> None:
     refused=None,
     gain="nothing; the second copy ends without an answer",
 )
-async def test_two_workers(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_two_workers(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     workers = [await stage.worker(slots=1), await stage.worker(slots=1)]
     fabric.deliver = lambda work: [work, work]
     assert (await stage.client(wire, honest.token).chat(stage.prompt)).text == stage.prompt
@@ -201,7 +200,7 @@ def date_refused_or_known(seen: Seen, digest: bytes, now: float, number: int) ->
     gain=f"{AGAIN} from each other worker process of the pool, all unreadable",
     defence="nothing: the fabric keeps the claims",
 )
-async def test_every_worker(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_every_worker(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     workers = [await stage.worker(slots=1) for _ in range(3)]
     fabric.lie_about_claims()
     fabric.deliver = lambda work: [work, work, work]

@@ -10,13 +10,13 @@ import pytest
 from hostile.adversary import GatewayOwner, inner
 from hostile.attacks import Verdict, attack
 from hostile.messages import FORM, by_hand, chat, part, unread
-from hostile.stage import Stage
 from lacre import problems
 from lacre.wire.bhttp import MAX_REQUEST_PIECES, encode_request, encode_request_indeterminate
 from lacre.wire.fields import MAX_FIELDS
 from lacre.wire.header import MAX_REQUEST_CHUNKS, Aead, Kdf, Kem
 from lacre.wire.ohttp import RequestSealer, seal_request
 from lacre.wire.opening import PrivateKey
+from parts.stage import Stage
 
 # The form of what is sealed
 

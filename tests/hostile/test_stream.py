@@ -11,11 +11,12 @@ import pytest
 from hostile.adversary import GatewayOwner, SealedAnswer, framed
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
-from hostile.stage import Pieces, Stage
 from lacre import OpenError
 from lacre.errors import InvalidMessage, MessageTooLarge, TruncatedStream
 from lacre.wire.framing import MAX_CHUNK
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from parts.stage import Stage
+from parts.wires import Pieces
 
 COUNTED = "a record's nonce counts it: only the next record opens"
 FINAL = "only the final chunk is sealed under the AAD `final`"

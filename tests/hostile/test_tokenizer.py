@@ -9,11 +9,12 @@ from pathlib import Path
 from hostile.adversary import GatewayOwner, inner
 from hostile.attacks import Verdict, attack
 from hostile.messages import chat
-from hostile.stage import MODEL, Stage
 from lacre import ApiError
 from lacre.wire.bhttp import encode_request
 from lacre_backend.api.app import create_app
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
+from parts.keys import MODEL
+from parts.stage import Stage
 from parts.tiny_model import NORMAL, tiny_model, tiny_vocabulary
 
 DEFENCE = "a text is tokenized in a process of its own, with limits of stack, memory and CPU time"

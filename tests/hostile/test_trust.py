@@ -18,7 +18,6 @@ import lacre
 from hostile.adversary import GatewayOwner, response
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
-from hostile.stage import POOL, Pieces, Stage
 from lacre import errors
 from lacre.errors import (
     Expired,
@@ -39,7 +38,10 @@ from lacre.trust.manifest_store import VersionMemory, accept
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem, SealedHeader
 from lacre.wire.opening import PrivateKey
+from parts.keys import POOL
+from parts.stage import Stage
 from parts.trust import NOW, ROOTS, changes, document, foreign, signature_checks, statement
+from parts.wires import Pieces
 
 SIGNED = "the manifest is signed by the signer, whom the pinned root names"
 PIN = raw_public_key(ROOTS[0])
@@ -220,7 +222,7 @@ async def test_expired(stage: Stage, caller: Caller, gateway: GatewayOwner, verd
 async def test_older(stage: Stage, gateway: GatewayOwner) -> None:
     older = stage.bucket
     newer_key = PrivateKey.generate(7)
-    worker = await stage.worker(keys={7: newer_key, **stage.keys.of_workers})
+    worker = await stage.worker(keys={7: newer_key, **stage.held})
     stage.bucket = stage.document(2, pools=stage.pools(newer_key))
     memory = lacre.VersionMemory()
     await stage.client(gateway, memory=memory).chat(stage.prompt)

@@ -13,8 +13,6 @@ import pytest
 
 from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
 from hostile.attacks import Verdict, attack
-from hostile.honest import HonestGateway
-from hostile.stage import MODEL, OTHER_MODEL, Stage
 from hostile.workers import LyingWorker
 from lacre import problems
 from lacre.jose.jws import b64u_decode
@@ -26,7 +24,9 @@ from lacre_backend.engine.plan import Limits
 from lacre_backend.engine.scheduler import COMPARED, Scheduler
 from lacre_gateway.auth.claims import Principal
 from lacre_gateway.auth.pseudonyms import HOUR, Pseudonyms
-from parts.gateway import ISSUER, Issuer
+from parts.issuer import ISSUER, Issuer
+from parts.keys import MODEL, OTHER_MODEL
+from parts.stage import Stage
 from parts.tiny_model import tiny_model
 
 FLOOD = 8
@@ -50,9 +50,7 @@ def engine(tmp_path: Path) -> Iterator[LlamaEngine]:
     defence="only the grant's pseudonyms of tenant and caller decide the order",
 )
 @pytest.mark.parametrize("choices", [1, 4])
-async def test_salts(
-    stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer, engine: LlamaEngine, choices: int
-) -> None:
+async def test_salts(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, engine: LlamaEngine, choices: int) -> None:
     await stage.worker(create_app([engine]), models=[MODEL], slots=4 * FLOOD)
     victim = stage.client(wire, issuer.token(sub="bob", tenant="other"))
     await victim.chat(stage.prompt, max_tokens=1)
@@ -75,7 +73,7 @@ async def test_salts(
     await tasks.end(*flood)
 
 
-async def flooding(stage: Stage, honest: HonestGateway, wire: AsgiWire, engine: EchoEngine, n: int) -> list[asyncio.Task[Any]]:
+async def flooding(stage: Stage, honest: Stage, wire: AsgiWire, engine: EchoEngine, n: int) -> list[asyncio.Task[Any]]:
     """More requests for one model than the worker has slots, which take long. They began when this returns."""
 
     async def ask() -> None:
@@ -96,7 +94,7 @@ async def flooding(stage: Stage, honest: HonestGateway, wire: AsgiWire, engine: 
     gain="nothing; the other model is served at once",
     defence="a worker pulls for each model by that model's own slots",
 )
-async def test_other_model(stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer) -> None:
+async def test_other_model(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer) -> None:
     slow, other = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS), EchoEngine(name=OTHER_MODEL)
     await stage.worker(create_app([slow, other]), slots=4, each={MODEL: 2, OTHER_MODEL: 2})
     flood = await flooding(stage, honest, wire, slow, 1)
@@ -116,7 +114,7 @@ async def test_other_model(stage: Stage, honest: HonestGateway, wire: AsgiWire, 
     gain="nothing; requests that the worker cannot begin stay in the queue for others",
     defence="a request takes a slot for each choice, and the worker pulls no more until it knows their number",
 )
-async def test_choices(stage: Stage, honest: HonestGateway, wire: AsgiWire) -> None:
+async def test_choices(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
     slow = EchoEngine(name=MODEL, delay=0.2, repeat=TOKENS)
     await stage.worker(create_app([slow]), models=[MODEL], slots=4, weighs=WEIGHED)
     flood = await flooding(stage, honest, wire, slow, 16)
@@ -133,7 +131,7 @@ def fair(fabric: HostileFabric) -> list[tuple[str, str]]:
     return [tuple(grant["fair"]) for grant in grants]
 
 
-async def pseudonyms(stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
+async def pseudonyms(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
     """Two requests of alice under two salts, then one of a colleague's and one of another tenant's."""
     tokens = [honest.token, honest.token, issuer.token(sub="bob"), issuer.token(sub="alice", tenant="other")]
     async with LyingWorker(stage):
@@ -157,14 +155,12 @@ SEEN: dict[str, Any] = {
 
 
 @attack("link one caller's salts by the pseudonyms in its grants", by="worker", **SEEN)
-async def test_linked(stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
+async def test_linked(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
     await pseudonyms(stage, honest, wire, issuer, fabric)
 
 
 @attack("link one caller's requests by the pseudonyms in their grants", by="fabric", **SEEN)
-async def test_linked_outside(
-    stage: Stage, honest: HonestGateway, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric
-) -> None:
+async def test_linked_outside(stage: Stage, honest: Stage, wire: AsgiWire, issuer: Issuer, fabric: HostileFabric) -> None:
     await pseudonyms(stage, honest, wire, issuer, fabric)
 
 

@@ -16,7 +16,6 @@ import lacre
 from hostile.adversary import GatewayOwner, framed, response
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
-from hostile.stage import Pieces, Stage
 from lacre import OpenError, problems
 from lacre.errors import NetworkError, RefusedError, Unavailable, UnsealedResponse
 from lacre.jose.jws import raw_public_key
@@ -24,6 +23,8 @@ from lacre.transport.sealed import TimedOut
 from lacre.trust.chain import ConnectionString
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from parts import audited
+from parts.stage import Stage
+from parts.wires import Pieces
 
 FORGED = json.dumps(
     {

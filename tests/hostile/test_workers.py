@@ -12,13 +12,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric
 from hostile.attacks import Verdict, attack
-from hostile.honest import HonestGateway
-from hostile.stage import Stage
 from hostile.workers import TOKENS, Headers, LyingWorker
 from lacre import ApiError, problems
 from lacre.errors import InvalidReceipt
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u_decode
+from parts.stage import Stage
 
 OF_THE_POOL = "the caller accepts one final receipt by the pool's key, which must name this request and keep its token ceiling"
 
@@ -98,7 +97,7 @@ async def test_overcount(stage: Stage, gateway: GatewayOwner) -> None:
     defence="receipts are bounded by the reservation",
 )
 @pytest.mark.parametrize("told", [{"completion_tokens": 513}, {"prompt_tokens": 10**6}])
-async def test_bill_above(stage: Stage, honest: HonestGateway, wire: AsgiWire, told: dict[str, int]) -> None:
+async def test_bill_above(stage: Stage, honest: Stage, wire: AsgiWire, told: dict[str, int]) -> None:
     async with LyingWorker(stage, told=told):
         await stage.client(wire, honest.token).chat(stage.prompt)
     (outcome,) = await honest.outcomes()
@@ -112,7 +111,7 @@ async def test_bill_above(stage: Stage, honest: HonestGateway, wire: AsgiWire, t
     gain="a bill up to the reservation, and two receipts by the pool's key that contradict each other",
     defence="nothing at once: gateway and caller can compare",
 )
-async def test_two_stories(stage: Stage, honest: HonestGateway, wire: AsgiWire) -> None:
+async def test_two_stories(stage: Stage, honest: Stage, wire: AsgiWire) -> None:
     async with LyingWorker(stage, told={"completion_tokens": 500}):
         reply = await stage.client(wire, honest.token).chat(stage.prompt)
     (outcome,) = await honest.outcomes()
@@ -126,7 +125,7 @@ async def test_two_stories(stage: Stage, honest: HonestGateway, wire: AsgiWire) 
     gain="the prompt, which it must read; no name",
     defence="inner headers by allow-list, identifying fields dropped, grants without a name",
 )
-async def test_who(stage: Stage, honest: HonestGateway, wire: AsgiWire, fabric: HostileFabric) -> None:
+async def test_who(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     client = stage.client(wire, honest.token)
     names = ("authorization", "cookie", "user-agent", "x-stainless-os", "traceparent", "baggage", "forwarded", "x-request-id")
     about = {"user": "jocelyn", "metadata": {"name": "jocelyn"}, "safety_identifier": "jocelyn", "prompt_cache_key": "jocelyn"}

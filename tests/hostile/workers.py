@@ -9,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hostile.stage import MODEL, POOL, Stage
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import open_request
 from lacre_fabric.work.frames import Kind
+from parts.keys import MODEL, POOL
 from parts.memory_fabric import MemoryDelivery
+from parts.stage import Stage
 
 TEXT = "One, two, three."
 TOKENS = 16
@@ -57,7 +58,7 @@ class LyingWorker:
             self._fabric.release()
 
     async def _answer(self, delivery: MemoryDelivery) -> None:
-        plaintext, header, sealer = open_request(self.stage.keys.of_workers, delivery.work.sealed)
+        plaintext, header, sealer = open_request(self.stage.held, delivery.work.sealed)
         self.opened.append(plaintext)
         honest = self.receipt(header)
         encoder = bhttp.ResponseEncoder()

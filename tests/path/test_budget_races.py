@@ -20,8 +20,8 @@ import pytest
 
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.plans import Kind, parse
+from parts.by_hand import opened
 from parts.fleet import Fleet
-from parts.gateway import opened
 from parts.up import LACRE
 
 GATEWAYS = ("g1", "g2", "g3")

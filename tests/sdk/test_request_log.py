@@ -12,23 +12,16 @@ import pytest
 
 import lacre
 import lacre.openai
-from lacre.jose.jws import raw_public_key
-from lacre.trust.chain import ConnectionString
-from parts.gateway import MODEL, Issuer, World
+from parts.issuer import Issuer
+from parts.keys import MODEL
+from parts.stage import Stage
 
 
 @pytest.fixture
 async def options(tmp_path: Path) -> AsyncIterator[dict[str, Any]]:
-    world = World(tmp_path, Issuer())
-    await world.publish(world.document())
-    yield {
-        "url": str(ConnectionString("http://127.0.0.1:9", raw_public_key(world.root))),
-        "token": world.issuer.token(),
-        "memory": lacre.VersionMemory(),
-        "transport": httpx2.ASGITransport(world.app),
-        "retries": 0,
-    }
-    await world.gateway.close()
+    async with Stage.on_air(tmp_path, Issuer()) as stage:
+        transport = httpx2.ASGITransport(stage.app)
+        yield {"url": stage.url, "token": stage.token, "memory": lacre.VersionMemory(), "transport": transport, "retries": 0}
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
