@@ -1,8 +1,8 @@
 # Three images of one tree: `gateway`, `worker` (CPU) and `worker-cuda`. docs/containers.md says how to build and run them.
 #
-# - Everything is installed by hash from requirements/*.lock, in builders; the images hold neither pip nor a compiler.
-# - They run as nobody in particular (65532), on a read-only root; what is written goes to /var/lib/lacre and /tmp.
-# - What changes least comes first: base, packages, the project's own code.
+# - Builders install everything by hash from requirements/*.lock. The images contain neither pip nor a compiler.
+# - They run as user 65532 on a read-only root, and write only to /var/lib/lacre and /tmp.
+# - Layers that change least come first: base, packages, the project's own code.
 ARG BASE_IMAGE=python:3.12-slim
 ARG CUDA_BUILD_IMAGE=nvidia/cuda:12.9.1-devel-ubuntu24.04
 ARG CUDA_IMAGE=nvidia/cuda:12.9.1-runtime-ubuntu24.04
@@ -33,7 +33,7 @@ RUN python3 -m venv --without-pip /opt/lacre \
        -r requirements/gateway.lock \
     && python3 tools/slim.py /opt/lacre
 
-# The project goes into a tree of its own, to be a layer of its own over the packages.
+# The project gets its own tree, and so its own layer over the packages.
 FROM gateway-packages AS gateway-project
 COPY --from=project /dist /dist
 RUN /tools/bin/pip --python /opt/lacre/bin/python install --no-deps --no-index --prefix /own/opt/lacre /dist/*.whl \
@@ -46,8 +46,8 @@ RUN python3 -m venv --without-pip /opt/lacre \
        -r requirements/worker.lock \
     && python3 tools/slim.py /opt/lacre
 
-# llama.cpp with a kernel library for each generation of x86-64 or Arm, of which the machine's own is loaded at the start.
-# A wheel in /wheels, where that is mounted, is taken as it is; otherwise one is compiled, which takes a while.
+# llama.cpp with a kernel library for each generation of x86-64 or Arm. It loads the machine's own at the start.
+# A mounted wheel in /wheels is used unchanged. Without one, llama.cpp is compiled, which takes some minutes.
 FROM worker-packages AS llama
 ARG CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DCMAKE_INSTALL_BINDIR=llama_cpp/lib"
 COPY requirements/native.lock requirements/
@@ -83,7 +83,7 @@ RUN python3 -m venv /tools && /tools/bin/pip install --require-hashes --no-deps 
     && /tools/bin/pip --python /opt/lacre/bin/python install --require-hashes --no-deps --only-binary :all: \
        -r requirements/worker.lock \
     && python3 tools/slim.py /opt/lacre
-# The driver's library is the host's: what links against it finds a stub here.
+# The driver's library is the host's. A stub here lets the linker find it.
 RUN mkdir /llama \
     && if ls /wheels/llama_cpp_python-*.whl; then cp /wheels/llama_cpp_python-*.whl /llama; else \
        ln -s libcuda.so /usr/local/cuda/lib64/stubs/libcuda.so.1; \

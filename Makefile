@@ -7,7 +7,7 @@ JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 SHARED := $(PYTEST) -n $(JOBS) --durations=30
 
 # Files and folders whose prose `make lint` checks. `python tools/prose.py` without arguments checks all.
-PROSE := README.md SECURITY.md tools/prose.py $(filter-out docs/threat-model.md docs/wire.md,$(wildcard docs/*.md))
+PROSE := README.md SECURITY.md CHANGELOG.md Makefile Dockerfile docs bench deploy examples policies tools/prose.py tools/error_list.py
 FUZZ_SECONDS ?= 120
 CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
@@ -34,14 +34,14 @@ test-heavy: tested  ## Run the suites that need large environments. SUITES: some
 environments:  ## Install other people's programs and other Pythons, for the tests.
 	@$(PYTHON) tools/environments.py > /dev/null
 
-# deploy/helm: rendered over a matrix of values by a real Helm, held against Kubernetes' schemas and our own tests; `test-all` has it.
+# Renders deploy/helm with a real Helm over a matrix of values, and checks it against Kubernetes' schemas and our own tests.
 chart-test: ready  ## Test the Helm chart. `test-all` does so too.
 	@$(PYTHON) tools/environments.py chart > /dev/null
 	$(PYTEST) tests/chart
 
-# The images, built with buildah and run with podman, both as root, by themselves and as the chart's pods: a sealed chat through them.
-# Ends with everything removed.
-# LACRE_WHEELS: a folder with another llama-cpp-python than this machine's own, such as `tools/bootstrap.py --portable-wheel` makes.
+# Builds the images with buildah and runs them with podman, both as root, also as the chart's pods. Sends a sealed chat through them,
+# then removes everything.
+# LACRE_WHEELS: a folder with another llama-cpp-python wheel, such as the one of `tools/bootstrap.py --portable-wheel`.
 container-test: sbom  ## Build and run the images and the chart's pods. Needs root, buildah and podman.
 	build/container/bin/hadolint Dockerfile
 	@for tool in buildah podman runc mmdebstrap iptables catatonit; do command -v $$tool > /dev/null || { echo "container-test needs $$tool: apt-get install $(CONTAINER_PACKAGES)"; exit 1; }; done
@@ -72,12 +72,12 @@ profile: ready  ## Draw where the gateway spends its time under load: build/prof
 	@$(PYTHON) tools/bootstrap.py profile
 	$(BIN)/python -m bench.profile
 
-# Seconds for all targets together; what it learned stays in build/fuzz.
+# FUZZ_SECONDS counts for all targets together. The corpus stays in build/fuzz.
 fuzz: ready  ## Search for input that breaks a parser. FUZZ_SECONDS: for all parsers together.
 	@$(PYTHON) tools/bootstrap.py fuzz
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS)
 
-# Strikes a whole deployment, at the times that CHAOS_SEED draws, and says what did not hold. Root and nginx make it complete.
+# Breaks parts of a deployment at the times that CHAOS_SEED draws, and lists violations. Root and nginx make it complete.
 chaos: ready  ## Strike a whole deployment, and say what did not hold. CHAOS_SECONDS, CHAOS_SEED.
 	PYTHONPATH=tests $(BIN)/python -m chaos --seconds $(CHAOS_SECONDS) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED)) $(if $(CHAOS_RECORD),--record)
 
@@ -87,15 +87,15 @@ mutants: ready  ## Remove one defence at a time, and see which attack notices.
 threat-model: ready  ## Write the tables of docs/threat-model.md, from the attacks.
 	PYTHONPATH=tests $(BIN)/python -m hostile.table
 
-# What only tests need: an encoder, as data; key management services and their clients; and what asks the gateway whatever its
-# OpenAPI allows, in an environment of its own.
+# An encoder, as data. Key management services and their clients. A client that sends everything that the gateway's OpenAPI allows,
+# in its own environment.
 tested: ready  ## Install what only tests need.
 	@$(PYTHON) tools/bootstrap.py embedding kms contract
 
 errors: ready  ## Write docs/errors.md, from the errors.
 	$(BIN)/python tools/error_list.py
 
-# Quick when nothing changed: tools/bootstrap.py compares what .venv was made from with what is here.
+# Quick if nothing changed: tools/bootstrap.py compares the sources of .venv with the tree.
 ready:  ## Make .venv ready. Quick if nothing changed.
 	@$(PYTHON) tools/bootstrap.py
 

@@ -1,7 +1,7 @@
-"""Requests that come when they come, whatever became of those before: Poisson arrivals at the gateway, in a process of its own.
+"""Poisson arrivals at the gateway, in a process of its own: requests come at random and do not wait for earlier ones.
 
-It reads one task from standard input and writes its figures to standard output, both JSON. Unlike `bench/load.py`, whose
-connections wait for their answers, this load does not slow down when the pool is full: that is what makes a queue.
+It reads one task from standard input and writes its figures to standard output, both JSON. Connections of `bench/load.py` wait
+for their answers. This load does not slow down when the pool is full, so a queue builds up.
 """
 
 from __future__ import annotations

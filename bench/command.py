@@ -1,4 +1,4 @@
-"""What every benchmark's command line shares: `--quick`, `--json FILE`, and how figures are printed."""
+"""The command line of every benchmark: `--quick`, `--json FILE`, and the printing of figures."""
 
 from __future__ import annotations
 

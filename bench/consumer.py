@@ -1,8 +1,8 @@
-"""What answers in `bench/gateway.py` in place of workers: a real consumer of the pool's queue on NATS, in a process of its own.
+"""Answers in `bench/gateway.py` in place of workers: a real consumer of the pool's queue on NATS, in a process of its own.
 
-It pulls, acks, and answers at once with records of 512 bytes and a receipt that the pool's key signed for this very request, so
-that the gateway does all it does for a worker. It opens nothing and claims nothing, and speaks NATS on a bare socket: what it
-costs is no part of what is measured, but it shares the machine.
+It pulls and acks. It answers at once with records of 512 bytes and a receipt for that request, signed with the pool's key. So
+the gateway does all that it does for a worker. It opens and claims nothing. It uses a bare socket for NATS: its own cost is
+outside the figures, but it shares the machine.
 
 `python -m bench.consumer TASK`, where TASK is JSON: see `Task`. With `hold`, an answer is its first record, and a beat a second
 until the process ends.

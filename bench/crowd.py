@@ -1,9 +1,10 @@
-"""As many workers as `bench/scale.py` asks for: each one slot, a connection, presence, pulls, claims and beats.
+"""The workers of `bench/scale.py`: each has one slot, a connection, presence, pulls, claims and beats.
 
-They use the fabric's own `NatsWorker`; only the model is missing. An answer is a first record at once, a pause as long as its
-service takes, a last record, and a receipt by the pool's key. `python -m bench.crowd TASK`, where TASK is JSON: see `Task`.
-From standard input it takes lines of JSON: how many workers there are to be now (`Shift`); the answer is a line about the time
-since the last one.
+They use the fabric's own `NatsWorker`; only the model is missing. An answer is a first record at once, a pause of one service
+time, a last record, and a receipt by the pool's key. `python -m bench.crowd TASK`, where TASK is JSON: see `Task`.
+
+It reads lines of JSON from standard input: the new number of workers (`Shift`). It answers each with a line about the time
+since the line before.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Crowd:
         self._times: list[float] = []
 
     async def change(self, shift: Shift) -> dict[str, float]:
-        """What was served until now; and then as many workers as are asked for. The last to come leave first."""
+        """Returns the figures since the last change, then sets the number of workers. The newest leave first."""
         times, self._times, self._service = self._times, [], shift.service
         leaving, self._workers = self._workers[shift.workers :], self._workers[: shift.workers]
         for worker in leaving:

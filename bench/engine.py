@@ -1,8 +1,8 @@
 """Tokens per second of our engine beside its peers', in turns in one run: same GGUF (Q4_0), same threads, unique prompts.
 
-Every engine is a process of its own (`bench/runner.py`), stopped while another runs; peers have virtual environments of their
-own under `$XDG_CACHE_HOME/lacre/peers`, made at the first run. A peer that cannot be installed is left out, and said so.
-`--threads N` is `LACRE_BENCH_THREADS=N`, from the environment; every core where it is not set.
+Every engine is a process of its own (`bench/runner.py`), stopped while another runs. Peers have virtual environments under
+`$XDG_CACHE_HOME/lacre/peers`, made at the first run. If a peer cannot be installed, the run says so and continues without it.
+`LACRE_BENCH_THREADS=N` in the environment sets the threads of all; default: every core.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def python_of(peer: str) -> str | None:
     if (folder / ".ready").exists():
         return str(python)
     wanted: list[str | Path] = list(PEERS[peer])
-    if peer == "server":  # the very build of llama.cpp that ours runs on
+    if peer == "server":  # the same build of llama.cpp as ours
         wanted += sorted((CACHE / "wheels").glob("llama_cpp_python-*/*.whl"))[-1:]
     print(f"installing the peer {peer}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)

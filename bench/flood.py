@@ -1,18 +1,17 @@
 """One gateway under a flood, beside the same gateway left in peace: 200 connections that send all that they may.
 
-Eight streams are honest: requests of 1 KiB, each answered with 20 records. Of the connections that are not, each does one thing
-again and again, as one process with one thread: a head that trickles, a head without an end, a head of thousands of fields, a
-body that trickles and one of 7 MB without a token, and the same two with tokens of eight callers. Whoever is cut off or refused
-comes back after `PAUSE`.
+Eight streams are honest: requests of 1 KiB, each answered with 20 records. All others share one process with one thread. Each
+repeats one attack: a head that trickles, has no end, or has thousands of fields; a body that trickles, or has 7 MB. Bodies come
+without a token, and with tokens of eight callers. A connection that is cut off or refused comes back after `PAUSE`.
 
 - `quiet_first_p50_ms`, `flood_first_p50_ms`, `first_ratio`: the honest streams' first bytes; the goal is at most 3.
-- `flood_cpu_idle`: the share of the machine's CPU time that nobody used meanwhile; near 0 the ratio is the machine's, too.
+- `flood_cpu_idle`: the idle share of the machine's CPU time meanwhile; near 0 the ratio measures the machine, too.
 - `flood_gateway_cpu`: CPUs that the gateway's process used.
-- `flood_rss_mb`: the most memory that the gateway's process had. `allowed_rss_mb`: what its settings allow: memory in peace,
-  `listen.held_bytes`, and three times `limits.body_bytes`.
-- `flood_mb_per_s`: what the gateway's side took of the flood. The flood runs at a lower priority: its own CPU time would be
-  spent on other machines.
-- `cut`, `refused`: connections that the flood lost, and answers that it got which were not 200.
+- `flood_rss_mb`: the most memory that the gateway's process had. `allowed_rss_mb`: the memory that its settings allow. That is
+  memory in peace, `listen.held_bytes`, and three times `limits.body_bytes`.
+- `flood_mb_per_s`: the flood that the gateway's side received. The flood runs at a lower priority, because in real life it
+  would use other machines' CPUs.
+- `cut`, `refused`: connections that the flood lost, and its answers other than 200.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from lacre_gateway.settings import Limits, Listen
 CONNECTIONS = 200
 HONEST = 8
 CALLERS = 8
-PAUSE = 0.25  # seconds before a connection that was ended is made anew
+PAUSE = 0.25  # seconds before a lost connection is made again
 TRICKLE = 0.2  # seconds between two bytes
 PIECE = 64 * 1024
 START = b"POST /v1/sealed HTTP/1.1\r\nHost: x\r\n"
@@ -197,7 +196,7 @@ def measure(quick: bool) -> command.Figures:
     with tempfile.TemporaryDirectory() as name, stand(Path(name)) as served, served.answering(20):
         pid = served.process.pid
         honest = served.load(2**10, HONEST, seconds=seconds)
-        run_load(served.load(2**10, HONEST, seconds=2.0))  # what is made at first requests is made
+        run_load(served.load(2**10, HONEST, seconds=2.0))  # first requests allocate
         quiet = run_load(honest)
         memory = usage(pid).rss
         with flooding(served, found), sampled(lambda: usage(pid).rss) as sizes:

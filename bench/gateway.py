@@ -1,19 +1,20 @@
 """One gateway process with everything on, beside nginx's `proxy_pass` and Portkey's gateway, in turns in one run.
 
-The gateway authenticates signed tokens of 64 subjects, decides by policy, reserves and settles, signs grants and checkpoints,
-syncs its audit log to disk, and verifies the pool's receipts; what answers is `bench/consumer.py`. Peers do none of that.
-Each request has an `enc` of its own. `first` is the time to the first byte of an answer, everything else is to its end.
+The gateway authenticates signed tokens of 64 subjects, decides by policy, reserves and settles. It signs grants and
+checkpoints, syncs its audit log to disk, and verifies the pool's receipts. `bench/consumer.py` answers. Peers do none of
+that. Each request has an `enc` of its own. `first` is the time to the first byte of an answer. All other times are to its
+end.
 
 - `cpu_us_per_request`, `portkey_cpu_us_per_request`: CPU time of the process (all threads, user and system) for a request of
   1 KiB answered with one record, at 16 at once. The goal is a third of Portkey's (`portkey_cpu_ratio`, at most 0.333).
 - `records_per_s_c16`: 20 records of 512 bytes an answer; the goal is 15,000.
-- `p50_c1_1k_ms`: to the first byte, one request at a time; the goal is 1.5. `sync_p50_ms` is what a sync of the disk alone
-  takes here, and part of it. `p50_c1_1m_ms`: likewise of 1 MiB, to the end of the answer; `mib_ratio` is how many times the
-  time of 1 KiB that is, and has the goal of at most 6.
+- `p50_c1_1k_ms`: to the first byte, one request at a time; the goal is 1.5. It includes `sync_p50_ms`, the time of one sync of
+  the disk.
+- `p50_c1_1m_ms`: the same with 1 MiB, to the end of the answer. `mib_ratio` compares it with 1 KiB; the goal is at most 6.
 - `rss_mb`: of the gateway's process at the end.
 
-`--soak` instead: whether its memory is flat over 100,000 requests (`soak_rss_spread`, goal ± 5 %), and what 2,000 open streams
-take (`streams_rss_mb`, goal below 300); some minutes.
+`--soak` instead measures memory, and takes some minutes. It shows whether memory is flat over 100,000 requests
+(`soak_rss_spread`, goal ± 5 %), and the use of 2,000 open streams (`streams_rss_mb`, goal below 300).
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def measure(quick: bool) -> command.Figures:
         folder = Path(name)
         with stand(folder) as served, peers(folder) as running:
             with served.answering(1):
-                run_load(served.load(2**10, 16, seconds=3.0))  # what is made at first requests is made, and leases are drawn
+                run_load(served.load(2**10, 16, seconds=3.0))  # first requests allocate, and draw leases
                 figures = beside(served, running, seconds)
                 cells = matrix(served, seconds, quick)
             with served.answering(20):

@@ -1,4 +1,4 @@
-"""What `import lacre` costs over `import httpx2`, best of several fresh interpreters, taken in turns. Goal: at most 100 ms."""
+"""Time that `import lacre` adds to `import httpx2`, best of several fresh interpreters, in turns. Goal: at most 100 ms."""
 
 from __future__ import annotations
 

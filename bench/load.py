@@ -1,13 +1,13 @@
-"""The load of `bench/gateway.py`, a process of its own: as many requests at once as it has connections, each of another body.
+"""The load of `bench/gateway.py`, a process of its own: one request at a time on each connection, each with another body.
 
 It reads one task from standard input and writes its figures to standard output, both JSON. One thread, one epoll, no HTTP
-library: what the load costs is taken from what it measures, and on two cores that shows.
+library: on two cores the load's own cost lowers the figures.
 
 Rules:
-- An answer is whole at its Content-Length, or where its last chunk ends what was received. The bytes of our records never look
-  like a last chunk (`bench/consumer.py`), so the end is not guessed.
-- An answer that is not 200, or a connection that ends, ends the run: figures of refusals would be the best of all.
-- The clock of a request starts when its first byte is handed to the kernel, and its body was made before.
+- An answer is whole at its Content-Length, or when the received bytes end with its last chunk. The bytes of our records never
+  look like a last chunk (`bench/consumer.py`), so the end is not guessed.
+- An answer other than 200, or a connection that ends, ends the run: refusals would give the best figures of all.
+- The clock of a request starts when the kernel gets its first byte. Its body was made before.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Load:
 
     @staticmethod
     def _head(connection: Connection) -> bytes:
-        """What came behind the head."""
+        """The bytes behind the head."""
         head, _, rest = connection.head.partition(HEAD_END)
         if head[9:12] != b"200":
             raise SystemExit(f"an answer that is not 200: {head[:40]!r} {rest!r}")

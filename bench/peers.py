@@ -1,8 +1,8 @@
 """The peers of `bench/gateway.py`: nginx `proxy_pass`, the least that a hop can cost, and Portkey's gateway for models.
 
-Both forward a POST to the same upstream, an nginx of its own that answers at once with one record of 512 bytes; neither checks
-a token, signs or records anything. They are kept outside the clone, and nothing is installed into the system. A peer that
-cannot be had is left out, and that is said.
+Both forward a POST to the same upstream, another nginx that answers at once with one record of 512 bytes. Neither checks a
+token, signs or records anything. They live outside the clone, and nothing is installed into the system. If a peer is not
+available, the run says so and continues without it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""What planning a step costs the streams, at 16 slots whose caches hold 128,000 tokens each: milliseconds, best and median.
+"""Time to plan a step, at 16 slots whose caches hold 128,000 tokens each: milliseconds, best and median.
 
-The prompts are of one cache scope and differ from the middle on: the dearest case for whoever looks for a common beginning.
- `step`: two slots generate. `admission`: one more such prompt is admitted. `crowd`: fourteen wait at once, of
-which a step admits a few.
-`admission_x_short`: beside the same with caches of 2,000 tokens; 1 would say that length costs nothing.
+The prompts share one cache scope and differ from the middle on. That is the most expensive case for the search of common
+beginnings.
+
+- `step`: two slots generate.
+- `admission`: one more such prompt is admitted.
+- `crowd`: fourteen prompts wait at once, of which a step admits a few.
+- `admission_x_short`: the ratio to caches of 2,000 tokens; 1 means that length costs nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`make profile`: where one gateway process spends its time under the load of `bench/gateway.py`, as a flame graph by py-spy.
+"""`make profile`: draws where one gateway process spends its time under the load of `bench/gateway.py`, by py-spy.
 
-The graph goes to build/profile.svg, the functions that most samples were in to the terminal. Samples without the interpreter's
-lock are left out: a thread that waits for the disk costs no CPU.
+The flame graph goes to build/profile.svg, the functions with most samples to the terminal. Samples without the interpreter's
+lock do not count: a thread that waits for the disk costs no CPU.
 """
 
 from __future__ import annotations

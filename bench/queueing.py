@@ -1,4 +1,4 @@
-"""What queueing theory expects of a pool of workers: how long a request waits for a free slot. Pure arithmetic."""
+"""Queueing theory for a pool of workers: how long a request waits for a free slot. Pure arithmetic."""
 
 from __future__ import annotations
 

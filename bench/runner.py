@@ -1,6 +1,6 @@
 """One engine in a process of its own, for `bench.engine`: reads a task as a JSON line, does it, writes its figures as one.
 
-Runs in the peer's own virtual environment, so nothing of Lacre is imported but for `ours`.
+It runs in the peer's virtual environment, so only `ours` imports Lacre.
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
-"""A gateway and its fabric with 1 to 64 workers: what a request costs it, how long requests queue, and when to add workers.
+"""A gateway and its fabric with 1 to 64 workers: the cost of a request, the time in the queue, and when to add workers.
 
-One gateway process, everything on (`bench/stand.py`); the workers are `bench/crowd.py`, one slot each; requests come at random
-(`bench/arrivals.py`), as often however many workers there are: answers take longer the more there are, so that each pool is
-about as busy.
+One gateway process runs with everything on (`bench/stand.py`). The workers are those of `bench/crowd.py`, one slot each.
+Requests come at random (`bench/arrivals.py`), at one rate for any number of workers. With more workers, answers take longer,
+so each pool is about equally busy.
 
-- `cpu_us_per_request_wN`: CPU time of the gateway's process, presence of N workers included; `cpu_spread` is the largest over
+- `cpu_us_per_request_wN`: CPU time of the gateway's process, presence of N workers included. `cpu_spread` is the largest over
   the smallest, less one: the goal is at most 0.2.
-- `nats_cpu_us_per_request_wN`: likewise of nats-server. `kv_same_key_per_s`: how many leases a second can be drawn from one
-  budget; `kv_updates_per_s`: from eight at once. Their bucket is synced always.
-- `wait_wN_ms`, `expected_wN_ms`: the mean wait for a slot, beside what M/G/k expects of the measured rate and service times
+- `nats_cpu_us_per_request_wN`: the same of nats-server. `kv_same_key_per_s`: how many leases a second can be drawn from one
+  budget. `kv_updates_per_s`: from eight at once. Their bucket is always synced.
+- `wait_wN_ms`, `expected_wN_ms`: the mean wait for a slot, beside M/G/k's expectation for the measured rate and service times
   (`bench/queueing.py`). The wait is the time to the first byte, less that of an empty pool.
-- `scaled_after_s`: a pool of 4 workers gets three times what it can do. Each second a rule looks at the gateway's metric
-  `lacre_pool_demand` and asks for workers, at most for twice as many as there are; they come 3 seconds later, and then it looks
-  again. So long it takes until no request waits longer than one service time; `scaled_to` is how many workers that took,
-  `scaled_worst_ms` the longest wait of all, `scaled_needed` the least that could do it.
+- `scaled_after_s`: a pool of 4 workers gets three times the load that it can carry. Each second a rule reads the gateway's
+  metric `lacre_pool_demand` and asks for workers, at most twice the present number. They come 3 seconds later. The figure is
+  the time until no request waits longer than one service time.
+- `scaled_to`: the workers that this took. `scaled_worst_ms`: the longest wait. `scaled_needed`: the least possible number of
+  workers.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Workers:
         self._process = process
 
     def shift(self, workers: int, service: float) -> dict[str, float]:
-        """How many there are from now on; what was served before."""
+        """Sets the number of workers; returns the figures since the last change."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(asdict(Shift(workers, service))), file=self._process.stdin, flush=True)
         return dict(json.loads(self._process.stdout.readline()))
@@ -92,7 +93,7 @@ def steady(served: Stand, workers: Workers, count: int, seconds: float) -> comma
     """So many workers, busy for 80 % of the time."""
     service = BUSY * count / RATE
     workers.shift(count, service)
-    time.sleep(1.5)  # until the gateway has heard of them, and of those that left
+    time.sleep(1.5)  # until the gateway knows the new workers and those that left
     empty = statistics.median(wait for _, wait in arrive(served, IDLE_RATE, 4)["first"])
     workers.shift(count, service)
     before, nats_before = usage(served.process.pid).cpu, usage(served.nats.pid).cpu
@@ -169,7 +170,7 @@ def demand(served: Stand) -> float:
 def measure(quick: bool) -> command.Figures:
     with tempfile.TemporaryDirectory() as name, stand(Path(name)) as served, crowd(served) as workers:
         workers.shift(CAPACITY_AT_FIRST, 0.01)
-        arrive(served, RATE, 3.0)  # what is made at first requests is made, and leases are drawn
+        arrive(served, RATE, 3.0)  # first requests allocate, and draw leases
         figures: command.Figures = {}
         for count in WORKERS:
             figures |= steady(served, workers, count, 6.0 if quick else 40.0)

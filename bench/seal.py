@@ -1,20 +1,20 @@
 """Sealing and opening against raw AES-256-GCM by `cryptography` over the same bytes, taken in turns in one run.
 
 The peer seals the same 16 KiB chunks into the same output buffers: a fresh one of the sealed length, with gaps for the length
-prefixes. What the protocol adds comes in two parts, told apart because only one of them grows with the message:
+prefixes. The protocol adds two costs. Only one of them grows with the message, so each has its own figures:
 
-- `SIZE_request_ratio`, `SIZE_response_ratio`, `SIZE_open_ratio`: the bytes alone, sealed by the client, sealed by the worker,
-  opened by the client, with the keys there already. 1.0 is the peer's speed. `mib_ratio`, the lower of the two that seal
-  1 MiB, has the goal of at least 0.8.
+- `SIZE_request_ratio`, `SIZE_response_ratio`, `SIZE_open_ratio`: the bytes alone, with the keys ready. The client seals, the
+  worker seals, the client opens. 1.0 is the peer's speed. `mib_ratio`, the lower of the two that seal 1 MiB, has the goal of at
+  least 0.8.
 - `SIZE_xwing_seal_whole_ratio`, `SIZE_xwing_open_whole_ratio`: with the key encapsulation and the key schedule, which each
-  request needs once whatever its size.
+  request needs once, at any size.
+- `xwing_request_ms`: the client seals a request of 1 KiB and the worker opens it, from public key to plaintext. The goal is at
+  most 1.0 ms.
+- `record_seal_us`, `record_open_us`: one streamed token, a piece of BHTTP content of 200 bytes. The worker seals it; the client
+  opens and decodes it. The goal is at most 30 µs each.
 
-`xwing_request_ms`: a request of 1 KiB sealed by the client and opened by the worker, from public key to plaintext; the goal
-is at most 1.0 ms. `record_seal_us`, `record_open_us`: one streamed token, a piece of BHTTP content of 200 bytes sealed by the
-worker, and opened and decoded by the client; the goal is at most 30 µs each.
-
-Ratios are of best times, with memory kept in the process; times are medians, with the allocator as it comes: at 1 MiB they
-are mostly the page faults of fresh memory, which the peer has too (`SIZE_xwing_warm_ms`: seal and open without them).
+Ratios are of best times, with memory kept in the process. Times are medians, with the default allocator. At 1 MiB they are
+mostly page faults of fresh memory, which the peer has too. `SIZE_xwing_warm_ms` is seal and open without them.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def in_turns(operations: dict[str, Operation], rounds: int) -> dict[str, list[fl
 
 
 def keep_memory() -> None:
-    """Freed memory stays with the process. Otherwise it is chance which operation finds its pages there and which one has
-    them mapped anew, and the ratio of two operations is that of their page faults.
+    """Freed memory stays with the process. Otherwise chance decides which operation finds its pages and which one maps
+    them again. The ratio of two operations would be that of their page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

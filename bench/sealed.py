@@ -1,8 +1,9 @@
-"""What the sealed path adds: tokens per second at 8 streams and time to the first token, beside the bare engine's, in turns.
+"""Cost of the sealed path: tokens per second at 8 streams and time to the first token, beside the bare engine's, in turns.
 
-The same GGUF (Q4_0), prompts and settings on both sides. The bare engine is a process of its own (`bench/runner.py`), its tasks
-made by the Engine protocol; the sealed one is `lacre up` (nats-server, gateway, worker) with this process as its client. One
-engine thread on each, because two leave no core for anything else on a small machine; two are reported beside it.
+Both sides have the same GGUF (Q4_0), prompts and settings. The bare engine is a process of its own (`bench/runner.py`), whose
+tasks use the Engine protocol. The sealed one is `lacre up` (nats-server, gateway, worker) with this process as its client.
+
+Each has one engine thread, because two leave no core for anything else on a small machine. Figures with two are reported too.
 `LACRE_BENCH_SEALED_ROUNDS` sets how many pairs; 9 otherwise, 3 for `--quick`.
 """
 

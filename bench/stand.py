@@ -1,7 +1,7 @@
 """A whole gateway for `bench/gateway.py`, everything on: signed tokens, policy, limits, audit log on disk, grants, receipts.
 
-nats-server, the gateway (`python -m lacre_gateway`, one process) and what answers in place of workers (`bench/consumer.py`) are
-processes of their own, on loopback, with the credentials, accounts and signed manifest that `lacre up` would give them.
+Three processes run on loopback: nats-server, the gateway (`python -m lacre_gateway`, one process), and `bench/consumer.py` in
+place of workers. They have the credentials, accounts and signed manifest that `lacre up` would give them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def usage(pid: int) -> Usage:
 
 
 class Stand:
-    """site: what is served. port, admin_port: of the gateway. process: the gateway's. nats: the message server's."""
+    """site: keys, pools and settings. port, admin_port: of the gateway. process: the gateway's. nats: the message server's."""
 
     def __init__(
         self, site: Site, port: int, admin_port: int, nats_port: int, process: subprocess.Popen[bytes],
@@ -128,7 +128,7 @@ class Stand:
 
 
 def sealed(site: Site, size: int) -> tuple[bytes, bytes]:
-    """What stands before `enc` and behind it in a sealed request of exactly `size` bytes."""
+    """The bytes before `enc` and after it in a sealed request of exactly `size` bytes."""
     configs = [key.config for key in site.generations(POOL).pool_keys(time.time(), time.time() + 60)]
     config = next(config for config in configs if config.kem is Kem.X25519)
     suite = Suite(Kem.X25519, Kdf.HKDF_SHA256, Aead.AES_256_GCM)

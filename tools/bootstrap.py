@@ -1,11 +1,14 @@
 """Makes `.venv` ready: locked dependencies, llama-cpp-python built from source, both of the tree's distributions editable.
 
-Runs on the standard library of any Python >= 3.11, and is silent and quick when nothing changed. With a name after it, such
-as `fuzz`, it also installs what `requirements/NAME.lock` adds, which only some targets of the Makefile need; what would not
-go with the rest (`APART`) gets an environment of its own, `build/NAME`. The compiled
-llama-cpp-python wheel is kept outside the clone (`$XDG_CACHE_HOME/lacre/wheels`), because pip's own wheel cache does not
-know the CMake flags; its folder is named for everything that the binary depends on. `--wheel` prints where it is, and
-`--portable-wheel` the same of the one for images, which runs on any machine: it is built where there is none.
+It runs on the standard library of any Python >= 3.11, and is silent and quick if nothing changed.
+
+- A name after it, such as `fuzz`, also installs the packages of `requirements/NAME.lock`, which only some Makefile targets
+  need.
+- Packages that conflict with the rest (`APART`) get an environment of their own, `build/NAME`.
+- The compiled llama-cpp-python wheel is kept outside the clone (`$XDG_CACHE_HOME/lacre/wheels`), because pip's own wheel cache
+  ignores the CMake flags. The name of its folder covers everything that the binary depends on.
+- `--wheel` prints that wheel's place. `--portable-wheel` prints the place of the wheel for images, which runs on any machine,
+  and builds it if it is missing.
 """
 
 from __future__ import annotations

