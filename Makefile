@@ -13,7 +13,7 @@ CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom dist
+.PHONY: help demo pictures test test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom dist
 
 help:  ## List these targets.
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,10 @@ mutants: ready  ## Remove one defence at a time, and see which attack notices.
 
 threat-model: ready  ## Write the tables of docs/threat-model.md, from the attacks.
 	PYTHONPATH=tests $(BIN)/python -m hostile.table
+
+# docs/pictures: the path of a request, and a terminal.
+pictures: ready  ## Draw the README's pictures from a real run.
+	PYTHONPATH=tests $(BIN)/python -m parts.pictures
 
 # An encoder, as data. Key management services and their clients. A client that sends everything that the gateway's OpenAPI allows,
 # in its own environment.

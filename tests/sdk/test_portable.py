@@ -46,7 +46,10 @@ def test_everything_imports_without_posix() -> None:
 
 
 def where(**variables: str) -> str:
-    code = "from lacre import LacreError\nfrom lacre.runtime import folders\ntry: print(folders.state())\nexcept LacreError as exc: print(exc)"
+    code = (
+        "from lacre import LacreError\nfrom lacre.runtime import folders\n"
+        "try: print(folders.state())\nexcept LacreError as exc: print(exc)"
+    )
     clean = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_STATE_HOME")}
     command = [sys.executable, "-P", "-c", code]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=clean | variables).stdout.strip()
