@@ -78,3 +78,37 @@ def test_a_room_has_a_front(folder: Path) -> None:
     first = re.search(r"Open `([a-z0-9_]+\.py)`", front)
     assert first is not None and (folder / first[1]).is_file()
     assert len(front.splitlines()) <= LONGEST
+
+
+PAGE = (ROOT / "docs/architecture.md").read_text()
+PARTS = {
+    "SDK": "sdk/lacre",
+    "Fabric": "fabric/lacre_fabric",
+    "Gateway": "gateway/lacre_gateway",
+    "Backend": "backend/lacre_backend",
+}
+
+
+def named() -> list[tuple[str, str, str]]:
+    """The files that docs/architecture.md names in its tables of rooms: package, the row's rooms, file."""
+    found, package = [], ""
+    for line in PAGE.splitlines():
+        if (heading := re.match(r"\*\*(.+?)\*\*", line)) is not None:
+            package = PARTS.get(heading[1], "")
+        elif package and line.startswith("| `"):
+            _, rooms, _, files, _ = line.split("|")
+            found += [(package, rooms, name) for name in re.findall(r"`([\w/]+)`", files)]
+    return found
+
+
+@pytest.mark.parametrize(("package", "row", "name"), named(), ids=lambda value: value.strip())
+def test_the_architecture_page_names_files_that_exist(package: str, row: str, name: str) -> None:
+    folders = [ROOT / package, *(ROOT / package / room for room in re.findall(r"`([\w/]+/)`", row))]
+    assert any((folder / f"{name}.py").is_file() or (folder / name).is_dir() for folder in folders)
+
+
+def test_the_architecture_page_names_every_room() -> None:
+    for name, package in rooms.PACKAGES.items():
+        shown = {room for floor in package.floors for room in floor} - {"__init__", "__main__", "_version"}
+        rows = " ".join(row for part, row, _ in named() if part.endswith(f"/{name}"))
+        assert [room for room in sorted(shown) if f"`{room}/`" not in rows and f"`{room}.py`" not in rows] == []
