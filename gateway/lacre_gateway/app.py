@@ -12,7 +12,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
-from lacre_gateway.gateway import SEALED_PATH, Gateway
+from lacre.wire.header import SEALED_PATH
+from lacre_gateway.gateway import Gateway
 from lacre_gateway.http.access_log import AccessLog
 from lacre_gateway.http.answers import answer_with_problems, described
 from lacre_gateway.http.exchange import App, Receive, Scope, Send

@@ -14,7 +14,7 @@ from lacre.evidence.receipts import units
 from lacre.jose.dpop import plain_url
 from lacre.jose.jws import raw_public_key
 from lacre.runtime.listening import Door
-from lacre.wire.header import SealedHeader
+from lacre.wire.header import SEALED_PATH, SealedHeader
 from lacre.wire.padding import SMALLEST
 from lacre_fabric.logs import Log
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
@@ -38,7 +38,6 @@ from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import Settings
 
 ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON and HTTP around it, and padding, have bytes besides
-SEALED_PATH: Final = "/v1/sealed"
 
 
 @dataclass(slots=True)

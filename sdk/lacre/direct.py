@@ -24,7 +24,7 @@ from lacre.client import DEFAULT_TIMEOUT, EventHooks
 from lacre.errors import InvalidMessage, MessageTooLarge, SettingsError, UntrustedRoot
 from lacre.evidence.exchange_info import Facts
 from lacre.evidence.verification import Verification
-from lacre.exchange.call import AUTHORITY, ORIGIN, Call, Scope, Sealing
+from lacre.exchange.call import ORIGIN, Call, Scope, Sealing
 from lacre.exchange.request import MAX_CONTENT, Plain
 from lacre.exchange.sealed_answer import MAX_PROBLEM, Opening, Refusal, check_sealed, problem_of, read_all
 from lacre.exchange.steps import Read, Send, Steps, Together, sent_bytes, sent_outer
@@ -40,12 +40,11 @@ from lacre.transport.options import Verify
 from lacre.transport.sealed import AsyncSealedTransport, SealedTransport
 from lacre.trust.manifest_store import VersionMemory
 from lacre.wire import bhttp
-from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, KeyConfig, parse_key_list
+from lacre.wire.header import AUTHORITY, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, WELL_KNOWN, KeyConfig, parse_key_list
 from lacre.wire.ohttp import seal_request
 from lacre.wire.padding import Shape, request_length
 
 BASE_URL: Final = ORIGIN
-WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # RFC 9540 section 4
 MAX_KEYS: Final = 64 * 1024  # bytes of a key list; a key has some 1300
 # Of one connection, or of this machine: not the app's to know, or wrong inside another message.
 _STAYS_OUT: Final = frozenset({

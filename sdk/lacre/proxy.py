@@ -28,6 +28,7 @@ from lacre.exchange.request import ALLOWED_HEADERS, MAX_CONTENT
 from lacre.exchange.retry import may_have_lost
 from lacre.runtime import arguments
 from lacre.runtime.hosts import Hosts, as_origin
+from lacre.wire.records import EVENT_STREAM
 
 try:
     from starlette.applications import Starlette
@@ -52,7 +53,6 @@ BODY_TIMEOUT: Final = 60.0  # seconds for a body, which comes from this machine
 # Bytes of all bodies together, until their requests end: 18 of the largest, of which sealing makes copies while it sends them.
 HELD: Final = 128 * 1024 * 1024
 RETRY_AFTER: Final = 1  # seconds; requests end all the time
-_EVENT_STREAM: Final = "text/event-stream"
 _UNBUFFERED: Final = {"x-accel-buffering": "no"}  # an nginx in front would keep a stream until it ends
 _BLANKS: Final = " \t"
 _PLAIN: Final = re.compile(r"[\t -~]*")
@@ -239,7 +239,7 @@ async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
             async for piece in stream:
                 yield piece
     except errors.LacreError as exc:
-        if not answer.headers.get("content-type", "").startswith(_EVENT_STREAM):
+        if not answer.headers.get("content-type", "").startswith(EVENT_STREAM):
             raise
         yield b"\n\ndata: " + json.dumps(explained(exc)).encode() + b"\n\n"
 

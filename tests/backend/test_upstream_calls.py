@@ -13,7 +13,6 @@ import pytest
 from lacre.asgi import Call, Send
 from lacre.wire import bhttp
 from lacre_backend.upstream.app import create_app
-from lacre_backend.upstream.events import Blocks
 from parts.behind import Answered, Respond, Server, answering, ask, opened, serving
 from parts.upstream import CHAT, JSON, code, granted, settings, used
 
@@ -218,17 +217,6 @@ async def test_however_its_bytes_come(stream: Any, size: int) -> None:
     sent = (event("a") + event("b") + SPENT + DONE).replace(b"\n", b"\r\n")
     _, events = await stream(granted("chat", "writer"), *(sent[at : at + size] for at in range(0, len(sent), size)))
     assert len(events) == 4 and events[-1] == b"[DONE]"
-
-
-def test_a_long_event_in_small_pieces_is_looked_at_once() -> None:
-    """What was looked at is not copied for each piece: an event of 900 kB in pieces of one byte took minutes."""
-    blocks = Blocks()
-    rest = blocks._rest
-    sent = b": a comment\r\n\r\ndata: " + b"y" * 20_000
-    assert not any(blocks.feed(sent[at : at + 1]) for at in range(len(sent)))
-    assert blocks._rest is rest and len(rest) == len(b"data: ") + 20_000
-    assert blocks.feed(b"\r") == []
-    assert blocks.feed(b"\n\ndata: z\n\n") == [b"y" * 20_000, b"z"]
 
 
 async def test_half_a_surrogate_pair_stays_an_escape(stream: Any) -> None:

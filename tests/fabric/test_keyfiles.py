@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lacre.errors import SettingsError
-from lacre_fabric.keys.secret_files import ed25519, exposed, read_ed25519, read_secret, write_secret
+from lacre_fabric.keys.secret_files import closed_to, ed25519, read_ed25519, read_secret, write_secret
 from lacre_fabric.nats.roles import Credential
 
 
@@ -128,8 +128,8 @@ def test_a_file_that_is_no_credential(tmp_path: Path, content: bytes) -> None:
     ],
 )
 def test_what_root_hands_to_our_group_is_ours(mode: int, owner: int, group: int, others_can: bool) -> None:
-    assert exposed(mode, owner, group, user=7, groups={7}) == others_can
+    assert bool(mode & closed_to(owner, group, user=7, groups={7})) == others_can
 
 
 def test_root_s_own_files_are_for_no_group() -> None:
-    assert exposed(0o440, 0, 0, user=0, groups={0})
+    assert 0o440 & closed_to(0, 0, user=0, groups={0})

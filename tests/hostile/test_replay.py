@@ -18,10 +18,9 @@ from hostile.attacks import Verdict, attack
 from lacre import ApiError, OpenError, problems
 from lacre.asgi import Sealed
 from lacre.asgi.admission import DATE_WINDOW, Seen
-from lacre.asgi.sealed import WELL_KNOWN
 from lacre.wire import bhttp
 from lacre.wire.bhttp import encode_request
-from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE
+from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, WELL_KNOWN
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_fabric.work.contract import CLAIM_TTL

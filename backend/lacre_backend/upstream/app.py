@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from lacre.asgi import EXTENSION, App, Call, Disconnected, Receive, Scope, Send
 from lacre.evidence.receipts import UNIT, units
+from lacre.runtime.json_objects import object_in
+from lacre.wire.records import EVENT_STREAM
 from lacre_backend.api.errors import RequestRefused, grant_mismatch, model_not_found
 from lacre_backend.api.http import EventStream, header, read_body, send_json, until_disconnect
 from lacre_backend.api.registry import SALT_HEADER
@@ -28,7 +29,7 @@ from lacre_backend.upstream.origin import Answer, Headers, Origin, Request
 from lacre_backend.upstream.settings import Upstream, UpstreamModel
 
 MAX_ERROR: Final = 64 * 1024  # bytes of an error that is passed on; one in OpenAI's form has some hundred
-_EVENT_STREAM: Final = b"text/event-stream"
+_EVENT_STREAM: Final = EVENT_STREAM.encode()
 _JSON: Final = b"application/json"
 
 
@@ -117,11 +118,8 @@ class _Forward:
                 await out.broken(refusal)
 
     async def _whole(self, answer: Answer, call: Call, model: UpstreamModel) -> dict[str, Any]:
-        try:
-            document = json.loads(await _read(answer.pieces))
-        except (ValueError, RecursionError):
-            document = None
-        if not isinstance(document, dict):
+        document = object_in(await _read(answer.pieces))
+        if document is None:
             raise refusals.unusable("does not answer with a JSON object")
         counts.take(call, document.get("usage"))
         return {**document, "model": model.name}

@@ -9,51 +9,22 @@ What is read comes back in a `bytearray`: whoever asked overwrites it after use.
 from __future__ import annotations
 
 import os
-import shlex
-import stat
-import tempfile
 from collections.abc import Collection
-from io import FileIO
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre.errors import SettingsError
+from lacre.runtime import private_files
+from lacre.runtime.private_files import sync_folder, write_all
 from lacre.wire.wiping import overwrite
 
 
 def write_secret(path: Path, content: bytes | bytearray) -> None:
     """Replaces `path` in one step; nobody else can read it at any moment, and a crash leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600 from the start
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb", buffering=0) as file:  # a buffer of Python's would keep a copy
-            _write_all(file, content)
-        temporary.replace(path)
-    except BaseException as exc:
-        destroy(temporary)
-        if isinstance(exc, OSError) and exc.filename is None:
-            exc.filename = str(path)  # a failed write does not say by itself which file it was
-        raise
-    _sync_folder(path.parent)  # the rename itself must survive a crash
-
-
-def _write_all(file: FileIO, content: bytes | bytearray) -> None:
-    written = 0
-    with memoryview(content) as view:
-        while written < len(view):
-            written += file.write(view[written:])
-    os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    private_files.replace(path, content, discard=destroy)
 
 
 def read_secret(path: Path) -> bytearray:
@@ -61,9 +32,8 @@ def read_secret(path: Path) -> bytearray:
     try:
         with path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
-            mode = stat.S_IMODE(status.st_mode)
-            if exposed(mode, status.st_uid, status.st_gid, user=os.geteuid(), groups={os.getegid(), *os.getgroups()}):
-                raise SettingsError(f"{path} can be read by others (mode {mode:04o}): chmod 600 {shlex.quote(str(path))}")
+            groups = {os.getegid(), *os.getgroups()}
+            private_files.check(path, status.st_mode, closed_to(status.st_uid, status.st_gid, user=os.geteuid(), groups=groups))
             content = bytearray(status.st_size)
             with memoryview(content) as view:
                 size = 0
@@ -75,18 +45,20 @@ def read_secret(path: Path) -> bytearray:
         raise SettingsError(f"cannot read {path}: {exc.strerror}. {made}") from exc
 
 
-def exposed(mode: int, owner: int, group: int, *, user: int, groups: Collection[int]) -> bool:
-    """Whether others than this process may read the file, or change it. mode, owner, group: the file's; the rest ours."""
+def closed_to(owner: int, group: int, *, user: int, groups: Collection[int]) -> int:
+    """The bits of a mode by which others than this process could read the file, or change it. owner, group: the file's; the
+    rest ours.
+    """
     handed_over = owner == 0 != user and group in groups
-    return bool(mode & (0o037 if handed_over else 0o077))
+    return 0o037 if handed_over else 0o077
 
 
 def replace_by(coming: Path, path: Path) -> None:
     """Puts one file in another's place, in one step; what that held is overwritten once the new one is safe."""
     with path.open("r+b", buffering=0) as old:
         coming.replace(path)
-        _sync_folder(path.parent)
-        _write_all(old, bytes(os.fstat(old.fileno()).st_size))
+        sync_folder(path.parent)
+        write_all(old, bytes(os.fstat(old.fileno()).st_size))
 
 
 def destroy(path: Path) -> None:
@@ -99,11 +71,11 @@ def destroy(path: Path) -> None:
     try:
         path.replace(going)  # first of all it is nobody's key any more: none is ever seen half overwritten
         with going.open("r+b", buffering=0) as file:
-            _write_all(file, bytes(os.fstat(file.fileno()).st_size))
+            write_all(file, bytes(os.fstat(file.fileno()).st_size))
     except FileNotFoundError:
         return
     going.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def destroy_leftovers(folder: Path, name: str) -> None:

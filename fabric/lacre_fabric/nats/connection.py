@@ -28,6 +28,7 @@ from nats.js.client import JetStreamContext
 from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre.runtime import tasks
+from lacre.runtime.json_objects import object_in
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.client import DirectClient
 from lacre_fabric.nats.protocol import DESCRIPTION, MAX_SIZE, STATUS
@@ -257,11 +258,8 @@ class Connection:
         The library's own calls parse what a peer stored as if it could be trusted, and raise anything at all.
         """
         message = await self.client.request(f"{subjects.API}.{what}", json.dumps(asked).encode(), timeout=limit)
-        try:
-            said = json.loads(message.data)
-        except (ValueError, RecursionError) as exc:
-            raise nats.errors.ProtocolError from exc
-        if not isinstance(said, dict):
+        said = object_in(message.data)
+        if said is None:
             raise nats.errors.ProtocolError
         if isinstance(error := said.get("error"), dict):
             code, number, text = error.get("code"), error.get("err_code"), str(error.get("description", ""))[:_MAX_TEXT]

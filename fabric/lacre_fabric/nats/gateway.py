@@ -10,7 +10,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -25,6 +24,7 @@ from nats.js.api import Header
 from lacre.errors import InvalidMessage, MessageTooLarge
 from lacre.jose.claims import Members
 from lacre.runtime import tasks
+from lacre.runtime.json_objects import parse_object
 from lacre_fabric.nats import orders, subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, TOO_MANY_REQUESTS, Connection
 from lacre_fabric.nats.pool import KEEP, PoolSide, Waiting, read_presence
@@ -77,14 +77,14 @@ class _Ack:
         if self.block.startswith(_NO_RESPONDERS):
             raise NoQueue("the pool has no queue: run `lacre up`, or provision the fabric")
         try:
-            said = json.loads(self.payload)
+            said = parse_object(self.payload, "the ack")
             error = said.get("error")
             if error is not None:
                 raise _refused(error)
             if said.get("duplicate"):
                 raise DuplicateWork("this sealed request was published before")
             return Members(said, "the ack").count("seq")
-        except (ValueError, RecursionError, AttributeError, InvalidMessage) as exc:
+        except (AttributeError, InvalidMessage) as exc:
             raise FabricUnavailable("NATS answered with what is no ack: see that the pool's queue is a JetStream") from exc
 
 
@@ -337,9 +337,9 @@ class NatsGateway:
 
     def _on_max_deliveries(self, _subject: str, _block: bytes, payload: bytes) -> bool:
         try:
-            said = Members(json.loads(payload), "the advisory")
+            said = Members.parse(payload, "the advisory")
             inbound = self._by_sequence.get((said.text("stream"), said.count("stream_seq")))
-        except (ValueError, RecursionError, InvalidMessage):
+        except InvalidMessage:
             return False
         if inbound is None or inbound.started.is_set():
             return False

@@ -65,9 +65,9 @@ class Credential:
     def load(cls, path: Path) -> Credential:
         """Raises SettingsError."""
         try:
-            members = Members(json.loads(read_secret(path)), "the credential")
+            members = Members.parse(read_secret(path), "the credential")
             return cls(members.text("name"), members.text("password"))
-        except (ValueError, RecursionError, InvalidMessage) as exc:
+        except InvalidMessage as exc:
             raise SettingsError(f"{path} is not a fabric credential: `lacre up` writes them") from exc
 
     @classmethod

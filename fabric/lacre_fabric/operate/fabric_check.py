@@ -10,7 +10,6 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from nats.js.api import ConsumerConfig, Header, Placement, StorageType, StreamCo
 from lacre.errors import LacreError
 from lacre.jose.jws import b64u
 from lacre.runtime.hosts import is_loopback
+from lacre.runtime.json_objects import object_in
 from lacre_fabric.nats import streams as layout
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
@@ -230,8 +230,8 @@ async def _said(inspector: Connection) -> list[dict[str, Any]]:
     said: list[dict[str, Any]] = []
 
     async def hear(message: Msg) -> None:
-        answer = json.loads(message.data)
-        if "data" in answer:
+        answer = object_in(message.data)
+        if answer is not None and "data" in answer:
             said.append({**answer["data"], "at": answer["server"]["time"]})
 
     inbox = f"{subjects.inbox(inspector.credential.name)}.servers"

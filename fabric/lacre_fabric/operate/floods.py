@@ -27,6 +27,7 @@ from nats.aio.msg import Msg
 from lacre.errors import InvalidMessage, LacreError
 from lacre.jose.claims import Members
 from lacre.runtime import tasks
+from lacre.runtime.json_objects import object_in
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.roles import CONNECTIONS, MAX_SLOTS, Credential
@@ -247,8 +248,4 @@ async def _kick(connection: Connection, at: At) -> None:
 
 
 def _data(answer: bytes) -> object:
-    try:
-        said = json.loads(answer)
-    except (ValueError, RecursionError):
-        return None
-    return said.get("data") if isinstance(said, dict) else None
+    return (object_in(answer) or {}).get("data")

@@ -18,7 +18,6 @@ changed inside `Site.changing`.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import time
@@ -32,9 +31,10 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tomlkit import TOMLDocument, dumps, parse
 
-from lacre.errors import LacreError, SettingsError
+from lacre.errors import InvalidMessage, LacreError, SettingsError
 from lacre.jose.jws import b64u, raw_public_key
-from lacre.runtime import shell
+from lacre.runtime import file_locks, shell
+from lacre.runtime.json_objects import parse_object
 from lacre.trust.chain import ConnectionString, verify
 from lacre.trust.manifest import Document, Manifest, Pool
 from lacre.trust.signing import sign_manifest
@@ -174,16 +174,15 @@ class Site:
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
         """Alone among all processes. Raises SettingsError where another one does not come to an end."""
-        handle = os.open(self.folder / "trust" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        deadline = time.monotonic() + CHANGING
+        while (lock := file_locks.attempt(self.folder / "trust" / "lock")) is None:
+            if time.monotonic() > deadline:
+                raise SettingsError(f"another command has been changing {self.folder} for too long: see which, and end it")
+            await asyncio.sleep(0.05)
         try:
-            deadline = time.monotonic() + CHANGING
-            while not _locked(handle):
-                if time.monotonic() > deadline:
-                    raise SettingsError(f"another command has been changing {self.folder} for too long: see which, and end it")
-                await asyncio.sleep(0.05)
             yield
         finally:
-            os.close(handle)  # and with it the lock
+            lock.release()
 
     def roles(self, nodes: Sequence[str] = (NODE,)) -> list[Role]:
         """Every role of the fabric, with its credential. nodes: the workers of each pool."""
@@ -446,24 +445,13 @@ def worker_of(pool: str, region: str) -> str:
     return f"worker-{pool}" if region == subjects.DEFAULT_REGION else f"worker-{pool}-{region}"
 
 
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        return parse_object(path.read_bytes(), "it")
     except OSError as exc:
         raise SettingsError(f"{path} cannot be read ({exc.strerror}): start `lacre up` on this state first") from exc
-    except (ValueError, RecursionError) as exc:
+    except InvalidMessage as exc:
         raise SettingsError(f"{path} is damaged ({exc}): correct it, or remove it and start `lacre up` on this state") from exc
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path} is damaged: it must hold a JSON object. Correct it, or remove it and start `lacre up`")
-    return content
 
 
 def _member(path: Path, name: str) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
@@ -17,7 +15,7 @@ from typing import Final
 import structlog
 
 from lacre.errors import InvalidMessage, SettingsError
-from lacre.runtime import folders, tasks
+from lacre.runtime import file_locks, folders, tasks
 from lacre_fabric import logs
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
@@ -204,17 +202,13 @@ def _only_one(state: Path) -> Iterator[None]:
     """Two of them on one state would sign the same versions and fight over the store. Raises SettingsError."""
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = file_locks.take(state / "lock", f"`lacre up` already runs on {state}: stop it, or use another --state")
     except OSError as exc:
         raise SettingsError(f"cannot keep state in {state} ({exc.strerror}): name a folder of yours with --state") from exc
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"`lacre up` already runs on {state}: stop it, or use another --state") from None
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def _free(port: int) -> int:

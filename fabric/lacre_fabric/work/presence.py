@@ -8,7 +8,6 @@ Rules:
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
@@ -75,10 +74,7 @@ def wrong_in(data: bytes) -> frozenset[str]:
 def _members(data: bytes) -> Members:
     if len(data) > MAX_BYTES:
         raise InvalidMessage("a sign of presence that is too long")
-    try:
-        return Members(json.loads(data), "presence")
-    except (ValueError, RecursionError) as exc:
-        raise InvalidMessage("a sign of presence that is not JSON") from exc
+    return Members.parse(data, "presence")
 
 
 def _slots(members: Members, name: str) -> int:

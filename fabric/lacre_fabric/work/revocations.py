@@ -14,6 +14,7 @@ from typing import Final, Self
 from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre.jose.jws import b64u
+from lacre.runtime.json_objects import parse_object
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")  # SHA-256 as base64url
 
@@ -50,10 +51,7 @@ class Revocation:
     @classmethod
     def parse(cls, value: bytes, key: str = "") -> Self:
         """key: of an entry that does not say it, as older versions wrote them. Raises InvalidMessage."""
-        try:
-            said = json.loads(value)
-        except (ValueError, RecursionError) as exc:
-            raise InvalidMessage("a revocation that is not JSON") from exc
+        said = parse_object(value, "the revocation")
         members = Members(said, "the revocation")
         key = members.text("key") if "key" in said else key
         if not _KEY.fullmatch(key):

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from lacre.errors import InvalidMessage, LacreError
 from lacre.evidence.audit_proof import MAX_INTENT
+from lacre.runtime.json_objects import parse_object
 
 _MAX_LISTS: Final = 1024  # bytes of groups, scopes and policies that an intent carries itself
 MAX_ENTRY: Final = 0xFFFF  # C2SP tlog-tiles: an entry's length is two bytes in its bundle
@@ -201,11 +202,8 @@ def _short(lists: Iterable[Sequence[str]]) -> bool:
 
 def parse(data: bytes) -> dict[str, Any]:
     """The members of an entry, which are those of its kind and no others. Raises InvalidMessage."""
-    try:
-        members = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidMessage("it is not JSON") from exc
-    if not isinstance(members, dict) or not isinstance(members.get("kind"), str) or members["kind"] not in _FORMS:
+    members = parse_object(data, "it")
+    if not isinstance(members.get("kind"), str) or members["kind"] not in _FORMS:
         raise InvalidMessage("it is of no known kind")
     required, allowed = _FORMS[members["kind"]]
     if not required <= members.keys() <= allowed:

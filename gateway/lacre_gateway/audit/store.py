@@ -16,7 +16,6 @@ Rules:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -24,13 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import filelock
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre.errors import LacreError, SettingsError
+from lacre.errors import InvalidMessage, LacreError, SettingsError
 from lacre.evidence import checkpoints, merkle
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.checkpoints import Checkpoint
 from lacre.jose.jws import raw_public_key
+from lacre.runtime import file_locks
+from lacre.runtime.json_objects import parse_object
 from lacre_gateway.audit import tiles
 from lacre_gateway.audit.journal import Journal
 from lacre_gateway.audit.reader import CHECKPOINT, KEY, Loaded, Snapshot, Wrong, load
@@ -91,7 +93,7 @@ class Store:
         try:
             self._open(origin)
         except BaseException:
-            os.close(self._lock)
+            self._lock.release()
             raise
 
     def _open(self, origin: str) -> None:
@@ -169,16 +171,16 @@ class Store:
     def still_open(self) -> tuple[int, list[str]]:
         """A size of the log, and the requests whose intents had no outcome then: (0, none) where nobody wrote them down."""
         try:
-            state = json.loads((self._folder / OPEN).read_bytes())
+            state = parse_object((self._folder / OPEN).read_bytes(), OPEN)
             size, names = state["size"], state["open"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, InvalidMessage, KeyError):
             return 0, []
         known = isinstance(size, int) and 0 <= size <= self.size and isinstance(names, list)
         return (size, [name for name in names if isinstance(name, str)]) if known else (0, [])
 
     def close(self) -> None:
         self._journal.close()
-        os.close(self._lock)  # and with it the lock
+        self._lock.release()
 
     def _tiles(self) -> Iterator[tuple[str, bytes]]:
         """Every full tile and bundle that is not on disk yet, and the partial ones."""
@@ -204,19 +206,13 @@ def _cut(first: int, row: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes
         yield (first + at) // tiles.WIDTH, row[at : at + tiles.WIDTH]
 
 
-def _locked(folder: Path) -> int:
-    """The lock's handle. Raises OSError, or SettingsError where another process has it."""
+def _locked(folder: Path) -> filelock.BaseFileLock:
+    """Raises OSError, or SettingsError where another process has the lock."""
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"audit: {folder} is a file: the audit log is a folder, name one")
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        os.close(handle)
-        raise SettingsError(f"audit: another gateway writes in {folder}: each process has a log of its own") from exc
-    return handle
+    return file_locks.take(folder / LOCK, f"audit: another gateway writes in {folder}: each process has a log of its own")
 
 
 def _last_noted(path: Path) -> int:

@@ -4,7 +4,6 @@ Open `sealed.py` first: the ASGI app around another. `app_call.py` calls an app 
 """
 
 from lacre.asgi.app_call import (
-    AUTHORITY,
     EXTENSION,
     MAX_PENDING,
     SCHEME,
@@ -24,6 +23,7 @@ from lacre.asgi.app_call import (
 )
 from lacre.asgi.sealed import Sealed, key_file, pin
 from lacre.errors import AppFailed
+from lacre.wire.header import AUTHORITY
 
 __all__ = [
     "AUTHORITY",

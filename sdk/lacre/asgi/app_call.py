@@ -32,7 +32,6 @@ from lacre.wire.padding import Shape
 from lacre.wire.records import Headers, Records, records
 
 SCHEME: Final = "https"
-AUTHORITY: Final = "lacre.invalid"  # RFC 2606: never resolves, so a request that escaped its seal reaches nobody
 EXTENSION: Final = "lacre.call"
 MAX_PENDING: Final = 16  # pieces the app may be ahead of the sealing: enough to overlap, too few to hide a slow reader
 

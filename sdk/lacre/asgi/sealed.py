@@ -15,9 +15,6 @@ import asyncio
 import hashlib
 import os
 import secrets
-import shlex
-import stat
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -30,12 +27,13 @@ from lacre.asgi.app_call import App, Call, Opened, Receive, Scope, Send, answer,
 from lacre.errors import AppFailed, LacreError, SettingsError, UnknownKeyId, UsageError
 from lacre.jose.jws import b64u
 from lacre.problems import Problem
-from lacre.runtime import arguments, folders, tasks
+from lacre.runtime import arguments, folders, private_files, tasks
 from lacre.wire.header import (
     MAX_SEALED_REQUEST,
     MEDIA_TYPE_KEYS,
     MEDIA_TYPE_REQUEST,
     MEDIA_TYPE_RESPONSE,
+    WELL_KNOWN,
     KeyConfig,
     encode_key_list,
 )
@@ -43,7 +41,6 @@ from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import Shape, shape_named
 from lacre.wire.wiping import overwrite
 
-WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # RFC 9540 section 4
 BODY_TIMEOUT: Final = 60.0  # seconds for a sealed request to arrive: 7 MiB at 1 Mbit/s
 MAX_READING: Final = 128 * 2**20  # bytes of all sealed requests that are being read: eighteen of the largest, or thousands
 MAX_KEY_ID: Final = 255  # one byte (RFC 9458 section 3)
@@ -208,8 +205,7 @@ def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
         raise SettingsError(f"{path} cannot be written ({exc.strerror}): make its folder, or name another file") from exc
     try:
         with path.open("rb", buffering=0) as file:
-            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise SettingsError(f"{path} can be read by others: chmod 600 {shlex.quote(str(path))}")
+            private_files.check(path, os.fstat(file.fileno()).st_mode)
             content = bytearray(_KEY_FILE_LIMIT)
             length = file.readinto(content) or 0
     except OSError as exc:
@@ -221,16 +217,13 @@ def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
 
 
 def _make_key_file(path: Path, key_id: int) -> None:
-    """Whole, or not at all: of several processes that start at once, all read the key of the one that was first."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", buffering=0) as new:  # mkstemp: 0600 from the start
-        secret = PrivateKey.generate(key_id).to_bytes()
-        try:
-            new.write(secret)
-        finally:
-            overwrite(secret)
-        os.fsync(new.fileno())
+    """Of several processes that start at once, all read the key of the one that was first."""
+    secret = PrivateKey.generate(key_id).to_bytes()
+    try:
         with suppress(FileExistsError):
-            os.link(new.name, path)
+            private_files.create(path, secret)
+    finally:
+        overwrite(secret)
 
 
 def _keys(keys: PrivateKey | Sequence[PrivateKey] | Keys) -> Keys:

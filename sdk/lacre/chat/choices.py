@@ -8,13 +8,13 @@ Rules:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage
+from lacre.runtime.json_objects import object_in
 
 MAX_DEPTH: Final = 16  # levels of a delta that are put together; a tool call has three
 # Members that are said once, and again perhaps, but never in pieces.
@@ -47,11 +47,8 @@ class ToolCall:
 
     def parsed(self) -> dict[str, Any]:
         """The arguments as an object. Raises InvalidMessage if they are none: the model wrote them."""
-        try:
-            value = json.loads(self.arguments)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
+        value = object_in(self.arguments)
+        if value is not None:
             return value
         wrong = InvalidMessage("the model's arguments for this call are not a JSON object, or were cut short")
         wrong.remedy = "Allow more tokens, or say `strict: true` in the tool; then ask again."

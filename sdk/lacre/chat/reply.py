@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,6 +16,7 @@ from lacre.evidence.receipts import Receipt
 from lacre.evidence.recount import Recount, Tokenizer, Written
 from lacre.evidence.verification import Verification
 from lacre.runtime import arguments
+from lacre.runtime.json_objects import parse_object
 from lacre.transport.sealed import FACTS, REFUSAL
 
 CHAT_PATH: Final = "/v1/chat/completions"
@@ -196,10 +196,4 @@ def api_error(status: int, content: bytes) -> ApiError:
 
 
 def json_object(content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidMessage("the worker's answer is not JSON") from exc
-    if not isinstance(value, dict):
-        raise InvalidMessage("the worker's answer is not a JSON object")
-    return value
+    return parse_object(content, "the worker's answer")

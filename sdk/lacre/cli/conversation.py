@@ -7,7 +7,6 @@ named for it, and that one is for its owner alone.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +22,7 @@ from lacre.cli.output import err, out, printable, tell, waiting
 from lacre.cli.render import Pace, Plain, Rendered, show
 from lacre.client import Client
 from lacre.errors import LacreError, SettingsError
+from lacre.runtime import private_files
 
 HELP: Final = """\
 Enter sends. Alt-Enter or Ctrl-J begins a new line, and what is pasted keeps its own. Up and down go through what was typed.
@@ -131,7 +131,7 @@ def save(path: Path, turns: list[dict[str, str]]) -> None:
     """Writes a conversation as Markdown into a new file of mode 0600. Raises SettingsError."""
     text = "\n\n".join(f"**{turn['role']}**\n\n{turn['content']}" for turn in turns)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(path, "xb", opener=private_files.opener) as file:
             file.write(f"{text}\n".encode("utf-8", "backslashreplace"))
     except OSError as exc:
         raise SettingsError(f"{path} cannot be written ({exc.strerror}): name a file that is not there yet") from exc
@@ -151,9 +151,8 @@ def _history(path: Path | None) -> History:
     if path is None:
         return InMemoryHistory()
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        if path.stat().st_mode & 0o077:
-            raise SettingsError(f"{path} holds prompts and can be read by others: chmod 600 {shlex.quote(str(path))}")
+        with open(path, "ab", opener=private_files.opener) as file:
+            private_files.check(path, os.fstat(file.fileno()).st_mode)
     except OSError as exc:
         raise SettingsError(f"{path} cannot be written ({exc.strerror}): name another file with --history") from exc
     return FileHistory(str(path))

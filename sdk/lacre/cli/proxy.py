@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-import os
 import secrets
-import shlex
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +16,8 @@ import typer
 from lacre.cli import lock
 from lacre.cli.output import AsJson, PoolName, Url, err, say, waiting
 from lacre.errors import SettingsError
-from lacre.runtime import shell, tasks
+from lacre.runtime import private_files, shell, tasks
+from lacre.runtime.hosts import is_loopback
 
 if TYPE_CHECKING:
     from lacre.proxy import Door
@@ -68,11 +67,13 @@ def proxy(
 
 def check_host(host: str, *, allowed: bool) -> None:
     """Raises SettingsError for an address beyond loopback that was not allowed, and for one that is none."""
+    if is_loopback(host):
+        return
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError as exc:
         raise SettingsError(f"--host {host} is no address: 127.0.0.1 is the usual one") from exc
-    if not loopback and not allowed:
+    if not allowed:
         raise SettingsError(
             f"{host} can be reached from other machines, and prompts would cross the network unsealed: run the proxy where "
             "the program runs, or say --allow-remote"
@@ -82,12 +83,11 @@ def check_host(host: str, *, allowed: bool) -> None:
 def key_from(path: Path) -> str:
     """The key in a file of mode 0600; a new one where there is none. Raises SettingsError."""
     try:
-        with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32) + "\n")
+        with suppress(FileExistsError):
+            private_files.create(path, f"{secrets.token_urlsafe(32)}\n".encode())
         if not path.is_file():
             raise SettingsError(f"{path} is no file: name one with --key-file")
-        if path.stat().st_mode & 0o077:
-            raise SettingsError(f"{path} can be read by others: chmod 600 {shlex.quote(str(path))}")
+        private_files.check(path, path.stat().st_mode)
         with path.open("rb") as file:
             key = file.read(MAX_KEY + 1).decode("ascii", "replace").strip()
     except OSError as exc:

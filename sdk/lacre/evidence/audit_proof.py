@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from typing import Any, Final, Self
 from lacre.errors import InvalidAudit, InvalidMessage, LacreError, MessageTooLarge
 from lacre.evidence import checkpoints, merkle
 from lacre.evidence.checkpoints import Checkpoint
-from lacre.jose.jws import unrepeated
 from lacre.runtime import arguments
+from lacre.runtime.json_objects import object_in, parse_object
 
 HEADER: Final = "lacre-audit"
 # An entry, a path and a checkpoint in base64 stay below it, however long a caller's name is; nginx and Node take as much.
@@ -57,12 +56,9 @@ class AuditProof:
     def members(self) -> dict[str, Any]:
         """What the entry says. Raises InvalidAudit if it is not a JSON object, or has a member twice: readers would differ."""
         try:
-            value = json.loads(self.entry, object_pairs_hook=unrepeated)
-        except (ValueError, RecursionError) as exc:
-            raise InvalidAudit("the audit entry is not JSON, or has a member twice") from exc
-        if not isinstance(value, dict):
-            raise InvalidAudit("the audit entry is not a JSON object")
-        return value
+            return parse_object(self.entry, "the audit entry", once=True)
+        except InvalidMessage as exc:
+            raise InvalidAudit(str(exc)) from exc
 
     def header(self) -> str:
         """A Dictionary of RFC 9651."""
@@ -161,10 +157,10 @@ def _claims(token: str) -> dict[str, object]:
     if len(parts) != 3:
         return {}
     try:
-        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-    except (ValueError, RecursionError):
+        said = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
+    except ValueError:
         return {}
-    return claims if isinstance(claims, dict) else {}
+    return object_in(said) or {}
 
 
 def _b64(data: bytes) -> str:

@@ -54,15 +54,13 @@ from lacre.trust.chain import Trusted
 from lacre.trust.manifest import MAX_DOCUMENT, Manifest, PoolKey
 from lacre.trust.manifest_store import Memory, accept
 from lacre.wire import bhttp
-from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, Kem
+from lacre.wire.header import AUTHORITY, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, SEALED_PATH, Kem
 from lacre.wire.ohttp import seal_request
 from lacre.wire.padding import Shape, request_length, shape_named
 
-ORIGIN: Final = "https://lacre.invalid"  # RFC 2606: never resolves, so what escaped its seal would reach nobody
-AUTHORITY: Final = "lacre.invalid"
+ORIGIN: Final = f"https://{AUTHORITY}"
 DEFAULT_KEMS: Final = (Kem.XWING,)
 MANIFEST_PATH: Final = "/v1/manifest"
-SEALED_PATH: Final = "/v1/sealed"
 SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym for as long as it lives
 MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off than this, the manifest would not have verified
 REFRESH_PAUSE: Final = 30.0  # seconds until a refresh that failed is tried again, while the manifest that there is still holds

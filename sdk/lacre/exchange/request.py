@@ -14,6 +14,7 @@ from typing import Any, Final, TypeGuard
 
 from lacre.errors import MessageTooLarge, UsageError
 from lacre.exchange.resume_marks import ASK, MEMBER
+from lacre.runtime.json_objects import object_in
 from lacre.wire.header import MAX_SEALED_REQUEST
 
 DEFAULT_MAX_TOKENS: Final = 512  # what the SDK asks for, for each choice, where the caller does not say; of `http`, KiB
@@ -89,7 +90,7 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     if len(plain.content) > MAX_CONTENT:
         raise MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
     action = action_of(plain.method, plain.path.partition("?")[0])
-    body = _json_object(plain.content) if action != "http" else None
+    body = object_in(plain.content) if action != "http" else None
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     headers = dict(plain.headers)
     default_model = headers.get(_MODEL, models[0] if models else "")
@@ -144,11 +145,3 @@ def _begun(body: dict[str, Any]) -> int:
 
 def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _json_object(content: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -22,8 +22,9 @@ from lacre.exchange.request import Plain, is_repeatable
 from lacre.exchange.resume_marks import ASK, DIGEST, MEMBER, YES
 from lacre.exchange.retry import ENDURANCE_RESUMING, MOST_LOST, may_have_lost
 from lacre.exchange.sealed_answer import Opening, Refusal
-from lacre.exchange.sse_join import EVENT_STREAM, Splice
+from lacre.exchange.sse_join import Splice
 from lacre.exchange.steps import Steps, Wait
+from lacre.wire.records import EVENT_STREAM
 
 
 def asking(plain: Plain) -> Plain:

@@ -15,12 +15,10 @@ import json
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage, MessageTooLarge
-from lacre.exchange.event_blocks import EventBlocks, field
+from lacre.exchange.event_blocks import DONE, MAX_EVENT, EventBlocks, data_of, field
 from lacre.exchange.resume_marks import Mark
+from lacre.runtime.json_objects import object_in
 
-EVENT_STREAM: Final = "text/event-stream"
-MAX_EVENT: Final = 2**20  # bytes of one event; a whole tool call has some thousand
-_DONE: Final = b"[DONE]"
 _ANSWER: Final = ("id", "created")  # what all events of one answer have in common
 
 Counts = tuple[int, int, int]  # tokens: of the prompt, of it cached, of the answer
@@ -57,7 +55,7 @@ class Splice:
         if len(self._blocks.pending) > MAX_EVENT:
             if self._marked:
                 raise MessageTooLarge(f"an event of over {MAX_EVENT} bytes in the answer")
-            self._blocks.pending = b""
+            self._blocks.pending.clear()
         return out if self._marked else data
 
     def end(self) -> bytes:
@@ -77,7 +75,7 @@ class Splice:
 
     def _event(self, lines: list[bytes]) -> bytes:
         """One event, or what stands between two."""
-        data = b"\n".join(field(lines, b"data"))
+        data = data_of(lines)
         if not data:
             return b""
         chunk = _object(data)
@@ -137,13 +135,7 @@ class Splice:
 
 def _object(data: bytes) -> dict[str, Any]:
     """The event's object; an empty one for `[DONE]`, and for what is none."""
-    if data == _DONE:
-        return {}
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return (object_in(data) if data != DONE else None) or {}
 
 
 def _choices(chunk: dict[str, Any]) -> list[dict[str, Any]]:

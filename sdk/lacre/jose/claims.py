@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from lacre.errors import InvalidMessage
 from lacre.jose.jws import b64u_decode
+from lacre.runtime.json_objects import parse_object
 
 
 class Members:
@@ -20,6 +21,11 @@ class Members:
             raise InvalidMessage(f"{what} must be a JSON object")
         self._values: Mapping[str, Any] = values
         self._what = what
+
+    @classmethod
+    def parse(cls, data: bytes | bytearray, what: str) -> Self:
+        """Raises InvalidMessage."""
+        return cls(parse_object(data, what), what)
 
     def _get(self, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self._values.get(name)

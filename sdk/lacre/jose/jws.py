@@ -17,6 +17,7 @@ from cryptography.exceptions import InvalidSignature as BadSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge
+from lacre.runtime.json_objects import parse_object
 
 if TYPE_CHECKING:
     import jwt
@@ -86,7 +87,7 @@ def verify(token: str, key: bytes | Ed25519PublicKey, typ: str) -> dict[str, Any
             raise InvalidMessage("an Ed25519 public key has 32 bytes") from exc
     header, _, payload = signed.partition(".")
     if header == _header(typ):
-        return _json_object(_verified(signed, payload, raw, key, typ), typ)
+        return parse_object(_verified(signed, payload, raw, key, typ), f"the payload of a {typ}")
     return _verify_other(token, key, typ)
 
 
@@ -115,36 +116,12 @@ def _verify_other(token: str, key: Ed25519PublicKey, typ: str) -> dict[str, Any]
         raise InvalidMessage(f"a {typ} that is not a compact JWS") from exc
     if decoded["header"].get("typ") != typ:
         raise InvalidSignature(f"a signed statement of another type where a {typ} was expected")
-    return _json_object(decoded["payload"], typ)
+    return parse_object(decoded["payload"], f"the payload of a {typ}")
 
 
 def read_object(segment: str) -> dict[str, Any]:
     """The JSON object in one part of a compact JWS. Raises InvalidMessage.
 
-    One that names a member twice, at any depth, says two things and so nothing (RFC 8725 section 3.10: readers would differ).
+    One that names a member twice, at any depth, is refused.
     """
-    try:
-        value = json.loads(b64u_decode(segment), object_pairs_hook=unrepeated)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidMessage("a part of a token that is not JSON, or that has a member twice") from exc
-    if not isinstance(value, dict):
-        raise InvalidMessage("a part of a token that is not a JSON object")
-    return value
-
-
-def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `object_pairs_hook` of `json.loads`. Raises ValueError for an object that names a member twice."""
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError
-    return members
-
-
-def _json_object(payload: bytes, typ: str) -> dict[str, Any]:
-    try:
-        value = json.loads(payload)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidMessage(f"a {typ} whose payload is not JSON") from exc
-    if not isinstance(value, dict):
-        raise InvalidMessage(f"a {typ} whose payload is not a JSON object")
-    return value
+    return parse_object(b64u_decode(segment), "a part of a token", once=True)

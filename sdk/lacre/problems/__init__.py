@@ -18,6 +18,7 @@ from typing import Final
 from lacre import errors
 from lacre.errors import Details
 from lacre.problems import details as members
+from lacre.runtime.json_objects import object_in
 
 MEDIA_TYPE: Final = "application/problem+json"
 # Limits of requests at once, as gateways name them, and what a client does about them.
@@ -49,11 +50,7 @@ class Problem:
     @staticmethod
     def type_in(body: bytes) -> str | None:
         """The `type` of a problem document; None where the bytes are none."""
-        try:
-            value = json.loads(body)
-        except (ValueError, RecursionError):
-            return None
-        kind = value.get("type") if isinstance(value, dict) else None
+        kind = (object_in(body) or {}).get("type")
         return kind if isinstance(kind, str) else None
 
     def exception(self, retry_after: float | None = None, details: Details = members.NONE) -> errors.RefusedError:

@@ -9,12 +9,12 @@ Rules:
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Callable
 from typing import Final
 
 from lacre.errors import Detail, Details
+from lacre.runtime.json_objects import object_in
 
 NONE: Final[Details] = {}
 MAX_LISTED: Final = 32  # names in a list: as many as a person reads
@@ -65,12 +65,7 @@ _FORMS: Final[dict[str, Callable[[object], Detail | None]]] = {
 
 def read(body: bytes) -> dict[str, Detail]:
     """The members of a problem document that are of this table and of their form. Never raises."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(value, dict):
-        return {}
+    value = object_in(body) or {}
     found = {name: form(value[name]) for name, form in _FORMS.items() if name in value}
     return {name: detail for name, detail in found.items() if detail is not None}
 

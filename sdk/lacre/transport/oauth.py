@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import inspect
-import json
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -23,6 +22,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from lacre.errors import InvalidMessage, SettingsError, Unauthenticated, Unavailable, UsageError
 from lacre.runtime import arguments
 from lacre.runtime.hosts import checked_host, is_loopback
+from lacre.runtime.json_objects import object_in
 
 EARLY: Final = 30.0  # seconds before its expiry that a token is replaced; a request under way is checked at its start alone
 EARLY_SHARE: Final = 0.2  # and for one that lives shorter than that lasts, this share of its life
@@ -121,7 +121,7 @@ class Issued:
     @classmethod
     def parse(cls, status: int, content: bytes, asked_at: float) -> Issued:
         """A token server's answer. asked_at: by the monotonic clock. Raises Unauthenticated, Unavailable or InvalidMessage."""
-        members = _object(content)
+        members = object_in(content) or {}
         if status != 200:
             code = members.get("error")
             said = code if isinstance(code, str) and _ERROR_CODE.fullmatch(code) else f"status {status}"
@@ -163,11 +163,3 @@ def checked(token: str) -> str:
             "the access token holds a space, a line end or a sign that none has: see LACRE_TOKEN, or what token=... gives"
         )
     return token
-
-
-def _object(content: bytes) -> dict[str, object]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

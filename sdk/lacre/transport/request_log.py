@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from lacre.exchange.call import AUTHORITY
+from lacre.wire.header import AUTHORITY
 
 
 class _InnerAddress(logging.Filter):

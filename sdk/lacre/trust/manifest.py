@@ -136,10 +136,7 @@ class Document:
     def parse(cls, data: bytes) -> Document:
         if len(data) > MAX_DOCUMENT:
             raise MessageTooLarge(f"a manifest document of over {MAX_DOCUMENT} bytes")
-        try:
-            members = Members(json.loads(data), "the manifest document")
-        except (ValueError, RecursionError) as exc:
-            raise InvalidMessage("the manifest document is not JSON") from exc
+        members = Members.parse(data, "the manifest document")
         roots = members.text_lists("roots", at_most=MAX_CHAIN)
         if any(len(entry) not in (1, 2) for entry in roots):
             raise InvalidMessage("an entry of the chain of roots is one JWS, or two at a change")

@@ -11,22 +11,18 @@ Rules:
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 from lacre.errors import LacreError, SettingsError, UsageError
 from lacre.jose.jws import b64u, b64u_decode
-from lacre.runtime import arguments, folders, forks
+from lacre.runtime import arguments, file_locks, folders, forks, private_files
 from lacre.trust.chain import Trusted, verify
 from lacre.trust.rollback import Seen, newest, remember
 
 LOCK_WAIT: Final = 10.0  # seconds for others that hold the memory; each of them needs some milliseconds
-_LOCK_LOOK: Final = 0.01  # seconds between looks at whether the lock is free
 MAX_REMEMBERED: Final = 64 * 2**20  # bytes of the file: a document of the largest size for some fifty lineages
 _TAKEN: Final = "another process or thread has held the memory of manifests for too long: see which, and end it"
 
@@ -103,7 +99,8 @@ class VersionFile:
         path = self._folder / "seen.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with _locked(path.with_suffix(".lock"), self._patience):
+            lock = path.with_suffix(".lock")
+            with file_locks.held(lock, f"{lock}: {_TAKEN}", self._patience):
                 before = _read(path)
                 trusted, after = _decided(decide, before)
                 if after != before:
@@ -114,24 +111,6 @@ class VersionFile:
                 "space, or pass memory=lacre.VersionMemory()"
             ) from exc
         return trusted
-
-
-@contextmanager
-def _locked(path: Path, patience: float) -> Iterator[None]:
-    import filelock  # noqa: PLC0415 - `import lacre` need not wait for it
-
-    # A soft lock outlives its process and would need breaking, so none is used. Removing the file would break the lock.
-    lock = filelock.FileLock(
-        path, patience, mode=0o600, poll_interval=_LOCK_LOOK, fallback_to_soft=False, preserve_lock_file=True
-    )
-    try:
-        lock.acquire()
-    except filelock.Timeout as exc:
-        raise SettingsError(f"{path}: {_TAKEN}") from exc
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _read(path: Path) -> tuple[Seen, ...]:
@@ -162,13 +141,4 @@ def _form(seen: Seen) -> dict[str, object]:
 
 
 def _write(path: Path, seen: Sequence[Seen]) -> None:
-    content = json.dumps([_form(one) for one in seen]).encode()
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as new:  # mkstemp: 0600 from the start
-        try:
-            new.write(content)
-            new.flush()
-            os.fsync(new.fileno())
-            Path(new.name).replace(path)
-        except BaseException:
-            Path(new.name).unlink(missing_ok=True)
-            raise
+    private_files.replace(path, json.dumps([_form(one) for one in seen]).encode())

@@ -22,6 +22,10 @@ from lacre.wire import framing
 MEDIA_TYPE_REQUEST: Final = "message/ohttp-chunked-req"
 MEDIA_TYPE_RESPONSE: Final = "message/ohttp-chunked-res"
 MEDIA_TYPE_KEYS: Final = "application/ohttp-keys"
+SEALED_PATH: Final = "/v1/sealed"  # where a gateway takes sealed requests
+WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # where an application without a gateway does (RFC 9540 section 4)
+# What an application inside the seal is called as. RFC 2606: never resolves, so a request that escaped its seal reaches nobody.
+AUTHORITY: Final = "lacre.invalid"
 
 # Bytes of plaintext in a chunk.
 MAX_CHUNK: Final = framing.MAX_CHUNK

@@ -33,7 +33,7 @@ END: Final = 2 * UNIT
 LARGEST_FLOOR: Final = 8 * UNIT
 
 _WITHOUT_CONTENT: Final = (204, 205, 304)  # RFC 9110; 204 tells readers of event streams not to come back
-_EVENT_STREAM: Final = "text/event-stream"
+EVENT_STREAM: Final = "text/event-stream"
 _LINE_END: Final = b"\n"  # not a bare CR: an LF that follows would then end another line
 _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n")
 
@@ -96,7 +96,7 @@ def _may_be_filled(status: int, headers: Headers) -> bool:
         return False
     values = dict(headers)
     media_type = values.get("content-type", "").partition(";")[0].strip().lower()
-    return media_type == _EVENT_STREAM and "content-length" not in values and "content-encoding" not in values
+    return media_type == EVENT_STREAM and "content-length" not in values and "content-encoding" not in values
 
 
 class _Events:

@@ -13,8 +13,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from lacre.errors import SettingsError
 from lacre.runtime import folders
+from lacre.runtime.hosts import is_loopback
 
-LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 _SECRET: Final = (
     "pin",
     "pin-value",
@@ -70,12 +70,12 @@ class Address:
         """Where a service of HTTP is: TLS, but for loopback."""
         port = "" if self.port is None else f":{self.port}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'http' if self.host in LOOPBACK else 'https'}://{host}{port}"
+        return f"{'http' if is_loopback(self.host) else 'https'}://{host}{port}"
 
 
 def endpoint(text: str) -> str:
     """An option that says where a service is. Raises SettingsError for what is neither TLS nor loopback."""
     parts = urlsplit(text)
-    if parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK):
+    if parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         return text.rstrip("/")
     raise SettingsError("an endpoint begins with https://, or is http:// on this machine")

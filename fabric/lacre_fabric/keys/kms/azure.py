@@ -14,7 +14,9 @@ from azure.identity import DefaultAzureCredential
 
 from lacre.errors import InvalidMessage, SettingsError
 from lacre.jose.jws import b64u, b64u_decode
-from lacre_fabric.keys.kms.address import LOOPBACK, Address
+from lacre.runtime.hosts import is_loopback
+from lacre.runtime.json_objects import parse_object
+from lacre_fabric.keys.kms.address import Address
 from lacre_fabric.keys.kms.protocol import Context, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
 from lacre_fabric.keys.kms.service import HttpService, Said
 
@@ -37,7 +39,7 @@ class AzureKeys:
     def __init__(self, address: Address, name: str, version: str) -> None:
         self._name, self._version = name, version
         # A token is for one kind of vault in one cloud: vault.azure.net, managedhsm.azure.net, vault.azure.cn and so on.
-        kind = "vault.azure.net" if address.host in LOOPBACK else address.host.partition(".")[2]
+        kind = "vault.azure.net" if is_loopback(address.host) else address.host.partition(".")[2]
         self._scope = f"https://{kind}/.default"
         self._service = HttpService(f"the key vault at {address.host}", address.origin)
         self._credential: Any = DefaultAzureCredential()
@@ -48,11 +50,11 @@ class AzureKeys:
 
     def unwrap(self, wrapped: bytes, context: Context) -> bytearray:  # noqa: ARG002 - see above
         try:
-            members = json.loads(wrapped)
+            members = parse_object(wrapped, "the wrapped key")
             version, value = str(members["version"]), str(members["value"])
             if not version.isalnum():  # it becomes part of a path
                 raise ValueError
-        except (ValueError, KeyError, TypeError) as exc:
+        except (InvalidMessage, ValueError, KeyError) as exc:
             raise WrongWrapping("the wrapped key is none of a key vault's") from exc
         said = self._ask("unwrapkey", version, value)
         try:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lacre.errors import InvalidMessage
 from lacre.jose.jws import b64u, b64u_decode
+from lacre.runtime.json_objects import parse_object
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys.kms.protocol import DATA_KEY, Context, Kms, WrongWrapping
 
@@ -43,7 +44,7 @@ class Sealed:
     def parse(cls, data: bytes | bytearray) -> Sealed:
         """Raises WrongWrapping."""
         try:
-            members = json.loads(data)
+            members = parse_object(data, "the wrapped key")
             binary = (b64u_decode(members[name]) for name in ("wrapped", "content", "public"))
             return cls(str(members["by"]), *binary)
         except (ValueError, KeyError, TypeError, InvalidMessage) as exc:

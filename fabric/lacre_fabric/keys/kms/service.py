@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 import httpx2
 
+from lacre.runtime.json_objects import object_in
 from lacre_fabric.keys.kms.protocol import KmsError, KmsUnreachable
 
 TIMEOUT: Final = 10.0  # seconds for each step; a worker's start waits for it
@@ -74,11 +74,7 @@ class HttpService:
                 content = self._content(response, deadline)
         except httpx2.TransportError as exc:
             raise KmsUnreachable(f"{self.name} does not answer ({type(exc).__name__})") from exc
-        try:
-            members = json.loads(content)
-        except (ValueError, RecursionError):
-            members = {}
-        return Said(self.name, response.status_code, members if isinstance(members, dict) else {})
+        return Said(self.name, response.status_code, object_in(content) or {})
 
     def _content(self, response: httpx2.Response, deadline: float) -> bytes:
         """Bounded, and never inflated: what is compressed is no JSON."""

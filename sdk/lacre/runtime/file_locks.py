@@ -1,0 +1,52 @@
+"""Locks between processes. The kernel drops a lock when its process ends, so none outlives a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from lacre.errors import SettingsError
+
+if TYPE_CHECKING:
+    import filelock
+
+_LOOK: Final = 0.01  # seconds between looks at whether the lock is free
+
+
+def take(path: Path, busy: str, patience: float = 0.0) -> filelock.BaseFileLock:
+    """The lock of the file at `path`, held until its `release()`.
+
+    busy: what to say where another process or thread holds it. patience: seconds to wait. Raises SettingsError, or OSError.
+    """
+    lock = attempt(path, patience)
+    if lock is None:
+        raise SettingsError(busy)
+    return lock
+
+
+def attempt(path: Path, patience: float = 0.0) -> filelock.BaseFileLock | None:
+    """None where another process or thread holds the lock. Raises OSError."""
+    import filelock  # noqa: PLC0415 - `import lacre` need not wait for it
+
+    # A soft lock outlives its process and would need breaking, so none is used. Removing the file would break the lock.
+    # thread_local: who closes a log is not always the thread that opened it.
+    lock = filelock.FileLock(
+        path, patience, 0o600, thread_local=False, poll_interval=_LOOK, fallback_to_soft=False, preserve_lock_file=True
+    )
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        return None
+    return lock
+
+
+@contextmanager
+def held(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
+    """As `take`, for a block."""
+    lock = take(path, busy, patience)
+    try:
+        yield
+    finally:
+        lock.release()

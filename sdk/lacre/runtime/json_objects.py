@@ -1,0 +1,38 @@
+"""Reads bytes from elsewhere as one JSON object. What nests too deep for Python's reader is no JSON either."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lacre.errors import InvalidMessage
+
+
+def parse_object(data: bytes | bytearray | str, what: str, *, once: bool = False) -> dict[str, Any]:
+    """Raises InvalidMessage, which calls the text `what` and does not repeat it.
+
+    once: refuse an object that names a member twice, at any depth. It says two things and so nothing: readers would differ
+    (RFC 8725 section 3.10).
+    """
+    try:
+        value = json.loads(data, object_pairs_hook=_unrepeated if once else None)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidMessage(f"{what} is not JSON" + (", or has a member twice" if once else "")) from exc
+    if not isinstance(value, dict):
+        raise InvalidMessage(f"{what} is not a JSON object")
+    return value
+
+
+def object_in(data: bytes | bytearray | str) -> dict[str, Any] | None:
+    """None where the text is no JSON object."""
+    try:
+        return parse_object(data, "it")
+    except InvalidMessage:
+        return None
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError
+    return members
