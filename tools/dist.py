@@ -254,7 +254,7 @@ def make(out: Path, key_path: Path | None, of: Source) -> None:
 
 
 def replace(out: Path, made: Path) -> None:
-    """Puts what was made in the place of what an earlier run made, and of nothing else."""
+    """Replaces the files of an earlier run with the new ones, and touches no others."""
     if out.exists() and any(out.iterdir()) and not (out / SUMS).exists():
         raise SystemExit(f"{out} has files that `make dist` did not make: move them away first")
     shutil.rmtree(out, ignore_errors=True)

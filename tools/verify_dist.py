@@ -30,7 +30,7 @@ SIGNER: Final = "lacre-release"
 
 
 class VerifyError(Exception):
-    """A file of the folder is not what was signed."""
+    """A file of the folder differs from the signed one."""
 
 
 @dataclass(frozen=True, slots=True)
