@@ -53,6 +53,15 @@ def test_another_payload_or_type_under_the_same_signature(member: str) -> None:
         open_envelope(json.dumps(envelope).encode(), [KEY.public_key()])
 
 
+def test_another_type_that_the_key_did_sign() -> None:
+    """The key may sign other things in envelopes: none of them is provenance."""
+    envelope = json.loads(seal(b"{}", KEY))
+    envelope["payloadType"] = "text/plain"
+    envelope["signatures"][0]["sig"] = base64.b64encode(KEY.sign(pae("text/plain", b"{}"))).decode()
+    with pytest.raises(AttestationError, match="not an in-toto statement"):
+        open_envelope(json.dumps(envelope).encode(), [KEY.public_key()])
+
+
 @pytest.mark.parametrize("envelope", [b"", b"[]", b"{}", b"\xff", b'{"payloadType": "x", "payload": "*", "signatures": []}'])
 def test_no_envelope(envelope: bytes) -> None:
     with pytest.raises(AttestationError, match="not a DSSE envelope"):
