@@ -102,8 +102,15 @@ def reference() -> Iterator[Reference]:
     reference.close()
 
 
-@pytest.mark.parametrize("scope", [None, b"one scope"], ids=["no reuse", "reuse"])
-@pytest.mark.parametrize("settings", [SPLIT, UNIFIED], ids=["split", "unified"])
+@pytest.mark.parametrize(
+    ("settings", "scope"),
+    [
+        pytest.param(SPLIT, None, id="split, no reuse"),
+        pytest.param(UNIFIED, b"one scope", id="unified, reuse"),
+        pytest.param(SPLIT, b"one scope", id="split, reuse", marks=pytest.mark.slow),
+        pytest.param(UNIFIED, None, id="unified, no reuse", marks=pytest.mark.slow),
+    ],
+)
 async def test_batched_tokens_are_those_of_one_sequence(
     reference: Reference, make_task: MakeTask, run: Run, settings: LlamaSettings, scope: bytes | None
 ) -> None:
@@ -227,7 +234,7 @@ async def test_a_prefix_cached_by_another_scope_changes_nothing(
     assert await cold_and_warm(tiny_engine, task(b"a"), run) == (199, 1)
 
 
-async def test_choices_of_one_request_share_a_running_prefix(tiny: Path, make_task: MakeTask, run: Run) -> None:
+async def test_the_prefix_of_a_running_request_is_shared_in_its_scope(tiny: Path, make_task: MakeTask, run: Run) -> None:
     with engine_of(tiny, UNIFIED) as engine:
         prompt = tuple(engine.tokenize("y" * 150))
         first = make_task(engine, prompt=prompt, max_tokens=300, cache_scope=b"a")

@@ -209,17 +209,20 @@ async def test_closing_ends_what_runs_and_waits(
     own_engine.close()
 
 
+LENGTH = 14  # tokens: an answer of this length already ends code points in several of them, and is cut after each
+
+
 async def test_an_answer_that_was_begun_goes_on(engine: Engine, make_task: MakeTask, run: Run) -> None:
     """Wherever it is cut, between code points or in one, in what a stop string holds back or past it."""
     text = "¡Así! 漢字 and 😀 or é: 日本 😀😀"
-    free, end = await run(engine, make_task(engine, text, max_tokens=24, sampling=GREEDY))
+    free, end = await run(engine, make_task(engine, text, max_tokens=LENGTH, sampling=GREEDY))
     ids, said = [token.id for token in free], [token.text for token in free]
     for cut in range(1, len(ids) + 1):
         begun = tuple(ids[:cut])
-        rest, finish = await run(engine, make_task(engine, text, max_tokens=24 - cut, sampling=GREEDY, begun=begun))
+        rest, finish = await run(engine, make_task(engine, text, max_tokens=LENGTH - cut, sampling=GREEDY, begun=begun))
         whole = b"".join(token.raw for token in [*free[:cut], *rest]).decode("utf-8", "replace")
         assert "".join([*said[:cut], *(token.text for token in rest)]) + finish.text == whole
-        assert (finish.reason, finish.completion_tokens) == ("length", 24 - cut)
+        assert (finish.reason, finish.completion_tokens) == ("length", LENGTH - cut)
         assert finish.prompt_tokens == end.prompt_tokens + cut
 
 

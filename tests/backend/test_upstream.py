@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 import tomllib
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
@@ -251,12 +250,10 @@ async def drops(_scope: Any, _body: bytes, send: Send) -> None:
 
 @pytest.mark.parametrize("limit", ["wait = 0.3", "longest = 0.3"])
 async def test_an_upstream_that_says_nothing(limit: str) -> None:
-    began = time.monotonic()
     async with serving(silence) as server:
         answered = await ask(create_app(settings(server.url, limit)), granted(), "POST", PREDICT)
         await asyncio.wait_for(server.left.wait(), 5)
     assert code(answered) == (504, "upstream_timeout")
-    assert time.monotonic() - began < 5
 
 
 async def test_an_answer_that_never_ends_is_cut() -> None:

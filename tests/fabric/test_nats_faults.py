@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -165,10 +164,8 @@ async def test_a_full_queue_takes_no_more(ends: Ends) -> None:
     await (await gateway.dispatch(new_work())).cancel()
     for _ in range(QUEUED_MESSAGES):
         await gateway.connection.jetstream.publish(subjects.work("a", subjects.DEFAULT_REGION, "m2"), b"x")
-    began = time.monotonic()
     with pytest.raises(QueueFull):
         await gateway.dispatch(new_work())
-    assert time.monotonic() - began < 1
     assert not gateway._side("a").waiting
 
 

@@ -9,7 +9,6 @@ import ipaddress
 import resource
 import socket
 import ssl
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -316,10 +315,8 @@ async def test_time_is_what_ends_it(stage: Stage) -> None:
     """A deadline, not a race: a head that comes in time, in pieces, is served."""
     async with served(stage, header_timeout=30) as (_, port):
         reader, writer = await dial(port)
-        began = time.monotonic()
         for at in range(len(HEALTH)):
             writer.write(HEALTH[at : at + 1])
             await writer.drain()
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-        assert time.monotonic() - began < 30
         writer.close()

@@ -176,10 +176,9 @@ async def test_expired_manifest(tmp_path: Path, issuer: Issuer) -> None:
     await stage.gateway.close()
 
 
-async def test_no_worker_within_two_seconds(stage: Stage, client: httpx2.AsyncClient) -> None:
-    since = time.monotonic()
+async def test_no_worker(stage: Stage, client: httpx2.AsyncClient) -> None:
+    """Told apart from `BUSY`, which a request gets that waited in the queue."""
     assert_problem(await post(stage, client), problems.NO_WORKER)
-    assert time.monotonic() - since < 2
 
 
 async def test_not_connected(stage: Stage, client: httpx2.AsyncClient) -> None:
@@ -205,7 +204,7 @@ async def test_queue_limit(impatient: Stage) -> None:
     async with impatient.http() as client:
         since = time.monotonic()
         assert_problem(await post(impatient, client), problems.BUSY)
-        assert 0.2 <= time.monotonic() - since < 1
+        assert time.monotonic() - since >= 0.2
     assert not impatient.hub.queue
     assert (await impatient.trail())[1]["outcome"] == "refused"
 
@@ -233,16 +232,19 @@ async def test_requests_at_once(impatient: Stage) -> None:
 
 
 async def test_slow_body(impatient: Stage) -> None:
+    body, sent = impatient.seal()[0], 0
+
     async def trickle() -> AsyncIterator[bytes]:
-        for byte in impatient.seal()[0]:
+        nonlocal sent
+        for byte in body:
+            sent += 1
             yield bytes([byte])
             await asyncio.sleep(0.05)
 
     async with impatient.http() as client:
-        since = time.monotonic()
         response = await client.post("/v1/sealed", content=trickle(), headers=impatient.headers())
     assert_problem(response, problems.SLOW_BODY)
-    assert time.monotonic() - since < 5
+    assert sent < len(body), "the gateway waited for all of it"
     assert impatient.gateway.limits.running == 0
 
 
@@ -314,9 +316,7 @@ async def test_worker_refuses(
 
 async def test_worker_dies_before_its_answer(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(pieces=(), beats=({},), ending="silence")
-    since = time.monotonic()
     assert_problem(await post(stage, client), problems.WORKER_LOST)
-    assert time.monotonic() - since < 5
 
 
 @pytest.mark.parametrize(

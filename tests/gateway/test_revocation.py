@@ -217,40 +217,33 @@ async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[Cluster]:
     await cluster.close()
 
 
-async def refused_after(gateways: list[GatewayProcess], token: str, since: float) -> float:
-    """Seconds until all of these refuse the token; what they answer before says that it was let in."""
-    return max(await asyncio.gather(*(_refused_after(gateway, token, since) for gateway in gateways)))
+async def refused_by(gateways: list[GatewayProcess], token: str) -> None:
+    """Until all of these refuse the token. What they answer before says that they let it in."""
+    await asyncio.gather(*(_refused_by(gateway, token) for gateway in gateways))
 
 
-async def _refused_after(gateway: GatewayProcess, token: str, since: float) -> float:
+async def _refused_by(gateway: GatewayProcess, token: str) -> None:
     headers = {"lacre-pool": POOL, "lacre-model": MODEL, "lacre-action": "chat", "content-type": "text/plain"}
     async with httpx2.AsyncClient(base_url=gateway.base_url, trust_env=False, verify=False) as client, asyncio.timeout(20):
         while True:
             response = await client.post("/v1/sealed", headers={**headers, "authorization": f"Bearer {token}"})
             if response.status_code == 401:
-                return time.monotonic() - since
+                return
             assert response.status_code == 415
             await asyncio.sleep(0.005)
 
 
 @pytest.mark.slow
-async def test_refused_everywhere_within_a_second(cluster: Cluster, issuer: Issuer) -> None:
-    """Measured from before it is revoked. The bound is generous: the machine may be busy."""
-    times, tokens = [], [issuer.token(sub=f"s{number}", jti=f"t{number}") for number in range(20)]
+async def test_refused_everywhere(cluster: Cluster, issuer: Issuer) -> None:
+    tokens = [issuer.token(sub=f"s{number}", jti=f"t{number}") for number in range(20)]
     settings = load(cluster.gateways[0].settings)
     connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
     for number, token in enumerate(tokens):
         await let_in(cluster, token)
         what = {"jti": f"t{number}"} if number % 2 else {"subject": f"s{number}"}
-        since = time.monotonic()
         await revoke(connection, revocation(settings.issuers, now=time.time(), **what))  # type: ignore[arg-type]
-        times.append(await refused_after(cluster.gateways, token, since))
+        await refused_by(cluster.gateways, token)
     await connection.close()
-    print(
-        f"refused on {len(cluster.gateways)} gateways after {sorted(times)[10] * 1e3:.0f} ms, {max(times) * 1e3:.0f} ms at most"
-    )
-    assert sorted(times)[10] < 1.0
-    assert max(times) < 5.0  # of twenty one may meet a busy moment
 
     # And by a gateway that starts later.
     first = cluster.gateways[0]
@@ -258,7 +251,7 @@ async def test_refused_everywhere_within_a_second(cluster: Cluster, issuer: Issu
     first.start()
     await first.ready()
     for token in tokens:
-        await refused_after([first], token, time.monotonic())
+        await refused_by([first], token)
     await let_in(cluster, issuer.token(sub="s1", jti="another"))  # s1 was not revoked, its token t1 was
 
 
@@ -270,7 +263,7 @@ async def test_lacre_revoke(what: str, cluster: Cluster, issuer: Issuer) -> None
     arguments = [what, "bob", "--settings", str(cluster.gateways[1].settings)]
     done = await asyncio.to_thread(lacre_command, "revoke", *arguments)
     assert done.returncode == 0 and done.stdout.startswith("revoked until "), done.stderr
-    await refused_after(cluster.gateways, token, time.monotonic())
+    await refused_by(cluster.gateways, token)
     for wrong in (
         ["--until", "2020-01-01"],
         ["--issuer", "https://third.example"],

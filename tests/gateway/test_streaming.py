@@ -209,9 +209,7 @@ async def test_client_that_leaves(when: str, stage: Stage, worker: FakeWorker, u
             async with request as response:
                 async for _ in response.aiter_raw():
                     break
-    since = time.monotonic()
     await until(lambda: worker.cancelled)
-    assert time.monotonic() - since < 1
     outcome = (await stage.trail())[1]
     assert outcome["outcome"] == "client-gone"
     assert outcome["status"] == (None if when == "before the answer" else 200)
@@ -323,9 +321,6 @@ async def test_shutdown_aborts_what_takes_too_long(stage: Stage, worker: FakeWor
         async with served(stage, drain=1) as url:
             answering = asyncio.create_task(http.post(f"{url}/v1/sealed", content=stage.seal()[0], headers=stage.headers()))
             await until(lambda: worker.opened)
-            await asyncio.sleep(0.1)
-            since = time.monotonic()
-        assert time.monotonic() - since < 4
         with pytest.raises(httpx2.RemoteProtocolError):
             await answering
     assert (await stage.trail())[1]["outcome"] == "interrupted"

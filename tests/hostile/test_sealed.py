@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 
 import pytest
 
@@ -92,9 +91,7 @@ async def test_huge_part(stage: Stage, gateway: GatewayOwner, verdict: Verdict, 
 async def test_tiny_pieces(stage: Stage, gateway: GatewayOwner, verdict: Verdict) -> None:
     whole = encode_request_indeterminate(inner())
     head = whole[: whole.index(b"\x00\x02{}\x00\x00") + 1]
-    began = time.monotonic()
     await unread(gateway, stage, verdict, head + b"\x01a" * 500_000 + b"\x00\x00")
-    assert time.monotonic() - began < 2
     fewer = head + b"\x01 " * (MAX_REQUEST_PIECES - 1) + part(chat(stage)) + b"\x00\x00"
     assert (await gateway.submit(fewer)).status == 200
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -276,8 +275,6 @@ async def test_endless_drip(stage: Stage, gateway: GatewayOwner) -> None:
             yield b"\x00"
 
     gateway.respond = lambda _request: response(200, drip(), MEDIA_TYPE_RESPONSE)
-    began = time.monotonic()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await stage.client(gateway).chat(stage.prompt)
-    assert time.monotonic() - began < 2

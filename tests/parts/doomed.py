@@ -117,9 +117,8 @@ class Doomed:
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.05)
 
-    def kill(self, name: str, *, until: Callable[[], Any]) -> float:
-        """Throws until `until`: work that tries things again takes one throw for a failed try. Returns the seconds it took."""
-        began = time.monotonic()
+    def kill(self, name: str, *, until: Callable[[], Any]) -> None:
+        """Throws until `until`: work that tries things again takes one throw for a failed try."""
 
         def tried() -> bool:
             if not until():
@@ -129,7 +128,6 @@ class Doomed:
             return bool(until())
 
         self.until(tried)
-        return time.monotonic() - began
 
     def ended(self) -> bool:
         return self.process.poll() is not None

@@ -25,7 +25,6 @@ from parts.up import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-SOON = 15.0  # seconds; one is promised, on a machine that does nothing else
 GATEWAY = {"audit", "issuer keys", "drain", "fabric", "reload", "rules", "admin API", "revocations", "manifest", "budgets"}
 WORKER = {"node", "pool keys", "health", "presence", "manifest"}
 
@@ -42,13 +41,12 @@ def lines(doomed: Doomed, event: str, name: str) -> list[dict[str, object]]:
 
 
 def is_killed(doomed: Doomed, name: str) -> None:
-    """It dies of it, soon, and its log says of what."""
-    seconds = doomed.kill(name, until=doomed.ended)
+    """It dies of it, and its log says of what."""
+    doomed.kill(name, until=doomed.ended)
     assert doomed.process.wait() not in (0, -9, -15), doomed.said()
     (death,) = lines(doomed, "background work died", name)
     assert "Traceback (most recent call last)" in str(death["traceback"])
     assert "Doom" in str(death["traceback"]) or "RuntimeError" in str(death["traceback"])  # of a loop that was stopped
-    assert seconds < SOON
 
 
 def each_is_killed(start: Callable[[int], Doomed], wanted: set[str], stack: ExitStack) -> set[str]:

@@ -222,10 +222,8 @@ class TestNoWorker:
         try:
             time.sleep(3.5)
             with lacre.Client(own.url, token=own.token, memory=lacre.VersionMemory(), retries=0) as client:
-                began = time.monotonic()
                 with pytest.raises(lacre.Unavailable) as caught:
                     client.chat("Hi.")
-                assert time.monotonic() - began < 2
                 assert caught.value.problem == problems.NO_WORKER.type
                 assert caught.value.retry_after
         finally:
