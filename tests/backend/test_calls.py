@@ -35,7 +35,7 @@ def chat(content: Any = MESSAGE, **fields: Any) -> dict[str, Any]:
 async def test_a_client_that_leaves_frees_the_engine(post: Post, n: int) -> None:
     engine = EchoEngine(n_ctx=4096, delay=0.002, repeat=100)
     call = Call("r", max_tokens=3000)
-    reply = await asyncio.wait_for(post(create_app([engine]), CHAT, chat(stream=True, n=n), call=call, leave_after=3), 5)
+    reply = await asyncio.wait_for(post(create_app([engine]), CHAT, chat(stream=True, n=n), call=call, leave_after=3), 15)
     assert not reply.complete
     await asyncio.sleep(0.05)
     assert engine.running == 0

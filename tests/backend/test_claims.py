@@ -75,7 +75,7 @@ async def test_a_lost_claim_stops_the_app_and_says_nothing(stage: Stage, app: Ap
         asking = asyncio.create_task(stage.ask())
         await until(lambda: app.calls)
         claims.answered.set()
-        await asyncio.wait_for(app.left.wait(), 3)
+        await asyncio.wait_for(app.left.wait(), 10)
         with pytest.raises(QueueTimeout):
             await asking
 
@@ -108,7 +108,7 @@ async def test_that_the_app_failed_is_for_the_winner_to_say(stage: Stage, app: A
     app.answer, claims.lost = fail, lost
     async with running(stage.node(app, repeatable=["chat"])):
         asking = asyncio.create_task(stage.ask())
-        await asyncio.wait_for(failed.wait(), 3)
+        await asyncio.wait_for(failed.wait(), 10)
         await asyncio.sleep(0.05)
         assert not asking.done() and not any(inbound.started.is_set() for inbound in claims.inbound.values())
         claims.answered.set()

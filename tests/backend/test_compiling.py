@@ -50,7 +50,7 @@ async def test_one_callers_schemas_leave_a_thread_to_the_others() -> None:
     compiler, slow, quick = Compiler(), Slow(), EchoEngine()
     greedy = [asyncio.create_task(asked(compiler, slow, GREEDY)) for _ in range(10)]
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             for _ in range(3):
                 assert await asked(compiler, quick, HONEST) == await asked(compiler, quick, ANOTHER)
         assert slow.begun == 1 and not any(task.done() for task in greedy)
@@ -71,6 +71,6 @@ async def test_nothing_is_compiled_for_who_left() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
     slow.let_go.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         assert await asked(compiler, slow, GREEDY) == await asked(compiler, EchoEngine(), HONEST)
     assert slow.begun == 2

@@ -129,7 +129,7 @@ async def test_an_answer_that_waits_for_its_mask_still_ends(
     await asyncio.sleep(0.1)
     if reason == "cancelled":
         small.cancel(task.id)
-    await asyncio.wait_for(waiting, 5)
+    await asyncio.wait_for(waiting, 15)
     assert isinstance(late[-1], Finish)
     assert late[-1].reason == reason
     assert (small.held[0], len(small._parked)) == (0, 0)

@@ -461,7 +461,7 @@ class TestCancelling:
         async with aclosing(dispatch.frames()) as frames:
             async for _ in frames:
                 break
-        await asyncio.wait_for(app.left.wait(), 1)
+        await asyncio.wait_for(app.left.wait(), 10)
         assert dispatch.receipt is not None
         last = stage.receipt(dispatch.receipt)
         assert (last.completion_tokens, last.final) == (2, True)  # before its first beat: what was made is told all the same

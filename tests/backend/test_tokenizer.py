@@ -145,7 +145,7 @@ async def test_a_text_whose_caller_left_is_given_up(tmp_path: Path) -> None:
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             while forks & tokenizer.forks():
                 await asyncio.sleep(0.01)
 

@@ -194,7 +194,7 @@ async def test_what_is_refused_is_not_waited_for(head: tuple[int, list[tuple[byt
     async with serving(respond) as server:
         answered = await ask(create_app(settings(server.url)), granted(max_tokens=2), "POST", PREDICT)
         assert answered.status in (413, 502)
-        await asyncio.wait_for(server.left.wait(), 5)
+        await asyncio.wait_for(server.left.wait(), 15)
 
 
 async def test_any_other_is_cut_there() -> None:
@@ -252,7 +252,7 @@ async def drops(_scope: Any, _body: bytes, send: Send) -> None:
 async def test_an_upstream_that_says_nothing(limit: str) -> None:
     async with serving(silence) as server:
         answered = await ask(create_app(settings(server.url, limit)), granted(), "POST", PREDICT)
-        await asyncio.wait_for(server.left.wait(), 5)
+        await asyncio.wait_for(server.left.wait(), 15)
     assert code(answered) == (504, "upstream_timeout")
 
 
@@ -260,7 +260,7 @@ async def test_an_answer_that_never_ends_is_cut() -> None:
     async with serving(drops) as server:
         with pytest.raises(AppFailed):
             await ask(create_app(settings(server.url, "longest = 0.5")), granted(max_tokens=999), "POST", PREDICT)
-        await asyncio.wait_for(server.left.wait(), 5)
+        await asyncio.wait_for(server.left.wait(), 15)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -281,7 +281,7 @@ async def test_a_client_that_leaves_ends_it_there(respond: Respond, elsewhere: b
         await asyncio.sleep(0.2)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        await asyncio.wait_for(server.left.wait(), 5)
+        await asyncio.wait_for(server.left.wait(), 15)
         if running is not None:
             running.close()
 

@@ -268,5 +268,5 @@ async def test_until_it_is_counted_an_event_is_a_token() -> None:
                 seen += isinstance(each, bhttp.Data)
                 if seen == 3:
                     break
-        await asyncio.wait_for(server.left.wait(), 5)
+        await asyncio.wait_for(server.left.wait(), 15)
     assert used(call) == (0, 0, 2)

@@ -39,7 +39,7 @@ class Ends:
     able: Able
 
     async def until(self, workers: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             while self.gateway.workers("a", "m1") != workers:
                 await asyncio.sleep(0.02)
 
@@ -65,7 +65,7 @@ async def test_it_is_announced_only_while_it_can_work(ends: Ends) -> None:
     await ends.until(1)
     pulling = tasks.spawn("pull", ends.worker.pull())
     await ends.gateway.dispatch(new_work())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         await (await pulling).drop()
 
 
@@ -76,7 +76,7 @@ async def test_what_came_when_it_could_not_any_more_goes_back(ends: Ends) -> Non
     await asyncio.sleep(0.1)  # the pull waits at the server
     ends.able.able = set()
     dispatch = await ends.gateway.dispatch(new_work())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         frames = [frame async for frame in dispatch.frames()]
     assert [(frame.kind, frame.payload) for frame in frames] == [(Kind.ERROR, problems.UNCLAIMED.type.encode())]
     assert not pulling.done()

@@ -166,7 +166,7 @@ async def test_cancel_reaches_the_worker(fabric: Fabric) -> None:
     frames = dispatch.frames()
     await anext(frames)
     await frames.aclose()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         await delivery.cancelled.wait()
     with pytest.raises(Cancelled):
         await delivery.send(Kind.DATA, b"y")
@@ -302,7 +302,7 @@ async def test_slots_bound_what_is_pulled(fabric: Fabric) -> None:
             await worker.pull()
     await first.drop()
     worker.release()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         await worker.pull()
 
 
@@ -341,7 +341,7 @@ async def test_what_a_worker_cannot_begin_stays_for_others(fabric: Fabric) -> No
         await gateway.dispatch(work)
     taken = await pulled(worker)
     other = await fabric.worker(node="n2", models=("m1",), slots=4)
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         rest = [await other.pull(), await other.pull()]
     assert not any(delivery.again for delivery in rest), "it was never given to the first one"
     assert {delivery.work.request_id for delivery in [*taken, *rest]} == {work.request_id for work in works}
@@ -351,7 +351,7 @@ async def test_a_request_of_many_sequences_takes_as_many_slots(fabric: Fabric) -
     gateway, worker = await fabric.gateway(), await fabric.worker(models=("m1", "m2"), slots=6, each={"m1": 4, "m2": 2})
     for _ in range(5):
         await gateway.dispatch(new_work(model="m1"))
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         heavy = await worker.pull()
     worker.weigh(heavy, 16)
     for _ in range(3):
@@ -370,7 +370,7 @@ async def test_a_request_whose_sequences_are_not_known_holds_its_model_back(fabr
     gateway, worker = await fabric.gateway(), await fabric.worker(slots=4)
     for _ in range(4):
         await gateway.dispatch(new_work())
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         first = await worker.pull()
     worker.weigh(first, None)
     assert await pulled(worker) == []

@@ -269,7 +269,7 @@ def test_uvloop_has_no_time_for_a_timer_that_is_due() -> None:
     async def waited() -> None:
         for number in range(20):
             with pytest.raises(QueueTimeout):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(15):
                     await anext(Inbound(number / 10_000).frames())
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

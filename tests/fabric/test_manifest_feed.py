@@ -131,7 +131,7 @@ async def test_an_expired_one_is_not_ready(bucket: Bucket, feed: ManifestFeed) -
 
 async def test_it_follows_the_fabric(bucket: Bucket, feed: ManifestFeed) -> None:
     async def until(version: int) -> None:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(10):
             while not feed.ready or feed.manifest.version < version:
                 await asyncio.sleep(0.01)
 

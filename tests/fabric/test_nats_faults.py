@@ -81,7 +81,7 @@ async def die(worker: NatsWorker) -> None:
 async def answered(worker: NatsWorker, gateway: NatsGateway) -> bool:
     """Whether work goes through from end to end."""
     dispatch = await gateway.dispatch(new_work())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         delivery = await worker.pull()
         assert await delivery.claim()
         await delivery.send(Kind.DATA, b"x")
@@ -94,7 +94,7 @@ async def answered(worker: NatsWorker, gateway: NatsGateway) -> bool:
 async def ends_with(dispatch: Dispatch) -> FabricError:
     """The error that the answer ends with."""
     with pytest.raises(FabricError) as caught:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             async for _ in dispatch.frames():
                 pass
     return caught.value
@@ -110,7 +110,7 @@ async def test_a_death_before_the_claim_costs_one_redelivery(ends: Ends) -> None
     dispatch = await gateway.dispatch(work)
     await first.pull()
     await die(first)
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         delivery = await second.pull()
     assert delivery.work == work
     assert delivery.again
@@ -149,7 +149,7 @@ async def test_deliveries_that_come_to_nothing_lose_the_request(ends: Ends) -> N
             other.release()
             waiting = asyncio.create_task(other.pull())
     with pytest.raises(WorkerLost, match="every delivery"):
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(10):
             await frames
     assert await ends.live.queued() == 0, "the message would stay until its time is over"
     waiting.cancel()
@@ -211,7 +211,7 @@ async def test_a_worker_serves_several_models(ends: Ends) -> None:
     for model in ("m2", "m1", "m2"):
         work = new_work(model=model)
         await gateway.dispatch(work)
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(10):
             delivery = await worker.pull()
         assert delivery.work == work
         await delivery.drop()
@@ -228,7 +228,7 @@ async def test_work_of_a_gateway_that_is_gone_is_stopped(ends: Ends) -> None:
     await delivery.send(Kind.DATA, b"x")
     await gateway.close()
     successor = await ends.gateway()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         while not successor._side("a").connected:  # once it has heard of the pool
             await asyncio.sleep(0.02)
         await delivery.send(Kind.BEAT, b"")
@@ -244,7 +244,7 @@ async def test_a_drained_worker_leaves_no_pull_behind(ends: Ends) -> None:
     await leaving.drain()
     work = new_work()
     await gateway.dispatch(work)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         delivery = await staying.pull()
     assert delivery.work == work
     assert delivery._message.metadata.num_delivered == 1
@@ -276,7 +276,7 @@ async def test_no_queue_is_said(ends: Ends) -> None:
     await asyncio.sleep(0.2)
     assert gateway.workers("a", "m1") == 0
     await ends.live.provision()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         while not gateway.workers("a", "m1"):
             await asyncio.sleep(0.05)
         await gateway.dispatch(new_work())
@@ -295,7 +295,7 @@ async def test_work_waits_for_its_queue_and_is_in_it_once(ends: Ends) -> None:
     assert not dispatching.done()
     await ends.live.provision()
     await dispatching
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         delivery = await worker.pull()
     assert (delivery.work.request_id, await gateway.backlog("a", subjects.DEFAULT_REGION)) == (work.request_id, 1)
     await delivery.drop()
@@ -316,7 +316,7 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     await delivery.drop()
     worker.release()
     for connection in (gateway.connection, other.connection, worker.connection):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             await connection.wait_connected()
     with pytest.raises(FabricError):
         await gateway.dispatch(new_work())
@@ -325,7 +325,7 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     await own.live.provision()
     # A sequence of the old queue means another message in the new one: to withdraw the old must not take the new away.
     new = new_work()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         while not (other.workers("a", "m1") and other.workers("a", "m2")):
             await asyncio.sleep(0.05)
         for _ in range(2):
@@ -335,7 +335,7 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     assert isinstance(await ends_with(waiting), WorkerLost | QueueTimeout)  # with its queue, or when another has its number
     assert await own.live.queued() == 1
     assert isinstance(await ending, WorkerLost)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         delivery = await pulling
     assert delivery.work == new
     assert await delivery.claim()
@@ -352,13 +352,13 @@ async def test_a_worker_takes_no_heap_of_work_after_an_outage(own: Ends) -> None
     await asyncio.sleep(0.2)
     await own.live.restart(4.5)  # long enough for two pulls more to be kept for the time after
     await own.live.provision()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         await gateway.connection.wait_connected()
         while not gateway.workers("a", "m1"):
             await asyncio.sleep(0.05)
     for _ in range(4):
         await gateway.dispatch(new_work())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         delivery = await pulling
     await asyncio.sleep(0.3)
     provisioner = await own.live.connect("provisioner")
@@ -396,7 +396,7 @@ async def test_a_new_pool_needs_no_restart(own: Ends) -> None:
     provisioner = await own.live.connect("provisioner")
     await provision(provisioner, pools)
     await provisioner.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         await gateway.connection.wait_connected()
         worker = await NatsWorker.connect(own.live.server.url, credential, "c", "n1", ["m1"])
         while not gateway.workers("c", "m1"):

@@ -31,7 +31,7 @@ class Both:
         self.stack.push_async_callback(self.gateway.close)
         self.gateway._open_pool = self._open
         self.workers = {pool: await self._worker(pool) for pool in ("a", "b")}
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             while not (self.side("a").connected and self.side("b").connected):
                 await asyncio.sleep(0.02)
 
@@ -48,7 +48,7 @@ class Both:
         return self.gateway._side(pool)
 
     async def answered(self, pool: str) -> None:
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(10):
             dispatch = await self.gateway.dispatch(new_work(pool))
             await whole_answer(await self.pulled(pool))
             assert [frame.kind async for frame in dispatch.frames()] == [Kind.DATA, Kind.USAGE]
@@ -60,13 +60,13 @@ class Both:
 
     async def cut(self, pool: str = "a") -> None:
         self.way.cut()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(10):
             while self.side(pool).connected:
                 await asyncio.sleep(0.01)
 
     async def mended(self, pool: str = "a") -> None:
         self.way.mend()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             while not self.side(pool).connected:
                 await asyncio.sleep(0.01)
 
@@ -113,7 +113,7 @@ async def test_a_gateway_whose_pools_are_all_away_says_so(both: Both) -> None:
         await gateway._side(pool).connect()
     assert gateway.connected
     both.way.cut()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         while gateway.connected:
             await asyncio.sleep(0.01)
     assert gateway.connection.connected
@@ -130,7 +130,7 @@ async def test_a_pool_whose_connection_cannot_be_made_is_away(both: Both) -> Non
             await gateway.dispatch(new_work("a"))
     assert gateway.away() >= {"a"}
     both.way.mend()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         while gateway.away():
             await asyncio.sleep(0.05)  # presence has it tried again
 

@@ -63,7 +63,7 @@ async def running(nats: LiveFabric) -> AsyncIterator[NatsDelivery]:
     yield delivery
     assert not delivery.cancelled.is_set()
     await dispatch.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         await delivery.cancelled.wait()
     await delivery.drop()
     await worker.close()
@@ -81,7 +81,7 @@ async def test_no_answer_of_jetstream_s_is_an_order(running: NatsDelivery, stole
         stolen.publish(f"$KV.claims_a.{request}", b"again", reply=target)
         stolen.publish(NEXT, json.dumps({"batch": 1, "no_wait": True}).encode(), reply=target)
     heard: list[str] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         while len(heard) < 8:  # NATS does send it there
             heard += [subject for subject, _ in await stolen.settle()]
     sending = asyncio.ensure_future(running.send(Kind.DATA, b"more"))

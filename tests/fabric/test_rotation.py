@@ -235,7 +235,7 @@ async def test_queues_that_the_message_server_lost_are_made_again(world: World) 
     stream = subjects.work_stream(POOL, subjects.DEFAULT_REGION)
     await world.connection.jetstream.delete_stream(stream)
     world.background(upkeep(world.site, world.connection, Schedule(), provisioning=True))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(15):
         while stream not in [found.config.name for found in await world.connection.jetstream.streams_info()]:
             await asyncio.sleep(0.05)
         while not await world.connection.jetstream.consumers_info(stream):

@@ -76,7 +76,7 @@ async def test_replicas_share_a_credential_and_are_told_apart(tmp_path: Path) ->
             await NatsGateway.connect(server.url, site.credential(f"gateway-{GATEWAY_ID}"), process_name(GATEWAY_ID, number))
             for number in (0, 15)
         ]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             while any(gateway.capacity().get(("default", DEFAULT_REGION), Capacity()).free != 4 for gateway in gateways):
                 await asyncio.sleep(0.05)
         with pytest.raises(FabricUnavailable, match="denies worker-default"):

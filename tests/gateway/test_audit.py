@@ -226,7 +226,7 @@ async def test_disk_that_is_full(tmp_path: Path) -> None:
         with pytest.raises(AuditUnavailable):
             await log.append(outcome(2))  # whose intent was refused
         assert await torn_away(folder)  # nothing of a failed commit stays
-    await asyncio.wait_for(owed, 5)  # nobody asked again
+    await asyncio.wait_for(owed, 15)  # nobody asked again
     assert log.writable
     await log.append(intent(3))
     log.append(outcome(3))

@@ -352,12 +352,12 @@ async def test_what_no_log_has_is_not_charged(stage: Stage, worker: FakeWorker) 
             headers = stage.headers(authorization=on(stage, "free"))
             asking = asyncio.create_task(http.post("/v1/sealed", content=stage.seal()[0], headers=headers))
             await asked.wait()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 while stage.gateway.audit.writable:
                     await asyncio.sleep(0.01)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 while stage.gateway.limits.running:
                     await asyncio.sleep(0.01)
     await stage.gateway.close()

@@ -141,7 +141,7 @@ async def test_process_serves_before_its_fabric_is_there_and_ends_in_order(stage
             refused = await http.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(token))
             assert refused.content == problems.UNAVAILABLE.body()  # nor does it know what was revoked
         process.send_signal(signal.SIGTERM)
-        _, rest = await asyncio.to_thread(process.communicate, timeout=10)
+        _, rest = await asyncio.to_thread(process.communicate, timeout=60)
     finally:
         process.kill()
         process.communicate()
@@ -156,11 +156,11 @@ async def test_process_that_cannot_start_says_why(stage: Stage) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         path = settings_file(stage, taken.getsockname()[1])
         process = start(path)
-        _, said = await asyncio.to_thread(process.communicate, timeout=10)
+        _, said = await asyncio.to_thread(process.communicate, timeout=60)
     assert process.returncode == 1
     assert b"listen: cannot listen on 127.0.0.1 port" in said and b"Traceback" not in said
     (stage.folder / "grant.key").unlink()
     process = start(path)
-    _, said = await asyncio.to_thread(process.communicate, timeout=10)
+    _, said = await asyncio.to_thread(process.communicate, timeout=60)
     assert process.returncode == 1
     assert b"grant.key" in said and b"Traceback" not in said

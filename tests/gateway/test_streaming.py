@@ -57,7 +57,7 @@ async def http(url: str) -> AsyncIterator[httpx2.AsyncClient]:
         yield http
 
 
-async def until(condition: object, seconds: float = 3.0) -> None:
+async def until(condition: object, seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it did not come to pass"

@@ -205,7 +205,7 @@ class TestOrder:
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        (await asyncio.wait_for(waiting, 5)).leave()
+        (await asyncio.wait_for(waiting, 15)).leave()
         assert turns._free == 1
 
 
