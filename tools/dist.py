@@ -42,7 +42,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 import bootstrap
 from attestation import key_id, seal, statement
-from verify_dist import NAMESPACE, PROVENANCE_SUFFIX, SIGNER, SIGNERS, SUMS, verify
+from verify_dist import NAMESPACE, PROVENANCE_SUFFIX, SIGNATURE, SIGNER, SIGNERS, SUMS, read_sums, verify
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 # What the provenance says of itself. docs/releasing.md describes them.
@@ -255,9 +255,15 @@ def make(out: Path, key_path: Path | None, of: Source) -> None:
 
 def replace(out: Path, made: Path) -> None:
     """Replaces the files of an earlier run with the new ones, and touches no others."""
-    if out.exists() and any(out.iterdir()) and not (out / SUMS).exists():
-        raise SystemExit(f"{out} has files that `make dist` did not make: move them away first")
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        others = {path.name for path in out.iterdir()} - {SUMS, SIGNATURE, SIGNERS}
+        if (out / SUMS).exists():
+            others -= set(read_sums((out / SUMS).read_text()))
+        if others:
+            raise SystemExit(
+                f"{out} has files that `make dist` did not make, move them away first: {', '.join(sorted(others))}"
+            )
+        shutil.rmtree(out)
     shutil.move(made, out)
 
 

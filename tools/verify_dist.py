@@ -44,7 +44,7 @@ class Verified:
 def verify(folder: Path, signers: Path) -> Verified:
     """Raises VerifyError or AttestationError."""
     _signature(folder, signers)
-    listed = _digests((folder / SUMS).read_text())
+    listed = read_sums((folder / SUMS).read_text())
     found = {path.name for path in folder.iterdir()} - {SUMS, SIGNATURE, SIGNERS}
     if found != set(listed):
         raise VerifyError(f"{SUMS} and the folder differ: {', '.join(sorted(found ^ set(listed)))}")
@@ -69,8 +69,8 @@ def _signature(folder: Path, signers: Path) -> None:
         raise VerifyError(f"the signature of {SUMS} does not hold: {(done.stdout + done.stderr).strip()}")
 
 
-def _digests(sums: str) -> dict[str, str]:
-    """By name, of what `sha256sum` prints."""
+def read_sums(sums: str) -> dict[str, str]:
+    """The hex digests by name, of what `sha256sum` prints. Raises VerifyError."""
     digests = {}
     for line in sums.splitlines():
         digest, _, name = line.partition("  ")

@@ -33,6 +33,7 @@ FILES = [*SIGNED, "SHA256SUMS", "SHA256SUMS.sig", "allowed_signers"]
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(300),
     pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed"),
 ]
 
@@ -227,6 +228,15 @@ class TestWhatIsRefused:
         with pytest.raises(SystemExit, match="did not make"):
             dist.replace(theirs, tmp_path)
         assert (theirs / "thesis.tex").exists()
+
+    def test_a_file_of_someone_else_among_ours(self, copy: Path, tmp_path: Path) -> None:
+        (copy / "thesis.tex").write_text("")
+        with pytest.raises(SystemExit, match=r"did not make, move them away first: thesis\.tex"):
+            dist.replace(copy, tmp_path)
+        (copy / "thesis.tex").unlink()
+        (tmp_path / "new").mkdir()
+        dist.replace(copy, tmp_path / "new")
+        assert list(copy.iterdir()) == []
 
 
 def test_without_a_key_it_says_what_its_signature_is_worth(capsys: pytest.CaptureFixture[str]) -> None:
