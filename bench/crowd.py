@@ -27,7 +27,7 @@ from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
 from lacre_fabric.work.contract import BEAT, Cancelled, FabricUnavailable
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 
 RECORD = b"\xa5" * 512  # no record looks like the end of a chunked answer
 SPREAD = 0.8  # of the logarithm of a service time: its squared coefficient of variation is e^(0.8²) − 1 = 0.90
@@ -97,12 +97,12 @@ class Crowd:
             with suppress(Cancelled, FabricUnavailable):
                 began = time.time()
                 if await delivery.claim():
-                    await delivery.send(Kind.DATA, RECORD)
+                    await delivery.send(FrameKind.DATA, RECORD)
                     await asyncio.sleep(self._service * self._random.lognormvariate(-(SPREAD**2) / 2, SPREAD))
-                    await delivery.send(Kind.DATA, RECORD)
+                    await delivery.send(FrameKind.DATA, RECORD)
                     digest = b64u(delivery.work.digest)
                     receipt = Receipt(digest, "sha256:00", 64, 0, 2, began, time.time(), final=True)
-                    await delivery.send(Kind.USAGE, receipt.sign(self._key).encode())
+                    await delivery.send(FrameKind.USAGE, receipt.sign(self._key).encode())
         finally:
             beating.cancel()
             await delivery.drop()
@@ -111,7 +111,7 @@ class Crowd:
 async def _beat(delivery: NatsDelivery) -> None:
     while True:
         await asyncio.sleep(BEAT)
-        await delivery.send(Kind.BEAT, b"")
+        await delivery.send(FrameKind.BEAT, b"")
 
 
 async def main(task: Task) -> None:

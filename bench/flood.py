@@ -36,7 +36,7 @@ from typing import Any
 from bench import command
 from bench.stand import MODEL, POOL, ROOT, Stand, ended, run_load, sealed, stand, usage
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
-from lacre_gateway.settings import Limits, Listen
+from lacre_gateway.settings import GatewayLimits, Listen
 
 CONNECTIONS = 200
 HONEST = 8
@@ -205,7 +205,7 @@ def measure(quick: bool) -> command.Figures:
             loud = run_load(honest)
             idle, used = idle_share(before, cpu_times()), (usage(pid).cpu - used) / (time.monotonic() - began)
     print(f"  statuses: {found['statuses']}", file=sys.stderr)
-    allowed = memory + Listen().held_bytes + 3 * Limits().body_bytes
+    allowed = memory + Listen().held_bytes + 3 * GatewayLimits().body_bytes
     return {
         "quiet_first_p50_ms": round(quiet["first_p50_ms"], 2),
         "quiet_first_p99_ms": round(quiet["first_p99_ms"], 2),

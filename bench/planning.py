@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 
 from bench import command
-from lacre_backend.engine.plan import Limits
+from lacre_backend.engine.plan import EngineLimits
 from lacre_backend.engine.scheduler import Scheduler
 from lacre_backend.engine.tokens import Tokens
 
@@ -47,7 +47,9 @@ def timed(scheduler: Scheduler) -> float:
 def full(length: int, *, unified: bool) -> Scheduler:
     """All slots hold `length` tokens; the first ones generate, the others are idle caches."""
     context = length + 1024
-    limits = Limits(SLOTS, context, SLOTS * context, unified=unified, step=2 * context, chunk=length, share=length, multiple=4)
+    limits = EngineLimits(
+        SLOTS, context, SLOTS * context, unified=unified, step=2 * context, chunk=length, share=length, multiple=4
+    )
     scheduler = Scheduler(limits)
     for number in range(SLOTS):
         scheduler.submit(f"t{number}", prompt(length, number), b"scope", fair=("tenant", str(number)))

@@ -27,7 +27,7 @@ from lacre.wire.header import MEDIA_TYPE_REQUEST, Aead, Kdf, Kem, Suite
 from lacre.wire.ohttp import seal_request
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision, publish_manifest
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.policy.rules import shipped
@@ -165,7 +165,7 @@ def stand(folder: Path) -> Iterator[Stand]:
     site.create()
     port, admin_port = free_port(), free_port()
     with ExitStack() as stack:
-        server = Server(site.folder / "nats", free_port())
+        server = NatsServer(site.folder / "nats", free_port())
         (site.folder / "nats").mkdir(exist_ok=True)
         alone = site.roles()
         known = {role.credential.name for role in alone}

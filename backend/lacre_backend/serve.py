@@ -20,15 +20,15 @@ from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.app_thread import Elsewhere
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
-from lacre_backend.engine.model import Facts, Gpu
-from lacre_backend.engine.protocol import Kind
+from lacre_backend.engine.model import Gpu, ModelMetadata
+from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.gguf import DEFAULT_MODEL, find
 from lacre_backend.node.claims import ClaimsProbe
 from lacre_backend.node.node import Identity, Node
 from lacre_backend.node.readiness import Holding, Part, Readiness, alive
-from lacre_backend.settings import Model, Settings
+from lacre_backend.settings import ModelSettings, WorkerSettings
 from lacre_backend.upstream import app as upstream
 from lacre_backend.upstream.probe import Probe
 from lacre_fabric import logs
@@ -43,13 +43,13 @@ from lacre_fabric.work.slots import shares
 log = structlog.get_logger("lacre.worker")
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: WorkerSettings) -> None:
     """Raises SettingsError, KmsError or FabricUnavailable where it cannot start, and TaskDied where a part of it died."""
     logs.configure(sys.stderr)
     await tasks.run(_serve(settings))
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: WorkerSettings) -> None:
     async with AsyncExitStack() as stack:
         kept = stack.enter_context(keeping(settings.kms, settings.pool))
         keys, receipt_key = KeyRing(settings.keys, kept), pool_keys.read_receipt_key(settings.receipt_key, kept)
@@ -115,7 +115,7 @@ def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) 
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedApp:
     """What answers: under which names, how many sequences at a time, and which actions it may begin before their claim.
 
     each: of the slots, how many each model may have. weighs: actions of which the app says how many sequences a request is.
@@ -132,7 +132,7 @@ class Served:
     weighs: frozenset[str] = frozenset()
 
 
-def served(settings: Settings, stack: AsyncExitStack) -> Served:
+def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
     """It ends with `stack`. Raises SettingsError."""
     if settings.upstream is not None:
         app, probe = Elsewhere(upstream.create_app(settings.upstream), "upstream"), Probe(settings.upstream)
@@ -141,7 +141,7 @@ def served(settings: Settings, stack: AsyncExitStack) -> Served:
         names = [model.name for model in settings.upstream.models]
         parts = (alive(app), probe.reason)
         # What another program does is never done twice.
-        return Served(app, names, settings.forwarded, frozenset(), parts, (probe,))
+        return ServedApp(app, names, settings.forwarded, frozenset(), parts, (probe,))
     _check_names(settings.models)
     engines = [load_engine(model) for model in settings.models]
     for engine in engines:
@@ -151,12 +151,12 @@ def served(settings: Settings, stack: AsyncExitStack) -> Served:
     own = {engine.model.name: engine.slots for engine in engines}
     slots = settings.slots or sum(own.values())
     parts = (alive(app), alive(*engines))
-    return Served(app, list(own), slots, REPEATABLE, parts, each=shares(slots, own), weighs=WEIGHED)
+    return ServedApp(app, list(own), slots, REPEATABLE, parts, each=shares(slots, own), weighs=WEIGHED)
 
 
-def _check_names(models: Sequence[Model]) -> None:
+def _check_names(models: Sequence[ModelSettings]) -> None:
     """Raises SettingsError where two have one id: a caller of it would get either."""
-    known: dict[str, Model] = {}
+    known: dict[str, ModelSettings] = {}
     for model in models:
         name = model.name or (DEFAULT_MODEL if model.path is None else from_file(model.path))
         other = known.setdefault(name, model)
@@ -180,21 +180,21 @@ async def _signalled() -> None:
     await stop.wait()
 
 
-def load_engine(model: Model) -> LlamaEngine | LlamaEmbedder:
+def load_engine(model: ModelSettings) -> LlamaEngine | LlamaEmbedder:
     """The engine that the file is for. Raises SettingsError for one that is missing, not GGUF too large, or whose tokenizer
     does not stand its trial.
     """  # fmt: skip
     file = find(model.path, model.name)
     tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
     try:
-        engine = LlamaEmbedder if Facts.read(file.path).kind is Kind.EMBED else LlamaEngine
+        engine = LlamaEmbedder if ModelMetadata.read(file.path).kind is TaskKind.EMBED else LlamaEngine
         return engine(file.path, name=file.name, digest=file.digest, settings=options(model), tokenizer=tokenizer)
     except BaseException:
         tokenizer.close()
         raise
 
 
-def options(model: Model) -> LlamaSettings:
+def options(model: ModelSettings) -> LlamaSettings:
     """A model's table, in the engine's words."""
     return LlamaSettings(
         n_ctx=model.context,

@@ -17,7 +17,7 @@ from lacre_fabric.settings import load as load_table
 _FORWARDED: Final = 8  # requests at a time where the settings do not say; what the upstream can take is its operator's to know
 
 
-class Model(Table):
+class ModelSettings(Table):
     """A model to serve. path: a GGUF file; the default model where left out. name: its id; from the file's where left out."""
 
     path: FilePath | None = None
@@ -36,7 +36,7 @@ class Model(Table):
     tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = ()
 
 
-class Settings(Table):
+class WorkerSettings(Table):
     """The whole file. keys: the folder with the pool's private keys; receipt_key: an Ed25519 key in PEM. Either models or an
     upstream, not both.
 
@@ -54,13 +54,13 @@ class Settings(Table):
     memory: FilePath | None = None
     health: FilePath | None = None
     nats: Nats
-    models: tuple[Model, ...] = ()
+    models: tuple[ModelSettings, ...] = ()
     upstream: Upstream | None = None
     slots: PositiveInt | None = None  # requests at a time; what the models take together, or 8 of an upstream, where left out
     drain: Seconds = 30.0  # seconds that running requests have after SIGTERM
 
     @model_validator(mode="after")
-    def _one_or_the_other(self) -> Settings:
+    def _one_or_the_other(self) -> WorkerSettings:
         if bool(self.models) == (self.upstream is not None):
             raise PydanticCustomError("served", "models: needs at least one entry, or a table [upstream] in place of them")
         return self
@@ -75,6 +75,6 @@ class Settings(Table):
         return b64u_decode(self.trust)
 
 
-def load(path: Path) -> Settings:
+def load(path: Path) -> WorkerSettings:
     """Reads and checks the file. Raises SettingsError."""
-    return load_table(Settings, path)
+    return load_table(WorkerSettings, path)

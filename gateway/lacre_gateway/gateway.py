@@ -30,12 +30,12 @@ from lacre_gateway.auth.tokens import Authenticator
 from lacre_gateway.budget.in_flight import BodyBytes, RequestLimits, Reservation
 from lacre_gateway.budget.ledger import Ledger
 from lacre_gateway.budget.settlement import Settlement
-from lacre_gateway.http.headers import Action, Outer
+from lacre_gateway.http.headers import Action, OuterHeaders
 from lacre_gateway.observe.metrics import Metrics
 from lacre_gateway.observe.tracing import Tracer
 from lacre_gateway.policy.live import LiveRules, Status
 from lacre_gateway.policy.rules import shipped
-from lacre_gateway.settings import Settings
+from lacre_gateway.settings import GatewaySettings
 
 ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON and HTTP around it, and padding, have bytes besides
 
@@ -47,7 +47,7 @@ class Gateway:
     that serve it, by name.
     """  # fmt: skip
 
-    settings: Settings
+    settings: GatewaySettings
     authenticator: Authenticator
     revocations: RevocationList
     rules: LiveRules
@@ -115,7 +115,7 @@ class Gateway:
             raise FabricUnavailable("the gateway is not connected to its message fabric yet")
         return self.fabric
 
-    def ceilings(self, outer: Outer, header: SealedHeader, sealed_bytes: int) -> Reservation:
+    def ceilings(self, outer: OuterHeaders, header: SealedHeader, sealed_bytes: int) -> Reservation:
         """What a request may use. A token of a prompt is at least a byte of what is sealed: JSON and HTTP put more bytes about
         it than a chat template adds tokens. Of a request below the least padded length these may be too few, and its whole size
         counts. The worker refuses what is more. Of the action `http`, bytes are counted and no tokens.
@@ -154,7 +154,7 @@ class Gateway:
 
 
 def build(
-    settings: Settings,
+    settings: GatewaySettings,
     key: Ed25519PrivateKey,
     log: Log,
     fetch: Callable[[], Awaitable[bytes | None]],

@@ -23,7 +23,7 @@ from lacre.errors import LacreError, SettingsError
 from lacre_fabric.logs import Log, make_log
 from lacre_fabric.operate.leash import PYTHON, leashed
 from lacre_gateway.http.server import reserve
-from lacre_gateway.settings import Settings
+from lacre_gateway.settings import GatewaySettings
 
 _WATCH: Final = 0.1  # seconds between looks at the processes
 _STARTED: Final = 10.0  # seconds: what dies earlier, the first time, could not start
@@ -66,7 +66,7 @@ class _Process:
             self.running.send_signal(number)
 
 
-def serve_all(settings: Settings, file: Path) -> None:
+def serve_all(settings: GatewaySettings, file: Path) -> None:
     """Until SIGTERM or SIGINT, from the main thread. file: the settings file. Raises SettingsError or ProcessDied."""
     log = make_log(sys.stderr).bind(gateway=settings.gateway)
     _make_folder(settings.audit)

@@ -42,7 +42,7 @@ from lacre_gateway.gateway import Gateway, build
 from lacre_gateway.http.logs import standard_logging
 from lacre_gateway.http.server import Server, allow_connections, bind, load_certificate, make_server, tls_context
 from lacre_gateway.policy.cedar import PolicyError
-from lacre_gateway.settings import Settings
+from lacre_gateway.settings import GatewaySettings
 
 _FIRST_RETRY: Final = 0.25  # seconds, doubled with each failure
 _LAST_RETRY: Final = 5.0
@@ -52,7 +52,7 @@ _PAST_DRAIN: Final = 2.0  # seconds: what a server takes to end beyond the limit
 _GOES_ON: Final = tasks.Restart("what cannot be read changes nothing: the last good rules and certificate stay in force")
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: GatewaySettings) -> None:
     """Until SIGTERM or SIGINT. Raises SettingsError where it cannot start: a port that is taken, a file that is missing."""
     logging.config.dictConfig(standard_logging("ext://sys.stderr"))
     # For the fabric's own loggers; the gateway's belongs to the app.
@@ -77,7 +77,7 @@ class _Link:
             await self.fabric.close()
 
 
-async def _run(settings: Settings) -> None:
+async def _run(settings: GatewaySettings) -> None:
     key = read_ed25519(settings.signing_key)
     Credential.load(settings.nats.credentials)  # a file that is wrong now is said now
     context = None if settings.listen.tls is None else tls_context(settings.listen.tls)

@@ -177,7 +177,7 @@ class Issuer(Table):
         return self
 
 
-class Limits(Table):
+class GatewayLimits(Table):
     """What one gateway process takes on. Times in seconds, sizes in bytes.
 
     body_bytes: of sealed bodies that it holds at once; handing one on costs up to three times its bytes, and the Helm chart
@@ -198,13 +198,13 @@ class Limits(Table):
     body_timeout: PositiveFloat = 30.0
 
 
-class Model(Table):
+class ModelLimits(Table):
     """context: the most prompt tokens that one request can use."""
 
     context: PositiveInt
 
 
-class Settings(Table):
+class GatewaySettings(Table):
     """The whole file. processes: how many serve the same port. admin: None serves neither metrics nor admin API."""
 
     gateway: Annotated[Name, AfterValidator(_gateway_name)]
@@ -220,13 +220,13 @@ class Settings(Table):
     processes: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] = 1
     nats: Nats
     issuers: Annotated[tuple[Issuer, ...], Field(min_length=1)]
-    limits: Limits = Limits()
-    models: dict[str, Model] = Field(default_factory=dict)
+    limits: GatewayLimits = GatewayLimits()
+    models: dict[str, ModelLimits] = Field(default_factory=dict)
     _process: int | None = PrivateAttr(default=None)
     _shared: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Settings:
+    def _consistent(self) -> GatewaySettings:
         if self.limits.grant_lifetime < self.limits.queue_limit + GRANT_MARGIN:
             raise PydanticCustomError(
                 "grant_lifetime",
@@ -252,7 +252,7 @@ class Settings(Table):
         """The name of this very process: on the fabric, in the audit log, in leases."""
         return self.gateway if self._process is None else process_name(self.gateway, self._process)
 
-    def as_instance(self, number: int) -> Settings:
+    def as_instance(self, number: int) -> GatewaySettings:
         """What one of several gateways of this name runs by, each on a machine of its own. Raises SettingsError."""
         if self.processes > 1:
             raise SettingsError("several instances have one process each: remove `processes`")
@@ -262,7 +262,7 @@ class Settings(Table):
         own._process = number
         return own
 
-    def for_process(self, number: int, port: int) -> Settings:
+    def for_process(self, number: int, port: int) -> GatewaySettings:
         """What one of several processes runs by: what cannot be shared is its own. port: the one that all of them serve."""
         name, admin = str(number), self.admin
         if admin is not None and admin.port:
@@ -288,11 +288,11 @@ class Settings(Table):
         return b64u_decode(self.trust)
 
 
-def load(path: Path) -> Settings:
+def load(path: Path) -> GatewaySettings:
     """Raises SettingsError."""
-    return files.load(Settings, path)
+    return files.load(GatewaySettings, path)
 
 
-def parse(text: str, path: Path) -> Settings:
+def parse(text: str, path: Path) -> GatewaySettings:
     """path: the file's place, for messages and relative paths. Raises SettingsError."""
-    return files.parse(Settings, text, path)
+    return files.parse(GatewaySettings, text, path)

@@ -24,9 +24,9 @@ from lacre.client import DEFAULT_TIMEOUT, EventHooks
 from lacre.errors import InvalidMessage, MessageTooLarge, SettingsError, UntrustedRoot
 from lacre.evidence.exchange_info import Facts
 from lacre.evidence.verification import Verification
-from lacre.exchange.call import ORIGIN, Call, Scope, Sealing
+from lacre.exchange.call import ORIGIN, CallState, Scope, Sealing
 from lacre.exchange.request import MAX_CONTENT, Plain
-from lacre.exchange.sealed_answer import MAX_PROBLEM, Opening, Refusal, check_sealed, problem_of, read_all
+from lacre.exchange.sealed_answer import MAX_PROBLEM, GatewayRefusal, Opening, check_sealed, problem_of, read_all
 from lacre.exchange.steps import Read, Send, Steps, Together, sent_bytes, sent_outer
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.problems import DATE, UNKNOWN_KEY, details
@@ -162,7 +162,7 @@ class DirectSealing(Sealing):
         self._token = token
         self._config: KeyConfig | None = None
 
-    def _exchange(self, call: Call) -> Steps[Opening | Refusal]:
+    def _exchange(self, call: CallState) -> Steps[Opening | GatewayRefusal]:
         while True:
             config = yield from self._known()
             send, opening = self._sealed(call, config)
@@ -171,7 +171,7 @@ class DirectSealing(Sealing):
                 document = yield from read_all(MAX_PROBLEM)
                 problem = problem_of(said, document)
                 if problem is not UNKNOWN_KEY or problem in call.mended:
-                    return Refusal(problem, said.retry_after, opening.facts, details.read(document))
+                    return GatewayRefusal(problem, said.retry_after, opening.facts, details.read(document))
                 call.mended.add(problem)
                 if self._config is config:  # no other call has learned of a newer one yet
                     self._config = None
@@ -200,7 +200,7 @@ class DirectSealing(Sealing):
         if self._config is None:
             raise UntrustedRoot("the app has none of the pinned keys: ask who runs it, by a way that you trust, for its pin")
 
-    def _sealed(self, call: Call, config: KeyConfig) -> tuple[Send, Opening]:
+    def _sealed(self, call: CallState, config: KeyConfig) -> tuple[Send, Opening]:
         plain = call.plain
         if len(plain.content) > MAX_CONTENT:
             raise MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")

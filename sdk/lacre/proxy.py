@@ -69,7 +69,7 @@ _STATUS: Final[tuple[tuple[type[errors.LacreError], int], ...]] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class ProxyAccess:
     """Who comes in. hosts: values of `Host`; origins: of `Origin`, none by default."""
 
     key: str = field(repr=False)
@@ -79,7 +79,7 @@ class Door:
     @classmethod
     def on(
         cls, port: int, key: str, *, names: Sequence[str] = (), origins: Sequence[str] = (), listening: str = "127.0.0.1"
-    ) -> Door:
+    ) -> ProxyAccess:
         """names: what this machine is called, beside loopback's own names. listening: the socket's address.
 
         Raises UsageError for a key that is none, and SettingsError for a name that no `Host` can be, or an origin that no
@@ -94,7 +94,7 @@ class Door:
         return cls(key, Hosts.of(listening, port, names), frozenset(map(as_origin, origins)))
 
 
-def create_app(client: AsyncClient, door: Door, held: int = HELD) -> ASGIApp:
+def create_app(client: AsyncClient, door: ProxyAccess, held: int = HELD) -> ASGIApp:
     """The server, as an ASGI app. The caller closes the client. held: bytes of all bodies together."""
     cors = Middleware(CORSMiddleware, allow_origins=sorted(door.origins), allow_methods=METHODS, allow_headers=["*"])
     middleware = [
@@ -154,7 +154,7 @@ class _Bodies:
             self._left += taken
 
 
-def _check_address(request: Request, door: Door) -> Response | None:
+def _check_address(request: Request, door: ProxyAccess) -> Response | None:
     hosts, origins = request.headers.getlist("host"), request.headers.getlist("origin")
     if len(hosts) != 1 or not door.hosts.know(hosts[0]):
         message = (
@@ -169,7 +169,7 @@ def _check_address(request: Request, door: Door) -> Response | None:
     return None
 
 
-def _check_key(request: Request, door: Door) -> Response | None:
+def _check_key(request: Request, door: ProxyAccess) -> Response | None:
     sent, *others = request.headers.getlist("authorization") or [""]
     scheme, _, key = sent.strip(_BLANKS).partition(" ")  # RFC 9110 sections 11.1 and 11.4: any case, one blank or more
     right = hmac.compare_digest(key.lstrip(_BLANKS).encode("latin-1"), door.key.encode("latin-1"))

@@ -17,7 +17,7 @@ from lacre_backend.api.app import create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
-from lacre_backend.engine.protocol import Engine, Event, Finish, Read, Sampling, Task, Token
+from lacre_backend.engine.protocol import Engine, Event, Finish, PromptProgress, Sampling, Task, Token
 from lacre_backend.models import gguf
 from parts.minilm import NAME, minilm
 
@@ -82,7 +82,7 @@ def run() -> Callable[..., Any]:
     """Run a task to its end: its tokens and its finish."""
 
     async def run(engine: Engine, task: Task) -> tuple[list[Token], Finish]:
-        events: list[Event] = [event async for event in engine.submit(task) if not isinstance(event, Read)]
+        events: list[Event] = [event async for event in engine.submit(task) if not isinstance(event, PromptProgress)]
         tokens, finish = events[:-1], events[-1]
         assert isinstance(finish, Finish)
         assert all(isinstance(token, Token) for token in tokens)

@@ -22,11 +22,11 @@ import pytest
 
 from lacre.asgi import Usage
 from lacre_backend.api.app import create_app
-from lacre_backend.api.run import Generation
+from lacre_backend.api.run import GenerationRuns
 from lacre_backend.engine import generate as llama_module
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import Gpu, Model
-from lacre_backend.engine.protocol import EngineError, Event, Finish, Read, Sampling, Task, TaskRefused, Token
+from lacre_backend.engine.protocol import EngineError, Event, Finish, PromptProgress, Sampling, Task, TaskRefused, Token
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models import gguf
 from parts.tiny_model import tiny_model
@@ -181,11 +181,11 @@ async def test_ways_of_sampling_side_by_side(tiny_engine: LlamaEngine, make_task
 async def test_a_long_prompt_says_how_far_it_is_read(tiny_engine: LlamaEngine, make_task: MakeTask) -> None:
     task = make_task(tiny_engine, prompt=tuple(tiny_engine.tokenize("x" * 480)), max_tokens=2)
     events = [event async for event in tiny_engine.submit(task)]
-    read = [event.prompt_tokens for event in events if isinstance(event, Read)]
+    read = [event.prompt_tokens for event in events if isinstance(event, PromptProgress)]
     assert read
     assert read == sorted(set(read))
     assert 0 < read[0] <= read[-1] < 480
-    assert [type(event) for event in events] == [*[Read] * len(read), Token, Token, Finish]
+    assert [type(event) for event in events] == [*[PromptProgress] * len(read), Token, Token, Finish]
 
 
 async def test_what_was_read_counts_before_the_first_token(tiny_engine: LlamaEngine, make_task: MakeTask) -> None:
@@ -199,7 +199,7 @@ async def test_what_was_read_counts_before_the_first_token(tiny_engine: LlamaEng
                 seen.add(value)
 
     prompt, usage = tuple(tiny_engine.tokenize("x" * 480)), Watched()
-    generation = Generation(tiny_engine, make_task(tiny_engine, prompt=prompt, max_tokens=1), 1, usage, "prompt")
+    generation = GenerationRuns(tiny_engine, make_task(tiny_engine, prompt=prompt, max_tokens=1), 1, usage, "prompt")
     generation.submit()
     events = generation.events()
     await anext(events)

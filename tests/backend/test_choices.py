@@ -12,7 +12,7 @@ import pytest
 
 from lacre.asgi import Usage
 from lacre_backend.api.app import create_app
-from lacre_backend.api.run import Generation
+from lacre_backend.api.run import GenerationRuns
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import Finish, Sampling, Task, TaskRefused, Token
 from parts.tiny_model import tiny_model, tiny_recurrent_model
@@ -44,7 +44,7 @@ def task(max_tokens: int = 3, sampling: Sampling | None = None, **fields: Any) -
 async def choices(engine: LlamaEngine, task: Task, n: int) -> tuple[dict[int, list[Token]], Usage, int]:
     """The tokens of each choice, what is billed, and how many tokens were computed."""
     before, usage = engine.computed_tokens, Usage()
-    generation = Generation(engine, task, n, usage, "prompt")
+    generation = GenerationRuns(engine, task, n, usage, "prompt")
     generation.submit()
     tokens: dict[int, list[Token]] = {i: [] for i in range(n)}
     async for index, event in generation.events():

@@ -9,7 +9,7 @@ import pytest
 from lacre import problems
 from lacre.asgi import Call, Receive, Send
 from lacre_fabric.work.contract import FabricUnavailable, QueueTimeout
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.keys import MODEL, NOW, POOL
 from parts.memory_fabric import MemoryFabric
 from parts.stage import Stage, running, until
@@ -54,7 +54,7 @@ async def test_what_is_repeatable_begins_beside_the_claim(stage: Stage, app: App
         assert not asking.done() and not any(inbound.started.is_set() for inbound in claims.inbound.values())  # not a frame yet
         claims.answered.set()
         answer = await asking
-    assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE] and answer.opened()[0].status == 200
+    assert [frame.kind for frame in answer.frames] == [FrameKind.DATA, FrameKind.USAGE] and answer.opened()[0].status == 200
 
 
 async def test_anything_else_waits_for_it(stage: Stage, app: App, claims: Claims) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from lacre_backend.api.compiling import Compiler
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.requests import ChatRequest, parse_chat
+from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
 from lacre_backend.api.tools.format import HERMES
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import Grammar
@@ -33,7 +33,7 @@ class Slow(EchoEngine):
         return super().grammar(source, begun)
 
 
-def request() -> ChatRequest:
+def request() -> ChatCompletionRequest:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}
     return parse_chat(json.dumps(body).encode())
 

@@ -15,10 +15,10 @@ from lacre.errors import SettingsError
 from lacre_backend.api.template.prompt import framed
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine
-from lacre_backend.engine.protocol import Embedding, EngineError, Event, Finish, Kind, PromptTooLong, Task, TaskRefused
+from lacre_backend.engine.protocol import Embedding, EngineError, Event, Finish, PromptTooLong, Task, TaskKind, TaskRefused
 from lacre_backend.engine.sizing import LlamaSettings
 from lacre_backend.serve import load_engine
-from lacre_backend.settings import Model
+from lacre_backend.settings import ModelSettings
 from parts.minilm import Array, Published, minilm, published
 from parts.tiny_model import tiny_model
 
@@ -46,7 +46,7 @@ def embedding_tokens(embedder: LlamaEmbedder, text: str) -> list[int]:
 
 def task(embedder: LlamaEmbedder, text: str, **fields: Any) -> Task:
     prompt = tuple(embedding_tokens(embedder, text))
-    return Task(id=f"e{next(_ids)}", prompt=prompt, max_tokens=1, kind=Kind.EMBED, **fields)
+    return Task(id=f"e{next(_ids)}", prompt=prompt, max_tokens=1, kind=TaskKind.EMBED, **fields)
 
 
 async def vector(embedder: LlamaEmbedder, text: str) -> Array:
@@ -112,8 +112,8 @@ async def test_what_fills_the_context_and_what_exceeds_it(embedder: LlamaEmbedde
 async def test_refused(embedder: LlamaEmbedder) -> None:
     for wrong in (
         Task(id="g", prompt=(1,), max_tokens=1),
-        Task(id="n", prompt=(), max_tokens=1, kind=Kind.EMBED),
-        Task(id="u", prompt=(10**6,), max_tokens=1, kind=Kind.EMBED),
+        Task(id="n", prompt=(), max_tokens=1, kind=TaskKind.EMBED),
+        Task(id="u", prompt=(10**6,), max_tokens=1, kind=TaskKind.EMBED),
     ):
         with pytest.raises(TaskRefused):
             embedder.submit(wrong)
@@ -154,9 +154,9 @@ def loaded() -> Iterator[list[LlamaEngine | LlamaEmbedder]]:
 
 
 def test_a_worker_takes_the_engine_that_the_file_is_for(tmp_path: Path, loaded: list[LlamaEngine | LlamaEmbedder]) -> None:
-    loaded += [load_engine(Model(path=path, threads=1)) for path in (minilm(), tiny_model(tmp_path / "tiny.gguf"))]
+    loaded += [load_engine(ModelSettings(path=path, threads=1)) for path in (minilm(), tiny_model(tmp_path / "tiny.gguf"))]
     assert [type(engine) for engine in loaded] == [LlamaEmbedder, LlamaEngine]
-    assert [set(engine.model.kinds) for engine in loaded] == [{Kind.EMBED}, {Kind.GENERATE}]
+    assert [set(engine.model.kinds) for engine in loaded] == [{TaskKind.EMBED}, {TaskKind.GENERATE}]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from lacre_backend.engine.protocol import Engine, EngineError, Finish, Kind, PromptTooLong, Sampling, Task, TaskRefused, Token
+from lacre_backend.engine.protocol import (
+    Engine,
+    EngineError,
+    Finish,
+    PromptTooLong,
+    Sampling,
+    Task,
+    TaskKind,
+    TaskRefused,
+    Token,
+)
 
 GREEDY = Sampling(temperature=0)
 MakeTask = Callable[..., Task]
@@ -152,7 +162,7 @@ async def test_context_end_is_length(engine: Engine, make_task: MakeTask, run: R
         ({"max_tokens": 0}, "max_tokens"),
         ({"prompt": (-1,)}, "prompt"),
         ({"prompt": (10**6,)}, "prompt"),
-        ({"kind": Kind.EMBED}, "kind"),
+        ({"kind": TaskKind.EMBED}, "kind"),
         ({"sampling": Sampling(logit_bias={10**6: 1.0})}, "logit_bias"),
         ({"sampling": Sampling(grammar="no rule here")}, "grammar"),
     ],

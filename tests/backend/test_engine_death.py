@@ -20,7 +20,7 @@ from lacre.runtime.tasks import TaskDied
 from lacre_backend.app_thread import Elsewhere
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
-from lacre_backend.engine.protocol import DIED, FAILED_STEPS, STUCK, EngineError, Event, Finish, Kind, Task, Watch
+from lacre_backend.engine.protocol import DIED, FAILED_STEPS, STUCK, EngineError, EngineHealth, Event, Finish, Task, TaskKind
 from lacre_backend.engine.tokens import Tokens
 from lacre_backend.node.readiness import alive
 from parts.tiny_model import tiny_model
@@ -40,8 +40,8 @@ def kill(thread: str) -> None:
 
 
 def task(engine: Threaded, name: str, prompt: str = "Hello there") -> Task:
-    kind = Kind.EMBED if isinstance(engine, LlamaEmbedder) else Kind.GENERATE
-    return Task(name, tuple(engine.tokenize(prompt)), 1 if kind is Kind.EMBED else 200, kind=kind)
+    kind = TaskKind.EMBED if isinstance(engine, LlamaEmbedder) else TaskKind.GENERATE
+    return Task(name, tuple(engine.tokenize(prompt)), 1 if kind is TaskKind.EMBED else 200, kind=kind)
 
 
 def submitted(engine: Threaded) -> list[AsyncIterator[Event]]:
@@ -126,7 +126,7 @@ async def test_an_engine_whose_every_step_fails_is_dead(tmp_path: Path) -> None:
 
 
 def test_a_step_that_does_not_end_is_noticed() -> None:
-    watch = Watch()
+    watch = EngineHealth()
     assert not watch.stuck
     watch.step()
     assert not watch.stuck

@@ -14,14 +14,14 @@ import pytest
 from lacre.errors import SettingsError
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.model import DEFAULT_N_CTX
-from lacre_backend.engine.plan import Limits
-from lacre_backend.engine.protocol import Engine, Finish, Read, Sampling, Task, Token
+from lacre_backend.engine.plan import EngineLimits
+from lacre_backend.engine.protocol import Engine, Finish, PromptProgress, Sampling, Task, Token
 from lacre_backend.models import gguf
 
 MakeTask = Callable[..., Task]
 Run = Callable[..., Any]
 GREEDY = Sampling(temperature=0)
-CHUNK = Limits(slots=1, context=1, cells=1).chunk
+CHUNK = EngineLimits(slots=1, context=1, cells=1).chunk
 
 
 def start(*, settings: LlamaSettings | None = None) -> LlamaEngine:
@@ -134,7 +134,7 @@ async def test_cancel_within_the_prefill(llama: LlamaEngine, make_task: MakeTask
     llama.cancel(task.id)
     *read, finish = [event async for event in stream]
     assert finish == Finish("cancelled", len(prompt), 0, 0)
-    assert all(isinstance(event, Read) for event in read)
+    assert all(isinstance(event, PromptProgress) for event in read)
     assert len(read) < 3, "the whole prompt was read"
 
 

@@ -14,7 +14,7 @@ import pytest
 from lacre_backend.api.schema import grammar as schema
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.masks import START_SECONDS, THREADS, TOKEN_SECONDS, Constraint
-from lacre_backend.engine.plan import Plan
+from lacre_backend.engine.plan import StepPlan
 from lacre_backend.engine.protocol import Event, Finish, GrammarTooCostly, GrammarTooLarge, Sampling, Task, TaskRefused, Token
 from parts.tiny_model import tiny_model
 
@@ -79,7 +79,7 @@ class LetGoMidway(LlamaEngine):
     let_go: threading.Event | None = None
     midway = 0
 
-    def _tell_read(self, plan: Plan) -> None:
+    def _tell_read(self, plan: StepPlan) -> None:
         super()._tell_read(plan)
         again = [segment.task for segment in plan.segments if segment.output and segment.task in self._parked]
         if again and self.let_go is not None and not self.let_go.is_set():

@@ -13,7 +13,7 @@ import pytest
 from lacre.errors import SettingsError
 from lacre_backend.models import gguf
 from lacre_backend.serve import served
-from lacre_backend.settings import Settings
+from lacre_backend.settings import WorkerSettings
 from lacre_fabric.settings import parse
 
 WORKER = f"""
@@ -56,7 +56,7 @@ def test_a_name_that_no_id_can_be_becomes_one(tmp_path: Path) -> None:
     ['path = "a/My Model.gguf"\n[[models]]\npath = "b/my-model.gguf"', 'name = "smollm2-135m"\npath = "x.gguf"\n[[models]]'],
 )
 def test_two_models_with_one_id_are_refused_before_either_is_loaded(tmp_path: Path, tables: str) -> None:
-    settings = parse(Settings, f"{WORKER}[[models]]\n{tables}\n", tmp_path / "worker.toml")
+    settings = parse(WorkerSettings, f"{WORKER}[[models]]\n{tables}\n", tmp_path / "worker.toml")
     with pytest.raises(SettingsError, match="have one id"):
         served(settings, AsyncExitStack())
 

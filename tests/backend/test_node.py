@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import problems
 from lacre.asgi import Call, Receive, Send
-from lacre.asgi.admission import DATE_WINDOW, REMEMBERED_FOR, Seen
+from lacre.asgi.admission import DATE_WINDOW, REMEMBERED_FOR, ReplayMemory
 from lacre.errors import TruncatedStream, UsageError
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u, raw_public_key
@@ -30,7 +30,7 @@ from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.node.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.by_hand import CHAT, Answer, Sealed
 from parts.keys import MODEL, NOW, POOL
 from parts.memory_fabric import MemoryFabric
@@ -58,7 +58,7 @@ class TestAnswers:
         head, content, trailers = answer.opened()
         assert (head.status, content) == (200, b'{"said":"aloud"}')
         assert trailers.keys() == {TRAILER}
-        assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE]
+        assert [frame.kind for frame in answer.frames] == [FrameKind.DATA, FrameKind.USAGE]
         assert {frame.attempt for frame in answer.frames} == {answer.frames[0].attempt}
 
     async def test_what_the_app_is_told(self, stage: Stage, app: App) -> None:
@@ -315,13 +315,13 @@ class TestReplay:
         assert (head.status, len(app.calls)) == (400, 1)
 
     def test_memory_holds_as_long_as_a_claim(self) -> None:
-        seen = Seen()
+        seen = ReplayMemory()
         assert min(CLAIM_TTL, REMEMBERED_FOR) > 2 * DATE_WINDOW
         assert seen.add(b"a", 0.0) and not seen.add(b"a", CLAIM_TTL - 1)
         assert seen.add(b"a", CLAIM_TTL)
 
     def test_memory_that_is_full_forgets_nothing(self) -> None:
-        seen = Seen(limit=2)
+        seen = ReplayMemory(limit=2)
         assert seen.add(b"a", 0.0) and seen.add(b"b", 1.0)
         assert not seen.add(b"c", 2.0) and not seen.add(b"a", 2.0)
         assert seen.add(b"c", CLAIM_TTL)
@@ -335,7 +335,7 @@ class TestInside:
         receipt = stage.receipt(trailers[TRAILER])
         assert head.status == status
         assert (receipt.final, receipt.prompt_tokens, receipt.completion_tokens) == (True, 0, 0)
-        assert [frame.kind for frame in answer.frames] == [Kind.DATA, Kind.USAGE]
+        assert [frame.kind for frame in answer.frames] == [FrameKind.DATA, FrameKind.USAGE]
         assert sum(answer.sizes()) == 32 + 1 + SMALLEST + 16
         return content
 
@@ -481,7 +481,7 @@ class TestCancelling:
             await asyncio.gather(task, return_exceptions=True)
             await node.drain(0.1)
             last = [frame async for frame in frames][-1]
-        assert (last.kind, last.payload.decode()) == (Kind.ERROR, problems.WORKER_LOST.type)  # told, not left to find out
+        assert (last.kind, last.payload.decode()) == (FrameKind.ERROR, problems.WORKER_LOST.type)  # told, not left to find out
         assert not stage.hub.outbound
         assert stage.hub.gateway().workers(POOL, MODEL) == 0
 

@@ -20,7 +20,7 @@ from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_backend.node.node import Identity, Node
 from lacre_fabric.work.contract import Work
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.grants import Grant
 from parts.memory_fabric import MemoryFabric
 
@@ -55,7 +55,7 @@ async def test_a_broken_app_logs_nothing_of_the_prompt(capfd: pytest.CaptureFixt
     await asyncio.gather(running, return_exceptions=True)
     await node.drain(1)
 
-    assert (frames[-1].kind, frames[-1].payload) == (Kind.ERROR, problems.INTERNAL.type.encode())
+    assert (frames[-1].kind, frames[-1].payload) == (FrameKind.ERROR, problems.INTERNAL.type.encode())
     logged = "".join(capfd.readouterr())
     assert request_id in logged
     assert "KeyError" in logged

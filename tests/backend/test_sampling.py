@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.model import Facts
+from lacre_backend.engine.model import ModelMetadata
 from lacre_backend.engine.pace import GROWTH, LEAST, STRETCH, Pace
 from lacre_backend.engine.protocol import Sampling
 from lacre_backend.engine.sampling import draw
@@ -109,14 +109,14 @@ def test_a_share_stretches_a_step_so_far_and_no_further() -> None:
 
 
 def test_facts_are_read_without_the_weights() -> None:
-    facts = Facts.read(gguf.find().path)
+    facts = ModelMetadata.read(gguf.find().path)
     assert (facts.architecture, facts.n_ctx_train, facts.n_embd, facts.pooling) == ("llama", 8192, 576, None)
     assert facts.bytes_per_token == 2 * 30 * 3 * (64 + 64)
 
 
 def test_sizes_follow_the_memory(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "tiny.gguf")
-    facts = Facts.read(path)
+    facts = ModelMetadata.read(path)
     size = path.stat().st_size + OVERHEAD
     plenty = derive(path, LlamaSettings(), available=2**40)
     assert (plenty.limits.slots, plenty.limits.context) == (DEFAULT_SLOTS, facts.n_ctx_train)

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from lacre.errors import UsageError
-from lacre_backend.engine.plan import Copy, Limits, Plan, Trim
+from lacre_backend.engine.plan import Copy, EngineLimits, StepPlan, Trim
 from lacre_backend.engine.scheduler import MIN_REUSE, PIECE, Scheduler
 from lacre_backend.engine.tokens import BLOCK, Tokens
 from lacre_backend.engine.turns import NOBODY, Fair
 
 PREFIX = list(range(100, 100 + 3 * MIN_REUSE))
-SPLIT = Limits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4)
+SPLIT = EngineLimits(slots=5, context=128, cells=640, step=64, chunk=32, burst=16, share=8, multiple=4)
 TIGHT = dataclasses.replace(SPLIT, cells=160, unified=True)
 WHOLE = dataclasses.replace(SPLIT, cuttable=False)
 
@@ -32,11 +32,11 @@ class Memory:
     Cells are objects: those that slots of a unified cache share are the same object.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
         self.slots: list[list[list[object]]] = [[] for _ in range(limits.slots)]
 
-    def execute(self, plan: Plan, scopes: dict[str, tuple[object, ...]]) -> None:
+    def execute(self, plan: StepPlan, scopes: dict[str, tuple[object, ...]]) -> None:
         """scopes: of each task: what its cells belong to, which is what it may attend to."""
         for step in plan.memory:
             if isinstance(step, Trim):
@@ -232,10 +232,10 @@ TestWhole.settings = calm
 class Driver:
     """Runs a scheduler; every task generates `output` tokens."""
 
-    def __init__(self, limits: Limits = SPLIT) -> None:
+    def __init__(self, limits: EngineLimits = SPLIT) -> None:
         self.scheduler = Scheduler(limits)
         self.memory = Memory(limits)
-        self.plans: list[Plan] = []
+        self.plans: list[StepPlan] = []
         self.left: dict[str, int] = {}
         self.owners: dict[bytes, object] = {}
         self.scopes: dict[str, tuple[object, ...]] = {}
@@ -253,7 +253,7 @@ class Driver:
             self.scopes[name], self.left[name] = (own,), output
         return names
 
-    def step(self) -> Plan:
+    def step(self) -> StepPlan:
         plan = self.scheduler.plan()
         self.memory.execute(plan, self.scopes)
         self.plans.append(plan)
@@ -298,7 +298,7 @@ def test_generation_goes_into_every_step_and_a_long_prompt_gets_its_share() -> N
 
 
 def test_an_answer_is_read_again_in_pieces_of_its_own() -> None:
-    scheduler = Scheduler(Limits(slots=1, context=512, cells=512))
+    scheduler = Scheduler(EngineLimits(slots=1, context=512, cells=512))
     scheduler.submit("a", [5] * 100, None, [6] * (PIECE + 10))
     read = [segment for _ in range(3) for segment in scheduler.plan().segments]
     assert [(segment.start, len(segment.tokens)) for segment in read] == [(0, 100), (100, PIECE), (100 + PIECE, 10)]
@@ -340,7 +340,7 @@ def prompt_tokens(driver: Driver, length: int) -> int:
 
 @pytest.mark.parametrize("length", [1, MIN_REUSE - 1, 60])
 @pytest.mark.parametrize("limits", [SPLIT, TIGHT, WHOLE], ids=["split", "unified", "recurrent"])
-def test_choices_read_their_prompt_once(limits: Limits, length: int) -> None:
+def test_choices_read_their_prompt_once(limits: EngineLimits, length: int) -> None:
     driver = Driver(limits)
     driver.submit_choices(4, list(range(length)))
     driver.run()
@@ -349,7 +349,7 @@ def test_choices_read_their_prompt_once(limits: Limits, length: int) -> None:
 
 
 @pytest.mark.parametrize("limits", [SPLIT, TIGHT], ids=["split", "unified"])
-def test_more_choices_than_slots_read_their_prompt_once(limits: Limits) -> None:
+def test_more_choices_than_slots_read_their_prompt_once(limits: EngineLimits) -> None:
     """Also those that begin when the one that read it has long ended."""
     driver = Driver(limits)
     driver.submit_choices(14, [*PREFIX])
@@ -390,7 +390,7 @@ def test_a_callers_later_request_comes_after_the_choices_of_an_earlier_one() -> 
     assert [name for plan in driver.plans for name in plan.admitted][-1] == "later"
 
 
-def first_served(tasks: list[tuple[str, bytes | None, Fair]], limits: Limits) -> list[str]:
+def first_served(tasks: list[tuple[str, bytes | None, Fair]], limits: EngineLimits) -> list[str]:
     """The names, in the order in which the tasks are admitted."""
     driver = Driver(limits)
     for name, scope, fair in tasks:
@@ -399,7 +399,7 @@ def first_served(tasks: list[tuple[str, bytes | None, Fair]], limits: Limits) ->
     return [name for plan in driver.plans for name in plan.admitted]
 
 
-TWO = Limits(slots=2, context=512, cells=1024)
+TWO = EngineLimits(slots=2, context=512, cells=1024)
 FLOODS: dict[str, list[tuple[bytes | None, Fair]]] = {
     "one salt": [(b"attacker", ("a", "a"))] * 100,
     "a salt each": [(b"%d" % i, ("a", "a")) for i in range(100)],
@@ -437,7 +437,7 @@ def test_choices_of_one_call_count_as_its_callers() -> None:
 
 def test_long_prompts_of_one_do_not_hold_up_anothers() -> None:
     """What a step has for long prompts goes to the caller for whom the least was computed."""
-    driver = Driver(Limits(slots=4, context=1024, cells=4096))
+    driver = Driver(EngineLimits(slots=4, context=1024, cells=4096))
     driver.submit("streaming", [1], output=200, fair=("s", "s"))
     for i in range(2):
         driver.submit(f"long{i}", [5] * 900, output=1, fair=("a", "a"))
@@ -454,7 +454,7 @@ def test_long_prompts_of_one_do_not_hold_up_anothers() -> None:
 
 def test_whoever_holds_the_most_cells_gives_way() -> None:
     """The victim came last, and is not sent back for another's growth."""
-    driver = Driver(Limits(slots=4, context=128, cells=256, unified=True, step=64, chunk=32, burst=16, share=8))
+    driver = Driver(EngineLimits(slots=4, context=128, cells=256, unified=True, step=64, chunk=32, burst=16, share=8))
     for i in range(3):
         driver.submit(f"a{i}", [i] * 30, output=90, fair=("a", "a"))
     driver.step()
@@ -488,7 +488,7 @@ def test_a_cancelled_tasks_slot_is_used_in_the_next_step() -> None:
 
 
 @pytest.mark.parametrize("limits", [SPLIT, TIGHT], ids=["split", "unified"])
-def test_reuse_within_a_scope_only(limits: Limits) -> None:
+def test_reuse_within_a_scope_only(limits: EngineLimits) -> None:
     driver = Driver(limits)
     prompt = [*PREFIX, 1, 2, 3]
     assert driver.cached("first", prompt, b"a") == (0, len(prompt))
@@ -503,7 +503,7 @@ def test_reuse_within_a_scope_only(limits: Limits) -> None:
 
 @pytest.mark.parametrize("unified", [False, True])
 def test_a_running_tasks_prefix_is_copied(unified: bool) -> None:
-    limits = Limits(slots=3, context=512, cells=1536, unified=unified)
+    limits = EngineLimits(slots=3, context=512, cells=1536, unified=unified)
     driver = Driver(limits)
     shared = list(range(200))
     driver.submit("first", [*shared, 1], b"a", output=30)
@@ -520,7 +520,7 @@ def test_a_running_tasks_prefix_is_copied(unified: bool) -> None:
 
 
 def test_gaps_are_filled_where_that_lengthens_nothing() -> None:
-    driver = Driver(Limits(slots=4, context=1024, cells=4096))
+    driver = Driver(EngineLimits(slots=4, context=1024, cells=4096))
     for i in range(4):
         driver.submit(f"t{i}", [i, 2, 3], output=4 if i == 1 else 30)
     while driver.left["t1"]:
@@ -532,7 +532,7 @@ def test_gaps_are_filled_where_that_lengthens_nothing() -> None:
 
 def test_neighbours_run_whatever_is_cached_elsewhere() -> None:
     """Each client leaves a cache behind; the next eight run side by side all the same, and nothing is computed for gaps."""
-    driver = Driver(Limits(slots=16, context=256, cells=4096, multiple=4))
+    driver = Driver(EngineLimits(slots=16, context=256, cells=4096, multiple=4))
     for client in range(5):
         driver.submit(f"first{client}", [client, 7], b"%d" % client, output=1)
         driver.run()
@@ -548,7 +548,7 @@ def test_neighbours_run_whatever_is_cached_elsewhere() -> None:
 
 def test_a_long_idle_cache_is_not_filled() -> None:
     """Its length would show in the neighbours' timing."""
-    driver = Driver(Limits(slots=4, context=1024, cells=4096))
+    driver = Driver(EngineLimits(slots=4, context=1024, cells=4096))
     driver.submit("t0", [0, 2, 3], output=30)
     driver.submit("t1", [1] * 400, b"a", output=2)
     driver.submit("t2", [2, 2, 3], output=30)
@@ -559,7 +559,7 @@ def test_a_long_idle_cache_is_not_filled() -> None:
 
 @pytest.mark.parametrize(("running", "computed"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 8), (7, 8), (8, 8), (9, 9)])
 def test_sequences_are_made_a_round_number_where_that_is_cheaper(running: int, computed: int) -> None:
-    driver = Driver(Limits(slots=12, context=64, cells=12 * 64, multiple=4))
+    driver = Driver(EngineLimits(slots=12, context=64, cells=12 * 64, multiple=4))
     for i in range(running):
         driver.submit(f"t{i}", [i], output=9)
     driver.step()
@@ -569,7 +569,7 @@ def test_sequences_are_made_a_round_number_where_that_is_cheaper(running: int, c
 
 
 def test_no_filler_where_the_cells_are_all_taken() -> None:
-    driver = Driver(Limits(slots=8, context=16, cells=32, unified=True, multiple=4))
+    driver = Driver(EngineLimits(slots=8, context=16, cells=32, unified=True, multiple=4))
     for i in range(6):
         driver.submit(f"t{i}", [i], output=12)
     driver.run()
@@ -630,7 +630,9 @@ class Full:
         context = length + 4096
         cells = 16 * context
         self.scheduler = Scheduler(
-            Limits(16, context, cells, unified=unified, step=2 * length, chunk=length, burst=128, share=length, multiple=4)
+            EngineLimits(
+                16, context, cells, unified=unified, step=2 * length, chunk=length, burst=128, share=length, multiple=4
+            )
         )
         for i in range(16):
             self.scheduler.submit(f"t{i}", self.prompt(i), b"s", fair=("t", str(i)))

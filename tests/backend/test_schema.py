@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lacre_backend.api.compiling import compiled
 from lacre_backend.api.errors import RequestRefused
-from lacre_backend.api.requests import ChatRequest, ResponseFormat, parse_chat
+from lacre_backend.api.requests import ChatCompletionRequest, ResponseFormat, parse_chat
 from lacre_backend.api.schema import grammar as schema
 from lacre_backend.api.tools.format import HERMES
 from lacre_backend.engine.generate import LlamaEngine
@@ -193,7 +193,7 @@ def test_what_cannot_be_kept_is_named(source: dict[str, Any], said: str, llama: 
         assert caught.value.param == "response_format"
 
 
-def chat(**fields: Any) -> ChatRequest:
+def chat(**fields: Any) -> ChatCompletionRequest:
     return parse_chat(json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}).encode())
 
 

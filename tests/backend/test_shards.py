@@ -16,7 +16,7 @@ from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.sizing import OVERHEAD, derive
 from lacre_backend.models import gguf
 from lacre_backend.serve import load_engine
-from lacre_backend.settings import Model
+from lacre_backend.settings import ModelSettings
 from parts.tiny_model import tiny_model, tiny_split_model, write_gguf
 
 SMALL = LlamaSettings(n_ctx=256, slots=1, threads=1)
@@ -48,7 +48,7 @@ def test_each_byte_of_each_file_is_in_the_digest(split: list[Path]) -> None:
 
 
 async def test_it_says_what_the_model_in_one_file_says(split: list[Path], tmp_path: Path) -> None:
-    engine = load_engine(Model(path=split[1], context=256, slots=1, threads=1))
+    engine = load_engine(ModelSettings(path=split[1], context=256, slots=1, threads=1))
     other = LlamaEngine(tiny_model(tmp_path / "one.gguf"), name="one", digest="sha256:0", settings=SMALL)
     assert isinstance(engine, LlamaEngine)
     try:
@@ -176,8 +176,8 @@ def test_a_context_beyond_what_the_model_was_trained_on(
 def test_a_worker_refuses_it_too(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "tiny.gguf", n_ctx=512)
     with pytest.raises(SettingsError, match="beyond_training = true"):
-        load_engine(Model(path=path, context=1024, slots=1, threads=1))
-    engine = load_engine(Model(path=path, context=1024, slots=1, threads=1, beyond_training=True))
+        load_engine(ModelSettings(path=path, context=1024, slots=1, threads=1))
+    engine = load_engine(ModelSettings(path=path, context=1024, slots=1, threads=1, beyond_training=True))
     assert engine.model.n_ctx == 1024
     engine.close()
 
@@ -185,4 +185,4 @@ def test_a_worker_refuses_it_too(tmp_path: Path) -> None:
 def test_an_encoder_without_pooling_is_no_chat_model(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "tiny.gguf", more={"llama.attention.causal": False})
     with pytest.raises(SettingsError, match="pooling type"):
-        load_engine(Model(path=path, context=256, slots=1, threads=1))
+        load_engine(ModelSettings(path=path, context=256, slots=1, threads=1))

@@ -12,7 +12,7 @@ import pytest
 from lacre.errors import SettingsError
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.prompts import chat_prompt
-from lacre_backend.api.registry import Served
+from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
 from lacre_backend.engine.echo import EchoEngine
@@ -245,7 +245,7 @@ async def test_the_api_refuses_by_name() -> None:
     body = {"model": "tiny", "messages": [USER, said("developer", "Be brief."), USER]}
     request = parse_chat(json.dumps(body).encode())
     with pytest.raises(RequestRefused, match="leave out the text of a system message that is not the first") as refused:
-        await chat_prompt(Served(engine), request.messages, (), goes_on=False)
+        await chat_prompt(ServedModel(engine), request.messages, (), goes_on=False)
     assert refused.value.param == "messages"
 
 
@@ -257,7 +257,7 @@ async def test_the_api_hands_parts_on() -> None:
         "messages": [said("system", parts("a", "b")), said("user", parts("c")), said("assistant", parts("d", "e"))],
     }
     request = parse_chat(json.dumps({**body, "continue_final_message": True}).encode())
-    ids = await chat_prompt(Served(engine), request.messages, (), goes_on=True)
+    ids = await chat_prompt(ServedModel(engine), request.messages, (), goes_on=True)
     text = b"".join(bytes([token]) if token < 256 else b"." for token in ids).decode()
     assert text == "..system\na&b.\n.user\nc.\n.assistantde"
 
@@ -280,7 +280,7 @@ async def test_what_is_said_beside_a_call_is_a_message_of_its_own() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     body = {"model": "tiny", "messages": [USER, {**CALLS, "tool_calls": [call]}, result], "tools": [tool]}
     request = parse_chat(json.dumps(body).encode())
-    served = Served(engine)
+    served = ServedModel(engine)
     assert served.template is not None and served.template.calls is not None
     ids = await chat_prompt(served, request.messages, request.tools, goes_on=False)
     text = b"".join(bytes([token]) if token < 256 else b"." for token in ids).decode()
@@ -299,7 +299,7 @@ async def test_a_tool_may_say_nothing_of_what_it_is_for() -> None:
     engine.model = dataclasses.replace(engine.model, chat_template=source)
     tools = [{"type": "function", "function": {"name": "f", **said}} for said in ({}, {"description": "The tide"})]
     request = parse_chat(json.dumps({"model": "tiny", "messages": [USER], "tools": tools[:1]}).encode())
-    ids = await chat_prompt(Served(engine), request.messages, request.tools, goes_on=False)
+    ids = await chat_prompt(ServedModel(engine), request.messages, request.tools, goes_on=False)
     assert b"Tools:f: ." in b"".join(bytes([token]) if token < 256 else b"." for token in ids)
     template = loaded(source)
     assert "f: The tide" in "".join(piece for piece in template.render([USER], tools[1:]) if isinstance(piece, str))

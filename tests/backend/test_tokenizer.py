@@ -21,7 +21,7 @@ from lacre_backend.engine.protocol import EngineClosed, EngineError, TextRefused
 from lacre_backend.engine.tokenizer import LONG_AT_ONCE, SHORT, Tokenizer
 from lacre_backend.engine.tokenizer_process import LENGTH, NO_PROCESS
 from lacre_backend.serve import load_engine
-from lacre_backend.settings import Model
+from lacre_backend.settings import ModelSettings
 from parts.pre_tokenizers import MODELS, PRE_TOKENIZERS, UNSPELLED, VERSION, hard_texts
 from parts.tiny_model import PRINTABLE, tiny_model, tiny_vocabulary
 
@@ -111,7 +111,7 @@ def test_a_file_whose_tokenizer_fails_is_refused_while_it_loads(
 ) -> None:
     path = tiny_model(tmp_path / "broken.gguf", vocabulary=vocabulary, without=without)
     with pytest.raises(SettingsError, match=r"broken\.gguf") as raised:
-        load_engine(Model(path=path, threads=1))
+        load_engine(ModelSettings(path=path, threads=1))
     assert cause in str(raised.value)
 
 

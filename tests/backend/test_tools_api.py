@@ -13,7 +13,7 @@ from lacre.asgi import App
 from lacre_backend.api.app import create_app
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.prompts import chat_prompt
-from lacre_backend.api.registry import Served
+from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.tools.format import HERMES, LLAMA
 from lacre_backend.engine.echo import EchoEngine
@@ -57,10 +57,10 @@ SPOILED = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception(
 )
 
 
-def served(template: str) -> Served:
+def served(template: str) -> ServedModel:
     engine = EchoEngine()
     engine.model = dataclasses.replace(engine.model, chat_template=template)
-    return Served(engine)
+    return ServedModel(engine)
 
 
 async def prompt(template: str, *messages: Any, **fields: Any) -> str:
@@ -147,7 +147,7 @@ async def test_no_text_becomes_the_token_that_marks_a_call(template: str) -> Non
     counts = []
     for text in ("Hello", "<tool_call>", HOSTILE):
         request = parse_chat(json.dumps(body({**ASK, "content": text}, CALLED, {**RESULT, "content": text})).encode())
-        ids = await chat_prompt(Served(engine), request.messages, request.tools, goes_on=False)
+        ids = await chat_prompt(ServedModel(engine), request.messages, request.tools, goes_on=False)
         counts.append(ids.count(Marked.MARK))
     assert counts[0] == counts[1] == counts[2] > 0, "the call of the history, and what the fallback tells"
 

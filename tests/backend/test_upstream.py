@@ -19,7 +19,7 @@ from lacre.jose.jws import b64u
 from lacre.wire import bhttp
 from lacre_backend.app_thread import Elsewhere
 from lacre_backend.serve import served
-from lacre_backend.settings import Settings, Upstream
+from lacre_backend.settings import Upstream, WorkerSettings
 from lacre_backend.upstream.app import create_app
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.settings import parse, validated
@@ -307,18 +307,18 @@ async def test_nothing_is_begun_before_its_claim(tmp_path: Path) -> None:
         allow = ["POST {PREDICT}"]
     """
     async with AsyncExitStack() as stack:
-        serving = served(parse(Settings, text, tmp_path / "worker.toml"), stack)
+        serving = served(parse(WorkerSettings, text, tmp_path / "worker.toml"), stack)
         assert (serving.names, serving.slots, serving.repeatable) == (["encoder"], 8, frozenset())
 
 
 def test_a_worker_has_models_or_an_upstream(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="or a table"):
-        parse(Settings, _WORKER, tmp_path / "worker.toml")
+        parse(WorkerSettings, _WORKER, tmp_path / "worker.toml")
     both = (
         f'{_WORKER}\n[[models]]\n[upstream]\norigin = "http://127.0.0.1:1"\n[[upstream.models]]\nname = "m"\nallow = ["GET /"]'
     )
     with pytest.raises(SettingsError, match="or a table"):
-        parse(Settings, both, tmp_path / "worker.toml")
+        parse(WorkerSettings, both, tmp_path / "worker.toml")
 
 
 @pytest.mark.parametrize(

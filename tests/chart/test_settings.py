@@ -30,15 +30,15 @@ def text(chart: Rendered, pod: Pod, file: str) -> str:
     return str(chart.one("ConfigMap", pod.owner["metadata"]["name"])["data"][file])
 
 
-def gateway_settings(chart: Rendered) -> of_gateway.Settings:
+def gateway_settings(chart: Rendered) -> of_gateway.GatewaySettings:
     (pod,) = chart.of_component("gateway")
     return of_gateway.parse(text(chart, pod, "gateway.toml"), Path("/etc/lacre/gateway.toml"))
 
 
-def worker_settings(chart: Rendered) -> dict[str, of_worker.Settings]:
+def worker_settings(chart: Rendered) -> dict[str, of_worker.WorkerSettings]:
     """Of each pool."""
     found = [
-        parse(of_worker.Settings, text(chart, pod, "worker.toml"), Path("/etc/lacre/worker.toml"))
+        parse(of_worker.WorkerSettings, text(chart, pod, "worker.toml"), Path("/etc/lacre/worker.toml"))
         for pod in chart.of_component("worker")
     ]
     return {each.pool: each for each in found}

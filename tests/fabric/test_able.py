@@ -17,7 +17,7 @@ from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.streams import CLAIMS
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable, NoWorkers
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.fabric import LiveFabric, new_work
 
 
@@ -78,7 +78,7 @@ async def test_what_came_when_it_could_not_any_more_goes_back(ends: Ends) -> Non
     dispatch = await ends.gateway.dispatch(new_work())
     async with asyncio.timeout(15):
         frames = [frame async for frame in dispatch.frames()]
-    assert [(frame.kind, frame.payload) for frame in frames] == [(Kind.ERROR, problems.UNCLAIMED.type.encode())]
+    assert [(frame.kind, frame.payload) for frame in frames] == [(FrameKind.ERROR, problems.UNCLAIMED.type.encode())]
     assert not pulling.done()
     await tasks.end(pulling)
 

@@ -26,7 +26,7 @@ from lacre_fabric.work.contract import (
     WorkerFabric,
     WorkerLost,
 )
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import PARTING
 from parts.fabric import LiveFabric, new_work
 from parts.memory_fabric import MemoryFabric
@@ -87,14 +87,14 @@ async def test_frames_come_back_in_order(fabric: Fabric) -> None:
     assert delivery.work == work
     assert await delivery.claim()
     for number in range(5):
-        await delivery.send(Kind.DATA, b"%d" % number)
-        await delivery.send(Kind.BEAT, b"so far")
-    await delivery.send(Kind.USAGE, b"final")
+        await delivery.send(FrameKind.DATA, b"%d" % number)
+        await delivery.send(FrameKind.BEAT, b"so far")
+    await delivery.send(FrameKind.USAGE, b"final")
     await delivery.drop()
     frames = await collect(dispatch)
     assert [(frame.kind, frame.payload) for frame in frames] == [
-        *((Kind.DATA, b"%d" % number) for number in range(5)),
-        (Kind.USAGE, b"final"),
+        *((FrameKind.DATA, b"%d" % number) for number in range(5)),
+        (FrameKind.USAGE, b"final"),
     ]
     assert dispatch.receipt == b"final"
 
@@ -104,7 +104,7 @@ async def test_a_rejection_is_an_error_frame(fabric: Fabric) -> None:
     dispatch = await gateway.dispatch(new_work())
     await (await worker.pull()).reject("urn:lacre:problem:invalid-sealed-request")
     assert [(frame.kind, frame.payload) for frame in await collect(dispatch)] == [
-        (Kind.ERROR, b"urn:lacre:problem:invalid-sealed-request")
+        (FrameKind.ERROR, b"urn:lacre:problem:invalid-sealed-request")
     ]
 
 
@@ -162,28 +162,28 @@ async def test_cancel_reaches_the_worker(fabric: Fabric) -> None:
     gateway, worker = await fabric.gateway(), await fabric.worker()
     dispatch = await gateway.dispatch(new_work())
     delivery = await worker.pull()
-    await delivery.send(Kind.DATA, b"x")
+    await delivery.send(FrameKind.DATA, b"x")
     frames = dispatch.frames()
     await anext(frames)
     await frames.aclose()
     async with asyncio.timeout(10):
         await delivery.cancelled.wait()
     with pytest.raises(Cancelled):
-        await delivery.send(Kind.DATA, b"y")
+        await delivery.send(FrameKind.DATA, b"y")
 
 
 async def test_who_is_withdrawn_says_what_it_used(fabric: Fabric) -> None:
     gateway, worker = await fabric.gateway(), await fabric.worker()
     dispatch = await gateway.dispatch(new_work())
     delivery = await worker.pull()
-    await delivery.send(Kind.BEAT, b"so far")
+    await delivery.send(FrameKind.BEAT, b"so far")
 
     async def leave() -> None:
         await delivery.cancelled.wait()
         await delivery.stop(b"in the end")
 
     frames = dispatch.frames()
-    await delivery.send(Kind.DATA, b"x")
+    await delivery.send(FrameKind.DATA, b"x")
     await anext(frames)
     leaving = asyncio.create_task(leave())
     await frames.aclose()
@@ -196,7 +196,7 @@ async def test_who_is_withdrawn_says_what_it_used(fabric: Fabric) -> None:
 async def test_who_says_nothing_is_not_waited_for(fabric: Fabric) -> None:
     gateway, worker = await fabric.gateway(), await fabric.worker()
     dispatch = await gateway.dispatch(new_work())
-    await (await worker.pull()).send(Kind.BEAT, b"so far")
+    await (await worker.pull()).send(FrameKind.BEAT, b"so far")
     began = time.monotonic()
     await dispatch.cancel()
     assert time.monotonic() - began >= PARTING
@@ -211,7 +211,7 @@ async def test_a_request_that_is_over_leaves_no_timer(fabric: Fabric, end: str) 
     dispatch = await gateway.dispatch(work, queue_limit=300.0)
     if end == "withdrawn in mid-answer":
         delivery = await worker.pull()
-        await delivery.send(Kind.DATA, b"x")
+        await delivery.send(FrameKind.DATA, b"x")
         frames = dispatch.frames()
         await anext(frames)
         await frames.aclose()
@@ -257,9 +257,9 @@ async def test_credit_holds_a_worker_back(fabric: Fabric) -> None:
     async def send() -> None:
         nonlocal sent
         for _ in range(8):
-            await delivery.send(Kind.DATA, piece)
+            await delivery.send(FrameKind.DATA, piece)
             sent += 1
-        await delivery.send(Kind.USAGE, b"")
+        await delivery.send(FrameKind.USAGE, b"")
 
     sending = asyncio.create_task(send())
     await asyncio.sleep(0.3)
@@ -278,7 +278,7 @@ async def test_a_stalled_reader_is_a_cancel(fabric: Fabric) -> None:
     began = time.monotonic()
     with pytest.raises(Cancelled):
         while True:
-            await delivery.send(Kind.DATA, bytes(CREDIT // 2))
+            await delivery.send(FrameKind.DATA, bytes(CREDIT // 2))
     assert time.monotonic() - began > 4
 
 
@@ -287,7 +287,7 @@ async def test_a_silent_worker_is_lost(fabric: Fabric) -> None:
     gateway, worker = await fabric.gateway(), await fabric.worker()
     dispatch = await gateway.dispatch(new_work())
     delivery = await worker.pull()
-    await delivery.send(Kind.DATA, b"x")
+    await delivery.send(FrameKind.DATA, b"x")
     with pytest.raises(WorkerLost):
         await collect(dispatch)
 

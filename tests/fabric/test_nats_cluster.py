@@ -21,9 +21,9 @@ from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.streams import streams
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate import floods
-from lacre_fabric.operate.fabric_check import Verdict, inspect
+from lacre_fabric.operate.fabric_check import Severity, inspect
 from lacre_fabric.work.contract import FabricError
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.fabric import new_work
 from parts.nats_cluster import NatsCluster, Node
 from parts.stolen_nats import published
@@ -74,14 +74,14 @@ async def test_the_check_has_nothing_to_say(cluster: NatsCluster) -> None:
     credentials = {name.removesuffix("-g1").removesuffix("-n1"): each for name, each in CREDENTIALS.items()}
     async with asyncio.timeout(20):  # copies are made in the servers' own time
         while weak := [
-            each for each in await inspect(cluster.servers, POOLS, 3, credentials) if each.verdict is not Verdict.OK
+            each for each in await inspect(cluster.servers, POOLS, 3, credentials) if each.verdict is not Severity.OK
         ]:
             assert all("behind or away" in each.detail for each in weak), weak
             await asyncio.sleep(0.5)
     cluster.nodes[0].stop(signal.SIGKILL)
     async with asyncio.timeout(20):  # until there are leaders again
         while not any(
-            each.check == "servers" and each.detail.startswith("2 answer") and each.verdict is Verdict.WRONG
+            each.check == "servers" and each.detail.startswith("2 answer") and each.verdict is Severity.WRONG
             for each in await inspect(cluster.servers, POOLS, 3, credentials)
         ):
             await asyncio.sleep(0.5)
@@ -119,8 +119,8 @@ async def work(worker: NatsWorker) -> None:
             continue
         try:
             if await delivery.claim():
-                await delivery.send(Kind.DATA, b"x")
-                await delivery.send(Kind.USAGE, b"")
+                await delivery.send(FrameKind.DATA, b"x")
+                await delivery.send(FrameKind.USAGE, b"")
         except FabricError:
             pass  # another attempt has it then
         finally:

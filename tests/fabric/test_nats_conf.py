@@ -10,7 +10,7 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_fabric.operate import nats_conf
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.site import Site
 
 NAMES = [
@@ -30,7 +30,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_a_server_runs_in_any_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    server = Server(folder, free_port())
+    server = NatsServer(folder, free_port())
     server.configure(Site(tmp_path / "state", {"default": ("m",)}).roles())
     process = server.start(tmp_path / "nats.log")
     try:

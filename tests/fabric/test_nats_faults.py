@@ -27,7 +27,7 @@ from lacre_fabric.work.contract import (
     QueueTimeout,
     WorkerLost,
 )
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.fabric import POOLS, LiveFabric, new_work, sealed_bytes
 
 
@@ -84,8 +84,8 @@ async def answered(worker: NatsWorker, gateway: NatsGateway) -> bool:
     async with asyncio.timeout(15):
         delivery = await worker.pull()
         assert await delivery.claim()
-        await delivery.send(Kind.DATA, b"x")
-        await delivery.send(Kind.USAGE, b"")
+        await delivery.send(FrameKind.DATA, b"x")
+        await delivery.send(FrameKind.USAGE, b"")
         await delivery.drop()
         worker.release()
         return [frame.payload async for frame in dispatch.frames()] == [b"x", b""]
@@ -115,8 +115,8 @@ async def test_a_death_before_the_claim_costs_one_redelivery(ends: Ends) -> None
     assert delivery.work == work
     assert delivery.again
     assert await delivery.claim()
-    await delivery.send(Kind.DATA, b"x")
-    await delivery.send(Kind.USAGE, b"")
+    await delivery.send(FrameKind.DATA, b"x")
+    await delivery.send(FrameKind.USAGE, b"")
     frames = [frame async for frame in dispatch.frames()]
     assert [frame.payload for frame in frames] == [b"x", b""]
     assert {frame.attempt for frame in frames} == {delivery.attempt}
@@ -225,13 +225,13 @@ async def test_work_of_a_gateway_that_is_gone_is_stopped(ends: Ends) -> None:
     gateway, worker = await ends.gateway(), await ends.worker()
     await gateway.dispatch(new_work())
     delivery = await worker.pull()
-    await delivery.send(Kind.DATA, b"x")
+    await delivery.send(FrameKind.DATA, b"x")
     await gateway.close()
     successor = await ends.gateway()
     async with asyncio.timeout(10):
         while not successor._side("a").connected:  # once it has heard of the pool
             await asyncio.sleep(0.02)
-        await delivery.send(Kind.BEAT, b"")
+        await delivery.send(FrameKind.BEAT, b"")
         await delivery.cancelled.wait()
 
 
@@ -307,7 +307,7 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     assert await answered(worker, gateway)
     broken = await gateway.dispatch(new_work())
     delivery = await worker.pull()
-    await delivery.send(Kind.DATA, b"begun")
+    await delivery.send(FrameKind.DATA, b"begun")
     waiting = await gateway.dispatch(new_work(), queue_limit=2.0)
     assert waiting._waiting.sequence == 3
 
@@ -339,8 +339,8 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
         delivery = await pulling
     assert delivery.work == new
     assert await delivery.claim()
-    await delivery.send(Kind.USAGE, b"")
-    assert [frame.kind async for frame in dispatch.frames()] == [Kind.USAGE]
+    await delivery.send(FrameKind.USAGE, b"")
+    assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.USAGE]
     await delivery.drop()
     worker.release()
     assert await answered(worker, gateway)

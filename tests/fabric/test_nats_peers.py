@@ -16,7 +16,7 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.kv import NatsBucket
 from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.cut import way_to
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats
@@ -99,11 +99,11 @@ async def answers(gateway: NatsGateway, worker: NatsWorker, pool: str) -> None:
     async with asyncio.timeout(10):
         dispatch = await gateway.dispatch(new_work(pool))
         delivery = await worker.pull()
-        await delivery.send(Kind.DATA, b"x")
-        await delivery.send(Kind.USAGE, b"")
+        await delivery.send(FrameKind.DATA, b"x")
+        await delivery.send(FrameKind.USAGE, b"")
         await delivery.drop()
         worker.release()
-        assert [frame.kind async for frame in dispatch.frames()] == [Kind.DATA, Kind.USAGE]
+        assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.DATA, FrameKind.USAGE]
 
 
 async def test_no_subject_silences_a_gateway(nats: LiveFabric, stack: AsyncExitStack) -> None:
@@ -143,9 +143,9 @@ async def test_no_message_of_a_gateway_silences_a_worker(nats: LiveFabric, stack
             await say(*((subject, b"9" * 5000, headers) for subject in told), (work, b"x", headers))
         await say((b"credit.a." + request, "²".encode(), None), (b"credit.a." + request, b"7" * 9, None))
     assert not delivery.cancelled.is_set()
-    await delivery.send(Kind.USAGE, b"")
+    await delivery.send(FrameKind.USAGE, b"")
     await delivery.drop()
-    assert [frame.kind async for frame in dispatch.frames()] == [Kind.USAGE]
+    assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.USAGE]
     await answers(gateway, worker, "a")
     assert worker.connection.client.stats["reconnects"] == 0
 

@@ -14,7 +14,7 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.pool import GRACE, KEEP, MAX_STRAY, PoolSide
 from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable, WorkerLost
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from parts.cut import Cut, way_to
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats
@@ -51,7 +51,7 @@ class Both:
         async with asyncio.timeout(10):
             dispatch = await self.gateway.dispatch(new_work(pool))
             await whole_answer(await self.pulled(pool))
-            assert [frame.kind async for frame in dispatch.frames()] == [Kind.DATA, Kind.USAGE]
+            assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.DATA, FrameKind.USAGE]
 
     async def pulled(self, pool: str) -> NatsDelivery:
         delivery = await self.workers[pool].pull()
@@ -72,8 +72,8 @@ class Both:
 
 
 async def whole_answer(delivery: NatsDelivery) -> None:
-    await delivery.send(Kind.DATA, b"x")
-    await delivery.send(Kind.USAGE, b"")
+    await delivery.send(FrameKind.DATA, b"x")
+    await delivery.send(FrameKind.USAGE, b"")
     await delivery.drop()
 
 
@@ -88,16 +88,16 @@ async def both(nats: LiveFabric) -> AsyncIterator[Both]:
 async def test_a_pools_lost_connection_is_its_own(both: Both) -> None:
     under_way = await both.gateway.dispatch(new_work("b"))
     delivery = await both.pulled("b")
-    await delivery.send(Kind.DATA, b"x")
+    await delivery.send(FrameKind.DATA, b"x")
     await both.cut()
     assert both.gateway.away() == {"a"}
     assert both.gateway.connected, "one pool that floods must not take the gateway out of service for all"
     with pytest.raises(FabricUnavailable, match="answers of pool a"):
         await both.gateway.dispatch(new_work("a"))
     await both.answered("b")
-    await delivery.send(Kind.USAGE, b"")
+    await delivery.send(FrameKind.USAGE, b"")
     await delivery.drop()
-    assert [frame.kind async for frame in under_way.frames()] == [Kind.DATA, Kind.USAGE]
+    assert [frame.kind async for frame in under_way.frames()] == [FrameKind.DATA, FrameKind.USAGE]
     await both.mended()
     assert both.gateway.away() == frozenset()
     await both.answered("a")
@@ -169,7 +169,7 @@ async def test_what_is_in_its_queue_waits_on(both: Both) -> None:
     delivery = await both.pulled("a")
     assert delivery.work == waiting
     await whole_answer(delivery)
-    assert [frame.kind async for frame in dispatch.frames()] == [Kind.DATA, Kind.USAGE]
+    assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.DATA, FrameKind.USAGE]
 
 
 async def test_a_flood_to_nobody_costs_the_other_pool_nothing(both: Both) -> None:
@@ -180,7 +180,7 @@ async def test_a_flood_to_nobody_costs_the_other_pool_nothing(both: Both) -> Non
 
     async def flood() -> None:
         for number in range(20_000):
-            frame = Frame(secrets.token_hex(16), 0, Kind.DATA, b"x")
+            frame = Frame(secrets.token_hex(16), 0, FrameKind.DATA, b"x")
             thief.publish(f"reply.a.g1.{secrets.token_hex(16)}", b"x", headers=frame.headers())
             if number % 500 == 0:
                 await thief.settle()

@@ -15,19 +15,19 @@ from lacre_fabric.nats.protocol import (
     BrokenProtocol,
     Control,
     Event,
-    Message,
+    NatsMessage,
     Oversized,
-    Reader,
+    ProtocolReader,
     fields,
 )
 
 # As nats-server lets them through: anything but a space, a tab and the end of a line.
 SUBJECT = st.binary(min_size=1, max_size=30).map(lambda raw: raw.translate(None, b" \t\n")).filter(bool)
 BLOCK = st.binary(max_size=40)
-MESSAGES = st.builds(Message, st.integers(0, 10**9), SUBJECT, SUBJECT | st.just(b""), BLOCK, st.binary(max_size=40))
+MESSAGES = st.builds(NatsMessage, st.integers(0, 10**9), SUBJECT, SUBJECT | st.just(b""), BLOCK, st.binary(max_size=40))
 
 
-def on_the_wire(message: Message) -> bytes:
+def on_the_wire(message: NatsMessage) -> bytes:
     """As nats-server writes it."""
     words = [message.subject, b"%d" % message.sid, *([message.reply] if message.reply else [])]
     name, size = b"MSG", len(message.payload)
@@ -38,10 +38,10 @@ def on_the_wire(message: Message) -> bytes:
 
 
 @given(st.lists(MESSAGES, max_size=5), st.integers(1, 60))
-def test_every_message_comes_as_it_was_sent(messages: list[Message], step: int) -> None:
+def test_every_message_comes_as_it_was_sent(messages: list[NatsMessage], step: int) -> None:
     """However it is cut. A subject with a form feed or a lone carriage return names no other subscription."""
     sent = b"PING\r\n" + b"".join(map(on_the_wire, messages)) + b"PONG\r\n"
-    reader = Reader()
+    reader = ProtocolReader()
     heard = [event for at in range(0, len(sent), step) for event in reader.feed(sent[at : at + step])]
     assert heard == [Control(b"PING", b""), *messages, Control(b"PONG", b"")]
 
@@ -49,9 +49,9 @@ def test_every_message_comes_as_it_was_sent(messages: list[Message], step: int) 
 def test_an_empty_reply_subject_is_none() -> None:
     """As nats-server writes its own advisories of JetStream: two spaces side by side."""
     sent = b"MSG $JS.EVENT.ADVISORY.API 1  2\r\n{}\r\nHMSG a 1  3 5\r\nabchi\r\n"
-    assert list(Reader().feed(sent)) == [
-        Message(1, b"$JS.EVENT.ADVISORY.API", b"", b"", b"{}"),
-        Message(1, b"a", b"", b"abc", b"hi"),
+    assert list(ProtocolReader().feed(sent)) == [
+        NatsMessage(1, b"$JS.EVENT.ADVISORY.API", b"", b"", b"{}"),
+        NatsMessage(1, b"a", b"", b"abc", b"hi"),
     ]
 
 
@@ -76,17 +76,17 @@ def test_an_empty_reply_subject_is_none() -> None:
 )
 def test_what_the_protocol_does_not_have_is_said_to_be_that(line: bytes) -> None:
     with pytest.raises(BrokenProtocol):
-        list(Reader().feed(line + b"hello\r\n"))
+        list(ProtocolReader().feed(line + b"hello\r\n"))
 
 
 def test_a_message_too_long_is_dropped_as_it_arrives() -> None:
-    reader, size = Reader(keep=100), 10_000
+    reader, size = ProtocolReader(keep=100), 10_000
     heard: list[Event] = list(reader.feed(b"MSG a 7 %d\r\n" % size))
     for _ in range(10):
         heard += reader.feed(bytes(1000))
         assert len(reader._buffer) == 0
     heard += reader.feed(b"\r\nMSG b 8 2\r\nhi\r\n")
-    assert heard == [Oversized(7, size), Message(8, b"b", b"", b"", b"hi")]
+    assert heard == [Oversized(7, size), NatsMessage(8, b"b", b"", b"", b"hi")]
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=200).map(lambda raw: b"NATS/1.0" + raw), st.booleans())

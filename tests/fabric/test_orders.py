@@ -13,7 +13,7 @@ from lacre_fabric.nats.key_holders import RollCall
 from lacre_fabric.nats.orders import OrderKeys
 from lacre_fabric.nats.worker import NatsDelivery
 from lacre_fabric.work.contract import CREDIT
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.fabric import LiveFabric, new_work
 from parts.stolen_nats import StolenNats
 
@@ -59,7 +59,7 @@ async def running(nats: LiveFabric) -> AsyncIterator[NatsDelivery]:
     gateway, worker = await nats.gateway(), await nats.worker("a")
     dispatch = await gateway.dispatch(new_work("a"))
     delivery = await worker.pull()
-    await delivery.send(Kind.DATA, bytes(CREDIT))
+    await delivery.send(FrameKind.DATA, bytes(CREDIT))
     yield delivery
     assert not delivery.cancelled.is_set()
     await dispatch.cancel()
@@ -84,7 +84,7 @@ async def test_no_answer_of_jetstream_s_is_an_order(running: NatsDelivery, stole
     async with asyncio.timeout(15):
         while len(heard) < 8:  # NATS does send it there
             heard += [subject for subject, _ in await stolen.settle()]
-    sending = asyncio.ensure_future(running.send(Kind.DATA, b"more"))
+    sending = asyncio.ensure_future(running.send(FrameKind.DATA, b"more"))
     await asyncio.sleep(0.2)
     assert not running.cancelled.is_set()
     assert not sending.done(), "credit was renewed by somebody else"

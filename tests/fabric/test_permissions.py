@@ -22,7 +22,7 @@ from lacre_fabric.nats.provisioning import publish_manifest
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from parts.fabric import GATEWAYS, POOLS, LiveFabric, new_work
 
 ID = "0123456789abcdef" * 2
@@ -239,7 +239,7 @@ async def test_frames_come_from_the_pool_alone(parties: Parties) -> None:
     intruder, other_gateway = await parties.connect("worker-b-n1"), await parties.connect("gateway-g2")
     work = new_work("a")
     dispatch = await gateway.dispatch(work)
-    forged = Frame("f" * 32, 0, Kind.DATA, b"forged")
+    forged = Frame("f" * 32, 0, FrameKind.DATA, b"forged")
     send = intruder.client.publish
 
     # Where A's workers answer, and in the name of its own pool: NATS allows the second, and the gateway heeds it not.
@@ -249,8 +249,8 @@ async def test_frames_come_from_the_pool_alone(parties: Parties) -> None:
     overheard.append(await hear(other_gateway, "reply.*.g1.*"))
 
     delivery = await worker.pull()
-    await delivery.send(Kind.DATA, b"true")
-    await delivery.send(Kind.USAGE, b"")
+    await delivery.send(FrameKind.DATA, b"true")
+    await delivery.send(FrameKind.USAGE, b"")
     assert [frame.payload async for frame in dispatch.frames()] == [b"true", b""]
     assert overheard == [[], [], []]
     assert intruder.denials == 2
@@ -390,7 +390,7 @@ async def test_answers_go_to_who_asked(parties: Parties, role: str) -> None:
     stored = {"worker-b-n1": "$KV.claims_b.mine", "gateway-g2": f"work.b.lacre.{M1}"}[role]
     for target in [*TARGETS, *CALLS]:
         config = {"name": "MINE", "subjects": ["mine"]}
-        headers = Frame("f" * 32, 0, Kind.DATA, b"").headers()
+        headers = Frame("f" * 32, 0, FrameKind.DATA, b"").headers()
         await who.client.publish(stored, json.dumps(config).encode(), headers=headers, reply=target)  # the ack
         if role.startswith("gateway"):
             revocation = subjects.revocation(role)
@@ -437,7 +437,7 @@ async def test_accounts_hold_without_permissions(tmp_path: Path) -> None:
         await intruder.round_trip()
         delivery = await worker.pull()
         assert delivery.work == work
-        await delivery.send(Kind.USAGE, b"")
+        await delivery.send(FrameKind.USAGE, b"")
         assert [frame.payload async for frame in dispatch.frames()] == [b""]
         await asyncio.sleep(0.1)
         assert not intruder.denials

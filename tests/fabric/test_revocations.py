@@ -14,7 +14,7 @@ from lacre.errors import InvalidMessage
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.gateway import NatsGateway
-from lacre_fabric.nats.revocations import Reader, RevocationsFull, bucket, revoke
+from lacre_fabric.nats.revocations import RevocationReader, RevocationsFull, bucket, revoke
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_fabric.work.revocations import Revocation, subject_key, token_key
 from parts.fabric import LiveFabric
@@ -70,14 +70,14 @@ async def test_an_entry_goes_when_its_time_is_over(fresh: LiveFabric) -> None:
     assert len(await gateway.revoked()) == 2
     other = await fresh.gateway("g2")
     async with asyncio.timeout(20):
-        while (await Reader(other.connection).read()) != [lasting]:
+        while (await RevocationReader(other.connection).read()) != [lasting]:
             await asyncio.sleep(0.1)
     # The last one that was read is gone, too: nothing is passed over.
     later = some(3, lives=1.0)
     await gateway.revoke(later)
     assert await gateway.revoked() == [later]
     async with asyncio.timeout(20):
-        while (await Reader(other.connection).read()) != [lasting]:
+        while (await RevocationReader(other.connection).read()) != [lasting]:
             await asyncio.sleep(0.1)
     await gateway.revoke(some(4))
     assert {revocation.key for revocation in await gateway.revoked()} == {lasting.key, some(4).key}  # read from the beginning
@@ -180,7 +180,7 @@ async def test_no_gateway_takes_one_back(fresh: LiveFabric) -> None:
         await client.publish(f"{subjects.API}.{call}.{subjects.REVOCATIONS_STREAM}", b'{"seq":1}')
     await gateway.connection.round_trip()
     assert gateway.connection.denials == denials + 4
-    assert await Reader(gateway.connection).read() == [kept]
+    assert await RevocationReader(gateway.connection).read() == [kept]
     await gateway.close()
 
 
@@ -190,7 +190,7 @@ async def test_workers_neither_read_nor_write(fresh: LiveFabric, role: str) -> N
     with pytest.raises(FabricUnavailable, match="denies"):
         await revoke(who, some(1))
     with pytest.raises(FabricUnavailable, match="denies"):
-        await Reader(who).read()
+        await RevocationReader(who).read()
     await who.close()
 
 

@@ -17,7 +17,7 @@ from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.subjects import DEFAULT_REGION, presence, process_name
 from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.site import GATEWAY_ID, Site
 from lacre_fabric.work.contract import Capacity, FabricUnavailable
 from lacre_gateway import settings as gateway
@@ -64,7 +64,7 @@ def test_replicas_are_kept(site: Site) -> None:
 async def test_replicas_share_a_credential_and_are_told_apart(tmp_path: Path) -> None:
     """One for all instances of a gateway, and one for all workers of a pool, who may not speak of another."""
     site = Site(tmp_path, {"default": ("m1",), "other": ("m1",)})
-    server = Server(tmp_path / "nats", free_port())
+    server = NatsServer(tmp_path / "nats", free_port())
     server.configure(site.replicated_roles())
     process = server.start(tmp_path / "nats.log")
     try:

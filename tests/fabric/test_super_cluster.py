@@ -22,9 +22,9 @@ from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.streams import QUEUED_MESSAGES
 from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
-from lacre_fabric.operate.fabric_check import Verdict, _majority, inspect
+from lacre_fabric.operate.fabric_check import Severity, _majority, inspect
 from lacre_fabric.work.contract import CREDIT, Dispatch, DuplicateWork, FabricError, FabricUnavailable, QueueTimeout, WorkerLost
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.revocations import Revocation, subject_key
 from parts.fabric import new_work
 from parts.nats_cluster import VOTER, SuperCluster
@@ -85,8 +85,8 @@ class Regions:
             if await delivery.claim():
                 self.ran.append((worker._node, delivery.work.digest))
                 for piece in pieces:
-                    await delivery.send(Kind.DATA, piece)
-                await delivery.send(Kind.USAGE, b"receipt")
+                    await delivery.send(FrameKind.DATA, piece)
+                await delivery.send(FrameKind.USAGE, b"receipt")
         except FabricError:
             pass  # what became of it, the gateway tells
         finally:
@@ -212,7 +212,7 @@ async def test_where_nobody_is_the_others_answer(regions: Regions) -> None:
     dispatch = await gateway.dispatch(new_work())
     delivery = await far.pull()
     assert await delivery.claim()
-    await delivery.send(Kind.DATA, b"x")
+    await delivery.send(FrameKind.DATA, b"x")
     async for frame in dispatch.frames():
         assert frame.payload == b"x"
         break
@@ -368,7 +368,7 @@ async def test_the_check_knows_regions(regions: Regions) -> None:
         **{f"worker-{pool}@{at}": regions.credentials[f"worker-{pool}-{at}"] for pool in POOLS for at in REGIONS},
     }
     found = await inspect(servers, POOLS, 1, parties, REGIONS)
-    assert [each for each in found if each.verdict is not Verdict.OK] == []
+    assert [each for each in found if each.verdict is not Severity.OK] == []
     assert {"WORK_a_us", "consumers WORK_b_us", "servers us", "server us-n1", "permissions worker-a@us"} <= {
         each.check for each in found
     }
@@ -379,9 +379,9 @@ async def test_the_check_knows_regions(regions: Regions) -> None:
     assert weak["WORK_a_ap"] == "it is not there"
     assert weak["servers ap"] == "0 answer, 1 keep each stream"
     away = [{"cluster": {"name": at}} for at in (HOME, AWAY)]
-    assert _majority(away, REGIONS).verdict is Verdict.WEAK
-    assert _majority([*away, {"cluster": {"name": HOME}}], REGIONS).verdict is Verdict.OK
-    assert _majority([*away, {"cluster": {"name": AWAY}}], REGIONS).verdict is Verdict.WEAK
+    assert _majority(away, REGIONS).verdict is Severity.WEAK
+    assert _majority([*away, {"cluster": {"name": HOME}}], REGIONS).verdict is Severity.OK
+    assert _majority([*away, {"cluster": {"name": AWAY}}], REGIONS).verdict is Severity.WEAK
 
 
 async def test_the_home_moves(regions: Regions) -> None:
@@ -423,7 +423,7 @@ async def test_another_region_is_lost(own: Regions) -> None:
     crossing = await gateway.dispatch(new_work())
     away = await far.pull()
     assert await away.claim()
-    await away.send(Kind.DATA, b"x")
+    await away.send(FrameKind.DATA, b"x")
     frames = crossing.frames()
     assert (await anext(frames)).payload == b"x"
     own.cluster.nodes[AWAY].stop(signal.SIGKILL)

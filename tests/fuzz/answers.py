@@ -33,8 +33,8 @@ from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.evidence.verification import Verification
 from lacre.exchange.call import Sealing
 from lacre.exchange.request import Plain
-from lacre.exchange.resume import Answer, asking
-from lacre.exchange.sealed_answer import Refusal
+from lacre.exchange.resume import ResumableAnswer, asking
+from lacre.exchange.sealed_answer import GatewayRefusal
 from lacre.exchange.steps import Done, Offload, Outer, Read, Send, Steps, T, Together
 from lacre.jose.jws import b64u
 from lacre.problems import DATE
@@ -115,9 +115,9 @@ def exchange(data: bytes) -> None:
     client = Sealing(PINNED, VersionMemory(), kems=(Kem.X25519,), shape="none", retries=1, resume=2, clock=lambda: NOW)
     plain = asking(PLAIN)
     opening, pieces = driven(client.exchange(plain), script)
-    if isinstance(opening, Refusal):
+    if isinstance(opening, GatewayRefusal):
         raise opening.problem.exception(opening.retry_after)
-    whole = Answer(client, plain, opening)
+    whole = ResumableAnswer(client, plain, opening)
     while not whole.ended:
         try:
             whole.feed(next(pieces, None))

@@ -21,9 +21,9 @@ from lacre_fabric.nats.client import DirectClient
 from lacre_fabric.nats.connection import Connection, Stored
 from lacre_fabric.nats.gateway import _Ack
 from lacre_fabric.nats.pool import KEEP, PoolSide
-from lacre_fabric.nats.protocol import BrokenProtocol, Event, Message, Reader
+from lacre_fabric.nats.protocol import BrokenProtocol, Event, NatsMessage, ProtocolReader
 from lacre_fabric.work.contract import FabricError, FabricUnavailable
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.presence import MAX_NODES, MAX_SLOTS
 
 POOL, GATEWAY, NODE = "a", "g1", "honest"
@@ -43,11 +43,11 @@ def nats_stream(data: bytes) -> None:
     whole = outcome(lambda: _events([stream]), (BrokenProtocol,))
     assert whole == outcome(lambda: _events(cut(stream, places)), (BrokenProtocol,))
     if isinstance(whole, list):
-        assert sum(len(event.headers) + len(event.payload) for event in whole if isinstance(event, Message)) <= len(stream)
+        assert sum(len(event.headers) + len(event.payload) for event in whole if isinstance(event, NatsMessage)) <= len(stream)
 
 
 def _events(pieces: list[bytes]) -> list[Event]:
-    reader = Reader(KEEP)
+    reader = ProtocolReader(KEEP)
     return [event for piece in pieces for event in reader.feed(piece)]
 
 
@@ -79,7 +79,7 @@ async def _worker_says(data: bytes) -> None:
     waiting, under_attack = side.add(honest, 30.0), side.add("0" * 32, 30.0)
     script = Script(data)
     stream = b"".join(_said(script) for _ in range(64) if script)
-    for event in Reader(KEEP).feed(stream + _honest(honest)):
+    for event in ProtocolReader(KEEP).feed(stream + _honest(honest)):
         await client._used(event)
     assert len(side.roster.live()) <= MAX_NODES
     assert all(one.busy <= MAX_SLOTS and one.free <= MAX_SLOTS for one in side.roster.live().values())
@@ -124,7 +124,7 @@ def block(frame: Frame) -> bytes:
 
 def _honest(request: str) -> bytes:
     present = json.dumps({"models": ["m"], "busy": 1, "free": 2, "keys": []}).encode()
-    frame = Frame(ATTEMPT, 0, Kind.DATA, b"x")
+    frame = Frame(ATTEMPT, 0, FrameKind.DATA, b"x")
     said = _framed(PRESENCE, f"presence.a.lacre.{NODE}".encode(), b"", present)
     return said + _framed(REPLIES, subjects.reply(POOL, GATEWAY, request).encode(), block(frame), b"x")
 

@@ -9,7 +9,16 @@ from typing import Final
 import h11
 
 from fuzz.target import Script, Target, cut
-from lacre.runtime.http1 import MAX_FIELDS, MAX_HEAD, MAX_TARGET, Body, End, Head, RequestReader, UnreadableRequest
+from lacre.runtime.http1 import (
+    MAX_FIELDS,
+    MAX_HEAD,
+    MAX_TARGET,
+    Body,
+    RequestEnd,
+    RequestHead,
+    RequestReader,
+    UnreadableRequest,
+)
 
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 
@@ -18,7 +27,7 @@ _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 class Message:
     """One request. whole: whether its end was reached."""
 
-    head: Head
+    head: RequestHead
     content: bytes = b""
     whole: bool = False
 
@@ -31,11 +40,11 @@ def read(pieces: list[bytes]) -> tuple[list[Message], int | None]:
             reader.feed(piece)
             while (event := reader.next()) is not None:
                 match event:
-                    case Head():
+                    case RequestHead():
                         messages.append(Message(event))
                     case Body(content):
                         messages[-1].content += content
-                    case End():
+                    case RequestEnd():
                         messages[-1].whole = True
     except UnreadableRequest as exc:
         return messages, exc.status

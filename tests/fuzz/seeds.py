@@ -18,7 +18,7 @@ from lacre.jose.jws import b64u, sign
 from lacre.trust.chain import ConnectionString
 from lacre.wire import bhttp
 from lacre.wire.header import Aead, Kdf, Kem, SealedHeader, Suite, encode_key_list
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 
 CORPUS: Final = Path(__file__).parent / "corpus"
 REQUEST: Final = bhttp.Request(
@@ -155,7 +155,7 @@ def of_fabric() -> Iterator[tuple[str, str, bytes]]:
     yield "nats_stream", "too-long", no_cuts + b"MSG a 1 9000000\r\nx"
     yield "nats_headers", "fields", b"\x00NATS/1.0\r\nA: b\r\nC:d\r\n\r\n"
     yield "nats_headers", "status", b"\x01NATS/1.0 404 No Messages\r\nA: b\r\n\r\n"
-    beat = fabric.block(Frame(fabric.ATTEMPT, 0, Kind.BEAT, b""))
+    beat = fabric.block(Frame(fabric.ATTEMPT, 0, FrameKind.BEAT, b""))
     presence = b'{"models":["m"],"busy":1,"free":1,"keys":["k"]}'
     for name, kind, chosen, headers, payload in (
         ("beat", fabric.TO_A_REQUEST, b"", beat, b""),

@@ -17,7 +17,7 @@ from lacre.evidence import checkpoints, merkle
 from lacre.evidence.checkpoints import Checkpoint
 from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit import tiles
-from lacre_gateway.audit.check import SELF_CONSISTENT, Verdict, check_receipt, verify
+from lacre_gateway.audit.check import SELF_CONSISTENT, AuditResult, check_receipt, verify
 from lacre_gateway.audit.entries import Annex, Event, encode
 from lacre_gateway.audit.reader import LogReader, Wrong
 from lacre_gateway.audit.store import Store
@@ -178,7 +178,7 @@ def test_another_key(log: Path) -> None:
     assert verify(log, None, [kept]).wrong is not None
 
 
-def story(folder: Path, *entries: kinds.Entry) -> Verdict:
+def story(folder: Path, *entries: kinds.Entry) -> AuditResult:
     store = Store(folder / "story", KEY, ORIGIN)
     store.commit([data for entry in entries for data in encode(entry)])
     store.published(store.publication(()).write())

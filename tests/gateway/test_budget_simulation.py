@@ -34,7 +34,7 @@ from lacre_gateway.budget.lease import (
     commit,
     lacking,
 )
-from lacre_gateway.budget.plans import Kind
+from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record
 from lacre_gateway.budget.windows import Calendar, window, windows_at
 
@@ -42,13 +42,13 @@ START = 1_800_000_000.0
 LONGEST = 100.0
 GATEWAYS = 3
 CEILINGS = {
-    Kind.REQUESTS_PER_MINUTE: 20,
-    Kind.TOKENS_PER_MINUTE: 3000,
-    Kind.TOKENS_PER_DAY: 9000,
-    Kind.MONEY_PER_MONTH: 100_003,
-    Kind.CONCURRENT_STREAMS: 7,
+    LimitKind.REQUESTS_PER_MINUTE: 20,
+    LimitKind.TOKENS_PER_MINUTE: 3000,
+    LimitKind.TOKENS_PER_DAY: 9000,
+    LimitKind.MONEY_PER_MONTH: 100_003,
+    LimitKind.CONCURRENT_STREAMS: 7,
 }
-STREAMS = Kind.CONCURRENT_STREAMS
+STREAMS = LimitKind.CONCURRENT_STREAMS
 # What a stolen credential's part may be; empty for one of the right form.
 LIES = [
     b"",
@@ -87,8 +87,8 @@ class Gateway:
     writing: Writing | None = None
     requests: list[Request] = field(default_factory=list)
     calendar: Calendar = field(default_factory=Calendar)
-    released: dict[tuple[Kind, int], int] = field(default_factory=lambda: defaultdict(int))
-    asked: dict[tuple[Kind, int], int] = field(default_factory=lambda: defaultdict(int))
+    released: dict[tuple[LimitKind, int], int] = field(default_factory=lambda: defaultdict(int))
+    asked: dict[tuple[LimitKind, int], int] = field(default_factory=lambda: defaultdict(int))
 
 
 class Budgets(RuleBasedStateMachine):
@@ -102,10 +102,10 @@ class Budgets(RuleBasedStateMachine):
         self.born = 0
         self.live = [self.gateway() for _ in range(GATEWAYS)]
         self.ghosts: list[Writing] = []
-        self.used: dict[tuple[Kind, int], int] = defaultdict(int)  # the truth, by what was committed and settled
-        self.reserved: dict[tuple[Kind, int], int] = defaultdict(int)
+        self.used: dict[tuple[LimitKind, int], int] = defaultdict(int)  # the truth, by what was committed and settled
+        self.reserved: dict[tuple[LimitKind, int], int] = defaultdict(int)
         self.streams: list[float] = []  # of dead gateways: when the stream ends
-        self.forfeited: dict[tuple[Kind, int], dict[str, int]] = defaultdict(dict)  # the most that it may be, by holder
+        self.forfeited: dict[tuple[LimitKind, int], dict[str, int]] = defaultdict(dict)  # the most that it may be, by holder
 
     def gateway(self) -> Gateway:
         self.born += 1
@@ -132,9 +132,9 @@ class Budgets(RuleBasedStateMachine):
             gateway.requests.append(Request(charges, self.now + LONGEST))
 
     @staticmethod
-    def amounts(tokens: int, money: int) -> dict[Kind, int]:
-        return dict.fromkeys(Kind, 1) | {
-            Kind.TOKENS_PER_MINUTE: tokens, Kind.TOKENS_PER_DAY: tokens, Kind.MONEY_PER_MONTH: money,
+    def amounts(tokens: int, money: int) -> dict[LimitKind, int]:
+        return dict.fromkeys(LimitKind, 1) | {
+            LimitKind.TOKENS_PER_MINUTE: tokens, LimitKind.TOKENS_PER_DAY: tokens, LimitKind.MONEY_PER_MONTH: money,
         }  # fmt: skip
 
     @rule(who=st.integers(0, GATEWAYS - 1), which=st.integers(0, 50), part=st.floats(0, 1))
@@ -338,7 +338,7 @@ class Budgets(RuleBasedStateMachine):
                 >= found.drawn() - sum(share.drawn - share.used for share in lost.values())
             )
 
-    def windows(self) -> Iterator[tuple[Kind, int, object]]:
+    def windows(self) -> Iterator[tuple[LimitKind, int, object]]:
         for kind, kept in {} if self.record is None else self.record.windows.items():
             for number, found in kept.items():
                 yield kind, number, found
@@ -450,16 +450,16 @@ class TestAnyClocksLong(AnyClocks.TestCase):
 
 
 def test_windows_are_of_utc() -> None:
-    assert window(Kind.MONEY_PER_MONTH, START) == 2027 * 12
-    assert window(Kind.TOKENS_PER_DAY, START) == 20833
+    assert window(LimitKind.MONEY_PER_MONTH, START) == 2027 * 12
+    assert window(LimitKind.TOKENS_PER_DAY, START) == 20833
 
 
 def test_what_is_released_while_a_write_is_under_way_is_given_back_after_its_window() -> None:
     """The last request of an old window ends between the write and its confirmation: the record still has it as reserved."""
-    kind, record = Kind.REQUESTS_PER_MINUTE, None
+    kind, record = LimitKind.REQUESTS_PER_MINUTE, None
     account = Account("key", "name", "g1", LONGEST, touched=START)
 
-    def written(windows: dict[Kind, int], needs: list[Need], settle: Counter | None = None) -> Record:
+    def written(windows: dict[LimitKind, int], needs: list[Need], settle: Counter | None = None) -> Record:
         proposal = account.propose(record, windows, needs, START)
         account.send(proposal)
         if settle is not None:
@@ -485,11 +485,11 @@ def test_a_lease_covers_what_is_used_in_some_seconds(every: float) -> None:
     held: list[float] = []
     while now < START + 150:
         windows = windows_at(now)
-        charge = [(account.counter(Kind.REQUESTS_PER_MINUTE, windows[Kind.REQUESTS_PER_MINUTE], 600), 1)]
+        charge = [(account.counter(LimitKind.REQUESTS_PER_MINUTE, windows[LimitKind.REQUESTS_PER_MINUTE], 600), 1)]
         account.touched = now
         counter = charge[0][0]
         if lacking(charge, now) or counter.spare <= counter.low or account.due(now):
-            proposal = account.propose(record, windows, [Need({Kind.REQUESTS_PER_MINUTE: (1, 600)})], now)
+            proposal = account.propose(record, windows, [Need({LimitKind.REQUESTS_PER_MINUTE: (1, 600)})], now)
             account.send(proposal)
             record = proposal.record
             account.confirm(proposal, now)

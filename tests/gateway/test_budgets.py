@@ -22,7 +22,7 @@ from lacre_gateway.audit import index as indexes
 from lacre_gateway.audit.check import verify
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.ledger import ALIVE, DRAW_LIMIT, GONE_AFTER
-from lacre_gateway.budget.plans import Kind
+from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record
 from parts.fake_worker import FakeWorker, Script
 from parts.keys import MODEL
@@ -116,7 +116,7 @@ async def test_money_to_the_micro_unit(stage: Stage, worker: FakeWorker, client:
     assert intent["lease"] == stage.gateway.budgets.holder
     assert [limit.partition("@")[0] for limit in intent["limits"]] == ["tenant-on-plan:money/money_per_month"]
     await stage.gateway.close()
-    [window] = record(stage, "tenant-on-plan").windows[Kind.MONEY_PER_MONTH].values()
+    [window] = record(stage, "tenant-on-plan").windows[LimitKind.MONEY_PER_MONTH].values()
     assert window.drawn() == window.used() == 75
 
 
@@ -295,7 +295,7 @@ async def test_all_budgets_or_none(put_up: PutUp, short: str, ample: int) -> Non
     met = [entry["exceeded"] for entry in await stage.trail(4) if entry["kind"] == "outcome"]
     assert [limit and limit.partition("@")[0] for limit in met] == [None, *[f"{labels[short]}:p/tokens_per_day"] * 3]
     for prefix in labels.values():
-        [window] = record(stage, prefix).windows[Kind.TOKENS_PER_DAY].values()
+        [window] = record(stage, prefix).windows[LimitKind.TOKENS_PER_DAY].values()
         assert window.drawn() == window.used() == used
 
 
@@ -362,7 +362,7 @@ async def test_what_no_log_has_is_not_charged(stage: Stage, worker: FakeWorker) 
                     await asyncio.sleep(0.01)
     await stage.gateway.close()
     assert not [entry for entry in stage.entries() if entry["kind"] != "event"]
-    [window] = record(stage, "user").windows[Kind.REQUESTS_PER_MINUTE].values()
+    [window] = record(stage, "user").windows[LimitKind.REQUESTS_PER_MINUTE].values()
     assert (window.drawn(), window.used()) == (0, 0)
 
 

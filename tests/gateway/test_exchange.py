@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lacre import problems
-from lacre_gateway.budget.in_flight import BodyBytes, LimitExceeded, Room
+from lacre_gateway.budget.in_flight import BodyBytes, BodyReservation, LimitExceeded
 from lacre_gateway.http.exchange import ClientGone, Exchange, Message, Stalled
 from lacre_gateway.http.refusal import Refusal
 
@@ -41,8 +41,8 @@ def piece(body: bytes, more: bool = True) -> Message:
 GONE: Message = {"type": "http.disconnect"}
 
 
-def room(total: int = 100) -> Room:
-    return Room(BodyBytes(total=total, each=100), "alice")
+def room(total: int = 100) -> BodyReservation:
+    return BodyReservation(BodyBytes(total=total, each=100), "alice")
 
 
 async def test_body_in_pieces() -> None:

@@ -15,10 +15,10 @@ from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.ohttp import seal_request
 from lacre.wire.padding import SMALLEST, request_length
 from lacre_gateway.budget import fitting
-from lacre_gateway.budget.callers import Caller, Scope, ceiling_of
+from lacre_gateway.budget.callers import BudgetScope, Caller, ceiling_of
 from lacre_gateway.budget.holds import AboveLimit
 from lacre_gateway.budget.in_flight import Reservation
-from lacre_gateway.budget.plans import Kind, Price
+from lacre_gateway.budget.plans import LimitKind, Price
 from parts.fake_worker import FakeWorker, Script
 from parts.issuer import Issuer
 from parts.stage import Stage
@@ -187,16 +187,16 @@ amounts = st.integers(0, 5000)
 
 @given(
     amounts,
-    st.sampled_from([Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY, Kind.MONEY_PER_MONTH]),
+    st.sampled_from([LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY, LimitKind.MONEY_PER_MONTH]),
     st.integers(1, 6000),
     st.integers(1, 600),
     st.tuples(*[st.sampled_from([0, 1, 333_333, 10**6, 3 * 10**6])] * 3),
 )
 def test_what_is_reserved_fits_the_limit(
-    ceiling: int, kind: Kind, prompt: int, output: int, prices: tuple[int, int, int]
+    ceiling: int, kind: LimitKind, prompt: int, output: int, prices: tuple[int, int, int]
 ) -> None:
     price = Price(*prices)
-    caller = Caller("p", (Scope("user", "user.x", "x", ((kind, ceiling),)),))
+    caller = Caller("p", (BudgetScope("user", "user.x", "x", ((kind, ceiling),)),))
     try:
         most = fitting.most(caller, price, Reservation(prompt, output, shrinks=True))
     except AboveLimit as refused:

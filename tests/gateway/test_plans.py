@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre_gateway.budget.plans import Kind, Limits, Plans, Price, load, money, parse
+from lacre_gateway.budget.plans import LimitKind, PlanLimits, Plans, Price, load, money, parse
 from lacre_gateway.policy.rules import shipped
 
 TEXT = """
@@ -52,15 +52,15 @@ def plans(text: str = TEXT) -> Plans:
 def test_values() -> None:
     found = plans()
     assert found.currency == "EUR"
-    assert found.plans["free"].user == Limits(requests_per_minute=10, tokens_per_day=0)
-    assert found.plans["free"].tenant == found.plans["free"].everyone == Limits()
-    assert found.plans["paid"].tenant == Limits(money_per_month=30_000_001, tokens_per_minute=1000)
-    assert found.tenants["acme"].limits == Limits(concurrent_streams=5)
+    assert found.plans["free"].user == PlanLimits(requests_per_minute=10, tokens_per_day=0)
+    assert found.plans["free"].tenant == found.plans["free"].everyone == PlanLimits()
+    assert found.plans["paid"].tenant == PlanLimits(money_per_month=30_000_001, tokens_per_minute=1000)
+    assert found.tenants["acme"].limits == PlanLimits(concurrent_streams=5)
     assert found.prices["large"] == Price(3_000_000, 300_000, 15_500_000)
 
 
 def test_zero_is_a_limit_and_absent_is_none() -> None:
-    assert dict(plans().plans["free"].user.each()) == {Kind.REQUESTS_PER_MINUTE: 10, Kind.TOKENS_PER_DAY: 0}
+    assert dict(plans().plans["free"].user.each()) == {LimitKind.REQUESTS_PER_MINUTE: 10, LimitKind.TOKENS_PER_DAY: 0}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from lacre.errors import SettingsError
 from lacre_gateway.http.headers import Action
-from lacre_gateway.policy.cases import Case
+from lacre_gateway.policy.cases import PolicyCase
 from lacre_gateway.policy.cedar import MAX_DECISIONS, NAMES, SYNTAX, Decision, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion, Question
 from lacre_gateway.policy.rules import MISSING, SCHEMA_FILE, RuleSet, shipped
@@ -19,7 +19,7 @@ from parts.policies import BROKEN, FAMILY, RULES, SCHEMA, USAGE, asked, copied
 
 
 @pytest.mark.parametrize("case", RULES.cases, ids=lambda case: case.name)
-def test_case(case: Case) -> None:
+def test_case(case: PolicyCase) -> None:
     assert case.fails(RULES.policies.decide(case.request.question())) is None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lacre_gateway.audit.check import verify
-from lacre_gateway.audit.entries import RELOAD_REFUSED, RELOADED, Admin, Entry, Intent, encode
+from lacre_gateway.audit.entries import RELOAD_REFUSED, RELOADED, AdminIntent, Entry, Intent, encode
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.explain import Explanation, explain, requested
@@ -170,10 +170,10 @@ def intent(question: AnyQuestion, policies: PolicySet = RULES.policies, number: 
     )  # fmt: skip
 
 
-def admin(question: AnyQuestion) -> Admin:
+def admin(question: AnyQuestion) -> AdminIntent:
     assert isinstance(question, AdminQuestion)
     who, decision = question.principal, RULES.policies.decide(question)
-    return Admin(
+    return AdminIntent(
         request_id="00", time=question.time, subject=who.subject, tenant=who.tenant, issuer=who.issuer, jti=None,
         address=question.address, gateway=question.gateway, action=question.action.value, target=None, groups=who.groups,
         scopes=who.scopes, plan=who.plan, decision="allow" if decision.allowed else "deny", policies=decision.policies,

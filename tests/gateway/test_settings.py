@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from lacre.errors import SettingsError
-from lacre_gateway.settings import Issuer, Settings, load, parse
+from lacre_gateway.settings import GatewaySettings, Issuer, load, parse
 
 TEXT = """
 gateway = "g1"
@@ -38,7 +38,7 @@ context = 2048
 PLACE = Path("/etc/lacre/gateway.toml")
 
 
-def settings(text: str = TEXT) -> Settings:
+def settings(text: str = TEXT) -> GatewaySettings:
     return parse(text, PLACE)
 
 

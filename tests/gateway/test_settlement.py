@@ -19,7 +19,7 @@ from lacre.evidence.receipts import Receipt
 from lacre.jose.jws import b64u
 from lacre_fabric.logs import make_log
 from lacre_gateway.budget.in_flight import Reservation
-from lacre_gateway.budget.settlement import Claim, Reason, Settlement, Verdict, judge
+from lacre_gateway.budget.settlement import Claim, ReceiptFault, Settlement, Verdict, judge
 from parts.by_hand import opened
 from parts.fake_worker import PIECES, FakeWorker, Script
 from parts.stage import Stage
@@ -51,19 +51,19 @@ STRANGE = token(9, enc=b64u(b"1" * 32))
         ((), None, None),
         ((token(1), token(2), token(3)), 3, None),
         ((token(10, prompt=100),), 10, None),
-        ((token(11),), None, Reason.ABOVE_GRANT),
-        ((token(1, prompt=101),), None, Reason.ABOVE_GRANT),
+        ((token(11),), None, ReceiptFault.ABOVE_GRANT),
+        ((token(1, prompt=101),), None, ReceiptFault.ABOVE_GRANT),
         # The pool's own word above the grant: an older one does not stand in for it.
-        ((token(3), token(11)), None, Reason.ABOVE_GRANT),
-        ((token(3), FORGED), 3, Reason.NOT_THE_POOLS),
-        ((token(3), STRANGE), 3, Reason.OTHER_REQUEST),
-        ((token(3), STRANGE, FORGED, b""), 3, Reason.NOT_THE_POOLS),
-        ((FORGED, STRANGE), None, Reason.OTHER_REQUEST),
-        ((b"\xff" * 4000,), None, Reason.NOT_THE_POOLS),
-        ((token(11), FORGED), None, Reason.ABOVE_GRANT),  # a forged one does not hide it
+        ((token(3), token(11)), None, ReceiptFault.ABOVE_GRANT),
+        ((token(3), FORGED), 3, ReceiptFault.NOT_THE_POOLS),
+        ((token(3), STRANGE), 3, ReceiptFault.OTHER_REQUEST),
+        ((token(3), STRANGE, FORGED, b""), 3, ReceiptFault.NOT_THE_POOLS),
+        ((FORGED, STRANGE), None, ReceiptFault.OTHER_REQUEST),
+        ((b"\xff" * 4000,), None, ReceiptFault.NOT_THE_POOLS),
+        ((token(11), FORGED), None, ReceiptFault.ABOVE_GRANT),  # a forged one does not hide it
     ],
 )
-def test_which_receipt_counts(tokens: tuple[bytes, ...], settled: int | None, refused: Reason | None) -> None:
+def test_which_receipt_counts(tokens: tuple[bytes, ...], settled: int | None, refused: ReceiptFault | None) -> None:
     verdict = judge(claim(*tokens))
     assert (verdict.receipt.completion_tokens if verdict.receipt else None, verdict.refused) == (settled, refused)
 
@@ -178,7 +178,7 @@ async def test_a_fault_in_one_claim_costs_no_other_its_verdict(caplog: pytest.Lo
     await told.settlement.close()
     assert {number: len(verdicts) for number, verdicts in told.verdicts.items()} == dict.fromkeys(range(6), 1)
     assert all(told.verdicts[number][0].receipt for number in range(5))
-    assert told.verdicts[5] == [Verdict(refused=Reason.NOT_THE_POOLS)]
+    assert told.verdicts[5] == [Verdict(refused=ReceiptFault.NOT_THE_POOLS)]
     assert caplog.messages == ["a try failed: settlement"] * 2
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lacre.evidence.audit_proof import AuditProof
 from lacre_gateway.audit import entries as kinds
-from lacre_gateway.audit.check import Verdict, check_receipt, verify
+from lacre_gateway.audit.check import AuditResult, check_receipt, verify
 from lacre_gateway.audit.reader import LogReader
 from parts.gateway_process import GatewayProcess, gateway_process
 from parts.small_disk import NO_DISK, filled, small_disk
@@ -21,7 +21,7 @@ from parts.small_disk import NO_DISK, filled, small_disk
 LIVES = 20
 
 
-def checked(gateway: GatewayProcess, proofs: Sequence[AuditProof], kept: Sequence[bytes] = ()) -> Verdict:
+def checked(gateway: GatewayProcess, proofs: Sequence[AuditProof], kept: Sequence[bytes] = ()) -> AuditResult:
     """The log holds, also against what clients kept of it; and every one of the proofs is of an intent in it."""
     verdict = verify(gateway.audit, gateway.key, kept)
     assert verdict.wrong is None, verdict.words

@@ -30,7 +30,7 @@ from lacre.wire.ohttp import ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_fabric.logs import PROCESSORS
 from lacre_fabric.work.contract import Work
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from parts import audited, by_hand
 from parts.keys import MODEL, POOL
 from parts.memory_fabric import MemoryFabric
@@ -234,8 +234,8 @@ class GatewayOwner(httpx2.AsyncBaseTransport):
         outcome = await self.ended(request_id, until=collecting)
         collecting.cancel()
         await asyncio.gather(collecting, return_exceptions=True)
-        data = b"".join(frame.payload for frame in frames if frame.kind is Kind.DATA)
-        errors = [frame.payload.decode() for frame in frames if frame.kind is Kind.ERROR]
+        data = b"".join(frame.payload for frame in frames if frame.kind is FrameKind.DATA)
+        errors = [frame.payload.decode() for frame in frames if frame.kind is FrameKind.ERROR]
         return Ran(outcome, data, errors[0] if errors else None, dispatch.receipt)
 
     async def ended(self, request_id: str, *, until: asyncio.Task[None]) -> str:
@@ -292,7 +292,7 @@ def opened(ran: Ran, opener: ResponseOpener) -> Inside:
         return Inside(ran.outcome, ran.problem)
     decoder = bhttp.ResponseDecoder()
     events = decoder.feed(b"".join([*opener.feed(ran.sealed), *opener.close()])) + decoder.close()
-    status = next(event.status for event in events if isinstance(event, bhttp.Head))
+    status = next(event.status for event in events if isinstance(event, bhttp.ResponseHead))
     return Inside(ran.outcome, ran.problem, status, b"".join(e.content for e in events if isinstance(e, bhttp.Data)))
 
 

@@ -21,18 +21,18 @@ from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.kv import NatsBucket
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.servers import Servers
-from lacre_fabric.nats.streams import Bounds
+from lacre_fabric.nats.streams import BucketLimits
 from lacre_fabric.nats.worker import NatsDelivery
 from lacre_fabric.operate import floods
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import NotTakenUp, Schedule, tend
 from lacre_fabric.operate.site import Site as StateFolder
 from lacre_fabric.work.contract import CREDIT
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.fabric import POOLS, LiveFabric, new_work
 from parts.stolen_nats import StolenNats, published
 
-CLAIMS = Bounds(32 * 1024, 50, 512)  # so little room that it is quickly full
+CLAIMS = BucketLimits(32 * 1024, 50, 512)  # so little room that it is quickly full
 FULL = "its own pool can claim nothing for 15 minutes, the life of a claim"
 
 
@@ -66,7 +66,7 @@ class Site:
         delivery = await worker.pull()
         self._stack.push_async_callback(delivery.drop)
         assert await delivery.claim()
-        await delivery.send(Kind.DATA, bytes(CREDIT))
+        await delivery.send(FrameKind.DATA, bytes(CREDIT))
         return delivery
 
 
@@ -145,7 +145,7 @@ async def test_orders(site: Site) -> None:
         thief.publish(f"{subjects.API}.DIRECT.GET.KV_claims_a.$KV.claims_a.{request}", reply=target)
         thief.publish(f"$KV.claims_a.{request}.x", b"", reply=target)
     await thief.settle()
-    more = asyncio.ensure_future(delivery.send(Kind.DATA, b"more"))
+    more = asyncio.ensure_future(delivery.send(FrameKind.DATA, b"more"))
     await asyncio.sleep(0.3)
     assert not delivery.cancelled.is_set()
     assert not more.done()
@@ -303,7 +303,7 @@ async def test_gateways_connections(site: Site) -> None:
 )
 async def test_cut_off(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "state", {"a": ("m1",)})
-    server = Server(tmp_path / "nats", free_port())
+    server = NatsServer(tmp_path / "nats", free_port())
     server.configure(folder.roles())
     process = server.start(tmp_path / "nats.log")
     watched = partial(floods.watch, Servers.of(server.url), folder.credential("warden"), look=0.6)

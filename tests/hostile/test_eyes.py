@@ -7,7 +7,7 @@ import base64
 import pytest
 
 from hostile.adversary import Eyes, GatewayOwner, HostileFabric
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from parts.stage import Stage
 
 
@@ -25,7 +25,7 @@ def test_encodings(encode) -> None:
 
 
 def test_frames(eyes: Eyes, fabric: HostileFabric) -> None:
-    fabric.receive("1", Frame("0" * 32, 0, Kind.DATA, b"canary"))
+    fabric.receive("1", Frame("0" * 32, 0, FrameKind.DATA, b"canary"))
     assert eyes.has_seen("canary")
 
 

@@ -20,7 +20,7 @@ from lacre.evidence.receipts import Receipt
 from lacre.jose.jws import b64u
 from lacre.wire.header import SealedHeader
 from lacre_fabric.work.contract import CREDIT
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import MAX_PENDING_FRAMES
 from lacre_fabric.work.worker_stream import Outbound
 from parts.issuer import Issuer
@@ -61,7 +61,7 @@ def each(change: Callable[[Frame], Frames]) -> Callable[[str, Frame], list[tuple
 
 
 def data(frame: Frame, number: int) -> bool:
-    return frame.kind is Kind.DATA and frame.sequence >= number
+    return frame.kind is FrameKind.DATA and frame.sequence >= number
 
 
 @attack("put a record of its own between two of the worker's", by="fabric", defence=UNREAD, refused=OpenError)
@@ -81,7 +81,7 @@ async def test_inject(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Hosti
 )
 async def test_another_attempt(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric) -> None:
     def beside(frame: Frame) -> Frames:
-        return [frame, Frame("f" * 32, 0, Kind.DATA, framed(bytes(64))), Frame("f" * 32, 0, Kind.ERROR, b"x")]
+        return [frame, Frame("f" * 32, 0, FrameKind.DATA, framed(bytes(64))), Frame("f" * 32, 0, FrameKind.ERROR, b"x")]
 
     fabric.pass_on = each(beside)
     assert await asked(stage, honest, wire) == stage.prompt
@@ -93,7 +93,7 @@ async def test_first(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Hostil
     forged = bytes(32) + framed(bytes(64)) + b"\x00" + bytes(64)
 
     def first(frame: Frame) -> Frames:
-        own = (Frame("f" * 32, 0, Kind.DATA, forged), Frame("f" * 32, 0, Kind.USAGE, b""))
+        own = (Frame("f" * 32, 0, FrameKind.DATA, forged), Frame("f" * 32, 0, FrameKind.USAGE, b""))
         return [*own, frame] if frame.sequence == 0 else [frame]
 
     fabric.pass_on = each(first)
@@ -137,7 +137,7 @@ async def test_renumber(
 
 @attack("tell the gateway early that the answer has ended", by="fabric", defence=WHOLE, refused=TruncatedStream)
 async def test_early_end(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
-    fabric.pass_on = each(lambda frame: [replace(frame, kind=Kind.USAGE, payload=b"")] if data(frame, 4) else [frame])
+    fabric.pass_on = each(lambda frame: [replace(frame, kind=FrameKind.USAGE, payload=b"")] if data(frame, 4) else [frame])
     with verdict.refused():
         await asked(stage, honest, wire)
 
@@ -171,7 +171,7 @@ async def test_exchange(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Hos
 )
 async def test_problem(stage: Stage, honest: Stage, wire: AsgiWire, fabric: HostileFabric, verdict: Verdict) -> None:
     said = problems.INVALID_TOKEN.type.encode()
-    fabric.pass_on = each(lambda frame: [replace(frame, kind=Kind.ERROR, payload=said)])
+    fabric.pass_on = each(lambda frame: [replace(frame, kind=FrameKind.ERROR, payload=said)])
     with verdict.refused():
         await asked(stage, honest, wire)
 
@@ -216,7 +216,7 @@ async def test_cancel(stage: Stage, honest: Stage, wire: AsgiWire, fabric: Hosti
     def cancelling(request_id: str, frame: Frame) -> list[tuple[str, Frame]]:
         if frame.sequence == 4:
             fabric.outbound[request_id].cancel()
-            return [(request_id, replace(frame, kind=Kind.ERROR, payload=b""))]
+            return [(request_id, replace(frame, kind=FrameKind.ERROR, payload=b""))]
         return [(request_id, frame)]
 
     fabric.pass_on = cancelling
@@ -239,10 +239,10 @@ async def test_credit() -> None:
 
     worker = Outbound(publish)
     worker.renew(10**12)
-    await worker.send(Kind.DATA, bytes(CREDIT))
+    await worker.send(FrameKind.DATA, bytes(CREDIT))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await worker.send(Kind.DATA, bytes(1))
+            await worker.send(FrameKind.DATA, bytes(1))
     assert len(sent) == 1
 
 
@@ -257,7 +257,7 @@ async def booked(stage: Stage, honest: Stage, wire: AsgiWire) -> dict[str, Any]:
 
 
 def usage(change: Callable[[Frame], bytes]) -> Callable[[str, Frame], list[tuple[str, Frame]]]:
-    return each(lambda frame: [replace(frame, payload=change(frame))] if frame.kind is Kind.USAGE else [frame])
+    return each(lambda frame: [replace(frame, payload=change(frame))] if frame.kind is FrameKind.USAGE else [frame])
 
 
 def claim(**members: Any) -> Receipt:
@@ -312,9 +312,9 @@ async def test_first_receipt(stage: Stage, honest: Stage, wire: AsgiWire, fabric
     beats: list[bytes] = []
 
     def change(frame: Frame) -> Frames:
-        if frame.kind is Kind.BEAT:
+        if frame.kind is FrameKind.BEAT:
             beats.append(frame.payload)
-        return [replace(frame, payload=beats[0])] if frame.kind is Kind.USAGE else [frame]
+        return [replace(frame, payload=beats[0])] if frame.kind is FrameKind.USAGE else [frame]
 
     fabric.pass_on = each(change)
     booked_as = await booked(stage, honest, wire)

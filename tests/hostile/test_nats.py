@@ -18,7 +18,7 @@ from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.pool import KEEP, MAX_STRAY, PoolSide
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import WorkerLost
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.presence import MAX_NODES, MAX_SLOTS, Presence
 from parts.cut import Cut, way_to
 from parts.fabric import LiveFabric, new_work
@@ -78,9 +78,9 @@ class Site:
                 dispatch = await self.gateway.dispatch(new_work(pool))
                 delivery = await worker.pull()
                 worker.release()
-                await delivery.send(Kind.USAGE, b"")
+                await delivery.send(FrameKind.USAGE, b"")
                 await delivery.drop()
-                assert [frame.kind async for frame in dispatch.frames()] == [Kind.USAGE]
+                assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.USAGE]
         clients = (self.gateway.connection.client, self.gateway._lobby.client, *map(self.client, self.workers))
         assert [client.stats["reconnects"] for client in clients] == [0] * len(clients)
 
@@ -200,7 +200,7 @@ async def test_count(site: Site) -> None:
 async def test_to_nobody(site: Site) -> None:
     thief, said = await site.thief(), site.gateway.connection.client.stats["out_msgs"]
     for _ in range(2000):
-        frame = Frame(secrets.token_hex(16), 0, Kind.BEAT, b"")
+        frame = Frame(secrets.token_hex(16), 0, FrameKind.BEAT, b"")
         thief.publish(f"reply.a.g1.{secrets.token_hex(16)}", headers=frame.headers())
     await thief.settle()
     await site.goes_on()
@@ -236,7 +236,7 @@ async def test_cut(site: Site, verdict: Verdict) -> None:
     async with asyncio.timeout(3):
         while site.side("a").connected:
             await asyncio.sleep(0.01)
-    await delivery.send(Kind.USAGE, b"")
+    await delivery.send(FrameKind.USAGE, b"")
     await delivery.drop()
     site.way.mend()
     with verdict.refused():

@@ -17,7 +17,7 @@ from hostile.adversary import AsgiWire, GatewayOwner, HostileFabric, SealedAnswe
 from hostile.attacks import Verdict, attack
 from lacre import ApiError, OpenError, problems
 from lacre.asgi import Sealed
-from lacre.asgi.admission import DATE_WINDOW, Seen
+from lacre.asgi.admission import DATE_WINDOW, ReplayMemory
 from lacre.wire import bhttp
 from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, WELL_KNOWN
@@ -128,7 +128,7 @@ async def test_same_worker_wiped(stage: Stage, gateway: GatewayOwner, fabric: Ho
 )
 async def test_flood() -> None:
     now = time.time()
-    seen = Seen(limit=1000)
+    seen = ReplayMemory(limit=1000)
     assert seen.add(b"recorded", now)
     assert [seen.add(bytes([number // 256, number % 256]), now + 1) for number in range(1200)].count(True) == 999
     assert not seen.add(b"recorded", now + 2)
@@ -171,7 +171,7 @@ async def empty_app(_scope: object, _receive: object, send: Any) -> None:
     defence="a full memory refuses the oldest dates first, and future dates get a quarter of it",
 )
 async def test_flood_of_dates() -> None:
-    now, seen = NOW, Seen(limit=1000)
+    now, seen = NOW, ReplayMemory(limit=1000)
     honest = [number.to_bytes(2) for number in range(500)]
     for number, digest in enumerate(honest):
         for more in range(20):  # as far from now as may be, and of this very moment too
@@ -186,7 +186,7 @@ async def test_flood_of_dates() -> None:
     assert all(recorded)
 
 
-def date_refused_or_known(seen: Seen, digest: bytes, now: float, number: int) -> bool:
+def date_refused_or_known(seen: ReplayMemory, digest: bytes, now: float, number: int) -> bool:
     """A replay of the flood's honest requests: each was sent at a date of its own."""
     sent = NOW + number // 2
     return abs(sent - now) > DATE_WINDOW or not seen.takes(sent, now) or not seen.add(digest, now, sent)

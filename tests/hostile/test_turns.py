@@ -20,7 +20,7 @@ from lacre.runtime import tasks
 from lacre_backend.api.app import WEIGHED, create_app
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
-from lacre_backend.engine.plan import Limits
+from lacre_backend.engine.plan import EngineLimits
 from lacre_backend.engine.scheduler import COMPARED, Scheduler
 from lacre_gateway.auth.claims import Principal
 from lacre_gateway.auth.pseudonyms import HOUR, Pseudonyms
@@ -188,7 +188,7 @@ async def test_no_pseudonyms(stage: Stage, gateway: GatewayOwner, verdict: Verdi
 )
 def test_alike() -> None:
     slots, prompt = 16, [7] * 200
-    scheduler = Scheduler(Limits(slots=slots, context=256, cells=slots * 256))
+    scheduler = Scheduler(EngineLimits(slots=slots, context=256, cells=slots * 256))
 
     def step() -> int:
         """How many were admitted."""

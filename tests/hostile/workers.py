@@ -14,7 +14,7 @@ from lacre.jose.jws import b64u
 from lacre.wire import bhttp
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import open_request
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from parts.keys import MODEL, POOL
 from parts.memory_fabric import MemoryDelivery
 from parts.stage import Stage
@@ -64,8 +64,8 @@ class LyingWorker:
         encoder = bhttp.ResponseEncoder()
         answer = encoder.head(self.status, self.headers) + encoder.data(self.body or self._chat())
         answer += encoder.end(self.trailers(((TRAILER, self.sign(honest)),), honest))
-        await delivery.send(Kind.DATA, sealer.finish(answer))
-        await delivery.send(Kind.USAGE, self.sign(self.receipt(header, **self.told)).encode())
+        await delivery.send(FrameKind.DATA, sealer.finish(answer))
+        await delivery.send(FrameKind.USAGE, self.sign(self.receipt(header, **self.told)).encode())
         await delivery.drop()
         self.stage.hub.eyes.outcomes.append((delivery.work.request_id, "answered"))
 

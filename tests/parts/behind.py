@@ -110,7 +110,7 @@ async def ask(
     answered: list[Answered] = []
     async with aclosing(opened(app, call, method, path, content, headers)) as events:
         async for event in events:
-            if isinstance(event, bhttp.Head):
+            if isinstance(event, bhttp.ResponseHead):
                 answered.append(Answered(event.status, dict(event.headers), []))
             elif isinstance(event, bhttp.Data):
                 answered[0].pieces.append(event.content)

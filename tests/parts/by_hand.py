@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_REQUEST, KeyConfig, SealedHeader, Suite
 from lacre.wire.ohttp import ResponseOpener, seal_request
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 
 CHAT = "/v1/chat/completions"
 
@@ -57,19 +57,19 @@ class Answer:
     def problem(self) -> str | None:
         """The type in the error frame."""
         last = self.frames[-1]
-        return last.payload.decode() if last.kind is Kind.ERROR else None
+        return last.payload.decode() if last.kind is FrameKind.ERROR else None
 
     def sizes(self) -> list[int]:
-        return [len(frame.payload) for frame in self.frames if frame.kind is Kind.DATA]
+        return [len(frame.payload) for frame in self.frames if frame.kind is FrameKind.DATA]
 
-    def opened(self) -> tuple[bhttp.Head, bytes, dict[str, str]]:
+    def opened(self) -> tuple[bhttp.ResponseHead, bytes, dict[str, str]]:
         """Status and headers, content, trailers. Raises TruncatedStream where it is not whole."""
         decoder = bhttp.ResponseDecoder()
         events: list[bhttp.Event] = []
         for frame in self.frames:
-            if frame.kind is Kind.DATA:
+            if frame.kind is FrameKind.DATA:
                 events += [event for record in self.opener.feed(frame.payload) for event in decoder.feed(record)]
         events += [event for record in self.opener.close() for event in decoder.feed(record)] + decoder.close()
-        [head] = [event for event in events if isinstance(event, bhttp.Head)]
+        [head] = [event for event in events if isinstance(event, bhttp.ResponseHead)]
         [end] = [event for event in events if isinstance(event, bhttp.End)]
         return head, b"".join(event.content for event in events if isinstance(event, bhttp.Data)), dict(end.trailers)

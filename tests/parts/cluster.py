@@ -27,7 +27,7 @@ from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.leash import PYTHON, leashed
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.budget.plans import PLANS_FILE
@@ -119,7 +119,7 @@ class Cluster:
     """Use `start`. issuers: the tables `[[issuers]]` of the gateways' settings, as TOML."""
 
     site: Site
-    server: Server
+    server: NatsServer
     gateways: list[GatewayProcess]
     stack: AsyncExitStack
 
@@ -129,7 +129,7 @@ class Cluster:
         async with AsyncExitStack() as stack:
             site = Site(folder / "state", {POOL: (MODEL,)})
             site.create()
-            cluster = cls(site, Server(site.folder / "nats", free_port()), [], stack)
+            cluster = cls(site, NatsServer(site.folder / "nats", free_port()), [], stack)
             await cluster._start_fabric(gateways)
             await cluster._start_worker(app, slots)
             cluster.gateways = [cluster._gateway(f"g{number + 1}", issuers) for number in range(gateways)]

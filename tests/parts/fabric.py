@@ -16,7 +16,7 @@ from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.work.contract import ACK_WAIT, Work
 
 POOLS = {"a": ("m1", "m2"), "b": ("m1",)}
@@ -28,7 +28,7 @@ NODES = tuple((pool, f"n{number}") for pool in POOLS for number in (1, 2))
 class LiveFabric:
     """The server, and a credential for each role: `provisioner`, `gateway-g1`, `worker-a-n1` and so on."""
 
-    server: Server
+    server: NatsServer
     log: Path
     credentials: Mapping[str, Credential]
     process: subprocess.Popen[bytes] = field(init=False)
@@ -37,7 +37,7 @@ class LiveFabric:
     def make(cls, folder: Path) -> LiveFabric:
         names = ["provisioner", *(f"gateway-{name}" for name in GATEWAYS), *(f"worker-{pool}-{node}" for pool, node in NODES)]
         credentials = {name: Credential.new(name) for name in names}
-        return cls(Server(folder, free_port()), folder / "nats.log", credentials)
+        return cls(NatsServer(folder, free_port()), folder / "nats.log", credentials)
 
     def start(self, roles: Sequence[Role] | None = None) -> None:
         self.server.configure(self.roles() if roles is None else roles)

@@ -16,7 +16,7 @@ from lacre.evidence.receipts import Receipt
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import ResponseSealer, open_request
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.grants import Grant
 from parts.memory_fabric import MemoryDelivery
 
@@ -90,15 +90,15 @@ class FakeWorker:
         for number, piece in enumerate(script.pieces):
             if number and script.between is not None:
                 await script.between()
-            await delivery.send(Kind.DATA, sealer.seal(piece))
+            await delivery.send(FrameKind.DATA, sealer.seal(piece))
         for beat in script.beats:
             payload = beat if isinstance(beat, bytes) else self._receipt(header, script, beat, final=False)
-            await delivery.send(Kind.BEAT, payload)
+            await delivery.send(FrameKind.BEAT, payload)
         if script.ending == "usage":
-            await delivery.send(Kind.DATA, sealer.finish())
-            await delivery.send(Kind.USAGE, self._receipt(header, script, script.usage, final=True))
+            await delivery.send(FrameKind.DATA, sealer.finish())
+            await delivery.send(FrameKind.USAGE, self._receipt(header, script, script.usage, final=True))
         elif script.ending.startswith("error:"):
-            await delivery.send(Kind.ERROR, script.ending.removeprefix("error:").encode())
+            await delivery.send(FrameKind.ERROR, script.ending.removeprefix("error:").encode())
         else:
             await asyncio.Event().wait()
 

@@ -19,7 +19,7 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.leash import PYTHON, leashed
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
 from lacre_fabric.work.contract import FabricUnavailable
@@ -38,7 +38,7 @@ class Fleet:
     def __init__(self, folder: Path, names: Sequence[str], plans: str, limits: str) -> None:
         self.site = Site(folder / "state", {POOL: (MODEL,)})
         self.site.create()
-        self._server = Server(self.site.folder / "nats", free_port())
+        self._server = NatsServer(self.site.folder / "nats", free_port())
         self._policies = folder / "policies"
         shutil.copytree(shipped(), self._policies)
         (self._policies / PLANS_FILE).write_text(plans)

@@ -33,7 +33,7 @@ from lacre_fabric.nats.roles import Role
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.leash import PYTHON, leashed
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import NODE, Site
 
@@ -86,7 +86,7 @@ class GatewayProcess:
         self.audit = audit or self.site.folder / "gateway" / "audit"
         self.log = folder / "gateway.log"
         self._policies = policies
-        self._server = Server(self.site.folder / "nats", free_port())
+        self._server = NatsServer(self.site.folder / "nats", free_port())
         self._port = free_port()
         self._http = httpx2.AsyncClient(base_url=self.base_url)
         self._open = AsyncExitStack()

@@ -25,7 +25,7 @@ from lacre_fabric.work.contract import (
     Work,
     WorkerLost,
 )
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.revocations import Revocation
 from lacre_fabric.work.slots import Slots
@@ -77,7 +77,7 @@ class MemoryFabric:
     def receive(self, request_id: str, frame: Frame) -> None:
         if request_id in self.inbound:
             self.inbound[request_id].put(frame)
-        elif frame.kind in (Kind.DATA, Kind.BEAT):
+        elif frame.kind in (FrameKind.DATA, FrameKind.BEAT):
             self.withdraw(request_id)
 
 
@@ -154,7 +154,7 @@ class MemoryDispatch:
         try:
             async with aclosing(self._inbound.frames()) as frames:
                 async for frame in frames:
-                    ended = frame.kind in (Kind.USAGE, Kind.ERROR)
+                    ended = frame.kind in (FrameKind.USAGE, FrameKind.ERROR)
                     yield frame
         finally:
             if ended:
@@ -249,7 +249,7 @@ class MemoryDelivery:
     async def claim(self) -> bool:
         return await self._hub.claim(self.work.digest, self.attempt)
 
-    async def send(self, kind: Kind, payload: bytes) -> None:
+    async def send(self, kind: FrameKind, payload: bytes) -> None:
         await self._out.send(kind, payload)
         self._acked = True
 
@@ -257,7 +257,7 @@ class MemoryDelivery:
         await self._out.stop(receipt)
 
     async def reject(self, problem_type: str) -> None:
-        await self.send(Kind.ERROR, problem_type.encode())
+        await self.send(FrameKind.ERROR, problem_type.encode())
         await self.drop()
 
     async def drop(self) -> None:

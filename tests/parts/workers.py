@@ -19,7 +19,7 @@ from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.operate.leash import PYTHON, leashed
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import NODE, Site
 from parts.cluster import GatewayProcess
@@ -66,7 +66,7 @@ class Workers:
     """Use `start`; everything ends with `close`. nats: the message server's process."""
 
     site: Site
-    server: Server
+    server: NatsServer
     stack: AsyncExitStack
     gateway: GatewayProcess
     workers: list[WorkerProcess]
@@ -80,7 +80,7 @@ class Workers:
         async with AsyncExitStack() as stack:
             site = Site(folder / "state", {POOL: tuple(upstreams) or (MODEL,)})
             site.create()
-            server, port = Server(site.folder / "nats", free_port()), free_port()
+            server, port = NatsServer(site.folder / "nats", free_port()), free_port()
             nodes = [f"n{number + 1}" for number in range(count)]
             others = [roles.worker(site.credential(f"worker-{POOL}-{node}"), POOL, node) for node in nodes[1:]]
             server.configure([*site.roles(), *others])

@@ -19,7 +19,7 @@ import httpx2
 import pytest
 
 from lacre_gateway.audit.reader import LogReader
-from lacre_gateway.budget.plans import Kind, parse
+from lacre_gateway.budget.plans import LimitKind, parse
 from parts.by_hand import opened
 from parts.fleet import Fleet
 from parts.up import LACRE
@@ -32,29 +32,29 @@ PAUSE = 0.3  # seconds, before it does
 PATIENCE = 15.0  # seconds, after which it does no more
 MAX_TOKENS = 20
 CEILINGS = {
-    Kind.REQUESTS_PER_MINUTE: 150,
-    Kind.TOKENS_PER_MINUTE: 15_000,
-    Kind.TOKENS_PER_DAY: 15_000,
-    Kind.MONEY_PER_MONTH: 20_011,
-    Kind.CONCURRENT_STREAMS: 16,
+    LimitKind.REQUESTS_PER_MINUTE: 150,
+    LimitKind.TOKENS_PER_MINUTE: 15_000,
+    LimitKind.TOKENS_PER_DAY: 15_000,
+    LimitKind.MONEY_PER_MONTH: 20_011,
+    LimitKind.CONCURRENT_STREAMS: 16,
 }
 PRICES = '[prices."*"]\nprompt = "1.1"\ncached = "0.3"\ncompletion = "2.7"\n'
 LIMITS = "longest_stream = 60.0"
 
 
-def plans(kind: Kind) -> str:
+def plans(kind: LimitKind) -> str:
     """One plan with one limit, for the whole tenant: all of its users race for it."""
-    ceiling = f'"0.{CEILINGS[kind]:06d}"' if kind is Kind.MONEY_PER_MONTH else CEILINGS[kind]
+    ceiling = f'"0.{CEILINGS[kind]:06d}"' if kind is LimitKind.MONEY_PER_MONTH else CEILINGS[kind]
     return f'default_plan = "p"\n[plans.p.tenant]\n{kind.value} = {ceiling}\n{PRICES}'
 
 
-@pytest.fixture(params=list(Kind))
-async def kind(request: pytest.FixtureRequest) -> Kind:
-    return Kind(request.param)
+@pytest.fixture(params=list(LimitKind))
+async def kind(request: pytest.FixtureRequest) -> LimitKind:
+    return LimitKind(request.param)
 
 
 @pytest.fixture
-async def fleet(kind: Kind, tmp_path: Path) -> AsyncIterator[Fleet]:
+async def fleet(kind: LimitKind, tmp_path: Path) -> AsyncIterator[Fleet]:
     fleet = Fleet(tmp_path, GATEWAYS, plans(kind), LIMITS)
     try:
         await fleet.start(FREE, slots=64)
@@ -104,7 +104,7 @@ class Burst:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_no_limit_is_ever_crossed(kind: Kind, fleet: Fleet) -> None:
+async def test_no_limit_is_ever_crossed(kind: LimitKind, fleet: Fleet) -> None:
     first = Burst(fleet)
     asking = asyncio.create_task(first.run())
     while (counts := fleet.counts())[0] < HELD or counts[1] < FREE:
@@ -126,12 +126,12 @@ async def test_no_limit_is_ever_crossed(kind: Kind, fleet: Fleet) -> None:
 
     entries = {name: [json.loads(entry) for entry in LogReader(fleet.audit(name)).entries()] for name in GATEWAYS}
     check_ceilings(kind, entries)
-    if kind is Kind.CONCURRENT_STREAMS:
+    if kind is LimitKind.CONCURRENT_STREAMS:
         assert 0 < fleet.counts()[2] <= CEILINGS[kind]
     check_books(kind, fleet, entries)
 
 
-def check_ceilings(kind: Kind, entries: dict[str, list[dict[str, Any]]]) -> None:
+def check_ceilings(kind: LimitKind, entries: dict[str, list[dict[str, Any]]]) -> None:
     """What was settled, and of what no outcome is known all that was reserved, window by window."""
     price = parse(plans(kind), Path("plans.toml")).price_of("any")
     assert price is not None
@@ -150,21 +150,21 @@ def check_ceilings(kind: Kind, entries: dict[str, list[dict[str, Any]]]) -> None
             money = intent["reserved_money"] if unknown else price.of(prompt, outcome["cached_tokens"] or 0, completion)
             if not unknown and outcome["outcome"] != "refused":
                 assert outcome["money"] == money
-            used = {Kind.MONEY_PER_MONTH: money, Kind.REQUESTS_PER_MINUTE: 1}.get(kind, prompt + completion)
+            used = {LimitKind.MONEY_PER_MONTH: money, LimitKind.REQUESTS_PER_MINUTE: 1}.get(kind, prompt + completion)
             spent[limit] += 0 if outcome["outcome"] == "refused" else used
     assert spent
-    if kind is not Kind.CONCURRENT_STREAMS:
+    if kind is not LimitKind.CONCURRENT_STREAMS:
         assert all(used <= CEILINGS[kind] for used in spent.values()), spent
 
 
-def check_books(kind: Kind, fleet: Fleet, entries: dict[str, list[dict[str, Any]]]) -> None:
+def check_books(kind: LimitKind, fleet: Fleet, entries: dict[str, list[dict[str, Any]]]) -> None:
     """`lacre budget show`: what is gone from the ceiling is what receipts say, and what is listed as forfeited."""
     audits = [argument for name in GATEWAYS for argument in ("--audit", str(fleet.audit(name)))]
     command = [*LACRE, "budget", "show", "--json", "--state", str(fleet.site.folder), *audits]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     lines = [json.loads(line) for line in shown.stdout.splitlines()]
-    if kind is Kind.CONCURRENT_STREAMS:
+    if kind is LimitKind.CONCURRENT_STREAMS:
         return
     assert lines
     settled: dict[int, int] = defaultdict(int)
@@ -175,7 +175,7 @@ def check_books(kind: Kind, fleet: Fleet, entries: dict[str, list[dict[str, Any]
                 continue
             window = int(windows[outcome["request_id"]][0].partition("@")[2])
             tokens = (outcome["prompt_tokens"] or 0) + (outcome["completion_tokens"] or 0)
-            amount = {Kind.MONEY_PER_MONTH: outcome["money"], Kind.REQUESTS_PER_MINUTE: 1}.get(kind, tokens)
+            amount = {LimitKind.MONEY_PER_MONTH: outcome["money"], LimitKind.REQUESTS_PER_MINUTE: 1}.get(kind, tokens)
             settled[window] += 0 if outcome["outcome"] == "refused" else amount
     for line in lines:
         print(line)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import lacre
-from lacre_backend.engine.context import Compute, Context
+from lacre_backend.engine.context import Compute, LlamaContext
 from lacre_backend.engine.model import Gpu, Model
-from lacre_backend.engine.plan import Limits, Plan, Segment
+from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models import gguf
 from parts.workers import MODEL, Workers, busiest
@@ -42,7 +42,7 @@ class Reference:
             self._model = Model(
                 file.path, name=file.name, digest=file.digest, n_ctx=1024, gpu=Gpu(layers=0), tokenizer=tokenizer
             )
-        self._context = Context(self._model, Limits(slots=1, context=1024, cells=1024), Compute(1))
+        self._context = LlamaContext(self._model, EngineLimits(slots=1, context=1024, cells=1024), Compute(1))
 
     def distances(self, prompt: list[int], answer: list[int]) -> list[float]:
         """How far each of the answer's tokens is from the best one, by its logit, given all before it."""
@@ -51,7 +51,7 @@ class Reference:
         for place, token in enumerate(answer):
             new = prompt if place == 0 else answer[place - 1 : place]
             start = 0 if place == 0 else len(prompt) + place - 1
-            self._context.execute(Plan((), (Segment(0, start, new, "reference", output=True),), (), (), 0))
+            self._context.execute(StepPlan((), (Segment(0, start, new, "reference", output=True),), (), (), 0))
             [logits] = self._context.logits(1)
             found.append(float(logits.max() - logits[token]))
         return found

@@ -20,11 +20,11 @@ from lacre.runtime import tasks
 from lacre_backend import serve
 from lacre_backend.commands import check
 from lacre_backend.health import READY
-from lacre_backend.settings import Settings, load
+from lacre_backend.settings import WorkerSettings, load
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.doctor import fabric as doctor
@@ -43,7 +43,7 @@ class Stage:
     said: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> WorkerSettings:
         """Of a worker that could work."""
         path = self.site.worker_settings("default")
         text = path.read_text().partition("[[models]]")[0]
@@ -64,7 +64,7 @@ class Stage:
             await asyncio.sleep(0.02)
 
     @asynccontextmanager
-    async def running(self, settings: Settings) -> AsyncIterator[None]:
+    async def running(self, settings: WorkerSettings) -> AsyncIterator[None]:
         self.said = {}
         task = tasks.spawn("worker", serve._serve(settings))
         try:
@@ -93,7 +93,7 @@ async def listening(port: int) -> AsyncIterator[None]:
 async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     site = Site(tmp_path / "state", POOLS)
     site.create()
-    server = Server(site.folder / "nats", free_port())
+    server = NatsServer(site.folder / "nats", free_port())
     server.configure(site.roles())
     process = server.start(site.log("nats"))
     connection = await Connection.open(server.url, site.credential("provisioner"))
@@ -108,19 +108,19 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     process.wait(10)
 
 
-def wrong_trust(site: Site, settings: Settings) -> Settings:
+def wrong_trust(site: Site, settings: WorkerSettings) -> WorkerSettings:
     return settings.model_copy(update={"trust": b64u(raw_public_key(Ed25519PrivateKey.generate()))})
 
 
-def receipt_key_of_another_pool(site: Site, settings: Settings) -> Settings:
+def receipt_key_of_another_pool(site: Site, settings: WorkerSettings) -> WorkerSettings:
     return settings.model_copy(update={"receipt_key": load(site.worker_settings("other")).receipt_key})
 
 
-def keys_of_another_pool(site: Site, settings: Settings) -> Settings:
+def keys_of_another_pool(site: Site, settings: WorkerSettings) -> WorkerSettings:
     return settings.model_copy(update={"keys": load(site.worker_settings("other")).keys})
 
 
-def unknown_model(site: Site, settings: Settings) -> Settings:
+def unknown_model(site: Site, settings: WorkerSettings) -> WorkerSettings:
     assert settings.upstream is not None
     models = (settings.upstream.models[0].model_copy(update={"name": "m9"}),)
     return settings.model_copy(update={"upstream": settings.upstream.model_copy(update={"models": models})})
@@ -136,7 +136,7 @@ def unknown_model(site: Site, settings: Settings) -> Settings:
     ],
 )
 async def test_a_worker_with_something_wrong_is_not_announced(
-    stage: Stage, tmp_path: Path, broken: Callable[[Site, Settings], Settings], kind: str, said: str
+    stage: Stage, tmp_path: Path, broken: Callable[[Site, WorkerSettings], WorkerSettings], kind: str, said: str
 ) -> None:
     health = tmp_path / "health"
     settings = broken(stage.site, stage.settings.model_copy(update={"health": health}))

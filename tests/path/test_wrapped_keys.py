@@ -19,7 +19,7 @@ from lacre_fabric.keys.kms.envelope import is_sealed
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.operate.leash import PYTHON, leashed
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rewrapping import rewrap
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import Site
@@ -81,7 +81,7 @@ async def stage(tmp_path: Path, bao: OpenBao) -> AsyncIterator[Stage]:
     site, key = Site(tmp_path / "state", {POOL: ("tiny",)}), bao.key()
     site.choose_kms(key.address)
     site.create()
-    server = Server(site.folder / "nats", free_port())
+    server = NatsServer(site.folder / "nats", free_port())
     server.configure(site.roles())
     process = server.start(site.log("nats"))
     connection = await Connection.open(server.url, site.credential("provisioner"))

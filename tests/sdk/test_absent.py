@@ -138,11 +138,11 @@ class TestElsewhere:
             with pytest.raises(lacre.UsageError, match="token"):
                 make("http://127.0.0.1:9", key=PIN, token=blank)
         with pytest.raises(lacre.UsageError, match="key"):
-            proxy.Door.on(80, blank)
+            proxy.ProxyAccess.on(80, blank)
         with pytest.raises(lacre.UsageError, match="name"):
-            proxy.Door.on(80, "k" * 40, names=[blank])
+            proxy.ProxyAccess.on(80, "k" * 40, names=[blank])
         with pytest.raises(lacre.UsageError, match="origin"):
-            proxy.Door.on(80, "k" * 40, origins=[blank])
+            proxy.ProxyAccess.on(80, "k" * 40, origins=[blank])
 
     @pytest.mark.parametrize("command", [["chat", "hi"], ["ask", "hi"], ["status"], ["proxy"], ["manifest", "show"]])
     def test_an_option_of_the_command(self, command: list[str]) -> None:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from lacre.runtime.http1 import MAX_FIELDS, MAX_HEAD, MAX_TARGET, Body, End, Event, Head, RequestReader, UnreadableRequest
+from lacre.runtime.http1 import (
+    MAX_FIELDS,
+    MAX_HEAD,
+    MAX_TARGET,
+    Body,
+    Event,
+    RequestEnd,
+    RequestHead,
+    RequestReader,
+    UnreadableRequest,
+)
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -48,25 +58,25 @@ def test_requests_one_after_the_other(size: int | None) -> None:
         + post(b"Connection: a, CLOSE", line=b"GET / HTTP/1.1")
     )  # fmt: skip
     first, end, second, body, end2, third, body3, end3, last, end4 = read(data, size)
-    assert first == Head("GET", b"/v1/models", b"", "1.1", [(b"host", b"x")], 0, keep_alive=True, expects=False)
-    assert isinstance(second, Head) and (second.length, second.expects) == (5, True)
+    assert first == RequestHead("GET", b"/v1/models", b"", "1.1", [(b"host", b"x")], 0, keep_alive=True, expects=False)
+    assert isinstance(second, RequestHead) and (second.length, second.expects) == (5, True)
     assert (body, body3) == (Body(b"hello"), Body(b"abcde"))
-    assert isinstance(third, Head) and third.length is None
+    assert isinstance(third, RequestHead) and third.length is None
     assert third.fields == [(b"host", b"x"), (b"transfer-encoding", b"chunked")], "a trailer is no field of the head"
-    assert isinstance(last, Head) and not last.keep_alive
-    assert {end, end2, end3, end4} == {End()}
+    assert isinstance(last, RequestHead) and not last.keep_alive
+    assert {end, end2, end3, end4} == {RequestEnd()}
 
 
 def test_a_field_and_its_value() -> None:
     [head, _] = read(post(b"A:", b"B: \t x y\t ", b"c:\xe9", b"d-e_f.9: :"))
-    assert isinstance(head, Head)
+    assert isinstance(head, RequestHead)
     assert head.fields[1:] == [(b"a", b""), (b"b", b"x y"), (b"c", b"\xe9"), (b"d-e_f.9", b":")]
 
 
 def test_the_old_version() -> None:
     """Proxies and probes still use it: no Host is needed, and no request follows."""
     [head, _] = read(b"GET / HTTP/1.0\r\nExpect: x\r\nConnection: keep-alive\r\n\r\n")
-    assert isinstance(head, Head) and (head.version, head.keep_alive, head.expects) == ("1.0", False, False)
+    assert isinstance(head, RequestHead) and (head.version, head.keep_alive, head.expects) == ("1.0", False, False)
 
 
 LENGTHS = (b"+4", b"-1", b"1_0", b"4 4", b"0x4", b"4.", b"", b"\xb2", b"9" * 17)
@@ -120,12 +130,12 @@ def test_a_path_that_is_not_in_its_normal_form(path: bytes) -> None:
 )
 def test_a_path_in_its_normal_form(target: bytes) -> None:
     [head, _] = read(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target)
-    assert isinstance(head, Head) and head.path + (b"?" if b"?" in target else b"") + head.query == target
+    assert isinstance(head, RequestHead) and head.path + (b"?" if b"?" in target else b"") + head.query == target
 
 
 def test_an_encoded_slash_where_one_may_be() -> None:
     [head, _] = read(b"GET /v1/models/a%2Fb HTTP/1.1\r\nHost: x\r\n\r\n", encoded_slashes=True)
-    assert isinstance(head, Head) and head.path == b"/v1/models/a%2Fb"
+    assert isinstance(head, RequestHead) and head.path == b"/v1/models/a%2Fb"
     for path in (b"/v1/..%2Fx", b"/v1/a%2F%2Fb", b"/v1/a%2F", b"/v1%2F/a"):
         if path != b"/v1/a%2F":
             with pytest.raises(UnreadableRequest):
@@ -234,7 +244,7 @@ def test_the_largest_head() -> None:
     fields = [b"a:b"] * (MAX_FIELDS - 1)
     room = MAX_HEAD - len(post(*fields)) + 4 + len(b"a:b")
     [head, _] = read(post(*fields[1:], b"c:" + b"d" * (room - 2)))
-    assert isinstance(head, Head) and len(head.fields) == MAX_FIELDS
+    assert isinstance(head, RequestHead) and len(head.fields) == MAX_FIELDS
 
 
 def test_nothing_is_read_twice() -> None:
@@ -249,4 +259,4 @@ def test_nothing_is_read_twice() -> None:
 def test_upgrades_are_ignored() -> None:
     """RFC 9110 section 7.8: the request is answered as what it is, and what follows is the next one."""
     data = post(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk", line=b"GET / HTTP/1.1")
-    assert [type(event) for event in read(data + GET)] == [Head, End, Head, End]
+    assert [type(event) for event in read(data + GET)] == [RequestHead, RequestEnd, RequestHead, RequestEnd]

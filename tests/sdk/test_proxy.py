@@ -313,7 +313,7 @@ class TestErrors:
             await go.wait()
             await reply(send, 200, {})
 
-        relay, door = Relay(waiting), proxying.Door.on(80, "k" * 32, names=["proxy"])
+        relay, door = Relay(waiting), proxying.ProxyAccess.on(80, "k" * 32, names=["proxy"])
         headers = {"authorization": f"Bearer {door.key}", "content-type": "application/octet-stream"}
         async with lacre.AsyncClient(relay.url, token="t", memory=lacre.VersionMemory(), transport=AsyncWire(relay)) as client:
             wire = httpx2.ASGITransport(proxying.create_app(client, door, held=1000))
@@ -463,7 +463,7 @@ class TestStarting:
 
     def test_a_key_that_no_header_carries(self) -> None:
         with pytest.raises(lacre.UsageError, match="use ASCII"):
-            proxying.Door.on(80, "ключ" * 10)
+            proxying.ProxyAccess.on(80, "ключ" * 10)
 
     def test_a_key_file_that_is_a_folder(self, tmp_path: Path) -> None:
         done = self.run(tmp_path, "--key-file", str(tmp_path))

@@ -93,7 +93,7 @@ def opened(opener: ResponseOpener, body: bytes) -> tuple[int, Any, dict[str, str
     events = [event for record in [*opener.feed(body), *opener.close()] for event in decoder.feed(record)] + list(
         decoder.close()
     )
-    head = next(event for event in events if isinstance(event, bhttp.Head))
+    head = next(event for event in events if isinstance(event, bhttp.ResponseHead))
     content = b"".join(event.content for event in events if isinstance(event, bhttp.Data))
     return head.status, json.loads(content), dict(head.headers)
 

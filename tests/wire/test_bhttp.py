@@ -12,10 +12,10 @@ from lacre.wire.bhttp import (
     Data,
     End,
     Event,
-    Head,
     Request,
     ResponseDecoder,
     ResponseEncoder,
+    ResponseHead,
     decode_request,
     encode_request,
     encode_request_indeterminate,
@@ -49,9 +49,9 @@ def written(*steps: Event) -> bytes:
     out = []
     for step in steps:
         match step:
-            case Head(informational=True):
+            case ResponseHead(informational=True):
                 out.append(encoder.informational(step.status, step.headers))
-            case Head():
+            case ResponseHead():
                 out.append(encoder.head(step.status, step.headers))
             case Data():
                 out.append(encoder.data(step.content))
@@ -121,18 +121,22 @@ def test_rfc_response_with_interim_responses() -> None:
         ("link", "</script.js>; rel=preload; as=script"),
     )
     assert events[:2] == [
-        Head(102, (("running", '"sleep 15"'),), informational=True),
-        Head(103, links, informational=True),
+        ResponseHead(102, (("running", '"sleep 15"'),), informational=True),
+        ResponseHead(103, links, informational=True),
     ]
     head = events[2]
-    assert isinstance(head, Head) and head.status == 200 and not head.informational
+    assert isinstance(head, ResponseHead) and head.status == 200 and not head.informational
     assert dict(head.headers)["last-modified"] == "Wed, 22 Jul 2009 19:15:56 GMT" and len(head.headers) == 8
     assert events[3:] == [Data(b"Hello World! My content includes a trailing CRLF.\r\n"), End()]
     assert written(*events) == INDETERMINATE_RESPONSE
 
 
 def test_rfc_known_length_response_with_trailers() -> None:
-    assert read(KNOWN_RESPONSE) == [Head(200, ()), Data(b"This content contains CRLF.\r\n"), End((("trailer", "text"),))]
+    assert read(KNOWN_RESPONSE) == [
+        ResponseHead(200, ()),
+        Data(b"This content contains CRLF.\r\n"),
+        End((("trailer", "text"),)),
+    ]
 
 
 def test_rfc_messages_read_byte_by_byte() -> None:
@@ -145,16 +149,16 @@ def test_the_shortest_messages() -> None:
     for control in (b"\x00", b"\x02"):
         assert decode_request(control + CONTROL) == GET
     for framing in (b"\x01", b"\x03"):
-        assert read(framing + bytes.fromhex("40c8")) == [Head(200, ()), End()]
-        assert read(framing + bytes.fromhex("40c800")) == [Head(200, ()), End()]
-        assert read(framing + bytes.fromhex("40c8000000")) == [Head(200, ()), End()]
+        assert read(framing + bytes.fromhex("40c8")) == [ResponseHead(200, ()), End()]
+        assert read(framing + bytes.fromhex("40c800")) == [ResponseHead(200, ()), End()]
+        assert read(framing + bytes.fromhex("40c8000000")) == [ResponseHead(200, ()), End()]
 
 
 def test_events_come_as_soon_as_they_are_complete() -> None:
     encoder, decoder = ResponseEncoder(), ResponseDecoder()
-    assert decoder.feed(encoder.informational(103)) == [Head(103, (), informational=True)]
+    assert decoder.feed(encoder.informational(103)) == [ResponseHead(103, (), informational=True)]
     assert decoder.feed(encoder.head(200, [("Content-Type", "text/event-stream")])) == [
-        Head(200, (("content-type", "text/event-stream"),))
+        ResponseHead(200, (("content-type", "text/event-stream"),))
     ]
     piece = encoder.data(b"data: sea\n\n")
     assert decoder.feed(piece[:5]) == [Data(b"data")]
@@ -186,8 +190,8 @@ requests = st.builds(
     st.binary(max_size=200),
     fields,
 )
-heads = st.builds(Head, st.integers(200, 599), fields)
-informational = st.builds(Head, st.sampled_from([100, 102, 103, 199]), fields, st.just(True))
+heads = st.builds(ResponseHead, st.integers(200, 599), fields)
+informational = st.builds(ResponseHead, st.sampled_from([100, 102, 103, 199]), fields, st.just(True))
 pieces = st.builds(Data, st.binary(max_size=60))
 responses = st.tuples(st.lists(informational, max_size=3), heads, st.lists(pieces, max_size=5), st.builds(End, fields)).map(
     lambda parts: [*parts[0], parts[1], *parts[2], parts[3]]
@@ -230,7 +234,7 @@ def test_a_response_cut_anywhere_but_between_sections_is_truncated(response: lis
     *before, last = events[:-1]
     assert before == whole[: len(before)]
     full = whole[len(before)]
-    assert last == full or (isinstance(full, Head) and last == Head(full.status, ()))
+    assert last == full or (isinstance(full, ResponseHead) and last == ResponseHead(full.status, ()))
 
 
 @given(st.data())
@@ -270,7 +274,7 @@ def test_an_encoder_keeps_the_order_and_ends_once() -> None:
 
 def test_a_decoder_serves_once_and_not_after_an_error() -> None:
     decoder = ResponseDecoder()
-    decoder.feed(written(Head(200, ()), End()))
+    decoder.feed(written(ResponseHead(200, ()), End()))
     decoder.close()
     broken = ResponseDecoder()
     with pytest.raises(errors.InvalidMessage):
@@ -283,5 +287,5 @@ def test_a_decoder_serves_once_and_not_after_an_error() -> None:
 
 def test_content_is_in_no_repr() -> None:
     secret = Request("POST", "https", "a", "/", (("x", "a prompt"),), b"a prompt", (("x", "a prompt"),))
-    for thing in (secret, Head(200, (("x", "a prompt"),)), Data(b"a prompt"), End((("x", "a prompt"),))):
+    for thing in (secret, ResponseHead(200, (("x", "a prompt"),)), Data(b"a prompt"), End((("x", "a prompt"),))):
         assert "a prompt" not in repr(thing)

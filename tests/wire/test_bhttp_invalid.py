@@ -9,10 +9,10 @@ from lacre.wire.bhttp import (
     MAX_INFORMATIONAL,
     End,
     Event,
-    Head,
     Request,
     ResponseDecoder,
     ResponseEncoder,
+    ResponseHead,
     decode_request,
     encode_request,
     encode_request_indeterminate,
@@ -182,7 +182,7 @@ def test_a_content_length_that_is_true_passes() -> None:
 
 
 def test_a_response_to_head_may_announce_what_it_does_not_carry() -> None:
-    head = Head(200, (("content-length", "5"),))
+    head = ResponseHead(200, (("content-length", "5"),))
     assert read(bytes.fromhex("0340c8") + line(b"content-length", b"5") + bytes(3)) == [head, End()]
 
 

@@ -108,7 +108,7 @@ def test_chunked_response_opens(key: PrivateKey) -> None:
 def test_chunked_response_decodes() -> None:
     decoder = bhttp.ResponseDecoder()
     assert decoder.feed(RESPONSE) == []
-    assert decoder.close() == [bhttp.Head(200, ()), bhttp.End()]
+    assert decoder.close() == [bhttp.ResponseHead(200, ()), bhttp.End()]
 
 
 def test_the_chunks_of_the_example_do_not_matter(key: PrivateKey) -> None:

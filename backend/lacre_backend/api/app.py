@@ -28,20 +28,20 @@ from lacre_backend.api.embeddings import Embeddings
 from lacre_backend.api.errors import RequestRefused, engine_failed, model_not_found, other_model
 from lacre_backend.api.http import EventStream, read_body, send_json, until_disconnect
 from lacre_backend.api.prompts import call_format, chat_prompt, plain_tokens, text_prompt
-from lacre_backend.api.registry import Served, Serving, whose_turn
+from lacre_backend.api.registry import ServedModel, Serving, whose_turn
 from lacre_backend.api.requests import (
     MAX_BODY,
-    ChatRequest,
+    ChatCompletionRequest,
     CompletionRequest,
     Generate,
     parse_chat,
     parse_completion,
     parse_tokenize,
 )
-from lacre_backend.api.run import Generation, fresh_id
+from lacre_backend.api.run import GenerationRuns, fresh_id
 from lacre_backend.api.streaming import Answer, Progress
 from lacre_backend.api.tools.format import CallReader
-from lacre_backend.engine.protocol import Engine, EngineError, Kind, Task
+from lacre_backend.engine.protocol import Engine, EngineError, Task, TaskKind
 
 WEIGHED: Final = frozenset({"chat", "complete"})  # of which a request says by `n` how many sequences it is
 # What may begin before it is known whether another worker has it: nothing outside this process changes by it.
@@ -54,12 +54,12 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
 
     Raises `SettingsError` if a model's chat template cannot be used, or two have one name.
     """
-    served: dict[str, Served] = {}
+    served: dict[str, ServedModel] = {}
     for engine in engines:
         name = engine.model.name
         if name in served:
             raise SettingsError(f"Two models are named {name}. Give one of them another name.")
-        served[name] = Served(engine)
+        served[name] = ServedModel(engine)
     serving = Serving(served, os.urandom(32), time_limit)
     app = Starlette(
         routes=[
@@ -94,10 +94,10 @@ class _Endpoint(ABC, Generic[_Request]):
     def parse(self, body: bytes) -> _Request: ...
 
     @abstractmethod
-    async def prompt(self, served: Served, request: _Request) -> list[int]:
+    async def prompt(self, served: ServedModel, request: _Request) -> list[int]:
         """The prompt's tokens. Raises `RequestRefused`."""
 
-    def reader(self, served: Served, request: _Request) -> Callable[[], CallReader] | None:  # noqa: ARG002 - for chats
+    def reader(self, served: ServedModel, request: _Request) -> Callable[[], CallReader] | None:  # noqa: ARG002 - for chats
         """What reads a choice's text, where it may hold calls of functions."""
         return None
 
@@ -115,7 +115,7 @@ class _Endpoint(ABC, Generic[_Request]):
         if call is not None:
             call.weigh(request.n)
         ceilings.check_action(call, request, self.action)
-        served = self._serving.named(request.model, Kind.GENERATE)
+        served = self._serving.named(request.model, TaskKind.GENERATE)
         model, begun = served.engine.model, request.begun
         if request.resume is not None and request.resume.digest != model.digest:
             raise other_model(request.model)
@@ -140,8 +140,8 @@ class _Endpoint(ABC, Generic[_Request]):
             time_limit=self._serving.time_limit,
         )
         usage = Usage() if call is None else call.usage
-        reply = responses.Reply(self.shape.prefix + task.id, int(time.time()), model, request.include_usage)
-        generation = Generation(
+        reply = responses.ResponseInfo(self.shape.prefix + task.id, int(time.time()), model, request.include_usage)
+        generation = GenerationRuns(
             served.engine, task, request.n, usage, self.prompt_param, weigh=None if call is None else call.weigh
         )
         try:
@@ -157,20 +157,20 @@ class _Endpoint(ABC, Generic[_Request]):
             generation.close()
 
 
-class _Chat(_Endpoint[ChatRequest]):
+class _Chat(_Endpoint[ChatCompletionRequest]):
     action = "chat"
     prompt_param = "messages"
     shape = responses.Chat
 
-    def parse(self, body: bytes) -> ChatRequest:
+    def parse(self, body: bytes) -> ChatCompletionRequest:
         return parse_chat(body)
 
-    async def prompt(self, served: Served, request: ChatRequest) -> list[int]:
+    async def prompt(self, served: ServedModel, request: ChatCompletionRequest) -> list[int]:
         calling = request.calling()
         tools = () if calling is None else calling.tools
         return await chat_prompt(served, request.messages, tools, goes_on=request.continue_final_message)
 
-    def reader(self, served: Served, request: ChatRequest) -> Callable[[], CallReader] | None:
+    def reader(self, served: ServedModel, request: ChatCompletionRequest) -> Callable[[], CallReader] | None:
         form = call_format(served)
         return None if request.calling() is None else lambda: CallReader(form)
 
@@ -183,7 +183,7 @@ class _Complete(_Endpoint[CompletionRequest]):
     def parse(self, body: bytes) -> CompletionRequest:
         return parse_completion(body)
 
-    async def prompt(self, served: Served, request: CompletionRequest) -> list[int]:
+    async def prompt(self, served: ServedModel, request: CompletionRequest) -> list[int]:
         return await text_prompt(served, request.prompt[0])
 
 
@@ -216,13 +216,13 @@ class _Tokenize:
 
 
 async def _models(request: Request) -> Response:
-    served: Mapping[str, Served] = request.app.state.served
+    served: Mapping[str, ServedModel] = request.app.state.served
     return JSONResponse({"object": "list", "data": [responses.model(each.engine.model) for each in served.values()]})
 
 
 async def _model(request: Request) -> Response:
     name = request.path_params["name"]
-    served: Served | None = request.app.state.served.get(name)
+    served: ServedModel | None = request.app.state.served.get(name)
     if served is None:
         return _refusal(model_not_found(name))
     return JSONResponse(responses.model(served.engine.model))

@@ -24,7 +24,7 @@ from lacre_backend.api.requests import Generate
 from lacre_backend.api.schema.grammar import Grammars
 from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.engine.protocol import Engine, Grammar, GrammarTooLarge, TaskRefused
-from lacre_backend.engine.turns import NOBODY, Fair, Turns
+from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
 AT_ONCE: Final = 2  # one large schema does not hold up all others; more would take the cores from the model
 
@@ -46,7 +46,7 @@ class Compiler:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="grammars")
         self._lock = threading.Lock()  # of what follows
-        self._turns: Turns[_Job] = Turns()
+        self._turns: FairQueue[_Job] = FairQueue()
         self._running: list[Fair] = []
 
     async def grammar(self, engine: Engine, request: Generate, form: CallFormat, fair: Fair = NOBODY) -> Grammar | None:

@@ -19,11 +19,11 @@ from lacre_backend.api import ceilings, responses
 from lacre_backend.api.errors import RequestRefused, engine_failed, shutting_down
 from lacre_backend.api.http import read_body, send_json, until_disconnect
 from lacre_backend.api.prompts import embedding_inputs
-from lacre_backend.api.registry import Served, Serving, whose_turn
+from lacre_backend.api.registry import ServedModel, Serving, whose_turn
 from lacre_backend.api.requests import MAX_BODY, EmbedTexts, EmbedTokens, parse_embedding
 from lacre_backend.api.run import fresh_id
 from lacre_backend.api.template.prompt import framed
-from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, Kind, ModelInfo, Task, TaskRefused
+from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event, Finish, ModelInfo, Task, TaskKind, TaskRefused
 
 
 class Embeddings:
@@ -44,7 +44,7 @@ class Embeddings:
     async def _answer(self, request: EmbedTexts | EmbedTokens, scope: Scope, send: Send) -> None:
         call: Call | None = scope.get("extensions", {}).get(EXTENSION)
         ceilings.check_action(call, request, "embed")
-        served = self._serving.named(request.model, Kind.EMBED)
+        served = self._serving.named(request.model, TaskKind.EMBED)
         model = served.engine.model
         if request.dimensions not in (None, model.n_embd):
             raise RequestRefused(
@@ -56,7 +56,7 @@ class Embeddings:
         ceilings.check_inputs(call, model, [len(tokens) for tokens in texts])
         cache_scope, fair, batch = self._serving.cache_scope(scope), whose_turn(call), fresh_id()
         tasks = [
-            Task(id=f"{batch}.{i}", prompt=tuple(tokens), max_tokens=1, kind=Kind.EMBED, cache_scope=cache_scope, fair=fair)
+            Task(id=f"{batch}.{i}", prompt=tuple(tokens), max_tokens=1, kind=TaskKind.EMBED, cache_scope=cache_scope, fair=fair)
             for i, tokens in enumerate(texts)
         ]
         usage = Usage() if call is None else call.usage
@@ -65,7 +65,7 @@ class Embeddings:
         await send_json(send, 200, responses.embeddings(model, written, usage))
 
 
-async def _tokens(served: Served, request: EmbedTexts | EmbedTokens) -> list[list[int]]:
+async def _tokens(served: ServedModel, request: EmbedTexts | EmbedTokens) -> list[list[int]]:
     """Each input's tokens, with what belongs around them. Raises `RequestRefused`."""
     if isinstance(request, EmbedTokens):
         return [_checked(served.engine.model, tokens, f"input[{i}]") for i, tokens in enumerate(request.input)]

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.parsed import Echoed, missing
-from lacre_backend.api.tools.request import MAX_CALLS, MAX_ID, ToolCall
+from lacre_backend.api.tools.request import MAX_CALLS, MAX_ID, MessageToolCall
 
 MAX_MESSAGES: Final = 2048
 MAX_PARTS: Final = 256  # content parts of one message
@@ -84,7 +84,9 @@ class Message(Echoed):
     name: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] | None, BeforeValidator(_none_if_empty)] = None
+    tool_calls: Annotated[
+        Annotated[list[MessageToolCall], Field(max_length=MAX_CALLS)] | None, BeforeValidator(_none_if_empty)
+    ] = None
     tool_call_id: Annotated[str, Field(max_length=MAX_ID)] | None = None
 
     def for_template(self) -> dict[str, Any]:

@@ -19,17 +19,17 @@ from lacre_backend.api import ceilings
 from lacre_backend.api.errors import RequestRefused, shutting_down, text_refused
 from lacre_backend.api.messages import Message
 from lacre_backend.api.parsed import check_size
-from lacre_backend.api.registry import Served
+from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused, chat_tokens, embedding_tokens, joined, text_tokens
 from lacre_backend.api.template.texts import TextLost, as_text
 from lacre_backend.api.tools.format import HERMES, CallFormat
 from lacre_backend.api.tools.request import Tool
-from lacre_backend.engine.protocol import EngineClosed, Kind, TextRefused
+from lacre_backend.engine.protocol import EngineClosed, TaskKind, TextRefused
 
 _Written = dict[str, Any]
 
 
-async def chat_prompt(served: Served, messages: Sequence[Message], tools: Sequence[Tool], *, goes_on: bool) -> list[int]:
+async def chat_prompt(served: ServedModel, messages: Sequence[Message], tools: Sequence[Tool], *, goes_on: bool) -> list[int]:
     """goes_on: the last message is the beginning of the answer. Raises `RequestRefused`."""
     template, model = served.template, served.engine.model
     if template is None:
@@ -48,14 +48,14 @@ async def chat_prompt(served: Served, messages: Sequence[Message], tools: Sequen
         return await chat_tokens(served.engine, joined(pieces), template.control)
 
 
-async def text_prompt(served: Served, text: str) -> list[int]:
+async def text_prompt(served: ServedModel, text: str) -> list[int]:
     """A prompt without messages. Raises `RequestRefused`."""
     ceilings.check_length(served.engine.model, len(text.encode()), "prompt")
     with _named("prompt"):
         return await text_tokens(served.engine, text)
 
 
-async def embedding_inputs(served: Served, texts: Sequence[str]) -> list[list[int]]:
+async def embedding_inputs(served: ServedModel, texts: Sequence[str]) -> list[list[int]]:
     """Each text's tokens, with what belongs around them. Raises `RequestRefused`."""
     for text in texts:  # white space may cost no token
         ceilings.check_length(served.engine.model, len("".join(text.split()).encode()), "input")
@@ -63,15 +63,15 @@ async def embedding_inputs(served: Served, texts: Sequence[str]) -> list[list[in
         return await embedding_tokens(served.engine, texts)
 
 
-async def plain_tokens(served: Served, text: str) -> list[int]:
+async def plain_tokens(served: ServedModel, text: str) -> list[int]:
     """A text as the model would read it: a prompt, or what is to be embedded. Raises `RequestRefused`."""
-    if Kind.EMBED in served.engine.model.kinds:
+    if TaskKind.EMBED in served.engine.model.kinds:
         (tokens,) = await embedding_inputs(served, [text])
         return tokens
     return await text_prompt(served, text)
 
 
-def call_format(served: Served) -> CallFormat:
+def call_format(served: ServedModel) -> CallFormat:
     """How this model writes calls."""
     known = None if served.template is None else served.template.calls
     return known or HERMES

@@ -12,19 +12,19 @@ from lacre_backend.api.compiling import Compiler
 from lacre_backend.api.errors import RequestRefused, model_not_found
 from lacre_backend.api.http import header
 from lacre_backend.api.template.prompt import ChatTemplate, markers_of
-from lacre_backend.engine.protocol import Engine, Kind
+from lacre_backend.engine.protocol import Engine, TaskKind
 from lacre_backend.engine.turns import NOBODY, Fair
 
 SALT_HEADER: Final = b"lacre-cache-salt"
 
 
-class Served:
+class ServedModel:
     """An engine and its chat template, if its model has one. Raises `SettingsError` if that cannot be used."""
 
     def __init__(self, engine: Engine) -> None:
         model = engine.model
         self.engine = engine
-        chats = model.chat_template is not None and Kind.GENERATE in model.kinds
+        chats = model.chat_template is not None and TaskKind.GENERATE in model.kinds
         self.template = ChatTemplate(model, markers_of(engine)) if chats else None
 
 
@@ -35,18 +35,18 @@ class Serving:
     time_limit: seconds of work for one choice.
     """
 
-    engines: Mapping[str, Served]
+    engines: Mapping[str, ServedModel]
     scope_key: bytes = field(repr=False)
     time_limit: float | None
     compiler: Compiler = field(default_factory=Compiler)
 
-    def named(self, model: str, kind: Kind | None = None) -> Served:
+    def named(self, model: str, kind: TaskKind | None = None) -> ServedModel:
         """kind: what it must be able to do. Raises `RequestRefused`."""
         served = self.engines.get(model)
         if served is None:
             raise model_not_found(model)
         if kind is not None and kind not in served.engine.model.kinds:
-            does, not_ = ("embeds", "generate") if kind is Kind.GENERATE else ("generates", "embed")
+            does, not_ = ("embeds", "generate") if kind is TaskKind.GENERATE else ("generates", "embed")
             raise RequestRefused(f"The model `{model}` {does} and does not {not_}. Name another.", param="model")
         return served
 

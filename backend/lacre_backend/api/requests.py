@@ -195,7 +195,7 @@ class Generate(Named):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatRequest(Generate):
+class ChatCompletionRequest(Generate):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
@@ -287,10 +287,10 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
     return request
 
 
-def parse_chat(body: bytes) -> ChatRequest:
+def parse_chat(body: bytes) -> ChatCompletionRequest:
     raw = _object(body)
     check_known(raw.get("messages"))
-    request = validated(ChatRequest, raw)
+    request = validated(ChatCompletionRequest, raw)
     check_turns(request.messages)
     if request.calling() is not None and request.resume is not None:
         raise RequestRefused(

@@ -14,7 +14,7 @@ LEAST_LOGPROB: Final = -9999.0  # OpenAI's word for "never"; JSON has none for m
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ResponseInfo:
     """What every object of one answer repeats. created: Unix time. usage_asked: whether a stream ends with the usage, in which
     case all other chunks say that theirs is null.
     """
@@ -88,7 +88,7 @@ class Chat:
 
     prefix: Final = "chatcmpl-"
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: ResponseInfo) -> None:
         self._whole = reply.head("chat.completion")
         self._chunk = reply.head("chat.completion.chunk") | ({"usage": None} if reply.usage_asked else {})
 
@@ -132,7 +132,7 @@ class Completion:
 
     prefix: Final = "cmpl-"
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: ResponseInfo) -> None:
         self._head = reply.head("text_completion") | ({"usage": None} if reply.usage_asked else {})
         self._offsets: dict[int, int] = {}  # choice -> characters of its tokens so far
 

@@ -24,7 +24,7 @@ from lacre_backend.engine.protocol import (
     Event,
     Finish,
     GrammarTooCostly,
-    Read,
+    PromptProgress,
     Task,
     TaskRefused,
     Token,
@@ -34,7 +34,7 @@ from lacre_backend.engine.protocol import (
 _PARAMS = {"begun": "resume.tokens", "grammar": "response_format", "logit_bias": "logit_bias", "max_tokens": "max_tokens"}
 
 
-class Generation:
+class GenerationRuns:
     """`n` runs of one task, whose prompt is read once. A seeded task's choices have seeds one apart: alike they would be the
     same choice.
     """
@@ -92,7 +92,7 @@ class Generation:
                         self._unfinished -= 1
                         if self._weigh is not None:
                             self._weigh(self._unfinished)
-                    if not isinstance(event, Read):
+                    if not isinstance(event, PromptProgress):
                         yield index, event
         except GrammarTooCostly:
             raise grammar_too_costly() from None
@@ -103,12 +103,12 @@ class Generation:
         for task in self._tasks:
             self._engine.cancel(task.id)
 
-    def _count(self, event: Read | Token | Finish) -> None:
+    def _count(self, event: PromptProgress | Token | Finish) -> None:
         """The prompt is counted once, however many choices read it, and as the first to be served found the cache."""
         self._usage.completion_tokens += isinstance(event, Token)
         if self._read:
             return
-        if isinstance(event, Read):
+        if isinstance(event, PromptProgress):
             self._usage.prompt_tokens = max(self._usage.prompt_tokens, event.prompt_tokens)
         else:
             self._read, self._usage.prompt_tokens = True, len(self._tasks[0].sequence)

@@ -18,7 +18,7 @@ from lacre_backend.api import responses
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.http import EventStream, header
 from lacre_backend.api.requests import Generate
-from lacre_backend.api.run import Generation
+from lacre_backend.api.run import GenerationRuns
 from lacre_backend.api.tools.format import CallReader, Part, Speech
 from lacre_backend.engine.protocol import Finish, Token
 
@@ -70,7 +70,7 @@ class Answer:
 
     def __init__(
         self,
-        generation: Generation,
+        generation: GenerationRuns,
         shape: responses.Chat | responses.Completion,
         reader: Callable[[], CallReader] | None = None,
     ) -> None:

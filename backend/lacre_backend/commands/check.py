@@ -18,7 +18,7 @@ from lacre_backend.keyring import KeyRing
 from lacre_backend.models.gguf import find
 from lacre_backend.node.claims import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
-from lacre_backend.settings import Settings, load
+from lacre_backend.settings import WorkerSettings, load
 from lacre_backend.upstream.probe import Probe
 from lacre_fabric.keys import pool_keys
 from lacre_fabric.keys.kms.wrapping import keeping
@@ -31,13 +31,13 @@ from lacre_fabric.nats.worker import try_claim
 def examine(file: Path) -> list[Reason]:
     """file: the settings file. What speaks against the worker; empty where it can serve. Never raises for what is wrong."""
     found: list[Reason] = []
-    settings: Settings | None = None
+    settings: WorkerSettings | None = None
     with _noted(found, "settings"):
         settings = load(file)
     return found if settings is None else found + asyncio.run(_examine(settings))
 
 
-async def _examine(settings: Settings) -> list[Reason]:
+async def _examine(settings: WorkerSettings) -> list[Reason]:
     found: list[Reason] = []
     held = _held(settings, found)
     if settings.upstream is not None:
@@ -54,7 +54,7 @@ async def _examine(settings: Settings) -> list[Reason]:
     return found
 
 
-def _held(settings: Settings, found: list[Reason]) -> Holding | None:
+def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
     """The files that it names; what it holds, where all can be read."""
     names: tuple[str, ...] = tuple(model.name for model in settings.upstream.models) if settings.upstream else ()
     for model in settings.models:
@@ -69,7 +69,7 @@ def _held(settings: Settings, found: list[Reason]) -> Holding | None:
     return None
 
 
-async def _on_the_fabric(settings: Settings, connection: Connection, held: Holding | None) -> list[Reason]:
+async def _on_the_fabric(settings: WorkerSettings, connection: Connection, held: Holding | None) -> list[Reason]:
     feed = ManifestFeed(connection.manifest, settings.root)  # remembers nothing: that is the running worker's
     await feed.catch_up()
     found = [] if feed.known else [unread(feed)]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.model import Facts
-from lacre_backend.engine.protocol import Kind
+from lacre_backend.engine.model import ModelMetadata
+from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.sizing import LlamaSettings, derive
-from lacre_backend.engine.tune import SLOTS, Choice, tune
+from lacre_backend.engine.tune import SLOTS, TuningResult, tune
 from lacre_backend.models.gguf import find
 from lacre_backend.serve import options
 from lacre_backend.settings import load
@@ -36,7 +36,7 @@ def run(path: Path, report: Callable[[str], None]) -> None:
     text = path.read_text(encoding="utf-8")
     for index, model in enumerate(settings.models):
         file = find(model.path, model.name)
-        if Facts.read(file.path).kind is Kind.EMBED:
+        if ModelMetadata.read(file.path).kind is TaskKind.EMBED:
             report(f"{file.name}: embeds, and has nothing to tune")
             continue
         wanted = options(model)
@@ -54,7 +54,7 @@ def run(path: Path, report: Callable[[str], None]) -> None:
     draft.replace(path)
 
 
-def values(choice: Choice) -> dict[str, str]:
+def values(choice: TuningResult) -> dict[str, str]:
     """As TOML. A unified cache needs no size of its own: all the slots' contexts."""
     way = choice.way
     flags = {"flash": way.flash, "unified": way.unified}

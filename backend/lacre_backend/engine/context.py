@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.model import Model
-from lacre_backend.engine.plan import Copy, Limits, Plan, Trim
+from lacre_backend.engine.plan import Copy, EngineLimits, StepPlan, Trim
 from lacre_backend.engine.protocol import EngineError
 
 Logits = NDArray[np.float32]
@@ -62,7 +62,7 @@ class Batch:
         ):
             setattr(self.struct, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
-    def write(self, plan: Plan) -> list[int]:
+    def write(self, plan: StepPlan) -> list[int]:
         """Where in the batch the outputs are."""
         outputs = []
         n = 0
@@ -80,10 +80,10 @@ class Batch:
         return outputs
 
 
-class Context:
+class LlamaContext:
     """A context for `limits.slots` sequences. Raises SettingsError where there is no memory for it."""
 
-    def __init__(self, model: Model, limits: Limits, compute: Compute) -> None:
+    def __init__(self, model: Model, limits: EngineLimits, compute: Compute) -> None:
         params = L.llama_context_default_params()
         params.n_ctx = limits.cells if limits.unified else limits.slots * limits.context
         params.n_batch = params.n_ubatch = limits.step
@@ -103,7 +103,7 @@ class Context:
         self._memory = L.llama_get_memory(self.pointer)
         self._batch = Batch(limits.step)
 
-    def execute(self, plan: Plan) -> list[int]:
+    def execute(self, plan: StepPlan) -> list[int]:
         """Do all that a plan says. Returns where in the batch the outputs are, in order; `logits` has a row for each."""
         for step in plan.memory:
             if isinstance(step, Copy):

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from lacre_backend.engine.protocol import EngineError, Event, Finish
 
 
-class EventStream(AsyncIterator[Event]):
+class TaskEvents(AsyncIterator[Event]):
     """The events of one task, iterated by one consumer in the loop that submitted it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -52,9 +52,9 @@ class Outbox:
     """Gathers the events of one step and wakes each loop once."""
 
     def __init__(self) -> None:
-        self._batches: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, Event | EngineError]]] = {}
+        self._batches: dict[asyncio.AbstractEventLoop, list[tuple[TaskEvents, Event | EngineError]]] = {}
 
-    def post(self, stream: EventStream, event: Event | EngineError) -> None:
+    def post(self, stream: TaskEvents, event: Event | EngineError) -> None:
         self._batches.setdefault(stream.loop, []).append((stream, event))
 
     def flush(self) -> None:
@@ -67,6 +67,6 @@ class Outbox:
         self._batches = {}
 
 
-def _deliver(batch: list[tuple[EventStream, Event | EngineError]]) -> None:
+def _deliver(batch: list[tuple[TaskEvents, Event | EngineError]]) -> None:
     for stream, event in batch:
         stream.put(event)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
 from lacre.runtime import tasks
-from lacre_backend.engine.delivery import EventStream
+from lacre_backend.engine.delivery import TaskEvents
 from lacre_backend.engine.protocol import (
     Alternative,
     ControlToken,
@@ -25,9 +25,9 @@ from lacre_backend.engine.protocol import (
     Finish,
     FinishReason,
     Grammar,
-    Kind,
     ModelInfo,
     Task,
+    TaskKind,
     TaskRefused,
     Token,
     check,
@@ -48,7 +48,7 @@ CHAT_TEMPLATE: Final = (
 class _Job:
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.stream = EventStream(asyncio.get_running_loop())
+        self.stream = TaskEvents(asyncio.get_running_loop())
         self.text = TextStream(task.stop)
         self.text.begin(bytes([token]) for token in task.begun)
         self.completion_tokens = 0
@@ -82,7 +82,7 @@ class EchoEngine:
             eos=END,
             add_bos=True,
             control_tokens=_CONTROL,
-            kinds=frozenset({Kind.GENERATE}),
+            kinds=frozenset({TaskKind.GENERATE}),
         )
 
     @property

@@ -23,21 +23,21 @@ from numpy.typing import NDArray
 from lacre.errors import SettingsError
 from lacre.runtime import tasks
 from lacre_backend.engine.context import FLASH, Batch
-from lacre_backend.engine.delivery import EventStream, Outbox
-from lacre_backend.engine.model import Facts, Model
+from lacre_backend.engine.delivery import Outbox, TaskEvents
+from lacre_backend.engine.model import Model, ModelMetadata
 from lacre_backend.engine.packing import Packing, Room
 from lacre_backend.engine.protocol import (
     DIED,
     Embedding,
     EngineError,
+    EngineHealth,
     Event,
     Finish,
     Grammar,
-    Kind,
     ModelInfo,
     Task,
+    TaskKind,
     TaskRefused,
-    Watch,
     check,
 )
 from lacre_backend.engine.sizing import LlamaSettings, memory_for_caches
@@ -55,7 +55,7 @@ class _Job:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.stream = EventStream(asyncio.get_running_loop())
+        self.stream = TaskEvents(asyncio.get_running_loop())
 
 
 class LlamaEmbedder:
@@ -78,13 +78,13 @@ class LlamaEmbedder:
         tokenizer = tokenizer or Tokenizer(path)
         context = _context(path, settings)
         self._model = Model(
-            path, name=name, digest=digest, n_ctx=context, gpu=settings.gpu, tokenizer=tokenizer, kind=Kind.EMBED
+            path, name=name, digest=digest, n_ctx=context, gpu=settings.gpu, tokenizer=tokenizer, kind=TaskKind.EMBED
         )
         self._packing = Packing(Room(max(context, STEP), settings.slots or DEFAULT_TEXTS))
         self._encoder = _Encoder(self._model, self._packing.room, settings)
         self._outbox = Outbox()
         self._changed = threading.Condition()
-        self._watch = Watch()
+        self._watch = EngineHealth()
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
         self._closing = self._closed = False
         self.steps = 0
@@ -263,7 +263,7 @@ class _Encoder:
 
 def _context(path: Path, settings: LlamaSettings) -> int:
     """Tokens of one text. Raises SettingsError."""
-    facts = Facts.read(path)
+    facts = ModelMetadata.read(path)
     if facts.pooling not in _POOLED:
         raise SettingsError(
             f"{path.name} does not say how to make one vector of a text (pooling by mean, first or last token). "

@@ -22,26 +22,26 @@ from typing import Final
 import numpy as np
 
 from lacre.runtime import tasks
-from lacre_backend.engine.context import Compute, Context
-from lacre_backend.engine.delivery import EventStream, Outbox
+from lacre_backend.engine.context import Compute, LlamaContext
+from lacre_backend.engine.delivery import Outbox, TaskEvents
 from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.pace import Pace
-from lacre_backend.engine.plan import Plan
+from lacre_backend.engine.plan import StepPlan
 from lacre_backend.engine.protocol import (
     DIED,
     Alternative,
     EngineError,
+    EngineHealth,
     Event,
     Finish,
     FinishReason,
     Grammar,
     ModelInfo,
-    Read,
+    PromptProgress,
     Task,
     TaskRefused,
     Token,
-    Watch,
     check,
 )
 from lacre_backend.engine.rows import Rows
@@ -65,7 +65,7 @@ _LOOK: Final = 60.0  # seconds between looks for expired scopes while there is w
 class _Job:
     """A task from its submission to its finish. The decode thread's, but for `cancelled`, which anyone may set."""
 
-    def __init__(self, task: Task, stream: EventStream, sampler: Sampler, text: TextStream, limit: int) -> None:
+    def __init__(self, task: Task, stream: TaskEvents, sampler: Sampler, text: TextStream, limit: int) -> None:
         self.task = task
         self.tokens = Tokens(task.prompt, task.begun, chained=task.cache_scope is not None)
         self.stream = stream
@@ -119,7 +119,7 @@ class LlamaEngine:
         tokenizer = tokenizer or Tokenizer(path)  # before anything else reads the file: it may abort what reads it
         shape = derive(path, settings)
         self._model = Model(path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer)
-        self._context = Context(self._model, shape.limits, Compute(shape.threads, settings.flash))
+        self._context = LlamaContext(self._model, shape.limits, Compute(shape.threads, settings.flash))
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
         self._parked: dict[str, tuple[_Job, Logits]] = {}  # computed, but for the mask that their next token waits for
@@ -127,7 +127,7 @@ class LlamaEngine:
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
-        self._watch = Watch()
+        self._watch = EngineHealth()
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
         self._rows = Rows()  # of choices that were submitted and have not finished
         self._inbox: list[_Job] = []  # of these, what the decode thread has not seen
@@ -214,7 +214,7 @@ class LlamaEngine:
         text, sampler = TextStream(task.stop), Sampler(self._model, task.sampling, len(task.begun) + limit, constraint)
         text.begin(map(self._model.piece, task.begun))
         sampler.begin(task.begun)
-        return _Job(task, EventStream(asyncio.get_running_loop()), sampler, text, limit)
+        return _Job(task, TaskEvents(asyncio.get_running_loop()), sampler, text, limit)
 
     def _constraint(self, task: Task) -> Constraint | None:
         grammar = task.sampling.grammar
@@ -314,13 +314,13 @@ class LlamaEngine:
         if job.task.cache_scope is not None:
             self._scopes[job.task.cache_scope] = now
 
-    def _record(self, plan: Plan, seconds: float) -> None:
+    def _record(self, plan: StepPlan, seconds: float) -> None:
         reading = sum(len(segment.tokens) for segment in plan.segments if segment.task is not None) - plan.generating
         self._pace.observe(plan.generating, reading, seconds)
         self.steps += 1
         self.computed_tokens += reading + plan.generating
 
-    def _tell_read(self, plan: Plan) -> None:
+    def _tell_read(self, plan: StepPlan) -> None:
         """How far prompts are read that take more steps; one that is read again, after its task lost its cells, is no news."""
         for segment in plan.segments:
             if segment.task is not None and not segment.output:
@@ -328,7 +328,7 @@ class LlamaEngine:
                 read = segment.start + len(segment.tokens)
                 if job.completion_tokens == 0 and read >= job.told + _TELL_EACH:
                     job.told = read
-                    self._outbox.post(job.stream, Read(read, job.cached_tokens))
+                    self._outbox.post(job.stream, PromptProgress(read, job.cached_tokens))
 
     def _results(self, outputs: list[str | None], rows: list[int]) -> None:
         logits = self._context.logits(len(rows))
@@ -353,7 +353,7 @@ class LlamaEngine:
                 if job is not None and job.completion_tokens == 0:
                     self._rows.keep(job.task, row)
 
-    def _begin_copied(self, plan: Plan) -> None:
+    def _begin_copied(self, plan: StepPlan) -> None:
         """The first tokens of choices whose prompt a sibling read."""
         for task_id in plan.copied:
             job = self._jobs[task_id]

@@ -23,7 +23,7 @@ from llama_cpp.llama_cpp import _base_path as _llama_folder
 from llama_cpp.llama_cpp import _lib as _llama
 
 from lacre.errors import SettingsError
-from lacre_backend.engine.protocol import ControlToken, Kind, ModelInfo
+from lacre_backend.engine.protocol import ControlToken, ModelInfo, TaskKind
 from lacre_backend.engine.tokenizer import Tokenizer
 
 DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, whatever the model was trained for
@@ -116,7 +116,7 @@ def _load_kernels() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ModelMetadata:
     """What a model says of itself before its weights are loaded. bytes_per_token: of one cell in the cache, at 16 bits.
 
     cuttable: whether a sequence's cache can be cut anywhere: recurrent models keep one state, not cells.
@@ -134,12 +134,12 @@ class Facts:
     generates: bool = True
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> TaskKind:
         """What the model was made for: one whose file says how its tokens are pooled embeds."""
-        return Kind.GENERATE if self.pooling is None else Kind.EMBED
+        return TaskKind.GENERATE if self.pooling is None else TaskKind.EMBED
 
     @classmethod
-    def read(cls, path: Path) -> Facts:
+    def read(cls, path: Path) -> ModelMetadata:
         """Raises SettingsError."""
         params = L.llama_model_default_params()
         params.vocab_only = True
@@ -150,7 +150,7 @@ class Facts:
             L.llama_model_free(pointer)
 
     @classmethod
-    def _of(cls, pointer: Any) -> Facts:
+    def _of(cls, pointer: Any) -> ModelMetadata:
         architecture = _metadata(pointer, "general.architecture") or ""
 
         def number(name: str, default: int) -> int:
@@ -206,7 +206,7 @@ class Model:
         digest: str,
         n_ctx: int,
         gpu: Gpu,
-        kind: Kind = Kind.GENERATE,
+        kind: TaskKind = TaskKind.GENERATE,
         tokenizer: Tokenizer,
     ) -> None:
         """tokenizer: of the same file. Its owner closes it."""
@@ -262,7 +262,7 @@ class Model:
             return (), ()
         return tuple(framed[:before]), tuple(framed[before + len(plain) :])
 
-    def _read_info(self, path: Path, name: str, digest: str, n_ctx: int, kind: Kind) -> ModelInfo:
+    def _read_info(self, path: Path, name: str, digest: str, n_ctx: int, kind: TaskKind) -> ModelInfo:
         bos, eos = L.llama_vocab_bos(self.vocab), L.llama_vocab_eos(self.vocab)
         template = L.llama_model_chat_template(self.pointer, None)
         return ModelInfo(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lacre.errors import UsageError
-from lacre_backend.engine.turns import NOBODY, Fair, Turns
+from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Packing:
 
     def __init__(self, room: Room) -> None:
         self.room = room
-        self._turns: Turns[_Text] = Turns()
+        self._turns: FairQueue[_Text] = FairQueue()
         self._known: dict[str, _Text] = {}
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from lacre.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EngineLimits:
     """slots: sequences at a time. context: cells of one. cells: cells of all, fewer than `slots * context` in a unified cache.
 
     step: tokens in a step. chunk: of prompts, while nothing is generated. burst: of short prompts (at most so long) together
@@ -72,7 +72,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """One step: first `memory` in its order, then `segments` as one batch, then `after`. generating: tasks that are past
     their prompt. copied: admitted ones whose whole prompt a sibling has read; their first token comes from its logits.
     """

@@ -4,9 +4,9 @@ Rules
 - Nothing here knows of HTTP, JSON or llama.cpp.
 - A task is complete in itself: sampling, limits, stop strings, cache scope and whose turn it takes. Engines keep nothing else
   about a request.
-- For each task the stream is `Read`*, `Token`* (or one `Embedding`) and then exactly one `Finish`. Every sampled token is one
-  `Token`, also those whose text is still held back, so that `Finish.completion_tokens` is their number. The end-of-generation
-  token itself is neither.
+- For each task the stream is `PromptProgress`*, `Token`* (or one `Embedding`) and then exactly one `Finish`. Every sampled
+  token is one `Token`, also those whose text is still held back, so that `Finish.completion_tokens` is their number. The
+  end-of-generation token itself is neither.
 - The whole text is the `text` of every token and then that of the finish.
 - A task may go on with an answer that another engine began: `begun` are that answer's tokens. What they let out as text is not
   said again; what they held back, the grammar and the penalties are as if they had been sampled here.
@@ -77,7 +77,7 @@ class TextRefused(UsageError):
         )
 
 
-class Kind(StrEnum):
+class TaskKind(StrEnum):
     """What a task asks for."""
 
     GENERATE = "generate"
@@ -129,7 +129,7 @@ class Task:
     id: str
     prompt: tuple[int, ...] = field(repr=False)
     max_tokens: int
-    kind: Kind = Kind.GENERATE
+    kind: TaskKind = TaskKind.GENERATE
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = field(default=(), repr=False)
     logprobs: int | None = None
@@ -191,7 +191,7 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class PromptProgress:
     """A prompt that takes several steps, now and then before the last: so many of its tokens are there. cached_tokens: of
     these, those taken from the cache.
     """
@@ -200,7 +200,7 @@ class Read:
     cached_tokens: int
 
 
-Event = Read | Token | Embedding | Finish
+Event = PromptProgress | Token | Embedding | Finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,7 @@ class ModelInfo:
     eos: ControlToken | None
     add_bos: bool
     control_tokens: tuple[ControlToken, ...]
-    kinds: frozenset[Kind]
+    kinds: frozenset[TaskKind]
     n_embd: int = 0
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     control_ids: frozenset[int] = frozenset()
@@ -254,7 +254,7 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("max_tokens must be at least 1.", field="max_tokens")
     if not task.prompt:
         raise TaskRefused("The prompt is empty.", field="prompt")
-    if len(task.prompt) + (task.kind is Kind.GENERATE) > model.n_ctx or len(task.sequence) > model.n_ctx:
+    if len(task.prompt) + (task.kind is TaskKind.GENERATE) > model.n_ctx or len(task.sequence) > model.n_ctx:
         raise PromptTooLong(len(task.sequence), model.n_ctx)
     if min(task.prompt) < 0 or max(task.prompt) >= model.n_vocab:
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
@@ -264,7 +264,7 @@ def check(task: Task, model: ModelInfo) -> None:
         raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
 
 
-class Watch:
+class EngineHealth:
     """What tells a broken engine from a busy one. Written by the engine's thread, read by any."""
 
     __slots__ = ("_began", "_failures")

@@ -33,9 +33,9 @@ from typing import Final
 from lacre.errors import UsageError
 from lacre_backend.engine.cells import Cells
 from lacre_backend.engine.choices import Choices
-from lacre_backend.engine.plan import Copy, Limits, Plan, Segment, Trim
+from lacre_backend.engine.plan import Copy, EngineLimits, Segment, StepPlan, Trim
 from lacre_backend.engine.tokens import NO_TOKENS, Tokens
-from lacre_backend.engine.turns import NOBODY, Fair, Turns
+from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
 MIN_REUSE: Final = 16  # tokens; shorter common beginnings (every chat's first words) are computed faster than they are sought
 MIN_COPY: Final = 128  # tokens; below it a copy between slots takes longer than computing. Choices copy whatever they share
@@ -86,12 +86,12 @@ class _Slot:
 class Scheduler:
     """The state machine. A task is known from `submit` to `end`."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
         self.share = limits.share
         self._slots = [_Slot(i) for i in range(limits.slots)]
         self._tasks: dict[str, _Task] = {}
-        self._turns: Turns[_Task] = Turns()
+        self._turns: FairQueue[_Task] = FairQueue()
         self._groups: dict[str, Choices[_Task]] = {}
         self._cells = Cells(limits.slots, limits.cells, unified=limits.unified)
         self._count = 0
@@ -189,7 +189,7 @@ class Scheduler:
 
     # A plan out
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """The next step. Empty segments: nothing runs, though there may be memory to free."""
         for choices in self._groups.values():
             reader = choices.reader
@@ -205,7 +205,7 @@ class Scheduler:
         ordered, after = self._filled([segments[i] for i in sorted(segments)])
         memory, self._memory = tuple(self._memory), []
         still = tuple(task_id for task_id in copied if self._tasks[task_id].slot is not None)  # not sent back by this very plan
-        return Plan(memory, ordered, after, admitted, generating, still)
+        return StepPlan(memory, ordered, after, admitted, generating, still)
 
     # Admission
 

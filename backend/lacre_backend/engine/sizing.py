@@ -17,8 +17,8 @@ import llama_cpp as L
 
 from lacre.errors import SettingsError
 from lacre_backend.engine import shards
-from lacre_backend.engine.model import DEFAULT_N_CTX, MIN_N_CTX, Facts, Gpu
-from lacre_backend.engine.plan import Limits
+from lacre_backend.engine.model import DEFAULT_N_CTX, MIN_N_CTX, Gpu, ModelMetadata
+from lacre_backend.engine.plan import EngineLimits
 
 DEFAULT_SLOTS: Final = 8
 MAX_SLOTS: Final = 256  # llama.cpp's own limit
@@ -48,18 +48,18 @@ class LlamaSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class EngineSizing:
     """What was decided. cache_bytes: memory that the caches take."""
 
-    limits: Limits
+    limits: EngineLimits
     threads: int
     cache_bytes: int
 
 
-def derive(path: Path, settings: LlamaSettings, *, available: int | None = None) -> Shape:
+def derive(path: Path, settings: LlamaSettings, *, available: int | None = None) -> EngineSizing:
     """Raises `SettingsError` where the settings make no sense or the model does not fit. available: bytes; None asks."""
     _check(settings)
-    facts = Facts.read(path)
+    facts = ModelMetadata.read(path)
     _check_file(path, facts, settings)
     room = memory_for_caches(path, facts, settings, available=available)
     context = settings.n_ctx or _context(facts, room)
@@ -75,10 +75,10 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None)
         )
     threads = settings.threads or len(os.sched_getaffinity(0))
     multiple = 1 if room is None else CPU_ROWS
-    limits = Limits(
+    limits = EngineLimits(
         slots=slots, context=context, cells=cells, unified=settings.unified, multiple=multiple, cuttable=facts.cuttable
     )
-    return Shape(limits, threads, size)
+    return EngineSizing(limits, threads, size)
 
 
 def _check(settings: LlamaSettings) -> None:
@@ -92,7 +92,7 @@ def _check(settings: LlamaSettings) -> None:
         raise SettingsError("cells is for a unified cache: set unified too, or leave cells out.")
 
 
-def _check_file(path: Path, facts: Facts, settings: LlamaSettings) -> None:
+def _check_file(path: Path, facts: ModelMetadata, settings: LlamaSettings) -> None:
     """What the settings ask for, and the file says that it cannot."""
     if not facts.generates:
         raise SettingsError(
@@ -107,7 +107,7 @@ def _check_file(path: Path, facts: Facts, settings: LlamaSettings) -> None:
         )
 
 
-def memory_for_caches(path: Path, facts: Facts, settings: LlamaSettings, *, available: int | None = None) -> int | None:
+def memory_for_caches(path: Path, facts: ModelMetadata, settings: LlamaSettings, *, available: int | None = None) -> int | None:
     """Bytes beside the weights. None: not known, since layers go to a GPU with a memory of its own.
 
     available: bytes; None asks. Raises `SettingsError` where the model does not fit.
@@ -125,14 +125,14 @@ def memory_for_caches(path: Path, facts: Facts, settings: LlamaSettings, *, avai
     return room
 
 
-def _context(facts: Facts, room: int | None) -> int:
+def _context(facts: ModelMetadata, room: int | None) -> int:
     wanted = min(facts.n_ctx_train, DEFAULT_N_CTX)
     if room is None:
         return wanted
     return max(min(wanted, int(room * SHARE_OF_MEMORY) // max(facts.bytes_per_token, 1)), MIN_N_CTX)
 
 
-def _slots(facts: Facts, room: int | None, context: int) -> int:
+def _slots(facts: ModelMetadata, room: int | None, context: int) -> int:
     if room is None:
         return DEFAULT_SLOTS
     return max(1, min(DEFAULT_SLOTS, int(room * SHARE_OF_MEMORY) // max(context * facts.bytes_per_token, 1)))

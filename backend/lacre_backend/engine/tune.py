@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lacre_backend.engine.context import Compute, Context
+from lacre_backend.engine.context import Compute, LlamaContext
 from lacre_backend.engine.model import Gpu, Model
-from lacre_backend.engine.plan import Limits, Plan, Segment, Trim
+from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan, Trim
 from lacre_backend.engine.tokenizer import Tokenizer
 
 HISTORY: Final = 192  # tokens before the step that is timed
@@ -45,7 +45,7 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class TuningResult:
     """rates: tokens per second, by way and by number of sequences."""
 
     way: Way
@@ -59,17 +59,17 @@ class Choice:
         return [heads, *(f"{way!s:<42}" + "  ".join(f"{self.rates[way][n]:>4.0f}" for n in SLOTS) for way in ways)]
 
 
-def tune(path: Path, gpu: Gpu, *, most: int) -> Choice:
+def tune(path: Path, gpu: Gpu, *, most: int) -> TuningResult:
     """most: slots that the memory has room for. Takes about a minute for a small model on two cores. Raises SettingsError."""
     with closing(Tokenizer(path)) as tokenizer:
         model = Model(path, name=path.stem, digest="", n_ctx=_CONTEXT, gpu=gpu, tokenizer=tokenizer)
     ways = list(_ways())
     rates: dict[Way, dict[int, float]] = {way: dict.fromkeys(SLOTS, 0.0) for way in ways}
     for way in ways:
-        limits = Limits(
+        limits = EngineLimits(
             slots=max(SLOTS), context=_CONTEXT, cells=max(SLOTS) * _CONTEXT, unified=way.unified, step=max(SLOTS) * 16
         )
-        context = Context(model, limits, Compute(way.threads, way.flash))
+        context = LlamaContext(model, limits, Compute(way.threads, way.flash))
         try:
             _fill(context)
             for _, n in itertools.product(range(_ROUNDS), SLOTS):
@@ -79,12 +79,12 @@ def tune(path: Path, gpu: Gpu, *, most: int) -> Choice:
     return choose(rates, most)
 
 
-def choose(rates: dict[Way, dict[int, float]], most: int) -> Choice:
+def choose(rates: dict[Way, dict[int, float]], most: int) -> TuningResult:
     """The way that is best where its best is, and the fewest slots that come near it."""
     allowed = [n for n in SLOTS if n <= most] or [SLOTS[0]]
     way = max(rates, key=lambda way: max(rates[way][n] for n in allowed))
     best = max(rates[way][n] for n in allowed)
-    return Choice(way, min(n for n in allowed if rates[way][n] >= ENOUGH * best), rates)
+    return TuningResult(way, min(n for n in allowed if rates[way][n] >= ENOUGH * best), rates)
 
 
 def _ways() -> Iterator[Way]:
@@ -94,12 +94,12 @@ def _ways() -> Iterator[Way]:
         yield Way(n, flash, unified)
 
 
-def _fill(context: Context) -> None:
+def _fill(context: LlamaContext) -> None:
     for slot in range(max(SLOTS)):
         context.execute(_plan([Segment(slot, 0, (_TOKEN,) * HISTORY, None, True)]))
 
 
-def _rate(context: Context, n: int) -> float:
+def _rate(context: LlamaContext, n: int) -> float:
     segments = [Segment(slot, HISTORY, (_TOKEN,), None, True) for slot in range(n)]
     plan = _plan(segments, tuple(Trim(slot, HISTORY) for slot in range(n)))
     best = float("inf")
@@ -111,5 +111,5 @@ def _rate(context: Context, n: int) -> float:
     return n / best
 
 
-def _plan(segments: list[Segment], after: tuple[Trim, ...] = ()) -> Plan:
-    return Plan((), tuple(segments), after, (), 0)
+def _plan(segments: list[Segment], after: tuple[Trim, ...] = ()) -> StepPlan:
+    return StepPlan((), tuple(segments), after, (), 0)

@@ -54,7 +54,7 @@ class _Tenant(_Party, Generic[T]):
         self.callers: dict[str, _Caller[T]] = {}
 
 
-class Turns(Generic[T]):
+class FairQueue(Generic[T]):
     """What waits, by its id. What was taken with `hold` runs until `release`."""
 
     def __init__(self) -> None:

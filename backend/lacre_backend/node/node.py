@@ -27,7 +27,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lacre import asgi, problems
-from lacre.asgi.admission import Seen, check_date, sent_at
+from lacre.asgi.admission import ReplayMemory, check_date, sent_at
 from lacre.errors import Expired, LacreError, UnknownKeyId
 from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u
@@ -39,7 +39,7 @@ from lacre.wire.padding import SHAPES, shape_named
 from lacre_backend.node import grant_check
 from lacre_fabric import logs
 from lacre_fabric.work.contract import BEAT, CLAIM_TTL, Cancelled, Delivery, FabricUnavailable, WorkerFabric
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.grants import Grant
 
 RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is away
@@ -103,7 +103,7 @@ class Node:
         self._repeatable = frozenset(repeatable)
         self._weighs = frozenset(weighs)
         self._clock = clock
-        self._seen = Seen(lifetime=CLAIM_TTL)
+        self._seen = ReplayMemory(lifetime=CLAIM_TTL)
         self._running: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
@@ -207,8 +207,8 @@ class Node:
             sealed = asgi.refuse(
                 opened, refusal.status, refusal.body, refusal.media_type, refusal.headers, trailers=((TRAILER, receipt),)
             )
-            await delivery.send(Kind.DATA, sealed)
-            await delivery.send(Kind.USAGE, receipt.encode())
+            await delivery.send(FrameKind.DATA, sealed)
+            await delivery.send(FrameKind.USAGE, receipt.encode())
             return "refused-inside"
         await self._answer(delivery, opened, call, receipts)
         return "answered"
@@ -311,11 +311,11 @@ class Node:
             async with aclosing(asgi.answer(self._app, opened, call, shape=shape, trailers=trailers)) as pieces:
                 async for piece in pieces:
                     await claimed.wait()
-                    await delivery.send(Kind.DATA, piece)
+                    await delivery.send(FrameKind.DATA, piece)
         except asgi.AppFailed:
             await claimed.wait()  # to say that is the winner's as well
             raise
-        await delivery.send(Kind.USAGE, final[0].encode())
+        await delivery.send(FrameKind.USAGE, final[0].encode())
 
 
 async def _tell(delivery: Delivery, problem: problems.Problem) -> None:
@@ -351,5 +351,5 @@ class _Receipts:
 async def _beat(delivery: Delivery, receipts: _Receipts) -> None:
     """Ends only by raising what sending does."""
     while True:
-        await delivery.send(Kind.BEAT, receipts.sign(final=False).encode())
+        await delivery.send(FrameKind.BEAT, receipts.sign(final=False).encode())
         await asyncio.sleep(BEAT)

@@ -25,7 +25,7 @@ from lacre_backend.api.http import EventStream, header, read_body, send_json, un
 from lacre_backend.api.registry import SALT_HEADER
 from lacre_backend.api.requests import MAX_BODY
 from lacre_backend.upstream import bodies, counts, events, refusals
-from lacre_backend.upstream.origin import Answer, Headers, Origin, Request
+from lacre_backend.upstream.origin import Headers, Origin, UpstreamRequest, UpstreamResponse
 from lacre_backend.upstream.settings import Upstream, UpstreamModel
 
 MAX_ERROR: Final = 64 * 1024  # bytes of an error that is passed on; one in OpenAI's form has some hundred
@@ -88,7 +88,7 @@ class _Forward:
             raise grant_mismatch(f"The request has more than the {call.max_prompt_tokens} KiB that were granted.", "body")
         query = scope["query_string"]
         target = _path(scope) + ("?" + query.decode("ascii") if query else "")
-        async with self._origin.ask(Request(scope["method"], target, scope["headers"], body)) as answer:
+        async with self._origin.ask(UpstreamRequest(scope["method"], target, scope["headers"], body)) as answer:
             granted = call.max_tokens if counted else None
             if granted is not None and scope["method"] != "HEAD" and (answer.length or 0) > granted * UNIT:
                 raise refusals.above_units(granted)
@@ -102,7 +102,7 @@ class _Forward:
         fixed = {**model.fixed, **self._salt(scope, model)}
         ready = bodies.ready(body, call, model.known_as or model.name, frozenset(model.members), fixed)
         headers = [(b"content-type", _JSON), (b"accept", _EVENT_STREAM if ready.stream else _JSON)]
-        async with self._origin.ask(Request(scope["method"], _path(scope), headers, ready.content)) as answer:
+        async with self._origin.ask(UpstreamRequest(scope["method"], _path(scope), headers, ready.content)) as answer:
             if answer.status >= 400:
                 return await _tell_error(answer, send)
             if not ready.stream:
@@ -117,7 +117,7 @@ class _Forward:
                     raise
                 await out.broken(refusal)
 
-    async def _whole(self, answer: Answer, call: Call, model: UpstreamModel) -> dict[str, Any]:
+    async def _whole(self, answer: UpstreamResponse, call: Call, model: UpstreamModel) -> dict[str, Any]:
         document = object_in(await _read(answer.pieces))
         if document is None:
             raise refusals.unusable("does not answer with a JSON object")
@@ -144,7 +144,7 @@ def _listing(models: Mapping[str, UpstreamModel]) -> dict[str, Any]:
     return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "lacre"} for name in models]}
 
 
-async def _stream(answer: Answer, send: Send, call: Call, granted: int | None) -> None:
+async def _stream(answer: UpstreamResponse, send: Send, call: Call, granted: int | None) -> None:
     """granted: units of `lacre.evidence.receipts`, where the answer is counted by them."""
     await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
     size = 0
@@ -161,7 +161,7 @@ async def _stream(answer: Answer, send: Send, call: Call, granted: int | None) -
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _tell_error(answer: Answer, send: Send) -> None:
+async def _tell_error(answer: UpstreamResponse, send: Send) -> None:
     """The upstream's own refusal, word for word: it is the answer to whoever asked, and nobody else reads it."""
     content = await _read(answer.pieces, MAX_ERROR)
     headers: Headers = [(b"content-type", answer.header(b"content-type") or b"text/plain")]

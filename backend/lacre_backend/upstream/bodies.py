@@ -45,7 +45,7 @@ _LIMITS: Final = ("max_completion_tokens", "max_tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class UpstreamBody:
     """content: what goes on. stream: whether events are asked for. tell_usage: whether the client asked for it in them."""
 
     content: bytes = field(repr=False)
@@ -53,7 +53,7 @@ class Body:
     tell_usage: bool = False
 
 
-def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed: Mapping[str, object]) -> Body:
+def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed: Mapping[str, object]) -> UpstreamBody:
     """call: of an action in `ACTIONS`. known_as: the model's name there. also: members that go on beside the usual ones.
     fixed: members that are the operator's.
 
@@ -74,7 +74,7 @@ def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed
     if action in _GENERATE:
         _bound(body, call, several="n" in also)
         stream, tell_usage = _streaming(body)
-    return Body(json.dumps({**body, **fixed}, separators=(",", ":"), allow_nan=False).encode(), stream, tell_usage)
+    return UpstreamBody(json.dumps({**body, **fixed}, separators=(",", ":"), allow_nan=False).encode(), stream, tell_usage)
 
 
 def _object(content: bytes) -> dict[str, Any]:

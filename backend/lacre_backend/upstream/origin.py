@@ -41,7 +41,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class UpstreamRequest:
     """target: the path with its query."""
 
     method: str
@@ -51,7 +51,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class UpstreamResponse:
     """pieces: of the body, as they come; iterating raises RequestRefused. Its headers are those that may be passed on."""
 
     status: int
@@ -90,7 +90,7 @@ class Origin:
         self._transport = httpx2.AsyncHTTPTransport(verify=secure, trust_env=False, limits=limits)
 
     @asynccontextmanager
-    async def ask(self, request: Request) -> AsyncIterator[Answer]:
+    async def ask(self, request: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
         """Raises RequestRefused where no answer comes that may be passed on. Leaving it ends the request there."""
         deadline = asyncio.get_running_loop().time() + self._longest
         with _mapped():
@@ -98,11 +98,13 @@ class Origin:
                 response = await self._transport.handle_async_request(self._outgoing(request))
         try:
             _check(response)
-            yield Answer(response.status_code, list(_end_to_end(response.headers.raw)), self._pieces(response, deadline))
+            yield UpstreamResponse(
+                response.status_code, list(_end_to_end(response.headers.raw)), self._pieces(response, deadline)
+            )
         finally:
             await response.aclose()
 
-    def _outgoing(self, request: Request) -> httpx2.Request:
+    def _outgoing(self, request: UpstreamRequest) -> httpx2.Request:
         passed_on = [(name, value) for name, value in _end_to_end(request.headers) if name in self._passed_on]
         return httpx2.Request(
             request.method,

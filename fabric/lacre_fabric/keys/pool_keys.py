@@ -19,7 +19,7 @@ from lacre.jose.jws import raw_public_key
 from lacre.wire.header import Kem, KeyConfig
 from lacre.wire.opening import PrivateKey
 from lacre.wire.wiping import overwrite
-from lacre_fabric.keys.kms.envelope import Sealed, is_sealed
+from lacre_fabric.keys.kms.envelope import WrappedKey, is_sealed
 from lacre_fabric.keys.kms.wrapping import Keeping
 from lacre_fabric.keys.secret_files import destroy, destroy_leftovers, ed25519_pem, parse_ed25519, read_ed25519, read_secret
 
@@ -109,6 +109,6 @@ def public_receipt_key(path: Path) -> bytes:
     """
     content = read_secret(path)
     if is_sealed(content):
-        return Sealed.parse(content).public
+        return WrappedKey.parse(content).public
     overwrite(content)
     return raw_public_key(read_ed25519(path))

@@ -58,7 +58,7 @@ _ASKING: Final = {INSPECTION: INSPECT, WARDEN: GUARD}  # the accounts that ask s
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class AccountLimits:
     """Of an account, as nats-server names them. connections: of all its users, on all servers. subscriptions: of one
     connection. payload: bytes of one message, with its headers.
     """
@@ -107,17 +107,17 @@ def _serving(pool: str, gateways: Mapping[str, Sequence[str]]) -> list[str]:
     return [account for account, pools in gateways.items() if pool in pools]
 
 
-def _limits(account: str, roles: Sequence[Role]) -> Limits:
+def _limits(account: str, roles: Sequence[Role]) -> AccountLimits:
     """They grow with the roles that share the account."""
     if account == FABRIC:
-        return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, MAX_PAYLOAD)
+        return AccountLimits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, MAX_PAYLOAD)
     if account.startswith(gateway_account("")):
         each = (_GATEWAY_CONNECTIONS + len(role.pools) for role in roles if role.account == account)
-        return Limits(_OVERLAP * MAX_PROCESSES * sum(each), _SUBSCRIPTIONS, MAX_PAYLOAD)
+        return AccountLimits(_OVERLAP * MAX_PROCESSES * sum(each), _SUBSCRIPTIONS, MAX_PAYLOAD)
     if account == SYSTEM or account in _ASKING:
-        return Limits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, _SMALL_PAYLOAD)
+        return AccountLimits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, _SMALL_PAYLOAD)
     regions = {region for role in roles if role.account == account for region in role.regions}
-    return Limits(_OVERLAP * MAX_WORKERS * len(regions), WORKER_SUBSCRIPTIONS, WORKER_PAYLOAD)
+    return AccountLimits(_OVERLAP * MAX_WORKERS * len(regions), WORKER_SUBSCRIPTIONS, WORKER_PAYLOAD)
 
 
 def _system(asking: Mapping[str, Sequence[str]]) -> Entry:

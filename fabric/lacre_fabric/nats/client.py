@@ -26,7 +26,7 @@ from nats.aio.transport import TcpTransport
 
 from lacre.errors import InvalidMessage
 from lacre_fabric.nats import protocol
-from lacre_fabric.nats.protocol import Control, Event, Message, Oversized
+from lacre_fabric.nats.protocol import Control, Event, NatsMessage, Oversized
 from lacre_fabric.nats.servers import HungUp, NoTls
 
 CLOSE_TIMEOUT: Final = 1.0  # seconds for a server to take its leave
@@ -47,7 +47,7 @@ log = structlog.get_logger("lacre.fabric")
 Take = Callable[[str, bytes, bytes], bool]
 
 
-class Transport(TcpTransport):
+class NatsTransport(TcpTransport):
     """Ends with a handshake that failed. The library would wait for ever for the end of what the handshake had taken over, and
     for half a minute for the last word in TLS of a server that froze.
     """
@@ -96,8 +96,8 @@ class DirectClient(Client):
         super().__init__()
         self._look = look
         self._direct: dict[int, Take] = {}
-        self._transport = Transport()
-        self._reader = protocol.Reader(keep)
+        self._transport = NatsTransport()
+        self._reader = protocol.ProtocolReader(keep)
         self._ps = self._reader  # type: ignore[assignment]  # of its parser, the library itself only calls `reset`
         self._heard = 0  # chunks that came
         self._tell_at = 0.0
@@ -219,7 +219,7 @@ class DirectClient(Client):
 
     async def _used(self, event: Event) -> bool:
         """Whether the event was of any use."""
-        if isinstance(event, Message):
+        if isinstance(event, NatsMessage):
             return await self._delivered(event)
         if isinstance(event, Oversized):
             self._unusable("too long")
@@ -237,7 +237,7 @@ class DirectClient(Client):
         elif control.name == b"INFO":
             await self._process_info(json.loads(control.text))
 
-    async def _delivered(self, message: Message) -> bool:
+    async def _delivered(self, message: NatsMessage) -> bool:
         """Whether the message was of any use. What it raises, wherever it is handled, ends here."""
         try:
             take = self._direct.get(message.sid)

@@ -29,7 +29,7 @@ from lacre_fabric.nats import orders, subjects
 from lacre_fabric.nats.connection import API_TIMEOUT, TOO_MANY_REQUESTS, Connection
 from lacre_fabric.nats.pool import KEEP, PoolSide, Waiting, read_presence
 from lacre_fabric.nats.regions import Sent, in_order
-from lacre_fabric.nats.revocations import Reader, revoke
+from lacre_fabric.nats.revocations import RevocationReader, revoke
 from lacre_fabric.nats.roles import MAX_DELIVERIES, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import (
@@ -44,7 +44,7 @@ from lacre_fabric.work.contract import (
     Work,
     WorkerLost,
 )
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.presence import MAX_BYTES
 from lacre_fabric.work.revocations import Revocation
@@ -118,7 +118,7 @@ class NatsGateway:
         self._open_pool = open_pool
         self._region = region
         self._id = gateway_id
-        self._revocations = Reader(connection)
+        self._revocations = RevocationReader(connection)
         self._sides: dict[str, PoolSide] = {}  # by pool
         self._by_sequence: dict[tuple[str, int], Inbound] = {}
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
@@ -401,7 +401,7 @@ class NatsDispatch:
         try:
             async with aclosing(self._inbound.frames()) as frames:
                 async for frame in frames:
-                    ended = frame.kind in (Kind.USAGE, Kind.ERROR)
+                    ended = frame.kind in (FrameKind.USAGE, FrameKind.ERROR)
                     yield frame
         finally:
             if ended:

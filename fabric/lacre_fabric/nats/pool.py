@@ -23,7 +23,7 @@ from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.work import frames
 from lacre_fabric.work.contract import BEAT, SETTLE, FabricError, FabricUnavailable, WorkerLost
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.presence import Presence, Roster
 
@@ -198,12 +198,12 @@ class PoolSide:
             return False  # what is no frame says nothing about an attempt; where it stood in for one, a gap tells
         waiting = self.waiting.get(request_id)
         if waiting is None:
-            if frame.kind in (Kind.DATA, Kind.BEAT) and self._stray.add(request_id):
+            if frame.kind in (FrameKind.DATA, FrameKind.BEAT) and self._stray.add(request_id):
                 self._tell(subjects.cancel(self.pool, request_id), b"")  # it runs for nobody
             return False
         inbound = waiting.inbound
         taken = inbound.put(frame)
-        if frame.kind is Kind.BEAT and (total := inbound.renewal()) is not None:
+        if frame.kind is FrameKind.BEAT and (total := inbound.renewal()) is not None:
             self._tell(subjects.credit(self.pool, request_id), str(total).encode())
         return taken
 

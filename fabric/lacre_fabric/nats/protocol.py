@@ -39,7 +39,7 @@ class BrokenProtocol(ProtocolError):
     """The server said what the protocol does not have: where the next message begins is not known any more."""
 
 
-class Message(NamedTuple):
+class NatsMessage(NamedTuple):
     """headers: as on the wire, empty if there are none. reply: empty if none."""
 
     sid: int
@@ -63,7 +63,7 @@ class Control(NamedTuple):
     text: bytes
 
 
-Event = Message | Oversized | Control
+Event = NatsMessage | Oversized | Control
 
 
 class _Head(NamedTuple):
@@ -74,7 +74,7 @@ class _Head(NamedTuple):
     size: int
 
 
-class Reader:
+class ProtocolReader:
     """keep: bytes of the longest message, headers and all, that is handed over whole."""
 
     def __init__(self, keep: int = MAX_SIZE) -> None:
@@ -129,7 +129,7 @@ class Reader:
             raise BrokenProtocol("the message server sent a line that NATS does not have")
         return Control(name, text)
 
-    def _body(self, head: _Head) -> Message | None:
+    def _body(self, head: _Head) -> NatsMessage | None:
         sid, subject, reply, headers, size = head
         buffer = self._buffer
         if len(buffer) < size + len(_CRLF):
@@ -137,7 +137,7 @@ class Reader:
             return None
         if not buffer.startswith(_CRLF, size):
             raise BrokenProtocol("the message server sent a message of another length than it said")
-        message = Message(sid, subject, reply, bytes(buffer[:headers]), bytes(buffer[headers:size]))
+        message = NatsMessage(sid, subject, reply, bytes(buffer[:headers]), bytes(buffer[headers:size]))
         del buffer[: size + len(_CRLF)]
         self._head = None
         return message

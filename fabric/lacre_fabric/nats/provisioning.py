@@ -11,7 +11,7 @@ from nats.js.api import StreamConfig
 from lacre_fabric.nats import streams, subjects
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.kv import dump
-from lacre_fabric.nats.streams import CLAIMS, Bounds
+from lacre_fabric.nats.streams import CLAIMS, BucketLimits
 from lacre_fabric.work.contract import ACK_WAIT, FabricUnavailable
 
 _INVALID_CONFIG: Final = 10052  # JSStreamInvalidConfigF: among others, an update that NATS does not do
@@ -24,7 +24,7 @@ async def provision(
     replicas: int = 1,
     regions: Sequence[str] = subjects.ONE_REGION,
     ack_wait: float = ACK_WAIT,
-    claims: Bounds = CLAIMS,
+    claims: BucketLimits = CLAIMS,
 ) -> None:
     """Creates what is missing and mends what differs, the number of replicas and the home too; safe to repeat. pools: each with
     its models. regions: the home first. claims: the bounds of each pool's claims.

@@ -99,7 +99,7 @@ async def _put(connection: Connection, revocation: Revocation, *, last: bool) ->
     return True
 
 
-class Reader:
+class RevocationReader:
     """Reads the bucket over one connection."""
 
     def __init__(self, connection: Connection) -> None:

@@ -34,7 +34,7 @@ _KV_DUPLICATES: Final = 120.0  # seconds: what every client of NATS gives a buck
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class BucketLimits:
     """What a bucket may hold. size: bytes in all. messages: how many. largest: bytes of one message, with its headers."""
 
     size: int
@@ -42,11 +42,11 @@ class Bounds:
     largest: int
 
 
-TRUST: Final = Bounds(16 * 2**20, 16, 2**20 + 4096)  # one document of `manifest.MAX_DOCUMENT`, with headers
+TRUST: Final = BucketLimits(16 * 2**20, 16, 2**20 + 4096)  # one document of `manifest.MAX_DOCUMENT`, with headers
 # A record has a line for each lease: 60 bytes for each process, kind and window. Records of 1 KB are usual.
-BUDGETS: Final = Bounds(512 * 2**20, 500_000, 256 * 1024)
+BUDGETS: Final = BucketLimits(512 * 2**20, 500_000, 256 * 1024)
 # A claim takes some 300 bytes: for `CLAIM_TTL` that is 250 requests a second of one pool. Its value has 32 bytes.
-CLAIMS: Final = Bounds(64 * 2**20, 220_000, 512)
+CLAIMS: Final = BucketLimits(64 * 2**20, 220_000, 512)
 
 
 def file_bytes(pools: int) -> int:
@@ -55,7 +55,7 @@ def file_bytes(pools: int) -> int:
 
 
 def streams(
-    pools: Sequence[str], replicas: int, regions: Sequence[str] = subjects.ONE_REGION, claims: Bounds = CLAIMS
+    pools: Sequence[str], replicas: int, regions: Sequence[str] = subjects.ONE_REGION, claims: BucketLimits = CLAIMS
 ) -> list[StreamConfig]:
     """claims: the bounds of each pool's claims. Raises SettingsError for the name of a pool or a region that is none."""
     home = [
@@ -112,12 +112,12 @@ def _consumer(pool: str, region: str, model: str, ack_wait: float) -> ConsumerCo
     )
 
 
-def _claims(pool: str, replicas: int, bounds: Bounds) -> StreamConfig:
+def _claims(pool: str, replicas: int, bounds: BucketLimits) -> StreamConfig:
     bucket = _bucket(subjects.claims_bucket(subjects.check_name("pool", pool)), CLAIM_TTL, replicas, bounds)
     return bucket.evolve(discard_new_per_subject=True)
 
 
-def _bucket(name: str, ttl: float | None, replicas: int, bounds: Bounds) -> StreamConfig:
+def _bucket(name: str, ttl: float | None, replicas: int, bounds: BucketLimits) -> StreamConfig:
     """A bucket with the newest value of each key, as NATS's clients know it."""
     return StreamConfig(
         name=f"KV_{name}",

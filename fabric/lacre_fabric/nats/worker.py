@@ -34,7 +34,7 @@ from lacre_fabric.nats.kv import CONFLICTS
 from lacre_fabric.nats.roles import MAX_SLOTS, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import BEAT, Cancelled, Delivery, FabricUnavailable, Work
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.presence import KEYS, ROOM, WRONG
 from lacre_fabric.work.slots import Slots
 from lacre_fabric.work.worker_stream import Outbound
@@ -350,7 +350,7 @@ class NatsDelivery:
             raise connection.unavailable(failed, denials) from failed
         return True
 
-    async def send(self, kind: Kind, payload: bytes) -> None:
+    async def send(self, kind: FrameKind, payload: bytes) -> None:
         await self._out.send(kind, payload)
         await self._settle()
 
@@ -358,7 +358,7 @@ class NatsDelivery:
         await self._out.stop(receipt)
 
     async def reject(self, problem_type: str) -> None:
-        await self.send(Kind.ERROR, problem_type.encode())
+        await self.send(FrameKind.ERROR, problem_type.encode())
         await self.drop()
 
     async def drop(self) -> None:

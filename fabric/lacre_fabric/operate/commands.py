@@ -458,7 +458,7 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
     from io import StringIO
 
     from lacre_fabric import logs
-    from lacre_fabric.operate.fabric_check import Verdict, inspect
+    from lacre_fabric.operate.fabric_check import Severity, inspect
 
     site = _site(state)
     logs.configure(StringIO())  # what is denied on purpose; the findings say what matters
@@ -468,7 +468,7 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
     else:
         told = [(finding.verdict.value, finding.check, finding.detail, finding.remedy) for finding in found]
         say_table(("", "check", "found", "what to do"), told)
-    if any(finding.verdict is Verdict.WRONG for finding in found):
+    if any(finding.verdict is Severity.WRONG for finding in found):
         raise typer.Exit(1)
 
 

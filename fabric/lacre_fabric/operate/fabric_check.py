@@ -57,18 +57,18 @@ _LIMITS: Final = ((StorageType.MEMORY, "max_memory", "max_memory_store"), (Stora
 _CONSUMER: Final = ("filter_subject", "ack_policy", "ack_wait", "max_deliver", "max_ack_pending")
 
 
-class Verdict(StrEnum):
+class Severity(StrEnum):
     OK = "ok"
     WEAK = "weak"
     WRONG = "wrong"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class FabricFinding:
     """remedy: what to do; empty where there is nothing to do."""
 
     check: str
-    verdict: Verdict
+    verdict: Severity
     detail: str
     remedy: str = ""
 
@@ -79,7 +79,7 @@ async def inspect(
     replicas: int,
     credentials: Mapping[str, Credential],
     regions: Sequence[str] = subjects.ONE_REGION,
-) -> list[Finding]:
+) -> list[FabricFinding]:
     """credentials: by role: `provisioner`, `inspector`, and any of `gateway` and `worker-POOL`, the latter with `@REGION`."""
     found = [_tls(servers)]
     try:
@@ -88,14 +88,16 @@ async def inspect(
             found += await _consumers(provisioner, layout.consumers(pools, regions))
     except LacreError as exc:
         found.append(
-            Finding("fabric", Verdict.WRONG, str(exc), "see that the servers run, have JetStream, and know Lacre's accounts")
+            FabricFinding(
+                "fabric", Severity.WRONG, str(exc), "see that the servers run, have JetStream, and know Lacre's accounts"
+            )
         )
         return found
     try:
         async with _connected(servers, credentials["inspector"]) as inspector:
             found += _servers(await _said(inspector), layout.streams(tuple(pools), replicas, regions), regions, time.time())
     except LacreError as exc:
-        found.append(Finding("servers", Verdict.WRONG, str(exc), _ACCOUNTS))
+        found.append(FabricFinding("servers", Severity.WRONG, str(exc), _ACCOUNTS))
     for role, credential in credentials.items():
         if role not in ("provisioner", "inspector"):
             found.append(await _denied(servers, role, credential, [(pool, region) for pool in pools for region in regions]))
@@ -111,21 +113,21 @@ async def _connected(servers: Servers, credential: Credential) -> AsyncIterator[
         await connection.close()
 
 
-def _tls(servers: Servers) -> Finding:
+def _tls(servers: Servers) -> FabricFinding:
     if servers.tls:
-        return Finding("tls", Verdict.OK, "servers prove who they are")
+        return FabricFinding("tls", Severity.OK, "servers prove who they are")
     far = [host for host in servers.hosts if not is_loopback(host)]
     if not far:
-        return Finding("tls", Verdict.OK, "none, on this machine alone")
-    return Finding(
+        return FabricFinding("tls", Severity.OK, "none, on this machine alone")
+    return FabricFinding(
         "tls",
-        Verdict.WRONG,
+        Severity.WRONG,
         f"passwords go to {', '.join(far)} in the clear",
         "configure `tls` on the servers, and write tls:// in `url`",
     )
 
 
-async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> list[Finding]:
+async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> list[FabricFinding]:
     found = []
     for wanted in streams:
         name = wanted.name or ""
@@ -133,16 +135,16 @@ async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> l
             try:
                 info = await connection.jetstream.stream_info(name)
             except nats.js.errors.NotFoundError:
-                found.append(Finding(name, Verdict.WRONG, "it is not there", _PROVISION))
+                found.append(FabricFinding(name, Severity.WRONG, "it is not there", _PROVISION))
                 continue
         finding = _stream(name, wanted, info)
-        if finding.verdict is not Verdict.WRONG:
+        if finding.verdict is not Severity.WRONG:
             finding = await _takes_writes(connection, name) or _room(name, info) or finding
         found.append(finding)
     return found
 
 
-async def _takes_writes(connection: Connection, name: str) -> Finding | None:
+async def _takes_writes(connection: Connection, name: str) -> FabricFinding | None:
     """What is wrong with a write. A stream can be as it should be, and take none: it is full, or its disk is."""
     try:
         if name == subjects.REVOCATIONS_STREAM:
@@ -157,36 +159,36 @@ async def _takes_writes(connection: Connection, name: str) -> Finding | None:
             async with connection.mapped():
                 await connection.jetstream.publish(subject, b"", headers=headers)
     except FabricError as exc:
-        return Finding(name, Verdict.WRONG, f"it takes no writes: {exc}", _FULL)
+        return FabricFinding(name, Severity.WRONG, f"it takes no writes: {exc}", _FULL)
     return None
 
 
-def _room(name: str, info: StreamInfo) -> Finding | None:
+def _room(name: str, info: StreamInfo) -> FabricFinding | None:
     state, config = info.state, info.config
     used = max(state.bytes / (config.max_bytes or 1), state.messages / (config.max_msgs or 1))
     if used < _NEARLY_FULL:
         return None
-    return Finding(name, Verdict.WEAK, f"{used:.0%} of its room is used", _FULL)
+    return FabricFinding(name, Severity.WEAK, f"{used:.0%} of its room is used", _FULL)
 
 
-def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> Finding:
+def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> FabricFinding:
     differs = _differences(_STREAM, wanted, info.config)
     if differs:
         remedy = _ANEW if any(field in _FIXED for field, _ in differs) else _PROVISION
-        verdict = Verdict.WEAK if {field for field, _ in differs} == {"num_replicas"} else Verdict.WRONG
-        return Finding(name, verdict, "; ".join(told for _, told in differs), remedy)
+        verdict = Severity.WEAK if {field for field, _ in differs} == {"num_replicas"} else Severity.WRONG
+        return FabricFinding(name, verdict, "; ".join(told for _, told in differs), remedy)
     if wanted.placement is not None and (info.cluster is None or info.cluster.name != wanted.placement.cluster):
         there = "nowhere" if info.cluster is None else f"in {info.cluster.name}"
         remedy = f"it is on its way to {wanted.placement.cluster}: look again"
-        return Finding(name, Verdict.WEAK, f"it is still {there}", remedy)
+        return FabricFinding(name, Severity.WEAK, f"it is still {there}", remedy)
     if info.cluster is None or not wanted.num_replicas or wanted.num_replicas == 1:
-        return Finding(name, Verdict.OK, "as it should be, on one server")
+        return FabricFinding(name, Severity.OK, "as it should be, on one server")
     peers = info.cluster.replicas or []
     late = [peer.name or "?" for peer in peers if peer.offline or not peer.current]
     if info.cluster.leader is None or late:
         told = f"leader {info.cluster.leader or 'none'}; behind or away: {', '.join(late) or 'none'}"
-        return Finding(name, Verdict.WEAK, told, "see that every server runs and reaches the others")
-    return Finding(name, Verdict.OK, f"as it should be, leader {info.cluster.leader}, {len(peers)} more current")
+        return FabricFinding(name, Severity.WEAK, told, "see that every server runs and reaches the others")
+    return FabricFinding(name, Severity.OK, f"as it should be, leader {info.cluster.leader}, {len(peers)} more current")
 
 
 def _differences(fields: Iterable[str], wanted: object, there: object) -> list[tuple[str, str]]:
@@ -206,22 +208,24 @@ def _limit(value: object) -> object:
     return None if value in (None, 0, -1, False) else value
 
 
-async def _consumers(connection: Connection, consumers: Mapping[str, Sequence[ConsumerConfig]]) -> list[Finding]:
+async def _consumers(connection: Connection, consumers: Mapping[str, Sequence[ConsumerConfig]]) -> list[FabricFinding]:
     found = []
     for stream, wanted in consumers.items():
         try:
             async with connection.mapped():
                 there = {info.name: info.config for info in await connection.jetstream.consumers_info(stream)}
         except FabricError as exc:
-            found.append(Finding(f"consumers {stream}", Verdict.WRONG, str(exc), _PROVISION))
+            found.append(FabricFinding(f"consumers {stream}", Severity.WRONG, str(exc), _PROVISION))
             continue
         names = {config.durable_name or "": config for config in wanted}
         told = [f"{name} is missing" for name in names.keys() - there.keys()]
         told += [f"{name} is nobody's" for name in there.keys() - names.keys()]
         for name in names.keys() & there.keys():
             told += [f"{name}: {text}" for _, text in _differences(_CONSUMER, names[name], there[name])]
-        verdict = Verdict.WRONG if told else Verdict.OK
-        found.append(Finding(f"consumers {stream}", verdict, "; ".join(told) or f"{len(names)}", _PROVISION if told else ""))
+        verdict = Severity.WRONG if told else Severity.OK
+        found.append(
+            FabricFinding(f"consumers {stream}", verdict, "; ".join(told) or f"{len(names)}", _PROVISION if told else "")
+        )
     return found
 
 
@@ -244,14 +248,14 @@ async def _said(inspector: Connection) -> list[dict[str, Any]]:
 
 def _servers(
     said: Sequence[Mapping[str, Any]], streams: Sequence[StreamConfig], regions: Sequence[str], now: float
-) -> list[Finding]:
+) -> list[FabricFinding]:
     if not said:
-        return [Finding("servers", Verdict.WRONG, "none answers the inspector", _ACCOUNTS)]
+        return [FabricFinding("servers", Severity.WRONG, "none answers the inspector", _ACCOUNTS)]
     found = []
     versions = sorted({str(server["version"]) for server in said})
-    verdict = Verdict.OK if len(versions) == 1 else Verdict.WEAK
+    verdict = Severity.OK if len(versions) == 1 else Severity.WEAK
     found.append(
-        Finding("versions", verdict, ", ".join(versions), "" if len(versions) == 1 else "run one version on all servers")
+        FabricFinding("versions", verdict, ", ".join(versions), "" if len(versions) == 1 else "run one version on all servers")
     )
     if len(regions) > 1:
         found.append(_majority(said, regions))
@@ -269,48 +273,52 @@ def _cluster(server: Mapping[str, Any]) -> str | None:
     return None if name is None else str(name)
 
 
-def _majority(said: Sequence[Mapping[str, Any]], regions: Sequence[str]) -> Finding:
+def _majority(said: Sequence[Mapping[str, Any]], regions: Sequence[str]) -> FabricFinding:
     """Whether most of all servers are left when any region but the home is lost: without that, JetStream answers nobody."""
     needing = [region for region in regions[1:] if 2 * sum(_cluster(server) != region for server in said) <= len(said)]
     if not needing:
-        return Finding("majority", Verdict.OK, f"of {len(said)} servers most are left without any region but the home")
+        return FabricFinding("majority", Severity.OK, f"of {len(said)} servers most are left without any region but the home")
     told = f"without {' or without '.join(needing)} most of the {len(said)} servers are gone, and JetStream with them"
-    return Finding("majority", Verdict.WEAK, told, "run a server in a further place, which keeps nothing, or more in the home")
+    return FabricFinding(
+        "majority", Severity.WEAK, told, "run a server in a further place, which keeps nothing, or more in the home"
+    )
 
 
-def _enough(region: str, there: int, replicas: int, regions: Sequence[str]) -> Finding:
+def _enough(region: str, there: int, replicas: int, regions: Sequence[str]) -> FabricFinding:
     check = "servers" if len(regions) == 1 else f"servers {region}"
     told = f"{there} answer, {replicas} keep each stream"
     if there >= replicas:
-        return Finding(check, Verdict.OK, told)
-    return Finding(check, Verdict.WRONG, told, "start the servers that are missing, or lower `replicas`")
+        return FabricFinding(check, Severity.OK, told)
+    return FabricFinding(check, Severity.WRONG, told, "start the servers that are missing, or lower `replicas`")
 
 
-def _server(server: Mapping[str, Any], kept: Sequence[StreamConfig], now: float) -> list[Finding]:
+def _server(server: Mapping[str, Any], kept: Sequence[StreamConfig], now: float) -> list[FabricFinding]:
     """kept: what it may have to keep, for any server may be given any of its region's streams."""
     name, config = server.get("server_name", "?"), (server.get("jetstream") or {}).get("config") or {}
-    wrong: list[tuple[Verdict, str, str]] = []
+    wrong: list[tuple[Severity, str, str]] = []
     if server.get("max_payload", 0) < MAX_PAYLOAD:
         wrong.append(
-            (Verdict.WRONG, f"max_payload is {server.get('max_payload')}", f"set max_payload to {MAX_PAYLOAD} or more")
+            (Severity.WRONG, f"max_payload is {server.get('max_payload')}", f"set max_payload to {MAX_PAYLOAD} or more")
         )
     if not config:
-        wrong.append((Verdict.WRONG, "JetStream is off", "configure `jetstream`"))
+        wrong.append((Severity.WRONG, "JetStream is off", "configure `jetstream`"))
     else:
         if not config.get("sync_always"):
             told = "a power cut may forget what was written last"
-            wrong.append((Verdict.WEAK, told, "set sync_interval: always in `jetstream`"))
+            wrong.append((Severity.WEAK, told, "set sync_interval: always in `jetstream`"))
         for storage, limit, setting in _LIMITS:
             needed = sum(_most(stream) for stream in kept if stream.storage == storage)
             if 0 <= config.get(limit, -1) < needed:
                 told = f"{setting} is {config[limit]}, its streams may come to {needed}"
-                wrong.append((Verdict.WRONG, told, f"set {setting} in `jetstream` to {needed} or more"))
+                wrong.append((Severity.WRONG, told, f"set {setting} in `jetstream` to {needed} or more"))
     skew = abs(now - datetime.fromisoformat(str(server["at"])).timestamp())
     if skew > _SKEW:
-        wrong.append((Verdict.WEAK, f"its clock is {skew:.0f} s from this one", "keep all clocks by NTP"))
+        wrong.append((Severity.WEAK, f"its clock is {skew:.0f} s from this one", "keep all clocks by NTP"))
     if not wrong:
-        return [Finding(f"server {name}", Verdict.OK, "JetStream, its limits, payload, sync and clock are as they should be")]
-    return [Finding(f"server {name}", *each) for each in wrong]
+        return [
+            FabricFinding(f"server {name}", Severity.OK, "JetStream, its limits, payload, sync and clock are as they should be")
+        ]
+    return [FabricFinding(f"server {name}", *each) for each in wrong]
 
 
 def _most(stream: StreamConfig) -> int:
@@ -320,7 +328,7 @@ def _most(stream: StreamConfig) -> int:
     return max(0, stream.max_msgs or 0) * max(0, stream.max_msg_size or 0)
 
 
-async def _denied(servers: Servers, role: str, credential: Credential, places: Sequence[tuple[str, str]]) -> Finding:
+async def _denied(servers: Servers, role: str, credential: Credential, places: Sequence[tuple[str, str]]) -> FabricFinding:
     """Tries what the role must not do."""
     allowed = []
     try:
@@ -332,10 +340,10 @@ async def _denied(servers: Servers, role: str, credential: Credential, places: S
                 if not await _refuses(connection, subject, listen=False):
                     allowed.append(f"publish to {subject}")
     except LacreError as exc:
-        return Finding(f"permissions {role}", Verdict.WRONG, str(exc), _ACCOUNTS)
+        return FabricFinding(f"permissions {role}", Severity.WRONG, str(exc), _ACCOUNTS)
     if allowed:
-        return Finding(f"permissions {role}", Verdict.WRONG, f"it may {', '.join(allowed)}", _ACCOUNTS)
-    return Finding(f"permissions {role}", Verdict.OK, "what it must not do is denied")
+        return FabricFinding(f"permissions {role}", Severity.WRONG, f"it may {', '.join(allowed)}", _ACCOUNTS)
+    return FabricFinding(f"permissions {role}", Severity.OK, "what it must not do is denied")
 
 
 _LISTENED: Final = (">", "_INBOX.>", "work.>", "$SYS.>", "$KV.>")

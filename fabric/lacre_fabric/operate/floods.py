@@ -70,7 +70,7 @@ class Flood:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class ConnectionTraffic:
     """What a connection had sent at a time, in seconds since the epoch by its server's clock. started: when it began."""
 
     user: str
@@ -80,14 +80,14 @@ class Sent:
     size: int
 
     @classmethod
-    def parse(cls, said: object, at: float) -> Sent:
+    def parse(cls, said: object, at: float) -> ConnectionTraffic:
         """Raises InvalidMessage."""
         one = Members(said, "the connection")
         user = str(said.get("authorized_user", "")) if isinstance(said, Mapping) else ""
         messages, size = (min(one.count(name), _MOST) for name in ("in_msgs", "in_bytes"))
         return cls(user, at, _seconds(one.text("start")), messages, size)
 
-    def since(self, then: Sent | None) -> tuple[float, float]:
+    def since(self, then: ConnectionTraffic | None) -> tuple[float, float]:
         """Messages and bytes a second since `then`, or since the connection began."""
         began = self.started if then is None else then.time
         seconds = max(self.time - began, _SHORTEST)
@@ -99,7 +99,7 @@ class Sent:
 class Rates:
     """What each connection had sent when it was looked at last, and how many looks in a row found it over the limits."""
 
-    before: dict[At, Sent] = field(default_factory=dict)
+    before: dict[At, ConnectionTraffic] = field(default_factory=dict)
     over: Counter[At] = field(default_factory=Counter)
 
     def floods(self, said: Iterable[object]) -> list[Flood]:
@@ -123,9 +123,9 @@ class Rates:
         return found[:_MAX_CUTS]
 
 
-def _connections(said: Iterable[object]) -> dict[At, Sent]:
+def _connections(said: Iterable[object]) -> dict[At, ConnectionTraffic]:
     """The newest word on each. What is not understood says nothing."""
-    found: dict[At, Sent] = {}
+    found: dict[At, ConnectionTraffic] = {}
     for data in said:
         try:
             one = Members(data, "the server")
@@ -137,7 +137,7 @@ def _connections(said: Iterable[object]) -> dict[At, Sent]:
             continue
         for each in connections if isinstance(connections, list) else ():
             try:
-                key, sent = (server, Members(each, "the connection").count("cid")), Sent.parse(each, at)
+                key, sent = (server, Members(each, "the connection").count("cid")), ConnectionTraffic.parse(each, at)
             except InvalidMessage:
                 continue
             if key not in found or found[key].time <= at:

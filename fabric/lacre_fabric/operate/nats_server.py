@@ -70,7 +70,7 @@ def configuration(host: str, port: int, store: str, roles: Sequence[Role]) -> di
     }
 
 
-class Server:
+class NatsServer:
     """A nats-server process on `port` of 127.0.0.1, with its state in `folder`."""
 
     def __init__(self, folder: Path, port: int) -> None:

@@ -19,7 +19,7 @@ from lacre.errors import SettingsError
 from lacre.jose.jws import raw_public_key
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys import kms, pool_keys
-from lacre_fabric.keys.kms.protocol import Context, KmsError, WrongWrapping
+from lacre_fabric.keys.kms.protocol import EncryptionContext, KmsError, WrongWrapping
 from lacre_fabric.keys.kms.wrapping import Keeping, keeping
 from lacre_fabric.keys.secret_files import destroy_leftovers, parse_ed25519, replace_by, write_secret
 from lacre_fabric.operate.site import Site
@@ -38,7 +38,7 @@ class _Move:
     """One key, and how it is kept before and after."""
 
     path: Path
-    context: Context
+    context: EncryptionContext
     source: Keeping
     target: Keeping
 
@@ -101,7 +101,7 @@ def rewrap(site: Site, source: str, target: str) -> Iterator[Moved]:
     site.keep_kms(target)
 
 
-def _keys(site: Site, pool: str, kept: Keeping) -> Iterator[tuple[Path, Context]]:
+def _keys(site: Site, pool: str, kept: Keeping) -> Iterator[tuple[Path, EncryptionContext]]:
     """Every key of the pool. Raises SettingsError where one that lives has no file."""
     folder = site.keys_folder(pool)
     there = {pool_keys.number(path): path for path in pool_keys.files(folder)}

@@ -24,7 +24,7 @@ _ASIDE: Final = "set-aside.toml"
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModels:
     """names: the ids that callers use. tables: the `[[models]]` of the settings file; none where it has an `[upstream]`."""
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ def table(model: Path) -> dict[str, str]:
     return {"name": from_file(model), "path": str(model)}
 
 
-def chosen(path: Path, models: Sequence[Path]) -> Served:
+def chosen(path: Path, models: Sequence[Path]) -> ServedModels:
     """path: the worker's settings file, which need not exist. models: absolute; none for those that the file names.
 
     Raises SettingsError for a damaged file, for an `[upstream]` beside chosen models, and for two models with one id.
@@ -47,14 +47,14 @@ def chosen(path: Path, models: Sequence[Path]) -> Served:
     if "upstream" in document:
         if models:
             raise SettingsError(f"{path} has a table [upstream]: leave --model out, or remove that table")
-        return Served(_upstream(path, document), ())
+        return ServedModels(_upstream(path, document), ())
     there = [_named(one) for one in settings_files.tables(path, document, "models")]
     aside = path.with_name(_ASIDE)
     known = there + [_named(one) for one in settings_files.tables(aside, settings_files.read(aside) or {}, "models")]
     wanted = [_as_there(path, known, table(model)) for model in models] or there or [table(Path(DEFAULT_MODEL))]
     unique = list({(one["name"], one.get("path")): one for one in wanted}.values())
     _check_names(unique)
-    return Served(tuple(one["name"] for one in unique), tuple(unique))
+    return ServedModels(tuple(one["name"] for one in unique), tuple(unique))
 
 
 def keep(

@@ -22,9 +22,9 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.operate import dev_issuer, floods, served_models
 from lacre_fabric.operate.leash import PYTHON
-from lacre_fabric.operate.nats_server import Server, free_port
+from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import KEPT_UP, Schedule, publish, upkeep
-from lacre_fabric.operate.served_models import Served
+from lacre_fabric.operate.served_models import ServedModels
 from lacre_fabric.operate.site import Site
 from lacre_fabric.operate.supervisor import Child, Supervisor
 from lacre_fabric.work.presence import Presence
@@ -112,7 +112,7 @@ def check_state(state: Path) -> None:
         ) from None
 
 
-def _site(state: Path, served: Served) -> Site:
+def _site(state: Path, served: ServedModels) -> Site:
     """The state's own site, with what this machine serves. Raises SettingsError where its message servers are elsewhere."""
     site = Site.load_or_new(state, {POOL: served.names})
     if not site.is_of_one_machine:
@@ -131,10 +131,10 @@ async def keep_env(site: Site, base_url: str, every: float = ENV_RENEWAL) -> Non
 
 
 async def _start(
-    site: Site, supervisor: Supervisor, port: int, served: Served, workers: int
+    site: Site, supervisor: Supervisor, port: int, served: ServedModels, workers: int
 ) -> tuple[Connection, dict[str, Child]]:
     nodes = [f"n{number}" for number in range(1, workers + 1)]
-    server = Server(site.folder / "nats", free_port())
+    server = NatsServer(site.folder / "nats", free_port())
     server.configure(site.roles(nodes))
     children = {"nats-server": supervisor.add(Child("nats-server", server.start(site.log("nats")), site.log("nats")))}
     connection = await Connection.open(server.url, site.credential("provisioner"))

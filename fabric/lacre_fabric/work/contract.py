@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from lacre.errors import LacreError
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.revocations import Revocation
 
 CREDIT: Final = 256 * 1024  # bytes of data that a worker may send before the gateway renews: core NATS has no back-pressure
@@ -182,7 +182,7 @@ class Delivery(Protocol):
         called again.
         """
 
-    async def send(self, kind: Kind, payload: bytes) -> None:
+    async def send(self, kind: FrameKind, payload: bytes) -> None:
         """Sends a frame; the first one acks the work. Data waits for credit. Raises Cancelled."""
 
     async def stop(self, receipt: bytes) -> None:

@@ -23,7 +23,7 @@ _BLOCK: Final = re.compile(
 )
 
 
-class Kind(StrEnum):
+class FrameKind(StrEnum):
     """data: bytes to forward verbatim. usage: the final receipt, and the end. error: a problem type, and the end.
     beat: a sign of life, once a second, with the receipt so far where there is one. stopped: the work was withdrawn, and ends
     here, with the receipt of what was used until then.
@@ -36,7 +36,7 @@ class Kind(StrEnum):
     STOPPED = "stopped"
 
 
-_KINDS: Final = {kind.value: kind for kind in Kind}
+_KINDS: Final = {kind.value: kind for kind in FrameKind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Frame:
 
     attempt: str
     sequence: int
-    kind: Kind
+    kind: FrameKind
     payload: bytes = field(repr=False)
 
     def headers(self) -> dict[str, str]:

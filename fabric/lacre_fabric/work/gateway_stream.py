@@ -26,7 +26,7 @@ from lacre_fabric.work.contract import (
     ReaderStalled,
     WorkerLost,
 )
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 
 # Frames of few bytes each must not pile up either. A sealed record has a length, a tag and a byte at least: 18 bytes, and no
 # honest worker gets so many of them out of its credit.
@@ -87,20 +87,20 @@ class Inbound:
             self.fail(FrameMissing("a frame of the answer is missing"))
             return False
         self._next += 1
-        if frame.kind in (Kind.USAGE, Kind.BEAT, Kind.STOPPED) and 0 < len(frame.payload) <= MAX_RECEIPT:
+        if frame.kind in (FrameKind.USAGE, FrameKind.BEAT, FrameKind.STOPPED) and 0 < len(frame.payload) <= MAX_RECEIPT:
             self._receipts.append(frame.payload)
-        if frame.kind is Kind.STOPPED:
+        if frame.kind is FrameKind.STOPPED:
             self.fail(ReaderStalled("the worker stopped, for its reader took nothing for too long"))
             return True
-        self._pending_bytes += len(frame.payload) if frame.kind is not Kind.BEAT else 0
-        self._beats = self._beats + 1 if frame.kind is Kind.BEAT else 0
+        self._pending_bytes += len(frame.payload) if frame.kind is not FrameKind.BEAT else 0
+        self._beats = self._beats + 1 if frame.kind is FrameKind.BEAT else 0
         if self._pending_bytes > 2 * CREDIT or len(self._frames) + self._beats >= MAX_PENDING_FRAMES:
             self.fail(FrameGap("the worker sent more than its credit allows"))
             return False
-        if frame.kind is not Kind.BEAT:
+        if frame.kind is not FrameKind.BEAT:
             self._frames.append(frame)
             self._wake()
-            if frame.kind is not Kind.DATA:
+            if frame.kind is not FrameKind.DATA:
                 self._ended.set()
         return True
 
@@ -143,9 +143,9 @@ class Inbound:
                 while self._frames:
                     frame = self._frames.popleft()
                     self._pending_bytes -= len(frame.payload)
-                    self._over = self._over or frame.kind in (Kind.USAGE, Kind.ERROR)
+                    self._over = self._over or frame.kind in (FrameKind.USAGE, FrameKind.ERROR)
                     yield frame
-                    if frame.kind in (Kind.USAGE, Kind.ERROR):
+                    if frame.kind in (FrameKind.USAGE, FrameKind.ERROR):
                         return
                 if self._error is not None:
                     raise self._error

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 
 from lacre_fabric.work.contract import CREDIT, CREDIT_TIMEOUT, Cancelled
-from lacre_fabric.work.frames import Frame, Kind
+from lacre_fabric.work.frames import Frame, FrameKind
 
 Publish = Callable[[Frame], Awaitable[None]]
 
@@ -25,9 +25,9 @@ class Outbound:
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
 
-    async def send(self, kind: Kind, payload: bytes) -> None:
+    async def send(self, kind: FrameKind, payload: bytes) -> None:
         """Raises Cancelled. A number is given only as its frame goes out; a beat passes data that waits for credit."""
-        if kind is Kind.DATA:
+        if kind is FrameKind.DATA:
             await self._pay(len(payload))
         if self.cancelled.is_set():
             raise Cancelled("the gateway withdrew the request, or its reader stalled")
@@ -35,9 +35,9 @@ class Outbound:
 
     async def stop(self, receipt: bytes) -> None:
         """The last frame of what was withdrawn; nobody's credit is asked."""
-        await self._put(Kind.STOPPED, receipt)
+        await self._put(FrameKind.STOPPED, receipt)
 
-    async def _put(self, kind: Kind, payload: bytes) -> None:
+    async def _put(self, kind: FrameKind, payload: bytes) -> None:
         async with self._turn:
             frame = Frame(self.attempt, self._sequence, kind, payload)
             self._sequence += 1

@@ -40,7 +40,7 @@ from lacre_gateway.admin.reports import (
     UsageReport,
     Used,
 )
-from lacre_gateway.audit.entries import Admin as AdminEntry
+from lacre_gateway.audit.entries import AdminIntent
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.http.access_log import AccessLog
@@ -140,7 +140,7 @@ _bearer: Final = HTTPBearer(auto_error=False, description="An access token of on
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class AdminCaller:
     """Whoever holds the token that came with a call; not yet permitted anything."""
 
     gateway: Gateway
@@ -157,7 +157,7 @@ class Caller:
         gateway, who = self.gateway, self.who
         question = AdminQuestion(who, action, gateway.settings.gateway, self.address, round(gateway.clock(), 3))
         decision = gateway.rules.decide(question)
-        entry = AdminEntry(
+        entry = AdminIntent(
             request_id=self.request_id,
             time=question.time,
             subject=who.subject,
@@ -183,7 +183,7 @@ class Caller:
         return gateway
 
 
-async def _identified(request: Request) -> Caller:
+async def _identified(request: Request) -> AdminCaller:
     """Raises Refusal.
 
     A token that is bound to a key is refused: proofs of possession are for sealed requests.
@@ -192,16 +192,16 @@ async def _identified(request: Request) -> Caller:
     address = address_of(request.scope)
     authorization = Fields.collect(request.scope["headers"]).authorization()
     access = await gateway.authenticator.authenticate(authorization, address)
-    return Caller(gateway, access.principal, address, request.scope["state"]["request_id"])
+    return AdminCaller(gateway, access.principal, address, request.scope["state"]["request_id"])
 
 
-async def caller(request: Request, _: Annotated[object, Security(_bearer)]) -> Caller:
+async def caller(request: Request, _: Annotated[object, Security(_bearer)]) -> AdminCaller:
     """A dependency: whom the route found."""
-    found: Caller = request.scope["state"][_CALLER]
+    found: AdminCaller = request.scope["state"][_CALLER]
     return found
 
 
-Asking = Annotated[Caller, Depends(caller)]
+Asking = Annotated[AdminCaller, Depends(caller)]
 
 
 @_open.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})

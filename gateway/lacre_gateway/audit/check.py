@@ -30,7 +30,7 @@ _KEPT: Final = "the checkpoint kept elsewhere"
 
 
 @dataclass(slots=True)
-class Verdict:
+class AuditResult:
     """What was found. under_way: intents without an outcome since the last start; they may still get one.
 
     anchored: the size of the largest kept checkpoint that it agrees with; None where none was given.
@@ -55,7 +55,7 @@ class Verdict:
         return f"holds, and is a continuation of the kept checkpoint of {self.anchored} entries"
 
 
-def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -> Verdict:
+def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -> AuditResult:
     """key: the gateway's, where it is known apart from the log. kept: checkpoints (signed notes) that were kept elsewhere.
 
     Raises SettingsError where the folder is no log or cannot be read.
@@ -67,7 +67,7 @@ def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -
     except Wrong as exc:
         wrong = exc
     edge = walk.edge
-    return Verdict(
+    return AuditResult(
         origin=walk.origin,
         size=edge.size,
         root=edge.root(),

@@ -15,7 +15,7 @@ from lacre_gateway.audit import tiles
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Savepoint:
     """A state to go back to."""
 
     frontier: Frontier
@@ -74,10 +74,10 @@ class Edge:
                 self.rows[level].append(node)
         return iter(completed)
 
-    def mark(self) -> Mark:
-        return Mark(self._frontier.copy(), tuple(map(len, self.rows)), len(self.entries))
+    def mark(self) -> Savepoint:
+        return Savepoint(self._frontier.copy(), tuple(map(len, self.rows)), len(self.entries))
 
-    def reset(self, mark: Mark) -> None:
+    def reset(self, mark: Savepoint) -> None:
         """Forgets what was added since. Not across a `drop_full`."""
         self._frontier = mark.frontier.copy()
         del self.entries[mark.entries :]

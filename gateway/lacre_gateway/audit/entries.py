@@ -110,7 +110,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admin:
+class AdminIntent:
     """What somebody wanted done to the gateway itself, and whether they may. What came of it is an event of the same `actor`.
 
     target: what it is to be done to, such as a subject. actor, in events: `<tenant>/<subject>`.
@@ -157,7 +157,7 @@ class Event:
     reason: str | None = None
 
 
-Entry = Intent | Annex | Outcome | Admin | Event
+Entry = Intent | Annex | Outcome | AdminIntent | Event
 STARTED: Final = "started"  # count: the intents that were given the outcome `interrupted`
 RECOVERED: Final = "recovered"  # count: the bytes of an unfinished commit that were cut off
 RESUMED: Final = "resumed"  # count: the requests refused while the log could not be written
@@ -174,7 +174,7 @@ def _form(kind: type[Entry]) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(required), frozenset({"kind", *(field.name for field in fields(kind))})
 
 
-_KINDS: Final = (Intent, Annex, Outcome, Admin, Event)
+_KINDS: Final = (Intent, Annex, Outcome, AdminIntent, Event)
 _FORMS: Final = {kind.kind: _form(kind) for kind in _KINDS}
 _NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS}
 _VALUES: Final = {kind: attrgetter(*names) for kind, names in _NAMES.items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lacre.jose.jws import b64u
-from lacre_gateway.budget.plans import Kind, Limits, Plans, Price
+from lacre_gateway.budget.plans import LimitKind, PlanLimits, Plans, Price
 
 USER: Final = "user"
 TENANT_ON_PLAN: Final = "tenant-on-plan"
@@ -24,13 +24,13 @@ SCOPES: Final = tuple(f"{label}." for label in (USER, TENANT_ON_PLAN, TENANT, PL
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
+class BudgetScope:
     """One budget that a caller draws from. key: in the bucket. limits: those that are set."""
 
     label: str
     key: str
     name: str
-    limits: tuple[tuple[Kind, int], ...]
+    limits: tuple[tuple[LimitKind, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Caller:
     """plan: the one that applies. scopes: those with any limit."""
 
     plan: str
-    scopes: tuple[Scope, ...]
+    scopes: tuple[BudgetScope, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class Amounts:
     tokens: int
     money: int
 
-    def of(self, kind: Kind) -> int:
-        if kind is Kind.MONEY_PER_MONTH:
+    def of(self, kind: LimitKind) -> int:
+        if kind is LimitKind.MONEY_PER_MONTH:
             return self.money
         return self.tokens if kind in _TOKENS else self.requests
 
 
-_TOKENS: Final = frozenset({Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY})
+_TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY})
 
 
 def caller(plans: Plans, issuer: str, tenant: str, subject: str, named: str | None) -> Caller | None:
@@ -67,11 +67,11 @@ def caller(plans: Plans, issuer: str, tenant: str, subject: str, named: str | No
     budgets = (
         (USER, f"{subject} of {tenant} on {plan.name}", plan.user),
         (TENANT_ON_PLAN, f"{tenant} on {plan.name}", plan.tenant),
-        (TENANT, tenant, Limits() if own is None else own.limits),
+        (TENANT, tenant, PlanLimits() if own is None else own.limits),
         (PLAN, f"all on {plan.name}", plan.everyone),
     )
     scopes = (
-        Scope(label, key_of(label, plan.name, tenant, issuer, subject), name, tuple(limits.each()))
+        BudgetScope(label, key_of(label, plan.name, tenant, issuer, subject), name, tuple(limits.each()))
         for label, name, limits in budgets
     )
     return Caller(plan.name, tuple(scope for scope in scopes if scope.limits))

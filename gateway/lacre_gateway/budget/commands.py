@@ -93,6 +93,6 @@ def _text(line: Line) -> str:
 
 
 def _amount(line: Line, amount: int) -> str:
-    from lacre_gateway.budget.plans import Kind, money
+    from lacre_gateway.budget.plans import LimitKind, money
 
-    return money(amount) if line.kind is Kind.MONEY_PER_MONTH else str(amount)
+    return money(amount) if line.kind is LimitKind.MONEY_PER_MONTH else str(amount)

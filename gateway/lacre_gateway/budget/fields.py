@@ -16,32 +16,32 @@ from typing import Final
 from lacre.errors import Detail
 from lacre_gateway.budget.callers import PLAN
 from lacre_gateway.budget.holds import Met, Standing
-from lacre_gateway.budget.plans import Kind
+from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.windows import DAY, MINUTE
 
 Headers = list[tuple[bytes, bytes]]
 
 _MONTH: Final = 30 * DAY  # a window's length is one number in the field; `t` says when it truly ends
 _WINDOWS: Final = {
-    Kind.REQUESTS_PER_MINUTE: MINUTE,
-    Kind.TOKENS_PER_MINUTE: MINUTE,
-    Kind.TOKENS_PER_DAY: DAY,
-    Kind.MONEY_PER_MONTH: _MONTH,
+    LimitKind.REQUESTS_PER_MINUTE: MINUTE,
+    LimitKind.TOKENS_PER_MINUTE: MINUTE,
+    LimitKind.TOKENS_PER_DAY: DAY,
+    LimitKind.MONEY_PER_MONTH: _MONTH,
 }
 UNITS: Final = {
-    Kind.REQUESTS_PER_MINUTE: "requests",
-    Kind.TOKENS_PER_MINUTE: "tokens",
-    Kind.TOKENS_PER_DAY: "tokens",
-    Kind.MONEY_PER_MONTH: "micro-units",
-    Kind.CONCURRENT_STREAMS: "concurrent-requests",
+    LimitKind.REQUESTS_PER_MINUTE: "requests",
+    LimitKind.TOKENS_PER_MINUTE: "tokens",
+    LimitKind.TOKENS_PER_DAY: "tokens",
+    LimitKind.MONEY_PER_MONTH: "micro-units",
+    LimitKind.CONCURRENT_STREAMS: "concurrent-requests",
 }
 _OPENAI: Final = (
-    (b"requests", (Kind.REQUESTS_PER_MINUTE,)),
-    (b"tokens", (Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY)),
+    (b"requests", (LimitKind.REQUESTS_PER_MINUTE,)),
+    (b"tokens", (LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY)),
 )
 
 
-def details(kind: Kind, met: Met | None) -> dict[str, Detail]:
+def details(kind: LimitKind, met: Met | None) -> dict[str, Detail]:
     """For the problem document of a refusal: which limit was met, and how much of it is a plan's own affair."""
     told: dict[str, Detail] = {"limit": kind.value, "unit": UNITS[kind]}
     if met is None:
@@ -65,12 +65,12 @@ def fields(standings: Iterable[Standing]) -> Headers:
 
 
 @lru_cache(maxsize=1024)
-def _policies(policies: tuple[tuple[str, Kind, int], ...]) -> bytes:
+def _policies(policies: tuple[tuple[str, LimitKind, int], ...]) -> bytes:
     """They stay the same while the plans do."""
     return ", ".join(_policy(*policy) for policy in policies).encode()
 
 
-def _policy(scope: str, kind: Kind, ceiling: int) -> str:
+def _policy(scope: str, kind: LimitKind, ceiling: int) -> str:
     window = f";w={_WINDOWS[kind]}" if kind in _WINDOWS else ""
     return f'"{_name(scope, kind)}";q={ceiling}{window};qu="{UNITS[kind]}"'
 
@@ -81,7 +81,7 @@ def _level(standing: Standing) -> str:
 
 
 @lru_cache(maxsize=64)
-def _name(scope: str, kind: Kind) -> str:
+def _name(scope: str, kind: LimitKind) -> str:
     return f"{scope}/{kind.value}"
 
 

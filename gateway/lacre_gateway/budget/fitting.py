@@ -18,19 +18,19 @@ from typing import Final
 from lacre_gateway.budget.callers import Caller, ceiling_of
 from lacre_gateway.budget.holds import AboveLimit, Met
 from lacre_gateway.budget.in_flight import Reservation
-from lacre_gateway.budget.plans import Kind, Price
+from lacre_gateway.budget.plans import LimitKind, Price
 
 # Prompt tokens: a short question in the words of most chat templates. Where fewer are left, to wait is better.
 LEAST: Final = 64
 _MILLION: Final = 10**6
 
 
-def room(kind: Kind, available: int, price: Price | None, completion: int) -> int | None:
+def room(kind: LimitKind, available: int, price: Price | None, completion: int) -> int | None:
     """The prompt tokens that fit into what is available of a limit, beside the output; below 1: none. None: any number."""
     match kind:
-        case Kind.TOKENS_PER_MINUTE | Kind.TOKENS_PER_DAY:
+        case LimitKind.TOKENS_PER_MINUTE | LimitKind.TOKENS_PER_DAY:
             return available - completion
-        case Kind.MONEY_PER_MONTH if price is not None:
+        case LimitKind.MONEY_PER_MONTH if price is not None:
             left = available * _MILLION - completion * price.completion
             each = max(price.prompt, price.cached)
             return left // each if each else (None if left >= 0 else -1)
@@ -59,18 +59,18 @@ def least(asked: Reservation, most_of_it: int) -> int:
     return min(most_of_it, LEAST if most_of_it < asked.max_prompt_tokens else asked.ordinary)
 
 
-def _fits(kind: Kind, ceiling: int, price: Price | None, asked: Reservation) -> int | None:
+def _fits(kind: LimitKind, ceiling: int, price: Price | None, asked: Reservation) -> int | None:
     """The output tokens that would fit beside a short prompt; None where no number would."""
     prompt = min(LEAST, asked.max_prompt_tokens) if asked.shrinks else asked.max_prompt_tokens
     found: int | None = None
-    if kind in (Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY):
+    if kind in (LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY):
         found = ceiling - prompt
-    elif kind is Kind.MONEY_PER_MONTH and price is not None and price.completion:
+    elif kind is LimitKind.MONEY_PER_MONTH and price is not None and price.completion:
         found = (ceiling * _MILLION - prompt * max(price.prompt, price.cached)) // price.completion
     return found if found is not None and found > 0 else None
 
 
-def _limits(caller: Caller) -> Iterator[tuple[str, Kind, int]]:
+def _limits(caller: Caller) -> Iterator[tuple[str, LimitKind, int]]:
     for scope in caller.scopes:
         for kind, ceiling in scope.limits:
             yield scope.label, kind, ceiling

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Final, Self
 
-from lacre_gateway.budget.callers import Amounts, Caller, Scope, ceiling_of
+from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller, ceiling_of
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Charge, Counter
-from lacre_gateway.budget.plans import Kind, Price
+from lacre_gateway.budget.plans import LimitKind, Price
 from lacre_gateway.budget.windows import bounds
 
 # Seconds after which a request may pass that was refused only for what others have reserved, and may not use.
 SOON: Final = 2.0
-_STREAMS: Final = Kind.CONCURRENT_STREAMS
+_STREAMS: Final = LimitKind.CONCURRENT_STREAMS
 NOTHING: Final = Amounts(0, 0, 0)
 
 
@@ -49,7 +49,7 @@ class BudgetUnavailable(BudgetRefused):
 class AboveLimit(BudgetRefused):
     """The request alone is more than the limit: no waiting helps."""
 
-    def __init__(self, plan: str, kind: Kind, met: Met) -> None:
+    def __init__(self, plan: str, kind: LimitKind, met: Met) -> None:
         self.exceeded = f"{met.scope}:{plan}/{kind}"  # of any window
         super().__init__(f"above {self.exceeded}")
         self.kind = kind
@@ -63,7 +63,7 @@ class Exhausted(BudgetRefused):
     """
 
     def __init__(
-        self, kind: Kind, exceeded: str | None, retry_after: float, standings: tuple[Standing, ...], met: Met | None = None
+        self, kind: LimitKind, exceeded: str | None, retry_after: float, standings: tuple[Standing, ...], met: Met | None = None
     ) -> None:
         super().__init__(f"{kind.value} is used up")
         self.kind = kind
@@ -73,7 +73,7 @@ class Exhausted(BudgetRefused):
         self.met = met
 
     @classmethod
-    def of(cls, plan: str, charges: Sequence[tuple[Scope, Charge]], now: float) -> Self:
+    def of(cls, plan: str, charges: Sequence[tuple[BudgetScope, Charge]], now: float) -> Self:
         """The limit that the caller has to wait for the longest."""
         standings = tuple(_standings(charges, now))
         short = [
@@ -93,7 +93,7 @@ class Standing:
     """How far one limit is used. reset: seconds until its window ends; None where it has none."""
 
     scope: str
-    kind: Kind
+    kind: LimitKind
     ceiling: int
     remaining: int
     reset: float | None
@@ -108,7 +108,12 @@ class Hold:
     __slots__ = ("_charges", "_over", "_settled", "caller", "ceilings", "lease", "price", "reserved")
 
     def __init__(
-        self, caller: Caller, price: Price | None, ceilings: Reservation, lease: str, charges: tuple[tuple[Scope, Charge], ...]
+        self,
+        caller: Caller,
+        price: Price | None,
+        ceilings: Reservation,
+        lease: str,
+        charges: tuple[tuple[BudgetScope, Charge], ...],
     ) -> None:
         self.caller = caller
         self.price = price
@@ -148,7 +153,7 @@ class Hold:
         return 0 if self.price is None else self.price.of(prompt_tokens, cached_tokens, completion_tokens)
 
 
-def _named(scope: Scope, plan: str, counter: Counter) -> str:
+def _named(scope: BudgetScope, plan: str, counter: Counter) -> str:
     return f"{scope.label}:{plan}/{counter.kind}@{counter.window}"
 
 
@@ -159,7 +164,7 @@ def _wait(counter: Counter, amount: int, now: float) -> float:
     return max(SOON, bounds(counter.kind, counter.window)[1] - now)
 
 
-def _standings(charges: Sequence[tuple[Scope, Charge]], now: float) -> Iterator[Standing]:
+def _standings(charges: Sequence[tuple[BudgetScope, Charge]], now: float) -> Iterator[Standing]:
     for scope, (counter, _) in charges:
         reset = None if counter.kind is _STREAMS else max(0.0, bounds(counter.kind, counter.window)[1] - now)
         yield Standing(scope.label, counter.kind, counter.ceiling, counter.remaining, reset)

@@ -97,9 +97,9 @@ class BodyBytes:
         self.held = 0
 
     @contextmanager
-    def room(self, subject: Hashable) -> Iterator[Room]:
+    def room(self, subject: Hashable) -> Iterator[BodyReservation]:
         """For one request's body; what it took is given back at the end, if not before."""
-        room = Room(self, subject)
+        room = BodyReservation(self, subject)
         try:
             yield room
         finally:
@@ -120,7 +120,7 @@ class BodyBytes:
             del self._of[subject]
 
 
-class Room:
+class BodyReservation:
     """Where the bytes of one body are counted. size: how many there are."""
 
     def __init__(self, budget: BodyBytes, subject: Hashable) -> None:

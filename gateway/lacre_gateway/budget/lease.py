@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from lacre_gateway.budget.plans import Kind
+from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Lot, Record, Want
 
 IDLE: Final = 3.0  # seconds without a reservation, after which what is left is given back
@@ -40,7 +40,7 @@ class Counter:
     lately: what was used in the last seconds, of `COVER`; it was `seen` of `used` at the time `looked`.
     """  # fmt: skip
 
-    kind: Kind
+    kind: LimitKind
     window: int
     ceiling: int = 0
     capacity: int = 0
@@ -60,9 +60,9 @@ class Counter:
     looked: float = 0.0
 
     @classmethod
-    def after(cls, last: Counter | None, kind: Kind, window: int) -> Self:
+    def after(cls, last: Counter | None, kind: LimitKind, window: int) -> Self:
         """An empty one, which wants as much for requests to come as the one of the last window did."""
-        until = -math.inf if kind is Kind.CONCURRENT_STREAMS else math.inf
+        until = -math.inf if kind is LimitKind.CONCURRENT_STREAMS else math.inf
         if last is None:
             return cls(kind, window, until=until)
         lately = last.lately + max(0, last.used - last.seen)
@@ -102,7 +102,7 @@ class Counter:
 
     def settle(self, reserved: int, used: int) -> None:
         self.reserved -= reserved
-        if self.kind is not Kind.CONCURRENT_STREAMS:
+        if self.kind is not LimitKind.CONCURRENT_STREAMS:
             self.used += min(used, reserved)
 
 
@@ -110,7 +110,7 @@ class Counter:
 class Need:
     """What one waiting request wants of an account, of each kind. ceiling: the limit in force."""
 
-    amounts: Mapping[Kind, tuple[int, int]]  # amount and ceiling
+    amounts: Mapping[LimitKind, tuple[int, int]]  # amount and ceiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +131,13 @@ class Account:
     name: str
     holder: str
     longest: float
-    current: dict[Kind, Counter] = field(default_factory=dict)
+    current: dict[LimitKind, Counter] = field(default_factory=dict)
     past: list[Counter] = field(default_factory=list)
-    floors: dict[Kind, int] = field(default_factory=dict)
+    floors: dict[LimitKind, int] = field(default_factory=dict)
     touched: float = 0.0
     written: float = -math.inf
 
-    def counter(self, kind: Kind, window: int, ceiling: int) -> Counter:
+    def counter(self, kind: LimitKind, window: int, ceiling: int) -> Counter:
         """The counter of the kind, in that window or in the oldest that is still open, if that is later."""
         window = max(window, self.floors.get(kind, 0))
         found = self.current.get(kind)
@@ -148,7 +148,7 @@ class Account:
         found.ceiling = ceiling
         return found
 
-    def propose(self, record: Record | None, windows: Mapping[Kind, int], needs: Sequence[Need], now: float) -> Proposal:
+    def propose(self, record: Record | None, windows: Mapping[LimitKind, int], needs: Sequence[Need], now: float) -> Proposal:
         """What to write in place of `record`: reports usage, gives back, and draws for the needs, the first that fit."""
         idle = not needs and now - self.touched >= IDLE
         before, record = record, record or Record(self.name)
@@ -181,7 +181,7 @@ class Account:
         return Proposal(record, tuple(lots), (), -math.inf)
 
     def _want(self, counter: Counter, needs: tuple[int, ...], *, spare: bool, until: float, closed: bool = False) -> Want:
-        streams = counter.kind is Kind.CONCURRENT_STREAMS
+        streams = counter.kind is LimitKind.CONCURRENT_STREAMS
         return Want(
             kind=counter.kind,
             window=counter.window,
@@ -213,7 +213,7 @@ class Account:
             counter.capacity = counter.confirmed = counter.committed if lot.refused else lot.drawn
             counter.others, counter.firm, counter.reported, counter.doubtful = lot.others, lot.firm, want.used, False
             counter.low = counter.spare // 2 if counter.spare > 1 else -1
-            if counter.kind is Kind.CONCURRENT_STREAMS:
+            if counter.kind is LimitKind.CONCURRENT_STREAMS:
                 counter.until = proposal.admits_until
         self._forget(proposal.record)
 
@@ -270,7 +270,7 @@ class Account:
 def _is_due(counter: Counter, since: float, now: float) -> bool:
     if counter.doubtful or (since >= REPORT and counter.used != counter.reported):
         return True
-    if counter.kind is Kind.CONCURRENT_STREAMS and counter.reserved and counter.until - now < STREAMS_TERM / 2:
+    if counter.kind is LimitKind.CONCURRENT_STREAMS and counter.reserved and counter.until - now < STREAMS_TERM / 2:
         return True
     return since >= TRIM and counter.excess
 

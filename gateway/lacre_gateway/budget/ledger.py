@@ -26,7 +26,7 @@ from lacre_fabric.nats.kv import Bucket, Conflict, Entry
 from lacre_fabric.work.contract import FabricBusy, FabricError, FabricUnavailable
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.budget import callers, fitting
-from lacre_gateway.budget.callers import Amounts, Caller, Scope
+from lacre_gateway.budget.callers import Amounts, BudgetScope, Caller
 from lacre_gateway.budget.holds import NOTHING, BudgetUnavailable, Exhausted, Hold, UnknownPlan
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.lease import Account, Charge, Counter, Need, Proposal, commit, lacking
@@ -167,7 +167,7 @@ class Ledger:
             raise UnknownPlan
         return found
 
-    def _charges(self, caller: Caller, amounts: Amounts, now: float) -> list[tuple[Scope, Charge]]:
+    def _charges(self, caller: Caller, amounts: Amounts, now: float) -> list[tuple[BudgetScope, Charge]]:
         windows = self._calendar.at(now)
         charges = []
         for scope in caller.scopes:
@@ -177,14 +177,14 @@ class Ledger:
                 charges.append((scope, (account.counter(kind, windows[kind], ceiling), amounts.of(kind))))
         return charges
 
-    def _draw(self, scope: Scope) -> _Draw:
+    def _draw(self, scope: BudgetScope) -> _Draw:
         found = self._draws.get(scope.key)
         if found is None:
             account = Account(scope.key, scope.name, self.holder, self._longest)
             found = self._draws[scope.key] = _Draw(account)
         return found
 
-    def _draw_ahead(self, charges: Sequence[tuple[Scope, Charge]]) -> None:
+    def _draw_ahead(self, charges: Sequence[tuple[BudgetScope, Charge]]) -> None:
         """Where a lease runs low, the next one is drawn before anybody has to wait for it."""
         for scope, (counter, _) in charges:
             if counter.spare <= counter.low and counter.remaining > counter.spare:
@@ -195,7 +195,7 @@ class Ledger:
         self,
         caller: Caller,
         amounts: Amounts,
-        charges: Sequence[tuple[Scope, Charge]],
+        charges: Sequence[tuple[BudgetScope, Charge]],
         short: Sequence[Counter],
         deadline: float,
     ) -> None:

@@ -33,7 +33,7 @@ _MONEY: Final = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,6}))?")
 _MAX_COUNT: Final = 2**53  # what every JSON reader holds exactly
 
 
-class Kind(StrEnum):
+class LimitKind(StrEnum):
     """What a limit counts. All but the last count within a window of UTC."""
 
     REQUESTS_PER_MINUTE = "requests_per_minute"
@@ -44,7 +44,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PlanLimits:
     """The most that one holder of them may use; None is no limit. Money in micro-units."""
 
     requests_per_minute: int | None = None
@@ -53,9 +53,9 @@ class Limits:
     money_per_month: int | None = None
     concurrent_streams: int | None = None
 
-    def each(self) -> Iterator[tuple[Kind, int]]:
+    def each(self) -> Iterator[tuple[LimitKind, int]]:
         """Those that are set."""
-        for kind in Kind:
+        for kind in LimitKind:
             ceiling: int | None = getattr(self, kind.value)
             if ceiling is not None:
                 yield kind, ceiling
@@ -86,9 +86,9 @@ class Plan:
     """user: for each user on the plan. tenant: for all of a tenant's users on it. everyone: for all who are on it."""
 
     name: str
-    user: Limits
-    tenant: Limits
-    everyone: Limits
+    user: PlanLimits
+    tenant: PlanLimits
+    everyone: PlanLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Tenant:
     """What is said of one tenant. plan: of its users whose token names none. limits: for all of them, whatever their plans."""
 
     plan: str | None
-    limits: Limits
+    limits: PlanLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,5 +217,5 @@ def _frozen(file: _File) -> Plans:
     )
 
 
-def _limits(table: _Limits) -> Limits:
-    return Limits(**{entry.name: getattr(table, entry.name) for entry in fields(Limits)})
+def _limits(table: _Limits) -> PlanLimits:
+    return PlanLimits(**{entry.name: getattr(table, entry.name) for entry in fields(PlanLimits)})

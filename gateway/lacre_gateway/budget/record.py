@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from lacre.errors import InvalidMessage
-from lacre_gateway.budget.plans import Kind
+from lacre_gateway.budget.plans import LimitKind
 
 VERSION: Final = 1
 KEPT_WINDOWS: Final = 2
@@ -76,7 +76,7 @@ class Want:
     closed: it leaves.
     """
 
-    kind: Kind
+    kind: LimitKind
     window: int
     ceiling: int
     committed: int
@@ -100,7 +100,7 @@ class Lot:
     refused: bool = False
 
 
-Windows = Mapping[Kind, Mapping[int, Window]]
+Windows = Mapping[LimitKind, Mapping[int, Window]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Record:
     windows: Windows = field(default_factory=dict)
     others: tuple[Windows, ...] = ()
 
-    def with_others(self, parts: Iterable[bytes], current: Mapping[Kind, int]) -> Record:
+    def with_others(self, parts: Iterable[bytes], current: Mapping[LimitKind, int]) -> Record:
         """current: the windows that are open now. One more may have begun, by another clock."""
         found, name = [], self.name
         for part in parts:
@@ -127,7 +127,7 @@ class Record:
 
     def merged(self) -> Record:
         """All parts as one, for people, without windows that are over. Of two holders of one name the second has a number."""
-        found: dict[Kind, dict[int, Window]] = {}
+        found: dict[LimitKind, dict[int, Window]] = {}
         for part in (self.windows, *self.others):
             for kind, kept in part.items():
                 for at, window in kept.items():
@@ -139,15 +139,15 @@ class Record:
         newest = {kind: dict(sorted(kept.items())[-KEPT_WINDOWS:]) for kind, kept in found.items()}
         return Record(self.name, newest)
 
-    def floor(self, kind: Kind) -> int:
+    def floor(self, kind: LimitKind) -> int:
         """Windows below are over for good."""
         kept = {at for part in (self.windows, *self.others) for at in part.get(kind, {})}
         return sorted(kept)[-KEPT_WINDOWS] if len(kept) >= KEPT_WINDOWS else 0
 
-    def _elsewhere(self, kind: Kind, window: int, now: float) -> list[Window]:
+    def _elsewhere(self, kind: LimitKind, window: int, now: float) -> list[Window]:
         return [part.get(kind, {}).get(window, Window()).folded("", now) for part in self.others]
 
-    def share(self, kind: Kind, window: int, holder: str) -> Share | None:
+    def share(self, kind: LimitKind, window: int, holder: str) -> Share | None:
         return self.windows.get(kind, {}).get(window, Window()).shares.get(holder)
 
     def allot(self, holder: str, want: Want, now: float) -> tuple[Record, Lot]:
@@ -185,7 +185,7 @@ class Record:
             if found["v"] != VERSION:
                 raise InvalidMessage("a budget record of another version: run gateways of one version")
             windows = {
-                Kind(kind): {int(number): _parse_window(window) for number, window in kept.items()}
+                LimitKind(kind): {int(number): _parse_window(window) for number, window in kept.items()}
                 for kind, kept in found["kinds"].items()
             }
             return cls(str(found["name"]), windows)

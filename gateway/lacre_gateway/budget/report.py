@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from lacre_gateway.budget.callers import key_of
-from lacre_gateway.budget.plans import Kind
+from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record, Window
 from lacre_gateway.budget.windows import label
 
 _LIMIT: Final = re.compile(r"([a-z-]+):(.*)/([a-z_]+)@([0-9]+)", re.DOTALL)
-_TOKENS: Final = frozenset({Kind.TOKENS_PER_MINUTE, Kind.TOKENS_PER_DAY})
+_TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY})
 
-Place = tuple[str, Kind, int]  # the key of a budget, what is counted, and the window's number
+Place = tuple[str, LimitKind, int]  # the key of a budget, what is counted, and the window's number
 Settled = Mapping[Place, Mapping[str, int]]  # by the holders of the leases
 
 
@@ -47,7 +47,7 @@ class Line:
 
     key: str
     name: str
-    kind: Kind
+    kind: LimitKind
     window: int
     settled: int
     leases: tuple[Lease, ...]
@@ -95,11 +95,11 @@ def _line(place: Place, name: str, window: Window, alive: frozenset[str], by_hol
         if share.closed:
             settled += share.used
             continue
-        used = share.used if by_holder is None or kind is Kind.CONCURRENT_STREAMS else logged.pop(holder, 0)
+        used = share.used if by_holder is None or kind is LimitKind.CONCURRENT_STREAMS else logged.pop(holder, 0)
         if used > share.drawn or used < share.used:
             wrong = f"{holder}: drew {share.drawn} and reported {share.used}; its audit log says {used}"
         leases.append(Lease(holder, share.drawn, used, holder not in alive))
-    if by_holder is not None and kind is not Kind.CONCURRENT_STREAMS and sum(logged.values()) != settled:
+    if by_holder is not None and kind is not LimitKind.CONCURRENT_STREAMS and sum(logged.values()) != settled:
         wrong = wrong or f"closed leases settled {settled}; their audit logs say {sum(logged.values())}"
     return Line(key, name, kind, number, settled, tuple(leases), wrong)
 
@@ -125,7 +125,7 @@ def _charged(intent: Mapping[str, Any], outcome: Mapping[str, Any]) -> Iterator[
         parsed = _LIMIT.fullmatch(limit)
         if parsed is None:
             continue
-        scope, plan, kind, number = parsed[1], parsed[2], Kind(parsed[3]), int(parsed[4])
+        scope, plan, kind, number = parsed[1], parsed[2], LimitKind(parsed[3]), int(parsed[4])
         key = key_of(scope, plan, intent["tenant"], intent["issuer"], intent["subject"])
-        amount = tokens if kind in _TOKENS else outcome.get("money") or 0 if kind is Kind.MONEY_PER_MONTH else requests
+        amount = tokens if kind in _TOKENS else outcome.get("money") or 0 if kind is LimitKind.MONEY_PER_MONTH else requests
         yield (key, kind, number), amount

@@ -32,7 +32,7 @@ _LINGER: Final = 0.025
 _CLOSE_LIMIT: Final = 10.0  # seconds: 256 claims take 25 ms, and thousands of them a second or so
 
 
-class Reason(StrEnum):
+class ReceiptFault(StrEnum):
     """Why a receipt was refused."""
 
     NOT_THE_POOLS = "not-by-the-pool"
@@ -59,25 +59,25 @@ class Verdict:
     """
 
     receipt: Receipt | None = None
-    refused: Reason | None = None
+    refused: ReceiptFault | None = None
     token: bytes | None = field(default=None, repr=False)
 
 
 def judge(claim: Claim) -> Verdict:
     """Decides from the claim alone."""
-    refused: Reason | None = None
+    refused: ReceiptFault | None = None
     for token in reversed(claim.tokens):
         try:
             receipt = Receipt.verify(token.decode("ascii", "replace"), claim.receipt_key)
         except LacreError:
-            refused = refused or Reason.NOT_THE_POOLS
+            refused = refused or ReceiptFault.NOT_THE_POOLS
             continue
         if receipt.enc != claim.enc:
-            refused = refused or Reason.OTHER_REQUEST
+            refused = refused or ReceiptFault.OTHER_REQUEST
             continue
         within = claim.reservation.covers(receipt.prompt_tokens, receipt.completion_tokens)
         if not within or receipt.cached_tokens > receipt.prompt_tokens:
-            return Verdict(refused=Reason.ABOVE_GRANT)
+            return Verdict(refused=ReceiptFault.ABOVE_GRANT)
         return Verdict(receipt, refused, token)
     return Verdict(refused=refused)
 
@@ -148,4 +148,4 @@ def _judged(claim: Claim) -> Verdict:
         return judge(claim)
     except Exception as exc:  # noqa: BLE001 - a worker wrote it: what cannot be judged proves nothing, and costs no other claim
         tasks.failed("settlement", exc)
-        return Verdict(refused=Reason.NOT_THE_POOLS)
+        return Verdict(refused=ReceiptFault.NOT_THE_POOLS)

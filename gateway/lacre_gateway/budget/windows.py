@@ -8,49 +8,49 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
 
-from lacre_gateway.budget.plans import Kind
+from lacre_gateway.budget.plans import LimitKind
 
 MINUTE: Final = 60
 DAY: Final = 86400
 _MONTHS: Final = 12
 ALWAYS: Final = 0  # the one window of what is not counted by time
 
-_SECONDS: Final = {Kind.REQUESTS_PER_MINUTE: MINUTE, Kind.TOKENS_PER_MINUTE: MINUTE, Kind.TOKENS_PER_DAY: DAY}
+_SECONDS: Final = {LimitKind.REQUESTS_PER_MINUTE: MINUTE, LimitKind.TOKENS_PER_MINUTE: MINUTE, LimitKind.TOKENS_PER_DAY: DAY}
 
 
-def window(kind: Kind, now: float) -> int:
+def window(kind: LimitKind, now: float) -> int:
     """The number of the window that `now`, in seconds since the epoch, is in."""
     if kind in _SECONDS:
         return int(now // _SECONDS[kind])
-    if kind is Kind.MONEY_PER_MONTH:
+    if kind is LimitKind.MONEY_PER_MONTH:
         date = datetime.fromtimestamp(now, UTC)
         return date.year * _MONTHS + date.month - 1
     return ALWAYS
 
 
-def windows_at(now: float) -> dict[Kind, int]:
+def windows_at(now: float) -> dict[LimitKind, int]:
     """The window of every kind."""
-    return {kind: window(kind, now) for kind in Kind}
+    return {kind: window(kind, now) for kind in LimitKind}
 
 
 @lru_cache(maxsize=64)
-def bounds(kind: Kind, number: int) -> tuple[float, float]:
+def bounds(kind: LimitKind, number: int) -> tuple[float, float]:
     """When the window begins and ends, in seconds since the epoch."""
     if kind in _SECONDS:
         return float(number * _SECONDS[kind]), float((number + 1) * _SECONDS[kind])
-    if kind is Kind.MONEY_PER_MONTH:
+    if kind is LimitKind.MONEY_PER_MONTH:
         return _month(number), _month(number + 1)
     return 0.0, math.inf
 
 
-def label(kind: Kind, number: int) -> str:
+def label(kind: LimitKind, number: int) -> str:
     """When it begins, for people: `2026-11`, `2026-11-25` or `2026-11-25T22:41`; empty for what is not counted by time."""
-    if kind is Kind.CONCURRENT_STREAMS:
+    if kind is LimitKind.CONCURRENT_STREAMS:
         return ""
     begin = datetime.fromtimestamp(bounds(kind, number)[0], UTC)
-    if kind is Kind.MONEY_PER_MONTH:
+    if kind is LimitKind.MONEY_PER_MONTH:
         return f"{begin:%Y-%m}"
-    return f"{begin:%Y-%m-%d}" if kind is Kind.TOKENS_PER_DAY else f"{begin:%Y-%m-%dT%H:%M}"
+    return f"{begin:%Y-%m-%d}" if kind is LimitKind.TOKENS_PER_DAY else f"{begin:%Y-%m-%dT%H:%M}"
 
 
 def _month(number: int) -> float:
@@ -64,10 +64,10 @@ class Calendar:
 
     begin: float = 0.0
     end: float = 0.0
-    windows: dict[Kind, int] | None = None
+    windows: dict[LimitKind, int] | None = None
 
-    def at(self, now: float) -> dict[Kind, int]:
+    def at(self, now: float) -> dict[LimitKind, int]:
         if self.windows is None or not self.begin <= now < self.end:
-            self.begin, self.end = bounds(Kind.REQUESTS_PER_MINUTE, window(Kind.REQUESTS_PER_MINUTE, now))
+            self.begin, self.end = bounds(LimitKind.REQUESTS_PER_MINUTE, window(LimitKind.REQUESTS_PER_MINUTE, now))
             self.windows = windows_at(now)
         return self.windows

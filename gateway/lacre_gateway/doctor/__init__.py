@@ -15,7 +15,7 @@ from pathlib import Path
 from lacre.errors import SettingsError
 from lacre_gateway.doctor import fabric, host, trust
 from lacre_gateway.doctor.findings import Finding, Findings, State
-from lacre_gateway.settings import Settings, load
+from lacre_gateway.settings import GatewaySettings, load
 
 __all__ = ["Finding", "State", "examine"]
 
@@ -36,6 +36,6 @@ def examine(file: Path) -> list[Finding]:
     return findings.found
 
 
-async def _outside(settings: Settings, findings: Findings) -> None:
+async def _outside(settings: GatewaySettings, findings: Findings) -> None:
     await trust.check_issuers(settings, findings)
     await fabric.check(settings, findings)

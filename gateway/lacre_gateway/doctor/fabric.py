@@ -24,14 +24,14 @@ from lacre_fabric.nats.roles import Credential
 from lacre_fabric.work.contract import PRESENT_FOR, FabricError, FabricUnavailable
 from lacre_fabric.work.presence import MAX_NODES, wrong_in
 from lacre_gateway.doctor.findings import Findings
-from lacre_gateway.settings import Settings
+from lacre_gateway.settings import GatewaySettings
 
 _AHEAD: Final = 5.0  # seconds that clocks may differ and nobody notices
 _FAR: Final = 60.0  # seconds at which grants and tokens begin to be refused
 _HOUR: Final = 3600.0
 
 
-async def check(settings: Settings, findings: Findings) -> None:
+async def check(settings: GatewaySettings, findings: Findings) -> None:
     try:
         connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
     except LacreError as exc:
@@ -48,7 +48,7 @@ async def check(settings: Settings, findings: Findings) -> None:
         await connection.close()
 
 
-async def _manifest(settings: Settings, connection: Connection, findings: Findings) -> Manifest | None:
+async def _manifest(settings: GatewaySettings, connection: Connection, findings: Findings) -> Manifest | None:
     remedy = "publish one with `lacre manifest publish`"
     try:
         document = await connection.manifest()
@@ -72,7 +72,7 @@ async def _manifest(settings: Settings, connection: Connection, findings: Findin
     return manifest
 
 
-def _signing_key(settings: Settings, manifest: Manifest, findings: Findings) -> None:
+def _signing_key(settings: GatewaySettings, manifest: Manifest, findings: Findings) -> None:
     try:
         ours = raw_public_key(read_ed25519(settings.signing_key))
     except LacreError:

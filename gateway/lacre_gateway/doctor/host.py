@@ -18,14 +18,14 @@ from cryptography import x509
 from lacre.errors import SettingsError
 from lacre_gateway.doctor.findings import Findings
 from lacre_gateway.http.server import OTHER_FILES, bind, tls_context
-from lacre_gateway.settings import Listen, Settings, Tls
+from lacre_gateway.settings import GatewaySettings, Listen, Tls
 
 _LITTLE: Final = 64 * 2**20  # bytes free: some 60,000 requests
 _ENOUGH: Final = 2 * 2**30
 _SOON: Final = timedelta(days=14)
 
 
-def check(settings: Settings, findings: Findings) -> None:
+def check(settings: GatewaySettings, findings: Findings) -> None:
     for number in range(settings.processes):
         own = settings if settings.processes == 1 else settings.for_process(number, settings.listen.port)
         _audit(own.audit, findings)

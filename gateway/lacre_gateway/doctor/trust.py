@@ -18,12 +18,12 @@ from lacre_gateway.doctor.findings import Findings
 from lacre_gateway.policy.cedar import PolicyError
 from lacre_gateway.policy.rules import RuleSet, shipped
 from lacre_gateway.policy.trial import try_out
-from lacre_gateway.settings import Issuer, Settings
+from lacre_gateway.settings import GatewaySettings, Issuer
 
 _ISSUER_LIMIT: Final = 10.0  # seconds that an issuer has to answer
 
 
-def check(settings: Settings, findings: Findings) -> None:
+def check(settings: GatewaySettings, findings: Findings) -> None:
     for name, read in (("signing_key", read_ed25519), ("nats.credentials", Credential.load)):
         path = settings.signing_key if name == "signing_key" else settings.nats.credentials
         try:
@@ -35,7 +35,7 @@ def check(settings: Settings, findings: Findings) -> None:
     _rules(settings, findings)
 
 
-def _rules(settings: Settings, findings: Findings) -> None:
+def _rules(settings: GatewaySettings, findings: Findings) -> None:
     folder = settings.policies or shipped()
     try:
         asyncio.run(try_out(folder))  # in a process of its own: a set can end the one that parses it
@@ -47,7 +47,7 @@ def _rules(settings: Settings, findings: Findings) -> None:
         findings.ok("policies", told)
 
 
-async def check_issuers(settings: Settings, findings: Findings) -> None:
+async def check_issuers(settings: GatewaySettings, findings: Findings) -> None:
     for number, issuer in enumerate(settings.issuers):
         await _issuer(issuer, f"issuers.{number}", findings)
 

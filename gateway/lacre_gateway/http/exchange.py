@@ -53,7 +53,7 @@ _ANSWER_HEADERS: Final = (
 
 
 class BodyCount(Protocol):
-    """Counts the bytes of one body, before each is kept: `lacre_gateway.budget.in_flight.Room`."""
+    """Counts the bytes of one body, before each is kept: `lacre_gateway.budget.in_flight.BodyReservation`."""
 
     def take(self, size: int) -> None:
         """Raises to refuse so many bytes more."""
@@ -64,7 +64,7 @@ class ClientGone(Exception):
     """The client closed the connection."""
 
 
-class StreamBroken(Exception):
+class AnswerAborted(Exception):
     """Aborts an answer that was under way. Left to the server, which closes the connection."""
 
 

@@ -69,7 +69,7 @@ class Shape(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Outer:
+class OuterHeaders:
     """The parsed headers. max_tokens: output tokens over all choices."""
 
     pool: str
@@ -133,9 +133,9 @@ class Fields:
         """Whether the client sends its body only once it is told to (RFC 9110 section 10.1.1)."""
         return b"expect" in self.values
 
-    def outer(self) -> Outer:
+    def outer(self) -> OuterHeaders:
         """Raises Refusal."""
-        return Outer(
+        return OuterHeaders(
             self._required(_POOL, _name),
             self._required(_MODEL, _name),
             self._required(_ACTION, Action),

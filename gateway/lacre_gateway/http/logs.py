@@ -6,14 +6,14 @@ import logging
 from typing import Any
 
 from lacre_fabric.logs import SafeFormatter
-from lacre_gateway.http.exchange import StreamBroken
+from lacre_gateway.http.exchange import AnswerAborted
 
 
 class NotOurs(logging.Filter):
     """Drops what the server says of an answer that the relay aborted on purpose: the request's own line tells it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], StreamBroken))
+        return not (record.exc_info and isinstance(record.exc_info[1], AnswerAborted))
 
 
 def standard_logging(stream: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ _COMMITS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 _NO_PROBLEM: Final = "none"
 
 
-class Served(Protocol):
+class FinishedRequest(Protocol):
     """What is known of a request when it ends (an `Exchange`). Times are of the monotonic clock; None: it never came so far."""
 
     @property
@@ -80,7 +80,7 @@ class Metrics(Collector):
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.live: set[Served] = set()
+        self.live: set[FinishedRequest] = set()
         self.since = time.monotonic()
         ProcessCollector(registry=registry)
         self._requests = Counter("lacre_requests", "Sealed requests that ended.", ["outcome", "problem"], registry=registry)
@@ -112,7 +112,7 @@ class Metrics(Collector):
         self._by_model: dict[tuple[str, str], tuple[Counter, Counter, Counter]] = {}
         registry.register(self)
 
-    def ended(self, served: Served, outcome: str, problem: Problem | None = None) -> None:
+    def ended(self, served: FinishedRequest, outcome: str, problem: Problem | None = None) -> None:
         """outcome: answered, refused, broken, client-gone, interrupted or failed. On the hot path: some microseconds."""
         self.live.discard(served)
         at = (outcome, _NO_PROBLEM if problem is None else problem.slug)

@@ -49,7 +49,7 @@ class Who(Table):
         )
 
 
-class Written(Protocol):
+class WrittenRequest(Protocol):
     """A request that was written down. decided_by: None where it does not matter."""
 
     @property
@@ -103,15 +103,15 @@ class AdminRequest(Table):
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class PolicyCase:
     """name: of its file, below the set's folder."""
 
     name: str
     allowed: bool
-    request: Written
+    request: WrittenRequest
 
     @classmethod
-    def parse(cls, name: str, data: bytes) -> Case:
+    def parse(cls, name: str, data: bytes) -> PolicyCase:
         """Raises PolicyError."""
         try:
             values = json.loads(data)
@@ -130,7 +130,7 @@ class Case:
         return None
 
 
-def written(name: str, values: Any) -> Written:
+def written(name: str, values: Any) -> WrittenRequest:
     """Raises PolicyError."""
     action = values.get("action") if isinstance(values, dict) else None
     try:

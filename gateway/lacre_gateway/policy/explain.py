@@ -15,7 +15,7 @@ import cedarpy
 from cedarpy import pst
 
 from lacre.errors import InvalidMessage
-from lacre_gateway.audit.entries import Admin, Intent
+from lacre_gateway.audit.entries import AdminIntent, Intent
 from lacre_gateway.policy.cases import written
 from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion
@@ -87,7 +87,7 @@ def requested(values: Any) -> tuple[AnyQuestion, frozenset[str]]:
 
     Raises PolicyError or InvalidMessage.
     """
-    if isinstance(values, dict) and values.get("kind") in (Intent.kind, Admin.kind):
+    if isinstance(values, dict) and values.get("kind") in (Intent.kind, AdminIntent.kind):
         if values.get("annex") is not None:
             raise InvalidMessage(
                 "its groups and scopes stand in the annex before it: copy them from there, and take `annex` out"

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from lacre.errors import InvalidMessage
 from lacre.wire.header import Kem
-from lacre_gateway.audit.entries import Admin, Annex, Intent, parse
+from lacre_gateway.audit.entries import AdminIntent, Annex, Intent, parse
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy.cedar import Decision, PolicySet
@@ -34,7 +34,7 @@ class Asked:
     @property
     def resource(self) -> str:
         members = self.members
-        return members["gateway"] if members["kind"] == Admin.kind else f"{members['pool']}/{members['model']}"
+        return members["gateway"] if members["kind"] == AdminIntent.kind else f"{members['pool']}/{members['model']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def requests(entries: Iterable[bytes]) -> Iterator[Asked]:
         members = parse(data)
         if members["kind"] == Annex.kind:
             annex = {name: members[name] for name in ("groups", "scopes", "policies")}
-        elif members["kind"] in (Intent.kind, Admin.kind):
+        elif members["kind"] in (Intent.kind, AdminIntent.kind):
             if members.get("annex") is not None:
                 members.update(annex)
             was = Decision(members["decision"] == "allow", tuple(members["policies"]), members["policy_set"])
@@ -105,7 +105,7 @@ def question_of(members: Mapping[str, Any]) -> AnyQuestion:
             scopes=tuple(members["scopes"]),
             plan=members["plan"],
         )
-        if members["kind"] == Admin.kind:
+        if members["kind"] == AdminIntent.kind:
             action = AdminAction(members["action"])
             return AdminQuestion(who, action, members["gateway"], members["address"], members["time"])
         return Question(

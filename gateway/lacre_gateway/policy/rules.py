@@ -26,7 +26,7 @@ from lacre_gateway.budget.plans import load as load_plans
 from lacre_gateway.budget.plans import parse as parse_plans
 from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy import cases as written
-from lacre_gateway.policy.cases import Case
+from lacre_gateway.policy.cases import PolicyCase
 from lacre_gateway.policy.cedar import SCHEMA, PolicyError, PolicySet
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
 
@@ -47,7 +47,7 @@ class RuleSet:
     """A set that holds. digest: hex SHA-256 over the names and bytes of its files."""
 
     policies: PolicySet
-    cases: tuple[Case, ...]
+    cases: tuple[PolicyCase, ...]
     digest: str
     plans: Plans
     signature: Signature = field(repr=False)
@@ -73,10 +73,10 @@ class RuleSet:
             raise PolicyError(MISSING, "*.cedar", f"none in {folder}, so nothing would be allowed: write one")
         policies = PolicySet.parse(schema, texts)
         _check_questions(policies)
-        cases = tuple(Case.parse(name, data) for name, data in files.items() if name.startswith(written.FOLDER))
+        cases = tuple(PolicyCase.parse(name, data) for name, data in files.items() if name.startswith(written.FOLDER))
         return cls(policies, cases, _digest(files), plans, signature)
 
-    def run(self) -> Iterator[tuple[Case, str | None]]:
+    def run(self) -> Iterator[tuple[PolicyCase, str | None]]:
         """Each case, and what is wrong with its decision."""
         for case in self.cases:
             yield case, case.fails(self.policies.decide(case.request.question()))

@@ -30,7 +30,7 @@ from lacre_gateway.audit.log import AuditUnavailable
 from lacre_gateway.budget.fields import details
 from lacre_gateway.budget.holds import AboveLimit, BudgetRefused, Exhausted, UnknownPlan
 from lacre_gateway.budget.in_flight import LimitExceeded
-from lacre_gateway.budget.plans import Kind
+from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.http.exchange import ClientGone, Exchange, Stalled
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.observe.metrics import Metrics
@@ -142,7 +142,7 @@ def _of_process(error: LimitExceeded) -> Refusal:
 
 def _of_budget(error: BudgetRefused) -> Refusal:
     if isinstance(error, Exhausted):
-        spent = error.kind in (Kind.TOKENS_PER_DAY, Kind.MONEY_PER_MONTH)
+        spent = error.kind in (LimitKind.TOKENS_PER_DAY, LimitKind.MONEY_PER_MONTH)
         problem = problems.BUDGET_SPENT if spent else problems.RATE_LIMITED
         return Refusal(problem, retry_after=error.retry_after, details=details(error.kind, error.met))
     if isinstance(error, AboveLimit):

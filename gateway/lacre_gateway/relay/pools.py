@@ -9,7 +9,7 @@ from lacre import problems
 from lacre.trust.manifest import Pool
 from lacre.wire.header import SealedHeader
 from lacre_fabric.nats.manifest_feed import ManifestFeed
-from lacre_gateway.http.headers import Outer
+from lacre_gateway.http.headers import OuterHeaders
 from lacre_gateway.http.refusal import Refusal
 
 _RETRY: Final = 5.0  # seconds: a publication takes about as long to reach a gateway
@@ -27,7 +27,7 @@ def etag(document: bytes) -> str:
     return f'"{hashlib.sha256(document).hexdigest()[:32]}"'
 
 
-def pool_for(feed: ManifestFeed, outer: Outer, header: SealedHeader, now: float) -> Pool:
+def pool_for(feed: ManifestFeed, outer: OuterHeaders, header: SealedHeader, now: float) -> Pool:
     """The pool that can open this request and serves this model. now: seconds since the epoch. Raises Refusal."""
     pools = require(feed).manifest.pools
     pool = pools.get(outer.pool)

@@ -28,7 +28,7 @@ from lacre.trust.manifest import Pool
 from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, SealedHeader, inspect_request
 from lacre_fabric.logs import places
 from lacre_fabric.work.contract import Dispatch, FabricError, Work, WorkerLost
-from lacre_fabric.work.frames import Kind
+from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.grants import Grant
 from lacre_gateway.audit.entries import Intent
 from lacre_gateway.auth.tokens import Access, Principal
@@ -37,8 +37,8 @@ from lacre_gateway.budget.holds import BudgetRefused, Exhausted, Hold
 from lacre_gateway.budget.in_flight import LimitExceeded, Reservation
 from lacre_gateway.budget.settlement import Claim
 from lacre_gateway.gateway import Gateway
-from lacre_gateway.http.exchange import Attended, ClientGone, Exchange, Receive, Scope, Send, Stalled, StreamBroken
-from lacre_gateway.http.headers import Outer
+from lacre_gateway.http.exchange import AnswerAborted, Attended, ClientGone, Exchange, Receive, Scope, Send, Stalled
+from lacre_gateway.http.headers import OuterHeaders
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.policy.cedar import Decision
 from lacre_gateway.policy.denial import denied, usable
@@ -77,7 +77,7 @@ class SealedEndpoint:
             if not exchange.started:
                 await exchange.refuse(Refusal(problems.INTERNAL))
             else:  # a worker that dies may be what it is about
-                with contextlib.suppress(StreamBroken):
+                with contextlib.suppress(AnswerAborted):
                     await _break_off(exchange, exc)
             raise
 
@@ -85,11 +85,11 @@ class SealedEndpoint:
 async def _break_off(exchange: Exchange, error: Exception) -> None:
     """Ends an answer that was under way. Raises StreamBroken where its worker is not lost."""
     if not may_be_lost(error):
-        raise StreamBroken from error
+        raise AnswerAborted from error
     try:
         await exchange.give_up()
     except Stalled:
-        raise StreamBroken from error
+        raise AnswerAborted from error
 
 
 async def relay(gateway: Gateway, exchange: Exchange) -> None:
@@ -261,7 +261,9 @@ class _Begun:
     size: int
 
 
-async def _understood(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, begun: _Begun) -> _Request:
+async def _understood(
+    gateway: Gateway, exchange: Exchange, principal: Principal, outer: OuterHeaders, begun: _Begun
+) -> _Request:
     """`_inspected`, and once more after a look at the fabric where the key is not known: a rotation may be that young."""
     try:
         return _inspected(gateway, exchange, principal, outer, begun)
@@ -272,7 +274,7 @@ async def _understood(gateway: Gateway, exchange: Exchange, principal: Principal
     return _inspected(gateway, exchange, principal, outer, begun)
 
 
-def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer: Outer, begun: _Begun) -> _Request:
+def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer: OuterHeaders, begun: _Begun) -> _Request:
     """Raises Refusal."""
     header = begun.header
     question = Question(
@@ -296,7 +298,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
     )
 
 
-def _pool(gateway: Gateway, question: Question, outer: Outer, header: SealedHeader) -> Pool:
+def _pool(gateway: Gateway, question: Question, outer: OuterHeaders, header: SealedHeader) -> Pool:
     """Raises Refusal. Of an unknown model it names those that this caller may use."""
     try:
         return pool_for(gateway.feed, outer, header, gateway.clock())
@@ -337,21 +339,21 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list
     size = 0
     async with aclosing(dispatch.frames()) as frames:
         async for frame in frames:
-            if frame.kind is Kind.DATA:
+            if frame.kind is FrameKind.DATA:
                 pieces.append(frame.payload)
                 size += len(frame.payload)
-            elif frame.kind is Kind.ERROR and not pieces:
+            elif frame.kind is FrameKind.ERROR and not pieces:
                 raise WorkerRefused(frame.payload)
             if not exchange.started:
                 await exchange.begin((await trail.durable()).proof())
-            if frame.kind is Kind.USAGE:
+            if frame.kind is FrameKind.USAGE:
                 return pieces
-            if frame.kind is Kind.DATA and dispatch.ready and size < _TOGETHER:
+            if frame.kind is FrameKind.DATA and dispatch.ready and size < _TOGETHER:
                 continue
             await exchange.write(pieces)
             await dispatch.consumed(size)
             pieces, size = [], 0
-            if frame.kind is Kind.ERROR:
+            if frame.kind is FrameKind.ERROR:
                 raise WorkerRefused(frame.payload)
     raise WorkerLost("the frames ended without a last one")
 

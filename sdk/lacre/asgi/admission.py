@@ -35,7 +35,7 @@ class SealedRefusal:
     headers: tuple[tuple[str, str], ...] = field(default=())
 
 
-class Seen:
+class ReplayMemory:
     """The digests of requests opened here in the last while: refuses a replay on its own.
 
     Ask `check_date` first: what it refuses can never run, and costs no memory here. While the memory is full, the oldest dates
@@ -107,7 +107,7 @@ def sent_at(opened: Opened) -> float:
 
 
 def check_date(
-    opened: Opened, now: float, *, earliest: float = float("-inf"), seen: Seen | None = None
+    opened: Opened, now: float, *, earliest: float = float("-inf"), seen: ReplayMemory | None = None
 ) -> SealedRefusal | None:
     """earliest: a date before it is refused too; what ran before this process began is not in its memory. seen: so is a date
     that it does not take.

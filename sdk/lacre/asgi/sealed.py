@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lacre import problems
-from lacre.asgi.admission import SealedRefusal, Seen, check_date, check_path, sent_at
+from lacre.asgi.admission import ReplayMemory, SealedRefusal, check_date, check_path, sent_at
 from lacre.asgi.app_call import App, Call, Opened, Receive, Scope, Send, answer, open_sealed, refuse
 from lacre.errors import AppFailed, LacreError, SettingsError, UnknownKeyId, UsageError
 from lacre.jose.jws import b64u
@@ -88,7 +88,7 @@ class Sealed:
             self._began = float(int(clock()))  # a `date` has whole seconds
         except (TypeError, ValueError, OverflowError) as exc:
             raise UsageError("clock: it must return seconds since the epoch") from exc
-        self._seen = Seen()
+        self._seen = ReplayMemory()
         self._reading = 0  # bytes of requests that are not whole
 
     @property

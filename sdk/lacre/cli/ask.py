@@ -10,7 +10,7 @@ import typer
 
 from lacre.cli.chat import MaxTokens, Model, System, Temperature, sampling
 from lacre.cli.output import AsJson, PoolName, Url, say_json, waiting
-from lacre.cli.render import Plain, show
+from lacre.cli.render import PlainOutput, show
 from lacre.cli.surroundings import read_file, read_stdin, utf8
 from lacre.client import Client
 from lacre.errors import SettingsError
@@ -35,7 +35,7 @@ def ask(
         params["response_format"] = response_format(schema)
     with Client(url, pool=pool) as client:
         if not as_json:
-            show(client.chat_stream(turns, **params), Plain())
+            show(client.chat_stream(turns, **params), PlainOutput())
             return
         with waiting("waiting for the answer"):
             reply = client.chat(turns, **params)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lacre.cli.output import PoolName, Url, at_terminal, out
-from lacre.cli.render import Plain, Rendered, show
+from lacre.cli.render import PlainOutput, Rendered, show
 from lacre.cli.surroundings import stdin_lines
 from lacre.client import Client
 
@@ -38,7 +38,7 @@ def chat(
     turns = [{"role": "system", "content": system}] if system is not None else []
     with Client(url, pool=pool) as client:
         if prompt is not None:
-            display = Rendered(out()) if at_terminal() and not plain else Plain()
+            display = Rendered(out()) if at_terminal() and not plain else PlainOutput()
             show(client.chat_stream([*turns, {"role": "user", "content": prompt}], **params), display)
         elif sys.stdin.isatty() and at_terminal():
             from lacre.cli.conversation import Conversation
@@ -59,7 +59,7 @@ def _from_a_pipe(client: Client, turns: list[Turn], params: dict[str, Any]) -> N
     for question in _lines():
         turns.append({"role": "user", "content": question})
         stream = client.chat_stream(turns, **params)
-        show(stream, Plain())
+        show(stream, PlainOutput())
         turns.append({"role": "assistant", "content": stream.text})
 
 

@@ -19,7 +19,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from lacre.chat.stream import ChatStream
 from lacre.cli import lock
 from lacre.cli.output import err, out, printable, tell, waiting
-from lacre.cli.render import Pace, Plain, Rendered, show
+from lacre.cli.render import PlainOutput, Rendered, Throughput, show
 from lacre.client import Client
 from lacre.errors import LacreError, SettingsError
 from lacre.runtime import private_files
@@ -53,7 +53,7 @@ class Conversation:
         self._client = client
         self._turns = turns
         self._params = params
-        self._display: Callable[[], Plain | Rendered] = lambda: Rendered(out()) if rendered else Plain()
+        self._display: Callable[[], PlainOutput | Rendered] = lambda: Rendered(out()) if rendered else PlainOutput()
         self._prompt: PromptSession[str] = PromptSession(
             history=_history(history),
             multiline=True,
@@ -137,7 +137,7 @@ def save(path: Path, turns: list[dict[str, str]]) -> None:
         raise SettingsError(f"{path} cannot be written ({exc.strerror}): name a file that is not there yet") from exc
 
 
-def _told(stream: ChatStream, pace: Pace) -> str:
+def _told(stream: ChatStream, pace: Throughput) -> str:
     reply = stream.reply()
     usage = reply.usage
     counts = f"{usage.completion} tokens · {pace.rate:.1f} tokens/s · first after {pace.first:.2f} s"

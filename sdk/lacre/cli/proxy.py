@@ -20,7 +20,7 @@ from lacre.runtime import private_files, shell, tasks
 from lacre.runtime.hosts import is_loopback
 
 if TYPE_CHECKING:
-    from lacre.proxy import Door
+    from lacre.proxy import ProxyAccess
 
 DEFAULT_PORT: Final = 11435
 MIN_KEY: Final = 32  # characters: what is shorter could be guessed by a program on the same machine
@@ -49,14 +49,14 @@ def proxy(
     as_json: AsJson = False,
 ) -> None:
     """Serve OpenAI's API on loopback, sealing every request. Ctrl-C ends it."""
-    from lacre.proxy import Door
+    from lacre.proxy import ProxyAccess
     from lacre.runtime.hosts import base_url
 
     check_host(host, allowed=allow_remote)
     key = secrets.token_urlsafe(32) if key_file is None else key_from(key_file)
     with listening(host, port) as listener:
         port = listener.getsockname()[1]
-        door = Door.on(port, key, names=allow_host or (), origins=allow_origin or (), listening=host)
+        door = ProxyAccess.on(port, key, names=allow_host or (), origins=allow_origin or (), listening=host)
         shown = base_url(host, port)
         told = _as_json(shown, key, key_file) if as_json else _as_shell(shown, key, key_file)
         if door.hosts.everywhere:
@@ -106,7 +106,7 @@ def listening(host: str, port: int) -> socket.socket:
         raise SettingsError(f"port {port} of {host} cannot be had ({exc.strerror}): choose another with --port") from exc
 
 
-async def _serve(url: str | None, pool: str, door: Door, listener: socket.socket, told: str) -> None:
+async def _serve(url: str | None, pool: str, door: ProxyAccess, listener: socket.socket, told: str) -> None:
     import uvicorn
 
     from lacre.client import AsyncClient

@@ -39,7 +39,7 @@ class Display(Protocol):
     ) -> None: ...
 
 
-class Plain:
+class PlainOutput:
     """The text as it is, and a line end after it. For a terminal its control characters are made visible."""
 
     def __init__(self) -> None:
@@ -103,14 +103,14 @@ def ended_blocks(text: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Throughput:
     """How quickly an answer came: seconds until its first piece, and tokens for each second after it."""
 
     first: float
     rate: float
 
 
-def show(stream: ChatStream, display: Display) -> Pace:
+def show(stream: ChatStream, display: Display) -> Throughput:
     """Shows the stream's text to its end. Raises what the stream raises, with all shown that came."""
     began = time.monotonic()
     with waiting("sealed, and waiting for the first token"):
@@ -122,4 +122,4 @@ def show(stream: ChatStream, display: Display) -> Pace:
             piece = next(stream, None)
     later = time.monotonic() - first
     tokens = max(stream.reply().receipt.completion_tokens - 1, 0)
-    return Pace(first - began, tokens / later if later > 0 else 0.0)
+    return Throughput(first - began, tokens / later if later > 0 else 0.0)

@@ -45,7 +45,7 @@ from lacre.exchange.first_use import first_use
 from lacre.exchange.model_paths import misdirected
 from lacre.exchange.request import Plain, Prepared, is_repeatable, prepare
 from lacre.exchange.retry import ENDURANCE, Retries, delay
-from lacre.exchange.sealed_answer import MAX_PROBLEM, Opening, Refusal, Trailers, check_sealed, problem_of, read_all
+from lacre.exchange.sealed_answer import MAX_PROBLEM, GatewayRefusal, Opening, Trailers, check_sealed, problem_of, read_all
 from lacre.exchange.steps import Offload, Outer, Read, Renew, Send, Steps, Together, Wait, sent_bytes, sent_outer
 from lacre.jose.jws import b64u
 from lacre.problems import DATE, INVALID_TOKEN, PATH_NOT_ALLOWED, UNKNOWN_KEY, Problem, details
@@ -81,7 +81,7 @@ class Scope:
 
 
 @dataclass(slots=True)
-class Call:
+class CallState:
     """What one call knows of itself, over all its attempts. Nothing in it is another call's, nor comes to be.
 
     mended: what was mended already, and is not tried again. fetches: of the client, by the time that its manifest was taken.
@@ -107,7 +107,7 @@ class Call:
 class Sealing:
     """What the calls of one client share: the pinned root, the newest manifest, and the scope of now. Thread-safe.
 
-    What belongs to one call is in its `Call`. A forked child has a scope of its own.
+    What belongs to one call is in its `CallState`. A forked child has a scope of its own.
 
     kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
     retries: how often a request is sent again before anything of its answer was handed on; None as `lacre.exchange.retry` has
@@ -169,7 +169,7 @@ class Sealing:
             exc.verification = exc.verification or self._checked(None)
             raise
 
-    def exchange(self, plain: Plain, endurance: float = ENDURANCE, lost: int = 0) -> Steps[Opening | Refusal]:
+    def exchange(self, plain: Plain, endurance: float = ENDURANCE, lost: int = 0) -> Steps[Opening | GatewayRefusal]:
         """Seals `plain` as often as it takes: once, and once more for a new key or a corrected clock.
 
         endurance: seconds for tries of what did not run, where the caller named no number. lost: workers that this call may
@@ -178,7 +178,7 @@ class Sealing:
         """
         repeatable = is_repeatable(plain)
         retries = Retries.of(self._retries, repeatable=repeatable, endurance=endurance, clock=self._clock, lost=lost)
-        call = Call(plain, retries, self._scope_now())
+        call = CallState(plain, retries, self._scope_now())
         try:
             return (yield from self._exchange(call))
         except LacreError as exc:
@@ -187,7 +187,7 @@ class Sealing:
             exc.verification = exc.verification or self._checked(None)
             raise
 
-    def _exchange(self, call: Call) -> Steps[Opening | Refusal]:
+    def _exchange(self, call: CallState) -> Steps[Opening | GatewayRefusal]:
         retries = call.retries
         while True:
             yield from self._learn(retries.rest)
@@ -213,7 +213,9 @@ class Sealing:
             else:
                 call.mended.add(refusal.problem)
 
-    def _attempt(self, call: Call, send: Send, opening: Opening, sent: Mapping[str, object]) -> Steps[Refusal | None]:
+    def _attempt(
+        self, call: CallState, send: Send, opening: Opening, sent: Mapping[str, object]
+    ) -> Steps[GatewayRefusal | None]:
         """None once the answer's head is there."""
         outer = sent_outer((yield send))
         opening.facts.request_id = outer.request_id
@@ -227,14 +229,14 @@ class Sealing:
                 problem, said = misdirected(call.plain.method, call.plain.path.partition("?")[0])
             elif problem is INVALID_TOKEN and not said and outer.token_expires is not None:
                 said = {"expired_at": outer.token_expires} if outer.token_expires <= self._clock() else said
-            return Refusal(problem, outer.retry_after, opening.facts, said)
+            return GatewayRefusal(problem, outer.retry_after, opening.facts, said)
         check_sealed(outer)
         opening.facts.audit = yield from self._proved(call, outer, {**sent, "decision": "allow"})
         while not opening.ready:
             opening.feed(sent_bytes((yield Read())))
         return None
 
-    def _mended(self, call: Call, problem: Problem) -> Steps[bool]:
+    def _mended(self, call: CallState, problem: Problem) -> Steps[bool]:
         """Whether what the gateway minds may be over now."""
         if problem is UNKNOWN_KEY:
             yield from self._refresh(call)
@@ -265,7 +267,7 @@ class Sealing:
             with self._lock:
                 self._missed_at = self._clock()
 
-    def _refresh(self, call: Call, *, beside: bool = False) -> Steps[None]:
+    def _refresh(self, call: CallState, *, beside: bool = False) -> Steps[None]:
         """Fetches the manifest, unless that was done since the call took its own.
 
         beside: while an answer waits, which is then tried once; see `Together`.
@@ -304,7 +306,7 @@ class Sealing:
                 self._trusted, self._fetched_at, self._doubted = trusted, now, False
             self._fetches += 1
 
-    def _proved(self, call: Call, outer: Outer, sent: Mapping[str, object]) -> Steps[AuditProof]:
+    def _proved(self, call: CallState, outer: Outer, sent: Mapping[str, object]) -> Steps[AuditProof]:
         """The gateway's proof that it recorded what was sent, and for whom. Raises InvalidAudit.
 
         Its key may have changed since this side learned the manifest: nobody is accused before that was looked at.
@@ -350,7 +352,7 @@ class Sealing:
                 raise Expired("the manifest has expired: the operator must run `lacre manifest publish`")
             return self._trusted, self._fetches
 
-    def _seal(self, call: Call) -> tuple[Send, Opening, Mapping[str, object]]:
+    def _seal(self, call: CallState) -> tuple[Send, Opening, Mapping[str, object]]:
         """What to send, what opens the answer, and what the gateway's audit entry must say of it."""
         manifest = call.manifest
         pool = manifest.pools.get(self._pool)

@@ -21,7 +21,7 @@ from lacre.exchange.call import Sealing
 from lacre.exchange.request import Plain, is_repeatable
 from lacre.exchange.resume_marks import ASK, DIGEST, MEMBER, YES
 from lacre.exchange.retry import ENDURANCE_RESUMING, MOST_LOST, may_have_lost
-from lacre.exchange.sealed_answer import Opening, Refusal
+from lacre.exchange.sealed_answer import GatewayRefusal, Opening
 from lacre.exchange.sse_join import Splice
 from lacre.exchange.steps import Steps, Wait
 from lacre.wire.records import EVENT_STREAM
@@ -35,7 +35,7 @@ def asking(plain: Plain) -> Plain:
     return replace(plain, headers=(*(field for field in plain.headers if field[0] != ASK), (ASK, YES)))
 
 
-class Answer:
+class ResumableAnswer:
     """plain: the application's request. opening: of its first sealed answer, whose head is there."""
 
     def __init__(self, sealing: Sealing, plain: Plain, opening: Opening) -> None:
@@ -99,7 +99,7 @@ class Answer:
         self._rest -= self._sealing.now() - began
         self.facts.attempts += outcome.facts.attempts
         self.facts.lost = outcome.facts.lost
-        if isinstance(outcome, Refusal):
+        if isinstance(outcome, GatewayRefusal):
             refusal = outcome.exception()
             raise self._broken("the answer broke off, and the request that goes on with it was refused") from refusal
         self._join(outcome)

@@ -27,7 +27,7 @@ _OF_PROXIES: Final = frozenset({502, 503, 504})  # what they say, in words of th
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class AnswerHead:
     """The sealed answer's own status and headers."""
 
     status: int
@@ -44,7 +44,7 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class GatewayRefusal:
     """The gateway would not take the request. Nobody signed this. details: what it says beside the problem's type."""
 
     problem: Problem
@@ -71,7 +71,7 @@ class Opening:
         self._verify = verify
         self._decoder = bhttp.ResponseDecoder()
         self._pending: list[bytes] = []
-        self._head: Head | None = None
+        self._head: AnswerHead | None = None
         self.ended = False
         self.facts = facts
 
@@ -95,8 +95,8 @@ class Opening:
     def _take(self, events: Sequence[bhttp.Event]) -> None:
         for event in events:
             match event:
-                case bhttp.Head(informational=False):
-                    self._head = _uncoded(Head(event.status, event.headers))
+                case bhttp.ResponseHead(informational=False):
+                    self._head = _uncoded(AnswerHead(event.status, event.headers))
                 case bhttp.Data():
                     self._pending.append(event.content)
                 case bhttp.End():
@@ -111,7 +111,7 @@ class Opening:
         return not is_problem or self.ended or sum(map(len, self._pending)) > MAX_PROBLEM
 
     @property
-    def head(self) -> Head:
+    def head(self) -> AnswerHead:
         if self._head is None:
             raise InvalidMessage("the sealed answer has no head")
         return self._head
@@ -135,7 +135,7 @@ def read_all(limit: int) -> Steps[bytes]:
     return bytes(content[:limit])
 
 
-def _uncoded(head: Head) -> Head:
+def _uncoded(head: AnswerHead) -> AnswerHead:
     """No worker was asked to compress, and what one byte may unfold to has no bound. Raises InvalidMessage."""
     codings = (value.strip().lower() for name, value in head.headers if name == "content-encoding")
     if any(coding not in ("", "identity") for coding in codings):  # in whichever field: an HTTP library applies them all

@@ -59,7 +59,7 @@ class UnreadableRequest(InvalidMessage):
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class RequestHead:
     """A request's head. path, query: as they were sent, without the `?`; path in its normal form. fields: names in lower case.
 
     length: of the body in bytes; None where it is chunked. version: "1.0" or "1.1". keep_alive: whether another request may
@@ -84,12 +84,12 @@ class Body:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class RequestEnd:
     """The body is whole. What is read next is another request."""
 
 
-Event = Head | Body | End
-_END: Final = End()
+Event = RequestHead | Body | RequestEnd
+_END: Final = RequestEnd()
 
 
 class RequestReader:
@@ -239,7 +239,7 @@ class RequestReader:
         return line
 
 
-def parse_head(raw: bytes, *, encoded_slashes: bool = False) -> Head:
+def parse_head(raw: bytes, *, encoded_slashes: bool = False) -> RequestHead:
     """raw: request line and fields, each with its CR LF, without the empty line. Raises UnreadableRequest."""
     first, *lines = raw[:-2].split(b"\r\n")
     if len(lines) > MAX_FIELDS:
@@ -253,7 +253,7 @@ def parse_head(raw: bytes, *, encoded_slashes: bool = False) -> Head:
         if name in _FRAMING:
             framing.setdefault(name, []).append(value)
     _check_host(framing.get(b"host", []), version)
-    return Head(
+    return RequestHead(
         method=method,
         path=path,
         query=query,

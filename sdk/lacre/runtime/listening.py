@@ -31,7 +31,7 @@ from uvicorn.protocols.http.flow_control import FlowControl, service_unavailable
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from lacre.runtime.http1 import Body, Head, RequestReader, UnreadableRequest
+from lacre.runtime.http1 import Body, RequestHead, RequestReader, UnreadableRequest
 
 AHEAD: Final = 64 * 1024  # bytes of further requests that are kept while one is under way
 DISCARDED: Final = 1024 * 1024  # bytes of a body that are read for nobody, so that a client sees why
@@ -230,7 +230,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Reads as far as it may: the next head waits for the end of the answer before."""
         try:
             while not self._refused and not (self._busy and self._reader.between) and (event := self._reader.next()):
-                if isinstance(event, Head):
+                if isinstance(event, RequestHead):
                     self._begin(event)
                 elif isinstance(event, Body):
                     self._take(event.content)
@@ -243,7 +243,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.flow.pause_reading()  # until the application has taken what there is, or has answered
         self._account()
 
-    def _begin(self, head: Head) -> None:
+    def _begin(self, head: RequestHead) -> None:
         self._end_deadline()
         self._unread, self._discarded = True, 0
         self.door.works(self)

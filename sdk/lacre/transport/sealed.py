@@ -22,8 +22,8 @@ from lacre.evidence.verification import Verification
 from lacre.exchange import retry
 from lacre.exchange.call import ORIGIN, Sealing
 from lacre.exchange.request import Plain
-from lacre.exchange.resume import Answer, asking
-from lacre.exchange.sealed_answer import Refusal
+from lacre.exchange.resume import ResumableAnswer, asking
+from lacre.exchange.sealed_answer import GatewayRefusal
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
 from lacre.runtime.forks import PerLoop, PerProcess
@@ -65,11 +65,11 @@ class SealedTransport(httpx2.BaseTransport):
         try:
             wire = Wire(self._link, request.extensions)
             outcome = wire.run(self._sealing.exchange(plain))
-            if isinstance(outcome, Refusal):
+            if isinstance(outcome, GatewayRefusal):
                 wire.close()
                 slot.leave()
                 return refusal_response(outcome)
-            answer = Answer(self._sealing, plain, outcome)
+            answer = ResumableAnswer(self._sealing, plain, outcome)
             return sealed_response(answer, SealedStream(answer, wire, slot))
         except BaseException:
             slot.leave()
@@ -111,11 +111,11 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
         try:
             wire = AsyncWire(self._link, request.extensions)
             outcome = await wire.run(self._sealing.exchange(plain))
-            if isinstance(outcome, Refusal):
+            if isinstance(outcome, GatewayRefusal):
                 await wire.close()
                 slot.leave()
                 return refusal_response(outcome)
-            answer = Answer(self._sealing, plain, outcome)
+            answer = ResumableAnswer(self._sealing, plain, outcome)
             return sealed_response(answer, AsyncSealedStream(answer, wire, slot))
         except BaseException:
             slot.leave()
@@ -136,7 +136,7 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
 class SealedStream(httpx2.SyncByteStream):
     """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
 
-    def __init__(self, answer: Answer, wire: Wire, slot: Slot) -> None:
+    def __init__(self, answer: ResumableAnswer, wire: Wire, slot: Slot) -> None:
         self._answer = answer
         self._wire = wire
         self._slot = slot
@@ -163,7 +163,7 @@ class SealedStream(httpx2.SyncByteStream):
 class AsyncSealedStream(httpx2.AsyncByteStream):
     """The async twin of `SealedStream`."""
 
-    def __init__(self, answer: Answer, wire: AsyncWire, slot: Slot) -> None:
+    def __init__(self, answer: ResumableAnswer, wire: AsyncWire, slot: Slot) -> None:
         self._answer = answer
         self._wire = wire
         self._slot = slot
@@ -200,7 +200,7 @@ def plain_request(request: httpx2.Request, content: bytes) -> Plain:
     return Plain(request.method, url.raw_path.decode("ascii"), headers, content)
 
 
-def sealed_response(answer: Answer, stream: httpx2.SyncByteStream | httpx2.AsyncByteStream) -> httpx2.Response:
+def sealed_response(answer: ResumableAnswer, stream: httpx2.SyncByteStream | httpx2.AsyncByteStream) -> httpx2.Response:
     head = answer.head
     headers = [(name.encode("ascii"), value.encode("latin-1")) for name, value in head.headers if name != REQUEST_ID]
     if answer.facts.request_id is not None:
@@ -208,7 +208,7 @@ def sealed_response(answer: Answer, stream: httpx2.SyncByteStream | httpx2.Async
     return httpx2.Response(head.status, headers=headers, stream=stream, extensions={FACTS: answer.facts})
 
 
-def refusal_response(refusal: Refusal) -> httpx2.Response:
+def refusal_response(refusal: GatewayRefusal) -> httpx2.Response:
     problem, exception = refusal.problem, refusal.exception()
     refusal.facts.tell(exception)
     code = "model_not_found" if problem is problems.UNKNOWN_POOL else problem.slug

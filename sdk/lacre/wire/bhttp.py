@@ -63,7 +63,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class ResponseHead:
     """The status and headers of a response. Informational ones (1xx) come before the final one."""
 
     status: int
@@ -85,7 +85,7 @@ class End:
     trailers: Fields = field(default=(), repr=False)
 
 
-Event = Head | Data | End
+Event = ResponseHead | Data | End
 
 
 # Encoding
@@ -328,7 +328,7 @@ class _Parser:
             if not 100 <= status <= 599 or status == 101:
                 raise errors.InvalidMessage("the status is not 100 to 599, or is 101")
             headers = yield from self._fields(known, MAX_HEADER_SECTION)
-            self._events.append(Head(status, headers, informational=status < 200))
+            self._events.append(ResponseHead(status, headers, informational=status < 200))
             if status >= 200:
                 return headers
         raise errors.MessageTooLarge(f"the response has more than {MAX_INFORMATIONAL} informational ones before it")

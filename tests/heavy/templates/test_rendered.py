@@ -24,8 +24,8 @@ from heavy.templates.conversations import CONVERSATIONS, IN_PARTS, WORD, Message
 from lacre.errors import SettingsError
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.prompts import chat_prompt
-from lacre_backend.api.registry import Served
-from lacre_backend.api.requests import ChatRequest, parse_chat
+from lacre_backend.api.registry import ServedModel
+from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
 from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
 from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import ControlToken, ModelInfo
@@ -176,16 +176,16 @@ def test_each_is_equal_or_refused_by_name(templates: dict[str, str], theirs: lis
     assert len(alike) >= 60
 
 
-def served(name: str, source: str) -> Served | None:
+def served(name: str, source: str) -> ServedModel | None:
     engine = EchoEngine(name=name, n_ctx=2**20)
     engine.model = dataclasses.replace(engine.model, chat_template=source)
     try:
-        return Served(engine)
+        return ServedModel(engine)
     except SettingsError:
         return None
 
 
-def asked(messages: Messages, tools: Tools) -> ChatRequest:
+def asked(messages: Messages, tools: Tools) -> ChatCompletionRequest:
     """As a client of OpenAI's API sends it."""
     sent = [{name: value for name, value in each.items() if (each["role"], name) != ("tool", "name")} for each in messages]
     for i, message in enumerate(sent):

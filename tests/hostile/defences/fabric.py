@@ -69,7 +69,7 @@ MUTATIONS: Final = (
     Mutation("cancels of unknown requests are limited", "lacre_fabric.nats.pool:_Stray.add",
              "if request in self._told or len(self._told) >= MAX_STRAY:",
              "if request in self._told:", "test_nats.py::test_to_nobody"),
-    Mutation("oversized messages are dropped as they arrive", "lacre_fabric.nats.protocol:Reader._line",
+    Mutation("oversized messages are dropped as they arrive", "lacre_fabric.nats.protocol:ProtocolReader._line",
              "if size > self._keep:", "if False:", "test_nats.py::test_too_long"),
     Mutation("the gateway looks for requests that have not begun", "lacre_fabric.nats.pool:PoolSide._returned",
              "self.look_soon()", "", "test_nats.py::test_cut"),

@@ -60,7 +60,7 @@ _LAST: Final = ("unevaluatedItems", "unevaluatedProperties")
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Evaluated:
     """What was evaluated in place. items: how many of the first; None: all."""
 
     names: frozenset[str] = frozenset()
@@ -69,17 +69,17 @@ class Seen:
     items: int | None = 0
     contained: Literals = ()
 
-    def __or__(self, other: Seen) -> Seen:
+    def __or__(self, other: Evaluated) -> Evaluated:
         items = None if self.items is None or other.items is None else max(self.items, other.items)
-        return Seen(self.names | other.names, (*self.patterns, *other.patterns), self.properties or other.properties, items,
-                    (*self.contained, *other.contained))  # fmt: skip
+        patterns, contained = (*self.patterns, *other.patterns), (*self.contained, *other.contained)
+        return Evaluated(self.names | other.names, patterns, self.properties or other.properties, items, contained)
 
 
-_NOTHING_SEEN: Final = Seen()
-Branch = tuple[Case, Seen]
+_NOTHING_SEEN: Final = Evaluated()
+Branch = tuple[Case, Evaluated]
 
 
-class Document:
+class SchemaDocument:
     """A schema, with the places that references name."""
 
     def __init__(self, root: Any) -> None:
@@ -162,7 +162,7 @@ class Document:
 class Cases:
     """Expands literals. strict: refuse what is not known, instead of leaving it to the model."""
 
-    document: Document
+    document: SchemaDocument
     strict: bool
     made: int = 0
     _open: list[tuple[object, ...]] = field(default_factory=list)
@@ -254,7 +254,7 @@ class Cases:
 
     # What a keyword demands, and what breaks it
 
-    def _apply(self, keyword: str, place: Place, case: Case, seen: Seen, *, track: bool) -> list[Branch]:
+    def _apply(self, keyword: str, place: Place, case: Case, seen: Evaluated, *, track: bool) -> list[Branch]:
         value = place.schema[keyword]
         match keyword:
             case "$ref" | "$dynamicRef":
@@ -282,26 +282,26 @@ class Cases:
                 return self._unevaluated(keyword, place, case, seen)
         return [(each, self._seen(keyword, place, case.type)) for each in demanded(self.unknown, keyword, place, case)]
 
-    def _seen(self, keyword: str, place: Place, kind: str) -> Seen:
+    def _seen(self, keyword: str, place: Place, kind: str) -> Evaluated:
         schema, value = place.schema, place.schema[keyword]
         if kind == "object":
             match keyword:
                 case "properties":
-                    return Seen(names=frozenset(value))
+                    return Evaluated(names=frozenset(value))
                 case "patternProperties":
-                    return Seen(patterns=tuple(value))
+                    return Evaluated(patterns=tuple(value))
                 case "additionalProperties":
-                    return Seen(properties=True)
+                    return Evaluated(properties=True)
         elif kind == "array":
             match keyword:
                 case "prefixItems":
-                    return Seen(items=len(value))
+                    return Evaluated(items=len(value))
                 case "items":
-                    return Seen(items=len(value) if isinstance(value, list) else None)
+                    return Evaluated(items=len(value) if isinstance(value, list) else None)
                 case "additionalItems" if isinstance(schema.get("items"), list):
-                    return Seen(items=None)
+                    return Evaluated(items=None)
                 case "contains":
-                    return Seen(contained=(Literal(place.inside(value, keyword)),))
+                    return Evaluated(contained=(Literal(place.inside(value, keyword)),))
         return _NOTHING_SEEN
 
     def _deny(self, keyword: str, place: Place, case: Case) -> list[Case]:
@@ -368,7 +368,7 @@ class Cases:
         """Each option holds or does not; so many of them do."""
         if 1 in numbers and self._disjoint(options, case):
             return [branch for option in options for branch in self._literal(option, case, track=True)]
-        branches: list[tuple[Case, Seen, int]] = [(case, _NOTHING_SEEN, 0)]
+        branches: list[tuple[Case, Evaluated, int]] = [(case, _NOTHING_SEEN, 0)]
         for option in options:
             after = [(c, seen | more, n + 1) for b, seen, n in branches if n + 1 < numbers.stop
                      for c, more in self._literal(option, b, track=True)]  # fmt: skip
@@ -437,14 +437,14 @@ class Cases:
 
     # What nothing else told of
 
-    def _unevaluated(self, keyword: str, place: Place, case: Case, seen: Seen) -> list[Branch]:
+    def _unevaluated(self, keyword: str, place: Place, case: Case, seen: Evaluated) -> list[Branch]:
         literal = Literal(place.inside(place.schema[keyword], keyword))
         if keyword == "unevaluatedProperties":
             if case.type != "object" or seen.properties:
                 return [(case, _NOTHING_SEEN)]
             anything = Literal(place.inside(True, keyword))
             known = Properties(dict.fromkeys(seen.names, anything), tuple((p, anything) for p in seen.patterns), literal)
-            return [(replace(case, properties=(*case.properties, known)), Seen(properties=True))]
+            return [(replace(case, properties=(*case.properties, known)), Evaluated(properties=True))]
         if case.type != "array" or seen.items is None:
             return [(case, _NOTHING_SEEN)]
         anything = Literal(place.inside(True, keyword))
@@ -453,9 +453,9 @@ class Cases:
             literal = Literal(replace(literal.place, schema=either))
             self.document._bases.setdefault(id(either), place.base)
         items = Items((anything,) * seen.items, literal)
-        return [(replace(case, items=(*case.items, items)), Seen(items=None))]
+        return [(replace(case, items=(*case.items, items)), Evaluated(items=None))]
 
-    def _unevaluated_fails(self, keyword: str, place: Place, case: Case, seen: Seen) -> list[Case]:
+    def _unevaluated_fails(self, keyword: str, place: Place, case: Case, seen: Evaluated) -> list[Case]:
         literal = Literal(place.inside(place.schema[keyword], keyword), False)
         if keyword == "unevaluatedProperties":
             if case.type != "object" or seen.properties:

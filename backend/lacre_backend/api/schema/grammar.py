@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema import sets
-from lacre_backend.api.schema.cases import Cases, Document
+from lacre_backend.api.schema.cases import Cases, SchemaDocument
 from lacre_backend.api.schema.rules import RuleMaker
 from lacre_backend.api.schema.scalars import ANY_OF, BLANK, PRELUDE
 from lacre_backend.api.schema.terms import Literal, NoSchema, SchemaRefused
@@ -58,7 +58,7 @@ class Grammars:
             if self._loosely and not strict:
                 return self._any(schema)
             self._given.append((param, schema))
-            document = Document(schema)
+            document = SchemaDocument(schema)
             maker = RuleMaker(Cases(document, strict), watched=alone)
             text = maker.text(Literal(document.root))
             self._count(maker.remainders)

@@ -63,7 +63,7 @@ class FunctionCall(Echoed):
     arguments: str
 
 
-class ToolCall(Echoed):
+class MessageToolCall(Echoed):
     """type: the only one that there is, which some clients lose when they join a stream's pieces."""
 
     ignored = _BOOKKEEPING

@@ -12,11 +12,19 @@ from typing import Final
 
 from lacre.errors import SettingsError
 from lacre_fabric.keys.kms.address import Address
-from lacre_fabric.keys.kms.protocol import Context, ExtraMissing, KeyWithheld, Kms, KmsError, KmsUnreachable, WrongWrapping
+from lacre_fabric.keys.kms.protocol import (
+    EncryptionContext,
+    ExtraMissing,
+    KeyWithheld,
+    Kms,
+    KmsError,
+    KmsUnreachable,
+    WrongWrapping,
+)
 
 __all__ = [
     "PLAIN",
-    "Context",
+    "EncryptionContext",
     "ExtraMissing",
     "KeyWithheld",
     "Kms",

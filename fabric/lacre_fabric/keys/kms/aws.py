@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 
 from lacre.errors import SettingsError
 from lacre_fabric.keys.kms.address import Address
-from lacre_fabric.keys.kms.protocol import Context, KeyWithheld, Kms, KmsError, KmsUnreachable, WrongWrapping
+from lacre_fabric.keys.kms.protocol import EncryptionContext, KeyWithheld, Kms, KmsError, KmsUnreachable, WrongWrapping
 
 _WITHHELD: Final = frozenset({
     "AccessDeniedException", "DisabledException", "KMSInvalidStateException", "NotFoundException", "KeyUnavailableException",
@@ -48,11 +48,11 @@ class AwsKms:
     def __init__(self, client: Any, key: str) -> None:
         self._client, self._key = client, key
 
-    def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:
+    def wrap(self, data_key: bytes | bytearray, context: EncryptionContext) -> bytes:
         said = self._ask("encrypt", Plaintext=bytes(data_key), EncryptionContext=context.members())
         return bytes(said["CiphertextBlob"])
 
-    def unwrap(self, wrapped: bytes, context: Context) -> bytearray:
+    def unwrap(self, wrapped: bytes, context: EncryptionContext) -> bytearray:
         # The key is named, so that no other one opens it that this process may use.
         return bytearray(self._ask("decrypt", CiphertextBlob=wrapped, EncryptionContext=context.members())["Plaintext"])
 

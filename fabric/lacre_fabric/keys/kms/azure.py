@@ -17,7 +17,7 @@ from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime.hosts import is_loopback
 from lacre.runtime.json_objects import parse_object
 from lacre_fabric.keys.kms.address import Address
-from lacre_fabric.keys.kms.protocol import Context, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
+from lacre_fabric.keys.kms.protocol import EncryptionContext, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
 from lacre_fabric.keys.kms.service import HttpService, Said
 
 _API: Final = "7.4"
@@ -44,11 +44,11 @@ class AzureKeys:
         self._service = HttpService(f"the key vault at {address.host}", address.origin)
         self._credential: Any = DefaultAzureCredential()
 
-    def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:  # noqa: ARG002 - see above
+    def wrap(self, data_key: bytes | bytearray, context: EncryptionContext) -> bytes:  # noqa: ARG002 - see above
         said = self._ask("wrapkey", self._version, b64u(bytes(data_key)))
         return json.dumps({"version": said.text("kid").rpartition("/")[2], "value": said.text("value")}).encode()
 
-    def unwrap(self, wrapped: bytes, context: Context) -> bytearray:  # noqa: ARG002 - see above
+    def unwrap(self, wrapped: bytes, context: EncryptionContext) -> bytearray:  # noqa: ARG002 - see above
         try:
             members = parse_object(wrapped, "the wrapped key")
             version, value = str(members["version"]), str(members["value"])

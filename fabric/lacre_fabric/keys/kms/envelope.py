@@ -21,14 +21,14 @@ from lacre.errors import InvalidMessage
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.runtime.json_objects import parse_object
 from lacre.wire.wiping import overwrite
-from lacre_fabric.keys.kms.protocol import DATA_KEY, Context, Kms, WrongWrapping
+from lacre_fabric.keys.kms.protocol import DATA_KEY, EncryptionContext, Kms, WrongWrapping
 
 _MAGIC: Final = b'{"wrapped":'  # neither PEM nor a pool key begins so
 _NONCE: Final = bytes(12)
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class WrappedKey:
     """What a wrapped key file says. scheme: of the service. public: what of a signing key everybody may know."""
 
     scheme: str
@@ -41,7 +41,7 @@ class Sealed:
         return json.dumps(members, separators=(",", ":")).encode()
 
     @classmethod
-    def parse(cls, data: bytes | bytearray) -> Sealed:
+    def parse(cls, data: bytes | bytearray) -> WrappedKey:
         """Raises WrongWrapping."""
         try:
             members = parse_object(data, "the wrapped key")
@@ -55,7 +55,7 @@ def is_sealed(data: bytes | bytearray) -> bool:
     return data.startswith(_MAGIC)
 
 
-def seal(kms: Kms, secret: bytes | bytearray, context: Context, public: bytes = b"") -> bytes:
+def seal(kms: Kms, secret: bytes | bytearray, context: EncryptionContext, public: bytes = b"") -> bytes:
     """Raises KmsError or SettingsError."""
     data_key = bytearray(os.urandom(DATA_KEY))
     try:
@@ -63,12 +63,12 @@ def seal(kms: Kms, secret: bytes | bytearray, context: Context, public: bytes = 
         content = AESGCM(data_key).encrypt(_NONCE, secret, _bound(context, public))
     finally:
         overwrite(data_key)
-    return Sealed(kms.scheme, wrapped, content, public).encode()
+    return WrappedKey(kms.scheme, wrapped, content, public).encode()
 
 
-def unseal(kms: Kms, data: bytes | bytearray, context: Context) -> bytearray:
+def unseal(kms: Kms, data: bytes | bytearray, context: EncryptionContext) -> bytearray:
     """The secret; overwrite it after use. Raises KmsError or SettingsError."""
-    sealed = Sealed.parse(data)
+    sealed = WrappedKey.parse(data)
     if sealed.scheme != kms.scheme:
         raise WrongWrapping(f"the key was wrapped by {sealed.scheme}: and is opened with {kms.scheme}:")
     data_key = kms.unwrap(sealed.wrapped, context)
@@ -84,5 +84,5 @@ def unseal(kms: Kms, data: bytes | bytearray, context: Context) -> bytearray:
         overwrite(opened)
 
 
-def _bound(context: Context, public: bytes) -> bytes:
+def _bound(context: EncryptionContext, public: bytes) -> bytes:
     return context.encode() + b"\0" + public  # no context has a zero byte

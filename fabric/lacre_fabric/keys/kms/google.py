@@ -15,7 +15,7 @@ from google.auth.transport.requests import Request
 
 from lacre.errors import SettingsError
 from lacre_fabric.keys.kms.address import Address, endpoint
-from lacre_fabric.keys.kms.protocol import Context, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
+from lacre_fabric.keys.kms.protocol import EncryptionContext, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
 from lacre_fabric.keys.kms.service import HttpService, Said, base64_text
 
 _ENDPOINT: Final = "https://cloudkms.googleapis.com"
@@ -40,16 +40,16 @@ class GoogleKms:
         self._service = HttpService("Google Cloud KMS", origin)
         self._credentials: Any = None
 
-    def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:
+    def wrap(self, data_key: bytes | bytearray, context: EncryptionContext) -> bytes:
         return self._ask("encrypt", {"plaintext": base64_text(data_key)}, context).binary("ciphertext")
 
-    def unwrap(self, wrapped: bytes, context: Context) -> bytearray:
+    def unwrap(self, wrapped: bytes, context: EncryptionContext) -> bytearray:
         return bytearray(self._ask("decrypt", {"ciphertext": base64_text(wrapped)}, context).binary("plaintext"))
 
     def close(self) -> None:
         self._service.close()
 
-    def _ask(self, operation: str, body: dict[str, object], context: Context) -> Said:
+    def _ask(self, operation: str, body: dict[str, object], context: EncryptionContext) -> Said:
         body |= {"additionalAuthenticatedData": base64_text(context.encode())}
         said = self._service.post(f"/v1/{self._key}:{operation}", body, {"Authorization": f"Bearer {self._token()}"})
         if not said.ok:

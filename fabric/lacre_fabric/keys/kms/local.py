@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from lacre.errors import SettingsError
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys.kms.address import Address
-from lacre_fabric.keys.kms.protocol import DATA_KEY, Context, KeyWithheld, Kms, WrongWrapping
+from lacre_fabric.keys.kms.protocol import DATA_KEY, EncryptionContext, KeyWithheld, Kms, WrongWrapping
 from lacre_fabric.keys.secret_files import read_secret, write_secret
 
 _NONCE = 12  # bytes: a random one for each data key, of which there are a few a day
@@ -34,7 +34,7 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:
+    def wrap(self, data_key: bytes | bytearray, context: EncryptionContext) -> bytes:
         if not self._path.exists():
             write_secret(self._path, os.urandom(DATA_KEY))
         key, nonce = self._read(), os.urandom(_NONCE)
@@ -43,7 +43,7 @@ class LocalFile:
         finally:
             overwrite(key)
 
-    def unwrap(self, wrapped: bytes, context: Context) -> bytearray:
+    def unwrap(self, wrapped: bytes, context: EncryptionContext) -> bytearray:
         key = self._read()
         try:
             return bytearray(AESGCM(key).decrypt(wrapped[:_NONCE], wrapped[_NONCE:], context.encode()))

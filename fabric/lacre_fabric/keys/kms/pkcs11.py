@@ -19,7 +19,7 @@ from pkcs11 import exceptions
 from lacre.errors import SettingsError
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys.kms.address import Address
-from lacre_fabric.keys.kms.protocol import Context, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
+from lacre_fabric.keys.kms.protocol import EncryptionContext, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
 from lacre_fabric.keys.secret_files import read_secret
 
 _NONCE: Final = 12  # bytes, random: there are a few data keys a day
@@ -45,7 +45,7 @@ class Pkcs11:
     def __init__(self, module: str, token: str, label: str, pin: Path) -> None:
         self._module, self._token, self._label, self._pin = module, token, label, pin
 
-    def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:
+    def wrap(self, data_key: bytes | bytearray, context: EncryptionContext) -> bytes:
         nonce = os.urandom(_NONCE)
         with self._key(pkcs11.Attribute.ENCRYPT) as key:
             try:
@@ -55,7 +55,7 @@ class Pkcs11:
                     f"token {self._token} does not encrypt with {self._label} ({type(exc).__name__})"
                 ) from None
 
-    def unwrap(self, wrapped: bytes, context: Context) -> bytearray:
+    def unwrap(self, wrapped: bytes, context: EncryptionContext) -> bytearray:
         with self._key(pkcs11.Attribute.DECRYPT) as key:
             try:
                 return bytearray(key.decrypt(wrapped[_NONCE:], **_gcm(wrapped[:_NONCE], context)))
@@ -99,6 +99,6 @@ class Pkcs11:
             yield session
 
 
-def _gcm(nonce: bytes, context: Context) -> dict[str, Any]:
+def _gcm(nonce: bytes, context: EncryptionContext) -> dict[str, Any]:
     parameters = pkcs11.GCMParams(nonce, context.encode(), _TAG)
     return {"mechanism": pkcs11.Mechanism.AES_GCM, "mechanism_param": parameters}

@@ -20,7 +20,7 @@ Purpose = Literal["pool-key", "receipt-key"]
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
+class EncryptionContext:
     """What a wrapped key is for. generation: the pool key's id, of which each generation has its own; 0 for a receipt key.
 
     It is no secret: services write it into their own logs.
@@ -48,9 +48,9 @@ class Kms(Protocol):
     scheme: str
     binds: bool
 
-    def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes: ...
+    def wrap(self, data_key: bytes | bytearray, context: EncryptionContext) -> bytes: ...
 
-    def unwrap(self, wrapped: bytes, context: Context) -> bytearray:
+    def unwrap(self, wrapped: bytes, context: EncryptionContext) -> bytearray:
         """The data key; overwrite it after use."""
 
     def close(self) -> None: ...

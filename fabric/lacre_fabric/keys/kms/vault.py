@@ -16,7 +16,7 @@ from lacre.errors import SettingsError
 from lacre.runtime import folders
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys.kms.address import Address
-from lacre_fabric.keys.kms.protocol import Context, KeyWithheld, Kms, WrongWrapping
+from lacre_fabric.keys.kms.protocol import EncryptionContext, KeyWithheld, Kms, WrongWrapping
 from lacre_fabric.keys.kms.service import HttpService, Said, base64_text
 from lacre_fabric.keys.secret_files import read_secret
 
@@ -41,11 +41,11 @@ class Transit:
         self._namespace = address.options.get("namespace")
         self._service = HttpService(f"the vault at {address.host}", address.origin)
 
-    def wrap(self, data_key: bytes | bytearray, context: Context) -> bytes:
+    def wrap(self, data_key: bytes | bytearray, context: EncryptionContext) -> bytes:
         said = self._ask("encrypt", {"plaintext": base64_text(data_key)}, context)
         return said.text("data", "ciphertext").encode()
 
-    def unwrap(self, wrapped: bytes, context: Context) -> bytearray:
+    def unwrap(self, wrapped: bytes, context: EncryptionContext) -> bytearray:
         try:
             text = wrapped.decode("ascii")
         except UnicodeDecodeError as exc:
@@ -55,7 +55,7 @@ class Transit:
     def close(self) -> None:
         self._service.close()
 
-    def _ask(self, operation: str, body: dict[str, object], context: Context) -> Said:
+    def _ask(self, operation: str, body: dict[str, object], context: EncryptionContext) -> Said:
         headers = {"X-Vault-Token": self._token(), "X-Vault-Request": "true"}
         if self._namespace is not None:
             headers["X-Vault-Namespace"] = self._namespace

@@ -15,7 +15,7 @@ from lacre.errors import SettingsError
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys.kms import connect
 from lacre_fabric.keys.kms.envelope import is_sealed, seal, unseal
-from lacre_fabric.keys.kms.protocol import Context, Kms, KmsError
+from lacre_fabric.keys.kms.protocol import EncryptionContext, Kms, KmsError
 from lacre_fabric.keys.secret_files import read_secret, write_secret
 
 
@@ -26,21 +26,21 @@ class Keeping:
     kms: Kms | None
     pool: str
 
-    def pool_key(self, key_id: int) -> Context:
-        return Context("pool-key", self.pool, key_id)
+    def pool_key(self, key_id: int) -> EncryptionContext:
+        return EncryptionContext("pool-key", self.pool, key_id)
 
-    def receipt_key(self) -> Context:
-        return Context("receipt-key", self.pool)
+    def receipt_key(self) -> EncryptionContext:
+        return EncryptionContext("receipt-key", self.pool)
 
-    def write(self, path: Path, secret: bytes | bytearray, context: Context, public: bytes = b"") -> None:
+    def write(self, path: Path, secret: bytes | bytearray, context: EncryptionContext, public: bytes = b"") -> None:
         """public: what of a signing key everybody may know. Raises KmsError or SettingsError."""
         write_secret(path, self.encoded(secret, context, public))
 
-    def encoded(self, secret: bytes | bytearray, context: Context, public: bytes = b"") -> bytes | bytearray:
+    def encoded(self, secret: bytes | bytearray, context: EncryptionContext, public: bytes = b"") -> bytes | bytearray:
         """What `write` writes."""
         return secret if self.kms is None else seal(self.kms, secret, context, public)
 
-    def read(self, path: Path, context: Context) -> bytearray:
+    def read(self, path: Path, context: EncryptionContext) -> bytearray:
         """The secret; overwrite it after use. Raises KmsError or SettingsError, which name the file."""
         content = read_secret(path)
         if not is_sealed(content):
