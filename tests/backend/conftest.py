@@ -14,11 +14,11 @@ import pytest
 
 from lacre.asgi import EXTENSION, App, Call
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.protocol import Engine, Event, Finish, PromptProgress, Sampling, Task, Token
 from lacre_backend.models import gguf
+from parts.echo_engine import EchoEngine
 from parts.minilm import NAME, minilm
 
 _ids = itertools.count()

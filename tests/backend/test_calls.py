@@ -16,8 +16,8 @@ from lacre.wire import bhttp
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.turns import NOBODY, Fair
+from parts.echo_engine import EchoEngine
 
 Post = Callable[..., Any]
 CHAT = "/v1/chat/completions"

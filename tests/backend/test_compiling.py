@@ -12,9 +12,9 @@ from lacre_backend.api.compiling import Compiler
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
 from lacre_backend.api.tools.format import HERMES
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import Grammar
 from lacre_backend.engine.turns import Fair
+from parts.echo_engine import EchoEngine
 
 GREEDY, HONEST, ANOTHER = ("a", "1"), ("b", "1"), ("c", "1")
 

@@ -12,9 +12,9 @@ import pytest
 from lacre.asgi import App, Call
 from lacre.errors import SettingsError
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.embed import LlamaEmbedder
 from lacre_backend.engine.sizing import LlamaSettings
+from parts.echo_engine import EchoEngine
 from parts.minilm import NAME, minilm, published
 
 Post = Callable[..., Any]

@@ -9,8 +9,8 @@ import pytest
 
 from lacre.asgi import App, Call
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.generate import LlamaEngine
+from parts.echo_engine import EchoEngine
 
 Post = Callable[..., Any]
 CHAT, TOKENIZE = "/v1/chat/completions", "/v1/tokenize"

@@ -27,11 +27,11 @@ from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import SMALLEST, UNIT
 from lacre.wire.records import END
 from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.node.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
 from lacre_fabric.work.frames import FrameKind
 from parts.by_hand import CHAT, Answer, Sealed
+from parts.echo_engine import EchoEngine
 from parts.keys import MODEL, NOW, POOL
 from parts.memory_fabric import MemoryFabric
 from parts.stage import Stage, running, until

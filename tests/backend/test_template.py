@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
 from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused, any_of, chat_tokens, text_tokens
-from lacre_backend.engine.echo import END, START, EchoEngine
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import ControlToken
+from parts.echo_engine import END, START, EchoEngine
 
 unhurried = settings(deadline=None)  # the machine is shared
 ECHO = EchoEngine()

@@ -15,7 +15,7 @@ from lacre_backend.api.prompts import chat_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
-from lacre_backend.engine.echo import EchoEngine
+from parts.echo_engine import EchoEngine
 
 HEAD, TAIL = "<|start|>{{ m.role }}\n", "<|end|>\n"
 ASK = "<|start|>assistant\n"

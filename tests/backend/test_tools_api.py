@@ -16,8 +16,8 @@ from lacre_backend.api.prompts import chat_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.tools.format import HERMES, LLAMA
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.generate import LlamaEngine
+from parts.echo_engine import EchoEngine
 
 Post = Callable[..., Any]
 CHAT = "/v1/chat/completions"

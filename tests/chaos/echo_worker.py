@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final
 
 from lacre_backend.api.app import REPEATABLE, create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.keyring import KeyRing
 from lacre_backend.node.node import Identity, Node
 from lacre_fabric import logs
@@ -20,6 +19,7 @@ from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate.site import Site
+from parts.echo_engine import EchoEngine
 
 POOL: Final = "default"
 DELAY: Final = 0.02  # seconds for a token

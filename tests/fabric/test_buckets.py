@@ -10,9 +10,10 @@ import pytest
 
 from lacre_fabric.nats import subjects
 from lacre_fabric.nats.connection import Connection
-from lacre_fabric.nats.kv import Bucket, Conflict, MemoryBucket, NatsBucket
+from lacre_fabric.nats.kv import Bucket, Conflict, NatsBucket
 from lacre_fabric.work.contract import FabricUnavailable
 from parts.fabric import LiveFabric
+from parts.memory_bucket import MemoryBucket
 
 
 @pytest.fixture(params=["nats", "memory"])

@@ -10,8 +10,8 @@ import pytest
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
 from lacre.errors import SettingsError
+from lacre_fabric.nats import revocations, subjects
 from lacre_fabric.nats import streams as layout
-from lacre_fabric.nats import subjects
 from lacre_fabric.nats.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS, accounts
 from lacre_fabric.nats.kv import NatsBucket, dump
 from lacre_fabric.nats.provisioning import provision
@@ -25,6 +25,11 @@ from parts.stolen_nats import StolenNats
 
 SMALL = BucketLimits(64 * 1024, 100, 512)
 NEVER = {"Nats-TTL": "never"}
+
+
+def file_bytes(pools: int) -> int:
+    """What the buckets of so many pools may come to on each server: `max_file_store` must not be less."""
+    return layout.TRUST.size + layout.BUDGETS.size + revocations.MAX_BYTES + pools * layout.CLAIMS.size
 
 
 @pytest.fixture
@@ -158,7 +163,7 @@ async def test_the_server_cannot_be_asked_for_less_than_its_buckets(tmp_path: Pa
     live.server.configure(live.roles())
     path = tmp_path / "nats.conf"
     config = json.loads(path.read_text())
-    config["jetstream"]["max_file_store"] = layout.file_bytes(len(POOLS)) - 1
+    config["jetstream"]["max_file_store"] = file_bytes(len(POOLS)) - 1
     path.write_text(json.dumps(config))
     live.process = live.server.start(live.log)
     try:
@@ -176,7 +181,7 @@ def test_every_stream_has_bounds_that_fit_the_store() -> None:
         assert stream.discard is DiscardPolicy.NEW
         assert stream.allow_rollup_hdrs is not True
     files = sum(stream.max_bytes or 0 for stream in streams if stream.storage is StorageType.FILE)
-    assert files == layout.file_bytes(50) <= MAX_FILES
+    assert files == file_bytes(50) <= MAX_FILES
 
 
 def test_every_account_has_limits() -> None:

@@ -9,8 +9,8 @@ from fuzz.target import Target
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.requests import parse_chat
 from lacre_backend.api.template.prompt import ChatTemplate, Piece, TemplateRefused
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import ControlToken
+from parts.echo_engine import EchoEngine
 
 _MODEL: Final = EchoEngine(name="tiny").model
 # One that looks into everything that a request may hold.

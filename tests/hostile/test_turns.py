@@ -18,12 +18,12 @@ from lacre import problems
 from lacre.jose.jws import b64u_decode
 from lacre.runtime import tasks
 from lacre_backend.api.app import WEIGHED, create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.generate import LlamaEngine, LlamaSettings
 from lacre_backend.engine.plan import EngineLimits
 from lacre_backend.engine.scheduler import COMPARED, Scheduler
 from lacre_gateway.auth.claims import Principal
 from lacre_gateway.auth.pseudonyms import HOUR, Pseudonyms
+from parts.echo_engine import EchoEngine
 from parts.issuer import ISSUER, Issuer
 from parts.keys import MODEL, OTHER_MODEL
 from parts.stage import Stage

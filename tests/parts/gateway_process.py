@@ -22,7 +22,6 @@ from lacre.evidence import audit_proof
 from lacre.evidence.audit_proof import AuditProof
 from lacre.jose.jws import raw_public_key
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.keyring import KeyRing
 from lacre_backend.node.node import Identity, Node
 from lacre_fabric.keys.secret_files import read_ed25519
@@ -36,6 +35,7 @@ from lacre_fabric.operate.leash import PYTHON, leashed
 from lacre_fabric.operate.nats_server import NatsServer, free_port
 from lacre_fabric.operate.rotation import publish
 from lacre_fabric.operate.site import NODE, Site
+from parts.echo_engine import EchoEngine
 
 POOL, MODEL = "default", "echo"
 PATIENCE = 60.0  # seconds; the machine may be busy

@@ -32,10 +32,8 @@ from lacre.trust.manifest import Manifest
 from lacre.wire.header import SealedHeader
 from lacre.wire.opening import PrivateKey
 from lacre_backend.api.app import create_app as create_api
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.node.node import Identity, Node
 from lacre_fabric.logs import make_log
-from lacre_fabric.nats.kv import MemoryBucket
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.grants import Grant
@@ -48,9 +46,11 @@ from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import parse
 from parts import by_hand
 from parts.by_hand import Answer, Sealed
+from parts.echo_engine import EchoEngine
 from parts.fake_worker import FakeWorker
 from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.keys import Keys, Trusted
+from parts.memory_bucket import MemoryBucket
 from parts.memory_fabric import MemoryDispatch, MemoryFabric
 from parts.wires import SyncWire
 

@@ -16,10 +16,10 @@ import pytest
 import lacre
 from lacre.trust.chain import ConnectionString
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
 from lacre_fabric.operate import dev_issuer
 from lacre_gateway.audit.reader import LogReader
 from parts.cluster import MODEL, Cluster
+from parts.echo_engine import EchoEngine
 from parts.faults import FaultyNetwork
 
 REQUESTS, CLIENTS = 300, 12

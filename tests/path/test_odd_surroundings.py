@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lacre import cli
 from lacre.cli.output import EXIT_CODES
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
+from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside
 from parts.live import settings as of_client
 from parts.relay import Relay

@@ -22,7 +22,7 @@ from lacre import errors, problems
 from lacre.cli.output import EXIT_CODES, exit_code, printable
 from lacre.cli.render import ended_blocks
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
+from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay, served
 from parts.up import LACRE

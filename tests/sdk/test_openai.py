@@ -16,7 +16,7 @@ import pytest
 import lacre
 from lacre import problems
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
+from parts.echo_engine import EchoEngine
 from parts.relay import AsyncWire, Relay, Wire, served
 
 SEALED = "/v1/sealed"

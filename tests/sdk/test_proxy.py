@@ -21,8 +21,8 @@ import lacre
 from lacre import problems
 from lacre import proxy as proxying
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
 from parts.chat_app import reply
+from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
 from parts.relay import AsyncWire, Relay, served
 from parts.up import LACRE

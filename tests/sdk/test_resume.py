@@ -31,8 +31,8 @@ from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre.wire.opening import open_request
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
 from parts import audited
+from parts.echo_engine import EchoEngine
 from parts.relay import AsyncWire, Relay, Stream, Wire, served
 
 SAID = "日本 and 😀 seas"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lacre_backend.api.app import create_app
-from lacre_backend.engine.echo import EchoEngine
+from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay
 from parts.terminal import at_terminal

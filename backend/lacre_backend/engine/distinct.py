@@ -26,7 +26,6 @@ _STEPS: Final = {ANY: _ANY, WHOLE: _WHOLE}
 _QUOTE, _ESCAPE, _COMMA, _COLON, _ZERO = b'"\\,:0'
 _OPENING: Final = b"{["
 _CLOSING: Final = b"}]"
-_BLANK: Final = b" \n\r\t"
 _ESCAPED: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
 _SHORT: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _LITERALS: Final = frozenset({b"true", b"false", b"null"})  # these are items of other lists

@@ -13,9 +13,6 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -173,25 +170,3 @@ async def dump(connection: Connection, name: str) -> dict[str, Entry]:
                 said = await connection.stored(f"KV_{name}", {"last_by_subj": subject})
                 found[subject.removeprefix(prefix)] = Entry(said.value, said.sequence, said.time)
     return found
-
-
-class MemoryBucket:
-    """A `Bucket` inside one process."""
-
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.entries: dict[str, Entry] = {}
-        self._clock = clock
-        self._revision = 0
-
-    async def read(self, key: str) -> Entry | None:
-        await asyncio.sleep(0)
-        return self.entries.get(key)
-
-    async def write(self, key: str, value: bytes, revision: int) -> int:
-        await asyncio.sleep(0)
-        current = self.entries.get(key)
-        if revision != (0 if current is None else current.revision):
-            raise Conflict("the key was changed meanwhile")
-        self._revision += 1
-        self.entries[key] = Entry(value, self._revision, self._clock())
-        return self._revision

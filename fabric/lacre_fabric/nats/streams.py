@@ -49,11 +49,6 @@ BUDGETS: Final = BucketLimits(512 * 2**20, 500_000, 256 * 1024)
 CLAIMS: Final = BucketLimits(64 * 2**20, 220_000, 512)
 
 
-def file_bytes(pools: int) -> int:
-    """What the buckets of so many pools may come to on each server: `max_file_store` must not be less."""
-    return TRUST.size + BUDGETS.size + revocations.MAX_BYTES + pools * CLAIMS.size
-
-
 def streams(
     pools: Sequence[str], replicas: int, regions: Sequence[str] = subjects.ONE_REGION, claims: BucketLimits = CLAIMS
 ) -> list[StreamConfig]:

@@ -30,7 +30,6 @@ MAX_NOTE: Final = 16 * 1024  # bytes: a checkpoint with sixteen signatures, even
 _ED25519: Final = b"\x01"
 _DASH: Final = "— "
 _KEY_ID_BYTES: Final = 4
-_SIGNATURE_BYTES: Final = 64
 # Key names hold no space and no plus; an origin of ours is visible ASCII.
 _ORIGIN: Final = re.compile(r"[!-*,-~]{1,255}")
 _SIZE: Final = re.compile(r"0|[1-9][0-9]{0,15}")

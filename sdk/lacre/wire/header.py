@@ -98,7 +98,6 @@ class Suite:
     aead: Aead
 
 
-DEFAULT_SUITE: Final = Suite(Kem.XWING, Kdf.HKDF_SHA256, Aead.AES_256_GCM)
 # 256-bit keys first: a key search with Grover's algorithm halves the bits.
 PREFERRED_AEADS: Final = (Aead.AES_256_GCM, Aead.CHACHA20_POLY1305, Aead.AES_128_GCM)
 ALL_ALGORITHMS: Final = tuple((Kdf.HKDF_SHA256, aead) for aead in PREFERRED_AEADS)

@@ -27,8 +27,8 @@ from lacre_backend.api.prompts import chat_prompt
 from lacre_backend.api.registry import ServedModel
 from lacre_backend.api.requests import ChatCompletionRequest, parse_chat
 from lacre_backend.api.template.prompt import ChatTemplate, TemplateRefused
-from lacre_backend.engine.echo import EchoEngine
 from lacre_backend.engine.protocol import ControlToken, ModelInfo
+from parts.echo_engine import EchoEngine
 
 BY_TRANSFORMERS: Final = Path(__file__).with_name("by_transformers.py")
 BOS, EOS = ControlToken(1, "<s>"), ControlToken(2, "</s>")

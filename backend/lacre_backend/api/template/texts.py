@@ -25,8 +25,6 @@ Message = Mapping[str, Any]  # role, content, and what tools add: Hugging Face's
 Tools = Sequence[Mapping[str, Any]] | None
 Rendering = Callable[[Sequence[Message], Tools], str]  # raises `TemplateRefused`
 
-ROLES: Final = ("user", "system", "assistant", "tool")
-
 
 class TemplateRefused(Exception):
     """The template does not take these messages; the text is the template's own, for the caller."""

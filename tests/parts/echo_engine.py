@@ -122,7 +122,7 @@ class EchoEngine:
             self._check(task)
         return [self.submit(task) for task in tasks]
 
-    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:  # noqa: ARG002 - it takes none
+    def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
         raise TaskRefused("This engine only echoes.", field="grammar")
 
     def cancel(self, task_id: str) -> None:
