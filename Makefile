@@ -13,7 +13,7 @@ CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors clean ready tested environments chart-test container-test sbom dist
+.PHONY: help demo pictures test test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors generate clean ready tested environments chart-test container-test sbom dist
 
 help:  ## List these targets.
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -98,6 +98,9 @@ tested: ready  ## Install what only tests need.
 
 errors: ready  ## Write docs/errors.md, from the errors.
 	$(BIN)/python tools/error_list.py
+
+generate: ready  ## Write the SDK's sync half, from its async one.
+	$(BIN)/python tools/unasync.py
 
 # Quick if nothing changed: tools/bootstrap.py compares the sources of .venv with the tree.
 ready:  ## Make .venv ready. Quick if nothing changed.

@@ -20,7 +20,8 @@ from lacre.chat.choices import (
     ToolCallDelta,
 )
 from lacre.chat.reply import Reply, TokenUsage
-from lacre.chat.stream import AsyncChatStream, ChatStream
+from lacre.chat.stream_async import AsyncChatStream
+from lacre.chat.stream_sync import ChatStream
 from lacre.client import BASE_URL, AsyncClient, Client
 from lacre.errors import (
     AlreadyUsedError,

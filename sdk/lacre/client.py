@@ -13,7 +13,9 @@ from lacre._version import __version__
 from lacre.chat.choices import StreamEvent
 from lacre.chat.reply import CHAT_PATH, Reply, check
 from lacre.chat.request import ChatRequest, Messages
-from lacre.chat.stream import AsyncChatStream, ChatStream, Deltas, events_of
+from lacre.chat.stream import Deltas, events_of
+from lacre.chat.stream_async import AsyncChatStream
+from lacre.chat.stream_sync import ChatStream
 from lacre.errors import SettingsError, UsageError
 from lacre.evidence.exchange_info import documented
 from lacre.evidence.verification import Verification
@@ -25,7 +27,9 @@ from lacre.transport import oauth, request_log
 from lacre.transport.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.transport.oauth import AsyncToken, Token
 from lacre.transport.options import Verify
-from lacre.transport.sealed import FACTS, AsyncSealedTransport, SealedTransport
+from lacre.transport.sealed import FACTS
+from lacre.transport.sealed_async import AsyncSealedTransport
+from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.trust.manifest import Manifest
 from lacre.trust.manifest_store import Memory, VersionFile
@@ -90,7 +94,7 @@ class Client(StaysInProcess, httpx2.Client):
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
-        bearer, key = oauth.sync_source(token), _proof_key(dpop)
+        bearer, key = oauth.source(token), _proof_key(dpop)
         sealing = Sealing(
             where.root,
             _memory(memory),
@@ -230,7 +234,7 @@ class AsyncClient(StaysInProcess, httpx2.AsyncClient):
         event_hooks: EventHooks | None = None,
     ) -> None:
         where = ConnectionString.parse(arguments.setting(url, "url", "LACRE_URL"))
-        bearer, key = oauth.source(token), _proof_key(dpop)
+        bearer, key = oauth.async_source(token), _proof_key(dpop)
         sealing = Sealing(
             where.root,
             _memory(memory),

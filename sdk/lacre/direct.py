@@ -37,7 +37,8 @@ from lacre.transport import request_log
 from lacre.transport.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.transport.oauth import checked, given
 from lacre.transport.options import Verify
-from lacre.transport.sealed import AsyncSealedTransport, SealedTransport
+from lacre.transport.sealed_async import AsyncSealedTransport
+from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.manifest_store import VersionMemory
 from lacre.wire import bhttp
 from lacre.wire.header import AUTHORITY, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, WELL_KNOWN, KeyConfig, parse_key_list

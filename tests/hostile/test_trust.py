@@ -32,7 +32,7 @@ from lacre.errors import (
 from lacre.exchange.call import Sealing
 from lacre.jose.jws import ALGORITHM, b64u, raw_public_key, sign_bytes
 from lacre.runtime.forks import PerLoop
-from lacre.transport.sealed import AsyncSealedTransport
+from lacre.transport.sealed_async import AsyncSealedTransport
 from lacre.trust.manifest import MANIFEST_TYP, ROOT_TYP, Document, RootStatement
 from lacre.trust.manifest_store import VersionMemory, accept
 from lacre.trust.signing import sign_manifest, sign_statement

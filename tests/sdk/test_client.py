@@ -18,7 +18,7 @@ import lacre
 from lacre import asgi, errors, problems
 from lacre.exchange.call import Sealing
 from lacre.runtime.forks import PerProcess
-from lacre.transport.sealed import SealedTransport
+from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
 from parts.chat_app import ChatApp

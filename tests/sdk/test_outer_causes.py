@@ -21,7 +21,7 @@ import lacre
 import lacre.legacy
 from lacre import errors
 from lacre.transport.dial import Dial, outer
-from lacre.transport.token_sources import Bearer
+from lacre.transport.token_sources_sync import Bearer
 from lacre.trust.chain import ConnectionString
 from parts.certificates import Ca, Pair
 

@@ -25,7 +25,7 @@ from lacre.exchange.retry import ENDURANCE_RESUMING
 from lacre.exchange.sse_join import Splice
 from lacre.jose.jws import b64u
 from lacre.runtime.forks import PerProcess
-from lacre.transport.sealed import SealedTransport
+from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE

@@ -17,7 +17,7 @@ import lacre
 from lacre import asgi, direct, problems
 from lacre.exchange.call import REFRESH_PAUSE, SALT_LIFETIME, Sealing
 from lacre.runtime.forks import PerProcess
-from lacre.transport.sealed import SealedTransport
+from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.wire.opening import PrivateKey
 from parts.chat_app import ChatApp, reply

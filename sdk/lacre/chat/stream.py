@@ -1,4 +1,6 @@
-"""A streamed chat answer: iterate over its text or its events; once it has ended, it knows its usage and its receipt.
+"""What a streamed chat answer says: put together event by event, and known at any time.
+
+`stream_async` and `stream_sync` have the classes that read it.
 
 Rules:
 - What came is never dropped: text, calls, every choice stay in the stream, whatever ended it.
@@ -8,15 +10,13 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from inspect import GEN_RUNNING, getgeneratorstate
-from types import AsyncGeneratorType, TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final
 
 import httpx2
 
-from lacre.chat.choices import Choice, Growing, StreamEvent, TextDelta, ToolCall
+from lacre.chat.choices import Choice, Growing, StreamEvent, ToolCall
 from lacre.chat.reply import Reply, TokenUsage, api_error, checked_usage, claimed, json_object
 from lacre.errors import InvalidMessage, TruncatedStream, UsageError
 from lacre.evidence.audit_proof import AuditProof
@@ -27,6 +27,9 @@ from lacre.evidence.verification import Verification
 from lacre.runtime.forks import StaysInProcess
 
 DONE: Final = "[DONE]"  # what ends a stream of events in OpenAI's format
+# Why a stream that is being read cannot be closed.
+CANCEL_TASK: Final = "another task reads this answer: cancel that task instead"
+LEAVE_TO_THREAD: Final = "another thread reads this answer: let it end, or let that thread close it"
 _HEAD: Final = ("created", "system_fingerprint", "service_tier")  # of a chunk: what a whole answer says too
 
 
@@ -122,7 +125,7 @@ class Deltas:
         return Reply.of({**body, "choices": choices, "usage": self._told}, self.facts)
 
 
-class _Answer(StaysInProcess):
+class StreamedAnswer(StaysInProcess):
     """What a stream knows of its answer, at any time: what is not known is None, or empty.
 
     `usage` and `receipt` are a whole answer's, verified; None until it has ended whole. What is known of the exchange
@@ -214,84 +217,3 @@ class _Answer(StaysInProcess):
         None unless the answer has ended whole.
         """
         return None if self.usage is None else self._deltas.written.recount(self.usage.completion, tokenizer)
-
-
-class ChatStream(_Answer, Iterator[str]):
-    """The pieces of an answer's text. The request is sent when the first is asked for; `close` gives up the rest.
-
-    Iterating gives the first choice's text, and keeps everything else: `tool_calls`, `choices`. `events` gives all of it live.
-    """
-
-    def __init__(self, events: Generator[StreamEvent, None, None], deltas: Deltas) -> None:
-        self._events = events
-        self._deltas = deltas
-
-    def __next__(self) -> str:
-        for event in self.events():
-            if isinstance(event, TextDelta) and event.choice == 0 and event.text:
-                return event.text
-        raise StopIteration
-
-    def events(self) -> Iterator[StreamEvent]:
-        """What is still to come, of all choices: text, calls, reasoning, refusals, ends."""
-        if getgeneratorstate(self._events) == GEN_RUNNING:
-            raise UsageError("another thread reads this answer: give it to one thread at a time")
-        return self._events
-
-    def reply(self) -> Reply:
-        """The whole answer: reads what is still to come. Raises what iterating raises; UsageError after it was given up."""
-        for _ in self.events():
-            pass
-        return self._deltas.reply()
-
-    def close(self) -> None:
-        if getgeneratorstate(self._events) == GEN_RUNNING:
-            raise UsageError("another thread reads this answer: let it end, or let that thread close it")
-        self._deltas.left = True
-        self._events.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
-        self.close()
-
-
-class AsyncChatStream(_Answer, AsyncIterator[str]):
-    """The async twin of `ChatStream`."""
-
-    def __init__(self, events: AsyncGenerator[StreamEvent, None], deltas: Deltas) -> None:
-        self._events = events
-        self._deltas = deltas
-
-    async def __anext__(self) -> str:
-        async for event in self.events():
-            if isinstance(event, TextDelta) and event.choice == 0 and event.text:
-                return event.text
-        raise StopAsyncIteration
-
-    def events(self) -> AsyncIterator[StreamEvent]:
-        """What is still to come, of all choices: text, calls, reasoning, refusals, ends."""
-        if cast("AsyncGeneratorType[StreamEvent, None]", self._events).ag_running:
-            raise UsageError("another task reads this answer: give it to one task at a time")
-        return self._events
-
-    async def reply(self) -> Reply:
-        """The whole answer: reads what is still to come. Raises what iterating raises; UsageError after it was given up."""
-        async for _ in self.events():
-            pass
-        return self._deltas.reply()
-
-    async def aclose(self) -> None:
-        if cast("AsyncGeneratorType[StreamEvent, None]", self._events).ag_running:
-            raise UsageError("another task reads this answer: cancel that task instead")
-        self._deltas.left = True
-        await self._events.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        await self.aclose()

@@ -16,7 +16,7 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from lacre.chat.stream import ChatStream
+from lacre.chat.stream_sync import ChatStream
 from lacre.cli import lock
 from lacre.cli.output import err, out, printable, tell, waiting
 from lacre.cli.render import PlainOutput, Rendered, Throughput, show

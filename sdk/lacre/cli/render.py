@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.text import Text
 
-from lacre.chat.stream import ChatStream
+from lacre.chat.stream_sync import ChatStream
 from lacre.cli.output import printable, waiting, write
 
 REDRAW: Final = 0.08  # seconds: quicker than this is flicker

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http.cookiejar import Cookie, CookieJar
 from typing import Final, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from lacre.transport.tls_settings import settings_checked
 
 DEFAULT_LIMITS: Final = httpx2.Limits(max_connections=100, max_keepalive_connections=20)  # httpx2's own
 Transport = TypeVar("Transport", httpx2.BaseTransport, httpx2.AsyncBaseTransport)
+Outside = TypeVar("Outside", httpx2.Client, httpx2.AsyncClient)
 
 
 class NoCookies(CookieJar):
@@ -45,37 +47,23 @@ class Dial(Generic[Transport]):
 
 def outer(dial: Dial[httpx2.BaseTransport]) -> PerProcess[httpx2.Client]:
     """The client of each process. Raises SettingsError."""
-
-    def client() -> httpx2.Client:
-        with settings_checked(dial.verify, dial.proxy):
-            return httpx2.Client(
-                base_url=dial.base_url,
-                headers=dial.headers,
-                cookies=NoCookies(),
-                timeout=dial.timeout,
-                verify=dial.verify,
-                proxy=dial.proxy,
-                limits=dial.limits,
-                transport=dial.transport,
-            )
-
-    return PerProcess(client, renewable=dial.transport is None)
+    return PerProcess(partial(_client, httpx2.Client, dial), renewable=dial.transport is None)
 
 
 def async_outer(dial: Dial[httpx2.AsyncBaseTransport]) -> PerLoop[httpx2.AsyncClient]:
     """The client of each event loop of each process. Raises SettingsError."""
+    return PerLoop(partial(_client, httpx2.AsyncClient, dial), renewable=dial.transport is None)
 
-    def client() -> httpx2.AsyncClient:
-        with settings_checked(dial.verify, dial.proxy):
-            return httpx2.AsyncClient(
-                base_url=dial.base_url,
-                headers=dial.headers,
-                cookies=NoCookies(),
-                timeout=dial.timeout,
-                verify=dial.verify,
-                proxy=dial.proxy,
-                limits=dial.limits,
-                transport=dial.transport,
-            )
 
-    return PerLoop(client, renewable=dial.transport is None)
+def _client(kind: Callable[..., Outside], dial: Dial[Transport]) -> Outside:
+    with settings_checked(dial.verify, dial.proxy):
+        return kind(
+            base_url=dial.base_url,
+            headers=dial.headers,
+            cookies=NoCookies(),
+            timeout=dial.timeout,
+            verify=dial.verify,
+            proxy=dial.proxy,
+            limits=dial.limits,
+            transport=dial.transport,
+        )

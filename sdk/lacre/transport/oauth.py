@@ -5,7 +5,7 @@ Rules:
 - OAuth2: one request for a token at a time, whose outcome all who wait share; a token is replaced before it expires.
 - A token that the gateway refuses is replaced once, where there is another.
 
-This file decides and does no I/O: `lacre.transport.sealed` sends what it asks for, over the connection settings of the client.
+This file decides and does no I/O. `token_sources_async` and its twin send what it asks for, over the client's connections.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from dataclasses import dataclass, field
 from typing import Final, cast
 from urllib.parse import quote, urlencode, urlsplit
 
+import httpx2
+
 from lacre.errors import InvalidMessage, SettingsError, Unauthenticated, Unavailable, UsageError
+from lacre.jose import dpop
+from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
 from lacre.runtime.hosts import checked_host, is_loopback
 from lacre.runtime.json_objects import object_in
@@ -86,7 +90,7 @@ Token = str | Callable[[], str] | ClientCredentials
 AsyncToken = str | Callable[[], str | Awaitable[str]] | ClientCredentials
 
 
-def source(value: AsyncToken | None) -> AsyncToken:
+def async_source(value: AsyncToken | None) -> AsyncToken:
     """`token=` as it was given; LACRE_TOKEN where it is None, and for nothing else. Raises UsageError or SettingsError."""
     if value is None or isinstance(value, str):
         return arguments.setting(value, "token", "LACRE_TOKEN")
@@ -95,9 +99,9 @@ def source(value: AsyncToken | None) -> AsyncToken:
     raise UsageError(f"token: a string, a callable or lacre.ClientCredentials is wanted, not {arguments.kind_of(value)}")
 
 
-def sync_source(value: Token | None) -> Token:
+def source(value: Token | None) -> Token:
     """The same for a sync client, whose callable returns the token itself; `given` sees that it does."""
-    return cast("Token", source(value))
+    return cast("Token", async_source(value))
 
 
 def given(value: object) -> str:
@@ -109,6 +113,11 @@ def given(value: object) -> str:
         raise UsageError("token: the callable is async, and this client is not: pass a plain function, or use AsyncClient")
     said = "an empty string" if isinstance(value, str) else arguments.kind_of(value)
     raise UsageError(f"token: the callable returned {said} in place of a token, and nothing stands in for one")
+
+
+async def agiven(value: object) -> str:
+    """The same of an async client's callable, which may have returned an awaitable."""
+    return given(await value if inspect.isawaitable(value) else value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +149,22 @@ class Issued:
     def fresh(self, refused: str | None) -> bool:
         """refused: the token that is known to be good no more."""
         return self.token != refused and time.monotonic() < self.replace_at
+
+
+NONE_YET: Final = Issued("", float("-inf"))
+
+
+def token_request(
+    outer: httpx2.Client | httpx2.AsyncClient, source: ClientCredentials, key: ProofKey | None, nonce: str | None
+) -> httpx2.Request:
+    """key: what the token is to be bound to (RFC 9449 section 5). nonce: what the server asks a proof to have."""
+    proof = {} if key is None else {dpop.HEADER: key.proof("POST", source.token_url, nonce=nonce)}
+    return outer.build_request("POST", source.token_url, headers={**source.headers(), **proof}, content=source.form())
+
+
+def wanted_nonce(response: httpx2.Response, content: bytes) -> str | None:
+    """What a server asks for that takes no proof without a nonce of its own (RFC 9449 section 8)."""
+    return response.headers.get("dpop-nonce") if response.status_code == 400 and b'"use_dpop_nonce"' in content else None
 
 
 def _life(told: object) -> float | None:

@@ -1,192 +1,31 @@
-"""httpx2 transports that seal: every request is sealed to a pool of workers, every answer opened as it arrives.
+"""What the sealing transports take and give: the application's request, a sealed answer, a refusal.
 
 Rules:
-- Only requests for `lacre.exchange.call.ORIGIN` are taken. Redirects are never followed, and what is not sealed is never
-  returned as success.
+- Only requests for `lacre.exchange.call.ORIGIN` are taken.
 - A refusal by the gateway (which nobody signed) becomes a 4xx or 5xx response in OpenAI's error shape, with words of our own
   and the typed error in `extensions["lacre.refusal"]`: programs that know OpenAI's errors handle it as theirs.
-
-The sync and the async transport drive the generators of `lacre.exchange.call`; every decision is made there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
 from typing import Final
 
 import httpx2
 
 from lacre import errors, problems
-from lacre.evidence.verification import Verification
 from lacre.exchange import retry
-from lacre.exchange.call import ORIGIN, Sealing
+from lacre.exchange.call import ORIGIN
 from lacre.exchange.request import Plain
-from lacre.exchange.resume import ResumableAnswer, asking
+from lacre.exchange.resume import ResumableAnswer
 from lacre.exchange.sealed_answer import GatewayRefusal
-from lacre.jose.dpop import ProofKey
-from lacre.runtime import arguments
-from lacre.runtime.forks import PerLoop, PerProcess
-from lacre.transport.concurrency import AsyncTurns, Slot, Turns
-from lacre.transport.connection import AsyncLink, AsyncWire, Link, Wire
-from lacre.transport.mapped_errors import TimedOut, Unreachable, mapped_stream
-from lacre.transport.oauth import AsyncToken, Token
-from lacre.trust.manifest import Manifest
+from lacre.transport.mapped_errors import TimedOut, Unreachable
 
-__all__ = ["FACTS", "REFUSAL", "AsyncSealedTransport", "SealedTransport", "TimedOut", "Unreachable"]
+__all__ = ["FACTS", "REFUSAL", "TimedOut", "Unreachable", "plain_request", "refusal_response", "sealed_response"]
 
 REFUSAL: Final = "lacre.refusal"
 FACTS: Final = "lacre"
 REQUEST_ID: Final = "x-request-id"  # where OpenAI's packages look for it; the gateway's, for a worker does not know it
-
-
-class SealedTransport(httpx2.BaseTransport):
-    """Seals requests and sends them through `outer`: clients whose base URL is the gateway. Closes them when closed."""
-
-    def __init__(
-        self,
-        sealing: Sealing,
-        outer: PerProcess[httpx2.Client],
-        token: Token,
-        key: ProofKey | None = None,
-        at_once: int | None = None,
-    ) -> None:
-        """at_once: requests on their way at a time; None for no limit."""
-        self._sealing = sealing
-        self._link = Link(outer, token, key)
-        self._turns = None if at_once is None else PerProcess(lambda: Turns(at_once))
-
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        with arguments.of_content():
-            content = request.read()
-        plain = plain_request(request, content)
-        plain = asking(plain) if self._sealing.resume else plain
-        slot = Slot() if self._turns is None else self._turns.get().take()
-        try:
-            wire = Wire(self._link, request.extensions)
-            outcome = wire.run(self._sealing.exchange(plain))
-            if isinstance(outcome, GatewayRefusal):
-                wire.close()
-                slot.leave()
-                return refusal_response(outcome)
-            answer = ResumableAnswer(self._sealing, plain, outcome)
-            return sealed_response(answer, SealedStream(answer, wire, slot))
-        except BaseException:
-            slot.leave()
-            raise
-
-    @property
-    def verification(self) -> Verification:
-        return self._sealing.verification
-
-    def manifest(self) -> Manifest:
-        """The verified manifest, fetched where there is none or it grows old."""
-        return Wire(self._link, {}).run(self._sealing.manifest())
-
-    def close(self) -> None:
-        self._link.close()
-
-
-class AsyncSealedTransport(httpx2.AsyncBaseTransport):
-    """The async twin of `SealedTransport`; the token may be a callable that returns an awaitable."""
-
-    def __init__(
-        self,
-        sealing: Sealing,
-        outer: PerLoop[httpx2.AsyncClient],
-        token: AsyncToken,
-        key: ProofKey | None = None,
-        at_once: int | None = None,
-    ) -> None:
-        self._sealing = sealing
-        self._link = AsyncLink(outer, token, key)
-        self._turns = None if at_once is None else PerLoop(lambda: AsyncTurns(at_once))
-
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        with arguments.of_content():
-            content = await request.aread()
-        plain = plain_request(request, content)
-        plain = asking(plain) if self._sealing.resume else plain
-        slot = Slot() if self._turns is None else await self._turns.get().take()
-        try:
-            wire = AsyncWire(self._link, request.extensions)
-            outcome = await wire.run(self._sealing.exchange(plain))
-            if isinstance(outcome, GatewayRefusal):
-                await wire.close()
-                slot.leave()
-                return refusal_response(outcome)
-            answer = ResumableAnswer(self._sealing, plain, outcome)
-            return sealed_response(answer, AsyncSealedStream(answer, wire, slot))
-        except BaseException:
-            slot.leave()
-            raise
-
-    @property
-    def verification(self) -> Verification:
-        return self._sealing.verification
-
-    async def manifest(self) -> Manifest:
-        """The verified manifest, fetched where there is none or it grows old."""
-        return await AsyncWire(self._link, {}).run(self._sealing.manifest())
-
-    async def aclose(self) -> None:
-        await self._link.aclose()
-
-
-class SealedStream(httpx2.SyncByteStream):
-    """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
-
-    def __init__(self, answer: ResumableAnswer, wire: Wire, slot: Slot) -> None:
-        self._answer = answer
-        self._wire = wire
-        self._slot = slot
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self._answer.take()
-        while not self._answer.ended:
-            try:
-                with mapped_stream():
-                    data = self._wire.read()
-                self._answer.feed(data)
-            except errors.LacreError as broken:
-                self._wire.close()
-                self._wire.run(self._answer.resume(broken))
-            yield from self._answer.take()
-
-    def close(self) -> None:
-        try:
-            self._wire.close()
-        finally:
-            self._slot.leave()
-
-
-class AsyncSealedStream(httpx2.AsyncByteStream):
-    """The async twin of `SealedStream`."""
-
-    def __init__(self, answer: ResumableAnswer, wire: AsyncWire, slot: Slot) -> None:
-        self._answer = answer
-        self._wire = wire
-        self._slot = slot
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for piece in self._answer.take():
-            yield piece
-        while not self._answer.ended:
-            try:
-                with mapped_stream():
-                    data = await self._wire.read()
-                self._answer.feed(data)
-            except errors.LacreError as broken:
-                await self._wire.close()
-                await self._wire.run(self._answer.resume(broken))
-            for piece in self._answer.take():
-                yield piece
-
-    async def aclose(self) -> None:
-        try:
-            await self._wire.close()
-        finally:
-            self._slot.leave()
 
 
 def plain_request(request: httpx2.Request, content: bytes) -> Plain:

@@ -1,0 +1,104 @@
+"""An httpx2 transport that seals: every request is sealed to a pool of workers, every answer opened as it arrives.
+
+Rules:
+- Only requests for `lacre.exchange.call.ORIGIN` are taken. Redirects are never followed, and what is not sealed is never
+  returned as success.
+- The transport drives the generators of `lacre.exchange.call`; every decision is made there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx2
+
+from lacre import errors
+from lacre.evidence.verification import Verification
+from lacre.exchange.call import Sealing
+from lacre.exchange.resume import ResumableAnswer, asking
+from lacre.exchange.sealed_answer import GatewayRefusal
+from lacre.jose.dpop import ProofKey
+from lacre.runtime import arguments
+from lacre.runtime.forks import PerLoop
+from lacre.transport.concurrency import AsyncTurns, Slot
+from lacre.transport.connection_async import AsyncLink, AsyncWire
+from lacre.transport.mapped_errors import mapped_stream
+from lacre.transport.oauth import AsyncToken
+from lacre.transport.sealed import plain_request, refusal_response, sealed_response
+from lacre.trust.manifest import Manifest
+
+
+class AsyncSealedTransport(httpx2.AsyncBaseTransport):
+    """Seals requests and sends them through `outer`: clients whose base URL is the gateway. Closes them when closed."""
+
+    def __init__(
+        self,
+        sealing: Sealing,
+        outer: PerLoop[httpx2.AsyncClient],
+        token: AsyncToken,
+        key: ProofKey | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        """at_once: requests on their way at a time; None for no limit."""
+        self._sealing = sealing
+        self._link = AsyncLink(outer, token, key)
+        self._turns = None if at_once is None else PerLoop(lambda: AsyncTurns(at_once))
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        with arguments.of_content():
+            content = await request.aread()
+        plain = plain_request(request, content)
+        plain = asking(plain) if self._sealing.resume else plain
+        slot = Slot() if self._turns is None else await self._turns.get().take()
+        try:
+            wire = AsyncWire(self._link, request.extensions)
+            outcome = await wire.run(self._sealing.exchange(plain))
+            if isinstance(outcome, GatewayRefusal):
+                await wire.close()
+                slot.leave()
+                return refusal_response(outcome)
+            answer = ResumableAnswer(self._sealing, plain, outcome)
+            return sealed_response(answer, AsyncSealedStream(answer, wire, slot))
+        except BaseException:
+            slot.leave()
+            raise
+
+    @property
+    def verification(self) -> Verification:
+        return self._sealing.verification
+
+    async def manifest(self) -> Manifest:
+        """The verified manifest, fetched where there is none or it grows old."""
+        return await AsyncWire(self._link, {}).run(self._sealing.manifest())
+
+    async def aclose(self) -> None:
+        await self._link.aclose()
+
+
+class AsyncSealedStream(httpx2.AsyncByteStream):
+    """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
+
+    def __init__(self, answer: ResumableAnswer, wire: AsyncWire, slot: Slot) -> None:
+        self._answer = answer
+        self._wire = wire
+        self._slot = slot
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._answer.take():
+            yield piece
+        while not self._answer.ended:
+            try:
+                with mapped_stream():
+                    data = await self._wire.read()
+                self._answer.feed(data)
+            except errors.LacreError as broken:
+                await self._wire.close()
+                await self._wire.run(self._answer.resume(broken))
+            for piece in self._answer.take():
+                yield piece
+
+    async def aclose(self) -> None:
+        try:
+            await self._wire.close()
+        finally:
+            self._slot.leave()

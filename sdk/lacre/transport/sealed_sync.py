@@ -1,0 +1,105 @@
+# Generated from sealed_async.py by tools/unasync.py: do not edit.
+"""An httpx2 transport that seals: every request is sealed to a pool of workers, every answer opened as it arrives.
+
+Rules:
+- Only requests for `lacre.exchange.call.ORIGIN` are taken. Redirects are never followed, and what is not sealed is never
+  returned as success.
+- The transport drives the generators of `lacre.exchange.call`; every decision is made there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx2
+
+from lacre import errors
+from lacre.evidence.verification import Verification
+from lacre.exchange.call import Sealing
+from lacre.exchange.resume import ResumableAnswer, asking
+from lacre.exchange.sealed_answer import GatewayRefusal
+from lacre.jose.dpop import ProofKey
+from lacre.runtime import arguments
+from lacre.runtime.forks import PerProcess
+from lacre.transport.concurrency import Slot, Turns
+from lacre.transport.connection_sync import Link, Wire
+from lacre.transport.mapped_errors import mapped_stream
+from lacre.transport.oauth import Token
+from lacre.transport.sealed import plain_request, refusal_response, sealed_response
+from lacre.trust.manifest import Manifest
+
+
+class SealedTransport(httpx2.BaseTransport):
+    """Seals requests and sends them through `outer`: clients whose base URL is the gateway. Closes them when closed."""
+
+    def __init__(
+        self,
+        sealing: Sealing,
+        outer: PerProcess[httpx2.Client],
+        token: Token,
+        key: ProofKey | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        """at_once: requests on their way at a time; None for no limit."""
+        self._sealing = sealing
+        self._link = Link(outer, token, key)
+        self._turns = None if at_once is None else PerProcess(lambda: Turns(at_once))
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        with arguments.of_content():
+            content = request.read()
+        plain = plain_request(request, content)
+        plain = asking(plain) if self._sealing.resume else plain
+        slot = Slot() if self._turns is None else self._turns.get().take()
+        try:
+            wire = Wire(self._link, request.extensions)
+            outcome = wire.run(self._sealing.exchange(plain))
+            if isinstance(outcome, GatewayRefusal):
+                wire.close()
+                slot.leave()
+                return refusal_response(outcome)
+            answer = ResumableAnswer(self._sealing, plain, outcome)
+            return sealed_response(answer, SealedStream(answer, wire, slot))
+        except BaseException:
+            slot.leave()
+            raise
+
+    @property
+    def verification(self) -> Verification:
+        return self._sealing.verification
+
+    def manifest(self) -> Manifest:
+        """The verified manifest, fetched where there is none or it grows old."""
+        return Wire(self._link, {}).run(self._sealing.manifest())
+
+    def close(self) -> None:
+        self._link.close()
+
+
+class SealedStream(httpx2.SyncByteStream):
+    """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
+
+    def __init__(self, answer: ResumableAnswer, wire: Wire, slot: Slot) -> None:
+        self._answer = answer
+        self._wire = wire
+        self._slot = slot
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._answer.take():
+            yield piece
+        while not self._answer.ended:
+            try:
+                with mapped_stream():
+                    data = self._wire.read()
+                self._answer.feed(data)
+            except errors.LacreError as broken:
+                self._wire.close()
+                self._wire.run(self._answer.resume(broken))
+            for piece in self._answer.take():
+                yield piece
+
+    def close(self) -> None:
+        try:
+            self._wire.close()
+        finally:
+            self._slot.leave()
