@@ -16,12 +16,12 @@ async def async_sleep(seconds: float) -> None:
     await sleep(seconds)
 
 
-def aside(work: Callable[[], None]) -> None:
+def offload(work: Callable[[], None]) -> None:
     """Does it here: a thread keeps nobody waiting."""
     work()
 
 
-async def async_aside(work: Callable[[], None]) -> None:
+async def async_offload(work: Callable[[], None]) -> None:
     """Does it on a thread: the event loop's other tasks go on."""
     from anyio import to_thread  # noqa: PLC0415 - as above
 

@@ -21,7 +21,7 @@ from lacre.errors import LacreError
 from lacre.exchange.steps import Done, Offload, Outer, Read, Send, Step, Steps, T, Together, Wait
 from lacre.jose.dpop import ProofKey
 from lacre.runtime.forks import Home, PerLoop, Sockets
-from lacre.transport.backend import async_aside, async_sleep
+from lacre.transport.backend import async_offload, async_sleep
 from lacre.transport.connection import READ_HERE, beside, credentials, opened, outer_of, outer_request, patience_of
 from lacre.transport.mapped_errors import mapped
 from lacre.transport.network_causes import Dialled
@@ -31,7 +31,7 @@ from lacre.transport.token_sources_async import AsyncBearer
 
 
 class AsyncLink:
-    """What the calls of an async client share on the network."""
+    """What the calls of a client share on the network."""
 
     def __init__(self, outer: PerLoop[httpx2.AsyncClient], token: AsyncToken, key: ProofKey | None) -> None:
         self.outer = outer
@@ -85,7 +85,7 @@ class AsyncWire:
                 await self.close()
                 await async_sleep(step.seconds)
             case Offload():
-                await async_aside(step.do)
+                await async_offload(step.do)
             case Together():
                 if not step.beside:
                     await self.close()

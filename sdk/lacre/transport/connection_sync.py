@@ -22,7 +22,7 @@ from lacre.errors import LacreError
 from lacre.exchange.steps import Done, Offload, Outer, Read, Send, Step, Steps, T, Together, Wait
 from lacre.jose.dpop import ProofKey
 from lacre.runtime.forks import Home, PerProcess, Sockets
-from lacre.transport.backend import aside, sleep
+from lacre.transport.backend import offload, sleep
 from lacre.transport.connection import READ_HERE, beside, credentials, opened, outer_of, outer_request, patience_of
 from lacre.transport.mapped_errors import mapped
 from lacre.transport.network_causes import Dialled
@@ -32,7 +32,7 @@ from lacre.transport.token_sources_sync import Bearer
 
 
 class Link:
-    """What the calls of an async client share on the network."""
+    """What the calls of a client share on the network."""
 
     def __init__(self, outer: PerProcess[httpx2.Client], token: Token, key: ProofKey | None) -> None:
         self.outer = outer
@@ -86,7 +86,7 @@ class Wire:
                 self.close()
                 sleep(step.seconds)
             case Offload():
-                aside(step.do)
+                offload(step.do)
             case Together():
                 if not step.beside:
                     self.close()

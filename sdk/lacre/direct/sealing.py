@@ -1,11 +1,10 @@
-"""Clients of an app that is served with `lacre.asgi.Sealed`: no gateway between, and the app's key pinned here.
+"""Seals to an app's pinned keys, and reads what a direct client is set to.
 
 Rules:
 - The request is sealed to a key whose pin the caller gave, or it does not leave. What the server publishes is a choice among
   those, and proves nothing by itself.
 - What the application sends is inside, its headers and its token too: the app is the party that it trusts. Outside is nothing
   that tells one caller from another, but the address.
-- There is no manifest here, no receipt and no audit proof.
 """
 
 from __future__ import annotations
@@ -13,14 +12,10 @@ from __future__ import annotations
 import email.utils
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
-import httpx2
-
 from lacre._version import __version__
-from lacre.client import DEFAULT_TIMEOUT, EventHooks
 from lacre.errors import InvalidMessage, MessageTooLarge, SettingsError, UntrustedRoot
 from lacre.evidence.exchange_info import Facts
 from lacre.evidence.verification import Verification
@@ -31,14 +26,8 @@ from lacre.exchange.steps import Read, Send, Steps, Together, sent_bytes, sent_o
 from lacre.jose.jws import b64u, b64u_decode
 from lacre.problems import DATE, UNKNOWN_KEY, details
 from lacre.runtime import arguments
-from lacre.runtime.forks import StaysInProcess
 from lacre.runtime.hosts import checked_host
-from lacre.transport import request_log
-from lacre.transport.dial import DEFAULT_LIMITS, Dial, NoCookies, async_outer, outer
 from lacre.transport.oauth import checked, given
-from lacre.transport.options import Verify
-from lacre.transport.sealed_async import AsyncSealedTransport
-from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.manifest_store import VersionMemory
 from lacre.wire import bhttp
 from lacre.wire.header import AUTHORITY, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, WELL_KNOWN, KeyConfig, parse_key_list
@@ -55,103 +44,6 @@ _STAYS_OUT: Final = frozenset({
 
 Pins = str | Sequence[str]
 Credential = str | Callable[[], str]
-
-
-class Client(StaysInProcess, httpx2.Client):
-    """An `httpx2.Client` of one sealed app: `client.post("/summaries", json=...)`, with its base URL set.
-
-    url: where the app is served, `https://host[:port]` or `http://`. key: what is pinned (`Sealed.pins`), or several while the
-    app changes its key. token: what names the caller to the app, a bearer token inside the seal; a callable is asked each time.
-    shape, timeout, event_hooks, and verify, proxy, limits and transport of the connection: as for `lacre.Client`.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        key: Pins,
-        token: Credential | None = None,
-        shape: Shape = "pad",
-        timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
-        verify: Verify = True,
-        proxy: httpx2.Proxy | httpx2.URL | str | None = None,
-        limits: httpx2.Limits = DEFAULT_LIMITS,
-        transport: httpx2.BaseTransport | None = None,
-        event_hooks: EventHooks | None = None,
-    ) -> None:
-        base_url, lasts, hooks = _url(url), arguments.timeout(timeout), arguments.hooks(event_hooks)
-        checks, through = arguments.verify(verify), arguments.proxy(proxy)
-        arguments.instance(transport, (httpx2.BaseTransport, NoneType), "transport")
-        dial: Dial[httpx2.BaseTransport] = Dial(base_url, _OUTER, lasts, checks, through, arguments.limits(limits), transport)
-        sealing = DirectSealing(_pins(key), _credential(token), shape)
-        sealed = SealedTransport(sealing, outer(dial), "")
-        request_log.once("httpx2")
-        super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=hooks, cookies=NoCookies())
-
-    def build_request(self, *args: Any, **options: Any) -> httpx2.Request:
-        """As `httpx2.Client.build_request`. Raises UsageError for what no request can be built of."""
-        with arguments.of_request():
-            return super().build_request(*args, **options)
-
-    def send(
-        self,
-        request: httpx2.Request,
-        *,
-        stream: bool = False,
-        auth: Any = httpx2.USE_CLIENT_DEFAULT,
-        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
-    ) -> httpx2.Response:
-        """As `httpx2.Client.send`, but a redirect is an answer like any other: it is never followed."""
-        arguments.sendable(request, httpx2.Request, httpx2.SyncByteStream, closed=self.is_closed)
-        auth = arguments.auth(auth, httpx2.USE_CLIENT_DEFAULT, httpx2.Auth, httpx2.Request)
-        return super().send(request, stream=stream, auth=auth, follow_redirects=False)
-
-
-class AsyncClient(StaysInProcess, httpx2.AsyncClient):
-    """The async twin of `Client`."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        key: Pins,
-        token: Credential | None = None,
-        shape: Shape = "pad",
-        timeout: httpx2.Timeout | float | None = DEFAULT_TIMEOUT,
-        verify: Verify = True,
-        proxy: httpx2.Proxy | httpx2.URL | str | None = None,
-        limits: httpx2.Limits = DEFAULT_LIMITS,
-        transport: httpx2.AsyncBaseTransport | None = None,
-        event_hooks: EventHooks | None = None,
-    ) -> None:
-        base_url, lasts, hooks = _url(url), arguments.timeout(timeout), arguments.hooks(event_hooks)
-        checks, through = arguments.verify(verify), arguments.proxy(proxy)
-        arguments.instance(transport, (httpx2.AsyncBaseTransport, NoneType), "transport")
-        dial: Dial[httpx2.AsyncBaseTransport] = Dial(
-            base_url, _OUTER, lasts, checks, through, arguments.limits(limits), transport
-        )
-        sealing = DirectSealing(_pins(key), _credential(token), shape)
-        sealed = AsyncSealedTransport(sealing, async_outer(dial), "")
-        request_log.once("httpx2")
-        super().__init__(transport=sealed, base_url=BASE_URL, timeout=lasts, event_hooks=hooks, cookies=NoCookies())
-
-    def build_request(self, *args: Any, **options: Any) -> httpx2.Request:
-        """As `httpx2.AsyncClient.build_request`. Raises UsageError for what no request can be built of."""
-        with arguments.of_request():
-            return super().build_request(*args, **options)
-
-    async def send(
-        self,
-        request: httpx2.Request,
-        *,
-        stream: bool = False,
-        auth: Any = httpx2.USE_CLIENT_DEFAULT,
-        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
-    ) -> httpx2.Response:
-        """As `httpx2.AsyncClient.send`, but a redirect is an answer like any other: it is never followed."""
-        arguments.sendable(request, httpx2.Request, httpx2.AsyncByteStream, closed=self.is_closed)
-        auth = arguments.auth(auth, httpx2.USE_CLIENT_DEFAULT, httpx2.Auth, httpx2.Request)
-        return await super().send(request, stream=stream, auth=auth, follow_redirects=False)
 
 
 class DirectSealing(Sealing):
@@ -224,17 +116,17 @@ class DirectSealing(Sealing):
         return bhttp.Request(plain.method, "https", AUTHORITY, plain.path, (*headers, *own), plain.content)
 
 
-_OUTER: Final[Mapping[str, str]] = {"user-agent": f"lacre/{__version__}", "accept": "*/*"}
+OUTER_HEADERS: Final[Mapping[str, str]] = {"user-agent": f"lacre/{__version__}", "accept": "*/*"}
 
 
-def _credential(token: Credential | None) -> Credential | None:
+def credential_of(token: Credential | None) -> Credential | None:
     """None is none; an empty one is the caller's mistake. Raises UsageError."""
     if token is None or callable(token):
         return token
     return arguments.text(token, "token")
 
 
-def _url(url: str) -> str:
+def url_of(url: str) -> str:
     """Raises UsageError or SettingsError."""
     try:
         parts = urlsplit(arguments.text(url, "url"))
@@ -247,7 +139,7 @@ def _url(url: str) -> str:
     return url
 
 
-def _pins(key: Pins) -> list[bytes]:
+def pins_of(key: Pins) -> list[bytes]:
     """Raises SettingsError, or UsageError for what is not a string."""
     keys = arguments.one_or_more(key, str, "key") if key else ()
     try:

@@ -1,0 +1,11 @@
+"""The clients that applications use: `httpx2` clients whose every request is sealed, with chat in a word."""
+
+from lacre.client._async import AsyncClient
+from lacre.client._sync import Client
+from lacre.client.manifest import fetch_manifest
+from lacre.client.settings import BASE_URL, DEFAULT_RESUMES, DEFAULT_TIMEOUT, EventHooks
+
+__all__ = ["BASE_URL", "DEFAULT_RESUMES", "DEFAULT_TIMEOUT", "AsyncClient", "Client", "EventHooks", "fetch_manifest"]
+
+for _client in (AsyncClient, Client):
+    _client.__module__ = __name__  # where programs find it, for its representation and what errors call it

@@ -1,0 +1,58 @@
+"""What a client of a gateway is set to where its caller says nothing, and how what the caller says is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import EllipsisType
+from typing import Any, Final
+
+import httpx2
+
+from lacre._version import __version__
+from lacre.errors import SettingsError, UsageError
+from lacre.exchange.call import ORIGIN
+from lacre.jose.dpop import ProofKey
+from lacre.runtime import arguments
+from lacre.trust.manifest_store import Memory, VersionFile
+
+BASE_URL: Final = f"{ORIGIN}/v1"
+
+# Reading waits for the queue (30 s) and a long prompt's prefill; the other steps are quick.
+DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0)
+
+# A gateway may restart twice while a long answer is on its way, and a connection be cut. What may be a worker's end counts
+# apart, and is followed once (`lacre.exchange.retry`).
+DEFAULT_RESUMES: Final = 3
+
+EventHooks = Mapping[str, list[Any]]
+Timeout = httpx2.Timeout | float | None | EllipsisType  # of one call; `...` is the client's own
+OUTER_HEADERS: Final = {"user-agent": f"lacre/{__version__}"}
+
+
+def memory_of(given: Memory | None) -> Memory:
+    if given is None:
+        return VersionFile.default()
+    if isinstance(given, type) or not callable(getattr(given, "update", None)):
+        raise UsageError("memory: lacre.VersionMemory(), a lacre.VersionFile or another with `update` is wanted")
+    return given
+
+
+def at_once_of(given: int | None) -> int | None:
+    return None if given is None else arguments.count(given, "max_concurrency", least=1)
+
+
+def proof_key_of(given: ProofKey | None) -> ProofKey | None:
+    if given is None:
+        path = os.environ.get("LACRE_DPOP_KEY")
+        return ProofKey.load(path) if path else None
+    if not isinstance(given, ProofKey):
+        raise UsageError(f"dpop: a lacre.ProofKey is wanted, not {arguments.kind_of(given)}: lacre.ProofKey.load(path)")
+    return given
+
+
+def models_of(pools: Mapping[str, Any], pool: str) -> tuple[str, ...]:
+    if pool not in pools:
+        raise SettingsError(f"the manifest has no pool {pool!r}: it has {', '.join(sorted(pools)) or 'none'}")
+    models: tuple[str, ...] = pools[pool].models
+    return models
