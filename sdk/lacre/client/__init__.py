@@ -1,4 +1,7 @@
-"""The clients that applications use: `httpx2` clients whose every request is sealed, with chat in a word."""
+"""The clients that applications use: `httpx2` clients whose every request is sealed, with chat in a word.
+
+Open `_async.py` first. `tools/unasync.py` writes `_sync.py` from it; `settings.py` has what both are set to.
+"""
 
 from lacre.client._async import AsyncClient
 from lacre.client._sync import Client

@@ -6,6 +6,8 @@ Rules:
 - What the application sends is inside, its headers and its token too: the app is the party that it trusts. Outside is nothing
   that tells one caller from another, but the address.
 - There is no manifest here, no receipt and no audit proof.
+
+Open `sealing.py` first. `tools/unasync.py` writes `_sync.py` from `_async.py`.
 """
 
 from lacre.direct._async import AsyncClient

@@ -4,6 +4,8 @@ Rules:
 - Nothing is sealed or decided here. A request becomes one of `httpx2`, `lacre.Client` seals it, and its answer comes back as
   `httpx`'s: one implementation, and this adapter.
 - httpx's exceptions are made here and nowhere else; every other error is Lacre's own.
+
+Open `_async.py` first. `tools/unasync.py` writes `_sync.py` from it; `messages.py` turns httpx's types into httpx2's and back.
 """
 
 try:
