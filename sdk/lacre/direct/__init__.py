@@ -12,9 +12,9 @@ Open `sealing.py` first. `tools/unasync.py` writes `_sync.py` from `_async.py`.
 
 from lacre.direct._async import AsyncClient
 from lacre.direct._sync import Client
-from lacre.direct.sealing import BASE_URL, WELL_KNOWN, DirectSealing
+from lacre.direct.sealing import BASE_URL, DirectSealing
 
-__all__ = ["BASE_URL", "WELL_KNOWN", "AsyncClient", "Client", "DirectSealing"]
+__all__ = ["BASE_URL", "AsyncClient", "Client", "DirectSealing"]
 
 for _client in (AsyncClient, Client):
     _client.__module__ = __name__  # where programs find it
