@@ -12,10 +12,19 @@ PACKAGES = ("sdk/lacre", "fabric/lacre_fabric", "gateway/lacre_gateway", "backen
 
 # Names that several classes share, where each is, and why a reader is not misled.
 SHARED = {
-    ("Client", "sdk/lacre/client.py sdk/lacre/direct.py sdk/lacre/legacy.py"): "the public doors: one client for each way in",
-    ("AsyncClient", "sdk/lacre/client.py sdk/lacre/direct.py sdk/lacre/legacy.py"): "as `Client`, for asyncio",
-    ("TimedOut", "sdk/lacre/errors.py sdk/lacre/legacy.py"): "the same error: legacy's is a subclass that is httpx's too",
-    ("Unreachable", "sdk/lacre/errors.py sdk/lacre/legacy.py"): "as `TimedOut`",
+    (
+        "Client",
+        "sdk/lacre/client/_sync.py sdk/lacre/direct/_sync.py sdk/lacre/legacy/_sync.py",
+    ): "the public doors: one client for each way in",
+    (
+        "AsyncClient",
+        "sdk/lacre/client/_async.py sdk/lacre/direct/_async.py sdk/lacre/legacy/_async.py",
+    ): "as `Client`, for asyncio",
+    (
+        "TimedOut",
+        "sdk/lacre/errors.py sdk/lacre/legacy/messages.py",
+    ): "the same error: legacy's is a subclass that is httpx's too",
+    ("Unreachable", "sdk/lacre/errors.py sdk/lacre/legacy/messages.py"): "as `TimedOut`",
 }
 
 
