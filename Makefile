@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-# Processes that share the tests. One more than there are cores, because many tests wait for a server.
+# Tests start hundreds of Pythons: each would compile our sources again where this variable is set.
+unexport PYTHONDONTWRITEBYTECODE
+# Processes that share the tests (tests/sharing.py). One more than there are cores, because many tests wait for a server.
 JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 SHARED := $(PYTEST) -n $(JOBS) --durations=30
 
@@ -13,7 +15,7 @@ CHAOS_SECONDS ?= 600
 CONTAINER_PACKAGES := buildah podman runc mmdebstrap uidmap netavark aardvark-dns iptables catatonit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo pictures test test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors generate clean ready tested environments chart-test container-test sbom dist
+.PHONY: help demo pictures test test-quick test-all test-heavy lint bench profile fuzz chaos mutants threat-model errors generate clean ready tested environments chart-test container-test sbom dist
 
 help:  ## List these targets.
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +25,10 @@ demo: ready  ## Send one sealed chat to a real model, seen from both sides.
 
 test: tested  ## Run the fast tests.
 	$(SHARED) -m "not slow and not container and not heavy"
+
+# tests/quick.txt lists files of all four packages that start no server and load no model.
+test-quick: ready  ## Run the tests that take a minute, for the loop of editing.
+	$(SHARED) -m "not slow and not container and not heavy" @tests/quick.txt
 
 test-all: tested environments  ## Run the slow tests too. JOBS: how many processes share them.
 	$(SHARED) -m "not container and not heavy"
