@@ -39,8 +39,8 @@ PACKAGES: Final[Mapping[str, Package]] = {
         12,
         (
             ("errors", "_version"),
-            ("problems", "runtime", "wire"),
-            ("jose",),
+            ("runtime", "wire"),
+            ("problems", "jose"),
             ("trust", "asgi"),
             ("evidence",),
             ("exchange",),

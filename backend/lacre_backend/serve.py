@@ -25,7 +25,7 @@ from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.gguf import DEFAULT_MODEL, find
-from lacre_backend.node.claims import ClaimsProbe
+from lacre_backend.node.claims_probe import ClaimsProbe
 from lacre_backend.node.node import Identity, Node
 from lacre_backend.node.readiness import Holding, Part, Readiness, alive
 from lacre_backend.settings import ModelSettings, WorkerSettings

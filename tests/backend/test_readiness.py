@@ -17,7 +17,7 @@ from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatemen
 from lacre.trust.signing import sign_manifest, sign_statement
 from lacre.wire.header import Kem
 from lacre.wire.opening import PrivateKey
-from lacre_backend.node.claims import CLOCK, FAILURES, ClaimsProbe
+from lacre_backend.node.claims_probe import CLOCK, FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Readiness, Reason, against, alive
 from lacre_backend.settings import Upstream
 from lacre_backend.upstream.probe import Probe

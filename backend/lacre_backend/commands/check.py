@@ -16,7 +16,7 @@ from lacre.errors import LacreError
 from lacre.jose.jws import raw_public_key
 from lacre_backend.keyring import KeyRing
 from lacre_backend.models.gguf import find
-from lacre_backend.node.claims import FAILURES, ClaimsProbe
+from lacre_backend.node.claims_probe import FAILURES, ClaimsProbe
 from lacre_backend.node.readiness import Holding, Reason, against, unread
 from lacre_backend.settings import WorkerSettings, load
 from lacre_backend.upstream.probe import Probe
