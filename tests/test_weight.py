@@ -17,7 +17,8 @@ import lacre
 ROOT = Path(__file__).resolve().parent.parent
 SDK = ROOT / "sdk"
 TYPING = ROOT / "typing_tests"
-MAX_WHEEL = 220_000  # bytes of the SDK's own files, compressed as they are in the wheel
+# Bytes of the SDK's own files, compressed one by one as they are in the wheel. The generated sync half takes 11 kB of them.
+MAX_WHEEL = 240_000
 NODE, NPM = shutil.which("node"), shutil.which("npm")
 
 

@@ -27,7 +27,7 @@ from lacre.client import AsyncClient
 from lacre.exchange.request import ALLOWED_HEADERS, MAX_CONTENT
 from lacre.exchange.retry import may_have_lost
 from lacre.runtime import arguments
-from lacre.runtime.hosts import Hosts, as_origin
+from lacre.runtime.served_hosts import Hosts, as_origin
 from lacre.wire.records import EVENT_STREAM
 
 try:

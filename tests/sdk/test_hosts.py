@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre.errors import SettingsError
-from lacre.runtime.hosts import Hosts, as_origin, base_url
+from lacre.runtime.served_hosts import Hosts, as_origin, base_url
 
 PRINTED = {
     "127.0.0.1": "http://127.0.0.1:8080/v1",

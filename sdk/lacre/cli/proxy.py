@@ -50,7 +50,7 @@ def proxy(
 ) -> None:
     """Serve OpenAI's API on loopback, sealing every request. Ctrl-C ends it."""
     from lacre.proxy import ProxyAccess
-    from lacre.runtime.hosts import base_url
+    from lacre.runtime.served_hosts import base_url
 
     check_host(host, allowed=allow_remote)
     key = secrets.token_urlsafe(32) if key_file is None else key_from(key_file)

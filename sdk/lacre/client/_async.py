@@ -30,9 +30,8 @@ from lacre.exchange.call import DEFAULT_KEMS, Sealing
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
 from lacre.transport import oauth
-from lacre.transport.dial import DEFAULT_LIMITS, Dial, async_outer
+from lacre.transport.dial import DEFAULT_LIMITS, Dial, Verify, async_outer
 from lacre.transport.oauth import AsyncToken
-from lacre.transport.options import Verify
 from lacre.transport.sealed import FACTS
 from lacre.transport.sealed_async import AsyncSealedTransport
 from lacre.transport.sealing_client_async import AsyncSealingClient

@@ -31,9 +31,8 @@ from lacre.exchange.call import DEFAULT_KEMS, Sealing
 from lacre.jose.dpop import ProofKey
 from lacre.runtime import arguments
 from lacre.transport import oauth
-from lacre.transport.dial import DEFAULT_LIMITS, Dial, outer
+from lacre.transport.dial import DEFAULT_LIMITS, Dial, Verify, outer
 from lacre.transport.oauth import Token
-from lacre.transport.options import Verify
 from lacre.transport.sealed import FACTS
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.transport.sealing_client_sync import SealingClient

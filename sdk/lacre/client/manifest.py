@@ -7,8 +7,7 @@ import httpx2
 from lacre.client.settings import DEFAULT_TIMEOUT, OUTER_HEADERS, memory_of
 from lacre.exchange.call import Sealing
 from lacre.runtime import arguments
-from lacre.transport.dial import Dial, outer
-from lacre.transport.options import Verify
+from lacre.transport.dial import Dial, Verify, outer
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.trust.manifest import Manifest

@@ -10,8 +10,7 @@ import httpx2
 from lacre.client import DEFAULT_TIMEOUT, EventHooks
 from lacre.direct.sealing import OUTER_HEADERS, Credential, DirectSealing, Pins, credential_of, pins_of, url_of
 from lacre.runtime import arguments
-from lacre.transport.dial import DEFAULT_LIMITS, Dial, outer
-from lacre.transport.options import Verify
+from lacre.transport.dial import DEFAULT_LIMITS, Dial, Verify, outer
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.transport.sealing_client_sync import SealingClient
 from lacre.wire.padding import Shape

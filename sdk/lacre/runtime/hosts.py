@@ -1,19 +1,9 @@
-"""Which values of `Host` mean a server on this machine (RFC 9110 section 7.2), which of `Origin` are allowed, and the base URL
-that a server prints. No I/O.
-
-Rules
-- By DNS rebinding a web page gives its own name to this machine's address. So a name counts only where it was allowed.
-- A page cannot do that with an address: a browser that sends one asked for that address. So every loopback address counts, and
-  where the server listens on all addresses, every address.
-- The port counts too: it is the server's, and 80 where none is written.
-"""
+"""Which host names a resolver takes, and which hosts are on this machine. No I/O."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import httpx2
@@ -23,112 +13,6 @@ from lacre.errors import SettingsError
 LOCALHOST: Final = "localhost"
 _LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  # RFC 1123 section 2.1, and `_` as DNS has it
 MAX_HOST: Final = 253  # characters of a name in DNS (RFC 1035 section 2.3.4)
-HTTP: Final = 80  # the port of an http URL that names none
-_AUTHORITY: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(:(?P<port>[0-9]{1,5})?)?")
-_ORIGIN: Final = re.compile(
-    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9_.-]{1,253})(:(?P<port>[0-9]{1,5}))?/?"
-)
-_UNWRITTEN: Final = {"http": str(HTTP), "https": "443"}  # browsers leave these ports out of an origin
-NO_PAGE: Final = "null"  # the origin of a page that comes from no server (RFC 6454 section 7.1)
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-@dataclass(frozen=True, slots=True)
-class Hosts:
-    """port: the server's. names: those that count, beside loopback's addresses. pairs: names with a port of their own, such as
-    a tunnel's. everywhere: whether every address counts.
-    """
-
-    port: int
-    names: frozenset[str] = frozenset({LOCALHOST})
-    pairs: frozenset[tuple[str, int]] = frozenset()
-    everywhere: bool = False
-
-    @classmethod
-    def of(cls, listening: str, port: int, allowed: Sequence[str] = ()) -> Hosts:
-        """listening: the socket's address, or a name of it. allowed: other names of this machine, each with a port or without.
-
-        Raises SettingsError for one that is no host.
-        """
-        address = _address(listening)
-        everywhere = address is not None and address.is_unspecified
-        names, pairs = {LOCALHOST} if everywhere else {LOCALHOST, shown(listening)}, set()
-        for text in allowed:
-            found = _split(text)
-            if found is None:
-                raise SettingsError(f"{text!r} is no host: write a name as it stands in a URL, such as box.lan")
-            name, own = found
-            if own is None:
-                names.add(name)
-            else:
-                pairs.add((name, own))
-        return cls(port, frozenset(names), frozenset(pairs), everywhere)
-
-    def know(self, host: str) -> bool:
-        """Whether a value of `Host` is this server's. Letter case, a final dot and an address's form make no difference."""
-        found = _split(host)
-        if found is None:
-            return False
-        name, port = found[0], HTTP if found[1] is None else found[1]
-        if (name, port) in self.pairs:
-            return True
-        address = _address(name)
-        here = name in self.names or (address is not None and (self.everywhere or address.is_loopback))
-        return here and port == self.port
-
-    def __str__(self) -> str:
-        """For a person: what to write into a base URL."""
-        known = [f"{name}:{self.port}" for name in sorted(self.names)] + [f"{name}:{port}" for name, port in sorted(self.pairs)]
-        return f"{', '.join(known)}, and {'every' if self.everywhere else 'a loopback'} address with port {self.port}"
-
-
-def base_url(listening: str, port: int) -> str:
-    """Where a program on this machine finds a server. One that listens on all addresses is found on loopback."""
-    address = _address(listening)
-    if address is not None and address.is_unspecified:
-        listening = "127.0.0.1" if address.version == 4 else "::1"
-    return f"http://{shown(listening)}:{port}/v1"
-
-
-def as_origin(text: str) -> str:
-    """A web page's origin as browsers send it (RFC 6454 section 6.2): a port that goes without saying, a slash at its end and
-    letter case make no difference. Raises SettingsError for what no browser sends.
-    """
-    if text == NO_PAGE:
-        return text
-    found = _ORIGIN.fullmatch(text.strip().lower())
-    if found is None or (found["host"].startswith("[") and _address(found["host"]) is None):
-        raise SettingsError(
-            f"{text!r} is no origin of a web page: write its scheme, host and port, such as http://localhost:3000"
-        )
-    port = found["port"]
-    written = "" if port is None or port == _UNWRITTEN.get(found["scheme"]) else f":{port}"
-    return f"{found['scheme']}://{found['host']}{written}"
-
-
-def shown(host: str) -> str:
-    """A name or an address in its one form, as a URL has it. An IPv6 scope goes: it has a meaning on its own machine alone."""
-    address = _address(host)
-    if address is None:
-        return host.lower().removesuffix(".")
-    return f"[{str(address).partition('%')[0]}]" if address.version == 6 else str(address)
-
-
-def _split(text: str) -> tuple[str, int | None] | None:
-    """Host and port of `host[:port]` (RFC 3986 section 3.2.2), the host in its one form; None for what is none."""
-    found = _AUTHORITY.fullmatch(text.strip(" \t"))
-    if found is None or (found["host"].startswith("[") and _address(found["host"]) is None):
-        return None
-    return shown(found["host"]), int(found["port"]) if found["port"] else None
-
-
-def _address(host: str) -> Address | None:
-    """The address that a text is, in brackets or not; None for a name."""
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return None
 
 
 def checked_host(host: str) -> str:

@@ -15,6 +15,7 @@ from lacre.runtime.forks import PerLoop, PerProcess
 from lacre.transport.tls_settings import settings_checked
 
 DEFAULT_LIMITS: Final = httpx2.Limits(max_connections=100, max_keepalive_connections=20)  # httpx2's own
+Verify = ssl.SSLContext | str | bool
 Transport = TypeVar("Transport", httpx2.BaseTransport, httpx2.AsyncBaseTransport)
 Outside = TypeVar("Outside", httpx2.Client, httpx2.AsyncClient)
 
@@ -39,7 +40,7 @@ class Dial(Generic[Transport]):
     base_url: str
     headers: Mapping[str, str]
     timeout: httpx2.Timeout | float | None
-    verify: ssl.SSLContext | str | bool = True
+    verify: Verify = True
     proxy: httpx2.Proxy | httpx2.URL | str | None = None
     limits: httpx2.Limits = field(default_factory=lambda: DEFAULT_LIMITS)
     transport: Transport | None = None

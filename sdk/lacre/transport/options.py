@@ -5,19 +5,17 @@ A test holds these against the parameters of `lacre.Client` and `lacre.AsyncClie
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Sequence
 from typing import TypedDict
 
 import httpx2
 
 from lacre.jose.dpop import ProofKey
+from lacre.transport.dial import Verify
 from lacre.transport.oauth import AsyncToken, Token
 from lacre.trust.manifest_store import Memory
 from lacre.wire.header import Kem
 from lacre.wire.padding import Shape
-
-Verify = ssl.SSLContext | str | bool
 
 
 class SharedOptions(TypedDict, total=False):
