@@ -5,6 +5,8 @@ Rules:
 - Words are replaced, and nothing else: the same in code, docstrings, messages and comments.
 - What needs more than another word (locks, sleeping, tasks against threads) is written by hand for both, in a module that both
   import: `lacre.transport.backend`, `concurrency`, `single_flight` and `lacre.runtime.forks`.
+
+The package `unasync` (0.6) serves less well: it leaves docstrings, messages and comments as they are.
 """
 
 from __future__ import annotations
