@@ -8,13 +8,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Final
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
 
 from lacre.wire.header import SEALED_PATH
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.http.access_log import AccessLog
+from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.answers import answer_with_problems, described
 from lacre_gateway.http.exchange import App, Receive, Scope, Send
 from lacre_gateway.http.public_api import PATHS, SECURITY
@@ -47,7 +48,11 @@ def create_app(gateway: Gateway) -> GatewayApp:
     sealed = SealedEndpoint(gateway)
     app.sealed = AccessLog(sealed, gateway.log)
     app.router.routes.append(Route(SEALED_PATH, sealed, methods=["POST"]))  # for what is said of other methods
-    for path, endpoint in (("/v1/manifest", serve_manifest), ("/healthz", healthz), ("/readyz", readyz)):
+    limit = AddressLimit(gateway.settings.limits.calls_per_address)
+    limit.install(app)
+    limited = [Depends(limit.check)]
+    app.add_api_route("/v1/manifest", serve_manifest, methods=_READ, include_in_schema=False, dependencies=limited)
+    for path, endpoint in (("/healthz", healthz), ("/readyz", readyz)):
         app.add_api_route(path, endpoint, methods=_READ, include_in_schema=False)
     app.openapi = partial(described, app, PATHS, SECURITY)  # type: ignore[method-assign]
     return app

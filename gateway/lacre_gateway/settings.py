@@ -182,6 +182,7 @@ class GatewayLimits(Table):
 
     body_bytes: of sealed bodies that it holds at once; handing one on costs up to three times its bytes, and the Helm chart
     gives a gateway 1 GiB. body_bytes_per_subject: of these, of one caller.
+    calls_per_address: calls a minute of one address to the manifest, and as many to the admin listener.
     refused_per_minute: requests of one caller that may be refused, each with its audit entries. refused_per_address: likewise.
     """
 
@@ -193,6 +194,7 @@ class GatewayLimits(Table):
     refused_per_address: PositiveInt = 600  # many callers may share an address
     longest_stream: Annotated[float, Field(gt=0, le=86400)] = 3600.0  # from admission to the last byte
     failed_auth_per_minute: PositiveInt = 60  # per address
+    calls_per_address: PositiveInt = 3000  # a client fetches the manifest when it starts, and many may share an address
     queue_limit: Annotated[float, Field(gt=0, le=30)] = 30.0  # 30 s: the life of a message in the queue
     grant_lifetime: PositiveFloat = 60.0
     body_timeout: PositiveFloat = 30.0

@@ -63,7 +63,7 @@ PLANS = """
 @pytest.fixture
 async def stage(put_up: PutUp) -> Stage:
     """A stage in which many bad tokens and refusals, from one address, are no reason to say 429."""
-    names = ("failed_auth_per_minute", "refused_per_minute", "refused_per_address")
+    names = ("failed_auth_per_minute", "refused_per_minute", "refused_per_address", "calls_per_address")
     return await put_up(limits="\n".join(f"{name} = 1000000" for name in names), plans=PLANS)
 
 

@@ -48,16 +48,16 @@ def worker(
         runner.run(serve(found))
 
 
-@commands.command()
-def tune(settings: SettingsFile) -> None:
+@commands.command("tune")
+def worker_tune(settings: SettingsFile) -> None:
     """Measure on this machine how each model runs fastest, and write the choice and its figures into the settings."""
     from lacre_backend.commands.tune import run
 
     run(settings, typer.echo)
 
 
-@commands.command()
-def check(settings: SettingsFile) -> None:
+@commands.command("check")
+def worker_check(settings: SettingsFile) -> None:
     """Look at everything that this worker needs, and say what to do about what is wrong. It serves nothing."""
     from lacre_backend.commands.check import examine
 

@@ -44,6 +44,7 @@ from lacre_gateway.audit.entries import AdminIntent
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.http.access_log import AccessLog
+from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.answers import (
     BODY_TOO_LARGE,
     BODY_TOO_SLOW,
@@ -74,6 +75,8 @@ def create_admin(gateway: Gateway) -> FastAPI:
     gauges = Gauges(gateway)
     States(gateway.metrics, [gauges.read])
     app.state.gateway, app.state.gauges = gateway, gauges
+    app.state.limit = AddressLimit(gateway.settings.limits.calls_per_address)
+    app.state.limit.install(app)
     app.add_middleware(AccessLog, log=gateway.log)
     answer_with_problems(app)
     app.add_exception_handler(LacreError, _mapped)
@@ -87,13 +90,30 @@ def create_admin(gateway: Gateway) -> FastAPI:
 MAX_BODY: Final = 16 * 1024  # bytes; two names and an issuer are far below
 
 
-class _Guarded(APIRoute):
-    """A call of somebody who is known. FastAPI by itself would read the whole body first, whoever sent it."""
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+
+class _Limited(APIRoute):
+    """A call of an address that does not call too often."""
+
+    def get_route_handler(self) -> Handler:
+        handler = super().get_route_handler()
+
+        async def limited(request: Request) -> Response:
+            await request.app.state.limit.check(request)
+            return await handler(request)
+
+        return limited
+
+
+class _Guarded(APIRoute):
+    """Likewise, and of somebody who is known. FastAPI by itself would read the whole body first, whoever sent it."""
+
+    def get_route_handler(self) -> Handler:
         handler, takes_body = super().get_route_handler(), self.body_field is not None
 
         async def guarded(request: Request) -> Response:
+            await request.app.state.limit.check(request)
             asking = await _identified(request)
             refusals, subject = asking.gateway.refusals, (asking.who.issuer, asking.who.subject)
             refusals.check(subject, asking.address)
@@ -134,7 +154,7 @@ def _with_body(request: Request, body: bytes) -> Request:
 
 
 _CALLER: Final = "caller"
-_open: Final = APIRouter()
+_open: Final = APIRouter(route_class=_Limited)
 _routes: Final = APIRouter(route_class=_Guarded)
 _bearer: Final = HTTPBearer(auto_error=False, description="An access token of one of the gateway's issuers.")
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from limits import parse
-from slowapi import Limiter
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
 
 from lacre import problems
 from lacre.runtime.listening import network_of
@@ -31,9 +32,8 @@ class FailureThrottle:
 
     def __init__(self, per_minute: int) -> None:
         self._ceiling = per_minute
-        self._limit = parse(f"{per_minute}/minute")
-        limiter = Limiter(key_func=_no_request, storage_uri="memory://", strategy="fixed-window")
-        self._counts = limiter.limiter
+        self._limit = RateLimitItemPerMinute(per_minute)
+        self._counts = FixedWindowRateLimiter(MemoryStorage())
         self._verifying: Counter[str] = Counter()
 
     @contextmanager
@@ -59,11 +59,6 @@ class FailureThrottle:
 
     def failed(self, address: str) -> None:
         self._counts.hit(self._limit, _BUCKET, network_of(address))
-
-
-def _no_request() -> str:
-    """Slowapi asks for a way to name the caller of a Starlette request; here the caller is named directly."""
-    return ""
 
 
 class RefusalThrottle:

@@ -1,0 +1,61 @@
+"""How many calls a minute one address may make to the manifest and to the admin listener, counted by slowapi.
+
+Sealed requests do not pass here: their limits are in `lacre_gateway.auth.throttle`, in plans and in `limits`. Nor do the health
+checks, which a load balancer or kubelet makes from one address.
+
+Rules:
+- The count is taken before a token is looked at and before a body is read.
+- slowapi skips a call whose key is empty, so no key is. Its own settings (`.env`, `RATELIMIT_*`) do not switch it off.
+- slowapi's middleware is not used: it lets all routes pass that come from an included router (docs/decisions/slowapi.md).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from fastapi import FastAPI, Request, Response
+from slowapi import Limiter
+from slowapi.errors import RateLimitExceeded
+
+from lacre import problems
+from lacre.errors import Details
+from lacre.runtime.listening import network_of
+from lacre_gateway.http.answers import problem_response
+from lacre_gateway.http.exchange import REFUSED
+from lacre_gateway.http.headers import address_of
+from lacre_gateway.http.refusal import Refusal
+
+NAME: Final = "calls_per_address"  # the limit's, in the settings and in problem documents
+_UNKNOWN: Final = "unknown"  # all callers whose address nobody tells share one count
+
+
+class AddressLimit:
+    """Of one app, over all its limited routes together. per_minute: calls of one address or IPv6 /64."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._ceiling = per_minute
+        self._limiter = Limiter(_network, storage_uri="memory://", strategy="fixed-window", key_style="endpoint")
+        self._limiter.enabled = True  # whatever `RATELIMIT_ENABLED` says
+        self._limiter.logger.propagate = False  # it would name the address; the access log tells of each refusal
+        self.check = self._limiter.limit(f"{per_minute}/minute")(_counted)
+
+    def install(self, app: FastAPI) -> None:
+        """For the app's routes that ask `check`, a FastAPI dependency."""
+        app.add_exception_handler(RateLimitExceeded, self._answer)
+
+    def _answer(self, request: Request, _error: Exception) -> Response:
+        limit, keys = request.state.view_rate_limit
+        seconds = self._limiter.limiter.get_window_stats(limit, *keys).reset_time - time.time()
+        details: Details = {"limit": NAME, "scope": "address", "ceiling": self._ceiling, "unit": "requests"}
+        refusal = Refusal(problems.RATE_LIMITED, retry_after=max(seconds, 0.0), details=details)
+        request.scope["state"][REFUSED] = refusal
+        return problem_response(refusal)
+
+
+async def _counted(request: Request) -> None:
+    """What slowapi counts. It raises RateLimitExceeded in place of calling this."""
+
+
+def _network(request: Request) -> str:
+    return network_of(address_of(request.scope)) or _UNKNOWN
