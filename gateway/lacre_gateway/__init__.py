@@ -1,1 +1,1 @@
-"""The gateway: who may do what, how much, and the record of it. It forwards ciphertext and holds no key that opens any."""
+"""The gateway: decides who may do what and how much, and records it. It forwards ciphertext and holds no key to open it."""

@@ -1,6 +1,6 @@
-"""The routes of a gateway, as an app made by a factory. All state is in the `Gateway` that it is given.
+"""The routes of a gateway, as an app made by a factory. All state is in the `Gateway` that it gets.
 
-There are no documentation routes, no redirects and no pages: whatever is not one of the four routes is a problem document.
+There are no documentation routes, no redirects and no pages: any other path gets a problem document.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _READ: Final = ["GET", "HEAD"]
 
 
 class GatewayApp(FastAPI):
-    """Sealed requests go past the layers and routes of the others, which would cost each of them more than it takes to decide
-    on it (docs/performance.md).
+    """Sealed requests bypass the layers and routes of the others, which would cost each request more than the decision about it
+    (docs/performance.md).
     """
 
     sealed: App
@@ -40,14 +40,14 @@ class GatewayApp(FastAPI):
 
 
 def create_app(gateway: Gateway) -> GatewayApp:
-    """An ASGI app that serves from `gateway`, and neither starts nor stops any of its parts."""
+    """An ASGI app that serves from `gateway`; it neither starts nor stops any of its parts."""
     app = GatewayApp(title="Lacre gateway", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     app.add_middleware(AccessLog, log=gateway.log)
     answer_with_problems(app)
     sealed = SealedEndpoint(gateway)
     app.sealed = AccessLog(sealed, gateway.log)
-    app.router.routes.append(Route(SEALED_PATH, sealed, methods=["POST"]))  # for what is said of other methods
+    app.router.routes.append(Route(SEALED_PATH, sealed, methods=["POST"]))  # for the answers to other methods
     limit = AddressLimit(gateway.settings.limits.calls_per_address)
     limit.install(app)
     limited = [Depends(limit.check)]
@@ -59,10 +59,10 @@ def create_app(gateway: Gateway) -> GatewayApp:
 
 
 async def serve_manifest(request: Request) -> Response:
-    """The document that clients verify: byte for byte what was published."""
+    """The document that clients verify, byte for byte as published."""
     gateway: Gateway = request.app.state.gateway
     document = require(gateway.feed).document
-    # A cache may keep it and must ask again each time (RFC 9111 section 5.2.2.4): a rotated key is in use at once.
+    # A cache may keep it, but must ask again each time (RFC 9111 section 5.2.2.4): clients then use a rotated key at once.
     headers = {"etag": etag(document), "cache-control": "no-cache"}
     known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     if headers["etag"] in known or "*" in known:
@@ -71,7 +71,7 @@ async def serve_manifest(request: Request) -> Response:
 
 
 async def healthz() -> Response:
-    """Whether the process runs and its event loop turns. Nothing else: a restart would heal nothing else."""
+    """Whether the process runs and its event loop turns. It checks nothing else, because a restart would cure nothing else."""
     return JSONResponse({"status": "ok"}, headers={"cache-control": "no-store"})
 
 

@@ -15,7 +15,7 @@ from lacre_gateway.policy import commands as policy
 
 
 def register(app: typer.Typer) -> None:
-    """Adds `lacre audit`, and the others where what they need is installed."""
+    """Adds `lacre audit`, and each other command whose requirements are installed."""
     audit.register(app)
     if find_spec("cedarpy") is not None:
         policy.register(app)
@@ -35,7 +35,7 @@ def gateway(
     port: Annotated[int | None, typer.Option(hidden=True, help="The port that they share.", min=0)] = None,
     instance: Annotated[
         int | None,
-        typer.Option(help="Which of several gateways of this name this one is, each on a machine of its own: from 0.", min=0),
+        typer.Option(help="The number of this gateway among those of the same name on other machines, from 0.", min=0),
     ] = None,
 ) -> None:
     """Run a gateway: it authenticates, decides, records and routes sealed requests, and can read none of them."""
@@ -58,12 +58,12 @@ def gateway(
 
 def doctor(
     settings: Annotated[
-        Path | None, typer.Option(help="A gateway's settings file; that of the state folder where left out.")
+        Path | None, typer.Option(help="A gateway's settings file; default: the one in the state folder.")
     ] = None,
-    state: Annotated[Path | None, typer.Option(help="The state folder; $XDG_STATE_HOME/lacre where left out.")] = None,
+    state: Annotated[Path | None, typer.Option(help="The state folder; default: $XDG_STATE_HOME/lacre.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look at everything that a gateway needs, and say what to do about what is wrong. Exits with 1 where something is."""
+    """Check everything that a gateway needs, and say how to fix each fault. Exit code 1 if a check fails."""
     from lacre_gateway.doctor import examine
     from lacre_gateway.doctor.report import show
 
@@ -79,16 +79,16 @@ def doctor(
 def revoke(
     jti: Annotated[str | None, typer.Option(help="The one token with this id (its claim jti).")] = None,
     sub: Annotated[str | None, typer.Option(help="Every token that this subject was issued until now.")] = None,
-    issuer: Annotated[str | None, typer.Option(help="Who issued it; may be left out where there is one.")] = None,
+    issuer: Annotated[str | None, typer.Option(help="The token's issuer; may be omitted if there is only one.")] = None,
     until: Annotated[
-        datetime | None, typer.Option(help="When the token expires, in UTC; the longest that one may live where left out.")
+        datetime | None, typer.Option(help="When the token expires, in UTC; default: the maximum token lifetime from now.")
     ] = None,
     settings: Annotated[
-        Path | None, typer.Option(help="A gateway's settings file; that of the state folder where left out.")
+        Path | None, typer.Option(help="A gateway's settings file; default: the one in the state folder.")
     ] = None,
-    state: Annotated[Path | None, typer.Option(help="The state folder; $XDG_STATE_HOME/lacre where left out.")] = None,
+    state: Annotated[Path | None, typer.Option(help="The state folder; default: $XDG_STATE_HOME/lacre.")] = None,
 ) -> None:
-    """Have a token, or all tokens of a subject, refused by every gateway from now on. It cannot be taken back.
+    """Revoke a token, or all tokens of a subject: every gateway refuses them from now on. This cannot be undone.
 
     It counts for the gateway's credential. When its share of revocations is full, the state folder's own share is used.
     """
@@ -106,7 +106,7 @@ def revoke(
 
     path = settings or Site.load((state or default_state()).resolve()).gateway_settings
     read = load(path)
-    folder = (state or path.resolve().parent.parent).resolve()  # where `lacre up` keeps the settings, it is the state folder
+    folder = (state or path.resolve().parent.parent).resolve()  # `lacre up` keeps the settings in the state folder
     expires = None if until is None else until.replace(tzinfo=until.tzinfo or UTC).timestamp()
     revoked = revocation(read.issuers, jti=jti, subject=sub, issuer=issuer, until=expires, now=time.time())
 

@@ -1,4 +1,4 @@
-"""What one gateway process holds while it runs. It belongs to the app; a request's own state is in its `Exchange`."""
+"""The state of one running gateway process. It belongs to the app; a request's own state is in its `Exchange`."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from lacre_gateway.policy.live import LiveRules, Status
 from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import GatewaySettings
 
-ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON and HTTP around it, and padding, have bytes besides
+ORDINARY: Final = 4  # bytes of a token in ordinary text; JSON, HTTP and padding add more bytes
 
 
 @dataclass(slots=True)
 class Gateway:
     """The parts of a running gateway. fabric: None until it is connected. ending: set when it is to drain and end. clock:
-    seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it. doors: of the listeners
-    that serve it, by name.
+    seconds since the epoch. sealed_url: where clients send sealed requests, as their proofs name it. doors: of its listeners,
+    by name.
     """  # fmt: skip
 
     settings: GatewaySettings
@@ -74,11 +74,11 @@ class Gateway:
         return self.ending.is_set()
 
     def drain(self) -> None:
-        """Begins the end of this process: it is not ready any more, and goes when its streams have finished. Idempotent."""
+        """Begins the end of this process: it is no longer ready, and ends when its streams have finished. Idempotent."""
         self.ending.set()
 
     async def close(self) -> None:
-        """Waits until what was served is settled and on disk. Nothing may be served any more."""
+        """Waits until all served requests are settled and on disk. It must serve nothing from here on."""
         await self.revocations.close()
         await self.authenticator.close()
         self.refusals.close()
@@ -89,13 +89,13 @@ class Gateway:
             await self.tracer.close()
 
     async def reload(self, actor: str | None = None) -> Status:
-        """Puts the rules that are on the disk to work. actor: `<tenant>/<subject>` of who asked. Raises PolicyError."""
+        """Activates the rules that are on the disk. actor: `<tenant>/<subject>` of the caller. Raises PolicyError."""
         return await self.rules.reload(self.audit.append, actor)
 
     async def revoke(
         self, *, jti: str | None = None, subject: str | None = None, issuer: str | None = None, until: float | None = None
     ) -> Revocation:
-        """Has a token, or all that a subject was issued until now, refused everywhere: here at once, elsewhere within a second.
+        """Revokes a token, or all that a subject was issued until now: here at once, at other gateways within a second.
 
         As `revocation.revocation` says. Raises UsageError or FabricUnavailable.
         """
@@ -105,7 +105,7 @@ class Gateway:
         return revoked
 
     def tell_unrecorded(self, count: int) -> None:
-        """One entry a minute says how many requests were refused past their callers' limits of refusals."""
+        """Records once a minute how many requests were refused after their callers had used up their limits of refusals."""
         self.metrics.unrecorded(count)
         self.audit.append(Event(time=round(self.clock(), 3), event=UNRECORDED, count=count))
 
@@ -116,9 +116,9 @@ class Gateway:
         return self.fabric
 
     def ceilings(self, outer: OuterHeaders, header: SealedHeader, sealed_bytes: int) -> Reservation:
-        """What a request may use. A token of a prompt is at least a byte of what is sealed: JSON and HTTP put more bytes about
-        it than a chat template adds tokens. Of a request below the least padded length these may be too few, and its whole size
-        counts. The worker refuses what is more. Of the action `http`, bytes are counted and no tokens.
+        """The most that a request may use. A prompt token takes at least one byte of the request, and JSON and HTTP add more
+        bytes than a chat template adds tokens. Below the least padded length these may be too few, so the whole size counts.
+        The worker refuses longer prompts. For the action `http`, bytes count instead of tokens.
         """
         model, action, max_tokens = outer.model, outer.action, outer.max_tokens
         if action is Action.HTTP:
@@ -132,22 +132,22 @@ class Gateway:
         return Reservation(max_prompt_tokens=prompt, max_tokens=max_tokens, shrinks=True, enough=enough)
 
     def missing(self) -> dict[str, str]:
-        """What is still missing before requests can be served, and who can help; empty when nothing is."""
+        """The parts that are missing before requests can be served, and who can help; empty if none is."""
         missing = {}
         if not self.feed.ready:
-            missing["manifest"] = "none that is valid now: publish one with `lacre manifest publish`"
+            missing["manifest"] = "no valid manifest: publish one with `lacre manifest publish`"
         elif self.feed.manifest.gateway_key != raw_public_key(self.key):
-            missing["signing_key"] = "not the one in the manifest: workers will refuse every grant"
+            missing["signing_key"] = "not the key in the manifest: workers will refuse every grant"
         if self.fabric is None or not self.fabric.connected:
             missing["fabric"] = "not connected to NATS"
         elif not self.revocations.current:
-            missing["revocations"] = "cannot be read from NATS, so nobody is let in: see the log"
+            missing["revocations"] = "cannot be read from NATS, so every request is refused: see the log"
         elif not self.budgets.writable:
-            missing["budgets"] = "NATS takes no writes of budgets: run `lacre fabric check`"
+            missing["budgets"] = "NATS accepts no writes of budgets: run `lacre fabric check`"
         if not self.authenticator.able:
-            missing["issuers"] = "no issuer's keys could be fetched, so nobody can be let in: see the log"
+            missing["issuers"] = "no issuer's keys could be fetched, so every request is refused: see the log"
         if not self.audit.writable:
-            missing["audit"] = "the audit log cannot be written: free space where it stands"
+            missing["audit"] = "the audit log cannot be written: free space on its disk"
         if self.draining:
             missing["draining"] = "this process is about to end: ask another one"
         return missing
@@ -160,11 +160,10 @@ def build(
     fetch: Callable[[], Awaitable[bytes | None]],
     clock: Callable[[], float] = time.time,
 ) -> Gateway:
-    """Everything but the fabric. Reads policies and key sets, and opens the audit log. Raises SettingsError.
+    """Builds everything except the fabric. Reads policies and key sets, and opens the audit log. Raises SettingsError.
 
-    key: what grants and audit checkpoints are signed with. fetch: where the feed gets the manifest document from; the feed is
-    not started, and neither is what fetches issuers' keys and revocations.
-    Called on the event loop, which the audit log reports to.
+    key: signs grants and audit checkpoints. fetch: returns the manifest document for the feed. This starts neither the feed nor
+    the fetching of issuers' keys and revocations. Called on the event loop, which the audit log reports to.
     """
     limits = settings.limits
     issuers = trusted(settings.issuers, log)
@@ -190,7 +189,7 @@ def build(
         log=log,
         clock=clock,
         sealed_url=plain_url(settings.public_url + SEALED_PATH),
-        # Last: nothing after it can fail and leave its threads behind.
+        # Last: nothing after it can fail and leave its threads running.
         audit=AuditLog(
             settings.audit,
             key,

@@ -1,8 +1,8 @@
-"""`python -m lacre_gateway.probe --settings FILE [--ready]`: asks the gateway on this machine, where there is no HTTP client.
+"""`python -m lacre_gateway.probe --settings FILE [--ready]`: asks the gateway on this machine, without an HTTP client.
 
-Without `--ready` it asks whether the process runs: what to restart a container by. With it, whether requests can be served:
-what to send traffic by. A message server that is away makes every gateway unready and none unhealthy: a restart would mend
-nothing.
+Without `--ready` it asks whether the process runs: use it to restart a container. With it, it asks whether requests can be
+served: use it to route traffic. If a message server is away, every gateway is unready but healthy, because a restart would not
+help.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Final
 from lacre.errors import SettingsError
 from lacre_gateway.settings import Listen, load
 
-ANSWER: Final = 3.0  # seconds; shorter than any prober's own patience
-_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - is looked up, and not bound
+ANSWER: Final = 3.0  # seconds; shorter than any prober's own limit
+_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - keys to look up, not to bind
 
 
 def ask(listen: Listen, path: str) -> str | None:
-    """None where it says yes; otherwise what is wrong, in a few words that hold nothing of the answer."""
+    """None if it says yes; otherwise the fault in a few words that hold nothing of the answer."""
     connection = _connection(listen)
     try:
         connection.request("GET", path)
@@ -38,7 +38,7 @@ def _connection(listen: Listen) -> http.client.HTTPConnection:
     host = _ANYWHERE.get(listen.host, listen.host)
     if listen.tls is None:
         return http.client.HTTPConnection(host, listen.port, timeout=ANSWER)
-    # The certificate is for the name that clients use, and nothing secret is asked: `lacre doctor` looks at certificates.
+    # The certificate is for the name that clients use, and nothing secret is sent: `lacre doctor` checks certificates.
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return http.client.HTTPSConnection(host, listen.port, timeout=ANSWER, context=context)
@@ -46,7 +46,9 @@ def _connection(listen: Listen) -> http.client.HTTPConnection:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0 for yes, 1 for no, with a line on stderr that says why."""
-    parser = argparse.ArgumentParser(prog="lacre_gateway.probe", description="Ask the gateway on this machine how it is.")
+    parser = argparse.ArgumentParser(
+        prog="lacre_gateway.probe", description="Ask whether the gateway on this machine is healthy."
+    )
     parser.add_argument("--settings", type=Path, required=True, help="the gateway's settings file")
     parser.add_argument("--ready", action="store_true", help="ask whether requests can be served")
     chosen = parser.parse_args(arguments)

@@ -1,11 +1,12 @@
-"""Several gateway processes behind one port (`processes` in the settings), and the one that watches over them.
+"""Several gateway processes behind one port (`processes` in the settings), and the one that supervises them.
 
 Rules:
-- The kernel shares connections out among them (SO_REUSEPORT). Each has its own audit log, its own name on the fabric, and its
-  own admin listener; they share nothing in memory.
-- One that dies is started again, at longer and longer intervals while it keeps dying. One that cannot start the first time
-  ends all: something is wrong with the settings, and it has said what.
-- SIGTERM and SIGINT drain all of them; SIGHUP is handed on. When this process dies, they do (see `lacre_fabric.operate.leash`).
+- The kernel divides connections among them (SO_REUSEPORT). Each has its own audit log, its own name on the fabric, and its own
+  admin listener; they share no memory.
+- A process that dies is started again, after growing intervals if it keeps dying. One that cannot start the first time ends
+  all: something is wrong with the settings, and it has said what.
+- SIGTERM and SIGINT drain all of them; SIGHUP is passed on. If this process dies, they do too (see
+  `lacre_fabric.operate.leash`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from lacre_fabric.operate.leash import PYTHON, leashed
 from lacre_gateway.http.server import reserve
 from lacre_gateway.settings import GatewaySettings
 
-_WATCH: Final = 0.1  # seconds between looks at the processes
-_STARTED: Final = 10.0  # seconds: what dies earlier, the first time, could not start
-_FIRST_RETRY: Final = 0.25  # seconds, doubled with each death that comes soon after a start
+_WATCH: Final = 0.1  # seconds between checks of the processes
+_STARTED: Final = 10.0  # seconds: a process that dies earlier, the first time, could not start
+_FIRST_RETRY: Final = 0.25  # seconds, doubled with each death soon after a start
 _LAST_RETRY: Final = 10.0
-_GRACE: Final = 15.0  # seconds beyond the drain, until one that does not end is killed
+_GRACE: Final = 15.0  # seconds beyond the drain, after which a process that still runs is killed
 
 
 class ProcessDied(LacreError):
@@ -67,10 +68,10 @@ class _Process:
 
 
 def serve_all(settings: GatewaySettings, file: Path) -> None:
-    """Until SIGTERM or SIGINT, from the main thread. file: the settings file. Raises SettingsError or ProcessDied."""
+    """Runs until SIGTERM or SIGINT, from the main thread. file: the settings file. Raises SettingsError or ProcessDied."""
     log = make_log(sys.stderr).bind(gateway=settings.gateway)
     _make_folder(settings.audit)
-    with reserve(settings.listen, shared=True) as held:  # also picks the port, where the settings leave it open
+    with reserve(settings.listen, shared=True) as held:  # also picks the port, if the settings leave it open
         port = held.getsockname()[1]
         command = [*PYTHON, "-m", "lacre_gateway", "--settings", str(file), "--port", str(port), "--process"]
         processes = [_Process(number, [*command, str(number)]) for number in range(settings.processes)]
@@ -79,11 +80,11 @@ def serve_all(settings: GatewaySettings, file: Path) -> None:
 
 
 def _make_folder(path: Path) -> None:
-    """Where each process makes its own. Raises SettingsError."""
+    """Each process makes its own folder in it. Raises SettingsError."""
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as exc:
-        raise SettingsError(f"audit: cannot make {path} ({exc.strerror}): name a folder of this user's own") from exc
+        raise SettingsError(f"audit: cannot create {path} ({exc.strerror}): name a folder that this user owns") from exc
 
 
 async def _watch(processes: list[_Process], patience: float, log: Log) -> None:
@@ -104,14 +105,14 @@ async def _watch(processes: list[_Process], patience: float, log: Log) -> None:
             _look(processes, log)
             await asyncio.sleep(_WATCH)
     finally:
-        if not ending.is_set():  # a second signal would cut their drain short
+        if not ending.is_set():  # a second signal would end their drain
             tell(signal.SIGTERM)
         await _ended(processes, patience)
         log.info("stopped")
 
 
 def _look(processes: list[_Process], log: Log) -> None:
-    """Starts again what died. Raises ProcessDied for what could not start the first time."""
+    """Starts dead processes again. Raises ProcessDied if one could not start the first time."""
     for process in processes:
         if process.running is None:
             if time.monotonic() >= process.again_at:
@@ -119,13 +120,13 @@ def _look(processes: list[_Process], log: Log) -> None:
         elif (status := process.running.poll()) is not None:
             early = process.starts == 1 and time.monotonic() - process.started_at < _STARTED
             if early and status > 0:
-                raise ProcessDied(f"process {process.number} of the gateway ended with status {status}: see what it said")
+                raise ProcessDied(f"process {process.number} of the gateway ended with status {status}: read its last messages")
             delay = process.died()
             log.error("process died", process=process.number, status=status, seconds=delay)
 
 
 async def _ended(processes: list[_Process], patience: float) -> None:
-    """Waits for all; kills what is still there after `patience` seconds."""
+    """Waits for all; kills those that still run after `patience` seconds."""
     deadline = time.monotonic() + patience
     running = [process.running for process in processes if process.running is not None]
     while any(child.poll() is None for child in running) and time.monotonic() < deadline:

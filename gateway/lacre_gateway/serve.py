@@ -1,11 +1,12 @@
-"""Runs a gateway: serves HTTP with uvicorn, connects to the fabric, and ends in order.
+"""Runs a gateway: serves HTTP with uvicorn, connects to the fabric, and ends properly.
 
 Rules:
-- HTTP is served from the first moment, so that `readyz` can say what is missing; the fabric may come up later, and go and come.
-- Rules are taken up while requests are served: on SIGHUP, and when their files change. So is the certificate, on SIGHUP.
-- On SIGTERM, on SIGINT, or where an administrator says so, `readyz` says no at once. For `listen.drain_delay` seconds requests
-  are still taken; a second signal ends that. Then streams under way have `listen.drain` seconds to finish, and are aborted
-  after it. What they used is settled, and outcomes are on disk, before the process ends.
+- HTTP is served from the start, so that `readyz` can say what is missing; the fabric may come later, and may go and come back.
+- New rules are activated while requests are served: on SIGHUP, and when their files change. On SIGHUP a new certificate is too.
+- On SIGTERM, SIGINT or an administrator's call, `readyz` says no at once. For `listen.drain_delay` seconds, new requests are
+  still accepted; a second signal ends that.
+- Then running streams have `listen.drain` seconds to finish, after which they are aborted. Their usage is settled, and outcomes
+  are on disk, before the process ends.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ _FIRST_RETRY: Final = 0.25  # seconds, doubled with each failure
 _LAST_RETRY: Final = 5.0
 # New objects after which the collector looks for cycles among them. A request makes some hundreds, and hardly a cycle.
 _COLLECT_AFTER: Final = 20_000
-_PAST_DRAIN: Final = 2.0  # seconds: what a server takes to end beyond the limit of its drain
-_GOES_ON: Final = tasks.Restart("what cannot be read changes nothing: the last good rules and certificate stay in force")
+_PAST_DRAIN: Final = 2.0  # seconds: the time that a server needs to end after its drain
+_GOES_ON: Final = tasks.Restart("unreadable files change nothing: the last good rules and certificate stay active")
 
 
 def serve(settings: GatewaySettings) -> None:
-    """Until SIGTERM or SIGINT. Raises SettingsError where it cannot start: a port that is taken, a file that is missing."""
+    """Runs until SIGTERM or SIGINT. Raises SettingsError if it cannot start: a port is taken, a file is missing."""
     logging.config.dictConfig(standard_logging("ext://sys.stderr"))
     # For the fabric's own loggers; the gateway's belongs to the app.
     structlog.configure(processors=list(PROCESSORS), logger_factory=structlog.PrintLoggerFactory(sys.stderr))
@@ -79,7 +80,7 @@ class _Link:
 
 async def _run(settings: GatewaySettings) -> None:
     key = read_ed25519(settings.signing_key)
-    Credential.load(settings.nats.credentials)  # a file that is wrong now is said now
+    Credential.load(settings.nats.credentials)  # reports a wrong file at the start
     context = None if settings.listen.tls is None else tls_context(settings.listen.tls)
     allow_connections(settings.listen.connections)
     link, log = _Link(), make_log(sys.stderr).bind(gateway=settings.instance)
@@ -114,14 +115,14 @@ async def _run(settings: GatewaySettings) -> None:
 
 
 def _settle_memory() -> None:
-    """What is there when a process begins to serve stays until it ends: the collector need not go through it again."""
+    """Objects that exist before serving stay until the process ends: the collector need not check them again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER)
 
 
 async def _serve(servers: Sequence[tuple[Server, socket.socket]], *, patience: float) -> None:
-    """Until the first of them has ended; it goes on answering at the others meanwhile. patience: seconds for their end."""
+    """Runs until the first of them has ended; meanwhile the others keep serving. patience: seconds for their end."""
     (first, listener), *others = servers
     beside = [tasks.start("admin API", partial(server.serve, sockets=[at])) for server, at in others]
     try:
@@ -155,7 +156,9 @@ async def _drained(gateway: Gateway, server: Server) -> None:
 
 
 def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[tasks.Background]:
-    """Takes up what changed: on SIGHUP rules and certificate, and rules by itself where the operator named a folder of them."""
+    """Activates changes: rules and certificate on SIGHUP, and rules also by themselves if the settings name a folder of
+    them.
+    """
     hung_up = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
 
@@ -163,7 +166,7 @@ def reloading(gateway: Gateway, context: ssl.SSLContext | None) -> list[tasks.Ba
         while await hung_up.wait():
             hung_up.clear()
             _renew(gateway, context)
-            with contextlib.suppress(PolicyError):  # told by `reload`
+            with contextlib.suppress(PolicyError):  # `reload` reports it
                 await gateway.reload()
 
     running = [tasks.start("reload", on_signal, restart=_GOES_ON)]
@@ -185,7 +188,7 @@ def _renew(gateway: Gateway, context: ssl.SSLContext | None) -> None:
 
 
 async def _keep_connected(gateway: Gateway, link: _Link) -> None:
-    """A connection comes back by itself. One that NATS ended for good is made anew, with the credential that is there then."""
+    """A connection comes back by itself. If NATS ended it for good, makes a new one with the credential that is there then."""
     while True:
         gateway.fabric = link.fabric = await _connect(gateway)
         gateway.budgets.bucket = NatsBucket(link.fabric.connection, subjects.BUDGETS_BUCKET)

@@ -1,4 +1,4 @@
-"""The gateway's settings file. How it is read and how its errors are told: `lacre_fabric.settings`."""
+"""The gateway's settings file. `lacre_fabric.settings` reads it and reports its errors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from lacre_fabric.nats.roles import MAX_PROCESSES
 from lacre_fabric.nats.subjects import check_gateway, process_name
 from lacre_fabric.settings import FilePath, Name, Nats, RootKey, Table
 
-# Signatures that the gateway can check and not make. HS* would let whoever reads this file mint tokens, `none` anybody.
+# Signatures that the gateway can check and not make. With HS*, every reader of this file could mint tokens; with `none`,
+# anybody.
 Algorithm = Literal["EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
 
-# A worker may claim work at the very end of its queue limit, on a clock that differs; its grant must still hold then.
+# A worker may claim work at the end of its queue limit, on a clock that differs; its grant must still be valid then.
 GRANT_MARGIN: Final = 10.0
-# Several whole heads: with less, honest clients on slow networks would make each other go.
+# Several whole heads: with less, honest clients on slow networks would displace each other.
 MIN_HELD: Final = 2**20
 
 
@@ -67,13 +68,13 @@ def _key_address(value: str) -> str:
 
 
 def _claim_path(value: object) -> object:
-    """`realm_access.roles`, or the same as a list, for names that have dots of their own. A URL is one name."""
+    """`realm_access.roles`, or the same as a list, for names that contain dots. A URL is one name."""
     if isinstance(value, str):
         path = (value,) if "://" in value else tuple(value.split("."))
     else:
         path = tuple(value) if isinstance(value, list) else ()
     if not path or not all(isinstance(name, str) and name for name in path):
-        raise PydanticCustomError("claim", "write the claim's name, with dots to what is inside it, or a list of names")
+        raise PydanticCustomError("claim", "write the claim's name, with dots before inner names, or a list of names")
     return path
 
 
@@ -82,7 +83,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Tls(Table):
-    """What HTTPS is served with: PEM files of the certificate with its chain, and of its private key."""
+    """For HTTPS: PEM files of the certificate with its chain, and of its private key."""
 
     certificate: FilePath
     key: FilePath
@@ -91,11 +92,10 @@ class Tls(Table):
 class Listen(Table):
     """Where HTTP is served. trusted_proxies: addresses whose X-Forwarded-For is believed. tls: None serves plain HTTP.
 
-    drain_delay: seconds after SIGTERM in which `readyz` says no and requests are still taken, so that balancers can notice.
-    drain: seconds that streams have to finish after that.
-    header_timeout: seconds that a request's head may take to arrive. connections: how many are held at a time.
-    connections_per_address: of these, of one address or IPv6 /64 that is no trusted proxy.
-    held_bytes: of what nobody has asked for yet: heads that are not whole, and bodies whose sender is not known yet.
+    drain_delay: seconds after SIGTERM in which `readyz` says no and requests are still accepted, so that balancers notice.
+    drain: seconds that streams have to finish after that. header_timeout: seconds that a request's head may take to arrive.
+    connections: how many at a time. connections_per_address: of these, from one address or IPv6 /64 that is not a trusted
+    proxy. held_bytes: of incomplete heads, and of bodies whose sender is not known yet.
     """
 
     host: str = "127.0.0.1"
@@ -111,7 +111,7 @@ class Listen(Table):
 
 
 class Admin(Table):
-    """Where metrics and the admin API are served: on loopback, or with the TLS of `listen`, for tokens pass there."""
+    """Where metrics and the admin API are served: on loopback, or with the TLS of `listen`, because tokens pass there."""
 
     host: str = "127.0.0.1"
     port: Port = 8322
@@ -129,7 +129,7 @@ class Tracing(Table):
 
 
 class Claims(Table):
-    """What an issuer calls the claims that say more than who it is. scopes: `scope` or `scp` where it is absent."""
+    """The issuer's names for further claims. scopes: default: `scope` or `scp`."""
 
     tenant: ClaimPath = ("tenant",)
     groups: ClaimPath = ("groups",)
@@ -138,16 +138,13 @@ class Claims(Table):
 
 
 class Issuer(Table):
-    """Who may sign access tokens.
+    """An issuer that may sign access tokens.
 
-    jwks: its keys, as a file or as the set itself. jwks_url: where they are fetched. Without either, OpenID Connect Discovery
-    finds them.
-    tenant: which tenant its tokens speak for; where it is absent, the token's own claim says so. default_tenant: of those that
-    have no such claim; without it they are refused.
-    claims_elsewhere: what becomes of a token whose groups, scopes, plan or tenant are kept elsewhere: `refuse` it, or `ignore`
-    that, so that it counts as one without them.
-    leeway: seconds that its clock and ours may differ. token_lifetime: the most seconds that a token may live.
-    stale_limit: seconds for which keys that were fetched are used when the issuer cannot be reached.
+    jwks: its keys, as a file or as the set itself. jwks_url: where they are fetched. Default: OpenID Connect Discovery. tenant:
+    the tenant of all its tokens; default: the token's own claim. default_tenant: for tokens without that claim; default: they
+    are refused. claims_elsewhere: for a token that refers to another place for groups, scopes, plan or tenant: `refuse` it, or
+    `ignore` that and accept it without them. leeway: seconds that its clock and ours may differ. token_lifetime: the most
+    seconds that a token may live. stale_limit: seconds for which fetched keys are used when the issuer cannot be reached.
     """
 
     issuer: Annotated[str, Field(min_length=1)]
@@ -166,13 +163,13 @@ class Issuer(Table):
     @model_validator(mode="after")
     def _reachable(self) -> Issuer:
         if self.jwks is not None and self.jwks_url is not None:
-            raise PydanticCustomError("jwks", "an issuer has its keys in one place: jwks or jwks_url")
+            raise PydanticCustomError("jwks", "an issuer has its keys in one place: write either jwks or jwks_url")
         if self.tenant is not None and self.default_tenant is not None:
-            raise PydanticCustomError("tenant", "with `tenant` every token speaks for it: remove `default_tenant`")
+            raise PydanticCustomError("tenant", "with `tenant`, all tokens are for that tenant: remove `default_tenant`")
         if self.jwks is None and self.jwks_url is None and not fetchable(self.issuer, plain=True):
             raise PydanticCustomError(
                 "discovery",
-                "an issuer is found at its own https address (http on loopback only): correct it, or name its jwks_url",
+                "an issuer must have an https address (http on loopback only): correct it, or name its jwks_url",
             )
         return self
 
@@ -187,7 +184,7 @@ class GatewayLimits(Table):
     """
 
     requests_in_flight: PositiveInt = 2048
-    concurrent_per_subject: PositiveInt = 256  # whatever their plans allow over all processes
+    concurrent_per_subject: PositiveInt = 256  # beside the plans' limits over all processes
     body_bytes: Annotated[int, Field(ge=MAX_SEALED_REQUEST)] = 128 * 2**20
     body_bytes_per_subject: Annotated[int, Field(ge=MAX_SEALED_REQUEST)] = 32 * 2**20
     refused_per_minute: PositiveInt = 60
@@ -214,7 +211,7 @@ class GatewaySettings(Table):
     trust: RootKey
     signing_key: FilePath
     audit: FilePath
-    memory: FilePath | None = None  # the folder that remembers the newest manifest seen; None: forgotten with the process
+    memory: FilePath | None = None  # the folder that remembers the newest manifest seen; None: only in memory
     policies: FilePath | None = None  # None: the rules that ship with Lacre
     listen: Listen = Listen()
     admin: Admin | None = None
@@ -237,7 +234,7 @@ class GatewaySettings(Table):
             )
         if self.admin is not None and self.listen.tls is None and not self.admin.loopback:
             raise PydanticCustomError(
-                "admin", "admin.host must be a loopback address, or listen.tls be set: access tokens pass there"
+                "admin", "set admin.host to a loopback address, or set listen.tls: access tokens pass there"
             )
         names = [issuer.issuer for issuer in self.issuers]
         if len(set(names)) != len(names):
@@ -251,21 +248,21 @@ class GatewaySettings(Table):
 
     @property
     def instance(self) -> str:
-        """The name of this very process: on the fabric, in the audit log, in leases."""
+        """The name of this process: on the fabric, in the audit log, in leases."""
         return self.gateway if self._process is None else process_name(self.gateway, self._process)
 
     def as_instance(self, number: int) -> GatewaySettings:
-        """What one of several gateways of this name runs by, each on a machine of its own. Raises SettingsError."""
+        """The settings of one of several gateways of this name, each on its own machine. Raises SettingsError."""
         if self.processes > 1:
-            raise SettingsError("several instances have one process each: remove `processes`")
+            raise SettingsError("several instances must have one process each: remove `processes`")
         if not 0 <= number < MAX_PROCESSES:
-            raise SettingsError(f"a gateway's credential is for {MAX_PROCESSES} instances, the first of them 0")
+            raise SettingsError(f"a gateway's credential is for {MAX_PROCESSES} instances, numbered from 0")
         own = self.model_copy()
         own._process = number
         return own
 
     def for_process(self, number: int, port: int) -> GatewaySettings:
-        """What one of several processes runs by: what cannot be shared is its own. port: the one that all of them serve."""
+        """The settings of one of several processes: unshareable parts are its own. port: the one that all of them serve."""
         name, admin = str(number), self.admin
         if admin is not None and admin.port:
             admin = admin.model_copy(update={"port": admin.port + number})
@@ -282,7 +279,7 @@ class GatewaySettings(Table):
 
     @property
     def audit_origin(self) -> str:
-        """The name of a new audit log: of this gateway, at this host. Logs of one key need names of their own."""
+        """The name of a new audit log: this gateway's, at this host. Logs of one key need different names."""
         return f"{urlsplit(self.public_url).hostname}/audit/{self.instance}"
 
     @property

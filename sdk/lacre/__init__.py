@@ -138,9 +138,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """`OpenAI` and `AsyncOpenAI`, which need an extra, when they are first asked for."""
+    """Imports `OpenAI` and `AsyncOpenAI`, which need an extra, at their first use."""
     if name in ("OpenAI", "AsyncOpenAI"):
-        from lacre import openai  # noqa: PLC0415 - half a second that programs without it do not pay
+        from lacre import openai  # noqa: PLC0415 - half a second that other programs do not pay
 
         return getattr(openai, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

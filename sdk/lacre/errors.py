@@ -1,19 +1,17 @@
 """Every error that Lacre raises: one tree, and each branch names whose fault it is.
 
-========================  ==========================================  ===========================================
-branch                    whose fault                                 what helps
-========================  ==========================================  ===========================================
-`UsageError`              the caller's code or settings               change the call or the setting
-`ProtocolError`           the peer's bytes have the wrong form        report it; nothing of them was used
-`VerificationError`       the peer's bytes prove nothing              do not trust the peer; pin or key may be old
-`RefusedError`            nobody's: the gateway or policy said no     a token, a smaller request, or waiting
-`NetworkError`            the network's                               try again
-`ApiError`                the request, says the model's own server    read `code`; the answer itself was sealed
-========================  ==========================================  ===========================================
+| branch              | whose fault                              | what helps                                   |
+|---------------------|------------------------------------------|----------------------------------------------|
+| `UsageError`        | the caller's code or settings            | change the call or the setting               |
+| `ProtocolError`     | the peer's bytes have the wrong form     | report it; none of them were used            |
+| `VerificationError` | the peer's bytes prove nothing           | do not trust the peer; pin or key may be old |
+| `RefusedError`      | no fault: the gateway or policy said no  | a token, a smaller request, or waiting       |
+| `NetworkError`      | the network's                            | try again                                    |
+| `ApiError`          | the request, says the model's own server | read `code`; the answer itself was sealed    |
 
-Each type has a `remedy`: what to do next, in a sentence; a refusal has its problem's own. `docs/errors.md` lists them all.
-Messages and remedies never hold key material, tokens, prompts or answers. An error out of a client also has its `verification`:
-what had been checked by then, and what had not.
+Each type has a `remedy`: one sentence that says what to do next. A refusal has its problem's. `docs/errors.md` lists them all.
+Messages and remedies never hold key material, tokens, prompts or answers. A client's error also has a `verification`:
+which checks were done by then, and which were not.
 """
 
 from __future__ import annotations
@@ -28,19 +26,18 @@ Details = Mapping[str, Detail]  # members of a problem document, as `lacre.probl
 
 
 class Checked(Protocol):
-    """What was checked of an exchange. A client's errors carry a `lacre.Verification`; `lacre.Verification.of` returns it."""
+    """The checks of an exchange. A client's errors carry a `lacre.Verification`; `lacre.Verification.of` returns it."""
 
     def members(self) -> dict[str, Any]:
-        """As JSON's objects."""
+        """As JSON objects."""
         ...
 
 
 class LacreError(Exception):
     """Base of every error that Lacre raises.
 
-    remedy: what to do next. verification: what was checked of the exchange that failed; None where there was none.
-    request_id: the gateway's name for the request, by which its operator finds it in logs and audit; nobody signed it. None
-    where no gateway answered.
+    remedy: what to do next. verification: the checks of the exchange that failed, or None. request_id: the gateway's name for
+    the request, by which its operator finds it in logs and audit; nobody signed it. None if no gateway answered.
     """
 
     remedy: str = "Read the message; it names what to do next."
@@ -48,9 +45,9 @@ class LacreError(Exception):
     request_id: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For copies and pickles: a process pool hands its workers' errors on by pickling them.
+        """For copies and pickles: a process pool pickles its workers' errors to return them.
 
-        They hold all that the error knows, but not the request that httpx2 keeps in its errors: the prompt is in it.
+        The copy holds everything except the request that httpx2 keeps in its errors, because the prompt is in it.
         """
         state = dict(self.__dict__)
         if "_request" in state:
@@ -59,7 +56,7 @@ class LacreError(Exception):
 
 
 def _copied(kind: type[LacreError], args: tuple[Any, ...], state: dict[str, Any]) -> LacreError:
-    error = kind.__new__(kind, *args)  # not by its constructor: each kind asks for something else
+    error = kind.__new__(kind, *args)  # not by its constructor: each kind takes other arguments
     error.__dict__.update(state)
     return error
 
@@ -74,7 +71,7 @@ class UsageError(LacreError):
 
 
 class SettingsError(UsageError):
-    """A connection string, settings file, key file or environment variable does not say what it must."""
+    """A connection string, settings file, key file or environment variable has a wrong value."""
 
     remedy = "Correct the setting that the message names."
 
@@ -86,13 +83,13 @@ class OutputError(UsageError):
 
 
 class AlreadyUsedError(UsageError):
-    """A one-use object (a request sealer, a response opener) was used a second time."""
+    """A one-use object (a request sealer, a response opener) was used twice."""
 
-    remedy = "Seal the request again: what was used once cannot be used twice."
+    remedy = "Seal the request again: each of these objects works only once."
 
 
 class DestinationError(UsageError):
-    """A request for an address that is not `lacre.BASE_URL` was given to a sealed client."""
+    """A sealed client was given a request for an address other than `lacre.BASE_URL`."""
 
     remedy = "Use `lacre.BASE_URL` with this client, and another client for other addresses."
 
@@ -101,41 +98,41 @@ class DestinationError(UsageError):
 
 
 class ProtocolError(LacreError):
-    """The peer sent bytes that are not of the form the protocol asks for."""
+    """The peer sent bytes of a form that the protocol does not allow."""
 
-    remedy = "Try once more; if it comes again, report it to the operator: nothing of what came was used."
+    remedy = "Try once more. If it fails again, tell the operator; none of the received bytes were used."
 
 
 class InvalidMessage(ProtocolError):
     """A message that breaks its format (RFC 9292, RFC 9458, a JWS, a frame)."""
 
-    remedy = "Check that client, gateway and worker are of versions that go together, and report it to the operator."
+    remedy = "Check that the versions of client, gateway and worker are compatible, then report it to the operator."
 
 
 class MessageTooLarge(ProtocolError):
     """A message, chunk, header or field longer than its limit; refused before it was buffered."""
 
-    remedy = "Send a smaller request; where the answer was too large, report it to the operator."
+    remedy = "Send a smaller request; if the answer was too large, report it to the operator."
 
 
 class TruncatedStream(ProtocolError):
-    """The stream ended before its final chunk: whatever came before it is not the whole answer.
+    """The stream ended before its final chunk: the received part is not the whole answer.
 
-    cut: whether the connection broke. A gateway that lives ends an answer in order where its worker may be lost, so a broken
-    connection is the gateway's own end or the network's.
+    cut: whether the connection broke. If a worker may be lost, a running gateway ends the answer properly. So a broken
+    connection means the gateway ended or the network failed.
     """
 
-    remedy = "Ask again: what came is not the whole answer."
+    remedy = "Ask again: the received part is not the whole answer."
     cut = False
 
 
 class StreamBroken(TruncatedStream):
-    """A streamed answer broke off, and could not be gone on with. It carries what was received.
+    """A streamed answer broke off and could not be resumed. The error carries the received part.
 
-    text: of the first choice, as far as it came. tokens: how many tokens of the answer came, as far as the worker told.
+    text: of the first choice. tokens: how many tokens of the answer arrived, as far as the worker told.
     """
 
-    remedy = "Ask again, or go on from `text` yourself; `__cause__` says why the answer was not resumed."
+    remedy = "Ask again, or continue from `text` yourself; `__cause__` says why the client did not resume the answer."
 
     def __init__(self, message: str, *, text: str = "", tokens: int = 0) -> None:
         super().__init__(message)
@@ -144,9 +141,9 @@ class StreamBroken(TruncatedStream):
 
 
 class GaveUp(TruncatedStream):
-    """The worker ended its stream with an error of its own: it failed, or shuts down."""
+    """The worker ended its stream with an error: it failed, or it shuts down."""
 
-    remedy = "Ask again: another worker may do better."
+    remedy = "Ask again: another worker may succeed."
 
 
 class UnsupportedSuite(ProtocolError):
@@ -164,7 +161,7 @@ class UnsealedResponse(ProtocolError):
 class UnknownKeyId(ProtocolError):
     """A sealed request names a key that this side does not hold."""
 
-    remedy = "Fetch the manifest again and seal anew; the client does both by itself."
+    remedy = "Fetch the manifest and seal the request again; `lacre.Client` does both by itself."
 
 
 # A failed verification
@@ -179,7 +176,7 @@ class VerificationError(LacreError):
 class OpenError(VerificationError):
     """A sealed chunk did not open: altered, out of order, or sealed to another key."""
 
-    remedy = "Ask again; if it comes again, something between here and the worker alters answers: tell the operator."
+    remedy = "Ask again. If it fails again, something between here and the worker alters answers: tell the operator."
 
 
 class InvalidSignature(VerificationError):
@@ -195,31 +192,33 @@ class Expired(VerificationError):
 
 
 class Rollback(VerificationError):
-    """A manifest older than one already seen, or another one under the same version."""
+    """A manifest older than one already seen, or a different one of the same version."""
 
-    remedy = "Tell the operator: the gateway serves something older than it has served before."
+    remedy = "Tell the operator: the gateway serves an older manifest than it did before."
 
 
 class UntrustedRoot(VerificationError):
     """No chain of statements leads from the pinned root to the signer of the manifest."""
 
-    remedy = "Get the connection string again, by a way that the gateway's operator cannot alter."
+    remedy = "Get the connection string again, over a channel that the gateway's operator cannot alter."
 
 
 class InvalidReceipt(VerificationError):
-    """The answer's receipt is missing, is not by the pool, is for another request, or does not agree with the answer."""
+    """The answer's receipt is missing, is not the pool's, is for another request, or does not agree with the answer."""
 
-    remedy = "Keep the answer and the error, and tell the pool's operator: the worker's count does not hold."
+    remedy = "Keep the answer and the error, and tell the pool's operator: the receipt does not hold."
 
 
 class InvalidProof(VerificationError):
-    """A Merkle proof that does not lead from what it is about to the root that it must reach."""
+    """A Merkle proof that does not lead from its entry to the root."""
 
     remedy = "Tell the operator of the log, and keep the proof."
 
 
 class InvalidAudit(VerificationError):
-    """The answer's `Lacre-Audit` is missing, is not by the gateway's key, or does not prove that this request was recorded."""
+    """The answer's `Lacre-Audit` is missing, is not signed by the gateway's key, or does not prove that the request was
+    recorded.
+    """
 
     remedy = "Update the gateway, or tell its operator: it does not prove that it recorded the request."
 
@@ -228,15 +227,14 @@ class InvalidAudit(VerificationError):
 
 
 class RefusedError(LacreError):
-    """The gateway would not take the request. What a gateway says before the seal is *not* authenticated.
+    """The gateway refused the request. Nothing authenticates what a gateway says before the seal.
 
-    status: the outer HTTP status, 4xx or 5xx.
-    problem: the problem type (RFC 9457), one of `lacre.problems`.
-    retry_after: seconds to wait before trying again, where the gateway said so.
-    details: which limit, how much, which names would do: the members of `lacre.problems.details` that the gateway told.
+    status: the outer HTTP status, 4xx or 5xx. problem: the problem type (RFC 9457), one of `lacre.problems`. retry_after:
+    seconds to wait before the next try, if the gateway said so. details: which limit, how much, which names are valid: the
+    members of `lacre.problems.details` in the gateway's answer.
     """
 
-    remedy = "Do what the problem's title says; the operator's log says more, by the time and the caller."
+    remedy = "Do as the problem's title says; the operator finds more in the log, by time and caller."
 
     def __init__(
         self, message: str, *, status: int, problem: str, retry_after: float | None = None, remedy: str | None = None
@@ -268,7 +266,7 @@ class RateLimited(RefusedError):
 
 
 class Unavailable(RefusedError):
-    """No worker, or none free in time (503)."""
+    """No worker, or none that is free in time (503)."""
 
     remedy = "Wait for `retry_after` seconds and try again; the operator can start more workers."
 
@@ -281,12 +279,13 @@ Cause = Literal[
 
 
 class NetworkError(LacreError):
-    """The gateway could not be reached, or the connection broke before its answer.
+    """The client could not reach the gateway, or the connection broke before the answer.
 
-    reached: whether a connection had come about, so that the request may have run. timed_out: whether a time limit was over.
-    cause: nothing listens there (`refused`), the name is unknown (`name`), there is no route, the certificate is not trusted
-    (`certificate`), the two sides speak different protocols (`tls`, `not-tls`, `not-http`), the proxy failed, a time limit was
-    over, all of the client's own connections were in use (`busy`), the connection broke, or something else.
+    reached: whether there was a connection, so that the request may have run. timed_out: whether a time limit passed. cause:
+    one of these words, or another short one.
+    - `refused`: nothing listens there; `name`: the name is unknown; or there is no route, or the proxy failed.
+    - `certificate`: the certificate is not trusted; `tls`, `not-tls`, `not-http`: the two sides speak different protocols.
+    - `busy`: all of the client's own connections were in use; or a time limit passed, or the connection broke.
     """
 
     remedy = "Check the address and the network, and try again."
@@ -296,7 +295,7 @@ class NetworkError(LacreError):
 
 
 class Unreachable(NetworkError, httpx2.NetworkError):
-    """The gateway could not be reached, or the connection broke before its answer. Both Lacre's and httpx2's."""
+    """The client could not reach the gateway, or the connection broke before the answer. Both Lacre's and httpx2's."""
 
     remedy = "Check the address in LACRE_URL, and that the gateway runs; then try again."
 
@@ -304,7 +303,7 @@ class Unreachable(NetworkError, httpx2.NetworkError):
 class TimedOut(NetworkError, httpx2.TimeoutException):
     """The gateway did not connect or answer in time. Both Lacre's and httpx2's."""
 
-    remedy = "Try again, or allow a longer `timeout=...`: a queue and a long prompt take their time."
+    remedy = "Try again, or set a longer `timeout=...`: a queue and a long prompt take time."
     timed_out = True
     cause: Cause = "timeout"
 
@@ -332,6 +331,6 @@ class ApiError(LacreError):
 
 
 class AppFailed(LacreError):
-    """The ASGI app raised, or returned before its response was complete. `__cause__` is for the worker's own log."""
+    """The ASGI app raised, or returned before its response was complete. `__cause__` is only for the worker's own log."""
 
     remedy = "Look at `__cause__`: the app's own error."

@@ -1,10 +1,10 @@
-"""An OpenAI-compatible server on loopback whose every request is sealed: for programs in any language (`lacre proxy`).
+"""An OpenAI-compatible server on loopback that seals every request: for programs in any language (`lacre proxy`).
 
 Rules:
-- Only who sends its key is served. The key is this proxy's own; the gateway's token stays in here.
-- A web page can make its browser send requests to loopback, and by DNS rebinding under a name of its own: a `Host` that is not
-  this server's (see `hosts`) is refused, and so is every `Origin` that was not allowed.
-- What comes from inside the seal passes on piece by piece, as it opens.
+- A caller must send the proxy's key. The key is the proxy's own; the gateway's token never leaves the proxy.
+- A web page can make its browser send requests to loopback and, by DNS rebinding, under the page's own name. So the proxy
+  refuses every `Host` that is not its own (see `hosts`), and every `Origin` that was not allowed.
+- Answers from inside the seal are passed on piece by piece, as they open.
 - Errors have OpenAI's shape and say what to do next. A stream that breaks ends with an error event, never with `[DONE]`.
 - Nothing of a request or an answer is logged.
 """
@@ -49,15 +49,15 @@ PASSED_BACK: Final = (
     "x-should-retry",
     "x-request-id",
 )
-BODY_TIMEOUT: Final = 60.0  # seconds for a body, which comes from this machine
-# Bytes of all bodies together, until their requests end: 18 of the largest, of which sealing makes copies while it sends them.
+BODY_TIMEOUT: Final = 60.0  # seconds for a body; it comes from this machine
+# Bytes of all bodies together, until their requests end: 18 of the largest. Sealing copies a body while it sends it.
 HELD: Final = 128 * 1024 * 1024
-RETRY_AFTER: Final = 1  # seconds; requests end all the time
-_UNBUFFERED: Final = {"x-accel-buffering": "no"}  # an nginx in front would keep a stream until it ends
+RETRY_AFTER: Final = 1  # seconds; there is room again as soon as a request ends
+_UNBUFFERED: Final = {"x-accel-buffering": "no"}  # an nginx in front would otherwise hold back the stream to its end
 _BLANKS: Final = " \t"
 _PLAIN: Final = re.compile(r"[\t -~]*")
 
-# The first that fits. What else can be raised is a bug, and says no more than 500.
+# The first match counts. Any other exception is a bug, and its answer is a bare 500.
 _STATUS: Final[tuple[tuple[type[errors.LacreError], int], ...]] = (
     (errors.MessageTooLarge, 413),
     (errors.SettingsError, 500),
@@ -70,7 +70,7 @@ _STATUS: Final[tuple[tuple[type[errors.LacreError], int], ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class ProxyAccess:
-    """Who comes in. hosts: values of `Host`; origins: of `Origin`, none by default."""
+    """Which callers are accepted. hosts: values of `Host`; origins: values of `Origin`, none by default."""
 
     key: str = field(repr=False)
     hosts: Hosts
@@ -82,11 +82,11 @@ class ProxyAccess:
     ) -> ProxyAccess:
         """names: what this machine is called, beside loopback's own names. listening: the socket's address.
 
-        Raises UsageError for a key that is none, and SettingsError for a name that no `Host` can be, or an origin that no
+        Raises UsageError for an invalid key. Raises SettingsError for a name that cannot be a `Host`, or an origin that no
         browser sends.
         """
         if not arguments.text(key, "key").isascii():
-            raise errors.UsageError("key: it has characters that no header carries: use ASCII")
+            raise errors.UsageError("key has characters that a header cannot carry: use ASCII")
         for name in names:
             arguments.text(name, "a name of this machine")
         for origin in origins:
@@ -113,7 +113,7 @@ def create_app(client: AsyncClient, door: ProxyAccess, held: int = HELD) -> ASGI
 
 
 class _Guard:
-    """Refuses what a check refuses. Pure ASGI: nothing of a stream waits in it."""
+    """Answers with a refusal if a check finds one. Pure ASGI: it never holds back a stream."""
 
     def __init__(self, app: ASGIApp, check: Callable[[Request], Response | None]) -> None:
         self._app = app
@@ -121,7 +121,7 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return  # a lifespan that was not asked for, or a WebSocket, which is closed by that
+            return  # a lifespan that was not requested, or a WebSocket, which this closes
         refusal = self._check(Request(scope))
         await (self._app if refusal is None else refusal)(scope, receive, send)
 
@@ -131,7 +131,7 @@ class _Full(Exception):
 
 
 class _Bodies:
-    """Counts the bytes of bodies, from before they are kept until their request ends. most: of all requests together."""
+    """Counts the bytes of bodies, from before they are read until their request ends. most: of all requests together."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app = app
@@ -158,14 +158,12 @@ def _check_address(request: Request, door: ProxyAccess) -> Response | None:
     hosts, origins = request.headers.getlist("host"), request.headers.getlist("origin")
     if len(hosts) != 1 or not door.hosts.know(hosts[0]):
         message = (
-            f"This proxy answers to the hosts {door.hosts}, and to no other. Use one of them in the base URL, or start the "
-            "proxy with --allow-host and the name."
+            f"This proxy only accepts the hosts {door.hosts}. Use one of them in the base URL, or start the "
+            "proxy with --allow-host NAME."
         )
         return _error(421, "host", message)
     if any(origin not in door.origins for origin in origins):
-        return _error(
-            403, "origin", "A web page may not use this proxy, unless it was started with --allow-origin for that page."
-        )
+        return _error(403, "origin", "A web page may use this proxy only if it was started with --allow-origin for that page.")
     return None
 
 
@@ -191,11 +189,11 @@ async def _forward(request: Request) -> Response:
     try:
         content = await _body(request)
     except ClientDisconnect:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has gone
     except TimeoutError:
-        return _error(408, "slow_body", f"A request's body has {BODY_TIMEOUT:.0f} s to arrive: send it again.")
+        return _error(408, "slow_body", f"The request's body did not arrive within {BODY_TIMEOUT:.0f} s: send it again.")
     except _Full:
-        refusal = _error(503, "overloaded", "The bodies of the requests under way leave no room for this one: send it again.")
+        refusal = _error(503, "overloaded", "Running requests leave no room for this body: send it again.")
         refusal.headers["retry-after"] = str(RETRY_AFTER)
         return refusal
     sealed = client.build_request(
@@ -207,16 +205,18 @@ async def _forward(request: Request) -> Response:
 
 
 def _passed_on(request: Request) -> list[tuple[str, str]]:
-    """Raises UsageError for a header that is not plain text, or is there twice: it has no form that everybody reads alike."""
+    """The headers to pass on. Raises UsageError for a header that is not plain text, or is repeated: programs read such a
+    header differently.
+    """
     headers = [(name, value) for name, value in request.headers.items() if name in ALLOWED_HEADERS]
     for name, value in headers:
         if _PLAIN.fullmatch(value) is None or len(request.headers.getlist(name)) > 1:
-            raise errors.UsageError(f"the header {name} must appear once, in ASCII characters: correct it, or leave it out")
+            raise errors.UsageError(f"the header {name} must appear once, in ASCII characters: correct it, or omit it")
     return headers
 
 
 async def _body(request: Request) -> bytes:
-    """Raises MessageTooLarge and _Full before it was buffered, ClientDisconnect, and TimeoutError."""
+    """The body. Raises MessageTooLarge and _Full before buffering it, ClientDisconnect, and TimeoutError."""
     declared = request.headers.get("content-length", "")
     content = bytearray()
     async with asyncio.timeout(BODY_TIMEOUT):
@@ -231,9 +231,9 @@ async def _body(request: Request) -> bytes:
 
 
 async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
-    """The body as it opens. Where it breaks, an event stream says so, and anything else breaks too."""
-    stream = answer.stream  # and not `aiter_raw`: of a refusal, which did not come from a network, it was read when it was made
-    assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 - of an async client's answer it is
+    """The body as it opens. If it breaks, an event stream gets an error event, and any other body breaks too."""
+    stream = answer.stream  # not `aiter_raw`: a refusal did not come from a network, and was read when it was made
+    assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 - true of every answer of an async client
     try:
         async with aclosing(answer):
             async for piece in stream:
@@ -245,7 +245,7 @@ async def _pieces(answer: httpx2.Response) -> AsyncIterator[bytes]:
 
 
 def explained(error: errors.LacreError) -> dict[str, Any]:
-    """The error in OpenAI's shape: what happened and what helps, and for who wants it, what had been verified by then."""
+    """The error in OpenAI's shape: what happened, what helps, and the checks that were made by then."""
     message, code = str(error).rstrip("."), re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__).lower()
     helps = error.remedy if error.remedy not in message else ""
     checked = None if error.verification is None else error.verification.members()
@@ -254,19 +254,19 @@ def explained(error: errors.LacreError) -> dict[str, Any]:
 
 
 async def _failed(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, errors.LacreError)  # noqa: S101 - it is registered for these alone
+    assert isinstance(error, errors.LacreError)  # noqa: S101 - registered only for these
     status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
     status = 504 if isinstance(error, httpx2.TimeoutException) else status
-    headers = {"x-should-retry": "false"} if may_have_lost(error) else None  # OpenAI's word: the client asked anew already
+    headers = {"x-should-retry": "false"} if may_have_lost(error) else None  # OpenAI's header; the client has already retried
     return JSONResponse(explained(error), status, headers)
 
 
 async def _not_found(request: Request, _exc: Exception) -> Response:
-    return _error(404, "unknown_url", f"{request.url.path} is not here: the base URL of this proxy ends in /v1.")
+    return _error(404, "unknown_url", f"{request.url.path} does not exist here: the base URL of this proxy ends in /v1.")
 
 
 async def _not_allowed(request: Request, _exc: Exception) -> Response:
-    return _error(405, "method_not_supported", f"{request.method} is not a method that is passed on.")
+    return _error(405, "method_not_supported", f"This proxy does not pass on the method {request.method}.")
 
 
 def _error(status: int, code: str, message: str) -> Response:

@@ -316,7 +316,7 @@ async def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 async def test_another_key_does_not_write_on(tmp_path: Path) -> None:
     await written(tmp_path / "audit", 3)
-    with pytest.raises(SettingsError, match="by another key"):
+    with pytest.raises(SettingsError, match="has another key"):
         opened(tmp_path / "audit", Ed25519PrivateKey.generate())
     await opened(tmp_path / "audit").close()
 

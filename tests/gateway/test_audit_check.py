@@ -76,7 +76,7 @@ def test_untouched(log: Path) -> None:
     assert verdict.words == SELF_CONSISTENT
     kept = (log / "checkpoint").read_bytes()
     anchored = verify(log, PUBLIC, [kept])
-    assert anchored.words == f"holds, and is a continuation of the kept checkpoint of {verdict.size} entries"
+    assert anchored.words == f"holds, and extends the kept checkpoint of {verdict.size} entries"
 
 
 def test_entry_edited(log: Path) -> None:
@@ -87,7 +87,7 @@ def test_entry_edited(log: Path) -> None:
 
 def test_entry_deleted(log: Path) -> None:
     change(log / "tile/entries/001", lambda entries: entries[:9] + entries[10:])
-    assert (wrong(log).place, wrong(log).why) == ("tile/entries/001", "it has 255 entries in place of 256")
+    assert (wrong(log).place, wrong(log).why) == ("tile/entries/001", "it has 255 entries instead of 256")
     change(log / "tile/entries/001", lambda entries: [*entries, entries[0]])  # the number made up for
     assert wrong(log).place == f"tile/entries/001, entry {256 + 9}"
 
@@ -194,7 +194,7 @@ NAMED = hashlib.sha256(encode(ANNEX)[0]).hexdigest()
     ("entries", "place", "why"),
     [
         ((STARTED, intent(1), STARTED), 2, "the intent of entry 1 has no outcome"),
-        ((STARTED, outcome(1)), 1, "without an intent"),
+        ((STARTED, outcome(1)), 1, "the outcome has no intent"),
         ((intent(1), outcome(1), outcome(1)), 2, "a second one"),
         ((intent(1), intent(1)), 1, "a second intent"),
         ((ANNEX, outcome(1)), 1, "has no intent"),
@@ -230,7 +230,7 @@ async def test_the_journal_too(log: Path) -> None:
     data = (copy / "journal").read_bytes()
     (copy / "journal").write_bytes(data.replace(f"{10_002:032x}".encode(), f"{10_009:032x}".encode()))
     first = 2 * REQUESTS + 2 + 1 + 2
-    assert wrong(copy).why == f"entries {first} to {first} are not those that were signed"
+    assert wrong(copy).why == f"entries {first} to {first} are not the signed ones"
 
 
 def test_what_a_client_kept(log: Path) -> None:

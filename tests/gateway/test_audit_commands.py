@@ -35,7 +35,7 @@ def test_verify(log: Path, tmp_path: Path) -> None:
     kept.write_bytes((log / "checkpoint").read_bytes())
     found = json.loads(lacre("verify", log, "--checkpoint", kept, "--key", b64u(PUBLIC), "--json").stdout)
     assert (found["ok"], found["entries"], found["requests"], found["under_way"]) == (True, 302, 150, 0)
-    assert found["verdict"] == "holds, and is a continuation of the kept checkpoint of 302 entries"
+    assert found["verdict"] == "holds, and extends the kept checkpoint of 302 entries"
 
 
 def test_verify_says_where(log: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_check(tmp_path: Path) -> None:
     found = said("check")
     assert found["policies"] == sorted(RULES.policies.names.values())
     assert (found["cases"], found["policy_set"], found["rules"]) == (len(RULES.cases), RULES.policies.digest, RULES.digest)
-    assert "a gateway takes them up" in run("check", copied(tmp_path)).stdout
+    assert "a gateway would activate them" in run("check", copied(tmp_path)).stdout
 
 
 @pytest.mark.parametrize("kind", ["no schema", "syntax", "schema violation", "a case that fails", "a folder for a file"])
@@ -137,7 +137,7 @@ def test_explain_of_a_policy_that_fails() -> None:
 def test_explain_command(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps({"principal": CHAT["principal"], "action": "chat", "pool": "p", "model": "m"}))
     text = run("explain", tmp_path / "r.json").stdout
-    assert text.startswith("depends on context.max_tokens, which the request does not say")
+    assert text.startswith("depends on context.max_tokens, which the request does not contain")
     assert "output-ceiling (forbid, needs context.max_tokens)" in text
     found = said("explain", "-", given=json.dumps({**CHAT, "max_tokens": 99999}))
     assert (found["decision"], [voice["id"] for voice in found["decided_by"]]) == ("deny", ["output-ceiling"])
@@ -294,7 +294,9 @@ async def test_replay_of_a_real_log(tmp_path: Path) -> None:
     # Asks for as many tokens as a client does by itself, and was denied anyway.
     assert [change["request_id"] for change in found["other_policies"]] == [by_request["alice", None]]
     assert (same["decided"], same["changes"], same["other_policies"]) == (15, [], [])
-    assert "15 requests decided anew: 3 would change, 2 to deny and 1 to allow; 1 stay as they are by other policies" in table
+    assert (
+        "15 requests decided again: 3 would change, 2 to deny and 1 to allow; 1 keep their decision by other policies" in table
+    )
     assert table.count("alice-is-brief") == 2 and table.count("acme/bob") == 1
 
 

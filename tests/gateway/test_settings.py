@@ -129,7 +129,7 @@ def test_where_an_issuer_s_keys_are() -> None:
 def test_discovery_needs_an_address(issuer: str) -> None:
     text = re.sub(r'issuer = ".*"', f'issuer = "{issuer}"', TEXT)
     assert parse(text, PLACE).issuers[0].issuer == issuer
-    with pytest.raises(SettingsError, match="at its own https address"):
+    with pytest.raises(SettingsError, match="must have an https address"):
         parse(text.replace('jwks = "jwks.json"', ""), PLACE)
 
 

@@ -25,40 +25,40 @@ for _ in range(MAX_DEPTH + 1):
     DEEP = [DEEP]
 
 MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no messages": (None, {}, "messages: a string or a list of messages is wanted, not None"),
-    "bytes": (b"hi", {}, "messages: a string is wanted, not bytes: decode it"),
-    "a number": (3, {}, "messages: a string or a list"),
-    "one message": (HELLO, {}, "messages: .* put it in a list"),
+    "no messages": (None, {}, "messages must be a string or a list of messages, not None"),
+    "bytes": (b"hi", {}, "messages must be a string, not bytes: decode it"),
+    "a number": (3, {}, "messages must be a string or a list"),
+    "one message": (HELLO, {}, "messages must be .* put it in a list"),
     "a message that is none": ([HELLO, lacre], {}, r"messages\[1\]: one message is a mapping"),
     "a message that is a string": (["hi"], {}, r"messages\[0\]"),
     "pairs": ([[("role", "user")]], {}, r"messages\[0\]"),
     "content of bytes": ([{"role": "user", "content": b"hi"}], {}, r"messages\[0\].content: bytes has no form in JSON"),
     "a set": ([{"role": "user", "content": [{"x": {1}}]}], {}, r"messages\[0\].content\[0\].x: set"),
     "an object": ([HELLO], {"tools": [object()]}, r"tools\[0\]: object"),
-    "a name that is no string": ([HELLO], {"logit_bias": {5: 1}}, "logit_bias: names are strings in JSON, and one is int"),
+    "a name that is no string": ([HELLO], {"logit_bias": {5: 1}}, "logit_bias: names must be strings in JSON, and one is int"),
     "not a number": ("hi", {"temperature": float("nan")}, "temperature: nan"),
     "infinity": ("hi", {"top_p": float("inf")}, "top_p: inf"),
     "half an emoji": ([{"role": "user", "content": "x\ud83d"}], {}, r"messages\[0\].content: character 1 is half"),
     "half an emoji alone": ("\ud83d", {}, r"messages\[0\].content: character 0"),
     "half an emoji in a name": ([HELLO], {"extra_body": {"\ud83d": 1}}, "the body: character 0"),
-    "a loop": ([{"role": "user", "content": LOOP}], {}, "nested over 200 deep, or holds itself"),
+    "a loop": ([{"role": "user", "content": LOOP}], {}, "nested over 200 deep, or contains itself"),
     "too deep": ("hi", {"metadata": DEEP}, "nested over 200 deep"),
-    "a number of thousands of digits": ("hi", {"seed": 10**5000}, "seed: it is a whole number of over 1024 bits"),
-    "no model": ("hi", {"model": ""}, "model: it is empty"),
-    "a model that is a number": ("hi", {"model": 5}, "model: a string is wanted, not int"),
-    "a model of bytes": ("hi", {"model": b"tiny"}, "model: a string"),
-    "a time limit in words": ("hi", {"timeout": "3"}, "timeout: a number of seconds"),
-    "a negative time limit": ("hi", {"timeout": -1}, "timeout: a number of seconds"),
-    "no number for a time limit": ("hi", {"timeout": float("nan")}, "timeout: a number of seconds"),
-    "headers in a list": ("hi", {"extra_headers": [("a", "b")]}, "extra_headers: a mapping of strings"),
-    "a header of bytes": ("hi", {"extra_headers": {"a": b"b"}}, "extra_headers: a mapping of strings"),
-    "a header of two lines": ("hi", {"extra_headers": {"a": "b\r\nc: d"}}, "extra_headers: a header has"),
-    "a header beyond ASCII": ("hi", {"extra_headers": {"a": "\u00e9"}}, "extra_headers: a header has"),
-    "a query of numbers": ("hi", {"extra_query": {"a": 1}}, "extra_query: a mapping of strings"),
+    "a number of thousands of digits": ("hi", {"seed": 10**5000}, "seed: a whole number of over 1024 bits"),
+    "no model": ("hi", {"model": ""}, "model is empty"),
+    "a model that is a number": ("hi", {"model": 5}, "model must be a string, not int"),
+    "a model of bytes": ("hi", {"model": b"tiny"}, "model must be a string"),
+    "a time limit in words": ("hi", {"timeout": "3"}, "timeout must be a number of seconds"),
+    "a negative time limit": ("hi", {"timeout": -1}, "timeout must be a number of seconds"),
+    "no number for a time limit": ("hi", {"timeout": float("nan")}, "timeout must be a number of seconds"),
+    "headers in a list": ("hi", {"extra_headers": [("a", "b")]}, "extra_headers must be a mapping of strings"),
+    "a header of bytes": ("hi", {"extra_headers": {"a": b"b"}}, "extra_headers must be a mapping of strings"),
+    "a header of two lines": ("hi", {"extra_headers": {"a": "b\r\nc: d"}}, "extra_headers: a header's name has"),
+    "a header beyond ASCII": ("hi", {"extra_headers": {"a": "\u00e9"}}, "extra_headers: a header's name has"),
+    "a query of numbers": ("hi", {"extra_query": {"a": 1}}, "extra_query must be a mapping of strings"),
     "half an emoji in a query": ("hi", {"extra_query": {"a": "\ud83d"}}, "extra_query: character 0"),
-    "a body that is a list": ("hi", {"extra_body": ["a"]}, "extra_body: a mapping is wanted, not list"),
-    "a stream that is a word": ("hi", {"stream": "yes"}, "stream: chat and chat_stream say this themselves"),
-    "a stream in the body": ("hi", {"extra_body": {"stream": 1}}, "stream: chat and chat_stream say this themselves"),
+    "a body that is a list": ("hi", {"extra_body": ["a"]}, "extra_body must be a mapping, not list"),
+    "a stream that is a word": ("hi", {"stream": "yes"}, "stream: chat and chat_stream set this themselves"),
+    "a stream in the body": ("hi", {"extra_body": {"stream": 1}}, "stream: chat and chat_stream set this themselves"),
 }  # fmt: skip
 
 
@@ -178,9 +178,9 @@ class TestALimitOfARequest:
 
     @pytest.mark.parametrize("limit", [0, 0.0, -1, httpx2.Timeout(5, read=0), httpx2.Timeout(5, connect=0), 1e308, "9", True])
     def test_one_that_no_answer_can_keep(self, client: lacre.Client, relay: Relay, limit: Any) -> None:
-        with pytest.raises(lacre.UsageError, match="timeout: a number of seconds above 0"):
+        with pytest.raises(lacre.UsageError, match="timeout must be a number of seconds above 0"):
             client.post("/v1/chat/completions", json={"messages": [HELLO]}, timeout=limit)
-        with pytest.raises(lacre.UsageError, match="timeout: a number of seconds above 0"):
+        with pytest.raises(lacre.UsageError, match="timeout must be a number of seconds above 0"):
             client.chat("hi", timeout=limit)
         assert not relay.requests
 

@@ -248,10 +248,10 @@ class TestChat:
         screen.keys("A sentence that is long enough to be cut off.", "Enter")
         screen.wait_for(r"\nA sentence that")
         screen.keys("C-c")
-        screen.wait_for("cut off, and forgotten")
+        screen.wait_for("stopped; the question and its")
         stop = True
         gateway.relay.respond = lambda request: served(403, problems.FORBIDDEN.body()) if request.url.path == SEALED else None
-        screen.wait_for(r"forgotten with its question\s+>")
+        screen.wait_for(r"answer are forgotten\s+>")
         screen.keys("Second.", "Enter")
         screen.wait_for("error: Policy does not allow this")
         gateway.relay.respond = lambda _request: None

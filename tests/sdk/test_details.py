@@ -63,7 +63,7 @@ def test_an_error_says_which_limit_and_how_much() -> None:
         ({"limit": "concurrent_streams", "scope": "user", "ceiling": 32, "asked": 1, "remaining": 0,
           "unit": "concurrent-requests"},
          "The limit is concurrent_streams of the user: at most 32 requests at once, left 0."),
-        ({"reason": "malformed", "claim": "groups"}, "Its claim groups is not taken: malformed."),
+        ({"reason": "malformed", "claim": "groups"}, "does not accept its claim groups: malformed."),
         ({"reason": "revoked"}, "It was revoked."),
         ({"reason": "something-new"}, "The reason is something-new."),
         ({"header": "lacre-pool"}, "The header field is lacre-pool."),

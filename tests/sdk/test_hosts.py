@@ -65,7 +65,7 @@ def test_a_name_with_a_port_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["", "two words", "http://box", "box/x", "[::1", "ü"])
 def test_a_name_that_is_none(name: str) -> None:
-    with pytest.raises(SettingsError, match="is no host"):
+    with pytest.raises(SettingsError, match="is not a host"):
         Hosts.of("127.0.0.1", 8080, [name])
 
 
@@ -96,5 +96,5 @@ def test_an_origin_is_what_a_browser_sends(written: str, sent: str) -> None:
     ["", "*", "localhost", "localhost:3000", "http://", "http://a/b", "http://a?b", "http://u@a", "http://é", "http://[::g]"],
 )
 def test_an_origin_that_no_browser_sends(written: str) -> None:
-    with pytest.raises(SettingsError, match="is no origin"):
+    with pytest.raises(SettingsError, match="is not the origin"):
         as_origin(written)

@@ -155,7 +155,7 @@ class TestWaiting:
         holder = os.open(tmp_path / "seen.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(holder, fcntl.LOCK_EX)
-            with pytest.raises(errors.SettingsError, match="held the memory"):
+            with pytest.raises(errors.SettingsError, match="locked the stored manifests"):
                 accept(document(), PINNED, VersionFile(tmp_path, patience=0.1), NOW)
         finally:
             os.close(holder)
@@ -176,7 +176,7 @@ class TestWaiting:
         thread = threading.Thread(target=hold)
         thread.start()
         entered.wait(60)
-        with pytest.raises(errors.SettingsError, match="held the memory"):
+        with pytest.raises(errors.SettingsError, match="locked the stored manifests"):
             accept(document(), PINNED, memory, NOW)
         leave.set()
         thread.join(60)

@@ -449,12 +449,12 @@ class TestStarting:
     def test_an_allowed_host_that_is_none(self, tmp_path: Path, name: str) -> None:
         done = self.run(tmp_path, "--allow-host", name)
         assert done.returncode == 1
-        assert ("is no host" if name else "it is empty") in done.stderr
+        assert ("is not a host" if name else "is empty") in done.stderr
 
     def test_an_allowed_origin_that_is_none(self, tmp_path: Path) -> None:
         done = self.run(tmp_path, "--allow-origin", "*")
         assert done.returncode == 1
-        assert "is no origin of a web page" in done.stderr
+        assert "is not the origin of a web page" in done.stderr
 
     def test_an_allowed_origin_as_people_copy_it(self, gateway: Gateway, tmp_path: Path) -> None:
         with running(gateway, tmp_path, "--allow-origin", "http://LOCALHOST:3000/") as proxy, proxy.client() as client:
@@ -468,7 +468,7 @@ class TestStarting:
     def test_a_key_file_that_is_a_folder(self, tmp_path: Path) -> None:
         done = self.run(tmp_path, "--key-file", str(tmp_path))
         assert done.returncode == 1
-        assert "is no file: name one" in done.stderr and "chmod" not in done.stderr
+        assert "is not a file: name one" in done.stderr and "chmod" not in done.stderr
 
     @pytest.mark.parametrize("folder", ["My keys", "it's", "$HOME", 'a"b', "`id`", "new\nline", "José"])
     def test_a_shell_reads_what_it_prints(self, gateway: Gateway, tmp_path: Path, folder: str) -> None:

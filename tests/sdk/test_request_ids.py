@@ -205,7 +205,7 @@ class TestWhichLimit:
     def test_tokens_a_minute(self) -> None:
         error = self.refused({"limit": "tokens_per_minute", "ceiling": 1000, "unit": "tokens"}, **{"retry-after": "26"})
         assert str(error) == (
-            "Too many requests. The limit is tokens_per_minute: at most 1000 tokens. The gateway takes it again in 26 s."
+            "Too many requests. The limit is tokens_per_minute: at most 1000 tokens. The gateway accepts it again in 26 s."
         )
         assert error.retry_after == 26.0
 

@@ -338,7 +338,7 @@ class TestKeys:
         assert [each.name for each in tmp_path.iterdir()] == ["service.key"]
 
     def test_no_folder_for_it(self, tmp_path: Path) -> None:
-        with pytest.raises(lacre.SettingsError, match="make its folder"):
+        with pytest.raises(lacre.SettingsError, match="create its folder"):
             key_file(tmp_path / "nowhere" / "service.key")
 
     def test_one_that_others_can_read(self, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ class TestUsers:
             command = ["setpriv", "--reuid", "54321", "--clear-groups", *LACRE, *arguments]
             done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=60)
             assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-            assert "no home folder to keep state in: set XDG_STATE_HOME" in " ".join(done.stderr.split())
+            assert "no home folder for state: set XDG_STATE_HOME" in " ".join(done.stderr.split())
 
     @pytest.mark.parametrize(("blocks", "file"), [(0, "root.pem"), (1, "generations.json")])
     def test_a_disk_that_is_full(self, gateway: Gateway, tmp_path: Path, blocks: int, file: str) -> None:

@@ -1,11 +1,12 @@
-"""The admin API and `/metrics`, as an app of its own for a listener of its own (`[admin]` in the settings).
+"""The admin API and `/metrics`, as a separate app for a separate listener (`[admin]` in the settings).
 
 Rules:
-- Every call but `/metrics` and the API's description needs a token of the same issuers as any request, and a policy that
+- Every call except `/metrics` and the API's description needs a token of an issuer in the settings. It also needs a policy that
   permits its `admin:` action on this `Gateway`.
-- Who asks is known before a byte of a body is read, and a body has `MAX_BODY` bytes. Refusals count as sealed requests' do.
-- What is asked for, by whom, and whether it was permitted, is durable in the audit log before anything is done or told.
-- What goes out is fixed words, numbers, digests, and names of the settings and the manifest. Errors are problem documents.
+- The caller is known before a byte of a body is read, and a body has at most `MAX_BODY` bytes. Refusals count as for sealed
+  requests.
+- The audit log durably holds the request, its caller and the decision before anything is done or answered.
+- Answers hold fixed words, numbers, digests, and names from the settings and the manifest. Errors are problem documents.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ from lacre_gateway.policy.cedar import PolicyError
 from lacre_gateway.policy.question import AdminAction, AdminQuestion
 from lacre_gateway.relay.failures import CALLERS_FAULT, refusal_for
 
-# What any call may be refused with; each is a row of `lacre.problems`.
+# The refusals that any call may get; each is a row of `lacre.problems`.
 _REFUSALS: Final[dict[int | str, dict[str, Any]]] = dict.fromkeys((401, 403, 408, 413, 422, 429, 503), PROBLEM)
 
 
@@ -87,7 +88,7 @@ def create_admin(gateway: Gateway) -> FastAPI:
     return app
 
 
-MAX_BODY: Final = 16 * 1024  # bytes; two names and an issuer are far below
+MAX_BODY: Final = 16 * 1024  # bytes; two names and an issuer need far less
 
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -145,7 +146,7 @@ async def _body(request: Request, seconds: float) -> bytes:
 
 
 def _with_body(request: Request, body: bytes) -> Request:
-    """The same request, for who reads its body anew."""
+    """The same request, with its body to be read again."""
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -161,7 +162,7 @@ _bearer: Final = HTTPBearer(auto_error=False, description="An access token of on
 
 @dataclass(frozen=True, slots=True)
 class AdminCaller:
-    """Whoever holds the token that came with a call; not yet permitted anything."""
+    """The caller whom the token names; nothing is permitted yet."""
 
     gateway: Gateway
     who: Principal
@@ -173,7 +174,9 @@ class AdminCaller:
         return f"{self.who.tenant}/{self.who.subject}"
 
     async def may(self, action: AdminAction, target: str | None = None) -> Gateway:
-        """The gateway, for who may do this; recorded either way. target: whom it is about. Raises Refusal, AuditUnavailable."""
+        """The gateway, if this caller may do this; recorded either way. target: whom it is about. Raises Refusal,
+        AuditUnavailable.
+        """
         gateway, who = self.gateway, self.who
         question = AdminQuestion(who, action, gateway.settings.gateway, self.address, round(gateway.clock(), 3))
         decision = gateway.rules.decide(question)
@@ -216,7 +219,7 @@ async def _identified(request: Request) -> AdminCaller:
 
 
 async def caller(request: Request, _: Annotated[object, Security(_bearer)]) -> AdminCaller:
-    """A dependency: whom the route found."""
+    """A dependency: the caller that the route has identified."""
     found: AdminCaller = request.scope["state"][_CALLER]
     return found
 
@@ -226,7 +229,7 @@ Asking = Annotated[AdminCaller, Depends(caller)]
 
 @_open.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})
 async def metrics(request: Request) -> Response:
-    """Everything that is counted, in Prometheus's text format. Needs no token."""
+    """All metrics, in Prometheus's text format. Needs no token."""
     await request.app.state.gauges.refresh()
     gateway: Gateway = request.app.state.gateway
     return Response(gateway.metrics.show(), headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
@@ -234,7 +237,7 @@ async def metrics(request: Request) -> Response:
 
 @_routes.get("/v1/status")
 async def status(request: Request, asking: Asking) -> StatusReport:
-    """How this process is: what is missing, what is under way, its workers, its rules, its audit log."""
+    """The state of this process: what is missing, running requests, its workers, its rules, its audit log."""
     gateway = await asking.may(AdminAction.USAGE)
     gauges: Gauges = request.app.state.gauges
     await gauges.refresh()
@@ -257,23 +260,23 @@ async def status(request: Request, asking: Asking) -> StatusReport:
 
 @_routes.get("/v1/usage")
 async def usage(asking: Asking, tenant: Annotated[str, Query(pattern=TENANT)]) -> UsageReport:
-    """What a tenant and its users have used of their budgets, each limit in its window, as it stands on the fabric."""
+    """How much of their budgets a tenant and its users have used, by limit and window, as the fabric has it."""
     gateway = await asking.may(AdminAction.USAGE, tenant)
     return UsageReport(tenant=tenant, budgets=[Used.of(line) for line in await gateway.budgets.usage(tenant)])
 
 
 @_routes.get("/v1/revocations")
 async def revocations(asking: Asking) -> Revocations:
-    """What this process refuses before its time. Tokens and subjects are named by digest: nobody keeps a list of them."""
+    """The revocations that this process knows. Tokens and subjects are named by digest, so that nobody keeps a list of them."""
     gateway = await asking.may(AdminAction.REVOKE)
     return Revocations(current=gateway.revocations.current, revocations=[Revoked.of(each) for each in gateway.revocations])
 
 
 @_routes.post("/v1/revocations", status_code=201)
 async def revoke(asking: Asking, asked: Revoke) -> Revoked:
-    """Has a token, or all that a subject was issued until now, refused: here at once, elsewhere within a second.
+    """Revokes a token, or all tokens that a subject was issued until now: here at once, at other gateways within a second.
 
-    It stands on the fabric when this is answered, and cannot be taken back.
+    The revocation is on the fabric when this is answered, and cannot be taken back.
     """
     target = asked.sub if asked.jti is None else hashlib.sha256(asked.jti.encode()).hexdigest()
     gateway = await asking.may(AdminAction.REVOKE, target)
@@ -282,7 +285,7 @@ async def revoke(asking: Asking, asked: Revoke) -> Revoked:
 
 @_routes.post("/v1/reload", responses={409: {"model": Reloaded}})
 async def reload(response: Response, asking: Asking) -> Reloaded:
-    """Puts the rules that are on the disk to work. 409: they do not hold, and the last good ones go on."""
+    """Activates the rules that are on the disk. 409: they do not hold, and the last good ones stay."""
     gateway = await asking.may(AdminAction.RELOAD)
     try:
         await gateway.reload(asking.actor)
@@ -294,17 +297,17 @@ async def reload(response: Response, asking: Asking) -> Reloaded:
 
 @_routes.post("/v1/drain", status_code=202)
 async def drain(asking: Asking) -> Draining:
-    """Has this process end as on SIGTERM: not ready from now on, gone when its streams have finished."""
+    """Ends this process as SIGTERM does: not ready from now on, gone when its streams have finished."""
     gateway = await asking.may(AdminAction.DRAIN)
     gateway.drain()
     return Draining(draining=True, streams=sum(each.started for each in gateway.metrics.live))
 
 
 async def _mapped(request: Request, error: Exception) -> Response:
-    """What the fabric or the audit log cannot do now, and what nobody could do."""
+    """Failures of the fabric or the audit log, and impossible requests, as problem documents."""
     return await _invalid(request, error) if isinstance(error, UsageError) else problem_response(refusal_for(error))
 
 
 async def _invalid(_request: Request, _error: Exception) -> Response:
-    """Without an echo of what was sent."""
+    """Does not echo the request."""
     return problem_response(Refusal(INVALID))

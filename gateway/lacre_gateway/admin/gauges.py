@@ -1,4 +1,4 @@
-"""What a running gateway's state looks like in numbers: read from its parts when Prometheus asks."""
+"""The state of a running gateway in numbers, read from its parts when Prometheus asks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lacre_gateway.observe.metrics import Labelled, by_label, gauge
 if TYPE_CHECKING:
     from lacre_gateway.gateway import Gateway
 
-_BACKLOG_LIMIT: Final = 1.0  # seconds that a look at the queues may take; a scrape must not hang on the fabric
+_BACKLOG_LIMIT: Final = 1.0  # seconds for reading the queues; a scrape must not hang on the fabric
 
 
 class Gauges:
-    """Give its `read` to `metrics.States`. `refresh` asks what only the fabric knows."""
+    """Pass its `read` to `metrics.States`. `refresh` asks for what only the fabric knows."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._backlog: dict[tuple[str, str], int] = {}  # by pool and region
 
     async def refresh(self) -> None:
-        """Looks at the queues; where that cannot be done, nothing is said of them."""
+        """Reads the queues; if that fails, their gauges are omitted."""
         places = list(self._places())
         counts = await tasks.together(*(self._ask(*place) for place in places))
         self._backlog = {place: count for place, count in zip(places, counts, strict=True) if count is not None}
@@ -41,7 +41,7 @@ class Gauges:
         return None
 
     def _places(self) -> dict[tuple[str, str], Capacity]:
-        """Each pool of the manifest, in the own region and wherever it has live workers; and those."""
+        """The capacity of each pool of the manifest, in the gateway's own region and in every region with live workers."""
         feed, fabric = self._gateway.feed, self._gateway.fabric
         pools = feed.manifest.pools if feed.ready else {}
         seen = {} if fabric is None else fabric.capacity()
@@ -59,11 +59,9 @@ class Gauges:
         )
         rules = gateway.rules.status
         yield gauge("lacre_rules_since_timestamp_seconds", "When the rules that decide took over.", rules.since)
-        yield gauge("lacre_rules_reloads", "How often other ones took over since the start.", rules.reloads)
-        yield gauge("lacre_rules_refusals", "How often others were refused since the start.", rules.refusals)
-        yield gauge(
-            "lacre_rules_refused", "Whether the rules on the disk are other ones, and do not hold.", rules.refused is not None
-        )
+        yield gauge("lacre_rules_reloads", "How often new rules took over since the start.", rules.reloads)
+        yield gauge("lacre_rules_refusals", "How often new rules were refused since the start.", rules.refusals)
+        yield gauge("lacre_rules_refused", "Whether the disk has new rules that do not hold.", rules.refused is not None)
         yield gauge("lacre_body_bytes", "Bytes of sealed bodies that are held now.", gateway.bodies.held)
         yield from self._of_doors()
         yield gauge("lacre_audit_entries", "Entries in the audit log.", gateway.audit.size)
@@ -78,8 +76,8 @@ class Gauges:
         held: Labelled = {(name,): door.held_now for name, door in doors.items()}
         cut: Labelled = {(name,): door.cut for name, door in doors.items()}
         refused: Labelled = {(name, str(status)): n for name, door in doors.items() for status, n in door.refused.items()}
-        yield by_label("lacre_listener_held_bytes", "Bytes that nobody has asked for.", ("listener",), held)
-        yield by_label("lacre_listener_cut_connections", "Connections that made room for others.", ("listener",), cut)
+        yield by_label("lacre_listener_held_bytes", "Bytes that no application has asked for.", ("listener",), held)
+        yield by_label("lacre_listener_cut_connections", "Connections cut to make room for others.", ("listener",), cut)
         yield by_label("lacre_listener_unreadable", "Requests that cannot be read.", ("listener", "status"), refused)
 
     def pools(self) -> dict[str, dict[str, tuple[Capacity, int | None]]]:
@@ -99,7 +97,7 @@ class Gauges:
         cut_off: Labelled = {(pool,): pool in away for pool in dict.fromkeys(pool for pool, _ in present)}
         demand: Labelled = {at: count + present[at].busy for at, count in backlog.items()}
         labels = ("pool", "region")
-        yield by_label("lacre_pool_away", "Whether answers of the pool cannot come now.", ("pool",), cut_off)
+        yield by_label("lacre_pool_away", "Whether the pool's answers cannot reach this gateway now.", ("pool",), cut_off)
         yield by_label("lacre_workers", "Live workers, by their presence.", labels, workers)
         yield by_label("lacre_worker_slots", "Their slots, by their presence.", (*labels, "state"), slots)
         yield by_label("lacre_queue_requests", "Requests that no worker has taken yet.", labels, queued)

@@ -1,4 +1,4 @@
-"""What the admin API answers with and takes: the models that its description is made of."""
+"""The models of the admin API's requests and answers; its description is made from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lacre_fabric.work.revocations import Revocation
 from lacre_gateway.auth.claims import MAX_NAME, is_name
 from lacre_gateway.budget.report import Line
 
-TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # as `auth` takes it from a token
+TENANT: Final = "^[A-Za-z0-9._-]{1,64}$"  # the form that `auth` accepts in a token
 
 
 class Report(BaseModel):
@@ -19,7 +19,7 @@ class Report(BaseModel):
 
 
 class PoolReport(Report):
-    """queued: requests that no worker has taken; None where the queue cannot be looked at. demand: they and the busy slots."""
+    """queued: requests that no worker has taken; None if the queue cannot be read. demand: they and the busy slots."""
 
     workers: int
     busy: int
@@ -34,7 +34,7 @@ class PoolReport(Report):
 
 
 class Rules(Report):
-    """policy_set: hex SHA-256 of what decides. since: seconds since the epoch."""
+    """policy_set: hex SHA-256 of the active policies. since: seconds since the epoch."""
 
     policy_set: str
     since: float
@@ -58,10 +58,10 @@ class StatusReport(Report):
 
 
 class Used(Report):
-    """One limit in one window. key: whose budget. kind: what it counts; money in micro-units. window: its number.
+    """One limit in one window. key: the budget's. kind: what it counts; money in micro-units. window: its number.
 
-    used: settled, or by receipts of requests under way. drawn: what gateways hold in leases, too. forfeited: leases whose
-    gateway died; they count as used until the window is over.
+    used: settled, or by receipts of running requests. drawn: also includes what gateways hold in leases. forfeited: leases
+    whose gateway died; they count as used until the window ends.
     """
 
     key: str
@@ -91,7 +91,7 @@ class UsageReport(Report):
 
 
 class Reloaded(Report):
-    """fault, file: why the rules on the disk were not taken, in a word, and where."""
+    """fault, file: why the rules on the disk were refused, in a word, and in which file."""
 
     taken: bool
     policy_set: str
@@ -100,10 +100,10 @@ class Reloaded(Report):
 
 
 class Revoke(Report):
-    """Which tokens: the one of this `jti`, or every one of `sub` that was issued until now. One of the two.
+    """Which tokens: the one with this `jti`, or all that `sub` was issued until now. Exactly one of the two.
 
-    issuer: may be left out where there is one. until: when the last of them expires, in seconds since the epoch; the longest
-    that one may live where left out.
+    issuer: may be omitted if there is only one. until: when the last of them expires, in seconds since the epoch; default: the
+    maximum token lifetime from now on.
     """
 
     jti: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
@@ -114,14 +114,14 @@ class Revoke(Report):
     @model_validator(mode="after")
     def _one(self) -> Self:
         if (self.jti is None) == (self.sub is None):
-            raise ValueError("jti or sub, one of the two")
+            raise ValueError("name either jti or sub")
         if not is_name(self.jti or self.sub):
-            raise ValueError("no token has such a name")
+            raise ValueError("no token can have this name")
         return self
 
 
 class Revoked(Report):
-    """key: names token or subject, by digest. Times in seconds since the epoch; issued_until: None where all are meant."""
+    """key: names the token or subject, by digest. Times in seconds since the epoch; issued_until: None if all are meant."""
 
     key: str
     until: float
@@ -133,7 +133,7 @@ class Revoked(Report):
 
 
 class Revocations(Report):
-    """current: whether the list is up to date; a gateway whose list is not lets nobody in."""
+    """current: whether the list is up to date; a gateway with an outdated list refuses every request."""
 
     current: bool
     revocations: list[Revoked]

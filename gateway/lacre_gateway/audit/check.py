@@ -1,9 +1,8 @@
-"""Whether a log holds: every byte of it, from the first entry to the newest checkpoint, and the first place where it does not.
+"""Whether a log holds: checks every byte from the first entry to the newest checkpoint, and names the first fault.
 
 Rules:
-- Everything is computed anew from the entries, and compared with what is on disk in the order of the log.
-- A log proves no more than that it agrees with itself. That nothing was changed, cut or forked is proved up to the newest
-  checkpoint that was kept elsewhere and is given here.
+- Everything is computed again from the entries, and compared with the files in the order of the log.
+- A log proves only that it agrees with itself. A kept checkpoint proves that nothing before it was changed, cut or forked.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ _KEPT: Final = "the checkpoint kept elsewhere"
 class AuditResult:
     """What was found. under_way: intents without an outcome since the last start; they may still get one.
 
-    anchored: the size of the largest kept checkpoint that it agrees with; None where none was given.
-    torn: bytes of an unfinished commit at the end of the journal, which nobody was told of.
+    anchored: the size of the largest kept checkpoint that the log agrees with; None if none was given. torn: bytes of an
+    unfinished commit at the end of the journal; no answer depended on it.
     """
 
     origin: str
@@ -52,13 +51,13 @@ class AuditResult:
             return f"does not hold: {self.wrong}"
         if self.anchored is None:
             return SELF_CONSISTENT
-        return f"holds, and is a continuation of the kept checkpoint of {self.anchored} entries"
+        return f"holds, and extends the kept checkpoint of {self.anchored} entries"
 
 
 def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -> AuditResult:
     """key: the gateway's, where it is known apart from the log. kept: checkpoints (signed notes) that were kept elsewhere.
 
-    Raises SettingsError where the folder is no log or cannot be read.
+    Raises SettingsError if the folder is not a log or cannot be read.
     """
     walk = _Walk(folder, own_key(folder) if key is None else key)
     wrong: Wrong | None = None
@@ -80,9 +79,9 @@ def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -
 
 
 def check_receipt(proof: AuditProof, reader: LogReader) -> None:
-    """That the log still has what it promised: the proof holds, and the log is a continuation of its tree.
+    """Checks that the log keeps its promise: the proof holds, and the log extends the proven tree.
 
-    Raises InvalidAudit where the proof itself does not hold, and Wrong where the log has broken its promise.
+    Raises InvalidAudit if the proof itself does not hold, and Wrong if the log has broken its promise.
     """
     promised = proof.verify(reader.key)
     if promised.origin != reader.checkpoint.origin:
@@ -90,26 +89,24 @@ def check_receipt(proof: AuditProof, reader: LogReader) -> None:
     if promised.size > reader.size:
         raise Wrong(f"entry {reader.size}", f"the log was rolled back: it had {promised.size} entries, and has {reader.size}")
     if reader.entry(proof.index) != proof.entry:
-        raise Wrong(f"entry {proof.index}", "it is not the one that was proved to the client")
+        raise Wrong(f"entry {proof.index}", "it is not the entry that was proved to the client")
     path = merkle.consistency_proof(promised.size, reader.size, reader.node)
     try:
         merkle.verify_consistency(promised.size, promised.root, reader.size, reader.checkpoint.root, path)
     except InvalidProof as exc:
-        raise Wrong(
-            f"entries 0 to {promised.size - 1}", "they are not those that the proof's checkpoint was signed over"
-        ) from exc
+        raise Wrong(f"entries 0 to {promised.size - 1}", "the proof's checkpoint was signed over other entries") from exc
 
 
 @dataclass(slots=True)
 class _Story:
-    """What the entries say one after the other: each intent has one outcome, and each annex its intent."""
+    """Checks the order of entries: each intent has one outcome, and each annex its intent."""
 
     open: dict[str, int] = field(default_factory=dict)
     annex: tuple[str, str] | None = None
     requests: int = 0
 
     def follow(self, index: int, data: bytes) -> None:
-        """Raises InvalidMessage with what is wrong."""
+        """Raises InvalidMessage, which says what is wrong."""
         members = parse(data)
         kind = members["kind"]
         annex, self.annex = self.annex, None
@@ -121,15 +118,15 @@ class _Story:
             self._intent(index, members, annex)
         elif kind == Outcome.kind:
             if self.open.pop(members["request_id"], None) is None:
-                raise InvalidMessage("an outcome without an intent, or a second one")
+                raise InvalidMessage("the outcome has no intent, or is a second one")
         elif members.get("event") == kinds.STARTED and self.open:
-            raise InvalidMessage(f"a start, and the intent of entry {min(self.open.values())} has no outcome")
+            raise InvalidMessage(f"it is a start, but the intent of entry {min(self.open.values())} has no outcome")
 
     def _intent(self, index: int, members: dict[str, Any], annex: tuple[str, str] | None) -> None:
         if members["annex"] is not None and annex is None:
             raise InvalidMessage("its annex is not before it")
         if members["request_id"] in self.open:
-            raise InvalidMessage("a second intent of one request")
+            raise InvalidMessage("it is a second intent of one request")
         self.open[members["request_id"]] = index
         self.requests += 1
 
@@ -147,7 +144,8 @@ class _Walk:
         self.torn = 0
         self.anchored: int | None = None
         self._anchors: list[tuple[Checkpoint, str]] = []
-        # Entries under the last checkpoint that fitted: of the log's own, and of those kept, which it cannot have made up.
+        # Entries under the last checkpoint that agreed: of the log's own ones, and of kept ones, which the log cannot have
+        # invented.
         self._good = {False: 0, True: 0}
 
     def run(self, kept: Sequence[bytes]) -> None:
@@ -204,7 +202,7 @@ class _Walk:
         for number, entry in enumerate(entries):
             if merkle.leaf_hash(entry) != hashes[number]:
                 index = bundle * tiles.WIDTH + number
-                raise Wrong(f"{name}, entry {index}", f"it has not the hash that {tiles.tile(0, bundle, width)} holds for it")
+                raise Wrong(f"{name}, entry {index}", f"its hash differs from the one in {tiles.tile(0, bundle, width)}")
             self._take(entry, name)
         for level, row in enumerate(self.edge.rows):
             if level and len(row) == tiles.WIDTH:
@@ -229,7 +227,7 @@ class _Walk:
             checkpoint, what = self._anchors.pop(0)
             if checkpoint.size == self.edge.size and checkpoint.root != self.edge.root():
                 place = f"entries {self._good[what == _KEPT]} to {checkpoint.size - 1}"
-                raise Wrong(place, f"they are not those that {what} was signed over: the log was rewritten or forked")
+                raise Wrong(place, f"{what} was signed over other entries: the log was rewritten or forked")
             self._good[what == _KEPT] = checkpoint.size
 
     def _partial_rows(self) -> None:

@@ -1,4 +1,4 @@
-"""`lacre audit`: verify a log, prove an entry, check what a client kept, and look things up. Nothing here needs a gateway."""
+"""`lacre audit`: verify a log, prove an entry, check a client's proof, and search. Nothing here needs a gateway."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ audit_app = typer.Typer(name="audit", help="The audit log: verify it, prove from
 Folder = Annotated[Path, typer.Argument(help="The folder of the log.")]
 KeyOption = Annotated[
     str | None,
-    typer.Option(help="The gateway's key, base64url (`gateway_key` in the manifest); the one in the log where left out."),
+    typer.Option(help="The gateway's key, base64url (`gateway_key` in the manifest); default: the log's own."),
 ]
 
 
@@ -32,12 +32,12 @@ def register(app: typer.Typer) -> None:
 def audit_verify(
     folder: Folder,
     checkpoint: Annotated[
-        list[Path] | None, typer.Option(help="A checkpoint that was kept elsewhere; several, where there are.")
+        list[Path] | None, typer.Option(help="A checkpoint that was kept outside the log; may be repeated.")
     ] = None,
     key: KeyOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Verify every byte of a log, and name the first place where it does not hold. Exit code 1 where it does not."""
+    """Verify every byte of a log, and name the first fault. Exit code 1 if there is one."""
     from lacre_gateway.audit.check import verify
 
     with waiting("verifying every byte"):
@@ -53,10 +53,10 @@ def audit_verify(
         typer.echo(f"{verdict.origin or folder}: {verdict.size} entries, {verdict.requests} requests")
         if verdict.under_way:
             typer.echo(
-                f"{verdict.under_way} requests under way, or cut off by a crash: the next start gives them their outcome"
+                f"{verdict.under_way} requests are running, or were cut off by a crash: the next start records their outcome"
             )
         if verdict.torn:
-            typer.echo(f"{verdict.torn} bytes of an unfinished commit, which nobody was told of")
+            typer.echo(f"{verdict.torn} bytes of an unfinished commit, on which no answer depended")
         typer.echo(verdict.words)
     if verdict.wrong is not None:
         raise typer.Exit(1)
@@ -66,15 +66,15 @@ def audit_verify(
 def audit_prove(
     folder: Folder,
     index: Annotated[int | None, typer.Option(help="The entry's index.")] = None,
-    request: Annotated[str | None, typer.Option(help="Or the request's id: its intent is proved.")] = None,
+    request: Annotated[str | None, typer.Option(help="Or the id of the request whose intent to prove.")] = None,
     key: KeyOption = None,
 ) -> None:
-    """Print an entry's proof under the newest checkpoint (C2SP tlog-proof), for whoever should be convinced."""
+    """Print an entry's proof under the newest checkpoint (C2SP tlog-proof)."""
     from lacre_gateway.audit.entries import parse
     from lacre_gateway.audit.reader import LogReader
 
     if (index is None) is (request is None):
-        raise SettingsError("pass --index or --request, one of the two")
+        raise SettingsError("pass either --index or --request")
     reader = LogReader(folder, parse_key(key))
     if index is None:
         members = map(parse, reader.entries())
@@ -89,11 +89,11 @@ def audit_prove(
 
 @audit_app.command("check-receipt")
 def audit_check_receipt(
-    proof: Annotated[Path, typer.Argument(help="What a client kept: `reply.audit.text()`, or the value of Lacre-Audit.")],
+    proof: Annotated[Path, typer.Argument(help="The client's proof: `reply.audit.text()`, or the value of Lacre-Audit.")],
     folder: Folder,
     key: KeyOption = None,
 ) -> None:
-    """Hold a client's proof against the log: the entry is still there, and the log is a continuation of what it was then."""
+    """Check a client's proof against the log: the entry is still there, and the log extends the proven tree."""
     from lacre.evidence.audit_proof import AuditProof
     from lacre_gateway.audit.check import check_receipt
     from lacre_gateway.audit.reader import LogReader
@@ -101,14 +101,14 @@ def audit_check_receipt(
     text = read_file(proof).decode("utf-8", "replace")
     kept = AuditProof.parse(text) if text.startswith("c2sp.org/") else AuditProof.parse_header(text.strip())
     check_receipt(kept, LogReader(folder, parse_key(key)))
-    typer.echo(f"entry {kept.index} is in the log, and the log goes on from the tree that it was proved in")
+    typer.echo(f"entry {kept.index} is in the log, and the log extends the proven tree")
 
 
 @audit_app.command("tail")
 def audit_tail(
     folder: Folder,
     lines: Annotated[int, typer.Option("-n", help="How many entries.", min=0)] = 10,
-    follow: Annotated[bool, typer.Option("-f", help="Go on as they are written.")] = False,
+    follow: Annotated[bool, typer.Option("-f", help="Keep printing new entries.")] = False,
     key: KeyOption = None,
 ) -> None:
     """Print the newest entries, one a line."""
@@ -139,12 +139,14 @@ def audit_query(
     kind: Annotated[str | None, typer.Option(help="intent, annex, outcome, admin or event.")] = None,
     since: Annotated[datetime | None, typer.Option(help="From this time on, UTC.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Before this time, UTC.")] = None,
-    limit: Annotated[int, typer.Option(help="The newest so many.", min=1)] = 100,
+    limit: Annotated[int, typer.Option(help="At most this many, the newest.", min=1)] = 100,
     sql: Annotated[str | None, typer.Option(help="Any SELECT over the table `entries` instead.")] = None,
-    index: Annotated[Path | None, typer.Option(help="Keep the SQLite index in this file; made anew each time.")] = None,
+    index: Annotated[Path | None, typer.Option(help="Keep the SQLite index in this file; rebuilt each time.")] = None,
     key: KeyOption = None,
 ) -> None:
-    """Search the log; JSON lines come out. The index is built from the log: `verify` says what that is worth."""
+    """Search the log and print JSON lines. The index is built from the log; `lacre audit verify` tells whether the log
+    holds.
+    """
     from lacre_gateway.audit import index as indexes
     from lacre_gateway.audit.reader import LogReader
 
@@ -165,12 +167,12 @@ def audit_query(
 
 
 def seconds(moment: datetime | None) -> float | None:
-    """Since the epoch; a moment without a zone is in UTC."""
+    """Seconds since the epoch; a moment without a zone is in UTC."""
     return None if moment is None else moment.replace(tzinfo=UTC).timestamp()
 
 
 def parse_key(text: str | None) -> bytes | None:
-    """What `--key` says. Raises SettingsError."""
+    """The key in `--key`. Raises SettingsError."""
     from lacre.errors import InvalidMessage
     from lacre.jose.jws import b64u_decode
 

@@ -1,6 +1,6 @@
-"""The part of a log's tree that still grows: the rows of its tiles that are not yet full, the entries not yet in a full bundle.
+"""The growing part of a log's tree: the rows of tiles that are not full, and entries that are not in a full bundle.
 
-No I/O. The rows may be longer than a tile: what was added since the tiles were written last waits here.
+No I/O. A row may be longer than a tile: hashes wait here until the tiles are written again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Edge:
 
     @classmethod
     def restore(cls, size: int, rows: Sequence[Sequence[bytes]], entries: Sequence[bytes]) -> Edge:
-        """From the partial tiles of a tree of this size, one for each level, empty where the level has none."""
+        """From the partial tiles of a tree of this size, one for each level; empty for a level without one."""
         edge = cls()
         edge.rows, edge.entries = [list(row) for row in rows], list(entries)
         edge._starts = [(size >> tiles.HEIGHT * level) // tiles.WIDTH * tiles.WIDTH for level in range(len(rows))]
@@ -62,7 +62,7 @@ class Edge:
         return self._frontier.nodes()
 
     def append(self, entry: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """Adds an entry; the nodes that are complete with it."""
+        """Adds an entry; yields the nodes that it completes."""
         self.entries.append(entry)
         completed = list(self._frontier.grow(merkle.leaf_hash(entry)))
         for height, _, node in completed:
@@ -78,7 +78,7 @@ class Edge:
         return Savepoint(self._frontier.copy(), tuple(map(len, self.rows)), len(self.entries))
 
     def reset(self, mark: Savepoint) -> None:
-        """Forgets what was added since. Not across a `drop_full`."""
+        """Drops everything added after the mark. Not across a `drop_full`."""
         self._frontier = mark.frontier.copy()
         del self.entries[mark.entries :]
         del self.rows[len(mark.lengths) :]
@@ -87,7 +87,7 @@ class Edge:
             del row[length:]
 
     def drop_full(self, size: int) -> None:
-        """Forgets the tiles and bundles that were full in a tree of this size: they are on disk."""
+        """Drops the tiles and bundles that were full in a tree of this size: they are on disk."""
         for level, row in enumerate(self.rows):
             full = (size >> tiles.HEIGHT * level) // tiles.WIDTH * tiles.WIDTH - self._starts[level]
             del row[:full]
@@ -96,7 +96,7 @@ class Edge:
             self._starts[level] += full
 
     def hash(self, level: int, index: int) -> bytes | None:
-        """The hash at a place of a tile level, where it is in a row here."""
+        """The hash at a place of a tile level, if a row here has it."""
         at = index - self.first(level)
         return self.rows[level][at] if level < len(self.rows) and 0 <= at < len(self.rows[level]) else None
 

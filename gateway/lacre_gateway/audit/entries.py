@@ -1,11 +1,11 @@
-"""What an entry of the audit log says.
+"""The entries of the audit log.
 
 Rules:
 - An entry holds the fields of its dataclass and no other. There is no field for content, a token or an exception's text.
-- A request has an *intent* before it is served, and one *outcome* whichever way it ends. Request ids are random.
-- An intent travels to the client in a header, so it is bounded. Where a caller's groups and scopes, and the policies that
-  decided, make it too long, they stand in an *annex* right before it, which it names by digest.
-- Text is UTF-8 JSON; names are printable by what `auth` lets through.
+- A request has an *intent* before it is served, and exactly one *outcome*, however it ends. Request ids are random.
+- An intent travels to the client in a header, so it is bounded. If groups, scopes and policies make it too long, they go into
+  an *annex* right before it. The intent names the annex by digest.
+- Text is UTF-8 JSON; `auth` accepts only printable names.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from lacre.errors import InvalidMessage, LacreError
 from lacre.evidence.audit_proof import MAX_INTENT
 from lacre.runtime.json_objects import parse_object
 
-_MAX_LISTS: Final = 1024  # bytes of groups, scopes and policies that an intent carries itself
+_MAX_LISTS: Final = 1024  # bytes of groups, scopes and policies in the intent itself
 MAX_ENTRY: Final = 0xFFFF  # C2SP tlog-tiles: an entry's length is two bytes in its bundle
 
 
 class EntryTooLarge(LacreError):
-    """An intent that no header could carry: names in the settings or the token are absurdly long. Nothing was recorded."""
+    """No header could carry the intent: names in the settings or the token are absurdly long. Nothing was recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intent:
-    """What is about to be done, and for whom.
+    """A request that is about to be served, and for whom.
 
     time: seconds since the epoch. jti: hex SHA-256 of the token's id. enc: base64url SHA-256 of `hdr ‖ enc`. policies: the ids
-    of those that decided. policy_set, entities: hex SHA-256 of what they were decided with. reserved_*: what was charged to the
-    caller's limits at admission, in tokens and micro-units; none where policy or a budget refused. limits: which ones, as
-    `Hold.limits` says. lease: the holder whose leases were charged. annex: hex SHA-256 of the annex entry, where there is one.
+    of the deciding ones. policy_set, entities: hex SHA-256 of the rules and entities of the decision. reserved_*: amounts
+    charged to the caller's limits at admission, in tokens and micro-units; none if policy or a budget refused. limits: which
+    ones, in the form of `Hold.limits`. lease: the holder whose leases were charged. annex: hex SHA-256 of the annex entry, if
+    there is one.
     """
 
     kind: ClassVar[str] = "intent"
@@ -85,10 +86,11 @@ class Annex:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How it ended. duration: seconds. Tokens are those of the receipt that settled it, `receipt` its hex SHA-256; None without
-    one. refused_receipt: why the newest receipt was not that one. money: what was charged, in micro-units. problem: what the
-    client was told instead of an answer, by its slug. exceeded: the limit that a budget refused it for, as `Hold.limits` names
-    it. That stands here and not in the intent, which the client gets: that a whole plan is used up is for the operator alone.
+    """How a request ended. duration: seconds. Tokens are those of the receipt that settled it, `receipt` its hex SHA-256; None
+    without a receipt. refused_receipt: why the newest receipt was refused. money: the charge, in micro-units. problem: the
+    problem that the client got instead of an answer, by its slug. exceeded: the limit for which a budget refused the request,
+    in the form of `Hold.limits`. The client gets the intent but not the outcome, and only the operator may know that a whole
+    plan is used up.
     """
 
     kind: ClassVar[str] = "outcome"
@@ -113,7 +115,7 @@ class Outcome:
 class AdminIntent:
     """What somebody wanted done to the gateway itself, and whether they may. What came of it is an event of the same `actor`.
 
-    target: what it is to be done to, such as a subject. actor, in events: `<tenant>/<subject>`.
+    target: of the action, such as a subject. actor, in events: `<tenant>/<subject>`.
     """
 
     kind: ClassVar[str] = "admin"
@@ -139,10 +141,10 @@ class AdminIntent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Something that is no request: a start, a stop, a recovery, what came of an admin's action, a reload.
+    """An entry that is not about a request: a start, a stop, a recovery, the result of an admin's action, a reload.
 
-    actor: who did it; None for the process itself. target: what it was done to. count: how many of what the event names.
-    policy_set, rules: hex SHA-256 of what decides from then on, and of all files of that set. reason: why not, in a word.
+    actor: who did it; None: the process itself. target: of the action. count: how many of the things that the event names.
+    policy_set, rules: hex SHA-256 of the new policies, and of all files of that set. reason: of a failure, in a word.
     """
 
     kind: ClassVar[str] = "event"
@@ -158,13 +160,14 @@ class Event:
 
 
 Entry = Intent | Annex | Outcome | AdminIntent | Event
-STARTED: Final = "started"  # count: the intents that were given the outcome `interrupted`
+STARTED: Final = "started"  # count: the intents that got the outcome `interrupted`
 RECOVERED: Final = "recovered"  # count: the bytes of an unfinished commit that were cut off
 RESUMED: Final = "resumed"  # count: the requests refused while the log could not be written
 STOPPED: Final = "stopped"
 RELOADED: Final = "reloaded"
-RELOAD_REFUSED: Final = "reload-refused"  # reason: the fault; target: the file; the set named is the one that goes on
-UNRECORDED: Final = "unrecorded"  # count: requests of one minute that were refused past their callers' limits of refusals
+RELOAD_REFUSED: Final = "reload-refused"  # reason: the fault; target: the file; the named set is the one that stays
+# count: requests of one minute that were refused after their callers had used up their limits of refusals
+UNRECORDED: Final = "unrecorded"
 INTERRUPTED: Final = "interrupted"
 
 
@@ -178,12 +181,12 @@ _KINDS: Final = (Intent, Annex, Outcome, AdminIntent, Event)
 _FORMS: Final = {kind.kind: _form(kind) for kind in _KINDS}
 _NAMES: Final = {kind: tuple(field.name for field in fields(kind)) for kind in _KINDS}
 _VALUES: Final = {kind: attrgetter(*names) for kind, names in _NAMES.items()}
-# `surrogatepass` would write what nobody can read back: names with lone surrogates do not come this far.
+# `surrogatepass` would write bytes that no reader accepts; `auth` refuses names with lone surrogates.
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def encode(entry: Entry) -> tuple[bytes, ...]:
-    """The entry as the log holds it; of an intent with an annex, the annex first. Raises EntryTooLarge."""
+    """The bytes of the entry; for an intent with an annex, the annex first. Raises EntryTooLarge."""
     members = _members(entry)
     if not isinstance(entry, Intent):
         return (_bounded(_json(members), MAX_ENTRY),)
@@ -196,12 +199,12 @@ def encode(entry: Entry) -> tuple[bytes, ...]:
 
 
 def _short(lists: Iterable[Sequence[str]]) -> bool:
-    """Whether they are in any case: a character takes six bytes of JSON at most, and each text and list three more."""
+    """Whether the lists are certainly short: a character takes at most six bytes of JSON, and each text and list three more."""
     return sum(3 + sum(3 + 6 * len(text) for text in texts) for texts in lists) <= _MAX_LISTS
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """The members of an entry, which are those of its kind and no others. Raises InvalidMessage."""
+    """The members of an entry: exactly those of its kind. Raises InvalidMessage."""
     members = parse_object(data, "it")
     if not isinstance(members.get("kind"), str) or members["kind"] not in _FORMS:
         raise InvalidMessage("it is of no known kind")
@@ -222,5 +225,5 @@ def _json(value: object) -> bytes:
 
 def _bounded(data: bytes, limit: int) -> bytes:
     if len(data) > limit:
-        raise EntryTooLarge(f"an audit entry of {len(data)} bytes; at most {limit} can be recorded")
+        raise EntryTooLarge(f"the audit entry has {len(data)} bytes; at most {limit} can be recorded")
     return data

@@ -1,6 +1,7 @@
-"""The entries of a log as an SQLite table, for questions. Rebuilt from the log at will; it proves nothing by itself.
+"""The entries of a log as an SQLite table, for searches. It can be rebuilt from the log at any time; it proves nothing by
+itself.
 
-One row an entry: its index, its members that are plain values, and the whole entry as JSON.
+One row for each entry: its index, its plain members, and the whole entry as JSON.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ COLUMNS: Final = (
     "completion_tokens", "duration", "money", "problem", "exceeded", "event", "actor", "target", "gateway", "policy_set",
     "rules", "reason",
 )  # fmt: skip
-# Names come from this file alone; values are bound.
+# Only names from this file are in the text; values are bound.
 _TABLE: Final = f"CREATE TABLE entries (idx INTEGER PRIMARY KEY, {', '.join(COLUMNS)}, entry TEXT NOT NULL)"
 _INSERT: Final = f"INSERT INTO entries VALUES ({', '.join('?' * (len(COLUMNS) + 2))})"  # noqa: S608
 
 
 def build(reader: LogReader, path: Path | None = None) -> sqlite3.Connection:
-    """The table of all entries; in memory where `path` is left out, else in a new file (0600) in its place."""
+    """The table of all entries. path: a new file (0600) that replaces the old one; None: in memory."""
     if path is not None:
         path.unlink(missing_ok=True)
         path.touch(mode=0o600)
@@ -44,7 +45,7 @@ def build(reader: LogReader, path: Path | None = None) -> sqlite3.Connection:
 def find(
     database: sqlite3.Connection, wanted: Mapping[str, Any], since: float | None, until: float | None, limit: int
 ) -> list[str]:
-    """The newest `limit` entries whose members are as wanted, the oldest first, as JSON. Times are seconds since the epoch."""
+    """The newest `limit` entries with the wanted members, the oldest first, as JSON. Times are seconds since the epoch."""
     terms = [f"{name} = ?" for name in wanted]
     values = list(wanted.values())
     for term, value in (("time >= ?", since), ("time < ?", until)):
@@ -57,7 +58,7 @@ def find(
 
 
 def ask(database: sqlite3.Connection, sql: str) -> tuple[Sequence[str], list[Sequence[Any]]]:
-    """The names and rows of any reading statement. Raises SettingsError with what SQLite says of it."""
+    """The names and rows of any reading statement. Raises SettingsError with SQLite's message."""
     database.execute("PRAGMA query_only = ON")
     try:
         with closing(database.execute(sql)) as cursor:

@@ -1,14 +1,14 @@
-"""The journal: the entries and the signed checkpoint of each group commit since the tiles were written last.
+"""The journal: the entries and the signed checkpoint of each group commit since the tiles were last written.
 
     commit = entries length(4) ‖ note length(4) ‖ entries, as in a bundle ‖ note
 
-While tiles are being written, the commits that they will hold stand in `journal.old`, and new ones in `journal`.
+While their tiles are being written, older commits are in `journal.old`, and new ones in `journal`.
 
 Rules:
-- A commit is appended in one go and synced; until it is, nobody is told of it.
+- A commit is appended in one write and synced; before that, no caller learns of it.
 - After a failed write the file is cut back to its last whole commit.
-- What a crash leaves of a commit is at the end of the file: cut short, or with zeros where blocks were never written. Whatever
-  else is wrong was not a crash, and is for people to look at.
+- A crash leaves an unfinished commit at the end of the file: cut short, or with zeros for blocks that were never written. Any
+  other fault was not a crash, and people must look at it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ OLD: Final = "journal.old"
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 _HEAD_BYTES: Final = 8
 MAX_GROUP: Final = 512  # entries of one commit
-_HOLE: Final = bytes(16)  # neither JSON nor the lengths around it have as many zeros in a row
-_SIGNATURE: Final = re.compile("\n\n— [!-~]+ [A-Za-z0-9+/=]{92}\n".encode())  # ends every commit, so none is behind a crash
-_MAX_ENTRIES: Final = 2 * MAX_GROUP * (2 + 0xFFFF)  # bytes; more is not a length but garbage
+_HOLE: Final = bytes(16)  # neither JSON nor the lengths around it have so many zeros in a row
+# ends every commit, so none follows the damage of a crash
+_SIGNATURE: Final = re.compile("\n\n— [!-~]+ [A-Za-z0-9+/=]{92}\n".encode())
+_MAX_ENTRIES: Final = 2 * MAX_GROUP * (2 + 0xFFFF)  # bytes; a larger value is garbage
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """end: the offset in the file behind it."""
+    """end: the offset in the file after it."""
 
     entries: list[bytes]
     note: bytes
@@ -44,50 +45,50 @@ class Commit:
 
 
 def commits(data: bytes) -> Iterator[Commit]:
-    """The commits in order, up to the end or to what a crash left there. Raises InvalidMessage for anything else."""
+    """The commits in order, up to the end or to the damage of a crash. Raises InvalidMessage for any other fault."""
     at = 0
     while (commit := _commit(data, at)) is not None:
         yield commit
         at = commit.end
-    # A hole in the last commit may have spared its signature; behind what a crash left there is never one.
+    # A hole in the last commit may have spared its signature; no signature follows the damage of a crash.
     end = at + _HEAD_BYTES + int.from_bytes(data[at : at + 4]) + int.from_bytes(data[at + 4 : at + 8])
     if _SIGNATURE.search(data, at if end > len(data) else end):
-        raise InvalidMessage("a commit that is not whole, and another behind it")
+        raise InvalidMessage("an unfinished commit, and another after it")
 
 
 def whole(data: bytes) -> int:
-    """The bytes of the whole commits. Raises InvalidMessage."""
+    """The size of all whole commits in bytes. Raises InvalidMessage."""
     return max((commit.end for commit in commits(data)), default=0)
 
 
 def _commit(data: bytes, at: int) -> Commit | None:
-    """None at the end, and where the commit is not whole."""
+    """None at the end, and for an unfinished commit."""
     head = data[at : at + _HEAD_BYTES]
     entries, note = int.from_bytes(head[:4]), int.from_bytes(head[4:])
     middle, end = at + _HEAD_BYTES + entries, at + _HEAD_BYTES + entries + note
     if len(head) < _HEAD_BYTES or end > len(data) or _HOLE in data[at + _HEAD_BYTES : end] or not any(head):
         return None
     if entries > _MAX_ENTRIES or not 0 < note <= MAX_NOTE:
-        raise InvalidMessage("a length that no commit has")
+        raise InvalidMessage("a commit with an impossible length")
     return Commit(decode_bundle(data[at + _HEAD_BYTES : middle]), data[middle:end], end)
 
 
 class Journal:
-    """The open file, for the one who writes. Methods raise OSError."""
+    """The open file, for its only writer. Methods raise OSError."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        """size: of the whole commits in it; what is behind them is cut off."""
+        """size: of its whole commits; the rest is cut off."""
         self._folder = folder
         self._file = os.open(folder / NAME, _FLAGS, 0o600)
         self._torn = False
         self.cut(size)
 
     def begin_anew(self) -> None:
-        """Puts what is in it aside, in `journal.old`; where there already is one, nothing happens."""
+        """Moves the present journal to `journal.old`; does nothing if there already is one."""
         if self._torn or (self._folder / OLD).exists():
             return
         fresh = self._folder / f".{NAME}.new"
-        file = os.open(fresh, _FLAGS | os.O_TRUNC, 0o600)  # first, for it may fail; nothing has changed then
+        file = os.open(fresh, _FLAGS | os.O_TRUNC, 0o600)  # first, because it may fail; nothing has changed then
         (self._folder / NAME).rename(self._folder / OLD)
         fresh.rename(self._folder / NAME)
         os.close(self._file)
@@ -95,17 +96,17 @@ class Journal:
         sync_folder(self._folder)
 
     def drop_old(self) -> None:
-        """What was put aside is in the tiles."""
+        """The tiles hold the old commits now."""
         (self._folder / OLD).unlink(missing_ok=True)
 
     def cut(self, size: int) -> None:
-        """To its first `size` bytes."""
+        """Cuts the file to its first `size` bytes."""
         os.ftruncate(self._file, size)
         os.fdatasync(self._file)
         self._size, self._torn = size, False
 
     def append(self, entries: Sequence[bytes], note: bytes) -> None:
-        """Where it fails, the commit is not in the file, or is cut off before the next one is written."""
+        """If it fails, the commit is not in the file, or is cut off before the next one is written."""
         bundle = encode_bundle(entries)
         data = len(bundle).to_bytes(4) + len(note).to_bytes(4) + bundle + note
         if self._torn:
@@ -113,7 +114,7 @@ class Journal:
         try:
             _write_synced(self._file, data, self._size)
         except OSError:
-            self._torn = True  # for where cutting fails too
+            self._torn = True  # if cutting fails too
             self.cut(self._size)
             raise
         self._size += len(data)
@@ -123,7 +124,9 @@ class Journal:
 
 
 def _write_synced(handle: int, data: bytes, at: int) -> None:
-    """What `write` and `fdatasync` do, in one call: in between, a thread would have to queue for the interpreter again."""
+    """`write` and `fdatasync` in one call: between two calls, the thread would have to wait again for the interpreter's
+    lock.
+    """
     view = memoryview(data)
     while view:
         written = os.pwritev(handle, [view], at, os.RWF_DSYNC)

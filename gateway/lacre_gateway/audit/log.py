@@ -1,14 +1,14 @@
-"""The audit log as the gateway calls it: entries go in, and come back with their place in the tree when they are durable.
+"""The audit log as the gateway uses it: it takes entries, and returns their place in the tree when they are durable.
 
 Rules:
-- One thread commits. It takes all entries that wait, commits them together (one sync, one signature), and only then says so.
-  The event loop never waits for a disk, and a commit never for tiles, which a second thread writes.
-- Whoever is about to serve waits for the intent. An outcome waits for nobody: it may share the next request's commit.
-- Each commit costs a signature, a sync and several turns of the interpreter's lock. So where requests come together, commits
-  keep a distance, and share those; a request that is alone never waits for company.
-- When the log cannot be written, intents fail, and outcomes of recorded intents are kept until it can. The thread tries again
-  by itself, so that service returns without a restart.
-- What an earlier process left unfinished is finished first: intents without an outcome get `interrupted`.
+- One thread commits. It takes all waiting entries, commits them together (one sync, one signature), and then reports. The event
+  loop never waits for a disk, and a commit never waits for tiles, which a second thread writes.
+- A request waits for its intent before it is served. Nothing waits for an outcome, so it may share the next commit.
+- Each commit costs a signature, a sync and several waits for the interpreter's lock. So commits keep a distance while several
+  requests run, and requests share them. A single request never waits for others.
+- If the log cannot be written, intents fail, and outcomes of recorded intents are kept until it can. The thread retries by
+  itself, so that service returns without a restart.
+- At a start, intents without an outcome from an earlier process first get the outcome `interrupted`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from lacre_gateway.audit.journal import MAX_GROUP
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.audit.store import Committed, Publication, Store
 
-_LINGER: Final = 0.02  # seconds that outcomes, for which nobody waits, may wait for company
-DISTANCE: Final = 0.005  # seconds from one commit's beginning to the next one's, at most: a worker takes longer to answer
-_DISTANCE_EACH: Final = 0.0005  # of it, for each request under way beside the one that waits
-_CLOSE_LIMIT: Final = 30.0  # seconds for a disk to take the last entries: one under load takes some
+_LINGER: Final = 0.02  # seconds that outcomes may wait for more entries; no request waits for them
+DISTANCE: Final = 0.005  # seconds between the beginnings of two commits, at most: a worker takes longer to answer
+_DISTANCE_EACH: Final = 0.0005  # of it, for each other running request
+_CLOSE_LIMIT: Final = 30.0  # seconds for a disk to take the last entries; a busy disk takes some
 _RETRY: Final = 1.0  # seconds between attempts to publish
-_IDLE: Final = 1.0  # seconds without an entry, after which the tiles are brought up to date, or a failed write is tried again
-_PUBLISH_AFTER: Final = 1024  # entries; the journal stays small, and a restart quick
+_IDLE: Final = 1.0  # seconds without an entry, after which the tiles are updated, or a failed write is tried again
+_PUBLISH_AFTER: Final = 1024  # entries; keeps the journal small and a restart quick
 _MAX_WAITING: Final = MAX_GROUP // 2  # of one commit: each may bring an annex
-_OWN: Final = frozenset({kinds.RESUMED, kinds.STOPPED})  # written anew at each attempt
+_OWN: Final = frozenset({kinds.RESUMED, kinds.STOPPED})  # written again at each attempt
 
 
 class AuditUnavailable(LacreError):
@@ -54,7 +54,7 @@ class AuditUnavailable(LacreError):
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """Where an entry stands; the proof is made when it is asked for."""
+    """The place of an entry; its proof is made when it is needed."""
 
     committed: Committed
     number: int
@@ -74,7 +74,7 @@ _Answer = tuple["asyncio.Future[Recorded] | None", "Recorded | AuditUnavailable"
 
 
 class AuditLog:
-    """An open log. Made and used on the event loop; closed by `close`, which writes what still waits.
+    """An open log. Made and used on the event loop; closed by `close`, which writes the waiting entries.
 
     writable: whether the last attempt to write succeeded.
     """
@@ -91,10 +91,10 @@ class AuditLog:
         observe: Callable[[float, int], None] = lambda _seconds, _entries: None,
         under_way: Callable[[], int] = lambda: 1,
     ) -> None:
-        """Raises SettingsError where the log cannot be opened, or does not hold. origin: of a log that is new.
+        """Raises SettingsError if the log cannot be opened, or does not hold. origin: for a new log.
 
-        observe: told of each commit its seconds and entries (0 of one that failed), on the log's own thread.
-        under_way: tells there how many requests there are that a commit could wait for.
+        observe: gets each commit's seconds and entries (0 for a failed one), on the log's own thread. under_way: returns how
+        many running requests a commit could wait for; called on the same thread.
         """
         self._observe = observe
         self._under_way = under_way
@@ -110,7 +110,7 @@ class AuditLog:
         self._tiles = ThreadPoolExecutor(1, "audit-tiles")
         self.writable = True
         self._entries: deque[_Waiting] = deque()
-        self._due = threading.Event()  # wakes the thread, which an entry by itself does not: that costs more than the entry
+        self._due = threading.Event()  # wakes the thread; an entry by itself does not, because that costs more than the entry
         self._lingering: asyncio.TimerHandle | None = None
         self._closing = False
         self._next_commit = 0.0
@@ -121,7 +121,7 @@ class AuditLog:
             self._store.close()
             reason = exc.strerror if isinstance(exc, OSError) else exc
             raise SettingsError(
-                f"audit: the log in {folder} cannot be written ({reason}): free space, or name another"
+                f"audit: the log in {folder} cannot be written ({reason}): free space, or name another folder"
             ) from exc
         self._thread = tasks.thread("audit", self._run)
 
@@ -144,7 +144,7 @@ class AuditLog:
         return recorded
 
     def _wake(self) -> None:
-        """Has the thread look. It clears `_due` before it does, so what is added after that wakes it again."""
+        """Wakes the thread. The thread clears `_due` before it looks, so a later entry wakes it again."""
         if self._lingering is not None:
             self._lingering.cancel()
             self._lingering = None
@@ -157,13 +157,13 @@ class AuditLog:
         return self._store.size
 
     async def close(self) -> None:
-        """Waits until every entry so far is durable, and the tiles are up to date; not for ever, where a disk stands still."""
+        """Waits until every entry so far is durable and the tiles are up to date; it gives up if the disk stands still."""
         self._closing = True
         self._wake()
         await asyncio.to_thread(self._thread.join, _CLOSE_LIMIT)
 
     def _resume(self, folder: Path, key: Ed25519PrivateKey) -> None:
-        """Finishes what the last process left, and begins."""
+        """Finishes what the last process left unfinished, and begins."""
         now = round(self._clock(), 3)
         opening: list[Entry] = []
         if self._store.torn:
@@ -182,7 +182,7 @@ class AuditLog:
         self._store.published(self._store.publication(()).write())
 
     def _left_open(self, folder: Path, key: Ed25519PrivateKey) -> Iterator[str]:
-        """The requests whose intents have no outcome, from where they were written down last."""
+        """The requests whose intents have no outcome, starting from the last list of them on disk."""
         size, names = self._store.still_open()
         left = dict.fromkeys(names)
         for data in LogReader(folder, raw_public_key(key)).entries(size):
@@ -209,7 +209,7 @@ class AuditLog:
             self._refuse_rest()
 
     def _next_group(self) -> tuple[list[_Waiting], bool]:
-        """All that waits, up to a limit; nothing after a time; and whether the end was asked for."""
+        """All waiting entries, up to a limit; none after a time; and whether the log is to end."""
         if not self._due.wait(None if self.writable and not self._store.unpublished else _IDLE):
             return [], False
         self._keep_distance()
@@ -221,12 +221,12 @@ class AuditLog:
         return group, closing and not group
 
     def _keep_distance(self) -> None:
-        """Lets others come meanwhile, without being woken for each of them."""
+        """Lets more entries collect, without a wake-up for each of them."""
         while not self._closing and (wait := self._next_commit - time.monotonic()) > 0:
             time.sleep(wait)
 
     def _record(self, group: Sequence[_Waiting]) -> None:
-        """Commits the group, and what is owed from before; tells everybody how it went."""
+        """Commits the group and the outcomes owed from before; reports the result to all."""
         if not self.writable:
             group = [self._own(Event(time=self._now(), event=kinds.RESUMED, count=self._refused)), *self._owed, *group]
         batch, unfounded = self._founded(group)
@@ -248,7 +248,7 @@ class AuditLog:
             self._succeeded(batch, committed)
 
     def _founded(self, group: Sequence[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:
-        """Those that may be recorded, and the outcomes of intents that were not."""
+        """The entries that may be recorded, and the outcomes of intents that were not."""
         fresh: set[str] = set()
         batch: list[_Waiting] = []
         unfounded: list[_Waiting] = []
@@ -269,7 +269,7 @@ class AuditLog:
         answers: list[_Answer] = []
         number = -1
         for waiting in batch:
-            number += len(waiting.data)  # an annex comes first
+            number += len(waiting.data)  # the annex has the first number
             answers.append((waiting.recorded, Recorded(committed, number)))
             if isinstance(waiting.entry, Intent):
                 self._open[waiting.entry.request_id] = None
@@ -278,7 +278,7 @@ class AuditLog:
         self._tell(answers)
 
     def _failed(self, batch: Sequence[_Waiting], error: OSError) -> None:
-        """Intents are refused; what is owed to intents that stand is kept."""
+        """Refuses intents; keeps the outcomes of intents that are recorded."""
         if self.writable:
             self._log.error("audit log cannot be written", reason=error.strerror)
         self.writable = False
@@ -296,7 +296,9 @@ class AuditLog:
         )
 
     def _publish(self, *, idle: bool, wait: bool = False) -> None:
-        """Has the tiles written, beside the commits. A failure harms nothing: the journal has everything until it succeeds."""
+        """Starts writing the tiles, beside the commits. A failure does no harm: the journal holds everything until it
+        succeeds.
+        """
         if self._publishing is not None and (wait or self._publishing.done()):
             self._finish(self._publishing)
         due = self._store.unpublished > 0 if idle else self._store.unpublished >= _PUBLISH_AFTER
@@ -326,7 +328,7 @@ class AuditLog:
             self._answer([self._entries.popleft()], AuditUnavailable("the audit log is closed"))
 
     def _own(self, event: Event) -> _Waiting:
-        """Something of the log's own that nobody waits for."""
+        """An event of the log itself; nothing waits for it."""
         return _Waiting(event, encode(event), None)
 
     def _now(self) -> float:
@@ -336,13 +338,13 @@ class AuditLog:
         self._tell([(waiting.recorded, error) for waiting in group])
 
     def _tell(self, answers: Sequence[_Answer]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and no task waits
             self._loop.call_soon_threadsafe(_settle, answers)
 
 
 def _settle(answers: Sequence[_Answer]) -> None:
     for recorded, answer in answers:
-        if recorded is None or recorded.done():  # its waiter was cancelled
+        if recorded is None or recorded.done():  # the waiting task was cancelled
             continue
         if isinstance(answer, Recorded):
             recorded.set_result(answer)
@@ -351,6 +353,6 @@ def _settle(answers: Sequence[_Answer]) -> None:
 
 
 def _retrieved(recorded: asyncio.Future[Recorded]) -> None:
-    """An outcome that nobody waits for must not warn when it is collected."""
+    """An outcome that no task awaits must not warn when it is collected."""
     if not recorded.cancelled():
         recorded.exception()

@@ -1,8 +1,8 @@
-"""A log on disk, read: also while its gateway writes it, and also where nobody should trust it.
+"""Reads a log on disk, also while its gateway writes it, and even if it cannot be trusted.
 
 Rules:
-- What can still change (checkpoint, partial tiles, journal) is read at once, and again until it fits together.
-- Nothing is believed for where it stands: `Wrong` names the first file, and the place in it, that does not hold.
+- The changing parts (checkpoint, partial tiles, journal) are read together, and again until they agree.
+- Nothing is believed because of its place: `Wrong` names the first file, and the place in it, that does not hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lacre_gateway.audit import journal, tiles
 from lacre_gateway.audit.edge import Edge
 
 CHECKPOINT: Final = "checkpoint"
-KEY: Final = "key"  # the verifier key that the log itself names
+KEY: Final = "key"  # the log's own verifier key
 _TRIES: Final = 20
 _CACHED_TILES: Final = 256
 
@@ -37,7 +37,7 @@ class Wrong(LacreError):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What of a log can still change, as it was at one moment. note: None where nothing was published yet."""
+    """The changing parts of a log at one moment. note: None if nothing was published yet."""
 
     folder: Path
     note: bytes | None
@@ -48,19 +48,19 @@ class Snapshot:
 
     @property
     def commits(self) -> bytes:
-        """Both journals, one after the other; some commits may be in both, or in the tiles already."""
+        """Both journals, one after the other; some commits may be in both, or already in the tiles."""
         return self.old_journal + self.journal
 
     @classmethod
     def take(cls, folder: Path) -> Self:
-        """Raises Wrong, or SettingsError where the folder cannot be read or is none."""
+        """Raises Wrong, or SettingsError if the folder cannot be read or is not a log."""
         if not folder.is_dir():
             raise SettingsError(f"{folder} is not the folder of an audit log")
         for _ in range(_TRIES):
             note = read_file(folder / CHECKPOINT, checkpoints.MAX_NOTE)
             size = _size(note)
             files = {name: read_file(folder / name, tiles.MAX_BUNDLE) for name in _partial_names(size)}
-            # In this order: what is put aside in between is then seen twice, which is harmless, and never not at all.
+            # In this order: a commit that moves in between is then read twice, which does no harm, and never missed.
             new, old = (read_file(folder / name, None) or b"" for name in (journal.NAME, journal.OLD))
             if note == read_file(folder / CHECKPOINT, checkpoints.MAX_NOTE):
                 break
@@ -80,11 +80,11 @@ class Snapshot:
         except InvalidMessage as exc:
             raise Wrong(name, str(exc)) from exc
         if len(hashes) != width:
-            raise Wrong(name, f"it has {len(hashes)} hashes in place of {width}")
+            raise Wrong(name, f"it has {len(hashes)} hashes instead of {width}")
         return hashes
 
     def partial(self, level: int) -> list[bytes]:
-        """The last tile of a level, where it is not full. Raises Wrong."""
+        """The last tile of a level, if it is not full. Raises Wrong."""
         index, width = divmod(self.size >> tiles.HEIGHT * level, tiles.WIDTH)
         return self.tile(level, index, width) if width else []
 
@@ -95,16 +95,16 @@ class Snapshot:
         except InvalidMessage as exc:
             raise Wrong(name, str(exc)) from exc
         if len(entries) != width:
-            raise Wrong(name, f"it has {len(entries)} entries in place of {width}")
+            raise Wrong(name, f"it has {len(entries)} entries instead of {width}")
         return entries
 
 
 def replay(
     edge: Edge, data: bytes, key: bytes, added: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[journal.Commit, Checkpoint]]:
-    """Adds the journal's commits to the published tree, and yields each once its signature and root were found to hold.
+    """Adds the journal's commits to the published tree, and yields each after checking its signature and root.
 
-    added: called after each entry. Commits that were published already are passed over. Raises Wrong.
+    added: called after each entry. Skips commits that are already published. Raises Wrong.
     """
     number = 0
     try:
@@ -114,12 +114,12 @@ def replay(
             if checkpoint.size <= edge.size:
                 continue
             if first != edge.size:
-                raise Wrong(f"journal, commit {number}", f"it begins with entry {first}, and entry {edge.size} is due")
+                raise Wrong(f"journal, commit {number}", f"it begins with entry {first} instead of entry {edge.size}")
             for entry in commit.entries:
                 edge.append(entry)
                 added()
             if edge.root() != checkpoint.root:
-                raise Wrong(f"journal, commit {number}", f"entries {first} to {edge.size - 1} are not those that were signed")
+                raise Wrong(f"journal, commit {number}", f"entries {first} to {edge.size - 1} are not the signed ones")
             yield commit, checkpoint
     except Wrong:
         raise
@@ -131,7 +131,7 @@ def replay(
 class Loaded:
     """The newest state of a log: its growing edge, and the note over it.
 
-    whole, torn: the bytes of the journal that are whole commits, and those behind them.
+    whole, torn: the bytes of the journal's whole commits, and those after them.
     """
 
     edge: Edge
@@ -141,7 +141,7 @@ class Loaded:
 
 
 def load(snapshot: Snapshot, key: bytes) -> Loaded:
-    """Verifies the newest checkpoints and what is at the edge; not all that lies before. Raises Wrong."""
+    """Verifies the newest checkpoints and the edge, but not everything before. Raises Wrong."""
     size = snapshot.size
     if snapshot.note is not None:
         checkpoint = _verified(snapshot.note, key)
@@ -155,7 +155,9 @@ def load(snapshot: Snapshot, key: bytes) -> Loaded:
         for number, entry in enumerate(entries):
             if merkle.leaf_hash(entry) != rows[0][number]:
                 name = tiles.tile(None, size // tiles.WIDTH, size % tiles.WIDTH)
-                raise Wrong(f"{name}, entry {size // tiles.WIDTH * tiles.WIDTH + number}", "it has not the hash in its tile")
+                raise Wrong(
+                    f"{name}, entry {size // tiles.WIDTH * tiles.WIDTH + number}", "its hash differs from the one in its tile"
+                )
         edge = Edge.restore(size, rows, entries)
         if edge.root() != checkpoint.root:
             raise Wrong(CHECKPOINT, "its root is not that of the tiles")
@@ -169,10 +171,10 @@ def load(snapshot: Snapshot, key: bytes) -> Loaded:
 
 
 class LogReader:
-    """Entries and proofs out of a log, up to its newest checkpoint. Full tiles are read when they are needed."""
+    """Entries and proofs from a log, up to its newest checkpoint. Full tiles are read when they are needed."""
 
     def __init__(self, folder: Path, key: bytes | None = None) -> None:
-        """key: of the gateway; the one that the log itself names where left out. Raises Wrong or SettingsError."""
+        """key: the gateway's; default: the one that the log itself names. Raises Wrong or SettingsError."""
         self.key = own_key(folder) if key is None else key
         self._snapshot = Snapshot.take(folder)
         loaded = load(self._snapshot, self.key)
@@ -188,7 +190,7 @@ class LogReader:
         return self._edge.size
 
     def entries(self, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """From index `begin` up to `end`. Raises Wrong."""
+        """Entries from index `begin` up to `end`. Raises Wrong."""
         stop, first = self.size if end is None else min(end, self.size), self._edge.first(None)
         for bundle in range(begin // tiles.WIDTH, first // tiles.WIDTH):
             start = bundle * tiles.WIDTH
@@ -198,7 +200,7 @@ class LogReader:
         yield from self._edge.entries[max(0, begin - first) : max(0, stop - first)]
 
     def entry(self, index: int) -> bytes:
-        """Raises SettingsError where there is none of this index, or Wrong."""
+        """Raises SettingsError if there is no entry of this index, or Wrong."""
         if not 0 <= index < self.size:
             raise SettingsError(f"the log has {self.size} entries, numbered from 0")
         return next(self.entries(index, index + 1))
@@ -216,12 +218,12 @@ class LogReader:
         return AuditProof(self.entry(index), index, merkle.inclusion_proof(index, self.size, self.node), self.note)
 
     def root(self, size: int) -> bytes:
-        """Of the tree of the first `size` entries."""
+        """The root of the tree of the first `size` entries."""
         return merkle.root_hash(size, self.node)
 
 
 def own_key(folder: Path) -> bytes:
-    """The key that the log itself names. Who rewrites a log may also rewrite this. Raises SettingsError."""
+    """The key that the log itself names. Someone who rewrites a log may also rewrite this. Raises SettingsError."""
     text = read_file(folder / KEY, 4096)
     if text is None:
         raise SettingsError(f"{folder} is not the folder of an audit log: it has no file {KEY!r}")
@@ -255,7 +257,7 @@ def _partial_names(size: int) -> Iterator[str]:
 
 
 def read_file(path: Path, limit: int | None) -> bytes | None:
-    """None where there is no such file. Raises SettingsError where it cannot be read, Wrong where it is too long."""
+    """None if there is no such file. Raises SettingsError if it cannot be read, Wrong if it is too long."""
     try:
         with path.open("rb") as file:
             data = file.read() if limit is None else file.read(limit + 1)

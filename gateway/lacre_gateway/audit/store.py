@@ -1,16 +1,16 @@
-"""An audit log on disk, for the one who writes it: recovery, group commits, and the publication of tiles.
+"""An audit log on disk, for its only writer: recovery, group commits, and the publication of tiles.
 
     key                     the verifier key, for tools
     checkpoint, tile/…      C2SP tlog-tiles, as of the last publication
     journal, journal.old    the commits since
     checkpoints             one published checkpoint for each 256 entries or more, the oldest first
-    open                    the request ids whose intents had no outcome at a size of the log; saves reading it from the start
+    open                    ids of requests without an outcome at some size of the log; saves reading it from the start
     lock                    held by the process that writes
 
 Rules:
-- A commit is in the journal, synced and signed before anybody is told of it. Publication moves what is in the journal into
-  tiles, and begins the journal anew only when they, and the checkpoint over them, are synced.
-- A log has one origin and one key for ever, and one writer at a time. What does not hold is never written on to.
+- A commit is in the journal, synced and signed, before any caller learns of it. Publication moves the journal's commits into
+  tiles. It starts a new journal only after the tiles and their checkpoint are synced.
+- A log has one origin and one key forever, and one writer at a time. A log that does not hold is never written to.
 - Files are 0600 and folders 0700.
 """
 
@@ -44,7 +44,7 @@ LOCK: Final = "lock"
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A group commit. first: the index of its first entry. nodes: of the tree, as many as its entries' proofs need."""
+    """A group commit. first: the index of its first entry. nodes: of the tree, enough for its entries' proofs."""
 
     entries: Sequence[bytes]
     first: int
@@ -52,7 +52,7 @@ class Committed:
     nodes: dict[tuple[int, int], bytes]
 
     def proof(self, number: int) -> AuditProof:
-        """Of the commit's entry of this number."""
+        """The proof of the commit's entry of this number."""
         index, size = self.first + number, self.first + len(self.entries)
         path = merkle.inclusion_proof(index, size, lambda height, place: self.nodes[height, place])
         return AuditProof(self.entries[number], index, path, self.note)
@@ -60,7 +60,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """The tiles, and the checkpoint over them, that are to be written. noted: whether the history gets the checkpoint too."""
+    """The tiles to be written, and the checkpoint over them. noted: whether the history gets the checkpoint too."""
 
     folder: Path
     size: int
@@ -70,7 +70,7 @@ class Publication:
     noted: bool
 
     def write(self) -> Publication:
-        """In any thread. Raises OSError; then it can be made and written anew."""
+        """In any thread. Raises OSError; then it can be made and written again."""
         tiles.write_files(self.folder, self.files)
         tiles.write_files(self.folder, [(OPEN, self.state), (CHECKPOINT, self.note)])
         if self.noted:
@@ -79,17 +79,17 @@ class Publication:
 
 
 class Store:
-    """Not thread-safe. Methods raise OSError; the log on disk holds then too, and what was committed stays so."""
+    """Not thread-safe. Methods raise OSError; even then the log on disk holds, and commits stay."""
 
     def __init__(self, folder: Path, key: Ed25519PrivateKey, origin: str) -> None:
-        """Opens or makes the log; `origin` is for a new one. Raises SettingsError."""
+        """Opens or creates the log; `origin` is for a new one. Raises SettingsError."""
         self._folder = folder
         self._key = key
         self._public = raw_public_key(key)
         try:
             self._lock = _locked(folder)
         except OSError as exc:
-            raise SettingsError(f"audit: cannot write in {folder} ({exc.strerror}): name a folder of this user's own") from exc
+            raise SettingsError(f"audit: cannot write in {folder} ({exc.strerror}): name a folder that this user owns") from exc
         try:
             self._open(origin)
         except BaseException:
@@ -120,7 +120,7 @@ class Store:
                 raise Wrong(CHECKPOINT, "it is missing")
         except Wrong as exc:
             raise SettingsError(
-                f"audit: the log in {self._folder} does not hold, or is by another key ({exc}): keep it for whoever audits, "
+                f"audit: the log in {self._folder} does not hold, or has another key ({exc}): keep it for the auditor, "
                 "and name a new folder"
             ) from exc
         return loaded
@@ -150,7 +150,7 @@ class Store:
         return Committed(entries, first, note, nodes)
 
     def publication(self, open_requests: Collection[str]) -> Publication:
-        """What is to be written for the log as it is now; after at least one commit. One at a time. Raises OSError."""
+        """The files to be written for the log as it is now; needs at least one commit. One at a time. Raises OSError."""
         self._journal.begin_anew()
         size = self._edge.size
         state = json.dumps({"size": size, "open": list(open_requests)}).encode()
@@ -158,7 +158,7 @@ class Store:
         return Publication(self._folder, size, tuple(self._tiles()), state, self._note, noted)
 
     def published(self, done: Publication) -> None:
-        """Forgets what is on disk now. Raises OSError."""
+        """Drops the parts that are on disk now. Raises OSError."""
         self._journal.drop_old()
         self._edge.drop_full(done.size)
         self._published = done.size
@@ -169,7 +169,7 @@ class Store:
         self._partials = partials
 
     def still_open(self) -> tuple[int, list[str]]:
-        """A size of the log, and the requests whose intents had no outcome then: (0, none) where nobody wrote them down."""
+        """A size of the log, and the requests without an outcome at that size: (0, none) if there is no list."""
         try:
             state = parse_object((self._folder / OPEN).read_bytes(), OPEN)
             size, names = state["size"], state["open"]
@@ -192,7 +192,7 @@ class Store:
             yield tiles.tile(None, index, len(entries)), tiles.encode_bundle(entries)
 
     def _remove(self, names: Collection[str]) -> None:
-        """Partial tiles of older checkpoints, for which there are wider ones now."""
+        """Removes partial tiles of older checkpoints that wider ones replace."""
         for name in names:
             path = self._folder / name
             path.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ class Store:
 
 
 def _cut(first: int, row: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
-    """A row as tiles, the last one perhaps partial, each with its index."""
+    """A row as tiles, each with its index; the last one may be partial."""
     for at in range(0, len(row), tiles.WIDTH):
         yield (first + at) // tiles.WIDTH, row[at : at + tiles.WIDTH]
 
@@ -209,25 +209,25 @@ def _cut(first: int, row: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes
 def _locked(folder: Path) -> filelock.BaseFileLock:
     """Raises OSError, or SettingsError where another process has the lock."""
     if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"audit: {folder} is a file: the audit log is a folder, name one")
+        raise SettingsError(f"audit: {folder} is a file: name a folder for the audit log")
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
-    return file_locks.take(folder / LOCK, f"audit: another gateway writes in {folder}: each process has a log of its own")
+    return file_locks.take(folder / LOCK, f"audit: another gateway writes in {folder}: each process needs a folder of its own")
 
 
 def _last_noted(path: Path) -> int:
-    """The size in the last whole note of the history, after cutting off what a crash left behind it. Raises OSError."""
+    """The size in the last whole note of the history; cuts off the damage of a crash after it. Raises OSError."""
     notes, whole = notes_in(path.read_bytes() if path.exists() else b"")
     if path.exists() and whole < path.stat().st_size:
         os.truncate(path, whole)
     try:
         return checkpoints.parse(notes[-1]).size if notes else 0
     except LacreError:
-        return 0  # it does not hold; that is for `lacre audit verify` to say
+        return 0  # it does not hold; `lacre audit verify` reports that
 
 
 def notes_in(data: bytes) -> tuple[list[bytes], int]:
-    """The notes of a history, five lines each, and where the last whole one ends."""
+    """The notes of a history, five lines each, and the end of the last whole one."""
     lines = data.splitlines(keepends=True)
     notes = [b"".join(lines[at : at + 5]) for at in range(0, len(lines) - 4, 5)]
     if notes and not notes[-1].endswith(b"\n"):

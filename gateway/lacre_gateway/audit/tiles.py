@@ -27,7 +27,7 @@ def levels(size: int) -> range:
 
 
 def tile(level: int | None, index: int, width: int = WIDTH) -> str:
-    """The name of a tile; of an entry bundle where `level` is None. Below the log's folder."""
+    """The name of a tile, below the log's folder. level: None for an entry bundle."""
     name = f"{index % 1000:03d}"
     while index := index // 1000:
         name = f"x{index % 1000:03d}/{name}"
@@ -53,12 +53,12 @@ def decode_bundle(data: bytes) -> list[bytes]:
 def split_tile(data: bytes) -> list[bytes]:
     """Raises InvalidMessage."""
     if len(data) % HASH_BYTES:
-        raise InvalidMessage("a tile is a row of hashes of 32 bytes")
+        raise InvalidMessage("a tile must be a row of hashes of 32 bytes")
     return [data[at : at + HASH_BYTES] for at in range(0, len(data), HASH_BYTES)]
 
 
 def write_files(folder: Path, files: Sequence[tuple[str, bytes]]) -> None:
-    """Writes them and syncs them, and the folders that they are in. Raises OSError; then none, some or all are there."""
+    """Writes and syncs the files and their folders. Raises OSError; then none, some or all are there."""
     parents: set[Path] = set()
     for name, content in files:
         path = folder / name
@@ -70,7 +70,7 @@ def write_files(folder: Path, files: Sequence[tuple[str, bytes]]) -> None:
 
 
 def make_folders(path: Path, top: Path) -> None:
-    """0700 each, which `Path.mkdir(parents=True)` would not make of those in between."""
+    """Each with mode 0700; `Path.mkdir(parents=True)` would create the parents with another mode."""
     if path != top and not path.is_dir():
         make_folders(path.parent, top)
         path.mkdir(mode=0o700, exist_ok=True)
@@ -91,13 +91,13 @@ def write_all(handle: int, data: bytes) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.new")  # one writer, so one name; what a crash leaves is written over
+    beside = path.with_name(f".{path.name}.new")  # only one writer, so one name; it overwrites the remains of a crash
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         write_all(handle, content)
         os.fsync(handle)
     except OSError:
-        beside.unlink(missing_ok=True)  # on a full disk, what was written of it is in the way of everything else
+        beside.unlink(missing_ok=True)  # on a full disk, the unfinished file takes space from everything else
         raise
     finally:
         os.close(handle)

@@ -1,9 +1,9 @@
-"""What a verified token says of whom it speaks for: its claims, by the names that the issuer has for them, as a `Principal`.
+"""Turns a verified token's claims, by the issuer's names for them, into a `Principal`.
 
 Rules:
-- What a claim says is taken to the letter: no case is folded, no form of Unicode changed (RFC 7519 section 2, StringOrURI).
-- A claim that is there and cannot be read is refused, never passed over: a rule that forbids by group must see every group.
-- A list that the token says is kept elsewhere counts as one that cannot be read, unless the settings say otherwise.
+- Claims are compared exactly: no case folding and no change of Unicode form (RFC 7519 section 2, StringOrURI).
+- A claim that is present but unreadable is refused, never ignored: a rule that forbids by group must see every group.
+- A list that the token refers to another place counts as unreadable, unless the settings say otherwise.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ MAX_NAMES: Final = 256  # groups or scopes of one token
 DEFAULT_TENANT: Final = "default"
 _TENANT: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _END_OF_TIME: Final = 2**53
-# No name has them, and no log or list could be read with them: controls, halves of characters, line and paragraph separators.
+# No name has these characters, and they make logs and lists unreadable: controls, halves of characters, line and paragraph
+# separators.
 _UNREADABLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
-# These change the order in which the text around them is shown (UAX 9 sections 2.1 to 2.4): a list of names would lie.
+# These change the display order of the text around them (UAX 9 sections 2.1 to 2.4): a list of names would lie.
 _REORDERING: Final = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 Path = tuple[str, ...]  # the names of members, from the outermost in
-_SCOPES: Final[tuple[Path, ...]] = (("scope",), ("scp",))  # RFC 9068 section 2.2.3, and what some issuers have in its place
-# Where a token says that claims are kept elsewhere: OpenID Connect Core 1.0 section 5.6.2, and what Entra ID has beside it.
+_SCOPES: Final[tuple[Path, ...]] = (("scope",), ("scp",))  # RFC 9068 section 2.2.3, and the name that some issuers use
+# Here a token refers to another place for claims: OpenID Connect Core 1.0 section 5.6.2, and Entra ID's own flag.
 _CLAIM_NAMES: Final = "_claim_names"
 _HAS_GROUPS: Final = "hasgroups"
 _GROUPS: Final = "groups"
@@ -39,7 +40,7 @@ _GROUPS_LINK: Final = "http://schemas.microsoft.com/claims/groups.link"
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Whom a token speaks for. groups and scopes are sorted and without repeats."""
+    """The user whom a token names. groups and scopes are sorted and without repeats."""
 
     subject: str
     tenant: str
@@ -52,10 +53,10 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class ClaimNames:
-    """Where an issuer's tokens say what. scopes: None for `scope`, or `scp`.
+    """The names of an issuer's claims. scopes: None: `scope`, or `scp`.
 
-    default_tenant: of a token that names none; None refuses it. elsewhere: whether a token counts whose groups, scopes or plan
-    are kept elsewhere, as one that has none of these.
+    default_tenant: for a token that names none; None refuses it. elsewhere: whether to accept a token that refers to another
+    place for groups, scopes or plan, as if it had none.
     """
 
     tenant: Path = ("tenant",)
@@ -66,7 +67,7 @@ class ClaimNames:
     elsewhere: bool = False
 
     def principal(self, claims: Mapping[str, Any], issuer: str, tenant: str | None) -> Principal:
-        """tenant: the one that the issuer's tokens speak for; None lets the token say. Raises BadClaim."""
+        """tenant: the one that the issuer's tokens are for; None: the token names it. Raises BadClaim."""
         if not self.elsewhere:
             self._check_here(claims, fixed=tenant is not None)
         return Principal(
@@ -89,7 +90,7 @@ class ClaimNames:
         return tenant
 
     def _scopes(self, claims: Mapping[str, Any]) -> tuple[str, ...]:
-        """A list of them, or one text that spaces divide (RFC 8693 section 4.2). Of nothing else is a text a list."""
+        """A list, or one text divided by spaces (RFC 8693 section 4.2). No other claim may be such a text."""
         values = (_at(claims, path, "scope") for path in self._scope_paths)
         value = next((value for value in values if value is not None), None)
         return _names(value.split(" ") if isinstance(value, str) else value, "scope")
@@ -99,7 +100,9 @@ class ClaimNames:
         return _SCOPES if self.scopes is None else (self.scopes,)
 
     def _check_here(self, claims: Mapping[str, Any], *, fixed: bool) -> None:
-        """Raises BadClaim where the token says that something which decides is to be asked for elsewhere. fixed: the tenant."""
+        """Raises BadClaim if the token refers to another place for a claim that decides. fixed: the settings name the
+        tenant.
+        """
         named = claims.get(_CLAIM_NAMES)
         if named is None:
             named = {}
@@ -120,7 +123,7 @@ class ClaimNames:
             yield "tenant", self.tenant
 
 
-# Why a claim is not taken, in a word: for the bearer of a token whose signature holds, and for the log.
+# Why a claim is refused, in a word: for the bearer of a token whose signature holds, and for the log.
 MALFORMED: Final = "malformed"
 MISSING: Final = "missing"
 ELSEWHERE: Final = "elsewhere"
@@ -134,9 +137,9 @@ REVOKED: Final = "revoked"
 
 
 class BadClaim(Exception):
-    """A token whose signature holds, and whose claims cannot be used. Names the claim and the reason, and holds no value.
+    """The token's signature holds, but its claims cannot be used. Names the claim and the reason, never the value.
 
-    problem: what its bearer is told. at: when it expired, in seconds since the epoch.
+    problem: what its bearer gets. at: when it expired, in seconds since the epoch.
     """
 
     def __init__(
@@ -150,14 +153,14 @@ class BadClaim(Exception):
 
     @property
     def details(self) -> dict[str, Detail]:
-        claim = {} if self.reason == REVOKED else {"claim": self.claim}  # of all of the token
+        claim = {} if self.reason == REVOKED else {"claim": self.claim}  # the whole token
         return {"reason": self.reason, **claim, **({} if self.at is None else {"expired_at": self.at})}
 
 
 def bound_key(claims: Mapping[str, Any]) -> str | None:
-    """The thumbprint of the key that the token is bound to (RFC 9449 section 6.1); None for one that whoever has it may use.
+    """The thumbprint of the key that the token is bound to (RFC 9449 section 6.1); None for a bearer token.
 
-    Raises BadClaim for a token that is bound in a way that is not checked here, such as to a certificate (RFC 8705).
+    Raises BadClaim for a binding that is not checked here, such as to a certificate (RFC 8705).
     """
     if "cnf" not in claims:
         return None
@@ -169,7 +172,7 @@ def bound_key(claims: Mapping[str, Any]) -> str | None:
 
 
 def moment(claims: Mapping[str, Any], claim: str) -> float:
-    """A NumericDate. PyJWT also takes digits in a string, and numbers that no float holds. Raises BadClaim."""
+    """A NumericDate. PyJWT also accepts digits in a string, and numbers that no float holds. Raises BadClaim."""
     value = claims[claim]
     if not isinstance(value, int | float) or isinstance(value, bool) or not -_END_OF_TIME < value < _END_OF_TIME:
         raise BadClaim(claim)
@@ -177,9 +180,9 @@ def moment(claims: Mapping[str, Any], claim: str) -> float:
 
 
 def is_name(value: object) -> bool:
-    """Whether it can name somebody or something in a policy, a log and a list: text of 1 to 256 characters that can be read.
+    """Whether the value can be a name in a policy, a log and a list: readable text of 1 to 256 characters.
 
-    Names of people have spaces of every width, joiners and marks of direction; none of these is anybody's to refuse.
+    People's names have spaces of every width, joiners and direction marks; all of these are accepted.
     """
     if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
         return False
@@ -192,8 +195,8 @@ def _is_unreadable(character: str) -> bool:
 
 
 def _at(claims: Mapping[str, Any], path: Path, claim: str) -> Any:
-    """The value at the end of the path; None where something of it is absent. Raises BadClaim where it leads through a value
-    that holds no others.
+    """The value at the end of the path; None if a part of the path is missing. Raises BadClaim if it leads through a value that
+    is not an object.
     """  # fmt: skip
     value: Any = claims
     for name in path:

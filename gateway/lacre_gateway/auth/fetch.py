@@ -1,9 +1,9 @@
 """Fetches a JSON document of an issuer: its metadata or its keys. Nothing is decided here.
 
 Rules:
-- https only; plain http for an issuer that is on this machine. No redirect is followed: the address is the issuer's word.
-- A document has a size and a time that it may take, and comes as it is, not compressed.
-- What goes wrong is a `FetchFailed` with words of ours: nothing of the answer gets into a log.
+- https only; plain http for an issuer on this machine. No redirect is followed, because the issuer named the address.
+- A document has a maximum size and time, and must not be compressed.
+- A failure is a `FetchFailed` in our own words: nothing of the answer reaches a log.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from lacre.errors import LacreError
 
 MAX_DOCUMENT: Final = 256 * 1024  # bytes; a set of a hundred RSA keys with their certificates is smaller
 TIME_LIMIT: Final = 5.0  # seconds for a whole document
-MAX_FRESH: Final = 86400.0  # seconds: what a document says of itself is believed that far
+MAX_FRESH: Final = 86400.0  # seconds: a longer lifetime that a document claims is cut to this
 _ETAG: Final = re.compile(r'(?:W/)?"[!#-~]{0,256}"')  # RFC 9110 section 8.8.3, in ASCII
 _MAX_AGE: Final = re.compile(r'max-age\s*=\s*"?([0-9]{1,9})"?', re.IGNORECASE)
 _UNCACHED: Final = re.compile(r"\bno-(?:store|cache)\b", re.IGNORECASE)
 
 
 class FetchFailed(LacreError):
-    """A document could not be had, or is none."""
+    """A document could not be fetched, or is not JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """value: None where the one that is known still holds (304). fresh: seconds that it says it may be kept; None: nothing."""
+    """value: None if the known one is still valid (304). fresh: seconds that the document may be kept; None: it does not
+    say.
+    """
 
     value: Any | None
     etag: str | None
@@ -41,7 +43,7 @@ class Fetched:
 
 
 def make_client(url: str) -> httpx2.AsyncClient:
-    """For the documents of one issuer. A proxy of the environment is for what is elsewhere.
+    """For the documents of one issuer. A proxy from the environment is used only for other machines.
 
     Raises FetchFailed if the environment names certificates or a proxy that cannot be used.
     """
@@ -52,14 +54,14 @@ def make_client(url: str) -> httpx2.AsyncClient:
             follow_redirects=False,
             trust_env=url.startswith("https:"),
         )
-    except (OSError, ValueError, ImportError, httpx2.InvalidURL) as exc:  # an ssl.SSLError is an OSError
+    except (OSError, ValueError, ImportError, httpx2.InvalidURL) as exc:  # ssl.SSLError is an OSError
         raise FetchFailed(
             f"no client for {url} ({type(exc).__name__}): correct SSL_CERT_FILE, SSL_CERT_DIR and the *_PROXY variables"
         ) from exc
 
 
 async def fetch(client: httpx2.AsyncClient, url: str, etag: str | None) -> Fetched:
-    """etag: of the document that is known. Raises FetchFailed."""
+    """etag: of the known document. Raises FetchFailed."""
     try:
         async with asyncio.timeout(TIME_LIMIT):
             async with client.stream("GET", url, headers={} if etag is None else {"if-none-match": etag}) as response:
@@ -80,7 +82,7 @@ async def fetch(client: httpx2.AsyncClient, url: str, etag: str | None) -> Fetch
 
 
 def _tag(headers: httpx2.Headers) -> str | None:
-    """The entity tag, where it has the form of one: it is sent back with the next look."""
+    """The entity tag, if well-formed: the next request sends it back."""
     tag = headers.get("etag", "")
     return tag if _ETAG.fullmatch(tag) else None
 
@@ -95,7 +97,7 @@ async def _content(response: httpx2.Response, url: str) -> bytes:
 
 
 def _freshness(headers: httpx2.Headers) -> float | None:
-    """RFC 9111 section 4.2, of `Cache-Control` alone: less what a cache on the way has used up."""
+    """RFC 9111 section 4.2, from `Cache-Control` alone, minus the time in a cache on the way."""
     control = headers.get("cache-control", "")
     if _UNCACHED.search(control):
         return 0.0

@@ -1,4 +1,4 @@
-"""The issuers of the settings, each with where its keys come from."""
+"""The issuers of the settings, each with its source of keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lacre_gateway.settings import Issuer
 
 
 def trusted(issuers: Sequence[Issuer], log: Log) -> list[TrustedIssuer]:
-    """Reads the key sets that are in files; the others are fetched once started. Raises SettingsError."""
+    """Reads key sets from files; the others are fetched after the start. Raises SettingsError."""
     return [
         TrustedIssuer(
             issuer=issuer.issuer,
@@ -37,7 +37,7 @@ def _keys(issuer: Issuer, place: str, log: Log) -> KeySet | RemoteKeys:
     if issuer.jwks is not None:
         keys = KeySet.read(issuer.jwks, issuer.algorithms, f"{place}.jwks")
         for reason in keys.passed_over:
-            log.warning("issuer keys passed over", issuer=issuer.issuer, reason=reason)
+            log.warning("issuer keys ignored", issuer=issuer.issuer, reason=reason)
         return keys
     timing = Timing(stale_limit=issuer.stale_limit)
     return RemoteKeys(issuer.issuer, issuer.jwks_url, issuer.algorithms, place=place, log=log, timing=timing)

@@ -1,12 +1,12 @@
 """The public keys of one issuer (JWKS, RFC 7517), each bound to the algorithms that it may be used with.
 
 Rules:
-- Only public, asymmetric signature keys. A set that holds a private or a symmetric key is refused whole: it leaked.
-- A key is bound to an algorithm when the set is read. What a token says only picks among those.
-- A key that cannot be used (of a curve that is not known, malformed, too short, without a `kid` among several, or of another
-  one's `kid`) is passed over, and takes no other along (RFC 7517 section 5). A set without any usable key is refused.
-- Of two keys of one `kid` and algorithm the first counts. The same key twice is one.
-- A token without a `kid` can mean only the single key of a set of one.
+- Only public, asymmetric signature keys. A set with a private or a symmetric key is refused whole: that key has leaked.
+- A key is bound to an algorithm when the set is read. A token can only choose among these pairs.
+- An unusable key is ignored and does not affect the others (RFC 7517 section 5). It has an unknown curve, is malformed or too
+  short, has another key's `kid`, or has none among several keys. A set without a usable key is refused.
+- If two keys have the same `kid` and algorithm, the first counts. The same key twice is one.
+- A token without a `kid` can only mean the single key of a set of one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from lacre.errors import SettingsError
 
-MAX_FILE: Final = 2**20  # bytes of a JWKS in a file; a key has some hundred, and a chain of certificates some thousand
+MAX_FILE: Final = 2**20  # bytes of a JWKS file; a key has some hundred, and a chain of certificates some thousand
 MAX_KEYS: Final = 100  # of a set; some issuers have a dozen
-# Characters of a member that is text: an RSA modulus of 16,384 bits has 2,731, and longer numbers cost seconds to verify with.
+# Characters of a text member: an RSA modulus of 16,384 bits has 2,731, and longer numbers take seconds to verify with.
 MAX_MEMBER: Final = 2752
-# RFC 7517 section 4, RFC 7518 section 6 and RFC 8037 section 2: each is text.
+# RFC 7517 section 4, RFC 7518 section 6 and RFC 8037 section 2: each of these is text.
 _TEXTS: Final = frozenset({"kty", "use", "alg", "kid", "crv", "x", "y", "n", "e"})
 MIN_RSA_BITS: Final = 2048  # RFC 7518 section 3.3
 _RSA: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
@@ -37,7 +37,7 @@ _FITTING: Final[dict[tuple[str, str | None], tuple[str, ...]]] = {
     ("EC", "P-521"): ("ES512",),
     ("RSA", None): _RSA,
 }
-# Members that make a JWK a private or symmetric one (RFC 7518 sections 6.2.2, 6.3.2 and 6.4.1; `priv` of ML-DSA's drafts).
+# Members that make a JWK private or symmetric (RFC 7518 sections 6.2.2, 6.3.2 and 6.4.1; `priv` of ML-DSA's drafts).
 _PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k", "priv"})
 
 
@@ -46,9 +46,9 @@ class Unusable(SettingsError):
 
 
 class KeySet:
-    """Finds the key that a token names. epoch: rises when a key is withdrawn; from this set none ever is.
+    """Finds the key that a token names. epoch: rises when a key is withdrawn; in this set it never does.
 
-    passed_over: what is wrong with each key of the set that cannot be used.
+    passed_over: the fault of each unusable key of the set.
     """
 
     epoch: Final = 0
@@ -62,11 +62,11 @@ class KeySet:
         self.passed_over = passed_over
 
     def __le__(self, other: KeySet) -> bool:
-        """Whether every key is in the other set too, for the same use."""
+        """Whether the other set has every key of this one, for the same use."""
         return all(name in other._keys and _same(key, other._keys[name]) for name, key in self._keys.items())
 
     def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
-        """The key of this id, bound to this algorithm; None where there is none."""
+        """The key of this id, bound to this algorithm; None if there is none."""
         if not isinstance(alg, str) or not (kid is None or isinstance(kid, str)):
             return None
         if kid is None and self._single:
@@ -74,7 +74,7 @@ class KeySet:
         return self._keys.get((kid, alg)) if kid is not None else None
 
     async def seek(self, _kid: object, _alg: object) -> None:
-        """There are no others to look for."""
+        """There is no other source to ask."""
 
     def start(self) -> None:
         """There is nothing to fetch."""
@@ -119,18 +119,20 @@ class KeySet:
         if unusable and not bound:
             raise unusable[0]
         if not bound:
-            raise SettingsError(f"{place}: no key fits the algorithms {', '.join(algorithms)}: pin the ones that it signs with")
+            raise SettingsError(
+                f"{place}: no key fits the algorithms {', '.join(algorithms)}: pin the ones that the issuer signs with"
+            )
         return cls(bound, len(members) == 1, tuple(map(str, unusable)))
 
 
 def _check_names(keys: Sequence[jwt.PyJWK], bound: Mapping[tuple[str | None, str], jwt.PyJWK], count: int, place: str) -> None:
-    """Raises Unusable where no token could mean this key: bound: those before it. count: of the whole set."""
+    """Raises Unusable if no token could mean this key. bound: the keys before it. count: of the whole set."""
     for key in keys:
         if key.key_id is None and count > 1:
-            raise Unusable(f"{place}: has no kid: with several keys each needs its own")
+            raise Unusable(f"{place}: has no kid: in a set of several keys, each needs one")
         before = bound.get((key.key_id, key.algorithm_name))
         if before is not None and not _same(key, before):
-            raise Unusable(f"{place}: a second key of the same kid: give each its own")
+            raise Unusable(f"{place}: is a second key of the same kid: give each its own")
 
 
 def _same(one: jwt.PyJWK, other: jwt.PyJWK) -> bool:
@@ -139,7 +141,7 @@ def _same(one: jwt.PyJWK, other: jwt.PyJWK) -> bool:
 
 
 def _operations(member: Mapping[str, Any], place: str) -> Sequence[object]:
-    """What the key says that it is for (RFC 7517 section 4.3). Raises Unusable."""
+    """The operations that the key is for (RFC 7517 section 4.3). Raises Unusable."""
     operations = member.get("key_ops", ["verify"])
     if not isinstance(operations, list):
         raise Unusable(f"{place}: key_ops must be a list (RFC 7517 section 4.3)")
@@ -147,9 +149,9 @@ def _operations(member: Mapping[str, Any], place: str) -> Sequence[object]:
 
 
 def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJWK]:
-    """The key once for each pinned algorithm that it fits; a key for encryption, or that fits none, is left out.
+    """The key, once for each pinned algorithm that it fits; nothing for an encryption key or one that fits none.
 
-    Raises Unusable, or SettingsError for what spoils the whole set.
+    Raises Unusable, or SettingsError for a fault of the whole set.
     """
     if not isinstance(member, dict):
         raise Unusable(f"{place}: must be a JSON object")
@@ -163,13 +165,13 @@ def _bind(member: object, algorithms: Sequence[str], place: str) -> list[jwt.PyJ
     curve = member.get("crv") if member.get("kty") != "RSA" else None
     fitting = _FITTING.get((str(member.get("kty")), curve))
     if fitting is None:
-        raise Unusable(f"{place}: is of a type or curve that is not known here (RFC 7517 section 5)")
+        raise Unusable(f"{place}: is of an unknown type or curve (RFC 7517 section 5)")
     usable = [name for name in fitting if name in algorithms and member.get("alg", name) == name]
     try:
         keys = [jwt.PyJWK(member, algorithm) for algorithm in usable]
-    except Exception as exc:  # the one place where PyJWT reads somebody else's members; it raises whatever they cause
+    except Exception as exc:  # the only place where PyJWT reads foreign members; they can make it raise anything
         raise Unusable(f"{place}: is not a valid JWK (RFC 7517): copy it from the issuer again") from exc
     for key in keys:
         if isinstance(key.key, RSAPublicKey) and key.key.key_size < MIN_RSA_BITS:
-            raise Unusable(f"{place}: an RSA key of fewer than {MIN_RSA_BITS} bits: replace it at the issuer")
+            raise Unusable(f"{place}: is an RSA key of fewer than {MIN_RSA_BITS} bits: replace it at the issuer")
     return keys

@@ -1,12 +1,12 @@
-"""The keys of an issuer that publishes them: found by OpenID Connect Discovery, or at an address that the settings name.
+"""The keys of an issuer that publishes them: found by OpenID Connect Discovery, or at an address in the settings.
 
 Rules:
-- A set that cannot be used (empty, poisoned, malformed) never replaces a good one, and neither does an issuer that is away: the
-  keys stay for `stale_limit` seconds after they were last seen, and not a second longer.
-- Whatever goes wrong with a look, it is a failed look, and the next one comes. Keys that are too old are not found, whoever
-  was to drop them.
-- A key that left the set makes nothing good any more: what was remembered of its tokens is forgotten (`epoch`).
-- However many tokens name keys that are not known, the issuer is asked once for all of them, and once per `cooldown`.
+- An unusable set (empty, poisoned, malformed) never replaces a good one. Nor does an unreachable issuer: the keys stay for
+  `stale_limit` seconds after they were last seen, and no longer.
+- Any failure of a fetch is just a failed fetch, and the next one follows. Keys that are too old are never used, even if nothing
+  has dropped them.
+- When a key leaves the set, tokens of that key are no longer accepted, and verdicts about them are forgotten (`epoch`).
+- However many tokens name unknown keys, the issuer is asked once for all of them, and once per `cooldown`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from lacre_gateway.auth.fetch import FetchFailed, fetch, make_client
 from lacre_gateway.auth.jwks import KeySet
 from lacre_gateway.settings import fetchable
 
-MAX_WAITING: Final = 256  # tokens with unknown keys that wait for the issuer at a time
-MAX_REASON: Final = 1000  # characters that the log has of what is wrong with keys, of which a set may have a hundred
-_METADATA_LIVES: Final = 3600.0  # seconds: an address changes seldom, and is asked for again when it fails
+MAX_WAITING: Final = 256  # tokens with unknown keys that may wait for the issuer at a time
+MAX_REASON: Final = 1000  # characters in the log about faulty keys; a set may have a hundred of them
+_METADATA_LIVES: Final = 3600.0  # seconds: an address rarely changes, and is fetched again when it fails
 WELL_KNOWN: Final = "/.well-known/openid-configuration"  # OpenID Connect Discovery 1.0 section 4
 
 
 class KeysUnavailable(LacreError):
-    """Whether the token is good cannot be said: its issuer cannot be asked."""
+    """The token cannot be judged now, because its issuer cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds. least, default: between looks at an issuer that says less, or nothing. retry, patience: after a failure, doubled
-    up to patience. cooldown: between looks for keys that are not known. stale_limit: how long keys outlive their issuer.
+    """Seconds. least, default: between fetches if the issuer names less, or nothing. retry, patience: after a failure, doubled
+    up to patience. cooldown: between fetches for unknown keys. stale_limit: how long keys stay valid while their issuer is
+    unreachable.
     """  # fmt: skip
 
     least: float = 60.0
@@ -55,7 +56,7 @@ class Timing:
 class RemoteKeys:
     """An issuer's `KeySet`, kept current.
 
-    address: of the set itself; None where discovery says it. place: the settings key, for the log.
+    address: of the set itself; None: discovery finds it. place: the settings key, for the log.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class RemoteKeys:
         self._log = log
         self._timing = timing or Timing()
         self._client: httpx2.AsyncClient | None = None
-        self._found_at: str | None = None  # what discovery said
-        self._found_until = -math.inf  # on the monotonic clock, as all times here
+        self._found_at: str | None = None  # the address from discovery
+        self._found_until = -math.inf  # on the monotonic clock, like all times here
         self._keys: KeySet | None = None
         self._etag: str | None = None
         self._good_until = -math.inf
@@ -92,12 +93,12 @@ class RemoteKeys:
         return None if keys is None or time.monotonic() >= self._good_until else keys.find(kid, alg)
 
     async def seek(self, kid: object, alg: object) -> jwt.PyJWK | None:
-        """Asks the issuer for a key that is not known; None where it has none of that name. Raises KeysUnavailable."""
+        """Asks the issuer for an unknown key; None if it has none of that name. Raises KeysUnavailable."""
         if self._waiting >= MAX_WAITING:
             raise KeysUnavailable("too many tokens wait for their issuer")
         self._waiting += 1
         try:
-            late = self._fetching  # what is on its way now may be older than the key
+            late = self._fetching  # the present fetch may be older than the key
             await self._look()
             key = self.find(kid, alg)
             if key is None and late:
@@ -110,7 +111,7 @@ class RemoteKeys:
         return key
 
     def start(self) -> None:
-        """Fetches them, and goes on for as long as the process runs. Idempotent."""
+        """Fetches the keys, and keeps doing so as long as the process runs. Idempotent."""
         if self._keeping is None:
             self._keeping = tasks.start("issuer keys", self._keep)
 
@@ -134,7 +135,7 @@ class RemoteKeys:
                 await asyncio.sleep((self._look_at if self._keys is None else min(self._look_at, self._good_until)) - now)
 
     async def _look(self) -> None:
-        """The look that is under way, or else a new one. Never fails: see `_failure`."""
+        """The running fetch, or else a new one. Never fails: see `_failure`."""
         if self._looking is None:
             self._looking = tasks.spawn("look for issuer keys", self._ask())
         await asyncio.shield(self._looking)
@@ -147,14 +148,14 @@ class RemoteKeys:
                 self._succeeded(await self._fetch())
             except LacreError as exc:
                 self._failed(str(exc))
-            except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
+            except Exception as exc:  # noqa: BLE001 - foreign text: any failure is a failed fetch
                 tasks.failed("issuer keys", exc)
-                self._failed(f"unforeseen {type(exc).__name__}: see the log")
+                self._failed(f"unexpected {type(exc).__name__}: see the log")
         finally:
             self._looking, self._fetching = None, False
 
     async def _fetch(self) -> float | None:
-        """How long the set says that it may be kept. Raises FetchFailed or SettingsError."""
+        """How many seconds the set may be kept. Raises FetchFailed or SettingsError."""
         address = await self._where()
         answer = await fetch(self._http(), address, self._etag)
         if answer.value is not None:
@@ -163,7 +164,7 @@ class RemoteKeys:
         return answer.fresh
 
     async def _where(self) -> str:
-        """The set's address. Raises FetchFailed."""
+        """The address of the key set. Raises FetchFailed."""
         if self._address is not None:
             return self._address
         if self._found_at is None or time.monotonic() >= self._found_until:
@@ -171,7 +172,7 @@ class RemoteKeys:
             said = (await fetch(self._http(), url, None)).value
             address = said.get("jwks_uri") if isinstance(said, Mapping) and said.get("issuer") == self._issuer else None
             if not isinstance(address, str) or not fetchable(address, plain=self._issuer.startswith("http:")):
-                raise FetchFailed(f"{url} does not describe the issuer {self._issuer}, with a jwks_uri of https")
+                raise FetchFailed(f"{url} does not describe the issuer {self._issuer} with an https jwks_uri")
             if address != self._found_at:
                 self._found_at, self._etag = address, None
             self._found_until = time.monotonic() + _METADATA_LIVES
@@ -185,8 +186,8 @@ class RemoteKeys:
     def _replace(self, keys: KeySet) -> None:
         if self._keys is not None and not self._keys <= keys:
             self.epoch += 1
-        if keys.passed_over and (self._keys is None or keys.passed_over != self._keys.passed_over):  # once, not with every look
-            self._log.warning("issuer keys passed over", issuer=self._issuer, reason="; ".join(keys.passed_over)[:MAX_REASON])
+        if keys.passed_over and (self._keys is None or keys.passed_over != self._keys.passed_over):  # once, not at every fetch
+            self._log.warning("issuer keys ignored", issuer=self._issuer, reason="; ".join(keys.passed_over)[:MAX_REASON])
         self._keys = keys
 
     def _succeeded(self, fresh: float | None) -> None:
@@ -201,8 +202,8 @@ class RemoteKeys:
         timing = self._timing
         self._look_at = time.monotonic() + min(timing.patience, timing.retry * 2.0 ** min(self._failures, 16))
         self._failures += 1
-        self._found_until = -math.inf  # the set may have moved
-        if reason != self._failure:  # once, not with every look
+        self._found_until = -math.inf  # the address of the set may have changed
+        if reason != self._failure:  # once, not at every fetch
             self._log.warning("issuer keys not read", issuer=self._issuer, reason=reason)
         self._failure = reason
 

@@ -1,10 +1,10 @@
-"""Which tokens are refused before their time. The fabric holds the list; every gateway keeps a copy, and looks several times a
-second for what is new.
+"""Which tokens are refused before they expire. The fabric holds the list; every gateway keeps a copy, and checks it for new
+entries several times a second.
 
 Rules:
-- A list that is not known to be current refuses everybody: a gateway that has never read it, or not for `MAX_AGE`, serves
-  nobody. It loses nothing by that, for the list is read over the very connection that requests leave by.
-- What was read once stays until its time is over, whatever becomes of the bucket meanwhile.
+- A gateway whose list may be outdated refuses every request: one that has never read it, or not for `MAX_AGE`. That costs
+  nothing, because the list is read over the same connection that requests use.
+- An entry stays until its time is over, even if the bucket loses it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from lacre_fabric.work.contract import GatewayFabric
 from lacre_fabric.work.revocations import Revocation, subject_key, token_key
 from lacre_gateway.settings import Issuer
 
-LOOK: Final = 0.1  # seconds from one look to the next: a busy machine may take some more, and a second is promised
-# Seconds. NATS takes some to choose a new leader for a bucket, and needs one for most of what a request does, too.
+LOOK: Final = 0.1  # seconds between two checks: a busy machine may take longer, and the promise is one second
+# Seconds. NATS takes some to choose a new leader for a bucket, and most of a request needs that leader too.
 MAX_AGE: Final = 10.0
-_SWEEP: Final = 60.0  # seconds between looks for entries whose time is over
+_SWEEP: Final = 60.0  # seconds between removals of expired entries
 
 
 class RevocationList:
-    """The copy of one gateway. clock: seconds since the epoch."""
+    """One gateway's copy. clock: seconds since the epoch."""
 
     def __init__(self, log: Log, clock: Callable[[], float] = time.time) -> None:
         self._log = log
         self._clock = clock
-        self._entries: dict[str, tuple[float, float]] = {}  # by key: until, and the last moment of issue that is meant
-        self._read_at = -math.inf  # on the monotonic clock: when the last look began that came to an end
+        self._entries: dict[str, tuple[float, float]] = {}  # by key: until, and the last time of issue that it revokes
+        self._read_at = -math.inf  # on the monotonic clock: when the last successful check began
         self._sweep_at = time.monotonic() + _SWEEP
         self._failure = ""
         self._following: tasks.Background | None = None
@@ -45,7 +45,7 @@ class RevocationList:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Revocation]:
-        """Those whose time is not over."""
+        """Entries that have not expired."""
         now = self._clock()
         for key, (until, meant) in self._entries.items():
             if now < until:
@@ -53,11 +53,11 @@ class RevocationList:
 
     @property
     def current(self) -> bool:
-        """Whether it may be decided by."""
+        """Whether the copy is recent enough to decide by."""
         return time.monotonic() < self._read_at + MAX_AGE
 
     def refuses(self, keys: Sequence[str], issued: float) -> bool:
-        """keys: the token's own and its subject's. issued: when the token was, in seconds since the epoch."""
+        """keys: the token's own and its subject's. issued: when the token was issued, in seconds since the epoch."""
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None and issued <= entry[1] and self._clock() < entry[0]:
@@ -65,13 +65,13 @@ class RevocationList:
         return False
 
     def add(self, revocation: Revocation) -> None:
-        """Of two for one key, what refuses all that either does."""
+        """Of two entries for one key, keeps one that refuses everything that either does."""
         meant = math.inf if revocation.issued_until is None else revocation.issued_until
         until, before = self._entries.get(revocation.key, (-math.inf, -math.inf))
         self._entries[revocation.key] = max(until, revocation.until), max(before, meant)
 
     async def refresh(self, fabric: GatewayFabric) -> None:
-        """One look. Raises FabricUnavailable, and keeps what was there."""
+        """Reads the list once. Raises FabricUnavailable, and keeps the known entries."""
         began = time.monotonic()
         for revocation in await fabric.revoked():
             self.add(revocation)
@@ -82,7 +82,7 @@ class RevocationList:
             self._entries = {key: entry for key, entry in self._entries.items() if now < entry[0]}
 
     async def start(self, fabric: Callable[[], GatewayFabric]) -> None:
-        """A first look (its failure is not fatal: the fabric may come up later), then one each `LOOK` seconds. Idempotent."""
+        """Checks once (a failure is not fatal: the fabric may start later), then every `LOOK` seconds. Idempotent."""
         await self._try(fabric)
         if self._following is None:
             self._following = tasks.start("revocations", partial(self._follow, fabric))
@@ -102,13 +102,13 @@ class RevocationList:
             await self.refresh(fabric())
         except LacreError as exc:
             failure = str(exc)
-        except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
+        except Exception as exc:  # noqa: BLE001 - foreign text: any failure is a failed check
             failure = f"unforeseen {type(exc).__name__}"
             if failure != self._failure:
                 tasks.failed("revocations", exc)
         else:
             failure = ""
-        if failure and failure != self._failure:  # once, not with every look
+        if failure and failure != self._failure:  # once, not at every check
             self._log.warning("revocations not read", reason=failure)
         self._failure = failure
 
@@ -122,24 +122,24 @@ def revocation(
     until: float | None = None,
     now: float,
 ) -> Revocation:
-    """What revokes one token, or all that a subject was issued until `now`. Raises UsageError.
+    """The revocation of one token, or of all that a subject was issued until `now`. Raises UsageError.
 
-    issuer: may be left out where there is one. until: when the last such token expires; without it, the longest that a token of
-    this issuer can live from now on, so that no other is needed. Times in seconds since the epoch.
+    issuer: may be omitted if there is only one. until: when the last such token expires; default: the maximum token lifetime of
+    this issuer from now on, which is always enough. Times in seconds since the epoch.
     """
     trusted = _issuer(issuers, issuer)
-    # An issuer's clock may be ahead by the leeway, and a token is taken that much longer than it says.
+    # An issuer's clock may be ahead by the leeway, and the gateway accepts a token for that much longer than it says.
     longest = now + trusted.token_lifetime + 2 * trusted.leeway
     until = longest if until is None else min(until + trusted.leeway, longest)
     if until <= now:
-        raise UsageError("--until lies in the past: whatever expired then is refused already")
+        raise UsageError("--until is in the past: tokens that expired by then are refused anyway")
     if not all(name is None or name.strip() for name in (jti, subject)):
-        raise UsageError("--jti or --sub is empty, and would revoke nothing: give the token's id, or the subject")
+        raise UsageError("--jti or --sub is empty and would revoke nothing: pass the token's id, or the subject")
     if jti is not None and subject is None:
         return Revocation(token_key(trusted.issuer, jti), until)
     if subject is not None and jti is None:
         return Revocation(subject_key(trusted.issuer, subject), until, issued_until=now)
-    raise UsageError("revoke a token by its --jti, or whom tokens speak for by --sub: one of the two")
+    raise UsageError("pass either --jti for one token, or --sub for all tokens of a subject")
 
 
 def _issuer(issuers: Sequence[Issuer], name: str | None) -> Issuer:

@@ -1,6 +1,6 @@
-"""Slows down callers who keep being refused: without a valid token by address, with one by subject and by address.
+"""Slows down callers that keep being refused: without a valid token by address, with one by subject and by address.
 
-Requests that are answered are not counted here: their limits are in `limits` and in plans.
+Requests that are answered do not count here: the settings' limits and plans cover them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lacre import problems
 from lacre.runtime.listening import network_of
 from lacre_gateway.http.refusal import Refusal
 
-# Tokens of one address that are verified at a time. Those whose key is not known wait for their issuer, and the places for that
-# are few (`remote_keys.MAX_WAITING`): whoever makes up key ids must not hold them all.
+# Tokens of one address that are verified at a time. A token with an unknown key waits for its issuer, and there are few places
+# to wait (`remote_keys.MAX_WAITING`). An attacker who invents key ids must not take them all.
 MAX_VERIFYING: Final = 64
-_VERIFIED_SOON: Final = 2.0  # seconds; an issuer is asked that often
+_VERIFIED_SOON: Final = 2.0  # seconds; the gateway asks an issuer about this often
 _BUCKET: Final = "failed-auth"
 _MINUTE: Final = 60  # seconds
 
 
 class FailureThrottle:
-    """Fixed one-minute windows of failed authentications per address."""
+    """Fixed one-minute windows of failed authentications for each address."""
 
     def __init__(self, per_minute: int) -> None:
         self._ceiling = per_minute
@@ -38,7 +38,7 @@ class FailureThrottle:
 
     @contextmanager
     def verifying(self, address: str) -> Iterator[None]:
-        """While a token of the address is verified, which may take a look at its issuer. Raises Refusal (429)."""
+        """Around the verification of a token of the address, which may ask its issuer. Raises Refusal (429)."""
         network = network_of(address)
         if self._verifying[network] >= MAX_VERIFYING:
             raise _limited("tokens_verified_at_once", "address", MAX_VERIFYING, _VERIFIED_SOON)
@@ -64,9 +64,9 @@ class FailureThrottle:
 class RefusalThrottle:
     """Counts refusals of callers with a valid token, in minutes of UTC, as budgets do. Used on one event loop.
 
-    A refusal costs entries in the audit log, and is charged to no budget: so it has a limit of its own. Past it, a caller is
-    told to wait, and that alone is neither charged nor recorded. `report` is told once a minute how many there were. Memory is
-    bounded by the refusals of one minute.
+    A refusal costs entries in the audit log and is charged to no budget, so it has a limit of its own. A caller past the limit
+    is told to wait; such an answer is neither charged nor recorded. `report` gets their number once a minute. Memory is bounded
+    by the refusals of one minute.
 
     per_subject, per_address: refusals a minute. clock: seconds since the epoch.
     """
@@ -77,7 +77,7 @@ class RefusalThrottle:
         self.report: Callable[[int], None] = lambda _count: None
         self._window = 0
         self._counts: Counter[tuple[str, Hashable]] = Counter()
-        self.unrecorded = 0  # requests of this minute that were refused for this limit
+        self.unrecorded = 0  # requests of this minute that this limit refused
 
     def check(self, subject: Hashable, address: str) -> None:
         """subject: who asks, or who asks for what. Raises Refusal (429)."""
@@ -89,12 +89,12 @@ class RefusalThrottle:
             raise _limited(name, scope, self._limits[met], (self._window + 1) * _MINUTE - self._clock())
 
     def refused(self, subject: Hashable, address: str) -> None:
-        """One more."""
+        """Counts one more refusal."""
         self._turn()
         self._counts.update(_keys(subject, address))
 
     def close(self) -> None:
-        """Tells what was not told yet."""
+        """Reports the last number."""
         if self.unrecorded:
             self.report(self.unrecorded)
             self.unrecorded = 0
@@ -107,7 +107,7 @@ class RefusalThrottle:
             self.close()
 
 
-# By what is counted: the limit's name in the settings, and whose it is.
+# For each counter: the limit's name in the settings, and whose it is.
 _NAMES: Final = {"subject": ("refused_per_minute", "user"), "address": ("refused_per_address", "address")}
 
 

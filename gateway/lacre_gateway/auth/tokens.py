@@ -1,16 +1,16 @@
-"""Who is asking: an access token (JWT, RFC 9068; used as RFC 6750 or RFC 9449 says) becomes a `Principal`, or a refusal.
+"""Who is asking: turns an access token (JWT, RFC 9068; sent as in RFC 6750 or RFC 9449) into a `Principal`, or a refusal.
 
 Rules:
-- The algorithm is chosen by the settings, never by the token: a key is usable only with the algorithms that are pinned for its
-  issuer and fit its type. There is no symmetric one and no `none` (RFC 8725 sections 3.1 and 3.2).
-- `iss`, `aud`, `exp`, `iat` and `sub` must be there, each once. `jku`, `x5u`, `x5c` and `jwk` in a token are never looked at,
-  and one with `crit` is not taken.
-- A verdict is remembered under the SHA-256 of the *whole* header, until the token's `exp`, or until its issuer withdraws a key.
-  Only good ones are. Whether the token was revoked, and its proof, are looked at each time.
-- A token that is bound to a key (`cnf`) is nobody's without that key's proof, which is for one request (see `lacre.jose.dpop`).
-- Whatever is wrong with a token whose signature does not hold, the answer is the same 401. The bearer of a genuine one is told
-  which claim is not taken and why, in fixed words (RFC 6750 section 3). Neither the token, nor what a claim of it says, nor an
-  exception's text goes out, to a log or to the audit; when it expired does.
+- The settings choose the algorithm, never the token: a key works only with algorithms that are pinned for its issuer and fit
+  its type. There is no symmetric one and no `none` (RFC 8725 sections 3.1 and 3.2).
+- `iss`, `aud`, `exp`, `iat` and `sub` must be present, each once. `jku`, `x5u`, `x5c` and `jwk` in a token are ignored, and a
+  token with `crit` is refused.
+- A good verdict is remembered under the SHA-256 of the *whole* header, until the token's `exp` or until its issuer withdraws a
+  key. Bad verdicts are not remembered. Revocation and proof are checked each time.
+- A token that is bound to a key (`cnf`) needs that key's proof, which is for one request (see `lacre.jose.dpop`).
+- A token whose signature does not hold always gets the same 401. The bearer of a genuine token learns which claim is refused
+  and why, in fixed words (RFC 6750 section 3).
+- No token, no value of a claim and no exception's text reaches an answer, a log or the audit; the time of expiry does.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from lacre_gateway.http.refusal import Refusal
 
 __all__ = ["Access", "Authenticator", "Principal", "TrustedIssuer"]
 
-# Well above any real token with groups, and below what would make hashing and parsing it worth an attacker's while.
+# Far above a real token with groups, and too little for an attacker to gain from our hashing and parsing.
 MAX_TOKEN: Final = 16 * 1024
 MAX_VERDICTS: Final = 16_384
-MAX_PROOFS: Final = 65_536  # remembered; what falls out is still a request that the fabric has seen
-_RETRY: Final = 5.0  # seconds, where nobody can be let in
+MAX_PROOFS: Final = 65_536  # proofs to remember; the fabric still knows the request of a forgotten one
+_RETRY: Final = 5.0  # seconds, while no token can be accepted
 
 _CREDENTIALS: Final = re.compile(rb"(bearer|dpop) +([A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+)", re.IGNORECASE)
-# What an access token says that it is (RFC 9068 section 2.1), or what most issuers say: never a proof or a logout token.
+# The types of access tokens (RFC 9068 section 2.1), and the type that most issuers use: never a proof or a logout token.
 _TYPES: Final = frozenset({"at+jwt", "application/at+jwt", "jwt"})
 _REQUIRED: Final = ["iss", "aud", "exp", "iat", "sub"]
 
@@ -57,7 +57,7 @@ _ERROR: Final = {
     b"bearer": ('Bearer realm="lacre", error="invalid_token"', ""),
     b"dpop": ('DPoP realm="lacre", error="invalid_token"', f', algs="{_ALGORITHMS}"'),
 }
-# What is wrong with a genuine token, by PyJWT's errors: it checks the signature first.
+# The fault of a genuine token, by PyJWT's errors: PyJWT checks the signature first.
 _FAULTS: Final[tuple[tuple[type[jwt.PyJWTError], str, str, Problem], ...]] = (
     (jwt.ExpiredSignatureError, "exp", says.EXPIRED, problems.INVALID_TOKEN),
     (jwt.ImmatureSignatureError, "nbf", says.NOT_YET, problems.INVALID_TOKEN),
@@ -79,10 +79,10 @@ class Keys(Protocol):
     def usable(self) -> bool: ...
 
     def find(self, kid: object, alg: object) -> jwt.PyJWK | None:
-        """Of those that are known."""
+        """Looks among the known keys."""
 
     async def seek(self, kid: object, alg: object) -> jwt.PyJWK | None:
-        """After another look. Raises KeysUnavailable."""
+        """Looks again after asking the issuer. Raises KeysUnavailable."""
 
     def start(self) -> None: ...
 
@@ -91,22 +91,22 @@ class Keys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who asks, and with which proof; None for a token that is good without."""
+    """Who asks, and the proof; None for a bearer token."""
 
     principal: Principal
     proof: dpop.Proof | None = None
 
     def check_request(self, digest: bytes) -> None:
-        """digest: SHA-256 of `hdr ‖ enc`. Raises Refusal where the proof is not for this sealed request."""
+        """digest: SHA-256 of `hdr ‖ enc`. Raises Refusal if the proof is not for this sealed request."""
         if self.proof is not None and self.proof.request != b64u(digest):
             raise Refusal(problems.INVALID_PROOF, challenge=_INVALID_PROOF)
 
 
 @dataclass(frozen=True, slots=True)
 class TrustedIssuer:
-    """One issuer and its keys. tenant: which one its tokens speak for; None lets the token say. Times in seconds.
+    """One issuer and its keys. tenant: the one that its tokens are for; None: the token names it. Times in seconds.
 
-    leeway: that its clock may differ. lifetime: the most that a token may have.
+    leeway: how far its clock may be off. lifetime: the most that a token may have.
     """
 
     issuer: str
@@ -138,7 +138,7 @@ class TrustedIssuer:
         names = [subject_key(self.issuer, principal.subject)]
         if principal.jti is not None:
             names.append(token_key(self.issuer, principal.jti))
-        # By a clock that is ahead, what was issued before a moment may say that it was after it.
+        # If the issuer's clock is ahead, a token issued before a moment may claim to be issued after it.
         return _Verdict(
             Access(principal), self.keys, epoch, expires + self.leeway, issued - self.leeway, tuple(names), bound_key(claims)
         )
@@ -164,14 +164,14 @@ def _fault(error: jwt.PyJWTError, claims: Mapping[str, Any]) -> BadClaim:
 
 
 class _NotVerified(Exception):
-    """What came is no token of a known issuer; the text names what shows it."""
+    """The value is not a token of a known issuer; the text names what shows it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """A good token. access: what it gives, but for a proof. until, issued: seconds since the epoch, with the leeway.
+    """A good token. access: what it grants, without a proof. until, issued: seconds since the epoch, with the leeway.
 
-    revocable: what it can be revoked by. thumbprint: of the key that it is bound to.
+    revocable: the keys by which it can be revoked. thumbprint: of the key that it is bound to.
     """
 
     access: Access
@@ -185,7 +185,7 @@ class _Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """What came with one request. method, url: of the request."""
+    """The credentials of one request. method, url: of the request."""
 
     authorization: bytes | None = field(repr=False)
     proof: bytes | None = field(repr=False)
@@ -213,7 +213,7 @@ class Authenticator:
 
     @property
     def able(self) -> bool:
-        """Whether anybody could be let in: not before the keys of some issuer are known."""
+        """Whether any token could be accepted: not before some issuer's keys are known."""
         return any(issuer.keys.usable for issuer in self.issuers)
 
     def start(self) -> None:
@@ -228,12 +228,12 @@ class Authenticator:
     async def authenticate(
         self, authorization: bytes | None, address: str, *, proof: bytes | None = None, method: str = "POST", url: str = ""
     ) -> Access:
-        """authorization, proof: the values of the headers `Authorization` and `DPoP`. address: the caller's. method, url: what
-        is asked of whom, in the form of `dpop.plain_url`. Raises Refusal.
+        """authorization, proof: the values of the headers `Authorization` and `DPoP`. address: the caller's. method, url: of
+        the request, in the form of `dpop.plain_url`. Raises Refusal.
 
-        For a token that was seen before it does not wait for anything.
+        For a token that was seen before, it does not wait for anything.
         """  # fmt: skip
-        if authorization is not None and len(authorization) > MAX_TOKEN:  # not worth hashing, whoever signed it
+        if authorization is not None and len(authorization) > MAX_TOKEN:  # too long to be worth hashing, even if genuine
             self._throttle.check(address)
             self._throttle.failed(address)
             size: dict[str, Detail] = {"limit": "token", "unit": "bytes", "ceiling": MAX_TOKEN, "asked": len(authorization)}
@@ -252,7 +252,7 @@ class Authenticator:
         return self._proved(verdict, _Shown(authorization, proof, method, url), address)
 
     async def _verified(self, authorization: bytes | None, address: str) -> _Verdict:
-        # An address that only sends bad tokens must not buy a signature check with each; good remembered ones need none.
+        # An address that only sends bad tokens must not cause a signature check with each; good remembered tokens need none.
         self._throttle.check(address)
         scheme, token = _credentials(authorization)
         try:
@@ -275,7 +275,7 @@ class Authenticator:
         return verdict
 
     async def _verify(self, token: str) -> _Verdict:
-        # Unverified, and used to choose which configured issuer's keys and rules the token is held against.
+        # Unverified; only chooses the configured issuer whose keys and rules judge the token.
         head, payload, _ = token.split(".")
         header, claims = read_object(head), read_object(payload)
         if "crit" in header or str(header.get("typ", "jwt")).lower() not in _TYPES:
@@ -288,11 +288,11 @@ class Authenticator:
         return trusted.verdict(token, key, trusted.keys.epoch)
 
     def _proved(self, verdict: _Verdict, shown: _Shown, address: str) -> Access:
-        """Raises Refusal unless whoever shows the token has its key."""
+        """Raises Refusal unless the sender of the token has its key."""
         scheme, token = _credentials(shown.authorization)
         try:
             if scheme != b"dpop" or token is None or shown.proof is None:
-                raise InvalidMessage("a token that is bound to a key comes with the scheme DPoP and a proof")
+                raise InvalidMessage("a token that is bound to a key needs the scheme DPoP and a proof")
             expected = dpop.Expected(shown.method, shown.url, dpop.token_hash(token), str(verdict.thumbprint))
             proof = dpop.verify(shown.proof.decode("latin-1"), expected, self._clock())
             self._spend(proof)
@@ -302,9 +302,9 @@ class Authenticator:
         return Access(verdict.access.principal, proof)
 
     def _spend(self, proof: dpop.Proof) -> None:
-        """Each proof is good once (RFC 9449 section 11.1). Raises InvalidMessage."""
+        """Each proof is valid once (RFC 9449 section 11.1). Raises InvalidMessage."""
         if proof.identity in self._proofs:
-            raise InvalidMessage("a DPoP proof that was used before")
+            raise InvalidMessage("the DPoP proof was used before")
         self._proofs[proof.identity] = None
         while len(self._proofs) > MAX_PROOFS:
             self._proofs.popitem(last=False)
@@ -327,7 +327,7 @@ def _unusable(fault: BadClaim, scheme: bytes) -> Refusal:
 
 
 def _noted(fault: Exception) -> str:
-    """For the operator: what shows that it is no token of ours. Names nothing of what was sent."""
+    """For the operator: what shows that the token is not one of ours. Never quotes the token."""
     if isinstance(fault, _NotVerified):
         return f"{fault}: not known here"
     return "signature" if isinstance(fault, jwt.InvalidSignatureError) else "form"
@@ -341,6 +341,6 @@ def _challenge(scheme: bytes, description: str = "") -> bytes:
 
 
 def _credentials(authorization: bytes | None) -> tuple[bytes, str | None]:
-    """The scheme in lower case, and the token; None where there is none of the form of one."""
+    """The scheme in lower case, and the token; None if the header is malformed."""
     match = _CREDENTIALS.fullmatch(authorization or b"")
     return (b"bearer", None) if match is None else (match[1].lower(), match[2].decode("ascii"))

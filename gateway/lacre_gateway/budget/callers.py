@@ -1,8 +1,8 @@
-"""Whose budgets a request is charged to: the caller's own, those of its tenant, and that of its plan; all at once or none.
+"""Which budgets a request is charged to: the caller's own, those of its tenant, and that of its plan; all at once or none.
 
 Rules:
-- A budget's key is a digest of whom it is for, so that no name can be made to meet another's; its name is for people.
-- A user is known by issuer, tenant and subject: two issuers' users of one name are two.
+- A budget's key is a digest of its owner, so that no chosen name can hit another's budget; its name is for people.
+- A user is known by issuer, tenant and subject: users of the same name from two issuers are two users.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TENANT_ON_PLAN: Final = "tenant-on-plan"
 TENANT: Final = "tenant"
 PLAN: Final = "plan"
 _DIGEST: Final = 16  # bytes
-SCOPES: Final = tuple(f"{label}." for label in (USER, TENANT_ON_PLAN, TENANT, PLAN))  # what the keys of budgets begin with
+SCOPES: Final = tuple(f"{label}." for label in (USER, TENANT_ON_PLAN, TENANT, PLAN))  # the beginnings of budgets' keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class BudgetScope:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """plan: the one that applies. scopes: those with any limit."""
+    """plan: the caller's. scopes: those with any limit."""
 
     plan: str
     scopes: tuple[BudgetScope, ...]
@@ -43,7 +43,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
-    """What one request may use at most, or did use. money: micro-units."""
+    """The most that one request may use, or its real usage. money: micro-units."""
 
     requests: int
     tokens: int
@@ -59,7 +59,7 @@ _TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DA
 
 
 def caller(plans: Plans, issuer: str, tenant: str, subject: str, named: str | None) -> Caller | None:
-    """None where the token names a plan that there is not."""
+    """None if the token names an unknown plan."""
     plan = plans.plan_of(tenant, named)
     if plan is None:
         return None
@@ -78,7 +78,7 @@ def caller(plans: Plans, issuer: str, tenant: str, subject: str, named: str | No
 
 
 def key_of(label: str, plan: str, tenant: str, issuer: str, subject: str) -> str:
-    """Where the budget is kept. Those of a tenant's users begin alike, so that they can be found together."""
+    """The budget's key. The keys of a tenant's users have a common beginning, so that they can be found together."""
     match label:
         case "user":
             return f"{USER}.{_digest(tenant)}.{_digest(plan, tenant, issuer, subject)}"
@@ -91,18 +91,18 @@ def key_of(label: str, plan: str, tenant: str, issuer: str, subject: str) -> str
 
 
 def users_of(tenant: str) -> str:
-    """What the keys of a tenant's users begin with."""
+    """The common beginning of the keys of a tenant's users."""
     return f"{USER}.{_digest(tenant)}."
 
 
 def shared_of(plans: Plans, tenant: str) -> dict[str, str]:
-    """The budgets of a tenant that belong to no one user: names by keys."""
+    """The budgets of a tenant that no single user owns: names by keys."""
     found = {key_of(TENANT, "", tenant, "", ""): tenant}
     return found | {key_of(TENANT_ON_PLAN, plan, tenant, "", ""): f"{tenant} on {plan}" for plan in plans.plans}
 
 
 def ceiling_of(price: Price | None, prompt_tokens: int, completion_tokens: int) -> Amounts:
-    """What a request may use at most. Without a price there is no limit of money either."""
+    """The most that a request may use. Without a price there is no limit of money either."""
     money = 0 if price is None else price.at_most(prompt_tokens, completion_tokens)
     return Amounts(1, prompt_tokens + completion_tokens, money)
 

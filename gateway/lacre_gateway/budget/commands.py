@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from lacre_gateway.budget.report import Line
 
-budget = typer.Typer(no_args_is_help=True, help="What callers have used of their limits, and what was forfeited.")
+budget = typer.Typer(no_args_is_help=True, help="How much of their limits callers have used and forfeited.")
 
 
 def register(app: typer.Typer) -> None:
@@ -26,11 +26,11 @@ def show(
         Path | None, typer.Option(help="The state folder of `lacre up`; its provisioner's credential is used.")
     ] = None,
     audit: Annotated[
-        list[Path] | None, typer.Option(help="The audit log of a gateway; give those of all, and the sums are checked.")
+        list[Path] | None, typer.Option(help="The audit log of a gateway; repeat it for all gateways to check the sums.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
 ) -> None:
-    """Show every limit that was drawn from: what is used, on leases and forfeited. Exits with 1 where the sums are wrong."""
+    """Show every limit that was drawn from: used, leased and forfeited. Exit code 1 if the sums are wrong."""
     from lacre_fabric.operate.up import default_state
 
     shown = asyncio.run(_shown(state or default_state(), audit))

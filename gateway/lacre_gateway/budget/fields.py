@@ -1,9 +1,9 @@
-"""What an answer says of its caller's limits: `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10),
-and the fields that OpenAI's clients know.
+"""An answer's header fields about its caller's limits: `RateLimit` and `RateLimit-Policy`
+(draft-ietf-httpapi-ratelimit-headers-10), and the fields that OpenAI's clients read.
 
 Rules:
-- A caller is told of its own limits and its tenant's. How far a whole plan is used is for the operator alone.
-- What remains is what this gateway knows of: others may have drawn since. It is a hint; the ceiling is kept by leases.
+- A caller learns its own limits and its tenant's. Only the operator learns how far a whole plan is used.
+- The remaining amount is what this gateway knows: others may have drawn since. It is a hint; leases enforce the ceiling.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lacre_gateway.budget.windows import DAY, MINUTE
 
 Headers = list[tuple[bytes, bytes]]
 
-_MONTH: Final = 30 * DAY  # a window's length is one number in the field; `t` says when it truly ends
+_MONTH: Final = 30 * DAY  # the field gives a window's length as one number; `t` gives its true end
 _WINDOWS: Final = {
     LimitKind.REQUESTS_PER_MINUTE: MINUTE,
     LimitKind.TOKENS_PER_MINUTE: MINUTE,
@@ -42,7 +42,7 @@ _OPENAI: Final = (
 
 
 def details(kind: LimitKind, met: Met | None) -> dict[str, Detail]:
-    """For the problem document of a refusal: which limit was met, and how much of it is a plan's own affair."""
+    """For the problem document of a refusal: which limit was met, and how much of it is the plan's own affair."""
     told: dict[str, Detail] = {"limit": kind.value, "unit": UNITS[kind]}
     if met is None:
         return told
@@ -66,7 +66,7 @@ def fields(standings: Iterable[Standing]) -> Headers:
 
 @lru_cache(maxsize=1024)
 def _policies(policies: tuple[tuple[str, LimitKind, int], ...]) -> bytes:
-    """They stay the same while the plans do."""
+    """They change only with the plans."""
     return ", ".join(_policy(*policy) for policy in policies).encode()
 
 

@@ -1,13 +1,13 @@
-"""How much of a prompt a reservation covers, where the most that may be in the sealed request does not fit a limit.
+"""How much of a prompt to reserve, if the largest possible prompt in the sealed request does not fit a limit.
 
-A gateway cannot see a prompt. It knows the sealed size, of which padding may be the most: a greeting of two tokens looks like
-4,000. Where so many do not fit a limit, less is reserved, and the grant says how much.
+A gateway cannot see a prompt. It knows the sealed size, which may be mostly padding: a greeting of two tokens looks like 4,000.
+If that many do not fit a limit, the gateway reserves fewer, and the grant says how many.
 
 Rules:
 - No I/O and no clock.
-- Nothing is under-reserved: the worker refuses a prompt of more tokens than the grant names, before it computes any of them.
-- Where the whole bound fits the limit, but not what is left of it, a padded request is cut too, as long as ordinary text of
-  its size fits. Else it waits, as any other.
+- Nothing is under-reserved: the worker refuses a prompt of more tokens than the grant allows, before it computes any.
+- If the largest possible prompt fits the limit but not its remainder, the reservation of a padded request is cut too, as long
+  as ordinary text of its size fits. Otherwise it waits, like any other.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lacre_gateway.budget.holds import AboveLimit, Met
 from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.plans import LimitKind, Price
 
-# Prompt tokens: a short question in the words of most chat templates. Where fewer are left, to wait is better.
+# Prompt tokens: a short question in most chat templates. If fewer are left, waiting is better.
 LEAST: Final = 64
 _MILLION: Final = 10**6
 
 
 def room(kind: LimitKind, available: int, price: Price | None, completion: int) -> int | None:
-    """The prompt tokens that fit into what is available of a limit, beside the output; below 1: none. None: any number."""
+    """The prompt tokens that fit into the available rest of a limit, beside the output; below 1: none. None: any number."""
     match kind:
         case LimitKind.TOKENS_PER_MINUTE | LimitKind.TOKENS_PER_DAY:
             return available - completion
@@ -39,7 +39,7 @@ def room(kind: LimitKind, available: int, price: Price | None, completion: int) 
 
 
 def most(caller: Caller, price: Price | None, asked: Reservation) -> int:
-    """The prompt tokens that may be reserved at all: of those asked for, what fits each of the caller's limits when it is
+    """The prompt tokens that may be reserved at all: of those asked for, as many as fit each of the caller's limits when
     unused. Raises AboveLimit.
     """
     found = asked.max_prompt_tokens
@@ -55,12 +55,12 @@ def most(caller: Caller, price: Price | None, asked: Reservation) -> int:
 
 
 def least(asked: Reservation, most_of_it: int) -> int:
-    """With fewer prompt tokens left than these, a request waits for its limits to be free, and is not cut further."""
+    """If fewer prompt tokens than this are left, a request waits for its limits, and is not cut further."""
     return min(most_of_it, LEAST if most_of_it < asked.max_prompt_tokens else asked.ordinary)
 
 
 def _fits(kind: LimitKind, ceiling: int, price: Price | None, asked: Reservation) -> int | None:
-    """The output tokens that would fit beside a short prompt; None where no number would."""
+    """The output tokens that would fit beside a short prompt; None if no number would."""
     prompt = min(LEAST, asked.max_prompt_tokens) if asked.shrinks else asked.max_prompt_tokens
     found: int | None = None
     if kind in (LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY):

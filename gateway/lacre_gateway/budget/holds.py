@@ -1,4 +1,4 @@
-"""What a request holds of its budgets from admission to settlement, and why it may be given none."""
+"""The budget that a request holds from admission to settlement, and the reasons to refuse one."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from lacre_gateway.budget.lease import Charge, Counter
 from lacre_gateway.budget.plans import LimitKind, Price
 from lacre_gateway.budget.windows import bounds
 
-# Seconds after which a request may pass that was refused only for what others have reserved, and may not use.
+# Seconds to wait after a refusal that was only due to unused reservations of others.
 SOON: Final = 2.0
 _STREAMS: Final = LimitKind.CONCURRENT_STREAMS
 NOTHING: Final = Amounts(0, 0, 0)
 
 
 class BudgetRefused(Exception):
-    """A request that was charged nothing. exceeded: the limit that it met, as in `Hold.limits`; None where it met none."""
+    """The request was refused and charged nothing. exceeded: the limit that it met, as in `Hold.limits`; None if it met
+    none.
+    """
 
     exceeded: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """The limit that a request met, in its own units. scope: whose it is. asked: by the request. remaining: None where it does
-    not matter. fits: the output tokens that would fit; None where that is not known.
+    """The limit that a request met, in its own units. scope: whose it is. asked: by the request. remaining: None if it does not
+    matter. fits: the output tokens that would fit; None if unknown.
     """
 
     scope: str
@@ -47,7 +49,7 @@ class BudgetUnavailable(BudgetRefused):
 
 
 class AboveLimit(BudgetRefused):
-    """The request alone is more than the limit: no waiting helps."""
+    """The request alone exceeds the limit: waiting does not help."""
 
     def __init__(self, plan: str, kind: LimitKind, met: Met) -> None:
         self.exceeded = f"{met.scope}:{plan}/{kind}"  # of any window
@@ -59,7 +61,7 @@ class AboveLimit(BudgetRefused):
 class Exhausted(BudgetRefused):
     """A limit is used up. retry_after: seconds. standings: of every limit of the caller.
 
-    exceeded, met: None where what the limit lacked was given back meanwhile.
+    exceeded, met: None if the missing amount was given back meanwhile.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Exhausted(BudgetRefused):
 
     @classmethod
     def of(cls, plan: str, charges: Sequence[tuple[BudgetScope, Charge]], now: float) -> Self:
-        """The limit that the caller has to wait for the longest."""
+        """The limit for which the caller has to wait longest."""
         standings = tuple(_standings(charges, now))
         short = [
             (scope, counter, _wait(counter, amount, now), amount)
@@ -90,7 +92,7 @@ class Exhausted(BudgetRefused):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far one limit is used. reset: seconds until its window ends; None where it has none."""
+    """How far one limit is used. reset: seconds until its window ends; None if it has none."""
 
     scope: str
     kind: LimitKind
@@ -100,7 +102,7 @@ class Standing:
 
 
 class Hold:
-    """A reservation. ceilings: what it covers, and the grant may allow. lease: the holder that it was charged to.
+    """A reservation. ceilings: its amounts, which the grant may allow. lease: the holder that it was charged to.
 
     It ends with `stream_over` and `settle`, each once.
     """
@@ -132,7 +134,7 @@ class Hold:
         return tuple(_standings(self._charges, now))
 
     def stream_over(self) -> None:
-        """The stream has ended, whatever it will be found to have used."""
+        """The stream has ended, however much it will turn out to have used."""
         if not self._over:
             self._over = True
             for _, (counter, amount) in self._charges:
@@ -140,7 +142,7 @@ class Hold:
                     counter.settle(amount, 0)
 
     def settle(self, used: Amounts) -> None:
-        """Gives back what was not used."""
+        """Gives back the unused part."""
         self.stream_over()
         if not self._settled:
             self._settled = True
@@ -158,7 +160,7 @@ def _named(scope: BudgetScope, plan: str, counter: Counter) -> str:
 
 
 def _wait(counter: Counter, amount: int, now: float) -> float:
-    """Until the window ends, unless what is reserved but not used would do."""
+    """Seconds until the window ends, or less if unused reservations would suffice."""
     if counter.kind is _STREAMS or counter.firm + counter.used + amount <= counter.ceiling:
         return SOON
     return max(SOON, bounds(counter.kind, counter.window)[1] - now)

@@ -1,11 +1,11 @@
-"""How many requests this process has under way at once, and how many bytes of them it holds: what protects the process itself.
+"""How many requests this process runs at once, and how many of their bytes it holds: protects the process itself.
 
-What callers may use by their plans, over all processes, is for `budget`.
+Plans limit what callers may use over all processes; see `budget`.
 
 Rules:
 - No I/O and no clock.
-- Bytes are asked for before they are kept.
-- Memory is bounded: whoever has nothing under way is forgotten.
+- Bytes are requested before they are kept.
+- Memory is bounded: a caller without running requests is forgotten.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-RETRY_AFTER: Final = 1.0  # seconds; requests end all the time
+RETRY_AFTER: Final = 1.0  # seconds; there is room again as soon as a request ends
 
 
 class LimitExceeded(Exception):
-    """name: of the limit, as the settings have it. ceiling: its value. retry_after: seconds until the same request may pass.
+    """name: of the limit, as in the settings. ceiling: its value. retry_after: seconds until the same request may pass.
 
     own: the caller's own limit, not this process's.
     """
@@ -35,11 +35,11 @@ class LimitExceeded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one request may use at most, in tokens.
+    """The most that one request may use, in tokens.
 
     shrinks: whether fewer prompt tokens may be reserved, if so many do not fit a limit. The worker then refuses longer prompts.
-    enough: the prompt tokens that ordinary text of the request's size has; with so many left of a limit, it need not wait for
-    more. None: it waits for all.
+    enough: the prompt tokens of ordinary text of the request's size; if that many are left of a limit, the request need not
+    wait for more. None: it waits for all.
     """
 
     max_prompt_tokens: int
@@ -49,7 +49,7 @@ class Reservation:
 
     @property
     def ordinary(self) -> int:
-        """As `enough`, and all where that is not known."""
+        """As `enough`; all, if that is not known."""
         return self.max_prompt_tokens if self.enough is None else min(self.enough, self.max_prompt_tokens)
 
     def covers(self, prompt_tokens: int, completion_tokens: int) -> bool:
@@ -57,7 +57,7 @@ class Reservation:
 
 
 class RequestLimits:
-    """Counts the requests under way in this process."""
+    """Counts the running requests of this process."""
 
     def __init__(self, *, in_flight: int, concurrent: int) -> None:
         self._in_flight = in_flight
@@ -67,7 +67,7 @@ class RequestLimits:
 
     @contextmanager
     def slot(self, subject: Hashable) -> Iterator[None]:
-        """Holds one of the places for requests under way, from before its body is read. Raises LimitExceeded."""
+        """Holds one of the places for running requests, from before its body is read. Raises LimitExceeded."""
         if self.running >= self._in_flight:
             raise LimitExceeded("requests_in_flight", self._in_flight, own=False)
         if self._running[subject] >= self._concurrent:
@@ -84,10 +84,10 @@ class RequestLimits:
 
 
 class BodyBytes:
-    """Counts the bytes of bodies that this process holds, from before they are kept until they were handed on.
+    """Counts the bytes of bodies that this process holds, from before they are kept until they were passed on.
 
-    total: of all callers. each: of one. A caller may also hold no more than what is left for the others: however many fill it
-    up, a newcomer finds as much as each of them has.
+    total: of all callers. each: of one. A caller may also hold no more than is left for the others. So a newcomer always finds
+    as much room as each of the others has.
     """
 
     def __init__(self, *, total: int, each: int) -> None:
@@ -98,7 +98,7 @@ class BodyBytes:
 
     @contextmanager
     def room(self, subject: Hashable) -> Iterator[BodyReservation]:
-        """For one request's body; what it took is given back at the end, if not before."""
+        """For one request's body; at the end, its bytes are given back, if not before."""
         room = BodyReservation(self, subject)
         try:
             yield room
@@ -106,14 +106,14 @@ class BodyBytes:
             room.release()
 
     def check(self, subject: Hashable, size: int) -> None:
-        """Raises LimitExceeded where so many bytes more do not fit."""
+        """Raises LimitExceeded if this many more bytes do not fit."""
         if self._of[subject] + size > self._each:
             raise LimitExceeded("body_bytes_per_subject", self._each, own=True)
         if self._of[subject] + size > self._total - self.held:
             raise LimitExceeded("body_bytes", self._total, own=False)
 
     def add(self, subject: Hashable, size: int) -> None:
-        """size: negative where bytes are given back."""
+        """size: negative to give bytes back."""
         self.held += size
         self._of[subject] += size
         if not self._of[subject]:
@@ -121,7 +121,7 @@ class BodyBytes:
 
 
 class BodyReservation:
-    """Where the bytes of one body are counted. size: how many there are."""
+    """Counts the bytes of one body. size: how many there are."""
 
     def __init__(self, budget: BodyBytes, subject: Hashable) -> None:
         self._budget = budget
@@ -129,7 +129,7 @@ class BodyReservation:
         self.size = 0
 
     def check(self, size: int) -> None:
-        """Raises LimitExceeded where so many bytes more would not fit now. Takes nothing."""
+        """Raises LimitExceeded if this many more bytes would not fit now. Takes nothing."""
         self._budget.check(self._subject, size)
 
     def take(self, size: int) -> None:

@@ -1,13 +1,13 @@
-"""One gateway's side of one budget: what it holds, what of it is used and reserved, and what it may write into the record.
+"""One gateway's leases of one budget: how much it holds, has used and reserved, and what it may write into the record.
 
 Rules:
-- No I/O, no clock. `propose` says what to write; whoever writes it says how it went: `confirm`, `conflict` or `doubt`.
-- What is committed, used and reserved together, never exceeds the capacity; and the capacity is never more than what stands in
-  the record, *whichever* of the writes that were sent have happened. So it goes down before a write that lowers it is sent, and
-  up only when one that raises it was confirmed. A write in doubt leaves it at the least of both.
+- No I/O, no clock. `propose` says what to write. The caller writes it and reports the result: `confirm`, `conflict` or `doubt`.
+- *Committed* is used and reserved together; it never exceeds the capacity.
+- The capacity never exceeds the record, *whichever* of the sent writes have happened. So it falls before a write that lowers it
+  is sent, and rises only when a write that raises it is confirmed. A write in doubt leaves it at the smaller value.
 - A reservation stays in the window that it was made in, and is settled there, at no more than was reserved.
-- A lease holds what was lately used in `COVER` seconds, so that who goes on as before is served while nothing can be drawn.
-- Of streams, nothing is begun under a lease that would be void before the longest stream ends.
+- A lease holds as much as was lately used in `COVER` seconds, so that steady callers are served while nothing can be drawn.
+- No stream begins under a lease that would be void before the longest stream ends.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import Final, Self
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Lot, Record, Want
 
-IDLE: Final = 3.0  # seconds without a reservation, after which what is left is given back
-TRIM: Final = 1.0  # seconds between writes that only give back what is far too much
+IDLE: Final = 3.0  # seconds without a reservation, after which the rest is given back
+TRIM: Final = 1.0  # seconds between writes that only give back a large excess
 REPORT: Final = 15.0  # seconds that usage may go unreported
-COVER: Final = 10.0  # seconds: a new leader of the bucket takes some to be chosen, and a flood some to be cut off
-# Parts of the ceiling: what a lease holds for requests to come at least, and at most.
+COVER: Final = 10.0  # seconds: choosing a new leader of the bucket takes some, and so does cutting off a flood
+# Parts of the ceiling: the least and the most that a lease holds for future requests.
 LEAST_SPARE: Final = 64
 MOST_SPARE: Final = 8
-STREAMS_TERM: Final = 60.0  # seconds that streams may begin under a lease, before it must be renewed
-# Seconds by which the clocks of gateways may differ, where shares of streams become void by the clock.
+STREAMS_TERM: Final = 60.0  # seconds in which streams may begin under a lease, before it must be renewed
+# Seconds that the clocks of gateways may differ, when shares of streams become void by the clock.
 CLOCK_MARGIN: Final = 30.0
 
 
 @dataclass(slots=True)
 class Counter:
-    """One kind in one window. capacity: what may be committed. confirmed: what stood in the record when that was last sure.
-    others, firm: what of the ceiling others had drawn then, and what they had surely used. low: how much spare is too little.
-    until: when the last stream may begin. beyond: what is wanted for requests to come. largest: that was reserved at once.
-    lately: what was used in the last seconds, of `COVER`; it was `seen` of `used` at the time `looked`.
+    """One kind in one window. capacity: the most that may be committed. confirmed: the share in the record when that was last
+    certain. others, firm: how much of the ceiling others had drawn then, and had certainly used. low: how much spare is too
+    little. until: when the last stream may begin. beyond: the wish for future requests. largest: the largest single
+    reservation. lately: how much was used in the last `COVER` seconds; `seen` is the value of `used` at the time `looked`.
     """  # fmt: skip
 
     kind: LimitKind
@@ -61,7 +61,7 @@ class Counter:
 
     @classmethod
     def after(cls, last: Counter | None, kind: LimitKind, window: int) -> Self:
-        """An empty one, which wants as much for requests to come as the one of the last window did."""
+        """An empty one, which wants as much for future requests as the counter of the last window."""
         until = -math.inf if kind is LimitKind.CONCURRENT_STREAMS else math.inf
         if last is None:
             return cls(kind, window, until=until)
@@ -78,7 +78,7 @@ class Counter:
 
     @property
     def remaining(self) -> int:
-        """What of the ceiling nobody has drawn or committed, as far as is known here."""
+        """How much of the ceiling is neither drawn nor committed, as far as this gateway knows."""
         return max(0, self.ceiling - self.others - self.committed)
 
     def has(self, amount: int, now: float) -> bool:
@@ -89,7 +89,7 @@ class Counter:
         self.largest = max(self.largest, amount)
 
     def look(self, now: float) -> None:
-        """Finds what to hold for requests to come."""
+        """Computes how much to hold for future requests."""
         passed = max(0.0, now - self.looked)
         self.lately = self.lately * math.exp(-passed / COVER) + max(0, self.used - self.seen)
         self.seen, self.looked = self.used, now
@@ -108,14 +108,14 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one waiting request wants of an account, of each kind. ceiling: the limit in force."""
+    """How much of each kind one waiting request wants from an account. ceiling: the limit in force."""
 
     amounts: Mapping[LimitKind, tuple[int, int]]  # amount and ceiling
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A record to be written, and what it would mean here. met: which of the needs that it was made for."""
+    """A record to be written, and its effect here. met: which of its needs it meets."""
 
     record: Record
     lots: tuple[tuple[Counter, Want, Lot], ...]
@@ -149,7 +149,7 @@ class Account:
         return found
 
     def propose(self, record: Record | None, windows: Mapping[LimitKind, int], needs: Sequence[Need], now: float) -> Proposal:
-        """What to write in place of `record`: reports usage, gives back, and draws for the needs, the first that fit."""
+        """The next record in place of `record`: reports usage, gives back, and draws for the needs, in order, that fit."""
         idle = not needs and now - self.touched >= IDLE
         before, record = record, record or Record(self.name)
         for kind, (_, ceiling) in ((kind, pair) for need in needs for kind, pair in need.amounts.items()):
@@ -169,7 +169,7 @@ class Account:
         return Proposal(record, tuple(lots), tuple(met), until)
 
     def leave(self, record: Record | None, now: float) -> Proposal:
-        """The last write of a holder: what it has reserved still is given up for lost, all else is given back."""
+        """The last write of a holder: it gives up present reservations as lost, and gives back the rest."""
         record = record or Record(self.name)
         lots = []
         for counter in (*self.past, *self.current.values()):
@@ -195,13 +195,13 @@ class Account:
         )
 
     def _know(self, counter: Counter, record: Record | None) -> None:
-        """A budget that was given back whole, and forgotten here, goes on from what stands in the record."""
+        """A budget that was given back whole and forgotten here continues from the record."""
         share = None if record is None else record.share(counter.kind, counter.window, self.holder)
         if share is not None and counter.confirmed == counter.used == counter.reserved == 0 and not counter.doubtful:
             counter.used = counter.reported = counter.seen = share.used
 
     def send(self, proposal: Proposal) -> None:
-        """Before the write: nothing is committed from now on that would be too much once it has happened."""
+        """Before the write: from now on, nothing is committed that would be too much after it."""
         for counter, _, lot in proposal.lots:
             counter.capacity = min(counter.capacity, lot.drawn)
 
@@ -218,13 +218,15 @@ class Account:
         self._forget(proposal.record)
 
     def conflict(self, proposal: Proposal) -> None:
-        """The write did not happen. What it would have given back is here again, unless an earlier one is in doubt."""
+        """The write did not happen. The amounts that it would have given back are here again, unless an earlier write is in
+        doubt.
+        """
         for counter, _, _ in proposal.lots:
             if not counter.doubtful:
                 counter.capacity = counter.confirmed
 
     def doubt(self, proposal: Proposal) -> None:
-        """Nobody knows whether it has happened, or will."""
+        """It is unknown whether the write has happened, or will."""
         for counter, _, _ in proposal.lots:
             counter.doubtful = True
 
@@ -237,9 +239,9 @@ class Account:
         self.floors[counter.kind] = max(self.floors.get(counter.kind, 0), record.floor(counter.kind))
 
     def _forget(self, record: Record) -> None:
-        """What is settled and in the record, or in a window that is over for good.
+        """Forgets windows that are settled and in the record, and windows that are over for good.
 
-        A request that was settled while the write was under way left more in the record than is used: that is given back yet.
+        A request that was settled during the write left more in the record than is used; that is still to be given back.
         """
         self.past = [
             counter
@@ -252,14 +254,14 @@ class Account:
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing would be lost if this account were forgotten: all is settled, given back and in the record."""
+        """Whether forgetting this account would lose nothing: all is settled, given back and in the record."""
         return all(
             counter.reserved == 0 and counter.capacity == counter.used == counter.reported and not counter.doubtful
             for counter in (*self.past, *self.current.values())
         )
 
     def due(self, now: float) -> bool:
-        """Whether it is time to write, though nobody waits for it."""
+        """Whether it is time to write, even if no request waits for it."""
         self.touched, self.written = min(self.touched, now), min(self.written, now)  # the clock may have gone back
         since, idle = now - self.written, now - self.touched >= IDLE
         return any(_is_due(counter, since, now) or (idle and _is_loose(counter)) for counter in self.current.values()) or (
@@ -276,7 +278,7 @@ def _is_due(counter: Counter, since: float, now: float) -> bool:
 
 
 def _is_loose(counter: Counter) -> bool:
-    """Whether the record says other than what is committed and used here."""
+    """Whether the record differs from the amounts committed and used here."""
     return counter.capacity != counter.committed or counter.used != counter.reported
 
 
@@ -284,11 +286,11 @@ Charge = tuple[Counter, int]
 
 
 def lacking(charges: Iterable[Charge], now: float) -> list[Counter]:
-    """The counters that do not have what is to be charged to them."""
+    """The counters that lack the amounts to be charged to them."""
     return [counter for counter, amount in charges if not counter.has(amount, now)]
 
 
 def commit(charges: Iterable[Charge]) -> None:
-    """All of it; only where nothing is lacking."""
+    """Charges all; only if no counter lacks anything."""
     for counter, amount in charges:
         counter.reserve(amount)

@@ -1,11 +1,11 @@
 """The budgets of one gateway process: reserves, settles, and keeps its leases in step with the shared bucket.
 
 Rules:
-- To reserve takes no I/O while the leases in hand suffice. Where they do not, the request waits for one draw, for `DRAW_LIMIT`
-  at most; all that wait for the same budget share it, and it is tried again for as long as one of them waits.
+- A reservation needs no I/O while the present leases suffice. If they do not, the request waits for one draw, for at most
+  `DRAW_LIMIT`. All requests that wait for the same budget share the draw, and it is retried as long as one of them waits.
 - A request is charged to all its budgets or to none.
-- Without the bucket, what is in hand is served; then requests are refused, and told when to come again.
-- Windows go by the time of the bucket's server, so that gateways agree on them whatever their own clocks say.
+- Without the bucket, present leases are served; then requests are refused, with a time to come again.
+- Windows follow the time of the bucket's server, so that gateways with different clocks agree on them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from lacre_gateway.budget.windows import Calendar, windows_at
 
 DRAW_LIMIT: Final = 3.0  # seconds that a request waits for a draw
 _TRIES: Final = 24  # compare-and-sets of one draw, against gateways that race for the same budget
-_AGAIN: Final = 0.25  # seconds until a draw is tried again while the bucket is away: a new leader takes some to be chosen
-_SMALLER: Final = 3  # times that less is reserved of a prompt, as it is learnt what others have drawn
-_BUSY: Final = 0.02  # seconds, where it has too much to write: a flood leaves room now and then
+_AGAIN: Final = 0.25  # seconds until a draw is retried while the bucket is away: choosing a new leader takes some
+_SMALLER: Final = 3  # times that a smaller prompt reservation is tried, as draws of others become known
+_BUSY: Final = 0.02  # seconds, if it has too much to write: a flood leaves room now and then
 _BACK_OFF: Final = 0.004  # seconds at most after a lost race, times the number of the try
 _TICK: Final = 1.0
-_AT_ONCE: Final = 16  # writes under way, of those for which nobody waits
+_AT_ONCE: Final = 16  # running writes for which no request waits
 _ANNOUNCE: Final = 10.0  # seconds between signs of life, which also tell the server's time
 _MAX_CALLERS: Final = 16_384
-_MAX_USERS: Final = 256  # of one tenant, that are told at once
-GONE_AFTER: Final = 3 * _ANNOUNCE  # seconds without one, after which a gateway is taken for dead by people
-ALIVE: Final = "alive"  # the first token of the keys of the signs of life
+_MAX_USERS: Final = 256  # users of one tenant in one report
+GONE_AFTER: Final = 3 * _ANNOUNCE  # seconds without one, after which people take a gateway for dead
+ALIVE: Final = "alive"  # the first part of the keys of the signs of life
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class _Waiter:
 
 @dataclass(slots=True)
 class _Draw:
-    """An account, what is known of its record, and who waits for it."""
+    """An account, the known state of its record, and the requests that wait for it."""
 
     account: Account
     record: Record | None = None
@@ -71,8 +71,8 @@ class _Draw:
 class Ledger:
     """Used on one event loop. bucket: set once there is one, and again after each new connection. `start` it, and `close` it.
 
-    plans: tells those in force. longest: seconds that a stream may take at most. holder: the name of this process's leases;
-    another one after each start, for nobody knows what the last one had spent.
+    plans: returns those in force. longest: seconds that a stream may take at most. holder: the name of this process's leases; a
+    new one after each start, because it is unknown how much the last one had spent.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Ledger:
         self._calendar = Calendar()
         self._tending: tasks.Background | None = None
         self._announced = float("-inf")
-        self._kept_at = float("inf")  # on the monotonic clock: when a sign of life was last written, or tried first
+        self._kept_at = float("inf")  # on the monotonic clock: when a sign of life was last written, or first tried
         self._told = False
         self._closing = False
         self._source = plans
@@ -98,7 +98,7 @@ class Ledger:
 
     @property
     def plans(self) -> Plans:
-        """Those in force now. What was reserved under others is settled at the prices that it was reserved at."""
+        """The plans in force now. A reservation under older plans is settled at its own prices."""
         plans = self._source()
         if plans is not self._plans:
             self._plans = plans
@@ -110,7 +110,7 @@ class Ledger:
 
     @property
     def writable(self) -> bool:
-        """Whether the bucket has taken writes lately. One that is full, or that nobody leads, takes none."""
+        """Whether the bucket has accepted writes lately. A full one, or one without a leader, accepts none."""
         return time.monotonic() < self._kept_at + GONE_AFTER
 
     # The path of a request
@@ -131,7 +131,7 @@ class Ledger:
         for _ in range(_SMALLER):
             try:
                 return await self._hold(caller, price, replace(ceilings, max_prompt_tokens=prompt), deadline)
-            except Exhausted:  # it is known now what others have drawn
+            except Exhausted:  # the draws of others are known now
                 left = self._left(caller, price, ceilings)
                 if not least <= left < prompt:
                     raise
@@ -151,7 +151,7 @@ class Ledger:
             await self._draw_for(caller, amounts, charges, short, deadline)
 
     def _left(self, caller: Caller, price: Price | None, ceilings: Reservation) -> int:
-        """The prompt tokens, of those asked for, that fit what is left of the caller's limits, as far as is known here."""
+        """The prompt tokens, of those asked for, that fit the rest of the caller's limits, as far as this gateway knows."""
         charges = self._charges(caller, NOTHING, self.now())
         rooms = (fitting.room(counter.kind, counter.remaining, price, ceilings.max_tokens) for _, (counter, _) in charges)
         return min([ceilings.max_prompt_tokens, *(room for room in rooms if room is not None)])
@@ -185,7 +185,7 @@ class Ledger:
         return found
 
     def _draw_ahead(self, charges: Sequence[tuple[BudgetScope, Charge]]) -> None:
-        """Where a lease runs low, the next one is drawn before anybody has to wait for it."""
+        """If a lease runs low, draws the next one before a request has to wait for it."""
         for scope, (counter, _) in charges:
             if counter.spare <= counter.low and counter.remaining > counter.spare:
                 counter.low = -1
@@ -244,7 +244,7 @@ class Ledger:
             draw.task = tasks.detach("budget draw", self._run(draw))
 
     async def _run(self, draw: _Draw) -> None:
-        """Writes until nobody waits."""
+        """Writes until no request waits."""
         while True:
             waiters = [waiter for waiter in draw.waiting or () if not waiter.met.done()]
             draw.waiting = None
@@ -263,7 +263,7 @@ class Ledger:
                 return
 
     async def _write(self, draw: _Draw, needs: Sequence[Need], *, leave: bool = False) -> tuple[bool, ...]:
-        """One write that succeeds. Raises FabricError."""
+        """Makes one successful write. Raises FabricError."""
         if self.bucket is None:
             raise FabricUnavailable("not connected to NATS")
         account = draw.account
@@ -279,14 +279,14 @@ class Ledger:
                 await self._put(draw, proposal)
             except Conflict:
                 account.conflict(proposal)
-                await asyncio.sleep(random.uniform(0, _BACK_OFF * number))  # noqa: S311 - who waits longer is no secret
+                await asyncio.sleep(random.uniform(0, _BACK_OFF * number))  # noqa: S311 - the order of waiting is no secret
             else:
                 account.confirm(proposal, now)
                 return proposal.met
         raise FabricUnavailable("too many gateways change this budget at once")
 
     async def _read(self, draw: _Draw) -> None:
-        assert self.bucket is not None  # noqa: S101 - `_write` has looked
+        assert self.bucket is not None  # noqa: S101 - `_write` has checked
         entry = await self.bucket.read(draw.account.key)
         draw.record = None if entry is None else self._record(entry, draw.account.name)
         draw.revision = 0 if entry is None else entry.revision
@@ -299,8 +299,8 @@ class Ledger:
         return own.with_others(entry.others, windows_at(max(self.now(), entry.time)))  # its time is the server's
 
     async def _put(self, draw: _Draw, proposal: Proposal) -> None:
-        """Whatever comes of it but a success, the record is read again before the next try."""
-        assert self.bucket is not None  # noqa: S101 - `_write` has looked
+        """After any result but success, the record is read again before the next try."""
+        assert self.bucket is not None  # noqa: S101 - `_write` has checked
         draw.known = False
         try:
             draw.revision = await self.bucket.write(draw.account.key, proposal.record.encode(), draw.revision)
@@ -311,10 +311,10 @@ class Ledger:
             raise
         draw.record, draw.known = proposal.record, True
 
-    # What nobody waits for
+    # Work that no request waits for
 
     def start(self) -> None:
-        """Begins, or goes on at once with a new bucket."""
+        """Begins, or continues at once with a new bucket."""
         self._announced = float("-inf")
         if self._tending is None:
             self._kept_at = time.monotonic()
@@ -330,7 +330,7 @@ class Ledger:
                     if not self._told:
                         self._log.warning("budgets unavailable", reason=str(exc))
                     self._told = True
-                except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed try is a failed try
+                except Exception as exc:  # noqa: BLE001 - foreign text: any failure is a failed try
                     if not self._told:
                         tasks.failed("budgets", exc)
                     self._told = True
@@ -339,13 +339,13 @@ class Ledger:
             await asyncio.sleep(_TICK)
 
     async def _announce(self, bucket: Bucket) -> None:
-        """Says which leases are alive, and learns the server's time."""
+        """Publishes which leases are alive, and learns the server's time."""
         began = self._clock()
         if abs(began - self._announced) < _ANNOUNCE:
             return
         key = f"{ALIVE}.{self._gateway}"
         entry = await bucket.read(key)
-        with contextlib.suppress(Conflict):  # two processes of one name: each has leases of its own
+        with contextlib.suppress(Conflict):  # two processes of one name: each has its own leases
             await bucket.write(key, self.holder.encode(), 0 if entry is None else entry.revision)
         written, asked = await bucket.read(key), self._clock()
         if written is not None:
@@ -353,7 +353,7 @@ class Ledger:
         self._announced, self._kept_at = began, time.monotonic()
 
     async def _keep_up(self) -> None:
-        """Reports and gives back where it is time to, and forgets whoever is at rest."""
+        """Reports and gives back when it is time to, and forgets accounts at rest."""
         now = self.now()
         due = []
         for key, draw in list(self._draws.items()):
@@ -369,12 +369,12 @@ class Ledger:
             async with gate:
                 self._wake(draw)
                 if draw.task is not None:
-                    await asyncio.wait({draw.task}, timeout=DRAW_LIMIT)  # who waits for it keeps it going
+                    await asyncio.wait({draw.task}, timeout=DRAW_LIMIT)  # the waiting requests keep it going
 
         await tasks.together(*(write(draw) for draw in due))
 
     async def close(self) -> None:
-        """Gives back what is left, once all is settled that will be. What stays reserved is forfeited."""
+        """Gives back the rest, after the last settlements. Remaining reservations are forfeited."""
         if self._tending is not None:
             await self._tending.close()
         await tasks.settle(*(draw.task for draw in self._draws.values() if draw.task is not None), limit=2 * DRAW_LIMIT)
@@ -405,4 +405,4 @@ def _parsed(value: bytes) -> Record:
     try:
         return Record.parse(value)
     except InvalidMessage as exc:
-        raise FabricUnavailable("a budget in the bucket cannot be read: it is of another version, or damaged") from exc
+        raise FabricUnavailable("a budget in the bucket cannot be read: it has another version, or is damaged") from exc

@@ -1,12 +1,12 @@
-"""What callers may use, and what a token costs: `plans.toml`, parsed into frozen values.
+"""How much callers may use, and the price of a token: `plans.toml`, parsed into frozen values.
 
 Rules:
-- A limit that is absent is no limit. One that is 0 refuses everything: an explicit zero is zero.
-- Money is decimal text in the file and whole micro-units inside; there is no floating point on the way. A micro-unit is a
-  millionth of the currency's unit.
-- What a request costs is the exact sum of its tokens at their prices, rounded *up* to the next micro-unit, once: a caller
-  pays less than one micro-unit too much, and never too little.
-- A file that is wrong is no file: every error names the key, and what to write there.
+- An absent limit means no limit. A limit of 0 refuses everything.
+- Money is decimal text in the file and whole micro-units inside, never floating point. A micro-unit is a millionth of the
+  currency's unit.
+- A request costs the exact sum of its tokens at their prices, rounded *up* once to the next micro-unit. A caller pays less than
+  one micro-unit too much, and never too little.
+- A file with a fault is refused whole: every error names the key, and what to write there.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lacre_fabric import settings as files
 from lacre_fabric.settings import Table
 
 PLANS_FILE: Final = "plans.toml"
-ANY_MODEL: Final = "*"  # the price of every model that has none of its own
+ANY_MODEL: Final = "*"  # the price of every model without its own
 MICRO: Final = 10**6
 _MILLION_TOKENS: Final = 10**6
 _MONEY: Final = re.compile(r"([0-9]{1,12})(?:\.([0-9]{1,6}))?")
-_MAX_COUNT: Final = 2**53  # what every JSON reader holds exactly
+_MAX_COUNT: Final = 2**53  # every JSON reader holds it exactly
 
 
 class LimitKind(StrEnum):
-    """What a limit counts. All but the last count within a window of UTC."""
+    """What a limit counts. All except the last count within a window of UTC."""
 
     REQUESTS_PER_MINUTE = "requests_per_minute"
     TOKENS_PER_MINUTE = "tokens_per_minute"
@@ -45,7 +45,7 @@ class LimitKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PlanLimits:
-    """The most that one holder of them may use; None is no limit. Money in micro-units."""
+    """The most that one holder may use; None: no limit. Money in micro-units."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -63,27 +63,27 @@ class PlanLimits:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Of one model, in micro-units for a million tokens. cached: of those prompt tokens that were in the prefix cache."""
+    """Of one model, in micro-units for a million tokens. cached: of prompt tokens from the prefix cache."""
 
     prompt: int
     cached: int
     completion: int
 
     def of(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> int:
-        """In micro-units, rounded up. cached_tokens is a part of prompt_tokens."""
+        """The price in micro-units, rounded up. prompt_tokens includes cached_tokens."""
         fresh = prompt_tokens - cached_tokens
         total = fresh * self.prompt + cached_tokens * self.cached + completion_tokens * self.completion
         return -(-total // _MILLION_TOKENS)
 
     def at_most(self, prompt_tokens: int, completion_tokens: int) -> int:
-        """What so many tokens cost at most, however many of them are cached."""
+        """The highest price of this many tokens, however many of them are cached."""
         total = prompt_tokens * max(self.prompt, self.cached) + completion_tokens * self.completion
         return -(-total // _MILLION_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """user: for each user on the plan. tenant: for all of a tenant's users on it. everyone: for all who are on it."""
+    """user: for each user on the plan. tenant: for all of a tenant's users on it. everyone: for all users on the plan."""
 
     name: str
     user: PlanLimits
@@ -93,7 +93,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """What is said of one tenant. plan: of its users whose token names none. limits: for all of them, whatever their plans."""
+    """One tenant's settings. plan: of its users whose token names none. limits: for all of them, on any plan."""
 
     plan: str | None
     limits: PlanLimits
@@ -110,12 +110,12 @@ class Plans:
     prices: Mapping[str, Price] = field(default_factory=lambda: MappingProxyType({}))
 
     def plan_of(self, tenant: str, named: str | None) -> Plan | None:
-        """named: by the token; None leaves it to the tenant, and then to the default. None where there is no such plan."""
+        """named: by the token; None: the tenant's, or else the default. Returns None for an unknown plan."""
         own = self.tenants.get(tenant)
         return self.plans.get(named or (own and own.plan) or self.default)
 
     def price_of(self, model: str) -> Price | None:
-        """None where neither the model nor `*` has one; no money limit is set then."""
+        """None if neither the model nor `*` has one; then no money limit is set."""
         return self.prices.get(model) or self.prices.get(ANY_MODEL)
 
 
@@ -130,13 +130,13 @@ def parse(text: str, path: Path) -> Plans:
 
 
 def money(amount: int) -> str:
-    """Micro-units as decimal text: what the file would say."""
+    """Micro-units as decimal text, as in the file."""
     sign, digits = "-" if amount < 0 else "", f"{abs(amount):07d}"
     return f"{sign}{digits[:-6]}.{digits[-6:]}"
 
 
 def _micro_units(value: object) -> object:
-    """Decimal text in micro-units. A bare number would be binary by the time that it is read here."""
+    """Decimal text in micro-units. A bare number would already be binary here."""
     found = _MONEY.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         raise PydanticCustomError("money", 'write an amount as text, with at most six decimals, such as "12.50"')

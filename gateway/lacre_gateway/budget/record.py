@@ -1,17 +1,17 @@
-"""What all gateways know of one budget: how much of each window each of them has drawn. A value; changing it makes another.
+"""What all gateways know of one budget: how much of each window each has drawn. An immutable value.
 
 Rules:
-- A *share* is one holder's lease of one window: so much was drawn, and so much of it was used when the holder last said so.
-  Only the holder changes its share, and it writes absolute numbers: to write the same twice changes nothing.
-- What all shares of a window have drawn never exceeds the ceiling that a draw names. A share is not taken from its holder
-  while its window lasts: a holder that crashed may have spent it all. What it had not spent is forfeited until then.
-- A record keeps the two newest windows that were ever drawn from. Below the older of them nothing is drawn, ever again: a
-  clock that goes back finds no fresh budget.
-- A share of streams belongs to no window: it is void at its `until`, which its holder put past the end of its longest stream.
-- A share that its holder closed is final; what it used is kept in one sum with the others.
-- Each gateway's credential writes a part of its own, and draws by what all parts say. Another's part is taken for what it can
-  be, no more: one that cannot be read counts as nothing drawn, and windows that have not begun count for nothing. A gateway
-  that lies in its part can say that its leases hold a whole budget, and cannot give away nor take back what others drew.
+- A *share* is one holder's lease of one window: how much was drawn, and how much of it was used at the last report. Only the
+  holder changes its share. It writes absolute numbers, so writing the same twice changes nothing.
+- All shares of a window together never draw more than the ceiling that a draw names. A share stays with its holder while its
+  window lasts, because a crashed holder may have spent it all. Until then, its unspent part is forfeited.
+- A record keeps the two newest windows that were ever drawn from. Nothing is ever drawn below the older of them, so a clock
+  that goes back finds no fresh budget.
+- A share of streams belongs to no window. It is void at its `until`, which its holder set past the end of its longest stream.
+- A share that its holder closed is final; its usage is kept in one sum with the others.
+- Each gateway's credential writes its own part, and draws by the sum of all parts. Other parts are trusted only as far as they
+  are plausible. An unreadable one counts as nothing drawn, and windows that have not begun count for nothing. A lying gateway
+  can claim that its leases hold a whole budget. It cannot give away or take back what others drew.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST: Final = 2**63  # of anything: far more than any ceiling, and quickly adde
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """used: as the holder last reported. until: for streams, when it is void; 0 otherwise. closed: the holder has left."""
+    """used: as last reported by the holder. until: for streams, when it is void; 0 otherwise. closed: the holder has left."""
 
     drawn: int
     used: int = 0
@@ -41,21 +41,21 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """settled: what closed shares had used, folded into one number."""
+    """settled: the usage of closed shares, as one sum."""
 
     shares: Mapping[str, Share] = field(default_factory=dict)
     settled: int = 0
 
     def drawn(self) -> int:
-        """What is gone from the ceiling."""
+        """How much of the ceiling is gone."""
         return self.settled + sum(share.drawn for share in self.shares.values())
 
     def used(self) -> int:
-        """What was surely used, as far as was reported."""
+        """How much was certainly used, by the reports."""
         return self.settled + sum(share.used for share in self.shares.values())
 
     def folded(self, own: str, now: float) -> Window:
-        """Without others' shares that are closed or, being of streams, void."""
+        """Without others' shares that are closed or, for streams, void."""
         gone = {
             name: share
             for name, share in self.shares.items()
@@ -69,11 +69,11 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What a holder asks of one window.
+    """A holder's request to one window.
 
-    committed: used and reserved: what it must keep. used: of it. needs: what each request that waits wants beyond, in turn.
-    spare: what it wants for requests to come; it gets no more than half of its fair part of what is left. until: for streams.
-    closed: it leaves.
+    committed: used and reserved, which it must keep. used: of it. needs: what each waiting request wants beyond, in turn.
+    spare: the wish for future requests; it gets at most half of its fair part of the rest. until: for streams. closed: the
+    holder leaves.
     """
 
     kind: LimitKind
@@ -89,8 +89,8 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class Lot:
-    """What came of a want. drawn: all that the holder has now. others: what is gone to others. firm: what they surely used.
-    met: which of its needs. refused: the window is over.
+    """The result of a want. drawn: all that the holder has now. others: all that others have drawn. firm: what they certainly
+    used. met: which of its needs. refused: the window is over.
     """
 
     drawn: int
@@ -105,14 +105,14 @@ Windows = Mapping[LimitKind, Mapping[int, Window]]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """name: whose budget it is, for people. windows: of the own part. others: of the parts of other credentials."""
+    """name: of the budget's owner, for people. windows: of the own part. others: of the parts of other credentials."""
 
     name: str
     windows: Windows = field(default_factory=dict)
     others: tuple[Windows, ...] = ()
 
     def with_others(self, parts: Iterable[bytes], current: Mapping[LimitKind, int]) -> Record:
-        """current: the windows that are open now. One more may have begun, by another clock."""
+        """current: the open windows. One more may have begun, by another clock."""
         found, name = [], self.name
         for part in parts:
             try:
@@ -126,7 +126,9 @@ class Record:
         return Record(name, self.windows, tuple(found))
 
     def merged(self) -> Record:
-        """All parts as one, for people, without windows that are over. Of two holders of one name the second has a number."""
+        """All parts as one, for people, without windows that are over. If two holders have the same name, the second gets a
+        number.
+        """
         found: dict[LimitKind, dict[int, Window]] = {}
         for part in (self.windows, *self.others):
             for kind, kept in part.items():
@@ -140,7 +142,7 @@ class Record:
         return Record(self.name, newest)
 
     def floor(self, kind: LimitKind) -> int:
-        """Windows below are over for good."""
+        """Earlier windows are over for good."""
         kept = {at for part in (self.windows, *self.others) for at in part.get(kind, {})}
         return sorted(kept)[-KEPT_WINDOWS] if len(kept) >= KEPT_WINDOWS else 0
 
@@ -151,7 +153,7 @@ class Record:
         return self.windows.get(kind, {}).get(window, Window()).shares.get(holder)
 
     def allot(self, holder: str, want: Want, now: float) -> tuple[Record, Lot]:
-        """The record after the want, and what came of it. now: decides which shares of streams are void."""
+        """The record after the want, and the result. now: decides which shares of streams are void."""
         if want.window < self.floor(want.kind):
             return self, Lot(want.committed, met=(False,) * len(want.needs), refused=True)
         kept = dict(self.windows.get(want.kind, {}))
@@ -183,18 +185,18 @@ class Record:
         try:
             found = json.loads(data)
             if found["v"] != VERSION:
-                raise InvalidMessage("a budget record of another version: run gateways of one version")
+                raise InvalidMessage("the budget record has another version: run all gateways in the same version")
             windows = {
                 LimitKind(kind): {int(number): _parse_window(window) for number, window in kept.items()}
                 for kind, kept in found["kinds"].items()
             }
             return cls(str(found["name"]), windows)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-            raise InvalidMessage("a budget record that is not of its form") from exc
+            raise InvalidMessage("the budget record is malformed") from exc
 
 
 def _divide(want: Want, others: int, holders: int) -> tuple[int, tuple[bool, ...]]:
-    """What the holder gets, never less than is committed; and which of its needs are met: each in turn that still fits."""
+    """How much the holder gets, never less than is committed; and which of its needs are met: each in turn that still fits."""
     free, drawn, met = want.ceiling - others, want.committed, []
     for need in want.needs:
         met.append(need == 0 or drawn + need <= free)
@@ -222,7 +224,7 @@ def _parse_share(drawn: int, used: int, *rest: object) -> Share:
 
 
 def _amount(said: object) -> int:
-    """Raises ValueError: less than nothing would give others more than there is."""
+    """Raises ValueError: a negative amount would give others more than there is."""
     if type(said) is not int or not 0 <= said <= _MOST:
-        raise ValueError("an amount that is none")
+        raise ValueError("not an amount")
     return said

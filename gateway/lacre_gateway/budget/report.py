@@ -1,9 +1,9 @@
-"""What the shared budgets say, for an auditor: what is used, what is out on leases, and what was forfeited.
+"""The shared budgets for an auditor: how much is used, held in leases, and forfeited.
 
 Rules:
-- A lease whose holder is gone is *lost*: what of it was not used is forfeited until its window ends.
-- With audit logs, what a lost lease's holder did use is counted from its outcomes, to the micro-unit. Without them, it is what
-  the holder last reported, which may be less.
+- A lease whose holder is gone is *lost*: its unused part is forfeited until its window ends.
+- With audit logs, the usage of a lost lease is counted from its outcomes, to the micro-unit. Without them, it is the holder's
+  last report, which may be less.
 - Every number must add up: a closed lease has drawn what its outcomes say, and no lease has used more than it drew.
 """
 
@@ -29,7 +29,7 @@ Settled = Mapping[Place, Mapping[str, int]]  # by the holders of the leases
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """used: by its outcomes where there are audit logs, else as last reported. forfeited: of a lost one, what was not used."""
+    """used: by its outcomes if there are audit logs, else as last reported. forfeited: the unused part of a lost one."""
 
     holder: str
     drawn: int
@@ -43,7 +43,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One limit in one window. settled: by holders that left in order. wrong: what does not add up."""
+    """One limit in one window. settled: by holders that left properly. wrong: the part that does not add up."""
 
     key: str
     name: str
@@ -79,7 +79,7 @@ class Line:
 
 
 def lines(records: Mapping[str, Record], alive: frozenset[str], settled: Settled | None = None) -> Iterator[Line]:
-    """alive: the holders that were heard of lately. settled: by audit logs of all gateways; None where there are none."""
+    """alive: holders with a recent sign of life. settled: by audit logs of all gateways; None if there are none."""
     for key, record in sorted(records.items(), key=lambda pair: pair[1].name):
         for kind, windows in record.windows.items():
             for number, window in sorted(windows.items()):
@@ -105,7 +105,7 @@ def _line(place: Place, name: str, window: Window, alive: frozenset[str], by_hol
 
 
 def settled_by(entries: Iterable[Mapping[str, Any]]) -> dict[Place, dict[str, int]]:
-    """What the outcomes of audit logs settled, by budget and holder. entries: of each log in order."""
+    """The amounts that outcomes in audit logs settled, by budget and holder. entries: of each log in order."""
     found: dict[Place, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     intents: dict[str, Mapping[str, Any]] = {}
     for entry in entries:
@@ -118,7 +118,7 @@ def settled_by(entries: Iterable[Mapping[str, Any]]) -> dict[Place, dict[str, in
 
 
 def _charged(intent: Mapping[str, Any], outcome: Mapping[str, Any]) -> Iterator[tuple[Place, int]]:
-    # One without a duration was found unfinished at a start: whatever it used went with the lease that was lost.
+    # An outcome without a duration was found unfinished at a start: its usage belongs to the lost lease.
     requests = int(outcome["outcome"] != "refused" and outcome["duration"] is not None)
     tokens = (outcome["prompt_tokens"] or 0) + (outcome["completion_tokens"] or 0) if requests else 0
     for limit in intent["limits"]:

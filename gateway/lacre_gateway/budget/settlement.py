@@ -1,12 +1,12 @@
-"""Settling requests by their receipts: verified in batches, beside the requests and never in their way.
+"""Settles requests by their receipts, verified in batches, without delaying requests.
 
 Rules:
-- What settles a request is the newest receipt that the pool signed for it: the final one, or where the stream broke, the last
-  that came on a beat. One that is not the pool's, or is for another request, proves nothing, and an older one may stand.
-- A receipt that the pool did sign and that claims more than the grant settles nothing, and no older one does: the worker broke
-  its grant, and what it says is not taken.
-- No claim is lost: whatever goes wrong with one of a batch, or with the thread, each claim has one verdict.
-- Signatures are checked in a thread, all that wait together: the event loop goes on forwarding.
+- A request is settled by the newest receipt that the pool signed for it: the final one, or if the stream broke, the last one on
+  a beat. A receipt that is not the pool's, or is for another request, proves nothing, and an older one may count.
+- A receipt that the pool did sign and that claims more than the grant settles nothing, and no older one counts. The worker
+  broke its grant, so its claims are refused.
+- No claim is lost: even if one of a batch fails, or the thread does, each claim gets one verdict.
+- Signatures are checked in a thread, all waiting ones together: the event loop goes on forwarding.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lacre.runtime import tasks
 from lacre_fabric.logs import Log
 from lacre_gateway.budget.in_flight import Reservation
 
-# Checked in one go. A signature takes some 0.1 ms: this is what an entry waits for its turn at most.
+# Checked in one go. A signature takes some 0.1 ms, so this bounds the delay of an entry.
 MAX_BATCH: Final = 256
-# Seconds that a claim waits for others. Nobody waits for it, and going to the thread and back costs more than a signature.
+# Seconds that a claim waits for others. No request waits for it, and going to the thread and back costs more than a signature.
 _LINGER: Final = 0.025
 
 _CLOSE_LIMIT: Final = 10.0  # seconds: 256 claims take 25 ms, and thousands of them a second or so
@@ -42,7 +42,7 @@ class ReceiptFault(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a worker says that a request used. tokens: its receipts, the newest last. enc: base64url of the request's digest."""
+    """A worker's claim of a request's usage. tokens: its receipts, the newest last. enc: base64url of the request's digest."""
 
     request_id: str
     pool: str
@@ -54,8 +54,8 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """receipt: what settles the request; None leaves it unreceipted. token: the same, as it was signed. refused: why the newest
-    was not the one.
+    """receipt: the one that settles the request; None leaves it without one. token: the same, as signed. refused: why the
+    newest receipt was refused.
     """
 
     receipt: Receipt | None = None
@@ -86,7 +86,7 @@ _Waiting = tuple[Claim, Callable[[Verdict], None]]
 
 
 class Settlement:
-    """Takes claims and tells each one's verdict a little later. Used on the event loop; closed by `close`."""
+    """Takes claims and reports each one's verdict a little later. Used on the event loop; closed by `close`."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -101,7 +101,7 @@ class Settlement:
             self._task = tasks.detach("settlement", self._drain())
 
     async def close(self) -> None:
-        """Every claim so far has its verdict when this returns. What a thread does not judge in time is judged here."""
+        """Every claim so far has its verdict when this returns. Claims that a thread does not judge in time are judged here."""
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=_CLOSE_LIMIT)
             await tasks.end(self._task)
@@ -119,7 +119,7 @@ class Settlement:
             except asyncio.CancelledError:
                 self._waiting.extendleft(reversed(batch))
                 raise
-            except RuntimeError as exc:  # the system has no thread to give
+            except RuntimeError as exc:  # the system has no more threads
                 tasks.failed("settlement", exc)
                 verdicts = _judge_all(claims)
             self._tell(batch, verdicts)
@@ -146,6 +146,6 @@ def _judge_all(claims: Sequence[Claim]) -> list[Verdict]:
 def _judged(claim: Claim) -> Verdict:
     try:
         return judge(claim)
-    except Exception as exc:  # noqa: BLE001 - a worker wrote it: what cannot be judged proves nothing, and costs no other claim
+    except Exception as exc:  # noqa: BLE001 - an unreadable receipt proves nothing, and affects no other claim
         tasks.failed("settlement", exc)
         return Verdict(refused=ReceiptFault.NOT_THE_POOLS)

@@ -1,4 +1,6 @@
-"""The windows that limits count in: minutes, days and months of UTC, each by its number. No clock here: time comes in."""
+"""The windows that limits count in: minutes, days and months of UTC, each by its number. No clock here: the caller passes the
+time.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ from lacre_gateway.budget.plans import LimitKind
 MINUTE: Final = 60
 DAY: Final = 86400
 _MONTHS: Final = 12
-ALWAYS: Final = 0  # the one window of what is not counted by time
+ALWAYS: Final = 0  # the only window of limits that do not count by time
 
 _SECONDS: Final = {LimitKind.REQUESTS_PER_MINUTE: MINUTE, LimitKind.TOKENS_PER_MINUTE: MINUTE, LimitKind.TOKENS_PER_DAY: DAY}
 
 
 def window(kind: LimitKind, now: float) -> int:
-    """The number of the window that `now`, in seconds since the epoch, is in."""
+    """The number of the window of `now`, in seconds since the epoch."""
     if kind in _SECONDS:
         return int(now // _SECONDS[kind])
     if kind is LimitKind.MONEY_PER_MONTH:
@@ -44,7 +46,9 @@ def bounds(kind: LimitKind, number: int) -> tuple[float, float]:
 
 
 def label(kind: LimitKind, number: int) -> str:
-    """When it begins, for people: `2026-11`, `2026-11-25` or `2026-11-25T22:41`; empty for what is not counted by time."""
+    """When the window begins, for people: `2026-11`, `2026-11-25` or `2026-11-25T22:41`; empty for limits that do not count by
+    time.
+    """
     if kind is LimitKind.CONCURRENT_STREAMS:
         return ""
     begin = datetime.fromtimestamp(bounds(kind, number)[0], UTC)
@@ -60,7 +64,7 @@ def _month(number: int) -> float:
 
 @dataclass(slots=True)
 class Calendar:
-    """The current window of every kind, worked out once a minute."""
+    """The current window of every kind, computed once a minute."""
 
     begin: float = 0.0
     end: float = 0.0

@@ -1,10 +1,10 @@
-"""`lacre doctor`: looks at everything that a gateway needs before it can serve, and says what to do about what is wrong.
+"""`lacre doctor`: checks everything that a gateway needs before it can serve, and says how to fix each fault.
 
 Rules:
-- It changes nothing, takes no work and no answer, and can run beside the gateway that it looks after.
-- Each check tells one thing, and its remedy; what cannot be looked at because something else is wrong is `skipped`.
+- It changes nothing, takes no work and no answer, and can run beside the gateway that it checks.
+- Each check reports one fact and its remedy; a check that needs something that failed is `skipped`.
 
-Open `host.py` first for the shape of a check; `findings.py` says what one returns.
+Open `host.py` first for the shape of a check; `findings.py` defines a check's result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Finding", "State", "examine"]
 
 
 def examine(file: Path) -> list[Finding]:
-    """file: the settings file. Never raises for what is wrong with it or with what it names."""
+    """file: the settings file. Never raises for a fault in it or in the files that it names."""
     findings = Findings()
     try:
         settings = load(file)

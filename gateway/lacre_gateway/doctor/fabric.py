@@ -1,6 +1,6 @@
-"""What is on the fabric: the connection, the manifest, queues, workers, revocations, and what time it is there.
+"""Checks the fabric: the connection, the manifest, queues, workers, revocations, and its clock.
 
-It connects with the gateway's credential, and subscribes to no replies: those are the running gateway's.
+It connects with the gateway's credential, and does not subscribe to replies: those belong to the running gateway.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lacre_fabric.work.presence import MAX_NODES, wrong_in
 from lacre_gateway.doctor.findings import Findings
 from lacre_gateway.settings import GatewaySettings
 
-_AHEAD: Final = 5.0  # seconds that clocks may differ and nobody notices
-_FAR: Final = 60.0  # seconds at which grants and tokens begin to be refused
+_AHEAD: Final = 5.0  # seconds that clocks may differ without harm
+_FAR: Final = 60.0  # seconds at which workers and gateways begin to refuse grants and tokens
 _HOUR: Final = 3600.0
 
 
@@ -35,7 +35,7 @@ async def check(settings: GatewaySettings, findings: Findings) -> None:
     try:
         connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
     except LacreError as exc:
-        findings.failed("fabric", str(exc), "see that NATS runs there, and that it knows the credential in nats.credentials")
+        findings.failed("fabric", str(exc), "check that NATS runs there, and that it knows the credential in nats.credentials")
         findings.skipped("manifest, queues, workers, clock", "the fabric is needed first")
         return
     try:
@@ -57,7 +57,9 @@ async def _manifest(settings: GatewaySettings, connection: Connection, findings:
             return None
         manifest = verify(document, settings.root, time.time()).manifest
     except FabricError as exc:
-        findings.failed("manifest", str(exc), "provision the fabric anew: the credential's permissions are not a gateway's")
+        findings.failed(
+            "manifest", str(exc), "provision the fabric again: the credential does not have a gateway's permissions"
+        )
         return None
     except LacreError as exc:
         findings.failed("manifest", f"it does not verify: {exc}", f"compare `trust` with the published root; {remedy}")
@@ -82,18 +84,18 @@ def _signing_key(settings: GatewaySettings, manifest: Manifest, findings: Findin
         findings.ok("grants", "the manifest names the key that this gateway signs with")
     else:
         findings.failed(
-            "grants", "the manifest names another key than signing_key: workers will refuse every grant",
+            "grants", "the manifest does not name signing_key: workers will refuse every grant",
             "give this gateway the key that the manifest names, or publish a manifest with this one",
         )  # fmt: skip
 
 
 async def _queues(connection: Connection, manifest: Manifest, region: str, findings: Findings) -> None:
-    """Those of the gateway's own region."""
+    """The queues of the gateway's own region."""
     for pool in manifest.pools:
         try:
             said = await _info(connection, subjects.work_stream(pool, region))
         except FabricError as exc:
-            remedy = "`lacre manifest publish` makes missing queues; a denial means that the credential is not for this pool"
+            remedy = "`lacre manifest publish` creates missing queues; a denial means that the credential is not for this pool"
             findings.failed(f"queue {pool}", str(exc), remedy)
             continue
         findings.ok(f"queue {pool}", f"{said['state']['messages']} waiting")
@@ -101,7 +103,7 @@ async def _queues(connection: Connection, manifest: Manifest, region: str, findi
 
 
 async def _info(connection: Connection, queue: str) -> dict[str, Any]:
-    """What JetStream says of a pool's queue, with its own time. Raises FabricUnavailable."""
+    """JetStream's state of a pool's queue, with its own time. Raises FabricUnavailable."""
     async with connection.mapped():
         try:
             return dict(await connection.ask(f"STREAM.INFO.{queue}", {}))
@@ -110,13 +112,13 @@ async def _info(connection: Connection, queue: str) -> dict[str, Any]:
 
 
 def _clock(said: dict[str, Any], findings: Findings) -> None:
-    """Told once: NATS has one clock."""
+    """Reported once: NATS has one clock."""
     stamp = said.get("ts")
     if not isinstance(stamp, str) or any(finding.check == "clock" for finding in findings.found):
         return
     ahead = time.time() - datetime.fromisoformat(stamp).timestamp()
     told = f"{abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} the message server's"
-    remedy = "keep both clocks by NTP: tokens, grants and requests carry times"
+    remedy = "synchronise both clocks by NTP: tokens, grants and requests carry times"
     if abs(ahead) > _FAR:
         findings.failed("clock", told, remedy)
     elif abs(ahead) > _AHEAD:
@@ -126,7 +128,7 @@ def _clock(said: dict[str, Any], findings: Findings) -> None:
 
 
 async def _workers(connection: Connection, manifest: Manifest, own: str, findings: Findings) -> None:
-    heard: dict[str, dict[str, frozenset[str]]] = {pool: {} for pool in manifest.pools}  # and what is wrong with each
+    heard: dict[str, dict[str, frozenset[str]]] = {pool: {} for pool in manifest.pools}  # the faults of each worker
 
     def hear(subject: str, _block: bytes, payload: bytes) -> bool:
         try:
@@ -143,7 +145,7 @@ async def _workers(connection: Connection, manifest: Manifest, own: str, finding
         async with connection.mapped(confirmed=True):
             await connection.client.subscribe_directly("presence.>", hear)
     except FabricError as exc:
-        findings.failed("workers", str(exc), "provision the fabric anew: the credential's permissions are not a gateway's")
+        findings.failed("workers", str(exc), "provision the fabric again: the credential does not have a gateway's permissions")
         return
     deadline = time.monotonic() + PRESENT_FOR
     while time.monotonic() < deadline and not all(heard[pool] for pool in manifest.pools):
@@ -153,15 +155,15 @@ async def _workers(connection: Connection, manifest: Manifest, own: str, finding
             _told(pool, heard[pool], findings)
         else:
             findings.warn(
-                f"workers {pool}", "nobody was heard of", "start one with `lacre worker`: callers get a 503 until then"
+                f"workers {pool}", "no worker was found", "start one with `lacre worker`: callers get a 503 until then"
             )
 
 
 def _told(pool: str, heard: Mapping[str, frozenset[str]], findings: Findings) -> None:
-    """Of the workers of one pool that were heard of. heard: what is wrong with each, in its own words."""
+    """The result for the workers of one pool. heard: the faults of each, in its own words."""
     wrong = [f"{name} ({', '.join(sorted(kinds))})" for name, kinds in sorted(heard.items()) if kinds]
     told = f"{len(heard)} heard of: {', '.join(sorted(heard))}"
-    remedy = "their logs say what it is and what to do; so does `lacre worker check --settings FILE` on their machines"
+    remedy = "read their logs, or run `lacre worker check --settings FILE` on their machines"
     if not wrong:
         findings.ok(f"workers {pool}", told)
     elif len(wrong) < len(heard):

@@ -1,4 +1,4 @@
-"""What a look at something found."""
+"""The results of checks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from enum import StrEnum
 
 class State(StrEnum):
     OK = "ok"
-    WARNING = "warning"  # it serves, and somebody should know
-    FAILED = "failed"  # it does not serve, or not for all
-    SKIPPED = "skipped"  # could not be looked at
+    WARNING = "warning"  # it serves, but the operator should know
+    FAILED = "failed"  # it does not serve, or not all callers
+    SKIPPED = "skipped"  # could not be checked
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """remedy: what to do; empty where there is nothing to do."""
+    """remedy: what to do; empty if there is nothing to do."""
 
     check: str
     state: State
@@ -25,7 +25,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Findings:
-    """Collects them in order."""
+    """Collects results in order."""
 
     found: list[Finding] = field(default_factory=list)
 

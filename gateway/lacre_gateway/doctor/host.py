@@ -1,4 +1,4 @@
-"""What is on this machine: the audit log's folder, the certificate, the port, the limit of open files."""
+"""Checks this machine: the audit log's folder, the certificate, the port, the limit of open files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(settings: GatewaySettings, findings: Findings) -> None:
     elif settings.public_url.startswith("https:"):
         findings.warn(
             "tls", "public_url is https, and the gateway itself serves plain HTTP",
-            "have a proxy end TLS in front of it, or set listen.tls",
+            "put a TLS proxy in front of it, or set listen.tls",
         )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def _port(listen: Listen, findings: Findings) -> None:
     except SettingsError as exc:
         cause = exc.__cause__
         if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
-            findings.warn("port", f"{at} is taken", "nothing, where it is this gateway that runs; else free the port")
+            findings.warn("port", f"{at} is taken", "none if this gateway is running; otherwise free the port")
         else:
             findings.failed("port", str(exc), "name an address of this machine in listen.host")
     else:
@@ -113,6 +113,6 @@ def _names(certificate: x509.Certificate) -> list[str]:
 
 
 def _is_for(certificate: x509.Certificate, host: str) -> bool:
-    """By the names alone; who signed it is for clients to judge. A wildcard stands for one label (RFC 9525 section 6.3)."""
+    """By the names alone; clients judge the signature. A wildcard stands for one label (RFC 9525 section 6.3)."""
     wild = f"*.{host.partition('.')[2]}"
     return any(name.lower() in (host.lower(), wild.lower()) for name in _names(certificate))

@@ -1,4 +1,4 @@
-"""How findings are told: a table for people, one JSON object for programs."""
+"""Prints results: a table for people, one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STYLES: Final = {State.OK: "green", State.WARNING: "yellow", State.FAILED: "bol
 
 
 def show(findings: Sequence[Finding], *, as_json: bool) -> bool:
-    """Prints them. Whether nothing failed."""
+    """Prints them. Returns whether no check failed."""
     healthy = all(finding.state is not State.FAILED for finding in findings)
     if as_json:
         say_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})

@@ -1,4 +1,4 @@
-"""Whom the gateway trusts, and what it decides by: its key, the issuers, the rules."""
+"""Checks what the gateway trusts and decides by: its key, the issuers, the rules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check(settings: GatewaySettings, findings: Findings) -> None:
         try:
             read(path)
         except SettingsError as exc:
-            findings.failed(name, str(exc), "put the file there, readable for the gateway's user alone")
+            findings.failed(name, str(exc), "put the file there, readable only for the gateway's user")
         else:
             findings.ok(name, str(path))
     _rules(settings, findings)
@@ -38,7 +38,7 @@ def check(settings: GatewaySettings, findings: Findings) -> None:
 def _rules(settings: GatewaySettings, findings: Findings) -> None:
     folder = settings.policies or shipped()
     try:
-        asyncio.run(try_out(folder))  # in a process of its own: a set can end the one that parses it
+        asyncio.run(try_out(folder))  # in its own process, because a set can end the process that parses it
         rules = RuleSet.load(folder)
     except PolicyError as exc:
         findings.failed("policies", str(exc), "correct the file; `lacre policy check` and `lacre policy test` say more")
@@ -73,20 +73,22 @@ async def _issuer(issuer: Issuer, place: str, findings: Findings) -> None:
     if keys.usable:
         findings.ok(place, f"{issuer.issuer}: its keys were fetched; {_tenancy(issuer)}")
     else:
-        remedy = "see that this machine reaches the issuer by https, that its certificate is valid, and that it publishes keys"
+        remedy = (
+            "check that this machine reaches the issuer by https, that its certificate is valid, and that it publishes keys"
+        )
         findings.failed(place, f"{issuer.issuer}: {_reason(log.getvalue())}", remedy)
 
 
 def _tenancy(issuer: Issuer) -> str:
-    """Whom its tokens speak for. A token of a real issuer may well have no such claim, and is refused then."""
+    """The tenant of the issuer's tokens. A real issuer's token may have no such claim, and is then refused."""
     if issuer.tenant is not None:
-        return f"its tokens speak for the tenant {issuer.tenant}"
+        return f"its tokens are for the tenant {issuer.tenant}"
     otherwise = "are refused" if issuer.default_tenant is None else f"speak for {issuer.default_tenant}"
     return f"its tokens name their tenant in {'.'.join(issuer.claims.tenant)}, and those that do not {otherwise}"
 
 
 def _reason(log: str) -> str:
-    """What the last line of a log says."""
+    """The reason in the last line of a log."""
     lines = log.splitlines()
     said = json.loads(lines[-1]) if lines else {}
     return str(said.get("reason") or said.get("event") or f"no answer within {_ISSUER_LIMIT:.0f} s")

@@ -1,5 +1,5 @@
-"""HTTP before its meaning: sockets, uvicorn, one request with its answer, outer headers, refusals, the access log.
+"""HTTP, without the requests' meaning: sockets, uvicorn, one request with its answer, outer headers, refusals, the access log.
 
 Rules: heads and bodies are bounded before the sender is known; an answer is never buffered; a refusal is a problem document.
-Open `exchange.py` first. `headers.py` reads the outer headers, and `refusal.py` is what a caller gets instead of an answer.
+Open `exchange.py` first. `headers.py` reads the outer headers, and `refusal.py` is sent instead of an answer.
 """

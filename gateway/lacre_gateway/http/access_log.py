@@ -1,6 +1,6 @@
-"""Gives every request its id, and logs its end. Pure ASGI: an answer passes through untouched, piece by piece.
+"""Gives every request an id, and logs its end. Pure ASGI: it passes answers on unchanged, piece by piece.
 
-What is logged of a request is its route, not its path, and none of its headers: a path may hold what a caller pasted into it.
+The log has a request's route but not its path, and no headers: a path may hold text that a caller pasted into it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ADMIN: Final = frozenset(
 )
 _ROUTES: Final = frozenset({"/v1/sealed", "/v1/manifest", "/healthz", "/readyz"}) | _ADMIN
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# Probes come every few seconds for ever; they are logged only when they fail.
+# Probes arrive every few seconds, so only their failures are logged.
 _PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
@@ -68,7 +68,7 @@ class AccessLog:
 
 
 def _said(refusal: Refusal | None) -> dict[str, str]:
-    """What was wrong, in fixed words: of a token the claim and the reason, and nothing that stands in it."""
+    """The fault in fixed words: of a token the claim and the reason, but none of its values."""
     if refusal is None:
         return {}
     reason = ": ".join(str(refusal.details[name]) for name in ("claim", "reason") if name in refusal.details)

@@ -1,4 +1,4 @@
-"""How an app of ours answers what goes wrong: a row of the fixed problem table, and nothing of the exception."""
+"""How our apps answer errors: with a row of the fixed problem table, and nothing of the exception."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lacre_gateway.http.exchange import REFUSED
 from lacre_gateway.http.refusal import Refusal
 
 INVALID: Final = Problem(
-    "urn:lacre:problem:invalid-arguments", 422, "The call's arguments are not of the form that the API describes",
+    "urn:lacre:problem:invalid-arguments", 422, "The call's arguments do not fit the API's description",
     "See /openapi.json.")  # fmt: skip
 BODY_TOO_LARGE: Final = Problem(
     "urn:lacre:problem:body-too-large", 413, "The call's body is too large", "Send at most 16 KiB.")  # fmt: skip
 BODY_TOO_SLOW: Final = Problem(
     "urn:lacre:problem:body-too-slow", 408, "The call's body arrived too slowly", "Send it again.")  # fmt: skip
 _BY_STATUS: Final = {400: INVALID, 404: problems.NOT_FOUND, 405: problems.METHOD_NOT_ALLOWED}
-# For OpenAPI: what a problem document is, and a response that is one.
+# For OpenAPI: the schema of a problem document, and a response with one.
 PROBLEM: Final = {
     "description": "A problem document (RFC 9457).",
     "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
@@ -35,7 +35,7 @@ _SCHEMA: Final = {
 
 
 def answer_with_problems(app: FastAPI) -> None:
-    """For errors of the router, refusals, and whatever else comes."""
+    """For errors of the router, refusals, and all other exceptions."""
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(Exception, _failed)
@@ -44,7 +44,7 @@ def answer_with_problems(app: FastAPI) -> None:
 def described(
     app: FastAPI, paths: Mapping[str, Any] | None = None, security: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The app's OpenAPI document, with the problem document in place of FastAPI's own form.
+    """The app's OpenAPI document, with the problem document in place of FastAPI's own error form.
 
     paths, security: paths that it cannot know, and the schemes that they name.
     """
@@ -65,7 +65,7 @@ def problem_response(refusal: Refusal) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """What the router says of a wrong path or method, or of a body that is no JSON."""
+    """The router's answer to a wrong path or method, or to a body that is not JSON."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     details: dict[str, Detail] = {}
     if status == problems.NOT_FOUND.status:
@@ -81,9 +81,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> set[str]:
-    """Of all routes of the path: the router itself names the first one's methods alone."""
+    """Over all routes of the path: the router itself names only the first one's methods."""
     app: FastAPI = request.app
-    path: str = request.scope["path"]  # a URL would be made with the Host that was sent
+    path: str = request.scope["path"]  # a URL would use the caller's Host header
     described = app.openapi()["paths"].get(path, {})
     return {name.upper() for name in described} | {
         method
@@ -100,8 +100,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, _error: Exception) -> Response:
-    """A fault of the gateway. The server logs where it was; the caller learns that it was, and by which id to ask for it."""
+    """A fault of the gateway. The server logs the place; the caller learns only the request id to report."""
     response = problem_response(Refusal(problems.INTERNAL))
     if (request_id := request.scope.get("state", {}).get("request_id")) is not None:
-        response.headers["lacre-request-id"] = request_id  # it is answered past the layer that says so elsewhere
+        response.headers["lacre-request-id"] = request_id  # the layer that otherwise adds this header is bypassed
     return response

@@ -1,12 +1,12 @@
-"""One HTTP request and its answer, over bare ASGI: what the relay needs of HTTP, and nothing of what the request is for.
+"""One HTTP request and its answer, over bare ASGI: all the HTTP that the relay needs, without the request's meaning.
 
 Rules:
-- A body is counted while it is read, whatever Content-Length said, and has a limited time to arrive. Of one whose sender or
-  purpose is refused nothing is kept.
-- Nothing of an answer is buffered: `write` returns when the server took the bytes, and a client that reads nothing is cut off.
-- What tells a part from the whole is the seal's final chunk. An answer that breaks off never has it, however it ends here.
-- `give_up` ends an answer in order, and so says that its worker may be lost. Left without an end, an answer says that it was
-  not: the server aborts the connection, as if this process had died (RFC 9112 section 7.1: no last chunk comes).
+- A body is counted while it is read, even if it has a Content-Length, and has a limited time to arrive. If its sender or
+  purpose is refused, nothing of it is kept.
+- Nothing of an answer is buffered: `write` returns when the server has taken the bytes, and a client that reads nothing is cut.
+- Only the seal's final chunk shows that an answer is whole. A broken answer never has it, however it ends here.
+- `give_up` ends an answer properly, which says that its worker may be lost. Without an end, the server aborts the connection as
+  if this process had died, which says the opposite (RFC 9112 section 7.1: no last chunk comes).
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-REFUSED: Final = "refused"  # in the scope's state: the refusal that was answered
-CUT: Final = "cut"  # in the scope's state: an answer that ended in order, and is not whole
+REFUSED: Final = "refused"  # in the scope's state: the refusal that was sent
+CUT: Final = "cut"  # in the scope's state: the answer ended properly, but is not whole
 # A worker gives up a stream whose credit is not renewed for 5 s (DESIGN section 7); later there is nothing left to send.
 STALL_LIMIT: Final = 10.0
-# After a refusal the rest of a body is read and dropped for this long: closing at once would reset the connection, and the
-# client might lose the refusal that it is about to read.
+# After a refusal, the rest of a body is read and dropped for this long. Closing at once would reset the connection, and the
+# client might lose the refusal before reading it.
 LINGER: Final = 2.0
-# What is usually here already when a refusal is decided. Reading it first lets the connection be used again.
+# This much has usually arrived when a refusal is decided. Reading it first lets the client use the connection again.
 _SKIM_BYTES: Final = 64 * 1024
 _SKIM_TIME: Final = 0.05
 
 _ANSWER_HEADERS: Final = (
     (b"content-type", MEDIA_TYPE_RESPONSE.encode()),
     (b"incremental", b"?1"),  # draft-ietf-httpbis-incremental: intermediaries must not buffer
-    (b"x-accel-buffering", b"no"),  # the same, for an nginx in front
+    (b"x-accel-buffering", b"no"),  # the same, for nginx
     (b"cache-control", b"no-store"),
 )
 
@@ -56,7 +56,7 @@ class BodyCount(Protocol):
     """Counts the bytes of one body, before each is kept: `lacre_gateway.budget.in_flight.BodyReservation`."""
 
     def take(self, size: int) -> None:
-        """Raises to refuse so many bytes more."""
+        """Raises to refuse this many more bytes."""
         ...
 
 
@@ -65,7 +65,7 @@ class ClientGone(Exception):
 
 
 class AnswerAborted(Exception):
-    """Aborts an answer that was under way. Left to the server, which closes the connection."""
+    """Aborts a running answer. It reaches the server, which closes the connection."""
 
 
 class Stalled(Exception):
@@ -73,12 +73,11 @@ class Stalled(Exception):
 
 
 class Exchange:
-    """One request and its answer. address: the caller's. status: what was answered; None so far. recorded: its intent, once
-    there is one.
+    """One request and its answer. address: the caller's. status: of the answer; None so far. recorded: its intent, once there
+    is one.
 
     since, first_byte: when it began, and when its answer did, on the monotonic clock. received, sent: bytes. records: pieces.
-    limits: the fields that say how far the caller's limits are used.
-    stall_limit: seconds that a client may leave a piece unread.
+    limits: header fields about the caller's limits. stall_limit: seconds that a client may leave a piece unread.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, stall_limit: float = STALL_LIMIT) -> None:
@@ -93,7 +92,7 @@ class Exchange:
         self.request_id: str = self._state["request_id"]
         self.status: int | None = None
         self._body = bytearray()
-        self._body_until = 0.0  # of the loop's clock
+        self._body_until = 0.0  # on the loop's clock
         self.recorded: asyncio.Future[Recorded] | None = None
         self.limits: RawHeaders = []
         self.since = time.monotonic()
@@ -106,7 +105,7 @@ class Exchange:
 
     @property
     def started(self) -> bool:
-        """Whether an answer is on its way, so that it is too late for a problem document."""
+        """Whether the answer has begun, so that it is too late for a problem document."""
         return self.status is not None
 
     async def sealed_start(self, room: BodyCount, seconds: float, size: int) -> bytes:
@@ -119,13 +118,13 @@ class Exchange:
         return bytes(self._body[:size])
 
     async def sealed_body(self, room: BodyCount) -> bytes:
-        """The whole body, once its start was read. It is kept here no longer. Raises as `sealed_start`."""
+        """The whole body, after its start was read. It is no longer kept here. Raises as `sealed_start`."""
         await self._read(room, MAX_SEALED_REQUEST + 1)
         body, self._body = bytes(self._body), bytearray()
         return body
 
     async def _read(self, room: BodyCount, size: int) -> None:
-        """Until there are `size` bytes, or all."""
+        """Reads until there are `size` bytes, or all."""
         try:
             async with asyncio.timeout_at(self._body_until):
                 while self._unread and len(self._body) < size:
@@ -144,23 +143,23 @@ class Exchange:
             pass
 
     async def begin(self, proof: AuditProof) -> None:
-        """Starts the answer. It has no Content-Length: its end shows only in the seal. proof: that it was recorded."""
+        """Starts the answer. It has no Content-Length: only the seal shows its end. proof: that it was recorded."""
         self.status = 200
         self.first_byte = time.monotonic()
         headers = [*_ANSWER_HEADERS, *self.limits, _audit(proof)]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, pieces: Sequence[bytes]) -> None:
-        """Raises Stalled where the client does not take them in time."""
+        """Raises Stalled if the client does not take them in time."""
         await self._send_body(pieces, more=True)
 
     async def end(self, pieces: Sequence[bytes] = ()) -> None:
-        """The last pieces, and the end of the answer. Raises Stalled."""
+        """Sends the last pieces and ends the answer. Raises Stalled."""
         self._over = True
         await self._send_body(pieces, more=False)
 
     async def give_up(self) -> None:
-        """Ends an answer of which no more comes, and whose worker may be lost. Raises Stalled."""
+        """Ends an answer that is not whole, and whose worker may be lost. Raises Stalled."""
         self._state[CUT] = True
         if not self._over:
             await self.end()
@@ -179,7 +178,8 @@ class Exchange:
         """Answers with a problem document."""
         self.status, self._state[REFUSED] = refusal.problem.status, refusal
         self._body = bytearray()
-        waits = self.fields.expects() and not self._asked  # it is not told to send what nobody wants
+        # the client waits for permission, and is not told to send an unwanted body
+        waits = self.fields.expects() and not self._asked
         if not waits:
             await self._drop(_SKIM_TIME, _SKIM_BYTES)
         headers = [*refusal.headers(), *self.limits]
@@ -196,7 +196,7 @@ class Exchange:
             await self.end()
 
     async def _drop(self, seconds: float, limit: int) -> None:
-        """Reads what is left of the body, within limits, and forgets it."""
+        """Reads and drops the rest of the body, within limits."""
         with contextlib.suppress(TimeoutError, ClientGone):
             async with asyncio.timeout(seconds):
                 while self._unread and limit > 0:
@@ -214,7 +214,7 @@ class Exchange:
 
 
 class Attended:
-    """A context that is cut short by ClientGone as soon as the client leaves. Only after the body was read."""
+    """A context that ClientGone ends as soon as the client leaves. Only after the body was read."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -228,7 +228,7 @@ class Attended:
     async def __aexit__(self, kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
         self._over = True
         self._gone.cancel()
-        # Cancelled by somebody else as well, it stays cancelled.
+        # If another task cancelled it as well, it stays cancelled.
         if self._left and self._task is not None and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
             raise ClientGone from None
 

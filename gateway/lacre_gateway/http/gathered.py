@@ -1,11 +1,11 @@
-"""A transport that hands on what is written to it in one piece, once the event loop has gone round.
+"""A transport that collects the writes of one turn of the event loop, and passes them on in one piece.
 
-A server writes the head of an answer and each piece of its body by themselves, and to the kernel each of them costs more than
-many of our decisions (docs/performance.md). Those of one turn of the loop go out together.
+A server writes an answer's head and each piece of its body separately. Each of these writes costs more in the kernel than many
+of our decisions (docs/performance.md).
 
 Rules:
-- Nothing is held for longer than the turn in which it was written, and no more than `MOST` bytes.
-- What was written before `close` is sent, in its order; `abort` drops it, as it drops what the system has not sent yet.
+- Nothing is held longer than the turn in which it was written, and never more than `MOST` bytes.
+- Everything written before `close` is sent, in order; `abort` drops it, as it drops bytes that the system has not sent yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST: Final = 64 * 1024  # bytes; as much as the transport itself takes before i
 
 
 class GatheredTransport(asyncio.Transport):
-    """transport: what it writes to. Used on one event loop."""
+    """transport: receives the writes. Used on one event loop."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport

@@ -1,11 +1,11 @@
 """Accepts connections for TLS. A connection counts from the moment it is accepted, not from the end of its handshake.
 
-A server of asyncio or uvloop tells nobody of a handshake that is under way: it has a time limit, and no number.
+A server of asyncio or uvloop does not report running handshakes: it limits their time, but not their number.
 
 Rules:
-- A handshake is a connection without a request: it takes a place in total and of its address, and the `Door` may cut it off.
-- What fails before the end of a handshake is the peer's affair: nothing is logged of it.
-- No error of `accept` ends the listener. Where the process has no room for another connection, it tries again a little later.
+- A handshake is a connection without a request: it takes a place in total and of its address, and the `Door` may cut it.
+- A failure before the end of a handshake is the peer's affair, and is not logged.
+- No error of `accept` ends the listener. If the process has no room for another connection, it tries again a little later.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Final
 from lacre.runtime import tasks
 from lacre.runtime.listening import Door
 
-AT_ONCE: Final = 64  # connections that are accepted in one turn of the loop, so that others have their turns too
+AT_ONCE: Final = 64  # connections accepted in one turn of the loop, so that other work has its turn too
 RETRY: Final = 0.5  # seconds after a failure to accept, such as too many open files
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Of one listener. seconds: that a handshake has. serve: makes the protocol of a connection, which calls `Handshake.leave`
-    when it takes the place of the handshake.
+    """The terms of one listener. seconds: for a handshake. serve: makes the protocol of a connection, which calls
+    `Handshake.leave` when it takes the place of the handshake.
     """  # fmt: skip
 
     door: Door
@@ -51,8 +51,8 @@ class Handshake:
 
     async def _shake(self) -> None:
         terms = self._terms
-        self._begun = True  # the loop has the socket from here on, and closes it
-        with contextlib.suppress(OSError):  # an ssl.SSLError is one, and so is a handshake that takes too long
+        self._begun = True  # from here on the loop owns the socket, and closes it
+        with contextlib.suppress(OSError):  # ssl.SSLError is one, and so is a handshake that takes too long
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: terms.serve(self), self._peer, ssl=terms.context, ssl_handshake_timeout=terms.seconds
             )
@@ -63,7 +63,7 @@ class Handshake:
         self._task.cancel()
 
     def leave(self) -> None:
-        """It takes no place any more. Idempotent."""
+        """It no longer takes a place. Idempotent."""
         self._terms.door.leave(self, self._address)
 
     def _ended(self, _task: object) -> None:
@@ -73,7 +73,7 @@ class Handshake:
 
 
 class TlsListener:
-    """Takes the place of an `asyncio.Server`. listener: listens already, and does not block."""
+    """Takes the place of an `asyncio.Server`. listener: already listens, and does not block."""
 
     def __init__(self, listener: socket.socket, terms: Terms) -> None:
         self._loop = asyncio.get_running_loop()
@@ -100,10 +100,10 @@ class TlsListener:
             Handshake(peer, address[0], self._terms)
 
     def close(self) -> None:
-        """Accepts nothing more."""
+        """Accepts no more connections."""
         self._loop.remove_reader(self._listener)
         if self._later is not None:
             self._later.cancel()
 
     async def wait_closed(self) -> None:
-        """There is nothing to wait for: connections belong to the server's own state."""
+        """Nothing to wait for: connections belong to the server's own state."""

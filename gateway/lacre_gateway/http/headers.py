@@ -1,9 +1,9 @@
-"""The outer headers of a sealed request: all that policy and budget may know of it. They are parsed once, here.
+"""The outer headers of a sealed request: all that policy and budget may know of it. Parsed once, here.
 
 Rules:
-- Every one is required, and may appear once: two readings of one request must not be possible.
-- A value that is not exactly of its form is refused, never repaired.
-- What is said here the worker compares with the inside; the gateway itself cannot.
+- Every one is required, and must appear once: a request must have only one reading.
+- A malformed value is refused, never repaired.
+- The worker compares these values with the sealed ones; the gateway itself cannot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre_gateway.http.refusal import Refusal
 
 MAX_TOKENS: Final = 2**31 - 1
-# Names of pools and models are short; whether they exist is for the manifest to say.
+# Names of pools and models are short; the manifest decides whether they exist.
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
 _ADDRESS: Final = re.compile(r"[0-9A-Za-z.:%_-]{1,64}")  # IPv4, IPv6 with a zone, or the name of a test's client
@@ -40,17 +40,18 @@ _T = TypeVar("_T")
 
 
 def address_of(scope: Mapping[str, Any]) -> str:
-    """The caller's address, by the connection or by a trusted proxy; empty where there is none.
+    """The caller's address, from the connection or a trusted proxy; empty if there is none.
 
-    What a proxy passes on may be its caller's own text. What no address could be is none: it would go into logs and audit.
+    A proxy may pass on its caller's own text. Text that cannot be an address counts as none, because it would go into logs and
+    audit.
     """
     address: str = scope["client"][0] if scope.get("client") else ""
     return address if _ADDRESS.fullmatch(address) else ""
 
 
 class Action(StrEnum):
-    """What the sealed request does. `inspect`: reads what is served and counts tokens; runs no model. `http`: whatever an
-    application behind a worker answers to.
+    """What the sealed request does. `inspect`: lists models and counts tokens; runs no model. `http`: any request to an
+    application behind a worker.
     """
 
     CHAT = "chat"
@@ -62,7 +63,7 @@ class Action(StrEnum):
 
 
 class Shape(StrEnum):
-    """How the sizes and times of the answer's records are kept from telling its text."""
+    """How the sizes and times of an answer's records are kept from revealing its text."""
 
     NONE = "none"
     PAD = "pad"
@@ -81,14 +82,14 @@ class OuterHeaders:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The header fields of one request that the gateway reads, each at most once. Every other one is left unread."""
+    """The header fields of one request that the gateway reads, each at most once. All others are ignored."""
 
     values: dict[bytes, bytes] = field(repr=False)
     repeated: frozenset[bytes]
 
     @classmethod
     def collect(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self:
-        """headers: as ASGI gives them, names in lower case."""
+        """headers: from ASGI, names in lower case."""
         values: dict[bytes, bytes] = {}
         repeated = set()
         for name, value in headers:
@@ -99,22 +100,22 @@ class Fields:
         return cls(values, frozenset(repeated))
 
     def authorization(self) -> bytes | None:
-        """None also where there are two: neither is the one."""
+        """None also if there are two, because then neither counts."""
         return None if b"authorization" in self.repeated else self.values.get(b"authorization")
 
     def proof(self) -> bytes | None:
-        """The `DPoP` header; None also where there are two (RFC 9449 section 4.3, number 1)."""
+        """The `DPoP` header; None also if there are two (RFC 9449 section 4.3, number 1)."""
         return None if b"dpop" in self.repeated else self.values.get(b"dpop")
 
     def traceparent(self) -> str | None:
-        """The caller's place in a trace (W3C Trace Context), unread."""
+        """The caller's trace context (W3C Trace Context), not parsed."""
         value = self.values.get(b"traceparent")
         return None if value is None or b"traceparent" in self.repeated else value.decode("latin-1")
 
     def check_media(self) -> int | None:
-        """The length that the body says it has, in bytes; None where it says none.
+        """The announced length of the body in bytes; None if it is not announced.
 
-        Raises Refusal unless it says that it is a sealed request of a size that is taken.
+        Raises Refusal unless the headers announce a sealed request of an acceptable size.
         """
         media_type = self.values.get(b"content-type", b"").strip().lower()
         if media_type != MEDIA_TYPE_REQUEST.encode() or b"content-encoding" in self.values:
@@ -130,7 +131,7 @@ class Fields:
         return int(text)
 
     def expects(self) -> bool:
-        """Whether the client sends its body only once it is told to (RFC 9110 section 10.1.1)."""
+        """Whether the client waits for permission to send its body (RFC 9110 section 10.1.1)."""
         return b"expect" in self.values
 
     def outer(self) -> OuterHeaders:
@@ -159,7 +160,7 @@ def _invalid(name: bytes) -> Refusal:
 
 def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise ValueError("a name of a pool or model")
+        raise ValueError("not a name of a pool or model")
     return text
 
 

@@ -1,4 +1,4 @@
-"""What the gateway adds to `lacre_fabric.logs`: how uvicorn's records are treated."""
+"""The gateway's additions to `lacre_fabric.logs`: the treatment of uvicorn's records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lacre_gateway.http.exchange import AnswerAborted
 
 
 class NotOurs(logging.Filter):
-    """Drops what the server says of an answer that the relay aborted on purpose: the request's own line tells it."""
+    """Drops the server's record of an answer that the relay aborted on purpose: the request's own line reports it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and isinstance(record.exc_info[1], AnswerAborted))
@@ -25,6 +25,6 @@ def standard_logging(stream: str) -> dict[str, Any]:
         "handlers": {"stream": {"class": "logging.StreamHandler", "formatter": "safe", "stream": stream, "filters": ["ours"]}},
         "filters": {"ours": {"()": NotOurs}},
         "root": {"level": "WARNING", "handlers": ["stream"]},
-        # Above every level: a logger without handlers has Python's last resort, which writes whatever it is given.
+        # Above every level: Python's last resort would write the records of a logger without handlers.
         "loggers": {"uvicorn.access": {"level": logging.CRITICAL + 1, "handlers": [], "propagate": False}},
     }

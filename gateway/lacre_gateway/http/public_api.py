@@ -1,4 +1,6 @@
-"""The public routes in OpenAPI's words. It is not served: clients follow docs/wire.md; tests hold the routes against it."""
+"""The public routes as an OpenAPI document. It is not served: clients follow docs/wire.md, and tests compare the routes with
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ _READY: Final = _object(
     manifest={"anyOf": [_object(("version", "expires_at"), version={"type": "integer"}, expires_at=_NUMBER), {"type": "null"}]},
 )
 _NAME: Final = {"type": "string", "pattern": "^[!-~]{1,128}$"}
-# What a sealed request may be refused with: the rows of `lacre.problems`.
+# The refusals of a sealed request: the rows of `lacre.problems`.
 _REFUSALS: Final = ("400", "401", "403", "404", "408", "409", "413", "415", "422", "429", "502", "503")
 
 PATHS: Final[dict[str, Any]] = {

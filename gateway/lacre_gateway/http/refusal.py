@@ -1,4 +1,4 @@
-"""How the gateway says no before the first byte of an answer: a row of the fixed problem table, with typed members of
+"""How the gateway refuses a request before the first byte of an answer: with a row of the fixed problem table, typed members of
 `lacre.problems.details`, and nothing else.
 """  # fmt: skip
 
@@ -16,8 +16,8 @@ RawHeaders = list[tuple[bytes, bytes]]
 class Refusal(Exception):
     """Ends a request with a problem document. Raised anywhere on its path, answered at one place.
 
-    retry_after: seconds, for 429 and 503. challenge: the value of WWW-Authenticate, for 401 (RFC 9110 section 11.6.1).
-    details: what the document says beside its type. noted: what the log alone says, in a fixed word.
+    retry_after: seconds, for 429 and 503. challenge: the value of WWW-Authenticate, for 401 (RFC 9110 section 11.6.1). details:
+    members of the document beside its type. noted: a fixed word that only the log gets.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Refusal(Exception):
         self.body = problem.body(details)
 
     def headers(self) -> RawHeaders:
-        """Those that every problem response has, and the ones that belong to this refusal."""
+        """The headers of every problem response, and those of this refusal."""
         headers = [
             (b"content-type", MEDIA_TYPE.encode()),
             (b"content-length", str(len(self.body)).encode()),

@@ -22,9 +22,9 @@ from lacre_gateway.http.handshakes import Handshake, Terms, TlsListener
 from lacre_gateway.settings import Listen, Tls
 
 _BACKLOG: Final = 2048  # connections that the kernel holds while the process is busy
-_KEEP_ALIVE: Final = 75  # seconds; longer than a client's own limit, so that it is the client who closes
+_KEEP_ALIVE: Final = 75  # seconds; longer than a client's own limit, so that the client closes first
 _ABORT_LIMIT: Final = 5.0  # seconds for aborted requests to cancel their work and record their outcome
-OTHER_FILES: Final = 512  # descriptors for everything that is no caller's connection
+OTHER_FILES: Final = 512  # descriptors for everything except callers' connections
 
 
 def bind(listen: Listen, *, shared: bool = False) -> socket.socket:
@@ -52,13 +52,13 @@ def reserve(listen: Listen, *, shared: bool = False) -> socket.socket:
             raise
     except OSError as exc:
         raise SettingsError(
-            f"listen: cannot listen on {listen.host} port {listen.port} ({exc.strerror}): free it, or name another"
+            f"listen: cannot listen on {listen.host} port {listen.port} ({exc.strerror}): free it, or choose another port"
         ) from exc
     return listener
 
 
 def allow_connections(count: int) -> None:
-    """Raises this process's limit of open files as far as so many connections need it, and the system lets it."""
+    """Raises this process's limit of open files as far as this many connections need and the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -67,7 +67,7 @@ def allow_connections(count: int) -> None:
 
 
 def room_for(count: int) -> int:
-    """How many connections this process can hold, `count` at most: one that cannot be accepted would lock everybody out."""
+    """How many connections this process can hold, at most `count`: with more, `accept` would fail for every caller."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return count if soft == resource.RLIM_INFINITY else max(1, min(count, soft - OTHER_FILES))
 
@@ -82,14 +82,14 @@ def tls_context(tls: Tls) -> ssl.SSLContext:
 
 
 def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
-    """Connections from now on are served with what is in the files now. Raises SettingsError, and changes nothing then."""
+    """New connections use the certificate that is in the files now. Raises SettingsError, and changes nothing then."""
     try:
         if stat.S_IMODE(tls.key.stat().st_mode) & stat.S_IRWXO:
-            raise SettingsError(f"listen.tls.key: {tls.key} can be read by everybody: chmod 600 {shlex.quote(str(tls.key))}")
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)  # a try on one that serves nobody
+            raise SettingsError(f"listen.tls.key: {tls.key} can be read by every user: chmod 600 {shlex.quote(str(tls.key))}")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)  # a try on an unused context
         context.load_cert_chain(tls.certificate, tls.key)
     except OSError as exc:  # ssl.SSLError is one
-        reason = "they are no PEM files of one key pair" if isinstance(exc, ssl.SSLError) else exc.strerror
+        reason = "they are not PEM files of one key pair" if isinstance(exc, ssl.SSLError) else exc.strerror
         raise SettingsError(
             f"listen.tls: cannot use {tls.certificate} with {tls.key} ({reason}): write the certificate's chain and its key"
         ) from exc
@@ -126,7 +126,7 @@ class Config(BoundedConfig):
 
 
 class GatheringProtocol(BoundedProtocol):
-    """Its answers go out in pieces of a turn of the loop. handshake: whose place it takes, with TLS."""
+    """Sends the pieces of one turn of the loop together. handshake: the one whose place it takes, with TLS."""
 
     handshake: Handshake | None = None
 
@@ -138,12 +138,12 @@ class GatheringProtocol(BoundedProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn would raise a signal again at the end, before our own parts are closed: who runs it handles them instead."""
+    """uvicorn would raise a signal again at the end, before our own parts are closed. The caller handles signals instead."""
 
     config: Config
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, for sockets that listen already; a TLS handshake has as long as a head, and not a minute."""
+        """As uvicorn does, but for listening sockets; a TLS handshake has as much time as a head, and not a minute."""
         config, loop, context = self.config, asyncio.get_running_loop(), self.config.ssl
 
         def connection(handshake: Handshake | None = None) -> asyncio.Protocol:

@@ -1,11 +1,11 @@
-"""What is counted of a gateway, for Prometheus. One registry for each app.
+"""The gateway's counters, for Prometheus. One registry for each app.
 
 Rules:
-- Labels come from closed sets: outcomes and problems of our own tables, pools and models of the signed manifest. Nothing that
-  a caller chose is ever one.
+- Labels come from closed sets: outcomes and problems of our own tables, pools and models of the signed manifest. A value that a
+  caller chose is never a label.
 - A request is counted once, when it ends, from plain numbers that its `Exchange` kept; a record costs two additions.
-- What each request adds to is counted here in plain numbers, on the event loop alone; the library's locks are for the rest.
-- What is a state and not an event is read when somebody asks.
+- Counters that every request changes are plain numbers, on the event loop only; the library's locks are for the rest.
+- States, as opposed to events, are read when Prometheus asks.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from lacre.problems import Problem
 from lacre_gateway.budget.settlement import Verdict
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-# Seconds. From a denial on loopback to the longest stream of a large model.
+# Seconds: from a denial on loopback to the longest stream of a large model.
 _DURATIONS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _COMMITS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _NO_PROBLEM: Final = "none"
 
 
 class FinishedRequest(Protocol):
-    """What is known of a request when it ends (an `Exchange`). Times are of the monotonic clock; None: it never came so far."""
+    """A request's numbers at its end (an `Exchange`). Times are on the monotonic clock; None: it did not get that far."""
 
     @property
     def since(self) -> float: ...
@@ -56,7 +56,7 @@ class FinishedRequest(Protocol):
 
 
 class Durations:
-    """How many took how long, in the buckets of `_DURATIONS`. Used on one thread."""
+    """How many requests took how long, in the buckets of `_DURATIONS`. Used on one thread."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(_DURATIONS) + 1)
@@ -73,7 +73,7 @@ class Durations:
 
 
 class Metrics(Collector):
-    """live: the requests under way. since: when it began to count, on the monotonic clock.
+    """live: the running requests. since: when it began to count, on the monotonic clock.
 
     received, sent: bytes so far. records: pieces of answers so far.
     """
@@ -88,7 +88,7 @@ class Metrics(Collector):
         self._whole: defaultdict[str, Durations] = defaultdict(Durations)  # by outcome
         self.received = self.sent = self.records = 0
         self._settlements = Counter(
-            "lacre_settlements", "Requests that a worker was asked for, by what became of the receipt.", ["result"],
+            "lacre_settlements", "Requests sent to a worker, by the verdict on their receipt.", ["result"],
             registry=registry,
         )  # fmt: skip
         self._tokens = Counter(
@@ -102,11 +102,11 @@ class Metrics(Collector):
         self._committed = Counter("lacre_audit_committed_entries", "Entries that were made durable.", registry=registry)
         self._commit_failures = Counter("lacre_audit_commit_failures", "Groups that could not be written.", registry=registry)
         self._unrecorded = Counter(
-            "lacre_refusals_unrecorded", "Requests refused past their caller's limit of refusals, which have no entries.",
+            "lacre_refusals_unrecorded", "Requests refused past their caller's limit of refusals; these have no audit entries.",
             registry=registry,
         )  # fmt: skip
         self._admin = Counter("lacre_admin_requests", "Calls of the admin API.", ["action", "outcome"], registry=registry)
-        # What `labels` finds by a lock and a dictionary of texts is kept: it would cost more than the count itself.
+        # Keeps the children that `labels` finds with a lock and a dictionary of texts: that costs more than the count itself.
         self._children: dict[tuple[str, str], Counter] = {}
         self._results: dict[str, Counter] = {}
         self._by_model: dict[tuple[str, str], tuple[Counter, Counter, Counter]] = {}
@@ -152,7 +152,7 @@ class Metrics(Collector):
         return children
 
     def committed(self, seconds: float, entries: int) -> None:
-        """A group of entries is durable. entries: 0 where it could not be written."""
+        """A group of entries is durable. entries: 0 if it could not be written."""
         if entries:
             self._commits.observe(seconds)
             self._committed.inc(entries)
@@ -160,7 +160,7 @@ class Metrics(Collector):
             self._commit_failures.inc()
 
     def unrecorded(self, count: int) -> None:
-        """So many requests were refused without an entry of their own."""
+        """Counts requests that were refused without an entry of their own."""
         self._unrecorded.inc(count)
 
     def administered(self, action: str, outcome: str) -> None:
@@ -185,7 +185,7 @@ class Metrics(Collector):
 
 
 class States(Collector):
-    """Gauges that are read when they are asked for. readings: each gives families; it runs on the event loop's thread."""
+    """Gauges that are read when Prometheus asks. readings: each returns families; runs on the event loop's thread."""
 
     def __init__(self, metrics: Metrics, readings: Iterable[Callable[[], Iterator[Metric]]]) -> None:
         self._metrics = metrics
@@ -193,7 +193,7 @@ class States(Collector):
         metrics.registry.register(self)
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # what there is to tell depends on the moment; the registry need not ask to find out
+        return ()  # the families change with time; the registry need not ask to find out
 
     def collect(self) -> Iterator[Metric]:
         live = self._metrics.live

@@ -1,12 +1,13 @@
-"""Traces of sealed requests, for any OTLP collector. Off unless the settings say where to; the SDK is imported only then.
+"""Traces of sealed requests, for any OTLP collector. Off unless the settings name one; the SDK is imported only then.
 
 Rules:
-- A span is made when its request is over, from times and numbers that were kept anyway: while it runs, tracing costs nothing.
-- A span holds pool, model, sizes, counts and outcomes. Nothing of content is known here; who asked is not told, for a trace
-  store is open to many: the audit log knows, by the request id.
-- A caller's `traceparent` makes its span the parent. It ends here: neither the grant nor the message to the worker has it.
-- The names are OpenTelemetry's for generative AI and HTTP, all of them in this file; where it has none, ours begin with
-  `lacre.`.
+- A span is made when its request is over, from times and numbers that were kept anyway: during a request, tracing costs
+  nothing.
+- A span holds pool, model, sizes, counts and outcomes, and never content. It does not name the caller, because many people can
+  read a trace store. The audit log knows the caller by the request id.
+- A caller's `traceparent` makes its span the parent. The trace ends here: neither the grant nor the message to the worker has
+  it.
+- All names are in this file. They are OpenTelemetry's for generative AI and HTTP; ours begin with `lacre.`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SERVICE: Final = "lacre-gateway"
 PROVIDER: Final = "lacre"
-# gen_ai.operation.name, for what has one of OpenTelemetry's.
+# gen_ai.operation.name, for actions that OpenTelemetry has a name for.
 _OPERATIONS: Final = {"chat": "chat", "complete": "text_completion", "embed": "embeddings"}
 
 PROVIDER_NAME: Final = "gen_ai.provider.name"
@@ -44,12 +45,12 @@ ERROR: Final = "error.type"
 SERVICE_NAME: Final = "service.name"
 SERVICE_INSTANCE: Final = "service.instance.id"
 FIRST_RECORD: Final = "lacre.first_record"  # an event: the answer begins
-_EXPORT_LIMIT: Final = 5.0  # seconds that the collector has to take a batch
-_FLUSH_LIMIT: Final = 5000  # milliseconds that the last spans have to leave when the process ends
+_EXPORT_LIMIT: Final = 5.0  # seconds for the collector to take a batch
+_FLUSH_LIMIT: Final = 5000  # milliseconds for the last spans to leave when the process ends
 
 
 class Timed(Protocol):
-    """What is known of a request's course (an `Exchange`). Times are of the monotonic clock. traceparent: as W3C writes it."""
+    """The times of a request (an `Exchange`), on the monotonic clock. traceparent: as W3C writes it."""
 
     @property
     def since(self) -> float: ...
@@ -62,18 +63,18 @@ class Timed(Protocol):
 
 
 class Tracer:
-    """Sends spans in the background; a collector that is away costs nothing but them. instance: the name of this process."""
+    """Sends spans in the background; if the collector is away, only spans are lost. instance: the name of this process."""
 
     def __init__(self, settings: Tracing, instance: str) -> None:
-        """Raises SettingsError where OpenTelemetry's SDK is not installed."""
+        """Raises SettingsError if OpenTelemetry's SDK is not installed."""
         self._provider = _provider(settings, instance)
         self._tracer = self._provider.get_tracer("lacre")
 
     def ended(
         self, intent: Intent, timed: Timed, verdict: Verdict, *, outcome: str, end: float, problem: Problem | None
     ) -> None:
-        """Makes the request's span: called once, when it is over and settled. end: on the monotonic clock."""
-        from opentelemetry import trace  # noqa: PLC0415 - only where tracing is on
+        """Makes the request's span: called once, after its end and settlement. end: on the monotonic clock."""
+        from opentelemetry import trace  # noqa: PLC0415 - only if tracing is on
 
         offset = time.time() - time.monotonic()
         span = self._tracer.start_span(
@@ -90,7 +91,7 @@ class Tracer:
         span.end(_nanoseconds(end + offset))
 
     async def close(self) -> None:
-        """Sends what is left."""
+        """Sends the last spans."""
         await asyncio.to_thread(self._provider.force_flush, _FLUSH_LIMIT)
         await asyncio.to_thread(self._provider.shutdown)
 
@@ -115,7 +116,7 @@ def _provider(settings: Tracing, instance: str) -> TracerProvider:
 
 
 def _parent(traceparent: str | None) -> Context | None:
-    """The caller's span; None where it sent none that can be read."""
+    """The caller's span; None if it sent none that can be read."""
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
 
     return None if traceparent is None else TraceContextTextMapPropagator().extract({"traceparent": traceparent})

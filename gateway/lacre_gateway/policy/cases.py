@@ -1,7 +1,7 @@
-"""Requests written down as JSON: the cases that stand beside the rules.
+"""Requests written down as JSON: the cases beside the rules.
 
-`cases/ALLOW/NAME.json` must be allowed, `cases/DENY/NAME.json` denied; where one has `decided_by`, by exactly those policies.
-A set whose cases do not hold is never put to work.
+`cases/ALLOW/NAME.json` must be allowed, `cases/DENY/NAME.json` denied. If a case has `decided_by`, exactly those policies must
+decide it. A set whose cases do not hold is never activated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lacre_gateway.policy.cedar import Decision, PolicyError
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
 
 FOLDER: Final = "cases"
-CASE: Final = "case"  # the fault of a case that does not hold, or is none
+CASE: Final = "case"  # the fault of a case that does not hold, or cannot be read
 _KEMS: Final = {kem.label: kem for kem in Kem}
 
 Hour = Annotated[int, Field(ge=0, le=23)]
@@ -50,7 +50,7 @@ class Who(Table):
 
 
 class WrittenRequest(Protocol):
-    """A request that was written down. decided_by: None where it does not matter."""
+    """A request that was written down. decided_by: None if it does not matter."""
 
     @property
     def decided_by(self) -> tuple[str, ...] | None: ...
@@ -59,7 +59,7 @@ class WrittenRequest(Protocol):
 
 
 class SealedRequest(Table):
-    """What somebody may ask of a model. hour: of the day, UTC."""
+    """A request to a model. hour: of the day, UTC."""
 
     principal: Who
     action: Action
@@ -89,7 +89,7 @@ class SealedRequest(Table):
 
 
 class AdminRequest(Table):
-    """What somebody may ask of a gateway itself."""
+    """A request to a gateway itself."""
 
     principal: Who
     action: AdminAction
@@ -120,7 +120,7 @@ class PolicyCase:
         return cls(name, PurePosixPath(name).parent.name == "ALLOW", written(name, values))
 
     def fails(self, decision: Decision) -> str | None:
-        """What is wrong with the decision; None where it is as it must be."""
+        """The fault of the decision; None if it is as the case demands."""
         due = self.request.decided_by
         if decision.allowed != self.allowed:
             by = f" by {', '.join(decision.policies)}" if decision.policies else ""

@@ -1,11 +1,11 @@
-"""May this principal do this? Cedar decides, by default no.
+"""May this principal do this? Cedar decides; the default is no.
 
 Rules:
-- Schema and policies are validated against each other and parsed once. A set that does not validate is no set.
-- A policy that fails while it is evaluated, or a question that does not fit the schema, means no.
-- Every policy has an `@id` of its own, for the audit log names it by that: numbers change whenever a policy is added.
-- A decision is remembered under all that it depends on (`question.key`), within its set: another set forgets it.
-- This file reads no files and knows nothing of HTTP.
+- Schema and policies are validated against each other and parsed once. A set that does not validate is refused.
+- A policy that fails during evaluation, or a question that does not fit the schema, means no.
+- Every policy has an `@id` of its own, because the audit log names policies by it: numbers change whenever a policy is added.
+- A decision is remembered by everything that it depends on (`question.key`), within its set: another set forgets it.
+- This file reads no files and does not know HTTP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import cedarpy
 from lacre.errors import SettingsError
 from lacre_gateway.policy.question import AnyQuestion
 
-# Each holds names out of a token (16 KiB at most), which the verdicts of `auth` hold as well.
+# Each holds names from a token (at most 16 KiB), which the verdicts of `auth` hold as well.
 MAX_DECISIONS: Final = 4096
 _MAX_PARTIES: Final = 4096
 _POLICY: Final = re.compile(r"`(policy[0-9]+)`")
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 class PolicyError(SettingsError):
-    """A set of policies that cannot be used. fault: in a word, for logs and the audit; place: the file, where one is known."""
+    """A set of policies that cannot be used. fault: in a word, for logs and the audit; place: the file, if known."""
 
     def __init__(self, fault: str, place: str, why: str) -> None:
         super().__init__(f"policies: {place}: {why}" if place else f"policies: {why}")
@@ -47,9 +47,9 @@ NAMES: Final = "names"  # a policy without an @id of its own
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """policies: the ids of those that decided, or failed; none where no policy allowed it.
+    """policies: the ids of the deciding or failed ones; none if no policy allowed the request.
 
-    policy_set, entities: hex SHA-256 of what was decided with, so that a record can name it.
+    policy_set, entities: hex SHA-256 of the rules and entities of the decision, so that a record can name them.
     """
 
     allowed: bool
@@ -60,7 +60,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Parties:
-    """Who and what a question is about, parsed; None where the schema knows none such. digest: hex SHA-256 of them as JSON."""
+    """The parsed parties of a question; None if the schema does not know them. digest: hex SHA-256 of them as JSON."""
 
     entities: cedarpy.Entities | None
     digest: str
@@ -69,7 +69,8 @@ class _Parties:
 class PolicySet:
     """A validated, parsed set of policies.
 
-    digest: hex SHA-256 of the schema's text, a zero byte, and the policies' text. names: each policy's `@id`, by Cedar's own.
+    digest: hex SHA-256 of the schema's text, a zero byte, and the policies' text. names: each policy's `@id`, by Cedar's own
+    name.
     """
 
     def __init__(self, schema: cedarpy.Schema, policies: cedarpy.PolicySet, names: Mapping[str, str], digest: str) -> None:
@@ -84,7 +85,7 @@ class PolicySet:
         return self._decisions.get(question.key, lambda: self._decide(question))
 
     def would_allow(self, question: AnyQuestion) -> bool:
-        """A decision that is neither remembered nor recorded: of what nobody has asked."""
+        """A decision that is neither remembered nor recorded: no caller has asked this question."""
         return self._decide(question).allowed
 
     def _decide(self, question: AnyQuestion) -> Decision:
@@ -93,7 +94,7 @@ class PolicySet:
             return Decision(False, (), self.digest, parties.digest)
         result = cedarpy.is_authorized(question.request(), self.policies, parties.entities, self.schema)
         diagnostics = result.diagnostics
-        # A policy that could not be evaluated may be the very one that forbids.
+        # A policy that could not be evaluated may be the one that forbids.
         failed = {name for error in diagnostics.errors for name in _POLICY.findall(error)}
         decided = failed or set(diagnostics.reasons)
         allowed = result.allowed and not diagnostics.errors
@@ -109,7 +110,7 @@ class PolicySet:
             return _Parties(None, digest)
 
     def misfit(self, question: AnyQuestion) -> str | None:
-        """Why the schema does not take the question, in Cedar's words; None where it does."""
+        """Why the schema does not accept the question, in Cedar's words; None if it does."""
         try:
             entities = cedarpy.Entities.from_json_str(_json(question.entities()), self.schema)
         except ValueError as exc:
@@ -143,21 +144,21 @@ def _check(place: str, text: str, schema: cedarpy.Schema) -> None:
     except ValueError as exc:
         raise PolicyError(SYNTAX, place, f"not valid Cedar: {exc}") from exc
     if parsed.templates():
-        raise PolicyError(SYNTAX, place, "a template, which nothing links and so decides nothing: write policies")
+        raise PolicyError(SYNTAX, place, "a template, which decides nothing because nothing links it: write policies")
     names = _names(parsed, place)
     validation = cedarpy.validate_policies(text, schema)
     if not validation.validation_passed:
         errors = {f"{names.get(error.policy_id, error.policy_id)}: {error.error}" for error in validation.errors}
-        raise PolicyError(SCHEMA, place, f"not as the schema says: {'; '.join(sorted(errors))}")
+        raise PolicyError(SCHEMA, place, f"does not fit the schema: {'; '.join(sorted(errors))}")
 
 
 def _names(policies: cedarpy.PolicySet, place: str = "") -> dict[str, str]:
-    """Raises PolicyError where a policy has no `@id`, or not one of its own."""
+    """Raises PolicyError if a policy has no `@id`, or one that another has too."""
     names: dict[str, str] = {}
     try:
         static = policies.to_pst().static_policies
     except ValueError as exc:  # more than 100 levels; no decision goes deeper, so none can exhaust a stack
-        raise PolicyError(SYNTAX, place, f"an expression that is nested too deep: {exc}") from exc
+        raise PolicyError(SYNTAX, place, f"an expression is nested too deep: {exc}") from exc
     for name, policy in static.items():
         own = policy.annotations.get("id", "")
         if not own or not own.isprintable():
@@ -169,7 +170,7 @@ def _names(policies: cedarpy.PolicySet, place: str = "") -> dict[str, str]:
 
 
 class _Remembered(Generic[_T]):
-    """The last so many values, by what they were made from."""
+    """The most recent values, by the inputs that they were made from."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -1,4 +1,6 @@
-"""`lacre policy`: check a rule set, run its cases, ask it why, and see what it would change. Nothing here needs a gateway."""
+"""`lacre policy`: check a rule set, run its cases, explain a decision, and replay an audit log. Nothing here needs a
+gateway.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ from lacre.cli.surroundings import read_file, stdin_text, utf8
 from lacre.errors import SettingsError
 from lacre_gateway.audit.commands import KeyOption, parse_key, seconds
 
-if TYPE_CHECKING:  # what a command needs is imported when it runs
+if TYPE_CHECKING:  # a command imports its requirements when it runs
     from lacre_gateway.policy.explain import Explanation, Voice
     from lacre_gateway.policy.replay import Change, Replay
     from lacre_gateway.policy.rules import RuleSet
 
-policy_app = typer.Typer(name="policy", help="The rules: check them, try them, ask them why.", no_args_is_help=True)
+policy_app = typer.Typer(name="policy", help="The rules: check, test and explain them.", no_args_is_help=True)
 
-Folder = Annotated[Path | None, typer.Argument(help="The folder of the rule set; the one that ships where left out.")]
+Folder = Annotated[Path | None, typer.Argument(help="The folder of the rule set; default: the one that ships with Lacre.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _VERDICT = {True: "allow", False: "deny", None: "depends"}
 
@@ -34,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 @policy_app.command("check")
 def policy_check(folder: Folder = None, as_json: AsJson = False) -> None:
-    """Check a set as a gateway does before it takes it up: everything parses, fits together, and every case holds."""
+    """Check a set as a gateway does before it activates it: everything parses, fits together, and every case holds."""
     rules = _rules(folder, cases_too=True)
     found = {
         "policies": sorted(rules.policies.names.values()), "cases": len(rules.cases), "policy_set": rules.policies.digest,
@@ -43,13 +45,13 @@ def policy_check(folder: Folder = None, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        typer.echo(f"{len(rules.policies.names)} policies, {len(rules.cases)} cases: a gateway takes them up")
+        typer.echo(f"{len(rules.policies.names)} policies, {len(rules.cases)} cases: a gateway would activate them")
         typer.echo(f"policy set {rules.policies.digest}")
 
 
 @policy_app.command("test")
 def policy_test(folder: Folder = None, as_json: AsJson = False) -> None:
-    """Run the cases, and say of each whether it holds. Exit code 1 where one does not."""
+    """Run the cases, and say whether each holds. Exit code 1 if one does not."""
     found = [(case.name, wrong) for case, wrong in _rules(folder).run()]
     failed = [name for name, wrong in found if wrong is not None]
     if as_json:
@@ -66,11 +68,13 @@ def policy_test(folder: Folder = None, as_json: AsJson = False) -> None:
 def policy_explain(
     request: Annotated[str, typer.Argument(help="A request as in a case, or an audit entry, as JSON; - for stdin.")],
     policies: Annotated[
-        Path | None, typer.Option(help="The folder of the rule set; the one that ships where left out.")
+        Path | None, typer.Option(help="The folder of the rule set; default: the one that ships with Lacre.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how a request is decided, by which policies, and what it still depends on. What is left out of it counts as open."""
+    """Say how a request is decided, by which policies, and what it still depends on. Members that the request omits count as
+    open.
+    """
     from lacre_gateway.policy.explain import explain, requested
 
     try:
@@ -91,13 +95,13 @@ def policy_replay(
     against: Annotated[Path, typer.Option(help="The folder of the proposed rule set.")],
     since: Annotated[datetime | None, typer.Option(help="Requests from this time on, UTC.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Requests before this time, UTC.")] = None,
-    limit: Annotated[int, typer.Option(help="Rows of the table: the newest so many.", min=1)] = 100,
+    limit: Annotated[int, typer.Option(help="Rows of the table, the newest ones.", min=1)] = 100,
     as_json: AsJson = False,
     key: KeyOption = None,
 ) -> None:
-    """Decide a log's requests anew under other rules, and print those that would be decided otherwise.
+    """Decide a log's requests again under other rules, and print the decisions that would change.
 
-    `lacre audit verify` says what the log is worth.
+    `lacre audit verify` tells whether the log holds.
     """
     from lacre_gateway.audit.reader import LogReader
     from lacre_gateway.policy.replay import replay
@@ -111,7 +115,7 @@ def policy_replay(
 
 
 def _rules(folder: Path | None, *, cases_too: bool = False) -> RuleSet:
-    """The set, read; first in a process of its own, which a hostile file may end. Raises PolicyError."""
+    """The set; first read in another process, which a hostile file may end. Raises PolicyError."""
     from lacre_gateway.policy.cases import CASE
     from lacre_gateway.policy.cedar import PolicyError
     from lacre_gateway.policy.rules import RuleSet, shipped
@@ -145,7 +149,7 @@ def _voice(voice: Voice) -> dict[str, Any]:
 
 def _tell(found: Explanation) -> None:
     if found.allowed is None:
-        typer.echo(f"depends on {', '.join(f'context.{name}' for name in found.missing)}, which the request does not say")
+        typer.echo(f"depends on {', '.join(f'context.{name}' for name in found.missing)}, which the request does not contain")
     elif found.deciding:
         typer.echo(f"{_VERDICT[found.allowed]}, by")
         _tell_voices(found.deciding)
@@ -153,10 +157,10 @@ def _tell(found: Explanation) -> None:
         typer.echo("deny: no policy permits it")
     undecided = [voice for voice in found.voices if voice.holds is None]
     if undecided:
-        typer.echo("\nopen, for want of what the request does not say:")
+        typer.echo("\nopen, because the request does not contain what they need:")
         _tell_voices(undecided)
     if found.near:
-        typer.echo("\nabout such requests, but the conditions do not hold:")
+        typer.echo("\nfor such requests, but the conditions do not hold:")
         _tell_voices(found.near)
 
 
@@ -202,14 +206,14 @@ def _tell_replay(found: Replay, limit: int) -> None:
     if rows:
         say_table(("entry", "tenant/subject", "action", "resource", "was", "becomes"), rows)
     if (hidden := len(found.changes) - limit) > 0:
-        typer.echo(f"and {hidden} before them: --limit shows more, --json all")
+        typer.echo(f"and {hidden} earlier ones: --limit shows more, --json all")
     denied = sum(not change.becomes.allowed for change in found.changes)
     typer.echo(
-        f"{found.decided} requests decided anew: {len(found.changes)} would change, {denied} to deny and "
-        f"{len(found.changes) - denied} to allow; {len(found.reasons)} stay as they are by other policies"
+        f"{found.decided} requests decided again: {len(found.changes)} would change, {denied} to deny and "
+        f"{len(found.changes) - denied} to allow; {len(found.reasons)} keep their decision by other policies"
     )
     for index, why in found.unsure[:10]:
-        typer.echo(f"entry {index} cannot be decided anew: {why}")
+        typer.echo(f"entry {index} cannot be decided again: {why}")
     if len(found.unsure) > 10:
         typer.echo(f"and {len(found.unsure) - 10} more")
 

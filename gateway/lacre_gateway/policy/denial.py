@@ -1,10 +1,10 @@
-"""What to tell a caller of a denial: what it could find out by asking again, found for it.
+"""Explains a denial to its caller: facts that the caller could find out by asking again.
 
 Rules:
-- Only the caller's own question is varied, one circumstance at a time, and decided by the rules in force. Nobody learns of a
-  rule what a few more requests would not have shown.
-- Nothing here is remembered or recorded. Some 70 decisions are taken at most, of 0.1 ms each, and denials are counted.
-- The rules' names stay in the audit log: they are the operator's.
+- Only the caller's own question is varied, one circumstance at a time, and decided by the active rules. So a caller learns
+  nothing about a rule that a few more requests would not show.
+- Nothing here is remembered or recorded. It takes at most some 70 decisions of 0.1 ms each, and denials are counted.
+- Only the audit log has the names of rules: they are the operator's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Allowed = Callable[[Question], bool]
 
 
 def denied(allowed: Allowed, asked: Question, models: Iterable[str]) -> Refusal:
-    """The refusal of a question that is not allowed. models: of the pool."""
+    """The refusal of a question that was denied. models: of the pool."""
     if allowed(replace(asked, max_tokens=1)):
         unit = "KiB" if asked.action is Action.HTTP else "tokens"
         return Refusal(problems.TOO_MANY_TOKENS, details=_most(allowed, asked, _MAX_TOKENS, unit))
@@ -39,14 +39,14 @@ def denied(allowed: Allowed, asked: Question, models: Iterable[str]) -> Refusal:
 
 
 def usable(allowed: Allowed, asked: Question, models: Iterable[str]) -> dict[str, Detail]:
-    """Which of the pool's models this caller may use so, for a small answer; empty where there is none."""
+    """The models of the pool that this caller may use for this, with a small answer; empty if there is none."""
     small = replace(asked, max_tokens=1)
     found = tuple(name for name in tuple(models)[:MAX_LISTED] if allowed(replace(small, model=name)))
     return {"models": found} if found else {}
 
 
 def _other(allowed: Allowed, asked: Question) -> dict[str, Detail]:
-    """The one other circumstance that would do; empty where there is none."""
+    """One other circumstance that would be allowed; empty if there is none."""
     if allowed(replace(asked, sealed_bytes=1)):
         return _most(allowed, asked, _SEALED_BYTES, "bytes")
     if any(allowed(replace(asked, shape=shape)) for shape in Shape):
@@ -57,7 +57,7 @@ def _other(allowed: Allowed, asked: Question) -> dict[str, Detail]:
 
 
 def _most(allowed: Allowed, asked: Question, name: str, unit: str) -> dict[str, Detail]:
-    """The largest amount that is allowed, of rules that have one ceiling. 1 is, and what was asked is not."""
+    """The largest allowed amount, if the rules have one ceiling. 1 is allowed, and the amount in the question is not."""
     low, high = 1, int(getattr(asked, name))
     ceiling = high
     while high - low > 1:

@@ -1,7 +1,7 @@
-"""Why a request is decided as it is: what each policy says of it, and what the answer still depends on.
+"""Explains a decision: what each policy says of the request, and what the decision still depends on.
 
-Each policy is asked by itself, once with its scope alone and once whole. A policy that reads something of the context which the
-request does not say is undecided, whatever the rest of it says: nothing is guessed.
+Each policy is evaluated alone, once with only its scope and once whole. A policy that reads a context member which the request
+omits is undecided, even if its other conditions fail: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.question import AdminAction, AnyQuestion
 from lacre_gateway.policy.replay import question_of
 
-# What a request may leave open, by the member of the file that would say it; and something to ask with meanwhile.
+# The members of the file that a request may leave open, each with a placeholder for the evaluation.
 _OPEN: Final[Mapping[str, tuple[frozenset[str], object]]] = {
     "max_tokens": (frozenset({"max_tokens"}), 1),
     "sealed_bytes": (frozenset({"sealed_bytes"}), 1),
@@ -37,7 +37,7 @@ _OF_ADMIN: Final = frozenset({"address", "hour"})
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """What one policy says. speaks: whether its scope fits. holds: whether it applies; None where that depends on `needs`.
+    """The result of one policy. speaks: whether its scope fits. holds: whether it applies; None if that depends on `needs`.
 
     failed: it could not be evaluated, which denies. text: the policy, as Cedar formats it.
     """
@@ -54,14 +54,14 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """allowed: None where it depends on `missing`, which are members of the context."""
+    """allowed: None if it depends on `missing`, which are members of the context."""
 
     allowed: bool | None
     voices: tuple[Voice, ...]
 
     @property
     def deciding(self) -> tuple[Voice, ...]:
-        """Those that make it what it is: what forbids or fails, else what permits."""
+        """The deciding policies: those that forbid or fail, or else those that permit."""
         forbids = tuple(voice for voice in self.voices if voice.failed or (voice.holds and voice.effect == "forbid"))
         return forbids or tuple(voice for voice in self.voices if voice.holds)
 
@@ -71,27 +71,25 @@ class Explanation:
 
     @property
     def near(self) -> tuple[Voice, ...]:
-        """Those that speak of such a request, and whose conditions do not hold."""
+        """Policies for such requests whose conditions do not hold."""
         return tuple(voice for voice in self.voices if voice.speaks and voice.holds is False and not voice.failed)
 
 
 def explain(policies: PolicySet, question: AnyQuestion, missing: frozenset[str] = frozenset()) -> Explanation:
-    """missing: members of the context that `question` has only to have something there."""
+    """missing: members of the context for which `question` has only placeholders."""
     templates = policies.policies.to_pst().static_policies
     voices = tuple(_voice(policies, template, question, missing) for template in templates.values())
     return Explanation(_verdict(voices), voices)
 
 
 def requested(values: Any) -> tuple[AnyQuestion, frozenset[str]]:
-    """A question written down as in a case, or an entry of the audit log; and what of its context it leaves open.
+    """The question in a case or in an entry of the audit log, and the context members that it leaves open.
 
     Raises PolicyError or InvalidMessage.
     """
     if isinstance(values, dict) and values.get("kind") in (Intent.kind, AdminIntent.kind):
         if values.get("annex") is not None:
-            raise InvalidMessage(
-                "its groups and scopes stand in the annex before it: copy them from there, and take `annex` out"
-            )
+            raise InvalidMessage("its groups and scopes are in the annex before it: copy them from there, and remove `annex`")
         return question_of(values), frozenset()
     missing: set[str] = set()
     if isinstance(values, dict):
@@ -123,7 +121,7 @@ def _voice(policies: PolicySet, template: pst.Template, question: AnyQuestion, m
 
 
 def _applies(policies: PolicySet, template: pst.Template, question: AnyQuestion) -> tuple[bool, bool]:
-    """Whether it does, and whether it failed."""
+    """Whether it applies, and whether it failed."""
     alone = _alone(dataclasses.replace(template, effect="permit"))
     result = cedarpy.is_authorized(question.request(), alone, question.entities(), policies.schema)
     return result.allowed, bool(result.diagnostics.errors)
@@ -134,7 +132,7 @@ def _alone(template: pst.Template) -> cedarpy.PolicySet:
 
 
 def _reads(template: pst.Template, missing: frozenset[str]) -> frozenset[str]:
-    """Which of the missing members its conditions name."""
+    """The missing members that its conditions name."""
     names = frozenset(name for clause in template.clauses for name in _context_names(clause))
     return missing if _WHOLE in names else names & missing
 
@@ -158,7 +156,7 @@ def _context_names(node: Any) -> Iterator[str]:
 
 
 def _verdict(voices: tuple[Voice, ...]) -> bool | None:
-    """A forbid or a failure wins; then a permit is needed; what is undecided leaves undecided what it could turn."""
+    """A forbid or a failure wins; otherwise a permit is needed. An undecided policy leaves open what it could change."""
     forbids = [voice for voice in voices if voice.effect == "forbid"]
     permits = [voice for voice in voices if voice.effect == "permit"]
     if any(voice.failed for voice in voices) or any(voice.holds for voice in forbids):

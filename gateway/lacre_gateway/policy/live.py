@@ -1,10 +1,10 @@
-"""The rule set that decides now, and how another one takes its place while requests are served.
+"""The active rule set, and how a new one replaces it while requests are served.
 
 Rules:
-- A new set is tried in a process of its own, then read here; it must be the very one that passed.
-- It takes over between two decisions, in one assignment. What does not hold changes nothing: the last good set goes on, and
+- A new set is tried in another process, then read here; it must be exactly the set that passed.
+- It takes over between two decisions, in one assignment. A set that does not hold changes nothing: the last good set stays, and
   the log, the audit log and the status say so.
-- Files that were changed are looked at when they have come to rest. A set that was refused is tried again when it changes.
+- Changed files are read once they no longer change. A refused set is tried again when it changes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from lacre_gateway.policy.question import AnyQuestion
 from lacre_gateway.policy.rules import RuleSet, Signature, signature
 from lacre_gateway.policy.trial import UNTRIED, try_out
 
-WATCH: Final = 1.0  # seconds between two looks at the files
+WATCH: Final = 1.0  # seconds between two checks of the files
 
-_NOTHING: Final[Signature] = (("", 0, 0, 0),)  # like no files
+_NOTHING: Final[Signature] = (("", 0, 0, 0),)  # differs from every real signature
 
 Record = Callable[[Entry], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A set that is on the disk and not at work. fault: in a word. place: its file, where one is known. time: epoch seconds."""
+    """A set on the disk that was refused. fault: in a word. place: its file, if known. time: epoch seconds."""
 
     fault: str
     place: str
@@ -41,9 +41,9 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What there is to say of the rules. policy_set, rules: hex SHA-256 of what decides, and of all files of the set.
+    """The state of the rules. policy_set, rules: hex SHA-256 of the active policies, and of all files of the set.
 
-    since: when it took over. reloads, refusals: so many since the start. refused: the newest set, where it does not hold.
+    since: when it took over. reloads, refusals: how many since the start. refused: the newest set, if it does not hold.
     """
 
     policy_set: str
@@ -66,10 +66,10 @@ class Status:
 
 
 class LiveRules:
-    """Made and used on the event loop. current: the set that decides."""
+    """Made and used on the event loop. current: the active set."""
 
     def __init__(self, folder: Path, *, log: Log, clock: Callable[[], float]) -> None:
-        """Raises PolicyError: without a first set nothing starts."""
+        """Raises PolicyError: a gateway does not start without a first set."""
         self._folder = folder
         self._log = log
         self._clock = clock
@@ -84,7 +84,7 @@ class LiveRules:
         return self.current.policies.decide(question)
 
     def would_allow(self, question: AnyQuestion) -> bool:
-        """Of what nobody has asked: see `policy.denial`."""
+        """For questions that no caller has asked: see `policy.denial`."""
         return self.current.policies.would_allow(question)
 
     @property
@@ -102,9 +102,9 @@ class LiveRules:
         )
 
     async def reload(self, record: Record, actor: str | None = None) -> Status:
-        """Puts what is on the disk to work. record: takes the event into the audit log. actor: who asked; None for nobody.
+        """Activates the rules that are on the disk. record: writes the event into the audit log. actor: who asked, or None.
 
-        Raises PolicyError, and then everything is as before.
+        Raises PolicyError, and then everything stays as before.
         """
         async with self._reloading:
             self._tried = await asyncio.to_thread(self._look)
@@ -122,7 +122,7 @@ class LiveRules:
         return self.status
 
     async def watch(self, record: Record, interval: float = WATCH) -> None:
-        """Reloads whenever the files have changed and come to rest; for ever."""
+        """Reloads whenever the files have changed and then come to rest; runs forever."""
         seen = self._tried
         while True:
             await asyncio.sleep(interval)
@@ -133,7 +133,7 @@ class LiveRules:
             seen = now
 
     def _look(self) -> Signature | None:
-        """None where there is nothing to look at."""
+        """None if the files cannot be read."""
         try:
             return signature(self._folder)
         except PolicyError:
@@ -141,7 +141,7 @@ class LiveRules:
 
     def _take(self, fresh: RuleSet, record: Record, actor: str | None) -> None:
         if fresh.digest == self.current.digest and self._refused is None and actor is None:
-            return  # files that were touched, and say the same
+            return  # files that were touched but have the same content
         self.current, self._refused = fresh, None
         self._since, self._reloads = round(self._clock(), 3), self._reloads + 1
         record(Event(time=self._since, event=RELOADED, actor=actor, policy_set=fresh.policies.digest, rules=fresh.digest))

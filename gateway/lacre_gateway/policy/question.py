@@ -1,11 +1,11 @@
-"""A request as rules see it: who asks, to do what, with what, under which circumstances.
+"""A request as rules see it: who asks, for which action, on which model or pool, under which circumstances.
 
 Entities: `User::"tenant/subject"` in its `Group::"tenant/group"`s and its `Tenant::"tenant"`; `Model::"pool/model"` in
-`Pool::"pool"`; `Gateway::"name"`. Names carry their tenant, so that an issuer trusted for one tenant names nobody of another.
+`Pool::"pool"`; `Gateway::"name"`. Names include their tenant, so that an issuer that is trusted for one tenant cannot name
+users of another.
 
 Rules:
-- Whatever a decision may depend on is in `key`, and the audit log holds all of it: a decision can be remembered, and
-  taken anew.
+- Everything that a decision may depend on is in `key` and in the audit log. So a decision can be remembered and repeated.
 - Time enters as the hour (UTC) of the millisecond that the audit log records.
 """
 
@@ -29,7 +29,7 @@ Entity = dict[str, Any]
 
 
 class AdminAction(StrEnum):
-    """What may be done to a gateway itself."""
+    """The actions on a gateway itself."""
 
     USAGE = "admin:usage"
     REVOKE = "admin:revoke"
@@ -80,7 +80,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class AdminQuestion:
-    """What somebody wants done to a gateway. gateway: its name."""
+    """An action on a gateway itself. gateway: its name."""
 
     principal: Principal
     action: AdminAction
@@ -133,9 +133,9 @@ def _circumstances(who: Principal, address: str, time: float) -> dict[str, Any]:
 
 
 def _ip(address: str) -> str:
-    """As Cedar takes it: no zone, and IPv4 as such where a socket for both families wrote it as IPv6.
+    """The address in Cedar's form: no zone, and plain IPv4 if a socket for both families wrote it as IPv6.
 
-    What is no address stays as it is, fits no schema, and so is denied.
+    Other text stays unchanged, fits no schema, and so is denied.
     """
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])

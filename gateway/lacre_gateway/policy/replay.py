@@ -1,9 +1,9 @@
-"""An audit log's requests, decided anew under other rules: what a proposed set would change.
+"""Decides an audit log's requests again under other rules: shows the effect of a proposed set.
 
 Rules:
-- An entry holds all that its decision depended on, so a replay is exact. Where it cannot be (an action that this version does
-  not know, entities that another version wrote otherwise), the request is counted as unsure, never guessed.
-- What is compared is the decision that was recorded; what it was decided by then is told, and need not be at hand any more.
+- An entry holds everything that its decision depended on, so a replay is exact. If it cannot be (an action that this version
+  does not know, entities that another version wrote differently), the request is counted as unsure, never guessed.
+- The new decision is compared with the recorded one. The rules of that time are named, but not needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEMS: Final = {kem.label: kem for kem in Kem}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request out of the log, and what was decided. index: of its entry."""
+    """A request from the log, and its decision. index: of its entry."""
 
     index: int
     members: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A request that would be decided otherwise."""
+    """A request whose decision would change."""
 
     asked: Asked
     becomes: Decision
@@ -47,9 +47,9 @@ class Change:
 
 @dataclass(slots=True)
 class Replay:
-    """changes: those whose decision turns. reasons: those that stay allowed or denied, by other policies than before.
+    """changes: requests whose decision changes. reasons: requests with the same decision by other policies.
 
-    unsure: entries that cannot be decided anew, with why.
+    unsure: entries that cannot be decided again, and why.
     """
 
     decided: int = 0
@@ -81,7 +81,7 @@ def replay(entries: Iterable[bytes], policies: PolicySet, since: float | None = 
 
 
 def requests(entries: Iterable[bytes]) -> Iterator[Asked]:
-    """Everything in the log that policy decided, whole: an intent together with its annex. Raises InvalidMessage."""
+    """Every decision in the log; an intent includes its annex. Raises InvalidMessage."""
     annex: dict[str, Any] = {}
     for index, data in enumerate(entries):
         members = parse(data)
@@ -95,7 +95,7 @@ def requests(entries: Iterable[bytes]) -> Iterator[Asked]:
 
 
 def question_of(members: Mapping[str, Any]) -> AnyQuestion:
-    """The question that an intent or an admin entry is the record of. Raises InvalidMessage where this version asks none."""
+    """The question that an intent or an admin entry records. Raises InvalidMessage if this version has no such question."""
     try:
         who = Principal(
             subject=members["subject"],
@@ -121,4 +121,4 @@ def question_of(members: Mapping[str, Any]) -> AnyQuestion:
             time=members["time"],
         )
     except (KeyError, ValueError) as exc:
-        raise InvalidMessage("it is of another version: an action, shape or KEM that this one does not know") from exc
+        raise InvalidMessage("it is from another version: this one does not know its action, shape or KEM") from exc

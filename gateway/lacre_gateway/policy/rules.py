@@ -1,13 +1,13 @@
 """The rule set of a gateway: one folder, read and checked as a whole, or not at all.
 
-    lacre.cedarschema       who and what the rules speak of
+    lacre.cedarschema       the entities and actions of the rules
     *.cedar                 the rules
     cases/ALLOW|DENY/*.json requests that must be allowed, and denied
-    plans.toml              who may use how much; where there is none, the one that ships with Lacre holds
+    plans.toml              who may use how much; default: the one that ships with Lacre
 
 Rules:
-- A set is what was on the disk at one moment: files that change while they are read are read again.
-- It is put to work only when everything parses, fits together, and every case holds.
+- A set consists of the files on the disk at one moment: files that change while they are read are read again.
+- It is activated only if everything parses, fits together, and every case holds.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class RuleSet:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Everything but running the cases. Raises PolicyError."""
+        """Everything except running the cases. Raises PolicyError."""
         signature, files = _at_one_moment(folder)
         texts = {name: _text(name, data) for name, data in files.items() if not name.startswith(written.FOLDER)}
         if SCHEMA_FILE not in texts:
-            raise PolicyError(MISSING, SCHEMA_FILE, f"not in {folder}: copy the one that ships with Lacre")
+            raise PolicyError(MISSING, SCHEMA_FILE, f"missing in {folder}: copy the one that ships with Lacre")
         schema, plans = texts.pop(SCHEMA_FILE), _plans(folder, texts.pop(PLANS_FILE, None))
         if not texts:
             raise PolicyError(MISSING, "*.cedar", f"none in {folder}, so nothing would be allowed: write one")
@@ -77,7 +77,7 @@ class RuleSet:
         return cls(policies, cases, _digest(files), plans, signature)
 
     def run(self) -> Iterator[tuple[PolicyCase, str | None]]:
-        """Each case, and what is wrong with its decision."""
+        """Each case, and the fault of its decision."""
         for case in self.cases:
             yield case, case.fails(self.policies.decide(case.request.question()))
 
@@ -91,12 +91,12 @@ def _plans(folder: Path, text: str | None) -> Plans:
 
 
 def signature(folder: Path) -> Signature:
-    """What changes when a file of the set does. Raises PolicyError."""
+    """Changes when a file of the set does. Raises PolicyError."""
     return tuple(_stamp(folder, path) for path in _paths(folder))
 
 
 def shipped() -> Path:
-    """The folder of the rules that come with Lacre: inside the wheel, or beside the rooms in a checkout."""
+    """The folder of the rules that ship with Lacre: inside the wheel, or at the top of a checkout."""
     package = Path(__file__).parents[1]
     packaged = package / "policies"
     return packaged if packaged.is_dir() else package.parents[1] / "policies"
@@ -104,7 +104,7 @@ def shipped() -> Path:
 
 def _paths(folder: Path) -> list[Path]:
     try:
-        next(folder.iterdir(), None)  # `glob` passes over a folder that it cannot read
+        next(folder.iterdir(), None)  # `glob` skips a folder that it cannot read
         paths = [path for pattern in _PATTERNS for path in sorted(folder.glob(pattern))]
     except OSError as exc:
         raise _unreadable(folder, exc) from exc
@@ -117,7 +117,7 @@ def _stamp(folder: Path, path: Path) -> tuple[str, int, int, int]:
     name = path.relative_to(folder).as_posix()
     try:
         found = path.stat()
-    except OSError:  # a link to nowhere, or just removed: reading it says so
+    except OSError:  # a link to nowhere, or just removed: reading it reports that
         return name, 0, 0, 0
     return name, found.st_ino, found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
 
@@ -134,7 +134,7 @@ def _at_one_moment(folder: Path) -> tuple[Signature, Mapping[str, bytes]]:
             continue
         if signature(folder) == before:
             return before, files
-    raise PolicyError(UNREADABLE, "", f"the files in {folder} change all the time")
+    raise PolicyError(UNREADABLE, "", f"the files in {folder} never stop changing")
 
 
 def _read(path: Path) -> bytes:
@@ -168,7 +168,7 @@ def _digest(files: Mapping[str, bytes]) -> str:
 
 
 def _check_questions(policies: PolicySet) -> None:
-    """A schema of one's own must take the questions that a gateway asks, or it would deny everything. Raises PolicyError."""
+    """A custom schema must accept the questions that a gateway asks, or it would deny everything. Raises PolicyError."""
     for question in _questions():
         if (why := policies.misfit(question)) is not None:
             action = question.action.value

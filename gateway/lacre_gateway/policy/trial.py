@@ -1,9 +1,9 @@
-"""Tries a rule set in a process of its own, before a gateway takes it in.
+"""Tries a rule set in another process, before a gateway activates it.
 
-Cedar's parser is recursive machine code: a file with some thousand brackets in it ends the process that parses it, and no
-exception can be caught. Here that is a child, with less stack than the gateway has.
+Cedar's parser is recursive machine code: a file with some thousand brackets ends the process that parses it, without an
+exception to catch. Here that process is a child, with less stack than the gateway has.
 
-`python -m lacre_gateway.policy.trial FOLDER` writes one JSON object: the set's digest, or what is wrong with it.
+`python -m lacre_gateway.policy.trial FOLDER` writes one JSON object: the set's digest, or its fault.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lacre_gateway.policy.cedar import SYNTAX, PolicyError
 
 UNTRIED: Final = "untried"  # the machine's fault, not the set's: to be tried again
 _STACK: Final = 1 << 20  # bytes; a gateway's threads have 8 MiB
-_LIMIT: Final = 60.0  # seconds; real sets take well under one, a machine that is busy gets more
+_LIMIT: Final = 60.0  # seconds; real sets take far less than one, and a busy machine gets more
 
 
 async def try_out(folder: Path) -> str:
@@ -31,7 +31,7 @@ async def try_out(folder: Path) -> str:
     try:
         trial = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
     except OSError as exc:
-        raise PolicyError(UNTRIED, "", f"no process to try them in ({exc.strerror})") from exc
+        raise PolicyError(UNTRIED, "", f"cannot start a process to try them ({exc.strerror})") from exc
     try:
         async with asyncio.timeout(_LIMIT):
             said, _ = await trial.communicate()
@@ -39,7 +39,9 @@ async def try_out(folder: Path) -> str:
     except TimeoutError as exc:
         raise PolicyError(UNTRIED, "", f"reading them took more than {_LIMIT:.0f} s") from exc
     except ValueError as exc:
-        raise PolicyError(SYNTAX, "", "reading them ends the process that does: look for expressions nested too deep") from exc
+        raise PolicyError(
+            SYNTAX, "", "reading them crashes the process: look for expressions that are nested too deep"
+        ) from exc
     finally:
         with contextlib.suppress(ProcessLookupError):
             trial.kill()
@@ -50,7 +52,7 @@ async def try_out(folder: Path) -> str:
 
 
 def _tried(folder: Path) -> dict[str, str]:
-    from lacre_gateway.policy.rules import RuleSet  # noqa: PLC0415 - the child's work, and the parent imports this file
+    from lacre_gateway.policy.rules import RuleSet  # noqa: PLC0415 - only the child needs it, and the parent imports this file
 
     try:
         return {"digest": RuleSet.load(folder).digest}

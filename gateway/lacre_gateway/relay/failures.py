@@ -1,6 +1,6 @@
-"""Every way that a request can fail, as the problem that the caller is told: the one place where errors become problems.
+"""Maps every failure of a request to the problem that the caller gets: errors become problems only here.
 
-What is not in this table is a fault of the gateway, and says no more than that.
+Any error outside this table is a fault of the gateway, and the caller learns only that.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from lacre_gateway.http.exchange import ClientGone, Exchange, Stalled
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.observe.metrics import Metrics
 
-# Seconds. Presence is published each second, and answers take some: sooner is pointless, much later wastes a free worker.
+# Seconds. Presence is published each second and answers take some, so sooner is pointless, and much later wastes a free worker.
 _RETRY_SOON: Final = 2.0
 _RETRY_LATER: Final = 5.0
 
-# The first that fits decides.
+# The first match decides.
 _TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
     (DuplicateWork, problems.REPLAYED, None),
     (NoWorkers, problems.NO_WORKER, _RETRY_LATER),
@@ -53,13 +53,13 @@ _TABLE: Final[tuple[tuple[type[Exception], Problem, float | None], ...]] = (
     (ProtocolError, problems.INVALID_REQUEST, None),
 )
 
-# The statuses of refusals that a caller brings about by what it asks, or how. The others are ours, or the network's.
+# The statuses of refusals that a caller causes by its request. The others are our fault, or the network's.
 CALLERS_FAULT: Final = frozenset({400, 401, 403, 404, 408, 409, 413, 415, 422, 429})
 
 ANSWERED: Final = "answered"
 REFUSED: Final = "refused"
 
-# What a worker may say of a request that it did not answer. Anything else is not for it to say.
+# The problems that a worker may report for a request that it did not answer. Others are not accepted.
 _FROM_WORKERS: Final = frozenset({
     problems.INVALID_REQUEST,
     problems.UNKNOWN_KEY,
@@ -80,17 +80,17 @@ class WorkerRefused(Exception):
         self.problem = problem if problem in _FROM_WORKERS else problems.WORKER_LOST
 
 
-# Everything that a request can fail with by design. Anything else is a bug: it goes on to the server, which logs where it was,
-# answers INTERNAL if nothing was answered yet, and aborts the connection otherwise.
+# Every intended failure of a request. Any other error is a bug: it reaches the server, which logs its place. The server answers
+# INTERNAL if nothing was answered yet, and otherwise aborts the connection.
 FAILURES: Final = (Refusal, LimitExceeded, BudgetRefused, WorkerRefused, Stalled, LacreError)
 
-# What breaks an answer off without any doing of its worker's: our own part, the message server's, or the reader's.
+# Failures that break off an answer without its worker's fault: of our own part, the message server, or the reader.
 _WORKER_LIVES: Final = (Stalled, ReaderStalled, FrameMissing, FabricUnavailable, FabricLost, AuditUnavailable)
 
 
 @contextmanager
 def counted(metrics: Metrics, exchange: Exchange) -> Iterator[None]:
-    """Counts the request while it is under way, and how it ended."""
+    """Counts the request while it runs, and then how it ended."""
     metrics.live.add(exchange)
     try:
         yield
@@ -103,7 +103,7 @@ def counted(metrics: Metrics, exchange: Exchange) -> Iterator[None]:
 
 
 def outcome_of(error: BaseException, *, started: bool) -> str:
-    """How a request ended that did not end well, in a word. started: whether its answer was under way."""
+    """How a failed request ended, in a word. started: whether its answer had begun."""
     if isinstance(error, ClientGone):
         return "client-gone"
     if isinstance(error, asyncio.CancelledError):
@@ -112,7 +112,7 @@ def outcome_of(error: BaseException, *, started: bool) -> str:
 
 
 def may_be_lost(error: Exception) -> bool:
-    """Whether an answer may have broken off because its worker died: whatever is not known to be something else."""
+    """Whether an answer may have broken off because its worker died: true unless another cause is known."""
     return not isinstance(error, _WORKER_LIVES)
 
 
@@ -133,7 +133,7 @@ def refusal_for(error: BaseException) -> Refusal:
 
 
 def _of_process(error: LimitExceeded) -> Refusal:
-    """How much a process can hold is for its operator."""
+    """A process's own limits are only for its operator to know."""
     if not error.own:
         return Refusal(problems.OVERLOADED, retry_after=error.retry_after, details={"limit": error.name, "scope": "gateway"})
     said: dict[str, Detail] = {"limit": error.name, "scope": "user", "ceiling": error.ceiling}

@@ -1,4 +1,6 @@
-"""Serving and routing by the manifest. `lacre_fabric.nats.manifest_feed` fetches and verifies it; the gateway can make none."""
+"""Serves the manifest and routes by it. `lacre_fabric.nats.manifest_feed` fetches and verifies it; the gateway cannot make
+one.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ _RETRY: Final = 5.0  # seconds: a publication takes about as long to reach a gat
 
 
 def require(feed: ManifestFeed) -> ManifestFeed:
-    """The feed, if it has a manifest that clients would take. Raises Refusal."""
+    """The feed, if it has a manifest that clients would accept. Raises Refusal."""
     if not feed.ready:
         raise Refusal(problems.NOT_READY, retry_after=_RETRY)
     return feed
 
 
 def etag(document: bytes) -> str:
-    """Another one for other bytes (RFC 9110 section 8.8.3)."""
+    """Differs for other bytes (RFC 9110 section 8.8.3)."""
     return f'"{hashlib.sha256(document).hexdigest()[:32]}"'
 
 

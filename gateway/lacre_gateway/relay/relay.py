@@ -1,14 +1,14 @@
 """The path of one sealed request. `relay` reads like the list in DESIGN section 3.
 
 Rules:
-- A caller is known before a byte of the body is read; and where the body says its length, policy decides before more of it is
-  read than its header. What is held of bodies is counted (see `limits`).
-- Nothing here can open anything. Frames are forwarded byte for byte, each as it comes; those that came together go together.
+- A caller is known before a byte of the body is read. If the request announces its length, policy decides after reading only
+  its header. Bytes of bodies are counted while they are held (see `limits`).
+- Nothing here can open anything. Frames are forwarded byte for byte as they arrive; frames that arrive together leave together.
 - An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the answer ends without its
-  seal's final chunk: in order where its worker may be lost, so that the client counts it, and by an abort where it is not.
-- A request that ends in any other way than its answer's end is cancelled at the worker.
-- The intent is durable before the first byte of the answer leaves, and the answer's header proves it. What settles the request
-  is decided after it (see `settlement`), and nothing here waits for that.
+  seal's final chunk. It ends properly if its worker may be lost, so that the client counts that, and by an abort otherwise.
+- A request that ends before its answer does is cancelled at the worker.
+- The intent is durable before the first byte of the answer leaves, and the answer's header proves it. The receipt that settles
+  the request is chosen later (see `settlement`), and nothing here waits for that.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ from lacre_gateway.relay.failures import CALLERS_FAULT, FAILURES, WorkerRefused,
 from lacre_gateway.relay.pools import pool_for
 from lacre_gateway.relay.trail import Trail
 
-_TOGETHER: Final = 64 * 1024  # bytes of frames that came together and go on together: as much as a server takes without waiting
-_LEAST_QUEUE: Final = 1.0  # seconds in the queue, whatever came before: a worker that is free takes some milliseconds
-_CANCEL_LIMIT: Final = 2.0  # seconds that cancelling may take; the worker also stops by itself when its credit runs out
+# bytes of frames that arrived together and leave together: as much as a server takes without waiting
+_TOGETHER: Final = 64 * 1024
+_LEAST_QUEUE: Final = 1.0  # seconds in the queue, however long earlier steps took: a free worker takes some milliseconds
+_CANCEL_LIMIT: Final = 2.0  # seconds for a cancellation; the worker also stops by itself when its credit runs out
 
 
 class SealedEndpoint:
@@ -73,17 +74,18 @@ class SealedEndpoint:
             if refusal.problem is problems.INTERNAL:
                 self._gateway.log.error("request failed", request_id=exchange.request_id, **places(exc))
             await exchange.refuse(refusal)
-        except Exception as exc:  # a fault of the gateway: the server logs where it was, the caller learns that it was
+        # a fault of the gateway: the server logs its place, the caller learns only that it happened
+        except Exception as exc:
             if not exchange.started:
                 await exchange.refuse(Refusal(problems.INTERNAL))
-            else:  # a worker that dies may be what it is about
+            else:  # the request may be what kills its worker
                 with contextlib.suppress(AnswerAborted):
                     await _break_off(exchange, exc)
             raise
 
 
 async def _break_off(exchange: Exchange, error: Exception) -> None:
-    """Ends an answer that was under way. Raises StreamBroken where its worker is not lost."""
+    """Ends a running answer. Raises StreamBroken if its worker is not lost."""
     if not may_be_lost(error):
         raise AnswerAborted from error
     try:
@@ -93,7 +95,7 @@ async def _break_off(exchange: Exchange, error: Exception) -> None:
 
 
 async def relay(gateway: Gateway, exchange: Exchange) -> None:
-    """Raises whatever `mapping` names, before the first byte of the answer or after it."""
+    """Raises every error that `mapping` lists, before the first byte of the answer or after it."""
     access = await gateway.authenticator.authenticate(
         exchange.fields.authorization(), exchange.address, proof=exchange.fields.proof(), url=gateway.sealed_url
     )
@@ -103,14 +105,14 @@ async def relay(gateway: Gateway, exchange: Exchange) -> None:
 
 
 async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> None:
-    """The request of a known caller."""
+    """Serves the request of a known caller."""
     principal, limits = access.principal, gateway.settings.limits
     declared = exchange.fields.check_media()
     outer = exchange.fields.outer()
     subject = (principal.issuer, principal.subject)
     with gateway.limits.slot(subject), gateway.bodies.room(subject) as room:
         room.check(declared or 0)
-        # Without a length that policy could go by, there is nothing to decide on before the body is whole.
+        # Without an announced length, policy cannot decide before the body is whole.
         first = MAX_HEADER if declared is not None else MAX_SEALED_REQUEST + 1
         start = await exchange.sealed_start(room, limits.body_timeout, first)
         begun = _Begun(SealedHeader.parse(start), len(start) if declared is None else declared)
@@ -130,7 +132,7 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
         request = replace(request, ceilings=hold.ceilings)
         with Trail(gateway, exchange, request.intent(decision, hold), hold) as trail:
             if not gateway.audit.writable:
-                await trail.durable()  # or work would be done for an answer that cannot be given
+                await trail.durable()  # otherwise a worker could work for an answer that cannot be delivered
             work = request.work(_grant(gateway, request), sealed)
             dispatch = await gateway.connected().dispatch(
                 work, queue_limit=rest_of_queue(limits.queue_limit, time.monotonic() - asked)
@@ -149,18 +151,18 @@ async def _permitted(gateway: Gateway, exchange: Exchange, access: Access) -> No
 
 
 def rest_of_queue(limit: float, waited: float) -> float:
-    """Seconds that a request may still wait for a worker, of `limit`, when it has waited so long for its caller's budgets.
+    """Seconds that a request may still wait for a worker, of `limit`, after waiting `waited` seconds for its caller's budgets.
 
-    A caller waits for both alike, and is told before its own patience ends.
+    A caller waits for both alike, and gets an answer before its own time limit ends.
     """
     return min(limit, max(_LEAST_QUEUE, limit - waited))
 
 
 @contextlib.contextmanager
 def _charged(gateway: Gateway, exchange: Exchange, principal: Principal) -> Iterator[None]:
-    """Charges a refusal that is the caller's to the caller's limit of them. Raises Refusal where that is used up.
+    """Charges a refusal that the caller caused to the caller's limit of refusals. Raises Refusal if that is used up.
 
-    What a worker says is charged for its pool alone: it must not keep callers from others.
+    A worker's refusal is charged for its pool alone: it must not keep callers from other pools.
     """
     subject, address = (principal.issuer, principal.subject), exchange.address
     of_pool = (*subject, exchange.fields.values.get(b"lacre-pool"))
@@ -175,9 +177,9 @@ def _charged(gateway: Gateway, exchange: Exchange, principal: Principal) -> Iter
 
 
 async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, decision: Decision) -> Hold:
-    """Whatever comes of it, the answer will say how far the caller's limits are used.
+    """In any case, the answer will say how far the caller's limits are used.
 
-    Raises BudgetRefused, of which there is a record then, as of a denial.
+    Raises BudgetRefused, which is then recorded like a denial.
     """
     try:
         hold = await gateway.budgets.reserve(request.question.principal, request.question.model, request.ceilings)
@@ -192,7 +194,7 @@ async def _reserved(gateway: Gateway, exchange: Exchange, request: _Request, dec
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A request that is well-formed, and whose pool can open it; not yet allowed."""
+    """A well-formed request whose pool can open it; not yet allowed."""
 
     question: Question
     ceilings: Reservation
@@ -255,7 +257,7 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """What is known of a sealed request before its body is whole. size: of all of it, in bytes."""
+    """The known part of a sealed request before its body is whole. size: of all of it, in bytes."""
 
     header: SealedHeader
     size: int
@@ -264,7 +266,7 @@ class _Begun:
 async def _understood(
     gateway: Gateway, exchange: Exchange, principal: Principal, outer: OuterHeaders, begun: _Begun
 ) -> _Request:
-    """`_inspected`, and once more after a look at the fabric where the key is not known: a rotation may be that young."""
+    """`_inspected`; if the key is unknown, once more after reading the fabric, because a rotation may be very recent."""
     try:
         return _inspected(gateway, exchange, principal, outer, begun)
     except Refusal as refusal:
@@ -287,7 +289,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
         kem=header.suite.kem,
         shape=outer.shape,
         address=exchange.address,
-        time=round(gateway.clock(), 3),  # as the audit log has it: the decision can be taken anew
+        time=round(gateway.clock(), 3),  # as in the audit log, so that the decision can be repeated
     )
     return _Request(
         question=question,
@@ -299,7 +301,7 @@ def _inspected(gateway: Gateway, exchange: Exchange, principal: Principal, outer
 
 
 def _pool(gateway: Gateway, question: Question, outer: OuterHeaders, header: SealedHeader) -> Pool:
-    """Raises Refusal. Of an unknown model it names those that this caller may use."""
+    """Raises Refusal. For an unknown model it names those that this caller may use."""
     try:
         return pool_for(gateway.feed, outer, header, gateway.clock())
     except Refusal as refusal:
@@ -311,7 +313,7 @@ def _pool(gateway: Gateway, question: Question, outer: OuterHeaders, header: Sea
 
 
 def _grant(gateway: Gateway, request: _Request) -> str:
-    """What the worker may do. It names no one: neither subject nor tenant, but by pseudonyms of this hour."""
+    """The worker's permission. It names neither subject nor tenant, only pseudonyms of this hour."""
     now = gateway.clock()
     asked = request.question
     return Grant(
@@ -331,7 +333,7 @@ def _grant(gateway: Gateway, request: _Request) -> str:
 
 
 async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list[bytes]:
-    """Returns when the worker said that the answer is whole, with the pieces that its end takes along.
+    """Returns when the worker said that the answer is whole, with the pieces to send with its end.
 
     Raises WorkerRefused, FabricError, AuditUnavailable or Stalled.
     """
@@ -360,7 +362,7 @@ async def _forward(exchange: Exchange, dispatch: Dispatch, trail: Trail) -> list
 
 @contextlib.asynccontextmanager
 async def _at_most(exchange: Exchange, longest: float) -> AsyncIterator[None]:
-    """Ends a request that has lasted for `longest` seconds: no lease of streams is kept for longer. Raises WorkerLost."""
+    """Ends a request after `longest` seconds: no lease of streams is kept longer. Raises WorkerLost."""
     limit = asyncio.timeout(exchange.since + longest - time.monotonic())
     try:
         async with limit:
@@ -372,7 +374,7 @@ async def _at_most(exchange: Exchange, longest: float) -> AsyncIterator[None]:
 
 
 async def _cancel(dispatch: Dispatch) -> None:
-    """As well as can be: the worker also stops by itself, when its credit is not renewed."""
+    """Tries to cancel; the worker also stops by itself when its credit is not renewed."""
     with contextlib.suppress(FabricError, TimeoutError):
         async with asyncio.timeout(_CANCEL_LIMIT):
             await dispatch.cancel()

@@ -1,4 +1,4 @@
-"""The audit trail of one request: an intent, and whatever happens then, exactly one outcome."""
+"""The audit trail of one request: an intent, and then exactly one outcome in every case."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lacre_gateway.relay.failures import ANSWERED, REFUSED, outcome_of, refusal_
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a request ended, in the terms of `Outcome`. problem: what the client is told instead of an answer."""
+    """How a request ended, in the terms of `Outcome`. problem: the problem that the client gets instead of an answer."""
 
     outcome: str
     status: int | None
@@ -31,11 +31,11 @@ class _End:
 
 
 class Trail:
-    """A context: the intent is recorded on entry, the outcome after the exit, whichever way it is left, once the claim has its
-    verdict and the intent stands. One that could not be recorded costs nothing: budgets and log say the same.
+    """A context: it records the intent on entry, and the outcome after any exit, once the claim has its verdict and the intent
+    is durable. A request that could not be recorded costs nothing, so budgets and log agree.
 
-    recorded: done when the intent is durable, and under a signed checkpoint; not to be cancelled.
-    claim: what the worker says was used; None where no worker was asked. hold: what was reserved; settled with the claim.
+    recorded: done when the intent is durable, and under a signed checkpoint; not to be cancelled. claim: the worker's claim of
+    the usage; None if no worker was asked. hold: the reservation; settled with the claim.
     """
 
     def __init__(self, gateway: Gateway, exchange: Exchange, intent: Intent, hold: Hold | None = None) -> None:
@@ -55,7 +55,7 @@ class Trail:
         return self
 
     async def durable(self) -> Recorded:
-        """Raises AuditUnavailable. Whoever stops waiting does not take the entry back."""
+        """Raises AuditUnavailable. Cancelling the wait does not remove the entry."""
         return self.recorded.result() if self.recorded.done() else await asyncio.shield(self.recorded)
 
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
@@ -105,7 +105,7 @@ class Trail:
         )
 
     def _settle(self, outcome: str, verdict: Verdict) -> int | None:
-        """What the caller pays, in micro-units, for what the receipt says. What was refused, or is in no log, costs nothing."""
+        """The charge for the receipt, in micro-units. A refused or unrecorded request costs nothing."""
         hold, used = self._hold, verdict.receipt
         if hold is None:
             return None

@@ -1,4 +1,4 @@
-"""Serving what is sealed: `answer` and `open_sealed` for a worker's node, `Sealed` for any ASGI app of one's own.
+"""Serving sealed requests: `answer` and `open_sealed` for a worker's node, `Sealed` for any ASGI app of your own.
 
 Open `sealed.py` first: the ASGI app around another. `app_call.py` calls an app with one opened request.
 """

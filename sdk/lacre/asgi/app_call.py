@@ -1,14 +1,14 @@
-"""Opens a sealed request and calls an ASGI app; the app's answer is sealed piece by piece as it is produced.
+"""Opens a sealed request and calls an ASGI app. Seals the app's answer piece by piece as the app produces it.
 
 Rules:
-- The app sees an ordinary HTTP request, and what its grant allows in `scope["extensions"]["lacre.call"]`. It knows nothing of
+- The app sees an ordinary HTTP request, with the grant's limits in `scope["extensions"]["lacre.call"]`. It does not know
   shapes: `lacre.wire.records` decides how its pieces become records.
-- Every event that the app sends leaves as a sealed record at once: nothing waits for a larger buffer. (Under `pad`, what is no
-  event stream waits until a record is full.)
-- The final chunk is sealed only when the app finished its response. An app that raises, or stops early, leaves a stream
-  without one, and the client gets `TruncatedStream`: a broken answer is never passed off as whole.
-- Closing the generator tells the app `http.disconnect` and cancels it. From then on `send` raises, as ASGI 2.4 has it, and
-  nothing that the app still does can hold the closing up for longer than `tasks.END_LIMIT`.
+- Every event that the app sends leaves at once as a sealed record. (Under `pad`, a body that is not an event stream waits for a
+  full record.)
+- The final chunk is sealed only after the app finished its response. If the app raises or stops early, the stream has no final
+  chunk and the client gets `TruncatedStream`: a broken answer never passes for a whole one.
+- Closing the generator sends the app `http.disconnect` and cancels it. From then on `send` raises, as ASGI 2.4 requires. The
+  app can delay the closing by `tasks.END_LIMIT` at most.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lacre.wire.records import Headers, Records, records
 
 SCHEME: Final = "https"
 EXTENSION: Final = "lacre.call"
-MAX_PENDING: Final = 16  # pieces the app may be ahead of the sealing: enough to overlap, too few to hide a slow reader
+MAX_PENDING: Final = 16  # pieces that the app may be ahead of the sealing: enough to overlap, too few to hide a slow reader
 
 _RESPONSE: Final = ("http.response.start", "http.response.body")
 _OF_A_CONNECTION: Final = frozenset(
@@ -53,7 +53,7 @@ class Disconnected(OSError):
 
 @dataclass(slots=True)
 class Usage:
-    """What a call used so far, in tokens. The app writes it, the node reads it for receipts."""
+    """Tokens that a call used so far. The app writes it; the node reads it for receipts."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -62,15 +62,15 @@ class Usage:
 
 
 def _weightless(_sequences: int) -> None:
-    """Of a call that no worker counts."""
+    """For a call that no worker counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the grant says of this call; None where it says nothing. max_tokens counts output over all choices.
+    """What the grant says of this call; None if it says nothing. max_tokens counts output over all choices.
 
-    fair: pseudonyms of the tenant and of the caller that change hourly. They say whose turn it is, and are for nothing else.
-    weigh: tells the worker how many sequences the call is at its engine, and is still; it pulls accordingly. From any thread.
+    fair: pseudonyms of the tenant and of the caller that change hourly. They only decide whose turn it is. weigh: tells the
+    worker how many of the call's sequences are at its engine, so that it pulls accordingly. Callable from any thread.
     """
 
     request_id: str
@@ -103,7 +103,7 @@ def decoded_path(request: bhttp.Request) -> str:
 
 
 def open_sealed(body: bytes, keys: Mapping[int, PrivateKey]) -> Opened:
-    """Opens a whole sealed request. Raises ProtocolError or VerificationError kinds; nothing of it was acted on then."""
+    """Opens a whole sealed request. Raises ProtocolError or VerificationError kinds; then nothing of it was acted on."""
     plaintext, header, sealer = open_request(keys, body)
     return Opened(bhttp.decode_request(plaintext), header, sealer)
 
@@ -133,7 +133,7 @@ async def answer(
     shape: Shape = "pad",
     trailers: Callable[[], Headers] = lambda: (),
 ) -> AsyncGenerator[bytes, None]:
-    """Yields the sealed answer of `app`, record by record. `trailers` is asked once, when the app has finished.
+    """Yields the sealed answer of `app`, record by record. It calls `trailers` once, after the app has finished.
 
     shape: what the grant says. Raises AppFailed, after which the stream has no final chunk.
     """
@@ -154,7 +154,7 @@ async def answer(
 
 
 class _Exchange:
-    """One call of an ASGI app: the app runs in a task of its own, a few messages ahead at most."""
+    """One call of an ASGI app: the app runs in its own task, at most a few messages ahead."""
 
     def __init__(self, app: App, request: bhttp.Request, call: Call) -> None:
         self._app = app
@@ -167,19 +167,21 @@ class _Exchange:
         self._gone = asyncio.Event()
 
     async def messages(self) -> AsyncGenerator[Message, None]:
-        """The messages of a whole response: a start, and bodies to the last one. Raises AppFailed where it is not whole."""
+        """The messages of a whole response: a start, then bodies to the last one. Raises AppFailed if the response is not
+        whole.
+        """
         task = tasks.spawn("sealed app", self._run())
         task.add_done_callback(lambda _: self._came.set())
         try:
             expected, complete = "http.response.start", False
             while (message := await self._next(task)) is not None:
                 if message["type"] not in _RESPONSE:
-                    continue  # of an extension that was not offered
+                    continue  # from an extension that was not offered
                 if complete or message["type"] != expected:
-                    raise AppFailed("the app's response is not one start, and bodies after it until the last")
+                    raise AppFailed("the app's response must be one start, followed by bodies to the last one")
                 expected, complete = "http.response.body", _is_last(message)
                 yield message
-            await task  # raises what made the app fail
+            await task  # raises the app's own error
             if not complete:
                 raise AppFailed("the app returned before its response was complete")
         finally:
@@ -188,7 +190,7 @@ class _Exchange:
             await tasks.end(task, expected=(Disconnected,))
 
     async def _next(self, task: asyncio.Task[None]) -> Message | None:
-        """The app's next message; None when it has ended. The end needs no room among the messages, so it is never held up."""
+        """The app's next message; None when the app has ended. The end takes no place in the queue, so it is never delayed."""
         while not self._pending:
             if task.done():
                 return None
@@ -201,9 +203,9 @@ class _Exchange:
     async def _run(self) -> None:
         try:
             await self._app(self._scope(), self._receive, self._send)
-        except Exception as exc:  # the boundary to an app that is not ours: one type leaves here
+        except Exception as exc:  # the boundary to a foreign app: only one type leaves here
             if self._gone.is_set():
-                raise  # nobody takes it any more, so it is logged
+                raise  # no task awaits it any longer, so it is logged
             raise AppFailed("the app raised") from exc
 
     async def _send(self, message: Message) -> None:
@@ -211,7 +213,7 @@ class _Exchange:
             self._room.clear()
             await self._room.wait()
         if self._gone.is_set():
-            raise Disconnected("whoever asked has gone")
+            raise Disconnected("the caller has gone")
         self._pending.append(message)
         self._came.set()
 
@@ -235,7 +237,7 @@ class _Exchange:
             "query_string": query.encode("ascii"),
             "root_path": "",
             "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._request.headers],
-            "client": None,  # who asks is not known here, and must not be
+            "client": None,  # the caller is unknown here, and must be
             "server": (self._request.authority, None),
             "extensions": {EXTENSION: self._call},
         }
@@ -252,7 +254,7 @@ def _is_last(message: Message) -> bool:
 
 
 def _data(plain: Records, message: Message) -> tuple[bytes, bytes]:
-    """What to seal now; and of the last piece of the body, which goes out with the end, the piece itself."""
+    """What to seal now; and the last piece of the body, which goes out together with the end."""
     body = bytes(message.get("body", b""))
     return (b"", body) if _is_last(message) else (plain.data(body), b"")
 
@@ -261,11 +263,11 @@ def _head(plain: Records, message: Message) -> bytes:
     try:
         return plain.head(message["status"], _decoded(message.get("headers", ())))
     except UsageError as exc:
-        raise AppFailed("the app answered with a status or a header that no HTTP message may have") from exc
+        raise AppFailed("the app answered with a status or a header that HTTP does not allow") from exc
 
 
 def _decoded(headers: Sequence[tuple[bytes, bytes]]) -> Headers:
-    """ASGI header bytes for BHTTP, in lower case; the fields of a connection do not belong there (RFC 9292 section 6)."""
+    """ASGI header bytes for BHTTP, in lower case, without the fields of a connection (RFC 9292 section 6)."""
     return tuple(
         (name.decode("latin-1").lower(), value.decode("latin-1"))
         for name, value in headers

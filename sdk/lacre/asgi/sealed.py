@@ -1,12 +1,12 @@
-"""`Sealed(app, keys=...)`: any ASGI app, reached sealed over plain HTTP, by clients that pin its key (`lacre.direct`).
+"""`Sealed(app, keys=...)`: any ASGI app, sealed over plain HTTP, for clients that pin its key (`lacre.direct`).
 
 Rules:
-- Nothing reaches the app in the clear, nor leaves it in the clear: what comes unsealed gets a problem document.
-- A request runs once. Its digest is remembered for longer than its date is good for, and a date from before this process began
-  is not good. Where several processes serve one key, that takes a memory they share: `claim`.
-- Who asks is the app's own affair: what a caller sends to name itself, such as `Authorization`, is inside the seal.
+- Nothing reaches or leaves the app unsealed: an unsealed request gets a problem document.
+- A request runs once. Its digest is remembered for longer than its date is valid, and dates from before this process began are
+  refused. If several processes serve one key, they need a shared memory for this: `claim`.
+- The app itself identifies its callers: fields such as `Authorization` come inside the seal.
 
-Where it stands and how a key is published follow RFC 9540: `GET` for the key configurations, `POST` for requests, one path.
+The path and the way to publish a key follow RFC 9540: one path, `GET` for the key configurations, `POST` for requests.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from lacre.wire.padding import Shape, shape_named
 from lacre.wire.wiping import overwrite
 
 BODY_TIMEOUT: Final = 60.0  # seconds for a sealed request to arrive: 7 MiB at 1 Mbit/s
-MAX_READING: Final = 128 * 2**20  # bytes of all sealed requests that are being read: eighteen of the largest, or thousands
+# bytes of all sealed requests that are being read: eighteen of the largest, or thousands of small ones
+MAX_READING: Final = 128 * 2**20
 MAX_KEY_ID: Final = 255  # one byte (RFC 9458 section 3)
 _KEY_FILE_LIMIT: Final = 1024  # bytes; a key has some 60
 
@@ -51,12 +52,13 @@ Claim = Callable[[bytes], Awaitable[bool]]
 
 
 class Sealed:
-    """app: what answers. keys: what requests are sealed to, the preferred first; a callable is asked each time, for rotation.
+    """app: the app that answers. keys: what requests are sealed to, the preferred first; a callable is called each time, for
+    rotation.
 
-    claim: called with a request's digest (32 bytes) before it runs; False refuses it as a replay. For each digest it must say
-    True once in all processes that share a key, and remember that for `lacre.asgi.admission.REMEMBERED_FOR` seconds.
-    path: where keys and requests are. clock: seconds since the epoch. body_timeout: seconds for a sealed request to arrive.
-    max_reading: bytes of all sealed requests that are being read.
+    claim: called with a request's digest (32 bytes) before it runs; False refuses it as a replay. For each digest it must
+    return True only once in all processes that share a key, for `lacre.asgi.admission.REMEMBERED_FOR` seconds. path: of keys
+    and requests. clock: seconds since the epoch. body_timeout: seconds for a sealed request to arrive. max_reading: bytes of
+    all sealed requests that are being read.
     """
 
     def __init__(
@@ -87,13 +89,13 @@ class Sealed:
         try:
             self._began = float(int(clock()))  # a `date` has whole seconds
         except (TypeError, ValueError, OverflowError) as exc:
-            raise UsageError("clock: it must return seconds since the epoch") from exc
+            raise UsageError("clock must return seconds since the epoch") from exc
         self._seen = ReplayMemory()
-        self._reading = 0  # bytes of requests that are not whole
+        self._reading = 0  # bytes of incomplete requests
 
     @property
     def pins(self) -> tuple[str, ...]:
-        """What clients pin: one for each key."""
+        """The pins for clients, one for each key."""
         return tuple(pin(key.config) for key in self._keys())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,14 +130,15 @@ class Sealed:
         if self._seen.has(digest, now):
             return await _tell(send, problems.REPLAYED)
         refusal = check_date(opened, now, earliest=self._began, seen=self._seen)
-        if refusal is None:  # only what may run is remembered
+        if refusal is None:  # remember only requests that may run
             if not self._seen.add(digest, now, sent_at(opened)) or not (self._claim is None or await self._claim(digest)):
                 return await _tell(send, problems.REPLAYED)
             refusal = check_path(opened)
         await _while_connected(receive, self._answer(opened, refusal, send))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | Problem:
-        """The sealed request. Nobody is known before it is opened: so all that are being read share `max_reading` bytes.
+        """The sealed request. No caller is known before it is opened, so all requests that are being read share `max_reading`
+        bytes.
 
         None may have more than is left for the others: however many fill it up, a short request finds room.
         """
@@ -147,7 +150,7 @@ class Sealed:
                 while True:
                     message = await receive()
                     if message["type"] != "http.request":
-                        return problems.INVALID_REQUEST  # cut short; nobody reads this
+                        return problems.INVALID_REQUEST  # cut short: the client has gone and reads no answer
                     piece: bytes = message.get("body", b"")
                     if len(body) + len(piece) > MAX_SEALED_REQUEST:
                         return problems.TOO_LARGE
@@ -164,10 +167,10 @@ class Sealed:
 
     async def _answer(self, opened: Opened, refusal: SealedRefusal | None, send: Send) -> None:
         headers = [(b"content-type", MEDIA_TYPE_RESPONSE.encode()), (b"incremental", b"?1"), (b"cache-control", b"no-store")]
-        headers.append((b"x-accel-buffering", b"no"))  # what is incremental, an nginx in front would keep until it ends
+        headers.append((b"x-accel-buffering", b"no"))  # an nginx in front would otherwise hold back the stream to its end
         async with aclosing(self._pieces(opened, refusal)) as pieces:
             try:
-                first = await anext(pieces)  # an app that fails before it has begun can still be told of outside
+                first = await anext(pieces)  # an app that fails before it began can still be reported outside
             except AppFailed:
                 await _tell(send, problems.INTERNAL)
                 raise
@@ -188,13 +191,13 @@ class Sealed:
 
 
 def pin(config: KeyConfig) -> str:
-    """What a client pins of a key: base64url of the SHA-256 of its key configuration."""
+    """The pin of a key: base64url of the SHA-256 of its key configuration."""
     arguments.instance(config, KeyConfig, "config")
     return b64u(hashlib.sha256(config.encode()).digest())
 
 
 def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
-    """The private key in a file; a new one, for its owner alone, where there is none. Raises SettingsError."""
+    """The private key in a file; if there is none, a new one that only its owner can read. Raises SettingsError."""
     path = folders.given(path, "path")
     if isinstance(key_id, bool) or not isinstance(key_id, int) or not 0 <= key_id <= MAX_KEY_ID:
         raise UsageError(f"key_id: a whole number from 0 to {MAX_KEY_ID} is expected")
@@ -202,7 +205,7 @@ def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
         if not path.exists():
             _make_key_file(path, key_id)
     except OSError as exc:
-        raise SettingsError(f"{path} cannot be written ({exc.strerror}): make its folder, or name another file") from exc
+        raise SettingsError(f"{path} cannot be written ({exc.strerror}): create its folder, or name another file") from exc
     try:
         with path.open("rb", buffering=0) as file:
             private_files.check(path, os.fstat(file.fileno()).st_mode)
@@ -236,7 +239,7 @@ def _keys(keys: PrivateKey | Sequence[PrivateKey] | Keys) -> Keys:
 
 
 def _shape(opened: Opened) -> Shape:
-    """As the request asks, inside the seal."""
+    """The shape that the request asks for, inside the seal."""
     asked = opened.headers("lacre-shape")
     return shape_named(asked[0]) if asked in (["none"], ["pad"]) else "pad"
 

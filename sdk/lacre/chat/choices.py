@@ -1,9 +1,9 @@
-"""What a model answered: choices with their text, calls of functions and log probabilities; whole, or delta by delta.
+"""A model's answer: choices with their text, function calls and log probabilities; whole, or delta by delta.
 
 Rules:
-- Nothing that came is dropped: what has no name here is in `Choice.message`, as it came.
-- Nothing of an answer is in a `repr`: those end up in logs.
-- What a peer chose (indices, depth, kinds) allocates nothing by itself, and nests no deeper than `MAX_DEPTH` here.
+- Nothing received is dropped: members without a name here are in `Choice.message`, unchanged.
+- Nothing of an answer is in a `repr`, because those end up in logs.
+- Values that a peer chose (indices, depth, kinds) allocate nothing by themselves, and nest no deeper than `MAX_DEPTH`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Final
 from lacre.errors import InvalidMessage
 from lacre.runtime.json_objects import object_in
 
-MAX_DEPTH: Final = 16  # levels of a delta that are put together; a tool call has three
-# Members that are said once, and again perhaps, but never in pieces.
+MAX_DEPTH: Final = 16  # levels of a delta that are joined; a tool call has three
+# Members that are sent whole, perhaps repeatedly, but never in pieces.
 _SCALARS: Final = frozenset({"role", "id", "type"})
 _FORMS: Final = ("function", "custom")  # of a tool call, by its `type`
-_REASONING: Final = ("reasoning_content", "reasoning")  # as llama-server and vLLM name it
+_REASONING: Final = ("reasoning_content", "reasoning")  # the names in llama-server and vLLM
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """What a peer wrote. Raises InvalidMessage if it is not what its place asks for."""
+    """Wrap around parsing a peer's value. Raises InvalidMessage if it has the wrong form."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as exc:
@@ -34,10 +34,10 @@ def _reading(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the model wants made. The program makes it, or not: what is in it was chosen by a model.
+    """A call that the model requests. The program decides whether to make it: a model chose its content.
 
-    id: what the message with its result names as `tool_call_id`. name: of the function.
-    arguments: JSON, as the model wrote it; of a custom tool, its input. Cut short where `finish_reason` is `length`.
+    id: the message with the call's result names it as `tool_call_id`. name: of the function. arguments: JSON, as the model
+    wrote it; for a custom tool, its input. Cut short if `finish_reason` is `length`.
     """
 
     id: str
@@ -46,17 +46,17 @@ class ToolCall:
     type: str = "function"
 
     def parsed(self) -> dict[str, Any]:
-        """The arguments as an object. Raises InvalidMessage if they are none: the model wrote them."""
+        """The arguments as an object. Raises InvalidMessage if they are not one: the model wrote them."""
         value = object_in(self.arguments)
         if value is not None:
             return value
         wrong = InvalidMessage("the model's arguments for this call are not a JSON object, or were cut short")
-        wrong.remedy = "Allow more tokens, or say `strict: true` in the tool; then ask again."
+        wrong.remedy = "Allow more tokens, or set `strict: true` in the tool; then ask again."
         raise wrong
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> ToolCall:
-        """One of a message's `tool_calls`. Raises InvalidMessage for what is none."""
+        """One of a message's `tool_calls`. Raises InvalidMessage if it is not a tool call."""
         with _reading("a tool call"):
             kind = _text(value.get("type")) or "function"
             forms = {form: _called(value.get(form)) for form in _FORMS}
@@ -66,8 +66,8 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token of the answer, and the natural logarithm of its probability. raw: its bytes, where the worker told them.
-    top: the likeliest in its place, where `top_logprobs` asked for them.
+    """A token of the answer, and the natural logarithm of its probability. raw: its bytes, if the worker sent them. top: the
+    likeliest tokens in its place, if `top_logprobs` asked for them.
     """  # fmt: skip
 
     token: str = field(repr=False)
@@ -77,7 +77,7 @@ class TokenLogprob:
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> TokenLogprob:
-        """Raises InvalidMessage for what is none."""
+        """Raises InvalidMessage if the value is not a token's."""
         with _reading("a token with its probability"):
             told = value.get("bytes")
             logprob = value["logprob"]
@@ -92,9 +92,9 @@ class TokenLogprob:
 class Choice:
     """One of an answer's choices.
 
-    text: its content. finish_reason: OpenAI's `stop`, `length`, `tool_calls` and so on; None where none came (so far).
-    refusal, reasoning: what the model said in place of an answer, or before it. logprobs: where they were asked for.
-    message: the whole message, to be appended to `messages` for the next turn.
+    text: its content. finish_reason: OpenAI's `stop`, `length`, `tool_calls` and so on; None if there is none (yet). refusal,
+    reasoning: the model's words in place of an answer, or before it. logprobs: if requested. message: the whole message, to
+    append to `messages` for the next turn.
     """
 
     index: int
@@ -108,7 +108,9 @@ class Choice:
 
     @classmethod
     def parse(cls, choice: Mapping[str, Any], place: int) -> Choice:
-        """A choice of a chat completion. place: its index, where it does not say. Raises InvalidMessage for what is none."""
+        """A choice of a chat completion. place: its index, if it has none of its own. Raises InvalidMessage if it is not a
+        choice.
+        """
         with _reading("a choice of a chat completion"):
             message = choice["message"]
             if not isinstance(message, Mapping):
@@ -126,12 +128,12 @@ class Choice:
             )
 
 
-# What a stream says, event by event. `choice` is the index of the choice that it belongs to.
+# The events of a stream. `choice` is the index of the event's choice.
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """More of a choice's text. logprobs: of the tokens that came with it, whose text may still be held back."""
+    """More of a choice's text. logprobs: of the tokens received with it; some of their text may still be held back."""
 
     choice: int
     text: str = field(repr=False)
@@ -140,7 +142,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """More of what the model says before it answers."""
+    """More of the model's reasoning before it answers."""
 
     choice: int
     text: str = field(repr=False)
@@ -148,7 +150,7 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class RefusalDelta:
-    """More of what the model says in place of an answer."""
+    """More of the model's refusal."""
 
     choice: int
     text: str = field(repr=False)
@@ -156,7 +158,9 @@ class RefusalDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """More of a call. index: of the call in its choice. The first has `id` and `name`; `arguments` grow piece by piece."""
+    """More of a call. index: of the call in its choice. The first delta has `id` and `name`; `arguments` grow piece by
+    piece.
+    """
 
     choice: int
     index: int
@@ -177,7 +181,7 @@ StreamEvent = TextDelta | ReasoningDelta | RefusalDelta | ToolCallDelta | Finish
 
 
 class Growing:
-    """One choice, out of its deltas."""
+    """One choice, joined from its deltas."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -186,7 +190,7 @@ class Growing:
         self.finish_reason: str | None = None
 
     def add(self, choice: Mapping[str, Any]) -> list[StreamEvent]:
-        """What one chunk adds to it. Raises TypeError, KeyError and such for what is no chunk's choice."""
+        """The events that one chunk adds. Raises TypeError, KeyError and others if it is not a chunk's choice."""
         delta = choice["delta"]
         if not isinstance(delta, Mapping):
             raise TypeError
@@ -215,14 +219,14 @@ class Growing:
             yield Finished(self._index, self.finish_reason)
 
     def whole(self) -> dict[str, Any]:
-        """As a whole chat completion has a choice; so far, if it has not ended."""
+        """The choice as in a whole chat completion; if it has not ended, the part so far."""
         message = {"role": "assistant", "content": None, **_settled(self._message)}
         logprobs = None if self._logprobs is None else {"content": self._logprobs}
         return {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
 
 class _Text:
-    """A string that grows: its pieces are joined when it is read, for joining at each would take quadratic time."""
+    """A string that grows. Its pieces are joined when it is read: joining at each piece would take quadratic time."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -257,12 +261,12 @@ def _merge(into: dict[str, Any], delta: Mapping[str, Any], depth: int) -> None:
 
 
 def _numbered(name: str, items: Sequence[object]) -> bool:
-    """Whether each item says which one of the list it belongs to; in `tool_calls` it does by its place, if by nothing else."""
+    """Whether each item has an index in its list; an item of `tool_calls` without one gets it by its place."""
     return all(isinstance(item, Mapping) and (name == "tool_calls" or "index" in item) for item in items)
 
 
 def _settled(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as it is by now."""
+    """The message so far."""
     settled: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, _Text):
@@ -278,7 +282,7 @@ def _settled(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _called(value: object) -> tuple[str, str]:
-    """The name and the arguments of one form of a tool call."""
+    """The name and the arguments of a tool call, in either form."""
     if value is None:
         return "", ""
     if not isinstance(value, Mapping):

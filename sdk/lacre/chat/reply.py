@@ -1,4 +1,4 @@
-"""OpenAI's chat format, as far as the SDK itself reads it: a whole answer, and the errors in its place."""
+"""OpenAI's chat format, as far as the SDK reads it: a whole answer, or an error in its place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHAT_PATH: Final = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """Tokens of the prompt (`cached`: of them, those reused from the prefix cache) and of the answer."""
+    """Tokens of the prompt (`cached`: those of them reused from the prefix cache) and of the answer."""
 
     prompt: int
     completion: int
@@ -37,13 +37,12 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer: it is made only after the seal's final chunk has opened. Its `repr` says nothing of what was answered.
+    """A whole answer, made only after the seal's final chunk has opened. Its `repr` shows nothing of its content.
 
     choices: all of them. `text`, `tool_calls`, `finish_reason`, `refusal`, `reasoning`, `logprobs`, `message`: the first's.
-    attempts: how often the request was sealed and sent.
-    receipt: the pool's signed word on what was used, verified, and equal to `usage`.
-    audit: the gateway's proof, verified, that it recorded this request; worth keeping.
-    verification: what was checked, and with what. raw: the whole JSON object.
+    attempts: how often the request was sealed and sent. receipt: the pool's signed statement of the usage, verified, and equal
+    to `usage`. audit: the gateway's verified proof that it recorded this request; worth keeping. verification: every check of
+    the answer, with its keys. raw: the whole JSON object.
     """
 
     id: str
@@ -58,7 +57,7 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """What the model said; empty where it only calls functions."""
+        """The model's text; empty if it only calls functions."""
         return self.choices[0].text
 
     @property
@@ -80,23 +79,23 @@ class Reply:
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
-        """Of each token, where `logprobs=True` asked for them."""
+        """For each token, if `logprobs=True` asked for them."""
         return self.choices[0].logprobs
 
     @property
     def message(self) -> Mapping[str, Any]:
-        """To be appended to `messages` for the next turn."""
+        """To append to `messages` for the next turn."""
         return self.choices[0].message
 
     @classmethod
     def parse(cls, response: httpx2.Response) -> Reply:
-        """Raises what `check` raises, InvalidMessage for an answer that is no chat completion, and InvalidReceipt where its
-        usage is not that of its receipt.
+        """Raises what `check` raises, InvalidMessage if the answer is not a chat completion, and InvalidReceipt if its usage
+        and its receipt differ.
         """
         arguments.instance(response, httpx2.Response, "response")
         facts = response.extensions.get(FACTS)
         if not isinstance(facts, Facts):
-            raise UsageError("response: an answer of a sealed client is expected, and this is another's")
+            raise UsageError("response must be an answer of a sealed client")
         with documented(facts):
             return cls.of(checked_json(response), facts)
 
@@ -105,7 +104,7 @@ class Reply:
         """body: a chat completion. Raises InvalidMessage and InvalidReceipt."""
         arguments.instance(facts, Facts, "facts")
         if facts.receipt is None or facts.audit is None:
-            raise InvalidReceipt("the answer came without a receipt or a proof that it was recorded")
+            raise InvalidReceipt("the answer has no receipt, or no proof that it was recorded")
         try:
             _written(body)
             choices = tuple(Choice.parse(choice, place) for place, choice in enumerate(body["choices"]))
@@ -126,7 +125,7 @@ class Reply:
             raise InvalidMessage("the worker's answer is not a chat completion") from exc
 
     def recount(self, tokenizer: Tokenizer | None = None) -> Recount:
-        """The answer's tokens counted again, as far as that can be done here. tokenizer: how many tokens a text has."""
+        """Counts the answer's tokens again, as far as a client can. tokenizer: returns the number of tokens of a text."""
         return _written(self.raw).recount(self.receipt.completion_tokens, tokenizer)
 
 
@@ -138,7 +137,7 @@ def _written(body: Mapping[str, Any]) -> Written:
 
 
 def claimed(facts: Facts, receipt: Receipt) -> TokenUsage:
-    """What an answer took, over all its requests: as its receipt says, and the records of those that broke off."""
+    """Usage over all requests of an answer: its receipt's, plus the records of the requests that broke off."""
     return TokenUsage(
         prompt=receipt.prompt_tokens + sum(part.prompt for part in facts.parts),
         completion=receipt.completion_tokens + sum(part.completion for part in facts.parts),
@@ -147,9 +146,9 @@ def claimed(facts: Facts, receipt: Receipt) -> TokenUsage:
 
 
 def checked_usage(told: Mapping[str, Any] | None, claimed: TokenUsage) -> TokenUsage:
-    """The usage of an answer, once what the answer itself tells is what its receipt claims. Raises InvalidReceipt.
+    """The usage of an answer, after a check that the answer and its receipt agree. Raises InvalidReceipt.
 
-    told: OpenAI's `usage`; None, and a member that is not there, tell nothing.
+    told: OpenAI's `usage`; None and missing members claim nothing.
     """
     if told is None:
         return claimed
@@ -157,9 +156,9 @@ def checked_usage(told: Mapping[str, Any] | None, claimed: TokenUsage) -> TokenU
         cached = (told.get("prompt_tokens_details") or {}).get("cached_tokens")
         usage = TokenUsage(told["prompt_tokens"], told["completion_tokens"], claimed.cached if cached is None else cached)
     except (KeyError, TypeError, AttributeError) as exc:
-        raise InvalidMessage("the answer's usage has not the form of OpenAI's") from exc
+        raise InvalidMessage("the answer's usage does not have OpenAI's form") from exc
     if usage != claimed:
-        raise InvalidReceipt("the answer's receipt claims other tokens than its usage tells: tell the pool's operator")
+        raise InvalidReceipt("the answer's receipt and its usage have different counts: tell the pool's operator")
     return claimed
 
 
@@ -178,7 +177,7 @@ def checked_json(response: httpx2.Response) -> dict[str, Any]:
 
 
 def api_error(status: int, content: bytes) -> ApiError:
-    """The error in OpenAI's shape, or a problem document's title."""
+    """The error in OpenAI's shape, or with a problem document's title."""
     try:
         body = json_object(content)
     except InvalidMessage:

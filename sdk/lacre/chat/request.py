@@ -1,10 +1,10 @@
-"""A chat request out of what the program gave: the body that is sealed, and the options of this one call.
+"""Makes a chat request from the program's arguments: the body to seal, and the options of this one call.
 
 Rules:
-- What is wrong with the arguments is a `UsageError` that names the place, before anything is fetched or sent.
+- A wrong argument is a `UsageError` that names the place, before anything is fetched or sent.
 - `timeout`, `extra_headers`, `extra_query` and `extra_body` are options of the call, as in OpenAI's packages: none is a member
   of the body by itself.
-- The body is written here and now: what the program does to its lists afterwards changes nothing.
+- The body is written at once: later changes of the program's lists have no effect.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import httpx2
 from lacre.errors import UsageError
 from lacre.runtime import arguments
 
-MAX_DEPTH: Final = 200  # levels of lists and mappings in a body; a schema has some tens, and what is in itself has no end
-MAX_BITS: Final = 1024  # of a whole number; Python writes none of over 4300 digits, and 64 bits is what servers read
+# levels of lists and mappings in a body; a schema has some tens, and a value that contains itself has no end
+MAX_DEPTH: Final = 200
+MAX_BITS: Final = 1024  # of a whole number; Python refuses over 4300 digits, and servers read 64 bits
 _JSON: Final = {"content-type": "application/json"}
 _ROLES: Final = "one message is a mapping such as {'role': 'user', 'content': 'Hello.'}"
 
@@ -47,9 +48,9 @@ class ChatRequest:
         extra_query: Mapping[str, str] | None = None,
         extra_body: Mapping[str, Any] | None = None,
     ) -> ChatRequest:
-        """Raises UsageError. A stream is asked to tell its usage, unless the caller says otherwise."""
+        """Raises UsageError. Asks a stream for its usage, unless the caller sets that option."""
         if extra_body is not None and not isinstance(extra_body, Mapping):
-            raise UsageError(f"extra_body: a mapping is wanted, not {arguments.kind_of(extra_body)}")
+            raise UsageError(f"extra_body must be a mapping, not {arguments.kind_of(extra_body)}")
         body = {"messages": _turns(messages), **params, **(extra_body or {})}
         _check_stream(body.pop("stream", None), stream=stream)
         _check_model(body)
@@ -64,7 +65,7 @@ class ChatRequest:
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """JSON in UTF-8. Raises UsageError, which names the place of what JSON cannot say."""
+    """JSON in UTF-8. Raises UsageError, which names the place of a value that JSON cannot express."""
     plain = _plain(body, "", 0)
     return json.dumps(plain, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
@@ -74,11 +75,11 @@ def _turns(messages: object) -> list[Mapping[str, Any]]:
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     if isinstance(messages, Mapping):
-        raise UsageError("messages: a string or a list of messages is wanted, not a single message: put it in a list")
+        raise UsageError("messages must be a string or a list of messages, not a single message: put it in a list")
     if isinstance(messages, bytes | bytearray | memoryview):
-        raise UsageError(f"messages: a string is wanted, not {arguments.kind_of(messages)}: decode it")
+        raise UsageError(f"messages must be a string, not {arguments.kind_of(messages)}: decode it")
     if not isinstance(messages, Iterable):
-        raise UsageError(f"messages: a string or a list of messages is wanted, not {arguments.kind_of(messages)}")
+        raise UsageError(f"messages must be a string or a list of messages, not {arguments.kind_of(messages)}")
     turns = list(messages)
     for place, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
@@ -90,14 +91,14 @@ def _check_stream(asked: object, *, stream: bool) -> None:
     if asked is None or asked is stream:
         return
     if asked is True:
-        raise UsageError("stream: chat returns a whole answer; call chat_stream for one that comes piece by piece")
+        raise UsageError("stream: chat returns a whole answer; call chat_stream for one that arrives piece by piece")
     if asked is False:
         raise UsageError("stream: chat_stream always streams; call chat for a whole answer")
-    raise UsageError(f"stream: chat and chat_stream say this themselves; leave it out (it was {arguments.kind_of(asked)})")
+    raise UsageError(f"stream: chat and chat_stream set this themselves; omit it (it was {arguments.kind_of(asked)})")
 
 
 def _check_model(body: dict[str, Any]) -> None:
-    """None stands for the pool's first model, and nothing else does."""
+    """Only None stands for the pool's first model."""
     if body.get("model") is None:
         body.pop("model", None)
     else:
@@ -105,29 +106,29 @@ def _check_model(body: dict[str, Any]) -> None:
 
 
 def _plain(value: object, place: str, depth: int) -> Any:
-    """What JSON has: mappings become dicts, and tuples lists. place: where it is in the body, for a person."""
+    """The value in JSON's types: mappings become dicts, and tuples lists. place: its name for a person."""
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
-        raise UsageError(f"{place}: it is a whole number of over {MAX_BITS} bits, which no server reads")
+        raise UsageError(f"{place}: a whole number of over {MAX_BITS} bits, which no server reads")
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
         return arguments.unicode_text(value, place)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise UsageError(f"{place}: {value} is not a number that JSON has")
+            raise UsageError(f"{place}: {value} is not a number in JSON")
         return value
     if depth == MAX_DEPTH:
-        raise UsageError(f"{place[:80]}…: it is nested over {MAX_DEPTH} deep, or holds itself")
+        raise UsageError(f"{place[:80]}…: nested over {MAX_DEPTH} deep, or contains itself")
     if isinstance(value, Mapping):
         return {
             _name(key, place): _plain(each, f"{place}.{key}" if place else str(key), depth + 1) for key, each in value.items()
         }
     if isinstance(value, list | tuple):
         return [_plain(each, f"{place}[{i}]", depth + 1) for i, each in enumerate(value)]
-    raise UsageError(f"{place}: {arguments.kind_of(value)} has no form in JSON; give text, numbers, lists and mappings")
+    raise UsageError(f"{place}: {arguments.kind_of(value)} has no form in JSON; pass text, numbers, lists and mappings")
 
 
 def _name(key: object, place: str) -> str:
     if not isinstance(key, str):
-        raise UsageError(f"{place or 'the body'}: names are strings in JSON, and one is {arguments.kind_of(key)}")
+        raise UsageError(f"{place or 'the body'}: names must be strings in JSON, and one is {arguments.kind_of(key)}")
     return arguments.unicode_text(key, place or "the body")

@@ -1,11 +1,11 @@
-"""The `lacre` command. Its sub-commands come from the entry points in `lacre.commands`: those of an extra appear with it.
+"""The `lacre` command. Its sub-commands come from the entry points in `lacre.commands`: an extra brings its own.
 
 Rules:
-- What is data goes to stdout; what is said to a person beside it (progress, errors, the lock line) goes to stderr.
-- What somebody else wrote (a model, a gateway, a manifest) never reaches a terminal with its control characters.
-- No secret is taken from an argument or printed, but for the one that `lacre proxy` and `lacre token issue` are asked for.
+- Data goes to stdout. Messages to a person (progress, errors, the lock line) go to stderr.
+- Text from a model, a gateway or a manifest never reaches a terminal with its control characters.
+- No secret is taken from an argument or printed, except those that `lacre proxy` and `lacre token issue` are made to print.
 
-Open `ask.py` first: the smallest command. `output.py` prints, and `surroundings.py` maps what goes wrong outside.
+Open `ask.py` first: the smallest command. `output.py` prints, and `surroundings.py` maps errors of files and streams.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> NoReturn:
 
 
 def register() -> None:
-    """Adds the sub-commands of what else is installed."""
+    """Adds the sub-commands of the other installed packages."""
     for entry in entry_points(group=GROUP):
         entry.load()(app)
 

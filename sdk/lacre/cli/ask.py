@@ -1,4 +1,4 @@
-"""`lacre ask`: one answer, for pipes. What comes in on stdin is part of the question."""
+"""`lacre ask`: one answer, for pipes. The text on stdin is part of the question."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lacre.errors import SettingsError
 
 
 def ask(
-    prompt: Annotated[str | None, typer.Argument(help="What to do, with what is on stdin if that is a pipe.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The question or instruction; text piped to stdin is added.")] = None,
     url: Url = None,
     pool: PoolName = "default",
     model: Model = None,
@@ -27,7 +27,7 @@ def ask(
     schema: Annotated[Path | None, typer.Option(help="A file with a JSON schema that the answer must fit.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask once, and print the answer alone: `cat report.txt | lacre ask "Summarise."`"""
+    """Ask once, and print only the answer: `cat report.txt | lacre ask "Summarise."`"""
     turns = [{"role": "system", "content": system}] if system is not None else []
     turns.append({"role": "user", "content": question(prompt, read_stdin())})
     params = sampling(model, max_tokens, temperature)
@@ -46,7 +46,7 @@ def ask(
 
 
 def question(prompt: str | None, piped: str) -> str:
-    """The instruction, and the text that it is about. Raises SettingsError where there is neither."""
+    """The instruction, and the text that it is about. Raises SettingsError if both are missing."""
     parts = [part for part in (prompt, piped.strip()) if part]
     if not parts:
         raise SettingsError('nothing was asked: lacre ask "What is the sea?", or cat FILE | lacre ask "Summarise."')

@@ -31,7 +31,7 @@ def chat(
     max_tokens: MaxTokens = 512,
     temperature: Temperature = None,
     plain: Annotated[bool, typer.Option("--plain", help="Print answers as they are, without rendering Markdown.")] = False,
-    history: Annotated[Path | None, typer.Option(help="Keep what is typed in this file; by default it is forgotten.")] = None,
+    history: Annotated[Path | None, typer.Option(help="Keep the input history in this file; default: in memory.")] = None,
 ) -> None:
     """Talk to a model, sealed. The token comes from LACRE_TOKEN."""
     params = sampling(model, max_tokens, temperature)
@@ -49,7 +49,7 @@ def chat(
 
 
 def sampling(model: str | None, max_tokens: int, temperature: float | None) -> dict[str, Any]:
-    """The parameters that were given."""
+    """The parameters that the caller set."""
     params = {"max_tokens": max_tokens, "model": model, "temperature": temperature}
     return {name: value for name, value in params.items() if value is not None}
 

@@ -1,7 +1,7 @@
-"""The conversation of `lacre chat` at a terminal: what is typed, what is shown, and what is remembered of it.
+"""The conversation of `lacre chat` at a terminal: input, output, and history.
 
-What somebody types is a prompt, and prompts are what Lacre keeps secret: nothing of it is written to a disk unless a file is
-named for it, and that one is for its owner alone.
+Everything that a person types is a prompt, and Lacre keeps prompts secret. So nothing of it is written to a disk, except to a
+file that the person names, which only its owner can read.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lacre.errors import LacreError, SettingsError
 from lacre.runtime import private_files
 
 HELP: Final = """\
-Enter sends. Alt-Enter or Ctrl-J begins a new line, and what is pasted keeps its own. Up and down go through what was typed.
-Ctrl-C cuts an answer off, Ctrl-D ends the chat.
+Enter sends. Alt-Enter or Ctrl-J begins a new line; pasted text keeps its lines. Up and down go through the history.
+Ctrl-C stops an answer, Ctrl-D ends the chat.
 
-/clear         forget the conversation so far
-/system TEXT   begin anew with a system message
-/save FILE     write the conversation down, for your eyes alone
-/lock          what was verified, check by check
+/clear         forget the conversation
+/system TEXT   start again with a system message
+/save FILE     save the conversation in a private file
+/lock          all checks
 /help          this
 /quit          end the chat"""
 
@@ -39,7 +39,7 @@ COMMANDS: Final = ("/clear", "/system", "/save", "/lock", "/help", "/quit")
 
 
 class Conversation:
-    """turns: what was said before, such as a system message. params: of each request."""
+    """turns: earlier turns, such as a system message. params: of each request."""
 
     def __init__(
         self,
@@ -66,11 +66,13 @@ class Conversation:
         )
 
     def run(self) -> None:
-        """Until end of file. Raises what keeps a conversation from beginning: nothing is typed into what cannot be sealed."""
+        """Runs until end of file. Raises errors that prevent a conversation: nobody should type a prompt that cannot be
+        sealed.
+        """
         with waiting("fetching the manifest"):
             models = self._client.models()
         model = self._params.get("model") or next(iter(models), "no model")
-        err().print(f"A sealed chat with [bold]{printable(model)}[/bold]. /help says what the keys do.")
+        err().print(f"A sealed chat with [bold]{printable(model)}[/bold]. /help lists the keys and commands.")
         err().print(lock.line(self._client.verification), markup=False, style="green")
         while (typed := self._typed()) is not None:
             try:
@@ -80,15 +82,15 @@ class Conversation:
                 else:
                     self._ask(typed)
             except LacreError as exc:
-                tell(exc)  # somebody is there to try again, or to ask something else
+                tell(exc)  # the person can try again, or ask something else
 
     def _typed(self) -> str | None:
-        """What is not empty; None at the end."""
+        """The next input that is not empty; None at the end."""
         while True:
             try:
                 typed = self._prompt.prompt("> ").strip()
             except KeyboardInterrupt:
-                continue  # a line is given up, as in a shell
+                continue  # drops the line, as a shell does
             except EOFError:
                 return None
             if typed:
@@ -101,13 +103,13 @@ class Conversation:
             pace = show(stream, self._display())
         except KeyboardInterrupt:
             stream.close()
-            err().print("cut off, and forgotten with its question", style="dim")
+            err().print("stopped; the question and its answer are forgotten", style="dim")
             return
         self._turns = [*asked, {"role": "assistant", "content": stream.text}]
         err().print(_told(stream, pace), style="dim", markup=False)
 
     def _command(self, name: str, rest: str) -> bool:
-        """False for the last one."""
+        """False if the command ends the conversation."""
         match name:
             case "/clear":
                 self._turns = [turn for turn in self._turns if turn["role"] == "system"]
@@ -134,7 +136,7 @@ def save(path: Path, turns: list[dict[str, str]]) -> None:
         with open(path, "xb", opener=private_files.opener) as file:
             file.write(f"{text}\n".encode("utf-8", "backslashreplace"))
     except OSError as exc:
-        raise SettingsError(f"{path} cannot be written ({exc.strerror}): name a file that is not there yet") from exc
+        raise SettingsError(f"{path} cannot be written ({exc.strerror}): name a file that does not exist yet") from exc
 
 
 def _told(stream: ChatStream, pace: Throughput) -> str:
@@ -147,7 +149,7 @@ def _told(stream: ChatStream, pace: Throughput) -> str:
 
 
 def _history(path: Path | None) -> History:
-    """In memory, or in a file that its owner alone can read. Raises SettingsError."""
+    """In memory, or in a file that only its owner can read. Raises SettingsError."""
     if path is None:
         return InMemoryHistory()
     try:

@@ -44,7 +44,7 @@ def _told(error: LacreError) -> int:
 def _code(command: Callable[[], object]) -> int:
     try:
         command()
-    except SystemExit as ended:  # a command of typer's ends so, well or not
+    except SystemExit as ended:  # typer's commands end this way, successful or not
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)  # noqa: T201 - as Python itself does
             return 1
@@ -67,7 +67,7 @@ def explained(error: OSError) -> LacreError:
     why = error.strerror or type(error).__name__
     if error.filename == surroundings.STDOUT:
         return OutputError(f"the output cannot be written ({why})")
-    helps = _REMEDIES.get(error.errno or 0, "see that it is there, and that this user may read and write it")
+    helps = _REMEDIES.get(error.errno or 0, "check that it exists, and that this user may read and write it")
     place = "a file cannot be used" if error.filename is None else f"{_shown(error.filename)} cannot be used"
     return SettingsError(f"{place} ({why}): {helps}")
 
@@ -78,7 +78,7 @@ _REMEDIES: Final[Mapping[int, str]] = {
     errno.EFBIG: "allow this process larger files (ulimit -f), or name another folder",
     errno.EROFS: "name a folder that can be written",
     errno.EMFILE: "allow this process more open files (ulimit -n)",
-    errno.ENFILE: "end what holds so many files open on this machine",
+    errno.ENFILE: "end the processes that hold so many files open on this machine",
 }
 
 

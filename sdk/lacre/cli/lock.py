@@ -1,4 +1,4 @@
-"""The lock line and the table: what was verified, said to a person."""
+"""The lock line and the table: the verified facts, for a person."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Final
 from lacre.cli.output import ago, date, printable, say_table, until
 from lacre.evidence.verification import Verification
 
-SHORT: Final = 8  # characters of a fingerprint that a person compares at a glance; the table has all of them
+SHORT: Final = 8  # characters of a fingerprint that a person compares at a glance; the table has the whole
 
-Row = tuple[bool, str, str]  # whether it was verified, what, and how it reads
+Row = tuple[bool, str, str]  # whether it was verified, what it is, and the text
 
 
 def line(checked: Verification) -> str:
-    """One line: what the next prompt is sealed to, and on whose word."""
+    """One line: what the next prompt is sealed to, and who vouches for it."""
     if checked.manifest is None:
         return "🔓 nothing is verified yet"
     parts = [f"🔒 root {checked.pinned[:SHORT]}…", f"manifest v{checked.manifest.version}, {ago(checked.manifest.age)} old"]
@@ -28,14 +28,14 @@ def line(checked: Verification) -> str:
 
 
 def rows(checked: Verification) -> Iterator[Row]:
-    """What a verification holds, in the order of the checks; what was not checked says so."""
+    """The content of a verification, in the order of the checks; a missing check is shown as such."""
     signed, key, receipt, audit = checked.manifest, checked.sealed_to, checked.receipt, checked.audit
     yield True, "root", f"{checked.pinned}, pinned here"
     if signed is None:
-        yield False, "manifest", "none that verifies"
+        yield False, "manifest", "none was verified"
         return
     if signed.root != checked.pinned:
-        yield True, "root now", f"{signed.root}, which the pinned one handed over to"
+        yield True, "root now", f"{signed.root}, to which the pinned root handed over"
     yield True, "signer", f"{signed.signer}, until {until(signed.signer_expires_at)}"
     yield True, "manifest", f"{signed.issuer}, version {signed.version}, signed {ago(signed.age)} ago"
     yield True, "valid until", until(signed.expires_at)
@@ -51,7 +51,7 @@ def rows(checked: Verification) -> Iterator[Row]:
 
 
 def show(checked: Verification, *more: Row) -> None:
-    """The rows, and others after them, as data."""
+    """Prints the rows, and `more` rows after them, as data."""
     found = [*rows(checked), *more]
     told = [("✓" if verified else "–", what, how) for verified, what, how in found]
     say_table(("", "", ""), told, styles=[None if verified else "dim" for verified, _, _ in found])

@@ -1,8 +1,8 @@
-"""How the command speaks: data, tables, progress, dates, errors and their exit codes.
+"""What the command prints: data, tables, progress, dates, errors and their exit codes.
 
 Rules:
 - Data goes to stdout unchanged, by `write` and `say`. It never passes rich, which folds, colours and cuts.
-- rich draws for a person at a terminal. The stream says whether there is one; `FORCE_COLOR` does not.
+- rich draws only at a terminal. The stream decides whether there is one; `FORCE_COLOR` does not.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ EXIT_CODES: Final[dict[type[errors.LacreError], int]] = {
     errors.ApiError: 7,
 }
 FAILED: Final = 1
-# What only says that the message has it already.
+# Remedies that only point to the message.
 _IN_THE_MESSAGE: Final = {kind.remedy for kind in (errors.LacreError, errors.UsageError, errors.SettingsError)}
 
-# C0 and C1 without tab and line feed: what moves a cursor, names a window or fills a clipboard.
+# C0 and C1 without tab and line feed: they move the cursor, name a window or fill a clipboard.
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -50,7 +50,7 @@ def exit_code(error: errors.LacreError) -> int:
 
 @cache
 def out() -> Console:
-    """The terminal on stdout. Text from elsewhere is never markup."""
+    """The terminal on stdout. Text of others is never markup."""
     return Console(highlight=False, markup=False)
 
 
@@ -66,7 +66,7 @@ def at_terminal() -> bool:
 
 
 def write(text: str) -> None:
-    """Writes data unchanged, but at a terminal without control characters. It has left the process when this returns."""
+    """Writes data unchanged, but to a terminal without control characters. When this returns, the data has left the process."""
     sys.stdout.write(printable(text) if at_terminal() else text)
     sys.stdout.flush()
 
@@ -77,13 +77,13 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any, *, indent: int | None = None) -> None:
-    """Writes JSON. Where stdout is not UTF-8, everything beyond ASCII is escaped."""
+    """Writes JSON. If stdout is not UTF-8, everything beyond ASCII is escaped."""
     ours = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     say(json.dumps(value, indent=indent, ensure_ascii=not ours, default=_in_json))
 
 
 def _in_json(value: object) -> str:
-    """What JSON has no form for: bytes, as an SQL query may return, in hexadecimal."""
+    """Values that JSON has no form for: bytes, as an SQL query may return, become hexadecimal."""
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
@@ -110,7 +110,7 @@ def _drawn(headings: Sequence[str], rows: Sequence[Sequence[str]], styles: Seque
 
 
 def tell(error: errors.LacreError) -> None:
-    """The error, what helps where the message does not say it yet, and by which id the operator finds the request."""
+    """Prints the error, the remedy unless the message has it, and the request id by which the operator finds it."""
     message = printable(str(error))
     err().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
     if error.remedy not in message and error.remedy not in _IN_THE_MESSAGE:
@@ -120,13 +120,13 @@ def tell(error: errors.LacreError) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey."""
+    """The text without the characters that control a terminal."""
     return _CONTROLS.sub("�", text)
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Says what is waited for, to a person at a terminal, until it is over."""
+    """Tells a person at a terminal what the command waits for, until it is over."""
     if sys.stderr.isatty():
         with err().status(f"[dim]{what}[/dim]"):
             yield
@@ -147,6 +147,6 @@ def ago(seconds: float) -> str:
 
 
 def until(moment: float) -> str:
-    """A date, and how far off it is."""
+    """A date, and how far away it is."""
     left = moment - time.time()
     return f"{date(moment)} (in {ago(left)})" if left > 0 else f"{date(moment)} (past)"

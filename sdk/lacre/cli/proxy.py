@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from lacre.proxy import ProxyAccess
 
 DEFAULT_PORT: Final = 11435
-MIN_KEY: Final = 32  # characters: what is shorter could be guessed by a program on the same machine
-MAX_KEY: Final = 4096  # bytes that are read of the file
+MIN_KEY: Final = 32  # characters: a program on the same machine could guess a shorter one
+MAX_KEY: Final = 4096  # bytes read of the file
 CONNECTIONS: Final = 400  # at a time: below the usual limit of 1024 open files, with as many again to the gateway
-GRACE: Final = 5  # seconds that running answers have when the proxy is ended
+GRACE: Final = 5  # seconds that running answers have when the proxy ends
 
 
 def proxy(
@@ -35,7 +35,7 @@ def proxy(
     port: Annotated[int, typer.Option(help="The port; 0 picks a free one.", min=0, max=65535)] = DEFAULT_PORT,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     key_file: Annotated[
-        Path | None, typer.Option(help="Where the key is kept, made if it is not there; else there is a new one each time.")
+        Path | None, typer.Option(help="The file for the key; created if missing. Without it, each start makes a new key.")
     ] = None,
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Listen beyond loopback, where prompts cross the network unsealed.")
@@ -60,50 +60,50 @@ def proxy(
         shown = base_url(host, port)
         told = _as_json(shown, key, key_file) if as_json else _as_shell(shown, key, key_file)
         if door.hosts.everywhere:
-            elsewhere = f"other machines: http://ADDRESS:{port}/v1, with an address of this one; a name needs --allow-host"
+            elsewhere = f"other machines: http://ADDRESS:{port}/v1, with an address of this machine; a name needs --allow-host"
             err().print(elsewhere, markup=False, style="dim", soft_wrap=True)
         asyncio.run(tasks.run(_serve(url, pool, door, listener, told)))
 
 
 def check_host(host: str, *, allowed: bool) -> None:
-    """Raises SettingsError for an address beyond loopback that was not allowed, and for one that is none."""
+    """Raises SettingsError for an address beyond loopback that was not allowed, and for text that is not an address."""
     if is_loopback(host):
         return
     try:
         ipaddress.ip_address(host)
     except ValueError as exc:
-        raise SettingsError(f"--host {host} is no address: 127.0.0.1 is the usual one") from exc
+        raise SettingsError(f"--host {host} is not an address; the usual one is 127.0.0.1") from exc
     if not allowed:
         raise SettingsError(
-            f"{host} can be reached from other machines, and prompts would cross the network unsealed: run the proxy where "
-            "the program runs, or say --allow-remote"
+            f"other machines can reach {host}, so prompts would cross the network unsealed: run the proxy where "
+            "the program runs, or pass --allow-remote"
         )
 
 
 def key_from(path: Path) -> str:
-    """The key in a file of mode 0600; a new one where there is none. Raises SettingsError."""
+    """The key in a file of mode 0600; a new one if there is none. Raises SettingsError."""
     try:
         with suppress(FileExistsError):
             private_files.create(path, f"{secrets.token_urlsafe(32)}\n".encode())
         if not path.is_file():
-            raise SettingsError(f"{path} is no file: name one with --key-file")
+            raise SettingsError(f"{path} is not a file: name one with --key-file")
         private_files.check(path, path.stat().st_mode)
         with path.open("rb") as file:
             key = file.read(MAX_KEY + 1).decode("ascii", "replace").strip()
     except OSError as exc:
         raise SettingsError(f"{path} cannot be used ({exc.strerror}): name another file with --key-file") from exc
     if not MIN_KEY <= len(key) <= MAX_KEY or not key.isascii() or len(key.split()) != 1:
-        raise SettingsError(f"{path} must hold one key of {MIN_KEY} characters or more: remove it, and a new one is made")
+        raise SettingsError(f"{path} must hold one key of at least {MIN_KEY} characters: remove it to get a new one")
     return key
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """Raises SettingsError where the port is taken."""
+    """The listening socket. Raises SettingsError if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as exc:
-        raise SettingsError(f"port {port} of {host} cannot be had ({exc.strerror}): choose another with --port") from exc
+        raise SettingsError(f"port {port} of {host} is not available ({exc.strerror}): choose another with --port") from exc
 
 
 async def _serve(url: str | None, pool: str, door: ProxyAccess, listener: socket.socket, told: str) -> None:
@@ -115,7 +115,7 @@ async def _serve(url: str | None, pool: str, door: ProxyAccess, listener: socket
 
     async with AsyncClient(url, pool=pool) as client:
         with waiting("fetching the manifest"):
-            await client.models()  # what keeps it from sealing is told here, and not to each caller
+            await client.models()  # reports at once, and not to each caller, why sealing cannot work
         config = BoundedConfig(
             create_app(client, door),
             Door(connections=CONNECTIONS, encoded_slashes=True),  # a model's name may hold one

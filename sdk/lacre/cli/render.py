@@ -1,7 +1,7 @@
-"""An answer as it comes: plain for a pipe, Markdown for a terminal.
+"""Shows an answer as it arrives: plain for a pipe, Markdown for a terminal.
 
-A terminal cannot draw again what has scrolled off it. So a block of Markdown is printed for good when it has ended, and only
-the last, which still grows, is drawn anew.
+A terminal cannot redraw lines that have scrolled off. So a finished block of Markdown is printed for good, and only the last
+block, which still grows, is redrawn.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rich.text import Text
 from lacre.chat.stream_sync import ChatStream
 from lacre.cli.output import printable, waiting, write
 
-REDRAW: Final = 0.08  # seconds: quicker than this is flicker
-# Rich's own settings, but HTML and link definitions are plain text.
+REDRAW: Final = 0.08  # seconds: faster redraws flicker
+# Rich's own settings, except that HTML and link definitions are plain text.
 _PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("reference")
 _FENCE: Final = re.compile(r"^ {0,3}(```|~~~)", re.MULTILINE)
 
 
 class Display(Protocol):
-    """Where an answer's pieces go. Left as a context, it has shown all of them, whatever ended the answer."""
+    """Where an answer's pieces go. When its context ends, it has shown all of them, however the answer ended."""
 
     def add(self, piece: str) -> None: ...
 
@@ -40,7 +40,7 @@ class Display(Protocol):
 
 
 class PlainOutput:
-    """The text as it is, and a line end after it. For a terminal its control characters are made visible."""
+    """The text unchanged, and a line end after it. At a terminal, its control characters become visible."""
 
     def __init__(self) -> None:
         self._begun = False
@@ -88,14 +88,14 @@ class Rendered:
 
 
 def _markdown(text: str) -> RenderableType:
-    """Rendered so that all of the text is seen. Rich by itself leaves out HTML, comments and link definitions."""
-    drawn = Markdown("", hyperlinks=False)  # a link shows its address: a model may not hide where it leads
+    """Rendered so that all of the text is visible. Rich by itself drops HTML, comments and link definitions."""
+    drawn = Markdown("", hyperlinks=False)  # a link shows its address: a model must not hide where it leads
     drawn.markup, drawn.parsed = text, _PARSER.parse(text)
     return drawn
 
 
 def ended_blocks(text: str) -> int:
-    """How much of the text is blocks that nothing to come can change: up to the last empty line outside a fence."""
+    """How much of the text is finished blocks: up to the last empty line outside a fence."""
     end = text.rfind("\n\n")
     while end >= 0 and len(_FENCE.findall(text[:end])) % 2:
         end = text.rfind("\n\n", 0, end)
@@ -104,16 +104,16 @@ def ended_blocks(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """How quickly an answer came: seconds until its first piece, and tokens for each second after it."""
+    """How fast an answer arrived: seconds until its first piece, and tokens per second after it."""
 
     first: float
     rate: float
 
 
 def show(stream: ChatStream, display: Display) -> Throughput:
-    """Shows the stream's text to its end. Raises what the stream raises, with all shown that came."""
+    """Shows the stream's text to its end. Raises what the stream raises, after showing all that arrived."""
     began = time.monotonic()
-    with waiting("sealed, and waiting for the first token"):
+    with waiting("sealed; waiting for the first token"):
         piece = next(stream, None)
     first = time.monotonic()
     with display:

@@ -1,4 +1,4 @@
-"""`lacre status`: where this client stands, check by check."""
+"""`lacre status`: every check of this client's connection, one by one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ QUESTION = "Say yes."
 def status(
     url: Url = None,
     pool: PoolName = "default",
-    ask: Annotated[bool, typer.Option(help="Seal a question of one token, so that receipt and audit are seen too.")] = True,
+    ask: Annotated[bool, typer.Option(help="Also seal a question of one token, to check receipt and audit.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check everything that a request depends on, and print what was verified."""
+    """Check everything that a request depends on, and print the verified facts."""
     models: tuple[str, ...] = ()
     reply: Reply | None = None
     error: LacreError | None = None

@@ -1,10 +1,10 @@
-"""Makes a command's surroundings fit to work in: the standard streams, the terminal's size, the text of arguments.
+"""Prepares a command's surroundings: the standard streams, the terminal's size, the text of arguments.
 
 Rules:
 - A closed standard stream is filled in first, or a file or socket of ours would get its number. A closed stdin reads as empty.
   Writing to a closed stdout fails, as writing to a full disk does.
 - A failed write to stdout is an error with an exit code. A failed write to stderr is ignored: the data counts.
-- Text that comes in must be UTF-8. What stdout's encoding cannot express goes out escaped, so that no answer is lost.
+- Input must be UTF-8. Output that stdout's encoding cannot express is escaped, so that no answer is lost.
 - An impossible terminal size is ignored: with `COLUMNS=0`, rich prints nothing at all.
 """
 
@@ -27,7 +27,7 @@ MAX_SIZE: Final = 10_000  # columns or lines: no terminal has more, and rich pad
 MAX_STDIN: Final = 64 * 2**20  # bytes: more than any request may hold; `yes | lacre ask` must not fill the memory
 MAX_FILE: Final = 2**20  # bytes: requests, proofs, schemas and checkpoints have some thousand
 STDOUT: Final = "<stdout>"  # in place of a file's name
-_ERRORS: Final = "backslashreplace"  # as Python has it for stderr
+_ERRORS: Final = "backslashreplace"  # as Python uses for stderr
 
 
 class _Unfailing(io.TextIOWrapper):
@@ -44,7 +44,7 @@ class _Unfailing(io.TextIOWrapper):
 
 
 class _Named(io.TextIOWrapper):
-    """A stdout whose errors say that they are its own, as those of files do."""
+    """A stdout whose errors name it, as errors of files do."""
 
     def write(self, text: str) -> int:
         with _naming(STDOUT):
@@ -205,7 +205,7 @@ def _refuse_empty_path(parameter: Any) -> None:
         found = process(context, value)
         for each, path in zip(_several(value), _several(found), strict=False):
             if each == "" and isinstance(path, Path):
-                raise SettingsError(f"the argument {parameter.name} is an empty path: name a file or folder, or leave it out")
+                raise SettingsError(f"the argument {parameter.name} is an empty path: name a file or folder, or omit it")
         return found
 
     parameter.process_value = checked

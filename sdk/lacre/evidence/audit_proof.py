@@ -1,12 +1,12 @@
-"""The gateway's proof that it recorded a request: the entry, where it stands in the audit log, and a signed checkpoint over it.
+"""The gateway's proof that it recorded a request: the entry, its place in the audit log, and a signed checkpoint.
 
-It comes with the answer, as the header `Lacre-Audit`, and can be kept: `AuditProof.text` is a C2SP tlog-proof, which
-`lacre audit check-receipt` holds against the log, today or in a year.
+It comes with the answer, in the header `Lacre-Audit`. `AuditProof.text` is a C2SP tlog-proof to keep: `lacre audit
+check-receipt` checks it against the log, today or in a year.
 
 Rules:
-- The entry says what the client itself sent and asked for, or the proof is worth nothing to it: `of_answer` compares.
-- Everything is verified from the bytes alone, with the manifest's `gateway_key`.
-- What it does not say: that nobody else was shown another log. That takes comparing checkpoints (docs/audit.md).
+- The entry must say what the client itself sent and asked for, or the proof is useless to it: `of_answer` compares.
+- Verification needs only the bytes and the manifest's `gateway_key`.
+- It does not prove that every client sees the same log. That takes comparing checkpoints (docs/audit.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lacre.runtime import arguments
 from lacre.runtime.json_objects import object_in, parse_object
 
 HEADER: Final = "lacre-audit"
-# An entry, a path and a checkpoint in base64 stay below it, however long a caller's name is; nginx and Node take as much.
+# An entry, a path and a checkpoint in base64 need less, however long a caller's name is. nginx and Node accept as much.
 MAX_HEADER: Final = 8 * 1024
 MAX_INTENT: Final = 4096  # bytes of an entry that a header carries
 _MAX_TEXT: Final = 128 * 1024  # of a proof in a file
@@ -43,7 +43,7 @@ class AuditProof:
     checkpoint: bytes = field(repr=False)
 
     def verify(self, key: bytes) -> Checkpoint:
-        """That the log of this key holds the entry. key: the manifest's `gateway_key`. Raises InvalidAudit."""
+        """Checks that the log of this key holds the entry. key: the manifest's `gateway_key`. Raises InvalidAudit."""
         arguments.instance(key, bytes, "key")
         try:
             checkpoint = checkpoints.verify(self.checkpoint, key)
@@ -54,7 +54,7 @@ class AuditProof:
 
     @property
     def members(self) -> dict[str, Any]:
-        """What the entry says. Raises InvalidAudit if it is not a JSON object, or has a member twice: readers would differ."""
+        """The entry's content. Raises InvalidAudit if it is not a JSON object, or repeats a member: readers would differ."""
         try:
             return parse_object(self.entry, "the audit entry", once=True)
         except InvalidMessage as exc:
@@ -67,16 +67,16 @@ class AuditProof:
 
     @classmethod
     def parse_header(cls, value: str) -> Self:
-        """Unknown members are passed over. Raises InvalidMessage or MessageTooLarge, and UsageError for what is no string."""
+        """Ignores unknown members. Raises InvalidMessage or MessageTooLarge, and UsageError if `value` is not a string."""
         arguments.instance(value, str, "value")
         if len(value) > MAX_HEADER:
-            raise MessageTooLarge(f"a Lacre-Audit of over {MAX_HEADER} characters")
+            raise MessageTooLarge(f"the Lacre-Audit header has over {MAX_HEADER} characters")
         members = dict(member.strip(" \t").partition("=")[::2] for member in value.split(","))
         try:
             entry, path, note = (_octets(members[name]) for name in ("entry", "path", "checkpoint"))
             return cls(entry, _index(members["index"]), _path(path), note)
         except KeyError as exc:
-            raise InvalidMessage("a Lacre-Audit without index, entry, path or checkpoint") from exc
+            raise InvalidMessage("the Lacre-Audit header lacks index, entry, path or checkpoint") from exc
 
     def text(self) -> str:
         """The proof as a file: C2SP tlog-proof, with the entry as its `extra`."""
@@ -85,10 +85,10 @@ class AuditProof:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads what `text` writes. Raises InvalidMessage or MessageTooLarge, and UsageError for what is no string."""
+        """Reads the output of `text`. Raises InvalidMessage or MessageTooLarge, and UsageError if it is not a string."""
         arguments.instance(text, str, "text")
         if len(text) > _MAX_TEXT:
-            raise MessageTooLarge("an audit proof that is too long")
+            raise MessageTooLarge("the audit proof is too long")
         head, _, note = text.partition("\n\n")
         first, extra, index, *path = head.split("\n") if head.count("\n") >= 2 else ("", "", "")
         if first != _FIRST_LINE or not extra.startswith("extra ") or not index.startswith("index "):
@@ -96,19 +96,19 @@ class AuditProof:
         hashes = b"".join(_decoded(line) for line in path)
         try:
             return cls(_decoded(extra[6:]), _index(index[6:]), _path(hashes), note.encode())
-        except UnicodeEncodeError as exc:  # lone surrogates: what a file read leniently has for bytes that are no UTF-8
-            raise InvalidMessage("an audit proof that is not UTF-8") from exc
+        except UnicodeEncodeError as exc:  # lone surrogates: a lenient reader makes them from bytes that are not UTF-8
+            raise InvalidMessage("the audit proof is not UTF-8") from exc
 
 
 def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditProof:
-    """The proof of one answer: by the gateway, and of an entry that says what was sent.
+    """The proof of one answer: made by the gateway, for an entry that says what the client sent.
 
-    header: its value; empty where there is none. key: the manifest's `gateway_key`. expected: members of the entry.
-    Raises InvalidAudit.
+    header: its value; empty if there is none. key: the manifest's `gateway_key`. expected: members of the entry. Raises
+    InvalidAudit.
     """
     if not header:
         raise InvalidAudit(
-            "the answer does not prove that it was recorded: see whether a proxy on the way drops the header Lacre-Audit; else "
+            "the answer has no proof that it was recorded: check whether a proxy drops the header Lacre-Audit; if none does, "
             "update the gateway, or tell its operator"
         )
     try:
@@ -126,33 +126,33 @@ def of_answer(header: str, key: bytes, expected: Mapping[str, object]) -> AuditP
 
 
 def _of_another(proof: AuditProof) -> InvalidAudit:
-    """The gateway proves that it recorded a request, and not this one. That may well be no fault of its own."""
+    """The gateway proves that it recorded a different request. That may well not be its fault."""
     error = InvalidAudit(
-        "this is the answer to another request: something here, or a proxy on the way, mixes up connections. "
-        f"The proof that came is of entry {proof.index}"
+        "this is the answer to another request: this program or a proxy mixes up connections. "
+        f"The received proof is of entry {proof.index}"
     )
     error.remedy = (
-        "Ask again. If it comes again, see whether processes or programs share a connection, and what proxy is between. "
-        "If none is, tell the gateway's operator."
+        "Ask again. If it fails again, check whether processes share a connection, or a proxy is in between. "
+        "If neither is the case, tell the gateway's operator."
     )
     return error
 
 
 def speaks_for(token: str) -> dict[str, object]:
-    """The members of an entry that the bearer token itself names; none where it is not a JWT that this side can read."""
+    """The members of an entry that the bearer token itself names; none if the client cannot read it as a JWT."""
     claims = _claims(token)
     named = {"subject": claims.get("sub"), "issuer": claims.get("iss")}
     return {name: value for name, value in named.items() if isinstance(value, str)}
 
 
 def expires(token: str) -> float | None:
-    """When the token expires, by its own word (RFC 7519 section 4.1.4); None where it does not say so here."""
+    """When the token says that it expires (RFC 7519 section 4.1.4); None if it does not say so readably."""
     told = _claims(token).get("exp")
     return float(told) if isinstance(told, int | float) and not isinstance(told, bool) and 0 < told < 2**53 else None
 
 
 def _claims(token: str) -> dict[str, object]:
-    """What a JWT says, unverified: it is this side's own. Empty where it cannot be read."""
+    """The claims of a JWT, unverified: it is the client's own. Empty if it cannot be read."""
     parts = token.split(".")
     if len(parts) != 3:
         return {}

@@ -7,7 +7,7 @@
     — <origin> <base64 of key id(4) ‖ signature(64)>
 
 Rules:
-- A note is read only where the signature by the expected key holds. Other signatures in it (of witnesses) are passed over.
+- A note is read only if the signature by the expected key holds. Other signatures in it (of witnesses) are ignored.
 - The log's own signature is by a key whose name is the origin.
 """
 
@@ -26,11 +26,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from lacre.errors import InvalidMessage, InvalidSignature, MessageTooLarge
 from lacre.evidence.merkle import HASH_BYTES, MAX_LEAVES
 
-MAX_NOTE: Final = 16 * 1024  # bytes: a checkpoint with sixteen signatures, even some post-quantum ones of witnesses
+MAX_NOTE: Final = 16 * 1024  # bytes: a checkpoint with sixteen signatures, even if some are post-quantum ones of witnesses
 _ED25519: Final = b"\x01"
 _DASH: Final = "— "
 _KEY_ID_BYTES: Final = 4
-# Key names hold no space and no plus; an origin of ours is visible ASCII.
+# Key names hold no space and no plus sign; our origins are visible ASCII.
 _ORIGIN: Final = re.compile(r"[!-*,-~]{1,255}")
 _SIZE: Final = re.compile(r"0|[1-9][0-9]{0,15}")
 
@@ -44,11 +44,11 @@ class Checkpoint:
     root: bytes
 
     def text(self) -> bytes:
-        """What is signed."""
+        """The bytes that the log signs."""
         return f"{self.origin}\n{self.size}\n{base64.b64encode(self.root).decode()}\n".encode()
 
     def sign(self, key: Ed25519PrivateKey, identity: bytes) -> bytes:
-        """The signed note. identity: `key_id` of this origin and the key's public half; not computed anew each time."""
+        """The signed note. identity: `key_id` of this origin and the key's public half, computed once by the caller."""
         text = self.text()
         signature = base64.b64encode(identity + key.sign(text)).decode()
         return text + f"\n{_DASH}{self.origin} {signature}\n".encode()
@@ -75,12 +75,12 @@ def parse_verifier_key(text: str) -> tuple[str, bytes]:
 
 
 def parse(note: bytes) -> Checkpoint:
-    """What a note says, its signature *not* verified. Raises InvalidMessage or MessageTooLarge."""
+    """The content of a note, its signature *not* verified. Raises InvalidMessage or MessageTooLarge."""
     return _parse(note)[0]
 
 
 def verify(note: bytes, key: bytes) -> Checkpoint:
-    """What the log with this key signed. Raises InvalidMessage, MessageTooLarge or InvalidSignature."""
+    """The checkpoint that the log with this key signed. Raises InvalidMessage, MessageTooLarge or InvalidSignature."""
     checkpoint, text, signatures = _parse(note)
     wanted = key_id(checkpoint.origin, key)
     for line in signatures:
@@ -98,23 +98,23 @@ def verify(note: bytes, key: bytes) -> Checkpoint:
 
 def _parse(note: bytes) -> tuple[Checkpoint, bytes, list[str]]:
     if len(note) > MAX_NOTE:
-        raise MessageTooLarge(f"a checkpoint of over {MAX_NOTE} bytes")
+        raise MessageTooLarge(f"the checkpoint has over {MAX_NOTE} bytes")
     body, blank, rest = note.rpartition(b"\n\n")
     try:
         text, signatures = (body + b"\n").decode("utf-8"), rest.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise InvalidMessage("a checkpoint that is not UTF-8") from exc
+        raise InvalidMessage("the checkpoint is not UTF-8") from exc
     lines = signatures.split("\n")
     if not blank or lines[-1] or len(lines) < 2 or not all(line.startswith(_DASH) for line in lines[:-1]):
         raise InvalidMessage("not a signed note: no blank line with signatures after it")
     if any(character < " " and character != "\n" for character in text + signatures):
-        raise InvalidMessage("a control character in a checkpoint")
+        raise InvalidMessage("the checkpoint holds a control character")
     origin, size, root, *extensions = text[:-1].split("\n") if text.count("\n") >= 3 else ("", "", "")
     digest = _base64(root)
     if not _ORIGIN.fullmatch(origin) or not _SIZE.fullmatch(size) or int(size) > MAX_LEAVES or len(digest) != HASH_BYTES:
         raise InvalidMessage("not a checkpoint: its lines are origin, size and root")
     if not all(extensions):
-        raise InvalidMessage("an empty line in a checkpoint")
+        raise InvalidMessage("the checkpoint holds an empty line")
     return Checkpoint(origin, int(size), digest), text.encode(), lines[:-1]
 
 

@@ -1,4 +1,4 @@
-"""What is known about an answer beside its content: how often it was asked for, what it took, what was checked."""
+"""Facts about an answer beside its content: how often the client asked, what it took, which checks were made."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lacre.wire.padding import Shape
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one request of several took, that broke off: in tokens, as far as the worker told before it did.
+    """What one request took whose answer broke off, in tokens, as far as the worker told.
 
-    receipt: None, but for a worker that gave up in order. audit: the gateway's proof that it recorded the request.
+    receipt: None, except if the worker gave up properly. audit: the gateway's proof that it recorded the request.
     """
 
     prompt: int
@@ -29,15 +29,14 @@ class Part:
 
 @dataclass(slots=True)
 class Facts:
-    """What is known about an exchange; on a response as `extensions["lacre"]`.
+    """Facts about an exchange; on a response as `extensions["lacre"]`.
 
-    attempts: how often something was sealed and sent for it. lost: workers that were lost while they had it, or may have been.
-    parts: what those requests took that broke off.
-    request_id: the gateway's name for the newest of its requests; nobody signed it.
-    tokens: ids of the answer's tokens, as far as the worker of a stream told them.
-    checked: what was checked before anything was sent; `verification` adds what has come since.
-    audit: the gateway's proof that it recorded this request, verified; None on a refusal that brings none.
-    receipt, trailers: there once the answer has ended; the receipt is verified. None until then, and on a refusal.
+    attempts: how many sealed requests were sent for it. lost: workers that were, or may have been, lost while they had it.
+    parts: what the requests took whose answers broke off. request_id: the gateway's name for the newest request; nobody signed
+    it. tokens: ids of the answer's tokens, as far as the worker of a stream told them. checked: the checks before anything was
+    sent; `verification` adds the later ones. audit: the gateway's verified proof that it recorded this request; None on a
+    refusal without a proof. receipt, trailers: present once the answer has ended; the receipt is verified. None until then, and
+    on a refusal.
     """
 
     kem: str
@@ -54,17 +53,17 @@ class Facts:
     request_id: str | None = None
 
     def broke_off(self, prompt: int, cached: int, completion: int) -> None:
-        """The request of now took so much, and another goes on."""
+        """The present request took this much, and another continues its answer."""
         self.parts.append(Part(prompt, cached, completion, self.receipt, self.audit))
         self.receipt, self.audit, self.trailers = None, None, ()
 
     def goes_on(self, other: Facts) -> None:
-        """The request of now is `other`'s. All of its answer may have come with its head."""
+        """`other`'s request is now the present one. Its whole answer may have arrived with the head."""
         self.checked, self.audit, self.receipt, self.trailers = other.checked, other.audit, other.receipt, other.trailers
         self.request_id = other.request_id
 
     def tell(self, error: LacreError) -> None:
-        """Attaches what is known to an error that leaves; one that has it already keeps it."""
+        """Attaches these facts to an error that leaves; an error that already has some keeps them."""
         error.verification = error.verification or self.verification
         if error.request_id is None and self.request_id is not None:
             error.request_id = self.request_id
@@ -72,18 +71,18 @@ class Facts:
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
-        """Those that came, over all requests; a request whose worker was lost brings none."""
+        """The receipts of all requests so far; a request whose worker was lost has none."""
         return tuple(each for each in (*(part.receipt for part in self.parts), self.receipt) if each is not None)
 
     @property
     def verification(self) -> Verification:
-        """What was checked of this exchange so far."""
+        """The checks of this exchange so far."""
         return replace(self.checked, receipt=self.receipt, audit=self.audit)
 
 
 @contextmanager
 def documented(facts: Facts) -> Iterator[None]:
-    """Attaches what is known of the exchange to an error that leaves."""
+    """Attaches the facts of the exchange to an error that leaves."""
     try:
         yield
     except LacreError as exc:

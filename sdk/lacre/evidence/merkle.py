@@ -1,9 +1,9 @@
-"""The Merkle tree of RFC 6962 over SHA-256: hashing, growing, and proofs, made and verified.
+"""The Merkle tree of RFC 6962 over SHA-256: hashing, growing, and making and verifying proofs.
 
 Rules:
 - No I/O. A *node* (level, index) is the hash of the complete subtree over the leaves [index · 2^level, (index + 1) · 2^level).
-- Proofs are made from nodes that a caller looks up, wherever it keeps them, and verified from their bytes alone.
-- A proof says "these bytes stand there". Whose tree it is, the checkpoint's signature says (`lacre.evidence.checkpoints`).
+- Proofs are made from nodes that the caller looks up, and verified from their bytes alone.
+- A proof says that these bytes are in a tree. The checkpoint's signature says whose tree it is (`lacre.evidence.checkpoints`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from lacre.errors import InvalidProof
 
 HASH_BYTES: Final = 32
 EMPTY_ROOT: Final = hashlib.sha256(b"").digest()
-# A tree with more leaves is nobody's; the bound keeps a proof's length, and with it a header's, within sight.
+# No real tree has more leaves. The bound limits the length of a proof, and of the header that carries it.
 MAX_LEAVES: Final = 2**40
-MAX_PATH: Final = 40  # hashes of an inclusion proof in such a tree
+MAX_PATH: Final = 40  # hashes of an inclusion proof in the largest tree
 
 Node = Callable[[int, int], bytes]
 Path = tuple[bytes, ...]
 
 
 def leaf_hash(entry: bytes) -> bytes:
-    """RFC 6962 section 2.1: the prefix keeps a leaf from ever passing for an inner node."""
+    """RFC 6962 section 2.1: the prefix keeps a leaf from being taken for an inner node."""
     return hashlib.sha256(b"\x00" + entry).digest()
 
 
@@ -87,11 +87,11 @@ def consistency_proof(old: int, new: int, node: Node) -> Path:
 def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], root: bytes) -> None:
     """RFC 9162 section 2.1.3.2. leaf: its hash. Raises InvalidProof."""
     if not 0 <= index < size <= MAX_LEAVES:
-        raise InvalidProof("an inclusion proof for a leaf that is not in the tree")
+        raise InvalidProof("the inclusion proof is for a leaf outside the tree")
     place, last, node = index, size - 1, leaf
     for sibling in path:
         if last == 0:
-            raise InvalidProof("an inclusion proof that is too long")
+            raise InvalidProof("the inclusion proof is too long")
         if place & 1 or place == last:
             node = node_hash(sibling, node)
             while not place & 1 and place:
@@ -104,26 +104,26 @@ def verify_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], 
 
 
 def verify_consistency(old: int, old_root: bytes, new: int, new_root: bytes, path: Sequence[bytes]) -> None:
-    """That the tree of `old` leaves is the beginning of the one of `new` leaves (RFC 9162 section 2.1.4.2).
+    """Checks that the tree of `old` leaves is the beginning of the tree of `new` leaves (RFC 9162 section 2.1.4.2).
 
     Raises InvalidProof.
     """
     if not 0 <= old <= new <= MAX_LEAVES:
-        raise InvalidProof("a consistency proof from a tree to a smaller one")
+        raise InvalidProof("the consistency proof goes from a tree to a smaller one")
     if old in (0, new):
         if path or (old == new and old_root != new_root) or (old == 0 and old_root != EMPTY_ROOT):
-            raise InvalidProof("two trees of one size that differ, or a proof where none is due")
+            raise InvalidProof("two trees of the same size differ, or have a proof and need none")
         return
     place, last = old - 1, new - 1
     while place & 1:
         place, last = place >> 1, last >> 1
     steps = iter(path)
-    # Where the older tree is a complete subtree, its root is the first node, and is left out of the proof.
+    # If the older tree is a complete subtree, its root is the first node, and the proof omits it.
     first = old_root if old & (old - 1) == 0 else _next(steps)
     older = newer = first
     for sibling in steps:
         if last == 0:
-            raise InvalidProof("a consistency proof that is too long")
+            raise InvalidProof("the consistency proof is too long")
         if place & 1 or place == last:
             older, newer = node_hash(sibling, older), node_hash(sibling, newer)
             while not place & 1 and place:
@@ -136,9 +136,9 @@ def verify_consistency(old: int, old_root: bytes, new: int, new_root: bytes, pat
 
 
 class Frontier:
-    """A tree that only grows, as its maximal complete subtrees: enough to add leaves, and to know the root.
+    """A tree that only grows, stored as its maximal complete subtrees: enough to add leaves and compute the root.
 
-    `grow` tells the nodes that each leaf completes, the leaf itself first.
+    `grow` yields the nodes that each leaf completes, the leaf itself first.
     """
 
     def __init__(self, size: int = 0, nodes: Sequence[bytes] = ()) -> None:
@@ -150,7 +150,7 @@ class Frontier:
         return Frontier(self.size, self._nodes)
 
     def grow(self, leaf: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """Adds a leaf's hash; the nodes that are complete with it, as (level, index, hash)."""
+        """Adds a leaf's hash; yields the nodes that it completes, as (level, index, hash)."""
         level, index, node = 0, self.size, leaf
         completed = [(level, index, node)]
         while index & 1:
@@ -184,4 +184,4 @@ def _next(steps: Iterator[bytes]) -> bytes:
     try:
         return next(steps)
     except StopIteration:
-        raise InvalidProof("a consistency proof that is too short") from None
+        raise InvalidProof("the consistency proof is too short") from None

@@ -1,4 +1,4 @@
-"""A receipt: the pool's signed word on what a request used. It attributes a count to the pool; it does not prove the count."""
+"""A receipt: the pool's signed statement of what a request used. It shows who counted; it does not prove the count."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from lacre.jose.claims import Members
 from lacre.runtime import arguments
 
 TYP: Final = "lacre-receipt+jwt"
-TRAILER: Final = "lacre-receipt"  # the field of the sealed answer's trailer that carries the final one
-# Bytes of a body that count as one, for the action `http`: what is behind it may know nothing of tokens. A begun one counts.
+TRAILER: Final = "lacre-receipt"  # the trailer field of the sealed answer that carries the final receipt
+# Bytes of a body that count as one unit, for the action `http`: the app behind it may not know tokens. A partial unit counts as
+# one.
 UNIT: Final = 1024
 
 
 def units(size: int) -> int:
-    """What a body of `size` bytes counts, for the action `http`."""
+    """The units of a body of `size` bytes, for the action `http`."""
     return -(-size // UNIT)
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """enc: base64url SHA-256 of `hdr ‖ enc`. model: `sha256:` and the digest of the model file; empty where there is none that
-    the worker knows. Counts are tokens; of the action `http`, `units` of the bodies: the request's as prompt, the answer's.
-    start, end: seconds since the epoch. final: False for a cumulative one on a beat.
+    """enc: base64url SHA-256 of `hdr ‖ enc`. model: `sha256:` and the digest of the model file; empty if the worker knows no
+    file. Counts are tokens; for the action `http`, they are `units` of the bodies: the request's as prompt, and the answer's.
+    start, end: seconds since the epoch. final: False for a cumulative receipt on a beat.
     """  # fmt: skip
 
     enc: str
@@ -69,18 +70,18 @@ class Receipt:
 
 
 def of_answer(trailers: Sequence[tuple[str, str]], key: bytes, digest: bytes, max_tokens: int) -> Receipt:
-    """The receipt of a whole answer: by the pool, for this request, final, and not above what was asked for.
+    """The receipt of a whole answer: signed by the pool, for this request, final, and within the requested maximum.
 
-    key: the pool's `receipt_key`. digest: SHA-256 of the request's `hdr ‖ enc`. max_tokens: over all choices.
-    Raises InvalidReceipt.
+    key: the pool's `receipt_key`. digest: SHA-256 of the request's `hdr ‖ enc`. max_tokens: over all choices. Raises
+    InvalidReceipt.
     """
     tokens = [value for name, value in trailers if name == TRAILER]
     if len(tokens) != 1:
-        raise InvalidReceipt(f"the answer has {len(tokens)} receipts in place of one: tell the pool's operator")
+        raise InvalidReceipt(f"the answer has {len(tokens)} receipts instead of one: tell the pool's operator")
     try:
         receipt = Receipt.verify(tokens[0], key)
     except LacreError as exc:
-        raise InvalidReceipt("the answer's receipt is not one by the pool's receipt key: tell the pool's operator") from exc
+        raise InvalidReceipt("the answer's receipt is not signed by the pool's receipt key: tell the pool's operator") from exc
     if receipt.enc != jws.b64u(digest) or not receipt.final:
         raise InvalidReceipt("the answer's receipt is for another request, or not for all of this one")
     if receipt.completion_tokens > max_tokens or receipt.cached_tokens > receipt.prompt_tokens:

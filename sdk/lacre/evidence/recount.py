@@ -1,7 +1,7 @@
-"""Counting an answer again, to hold it against its receipt. It asks nothing of the network.
+"""Counts the tokens of an answer again, to compare them with its receipt. It needs no network.
 
-What it can show: that a receipt claims tokens of which no byte arrived, or more than the model's tokenizer makes of the text.
-What it cannot: that the model named did the work, or how many tokens the prompt had, for its template is the worker's own.
+It can show that a receipt claims tokens of which no byte arrived, or more than the model's tokenizer makes of the text. It
+cannot show that the named model did the work. Nor can it count the prompt's tokens, because the template is the worker's own.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from lacre.runtime import arguments
 
 Tokenizer = Callable[[str], int]
 
-# In a message or delta, text that the model did not write.
+# Members of a message or delta whose text the model did not write.
 _NOT_WRITTEN = frozenset({"role", "id", "type"})
 
 
 @dataclass(frozen=True, slots=True)
 class Recount:
-    """Tokens of the answer, over all choices: as the receipt claims them, and as they can be counted here.
+    """Tokens of the answer, over all choices: as the receipt claims them, and as the client can count them.
 
-    claimed: what the receipt says. text_bytes: the UTF-8 bytes of all that the answer says; a token of text has one at least.
-    listed: the tokens that the answer lists, where `logprobs` was asked for: the same worker's word, but each with its bytes.
-    counted: what the caller's tokenizer makes of the text.
+    claimed: the receipt's count. text_bytes: the UTF-8 bytes of everything that the answer says; a token of text has at least
+    one. listed: the tokens that the answer lists, if `logprobs` was requested: the worker's own claim, but each has its bytes.
+    counted: the count of the caller's tokenizer for the text.
     """
 
     claimed: int
@@ -35,28 +35,28 @@ class Recount:
 
     @property
     def unexplained(self) -> int:
-        """Claimed tokens that not even a byte of text accounts for. A stop sequence, which is cut off, a control token, which
-        has no text, and the marks around a tool call make some honestly; a worker that makes many up shows here.
+        """Claimed tokens for which there is not even a byte of text. A few are honest: a stop sequence is cut off, a control
+        token has no text, and a tool call has marks around it. A worker that invents many is noticed here.
         """
         return max(0, self.claimed - self.text_bytes)
 
     @property
     def difference(self) -> int | None:
-        """Claimed less counted tokens. Honestly 0 or little more: beside what `unexplained` names, a model may spell a text in
-        more tokens than its tokenizer would. None without a tokenizer.
+        """Claimed tokens minus counted ones. Honestly 0 or little more: beside the cases in `unexplained`, a model may use more
+        tokens for a text than its tokenizer would. None without a tokenizer.
         """
         return None if self.counted is None else self.claimed - self.counted
 
 
 class Written:
-    """What the model wrote, choice by choice, out of a whole message or out of its deltas."""
+    """What the model wrote, choice by choice, from a whole message or from its deltas."""
 
     def __init__(self) -> None:
         self._texts: dict[int, list[str]] = {}
         self._listed: int | None = None
 
     def add(self, choice: Mapping[str, Any], part: Mapping[str, Any]) -> None:
-        """part: the choice's `message` or `delta`. Raises TypeError or AttributeError for what is no choice."""
+        """part: the choice's `message` or `delta`. Raises TypeError or AttributeError if it is not a choice."""
         self._texts.setdefault(choice.get("index", 0), []).extend(_strings(part))
         logprobs = choice.get("logprobs")
         if isinstance(logprobs, Mapping) and isinstance(logprobs.get("content"), list):
@@ -82,8 +82,8 @@ def _counted(tokens: object) -> int:
 
 
 def _strings(part: object) -> Iterator[str]:
-    """Every text in it, in order: the content, a refusal, the reasoning, the names and arguments of tool calls."""
-    waiting = [part]  # in place of recursion, which a hostile worker could drive too deep
+    """Every text in it, in order: the content, a refusal, the reasoning, and the names and arguments of tool calls."""
+    waiting = [part]  # instead of recursion, which a hostile worker could make too deep
     while waiting:
         value = waiting.pop()
         if isinstance(value, str):

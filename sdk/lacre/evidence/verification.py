@@ -1,7 +1,7 @@
-"""What was checked, as a document: `client.verification`, `reply.verification`, and on every error out of a client.
+"""Every check as a document: `client.verification`, `reply.verification`, and on every error of a client.
 
-It says with what each check was made, so that it can be shown, logged or compared; it holds no secret. A member that is None
-was not checked: nothing had come yet that it could be checked on.
+It names the keys and values of each check, so that a program can show, log or compare it; it holds no secret. A member that is
+None was not checked, because nothing to check had arrived.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lacre.trust.manifest import PoolKey, fingerprint
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """A manifest that verified. Times are seconds since the epoch.
+    """A verified manifest. Times are seconds since the epoch.
 
-    root: the last root of the chain from the pinned one; signer: the key that it names; both base64url, Ed25519.
+    root: the last root of the chain from the pinned one. signer: the key that it names. Both are base64url of Ed25519 keys.
     age: seconds since the manifest was signed, by this clock.
     """
 
@@ -51,7 +51,7 @@ class Signed:
 
 @dataclass(frozen=True, slots=True)
 class SealedTo:
-    """The pool's key that the request was sealed to, by its fingerprint, and until when it may be sealed to."""
+    """The pool's key that the request was sealed to, by its fingerprint, and until when clients may use it."""
 
     pool: str
     key: str
@@ -65,10 +65,10 @@ class SealedTo:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked of one exchange, or of none yet.
+    """The checks of one exchange, or of none yet.
 
-    pinned: the root key of the connection string, base64url. manifest, sealed_to: None until there were any.
-    receipt: the pool's, for this request. audit: the gateway's proof, under its checkpoint, that it recorded this request.
+    pinned: the root key of the connection string, base64url. manifest, sealed_to: None before there were any. receipt: the
+    pool's, for this request. audit: the gateway's proof, under its checkpoint, that it recorded this request.
     """
 
     pinned: str
@@ -79,11 +79,11 @@ class Verification:
 
     @staticmethod
     def of(error: LacreError) -> Verification | None:
-        """What had been checked by the time of a client's error. None if the error came before any exchange."""
+        """The checks made before a client's error. None if the error came before any exchange."""
         return error.verification if isinstance(error.verification, Verification) else None
 
     def members(self) -> dict[str, Any]:
-        """As JSON's objects. Of the audit proof, what its entry says and where it stands."""
+        """As JSON objects. Of the audit proof: the entry's content and its place in the log."""
         parts = {"manifest": self.manifest, "sealed_to": self.sealed_to}
         shown = {
             name: None if part is None else {slot: getattr(part, slot) for slot in part.__slots__}

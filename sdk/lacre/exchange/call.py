@@ -1,13 +1,13 @@
-"""One sealed exchange, without any HTTP library: what to send, what came back, what to do next.
+"""One sealed exchange, without any HTTP library: what to send, how to read the answer, what to do next.
 
 Rules:
-- Nothing of the request leaves before a trusted manifest names the key that it is sealed to. There is no plaintext fallback.
-- Every attempt is a fresh seal. A gateway's advice before the seal is not authenticated: it can cause one manifest refresh
-  and one retry, and it is counted in `attempts`.
-- Nothing is tried again that was handed on in part, and nothing that harms where it runs twice: see `lacre.exchange.retry`.
-- The gateway proves with its answer that it recorded the request, or nothing of the answer is opened.
-- The clock correction that a worker's `#date` problem suggests came sealed, and is used for the inner `date` alone.
-- Calls share what is the client's, and nothing of one another: no error or answer of a call tells of another one.
+- A request leaves only after a trusted manifest named the key that it is sealed to. There is no plaintext fallback.
+- Every attempt is a fresh seal. Nobody signs what a gateway says before the seal, so its advice can cause only one manifest
+  refresh and one retry. `attempts` counts both.
+- A request is not retried once part of its answer was delivered, or if running it twice does harm: see `lacre.exchange.retry`.
+- The gateway proves with its answer that it recorded the request. Without that proof the client opens nothing of the answer.
+- A worker's `#date` problem suggests a clock correction. It came sealed, and only the inner `date` uses it.
+- Calls share only what belongs to the client. No error or answer of one call reveals anything of another.
 
 `Sealing.exchange` and `Sealing.manifest` are generators of the steps in `lacre.exchange.steps`: they do no I/O.
 """
@@ -61,17 +61,18 @@ from lacre.wire.padding import Shape, request_length, shape_named
 ORIGIN: Final = f"https://{AUTHORITY}"
 DEFAULT_KEMS: Final = (Kem.XWING,)
 MANIFEST_PATH: Final = "/v1/manifest"
-SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym for as long as it lives
-MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off than this, the manifest would not have verified
-REFRESH_PAUSE: Final = 30.0  # seconds until a refresh that failed is tried again, while the manifest that there is still holds
-REFRESH_BEFORE: Final = 0.5  # of a manifest's lifetime: fetched anew then, so that its expiry is never met in a request
+SALT_LIFETIME: Final = 3600.0  # seconds: the salt scopes the prefix cache, and is a pseudonym as long as it lives
+MAX_CORRECTION: Final = 30 * 86400.0  # seconds; with a clock further off, the manifest would not have verified
+REFRESH_PAUSE: Final = 30.0  # seconds before a failed refresh is tried again, while the present manifest is still valid
+# of a manifest's lifetime: the client fetches a new one then, so no request meets an expired manifest
+REFRESH_BEFORE: Final = 0.5
 
 
 @dataclass(slots=True)
 class Scope:
-    """How workers see this client for a while: the salt of its prefix cache, and the clock correction that one of them gave.
+    """How workers see this client for a while: the salt of its prefix cache, and a clock correction from one of them.
 
-    Both end together: a correction that outlived its salt would link it to the next one. RFC 9458 section 6.5.2 wants the
+    Both end together: a correction that outlived its salt would link it to the next salt. RFC 9458 section 6.5.2 wants the
     correction short-lived. since, offset: seconds, by this machine's clock.
     """
 
@@ -84,8 +85,8 @@ class Scope:
 class CallState:
     """What one call knows of itself, over all its attempts. Nothing in it is another call's, nor comes to be.
 
-    mended: what was mended already, and is not tried again. fetches: of the client, by the time that its manifest was taken.
-    trusted, facts: None until there were any; facts: of the newest attempt.
+    mended: the causes that were mended already; none is tried twice. fetches: how many manifests the client had fetched when
+    the call took its own. trusted, facts: None at first; facts: of the newest attempt.
     """
 
     plain: Plain
@@ -100,19 +101,19 @@ class CallState:
     @property
     def manifest(self) -> Manifest:
         if self.trusted is None:
-            raise UsageError("no manifest was learned yet")
+            raise UsageError("there is no manifest yet: make a request or fetch the manifest first")
         return self.trusted.manifest
 
 
 class Sealing:
-    """What the calls of one client share: the pinned root, the newest manifest, and the scope of now. Thread-safe.
+    """State that the calls of one client share: the pinned root, the newest manifest and the present scope. Thread-safe.
 
     What belongs to one call is in its `CallState`. A forked child has a scope of its own.
 
-    kems, shape: what the caller accepts; a manifest that does not offer it is refused, never fallen back from.
-    retries: how often a request is sent again before anything of its answer was handed on; None as `lacre.exchange.retry` has
-    it. resume: how often an answer that broke off after that is resumed (`lacre.exchange.resume`), while a worker at most may
-    be lost by it. clock: seconds since the epoch.
+    kems, shape: what the caller accepts; if a manifest does not offer it, the call fails: there is no fallback. retries: how
+    often a request is sent again before any of its answer was delivered; None: as `lacre.exchange.retry` decides. resume: how
+    often an answer that broke off later is resumed (`lacre.exchange.resume`), while it may have cost one worker at most. clock:
+    seconds since the epoch.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Sealing:
         self._lock = threading.Lock()
         self._trusted: Trusted | None = None
         self._fetched_at = 0.0
-        self._missed_at = float("-inf")  # when a refresh failed
+        self._missed_at = float("-inf")  # time of the last failed refresh
         self._fetches = 0
         self._doubted = False
         self._scope = Scope(float("-inf"))
@@ -154,14 +155,14 @@ class Sealing:
 
     @property
     def verification(self) -> Verification:
-        """What was checked of the newest request; before the first, of the manifest, if there is one."""
+        """The checks of the newest request; before the first request, those of the manifest, if there is one."""
         with self._lock:
             trusted, last = self._trusted, self._last
         checked = Verification(b64u(self._root), None if trusted is None else Signed.of(trusted, self._clock()))
         return checked if last is None else replace(last.verification, manifest=checked.manifest)
 
     def manifest(self) -> Steps[Manifest]:
-        """The verified manifest, fetched where there is none or it grows old."""
+        """The verified manifest; fetched if there is none or it is old."""
         try:
             yield from self._learn(ENDURANCE)
             return self._taken()[0].manifest
@@ -172,9 +173,9 @@ class Sealing:
     def exchange(self, plain: Plain, endurance: float = ENDURANCE, lost: int = 0) -> Steps[Opening | GatewayRefusal]:
         """Seals `plain` as often as it takes: once, and once more for a new key or a corrected clock.
 
-        endurance: seconds for tries of what did not run, where the caller named no number. lost: workers that this call may
-        have cost already (see `lacre.exchange.retry`).
-        What is returned as `Opening` has its head; the caller reads and feeds the rest.
+        endurance: seconds to retry requests that did not run, if the caller set no number. lost: workers that this call may
+        have cost already (see `lacre.exchange.retry`). A returned `Opening` has its head; the caller reads the rest and feeds
+        it.
         """
         repeatable = is_repeatable(plain)
         retries = Retries.of(self._retries, repeatable=repeatable, endurance=endurance, clock=self._clock, lost=lost)
@@ -221,7 +222,7 @@ class Sealing:
         opening.facts.request_id = outer.request_id
         if outer.status != 200:
             document = yield from read_all(MAX_PROBLEM)
-            with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept where it holds
+            with contextlib.suppress(InvalidAudit):  # nobody signed the refusal either: a proof is kept if it holds
                 opening.facts.audit = self._proof(outer, call.manifest, sent)
             problem = problem_of(outer, document)
             said: Details = details.read(document)
@@ -237,7 +238,7 @@ class Sealing:
         return None
 
     def _mended(self, call: CallState, problem: Problem) -> Steps[bool]:
-        """Whether what the gateway minds may be over now."""
+        """Whether the gateway's objection may be settled now."""
         if problem is UNKNOWN_KEY:
             yield from self._refresh(call)
         return problem is UNKNOWN_KEY or (problem is INVALID_TOKEN and (yield Renew()) is True)
@@ -247,13 +248,13 @@ class Sealing:
         return self._clock()
 
     def delay(self, number: int) -> float:
-        """Seconds before an answer is gone on with for another time."""
+        """Seconds before the next try to resume an answer."""
         return delay(number)
 
     def _learn(self, endurance: float) -> Steps[None]:
-        """Sees to it that there is a manifest of now. It is fetched once for all calls that lack it.
+        """Makes sure that there is a valid manifest. All calls that need one share one fetch.
 
-        While the present one still holds, a newer one is asked for once, and done without for a while if it does not come.
+        While the present one is valid, the client asks once for a newer one, and pauses if that fails.
         """
         if not self._is_stale():
             return
@@ -270,19 +271,19 @@ class Sealing:
     def _refresh(self, call: CallState, *, beside: bool = False) -> Steps[None]:
         """Fetches the manifest, unless that was done since the call took its own.
 
-        beside: while an answer waits, which is then tried once; see `Together`.
+        beside: an answer waits for it, so it is tried only once; see `Together`.
         """
         endurance = 0.0 if beside else call.retries.rest
         fetch = partial(self._fetch_manifest, endurance, 0 if beside else self._retries)
         yield Together(lambda: self._fetches == call.fetches, fetch, endurance, beside=beside)
 
     def _fetch_manifest(self, endurance: float, number: int | None) -> Steps[None]:
-        """number: of further tries; None as `lacre.exchange.retry` has it."""
+        """number: of further tries; None: as `lacre.exchange.retry` decides."""
         retries = Retries.of(number, repeatable=True, endurance=endurance, clock=self._clock)
         while True:
             try:
                 outer = sent_outer((yield Send("GET", MANIFEST_PATH)))
-                # One more than is taken: too long is seen, not cut.
+                # One byte over the limit, so that a document that is too long is noticed and not cut.
                 document = yield from read_all(MAX_DOCUMENT + 1 if outer.status == 200 else MAX_PROBLEM)
             except NetworkError as exc:
                 if (seconds := retries.after_failure(exc)) is None:
@@ -309,16 +310,19 @@ class Sealing:
     def _proved(self, call: CallState, outer: Outer, sent: Mapping[str, object]) -> Steps[AuditProof]:
         """The gateway's proof that it recorded what was sent, and for whom. Raises InvalidAudit.
 
-        Its key may have changed since this side learned the manifest: nobody is accused before that was looked at.
+        The gateway's key may have changed since the client learned the manifest. So the client fetches a newer one before it
+        accuses the gateway.
         """
         try:
             return self._proof(outer, call.manifest, sent)
         except InvalidAudit as exc:
-            self._doubted = True  # if it cannot be fetched now, the next call does it
+            self._doubted = True  # if it cannot be fetched now, the next call fetches it
             try:
                 yield from self._refresh(call, beside=True)
             except (NetworkError, RefusedError):
-                exc.remedy = "Ask again: the manifest is fetched first then, for the gateway's key may have changed."
+                exc.remedy = (
+                    "Ask again: the client then fetches the manifest first, because the gateway's key may have changed."
+                )
                 raise exc from None
             newest = self._taken()[0].manifest
             if newest.gateway_key == call.manifest.gateway_key:
@@ -344,16 +348,16 @@ class Sealing:
         return trusted is not None and self._clock() < trusted.manifest.expires_at
 
     def _taken(self) -> tuple[Trusted, int]:
-        """The newest manifest, and how many were fetched until now."""
+        """The newest manifest, and how many were fetched so far."""
         with self._lock:
             if self._trusted is None:
-                raise UsageError("no manifest was learned yet")
+                raise UsageError("there is no manifest yet: make a request or fetch the manifest first")
             if self._clock() >= self._trusted.manifest.expires_at:
                 raise Expired("the manifest has expired: the operator must run `lacre manifest publish`")
             return self._trusted, self._fetches
 
     def _seal(self, call: CallState) -> tuple[Send, Opening, Mapping[str, object]]:
-        """What to send, what opens the answer, and what the gateway's audit entry must say of it."""
+        """What to send, what opens the answer, and what the gateway's audit entry must say of the request."""
         manifest = call.manifest
         pool = manifest.pools.get(self._pool)
         if pool is None:
@@ -396,7 +400,7 @@ class Sealing:
         return Send("POST", SEALED_PATH, headers, body, sealed=header.digest), Opening(opener, facts, verify), sent
 
     def _checked(self, trusted: Trusted | None, key: PoolKey | None = None) -> Verification:
-        """trusted: the manifest that a call goes by; the newest where it has none yet. key: what it seals to."""
+        """trusted: the manifest of the call; the newest if the call has none yet. key: the key that it seals to."""
         with self._lock:
             trusted = trusted or self._trusted
         signed = None if trusted is None else Signed.of(trusted, self._clock())
@@ -417,7 +421,7 @@ class Sealing:
         raise UnsupportedSuite(f"pool {self._pool!r} has no current key for {wanted}: ask its operator, or accept another KEM")
 
     def _scope_now(self) -> Scope:
-        """Another one each hour, and where the clock was turned back."""
+        """A new one each hour, and after the clock was turned back."""
         now = self._clock()
         with self._lock:
             if not 0 <= now - self._scope.since < SALT_LIFETIME:
@@ -425,15 +429,15 @@ class Sealing:
             return self._scope
 
     def _correct_clock(self, opening: Opening, scope: Scope) -> bool:
-        """Whether the answer is the worker's `#date` problem with a date to go by (RFC 9458 section 6.5.2).
+        """Whether the answer is the worker's `#date` problem with a usable date (RFC 9458 section 6.5.2).
 
-        The correction holds in the scope that the request was made in, and in no later one.
+        The correction holds in the request's own scope, and in no later one.
         """
         if opening.problem_type != DATE.type:
             return False
         try:
             theirs = email.utils.parsedate_to_datetime(opening.head.get("date")).timestamp()
-        except (ValueError, OverflowError):  # the second for numbers that no date can hold
+        except (ValueError, OverflowError):  # OverflowError: for numbers that no date can hold
             return False
         offset = theirs - self._clock()
         if abs(offset) > MAX_CORRECTION:

@@ -1,4 +1,4 @@
-"""Cuts the bytes of an event stream into its events (WHATWG HTML section 9.2.6), wherever the network has cut them.
+"""Splits the bytes of an event stream into its events (WHATWG HTML section 9.2.6), wherever the network cut them.
 
 A line ends by LF, CR or CRLF, and the stream may begin with a byte order mark. An event ends by a blank line.
 No byte is copied or looked at again for each piece: a long event in small pieces costs no more than in one.
@@ -15,15 +15,15 @@ _END: Final = b"\n\n"
 
 
 class EventBlocks:
-    """pending: bytes of the event that has not ended; the reader bounds them."""
+    """pending: bytes of the unfinished event; the reader bounds them."""
 
     def __init__(self) -> None:
         self.pending = bytearray()
         self._began = False
-        self._after_cr = False  # the next LF belongs to a line end that was seen already
+        self._after_cr = False  # an LF that comes next belongs to a line end that was already read
 
     def feed(self, data: bytes) -> list[list[bytes]]:
-        """The events that have ended, each as its lines. Blank ones and comments are left out."""
+        """The complete events, each as its lines. It skips blank lines and comments."""
         if not data:
             return []
         if self._after_cr:
@@ -49,7 +49,7 @@ class EventBlocks:
 
 
 def field(lines: list[bytes], name: bytes) -> list[bytes]:
-    """The values of a field, in order; of `data`, one for each line of it."""
+    """The values of a field, in order; of `data`, one for each line."""
     begin = name + b":"
     return [line[len(begin) :].removeprefix(b" ") for line in lines if line.startswith(begin)]
 

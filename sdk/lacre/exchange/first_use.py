@@ -1,7 +1,7 @@
-"""Does once, when a client is made, what the libraries beneath do at their first use: they load code, and make tables.
+"""Runs once, when a client is made, everything that libraries do at their first use: they load code and make tables.
 
-A thread that is in the middle of that when another one forks leaves it half done in the child, where it would be waited for
-without end. So a fork waits until it is done (`lacre.runtime.forks.Undivided`).
+If another thread forks in the middle of that, the child has it half done and would wait for it forever. So a fork waits until
+it is done (`lacre.runtime.forks.Undivided`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from lacre.wire import varint
 from lacre.wire.header import PREFERRED_AEADS, Kdf, Kem, KeyConfig, Suite
 from lacre.wire.ohttp import response_nonce_length, seal_request
 
-# Points that are valid, and nobody's keys: X25519's base point, and an ML-KEM key of zeros before it.
+# Points that are valid, and the keys of no one: X25519's base point, and an ML-KEM key of zeros before it.
 _X25519: Final = b"\x09" + bytes(31)
 _NOBODYS: Final = {Kem.X25519: _X25519, Kem.XWING: bytes(1184) + _X25519}
-_LOADED: Final = ("encodings.idna", "encodings.utf_8_sig", "filelock", "stringprep")  # by host names, streams, the memory
+# for host names, streams and the manifest store
+_LOADED: Final = ("encodings.idna", "encodings.utf_8_sig", "filelock", "stringprep")
 
 
 def _seal_and_open() -> None:
@@ -30,7 +31,7 @@ def _seal_and_open() -> None:
         for aead in PREFERRED_AEADS:
             suite = Suite(kem, Kdf.HKDF_SHA256, aead)
             _, _, opener = seal_request(KeyConfig(0, kem, key), b"", suite)
-            with contextlib.suppress(LacreError):  # it is no answer, but on the way to that all is used
+            with contextlib.suppress(LacreError):  # this is no answer, but the attempt loads all that an answer needs
                 opener.feed(bytes(response_nonce_length(suite)) + varint.encode(32) + bytes(32))
 
 
@@ -41,7 +42,7 @@ def _verify() -> None:
 
 def _all() -> None:
     for name in _LOADED:
-        with contextlib.suppress(ImportError):  # what needs it says so
+        with contextlib.suppress(ImportError):  # the code that needs it reports that it is missing
             importlib.import_module(name)
     _seal_and_open()
     _verify()

@@ -1,7 +1,7 @@
-"""The model API's paths, and what is wrong with one that is none of them.
+"""The model API's paths, and what is wrong with a path that is not one of them.
 
-Only this side knows the path: it stands inside the seal, and the gateway sees an action. So the gateway says that the action
-`http` is not allowed, and here is found which path was probably meant. Whoever may use other paths never comes here.
+Only the client knows the path, because it is sealed: the gateway sees an action. The gateway says that the action `http` is not
+allowed, and this file finds the path that was probably meant. Callers that may use other paths never reach this code.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ METHODS: Final[dict[str, str]] = {
     "/v1/tokenize": "POST",
     "/v1/models": "GET",
 }
-_MODEL: Final = "/v1/models/"  # and a model's name
+_MODEL: Final = "/v1/models/"  # followed by a model's name
 KNOWN: Final = tuple(METHODS)
 
 
 def misdirected(method: str, path: str) -> tuple[Problem, Details]:
-    """What to tell the caller of a path that the model API has not, or of its method. path: without its query."""
+    """What to tell the caller about an unknown path, or about a known path with the wrong method. path: without its query."""
     plain = _plain(path)
     meant = plain if plain in METHODS else "/v1" + plain if "/v1" + plain in METHODS else None
-    verb = method == "POST" and ":" in plain  # as KServe's protocol has it: `/v1/models/NAME:predict`
+    verb = method == "POST" and ":" in plain  # KServe's protocol: `/v1/models/NAME:predict`
     if plain.startswith(_MODEL) and not verb and (plain != path or method != "GET"):
         meant = plain
     if meant is None:
@@ -41,7 +41,7 @@ def misdirected(method: str, path: str) -> tuple[Problem, Details]:
 
 
 def _plain(path: str) -> str:
-    """As its writer may have meant it: unescaped, without empty segments, dots, or spaces at its ends, and in small letters."""
+    """The path as it was probably meant: unescaped and in lower case, without empty segments, dots, or spaces at its ends."""
     segments = [segment for segment in unquote(path).strip().split("/") if segment not in ("", ".")]
     lowered = [segment.lower() for segment in segments[:2]] + segments[2:]
     whole = "/" + "/".join(lowered)

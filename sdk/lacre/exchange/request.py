@@ -1,7 +1,7 @@
-"""What goes inside the seal: an application's request with everything removed that says who asks.
+"""The content of a sealed request: the application's request without anything that says who asks.
 
-Headers are taken by allow-list. `Authorization`, cookies, `User-Agent`, `X-Stainless-*` and trace context never go in, and of a
-JSON body the fields `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are dropped unless the caller insists.
+Headers are taken by allow-list. `Authorization`, cookies, `User-Agent`, `X-Stainless-*` and trace context never go in. Of a
+JSON body, `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are dropped unless the caller insists.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from lacre.exchange.resume_marks import ASK, MEMBER
 from lacre.runtime.json_objects import object_in
 from lacre.wire.header import MAX_SEALED_REQUEST
 
-DEFAULT_MAX_TOKENS: Final = 512  # what the SDK asks for, for each choice, where the caller does not say; of `http`, KiB
-NO_OUTPUT: Final = 1  # the least that `Lacre-Max-Tokens` can say, for actions whose answer holds no tokens
-MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling that `Lacre-Max-Tokens` can say
+DEFAULT_MAX_TOKENS: Final = 512  # the SDK's default for each choice; for the action `http`, in KiB
+NO_OUTPUT: Final = 1  # the least value of `Lacre-Max-Tokens`, for actions whose answer holds no tokens
+MAX_TOKENS: Final = 2**31 - 1  # the largest value of `Lacre-Max-Tokens`
 ALLOWED_HEADERS: Final = frozenset({"content-type", "accept", ASK})
-# OpenAI's fields that say who asks. `prompt_cache_key` is the newer word for `user`, a pseudonym that stays; what it is for,
-# the salt does here, and that changes by the hour.
+# OpenAI's fields that say who asks. `prompt_cache_key` replaces `user` and is a lasting pseudonym; here the salt does its work,
+# and the salt changes every hour.
 IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-# Sealing adds the key encapsulation, a tag for each chunk, headers and padding; all of them stay below this.
+# Sealing adds the key encapsulation, a tag for each chunk, headers and padding: less than this together.
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 
-# What a caller may say of a request whose body cannot: which model it is for, and how much its answer may hold.
+# Headers for a request whose body cannot say it: the model, and how much the answer may hold.
 _MODEL: Final = "lacre-model"
 _MAX_TOKENS: Final = "lacre-max-tokens"
 
-_MODEL_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # it stands in a header field outside, for policy
+_MODEL_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # policy reads it from an outer header field
 _COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
-# The actions that run a model, by the path that each belongs to.
+# The actions that run a model, each with its path.
 _RUNS: Final = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "complete",
@@ -46,8 +46,8 @@ _WITHOUT_OUTPUT: Final = frozenset({"embed", "rerank", "inspect"})
 
 
 def action_of(method: str, path: str) -> str:
-    """The action that policy decides on. path: without its query. `inspect` changes nothing and runs no model: it reads what is
-    served, and counts tokens. (A DELETE of a model is no `inspect`.) What is none of these is `http`.
+    """The action that policy decides on. path: without its query. `inspect` changes nothing and runs no model: it lists models
+    and counts tokens. (A DELETE of a model is no `inspect`.) Every other path is `http`.
     """
     if method == "GET" and (path == _MODELS or path.startswith(_MODELS + "/")):
         return "inspect"
@@ -58,7 +58,7 @@ def action_of(method: str, path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """An application's request before sealing. `path` carries the query; header names are in lower case."""
+    """An application's request before sealing. `path` includes the query; header names are in lower case."""
 
     method: str
     path: str
@@ -68,7 +68,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request that may be sealed, and what of it must stand outside for policy and budget."""
+    """A request that is ready to be sealed, and the outer values that policy and budget need."""
 
     plain: Plain
     action: str
@@ -77,15 +77,15 @@ class Prepared:
 
 
 def is_repeatable(plain: Plain) -> bool:
-    """Whether running the request twice harms nobody but the bill: a model's answer, or a look at something."""
+    """Whether running the request twice harms nothing but the bill: it runs a model or only reads something."""
     return plain.method in ("GET", "HEAD") or action_of(plain.method, plain.path.partition("?")[0]) != "http"
 
 
 def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: bool) -> Prepared:
-    """models: what the pool serves; the first stands in where the request names none, in its body or in a header `lacre-model`.
-    The ceiling of an action `http` is that of a header `lacre-max-tokens`.
+    """models: those of the pool; the first is the default if neither the body nor a `lacre-model` header names one. The header
+    `lacre-max-tokens` sets the ceiling of an action `http`.
 
-    Raises MessageTooLarge or UsageError. A body that is not JSON passes as it is: the model's server will refuse it.
+    Raises MessageTooLarge or UsageError. A body that is not JSON passes unchanged: the model's server refuses it.
     """
     if len(plain.content) > MAX_CONTENT:
         raise MessageTooLarge(f"a request body may hold {MAX_CONTENT} bytes; send a smaller one")
@@ -104,7 +104,9 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     if sealed_body.get("model") is None:
         sealed_body["model"] = default_model
     elif not isinstance(sealed_body["model"], str):
-        raise UsageError("model: a string is wanted, or nothing for the pool's first; `client.models()` lists those served")
+        raise UsageError(
+            "`model` is not a string: pass a name that `client.models()` lists, or omit it for the pool's first model"
+        )
     if sealed_body != body:
         allowed = replace(allowed, content=json.dumps(sealed_body, separators=(",", ":"), ensure_ascii=False).encode())
     ceiling = NO_OUTPUT if action in _WITHOUT_OUTPUT else _ceiling(sealed_body)
@@ -113,7 +115,7 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
 
 def _named(model: str) -> str:
     if not _MODEL_NAME.fullmatch(model):
-        raise UsageError("a model's name has 1 to 128 visible ASCII characters: `client.models()` lists those served")
+        raise UsageError("a model's name has 1 to 128 visible ASCII characters: `client.models()` lists the names")
     return model
 
 
@@ -121,13 +123,15 @@ def _asked(ceiling: str | None) -> int:
     if ceiling is None:
         return DEFAULT_MAX_TOKENS
     if not _COUNT.fullmatch(ceiling) or int(ceiling) > MAX_TOKENS:
-        raise UsageError(f"the header `lacre-max-tokens` is a number from 1 to {MAX_TOKENS}: the KiB that an answer may hold")
+        raise UsageError(
+            f"the header `lacre-max-tokens` must be a number from 1 to {MAX_TOKENS}: the KiB that an answer may hold"
+        )
     return int(ceiling)
 
 
 def _ceiling(body: dict[str, Any]) -> int:
-    """Output tokens over all choices; of an answer that is gone on with, those that are left. Values that are no counts are the
-    model's server to refuse, not ours to mend.
+    """Output tokens over all choices; of a resumed answer, those that remain. A value that is not a count passes unchanged: the
+    model's server refuses it.
     """
     asked = (body.get(name) for name in ("max_completion_tokens", "max_tokens"))
     each = next((value for value in asked if _is_count(value)), DEFAULT_MAX_TOKENS)
@@ -137,7 +141,7 @@ def _ceiling(body: dict[str, Any]) -> int:
 
 
 def _begun(body: dict[str, Any]) -> int:
-    """How many tokens of the answer are there already."""
+    """How many tokens of the answer exist already."""
     member = body.get(MEMBER)
     tokens = member.get("tokens") if isinstance(member, dict) else None
     return len(tokens) if isinstance(tokens, list) else 0

@@ -1,14 +1,14 @@
-"""One answer for the caller, out of as many sealed requests as it takes. It does no I/O: see `lacre.exchange.call`.
+"""Makes one answer for the caller out of one or more sealed requests. It does no I/O: see `lacre.exchange.call`.
 
 Rules:
-- What was handed on is never taken back, and never said twice: see `lacre.exchange.sse_join`.
-- A new request goes on from the very tokens that were received, on the very model file that made them, or not at all.
-- An answer of which nothing was handed on begins anew, where asking again does no harm.
-- What an answer took, over all its requests, is told: `attempts`, `parts`, and `usage` as the sum.
-- What one worker may have been lost by goes to one more, and to no third: see `lacre.exchange.retry`. A connection that broke
-  is none.
-- Going on takes a limited time, over all breaks of one answer.
-- A stalled answer is the caller's own timeout, and an altered one an attack: neither is resumed.
+- Text that the caller has is never taken back and never repeated: see `lacre.exchange.sse_join`.
+- A new request resumes at exactly the tokens received, on the same model file, or not at all.
+- An answer of which the caller has nothing starts again, if asking again does no harm.
+- The caller learns what the answer took over all its requests: `attempts`, `parts`, and `usage` as the sum.
+- A request that may have ended one worker goes to one more, and to no third: see `lacre.exchange.retry`. A broken connection
+  does not count as a lost worker.
+- All resumptions of one answer share one time limit.
+- A stalled answer is the caller's own timeout, and an altered one is an attack: neither is resumed.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from lacre.wire.records import EVENT_STREAM
 
 
 def asking(plain: Plain) -> Plain:
-    """The request, with the wish for marks where its answer may be a stream that can be resumed."""
-    own_affair = f'"{MEMBER}"'.encode() in plain.content  # an application that goes on with an answer itself
+    """The request, with the wish for resume marks if its answer may be a stream that can be resumed."""
+    own_affair = f'"{MEMBER}"'.encode() in plain.content  # the application resumes answers itself
     if not is_repeatable(plain) or b'"stream"' not in plain.content or own_affair:
         return plain
     return replace(plain, headers=(*(field for field in plain.headers if field[0] != ASK), (ASK, YES)))
 
 
 class ResumableAnswer:
-    """plain: the application's request. opening: of its first sealed answer, whose head is there."""
+    """plain: the application's request. opening: its first sealed answer, which has its head."""
 
     def __init__(self, sealing: Sealing, plain: Plain, opening: Opening) -> None:
         self._sealing = sealing
         self._plain = plain
         self._opening = opening
-        self._made = 0  # further requests
-        self._rest = ENDURANCE_RESUMING  # seconds for them
+        self._made = 0  # further requests so far
+        self._rest = ENDURANCE_RESUMING  # seconds left for them
         self._handed = False
         self._ready: list[bytes] = []
         self.head = opening.head
@@ -58,25 +58,25 @@ class ResumableAnswer:
 
     @property
     def ended(self) -> bool:
-        """Whether all of the answer has come."""
+        """Whether the whole answer was received."""
         return self._opening.ended
 
     def take(self) -> list[bytes]:
-        """What may be handed on now."""
+        """The bytes that the caller may have now."""
         ready, self._ready = self._ready, []
         self._handed |= bool(ready)
         return ready
 
     def feed(self, data: bytes | None) -> None:
-        """The next bytes of the outer body; None at its end. Against what it raises, `resume` may help."""
+        """Takes the next bytes of the outer body; None at its end. After an error, `resume` may help."""
         self._opening.feed(data)
         self._collect()
         if self._opening.ended and self._splice is not None and self._splice.failed and self._continuation() is not None:
-            raise GaveUp("the worker gave the answer up: what came so far is not the whole of it")
+            raise GaveUp("the worker gave up before the end of the answer: the received part is not the whole answer")
         self._finish()
 
     def resume(self, error: LacreError) -> Steps[None]:
-        """Goes on by a new request. Raises `error` where it is of a kind that is not resumed, and StreamBroken."""
+        """Resumes the answer by a new request. Raises `error` if its kind is not resumed, and StreamBroken."""
         self.facts.tell(error)
         if not isinstance(error, TruncatedStream) or self._sealing.resume == 0:
             raise error
@@ -95,13 +95,13 @@ class ResumableAnswer:
             again = self._sealing.exchange(replace(self._plain, content=content), self._rest, self.facts.lost)
             outcome = yield from again
         except LacreError as exc:
-            raise self._broken("the answer broke off, and the request that goes on with it failed") from exc
+            raise self._broken("the answer broke off, and the request to resume it failed") from exc
         self._rest -= self._sealing.now() - began
         self.facts.attempts += outcome.facts.attempts
         self.facts.lost = outcome.facts.lost
         if isinstance(outcome, GatewayRefusal):
             refusal = outcome.exception()
-            raise self._broken("the answer broke off, and the request that goes on with it was refused") from refusal
+            raise self._broken("the answer broke off, and the gateway refused to resume it") from refusal
         self._join(outcome)
 
     def _collect(self) -> None:
@@ -112,12 +112,12 @@ class ResumableAnswer:
         if not self._opening.ended or self._splice is None:
             return
         if self._digest and (self.facts.receipt is None or self.facts.receipt.model != self._digest):
-            raise InvalidReceipt("the answer's receipt names another model file than the answer: tell the pool's operator")
+            raise InvalidReceipt("the answer and its receipt name different model files: tell the pool's operator")
         if held := self._splice.end():
             self._ready.append(held)
 
     def _continuation(self) -> bytes | None:
-        """The body of the request that goes on with the answer, or begins anew; None where neither can be."""
+        """The body of the request that resumes the answer or starts it again; None if neither is possible."""
         if self._made >= self._sealing.resume or self.facts.lost >= MOST_LOST or self._rest <= 0:
             return None
         if self._splice is not None and self._splice.tokens:
@@ -132,9 +132,9 @@ class ResumableAnswer:
     def _join(self, opening: Opening) -> None:
         head = opening.head
         if (head.status, head.media_type) != (self.head.status, self.head.media_type):
-            raise self._broken(f"the answer broke off, and a worker refused to go on with it (status {head.status})")
+            raise self._broken(f"the answer broke off, and a worker refused to resume it (status {head.status})")
         if self._digest and head.get(DIGEST) != self._digest:
-            raise self._broken("the answer broke off, and another model file would have gone on with it")
+            raise self._broken("the answer broke off, and the next worker has a different model file")
         self.facts.goes_on(opening.facts)
         self._opening, opening.facts = opening, self.facts
         self._collect()

@@ -1,15 +1,14 @@
-"""Marks: how far an answer has come, told with its events, so that whoever read so far can have it gone on with elsewhere.
+"""Marks: an answer's events say how far it has come, so that a client can resume it on another worker.
 
-A client that can resume sends `lacre-resume: ?1` inside the seal. A worker that can, names its model's digest in a header of
-the answer and gives each event of text the SSE field `id`, which readers of OpenAI's format pass over:
+A client that can resume sends `lacre-resume: ?1` inside the seal. A worker that can names its model's digest in a header of the
+answer. It also gives each event of text the SSE field `id`, which readers of OpenAI's format ignore:
 
     id: PROMPT.CACHED.COUNT:TOKEN,TOKEN
 
-COUNT tokens of the answer were sampled so far, of this request; those after the colon are new since the last mark. The text of
-all events up to a mark is what the tokens up to it let out: what they hold back (half a code point, the beginning of a stop
-string) is said by a later event, on whichever worker. What comes after the last mark says that the answer is over, and no more
-that counts.
-`docs/wire.md` section 11.2 is the same in full.
+COUNT tokens of the answer to this request were sampled so far; the tokens after the colon are new since the last mark. All
+events up to a mark hold the text of the tokens up to it, except text that those tokens hold back. They hold back half a code
+point or the beginning of a stop string, and a later event has it, from the same worker or another. Events after the last mark
+only say that the answer is over. `docs/wire.md` section 11.2 is the specification.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from typing import Final
 
 from lacre.errors import InvalidMessage
 
-ASK: Final = "lacre-resume"  # a field of the inner request
+ASK: Final = "lacre-resume"  # a header of the inner request
 YES: Final = "?1"  # its value (RFC 9651)
-DIGEST: Final = "lacre-model-digest"  # a field of the inner response
-MEMBER: Final = "resume"  # of the body of the request that goes on
+DIGEST: Final = "lacre-model-digest"  # a header of the inner response
+MEMBER: Final = "resume"  # a member of the resuming request's body
 
 _MARK: Final = re.compile(r"(0|[1-9]\d{0,9})\.(0|[1-9]\d{0,9})\.([1-9]\d{0,9}):(\d{1,9}(?:,\d{1,9})*)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """prompt, cached, count: tokens of this request so far. tokens: ids of those sampled since the mark before."""
+    """prompt, cached, count: tokens of this request so far. tokens: ids of the tokens sampled since the last mark."""
 
     prompt: int
     cached: int

@@ -1,16 +1,17 @@
-"""Whether to try again before anything was handed on, and after how long. Decides; it neither waits nor sends.
+"""Decides whether to retry a request before any of its answer was delivered, and when. It neither waits nor sends.
 
 Rules:
-- What certainly did not run is tried again: no connection came about, or the gateway said so (429, 503). That harms nobody and
-  costs nothing, so by default it is tried for as long as a gateway, a worker or a message server takes to come back.
-- What may have run is tried again only where running twice harms nobody (`lacre.exchange.request.is_repeatable`): it is then
-  paid for twice, and `attempts` tells.
-- What two workers were lost by is not carried to a third: whatever may have ended a worker is sealed anew once, over all of a
-  call's retries and resumed answers. A sealed request reaches the model in one worker at most, so that makes two.
-- A connection that broke is no worker that was lost: a gateway lives on when a worker dies, and says so by an end in order. A
-  request cannot end a gateway, for to it a request is noise.
-- A time-out is the caller's own limit, and not stretched by trying again; one of connecting is no answer that is late.
-- `Retry-After` is the least that is waited. One that asks for more patience than `PATIENCE` is the caller's to decide on.
+- A request that certainly did not run is retried: there was no connection, or the gateway said so (429, 503). That costs
+  nothing. By default the retries last as long as a gateway, a worker or a message server needs to come back.
+- A request that may have run is retried only if running it twice does no harm (`lacre.exchange.request.is_repeatable`). It is
+  then paid for twice, and `attempts` shows it.
+- A request that may have ended a worker is sealed again once, over all retries and resumed answers of a call. A sealed request
+  reaches the model in one worker at most, so it can end two workers and no third.
+- A broken connection is no lost worker. A gateway survives its workers and ends the answer properly if one dies. A request
+  cannot end a gateway, because a gateway cannot read it.
+- A timeout is the caller's own limit, and retries do not extend it. A timeout while connecting is not a late answer, and is
+  retried.
+- The client waits at least `Retry-After`. If that is more than `PATIENCE`, the caller decides.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from lacre.errors import LacreError, NetworkError, TruncatedStream
 
 FIRST: Final = 0.5  # seconds, of which a random part is waited ("full jitter"): many clients must not come back at once
 LONGEST: Final = 8.0
-PATIENCE: Final = 10.0  # seconds of `Retry-After` that are waited without asking
+PATIENCE: Final = 10.0  # seconds of `Retry-After` that the client waits without asking
 
-MOST_LOST: Final = 2  # workers that may be lost while they have one call: after the second it was hardly an accident
-TRIES: Final = 2  # where the caller names no number: of what may have run, and is paid for again
-# Seconds, where the caller names no number, in which what did not run is tried again. A cluster of message servers is without a
-# leader for up to 20 s; a call that meets that must still end while somebody waits for it.
+MOST_LOST: Final = 2  # workers lost while they had one call: a second one is hardly an accident
+TRIES: Final = 2  # default for requests that may have run, and are paid for again
+# Seconds: the default time to retry a request that did not run. A cluster of message servers has no leader for up to 20 s; a
+# call at that moment must still end while a person waits.
 ENDURANCE: Final = 30.0
-# The same for the requests that go on with a broken answer, all of them together: a further one is made while it lasts.
+# The same for the requests that resume a broken answer, all of them together: another one is made while time is left.
 ENDURANCE_RESUMING: Final = 15.0
-MOST: Final = 8  # tries within that time: about a call of many attempts little can be claimed where the gateway lies
+MOST: Final = 8  # tries within that time: a lying gateway can make a call of many attempts prove little
 NO_GATEWAY_PAUSE: Final = 1.0  # seconds; a balancer looks for another gateway about this often
 
-# Causes of no connection that no waiting mends: the wrong port, the wrong authority.
+# Causes that waiting does not cure: the wrong port, the wrong certificate authority.
 _LASTING: Final = ("certificate", "tls", "not-tls")
-# What may have run, and did not answer.
+# The request may have run, and no answer came.
 _MAY_HAVE_RUN: Final = (problems.WORKER_LOST, problems.NO_GATEWAY)
-# What a worker may have been lost by.
+# The request may have ended a worker.
 LOST: Final = (problems.WORKER_LOST, problems.UNCLAIMED)
-# What did not run because something is away or full, and comes back by itself.
+# The request did not run: something is away or full, and comes back by itself.
 _AWAY: Final = (
     problems.NO_WORKER,
     problems.BUSY,
@@ -59,22 +60,22 @@ _NEVER_RAN: Final = (*_AWAY, problems.UNCLAIMED, problems.RATE_LIMITED, problems
 
 
 def may_have_lost(error: LacreError) -> bool:
-    """Whether it may be the end of a worker."""
+    """Whether the error may mean that a worker ended."""
     return isinstance(error, TruncatedStream) and not error.cut
 
 
 def delay(number: int, retry_after: float = 0.0) -> float:
-    """Seconds to wait before the retry of this number, which counts from 1."""
+    """Seconds to wait before this retry; the first is number 1."""
     return retry_after + random.uniform(0, min(FIRST * 2 ** (number - 1), LONGEST))  # noqa: S311 - nothing secret depends on it
 
 
 @dataclass(slots=True)
 class Retries:
-    """How often one call may still be tried again.
+    """How often one call may still be retried.
 
-    left: the caller's number. repeatable: running it twice harms nobody. endurance: seconds from now in which what did not run
-    is tried again, `MOST` times, without being counted against that number. clock: seconds. lost: workers so far that were lost
-    while they had the call, or may have been.
+    left: the caller's number. repeatable: running it twice does no harm. endurance: seconds from now to retry a request that
+    did not run: up to `MOST` times, which do not count against `left`. clock: seconds. lost: workers that may have been lost
+    while they had the call.
     """
 
     left: int
@@ -91,18 +92,18 @@ class Retries:
 
     @classmethod
     def of(cls, number: int | None, *, repeatable: bool, endurance: float, clock: Callable[[], float], lost: int = 0) -> Self:
-        """number: the caller's, who then means all tries; None for what is best."""
+        """number: the caller's, who then means all tries; None: the default."""
         if number is None:
             return cls(TRIES, repeatable, endurance, clock, lost)
         return cls(number, repeatable, lost=lost)
 
     @property
     def rest(self) -> float:
-        """What is left of the endurance, in seconds."""
+        """Seconds of the endurance that are left."""
         return max(0.0, self.until - self.clock())
 
     def after_failure(self, error: NetworkError | TruncatedStream) -> float | None:
-        """Seconds to wait after no answer came, or none that began; None where there is to be no retry."""
+        """Seconds to wait after no answer came, or none began; None: do not retry."""
         never_ran = isinstance(error, NetworkError) and not error.reached
         if isinstance(error, NetworkError) and error.cause in _LASTING:
             return None
@@ -112,7 +113,7 @@ class Retries:
         return self._next(endure=never_ran) if may else None
 
     def after_refusal(self, problem: problems.Problem, retry_after: float | None) -> float | None:
-        """Seconds to wait after the gateway would not take it; None where there is to be no retry."""
+        """Seconds to wait after the gateway refused the request; None: do not retry."""
         self.lost += problem in LOST
         may = (problem in _NEVER_RAN or (problem in _MAY_HAVE_RUN and self.repeatable)) and self.lost < MOST_LOST
         least = NO_GATEWAY_PAUSE if retry_after is None and problem is problems.NO_GATEWAY else retry_after or 0.0

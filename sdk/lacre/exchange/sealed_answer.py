@@ -1,9 +1,9 @@
-"""One sealed answer: what the gateway says of it outside, and what opens inside. Bytes in, bytes out.
+"""One sealed answer: what the gateway says outside, and what opens inside. Bytes in, bytes out.
 
 Rules:
-- An answer is whole only when the response's final chunk has opened and the BHTTP message in it has ended. What came in the
-  final chunk is passed on after that alone, and after the receipt in it was verified.
-- What is not sealed is never taken for an answer. A refusal is one of our own rows, whatever words came.
+- An answer is whole only if the response's final chunk has opened and the BHTTP message in it has ended. The content of the
+  final chunk is delivered only then, and after the receipt in it was verified.
+- Unsealed bytes are never taken for an answer. A refusal becomes one of our own problems, in our own words.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre.wire.ohttp import ResponseOpener
 
-MAX_PROBLEM: Final = 64 * 1024  # bytes read of a problem document, outside or sealed; ours have some hundred
-_OF_PROXIES: Final = frozenset({502, 503, 504})  # what they say, in words of their own, where a gateway does not answer
+MAX_PROBLEM: Final = 64 * 1024  # bytes read of a problem document, outer or sealed; ours have some hundred
+_OF_PROXIES: Final = frozenset({502, 503, 504})  # proxies send these, in their own words, if a gateway does not answer
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """The sealed answer's own status and headers."""
+    """The inner status and headers of the sealed answer."""
 
     status: int
     headers: tuple[tuple[str, str], ...]
 
     def get(self, name: str) -> str:
-        """The first value of a header, `name` in lower case; empty where there is none."""
+        """The first value of a header, `name` in lower case; empty if there is none."""
         return next((value for key, value in self.headers if key == name), "")
 
     @property
@@ -45,7 +45,7 @@ class AnswerHead:
 
 @dataclass(frozen=True, slots=True)
 class GatewayRefusal:
-    """The gateway would not take the request. Nobody signed this. details: what it says beside the problem's type."""
+    """The gateway refused the request. Nobody signed this. details: what the problem document says beside its type."""
 
     problem: Problem
     retry_after: float | None
@@ -62,8 +62,8 @@ Trailers = tuple[tuple[str, str], ...]
 class Opening:
     """Opens one sealed answer as its bytes arrive: first the head, then the pieces of the body, then the trailers.
 
-    The pieces that came before somebody asked for them wait in it. verify: makes the receipt of the trailers, or raises; it
-    returns None where none is due.
+    Pieces wait here until they are taken. verify: makes the receipt from the trailers, or raises; it returns None if none is
+    due.
     """
 
     def __init__(self, opener: ResponseOpener, facts: Facts, verify: Callable[[Trailers], Receipt | None]) -> None:
@@ -78,8 +78,8 @@ class Opening:
     def feed(self, data: bytes | None) -> None:
         """Takes the next bytes of the outer body; None at its end.
 
-        Raises TruncatedStream unless the final chunk had opened by then and the answer in it was whole; InvalidReceipt
-        where it was whole, and its receipt does not hold.
+        Raises TruncatedStream if the final chunk had not opened by then or the answer in it was not whole. Raises
+        InvalidReceipt if the answer was whole and its receipt does not hold.
         """
         with documented(self.facts):
             self._feed(data)
@@ -104,7 +104,7 @@ class Opening:
 
     @property
     def ready(self) -> bool:
-        """Whether enough is here to act on: the head, and of a sealed problem document the whole body."""
+        """Whether enough has arrived to act on: the head, and the whole body of a sealed problem document."""
         if self._head is None:
             return self.ended
         is_problem = self._head.get("content-type") == PROBLEM_MEDIA_TYPE
@@ -118,34 +118,38 @@ class Opening:
 
     @property
     def problem_type(self) -> str | None:
-        """The type in the sealed problem document, where the answer is one."""
+        """The type of the sealed problem document, if the answer is one."""
         return Problem.type_in(b"".join(self._pending)) if self.head.get("content-type") == PROBLEM_MEDIA_TYPE else None
 
     def take(self) -> list[bytes]:
-        """The pieces of the body that have opened so far."""
+        """The pieces of the body that opened since the last call."""
         pieces, self._pending = self._pending, []
         return pieces
 
 
 def read_all(limit: int) -> Steps[bytes]:
     """Up to `limit` bytes of the last response."""
-    content = bytearray()  # which grows in place: a peer may send a byte at a time
+    content = bytearray()  # grows in place: a peer may send one byte at a time
     while len(content) < limit and (data := sent_bytes((yield Read()))) is not None:
         content += data
     return bytes(content[:limit])
 
 
 def _uncoded(head: AnswerHead) -> AnswerHead:
-    """No worker was asked to compress, and what one byte may unfold to has no bound. Raises InvalidMessage."""
+    """The head, if the answer is not compressed. No worker was asked to compress, and one compressed byte may expand without
+    bound. Raises InvalidMessage.
+    """
     codings = (value.strip().lower() for name, value in head.headers if name == "content-encoding")
-    if any(coding not in ("", "identity") for coding in codings):  # in whichever field: an HTTP library applies them all
-        raise InvalidMessage("the worker's answer is compressed, which nobody asked for: what it serves must not do that")
+    if any(coding not in ("", "identity") for coding in codings):  # over all fields: an HTTP library applies them all
+        raise InvalidMessage(
+            "the worker's answer is compressed, and no client asks for that: switch compression off in the app that it serves"
+        )
     return head
 
 
 def problem_of(outer: Outer, body: bytes) -> Problem:
-    """The row of our own table that the gateway named, or else one of the same status. Its words are never shown: they are
-    nobody's.
+    """The problem of our own table that the gateway named, or else one of the same status. Nobody signed the gateway's words,
+    so they are never shown.
     """  # fmt: skip
     named = BY_TYPE.get(Problem.type_in(body) or "")
     if named is not None:
@@ -157,4 +161,4 @@ def problem_of(outer: Outer, body: bytes) -> Problem:
 
 def check_sealed(outer: Outer) -> None:
     if outer.content_type.partition(";")[0].strip().lower() != MEDIA_TYPE_RESPONSE:
-        raise UnsealedResponse("the gateway answered without a seal; nothing of it was read: check the gateway's address")
+        raise UnsealedResponse("the answer is not sealed, so none of it was read: check the gateway's address")

@@ -1,12 +1,12 @@
-"""The events of one answer, out of the streams of several requests. Bytes in, bytes out; no seal and no network here.
+"""Joins the event streams of several requests into one answer. Bytes in, bytes out; no seal and no network here.
 
 Rules:
-- Events are handed on up to the newest one with a mark (`lacre.exchange.resume_marks`). What follows it waits until the
-  stream has ended whole: it says that the answer is over, or will be said again.
-- At a seam what waits is dropped. The events after it carry the id and the time of the first, the role is not said twice, and
-  a usage is the sum of all requests'.
-- A mark and the comments that fill records up are no concern of the application's: they are left out.
-- A stream without marks is handed on byte for byte, as it comes.
+- Events are delivered up to the newest one with a mark (`lacre.exchange.resume_marks`). Later events wait until the stream has
+  ended whole: they say that the answer is over, or another worker repeats them.
+- At a seam, waiting events are dropped. Events after it get the first stream's id and time, the role is not repeated, and
+  `usage` is the sum over all requests.
+- Marks, and the comments that pad records, are removed: they are not for the application.
+- A stream without marks is delivered byte for byte.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lacre.exchange.event_blocks import DONE, MAX_EVENT, EventBlocks, data_of, f
 from lacre.exchange.resume_marks import Mark
 from lacre.runtime.json_objects import object_in
 
-_ANSWER: Final = ("id", "created")  # what all events of one answer have in common
+_ANSWER: Final = ("id", "created")  # all events of one answer have these in common
 
-Counts = tuple[int, int, int]  # tokens: of the prompt, of it cached, of the answer
+Counts = tuple[int, int, int]  # tokens: of the prompt, of its cached part, of the answer
 
 
 class Splice:
     """marked: whether the first stream carries marks.
 
-    tokens: ids of the answer's tokens, as far as marks told them. text: of the first choice, as far as it was handed on.
-    open: whether the answer could be gone on with from here. failed: whether the stream's own last word is that it failed.
+    tokens: ids of the answer's tokens, as far as marks told them. text: of the first choice, as far as it was delivered. open:
+    whether the answer could be resumed from here. failed: whether the stream's last event says that it failed.
     """
 
     def __init__(self, *, marked: bool) -> None:
@@ -36,11 +36,11 @@ class Splice:
         self._blocks = EventBlocks()
         self._held: list[bytes] = []
         self._parts: list[str] = []
-        self._first: dict[str, Any] = {}  # the answer's own members, out of its first event
-        self._mark: Mark | None = None  # the newest of this request
+        self._first: dict[str, Any] = {}  # the answer's own members, from its first event
+        self._mark: Mark | None = None  # the newest mark of this request
         self._spent: list[Counts] = []
         self._seams = 0
-        self._offset = self._shift = 0  # characters: of the text in logprobs so far, and of it before the last seam
+        self._offset = self._shift = 0  # characters: of the text in logprobs so far, and of the text before the last seam
         self.tokens: list[int] = []
         self.open = marked
         self.failed = False
@@ -50,21 +50,21 @@ class Splice:
         return "".join(self._parts)
 
     def feed(self, data: bytes) -> bytes:
-        """What may be handed on now. Raises InvalidMessage or MessageTooLarge."""
+        """The bytes that may be delivered now. Raises InvalidMessage or MessageTooLarge."""
         out = b"".join(map(self._event, self._blocks.feed(data)))
         if len(self._blocks.pending) > MAX_EVENT:
             if self._marked:
-                raise MessageTooLarge(f"an event of over {MAX_EVENT} bytes in the answer")
+                raise MessageTooLarge(f"the answer has an event of over {MAX_EVENT} bytes")
             self._blocks.pending.clear()
         return out if self._marked else data
 
     def end(self) -> bytes:
-        """The stream has ended whole: what waited."""
+        """The stream has ended whole: returns the events that waited."""
         held, self._held = b"".join(self._held), []
         return held
 
     def seam(self) -> Counts:
-        """The stream broke off, and another goes on. Returns what the request took, as far as it told."""
+        """The stream broke off, and another continues it. Returns the tokens that the request took, as far as it told."""
         spent = (0, 0, 0) if self._mark is None else (self._mark.prompt, self._mark.cached, self._mark.count)
         self._blocks, self._held, self._mark, self.failed = EventBlocks(), [], None, False
         if self.tokens:
@@ -74,7 +74,7 @@ class Splice:
         return spent
 
     def _event(self, lines: list[bytes]) -> bytes:
-        """One event, or what stands between two."""
+        """One event, or the bytes between two."""
         data = data_of(lines)
         if not data:
             return b""
@@ -96,7 +96,7 @@ class Splice:
 
     def _marked_event(self, mark: bytes, chunk: dict[str, Any], event: bytes) -> bytes:
         if not mark:
-            self.open = False  # the worker's word that nobody else could go on from here
+            self.open = False  # the worker says that no other worker could resume from here
         else:
             self._mark = self._next(Mark.parse(mark.decode("utf-8", "replace")))
             self.tokens += self._mark.tokens
@@ -108,11 +108,11 @@ class Splice:
     def _next(self, mark: Mark) -> Mark:
         before = 0 if self._mark is None else self._mark.count
         if mark.count != before + len(mark.tokens):
-            raise InvalidMessage("a mark in the answer does not follow from the one before it")
+            raise InvalidMessage("a resume mark in the answer does not follow from the one before it")
         return mark
 
     def _note(self, chunk: dict[str, Any]) -> None:
-        """The first choice's text, and where it ends by the count of its logprobs."""
+        """Keeps the first choice's text, and where it ends by the count of its logprobs."""
         for choice in _choices(chunk):
             if choice.get("index", 0) == 0:
                 delta = choice.get("delta")
@@ -123,7 +123,7 @@ class Splice:
                 self._offset = offsets[-1] + len(choice["logprobs"]["tokens"][-1])
 
     def _joined(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        """An event of a later stream, as one of the answer's."""
+        """An event of a later stream, rewritten as one of this answer."""
         joined = {**chunk, **{name: value for name, value in self._first.items() if name in chunk}}
         if isinstance(usage := chunk.get("usage"), dict):
             joined["usage"] = _sum(usage, self._spent)
@@ -134,7 +134,7 @@ class Splice:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    """The event's object; an empty one for `[DONE]`, and for what is none."""
+    """The event's object; an empty one for `[DONE]`, and for data that is not an object."""
     return (object_in(data) if data != DONE else None) or {}
 
 
@@ -156,7 +156,7 @@ def _says_the_role(chunk: dict[str, Any]) -> bool:
 
 
 def _is_failure(chunk: dict[str, Any]) -> bool:
-    """Whether the worker says that it could not go on, for no fault of the request's."""
+    """Whether the worker says that it could not continue, through no fault of the request."""
     error = chunk.get("error")
     return isinstance(error, dict) and error.get("type") == "server_error"
 

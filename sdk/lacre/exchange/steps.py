@@ -1,7 +1,7 @@
-"""What an exchange asks of the network, and what comes of it: the steps between `lacre.exchange.call` and the transports.
+"""The steps between `lacre.exchange.call` and the transports: what an exchange asks of the network.
 
-A generator of steps yields what to do and is sent what came of it, or thrown the `LacreError` that did. So the sync
-transport, the async one and the tests drive the very same code.
+A generator of steps yields what to do. The transport sends back the result, or throws the `LacreError` of the failure. So the
+sync transport, the async one and the tests all drive the same code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from lacre.errors import UsageError
 class Send:
     """Send this to the gateway, and send back an `Outer`.
 
-    sealed: SHA-256 of `hdr ‖ enc` of the sealed request in it, which wants the access token and its own timeouts.
+    sealed: SHA-256 of `hdr ‖ enc` of the sealed request in it. A sealed request needs the access token, and has timeouts of its
+    own.
     """
 
     method: str
@@ -41,13 +42,14 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Renew:
-    """Get another token than the one that was sent, and send back whether there is one."""
+    """Get another token than the last one, and send back whether there is one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outer:
-    """What the gateway's own response says. audit: its `Lacre-Audit`. request_id: its `Lacre-Request-Id`, if it is of its form.
-    speaks_for: whom the token names that was sent. token_expires: when it does, by its own word: seconds since the epoch.
+    """What the gateway's own response says. audit: its `Lacre-Audit`. request_id: its `Lacre-Request-Id`, if well-formed.
+    speaks_for: whom the token in the request names. token_expires: when that token says that it expires, in seconds since the
+    epoch.
     """  # fmt: skip
 
     status: int
@@ -61,16 +63,16 @@ class Outer:
 
 @dataclass(frozen=True, slots=True)
 class Offload:
-    """Call this where it may take a while, never on an event loop, and send back None."""
+    """Call this outside the event loop, because it may take a while, and send back None."""
 
     do: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Do these steps once for all calls of the client that want them now, whichever came first, and send back None.
+    """Do these steps once for all calls of the client that want them now, and send back None.
 
-    wanted: whether they are still to be done. do: makes them. endurance: seconds of their tries. beside: whether the response
+    wanted: whether they are still to be done. do: makes them. endurance: seconds for their tries. beside: whether the response
     that is being read stays open meanwhile.
     """
 
@@ -81,18 +83,18 @@ class Together:
 
 
 Step = Send | Read | Wait | Renew | Offload | Together
-Done = Outer | bytes | bool | None  # what came of a step
+Done = Outer | bytes | bool | None  # the result of a step
 T = TypeVar("T")
 Steps = Generator[Step, Done, T]
 
 
 def sent_outer(sent: Done) -> Outer:
     if not isinstance(sent, Outer):
-        raise UsageError("after Send an Outer is due")
+        raise UsageError("send back an Outer after Send")
     return sent
 
 
 def sent_bytes(sent: Done) -> bytes | None:
     if isinstance(sent, Outer | bool):
-        raise UsageError("after Read bytes are due, or None")
+        raise UsageError("send back bytes or None after Read")
     return sent

@@ -1,5 +1,5 @@
 """Signed JSON: JWS by Ed25519, the claims inside, and DPoP proofs (RFC 7515, RFC 9449).
 
 Rules: one algorithm and one type for each kind of statement; unknown members are ignored and missing ones refused.
-Open `jws.py` first. `claims.py` reads members of a payload in their form, and `dpop.py` proves that a client holds its key.
+Open `jws.py` first. `claims.py` reads the typed members of a payload, and `dpop.py` proves that a client holds its key.
 """

@@ -1,4 +1,4 @@
-"""Reads the members of a JSON object that came from elsewhere: unknown ones are ignored, missing or mistyped ones refused."""
+"""Reads the members of a JSON object from another party: it ignores unknown ones, and refuses missing or mistyped ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Members:
 
     def _get(self, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
         value = self._values.get(name)
-        # bool is an int to Python, and never to a JSON format.
+        # bool is an int to Python, but not in a JSON format.
         if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
             raise InvalidMessage(f"{self._what}: member {name!r} must be {expected}")
         return value
@@ -58,7 +58,7 @@ class Members:
         return value
 
     def octets(self, name: str, size: int | None = None) -> bytes:
-        """base64url text as bytes, of exactly `size` where given."""
+        """base64url text as bytes; of exactly `size` bytes, if given."""
         value = b64u_decode(self.text(name))
         if size is not None and len(value) != size:
             raise InvalidMessage(f"{self._what}: member {name!r} must hold {size} bytes")
@@ -77,7 +77,7 @@ class Members:
         return tuple(values)
 
     def text_lists(self, name: str, *, at_most: int) -> tuple[tuple[str, ...], ...]:
-        """A list of one up to `at_most` lists of strings."""
+        """A list of 1 to `at_most` lists of strings."""
         values = self._get(name, list, "a list of lists of strings")
         if not 1 <= len(values) <= at_most:
             raise InvalidMessage(f"{self._what}: member {name!r} must have 1 to {at_most} entries")
@@ -88,7 +88,7 @@ class Members:
         return tuple(Members(value, f"{self._what}.{name}") for value in values)
 
     def counts(self, name: str) -> dict[str, int]:
-        """An object of integers >= 0, by their names; empty where it is not there."""
+        """An object of integers >= 0, by their names; empty if it is missing."""
         if name not in self._values:
             return {}
         values = Members(self._get(name, dict, "an object of integers"), f"{self._what}.{name}")

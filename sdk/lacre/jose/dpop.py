@@ -1,11 +1,11 @@
-"""Access tokens bound to a key of the application: DPoP (RFC 9449). Makes the proofs, and verifies them.
+"""Access tokens bound to a key of the application: makes and verifies DPoP proofs (RFC 9449).
 
 Rules:
-- A proof is for one method, one URL and one access token; with `lacre_req` (base64url SHA-256 of `hdr ‖ enc`) also for one
-  sealed request. Who replays the proof replays that request, and nobody takes a sealed request twice.
-- `ES256` and `EdDSA` alone: the algorithm is chosen here, not by who sends a proof.
-- The key in a proof proves nothing by itself. What counts is that its thumbprint (RFC 7638) is the one in the token.
-- A verified proof is good for `WINDOW` seconds around its time. That it is seen once is for whoever verifies it to remember.
+- A proof is for one method, one URL and one access token. With `lacre_req` (base64url SHA-256 of `hdr ‖ enc`) it is also for
+  one sealed request. A replayed proof then replays that request, and no gateway accepts a sealed request twice.
+- Only `ES256` and `EdDSA`: the verifier chooses the algorithm, not the sender of a proof.
+- The key in a proof proves nothing by itself. Its thumbprint (RFC 7638) must be the one in the token.
+- A verified proof is valid for `WINDOW` seconds around its time. The verifier must remember it, to accept it only once.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 HEADER: Final = "dpop"
 ALGORITHMS: Final = ("ES256", "EdDSA")
 TYP: Final = "dpop+jwt"
-# Seconds that a proof's `iat` may lie off, each way; as much as a worker allows a request's date. The fabric remembers a sealed
-# request for 900 s: for longer than any proof of it could be used.
+# Seconds that a proof's `iat` may be off, each way; as much as a worker allows for a request's date. The fabric remembers a
+# sealed request for 900 s, longer than any proof of it is valid.
 WINDOW: Final = 300.0
-MAX_FILE: Final = 64 * 1024  # bytes that are read of a key's file; a key in PEM form has some 300
+MAX_FILE: Final = 64 * 1024  # bytes read of a key file; a key in PEM form has some 300
 MAX_PROOF: Final = 4096  # characters; ours have some 600
-# The members of a public key, in the order of RFC 7638 section 3.2, and the algorithm that it is for.
+# The members of a public key, in the order of RFC 7638 section 3.2, and its algorithm.
 _FORMS: Final = {("EC", "P-256"): ("ES256", ("crv", "kty", "x", "y")), ("OKP", "Ed25519"): ("EdDSA", ("crv", "kty", "x"))}
 _PRIVATE: Final = frozenset({"d", "k", "p", "q", "dp", "dq", "qi", "oth"})  # RFC 9449 section 4.3, number 7
 _COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
@@ -51,7 +51,7 @@ _PORTS: Final = {"https": 443, "http": 80}
 
 @cache
 def _jws() -> jwt.PyJWS:
-    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+    import jwt  # noqa: PLC0415 - keeps `import lacre` fast
 
     return jwt.PyJWS(algorithms=list(ALGORITHMS))
 
@@ -62,10 +62,10 @@ class ProofKey(StaysInProcess):
     Made by `generate`, or read from a PEM file by `load`: an EC key on P-256, or an Ed25519 key.
     """
 
-    _holds = "a private key, which a file or a secret store hands on"
+    _holds = "a private key; pass it on in a file or a secret store"
 
     def __init__(self, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> None:
-        from jwt.algorithms import ECAlgorithm, OKPAlgorithm  # noqa: PLC0415 - what `import lacre` need not wait for
+        from jwt.algorithms import ECAlgorithm, OKPAlgorithm  # noqa: PLC0415 - keeps `import lacre` fast
 
         if isinstance(key, Ed25519PrivateKey):
             public = OKPAlgorithm.to_jwk(key.public_key(), as_dict=True)
@@ -85,7 +85,7 @@ class ProofKey(StaysInProcess):
 
     @classmethod
     def generate(cls) -> Self:
-        """A new key on P-256, which every issuer that knows DPoP takes."""
+        """A new key on P-256, which every issuer with DPoP accepts."""
         return cls(ec.generate_private_key(ec.SECP256R1()))
 
     @classmethod
@@ -98,10 +98,10 @@ class ProofKey(StaysInProcess):
             raise SettingsError(f"cannot read the DPoP key in {path} ({exc.strerror})") from exc
         except (ValueError, TypeError) as exc:
             raise SettingsError(f"{path} is not an unencrypted PEM private key") from exc
-        return cls(key)  # type: ignore[arg-type]  # of another kind it is refused
+        return cls(key)  # type: ignore[arg-type]  # the constructor refuses keys of other kinds
 
     def pem(self) -> bytes:
-        """The private key, for a file that nobody else can read."""
+        """The private key, for a file that only its owner can read."""
         form = serialization.PrivateFormat.PKCS8
         return self._key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
@@ -110,8 +110,8 @@ class ProofKey(StaysInProcess):
     ) -> str:
         """The value of a `DPoP` header.
 
-        token: the access token that goes with it; none where one is asked for. request: SHA-256 of `hdr ‖ enc` of the sealed
-        request. nonce: what an issuer asked for in `DPoP-Nonce`.
+        token: the access token that goes with it; None when asking for one. request: SHA-256 of `hdr ‖ enc` of the sealed
+        request. nonce: the value that an issuer sent in `DPoP-Nonce`.
         """
         for name, value in (("method", method), ("url", url), *((("token", token),) if token is not None else ())):
             arguments.text(value, name)
@@ -137,7 +137,7 @@ class ProofKey(StaysInProcess):
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """A verified proof. request: `lacre_req`, where it has one. identity: the same for the same proof, and no other."""
+    """A verified proof. request: `lacre_req`, if it has one. identity: the same only for the same proof."""
 
     request: str | None
     identity: bytes
@@ -154,53 +154,53 @@ class Expected:
 
 
 def verify(proof: str, expected: Expected, now: float) -> Proof:
-    """Every check of RFC 9449 section 4.3 but that of the nonce, which is not asked for, and that it is new.
+    """Every check of RFC 9449 section 4.3, except the nonce, which we do not use, and whether the proof is new.
 
     now: seconds since the epoch. Raises ProtocolError or VerificationError.
     """
-    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+    import jwt  # noqa: PLC0415 - keeps `import lacre` fast
 
     if len(proof) > MAX_PROOF:
-        raise MessageTooLarge(f"a DPoP proof of over {MAX_PROOF} characters")
+        raise MessageTooLarge(f"the DPoP proof has over {MAX_PROOF} characters")
     if not _COMPACT.fullmatch(proof):
-        raise InvalidMessage("a DPoP proof that is not a compact JWS")
+        raise InvalidMessage("the DPoP proof is not a compact JWS")
     head, payload, _ = proof.split(".")
     key = _key_in(read_object(head), expected.thumbprint)
     try:
         _jws().decode_complete(proof, key, algorithms=[key.algorithm_name])
     except (jwt.PyJWTError, UnicodeError, ValueError, RecursionError) as exc:
-        raise InvalidSignature("a DPoP proof that is not signed by the key in it") from exc
+        raise InvalidSignature("the DPoP proof is not signed by the key in it") from exc
     said = read_object(payload)
     return _check(Members(said, "the DPoP proof"), "lacre_req" in said, expected, now)
 
 
 def _key_in(header: dict[str, Any], wanted: str) -> jwt.PyJWK:
     """The key in the header, if it is the one that the token names."""
-    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+    import jwt  # noqa: PLC0415 - keeps `import lacre` fast
 
     jwk = header.get("jwk")
     if header.get("typ") != TYP or "crit" in header or not isinstance(jwk, dict) or not _PRIVATE.isdisjoint(jwk):
-        raise InvalidMessage("a DPoP proof has the type dpop+jwt and a public key, and no critical extension")
+        raise InvalidMessage("a DPoP proof must have the type dpop+jwt and a public key, and no critical extension")
     algorithm, members = _FORMS.get((str(jwk.get("kty")), str(jwk.get("crv"))), ("", ()))
     public = {name: jwk.get(name) for name in members}
     if not members or header.get("alg") != algorithm or not all(isinstance(value, str) for value in public.values()):
-        raise InvalidMessage(f"a DPoP proof is signed with one of {', '.join(ALGORITHMS)}")
+        raise InvalidMessage(f"a DPoP proof must be signed with one of {', '.join(ALGORITHMS)}")
     if thumbprint(public) != wanted:
-        raise VerificationError("a DPoP proof by another key than the one that the token is bound to")
+        raise VerificationError("the DPoP proof is by another key than the one that the token is bound to")
     try:
         return jwt.PyJWK(public, algorithm)
     except jwt.PyJWTError as exc:
-        raise InvalidMessage("a DPoP proof whose key is none") from exc
+        raise InvalidMessage("the key in the DPoP proof is invalid") from exc
 
 
 def _check(said: Members, names_request: bool, expected: Expected, now: float) -> Proof:
     jti, method, url = said.text("jti"), said.text("htm"), said.text("htu")
     if not jti or method != expected.method or plain_url(url) != expected.url:
-        raise VerificationError("a DPoP proof for another method or URL")
+        raise VerificationError("the DPoP proof is for another method or URL")
     if abs(now - said.time("iat")) > WINDOW:
-        raise VerificationError(f"a DPoP proof made more than {WINDOW:.0f} s before or after now")
+        raise VerificationError(f"the DPoP proof was made more than {WINDOW:.0f} s before or after now")
     if said.text("ath") != expected.token_hash:
-        raise VerificationError("a DPoP proof for another access token")
+        raise VerificationError("the DPoP proof is for another access token")
     identity = hashlib.sha256(f"{expected.thumbprint}\0{jti}".encode("utf-8", "surrogatepass")).digest()
     return Proof(said.text("lacre_req") if names_request else None, identity)
 
@@ -211,12 +211,12 @@ def token_hash(token: str) -> str:
 
 
 def thumbprint(public: dict[str, Any]) -> str:
-    """The JWK SHA-256 thumbprint (RFC 7638) of a public key that has its required members alone."""
+    """The JWK SHA-256 thumbprint (RFC 7638) of a public key that has only its required members."""
     return b64u(hashlib.sha256(json.dumps(public, separators=(",", ":"), sort_keys=True).encode()).digest())
 
 
 def plain_url(url: str) -> str:
-    """The URL as `htu` is compared: without query and fragment, and in the normal form of RFC 3986 section 6.2.2 and 6.2.3.
+    """The URL as `htu` is compared: without query and fragment, in the normal form of RFC 3986 sections 6.2.2 and 6.2.3.
 
     Raises InvalidMessage.
     """
@@ -226,7 +226,7 @@ def plain_url(url: str) -> str:
     except ValueError as exc:
         raise InvalidMessage("not a URL") from exc
     if parts.scheme not in _PORTS or not host or parts.username is not None:
-        raise InvalidMessage("not a URL of HTTP")
+        raise InvalidMessage("not an HTTP URL")
     authority = f"[{host}]" if ":" in host else host
     port = _PORTS[parts.scheme] if port is None else port
     return f"{parts.scheme}://{authority}:{port}{parts.path or '/'}"

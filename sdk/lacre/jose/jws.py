@@ -1,7 +1,7 @@
-"""Compact JWS (RFC 7515) with EdDSA over Ed25519 (RFC 8037), the one signature form that Lacre's statements use.
+"""Compact JWS (RFC 7515) with EdDSA over Ed25519 (RFC 8037), the only signature form of Lacre's statements.
 
-Every kind of statement has its own `typ`, and verifying asks for it: a grant never passes for a manifest
-(RFC 8725 section 3.11).
+Every kind of statement has its own `typ`, and the verifier names the one it expects: a grant never passes for a manifest (RFC
+8725 section 3.11).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def b64u(data: bytes) -> str:
 
 
 def b64u_decode(text: str) -> bytes:
-    """The inverse of `b64u`; only its canonical output is taken. Raises InvalidMessage."""
+    """The inverse of `b64u`; accepts only its canonical output. Raises InvalidMessage."""
     try:
         data = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
     except (UnicodeEncodeError, binascii.Error) as exc:
@@ -53,7 +53,7 @@ def sign(payload: Mapping[str, Any], key: Ed25519PrivateKey, typ: str) -> str:
 
 
 def sign_bytes(payload: bytes, key: Ed25519PrivateKey, typ: str) -> str:
-    """Signs bytes as they are: two signers of one payload (a change of root) need the very same ones."""
+    """Signs bytes unchanged: the two signers of a change of root must sign the same bytes."""
     signed = f"{_header(typ)}.{b64u(payload)}"
     return f"{signed}.{b64u(key.sign(signed.encode()))}"
 
@@ -65,7 +65,7 @@ def _header(typ: str) -> str:
 
 @cache
 def _jws() -> jwt.PyJWS:
-    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+    import jwt  # noqa: PLC0415 - keeps `import lacre` fast
 
     return jwt.PyJWS(algorithms=[ALGORITHM])
 
@@ -73,11 +73,11 @@ def _jws() -> jwt.PyJWS:
 def verify(token: str, key: bytes | Ed25519PublicKey, typ: str) -> dict[str, Any]:
     """The JSON object signed in `token`. key: 32 raw bytes or the key object.
 
-    Raises InvalidMessage (no such form), InvalidSignature (another key, other bytes or another `typ`), MessageTooLarge.
+    Raises InvalidMessage (malformed), InvalidSignature (another key, other bytes or another `typ`), MessageTooLarge.
     """
     if len(token) > MAX_TOKEN:
-        raise MessageTooLarge(f"a signed statement of over {MAX_TOKEN} characters")
-    # Some decoders pass over padding, which nothing signs: two spellings of one statement would pass for two statements.
+        raise MessageTooLarge(f"the signed statement has over {MAX_TOKEN} characters")
+    # Some decoders ignore padding, which is not signed: two spellings of one statement would pass for two statements.
     signed, _, signature = token.rpartition(".")
     raw = b64u_decode(signature)
     if isinstance(key, bytes):
@@ -92,19 +92,19 @@ def verify(token: str, key: bytes | Ed25519PublicKey, typ: str) -> dict[str, Any
 
 
 def _verified(signed: str, payload: str, signature: bytes, key: Ed25519PublicKey, typ: str) -> bytes:
-    """The payload under a header that is ours to the letter: there is nothing in it to parse, and nothing to choose by it."""
+    """The payload under exactly our own header: nothing in it needs parsing, and it chooses nothing."""
     try:
         key.verify(signature, signed.encode("ascii"))
     except BadSignature as exc:
         raise InvalidSignature(f"the signature of a {typ} is not by the expected key") from exc
     except UnicodeEncodeError as exc:
-        raise InvalidMessage(f"a {typ} that is not a compact JWS") from exc
+        raise InvalidMessage(f"the {typ} is not a compact JWS") from exc
     return b64u_decode(payload)
 
 
 def _verify_other(token: str, key: Ed25519PublicKey, typ: str) -> dict[str, Any]:
-    """Under a header that says the same in other words, or says something else."""
-    import jwt  # noqa: PLC0415 - what `import lacre` need not wait for
+    """For a header that says the same in another spelling, or something else."""
+    import jwt  # noqa: PLC0415 - keeps `import lacre` fast
 
     try:
         decoded = _jws().decode_complete(token, key, algorithms=[ALGORITHM])
@@ -113,9 +113,9 @@ def _verify_other(token: str, key: Ed25519PublicKey, typ: str) -> dict[str, Any]
     except (jwt.InvalidAlgorithmError, jwt.InvalidKeyError) as exc:
         raise InvalidSignature(f"a {typ} must be signed with {ALGORITHM}") from exc
     except (jwt.InvalidTokenError, UnicodeError, RecursionError) as exc:
-        raise InvalidMessage(f"a {typ} that is not a compact JWS") from exc
+        raise InvalidMessage(f"the {typ} is not a compact JWS") from exc
     if decoded["header"].get("typ") != typ:
-        raise InvalidSignature(f"a signed statement of another type where a {typ} was expected")
+        raise InvalidSignature(f"the signed statement has another type than the expected {typ}")
     return parse_object(decoded["payload"], f"the payload of a {typ}")
 
 

@@ -1,10 +1,11 @@
 """What a gateway may say before a request is opened: a fixed table of problem types (RFC 9457).
 
 A problem carries a type and a title out of this table, and typed members of `lacre.problems.details`; never the text of an
-exception. Workers name a problem by its type in an `error` frame; the gateway turns it into the HTTP response, and the SDK
-into a typed error.
+exception. Workers name a problem by its type in an `error` frame; the gateway turns it into the HTTP response, and the SDK into
+a typed error.
 
-The table is in this file. Open `details.py` for the typed members.
+The table is in this file.
+Open `details.py` for the typed members.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from lacre.problems import details as members
 from lacre.runtime.json_objects import object_in
 
 MEDIA_TYPE: Final = "application/problem+json"
-# Limits of requests at once, as gateways name them, and what a client does about them.
+# Limits of concurrent requests, as gateways name them, and how a client can obey them.
 _AT_ONCE: Final = frozenset({"concurrent_per_subject", "concurrent_streams"})
-_FEWER_AT_ONCE: Final = "Make the client with max_concurrency=N, at most the limit: further requests then wait for their turn."
+_FEWER_AT_ONCE: Final = (
+    "Make the client with max_concurrency=N, where N is at most the limit: further requests then wait for their turn."
+)
 _OURS: Final = "urn:lacre:problem:"
 
 
@@ -49,17 +52,17 @@ class Problem:
 
     @staticmethod
     def type_in(body: bytes) -> str | None:
-        """The `type` of a problem document; None where the bytes are none."""
+        """The `type` of a problem document; None if the bytes are not a problem document."""
         kind = (object_in(body) or {}).get("type")
         return kind if isinstance(kind, str) else None
 
     def exception(self, retry_after: float | None = None, details: Details = members.NONE) -> errors.RefusedError:
-        later = f"The gateway takes it again in {retry_after:g} s." if retry_after else ""
+        later = f"The gateway accepts it again in {retry_after:g} s." if retry_after else ""
         said = " ".join(filter(None, (f"{self.title}.", members.told(details), later)))
         helps = _FEWER_AT_ONCE if details.get("limit") in _AT_ONCE else self.remedy
         refused = self.error(said, status=self.status, problem=self.type, retry_after=retry_after, remedy=helps)
         refused.details = dict(details)
-        refused.add_note(helps)  # a traceback says it; `str` does not, for `remedy` does
+        refused.add_note(helps)  # for tracebacks; `str` does not show it, because `remedy` does
         return refused
 
 
@@ -68,11 +71,11 @@ INVALID_TOKEN: Final = Problem(
     "Get a fresh token for this gateway's audience and try again.", errors.Unauthenticated)  # fmt: skip
 UNUSABLE_CLAIMS: Final = Problem(
     _OURS + "unusable-claims", 401, "The access token is genuine, but one of its claims cannot be used",
-    "Have the issuer correct the claim, or the operator the settings for this issuer; docs/access.md has the form of each.",
+    "Ask the issuer to correct the claim, or the operator to correct this issuer's settings; see docs/access.md.",
     errors.Unauthenticated)  # fmt: skip
 CLAIMS_ELSEWHERE: Final = Problem(
-    _OURS + "claims-elsewhere", 401, "The access token says that its groups, or other claims, are kept elsewhere",
-    "Have the issuer put them into the token, as fewer groups or app roles; docs/access.md says what the operator can do.",
+    _OURS + "claims-elsewhere", 401, "The access token does not contain its groups or other claims: it refers to another place",
+    "Ask the issuer to put them into the token, as fewer groups or as app roles; the operator finds help in docs/access.md.",
     errors.Unauthenticated)  # fmt: skip
 INVALID_PROOF: Final = Problem(
     _OURS + "invalid-proof", 401, "The token is bound to a key, and the proof is missing, invalid or for another request",
@@ -85,11 +88,11 @@ FORBIDDEN: Final = Problem(
     "Ask the operator for access to this pool, model or action.", errors.Forbidden)  # fmt: skip
 TOO_MANY_TOKENS: Final = Problem(
     _OURS + "too-many-tokens", 403, "The request asks for more output tokens than policy allows",
-    "Ask for fewer: max_tokens counts for each of the `n` choices. Or ask the operator for more.",
+    "Ask for fewer tokens: max_tokens counts for each of the `n` choices. Or ask the operator for a higher limit.",
     errors.Forbidden)  # fmt: skip
 PATH_NOT_ALLOWED: Final = Problem(
-    _OURS + "path-not-allowed", 403, "The path is none of the model API's, and policy does not allow this caller any other",
-    "Use a path that is listed, exactly as it stands there. For another one ask the operator for the action `http`.",
+    _OURS + "path-not-allowed", 403, "The path is not part of the model API, and policy does not allow this caller other paths",
+    "Use one of the listed paths, exactly as written. For other paths, ask the operator for the action `http`.",
     errors.Forbidden)  # fmt: skip
 INVALID_HEADERS: Final = Problem(
     _OURS + "invalid-headers", 400, "A Lacre-* header is missing or invalid", "Update the client.")  # fmt: skip
@@ -98,7 +101,7 @@ UNKNOWN_POOL: Final = Problem(
     "`lacre manifest show` lists the pools and their models.")  # fmt: skip
 UNSUPPORTED_MEDIA_TYPE: Final = Problem(
     _OURS + "unsupported-media-type", 415, "The body is not a chunked sealed request",
-    "Send message/ohttp-chunked-req; there is no other way in.")  # fmt: skip
+    "Send message/ohttp-chunked-req; the gateway accepts nothing else.")  # fmt: skip
 INVALID_REQUEST: Final = Problem(
     _OURS + "invalid-sealed-request", 400, "The sealed request is malformed, cut short or does not open",
     "Seal it again with the current key; if that fails too, update the client.")  # fmt: skip
@@ -107,7 +110,7 @@ TOO_LARGE: Final = Problem(
 # RFC 9458 section 5.3 registers this type and asks for the status.
 UNKNOWN_KEY: Final = Problem(
     "https://iana.org/assignments/http-problem-types#ohttp-key", 422, "The key configuration is not known here",
-    "Fetch the manifest again and seal anew.")  # fmt: skip
+    "Fetch the manifest and seal the request again.")  # fmt: skip
 INVALID_GRANT: Final = Problem(
     _OURS + "invalid-grant", 502, "The worker refused the gateway's grant",
     "The operator must publish a manifest with this gateway's key.")  # fmt: skip
@@ -119,13 +122,13 @@ BUDGET_SPENT: Final = Problem(
     _OURS + "budget-spent", 429, "A budget of this caller is used up",
     "Wait until its window ends, as Retry-After says, or ask the operator for another plan.", errors.RateLimited)  # fmt: skip
 ABOVE_LIMIT: Final = Problem(
-    _OURS + "above-limit", 403, "This request alone is more than the caller's plan allows",
+    _OURS + "above-limit", 403, "This request alone exceeds the caller's plan",
     "Ask for fewer tokens, or the operator for another plan.", errors.Forbidden)  # fmt: skip
 UNKNOWN_PLAN: Final = Problem(
-    _OURS + "unknown-plan", 403, "The access token names a plan that there is not",
-    "The operator must add the plan to plans.toml, or the issuer name another.", errors.Forbidden)  # fmt: skip
+    _OURS + "unknown-plan", 403, "The access token names an unknown plan",
+    "The operator must add the plan to plans.toml, or the issuer must name another plan.", errors.Forbidden)  # fmt: skip
 BUDGET_UNAVAILABLE: Final = Problem(
-    _OURS + "budget-unavailable", 503, "The gateway cannot reach the budgets that it would charge",
+    _OURS + "budget-unavailable", 503, "The gateway cannot reach the caller's budget",
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
 NO_WORKER: Final = Problem(
     _OURS + "no-worker", 503, "No worker of this pool serves this model now",
@@ -135,53 +138,53 @@ BUSY: Final = Problem(
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
 WORKER_LOST: Final = Problem(
     _OURS + "worker-lost", 502, "The worker was lost before it answered",
-    "Seal a fresh request, once; this one was claimed, may have run, and may be what the worker was lost by.",
+    "Seal a fresh request, but only once: this one may have run, and may be the reason why the worker was lost.",
     errors.Unavailable)  # fmt: skip
 UNCLAIMED: Final = Problem(
     _OURS + "unclaimed", 502, "The worker was lost before it claimed the request",
-    "Seal a fresh request, once; nothing came of this one, and nobody can claim it now.", errors.Unavailable)  # fmt: skip
+    "Seal a fresh request, once: this one did not run, and no worker can claim it now.", errors.Unavailable)  # fmt: skip
 UNAVAILABLE: Final = Problem(
     _OURS + "unavailable", 503, "The gateway cannot reach its message fabric",
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
 AUDIT_UNAVAILABLE: Final = Problem(
-    _OURS + "audit-unavailable", 503, "The gateway cannot record requests now, and so serves none",
+    _OURS + "audit-unavailable", 503, "The gateway cannot record requests now, so it serves none",
     "Try again after Retry-After; the operator must free space for the audit log.", errors.Unavailable)  # fmt: skip
 INTERNAL: Final = Problem(
     _OURS + "internal", 500, "The gateway failed", "Try again; the operator's log says more.", errors.Unavailable)  # fmt: skip
 NOT_READY: Final = Problem(
-    _OURS + "not-ready", 503, "The gateway has no valid manifest to serve by",
+    _OURS + "not-ready", 503, "The gateway has no valid manifest",
     "Try again after Retry-After; the operator can run `lacre manifest publish`.", errors.Unavailable)  # fmt: skip
 OVERLOADED: Final = Problem(
-    _OURS + "overloaded", 503, "The gateway serves as many requests as it may",
+    _OURS + "overloaded", 503, "The gateway already serves as many requests as it may",
     "Try again after Retry-After.", errors.Unavailable)  # fmt: skip
 SLOW_BODY: Final = Problem(
     _OURS + "slow-body", 408, "The sealed request arrived too slowly", "Try again on a better connection.")  # fmt: skip
 NOT_FOUND: Final = Problem(
     _OURS + "not-found", 404, "No such resource",
-    "Sealed requests go to POST /v1/sealed: the SDK and `lacre proxy` make them, and nothing else is taken.")  # fmt: skip
+    "Sealed requests go to POST /v1/sealed: the SDK and `lacre proxy` make them. Nothing else is accepted.")  # fmt: skip
 METHOD_NOT_ALLOWED: Final = Problem(
     _OURS + "method-not-allowed", 405, "This resource does not take this method", "See the Allow header.")  # fmt: skip
 
-# Said by the SDK in place of `path-not-allowed`: it knows the path, which no gateway does.
+# The SDK says this in place of `path-not-allowed`: it knows the path, and no gateway does.
 UNKNOWN_PATH: Final = Problem(
-    _OURS + "unknown-path", 404, "The model API has no such path, and policy does not allow this caller any other",
-    "Use one of the paths that are listed. For another one ask the operator for the action `http`.",
+    _OURS + "unknown-path", 404, "The model API has no such path, and policy does not allow this caller other paths",
+    "Use one of the listed paths. For other paths, ask the operator for the action `http`.",
     errors.Forbidden)  # fmt: skip
 PATH_FORM: Final = Problem(
-    _OURS + "path-form", 404, "The path is not written as the model API has it",
-    "Use the path that is listed, letter by letter: without a slash at its end, doubled slashes or escapes.",
+    _OURS + "path-form", 404, "The path is not written exactly as in the model API",
+    "Use the listed path, exactly as written: without a slash at its end, doubled slashes or escapes.",
     errors.Forbidden)  # fmt: skip
 WRONG_METHOD: Final = Problem(
-    _OURS + "wrong-method", 405, "The path does not take this method", "Use the method that is listed.",
+    _OURS + "wrong-method", 405, "The path does not take this method", "Use one of the listed methods.",
     errors.Forbidden)  # fmt: skip
 
-# Said by whatever stands before a gateway, in words of its own: it sent the request to none, or to one that was lost meanwhile.
+# A balancer or proxy before the gateway says this in its own words: it reached no gateway, or lost the one that it had reached.
 NO_GATEWAY: Final = Problem(
-    _OURS + "no-gateway", 502, "What stands before the gateway did not get an answer from it",
-    "Seal a fresh request; this one may have run. The operator should see whether gateways are up.",
+    _OURS + "no-gateway", 502, "The proxy before the gateway got no answer from it",
+    "Seal a fresh request; this one may have run. The operator should check that gateways are up.",
     errors.Unavailable)  # fmt: skip
 
-# Said only inside the seal, by a worker whose clock and the request's `date` disagree (RFC 9458 section 6.5.2).
+# Only said inside the seal, by a worker whose clock and the request's `date` disagree (RFC 9458 section 6.5.2).
 DATE: Final = Problem(
     "https://iana.org/assignments/http-problem-types#date", 400, "The request's date is too far from the worker's clock",
     "Set this machine's clock.")  # fmt: skip

@@ -1,9 +1,10 @@
-"""What a problem document says beside its type (RFC 9457 section 3.2): which limit, how much, which names would do.
+"""What a problem document says beside its type (RFC 9457 section 3.2): which limit, how much, which names are valid.
 
 Rules:
-- Only the members of this table are written and read, each in its form. Whatever else stands in a document is dropped.
-- Nobody signed them. They are told in our own words, and change what a person reads, never what is trusted or tried next.
-- No value is a sentence: names, numbers and short lists of names, so that nothing in them can speak for us.
+- Only the members of this table are written and read, each in its form. Everything else in a document is dropped.
+- Nobody signed them. The SDK shows them in its own words. They change what a person reads, never what the SDK trusts or tries
+  next.
+- No value is a sentence: names, numbers and short lists of names cannot speak for us.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lacre.runtime.json_objects import object_in
 
 NONE: Final[Details] = {}
 MAX_LISTED: Final = 32  # names in a list: as many as a person reads
-_MOST: Final = 2**53  # what every JSON reader holds exactly
+_MOST: Final = 2**53  # every JSON reader holds it exactly
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # as models and pools are named
 
 
@@ -33,7 +34,7 @@ def _count(value: object) -> int | None:
 def _time(value: object) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    return float(value) if 0 <= value <= _LAST_TIME else None  # which no NaN is
+    return float(value) if 0 <= value <= _LAST_TIME else None  # false for NaN
 
 
 def _listed(value: object) -> tuple[str, ...] | None:
@@ -43,35 +44,35 @@ def _listed(value: object) -> tuple[str, ...] | None:
     return names or None
 
 
-_LAST_TIME: Final = 253_402_300_799  # 9999-12-31T23:59:59Z: later ones have no date
+_LAST_TIME: Final = 253_402_300_799  # 9999-12-31T23:59:59Z: later times have no date
 _FORMS: Final[dict[str, Callable[[object], Detail | None]]] = {
-    "limit": _name,  # what is used up or exceeded: as plans.toml and the settings name it, or `max_tokens`
+    "limit": _name,  # the limit that is used up or exceeded: as plans.toml and the settings name it, or `max_tokens`
     "scope": _name,  # whose limit it is: user, tenant, plan, address, gateway, policy
     "unit": _name,  # what it counts
     "ceiling": _count,  # the limit itself
-    "asked": _count,  # what this request asked for
-    "remaining": _count,  # what was left
-    "fits": _count,  # output tokens (`max_tokens`, over all choices) that would not be too many
-    "reason": _name,  # why a token is not taken
-    "claim": _name,  # which of its claims is meant
+    "asked": _count,  # how much this request asked for
+    "remaining": _count,  # how much was left
+    "fits": _count,  # output tokens (`max_tokens`, over all choices) that would fit
+    "reason": _name,  # why a token is not accepted
+    "claim": _name,  # the claim in question
     "expired_at": _time,  # seconds since the epoch
-    "header": _name,  # which field of the request is missing or wrong
-    "models": _listed,  # those that the caller may use
+    "header": _name,  # the request's field that is missing or wrong
+    "models": _listed,  # the models that the caller may use
     "pools": _listed,
-    "paths": _listed,  # those that there are
-    "methods": _listed,  # those that the path takes
+    "paths": _listed,  # the paths that exist
+    "methods": _listed,  # the methods that the path takes
 }
 
 
 def read(body: bytes) -> dict[str, Detail]:
-    """The members of a problem document that are of this table and of their form. Never raises."""
+    """The members of a problem document that are in this table and well-formed. Never raises."""
     value = object_in(body) or {}
     found = {name: form(value[name]) for name, form in _FORMS.items() if name in value}
     return {name: detail for name, detail in found.items() if detail is not None}
 
 
 def written(details: Details) -> dict[str, Detail]:
-    """The same members, for a document: what is not of its form stays out, and a list has `MAX_LISTED` names at most."""
+    """The same members, for a document: it omits malformed ones, and keeps at most `MAX_LISTED` names of a list."""
     found = {name: form(details[name]) for name, form in _FORMS.items() if name in details}
     return {name: detail for name, detail in found.items() if detail is not None}
 
@@ -86,7 +87,7 @@ _REASONS: Final = {
 
 
 def told(details: Details) -> str:
-    """The same in a sentence or two, for a person; empty where there is nothing to say."""
+    """The same in a sentence or two, for a person; empty if there is nothing to say."""
     return " ".join(filter(None, (_limit(details), _token(details), _names(details))))
 
 
@@ -102,7 +103,7 @@ def _limit(details: Details) -> str:
         for name, said in (("ceiling", "at most"), ("asked", "asked for"), ("remaining", "left"))
         if name in details and (name, details[name]) != ("asked", 1)  # one request, as ever
     ]
-    fits = f" With max_tokens of {details['fits']} or less it would fit." if "fits" in details else ""
+    fits = f" A max_tokens of {details['fits']} or less would fit." if "fits" in details else ""
     return " ".join(parts) + (f": {', '.join(amounts)}." if amounts else ".") + fits
 
 
@@ -117,7 +118,7 @@ def _token(details: Details) -> str:
         return ""
     if "claim" not in details:
         return _REASONS.get(str(details["reason"]), f"The reason is {details['reason']}.")
-    return f"Its claim {details['claim']} is not taken: {details['reason']}."
+    return f"The gateway does not accept its claim {details['claim']}: {details['reason']}."
 
 
 def _date(value: Detail) -> str:

@@ -1,4 +1,4 @@
-"""Which folder this user's state belongs in, and which paths a caller may give. Nothing is made or opened here."""
+"""Which folder holds this user's state, and which paths a caller may pass. Nothing is created or opened here."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ NAME = "lacre"
 
 
 def state() -> Path:
-    """`$XDG_STATE_HOME/lacre`, or `~/.local/state/lacre` where that is unset, empty or relative (XDG Base Directory 0.8).
+    """`$XDG_STATE_HOME/lacre`, or `~/.local/state/lacre` if that is unset, empty or relative (XDG Base Directory 0.8).
 
-    Elsewhere than on Linux, it is the platform's own folder for state. Raises SettingsError if this user has no home folder.
+    On other systems than Linux, it is the platform's own folder for state. Raises SettingsError if this user has no home
+    folder.
     """
-    import platformdirs  # noqa: PLC0415 - `import lacre` need not wait for it
+    import platformdirs  # noqa: PLC0415 - keeps `import lacre` fast
 
     try:
         found = platformdirs.user_state_path(NAME, appauthor=False)
@@ -36,25 +37,25 @@ def expanded(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as exc:
-        raise SettingsError(f"{path} cannot be resolved, for there is no such home folder: write the whole path") from exc
+        raise SettingsError(f"{path} cannot be resolved, because there is no such home folder: write the whole path") from exc
 
 
 _NO_HOME = (
-    "this user has no home folder to keep state in: set XDG_STATE_HOME to a folder that can be written, or pass "
+    "this user has no home folder for state: set XDG_STATE_HOME to a writable folder, or pass "
     "memory=lacre.VersionMemory() (or --state for a command that has it)"
 )
 
 
 def given(path: object, name: str) -> Path:
-    """The path that a caller gave. Raises UsageError for what no system takes as a path."""
+    """The path that a caller passed. Raises UsageError for a value that no system takes as a path."""
     if not isinstance(path, str | os.PathLike):
-        raise UsageError(f"{name}: a path is expected, not {type(path).__name__}")
+        raise UsageError(f"{name} must be a path, not {type(path).__name__}")
     try:
         text = os.fspath(path)
         if not isinstance(text, str):
-            raise UsageError(f"{name}: a path as text is expected, not bytes")
+            raise UsageError(f"{name} must be a path as text, not bytes")
         if "\0" in os.fsencode(text).decode("latin-1") or not text:
-            raise UsageError(f"{name}: a path is not empty and holds no null character")
+            raise UsageError(f"{name} must be a path that is not empty and holds no null character")
     except UnicodeEncodeError as exc:
         raise UsageError(f"{name}: the path has characters that this system's paths cannot have") from exc
     return Path(text)

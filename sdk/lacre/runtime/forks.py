@@ -1,15 +1,15 @@
-"""What a forked child must not share with its parent: connections, locks, and secrets that live for a while.
+"""What a forked child must not share with its parent: connections, locks, and short-lived secrets.
 
-`gunicorn --preload`, Celery and `multiprocessing` fork a process whose clients are in use. The child has copies of them. If it
-used them, both processes would read from one connection, each the other's answers. A lock that another thread held at the fork
-would stay locked for ever.
+`gunicorn --preload`, Celery and `multiprocessing` fork a process whose clients are in use, and the child has copies of them. If
+the child used a connection, each process could read the other's answers. If another thread held a lock at the fork, it would
+stay locked forever.
 
 Rules:
-- What holds such a thing is watched, and renewed in the child before any other code runs there.
-- A child never ends, reads or writes its parent's connections. It lets go of their sockets without a word to the peer.
-- What a fork took from a child's hands it keeps, unused, until it ends: no destructor may touch what the parent still uses.
+- An object that holds such a thing is watched, and renewed in the child before any other code runs there.
+- A child never ends, reads or writes its parent's connections. It drops their sockets without telling the peer.
+- The child keeps the parent's objects, unused, until it ends: no destructor may touch what the parent still uses.
 
-This is state of the process, for a fork is the process's own: the one list of this kind in the SDK.
+This is state of the process, because a fork copies the process: it is the only such list in the SDK.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class Forked(Protocol):
     """Something that a child must not use as its parent left it."""
 
     def after_fork(self) -> None:
-        """Called in the child, where no other thread runs. It takes no lock, and waits for nothing."""
+        """Called in the child, while no other thread runs. It takes no lock and does not wait."""
 
 
 _watched: Final[WeakSet[Forked]] = WeakSet()
-_left: Final[list[object]] = []  # the parent's, kept from every destructor
+_left: Final[list[object]] = []  # the parent's objects, kept so that no destructor runs
 
 
 def watch(one: Forked) -> None:
-    """From now on `one.after_fork` is called in each forked child, for as long as somebody else keeps `one`."""
+    """From now on, each forked child calls `one.after_fork`, as long as something else refers to `one`."""
     _watched.add(one)
 
 
 def leave(one: object) -> None:
-    """In a child: keeps what the parent uses, and nobody here."""
+    """In a child: keeps an object that only the parent uses."""
     _left.append(one)
 
 
-_undivided: Final = threading.Lock()  # held while something is done that no fork may cut in two
+_undivided: Final = threading.Lock()  # held during work that a fork must not interrupt
 
 
 def _in_child() -> None:
@@ -56,7 +56,7 @@ def _in_child() -> None:
         one.after_fork()
 
 
-if hasattr(os, "register_at_fork"):  # where there is no fork, there is nothing to do
+if hasattr(os, "register_at_fork"):  # without fork there is nothing to do
     os.register_at_fork(before=_undivided.acquire, after_in_parent=_undivided.release, after_in_child=_in_child)
 
 
@@ -76,7 +76,7 @@ class Undivided:
 
 
 class Home:
-    """The process in which something was made, and where alone it can be used."""
+    """The process in which something was made; no other process may use it."""
 
     __slots__ = ("_pid",)
 
@@ -90,14 +90,14 @@ class Home:
     def check(self, what: str) -> None:
         """Raises UsageError in any other process. what: names the thing, with a verb: "this answer is read"."""
         if not self:
-            raise UsageError(f"{what} by the process that asked for it, and this is a fork of it: ask again here")
+            raise UsageError(f"{what} only by the process that asked for it, and this process is its fork: ask again here")
 
 
 class PerProcess(Generic[T]):
-    """One thing for each process: the child of a fork makes its own when it first needs it.
+    """One object for each process: a forked child makes its own when it first needs it.
 
-    make: makes it; called here, and again in each child. renewable: False where it holds what the caller gave and nobody here
-    can make again, such as an open connection.
+    make: called here, and again in each child. renewable: False if the object holds something of the caller's that cannot be
+    made again, such as an open connection.
     """
 
     def __init__(self, make: Callable[[], T], *, renewable: bool = True) -> None:
@@ -120,17 +120,17 @@ class PerProcess(Generic[T]):
             return self._one
 
     def made(self) -> list[T]:
-        """What this process has made so far, and nobody closed."""
+        """The object that this process made, if it is still open."""
         return [] if self._one is None else [self._one]
 
 
 class PerLoop(Generic[T]):
-    """One thing for each event loop of each process. See `PerProcess`; what is not renewable is one for all loops."""
+    """One object for each event loop of each process. See `PerProcess`; one that is not renewable serves all loops."""
 
     def __init__(self, make: Callable[[], T], *, renewable: bool = True) -> None:
         self._make = make
         self._renewable = renewable
-        self._lock = threading.Lock()  # loops of several threads
+        self._lock = threading.Lock()  # for loops of several threads
         self._spare: T | None = make()
         self._ours: WeakKeyDictionary[Any, T] = WeakKeyDictionary()
         watch(self)
@@ -142,7 +142,7 @@ class PerLoop(Generic[T]):
 
     def get(self) -> T:
         """The running loop's own. Raises UsageError in a child that cannot make one."""
-        from anyio.lowlevel import current_token  # noqa: PLC0415 - what `import lacre` need not wait for
+        from anyio.lowlevel import current_token  # noqa: PLC0415 - keeps `import lacre` fast
 
         if not self._renewable:
             return _not_renewable() if self._spare is None else self._spare
@@ -154,7 +154,7 @@ class PerLoop(Generic[T]):
             return self._ours[loop]
 
     def made(self) -> list[T]:
-        """What the running loop uses, and what none uses."""
+        """The objects of the running loop, and those of no loop."""
         from anyio.lowlevel import current_token  # noqa: PLC0415
 
         return [one for one in (self._spare, self._ours.get(current_token().native_token)) if one is not None]
@@ -165,10 +165,11 @@ def _not_renewable() -> NoReturn:
 
 
 class Sockets:
-    """The sockets of a client's connections, as far as httpcore's `trace` extension tells of them."""
+    """The sockets of a client's connections, as httpcore's `trace` extension reports them."""
 
     def __init__(self) -> None:
-        self._known: dict[int, int] = {}  # by its descriptor, the inode of a socket; a descriptor may be another file's by now
+        # the inode of each socket by its descriptor; the descriptor may be another file's by now
+        self._known: dict[int, int] = {}
         watch(self)
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
@@ -181,9 +182,9 @@ class Sockets:
             self._known[descriptor] = os.fstat(descriptor).st_ino
 
     def after_fork(self) -> None:
-        """Lets go of the parent's sockets: as long as a child holds one, the peer does not see that the parent closed it.
+        """Drops the parent's sockets: as long as a child holds one, the peer does not see that the parent closed it.
 
-        Each descriptor becomes one of /dev/null. So it is not given to another file, which a destructor would then close.
+        Each descriptor becomes one of /dev/null, so that it cannot become another file's, which a destructor would then close.
         """
         known, self._known = self._known, {}
         with contextlib.suppress(OSError):  # no descriptor is free: then the sockets stay, unused
@@ -199,7 +200,9 @@ _CONNECTED: Final = (".connect_tcp.complete", ".start_tls.complete", ".connect_u
 
 
 class StaysInProcess:
-    """What cannot be pickled or copied, and says why. _holds: what it has that another process must not, or cannot, have."""
+    """An object that cannot be pickled or copied, and says why. _holds: the part that another process must not, or cannot,
+    have.
+    """
 
     _holds = "a token and connections"
 

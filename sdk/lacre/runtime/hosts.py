@@ -11,14 +11,14 @@ import httpx2
 from lacre.errors import SettingsError
 
 LOCALHOST: Final = "localhost"
-_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  # RFC 1123 section 2.1, and `_` as DNS has it
+_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  # RFC 1123 section 2.1, and `_` as in DNS
 MAX_HOST: Final = 253  # characters of a name in DNS (RFC 1035 section 2.3.4)
 
 
 def checked_host(host: str) -> str:
-    """The host, if a resolver takes it. Raises SettingsError.
+    """The host, if a resolver accepts it. Raises SettingsError.
 
-    host: a name, in which other characters than ASCII follow IDNA, or an IP address without brackets.
+    host: an IP address without brackets, or a name, in which characters beyond ASCII follow IDNA.
     """
     if ":" in host:
         return host

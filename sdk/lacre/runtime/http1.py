@@ -1,14 +1,14 @@
-"""HTTP/1.1 requests as a server reads them (RFC 9112): bytes in; heads, bodies and their ends out. No socket, no clock.
+"""Reads HTTP/1.1 requests as a server does (RFC 9112): bytes in; heads, bodies and their ends out. No socket, no clock.
 
 Rules:
 - A head is bounded before it is kept: `MAX_HEAD` bytes, `MAX_FIELDS` fields, `MAX_TARGET` bytes of target.
-- Two readings of one request must not be possible. A head that another server might read otherwise is refused, not repaired:
-  bare line ends, folded lines, a space before a colon, two lengths, a length beside a transfer coding, a coding that is not
+- A request must have only one reading. A head that another server might read differently is refused, not repaired. Examples:
+  bare line ends, folded lines, a space before a colon, two lengths, a length beside a transfer coding, a coding other than
   exactly `chunked`.
 - A target is a path in its normal form (RFC 3986 section 6.2.2), so that a filter before this server sees the same path.
-- A request's fields are those of its head. Trailers are read to find the end of the message, and dropped (RFC 9110 section
+- A request's fields are those of its head. Trailers are read to find the end of the message, then dropped (RFC 9110 section
   6.5.1: they must not be merged).
-- After an error nothing more is read: where the next request begins is unknown then.
+- After an error nothing more is read, because the start of the next request is unknown.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from lacre.errors import InvalidMessage
 MAX_HEAD: Final = 64 * 1024  # bytes; a token of 16 KiB, its proof, and what proxies add stay well below
 MAX_FIELDS: Final = 100  # clients and proxies send some twenty; each field costs more than its bytes
 MAX_TARGET: Final = 8 * 1024  # bytes; RFC 9112 section 3 asks for 8000
-_MAX_CHUNK_LINE: Final = 256  # bytes of a chunk's size and extensions; nobody sends extensions
-_MAX_EXTENSIONS: Final = 16 * 1024  # bytes of them in one body, which are read for nothing
-_TINY: Final = 256  # bytes of a chunk that is tiny
+_MAX_CHUNK_LINE: Final = 256  # bytes of a chunk's size and extensions; clients send no extensions
+_MAX_EXTENSIONS: Final = 16 * 1024  # bytes of extensions in one body, which are read and ignored
+_TINY: Final = 256  # bytes; a chunk below is tiny
 _MAX_TINY: Final = 4096  # tiny chunks in one body; each costs as much as a large one
 _MAX_TRAILERS: Final = 8 * 1024  # bytes; they are dropped
 
 _TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # RFC 9110 section 5.6.2
 _METHOD: Final = re.compile(rb"[A-Z][A-Z0-9_-]{0,31}")
 _VERSION: Final = re.compile(rb"HTTP/[0-9]\.[0-9]")
-# What may stand in a line of a head: all but controls, tabs excepted (RFC 9110 section 5.5).
+# Octets allowed in a line of a head: all except controls, but tabs are allowed (RFC 9110 section 5.5).
 _PLAIN: Final = bytes(octet for octet in range(256) if octet == 0x09 or (octet >= 0x20 and octet != 0x7F))
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"host", b"expect", b"connection"})
 _BLANK_LINES: Final = re.compile(rb"(?:\r\n)+")
 _PATH: Final = re.compile(rb"/(?:[A-Za-z0-9\-._~!$&'()*+,;=:@/]|%[0-9A-F]{2})*")
-_QUERY: Final = re.compile(rb"[!\"$-~]*")  # visible, and no `#`; what servers make of it is not by path
-# A path with two readings: an empty or a dot segment, or an octet that is encoded and need not be, or must not be in a path.
+# visible, and no `#`; filters decide by path, so the query's meaning does not matter here
+_QUERY: Final = re.compile(rb"[!\"$-~]*")
+# A path with two readings: an empty or a dot segment, an octet that is encoded without need, or one that must be encoded.
 _AMBIGUOUS: Final = re.compile(
     rb"//|/\.{1,2}(?:/|\Z)|%(?:[01][0-9A-F]|7F|2[DE]|3[0-9]|4[1-9A-F]|5[0-9A]|5[CF]|6[1-9A-F]|7[0-9A]|7E)"
 )
@@ -49,7 +50,7 @@ _CHUNK: Final = re.compile(rb"([0-9A-Fa-f]{1,8})((?:;[\t -~\x80-\xff]*)?)")
 
 
 class UnreadableRequest(InvalidMessage):
-    """A request that a server must not guess about. status: what to answer (RFC 9110 section 15.5); the connection ends."""
+    """A request that a server must not guess about. status: the answer's (RFC 9110 section 15.5); the connection then ends."""
 
     remedy = "Send a request as RFC 9112 describes it, with a path in its normal form."
 
@@ -62,7 +63,7 @@ class UnreadableRequest(InvalidMessage):
 class RequestHead:
     """A request's head. path, query: as they were sent, without the `?`; path in its normal form. fields: names in lower case.
 
-    length: of the body in bytes; None where it is chunked. version: "1.0" or "1.1". keep_alive: whether another request may
+    length: of the body in bytes; None if it is chunked. version: "1.0" or "1.1". keep_alive: whether another request may
     follow. expects: whether the client waits for a `100 Continue`.
     """
 
@@ -78,14 +79,14 @@ class RequestHead:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A piece of the body, as it came."""
+    """A piece of the body."""
 
     content: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """The body is whole. What is read next is another request."""
+    """The body is whole. The next bytes are another request."""
 
 
 Event = RequestHead | Body | RequestEnd
@@ -93,25 +94,25 @@ _END: Final = RequestEnd()
 
 
 class RequestReader:
-    """Reads one connection. `feed` takes bytes; `next` says what they hold, until there is nothing more to say.
+    """Reads one connection. `feed` takes bytes; `next` returns the events in them, then None.
 
-    The caller bounds what it feeds while it does not ask: `pending` says how much is kept.
+    The caller must bound the bytes that it feeds between calls of `next`: `pending` says how many are kept.
     """
 
     def __init__(self, *, encoded_slashes: bool = False) -> None:
-        """encoded_slashes: whether a path may hold `%2F`, as the name of a model in one segment does."""
+        """encoded_slashes: whether a path may hold `%2F`; a model's name in one segment may."""
         self._encoded_slashes = encoded_slashes
         self._buffer = bytearray()
-        self._scanned = 0  # how far the end of a head was looked for
+        self._scanned = 0  # how far the search for the end of a head got
         self._blank = 0  # bytes of empty lines before a head
         self._state = self._head
-        self._left = 0  # bytes of the body, or of its chunk, that are still to come
+        self._left = 0  # bytes still to come of the body, or of its chunk
         self._chunked = False
         self._extensions = self._tiny = self._trailers = 0
 
     @property
     def pending(self) -> int:
-        """Bytes that were fed and not yet asked for."""
+        """Bytes that were fed and not yet returned."""
         return len(self._buffer)
 
     @property
@@ -123,11 +124,11 @@ class RequestReader:
         self._buffer += data
 
     def clear(self) -> None:
-        """Forgets what was fed: nothing more will be asked."""
+        """Drops the bytes that were fed: nothing more will be read."""
         self._buffer = bytearray()
 
     def next(self) -> Event | None:
-        """The next event; None where more bytes are needed. Raises UnreadableRequest."""
+        """The next event; None if more bytes are needed. Raises UnreadableRequest."""
         return self._state()
 
     # A head (RFC 9112 sections 2.2, 3 and 5)
@@ -153,14 +154,14 @@ class RequestReader:
         return head
 
     def _skip_blank_lines(self) -> None:
-        """Before a request line a server ignores them (RFC 9112 section 2.2), as many as a head may have bytes."""
+        """A server ignores empty lines before a request line (RFC 9112 section 2.2), up to the size of a head."""
         if found := _BLANK_LINES.match(self._buffer):
             self._blank += found.end()
             self._scanned = 0
             del self._buffer[: found.end()]
 
     def _check_begun(self) -> None:
-        """What can be said of a head before it is whole."""
+        """Checks the beginning of a head before it is whole."""
         buffer = self._buffer
         if len(buffer) + self._blank > MAX_HEAD:
             no_line = len(buffer) > MAX_TARGET and buffer.find(b"\r\n", 0, MAX_TARGET + 64) < 0
@@ -214,19 +215,19 @@ class RequestReader:
         return self._chunk_size()
 
     def _trailer(self) -> Event | None:
-        """Reads trailers, which nobody is told of."""
-        while (line := self._line(_MAX_TRAILERS - self._trailers, "what follows the last chunk")) is not None:
+        """Reads trailers and drops them."""
+        while (line := self._line(_MAX_TRAILERS - self._trailers, "the trailer section")) is not None:
             if not line:
                 self._state = self._head
                 return _END
             name, _value = _field(line)
-            if name in (b"content-length", b"transfer-encoding"):  # RFC 9110 section 6.5.1: the body had an end before it
-                raise UnreadableRequest(400, "a trailer does not say how long the body was")
+            if name in (b"content-length", b"transfer-encoding"):  # RFC 9110 section 6.5.1: the body has already ended
+                raise UnreadableRequest(400, "a trailer must not give the body's length")
             self._trailers += len(line) + 2
         return None
 
     def _line(self, most: int, what: str) -> bytes | None:
-        """The next line without its end; None where it is not whole. Raises UnreadableRequest for one of over `most` bytes."""
+        """The next line without its end; None if it is not complete. Raises UnreadableRequest for one of over `most` bytes."""
         end = self._buffer.find(b"\r\n", 0, most + 2)
         if end < 0:
             if len(self._buffer) > most + 1:
@@ -275,20 +276,20 @@ def _request_line(line: bytes, *, encoded_slashes: bool) -> tuple[str, bytes, by
     if _VERSION.fullmatch(version) is None:
         raise UnreadableRequest(400, "a request line is a method, a target and a version, with one space between them")
     if version not in (b"HTTP/1.1", b"HTTP/1.0"):
-        raise UnreadableRequest(505, "this server speaks HTTP/1.1")
+        raise UnreadableRequest(505, "this server supports only HTTP/1.1")
     path, _, query = target.partition(b"?")
     if b"%2F" in path and not encoded_slashes:
-        raise UnreadableRequest(400, "a path here holds no encoded slash")
+        raise UnreadableRequest(400, "a path here must not hold an encoded slash")
     _check_path(path)
     if _QUERY.fullmatch(query) is None:
-        raise UnreadableRequest(400, "a query has visible ASCII characters alone")
+        raise UnreadableRequest(400, "a query must have only visible ASCII characters")
     return method.decode(), path, query, version[5:].decode()
 
 
 def _check_path(path: bytes) -> None:
-    """Raises UnreadableRequest unless it is absolute and in its normal form, encoded octets in capital digits included.
+    """Raises UnreadableRequest unless the path is absolute and in its normal form, with encoded octets in capital digits.
 
-    Neither a whole URL, nor an authority, nor `*` is one: this server is no proxy, and has nothing to say of itself.
+    A whole URL, an authority and `*` are refused: this server is not a proxy, and has no options of its own.
     """
     if _PATH.fullmatch(path) is None or _AMBIGUOUS.search(path.replace(b"%2F", b"/")):
         raise UnreadableRequest(400, "a target is an absolute path in its normal form: no doubled slash, no dots (RFC 3986)")
@@ -296,7 +297,7 @@ def _check_path(path: bytes) -> None:
         try:
             unquote_to_bytes(path).decode()
         except UnicodeDecodeError as exc:
-            raise UnreadableRequest(400, "a path is UTF-8") from exc
+            raise UnreadableRequest(400, "a path must be UTF-8") from exc
 
 
 def _field(line: bytes) -> tuple[bytes, bytes]:
@@ -310,24 +311,24 @@ def _field(line: bytes) -> tuple[bytes, bytes]:
 def _check_host(hosts: list[bytes], version: str) -> None:
     """RFC 9112 section 3.2."""
     if len(hosts) > 1 or (not hosts and version == "1.1"):
-        raise UnreadableRequest(400, "a request has one Host")
+        raise UnreadableRequest(400, "a request must have one Host")
     if hosts and _HOST.fullmatch(hosts[0]) is None:
-        raise UnreadableRequest(400, "a Host is a name or an address, and perhaps a port")
+        raise UnreadableRequest(400, "a Host must be a name or an address, with or without a port")
 
 
 def _length(framing: dict[bytes, list[bytes]], version: str) -> int | None:
-    """Of the body; None where it is chunked (RFC 9112 sections 6.1 to 6.3)."""
+    """The length of the body; None if it is chunked (RFC 9112 sections 6.1 to 6.3)."""
     lengths, codings = framing.get(b"content-length"), framing.get(b"transfer-encoding")
     if codings:
         if lengths or version == "1.0":
             raise UnreadableRequest(400, "a transfer coding with a Content-Length or with HTTP/1.0 has two readings")
         if [coding.lower() for coding in codings] != [b"chunked"]:
-            raise UnreadableRequest(501, "chunked is the one transfer coding here")
+            raise UnreadableRequest(501, "chunked is the only transfer coding here")
         return None
     if not lengths:
         return 0
     if len(lengths) > 1 or _LENGTH.fullmatch(lengths[0]) is None:
-        raise UnreadableRequest(400, "a Content-Length is one number in decimal digits")
+        raise UnreadableRequest(400, "a Content-Length must be one number in decimal digits")
     return int(lengths[0])
 
 
@@ -336,9 +337,9 @@ def _closes(connection: bytes) -> bool:
 
 
 def _expects(expectations: list[bytes], version: str) -> bool:
-    """RFC 9110 section 10.1.1: one of HTTP/1.0 is ignored."""
+    """RFC 9110 section 10.1.1: ignored for HTTP/1.0."""
     if not expectations or version == "1.0":
         return False
     if [each.lower() for each in expectations] != [b"100-continue"]:
-        raise UnreadableRequest(417, "100-continue is the one expectation that can be met")
+        raise UnreadableRequest(417, "100-continue is the only supported expectation")
     return True

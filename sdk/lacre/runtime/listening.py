@@ -1,18 +1,18 @@
-"""uvicorn's HTTP/1.1, with a bound on everything that a client may send or keep before anybody knows who it is.
+"""uvicorn's HTTP/1.1, with a bound on everything that an unknown client may send or keep.
 
     uvicorn service:app --http lacre.runtime.listening:BoundedProtocol
 
 Rules:
-- Requests are read by `lacre.runtime.http1`: bounded heads, one reading, no trailers among the fields. What cannot be read is
-  answered with a bare status, and the connection ends.
-- A head has `head_timeout` seconds to arrive, counted from the connection or from its first byte. So has the rest of a body
-  that nobody waits for any more, and it may have `DISCARDED` bytes.
-- One request at a time: what a client sends ahead stays unread until its turn, and past `AHEAD` bytes in the network.
-- A body stays in the network until the application asks for it, but for what came together with the head.
-- No more than `connections` are held, of one address no more than `per_address`, and of bytes that no application asked for no
-  more than `held`. Past that, whoever has waited longest with no request under way is cut off; for bytes, whoever has held some
-  for longest. An honest head comes in one piece and is never held.
-- A client that does not read its answer for `STALLED` seconds is cut off.
+- `lacre.runtime.http1` reads requests: bounded heads, one reading, no trailers among the fields. An unreadable request gets a
+  bare status, and its connection ends.
+- A head has `head_timeout` seconds to arrive, counted from the connection or from its first byte. The unread rest of a body has
+  the same time, and may have `DISCARDED` bytes.
+- One request at a time: a further request stays unread until its turn, and past `AHEAD` bytes it stays in the network.
+- A body stays in the network until the application asks for it, except the bytes that arrived with the head.
+- At most `connections` are open, at most `per_address` from one address, and at most `held` bytes are kept that no application
+  asked for. Past the first two limits, the connection that has waited longest without a running request is cut. Past `held`,
+  the one that has held bytes for longest is cut. An honest head arrives in one piece and is never held.
+- A client that does not read its answer for `STALLED` seconds is cut.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from uvicorn.server import ServerState
 
 from lacre.runtime.http1 import Body, RequestHead, RequestReader, UnreadableRequest
 
-AHEAD: Final = 64 * 1024  # bytes of further requests that are kept while one is under way
-DISCARDED: Final = 1024 * 1024  # bytes of a body that are read for nobody, so that a client sees why
-LINGER: Final = 2.0  # seconds for a client to read its refusal: closing at once might take it away (RFC 9112 section 9.6)
+AHEAD: Final = 64 * 1024  # bytes of further requests that are kept while one is running
+DISCARDED: Final = 1024 * 1024  # bytes of a body that are read and dropped, so that the client reads its refusal
+LINGER: Final = 2.0  # seconds for a client to read its refusal: closing at once might destroy it (RFC 9112 section 9.6)
 STALLED: Final = 30.0  # seconds; longer than an application's own patience with a stream
-# A household or a server gets a whole /64 (RFC 6177): its single addresses are free to change.
+# A household or a server gets a whole /64 (RFC 6177) and can change its address within it at will.
 _IPV6_PREFIX: Final = 64
 
 
 class Held(Protocol):
-    """A connection, or what will be one. cut: ends it at once, and with it all that it holds."""
+    """A present or future connection. cut: ends it at once, with all that it holds."""
 
     def cut(self) -> None: ...
 
 
 @dataclass(slots=True)
 class Door:
-    """What one listener takes, and what it holds now.
+    """The limits of one listener, and what it holds now.
 
-    head_timeout: seconds. connections: at a time. per_address: of these, of one address or IPv6 /64; None: as many.
-    held: bytes that all connections together may hold of what no application asked for. free: addresses and networks that
-    `per_address` is not for, such as a balancer's; `*` is everybody. encoded_slashes: whether a path may hold `%2F`.
-    stalled: seconds that a client may leave its answer unread. refused: how many requests could not be read, by status.
-    cut: how many connections had to make room.
+    head_timeout: seconds. connections: at a time. per_address: of these, from one address or IPv6 /64; None: no limit. held:
+    bytes that all connections together may hold and no application asked for. free: addresses and networks without
+    `per_address`, such as a balancer's; `*` means all. encoded_slashes: whether a path may hold `%2F`. stalled: seconds that a
+    client may leave its answer unread. refused: how many requests could not be read, by status. cut: how many connections were
+    cut to make room.
     """
 
     head_timeout: float = 15.0
@@ -68,23 +68,23 @@ class Door:
     refused: Counter[int] = field(default_factory=Counter)
     cut: int = 0
     _inside: set[Held] = field(default_factory=set)
-    _waiting: dict[Held, None] = field(default_factory=dict)  # the one that waits longest first
+    _waiting: dict[Held, None] = field(default_factory=dict)  # the one that has waited longest first
     _of_address: dict[str, dict[Held, None]] = field(default_factory=dict)  # all of its connections, oldest first
-    _holding: dict[Held, int] = field(default_factory=dict)  # bytes; whoever has held some for longest first
+    _holding: dict[Held, int] = field(default_factory=dict)  # bytes; the connection that has held some for longest first
     _held: int = 0
 
     @property
     def held_now(self) -> int:
-        """Bytes that no application asked for so far."""
+        """Bytes that no application asked for yet."""
         return self._held
 
     @property
     def inside(self) -> int:
-        """How many connections there are."""
+        """How many connections are open."""
         return len(self._inside)
 
     def enter(self, connection: Held, address: str) -> None:
-        """It has no request under way so far. To make room for it, another one is cut off, or it itself."""
+        """Adds a connection without a running request. If there is no room, another one is cut, or this one."""
         self._inside.add(connection)
         self._waiting[connection] = None
         if len(self._inside) > self.connections:
@@ -109,22 +109,22 @@ class Door:
                 del self._of_address[network]
 
     def waits(self, connection: Held) -> None:
-        """It has no request under way from now on."""
+        """The connection now has no running request."""
         self._waiting[connection] = None
 
     def works(self, connection: Held) -> None:
-        """It has one."""
+        """The connection now has a running request."""
         self._waiting.pop(connection, None)
 
     def holds(self, connection: Held, size: int) -> None:
-        """size: bytes that no application has asked for, in all."""
+        """size: all bytes of the connection that no application has asked for."""
         self._held += size - self._holding.get(connection, 0)
         if size:
             self._holding[connection] = size
         else:
             self._holding.pop(connection, None)
         while self._held > self.held:
-            self._cut(next(iter(self._holding)))  # which leaves, and holds nothing then
+            self._cut(next(iter(self._holding)))  # this connection leaves, and then holds nothing
 
     def _cut(self, connection: Held) -> None:
         self.cut += 1
@@ -141,7 +141,7 @@ class Door:
 
 
 def network_of(address: str) -> str:
-    """Whom an address stands for: itself, of IPv6 its /64. What is no address stands for itself."""
+    """The network that an address counts for: itself, or for IPv6 its /64. Other text counts for itself."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -154,7 +154,7 @@ def network_of(address: str) -> str:
 
 
 class BoundedConfig(uvicorn.Config):
-    """uvicorn's, with a door. protocol: the class that serves a connection."""
+    """uvicorn's, with a `Door`. protocol: the class that serves a connection."""
 
     def __init__(
         self, app: Any, door: Door, *, protocol: type[BoundedProtocol] | None = None, **options: Any
@@ -164,7 +164,7 @@ class BoundedConfig(uvicorn.Config):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection. uvicorn's own protocol, but for how requests are read and how much is kept of them."""
+    """One connection. It differs from uvicorn's own protocol in how requests are read and how much of them is kept."""
 
     def __init__(
         self,
@@ -174,14 +174,14 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.parser = None  # type: ignore[assignment]  # nothing here asks uvicorn's
+        self.parser = None  # type: ignore[assignment]  # nothing here uses uvicorn's parser
         self.door = _door_of(config)
         self._reader = RequestReader(encoded_slashes=self.door.encoded_slashes)
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
-        self._unread = False  # whether there is more to come of a message whose head is whole
-        self._discarded = 0  # bytes of it that came when nobody waited for them any more
-        self._refused = False  # whether it said what cannot be read
+        self._unread = False  # whether more is to come of a message whose head is whole
+        self._discarded = 0  # bytes of it that arrived when no application waited for them
+        self._refused = False  # whether the refusal of an unreadable request was sent
         self._address = ""
 
     # The connection
@@ -198,7 +198,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def cut(self) -> None:
-        """Ends the connection at once, and with it all that it holds."""
+        """Ends the connection at once, with all that it holds."""
         self._forget()
         self.transport.abort()
 
@@ -227,7 +227,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # Requests
 
     def _advance(self) -> None:
-        """Reads as far as it may: the next head waits for the end of the answer before."""
+        """Reads as far as allowed: the next head waits for the end of the answer before."""
         try:
             while not self._refused and not (self._busy and self._reader.between) and (event := self._reader.next()):
                 if isinstance(event, RequestHead):
@@ -240,7 +240,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(exc.status, str(exc))
             return
         if self._busy and (self.cycle.body if self._unread else self._reader.pending > AHEAD):
-            self.flow.pause_reading()  # until the application has taken what there is, or has answered
+            self.flow.pause_reading()  # until the application has taken these bytes, or has answered
         self._account()
 
     def _begin(self, head: RequestHead) -> None:
@@ -294,14 +294,14 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._rest()
         else:
-            self.flow.resume_reading()  # or nobody would learn that the client left
+            self.flow.resume_reading()  # otherwise nothing would notice that the client left
             self.cycle.more_body = False
             self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
-        """uvicorn's, and the next request, which may be here already."""
+        """As uvicorn does; then reads the next request, which may be here already."""
         super().on_response_complete()
-        if self.transport.is_closing():  # once the client has taken the last bytes, for which it has as long as for others
+        if self.transport.is_closing():  # after the client has taken the last bytes; it has as long for them as for others
             self.door.waits(self)
             self._end_deadline()
             self._deadline = self.loop.call_later(self.door.stalled, self.transport.abort)
@@ -334,12 +334,12 @@ class BoundedProtocol(HttpToolsProtocol):
     # Ends
 
     def _refuse(self, status: int, reason: str) -> None:
-        """Answers what cannot be read, and reads no further but to let the client see it. reason: a fixed text of `http1`."""
+        """Refuses an unreadable request, and reads on only to let the client see that. reason: a fixed text of `http1`."""
         self._refused, self._discarded = True, 0
         self._reader.clear()
         self.door.refused[status] += 1
         self.door.holds(self, 0)
-        if self._busy:  # the answer before is under way, or waits for what came instead of a body
+        if self._busy:  # the previous answer is not finished, or waits for a body that is not one
             self.cut()
             return
         phrase = http.HTTPStatus(status).phrase
@@ -357,7 +357,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._part()
 
     def _part(self) -> None:
-        """Says that there is no more to come, and gives the client time to see it."""
+        """Ends the sending side, and gives the client time to see it."""
         self._unset_keepalive_if_required()
         self._end_deadline()
         if self.transport.can_write_eof():
@@ -389,24 +389,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._part()
 
     def timeout_keep_alive_handler(self) -> None:
-        """uvicorn's; and a client that has not read its answer by now does not keep it for ever."""
+        """As uvicorn does; and a client that has not read its answer by now is cut in time."""
         if not self.transport.is_closing():
             self._leave()
 
     def _leave(self) -> None:
-        """Closes, and does not wait for ever for the last bytes to be taken."""
+        """Closes, and limits the wait for the last bytes to be taken."""
         transport = self.transport
         transport.close()
         self.loop.call_later(LINGER, transport.abort)
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as it is answered."""
+        """The client reads more slowly than its answer is made."""
         super().pause_writing()
         if self._stalled is None:
             self._stalled = self.loop.call_later(self.door.stalled, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """The client has caught up."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
@@ -414,7 +414,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class _Flow(FlowControl):
-    """Reads on for nobody while a client sends too far ahead."""
+    """Reads and drops bytes while a client sends too far ahead."""
 
     def __init__(self, transport: asyncio.Transport, ahead: Callable[[], bool]) -> None:
         super().__init__(transport)
@@ -426,7 +426,7 @@ class _Flow(FlowControl):
 
 
 class _Cycle(RequestResponseCycle):
-    """asked: whether the application has begun to read the body, which is on its account then."""
+    """asked: whether the application has begun to read the body, whose bytes then count as its own."""
 
     asked = False
     on_asked: Callable[[], None]
@@ -439,9 +439,9 @@ class _Cycle(RequestResponseCycle):
 
 
 def _door_of(config: uvicorn.Config) -> Door:
-    """The listener's. Of a plain config, as uvicorn's command line makes it, one with the defaults."""
+    """The listener's door. A plain config, as uvicorn's command line makes it, gets one with the defaults."""
     door = getattr(config, "door", None)
     if not isinstance(door, Door):
         door = Door()
-        config.door = door  # type: ignore[attr-defined]  # it belongs to the server, and that is made of it
+        config.door = door  # type: ignore[attr-defined]  # one config makes one server, so the door belongs to it
     return door

@@ -1,11 +1,11 @@
-"""Which values of `Host` mean a server on this machine (RFC 9110 section 7.2), which of `Origin` are allowed, and the base URL
+"""Which `Host` values mean a server on this machine (RFC 9110 section 7.2), which `Origin` values are allowed, and the base URL
 that a server prints. No I/O.
 
-Rules
-- By DNS rebinding a web page gives its own name to this machine's address. So a name counts only where it was allowed.
-- A page cannot do that with an address: a browser that sends one asked for that address. So every loopback address counts, and
-  where the server listens on all addresses, every address.
-- The port counts too: it is the server's, and 80 where none is written.
+Rules:
+- By DNS rebinding, a web page can point its own name at this machine's address. So only names that were allowed are accepted.
+- A page cannot do that with an address: a browser that sends an address asked for it. So every loopback address is accepted,
+  and if the server listens on all addresses, every address.
+- The port must match too: the server's port, and 80 if none is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _AUTHORITY: Final = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]
 _ORIGIN: Final = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9_.-]{1,253})(:(?P<port>[0-9]{1,5}))?/?"
 )
-_UNWRITTEN: Final = {"http": str(HTTP), "https": "443"}  # browsers leave these ports out of an origin
+_UNWRITTEN: Final = {"http": str(HTTP), "https": "443"}  # browsers omit these ports from an origin
 NO_PAGE: Final = "null"  # the origin of a page that comes from no server (RFC 6454 section 7.1)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -32,8 +32,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """port: the server's. names: those that count, beside loopback's addresses. pairs: names with a port of their own, such as
-    a tunnel's. everywhere: whether every address counts.
+    """port: the server's. names: accepted names, beside loopback's addresses. pairs: names with their own port, such as a
+    tunnel's. everywhere: whether every address is accepted.
     """
 
     port: int
@@ -43,9 +43,9 @@ class Hosts:
 
     @classmethod
     def of(cls, listening: str, port: int, allowed: Sequence[str] = ()) -> Hosts:
-        """listening: the socket's address, or a name of it. allowed: other names of this machine, each with a port or without.
+        """listening: the socket's address or name. allowed: other names of this machine, with or without a port.
 
-        Raises SettingsError for one that is no host.
+        Raises SettingsError for text that is not a host.
         """
         address = _address(listening)
         everywhere = address is not None and address.is_unspecified
@@ -53,7 +53,7 @@ class Hosts:
         for text in allowed:
             found = _split(text)
             if found is None:
-                raise SettingsError(f"{text!r} is no host: write a name as it stands in a URL, such as box.lan")
+                raise SettingsError(f"{text!r} is not a host: write a name as in a URL, such as box.lan")
             name, own = found
             if own is None:
                 names.add(name)
@@ -80,7 +80,7 @@ class Hosts:
 
 
 def base_url(listening: str, port: int) -> str:
-    """Where a program on this machine finds a server. One that listens on all addresses is found on loopback."""
+    """Where a program on this machine finds a server. A server on all addresses is found on loopback."""
     address = _address(listening)
     if address is not None and address.is_unspecified:
         listening = "127.0.0.1" if address.version == 4 else "::1"
@@ -88,15 +88,15 @@ def base_url(listening: str, port: int) -> str:
 
 
 def as_origin(text: str) -> str:
-    """A web page's origin as browsers send it (RFC 6454 section 6.2): a port that goes without saying, a slash at its end and
-    letter case make no difference. Raises SettingsError for what no browser sends.
+    """A web page's origin as browsers send it (RFC 6454 section 6.2). A default port, a slash at the end and letter case make
+    no difference. Raises SettingsError for a text that no browser sends.
     """
     if text == NO_PAGE:
         return text
     found = _ORIGIN.fullmatch(text.strip().lower())
     if found is None or (found["host"].startswith("[") and _address(found["host"]) is None):
         raise SettingsError(
-            f"{text!r} is no origin of a web page: write its scheme, host and port, such as http://localhost:3000"
+            f"{text!r} is not the origin of a web page: write its scheme, host and port, such as http://localhost:3000"
         )
     port = found["port"]
     written = "" if port is None or port == _UNWRITTEN.get(found["scheme"]) else f":{port}"
@@ -104,7 +104,7 @@ def as_origin(text: str) -> str:
 
 
 def shown(host: str) -> str:
-    """A name or an address in its one form, as a URL has it. An IPv6 scope goes: it has a meaning on its own machine alone."""
+    """The normal form of a name or an address in a URL. An IPv6 scope is dropped: it has a meaning only on its own machine."""
     address = _address(host)
     if address is None:
         return host.lower().removesuffix(".")
@@ -112,7 +112,7 @@ def shown(host: str) -> str:
 
 
 def _split(text: str) -> tuple[str, int | None] | None:
-    """Host and port of `host[:port]` (RFC 3986 section 3.2.2), the host in its one form; None for what is none."""
+    """Host and port of `host[:port]` (RFC 3986 section 3.2.2), the host in its normal form; None for other text."""
     found = _AUTHORITY.fullmatch(text.strip(" \t"))
     if found is None or (found["host"].startswith("[") and _address(found["host"]) is None):
         return None

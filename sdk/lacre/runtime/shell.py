@@ -1,4 +1,4 @@
-"""What this program prints or writes for a POSIX shell: each value is one word, whatever is in it."""
+"""Text for a POSIX shell: each value is one word, with any characters."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
 """All background work of a process: started here, known by name, and never dead in silence.
 
 Rules:
-- Lifetime work (`start`, `thread`) ends when its owner closes it. If it ends otherwise, that is a death: it is logged with its
-  traceback. Then the process ends (`run`), or the work starts again (`Restart`, which says why).
-- A library in somebody else's process ends nothing. Outside `run`, a death is logged, and the owner's next `check` raises it.
-- Short work is a part of something. `spawn` gives it to its starter, who awaits it or ends it by `end`. `detach` is for work
-  that nobody awaits. Neither ends the process; an unforeseen failure is logged, unless the starter took it by awaiting.
-- A `LacreError` is foreseen. Any other exception is a fault of the code, and is logged.
-- Waiting for work to end has a limit. What outlives its limit is logged and left behind.
+- Lifetime work (`start`, `thread`) ends when its owner closes it. Any other end is a death, and is logged with its traceback.
+  Then the process ends (`run`), or the work starts again (`Restart`, which says why that is safe).
+- A library never ends its host process. Outside `run`, a death is logged, and the owner's next `check` raises it.
+- Short work is a part of something. `spawn` returns it to its starter, who awaits it or ends it by `end`. `detach` is for work
+  that is not awaited. Neither ends the process; an unexpected failure is logged, unless the starter took it by awaiting.
+- A `LacreError` is expected. Any other exception is a fault of the code, and is logged.
+- Waiting for work to end has a limit. Work that outlives its limit is logged and left behind.
 - Nothing else in the project starts a task or a thread. `tests/test_architecture.py` checks that.
 
-The group that work belongs to is found as asyncio finds a running loop: by context, which tasks and our threads inherit.
+Work finds its group by context, which tasks and our threads inherit, as asyncio finds a running loop.
 """
 
 from __future__ import annotations
@@ -29,21 +29,19 @@ from typing import Any, Final, TypeVar
 
 from lacre.errors import LacreError
 
-GRACE: Final = 0.5  # seconds from a death to the forced end: a broken process must not go on serving, yet may end in order
+GRACE: Final = 0.5  # seconds from a death to the forced end: a broken process must stop serving, but may end properly
 END_LIMIT: Final = 5.0  # seconds for cancelled work to end: enough to close a connection, and no shutdown hangs on it
-STATUS: Final = 70  # of a process that had to be ended by force: EX_SOFTWARE of sysexits.h
+STATUS: Final = 70  # exit status after a forced end: EX_SOFTWARE of sysexits.h
 
 T = TypeVar("T")
 Work = Callable[[], Coroutine[Any, Any, None]]
 
-LOGGER: Final = (
-    "lacre.runtime.tasks"  # the standard library's: what a process does with its records is the process's own affair
-)
+LOGGER: Final = "lacre.runtime.tasks"  # the standard library's: each process decides what to do with its records
 _log = logging.getLogger(LOGGER)
 
 
 class TaskDied(LacreError):
-    """Background work that must not end has ended. `__cause__` is what it raised; None if it just returned."""
+    """Background work that must not end has ended. `__cause__` is its error; None if it just returned."""
 
     remedy = "Look in the log for the traceback, and report it: this is a fault of Lacre's code."
 
@@ -52,7 +50,7 @@ class TaskDied(LacreError):
 class Restart:
     """For work that may start again after a death. because: why nothing is lost by that.
 
-    after: seconds until it starts again, doubled with each death that follows soon, up to `most`.
+    after: seconds until it starts again, doubled with each further death that follows soon, up to `most`.
     """
 
     because: str
@@ -63,7 +61,8 @@ class Restart:
 class Group:
     """The work of one process, or of one library.
 
-    For the first death, in any thread: alarm is called before it is logged, for a log may be stuck; on_death after that.
+    At the first death, in any thread, alarm is called before the death is logged, because a log may be stuck; on_death after
+    that.
     """
 
     def __init__(self, alarm: Callable[[], None] | None = None, on_death: Callable[[], object] | None = None) -> None:
@@ -71,15 +70,15 @@ class Group:
         self._on_death = on_death
         self._lock = threading.Lock()
         self.death: TaskDied | None = None
-        # There is no process to end (any more), and a loop may cancel what is left without a word.
+        # There is no process to end, or it is ending, and a loop may cancel the remaining work without logging it.
         self.over = on_death is None
 
     def unlock(self) -> None:
-        """For a fork: no thread of its parent is here that holds the lock."""
+        """After a fork: no thread of the parent exists here to release the lock."""
         self._lock = threading.Lock()
 
     def died(self, name: str, error: BaseException | None) -> TaskDied:
-        """Logs a death and tells the owner of the group. What follows the first death is only logged."""
+        """Logs a death and tells the owner of the group. Later deaths are only logged."""
         death = TaskDied(f"the background work {name!r} ended: {'it returned' if error is None else type(error).__name__}")
         death.__cause__ = error
         with self._lock:
@@ -92,18 +91,18 @@ class Group:
         return death
 
 
-_LIBRARY: Final = Group()  # of work outside `run`
+_LIBRARY: Final = Group()  # for work outside `run`
 _group: ContextVar[Group] = ContextVar("lacre.runtime.tasks", default=_LIBRARY)
 # Every piece of lifetime work in this process that has not ended, in the order of its start.
 _register: dict[int, Background | Thread] = {}
 _stack_size = threading.Lock()
 _short: set[asyncio.Future[Any]] = set()  # asyncio itself keeps only weak references to tasks
-_of_parents: list[Background | Thread] = []  # a fork's: they run in its parent, and no destructor may say otherwise
+_of_parents: list[Background | Thread] = []  # in a fork: they run in its parent, and a destructor must not report them
 
 
 def _in_child() -> None:
     """A fork has none of its parent's threads and loops, and must not wait for a lock that one of them held."""
-    global _stack_size  # noqa: PLW0603 - the one way to replace it
+    global _stack_size  # noqa: PLW0603 - there is no other way to replace it
     _stack_size = threading.Lock()
     _LIBRARY.unlock()
     _of_parents.extend(_register.values())
@@ -138,7 +137,7 @@ class Background:
             raise self.died
 
     async def close(self, limit: float = END_LIMIT, *, patience: float = 0.0) -> None:
-        """Cancels the work and waits until it has ended, for `limit` seconds at most.
+        """Cancels the work and waits until it has ended, for at most `limit` seconds.
 
         patience: seconds in which it may end by itself, before it is cancelled.
         """
@@ -169,7 +168,7 @@ class Background:
         except asyncio.CancelledError as exc:
             if self.task.cancelling():
                 raise
-            raise _Died from exc  # something that it waited for was cancelled, and not this work
+            raise _Died from exc  # something that it waited for was cancelled, not this work
         except Exception as exc:
             raise _Died from exc
         raise _Died
@@ -203,11 +202,11 @@ class Thread:
         self._group = _group.get()
         self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name=name, daemon=True)
         _register[id(self)] = self
-        with _stack_size:  # a setting of the process, which the next thread to start takes up
+        with _stack_size:  # a setting of the process, which the next thread to start uses
             before = threading.stack_size(stack)
             try:
                 self._thread.start()
-            except RuntimeError:  # the system has none to give
+            except RuntimeError:  # the system has no more threads
                 _register.pop(id(self), None)
                 raise
             finally:
@@ -227,7 +226,7 @@ class Thread:
             raise self.died
 
     def join(self, limit: float | None = None) -> bool:
-        """Waits until it has ended, for `limit` seconds at most (None: without a limit). Whether it has."""
+        """Waits until it has ended, for at most `limit` seconds (None: no limit). Returns whether it has."""
         self._thread.join(limit)
         if self.alive:
             _tell("thread does not end", self.name, None)
@@ -248,7 +247,9 @@ def start(name: str, work: Work, *, restart: Restart | None = None) -> Backgroun
 
 
 def thread(name: str, target: Callable[[], None], *, stack: int = 0) -> Thread:
-    """Begins lifetime work in a thread. What `target` starts belongs to the same group. stack: bytes; 0: the system's size."""
+    """Begins lifetime work in a thread. Work that `target` starts belongs to the same group. stack: bytes; 0: the system's
+    size.
+    """
     return Thread(name, target, stack)
 
 
@@ -261,7 +262,7 @@ def spawn(name: str, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
 
 
 def detach(name: str, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
-    """Begins short work that nobody awaits. An unforeseen failure is logged when it comes."""
+    """Begins short work that is not awaited. An unexpected failure is logged when it happens."""
     task: asyncio.Task[object] = spawn(name, work)
     task.add_done_callback(_tell_failure)
     return task
@@ -273,9 +274,9 @@ def across(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> con
 
 
 async def end(*tasks: asyncio.Future[Any], limit: float = END_LIMIT, expected: tuple[type[Exception], ...] = ()) -> None:
-    """Cancels tasks and waits until they have ended, for `limit` seconds at most. What they raise is not raised here.
+    """Cancels tasks and waits until they have ended, for at most `limit` seconds. Their errors are not raised here.
 
-    expected: failures that need no log, beside LacreError. What is still running after the limit is logged, and left.
+    expected: failures that need no log, beside LacreError. A task that still runs after the limit is logged, and left.
     """
     for task in tasks:
         task.cancel()
@@ -302,7 +303,7 @@ async def together(*works: Awaitable[T]) -> list[T]:
 
 
 def failed(name: str, error: Exception) -> None:
-    """Logs an unforeseen failure that its owner survives on purpose: a look at somebody else's words that came to nothing."""
+    """Logs an unexpected failure that its owner survives on purpose: a check of foreign text that failed, for example."""
     _tell("a try failed", name, error)
 
 
@@ -314,8 +315,8 @@ def alive() -> tuple[Background | Thread, ...]:
 async def run(main: Coroutine[Any, Any, T], *, grace: float = GRACE) -> T:
     """Runs a process's own coroutine. The death of any background work that it starts ends the process.
 
-    Then `main` is cancelled, so that it ends in order, and TaskDied is raised. A process that is still there `grace` seconds
-    after the death is ended by force, with status 70. Call it once, as the whole of what the process does.
+    Then `main` is cancelled, so that it ends properly, and TaskDied is raised. A process that still runs `grace` seconds after
+    the death is ended by force, with status 70. Call it once, as the whole of the process.
     """
     loop = asyncio.get_running_loop()
 
@@ -342,7 +343,7 @@ async def run(main: Coroutine[Any, Any, T], *, grace: float = GRACE) -> T:
 
 def _end_by_force(grace: float) -> None:
     time.sleep(grace)
-    os._exit(STATUS)  # without a last flush, which could hang: handlers have written what they were given
+    os._exit(STATUS)  # without a last flush, which could hang: handlers have already written their records
 
 
 def _tell_failure(task: asyncio.Future[Any], expected: tuple[type[Exception], ...] = ()) -> None:

@@ -126,7 +126,7 @@ def late(exc: httpx2.TimeoutException, peer: Peer) -> Why:
         said = f"{peer.named} did not take the request{_within(exc, 'write')}"
     else:
         said = f"{peer.named} did not answer in time: nothing came{_within(exc, 'read')}"
-    return Why("timeout", said, "Try again, or allow a longer `timeout=...`: a queue and a long prompt take their time.")
+    return Why("timeout", said, "Try again, or set a longer `timeout=...`: a queue and a long prompt take time.")
 
 
 def why(exc: httpx2.TransportError, peer: Peer) -> Why:

@@ -1,12 +1,11 @@
-"""Is it trusted? Decides from bytes and a clock value that it is given, and raises; it fetches and stores nothing.
+"""Is it trusted? Decides from bytes and a clock value, and raises; it fetches and stores nothing.
 
 Rules:
 - The pinned root (Ed25519) signs only statements: which key signs manifests, until when, and which root comes next.
 - A change of root is one payload signed by the old and the new root. A client follows the chain from the root it pinned.
-- The signer signs the manifest. That versions only rise, and statements are never taken back, is `lacre.trust.rollback`'s to
-  see.
-- Who serves a document is not known to be honest: what it can make this file verify is bounded, however long the chain is.
-- A clock correction that a peer suggested never reaches the comparison with an expiry.
+- The signer signs the manifest. `lacre.trust.rollback` checks that versions only rise and that statements are never removed.
+- The server of a document may be hostile. The work that it can cause here is bounded, however long the chain is.
+- A clock correction that a peer suggested is never used to check an expiry.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from lacre.runtime import arguments
 from lacre.runtime.hosts import checked_host, is_loopback
 from lacre.trust.manifest import KEY_BYTES, MANIFEST_TYP, ROOT_TYP, Document, Manifest, RootStatement
 
-MAX_FUTURE: Final = 300.0  # seconds that a manifest's `iat` may lie ahead of this clock
-# Ours have 400 characters. Whoever serves a chain chooses its bytes, and each signature that is checked is hashed over them.
+MAX_FUTURE: Final = 300.0  # seconds that a manifest's `iat` may be ahead of this clock
+# Ours have 400 characters. The server chooses the chain's bytes, and each signature check hashes them.
 MAX_STATEMENT: Final = 4096
-# Statements of other roots that are checked in search of the pinned root's first: 0.1 ms each. In a chain that was only ever
-# added to, none is: the first statement names itself.
+# Statements of other roots that are checked in search of the pinned root's first statement: 0.1 ms each. An honest chain was
+# only ever extended and needs none: there, the first statement names the pinned root.
 MAX_FOREIGN: Final = 32
 MAX_CLAIMS: Final = 4  # statements that name one root as the next; an honest chain has one
-MAX_HANDOVERS: Final = 32  # changes of root that are followed back; more than an operator makes while a client is away
+MAX_HANDOVERS: Final = 32  # changes of root to follow back; more than an operator makes while a client is away
 
 Entry = tuple[str, ...]  # one statement: a JWS, or two of the same payload where the root changes
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionString:
-    """`lacre://host[:port]?trust=<base64url root>`: where the gateway is, and the root key that the application pins."""
+    """`lacre://host[:port]?trust=<base64url root>`: the gateway's address, and the root key that the application pins."""
 
     base_url: str
     root: bytes
@@ -79,7 +78,7 @@ class ConnectionString:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A root statement that was followed, and the root that stands after it: the next one, where it hands over."""
+    """A verified root statement, and the root after it: the next one, if the statement hands over."""
 
     root: bytes
     statement: RootStatement
@@ -87,11 +86,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """A manifest that verified, and what it verified with.
+    """A verified manifest, and what verified it.
 
-    roots: the pinned root and every root that the chain led to; together the *lineage* that versions are remembered for.
-    steps: the statements on the way, the last of which names the signer.
-    document: the bytes that it came from, so that they can be kept.
+    roots: the pinned root and every root that the chain led to. Together they are the *lineage* that versions are remembered
+    for. steps: the statements on the way; the last one names the signer. document: the original bytes, so that they can be
+    stored.
     """
 
     manifest: Manifest
@@ -110,7 +109,7 @@ def verify(document: bytes, root: bytes, now: float) -> Trusted:
     steps = follow(parsed.roots, root)
     statement = steps[-1].statement
     if now >= statement.expires_at:
-        raise Expired("the signer's time is over: the operator must run `lacre signer rotate`")
+        raise Expired("the signer has expired: the operator must run `lacre signer rotate`")
     manifest = Manifest.parse(Members(verify_jws(parsed.manifest, statement.signer, MANIFEST_TYP), "the manifest"))
     if now >= manifest.expires_at:
         raise Expired("the manifest has expired: the operator must run `lacre manifest publish`, or this clock is wrong")
@@ -121,10 +120,10 @@ def verify(document: bytes, root: bytes, now: float) -> Trusted:
 
 
 def follow(chain: Sequence[Entry], pinned: bytes) -> tuple[Step, ...]:
-    """The statements from the pinned root on; there is at least one. Those before its first are others' history.
+    """The statements from the pinned root on, at least one. Earlier ones are the history of other roots.
 
-    Whoever serves the chain chooses what stands before the pinned root's first statement, so looking for it is bounded.
-    Raises UntrustedRoot or InvalidMessage.
+    The server chooses the statements before the pinned root's first statement, so the search for it is bounded. Raises
+    UntrustedRoot or InvalidMessage.
     """
     signatures = _Signatures()
     root = pinned
@@ -145,9 +144,9 @@ def follow(chain: Sequence[Entry], pinned: bytes) -> tuple[Step, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Ancestry:
-    """How a root came to stand. roots: those that handed over to it, directly or through others.
+    """Which roots handed over to a root. roots: those that did, directly or through others.
 
-    oldest: the first such change of root, where the chain does not name who signed it.
+    oldest: the first such change of root, if the chain does not name its signer.
     """
 
     roots: frozenset[bytes] = frozenset()
@@ -155,7 +154,7 @@ class Ancestry:
 
     @classmethod
     def of(cls, chain: Sequence[Entry], root: bytes) -> Ancestry:
-        """Goes back from `root`, and verifies only what names it: the rest of the chain costs nothing."""
+        """Goes back from `root` and verifies only the statements that name it: the rest of the chain costs nothing."""
         claims, signatures, found = _claims(chain), _Signatures(), [root]
         at: int | None = len(chain)
         for _ in range(MAX_HANDOVERS):
@@ -170,15 +169,15 @@ class Ancestry:
         return cls(frozenset(found[1:]))
 
     def signed_by(self, root: bytes) -> bool:
-        """Whether this root is one of them, as it says itself."""
+        """Whether this root, by its own statement, is one of them."""
         return root in self.roots or (self.oldest is not None and _verified_by(self.oldest, root) is not None)
 
 
 def _first(chain: Sequence[Entry], pinned: bytes, signatures: _Signatures) -> int:
-    """Where the pinned root's first statement is. Raises UntrustedRoot.
+    """The index of the pinned root's first statement. Raises UntrustedRoot.
 
-    It is the first of the whole chain, or the one that names this root as the next. Only a chain that was put together
-    otherwise has it elsewhere: then the last statements are looked at, and as many of the first ones as cost little.
+    In an honest chain it is the first statement of all, or the one that names this root as the next. For any other chain, this
+    checks the last statements, and as many of the first ones as cost little.
     """
     for index in (*_naming(_claims(chain), pinned), 0):
         if signatures.statement(chain[index], pinned) is not None:
@@ -191,16 +190,16 @@ def _first(chain: Sequence[Entry], pinned: bytes, signatures: _Signatures) -> in
     for index, entry in enumerate(chain[:MAX_FOREIGN]):
         if signatures.statement(entry, pinned) is not None:
             return index
-    raise UntrustedRoot("no root statement is signed by the pinned root: wrong gateway, or the pin is from elsewhere")
+    raise UntrustedRoot("no root statement is signed by the pinned root: it is the wrong gateway, or the pin of another one")
 
 
 def _naming(claims: Sequence[bytes | None], root: bytes) -> tuple[int, ...]:
-    """The first statements that name `root` as the next one. Nothing is verified: this is where to look."""
+    """The first statements that name `root` as the next one. Nothing is verified: this only says where to look."""
     return tuple(itertools.islice((index for index, claim in enumerate(claims) if claim == root), MAX_CLAIMS))
 
 
 def _claims(chain: Sequence[Entry]) -> list[bytes | None]:
-    """The next root that each change of root names, unverified; None for what is no change of root."""
+    """The next root that each change of root names, unverified; None for other statements."""
     return [_claimed(entry) if len(entry) > 1 and len(entry[0]) <= MAX_STATEMENT else None for entry in chain]
 
 
@@ -212,7 +211,7 @@ def _claimed(entry: Entry) -> bytes | None:
 
 
 class _Signatures:
-    """Checks root statements, each by one key once: a chain that repeats a statement makes no work of it."""
+    """Checks root statements, each with one key only once: a chain that repeats a statement causes no further work."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Entry, bytes], RootStatement | None] = {}
@@ -227,7 +226,7 @@ class _Signatures:
 def _verified_by(entry: Entry, root: bytes) -> RootStatement | None:
     for token in entry:
         if len(token) > MAX_STATEMENT:
-            raise MessageTooLarge(f"a root statement of over {MAX_STATEMENT} characters")
+            raise MessageTooLarge(f"a root statement has over {MAX_STATEMENT} characters")
         try:
             return RootStatement.parse(Members(verify_jws(token, root, ROOT_TYP), "a root statement"))
         except InvalidSignature:

@@ -1,6 +1,6 @@
-"""The formats that trust is made of: root statements, the manifest, and the document that carries both.
+"""The formats of trust: root statements, the manifest, and the document that carries both.
 
-Forms only: whether to believe one is decided in `lacre.trust.chain`. Unknown members are ignored, missing ones refused.
+Forms only: `lacre.trust.chain` decides whether to believe one. Unknown members are ignored, missing ones refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_CHAIN: Final = 1000  # root statements; a root that changes monthly for 80 y
 
 @dataclass(frozen=True, slots=True)
 class RootStatement:
-    """What a root signs: the signer of manifests, until when, and the root that takes over, if one does."""
+    """What a root signs: the signer of manifests, until when, and the next root, if this one hands over."""
 
     signer: bytes
     expires_at: float
@@ -45,13 +45,13 @@ class RootStatement:
 
 
 def fingerprint(config: KeyConfig) -> str:
-    """Names a key, where its id alone might be another's of old."""
+    """Names a key; its id alone may have named an older key."""
     return b64u(hashlib.sha256(config.encode()).digest()[:12])
 
 
 @dataclass(frozen=True, slots=True)
 class PoolKey:
-    """A public key to seal to, and the time (seconds since the epoch) after which nobody should."""
+    """A public key to seal to, and the time (seconds since the epoch) after which no client should."""
 
     config: KeyConfig
     not_after: float
@@ -59,7 +59,7 @@ class PoolKey:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Workers that share keys. `keys`: the newest first; those with a suite unknown here are left out."""
+    """Workers that share keys. `keys`: the newest first, without those whose suite this version does not know."""
 
     models: tuple[str, ...]
     keys: tuple[PoolKey, ...]
@@ -83,7 +83,7 @@ def _parse_key(members: Members) -> PoolKey | None:
     try:
         return PoolKey(KeyConfig.parse(encoded), not_after)
     except UnsupportedSuite:
-        return None  # a suite of the future beside ones we have; a pool with none left cannot be sealed to
+        return None  # a future suite beside ones that we know; a pool with no known key cannot be sealed to
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,9 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What `GET /v1/manifest` serves: the chain of root statements (each one JWS, or two at a change), and the manifest."""
+    """The content of `GET /v1/manifest`: the chain of root statements (each one JWS, or two at a change of root), and the
+    manifest.
+    """
 
     roots: tuple[tuple[str, ...], ...]
     manifest: str
@@ -135,7 +137,7 @@ class Document:
     @classmethod
     def parse(cls, data: bytes) -> Document:
         if len(data) > MAX_DOCUMENT:
-            raise MessageTooLarge(f"a manifest document of over {MAX_DOCUMENT} bytes")
+            raise MessageTooLarge(f"the manifest document has over {MAX_DOCUMENT} bytes")
         members = Members.parse(data, "the manifest document")
         roots = members.text_lists("roots", at_most=MAX_CHAIN)
         if any(len(entry) not in (1, 2) for entry in roots):

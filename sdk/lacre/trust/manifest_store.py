@@ -1,11 +1,11 @@
-"""Remembers the newest manifest seen, for each lineage of roots, so that an older one is noticed.
+"""Remembers the newest manifest seen, for each lineage of roots, so that a client notices an older one.
 
 `VersionFile` keeps it on disk: 0600, replaced atomically, under a lock between processes. `VersionMemory` keeps it in the
-process, for where there is no disk to write: rollback is then bounded by the manifest's expiry alone.
+process, for places without a writable disk; then only the manifest's expiry limits a rollback.
 
 Rules:
-- `accept` verifies signatures, and may wait for other processes: it is for a thread, never for an event loop.
-- Nobody is waited for without end: a lock that stays taken is a `SettingsError`, and nothing is accepted without it.
+- `accept` verifies signatures and may wait for other processes: call it on a thread, never on an event loop.
+- Nothing waits forever: if the lock stays taken, `accept` raises a `SettingsError` and accepts nothing.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from lacre.runtime import arguments, file_locks, folders, forks, private_files
 from lacre.trust.chain import Trusted, verify
 from lacre.trust.rollback import Seen, newest, remember
 
-LOCK_WAIT: Final = 10.0  # seconds for others that hold the memory; each of them needs some milliseconds
-MAX_REMEMBERED: Final = 64 * 2**20  # bytes of the file: a document of the largest size for some fifty lineages
-_TAKEN: Final = "another process or thread has held the memory of manifests for too long: see which, and end it"
+LOCK_WAIT: Final = 10.0  # seconds to wait for others that hold the store; each needs some milliseconds
+MAX_REMEMBERED: Final = 64 * 2**20  # bytes of the file: documents of the largest size for some fifty lineages
+_TAKEN: Final = "another process or thread has locked the stored manifests for too long: find it and end it"
 
 Decide = Callable[[Sequence[Seen]], tuple[Trusted, tuple[Seen, ...]]]
 
 
 class Memory(Protocol):
-    """Where what was `Seen` is kept. `update` is atomic: `decide` gets all that is kept, and what it returns is kept."""
+    """Keeps what was `Seen`. `update` is atomic: it gives `decide` all that is stored, and stores what `decide` returns."""
 
     def update(self, decide: Decide) -> Trusted: ...
 
 
 def accept(document: bytes, root: bytes, memory: Memory, now: float) -> Trusted:
-    """Verifies `document` against the pinned root and against what was seen before, and remembers the newer.
+    """Verifies `document` against the pinned root and the manifests seen before, and remembers the newer one.
 
-    Raises what `lacre.trust.chain.verify` raises, Rollback, and SettingsError where the memory cannot be used. now: seconds
-    since the epoch. Takes milliseconds of processor time, and up to `LOCK_WAIT` for the memory.
+    Raises what `lacre.trust.chain.verify` raises, Rollback, and SettingsError if the memory cannot be used. now: seconds since
+    the epoch. Takes milliseconds of processor time, and up to `LOCK_WAIT` for the memory.
     """
     candidate = verify(document, root, now)
 
@@ -54,7 +54,7 @@ def _decided(decide: Decide, before: Sequence[Seen]) -> tuple[Trusted, tuple[See
     arguments.function(decide, "decide")
     decision = decide(before)
     if not isinstance(decision, tuple) or len(decision) != 2 or not isinstance(decision[1], tuple):
-        raise UsageError("decide: it must return what is trusted now, and a tuple of what to remember")
+        raise UsageError("decide must return the newest trusted manifest, and a tuple of manifests to remember")
     return decision
 
 
@@ -81,7 +81,7 @@ class VersionMemory:
 
 
 class VersionFile:
-    """In a folder of its own. Raises SettingsError where it cannot be written, or holds what was not written here.
+    """In a folder of its own. Raises SettingsError if it cannot write there, or if a file there is not its own.
 
     patience: seconds to wait for other processes.
     """
@@ -126,7 +126,7 @@ def _read(path: Path) -> tuple[Seen, ...]:
     except SettingsError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, LacreError) as exc:
-        # Never forgotten in silence: an attacker who can spoil this file must not win a rollback by it.
+        # Never forget silently: an attacker who can damage this file must not gain a rollback by that.
         raise SettingsError(f"{path} is damaged: remove it if you know why; the next manifest counts as the first") from exc
 
 

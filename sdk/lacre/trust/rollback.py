@@ -1,13 +1,15 @@
-"""Is it older than what was seen? Decides from a manifest that verified and what is remembered; fetches and stores nothing.
+"""Is a manifest older than one seen before? Decides from a verified manifest and the remembered ones; fetches and stores
+nothing.
 
 Rules:
-- A *lineage* is a root with those that it handed over to. What is remembered belongs to the lineage, not to the pin: an
-  application that moves its pin to a later root keeps it.
+- A *lineage* is a root with the roots that it handed over to. Memory belongs to the lineage, not to the pin: an application
+  that pins a later root keeps it.
 - A manifest's `ver` only rises, and two manifests of one version are the same bytes.
-- Root statements are only added. A chain without the newest statement seen is an older one (or a fork), whatever version its
-  manifest claims: it would let the thief of a key that was replaced go on signing.
-- Something older is passed over while what was seen still verifies (a late gateway in a rolling update is no outage), and
-  refused once it does not. Nothing is believed because it was remembered: it is verified anew.
+- Root statements are only added. A chain without the newest statement seen is older (or a fork), even if its manifest claims a
+  higher version. Otherwise the thief of a replaced key could go on signing.
+- A client ignores an older manifest while the remembered one still verifies, because a gateway may be late in a rolling update.
+  Once the remembered one no longer verifies, the client refuses the older one. It never believes a remembered manifest without
+  verifying it again.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from lacre.errors import Expired, Rollback, UntrustedRoot
 from lacre.trust.chain import Ancestry, Trusted, follow, verify
 from lacre.trust.manifest import Document
 
-MAX_TRIED: Final = 128  # remembered roots that are tried as the signer of one change of root: 0.1 ms each
+MAX_TRIED: Final = 128  # remembered roots to try as the signer of one change of root: 0.1 ms each
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +45,14 @@ def newest(candidate: Trusted, remembered: Sequence[Seen], now: float) -> Truste
     for seen in lineage:
         same = candidate.manifest.version == seen.version
         if same and candidate.token != Document.parse(seen.document).manifest:
-            raise Rollback("two different manifests carry the same version: the signer or the gateway is not to be trusted")
+            raise Rollback("two different manifests have the same version: do not trust the signer or the gateway")
         if candidate.manifest.version < seen.version or not _continues(candidate, seen):
             return _again(seen, candidate.roots[0], now)
     return candidate
 
 
 def remember(chosen: Trusted, remembered: Sequence[Seen]) -> tuple[Seen, ...]:
-    """What to remember once `chosen` is used. Lineages that turned out to be one become one."""
+    """What to remember once `chosen` is used. Lineages that turn out to be the same are merged."""
     lineage = _related(chosen, remembered)
     roots = {*chosen.roots, *(root for seen in lineage for root in seen.roots)}
     pin = next((seen.pin for seen in lineage if seen.document == chosen.document), chosen.roots[0])
@@ -59,9 +61,11 @@ def remember(chosen: Trusted, remembered: Sequence[Seen]) -> tuple[Seen, ...]:
 
 
 def _related(candidate: Trusted, remembered: Sequence[Seen]) -> list[Seen]:
-    """Those that share a root with it, or whose root led to the pinned one as the candidate's chain tells.
+    """The remembered manifests of the candidate's lineage: they share a root with it, or their root led to the pinned one in
+    the candidate's chain.
 
-    A chain is searched once, however many lineages are remembered, and only where it says that the pinned root took over.
+    A chain is searched once, however many lineages are remembered, and only if it says that the pinned root took over from
+    another.
     """
     roots, pin = frozenset(candidate.roots), candidate.roots[0]
     if all(step.statement.next_root != pin for step in candidate.steps):
@@ -85,5 +89,5 @@ def _again(seen: Seen, pin: bytes, now: float) -> Trusted:
         return verify(seen.document, pin, now)
     except (Expired, UntrustedRoot) as exc:
         raise Rollback(
-            "the gateway serves a manifest older than one already seen, and the newer one can be used no more"
+            "the gateway serves an older manifest than one already seen, and the newer one is no longer valid"
         ) from exc

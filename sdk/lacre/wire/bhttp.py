@@ -3,12 +3,12 @@
     known length          framing 0|1 ‖ control data ‖ headers ‖ content ‖ trailers, each after its length ‖ zeros
     indeterminate length  framing 2|3 ‖ control data ‖ headers ‖ 0 ‖ { varint(len) ‖ chunk }* ‖ 0 ‖ trailers ‖ 0 ‖ zeros
 
-One incremental parser reads all four forms; a whole message is just fed at once. Rules:
+One incremental parser reads all four forms; for a whole message it is fed once. Rules:
 
-- A length is judged as soon as it is read, before anything it announces is kept.
-- A message may end only where RFC 9292 lets it: after the control data, or after a whole section (section 3.8).
+- A length is checked as soon as it is read, before any of the bytes that it announces are kept.
+- A message may end only where RFC 9292 allows it: after the control data, or after a whole section (section 3.8).
 - After the message only zeros may follow.
-- Encoders write the whole form, with every section there, and refuse what the decoder would refuse.
+- Encoders write the whole form, with every section, and refuse what the decoder would refuse.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from lacre.wire.fields import (
 
 # Chunked OHTTP section 7.3: with AES-128-GCM and 2^20 messages, none should exceed 2^30 bytes.
 MAX_CONTENT: Final = 2**30
-# Early hints and progress are the only known uses; more than these would be a way to hold a connection for ever.
+# Early hints and progress are the only known uses. Without a limit, a peer could hold a connection forever with them.
 MAX_INFORMATIONAL: Final = 16
 
-# Chunks of a request's content: as many as its seal may have. Parsed one by one, millions of tiny ones would hold up everyone
-# else whom a worker serves. Responses are streamed in as many as they have pieces.
+# Chunks of a request's content: as many as its seal may have. They are parsed one by one, so millions of tiny ones would delay
+# every other request of the worker. Responses are streamed in as many chunks as they have pieces.
 MAX_REQUEST_PIECES: Final = 8192
 
 _KNOWN_REQUEST, _KNOWN_RESPONSE, _REQUEST, _RESPONSE = range(4)
@@ -51,7 +51,7 @@ Wait = Generator[None, None, None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole request. Names of fields are in small letters, values are Latin-1 text."""
+    """A whole request. Field names are in lower case, values are Latin-1 text."""
 
     method: str
     scheme: str
@@ -73,7 +73,7 @@ class ResponseHead:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """A piece of content. Where one ends means nothing: RFC 9292 lets chunks be split and joined."""
+    """A piece of content. Its boundaries mean nothing: RFC 9292 lets chunks be split and joined."""
 
     content: bytes = field(repr=False)
 
@@ -92,7 +92,7 @@ Event = ResponseHead | Data | End
 
 
 def encode_request(request: Request, *, padded_to: int | Callable[[int], int] | None = None) -> bytes:
-    """Known-length form, filled up with zeros to `padded_to` bytes; a callable makes that of the length without them.
+    """Known-length form, filled with zeros to `padded_to` bytes; a callable computes that from the unpadded length.
 
     Raises UsageError if the request is invalid or longer.
     """
@@ -200,7 +200,7 @@ class ResponseEncoder:
         return encoded
 
     def data(self, piece: bytes) -> bytes:
-        """One chunk. An empty piece is no chunk: a zero length would end the content."""
+        """One chunk. An empty piece makes no chunk: a zero length would end the content."""
         self._expect("content")
         return _prefixed(piece) if piece else b""
 
@@ -244,18 +244,18 @@ class ResponseDecoder:
         self._parser = _Parser(request=False)
 
     def feed(self, data: bytes) -> list[Event]:
-        """What `data` completes. Content is passed on as it comes. Raises InvalidMessage or MessageTooLarge."""
+        """The events that `data` completes. Content is passed on as it arrives. Raises InvalidMessage or MessageTooLarge."""
         return self._parser.feed(data)
 
     def close(self) -> list[Event]:
-        """The message has ended. RFC 9292 section 3.8 lets a message leave out empty sections at its end: what they
-        would have given, the head or the end, is returned. Raises TruncatedStream where it ends anywhere else.
+        """The message has ended. RFC 9292 section 3.8 lets it omit empty sections at its end: this returns their events, the
+        head or the end. Raises TruncatedStream if the message ends anywhere else.
         """
         return self._parser.close()
 
 
 class _Parser:
-    """A generator that asks for bytes by yielding, and the buffer it reads from."""
+    """A generator that yields to ask for bytes, and the buffer that it reads from."""
 
     __slots__ = ("_buffer", "_ended", "_events", "_position", "_request", "_run", "request_head")
 
@@ -297,16 +297,16 @@ class _Parser:
         framing = yield from self._integer()
         known = framing in (_KNOWN_REQUEST, _KNOWN_RESPONSE)
         if framing not in ((_KNOWN_REQUEST, _REQUEST) if self._request else (_KNOWN_RESPONSE, _RESPONSE)):
-            raise errors.InvalidMessage("the framing indicator is not that of the message expected here")
+            raise errors.InvalidMessage("the framing indicator is for another kind of message than expected")
         if self._request:
             headers = yield from self._request_start(known)
         else:
             headers = yield from self._response_start(known)
         announced = content_length(headers)
         received = yield from (self._known_content() if known else self._content())
-        # A response to HEAD, or one without content by its status, may announce what it does not carry.
+        # A response to HEAD, or one whose status has no content, may announce a length that it does not carry.
         if announced not in (None, received) and (self._request or received):
-            raise errors.InvalidMessage("the content has not the length that Content-Length announces")
+            raise errors.InvalidMessage("the content's length differs from its Content-Length")
         trailers = yield from self._fields(known, MAX_TRAILER_SECTION)
         self._events.append(End(trailers))
         yield from self._padding()
@@ -376,7 +376,7 @@ class _Parser:
         return received
 
     def _pass_on(self, length: int, received: int) -> Wait:
-        """Content is never kept: what is there becomes an event."""
+        """Content is never kept: the bytes present become an event."""
         if received + length > MAX_CONTENT:
             raise errors.MessageTooLarge(f"the content has more than {MAX_CONTENT} bytes")
         while length:
@@ -405,7 +405,9 @@ class _Parser:
 
     def _wait(self) -> Wait:
         if self._ended:
-            raise errors.TruncatedStream("the message ended inside a part of it; what came before is not the whole")
+            raise errors.TruncatedStream(
+                "the message ended inside one of its parts, so the received part is not the whole message"
+            )
         yield
 
     def _integer(self) -> Generator[None, None, int]:

@@ -1,9 +1,9 @@
-"""Sealing and opening the chunks of a message; requests and responses share it (chunked OHTTP section 6).
+"""Sealing and opening the chunks of a message, for requests and responses (chunked OHTTP section 6).
 
 Rules:
-- The last chunk is sealed with the AAD `final` and no other is, so cutting, extending or joining messages is noticed.
-- The nonce counts the chunks, so leaving out, repeating or swapping them is noticed.
-- After an error nothing more opens: what one broken chunk leaves behind is not a message.
+- Only the last chunk is sealed with the AAD `final`, so cutting, extending or joining messages is noticed.
+- The nonce counts the chunks, so omitting, repeating or swapping them is noticed.
+- After an error nothing more opens: the bytes after a broken chunk are not a message.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _FULL_PREFIX: Final = varint.encode(MAX_CHUNK + TAG)
 def seal_chunks(aead: SequencedAead, plaintext: bytes, *, final: bool, prefix: bytes = b"") -> bytes:
     """`prefix`, then `plaintext` in as few chunks as hold it; with `final`, the last of them is the final chunk.
 
-    Without `final`, an empty plaintext makes no chunk: a non-final one must not be empty.
+    Without `final`, an empty plaintext makes no chunk: only the final chunk may be empty.
     """
     source = memoryview(plaintext)
     size = len(source)
-    # The final chunk may be full or empty; another remainder is a chunk only if there is one.
+    # The final chunk may be full or empty; without `final`, an empty rest makes no chunk.
     full, rest = divmod(size, MAX_CHUNK)
     if final and full and not rest:
         full, rest = full - 1, MAX_CHUNK
     last_prefix = varint.encode(0) if final else varint.encode(rest + TAG) if rest else b""
     last = len(last_prefix) + rest + TAG if last_prefix else 0
-    # Each chunk is encrypted straight into its place, and `getvalue` hands over the buffer: nothing is copied.
+    # Each chunk is encrypted into its place, and `getvalue` returns the buffer itself: nothing is copied.
     buffer = BytesIO(bytes(len(prefix) + full * (len(_FULL_PREFIX) + MAX_CHUNK + TAG) + last))
     with buffer.getbuffer() as out:
         out[: len(prefix)] = prefix
@@ -63,16 +63,16 @@ class ChunkOpener:
         """The plaintexts of the chunks that `data` completes. None of it is the whole message until `close` returns."""
         aead = self._take()
         pieces = [aead.open(chunk) for chunk in self._deframer.feed(data)]
-        self._aead = aead  # only here: an error above leaves the opener shut
+        self._aead = aead  # only here: after an error above, the opener stays closed
         return pieces
 
     def close(self) -> list[bytes]:
-        """Open the final chunk, now that the body has ended. Raises TruncatedStream or OpenError if it is not there."""
+        """Opens the final chunk, after the body has ended. Raises TruncatedStream or OpenError if it is missing."""
         final = self._take().open(self._deframer.close(), _FINAL)
         return [final] if final else []
 
     def open_whole(self, data: bytes | memoryview) -> bytes:
-        """The plaintext of a message that is all there: `feed` and `close` in one, without a buffer for each chunk."""
+        """The plaintext of a complete message: `feed` and `close` in one, without a buffer for each chunk."""
         aead = self._take()
         chunks: list[bytes | memoryview] = [*self._deframer.feed(data), self._deframer.close()]
         last = len(chunks) - 1

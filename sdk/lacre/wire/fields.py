@@ -1,8 +1,8 @@
-"""What may stand in the control data and the fields of a message (RFC 9110 sections 5 and 9, RFC 9113 sections 8.2 and 8.3).
+"""What the control data and the fields of a message may hold (RFC 9110 sections 5 and 9, RFC 9113 sections 8.2 and 8.3).
 
-Both directions apply the same rules: what this side refuses to read, it refuses to write. Every rule here keeps something
-out that another program could read differently: a line break, a second meaning of a length, a name in capitals.
-Faults are reported without the offending bytes, which may be part of a prompt.
+Both directions apply the same rules: this side refuses to write what it refuses to read. Every rule keeps out bytes that
+another program could read differently: a line break, a second meaning of a length, a name in capitals. Errors never quote the
+offending bytes, which may be part of a prompt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_control(method: bytes, scheme: bytes, authority: bytes, path: bytes) -
         if len(part) > limit:
             raise errors.MessageTooLarge(f"the method, scheme, authority or path is longer than {limit} bytes")
     if not _METHOD.fullmatch(method) or method == b"CONNECT":
-        raise errors.InvalidMessage("the method is not one that can be sealed")
+        raise errors.InvalidMessage("this method cannot be sealed")
     if scheme not in (b"https", b"http"):
         raise errors.InvalidMessage("the scheme is neither https nor http")
     if not _AUTHORITY.fullmatch(authority):
@@ -57,7 +57,7 @@ def check_control(method: bytes, scheme: bytes, authority: bytes, path: bytes) -
 
 
 def check_field(name: bytes, value: bytes) -> tuple[str, str]:
-    """One field line, as text. Values are Latin-1, so that any byte that HTTP allows survives the round trip."""
+    """One field line, as text. Values are Latin-1, so every byte that HTTP allows survives the round trip."""
     if len(name) > MAX_NAME or len(value) > MAX_VALUE:
         raise errors.MessageTooLarge(f"a field has a name above {MAX_NAME} bytes or a value above {MAX_VALUE}")
     if not _NAME.fullmatch(name):
@@ -70,7 +70,7 @@ def check_field(name: bytes, value: bytes) -> tuple[str, str]:
 
 
 def content_length(headers: Iterable[tuple[str, str]]) -> int | None:
-    """What Content-Length announces; a message that contradicts it is malformed (RFC 9113 section 8.1.1)."""
+    """The value of Content-Length; a message that contradicts it is malformed (RFC 9113 section 8.1.1)."""
     values = list(dict.fromkeys(value for name, value in headers if name == "content-length"))
     if not values:
         return None

@@ -2,9 +2,9 @@
 
     { varint(len) ‖ sealed chunk }*  varint(0) ‖ sealed final chunk, to the end of the body
 
-This file never sees plaintext or a key: it cuts, it does not open, so a relay may use it. Rules:
+This file never sees plaintext or a key. It splits bodies and opens nothing, so a relay may use it. Rules:
 
-- A length is judged as soon as it is read; a chunk above the limit is refused before any of it is kept.
+- A length is checked as soon as it is read; a chunk above the limit is refused before any of it is kept.
 - A non-final chunk holds at least one byte of plaintext.
 - The final chunk has no length of its own, so it is known only once the body has ended.
 """
@@ -18,15 +18,15 @@ from lacre.wire import varint
 
 # Every AEAD of the profile appends a tag of this many bytes (RFC 9180 section 7.3).
 TAG: Final = 16
-# The size that chunked OHTTP obliges every receiver to support, so no sender needs to exceed it.
+# Chunked OHTTP requires every receiver to support this size, so no sender needs to exceed it.
 MAX_CHUNK: Final = 16384
 MAX_SEALED_CHUNK: Final = MAX_CHUNK + TAG
 
 
 class Deframer:
-    """Cuts a body that arrives in pieces into sealed chunks.
+    """Splits a body that arrives in pieces into sealed chunks.
 
-    max_chunks: how many chunks, the final one among them, the body may have; None for no limit.
+    max_chunks: how many chunks the body may have, including the final one; None: no limit.
     """
 
     __slots__ = ("_count", "_in_final", "_max_chunks", "_rest")
@@ -64,9 +64,9 @@ class Deframer:
         return chunks
 
     def close(self) -> bytes:
-        """The sealed final chunk, once the body has ended. Whether it really is final, opening it will tell."""
+        """The sealed final chunk, after the body has ended. Only opening it shows whether it really is final."""
         if not self._in_final or len(self._rest) < TAG:
-            raise errors.TruncatedStream("the body ended before its final chunk; what came before it is not the whole")
+            raise errors.TruncatedStream("the body ended before its final chunk, so the received part is not the whole message")
         return self._rest
 
 
@@ -74,4 +74,4 @@ def _check_length(length: int) -> None:
     if length > MAX_SEALED_CHUNK:
         raise errors.MessageTooLarge(f"a chunk holds more than {MAX_CHUNK} bytes")
     if length <= TAG:
-        raise errors.InvalidMessage("a chunk that is not the final one is empty")
+        raise errors.InvalidMessage("an empty chunk before the final one")

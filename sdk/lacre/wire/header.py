@@ -1,7 +1,7 @@
-"""All that a relay may read of a sealed request: key configurations, the request header, and the outline of its chunks.
+"""All that a relay may read of a sealed request: key configurations, the request header, and where its chunks begin and end.
 
-This file never sees a private key or a byte of plaintext, and imports nothing that could open a message. It is the only
-part of `lacre.wire` that the gateway may import.
+This file never sees a private key or a byte of plaintext, and imports nothing that could open a message. It is the only part of
+`lacre.wire` that reads messages and that the gateway may import.
 
     key configuration  key_id(1) ‖ kem(2) ‖ public key ‖ algorithms length(2) ‖ { kdf(2) ‖ aead(2) }+    RFC 9458 section 3
     sealed request     key_id(1) ‖ kem(2) ‖ kdf(2) ‖ aead(2) ‖ enc ‖ chunks                             RFC 9458 section 4
@@ -31,7 +31,7 @@ AUTHORITY: Final = "lacre.invalid"
 MAX_CHUNK: Final = framing.MAX_CHUNK
 # Leaves room for the grant and the headers under the message fabric's limit of 9 MiB.
 MAX_SEALED_REQUEST: Final = 7 * 2**20
-# A full request needs 448 chunks. The limit bounds what a relay spends on a body made of tiny ones (18 bytes each).
+# A full request needs 448 chunks. The limit bounds a relay's work for a body of tiny ones (18 bytes each).
 MAX_REQUEST_CHUNKS: Final = 8192
 # Some fifty X-Wing configurations; a pool has two or three.
 MAX_KEY_LIST: Final = 65536
@@ -61,7 +61,7 @@ class Kem(IntEnum):
 
 
 class Kdf(IntEnum):
-    """HPKE KDF identifiers. SHAKE is never among them: the OHTTP response schedule needs two-stage Extract and Expand."""
+    """HPKE KDF identifiers. SHAKE is not among them: the OHTTP response schedule needs two-stage Extract and Expand."""
 
     HKDF_SHA256 = 0x0001
 
@@ -105,7 +105,7 @@ ALL_ALGORITHMS: Final = tuple((Kdf.HKDF_SHA256, aead) for aead in PREFERRED_AEAD
 
 @dataclass(frozen=True, slots=True)
 class KeyConfig:
-    """A public key and the algorithms that its holder takes with it."""
+    """A public key and the algorithms that its holder accepts with it."""
 
     key_id: int
     kem: Kem
@@ -126,9 +126,9 @@ class KeyConfig:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """A whole key configuration. Algorithms that this side does not have are left out (RFC 9458 section 3.1).
+        """A whole key configuration. It ignores algorithms that this side does not have (RFC 9458 section 3.1).
 
-        Raises InvalidMessage, and UnsupportedSuite where nothing in it can be used.
+        Raises InvalidMessage, and UnsupportedSuite if this side can use nothing in it.
         """
         if len(data) < 3:
             raise errors.InvalidMessage("the key configuration is cut short")
@@ -169,8 +169,8 @@ def encode_key_list(configs: Sequence[KeyConfig]) -> bytes:
 def parse_key_list(data: bytes) -> tuple[KeyConfig, ...]:
     """The configurations that this side can use, in the order of the document.
 
-    One of an unknown KEM is passed over (RFC 9458 section 3.2). Raises InvalidMessage for a broken or empty document,
-    MessageTooLarge, and UnsupportedSuite where nothing in it can be used.
+    It ignores configurations with an unknown KEM (RFC 9458 section 3.2). Raises InvalidMessage for a broken or empty document,
+    MessageTooLarge, and UnsupportedSuite if this side can use nothing in it.
     """
     if len(data) > MAX_KEY_LIST:
         raise errors.MessageTooLarge(f"a list of keys has at most {MAX_KEY_LIST} bytes")
@@ -193,7 +193,7 @@ def parse_key_list(data: bytes) -> tuple[KeyConfig, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SealedHeader:
-    """The start of a sealed request: which key it is sealed to, with which algorithms, and the encapsulated key."""
+    """The start of a sealed request: the key that it is sealed to, the algorithms, and the encapsulated key."""
 
     key_id: int
     suite: Suite
@@ -220,25 +220,25 @@ class SealedHeader:
 
     @property
     def raw(self) -> bytes:
-        """`hdr ‖ enc`, as it stands on the wire."""
+        """`hdr ‖ enc`, as on the wire."""
         return self.identifiers + self.enc
 
     def room(self, size: int) -> int:
-        """The most bytes of plaintext, padding included, that a sealed request of `size` bytes holds: what is left beside this
-        header and the final chunk's mark and tag.
+        """The most bytes of plaintext, padding included, in a sealed request of `size` bytes: without this header, and without
+        the final chunk's mark and tag.
         """
         return max(0, size - len(self.raw) - 1 - framing.TAG)
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of `hdr ‖ enc`. It names the request: HPKE makes every `enc` a fresh one, and a grant is bound to it."""
+        """SHA-256 of `hdr ‖ enc`. It names the request: every `enc` of HPKE is fresh. A grant is bound to it."""
         return hashlib.sha256(self.raw).digest()
 
 
 def inspect_request(body: bytes) -> SealedHeader:
-    """The header of a whole sealed request, after walking its chunks to the final one. Nothing is opened.
+    """The header of a whole sealed request, after a walk over its chunks to the final one. Nothing is opened.
 
-    Raises MessageTooLarge, UnsupportedSuite, InvalidMessage, and TruncatedStream where the body was cut short.
+    Raises MessageTooLarge, UnsupportedSuite, InvalidMessage, and TruncatedStream if the body was cut short.
     """
     if len(body) > MAX_SEALED_REQUEST:
         raise errors.MessageTooLarge("a sealed request has at most 7 MiB")
@@ -251,5 +251,5 @@ def inspect_request(body: bytes) -> SealedHeader:
 
 def _kem(kem_id: int) -> Kem:
     if kem_id not in _KEMS:
-        raise errors.UnsupportedSuite("a KEM that this side does not have; X25519 and MLKEM768-X25519 are supported")
+        raise errors.UnsupportedSuite("the KEM is not supported here; X25519 and MLKEM768-X25519 are")
     return Kem(kem_id)

@@ -1,13 +1,12 @@
 """HPKE in base mode (RFC 9180), with the KEMs X25519 and X-Wing (draft-ietf-hpke-pq) and HKDF-SHA256.
 
-`cryptography` has a single-shot `hpke.Suite` without sequence numbers or exporter; this is the context it lacks, over
-the same package's primitives. Here are the sender's encapsulation and what both roles share. Whatever needs a long-lived
-private key (decapsulation, key generation) is in `opening.py`.
+`cryptography` has a single-shot `hpke.Suite` without sequence numbers or exporter. This file adds the HPKE context, over the
+same package's primitives: the sender's encapsulation, and the parts that both roles share. Decapsulation and key generation
+need a long-lived private key and are in `opening.py`.
 
 Rules:
 - Every shared secret becomes exactly one key and base nonce, and every nonce is used once: the counter only rises.
-- The KEM's randomness is drawn inside `encapsulate`, and nowhere can a caller choose it but in
-  `encapsulate_for_test_vectors`.
+- The KEM's randomness is drawn inside `encapsulate`. A caller can choose it only in `encapsulate_for_test_vectors`.
 """
 
 from __future__ import annotations
@@ -67,13 +66,13 @@ def kem_suite_id(kem: Kem) -> bytes:
 def encapsulate(kem: Kem, public_key: bytes) -> tuple[bytes, bytes]:
     """A fresh shared secret (32 bytes) and `enc`, which carries it to the holder of `public_key`.
 
-    Raises InvalidMessage where the public key is not one, and UnsupportedSuite where the crypto library lacks ML-KEM.
+    Raises InvalidMessage if the public key is invalid, and UnsupportedSuite if the crypto library lacks ML-KEM.
     """
     return encapsulate_for_test_vectors(kem, public_key, X25519PrivateKey.generate())
 
 
 def encapsulate_for_test_vectors(kem: Kem, public_key: bytes, ephemeral: X25519PrivateKey) -> tuple[bytes, bytes]:
-    """`encapsulate` with a given X25519 ephemeral key. To use one twice is to lose the secrecy of both messages."""
+    """`encapsulate` with a given X25519 ephemeral key. Using one twice loses the secrecy of both messages."""
     enc_x = ephemeral.public_key().public_bytes_raw()
     try:
         if kem is Kem.X25519:
@@ -125,7 +124,7 @@ class SequencedAead:
     """An AEAD key with a base nonce and a counter: chunk i is sealed under `base_nonce XOR i`.
 
     HPKE's contexts (RFC 9180 section 5.2) and the response keys of chunked OHTTP (section 6.2) count alike, so both use this.
-    The counter cannot come round: `to_bytes` raises before the nonce would repeat, after 2^96 messages.
+    The counter cannot wrap around: `to_bytes` raises before the nonce would repeat, after 2^96 messages.
     """
 
     __slots__ = ("_aead", "_base_nonce", "_sequence")
@@ -149,7 +148,7 @@ class SequencedAead:
         self._sequence += 1
 
     def open(self, ciphertext: ByteView, aad: bytes = b"") -> bytes:
-        """Raises OpenError; the counter then stays, as RFC 9180 section 5.2 asks."""
+        """Raises OpenError; the counter then does not move, as RFC 9180 section 5.2 asks."""
         try:
             plaintext = self._aead.decrypt(self._nonce(), ciphertext, aad)
         except InvalidTag:
@@ -158,7 +157,7 @@ class SequencedAead:
         return plaintext
 
     def open_into(self, ciphertext: ByteView, aad: bytes, out: memoryview) -> None:
-        """`open` into a writable view of exactly the right length. After OpenError nothing in it may be used."""
+        """`open` into a writable view of exactly the right length. After OpenError, its content must not be used."""
         try:
             self._aead.decrypt_into(self._nonce(), ciphertext, aad, out)
         except InvalidTag:
@@ -207,5 +206,5 @@ class Context:
         self._exporter_secret = schedule.derive(b"exp", 32)
 
     def export(self, context: bytes, length: int) -> bytes:
-        """A secret that both sides can derive and nobody else (RFC 9180 section 5.3)."""
+        """A secret that only both sides can derive (RFC 9180 section 5.3)."""
         return export(self._suite_id, self._exporter_secret, context, length)

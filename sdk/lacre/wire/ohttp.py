@@ -2,9 +2,9 @@
 
 No private key of a worker is ever here; the other side is `opening.py`. Rules:
 
-- Every request is sealed to a fresh encapsulation, and sealing it returns the one object that can open its response.
-- A request sealer and a response opener serve once; a second use raises AlreadyUsedError.
-- Nothing is opened in the clear: a suite or key that is not understood is an error before a byte is sealed.
+- Every request is sealed to a fresh encapsulation, and sealing it returns the only object that can open its response.
+- A request sealer and a response opener work once; a second use raises AlreadyUsedError.
+- There is no plaintext fallback: an unknown suite or key is an error before a byte is sealed.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def response_aead(header: SealedHeader, secret: bytes, nonce: bytes) -> hpke.Seq
 
 
 class RequestSealer:
-    """Seals one request to a key configuration, piece by piece. `header` is what a relay will see of it.
+    """Seals one request to a key configuration, piece by piece. `header` is the part that a relay will see.
 
-    Raises UnsupportedSuite where the configuration does not offer `suite`, InvalidMessage where its key is not one.
+    Raises UnsupportedSuite if the configuration does not offer `suite`, InvalidMessage if its key is invalid.
     """
 
     __slots__ = ("_chunks", "_context", "_prefix", "_size", "header")
@@ -83,9 +83,9 @@ class RequestSealer:
         return self._context
 
     def _account(self, length: int, *, final: bool) -> None:
-        """Refuse what the other side would refuse, before any of it is sealed."""
+        """Refuses what the other side would refuse, before any of it is sealed."""
         chunks = max(-(-length // MAX_CHUNK), int(final))
-        # A length prefix has at most 4 bytes, so this may refuse a request some bytes early, never late.
+        # A length prefix has at most 4 bytes, so this may refuse a request a few bytes early, never late.
         self._size += length + chunks * (4 + TAG)
         self._chunks += chunks
         if self._size > MAX_SEALED_REQUEST:
@@ -102,8 +102,8 @@ def seal_request(config: KeyConfig, plaintext: bytes, suite: Suite | None = None
 
 
 class ResponseOpener:
-    """Opens the response to one sealed request, as it arrives. Every record it returns is authentic and in order;
-    that they are *all* of the answer is known only once `close` has returned.
+    """Opens the response to one sealed request, as it arrives. Every record it returns is authentic and in order. Only after
+    `close` has returned is it known that they are *all* of the answer.
 
     Memory: at most one chunk is held.
     """
@@ -136,7 +136,7 @@ class ResponseOpener:
         return self._chunks.feed(data)
 
     def close(self) -> list[bytes]:
-        """The body has ended: open its final chunk. Raises TruncatedStream if it is not there, OpenError if it is not final."""
+        """The body has ended: opens its final chunk. Raises TruncatedStream if it is missing, OpenError if it is not final."""
         if self._closed:
             raise errors.AlreadyUsedError("this response was closed already")
         self._closed = True

@@ -1,10 +1,10 @@
 """Everything that needs a private key: the worker's side of chunked Oblivious HTTP.
 
-Nothing but a worker's node (and whoever makes its keys) imports this file. Rules:
+Only a worker's node, and the code that makes its keys, imports this file. Rules:
 
 - A private key never shows in a repr or an error.
-- A private key can be destroyed: every copy of it that this file made is overwritten, and OpenSSL overwrites its own.
-- A response sealer exists only for a request whose final chunk has opened, and there is one of it.
+- A private key can be destroyed: this file overwrites every copy of it that it made, and OpenSSL overwrites its own.
+- A response sealer exists only for a request whose final chunk has opened, and only one of it.
 - A response is sealed under a fresh random nonce, drawn at one place: `RequestOpener.response_sealer`.
 """
 
@@ -41,7 +41,7 @@ _FORMAT: Final = b"lacre-key-1\n"
 
 
 class PrivateKey:
-    """The key pair behind one key configuration. It keeps a copy of `secret` of its own."""
+    """The key pair behind one key configuration. It keeps its own copy of `secret`."""
 
     __slots__ = ("_mlkem", "_secret", "_x25519", "config")
 
@@ -82,8 +82,8 @@ class PrivateKey:
     def decapsulate(self, enc: bytes) -> bytes:
         """The shared secret that `enc` carries. Raises InvalidMessage for a low-order point.
 
-        An altered ML-KEM ciphertext yields another secret, not an error (FIPS 203's implicit rejection): the first
-        chunk then does not open. UsageError once the key was destroyed.
+        An altered ML-KEM ciphertext yields another secret, not an error (FIPS 203's implicit rejection): the first chunk then
+        does not open. UsageError if the key was destroyed.
         """
         if self._x25519 is None:
             raise errors.UsageError("this private key was destroyed")
@@ -95,21 +95,21 @@ class PrivateKey:
             enc_x = enc[_MLKEM_CT:]
             return hpke.xwing_secret(secret_m, hpke.x25519(self._x25519, enc_x), enc_x, self.config.public_key[-32:])
         except ValueError:
-            raise errors.InvalidMessage("the encapsulated key of the sealed request is not one; seal it again") from None
+            raise errors.InvalidMessage("the encapsulated key of the sealed request is invalid; seal it again") from None
 
     def destroy(self) -> None:
-        """Overwrites the secret. The key opens nothing from here on; what it opened before can still be answered."""
+        """Overwrites the secret. The key opens nothing more; requests that it opened before can still be answered."""
         overwrite(self._secret)
-        self._mlkem = self._x25519 = None  # OpenSSL overwrites a private key as it frees it
+        self._mlkem = self._x25519 = None  # OpenSSL overwrites a private key when it frees it
 
     def to_bytes(self) -> bytearray:
-        """The whole key pair, secret: overwrite it once it is stored."""
+        """The whole key pair, secret: overwrite it after storing it."""
         if self._x25519 is None:
             raise errors.UsageError("this private key was destroyed")
         config = self.config
         pairs = b"".join(struct.pack(">HH", kdf, aead) for kdf, aead in config.algorithms)
         head = _FORMAT + struct.pack(">BH", config.key_id, config.kem)
-        data = bytearray(len(head) + _SECRET_LENGTH + len(pairs))  # of its full size at once: growing would leave copies
+        data = bytearray(len(head) + _SECRET_LENGTH + len(pairs))  # at its full size from the start: growing would leave copies
         data[: len(head)] = head
         data[len(head) : len(head) + _SECRET_LENGTH] = self._secret
         data[len(head) + _SECRET_LENGTH :] = pairs
@@ -117,7 +117,7 @@ class PrivateKey:
 
     @classmethod
     def from_bytes(cls, data: hpke.ByteView) -> Self:
-        """What `to_bytes` made. Raises SettingsError for anything else."""
+        """Reads the output of `to_bytes`. Raises SettingsError for anything else."""
         head = len(_FORMAT)
         pairs_at = head + 3 + _SECRET_LENGTH
         try:
@@ -134,7 +134,7 @@ class PrivateKey:
 
 
 def _xwing_keys(secret: bytearray) -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
-    """draft-ietf-hpke-pq: the 32 bytes are stretched into ML-KEM's `d ‖ z` and the X25519 key."""
+    """draft-ietf-hpke-pq: expands the 32 bytes into ML-KEM's `d ‖ z` and the X25519 key."""
     seed = hashlib.shake_256(secret).digest(96)
     view = memoryview(seed)
     try:
@@ -171,10 +171,12 @@ class RequestOpener:
         return pieces
 
     def _take(self, data: bytes) -> bytes | memoryview:
-        """What of `data` belongs to the chunks, once the header is there. Shuts the opener: only the caller opens it again."""
+        """The part of `data` that belongs to the chunks, once the header is complete. Closes the opener: only the caller opens
+        it again.
+        """
         if self._closed:
             raise errors.AlreadyUsedError("this request was read to its end, or did not open")
-        self._closed = True  # until the end of the call: an error leaves the opener shut
+        self._closed = True  # until the call ends: an error leaves the opener closed
         self._size += len(data)
         if self._size > MAX_SEALED_REQUEST:
             raise errors.MessageTooLarge("a sealed request has at most 7 MiB")
@@ -183,7 +185,7 @@ class RequestOpener:
         data = self._buffer + data if self._buffer else data
         try:
             self.header = SealedHeader.parse(data)
-        except errors.TruncatedStream:  # so far
+        except errors.TruncatedStream:  # the header is not complete yet
             self._buffer = data
             return b""
         self._buffer = b""
@@ -201,7 +203,7 @@ class RequestOpener:
         return ChunkOpener(context.aead, MAX_REQUEST_CHUNKS)
 
     def close(self) -> list[bytes]:
-        """The body has ended: open its final chunk. Raises TruncatedStream or OpenError."""
+        """The body has ended: opens its final chunk. Raises TruncatedStream or OpenError."""
         if self._closed:
             raise errors.AlreadyUsedError("this request was closed already, or did not open")
         self._closed = True
@@ -210,7 +212,7 @@ class RequestOpener:
         return pieces
 
     def _open_whole(self, body: bytes) -> bytes:
-        """`feed` and `close` in one, for a body that is all there: only `open_request` sees to it that nothing was fed."""
+        """`feed` and `close` in one, for a complete body: only `open_request` makes sure that nothing was fed before."""
         rest = self._take(body)
         plaintext = self._started().open_whole(rest)
         self.complete = True
@@ -222,11 +224,11 @@ class RequestOpener:
         return self._chunks
 
     def response_sealer(self) -> ResponseSealer:
-        """The one sealer of the response, once the whole request has opened."""
+        """The only sealer of the response, after the whole request has opened."""
         if self.header is None or not self.complete:
             raise errors.UsageError("the request has not opened to its end; there is nothing to answer")
         if self._secret is None:
-            raise errors.AlreadyUsedError("this request has its answer already")
+            raise errors.AlreadyUsedError("this request already has its answer")
         secret, self._secret = self._secret, None
         return ResponseSealer(self.header, secret, os.urandom(ohttp.response_nonce_length(self.header.suite)))
 
@@ -240,7 +242,7 @@ def open_request(keys: Mapping[int, PrivateKey], body: bytes) -> tuple[bytes, Se
 
 
 class ResponseSealer:
-    """Seals one response, piece by piece. Take it from `RequestOpener.response_sealer`: a nonce must never serve twice."""
+    """Seals one response, piece by piece. Take it from `RequestOpener.response_sealer`: a nonce must never be used twice."""
 
     __slots__ = ("_aead", "_prefix", "header")
 

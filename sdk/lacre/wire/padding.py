@@ -1,7 +1,7 @@
-"""Lengths that say little: what a message is filled up to under the shape `pad`. Pure arithmetic; `docs/wire.md` has the same.
+"""Lengths that say little: how far a message is padded under the shape `pad`. Only arithmetic; `docs/wire.md` specifies it.
 
-What an observer learns from a length is which bucket it is in, and the buckets are few: 68 between nothing and the longest
-request, some 6 bits, where the plain length of a long prompt tells up to 23.
+An observer learns from a length only its bucket, and the buckets are few: 68 between nothing and the longest request. That is
+some 6 bits. The plain length of a long prompt tells up to 23.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from lacre.errors import UsageError
 from lacre.wire.framing import MAX_CHUNK
 
 Shape = Literal["pad", "none"]
-SHAPES: Final[tuple[Shape, ...]] = ("pad", "none")  # those that this version has, the default first
+SHAPES: Final[tuple[Shape, ...]] = ("pad", "none")  # the shapes of this version, the default first
 
-# Most prompts and short answers are below it, and it is not much more than what X-Wing adds to a request anyway (1127 bytes).
+# Most prompts and short answers are shorter, and X-Wing alone adds 1127 bytes to a request.
 SMALLEST: Final = 4096
-# Each bucket is so many percent longer than the one before, so no message grows by more.
+# Each bucket is this many percent longer than the one before, so no message grows by more.
 STEP_PERCENT: Final = 12
 # The longest message of full chunks that stays below 7 MiB when sealed under any suite: the last bucket of requests.
 LARGEST_REQUEST: Final = 447 * MAX_CHUNK
-# The records of a stream carry a whole number of these. A token's event in OpenAI's format has some 260 bytes, most of them the
-# same for each token; twice that leaves room for the longest tokens, or for a model's name of 128. It divides a full chunk.
+# A stream's record holds a whole number of these. A token's event in OpenAI's format has some 260 bytes, mostly the same for
+# each token. Twice that leaves room for the longest tokens, or for a model's name of 128. It divides a full chunk.
 UNIT: Final = 512
 
 
@@ -42,7 +42,9 @@ def bucket(length: int) -> int:
 
 
 def request_length(length: int) -> int:
-    """What a request's BHTTP message is filled up to. One that no bucket may hold stays as it is: sealing will refuse it."""
+    """The padded length of a request's BHTTP message. A message beyond the largest bucket keeps its length: sealing will refuse
+    it.
+    """
     return max(length, min(bucket(length), LARGEST_REQUEST))
 
 

@@ -1,18 +1,18 @@
-"""A response as the plaintexts of its records: where each begins and ends, and with what it is filled up.
+"""A response as the plaintexts of its records: where each begins and ends, and how it is padded.
 
 Rules of the shape `pad`:
-- No length depends on what a token says. The records of an event stream carry a whole number of units (`lacre.wire.padding`),
-  filled up with comment lines, which every reader of event streams passes over (WHATWG HTML section 9.2.6). None is smaller
-  than the largest before it, up to a limit: with logprobs an event is longer than a unit, and how much longer, its token
-  would decide.
-- A line is never broken by a comment: what an app has begun and not ended waits for its end. A line longer than a record goes
-  out in whole units of itself.
-- What is no event stream leaves in full records, and is filled up to a bucket as a whole, by zeros after the message
-  (RFC 9292 section 3.8): its end is sealed once, with the trailers, when all of it is there.
-- The last piece of the body and the trailers share the last record, so that whoever has opened the last of the text has opened
-  the final chunk.
+- No length depends on what a token says. The records of an event stream hold a whole number of units (`lacre.wire.padding`).
+- They are padded with comment lines, which every reader of event streams ignores (WHATWG HTML section 9.2.6).
+- No record is smaller than the largest before it, up to a limit. With logprobs an event is longer than a unit, and otherwise
+  its token would decide how much longer.
+- A comment never breaks a line: an unfinished line waits for its end. A line longer than a record leaves in whole units of its
+  own.
+- Any other body leaves in full records, and its total is padded to a bucket, with zeros after the message (RFC 9292 section
+  3.8). Its end is sealed once, with the trailers, when the body is complete.
+- The last piece of the body and the trailers share the last record. So a client that opened the end of the text has opened the
+  final chunk.
 
-What this does not hide: how many records there are, and when each leaves.
+This does not hide how many records there are, and when each leaves.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lacre.wire.padding import UNIT, Shape, bucket, whole_units
 
 Headers = Sequence[tuple[str, str]]
 
-# The record that ends a stream carries a receipt of some 500 bytes, whose digits must not decide between one unit and two.
+# The last record of a stream carries a receipt of some 500 bytes, whose digits must not decide between one unit and two.
 END: Final = 2 * UNIT
-# A record of this size is not outdone by an event with 20 logprobs. Beyond it a single large event (a whole tool call) does not
-# make all those after it as large.
+# An event with 20 logprobs fits into a record of this size. The limit keeps one large event (a whole tool call) from making all
+# later ones as large.
 LARGEST_FLOOR: Final = 8 * UNIT
 
 _WITHOUT_CONTENT: Final = (204, 205, 304)  # RFC 9110; 204 tells readers of event streams not to come back
@@ -46,7 +46,7 @@ class Records(Protocol):
     def data(self, piece: bytes) -> bytes: ...
 
     def end(self, piece: bytes, trailers: Headers) -> Iterator[bytes]:
-        """piece: the last of the body. What comes last belongs into the final chunk."""
+        """piece: the last of the body. The last bytes returned belong into the final chunk."""
 
 
 def records(shape: Shape) -> Records:
@@ -55,7 +55,7 @@ def records(shape: Shape) -> Records:
 
 
 class _Bare:
-    """The shape `none`: pieces as they come."""
+    """The shape `none`: pieces as they arrive."""
 
     def __init__(self) -> None:
         self._encoder = bhttp.ResponseEncoder()
@@ -71,7 +71,7 @@ class _Bare:
 
 
 class _Padded:
-    """The shape `pad`: the head says which of the two ways it is."""
+    """The shape `pad`: the head decides between the two ways."""
 
     def __init__(self) -> None:
         self._encoder = bhttp.ResponseEncoder()
@@ -91,7 +91,7 @@ class _Padded:
 
 
 def _may_be_filled(status: int, headers: Headers) -> bool:
-    """Whether there is a body, and it is an event stream in the clear, of a length that was not announced."""
+    """Whether there is a body, and it is an uncompressed event stream of unannounced length."""
     if status in _WITHOUT_CONTENT:
         return False
     values = dict(headers)
@@ -100,12 +100,12 @@ def _may_be_filled(status: int, headers: Headers) -> bool:
 
 
 class _Events:
-    """An event stream: each record is filled up by a comment line."""
+    """An event stream: a comment line pads each record."""
 
     def __init__(self, encoder: bhttp.ResponseEncoder) -> None:
         self._encoder = encoder
         self._sent = b"\n\n"  # the last bytes of the body; its beginning is like the end of an event
-        self._line = b""  # begun, not ended
+        self._line = b""  # an unfinished line
         self._floor = UNIT
 
     def begin(self, head: bytes) -> bytes:
@@ -126,11 +126,11 @@ class _Events:
 
     def end(self, piece: bytes, trailers: Headers) -> Iterator[bytes]:
         encoded = self._encoder.data(self._line + piece) + self._encoder.end(trailers)
-        # `[DONE]` and a receipt fit; an app that ends with more is treated like one that sends it as a whole.
+        # `[DONE]` and a receipt fit; an app that ends with more is treated like one that sends its answer as a whole.
         yield encoded.ljust(END if len(encoded) <= END else whole_units(bucket(len(encoded))), b"\0")
 
     def _filled(self, content: bytes, before: int = 0) -> bytes:
-        """One BHTTP chunk with `content` and a comment, that makes whole units together with `before` bytes."""
+        """One BHTTP chunk with `content` and a comment; together with `before` bytes it makes whole units."""
         size = max(self._floor, whole_units(before + len(content)))
         while (filler := _filler(size - before, len(content), self._ending(content))) is None:
             size += UNIT
@@ -138,14 +138,14 @@ class _Events:
         return self._encoder.data(content + filler)
 
     def _ending(self, content: bytes) -> bytes:
-        """What a comment ends with after `content`. An empty line would end an event that is under way; where none is, it tells
-        readers that look for empty lines alone that the comment is over.
+        """How a comment after `content` ends. Within an event, an empty line would end the event. Between events, it tells
+        readers that look only for empty lines that the comment is over.
         """
         return b"\n\n" if (self._sent + content[-4:]).endswith(_EVENT_ENDS) else b"\n"
 
 
 def _filler(size: int, length: int, ending: bytes) -> bytes | None:
-    """The comment that makes a chunk of `length` bytes one of `size`, with its prefix; None where none does."""
+    """The comment that grows a chunk of `length` bytes, with its prefix, to `size`; None if no comment fits."""
     missing = _content_of(size) - length
     if missing == 0 and length:
         return b""
@@ -165,7 +165,7 @@ class _Whole:
     def __init__(self, encoder: bhttp.ResponseEncoder) -> None:
         self._encoder = encoder
         self._waiting = bytearray()
-        self._length = 0  # of what has left
+        self._length = 0  # bytes that have left
 
     def begin(self, head: bytes) -> bytes:
         return self._full_records(head)

@@ -1,14 +1,14 @@
-"""Puts zeros where a secret was, so that it does not linger in freed memory.
+"""Overwrites a secret with zeros, so that it does not stay in freed memory.
 
-What a library hands out as `bytes` cannot be changed by Python's own means: others may share it. Rule: only its first owner
-overwrites it, one who just got it from the operating system, a hash or a serializer and passed it to nobody that keeps it.
+Python's own means cannot change a library's `bytes`, because others may share them. Rule: only the first owner overwrites them.
+It just got them from the operating system, a hash or a serializer, and passed them to nothing that keeps them.
 """
 
 from __future__ import annotations
 
 import ctypes
 
-_SHARED = 1  # bytes: CPython keeps one object for each value as short as this
+_SHARED = 1  # bytes: CPython shares one object for each value this short
 
 
 def overwrite(secret: bytes | bytearray) -> None:
