@@ -175,7 +175,7 @@ class Issuer(Table):
 
 
 class GatewayLimits(Table):
-    """What one gateway process takes on. Times in seconds, sizes in bytes.
+    """The limits of one gateway process. Times in seconds, sizes in bytes.
 
     body_bytes: of sealed bodies that it holds at once; handing one on costs up to three times its bytes, and the Helm chart
     gives a gateway 1 GiB. body_bytes_per_subject: of these, of one caller.

@@ -80,7 +80,7 @@ class ProxyAccess:
     def on(
         cls, port: int, key: str, *, names: Sequence[str] = (), origins: Sequence[str] = (), listening: str = "127.0.0.1"
     ) -> ProxyAccess:
-        """names: what this machine is called, beside loopback's own names. listening: the socket's address.
+        """names: of this machine, beside loopback's own names. listening: the socket's address.
 
         Raises UsageError for an invalid key. Raises SettingsError for a name that cannot be a `Host`, or an origin that no
         browser sends.

@@ -30,7 +30,7 @@ _KEPT: Final = "the checkpoint kept elsewhere"
 
 @dataclass(slots=True)
 class AuditResult:
-    """What was found. under_way: intents without an outcome since the last start; they may still get one.
+    """The result. under_way: intents without an outcome since the last start; they may still get one.
 
     anchored: the size of the largest kept checkpoint that the log agrees with; None if none was given. torn: bytes of an
     unfinished commit at the end of the journal; no answer depended on it.
@@ -55,7 +55,7 @@ class AuditResult:
 
 
 def verify(folder: Path, key: bytes | None = None, kept: Sequence[bytes] = ()) -> AuditResult:
-    """key: the gateway's, where it is known apart from the log. kept: checkpoints (signed notes) that were kept elsewhere.
+    """key: the gateway's, if it is known apart from the log. kept: checkpoints (signed notes) that were kept outside it.
 
     Raises SettingsError if the folder is not a log or cannot be read.
     """

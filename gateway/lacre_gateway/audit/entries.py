@@ -113,7 +113,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdminIntent:
-    """What somebody wanted done to the gateway itself, and whether they may. What came of it is an event of the same `actor`.
+    """A requested action on the gateway itself, and whether the caller may do it. Its result is an event of the same `actor`.
 
     target: of the action, such as a subject. actor, in events: `<tenant>/<subject>`.
     """

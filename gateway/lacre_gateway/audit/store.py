@@ -207,7 +207,7 @@ def _cut(first: int, row: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes
 
 
 def _locked(folder: Path) -> filelock.BaseFileLock:
-    """Raises OSError, or SettingsError where another process has the lock."""
+    """Raises OSError, or SettingsError if another process has the lock."""
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"audit: {folder} is a file: name a folder for the audit log")
     folder.mkdir(mode=0o700, exist_ok=True)

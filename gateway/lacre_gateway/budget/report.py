@@ -23,7 +23,7 @@ from lacre_gateway.budget.windows import label
 _LIMIT: Final = re.compile(r"([a-z-]+):(.*)/([a-z_]+)@([0-9]+)", re.DOTALL)
 _TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY})
 
-Place = tuple[str, LimitKind, int]  # the key of a budget, what is counted, and the window's number
+Place = tuple[str, LimitKind, int]  # the key of a budget, its kind, and the window's number
 Settled = Mapping[Place, Mapping[str, int]]  # by the holders of the leases
 
 

@@ -269,7 +269,7 @@ class Sealing:
                 self._missed_at = self._clock()
 
     def _refresh(self, call: CallState, *, beside: bool = False) -> Steps[None]:
-        """Fetches the manifest, unless that was done since the call took its own.
+        """Fetches the manifest, unless that happened after the call took its own.
 
         beside: an answer waits for it, so it is tried only once; see `Together`.
         """
@@ -308,7 +308,7 @@ class Sealing:
             self._fetches += 1
 
     def _proved(self, call: CallState, outer: Outer, sent: Mapping[str, object]) -> Steps[AuditProof]:
-        """The gateway's proof that it recorded what was sent, and for whom. Raises InvalidAudit.
+        """The gateway's proof that it recorded this request, and for which caller. Raises InvalidAudit.
 
         The gateway's key may have changed since the client learned the manifest. So the client fetches a newer one before it
         accuses the gateway.

@@ -1,4 +1,4 @@
-"""Locks between processes. The kernel drops a lock when its process ends, so none outlives a crash."""
+"""Locks between processes. The kernel drops a lock when its process ends, so no lock outlives a crash."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lacre.errors import SettingsError
 if TYPE_CHECKING:
     import filelock
 
-_LOOK: Final = 0.01  # seconds between looks at whether the lock is free
+_LOOK: Final = 0.01  # seconds between two tries to take the lock
 
 
 def take(path: Path, busy: str, patience: float = 0.0) -> filelock.BaseFileLock:
     """The lock of the file at `path`, held until its `release()`.
 
-    busy: what to say where another process or thread holds it. patience: seconds to wait. Raises SettingsError, or OSError.
+    busy: the error's text if another process or thread holds it. patience: seconds to wait. Raises SettingsError, or OSError.
     """
     lock = attempt(path, patience)
     if lock is None:
@@ -27,11 +27,11 @@ def take(path: Path, busy: str, patience: float = 0.0) -> filelock.BaseFileLock:
 
 
 def attempt(path: Path, patience: float = 0.0) -> filelock.BaseFileLock | None:
-    """None where another process or thread holds the lock. Raises OSError."""
-    import filelock  # noqa: PLC0415 - `import lacre` need not wait for it
+    """None if another process or thread holds the lock. Raises OSError."""
+    import filelock  # noqa: PLC0415 - keeps `import lacre` fast
 
-    # A soft lock outlives its process and would need breaking, so none is used. Removing the file would break the lock.
-    # thread_local: who closes a log is not always the thread that opened it.
+    # A soft lock would outlive its process, and someone would have to break it. Removing the file would break the lock.
+    # thread_local: the thread that closes a log is not always the one that opened it.
     lock = filelock.FileLock(
         path, patience, 0o600, thread_local=False, poll_interval=_LOOK, fallback_to_soft=False, preserve_lock_file=True
     )

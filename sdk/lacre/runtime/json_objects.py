@@ -1,4 +1,4 @@
-"""Reads bytes from elsewhere as one JSON object. What nests too deep for Python's reader is no JSON either."""
+"""Reads foreign bytes as one JSON object. Text that nests too deep for Python's reader does not count as JSON."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from lacre.errors import InvalidMessage
 def parse_object(data: bytes | bytearray | str, what: str, *, once: bool = False) -> dict[str, Any]:
     """Raises InvalidMessage, which calls the text `what` and does not repeat it.
 
-    once: refuse an object that names a member twice, at any depth. It says two things and so nothing: readers would differ
-    (RFC 8725 section 3.10).
+    once: refuse an object that repeats a member, at any depth: readers would differ (RFC 8725 section 3.10).
     """
     try:
         value = json.loads(data, object_pairs_hook=_unrepeated if once else None)
     except (ValueError, RecursionError) as exc:
-        raise InvalidMessage(f"{what} is not JSON" + (", or has a member twice" if once else "")) from exc
+        raise InvalidMessage(f"{what} is not JSON" + (", or repeats a member" if once else "")) from exc
     if not isinstance(value, dict):
         raise InvalidMessage(f"{what} is not a JSON object")
     return value
 
 
 def object_in(data: bytes | bytearray | str) -> dict[str, Any] | None:
-    """None where the text is no JSON object."""
+    """None if the text is not a JSON object."""
     try:
         return parse_object(data, "it")
     except InvalidMessage:

@@ -1,4 +1,4 @@
-"""Files for this user alone: 0600 from their first moment, written whole or not at all, refused where others can read them."""
+"""Files for this user alone: 0600 from the start, written whole or not at all, refused if others can read them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def opener(path: str, flags: int) -> int:
 
 
 def replace(path: Path, content: bytes | bytearray, discard: Callable[[Path], None] = Path.unlink) -> None:
-    """Puts a file of this content at `path`, in one step; a crash leaves the old one or the new. Raises OSError.
+    """Puts a file with this content at `path`, in one step; a crash leaves the old one or the new one. Raises OSError.
 
-    discard: removes what was begun and cannot be finished.
+    discard: removes an unfinished file.
     """
     new = _begin(path, content, discard)
     try:
@@ -35,7 +35,7 @@ def replace(path: Path, content: bytes | bytearray, discard: Callable[[Path], No
 
 
 def create(path: Path, content: bytes | bytearray, discard: Callable[[Path], None] = Path.unlink) -> None:
-    """As `replace`, but only where nothing is at `path`. Raises FileExistsError, or another OSError.
+    """As `replace`, but only if nothing is at `path`. Raises FileExistsError, or another OSError.
 
     Of several processes that start at once, one wins, and all others can then read the file whole.
     """
@@ -59,7 +59,7 @@ def _begin(path: Path, content: bytes | bytearray, discard: Callable[[Path], Non
     except BaseException as exc:
         discard(new)
         if isinstance(exc, OSError) and exc.filename is None:
-            exc.filename = str(path)  # a failed write does not say by itself which file it was
+            exc.filename = str(path)  # a failed write does not name its file
         raise
     return new
 
@@ -75,7 +75,7 @@ def write_all(file: FileIO, content: bytes | bytearray) -> None:
 
 def sync_folder(path: Path) -> None:
     """Puts the names in a folder onto the disk, where the system can. Raises OSError."""
-    if os.name == "nt":  # a folder cannot be opened there
+    if os.name == "nt":  # Windows cannot open a folder
         return
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
