@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import lacre
+from parts.npm import install
 
 ROOT = Path(__file__).resolve().parent.parent
 SDK = ROOT / "sdk"
@@ -70,8 +71,7 @@ def test_mypy_accepts_what_applications_write() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(NODE is None or NPM is None, reason="node and npm are not installed")
 def test_pyright_does_too() -> None:
-    if not (TYPING / "node_modules").is_dir():
-        subprocess.run([str(NPM), "ci"], cwd=TYPING, check=True, capture_output=True)
+    install(TYPING)
     assert "://" not in (TYPING / "package-lock.json").read_text()
     command = [str(NODE), "node_modules/pyright/index.js", "--pythonpath", sys.executable]
     done = subprocess.run(command, check=False, cwd=TYPING, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ecosystem.conftest import settings
+from parts.npm import install
 from parts.up import LACRE, Up
 
 FOLDER = Path(__file__).resolve().parent / "node"
@@ -37,8 +38,7 @@ def proxy(up: Up) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def packages() -> None:
-    if not (FOLDER / "node_modules").is_dir():
-        subprocess.run([str(NPM), "ci"], cwd=FOLDER, check=True, capture_output=True)
+    install(FOLDER)
 
 
 @pytest.mark.skipif(NODE is None or NPM is None, reason="node and npm are not installed")

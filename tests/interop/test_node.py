@@ -29,6 +29,7 @@ from lacre.trust.manifest import Manifest
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from parts.chat_app import ChatApp
 from parts.live import Gateway, serving
+from parts.npm import install
 from parts.relay import Relay, served
 
 HERE = Path(__file__).resolve().parent
@@ -41,9 +42,7 @@ pytestmark = pytest.mark.skipif(NODE is None or NPM is None, reason="node and np
 
 @pytest.fixture(scope="session", autouse=True)
 def packages() -> None:
-    if not (HERE / "node_modules").is_dir():
-        done = subprocess.run([str(NPM), "ci"], cwd=HERE, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    install(HERE)
 
 
 def node(*args: str) -> subprocess.CompletedProcess[str]:

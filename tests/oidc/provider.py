@@ -20,13 +20,6 @@ SECRET = "a secret of this test alone"
 ALGORITHMS = ("ES256", "RS256", "EdDSA")
 
 
-def install() -> None:
-    """The packages of the lock file, where they are not there yet."""
-    if not (HERE / "node_modules").is_dir():
-        done = subprocess.run([str(NPM), "ci"], cwd=HERE, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-
 @dataclass
 class Provider:
     """A running provider. kids: of the keys in its set, the ones that it signs with first."""

@@ -13,9 +13,10 @@ import jwt
 import pytest
 
 import lacre
-from oidc.provider import ALGORITHMS, NODE, NPM, SECRET, Provider, install
+from oidc.provider import ALGORITHMS, HERE, NODE, NPM, SECRET, Provider
 from parts.chat_app import ChatApp
 from parts.cluster import Cluster
+from parts.npm import install
 
 CLIENTS = 6  # two for each algorithm
 
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.skipif(NODE is None or NPM is None, reason="node and n
 
 @pytest.fixture(scope="session")
 def packages() -> None:
-    install()
+    install(HERE)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from parts.npm import install
 from parts.up import Up
 
 FOLDER = Path(__file__).resolve().parents[1] / "interop"
@@ -20,8 +21,7 @@ pytestmark = pytest.mark.skipif(NODE is None or NPM is None, reason="node and np
 
 @pytest.mark.parametrize(("kem", "label"), [("xwing", "MLKEM768-X25519"), ("x25519", "X25519")])
 def test_a_sealed_streaming_chat(up: Up, kem: str, label: str) -> None:
-    if not (FOLDER / "node_modules").is_dir():
-        subprocess.run([str(NPM), "ci"], cwd=FOLDER, check=True, capture_output=True)
+    install(FOLDER)
     environment = os.environ | {"LACRE_URL": up.url, "LACRE_TOKEN": up.token}
     command = [str(NODE), "client.mjs", "--kem", kem, "--max-tokens", "64", "Tell me a long story about the sea."]
     done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True, timeout=100, check=False)
