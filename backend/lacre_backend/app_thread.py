@@ -1,13 +1,13 @@
-"""An ASGI app on an event loop of its own, in a thread of its own.
+"""Runs an ASGI app in its own thread, on its own event loop.
 
-The node's loop sends the beats by which a gateway tells a busy worker from a dead one. What an app does between two awaits
-(parsing a body of megabytes, rendering a template, compiling a grammar) must not hold them up, nor may what decodes: only the
-app's events cross into the node's loop, and nothing of the app runs there.
+The node's loop sends the beats by which a gateway tells a busy worker from a dead one. An app may block its loop: it parses
+megabytes, renders templates or compiles grammars. That must delay neither the beats nor the thread that decodes. So only the
+app's events cross into the node's loop, and none of its code runs there.
 
 Rules:
-- An app is at most `AHEAD` events ahead of the node: what slows the node's reader down slows the app down.
-- A call that is cancelled here is cancelled there.
-- What every app asks for first, its request, goes over with the call: to ask for it would take a turn of both threads.
+- An app is at most `AHEAD` events ahead of the node, so a slow reader of the node slows the app down.
+- Cancelling a call here cancels it there.
+- The first message of each call, its request, is passed along with the call. Fetching it would take a turn of both threads.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lacre.asgi import App, Message, Receive, Scope, Send
 from lacre.runtime import tasks
 
 CLOSE_LIMIT: Final = 2 * tasks.END_LIMIT  # seconds: for its calls to end, and for what they left in threads
-AHEAD: Final = 8  # events that have crossed and were not taken: each wakes the other side up less often
+AHEAD: Final = 8  # events passed and not yet taken: fewer would wake the other side more often
 
 
 class Elsewhere:
-    """app: what runs in the other thread. It is an ASGI app itself. `close` it when nothing calls it any more."""
+    """app: runs in the other thread. This class is an ASGI app itself. `close` it when nothing calls it any longer."""
 
     def __init__(self, app: App, name: str = "app") -> None:
         self._app = app
@@ -37,16 +37,16 @@ class Elsewhere:
 
     @property
     def died(self) -> bool:
-        """Whether its thread ended by itself: no call is answered any more."""
+        """Whether its thread ended unexpectedly. It answers no call any longer."""
         return self._thread.died is not None
 
     @property
     def stuck(self) -> bool:
-        """What blocks the app's loop is its own affair: whoever waits for it has limits."""
+        """Always False: callers limit how long they wait for a blocked app."""
         return False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises TaskDied where nothing can answer any more."""
+        """Raises TaskDied if the thread has died."""
         self._thread.check()
         self._thread.check()
         crossing = _Crossing(self._loop, receive, await receive())
@@ -84,17 +84,17 @@ class Elsewhere:
 
 
 class _Crossing:
-    """The events of one call, from the app's loop (`there`) to the node's (`here`). Made in the node's."""
+    """The events of one call, from the app's loop (`there`) to the node's (`here`). Create it in the node's loop."""
 
     def __init__(self, there: asyncio.AbstractEventLoop, receive: Receive, first: Message) -> None:
-        """first: what `receive` gave already."""
+        """first: the message that `receive` has already returned."""
         self._here, self._there = asyncio.get_running_loop(), there
         self._receive = receive
         self._first: Message | None = first
         self._messages: deque[Message | None] = deque()
-        self._came = asyncio.Event()  # the node's
-        self._ahead = 0  # the app's
-        self._room = asyncio.Event()  # the app's
+        self._came = asyncio.Event()  # used in the node's loop
+        self._ahead = 0  # used in the app's loop
+        self._room = asyncio.Event()  # used in the app's loop
 
     # In the node's loop
 
@@ -112,7 +112,7 @@ class _Crossing:
         self._messages.append(message)
         self._came.set()
 
-    # In the app's
+    # In the app's loop
 
     async def send(self, message: Message) -> None:
         self._ahead += 1
@@ -131,13 +131,13 @@ class _Crossing:
         self._here.call_soon_threadsafe(self._put, None)
 
     def _taken(self) -> None:
-        """All that had crossed was taken; what crosses now is counted anew."""
+        """Everything passed was taken: starts the count again."""
         self._ahead = 0
         self._room.set()
 
 
 async def _result(call: concurrent.futures.Future[None]) -> None:
-    """A call that the other thread gave up failed. Only one that was cancelled here is cancelled here."""
+    """Waits for a call. A call that the other thread cancelled has failed; only a cancellation from here is a cancellation."""
     try:
         await asyncio.wrap_future(call)
     except asyncio.CancelledError:

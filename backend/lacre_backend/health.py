@@ -1,10 +1,10 @@
-"""How a worker is, in a file: it has no port that could be asked.
+"""A worker's state in a file, because it has no port to ask.
 
     python -m lacre_backend.health --settings FILE [--ready]
 
-looks at the file that the settings name as `health`. The worker writes it anew each second, from the loop that takes work: a
-file that has grown old means a process that stands still. Without `--ready` that alone counts, and is what to restart a
-container by. With it the worker must also be connected, and not drain.
+It reads the file that the settings name as `health`. The worker rewrites it each second, from the loop that takes work. So an
+old file means a process that is stuck. Without `--ready` only the age counts: use this to decide about a container's restart.
+With `--ready` the worker must also be connected and not draining.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from lacre.errors import SettingsError
 from lacre_backend.settings import load
 
 EVERY: Final = 1.0  # seconds
-STALE: Final = 10.0  # seconds: a machine under load is late, and is not restarted for it
+STALE: Final = 10.0  # seconds: a machine under load may be late, and must not be restarted for it
 READY: Final = "ready"
 
 
 async def tell(path: Path, state: Callable[[], str]) -> None:
-    """Writes what `state` says into the file, each second, until cancelled. A full disk makes it old, and ends nothing."""
+    """Writes the result of `state` into the file each second, until cancelled. On a full disk the file gets old, and nothing
+    else happens.
+    """
     try:
         while True:
             with suppress(OSError):
@@ -38,7 +40,7 @@ async def tell(path: Path, state: Callable[[], str]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """The next process must not seem ready before it is."""
+    """Removes the file, so that the next process does not seem ready too early."""
     path.unlink(missing_ok=True)
 
 
@@ -49,23 +51,23 @@ def _write(path: Path, text: str) -> None:
 
 
 def wrong_with(path: Path, now: float, *, ready: bool) -> str | None:
-    """None where all is well; otherwise what is not. now: seconds since the epoch."""
+    """None if all is well; otherwise the fault. now: seconds since the epoch."""
     try:
         age, state = now - path.stat().st_mtime, path.read_text()
     except OSError as exc:
         return f"{path}: {exc.strerror}: the worker has not started"
     if age > STALE:
-        return f"the worker has stood still for {age:.0f} s"
+        return f"the worker has been stuck for {age:.0f} s"
     if ready and state != READY:
         return state
     return None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0 for yes, 1 for no, with a line on stderr that says why."""
-    parser = argparse.ArgumentParser(prog="lacre_backend.health", description="Look how the worker on this machine is.")
+    """The exit status: 0 for healthy, 1 otherwise, with the reason on stderr."""
+    parser = argparse.ArgumentParser(prog="lacre_backend.health", description="Check the state of the worker on this machine.")
     parser.add_argument("--settings", type=Path, required=True, help="the worker's settings file")
-    parser.add_argument("--ready", action="store_true", help="ask whether it can take work")
+    parser.add_argument("--ready", action="store_true", help="also check that it can take work")
     chosen = parser.parse_args(arguments)
     try:
         path = load(chosen.settings).health

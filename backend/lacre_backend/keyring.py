@@ -1,11 +1,11 @@
-"""The pool's private keys that this worker holds: what is in their folder, no more and no less.
+"""The pool's private keys of this worker: exactly those in the pool's key folder.
 
 Rules:
-- A key that appears in the folder is taken up, before anybody seals to it: presence tells which keys are held.
-- A key that disappears from it is destroyed here too: its secret is overwritten in this process's memory.
-- A folder that cannot be read, or has no key at all, is a fault and no order: what is held is kept, and the log says so.
-- A key that is held stays held when the key management service that wrapped it does not give it any more: until the next start,
-  which then fails. To end it at once, take its file away.
+- A key that appears in the folder is loaded before any client seals to it: presence announces the loaded keys.
+- A key that disappears is destroyed here too: its secret is overwritten in this process's memory.
+- A folder that cannot be read or has no key is a fault, not an order. Loaded keys stay, and the fault is logged.
+- A loaded key stays when the KMS that wrapped it no longer releases it. The next start then fails. To end it at once, remove
+  its file.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lacre_fabric.keys import pool_keys
 from lacre_fabric.keys.kms import KmsError
 from lacre_fabric.keys.kms.wrapping import Keeping
 
-LOOK: Final = 1.0  # seconds between looks into the folder
-AGAIN: Final = 30.0  # seconds until a service that refused a key is asked once more: a right may come late
+LOOK: Final = 1.0  # seconds between checks of the folder
+AGAIN: Final = 30.0  # seconds until a KMS that refused a key is asked again: a permission may come late
 
 log = structlog.get_logger("lacre.keys")
 
-_Stamp = tuple[int, int, int, int]  # of a file: another one means other content, or other rights
+_Stamp = tuple[int, int, int, int]  # of a file: another one means other content or permissions
 
 
 @dataclass(frozen=True, slots=True)
 class _Refused:
-    """A file that could not be used as it was, why, and until when (monotonic) it is left alone like that."""
+    """A file that could not be used, why, and until when (monotonic) it is not tried again unless it changes."""
 
     stamp: _Stamp
     kind: type[LacreError]
@@ -45,8 +45,8 @@ class _Refused:
 
 
 class KeyRing:
-    """Raises SettingsError where the folder holds no key, or one that cannot be read, to begin with; KmsError for one that the
-    key management service does not unwrap. again: seconds until one that it refused later on is asked for once more.
+    """Raises SettingsError if the folder has no key at the start, or one that cannot be read; KmsError if the KMS does not
+    unwrap a key. again: seconds until a key that the KMS refused later is tried again.
     """
 
     def __init__(self, folder: Path, keeping: Keeping = pool_keys.AS_THEY_ARE, *, again: float = AGAIN) -> None:
@@ -58,7 +58,7 @@ class KeyRing:
         for path, stamp in _stamps(folder).items():
             self._keep(path, stamp, pool_keys.read(path, keeping))
         if not self._keys:
-            raise SettingsError(f"{folder} holds no pool key: `lacre keys init` makes one")
+            raise SettingsError(f"{folder} holds no pool key: create one with `lacre keys init`")
 
     @property
     def keys(self) -> Mapping[int, PrivateKey]:
@@ -68,21 +68,21 @@ class KeyRing:
         return tuple(fingerprint(key.config) for key in self._keys.values())
 
     def reload(self) -> bool:
-        """Looks into the folder. Whether a key was taken up."""
+        """Checks the folder. Returns whether a key was loaded."""
         taken_up = [self._take_up(path, stamp, self._read(path)) for path, stamp in self._changes()]
         return any(taken_up)
 
     async def look(self) -> None:
-        """`reload`, but for the waiting: a key management service takes its time, and answers under way go on meanwhile."""
+        """As `reload`, but without blocking: a KMS is slow, and answers in progress continue meanwhile."""
         for path, stamp in self._changes():
             self._take_up(path, stamp, await asyncio.to_thread(self._read, path))
 
     def _changes(self) -> list[tuple[Path, _Stamp]]:
-        """The files to read. Lets go of keys whose files are gone."""
+        """The files to read. Destroys keys whose files are gone."""
         stamps = _stamps(self._folder)
         if not stamps:
             if not self._empty:
-                log.warning("keys.folder_empty", remedy="put the pool's keys back: those that are held go on")
+                log.warning("keys.folder_empty", remedy="put the pool's keys back: loaded keys stay in use")
             self._empty = True
             return []
         self._empty = False
@@ -123,10 +123,10 @@ class KeyRing:
         return True
 
     def _set_back(self, path: Path, stamp: _Stamp, why: LacreError) -> None:
-        """A file that cannot be used is looked at again when it changed; where a service is asked for it, after a while too."""
+        """Schedules the next try of an unusable file: when it changes, or if a KMS is involved, after a while."""
         before = self._refused.get(path)
         if before is None or before.stamp != stamp or before.kind is not type(why):
-            remedy = why.remedy if isinstance(why, KmsError) else "see that the worker may read the pool's keys"
+            remedy = why.remedy if isinstance(why, KmsError) else "check that the worker may read the pool's keys"
             log.warning("key.unreadable", kind=type(why).__name__, remedy=remedy)
         wait = math.inf if self._keeping.kms is None else self._again
         if isinstance(why, KmsError) and why.retryable:
@@ -152,6 +152,6 @@ def _stamps(folder: Path) -> dict[Path, _Stamp]:
         try:
             status = path.stat()
         except OSError:
-            continue  # gone between two looks
+            continue  # removed since the folder was listed
         stamps[path] = (status.st_mtime_ns, status.st_ino, status.st_size, status.st_mode)
     return stamps

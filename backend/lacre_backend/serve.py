@@ -1,4 +1,4 @@
-"""The worker process: loads the models, joins the fabric and runs the node until SIGTERM, then drains."""
+"""The worker process: loads the models, joins the fabric, runs the node until SIGTERM, then drains."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = structlog.get_logger("lacre.worker")
 
 
 async def serve(settings: WorkerSettings) -> None:
-    """Raises SettingsError, KmsError or FabricUnavailable where it cannot start, and TaskDied where a part of it died."""
+    """Raises SettingsError, KmsError or FabricUnavailable if it cannot start, and TaskDied if a part of it died."""
     logs.configure(sys.stderr)
     await tasks.run(_serve(settings))
 
@@ -56,8 +56,8 @@ async def _serve(settings: WorkerSettings) -> None:
         stack.callback(keys.close)
         credential = Credential.load(settings.nats.credentials)
         serving = served(settings, stack)
-        await keys.look()  # loading a model takes its time; presence must not begin with keys of before
-        claims: list[Part] = []  # known once there is a connection
+        await keys.look()  # loading a model takes time; the first presence must announce current keys
+        claims: list[Part] = []  # set once there is a connection
         readiness = Readiness(
             partial(_holding, settings.pool, serving.names, keys, raw_public_key(receipt_key)),
             [*serving.parts, lambda: claims[0]() if claims else None],
@@ -106,20 +106,20 @@ def _holding(pool: str, models: Sequence[str], keys: KeyRing, receipt_key: bytes
 
 
 def _state(fabric: NatsWorker, readiness: Readiness, running: tasks.Background) -> str:
-    """What `health` tells: that this worker takes work, or why it does not."""
+    """The state in the health file: that this worker takes work, or why it does not."""
     if not running.alive:
         return "draining"
     if not fabric.connection.connected:
-        return "not connected to the message server"
+        return "not connected to the NATS server"
     return health.READY if readiness.models() else "; ".join(reason.detail for reason in readiness.reasons())
 
 
 @dataclass(frozen=True, slots=True)
 class ServedApp:
-    """What answers: under which names, how many sequences at a time, and which actions it may begin before their claim.
+    """The app with its model names, its parallel sequences, and the actions that it may start before their claim.
 
-    each: of the slots, how many each model may have. weighs: actions of which the app says how many sequences a request is.
-    parts: what tells whether it can work. watched: what has to look at something for that.
+    each: slots by model. weighs: actions for which the app reports the number of sequences. parts: report whether it can work.
+    watched: background checks for that.
     """
 
     app: Elsewhere
@@ -133,14 +133,14 @@ class ServedApp:
 
 
 def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
-    """It ends with `stack`. Raises SettingsError."""
+    """The app and its parts, closed with `stack`. Raises SettingsError."""
     if settings.upstream is not None:
         app, probe = Elsewhere(upstream.create_app(settings.upstream), "upstream"), Probe(settings.upstream)
         stack.callback(app.close)
         stack.push_async_callback(probe.close)
         names = [model.name for model in settings.upstream.models]
         parts = (alive(app), probe.reason)
-        # What another program does is never done twice.
+        # Another program's actions must never run twice.
         return ServedApp(app, names, settings.forwarded, frozenset(), parts, (probe,))
     _check_names(settings.models)
     engines = [load_engine(model) for model in settings.models]
@@ -155,25 +155,27 @@ def served(settings: WorkerSettings, stack: AsyncExitStack) -> ServedApp:
 
 
 def _check_names(models: Sequence[ModelSettings]) -> None:
-    """Raises SettingsError where two have one id: a caller of it would get either."""
+    """Raises SettingsError if two models share an id: a caller could get either."""
     known: dict[str, ModelSettings] = {}
     for model in models:
         name = model.name or (DEFAULT_MODEL if model.path is None else from_file(model.path))
         other = known.setdefault(name, model)
         if other is not model:
             both = " and ".join(str(one.path or "the default model") for one in (other, model))
-            raise SettingsError(f"models.name: {both} have one id, {name}: set `name` of one of them to another")
+            raise SettingsError(f"models.name: {both} share the id {name}: set another `name` for one of them")
 
 
 def _looking(keys: KeyRing, kept: Keeping) -> Callable[[], bool]:
-    """What a node asks before a key id counts as unknown. A key management service is not waited for there: streams would
-    stall. Nobody seals to a key that this worker was not heard to hold, and `watch` takes it up.
+    """What the node calls before a key id counts as unknown. With a KMS it does nothing, because waiting for it would stall
+    streams.
+
+    No client seals to a key that this worker has not announced, and `watch` loads it later.
     """
     return keys.reload if kept.kms is None else lambda: False
 
 
 async def _signalled() -> None:
-    """Until SIGTERM or SIGINT."""
+    """Waits for SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -181,9 +183,9 @@ async def _signalled() -> None:
 
 
 def load_engine(model: ModelSettings) -> LlamaEngine | LlamaEmbedder:
-    """The engine that the file is for. Raises SettingsError for one that is missing, not GGUF too large, or whose tokenizer
-    does not stand its trial.
-    """  # fmt: skip
+    """The engine for a model's file. Raises SettingsError if the file is missing, not GGUF or too large, or if its tokenizer
+    fails its trial.
+    """
     file = find(model.path, model.name)
     tokenizer = Tokenizer(file.path)  # before anything here reads the vocabulary
     try:
@@ -195,7 +197,7 @@ def load_engine(model: ModelSettings) -> LlamaEngine | LlamaEmbedder:
 
 
 def options(model: ModelSettings) -> LlamaSettings:
-    """A model's table, in the engine's words."""
+    """A model's table as the engine's settings."""
     return LlamaSettings(
         n_ctx=model.context,
         threads=model.threads,

@@ -14,35 +14,35 @@ from lacre_fabric.keys.kms import PLAIN
 from lacre_fabric.settings import FilePath, KmsAddress, ModelName, Name, Nats, RootKey, Seconds, Table
 from lacre_fabric.settings import load as load_table
 
-_FORWARDED: Final = 8  # requests at a time where the settings do not say; what the upstream can take is its operator's to know
+_FORWARDED: Final = 8  # parallel requests by default; only the operator knows what the upstream can take
 
 
 class ModelSettings(Table):
-    """A model to serve. path: a GGUF file; the default model where left out. name: its id; from the file's where left out."""
+    """A model to serve. path: a GGUF file; default: the default model. name: its id; default: derived from the file name."""
 
     path: FilePath | None = None
     name: ModelName | None = None
-    # Left out, these are derived from the model and the machine; `lacre worker tune` measures the last four.
+    # By default these are derived from the model and the machine. `lacre worker tune` measures the last four.
     context: PositiveInt | None = None  # tokens of one request
-    beyond_training: bool = False  # whether that may be more than the file says it was trained for
+    beyond_training: bool = False  # whether the context may exceed the length that the model was trained for
     cells: PositiveInt | None = None  # tokens of all requests, in a unified cache
     slots: PositiveInt | None = None  # requests at a time
     threads: PositiveInt | None = None
     flash: bool | None = None  # flash attention
-    unified: bool = False  # one cache for all slots in place of one each
-    gpu_layers: Annotated[int, Field(ge=-1)] = -1  # layers to put on a GPU; -1 for all
+    unified: bool = False  # one cache for all slots instead of one each
+    gpu_layers: Annotated[int, Field(ge=-1)] = -1  # layers on a GPU; -1: all
     split_mode: Literal["none", "layer", "row"] = "layer"  # how several GPUs share a model
     main_gpu: NonNegativeInt = 0
     tensor_split: tuple[Annotated[float, Field(ge=0)], ...] = ()
 
 
 class WorkerSettings(Table):
-    """The whole file. keys: the folder with the pool's private keys; receipt_key: an Ed25519 key in PEM. Either models or an
-    upstream, not both.
+    """The whole file. It has either models or an upstream, not both.
 
-    kms: the address of the key that wraps both, or "plain:" (see `lacre_fabric.keys.kms`). memory: the folder that remembers
-    the newest manifest seen; without one it is forgotten when the process ends.
-    health: the file that says each second how the worker is, for `python -m lacre_backend.health`.
+    - keys: the folder with the pool's private keys. receipt_key: an Ed25519 key in PEM.
+    - kms: the address of the key that wraps both, or "plain:" (see `lacre_fabric.keys.kms`).
+    - memory: the folder that remembers the newest manifest seen; without it, the process forgets it when it ends.
+    - health: the file to which the worker writes its state each second, for `python -m lacre_backend.health`.
     """
 
     pool: Name
@@ -56,18 +56,18 @@ class WorkerSettings(Table):
     nats: Nats
     models: tuple[ModelSettings, ...] = ()
     upstream: Upstream | None = None
-    slots: PositiveInt | None = None  # requests at a time; what the models take together, or 8 of an upstream, where left out
+    slots: PositiveInt | None = None  # parallel requests; default: what the models take together, or 8 for an upstream
     drain: Seconds = 30.0  # seconds that running requests have after SIGTERM
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> WorkerSettings:
         if bool(self.models) == (self.upstream is not None):
-            raise PydanticCustomError("served", "models: needs at least one entry, or a table [upstream] in place of them")
+            raise PydanticCustomError("served", "models: needs at least one entry, or a table [upstream] instead")
         return self
 
     @property
     def forwarded(self) -> int:
-        """Requests at a time, of an upstream."""
+        """Parallel requests to an upstream."""
         return self.slots or _FORWARDED
 
     @property

@@ -1,12 +1,13 @@
-"""A process's log: JSON lines by structlog, of allow-listed fields only.
+"""A process's log: JSON lines from structlog, with allow-listed fields only.
 
 Rules:
-- A field that is not in `FIELDS` is dropped, whatever it holds; so is a value that is not a number, text or truth value.
-- Events are constants of the code. What varies goes into a field.
-- Of other libraries' records (uvicorn, nats) the constant format string is logged and never its arguments; of an exception its
-  type and the places in the code, never its text. asyncio writes both into the message itself: of that, the beginning.
-- Of background work that died (`lacre.runtime.tasks`), the whole traceback is logged: every frame and every cause, and no
-  text either.
+- A field that is not in `FIELDS` is dropped. So is a value that is not a number, text or truth value.
+- Events are constants in the code. Variable data goes into fields.
+- Records of other libraries (uvicorn, nats) log their constant format string, never the arguments. An asyncio record logs only
+  the beginning, because asyncio formats arguments into its messages.
+- An exception logs its type and places in the code, never its text.
+- A background task that died (`lacre.runtime.tasks`) logs its whole traceback: every frame and every cause, but no exception
+  texts.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ FIELDS: Final = frozenset({
     "node", "key_id", "issuer", "gateway", "process", "task", "traceback", "number",
 })  # fmt: skip
 MAX_TEXT: Final = 256
-MAX_TRACEBACK: Final = 16 * 1024  # characters: some hundred frames, and a recursion error does not fill a disk
+MAX_TRACEBACK: Final = 16 * 1024  # characters: about a hundred frames; a recursion error must not fill a disk
 _FRAMES: Final = 6
-_VALUES: Final = re.compile(r"[(<\n].*", re.DOTALL)  # of an asyncio message: where arguments, objects and exceptions begin
+_VALUES: Final = re.compile(r"[(<\n].*", re.DOTALL)  # where arguments, objects and exceptions begin in an asyncio message
 
 Log = structlog.typing.FilteringBoundLogger
 
 
 def make_log(stream: TextIO) -> Log:
-    """A log that writes to `stream`. It belongs to the app that it is given to; nothing global is configured."""
+    """A log that writes to `stream`. It belongs to one app; no global configuration changes."""
     log: Log = structlog.wrap_logger(
-        structlog.WriteLogger(stream),  # one write for a line
+        structlog.WriteLogger(stream),  # one write per line
         processors=PROCESSORS,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
@@ -53,7 +54,7 @@ def make_log(stream: TextIO) -> Log:
 
 
 def allow_list(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """The structlog processor that lets only known fields with plain values through."""
+    """The structlog processor that keeps only known fields with plain values."""
     return {name: _plain(name, value) for name, value in event.items() if name in FIELDS and isinstance(value, _PLAIN)}
 
 
@@ -79,10 +80,10 @@ PROCESSORS: Final[tuple[structlog.typing.Processor, ...]] = (
 
 
 class SafeFormatter(logging.Formatter):
-    """Renders a record of the standard library's logging by the same rules."""
+    """Formats records of the standard library's logging by the same rules."""
 
     def format(self, record: logging.LogRecord) -> str:
-        # A message that is no text is an object, such as an exception that was logged as it is: its type is all that is told.
+        # A message can be any object, for example an exception. Log only its type.
         text = record.msg if isinstance(record.msg, str) else type(record.msg).__name__
         event: dict[str, Any] = {
             "event": _VALUES.sub("", text) if record.name == "asyncio" else text,
@@ -93,7 +94,7 @@ class SafeFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             event |= places(record.exc_info[1])
         if record.name == tasks.LOGGER:
-            # The message is a constant and the work's name, and both are the code's own.
+            # The message is a constant plus the task's name. Both come from the code.
             event |= {"event": text.partition(":")[0], "task": getattr(record, "task", "")}
             if record.exc_info and record.exc_info[1] is not None:
                 event["traceback"] = whole(record.exc_info[1])
@@ -101,7 +102,7 @@ class SafeFormatter(logging.Formatter):
 
 
 def places(exc: BaseException) -> dict[str, str]:
-    """What may be logged of an exception: its type, and where it came from."""
+    """The loggable parts of an exception: its type and where it was raised."""
     frames = traceback.extract_tb(exc.__traceback__)[-_FRAMES:]
     return {
         "error": type(exc).__name__,
@@ -110,7 +111,7 @@ def places(exc: BaseException) -> dict[str, str]:
 
 
 def whole(exc: BaseException) -> str:
-    """The traceback of an exception and of what caused it, as Python prints it, but for the exceptions' texts."""
+    """The traceback of an exception and its causes as Python prints it, without the exceptions' texts."""
     parts: list[str] = []
     seen: set[int] = set()
     error: BaseException | None = exc
@@ -124,10 +125,10 @@ def whole(exc: BaseException) -> str:
 
 @contextmanager
 def last_words() -> Iterator[None]:
-    """What ends a process unforeseen is logged like any exception; Python's own traceback would end in its text.
+    """Logs an unexpected exception that ends the process. Python's own traceback would print the exception's text.
 
-    A LacreError passes: it was written for whoever started the process. So does an OSError about a named file: the command's
-    end explains it (`lacre.cli.ending`).
+    A LacreError passes: its text is meant for the operator. So does an OSError about a named file, which the command explains
+    at its end (`lacre.cli.ending`).
     """
     try:
         yield
@@ -138,13 +139,15 @@ def last_words() -> Iterator[None]:
             raise
         make_log(sys.stderr).error("crashed", **places(exc))
         raise SystemExit(1) from None
-    except Exception as exc:  # noqa: BLE001 - the end of the process: there is nobody left to raise it to
+    except Exception as exc:  # noqa: BLE001 - the process ends here: nothing is left to raise it to
         make_log(sys.stderr).error("crashed", **places(exc))
         raise SystemExit(1) from None
 
 
 def configure(stream: TextIO) -> None:
-    """For a process whose loggers are the fabric's and its own: structlog and the standard library's logging, to `stream`."""
+    """Configures structlog and the standard library's logging to write to `stream`. For a process that uses only the fabric's
+    and its own loggers.
+    """
     structlog.configure(
         processors=list(PROCESSORS),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

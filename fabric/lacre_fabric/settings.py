@@ -1,10 +1,10 @@
-"""Settings files (TOML) as frozen values that were checked whole: what the gateway's and the worker's have in common.
+"""Settings files (TOML), validated whole into frozen values: the parts that gateway and worker share.
 
 Rules:
-- A key that this version does not know is an error that names the nearest one it does: a misspelt limit is no limit.
-- Every error names the key and what to write there, and repeats no value.
-- Relative paths start at the folder of the settings file.
-- The file names keys and credentials by path; it holds none of them itself.
+- An unknown key is an error that names the nearest known key. A misspelt limit would otherwise be no limit.
+- Every error names the key and what to write there. It never repeats the value.
+- Relative paths start at the settings file's folder.
+- The file names keys and credentials by path. It contains none of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from lacre_fabric.nats import subjects
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work import model_names
 
-MAX_FILE: Final = 4 * 2**20  # bytes of a settings file: some ten thousand models or issuers; /dev/zero has no end
+# bytes of a settings file: enough for some ten thousand models or issuers; bounds a read of /dev/zero
+MAX_FILE: Final = 4 * 2**20
 _ROOT_BYTES: Final = 32  # an Ed25519 public key (RFC 8032)
 
 
@@ -57,7 +58,7 @@ def _root_key(value: str) -> str:
 
 
 def _has_port(parts: SplitResult) -> bool:
-    """Whether its port, where it has one, is one."""
+    """Whether the address has no port or a valid one."""
     try:
         return parts.port != 0
     except ValueError:
@@ -65,7 +66,7 @@ def _has_port(parts: SplitResult) -> bool:
 
 
 def _nats_urls(value: object) -> tuple[str, ...]:
-    """One address, or a list of those of a cluster."""
+    """One address, or a list of a cluster's addresses."""
     urls = tuple(_nats_url(url) for url in (value if isinstance(value, list) and value else [value]))
     if len({url.partition(":")[0] for url in urls}) > 1:
         raise PydanticCustomError("nats_url_mixed", "write tls:// before every address, or before none")
@@ -95,7 +96,7 @@ RootKey = Annotated[str, AfterValidator(_root_key)]
 KmsAddress = Annotated[str, AfterValidator(_kms_address)]
 ModelName = Annotated[str, Field(pattern=model_names.PATTERN)]
 Seconds = Annotated[float, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]  # what `subjects` takes as one token of a subject
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]  # `subjects` takes it as one token of a subject
 
 
 def _region_name(value: str) -> str:
@@ -115,7 +116,7 @@ class Table(BaseModel):
 
 
 class NatsServers(Table):
-    """The message servers: one address, or those of a cluster, and by what they are trusted."""
+    """The NATS servers: one address or a cluster's, and the certificates for TLS."""
 
     url: Annotated[tuple[str, ...], BeforeValidator(_nats_urls)]
     ca: FilePath | None = None
@@ -136,7 +137,7 @@ class NatsServers(Table):
 
 
 class Nats(NatsServers):
-    """The message fabric, and the file with this process's own credential. region: the NATS cluster that `url` names."""
+    """The NATS servers and the file with this process's credential. region: the NATS cluster that `url` points to."""
 
     credentials: FilePath
     region: Region = subjects.DEFAULT_REGION
@@ -150,29 +151,29 @@ def load(kind: type[T], path: Path) -> T:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE + 1)
-        text = content.decode("utf-8").removeprefix("\ufeff")  # as some editors begin a file
+        text = content.decode("utf-8").removeprefix("\ufeff")  # some editors write a byte order mark
     except OSError as exc:
         raise SettingsError(f"{path}: cannot read the settings file ({exc.strerror})") from exc
     except UnicodeDecodeError as exc:
         raise SettingsError(f"{path}: the settings file must be UTF-8") from exc
     if len(content) > MAX_FILE:
-        raise SettingsError(f"{path}: over {MAX_FILE} bytes are no settings file: name another")
+        raise SettingsError(f"{path}: larger than {MAX_FILE} bytes: this is not a settings file")
     return parse(kind, text, path)
 
 
 def parse(kind: type[T], text: str, path: Path) -> T:
-    """Checks the text of a settings file. path: its place, for messages and for relative paths. Raises SettingsError."""
+    """Checks the text of a settings file. path: its location, for messages and relative paths. Raises SettingsError."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise SettingsError(f"{path}: not TOML: {exc}") from exc
     except RecursionError as exc:
-        raise SettingsError(f"{path}: its arrays or tables are nested too deep: no setting needs that") from exc
+        raise SettingsError(f"{path}: its arrays or tables are nested too deeply; no setting needs that") from exc
     return validated(kind, values, path)
 
 
 def validated(kind: type[T], values: object, path: Path) -> T:
-    """Checks values that were parsed. path: as for `parse`. Raises SettingsError."""
+    """Checks parsed values. path: as for `parse`. Raises SettingsError."""
     try:
         return kind.model_validate(values, context={"folder": path.resolve().parent})
     except ValidationError as exc:
@@ -182,13 +183,13 @@ def validated(kind: type[T], values: object, path: Path) -> T:
 
 
 def _echoes(error: ErrorDetails, errors: list[ErrorDetails]) -> bool:
-    """Pydantic also calls a list too short when its only entry was refused."""
+    """Whether this is Pydantic's second error for one mistake: a list whose only entry is invalid is also "too short"."""
     place = error["loc"]
     return error["type"] == "too_short" and any(other["loc"][: len(place)] == place for other in errors if other is not error)
 
 
 def _explain(kind: type[Table], error: ErrorDetails) -> str:
-    # Pydantic adds the branch of a union to the place; the file knows nothing of those.
+    # Pydantic puts the branch of a union into the location; the settings file has no such level.
     place = [part for part in error["loc"] if not str(part).startswith(("dict[", "function-"))]
     key = ".".join(str(part) for part in place)
     if error["type"] == "extra_forbidden":
@@ -203,7 +204,7 @@ def _explain(kind: type[Table], error: ErrorDetails) -> str:
 
 
 def _known_keys(kind: type[BaseModel], place: Sequence[int | str]) -> list[str]:
-    """The keys of the table at `place`; indices and free names lead into the table that they hold."""
+    """The keys of the table at `place`. List indices and free names lead into the tables that they contain."""
     for part in place:
         if part in kind.model_fields:
             kind = next(_tables(kind.model_fields[str(part)].annotation), kind)

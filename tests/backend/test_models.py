@@ -64,7 +64,7 @@ def test_two_models_with_one_id_are_refused_before_either_is_loaded(tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "no model file"),
+        (None, "No such model file"),
         (b"", "not a GGUF file"),
         (b"GGU", "not a GGUF file"),
         (b"PK\x03\x04" + bytes(100), "not a GGUF file"),

@@ -104,7 +104,7 @@ class TestAtLoad:
     @pytest.mark.parametrize("role", ["user", "system", "assistant"])
     @pytest.mark.parametrize("source", [PLAIN, ONLY_PARTS, EITHER])
     def test_a_role_that_is_left_out(self, role: str, source: str) -> None:
-        with pytest.raises(SettingsError, match=f"template of tiny leaves out what a message of the role '{role}' says"):
+        with pytest.raises(SettingsError, match=f"template of tiny omits the text of a message with the role '{role}'"):
             loaded(only(f"m.role != '{role}'", source))
 
     @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ class TestAtLoad:
         ],
     )
     def test_a_text_that_is_left_out(self, content: str) -> None:
-        with pytest.raises(SettingsError, match="leaves out"):
+        with pytest.raises(SettingsError, match="omits"):
             loaded(PLAIN.replace("{{ m.content }}", content))
 
     def test_a_whole_conversation(self) -> None:
-        with pytest.raises(SettingsError, match="leaves out what a message of the role 'user' says"):
+        with pytest.raises(SettingsError, match="omits the text of a message with the role 'user'"):
             loaded(only("m.role != 'user' or loop.last or messages | length < 4"))
 
     def test_one_that_takes_nothing(self) -> None:
@@ -161,7 +161,7 @@ class TestOfEachRequest:
     def test_what_is_said_beside_a_call(self) -> None:
         call = "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}"
         source = PLAIN.replace("{{ m.content }}", call)
-        with pytest.raises(TemplateRefused, match="what an assistant says beside a call"):
+        with pytest.raises(TemplateRefused, match="an assistant's text beside a call"):
             rendered(source, [USER, CALLS])
         assert '"a": 1' in rendered(source, [USER, {**CALLS, "content": ""}])
         assert '"a": 1' in rendered(source, [USER, {**CALLS, "content": "\n "}])
@@ -179,7 +179,7 @@ class TestOfEachRequest:
             rendered(source, [USER, {**CALLS, "tool_calls": CALLS["tool_calls"] * 2}])
 
     def test_a_result_of_a_tool(self) -> None:
-        with pytest.raises(TemplateRefused, match="what a message of the role 'tool' says"):
+        with pytest.raises(TemplateRefused, match="the text of a message with the role 'tool'"):
             rendered(only("m.role != 'tool'"), [USER, said("tool", "2 m")])
 
     def test_a_tool(self) -> None:
@@ -188,10 +188,10 @@ class TestOfEachRequest:
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
         template = loaded(source)
         assert '"name": "f"' in str(template.render([USER], [tool]))
-        with pytest.raises(TemplateRefused, match="it would leave out a tool"):
+        with pytest.raises(TemplateRefused, match="it would omit a tool"):
             template.render([SYSTEM, USER], [tool])
         template.render([SYSTEM, USER])
-        with pytest.raises(TemplateRefused, match="it would leave out a tool"):
+        with pytest.raises(TemplateRefused, match="it would omit a tool"):
             loaded(source.replace("{{ tools", "{{ tools[:1]")).render([USER], [tool, tool])
 
     def test_the_same_text_elsewhere_is_not_that_text(self) -> None:
@@ -201,14 +201,14 @@ class TestOfEachRequest:
     def test_the_second_part_of_a_content(self) -> None:
         source = EITHER.replace("for p in m.content", "for p in (m.content if messages | length < 3 else m.content[:1])")
         assert "one&two" in rendered(source, [said("user", parts("one", "two"))])
-        with pytest.raises(TemplateRefused, match="what a message of the role 'user' says"):
+        with pytest.raises(TemplateRefused, match="the text of a message with the role 'user'"):
             rendered(source, [USER, ANSWER, said("user", parts("one", "two"))])
 
     @pytest.mark.parametrize("text", ["a" * 20_001, "b " * 10_001])
     def test_the_end_of_a_long_text(self, text: str) -> None:
         source = PLAIN.replace("m.content", "m.content[:20000]")
         assert text[:20_000] in rendered(source, [said("user", text[:20_000])])
-        with pytest.raises(TemplateRefused, match="what a message of the role 'user' says"):
+        with pytest.raises(TemplateRefused, match="the text of a message with the role 'user'"):
             rendered(source, [said("user", text)])
 
     @pytest.mark.parametrize("tag", ["</think>", "<|channel|>", "[/INST]"])
@@ -218,7 +218,7 @@ class TestOfEachRequest:
         answer = said("assistant", f"Reasoning{tag}Yes")
         assert "assistant\nYes<|end|>" in rendered(source, [USER, answer])
         for role in ("user", "system"):
-            with pytest.raises(TemplateRefused, match=f"what a message of the role '{role}' says"):
+            with pytest.raises(TemplateRefused, match=f"the text of a message with the role '{role}'"):
                 rendered(source, [said(role, f"What is {tag} for?"), USER])
 
     def test_nothing_is_no_text(self) -> None:
@@ -230,7 +230,7 @@ class TestOfEachRequest:
         looks = "{% if messages | length > 1 and 'Olá' not in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
         source = looks + only("m.role != 'system'  or loop.first")
         assert "Yes" in rendered(source, [USER, ANSWER, USER])
-        with pytest.raises(TemplateRefused, match="would leave out"):
+        with pytest.raises(TemplateRefused, match="would omit"):
             rendered(source, [USER, SYSTEM, USER])
 
     def test_the_template_itself_is_heard_first(self) -> None:

@@ -91,7 +91,7 @@ async def test_a_full_stream(site: Site) -> None:
             await js.publish(f"$KV.claims_a.fill{number}", b"x")
         finding = _room("KV_claims_a", await js.stream_info("KV_claims_a"))
         assert finding is not None
-        assert (finding.verdict, finding.detail) == (Severity.WEAK, "80% of its room is used")
+        assert (finding.verdict, finding.detail) == (Severity.WEAK, "80% of its limit is used")
         assert await _takes_writes(connection, "KV_claims_a") is None
         await js.publish("$KV.claims_a.fill9", b"x")
         finding = await _takes_writes(connection, "KV_claims_a")

@@ -138,7 +138,7 @@ async def test_a_share_that_is_full_says_so_and_the_reserve_stands(fresh: LiveFa
     held = [some(1), some(2)]
     for revocation in held:
         await stolen.revoke(revocation)
-    with pytest.raises(RevocationsFull, match="gateway-g1 has no room for more"):
+    with pytest.raises(RevocationsFull, match="gateway-g1 has used its share"):
         await stolen.revoke(some(3))
     headers = {"Nats-TTL": "never"}
     with pytest.raises(APIError, match="maximum messages per subject exceeded"):

@@ -152,7 +152,7 @@ def test_the_command_says_what_it_did(site: Site, local: str) -> None:
     assert "pools/default/receipt.pem: moved\n" in done.stdout
     assert f'kms = "{local}"' in done.stdout
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert again.stdout.count("was moved before") == 3
+    assert again.stdout.count("already moved") == 3
     wrong = subprocess.run([*command[:-1], "file:relative"], capture_output=True, text=True, check=False)
     assert wrong.returncode != 0
     assert "whole path" in wrong.stderr

@@ -44,8 +44,8 @@ async def test_a_worker_that_is_killed_is_started_again(supervisor: Supervisor, 
         while len(told) < 2:
             await asyncio.sleep(0.02)
     watching.cancel()
-    assert told[0].startswith("worker ended with status -9 (Killed)") and told[0].endswith("is started again in 1 s")
-    assert told[1] == "worker was started again"
+    assert told[0].startswith("worker ended with status -9 (Killed)") and told[0].endswith("restarts in 1 s")
+    assert told[1] == "worker was restarted"
     supervisor.check()  # and lives
 
 
@@ -58,10 +58,10 @@ def test_intervals_grow_and_begin_anew_after_a_long_life(supervisor: Supervisor,
         supervisor.tend(now)
         intervals.append(float(told[-1].rpartition(" in ")[2].removesuffix(" s")))
         supervisor.tend(now + intervals[-1] - 0.01)
-        assert "started again in" in told[-1], "not before its time"
+        assert "restarts in" in told[-1], "not before its time"
         now += intervals[-1]
         supervisor.tend(now)
-        assert told[-1] == "worker was started again"
+        assert told[-1] == "worker was restarted"
     assert intervals == [1, 2, 4, 8, 16, 30, 30, 30]
     assert (intervals[0], intervals[-1]) == (FIRST_INTERVAL, LONGEST_INTERVAL)
     _wait_until_dead(supervisor)

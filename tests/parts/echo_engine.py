@@ -1,9 +1,9 @@
-"""An engine without a model: it answers with the last message it was sent. For tests of everything around an engine.
+"""An engine without a model: it answers with the last message it received. For tests of everything around an engine.
 
-Rules
-- It keeps the whole contract of `protocol.py`: the contract suite runs against it and llama.cpp alike.
-- Tokens are bytes, so any character outside ASCII spans several; ids from 256 on are its control tokens.
-- Deterministic: sampling settings change nothing, and a grammar, which it could not honour, is refused.
+Rules:
+- It fulfils the whole contract of `protocol.py`: the same contract suite runs against it and llama.cpp.
+- Tokens are bytes, so a non-ASCII character has several. Ids from 256 on are control tokens.
+- It is deterministic: sampling settings have no effect. It refuses grammars, because it cannot follow them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Job:
 
 
 class EchoEngine:
-    """An `Engine` that echoes. delay: seconds per token. repeat: how many times the message is said."""
+    """An `Engine` that echoes. delay: seconds per token. repeat: how many times it repeats the message."""
 
     def __init__(self, *, name: str = "echo", n_ctx: int = 4096, delay: float = 0.0, repeat: int = 1) -> None:
         self._delay = delay
@@ -95,7 +95,7 @@ class EchoEngine:
 
     @property
     def running(self) -> int:
-        """Tasks that were submitted and have not finished."""
+        """Tasks that are submitted and not finished."""
         return len(self._jobs)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
@@ -141,7 +141,7 @@ class EchoEngine:
         if task.sampling.grammar is not None:
             raise TaskRefused("This engine only echoes.", field="grammar")
         if task.id in self._jobs:
-            raise TaskRefused("A task of this id is not finished yet.", field="id")
+            raise TaskRefused("An unfinished task has this id.", field="id")
 
     async def _run(self, job: _Job) -> None:
         reason = await self._generate(job)
@@ -170,7 +170,7 @@ class EchoEngine:
         return "stop"
 
     def _answer(self, prompt: tuple[int, ...]) -> Iterator[int]:
-        """The plain tokens of the last whole message; of a prompt without messages, all of them."""
+        """The plain tokens of the last complete message; all of them if the prompt has no messages."""
         last = prompt
         if END.id in prompt:
             end = len(prompt) - 1 - prompt[::-1].index(END.id)
@@ -183,6 +183,6 @@ class EchoEngine:
 
 
 def _logprobs(token: int, k: int) -> tuple[float, tuple[Alternative, ...]]:
-    """Certainty, as far as an echo goes: the token itself, then its neighbours, each far less likely."""
+    """The token itself with certainty, then its neighbours, each far less likely."""
     ids = [(token + i) % 256 for i in range(k)]
     return 0.0, tuple(Alternative(i, bytes([i]), -20.0 * rank) for rank, i in enumerate(ids))

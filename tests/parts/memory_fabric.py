@@ -271,7 +271,7 @@ class MemoryDelivery:
         if self._deliveries < MAX_DELIVER:
             await self._hub.enqueue(self.work, self._deliveries + 1)
         elif self.work.request_id in self._hub.inbound:
-            self._hub.inbound[self.work.request_id].fail(WorkerLost("every delivery of the request came to nothing"))
+            self._hub.inbound[self.work.request_id].fail(WorkerLost("every delivery of the request failed"))
 
     async def _publish(self, frame: Frame) -> None:
         self._hub.receive(self.work.request_id, frame)

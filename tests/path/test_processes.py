@@ -151,7 +151,7 @@ class TestDeaths:
         assert own.stop() == 0
         said = [line for line in own.said() if line.startswith("worker ")]
         assert said[0].startswith("worker ended with status -9 (Killed)")
-        assert said[1:] == ["worker is started again in 1 s", "worker was started again"]
+        assert said[1:] == ["worker restarts in 1 s", "worker was restarted"]
 
     @pytest.mark.parametrize("name", ["lacre_gateway", "nats-server"])
     def test_what_all_depend_on_ends_everything(self, own: Up, name: str) -> None:
@@ -189,7 +189,7 @@ class TestDeaths:
             ["sh", "-c", f'{hint.partition(" && ")[0]}; printf %s "$LACRE_URL"'], check=True, capture_output=True, text=True
         )
         assert shown.stdout == own.url, "the hint can be copied as it is"
-        assert [line for line in said if line.endswith("was started again")] in (
-            ["worker-n1 was started again"],
-            ["worker-n2 was started again"],
+        assert [line for line in said if line.endswith("was restarted")] in (
+            ["worker-n1 was restarted"],
+            ["worker-n2 was restarted"],
         )

@@ -1,10 +1,10 @@
-"""The OpenAI-compatible ASGI app. `create_app(engines)` makes one; nothing in this module keeps state.
+"""The OpenAI-compatible ASGI app. `create_app(engines)` makes one. This module keeps no state.
 
-Rules
-- Knows engines by their protocol only.
-- A request is answered by one engine, chosen by the model's name. Neither prompts nor answers are logged, here or below.
-- The response begins with the first event of the engine, so that until then a refusal has its own status, and a worker that
-  dies in the prefill has sent nothing.
+Rules:
+- It uses engines only through their protocol.
+- One engine answers a request, chosen by the model's name. Neither prompts nor answers are logged, here or below.
+- The response starts with the engine's first event. So a refusal before that has its own status, and a worker that dies in the
+  prefill has sent nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from lacre_backend.api.streaming import Answer, Progress
 from lacre_backend.api.tools.format import CallReader
 from lacre_backend.engine.protocol import Engine, EngineError, Task, TaskKind
 
-WEIGHED: Final = frozenset({"chat", "complete"})  # of which a request says by `n` how many sequences it is
-# What may begin before it is known whether another worker has it: nothing outside this process changes by it.
+WEIGHED: Final = frozenset({"chat", "complete"})  # actions whose `n` says how many sequences a request has
+# Actions that may start before the worker's claim is confirmed: they change nothing outside this process.
 REPEATABLE: Final = frozenset({"chat", "complete", "embed", "inspect"})
 DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
 
@@ -52,7 +52,7 @@ DEFAULT_TIME_LIMIT: Final = 600.0  # seconds of work for one choice
 def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_TIME_LIMIT) -> App:
     """An ASGI app that serves these engines, each under its model's name. The caller closes them.
 
-    Raises `SettingsError` if a model's chat template cannot be used, or two have one name.
+    Raises `SettingsError` if a model's chat template is unusable, or if two models share a name.
     """
     served: dict[str, ServedModel] = {}
     for engine in engines:
@@ -72,7 +72,7 @@ def create_app(engines: Iterable[Engine], *, time_limit: float | None = DEFAULT_
         ],
         exception_handlers={404: _unknown_url, 405: _method_not_allowed},
     )
-    app.router.redirect_slashes = False  # a path with a slash more is another path; a client follows no redirect
+    app.router.redirect_slashes = False  # a path with an extra slash is a different path, and clients follow no redirects
     app.state.served = served
     return app
 
@@ -81,7 +81,7 @@ _Request = TypeVar("_Request", bound=Generate)
 
 
 class _Endpoint(ABC, Generic[_Request]):
-    """What chat and text completions have in common: an ASGI app for one route."""
+    """Common code of chat and text completions: an ASGI app for one route."""
 
     action: ClassVar[str]
     prompt_param: ClassVar[str]
@@ -98,7 +98,7 @@ class _Endpoint(ABC, Generic[_Request]):
         """The prompt's tokens. Raises `RequestRefused`."""
 
     def reader(self, served: ServedModel, request: _Request) -> Callable[[], CallReader] | None:  # noqa: ARG002 - for chats
-        """What reads a choice's text, where it may hold calls of functions."""
+        """The parser of a choice's text, if it may contain function calls."""
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,7 +188,7 @@ class _Complete(_Endpoint[CompletionRequest]):
 
 
 class _Tokenize:
-    """An ASGI app for `/v1/tokenize`, in vLLM's form: what a request would cost, before it is made."""
+    """An ASGI app for `/v1/tokenize`, in vLLM's format: the cost of a request before it is made."""
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
@@ -212,7 +212,7 @@ class _Tokenize:
             return
 
 
-# Models, and addresses that are none
+# Models and unknown URLs
 
 
 async def _models(request: Request) -> Response:

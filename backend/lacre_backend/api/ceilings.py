@@ -1,9 +1,9 @@
-"""How much a call may use: what the request asks, what the grant allows, what the model holds.
+"""Limits of a call: what the request asks for, what the grant allows, and what the model holds.
 
-Rules
-- The gateway authorised what stands outside of the seal. An inside that asks for more, or for another model or action, is
-  refused whole (`grant_mismatch`); it is never served in part.
-- Without a grant (the API in a test, or behind something else) only the model's limits hold.
+Rules:
+- The gateway authorized the values outside of the seal. A sealed request that asks for more, or for another model or action, is
+  refused whole (`grant_mismatch`). It is never served in part.
+- Without a grant (in a test, or behind another server) only the model's limits apply.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def check_action(call: Call | None, request: Named, action: str) -> None:
 
 
 def max_tokens(call: Call | None, request: Generate, model: ModelInfo, n_prompt: int) -> int:
-    """Output tokens for each choice. Of an answer that is resumed, those that are left: a request's limit is the whole
-    answer's, a grant is for this request. n_prompt: with what was begun.
+    """Output tokens for each choice. n_prompt: includes the begun answer.
+
+    For a resumed answer these are the remaining ones: the request's limit covers the whole answer, the grant only this request.
     """
     field, asked = request.output_limit()
     asked = None if asked is None else max(asked - len(request.begun), 0)
@@ -44,13 +45,13 @@ def max_tokens(call: Call | None, request: Generate, model: ModelInfo, n_prompt:
 
 
 def check_length(model: ModelInfo, text_bytes: int, param: str) -> None:
-    """Refuse a text that cannot fit before it is tokenized, which takes time: no token is longer than `longest_piece`."""
+    """Refuses a text that cannot fit before it is tokenized, which takes time: no token is longer than `longest_piece`."""
     if text_bytes > model.n_ctx * model.longest_piece:
         raise context_length_exceeded(model.n_ctx, None, param)
 
 
 def check_prompt(call: Call | None, model: ModelInfo, n_prompt: int, param: str, *, begun: int = 0) -> None:
-    """n_prompt: with what was begun, which may fill the context: then the answer lacks nothing but its end."""
+    """n_prompt: includes the begun answer. It may fill the context: then the answer lacks only its end."""
     if n_prompt - begun >= model.n_ctx or n_prompt > model.n_ctx:
         raise context_length_exceeded(model.n_ctx, n_prompt, param)
     if call is not None and call.max_prompt_tokens is not None and n_prompt > call.max_prompt_tokens:
@@ -58,7 +59,7 @@ def check_prompt(call: Call | None, model: ModelInfo, n_prompt: int, param: str,
 
 
 def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int]) -> None:
-    """Of texts to embed. counts: each one's tokens; the context is for each, what was granted for all."""
+    """Checks texts to embed. counts: each text's tokens. The context limits each text, the grant limits their sum."""
     longest, total = max(counts), sum(counts)
     if longest > model.n_ctx:
         raise context_length_exceeded(model.n_ctx, longest, "input")
@@ -68,7 +69,7 @@ def check_inputs(call: Call | None, model: ModelInfo, counts: Sequence[int]) -> 
 
 def _too_much(what: str, tokens: int, granted: int, param: str) -> RequestRefused:
     return grant_mismatch(
-        f"The {what} has {tokens} tokens, but was granted {granted}: no more is left of this caller's limits, or fits the "
-        "sealed request's size. Shorten it, ask for fewer output tokens, or try again when the limit's window has ended.",
+        f"The {what} has {tokens} tokens, but was granted {granted}. This caller's limits, or the size of the sealed request, "
+        "do not allow it. Shorten it, ask for fewer output tokens, or try again when the limit's window has ended.",
         param,
     )

@@ -1,11 +1,11 @@
-"""From a request to its compiled grammar, beside the event loop.
+"""Compiles a request's grammar, outside the event loop.
 
-Rules
-- To take a schema apart and compile it may take some tenths of a second, within the limits of both. It never happens on an
-  event loop, and for a few requests at a time. The rest wait; nothing is compiled for a caller that left meanwhile.
-- Whose turn it is, the grant's pseudonyms decide, as in the engine. One caller has one at a time, so that its schemas, however
-  many and dear, leave a thread to the others.
-- Nothing is kept from one request for another: what another has compiled would show in the time it takes.
+Rules:
+- Analysing and compiling a schema may take some tenths of a second, within the limits of both. It never runs on an event loop,
+  and only a few run at a time. The rest wait. Nothing is compiled for a caller that has left.
+- The grant's pseudonyms decide who is next, as in the engine. Each caller compiles one at a time, so its schemas, however many
+  and costly, leave a thread to the others.
+- Nothing is kept for another request: the time to compile would reveal what others have compiled.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lacre_backend.api.tools.format import CallFormat
 from lacre_backend.engine.protocol import Engine, Grammar, GrammarTooLarge, TaskRefused
 from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
-AT_ONCE: Final = 2  # one large schema does not hold up all others; more would take the cores from the model
+AT_ONCE: Final = 2  # one large schema does not delay all others; more would take the cores from the model
 
 
 class _Job:
-    """One request's grammar, from its wait to its end."""
+    """One request's grammar, from waiting to the end."""
 
     def __init__(self, fair: Fair, work: Callable[[], Grammar | None]) -> None:
         self.id = secrets.token_hex(8)
@@ -41,16 +41,16 @@ class _Job:
 
 
 class Compiler:
-    """Compiles the grammars of an app's requests. Its methods may be called from any event loop."""
+    """Compiles the grammars of an app's requests. Any event loop may call it."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="grammars")
-        self._lock = threading.Lock()  # of what follows
+        self._lock = threading.Lock()  # for the fields below
         self._turns: FairQueue[_Job] = FairQueue()
         self._running: list[Fair] = []
 
     async def grammar(self, engine: Engine, request: Generate, form: CallFormat, fair: Fair = NOBODY) -> Grammar | None:
-        """None for an answer that is held to nothing. fair: whose turn it takes. Raises `RequestRefused`."""
+        """None for an answer without a grammar. fair: whose turn it uses. Raises `RequestRefused`."""
         if not request.held:
             return None
         job = _Job(fair, partial(compiled, engine, request, form))
@@ -61,14 +61,14 @@ class Compiler:
             return await asyncio.wrap_future(job.outcome)
         finally:
             with self._lock:
-                if job.waits:  # whoever asked has left
+                if job.waits:  # the caller has left
                     self._turns.drop(fair, job.id)
 
     def _begin(self) -> None:
-        """With the lock: as many as may run now."""
+        """Starts as many jobs as may run now. Call it with the lock."""
         while len(self._running) < AT_ONCE:
             job = self._turns.next()
-            if job is None or job.fair in self._running:  # those with nothing under way come first: nobody else waits
+            if job is None or job.fair in self._running:  # callers without a running job come first, so no one else waits
                 return
             self._turns.take(job.fair, job.id, hold=True)
             self._running.append(job.fair)
@@ -91,14 +91,14 @@ class Compiler:
 def _carry_out(job: _Job) -> None:
     try:
         grammar = job.work()
-    except BaseException as error:  # noqa: BLE001 - whatever it is belongs to whoever waits, as in any executor
+    except BaseException as error:  # noqa: BLE001 - any error belongs to the waiting caller, as in any executor
         job.outcome.set_exception(error)
     else:
         job.outcome.set_result(grammar)
 
 
 def compiled(engine: Engine, request: Generate, form: CallFormat) -> Grammar | None:
-    """form: how the model writes calls. Raises `RequestRefused`."""
+    """form: the model's format of calls. Raises `RequestRefused`."""
     grammars = Grammars()
     source = request.grammar(form, grammars)
     if source is None:
@@ -110,7 +110,7 @@ def compiled(engine: Engine, request: Generate, form: CallFormat) -> Grammar | N
             raise grammars.too_large() from None
     except TaskRefused as refusal:
         raise _refused(refusal) from None
-    grammars = Grammars(loosely=True)  # of functions that are not strict, what cannot be enforced is left to the model
+    grammars = Grammars(loosely=True)  # for functions that are not strict, the model decides what cannot be enforced
     source = request.grammar(form, grammars) or ""
     try:
         return engine.grammar(source, request.begun)

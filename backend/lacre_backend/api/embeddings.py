@@ -1,10 +1,10 @@
 """`/v1/embeddings`: an ASGI app for one route.
 
-Rules
-- Each input is a text of its own to the engine, which puts several into one batch; vectors come back in the inputs' order.
-- Text is tokenized as plain text, in which no control token is recognised. Token ids are those that `/v1/tokenize` gives, with
-  or without what the tokenizer puts around a text; among the others there is no control token either.
-- What was embedded is counted as it is done, since a receipt may be signed before the end.
+Rules:
+- Each input is a separate text for the engine, which batches several. Vectors return in the order of the inputs.
+- Text is tokenized as plain text, without control tokens. Token ids are those of `/v1/tokenize`, with or without the tokens
+  that the tokenizer adds around a text. Other control tokens are refused.
+- Embedded tokens are counted as each text is done, because a receipt may be signed before the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lacre_backend.engine.protocol import Embedding, Engine, EngineError, Event,
 
 
 class Embeddings:
-    """The endpoint. Texts are answered whole: there is nothing to stream."""
+    """The endpoint. It answers texts whole: there is nothing to stream."""
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
@@ -48,7 +48,7 @@ class Embeddings:
         model = served.engine.model
         if request.dimensions not in (None, model.n_embd):
             raise RequestRefused(
-                f"Vectors of `{model.name}` have {model.n_embd} dimensions, and cannot be shortened. Leave 'dimensions' out.",
+                f"Vectors of `{model.name}` have {model.n_embd} dimensions, and cannot be shortened. Omit 'dimensions'.",
                 code="unsupported_value",
                 param="dimensions",
             )
@@ -66,7 +66,7 @@ class Embeddings:
 
 
 async def _tokens(served: ServedModel, request: EmbedTexts | EmbedTokens) -> list[list[int]]:
-    """Each input's tokens, with what belongs around them. Raises `RequestRefused`."""
+    """Each input's tokens, including those added around it. Raises `RequestRefused`."""
     if isinstance(request, EmbedTokens):
         return [_checked(served.engine.model, tokens, f"input[{i}]") for i, tokens in enumerate(request.input)]
     try:
@@ -88,7 +88,7 @@ def _checked(model: ModelInfo, tokens: Sequence[int], param: str) -> list[int]:
 
 
 async def _vectors(engine: Engine, tasks: Sequence[Task], usage: Usage) -> list[Embedding]:
-    """In the tasks' order. Whoever leaves before the end cancels what is left."""
+    """In the order of the tasks. If the caller leaves early, the rest is cancelled."""
     try:
         streams = _submitted(engine, tasks)
         usage.model_digest = engine.model.digest
@@ -124,7 +124,7 @@ async def _vector(stream: AsyncIterator[Event], usage: Usage) -> Embedding:
 
 
 def _written(vector: Embedding, encoding_format: str) -> Any:
-    """As numbers, or as OpenAI's base64: 32-bit floats, least byte first."""
+    """As numbers, or as OpenAI's base64: 32-bit floats, little-endian."""
     if encoding_format == "float":
         return list(vector.values)
     return base64.b64encode(struct.pack(f"<{len(vector.values)}f", *vector.values)).decode("ascii")

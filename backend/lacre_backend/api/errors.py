@@ -1,8 +1,8 @@
-"""What the API says when it does not answer: OpenAI's error object, made in this file only.
+"""The API's errors: OpenAI's error object, made in this file only.
 
-Rules
-- A message may repeat names and numbers out of the request, since it goes back, sealed, to whoever sent it; it never holds
-  anything of another request, and never the text of an exception from below.
+Rules:
+- A message may repeat names and numbers of the request, because it returns sealed to its sender. It never contains anything of
+  another request, or the text of an internal exception.
 - Nothing here is logged.
 """
 
@@ -17,7 +17,7 @@ SERVER_ERROR: Final = "server_error"
 
 
 class RequestRefused(UsageError):
-    """A request that is not answered. status, code, param, type: as in OpenAI's error object."""
+    """A request that is refused. status, code, param, type: as in OpenAI's error object."""
 
     def __init__(
         self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None, type: str = INVALID_REQUEST
@@ -39,7 +39,7 @@ def model_not_found(name: str) -> RequestRefused:
 
 
 def context_length_exceeded(n_ctx: int, n_prompt: int | None, param: str) -> RequestRefused:
-    """n_prompt: None where the prompt is so long that it was not even counted."""
+    """n_prompt: None if the prompt is so long that it was not counted."""
     size = "far more" if n_prompt is None else f"{n_prompt} tokens"
     return RequestRefused(
         f"This model's maximum context length is {n_ctx} tokens. However, your {param} resulted in {size}. "
@@ -58,19 +58,19 @@ def text_refused(param: str) -> RequestRefused:
     )
 
 
-def unsupported(param: str, remedy: str = "Leave it out.") -> RequestRefused:
+def unsupported(param: str, remedy: str = "Omit it.") -> RequestRefused:
     return RequestRefused(f"'{param}' is not supported by this server. {remedy}", code="unsupported_parameter", param=param)
 
 
 def grant_mismatch(message: str, param: str) -> RequestRefused:
-    """The inside of a sealed request asks for something else than what the gateway allowed from its outside."""
+    """The sealed request asks for something other than the gateway allowed."""
     return RequestRefused(message, status=403, code="grant_mismatch", param=param)
 
 
 def other_model(name: str) -> RequestRefused:
-    """An answer goes on with the model that began it, or not at all."""
+    """Only the model that began an answer may continue it."""
     return RequestRefused(
-        f"The answer was begun by another file of `{name}` than is served here. Ask anew.",
+        f"Another file of `{name}` began this answer than the one served here. Send the request again without `resume`.",
         status=409,
         code="model_changed",
         param="resume.digest",
@@ -78,9 +78,9 @@ def other_model(name: str) -> RequestRefused:
 
 
 def grammar_too_costly() -> RequestRefused:
-    """What enforces a schema may take so much time; this request has used it up."""
+    """The time limit for enforcing a schema is used up by this request."""
     return RequestRefused(
-        "The schema took more time than a request may use to enforce it. Use fewer optional properties and alternatives.",
+        "Enforcing the schema took more time than a request may use. Use fewer optional properties and alternatives.",
         code="schema_too_costly",
         param="response_format",
     )

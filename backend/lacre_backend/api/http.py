@@ -1,4 +1,4 @@
-"""Reading a request's body and writing a response, in bare ASGI, with an eye on whether the client is still there."""
+"""Reads a request's body and writes a response, in bare ASGI, and notices when the client disconnects."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MAX_HEADER: Final = 256  # bytes of a header of ours
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
-    """A header's value; refuses one that is too long or there twice."""
+    """A header's value. Refuses a header that is too long or repeated."""
     values = [value for key, value in scope["headers"] if key.lower() == name]
     if not values:
         return None
     if len(values) > 1 or len(values[0]) > MAX_HEADER:
-        raise RequestRefused(f"The header {name.decode()} is there twice, or longer than {MAX_HEADER} bytes.")
+        raise RequestRefused(f"The header {name.decode()} is repeated, or longer than {MAX_HEADER} bytes.")
     return bytes(values[0])
 
 
@@ -30,7 +30,7 @@ async def read_body(receive: Receive, limit: int) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Disconnected("the caller left before its request was whole")
+            raise Disconnected("the caller left before its request was complete")
         piece = message.get("body", b"")
         if len(body) + len(piece) > limit:
             raise RequestRefused(f"The request body is larger than {limit} bytes.", status=413, code="request_too_large")
@@ -40,7 +40,7 @@ async def read_body(receive: Receive, limit: int) -> bytes:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; cancel it when the client leaves. Raises Disconnected if `work` notices that first, as it sends."""
+    """Runs `work`, and cancels it when the client leaves. Raises Disconnected if `work` notices that first, as it sends."""
     task = tasks.spawn("api call", work)
     watcher = tasks.spawn("client's departure", _disconnected(receive))
     try:
@@ -59,7 +59,7 @@ async def _disconnected(receive: Receive) -> None:
 def encode(document: Any) -> bytes:
     try:
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, of an upstream's: it stays the escape that it was
+    except UnicodeEncodeError:  # a lone surrogate from an upstream: it stays escaped
         return json.dumps(document, separators=(",", ":")).encode()
 
 
@@ -71,16 +71,16 @@ async def send_json(send: Send, status: int, document: Any) -> None:
 
 
 class EventStream:
-    """A `text/event-stream` response. Each event is one ASGI message, so that it leaves (and is sealed) as it is made."""
+    """A `text/event-stream` response. Each event is one ASGI message, so that it is sealed and sent as soon as it is made."""
 
     def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """headers: of the response, beside its own."""
+        """headers: of the response, in addition to its own."""
         self._send = send
         self._headers = headers
         self.started = False
 
     async def event(self, document: Any, mark: str | None = None) -> None:
-        """mark: the event's `id`, which tells how far the answer has come."""
+        """mark: the event's `id`, which records how far the answer has come."""
         if not self.started:
             self.started = True
             own = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
@@ -92,7 +92,7 @@ class EventStream:
         await self._body(b"data: [DONE]\n\n", more=False)
 
     async def broken(self, refusal: RequestRefused) -> None:
-        """An error in place of the rest. Clients raise on it; there is no `[DONE]`."""
+        """Sends an error instead of the rest. Clients raise it; there is no `[DONE]`."""
         await self._body(b"data: " + encode(refusal.body()) + b"\n\n", more=False)
 
     async def _body(self, body: bytes, *, more: bool) -> None:

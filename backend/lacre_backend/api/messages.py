@@ -1,10 +1,10 @@
-"""The messages of a conversation, parsed once, with what clients add to those that they send back.
+"""The messages of a conversation, parsed once, including members that clients add when they send answers back.
 
-Rules
-- A client sends an answer back as it got it, or as its own object: with nulls, empty lists and members of its own. Those that
-  keep books (`BOOKKEEPING`) are dropped, and null is absent. Any other member is refused by name.
-- What a message says is never dropped: a refusal is the text of its message, and audio, images and files are refused.
-- Errors name the field in OpenAI's way (`messages[0].content`), never its value.
+Rules:
+- A client sends an answer back as it received it, or as its own object: with nulls, empty lists and its own members.
+  Bookkeeping members (`BOOKKEEPING`) are dropped, and null counts as absent. Any other member is refused by name.
+- A message's content is never dropped: a refusal becomes the message's text. Audio, images and files are refused.
+- Errors name the field in OpenAI's notation (`messages[0].content`), never its value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_MESSAGES: Final = 2048
 MAX_PARTS: Final = 256  # content parts of one message
 MAX_NAME: Final = 256
 
-# What clients and servers write beside a message's own members. No prompt depends on any of it.
+# Members that clients and servers add to a message. No prompt depends on them.
 BOOKKEEPING: Final = frozenset(
     {
         # openai's parsed and streamed messages; Azure's
@@ -39,7 +39,7 @@ BOOKKEEPING: Final = frozenset(
         "createdAt", "created_at", "timestamp",
     }
 )  # fmt: skip
-# Content, which is not text; empty it says nothing.
+# Content that is not text; an empty value is harmless.
 _OTHER_CONTENT: Final = ("function_call", "audio", "images", "files", "attachments", "experimental_attachments")
 _OTHER_PARTS: Final = (
     "image_url", "input_audio", "file", "image", "audio", "video", "video_url", "document", "input_image", "input_file",
@@ -55,7 +55,7 @@ def _as_parts(value: Any) -> Any:
 
 
 def _said(part: Any) -> Any:
-    """A part with which an assistant refused says why."""
+    """A part in which an assistant refuses says why."""
     if isinstance(part, dict) and part.get("type") == "refusal":
         return {"type": "text", "text": part.get("refusal")}
     return part
@@ -73,8 +73,8 @@ class TextPart(Echoed):
 
 
 class Message(Echoed):
-    """content: may be left out where the assistant calls tools, or refused. tool_call_id: of the call that a `tool` message
-    answers. reasoning_content: what led to the answer, for templates that show it to the model again.
+    """content: may be omitted if the assistant calls tools or refuses. tool_call_id: the call that a `tool` message answers.
+    reasoning_content: the reasoning behind the answer, for templates that show it to the model again.
     """
 
     ignored = BOOKKEEPING
@@ -90,7 +90,7 @@ class Message(Echoed):
     tool_call_id: Annotated[str, Field(max_length=MAX_ID)] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """`developer` is OpenAI's newer word for `system`; templates know the old one. One part is a text."""
+        """`developer` is OpenAI's newer name for `system`; templates know the old one. A single part becomes a text."""
         role = "system" if self.role == "developer" else self.role
         texts = [part.text for part in self.content or ()]
         if self.refusal:
@@ -112,7 +112,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)
 
 
 def check_known(raw: Any) -> None:
-    """Refuse by name what OpenAI knows and this server does not. raw: the `messages` of a body. Raises `RequestRefused`."""
+    """Refuses by name what OpenAI supports and this server does not. raw: the `messages` of a body. Raises `RequestRefused`."""
     for i, message in enumerate(raw if isinstance(raw, list) else []):
         if isinstance(message, dict):
             _check_message(message, f"messages[{i}]")
@@ -133,7 +133,9 @@ def _check_message(message: dict[str, Any], path: str) -> None:
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Content where there must be some; and each call of a tool answered, each answer for a call. Raises `RequestRefused`."""
+    """Checks that content is present where required, that each tool call is answered, and that each answer has a call. Raises
+    `RequestRefused`.
+    """
     waiting: list[str] = []
     for i, message in enumerate(messages):
         path = f"messages[{i}]"
@@ -155,7 +157,7 @@ def check_turns(messages: Sequence[Message]) -> None:
 
 
 def has_a_beginning(messages: Sequence[Message]) -> bool:
-    """Whether the last message is the beginning of an answer, which may go on."""
+    """Whether the last message begins an answer that may continue."""
     last = messages[-1]
     return len(messages) > 1 and last.role == "assistant" and last.tool_calls is None
 
@@ -166,7 +168,7 @@ def _check_answered(waiting: Sequence[str], path: str) -> None:
 
 
 def _check_role(message: Message, path: str) -> None:
-    """What only one role has."""
+    """Checks members that only one role may have."""
     of_assistant = ("tool_calls", "refusal", "reasoning_content")
     others = of_assistant if message.role != "assistant" else ()
     for name in (*others, *(("tool_call_id",) if message.role != "tool" else ())):

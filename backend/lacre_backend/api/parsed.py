@@ -1,4 +1,4 @@
-"""JSON objects as frozen values, and what is wrong with one in OpenAI's words: the field by its path, never its value."""
+"""JSON objects as frozen values, with errors in OpenAI's words: the field by its path, never its value."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lacre_backend.api.errors import RequestRefused
 
-MAX_VALUES: Final = 65536  # JSON values in a body; a long conversation has some thousand
-# pydantic's words for types, in JSON's.
+MAX_VALUES: Final = 65536  # JSON values in a body; a long conversation has a few thousand
+# pydantic's names for types, mapped to JSON's.
 _TYPES: Final = {
     "int": "integer", "float": "number", "bool": "boolean", "str": "string", "list": "array", "tuple": "array",
     "dict": "object", "model": "object",
@@ -19,13 +19,15 @@ _TYPES: Final = {
 
 
 class Parsed(BaseModel):
-    """A member that is not declared is refused."""
+    """Refuses undeclared members."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class Echoed(Parsed):
-    """What clients send back as they got it, or write in full: null is absent, and members that only keep books are dropped."""
+    """Values that clients send back as received or write in full: null counts as absent, and bookkeeping members are
+    dropped.
+    """
 
     ignored: ClassVar[frozenset[str]] = frozenset()
 
@@ -38,7 +40,7 @@ class Echoed(Parsed):
 
 
 def check_size(document: Any) -> None:
-    """A body has room for millions of values, and while they are looked at one by one the worker serves nobody else.
+    """Limits the number of values. A body could hold millions, and checking each would block the worker for everyone.
 
     Raises `RequestRefused`.
     """
@@ -48,7 +50,9 @@ def check_size(document: Any) -> None:
 
 
 def has_infinite(document: Any) -> bool:
-    """Whether a number in it, such as 1e999, is beyond what readers of JSON keep: they make it Infinity, which is no JSON."""
+    """Whether it contains a number beyond the range of JSON readers, such as 1e999. They would turn it into Infinity, which is
+    not JSON.
+    """
     return any(isinstance(value, float) and math.isinf(value) for value in _values(document))
 
 
@@ -71,11 +75,11 @@ _Parsed = TypeVar("_Parsed", bound=Parsed)
 
 
 def validated(kind: type[_Parsed], raw: Any, *, at: str = "") -> _Parsed:
-    """at: the path of `raw` in the request, for the error. Raises `RequestRefused`."""
+    """at: the path of `raw` in the request, for errors. Raises `RequestRefused`."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        # Without the input: not that it could leak anywhere from here, but nothing needs it.
+        # Without the input: nothing needs it.
         first = error.errors(include_url=False, include_input=False)[0]
     raise _invalid(first["type"], _path(at, first["loc"]), first.get("ctx", {}))
 

@@ -1,10 +1,11 @@
-"""Requests to prompt tokens: through the chat template, with tools as the template or the fallback writes them.
+"""Turns requests into prompt tokens: through the chat template, with tools as the template or the fallback formats them.
 
-Rules
-- A template that takes tools gets them. Every other model is told of them in the system message, in the format of `HERMES`;
-  calls and results of earlier turns are then text of the assistant and of the user, since such templates know no other roles.
-- What an assistant said beside a call is a message of its own, before the call, if the template would leave it out.
-- What cannot fit is refused before it is tokenized, and what the tokenizer cannot read is refused by its field's name.
+Rules:
+- A template that supports tools gets them. Every other model learns of them in the system message, in the format of `HERMES`.
+  Calls and results of earlier turns then become text of the assistant and the user, because such templates know no other roles.
+- An assistant's text beside a call becomes its own message before the call if the template would omit it.
+- A prompt that cannot fit is refused before it is tokenized. A text that the tokenizer cannot read is refused by its field's
+  name.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _Written = dict[str, Any]
 
 
 async def chat_prompt(served: ServedModel, messages: Sequence[Message], tools: Sequence[Tool], *, goes_on: bool) -> list[int]:
-    """goes_on: the last message is the beginning of the answer. Raises `RequestRefused`."""
+    """goes_on: whether the last message is the beginning of the answer. Raises `RequestRefused`."""
     template, model = served.template, served.engine.model
     if template is None:
         raise RequestRefused(f"The model `{model.name}` has no chat template. Use /v1/completions.", param="model")
     written = [message.for_template() for message in messages]
     told = [tool.for_template() for tool in tools]
-    check_size(written)  # with the arguments of calls, which the body holds as text
+    check_size(written)  # with the arguments of calls, which the body contains as text
     begun = as_text(written.pop()["content"]) if goes_on else ""
     try:
         pieces = (*_rendered(template, written, told), begun)
@@ -56,7 +57,7 @@ async def text_prompt(served: ServedModel, text: str) -> list[int]:
 
 
 async def embedding_inputs(served: ServedModel, texts: Sequence[str]) -> list[list[int]]:
-    """Each text's tokens, with what belongs around them. Raises `RequestRefused`."""
+    """Each text's tokens, including those added around it. Raises `RequestRefused`."""
     for text in texts:  # white space may cost no token
         ceilings.check_length(served.engine.model, len("".join(text.split()).encode()), "input")
     with _named("input"):
@@ -64,7 +65,7 @@ async def embedding_inputs(served: ServedModel, texts: Sequence[str]) -> list[li
 
 
 async def plain_tokens(served: ServedModel, text: str) -> list[int]:
-    """A text as the model would read it: a prompt, or what is to be embedded. Raises `RequestRefused`."""
+    """A text's tokens as the model would read it: as a prompt, or to embed it. Raises `RequestRefused`."""
     if TaskKind.EMBED in served.engine.model.kinds:
         (tokens,) = await embedding_inputs(served, [text])
         return tokens
@@ -72,14 +73,14 @@ async def plain_tokens(served: ServedModel, text: str) -> list[int]:
 
 
 def call_format(served: ServedModel) -> CallFormat:
-    """How this model writes calls."""
+    """The model's format of calls."""
     known = None if served.template is None else served.template.calls
     return known or HERMES
 
 
 @contextlib.contextmanager
 def _named(param: str) -> Iterator[None]:
-    """What the tokenizer refuses, by the field's name. Raises `RequestRefused`."""
+    """Refuses what the tokenizer refuses, with the field's name. Raises `RequestRefused`."""
     try:
         yield
     except TextRefused:
@@ -106,12 +107,12 @@ def _rendered(template: ChatTemplate, written: list[_Written], told: list[_Writt
         return template.render([{**first, "content": f"{as_text(first['content'])}\n\n{instructions}"}, *spoken[1:]])
     try:
         return template.render([{"role": "system", "content": instructions}, *spoken])
-    except TemplateRefused:  # some know no system message
+    except TemplateRefused:  # some support no system message
         return template.render([{**first, "content": f"{instructions}\n\n{as_text(first['content'])}"}, *spoken[1:]])
 
 
 def _apart(written: Sequence[_Written]) -> Iterator[_Written]:
-    """What an assistant says beside calls, as a message before them."""
+    """Moves an assistant's text beside calls into a message before them."""
     for message in written:
         if message.get("tool_calls") and message["content"]:
             yield {"role": message["role"], "content": message["content"]}
@@ -121,7 +122,7 @@ def _apart(written: Sequence[_Written]) -> Iterator[_Written]:
 
 
 def _spoken(template: ChatTemplate, written: Sequence[_Written]) -> list[_Written]:
-    """Calls and results as text. Results that follow each other are one message: many templates want turns to alternate."""
+    """Calls and results as text. Consecutive results become one message, because many templates require alternating turns."""
     spoken: list[_Written] = []
     for is_result, group in itertools.groupby(written, lambda message: message["role"] == "tool"):
         if is_result:
@@ -141,7 +142,7 @@ def _without_calls(template: ChatTemplate, message: _Written) -> _Written:
     return {name: value for name, value in message.items() if name != "tool_calls"} | {"content": "\n".join(texts)}
 
 
-# The fallback's own words. `constant` is for these alone: what a caller wrote stands between them as it is.
+# The fallback's own words. `constant` marks only these: a caller's text between them stays as it is.
 
 _BEFORE_TOOLS: Final = (
     "You can call functions. Each line between <tools> and </tools> describes one, with a JSON schema.\n<tools>\n"

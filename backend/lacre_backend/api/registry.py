@@ -1,4 +1,4 @@
-"""What the endpoints share: the engines by their models' names, the scopes of their caches, and whose turn a call takes."""
+"""Shared state of the endpoints: engines by model name, cache scopes, and fairness of calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SALT_HEADER: Final = b"lacre-cache-salt"
 
 
 class ServedModel:
-    """An engine and its chat template, if its model has one. Raises `SettingsError` if that cannot be used."""
+    """An engine and its chat template, if its model has one. Raises `SettingsError` if the template is unusable."""
 
     def __init__(self, engine: Engine) -> None:
         model = engine.model
@@ -30,7 +30,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """engines: by their models' names. scope_key: turns a client's salt into a cache scope, differently in each process.
+    """engines: by model name. scope_key: turns a client's salt into a cache scope, differently in each process.
 
     time_limit: seconds of work for one choice.
     """
@@ -41,7 +41,7 @@ class Serving:
     compiler: Compiler = field(default_factory=Compiler)
 
     def named(self, model: str, kind: TaskKind | None = None) -> ServedModel:
-        """kind: what it must be able to do. Raises `RequestRefused`."""
+        """kind: what the model must support. Raises `RequestRefused`."""
         served = self.engines.get(model)
         if served is None:
             raise model_not_found(model)
@@ -51,11 +51,11 @@ class Serving:
         return served
 
     def cache_scope(self, scope: Scope) -> bytes | None:
-        """None: the client sent no salt, and shares nothing."""
+        """None: the client sent no salt and shares nothing."""
         salt = header(scope, SALT_HEADER)
         return None if salt is None else hmac.digest(self.scope_key, salt, "sha256")
 
 
 def whose_turn(call: Call | None) -> Fair:
-    """By the grant alone: nothing that the client sends can change it."""
+    """The pseudonyms of the grant. Nothing that the client sends can change them."""
     return NOBODY if call is None or call.fair is None else call.fair

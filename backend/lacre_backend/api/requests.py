@@ -1,9 +1,9 @@
-"""Requests, parsed once: JSON in, frozen objects or `RequestRefused` out. Nothing past this file sees a dict of the caller's.
+"""Parses requests once: JSON in, frozen objects or `RequestRefused` out. No dict of the caller's goes further.
 
-Rules
-- What OpenAI's API knows and this server cannot do is refused by name, never ignored, unless its value changes nothing.
-- Fields that no version of the API knows are refused too, as OpenAI does: a misspelt limit must not be no limit.
-- Each limit is named below. Errors name the field in OpenAI's way (`messages[0].content`), never its value.
+Rules:
+- A field of OpenAI's API that this server does not support is refused by name, never ignored, unless its value has no effect.
+- Unknown fields are refused too, as OpenAI does: a misspelt limit must not mean no limit.
+- Each limit is named below. Errors name the field in OpenAI's notation (`messages[0].content`), never its value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
 MAX_N: Final = 16  # choices; each is a sequence in the engine
-MAX_TOKENS: Final = 2**31 - 1  # what the engine can count; the context is the real limit
+MAX_TOKENS: Final = 2**31 - 1  # the engine's counter; the context is the real limit
 MAX_STOP: Final = 4  # OpenAI's
 MAX_STOP_LENGTH: Final = 256  # characters; held-back text is searched for it at each token
 MAX_TOP_LOGPROBS: Final = 20  # OpenAI's
@@ -33,7 +33,7 @@ MAX_LOGIT_BIAS: Final = 300  # OpenAI's
 MAX_TOP_K: Final = 1000
 MAX_INPUTS: Final = 2048  # OpenAI's, for embeddings
 
-# Fields of OpenAI's API that change nothing for us at these values (null is always one of them), and are refused at others.
+# Fields of OpenAI's API that have no effect here at these values (null always among them). Other values are refused.
 _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -51,7 +51,7 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "echo": (False,),
     "best_of": (1,),
 }
-# Fields about the caller or its bookkeeping: no answer depends on them, and nothing is kept.
+# Fields about the caller and its bookkeeping. No answer depends on them, and they are not stored.
 _IGNORED: Final[Mapping[str, type]] = {
     "user": str,
     "metadata": dict,
@@ -61,7 +61,7 @@ _IGNORED: Final[Mapping[str, type]] = {
 }
 _SPOKEN: Final[Mapping[type, str]] = {str: "a string", dict: "an object"}
 OWN_IDS: Final = "own_token_ids"
-# Ids of another model's vocabulary name other words here, and their vectors look like any others.
+# Ids of another model's vocabulary mean other words here, yet their vectors look normal.
 _FOREIGN_IDS: Final = (
     "'input' holds token ids. Send text: ids of another model's vocabulary would give wrong vectors. In LangChain, "
     "set OpenAIEmbeddings(check_embedding_ctx_length=False). For ids that this model's /v1/tokenize gave, add "
@@ -75,11 +75,11 @@ def _as_list(value: Any) -> Any:
 
 class StreamOptions(Echoed):
     include_usage: bool = False
-    include_obfuscation: bool = False  # accepted: records are padded by the seal, not here
+    include_obfuscation: bool = False  # accepted: the seal pads records, not this server
 
 
 class JsonSchema(Echoed):
-    """name: says nothing here, and may be that of a generic class, such as `Page[int]`."""
+    """name: has no effect here, and may be the name of a generic class, such as `Page[int]`."""
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     description: str | None = None
@@ -92,7 +92,7 @@ class ResponseFormat(Echoed):
     json_schema: JsonSchema | None = None
 
     def rule(self, grammars: Grammars, *, alone: bool) -> str | None:
-        """The name of an answer in this format; None for any text. alone: no call may stand in its place.
+        """The name of the grammar rule for this format; None for any text. alone: whether no tool call may replace it.
 
         Raises `RequestRefused`.
         """
@@ -107,7 +107,9 @@ class ResponseFormat(Echoed):
 
 
 class Resume(Parsed):
-    """Not OpenAI's. An answer that broke off, to go on with: which model (its file's digest) made which tokens of it."""
+    """Continues a broken answer (not in OpenAI's API). digest: the file of the model that made it. tokens: the answer so
+    far.
+    """
 
     digest: Annotated[str, Field(max_length=MAX_NAME)]
     tokens: Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
@@ -117,13 +119,13 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Named(Parsed):
-    """What names a model."""
+    """A request that names a model."""
 
     model: Annotated[str, Field(max_length=MAX_NAME)]
 
 
 class Generate(Named):
-    """What chat and text completions have in common."""
+    """Common fields of chat and text completions."""
 
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
@@ -143,7 +145,7 @@ class Generate(Named):
         dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(ge=-100, le=100)]],
         Field(max_length=MAX_LOGIT_BIAS, default_factory=dict),
     ]
-    # Not OpenAI's, but spoken by every server of open models
+    # Not OpenAI's, but supported by every server of open models
     top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repeat_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
@@ -151,21 +153,21 @@ class Generate(Named):
 
     @property
     def begun(self) -> tuple[int, ...]:
-        """The tokens of the answer that are there already. The request's own limits are those of the whole answer."""
+        """The tokens of the answer so far. The request's limits apply to the whole answer."""
         return () if self.resume is None else self.resume.tokens
 
     @property
     def resumable(self) -> bool:
-        """Whether another worker could go on with the answer wherever it breaks off."""
+        """Whether another worker could continue the answer after a break."""
         return self.stream and self.n == 1
 
     @property
     def held(self) -> bool:
-        """Whether the answer is held to a grammar."""
+        """Whether a grammar constrains the answer."""
         return False
 
     def output_limit(self) -> tuple[str, int | None]:
-        """The field that limits the output of each choice, and its value."""
+        """The field that limits each choice's output, and its value."""
         return "max_tokens", self.max_tokens
 
     def sampling(self, grammar: Grammar | None) -> Sampling:
@@ -183,11 +185,11 @@ class Generate(Named):
         )
 
     def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:  # noqa: ARG002 - only chats are held to one
-        """What an answer is held to, made in `grammars`. form: how the model writes calls. Raises `RequestRefused`."""
+        """The grammar of the answer, built in `grammars`. form: the model's format of calls. Raises `RequestRefused`."""
         return None
 
     def alternatives(self) -> int | None:
-        """How many alternatives to give with each token's logprob; None for no logprobs."""
+        """How many alternatives to return with each token's logprob; None for no logprobs."""
         raise NotImplementedError
 
     @property
@@ -206,7 +208,7 @@ class ChatCompletionRequest(Generate):
     tools: Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS, strict=False)] = ()
     tool_choice: Any = None  # `tools.calling` reads it
     parallel_tool_calls: bool = True
-    # Not OpenAI's: the last message is the beginning of the answer, which goes on from there. Resumes a broken stream.
+    # Not OpenAI's: the last message is the beginning of the answer, which continues it. Resumes a broken stream.
     continue_final_message: bool = False
 
     def output_limit(self) -> tuple[str, int | None]:
@@ -219,7 +221,9 @@ class ChatCompletionRequest(Generate):
 
     @property
     def resumable(self) -> bool:
-        """Not what calls functions: whoever goes on with it would have to know how much of a call was read."""
+        """False for answers that may call functions: a worker that continued one would need to know how much of a call was
+        read.
+        """
         return super().resumable and self.calling() is None
 
     @property
@@ -227,7 +231,7 @@ class ChatCompletionRequest(Generate):
         return (self.response_format is not None and self.response_format.type != "text") or self.calling() is not None
 
     def calling(self) -> Calling | None:
-        """What the model may call. Raises `RequestRefused`."""
+        """The functions that the model may call. Raises `RequestRefused`."""
         return calling(self.tools, self.tool_choice, many=self.parallel_tool_calls)
 
     def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:
@@ -251,7 +255,7 @@ class CompletionRequest(Generate):
 class EmbeddingRequest(Named):
     """`POST /v1/embeddings`: inputs, each of which becomes a vector."""
 
-    # Not OpenAI's: token ids in `input` are those of this model, as `/v1/tokenize` tells them.
+    # Not OpenAI's: whether token ids in `input` are this model's, from `/v1/tokenize`.
     own_token_ids: bool = False
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
@@ -270,7 +274,7 @@ class EmbedTokens(EmbeddingRequest):
 
 
 class TokenizeRequest(Named):
-    """`POST /v1/tokenize`: a text, or messages as the model's chat template writes them."""
+    """`POST /v1/tokenize`: a text, or messages in the form of the model's chat template."""
 
     prompt: str | None = None
     messages: Messages | None = None
@@ -306,7 +310,7 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
         raise RequestRefused("'top_logprobs' needs 'logprobs' to be true.", code="invalid_value", param="top_logprobs")
     if request.continue_final_message and not has_a_beginning(request.messages):
         raise RequestRefused(
-            "'continue_final_message' needs a last message of the assistant, in words, after at least one other.",
+            "'continue_final_message' needs a text message of the assistant at the end, after at least one other message.",
             code="invalid_value",
             param="continue_final_message",
         )
@@ -318,7 +322,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
     raw = _object(body)
     prompt = raw.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str):
-        # Ids could name control tokens, which only the template may place.
+        # Ids could be control tokens, which only the template may use.
         raise RequestRefused("Prompts of token ids are not supported. Send text.", code="unsupported_value", param="prompt")
     request = validated(CompletionRequest, raw)
     _check_generate(request)
@@ -334,14 +338,14 @@ def parse_embedding(body: bytes) -> EmbedTexts | EmbedTokens:
     if isinstance(first, bool) or not isinstance(first, int | list):
         return validated(EmbedTexts, raw)
     if isinstance(first, int):
-        validated(_OneInput, {"input": given})  # its errors name the member as the caller wrote it
+        validated(_OneInput, {"input": given})  # its errors name the field as the caller wrote it
     request = validated(EmbedTokens, {**raw, "input": [given] if isinstance(first, int) else given})
     check_token_ids(given, request.own_token_ids)
     return request
 
 
 def check_token_ids(given: Any, own: Any) -> None:
-    """given: the `input` of embeddings. own: whether ids in it are the model's, as the caller says. Raises `RequestRefused`."""
+    """given: the `input` of embeddings. own: whether the caller says that its ids are this model's. Raises `RequestRefused`."""
     ids = isinstance(given, list) and any(isinstance(each, int | list) for each in given)
     if own not in (None, True, False):
         raise RequestRefused(f"Invalid type for '{OWN_IDS}': expected a boolean.", code="invalid_type", param=OWN_IDS)
@@ -357,7 +361,7 @@ def _check_generate(request: Generate) -> None:
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    """The body's JSON object without the fields that change nothing. This parser refuses lone surrogates and deep nesting."""
+    """The body's JSON object without fields that have no effect. The parser refuses lone surrogates and deep nesting."""
     try:
         raw = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError:
@@ -367,7 +371,9 @@ def _object(body: bytes) -> dict[str, Any]:
     check_size(raw)
     for name, value in raw.items():
         if has_infinite(value):
-            raise RequestRefused(f"'{name}' holds a number beyond what JSON readers keep.", code="invalid_value", param=name)
+            raise RequestRefused(
+                f"'{name}' holds a number that JSON readers do not keep exactly.", code="invalid_value", param=name
+            )
     for name, kind in _IGNORED.items():
         if not isinstance(raw.get(name), kind | None):
             raise RequestRefused(f"Invalid type for '{name}': expected {_SPOKEN[kind]}.", code="invalid_type", param=name)

@@ -1,4 +1,4 @@
-"""OpenAI's objects, as the dicts that become JSON. Facts in, shapes out: nothing is decided here."""
+"""OpenAI's objects as dicts for JSON. Values in, shapes out: nothing is decided here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lacre.asgi import Usage
 from lacre_backend.api.tools.format import Argued, Called, Part, Speech
 from lacre_backend.engine.protocol import ModelInfo, Token
 
-LEAST_LOGPROB: Final = -9999.0  # OpenAI's word for "never"; JSON has none for minus infinity
+LEAST_LOGPROB: Final = -9999.0  # OpenAI's value for "never"; JSON has no minus infinity
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseInfo:
-    """What every object of one answer repeats. created: Unix time. usage_asked: whether a stream ends with the usage, in which
-    case all other chunks say that theirs is null.
+    """Fields that every object of one answer repeats. created: Unix time. usage_asked: whether a stream ends with the usage;
+    all other chunks then have a null usage.
     """
 
     id: str
@@ -44,7 +44,7 @@ def usage(spent: Usage) -> dict[str, Any]:
 
 
 def embeddings(info: ModelInfo, vectors: Sequence[Any], spent: Usage) -> dict[str, Any]:
-    """vectors: each as its encoding writes it."""
+    """vectors: each in its encoding."""
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
     used = {"prompt_tokens": spent.prompt_tokens, "total_tokens": spent.prompt_tokens}
     return {"object": "list", "data": data, "model": info.name, "usage": used}
@@ -73,7 +73,7 @@ def _calls(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _delta(part: Part) -> dict[str, Any]:
-    """A call opens with its name, and its arguments follow piece by piece."""
+    """A call begins with its name; its arguments follow piece by piece."""
     match part:
         case Speech():
             return {"content": part.text}
@@ -110,7 +110,7 @@ class Chat:
         return {**self._whole, "choices": list(choices), "usage": usage(spent)}
 
     def first(self, index: int) -> dict[str, Any] | None:
-        """The chunk that opens a choice."""
+        """The chunk that begins a choice."""
         return self._delta(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 
     def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Chat:
 
 
 class Completion:
-    """`text_completion`, whose chunks have the same form as the whole."""
+    """`text_completion`; its chunks have the same form."""
 
     prefix: Final = "cmpl-"
 
@@ -161,7 +161,7 @@ class Completion:
         return {**self._head, "choices": list(choices), "usage": usage(spent)}
 
     def first(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002 - the same interface as Chat's
-        """Text completions open without a word."""
+        """Text completions begin without a chunk of their own."""
         return None
 
     def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""One call's choices on their way through the engine, and what they use.
+"""Runs one call's choices through the engine and counts what they use.
 
-Rules
-- The events of all choices come out in the order in which the engine makes them, one at a time.
-- `usage` is true at every moment: it grows with each token, since a receipt may be signed before the end.
-- Whoever leaves before the end, for any reason, cancels what is left: `close` is always called.
+Rules:
+- The events of all choices come in the order in which the engine makes them, one at a time.
+- `usage` is correct at every moment. It grows with each token, because a receipt may be signed before the end.
+- If the caller leaves early for any reason, the rest is cancelled: `close` is always called.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lacre_backend.engine.protocol import (
     Token,
 )
 
-# A part of a task, in the caller's words.
+# The fields of a task, by the caller's names.
 _PARAMS = {"begun": "resume.tokens", "grammar": "response_format", "logit_bias": "logit_bias", "max_tokens": "max_tokens"}
 
 
 class GenerationRuns:
-    """`n` runs of one task, whose prompt is read once. A seeded task's choices have seeds one apart: alike they would be the
-    same choice.
+    """`n` runs of one task, whose prompt is read once. With a seed, the choices' seeds differ by one; otherwise they would be
+    identical.
     """
 
     def __init__(
@@ -49,13 +49,15 @@ class GenerationRuns:
         *,
         weigh: Callable[[int], object] | None = None,
     ) -> None:
-        """usage: where to count. prompt_param: the caller's word for the prompt. weigh: hears how many choices did not end."""
+        """usage: where to count. prompt_param: the caller's field for the prompt. weigh: receives the number of unfinished
+        choices.
+        """
         self._weigh = weigh
         self._unfinished = n
         self._params = _PARAMS | {"prompt": prompt_param}
         self._engine = engine
         self._usage = usage
-        self._read = False  # one choice has its whole prompt
+        self._read = False  # one choice has read its whole prompt
         self._streams: list[AsyncIterator[Event]] = []
         base = task.sampling.seed
         self._tasks = [
@@ -69,7 +71,7 @@ class GenerationRuns:
         ]
 
     def submit(self) -> None:
-        """Hand the tasks to the engine. Raises `RequestRefused`; `close` is due even then."""
+        """Submits the tasks to the engine. Raises `RequestRefused`; call `close` even then."""
         try:
             self._streams += self._engine.submit_all(self._tasks)
         except TaskRefused as refusal:
@@ -104,7 +106,7 @@ class GenerationRuns:
             self._engine.cancel(task.id)
 
     def _count(self, event: PromptProgress | Token | Finish) -> None:
-        """The prompt is counted once, however many choices read it, and as the first to be served found the cache."""
+        """Counts the prompt once, however many choices read it. The first served choice gives the cached tokens."""
         self._usage.completion_tokens += isinstance(event, Token)
         if self._read:
             return

@@ -1,8 +1,8 @@
-"""The engine's events as an answer: whole, or streamed as they come; text, and calls of functions where there may be some.
+"""Turns the engine's events into an answer, whole or streamed, with text and function calls.
 
-Rules
-- Each event of the engine leaves in chunks of its own, at once.
-- An error after the first chunk ends the stream with an event of its own, without `[DONE]`.
+Rules:
+- Each engine event is sent in its own chunks, at once.
+- An error after the first chunk ends the stream with an error event, without `[DONE]`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lacre_backend.engine.protocol import Finish, Token
 
 
 class Progress:
-    """The marks of one answer: each event of text has one, so that a client can resume it (`lacre.exchange.resume_marks`)."""
+    """The marks of one answer. Each text event has one, so that a client can resume it (`lacre.exchange.resume_marks`)."""
 
     def __init__(self, usage: Usage) -> None:
         self._usage = usage
@@ -33,7 +33,7 @@ class Progress:
 
     @classmethod
     def of(cls, request: Generate, scope: Scope, usage: Usage) -> Progress | None:
-        """None where the client does not ask for marks, or nobody could go on with the answer."""
+        """None if the client asks for no marks, or no worker could continue the answer."""
         asked = request.resumable and header(scope, ASK.encode()) == YES.encode()
         return cls(usage) if asked else None
 
@@ -48,14 +48,14 @@ class Progress:
 
 @dataclass(slots=True)
 class _Choice:
-    """One choice on its way. reader: of its calls, if it may hold any."""
+    """One choice in progress. reader: parses its calls, if it may contain any."""
 
     reader: CallReader | None
     parts: list[Part] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)  # whose logprobs were asked for
+    tokens: list[Token] = field(default_factory=list)  # tokens whose logprobs were requested
 
     def take(self, event: Token | Finish) -> list[Part]:
-        """What the event adds."""
+        """The parts that the event adds."""
         if self.reader is None:
             return [Speech(event.text)] if event.text else []
         return [*self.reader.push(event.text), *(self.reader.finish() if isinstance(event, Finish) else ())]
@@ -66,7 +66,7 @@ class _Choice:
 
 
 class Answer:
-    """One answer of `generation`, in `shape`. reader: makes what reads a choice's calls; None where there are none to read."""
+    """One answer of `generation`, in `shape`. reader: makes the parser of a choice's calls; None if there are none."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Answer:
         return self._shape.whole([finished[index] for index in sorted(finished)], usage)
 
     async def stream(self, out: EventStream, usage: Usage | None, progress: Progress | None) -> None:
-        """Each token as it comes. usage: told at the end, if given. progress: told with each, if given."""
+        """Sends each token as it comes. usage: sent at the end, if given. progress: sent with each event, if given."""
         try:
             async with aclosing(self._generation.events()) as events:
                 async for index, event in events:
@@ -119,7 +119,7 @@ class Answer:
         await out.done()
 
     def _chunks(self, index: int, event: Token | Finish) -> Iterator[dict[str, Any]]:
-        """A token that says nothing yet, since its text is held back, is told only if its logprobs are wanted."""
+        """The chunks of an event. A token whose text is held back has a chunk only if its logprobs were requested."""
         choice = self._choice(index)
         parts = choice.take(event)
         tokens = (event,) if isinstance(event, Token) and event.logprob is not None else ()

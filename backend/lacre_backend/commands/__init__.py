@@ -18,7 +18,7 @@ SettingsFile = Annotated[Path, typer.Option("--settings", help="The worker's set
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands, where what they need is installed."""
+    """Adds the commands if the packages that they need are installed."""
     if find_spec("nats") is not None and find_spec("llama_cpp") is not None and find_spec("pydantic") is not None:
         app.add_typer(commands, name="worker")
 
@@ -27,13 +27,13 @@ def register(app: typer.Typer) -> None:
 def worker(
     context: typer.Context,
     settings: Annotated[Path | None, typer.Option(help="The worker's settings file (TOML).")] = None,
-    node: Annotated[str | None, typer.Option(help="Its own name in the pool, where several share the settings.")] = None,
+    node: Annotated[str | None, typer.Option(help="This worker's name in the pool, if others share the settings.")] = None,
 ) -> None:
     """Run a worker: it dials out to the fabric, opens sealed requests and answers them with its models."""
     if context.invoked_subcommand is not None:
         return
     if settings is None:
-        raise typer.BadParameter("name the worker's settings file", param_hint="--settings")
+        raise typer.BadParameter("give the worker's settings file", param_hint="--settings")
     import uvloop
 
     from lacre_backend.serve import serve
@@ -58,7 +58,7 @@ def worker_tune(settings: SettingsFile) -> None:
 
 @commands.command("check")
 def worker_check(settings: SettingsFile) -> None:
-    """Look at everything that this worker needs, and say what to do about what is wrong. It serves nothing."""
+    """Check everything that this worker needs, and print what to do about each fault. It serves nothing."""
     from lacre_backend.commands.check import examine
 
     reasons = examine(settings)

@@ -1,6 +1,6 @@
-"""`lacre worker check`: looks at everything that this worker needs to serve, and says what to do about what is wrong.
+"""`lacre worker check`: checks everything that this worker needs, and says what to do about each fault.
 
-It takes no work, announces nothing and loads no model. It can run beside the worker that it looks at.
+It takes no work, announces nothing and loads no model. It can run beside the worker that it checks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lacre_fabric.nats.worker import try_claim
 
 
 def examine(file: Path) -> list[Reason]:
-    """file: the settings file. What speaks against the worker; empty where it can serve. Never raises for what is wrong."""
+    """file: the settings file. Returns the worker's faults; empty if it can serve. It never raises for a fault."""
     found: list[Reason] = []
     settings: WorkerSettings | None = None
     with _noted(found, "settings"):
@@ -55,7 +55,7 @@ async def _examine(settings: WorkerSettings) -> list[Reason]:
 
 
 def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
-    """The files that it names; what it holds, where all can be read."""
+    """Reads the files in the settings. Returns what the worker has, if all can be read."""
     names: tuple[str, ...] = tuple(model.name for model in settings.upstream.models) if settings.upstream else ()
     for model in settings.models:
         with _noted(found, "model"):
@@ -70,7 +70,7 @@ def _held(settings: WorkerSettings, found: list[Reason]) -> Holding | None:
 
 
 async def _on_the_fabric(settings: WorkerSettings, connection: Connection, held: Holding | None) -> list[Reason]:
-    feed = ManifestFeed(connection.manifest, settings.root)  # remembers nothing: that is the running worker's
+    feed = ManifestFeed(connection.manifest, settings.root)  # without a memory: that belongs to the running worker
     await feed.catch_up()
     found = [] if feed.known else [unread(feed)]
     if feed.known and held is not None:

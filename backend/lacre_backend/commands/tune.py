@@ -1,8 +1,8 @@
-"""`lacre worker tune`: measures each model of a settings file and writes what was best into it, with the figures beside it.
+"""`lacre worker tune`: measures each model of a settings file, and writes the best values and the figures into it.
 
-Rules
-- Of the file only the chosen keys and our own comment change; every other line stays as it is.
-- The new file is read and checked before it takes the old one's place, which it does at once.
+Rules:
+- Only the chosen keys and our own comment in the file change. Every other line stays as it is.
+- The new file is parsed and checked before it atomically replaces the old one.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _MODEL: Final = re.compile(r"\s*\[\[\s*models\s*\]\]")
 
 
 def run(path: Path, report: Callable[[str], None]) -> None:
-    """Tune every model of the settings file. A link to it stays one. Raises SettingsError."""
+    """Tunes every model of the settings file. If the path is a link, the link stays. Raises SettingsError."""
     path = path.resolve()
     settings = load(path)
     if not settings.models:
-        raise SettingsError(f"{path} has no models of its own: what is behind an upstream is tuned there")
+        raise SettingsError(f"{path} has no models of its own: tune the upstream itself")
     text = path.read_text(encoding="utf-8")
     for index, model in enumerate(settings.models):
         file = find(model.path, model.name)
         if ModelMetadata.read(file.path).kind is TaskKind.EMBED:
-            report(f"{file.name}: embeds, and has nothing to tune")
+            report(f"{file.name}: embeds; nothing to tune")
             continue
         wanted = options(model)
         most = max((slots for slots in SLOTS if _fits(file.path, replace(wanted, slots=slots, cells=None))), default=1)
@@ -55,7 +55,7 @@ def run(path: Path, report: Callable[[str], None]) -> None:
 
 
 def values(choice: TuningResult) -> dict[str, str]:
-    """As TOML. A unified cache needs no size of its own: all the slots' contexts."""
+    """As TOML. A unified cache needs no size: it holds the contexts of all slots."""
     way = choice.way
     flags = {"flash": way.flash, "unified": way.unified}
     numbers = {"threads": str(way.threads), "slots": str(choice.slots)}
@@ -67,7 +67,7 @@ def written(text: str, index: int, values: Mapping[str, str], table: list[str]) 
     lines = text.splitlines()
     starts = [i for i, line in enumerate(lines) if _MODEL.match(line)]
     if index >= len(starts):
-        raise SettingsError("The settings write `models` in another form than [[models]] tables. Write them as such tables.")
+        raise SettingsError("The settings write `models` in a form other than [[models]] tables. Write them as tables.")
     begin = starts[index] + 1
     end = next((i for i in range(begin, len(lines)) if _TABLE.match(lines[i])), len(lines))
     ours = re.compile(rf"\s*({'|'.join(values)})\s*=|{re.escape(_MARK)}|#\|")

@@ -1,9 +1,9 @@
-"""How many cells of llama.cpp's cache each slot holds: counts, never lists of cells.
+"""Counts the cells of llama.cpp's cache that each slot holds. It keeps counts, never lists of cells.
 
-Rules
-- A cell is shared by copying a beginning only, in a unified cache. So for two slots one number says it all: how many cells at
-  their beginnings are the same. Cutting, growing and copying change these numbers and nothing else.
-- What an operation costs depends on the number of slots, never on the number of cells.
+Rules:
+- Cells are shared only by copying a prefix, in a unified cache. So one number per pair of slots is enough: the number of equal
+  cells at their beginnings. Cutting, growing and copying change only these numbers.
+- An operation's cost depends on the number of slots, never on the number of cells.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 class Cells:
-    """slots: how many there are. total: cells of all. unified: whether a copy shares its cells; otherwise it takes new ones."""
+    """slots: their number. total: all cells. unified: whether a copy shares its cells; otherwise it takes new ones."""
 
     __slots__ = ("_shared", "_total", "free", "held", "unified")
 
@@ -20,15 +20,15 @@ class Cells:
         self.free = self._total = total
         self.held = [0] * slots
         self.unified = unified
-        self._shared = [[0] * slots for _ in range(slots)]  # by two slots: how many of their first cells are the same
+        self._shared = [[0] * slots for _ in range(slots)]  # by pair of slots: how many of their first cells are the same
 
     def grow(self, slot: int, n: int) -> None:
-        """`n` new cells at the end of a slot. There must be so many free ones."""
+        """Adds `n` new cells at the end of a slot. There must be as many free ones."""
         self.held[slot] += n
         self.free -= n
 
     def cut(self, slot: int, keep: int) -> None:
-        """Let go of all but the first `keep` cells; those that no other slot holds become free."""
+        """Releases all but the first `keep` cells. Those that no other slot holds become free."""
         shared = self._shared[slot]
         self.free += max(0, self.held[slot] - max(keep, *shared)) if self.unified else max(0, self.held[slot] - keep)
         self.held[slot] = min(self.held[slot], keep)
@@ -37,7 +37,7 @@ class Cells:
                 shared[other] = self._shared[other][slot] = min(shared[other], keep)
 
     def copy(self, source: int, target: int, keep: int) -> None:
-        """The first `keep` cells of `source` into `target`, which holds none."""
+        """Copies the first `keep` cells of `source` into `target`, which is empty."""
         if not self.unified:
             self.grow(target, keep)
             return
@@ -48,12 +48,12 @@ class Cells:
                 self._shared[target][other] = self._shared[other][target] = common
 
     def freeable(self, lengths: Sequence[int]) -> int:
-        """How many cells would become free if each slot let go of all but the first so many."""
+        """How many cells would become free if each slot kept only its first cells, as many as `lengths` says."""
         return self._total - self.free - self._used(lengths)
 
     def _used(self, lengths: Sequence[int]) -> int:
-        """Different cells in the beginnings of these lengths. What slots share are their beginnings: a slot's cells that no
-        slot before it has are those behind the longest beginning that it shares with one of them.
+        """The number of distinct cells in the prefixes of these lengths. Slots share only prefixes. So a slot's new cells are
+        those behind the longest prefix that it shares with an earlier slot.
         """
         if not self.unified:
             return sum(lengths)

@@ -1,11 +1,12 @@
 """The choices of one request: sequences with the same prompt, which one of them reads for all.
 
-Rules
+Rules:
 - Pure: no I/O, no clock, no thread, no llama.cpp.
-- One member reads the prompt (`reader`). The others wait beside everybody's turns meanwhile, and take theirs once it is read.
-- A member that finds the whole prompt in a sibling's slot copies it and computes nothing of it. Where no slot has it any more,
-  the next member reads it anew.
-- Members share with each other whatever their scope is: they are one request of one caller. What they share goes with the last.
+- One member reads the prompt (`reader`). The others wait outside the queue meanwhile, and enter it once the prompt is read.
+- A member that finds the whole prompt in a sibling's slot copies it and computes nothing. If no slot has it any longer, the
+  next member reads it again.
+- Members share cells with each other regardless of scope: they are one request of one caller. The shared cells are released
+  with the last member.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ T = TypeVar("T")
 
 
 class Choices(Generic[T]):
-    """length: tokens of the prompt, with what is begun of the answer. cached: of these, those that the first reader found in
-    the cache of its scope; None until it was admitted.
+    """length: tokens of the prompt and the begun answer. cached: those of them that the first reader found in its scope's
+    cache; None until its admission.
     """
 
     __slots__ = ("cached", "length", "members", "reader", "waiting")
@@ -25,16 +26,16 @@ class Choices(Generic[T]):
     def __init__(self, length: int) -> None:
         self.length = length
         self.cached: int | None = None
-        self.members = 0  # that did not end
+        self.members = 0  # not ended yet
         self.reader: T | None = None
-        self.waiting: list[T] = []  # for the reader, in the order of their turns
+        self.waiting: list[T] = []  # for the reader, in queue order
 
     def must_wait(self, member: T) -> bool:
-        """Whether another one reads the prompt now."""
+        """Whether another member is reading the prompt."""
         return self.reader is not None and self.reader is not member
 
     def released(self) -> list[T]:
-        """The prompt is read, or its reader is gone: those that waited, the first one first."""
+        """The members that waited, first one first. Call it when the prompt is read or its reader is gone."""
         self.reader = None
         waiting, self.waiting = self.waiting, []
         return waiting

@@ -1,10 +1,10 @@
 """llama.cpp's context and batch: executes the scheduler's plans, whole and in order.
 
-Rules
-- Belongs to one long-lived thread: llama.cpp keeps its workers per calling thread, and a fresh thread per call decodes at less
+Rules:
+- It belongs to one permanent thread. llama.cpp keeps its workers per calling thread, and a new thread per call decodes at less
   than half the speed.
-- No Python work per token that can be done per step: a batch is written by slices of numpy arrays that llama.cpp reads.
-- `wipe` overwrites the cells' data, not only their list; so does `free`.
+- No Python work per token if it can be done per step: a batch is written as slices of numpy arrays that llama.cpp reads.
+- `wipe` overwrites the cells' data, not only their list. So does `free`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ FLASH: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """threads: of one step. flash: flash attention; None lets llama.cpp decide."""
+    """threads: for one step. flash: flash attention; None: llama.cpp decides."""
 
     threads: int
     flash: bool | None = None
 
 
 class Batch:
-    """A `llama_batch` over arrays of our own. One sequence id for each token."""
+    """A `llama_batch` on our own arrays. One sequence id per token."""
 
     def __init__(self, size: int) -> None:
         self.token = np.zeros(size, dtype=np.int32)
@@ -48,7 +48,7 @@ class Batch:
         self.sequence = np.zeros(size, dtype=np.int32)
         self.output = np.zeros(size, dtype=np.int8)
         self._counts = np.ones(size, dtype=np.int32)
-        # llama.cpp wants a list of sequence ids for each token: here, lists of one, inside `sequence`.
+        # llama.cpp expects a list of sequence ids per token. Here each list has one id, inside `sequence`.
         self._lists = (self.sequence.ctypes.data + 4 * np.arange(size + 1, dtype=np.uint64)).astype(np.uint64)
         self._lists[size] = 0
         self.struct = L.llama_batch()
@@ -63,7 +63,7 @@ class Batch:
             setattr(self.struct, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
     def write(self, plan: StepPlan) -> list[int]:
-        """Where in the batch the outputs are."""
+        """Writes the plan. Returns the positions of the outputs in the batch."""
         outputs = []
         n = 0
         for segment in plan.segments:
@@ -81,7 +81,7 @@ class Batch:
 
 
 class LlamaContext:
-    """A context for `limits.slots` sequences. Raises SettingsError where there is no memory for it."""
+    """A context for `limits.slots` sequences. Raises SettingsError if there is not enough memory for it."""
 
     def __init__(self, model: Model, limits: EngineLimits, compute: Compute) -> None:
         params = L.llama_context_default_params()
@@ -104,7 +104,7 @@ class LlamaContext:
         self._batch = Batch(limits.step)
 
     def execute(self, plan: StepPlan) -> list[int]:
-        """Do all that a plan says. Returns where in the batch the outputs are, in order; `logits` has a row for each."""
+        """Executes a plan. Returns the positions of the outputs in the batch, in order. `logits` has one row for each."""
         for step in plan.memory:
             if isinstance(step, Copy):
                 self._copy(step)
@@ -121,11 +121,11 @@ class LlamaContext:
         return outputs
 
     def logits(self, rows: int) -> Logits:
-        """The outputs' logits, one row each: a view that the next step overwrites."""
+        """The logits of the outputs, one row each. The next step overwrites this view."""
         return np.ctypeslib.as_array(L.llama_get_logits(self.pointer), (rows, self._n_vocab))
 
     def wipe(self) -> None:
-        """Forget every cell and overwrite its data."""
+        """Removes every cell and overwrites its data."""
         L.llama_memory_clear(self._memory, True)
 
     def free(self) -> None:
@@ -134,9 +134,9 @@ class LlamaContext:
 
     def _trim(self, trim: Trim) -> None:
         if not L.llama_memory_seq_rm(self._memory, trim.slot, trim.keep, -1):
-            raise EngineError("This model's cache cannot be cut where it was to be.")
+            raise EngineError("This model's cache cannot be cut at this position.")
 
     def _copy(self, copy: Copy) -> None:
-        # A split cache copies whole sequences only; in a unified one the sequences share the cells.
+        # A split cache copies whole sequences only. In a unified cache the sequences share the cells.
         L.llama_memory_seq_cp(self._memory, copy.source, copy.target, -1, -1)
         self._trim(Trim(copy.target, copy.keep))

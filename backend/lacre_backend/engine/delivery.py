@@ -1,10 +1,10 @@
-"""How an engine's thread hands events to the event loops that wait for them.
+"""Passes events from an engine's thread to the event loops that wait for them.
 
-Rules
-- A stream is touched by its own event loop's thread only; the engine's thread touches the outbox only. What crosses is one
+Rules:
+- Only the thread of its event loop uses a stream, and only the engine's thread uses the outbox. Between them there is one
   callback per loop and step (`call_soon_threadsafe`), however many sequences the step advanced.
-- A loop that is gone takes nothing any more; the engine must survive it.
-- A stream holds at most its task's `max_tokens` events, which the task's admission bounded.
+- The engine survives a closed loop, which takes no more events.
+- A stream holds at most `max_tokens` events of its task, which admission bounded.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class TaskEvents(AsyncIterator[Event]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.abandoned = False  # set by the engine's thread once the loop is closed: nobody will read on
+        self.abandoned = False  # set by the engine's thread once the loop is closed: nothing will read the stream
         self._events: deque[Event | EngineError] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
 
     def put(self, event: Event | EngineError) -> None:
-        """In the loop's thread: one more event."""
+        """Adds an event. Call it in the loop's thread."""
         self._events.append(event)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -49,7 +49,7 @@ class TaskEvents(AsyncIterator[Event]):
 
 
 class Outbox:
-    """Gathers the events of one step and wakes each loop once."""
+    """Collects the events of one step and wakes each loop once."""
 
     def __init__(self) -> None:
         self._batches: dict[asyncio.AbstractEventLoop, list[tuple[TaskEvents, Event | EngineError]]] = {}
@@ -61,7 +61,7 @@ class Outbox:
         for loop, batch in self._batches.items():
             try:
                 loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # how asyncio says that the loop was closed
+            except RuntimeError:  # asyncio's error for a closed loop
                 for stream, _ in batch:
                     stream.abandoned = True
         self._batches = {}

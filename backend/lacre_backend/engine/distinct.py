@@ -1,14 +1,15 @@
-"""Lists of a JSON answer whose items differ: read byte by byte, beside the grammar, which keeps no record of texts.
+"""Detects repeated items in lists of a JSON answer. It reads the answer byte by byte beside the grammar, which cannot track
+texts.
 
-Rules
-- A grammar's first lines say which lists these are: `//distinct /STEP/STEP`, the names on the way from the answer's root; none
-  for the root itself. Each is percent-encoded; `*` is any member or item. A last step `#` says that its numbers are whole.
-- Items are compared by what they mean, for a grammar may admit two spellings of a control character.
-- Items are texts and numbers without bounds, so an item that would be there twice can always go on and become another. Zeros
-  cannot: one is forbidden before its exponent, or before it begins where numbers are whole.
-- What a token would do is tried on a `probe`, which shares the lists with the watch. There is one for each token that may end
-  an item, so its cost must not grow with the answer.
-- Pure: bytes in, verdicts out. What is read is an answer that its grammar admits, so no form of JSON is checked here.
+Rules:
+- A grammar's first lines name the lists: `//distinct /STEP/STEP`, the path from the answer's root; no steps for the root
+  itself. Steps are percent-encoded. `*` is any member or item. A last step `#` means that the numbers are integers.
+- Items are compared by value, because a grammar may allow two spellings of a control character.
+- Items are texts and numbers without bounds, so an item that would repeat another can always be extended into a new one. Zeros
+  cannot. A repeated zero is forbidden before its exponent, or before it begins if numbers are integers.
+- A token is tried on a `probe`, which shares the lists with the watch. There is one probe per token that may end an item, so
+  its cost must not grow with the answer.
+- Pure: bytes in, verdicts out. The answer matches its grammar, so JSON syntax is not checked here.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from urllib.parse import unquote_to_bytes
 MARK: Final = "//distinct "
 ANY: Final = "*"
 WHOLE: Final = "#"
-_ANY, _WHOLE = b"\xff", b"\xfe"  # no name has these
+_ANY, _WHOLE = b"\xff", b"\xfe"  # no name contains these bytes
 _STEPS: Final = {ANY: _ANY, WHOLE: _WHOLE}
 _QUOTE, _ESCAPE, _COMMA, _COLON, _ZERO = b'"\\,:0'
 _OPENING: Final = b"{["
 _CLOSING: Final = b"}]"
 _ESCAPED: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
 _SHORT: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-_LITERALS: Final = frozenset({b"true", b"false", b"null"})  # these are items of other lists
-_PARTS_OF_LITERALS: Final = frozenset({b"tru", b"fals"})  # their `e` is no exponent's
-# What may end an item, or make it one that is there: a text by its quote; a number by what follows it, its exponent or a zero.
+_LITERALS: Final = frozenset({b"true", b"false", b"null"})  # items of other lists
+_PARTS_OF_LITERALS: Final = frozenset({b"tru", b"fals"})  # their `e` does not begin an exponent
+# Bytes that may end an item or make it equal to another: a text's quote; after a number any following byte, its exponent or a
+# zero.
 ENDS_TEXT: Final = b'"'
 _AFTER_NUMBER: Final = b'",]} \n\r\t'
 _EXPONENT: Final = b"eE"
@@ -40,7 +42,7 @@ Paths = frozenset[tuple[bytes, ...]]
 
 
 def split(source: str) -> tuple[str, Paths]:
-    """A grammar without the lines that name lists, and those."""
+    """The grammar without the lines that name lists, and those lists."""
     paths = set()
     while source.startswith(MARK):
         line, _, source = source.partition("\n")
@@ -51,8 +53,8 @@ def split(source: str) -> tuple[str, Paths]:
 
 @dataclass(slots=True)
 class _Open:
-    """An object or a list that has begun. seen: the items of a list whose items differ; None for any other. more: those that a
-    probe adds. whole: its numbers are.
+    """An open object or list. seen: the items of a watched list; None for any other. more: items that a probe adds. whole:
+    whether its numbers are integers.
     """
 
     path: tuple[bytes, ...]
@@ -66,30 +68,30 @@ class _Open:
 
 @dataclass(slots=True)
 class Watch:
-    """An answer so far."""
+    """The state after an answer so far."""
 
     paths: Paths
     _open: list[_Open] = field(default_factory=list)
-    _text: bytes = b""  # of the scalar that has begun
+    _text: bytes = b""  # of the open scalar
     in_text: bool = False
     _escaped: bool = False
     _probes: bool = False
 
     def copy(self) -> Watch:
-        """One that reads on by itself."""
+        """An independent copy."""
         return replace(self, _open=[replace(each, seen=None if each.seen is None else set(each.seen)) for each in self._open])
 
     def probe(self) -> Watch:
-        """One to try a token on; this one must not read on before it is done with."""
+        """A copy to try one token on. The original must not advance until the probe is discarded."""
         return replace(self, _open=[*self._open[:-1], *map(replace, self._open[-1:])], _probes=True)
 
     @property
     def pending(self) -> bool:
-        """Whether the next item could be one that is there already."""
+        """Whether the next item could repeat an existing one."""
         return bool(self._open) and bool(self._open[-1].seen)
 
     def feed(self, data: bytes) -> bool:
-        """More of the answer. False where an item is there twice."""
+        """Reads more of the answer. False if an item repeats another."""
         new = True
         for byte in data:
             new = self._byte(byte) and new
@@ -115,7 +117,7 @@ class Watch:
         return new
 
     def _may_follow(self, text: bytes, byte: int) -> bool:
-        """False where it makes a number a zero for good, and its list has one."""
+        """False if the byte would fix a number at zero while its list already has a zero."""
         within = self._open[-1] if self._open else None
         if within is None or within.seen is None or not (0.0 in within.seen or 0.0 in within.more):
             return True
@@ -143,7 +145,7 @@ class Watch:
         return self._open[-1].key if self._open[-1].is_object else _ANY
 
     def _ended(self) -> bool:
-        """A scalar is whole. Answers whether it is new in its list."""
+        """Handles a complete scalar. Returns whether it is new in its list."""
         text, self._text = self._text, b""
         if not text or not self._open:
             return True
@@ -153,7 +155,7 @@ class Watch:
             return True
         if within.seen is None or text in _LITERALS:
             return True
-        value = _read(text) if text.startswith(b'"') else float(text)  # 1 and 1e0 are one number
+        value = _read(text) if text.startswith(b'"') else float(text)  # 1 and 1e0 are the same number
         if value in within.seen or value in within.more:
             return False
         if self._probes:

@@ -1,10 +1,10 @@
-"""Texts to vectors: llama.cpp with an encoder, or another model trained to embed, behind the engine protocol.
+"""Turns texts into vectors: llama.cpp with an encoder, or another embedding model, behind the engine protocol.
 
-Rules
-- Several texts go through the model in one batch, each a sequence of its own; which ones, `packing.py` decides.
-- A text is computed whole in one step: an encoder's tokens see those after them. So nothing is kept from one batch to the next.
-- A vector is pooled as the model's file says, and of length one.
-- As in `llama.py`, one long-lived thread owns the context, and callers leave tasks and cancellations behind a lock.
+Rules:
+- Several texts share one batch, each as its own sequence. `packing.py` chooses them.
+- A text is computed whole in one step, because an encoder's tokens depend on later ones. So nothing is kept between batches.
+- A vector is pooled as the model's file says, and has length one.
+- As in `generate.py`, one permanent thread owns the context, and callers leave tasks and cancellations behind a lock.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from lacre_backend.engine.sizing import LlamaSettings, memory_for_caches
 from lacre_backend.engine.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT: Final = 2048  # tokens of one text: attention's memory grows with the square of a batch
-DEFAULT_TEXTS: Final = 16  # in one batch
-CLOSE_LIMIT: Final = 30.0  # seconds for a step under way: a large one takes some on a slow machine
+DEFAULT_TEXTS: Final = 16  # per batch
+CLOSE_LIMIT: Final = 30.0  # seconds for a running step; a large one takes several on a slow machine
 STEP: Final = 512  # tokens of a batch of short texts; in larger ones each text pays for attention to its neighbours
 _POOLED: Final = (L.LLAMA_POOLING_TYPE_MEAN, L.LLAMA_POOLING_TYPE_CLS, L.LLAMA_POOLING_TYPE_LAST)
 
 
 class _Job:
-    """A text from its submission to its finish."""
+    """A text from submission to finish."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -59,7 +59,7 @@ class _Job:
 
 
 class LlamaEmbedder:
-    """An `Engine` whose one kind is `EMBED`. slots: texts in one batch."""
+    """An `Engine` whose only kind is `EMBED`. slots: texts in one batch."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class LlamaEmbedder:
         settings: LlamaSettings | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """Load `path`. tokenizer: as in `LlamaEngine`.
+        """Loads `path`. tokenizer: as in `LlamaEngine`.
 
-        Raises `SettingsError` if llama.cpp cannot, or the settings do not fit the model.
+        Raises `SettingsError` if llama.cpp cannot load it, or the settings do not fit the model.
         """
         settings = settings or LlamaSettings()
         tokenizer = tokenizer or Tokenizer(path)
@@ -126,7 +126,7 @@ class LlamaEmbedder:
             if self._closing:
                 raise EngineError(DIED if self.died else "The engine is closed.")
             if len(jobs) < len(tasks) or not self._jobs.keys().isdisjoint(jobs):
-                raise TaskRefused("A task of this id is not finished yet.", field="id")
+                raise TaskRefused("An unfinished task has this id.", field="id")
             self._jobs |= jobs
             for task in tasks:
                 self._packing.add(task.id, len(task.prompt), task.fair)
@@ -134,7 +134,7 @@ class LlamaEmbedder:
         return [job.stream for job in jobs.values()]
 
     def cancel(self, task_id: str) -> None:
-        """What is in the step under way ends with it."""
+        """A text in the running step ends with that step."""
         with self._changed:
             if self._packing.drop(task_id):
                 job = self._jobs.pop(task_id)
@@ -144,11 +144,11 @@ class LlamaEmbedder:
         with self._changed:
             if self._closed:
                 return
-            self._closed = self._closing = True  # it is closing already where its thread has died
+            self._closed = self._closing = True  # already closing if its thread has died
             self._changed.notify()
         ended = self._thread.join(CLOSE_LIMIT)
         self._model.tokenizer.close()
-        if ended:  # what a thread still works with is not freed under it
+        if ended:  # memory that a thread still uses is not freed
             self._encoder.free()
 
     # The thread
@@ -190,7 +190,7 @@ class LlamaEmbedder:
             self._watch.failed(failed)
 
     def _give_up(self) -> None:
-        """The thread ends: nobody may wait for it any longer."""
+        """The thread ends: fails every waiting text."""
         with self._changed:
             closed, self._closing = self._closing, True
             jobs = list(self._jobs.values())
@@ -206,7 +206,7 @@ def _finish(job: _Job, *, cancelled: bool = False) -> Finish:
 
 
 class _Encoder:
-    """llama.cpp's context for batches of whole texts. Raises SettingsError where there is no memory for it."""
+    """llama.cpp's context for batches of whole texts. Raises SettingsError if there is not enough memory for it."""
 
     def __init__(self, model: Model, room: Room, settings: LlamaSettings) -> None:
         params = L.llama_context_default_params()
@@ -221,13 +221,13 @@ class _Encoder:
         self._pointer = L.llama_init_from_model(model.pointer, params)
         if not self._pointer:
             raise SettingsError(f"No memory for batches of {room.tokens} tokens. Set a smaller context, or a smaller model.")
-        self._model = model  # kept from being freed
-        self._memory = L.llama_get_memory(self._pointer)  # none in an encoder
+        self._model = model  # keeps it from being freed
+        self._memory = L.llama_get_memory(self._pointer)  # an encoder has none
         self._n_embd = model.info.n_embd
         self._batch = Batch(room.tokens)
 
     def encode(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """A row of length one for each text. Raises EngineError."""
+        """One row of length one for each text. Raises EngineError."""
         self._wipe()
         batch, n = self._batch, 0
         for sequence, tokens in enumerate(texts):
@@ -262,7 +262,7 @@ class _Encoder:
 
 
 def _context(path: Path, settings: LlamaSettings) -> int:
-    """Tokens of one text. Raises SettingsError."""
+    """The tokens of one text. Raises SettingsError."""
     facts = ModelMetadata.read(path)
     if facts.pooling not in _POOLED:
         raise SettingsError(
@@ -270,7 +270,7 @@ def _context(path: Path, settings: LlamaSettings) -> int:
             "Convert the model with its pooling type."
         )
     if settings.unified or settings.cells is not None:
-        raise SettingsError(f"{path.name} embeds and keeps no cache: leave `unified` and `cells` out.")
+        raise SettingsError(f"{path.name} embeds and has no cache: remove `unified` and `cells`.")
     memory_for_caches(path, facts, settings)
     if settings.n_ctx is not None and facts.n_ctx_most is not None and settings.n_ctx > facts.n_ctx_most:
         raise SettingsError(f"context is {settings.n_ctx}; {path.name} was trained on at most {facts.n_ctx_most} tokens.")

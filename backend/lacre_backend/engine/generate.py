@@ -1,12 +1,11 @@
-"""llama.cpp behind the engine protocol: many sequences in one context, one long-lived thread that decodes.
+"""Runs llama.cpp behind the engine protocol: many sequences in one context, and one permanent thread that decodes.
 
-Rules
-- The scheduler decides, the context executes, the samplers choose; this file moves what they say between them and the callers.
-- The context, the scheduler and the samplers belong to the decode thread alone. Callers leave tasks and cancellations behind a
-  lock; the thread takes them up between steps, so that each takes effect within one.
-- Nothing about a prompt or an answer is logged, or part of an error.
-- What is cached for a scope is removed `SCOPE_LIFE` after its last use, and where nothing is cached or running the cells' data
-  is overwritten.
+Rules:
+- The scheduler decides, the context executes, the samplers choose. This file connects them to each other and to callers.
+- Only the decode thread uses the context, the scheduler and the samplers. Callers leave tasks and cancellations behind a lock.
+  The thread takes them between steps, so each takes effect within one step.
+- No log line and no error contains any part of a prompt or answer.
+- A scope's cache is removed `SCOPE_LIFE` after its last use. When nothing is cached or running, the cells' data is overwritten.
 """
 
 from __future__ import annotations
@@ -54,38 +53,38 @@ from lacre_backend.engine.tokens import Tokens
 
 __all__ = ["LlamaEngine", "LlamaSettings"]
 
-CLOSE_LIMIT: Final = 30.0  # seconds for a step under way: a large one takes some on a slow machine
-SCOPE_LIFE: Final = 3600.0  # seconds: the SDK changes its salt by the hour
+CLOSE_LIMIT: Final = 30.0  # seconds for a running step; a large one takes several on a slow machine
+SCOPE_LIFE: Final = 3600.0  # seconds: the SDK changes its salt every hour
 _TIDY: Final = 5.0  # seconds without work before the cells' data is overwritten, which takes longer than a step
-_TELL_EACH: Final = 128  # tokens of a prompt: what is told of its reading with every step would slow the steps down
-_MASK_LOOK: Final = 0.05  # seconds between looks at deadlines while nothing but a mask is waited for
-_LOOK: Final = 60.0  # seconds between looks for expired scopes while there is work
+_TELL_EACH: Final = 128  # tokens of a prompt between progress events: one per step would slow the steps down
+_MASK_LOOK: Final = 0.05  # seconds between deadline checks while all tasks wait for masks
+_LOOK: Final = 60.0  # seconds between checks for expired scopes while there is work
 
 
 class _Job:
-    """A task from its submission to its finish. The decode thread's, but for `cancelled`, which anyone may set."""
+    """A task from submission to finish. Only the decode thread uses it, except `cancelled`, which any thread may set."""
 
     def __init__(self, task: Task, stream: TaskEvents, sampler: Sampler, text: TextStream, limit: int) -> None:
         self.task = task
         self.tokens = Tokens(task.prompt, task.begun, chained=task.cache_scope is not None)
         self.stream = stream
         self.sampler = sampler
-        self.limit = limit  # tokens to generate: what was asked, and what the context has room for
+        self.limit = limit  # tokens to generate: the requested number, at most what the context has room for
         self.text = text
         self.completion_tokens = 0
         self.cached_tokens = 0
-        self.told = 0  # prompt tokens, of which the stream knows that they were read
+        self.told = 0  # prompt tokens already reported as read
         self.cancelled = False
         self.ended = False
         self.deadline: float | None = None
 
     @property
     def lacks_tokens(self) -> bool:
-        """Whether there is anything to generate."""
+        """Whether there are tokens left to generate."""
         return self.limit > 0 and not self.text.stopped
 
     def interrupted(self, now: float) -> FinishReason | None:
-        """Why to stop between two steps, if there is a reason."""
+        """The reason to stop between two steps, if any."""
         if self.cancelled or self.stream.abandoned:
             return "cancelled"
         if self.deadline is not None and now >= self.deadline:
@@ -100,7 +99,7 @@ class _Job:
 
 
 class LlamaEngine:
-    """An `Engine`. slots: how many tasks run at a time; further ones wait."""
+    """An `Engine`. slots: tasks that run at a time; others wait."""
 
     def __init__(
         self,
@@ -111,33 +110,34 @@ class LlamaEngine:
         settings: LlamaSettings | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """Load `path`. tokenizer: of that file; its own where there is none yet. It is closed with the engine.
+        """Loads `path`. tokenizer: of that file; by default the engine starts one. The engine closes it.
 
-        Raises `SettingsError` if llama.cpp cannot, or the machine has no room for it.
+        Raises `SettingsError` if llama.cpp cannot load it, or the machine has no room for it.
         """
         settings = settings or LlamaSettings()
-        tokenizer = tokenizer or Tokenizer(path)  # before anything else reads the file: it may abort what reads it
+        # Before anything else reads the file: a bad file may abort the process that reads it
+        tokenizer = tokenizer or Tokenizer(path)
         shape = derive(path, settings)
         self._model = Model(path, name=name, digest=digest, n_ctx=shape.limits.context, gpu=settings.gpu, tokenizer=tokenizer)
         self._context = LlamaContext(self._model, shape.limits, Compute(shape.threads, settings.flash))
         self._scheduler = Scheduler(shape.limits)
         self._masks = Masks(self._model)
-        self._parked: dict[str, tuple[_Job, Logits]] = {}  # computed, but for the mask that their next token waits for
+        self._parked: dict[str, tuple[_Job, Logits]] = {}  # computed, except that the next token waits for its mask
         self._pace = Pace(shape.limits.share, shape.limits.burst)
         self._random = np.random.default_rng()
         self._outbox = Outbox()
         self._changed = threading.Condition()
         self._watch = EngineHealth()
         self._jobs: dict[str, _Job] = {}  # submitted and not finished
-        self._rows = Rows()  # of choices that were submitted and have not finished
-        self._inbox: list[_Job] = []  # of these, what the decode thread has not seen
-        self._cancelled: list[_Job] = []  # since the decode thread looked
+        self._rows = Rows()  # of choices that are not finished
+        self._inbox: list[_Job] = []  # those of `_jobs` that the decode thread has not taken yet
+        self._cancelled: list[_Job] = []  # since the decode thread's last check
         self._closing = self._closed = False
-        self._scopes: dict[bytes, float] = {}  # when each was last in use
-        self._look_at_scopes = 0.0  # when next
-        self._dirty = False  # whether there is data of old cells
+        self._scopes: dict[bytes, float] = {}  # with the time of last use
+        self._look_at_scopes = 0.0  # time of the next check
+        self._dirty = False  # whether old cells still have data
         self.steps = 0
-        self.computed_tokens = 0  # submitted to `llama_decode`, fillers not counted
+        self.computed_tokens = 0  # submitted to `llama_decode`, without fillers
         self._thread = tasks.thread(f"decode {name}", self._run)
 
     @property
@@ -158,7 +158,7 @@ class LlamaEngine:
 
     @property
     def held(self) -> tuple[int, int]:
-        """Tasks that did not finish, and cells in use, caches included. Exact while nothing runs."""
+        """Unfinished tasks, and cells in use including caches. Exact while nothing runs."""
         return len(self._jobs), self._scheduler.limits.cells - self._scheduler.free_cells
 
     @property
@@ -196,13 +196,13 @@ class LlamaEngine:
         return [job.stream for job in jobs]
 
     def _enter(self, jobs: Sequence[_Job]) -> None:
-        """All of them are taken up at once, or none."""
+        """Enters all jobs at once, or none."""
         with self._changed:
             if self._closing:
                 raise EngineError(DIED if self.died else "The engine is closed.")
             new = {job.task.id: job for job in jobs}
             if len(new) < len(jobs) or not self._jobs.keys().isdisjoint(new):
-                raise TaskRefused("A task of this id is not finished yet.", field="id")
+                raise TaskRefused("An unfinished task has this id.", field="id")
             self._rows.add([job.task for job in jobs])
             self._jobs |= new
             self._inbox += jobs
@@ -236,12 +236,12 @@ class LlamaEngine:
         with self._changed:
             if self._closed:
                 return
-            self._closed = self._closing = True  # it is closing already where its thread has died
+            self._closed = self._closing = True  # already closing if its thread has died
             self._changed.notify()
         ended = self._thread.join(CLOSE_LIMIT)
         self._model.tokenizer.close()
         self._masks.close()
-        if ended:  # what a thread still works with is not freed under it
+        if ended:  # memory that a thread still uses is not freed
             self._context.free()
 
     # The decode thread
@@ -256,7 +256,7 @@ class LlamaEngine:
             self._give_up()
 
     def _take_up(self) -> bool:
-        """What callers left; waits for it where there is nothing else to do. False: the engine is closing."""
+        """Takes what callers left, or waits for it if there is nothing else to do. False: the engine is closing."""
         while True:
             with self._changed:
                 if self._closing:
@@ -321,7 +321,9 @@ class LlamaEngine:
         self.computed_tokens += reading + plan.generating
 
     def _tell_read(self, plan: StepPlan) -> None:
-        """How far prompts are read that take more steps; one that is read again, after its task lost its cells, is no news."""
+        """Reports progress of prompts that need further steps. A prompt that is read again after its task lost its cells is not
+        reported.
+        """
         for segment in plan.segments:
             if segment.task is not None and not segment.output:
                 job = self._jobs[segment.task]
@@ -332,10 +334,10 @@ class LlamaEngine:
 
     def _results(self, outputs: list[str | None], rows: list[int]) -> None:
         logits = self._context.logits(len(rows))
-        jobs = [None if task_id is None else self._jobs[task_id] for task_id in outputs]  # a filler's are not looked at
+        jobs = [None if task_id is None else self._jobs[task_id] for task_id in outputs]  # a filler's are ignored
         self._keep(jobs, logits)
         for job in jobs:
-            if job is not None:  # one that was sent back while it waited for its mask, and read again: these logits are its own
+            if job is not None:  # a task that was sent back while it waited for its mask, and was read again, uses these logits
                 self._parked.pop(job.task.id, None)
         until = time.monotonic() + GRACE
         late = {i for i, job in enumerate(jobs) if job is not None and not job.sampler.ready(until - time.monotonic())}
@@ -347,20 +349,20 @@ class LlamaEngine:
         self._choose([job for i in wanted if (job := jobs[i]) is not None], rows, logits)
 
     def _keep(self, jobs: list[_Job | None], logits: Logits) -> None:
-        """The rows at the ends of prompts that have more choices."""
+        """Keeps the logits at the end of prompts that further choices share."""
         with self._changed:
             for job, row in zip(jobs, logits, strict=True):
                 if job is not None and job.completion_tokens == 0:
                     self._rows.keep(job.task, row)
 
     def _begin_copied(self, plan: StepPlan) -> None:
-        """The first tokens of choices whose prompt a sibling read."""
+        """Samples the first tokens of choices whose prompt a sibling read."""
         for task_id in plan.copied:
             job = self._jobs[task_id]
             with self._changed:
                 row = self._rows.of(job.task)
             if task_id in self._parked:
-                continue  # it was sent back while it waited for its mask, and still does
+                continue  # sent back while it waited for its mask, and still waiting
             if row is None:
                 self._drop(job, EngineError("The prompt of a choice was lost. Send the request again."), keep=False)
             elif job.sampler.ready(0):
@@ -369,7 +371,7 @@ class LlamaEngine:
                 self._park(job, row)
 
     def _choose(self, jobs: list[_Job], rows: Sequence[int | None], logits: Logits) -> None:
-        """rows: where in the batch each job's output is; None where it is from an earlier one."""
+        """rows: each job's row in the batch; None if its logits are from an earlier one."""
         if not jobs:
             return
         tokens = choose([job.sampler for job in jobs], self._context.pointer, rows, logits, self._random)
@@ -400,16 +402,16 @@ class LlamaEngine:
             job.sampler.accept(token)
             self._scheduler.advance(job.task.id, token)
 
-    # Masks that are late
+    # Late masks
 
     def _park(self, job: _Job | None, logits: Logits) -> None:
-        """The others go on; this one's token is chosen once its mask is there."""
+        """Sets a job aside until its mask is ready. The others continue."""
         if job is not None and job.sampler.constraint is not None:
             job.sampler.constraint.waiting = self._wake
             self._parked[job.task.id] = job, logits.copy()
 
     def _resume(self, now: float) -> None:
-        """Choose for what was parked and has its mask now, or ends for another reason."""
+        """Samples for parked jobs whose mask is ready, and ends interrupted ones."""
         for task_id, (job, logits) in list(self._parked.items()):
             if reason := job.interrupted(now):
                 self._end(job, reason)
@@ -422,14 +424,14 @@ class LlamaEngine:
             self._changed.notify()
 
     def _await_masks(self) -> None:
-        """Nothing else is to be done: wait for a mask, or for what callers leave."""
+        """Waits for a mask or for callers, when there is nothing else to do."""
         with self._changed:
             late = all(not job.sampler.ready(0) for job, _ in self._parked.values())
             if late and not (self._closing or self._inbox or self._cancelled):
                 self._changed.wait(_MASK_LOOK)
 
     def _interrupt(self, working: list[_Job]) -> None:
-        """Tasks whose time is up while they still read their prompt, or that nobody listens to any more."""
+        """Ends tasks whose time is up or whose caller has gone, while they read their prompt."""
         now = time.monotonic()
         for job in working:
             if not job.ended and (reason := job.interrupted(now)):
@@ -440,7 +442,7 @@ class LlamaEngine:
 
     def _drop(self, job: _Job, event: Finish | EngineError, *, keep: bool) -> None:
         job.ended = True
-        self._parked.pop(job.task.id, None)  # nothing of an answer that is over stays here while nothing else runs
+        self._parked.pop(job.task.id, None)  # keep nothing of a finished answer here, even while nothing else runs
         self._scheduler.end(job.task.id, keep=keep)
         if keep and job.task.cache_scope is not None:
             self._scopes[job.task.cache_scope] = time.monotonic()
@@ -451,14 +453,14 @@ class LlamaEngine:
         job.sampler.close()
 
     def _fail(self, working: list[_Job], error: EngineError) -> None:
-        """A step that failed: nothing it touched can be trusted to be in the cache."""
+        """Handles a failed step: the cache of every task in it is discarded."""
         for job in working:
             self._drop(job, error, keep=False)
         self._outbox.flush()
         self._watch.failed(error)
 
     def _give_up(self) -> None:
-        """The thread ends: nobody may wait for it any longer."""
+        """The thread ends: fails every waiting task."""
         with self._changed:
             closed, self._closing = self._closing, True
             jobs = list(self._jobs.values())
@@ -479,7 +481,7 @@ class LlamaEngine:
         return min(self._scopes.values()) + SCOPE_LIFE + 1 - time.monotonic() if self._scopes else None
 
     def _tidy(self) -> None:
-        """Nothing runs: remove what has expired; overwrite the data where nothing is left."""
+        """While nothing runs: removes expired caches, and overwrites the data when nothing is left."""
         now = time.monotonic()
         self._forget(now)
         plan = self._scheduler.plan()

@@ -1,12 +1,13 @@
-"""Which tokens a grammar admits next: llguidance's masks, computed beside the decode thread.
+"""Masks: which tokens a grammar allows next. llguidance computes them outside the decode thread.
 
-Rules
-- A grammar is compiled once for a request, outside of any event loop. Its choices share the result, and what masks may cost.
-- No mask is computed in the decode thread. While the model computes a token, the mask for the token after it is computed here.
-- A mask that is late delays its own sequence only. Sequences whose masks were cheap are served first.
-- Every limit of llguidance that is reached is an error: an answer is never cut short, or let go, because its grammar is dear.
-- llguidance never tokenizes here: masks need the tokens' bytes only, and grammars forbid it to look for forced tokens, which
-  would hand a caller's text to the tokenizer.
+Rules:
+- A grammar is compiled once per request, outside of any event loop. The request's choices share the result and the cost limit.
+- The decode thread computes no mask. While the model computes a token, a mask thread computes the mask for the token after it.
+- A late mask delays only its own sequence. Sequences whose masks were cheap are served first.
+- Reaching any limit of llguidance is an error: an answer is never cut short or left unconstrained because its grammar is
+  costly.
+- llguidance never tokenizes here. Masks need only the tokens' bytes. Grammars forbid it to look for forced tokens, because that
+  would pass a caller's text to the tokenizer.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from lacre_backend.engine.protocol import EngineError, GrammarTooCostly, Grammar
 
 Allowed: TypeAlias = NDArray[np.bool_]  # for each token of the vocabulary
 
-MAX_SOURCE: Final = 2 * 2**20  # bytes of a grammar; the schemas of a request come to half of that at most
-START_SECONDS: Final = 0.5  # of masks that any request may cost, whatever its length: some grammars are dear at first
-TOKEN_SECONDS: Final = 0.004  # more for each token; common schemas take a tenth of it
-GRACE: Final = 0.002  # seconds that a step waits for masks which are usually quick, rather than leave them to the next step
-REHEARSED: Final = 4  # tokens, each some tenths of a millisecond
-CLOSE_LIMIT: Final = 1.0  # seconds; the dearest mask takes some hundredths of one
-_STATES: Final = 32_000  # of a grammar's lexer; each takes some 1.5 kB
-# The rest are llguidance's own limits, written down here because admission and its documentation rest on them: 2,000 ways on at
-# one place, and about 15 ms for the dearest mask.
+MAX_SOURCE: Final = 2 * 2**20  # bytes of a grammar; the schemas of a request take at most half
+START_SECONDS: Final = 0.5  # of mask time that a request of any length may use: some grammars are slow at first
+TOKEN_SECONDS: Final = 0.004  # further seconds per token; common schemas use a tenth of them
+GRACE: Final = 0.002  # seconds that a step waits for masks that are usually fast, rather than leave them to the next step
+REHEARSED: Final = 4  # tokens; each takes some tenths of a millisecond
+CLOSE_LIMIT: Final = 1.0  # seconds; the slowest mask takes some hundredths of one
+_STATES: Final = 32_000  # of a grammar's lexer; each takes about 1.5 kB
+# The rest are llguidance's own limits, stated here because admission and the documentation rely on them: 2,000 alternatives at
+# one place, and about 15 ms for the slowest mask.
 _LIMITS: Final = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,
@@ -49,12 +50,12 @@ _LIMITS: Final = LLParserLimits(
     verbose_errors=False,
 )
 THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 4))  # a mask takes a hundredth of a step
-_END: Final = -1  # before all that is wanted
+_END: Final = -1  # sorts before all wanted masks
 NO_FORCING: Final = '%llguidance {"no_forcing": true}\n'
 
 
 class _Pieces:
-    """The vocabulary as llguidance wants it: the bytes of each token, control tokens marked by a byte that no text has."""
+    """The vocabulary for llguidance: the bytes of each token. Control tokens are marked by a byte that no text contains."""
 
     def __init__(self, model: Model) -> None:
         control = {token.id: token.text.encode() for token in model.info.control_tokens}
@@ -64,14 +65,14 @@ class _Pieces:
         self.bos_token_id = None
 
     def __call__(self, text: str) -> list[int]:
-        raise EngineError(f"Masks need no tokenizer, for a text of {len(text)} characters or any other.")
+        raise EngineError(f"Masks must not tokenize; got a text of {len(text)} characters.")
 
 
 class Compiled:
-    """A `Grammar`: one request's. begun: the tokens of the answer that it has read."""
+    """A `Grammar` of one request. begun: the tokens of the answer that it has consumed."""
 
     def __init__(self, matcher: LLMatcher, allowed: Allowed, begun: tuple[int, ...], watch: Watch | None = None) -> None:
-        """watch: where lists of the answer have items that differ."""
+        """watch: the answer's lists whose items must differ."""
         self.matcher = matcher
         self.watch = watch
         self.allowed = allowed
@@ -82,11 +83,11 @@ class Compiled:
 
     @property
     def seconds(self) -> float:
-        """CPU time of all masks so far."""
+        """CPU time of all masks so far, in seconds."""
         return self._seconds
 
     def charge(self, seconds: float) -> None:
-        """One more token, and what its mask took. Raises `GrammarTooCostly` where that is more than a request may spend."""
+        """Counts one token and the time of its mask. Raises `GrammarTooCostly` if the request exceeds its limit."""
         with self._lock:
             self._seconds += seconds
             self._tokens += 1
@@ -104,16 +105,19 @@ class Masks:
         self._wanted: queue.PriorityQueue[tuple[float, int, Constraint | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._words = (model.n_vocab + 31) // 32
-        # What says something: no blank, and no end.
+        # Tokens with content: not blank, and not an end token.
         self._telling = np.array(
             [bool(model.piece(i).strip()) and not model.ends(i) for i in range(model.n_vocab)], dtype=np.bool_
         )
-        self._ending: tuple[Allowed, Allowed] | None = None  # tokens that may end a number or a text; made when first wanted
+        # Tokens that may end a number or a text; computed when first needed
+        self._ending: tuple[Allowed, Allowed] | None = None
         self._threads = [tasks.thread(f"masks {i}", self._run) for i in range(THREADS)]
 
     def compile(self, source: str, begun: Sequence[int] = ()) -> Compiled:
-        """source: llguidance's form of Lark, or several as JSON, each of which begins with `NO_FORCING`. begun: tokens of the
-        answer that are there already. It takes up to some tenths of a second, without Python's lock. Raises `TaskRefused`.
+        """Compiles a grammar; takes up to some tenths of a second, without the GIL. Raises `TaskRefused`.
+
+        source: llguidance's Lark form, or several as JSON, each of which begins with `NO_FORCING`. begun: tokens of the answer
+        so far.
         """
         source, distinct = split(source)
         if not source.startswith("{"):
@@ -122,7 +126,7 @@ class Masks:
             raise TaskRefused(f"The grammar is longer than {MAX_SOURCE} characters.", field="grammar")
         matcher = LLMatcher(
             self._vocabulary(), source, log_level=0, limits=_LIMITS
-        )  # its errors quote the caller: for nobody's log
+        )  # its errors quote the caller, so they must not be logged
         if matcher.is_error():
             raise GrammarTooLarge
         known = all(0 <= token < self._model.n_vocab for token in begun)
@@ -138,24 +142,24 @@ class Masks:
             raise GrammarTooLarge from None
 
     def constrain(self, compiled: Compiled) -> Constraint:
-        """One sequence under a grammar."""
+        """A constraint for one sequence."""
         return Constraint(compiled, self)
 
     def mask(self, matcher: LLMatcher) -> Allowed:
-        """What may come next, ends of the answer among it. Raises `GrammarTooCostly` where a limit is reached."""
+        """The tokens that may come next, including end tokens. Raises `GrammarTooCostly` if a limit is reached."""
         bits = np.zeros(self._words, dtype=np.int32)
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        if matcher.is_error():  # the mask would then only let the answer end
+        if matcher.is_error():  # the mask would then only allow the answer to end
             raise GrammarTooCostly("The grammar has too many ways on at one place. Simplify the schema.")
         return np.unpackbits(bits.view(np.uint8), bitorder="little")[: self._model.n_vocab].view(np.bool_)
 
     def follow(self, watch: Watch | None, token: int) -> None:
-        """A token is part of the answer."""
+        """Adds a token to the watched answer."""
         if watch is not None and not self._model.ends(token):
             watch.feed(self._model.piece(token))
 
     def without_repeats(self, allowed: Allowed, watch: Watch | None) -> Allowed:
-        """What may come next, less what would end an item that its list has already."""
+        """The allowed tokens, except those that would end an item that its list already has."""
         if watch is None or not watch.pending:
             return allowed
         for token in map(int, np.flatnonzero(allowed & self._ends_items()[watch.in_text])):
@@ -174,7 +178,7 @@ class Masks:
             return self._ending
 
     def _rehearse(self, matcher: LLMatcher) -> None:
-        """Some tokens of an answer, whichever may come: most limits show at once, before anything runs."""
+        """Consumes some arbitrary allowed tokens: most limits show at once, before anything runs."""
         for _ in range(REHEARSED):
             ways = np.flatnonzero(self.mask(matcher) & self._telling)
             if len(ways) == 0:
@@ -183,7 +187,7 @@ class Masks:
                 raise GrammarTooCostly("The grammar reached one of its limits. Simplify the schema.")
 
     def want(self, constraint: Constraint) -> None:
-        """Have the constraint's mask computed."""
+        """Queues the constraint's mask for computation."""
         self._wanted.put((constraint.cost, next(self._numbers), constraint))
 
     def close(self) -> None:
@@ -206,8 +210,8 @@ class Masks:
 
 
 class Constraint:
-    """One sequence's place in its grammar. `accept` and `allowed` are the decode thread's, `advance` a mask thread's; they
-    take turns by `ready`.
+    """One sequence's position in its grammar. The decode thread calls `accept` and `allowed`, a mask thread `advance`. `ready`
+    decides whose turn it is.
     """
 
     def __init__(self, compiled: Compiled, masks: Masks) -> None:
@@ -221,30 +225,30 @@ class Constraint:
         self._ready.set()
         self._closed = False
         self.cost = 0.0  # seconds that its last mask took
-        self.waiting: Callable[[], None] | None = None  # to call when the mask is there, where the sequence waits for it
+        self.waiting: Callable[[], None] | None = None  # to call when the mask is ready, if the sequence waits for it
 
     @property
     def ready(self) -> bool:
         return self._ready.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is ready, after a while at most; without one where its masks are slow."""
+        """Whether it is ready, after at most this many seconds; does not wait if its masks are slow."""
         return self._ready.wait(seconds if self.cost < GRACE else 0)
 
     def allowed(self) -> Allowed:
-        """Raises `EngineError` where there is no mask and will be none."""
+        """Raises `EngineError` if there is no mask and will be none."""
         if isinstance(self._outcome, EngineError):
             raise self._outcome
         return self._outcome
 
     def accept(self, token: int) -> None:
-        """`token`, which was allowed, is part of the answer; what may follow is computed elsewhere."""
+        """Adds `token`, which was allowed, to the answer. A mask thread computes what may follow."""
         self._ready.clear()
         self._token = token
         self._masks.want(self)
 
     def advance(self) -> None:
-        """Compute what may follow."""
+        """Computes what may follow."""
         if not self._closed:
             began = time.thread_time()
             try:
@@ -253,7 +257,7 @@ class Constraint:
                 self._compiled.charge(self.cost)
             except EngineError as error:
                 self._outcome = error
-            except BaseException:  # noqa: BLE001 - a panic of llguidance ends its own sequence, not the thread of all
+            except BaseException:  # noqa: BLE001 - a panic of llguidance must end only its own sequence, not the shared thread
                 self._outcome = EngineError("The grammar's next step failed.")
         self._ready.set()
         if (waiting := self.waiting) is not None:

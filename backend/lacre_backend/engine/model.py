@@ -1,10 +1,10 @@
-"""A model loaded by llama.cpp: its vocabulary, its facts, and the words that steer it.
+"""A model loaded by llama.cpp: its vocabulary, its properties and its control tokens.
 
-Rules
-- The only log lines of llama.cpp that are ever kept are its errors while a model *loads*: there is no prompt in the process's
-  hands then. At all other times its log is dropped unread.
-- What is here is constant after loading, so every method may be called from any thread at once.
-- The model is freed when the last user of it lets go, never under a running call.
+Rules:
+- llama.cpp's log is kept only for errors while a model *loads*, when the process has no prompt. At all other times it is
+  dropped unread.
+- Everything here is constant after loading, so any thread may call any method.
+- The model is freed when its last user releases it, never during a call.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lacre.errors import SettingsError
 from lacre_backend.engine.protocol import ControlToken, ModelInfo, TaskKind
 from lacre_backend.engine.tokenizer import Tokenizer
 
-DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, whatever the model was trained for
+DEFAULT_N_CTX: Final = 8192  # the cache takes memory for every cell at once, even if the model was trained on longer texts
 MIN_N_CTX: Final = 64
-MAX_PIECE: Final = 1024  # bytes of one token; the longest in use are runs of some hundred spaces
-_MAX_FACTOR: Final = 1024.0  # of a context's length by scaling; those in use are 64 at most
+MAX_PIECE: Final = 1024  # bytes of one token; the longest known are runs of about a hundred spaces
+_MAX_FACTOR: Final = 1024.0  # by which scaling may extend a context; models in use have 64 at most
 _LOG_LEVEL_ERROR: Final = 4
 
 # llama.cpp has one log callback per process.
@@ -38,11 +38,11 @@ _loading: Final = threading.Lock()
 
 @L.llama_log_callback  # type: ignore[untyped-decorator]
 def _drop(_level: int, _text: bytes, _user_data: object) -> None:
-    """llama.cpp's log outside of loading."""
+    """Drops llama.cpp's log outside of loading."""
 
 
 def silence() -> None:
-    """Send llama.cpp's log nowhere. Importing llama_cpp sets a callback that prints."""
+    """Drops llama.cpp's log. Importing llama_cpp sets a callback that prints."""
     L.llama_log_set(_drop, ctypes.c_void_p(0))
 
 
@@ -56,8 +56,8 @@ _SPLIT_MODES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """What goes to GPUs, where llama.cpp was built for them. layers: -1 for all. main: the device for split mode "none".
-    shares: proportions of the model for each device.
+    """The parts on GPUs, if llama.cpp was built for them. layers: -1 for all. main: the device for split mode "none". shares:
+    each device's proportion of the model.
     """
 
     layers: int = -1
@@ -74,13 +74,13 @@ def _params(gpu: Gpu) -> Any:
     if gpu.shares:
         devices = int(L.llama_max_devices())
         if len(gpu.shares) > devices:
-            raise SettingsError(f"tensor_split names {len(gpu.shares)} devices; this llama.cpp knows {devices} at most.")
+            raise SettingsError(f"tensor_split names {len(gpu.shares)} devices; this llama.cpp supports {devices} at most.")
         params.tensor_split = (ctypes.c_float * devices)(*gpu.shares)
     return params
 
 
 def _load(path: Path, params: Any) -> Any:
-    """The model. Raises SettingsError with what llama.cpp said last about why it failed."""
+    """The model. Raises SettingsError with llama.cpp's last error messages."""
     errors: deque[str] = deque(maxlen=8)
 
     @L.llama_log_callback  # type: ignore[untyped-decorator]
@@ -100,16 +100,16 @@ def _load(path: Path, params: Any) -> Any:
         reason = "; ".join(filter(None, errors)) or "it gives no reason"
         raise SettingsError(
             f"llama.cpp cannot load {path}: {reason}. "
-            "Check that the file is whole, and of an architecture this llama.cpp knows."
+            "Check that the file is complete, and of an architecture that this llama.cpp supports."
         )
     return pointer
 
 
 def _load_kernels() -> None:
-    """Has a portable build, which brings kernels for each generation of processor, load those that run fastest here.
+    """Makes a portable build load the kernels that run fastest on this processor.
 
-    Any other build has its kernels from the start. ggml is reached through llama.cpp's own handle: opened by its path it
-    would be another copy, whose kernels nobody uses.
+    Any other build has its kernels from the start. ggml is reached through llama.cpp's own handle: opened by path it would be
+    another copy, whose kernels are unused.
     """
     if int(_llama.ggml_backend_reg_count()) == 0:
         _llama.ggml_backend_load_all_from_path(str(_llama_folder).encode())
@@ -117,11 +117,11 @@ def _load_kernels() -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelMetadata:
-    """What a model says of itself before its weights are loaded. bytes_per_token: of one cell in the cache, at 16 bits.
+    """A model's properties, read before its weights are loaded. bytes_per_token: of one cell in the cache, at 16 bits.
 
-    cuttable: whether a sequence's cache can be cut anywhere: recurrent models keep one state, not cells.
-    n_ctx_most: tokens that it was made for, with the scaling of positions that the file names; None if it does not say.
-    generates: whether its tokens see only those before them.
+    - cuttable: whether a sequence's cache can be cut anywhere; recurrent models keep one state, not cells.
+    - n_ctx_most: tokens that it was made for, with the file's scaling of positions; None if the file does not say.
+    - generates: whether each token depends only on earlier ones.
     """
 
     architecture: str
@@ -135,7 +135,7 @@ class ModelMetadata:
 
     @property
     def kind(self) -> TaskKind:
-        """What the model was made for: one whose file says how its tokens are pooled embeds."""
+        """The model's purpose: a model whose file names a pooling type embeds."""
         return TaskKind.GENERATE if self.pooling is None else TaskKind.EMBED
 
     @classmethod
@@ -155,7 +155,7 @@ class ModelMetadata:
 
         def number(name: str, default: int) -> int:
             value = _metadata(pointer, f"{architecture}.{name}")
-            # Some models give one number per layer, as a list; the largest is on the safe side.
+            # Some models list one number per layer; use the largest, to be safe.
             numbers = [int(part) for part in re.findall(r"-?[0-9]+", value or "")]
             return max(numbers, default=default)
 
@@ -181,7 +181,7 @@ class ModelMetadata:
 
 
 def _factor(text: str | None) -> float:
-    """How many times longer texts may be than the original context; 1 where the file says no such number."""
+    """How many times longer texts may be than the original context; 1 if the file does not say."""
     try:
         factor = float(text or 1)
     except ValueError:
@@ -212,7 +212,7 @@ class Model:
         """tokenizer: of the same file. Its owner closes it."""
         self.tokenizer = tokenizer
         self.pointer = _load(path, _params(gpu))
-        # Not at the exit of the process: a daemon thread may still be decoding then, and the system frees it all anyway.
+        # Not at process exit: a daemon thread may still decode then, and the system frees the memory anyway.
         weakref.finalize(self, L.llama_model_free, self.pointer).atexit = False
         self.vocab = L.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(L.llama_vocab_n_tokens(self.vocab))
@@ -221,7 +221,7 @@ class Model:
         self.info = self._read_info(path, name, digest, n_ctx, kind)
 
     def piece(self, token: int) -> bytes:
-        """A token's own bytes. Control tokens have none: a model's answer cannot spell one out."""
+        """A token's own bytes. Control tokens have none: a model's answer cannot contain one as text."""
         return self._pieces[token]
 
     def ends(self, token: int) -> bool:
@@ -229,7 +229,7 @@ class Model:
         return token in self._eog
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        """Token ids; `special` lets control tokens' literals become control tokens. No token is added around them."""
+        """Token ids. special: whether the text of a control token becomes that token. No token is added around them."""
         return self.tokenizer.words(text, parse_special=special)
 
     def _read_piece(self, token: int) -> bytes:
@@ -249,12 +249,12 @@ class Model:
         )
 
     def _is_control(self, token: int) -> bool:
-        # What ends a generation steers the model, whatever type the file gives it.
+        # A token that ends generation controls the model, even if the file gives it another type.
         steering = L.LLAMA_TOKEN_ATTR_CONTROL | L.LLAMA_TOKEN_ATTR_UNKNOWN
         return bool(L.llama_vocab_get_attr(self.vocab, token) & steering) or token in self._eog
 
     def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the tokenizer puts before and after a text by itself, such as `[CLS]` and `[SEP]`."""
+        """The tokens that the tokenizer adds before and after a text, such as `[CLS]` and `[SEP]`."""
         plain = self.tokenize("a", special=False)
         framed = self.tokenizer.words("a", add_special=True)
         before = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), None)

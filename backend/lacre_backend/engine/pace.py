@@ -1,4 +1,4 @@
-"""How much of a long prompt fits into a step without stalling those who generate. Measured: machines differ a hundredfold.
+"""How many prompt tokens fit into a step without stalling running generations. Measured: machines differ a hundredfold.
 
 Pure: durations in, a number of tokens out.
 """
@@ -7,25 +7,25 @@ from __future__ import annotations
 
 from typing import Final
 
-STRETCH: Final = 2.4  # a step that also reads may take so many times as long as one that only generates
-# Tokens: a prompt gets on, whatever was measured. With fewer, all that a step costs besides would be taken for theirs, and they
-# would never become more; and llama.cpp's kernels for CPUs take rows by fours.
+STRETCH: Final = 2.4  # a step that also reads may take this many times as long as one that only generates
+# Tokens: minimum progress of a prompt, for any measurement. With fewer, a step's fixed cost would count as theirs and the
+# share would never grow. llama.cpp's CPU kernels also process rows in fours.
 LEAST: Final = 4
-GROWTH: Final = 2  # times the last share, at most: one step that was measured too short must not let a whole chunk in
+GROWTH: Final = 2  # times the last share, at most: one step measured too short must not admit a whole chunk
 _WEIGHT: Final = 0.2  # of a new measurement in the running mean
 
 
 class Pace:
-    """most: tokens, where steps cost next to nothing. first: before anything was measured."""
+    """most: tokens, if steps cost almost nothing. first: tokens before anything is measured."""
 
     def __init__(self, first: int, most: int) -> None:
-        self._quiet: dict[int, float] = {}  # seconds of a step that only generates, by how many do
-        self._token: float | None = None  # seconds that one token of a prompt adds
+        self._quiet: dict[int, float] = {}  # seconds of a step that only generates, by number of tasks
+        self._token: float | None = None  # seconds that one prompt token adds
         self._last = first
         self._most = most
 
     def observe(self, generating: int, reading: int, seconds: float) -> None:
-        """One step: tasks that generated, tokens of prompts beside them, and how long it took."""
+        """Records one step: tasks that generated, prompt tokens read beside them, and its duration."""
         if generating == 0:
             return
         if reading == 0:

@@ -1,10 +1,10 @@
-"""Which waiting texts go into the next batch of an encoder.
+"""Chooses which waiting texts go into an encoder's next batch.
 
-Rules
+Rules:
 - Pure: no I/O, no clock, no thread, no llama.cpp.
-- Tenants take turns, and within a tenant its callers, by the tokens that were computed for them (`turns.py`). So one caller's
-  thousand texts, or long ones, do not hold up another's one.
-- Of one caller the order is that of arrival. The first that does not fit closes the batch, so that none waits for ever.
+- Tenants take turns, and so do the callers of a tenant, by the tokens computed for them (`turns.py`). So one caller's thousand
+  texts, or long texts, do not delay another's single one.
+- One caller's texts keep their order. The first that does not fit closes the batch, so that no text waits forever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Of one batch: tokens of all its texts, and texts."""
+    """The limits of one batch: tokens of all its texts, and number of texts."""
 
     tokens: int
     texts: int
@@ -31,7 +31,7 @@ class _Text:
 
 
 class Packing:
-    """What waits. A text is known from `add` until `take` or `drop`."""
+    """The waiting texts. A text is known from `add` until `take` or `drop`."""
 
     def __init__(self, room: Room) -> None:
         self.room = room
@@ -43,19 +43,19 @@ class Packing:
 
     def add(self, text_id: str, n_tokens: int, fair: Fair = NOBODY) -> None:
         if text_id in self._known or not 0 < n_tokens <= self.room.tokens:
-            raise UsageError("The text is known already, or does not fit into any batch.")
+            raise UsageError("The text's id is in use, or it does not fit into any batch.")
         text = self._known[text_id] = _Text(text_id, n_tokens, fair)
         self._turns.add(fair, text_id, text)
 
     def drop(self, text_id: str) -> bool:
-        """False where it does not wait (any more)."""
+        """False if it does not wait, or no longer."""
         text = self._known.pop(text_id, None)
         if text is not None:
             self._turns.drop(text.fair, text_id)
         return text is not None
 
     def take(self) -> list[str]:
-        """The next batch: not empty while something waits."""
+        """The next batch; not empty while texts wait."""
         batch: list[str] = []
         left = self.room.tokens
         while len(batch) < self.room.texts:

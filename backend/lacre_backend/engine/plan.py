@@ -1,7 +1,7 @@
-"""A step of the engine, as the scheduler writes it and the context executes it, and the limits that it keeps.
+"""One step of the engine: the scheduler writes it and the context executes it. Also the limits that it keeps.
 
-Rules
-- Values only: nothing here decides, and nothing here knows llama.cpp.
+Rules:
+- Values only. Nothing here decides or depends on llama.cpp.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from lacre.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """slots: sequences at a time. context: cells of one. cells: cells of all, fewer than `slots * context` in a unified cache.
+    """slots: parallel sequences. context: cells of one. cells: of all, fewer than `slots * context` in a unified cache.
 
-    step: tokens in a step. chunk: of prompts, while nothing is generated. burst: of short prompts (at most so long) together
-    while others generate. share: of long prompts, then; whoever measures may set it anew at any time. multiple: how many
-    sequences the kernels take at once. cuttable: whether cells can be taken from the end of a sequence; if not, no prefix is
-    reused, and there are no fillers.
+    - step: tokens in a step. chunk: tokens of prompts, while nothing is generated.
+    - burst: tokens of all short prompts (of at most this length) while others generate.
+    - share: tokens of long prompts, then. It may be changed at any time after a measurement.
+    - multiple: how many sequences the kernels process at once.
+    - cuttable: whether cells can be removed from the end of a sequence; if not, no prefix is reused and there are no fillers.
     """
 
     slots: int
@@ -43,7 +44,7 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """Remove the slot's cells from position `keep` on."""
+    """Removes the slot's cells from position `keep` on."""
 
     slot: int
     keep: int
@@ -51,7 +52,7 @@ class Trim:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Make `target`, which is empty, hold the first `keep` cells of `source`."""
+    """Copies the first `keep` cells of `source` to `target`, which is empty."""
 
     source: int
     target: int
@@ -60,8 +61,8 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens of one slot from position `start` on. output: the last one's logits are wanted. task: None for a filler, whose
-    output nobody looks at: it is there because rows of logits come by fours too.
+    """Tokens of one slot from position `start` on. output: whether the last one's logits are needed. task: None for a filler. A
+    filler has an unused output, because rows of logits are also processed in fours.
     """
 
     slot: int
@@ -73,8 +74,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: first `memory` in its order, then `segments` as one batch, then `after`. generating: tasks that are past
-    their prompt. copied: admitted ones whose whole prompt a sibling has read; their first token comes from its logits.
+    """One step: `memory` in order, then `segments` as one batch, then `after`. generating: tasks that are past their prompt.
+    copied: admitted tasks whose whole prompt a sibling has read; their first token comes from its logits.
     """
 
     memory: tuple[Trim | Copy, ...]

@@ -1,15 +1,16 @@
-"""What an engine is: tasks in, tokens out. The API and every engine meet in this file and nowhere else.
+"""The engine interface: tasks in, tokens out. The API and the engines share this file and nothing else.
 
-Rules
-- Nothing here knows of HTTP, JSON or llama.cpp.
-- A task is complete in itself: sampling, limits, stop strings, cache scope and whose turn it takes. Engines keep nothing else
-  about a request.
-- For each task the stream is `PromptProgress`*, `Token`* (or one `Embedding`) and then exactly one `Finish`. Every sampled
-  token is one `Token`, also those whose text is still held back, so that `Finish.completion_tokens` is their number. The
-  end-of-generation token itself is neither.
-- The whole text is the `text` of every token and then that of the finish.
-- A task may go on with an answer that another engine began: `begun` are that answer's tokens. What they let out as text is not
-  said again; what they held back, the grammar and the penalties are as if they had been sampled here.
+Rules:
+- Nothing here depends on HTTP, JSON or llama.cpp.
+- A task is complete in itself: sampling, limits, stop strings, cache scope and fairness. Engines store nothing else about a
+  request.
+- Each task's stream is `PromptProgress`*, `Token`* (or one `Embedding`) and then exactly one `Finish`. Every sampled
+  token is one `Token`, even if its text is still held back, so `Finish.completion_tokens` is their number. The
+  end-of-generation token is
+  not in the stream.
+- The whole text is every token's `text`, followed by the `text` of the finish.
+- A task may continue an answer that another engine began: `begun` are its tokens. Text that they already released is not sent
+  again. Held-back text, grammar and penalties continue as if the tokens had been sampled here.
 """
 
 from __future__ import annotations
@@ -25,26 +26,27 @@ from lacre.errors import LacreError, UsageError
 from lacre_backend.engine.turns import NOBODY, Fair
 
 DIED: Final = "The engine has died, and its process ends: the log has the traceback. Send the request again."
-FAILED_STEPS: Final = 8  # in a row, after which an engine counts as broken: a device that fell off its bus fails each one
-STUCK: Final = 300.0  # seconds of one step, after which an engine counts as stuck; the longest that is foreseen takes some 60
+# In a row until an engine counts as broken: for example, after a device falls off its bus every step fails
+FAILED_STEPS: Final = 8
+STUCK: Final = 300.0  # seconds of one step until an engine counts as stuck; the longest expected step takes about 60
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class EngineError(LacreError):
-    """The engine failed while it worked; the request may be tried again. Never holds prompt or answer."""
+    """The engine failed while it worked. The caller may send the request again. The text never contains prompt or answer."""
 
 
 class EngineClosed(EngineError):
-    """The engine was closed: its worker shuts down, and another one may serve the request."""
+    """The engine was closed because its worker shuts down. Another worker may serve the request."""
 
 
 class GrammarTooCostly(EngineError):
-    """The masks of a request's grammar took more than it may spend, or reached a limit: to try again would not help."""
+    """The masks of the request's grammar exceeded a cost limit. Sending it again does not help."""
 
 
 class TaskRefused(UsageError):
-    """The engine does not take this task. `field` names the part at fault, as the task calls it; nothing was run."""
+    """The engine rejects this task and ran nothing. `field` names the wrong field of the task."""
 
     def __init__(self, message: str, *, field: str) -> None:
         super().__init__(message)
@@ -52,14 +54,14 @@ class TaskRefused(UsageError):
 
 
 class GrammarTooLarge(TaskRefused):
-    """The grammar is not valid, or larger than an engine follows."""
+    """The grammar is invalid, or larger than the engine's limit."""
 
     def __init__(self) -> None:
         super().__init__("The grammar is not valid, or too large to be enforced. Simplify the schema.", field="grammar")
 
 
 class PromptTooLong(TaskRefused):
-    """The prompt does not fit the context, or leaves no room in it for even one token of an answer."""
+    """The prompt does not fit into the context together with at least one token of an answer."""
 
     def __init__(self, n_prompt: int, n_ctx: int) -> None:
         super().__init__(f"The prompt has {n_prompt} tokens, the context holds {n_ctx}. Shorten the prompt.", field="prompt")
@@ -68,7 +70,7 @@ class PromptTooLong(TaskRefused):
 
 
 class TextRefused(UsageError):
-    """A text that the model's tokenizer cannot read within its limits of time, memory and stack. Nothing was run."""
+    """The model's tokenizer cannot read this text within its limits of time, memory and stack. Nothing was run."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -78,27 +80,29 @@ class TextRefused(UsageError):
 
 
 class TaskKind(StrEnum):
-    """What a task asks for."""
+    """The kind of task."""
 
     GENERATE = "generate"
     EMBED = "embed"
 
 
 class Grammar(Protocol):
-    """A grammar as an engine compiled it, for one request; its choices share what its masks may cost."""
+    """A compiled grammar for one request. Its choices share the cost limit of its masks."""
 
     @property
     def begun(self) -> tuple[int, ...]:
-        """The tokens of the answer that it has read."""
+        """The tokens of the answer that it has already consumed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen; the defaults are OpenAI's. Temperature 0 is greedy. Terms are llama.cpp's.
+    """How the next token is chosen. Defaults are OpenAI's, terms are llama.cpp's. Temperature 0 is greedy.
 
-    seed: None draws a fresh one. grammar: what the engine's `grammar` made, or its source, which `submit` then compiles; every
-    answer matches it, or a prefix of it when the token limit cuts it. Penalties count generated tokens only, as OpenAI's do.
+    - seed: None draws a new one.
+    - grammar: the result of the engine's `grammar`, or a source that `submit` compiles. Every answer matches it, or a prefix of
+      it if the token limit cuts the answer.
+    - Penalties count generated tokens only, as OpenAI's do.
     """
 
     temperature: float = 1.0
@@ -115,15 +119,15 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One sequence to run. `id` is unique among the tasks that an engine has not finished.
+    """One sequence to run. `id` is unique among the engine's unfinished tasks.
 
-    begun: the tokens of the answer that are there already; read like the prompt, and in no count of generated tokens.
-    max_tokens: further ones; 0 where the answer that was begun lacks but its end.
-    logprobs: None for none; k for the k most likely alternatives beside the chosen token's own.
-    cache_scope: tasks may share a cached prefix only within one scope; None shares nothing. It decides nothing else.
-    fair: the pseudonyms of tenant and caller, which alone decide whose turn it is.
-    time_limit: seconds of work, counted from the first step (waiting is not counted); then it finishes as "length".
-    group: of the choices of one request, whose prompts are the same. It is read once; give them to `submit_all`.
+    - begun: tokens of the answer so far. They are read like the prompt and do not count as generated.
+    - max_tokens: further tokens; 0 if the begun answer lacks only its end.
+    - logprobs: None for none; k for the k most likely alternatives besides the chosen token.
+    - cache_scope: tasks share cached prefixes within one scope only; None shares nothing. It has no other effect.
+    - fair: the pseudonyms of tenant and caller. They alone decide whose turn it is.
+    - time_limit: seconds of work from the first step, waiting excluded; then the task finishes as "length".
+    - group: the request whose choices share this prompt. It is read once; pass the choices to `submit_all`.
     """
 
     id: str
@@ -141,13 +145,13 @@ class Task:
 
     @property
     def sequence(self) -> tuple[int, ...]:
-        """What is read before the first token is sampled."""
+        """All tokens before the first sampled one."""
         return self.prompt + self.begun
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A token that could have come. raw: its own bytes, which need not be whole UTF-8. logprob: natural, before sampling."""
+    """A possible token. raw: its bytes, which may be incomplete UTF-8. logprob: natural, before sampling."""
 
     id: int = field(repr=False)
     raw: bytes = field(repr=False)
@@ -158,8 +162,8 @@ class Alternative:
 class Token:
     """One sampled token.
 
-    text: what this token lets out: whole code points, never the beginning of a stop string; often "".
-    raw: the token's own bytes. logprob, top: set when the task asked. cached_tokens: prompt tokens taken from the cache.
+    text: the text that this token releases: whole code points, never the beginning of a stop string; often "".
+    raw: the token's own bytes. logprob, top: set if the task asks for them. cached_tokens: prompt tokens from the cache.
     """
 
     id: int = field(repr=False)
@@ -172,16 +176,14 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The answer to a task of kind `EMBED`."""
+    """The result of an `EMBED` task."""
 
     values: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a task. text: what had been held back and turned out to be no stop string. prompt_tokens: with those that
-    were begun.
-    """
+    """The end of a task. text: held-back text that was no stop string after all. prompt_tokens: includes the begun tokens."""
 
     reason: FinishReason
     prompt_tokens: int
@@ -192,9 +194,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """A prompt that takes several steps, now and then before the last: so many of its tokens are there. cached_tokens: of
-    these, those taken from the cache.
-    """
+    """Progress of a prompt that takes several steps: the number of tokens read. cached_tokens: those of them from the cache."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -205,9 +205,9 @@ Event = PromptProgress | Token | Embedding | Finish
 
 @dataclass(frozen=True, slots=True)
 class ControlToken:
-    """A token that steers the model and must never come out of a user's text. text: how templates write it.
+    """A token that controls the model and must never result from a user's text. text: its form in templates.
 
-    lstrip, rstrip: the tokenizer swallows white space before or after it.
+    lstrip, rstrip: the tokenizer removes white space before or after it.
     """
 
     id: int
@@ -218,11 +218,11 @@ class ControlToken:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is true of a loaded model. digest: "sha256:" and the hex digest of the file. created: Unix time of the file.
+    """A loaded model's properties. digest: "sha256:" and the hex digest of the file. created: Unix time of the file.
 
-    longest_piece: bytes of the longest token, so that a text longer than `n_ctx * longest_piece` cannot fit. n_embd: numbers in
-    an embedding. frame: what the tokenizer puts before and after a text that is to be embedded. control_ids: of
-    `control_tokens`, whatever is given for it.
+    - longest_piece: bytes of the longest token. A text longer than `n_ctx * longest_piece` cannot fit.
+    - n_embd: numbers in an embedding. frame: the tokens before and after a text to embed.
+    - control_ids: computed from `control_tokens`; a given value is ignored.
     """
 
     name: str
@@ -242,12 +242,12 @@ class ModelInfo:
     control_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        # Made once, and not for each of a request's thousands of texts: a vocabulary may have thousands of them.
+        # Computed once, not for each of a request's thousands of texts: a vocabulary may have thousands of control tokens.
         object.__setattr__(self, "control_ids", frozenset(token.id for token in self.control_tokens))
 
 
 def check(task: Task, model: ModelInfo) -> None:
-    """What no engine can run. Raises `TaskRefused` or `PromptTooLong`."""
+    """Checks what no engine can run. Raises `TaskRefused` or `PromptTooLong`."""
     if task.kind not in model.kinds:
         raise TaskRefused(f"This model does not {task.kind}.", field="kind")
     if task.max_tokens < (0 if task.begun else 1):
@@ -265,7 +265,7 @@ def check(task: Task, model: ModelInfo) -> None:
 
 
 class EngineHealth:
-    """What tells a broken engine from a busy one. Written by the engine's thread, read by any."""
+    """Distinguishes a broken engine from a busy one. The engine's thread writes it; any thread may read it."""
 
     __slots__ = ("_began", "_failures")
 
@@ -278,15 +278,15 @@ class EngineHealth:
         self._began = time.monotonic()
 
     def rest(self) -> None:
-        """The thread waits for work, or is between two steps."""
+        """The thread waits for work or is between two steps."""
         self._began = None
 
     def done(self) -> None:
-        """A step was computed."""
+        """A step succeeded."""
         self._failures = 0
 
     def failed(self, error: EngineError) -> None:
-        """A step was not. Raises RuntimeError where too many were not: nothing will do but a new process."""
+        """A step failed. Raises RuntimeError after too many failures in a row: only a new process helps."""
         self._failures += 1
         if self._failures >= FAILED_STEPS:
             raise RuntimeError("every step fails") from error
@@ -298,59 +298,61 @@ class EngineHealth:
 
 
 class Engine(Protocol):
-    """Runs tasks on one model. All but `grammar` and `close` return at once; every method may be called from any thread."""
+    """Runs tasks on one model. All methods but `grammar` and `close` return at once; any thread may call any method."""
 
     @property
     def model(self) -> ModelInfo: ...
 
     @property
     def died(self) -> bool:
-        """Whether it ended by itself: it runs nothing any more, and its process must end."""
+        """Whether it ended unexpectedly. It runs nothing any longer, and its process must end."""
         ...
 
     @property
     def stuck(self) -> bool:
-        """Whether a step has taken so long that it will hardly end."""
+        """Whether a step has taken so long that it will probably never end."""
         ...
 
     def submit(self, task: Task) -> AsyncIterator[Event]:
-        """Queue a task; called inside a running event loop, which is the one that iterates the result.
+        """Queues a task. Call it inside a running event loop, and iterate the result in that loop.
 
-        Raises `TaskRefused` (or `PromptTooLong`) at once; the iterator raises `EngineError` if the engine fails, and
-        `GrammarTooCostly` if the task's own grammar does. Whoever stops
-        iterating before the `Finish` calls `cancel`.
+        Raises `TaskRefused` (or `PromptTooLong`) at once. The iterator raises `EngineError` if the engine fails, and
+        `GrammarTooCostly` if the task's grammar is too costly. A caller that stops iterating before the `Finish` must call
+        `cancel`.
         """
         ...
 
     def submit_all(self, tasks: Sequence[Task]) -> list[AsyncIterator[Event]]:
-        """Queue the choices of one request together: all of them, or none. Raises as `submit`."""
+        """Queues the choices of one request together: all or none. Raises as `submit`."""
         ...
 
     def cancel(self, task_id: str) -> None:
-        """End a task within one step, with `Finish("cancelled")`; an unknown or finished one is not an error."""
+        """Ends a task within one step, with `Finish("cancelled")`. An unknown or finished task is not an error."""
         ...
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text of the program's own, such as a literal of a template: it blocks.
+        """The token ids of the program's own text, for example a template's literal. Blocks.
 
-        special: whether control tokens' literals become control tokens.
+        special: whether the text of a control token becomes that token.
         """
         ...
 
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each of a user's texts, in which no control token is recognised.
+        """The token ids of each of a user's texts. No control token is recognized in them.
 
-        Raises `TextRefused` for one that takes more than a text may, and `EngineError`. Neither blocks the event loop nor
-        waits for what runs on the model.
+        Raises `TextRefused` for a text that exceeds the limits, and `EngineError`. It neither blocks the event loop nor waits
+        for the model.
         """
         ...
 
     def grammar(self, source: str, begun: tuple[int, ...] = ()) -> Grammar:
-        """Compile a grammar in llguidance's form of Lark, after what is begun of an answer. It may take some tenths of a
-        second: call it beside the event loop. Raises `TaskRefused`; `GrammarTooLarge` where the grammar itself is at fault.
+        """Compiles a grammar in llguidance's Lark form, positioned after the begun tokens of an answer.
+
+        It may take some tenths of a second, so call it in a thread. Raises `TaskRefused`, or `GrammarTooLarge` if the grammar
+        itself is at fault.
         """
         ...
 
     def close(self) -> None:
-        """End every task as cancelled and free the model. Waits for the step under way."""
+        """Ends every task as cancelled and frees the model. Waits for the running step."""
         ...

@@ -1,8 +1,8 @@
-"""The logits at the end of prompts that several choices share: each choice's first token is chosen from the same ones.
+"""The logits at the end of prompts that several choices share. Each choice's first token is sampled from them.
 
-Rules
-- A row is kept while one of its request's choices did not end: one that copies the prompt computes nothing to get it.
-- Belongs to the engine's lock: tasks come and go in any thread.
+Rules:
+- A row is kept until all of its request's choices have ended: a choice that copies the prompt computes nothing to get it.
+- The engine's lock protects it: any thread may add and remove tasks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Group:
 
 
 class Rows:
-    """By `Task.group`."""
+    """Rows by `Task.group`."""
 
     def __init__(self) -> None:
         self._groups: dict[str, _Group] = {}
@@ -32,7 +32,7 @@ class Rows:
         return len(self._groups)
 
     def add(self, tasks: Sequence[Task]) -> None:
-        """All of them; or none, and raises `TaskRefused`, where one's prompt is not its group's."""
+        """Adds all tasks, or none. Raises `TaskRefused` if a prompt differs from its group's."""
         first: dict[str, Task] = {}
         for task in tasks:
             if task.group is not None:
@@ -51,12 +51,12 @@ class Rows:
                 del self._groups[task.group]
 
     def keep(self, task: Task, row: Logits) -> None:
-        """row: a view; it is copied where another choice may want it."""
+        """row: a view; it is copied if another choice may need it."""
         group = None if task.group is None else self._groups.get(task.group)
         if group is not None and group.members > 1:
             group.row = row.copy()
 
     def of(self, task: Task) -> Logits | None:
-        """A copy, for a choice that copied the prompt. None where no sibling read it."""
+        """A copy of the row, for a choice that copied the prompt. None if no sibling read it."""
         group = None if task.group is None else self._groups.get(task.group)
         return None if group is None or group.row is None else group.row.copy()

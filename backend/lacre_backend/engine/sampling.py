@@ -1,10 +1,12 @@
-"""Choosing each sequence's next token from the step's logits: what is greedy, or temperature with top-p and min-p, by numpy;
-by llama.cpp's sampler chain what asks for penalties, a seed or top-k. Both see only what the sequence's grammar admits.
+"""Samples each sequence's next token from the step's logits.
 
-Rules
+numpy handles greedy sampling, and temperature with top-p and min-p. llama.cpp's sampler chain handles penalties, seeds and
+top-k. Both see only the tokens that the sequence's grammar allows.
+
+Rules:
 - Both follow llama.cpp's order: bias, penalties, top-k, top-p, min-p, temperature.
-- Logprobs are those of the model, before penalties, bias and temperature.
-- The grammar decides first: whatever bias or penalty a request asks for, a token that its mask forbids is not there to choose.
+- Logprobs are the model's, before penalties, bias and temperature.
+- The grammar comes first: no bias or penalty can make a forbidden token available.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from lacre_backend.engine.protocol import Alternative, EngineError, Sampling
 
 Logits = NDArray[np.float32]
 
-# llama_token_data, as numpy sees it.
+# llama_token_data as a numpy type.
 _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _BLOCK: Final = 256
-_LEAST_TEMPERATURE: Final = 1e-5  # below it a logit's lead of one thousandth is certainty anyway
-_SEEDS: Final = 2**32 - 1  # llama.cpp reads 2**32 - 1 as "draw one yourself"
+_LEAST_TEMPERATURE: Final = 1e-5  # below it, a lead of one thousandth of a logit is certainty anyway
+_SEEDS: Final = 2**32 - 1  # llama.cpp draws its own seed for 2**32 - 1
 
 
 class Candidates:
@@ -57,7 +59,7 @@ class Candidates:
 
 
 class Sampler:
-    """The state of one sequence's sampling. Made in any thread, then used by the engine's thread until `close`."""
+    """The state of one sequence's sampling. Any thread creates it; then only the engine's thread uses it until `close`."""
 
     def __init__(self, model: Model, sampling: Sampling, max_tokens: int, constraint: Constraint | None = None) -> None:
         self._closed = False
@@ -78,7 +80,7 @@ class Sampler:
         self._chain = _chain([*_stages(model, sampling, max_tokens), *_choice(sampling)])
 
     def sample(self, context: Any, row: int | None, logits: Logits) -> int:
-        """The next token by the chain. logits: one row. row: where it is in the last batch; None if in an earlier one."""
+        """The next token from the chain. logits: one row. row: its index in the last batch; None if in an earlier one."""
         if self.constraint is None and row is not None:
             return int(L.llama_sampler_sample(self._chain, context, row))
         allowed = np.arange(self._n_vocab) if self.constraint is None else np.flatnonzero(self.constraint.allowed())
@@ -93,7 +95,7 @@ class Sampler:
         return token
 
     def masked(self, logits: Logits) -> Logits:
-        """Where the grammar forbids a token, minus infinity. Raises `EngineError` where nothing is left."""
+        """The logits with minus infinity for forbidden tokens. Raises `EngineError` if no token is left."""
         if self.constraint is None:
             return logits
         left = np.where(self.constraint.allowed(), logits, np.float32(-np.inf))
@@ -102,17 +104,17 @@ class Sampler:
         return left
 
     def ready(self, seconds: float) -> bool:
-        """Whether the next token can be chosen, after so many seconds at most: its mask is computed elsewhere."""
+        """Whether the next token can be sampled, after at most this many seconds: a mask thread computes its mask."""
         return self.constraint is None or self.constraint.ready or self.constraint.wait(max(seconds, 0))
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """As if these had been sampled, for the penalties."""
+        """Counts these tokens as sampled, for the penalties."""
         if self._chain is not None:
             for token in tokens:
                 L.llama_sampler_accept(self._chain, token)
 
     def accept(self, token: int) -> None:
-        """`token` is part of the answer, which goes on: the grammar moves on."""
+        """Adds `token` to an answer that continues: advances the grammar."""
         if self.constraint is not None:
             self.constraint.accept(token)
 
@@ -129,8 +131,8 @@ class Sampler:
 def choose(
     samplers: Sequence[Sampler], context: Any, rows: Sequence[int | None], logits: Logits, random: np.random.Generator
 ) -> list[int | EngineError]:
-    """A token for each sequence, or why there is none. rows: where in the last batch its output is; None where it is in none.
-    logits: a row for each, which is as before afterwards.
+    """A token or an error for each sequence. rows: the index of its output in the last batch; None if it is not there. logits:
+    a row for each; unchanged afterwards.
     """
     biased = [(i, *sampler.bias) for i, sampler in enumerate(samplers) if sampler.bias is not None]
     before = [logits[i, ids] for i, ids, _ in biased]
@@ -152,7 +154,7 @@ def choose(
 
 
 def _chosen(sampler: Sampler, context: Any, row: int | None, logits: Logits, random: np.random.Generator) -> int | EngineError:
-    """One sequence's token; a sequence that cannot go on must not take the others' step with it."""
+    """One sequence's token. An error of one sequence must not fail the others' step."""
     try:
         if not sampler.plain:
             return sampler.sample(context, row, logits)
@@ -169,14 +171,14 @@ def _nothing_left() -> EngineError:
 
 
 def draw(logits: Logits, sampling: Sampling, uniform: float) -> int:
-    """A token by temperature, top-p and min-p. uniform: from [0, 1)."""
+    """Samples a token by temperature, top-p and min-p. uniform: from [0, 1)."""
     shifted = logits - logits.max()
     temperature = max(sampling.temperature, _LEAST_TEMPERATURE)
     if sampling.top_p >= 1 and sampling.min_p <= 0:
         return _pick(np.exp(shifted / np.float32(temperature)), uniform)
     weights = np.exp(shifted)
     total = float(weights.sum(dtype=np.float64))
-    # Tokens below this are together less than what top-p leaves out, so none of them is in the nucleus.
+    # All tokens below this floor together weigh less than top-p excludes, so none of them is in the nucleus.
     floor = max(sampling.min_p, (1 - sampling.top_p) * total / len(weights) if sampling.top_p < 1 else 0.0)
     kept = np.flatnonzero(weights >= min(floor, 1.0))
     kept = kept[np.argsort(-weights[kept], kind="stable")]
@@ -188,7 +190,7 @@ def draw(logits: Logits, sampling: Sampling, uniform: float) -> int:
 
 
 def _pick(weights: Logits, uniform: float) -> int:
-    """An index with probability by weight: first the block, then the place in it, which spares a long exact sum."""
+    """An index with probability by weight. It picks the block first, then the place in it, which avoids a long exact sum."""
     starts = np.arange(0, len(weights), _BLOCK)
     sums = np.cumsum(np.add.reduceat(weights, starts), dtype=np.float64)
     target = uniform * sums[-1]
@@ -196,13 +198,13 @@ def _pick(weights: Logits, uniform: float) -> int:
     before = sums[block - 1] if block else 0.0
     within = np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
     place = min(int(np.searchsorted(within, target - before, side="right")), len(within) - 1)
-    while weights[starts[block] + place] == 0 and place > 0:  # rounding put the target past the last weight that counts
+    while weights[starts[block] + place] == 0 and place > 0:  # rounding put the target past the last positive weight
         place -= 1
     return int(starts[block]) + place
 
 
 def _stages(model: Model, sampling: Sampling, max_tokens: int) -> list[Any]:
-    """What changes the logits before the choice, in llama.cpp's order."""
+    """The stages that change the logits before the choice, in llama.cpp's order."""
     stages = []
     if sampling.logit_bias:
         bias = (L.llama_logit_bias * len(sampling.logit_bias))(

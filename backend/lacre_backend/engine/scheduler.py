@@ -1,26 +1,27 @@
-"""Which tokens of which tasks go into the next step: a state machine. Tasks in, a plan out, results back in.
+"""Decides which tokens of which tasks enter the next step. A state machine: tasks in, a plan out, results back in.
 
-Rules
-- Pure: no I/O, no clock, no thread, no llama.cpp. Whoever drives it executes each plan whole, then reports, then asks again.
-- A running task's next token goes into every step; prompts take what a step has left, within a bounded share, so that a long
-  prompt never stalls the others, and short prompts do not wait behind it.
-- Never more cells than there are. Where running tasks outgrow them, idle caches go first. Then a task goes back to its queue
-  with what it has generated, to be computed again: the youngest of the tenant that holds the most cells. The oldest task of all
-  always advances.
-- The pseudonyms of tenant and caller decide whose turn it is, and nothing else does (`turns.py`): who is admitted, whose prompt
-  is read first, and who goes back to the queue.
-- The scope decides what is reused, and nothing else. Cells are reused within one scope only, and between the choices of one
-  request, which read their prompt once (`choices.py`). What has no scope is removed when its request ends.
-- What a step costs depends on the number of slots and of the step's tokens, never on how long the contexts are: cells are
-  counts (`cells.py`), tokens are never copied as a whole, and their beginnings are compared by digests (`tokens.py`).
-- Of an answer that is read again, begun elsewhere or sent back to its queue, at most `PIECE` tokens go into a step, and none
-  beside its prompt's: llama.cpp attends to longer texts by another kernel, whose other roundings the quantized layers carry
-  on to whole logits (measured: up to 1.6 apart). So read, a text goes on as it would have if nothing had been cut.
-- Tokens stand in a plan by ascending slot. With a split cache llama.cpp computes neighbouring sequences together and begins
-  anew at every gap (measured: 8 of 16 slots with gaps take 35 ms a step, without 13); and its kernels for CPUs take rows by
-  fours, with single ones much dearer (7 sequences take 30 ms, 8 take 24). So idle slots in gaps, and beside the running ones
-  where that makes the number round, get one filler token, taken out again after the step. One is given only where it does not
-  lengthen anyone's attention: nothing about an idle cache may show in a neighbour's timing.
+Rules:
+- Pure: no I/O, clock, thread or llama.cpp. The caller executes each plan whole, reports, and asks for the next.
+- Every step has the next token of each running task. Prompts use the rest of the step, within a bounded share. So a long prompt
+  never stalls the running tasks, and short prompts do not wait behind it.
+- It never plans more cells than exist. If running tasks outgrow them, idle caches are removed first. Then a task returns to its
+  queue with its generated tokens, to be recomputed: the youngest of the tenant that holds most cells. The oldest task always
+  advances.
+- Only the pseudonyms of tenant and caller decide who is next (`turns.py`): who is admitted, whose prompt is read first, and who
+  returns to the queue.
+- The scope alone decides about reuse. Cells are reused within one scope, and between the choices of one request, which read
+  their prompt once (`choices.py`). Cells without a scope are removed when their request ends.
+- A step's cost depends on the number of slots and of its tokens, never on context length: cells are counts (`cells.py`), and
+  tokens are never copied whole. Prefixes are compared by digests (`tokens.py`).
+- When an answer is read again (resumed here or sent back to its queue), a step takes at most `PIECE` of its tokens and none of
+  its prompt's. llama.cpp computes attention to longer texts with another kernel, whose different rounding changes logits
+  (measured: by up to 1.6). In such pieces the text continues as if nothing had been cut.
+- A plan lists tokens by ascending slot. With a split cache llama.cpp computes neighbouring sequences together and starts again
+  at every gap (measured: 8 of 16 slots take 35 ms a step with gaps, 13 without).
+- llama.cpp's CPU kernels process rows in fours, and single rows cost much more (7 sequences take 30 ms, 8 take 24). So idle
+  slots get one filler token: those in gaps, and those next to the running ones if that makes the count round. The filler is
+  removed after the step. It is added only if it lengthens no task's attention: a neighbour's timing must not reveal an idle
+  cache.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from lacre_backend.engine.plan import Copy, EngineLimits, Segment, StepPlan, Tri
 from lacre_backend.engine.tokens import NO_TOKENS, Tokens
 from lacre_backend.engine.turns import NOBODY, Fair, FairQueue
 
-MIN_REUSE: Final = 16  # tokens; shorter common beginnings (every chat's first words) are computed faster than they are sought
-MIN_COPY: Final = 128  # tokens; below it a copy between slots takes longer than computing. Choices copy whatever they share
-MARGIN: Final = 32  # free cells for each running task before another is admitted, so that it is not sent back at once
-COMPARED: Final = 64  # beginnings in one step, some 4 us each; the tasks behind them are admitted with the next step
-PAD: Final = 256  # llama.cpp looks at cells in multiples of this many
+MIN_REUSE: Final = 16  # tokens; computing a shorter common prefix (every chat's first words) is faster than finding it
+MIN_COPY: Final = 128  # tokens; below it, copying between slots takes longer than computing. Choices copy any shared prefix
+MARGIN: Final = 32  # free cells per running task before another is admitted, so that it is not sent back at once
+COMPARED: Final = 64  # prefixes compared per step, about 4 us each; later tasks wait for the next step
+PAD: Final = 256  # llama.cpp reads cells in multiples of this many
 PIECE: Final = 63  # tokens: from 64 of one sequence on, ggml's flash attention on CPUs computes in tiles
-FILLER: Final = 0  # any token does: its result is not looked at
+FILLER: Final = 0  # any token works: its result is ignored
 
 
 class _Task:
@@ -54,11 +55,11 @@ class _Task:
         self.tokens = tokens
         self.scope = scope
         self.fair = fair
-        self.choices = choices  # of its request, where there are several
+        self.choices = choices  # of its request, if it has several
         self.generated = 0
         self.cached: int | None = None  # tokens found in the cache at the first admission
         self.slot: _Slot | None = None
-        self.number = 0  # of the admission: the order of age among the running
+        self.number = 0  # of the admission; the age order of running tasks
 
 
 class _Slot:
@@ -67,11 +68,12 @@ class _Slot:
     def __init__(self, index: int) -> None:
         self.index = index
         self.tokens = NO_TOKENS  # of the task that runs here, or ran here last
-        self.length = 0  # of these, how many have their cells here
+        self.length = 0  # how many of them have their cells here
         self.scope: bytes | None = None
-        self.choices: Choices[_Task] | None = None  # whose prompt its cells begin with, while one of them did not end
+        # The choices whose prompt its cells begin with, while one of them is unfinished
+        self.choices: Choices[_Task] | None = None
         self.task: _Task | None = None
-        self.used = 0  # when it was last in use, by the scheduler's count
+        self.used = 0  # when it was last in use, by the scheduler's counter
 
     @property
     def idle(self) -> bool:
@@ -84,7 +86,7 @@ class _Slot:
 
 
 class Scheduler:
-    """The state machine. A task is known from `submit` to `end`."""
+    """The state machine. It knows a task from `submit` to `end`."""
 
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
@@ -95,10 +97,10 @@ class Scheduler:
         self._groups: dict[str, Choices[_Task]] = {}
         self._cells = Cells(limits.slots, limits.cells, unified=limits.unified)
         self._count = 0
-        self._compared = 0  # beginnings, in this step
+        self._compared = 0  # prefixes compared in this step
         self._memory: list[Trim | Copy] = []
 
-    # Tasks in
+    # Input
 
     def submit(
         self,
@@ -110,14 +112,14 @@ class Scheduler:
         *,
         group: str | None = None,
     ) -> None:
-        """A prompt that fits the context, with what is begun of its answer, and an id that is not in use.
+        """Adds a task: a prompt that fits the context, the begun tokens of its answer, and an unused id.
 
-        fair: whose turn it takes. group: of the choices of one request, whose tokens are the same. `Tokens` that the caller's
-        thread made save this one the work.
+        fair: for fairness. group: the choices of one request, which have the same tokens. A caller's thread may build the
+        `Tokens` to save this one the work.
         """
         tokens = prompt if isinstance(prompt, Tokens) else Tokens(prompt, begun)
         if task_id in self._tasks or not 0 < len(tokens) < self.limits.context:
-            raise UsageError("The task is known already, or its prompt does not fit.")
+            raise UsageError("The task's id is in use, or its prompt does not fit.")
         choices = None if group is None else self._groups.setdefault(group, Choices(len(tokens)))
         if choices is not None:
             choices.members += 1
@@ -125,7 +127,7 @@ class Scheduler:
         self._turns.add(fair, task_id, task)
 
     def end(self, task_id: str, *, keep: bool = True) -> None:
-        """The task is over, for whatever reason. keep: what is computed may serve its scope."""
+        """The task is over. keep: whether its scope may reuse the computed cells."""
         task = self._tasks.pop(task_id)
         if task.slot is not None:
             self._turns.release(task.fair)
@@ -140,18 +142,18 @@ class Scheduler:
             self._leave(task, task.choices)
 
     def advance(self, task_id: str, token: int) -> None:
-        """The task's segment gave this token, and the task goes on."""
+        """The task's segment produced this token, and the task continues."""
         task = self._tasks[task_id]
         task.tokens.append(token)
         task.generated += 1
 
     def forget(self, scope: bytes) -> None:
-        """Remove what is cached for a scope; what runs goes on."""
+        """Removes a scope's cache. Running tasks continue."""
         for slot in self._slots:
             if slot.idle and slot.scope == scope:
                 self._trim(slot, 0)
 
-    # What is known
+    # State
 
     def cached(self, task_id: str) -> int:
         """Prompt tokens that came from the cache."""
@@ -179,7 +181,7 @@ class Scheduler:
 
     @property
     def scopes(self) -> frozenset[bytes]:
-        """That have cells."""
+        """The scopes that have cells."""
         return frozenset(slot.scope for slot in self._slots if slot.length and slot.scope is not None)
 
     def held(self, slot: int) -> tuple[int, ...]:
@@ -187,10 +189,10 @@ class Scheduler:
         held = self._slots[slot]
         return tuple(held.tokens.all[: held.length])
 
-    # A plan out
+    # Output
 
     def plan(self) -> StepPlan:
-        """The next step. Empty segments: nothing runs, though there may be memory to free."""
+        """The next step. Without segments nothing runs, though it may free memory."""
         for choices in self._groups.values():
             reader = choices.reader
             if reader is not None and reader.slot is not None and reader.slot.length >= choices.length:
@@ -204,7 +206,7 @@ class Scheduler:
         self._prefill(generating, segments)
         ordered, after = self._filled([segments[i] for i in sorted(segments)])
         memory, self._memory = tuple(self._memory), []
-        still = tuple(task_id for task_id in copied if self._tasks[task_id].slot is not None)  # not sent back by this very plan
+        still = tuple(task_id for task_id in copied if self._tasks[task_id].slot is not None)  # not sent back by this same plan
         return StepPlan(memory, ordered, after, admitted, generating, still)
 
     # Admission
@@ -225,7 +227,7 @@ class Scheduler:
             yield task.id
 
     def _place(self, task: _Task) -> bool:
-        """Give the task a slot, with what its scope has cached; False where the cells do not suffice."""
+        """Gives the task a slot, with its scope's cached tokens. False if there are not enough cells."""
         slot, source, common = self._best(task)
         shared = common if source is None or self.limits.unified else 0  # a copy in a split cache takes cells of its own
         running = sum(not s.idle for s in self._slots)
@@ -250,18 +252,18 @@ class Scheduler:
         return True
 
     def _available(self, slot: _Slot, source: _Slot | None, common: int) -> int:
-        """Cells that are free once every idle cache is gone, but for what the task would use."""
+        """The cells that are free once every idle cache is removed, except the one that the task would use."""
         kept = [0 if s.idle and s is not source else s.length for s in self._slots]
         kept[slot.index] = common if source is None else 0
         return self.free_cells + self._cells.freeable(kept)
 
     def _best(self, task: _Task) -> tuple[_Slot, _Slot | None, int]:
-        """The slot to use, the one to copy from first (None: use what is there), and how many tokens are common."""
+        """The slot to use, the slot to copy from (None: use its own cells), and the length of the common prefix."""
         idle = [slot for slot in self._slots if slot.idle]
         common = {slot.index: self._common(slot, task) for slot in self._slots}
         best = max(idle, key=lambda slot: (common[slot.index], slot.used))
         source = max(self._slots, key=lambda slot: common[slot.index])
-        sibling = task.choices is not None and source.choices is task.choices  # then nothing of the prompt is computed again
+        sibling = task.choices is not None and source.choices is task.choices  # then none of the prompt is computed again
         least, gain = (1, 0) if sibling else (MIN_REUSE, MIN_COPY)
         if common[best.index] >= max(least, common[source.index] - gain):
             return best, None, common[best.index]
@@ -272,7 +274,7 @@ class Scheduler:
         return fresh, None, 0
 
     def _common(self, slot: _Slot, task: _Task) -> int:
-        """The length of the common beginning. Where no sibling's logits are at hand, all but the last token at most."""
+        """The length of the common prefix. Without a sibling's logits it leaves at least the last token."""
         if (ours := self._of_choices(slot, task)) > 0:
             return ours
         if task.scope is None or slot.scope != task.scope or not self.limits.cuttable:
@@ -284,7 +286,9 @@ class Scheduler:
     # Choices
 
     def _of_choices(self, slot: _Slot, task: _Task) -> int:
-        """How many tokens of its request's prompt a task finds in a slot. What cannot be cut is found at its very end only."""
+        """How many tokens of its request's prompt a slot has for the task. A state that cannot be cut must end exactly
+        there.
+        """
         choices = task.choices
         if choices is None or slot.choices is not choices:
             return 0
@@ -296,7 +300,7 @@ class Scheduler:
         return task.slot is not None and task.slot.length == len(task.tokens)
 
     def _release(self, choices: Choices[_Task]) -> None:
-        """Those that waited for a prompt take their turns, before what their caller asked for later."""
+        """Queues the choices that waited for a prompt, ahead of their caller's later requests."""
         for task in reversed(choices.released()):
             self._turns.add(task.fair, task.id, task, first=True)
 
@@ -328,15 +332,15 @@ class Scheduler:
             self._memory.append(Trim(slot.index, keep))
 
     def _evict(self) -> bool:
-        """Remove the idle cache unused for the longest; a prompt that choices may still copy goes last."""
+        """Removes the longest-unused idle cache. A prompt that choices may still copy goes last."""
         idle = [slot for slot in self._slots if slot.idle and slot.length]
         if idle:
             self._trim(min(idle, key=lambda slot: (slot.choices is not None, slot.used)), 0)
         return bool(idle)
 
     def _preempt(self, segments: dict[int, Segment]) -> None:
-        """One task back to the head of its queue: of the tenant that holds the most cells, and there of the caller that does,
-        the youngest. Never the oldest of all: it must advance.
+        """Returns one task to the head of its queue: the youngest of the caller with most cells, within the tenant with most
+        cells. Never the oldest task: it must advance.
         """
         running = [(slot, slot.task) for slot in self._slots if slot.task is not None]
         held: Counter[Fair | str] = Counter()
@@ -355,7 +359,7 @@ class Scheduler:
         self._turns.release(task.fair)
 
     def _take(self, slot: _Slot, n: int, segments: dict[int, Segment]) -> None:
-        """The next `n` tokens of a slot's task into the step; room for them is made."""
+        """Adds the next `n` tokens of a slot's task to the step, after making room for them."""
         while self.free_cells < n and slot.task is not None:
             if not self._evict():
                 self._preempt(segments)
@@ -373,24 +377,26 @@ class Scheduler:
     # Prompts
 
     def _prefill(self, generating: int, segments: dict[int, Segment]) -> None:
-        # What waits for something else than a step has nothing left to read.
+        # A task that waits for something other than a step has nothing left to read.
         reading = sorted((s for s in self._slots if s.index not in segments and _left(s) > 0), key=self._next_to_read)
         short = [slot for slot in reading if _left(slot) <= self.limits.burst]
         long = [slot for slot in reading if _left(slot) > self.limits.burst]
         room = self.limits.burst if generating else self.limits.chunk
         left = self._read(short, room, segments)
-        # While nothing is generated, nobody is stalled by a whole chunk; but then short prompts may come at every step.
+        # While nothing is generated, a whole chunk stalls no task, but short prompts may come at every step.
         own = self._round(self.share)
         share = own if generating else max(left, own)
         self._read(long, min(share, self.limits.step - generating - (room - left)), segments)
 
     def _next_to_read(self, slot: _Slot) -> tuple[tuple[int, int], int]:
-        """The oldest of the tenant and caller for whom the least was computed: one's long prompts do not hold up another's."""
+        """Sort key: first the tenant and caller with the least computed tokens, then age. One caller's long prompts do not
+        delay another's.
+        """
         return ((0, 0) if slot.task is None else self._turns.spent(slot.task.fair)), _age(slot)
 
     def _round(self, share: int) -> int:
-        """One of a share's tokens is computed with those that are generated, the rest by itself: a round number. Behind a long
-        text, where shares are small, attention takes the time, and its cost has no steps.
+        """Rounds a share: one of its tokens is computed together with the generated ones, the rest in multiples. Small shares,
+        behind a long text, stay as they are: attention dominates there, and its cost has no steps.
         """
         multiple = self.limits.multiple
         return share if share <= 2 * multiple else share - (share - 1) % multiple
@@ -404,7 +410,7 @@ class Scheduler:
         return room
 
     def _filled(self, segments: list[Segment]) -> tuple[tuple[Segment, ...], tuple[Trim, ...]]:
-        """With fillers in the gaps and up to a round number, and how to take them out again."""
+        """Adds fillers in the gaps and up to a round number; also returns how to remove them."""
         if len(segments) < 2 or not self.limits.cuttable:
             return tuple(segments), ()
         longest = max(segment.start + len(segment.tokens) for segment in segments)
@@ -424,7 +430,7 @@ class Scheduler:
         return tuple(ordered), tuple(Trim(filler.slot, filler.start) for filler in fillers)
 
     def _beside(self, usable: Sequence[_Slot], first: int, last: int) -> list[_Slot]:
-        """Idle slots without a gap to the running ones; in a unified cache, any."""
+        """Idle slots that border the running ones; in a unified cache, any."""
         if self.limits.unified:
             return list(usable)
         known = {slot.index: slot for slot in usable}
@@ -438,9 +444,10 @@ def _age(slot: _Slot) -> int:
 
 
 def _cost(slot: _Slot, busy: Sequence[int]) -> tuple[bool, int, bool, int, int]:
-    """Which idle slot to give away: first one without a prompt that choices may still copy. Then one inside or beside those
-    that run, even if a cache elsewhere is older, because every gap is computed or begins a new computation; of several, an
-    empty one, else the one unused for the longest.
+    """Sort key for the idle slot to give away. A prompt that choices may still copy is kept longest.
+
+    Next come slots inside or beside the running ones, even if another cache is older: every gap is computed or splits the
+    computation. Among several, an empty one, then the longest unused.
     """
     kept = slot.choices is not None and slot.length > 0
     inside = bool(busy) and busy[0] < slot.index < busy[-1]
@@ -449,17 +456,17 @@ def _cost(slot: _Slot, busy: Sequence[int]) -> tuple[bool, int, bool, int, int]:
 
 
 def _weight(task: _Task, held: Counter[Fair | str], oldest: int) -> tuple[bool, int, int, int]:
-    """The greatest goes back to its queue. held: cells, of tenants and of callers."""
+    """The task with the greatest key returns to its queue. held: cells, by tenant and by caller."""
     return task.number != oldest, held[task.fair[0]], held[task.fair], task.number
 
 
 def _left(slot: _Slot) -> int:
-    """Tokens of the slot's task that are not computed."""
+    """Tokens of the slot's task that are not computed yet."""
     return 0 if slot.task is None else len(slot.task.tokens) - slot.length
 
 
 def _piece(slot: _Slot) -> int:
-    """Of the tokens that are left, as many as one step may take."""
+    """How many of the remaining tokens one step may take."""
     read, left = slot.length, _left(slot)
     if slot.task is None or read + left <= slot.task.tokens.prompt:
         return left

@@ -1,10 +1,10 @@
-"""The files that a GGUF model is made of: one, or the shards that `llama-gguf-split` made of it.
+"""The files of a GGUF model: one file, or the shards that `llama-gguf-split` made of it.
 
-Rules
-- A shard is known by its metadata (`split.no`, `split.count`), and the others by its name, as llama.cpp finds them:
+Rules:
+- A shard is identified by its metadata (`split.no`, `split.count`), and the others by its name, as llama.cpp does:
   `NAME-00001-of-00003.gguf`. Each file's metadata must agree with its name.
-- A shard that is missing, or is another model's, is named in the error. No part of a model is taken for the whole.
-- What is read of a file is its metadata alone, and never more than `MAX_METADATA`. A length is checked before it is read.
+- The error names a shard that is missing or belongs to another model. A part is never taken for the whole model.
+- Only a file's metadata is read, at most `MAX_METADATA` bytes. A length is checked before its data is read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import BinaryIO, Final
 
 from lacre.errors import SettingsError
 
-MAX_SHARDS: Final = 1024  # of one model; the largest in use have some hundred
-MAX_METADATA: Final = 256 * 2**20  # bytes; vocabularies of 260,000 tokens with their merges take some 10 MiB
+MAX_SHARDS: Final = 1024  # of one model; the largest in use have about a hundred
+MAX_METADATA: Final = 256 * 2**20  # bytes; vocabularies of 260,000 tokens with their merges take about 10 MiB
 _HEADER: Final = struct.Struct("<4sIQQ")
 _NAME: Final = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _WIDTHS: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each scalar type
@@ -36,9 +36,9 @@ class Split:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """All files of the model that `path` is, or is a shard of, in their order: the first one is what llama.cpp loads.
+    """All files of the model that `path` belongs to, in order. llama.cpp loads the first.
 
-    Raises SettingsError, which names the file at fault, and OSError where `path` cannot be read.
+    Raises SettingsError, which names the wrong file, or OSError if `path` cannot be read.
     """
     split = read_split(path)
     if split is None:
@@ -47,20 +47,20 @@ def files_of(path: Path) -> tuple[Path, ...]:
     if found is None or (int(found[2]), int(found[3])) != (split.number + 1, split.count):
         wanted = f"-{split.number + 1:05d}-of-{split.count:05d}.gguf"
         raise SettingsError(
-            f"{path} is shard {split.number + 1} of a model of {split.count} files, which are found by their names. "
-            f"Let its name end with {wanted}, and put the others beside it."
+            f"{path} is shard {split.number + 1} of a model of {split.count} files, which must be named in order. "
+            f"Rename it to end with {wanted}, and put the others beside it."
         )
     files = tuple(path.with_name(f"{found[1]}-{i + 1:05d}-of-{split.count:05d}.gguf") for i in range(split.count))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise SettingsError(
-            f"The model {path} is split into {split.count} files, and of these there is no {', '.join(missing[:3])}"
+            f"The model {path} is split into {split.count} files; missing: {', '.join(missing[:3])}"
             f"{' (and more)' if len(missing) > 3 else ''}. Put it beside the others."
         )
     for number, file in enumerate(files):
         if read_split(file) != Split(number, split.count):
             raise SettingsError(
-                f"{file} is not shard {number + 1} of {split.count}, as its name has it. Put the file of this very model there."
+                f"{file} is not shard {number + 1} of {split.count}, as its name says. Put this model's own file there."
             )
     return files
 
@@ -71,7 +71,9 @@ def size(path: Path) -> int:
 
 
 def read_split(path: Path) -> Split | None:
-    """What the metadata says; None for a model in one file, and for a file that is no GGUF: that is llama.cpp's to refuse."""
+    """The shard that the metadata describes. None for a model in one file, and for a file that is not GGUF, which llama.cpp
+    then refuses.
+    """
     with path.open("rb") as file:
         try:
             found = _Metadata(file, path.stat().st_size).find(_WANTED)
@@ -89,7 +91,7 @@ def read_split(path: Path) -> Split | None:
 
 
 class _Unreadable(Exception):
-    """The bytes are not GGUF's, or end too soon."""
+    """The bytes are not GGUF, or end too soon."""
 
 
 class _Metadata:
@@ -98,7 +100,7 @@ class _Metadata:
         self._left = min(size, MAX_METADATA)
 
     def find(self, wanted: frozenset[bytes]) -> dict[bytes, int]:
-        """Whole numbers by their keys; those that are not there are left out."""
+        """Integers by their keys; missing keys are omitted."""
         magic, version, _, count = _HEADER.unpack(self._read(_HEADER.size))
         if magic != b"GGUF" or version not in (2, 3):
             raise _Unreadable

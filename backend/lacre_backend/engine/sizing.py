@@ -1,9 +1,9 @@
-"""How large: context, sequences and threads for a model on this machine, decided before its weights are loaded.
+"""Decides context, sequences and threads for a model on this machine, before its weights are loaded.
 
-Rules
-- What the settings name is taken as it is, or refused with the figures; what they leave out is derived.
+Rules:
+- A value in the settings is used as it is, or refused with the figures. Missing values are derived.
 - Only the model's description is read (llama.cpp's vocabulary-only loading), never its weights.
-- Memory is what may still be taken without swapping, under the control group's limit where there is one.
+- Available memory is what can be taken without swapping, and within the control group's limit if there is one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from lacre_backend.engine.plan import EngineLimits
 DEFAULT_SLOTS: Final = 8
 MAX_SLOTS: Final = 256  # llama.cpp's own limit
 OVERHEAD: Final = 192 * 2**20  # bytes: llama.cpp's buffers for one step, and the process
-CPU_ROWS: Final = 4  # that ggml's kernels for repacked weights take at once
-SHARE_OF_MEMORY: Final = 0.5  # of what is left beside the weights, for caches whose size was not set: others live here too
+CPU_ROWS: Final = 4  # rows that ggml's kernels for repacked weights process at once
+# Of the memory left beside the weights, for caches without a set size: other programs run here too
+SHARE_OF_MEMORY: Final = 0.5
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -32,9 +33,9 @@ _CGROUP: Final = Path("/sys/fs/cgroup")
 class LlamaSettings:
     """How to run a model. None: derived from the model and the machine.
 
-    n_ctx: tokens of one sequence. beyond_training: whether these may be more than the file says it was trained for. slots:
-    sequences at a time. unified: one cache for all of them instead of one each, of `cells` tokens in all. flash: flash
-    attention; None lets llama.cpp decide. threads: None takes every core that the process may use.
+    - n_ctx: tokens of one sequence. beyond_training: whether it may exceed the length in the file.
+    - slots: parallel sequences. unified: one cache for all of them, with `cells` tokens in total, instead of one each.
+    - flash: flash attention; None: llama.cpp decides. threads: None: every core that the process may use.
     """
 
     n_ctx: int | None = None
@@ -49,7 +50,7 @@ class LlamaSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSizing:
-    """What was decided. cache_bytes: memory that the caches take."""
+    """The decision. cache_bytes: memory of the caches."""
 
     limits: EngineLimits
     threads: int
@@ -57,7 +58,7 @@ class EngineSizing:
 
 
 def derive(path: Path, settings: LlamaSettings, *, available: int | None = None) -> EngineSizing:
-    """Raises `SettingsError` where the settings make no sense or the model does not fit. available: bytes; None asks."""
+    """Raises `SettingsError` if the settings are invalid or the model does not fit. available: bytes; None: measured."""
     _check(settings)
     facts = ModelMetadata.read(path)
     _check_file(path, facts, settings)
@@ -66,7 +67,7 @@ def derive(path: Path, settings: LlamaSettings, *, available: int | None = None)
     slots = settings.slots or _slots(facts, room, context)
     cells = (settings.cells or slots * context) if settings.unified else slots * context
     if not context <= cells <= slots * context:
-        raise SettingsError(f"cells is {cells}; with {slots} slots of {context} tokens it is {context} to {slots * context}.")
+        raise SettingsError(f"cells is {cells}; with {slots} slots of {context} tokens, use {context} to {slots * context}.")
     size = cells * facts.bytes_per_token
     if room is not None and size > room:
         raise SettingsError(
@@ -87,30 +88,30 @@ def _check(settings: LlamaSettings) -> None:
     if settings.threads is not None and settings.threads < 1:
         raise SettingsError(f"threads is {settings.threads}; at least one is needed.")
     if settings.slots is not None and not 1 <= settings.slots <= MAX_SLOTS:
-        raise SettingsError(f"slots is {settings.slots}; it is 1 to {MAX_SLOTS}.")
+        raise SettingsError(f"slots is {settings.slots}; it must be 1 to {MAX_SLOTS}.")
     if settings.cells is not None and not settings.unified:
-        raise SettingsError("cells is for a unified cache: set unified too, or leave cells out.")
+        raise SettingsError("cells is for a unified cache: set unified too, or remove cells.")
 
 
 def _check_file(path: Path, facts: ModelMetadata, settings: LlamaSettings) -> None:
-    """What the settings ask for, and the file says that it cannot."""
+    """Raises for settings that the file rules out."""
     if not facts.generates:
         raise SettingsError(
-            f"{path.name} is no model that this engine can generate with. Its kind ({facts.architecture or 'unknown'}) has "
+            f"{path.name} cannot generate text with this engine. Its kind ({facts.architecture or 'unknown'}) has "
             "an encoder, or lets tokens see later ones. To embed with it, convert it with its pooling type; or serve another."
         )
     most = facts.n_ctx_most
     if settings.n_ctx is not None and most is not None and settings.n_ctx > most and not settings.beyond_training:
         raise SettingsError(
             f"context is {settings.n_ctx}; {path.name} was trained on at most {most} tokens, and answers badly beyond. "
-            f"Set a context of {most} or less, or beyond_training = true to have it all the same."
+            f"Set a context of {most} or less, or beyond_training = true to use it anyway."
         )
 
 
 def memory_for_caches(path: Path, facts: ModelMetadata, settings: LlamaSettings, *, available: int | None = None) -> int | None:
-    """Bytes beside the weights. None: not known, since layers go to a GPU with a memory of its own.
+    """Bytes available beside the weights. None: unknown, because layers go to a GPU with its own memory.
 
-    available: bytes; None asks. Raises `SettingsError` where the model does not fit.
+    available: bytes; None: measured. Raises `SettingsError` if the model does not fit.
     """
     if settings.gpu.layers != 0 and L.llama_supports_gpu_offload():
         return None
@@ -139,7 +140,7 @@ def _slots(facts: ModelMetadata, room: int | None, context: int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take."""
+    """Bytes that this process may still allocate."""
     free = _number(Path("/proc/meminfo"), "MemAvailable:") * 1024
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     try:
@@ -152,7 +153,7 @@ def _number(path: Path, name: str) -> int:
     for line in path.read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1])
-    raise SettingsError(f"{path} does not say {name} Set slots and n_ctx.")
+    raise SettingsError(f"{path} has no {name} entry. Set slots and n_ctx.")
 
 
 def _mib(size: int) -> str:

@@ -1,12 +1,12 @@
-"""From token bytes to text that may be let out: whole code points only, and never the beginning of a stop string.
+"""Turns token bytes into text that may be released: whole code points only, and never the beginning of a stop string.
 
-Rules
+Rules:
 - Pure: bytes in, text out.
-- However the bytes are split into tokens, the concatenated output is the same: the decoded text up to the first place where a
-  stop string is complete, or all of it.
-- "First" is by where a stop string *ends*: that is where a reader of the stream meets it. Of those that end at the same place
-  the longest wins, which takes most away. Both are independent of token boundaries.
-- What is held back is the longest end of the text that could still begin a stop string; it is at most one character shorter
+- The output does not depend on how the bytes are split into tokens. It is the decoded text up to the first complete stop
+  string, or all of it.
+- "First" means where a stop string *ends*: a reader of the stream meets it there. Of those that end at the same place the
+  longest wins, because it removes most.
+- The held-back text is the longest end of the text that could still begin a stop string. It is at least one character shorter
   than the longest stop string.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 
 class StopFilter:
-    """Holds text back as long as it may become a stop string. After `stopped` turns True nothing more comes out."""
+    """Holds text back while it may become a stop string. Once `stopped` is True it releases nothing more."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(sorted({s for s in stop if s}, key=len, reverse=True))
@@ -25,13 +25,13 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Take more text; return what may be shown now."""
+        """Takes more text and returns what may be released now."""
         if not self._stop:
             return text
         if self.stopped or not text:
             return ""
         window = self._held + text
-        # A match that ended inside `_held` would have been found before, so only ends inside `text` are looked at.
+        # A match that ended inside `_held` would have been found before, so only ends inside `text` are checked.
         start = self._first_match(window, len(self._held))
         if start is not None:
             self.stopped = True
@@ -42,12 +42,12 @@ class StopFilter:
         return window[: len(window) - keep]
 
     def flush(self) -> str:
-        """The end of the generation: what was held back is ordinary text after all."""
+        """Ends the generation: the held-back text is ordinary text after all."""
         held, self._held = self._held, ""
         return held
 
     def _first_match(self, window: str, known: int) -> int | None:
-        """Where the stop string begins that ends first, in a window whose first `known` characters hold no whole one."""
+        """The start of the stop string that ends first. The first `known` characters of the window contain no complete one."""
         best: tuple[int, int] | None = None  # (end, start): the least is the earliest end, then the longest
         for stop in self._stop:
             start = window.find(stop, max(0, known - len(stop) + 1))
@@ -64,7 +64,7 @@ class StopFilter:
 
 
 class TextStream:
-    """The bytes of one answer's tokens, as text. Bytes that are no UTF-8 become U+FFFD, as they would in the whole."""
+    """The text of one answer's token bytes. Invalid UTF-8 becomes U+FFFD, as it would in the whole text."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -78,11 +78,11 @@ class TextStream:
         return self._filter.push(self._decoder.decode(raw))
 
     def begin(self, pieces: Iterable[bytes]) -> None:
-        """These tokens are there already, and what they let out was said."""
+        """Reads tokens of the answer so far, whose text was already released."""
         for raw in pieces:
             self.push(raw)
 
     def flush(self) -> str:
-        """What is left at the end; it may itself complete a stop string, if a broken code point is its last character."""
+        """The rest of the text. It may complete a stop string if a broken code point is its last character."""
         text = self._filter.push(self._decoder.decode(b"", final=True))
         return text + ("" if self._filter.stopped else self._filter.flush())

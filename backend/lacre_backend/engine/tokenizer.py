@@ -1,10 +1,10 @@
-"""A model's tokenizer, in a process of its own: see `tokenizer_process` for why, and for what limits a text.
+"""A model's tokenizer, in its own process. `tokenizer_process` explains why, and the limits for a text.
 
-Rules
-- No text is tokenized in the worker's own process.
-- A vocabulary that does not stand the trial of `tokenizer_process` is refused while the model loads, by name and cause.
-- A text that ends its process, or passes its limits, is refused alone (`TextRefused`): the worker and other texts go on.
-- Short texts never wait for long ones. Long ones are few at a time, because each may take memory.
+Rules:
+- The worker's own process tokenizes no text.
+- A vocabulary that fails the trial of `tokenizer_process` is refused while the model loads, by name and cause.
+- A text that crashes its process or exceeds its limits is refused alone (`TextRefused`). The worker and other texts continue.
+- Short texts never wait for long ones. Few long texts run at a time, because each may take memory.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from lacre_backend.engine.tokenizer_process import (
     UNREADABLE,
 )
 
-SHORT: Final = 16 * 1024  # bytes: of such a text even the square takes some tenths of a second
-LONG_AT_ONCE: Final = 4  # each may take 256 MiB of stack, and 160 bytes for each of its own
-_IDLE: Final = 4  # connections kept for the next text; a fork behind each takes 2 MB
-LOADING: Final = 180.0  # seconds, of which the process takes its own limit of CPU time; a cold disk takes longer
+SHORT: Final = 16 * 1024  # bytes: even quadratic time takes only some tenths of a second for such a text
+LONG_AT_ONCE: Final = 4  # each may take 256 MiB of stack, and 160 bytes per byte of its own
+_IDLE: Final = 4  # connections kept for the next text; the fork behind each takes 2 MB
+LOADING: Final = 180.0  # seconds; the process limits its own CPU time, and a cold disk takes longer
 STALLED: Final = 60.0  # seconds without an answer. The process limits its CPU time itself, so this machine is overloaded
-_PIECE: Final = 2**18  # bytes taken from a connection at a time
-_SAID: Final = 64 * 1024  # bytes of what a process printed as it failed, of which those lines are told
-_CAUSE: Final = re.compile("ASSERT|error|what\\(\\)|Error")  # that name a cause,
-_CAUSE_LENGTH: Final = 400  # and these last characters of them
+_PIECE: Final = 2**18  # bytes read from a connection at a time
+_SAID: Final = 64 * 1024  # bytes of a failed process's output that are searched for causes
+_CAUSE: Final = re.compile("ASSERT|error|what\\(\\)|Error")  # lines that name a cause
+_CAUSE_LENGTH: Final = 400  # the last characters of those lines that are reported
 _MODULE: Final = "lacre_backend.engine.tokenizer_process"
-_NO_PROCESS: Final = "The tokenizer gets no process: raise this host's or container's limit of processes, or its memory."
-_NO_TIME: Final = "The tokenizer does not answer: this machine has no time for it. Try again later."
+_NO_PROCESS: Final = "The tokenizer cannot start a process: raise the process limit or the memory of this host or container."
+_NO_TIME: Final = "The tokenizer does not answer: this machine is overloaded. Try again later."
 
-# What the process gets of this one's surroundings: where libraries are. Neither secrets nor settings.
+# The environment variables that the process gets: where libraries are. No secrets and no settings.
 _KEPT: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "LC_ALL", "TMPDIR")
 # It needs no GPU, and a fork must not inherit one.
 _OWN: Final = {
@@ -58,28 +58,28 @@ _OWN: Final = {
     "ROCR_VISIBLE_DEVICES": "-1",
     "GGML_VK_VISIBLE_DEVICES": "",
     "GGML_NO_BACKTRACE": "1",  # ggml would start a debugger
-    "OPENBLAS_NUM_THREADS": "1",  # forks and threads do not go together
+    "OPENBLAS_NUM_THREADS": "1",  # forks do not work with threads
     "OMP_NUM_THREADS": "1",
 }
 
 
 class Tokenizer:
-    """The tokenizer of one model's file. Every method may be called from any thread, and from any event loop."""
+    """The tokenizer of one model's file. Any thread and any event loop may call any method."""
 
     def __init__(self, path: Path) -> None:
-        """Starts the process, which takes a fifth of a second and what the vocabulary takes. Raises SettingsError."""
+        """Starts the process, which takes a fifth of a second and the time to load the vocabulary. Raises SettingsError."""
         self._path = path
-        self._lock = threading.Lock()  # of what follows, and never held for long: event loops wait for it
-        self._starting = threading.Lock()  # of the process, whose start takes its time
+        self._lock = threading.Lock()  # for the fields below; never held for long, because event loops wait for it
+        self._starting = threading.Lock()  # for starting the process, which takes a while
         self._closed = False
         self._process = _Process(path)
         self._idle: list[socket.socket] = []
         self._rooms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
     async def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, in which no control token is recognised, and around which none is put.
+        """The ids of each text. No control token is recognized in it, and none is added around it.
 
-        Raises TextRefused, and EngineError where the process ended and does not start again.
+        Raises TextRefused, or EngineError if the process ended and does not restart.
         """
         if not any(texts):
             return [[] for _ in texts]
@@ -90,7 +90,7 @@ class Tokenizer:
             return await self._asked(request, keep=False)
 
     def words(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """The ids of a text of this program's own, as its model loads: it blocks. Raises as `tokens`."""
+        """The ids of the program's own text, while its model loads. Blocks. Raises as `tokens`."""
         connection = self._idle_connection()
         if connection is None:
             connection = self._connection()
@@ -113,15 +113,15 @@ class Tokenizer:
 
     @property
     def pid(self) -> int:
-        """Of the process that holds the vocabulary."""
+        """The id of the process that holds the vocabulary."""
         return self._process.pid
 
     def forks(self) -> set[int]:
-        """The processes that serve a text now, or wait for the next one."""
+        """The processes that serve a text or wait for one."""
         return set(map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()))
 
     def close(self) -> None:
-        """Ends the process, and with it every text under way."""
+        """Ends the process, and every text in progress."""
         with self._starting:
             self._closed = True
             self._process.close()
@@ -131,9 +131,9 @@ class Tokenizer:
             connection.close()
 
     async def _asked(self, request: bytes, *, keep: bool) -> list[list[int]]:
-        """keep: whether the process behind the connection may serve another text: after a long one it holds memory."""
+        """keep: whether the process may serve another text; after a long one it holds memory."""
         while (connection := self._idle_connection()) is None:
-            await asyncio.to_thread(self._open)  # into the idle ones: a caller who leaves now takes no connection along
+            await asyncio.to_thread(self._open)  # into the idle ones, so that a caller who leaves now loses no connection
         answered = False
         try:
             connection.setblocking(False)
@@ -158,7 +158,9 @@ class Tokenizer:
             return self._rooms.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(LONG_AT_ONCE))
 
     def _idle_connection(self) -> socket.socket | None:
-        """Not one whose process ended as it waited, such as for want of memory: the next text is not to blame for that."""
+        """Skips connections whose process ended while idle, for example for lack of memory: the next text did not cause
+        that.
+        """
         while True:
             with self._lock:
                 if not self._idle:
@@ -169,7 +171,7 @@ class Tokenizer:
             connection.close()
 
     def _open(self) -> None:
-        """Puts a fresh connection among the idle ones. Raises as `_connection`."""
+        """Adds a new connection to the idle ones. Raises as `_connection`."""
         connection = self._connection()
         with self._lock:
             if not self._closed:
@@ -186,7 +188,7 @@ class Tokenizer:
         connection.close()
 
     def _connection(self) -> socket.socket:
-        """One with a fork of the process behind it. A process that ended, which no text does, is started again once."""
+        """A connection with a new fork of the process. If the process has ended, it is restarted once; no text can end it."""
         with self._starting:
             if self._closed:
                 raise EngineClosed("The engine is closed.")
@@ -198,11 +200,11 @@ class Tokenizer:
                 self._process = _Process(self._path)
                 return self._process.connect()
             except (SettingsError, OSError):
-                raise EngineError("The tokenizer's process does not start again. See whether this host has memory.") from None
+                raise EngineError("The tokenizer's process does not restart. Check this host's memory.") from None
 
 
 class _Process:
-    """The process that holds the vocabulary. Raises SettingsError where it cannot load it, or ends as it tries it."""
+    """The process that holds the vocabulary. Raises SettingsError if it cannot load it, or crashes in the trial."""
 
     def __init__(self, path: Path) -> None:
         self.closed = False
@@ -210,7 +212,7 @@ class _Process:
         with theirs:
             surroundings = {name: os.environ[name] for name in _KEPT if name in os.environ}
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", _MODULE, os.fspath(path)],  # -P: no module of the current folder in its place
+                [sys.executable, "-P", "-m", _MODULE, os.fspath(path)],  # -P: no module of the current folder can replace it
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -222,7 +224,7 @@ class _Process:
             ready = self._control.recv(len(READY))
         except TimeoutError:
             self.close()
-            raise SettingsError(f"{path}: its tokenizer did not load within {LOADING:.0f} s. Is the disk that slow?") from None
+            raise SettingsError(f"{path}: its tokenizer did not load within {LOADING:.0f} s. Check the disk's speed.") from None
         if ready != READY:
             raise SettingsError(self._refusal(path))
         self._control.settimeout(STALLED)
@@ -236,7 +238,7 @@ class _Process:
         return not self.closed and self._child.poll() is None
 
     def connect(self) -> socket.socket:
-        """Raises OSError where the process ended."""
+        """Raises OSError if the process ended."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -258,11 +260,11 @@ class _Process:
         if code == UNREADABLE:
             return (
                 f"llama.cpp cannot load {path}: {cause or 'it gives no reason'}. "
-                "Check that the file is whole, and of an architecture this llama.cpp knows."
+                "Check that the file is complete, and of an architecture that this llama.cpp supports."
             )
         ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return (
-            f"The tokenizer of {path} cannot be used: its process ended with {ended} as it was tried"
+            f"The tokenizer of {path} cannot be used: its process ended with {ended} in the trial"
             f"{f' ({cause})' if cause else ''}. Convert the model again, with every byte in its vocabulary."
         )
 
@@ -282,7 +284,7 @@ def _request(texts: Sequence[str], flags: int) -> bytes:
 
 
 def _waits(connection: socket.socket) -> bool:
-    """Whether the process behind an idle connection is there: until it is asked, it says nothing."""
+    """Whether the process behind an idle connection is alive. It sends nothing until it is asked."""
     connection.setblocking(False)
     try:
         connection.recv(1, socket.MSG_PEEK)
@@ -294,7 +296,7 @@ def _waits(connection: socket.socket) -> bool:
 
 
 def _length(head: bytes) -> int:
-    """Of the answer that follows. Raises EngineError where no process could be had."""
+    """The length of the answer that follows. Raises EngineError if no process was available."""
     (length,) = LENGTH.unpack(head)
     if length == NO_PROCESS:
         raise EngineError(_NO_PROCESS)
@@ -312,7 +314,7 @@ def _ids(answer: bytes) -> list[list[int]]:
 
 
 def _received(connection: socket.socket, size: int) -> bytes:
-    """Raises EOFError where the process behind the connection ended."""
+    """Raises EOFError if the process behind the connection ended."""
     data = bytearray()
     while len(data) < size:
         if not (piece := connection.recv(min(size - len(data), _PIECE))):

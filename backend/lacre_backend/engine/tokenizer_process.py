@@ -1,16 +1,16 @@
-"""The process in which a model's tokenizer runs, as `tokenizer` starts it: `python -m …engine.tokenizer_process FILE`.
+"""The process in which a model's tokenizer runs. `tokenizer` starts it: `python -m …engine.tokenizer_process FILE`.
 
-Why a process: llama.cpp's tokenizers meet a caller's text with `std::regex`, which recurses once for each character of a match,
-with walks that take the square of the text's length, and with assertions that end the process. Some text does that to nearly
-every one of them. Here it ends a process that serves that one text.
+Why a process: llama.cpp's tokenizers handle a caller's text in three dangerous ways. They use `std::regex`, which recurses once
+per character of a match. They use loops that take quadratic time, and assertions that end the process. For nearly every
+tokenizer some text triggers one of these. Here it ends only the process that serves that text.
 
-Rules
-- This process loads the vocabulary, tries it, and never tokenizes a caller's text: it forks for each connection that it is
-  handed, and a fork serves one connection. A fork costs two milliseconds, loading a vocabulary up to a second.
-- A fork is limited in CPU time, memory and stack. Beyond them the kernel ends it, and its caller sees its connection close.
-- A text whose caller went away is not tokenized to its end.
-- Texts touch no disk: no core dump is written, and nothing is printed once the vocabulary is tried.
-- Nothing here is imported but the standard library and llama.cpp's bindings, so that it starts in a fifth of a second.
+Rules:
+- This process loads the vocabulary, tries it, and never tokenizes a caller's text. It forks for each connection, and a fork
+  serves one connection. A fork costs two milliseconds, loading a vocabulary up to a second.
+- A fork is limited in CPU time, memory and stack. Beyond them the kernel ends it, and its caller sees the connection close.
+- A text whose caller has gone is not tokenized to its end.
+- Texts never reach the disk: no core dump is written, and nothing is printed after the trial.
+- This module imports only the standard library and llama.cpp's bindings, so that it starts in a fifth of a second.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-HEAD: Final = struct.Struct("<QQB")  # bytes that follow, of which text, and flags
+HEAD: Final = struct.Struct("<QQB")  # bytes that follow, bytes of text among them, and flags
 LENGTH: Final = struct.Struct("<Q")  # bytes of an answer
 COUNT: Final = struct.Struct("<I")  # bytes of a text, or tokens of one
-ADD_SPECIAL: Final = 1  # with what the tokenizer puts around a text
-PARSE_SPECIAL: Final = 2  # literals of control tokens become control tokens
+ADD_SPECIAL: Final = 1  # with the tokens that the tokenizer adds around a text
+PARSE_SPECIAL: Final = 2  # the text of a control token becomes that token
 
-STACK: Final = 256 * 2**20  # bytes. std::regex takes up to 321 for each character of a match: 800,000 fit
-MEMORY: Final = 64 * 2**20  # bytes that any text may take,
-MEMORY_PER_BYTE: Final = 160  # and further ones for each byte of it: words, symbols and merges are some 100 at the worst
-SECONDS: Final = 0.5  # of CPU time that any text may take,
-PATIENCE: Final = 5  # times as long as an ordinary text takes for each byte of it
-NICE: Final = 5  # texts give way to the models that decode
+STACK: Final = 256 * 2**20  # bytes; std::regex takes up to 321 per character of a match, so 800,000 fit
+MEMORY: Final = 64 * 2**20  # bytes that any text may take
+MEMORY_PER_BYTE: Final = 160  # further bytes per byte of text; words, symbols and merges take about 100 in the worst case
+SECONDS: Final = 0.5  # of CPU time that any text may take
+PATIENCE: Final = 5  # further CPU time, in multiples of an ordinary text's time per byte
+NICE: Final = 5  # texts yield to the models that decode
 
-_LOADING_SECONDS: Final = 120  # of CPU time: the largest vocabularies take two
-_LOADING_MEMORY: Final = 2 * 2**30  # bytes: the largest vocabularies take a tenth
-_TRIAL_SECONDS: Final = 10  # of CPU time: a trial takes some hundredths of one
+_LOADING_SECONDS: Final = 120  # of CPU time; the largest vocabularies take two
+_LOADING_MEMORY: Final = 2 * 2**30  # bytes; the largest vocabularies take a tenth
+_TRIAL_SECONDS: Final = 10  # of CPU time; a trial takes some hundredths of one
 _PR_SET_DUMPABLE: Final = 4
 READY: Final = b"ready"
-NO_PROCESS: Final = 2**64 - 1  # in place of an answer's length: no process can be had for the text now
-UNREADABLE: Final = 3  # exit code: llama.cpp does not load the file, and said why
+NO_PROCESS: Final = 2**64 - 1  # instead of an answer's length: no process is available for the text now
+UNREADABLE: Final = 3  # exit code: llama.cpp cannot load the file, and printed why
 
-# One character for each byte that begins a longer one in UTF-8, and for each that goes on with one.
+# One character for each lead byte and each continuation byte of UTF-8.
 _CHARACTERS: Final = "".join((
     *(chr(code) for code in range(0x80, 0x800, 0x3F)),
     *(chr(code) for code in range(0x800, 0xD800, 0xFFF)),
@@ -75,8 +75,9 @@ def main(path: str) -> None:
     signal.setitimer(signal.ITIMER_PROF, 0)
     control.sendall(READY)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that ended leave nothing behind
-    for number in (signal.SIGINT, signal.SIGTERM):  # for the whole group: the worker drains, and this ends with it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that ended leave no zombies
+    # They reach the whole group: the worker drains, and this process ends with it
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     while True:
         _byte, descriptors, _flags, _address = socket.recv_fds(control, 1, 1)
@@ -97,7 +98,7 @@ def main(path: str) -> None:
 
 
 def _fork() -> int:
-    """As `os.fork`; -1 where no process can be had now. That connection is told, and the next one may do better."""
+    """As `os.fork`; -1 if no process is available now. That connection gets an error, and the next one may succeed."""
     try:
         return os.fork()
     except OSError:
@@ -105,7 +106,7 @@ def _fork() -> int:
 
 
 def _enough_stack() -> None:
-    """Where a stack may grow to is decided as a program starts, so this one starts anew."""
+    """The stack limit is fixed when a program starts, so this program restarts itself."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = STACK if hard == resource.RLIM_INFINITY else min(STACK, hard)
     if soft != wanted:
@@ -114,15 +115,15 @@ def _enough_stack() -> None:
 
 
 def _hide() -> None:
-    """What a crash leaves behind would hold a text. Out of memory, this process goes before the model does."""
-    with contextlib.suppress(OSError):  # not every container has it
+    """Disables core dumps, which would contain a text. If memory runs out, this process is killed before the model."""
+    with contextlib.suppress(OSError):  # not available in every container
         Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _limit(memory: int, seconds: float) -> None:
-    """memory: bytes beyond those in use."""
+    """memory: bytes in addition to those in use."""
     used = 0
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
@@ -130,12 +131,12 @@ def _limit(memory: int, seconds: float) -> None:
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     wanted = used + memory
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # at its end the process is ended
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # when it expires, the process ends
 
 
 def _load(path: str) -> Any:
-    """llama.cpp's vocabulary. Ends the process where there is none."""
-    import llama_cpp as L  # noqa: PLC0415 - after `_enough_stack`, which starts this program anew
+    """llama.cpp's vocabulary. Exits the process if there is none."""
+    import llama_cpp as L  # noqa: PLC0415 - after `_enough_stack`, which restarts this program
 
     params = L.llama_model_default_params()
     params.vocab_only = True
@@ -147,7 +148,7 @@ def _load(path: str) -> Any:
 
 
 def _try(vocab: Any) -> None:
-    """A vocabulary that does not stand every byte ends this process here, before any text of a caller's is there."""
+    """Tries every byte. A vocabulary that fails ends this process here, before it sees a caller's text."""
     for byte in range(256):
         tokens(vocab, bytes([byte]), 0)
     for character in _CHARACTERS:
@@ -156,23 +157,23 @@ def _try(vocab: Any) -> None:
 
 
 def _pace(vocab: Any) -> float:
-    """Seconds of CPU time that an ordinary text takes for each byte here: 0.1e-6 to 4e-6."""
+    """CPU seconds that an ordinary text takes per byte: 0.1e-6 to 4e-6."""
     began = time.process_time()
     tokens(vocab, _ORDINARY, 0)
     return (time.process_time() - began) / len(_ORDINARY)
 
 
 def tokens(vocab: Any, data: bytes, flags: int) -> bytes:
-    """The ids of a text, each of 32 bits."""
-    import llama_cpp as L  # noqa: PLC0415 - loaded by now
+    """The ids of a text, each as 32 bits."""
+    import llama_cpp as L  # noqa: PLC0415 - already loaded
 
-    size = len(data) + 4  # a token covers at least one byte; some vocabularies put a space, and tokens, around the text
+    size = len(data) + 4  # a token covers at least one byte; some vocabularies add a space and tokens around the text
     for _ in range(2):
         found = (L.llama_token * size)()
         count = L.llama_tokenize(vocab, data, len(data), found, size, bool(flags & ADD_SPECIAL), bool(flags & PARSE_SPECIAL))
         if count >= 0:
             return bytes(memoryview(found).cast("B")[: count * 4])
-        size = -count  # a vocabulary that spells the space by several bytes
+        size = -count  # a vocabulary that encodes the space as several bytes
     sys.exit(1)
 
 
@@ -204,7 +205,7 @@ def _answers(vocab: Any, texts: bytes, flags: int) -> list[bytes]:
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
-    """Empty where the caller went away."""
+    """Empty if the caller has gone."""
     data = bytearray()
     while len(data) < size:
         piece = connection.recv(min(size - len(data), 2**20))
@@ -215,9 +216,9 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 def _end_with(connection: socket.socket, on: bool) -> None:
-    """Whether the kernel ends this process (SIGIO) as its caller closes the connection. Some sandboxes cannot do that: then it
-    works on to its limit.
-    """  # fmt: skip
+    """Whether the kernel ends this process (SIGIO) when its caller closes the connection. Some sandboxes do not support that;
+    there it works to its limit.
+    """
     with contextlib.suppress(OSError):
         fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
         flags = fcntl.fcntl(connection, fcntl.F_GETFL)
@@ -225,7 +226,7 @@ def _end_with(connection: socket.socket, on: bool) -> None:
     if on:
         poll = select.poll()
         poll.register(connection, select.POLLIN)
-        if poll.poll(0):  # it closed it before
+        if poll.poll(0):  # it was closed before
             os._exit(0)
 
 

@@ -1,10 +1,10 @@
-"""The tokens of one task, and how much of their beginning two tasks have in common.
+"""The tokens of one task, and the length of the prefix that two tasks have in common.
 
-Rules
-- Finding what is in common costs the same for a prompt of 128,000 tokens as for a short one, within a factor that grows with
-  the logarithm: digests of the beginnings are compared, not the tokens.
-- The digests are made when the tokens come, on the caller's thread. The decode thread adds one for every `BLOCK` tokens.
-- Equal digests stand for equal tokens (SHA-256), so a cache is never reused for another text.
+Rules:
+- Finding the common prefix costs almost the same for 128,000 tokens as for a few. It compares digests of prefixes, not tokens,
+  so the cost grows with the logarithm.
+- The digests are computed when the tokens arrive, on the caller's thread. The decode thread adds one for every `BLOCK` tokens.
+- Equal digests mean equal tokens (SHA-256), so a cache is never reused for another text.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from array import array
 from collections.abc import Sequence
 from typing import Final
 
-BLOCK: Final = 64  # tokens for one digest: few enough to compare the rest one by one, and 128,000 tokens need 2,000 digests
+BLOCK: Final = 64  # tokens per digest: few enough to compare the rest one by one, and 128,000 tokens need 2,000 digests
 
 
 class Tokens:
-    """The prompt, what is begun of the answer, and what is generated. chained: whether beginnings will be compared."""
+    """The prompt, the answer so far, and the generated tokens. chained: whether prefixes will be compared."""
 
     __slots__ = ("_digests", "_hash", "all", "prompt")
 
     def __init__(self, prompt: Sequence[int], begun: Sequence[int] = (), *, chained: bool = True) -> None:
-        self.all = array("q", prompt)  # no list: the garbage collector would look at each of 128,000 tokens now and then
+        self.all = array("q", prompt)  # not a list: the garbage collector would scan each of 128,000 entries
         self.all.extend(begun)
         self.prompt = len(prompt)
         self._hash = hashlib.sha256()
@@ -47,7 +47,7 @@ class Tokens:
         ours, theirs = self._digests, other._digests
         whole = limit // BLOCK
         if whole and ours[whole - 1] != theirs[whole - 1]:
-            same = 0  # so many blocks are the same; of the block `whole` it is known that it differs
+            same = 0  # this many blocks are the same; block `whole` is known to differ
             while whole - same > 1:
                 middle = (same + whole) // 2
                 same, whole = (middle, whole) if ours[middle - 1] == theirs[middle - 1] else (same, middle)
@@ -59,7 +59,7 @@ class Tokens:
         return start + next(i for i, token in enumerate(rest) if token != other_rest[i])
 
     def _chain(self) -> None:
-        """The digests that are missing. Each is of everything up to the end of its block."""
+        """Adds the missing digests. Each covers everything up to the end of its block."""
         if self._digests is not None:
             for start in range(len(self._digests) * BLOCK, len(self.all) - BLOCK + 1, BLOCK):
                 self._hash.update(self.all[start : start + BLOCK].tobytes())

@@ -1,9 +1,9 @@
-"""Which way of running a model is the fastest on this machine: measured, not guessed.
+"""Measures which way of running a model is the fastest on this machine.
 
-Rules
-- Every combination runs the same steps over the same history, in turns and several rounds, so that a neighbour's load falls on
-  all of them alike; the best round counts, for noise only ever makes a step longer.
-- It measures what an engine does in its quiet state: one token for each of `slots` sequences in a step.
+Rules:
+- Every combination runs the same steps over the same history, in turns and in several rounds, so that other load affects all of
+  them alike. The best round counts, because noise only lengthens a step.
+- It measures an engine's steady state: one token for each of `slots` sequences per step.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan, Trim
 from lacre_backend.engine.tokenizer import Tokenizer
 
-HISTORY: Final = 192  # tokens before the step that is timed
+HISTORY: Final = 192  # tokens before the timed step
 SLOTS: Final = (1, 4, 8, 16)
-ENOUGH: Final = 0.95  # fewer slots are better: of those that reach so much of the best rate, the fewest
+ENOUGH: Final = 0.95  # the fewest slots that reach this share of the best rate
 _CONTEXT: Final = 512
-_TOKEN: Final = 1  # any: a step takes as long for each
+_TOKEN: Final = 1  # any token: they all take the same time
 _STEPS: Final = 3
 _ROUNDS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to run it."""
+    """One way to run the model."""
 
     threads: int
     flash: bool
@@ -53,14 +53,14 @@ class TuningResult:
     rates: dict[Way, dict[int, float]]
 
     def table(self) -> list[str]:
-        """For people: a line for each way, the best first."""
+        """A table for people: one line per way, the best first."""
         heads = "tok/s at so many sequences: " + "  ".join(f"{n:>4}" for n in SLOTS)
         ways = sorted(self.rates, key=lambda way: -max(self.rates[way].values()))
         return [heads, *(f"{way!s:<42}" + "  ".join(f"{self.rates[way][n]:>4.0f}" for n in SLOTS) for way in ways)]
 
 
 def tune(path: Path, gpu: Gpu, *, most: int) -> TuningResult:
-    """most: slots that the memory has room for. Takes about a minute for a small model on two cores. Raises SettingsError."""
+    """most: slots that fit into memory. Takes about a minute for a small model on two cores. Raises SettingsError."""
     with closing(Tokenizer(path)) as tokenizer:
         model = Model(path, name=path.stem, digest="", n_ctx=_CONTEXT, gpu=gpu, tokenizer=tokenizer)
     ways = list(_ways())
@@ -80,7 +80,7 @@ def tune(path: Path, gpu: Gpu, *, most: int) -> TuningResult:
 
 
 def choose(rates: dict[Way, dict[int, float]], most: int) -> TuningResult:
-    """The way that is best where its best is, and the fewest slots that come near it."""
+    """The way with the highest rate, and the fewest slots that come close to it."""
     allowed = [n for n in SLOTS if n <= most] or [SLOTS[0]]
     way = max(rates, key=lambda way: max(rates[way][n] for n in allowed))
     best = max(rates[way][n] for n in allowed)

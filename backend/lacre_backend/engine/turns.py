@@ -1,13 +1,13 @@
-"""Whose turn it is: tenants first, then the callers of a tenant, then the order of arrival.
+"""Decides whose turn it is: tenants first, then the callers of a tenant, then the order of arrival.
 
-Rules
-- Who asks is known by two pseudonyms, which come with the grant (`lacre_fabric.work.grants`): of the tenant, and of the caller.
-  Nothing that a client chooses decides here: neither its cache salt, nor how many conversations or choices it asks for.
-- The tenant with the fewest running tasks is served next; of several, the one for whom the fewest tokens were computed; of
-  several, the one that waits the longest for its turn. The same decides between the callers of that tenant.
-- Whoever comes anew is counted from where the least served of the others is. So nobody gains by waiting, or loses by having
-  worked alone before.
-- One who has nothing waiting and nothing running is forgotten.
+Rules:
+- A caller is identified by two pseudonyms from the grant (`lacre_fabric.work.grants`), the tenant's and its own. A client can
+  influence nothing here: neither with its cache salt, nor with the number of conversations or choices.
+- The tenant with the fewest running tasks is next; among equals, the one with the fewest computed tokens; then the one that has
+  waited longest since its last turn. The callers of that tenant are ordered in the same way.
+- A newcomer's count starts at that of the least served party. So no one gains by waiting, or loses by having worked alone
+  before.
+- A party with nothing waiting and nothing running is forgotten.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping
 from typing import Final, Generic, TypeVar
 
 Fair = tuple[str, str]  # the pseudonyms of a tenant and of a caller
-NOBODY: Final[Fair] = ("", "")  # of an engine that is used without grants: all are one caller
+NOBODY: Final[Fair] = ("", "")  # for an engine without grants: all tasks are one caller's
 
 T = TypeVar("T")
 
 
 class _Party:
-    """A tenant, or a caller. spent: tokens computed, by the common count. turn: when it was served last."""
+    """A tenant or a caller. spent: computed tokens, on a common scale. turn: when it was served last."""
 
     __slots__ = ("running", "spent", "turn", "waiting")
 
@@ -55,20 +55,20 @@ class _Tenant(_Party, Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """What waits, by its id. What was taken with `hold` runs until `release`."""
+    """Waiting items by id. An item taken with `hold` runs until `release`."""
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant[T]] = {}
         self._count = 0
 
     def __iter__(self) -> Iterator[T]:
-        """What waits: of each caller in its order."""
+        """Waiting items: each caller's in order."""
         for tenant in self._tenants.values():
             for caller in tenant.callers.values():
                 yield from caller.queue.values()
 
     def add(self, fair: Fair, item_id: str, item: T, *, first: bool = False) -> None:
-        """first: before the others of its caller."""
+        """first: ahead of its caller's other items."""
         tenant, caller = self._parties(fair)
         caller.queue[item_id] = item
         if first:
@@ -77,13 +77,13 @@ class FairQueue(Generic[T]):
         tenant.waiting += 1
 
     def next(self) -> T | None:
-        """Whose turn it is. It still waits."""
+        """The item that is next. It stays in the queue."""
         tenant = _first(self._tenants)
         caller = None if tenant is None else _first(tenant.callers)
         return None if caller is None else next(iter(caller.queue.values()))
 
     def take(self, fair: Fair, item_id: str, *, hold: bool) -> None:
-        """It does not wait any more, and had its turn. hold: it runs."""
+        """Removes an item that had its turn. hold: whether it runs now."""
         self._count += 1
         for party in self._parties(fair):
             party.turn = self._count
@@ -91,7 +91,7 @@ class FairQueue(Generic[T]):
         self.drop(fair, item_id)
 
     def drop(self, fair: Fair, item_id: str) -> None:
-        """It does not wait any more."""
+        """Removes an item that no longer waits."""
         tenant, caller = self._parties(fair)
         del caller.queue[item_id]
         caller.waiting -= 1
@@ -99,18 +99,18 @@ class FairQueue(Generic[T]):
         self._forget(fair)
 
     def release(self, fair: Fair) -> None:
-        """One that was held ended."""
+        """A held item has ended."""
         for party in self._parties(fair):
             party.running -= 1
         self._forget(fair)
 
     def spend(self, fair: Fair, tokens: int) -> None:
-        """So many were computed for a task that waits or runs."""
+        """Counts tokens that were computed for a waiting or running task."""
         for party in self._parties(fair):
             party.spent += tokens
 
     def spent(self, fair: Fair) -> tuple[int, int]:
-        """Of the tenant and of the caller; the smaller ones go first."""
+        """The tokens computed for the tenant and for the caller. Smaller ones go first."""
         tenant, caller = self._parties(fair)
         return tenant.spent, caller.spent
 

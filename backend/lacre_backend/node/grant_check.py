@@ -1,7 +1,8 @@
-"""Is what was sealed what was granted? Decides from an opened request, its grant and a clock value; the refusals go out sealed.
+"""Checks that a sealed request matches its grant. It decides from the opened request, its grant and a clock value. Refusals are
+sent sealed.
 
-The inside may leave out a copy of an outer value, and never differ from the grant. The application's own server checks the
-body against `lacre.call`; here are the parts that every sealed request has.
+The sealed request may omit copies of outer values, but must never differ from the grant. The application's own server checks
+the body against `lacre.call`; this module checks the parts that every sealed request has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from lacre_fabric.work.grants import Grant
 
 
 def check(opened: Opened, grant: Grant, now: float) -> SealedRefusal | None:
-    """None where the request may run. now: seconds since the epoch."""
+    """None if the request may run. now: seconds since the epoch."""
     return check_date(opened, now) or check_path(opened) or _check_copies(opened, grant)
 
 

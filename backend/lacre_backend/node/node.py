@@ -1,16 +1,16 @@
-"""The node: pulls sealed work, opens it, lets an ASGI app answer, and seals each piece as it is produced.
+"""The node: pulls sealed requests, opens them, lets an ASGI app answer, and seals each piece as it is produced.
 
 Rules:
-- Nothing of a request is acted on before its grant verified, over the very bytes that came, and it opened.
-- No frame leaves before this attempt has claimed the request in the whole pool. A loser says nothing. A local memory refuses a
-  replay even where the fabric has forgotten.
-- The app is not called before the claim either, but for actions whose app says that doing them twice harms nobody
-  (`repeatable`): it begins while the claim is on its way, and is stopped where that is lost.
-- What was delivered before is not begun here: the worker that had it may have been lost by it. That it was lost is told, and
-  whether it had claimed the request; the claim is taken, so that it cannot be claimed late.
-- What is withdrawn is paid for as far as it came: the last frame is the receipt.
-- What is wrong before opening goes out as a problem type; what is wrong after it goes out sealed.
-- Logs carry ids, counts and durations; never content.
+- Nothing of a request is used before its grant is verified, over the exact bytes received, and the request is opened.
+- No frame is sent before this attempt has claimed the request in the whole pool. An attempt that loses sends nothing. A local
+  memory refuses a replay even if the fabric has forgotten it.
+- The app is not called before the claim, except for actions that are harmless if done twice (`repeatable`). Those start while
+  the claim is in progress, and are stopped if it is lost.
+- A request that was delivered before is not run here: it may have crashed the earlier worker. The node reports it as lost, and
+  whether the earlier worker had claimed it. The node takes the claim itself, so that no late claim succeeds.
+- A withdrawn request is paid for as far as it came: the last frame is its receipt.
+- Errors before opening are sent as a problem type, errors after it are sealed.
+- Logs contain ids, counts and durations, never content.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from lacre_fabric.work.contract import BEAT, CLAIM_TTL, Cancelled, Delivery, Fab
 from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.grants import Grant
 
-RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is away
-_ANSWER_END: Final = 2 * tasks.END_LIMIT  # seconds that a cancelled answer has; its app has the half of it
-LEAVE: Final = 2 * _ANSWER_END  # seconds that cancelled requests have at the end of a drain: they also tell who waits
-# Seconds that a claim is tried for. A bucket has a new leader within nine; a gateway waits some ten for the first frame.
+RECONNECT: Final = 1.0  # seconds between tries to pull while the fabric is unreachable
+_ANSWER_END: Final = 2 * tasks.END_LIMIT  # seconds for a cancelled answer to end; its app has half of them
+LEAVE: Final = 2 * _ANSWER_END  # seconds for cancelled requests at the end of a drain, including the messages to their gateways
+# Seconds to retry a claim. A bucket has a new leader within nine; a gateway waits about ten for the first frame.
 CLAIM_PATIENCE: Final = 8.0
-CLAIM_AGAIN: Final = 0.2  # seconds between those tries
-NO_MANIFEST: Final = 0.2  # seconds between looks for a first one
+CLAIM_AGAIN: Final = 0.2  # seconds between those retries
+NO_MANIFEST: Final = 0.2  # seconds between checks for the first manifest
 
 log = structlog.get_logger("lacre.node")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a node is: its pool, and what it opens and signs with.
+    """A node's pool, and the keys with which it opens and signs.
 
-    look_for_keys: looks whether there are new ones; asked before a key id counts as unknown.
+    look_for_keys: loads new keys; called before a key id counts as unknown.
     """
 
     pool: str
@@ -68,7 +68,7 @@ class Identity:
 
 
 class _Refused(Exception):
-    """Not to be worked on: `problem` says why, and goes out unsealed."""
+    """The request is refused. `problem` says why, and is sent unsealed."""
 
     def __init__(self, problem: problems.Problem) -> None:
         super().__init__(problem.slug)
@@ -76,14 +76,13 @@ class _Refused(Exception):
 
 
 class _Replayed(Exception):
-    """Another attempt has the request, or had it: nothing is said."""
+    """Another attempt has or had the request. This one sends nothing."""
 
 
 class Node:
-    """app: what answers. repeatable: the actions that it may begin before the claim. weighs: those of which it says how many
-    sequences a request is; one of another action counts as one. clock: seconds since the epoch. claim_patience: seconds that a
-    claim is tried for.
-    """  # fmt: skip
+    """app: answers requests. repeatable: actions that may start before the claim. weighs: actions for which the app reports the
+    number of sequences; others count as one. clock: seconds since the epoch. claim_patience: seconds to retry a claim.
+    """
 
     def __init__(
         self,
@@ -107,9 +106,9 @@ class Node:
         self._running: set[asyncio.Task[object]] = set()
 
     async def run(self) -> None:
-        """Pulls and answers until cancelled; what was pulled goes on then, until `drain` or `close`.
+        """Pulls and answers until cancelled. Requests in progress then continue until `drain` or `close`.
 
-        Before its first manifest it can verify no grant: what waits is left to those who can.
+        It pulls nothing before its first manifest, because it could verify no grant. Other workers take that work.
         """
         while True:
             if not self._has_manifest():
@@ -135,7 +134,7 @@ class Node:
         return True
 
     async def drain(self, limit: float) -> None:
-        """Lets what runs finish, for `limit` seconds at most; then cancels it, and waits `LEAVE` seconds at most."""
+        """Lets running requests finish for up to `limit` seconds. Then cancels them, and waits up to `LEAVE` seconds."""
         await self._fabric.drain()
         if self._running:
             await asyncio.wait(self._running, timeout=limit)
@@ -153,10 +152,11 @@ class Node:
             outcome = "replayed"
         except Cancelled:
             outcome = "cancelled"
-        except FabricUnavailable:  # this worker is well: who waits need not take it for lost, and sends the request again
+        # The worker is healthy: the gateway must not take it for lost, and the client sends the request again
+        except FabricUnavailable:
             outcome = "fabric-lost"
             await _tell(delivery, problems.BUSY)
-        except asyncio.CancelledError:  # the end of a drain: whoever waits need not find out by silence
+        except asyncio.CancelledError:  # the end of a drain: tell the gateway instead of falling silent
             outcome = "drained"
             await _tell(delivery, problems.WORKER_LOST)
             raise
@@ -164,7 +164,7 @@ class Node:
             log.error("app.failed", request_id=delivery.work.request_id, **logs.places(exc.__cause__ or exc))
             outcome = "app-failed"
             await _tell(delivery, problems.INTERNAL)
-        except Exception:  # a fault of ours ends this request alone; who waits is told, and the log has it whole
+        except Exception:  # our own fault ends only this request; the gateway is told, and the log has the traceback
             await _tell(delivery, problems.INTERNAL)
             raise
         finally:
@@ -214,14 +214,15 @@ class Node:
         return "answered"
 
     def _weigh(self, loop: asyncio.AbstractEventLoop, delivery: Delivery, sequences: int) -> None:
-        """Called by the app, in its own thread."""
+        """The app calls it, from its own thread."""
         loop.call_soon_threadsafe(partial(self._fabric.weigh, delivery, sequences))
 
     def _verify_grant(self, delivery: Delivery) -> Grant:
         work = delivery.work
         try:
             manifest, now = self._identity.manifest(), self._clock()
-            if now >= manifest.expires_at:  # or a fabric that withholds the next one would keep a withdrawn grant key alive
+            # Otherwise a fabric that withholds the next manifest would keep a withdrawn grant key alive
+            if now >= manifest.expires_at:
                 raise Expired("the manifest has expired, and with it the key that verifies grants")
             grant = Grant.verify(work.grant, manifest.gateway_key, now)
         except LacreError as exc:
@@ -231,7 +232,7 @@ class Node:
             digest = SealedHeader.parse(work.sealed).digest
         except LacreError as exc:
             raise _Refused(problems.INVALID_REQUEST) from exc
-        # Work's own fields come from the fabric, which proves nothing: the signature and these bytes do.
+        # The fabric sets these fields of Work, so they prove nothing. The signature and the bytes do.
         expected = (self._identity.pool, b64u(digest), work.model)
         if (grant.pool, grant.enc, grant.model) != expected or grant.shape not in SHAPES:
             log.warning("grant.refused", request_id=work.request_id, kind="mismatch")
@@ -249,7 +250,9 @@ class Node:
             raise _Refused(problems.INVALID_REQUEST) from exc
 
     async def _answer(self, delivery: Delivery, opened: asgi.Opened, call: asgi.Call, receipts: _Receipts) -> None:
-        """Streams the answer, beats beside it, and stops at once when the gateway withdraws the request, or another has it."""
+        """Streams the answer and sends beats. Stops at once if the gateway withdraws the request or another attempt claimed
+        it.
+        """
         claimed = asyncio.Event()
         streaming = tasks.spawn("answer", self._stream(delivery, opened, call, receipts, claimed))
         beating = tasks.spawn("claim and beats", self._claim_and_beat(delivery, receipts, claimed))
@@ -271,9 +274,10 @@ class Node:
             await tasks.end(streaming, beating, withdrawn, limit=_ANSWER_END, expected=(_Replayed,))
 
     async def _claim_and_beat(self, delivery: Delivery, receipts: _Receipts, claimed: asyncio.Event) -> None:
-        """The first beat at once: until a frame has left, a claimed request of a dead worker looks like one in the queue.
+        """Claims, then sends the first beat at once: until a frame is sent, a claimed request of a dead worker looks like a
+        queued one.
 
-        Ends only by raising: _Replayed, or what sending does.
+        Ends only by raising _Replayed or an error of sending.
         """
         await self._claim(delivery)
         claimed.set()
@@ -285,7 +289,9 @@ class Node:
             raise _Replayed
 
     async def _claimed(self, delivery: Delivery) -> bool:
-        """Whether this attempt has the request. While the claims have no leader it asks again, and the answer is made."""
+        """Whether this attempt has the request. While the claims bucket has no leader it retries, and the answer is computed
+        meanwhile.
+        """
         deadline = time.monotonic() + self._claim_patience
         while True:
             try:
@@ -313,20 +319,20 @@ class Node:
                     await claimed.wait()
                     await delivery.send(FrameKind.DATA, piece)
         except asgi.AppFailed:
-            await claimed.wait()  # to say that is the winner's as well
+            await claimed.wait()  # only the winner may report that
             raise
         await delivery.send(FrameKind.USAGE, final[0].encode())
 
 
 async def _tell(delivery: Delivery, problem: problems.Problem) -> None:
-    """Ends the work with an error frame, where somebody still listens."""
+    """Ends the work with an error frame, if the gateway still listens."""
     with suppress(Cancelled, FabricUnavailable):
         await delivery.reject(problem.type)
 
 
 @dataclass(frozen=True, slots=True)
 class _Receipts:
-    """Signs what a call used so far."""
+    """Signs receipts of a call's usage so far."""
 
     key: Ed25519PrivateKey = field(repr=False)
     grant: Grant
@@ -349,7 +355,7 @@ class _Receipts:
 
 
 async def _beat(delivery: Delivery, receipts: _Receipts) -> None:
-    """Ends only by raising what sending does."""
+    """Ends only by raising an error of sending."""
     while True:
         await delivery.send(FrameKind.BEAT, receipts.sign(final=False).encode())
         await asyncio.sleep(BEAT)

@@ -1,9 +1,11 @@
-"""Whether this worker can work, and if not, why: looked at before it announces itself, and all the time after.
+"""Decides whether this worker can work, and if not, why. Checked before it announces itself, and continuously after.
 
-Rules
-- A worker takes work, and is announced, only for models that nothing speaks against.
-- Each reason is named: in the log when it comes, in presence for `lacre doctor`, in the health file, by `lacre worker check`.
-- Deciding (`against`) takes facts and does no I/O. Who looks at an upstream or at the claims bucket tells what it found last.
+Rules:
+- A worker announces and takes work only for models without a fault.
+- Each reason is published: in the log when it appears, in presence for `lacre doctor`, in the health file, and by `lacre worker
+  check`.
+- The decision (`against`) takes values and does no I/O. Background checks of the upstream or the claims bucket report their
+  last result.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from lacre.errors import Expired, LacreError, UntrustedRoot
 from lacre.trust.manifest import Manifest, Pool, fingerprint
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 
-LOOK: Final = 1.0  # seconds: as often as presence is told
+LOOK: Final = 1.0  # seconds: as often as presence is sent
 
 log = structlog.get_logger("lacre.worker")
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a worker cannot work. kind: for programs. model: which one it cannot serve; None for all."""
+    """Why a worker cannot work. kind: for programs. model: the model that it cannot serve; None for all."""
 
     kind: str
     detail: str
@@ -35,12 +37,12 @@ class Reason:
     model: str | None = None
 
 
-Part = Callable[[], Reason | None]  # what one part of the worker has against it, as far as it is known now
+Part = Callable[[], Reason | None]  # the fault that one part of the worker reports now, if any
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What the worker was given. keys: fingerprints of the pool's keys. receipt_key: the public part, 32 bytes."""
+    """What the worker has. keys: fingerprints of the pool's keys. receipt_key: the public part, 32 bytes."""
 
     pool: str
     models: tuple[str, ...]
@@ -49,11 +51,11 @@ class Holding:
 
 
 def against(manifest: Manifest, holding: Holding, now: float) -> list[Reason]:
-    """What the manifest has against a worker that holds this. now: seconds since the epoch."""
+    """The manifest's objections to a worker with these keys and models. now: seconds since the epoch."""
     pool = manifest.pools.get(holding.pool)
     if now >= manifest.expires_at:
-        remedy = "publish one with `lacre manifest publish`; if it is current, set this machine's clock"
-        return [Reason("manifest", "the manifest has expired, and with it the key that verifies grants", remedy)]
+        remedy = "publish one with `lacre manifest publish`; if it is current, correct this machine's clock"
+        return [Reason("manifest", "the manifest has expired, so its key no longer verifies grants", remedy)]
     if pool is None:
         known = ", ".join(sorted(manifest.pools)) or "none"
         return [Reason("pool", f"the manifest has no pool {holding.pool}, but: {known}", "correct `pool`, or publish the pool")]
@@ -69,8 +71,8 @@ def _receipt_key(manifest: Manifest, holding: Holding) -> Reason | None:
     if manifest.pools[holding.pool].receipt_key == holding.receipt_key:
         return None
     of = next((name for name, pool in manifest.pools.items() if pool.receipt_key == holding.receipt_key), None)
-    told = "no pool has it in the manifest" if of is None else f"it is pool {of}'s"
-    detail = f"receipt_key is not the one of pool {holding.pool}: {told}. Clients and gateway would refuse its receipts"
+    told = "the manifest has no pool with it" if of is None else f"it is pool {of}'s"
+    detail = f"receipt_key is not the one of pool {holding.pool}: {told}. Clients and gateway would reject its receipts"
     return Reason("receipt_key", detail, "give this worker the receipt key of its pool")
 
 
@@ -83,12 +85,12 @@ def _keys(pool: Pool, holding: Holding, now: float) -> Reason | None:
         detail = "the manifest lists no key of this pool that is valid now"
         return Reason("keys", detail, "rotate the pool's keys: `lacre keys rotate`")
     told = "none of the keys" if len(missing) == len(listed) else f"not the keys {', '.join(map(str, missing))}"
-    detail = f"it holds {told} that clients seal to, by the manifest"
-    return Reason("keys", detail, "put the pool's current keys into the folder `keys`, and see that the worker may read them")
+    detail = f"it holds {told} that the manifest tells clients to use"
+    return Reason("keys", detail, "put the pool's current keys into the folder `keys`, and check that the worker may read them")
 
 
 def unread(feed: ManifestFeed | None) -> Reason:
-    """Why there is no manifest to look at."""
+    """Why there is no manifest to check."""
     failure = None if feed is None else feed.failure
     if failure is None:
         return Reason("manifest", "no manifest has been read yet", "publish one with `lacre manifest publish`")
@@ -101,7 +103,7 @@ def unread(feed: ManifestFeed | None) -> Reason:
 
 
 class Readiness:
-    """holding: what the worker has now. parts: what else can be wrong with it. clock: seconds since the epoch."""
+    """holding: what the worker has now. parts: report other faults. clock: seconds since the epoch."""
 
     def __init__(
         self, holding: Callable[[], Holding], parts: Sequence[Part] = (), *, clock: Callable[[], float] = time.time
@@ -113,7 +115,7 @@ class Readiness:
         self._told: frozenset[Reason] | None = None
 
     def follow(self, feed: ManifestFeed) -> None:
-        """Where its manifest comes from, once there is a connection."""
+        """Sets the source of manifests, once there is a connection."""
         self._feed = feed
 
     def reasons(self) -> list[Reason]:
@@ -123,18 +125,18 @@ class Readiness:
         return found + against(self._feed.manifest, self._holding(), self._clock())
 
     def models(self) -> frozenset[str]:
-        """Those that this worker can serve now."""
+        """The models that this worker can serve now."""
         reasons = self.reasons()
         if any(reason.model is None for reason in reasons):
             return frozenset()
         return frozenset(self._holding().models) - {reason.model for reason in reasons if reason.model is not None}
 
     def kinds(self) -> list[str]:
-        """What presence tells."""
+        """The kinds of faults, for presence."""
         return sorted({reason.kind for reason in self.reasons()})
 
     def tell(self) -> None:
-        """Logs what changed since the last time."""
+        """Logs what changed since the last call."""
         now = frozenset(self.reasons())
         if now == self._told:
             return
@@ -153,7 +155,7 @@ class Readiness:
 
 
 class Mortal(Protocol):
-    """An engine, or an app in a thread of its own."""
+    """An engine, or an app in its own thread."""
 
     @property
     def died(self) -> bool: ...
@@ -163,14 +165,16 @@ class Mortal(Protocol):
 
 
 def alive(*parts: Mortal) -> Part:
-    """The process ends when one of them dies; until then the worker says that it is not ready. One that is stuck may go on."""
+    """Reports a dead or stuck part. The process ends when a part dies; until then the worker is not ready. A stuck part may
+    recover.
+    """
 
     def look() -> Reason | None:
         if any(part.died for part in parts):
             return Reason("engine", "a thread that answers requests has died", "look in the log for its traceback")
         if any(part.stuck for part in parts):
             return Reason(
-                "engine", "an engine has been at one step for minutes", "restart the worker; look at its GPU and memory"
+                "engine", "an engine has been computing one step for minutes", "restart the worker; check its GPU and memory"
             )
         return None
 

@@ -1,10 +1,10 @@
-"""The ASGI app of a worker whose models are served by another program on its host. `create_app(settings)` makes one.
+"""The ASGI app of a worker whose models another program on its host serves. `create_app(settings)` makes one.
 
 Rules:
-- A request goes on only where its model's list has its method and path, and never to another model than was granted.
-- It has been claimed in the whole pool by then (see `lacre_backend.node.node`): what the upstream does is done once.
-- OpenAI's calls are bounded by the grant in their body, and counted by the upstream's own `usage` (`bodies`, `counts`). What is
-  none of them, the action `http`, is passed on as it is and counted by its bytes (`lacre.evidence.receipts.units`).
+- A request is forwarded only if its model's list has its method and path, and only to the granted model.
+- By then it has been claimed in the whole pool (see `lacre_backend.node.node`), so the upstream runs it once.
+- OpenAI's calls are limited by the grant in their body, and counted by the upstream's own `usage` (`bodies`, `counts`). Other
+  requests, with the action `http`, are forwarded unchanged and counted by their bytes (`lacre.evidence.receipts.units`).
 - Neither requests nor answers are logged.
 """
 
@@ -28,13 +28,13 @@ from lacre_backend.upstream import bodies, counts, events, refusals
 from lacre_backend.upstream.origin import Headers, Origin, UpstreamRequest, UpstreamResponse
 from lacre_backend.upstream.settings import Upstream, UpstreamModel
 
-MAX_ERROR: Final = 64 * 1024  # bytes of an error that is passed on; one in OpenAI's form has some hundred
+MAX_ERROR: Final = 64 * 1024  # bytes of a forwarded error; one in OpenAI's form has a few hundred
 _EVENT_STREAM: Final = EVENT_STREAM.encode()
 _JSON: Final = b"application/json"
 
 
 class BrokenOff(Exception):
-    """The answer ended before it was whole, after it had begun: the client is left without its end."""
+    """The answer had begun and ended before it was complete. The client does not get its end."""
 
 
 def create_app(settings: Upstream) -> App:
@@ -80,7 +80,7 @@ class _Forward:
         else:
             await self._pass_on(scope, body, send, call)
 
-    # What is none of OpenAI's calls
+    # Other than OpenAI's calls
 
     async def _pass_on(self, scope: Scope, body: bytes, send: Send, call: Call) -> None:
         counted = call.action == "http"
@@ -96,7 +96,7 @@ class _Forward:
                 call.usage.prompt_tokens = units(len(body))
             await _stream(answer, send, call, granted)
 
-    # OpenAI's
+    # OpenAI's calls
 
     async def _speak(self, scope: Scope, body: bytes, send: Send, call: Call, model: UpstreamModel) -> None:
         fixed = {**model.fixed, **self._salt(scope, model)}
@@ -125,7 +125,9 @@ class _Forward:
         return {**document, "model": model.name}
 
     def _salt(self, scope: Scope, model: UpstreamModel) -> dict[str, str]:
-        """The scope of the upstream's prefix cache, where it takes one: of each client its own, and told to nobody as it came.
+        """The scope of the upstream's prefix cache, if it supports one. It is derived from the client's salt, so that each
+        client has its own.
+
         A client without a salt shares nothing.
         """
         if model.salt is None:
@@ -145,7 +147,7 @@ def _listing(models: Mapping[str, UpstreamModel]) -> dict[str, Any]:
 
 
 async def _stream(answer: UpstreamResponse, send: Send, call: Call, granted: int | None) -> None:
-    """granted: units of `lacre.evidence.receipts`, where the answer is counted by them."""
+    """granted: units of `lacre.evidence.receipts`, if the answer is counted in them."""
     await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
     size = 0
     try:
@@ -162,7 +164,7 @@ async def _stream(answer: UpstreamResponse, send: Send, call: Call, granted: int
 
 
 async def _tell_error(answer: UpstreamResponse, send: Send) -> None:
-    """The upstream's own refusal, word for word: it is the answer to whoever asked, and nobody else reads it."""
+    """Forwards the upstream's own refusal unchanged: only the caller reads it."""
     content = await _read(answer.pieces, MAX_ERROR)
     headers: Headers = [(b"content-type", answer.header(b"content-type") or b"text/plain")]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -170,7 +172,7 @@ async def _tell_error(answer: UpstreamResponse, send: Send) -> None:
 
 
 async def _read(pieces: AsyncIterator[bytes], limit: int | None = None) -> bytes:
-    """limit: bytes, where it is less than the origin's own."""
+    """limit: bytes, if less than the origin's own."""
     content = bytearray()
     async for piece in pieces:
         content += piece

@@ -1,12 +1,12 @@
-"""The body of a request in OpenAI's form, made ready for the upstream: bounded by the grant, under the model's name there.
+"""Prepares an OpenAI request body for the upstream: limited by the grant, with the upstream's name of the model.
 
 Rules:
-- Members go on by allow-list. Servers have words of their own that outdo the standard ones (llama.cpp's `n_predict` beats
-  `max_tokens`), and what nobody here knows could be one of them.
-- The ceiling stands in the body whatever the client wrote: it is the grant's, in equal parts for the choices of all prompts.
-- More than one choice goes on only where the operator says that the upstream counts them all (`n` among the further members):
-  llama.cpp's server tells the tokens of one.
-- What the operator set has the last word.
+- Members are forwarded by allow-list. Servers have own members that override the standard ones (llama.cpp's `n_predict`
+  overrides `max_tokens`), and an unknown member could be one of them.
+- The body always contains the grant's limit, regardless of the client, in equal parts for the choices of all prompts.
+- More than one choice is forwarded only if the operator says that the upstream counts them all (`n` in `members`). llama.cpp's
+  server counts only one.
+- The operator's fixed members override everything.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SAMPLING: Final = frozenset(
         "stream_options", "temperature", "top_p",
     }
 )  # fmt: skip
-_EVERYWHERE: Final = frozenset({"model", *IDENTIFYING_FIELDS})  # the last are there only where the client insisted
+_EVERYWHERE: Final = frozenset({"model", *IDENTIFYING_FIELDS})  # the identifying fields are there only if the client insisted
 _MEMBERS: Final = {
     "chat": _SAMPLING
     | {
@@ -46,7 +46,9 @@ _LIMITS: Final = ("max_completion_tokens", "max_tokens")
 
 @dataclass(frozen=True, slots=True)
 class UpstreamBody:
-    """content: what goes on. stream: whether events are asked for. tell_usage: whether the client asked for it in them."""
+    """content: the body to forward. stream: whether events are requested. tell_usage: whether the client requested usage in
+    them.
+    """
 
     content: bytes = field(repr=False)
     stream: bool = False
@@ -54,11 +56,11 @@ class UpstreamBody:
 
 
 def ready(content: bytes, call: Call, known_as: str, also: frozenset[str], fixed: Mapping[str, object]) -> UpstreamBody:
-    """call: of an action in `ACTIONS`. known_as: the model's name there. also: members that go on beside the usual ones.
-    fixed: members that are the operator's.
+    """call: with an action in `ACTIONS`. known_as: the model's name there. also: further members to forward. fixed: members
+    that the operator sets.
 
     Raises RequestRefused.
-    """  # fmt: skip
+    """
     body = _object(content)
     action = str(call.action)
     for name in body.keys() - _MEMBERS[action] - _EVERYWHERE - also:
@@ -88,7 +90,7 @@ def _object(content: bytes) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(name)  # NaN and the infinities are no JSON (RFC 8259 section 6)
+    raise ValueError(name)  # NaN and the infinities are not JSON (RFC 8259 section 6)
 
 
 def _finite(text: str) -> float:
@@ -99,11 +101,13 @@ def _finite(text: str) -> float:
 
 
 def _bound(body: dict[str, Any], call: Call, *, several: bool) -> None:
-    """Sets the output ceiling of each choice. several: whether there may be more than one."""
+    """Sets the output limit of each choice. several: whether there may be more than one."""
     choices = _count(body, "n", 1) * _prompts(body.get("prompt"))
     if choices > 1 and not several:
         raise RequestRefused(
-            "What serves this model makes one choice at a time. Ask once for each.", code="unsupported_parameter", param="n"
+            "This model's server makes one choice at a time. Send a request for each.",
+            code="unsupported_parameter",
+            param="n",
         )
     granted = call.max_tokens or 0
     asked = [_count(body, name, granted) for name in _LIMITS if body.get(name) is not None]
@@ -118,7 +122,7 @@ def _bound(body: dict[str, Any], call: Call, *, several: bool) -> None:
 
 
 def _prompts(prompt: object) -> int:
-    """How many there are in the `prompt` of a completion; one that is a list of tokens is one."""
+    """The number of prompts in a completion's `prompt`; a list of tokens is one."""
     several = isinstance(prompt, list) and any(isinstance(each, str | list) for each in prompt)
     return len(prompt) if several and isinstance(prompt, list) else 1
 
@@ -133,7 +137,7 @@ def _count(body: Mapping[str, Any], name: str, otherwise: int) -> int:
 
 
 def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether events are asked for, and usage in them. The upstream is asked for it in any case: receipts need it."""
+    """Whether events are requested, and usage in them. The upstream is always asked for usage, because receipts need it."""
     stream, options = body.get("stream"), body.pop("stream_options", None)
     if not isinstance(stream, bool | None) or not isinstance(options, dict | None):
         raise RequestRefused("Invalid 'stream' or 'stream_options'.", code="invalid_type", param="stream")

@@ -1,9 +1,9 @@
-"""What the upstream says that an answer took, in tokens: read from its `usage`, and held against the grant.
+"""Reads an answer's token counts from the upstream's `usage`, and compares them with the grant.
 
 Rules:
-- An answer that is not counted is not served: its receipt would be an invention.
-- A count above the grant is the upstream's fault and nobody's bill: the answer is not passed on, and nothing of it is charged.
-- Until a stream has told its usage, each event that says something counts as one token: it has at least one.
+- An answer without counts is not served: its receipt would be invented.
+- A count above the grant is the upstream's fault, and no one pays for it. The answer is not forwarded, and nothing is charged.
+- Until a stream reports its usage, each event with content counts as one token: it has at least one.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lacre.asgi import Call
 from lacre_backend.api.errors import RequestRefused
 from lacre_backend.upstream import refusals
 
-SLACK: Final = 64  # events that a stream may have beyond its tokens: some servers tell the beginning of a tool call apart
+SLACK: Final = 64  # events that a stream may have beyond its tokens: some servers send the beginning of a tool call separately
 
 
 def take(call: Call, told: object) -> None:
-    """Puts the counts of OpenAI's `usage` into the call's. Raises RequestRefused."""
+    """Writes the counts of OpenAI's `usage` into the call's. Raises RequestRefused."""
     if not isinstance(told, dict):
         raise refusals.unusable("does not say how many tokens it used")
     details = told.get("prompt_tokens_details")
     cached = _count(details.get("cached_tokens", 0)) if isinstance(details, dict) else 0
-    # A reranker may tell the sum alone; it makes no tokens.
+    # A reranker may report only the sum; it makes no tokens.
     prompt = _count(told.get("prompt_tokens", told.get("total_tokens")))
     completion = _count(told.get("completion_tokens", 0))
     if call.max_tokens is not None and completion > call.max_tokens:
@@ -36,7 +36,7 @@ def take(call: Call, told: object) -> None:
 
 
 def count_event(call: Call, seen: int) -> None:
-    """seen: events that say something, so far. Raises RequestRefused for a stream that goes on and on."""
+    """seen: events with content so far. Raises RequestRefused for a stream that exceeds the grant."""
     granted = seen if call.max_tokens is None else call.max_tokens
     if seen > granted + SLACK:
         raise refusals.unusable("made more tokens than were granted")
@@ -44,7 +44,7 @@ def count_event(call: Call, seen: int) -> None:
 
 
 def says_something(event: Mapping[str, Any]) -> bool:
-    """Whether there is a token's worth in any of the event's choices."""
+    """Whether any of the event's choices has content."""
     choices = event.get("choices")
     parts = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     return any(choice.get("text") or _spoken(choice.get("delta")) for choice in parts)

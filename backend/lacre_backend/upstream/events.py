@@ -1,10 +1,10 @@
-"""The upstream's event stream, read and told again: each event leaves at once, in a record of its own.
+"""Reads the upstream's event stream and forwards each event at once, in its own record.
 
 Rules:
-- Of an event its data alone goes on. Comments and other fields are left out.
-- An event that says that the answer failed ends the stream, as does `[DONE]`, and the end of the bytes before either is a
-  failure. What follows an end is not read.
-- Usage that the client did not ask for is taken out.
+- Only an event's data is forwarded. Comments and other fields are dropped.
+- An error event ends the stream, and so does `[DONE]`. If the bytes end before either, the answer failed. Data after an end is
+  not read.
+- Usage that the client did not request is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lacre_backend.upstream import counts, refusals
 
 
 async def relay(pieces: AsyncIterator[bytes], out: EventStream, call: Call, name: str, *, tell_usage: bool) -> None:
-    """name: the model's, for the client. Raises RequestRefused where the stream is not whole, and counted, at its end."""
+    """name: the model's name for the client. Raises RequestRefused if the stream is not complete and counted at its end."""
     blocks, seen, counted = EventBlocks(), 0, False
     async for piece in pieces:
         for data in filter(None, map(data_of, blocks.feed(piece))):
@@ -46,7 +46,7 @@ async def relay(pieces: AsyncIterator[bytes], out: EventStream, call: Call, name
 
 
 def _told(event: dict[str, Any], name: str, *, tell_usage: bool) -> dict[str, Any] | None:
-    """None for an event that has nothing but usage that nobody asked for."""
+    """None for an event that only has usage that the client did not request."""
     told = {**event, "model": name} if "model" in event else event
     if tell_usage or "usage" not in event:
         return told

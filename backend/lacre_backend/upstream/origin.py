@@ -1,12 +1,12 @@
-"""The one HTTP server that requests go on to, on this host: `Origin.ask` is one exchange with it.
+"""The HTTP server on this host that requests are forwarded to. `Origin.ask` is one exchange with it.
 
 Rules:
-- Nothing that says who asks is added: the headers that go on are those on a list, and two of our own that say nothing.
-- What belongs to a connection stays on it (RFC 9110 section 7.6.1): the fields named there, and those that `Connection` names.
-- No redirect is followed, and none passed on: where it points is nobody's business outside. No proxy is used.
-- An answer comes as it is, without a coding: what one byte of a coded one unfolds to has no bound, and clients refuse it.
-- Each request has a connection of its own. On one host that costs nothing, and none can be found closed.
-- An exception of the HTTP library becomes a refusal here and nowhere else; its kind alone goes to the log.
+- Nothing that identifies the caller is added. Only headers on a list are forwarded, plus two neutral ones of our own.
+- Connection headers are not forwarded (RFC 9110 section 7.6.1): the fields named there, and those that `Connection` names.
+- Redirects are neither followed nor forwarded: their target must not leave this host. No proxy is used.
+- An answer must have no content coding: the decoded size of a compressed byte has no bound, and clients reject it.
+- Each request has its own connection. On one host that costs nothing, and no connection is found closed.
+- Exceptions of the HTTP library become refusals here and nowhere else. Only their type is logged.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ OF_A_CONNECTION: Final = frozenset(
         b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
     }
 )  # fmt: skip
-# What an upstream must not say to a client by way of us: a cookie marks who comes back, the others speak of a server that the
-# client does not talk to.
+# Headers that an upstream must not send to a client: a cookie identifies returning clients, and the others describe a server
+# that the client does not talk to.
 _NOT_PASSED_ON: Final = frozenset({b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security", b"server", b"via"})
-_OURS: Final = b"lacre-"  # what begins so is said by the worker itself, or by nobody
+_OURS: Final = b"lacre-"  # only the worker itself sets such headers
 _PASSED_ON: Final = frozenset({b"content-type", b"accept"})
 
 log = structlog.get_logger("lacre.upstream")
@@ -52,7 +52,7 @@ class UpstreamRequest:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamResponse:
-    """pieces: of the body, as they come; iterating raises RequestRefused. Its headers are those that may be passed on."""
+    """pieces: of the body, as they arrive; iterating raises RequestRefused. headers: only those that may be forwarded."""
 
     status: int
     headers: Headers
@@ -64,7 +64,7 @@ class UpstreamResponse:
 
     @property
     def length(self) -> int | None:
-        """Of the body, where it says so."""
+        """The body's length, if the answer declares it."""
         declared = self.header(b"content-length")
         return int(declared) if declared.isdigit() else None
 
@@ -73,7 +73,8 @@ class UpstreamResponse:
 
 
 class Origin:
-    """url: scheme, host and port. passed_on: names of request headers, in lower case, beside `content-type` and `accept`.
+    """url: scheme, host and port. passed_on: names of request headers in lower case, in addition to `content-type` and
+    `accept`.
 
     wait: seconds for the next byte. longest: seconds for a whole answer. largest: bytes of one.
     """
@@ -84,14 +85,14 @@ class Origin:
         self._timeout = httpx2.Timeout(wait, connect=CONNECT).as_dict()
         self._longest = longest
         self._largest = largest
-        # A transport, and no client: that has cookies, follows redirects and names itself.
+        # A transport instead of a client: a client has cookies, follows redirects and names itself.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
-        secure = self._url.scheme == "https"  # otherwise there is no certificate to verify, and none need be loaded for it
+        secure = self._url.scheme == "https"  # without TLS there is no certificate to verify, so none need be loaded
         self._transport = httpx2.AsyncHTTPTransport(verify=secure, trust_env=False, limits=limits)
 
     @asynccontextmanager
     async def ask(self, request: UpstreamRequest) -> AsyncIterator[UpstreamResponse]:
-        """Raises RequestRefused where no answer comes that may be passed on. Leaving it ends the request there."""
+        """Raises RequestRefused if no forwardable answer comes. Leaving the context ends the request at the upstream."""
         deadline = asyncio.get_running_loop().time() + self._longest
         with _mapped():
             async with asyncio.timeout_at(deadline):
@@ -147,18 +148,18 @@ def _check(response: httpx2.Response) -> None:
     """Raises RequestRefused."""
     wrong = None
     if response.status_code < 200:
-        wrong = "wants to speak another protocol"
+        wrong = "wants to switch to another protocol"
     elif 300 <= response.status_code < 400:
         wrong = "points to another address"
     elif response.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
-        wrong = "compresses, which nobody asked for"
+        wrong = "compresses its answer, although no compression was requested"
     if wrong is not None:
         log.warning("upstream.unusable", status=response.status_code)
         raise refusals.unusable(wrong)
 
 
 def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-    """The fields that are meant for the other end, their names in lower case."""
+    """The end-to-end fields, with names in lower case."""
     lowered = [(name.lower(), value) for name, value in headers]
     named = {part.strip().lower() for name, value in lowered if name == b"connection" for part in value.split(b",")}
     left_out = OF_A_CONNECTION | _NOT_PASSED_ON | named

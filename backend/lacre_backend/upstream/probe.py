@@ -1,9 +1,9 @@
-"""Whether the upstream is there: looked at all the time, so that a worker in front of one that is down takes no work.
+"""Checks continuously that the upstream is up, so that a worker whose upstream is down takes no work.
 
-Rules
-- A connection that is accepted and closed again is enough, unless the settings name a path (`health`). Then that must answer
-  with a status of 200 to 299: a server may listen before its models are loaded.
-- Nothing of the answer is read but its status. No redirect is followed.
+Rules:
+- An accepted connection is enough, unless the settings name a path (`health`). Then that path must answer with a status of 200
+  to 299: a server may listen before its models are loaded.
+- Only the status of the answer is read. No redirect is followed.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from lacre_backend.node.readiness import Reason
 from lacre_backend.upstream.origin import CONNECT
 from lacre_backend.upstream.settings import Upstream
 
-EVERY: Final = 2.0  # seconds between looks: what callers notice of an upstream that goes lasts no longer
+EVERY: Final = 2.0  # seconds between checks: callers notice a failed upstream for no longer than this
 _FAILURES: Final = (OSError, TimeoutError, httpx2.TransportError)
 
 
 class Probe:
-    """Looks at one upstream. every: seconds between looks."""
+    """Checks one upstream. every: seconds between checks."""
 
     def __init__(self, settings: Upstream, *, every: float = EVERY) -> None:
         self._origin = settings.origin
         self._health = settings.health
         self._every = every
-        self._wrong: str | None = "was not looked at yet"
+        self._wrong: str | None = "was not checked yet"
         self._transport = httpx2.AsyncHTTPTransport(verify=settings.origin.startswith("https:"), trust_env=False)
 
     def reason(self) -> Reason | None:
-        """What the last look found."""
+        """The result of the last check."""
         if self._wrong is None:
             return None
         return Reason("upstream", f"the upstream at {self._origin} {self._wrong}", "start it, or correct upstream.origin")

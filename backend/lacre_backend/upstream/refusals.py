@@ -1,4 +1,4 @@
-"""What a client is told where the upstream does not answer as it should: fixed words, and nothing of an exception's."""
+"""Refusals if the upstream does not answer as it should: fixed texts, without any exception's text."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ _OPERATOR: Final = "Its operator finds the reason in the worker's log."
 
 
 def unavailable() -> RequestRefused:
-    return _failed("What serves this model cannot be reached. Try again later.", "upstream_unavailable")
+    return _failed("This model's server cannot be reached. Try again later.", "upstream_unavailable")
 
 
 def timed_out() -> RequestRefused:
-    return _failed("What serves this model took too long. Ask for less, or try again later.", "upstream_timeout", status=504)
+    return _failed("This model's server took too long. Ask for less, or try again later.", "upstream_timeout", status=504)
 
 
 def broken() -> RequestRefused:
-    return _failed("What serves this model broke off its answer. Try again.", "upstream_broken")
+    return _failed("This model's server broke off its answer. Try again.", "upstream_broken")
 
 
 def unusable(what: str) -> RequestRefused:
-    """what: is wrong with the answer, in words of ours."""
-    return _failed(f"What serves this model {what}, so its answer was not passed on. {_OPERATOR}", "upstream_unusable")
+    """what: the fault of the answer, in our own words."""
+    return _failed(f"This model's server {what}, so its answer was not forwarded. {_OPERATOR}", "upstream_unusable")
 
 
 def too_large(limit: int) -> RequestRefused:
     """limit: bytes."""
-    return _failed(f"The answer is larger than the {limit} bytes that this worker passes on.", "answer_too_large")
+    return _failed(f"The answer is larger than {limit} bytes, this worker's limit.", "answer_too_large")
 
 
 def above_units(granted: int) -> RequestRefused:

@@ -1,8 +1,8 @@
-"""Which requests may go on to the upstream: an allow-list of methods and paths.
+"""Decides which requests may be forwarded to the upstream: an allow-list of methods and paths.
 
 Rules:
-- A path is compared as it came, character by character. Nothing is decoded, so that what matched here is what is read there.
-- A `*` stands for one whole segment, of characters that need no escape (RFC 3986 section 3.3), and not for a dot segment.
+- A path is compared as received, character by character. Nothing is decoded, so the upstream reads exactly what matched here.
+- A `*` matches one whole segment of characters that need no escape (RFC 3986 section 3.3). It does not match a dot segment.
 """
 
 from __future__ import annotations

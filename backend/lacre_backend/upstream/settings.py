@@ -13,7 +13,8 @@ from lacre_backend.upstream.origin import OF_A_CONNECTION
 from lacre_backend.upstream.routes import Route
 from lacre_fabric.settings import ModelName, Seconds, Table
 
-# Not for an upstream, whatever the settings say: who asks, and what the connection or its content is made of.
+# Headers that are never forwarded, regardless of the settings: they identify the caller, or describe the connection or its
+# content.
 _NEVER_PASSED_ON: Final = frozenset(
     {"authorization", "cookie", "host", "content-length", "content-encoding", "accept-encoding", "expect", "user-agent"}
 ) | {name.decode() for name in OF_A_CONNECTION}
@@ -39,15 +40,15 @@ def _origin(value: str) -> str:
 
 def _passed_on(name: str) -> str:
     if name in _NEVER_PASSED_ON or name.startswith("lacre-"):
-        raise PydanticCustomError("passed_on", "is none that may go on to an upstream; leave it out")
+        raise PydanticCustomError("passed_on", "must not be forwarded to an upstream; remove it")
     return name
 
 
 class UpstreamModel(Table):
-    """A model that the upstream serves. allow: what may be asked of it, `METHOD /path`, with a `*` for any one segment.
+    """A model that the upstream serves. allow: permitted requests as `METHOD /path`, with a `*` for any one segment.
 
-    known_as: its name there, where it is another one. members: of OpenAI's bodies, that go on beside the usual ones. fixed:
-    members that are set whatever the client says. salt: the member that takes the scope of the prefix cache.
+    - known_as: its name there, if different. members: further members of OpenAI's bodies to forward.
+    - fixed: members that are set regardless of the client. salt: the member with the scope of the prefix cache.
     """
 
     name: ModelName
@@ -59,15 +60,15 @@ class UpstreamModel(Table):
 
 
 class Upstream(Table):
-    """An HTTP server on this host that answers in place of models of our own. origin: its scheme, host and port.
+    """An HTTP server on this host that answers instead of our own models. origin: its scheme, host and port.
 
-    health: a path that answers with a status of 200 to 299 once the server can work; without one it must only listen.
-    headers: names of request headers that go on, beside `content-type` and `accept`. wait: seconds for its next byte.
-    longest: seconds for a whole answer. largest_answer: bytes.
+    - health: a path that answers with a status of 200 to 299 once the server can work; without it, the server must only listen.
+    - headers: names of request headers to forward, in addition to `content-type` and `accept`.
+    - wait: seconds for its next byte. longest: seconds for a whole answer. largest_answer: bytes.
     """
 
     origin: Annotated[str, AfterValidator(_origin)]
-    beyond_loopback: bool = False  # whether it may be on another host: prompts are then in the clear on the way, but for TLS
+    beyond_loopback: bool = False  # whether it may be on another host: without TLS, prompts then cross the network unencrypted
     health: Annotated[str, Field(pattern=r"^/[\x21-\x7e]*$")] | None = None
     models: Annotated[tuple[UpstreamModel, ...], Field(min_length=1)]
     headers: tuple[Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$"), AfterValidator(_passed_on)], ...] = ()
@@ -79,9 +80,9 @@ class Upstream(Table):
     def _consistent(self) -> Upstream:
         if not self.beyond_loopback and not is_loopback(urlsplit(self.origin).hostname or ""):
             raise PydanticCustomError(
-                "loopback", "origin: is not on this host; run the worker beside it, or set beyond_loopback = true"
+                "loopback", "origin: not on this host; run the worker on its host, or set beyond_loopback = true"
             )
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
-            raise PydanticCustomError("names", "models: two have one name; give one of them another")
+            raise PydanticCustomError("names", "models: two models share a name; rename one")
         return self

@@ -1,17 +1,17 @@
-"""The generations of a pool's keys: which the manifest lists, which are due to go, which key ids are free.
+"""The generations of a pool's keys: which ones the manifest lists, which are due for destruction, which key ids are free.
 
-Decides from what was written down and a clock value; no I/O, and no private key. A generation's life:
+Decides from saved state and a clock value. No I/O and no private keys. A generation's life:
 
-    staged     made, and given to the workers; nobody seals to it yet
-    listed     in the manifest, since every live worker has it; the newest comes first there
-    retiring   a newer one is listed: this one stays in the manifest until `retire_at`, for those who do not know the newer
-    unlisted   no manifest has it any more; what was sealed to it before may still wait in the queue, for `drain` seconds
+    staged     created and given to the workers; no client seals to it yet
+    listed     in the manifest, since every live worker has it; the newest is first
+    retiring   a newer one is listed; this one stays listed until `retire_at`, for clients that do not know the newer one
+    unlisted   no manifest has it any longer; for `drain` seconds, requests sealed to it may still be queued
     destroyed
 
 Rules:
-- Each step is written down before the next begins, and each may be repeated: a process that died in between is picked up.
-- A key id is one byte (RFC 9458 section 3). One that was in a manifest is not used again before every manifest that had it has
-  expired: a client with an old one would seal to the wrong key, and could not be told so.
+- Each step is saved before the next begins, and each may be repeated: a later run completes an interrupted one.
+- A key id is one byte (RFC 9458 section 3). An id that was in a manifest is reused only when every such manifest has expired.
+  Otherwise a client with an old manifest would seal to the wrong key, and could not be told.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from lacre.trust.manifest import PoolKey
 from lacre.wire.header import KeyConfig
 
 KEY_IDS: Final = range(1, 256)
-MAX_DRAIN: Final = 35.0  # seconds: the life of a message in the queue, and a gateway's look at the manifest
+MAX_DRAIN: Final = 35.0  # seconds: a message's life in the queue, plus the gateway's time to read a new manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One key for each KEM of the pool, the preferred first. Times are seconds since the epoch."""
+    """One key for each KEM of the pool, the preferred one first. Times are in seconds since the epoch."""
 
     configs: tuple[KeyConfig, ...]
     listed_at: float | None = None
@@ -55,7 +55,9 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Generations:
-    """live: those not destroyed, the newest first. spent: key ids of the others, each with the time when it is free again."""
+    """live: those not destroyed, newest first. spent: key ids of the destroyed ones, each with the time when it is free
+    again.
+    """
 
     live: tuple[Generation, ...] = ()
     spent: Mapping[int, float] = field(default_factory=dict)
@@ -67,11 +69,11 @@ class Generations:
 
     @property
     def current(self) -> Generation | None:
-        """What clients seal to: the newest that was listed."""
+        """The newest listed generation: clients seal to it."""
         return next((one for one in self.live if one.listed_at is not None), None)
 
     def pool_keys(self, now: float, until: float) -> tuple[PoolKey, ...]:
-        """What a manifest lists. until: how long a key is good that is not retiring."""
+        """The keys that a manifest lists. until: expiry of a key that is not retiring."""
         return tuple(
             PoolKey(config, until if one.retire_at is None else one.retire_at)
             for one in self.live
@@ -80,29 +82,29 @@ class Generations:
         )
 
     def free_ids(self, count: int, now: float) -> tuple[int, ...]:
-        """The next ones after the last used. Raises SettingsError where nearly all were used within a manifest's life."""
+        """The next `count` ids after the last used one. Raises SettingsError if too few are free within a manifest's life."""
         taken = {key_id for one in self.live for key_id in one.ids}
         taken |= {key_id for key_id, free_at in self.spent.items() if now < free_at}
         after = [key_id for key_id in KEY_IDS if key_id > self.last_id]
         free = [key_id for key_id in (*after, *KEY_IDS) if key_id not in taken]
         if len(free) < count:
-            raise SettingsError("every key id was in a manifest that may still be in use: wait a day before the next rotation")
+            raise SettingsError("every key id was in a manifest that may still be valid: wait a day before the next rotation")
         return tuple(free[:count])
 
     def stage(self, configs: Sequence[KeyConfig]) -> Self:
         return replace(self, live=(Generation(tuple(configs)), *self.live), last_id=configs[-1].key_id)
 
     def list_staged(self, now: float, grace: float) -> Self:
-        """The staged generation becomes the current one; the others retire `grace` seconds from now, unless they do before."""
+        """The staged generation becomes current. The others retire in `grace` seconds, or earlier if so planned."""
         return replace(self, live=tuple(_after_rotation(one, now, grace) for one in self.live))
 
     def published(self, now: float) -> Self:
-        """A manifest as of `now` has reached the fabric: what it does not list any more begins to drain."""
+        """A manifest as of `now` is on the fabric: generations that it no longer lists begin to drain."""
         live = tuple(replace(one, unlisted_at=now) if one.leaves(now) else one for one in self.live)
         return replace(self, live=live)
 
     def leaving(self, now: float) -> bool:
-        """Whether a manifest still lists what retires by now."""
+        """Whether a manifest still lists a generation whose time is over."""
         return any(one.leaves(now) for one in self.live)
 
     def retirement_due(self, now: float) -> bool:
@@ -112,7 +114,9 @@ class Generations:
         return tuple(one for one in self.live if one.unlisted_at is not None and now >= one.unlisted_at + one.drain)
 
     def destroyed(self, gone: Generation, now: float, manifest_lifetime: float) -> Self:
-        """manifest_lifetime: of the last manifest that listed it, in seconds; some clocks are behind."""
+        """manifest_lifetime: of the last manifest that listed it, in seconds. The id stays reserved a little longer, for slow
+        clocks.
+        """
         free_at = now + manifest_lifetime + MAX_FUTURE
         spent = {key_id: until for key_id, until in self.spent.items() if now < until} | dict.fromkeys(gone.ids, free_at)
         return replace(self, live=tuple(one for one in self.live if one != gone), spent=spent)
@@ -127,7 +131,7 @@ class Generations:
 
     @classmethod
     def parse(cls, data: bytes | bytearray) -> Self:
-        """Raises ValueError for what `encode` did not make."""
+        """Raises ValueError for data that `encode` did not write."""
         try:
             members = json.loads(data)
             live = tuple(map(_parse, members["live"]))
@@ -143,7 +147,7 @@ def _after_rotation(generation: Generation, now: float, grace: float) -> Generat
     retire_at = now + grace
     if generation.retire_at is not None and generation.retire_at <= retire_at:
         return generation
-    # Who wants a key gone at once does not want to wait for the queue.
+    # An operator who wants a key gone at once does not want to wait for the queue.
     return replace(generation, retire_at=retire_at, drain=min(grace, MAX_DRAIN))
 
 

@@ -1,9 +1,10 @@
-"""A pool's private keys as files, for its workers: `NUMBER.key`, one for each key. Gateways never load this.
+"""A pool's private keys as files for its workers: one `NUMBER.key` for each key. Gateways never load this module.
 
 Rules:
-- A key is in the folder exactly as long as it may open requests: workers take up what appears and destroy what disappears.
-- Whoever makes a key keeps only its public part.
-- Each is wrapped for its pool and its own number, where the pool's keys are wrapped (see `kms.keeping`).
+- A key is in the folder exactly as long as it may open requests. Workers load keys that appear, and destroy keys that
+  disappear.
+- The process that makes a key keeps only the public part.
+- If the pool's keys are wrapped, each is bound to its pool and number (see `kms.wrapping`).
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def files(folder: Path) -> list[Path]:
 
 
 def number(path: Path) -> int:
-    """The key's id, by the file's name. Raises SettingsError."""
+    """The key's id, from the file name. Raises SettingsError."""
     if not path.stem.isdecimal():
-        raise SettingsError(f"{path} is none of the pool's keys: take it out of this folder")
+        raise SettingsError(f"{path} is not a pool key: remove it from this folder")
     return int(path.stem)
 
 
@@ -49,7 +50,7 @@ def read(path: Path, keeping: Keeping = AS_THEY_ARE) -> PrivateKey:
 
 
 def make(folder: Path, ids: Sequence[int], kems: Sequence[Kem], keeping: Keeping = AS_THEY_ARE) -> tuple[KeyConfig, ...]:
-    """New keys, one for each id and its KEM, in files that are complete when this returns. What they are announced as."""
+    """Makes a key for each id and KEM. The files are complete when this returns. Returns the public configurations."""
     return tuple(_make(folder, key_id, kem, keeping) for key_id, kem in zip(ids, kems, strict=True))
 
 
@@ -65,7 +66,7 @@ def _make(folder: Path, key_id: int, kem: Kem, keeping: Keeping) -> KeyConfig:
 
 
 def public_parts(folder: Path, keeping: Keeping = AS_THEY_ARE) -> tuple[KeyConfig, ...]:
-    """Of the keys in `folder`, in the order of their ids."""
+    """The public parts of the keys in `folder`, ordered by id."""
     keys = [read(path, keeping) for path in files(folder)]
     for key in keys:
         key.destroy()
@@ -73,7 +74,7 @@ def public_parts(folder: Path, keeping: Keeping = AS_THEY_ARE) -> tuple[KeyConfi
 
 
 def keep_only(folder: Path, ids: Iterable[int]) -> None:
-    """Destroys every other key in `folder`, and what a crash left of one."""
+    """Destroys every other key in `folder`, and leftovers of a crash."""
     kept = {f"{key_id}{_SUFFIX}" for key_id in ids}
     for path in files(folder):
         if path.name not in kept:
@@ -82,7 +83,7 @@ def keep_only(folder: Path, ids: Iterable[int]) -> None:
 
 
 def make_receipt_key(path: Path, keeping: Keeping) -> None:
-    """The key that signs the pool's receipts, where there is none. Raises SettingsError or KmsError."""
+    """Makes the key that signs the pool's receipts if there is none. Raises SettingsError or KmsError."""
     if path.exists():
         return
     key = Ed25519PrivateKey.generate()
@@ -103,7 +104,7 @@ def read_receipt_key(path: Path, keeping: Keeping = AS_THEY_ARE) -> Ed25519Priva
 
 
 def public_receipt_key(path: Path) -> bytes:
-    """Without asking a key management service: whoever signs manifests needs no right to unwrap.
+    """Reads the public part without asking a KMS: a process that signs manifests needs no right to unwrap.
 
     Raises SettingsError or KmsError.
     """

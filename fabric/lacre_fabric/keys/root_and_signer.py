@@ -1,14 +1,14 @@
-"""The root and the signer of a state folder, and the chain of statements that leads from one to the next.
+"""The root and signer keys of a state folder, and the chain of signed statements from one key to the next.
 
-    root.pem signer.pem              the current ones
-    root.next.pem signer.next.pem    the coming one, for as long as a change is under way
-    trust/chain.json                 every statement that a root here ever made, and which keys they lead to
+    root.pem signer.pem              the current keys
+    root.next.pem signer.next.pem    the next keys, while a change is in progress
+    trust/chain.json                 every statement that a root made here, and the keys that they lead to
 
 Rules:
-- The chain only grows: somewhere an application pins the first root, and another remembers the last statement.
-- chain.json, replaced in one step, says which keys are current. A change writes the new key, then the chain, and destroys the
-  old key last: wherever it stops, the keys that the chain names are there, and what is left over is seen to next time.
-- Public keys are read from the chain. The root's private key is used for statements alone, and may be kept elsewhere.
+- The chain only grows: some application pins the first root, and another remembers the last statement.
+- chain.json is replaced atomically and says which keys are current. A change writes the new key, then the chain, and destroys
+  the old key last. So after a crash at any point the keys that the chain names exist, and the next run cleans up.
+- Public keys are read from the chain. The root's private key only signs statements, and may be stored elsewhere.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lacre_fabric.keys.secret_files import destroy, destroy_leftovers, ed25519, 
 
 DAY: Final = 86400.0
 SIGNER_LIFETIME: Final = 90 * DAY
-SIGNER_RENEWAL: Final = 30 * DAY  # before its end, the root says the signer's name again
-MAX_CHANGES: Final = MAX_CHAIN - 100  # statements; the rest is for renewals: 16 years of them
+SIGNER_RENEWAL: Final = 30 * DAY  # this long before the signer expires, the root renews its statement
+MAX_CHANGES: Final = MAX_CHAIN - 100  # statements; the rest are for renewals: enough for 16 years
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """roots: each that ever stood here, the current one last. entries: the signed statements. until: the signer's expiry."""
+    """roots: every root that was current here, the newest last. entries: the signed statements. until: the signer's expiry."""
 
     roots: tuple[bytes, ...]
     signer: bytes
@@ -53,14 +53,14 @@ class Chain:
 
 
 class Authority:
-    """Of a state folder. Changes want the folder's lock. Raises SettingsError where a file is missing or damaged."""
+    """The keys of a state folder. Changes require the folder's lock. Raises SettingsError if a file is missing or damaged."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / "trust" / "chain.json"
 
     def create(self, now: float) -> None:
-        """A first root and signer, and the statement between them; what is there stays."""
+        """Makes the first root and signer, and the statement between them. Keeps existing ones."""
         if self._path.exists():
             return
         root, signer = ed25519(self._folder / "root.pem"), ed25519(self._folder / "signer.pem")
@@ -71,10 +71,10 @@ class Authority:
         try:
             return Chain.parse(json.loads(self._path.read_bytes()))
         except (OSError, ValueError, KeyError, TypeError, InvalidMessage) as exc:
-            raise SettingsError(f"{self._path} is missing or damaged: restore it, or start with a new state folder") from exc
+            raise SettingsError(f"{self._path} is missing or damaged: restore it, or use a new state folder") from exc
 
     def renewed(self, now: float) -> Chain:
-        """The chain, longer by a statement for the same signer where the last one grows old and the root is at hand."""
+        """The chain. If the signer's statement will expire soon and the root is here, a new statement is added."""
         chain = self.chain()
         if now < chain.until - SIGNER_RENEWAL or not (self._folder / "root.pem").exists():
             return chain
@@ -85,7 +85,7 @@ class Authority:
         return self._find("signer", self.chain().signer)
 
     def rotate_signer(self, now: float) -> Chain:
-        """A new signer. The old key stays on disk until `settle`."""
+        """Makes a new signer. The old key stays on disk until `settle`."""
         chain, signer = self._begin(), Ed25519PrivateKey.generate()
         root = self._root(chain)
         write_ed25519(self._folder / "signer.next.pem", signer)
@@ -93,7 +93,9 @@ class Authority:
         return self._extend(after, sign_statement(RootStatement(after.signer, after.until), root))
 
     def rotate_root(self, now: float) -> Chain:
-        """A new root, for the same signer: the old one hands over, the new one accepts. The old key stays until `settle`."""
+        """Makes a new root for the same signer: the old root hands over, the new one accepts. The old key stays until
+        `settle`.
+        """
         chain, following = self._begin(), Ed25519PrivateKey.generate()
         root = self._root(chain)
         write_ed25519(self._folder / "root.next.pem", following)
@@ -102,7 +104,7 @@ class Authority:
         return self._extend(after, sign_statement(statement, root, following))
 
     def settle(self) -> None:
-        """Destroys the keys that the chain does not name, and puts a coming one in the current one's place."""
+        """Destroys the keys that the chain does not name, and puts the next key in the current one's place."""
         chain = self.chain()
         for name, public_key in (("root", chain.roots[-1]), ("signer", chain.signer)):
             current, coming = self._folder / f"{name}.pem", self._folder / f"{name}.next.pem"
@@ -119,7 +121,7 @@ class Authority:
         chain = self.chain()
         if len(chain.entries) >= MAX_CHANGES:
             raise SettingsError(
-                f"the chain of root statements has {len(chain.entries)} entries, and clients take {MAX_CHAIN}: "
+                f"the chain of root statements has {len(chain.entries)} entries, and clients accept {MAX_CHAIN}:  "
                 "start with a new state folder, and give applications its root to pin"
             )
         return chain
@@ -138,4 +140,4 @@ class Authority:
                 key = read_ed25519(path)
                 if raw_public_key(key) == public_key:
                     return key
-        raise SettingsError(f"{self._folder} does not hold the private key of the current {name}: put {name}.pem back for this")
+        raise SettingsError(f"{self._folder} does not hold the private key of the current {name}: put {name}.pem back first")

@@ -1,9 +1,9 @@
-"""Files that hold secrets: 0600, replaced atomically, refused when others can read them, and destroyed when they are over.
+"""Files with secrets: mode 0600, replaced atomically, rejected if others can read them, and overwritten when destroyed.
 
-A file of root's may be readable for one group that this process is in (0440): so a kubelet hands secrets to a pod's user, which
-can neither own nor change them.
+A file that root owns may also be readable by one group of this process (0440). A kubelet provides secrets to a pod's user this
+way; the pod can neither own nor change them.
 
-What is read comes back in a `bytearray`: whoever asked overwrites it after use.
+Secrets are read into a `bytearray`, which the caller overwrites after use.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lacre.wire.wiping import overwrite
 
 
 def write_secret(path: Path, content: bytes | bytearray) -> None:
-    """Replaces `path` in one step; nobody else can read it at any moment, and a crash leaves the old or the new."""
+    """Replaces `path` atomically. No other user can read it at any moment, and a crash leaves the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     private_files.replace(path, content, discard=destroy)
 
 
 def read_secret(path: Path) -> bytearray:
-    """Raises SettingsError where the file is missing, or readable for group or others."""
+    """Raises SettingsError if the file is missing, or readable by group or others."""
     try:
         with path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
@@ -41,20 +41,21 @@ def read_secret(path: Path) -> bytearray:
                     size += count
             return content[:size] if size < len(content) else content
     except OSError as exc:
-        made = "`lacre up` makes such files, and `lacre keys init` those that hold keys"
+        made = "`lacre up` creates such files; `lacre keys init` creates those with keys"
         raise SettingsError(f"cannot read {path}: {exc.strerror}. {made}") from exc
 
 
 def closed_to(owner: int, group: int, *, user: int, groups: Collection[int]) -> int:
-    """The bits of a mode by which others than this process could read the file, or change it. owner, group: the file's; the
-    rest ours.
+    """The bits of a mode by which other users could read or change the file.
+
+    owner, group: the file's. user, groups: this process's.
     """
     handed_over = owner == 0 != user and group in groups
     return 0o037 if handed_over else 0o077
 
 
 def replace_by(coming: Path, path: Path) -> None:
-    """Puts one file in another's place, in one step; what that held is overwritten once the new one is safe."""
+    """Replaces one file by another atomically. Overwrites the old content once the new file is safe."""
     with path.open("r+b", buffering=0) as old:
         coming.replace(path)
         sync_folder(path.parent)
@@ -62,14 +63,13 @@ def replace_by(coming: Path, path: Path) -> None:
 
 
 def destroy(path: Path) -> None:
-    """Overwrites the file in place, then removes it; where there is none, does nothing.
+    """Overwrites the file in place, then removes it. Does nothing if there is none.
 
-    In place is as far as a program reaches: a file system that writes elsewhere (copy on write, a log, the flash of an SSD),
-    a snapshot or a backup may keep what was there before.
+    Old content can survive on a copy-on-write or log-structured file system, on an SSD's flash, in a snapshot or in a backup.
     """
     going = path if path.name.startswith(".") else path.with_name(f".{path.name}.going")
     try:
-        path.replace(going)  # first of all it is nobody's key any more: none is ever seen half overwritten
+        path.replace(going)  # rename first: no reader ever sees a half-overwritten key
         with going.open("r+b", buffering=0) as file:
             write_all(file, bytes(os.fstat(file.fileno()).st_size))
     except FileNotFoundError:
@@ -79,13 +79,13 @@ def destroy(path: Path) -> None:
 
 
 def destroy_leftovers(folder: Path, name: str) -> None:
-    """What a crash left of writing or destroying files whose names begin with `name` and a dot. Nobody may be writing them."""
+    """Destroys what a crash left of files whose names begin with `name` and a dot. No other process may be writing them."""
     for path in folder.glob(f".{name}.*"):
         destroy(path)
 
 
 def write_ed25519(path: Path, key: Ed25519PrivateKey) -> None:
-    """As unencrypted PKCS#8 PEM (RFC 8410)."""
+    """Writes unencrypted PKCS#8 PEM (RFC 8410)."""
     content = ed25519_pem(key)
     try:
         write_secret(path, content)
@@ -109,7 +109,7 @@ def ed25519_pem(key: Ed25519PrivateKey) -> bytes:
 
 
 def parse_ed25519(content: bytes | bytearray, path: Path) -> Ed25519PrivateKey:
-    """path: where it was, for messages. Raises SettingsError."""
+    """path: its file, for messages. Raises SettingsError."""
     try:
         key = serialization.load_pem_private_key(content, password=None)
     except ValueError as exc:
@@ -120,7 +120,7 @@ def parse_ed25519(content: bytes | bytearray, path: Path) -> Ed25519PrivateKey:
 
 
 def ed25519(path: Path) -> Ed25519PrivateKey:
-    """The key in `path`; made there where there is none."""
+    """The key in `path`; makes one if the file does not exist."""
     if not path.exists():
         write_ed25519(path, Ed25519PrivateKey.generate())
     return read_ed25519(path)

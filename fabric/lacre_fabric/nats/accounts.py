@@ -1,14 +1,16 @@
-"""nats-server's accounts: the walls between the roles, and the few doors in them.
+"""nats-server's accounts: they separate the roles, with few openings between them.
 
 Rules:
-- The streams and buckets are in one account, with the provisioner alone. Each gateway has an account, and so have the workers
-  of each pool, the inspector, and the warden. What is not named here passes no wall.
-- A gateway's account reaches the pools that it is for. Gateways share none: one of them could take all its connections.
-- The workers of a pool share their account in every region: they have the same keys. Permissions keep each to its queue.
-- Why permissions are not enough: NATS checks what a client publishes to, and not the subject that it asks the answer to go
-  to. Inside one account JetStream writes its answers wherever the asker says, with the server's own authority: a worker that
-  may read nothing but its own bucket could put a message of its making there, and have it sent as a manifest, as another
-  pool's work or as a call of JetStream's API. From another account, an answer comes back to the account that asked.
+- One account holds the streams and buckets, with only the provisioner as a user. Each gateway has an account. So have the
+  workers of each pool, the inspector and the warden. Only subjects named here pass between accounts.
+- A gateway's account reaches only its own pools. Gateways do not share an account: one of them could take all its connections.
+- The workers of a pool share their account in every region, because they have the same keys. Permissions keep each to its
+  queue.
+- Permissions alone are not enough. NATS checks the subject that a client publishes to, but not the subject that it wants the
+  answer on. Inside one account JetStream sends its answer to that subject with the server's own authority.
+- A worker that may read only its own bucket could then store a forged message there. It could make JetStream send it as a
+  manifest, as another pool's work or as a call of JetStream's API. Across accounts, an answer returns only to the account that
+  asked.
 """
 
 from __future__ import annotations
@@ -45,16 +47,17 @@ from lacre_fabric.work import frames
 
 Entry = dict[str, Any]
 _OWN_API: Final = "$JS.API"
-# A connection that broke counts until the server notices, so each process may have twice what it needs.
+# A broken connection counts until the server notices, so each process may have twice what it needs.
 _OVERLAP: Final = 2
-MAX_WORKERS: Final = 64  # of one pool in one region, at the same time; each has one connection
-_GATEWAY_CONNECTIONS: Final = 3  # of one process, beside one for each pool's replies: requests, presence, and one for a command
-_FEW_CONNECTIONS: Final = 32  # for a role that one process or command has, or a few at a time
-WORKER_SUBSCRIPTIONS: Final = 2 * MAX_SLOTS + 24  # of one worker: two for each request, and some; each takes 1.5 KB
-_SUBSCRIPTIONS: Final = 256  # of one connection of anybody else, who has a dozen
-WORKER_PAYLOAD: Final = frames.MAX_PAYLOAD + 64 * 1024  # bytes: a frame and its headers; or a sign of presence
+MAX_WORKERS: Final = 64  # of one pool in one region at a time; each has one connection
+# Of one process, besides one for each pool's replies: requests, presence, and one for a command
+_GATEWAY_CONNECTIONS: Final = 3
+_FEW_CONNECTIONS: Final = 32  # for a role of one process or command, or a few at a time
+WORKER_SUBSCRIPTIONS: Final = 2 * MAX_SLOTS + 24  # of one worker: two for each request and some more; each takes 1.5 KB
+_SUBSCRIPTIONS: Final = 256  # of one connection of any other role, which needs a dozen
+WORKER_PAYLOAD: Final = frames.MAX_PAYLOAD + 64 * 1024  # bytes: a frame and its headers, or a presence message
 _SMALL_PAYLOAD: Final = 64 * 1024  # bytes: a question to a server
-_ASKING: Final = {INSPECTION: INSPECT, WARDEN: GUARD}  # the accounts that ask servers about themselves, and what
+_ASKING: Final = {INSPECTION: INSPECT, WARDEN: GUARD}  # the accounts that ask servers about themselves, and their questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,8 @@ class AccountLimits:
 
 
 def accounts(roles: Sequence[Role]) -> Entry:
-    """The `accounts` block of nats-server's configuration, for every pool and region that a role names, and for the servers
-    of all regions alike. Raises SettingsError.
+    """The `accounts` block of nats-server's configuration, for every pool and region of the roles. It is the same for the
+    servers of all regions. Raises SettingsError.
     """
     names = [role.credential.name for role in roles]
     if len(set(names)) != len(names):
@@ -95,7 +98,7 @@ def accounts(roles: Sequence[Role]) -> Entry:
 
 
 def _gateways_of(roles: Sequence[Role]) -> dict[str, list[str]]:
-    """The accounts of gateways, each with the pools that it is for."""
+    """The gateways' accounts, each with its pools."""
     found: dict[str, set[str]] = {}
     for role in roles:
         if role.account.startswith(gateway_account("")):
@@ -108,7 +111,7 @@ def _serving(pool: str, gateways: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _limits(account: str, roles: Sequence[Role]) -> AccountLimits:
-    """They grow with the roles that share the account."""
+    """Limits grow with the roles that share the account."""
     if account == FABRIC:
         return AccountLimits(_FEW_CONNECTIONS, _SUBSCRIPTIONS, MAX_PAYLOAD)
     if account.startswith(gateway_account("")):
@@ -146,7 +149,7 @@ def _fabric(pools: Sequence[str], regions: Sequence[str], gateways: Mapping[str,
         services += [_service(subject, [workers_account(pool)]) for subject in _of_workers(pool, regions)]
     return {
         "jetstream": "enabled",
-        "mappings": {f"{subjects.API}.>": f"{_OWN_API}.>"},  # so that the provisioner finds it where everybody does
+        "mappings": {f"{subjects.API}.>": f"{_OWN_API}.>"},  # so that the provisioner finds it at the usual subject
         "exports": [*services, {"stream": MAX_DELIVERIES, "accounts": [*gateways]}],
         "imports": [_heard(workers_account(pool), f"presence.{pool}.*.*") for pool in pools],
     }
@@ -181,12 +184,12 @@ def _of_gateways(pool: str, regions: Sequence[str]) -> list[str]:
 
 
 def _of_workers(pool: str, regions: Sequence[str]) -> list[str]:
-    """Each once: claims are the same ones in every region."""
+    """Each once: all regions share the same claims."""
     return list(dict.fromkeys(service for region in regions for service in worker_services(pool, region)))
 
 
 def _service(subject: str, asked_by: Sequence[str]) -> Entry:
-    # A pull is answered by a message or by a status, and more than once where both meet.
+    # A pull gets a message or a status as its answer, and sometimes both.
     many = {"response_type": "stream"} if ".MSG.NEXT." in subject else {}
     return {"service": _real(subject), "accounts": list(asked_by), **many}
 
@@ -200,5 +203,5 @@ def _heard(account: str, subject: str) -> Entry:
 
 
 def _real(subject: str) -> str:
-    """The subject as the account of the streams has it."""
+    """The subject as the streams' account names it."""
     return subject.replace(f"{subjects.API}.", f"{_OWN_API}.", 1)

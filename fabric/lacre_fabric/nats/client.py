@@ -1,12 +1,12 @@
-"""nats-py's client with a read loop of ours: no message can end it, and a connection that is silent is a lost one.
+"""nats-py's client with our own read loop. No message can end it, and a silent connection counts as lost.
 
 Rules:
-- What one message raises ends with that message: it is counted, and told once in a while. See `_process_msg`.
-- A read loop that ends for any other reason makes a new connection at once.
-- `is_connected` means that messages flow: the server is asked once a second whether it is there, and a connection that brought
-  nothing for `MAX_SILENT` of these looks is made anew. So is one whose read loop or whose attempts to reconnect have died.
-- Who sends what is of no use is read more slowly: of the event loop's time, a flood gets a fifth. The server then ends this
-  connection, and no other.
+- An exception while handling one message affects only that message. It is counted and logged at intervals. See `_process_msg`.
+- A read loop that ends for any other reason reconnects at once.
+- `is_connected` means that messages flow. The client pings the server once a second. It reconnects after `MAX_SILENT` checks
+  without a byte, or if its read loop or reconnection task has died.
+- A sender of useless messages is read more slowly: a flood gets a fifth of the event loop's time. The server then closes this
+  connection and no other.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from lacre_fabric.nats import protocol
 from lacre_fabric.nats.protocol import Control, Event, NatsMessage, Oversized
 from lacre_fabric.nats.servers import HungUp, NoTls
 
-CLOSE_TIMEOUT: Final = 1.0  # seconds for a server to take its leave
-LOOK: Final = 1.0  # seconds between looks at whether anything came
-# Looks without a byte, with a ping at each, until the server counts as gone: less than a caller's patience, more than a
-# machine under load takes to answer.
+CLOSE_TIMEOUT: Final = 1.0  # seconds for a server to close
+LOOK: Final = 1.0  # seconds between checks whether anything arrived
+# Checks without a byte, each with a ping, until the server counts as gone. Shorter than a caller waits, longer than a loaded
+# machine needs to answer.
 MAX_SILENT: Final = 5
-TELL_EVERY: Final = 10.0  # seconds between lines of the log about messages that could not be used
-PENALTY: Final = 4.0  # of the time that useless messages took, how many times as long nothing more is read
-MAX_PENALTY: Final = 0.5  # seconds at a time; well below what counts as silence
-RETRY: Final = 1.0  # seconds until a reconnection that failed in a way that nobody foresaw is tried again
-_CHUNK: Final = 32 * 1024  # bytes read at a time: other connections have their turn after twice as many
+TELL_EVERY: Final = 10.0  # seconds between log lines about unusable messages
+PENALTY: Final = 4.0  # reading pauses for this multiple of the time that useless messages took
+MAX_PENALTY: Final = 0.5  # seconds per pause; well below what counts as silence
+RETRY: Final = 1.0  # seconds until a reconnection that failed unexpectedly is retried
+_CHUNK: Final = 32 * 1024  # bytes per read: other connections get their turn after twice as many
 _PING: Final = b"PING\r\n"
 
 log = structlog.get_logger("lacre.fabric")
 
-# Subject, headers as on the wire, payload; whether the message was of any use. Called on the event loop.
+# Arguments: subject, headers as on the wire, payload. Returns whether the message was of use. Called on the event loop.
 Take = Callable[[str, bytes, bytes], bool]
 
 
 class NatsTransport(TcpTransport):
-    """Ends with a handshake that failed. The library would wait for ever for the end of what the handshake had taken over, and
-    for half a minute for the last word in TLS of a server that froze.
+    """Closes the connection after a failed handshake. The library would wait forever for a stream that the handshake had taken
+    over. It would also wait half a minute for the TLS close of a frozen server.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class NatsTransport(TcpTransport):
         self._aborted = False
 
     async def connect(self, *arguments: Any, **options: Any) -> None:
-        if self._io_writer is not None:  # of a try that came to nothing: the library would leave it to the garbage collector
+        if self._io_writer is not None:  # left by a failed attempt; the library would leave it to the garbage collector
             self._io_writer.transport.abort()
         self._aborted = False
         await super().connect(*arguments, **options)
@@ -79,17 +79,17 @@ class NatsTransport(TcpTransport):
                     await super().wait_closed()  # type: ignore[no-untyped-call]  # as above
 
     def __bool__(self) -> bool:
-        return True  # else the library would replace it, as long as it is not connected
+        return True  # otherwise the library replaces it while it is not connected
 
 
 class DirectClient(Client):
-    """Hands the messages of some subscriptions over as they are parsed: subject, headers as on the wire, payload.
+    """Passes messages of some subscriptions on as they are parsed: subject, headers as on the wire, payload.
 
-    The library's own way leads through a dictionary of headers, a queue and a task for each message, which costs a gateway more
-    than all that it does with one.
+    The library's own path uses a dictionary of headers, a queue and a task per message. That costs a gateway more than
+    everything else it does with a message.
 
-    keep: bytes of the longest message that is of any use; longer ones are dropped as they arrive. look: seconds, as `LOOK`.
-    unusable: how many messages could not be used, because they were too long, malformed, or raised where they were handled.
+    keep: bytes of the longest useful message; longer ones are dropped on arrival. look: seconds, as `LOOK`. unusable: how many
+    messages were too long, malformed, or raised an exception in their handler.
     """
 
     def __init__(self, keep: int = protocol.MAX_SIZE, *, look: float = LOOK) -> None:
@@ -98,8 +98,8 @@ class DirectClient(Client):
         self._direct: dict[int, Take] = {}
         self._transport = NatsTransport()
         self._reader = protocol.ProtocolReader(keep)
-        self._ps = self._reader  # type: ignore[assignment]  # of its parser, the library itself only calls `reset`
-        self._heard = 0  # chunks that came
+        self._ps = self._reader  # type: ignore[assignment]  # the library itself calls only `reset` of its parser
+        self._heard = 0  # chunks received
         self._tell_at = 0.0
         self.unusable = 0
 
@@ -116,19 +116,23 @@ class DirectClient(Client):
     # The connection
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """Comes before anything is said to a server. Where `tls://` is called, the library would take a server's word, which
-        is in the clear and may be anybody's, that it speaks none, and go on with the password.
+        """Runs before the client sends anything. For `tls://` the server must require TLS.
+
+        The library would trust an unencrypted message, which anyone can forge, that the server has no TLS. It would then send
+        the password in the clear.
         """
         server = self._current_server
         if initial_connection and server is not None and server.uri.scheme == "tls" and not info.get("tls_required"):
             raise NoTls
         if isinstance(limit := info.get("max_payload"), int):
-            self._max_payload = limit  # an account may have a smaller one than the server, which says so after the password
+            self._max_payload = limit  # an account may have a smaller limit than the server, announced after the password
         await super()._process_info(info, initial_connection)
 
     async def _process_connect_init(self) -> None:
-        """The library takes it for a connection, too, when the server hangs up in place of an answer."""
-        for task in (self._reading_task, self._ping_interval_task, self._flusher_task):  # of a connection that came to nothing
+        """Cleans up after a failed attempt. The library also takes it for a connection if the server hangs up instead of
+        answering.
+        """
+        for task in (self._reading_task, self._ping_interval_task, self._flusher_task):  # of a failed attempt
             if task is not None:
                 task.cancel()
         self._reader.reset()
@@ -140,7 +144,7 @@ class DirectClient(Client):
             raise HungUp
 
     async def _process_err(self, err_msg: str) -> None:
-        """Only a credential that the server does not take ends a connection for good; to the library, each error does."""
+        """Ends the connection for good only if the server rejects the credential. The library does so for every error."""
         said = err_msg.lower()
         if "authorization violation" in said or "permissions violation" in said:
             await super()._process_err(said)
@@ -148,18 +152,18 @@ class DirectClient(Client):
             await self._process_op_err(nats.errors.Error(f"nats: {said}"))
 
     async def _process_pong(self) -> None:
-        """The library ends its read loop where the one that waited for the answer has given up."""
+        """Ignores a pong whose caller has given up. The library would end its read loop."""
         if self._pongs:
             waiting = self._pongs.pop(0)
             if not waiting.done():
                 waiting.set_result(True)
 
     async def _attempt_reconnect(self) -> None:
-        """Until it is connected, or closed: an exception that the library does not foresee would leave it between the two."""
+        """Retries until connected or closed. An unexpected exception would leave the library in between."""
         while True:
             try:
                 await super()._attempt_reconnect()
-            except Exception as exc:  # noqa: BLE001 - it is told, and tried again
+            except Exception as exc:  # noqa: BLE001 - it is logged and retried
                 if self.is_closed:
                     return
                 log.error("fabric.reconnecting_failed", kind=type(exc).__name__)
@@ -169,12 +173,12 @@ class DirectClient(Client):
                 return
 
     async def _ping_interval(self) -> None:
-        """Looks whether anything came. A look that is late counts once: then it was this process that stood still."""
+        """Checks whether anything arrived. A late check counts once: this process itself stood still."""
         silent, heard = 0, self._heard
         while True:
             await asyncio.sleep(self._look)
             if not self.is_connected:
-                return  # the next connection has its own
+                return  # the next connection has its own task
             if self._heard != heard:
                 silent, heard = 0, self._heard
                 continue
@@ -184,11 +188,11 @@ class DirectClient(Client):
                 return
 
     def _pinged(self) -> bool:
-        """Whether the server could be asked; its answer is nobody's but the read loop's."""
+        """Sends a ping. Only the read loop sees the answer."""
         self._pongs.append(asyncio.get_running_loop().create_future())
         try:
             self._transport.write(_PING)  # type: ignore[union-attr]  # as above
-        except (OSError, RuntimeError, AttributeError):  # uvloop has a RuntimeError for what is closed
+        except (OSError, RuntimeError, AttributeError):  # uvloop raises a RuntimeError if it is closed
             return False
         return True
 
@@ -198,14 +202,14 @@ class DirectClient(Client):
         try:
             await self._read()
             failed: Exception = nats.errors.UnexpectedEOF()
-        except Exception as exc:  # noqa: BLE001 - whatever ended it, a connection that nobody reads is none
+        except Exception as exc:  # noqa: BLE001 - any exception here means that nothing reads the connection
             failed = exc
         if self.is_connected:
             await self._error_cb(failed)
         await self._process_op_err(failed)
 
     async def _read(self) -> None:
-        """Until the end of the stream."""
+        """Reads to the end of the stream."""
         transport = self._transport
         while transport is not None and (data := await transport.read(_CHUNK)):
             self._heard += 1
@@ -218,7 +222,7 @@ class DirectClient(Client):
                 await asyncio.sleep(min(PENALTY * spent, MAX_PENALTY))
 
     async def _used(self, event: Event) -> bool:
-        """Whether the event was of any use."""
+        """Whether the event was of use."""
         if isinstance(event, NatsMessage):
             return await self._delivered(event)
         if isinstance(event, Oversized):
@@ -238,22 +242,22 @@ class DirectClient(Client):
             await self._process_info(json.loads(control.text))
 
     async def _delivered(self, message: NatsMessage) -> bool:
-        """Whether the message was of any use. What it raises, wherever it is handled, ends here."""
+        """Whether the message was of use. An exception in any handler ends here."""
         try:
             take = self._direct.get(message.sid)
             subject = message.subject.decode("ascii")
             if take is not None:
                 return take(subject, message.headers, message.payload)
             await self._process_msg(message.sid, message.subject, message.reply, message.payload, message.headers)
-        except Exception as exc:  # noqa: BLE001 - a peer's message must not end the connection of all
+        except Exception as exc:  # noqa: BLE001 - one peer's message must not end a shared connection
             self._unusable(type(exc).__name__)
             return False
         return True
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        """For the subscriptions that are not direct ones. Headers are parsed here, for the library's parser raises at some.
+        """For the other subscriptions. Parses headers here, because the library's parser raises on some.
 
-        A message whose headers cannot be read comes without any, so that whoever waits for it does not wait for nothing.
+        If the headers cannot be read, the message arrives without any, so that its receiver does not wait in vain.
         """
         parsed: dict[str, str] | None = None
         try:
@@ -264,7 +268,7 @@ class DirectClient(Client):
         await super()._process_msg(sid, subject, reply, data, parsed)  # type: ignore[arg-type]  # see `_process_headers`
 
     async def _process_headers(self, headers: Any) -> dict[str, str] | None:
-        """What `_process_msg` made of them."""
+        """The headers that `_process_msg` parsed."""
         return headers or None
 
     def _unusable(self, why: str) -> None:

@@ -1,9 +1,9 @@
 """A role's connection to NATS. The client library's exceptions are mapped here and in the two modules that use this one.
 
 Rules:
-- The connection comes back by itself. Where the server ends it for good, as when the credential was withdrawn, it is `lost`.
-- A denial is told by the server on the side, and the call that it denies just times out: denials are counted, and a call
-  during which one came says so.
+- The connection reconnects by itself. It is `lost` if NATS ends it for good, for example because the credential was withdrawn.
+- NATS reports a denied operation separately, and the operation itself only times out. So denials are counted, and an operation
+  during which one arrives reports it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.servers import Servers, distrusted
 from lacre_fabric.work.contract import FabricBusy, FabricLost, FabricRefused, FabricUnavailable, FabricUntrusted
 
-CONNECT_TIMEOUT: Final = 5  # seconds, for a first connection; after it, there is no end to the tries
-MAX_REFUSALS: Final = 3  # in a row, of a credential that was good before; a server may be between two configurations
-API_TIMEOUT: Final = 2.0  # seconds for an answer by JetStream
+CONNECT_TIMEOUT: Final = 5  # seconds for a first connection; reconnecting has no time limit
+MAX_REFUSALS: Final = 3  # consecutive refusals of a credential that worked before; a server may be between two configurations
+API_TIMEOUT: Final = 2.0  # seconds for an answer from JetStream
 TOO_MANY_REQUESTS: Final = (
-    10167  # JSStreamTooManyRequests: more waits to be written than `max_buffered_msgs`; this was not taken
+    10167  # JSStreamTooManyRequests: more than `max_buffered_msgs` writes were waiting, so this one was not taken
 )
 _NOT_FOUND: Final = "404"
 _MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
@@ -50,9 +50,10 @@ log = structlog.get_logger("lacre.fabric")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A message as it stands in a stream, without its headers. time: when the server took it, seconds since the epoch.
-    stamp: the same in the server's words, to the nanosecond.
-    """  # fmt: skip
+    """A message stored in a stream, without its headers.
+
+    time: when the server stored it, in seconds since the epoch. stamp: the same as the server writes it, to the nanosecond.
+    """
 
     sequence: int
     subject: str
@@ -69,12 +70,12 @@ class Stored:
             time = datetime.fromisoformat(stamp).timestamp()
             value = b64decode(data, validate=True) if isinstance(data, str) else b""
         except (ValueError, OverflowError) as exc:
-            raise InvalidMessage("the message has a time or a payload that is none") from exc
+            raise InvalidMessage("the message has an invalid time or payload") from exc
         return cls(members.count("seq"), members.text("subject"), stamp, time, value)
 
 
 class Connection:
-    """denials counts what the server would not let this role do; denied is the last of it, in the server's words."""
+    """denials: how many operations the server denied to this role. denied: the last denial, in the server's words."""
 
     def __init__(self, client: DirectClient, credential: Credential) -> None:
         self.client = client
@@ -92,11 +93,11 @@ class Connection:
     async def open(
         cls, servers: Servers | str, credential: Credential, *, keep: int = MAX_SIZE, purpose: str = ""
     ) -> Connection:
-        """Connects to any of the servers; where that one goes, to another.
+        """Connects to any of the servers, and to another one if that server fails later.
 
-        keep: bytes of the longest message of any use. purpose: stands in the connection's name, which servers and logs show.
+        keep: bytes of the longest useful message. purpose: part of the connection's name, which servers and logs show.
 
-        Raises SettingsError, FabricUntrusted where a server does not prove who it is, or FabricUnavailable, after
+        Raises SettingsError; FabricUntrusted if a server does not prove its identity; or FabricUnavailable, after
         `CONNECT_TIMEOUT` for each server or as soon as one refuses the credential.
         """
         servers = Servers.of(servers)
@@ -117,7 +118,7 @@ class Connection:
     async def _open(
         cls, urls: Sequence[str], context: ssl.SSLContext | None, client: DirectClient, credential: Credential, purpose: str
     ) -> Connection:
-        """Connects to the first; the others are for later."""
+        """Connects to the first server; the others are for reconnecting."""
         connection = cls(client, credential)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
@@ -130,7 +131,7 @@ class Connection:
                     password=credential.password,
                     inbox_prefix=subjects.inbox(credential.name),
                     connect_timeout=CONNECT_TIMEOUT,
-                    allow_reconnect=False,  # a first refusal is final: the library would try again without end
+                    allow_reconnect=False,  # the first refusal is final; the library would retry without end
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=1,
                     error_cb=connection._on_error,
@@ -139,7 +140,7 @@ class Connection:
                     closed_cb=connection._on_change,
                 )
         except (nats.errors.Error, OSError, TimeoutError) as exc:
-            why = connection._no_connection(urls[0], exc)  # before the end has errors of its own
+            why = connection._no_connection(urls[0], exc)  # before closing adds errors of its own
             await connection._end()
             raise why from exc
         except BaseException:
@@ -186,7 +187,7 @@ class Connection:
 
     @property
     def address(self) -> str:
-        """Of the server that it is connected to now."""
+        """The address of the server that it is connected to."""
         url = self.client.connected_url
         return "no server" if url is None else url.geturl()
 
@@ -195,14 +196,14 @@ class Connection:
         return self.client.is_closed
 
     async def wait_connected(self) -> None:
-        """Until the connection is there. Raises FabricLost where it will not come back."""
+        """Waits until the connection is up. Raises FabricLost if it is lost for good."""
         while not self.connected:
             if self.lost:
-                raise FabricLost("NATS ended the connection for good: check that the credential is current, and start again")
+                raise FabricLost("NATS ended the connection for good: check that the credential is current, then restart")
             await self._change()
 
     async def wait_lost(self) -> None:
-        """Until the connection is closed, or ended by NATS for good: nothing comes back by itself after that."""
+        """Waits until the connection is closed, or ended by NATS for good. It does not come back after that."""
         while not self.lost:
             await self._change()
 
@@ -211,12 +212,12 @@ class Connection:
         await self._changed.wait()
 
     async def manifest(self) -> bytes | None:
-        """The manifest document in the trust bucket; None where none was published. Raises FabricUnavailable."""
+        """The manifest document in the trust bucket; None if none was published. Raises FabricUnavailable."""
         async with self.mapped():
             return await self.newest(f"KV_{subjects.TRUST_BUCKET}", subjects.manifest()) or None
 
     async def newest(self, stream: str, subject: str) -> bytes | None:
-        """The payload of a subject's last message, from any replica; None where there is none. Raises as `ask`."""
+        """The payload of a subject's last message, from any replica; None if there is none. Raises as `ask`."""
         message = await self.client.request(f"{subjects.API}.DIRECT.GET.{stream}.{subject}", timeout=API_TIMEOUT)
         status = headers_of(message).get(STATUS)
         if status is None:
@@ -236,7 +237,7 @@ class Connection:
             raise nats.errors.ProtocolError from exc
 
     async def missing(self, stream: str, sequences: Collection[int]) -> frozenset[int]:
-        """Those of `sequences` that are not in the stream any more; all, where there is no stream. Raises FabricUnavailable."""
+        """Those of `sequences` that are no longer in the stream; all if the stream does not exist. Raises FabricUnavailable."""
         async with self.mapped():
             try:
                 state = (await self.ask(f"STREAM.INFO.{stream}", {"deleted_details": True})).get("state")
@@ -246,16 +247,16 @@ class Connection:
             members = Members(state, "the stream's state")
             first, last = members.count("first_seq"), members.count("last_seq")
         except InvalidMessage as exc:
-            raise FabricUnavailable("NATS describes a stream in no known way") from exc
+            raise FabricUnavailable("NATS describes a stream in an unknown form") from exc
         deleted = frozenset(state.get("deleted") or ()) if isinstance(state, dict) else frozenset()
         return frozenset(one for one in sequences if not first <= one <= last or one in deleted)
 
     async def ask(
         self, what: str, asked: Mapping[str, int | str | bool], *, limit: float = API_TIMEOUT
     ) -> Mapping[str, object]:
-        """An answer of JetStream's API. Raises nats.errors.Error, of which the errors that JetStream names are a kind.
+        """Calls JetStream's API. Raises nats.errors.Error; JetStream's own errors are subclasses of it.
 
-        The library's own calls parse what a peer stored as if it could be trusted, and raise anything at all.
+        The library's own calls trust data that a peer stored, and can raise any exception on it.
         """
         message = await self.client.request(f"{subjects.API}.{what}", json.dumps(asked).encode(), timeout=limit)
         said = object_in(message.data)
@@ -269,9 +270,10 @@ class Connection:
 
     @asynccontextmanager
     async def mapped(self, *, confirmed: bool = False) -> AsyncIterator[None]:
-        """Maps the library's errors to FabricUnavailable, and says what was denied meanwhile.
+        """Maps the library's errors to FabricUnavailable, and reports a denial that arrives meanwhile.
 
-        confirmed: for what gets no answer (subscriptions, plain messages): a round trip finds out whether it was denied.
+        confirmed: for operations without an answer (subscriptions, plain messages): a round trip finds out whether they were
+        denied.
         """
         denials = self.denials
         try:
@@ -284,23 +286,24 @@ class Connection:
             raise FabricUnavailable(self._denial())
 
     async def round_trip(self) -> None:
-        """Until the server has taken what was published before, and said what it denies of it.
+        """Waits until the server has processed everything published before, and has reported what it denies.
 
-        Twice, for the library's ping overtakes what it still holds back to publish in one piece; at the second, that is gone.
+        Two pings are needed: the library may still buffer messages when it sends the first. They are sent before the second.
         """
         await self.client.flush(CONNECT_TIMEOUT)
         await self.client.flush(CONNECT_TIMEOUT)
 
     def unavailable(self, error: Exception, denials: int) -> FabricUnavailable:
-        """What `error` means. denials: how many there were before the call that failed."""
+        """The exception for `error`. denials: how many there were before the failed call."""
         if self.denials != denials:
             return FabricUnavailable(self._denial())
         if isinstance(error, nats.js.errors.APIError) and error.err_code == TOO_MANY_REQUESTS:
-            return FabricBusy("NATS has too much to write: something floods it")
+            return FabricBusy("NATS has too many writes waiting: a client floods it")
         if isinstance(error, nats.js.errors.APIError) and error.err_code and error.description:
-            return FabricUnavailable(f"NATS refuses: {error.description}")  # JetStream's own word, as that a stream is full
+            # JetStream's own reason, for example that a stream is full
+            return FabricUnavailable(f"NATS refuses: {error.description}")
         if isinstance(error, nats.errors.NoRespondersError | nats.js.errors.ServiceUnavailableError):
-            return FabricUnavailable("nobody answers on NATS: run `lacre up`, or provision the fabric")
+            return FabricUnavailable("no service on NATS answers: run `lacre up`, or provision the fabric")
         if isinstance(error, nats.js.errors.APIError) and error.description:
             return FabricUnavailable(f"NATS refuses: {error.description}")
         if isinstance(error, TimeoutError):
@@ -317,11 +320,11 @@ class Connection:
             await self._end()
 
     async def _end(self) -> None:
-        # The server is gone already, with what was left to say to it; uvloop then has a RuntimeError for what asyncio ignores.
+        # If the server is gone with unsent data, uvloop raises a RuntimeError for what asyncio ignores.
         with suppress(nats.errors.Error, OSError, RuntimeError, TimeoutError):
             async with asyncio.timeout(tasks.END_LIMIT):
                 await self.client.close()
-        self._changed.set()  # the library's own callback comes last, and not at all after such an error
+        self._changed.set()  # the library calls its callback last, and not at all after such an error
 
 
 def _is_refusal(text: str) -> bool:

@@ -1,10 +1,10 @@
 """The gateway's side of the fabric, over NATS.
 
 Rules:
-- A request is published once: what may be in a queue is put into no other (see `regions`).
-- Over the gateway's main connection comes only what NATS itself says: acks, JetStream's answers, advisories. What workers say
-  comes over one connection for each pool (see `nats_pool`). Pools are found by their presence, on a third one, whose loss costs
-  nothing but the finding of new pools.
+- A request is published once. If it may already be in one queue, it goes into no other (see `regions`).
+- The main connection receives only from NATS itself: acks, JetStream's answers, advisories.
+- Each pool has its own connection, which receives everything that its workers send (see `nats.pool`).
+- A third connection, the lobby, receives presence and so discovers new pools. Losing it delays only that discovery.
 """
 
 from __future__ import annotations
@@ -49,25 +49,26 @@ from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.presence import MAX_BYTES
 from lacre_fabric.work.revocations import Revocation
 
-# The message's headers, beside JetStream's own.
+# The message's headers, besides JetStream's own.
 GRANT: Final = "Grant"
 REQUEST: Final = "Request"
 GATEWAY: Final = "Gateway"
-# Seconds that work may wait until its queue has a leader, of those that it may wait for a worker; one is chosen within nine.
+# Seconds that work may wait for its queue to have a leader. They count towards its queue limit; NATS elects a leader within
+# nine.
 LEADERLESS: Final = 10.0
-NO_QUEUE: Final = 0.25  # seconds until it is tried again
-LOOK_LIMIT: Final = 5.0  # seconds that a look at what has not begun waits for the main connection
-MAX_POOLS: Final = 1024  # that presence may name: NATS lets a worker name its own only
-_NO_POOL: Final = "-"  # no pool has such a name
-_STATUS_LINE: Final = 64  # bytes of NATS/1.0 and the empty line, with room
+NO_QUEUE: Final = 0.25  # seconds between tries
+LOOK_LIMIT: Final = 5.0  # seconds that a lookup of unstarted requests waits for the main connection
+MAX_POOLS: Final = 1024  # that presence may name: NATS lets a worker name only its own
+_NO_POOL: Final = "-"  # no pool has this name
+_STATUS_LINE: Final = 64  # bytes of `NATS/1.0` and the empty line, with a margin
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
 _MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
-_STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream's bounds, with `discard: new`
+_STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream is full, with `discard: new`
 
 
 @dataclass(frozen=True, slots=True)
 class _Ack:
-    """JetStream's word on what was published. block: headers, as on the wire."""
+    """JetStream's answer to a publish. block: headers, as on the wire."""
 
     block: bytes
     payload: bytes = field(repr=False)
@@ -85,15 +86,15 @@ class _Ack:
                 raise DuplicateWork("this sealed request was published before")
             return Members(said, "the ack").count("seq")
         except (AttributeError, InvalidMessage) as exc:
-            raise FabricUnavailable("NATS answered with what is no ack: see that the pool's queue is a JetStream") from exc
+            raise FabricUnavailable("NATS sent an invalid ack: check that the pool's queue is a JetStream stream") from exc
 
 
 def _refused(error: Mapping[str, Any]) -> FabricError:
     if error.get("err_code") == _STORE_FAILED:
-        return QueueFull("the pool's queue takes no more")
+        return QueueFull("the pool's queue is full")
     if error.get("err_code") == TOO_MANY_REQUESTS:
-        return NoQueue("the pool's queue has too much to write: something floods it")
-    return FabricUnavailable(f"NATS refuses: {str(error.get('description', 'it does not say why'))[:_MAX_TEXT]}")
+        return NoQueue("the pool's queue has too many writes waiting: a client floods it")
+    return FabricUnavailable(f"NATS refuses: {str(error.get('description', 'no reason given'))[:_MAX_TEXT]}")
 
 
 def _give_up(acked: asyncio.Future[_Ack | None]) -> None:
@@ -112,7 +113,7 @@ class NatsGateway:
         open_pool: Callable[[str], Awaitable[Connection]],
         region: str = subjects.DEFAULT_REGION,
     ) -> None:
-        """lobby: for the presence of pools that are not known yet. open_pool: makes a pool's connection."""
+        """lobby: receives the presence of undiscovered pools. open_pool: opens a pool's connection."""
         self.connection = connection
         self._lobby = lobby
         self._open_pool = open_pool
@@ -122,7 +123,7 @@ class NatsGateway:
         self._sides: dict[str, PoolSide] = {}  # by pool
         self._by_sequence: dict[tuple[str, int], Inbound] = {}
         self._acks_at = f"{subjects.inbox(connection.credential.name)}.work."
-        self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of what is being published, by request
+        self._acks: dict[str, asyncio.Future[_Ack | None]] = {}  # of requests being published, by request id
         self._order_keys = orders.OrderKeys(connection.credential.password)
         self._sent = Sent()
         connection.on_reconnect = self._returned
@@ -147,15 +148,17 @@ class NatsGateway:
                 await connection.client.subscribe_directly(MAX_DELIVERIES, gateway._on_max_deliveries)
             async with lobby.mapped(confirmed=True):
                 await lobby.client.subscribe_directly("presence.>", gateway._on_presence)
-                # Where no pool is: a credential that may not hear this gateway's replies is denied now, and not by each pool.
+                # Test the credential now, with a pool that does not exist. Otherwise each pool's connection would fail because
+                # the credential may not receive this gateway's replies.
                 await lobby.client.subscribe(subjects.replies(gateway_id, _NO_POOL))
             stack.pop_all()
         return gateway
 
     @property
     def connected(self) -> bool:
-        """Whether messages flow: with NATS itself, and with a pool where there are pools. One pool's flood is not every pool's
-        affair: `dispatch` says which pool cannot be asked.
+        """Whether messages flow: to NATS itself, and to at least one pool if there are pools.
+
+        A flood of one pool does not affect the others: `dispatch` reports which pool is unreachable.
         """
         tried = [side for side in self._sides.values() if side.tried]
         return self.connection.connected and (not tried or any(side.connected for side in tried))
@@ -175,7 +178,7 @@ class NatsGateway:
             return (await self.connection.jetstream.stream_info(subjects.work_stream(pool, region))).state.messages
 
     def _side(self, pool: str) -> PoolSide:
-        """What this gateway knows of the pool. Raises FabricUnavailable where that is too many pools."""
+        """The gateway's state for the pool. Raises FabricUnavailable if there are too many pools."""
         side = self._sides.get(pool)
         if side is None:
             if len(self._sides) >= MAX_POOLS:
@@ -185,7 +188,7 @@ class NatsGateway:
         return side
 
     def _regions(self, side: PoolSide, work: Work) -> list[str]:
-        """Where the work may go, the best first; empty where nobody is there."""
+        """The regions for this work, best first; empty if no worker serves the model."""
         free = side.roster.free(work.model)
         if len(free) < 2:
             return list(free)
@@ -231,13 +234,13 @@ class NatsGateway:
         await tasks.together(*(side.close() for side in self._sides.values()), self._lobby.close(), self.connection.close())
 
     def _returned(self) -> None:
-        """With each new main connection: sequences may count from 1 again, and acks and advisories may be lost."""
+        """Runs after each reconnection. Sequences may restart from 1, and acks and advisories may be lost."""
         self._by_sequence.clear()
         for side in self._sides.values():
             side.look_soon()
 
     async def _gone(self, pool: str, region: str, sequences: list[int]) -> frozenset[int]:
-        """As `nats_pool.Gone`."""
+        """See `nats.pool.Gone`."""
         try:
             async with asyncio.timeout(LOOK_LIMIT):
                 await self.connection.wait_connected()
@@ -246,8 +249,8 @@ class NatsGateway:
         return await self.connection.missing(subjects.work_stream(pool, region), sequences)
 
     async def _await_presence(self, side: PoolSide, work: Work) -> list[str]:
-        """The regions with live workers. Nobody was heard yet in the first moments of a connection; after that, silence means
-        that nobody is there.
+        """The regions with live workers. It waits until `settled_at` for the first presence; silence after that means no
+        worker.
         """
         while not (regions := self._regions(side, work)):
             side.presence_came.clear()
@@ -261,7 +264,7 @@ class NatsGateway:
     async def _queued(
         self, side: PoolSide, regions: list[str], work: Work, headers: dict[str, str], patience: float
     ) -> tuple[str, int | None]:
-        """As `_publish_in_one`; where none took it, for no queue has a leader now, it waits `patience` seconds for one."""
+        """Publishes as `_publish_in_one` does. If no queue has a leader now, it retries for `patience` seconds."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience
         while True:
@@ -275,7 +278,10 @@ class NatsGateway:
                     raise
 
     async def _publish_in_one(self, regions: list[str], work: Work, headers: dict[str, str]) -> tuple[str, int | None]:
-        """The region, and as for `_publish`. That no ack came proves nothing: the work stays where it may be."""
+        """Publishes to the first queue that accepts; returns the region and the result of `_publish`.
+
+        A missing ack proves nothing: the work may be in that queue, so no other is tried.
+        """
         for number, region in enumerate(regions, 1):
             self._sent.add(work.pool, region, work.request_id, time.monotonic())
             try:
@@ -287,9 +293,9 @@ class NatsGateway:
         raise NoWorkers("no live worker of the pool serves the model")
 
     async def _publish(self, region: str, work: Work, headers: dict[str, str]) -> int | None:
-        """The message's sequence in its stream; None where no ack came: then it is never published a second time.
+        """The message's sequence in its stream; None if no ack came. The gateway must not publish it again then.
 
-        Raises NoQueue where it certainly is in none.
+        Raises NoQueue if the work is certainly in no queue.
         """
         denials, loop = self.connection.denials, asyncio.get_running_loop()
         acked: asyncio.Future[_Ack | None] = loop.create_future()
@@ -322,10 +328,10 @@ class NatsGateway:
         return True
 
     def _on_presence(self, subject: str, block: bytes, payload: bytes) -> bool:
-        """On the lobby: of a pool that has a connection of its own, it says nothing new."""
+        """Presence on the lobby. If the pool has its own connection, this adds nothing."""
         heard = read_presence(subject, block, payload)
         if heard is None:
-            return False  # before it costs a connection: another gateway can have JetStream's answers sent here
+            return False  # checked before it costs a connection: another gateway can make JetStream send its answers here
         try:
             side = self._side(heard.pool)
         except FabricUnavailable:
@@ -343,21 +349,21 @@ class NatsGateway:
             return False
         if inbound is None or inbound.started.is_set():
             return False
-        inbound.fail(WorkerLost("every delivery of the request came to nothing"))
+        inbound.fail(WorkerLost("every delivery of the request failed"))
         return True
 
     def _tell_soon(self, subject: str, payload: bytes) -> None:
         tasks.detach("word to a worker", self.tell(subject, payload))
 
     async def tell(self, subject: str, payload: bytes = b"") -> None:
-        """A proven order to a worker. While NATS is away it is not said: credit and times to live end what must end."""
+        """Sends an authenticated order to a worker. While NATS is down it is not sent: credit and expiry end what must end."""
         _, pool, request_id = subject.split(".")
         proof = orders.proof(self._order_keys.of(pool, request_id), payload or orders.CANCEL)
         with suppress(nats.errors.Error):
             await self.connection.client.publish(subject, payload, headers={orders.PROOF: proof})
 
     def forget(self, side: PoolSide, request_id: str) -> int | None:
-        """The sequence, where that still means the request's message."""
+        """Forgets the request. Returns its message's sequence if that is still valid."""
         waiting = side.waiting.pop(request_id, None)
         if waiting is None:
             return None
@@ -372,10 +378,12 @@ class NatsGateway:
 
 
 def _check_size(work: Work, headers: dict[str, str], limit: int) -> None:
-    """The server closes the whole connection over a message that is too large, and it counts headers; nats-py does not."""
+    """Refuses a message that is too large. The server would close the whole connection over it. It counts headers; nats-py does
+    not.
+    """
     size = len(work.sealed) + sum(len(name) + len(value) + len(": \r\n") for name, value in headers.items())
     if size + _STATUS_LINE > limit:
-        raise MessageTooLarge("the sealed request and its grant are larger than the fabric takes")
+        raise MessageTooLarge("the sealed request and its grant exceed the fabric's message limit")
 
 
 class NatsDispatch:
@@ -384,7 +392,8 @@ class NatsDispatch:
     def __init__(self, gateway: NatsGateway, side: PoolSide, work: Work, waiting: Waiting) -> None:
         self._gateway = gateway
         self._side = side
-        self._pool, self._request_id = work.pool, work.request_id  # and not the work: megabytes, for as long as an answer takes
+        # not the work itself: it has megabytes, and the answer takes long
+        self._pool, self._request_id = work.pool, work.request_id
         self._waiting = waiting
         self._inbound = waiting.inbound
 
@@ -429,6 +438,6 @@ class NatsDispatch:
         finally:
             sequence = gateway.forget(self._side, self._request_id)
         if sequence is not None and not self._inbound.started.is_set() and gateway.connection.connected:
-            with suppress(nats.errors.Error):  # gone already, or it goes by its time to live
+            with suppress(nats.errors.Error):  # deleted already, or it will expire
                 stream = subjects.work_stream(self._pool, self._waiting.region or "")
                 await gateway.connection.jetstream.delete_msg(stream, sequence)

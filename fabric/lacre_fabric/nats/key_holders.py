@@ -1,4 +1,4 @@
-"""Which live workers of a pool hold which keys: asked before a key is listed, and after one was destroyed."""
+"""Finds which live workers of a pool hold which keys. Used before a key is listed, and after one was destroyed."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from lacre_fabric.nats.connection import Connection
 from lacre_fabric.work.contract import PRESENT_FOR
 from lacre_fabric.work.presence import MAX_NODES, keys_in
 
-_LOOK: Final = 0.1  # seconds between looks at what was heard
+_LOOK: Final = 0.1  # seconds between checks of the presence received
 
 
 class RollCall:
-    """What the live workers of one pool say that they hold. Use `roll_call`."""
+    """The keys that the live workers of one pool announce."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
         self._heard: dict[str, tuple[float, frozenset[str]]] = {}  # by region and node
 
     async def hear(self, message: Msg) -> None:
-        keys: frozenset[str] = frozenset()  # of a worker that says nothing of its keys
+        keys: frozenset[str] = frozenset()  # for a worker that announces no keys
         with suppress(InvalidMessage):
             keys = keys_in(message.data)
         try:
             _, region, node = subjects.parse_presence(message.subject)
         except InvalidMessage:
-            return  # no worker has such a name
+            return  # not a worker's name
         name = node if region == subjects.DEFAULT_REGION else f"{region}/{node}"
         if name in self._heard or len(self._heard) < MAX_NODES:
             self._heard[name] = (time.monotonic(), keys)
 
     @property
     def complete(self) -> bool:
-        """Whether every live worker had the time to say something."""
+        """Whether every live worker has had time to announce itself."""
         return time.monotonic() >= self._since + PRESENT_FOR
 
     def holders(self) -> dict[str, frozenset[str]]:
@@ -61,7 +61,7 @@ async def _until(connection: Connection, pool: str, limit: float, done: Callable
         while time.monotonic() < deadline and not (call.complete and done(call)):
             await asyncio.sleep(_LOOK)
     finally:
-        with suppress(nats.errors.Error):  # a connection that is gone has no subscriptions
+        with suppress(nats.errors.Error):  # a lost connection has no subscriptions
             await subscription.unsubscribe()
     return call
 
@@ -69,9 +69,9 @@ async def _until(connection: Connection, pool: str, limit: float, done: Callable
 async def await_holders(
     connection: Connection, pool: str, configs: Sequence[KeyConfig], limit: float
 ) -> tuple[frozenset[str], frozenset[str]]:
-    """Waits until every live worker of the pool holds every one of these keys, for `limit` seconds at most.
+    """Waits until every live worker of the pool holds all of these keys, for at most `limit` seconds.
 
-    The workers that do, and those that do not. Raises FabricUnavailable.
+    Returns the workers that do and those that do not. Raises FabricUnavailable.
     """
     wanted = frozenset(map(fingerprint, configs))
     call = await _until(connection, pool, limit, lambda call: all(wanted <= keys for keys in call.holders().values()))
@@ -80,7 +80,7 @@ async def await_holders(
 
 
 async def await_gone(connection: Connection, pool: str, configs: Sequence[KeyConfig], limit: float) -> frozenset[str]:
-    """Waits until no live worker of the pool holds any of these keys; those that still do. Raises FabricUnavailable."""
+    """Waits until no live worker of the pool holds any of these keys. Returns those that still do. Raises FabricUnavailable."""
     gone = frozenset(map(fingerprint, configs))
     call = await _until(connection, pool, limit, lambda call: not any(gone & keys for keys in call.holders().values()))
     return frozenset(node for node, keys in call.holders().items() if gone & keys)

@@ -1,14 +1,15 @@
-"""A bucket that several processes share: values by key, each change a compare-and-set. Over NATS, and in memory for tests.
+"""A bucket that several processes share: values by key; each change is a compare-and-set. Over NATS, and in memory for tests.
 
 Rules:
-- Over NATS each credential has a part of every key, which it alone writes: NATS holds that by the subject. A compare-and-set is
-  of all parts of a key at once. So a credential that is stolen changes no part but its own.
-- A write names the revision that it was decided on. `Conflict` is the server's word that the write did not happen.
-- Any other failure of a write says nothing: it may have happened, or may still happen, for as long as the key has the revision
-  that it named. Nothing is written again by itself.
-- Times are the server's: processes whose clocks differ agree on them.
-- Entries are read by JetStream's own API, which answers in JSON, from the stream's leader. What a direct get answers is the
-  entry itself, headers and all, from any replica: who asks could have it sent to another process as what it is not.
+- Over NATS each credential owns one part of every key, and only it can write that part. NATS enforces this by subject. A
+  compare-and-set covers all parts of a key, so a stolen credential changes only its own part.
+- A write names the revision that it is based on. `Conflict` means that the server did not write.
+- After any other failure the result is unknown. The write may have happened, or may still happen while the key has that
+  revision. No write is repeated automatically.
+- Times are the server's, so that processes with different clocks agree.
+- Entries are read through JetStream's own API, which answers in JSON from the stream's leader. A direct get returns the entry
+  itself, headers included, from any replica. A caller could have it sent to another process, which would take it for something
+  else.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from nats.js.api import Header
 from lacre_fabric.nats.connection import Connection, Stored
 from lacre_fabric.work.contract import FabricError, FabricUnavailable
 
-# JSStreamWrongLastSequenceErrF and its constant sister: the compare failed, so nothing was set.
+# JSStreamWrongLastSequenceErrF and its constant variant: the comparison failed and nothing was written.
 CONFLICTS: Final = frozenset({10071, 10164})
 
-_COMPARED: Final = "Nats-Expected-Last-Subject-Sequence-Subject"  # of which subjects the revision is the newest
-ANSWER: Final = 1.0  # seconds: whoever waits for a budget has time for three tries
-_MAX_KNOWN: Final = 4096  # keys of which the parts are kept
+_COMPARED: Final = "Nats-Expected-Last-Subject-Sequence-Subject"  # the subjects whose newest revision is compared
+ANSWER: Final = 1.0  # seconds: three tries fit into the time that a caller waits for a budget
+_MAX_KNOWN: Final = 4096  # keys whose parts are cached
 
 
 class Conflict(FabricError):
-    """The key has another revision by now: the write did not happen. Read again."""
+    """The key has a newer revision, so nothing was written. Read it again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What stands under a key. value: what this credential wrote, or nothing. others: what each other one did.
+    """The state of a key. value: this credential's part; may be empty. others: the other credentials' parts.
 
-    revision: to be named by the write that replaces it. time: of the newest write, seconds since the epoch.
+    revision: for the write that replaces it. time: of the newest write, in seconds since the epoch.
     """
 
     value: bytes
@@ -50,27 +51,27 @@ class Entry:
 
 class Bucket(Protocol):
     async def read(self, key: str) -> Entry | None:
-        """None where nothing was ever written. Raises FabricUnavailable."""
+        """None if the key was never written. Raises FabricUnavailable."""
 
     async def write(self, key: str, value: bytes, revision: int) -> int:
-        """Replaces the entry of `revision`, 0 for none, and returns the new revision.
+        """Replaces the entry of `revision` (0: no entry) and returns the new revision.
 
-        Raises Conflict, FabricBusy, or another FabricUnavailable: then it may have happened all the same.
+        Raises Conflict or FabricBusy; on any other FabricUnavailable the write may still have happened.
         """
 
 
 @dataclass(slots=True)
 class _Known:
-    """The parts of a key as they stood at `newest`. values: by who wrote them."""
+    """The parts of a key as of `newest`. values: by writer."""
 
     newest: Stored
     values: dict[str, bytes]
 
 
 class NatsBucket:
-    """A `Bucket` of the KV bucket `name`; keys are subjects' tokens, with dots between them.
+    """A `Bucket` on the KV bucket `name`. Keys are subject tokens with dots between them.
 
-    What it has read of a key it keeps, and reads on from there: most reads take one round trip.
+    It caches the parts of a key and reads only what is newer: most reads take one round trip.
     """
 
     def __init__(self, connection: Connection, name: str) -> None:
@@ -112,9 +113,9 @@ class NatsBucket:
 
     @staticmethod
     def _goes_on(before: Stored, newest: Stored) -> bool:
-        """Whether the bucket is still the one that was read before, as far as that can be told. Where it is not, what was drawn
-        in the other one counts for a while: less is given out, never more.
-        """  # fmt: skip
+        """Whether this seems to be the same bucket as before. If not, what was drawn in the old one counts for a while: less is
+        given out, never more.
+        """
         if before.sequence == newest.sequence:
             return before == newest
         return before.sequence < newest.sequence
@@ -142,21 +143,22 @@ class NatsBucket:
         return ack.seq
 
     def _check_connected(self) -> None:
-        """The client would keep a message back until it is connected again, long after its caller gave up."""
+        """The client would buffer a message until it reconnects, long after its caller gave up."""
         if not self._connection.connected:
             raise FabricUnavailable("not connected to NATS")
 
 
 def _writer(part: Stored) -> str:
-    """The name of the credential, which the subject says."""
+    """The name of the credential, from the subject."""
     return part.subject.split(".")[2]
 
 
 async def dump(connection: Connection, name: str) -> dict[str, Entry]:
-    """Everything in a bucket, by the whole key: with the credential's name in front, where parts are. Needs the provisioner's
+    """Every entry of a bucket, by whole key: with the credential's name in front if keys have parts. Needs the provisioner's
     rights. Raises FabricUnavailable.
 
-    Its keys are the leader's word: a watch may be with a replica that is behind, and tells of no keys then, and of no error.
+    The keys come from the stream's leader. A watch may ask a replica that is behind, and would then report no keys and no
+    error.
     """
     js, prefix = connection.jetstream, f"$KV.{name}."
     found: dict[str, Entry] = {}
@@ -164,7 +166,7 @@ async def dump(connection: Connection, name: str) -> dict[str, Entry]:
         try:
             info = await js.stream_info(f"KV_{name}", subjects_filter=f"{prefix}>")
         except nats.js.errors.NotFoundError as exc:
-            raise FabricUnavailable(f"there is no bucket {name}: `lacre up` or `lacre manifest publish` makes it") from exc
+            raise FabricUnavailable(f"no bucket {name}: create it with `lacre up` or `lacre manifest publish`") from exc
         for subject in sorted(info.state.subjects or ()):
             with suppress(nats.js.errors.NotFoundError):
                 said = await connection.stored(f"KV_{name}", {"last_by_subj": subject})

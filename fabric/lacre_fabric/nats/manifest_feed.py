@@ -1,4 +1,6 @@
-"""Keeps a process's manifest current: read from the fabric, verified against the pinned root, never an older one."""
+"""Keeps a process's manifest current: reads it from the fabric, verifies it against the pinned root, and never takes an older
+one.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,21 @@ from lacre.trust.chain import Trusted
 from lacre.trust.manifest import Manifest
 from lacre.trust.manifest_store import Memory, VersionFile, VersionMemory, accept
 
-POLL: Final = 2.0  # seconds; a rotation is live in gateways and workers this soon
-CATCH_UP: Final = 0.5  # seconds between looks that requests ask for: key ids that nobody has must not load the fabric
+POLL: Final = 2.0  # seconds; gateways and workers see a rotation this soon
+CATCH_UP: Final = 0.5  # seconds between reads that requests trigger: unknown key ids must not load the fabric
 
 log = structlog.get_logger("lacre.trust.manifest")
 
 
 def memory_in(folder: Path | None) -> Memory:
-    """What remembers manifests in `folder`; without one, in this process alone."""
+    """The memory of accepted manifests, in `folder`; None: in this process only."""
     return VersionMemory() if folder is None else VersionFile(folder)
 
 
 class ManifestFeed:
-    """fetch: the served document, or None where none was published; root: the pinned root key. clock: seconds.
-    poll: seconds from one reading to the next.
-    """  # fmt: skip
+    """fetch: returns the served document; None if none was published. root: the pinned root key. clock: seconds. poll: seconds
+    between reads.
+    """
 
     def __init__(
         self,
@@ -46,11 +48,11 @@ class ManifestFeed:
         self._memory = VersionMemory() if memory is None else memory
         self._clock = clock
         self._interval = poll
-        self.failure: Exception | None = None  # why the last reading gave no manifest
+        self.failure: Exception | None = None  # why the last read gave no manifest
         self._trusted: Trusted | None = None
         self._polling: tasks.Background | None = None
         self._catching_up = asyncio.Lock()
-        self._refreshing = asyncio.Lock()  # what was read first must not be taken last
+        self._refreshing = asyncio.Lock()  # so that an older read never replaces a newer one
         self._caught_up = float("-inf")
 
     @property
@@ -59,29 +61,29 @@ class ManifestFeed:
 
     @property
     def known(self) -> bool:
-        """Whether a manifest was verified; it may have expired since."""
+        """Whether a manifest was verified. It may have expired since."""
         return self._trusted is not None
 
     @property
     def manifest(self) -> Manifest:
-        """The current manifest; UsageError while there is none (`ready` is False)."""
+        """The current manifest. Raises UsageError while there is none."""
         return self._current().manifest
 
     @property
     def document(self) -> bytes:
-        """What `GET /v1/manifest` serves."""
+        """The document that `GET /v1/manifest` serves."""
         return self._current().document
 
     async def refresh(self) -> None:
-        """Reads and verifies once. Raises what failed, and keeps what was there."""
+        """Reads and verifies once. On failure it raises and keeps the old manifest."""
         async with self._refreshing:
             document = await self._fetch()
             if document is not None and (self._trusted is None or document != self._trusted.document):
-                # In a thread: it verifies signatures, and waits for the file's lock.
+                # In a thread, because it verifies signatures and waits for the file's lock.
                 self._trusted = await asyncio.to_thread(accept, document, self._root, self._memory, self._clock())
 
     async def start(self) -> None:
-        """A first read (its failure is not fatal: the fabric may come up later), then one each `poll` seconds. Idempotent."""
+        """Reads once, then every `poll` seconds. A first failure is not fatal: the fabric may come up later. Idempotent."""
         await self._try()
         if self._polling is None:
             self._polling = tasks.start("manifest", self._poll)
@@ -92,7 +94,7 @@ class ManifestFeed:
             self._polling = None
 
     async def catch_up(self) -> None:
-        """Looks now, for a request that names what this manifest does not have."""
+        """Reads now, for a request that names something this manifest does not have."""
         async with self._catching_up:
             if time.monotonic() >= self._caught_up + CATCH_UP:
                 await self._try()
@@ -107,10 +109,10 @@ class ManifestFeed:
         try:
             await self.refresh()
         except LacreError as exc:
-            if type(exc) is not type(self.failure):  # once, not with every reading
+            if type(exc) is not type(self.failure):  # log once, not with every read
                 log.warning("manifest.not_taken", kind=type(exc).__name__)
             self.failure = exc
-        except Exception as exc:  # noqa: BLE001 - others wrote what is read: a failed look is a failed look
+        except Exception as exc:  # noqa: BLE001 - others wrote the data: any error is a failed read
             if type(exc) is not type(self.failure):
                 tasks.failed("manifest", exc)
             self.failure = exc
@@ -121,5 +123,5 @@ class ManifestFeed:
         if self._polling is not None:
             self._polling.check()
         if self._trusted is None:
-            raise UsageError("no manifest yet: `lacre manifest publish` puts one on the fabric")
+            raise UsageError("no manifest yet: publish one with `lacre manifest publish`")
         return self._trusted

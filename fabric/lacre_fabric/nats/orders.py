@@ -1,13 +1,15 @@
-"""What a gateway tells the worker of a request while it runs (stop; the reader took so much), and the proof that it does.
+"""A gateway's orders to the worker of an open request (cancel; renew credit), and their proof of origin.
 
 Rules:
-- Only the gateway that sent a request may cancel it or renew its credit. NATS does not hold that by itself: whoever may ask
-  JetStream anything may have the answer sent to any subject of its own account, also to the one on which a colleague hears.
-- So a request carries a key, which only its gateway and the worker that pulled it know. An order has an HMAC by that key, over
-  all that it says (SHA-256, RFC 2104). The key is derived from the gateway's password and the request's name: a gateway can
-  prove its orders about requests that it has forgotten, and about no other gateway's.
-- A colleague that hears an order may repeat it. That does no harm: a cancelled request stays so, and credit is a sum that only
-  grows.
+- Only the gateway that sent a request may cancel it or renew its credit. NATS does not enforce that. A worker that may use
+  JetStream can have an answer sent to any subject of its account. That includes the one on which another worker receives
+  orders.
+- So each request carries a key that only its gateway and the worker that pulled it know. An order carries an HMAC over its
+  whole content with that key (SHA-256, RFC 2104).
+- The key is derived from the gateway's password and the request's id. So a gateway can prove orders for requests that it has
+  forgotten, and for no other gateway's.
+- Another worker that sees an order may replay it. That is harmless: a cancelled request stays cancelled, and credit is a total
+  that only grows.
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ CANCEL: Final = b"cancel"
 
 
 class OrderKeys:
-    """A gateway's keys: one for each of its requests, none of which is kept.
+    """A gateway's order keys: one per request, derived when needed.
 
-    password: of the gateway's credential. With it, a gateway that was started again can end what its predecessor left running.
+    password: of the gateway's credential. With it, a restarted gateway can end requests that it left running.
     """
 
     def __init__(self, password: str | None = None) -> None:
         self._secret = os.urandom(32) if password is None else hmac.digest(password.encode(), b"lacre orders", hashlib.sha256)
 
     def of(self, pool: str, request_id: str) -> bytes:
-        """16 bytes. Neither a pool's name nor a request's has a dot in it."""
+        """16 bytes. Pool names and request ids contain no dots."""
         return _mac(self._secret, f"{pool}.{request_id}".encode())
 
 
@@ -43,12 +45,14 @@ def proof(key: bytes, order: bytes) -> str:
 
 
 def proven(key: bytes | None, order: bytes, given: str) -> bool:
-    """key: of the request; None where its gateway is of a version without them, and its orders have no proof."""
+    """Whether the proof is valid. key: the request's; None if its gateway is of an older version, whose orders have no
+    proof.
+    """
     return key is None or hmac.compare_digest(proof(key, order).encode(), given.encode("utf-8", "replace"))
 
 
 def parse_key(text: str | None) -> bytes | None:
-    """Raises ValueError for what is no key."""
+    """Raises ValueError for an invalid key."""
     if text is None:
         return None
     key = bytes.fromhex(text)

@@ -1,10 +1,11 @@
-"""One pool as a gateway process sees it over NATS: a connection of its own, who is there, and the requests under way.
+"""A gateway process's view of one pool over NATS: its own connection, the live workers and the open requests.
 
 Rules:
-- Everything that a pool's workers say comes over this connection: replies and presence. What they say too much of breaks this
-  connection, and no other pool's. Nothing else of the gateway's depends on it.
-- Messages of core NATS that came while it was broken are gone. Of a request that has begun, a gap tells. One that has not begun
-  is looked for in its queue: if it is not there any more, its answer is lost, and that is said at once.
+- The connection carries everything that the pool's workers send: replies and presence. If they flood it, only this connection
+  breaks, and nothing else of the gateway depends on it.
+- Core NATS messages are lost while the connection is down. For a request that has begun, a gap in its frames shows the loss.
+- A request that has not begun is looked up in its queue. If it is no longer there, its answer is lost, and the request fails at
+  once.
 """
 
 from __future__ import annotations
@@ -27,30 +28,30 @@ from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.gateway_stream import Inbound
 from lacre_fabric.work.presence import Presence, Roster
 
-KEEP: Final = frames.MAX_PAYLOAD + frames.MAX_BLOCK  # bytes of the longest message that a worker has to say
-RETRY: Final = 1.0  # seconds until a connection that could not be made is tried again
-# Seconds after which a request is lost that is not in its queue and has not begun: a worker that has it says so with a beat.
+KEEP: Final = frames.MAX_PAYLOAD + frames.MAX_BLOCK  # bytes of the longest message that a worker may send
+RETRY: Final = 1.0  # seconds until a failed connection is retried
+# Seconds. A request that is neither in its queue nor begun by then is lost: a worker that has it sends a beat.
 GRACE: Final = 1.5 * BEAT
-MAX_STRAY: Final = 256  # requests that nobody waits for, of which workers are told within `STRAY_EVERY`
-STRAY_EVERY: Final = 1.0  # seconds until a worker is told again that nobody waits: a beat comes as often
+MAX_STRAY: Final = 256  # unknown requests per `STRAY_EVERY` whose workers are told to stop
+STRAY_EVERY: Final = 1.0  # seconds until a worker is told again; beats come as often
 
 log = structlog.get_logger("lacre.fabric")
 
 Open = Callable[[], Awaitable[Connection]]
 Tell = Callable[[str, bytes], None]
-# Which of these sequences are not in the queue of this region any more. Raises FabricError.
+# Which of these sequences are no longer in this region's queue. Raises FabricError.
 Gone = Callable[[str, list[int]], Awaitable[frozenset[int]]]
 
 
 class _Stray:
-    """The requests for which frames came and nobody waits: each is told to its worker once in a while, and not without end."""
+    """Unknown requests for which frames arrive. Their workers are told to stop, at a bounded rate."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
         self._since = 0.0
 
     def add(self, request: str) -> bool:
-        """Whether the worker is to be told now."""
+        """Whether to tell the worker now."""
         now = time.monotonic()
         if now >= self._since + STRAY_EVERY:
             self._told.clear()
@@ -63,7 +64,7 @@ class _Stray:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A sign of presence that can be read."""
+    """A valid presence message."""
 
     pool: str
     region: str
@@ -72,9 +73,9 @@ class Heard:
 
 
 def read_presence(subject: str, block: bytes, payload: bytes) -> Heard | None:
-    """None for what is no worker's sign of presence.
+    """None if it is not a worker's presence message.
 
-    block: headers. A worker writes none: with some, it is an entry of a bucket, which another node had JetStream send there.
+    block: headers. Workers send none. With headers, it is a bucket entry that another node made JetStream send there.
     """
     if block:
         return None
@@ -86,23 +87,23 @@ def read_presence(subject: str, block: bytes, payload: bytes) -> Heard | None:
 
 @dataclass(slots=True)
 class Waiting:
-    """A request under way. region: None until it was published. sequence: its message's in the queue; None if no ack came."""
+    """An open request. region: None until it is published. sequence: of its message in the queue; None if no ack came."""
 
     inbound: Inbound
-    connections: int  # of its pool, when it began
+    connections: int  # how often the pool had connected when it began
     region: str | None = None
     sequence: int | None = None
 
 
 class PoolSide:
-    """open_connection: makes the pool's connection. tell: says a word to a worker. gone: looks into the queues."""
+    """open_connection: opens the pool's connection. tell: sends an order to a worker. gone: looks into the queues."""
 
     def __init__(self, pool: str, gateway_id: str, open_connection: Open, tell: Tell, gone: Gone) -> None:
         self.pool = pool
         self.roster = Roster()
         self.waiting: dict[str, Waiting] = {}  # by request
         self.presence_came = asyncio.Event()
-        self.settled_at = 0.0  # on the monotonic clock: from then on, silence means that nobody is there
+        self.settled_at = 0.0  # on the monotonic clock; silence after this time means that there is no worker
         self._gateway_id = gateway_id
         self._open, self._tell, self._gone = open_connection, tell, gone
         self._stray = _Stray()
@@ -118,7 +119,7 @@ class PoolSide:
 
     @property
     def tried(self) -> bool:
-        """Whether there is a connection, or was one, or should be one."""
+        """Whether there is or was a connection, or a failed attempt at one."""
         return self._connection is not None or self._failed is not None
 
     @property
@@ -126,7 +127,7 @@ class PoolSide:
         return self._connection is not None and self._connection.connected
 
     async def connect(self) -> None:
-        """Makes the connection if there is none. Raises FabricUnavailable where there is none now."""
+        """Opens the connection if there is none. Raises FabricUnavailable if that fails."""
         if self.connected:
             return
         async with self._opening:
@@ -136,10 +137,10 @@ class PoolSide:
             if self._connection is None:
                 await self._try()
         if not self.connected:
-            raise FabricUnavailable(f"the connection for the answers of pool {self.pool} is away")
+            raise FabricUnavailable(f"the connection for the answers of pool {self.pool} is down")
 
     def connect_soon(self) -> None:
-        """For a pool that was heard of. What fails is tried again with the next sign of presence."""
+        """Connects in the background to a newly discovered pool. The next presence message retries a failure."""
         gone = self._connection is None or self._connection.lost
         if gone and not self._closed and not self._opening.locked() and time.monotonic() >= self._not_before:
             self._soon = tasks.detach("connection of a pool", self.connect())
@@ -163,7 +164,7 @@ class PoolSide:
         connection = await self._open()
         try:
             async with connection.mapped(confirmed=True):
-                # What waits to be read is bounded by `Inbound`, for each request by its credit: that request alone ends.
+                # `Inbound` bounds the unread bytes by each request's credit, so an overflow ends only that request.
                 await connection.client.subscribe_directly(subjects.replies(self._gateway_id, self.pool), self._on_reply)
                 await connection.client.subscribe_directly(subjects.presence(self.pool, "*", "*"), self._on_presence)
         except BaseException:
@@ -178,10 +179,10 @@ class PoolSide:
         if self._connection is not None:
             await self._connection.close()
 
-    # What workers say
+    # Messages from workers
 
     def hear(self, region: str, node: str, said: Presence) -> bool:
-        """A sign of presence. Whether it was of any use."""
+        """Records presence. Returns whether it was of use."""
         heard = self.roster.hear(region, node, said)
         self.presence_came.set()
         return heard
@@ -195,11 +196,11 @@ class PoolSide:
             _, request_id = subjects.parse_reply(subject)
             frame = Frame.read(block, payload)
         except InvalidMessage:
-            return False  # what is no frame says nothing about an attempt; where it stood in for one, a gap tells
+            return False  # an invalid frame proves nothing about an attempt; if it replaced a valid one, a gap shows it
         waiting = self.waiting.get(request_id)
         if waiting is None:
             if frame.kind in (FrameKind.DATA, FrameKind.BEAT) and self._stray.add(request_id):
-                self._tell(subjects.cancel(self.pool, request_id), b"")  # it runs for nobody
+                self._tell(subjects.cancel(self.pool, request_id), b"")  # it runs for no caller
             return False
         inbound = waiting.inbound
         taken = inbound.put(frame)
@@ -214,18 +215,18 @@ class PoolSide:
         return waiting
 
     def placed(self, waiting: Waiting, region: str, sequence: int | None) -> None:
-        """It was published."""
+        """Records where the request was published."""
         waiting.region, waiting.sequence = region, sequence
         if waiting.connections != self._connections:
             self.look_soon()
 
     def look_soon(self) -> None:
-        """Looks for what has not begun: an answer to it may have been lost."""
+        """Looks up the requests that have not begun: their answers may have been lost."""
         if self.waiting:
             tasks.detach("look for what has not begun", self._look())
 
     def _returned(self) -> None:
-        """With each connection: whoever is there has a while to be heard."""
+        """Runs after each connection: workers get `SETTLE` seconds to announce themselves."""
         self._connections += 1
         self.settled_at = time.monotonic() + SETTLE
         if self._connections > 1:
@@ -234,7 +235,7 @@ class PoolSide:
 
     async def _look(self) -> None:
         unbegun = [one for one in self.waiting.values() if one.region is not None and not one.inbound.started.is_set()]
-        lost = [one for one in unbegun if one.sequence is None]  # whether it was ever there cannot be told
+        lost = [one for one in unbegun if one.sequence is None]  # no ack came, so it may never have been there
         for region in {one.region for one in unbegun if one.region is not None}:
             here = {one.sequence: one for one in unbegun if one.region == region and one.sequence is not None}
             try:
@@ -245,4 +246,4 @@ class PoolSide:
             await asyncio.sleep(GRACE)
         for one in lost:
             if not one.inbound.started.is_set():
-                one.inbound.fail(WorkerLost("the connection to NATS broke, and what became of the request is not known"))
+                one.inbound.fail(WorkerLost("the connection to NATS broke, and the state of the request is unknown"))

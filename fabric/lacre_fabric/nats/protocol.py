@@ -1,11 +1,11 @@
-"""What a NATS server sends to a client, taken apart: bytes in, events out. No I/O and no clock.
+"""Parses the bytes that a NATS server sends to a client into events. No I/O and no clock.
 
 Rules:
-- A peer chooses a message's subject, its reply subject, its headers and its payload, so nothing of these is trusted here. The
-  server puts one space between the words of a control line and lets no space or tab into a subject: lines are split at spaces
-  and at nothing else. To split at any white space would let a subject with a form feed name another subscription.
-- A length is checked before a buffer for it exists. A message longer than `keep` is dropped as it arrives.
-- A message that cannot be used is the caller's to drop. Only a server that breaks the protocol itself raises `BrokenProtocol`.
+- A peer chooses a message's subject, reply subject, headers and payload, so none of them is trusted. The server puts one space
+  between the words of a control line and allows no space or tab in a subject. So lines are split at spaces only: otherwise a
+  subject with a form feed could name another subscription.
+- A length is checked before its buffer is allocated. A message longer than `keep` is dropped as it arrives.
+- The caller drops unusable messages. Only a server that breaks the protocol itself raises `BrokenProtocol`.
 
 Source: https://docs.nats.io/reference/reference-protocols/nats-protocol, and ADR-4 for headers.
 """
@@ -18,17 +18,17 @@ from typing import Final, NamedTuple
 
 from lacre.errors import InvalidMessage, ProtocolError
 
-MAX_LINE: Final = 64 * 1024  # bytes of a control line: INFO names every server of a cluster; other lines have 4 KiB
-MAX_SIZE: Final = 64 * 2**20  # bytes of a message that any nats-server can be told to take
-MAX_HEADERS: Final = 64 * 1024  # bytes of a message's headers: a grant has some 600 bytes, JetStream's own have less
+MAX_LINE: Final = 64 * 1024  # bytes of a control line: INFO names every server of a cluster; other lines have at most 4 KiB
+MAX_SIZE: Final = 64 * 2**20  # bytes of the largest message that a nats-server can be configured to accept
+MAX_HEADERS: Final = 64 * 1024  # bytes of a message's headers: a grant takes about 600, JetStream's own less
 MAX_FIELDS: Final = 64  # of one message: ours have 5, and JetStream adds as many
 STATUS: Final = "Status"
 DESCRIPTION: Final = "Description"
 
 _CRLF: Final = b"\r\n"
 _VERSION: Final = b"NATS/1.0"
-# The subject, the subscription, perhaps a reply subject, the size of the headers, and of it all; a number fits 64 bits.
-# The server's own advisories carry an empty reply subject: two spaces stand side by side there.
+# Groups: subject, subscription, optional reply subject, size of the headers, total size. A number fits into 64 bits. The
+# server's own advisories have an empty reply subject, so two spaces follow each other.
 _HMSG: Final = re.compile(rb"HMSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]*) )?([0-9]{1,18}) ([0-9]{1,18})\r\n")
 _MSG: Final = re.compile(rb"MSG ([^ \n]+) ([0-9]{1,18}) (?:([^ \n]*) )?()([0-9]{1,18})\r\n")
 _FIELD_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")  # RFC 9110 section 5.6.2
@@ -36,7 +36,7 @@ _STATUS_LINE: Final = re.compile(rb"NATS/1\.0 ([0-9]{3})(?: ([ -~]{0,255}))?")
 
 
 class BrokenProtocol(ProtocolError):
-    """The server said what the protocol does not have: where the next message begins is not known any more."""
+    """The server broke the protocol, so the start of the next message is unknown."""
 
 
 class NatsMessage(NamedTuple):
@@ -50,14 +50,14 @@ class NatsMessage(NamedTuple):
 
 
 class Oversized(NamedTuple):
-    """A message that was longer than what is kept. size: its bytes."""
+    """A message longer than `keep`. size: its bytes."""
 
     sid: int
     size: int
 
 
 class Control(NamedTuple):
-    """Any other line. name: PING, PONG, +OK, -ERR or INFO. text: what follows it."""
+    """Any other line. name: PING, PONG, +OK, -ERR or INFO. text: the rest."""
 
     name: bytes
     text: bytes
@@ -75,20 +75,20 @@ class _Head(NamedTuple):
 
 
 class ProtocolReader:
-    """keep: bytes of the longest message, headers and all, that is handed over whole."""
+    """keep: bytes of the longest message, with headers, that is returned whole."""
 
     def __init__(self, keep: int = MAX_SIZE) -> None:
         self._keep = keep
         self.reset()
 
     def reset(self) -> None:
-        """For a new connection."""
+        """Starts over for a new connection."""
         self._buffer = bytearray()
         self._head: _Head | None = None
         self._skip = 0
 
     def feed(self, data: bytes) -> Iterator[Event]:
-        """Everything that is whole by now. Raises BrokenProtocol."""
+        """Yields every complete event. Raises BrokenProtocol."""
         self._buffer += data
         while (event := self._next()) is not None:
             yield event
@@ -99,7 +99,7 @@ class ProtocolReader:
         return self._line() if self._head is None else self._body(self._head)
 
     def _dropped(self) -> bool:
-        """Whether all of a message that was too long has gone by."""
+        """Whether all of an oversized message has passed."""
         size = min(self._skip, len(self._buffer))
         del self._buffer[:size]
         self._skip -= size
@@ -108,7 +108,7 @@ class ProtocolReader:
     def _line(self) -> Event | None:
         match = _HMSG.match(self._buffer) or _MSG.match(self._buffer)
         if match is not None:  # nearly every line is one of these two
-            # All of it is read before the buffer changes, which the match still looks into.
+            # Read all groups before the buffer changes: the match refers to it.
             subject, number, reply, header_size, whole = match.groups(b"")
             sid, headers, size = int(number), int(header_size or 0), int(whole)
             del self._buffer[: match.end()]
@@ -121,12 +121,12 @@ class ProtocolReader:
         end = self._buffer.find(_CRLF, 0, MAX_LINE)
         if end < 0:
             if len(self._buffer) >= MAX_LINE:
-                raise BrokenProtocol("the message server sent a line without an end")
+                raise BrokenProtocol("the message server sent a line that is too long")
             return None
         name, _, text = bytes(self._buffer[:end]).partition(b" ")
         del self._buffer[: end + len(_CRLF)]
         if name not in (b"PING", b"PONG", b"+OK", b"-ERR", b"INFO"):
-            raise BrokenProtocol("the message server sent a line that NATS does not have")
+            raise BrokenProtocol("the message server sent a line that is not part of the NATS protocol")
         return Control(name, text)
 
     def _body(self, head: _Head) -> NatsMessage | None:
@@ -136,7 +136,7 @@ class ProtocolReader:
             self._head = head
             return None
         if not buffer.startswith(_CRLF, size):
-            raise BrokenProtocol("the message server sent a message of another length than it said")
+            raise BrokenProtocol("the message server sent a message whose length differs from the announced one")
         message = NatsMessage(sid, subject, reply, bytes(buffer[:headers]), bytes(buffer[headers:size]))
         del buffer[: size + len(_CRLF)]
         self._head = None
@@ -144,10 +144,10 @@ class ProtocolReader:
 
 
 def fields(block: bytes, *, status: bool) -> dict[str, str]:
-    """A message's headers by name, the last of a name; a field that is no field of HTTP's form is left out.
+    """A message's headers by name; the last one wins. A field that is not in HTTP's form is omitted.
 
-    status: whether the server's own word may stand in the first line. It is the server's alone in a message without a reply
-    subject to an inbox; whoever publishes can write the same line, and a field of the same name. Raises InvalidMessage.
+    status: whether the first line may be the server's status. That is certain only in a message to an inbox without a reply
+    subject: any publisher can write the same line, and a field of the same name. Raises InvalidMessage.
     """
     if len(block) > MAX_HEADERS:
         raise InvalidMessage(f"a message with more than {MAX_HEADERS} bytes of headers")

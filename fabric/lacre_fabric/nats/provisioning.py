@@ -1,4 +1,4 @@
-"""What only the provisioner does: creates the streams, consumers and buckets of every pool, and publishes the manifest."""
+"""The provisioner's work: creates the streams, consumers and buckets of every pool, and publishes the manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lacre_fabric.nats.kv import dump
 from lacre_fabric.nats.streams import CLAIMS, BucketLimits
 from lacre_fabric.work.contract import ACK_WAIT, FabricUnavailable
 
-_INVALID_CONFIG: Final = 10052  # JSStreamInvalidConfigF: among others, an update that NATS does not do
+_INVALID_CONFIG: Final = 10052  # JSStreamInvalidConfigF, for example an update that NATS does not support
 
 
 async def provision(
@@ -26,10 +26,11 @@ async def provision(
     ack_wait: float = ACK_WAIT,
     claims: BucketLimits = CLAIMS,
 ) -> None:
-    """Creates what is missing and mends what differs, the number of replicas and the home too; safe to repeat. pools: each with
-    its models. regions: the home first. claims: the bounds of each pool's claims.
+    """Creates what is missing and corrects what differs, including replicas and the home region. Safe to repeat.
 
-    Queues are in memory: where NATS lost them, gateways and workers go on once this has run again. Raises FabricUnavailable.
+    pools: each with its models. regions: the home first. claims: the bounds of each pool's claims.
+
+    Queues are in memory. If NATS lost them, gateways and workers continue after this has run again. Raises FabricUnavailable.
     """
     async with connection.mapped():
         for config in streams.streams(tuple(pools), replicas, regions, claims):
@@ -45,7 +46,7 @@ async def provision(
 
 
 async def publish_manifest(connection: Connection, document: bytes) -> None:
-    """Puts the signed document where gateways and workers read it. Raises FabricUnavailable."""
+    """Publishes the signed document to gateways and workers. Raises FabricUnavailable."""
     async with connection.mapped():
         bucket = await connection.jetstream.key_value(subjects.TRUST_BUCKET)
         await bucket.put(subjects.MANIFEST_KEY, document)
@@ -64,14 +65,14 @@ async def _stream(connection: Connection, config: StreamConfig) -> None:
 
 
 async def _remake(connection: Connection, config: StreamConfig) -> None:
-    """Makes a bucket anew that older versions made with times to live, which no update takes away, and puts back what was in
-    it. Who writes at the same moment is told that the write did not happen, or may not have.
+    """Recreates a bucket of an older version with its content: no update can remove its times to live. A concurrent writer gets
+    an error: its write failed or may have.
 
-    Claims are not put back: for as long as they count, the queue's own duplicate window refuses the same request.
+    Claims are not restored: while they matter, the queue's own duplicate window refuses the same request.
     """
     js, name = connection.jetstream, config.name or ""
     if not (await js.stream_info(name)).config.allow_msg_ttl:
-        raise FabricUnavailable(f"NATS takes no update of {name}: delete the stream, and provision again")
+        raise FabricUnavailable(f"NATS cannot update {name}: delete the stream, then provision again")
     kept = {} if config.discard_new_per_subject else await dump(connection, name.removeprefix("KV_"))
     await js.delete_stream(name)
     await js.add_stream(config)

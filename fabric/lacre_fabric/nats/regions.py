@@ -1,9 +1,9 @@
-"""In which region a request waits for a worker: in its gateway's own, unless one of another can begin sooner.
+"""Chooses the region in which a request waits: the gateway's own, unless another region's worker can start sooner.
 
 Rules:
-- What is known is what workers say of themselves once a second, and what this gateway has sent since.
-- A request that may be in one region's queue is not put into another's: only the server's word that it stored nothing lets it
-  go on to the next.
+- The choice uses the workers' presence, sent once a second, and this gateway's own requests since then.
+- A request that may be in one region's queue goes into no other. Only if the server confirms that it stored nothing does the
+  gateway try the next region.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from lacre_fabric.work.contract import BEAT
 
 
 def in_order(own: str, free: Mapping[str, int]) -> list[str]:
-    """The regions to try, the best first: the own one if it has a free slot, those with the most, and of busy ones the own.
+    """The regions to try, best first: the own region if it has a free slot, then those with most free slots, then the own among
+    busy ones.
 
-    free: of each region where live workers serve the model, their free slots, less what was sent there just now.
+    free: free slots of the workers that serve the model, by region, minus this gateway's recent requests.
     """
 
     def rank(region: str) -> tuple[bool, bool, int, str]:
@@ -26,16 +27,16 @@ def in_order(own: str, free: Mapping[str, int]) -> list[str]:
 
 
 class Sent:
-    """How much this gateway sent to a pool in a region that its workers have had no time to tell of yet."""
+    """Requests of this gateway that the workers' presence does not show yet, by pool and region."""
 
     def __init__(self) -> None:
-        self._at: dict[tuple[str, str], dict[str, float]] = {}  # of each pool and region, when, by request; the oldest first
+        self._at: dict[tuple[str, str], dict[str, float]] = {}  # send times by request, oldest first
 
     def add(self, pool: str, region: str, request: str, now: float) -> None:
         self._at.setdefault((pool, region), {})[request] = now
 
     def forget(self, pool: str, region: str, request: str) -> None:
-        """It is over: its slot is free again, or is told of with the next presence."""
+        """The request is over: its slot is free, or the next presence shows it."""
         self._at.get((pool, region), {}).pop(request, None)
 
     def count(self, pool: str, region: str, now: float) -> int:

@@ -1,12 +1,12 @@
-"""The bucket of revocations: every gateway looks into it, several times a second.
+"""The bucket of revocations. Every gateway reads it several times a second.
 
 Rules:
-- Entries are only ever added: a gateway's credential can neither change nor remove one, nor its own. An entry goes by itself,
-  when the last token that it is about has expired.
-- The subject of an entry names the credential that wrote it, and each has a share of the bucket. A stolen credential that
-  fills its share takes nothing of the others'. The provisioner's share is the reserve, for when a gateway's is full.
-- A reader goes by the sequence of the stream, and looks again at the last entry that it has seen. Where that is another one,
-  or none, the bucket may not be what it was: it is read from its beginning.
+- Entries are only added. A gateway's credential can neither change nor remove any, not even its own. An entry expires when the
+  last token that it covers has expired.
+- An entry's subject names the credential that wrote it. Each credential has a share of the bucket, so a stolen one cannot use
+  up the others'. The provisioner's share is the reserve, for when a gateway's is full.
+- A reader continues from the last sequence that it read, after checking that this entry is unchanged. If it differs or is
+  missing, the bucket may have been replaced: the reader starts from the beginning.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from lacre_fabric.work.contract import FabricUnavailable
 from lacre_fabric.work.revocations import Revocation
 
 SHARE: Final = 10_000  # revocations of one credential at a time
-MAX_REVOCATIONS: Final = 20 * SHARE  # in the bucket: some 70 MB of it, and as much in each gateway
-_LARGEST: Final = 1024  # bytes of one, with its headers
-MAX_BYTES: Final = 256 * 2**20  # of the bucket: more than `MAX_REVOCATIONS` of the largest, with what NATS adds to each
-_WALKS: Final = 16  # reads under way at once: each entry takes a round trip
+MAX_REVOCATIONS: Final = 20 * SHARE  # in the bucket: about 70 MB there and in each gateway
+_LARGEST: Final = 1024  # bytes of one entry, with its headers
+MAX_BYTES: Final = 256 * 2**20  # of the bucket: more than `MAX_REVOCATIONS` of the largest entries with NATS's overhead
+_WALKS: Final = 16  # concurrent reads: each entry takes a round trip
 _EVERY: Final = subjects.revocation("*")
 _NO_BUCKET: Final = "NATS has no bucket of revocations: run `lacre up`, or `lacre manifest publish`"
 _NO_STREAM: Final = 10059  # JSStreamNotFoundErr
-_STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the bucket's bounds, with `discard: new`
-_BUSY_LIMIT: Final = 10.0  # seconds to try again for: a flood by one connection is cut off sooner
+_STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the bucket is full, with `discard: new`
+_BUSY_LIMIT: Final = 10.0  # seconds to retry: a flood by one connection is cut off sooner
 _BUSY_PAUSE: Final = 0.1  # seconds between tries
 _FULL: Final = (
-    "{name} has no room for more: a credential may have {share} revocations. Run `lacre revoke --state DIR` where the state "
+    "{name} has used its share of {share} revocations. Run `lacre revoke --state DIR` where the state "
     "folder is: it has a share of its own. If you made fewer, replace the credential, which may be stolen (docs/nats.md)"
 )
 
@@ -48,11 +48,11 @@ log = structlog.get_logger("lacre.revocations")
 
 
 class RevocationsFull(FabricUnavailable):
-    """The credential's share of the bucket is used up."""
+    """The credential's share of the bucket is full."""
 
 
 def bucket(replicas: int) -> StreamConfig:
-    """The bucket, as a stream: it keeps every entry, on disk, until the entry's own time is over."""
+    """The bucket as a stream. It keeps every entry on disk until the entry expires."""
     return StreamConfig(
         name=subjects.REVOCATIONS_STREAM,
         subjects=[subjects.revocation("*")],
@@ -61,7 +61,7 @@ def bucket(replicas: int) -> StreamConfig:
         max_msg_size=_LARGEST,
         max_msgs_per_subject=SHARE,
         discard_new_per_subject=True,
-        discard=DiscardPolicy.NEW,  # when full it says so, and forgets nothing
+        discard=DiscardPolicy.NEW,  # when full it refuses, and deletes nothing
         storage=StorageType.FILE,
         num_replicas=replicas,
         allow_msg_ttl=True,
@@ -71,9 +71,10 @@ def bucket(replicas: int) -> StreamConfig:
 
 
 async def revoke(connection: Connection, revocation: Revocation) -> None:
-    """When this returns it is on disk, and every gateway has it with its next look. It counts for the connection's credential.
+    """Adds a revocation under the connection's credential. When this returns it is on disk, and gateways see it at their next
+    read.
 
-    Tries again while NATS has too much to write. Raises RevocationsFull or FabricUnavailable.
+    Retries while NATS has too many writes waiting. Raises RevocationsFull or FabricUnavailable.
     """
     deadline = time.monotonic() + _BUSY_LIMIT
     while not await _put(connection, revocation, last=time.monotonic() >= deadline):
@@ -81,7 +82,7 @@ async def revoke(connection: Connection, revocation: Revocation) -> None:
 
 
 async def _put(connection: Connection, revocation: Revocation, *, last: bool) -> bool:
-    """False where NATS had too much to write to take it. last: raise then, too."""
+    """False if NATS was too busy to take it. last: raise in that case too."""
     name = connection.credential.name
     subject, lives = subjects.revocation(name), math.ceil(revocation.until - time.time())
     async with connection.mapped():
@@ -107,7 +108,7 @@ class RevocationReader:
         self._last: Stored | None = None
 
     async def read(self) -> list[Revocation]:
-        """Those that were not read before; some may come again. Raises FabricUnavailable."""
+        """Entries that were not read before; some may repeat. Raises FabricUnavailable."""
         async with self._connection.mapped():
             newest = await self._get(last_by_subj=_EVERY)
             if newest is None or newest == self._last:
@@ -124,7 +125,7 @@ class RevocationReader:
         return [revocation for _, revocation in read if revocation is not None]
 
     async def _between(self, since: int, until: int) -> list[Stored]:
-        """What stands after `since` up to `until`, in order: asked for at several places at once."""
+        """The entries after `since` up to `until`, in order. Reads several ranges at once."""
         first = await self._get(seq=since + 1, next_by_subj=_EVERY)
         if first is None:
             return []
@@ -141,8 +142,10 @@ class RevocationReader:
         return found
 
     async def _get(self, **asked: int | str) -> Stored | None:
-        """By JetStream's own API, which answers in JSON. What a direct get answers is the entry itself, headers and all, and
-        who asks can have it sent to another gateway, as if a worker had.
+        """Reads through JetStream's own API, which answers in JSON.
+
+        A direct get returns the entry itself, headers included. A caller could have it sent to another gateway as if a worker
+        had sent it.
         """
         try:
             return await self._connection.stored(subjects.REVOCATIONS_STREAM, asked)
@@ -153,7 +156,7 @@ class RevocationReader:
 
 
 def _revocation(entry: Stored) -> Revocation | None:
-    """None for what is no revocation."""
+    """None if it is not a valid revocation."""
     try:
         return Revocation.parse(entry.value, _writer(entry))
     except InvalidMessage:

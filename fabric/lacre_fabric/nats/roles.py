@@ -1,18 +1,18 @@
-"""Who may do what on the fabric: each role's credential and the permissions that nats-server enforces (DESIGN section 7).
+"""The fabric's roles: each role's credential, and the permissions that nats-server enforces for it.
 
 Rules:
-- Every process has a credential of its own, with an inbox of its own: with the usual `_INBOX.>` a worker of one pool could
-  read what is delivered to another.
-- Only the provisioner creates streams, consumers and buckets, or writes the manifest.
-- Revocations are the gateways' own: each adds them in its own name, reads all, and can change or remove none.
-- Of the budgets a gateway reads all, and writes its own part: what its leases hold.
-- The inspector asks the servers three questions about themselves, and nothing else of anybody. It asks from an account of its
-  own: in the servers' own account an answer could be sent to a subject that servers obey.
-- The warden asks the servers who sends how much, and has them end a connection. Only the site's operator holds it: whoever
-  has it can end every connection. It has an account of its own, too.
-- A worker asks JetStream's shared API nothing: its queue of questions is one for all pools, and drops them all when it is full.
-- A gateway reads its own replies only. A worker touches its own pool only, and of its queues that of its own region.
-- Permissions alone do not hold this (see `accounts`): each role also stands in an account that has no more than it needs.
+- Every process has its own credential and its own inbox. With the usual `_INBOX.>` a worker of one pool could read answers to
+  another.
+- Only the provisioner creates streams, consumers and buckets, and writes the manifest.
+- Only gateways use revocations: each adds them in its own name and reads all. It can change or remove none.
+- A gateway reads all budgets, and writes only its own part: what its leases hold.
+- The inspector asks the servers three questions about themselves and nothing else. It has its own account: in the system
+  account, an answer could be sent to a subject that servers obey.
+- The warden asks the servers how much each client sends, and makes them close connections. Only the site's operator holds it,
+  because it can close any connection. It also has its own account.
+- A worker asks JetStream's shared API nothing: all pools share its queue of questions, which drops them all when full.
+- A gateway reads only its own replies. A worker uses only its own pool, and only the queue of its own region.
+- Permissions alone do not enforce this (see `accounts`): each role also has an account with no more than it needs.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from lacre.jose.claims import Members
 from lacre_fabric.keys.secret_files import read_secret, write_secret
 from lacre_fabric.nats import subjects
 
-FABRIC: Final = "FABRIC"  # the accounts: the streams, the buckets and the provisioner are in this one
+FABRIC: Final = "FABRIC"  # the account of the streams, the buckets and the provisioner
 READ_MANIFEST: Final = (
     f"{subjects.API}.DIRECT.GET.KV_{subjects.TRUST_BUCKET}.$KV.{subjects.TRUST_BUCKET}.{subjects.MANIFEST_KEY}"
 )
-REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # what gateways ask about them
-# What gateways read and write of the budgets that they share.
+REVOCATIONS: Final = (subjects.revocation("*"), subjects.READ_REVOCATIONS)  # gateways' questions about them
+# The subjects that gateways read and write for the shared budgets.
 BUDGETS: Final = (f"$KV.{subjects.BUDGETS_BUCKET}.>", subjects.READ_BUDGETS)
-SYSTEM: Final = "$SYS"  # nats-server's own: what servers say of themselves
+SYSTEM: Final = "$SYS"  # nats-server's system account: servers report about themselves here
 INSPECTION: Final = "INSPECTION"
 INSPECT: Final = tuple(f"$SYS.REQ.SERVER.PING.{what}" for what in ("VARZ", "JSZ", "CONNZ"))
 CONNECTIONS: Final = INSPECT[2]
 WARDEN: Final = "WARDEN"
 KICK: Final = subjects.kick("*")
-GUARD: Final = (CONNECTIONS, KICK)  # what the warden asks of servers
-MAX_PROCESSES: Final = 16  # of one gateway; past it, give another gateway a credential of its own
-MAX_SLOTS: Final = 500  # requests at a time of one worker, whose connection has two subscriptions for each
+GUARD: Final = (CONNECTIONS, KICK)  # the warden's questions and orders to servers
+MAX_PROCESSES: Final = 16  # of one gateway; beyond it, give another gateway its own credential
+MAX_SLOTS: Final = 500  # parallel requests of one worker, whose connection has two subscriptions for each
 MAX_DELIVERIES: Final = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>"
-TOLD_TO_WORKERS: Final = ("cancel", "credit")  # by gateways, each as `KIND.POOL.REQUEST`
+TOLD_TO_WORKERS: Final = ("cancel", "credit")  # orders from gateways, as `KIND.POOL.REQUEST`
 TOLD_BY_WORKERS: Final = ("reply", "presence")  # `reply.POOL.GATEWAY.REQUEST`, `presence.POOL.REGION.NODE`
 
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A name and a password for nats-server, in a 0600 file. `name` is the role too: what stands in inbox subjects."""
+    """A name and a password for nats-server, in a 0600 file. `name` is also the role, which inbox subjects contain."""
 
     name: str
     password: str = field(repr=False)
@@ -82,7 +82,7 @@ class Credential:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A credential, its account, the pools and regions it is for, and the subjects it may publish and subscribe to."""
+    """A credential, its account, its pools and regions, and the subjects it may publish and subscribe to."""
 
     credential: Credential
     account: str
@@ -105,19 +105,19 @@ def provisioner(credential: Credential) -> Role:
 
 
 def inspector(credential: Credential) -> Role:
-    """Asks servers how they are configured, and how they are: for `lacre fabric check`."""
+    """Asks servers about their configuration and state, for `lacre fabric check`."""
     return Role(credential, INSPECTION, (), (), INSPECT, (_own_inbox(credential),))
 
 
 def warden(credential: Credential) -> Role:
-    """Asks servers who sends how much, and has them end a connection that floods: for `lacre up` and `keys tend --stay`."""
+    """Finds and closes connections that flood, for `lacre up` and `keys tend --stay`."""
     return Role(credential, WARDEN, (), (), GUARD, (_own_inbox(credential),))
 
 
 def gateway(
     credential: Credential, gateway_id: str, pools: Sequence[str], regions: Sequence[str] = subjects.ONE_REGION
 ) -> Role:
-    """pools, regions: those it sends work to. Each process has replies of its own: of two, each would get and cancel the
+    """pools, regions: where it sends work. Each process has its own replies; sharing them, two would receive and cancel each
     other's.
     """
     subjects.check_gateway(gateway_id)
@@ -143,8 +143,8 @@ def gateway(
 
 
 def worker(credential: Credential, pool: str, node: str | None, region: str = subjects.DEFAULT_REGION) -> Role:
-    """node: None for a credential that all of a pool's workers share, as replicas of one deployment do. They have the same
-    keys and read the same queue; such a credential can also say that another node of the pool is there, or is not.
+    """node: None for a credential that all of a pool's workers share, like replicas of one deployment. They have the same keys
+    and read the same queue. Such a credential can also forge the presence of another node of the pool.
     """
     presence = subjects.presence(pool, region, "*" if node is None else subjects.check_name("node", node))
     return Role(
@@ -158,13 +158,13 @@ def worker(credential: Credential, pool: str, node: str | None, region: str = su
 
 
 def gateway_services(pool: str, region: str) -> tuple[str, ...]:
-    """What a gateway asks of JetStream about one pool in one region: to queue work, to withdraw it, and how much there is."""
+    """A gateway's JetStream requests about one pool in one region: queue work, withdraw it, count it."""
     stream = _queue(pool, region)
     return f"work.{pool}.{region}.*", f"{subjects.API}.STREAM.MSG.DELETE.{stream}", f"{subjects.API}.STREAM.INFO.{stream}"
 
 
 def worker_services(pool: str, region: str) -> tuple[str, ...]:
-    """What a worker asks of JetStream: to pull and to ack of its pool's queue in its region, to make and read its claims."""
+    """A worker's JetStream requests: pull and ack from its pool's queue in its region, write and read claims."""
     stream, claims = _queue(pool, region), subjects.claims_bucket(pool)
     return (
         f"{subjects.API}.CONSUMER.MSG.NEXT.{stream}.*",

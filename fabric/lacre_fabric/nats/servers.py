@@ -1,9 +1,9 @@
-"""Where the message servers are, and by what a client knows that it is them it speaks to.
+"""The NATS servers' addresses, and how a client verifies the servers.
 
 Rules:
-- Addresses begin with `tls://`, or none of them does: a client that goes on elsewhere must not go on in the clear.
-- The certificate of a server is verified always: by the CA of the settings, else by those of the system, and for the name or
-  the address by which it was called. There is no switch to leave that out.
+- All addresses begin with `tls://`, or none does: a client that switches servers must not fall back to plain text.
+- A server's certificate is always verified: by the CA of the settings or else the system's, and for the name or address in its
+  URL. No setting disables this.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ _OTHER_HOST: Final = frozenset({62, 64})  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V
 
 
 class NoTls(nats.errors.Error):
-    """A server that was called by `tls://` says that it wants none."""
+    """A server was called with `tls://` and says that it does not use TLS."""
 
 
 class HungUp(nats.errors.Error):
-    """A server ended the connection in place of an answer to the credential."""
+    """A server closed the connection instead of answering the credential."""
 
     def __str__(self) -> str:
-        return "it hung up: see its log, and whether it asks for a certificate (nats.certificate)"
+        return "it closed the connection: check its log, and whether it requires a client certificate (nats.certificate)"
 
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """The servers of one cluster, any of which will do. ca, certificate, key: PEM files; the latter two where servers ask."""
+    """The servers of one cluster; any of them will do. ca, certificate, key: PEM files; the last two if servers require
+    them.
+    """
 
     urls: tuple[str, ...]
     ca: Path | None = None
@@ -56,30 +58,30 @@ class Servers:
         return tuple(urlsplit(url).hostname or "" for url in self.urls)
 
     def context(self) -> ssl.SSLContext | None:
-        """None where no TLS is spoken. Raises SettingsError."""
+        """None without TLS. Raises SettingsError."""
         if not self.tls:
             return None
         try:
             context = ssl.create_default_context(cafile=self.ca)
             if self.certificate is not None:
                 context.load_cert_chain(self.certificate, self.key)
-        except OSError as exc:  # and ssl.SSLError, for what is no PEM, or no pair
+        except OSError as exc:  # also ssl.SSLError, for a file that is not PEM or a key that does not match
             names = ", ".join(str(path) for path in (self.ca, self.certificate, self.key) if path is not None)
-            raise SettingsError(f"nats: cannot use {names}: PEM files are wanted, the key that of the certificate") from exc
+            raise SettingsError(f"nats: cannot use {names}: give PEM files, with the key of the certificate") from exc
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         return context
 
 
 def distrusted(error: BaseException | None) -> str | None:
-    """Why a server is not believed to be who it should be, and what to do; None where that is not what `error` says."""
+    """Why the server is not trusted, and what to do; None if `error` has another cause."""
     if isinstance(error, NoTls):
-        return "it speaks no TLS: configure `tls` on that server"
+        return "it does not use TLS: configure `tls` on that server"
     if not isinstance(error, ssl.SSLError):
         return None
     if not isinstance(error, ssl.SSLCertVerificationError):
-        return f"TLS failed ({error.reason or 'cut off'}): see whether the server asks for a certificate (nats.certificate)"
+        return f"TLS failed ({error.reason or 'cut off'}): does the server require a client certificate (nats.certificate)?"
     if error.verify_code in _EXPIRED:
-        return "its certificate is not valid now: renew it on the server, or set this clock right"
+        return "its certificate is not valid now: renew it on the server, or correct this machine's clock"
     if error.verify_code in _OTHER_HOST:
-        return "its certificate is for another host: use a name in nats.url that it has, or give the server one with this name"
-    return "its certificate is by no CA that is trusted here: name the CA that signed it in nats.ca"
+        return "its certificate is for another host: use one of its names in nats.url, or issue one for this name"
+    return "its certificate is not signed by a trusted CA: set nats.ca to the CA that signed it"

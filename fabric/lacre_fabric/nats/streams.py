@@ -1,15 +1,16 @@
-"""Every stream, bucket and consumer that Lacre needs, as values: what provisioning makes, and a check compares with.
+"""Every stream, bucket and consumer that Lacre needs, as values: provisioning creates them, and a check compares with them.
 
 Rules:
-- Queues are in memory: whoever waits in them has a client that waits too. What must outlive every server is in files.
-- Of several regions the first is the home: what must be the same for all is kept there, claims and budgets above all. Each pool
-  has a queue in every region, in that region's servers.
-- Each stream is kept by as many servers as `replicas` says, and no consumer by fewer: it has its stream's replicas.
-- Every stream has bounds, and JetStream reserves its bytes when the stream is made. So no stream can take another's room: a
-  worker that fills its pool's claims stops its own pool, and budgets and revocations still take writes.
-- No bucket takes roll-ups, deletes or purges: one message cannot remove what others wrote. Only queues and revocations take
-  a time to live from the writer. Elsewhere a writer could outlive `max_age`, or have an entry vanish.
-- A claim is written once. A second write of the same key is refused, whatever it says.
+- Queues are in memory: each waiting request has a client that waits too. State that must survive a restart of all servers is in
+  files.
+- The first of several regions is the home. State that must be the same everywhere lives there, above all claims and budgets.
+- Each pool has a queue in every region, on that region's servers.
+- Each stream has `replicas` copies, and its consumers have as many.
+- Every stream has bounds, and JetStream reserves its bytes when the stream is created. So a worker that fills its pool's claims
+  stops only its own pool. Budgets and revocations still accept writes.
+- No bucket allows roll-ups, deletes or purges: one message cannot remove other writers' entries. Only queues and revocations
+  accept a time to live from the writer. Elsewhere a writer could outlive `max_age`, or make an entry vanish.
+- A claim is written once. A second write of the same key is refused, even with the same value.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, Placement, Ret
 from lacre_fabric.nats import revocations, subjects
 from lacre_fabric.work.contract import ACK_WAIT, CLAIM_TTL, DUPLICATE_WINDOW, MAX_DELIVER
 
-REPLICAS: Final = (1, 3, 5)  # of a stream: with an even number as many servers may fail as with one less
-QUEUED_MESSAGES: Final = 1000  # of one pool; past it the gateway answers 503 at once
+REPLICAS: Final = (1, 3, 5)  # of a stream: an even number tolerates no more failures than one less
+QUEUED_MESSAGES: Final = 1000  # of one pool; beyond it the gateway answers 503 at once
 QUEUED_BYTES: Final = 128 * 2**20
-MAX_PAYLOAD: Final = 9 * 2**20  # bytes of one message: a sealed request of 7 MiB, its grant and headers, with room
-# A budget that nobody has drawn from for so long is forgotten: twice the longest window, so that it is long over.
+MAX_PAYLOAD: Final = 9 * 2**20  # bytes of one message: a sealed request of 7 MiB, its grant and headers, with a margin
+# Seconds until an unused budget is deleted: twice the longest window, so that the window is long over.
 BUDGET_TTL: Final = 62 * 86400.0
-MAX_ACK_PENDING: Final = 100_000  # at least every slot of a pool; the default of 1000 would stall a large one
-_KV_DUPLICATES: Final = 120.0  # seconds: what every client of NATS gives a bucket
+MAX_ACK_PENDING: Final = 100_000  # at least all slots of a pool; the default of 1000 would stall a large one
+_KV_DUPLICATES: Final = 120.0  # seconds: every NATS client gives buckets this value
 
 
 @dataclass(frozen=True, slots=True)
 class BucketLimits:
-    """What a bucket may hold. size: bytes in all. messages: how many. largest: bytes of one message, with its headers."""
+    """The bounds of a bucket. size: bytes in total. messages: their number. largest: bytes of one message with headers."""
 
     size: int
     messages: int
@@ -43,16 +44,16 @@ class BucketLimits:
 
 
 TRUST: Final = BucketLimits(16 * 2**20, 16, 2**20 + 4096)  # one document of `manifest.MAX_DOCUMENT`, with headers
-# A record has a line for each lease: 60 bytes for each process, kind and window. Records of 1 KB are usual.
+# A record has a line of 60 bytes for each lease, that is for each process, kind and window. Typical records have 1 KB.
 BUDGETS: Final = BucketLimits(512 * 2**20, 500_000, 256 * 1024)
-# A claim takes some 300 bytes: for `CLAIM_TTL` that is 250 requests a second of one pool. Its value has 32 bytes.
+# A claim takes about 300 bytes, so for `CLAIM_TTL` this allows 250 requests a second per pool. Its value has 32 bytes.
 CLAIMS: Final = BucketLimits(64 * 2**20, 220_000, 512)
 
 
 def streams(
     pools: Sequence[str], replicas: int, regions: Sequence[str] = subjects.ONE_REGION, claims: BucketLimits = CLAIMS
 ) -> list[StreamConfig]:
-    """claims: the bounds of each pool's claims. Raises SettingsError for the name of a pool or a region that is none."""
+    """claims: the bounds of each pool's claims. Raises SettingsError for an invalid name of a pool or region."""
     home = [
         _bucket(subjects.TRUST_BUCKET, None, replicas, TRUST),
         revocations.bucket(replicas),
@@ -66,7 +67,7 @@ def streams(
 def consumers(
     pools: Mapping[str, Sequence[str]], regions: Sequence[str] = subjects.ONE_REGION, ack_wait: float = ACK_WAIT
 ) -> dict[str, list[ConsumerConfig]]:
-    """Of each stream that has some: one for each model."""
+    """The consumers of each stream that has some: one per model."""
     return {
         subjects.work_stream(pool, region): [_consumer(pool, region, model, ack_wait) for model in models]
         for pool, models in pools.items()
@@ -75,7 +76,7 @@ def consumers(
 
 
 def _placed(stream: StreamConfig, region: str, regions: Sequence[str]) -> StreamConfig:
-    """Where there is one region, its servers may have any cluster's name, or be one server without any."""
+    """With one region, its servers may have any cluster name, or be one server without a cluster."""
     subjects.check_region(region)
     return stream if len(regions) == 1 else stream.evolve(placement=Placement(cluster=region))
 
@@ -113,7 +114,7 @@ def _claims(pool: str, replicas: int, bounds: BucketLimits) -> StreamConfig:
 
 
 def _bucket(name: str, ttl: float | None, replicas: int, bounds: BucketLimits) -> StreamConfig:
-    """A bucket with the newest value of each key, as NATS's clients know it."""
+    """A bucket that keeps the newest value of each key, as NATS clients expect it."""
     return StreamConfig(
         name=f"KV_{name}",
         subjects=[f"$KV.{name}.>"],

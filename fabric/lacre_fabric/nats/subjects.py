@@ -1,4 +1,4 @@
-"""The names of streams, subjects and buckets (DESIGN section 7). Names become NATS tokens here."""
+"""The names of streams, subjects and buckets. Names become NATS tokens here."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lacre.jose.jws import b64u
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _REGION: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
-DEFAULT_REGION: Final = "lacre"  # where there is one and nobody gave it a name
+DEFAULT_REGION: Final = "lacre"  # the name of the only region, unless the operator gave one
 ONE_REGION: Final = (DEFAULT_REGION,)
 _REQUEST: Final = re.compile(r"[0-9a-f]{32}")
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_:-]{1,200}")
-PROCESS: Final = "__"  # between a gateway's name and the number of its process
+PROCESS: Final = "__"  # between a gateway's name and its process number
 _MAX_GATEWAY: Final = 56
 _MAX_MODEL: Final = 180  # bytes; as base64 in a consumer's name it stays below JetStream's 255
-API: Final = "FABRIC.API"  # where every account finds JetStream's API: `$JS.API` is each account's own (see `accounts`)
+API: Final = "FABRIC.API"  # JetStream's API as every account sees it: `$JS.API` is each account's own (see `accounts`)
 TRUST_BUCKET: Final = "trust"
 MANIFEST_KEY: Final = "manifest"
 _REVOCATIONS: Final = "revocations"
@@ -32,28 +32,30 @@ def is_name(name: str) -> bool:
 
 
 def check_name(kind: str, name: str) -> str:
-    """A pool, gateway or node name: it stands in subjects, where `.`, `*` and `>` would reach into others'."""
+    """Checks the name of a pool, gateway or node. It becomes part of subjects, where `.`, `*` and `>` would match others'."""
     if not is_name(name):
         raise SettingsError(f"a {kind} name has 1 to 63 of a-z, 0-9, - and _, and begins with a letter or digit: {name!r}")
     return name
 
 
 def check_region(name: str) -> str:
-    """A region's name, which is its NATS cluster's. It has no `_`: a queue's name is of one pool and one region then."""
+    """Checks a region's name, which is its NATS cluster's. Without `_` in it, a queue's name has exactly one pool and
+    region.
+    """
     if not _REGION.fullmatch(name):
         raise SettingsError(f"a region's name has 1 to 31 of a-z, 0-9 and -, and begins with a letter or digit: {name!r}")
     return name
 
 
 def check_gateway(name: str) -> str:
-    """As `check_name`, with room for the number of a process, and unlike any name of one."""
+    """As `check_name`; leaves room for a process number, and cannot equal a process's name."""
     if PROCESS in name or len(name) > _MAX_GATEWAY:
         raise SettingsError(f"a gateway's name has no {PROCESS} in it, and at most {_MAX_GATEWAY} characters: {name!r}")
     return check_name("gateway", name)
 
 
 def model_token(model: str) -> str:
-    """A model's name as one token; it may hold any character. Raises SettingsError for one that is empty or too long."""
+    """A model's name as one token; the name may contain any character. Raises SettingsError if it is empty or too long."""
     name = model.encode("utf-8", "surrogatepass")
     if not 0 < len(name) <= _MAX_MODEL:
         raise SettingsError(f"a model name has 1 to {_MAX_MODEL} bytes: {model[:40]!r}")
@@ -69,7 +71,7 @@ def work(pool: str, region: str, model: str) -> str:
 
 
 def consumer(model: str) -> str:
-    """The one durable consumer of a model's subject."""
+    """The durable consumer of a model's subject."""
     return f"model-{model_token(model)}"
 
 
@@ -78,12 +80,12 @@ def reply(pool: str, gateway: str, request: str) -> str:
 
 
 def process_name(gateway: str, number: int) -> str:
-    """One of a gateway's several processes: it has replies of its own. No gateway can have such a name."""
+    """The name of one of a gateway's processes, which has its own replies. No gateway can have this name."""
     return f"{gateway}{PROCESS}{number}"
 
 
 def replies(gateway: str, pool: str = "*") -> str:
-    """Every reply to one gateway process's requests, of one pool's workers or of all."""
+    """All replies to one gateway process, from one pool or from all."""
     return f"reply.{pool}.{gateway}.*"
 
 
@@ -92,7 +94,9 @@ def cancel(pool: str, request: str) -> str:
 
 
 def kick(server: str) -> str:
-    """Where a nats-server, 2.10 or later, is asked to end a connection: `{"cid": N}`. server: its id, or `*` for each."""
+    """The subject on which a nats-server (2.10 or later) accepts orders to close a connection: `{"cid": N}`. server: its id, or
+    `*` for all.
+    """
     return f"$SYS.REQ.SERVER.{server}.KICK"
 
 
@@ -105,23 +109,23 @@ def presence(pool: str, region: str, node: str) -> str:
 
 
 def is_request(request: str) -> bool:
-    """Whether it is a request's id, which stands in subjects."""
+    """Whether it is a valid request id."""
     return _REQUEST.fullmatch(request) is not None
 
 
 def parse_presence(subject: str) -> tuple[str, str, str]:
-    """Pool, region and node, of a subject that a worker chose. Raises InvalidMessage."""
+    """Pool, region and node of a subject that a worker chose. Raises InvalidMessage."""
     kind, *names = subject.split(".", 4)
     if kind != "presence" or len(names) != 3 or not (is_name(names[0]) and _REGION.fullmatch(names[1]) and is_name(names[2])):
-        raise InvalidMessage("a sign of presence under a name that no worker has")
+        raise InvalidMessage("a presence message under an invalid name")
     return names[0], names[1], names[2]
 
 
 def parse_reply(subject: str) -> tuple[str, str]:
-    """Pool and request, of a subject that a worker chose. Raises InvalidMessage."""
+    """Pool and request of a subject that a worker chose. Raises InvalidMessage."""
     kind, *names = subject.split(".", 4)
     if kind != "reply" or len(names) != 3 or not is_name(names[0]) or not is_request(names[2]):
-        raise InvalidMessage("a reply to what is no request")
+        raise InvalidMessage("a reply to an invalid request id")
     return names[0], names[2]
 
 
@@ -144,12 +148,12 @@ def revocation(writer: str) -> str:
 
 
 def budgets_of(writer: str) -> str:
-    """All that a credential may write of the budgets."""
+    """All subjects of the budgets that a credential may write."""
     return f"$KV.{BUDGETS_BUCKET}.{writer}.>"
 
 
 def inbox(credential: str) -> str:
-    """A credential's own inbox prefix; with the usual `_INBOX` each could read what is delivered to another."""
+    """A credential's own inbox prefix. With the usual `_INBOX`, each client could read the others' answers."""
     if not _TOKEN.fullmatch(credential):
         raise SettingsError(f"a credential's name has 1 to 200 of A-Z, a-z, 0-9, -, _ and `:`: {credential!r}")
     return f"_INBOX_{credential}"

@@ -1,7 +1,7 @@
-"""A node's side of the fabric, over NATS. It only dials out, and pulls as much work of its region as it has free slots.
+"""A worker's side of the fabric, over NATS. It only dials out, and pulls only as much work of its region as it has free slots.
 
-Each model has a queue, and one pull of its own while it has a free slot (`slots.py`): a flood of one model's requests takes no
-slot of another's, and what this worker cannot begin stays in the queue for other workers.
+Each model has its own queue, and one pull at a time while it has a free slot (`slots.py`). So a flood of requests for one model
+takes no slot of another's. Work that this worker cannot start stays in the queue for other workers.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from lacre_fabric.work.presence import KEYS, ROOM, WRONG
 from lacre_fabric.work.slots import Slots
 from lacre_fabric.work.worker_stream import Outbound
 
-PULL: Final = 2.0  # seconds that one pull waits; one that NATS lost is made good this soon
-PULL_EACH: Final = 0.5  # and where there are fewer free slots than models, which are asked in turn then
-NOT_ABLE: Final = 0.5  # seconds until the next look whether the worker can work
-_STAMP: Final = "Nats-Time-Stamp"  # of what JetStream gives back: when it was written
-NO_QUEUE: Final = 1.0  # seconds until the next look for a queue that is not there
-IN_PROGRESS: Final = 2.0  # seconds between signs that unacked work goes on; well inside `ACK_WAIT`
-MAX_CREDIT_DIGITS: Final = 12  # of the bytes that a reader took: more than any answer has
+PULL: Final = 2.0  # seconds that one pull waits; a pull that NATS loses is repeated this soon
+PULL_EACH: Final = 0.5  # seconds, if there are fewer free slots than models; the models then take turns
+NOT_ABLE: Final = 0.5  # seconds between checks whether the worker can work
+_STAMP: Final = "Nats-Time-Stamp"  # header of stored messages that JetStream returns: when they were written
+NO_QUEUE: Final = 1.0  # seconds between looks for a missing queue
+IN_PROGRESS: Final = 2.0  # seconds between in-progress acks of unacked work; well within `ACK_WAIT`
+MAX_CREDIT_DIGITS: Final = 12  # of the byte count that a reader took: more than any answer has
 
 log = structlog.get_logger("lacre.fabric")
 
 
 @dataclass(slots=True)
 class _Queue:
-    """A model's queue. there: NATS has it, as far as the last pull could tell."""
+    """A model's queue. there: whether it existed at the last pull."""
 
     model: str
     pull: JetStreamContext.PullSubscription
@@ -60,7 +60,7 @@ class _Queue:
 
 
 class Able(Protocol):
-    """What a worker can serve now, and the kinds of what keeps it from serving the rest."""
+    """The models that a worker can serve now, and the faults that keep it from serving the rest."""
 
     def models(self) -> Collection[str]: ...
 
@@ -68,9 +68,9 @@ class Able(Protocol):
 
 
 class NatsWorker:
-    """A `WorkerFabric`. It outlives its queues: a model whose queue is gone is not announced, and looked for again.
+    """A `WorkerFabric`. It survives missing queues: it stops announcing such a model and keeps looking for its queue.
 
-    A worker that cannot work takes no work and announces no model, until it can (`Able`).
+    A worker that cannot work (`Able`) pulls nothing and announces no model until it can.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class NatsWorker:
         self._node = node
         self._region = region
         self._slots = slots
-        self._changed = asyncio.Event()  # there may be a free slot, or it drains
-        self._queues: list[_Queue] = []  # whose turn it is to be asked comes first
-        self._pulls: dict[str, asyncio.Task[NatsDelivery | None]] = {}  # that wait, by model
+        self._changed = asyncio.Event()  # a slot may be free, or the worker drains
+        self._queues: list[_Queue] = []  # the next in turn comes first
+        self._pulls: dict[str, asyncio.Task[NatsDelivery | None]] = {}  # pulls in progress, by model
         self._pullers = 0
         self._presence: tasks.Background | None = None
         self._draining = False
@@ -114,9 +114,8 @@ class NatsWorker:
         able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
     ) -> Self:
-        """slots: at most `MAX_SLOTS`. each: of these, how many each model may have; all where it names none. keys: the
-        fingerprints of the pool's keys that are held here now; presence tells them. able: what keeps the worker from working;
-        None for nothing.
+        """slots: at most `MAX_SLOTS`. each: slots by model; a model not in it may use all. keys: returns the fingerprints of
+        the pool keys held now, for presence. able: reports faults; None: none.
 
         Raises SettingsError or FabricUnavailable.
         """
@@ -147,7 +146,7 @@ class NatsWorker:
         try:
             return await self._next()
         except asyncio.CancelledError:
-            if self._pullers == 1:  # nobody is left who would take what comes
+            if self._pullers == 1:  # no caller is left to take the work
                 for waiting in self._pulls.values():
                     waiting.cancel()
             raise
@@ -159,7 +158,8 @@ class NatsWorker:
             self._changed.clear()
             if (delivery := self._arrived()) is not None:
                 return delivery
-            # Pulls that the library keeps until it is connected would come in a heap, and take more work than there are slots.
+            # The library would buffer pulls until it is connected, then send them together and take more work than there are
+            # slots.
             await self.connection.wait_connected()
             able = self._ask()
             changed = tasks.spawn("a free slot", self._changed.wait())
@@ -171,7 +171,7 @@ class NatsWorker:
         raise FabricUnavailable("this worker is draining: it takes no more work")
 
     def _arrived(self) -> NatsDelivery | None:
-        """What a pull brought. Raises FabricUnavailable where one failed."""
+        """The delivery from a finished pull. Raises FabricUnavailable if the pull failed."""
         for model, waiting in [(model, waiting) for model, waiting in self._pulls.items() if waiting.done()]:
             del self._pulls[model]
             self._slots.pulled(model)
@@ -181,7 +181,7 @@ class NatsWorker:
         return None
 
     def _ask(self) -> bool:
-        """Pulls for each model that has a free slot and is not pulled for yet. False: some cannot be served now."""
+        """Starts a pull for each model that has a free slot and no pull yet. False: some models cannot be served now."""
         able = [queue for queue in self._queues if self._serves(queue.model)]
         patience = PULL if self._slots.total - self._slots.busy >= len(able) else PULL_EACH
         for queue in able:
@@ -193,7 +193,7 @@ class NatsWorker:
         return len(able) == len(self._queues)
 
     async def _fetch(self, queue: _Queue, patience: float) -> NatsDelivery | None:
-        """One pull; None where nothing came of it. Raises FabricUnavailable."""
+        """One pull; None if it brought nothing. Raises FabricUnavailable."""
         denials = self.connection.denials
         try:
             (message,) = await queue.pull.fetch(1, timeout=patience if queue.there else PULL_EACH)
@@ -211,7 +211,7 @@ class NatsWorker:
             delivery = await self._take(message)
             if delivery is None or self._serves(queue.model):
                 return delivery
-            await _turn_away(delivery)  # it cannot any more, since it asked
+            await _turn_away(delivery)  # the worker became unable to serve it after it pulled
         return None
 
     async def _look(self, queue: _Queue, *, there: bool) -> None:
@@ -221,7 +221,7 @@ class NatsWorker:
             await self._say_presence()
 
     async def _take(self, message: Msg) -> NatsDelivery | None:
-        """The delivery, ready to be worked on; None where nobody could be answered."""
+        """Makes the delivery ready for work; None if the message names no one to answer."""
         headers = headers_of(message)
         request_id, gateway = headers.get(REQUEST, ""), headers.get(GATEWAY, "")
         models = (queue.model for queue in self._queues)
@@ -251,7 +251,7 @@ class NatsWorker:
         self._changed.set()
 
     async def try_claim(self) -> float | None:
-        """As the function of this name."""
+        """See the function of the same name."""
         return await try_claim(self.connection, self.claims_of)
 
     async def drain(self) -> None:
@@ -264,14 +264,14 @@ class NatsWorker:
         await self._say_presence()
         if self.connection.connected:
             with suppress(nats.errors.Error):
-                for queue in self._queues:  # with nobody there to hear the answer, the server drops a pull that waits
+                for queue in self._queues:  # once its subscriber is gone, the server drops a waiting pull
                     await queue.pull.unsubscribe()
                 await self.connection.round_trip()
         pulls, self._pulls = self._pulls, {}
         brought = [waiting.result() for waiting in pulls.values() if _is_good(waiting)]
         await tasks.end(*pulls.values(), expected=(FabricUnavailable,))
         for delivery in brought:
-            if delivery is not None:  # it came while nobody took it any more
+            if delivery is not None:  # it arrived after the last caller left
                 await _turn_away(delivery)
 
     async def close(self) -> None:
@@ -284,7 +284,7 @@ class NatsWorker:
             await asyncio.sleep(BEAT)
 
     async def announce(self) -> None:
-        """Tells who is there and what it serves at once, beside once a second."""
+        """Sends presence at once, in addition to once a second."""
         await self._say_presence()
 
     async def _say_presence(self) -> None:
@@ -293,7 +293,7 @@ class NatsWorker:
         wrong = [] if self._able is None else self._able.kinds()
         said = {"models": models, "free": self._slots.total - busy, "busy": busy, ROOM: room}
         said |= {KEYS: list(self._keys()), WRONG: wrong}
-        with suppress(nats.errors.Error):  # while NATS is away there is nobody to tell
+        with suppress(nats.errors.Error):  # while NATS is down there is no listener
             subject = subjects.presence(self._pool, self._region, self._node)
             await self.connection.client.publish(subject, json.dumps(said).encode())
 
@@ -307,7 +307,7 @@ class NatsDelivery:
         self._reply = reply
         self._order_key = order_key
         self._unproven = False
-        self._doubtful = False  # whether a claim may be this attempt's though nobody said so
+        self._doubtful = False  # a claim may be this attempt's, though no answer confirmed it
         self._out = Outbound(self._publish)
         self._subscriptions: list[Subscription] = []
         self._progress: asyncio.Task[object] | None = None
@@ -327,9 +327,10 @@ class NatsDelivery:
         self._progress = tasks.detach("signs of work", self._in_progress())
 
     async def claim(self) -> bool:
-        """The first to create the key has the request. A create that timed out may have been done: it is read back.
+        """Claims by creating a key: the first creator gets the request. If the create timed out it may still have happened, so
+        the key is read back.
 
-        Raises FabricUnavailable where that cannot be told; to call it again is safe.
+        Raises FabricUnavailable if the result is unknown. It is safe to call again.
         """
         mine, connection = self.attempt.encode(), self._worker.connection
         subject, denials = subjects.claim(self._worker.claims_of, self.work.digest.hex()), connection.denials
@@ -340,7 +341,7 @@ class NatsDelivery:
             lost = isinstance(failed, nats.js.errors.APIError) and failed.err_code in CONFLICTS
             if lost and not self._doubtful:
                 return False
-            self._doubtful = True  # this create, or one before it, may have been done
+            self._doubtful = True  # this create, or an earlier one, may have succeeded
             if connection.denials == denials:
                 with suppress(nats.errors.Error):
                     if (
@@ -369,14 +370,14 @@ class NatsDelivery:
                 await subscription.unsubscribe()
 
     async def _settle(self) -> None:
-        """Acks once. The work leaves the queue with it: what breaks from here on is the client's to resume."""
+        """Acks once. The ack removes the work from the queue: after a later failure the client must resume."""
         if not self._settled:
             self._leave()
             with suppress(nats.errors.Error):
                 await self._message.ack()
 
     def _leave(self) -> None:
-        """No sign any more that the work goes on: unless it is acked now, it is delivered again."""
+        """Stops the in-progress acks. Unless the work is acked now, NATS delivers it again."""
         self._settled = True
         if self._progress is not None:
             self._progress.cancel()
@@ -406,18 +407,18 @@ class NatsDelivery:
         return True
 
     def _proven(self, block: bytes, order: bytes) -> bool:
-        """block: headers, as on the wire. Raises InvalidMessage."""
+        """Whether the order carries a valid proof. block: headers, as on the wire. Raises InvalidMessage."""
         given = protocol.fields(block, status=False).get(orders.PROOF, "") if block else ""
         if orders.proven(self._order_key, order, given):
             return True
-        if not self._unproven:  # one line, however many come
+        if not self._unproven:  # log once, however many come
             self._unproven = True
-            log.warning("order.unproven", pool=self.work.pool, remedy="see who holds the pool's credentials: one may be stolen")
+            log.warning("order.unproven", pool=self.work.pool, remedy="check who has the pool's credentials: one may be stolen")
         return False
 
 
 async def _turn_away(delivery: NatsDelivery) -> None:
-    """The client may send it again, to another worker."""
+    """Rejects work that never started. The client may send it again, to another worker."""
     with suppress(FabricUnavailable, Cancelled):
         await delivery.reject(problems.UNCLAIMED.type)
 
@@ -427,16 +428,17 @@ def _is_good(waiting: asyncio.Task[NatsDelivery | None]) -> bool:
 
 
 def _deliveries(message: Msg) -> int:
-    """How often JetStream has delivered the message, this time among them."""
+    """How many times JetStream has delivered the message, including this time."""
     try:
         return message.metadata.num_delivered or 1
     except (nats.errors.Error, ValueError, LookupError, ArithmeticError, OSError):
-        return 1  # its reply subject is not JetStream's: nobody will deliver it again
+        return 1  # its reply subject is not JetStream's: it will not be delivered again
 
 
 async def try_claim(connection: Connection, pool: str) -> float | None:
-    """Writes a claim that is no request's, and reads it back: when the server wrote it, in seconds since the epoch. None where
-    a server was asked that does not have it yet. Raises FabricUnavailable.
+    """Writes a dummy claim and reads it back. Returns when the server wrote it, in seconds since the epoch.
+
+    None if the server that was asked does not have it yet. Raises FabricUnavailable.
     """
     subject = subjects.claim(pool, secrets.token_hex(32))
     async with connection.mapped():
@@ -451,7 +453,7 @@ async def try_claim(connection: Connection, pool: str) -> float | None:
 
 
 def _digest(sealed: bytes) -> bytes:
-    """Of `hdr ‖ enc`; empty where the bytes are no sealed request, which the node will say to the gateway."""
+    """The digest of `hdr ‖ enc`; empty if the bytes are not a sealed request. The worker then reports that to the gateway."""
     try:
         return SealedHeader.parse(sealed).digest
     except ProtocolError:

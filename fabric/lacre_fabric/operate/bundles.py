@@ -1,17 +1,17 @@
-"""What each process of a deployment gets, where they run apart: one folder each, with its settings and the secrets it may have.
+"""Writes a folder for each process of a distributed deployment, with its settings and only its own secrets.
 
     STATE/bundles/nats/           nats.conf, which includes lacre.conf, with every role's password
     STATE/bundles/gateway/        gateway.toml, its grant key, its credential, and the issuer's public keys
     STATE/bundles/worker-POOL/    worker.toml, the pool's receipt key, and its workers' credential
-    STATE/bundles/…-REGION/       the last two for each region, where regions have names
-    STATE/data/nats, …/gateway    empty: for what these two write
+    STATE/bundles/…-REGION/       the last two for each region, if regions have names
+    STATE/data/nats, …/gateway    empty: data folders of these two
 
-Rules
-- No bundle holds the root, the signer or another process's secret: who has one folder has no more than that process.
-- A pool's private keys are in none: they come and go, so workers are given `STATE/pools/POOL/keys` itself, to read.
-- Settings name the places that the images know (docs/containers.md), not those of this machine.
-- A pool and its models are added to those that the state knows already. What a person wrote into settings stays, such as a
-  certificate in nats.conf. lacre.conf is written anew: it is all passwords and limits.
+Rules:
+- No bundle contains the root, the signer or another process's secret. A stolen folder gives no more than that process has.
+- No bundle contains a pool's private keys, because they change. Workers read `STATE/pools/POOL/keys` itself.
+- Settings contain the paths of the container images (docs/containers.md), not of this machine.
+- A new pool and its models are added to those in the state. Settings that a person edited stay, for example a certificate in
+  nats.conf. lacre.conf is rewritten whole: it contains only passwords and limits.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from lacre_fabric.work import model_names
 
 NATS_PORT: Final = 4222
 GATEWAY_PORT: Final = 8321
-STATE: Final = "/var/lib/lacre"  # in an image: what a process writes, and a pool's keys
-DRAIN: Final = 25  # seconds that running requests have; what ends containers waits longer
-EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - a container's own network; what is published of it, its runtime decides
+STATE: Final = "/var/lib/lacre"  # in an image: a process's data and a pool's keys
+DRAIN: Final = 25  # seconds that running requests have; the container's stop timeout must be longer
+EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - inside a container's own network; its runtime publishes ports
 
 
 _NATS_CONF: Final = b"""# Yours to edit: TLS, a cluster. What stands below wins over lacre.conf, which is written anew.
@@ -53,14 +53,14 @@ _INCLUDED: Final = re.compile(rb"""^\s*include\s+["']?(\./)?lacre\.conf""", re.M
 
 @dataclass(frozen=True, slots=True)
 class Bundles:
-    """nats_url: where the message server will be for the others; public_url: where the gateway will be for clients."""
+    """nats_url: the NATS servers' address for the other processes. public_url: the gateway's for clients."""
 
     site: Site
     nats_url: str
     public_url: str
 
     def write(self) -> None:
-        """Makes what is missing, keys too, and brings every bundle up to date. Raises SettingsError."""
+        """Creates what is missing, including keys, and updates every bundle. Raises SettingsError."""
         check_addresses(self.nats_url, self.public_url)
         replace(self, site=_with_what_is_there(self.site))._write()
 
@@ -111,14 +111,14 @@ class Bundles:
         settings_files.update(document, values)
         if new:
             files = {"keys": f"{STATE}/keys", "receipt_key": "receipt.pem", "health": "/tmp/health"}  # noqa: S108 - a container's
-            node = {"node": "n1", "drain": DRAIN}  # each worker says its own name on the command line
+            node = {"node": "n1", "drain": DRAIN}  # each worker gives its own name on the command line
             settings_files.update(document, {**node, **files})
         if "upstream" not in document:
             self._keep_models(folder / "worker.toml", document, self.site.pools[pool])
         settings_files.save(folder / "worker.toml", document)
 
     def _keep_models(self, path: Path, document: MutableMapping[str, Any], names: Sequence[str]) -> None:
-        """The pool's models are served. What a person wrote of others, or of those that went, waits beside the settings."""
+        """Serves the pool's models. A person's settings for other or removed models move to the file beside the settings."""
         there = {one.get("name") for one in settings_files.tables(path, document, "models")}
         known = there | served_models.waiting_names(path)
         served_models.keep(
@@ -144,9 +144,9 @@ def _table(name: str) -> dict[str, str]:
 
 
 def _persons_own(path: Path, ours: Mapping[str, object]) -> bytes | None:
-    """What a person wrote into the nats.conf of an older version, which had all in one file, as JSON. None for a newer file.
+    """A person's own text in the nats.conf of an older version, which was one file, in JSON. None for a newer file.
 
-    Raises SettingsError where that cannot be told.
+    Raises SettingsError if that cannot be determined.
     """
     try:
         text = path.read_bytes()
@@ -159,12 +159,12 @@ def _persons_own(path: Path, ours: Mapping[str, object]) -> bytes | None:
         return nats_conf.lines({name: value for name, value in before.items() if name not in ours})
     except (ValueError, AttributeError, RecursionError):
         raise SettingsError(
-            f"{path} has been edited: take out the accounts and what else Lacre wrote, and put `include ./lacre.conf` there"
+            f"{path} was edited: remove the accounts and Lacre's other entries, then add `include ./lacre.conf`"
         ) from None
 
 
 def check_addresses(nats_url: str, public_url: str) -> None:
-    """What others will be given, before anything is made of it. Raises SettingsError."""
+    """Checks the addresses for the other processes before anything is made. Raises SettingsError."""
     validated(NatsServers, {"url": nats_url}, Path("--nats"))
     if urlsplit(public_url).scheme not in ("http", "https"):
         raise SettingsError(f"--public-url {public_url}: write an address such as https://gateway.example.com")
@@ -172,12 +172,12 @@ def check_addresses(nats_url: str, public_url: str) -> None:
         ConnectionString.parse(str(ConnectionString(public_url.rstrip("/"), bytes(KEY_BYTES))))
     except SettingsError as exc:
         raise SettingsError(
-            f"--public-url {public_url}: no client would take it ({exc}); write an address such as https://gateway.example.com"
+            f"--public-url {public_url}: clients reject it ({exc}); write an address such as https://gateway.example.com"
         ) from exc
 
 
 def _with_what_is_there(site: Site) -> Site:
-    """The state's own site where it has one, with these pools and models added. Raises SettingsError."""
+    """The state's existing site with these pools and models added; the given one if there is none. Raises SettingsError."""
     there = Site.load_or_new(site.folder, {})
     pools = {name: list(models) for name, models in there.pools.items()}
     for name, models in site.pools.items():
@@ -188,7 +188,7 @@ def _with_what_is_there(site: Site) -> Site:
     for model in {model for models in pools.values() for model in models}:
         if not model_names.is_name(model):
             raise SettingsError(
-                f"{model!r} is no model's id: use 1 to {model_names.MAX_NAME} printable ASCII characters, no space"
+                f"{model!r} is not a valid model id: use 1 to {model_names.MAX_NAME} printable ASCII characters, no space"
             )
     return replace(there if there.pools else site, pools=pools)
 

@@ -1,4 +1,4 @@
-"""The `lacre` sub-commands that provision and run a machine's Lacre, and change its keys.
+"""The `lacre` sub-commands that provision and run a local Lacre, and change its keys.
 
 `up`, `demo`, `token`, `keys`, `signer`, `root`, `fabric`, `manifest publish`.
 """
@@ -32,32 +32,30 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs
     from lacre_fabric.operate.rotation import Rotated
     from lacre_fabric.operate.site import Site
 
-MAX_WORKERS: Final = 16  # of `lacre up`: each holds its models and caches in this machine's memory
+MAX_WORKERS: Final = 16  # for `lacre up`: each worker keeps its models and caches in this machine's memory
 
-State = Annotated[Path | None, typer.Option(help="The state folder; $XDG_STATE_HOME/lacre where left out.")]
+State = Annotated[Path | None, typer.Option(help="The state folder. Default: $XDG_STATE_HOME/lacre.")]
 
-Pools = Annotated[list[str] | None, typer.Option(help="A pool; may be repeated. All of them where left out.")]
+Pools = Annotated[list[str] | None, typer.Option(help="A pool; may be repeated. Default: all pools.")]
 Grace = Annotated[
     float | None,
-    typer.Option(
-        help="Seconds for which the old key stays in the manifest; 13 hours where left out.", min=0, metavar="SECONDS"
-    ),
+    typer.Option(help="Seconds that the old key stays in the manifest. Default: 13 hours.", min=0, metavar="SECONDS"),
 ]
 KmsAddress = Annotated[
     str | None,
-    typer.Option(help="The address of the key that wraps the pools' keys (docs/kms.md); for a new state.", metavar="ADDRESS"),
+    typer.Option(help="For a new state: the address of the key that wraps the pools' keys (docs/kms.md).", metavar="ADDRESS"),
 ]
-RotateHours = Annotated[float, typer.Option(help="Rotate the pools' keys this often; 0 never does.", min=0)]
+RotateHours = Annotated[float, typer.Option(help="Hours between rotations of the pools' keys; 0: never.", min=0)]
 
 token_app = typer.Typer(name="token", help="Access tokens of the development issuer.", no_args_is_help=True)
 keys_app = typer.Typer(name="keys", help="The keys of a state folder, and those of its pools.", no_args_is_help=True)
 signer_app = typer.Typer(name="signer", help="The key that signs manifests.", no_args_is_help=True)
 root_app = typer.Typer(name="root", help="The key that applications pin.", no_args_is_help=True)
-fabric_app = typer.Typer(name="fabric", help="Message servers of one's own.")
+fabric_app = typer.Typer(name="fabric", help="Your own NATS servers.")
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands, where what they need is installed."""
+    """Adds the commands if the packages that they need are installed."""
     if find_spec("nats") is None or find_spec("pydantic") is None:
         return
     app.add_typer(token_app)
@@ -75,33 +73,33 @@ def up(
     model: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A GGUF file, or the default model's name; may be repeated. Default: what this state served last, or else the "
+            help="A GGUF file, or the default model's name; may be repeated. Default: what this state served last, or the "
             "default model."
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(help="How many workers serve the models.", min=1, max=MAX_WORKERS)] = 1,
+    workers: Annotated[int, typer.Option(help="The number of workers that serve the models.", min=1, max=MAX_WORKERS)] = 1,
     rotate_hours: RotateHours = 24.0,
     kms: KmsAddress = None,
 ) -> None:
-    """Run a whole Lacre on this machine: keys, message server, gateway and workers. Ctrl-C ends it.
+    """Run a complete Lacre on this machine: keys, NATS server, gateway and workers. Ctrl-C stops it.
 
-    A worker that dies is started again.
+    A worker that dies is restarted.
     """
     from lacre_fabric.operate.rotation import Schedule
     from lacre_fabric.operate.up import default_state, running
 
     folder = (state or default_state()).resolve()
     schedule = Schedule(every=rotate_hours * 3600 or None)
-    # Links stay: a store of models may call the file itself by its digest.
+    # Keep symbolic links: in some model stores the link has the model's name and the target only a digest.
     files = [Path(os.path.normpath(path.absolute())) for path in model or []]
 
     def tell(line: str) -> None:
-        with suppress(OSError):  # nobody reads it any more: no reason to end
-            typer.secho(printable(line), dim=True, err=True)  # unbroken, to be copied
+        with suppress(OSError):  # nobody reads the output; keep running
+            typer.secho(printable(line), dim=True, err=True)  # one unbroken line, so that it can be copied
 
     async def run() -> None:
         with ExitStack() as starting:
-            starting.enter_context(waiting("starting a message server, a gateway and workers"))
+            starting.enter_context(waiting("starting a NATS server, a gateway and workers"))
             everything = running(folder, port, files, schedule=schedule, kms=kms, workers=workers, tell=tell)
             async with everything as (live, supervisor):
                 starting.close()
@@ -122,11 +120,13 @@ def demo(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
             typer.echo(show.as_json(result))
 
     if (number := asyncio.run(_until_signalled(run()))) is not None:
-        raise typer.Exit(128 + number)  # as shells tell it: there was no demonstration
+        raise typer.Exit(128 + number)  # as shells report a signal
 
 
 async def _until_signalled(coroutine: Coroutine[None, None, None]) -> int | None:
-    """SIGINT and SIGTERM cancel it, so that it ends what it started. Which one it was; None where it ended by itself."""
+    """Cancels the coroutine on SIGINT or SIGTERM, so that it stops what it started. Returns the signal; None if there was
+    none.
+    """
     task = tasks.spawn("command", tasks.run(coroutine))
     came: list[int] = []
 
@@ -145,16 +145,14 @@ async def _until_signalled(coroutine: Coroutine[None, None, None]) -> int | None
 
 @token_app.command("issue")
 def token_issue(
-    subject: Annotated[str, typer.Argument(help="Whom it speaks for.")] = "developer",
+    subject: Annotated[str, typer.Argument(help="The subject of the token.")] = "developer",
     state: State = None,
     group: Annotated[list[str] | None, typer.Option(help="A group; may be repeated.")] = None,
     scope: Annotated[list[str] | None, typer.Option(help="A scope; may be repeated.")] = None,
-    hours: Annotated[float, typer.Option(help="How long it is valid.", min=0.01, max=24 * 31)] = 24.0,
-    dpop: Annotated[
-        Path | None, typer.Option(help="Bind it to the key in this file, which is made where there is none.")
-    ] = None,
+    hours: Annotated[float, typer.Option(help="How many hours it is valid.", min=0.01, max=24 * 31)] = 24.0,
+    dpop: Annotated[Path | None, typer.Option(help="Bind it to the key in this file; the key is created if missing.")] = None,
 ) -> None:
-    """Print an access token. For one's own machine: a deployment has an OIDC provider."""
+    """Print an access token, for use on your own machine. A deployment has an OIDC provider instead."""
     from lacre.jose.dpop import ProofKey
     from lacre_fabric.keys.secret_files import read_ed25519, write_secret
     from lacre_fabric.operate import dev_issuer
@@ -174,7 +172,7 @@ def keys_init(
     pool: Annotated[list[str] | None, typer.Option(help="A pool; may be repeated.")] = None,
     kms: KmsAddress = None,
 ) -> None:
-    """Make root, signer, issuer, gateway and pool keys where there are none, and print the root that applications pin."""
+    """Create missing root, signer, issuer, gateway and pool keys, and print the root key that applications pin."""
     from lacre.jose.jws import b64u
     from lacre_fabric.nats import subjects
     from lacre_fabric.operate.served_models import DEFAULT_MODEL
@@ -195,19 +193,19 @@ def keys_rotate(
     state: State = None,
     pool: Pools = None,
     grace: Grace = None,
-    wait: Annotated[float, typer.Option(help="Seconds for the workers to take the new key up.", min=0)] = 30.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until the workers load the new key.", min=0)] = 30.0,
 ) -> None:
-    """Make new pool keys and retire the old ones; requests go on meanwhile.
+    """Create new pool keys and retire the old ones, without interrupting requests.
 
-    The workers take up the new key first, then the manifest lists both. When the grace is over the old one leaves the manifest
-    and is destroyed: by `lacre up`, or by the next `lacre keys tend`.
+    The workers load the new key first. Then the manifest lists both. After the grace period the old key leaves the manifest and
+    is destroyed, by `lacre up` or by the next `lacre keys tend`.
     """
     from lacre.errors import SettingsError
     from lacre_fabric.operate.rotation import GRACE, Failures, retire, rotate
 
     site = _site(state)
     if unknown := set(pool or ()) - set(site.pools):
-        raise SettingsError(f"no pool {', '.join(sorted(unknown))}: there is {', '.join(sorted(site.pools))}")
+        raise SettingsError(f"unknown pool {', '.join(sorted(unknown))}: this state has {', '.join(sorted(site.pools))}")
 
     async def run() -> None:
         failures = Failures()  # pools are independent
@@ -216,7 +214,7 @@ def keys_rotate(
                 await retire(site, connection)
             for name in pool or site.pools:
                 with failures.kept(name):
-                    with waiting("the workers take up the new keys"):
+                    with waiting("waiting for the workers to load the new keys"):
                         rotated = await rotate(site, connection, name, grace=GRACE if grace is None else grace, wait=wait)
                     _tell(rotated)
         failures.raised()
@@ -229,13 +227,13 @@ def keys_rewrap(
     to: Annotated[str, typer.Option(help="The address of the key to wrap with (docs/kms.md).", metavar="ADDRESS")],
     source: Annotated[
         str | None,
-        typer.Option("--from", help="The one that wraps now; what the state says where left out.", metavar="ADDRESS"),
+        typer.Option("--from", help="The address that wraps them now. Default: the state's.", metavar="ADDRESS"),
     ] = None,
     state: State = None,
 ) -> None:
-    """Move the pools' keys and receipt keys to another key management service, or away from one.
+    """Move the pools' keys and receipt keys to another key management service, or to unwrapped files.
 
-    Nothing is changed before every key is known to open. What a run that was broken off had moved, the next one leaves.
+    It changes nothing until it has opened every key. After an interruption, run it again: it skips the keys that are moved.
     """
     from lacre_fabric.operate.rewrapping import rewrap
 
@@ -244,10 +242,10 @@ def keys_rewrap(
     async def run() -> None:
         async with site.changing():
             for moved in rewrap(site, source or site.kms, to):
-                typer.echo(f"{moved.path.relative_to(site.folder)}: {'was moved before' if moved.before else 'moved'}")
+                typer.echo(f"{moved.path.relative_to(site.folder)}: {'already moved' if moved.before else 'moved'}")
 
     asyncio.run(run())
-    typer.echo(f'the workers\' settings: kms = "{to}". Workers that run go on with what they hold; start them anew with it.')
+    typer.echo(f'Set kms = "{to}" in the workers\' settings, then restart the workers. Until then they keep their loaded keys.')
 
 
 @keys_app.command("tend")
@@ -256,10 +254,12 @@ def keys_tend(
     rotate_hours: RotateHours = 24.0,
     grace: Grace = None,
     stay: Annotated[
-        bool, typer.Option("--stay", help="Go on until SIGTERM, and make queues again that the message server lost.")
+        bool, typer.Option("--stay", help="Keep running until SIGTERM, and recreate queues that the NATS server lost.")
     ] = False,
 ) -> None:
-    """Do whatever is due: a new pool key, the end of an old one, a fresh manifest. For cron, each hour, without `lacre up`."""
+    """Do what is due: create a pool key, destroy an old one, sign a new manifest. Run it hourly from cron if you do not use
+    `lacre up`.
+    """
     from lacre_fabric.operate import floods
     from lacre_fabric.operate.rotation import GRACE, KEPT_UP, Schedule, tend, upkeep
 
@@ -289,7 +289,7 @@ def keys_tend(
 
 @keys_app.command("list")
 def keys_list(state: State = None, as_json: AsJson = False) -> None:
-    """Show the pools' keys, and what becomes of them."""
+    """Show the pools' keys and their next steps."""
     site = _site(state)
     rows = [
         (name, config.key_id, config.kem.label, _state(generation))
@@ -305,7 +305,7 @@ def keys_list(state: State = None, as_json: AsJson = False) -> None:
 
 def _state(generation: Generation) -> str:
     if generation.listed_at is None:
-        return "staged: waits for the workers"
+        return "staged: waiting for the workers"
     if generation.retire_at is None:
         return f"current since {_date(generation.listed_at)}"
     if generation.unlisted_at is None:
@@ -320,12 +320,12 @@ def _tell(rotated: Rotated) -> None:
         ids = ", ".join(map(str, generation.ids))
         typer.echo(f"  {ids}: {_state(generation)}")
     for node in sorted(rotated.lacking):
-        typer.echo(f"  worker {node} has not taken up the new key: see that it reads the pool's keys", err=True)
+        typer.echo(f"  worker {node} has not loaded the new key: check that it reads the pool's keys", err=True)
 
 
 @signer_app.command("rotate")
 def signer_rotate(state: State = None) -> None:
-    """Make a new signer: the root names it, it signs the manifest, and the old one is destroyed."""
+    """Create a new signer. The root authorizes it, it signs the manifest, and the old key is destroyed."""
     site = _site(state)
     _change(site, lambda: site.authority.rotate_signer(time.time()))
     chain = site.authority.chain()
@@ -334,9 +334,9 @@ def signer_rotate(state: State = None) -> None:
 
 @root_app.command("rotate")
 def root_rotate(state: State = None) -> None:
-    """Make a new root, which the old one hands over to before it is destroyed. Prints the connection string that pins it.
+    """Create a new root. The old root hands over to it and is destroyed. Prints the connection string that pins the new root.
 
-    Applications that pin an older root go on: they follow the chain.
+    Applications that pin an older root keep working: they follow the chain.
     """
     site = _site(state)
     published = _change(site, lambda: site.authority.rotate_root(time.time()))
@@ -348,7 +348,7 @@ def root_rotate(state: State = None) -> None:
 
 
 def _change(site: Site, change: Callable[[], object]) -> bool:
-    """Changes the chain, publishes what follows, and destroys the key that was replaced. Whether it could be published."""
+    """Changes the chain, publishes the result, and destroys the replaced key. Returns whether it could publish."""
     from lacre_fabric.operate.rotation import publish
     from lacre_fabric.work.contract import FabricUnavailable
 
@@ -359,7 +359,7 @@ def _change(site: Site, change: Callable[[], object]) -> bool:
             async with _provisioner(site) as connection:
                 await publish(site, connection)
         except FabricUnavailable as exc:
-            typer.echo(f"not published yet: {exc}; `lacre up` and `lacre manifest publish` will", err=True)
+            typer.echo(f"not published yet: {exc}; run `lacre up` or `lacre manifest publish`", err=True)
             async with site.changing():
                 site.authority.settle()
             return False
@@ -369,7 +369,7 @@ def _change(site: Site, change: Callable[[], object]) -> bool:
 
 
 def _served(url: str) -> bool:
-    """Whether the gateway lets an application in that pins what `url` says; it is given the time to learn of it."""
+    """Whether the gateway works for an application that pins `url`. Waits a moment for the gateway to learn of it."""
     from lacre.client import fetch_manifest
     from lacre.errors import LacreError
     from lacre.trust.manifest_store import VersionMemory
@@ -388,7 +388,7 @@ def _served(url: str) -> bool:
 
 
 def manifest_publish(state: State = None) -> None:
-    """Sign the next version of the manifest and put it on the fabric, with the queues that it lacks."""
+    """Sign the next manifest and publish it on the fabric. Creates missing queues."""
     from lacre_fabric.nats.provisioning import provision
     from lacre_fabric.operate.rotation import publish
 
@@ -405,14 +405,15 @@ def manifest_publish(state: State = None) -> None:
 
 @fabric_app.callback()
 def fabric() -> None:
-    """Message servers of one's own."""
+    """Your own NATS servers."""
 
 
 @fabric_app.command("accounts")
 def fabric_accounts(state: State = None) -> None:
-    """Print the accounts of a nats-server of one's own, passwords in them: its configuration includes them.
+    """Print the accounts for your own nats-server, including passwords. Include them in its configuration.
 
-    One credential for all instances of the gateway and one for all workers of a pool, made in the state folder's `fabric`.
+    All gateway instances share one credential, and so do all workers of a pool. The credentials are in the state's `fabric`
+    folder.
     """
     from lacre_fabric.nats.accounts import accounts
     from lacre_fabric.operate import nats_conf
@@ -422,22 +423,22 @@ def fabric_accounts(state: State = None) -> None:
 
 @fabric_app.command("bundles")
 def fabric_bundles(
-    nats: Annotated[str, typer.Option(help="Where the message server will be, as nats://HOST:PORT.")],
-    public_url: Annotated[str, typer.Option(help="Where clients will find the gateway.")],
+    nats: Annotated[str, typer.Option(help="The NATS server's address, as nats://HOST:PORT.")],
+    public_url: Annotated[str, typer.Option(help="The gateway's URL for clients.")],
     state: State = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A model's name, for /models/NAME.gguf; may be repeated. Default: the pool's models so far, or else the "
+            help="A model's name, for /models/NAME.gguf; may be repeated. Default: the pool's models so far, or the "
             "default model."
         ),
     ] = None,
     pool: Annotated[str, typer.Option(help="The pool that serves them.")] = "default",
 ) -> None:
-    """Write what each process gets where they run apart, in containers say: its settings and the secrets it may have.
+    """Write a folder for each process of a distributed deployment, with its settings and only its own secrets.
 
-    Makes keys where there are none, and prints the connection string that applications pin. Run again, it adds the pool and its
-    models to the others of this state, and removes nothing: take out of `site.json` by hand what shall go.
+    Creates missing keys, and prints the connection string that applications pin. A later run adds its pool and models, and
+    removes nothing. To remove one, edit `site.json`.
     """
     from lacre_fabric.nats import subjects
     from lacre_fabric.operate.bundles import Bundles
@@ -453,7 +454,7 @@ def fabric_bundles(
 
 @fabric_app.command("check")
 def fabric_check(state: State = None, as_json: AsJson = False) -> None:
-    """Look whether the message servers are what Lacre needs, and what is weak. Exits with 1 where something is wrong."""
+    """Check that the NATS servers meet Lacre's requirements. Exits with 1 if something is wrong."""
     from dataclasses import asdict
     from io import StringIO
 
@@ -461,7 +462,7 @@ def fabric_check(state: State = None, as_json: AsJson = False) -> None:
     from lacre_fabric.operate.fabric_check import Severity, inspect
 
     site = _site(state)
-    logs.configure(StringIO())  # what is denied on purpose; the findings say what matters
+    logs.configure(StringIO())  # denials are provoked on purpose; the findings report what matters
     found = asyncio.run(inspect(site.servers, site.pools, site.replicas, site.credentials(), site.regions))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))

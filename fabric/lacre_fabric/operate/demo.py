@@ -1,4 +1,4 @@
-"""`lacre demo`: one sealed chat through everything, and side by side what was asked and what the gateway saw of it."""
+"""`lacre demo`: runs one sealed chat through everything, and shows the request beside what the gateway saw of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHOWN: Final = 128  # bytes of ciphertext
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What `--json` prints. ttft_ms: milliseconds to the first text; tokens_per_s: from the first text to the last."""
+    """The output of `--json`. ttft_ms: milliseconds to the first text. tokens_per_s: between the first and the last text."""
 
     ok: bool
     model: str
@@ -40,7 +40,7 @@ class Result:
 
 
 class _Tap(httpx2.AsyncBaseTransport):
-    """The connection to the gateway, remembering the last request that went over it, and the proof that came back."""
+    """The connection to the gateway. It keeps the last request and the audit proof of its answer."""
 
     def __init__(self) -> None:
         self._inner = httpx2.AsyncHTTPTransport()
@@ -58,7 +58,7 @@ class _Tap(httpx2.AsyncBaseTransport):
 
 
 async def demo(out: Console) -> Result:
-    """Starts everything in a temporary state, asks, shows, and ends everything."""
+    """Starts everything in a temporary state, runs and shows one chat, and stops everything."""
     with tempfile.TemporaryDirectory(prefix="lacre-demo-") as folder:
         out.print("[dim]Starting nats-server, a gateway and a worker with the model …[/dim]")
         async with running(Path(folder) / "state", 0) as (live, _):
@@ -100,7 +100,7 @@ async def _ask(client: lacre.AsyncClient, tap: _Tap, live: Running, out: Console
 
 
 def _show(out: Console, tap: _Tap) -> None:
-    """Left what the application asked, right what passed the gateway; below, the entry that it proved to have recorded."""
+    """Shows the application's request on the left, the gateway's view on the right, and the gateway's audit entry below."""
     if tap.last is None:
         return
     headers = "\n".join(f"{name}: {value}" for name, value in tap.last.headers.items() if name.startswith("lacre-"))
@@ -114,9 +114,9 @@ def _show(out: Console, tap: _Tap) -> None:
         Panel(Text(seen), title="the gateway saw", border_style="red"),
     )
     out.print(sides)
-    if tap.audit:  # which the client has verified by now
+    if tap.audit:  # the client has already verified it
         proof = AuditProof.parse_header(tap.audit)
-        line = json.dumps(proof.members)  # with blanks, where the terminal may break it
+        line = json.dumps(proof.members)  # with spaces, so that the terminal can break it
         title = f"and wrote into its audit log, as entry {proof.index}, which it proves with the answer"
         out.print(Panel(Text(line), title=title, border_style="red"))
     out.print("[bold]The answer, opened here record by record:[/bold]")

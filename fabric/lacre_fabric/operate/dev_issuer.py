@@ -1,4 +1,4 @@
-"""The development issuer: access tokens for one's own machine. A real deployment has an OIDC provider in its place."""
+"""The development issuer: access tokens for your own machine. A real deployment has an OIDC provider instead."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def key_id(key: Ed25519PrivateKey) -> str:
 
 
 def key_set(key: Ed25519PrivateKey) -> dict[str, Any]:
-    """The public half as a JWK set (RFC 7517; RFC 8037)."""
+    """The public key as a JWK set (RFC 7517; RFC 8037)."""
     public = {"kty": "OKP", "crv": "Ed25519", "x": b64u(raw_public_key(key)), "kid": key_id(key), "alg": "EdDSA", "use": "sig"}
     return {"keys": [public]}
 
@@ -38,7 +38,7 @@ def issue(
     bound_to: str | None = None,
     now: float | None = None,
 ) -> str:
-    """An access token (JWT, RFC 7519). lifetime: seconds. bound_to: the thumbprint of the one key that it needs (RFC 9449)."""
+    """An access token (JWT, RFC 7519). lifetime: seconds. bound_to: the thumbprint of the key that must prove it (RFC 9449)."""
     now = time.time() if now is None else now
     claims: dict[str, Any] = {
         "iss": ISSUER,

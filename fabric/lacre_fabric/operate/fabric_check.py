@@ -1,10 +1,9 @@
-"""`lacre fabric check`: whether running message servers are what Lacre needs, and what is weak about them.
+"""`lacre fabric check`: compares running NATS servers with Lacre's requirements.
 
 Rules:
-- It changes nothing of anybody's. It writes one entry of its own into each stream, to see whether the stream takes it. What it
-  tries with a credential to find out whether it is denied does no harm where it is allowed: a subscription, a question, or a
-  message to nobody.
-- `wrong` is what breaks a promise of Lacre's, `weak` what keeps it for as long as nothing fails.
+- It changes no one else's data. It writes one entry of its own into each stream, to test writes. Operations that should be
+  denied are harmless if they are allowed: a subscription, a question, or a message without a receiver.
+- `wrong` breaks one of Lacre's guarantees. `weak` breaks one as soon as something fails.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ from lacre_fabric.nats.streams import MAX_PAYLOAD
 from lacre_fabric.work.contract import FabricError
 from lacre_fabric.work.revocations import Revocation
 
-_SKEW: Final = 5.0  # seconds that clocks may differ and nobody notices
+_SKEW: Final = 5.0  # seconds that clocks may differ without effect
 _LISTEN: Final = 1.0  # seconds in which servers answer
-_PROVISION: Final = "run `lacre manifest publish`, which mends it"
-_ANEW: Final = "delete the stream when nobody needs what is in it, and run `lacre manifest publish`"
-_ACCOUNTS: Final = "configure the servers with what `lacre fabric accounts` prints, and nothing beside it"
-_FULL: Final = "see docs/nats.md, The way back: somebody may hold a stolen credential"
+_PROVISION: Final = "run `lacre manifest publish` to correct it"
+_ANEW: Final = "delete the stream once its content is not needed, then run `lacre manifest publish`"
+_ACCOUNTS: Final = "configure the servers with exactly what `lacre fabric accounts` prints"
+_FULL: Final = "see docs/nats.md, The way back: a credential may be stolen"
 _NEARLY_FULL: Final = 0.8  # of a stream's bytes or messages
-_PROBE: Final = 2  # seconds that an entry lives which tries a stream that takes times to live
-_FIXED: Final = frozenset({"storage", "retention"})  # what no update of a stream changes
-_CHOSEN: Final = frozenset({"retention", "duplicate_window", "placement"})  # by the server, where nothing is asked for
+_PROBE: Final = 2  # seconds to live of the test entry, in a stream that supports it
+_FIXED: Final = frozenset({"storage", "retention"})  # fields that no update of a stream can change
+_CHOSEN: Final = frozenset({"retention", "duplicate_window", "placement"})  # fields that the server chooses if none are given
 _STREAM: Final = (
     "subjects", "retention", "storage", "num_replicas", "discard", "max_msgs", "max_bytes", "max_msgs_per_subject", "max_age",
     "duplicate_window", "allow_msg_ttl", "deny_delete", "deny_purge", "placement", "max_msg_size", "allow_rollup_hdrs",
@@ -65,7 +64,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FabricFinding:
-    """remedy: what to do; empty where there is nothing to do."""
+    """remedy: what to do; empty if nothing."""
 
     check: str
     verdict: Severity
@@ -80,7 +79,9 @@ async def inspect(
     credentials: Mapping[str, Credential],
     regions: Sequence[str] = subjects.ONE_REGION,
 ) -> list[FabricFinding]:
-    """credentials: by role: `provisioner`, `inspector`, and any of `gateway` and `worker-POOL`, the latter with `@REGION`."""
+    """credentials: by role: `provisioner`, `inspector`, and any of `gateway` and `worker-POOL`, the latter two optionally with
+    `@REGION`.
+    """
     found = [_tls(servers)]
     try:
         async with _connected(servers, credentials["provisioner"]) as provisioner:
@@ -89,7 +90,7 @@ async def inspect(
     except LacreError as exc:
         found.append(
             FabricFinding(
-                "fabric", Severity.WRONG, str(exc), "see that the servers run, have JetStream, and know Lacre's accounts"
+                "fabric", Severity.WRONG, str(exc), "check that the servers run, have JetStream, and have Lacre's accounts"
             )
         )
         return found
@@ -115,14 +116,14 @@ async def _connected(servers: Servers, credential: Credential) -> AsyncIterator[
 
 def _tls(servers: Servers) -> FabricFinding:
     if servers.tls:
-        return FabricFinding("tls", Severity.OK, "servers prove who they are")
+        return FabricFinding("tls", Severity.OK, "servers prove their identity")
     far = [host for host in servers.hosts if not is_loopback(host)]
     if not far:
-        return FabricFinding("tls", Severity.OK, "none, on this machine alone")
+        return FabricFinding("tls", Severity.OK, "no TLS, but only on this machine")
     return FabricFinding(
         "tls",
         Severity.WRONG,
-        f"passwords go to {', '.join(far)} in the clear",
+        f"passwords go to {', '.join(far)} unencrypted",
         "configure `tls` on the servers, and write tls:// in `url`",
     )
 
@@ -135,7 +136,7 @@ async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> l
             try:
                 info = await connection.jetstream.stream_info(name)
             except nats.js.errors.NotFoundError:
-                found.append(FabricFinding(name, Severity.WRONG, "it is not there", _PROVISION))
+                found.append(FabricFinding(name, Severity.WRONG, "missing", _PROVISION))
                 continue
         finding = _stream(name, wanted, info)
         if finding.verdict is not Severity.WRONG:
@@ -145,7 +146,7 @@ async def _streams(connection: Connection, streams: Sequence[StreamConfig]) -> l
 
 
 async def _takes_writes(connection: Connection, name: str) -> FabricFinding | None:
-    """What is wrong with a write. A stream can be as it should be, and take none: it is full, or its disk is."""
+    """The fault that a test write finds, if any. A correct stream can still refuse writes: it or its disk may be full."""
     try:
         if name == subjects.REVOCATIONS_STREAM:
             await revoke(connection, Revocation(b64u(secrets.token_bytes(32)), time.time() + _PROBE))
@@ -168,7 +169,7 @@ def _room(name: str, info: StreamInfo) -> FabricFinding | None:
     used = max(state.bytes / (config.max_bytes or 1), state.messages / (config.max_msgs or 1))
     if used < _NEARLY_FULL:
         return None
-    return FabricFinding(name, Severity.WEAK, f"{used:.0%} of its room is used", _FULL)
+    return FabricFinding(name, Severity.WEAK, f"{used:.0%} of its limit is used", _FULL)
 
 
 def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> FabricFinding:
@@ -179,20 +180,20 @@ def _stream(name: str, wanted: StreamConfig, info: StreamInfo) -> FabricFinding:
         return FabricFinding(name, verdict, "; ".join(told for _, told in differs), remedy)
     if wanted.placement is not None and (info.cluster is None or info.cluster.name != wanted.placement.cluster):
         there = "nowhere" if info.cluster is None else f"in {info.cluster.name}"
-        remedy = f"it is on its way to {wanted.placement.cluster}: look again"
+        remedy = f"it is moving to {wanted.placement.cluster}: check again later"
         return FabricFinding(name, Severity.WEAK, f"it is still {there}", remedy)
     if info.cluster is None or not wanted.num_replicas or wanted.num_replicas == 1:
-        return FabricFinding(name, Severity.OK, "as it should be, on one server")
+        return FabricFinding(name, Severity.OK, "correct, on one server")
     peers = info.cluster.replicas or []
     late = [peer.name or "?" for peer in peers if peer.offline or not peer.current]
     if info.cluster.leader is None or late:
-        told = f"leader {info.cluster.leader or 'none'}; behind or away: {', '.join(late) or 'none'}"
-        return FabricFinding(name, Severity.WEAK, told, "see that every server runs and reaches the others")
-    return FabricFinding(name, Severity.OK, f"as it should be, leader {info.cluster.leader}, {len(peers)} more current")
+        told = f"leader {info.cluster.leader or 'none'}; behind or offline: {', '.join(late) or 'none'}"
+        return FabricFinding(name, Severity.WEAK, told, "check that every server runs and reaches the others")
+    return FabricFinding(name, Severity.OK, f"correct, leader {info.cluster.leader}, {len(peers)} more current")
 
 
 def _differences(fields: Iterable[str], wanted: object, there: object) -> list[tuple[str, str]]:
-    """Fields that differ, each with how it is told. Where the server chooses, any choice will do."""
+    """The fields that differ, each with its message. If the server chooses a field, any value is fine."""
     told = []
     for field in fields:
         want, has = _limit(getattr(wanted, field)), _limit(getattr(there, field))
@@ -202,7 +203,9 @@ def _differences(fields: Iterable[str], wanted: object, there: object) -> list[t
 
 
 def _limit(value: object) -> object:
-    """None for what NATS and its client write as none, zero or minus one: no limit. Of a place, its region."""
+    """None for None, zero, minus one and false: NATS and its client write "no limit" in these ways. For a placement, its
+    region.
+    """
     if isinstance(value, Placement):
         return value.cluster
     return None if value in (None, 0, -1, False) else value
@@ -219,7 +222,7 @@ async def _consumers(connection: Connection, consumers: Mapping[str, Sequence[Co
             continue
         names = {config.durable_name or "": config for config in wanted}
         told = [f"{name} is missing" for name in names.keys() - there.keys()]
-        told += [f"{name} is nobody's" for name in there.keys() - names.keys()]
+        told += [f"unexpected consumer {name}: delete it" for name in there.keys() - names.keys()]
         for name in names.keys() & there.keys():
             told += [f"{name}: {text}" for _, text in _differences(_CONSUMER, names[name], there[name])]
         verdict = Severity.WRONG if told else Severity.OK
@@ -230,7 +233,7 @@ async def _consumers(connection: Connection, consumers: Mapping[str, Sequence[Co
 
 
 async def _said(inspector: Connection) -> list[dict[str, Any]]:
-    """What each server says of its configuration (VARZ). Raises FabricError."""
+    """Each server's answer about its configuration (VARZ). Raises FabricError."""
     said: list[dict[str, Any]] = []
 
     async def hear(message: Msg) -> None:
@@ -250,12 +253,14 @@ def _servers(
     said: Sequence[Mapping[str, Any]], streams: Sequence[StreamConfig], regions: Sequence[str], now: float
 ) -> list[FabricFinding]:
     if not said:
-        return [FabricFinding("servers", Severity.WRONG, "none answers the inspector", _ACCOUNTS)]
+        return [FabricFinding("servers", Severity.WRONG, "no server answers the inspector", _ACCOUNTS)]
     found = []
     versions = sorted({str(server["version"]) for server in said})
     verdict = Severity.OK if len(versions) == 1 else Severity.WEAK
     found.append(
-        FabricFinding("versions", verdict, ", ".join(versions), "" if len(versions) == 1 else "run one version on all servers")
+        FabricFinding(
+            "versions", verdict, ", ".join(versions), "" if len(versions) == 1 else "run the same version on all servers"
+        )
     )
     if len(regions) > 1:
         found.append(_majority(said, regions))
@@ -274,26 +279,28 @@ def _cluster(server: Mapping[str, Any]) -> str | None:
 
 
 def _majority(said: Sequence[Mapping[str, Any]], regions: Sequence[str]) -> FabricFinding:
-    """Whether most of all servers are left when any region but the home is lost: without that, JetStream answers nobody."""
+    """Whether most servers remain after the loss of any region but the home. Without a majority JetStream does not answer."""
     needing = [region for region in regions[1:] if 2 * sum(_cluster(server) != region for server in said) <= len(said)]
     if not needing:
-        return FabricFinding("majority", Severity.OK, f"of {len(said)} servers most are left without any region but the home")
-    told = f"without {' or without '.join(needing)} most of the {len(said)} servers are gone, and JetStream with them"
+        return FabricFinding(
+            "majority", Severity.OK, f"most of the {len(said)} servers remain if any region but the home is lost"
+        )
+    told = f"if {' or '.join(needing)} is lost, most of the {len(said)} servers are gone and JetStream stops"
     return FabricFinding(
-        "majority", Severity.WEAK, told, "run a server in a further place, which keeps nothing, or more in the home"
+        "majority", Severity.WEAK, told, "run a server without storage in another place, or more servers in the home"
     )
 
 
 def _enough(region: str, there: int, replicas: int, regions: Sequence[str]) -> FabricFinding:
     check = "servers" if len(regions) == 1 else f"servers {region}"
-    told = f"{there} answer, {replicas} keep each stream"
+    told = f"{there} servers answer; each stream needs {replicas}"
     if there >= replicas:
         return FabricFinding(check, Severity.OK, told)
     return FabricFinding(check, Severity.WRONG, told, "start the servers that are missing, or lower `replicas`")
 
 
 def _server(server: Mapping[str, Any], kept: Sequence[StreamConfig], now: float) -> list[FabricFinding]:
-    """kept: what it may have to keep, for any server may be given any of its region's streams."""
+    """kept: the streams that it may have to store; any server can get any stream of its region."""
     name, config = server.get("server_name", "?"), (server.get("jetstream") or {}).get("config") or {}
     wrong: list[tuple[Severity, str, str]] = []
     if server.get("max_payload", 0) < MAX_PAYLOAD:
@@ -304,32 +311,30 @@ def _server(server: Mapping[str, Any], kept: Sequence[StreamConfig], now: float)
         wrong.append((Severity.WRONG, "JetStream is off", "configure `jetstream`"))
     else:
         if not config.get("sync_always"):
-            told = "a power cut may forget what was written last"
+            told = "a power cut may lose the last writes"
             wrong.append((Severity.WEAK, told, "set sync_interval: always in `jetstream`"))
         for storage, limit, setting in _LIMITS:
             needed = sum(_most(stream) for stream in kept if stream.storage == storage)
             if 0 <= config.get(limit, -1) < needed:
-                told = f"{setting} is {config[limit]}, its streams may come to {needed}"
+                told = f"{setting} is {config[limit]}, its streams may need {needed}"
                 wrong.append((Severity.WRONG, told, f"set {setting} in `jetstream` to {needed} or more"))
     skew = abs(now - datetime.fromisoformat(str(server["at"])).timestamp())
     if skew > _SKEW:
-        wrong.append((Severity.WEAK, f"its clock is {skew:.0f} s from this one", "keep all clocks by NTP"))
+        wrong.append((Severity.WEAK, f"its clock differs by {skew:.0f} s", "synchronize all clocks with NTP"))
     if not wrong:
-        return [
-            FabricFinding(f"server {name}", Severity.OK, "JetStream, its limits, payload, sync and clock are as they should be")
-        ]
+        return [FabricFinding(f"server {name}", Severity.OK, "JetStream, its limits, payload, sync and clock are correct")]
     return [FabricFinding(f"server {name}", *each) for each in wrong]
 
 
 def _most(stream: StreamConfig) -> int:
-    """Bytes that a stream may come to, as far as it has a bound."""
+    """Bytes that a stream may need, if it has a limit."""
     if stream.max_bytes and stream.max_bytes > 0:
         return stream.max_bytes
     return max(0, stream.max_msgs or 0) * max(0, stream.max_msg_size or 0)
 
 
 async def _denied(servers: Servers, role: str, credential: Credential, places: Sequence[tuple[str, str]]) -> FabricFinding:
-    """Tries what the role must not do."""
+    """Tests operations that the role must not be allowed."""
     allowed = []
     try:
         async with _connected(servers, credential) as connection:
@@ -343,7 +348,7 @@ async def _denied(servers: Servers, role: str, credential: Credential, places: S
         return FabricFinding(f"permissions {role}", Severity.WRONG, str(exc), _ACCOUNTS)
     if allowed:
         return FabricFinding(f"permissions {role}", Severity.WRONG, f"it may {', '.join(allowed)}", _ACCOUNTS)
-    return FabricFinding(f"permissions {role}", Severity.OK, "what it must not do is denied")
+    return FabricFinding(f"permissions {role}", Severity.OK, "forbidden operations are denied")
 
 
 _LISTENED: Final = (">", "_INBOX.>", "work.>", "$SYS.>", "$KV.>")
@@ -351,7 +356,7 @@ _NOBODY: Final = "check-nobody"  # no stream, consumer, gateway or request has t
 
 
 def _asked(role: str, places: Sequence[tuple[str, str]]) -> list[str]:
-    """Subjects that are denied to the role; where they are not, nobody is there to be harmed. places: pools and regions."""
+    """Subjects that must be denied to the role; they reach nothing if they are allowed. places: pools and regions."""
     api = [f"{prefix}.{call}" for prefix in ("$JS.API", subjects.API) for call in (
         f"STREAM.CREATE.{_NOBODY}", f"STREAM.DELETE.{_NOBODY}", f"STREAM.PURGE.{_NOBODY}", "STREAM.NAMES",
         f"CONSUMER.CREATE.{_NOBODY}.{_NOBODY}",

@@ -1,13 +1,13 @@
-"""Names who floods the message servers, and has the servers end the connections that do, by what they say of them (CONNZ).
+"""Finds clients that flood the NATS servers, and makes the servers close their connections. Uses the servers' CONNZ.
 
 Rules:
-- A connection is cut off, never a user: honest processes may share a credential, and each has connections of its own.
-- A connection is cut off when two looks in a row find it over `CUT_MESSAGES` or `CUT_BYTES`. For a minute after that, one
-  look is enough for any other connection of this user, and looks follow each other at once.
-- So a thief that comes back floods for about a second with each connection. Only a new credential ends that (docs/nats.md).
-- Rates are by the server's clock, and those of a new connection count from its start. A watcher that stalls accuses nobody.
-- A user is named once a minute while it goes on, however many connections it uses.
-- A server that does not cut off is no reason to stop looking: users are named all the same.
+- Connections are closed, not users: honest processes may share a credential, but each has its own connections.
+- A connection is closed when two checks in a row find it over `CUT_MESSAGES` or `CUT_BYTES`. For a minute after that, one check
+  suffices for this user's other connections, and checks follow each other at once.
+- So an attacker who reconnects floods for about a second with each connection. Only a new credential ends that (docs/nats.md).
+- Rates use the server's clock, and a new connection's rate counts from its start. So a watcher that stalls accuses no one.
+- A flooding user is logged once a minute, however many connections it uses.
+- If a server does not close connections, the checks continue and users are still logged.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ from lacre_fabric.nats.roles import CONNECTIONS, MAX_SLOTS, Credential
 from lacre_fabric.nats.servers import Servers
 from lacre_fabric.work.contract import FabricUnavailable
 
-MESSAGES: Final = 20_000  # a second, of one user: 256 streams at 50 tokens a second are 13,000
-BYTES: Final = 256 * 2**20  # a second, of one user
-# A second, of one connection. The busiest honest one is a worker's: a frame for each token, in every slot. At 200 tokens a
-# second in each that is 100,000; a core that seals and frames 200 bytes and does nothing else makes some 30,000. A gateway
-# process has some 900 requests a second (docs/scale.md), and some ten messages for each: 9,000, over several connections.
+MESSAGES: Final = 20_000  # per second and user: 256 streams at 50 tokens a second are 13,000
+BYTES: Final = 256 * 2**20  # per second and user
+# Per second and connection. The busiest honest one is a worker's: one frame per token in every slot. At 200 tokens a second per
+# slot that is 100,000. A core that only seals and frames 200 bytes manages about 30,000. A gateway process handles about 900
+# requests a second (docs/scale.md) with about ten messages each: 9,000, over several connections.
 CUT_MESSAGES: Final = 200 * MAX_SLOTS
-CUT_BYTES: Final = 2 * BYTES  # a second, of one connection: four gigabits, more than one process seals or relays
-LOOKS: Final = 2  # in a row, until a connection is cut off: one may be a burst
-LOOK: Final = 2.0  # seconds between looks
-AGAIN: Final = 60.0  # seconds until a user is named again, or a server that does not answer is asked again
+CUT_BYTES: Final = 2 * BYTES  # per second and connection: four gigabits, more than one process seals or relays
+LOOKS: Final = 2  # in a row until a connection is closed: a single one may be a burst
+LOOK: Final = 2.0  # seconds between checks
+AGAIN: Final = 60.0  # seconds until a user is logged again, or a server that refused is asked again
 _LISTEN: Final = 0.5  # seconds in which servers answer
-_SHORTEST: Final = 1.0  # seconds: what was sent in less counts as sent in so many, so that a short burst is no flood
-# The connections that sent the most, and the newest: a thief that comes back has sent less than those that stayed.
+_SHORTEST: Final = 1.0  # seconds: a shorter interval counts as this long, so that a short burst is no flood
+# The connections that sent the most, and the newest ones: an attacker who reconnects has sent less than older connections.
 _ASKED: Final = tuple({"auth": True, "sort": by, "limit": 256} for by in ("msgs_from", "bytes_from", "uptime"))
 _MAX_ANSWERS: Final = 256 * len(_ASKED)  # of 256 servers
-_CUT_LIMIT: Final = 2.0  # seconds for a server to end a connection
-_MOST: Final = 2**64  # that a server counts
-_MAX_CUTS: Final = 16  # connections in one look, so that looks go on; the others' turn comes with the next one
-WATCHED: Final = tasks.Restart("each look learns anew what the connections have sent")
-_REMEDY: Final = "unless this is your load, replace the credential, which may be stolen: docs/nats.md, The way back"
-_CONFIGURE: Final = "configure what `lacre fabric accounts` prints"
+_CUT_LIMIT: Final = 2.0  # seconds for a server to close a connection
+_MOST: Final = 2**64  # the highest count that a server reports
+_MAX_CUTS: Final = 16  # connections per check, so that checks continue; the others follow in the next check
+WATCHED: Final = tasks.Restart("each check reads all counts again")
+_REMEDY: Final = "unless this is your own load, replace the credential: it may be stolen (docs/nats.md, The way back)"
+_CONFIGURE: Final = "configure the output of `lacre fabric accounts`"
 
 log = structlog.get_logger("lacre.fabric")
 
-At = tuple[str, int]  # a connection: the server's id, and its number there
+At = tuple[str, int]  # a connection: the server's id, and the connection's number there
 
 
 @dataclass(frozen=True, slots=True)
 class Flood:
-    """messages: a second."""
+    """messages: per second."""
 
     user: str
     messages: int
@@ -71,7 +71,7 @@ class Flood:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionTraffic:
-    """What a connection had sent at a time, in seconds since the epoch by its server's clock. started: when it began."""
+    """A connection's counts at one time, in seconds since the epoch on its server's clock. started: when it began."""
 
     user: str
     time: float
@@ -88,7 +88,7 @@ class ConnectionTraffic:
         return cls(user, at, _seconds(one.text("start")), messages, size)
 
     def since(self, then: ConnectionTraffic | None) -> tuple[float, float]:
-        """Messages and bytes a second since `then`, or since the connection began."""
+        """Messages and bytes per second since `then`, or since the connection began."""
         began = self.started if then is None else then.time
         seconds = max(self.time - began, _SHORTEST)
         messages, size = (0, 0) if then is None else (then.messages, then.size)
@@ -97,7 +97,7 @@ class ConnectionTraffic:
 
 @dataclass(slots=True)
 class Rates:
-    """What each connection had sent when it was looked at last, and how many looks in a row found it over the limits."""
+    """Each connection's last counts, and how many checks in a row found it over the limits."""
 
     before: dict[At, ConnectionTraffic] = field(default_factory=dict)
     over: Counter[At] = field(default_factory=Counter)
@@ -118,13 +118,15 @@ class Rates:
         return [Flood(user, sent) for user, sent in messages.items() if sent > MESSAGES or size[user] > BYTES]
 
     def to_cut(self, cut_before: frozenset[str]) -> list[At]:
-        """The connections to cut off after this look, `_MAX_CUTS` at most. cut_before: users of whom one was, lately."""
+        """The connections to close after this check, at most `_MAX_CUTS`. cut_before: users with a recently closed
+        connection.
+        """
         found = [at for at, looks in self.over.items() if looks >= LOOKS or self.before[at].user in cut_before]
         return found[:_MAX_CUTS]
 
 
 def _connections(said: Iterable[object]) -> dict[At, ConnectionTraffic]:
-    """The newest word on each. What is not understood says nothing."""
+    """The newest counts of each connection. Malformed entries are skipped."""
     found: dict[At, ConnectionTraffic] = {}
     for data in said:
         try:
@@ -150,16 +152,16 @@ def _seconds(stamp: str) -> float:
     try:
         return datetime.fromisoformat(stamp).timestamp()
     except (ValueError, OverflowError) as exc:
-        raise InvalidMessage("the time is none") from exc
+        raise InvalidMessage("the time is invalid") from exc
 
 
 def not_watched(reason: str) -> None:
-    """Tells the log that nobody looks for floods."""
+    """Logs that floods are not watched."""
     log.warning("floods.not_watched", reason=reason, remedy=_CONFIGURE)
 
 
 async def watch(servers: Servers, warden: Credential, *, look: float = LOOK) -> None:
-    """For ever. What cannot be asked is tried again."""
+    """Runs forever. A server that cannot be asked is tried again."""
     watcher, told = _Watcher(look), False
     while True:
         try:
@@ -176,15 +178,15 @@ async def watch(servers: Servers, warden: Credential, *, look: float = LOOK) -> 
 
 
 class _Watcher:
-    """look: seconds between looks."""
+    """look: seconds between checks."""
 
     def __init__(self, look: float) -> None:
         self._look = look
-        self._named: dict[str, float] = {}  # users, and until when they are not named again
-        self._cut: dict[str, float] = {}  # users of whom a connection was cut off, and until when one look is enough
-        self._told: dict[str, float] = {}  # users, and until when a cut-off is not logged again
-        self._cuts: Counter[str] = Counter()  # connections of each user that were cut off, and are not told of yet
-        self._may_cut = 0.0  # from when on a server may be asked again to cut off
+        self._named: dict[str, float] = {}  # users, and until when they are not logged again
+        self._cut: dict[str, float] = {}  # users with a closed connection, and until when one check suffices
+        self._told: dict[str, float] = {}  # users, and until when a closed connection is not logged again
+        self._cuts: Counter[str] = Counter()  # closed connections of each user that are not logged yet
+        self._may_cut = 0.0  # when a server may be asked again to close connections
         self._said_no = False
 
     async def run(self, connection: Connection) -> None:
@@ -229,7 +231,7 @@ class _Watcher:
                 if not self._said_no:
                     log.warning("floods.not_cut_off", role=user, reason=str(exc), remedy=_CONFIGURE)
                 self._said_no = True
-                if connection.denials != denials:  # each try is a line in the logs of both
+                if connection.denials != denials:  # each try adds a line to both logs
                     self._may_cut = time.monotonic() + AGAIN
                 return
             now = time.monotonic()
@@ -241,7 +243,7 @@ class _Watcher:
 
 
 async def _kick(connection: Connection, at: At) -> None:
-    """Has the server end a connection. One that has gone is fine. Raises FabricUnavailable where the server does not do it."""
+    """Makes the server close a connection; it may be gone already. Raises FabricUnavailable if the server refuses."""
     server, number = at
     async with connection.mapped():
         await connection.client.request(subjects.kick(server), json.dumps({"cid": number}).encode(), timeout=_CUT_LIMIT)

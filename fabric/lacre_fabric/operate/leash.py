@@ -1,10 +1,10 @@
-"""A child on a leash: it dies when its parent does, even by SIGKILL.
+"""Runs a child process that dies with its parent, even after SIGKILL.
 
     python -m lacre_fabric.operate.leash PARENT_PID COMMAND [ARGUMENT...]
 
-sets the child's parent-death signal (Linux, prctl(2) PR_SET_PDEATHSIG), which survives the exec that follows, and makes sure
-that the parent did not die before. The kernel sends the signal when the *thread* that forked ends: start children from a
-thread that lives as long as the process. Elsewhere than on Linux the command is just run.
+It sets the child's parent-death signal (Linux, prctl(2) PR_SET_PDEATHSIG), which survives the exec that follows. Then it checks
+that the parent is still alive. The kernel sends the signal when the *thread* that forked ends, so start children from a thread
+that lives as long as the process. On other systems the command simply runs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-# `-P`: with `-m` alone, a file in the current folder that is named like a module of ours would run in its place.
+# `-P`: with only `-m`, a file in the current folder could replace one of our modules.
 PYTHON: Final = (sys.executable, "-P")
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def leashed(command: Sequence[str]) -> list[str]:
-    """`command`, to be started by this very process, on a leash."""
+    """The command line that runs `command` as a child of this process, on a leash."""
     return [*PYTHON, "-m", "lacre_fabric.operate.leash", str(os.getpid()), *command]
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl")
-        if os.getppid() != parent:  # it died before the leash was on
+        if os.getppid() != parent:  # it died before the signal was set
             sys.exit(1)
     os.execvp(command[0], command)  # noqa: S606 - the caller's own command, without a shell
 

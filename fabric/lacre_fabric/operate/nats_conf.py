@@ -1,10 +1,10 @@
-r"""nats-server's configuration as text that it reads back to the same values.
+r"""Writes nats-server's configuration as text that the server parses to the same values.
 
-Rules
-- It looks like JSON, and NATS reads it by a grammar of its own: a string there knows \t, \n, \r, \", \\ and \xHH, which is
-  one byte. JSON's \u is an error to it.
-- A quoted name takes no escapes: only plain names are written.
-- Quoted text holds no variables: `$HOME` in a path stays what it is.
+Rules:
+- The text looks like JSON, but NATS has its own grammar. Its strings support \t, \n, \r, \", \\ and \xHH, which is one byte.
+  JSON's \u is an error there.
+- A quoted name supports no escapes, so only plain names are written.
+- Quoted text has no variables: `$HOME` in a path stays as it is.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _PLAIN: Final = frozenset(range(0x20, 0x7F)) - {ord('"'), ord("\\")}
 
 
 def encode(config: Mapping[str, object]) -> bytes:
-    """The configuration as ASCII. A string is written as the bytes of a path are (`os.fsencode`).
+    """The configuration as ASCII. A string becomes the bytes of a path (`os.fsencode`).
 
-    Raises SettingsError for what this format cannot hold.
+    Raises SettingsError for values that this format cannot express.
     """
     return (_value(config, "\n") + "\n").encode("ascii")
 
 
 def lines(config: Mapping[str, object]) -> bytes:
-    """The same, to stand among others in a file: a line or more for each member. Raises SettingsError."""
+    """The members without outer braces, to embed in a file; one or more lines each. Raises SettingsError."""
     return "".join(f"{_name(key)}: {_value(value, chr(10))}\n" for key, value in config.items()).encode("ascii")
 
 
 def _value(value: object, line: str) -> str:
-    """line: the line break before the brace that closes it."""
+    """line: the line break before the closing brace."""
     inner = f"{line} "
     if isinstance(value, Mapping):
         return _block("{", [f"{_name(key)}: {_value(one, inner)}" for key, one in value.items()], "}", line)
@@ -63,5 +63,5 @@ def _text(text: str) -> str:
     try:
         content = os.fsencode(text)
     except UnicodeEncodeError as exc:
-        raise SettingsError(f"{text!r} holds half a character: write it as text or as a path of this system") from exc
+        raise SettingsError(f"{text!r} contains an invalid character (a lone surrogate): correct it") from exc
     return '"' + "".join(chr(byte) if byte in _PLAIN else f"\\x{byte:02X}" for byte in content) + '"'

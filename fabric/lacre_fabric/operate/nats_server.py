@@ -1,4 +1,4 @@
-"""The private nats-server of `lacre up`: found, configured and run on loopback. It holds ciphertext and no key to it."""
+"""The private nats-server of `lacre up`: found, configured and run on loopback. It sees only ciphertext and has no keys."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lacre_fabric.nats.streams import MAX_PAYLOAD, QUEUED_BYTES
 from lacre_fabric.operate import nats_conf
 from lacre_fabric.operate.leash import leashed
 
-MAX_MEMORY: Final = 64 * QUEUED_BYTES  # a ceiling, not an allocation: JetStream counts every pool's queue as if it were full
-MAX_FILES: Final = 4 * 2**30  # bytes, a ceiling too: what `layout.file_bytes` says of 50 pools
-# What a stream has not written yet, past which it refuses, and whoever was refused tries again. A flood of writes keeps an
-# honest one waiting for as long as these take, 0.1 s or more where each is synced. With 1,000 it was more than a second.
+MAX_MEMORY: Final = 64 * QUEUED_BYTES  # a ceiling, not an allocation: JetStream counts every pool's queue as full
+MAX_FILES: Final = 4 * 2**30  # bytes; also a ceiling: `streams.file_bytes` of 50 pools
+# A stream refuses writes while this many are waiting; the client then retries. An honest write waits behind a flood for this
+# many writes: 0.1 s or more if each is synced. With 1,000 it was more than a second.
 MAX_BUFFERED: Final = 100
-MAX_BUFFERED_BYTES: Final = 64 * 2**20  # and for each stream no more of the server's memory than this
-# Bytes of memory past which nats-server collects its garbage at once; it may take more. Under floods half of it is garbage.
+MAX_BUFFERED_BYTES: Final = 64 * 2**20  # of the server's memory for each stream's waiting writes
+# Bytes of memory; above this nats-server collects garbage at once, though it may use more. Under floods half of it is garbage.
 MEMORY: Final = 512 * 2**20
-# Bytes of its log, past which it is put aside, and how many are kept: a line is written for each message that is denied.
+# Bytes of its log before it is rotated, and how many are kept: each denied message writes a line.
 LOG_SIZE: Final = 16 * 2**20
 LOGS: Final = 4
 START_TIMEOUT: Final = 10.0  # seconds
@@ -52,7 +52,9 @@ def free_port() -> int:
 
 
 def configuration(host: str, port: int, store: str, roles: Sequence[Role]) -> dict[str, Any]:
-    """What a nats-server of Lacre's runs by, passwords and all. store: the folder for its buckets. Raises SettingsError."""
+    """The configuration of a nats-server for Lacre, including passwords. store: the folder for its buckets. Raises
+    SettingsError.
+    """
     return {
         "host": host,
         "port": port,
@@ -64,7 +66,7 @@ def configuration(host: str, port: int, store: str, roles: Sequence[Role]) -> di
             "max_file_store": MAX_FILES,
             "max_buffered_msgs": MAX_BUFFERED,
             "max_buffered_size": MAX_BUFFERED_BYTES,
-            "sync_interval": "always",  # a claim that was granted must not be forgotten by a power cut
+            "sync_interval": "always",  # a power cut must not lose a granted claim
         },
         "accounts": accounts(roles),
     }
@@ -80,7 +82,7 @@ class NatsServer:
         self.url = f"nats://127.0.0.1:{port}"
 
     def configure(self, roles: Sequence[Role]) -> None:
-        """Writes the configuration; it holds the passwords, so it is 0600. A running server takes it with `reload`."""
+        """Writes the configuration, mode 0600 because it contains passwords. `reload` makes a running server read it."""
         config = configuration("127.0.0.1", self.port, str(self._folder), roles) | {
             "ports_file_dir": str(self._folder),
             "logfile_size_limit": LOG_SIZE,
@@ -94,13 +96,14 @@ class NatsServer:
     def start(self, log: Path) -> subprocess.Popen[bytes]:
         """Starts it and waits until it accepts connections. Raises SettingsError with the end of its log.
 
-        That the port answers proves nothing: another process may have it, and nobody's password is for that one to see. The
-        server itself writes a file, named by its process id (which the leash keeps), once it listens.
+        An open port proves nothing: it may belong to another process, which must not see a password. Once the server listens it
+        writes a file named by its process id, which the leash keeps.
         """
         for left in self._folder.glob("*.ports"):
             left.unlink()
         with log.open("ab") as output:
-            # A session of its own: the terminal's Ctrl-C would end it while the others still say their last words over it.
+            # A session of its own: otherwise the terminal's Ctrl-C would end it while the other processes still need it to
+            # finish.
             process = subprocess.Popen(
                 [*self.command(), "--log", str(log)],
                 stdin=subprocess.DEVNULL,
@@ -120,8 +123,8 @@ class NatsServer:
 
     @staticmethod
     def reload(process: subprocess.Popen[bytes]) -> None:
-        """Takes in new users and permissions without dropping connections.
+        """Makes a running server read its configuration without dropping connections.
 
-        A new pool wants it twice: nats-server resolves what an account imports before it has what the others newly export.
+        A new pool needs two reloads: nats-server resolves an account's imports before the new exports of the others exist.
         """
         process.send_signal(signal.SIGHUP)

@@ -1,10 +1,10 @@
-"""Moves a state folder's wrapped keys from one key management service to another, or to files as they are, and back.
+"""Moves a state folder's keys from one KMS to another, or to and from unwrapped files.
 
 Rules:
-- Nothing is written before every key was opened: by the service that it is to leave, or, where another run was broken off, by
-  the one that it has reached. A key that neither opens stops all of it.
-- A key's new file is opened again and compared before it takes the old one's place, which it does in one step.
-- The state names the new service last: until then, the same command goes on where it was broken off.
+- Nothing is written before every key was opened: by the old service, or by the new one if an interrupted run moved it. A key
+  that neither opens stops everything.
+- A key's new file is opened again and compared before it replaces the old one atomically.
+- The state names the new service last. Until then, the same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lacre_fabric.operate.site import Site
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A key's file. before: whether an earlier run had moved it."""
+    """A key's file. before: whether an earlier run moved it."""
 
     path: Path
     before: bool
@@ -35,7 +35,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """One key, and how it is kept before and after."""
+    """One key, and how it is stored before and after."""
 
     path: Path
     context: EncryptionContext
@@ -43,7 +43,7 @@ class _Move:
     target: Keeping
 
     def done(self) -> bool:
-        """Whether an earlier run had moved it. Raises where neither opens it: the reason that the source gives."""
+        """Whether an earlier run moved it. If neither service opens it, raises the old service's error."""
         if self._arrived():
             return True
         overwrite(self.source.read(self.path, self.context))
@@ -52,14 +52,14 @@ class _Move:
     def do(self) -> None:
         secret = self.source.read(self.path, self.context)
         try:
-            coming = self.path.with_name(f".{self.path.name}.rewrapped")  # no key file by its name: no worker takes it up
+            coming = self.path.with_name(f".{self.path.name}.rewrapped")  # not a key file by its name, so no worker loads it
             write_secret(coming, self.target.encoded(secret, self.context, self._public(secret)))
             again = self.target.read(coming, self.context)
             same = hmac.compare_digest(again, secret)
             overwrite(again)
             if not same:
                 raise WrongWrapping(
-                    f"{self.path}: the new service does not give back what it wrapped; the old file is as it was"
+                    f"{self.path}: the new service does not unwrap the key that it wrapped; the old file is unchanged"
                 )
             replace_by(coming, self.path)
         finally:
@@ -70,7 +70,7 @@ class _Move:
             overwrite(self.target.read(self.path, self.context))
         except (SettingsError, KmsError) as exc:
             if isinstance(exc, KmsError) and exc.retryable:
-                raise  # nobody knows yet
+                raise  # the answer is not known yet
             return False
         return True
 
@@ -81,9 +81,10 @@ class _Move:
 
 
 def rewrap(site: Site, source: str, target: str) -> Iterator[Moved]:
-    """Each key as it is done; all of them once this is exhausted. Inside `Site.changing`. Raises SettingsError or KmsError.
+    """Yields each key when it is done; consume all to move all. Call it inside `Site.changing`. Raises SettingsError or
+    KmsError.
 
-    From an address to itself, each key is wrapped anew: by the newest version of the service's key.
+    If source and target are the same, each key is wrapped again with the newest version of the service's key.
     """
     anew = kms.check(source) == kms.check(target)
     with ExitStack() as stack:
@@ -102,10 +103,10 @@ def rewrap(site: Site, source: str, target: str) -> Iterator[Moved]:
 
 
 def _keys(site: Site, pool: str, kept: Keeping) -> Iterator[tuple[Path, EncryptionContext]]:
-    """Every key of the pool. Raises SettingsError where one that lives has no file."""
+    """Every key of the pool. Raises SettingsError if a live one has no file."""
     folder = site.keys_folder(pool)
     there = {pool_keys.number(path): path for path in pool_keys.files(folder)}
     if missing := {key_id for one in site.generations(pool).live for key_id in one.ids} - there.keys():
-        raise SettingsError(f"{folder} lacks the keys {', '.join(map(str, sorted(missing)))}: bring them back first")
+        raise SettingsError(f"{folder} lacks the keys {', '.join(map(str, sorted(missing)))}: restore them first")
     yield from ((path, kept.pool_key(key_id)) for key_id, path in sorted(there.items()))
     yield site.receipt_file(pool), kept.receipt_key()

@@ -1,12 +1,12 @@
-"""Keys that live and die: rotates a pool's keys under the traffic, retires the old ones, and keeps the manifest fresh.
+"""Rotates a pool's keys without interrupting traffic, retires old ones, and keeps the manifest fresh.
 
 Rules:
-- Workers have a key before any client can know of it: it is staged in their folder, and listed once they say that they hold it.
-- A retired key is destroyed only when no manifest lists it and nothing sealed to it can wait in the queue. A stream under way
-  needs it no more: its answer's key was derived when the request was opened.
-- Every step is written down before the next (see `generations`), so what one process began another one ends.
-- Pools are independent: what fails for one is logged with its name, and the others get what is due to them. Nobody else's
-  change waits while the workers of a pool take up their key.
+- Workers have a key before any client can know it. The key is staged in their folder, and listed once they announce it.
+- A retired key is destroyed only when no manifest lists it and no request sealed to it can be queued. An open stream does not
+  need it: its response key was derived when the request was opened.
+- Every step is saved before the next (see `generations`), so another process can complete it.
+- Pools are independent. A failure in one is logged with its name, and the others continue. While one pool's workers load their
+  key, changes to other pools do not wait.
 """
 
 from __future__ import annotations
@@ -34,24 +34,28 @@ from lacre_fabric.nats.provisioning import provision, publish_manifest
 from lacre_fabric.operate.site import MANIFEST_LIFETIME, Site
 
 EVERY: Final = DAY
-# A client fetches the manifest anew after half of its life: within that time every one has met the new key by itself.
+# Clients refresh the manifest after half of its life, so within this time every client sees the new key.
 GRACE: Final = MANIFEST_LIFETIME * REFRESH_BEFORE + 3600.0
 REPUBLISH: Final = MANIFEST_LIFETIME / 4
-LOAD_WAIT: Final = 30.0  # seconds for the workers to take up a new key, or to let go of an old one
+LOAD_WAIT: Final = 30.0  # seconds for the workers to load a new key, or to drop an old one
 MAX_TIME: Final = 366 * DAY
-LOOK: Final = 1.0  # seconds between looks at what is due
-LOOK_FOR_QUEUES: Final = 10.0  # and, at some calls each, at whether the queues are there
+LOOK: Final = 1.0  # seconds between checks for due work
+LOOK_FOR_QUEUES: Final = 10.0  # seconds between checks of the queues, which take several calls
 AGAIN: Final = 30.0  # seconds from a failure to the next try
 
 log = structlog.get_logger("lacre.upkeep")
 
 
 class NotTakenUp(LacreError):
-    """No live worker of the pool has the new key: nobody may seal to it yet. It stays staged, and is tried again."""
+    """No live worker of the pool has the new key, so clients must not seal to it yet. It stays staged; a later try
+    continues.
+    """
 
 
 class Failures:
-    """What failed for one of several, each of which gets its turn. The log names the pool, and the error the workers."""
+    """Collects failures, so that each of several items gets its turn. The log names the pool, and the error names the
+    workers.
+    """
 
     def __init__(self) -> None:
         self.errors: list[LacreError | OSError] = []
@@ -65,16 +69,16 @@ class Failures:
             self.errors.append(exc)
 
     def raised(self) -> None:
-        """Raises the first of them, if any."""
+        """Raises the first failure, if any."""
         if self.errors:
             raise self.errors[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """every: seconds that a pool key is the current one; None for ever. grace: seconds that it is listed after that.
+    """every: seconds that a pool key is current; None: forever. grace: seconds that it stays listed after that.
 
-    Raises SettingsError for what is no time.
+    Raises SettingsError for an invalid time.
     """
 
     every: float | None = EVERY
@@ -87,7 +91,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """listed: the new keys. retiring: the old generations. lacking: workers that had not taken up the new keys in time."""
+    """listed: the new keys. retiring: the old generations. lacking: workers that did not load the new keys in time."""
 
     pool: str
     listed: tuple[KeyConfig, ...]
@@ -96,7 +100,7 @@ class Rotated:
 
 
 async def publish(site: Site, connection: Connection) -> None:
-    """Signs the next manifest and puts it on the fabric. Raises SettingsError or FabricUnavailable."""
+    """Signs the next manifest and publishes it on the fabric. Raises SettingsError or FabricUnavailable."""
     async with site.changing():
         await _publish(site, connection)
 
@@ -108,10 +112,11 @@ async def _publish(site: Site, connection: Connection) -> None:
 
 
 async def rotate(site: Site, connection: Connection, pool: str, *, grace: float = GRACE, wait: float = LOAD_WAIT) -> Rotated:
-    """A new generation of the pool's keys, listed when this returns. grace: seconds until the old ones leave the manifest.
+    """Makes a new generation of the pool's keys; it is listed when this returns. grace: seconds until the old ones leave the
+    manifest.
 
-    wait: seconds for the workers to take it up. One that does not in this time does not hold up the others.
-    Raises NotTakenUp where none did, SettingsError or FabricUnavailable.
+    wait: seconds for the workers to load it. A worker that takes longer does not delay the others. Raises NotTakenUp if no
+    worker loaded it, SettingsError or FabricUnavailable.
     """
     _check_time("the grace", grace)
     async with site.changing():
@@ -119,12 +124,12 @@ async def rotate(site: Site, connection: Connection, pool: str, *, grace: float 
     have, lacking = await await_holders(connection, pool, staged.configs, wait)
     if lacking and not have:
         raise NotTakenUp(
-            f"no worker of pool {pool} took up the new key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
-            f"see that they read {site.keys_folder(pool)} or a copy of it, and try again"
+            f"no worker of pool {pool} loaded the new key within {wait:.0f} s ({', '.join(sorted(lacking))}): "
+            f"check that they read {site.keys_folder(pool)} or a copy of it, and try again"
         )
     async with site.changing():
         generations = site.generations(pool)
-        if generations.staged == staged:  # or else another process, which waited for the same, has listed it
+        if generations.staged == staged:  # otherwise another process that waited for it has listed it
             site.keep_generations(pool, generations.list_staged(time.time(), grace))
         await _publish(site, connection)
     live = site.generations(pool).live
@@ -132,16 +137,16 @@ async def rotate(site: Site, connection: Connection, pool: str, *, grace: float 
 
 
 def _check_time(what: str, seconds: float) -> None:
-    if not 0 <= seconds <= MAX_TIME:  # which no NaN is
+    if not 0 <= seconds <= MAX_TIME:  # also false for NaN
         raise SettingsError(f"{what} must be between 0 and {MAX_TIME / DAY:.0f} days")
 
 
 def _staged(site: Site, pool: str) -> Generation:
-    """The staged generation: the one that another try left, or a new one with a key for each KEM of the current one."""
+    """The staged generation of an earlier try, or a new one with a key for each KEM of the current one."""
     generations, folder = site.generations(pool), site.keys_folder(pool)
     if generations.staged is not None:
         return generations.staged
-    # A key that was made and not written down is known to nobody, and its id is about to be used.
+    # A key that was made but not saved is unknown to everyone, and its id is about to be reused.
     pool_keys.keep_only(folder, (key_id for one in generations.live for key_id in one.ids))
     kems = pool_keys.DEFAULT_KEMS if generations.current is None else [key.kem for key in generations.current.configs]
     with site.keeping(pool) as kept:
@@ -152,10 +157,10 @@ def _staged(site: Site, pool: str) -> Generation:
 
 
 async def retire(site: Site, connection: Connection, *, wait: float = LOAD_WAIT) -> tuple[Generation, ...]:
-    """Takes keys whose grace is over out of the manifest, and destroys those that are out long enough. The destroyed ones.
+    """Removes keys whose grace is over from the manifest, and destroys those that left it long enough ago. Returns the latter.
 
-    What cannot be done for one pool, or for want of the fabric, is raised after everything else was.
-    wait: seconds for the workers to let go of them; the log names those that do not. Raises SettingsError or FabricUnavailable.
+    A failure for one pool or of the fabric is raised at the end, after everything else was done. wait: seconds for the workers
+    to drop the keys; the log names those that do not. Raises SettingsError or FabricUnavailable.
     """
     failures = Failures()
     gone = await _retire(site, connection, wait, failures)
@@ -182,7 +187,7 @@ async def _retire(site: Site, connection: Connection, wait: float, failures: Fai
 
 
 def _leaving(site: Site, pool: str) -> bool:
-    """False for a pool whose file is damaged: to say so is for what changes that file."""
+    """False if the pool's file is damaged: the step that changes the file reports that."""
     try:
         return site.generations(pool).leaving(time.time())
     except SettingsError:
@@ -201,21 +206,24 @@ def _destroy(site: Site, pool: str, now: float) -> tuple[Generation, ...]:
 
 
 async def _check_gone(connection: Connection, pool: str, configs: Sequence[KeyConfig], wait: float) -> None:
-    """A worker that goes on with a destroyed key has it from elsewhere: only its operator can end that."""
+    """Checks that the workers dropped destroyed keys. One that still has a key has another copy, which only its operator can
+    remove.
+    """
     if configs:
         for node in sorted(await await_gone(connection, pool, configs, wait)):
-            log.warning("key.still_held", pool=pool, node=node, remedy="destroy this worker's own copy, and restart it")
+            log.warning("key.still_held", pool=pool, node=node, remedy="destroy this worker's own copy, then restart it")
 
 
 async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: float = LOAD_WAIT) -> None:
-    """Whatever is due now: a fresh manifest, new keys, an end to old ones. What fails is logged, and does not keep the rest.
+    """Does what is due now: publishes a fresh manifest, makes new keys, destroys old ones. A failure is logged and does not
+    stop the rest.
 
-    wait: seconds for workers to take up a key, or to let go of one. Raises the first of what failed, once all was tried.
+    wait: seconds for workers to load or drop a key. Raises the first failure once everything was tried.
     """
     failures = Failures()
     now = time.time()
     with failures.kept():
-        if not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # before -MAX_FUTURE: the clock was set back since
+        if not -MAX_FUTURE <= now - site.published_at < REPUBLISH:  # below -MAX_FUTURE the clock was set back
             await publish(site, connection)
 
     async def renew(pool: str) -> None:
@@ -233,11 +241,11 @@ async def tend(site: Site, connection: Connection, schedule: Schedule, *, wait: 
 def _tell_rotated(rotated: Rotated) -> None:
     log.info("key.rotated", pool=rotated.pool)
     for node in sorted(rotated.lacking):
-        log.warning("key.not_taken_up", pool=rotated.pool, node=node, remedy="see that this worker reads the pool's keys")
+        log.warning("key.not_taken_up", pool=rotated.pool, node=node, remedy="check that this worker reads the pool's keys")
 
 
 def _retirement_due(site: Site, pool: str, now: float) -> bool:
-    """True for a pool whose file is damaged: retiring says so, and goes on with the others."""
+    """True if the pool's file is damaged: retiring reports that and continues with the others."""
     try:
         return site.generations(pool).retirement_due(now)
     except SettingsError:
@@ -249,22 +257,22 @@ def _rotation_due(site: Site, pool: str, now: float, every: float | None) -> boo
     return every is not None and (current is None or current.listed_at is None or now >= current.listed_at + every)
 
 
-KEPT_UP: Final = tasks.Restart("each round looks anew at what is due, and every step of it may be taken twice", after=AGAIN)
+KEPT_UP: Final = tasks.Restart("each round checks again what is due, and every step may be repeated", after=AGAIN)
 
 
 async def upkeep(
     site: Site, connection: Connection, schedule: Schedule, *, again: float = AGAIN, provisioning: bool = False
 ) -> None:
-    """`tend`, for ever. What fails is tried again after so many seconds: the fabric comes back, a disk gets room.
+    """Runs `tend` forever. After a failure it retries in `again` seconds: the fabric may come back, or a disk may get space.
 
-    provisioning: where the message server is not restarted together with this process, its queues are looked after too.
+    provisioning: also recreates missing queues, for a NATS server that does not restart together with this process.
     """
     while True:
         failures = Failures()
         if provisioning:
             with failures.kept():
                 await provision(connection, site.pools, replicas=site.replicas, regions=site.regions)
-        with suppress(LacreError, OSError):  # it has logged what failed
+        with suppress(LacreError, OSError):  # `tend` has logged the failure
             await tend(site, connection, schedule)
             if not failures.errors:
                 await asyncio.sleep(LOOK_FOR_QUEUES if provisioning else LOOK)

@@ -1,10 +1,10 @@
 """Which models a worker's settings file names, and which ones `lacre up` serves.
 
-Rules
-- Without a choice, what the file says is served; a new file gets the default model.
-- What the file says of a model, by hand or by `lacre worker tune`, stays with it: its id and its place, too. While that model
-  is not served, it waits in `set-aside.toml` beside the file.
-- Two files never share one id: a caller of it would get either.
+Rules:
+- Without a choice, the models in the file are served. A new file gets the default model.
+- A model's settings stay with it, including its id and path, whether written by hand or by `lacre worker tune`. While the model
+  is not served, they wait in `set-aside.toml` beside the file.
+- Two files never share an id: a caller could get either.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ _ASIDE: Final = "set-aside.toml"
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """names: the ids that callers use. tables: the `[[models]]` of the settings file; none where it has an `[upstream]`."""
+    """names: the ids for callers. tables: the `[[models]]` of the settings file; empty if it has an `[upstream]`."""
 
     names: tuple[str, ...]
     tables: tuple[Mapping[str, str], ...]
 
 
 def table(model: Path) -> dict[str, str]:
-    """The `[[models]]` table of a file that no settings name yet; the default model needs its name only."""
+    """The `[[models]]` table for a file that the settings do not name yet. The default model needs only its name."""
     if model.name == DEFAULT_MODEL:
         return {"name": DEFAULT_MODEL}
     return {"name": from_file(model), "path": str(model)}
 
 
 def chosen(path: Path, models: Sequence[Path]) -> ServedModels:
-    """path: the worker's settings file, which need not exist. models: absolute; none for those that the file names.
+    """path: the worker's settings file; it may be missing. models: absolute paths; empty: those in the file.
 
     Raises SettingsError for a damaged file, for an `[upstream]` beside chosen models, and for two models with one id.
     """
     document: Mapping[str, Any] = settings_files.read(path) or {}
     if "upstream" in document:
         if models:
-            raise SettingsError(f"{path} has a table [upstream]: leave --model out, or remove that table")
+            raise SettingsError(f"{path} has a table [upstream]: omit --model, or remove that table")
         return ServedModels(_upstream(path, document), ())
     there = [_named(one) for one in settings_files.tables(path, document, "models")]
     aside = path.with_name(_ASIDE)
@@ -65,10 +65,10 @@ def keep(
     same: Callable[[Mapping[str, object], Mapping[str, object]], bool] | None = None,
     derived: Callable[[Mapping[str, object]], bool] | None = None,
 ) -> None:
-    """Puts the tables into the document of the settings file at `path`, each with what was known of it.
+    """Puts the tables into the document of the settings file at `path`, each with its earlier settings.
 
-    same: whether two tables are of one model. derived: whether a table says nothing that a program would not write itself; any
-    other waits while its model is not served.
+    same: whether two tables are for one model. derived: whether a program would write the same table. Other tables are set
+    aside while their model is not served.
     """
     same, derived = same or _same, derived or _is_derived
     settings_files.tables(path, document, "models")  # raises
@@ -85,13 +85,13 @@ def keep(
 
 
 def waiting_names(path: Path) -> set[str]:
-    """The ids that wait beside the settings file at `path`. Raises SettingsError for a damaged file."""
+    """The ids in the set-aside file of the settings file at `path`. Raises SettingsError for a damaged file."""
     aside = path.with_name(_ASIDE)
     return {str(one.get("name")) for one in settings_files.tables(aside, settings_files.read(aside) or {}, "models")}
 
 
 def _named(table: Mapping[str, Any]) -> dict[str, str]:
-    """With the id that is derived where it has none, or one that no worker takes."""
+    """With a derived id if it has none or an invalid one."""
     path, name = table.get("path"), str(table.get("name", ""))
     if not is_name(name):
         name = DEFAULT_MODEL if path is None else from_file(Path(path))
@@ -103,12 +103,12 @@ def _same(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
 
 
 def _is_derived(one: Mapping[str, object]) -> bool:
-    """Whether `table` says the same of this model."""
+    """Whether `table` derives the same settings for this model."""
     return dict(one) == table(Path(str(one.get("path", DEFAULT_MODEL))))
 
 
 def _as_there(settings: Path, there: Sequence[dict[str, str]], wanted: dict[str, str]) -> dict[str, str]:
-    """The model as the file names it already: perhaps by an id of a person's own, or by a relative path."""
+    """The model as the file already names it, perhaps with a person's own id or a relative path."""
 
     def place(table: Mapping[str, str]) -> str | None:
         return os.path.normpath(settings.parent / table["path"]) if "path" in table else None

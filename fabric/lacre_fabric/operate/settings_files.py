@@ -1,8 +1,8 @@
-"""Settings files (TOML) that a program writes and a person edits: what the person wrote stays.
+"""Settings files (TOML) that both a program and a person edit: the person's text stays.
 
-Rules
-- A new file gets everything. In a file that is there, only the given values change: comments, order, other keys and tables
-  stay, and a default that somebody removed stays away.
+Rules:
+- A new file gets everything. In an existing file only the given values change. Comments, order, other keys and tables stay, and
+  a default that a person removed is not added again.
 - A file that cannot be read is damaged, and is not overwritten.
 """
 
@@ -22,23 +22,23 @@ Values = Mapping[str, object]
 
 
 def read(path: Path) -> tomlkit.TOMLDocument | None:
-    """None where there is no file. Raises SettingsError for a damaged one."""
+    """None if there is no file. Raises SettingsError for a damaged one."""
     try:
         return tomlkit.parse(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TOMLKitError) as exc:
-        raise SettingsError(f"{path} is damaged ({exc}): correct it, or remove it and lose what it says") from exc
+        raise SettingsError(f"{path} is damaged ({exc}): correct it, or remove it (its settings are lost)") from exc
 
 
 def opened(path: Path) -> tuple[tomlkit.TOMLDocument, bool]:
-    """The file's document, or an empty one; and whether it is new. Raises SettingsError for a damaged file."""
+    """The file's document, or an empty one, and whether it is new. Raises SettingsError for a damaged file."""
     document = read(path)
     return (tomlkit.document(), True) if document is None else (document, False)
 
 
 def write(path: Path, values: Values, defaults: Values | None = None) -> None:
-    """Sets `values`, tables by their keys; `defaults` go into a new file only. Raises SettingsError for a damaged file."""
+    """Sets `values`, merging tables; a new file also gets `defaults`. Raises SettingsError for a damaged file."""
     document, new = opened(path)
     update(document, values)
     if new:
@@ -47,9 +47,9 @@ def write(path: Path, values: Values, defaults: Values | None = None) -> None:
 
 
 def save(path: Path, document: tomlkit.TOMLDocument) -> None:
-    """Leaves a file that says the same already; a link stays one, and what it names is replaced.
+    """Writes the document if it differs from the file. If the path is a link, its target is replaced.
 
-    Raises SettingsError for text that is not Unicode, such as a path in another encoding.
+    Raises SettingsError for text that is not Unicode, for example a path in another encoding.
     """
     try:
         content = tomlkit.dumps(document).encode()
@@ -60,7 +60,7 @@ def save(path: Path, document: tomlkit.TOMLDocument) -> None:
 
 
 def update(table: MutableMapping[str, Any], values: Values) -> None:
-    """Sets what differs, so that the rest keeps its form."""
+    """Sets the values that differ, so that the rest keeps its form."""
     for key, value in values.items():
         inner = table.get(key)
         if isinstance(value, Mapping) and isinstance(inner, MutableMapping):
@@ -70,21 +70,21 @@ def update(table: MutableMapping[str, Any], values: Values) -> None:
 
 
 def tables(path: Path, document: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """The plain values of an array of tables; none where there is none. path: of the file, for messages.
+    """The plain values of an array of tables; empty if it is missing. path: the file's, for messages.
 
-    Raises SettingsError where it is something else.
+    Raises SettingsError if it is something else.
     """
     found = document.get(key, [])
     if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
-        raise SettingsError(f"{path} is damaged: write `{key}` as [[{key}]] tables, or remove the file and lose what it says")
+        raise SettingsError(f"{path} is damaged: write `{key}` as [[{key}]] tables, or remove the file (its settings are lost)")
     return [dict(one.unwrap()) for one in found]
 
 
 def set_tables(
     document: MutableMapping[str, Any], key: str, wanted: Sequence[Values], same: Callable[[Values, Values], bool]
 ) -> list[dict[str, Any]]:
-    """Makes the array hold a table for each of `wanted`, in that order, and nothing else. A table that is there keeps what it
-    says beside. Returns the tables that went.
+    """Makes the array contain exactly one table for each of `wanted`, in that order. An existing table keeps its other keys.
+    Returns the removed tables.
     """
     before = list(document.get(key, []))
     chosen = [next((one for one in before if same(one, values)), None) for values in wanted]

@@ -1,18 +1,18 @@
-"""The state folder of one machine's Lacre: which files it holds, how they are made, and what they say to each other.
+"""The state folder of one machine's Lacre: its files, how they are created, and how they refer to each other.
 
-    root.pem signer.pem        signs root statements; signs manifests (in production each on a machine of its own)
+    root.pem signer.pem        sign root statements and manifests (in production each on a machine of its own)
     issuer.pem issuer.jwks     the development token issuer
     gateway/                   gateway.toml, its grant key, its credential, audit/
-    pools/NAME/                the pool's keys, what is known of their generations, and its receipt key
-    workers/NAME/              worker.toml, a copy for each of several workers, and what it said of models not served now
+    pools/NAME/                the pool's keys, the state of their generations, and its receipt key
+    workers/NAME/              worker.toml, a copy for each of several workers, and settings of models not served now
     trust/                     the chain of root statements, the published manifest, and the lock for changing either
-    kms                        the address of the key that wraps the pools' keys, where they are wrapped
-    nats/ logs/                nats-server's state; one log a process
-    site.json                  the pools, their models, the regions, where the gateway and nats-server listen
+    kms                        the address of the key that wraps the pools' keys, if they are wrapped
+    nats/ logs/                nats-server's state; one log per process
+    site.json                  the pools, their models, the regions, the addresses of gateway and nats-server
     env                        LACRE_URL and LACRE_TOKEN, for a shell
 
-Everything is created once and found again; secrets are 0600. What several processes may change (keys, chain, manifest) is
-changed inside `Site.changing`.
+Everything is created once and then reused; secrets are 0600. Keys, chain and manifest, which several processes may change, are
+changed only inside `Site.changing`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from lacre_fabric.settings import NatsServers, validated
 
 GATEWAY_ID: Final = "g1"
 NODE: Final = "n1"
-DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor's patience is longer
+DRAIN: Final = 5  # seconds that running requests have when `lacre up` ends; the supervisor waits longer
 MANIFEST_LIFETIME: Final = DAY
-KEY_LIFETIME: Final = 7 * DAY  # of a pool key in the manifest, counted anew at each publication until it is rotated
+KEY_LIFETIME: Final = 7 * DAY  # of a pool key in the manifest; restarts at each publication until the key is rotated
 _LOOPBACK: Final = "http://127.0.0.1:"
 CHANGING: Final = 120.0  # seconds to wait for another process that changes the same state
 
@@ -69,12 +69,12 @@ class Site:
     folder: Path
     pools: Mapping[str, Sequence[str]]
     issuer: str = "lacre"
-    replicas: int = 1  # of streams and buckets: how many message servers keep each
+    replicas: int = 1  # of streams and buckets
     regions: tuple[str, ...] = subjects.ONE_REGION
 
     @classmethod
     def load(cls, folder: Path) -> Site:
-        """The site that `lacre up` wrote down last, or an operator whose message servers are not on this machine."""
+        """The site as `lacre up` saved it, or as an operator with other NATS servers wrote it."""
         path = folder / "site.json"
         content = _read_json(path)
         pools, replicas = content.get("pools"), content.get("replicas", 1)
@@ -93,7 +93,7 @@ class Site:
 
     @classmethod
     def load_or_new(cls, folder: Path, pools: Mapping[str, Sequence[str]]) -> Site:
-        """The state's own site where it has one: what it knows and nobody named stays. These pools have these models in it."""
+        """The existing site with these pools added; other pools stay. A new one if there is none."""
         if not (folder / "site.json").exists():
             return cls(folder, pools)
         site = cls.load(folder)
@@ -101,25 +101,25 @@ class Site:
 
     @property
     def servers(self) -> Servers:
-        """The message servers: an address, or a table such as `[nats]` of the settings files, without credentials."""
+        """The NATS servers: an address, or a table like `[nats]` of the settings files, without credentials."""
         said = _member(self.folder / "site.json", "nats")
         table = said if isinstance(said, dict) else {"url": said}
         return validated(NatsServers, table, self.folder / "site.json").servers
 
     @property
     def is_of_one_machine(self) -> bool:
-        """Whether its message server is the one that `lacre up` starts; so is that of a state without a site yet."""
+        """Whether its NATS server is the one that `lacre up` starts. True for a state without a site."""
         path = self.folder / "site.json"
         here = not path.exists() or str(_member(path, "nats")).startswith("nats://127.0.0.1:")
         return here and self.replicas == 1 and self.regions == subjects.ONE_REGION
 
     @property
     def base_url(self) -> str:
-        """Where the gateway serves, or served last."""
+        """The gateway's current or last URL."""
         return str(_member(self.folder / "site.json", "gateway"))
 
     def save(self, nats_url: str, base_url: str) -> None:
-        """What else the file says stays: how the message servers are trusted, above all. Raises SettingsError."""
+        """Saves the addresses. Other members stay, above all those for the NATS servers' TLS. Raises SettingsError."""
         path = self.folder / "site.json"
         before = _read_json(path) if path.exists() else {}
         nats: object = nats_url
@@ -144,14 +144,14 @@ class Site:
         return self.folder / "workers" / pool / "worker.toml"
 
     def node_settings(self, pool: str, node: str) -> Path:
-        """Of one of several workers of the pool: a copy of `worker_settings`."""
+        """For one of several workers of the pool: a copy of `worker_settings`."""
         return self.folder / "workers" / pool / f"worker-{node}.toml"
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.log"
 
     def create(self) -> None:
-        """Makes what is missing; what is there stays."""
+        """Creates what is missing, and keeps the rest."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (self.folder / "logs").mkdir(exist_ok=True)
         self.authority.create(time.time())
@@ -165,7 +165,7 @@ class Site:
         (self.folder / "issuer.jwks").write_text(json.dumps(key_set))
 
     def _create_keys(self, pool: str, kept: Keeping) -> None:
-        """A first key of each kind where there is none; the manifest lists them in this order."""
+        """Creates the first keys if there are none. The manifest lists them in this order."""
         if not self._generations_file(pool).exists():
             folder = self.keys_folder(pool)
             configs = pool_keys.public_parts(folder, kept) or pool_keys.make(folder, (1, 2), pool_keys.DEFAULT_KEMS, kept)
@@ -173,11 +173,11 @@ class Site:
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """Alone among all processes. Raises SettingsError where another one does not come to an end."""
+        """Holds the lock against all other processes. Raises SettingsError if another one does not finish."""
         deadline = time.monotonic() + CHANGING
         while (lock := file_locks.attempt(self.folder / "trust" / "lock")) is None:
             if time.monotonic() > deadline:
-                raise SettingsError(f"another command has been changing {self.folder} for too long: see which, and end it")
+                raise SettingsError(f"another command has been changing {self.folder} for too long: find it and stop it")
             await asyncio.sleep(0.05)
         try:
             yield
@@ -195,11 +195,11 @@ class Site:
         ]
 
     def replicated_roles(self) -> list[Role]:
-        """Every role where gateways and workers are replicas, each kind with one credential in each region."""
+        """Every role for replicated gateways and workers: each kind has one credential per region."""
         pools, regions = tuple(self.pools), self.regions
         workers = [worker_of(pool, region) for pool in pools for region in regions]
         if len(set(workers)) < len(workers):
-            raise SettingsError("a pool and a region together have another pool's name: rename one (`a-eu`, or `a` in `eu`)")
+            raise SettingsError("a pool's name equals another pool's name plus a region: rename one (`a-eu`, or `a` in `eu`)")
         ids = {region: gateway_of(region) for region in regions}
         return [
             roles.provisioner(self.credential("provisioner")),
@@ -214,7 +214,7 @@ class Site:
         ]
 
     def credentials(self) -> dict[str, Credential]:
-        """By role as `inspect` takes them, those that are at hand: of several of one kind, one."""
+        """The available credentials by role, as `inspect` takes them; one of several of a kind."""
         mark = {region: "" if region == subjects.DEFAULT_REGION else f"@{region}" for region in self.regions}
         found = {name: self.credential(name) for name in ("provisioner", "inspector")}
         for region in self.regions:
@@ -240,11 +240,11 @@ class Site:
 
     @property
     def root(self) -> bytes:
-        """The public root key: what applications pin from now on."""
+        """The public root key that new applications pin."""
         return self.authority.chain().roots[-1]
 
     def keys_folder(self, pool: str) -> Path:
-        """The pool's private keys: what its workers read."""
+        """The pool's private keys, which its workers read."""
         return self.folder / "pools" / pool / "keys"
 
     def receipt_file(self, pool: str) -> Path:
@@ -257,17 +257,17 @@ class Site:
         return path.read_text().strip() if path.exists() else kms.PLAIN
 
     def choose_kms(self, address: str) -> None:
-        """For keys that are made from now on. Raises SettingsError where there are some that something else wraps."""
+        """Sets the address for new keys. Raises SettingsError if there are keys that are wrapped differently."""
         if address != self.kms:
             if any(self.receipt_file(pool).exists() for pool in self.pools):
-                raise SettingsError("there are keys already, wrapped otherwise: `lacre keys rewrap` moves them")
+                raise SettingsError("existing keys are wrapped differently: move them with `lacre keys rewrap`")
             self.keep_kms(kms.check(address))
 
     def keep_kms(self, address: str) -> None:
         write_secret(self.folder / "kms", address.encode())
 
     def keeping(self, pool: str) -> AbstractContextManager[Keeping]:
-        """How the pool's keys are kept. Raises SettingsError."""
+        """How the pool's keys are stored. Raises SettingsError."""
         return keeping(self.kms, pool)
 
     def generations(self, pool: str) -> Generations:
@@ -275,9 +275,7 @@ class Site:
         try:
             return Generations.parse(read_secret(path))
         except ValueError as exc:
-            raise SettingsError(
-                f"{path} is damaged: remove it, and every key in the folder beside it counts as current"
-            ) from exc
+            raise SettingsError(f"{path} is damaged: remove it to make every key in the folder beside it current") from exc
 
     def keep_generations(self, pool: str, generations: Generations) -> None:
         write_secret(self._generations_file(pool), generations.encode())
@@ -293,7 +291,7 @@ class Site:
         return dev_issuer.issue(self._key("issuer"), subject)
 
     def write_env(self, base_url: str) -> Path:
-        """`env`: what a shell sources to use this site. It holds a token, so it is 0600."""
+        """Writes `env`, which a shell sources to use this site. Mode 0600, because it contains a token."""
         path = self.folder / "env"
         url, token = self.connection_string(base_url), self.token("developer")
         lines = (shell.exported("LACRE_URL", url), shell.exported("LACRE_TOKEN", token), "")
@@ -301,36 +299,38 @@ class Site:
         return path
 
     def sign_manifest(self, now: float | None = None) -> bytes:
-        """The next version of the manifest, signed and kept; the document to publish."""
+        """Signs and saves the next manifest. Returns the document to publish."""
         now = time.time() if now is None else now
         chain = self.authority.renewed(now)
         manifest = sign_manifest(self._manifest(self._next_version(), now), self.authority.signer())
         document = Document(chain.entries, manifest).encode()
-        verify(document, chain.roots[0], now)  # what would not verify from the first root on is not published
+        verify(document, chain.roots[0], now)  # never publish what would not verify from the first root on
         write_secret(self.folder / "trust" / "manifest.json", document)
         return document
 
     def published(self, now: float) -> None:
-        """The manifest signed as of `now` is on the fabric: writes down what follows, and destroys replaced signing keys."""
+        """Call it once the manifest signed as of `now` is on the fabric. Saves the consequences, and destroys replaced signing
+        keys.
+        """
         self.authority.settle()
         write_secret(self.folder / "trust" / "published", str(now).encode())
         for pool in self.pools:
             try:
                 before = self.generations(pool)
             except SettingsError:
-                continue  # it was published as it was last: nothing of it has changed
+                continue  # it was published as before: its state has not changed
             after = before.published(now)
             if after != before:
                 self.keep_generations(pool, after)
 
     @property
     def published_at(self) -> float:
-        """When the manifest that is on the fabric was signed; 0 where none is."""
+        """When the published manifest was signed; 0 if there is none."""
         path = self.folder / "trust" / "published"
         return float(path.read_text()) if path.exists() else 0.0
 
     def _next_version(self) -> int:
-        """Counts every manifest ever signed here; kept before it is used, so that no version is signed twice."""
+        """Counts every manifest signed here. The count is saved before use, so that no version is signed twice."""
         path = self.folder / "trust" / "version"
         version = int(path.read_text()) + 1 if path.exists() else 1
         write_secret(path, str(version).encode())
@@ -345,9 +345,10 @@ class Site:
         return Manifest(self.issuer, version, now, now + MANIFEST_LIFETIME, gateway_key, pools)
 
     def _pool_or_last(self, name: str, models: Sequence[str], now: float) -> Pool:
-        """The pool as the last manifest had it, where its own files are damaged: the others get their next manifest in time.
+        """The pool. If its files are damaged, its entry in the last manifest, so that the other pools get their next one in
+        time.
 
-        Raises SettingsError where there is no last one that still holds.
+        Raises SettingsError if there is no last manifest that is still valid.
         """
         try:
             return self._pool(name, models, now)
@@ -357,7 +358,7 @@ class Site:
                 last = verify(document, self.authority.chain().roots[0], now).manifest.pools[name]
             except (OSError, LacreError, KeyError):
                 raise exc from None
-            log.error("pool.damaged", pool=name, reason=str(exc), remedy="it is published as it was last; mend it within a day")
+            log.error("pool.damaged", pool=name, reason=str(exc), remedy="its last state is published; repair it within a day")
             return last
 
     def _pool(self, name: str, models: Sequence[str], now: float) -> Pool:
@@ -368,10 +369,12 @@ class Site:
     def write_settings(
         self, nats_url: str, port: int, models: Mapping[str, Sequence[Mapping[str, object]]], nodes: Sequence[str] = (NODE,)
     ) -> None:
-        """The settings files of gateway and workers. models: for each pool that has workers here, the tables of `[[models]]`.
+        """Writes the settings files of gateway and workers. models: for each pool with workers here, the tables of
+        `[[models]]`.
 
-        Only addresses, keys and the list of models are written anew: what a person or `lacre worker tune` wrote stays. nodes:
-        the workers of each pool. Of several, each has a copy of the pool's settings with its share of the processors.
+        Only addresses, keys and the list of models are rewritten. Settings by a person or by `lacre worker tune` stay. nodes:
+        the workers of each pool. If there are several, each gets a copy of the pool's settings with its share of the
+        processors.
         """
         base_url = f"http://127.0.0.1:{port}"
         self._write_gateway(nats_url, port, base_url)
@@ -390,7 +393,7 @@ class Site:
             "listen": {"port": port},
             "nats": {"url": nats_url, "credentials": str(self.credential_file(f"gateway-{GATEWAY_ID}"))},
         }
-        if str(document.get("public_url", _LOOPBACK)).startswith(_LOOPBACK):  # any other is a person's
+        if str(document.get("public_url", _LOOPBACK)).startswith(_LOOPBACK):  # a person set any other value
             values["public_url"] = base_url
         settings_files.update(document, values)
         if new:
@@ -407,7 +410,7 @@ class Site:
         path = self.worker_settings(pool)
         document, new = settings_files.opened(path)
         if not new and not {"models", "upstream"} & set(document):
-            raise SettingsError(f"{path} is damaged: it has no [[models]]. Correct it, or remove it and lose what it says")
+            raise SettingsError(f"{path} is damaged: it has no [[models]]. Correct it, or remove it (its settings are lost)")
         values = {
             "pool": pool,
             "node": NODE,
@@ -426,7 +429,7 @@ class Site:
         return document
 
     def _copy_worker(self, pool: str, node: str, document: TOMLDocument, threads: int) -> None:
-        """For one of several workers of the pool. threads: of each model, where the settings do not say."""
+        """The settings of one of several workers. threads: for each model without its own value."""
         copy = parse(f"# Copied from {self.worker_settings(pool).name} at each start: edit that file.\n" + dumps(document))
         own = {"node": node, "nats": {"credentials": str(self.credential_file(f"worker-{pool}-{node}"))}}
         settings_files.update(copy, own | {name: f"{copy[name]}-{node}" for name in ("memory", "health") if name in copy})

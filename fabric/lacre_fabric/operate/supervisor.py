@@ -1,7 +1,7 @@
-"""Child processes on a leash: started, watched, and ended in order.
+"""Starts child processes on a leash, watches them, and stops them in order.
 
-When one dies, it is said which and why. A child that others can do without is started again, after growing intervals; when any
-other child dies, all end.
+A death is logged with its cause. A child started with `again` is restarted after growing intervals. When any other child dies,
+all are stopped.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import structlog
 from lacre.errors import LacreError
 from lacre_fabric.operate.leash import leashed
 
-WATCH: Final = 0.1  # seconds between looks at the children
-# Seconds from a death to the next start: 1, 2, 4, … up to the longest. What caused it may pass (memory) or be corrected (a
-# file), and a person reads of each death, so nothing is given up. A child that lived for `SETTLED` counts as well.
+WATCH: Final = 0.1  # seconds between checks
+# Seconds from a death to the restart: 1, 2, 4, … up to the longest. It never gives up: the cause may pass (memory) or be
+# corrected (a file), and each death is reported. After `SETTLED` seconds of life the interval starts over.
 FIRST_INTERVAL: Final = 1.0
 LONGEST_INTERVAL: Final = 30.0
 SETTLED: Final = 60.0
 GRACE: Final = 10.0  # seconds from SIGTERM to SIGKILL
-_TAIL: Final = 8  # lines of a dead child's log that are shown, of as many bytes at most:
+_TAIL: Final = 8  # lines of a dead child's log to show, of at most this many bytes:
 _TAIL_BYTES: Final = 4096
 
 
@@ -36,12 +36,12 @@ log = structlog.get_logger("lacre.supervisor")
 
 
 class ChildDied(LacreError):
-    """A process that everything depends on ended by itself."""
+    """A process that everything depends on ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """log: where it writes. since: the log's size when it was started; what is before that is an earlier run's."""
+    """log: its output file. since: the file's size at its start; earlier output is from earlier runs."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -67,7 +67,9 @@ class Child:
 
 @dataclass(slots=True)
 class _Again:
-    """How a child is started again. interval: seconds from its last death to its start. due: that time, while it is dead."""
+    """How to restart a child. interval: seconds from its last death to the restart. due: time of the restart, while it is
+    dead.
+    """
 
     command: Sequence[str]
     interval: float = 0.0
@@ -75,7 +77,7 @@ class _Again:
     due: float | None = None
 
     def died(self, now: float) -> None:
-        """A child that lived for long begins with the shortest interval again."""
+        """A child that lived long enough starts over with the shortest interval."""
         longer = min(2 * self.interval, LONGEST_INTERVAL) if now - self.started < SETTLED else 0.0
         self.interval = max(longer, FIRST_INTERVAL)
         self.due = now + self.interval
@@ -94,14 +96,15 @@ class Supervisor:
     """Use it from the main thread: a child's leash is tied to the thread that started it."""
 
     def __init__(self, tell: Callable[[str], None] = lambda _line: None) -> None:
-        """tell: gets a line for each child that died and is started again."""
+        """tell: gets a line for each death and restart."""
         self._children: list[Child] = []
         self._again: dict[str, _Again] = {}
         self._tell = tell
 
     def start(self, name: str, command: Sequence[str], log: Path, *, again: bool = False) -> Child:
-        """The command writes to `log`; a session of its own keeps the terminal's Ctrl-C from it. again: whether `watch` starts
-        it again when it dies.
+        """Starts the command with its output in `log`. It has its own session, so the terminal's Ctrl-C does not reach it.
+
+        again: whether `watch` restarts it when it dies.
         """
         child = self.add(_started(name, command, log))
         if again:
@@ -119,13 +122,13 @@ class Supervisor:
                 raise ChildDied(child.obituary())
 
     async def watch(self) -> None:
-        """Until a child dies that is not started again: raises ChildDied."""
+        """Runs until a child dies that is not restarted. Raises ChildDied."""
         while True:
             self.tend(time.monotonic())
             await asyncio.sleep(WATCH)
 
     def tend(self, now: float) -> None:
-        """Starts again what it is time for. now: by the monotonic clock. Raises ChildDied for what is never started again."""
+        """Restarts children that are due. now: on the monotonic clock. Raises ChildDied for a child that is not restarted."""
         for place, child in enumerate(self._children):
             if child.process.poll() is None:
                 continue
@@ -136,7 +139,7 @@ class Supervisor:
                 again.died(now)
                 status = child.process.returncode
                 log.error("child.died", kind=child.name, status=status, seconds=again.interval, remedy=f"see {child.log}")
-                self._tell(f"{child.obituary()}\n{child.name} is started again in {again.interval:.0f} s")
+                self._tell(f"{child.obituary()}\n{child.name} restarts in {again.interval:.0f} s")
             elif now >= again.due:
                 self._start_again(place, again, now)
 
@@ -144,16 +147,16 @@ class Supervisor:
         child = self._children[place]
         try:
             self._children[place] = _started(child.name, again.command, child.log)
-        except OSError as exc:  # no memory or no process to be had: as if it had died at once
+        except OSError as exc:  # no memory or process available: treat it as an immediate death
             again.died(now)
             log.error("child.not_started", kind=child.name, reason=exc.strerror, seconds=again.interval)
             return
         again.started, again.due = now, None
         log.warning("child.started_again", kind=child.name, number=self._children[place].process.pid)
-        self._tell(f"{child.name} was started again")
+        self._tell(f"{child.name} was restarted")
 
     def stop(self) -> None:
-        """Ends the children, the last started first, each with time to finish."""
+        """Stops the children, the last started first. Each gets time to finish."""
         for child in reversed(self._children):
             if child.process.poll() is None:
                 child.process.terminate()

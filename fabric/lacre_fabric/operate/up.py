@@ -1,4 +1,4 @@
-"""`lacre up`: a whole Lacre on one machine: keys, a private nats-server, a gateway and workers, each a process of its own."""
+"""`lacre up`: a complete Lacre on one machine: keys, a private nats-server, a gateway and workers, each its own process."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from lacre_fabric.operate.supervisor import Child, Supervisor
 from lacre_fabric.work.presence import Presence
 
 POOL: Final = "default"
-ENV_RENEWAL: Final = dev_issuer.LIFETIME / 4  # seconds: whoever sources `env` has a token for most of a day
-_ENV_AGAIN: Final = tasks.Restart("each renewal writes the whole file; a token in it is good for most of a day")
-START_TIMEOUT: Final = 120.0  # seconds for each worker; loading a large model takes its time
-ANSWER_TIMEOUT: Final = 2.0  # seconds for one look at `readyz`: what answers on the port may be somebody else
+ENV_RENEWAL: Final = dev_issuer.LIFETIME / 4  # seconds: a sourced token is good for most of a day
+_ENV_AGAIN: Final = tasks.Restart("each renewal writes the whole file; its token is valid for most of a day")
+START_TIMEOUT: Final = 120.0  # seconds for each worker; loading a large model takes time
+ANSWER_TIMEOUT: Final = 2.0  # seconds for one request to `readyz`: another program may answer on the port
 
 log = structlog.get_logger("lacre.up")
 
 
 def default_state() -> Path:
-    """The user's own: see `lacre.runtime.folders.state`. Raises SettingsError."""
+    """The user's state folder: see `lacre.runtime.folders.state`. Raises SettingsError."""
     return folders.state()
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What `lacre up` started."""
+    """The processes that `lacre up` started."""
 
     site: Site
     base_url: str
@@ -64,12 +64,15 @@ async def running(
     workers: int = 1,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> AsyncIterator[tuple[Running, Supervisor]]:
-    """Starts everything and waits until a request would be served; ends everything on leaving. Main thread only.
+    """Starts everything, waits until it serves requests, and stops everything on exit. Main thread only.
 
-    state, models: absolute paths; GGUF files, of which the default model needs its name only. Without any, what the state's
-    settings name is served, or else the default model. port: 0 picks a free one. schedule: of the pool keys. kms: the address
-    of what wraps them; as before where None. workers: of the pool. tell: gets a line when a worker died and when it was
-    started again. Raises SettingsError, KmsError, ChildDied or FabricUnavailable.
+    - state, models: absolute paths; models are GGUF files, the default model needs only its name. Default: the models in the
+      state's settings, or the default model.
+    - port: 0 picks a free one.
+    - schedule: for the pool keys. kms: the address of the key that wraps them; None: unchanged.
+    - workers: their number in the pool. tell: gets a line for each death and restart of a worker.
+
+    Raises SettingsError, KmsError, ChildDied or FabricUnavailable.
     """
     check_state(state)
     supervisor = Supervisor(tell)
@@ -103,7 +106,7 @@ async def running(
 
 
 def check_state(state: Path) -> None:
-    """Raises SettingsError for a name that settings files cannot hold: TOML and JSON are Unicode."""
+    """Raises SettingsError for a name that settings files cannot contain: TOML and JSON are Unicode."""
     try:
         str(state).encode()
     except UnicodeEncodeError:
@@ -113,18 +116,18 @@ def check_state(state: Path) -> None:
 
 
 def _site(state: Path, served: ServedModels) -> Site:
-    """The state's own site, with what this machine serves. Raises SettingsError where its message servers are elsewhere."""
+    """The state's site, with this machine's models. Raises SettingsError if its NATS servers run elsewhere."""
     site = Site.load_or_new(state, {POOL: served.names})
     if not site.is_of_one_machine:
         raise SettingsError(
-            f"{state} belongs to a site whose message servers run elsewhere (site.json). `lacre up` would change that: name "
+            f"{state} belongs to a site whose NATS servers run elsewhere (site.json). `lacre up` would change that: choose "
             "another folder with --state"
         )
     return site
 
 
 async def keep_env(site: Site, base_url: str, every: float = ENV_RENEWAL) -> None:
-    """Keeps a token in `env` that is good for a while, for as long as this runs. every: seconds."""
+    """Renews the token in `env` while this runs. every: seconds."""
     while True:
         await asyncio.sleep(every)
         site.write_env(base_url)
@@ -146,7 +149,7 @@ async def _start(
 
         def came(subject: str, _block: bytes, payload: bytes) -> bool:
             with suppress(InvalidMessage):
-                if Presence.parse(payload).models:  # before that, it is there and cannot work yet
+                if Presence.parse(payload).models:  # without models it is present but cannot work yet
                     present.add(subjects.parse_presence(subject)[2])
             return True
 
@@ -154,14 +157,14 @@ async def _start(
         await connection.client.flush()
         command = [*PYTHON, "-m", "lacre_gateway", "--settings", str(site.gateway_settings)]
         children["gateway"] = supervisor.start("gateway", command, site.log("gateway"))
-        for node in nodes:  # one after the other: each takes its share of the memory that the one before has left
+        for node in nodes:  # one after the other: each takes its share of the memory that the earlier ones left
             name = "worker" if len(nodes) == 1 else f"worker-{node}"
             settings = site.worker_settings(POOL) if len(nodes) == 1 else site.node_settings(POOL, node)
             command = [*PYTHON, "-m", "lacre_backend", "--settings", str(settings)]
             children[name] = supervisor.start(name, command, site.log(name), again=True)
             await _ready(supervisor, children[name], partial(_heard, present, node))
         await _ready(supervisor, children["gateway"], partial(_answers, port))
-        await heard.unsubscribe()  # a worker that floods it must not break the connection that keys are published by
+        await heard.unsubscribe()  # a worker that floods presence must not break the connection that publishes keys
     except BaseException:
         await connection.close()
         raise
@@ -169,7 +172,7 @@ async def _start(
 
 
 async def _ready(supervisor: Supervisor, child: Child, said: Callable[[], Awaitable[bool]]) -> None:
-    """Until the child is ready. Raises ChildDied where any has died, and SettingsError where this one takes too long."""
+    """Waits until the child is ready. Raises ChildDied if any child dies, SettingsError if this one takes too long."""
     deadline = time.monotonic() + START_TIMEOUT
     while not await said():
         supervisor.check()
@@ -179,12 +182,12 @@ async def _ready(supervisor: Supervisor, child: Child, said: Callable[[], Awaita
 
 
 async def _heard(present: Collection[str], node: str) -> bool:
-    """Whether the worker has said that it is there."""
+    """Whether the worker has announced itself."""
     return node in present
 
 
 async def _answers(port: int) -> bool:
-    """Whether `GET /readyz` says 200."""
+    """Whether `GET /readyz` answers 200."""
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -193,18 +196,18 @@ async def _answers(port: int) -> bool:
                 return (await reader.readline()).startswith(b"HTTP/1.1 200")
             finally:
                 writer.close()
-    except (OSError, ValueError):  # ValueError: a first line without end
+    except (OSError, ValueError):  # ValueError: a first line without an end
         return False
 
 
 @contextmanager
 def _only_one(state: Path) -> Iterator[None]:
-    """Two of them on one state would sign the same versions and fight over the store. Raises SettingsError."""
+    """Locks the state: two processes would sign the same versions and corrupt the store. Raises SettingsError."""
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = file_locks.take(state / "lock", f"`lacre up` already runs on {state}: stop it, or use another --state")
     except OSError as exc:
-        raise SettingsError(f"cannot keep state in {state} ({exc.strerror}): name a folder of yours with --state") from exc
+        raise SettingsError(f"cannot keep state in {state} ({exc.strerror}): choose a folder of your own with --state") from exc
     try:
         yield
     finally:
@@ -212,7 +215,7 @@ def _only_one(state: Path) -> Iterator[None]:
 
 
 def _free(port: int) -> int:
-    """The port, if nobody listens on it; one that is free for 0. Raises SettingsError."""
+    """The port if it is free; a free one for 0. Raises SettingsError."""
     if port == 0:
         return free_port()
     with socket.socket() as probe:
@@ -220,5 +223,5 @@ def _free(port: int) -> int:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as exc:
-            raise SettingsError(f"port {port} is taken ({exc.strerror}): stop what listens there, or use --port") from exc
+            raise SettingsError(f"port {port} is taken ({exc.strerror}): stop its program, or use --port") from exc
     return port

@@ -1,4 +1,7 @@
-"""What gateways and nodes program against: work goes out, frames come back. `nats_gateway`/`nats_worker` and `memory` do it."""
+"""The interface between gateways and workers: the gateway sends work, and the worker sends frames back.
+
+`lacre_fabric.nats.gateway` and `lacre_fabric.nats.worker` implement it over NATS.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,22 @@ from lacre.errors import LacreError
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.revocations import Revocation
 
-CREDIT: Final = 256 * 1024  # bytes of data that a worker may send before the gateway renews: core NATS has no back-pressure
-CREDIT_TIMEOUT: Final = 5.0  # seconds without renewal after which a reader counts as gone
-BEAT: Final = 1.0  # seconds between a worker's signs of life, on a request and in presence
-LOST_AFTER: Final = 3.0  # seconds without any frame, after the first, until a worker counts as lost
-PRESENT_FOR: Final = 3.0  # seconds that one sign of presence counts
-SETTLE: Final = 1.5  # seconds that a gateway new to the fabric waits for the first presence: inside the 2 s of a refusal
+# bytes of data that a worker may send before the gateway renews its credit: core NATS has no back-pressure
+CREDIT: Final = 256 * 1024
+CREDIT_TIMEOUT: Final = 5.0  # seconds without renewal after which the worker gives up on its reader
+BEAT: Final = 1.0  # seconds between a worker's heartbeats, for each request and for its presence
+LOST_AFTER: Final = 3.0  # seconds without a frame, after the first one, until a worker counts as lost
+PRESENT_FOR: Final = 3.0  # seconds that one presence message stays valid
+SETTLE: Final = 1.5  # seconds that a new gateway connection waits for the first presence; NoWorkers must come within 2 s
 QUEUE_LIMIT: Final = 30.0  # seconds that work may wait for a worker, by default
-ACK_WAIT: Final = 5.0  # seconds until work that nobody acked, nor said to be in progress, is delivered again
+ACK_WAIT: Final = 5.0  # seconds without an ack or an in-progress ack until NATS delivers the work again
 MAX_DELIVER: Final = 2
-DUPLICATE_WINDOW: Final = 900.0  # seconds: more than twice the date window
+DUPLICATE_WINDOW: Final = 900.0  # seconds; more than twice the window that a request's date must be in
 CLAIM_TTL: Final = 900.0
 
 
 class FabricError(LacreError):
-    """The fabric could not do it; the gateway turns each kind into a problem type."""
+    """The fabric failed. The gateway maps each subclass to a problem type."""
 
 
 class DuplicateWork(FabricError):
@@ -37,62 +41,64 @@ class NoWorkers(FabricError):
 
 
 class QueueFull(FabricError):
-    """The pool's queue takes no more."""
+    """The pool's queue is full."""
 
 
 class QueueTimeout(FabricError):
-    """No worker took the work within its queue limit; it was withdrawn."""
+    """No worker took the work within its queue limit. The gateway withdrew it."""
 
 
 class WorkerLost(FabricError):
-    """The worker fell silent, or every delivery of the work came to nothing."""
+    """The worker fell silent, or every delivery of the work failed."""
 
 
 class ReaderStalled(WorkerLost):
-    """The worker stopped by itself, for it was told of no reader: it lives, and says so."""
+    """The worker stopped and said so: the gateway did not renew its credit in time."""
 
 
 class FrameGap(FabricError):
-    """A frame is missing or out of order: what came cannot be trusted to be whole."""
+    """A frame is missing or out of order, so the answer may be incomplete."""
 
 
 class FrameMissing(FrameGap):
-    """A later frame came in place of the next: the one between was lost on its way, and its worker lived after it."""
+    """A later frame came instead of the next one: a frame was lost in transit, and its worker was alive after it."""
 
 
 class FabricUnavailable(FabricError):
-    """The message server cannot be reached, or denies what this role needs."""
+    """The gateway or worker cannot reach the NATS server, or the server denies an operation that its role needs."""
 
 
 class FabricBusy(FabricUnavailable):
-    """A stream has too much to write now, and did not take this: try again at once."""
+    """The stream has too many writes waiting and did not take this one. Try again at once."""
 
 
 class NoQueue(FabricUnavailable):
-    """The pool's queue is not there, or has no leader or too much to write now: the work was not taken."""
+    """The pool's queue does not exist, has no leader or has too many writes waiting. It did not take the work."""
 
 
 class FabricRefused(FabricUnavailable):
-    """The message server does not take the credential."""
+    """The NATS server rejects the credential."""
 
 
 class FabricUntrusted(FabricUnavailable):
-    """A message server did not prove that it is the one that was called; nothing was said to it."""
+    """A NATS server did not prove its identity. Nothing was sent to it."""
 
 
 class FabricLost(FabricError):
-    """The message server ended the connection for good. Nothing but a new start of the process helps."""
+    """NATS ended the connection for good. Only restarting the process helps."""
 
 
 class Cancelled(FabricError):
-    """The gateway withdrew the request, or its reader stalled for longer than `CREDIT_TIMEOUT`."""
+    """The gateway withdrew the request, or did not renew the credit for `CREDIT_TIMEOUT`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A sealed request on its way. grant: a JWS. digest: SHA-256 of `hdr ‖ enc`, what makes it the same work again.
-    request_id: 32 hex digits; it stands in subjects.
-    """  # fmt: skip
+    """A sealed request on its way to a worker.
+
+    grant: a JWS. digest: SHA-256 of `hdr ‖ enc`; two works with the same digest are the same request.
+    request_id: 32 hex digits; part of NATS subjects.
+    """
 
     request_id: str
     pool: str
@@ -104,7 +110,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The live workers of a pool in a region, and their slots, by what their presence said last."""
+    """The live workers and slots of a pool in one region, as the latest presence messages report them."""
 
     workers: int = 0
     busy: int = 0
@@ -112,30 +118,33 @@ class Capacity:
 
 
 class Dispatch(Protocol):
-    """Work that was taken, seen from the gateway."""
+    """Dispatched work, as the gateway sees it."""
 
     @property
     def receipt(self) -> bytes | None:
-        """The payload of the last receipt that came, cumulative or final; unverified."""
+        """The payload of the latest receipt, cumulative or final. Not verified."""
 
     @property
     def receipts(self) -> tuple[bytes, ...]:
-        """The last few, the newest last."""
+        """The last few receipts, newest last."""
 
     def frames(self) -> AsyncGenerator[Frame, None]:
-        """DATA frames in order, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or FabricUnavailable."""
+        """Yields DATA frames in order, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or
+        FabricUnavailable.
+        """
 
     @property
     def ready(self) -> bool:
-        """Whether the next frame is here already, so that what is read now can go on together with it."""
+        """Whether the next frame is already here, so that the reader can forward both together."""
 
     async def consumed(self, size: int) -> None:
-        """So many more bytes of data were written to the client: the worker may send as many more."""
+        """Reports that `size` more bytes were written to the client. The worker may send as many more."""
 
     async def cancel(self) -> None:
-        """The client is gone, or the answer is over: withdraws the work or stops the worker, and waits a moment for the receipt
-        of what that has made. Idempotent.
-        """  # fmt: skip
+        """Withdraws the work or stops the worker, then waits a moment for its last receipt. Idempotent.
+
+        The gateway calls it when the client disconnects and when the answer is over.
+        """
 
 
 class GatewayFabric(Protocol):
@@ -143,73 +152,76 @@ class GatewayFabric(Protocol):
         """Raises DuplicateWork, NoWorkers (within 2 s), QueueFull or FabricUnavailable."""
 
     def workers(self, pool: str, model: str) -> int:
-        """How many live workers serve the model, by their presence."""
+        """The number of live workers that serve the model, by their presence."""
 
     def capacity(self) -> Mapping[tuple[str, str], Capacity]:
-        """Of each pool and region that have live workers."""
+        """By pool and region, for those that have live workers."""
 
     async def backlog(self, pool: str, region: str) -> int:
-        """How much work no worker has acked yet. Raises FabricUnavailable."""
+        """The number of queued requests that no worker has acked yet. Raises FabricUnavailable."""
 
     @property
     def connected(self) -> bool:
-        """Whether messages flow, with one pool at least."""
+        """Whether the gateway is connected to NATS, and to at least one pool if there are any."""
 
     def away(self) -> frozenset[str]:
-        """The pools whose answers cannot come now: what is asked of them is refused at once."""
+        """The pools whose answers cannot arrive now. `dispatch` refuses work for them at once."""
 
     async def revoke(self, revocation: Revocation) -> None:
-        """For every gateway, until its time is over. Raises FabricUnavailable."""
+        """Publishes a revocation to every gateway. It holds until it expires. Raises FabricUnavailable."""
 
     async def revoked(self) -> list[Revocation]:
-        """What was revoked since this was asked last, at first all of it; some may come again. Raises FabricUnavailable."""
+        """The revocations since the last call; the first call returns all. Some may repeat. Raises FabricUnavailable."""
 
     async def close(self) -> None: ...
 
 
 class Delivery(Protocol):
-    """Work that a node pulled. In-progress acks run from the pull until `send`, `reject` or `drop`."""
+    """Work that a worker pulled. It sends in-progress acks from the pull until `send`, `reject` or `drop`."""
 
     work: Work
     attempt: str
     cancelled: asyncio.Event
-    again: bool  # it was delivered before, to a worker that said nothing: that one may have been lost by it
+    again: bool  # it was delivered before, to a worker that never answered; the request may have crashed that worker
 
     async def claim(self) -> bool:
-        """Takes the request for this attempt, in the whole pool. False: another attempt has it; `drop` it silently.
+        """Claims the request for this attempt, across the whole pool. False: another attempt has it, so `drop` this one
+        silently.
 
-        To be called before the first frame but a rejection. Raises FabricUnavailable where that cannot be told now; it may be
-        called again.
+        Call it before the first frame, except before a rejection. It may be called again.
+        Raises FabricUnavailable if the result is unknown.
         """
 
     async def send(self, kind: FrameKind, payload: bytes) -> None:
-        """Sends a frame; the first one acks the work. Data waits for credit. Raises Cancelled."""
+        """Sends a frame; the first one acks the work. DATA waits for credit. Raises Cancelled."""
 
     async def stop(self, receipt: bytes) -> None:
-        """After `Cancelled`, where the work was claimed: the last frame says what was used. Raises FabricUnavailable."""
+        """After `Cancelled`, sends the last frame of claimed work, with its receipt. Raises FabricUnavailable."""
 
     async def reject(self, problem_type: str) -> None:
-        """Ends the work with an error frame; it is not delivered again."""
+        """Ends the work with an error frame. It is not delivered again."""
 
     async def drop(self) -> None:
-        """Ends the work without a word, and stops what `Delivery` runs. Idempotent; also after a good end."""
+        """Ends the work without a frame, and stops its background tasks. Idempotent; safe after a normal end."""
 
 
 class WorkerFabric(Protocol):
     async def pull(self) -> Delivery:
-        """The next piece of work, once there is one and a slot of its model is free. Raises FabricUnavailable, after which
-        another try may do better, or FabricLost.
+        """The next piece of work, as soon as there is some and its model has a free slot.
+
+        Raises FabricUnavailable if a later call may succeed, FabricLost if not.
         """
 
     def weigh(self, delivery: Delivery, sequences: int | None) -> None:
-        """How many sequences a delivery's request is, or is still; it counts as one until then. None: not known yet, and until
-        it is, nothing more of its model is pulled. One that was released already is no error.
+        """Sets how many sequences the delivery's request occupies now; until the first call it counts as one.
+
+        None: not known yet, so the worker pulls nothing more for its model. Does nothing if the delivery was released.
         """
 
     def release(self, delivery: Delivery | None = None) -> None:
-        """What a delivery took is free again. None: the oldest one that was not released."""
+        """Frees the delivery's slots. None: the oldest delivery that still holds some."""
 
     async def drain(self) -> None:
-        """Stops pulling and announcing, for good; what was pulled goes on. Idempotent."""
+        """Stops pulling and announcing for good. Work in progress continues. Idempotent."""
 
     async def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""A frame: one message from a worker to the gateway that waits for it. Attempt, sequence and kind stand in NATS headers."""
+"""A frame is one message from a worker to the gateway that waits for it. NATS headers carry its attempt, sequence and kind."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from lacre.errors import InvalidMessage
 ATTEMPT: Final = "A"
 SEQUENCE: Final = "S"
 KIND: Final = "K"
-MAX_PAYLOAD: Final = 256 * 1024  # bytes; as much as a worker's whole credit
-MAX_BLOCK: Final = 1024  # bytes of headers; ours have some 70, and a proxy of NATS may add its own
+MAX_PAYLOAD: Final = 256 * 1024  # bytes: a worker's whole credit
+MAX_BLOCK: Final = 1024  # bytes of headers; ours take about 70, and a NATS proxy may add its own
 _ATTEMPT: Final = re.compile(r"[0-9a-f]{32}")
 _SEQUENCE: Final = re.compile(r"0|[1-9][0-9]{0,11}")
-# What our workers write. One match reads it; a dictionary of fields would cost a gateway more than the rest of a frame.
+# The headers as our workers write them. One regular expression reads them: parsing them into a dictionary would cost a gateway
+# more than the rest of a frame.
 _BLOCK: Final = re.compile(
     rb"NATS/1\.0\r\nA: ([0-9a-f]{32})\r\nS: (0|[1-9][0-9]{0,11})\r\nK: (data|usage|error|beat|stopped)\r\n\r\n"
 )
 
 
 class FrameKind(StrEnum):
-    """data: bytes to forward verbatim. usage: the final receipt, and the end. error: a problem type, and the end.
-    beat: a sign of life, once a second, with the receipt so far where there is one. stopped: the work was withdrawn, and ends
-    here, with the receipt of what was used until then.
-    """  # fmt: skip
+    """- data: bytes to forward unchanged.
+    - usage: the final receipt; ends the answer.
+    - error: a problem type; ends the answer.
+    - beat: a heartbeat, once a second, with the receipt so far if there is one.
+    - stopped: the gateway withdrew the work; ends it with the receipt so far.
+    """
 
     DATA = "data"
     USAGE = "usage"
@@ -41,7 +44,7 @@ _KINDS: Final = {kind.value: kind for kind in FrameKind}
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """attempt: 32 hex digits, this worker's try at the work. sequence: counts all of the attempt's frames from 0."""
+    """attempt: 32 hex digits that identify one worker's try. sequence: counts all of the attempt's frames from 0."""
 
     attempt: str
     sequence: int
@@ -53,7 +56,7 @@ class Frame:
 
     @classmethod
     def read(cls, block: bytes, payload: bytes) -> Frame:
-        """block: the headers as they stand on the wire. Raises InvalidMessage."""
+        """block: the headers as on the wire. Raises InvalidMessage."""
         if len(block) > MAX_BLOCK:
             raise InvalidMessage("a frame with more headers than a frame has")
         match = _BLOCK.fullmatch(block)
@@ -74,6 +77,6 @@ class Frame:
 
 
 def _fields(block: bytes) -> dict[str, str]:
-    """A line with the version, and one for each field."""
+    """The fields of a header block; its first line is the version."""
     lines = block.decode("utf-8", "replace").split("\r\n")[1:]
     return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}

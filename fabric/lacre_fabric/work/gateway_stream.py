@@ -1,11 +1,12 @@
-"""The frames of one request as they reach a gateway: ordered, checked, bounded, and with a clock on them. No transport here.
+"""The frames of one request as a gateway receives them: in order, checked, bounded and timed. No transport here.
 
 Rules:
-- The first attempt that sends a frame is the one, for it has claimed the request or refuses it: another's frames are dropped.
-- Its frames count from 0 without a gap. A worker that is silent for `LOST_AFTER` is lost, unless the reader slept.
-- What is not read yet is bounded by the worker's credit; more than that is a worker out of hand, and ends this request only.
-- Whoever leaves pays for what was made: a worker that is withdrawn says last what it used, and is waited for, but not for long.
-- A worker is told what its reader took when that is worth a message, and at the latest with its own next beat.
+- The first attempt to send a frame wins: it has claimed or rejected the request. Frames of other attempts are dropped.
+- Frame numbers count from 0 without a gap. A worker is lost after `LOST_AFTER` seconds of silence, unless this process stood
+  still.
+- The worker's credit bounds the unread bytes. A worker that sends more ends this request only.
+- A client that leaves still pays for the tokens made. The gateway waits up to `PARTING` for the stopped worker's last receipt.
+- The gateway renews credit once the reader has taken `RENEW_AFTER` bytes, and at the latest with the worker's next beat.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from lacre_fabric.work.contract import (
 )
 from lacre_fabric.work.frames import Frame, FrameKind
 
-# Frames of few bytes each must not pile up either. A sealed record has a length, a tag and a byte at least: 18 bytes, and no
-# honest worker gets so many of them out of its credit.
+# Bounds frames of few bytes. A sealed record takes at least 18 bytes: a length, a tag and one byte. An honest worker cannot fit
+# this many into its credit.
 MAX_PENDING_FRAMES: Final = 16 * 1024
-# Of a credit of 256 KiB: until a worker has spent so much more it does not wait for the word.
+# bytes, of a credit of 256 KiB: a worker has the rest to spend while the renewal travels
 RENEW_AFTER: Final = CREDIT // 8
-# Each of a worker's receipts says more than the one before: more than one is kept only in case the last does not verify.
+# A worker's receipts are cumulative. The gateway keeps several in case the last one does not verify.
 KEPT_RECEIPTS: Final = 4
-MAX_RECEIPT: Final = 4096  # bytes; ours have some 500
-# Seconds that a timer comes late where this process was stopped, or starved: then frames wait in its sockets.
+MAX_RECEIPT: Final = 4096  # bytes; ours take about 500
+# Seconds. A timer this late means that the process stood still: frames may be waiting in its sockets.
 STOOD_STILL: Final = 0.25
-CATCH_UP: Final = 1.5  # seconds to read them, and to hear the next beat
-PARTING: Final = 1.0  # seconds that a worker has to say what it used, once it is withdrawn
+CATCH_UP: Final = 1.5  # seconds to read those frames and receive the next beat
+PARTING: Final = 1.0  # seconds that a withdrawn worker has to send its last receipt
 
 
 class Inbound:
-    """queue_limit: seconds until the first frame must have come. Made and used on one event loop."""
+    """queue_limit: seconds until the first frame is due. Create and use it on one event loop."""
 
     def __init__(self, queue_limit: float) -> None:
         self._loop = asyncio.get_running_loop()
@@ -54,13 +55,13 @@ class Inbound:
         self._bound: str | None = None
         self._next = 0
         self._over = False
-        self._beats = 0  # in a row; nobody reads them
+        self._beats = 0  # beats in a row; the reader never sees them
         self._consumed = self._told = 0
         self._receipts: deque[bytes] = deque(maxlen=KEPT_RECEIPTS)
-        # One timer, put off when it comes due and not with each frame.
+        # One timer. It is rescheduled when it fires, not with each frame.
         self._silent_at = self._loop.time() + queue_limit
         self._watch = self._watching()
-        self._ended = asyncio.Event()  # nothing more will come, or nothing that counts
+        self._ended = asyncio.Event()  # no more frames will come, or none that count
         self.started = asyncio.Event()
 
     @property
@@ -73,11 +74,11 @@ class Inbound:
 
     @property
     def ready(self) -> bool:
-        """Whether the next frame is here already."""
+        """Whether the next frame is already here."""
         return bool(self._frames)
 
     def put(self, frame: Frame) -> bool:
-        """Takes a frame, in the order in which it came off the wire. Whether it was of any use."""
+        """Takes a frame, in the order of arrival. Returns whether the frame was of use."""
         if self._over or (self._bound is not None and frame.attempt != self._bound):
             return False
         self._silent_at = self._loop.time() + LOST_AFTER
@@ -90,7 +91,7 @@ class Inbound:
         if frame.kind in (FrameKind.USAGE, FrameKind.BEAT, FrameKind.STOPPED) and 0 < len(frame.payload) <= MAX_RECEIPT:
             self._receipts.append(frame.payload)
         if frame.kind is FrameKind.STOPPED:
-            self.fail(ReaderStalled("the worker stopped, for its reader took nothing for too long"))
+            self.fail(ReaderStalled("the worker stopped because its credit was not renewed in time"))
             return True
         self._pending_bytes += len(frame.payload) if frame.kind is not FrameKind.BEAT else 0
         self._beats = self._beats + 1 if frame.kind is FrameKind.BEAT else 0
@@ -105,7 +106,7 @@ class Inbound:
         return True
 
     def fail(self, error: FabricError) -> None:
-        """Ends the frames with an error, after those that came before it."""
+        """Ends the stream with an error, after the frames that arrived before it."""
         if not self._over:
             self._over, self._error = True, error
             self._watch.cancel()
@@ -113,31 +114,33 @@ class Inbound:
             self._ended.set()
 
     def drop(self) -> None:
-        """Nobody will read it any more: its request was never queued, or is over. No timer of it stays behind."""
+        """Discards the stream without an error and cancels its timer. For a request that was never queued or is over."""
         self._over = True
         self._watch.cancel()
 
     async def parting(self) -> None:
-        """What a worker that was told to stop has yet to say; returns at once where none has begun."""
+        """Waits for the last receipt of a worker that was told to stop. Returns at once if no worker has begun."""
         if self.started.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(PARTING):
                     await self._ended.wait()
 
     def consumed(self, size: int) -> int | None:
-        """The reader took so many bytes more: the sum of all that it took, where the worker is to be told now."""
+        """The reader took `size` more bytes. Returns the total if the worker is due a renewal."""
         self._consumed += size
         return self.renewal() if self._consumed - self._told >= RENEW_AFTER else None
 
     def renewal(self) -> int | None:
-        """The sum of all that the reader took, where the worker does not know it yet."""
+        """The total that the reader took; None if the worker knows it already."""
         if self._told == self._consumed:
             return None
         self._told = self._consumed
         return self._told
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
-        """DATA frames, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or what `fail` was given."""
+        """Yields DATA frames, then one USAGE or ERROR. Raises QueueTimeout, WorkerLost, FrameGap or the error given to
+        `fail`.
+        """
         try:
             while True:
                 while self._frames:
@@ -161,7 +164,7 @@ class Inbound:
         self._watch = self._watching()
 
     def _watching(self) -> asyncio.TimerHandle:
-        self._due = self._silent_at  # uvloop's handle cannot tell, where the time has come already
+        self._due = self._silent_at  # kept here, because uvloop's handle cannot tell once the time has passed
         return self._loop.call_at(self._due, self._look)
 
     def _wake(self) -> None:
@@ -169,7 +172,7 @@ class Inbound:
             self._arrived.set_result(None)
 
     def _look(self) -> None:
-        """Whether it is silent for too long by now. What a loop that stood still has not read yet is no silence."""
+        """Fails the stream if the worker has been silent too long. If this process stood still, it first reads what arrived."""
         now = self._loop.time()
         if now - self._due > STOOD_STILL:
             self._silent_at = max(self._silent_at, now + CATCH_UP)
@@ -178,4 +181,4 @@ class Inbound:
         elif self._bound is None:
             self.fail(QueueTimeout("no worker took the request within its queue limit"))
         else:
-            self.fail(WorkerLost("the worker fell silent in mid-answer"))
+            self.fail(WorkerLost("the worker fell silent in the middle of an answer"))

@@ -1,7 +1,7 @@
-"""A grant: the gateway's word to a worker that this sealed request may run, and how far. It names nobody who asks.
+"""A grant is the gateway's signed permission for a worker to run one sealed request within limits. It does not name the caller.
 
-It carries two pseudonyms, of the tenant and of the caller, by which workers share their time fairly. Only the gateway can tell
-whose they are, and they change every hour (`lacre_gateway.auth.pseudonyms`).
+It carries two pseudonyms, of the tenant and of the caller, so that workers can share their time fairly. Only the gateway can
+resolve them. They change every hour (`lacre_gateway.auth.pseudonyms`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from lacre.jose import jws
 from lacre.jose.claims import Members
 
 TYP: Final = "lacre-grant+jwt"
-PSEUDONYM: Final = 16  # bytes; in a grant as base64url
-_PSEUDONYM: Final = re.compile(r"[A-Za-z0-9_-]{22}")  # so many characters: a worker keeps them while the caller's tasks last
+PSEUDONYM: Final = 16  # bytes; base64url in a grant
+_PSEUDONYM: Final = re.compile(r"[A-Za-z0-9_-]{22}")  # fixed length: a worker stores them while the caller's tasks last
 MAX_SKEW: Final = 60.0  # seconds that a gateway's clock may run ahead of a worker's
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """jti: the request id. iat, exp: seconds since the epoch. max_tokens: output tokens over all choices.
-    max_prompt_tokens: what the reservation covers. fair: the pseudonyms of tenant and caller. enc: base64url SHA-256 of
-    `hdr ‖ enc`.
-    """  # fmt: skip
+    """- jti: the request id. iat, exp: seconds since the epoch.
+    - max_tokens: output tokens over all choices. max_prompt_tokens: the prompt tokens that the gateway reserved.
+    - fair: the pseudonyms of tenant and caller.
+    - enc: base64url SHA-256 of `hdr ‖ enc`.
+    """
 
     jti: str
     iat: float
@@ -54,7 +55,7 @@ class Grant:
 
     @classmethod
     def verify(cls, token: str, key: bytes, now: float) -> Grant:
-        """Raises InvalidMessage, InvalidSignature or Expired. key: the manifest's `gateway_key`."""
+        """key: the manifest's `gateway_key`. Raises InvalidMessage, InvalidSignature or Expired."""
         members = Members(jws.verify(token, key, TYP), "the grant")
         grant = cls(
             jti=members.text("jti"),

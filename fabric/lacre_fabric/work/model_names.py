@@ -1,7 +1,7 @@
-"""A model's id, derived from the name of its file where nobody gave one: the same for `lacre up` and for a worker.
+"""Derives a model's id from its file name if the operator gave none. `lacre up` and workers use the same rule.
 
-An id stands in URLs, in policies and on command lines. So it begins with a letter or digit, and each of its characters may
-stand in a URL's path as it is.
+Ids appear in URLs, policies and command lines. A derived id starts with a letter or digit and needs no escaping in a URL's
+path.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import unicodedata
 from pathlib import Path
 from typing import Final
 
-PATTERN: Final = r"^[\x21-\x7e]{1,128}$"  # what an id may be that somebody gave: printable ASCII without spaces
+PATTERN: Final = r"^[\x21-\x7e]{1,128}$"  # an id that an operator may give: printable ASCII without spaces
 MAX_NAME: Final = 128  # characters
 _OTHERS: Final = re.compile(r"[^a-z0-9._~+@:=-]+")
-_SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")  # what `llama-gguf-split` puts behind the name of each file of a model
+_SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")  # the suffix that `llama-gguf-split` gives each file of a model
 _DIGEST: Final = 8  # hexadecimal digits
 
 
@@ -24,9 +24,10 @@ def is_name(name: str) -> bool:
 
 
 def from_file(path: Path) -> str:
-    """`My Model (Q4).gguf` is `my-model-q4`, and so is each file that this model was split into. Part of a digest stands
-    for letters that ASCII lacks, so that two such files have two ids. Other files can still share one: who serves several must
-    compare.
+    """`My Model (Q4).gguf` becomes `my-model-q4`, and so does each file of that model after a split.
+
+    If the name has non-ASCII letters, part of a digest replaces them, so that two such files get two ids. Other files can still
+    share an id: a caller that serves several must compare.
     """
     stem = _SHARD.sub("", path.stem)
     plain = "".join(one for one in unicodedata.normalize("NFKD", stem) if not unicodedata.combining(one))

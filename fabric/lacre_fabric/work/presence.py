@@ -1,9 +1,9 @@
-"""Who is there: what workers say of themselves once a second, and what a gateway remembers of it.
+"""Presence: the state that workers announce once a second, and what a gateway remembers of it.
 
 Rules:
-- A worker chooses every byte of it. Counts, names and their number are bounded where they are parsed. So is how many workers
-  a pool can seem to have: neither memory, nor labels of metrics, nor a sum over all of them grows with what one worker says.
-- A pool's workers are kept apart from the others': who floods a pool's roster makes no other pool's slower.
+- A worker controls every byte of its presence. The parser bounds counts, names and their number, and the roster bounds workers
+  per pool. So one worker cannot inflate the gateway's memory, metric labels or sums.
+- Each pool has its own roster: a flood in one pool does not slow another's.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from lacre.errors import InvalidMessage
 from lacre.jose.claims import Members
 from lacre_fabric.work.contract import PRESENT_FOR, Capacity
 
-MAX_BYTES: Final = 64 * 1024  # of one sign of presence: the names of a node's models and the fingerprints of its keys
+MAX_BYTES: Final = 64 * 1024  # of one presence message: the names of a node's models and the fingerprints of its keys
 MAX_SLOTS: Final = 2**16  # of one worker, busy or free: no engine decodes so many streams at once
-MAX_MODELS: Final = 1024  # that one worker says it serves
-MAX_MODEL: Final = 180  # characters of a model's name: no more fit a subject
-MAX_KEYS: Final = 1024  # that one worker says it holds: a pool has a few, and the older ones until they are destroyed
+MAX_MODELS: Final = 1024  # that one worker may announce
+MAX_MODEL: Final = 180  # characters of a model's name: a longer one does not fit a subject
+MAX_KEYS: Final = 1024  # that one worker may announce: a pool has a few, plus older ones until they are destroyed
 MAX_KEY: Final = 128  # characters of a key's fingerprint; ours have 64
 MAX_NODES: Final = 4096  # of one pool, in all regions
 MAX_REGIONS: Final = 64  # of one pool
-MAX_REASONS: Final = 16  # that one worker gives for taking no work: there are some ten kinds
-WRONG: Final = "wrong"  # in a worker's presence: the kinds of what keeps it from working
-ROOM: Final = "room"  # in a worker's presence: its free slots by model; a worker of before does not say it
-KEYS: Final = "keys"  # in a worker's presence: the fingerprints of the keys that it holds
+MAX_REASONS: Final = 16  # that one worker may give for taking no work; about ten exist
+WRONG: Final = "wrong"  # member of a presence message: the kinds of faults that keep the worker from working
+ROOM: Final = "room"  # member of a presence message: its free slots by model; older workers omit it
+KEYS: Final = "keys"  # member of a presence message: the fingerprints of the keys that it holds
 
 
-_KIND: Final = re.compile(r"[a-z_]{1,32}")  # they end in a terminal
+_KIND: Final = re.compile(r"[a-z_]{1,32}")  # they are shown in a terminal
 
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """models: those that it takes work for now. busy, free: its slots. room: of these, how many are free for each model; `free`
-    for one that it does not name.
+    """models: those it takes work for now. busy, free: its slots. room: free slots by model; `free` applies to a model not in
+    it.
     """
 
     models: frozenset[str]
@@ -59,12 +59,12 @@ class Presence:
 
 
 def keys_in(data: bytes) -> frozenset[str]:
-    """The fingerprints of the keys that a sign of presence names. Raises InvalidMessage."""
+    """The key fingerprints in a presence message. Raises InvalidMessage."""
     return _texts(_members(data), KEYS, MAX_KEYS, MAX_KEY)
 
 
 def wrong_in(data: bytes) -> frozenset[str]:
-    """What keeps a worker from working, by a sign of its presence. Raises InvalidMessage."""
+    """The kinds of faults in a presence message. Raises InvalidMessage."""
     kinds = _texts(_members(data), WRONG, MAX_REASONS, 32)
     if not all(map(_KIND.fullmatch, kinds)):
         raise InvalidMessage(f"presence: member {WRONG!r} must have words alone")
@@ -73,7 +73,7 @@ def wrong_in(data: bytes) -> frozenset[str]:
 
 def _members(data: bytes) -> Members:
     if len(data) > MAX_BYTES:
-        raise InvalidMessage("a sign of presence that is too long")
+        raise InvalidMessage("the presence message is too long")
     return Members.parse(data, "presence")
 
 
@@ -85,7 +85,7 @@ def _slots(members: Members, name: str) -> int:
 
 
 def _room(members: Members, models: frozenset[str]) -> dict[str, int]:
-    """Of the models that it serves alone."""
+    """Free slots, for announced models only."""
     said = members.counts(ROOM)
     return {model: min(said[model], MAX_SLOTS) for model in models & said.keys()}
 
@@ -98,15 +98,15 @@ def _texts(members: Members, name: str, number: int, length: int) -> frozenset[s
 
 
 class Roster:
-    """The workers of one pool that were heard of in the last `PRESENT_FOR` seconds."""
+    """The workers of one pool whose presence arrived in the last `PRESENT_FOR` seconds."""
 
     def __init__(self) -> None:
-        # By region and node, who was heard last at the end: until when it counts, on the monotonic clock.
+        # By region and node, the most recent last. The time is when the presence expires, on the monotonic clock.
         self._nodes: dict[tuple[str, str], tuple[float, Presence]] = {}
-        self._regions: Counter[str] = Counter()  # how many of them are in each
+        self._regions: Counter[str] = Counter()  # workers in each region
 
     def hear(self, region: str, node: str, presence: Presence) -> bool:
-        """False where the pool seems to have too many workers or regions already: those that are known stay."""
+        """Records a worker's presence. False if the pool has too many workers or regions; the known ones stay."""
         self._forget()
         known = self._nodes.pop((region, node), None)
         if known is None:
@@ -122,7 +122,7 @@ class Roster:
         return {at: presence for at, (_, presence) in self._nodes.items()}
 
     def capacity(self) -> dict[str, Capacity]:
-        """By region. A worker that drains serves no model and counts for nothing."""
+        """By region. A draining worker serves no model and does not count."""
         found: dict[str, Capacity] = {}
         for (region, _), said in self.live().items():
             if said.models:
@@ -131,7 +131,7 @@ class Roster:
         return found
 
     def free(self, model: str) -> dict[str, int]:
-        """The free slots of the workers that serve the model, by region; without those where nobody does."""
+        """Free slots of the workers that serve the model, by region. Regions without such a worker are omitted."""
         found: dict[str, int] = {}
         for (region, _), said in self.live().items():
             if model in said.models:

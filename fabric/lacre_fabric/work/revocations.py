@@ -1,6 +1,6 @@
-"""What was revoked before its time, as it stands on the fabric. `nats_revocations` writes and reads it.
+"""Revocations of tokens, as the fabric stores them. `lacre_fabric.nats.revocations` writes and reads them.
 
-An entry names a token or a subject by digest: the message server learns no name.
+An entry contains only a digest of the token or subject: the NATS server learns no name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")  # SHA-256 as base64url
 
 
 def token_key(issuer: str, jti: str) -> str:
-    """Names one token, by its `jti` (RFC 7519 section 4.1.7): unique for its issuer alone."""
+    """The key of one token, by its `jti`, which is unique per issuer (RFC 7519 section 4.1.7)."""
     return _digest("jti", issuer, jti)
 
 
 def subject_key(issuer: str, subject: str) -> str:
-    """Names whom tokens speak for."""
+    """The key of all tokens of a subject."""
     return _digest("sub", issuer, subject)
 
 
@@ -35,9 +35,9 @@ def _digest(*names: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
-    """Times in seconds since the epoch. until: when no token that it is about can be valid any more.
+    """Times are in seconds since the epoch. until: when the last token that it covers has expired.
 
-    issued_until: tokens that were issued later are not meant; None where all are.
+    issued_until: the revocation covers tokens issued up to this time; None: all tokens.
     """
 
     key: str
@@ -50,7 +50,7 @@ class Revocation:
 
     @classmethod
     def parse(cls, value: bytes, key: str = "") -> Self:
-        """key: of an entry that does not say it, as older versions wrote them. Raises InvalidMessage."""
+        """key: for entries of older versions, which do not contain it. Raises InvalidMessage."""
         said = parse_object(value, "the revocation")
         members = Members(said, "the revocation")
         key = members.text("key") if "key" in said else key

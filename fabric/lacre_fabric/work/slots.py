@@ -1,12 +1,13 @@
-"""How much of a worker is taken: sequences by model, and how many more of each it may pull.
+"""Counts a worker's slots: sequences in use by model, and how many more it may pull.
 
-Rules
+Rules:
 - Pure: no I/O, no clock, no waiting.
-- A model is pulled for only while one of its own slots is free. What one model has beyond its slots takes none of another's.
-- A delivery counts as one sequence until its request says how many it is; the count falls as they end. It may be more than
-  there are slots: then nothing more of its model is pulled until as many have ended.
-- Whoever opens requests may say that a delivery's count is not known yet. Until it is, nothing more of its model is pulled: a
-  burst of requests of sixteen sequences each would be taken for as many single ones.
+- A worker pulls for a model only while one of the model's own slots is free. Sequences beyond a model's slots take none of
+  another model's.
+- A delivery counts as one sequence until its request is opened and counted. The count falls as sequences end. It may exceed the
+  slots: then the worker pulls nothing for that model until enough have ended.
+- While a delivery's count is not known, the worker pulls nothing for its model. Otherwise it would take a burst of requests of
+  sixteen sequences each for single ones.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ class _Taken:
 
 
 def shares(total: int, wanted: Mapping[str, int]) -> dict[str, int]:
-    """Of `total` sequences, how many each model may have, in proportion to what its engine runs at a time; one at least."""
+    """Each model's share of `total` sequences, in proportion to its engine's parallel sequences; at least one."""
     together = sum(wanted.values())
     return {model: max(1, total * slots // together) for model, slots in wanted.items()}
 
 
 class Slots:
-    """total: sequences at a time. each: of each model; all that there are for one that it does not name."""
+    """total: parallel sequences. each: slots by model; a model not in it may use all."""
 
     def __init__(self, total: int, models: Sequence[str], each: Mapping[str, int] | None = None) -> None:
         given = each or {}
@@ -37,7 +38,7 @@ class Slots:
         self._taken: dict[str, _Taken] = {}
         self._pulling: set[str] = set()
 
-    # What is known
+    # State
 
     @property
     def busy(self) -> int:
@@ -45,39 +46,39 @@ class Slots:
         return min(self.total, sum(self._held(model) for model in self._each))
 
     def free(self, model: str) -> int:
-        """Slots that a new request of the model would find, those of pulls that wait among them."""
+        """Slots available to a new request of the model. A waiting pull does not occupy one."""
         return max(0, min(self._each.get(model, 0) - self._held(model), self.total - self.busy))
 
     def may_pull(self, model: str) -> bool:
         known = all(taken.sequences is not None for taken in self._taken.values() if taken.model == model)
         return known and model not in self._pulling and self.free(model) > 0 and self.busy + len(self._pulling) < self.total
 
-    # What changes
+    # Changes
 
     def pull(self, model: str) -> None:
-        """One pull for it waits, and holds a slot; one at a time."""
+        """A pull for the model starts waiting. It reserves a slot; there is one pull per model at a time."""
         self._pulling.add(model)
 
     def pulled(self, model: str) -> None:
         self._pulling.discard(model)
 
     def take(self, attempt: str, model: str) -> None:
-        """A delivery holds a slot from now on."""
+        """A delivery occupies a slot from now on."""
         self._taken[attempt] = _Taken(model, 1)
 
     def weigh(self, attempt: str, sequences: int | None) -> None:
-        """How many a delivery is now; None: not known yet. One that was given back already is no error."""
+        """Sets a delivery's sequences; None: not known yet. Does nothing if the delivery was given back."""
         if attempt in self._taken:
             self._taken[attempt].sequences = None if sequences is None else max(1, sequences)
 
     def give(self, attempt: str | None) -> None:
-        """A delivery is over; None: the oldest one. Idempotent."""
+        """Frees a delivery's slots; None: the oldest delivery's. Idempotent."""
         if attempt is None:
             attempt = next(iter(self._taken), None)
         if attempt is not None:
             self._taken.pop(attempt, None)
 
     def _held(self, model: str) -> int:
-        """Slots of its own that the model has taken."""
+        """The model's own slots that are in use."""
         used = sum(1 if taken.sequences is None else taken.sequences for taken in self._taken.values() if taken.model == model)
         return min(used, self._each.get(model, 0))

@@ -1,4 +1,4 @@
-"""The frames of one attempt as a node sends them: numbered, and paid for with credit. No transport here."""
+"""The frames of one attempt as a worker sends them: numbered and paid for with credit. No transport here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Publish = Callable[[Frame], Awaitable[None]]
 
 
 class Outbound:
-    """Counts frames and credit; `publish` puts a frame on the wire."""
+    """Counts frames and credit. `publish` sends a frame."""
 
     def __init__(self, publish: Publish) -> None:
         self.attempt = secrets.token_hex(16)
@@ -26,7 +26,7 @@ class Outbound:
         self._turn = asyncio.Lock()
 
     async def send(self, kind: FrameKind, payload: bytes) -> None:
-        """Raises Cancelled. A number is given only as its frame goes out; a beat passes data that waits for credit."""
+        """Raises Cancelled. A frame gets its number when it is sent, so a beat can overtake data that waits for credit."""
         if kind is FrameKind.DATA:
             await self._pay(len(payload))
         if self.cancelled.is_set():
@@ -34,7 +34,7 @@ class Outbound:
         await self._put(kind, payload)
 
     async def stop(self, receipt: bytes) -> None:
-        """The last frame of what was withdrawn; nobody's credit is asked."""
+        """Sends the last frame of withdrawn work. It needs no credit."""
         await self._put(FrameKind.STOPPED, receipt)
 
     async def _put(self, kind: FrameKind, payload: bytes) -> None:
@@ -44,7 +44,7 @@ class Outbound:
             await self._publish(frame)
 
     def renew(self, consumed: int) -> None:
-        """The gateway's reader took `consumed` bytes since the beginning: a renewal that is lost is made good by the next."""
+        """The reader took `consumed` bytes in total. Totals make a lost renewal harmless: the next one replaces it."""
         self._consumed = max(self._consumed, min(consumed, self._sent))
         self._changed.set()
 

@@ -1,12 +1,13 @@
-"""What a JSON schema (draft 2020-12) admits, type by type, as cases: each a conjunction that a grammar can spell.
+"""Expands a JSON schema (draft 2020-12) into cases for each type. Each case is a conjunction that a grammar can express.
 
-Rules
-- Pure: a schema in, cases out. A value is valid under the schema if and only if it is under one of the cases of its type.
-- What is asked about is a set of literals: schemas that must hold, or must not. `not`, `if` and `oneOf` need both.
-- Every keyword is known here, or refused by its name and place. Annotations are no constraints, and `format` is one.
-- Of a schema that is not strict a keyword that cannot be enforced is passed over, alone: what is left admits more, never less.
-- `unevaluated…` sees what the keywords beside it evaluated, case by case. Only under it are overlapping branches told apart.
-- The number of cases is bounded: branches multiply.
+Rules:
+- Pure: a schema in, cases out. A value is valid under the schema exactly if it is valid under one of its type's cases.
+- The input is a set of literals: schemas that must hold or must not. `not`, `if` and `oneOf` need both.
+- Every keyword is supported, or refused by name and place. Annotations are not constraints; `format` is one.
+- In a schema that is not strict, a keyword that cannot be enforced is skipped. What remains admits more, never less.
+- `unevaluated…` sees what the keywords beside it evaluated, case by case. Only it requires overlapping branches to be
+  separated.
+- The number of cases is bounded, because branches multiply.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from lacre_backend.api.schema.terms import (
 )
 
 MAX_CASES: Final = 500  # at one place
-MAX_MADE: Final = 10_000  # of a whole schema; each takes some 10 microseconds, with Python's lock
-MAX_COMPARED: Final = 40  # alternatives, of which each two are held against each other
-MAX_DEPTH: Final = 64  # of keywords that apply in place (`allOf`, `$ref`, ...), one within the other
+MAX_MADE: Final = 10_000  # for a whole schema; each takes about 10 microseconds and holds the GIL
+MAX_COMPARED: Final = 40  # alternatives that are compared in pairs
+MAX_DEPTH: Final = 64  # of nested in-place keywords (`allOf`, `$ref`, ...)
 
 DIALECTS: Final = (
     "https://json-schema.org/draft/2020-12/schema",
@@ -52,7 +53,7 @@ ANNOTATIONS: Final = frozenset(
      # OpenAPI's, and zod's
      "example", "externalDocs", "xml", "id"}
 )  # fmt: skip
-# Keywords that look at their neighbours, and those that only their neighbours look at.
+# Keywords that read their neighbours, and keywords that only their neighbours read.
 _HANDLED_BESIDE: Final = frozenset(
     {"then", "else", "items", "additionalProperties", "minContains", "maxContains", "additionalItems"}
 )
@@ -61,7 +62,7 @@ _LAST: Final = ("unevaluatedItems", "unevaluatedProperties")
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What was evaluated in place. items: how many of the first; None: all."""
+    """Properties and items evaluated in place. items: the number of first items; None: all."""
 
     names: frozenset[str] = frozenset()
     patterns: tuple[str, ...] = ()
@@ -80,7 +81,7 @@ Branch = tuple[Case, Evaluated]
 
 
 class SchemaDocument:
-    """A schema, with the places that references name."""
+    """A schema, and the places that references name."""
 
     def __init__(self, root: Any) -> None:
         self.root = Place(root, "", (), "#")
@@ -100,7 +101,7 @@ class SchemaDocument:
         if isinstance(schema, dict):
             dialect = schema.get("$schema", DIALECTS[0])
             if not isinstance(dialect, str) or dialect.removesuffix("#") not in DIALECTS:
-                raise SchemaRefused("$schema", path, "names another dialect than drafts 6 to 2020-12")
+                raise SchemaRefused("$schema", path, "names a dialect other than drafts 6 to 2020-12")
             identity = schema.get("$id")
             if isinstance(identity, str):
                 base = urldefrag(urljoin(base, identity)).url
@@ -122,20 +123,20 @@ class SchemaDocument:
         return Place(schema, base, scope, self._paths.get(id(schema), "#"))
 
     def entered(self, place: Place) -> Place:
-        """The same place, by its own resource where it begins one."""
+        """The same place, relative to its own resource if it begins one."""
         if isinstance(place.schema, dict) and "$id" in place.schema:
             return self._at(place.schema, self._bases.get(id(place.schema), place.base), place.scope)
         return place
 
     def target(self, place: Place, keyword: str, reference: Any) -> Place:
-        """What a `$ref` or `$dynamicRef` names."""
+        """The target of a `$ref` or `$dynamicRef`."""
         if not isinstance(reference, str):
-            raise SchemaRefused(keyword, place.path, "is no string")
+            raise SchemaRefused(keyword, place.path, "is not a string")
         url, fragment = (
             urldefrag(urljoin(place.base, reference)) if not reference.startswith("#") else (place.base, reference[1:])
         )
         if url not in self._resources:
-            raise SchemaRefused(keyword, place.path, "points out of the schema, which is not followed")
+            raise SchemaRefused(keyword, place.path, "points outside the schema, which is not supported")
         schema = self._resources[url]
         if fragment and not fragment.startswith("/"):
             found = self._anchors.get((url, unquote(fragment)))
@@ -160,7 +161,7 @@ class SchemaDocument:
 
 @dataclass(slots=True)
 class Cases:
-    """Expands literals. strict: refuse what is not known, instead of leaving it to the model."""
+    """Expands literals. strict: refuse unsupported keywords instead of leaving them to the model."""
 
     document: SchemaDocument
     strict: bool
@@ -168,7 +169,7 @@ class Cases:
     _open: list[tuple[object, ...]] = field(default_factory=list)
 
     def of(self, literals: Literals, kind: str) -> list[Case]:
-        """The cases of one type that all the literals admit."""
+        """The cases of one type that satisfy all literals."""
         branches: list[Branch] = [(Case(kind), _NOTHING_SEEN)]
         for literal in literals:
             branches = [each for case, _ in branches for each in self._literal(literal, case, track=False)]
@@ -180,10 +181,10 @@ class Cases:
         if isinstance(schema, bool):
             return [(case, _NOTHING_SEEN)] if schema == literal.holds else []
         if not isinstance(schema, dict):
-            raise NoSchema("schema", place.path, "is no schema")
+            raise NoSchema("schema", place.path, "is not a schema")
         key = (*literal.key, case.type)
         if key in self._open:
-            raise SchemaRefused("$ref", place.path, "refers to itself without anything between")
+            raise SchemaRefused("$ref", place.path, "refers to itself directly")
         if len(self._open) > MAX_DEPTH:
             raise SchemaRefused("$ref", place.path, f"applies more than {MAX_DEPTH} schemas at one place")
         self._open.append(key)
@@ -194,7 +195,8 @@ class Cases:
 
     def _keywords(self, place: Place) -> list[str]:
         found = [k for k in place.schema if k not in ANNOTATIONS and k not in _HANDLED_BESIDE and k not in _LAST]
-        found.sort(key=lambda keyword: keyword != "discriminator")  # it makes required what tells `oneOf` apart
+        # It makes the property required that distinguishes the branches of `oneOf`
+        found.sort(key=lambda keyword: keyword != "discriminator")
         beside = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}
         for keyword in ("items", "additionalItems", "additionalProperties"):
             if keyword in place.schema:
@@ -217,7 +219,7 @@ class Cases:
         return branches
 
     def _fails(self, place: Place, case: Case) -> Iterator[Branch]:
-        """One keyword, at least, does not hold."""
+        """At least one keyword does not hold."""
         for keyword in self._keywords(place):
             try:
                 branches = self._without(keyword, place, case)
@@ -228,7 +230,7 @@ class Cases:
             yield from branches
 
     def _without(self, keyword: str, place: Place, case: Case) -> list[Branch]:
-        """One keyword does not hold."""
+        """The branches in which this keyword does not hold."""
         if keyword not in _LAST:
             return [(after, _NOTHING_SEEN) for after in self._deny(keyword, place, case)]
         rest = replace(place, schema={k: v for k, v in place.schema.items() if k != keyword})
@@ -243,16 +245,16 @@ class Cases:
             raise SchemaRefused(keyword, place.path, "multiplies into too many cases")
 
     def leave(self, refused: SchemaRefused) -> None:
-        """Leave to the model what cannot be enforced, where the schema is not strict; raise it again where it is."""
+        """Leaves a keyword that cannot be enforced to the model, or raises if the schema is strict."""
         if self.strict or isinstance(refused, NoSchema | TooCostly):
             raise refused
 
     def unknown(self, keyword: str, place: Place, problem: str = "is not supported") -> None:
-        """Refuse, or leave it to the model."""
-        if self.strict:  # else it is passed over
+        """Refuses a keyword, or leaves it to the model."""
+        if self.strict:  # otherwise it is skipped
             raise SchemaRefused(keyword, place.path, problem)
 
-    # What a keyword demands, and what breaks it
+    # What a keyword requires, and what violates it
 
     def _apply(self, keyword: str, place: Place, case: Case, seen: Evaluated, *, track: bool) -> list[Branch]:
         value = place.schema[keyword]
@@ -365,7 +367,7 @@ class Cases:
         return self._told_apart(options, case, place, range(1, 2))
 
     def _told_apart(self, options: Literals, case: Case, place: Place, numbers: range) -> list[Branch]:
-        """Each option holds or does not; so many of them do."""
+        """Each option holds or does not; the number that hold is in `numbers`."""
         if 1 in numbers and self._disjoint(options, case):
             return [branch for option in options for branch in self._literal(option, case, track=True)]
         branches: list[tuple[Case, Evaluated, int]] = [(case, _NOTHING_SEEN, 0)]
@@ -380,8 +382,8 @@ class Cases:
         return [(c, seen) for c, seen, n in branches if n in numbers]
 
     def _disjoint(self, options: Literals, case: Case) -> bool:
-        """Whether no two options hold for one value, as where a property's constant tells them apart. False where that is not
-        plain to see.
+        """Whether no value satisfies two options, for example because a property's constant separates them. False if that is
+        not obvious.
         """
         possible = [option for option in options if self._literal(option, case, track=False)]
         if len(possible) > MAX_COMPARED:
@@ -390,7 +392,7 @@ class Cases:
         return all(not self._possible(both) for pair in pairs for both in self._all(pair, case))
 
     def _possible(self, case: Case) -> bool:
-        """Whether some value may be as the case says, by a look at the properties that it must have."""
+        """Whether some value may satisfy the case, judging by its required properties."""
         for name in case.required:
             own = tuple(each.named[name] for each in case.properties if name in each.named)
             if len(own) > 1 and not any(self._scalars(own, kind) for kind in TYPES):
@@ -435,7 +437,7 @@ class Cases:
             self._count(len(branches), "dependentSchemas", place)
         return branches
 
-    # What nothing else told of
+    # Properties and items that nothing else evaluated
 
     def _unevaluated(self, keyword: str, place: Place, case: Case, seen: Evaluated) -> list[Branch]:
         literal = Literal(place.inside(place.schema[keyword], keyword))

@@ -1,10 +1,10 @@
 """Formats and patterns of strings (JSON Schema Validation, draft 2020-12, sections 6.3.3 and 7).
 
-Rules
-- A format is a constraint here. What is stricter than the format that was asked for is it, too: it may be spelled in one of its
-  forms alone. So dates are dates of the calendar that every library reads, from the year 1 on and without leap seconds.
-- A format that only names what a text is for says nothing of it.
-- Names of zod's own stand beside the pattern that they mean, and alone they are refused.
+Rules:
+- A format is a constraint. Enforcing a stricter form is allowed: only one of a format's notations may be admitted. So dates are
+  those that every library reads: calendar dates from the year 1 on, without leap seconds.
+- A format that only names a text's purpose is no constraint.
+- zod's own format names are accepted beside the pattern that they stand for, and refused alone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lacre_backend.api.schema.terms import Case, Place
 
 Unknown: TypeAlias = Callable[..., None]  # refuses a keyword, or leaves it to the model
 
-# Those that llguidance has of its own.
+# Formats that llguidance supports itself.
 FORMATS: Final = {name: name for name in ("email", "hostname", "ipv4", "ipv6", "uuid", "uri")}
 FORMATS.update({"idn-email": "email", "idn-hostname": "hostname", "iri": "uri", "iri-reference": "uri", "uri-reference": "uri"})
-# The same, narrower, for where something else has to hold beside them.
+# Narrower versions of them, to combine with other constraints.
 _HOST: Final = r"[A-Za-z0-9]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?){1,4}"
 _BYTE: Final = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4: Final = rf"{_BYTE}(\.{_BYTE}){{3}}"
@@ -72,11 +72,11 @@ PATTERN_FORMATS: Final = {
     "e164": r"^\+[1-9][0-9]{6,14}$",
     "cidrv4": rf"^{_IPV4}/(3[0-2]|[12]?[0-9])$",
 }  # fmt: skip
-# Names that say nothing of the text.
+# Names that do not constrain the text.
 _SAYS_NOTHING: Final = frozenset(
     {"password", "binary", "path", "file-path", "directory-path", "new-path", "textarea", "markdown"}
 )
-# zod's, which stand beside their pattern.
+# zod's names, which come with a pattern.
 _BY_PATTERN: Final = frozenset(
     {"base64", "base64url", "cidrv4", "cidrv6", "cuid", "cuid2", "e164", "emoji", "guid", "jwt", "ksuid", "mac", "nanoid",
      "template_literal", "ulid", "xid", "hex", "regex", "starts_with", "ends_with", "includes", "lowercase", "uppercase"}
@@ -84,7 +84,7 @@ _BY_PATTERN: Final = frozenset(
 
 
 def of_string(unknown: Unknown, keyword: str, place: Place, case: Case) -> Case:
-    """`pattern` or `format`, whose value is a string."""
+    """Applies `pattern` or `format`, whose value is a string."""
     value: str = place.schema[keyword]
     if keyword == "pattern":
         return replace(case, patterns=(*case.patterns, (value, True)))
@@ -93,7 +93,7 @@ def of_string(unknown: Unknown, keyword: str, place: Place, case: Case) -> Case:
     if value in PATTERN_FORMATS:
         return replace(case, patterns=(*case.patterns, (PATTERN_FORMATS[value], True)))
     if value not in FORMATS:
-        unknown(keyword, place, f"is none of {', '.join([*FORMATS, *PATTERN_FORMATS])}")
+        unknown(keyword, place, f"is not one of {', '.join([*FORMATS, *PATTERN_FORMATS])}")
         return case
     return replace(case, formats=(*case.formats, FORMATS[value]))
 

@@ -1,11 +1,11 @@
 """JSON schemas as grammars, for `response_format` and the arguments of tools.
 
-Rules
-- A schema is enforced whole or refused: a keyword that a grammar cannot enforce is named in the error with its place, never
-  ignored. Annotations (title, description, ...) are no constraints. Only of a schema that is not `strict` what cannot be
-  enforced is left to the model, as OpenAI does.
-- A caller's words reach a grammar as JSON strings or checked patterns only; rules and their names are made here.
-- Size and depth are bounded before anything is expanded: a schema is input from outside.
+Rules:
+- A schema is enforced whole or refused. The error names the keyword that cannot be enforced and its place. Annotations (title,
+  description, ...) are not constraints. Only if a schema is not `strict`, what cannot be enforced is left to the model, as
+  OpenAI does.
+- A caller's text enters a grammar only as JSON strings or checked patterns. Rules and their names are made here.
+- Size and depth are checked before anything is expanded: a schema is untrusted input.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from lacre_backend.api.schema.terms import Literal, NoSchema, SchemaRefused
 
 MAX_VALUES: Final = 5000  # JSON values in one schema
 MAX_LENGTH: Final = 512 * 1024  # characters of all schemas of a request, as JSON
-MAX_DEPTH: Final = 64  # nesting, long before Python's own limit
-# Of all `multipleOf` in a request, together: 700,000 took 6 s of a processor and 300 MB, for which llguidance has no limit.
+MAX_DEPTH: Final = 64  # nesting; far below Python's own limit
+# Sum over all `multipleOf` of a request. 700,000 took 6 s of CPU and 300 MB; llguidance has no limit for this.
 MAX_REMAINDERS: Final = 20_000
 _HEAD: Final = '%llguidance {"no_forcing": true}\n'
 _ANY_OBJECT: Final = f"{_HEAD}start: %json {json.dumps({'type': 'object', 'x-guidance': {'whitespace_pattern': BLANK}})}\n"
 
 
 class Grammars:
-    """A grammar while it is made: an answer's form, and the schemas within it."""
+    """A grammar under construction: an answer's form, and the schemas in it."""
 
     def __init__(self, *, loosely: bool = False) -> None:
-        """loosely: what is to keep a schema that is not strict may be any value of its type."""
+        """loosely: a schema that is not strict admits any value of its type."""
         self._loosely = loosely
         self._schemas: list[str] = []
         self._length = 0
         self._remainders = 0
         self._given: list[tuple[str, Mapping[str, Any]]] = []
-        self._marks: list[str] = []  # where lists stand whose items differ
-        self.loose = False  # whether a schema that is not strict is among them
+        self._marks: list[str] = []  # the places of lists whose items must differ
+        self.loose = False  # whether one of them is a schema that is not strict
 
     def any_object(self) -> str:
-        """The name of any one JSON object."""
+        """The name of the rule for any JSON object."""
         return self._named(_ANY_OBJECT)
 
     def schema(self, schema: Mapping[str, Any], param: str, *, strict: bool = True, alone: bool = False) -> str:
-        """The name of what a JSON schema admits. param: whose it is, for errors. alone: the answer is this and nothing else.
+        """The name of the rule for a JSON schema. param: its field, for errors. alone: the answer consists of this value only.
 
         Raises `RequestRefused`.
         """
@@ -81,7 +81,7 @@ class Grammars:
             return []  # left to the model
 
     def _any(self, schema: Mapping[str, Any]) -> str:
-        """The name of any value of the type that a schema wants at its root."""
+        """The name of the rule for any value of the type at the schema's root."""
         kind = schema.get("type")
         if kind == "object":
             return self.any_object()
@@ -89,16 +89,16 @@ class Grammars:
         return self._named(f"{PRELUDE}start: {name}\n")
 
     def text(self, rules: str) -> str:
-        """The whole grammar. rules: those of the answer's form, which begin with `start`."""
+        """The whole grammar. rules: the answer's form, beginning with `start`."""
         if len(self._schemas) == 1 and rules == "start: @s0\n":
             marks = "".join(f"{mark}\n" for mark in self._marks)
-            return marks + self._schemas[0]  # alone, it lets no blank stand before it
+            return marks + self._schemas[0]  # alone, it allows no white space before it
         grammars = [{"name": "answer", "lark_grammar": _HEAD + rules}]
         grammars += [{"name": f"s{i}", "lark_grammar": source} for i, source in enumerate(self._schemas)]
         return json.dumps({"grammars": grammars})
 
     def too_large(self) -> RequestRefused:
-        """The refusal of a grammar that an engine does not follow, with the keyword that most likely makes it so large."""
+        """The refusal of a grammar that exceeds the engine's limit. It names the keyword that most likely makes it so large."""
         for keyword in _LARGE:
             for param, schema in self._given:
                 if (path := _place(schema, keyword, "#")) is not None:
@@ -113,7 +113,7 @@ class Grammars:
     def _count(self, remainders: int) -> None:
         self._remainders += remainders
         if self._remainders > MAX_REMAINDERS:
-            raise SchemaRefused("multipleOf", "#", f"adds up to more than {MAX_REMAINDERS} remainders, with those before it")
+            raise SchemaRefused("multipleOf", "#", f"has more than {MAX_REMAINDERS} remainders, together with earlier ones")
 
     def _bounded(self, schema: Any) -> None:
         waiting, count = [(schema, 0)], 0
@@ -130,7 +130,7 @@ class Grammars:
 
 
 _SIZE: Final = "schema"
-# By how much each can ask of an automaton.
+# Ordered by how much each can add to an automaton.
 _LARGE: Final = (
     *("multipleOf", "pattern", "patternProperties", "maxLength", "minLength", "maxItems", "minItems", "enum"),
     *("anyOf", "oneOf", "allOf", "contains", "properties"),
@@ -153,12 +153,12 @@ NOTHING: Final = '""'
 
 
 def literal(text: str) -> str:
-    """A text as Lark writes it."""
+    """A text as a Lark literal."""
     return json.dumps(text)
 
 
 def _place(schema: Any, keyword: str, path: str) -> str | None:
-    """Where a keyword is first used."""
+    """The first place that uses a keyword."""
     if isinstance(schema, dict) and keyword in schema:
         return path
     inside = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()

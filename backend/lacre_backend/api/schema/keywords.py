@@ -1,8 +1,8 @@
-"""Keywords that demand something of one type, and what breaks them (JSON Schema Validation, draft 2020-12, section 6).
+"""What keywords of a single type require, and what violates them (JSON Schema Validation, draft 2020-12, section 6).
 
-Rules
-- A keyword holds for every value of another type, so nothing of that type breaks it.
-- A keyword's own value is checked here: one of a wrong form is refused by name.
+Rules:
+- A keyword holds for every value of another type, so no such value violates it.
+- A keyword's own value is checked here. An invalid one is refused by name.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def denied(unknown: Unknown, keyword: str, place: Place, case: Case) -> list[Cas
     return (_array_denied if kind == "array" else _object_denied)(unknown, keyword, place, case)
 
 
-# Forms of the keywords' own values
+# Validity of the keywords' own values
 
 
 def _check(keyword: str, place: Place) -> None:
@@ -141,7 +141,7 @@ def _types(place: Place) -> list[str]:
     value = place.schema["type"]
     types = value if isinstance(value, list) else [value]
     if not types or not all(isinstance(t, str) and (t in TYPES or t == "integer") for t in types):
-        raise SchemaRefused("type", place.path, f"is none of {', '.join(TYPES)} and integer")
+        raise SchemaRefused("type", place.path, f"is not one of {', '.join(TYPES)} and integer")
     return types
 
 
@@ -277,7 +277,7 @@ def _anything(place: Place) -> Literal:
 
 
 def _firsts(place: Place) -> int:
-    """How many items have schemas of their own, which `items` does not tell of."""
+    """How many items have their own schemas, which `items` does not cover."""
     first = place.schema.get("prefixItems", [])
     return len(first) if isinstance(first, list) else 0
 
@@ -378,7 +378,7 @@ def _members(keyword: str, place: Place) -> dict[str, Literal]:
 
 
 def _others(place: Place) -> tuple[list[str], list[str]]:
-    """Of which names and patterns `additionalProperties` does not tell."""
+    """The names and patterns that `additionalProperties` does not cover."""
     found = []
     for keyword in ("properties", "patternProperties"):
         value = place.schema.get(keyword, {})
@@ -389,7 +389,7 @@ def _others(place: Place) -> tuple[list[str], list[str]]:
 
 
 def _discriminated(place: Place, case: Case) -> Case:
-    """OpenAPI's `discriminator` (version 3.1, section 4.8.25): the property by which options are told apart is there."""
+    """OpenAPI's `discriminator` (version 3.1, section 4.8.25): the property that distinguishes options is required."""
     value = place.schema["discriminator"]
     name = value.get("propertyName") if isinstance(value, dict) else None
     return replace(case, required=(*case.required, name)) if case.type == "object" and isinstance(name, str) else case

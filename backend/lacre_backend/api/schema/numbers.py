@@ -1,7 +1,7 @@
 """Keywords of numbers: bounds and steps (JSON Schema Validation, draft 2020-12, section 6.2).
 
-Rules
-- A bound that every number of ours keeps is none: we write none beyond what readers of JSON tell apart.
+Rules:
+- A bound beyond the integers that JSON readers keep exactly is no constraint: this server writes no such numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 from lacre_backend.api.schema.terms import MAX_EXACT, Case, Place, SchemaRefused
 
 Unknown: TypeAlias = Callable[..., None]  # refuses a keyword, or leaves it to the model
-MAX_STEP: Final = 10_000  # of `multipleOf`: an automaton remembers each remainder
+MAX_STEP: Final = 10_000  # of `multipleOf`: an automaton stores each remainder
 MIN_STEP: Final = 0.0001
 MAX_STEP_DIGITS: Final = 4
 
@@ -30,13 +30,13 @@ def bound(keyword: str, place: Place) -> float:
 def exact(keyword: str, value: float, place: Place) -> float:
     if not abs(value) <= MAX_EXACT:
         raise SchemaRefused(
-            keyword, place.path, f"names a number beyond {MAX_EXACT}, which not every reader of JSON tells apart"
+            keyword, place.path, f"names a number beyond {MAX_EXACT}, which not every JSON reader keeps exactly"
         )
     return value
 
 
 def _written(keyword: str, place: Place) -> float:
-    """A bound, and of one that lies beyond all numbers that are told apart the last of them."""
+    """A bound, clamped to the exact range."""
     value = place.schema[keyword]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SchemaRefused(keyword, place.path, "is not a number")
@@ -71,15 +71,15 @@ def _fine_step(value: float) -> bool:
 
 
 def common_multiple(steps: Sequence[float]) -> float:
-    """The least number that is a multiple of each: a number that is one of this is one of all. Told apart, they would multiply
-    each other's remainders in an automaton, which llguidance looks through to its end, whatever its limits.
+    """The least common multiple: a multiple of it is a multiple of every step. Separate steps would multiply each other's
+    remainders in an automaton. llguidance searches all of them despite its limits.
     """
     exact = [Fraction(f"{step:.15g}") for step in steps]
     return float(Fraction(math.lcm(*(each.numerator for each in exact)), math.gcd(*(each.denominator for each in exact))))
 
 
 def remainders(step: float) -> int:
-    """How many an automaton remembers for a `multipleOf`: of its digits as a whole number."""
+    """How many remainders an automaton stores for a `multipleOf`: its digits as a whole number."""
     return int(f"{step:.4f}".rstrip("0").replace(".", ""))
 
 

@@ -1,12 +1,12 @@
-"""Patterns of JSON schemas (ECMA-262, the part that is regular), as regular expressions of a grammar.
+"""Patterns of JSON schemas (the regular part of ECMA-262) as regular expressions of a grammar.
 
-Rules
-- A pattern is found anywhere in a text, unless its own anchors say otherwise.
-- A look ahead is a second expression that the rest of the text keeps, or does not: `A(?=B)C` is A, then what is both C and B
-  with anything after it. Inside of what repeats there is no one rest, so there it is refused.
-- What is not regular, or means something else elsewhere, is refused: looks behind, references back, word boundaries.
-- A caller's pattern never meets Python's own matcher, which backtracks and would take for ever; llguidance's takes linear time.
-- Nothing of one request's patterns is kept for another's.
+Rules:
+- A pattern may match anywhere in a text, unless its own anchors say otherwise.
+- A lookahead is a second expression for the rest of the text. `A(?=B)C` is A, then a text that matches
+  both C and B followed by anything. Inside a repetition the rest is ambiguous, so it is refused there.
+- Constructs that are not regular or differ between engines are refused: lookbehinds, backreferences, word boundaries.
+- A caller's pattern never reaches Python's own matcher, which backtracks and could run forever. llguidance takes linear time.
+- Nothing of one request's patterns is kept for another request.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Final
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 MAX_PATTERN: Final = 1000  # characters
-MAX_SEARCHES: Final = 5000  # of patterns in names and values; each takes some 20 microseconds
+MAX_SEARCHES: Final = 5000  # of patterns in names and values; each takes about 20 microseconds
 _CLASSES: Final = {"d": "0-9", "w": "A-Za-z0-9_", "s": r" \t\n\r\f\v\u00a0\ufeff\u2028\u2029"}
 _NEGATED: Final = {"D": "d", "W": "w", "S": "s"}
-MAX_BRANCHES: Final = 64  # of one pattern, once its anchors and looks ahead are told apart; people write a handful
+MAX_BRANCHES: Final = 64  # of one pattern after splitting at anchors and lookaheads; real patterns have a handful
 _CONTROLS: Final = frozenset("tnrfv")
 _ANY: Final = "(?s:.*)"
 _END: Final = 256  # the token that ends a text, after one for each byte
@@ -32,13 +32,13 @@ _LIMITS: Final = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_0
 
 
 class NotRegular(ValueError):
-    """A pattern that is not taken."""
+    """A pattern that is not supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """expression: of the whole text in which the pattern is found, as terminals of a grammar are written. plain: whether
-    llguidance's own reader of patterns understands it alike.
+    """expression: for a whole text that contains the pattern, as grammar terminals are written. plain: whether llguidance's own
+    pattern parser reads it the same way.
     """
 
     expression: str
@@ -60,15 +60,15 @@ class Patterns:
         return self._read[pattern]
 
     def matches(self, pattern: str, text: str) -> bool:
-        """Whether a pattern is found in a text. Raises `NotRegular`."""
+        """Whether a pattern matches somewhere in a text. Raises `NotRegular`."""
         self._searches += 1
         if self._searches > MAX_SEARCHES:
-            raise NotRegular(f"is to be sought more than {MAX_SEARCHES} times in names and values")
+            raise NotRegular(f"is searched more than {MAX_SEARCHES} times in names and values")
         if pattern not in self._matchers:
             grammar = f"start: WHOLE\nWHOLE: {self.read(pattern).expression}\n"
             matcher = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=_LIMITS)
             if matcher.is_error():
-                raise NotRegular("is no regular expression, or too large")
+                raise NotRegular("is not a valid regular expression, or too large")
             self._matchers[pattern] = matcher
         matcher, read = self._matchers[pattern].deep_copy(), list(text.encode())
         found = matcher.try_consume_tokens(read) == len(read) and matcher.is_accepting()
@@ -95,12 +95,12 @@ def byte_tokenizer() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=_END + 1)
 
 
-# A pattern's parts: expressions in Rust's syntax, looks ahead, and the two anchors.
+# A pattern's parts: expressions in Rust's syntax, lookaheads, and the two anchors.
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """Ahead: what follows begins as one of the branches says, or does not."""
+    """A lookahead: the following text must begin (or must not begin) with one of the branches."""
 
     branches: tuple[_Branch, ...]
     holds: bool
@@ -108,7 +108,7 @@ class _Look:
 
 _BEGIN: Final = "^"
 _END_OF_TEXT: Final = "$"
-_Part = str | _Look  # an anchor is itself, and nothing else is spelled so
+_Part = str | _Look  # an anchor is its own text; no other part is spelled like that
 _Branch = tuple[_Part, ...]
 
 
@@ -123,21 +123,23 @@ def _read(pattern: str) -> Pattern:
 
 
 def _anchored_at_its_ends(pattern: str, branch: _Branch) -> bool:
-    """Whether there are no looks, nor anchors elsewhere than at the pattern's own ends."""
+    """Whether it has no lookaheads, and anchors only at the pattern's own ends."""
     ends = pattern.endswith("$") and not pattern.endswith("\\$")
     anchors = (branch.count(_BEGIN), branch.count(_END_OF_TEXT))
     return anchors == (pattern.startswith("^"), ends) and not any(isinstance(part, _Look) for part in branch)
 
 
 def _text(branch: _Branch, *, ahead: bool = False, at_start: bool = False) -> str:
-    """A text that has the branch in it. ahead: that begins with it, as what a look sees does. at_start: of the whole text."""
+    """A text that contains the branch. ahead: it begins with the branch, as in a lookahead. at_start: it is at the start of the
+    text.
+    """
     consuming = [i for i, part in enumerate(branch) if part not in (_BEGIN, _END_OF_TEXT) and not isinstance(part, _Look)]
     begins = [i for i, part in enumerate(branch) if part == _BEGIN]
     ends = [i for i, part in enumerate(branch) if part == _END_OF_TEXT]
     if any(consuming and i > consuming[0] for i in begins) or any(consuming and i < consuming[-1] for i in ends):
         raise NotRegular("has an anchor in its middle")
     anchored, at_start = ahead or bool(begins), at_start or bool(begins)
-    expression, regular = ("" if ends else _ANY), True  # from the last part on; regular: it is one expression so far
+    expression, regular = ("" if ends else _ANY), True  # built from the last part backwards; regular: still a single expression
     for i, part in reversed(list(enumerate(branch))):
         if isinstance(part, _Look):
             first = at_start and not (consuming and consuming[0] < i)
@@ -162,12 +164,14 @@ def _ahead(branch: _Branch, *, at_start: bool) -> str:
 
 
 class _Reader:
-    """One pattern, character by character. Groups without anchors and looks stay one expression; others become branches."""
+    """Parses one pattern, character by character. Groups without anchors and lookaheads stay one expression; others become
+    branches.
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
-        self.plain = True  # whether other readers know all of it
+        self.plain = True  # whether other parsers read all of it the same way
 
     def whole(self) -> list[_Branch]:
         branches = self._branches()
@@ -176,7 +180,7 @@ class _Reader:
         return branches
 
     def _branches(self) -> list[_Branch]:
-        """Up to the end of the group, or of the pattern."""
+        """Parses to the end of the group or of the pattern."""
         found = self._sequence()
         while self._peek() == "|":
             self._at += 1
@@ -198,14 +202,14 @@ class _Reader:
             return branches
         self._at += quantifier.end()
         if self._peek() == "?":
-            self._at += 1  # greed does not matter to what is matched
+            self._at += 1  # greediness does not change what matches
         written = quantifier.group()
         if len(branches) == 1 and len(branches[0]) == 1 and _is_expression(branches[0][0]):
             return [(f"{branches[0][0]}{written}",)]
         if branches == [()]:
             return branches
         if written not in ("?", "{0,1}", "{1}", "{1,1}"):
-            raise NotRegular("repeats an anchor or a look ahead")
+            raise NotRegular("repeats an anchor or a lookahead")
         return branches + ([()] if written in ("?", "{0,1}") else [])
 
     def _peek(self) -> str:
@@ -237,7 +241,7 @@ class _Reader:
     def _group(self) -> list[_Branch]:
         opened = re.match(r"\?(:|=|!|P?<[A-Za-z_]\w*>)", self._text[self._at :])
         if opened is None and self._peek() == "?":
-            raise NotRegular("looks behind or sets flags, which no grammar can")
+            raise NotRegular("has a lookbehind or sets flags, which is not supported")
         self._at += 0 if opened is None else opened.end()
         inside = self._branches()
         if self._next() != ")":
@@ -253,7 +257,7 @@ class _Reader:
         character = self._next()
         if character in _CLASSES:
             return _CLASSES[character] if inside else f"[{_CLASSES[character]}]"
-        if character in _NEGATED:  # within a set, a set in a set
+        if character in _NEGATED:  # within a set, it is a nested set
             return f"[^{_CLASSES[_NEGATED[character]]}]"
         if character in _CONTROLS:
             return f"\\{character}"
@@ -274,27 +278,27 @@ class _Reader:
         self._at += braced.end()
         code = int(braced.group(1), 16)
         if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-            raise NotRegular("names no character")
+            raise NotRegular("has an invalid code point")
         return code
 
     def _property(self, letter: str) -> str:
         named = re.match(r"\{[A-Za-z_=]{1,40}\}", self._text[self._at :])
         if named is None:
-            raise NotRegular("has a property of characters without its name")
+            raise NotRegular("has a character property without a name")
         self._at += named.end()
         self.plain = False
         written = f"\\{letter}{named.group()}"
         if not _is_known(written):
-            raise NotRegular(f"names a property of characters, {named.group()}, which is not known")
+            raise NotRegular(f"names an unknown character property, {named.group()}")
         return written
 
     def _hex(self, n: int) -> int:
         try:
             code = int(self._next(n), 16)
         except ValueError:
-            raise NotRegular("has an escape without its digits") from None
+            raise NotRegular("has an escape without digits") from None
         if 0xD800 <= code <= 0xDFFF:
-            raise NotRegular("names half a character")
+            raise NotRegular("names a lone surrogate")
         return code
 
     def _set(self) -> str:
@@ -314,7 +318,7 @@ class _Reader:
 
 def _few(branches: Sequence[_Branch]) -> None:
     if len(branches) > MAX_BRANCHES:
-        raise NotRegular(f"has more than {MAX_BRANCHES} alternatives around its anchors and looks ahead")
+        raise NotRegular(f"has more than {MAX_BRANCHES} alternatives around its anchors and lookaheads")
 
 
 def _is_expression(part: _Part) -> bool:
@@ -322,7 +326,7 @@ def _is_expression(part: _Part) -> bool:
 
 
 def _joined(branch: _Branch) -> _Branch:
-    """Expressions that follow each other as one."""
+    """Joins consecutive expressions."""
     found: list[_Part] = []
     for part in branch:
         last = found[-1] if found else None
@@ -334,7 +338,7 @@ def _joined(branch: _Branch) -> _Branch:
 
 
 def _merged(branches: Sequence[_Branch]) -> list[_Branch]:
-    """Alternatives without anchors and looks as one expression."""
+    """Joins alternatives without anchors and lookaheads into one expression."""
     simple = ["".join(map(str, branch)) for branch in branches if all(map(_is_expression, branch))]
     others = [branch for branch in branches if not all(map(_is_expression, branch))]
     if not simple:
@@ -343,12 +347,12 @@ def _merged(branches: Sequence[_Branch]) -> list[_Branch]:
 
 
 def _is_known(written: str) -> bool:
-    """Whether Rust's expressions know a property."""
+    """Whether Rust's regular expressions support this property."""
     return not LLMatcher(byte_tokenizer(), f"start: /{written}/", log_level=0, limits=_LIMITS).is_error()
 
 
 def _plain(character: str) -> str:
-    """A character that stands for itself, in and outside of sets."""
+    """A character that matches itself, inside and outside of sets."""
     code = ord(character)
     if character.isalnum() or character in " _,:;=!@%<>'":
         return character

@@ -1,11 +1,12 @@
-"""The cases of a JSON schema as rules of a grammar, in llguidance's form of Lark.
+"""The cases of a JSON schema as grammar rules, in llguidance's Lark form.
 
-Rules
+Rules:
 - A rule stands for a set of literals and is made once, so that schemas may refer to themselves.
-- What the rules admit is valid under the schema. It is all that is valid, but for spelling: properties come in the schema's
-  order, those that it does not name last, numbers and escapes in one form, and blanks are bounded.
-- Readers take the last of two properties of one name: so one that a schema demands among the unnamed comes last.
-- What a grammar would have too many ways on for is refused here, by name, before it is compiled.
+- Every value that the rules admit is valid under the schema. They admit all valid values, but in one spelling: properties in
+  the schema's order and unnamed ones last, numbers and escapes in one form, and bounded white space.
+- If a name occurs twice, JSON readers use the last property. So a property that the schema demands among the unnamed ones comes
+  last.
+- A schema whose grammar would have too many alternatives is refused here, by name, before compilation.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from lacre_backend.api.schema.terms import (
     TooCostly,
 )
 
-MAX_OPTIONAL: Final = 450  # optional properties of one object: llguidance follows four ways for each, and 2,000 in all
-MAX_ALTERNATIVES: Final = 300  # arrays and objects at one place, six ways each
-MAX_CLASSES: Final = 4  # patterns of property names in one object: each may hold or not
+MAX_OPTIONAL: Final = 450  # optional properties of one object: llguidance tracks four states for each, and 2,000 in total
+MAX_ALTERNATIVES: Final = 300  # arrays and objects at one place, six states each
+MAX_CLASSES: Final = 4  # patterns of property names in one object: each may match or not
 MAX_COUNTED: Final = 2000  # states of an object or array whose properties or items are counted
-MAX_FIRST: Final = 1000  # items of an array with schemas of their own
-MAX_DEPTH: Final = 100  # of schemas within schemas, before Python's own limit
-_NO: Final = None  # the rule of what cannot be
+MAX_FIRST: Final = 1000  # items of an array with their own schemas
+MAX_DEPTH: Final = 100  # of nested schemas; below Python's own limit
+_NO: Final = None  # the rule of an impossible value
 _UNIQUE: Final = (
     f"needs items of at most {sets.MAX_LISTED} values, as of an enum, or a 'maxItems' of 1 at most; "
-    "use a list, or leave out 'strict'"
+    "use a list, or omit 'strict'"
 )
 
 
@@ -50,10 +51,10 @@ class RuleMaker(ScalarRules):
     """Makes the rules of one schema."""
 
     def __init__(self, cases: Cases, *, watched: bool = False) -> None:
-        """watched: the engine can tell repeated items by reading the answer, which is this value alone."""
+        """watched: the engine can detect repeated items in the answer, which consists of this value only."""
         super().__init__(cases)
         self._watched = watched
-        self.distinct: dict[str, bool] = {}  # the places of lists that the engine is to watch: whether their numbers are whole
+        self.distinct: dict[str, bool] = {}  # by place of a watched list: whether its numbers are integers
         self._made: dict[frozenset[tuple[object, ...]], tuple[str | None, Literals]] = {}
         self._depth = 0
 
@@ -61,11 +62,11 @@ class RuleMaker(ScalarRules):
         """The whole grammar. Raises `SchemaRefused`."""
         name = self._rule((root,))
         if name is _NO:
-            raise NoSchema("schema", "#", "admits nothing")
+            raise NoSchema("schema", "#", "allows no value")
         return f"{PRELUDE}start: {name}\n" + "\n".join(self._lines) + "\n"
 
     def _rule(self, literals: Iterable[Literal]) -> str | None:
-        """The name of a rule for what all the literals admit; None for nothing."""
+        """The name of a rule for the values that satisfy all literals; None if there are none."""
         wanted = tuple({each.key: each for each in literals if each.key != (True, True)}.values())
         if not wanted:
             return "anything"
@@ -162,7 +163,7 @@ class RuleMaker(ScalarRules):
         return [f'"[" {name} "]"']
 
     def _sequence(self, names: Sequence[str], tail: str | None, least: int, most: int | None) -> str:
-        """Items with commas between: first those of `names`, then any number of `tail`."""
+        """A comma-separated list: first the items of `names`, then any number of `tail`."""
         if most == 0:
             return ""
         after = ""
@@ -177,9 +178,9 @@ class RuleMaker(ScalarRules):
         return f"{first} {after}" if least else f"({first} {after})?"
 
     def _counted_array(self, case: Case, at: Literal, firsts: list[Literals], rest: Literals) -> list[str]:
-        """States: how many items there are, and how many of them are as each `contains` wants."""
+        """States: the number of items, and how many of them match each `contains`."""
         if len(case.contains) > 2:
-            raise SchemaRefused("contains", at.place.path, "is demanded in more than two ways at once")
+            raise SchemaRefused("contains", at.place.path, "is required in more than two ways at once")
         end = max(len(firsts), case.least, 0 if case.most is None else case.most)
         caps = [max(each.least, -1 if each.most is None else each.most + 1) for each in case.contains]
         if (end + 1) * math.prod(cap + 1 for cap in caps) > MAX_COUNTED:
@@ -226,7 +227,7 @@ class RuleMaker(ScalarRules):
         return self._fields(case, at, None)
 
     def _existing(self, case: Case, at: Literal) -> list[str]:
-        """A property must be there that no name tells of: one of those that others name, or one of the rest."""
+        """Requires a property without a known name: one that other parts name, or one of the rest."""
         exists, others = case.exists[0], case.exists[1:]
         without = replace(case, exists=others)
         value = () if exists.value is None else (exists.value,)
@@ -236,7 +237,7 @@ class RuleMaker(ScalarRules):
             if unknown and (exists.name is None or self._name_is(name, (exists.name,), at)):
                 bodies += self._object(_demanding(without, name, value), at)
         if others:
-            self._cases.unknown("not", at.place, "demands more than one property that is not named")
+            self._cases.unknown("not", at.place, "requires more than one property without a name")
             return bodies
         return bodies + self._fields(without, at, exists)
 
@@ -262,7 +263,7 @@ class RuleMaker(ScalarRules):
         )
 
     def _fields(self, case: Case, at: Literal, exists: Exists | None) -> list[str]:
-        """exists: of a property that the case does not name, which must be there."""
+        """exists: a required property that the case does not name."""
         names = _named(case)
         members: list[tuple[str, bool]] = []
         for name in names:
@@ -277,7 +278,7 @@ class RuleMaker(ScalarRules):
             if rule is not _NO:
                 members.append((f'{quoted(name)} ":" {rule}', required))
         if sum(not required for _, required in members) > MAX_OPTIONAL:
-            raise SchemaRefused("properties", at.place.path, f"names more than {MAX_OPTIONAL} properties that may be left out")
+            raise SchemaRefused("properties", at.place.path, f"names more than {MAX_OPTIONAL} optional properties")
         pairs = self._pairs(case, at, names, None)
         last = None
         if exists is not None:
@@ -301,9 +302,9 @@ class RuleMaker(ScalarRules):
         return self._counted_object(case, at, members, pair, last)
 
     def _members(self, members: list[tuple[str, bool]], pair: str | None, last: str | None) -> str:
-        """Members in their order, the optional ones there or not, with commas between those that are; then the unnamed.
+        """Members in order with commas between, the optional ones present or not; then the unnamed ones.
 
-        Built from the last on: `later` follows a member that is there, `first` comes where none was yet.
+        Built from the last member backwards. `later` follows a present member; `first` applies if none was present yet.
         """
         tail = "" if pair is None else f'("," {pair})*'
         begun = "" if pair is None else f'{pair} ("," {pair})*'
@@ -321,10 +322,10 @@ class RuleMaker(ScalarRules):
     def _counted_object(
         self, case: Case, at: Literal, members: list[tuple[str, bool]], pair: str | None, last: str | None
     ) -> list[str]:
-        """States: how far the members are, and how many are there."""
+        """States: the next member, and how many are present."""
         cap = case.least if case.most is None else case.most + 1
         if pair is not None and case.least > sum(needed for _, needed in members) + 1:
-            self._cases.unknown("minProperties", at.place, "counts properties that are not named, which a model may repeat")
+            self._cases.unknown("minProperties", at.place, "counts properties without a name, which a model may repeat")
         if (len(members) + 1) * (cap + 1) > MAX_COUNTED:
             keyword = "minProperties" if case.least else "maxProperties"
             raise SchemaRefused(keyword, at.place.path, "has too many properties to count")
@@ -342,7 +343,7 @@ class RuleMaker(ScalarRules):
         return [] if following[0] is None else [f'"{{" {following[0]} "}}"']
 
     def _unnamed(self, case: Case, n: int, pair: str | None, last: str | None) -> str | None:
-        """What may follow so many named properties."""
+        """What may follow that many named properties."""
         least = max(case.least - n, 0)
         most = None if case.most is None else case.most - n
         if most is not None and most < 0:
@@ -362,7 +363,9 @@ class RuleMaker(ScalarRules):
         return self._new(some if least else f"({some})?")
 
     def _pairs(self, case: Case, at: Literal, names: Sequence[str], exists: Exists | None) -> list[str]:
-        """Name and value of properties that the case does not name: a way for each set of patterns that a name may match."""
+        """Name and value of properties that the case does not name: one alternative for each set of patterns that a name may
+        match.
+        """
         patterns = list(dict.fromkeys(pattern for each in case.properties for pattern, _ in each.patterns))
         if exists is not None:
             patterns += [p for p in exists.patterns if p not in patterns]
@@ -420,7 +423,7 @@ def _picked(contains: tuple[Contains, ...], picks: tuple[bool, ...]) -> Literals
 
 
 def _named(case: Case) -> list[str]:
-    """The names that the case tells of, in their order."""
+    """The names that the case mentions, in order."""
     named = [name for each in case.properties for name in each.named]
     return list(dict.fromkeys([*named, *case.required, *sorted(case.absent)]))
 

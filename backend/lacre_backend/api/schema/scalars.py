@@ -1,9 +1,9 @@
-"""Scalars of a JSON schema as rules and terminals of a grammar, and the ground that all rules stand on.
+"""Scalars of a JSON schema as grammar rules and terminals, and the common base of all rules.
 
-Rules
-- A string has one spelling: escapes in their short form, control characters by four digits. So what a string must not be can be
-  told by its spelling.
-- Numbers have as many digits as readers of JSON keep.
+Rules:
+- A string has one spelling: short escapes, and control characters with four digits. So an excluded string can be excluded by
+  its spelling.
+- Numbers have as many digits as JSON readers keep exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lacre_backend.api.schema.patterns import NotRegular, Pattern, Patterns
 from lacre_backend.api.schema.terms import Case, Literal, SchemaRefused, TooCostly
 
 MAX_RULES: Final = 8000  # of one schema
-BLANK: Final = r"[ \n\r\t]{1,20}"  # bounded, or a model may write blanks until its limit
+BLANK: Final = r"[ \n\r\t]{1,20}"  # bounded; otherwise a model may write white space up to its limit
 
 PRELUDE: Final = rf"""%llguidance {{"no_forcing": true, "ignore_once": true}}
 %ignore /{BLANK}/
@@ -37,7 +37,7 @@ anyobject: "{{" (STR ":" anything ("," STR ":" anything)*)? "}}"
 anyarray: "[" (anything ("," anything)*)? "]"
 anything: anyobject | anyarray | STR | NUMBER | KEYWORD
 """
-# Any value of a type.
+# The rule for any value of a type.
 ANY_OF: Final = {
     "null": "NULL",
     "boolean": "BOOLEAN",
@@ -46,13 +46,13 @@ ANY_OF: Final = {
     "array": "anyarray",
     "object": "anyobject",
 }
-# What is inline has the blanks of the rules around it: llguidance joins those alone into one set of lexemes.
+# An inline schema uses the white space of the rules around it: only then llguidance joins both into one set of lexemes.
 _BLANKS: Final = {"x-guidance": {"whitespace_pattern": BLANK}}
 NOTHING: Final = '""'
 
 
 class ScalarRules:
-    """Makes the terminals, and the rules of what has no parts."""
+    """Makes the terminals, and the rules of values without parts."""
 
     def __init__(self, cases: Cases) -> None:
         self._cases = cases
@@ -60,7 +60,7 @@ class ScalarRules:
         self._lines: list[str] = []
         self._names = itertools.count()
         self._terminals: dict[str, str] = {}
-        self.remainders = 0  # that automata remember for `multipleOf`
+        self.remainders = 0  # that automata store for `multipleOf`
 
     def _new(self, body: str) -> str:
         name = f"r{next(self._names)}"
@@ -106,7 +106,7 @@ class ScalarRules:
             bodies.append("FRACTION")
             return
         if not bounds and not case.multiples:
-            bodies.append("WHOLE" if case.whole else "NUMBER")  # of as many digits as readers keep
+            bodies.append("WHOLE" if case.whole else "NUMBER")  # with as many digits as JSON readers keep exactly
             return
         scalars.append(self._numeric({"type": "integer" if case.whole else "number", **bounds}, case.multiples))
 
@@ -133,12 +133,12 @@ class ScalarRules:
 
     def _listed(self, case: Case, at: Literal) -> list[dict[str, Any]]:
         if case.formats:
-            raise SchemaRefused("format", at.place.path, "stands beside a list of values; leave one of them out")
+            raise SchemaRefused("format", at.place.path, "is combined with a list of values; remove one of them")
         found = [text for text in sorted(case.only or ()) if text not in case.never and self._is(case, text, at)]
         return [{"enum": found}] if found else []
 
     def _is(self, case: Case, text: str, at: Literal) -> bool:
-        """Whether a text keeps lengths and patterns."""
+        """Whether a text satisfies lengths and patterns."""
         long_enough = case.least <= len(text) and (case.most is None or len(text) <= case.most)
         try:
             return long_enough and all(self._patterns.matches(pattern, text) == holds for pattern, holds in case.patterns)
@@ -146,15 +146,15 @@ class ScalarRules:
             raise SchemaRefused("pattern", at.place.path, str(error)) from None
 
     def _spelled(self, case: Case, at: Literal) -> str:
-        """A string as a terminal, quotes and all."""
+        """A string as a terminal, including its quotes."""
         parts = [_counted_string(case)]
         for pattern, holds in dict.fromkeys((*case.patterns, *((NARROWER[name], True) for name in case.formats))):
             spelled = f'("\\"" (PLAIN & ({self._read(pattern, at).expression})) "\\"")'
             parts.append(spelled if holds else f"~{spelled}")
             if not holds:
-                parts.append('("\\"" PLAIN "\\"")')  # in these alone a pattern is told by the letters themselves
+                parts.append('("\\"" PLAIN "\\"")')  # only in these a pattern can be checked by the characters themselves
         if case.never:
-            parts.append(f"~({' | '.join(map(quoted, sorted(case.never)))})")  # one set: apart, each would multiply the others
+            parts.append(f"~({' | '.join(map(quoted, sorted(case.never)))})")  # as one set: separate terms would multiply
         return " & ".join(
             f"({part})" if " " in part and not part.startswith(("~", "(")) else part for part in dict.fromkeys(parts)
         )
@@ -174,11 +174,11 @@ def _counted_string(case: Case) -> str:
 
 
 def inline(schema: dict[str, Any]) -> str:
-    """A schema that llguidance reads itself."""
+    """A schema that llguidance parses itself."""
     return f"%json {json.dumps(schema | _BLANKS)}"
 
 
 def quoted(text: str) -> str:
-    """A JSON string as Lark writes it."""
-    spelled = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # one spelling for each, the same as `CH` has
+    """A JSON string as a Lark literal."""
+    spelled = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # one spelling each, the same as `CH` has
     return json.dumps(spelled, ensure_ascii=False)

@@ -1,10 +1,10 @@
-"""Arrays whose items differ (`uniqueItems`), where their values can be listed.
+"""Arrays whose items must differ (`uniqueItems`), if their values can be listed.
 
-Rules
-- llguidance's rules carry 64 bits, one for each value that an array may hold: set when the value is there, and looked at before
-  it comes. So any order is admitted, and no value twice.
-- Of values that cannot be listed, such as all texts, a grammar keeps no record. There the engine reads the answer and forbids
-  what would end an item twice (`engine.distinct`), if the answer is that JSON alone. Elsewhere `uniqueItems` is refused.
+Rules:
+- llguidance's rules carry 64 bits, one for each value that an array may contain. A bit is set when its value occurs, and
+  checked before it may occur. So any order is allowed, and no value occurs twice.
+- A grammar cannot track values that cannot be listed, such as all texts. If the answer consists of that JSON only, the engine
+  reads it and forbids tokens that would repeat an item (`engine.distinct`). Otherwise `uniqueItems` is refused.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from lacre_backend.api.schema.terms import TYPES, Case, Literals, SchemaRefused
 from lacre_backend.engine.distinct import ANY, MARK, WHOLE
 
 MAX_LISTED: Final = 64  # values of an item: the bits of a rule
-# Keywords whose schemas tell of the same value, or of any member or item of it.
+# Keywords whose schemas apply to the same value, or to any member or item of it.
 _INSIDE: Final[Mapping[str, tuple[str, ...]]] = {
     "allOf": (), "anyOf": (), "oneOf": (), "additionalProperties": (ANY,), "items": (ANY,), "prefixItems": (ANY,),
 }  # fmt: skip
-# What keeps an item from going on and becoming another one, or may.
+# Keywords that may prevent an item from becoming longer and so different.
 _LIMITING: Final = frozenset(
     {"enum", "const", "pattern", "format", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
      "multipleOf", "$ref", "anyOf", "oneOf", "allOf", "not", "if"}
 )  # fmt: skip
-MAX_FOLLOWED: Final = 32  # references, one within the other, on the way to a list
+MAX_FOLLOWED: Final = 32  # nested references on the way to a list
 
 
 def values(cases: Cases, item: Literals, keeps: Callable[[Case, str], bool]) -> list[object] | None:
-    """What an item may be; None where there are too many values, or such as are not listed. keeps: whether a text is as a case
-    wants it.
+    """The values that an item may have; None if there are too many or they cannot be listed. keeps: whether a text satisfies a
+    case.
     """
     found: list[object] = []
     for kind in TYPES:
@@ -79,7 +79,7 @@ def _whole(case: Case) -> list[object] | None:
 
 
 def rules(name: str, items: Sequence[str], least: int, most: int) -> list[str]:
-    """The lines of a rule `name` for what stands between an array's brackets. items: what a grammar calls each value."""
+    """The lines of a rule `name` for the content of an array's brackets. items: the grammar's name for each value."""
     later = f"{name}n"
     count = f"bit_count_ge(_, {least})"
     chosen = [f"{item} {later}::set_bit({i}) %if and(bit_clear({i}), bit_count_lt(_, {most}))" for i, item in enumerate(items)]
@@ -91,21 +91,21 @@ def rules(name: str, items: Sequence[str], least: int, most: int) -> list[str]:
 
 
 def endless(cases: Cases, item: Literals) -> bool:
-    """Whether an item is a text or a number that can always be made longer, so that it becomes another one."""
+    """Whether an item is a text or a number that can always be extended into a different one."""
     free = {kind: Case(kind) for kind in ("string", "number")}
     found = [(kind, case) for kind in TYPES for case in cases.of(item, kind)]
     return bool(found) and all(kind in free and replace(case, whole=None) == free[kind] for kind, case in found)
 
 
 def whole(cases: Cases, item: Literals) -> bool:
-    """Whether an item that is a number is a whole one."""
+    """Whether a number item must be an integer."""
     found = list(cases.of(item, "number"))
     return bool(found) and all(case.whole for case in found)
 
 
 def watched(schema: Mapping[str, Any], places: Mapping[str, bool]) -> list[str]:
-    """The lines that tell the engine where in an answer the lists at these places of a schema stand. places: by each, whether
-    its numbers are whole. Raises `SchemaRefused`.
+    """The lines that tell the engine where in an answer the lists at these places of a schema are. places: by place, whether
+    its numbers are integers. Raises `SchemaRefused`.
     """
     found: dict[str, set[tuple[str, ...]]] = {}
     others: set[tuple[str, ...]] = set()
@@ -121,9 +121,7 @@ def watched(schema: Mapping[str, Any], places: Mapping[str, bool]) -> list[str]:
         reference = part.get("$ref")
         if isinstance(reference, str):
             if reference in followed or len(followed) > MAX_FOLLOWED:
-                raise SchemaRefused(
-                    "uniqueItems", place, "stands in a schema that refers to itself; use a list, or leave out 'strict'"
-                )
+                raise SchemaRefused("uniqueItems", place, "is in a schema that refers to itself; use a list, or omit 'strict'")
             waiting.append((_target(schema, reference), reference, path, followed | {reference}))
         for keyword, step in _INSIDE.items():
             inside = part.get(keyword)
@@ -137,14 +135,14 @@ def watched(schema: Mapping[str, Any], places: Mapping[str, bool]) -> list[str]:
         paths = found.get(place, set())
         if not paths or any(_may_be_one(path, other) for path in paths for other in others):
             raise SchemaRefused(
-                "uniqueItems", place, "stands where repeated items cannot be told; use a list, or leave out 'strict'"
+                "uniqueItems", place, "is at a place where repeated items cannot be detected; use a list, or omit 'strict'"
             )
     lines = {(*path, *((WHOLE,) if places[place] else ())) for place, paths in found.items() for path in paths}
     return sorted(MARK + "".join(f"/{step}" for step in line) for line in lines)
 
 
 def _is_limited(part: Mapping[str, Any]) -> bool:
-    """Whether it may be a list whose items cannot always go on, so that the same one must be admitted twice."""
+    """Whether it may be a list whose items cannot always be extended, so that it must admit equal items."""
     prefix = part.get("prefixItems")
     items = [part.get("items"), *(prefix if isinstance(prefix, list) else ())]
     listed = [part.get("const"), *(part["enum"] if isinstance(part.get("enum"), list) else ())]

@@ -1,4 +1,4 @@
-"""The terms in which a JSON schema is taken apart: schemas that hold or do not, and what one case demands of a value."""
+"""The terms of a JSON schema's analysis: schemas that hold or do not, and what one case requires of a value."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Final
 from lacre_backend.api.schema.patterns import Patterns
 
 TYPES: Final = ("null", "boolean", "number", "string", "array", "object")
-MAX_EXACT: Final = 2**53  # numbers beyond are not told apart by readers of JSON
-MAX_COUNT: Final = 10_000  # of characters, items or properties; far beyond what a context holds
+MAX_EXACT: Final = 2**53  # JSON readers do not distinguish all integers beyond this
+MAX_COUNT: Final = 10_000  # of characters, items or properties; far more than a context holds
 
 
 class SchemaRefused(Exception):
-    """What cannot be enforced. keyword: its name; path: where, from the schema's root."""
+    """A keyword that cannot be enforced. keyword: its name. path: its place, from the schema's root."""
 
     def __init__(self, keyword: str, path: str, problem: str) -> None:
         super().__init__(problem)
@@ -25,16 +25,16 @@ class SchemaRefused(Exception):
 
 
 class NoSchema(SchemaRefused):
-    """What is no schema, is too large, or admits nothing: refused whether strict or not."""
+    """Not a schema, too large, or allows no value. Refused whether strict or not."""
 
 
 class TooCostly(SchemaRefused):
-    """What takes too long to look at. Of a schema that is not strict all is left to the model."""
+    """Takes too long to analyse. If the schema is not strict, all of it is left to the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A schema where it stands. scope: the resources it was reached through, for `$dynamicRef`."""
+    """A schema and its place. scope: the resources through which it was reached, for `$dynamicRef`."""
 
     schema: Any
     base: str
@@ -47,7 +47,7 @@ class Place:
             return (self.schema,)
         members = self.schema.items() if isinstance(self.schema, dict) else ()
         if members and not any(k[:1] == "$" or isinstance(v, dict | list) for k, v in members):
-            return ("alone", *sorted((k, type(v), v) for k, v in members))  # the same wherever it stands
+            return ("alone", *sorted((k, type(v), v) for k, v in members))  # the same at every place
         return (id(self.schema), self.scope)
 
     def inside(self, schema: Any, *steps: str | int) -> Place:
@@ -57,7 +57,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """A schema that holds, or does not."""
+    """A schema that must hold, or must not."""
 
     place: Place
     holds: bool = True
@@ -72,7 +72,7 @@ Literals = tuple[Literal, ...]
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """first: of the first items; rest: of all others."""
+    """first: for the first items. rest: for all others."""
 
     first: tuple[Literal, ...]
     rest: Literal | None
@@ -80,7 +80,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Properties:
-    """named: by name; patterns: by what a name matches; other: of the properties that neither tells of."""
+    """named: by name. patterns: by a pattern of the name. other: for properties that neither covers."""
 
     named: Mapping[str, Literal]
     patterns: tuple[tuple[str, Literal], ...] = ()
@@ -94,7 +94,7 @@ class Properties:
 
 @dataclass(frozen=True, slots=True)
 class Exists:
-    """A property that neither a name nor a pattern tells of, or whose name is as `name` says, and whose value is as `value`."""
+    """A required property that no name or pattern covers. `name` and `value` constrain its name and its value."""
 
     known: frozenset[str]
     patterns: tuple[str, ...]
@@ -112,25 +112,25 @@ class Contains:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A conjunction for one type; what does not belong to the type is empty.
+    """A conjunction for one type. Fields of other types are empty.
 
-    only: the values of a boolean or string. Numbers: `whole` is whether they are integers, None for either.
+    only: the values of a boolean or string. whole: whether a number is an integer; None: either.
     """
 
     type: str
     only: frozenset[Any] | None = None
     never: frozenset[str] = frozenset()
     whole: bool | None = None
-    low: tuple[float, bool] = (-math.inf, False)  # and whether it is excluded
+    low: tuple[float, bool] = (-math.inf, False)  # and whether the bound is excluded
     high: tuple[float, bool] = (math.inf, False)
-    multiples: tuple[float, ...] = ()  # one at most: several are their least common multiple
+    multiples: tuple[float, ...] = ()  # at most one: several are combined into their least common multiple
     least: int = 0  # characters, items or properties
     most: int | None = None
-    patterns: tuple[tuple[str, bool], ...] = ()  # and whether they match
+    patterns: tuple[tuple[str, bool], ...] = ()  # and whether they must match
     formats: tuple[str, ...] = ()
     items: tuple[Items, ...] = ()
     contains: tuple[Contains, ...] = ()
-    unique: str | None = None  # where items must differ
+    unique: str | None = None  # the place that requires different items
     properties: tuple[Properties, ...] = ()
     names: Literals = ()
     required: tuple[str, ...] = ()

@@ -1,11 +1,11 @@
-"""Jinja's sandbox with bounds: a chat template comes with a model's file, and its input from callers.
+"""Jinja's sandbox with limits: a chat template comes with a model's file, and its input from callers.
 
-Rules
-- What one rendering makes is counted: rounds of loops, calls of macros, and the length of every value, all of them together.
-- Its time is limited too, wherever it counts.
-- What is written out, as text or as JSON, is weighed before: a list that holds another twice, which holds a third twice, is
-  small until it is written.
-- What goes beyond is a `TemplateError`, as everything else that a template does wrong.
+Rules:
+- One rendering's work is counted as a whole: loop rounds, macro calls, and the length of every value.
+- Its time is limited too, and checked wherever it counts.
+- A value is weighed before it is written out as text or JSON. A list that contains another list twice, which contains a third
+  twice, is small until it is written.
+- Exceeding a limit is a `TemplateError`, like everything else that a template does wrong.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE: Final = 256 * 1024  # characters of a template; the longest in use have some 20,000
+MAX_SOURCE: Final = 256 * 1024  # characters of a template; the longest in use have about 20,000
 _MAX_SLICES: Final = 65536  # lists that a filter may make of one; no request has more values
-_LOOK_EACH: Final = 256  # rounds between looks at the clock
-# Names that no template has of its own.
+_LOOK_EACH: Final = 256  # rounds between checks of the clock
+# Names that no template uses itself.
 _ROUND: Final = "lacre_round"
 _WRITTEN: Final = "lacre_written"
 _JOINED: Final = "lacre_joined"
-# Characters of a value that is no text and holds none: a number. Longer ones are of some thousand digits at most.
+# Characters of a number or another value without text. Longer numbers have a few thousand digits at most.
 _SCALAR: Final = 32
 _HOLDING: Final = (Mapping, list, tuple, set, frozenset, ItemsView, KeysView, ValuesView)
-# Filters that look at values and write none of them out.
+# Filters that read values and write none of them out.
 _LOOKING: Final = frozenset({
     "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map", "max",
     "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
@@ -44,14 +44,16 @@ T = TypeVar("T")
 
 
 class TemplateTooLarge(jinja2.TemplateError):
-    """A template that does more than any may."""
+    """The template exceeds a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Of one rendering. rounds: templates go some times over the messages, of which there are 2,048 at most. size: characters
-    and items of all values; a request has 7 MiB, which a template may copy several times. seconds: where it loops; a long
-    conversation takes some hundredths.
+    """Limits of one rendering.
+
+    - rounds: templates loop a few times over the messages, of which there are at most 2,048.
+    - size: characters and items of all values; a request has 7 MiB, which a template may copy several times.
+    - seconds: checked in loops; a long conversation takes some hundredths.
     """
 
     rounds: int = 1_000_000
@@ -61,7 +63,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Of a value, as it would be written out: characters, without what JSON escapes; values in it; how deep they nest."""
+    """The size of a value when written out: characters (without JSON's escapes), values in it, and nesting depth."""
 
     characters: int
     values: int
@@ -69,12 +71,12 @@ class Weight:
 
 
 def weight(value: Any) -> Weight:
-    """Takes time for what is there once, however often it is held. Raises `RecursionError` for what nests too deeply."""
+    """Visits each distinct value once, however often it is contained. Raises `RecursionError` for deep nesting."""
     return _weight(value, {})
 
 
 def _weight(value: Any, known: dict[int, tuple[Any, Weight]]) -> Weight:
-    """known: by the identity of a value that it keeps, so that no other gets the same one."""
+    """known: by identity, with the value itself, so that no other value gets the same identity."""
     if isinstance(value, str):
         return Weight(len(value) + 2, 1, 0)
     if not isinstance(value, _HOLDING):
@@ -93,7 +95,7 @@ def _weight(value: Any, known: dict[int, tuple[Any, Weight]]) -> Weight:
 
 
 class _Spent:
-    """What a rendering has made so far."""
+    """What a rendering has used so far."""
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
@@ -108,7 +110,7 @@ class _Spent:
         return ""
 
     def room(self, size: int) -> None:
-        """Before a value of that size is made."""
+        """Checks the limit before a value of that size is made."""
         if self._size + size > self._bounds.size:
             raise TemplateTooLarge("The template makes values that are too large.")
 
@@ -119,25 +121,25 @@ class _Spent:
         return value
 
     def written(self, value: T) -> T:
-        """What becomes part of the text."""
+        """Counts a value that becomes part of the text."""
         self.weigh(value)
         return self.value(value)
 
     def weigh(self, *values: Any) -> None:
-        """Before they are written out."""
+        """Checks values before they are written out."""
         for value in values:
             if not isinstance(value, str):
                 self.room(weight(value).characters)
 
     def joined(self, *values: Any) -> str:
-        """What `~` makes."""
+        """The result of `~`."""
         self.weigh(*values)
         texts = [str(value) for value in values]
         self.room(sum(map(len, texts)))
         return self.value("".join(texts))
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Of a call: a number may be a width, or how often."""
+        """Checks the arguments of a call: a number may be a width or a count."""
         for value in (*args, *kwargs.values()):
             if isinstance(value, int):
                 self.room(abs(value))
@@ -147,12 +149,12 @@ _spent: ContextVar[_Spent] = ContextVar("lacre.template")
 
 
 def make_room(size: int) -> None:
-    """In a rendering, before a value of that size is made."""
+    """During a rendering: checks the limit before a value of that size is made."""
     _now().room(size)
 
 
 def _now() -> _Spent:
-    """Of a constant, which is worked out as the template is compiled, there is no rendering yet."""
+    """The current rendering. A constant is evaluated at compile time, when there is none yet."""
     return _spent.get(None) or _Spent(Bounds())
 
 
@@ -181,16 +183,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Raises `TemplateError`."""
         try:
             return self.from_string(source)
-        except (RecursionError, MemoryError, OverflowError, ValueError, SyntaxError):  # Python's own, of what Jinja makes
+        # Python's own errors about Jinja's generated code
+        except (RecursionError, MemoryError, OverflowError, ValueError, SyntaxError):
             raise TemplateTooLarge("The template is nested too deeply, or has a number that is too large.") from None
 
     def rendered(self, template: jinja2.Template, values: dict[str, Any]) -> str:
-        """A template's text. Raises what `render` raises."""
+        """A template's text. Raises as `render`."""
         spent = _Spent(self._bounds)
         token = _spent.set(spent)
         try:
             return template.render(**values, **{_ROUND: spent.round, _WRITTEN: spent.written, _JOINED: spent.joined})
-        except (RecursionError, MemoryError, OverflowError, NameError):  # an infinite number is a name in what Jinja makes
+        # An infinite number becomes a name in Jinja's generated code
+        except (RecursionError, MemoryError, OverflowError, NameError):
             raise TemplateTooLarge("The template goes too deep, or makes a value that is too large.") from None
         finally:
             _spent.reset(token)
@@ -217,7 +221,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if __obj in (spent.round, spent.written, spent.joined):
             return __obj(*args)
         spent.arguments(args, kwargs)
-        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox has `format` and `format_map` wrapped
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps `format` and `format_map`
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
             args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
@@ -227,7 +231,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Counted(NodeTransformer):
-    """Has each round of a loop and each call of a macro counted, and each value that is joined or written."""
+    """Inserts counting into each loop round and macro call, and for each joined or written value."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         return self._counted(node)
@@ -258,8 +262,8 @@ def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
 
 
 def _bounded(function: Callable[..., Any], *, writes: bool) -> Callable[..., Any]:
-    """A filter that is given no large number, and whose value counts. writes: values that it is given become text."""
-    has_context = int(hasattr(function, "jinja_pass_arg"))  # of the template, before what it gives
+    """Wraps a filter: it gets no large number, and its value counts. writes: whether its arguments become text."""
+    has_context = int(hasattr(function, "jinja_pass_arg"))  # the template's context, before the arguments
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -283,7 +287,7 @@ def _bounded(function: Callable[..., Any], *, writes: bool) -> Callable[..., Any
 
 
 def _check_method(name: str, owner: str, args: tuple[Any, ...], spent: _Spent) -> None:
-    """Methods of texts whose result is longer than what they are given."""
+    """Checks text methods whose result is longer than their arguments."""
     match name:
         case "format" | "format_map":
             _check_format(owner)

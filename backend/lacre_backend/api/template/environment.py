@@ -1,9 +1,9 @@
-"""What a chat template finds when it runs: the same as in Hugging Face's `apply_chat_template`, for which it was written.
+"""The environment of a chat template: the same as in Hugging Face's `apply_chat_template`, for which templates are written.
 
-Rules
+Rules:
 - The same extensions, filters and globals, with the same parameters in the same order. tests/heavy/templates compares the two.
-- What transformers does not have is not here either: a template that asks for it fails, here as there.
-- All of it keeps the bounds of `template_bounds`.
+- What transformers does not have is missing here too: a template that needs it fails in both.
+- Everything keeps the limits of `template.bounds`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from jinja2.utils import Namespace
 
 from lacre_backend.api.template.bounds import BoundedEnvironment, Bounds, make_room, weight
 
-# What JSON may make of one character: `\u0000`, and of one beyond the basic plane two of these where it must be ASCII.
+# How many characters JSON may make of one: `\u0000`, or two such escapes for a character beyond the basic plane in ASCII.
 _ESCAPED: Final = 6
 _ESCAPED_ASCII: Final = 12
 
 
-# Names of an assistant's reasoning, the first the usual one.
+# Names of an assistant's reasoning; the first is the usual one.
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
 
 class Raised(jinja2.TemplateError):
-    """The template called `raise_exception`: the text is its own, for the caller."""
+    """The template called `raise_exception`. The text is the template's own, for the caller."""
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an assistant wrote, for training. A prompt has just what is inside of it.
+    """`{% generation %}` marks an assistant's text, for training. A prompt contains just its content.
 
-    As in transformers it is a call with a body: names that are set inside of it are unknown after it.
+    As in transformers it is a call with a body: names that are set inside are unknown after it.
     """
 
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
@@ -53,7 +53,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict`, without what else the type can do."""
+    """`dict` without the type's other features."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -63,7 +63,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Takes no name that begins with an underscore: Python and Jinja call some of these outside of the sandbox."""
+    """Rejects names that begin with an underscore: Python and Jinja call some of them outside of the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -77,7 +77,7 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # what is in it may be of any size
+        return "<Namespace>"  # its content may be of any size
 
 
 def _check_name(name: object) -> None:
@@ -100,7 +100,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes HTML, which no model was trained on."""
+    """Jinja's own filter escapes HTML, which no model was trained on."""
     weighed = weight(value)
     beside = sum(map(len, separators or (", ", ": ")))
     inward = (len(indent) if isinstance(indent, str) else max(int(indent or 0), 0)) * weighed.depth
@@ -110,7 +110,7 @@ def _tojson(
 
 
 def given(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message as transformers hands it on: no member is null, and reasoning has the names that templates read."""
+    """A message as transformers passes it: no null members, and reasoning under the names that templates read."""
     present = {name: value for name, value in message.items() if value is not None}
     reasoning = next((present[name] for name in _REASONING if name in present), None)
     return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
@@ -123,5 +123,5 @@ def template_environment(bounds: Bounds | None = None) -> BoundedEnvironment:
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
-    del environment.globals["lipsum"]  # random text, of any length
+    del environment.globals["lipsum"]  # random text of any length
     return environment

@@ -1,25 +1,29 @@
-"""From messages to prompt tokens, through the model's own chat template, without letting a user's text steer the model.
+"""Turns messages into prompt tokens through the model's chat template. A user's text can never steer the model.
 
 The rule: **no text of a request ever becomes a control token.**
 
-How, and why it holds. Chat templates are programs that glue constants ("<|im_start|>") and the users' strings together; in the
-glued string nobody can tell any more who wrote which. So the template's constants are told apart *before* the gluing: every
-literal of a control token in the template's *source* is replaced by a mark that holds 128 random bits, which were drawn when
-the template was loaded and never leave this object. After rendering, a mark is one control token; all else, whoever wrote it,
-is tokenized as plain text, in which llama.cpp recognises no control token (`parse_special` off). A user who types
-"<|im_end|>" gets the letters, and so does one who makes a literal out of parts (one half in each of two messages, or
-text around something the template cuts out), for which escaping literals in the users' strings would not be enough.
+Why it is needed: chat templates are programs that join constants ("<|im_start|>") and the users' strings. In the joined string
+it is no longer visible who wrote which part.
 
-Some templates compose their control tokens ('<|' + role + '|>'), or look at their own constants, so that marks change what
-they render. Loading finds these out by rendering sample conversations both ways. For them the literals that the samples
-show to be composed are recognised in the rendered text after all, and each of *those* in a user's string is swapped for a
-mark of its own before rendering, which turns into plain text after it. What is left then, for such templates only, is a
-literal that a template builds out of halves from two users' strings that it puts directly beside each other.
+How it works:
+1. At load, every control token's literal in the template's *source* is replaced by a mark. A mark contains 128 random bits that
+   never leave this object.
+2. After rendering, a mark becomes one control token. Everything else is tokenized as plain text, in which llama.cpp recognizes
+   no control token (`parse_special` off).
 
-What it renders is what Hugging Face's `apply_chat_template` renders. No text is left out unsaid: `template_texts.py` looks.
+So a user who types "<|im_end|>" gets the letters. The same holds for a literal made of parts: one half in each of two messages,
+or text around something that the template cuts out. Escaping literals in the users' strings would not cover that case.
 
-The template itself comes with the model. It runs in Jinja's sandbox: it can neither reach nor change anything of this process.
-`template_bounds.py` limits its rounds, its time and its text.
+Some templates compose their control tokens ('<|' + role + '|>') or inspect their own constants, so that marks would change what
+they render. Loading detects them: it renders sample conversations both ways. For them, the literals that the samples show to be
+composed are recognized in the rendered text. Before rendering, each such literal in a user's string is swapped for its own
+mark, which becomes plain text afterwards. For these templates only, one gap remains: a literal that the template builds from
+two halves of adjacent users' strings.
+
+The result is the same as Hugging Face's `apply_chat_template`. `template/texts.py` checks that no text is silently omitted.
+
+The template comes with the model. It runs in Jinja's sandbox, so it can neither reach nor change anything of this process.
+`template/bounds.py` limits its rounds, its time and its text.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ from lacre_backend.engine.protocol import ControlToken, Engine, EngineError, Mod
 
 __all__ = ["ChatTemplate", "Message", "Piece", "TemplateRefused", "Tools"]
 
-Piece = str | ControlToken  # str: plain text, in which no control token is recognised
+Piece = str | ControlToken  # str: plain text, in which no control token is recognized
 
 _NAME, _ARGUMENTS, _RESULT = "get_tide", {"port": "Porto"}, "It rises."
 _TOOL: Final[Mapping[str, Any]] = {
@@ -96,13 +100,13 @@ _SPEAKING: Final[Mapping[str, tuple[tuple[Message, ...], Tools]]] = {
 
 
 class ChatTemplate:
-    """A model's chat template, loaded. Raises `SettingsError` if it does not compile, or leaves out what messages say.
+    """A model's loaded chat template. Raises `SettingsError` if it does not compile or omits text of messages.
 
-    calls: how the model writes calls of functions, if the template takes tools and it is a way that is known here.
+    calls: the model's format of calls, if the template supports tools in a known format.
     """
 
     def __init__(self, model: ModelInfo, markers: Sequence[ControlToken] = ()) -> None:
-        """markers: tokens that steer, though the model's file calls them text: see `markers_of`."""
+        """markers: tokens that steer the model although its file calls them text; see `markers_of`."""
         if model.chat_template is None:
             raise SettingsError(f"The model {model.name} has no chat template.")
         self._model = model
@@ -136,9 +140,9 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Tools = None, *, add_generation_prompt: bool = True
     ) -> tuple[Piece, ...]:
-        """The prompt, up to where the assistant's answer begins. Raises `TemplateRefused`.
+        """The prompt, up to the beginning of the assistant's answer. Raises `TemplateRefused`.
 
-        A content is a text or a list of text parts; the template gets it in the form that it takes from its role.
+        A content is a text or a list of text parts. The template gets it in the form that it expects for its role.
         """
 
         def run(messages: Sequence[Message], tools: Tools) -> str:
@@ -155,10 +159,10 @@ class ChatTemplate:
         return self._pieces(rendered)
 
     def constant(self, text: str) -> str:
-        """A text of this program's own, to stand in a message: literals of control tokens in it are control tokens."""
+        """The program's own text, for use in a message: literals of control tokens in it become control tokens."""
         return self._literal.sub(lambda match: self._control_mark(match[0]), text)
 
-    # Marks: `c` and the token's id for a control token of the template; `u` and the id for a literal out of a user's string
+    # Marks: `c` and the id for a control token of the template; `u` and the id for a literal from a user's string
 
     def _control_mark(self, literal: str) -> str:
         return f"{self._nonce}c{self._control[literal].id};"
@@ -169,7 +173,7 @@ class ChatTemplate:
         return self._composed.sub(lambda match: f"{self._nonce}u{self._control[match[0]].id};", text)
 
     def _swapped(self, value: Any) -> Any:
-        """Every string inside of it."""
+        """Swaps literals in every string inside."""
         match value:
             case str():
                 return self._swap(value)
@@ -191,7 +195,7 @@ class ChatTemplate:
         return tuple(joined(pieces))
 
     def _recognised(self, text: str) -> list[Piece]:
-        """Text outside of marks: plain, but for what a template of the second kind composed."""
+        """Text outside of marks: plain, except for control tokens that the template composed."""
         if self._composed is None:
             return [text]
         pieces: list[Piece] = []
@@ -201,7 +205,7 @@ class ChatTemplate:
             end = match.end()
         return [*pieces, text[end:]]
 
-    # Running it
+    # Rendering
 
     def _run(self, template: jinja2.Template, messages: Any, tools: Any, *, add_generation_prompt: bool = True) -> str:
         values = {
@@ -212,27 +216,27 @@ class ChatTemplate:
         }
         for name, token in (("bos_token", self._model.bos), ("eos_token", self._model.eos)):
             if token is not None:
-                # Both templates get marks here: what one does with its beginning-of-sequence token is not a user's text.
+                # Both templates get marks here: the beginning-of-sequence token is not a user's text.
                 values[name] = self._control_mark(token.text) if token.text in self._control else token.text
         try:
             return self._environment.rendered(template, values)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            # Only `raise_exception` speaks to the caller; any other failure says how the template is written.
+            # Only `raise_exception` has a text for the caller. Other errors depend on how the template is written.
             said = str(error) if isinstance(error, Raised) else "it fails on them"
             raise TemplateRefused(self._mark.sub(lambda match: self._by_id[int(match[2])].text, said)) from None
 
     def _outcome(self, template: jinja2.Template, messages: Sequence[Message], tools: Tools) -> str:
-        """What a sample renders to, with the marks written out again; or what the template says against it."""
+        """A sample's rendering with its marks turned back into literals, or the template's refusal."""
         try:
             rendered = self._run(template, shaped(messages, self._forms), tools)
         except TemplateRefused as refusal:
             return f"refused: {refusal}"
         return self._mark.sub(lambda match: self._by_id[int(match[2])].text, rendered)
 
-    # Learning about it
+    # Analysing the template
 
     def _learn_forms(self, plain: jinja2.Template) -> None:
-        """The form of each role's contents. A role that the template refuses has none, and each request hears why."""
+        """Learns the form of each role's content. A refused role has none; each request that uses it gets the reason."""
 
         def run(messages: Sequence[Message], tools: Tools) -> str:
             return self._run(plain, shaped(messages, self._forms), tools)
@@ -243,13 +247,13 @@ class ChatTemplate:
                 form = form_of(role, sample, tools, run)
             except TextLost as lost:
                 if role == "tool":
-                    continue  # then it takes no tools, and is not given this role
-                raise self._unusable(f"leaves out {lost.what}") from None
+                    continue  # it supports no tools, so it never gets this role
+                raise self._unusable(f"omits {lost.what}") from None
             if form is not None:
                 self._forms[role] = form
 
     def _simplest(self, run: Rendering) -> Tools:
-        """What says to the template that there are no tools: nothing, but for one that needs a list. Raises `SettingsError`."""
+        """The value that means "no tools" to the template: none, or an empty list if it needs one. Raises `SettingsError`."""
         for tools in (None, ()):
             for messages in ((_USER,), (_SYSTEM, _USER)):
                 try:
@@ -261,16 +265,16 @@ class ChatTemplate:
         raise self._unusable(f"does not take a single message ({said})")
 
     def _check_whole(self) -> None:
-        """The roles that the template takes, in one conversation; and with tools, where it takes these."""
+        """Checks all supported roles in one conversation, and tools if they are supported."""
         spoken = [message for message in (_SYSTEM, _USER, _ANSWER, _USER) if message["role"] in self._forms]
         used = [*spoken[:1], *_USED] if spoken[0] is _SYSTEM else _USED
         for messages, tools in ((spoken, None), *(((used, (_TOOL,)),) if self.calls else ())):
             try:
                 self.render(messages, tools)
             except TextLost as lost:
-                raise self._unusable(f"leaves out {lost.what}") from None
+                raise self._unusable(f"omits {lost.what}") from None
             except TemplateRefused:
-                continue  # each request hears why
+                continue  # each request that uses it gets the reason
 
     def _unusable(self, why: str) -> SettingsError:
         return SettingsError(f"The chat template of {self._model.name} {why}. Convert the model again, with another template.")
@@ -279,7 +283,7 @@ class ChatTemplate:
         return all(self._outcome(self._template, *sample) == self._outcome(plain, *sample) for sample in _SAMPLES)
 
     def _fails_without_description(self) -> bool:
-        """Some templates add something to what a tool is for, and fail where it does not say."""
+        """Some templates append to a tool's description, and fail if there is none."""
 
         def taken(tool: Mapping[str, Any]) -> bool:
             try:
@@ -291,7 +295,9 @@ class ChatTemplate:
         return not taken(_UNDESCRIBED) and taken(_described(_UNDESCRIBED))
 
     def _known_calls(self) -> CallFormat | None:
-        """The template takes tools if it shows the tool, a call and its result; which format, is how it writes that call."""
+        """The template supports tools if it shows the tool, a call and its result. The way it writes the call shows the
+        format.
+        """
         told, used = (self._outcome(self._template, *sample) for sample in _SAMPLES[-2:])
         if _NAME not in told or _RESULT not in used:
             return None
@@ -311,12 +317,12 @@ class ChatTemplate:
 
 
 def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """With a description, if only an empty one."""
+    """With a description, at least an empty one."""
     return {**tool, "function": {"description": "", **tool["function"]}}
 
 
 def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
-    """What marks calls and their results, where the vocabulary has a token for it that llama.cpp finds in plain text too."""
+    """Tokens that mark calls and their results, if llama.cpp also recognizes them in plain text."""
     found = []
     for literal in {literal for form in FORMATS for literal in form.markers}:
         ids = engine.tokenize(literal)
@@ -326,9 +332,9 @@ def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
 
 
 async def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence[ControlToken] = ()) -> list[int]:
-    """The prompt's ids. Where the model wants a beginning of sequence and the template wrote none, it comes first.
+    """The prompt's ids. Adds the beginning of sequence if the model needs it and the template wrote none.
 
-    control: tokens that plain text must not become; the model's own where left out. Raises as `Engine.tokens`.
+    control: tokens that plain text must not become; default: the model's own. Raises as `Engine.tokens`.
     """
     texts = {i: _bare(pieces, i, piece) for i, piece in enumerate(pieces) if isinstance(piece, str)}
     found = iter(await _plain(engine, list(texts.values()), control or engine.model.control_tokens))
@@ -339,7 +345,7 @@ async def chat_tokens(engine: Engine, pieces: Sequence[Piece], control: Sequence
 
 
 def _bare(pieces: Sequence[Piece], i: int, text: str) -> str:
-    """Some tokenizers swallow white space beside some control tokens."""
+    """Removes white space that some tokenizers drop beside some control tokens."""
     before = pieces[i - 1] if i > 0 else None
     after = pieces[i + 1] if i + 1 < len(pieces) else None
     text = text.lstrip() if isinstance(before, ControlToken) and before.rstrip else text
@@ -347,7 +353,7 @@ def _bare(pieces: Sequence[Piece], i: int, text: str) -> str:
 
 
 async def text_tokens(engine: Engine, text: str) -> list[int]:
-    """The ids of a text prompt, which holds no control token but the beginning of sequence, where the model wants one.
+    """The ids of a text prompt. It contains no control token except the beginning of sequence, if the model needs it.
 
     Raises as `Engine.tokens`.
     """
@@ -356,8 +362,8 @@ async def text_tokens(engine: Engine, text: str) -> list[int]:
 
 
 async def embedding_tokens(engine: Engine, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts to embed, with what the tokenizer puts around each. Literals of control tokens are not recognised in
-    them, though what no token covers may become the vocabulary's token for the unknown. Raises as `Engine.tokens`.
+    """The ids of texts to embed, including the tokens that the tokenizer adds around each. No control token is recognized in
+    them. Text that no token covers may become the vocabulary's unknown token. Raises as `Engine.tokens`.
     """
     return [framed(engine.model, ids) for ids in await engine.tokens(texts)]
 
@@ -374,10 +380,10 @@ def _begun(model: ModelInfo, ids: list[int]) -> list[int]:
 
 
 async def _plain(engine: Engine, texts: Sequence[str], steering: Sequence[ControlToken]) -> list[list[int]]:
-    """Ids of plain texts, none of them a control token's.
+    """The ids of plain texts, none of them a control token's.
 
-    llama.cpp recognises "user defined" tokens in plain text too, and a file may wrongly give such a type to a token that ends
-    generations. Then the literal is cut after its first character, so that nothing is left to recognise.
+    llama.cpp recognizes "user defined" tokens in plain text too, and a file may wrongly give this type to a token that ends
+    generation. Then the literal is cut after its first character, so that it is no longer recognized.
     """
     control = {token.id for token in steering}
     found = await engine.tokens(texts)
@@ -395,7 +401,7 @@ async def _plain(engine: Engine, texts: Sequence[str], steering: Sequence[Contro
 
 
 def joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """Neighbouring plain pieces as one, so that they are tokenized as one; empty ones dropped."""
+    """Merges adjacent plain pieces, so that they are tokenized as one. Drops empty ones."""
     joined: list[Piece] = []
     for piece in pieces:
         if isinstance(piece, str) and joined and isinstance(joined[-1], str):
@@ -406,20 +412,20 @@ def joined(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def any_of(literals: Mapping[str, ControlToken]) -> re.Pattern[str]:
-    """The longest literal first, as llama.cpp looks for them. Of no literals: what never matches.
+    """A pattern that tries the longest literal first, as llama.cpp does. Without literals it never matches.
 
-    As a tree of their common beginnings: a vocabulary has thousands that begin alike, and a text may repeat that beginning.
-    Tried one by one, 6,000 cost 84 µs for each character.
+    It is a tree of common prefixes: a vocabulary has thousands of literals that begin alike, and a text may repeat that
+    beginning. Tried one by one, 6,000 cost 84 µs per character.
     """
     return re.compile(_branches(sorted(filter(None, literals))) or r"(?!)")
 
 
 def _branches(literals: Sequence[str]) -> str:
-    """literals: sorted. What begins alike becomes one branch, whose greedy rest has the longest first."""
+    """literals: sorted. Literals with a common prefix become one branch, whose greedy rest has the longest first."""
     branches = []
     for _, group in itertools.groupby(literals, lambda literal: literal[0]):
         alike = list(group)
-        begin = os.path.commonprefix(alike)  # noqa: RUF071 - they are no paths
+        begin = os.path.commonprefix(alike)  # noqa: RUF071 - they are not paths
         rests = [literal[len(begin) :] for literal in alike]
         optional = "?" if rests[0] == "" else ""
         rest = _branches([each for each in rests if each])

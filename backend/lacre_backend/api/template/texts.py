@@ -1,14 +1,14 @@
-"""Whether each text of a conversation comes out of a chat template, and whether the template wants texts or lists of parts.
+"""Checks that a chat template renders each text of a conversation, and whether it expects texts or lists of parts.
 
-A template is a program: that it renders says nothing about what it left out. Many print a system message only where it comes
-first, or nothing that an assistant said beside a call. Nobody would notice but by odd answers.
+A template is a program: it may render without error and still omit text. Many print a system message only at the beginning, or
+drop an assistant's text beside a call. The only sign would be strange answers.
 
-Rules
-- What a template does is seen by rendering. In place of each text stands another that is as long and begins and ends with a
-  word of our own, which nothing else spells. It has the tags of the text too, at which a template might cut.
-- A template that leaves out what the simplest conversation says, in one of the roles, is not loaded.
-- Of each request the same conversation is rendered once more with such words, and is refused if one is missing.
-- What a template cuts out of a text, such as an assistant's reasoning of earlier turns, is its own affair.
+Rules:
+- The check renders the template. Each text is replaced by another of the same length that begins and ends with a unique word.
+  It keeps the text's tags, at which a template might cut.
+- A template that omits text of the simplest conversation, in any role, is not loaded.
+- Each request's conversation is rendered once more with such words. It is refused if one is missing.
+- A template may cut parts out of a text, such as an assistant's reasoning in earlier turns.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Rendering = Callable[[Sequence[Message], Tools], str]  # raises `TemplateRefused
 
 
 class TemplateRefused(Exception):
-    """The template does not take these messages; the text is the template's own, for the caller."""
+    """The template rejects these messages. The text is the template's own, for the caller."""
 
 
 class TextLost(TemplateRefused):
-    """It would leave out what a message says. what: which one."""
+    """The template would omit a message's text. what: which text."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        super().__init__(f"it would leave out {what}" + (f". {remedy}" if remedy else ""))
+        super().__init__(f"it would omit {what}" + (f". {remedy}" if remedy else ""))
         self.what = what
 
 
 class Form(Enum):
-    """What a template takes as a message's content: a text, a list of one part, a list of parts, or a text or such a list."""
+    """The form of content that a template expects: a text, a list of one part, a list of parts, or either."""
 
     TEXT = 1
     ONE_PART = 2
@@ -47,15 +47,15 @@ class Form(Enum):
     EITHER = 4
 
 
-# What templates look for in texts: `</think>`, `<|im_end|>`, `[INST]`
+# Tags that templates search for in texts: `</think>`, `<|im_end|>`, `[INST]`
 _TAG: Final = re.compile(r"</?[A-Za-z_]{1,32}>|<\|[^|<>]{1,40}\|>|\[/?[A-Z_]{2,32}\]")
-_MOST_TAGS: Final = 64  # of one text, each once: more than any template looks for
-# At load: longer than a title, and of several paragraphs.
+_MOST_TAGS: Final = 64  # per text, each once: more than any template searches for
+# At load: longer than a title, and with several paragraphs.
 _LONG: Final = "so\n\non " * 1000
 
 
 class Words:
-    """Words that stand for texts. Found in whatever case a template writes them."""
+    """Words that stand for texts. They are found in any case that a template writes."""
 
     def __init__(self) -> None:
         self._begin = "w" + secrets.token_hex(12)
@@ -67,7 +67,7 @@ class Words:
         return f"{self._begin}x{self._count}x"
 
     def instead(self, text: str, *, tags: bool = True) -> tuple[str, tuple[str, ...]]:
-        """A text that is as long, and the words in it. tags: with those of the text."""
+        """A text of the same length, and the words in it. tags: whether it keeps the text's tags."""
         first = self.next()
         kept = dict.fromkeys(itertools.islice((tag[0] for tag in _TAG.finditer(text)), _MOST_TAGS)) if tags else {}
         if len(text) <= len(first) and not kept and "\n" not in text:
@@ -79,12 +79,12 @@ class Words:
         return begin + (filler * (room // len(filler) + 1))[:room] + last, (first, last)
 
     def found(self, rendered: str) -> frozenset[str]:
-        """Those that are in a text; in one pass, for there may be thousands, and it may be long."""
+        """The words in a text. One pass, because there may be thousands in a long text."""
         return frozenset(self._any.findall(rendered.lower()))
 
 
 def as_text(content: Any) -> Any:
-    """The parts of a content as one text; what is none as it is."""
+    """The parts of a content as one text. Other values stay as they are."""
     return "".join(part["text"] for part in content) if isinstance(content, list | tuple) else content
 
 
@@ -93,7 +93,7 @@ def as_parts(content: Any) -> Any:
 
 
 def shaped(messages: Sequence[Message], forms: Mapping[str, Form]) -> list[Message]:
-    """With contents in the form that is wanted for each role."""
+    """The messages, with contents in the form expected for each role."""
     return [_shaped(message, forms.get(message["role"], Form.EITHER)) for message in messages]
 
 
@@ -115,7 +115,7 @@ def _shaped(message: Message, form: Form) -> Message:
 
 
 def form_of(role: str, sample: Sequence[Message], tools: Tools, render: Rendering) -> Form | None:
-    """sample: a conversation whose last message of that role is to be tried. None: it refuses that role, in either form.
+    """sample: a conversation; its last message of that role is tried. None: the template refuses that role in both forms.
 
     Raises `TextLost`.
     """
@@ -130,7 +130,7 @@ def form_of(role: str, sample: Sequence[Message], tools: Tools, render: Renderin
         return None
 
     def takes(rendered: str | None, *wanted: str) -> bool:
-        """Not if it writes down the list itself, as `{{ message.content }}` does."""
+        """False if it prints the list itself, as `{{ message.content }}` does."""
         found = words.found(rendered or "")
         return rendered is not None and found.issuperset(wanted) and beside not in found
 
@@ -143,22 +143,24 @@ def form_of(role: str, sample: Sequence[Message], tools: Tools, render: Renderin
     if takes(one, *of_first):
         return Form.PARTS if takes(two, *of_first, *of_second) else Form.ONE_PART
     if text is not None:
-        raise TextLost(f"what a message of the role '{role}' says")
+        raise TextLost(f"the text of a message with the role '{role}'")
     return None
 
 
-# Of each request
+# For each request
 
 
 def check_texts(messages: Sequence[Message], tools: Tools, render: Rendering, rendered: str, *, describes: bool) -> None:
-    """rendered: what became of these messages. describes: the template writes what tools are for. Raises `TextLost`."""
+    """rendered: the result for these messages. describes: whether the template writes descriptions of tools. Raises
+    `TextLost`.
+    """
     words = Words()
     standing: list[tuple[str, str, int]] = []  # a word, the text that it stands for, and the message's place
     instead = [_instead(message, i, words, standing) for i, message in enumerate(messages)]
     described = tools and [{**tool, "function": {**tool["function"], "description": words.next()}} for tool in tools]
     try:
         spelled = render(instead, described)
-    except TemplateRefused:  # it looks into the texts: then these themselves must be there
+    except TemplateRefused:  # it inspects the texts: then these themselves must be present
         missing = next((place for _, text, place in standing if text.strip() not in rendered), None)
     else:
         found = words.found(spelled)
@@ -173,7 +175,7 @@ def _instead(message: Message, place: int, words: Words, standing: list[tuple[st
     def word(text: str) -> str:
         if not text.strip():
             return text
-        # An assistant's reasoning may be cut, at its tags.
+        # An assistant's reasoning may be cut at its tags.
         made, found = words.instead(text, tags=message["role"] != "assistant")
         standing.extend((each, text, place) for each in found)
         return made
@@ -190,12 +192,12 @@ def _instead(message: Message, place: int, words: Words, standing: list[tuple[st
 
 
 def _call(call: Mapping[str, Any], word: Callable[[str], str]) -> dict[str, Any]:
-    """A call with other arguments; its name stays, for templates may look it up."""
+    """A call with other arguments. Its name stays, because templates may look it up."""
     function = call["function"]
     arguments = function["arguments"]
     first = arguments if isinstance(arguments, str) else next(iter(arguments), "") if isinstance(arguments, Mapping) else ""
     made = word(first)
-    if made == first:  # they say nothing
+    if made == first:  # they are empty
         return dict(call)
     return {**call, "function": {**function, "arguments": made if isinstance(arguments, str) else {made: made}}}
 
@@ -205,6 +207,6 @@ def _lost(message: Message, place: int) -> TextLost:
         case "system" if place > 0:
             return TextLost("the text of a system message that is not the first message", "Put it first")
         case "assistant" if message.get("tool_calls"):
-            return TextLost("what an assistant says beside a call, or the call", "Leave the text out")
+            return TextLost("an assistant's text beside a call, or the call", "Omit the text")
         case role:
-            return TextLost(f"what a message of the role '{role}' says")
+            return TextLost(f"the text of a message with the role '{role}'")

@@ -1,10 +1,10 @@
-"""How models write calls of functions: as a grammar that an answer keeps, as text of earlier turns, and read piece by piece.
+"""The models' formats of function calls: as a grammar for an answer, as text of earlier turns, and parsed piece by piece.
 
-Rules
-- A format is a value of `CallFormat`; everything else here is the same for all of them.
-- With the grammar each call is whole and valid: a function that was offered, and arguments that its schema admits. Where the
-  model may also speak, its text is free until the marker that begins a call, which no text can spell.
-- What is read comes out once, in order, whatever the tokens' boundaries: reading is pure.
+Rules:
+- A format is a value of `CallFormat`. Everything else here is the same for all formats.
+- With the grammar each call is complete and valid: an offered function, and arguments that its schema allows. If the model may
+  also write text, the text is free up to the marker of a call, which no text can contain.
+- Parsing is pure. Parts come out once, in order, independent of token boundaries.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lacre_backend.api.errors import RequestRefused
 from lacre_backend.api.schema.grammar import NOTHING, Grammars, literal
 from lacre_backend.api.tools.request import Calling, Function
 
-MAX_CALLS: Final = 16  # in one answer: a small model may not find an end by itself
+MAX_CALLS: Final = 16  # in one answer: a small model may not stop by itself
 MAX_NAME: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """A call is `open` name `middle` arguments `close`, and others may follow after `between`.
+    """A call is `open` name `middle` arguments `close`; further calls may follow after `between`.
 
-    marker: the beginning of `open` that tells a call from text wherever it stands; None where only an answer's first character
-    does, and the answer is one call. markers: literals that vocabularies have as tokens of their own, which steer.
+    marker: the beginning of `open` that identifies a call anywhere in text. None if only the answer's first character does, and
+    the answer is one call. markers: literals that vocabularies have as their own tokens, which steer the model.
     """
 
     open: str
@@ -42,7 +42,7 @@ class CallFormat:
         return f"{self.open}{name}{self.middle}{arguments}{self.close}"
 
     def grammar(self, grammars: Grammars, calling: Calling, speech: str | None) -> str:
-        """The rules of an answer. speech: the name of an answer without a call; None for any text. Raises `RequestRefused`."""
+        """The rules of an answer. speech: the rule of an answer without a call; None for any text. Raises `RequestRefused`."""
         lines = [f"body: {' | '.join(self._call_of(grammars, i, function) for i, function in calling.callable)}"]
         more = calling.many and self.marker is not None
         lines.append(f"call: {literal(self.open)} body {literal(self.close)}")
@@ -51,8 +51,8 @@ class CallFormat:
             lines.append(f"start: call {following}")
         elif speech is not None:
             if self.marker is None:
-                # Its calls begin as an object may: which of both is meant shows too late.
-                said = "This model cannot choose between a call and JSON text. Leave out 'response_format', or require a call."
+                # Its calls may begin like JSON text, and the difference shows too late.
+                said = "This model cannot choose between a call and JSON text. Omit 'response_format', or require a call."
                 raise RequestRefused(said, code="unsupported_value", param="response_format")
             lines.append(f"start: {speech} | call {following}")
         elif self.marker is None:
@@ -72,7 +72,7 @@ class CallFormat:
         return f"{literal(function.name + self.middle)} {arguments}"
 
 
-# Qwen, Hermes, and what the fallback teaches every other model
+# Qwen, Hermes, and the format that the fallback teaches other models
 HERMES: Final = CallFormat(
     open='<tool_call>\n{"name": "',
     middle='", "arguments": ',
@@ -90,7 +90,7 @@ def _param(i: int) -> str:
 
 
 def _arguments(function: Function, i: int) -> dict[str, object]:
-    """The schema of the arguments, which are an object."""
+    """The schema of the arguments, which must be an object."""
     schema = function.arguments()
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
@@ -103,16 +103,16 @@ def _arguments(function: Function, i: int) -> dict[str, object]:
 
 
 def _code(character: str) -> str:
-    """A character as a regular expression writes it."""
+    """A character in a regular expression."""
     return f"\\x{ord(character):02X}"
 
 
-# Reading
+# Parsing
 
 
 @dataclass(frozen=True, slots=True)
 class Speech:
-    """Text that is no call."""
+    """Text outside of calls."""
 
     text: str = field(repr=False)
 
@@ -138,7 +138,7 @@ Part = Speech | Called | Argued
 
 
 class CallReader:
-    """Reads one answer."""
+    """Parses one answer."""
 
     def __init__(self, form: CallFormat) -> None:
         self._format = form
@@ -153,17 +153,17 @@ class CallReader:
         return list(self._parts())
 
     def finish(self) -> list[Part]:
-        """The answer is over. Of a call that broke off before its name was whole nothing comes out."""
+        """Ends the answer. A call that broke off before its name was complete is dropped."""
         rest, self._held = self._held, ""
         return [Speech(rest)] if rest and self._index < 0 and self._state == self._text else []
 
     @property
     def called(self) -> bool:
-        """Whether the answer so far calls something, and does not end inside the arguments."""
+        """Whether the answer so far contains a call and does not end inside its arguments."""
         return self._index >= 0 and self._state != self._arguments
 
     def _parts(self) -> Iterator[Part]:
-        """Each state takes what it can of the held text, and says whether to go on."""
+        """Each state consumes what it can of the held text, and says whether to continue."""
         while self._held:
             state = self._state
             held = self._held
@@ -186,7 +186,7 @@ class CallReader:
             before, self._held = self._held[:start].rstrip(), self._held[start:]
             self._state = self._opening
         else:
-            # White space may stand before a call, of which it is no part.
+            # White space before a call does not belong to it.
             begun = next(n for n in range(len(marker) - 1, -1, -1) if self._held.endswith(marker[:n]))
             before = self._held[: len(self._held) - begun].rstrip()
             self._held = self._held[len(before) :]
@@ -194,7 +194,7 @@ class CallReader:
             yield Speech(before)
 
     def _opening(self) -> Iterator[Part]:
-        """Up to the end of the name."""
+        """Parses up to the end of the name."""
         form = self._format
         if not self._held.startswith(form.open[: len(self._held)]):
             self._state = self._speech

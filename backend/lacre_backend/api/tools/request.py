@@ -1,8 +1,8 @@
-"""The functions that a request offers to the model, which of them it may call, and the calls of earlier turns.
+"""The functions that a request offers, which of them the model may call, and the calls of earlier turns.
 
-Rules
-- A tool is a function; what else OpenAI calls a tool is refused by name.
-- Each message of role `tool` answers a call of the assistant's message before it, and each call has its answer.
+Rules:
+- A tool is a function. OpenAI's other kinds of tools are refused by name.
+- Each message of role `tool` answers a call in the assistant's message before it, and each call has its answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_CALLS: Final = 64  # in one message
 MAX_ID: Final = 256
 
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-# What clients write beside a function or a call of one. No prompt depends on any of it.
+# Members that clients add to a function or a call. No prompt depends on them.
 _BOOKKEEPING: Final = frozenset(
     {"index", "parsed_arguments", "provider_specific_fields", "extra_content", "thought_signature", "cache_control"}
 )
@@ -30,7 +30,7 @@ _NO_PARAMETERS: Final = {"type": "object", "properties": {}, "additionalProperti
 
 
 class Function(Echoed):
-    """parameters: the JSON schema of the arguments; none where left out. strict: refuse what cannot be enforced of it."""
+    """parameters: the JSON schema of the arguments; default: no arguments. strict: refuse a schema that cannot be enforced."""
 
     name: _Name
     description: str | None = None
@@ -48,14 +48,14 @@ class Tool(Echoed):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        """As templates know it. Members that say nothing are left out."""
+        """The form for templates. Empty members are omitted."""
         function = self.function
         described = {} if function.description is None else {"description": function.description}
         return {"type": "function", "function": {"name": function.name, **described, "parameters": function.arguments()}}
 
 
 class FunctionCall(Echoed):
-    """arguments: JSON, or what the model made in its place."""
+    """arguments: JSON, or what the model wrote instead."""
 
     ignored = _BOOKKEEPING
 
@@ -64,7 +64,7 @@ class FunctionCall(Echoed):
 
 
 class MessageToolCall(Echoed):
-    """type: the only one that there is, which some clients lose when they join a stream's pieces."""
+    """type: there is only one, which some clients lose when they join a stream's pieces."""
 
     ignored = _BOOKKEEPING
 
@@ -73,10 +73,10 @@ class MessageToolCall(Echoed):
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        """Templates write the arguments as JSON themselves, so they get the object, where it is one.
+        """Templates write arguments as JSON themselves, so they get the object if it is one.
 
-        As for a body: what nests deeply, or holds half a surrogate pair or a number without bounds, is none, and stays the text
-        that it is. No text at all, as some servers write a call without arguments, is an empty object.
+        Deep nesting, lone surrogates and infinite numbers are not accepted, as in a body; the arguments then stay text. An
+        empty text, which some servers use for a call without arguments, is an empty object.
         """
         text = self.function.arguments
         try:
@@ -109,9 +109,11 @@ class _AllowedTools(Parsed):
 
 @dataclass(frozen=True, slots=True)
 class Calling:
-    """What the model may do. tools: that it is told of. callable: those it may call, with their places in the request.
+    """What the model may do. tools: those that it is told about. callable: those that it may call, with their places in the
+    request.
 
-    required: it must call, and not speak. many: several calls in one answer; never of a function that the request names.
+    required: whether it must call instead of writing text. many: whether an answer may have several calls; never if the request
+    names the function.
     """
 
     tools: tuple[Tool, ...]
@@ -121,7 +123,7 @@ class Calling:
 
 
 def calling(tools: Sequence[Tool], choice: Any, *, many: bool) -> Calling | None:
-    """choice: OpenAI's `tool_choice`, or None. Answers None where the model is told of no tool. Raises `RequestRefused`."""
+    """choice: OpenAI's `tool_choice`, or None. Returns None if the model is told about no tool. Raises `RequestRefused`."""
     _check_choice_alone(tools, choice)
     names = [tool.function.name for tool in tools]
     for i, name in enumerate(names):

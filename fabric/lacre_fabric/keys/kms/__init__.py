@@ -1,7 +1,7 @@
-"""Key management services that wrap the pools' private keys. An address in the settings chooses one (docs/kms.md).
+"""Key management services (KMS) that wrap the pools' private keys. An address in the settings chooses one (docs/kms.md).
 
-Rules: an address holds no secret. Tokens and PINs come from 0600 files, or from where the provider's own tools look.
-A service's library is imported when its address is used.
+Rules: an address contains no secret. Tokens and PINs come from 0600 files, or from where the provider's own tools look.
+A service's library is imported only when its address is used.
 Open `protocol.py` first: three methods. `envelope.py` wraps keys by them, and `address.py` parses an address.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 PLAIN: Final = "plain:"
-# Each scheme's module, which has `connect`; what it needs that is not always there, and the extra that brings it.
+# For each scheme: the module with `connect`, the optional library that it needs, and the extra that installs it.
 _SERVICES: Final = {
     "file": ("local", "cryptography", ""),
     "awskms": ("aws", "boto3", "kms-aws"),
@@ -48,14 +48,14 @@ _SERVICES: Final = {
 
 
 def check(address: str) -> str:
-    """The address, where it is one. Raises SettingsError, which does not repeat it."""
+    """Returns the address if it is valid. Raises SettingsError, which does not repeat it."""
     if address != PLAIN:
         _service(Address.parse(address))
     return address
 
 
 def connect(address: str) -> Kms | None:
-    """None for `plain:`. Nothing is asked of the service yet. Raises SettingsError."""
+    """None for `plain:`. Does not contact the service yet. Raises SettingsError."""
     if address == PLAIN:
         return None
     parsed = Address.parse(address)
@@ -72,5 +72,5 @@ def _service(address: Address) -> tuple[str, str, str]:
     found = _SERVICES.get(address.scheme)
     if found is None:
         known = ", ".join(f"{scheme}:" for scheme in ("plain", *_SERVICES))
-        raise SettingsError(f"no key management service of this kind is known: an address begins with one of {known}")
+        raise SettingsError(f"unknown kind of key management service: an address begins with one of {known}")
     return found

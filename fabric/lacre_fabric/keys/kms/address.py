@@ -1,6 +1,6 @@
-"""The address of a key: parsed once, and refused where it holds a secret.
+"""The address of a key: parsed once, and rejected if it contains a secret.
 
-Addresses stand in settings files, on command lines and in logs.
+Addresses appear in settings files, on command lines and in logs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SECRET: Final = (
     "password",
     "secret",
     "token",
-)  # what people would write there; a token's *label* is in the path
+)  # options where people might write a secret; a token's *label* is in the path
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """scheme:[//host[:port]]path[?options]. path: decoded, without the slash that begins it where there is a host."""
+    """scheme:[//host[:port]]path[?options]. path: decoded, without its leading slash if there is a host."""
 
     scheme: str
     host: str
@@ -36,46 +36,44 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises SettingsError, which does not repeat the text: it may hold a secret."""
+        """Raises SettingsError, which does not repeat the text because it may contain a secret."""
         try:
             parts = urlsplit(text)
             options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
             host, port = parts.hostname or "", parts.port
         except ValueError as exc:
-            raise SettingsError("the address of the key management service is none: docs/kms.md has one of each kind") from exc
+            raise SettingsError("not a valid KMS address; see docs/kms.md for an example of each kind") from exc
         if parts.username is not None or parts.password is not None or any(name.lower() in _SECRET for name in options):
-            raise SettingsError(
-                "take the secret out of the address of the key: it belongs in a file of mode 0600 (docs/kms.md)"
-            )
-        path = parts.path if parts.scheme == "pkcs11" else unquote(parts.path)  # its parts are decoded each by itself
+            raise SettingsError("remove the secret from the key's address: put it in a file of mode 0600 (docs/kms.md)")
+        path = parts.path if parts.scheme == "pkcs11" else unquote(parts.path)  # pkcs11 decodes each part by itself
         return cls(parts.scheme, host, port, path, options)
 
     def only(self, *known: str) -> None:
-        """Raises SettingsError for an option that is none of these: one that is misspelt would be no option."""
+        """Raises SettingsError for any other option: a misspelt option would have no effect."""
         for name in self.options:
             if name not in known:
                 raise SettingsError(f"{self.scheme}: has no option {name!r}; it has {', '.join(known) or 'none'}")
 
     def file(self, option: str) -> Path | None:
-        """An option that names a file."""
+        """The path in an option that names a file."""
         if option not in self.options:
             return None
         path = folders.expanded(Path(self.options[option].removeprefix("file:")))
         if not path.is_absolute():
-            raise SettingsError(f"{self.scheme}: {option} must be the whole path of a file")
+            raise SettingsError(f"{self.scheme}: {option} must be an absolute path of a file")
         return path
 
     @property
     def origin(self) -> str:
-        """Where a service of HTTP is: TLS, but for loopback."""
+        """The URL of an HTTP service: with TLS, except on loopback."""
         port = "" if self.port is None else f":{self.port}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'http' if is_loopback(self.host) else 'https'}://{host}{port}"
 
 
 def endpoint(text: str) -> str:
-    """An option that says where a service is. Raises SettingsError for what is neither TLS nor loopback."""
+    """An option with a service's URL. Raises SettingsError unless it uses TLS or loopback."""
     parts = urlsplit(text)
     if parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         return text.rstrip("/")
-    raise SettingsError("an endpoint begins with https://, or is http:// on this machine")
+    raise SettingsError("an endpoint must begin with https://, or with http:// for this machine")

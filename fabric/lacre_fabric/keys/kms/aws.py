@@ -1,7 +1,7 @@
-"""AWS KMS, by boto3: `awskms://[HOST[:PORT]]/KEY[?region=REGION]`. KEY: an ARN, a key's id, or alias/NAME.
+"""AWS KMS, through boto3: `awskms://[HOST[:PORT]]/KEY[?region=REGION]`. KEY: an ARN, a key id, or alias/NAME.
 
-The context is AWS's EncryptionContext, so key policies can ask for a pool, and CloudTrail shows it. Who it is: boto3's default
-chain (environment, profile, web identity, container or instance role). With a host it asks there: a VPC endpoint, or a test.
+The context is AWS's EncryptionContext, so key policies can require a pool, and CloudTrail shows it. Credentials: boto3's
+default chain (environment, profile, web identity, container or instance role). HOST: a VPC endpoint, or a test server.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _WRONG: Final = frozenset(
 def connect(address: Address) -> Kms:
     address.only("region")
     if not address.path.strip("/"):
-        raise SettingsError("awskms: wants a key, such as awskms:///alias/lacre?region=eu-central-1")
-    # At DEBUG it would log whole bodies, with data keys inside.
+        raise SettingsError("awskms: needs a key, for example awskms:///alias/lacre?region=eu-central-1")
+    # At DEBUG botocore would log whole bodies, including data keys.
     logging.getLogger("botocore").setLevel(logging.INFO)
     config = Config(connect_timeout=5, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3})
     endpoint = address.origin if address.host else None
     try:
         client = boto3.client("kms", region_name=address.options.get("region"), endpoint_url=endpoint, config=config)
     except NoRegionError as exc:
-        raise SettingsError("awskms: wants a region: add ?region=..., or set AWS_REGION") from exc
+        raise SettingsError("awskms: needs a region: add ?region=..., or set AWS_REGION") from exc
     return AwsKms(client, address.path.removeprefix("/"))
 
 
@@ -53,7 +53,7 @@ class AwsKms:
         return bytes(said["CiphertextBlob"])
 
     def unwrap(self, wrapped: bytes, context: EncryptionContext) -> bytearray:
-        # The key is named, so that no other one opens it that this process may use.
+        # Name the key, so that AWS uses no other key that this process may use.
         return bytearray(self._ask("decrypt", CiphertextBlob=wrapped, EncryptionContext=context.members())["Plaintext"])
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class AwsKms:
         except ClientError as exc:
             raise self._refused(str(exc.response.get("Error", {}).get("Code", "")), operation) from None
         except NoCredentialsError:
-            raise SettingsError("awskms: no credentials: give this process a role, or a profile of AWS") from None
+            raise SettingsError("awskms: no credentials: give this process an AWS role or profile") from None
         except BotoCoreError as exc:
             raise KmsUnreachable(f"AWS KMS does not answer ({type(exc).__name__})") from None
 

@@ -1,7 +1,8 @@
 """Azure Key Vault and managed HSM: `azurekms://NAME.vault.azure.net/KEY[/VERSION]`, an RSA key that may wrap and unwrap.
 
-The service knows no associated data: the envelope alone binds the context. What is wrapped names the version that did it, and
-is unwrapped by that one. Who it is: azure-identity's default chain (workload identity, managed identity, `az login`).
+The service does not support associated data: only the envelope binds the context. A wrapped key names the key version that
+wrapped it, and that version unwraps it. Credentials: azure-identity's default chain (workload identity, managed identity, `az
+login`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def connect(address: Address) -> Kms:
     address.only()
     name, _, version = address.path.strip("/").partition("/")
     if not address.host or not name or "/" in version:
-        raise SettingsError("azurekms: wants vault and key, such as azurekms://NAME.vault.azure.net/KEY")
+        raise SettingsError("azurekms: needs vault and key, for example azurekms://NAME.vault.azure.net/KEY")
     return AzureKeys(address, name, version)
 
 
@@ -55,7 +56,7 @@ class AzureKeys:
             if not version.isalnum():  # it becomes part of a path
                 raise ValueError
         except (InvalidMessage, ValueError, KeyError) as exc:
-            raise WrongWrapping("the wrapped key is none of a key vault's") from exc
+            raise WrongWrapping("the wrapped key is not from a key vault") from exc
         said = self._ask("unwrapkey", version, value)
         try:
             return bytearray(b64u_decode(said.text("value")))
@@ -76,11 +77,11 @@ class AzureKeys:
         return said
 
     def _refused(self, said: Said, operation: str) -> KeyWithheld | WrongWrapping:
-        """A disabled or expired key is 403 like a missing permission, a removed one 404; what does not open is 400."""
+        """403: no permission, or a disabled or expired key. 404: a removed key. 400: the wrapped key does not open."""
         what = f"{self._service.name} does not {operation} with {self._name}"
         if said.status in (401, 403, 404, 409):
             return KeyWithheld(f"{what} (HTTP {said.status})")
-        return WrongWrapping(f"{what}: not this")
+        return WrongWrapping(f"{what}: it rejects this wrapped key")
 
     def _token(self) -> str:
         try:

@@ -1,10 +1,10 @@
-"""A secret, sealed by a data key that a key management service wraps.
+"""An envelope: a secret sealed with a data key that a KMS wraps.
 
 Rules:
-- The service sees the data key alone; the file has the rest. Neither opens anything without the other.
-- The context is associated data of this seal, whether or not the service binds it too: a file moved to another pool's folder,
-  or to another key's name, does not open.
-- A data key seals one secret, once: that is why the nonce may be zero.
+- The KMS sees only the data key, and the file has the rest. Neither opens anything without the other.
+- The seal's associated data include the context, even if the KMS binds it too. So a file moved to another pool's folder or
+  another key's name does not open.
+- A data key seals one secret, once. Therefore the nonce may be zero.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lacre.runtime.json_objects import parse_object
 from lacre.wire.wiping import overwrite
 from lacre_fabric.keys.kms.protocol import DATA_KEY, EncryptionContext, Kms, WrongWrapping
 
-_MAGIC: Final = b'{"wrapped":'  # neither PEM nor a pool key begins so
+_MAGIC: Final = b'{"wrapped":'  # neither a PEM file nor a pool key begins like this
 _NONCE: Final = bytes(12)
 
 
 @dataclass(frozen=True, slots=True)
 class WrappedKey:
-    """What a wrapped key file says. scheme: of the service. public: what of a signing key everybody may know."""
+    """A parsed wrapped key file. scheme: of the KMS. public: the public part of a signing key."""
 
     scheme: str
     wrapped: bytes
@@ -85,4 +85,4 @@ def unseal(kms: Kms, data: bytes | bytearray, context: EncryptionContext) -> byt
 
 
 def _bound(context: EncryptionContext, public: bytes) -> bytes:
-    return context.encode() + b"\0" + public  # no context has a zero byte
+    return context.encode() + b"\0" + public  # no context contains a zero byte

@@ -1,7 +1,7 @@
 """Google Cloud KMS: `gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K[?endpoint=https://...]`, a symmetric key.
 
-The context is Google's additional authenticated data. Who it is: Application Default Credentials, by google-auth (workload
-identity, a service account's file, `gcloud`). The two requests are made here: the whole client would bring gRPC along.
+The context is Google's additional authenticated data. Credentials: Application Default Credentials, through google-auth
+(workload identity, a service account file, `gcloud`). The two requests are made here, because the full client would need gRPC.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def connect(address: Address) -> Kms:
     address.only("endpoint")
     key = f"{address.host}{address.path}"
     if not _KEY.fullmatch(key):
-        raise SettingsError("gcpkms: wants gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K")
+        raise SettingsError("gcpkms: write gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K")
     return GoogleKms(key, endpoint(address.options.get("endpoint", _ENDPOINT)))
 
 
@@ -57,7 +57,9 @@ class GoogleKms:
         return said
 
     def _refused(self, said: Said, operation: str) -> KeyWithheld | WrongWrapping:
-        """A version that is disabled or destroyed: FAILED_PRECONDITION; what does not open: INVALID_ARGUMENT. Both are 400."""
+        """Google answers 400 to both: FAILED_PRECONDITION for a disabled or destroyed version, INVALID_ARGUMENT if the wrapped
+        key does not open.
+        """
         error = said.members.get("error")
         status = error.get("status") if isinstance(error, dict) else None
         if said.status in (401, 403, 404) or status == "FAILED_PRECONDITION":

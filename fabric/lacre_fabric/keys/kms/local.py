@@ -1,4 +1,6 @@
-"""A key file on this machine: 32 random bytes, 0600. What it wraps is safe on another disk, in a backup, in transit."""
+"""A key file on this machine: 32 random bytes, mode 0600. It protects wrapped keys on other disks, in backups and in
+transit.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +16,19 @@ from lacre_fabric.keys.kms.address import Address
 from lacre_fabric.keys.kms.protocol import DATA_KEY, EncryptionContext, KeyWithheld, Kms, WrongWrapping
 from lacre_fabric.keys.secret_files import read_secret, write_secret
 
-_NONCE = 12  # bytes: a random one for each data key, of which there are a few a day
+_NONCE = 12  # bytes; random for each data key, of which there are a few a day
 
 
 def connect(address: Address) -> Kms:
     address.only()
     path = Path(address.path)
     if address.host or not path.is_absolute():
-        raise SettingsError("file: wants the whole path of a key file, such as file:/etc/lacre/kms.key")
+        raise SettingsError("file: needs the absolute path of a key file, for example file:/etc/lacre/kms.key")
     return LocalFile(path)
 
 
 class LocalFile:
-    """The file is made by the first `wrap`. Where it is gone, so is what it wrapped: that is how it is revoked."""
+    """The first `wrap` creates the file. Deleting the file revokes everything that it wrapped."""
 
     scheme = "file"
     binds = True
@@ -53,7 +55,7 @@ class LocalFile:
             overwrite(key)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
     def _read(self) -> bytearray:
         if not self._path.exists():

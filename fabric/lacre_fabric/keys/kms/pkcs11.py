@@ -1,7 +1,7 @@
-"""A hardware security module by PKCS#11: `pkcs11:token=T;object=K?module-path=/PATH&pin-source=/PATH` (RFC 7512).
+"""A hardware security module through PKCS#11: `pkcs11:token=T;object=K?module-path=/PATH&pin-source=/PATH` (RFC 7512).
 
-K: an AES key with CKA_ENCRYPT and CKA_DECRYPT. It seals data keys by AES-GCM, with the context as associated data. The PIN is
-read from its 0600 file at each login. A key is revoked by destroying it, or by taking CKA_DECRYPT from it.
+K: an AES key with CKA_ENCRYPT and CKA_DECRYPT. It seals data keys with AES-GCM, with the context as associated data. The PIN is
+read from its 0600 file at each login. To revoke a key, destroy it or remove its CKA_DECRYPT.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lacre_fabric.keys.kms.address import Address
 from lacre_fabric.keys.kms.protocol import EncryptionContext, KeyWithheld, Kms, KmsUnreachable, WrongWrapping
 from lacre_fabric.keys.secret_files import read_secret
 
-_NONCE: Final = 12  # bytes, random: there are a few data keys a day
+_NONCE: Final = 12  # bytes; random, for a few data keys a day
 _TAG: Final = 128  # bits
 _PIN: Final = (exceptions.PinIncorrect, exceptions.PinLocked, exceptions.PinInvalid, exceptions.PinLenRange)
 
@@ -32,12 +32,12 @@ def connect(address: Address) -> Kms:
     named = dict(part.partition("=")[::2] for part in address.path.split(";"))
     module, pin = address.file("module-path"), address.file("pin-source")
     if module is None or pin is None or set(named) != {"token", "object"}:
-        raise SettingsError("pkcs11: wants pkcs11:token=T;object=K?module-path=/PATH&pin-source=/PATH")
+        raise SettingsError("pkcs11: write pkcs11:token=T;object=K?module-path=/PATH&pin-source=/PATH")
     return Pkcs11(str(module), unquote(named["token"]), unquote(named["object"]), pin)
 
 
 class Pkcs11:
-    """A session for each request: one that stayed open would outlive a token that was pulled, or a PIN that was changed."""
+    """Opens a session for each request. A permanent session would survive a removed token or a changed PIN."""
 
     scheme = "pkcs11"
     binds = True
@@ -59,23 +59,25 @@ class Pkcs11:
         with self._key(pkcs11.Attribute.DECRYPT) as key:
             try:
                 return bytearray(key.decrypt(wrapped[_NONCE:], **_gcm(wrapped[:_NONCE], context)))
-            except exceptions.PKCS11Error as exc:  # of a tag that does not hold, SoftHSM says "general error"
+            except exceptions.PKCS11Error as exc:  # SoftHSM reports an invalid tag as "general error"
                 raise WrongWrapping(
                     f"{self._label} of token {self._token} does not decrypt this ({type(exc).__name__})"
                 ) from None
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
     @contextmanager
     def _key(self, use: Any) -> Iterator[Any]:
-        """The key, where it may be used so: asked first, for modules say it each in a way of their own."""
+        """The key, if it allows this use. Checked first, because each module reports a violation differently."""
         with self._session() as session:
             try:
                 key = session.get_key(object_class=pkcs11.ObjectClass.SECRET_KEY, label=self._label)
                 allowed = key[use]
             except (exceptions.NoSuchKey, exceptions.MultipleObjectsReturned) as exc:
-                raise KeyWithheld(f"token {self._token} has not one key {self._label} ({type(exc).__name__})") from None
+                raise KeyWithheld(
+                    f"token {self._token} must have exactly one key {self._label} ({type(exc).__name__})"
+                ) from None
             if not allowed:
                 raise KeyWithheld(f"{self._label} of token {self._token} may not {use.name.lower()}")
             yield key
@@ -88,7 +90,7 @@ class Pkcs11:
         except exceptions.NoSuchToken:
             raise KmsUnreachable(f"no token {self._token} is present") from None
         except _PIN as exc:
-            raise KeyWithheld(f"token {self._token} does not take the PIN in {self._pin} ({type(exc).__name__})") from None
+            raise KeyWithheld(f"token {self._token} rejects the PIN in {self._pin} ({type(exc).__name__})") from None
         except exceptions.PKCS11Error as exc:
             raise KmsUnreachable(
                 f"the module {self._module} does not open token {self._token} ({type(exc).__name__})"

@@ -1,9 +1,9 @@
-"""What a key management service does for Lacre, and how it fails.
+"""The interface of a key management service, and how it fails.
 
 Rules:
-- A service wraps *data keys*, and never sees what they seal: neither a pool's key nor anything that was sent to the pool.
-- What was wrapped under one context opens under no other one.
-- No error repeats what a service answered: it names the key, and what to do.
+- A service wraps *data keys* only. It never sees what they seal: neither a pool's key nor any request.
+- A key wrapped under one context opens under no other.
+- No error repeats the service's answer: it names the key, and what to do.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Purpose = Literal["pool-key", "receipt-key"]
 
 @dataclass(frozen=True, slots=True)
 class EncryptionContext:
-    """What a wrapped key is for. generation: the pool key's id, of which each generation has its own; 0 for a receipt key.
+    """The use of a wrapped key. generation: the pool key's id; 0 for a receipt key.
 
-    It is no secret: services write it into their own logs.
+    It is not secret: services log it.
     """
 
     purpose: Purpose
@@ -34,14 +34,14 @@ class EncryptionContext:
         return {"generation": str(self.generation), "pool": self.pool, "purpose": self.purpose}
 
     def encode(self) -> bytes:
-        """The one form of it, as associated data."""
+        """The canonical form, for use as associated data."""
         return json.dumps(self.members(), sort_keys=True, separators=(",", ":")).encode()
 
 
 class Kms(Protocol):
-    """One key of one service. scheme: of its address. binds: whether the service itself holds what it wraps to its context.
+    """One key of one service. scheme: of its address. binds: whether the service itself binds wrapped keys to their context.
 
-    Where it does not, the envelope does (see `envelope`). `wrap` and `unwrap` may take seconds, and raise KmsError or
+    If it does not, the envelope does (see `envelope`). `wrap` and `unwrap` may take seconds, and raise KmsError or
     SettingsError.
     """
 
@@ -57,18 +57,18 @@ class Kms(Protocol):
 
 
 class KmsError(LacreError):
-    """A key management service did not do what it was asked. retryable: whether the same may succeed later by itself."""
+    """A KMS operation failed. retryable: whether the same operation may succeed later."""
 
-    remedy = "Look at the service's own log: it says who asked for what."
+    remedy = "Check the service's own log: it shows who asked for what."
     retryable = False
 
 
 class KeyWithheld(KmsError):
-    """The service does not give the key: it is revoked, disabled, destroyed, or not this process's to use."""
+    """The service refuses the key: it is revoked, disabled or destroyed, or this process may not use it."""
 
     remedy = (
-        "Enable the key, or its version, for this process again. Where it was revoked on purpose: remove what it wrapped "
-        "from the pool's folder, and make new keys with `lacre keys rotate`."
+        "Enable the key, or its version, for this process again. If it was revoked on purpose: remove the files it wrapped "
+        "from the pool's folder, then make new keys with `lacre keys rotate`."
     )
 
     def __init__(self, what: str) -> None:
@@ -76,18 +76,18 @@ class KeyWithheld(KmsError):
 
 
 class WrongWrapping(KmsError, VerificationError):
-    """Wrapped by another key, for another pool or generation, or altered since."""
+    """Wrapped with another key, or for another pool or generation, or altered since."""
 
-    remedy = "See that `kms` names the service that wrapped it, and that the file is the pool's own; or restore the file."
+    remedy = "Check that `kms` names the service that wrapped it, and that the file is this pool's. Otherwise restore the file."
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}. {self.remedy}")
 
 
 class KmsUnreachable(KmsError):
-    """The service cannot be reached, or is too busy."""
+    """The service is unreachable or too busy."""
 
-    remedy = "See that the service runs and can be reached from here, and try again."
+    remedy = "Check that the service runs and is reachable from here, then try again."
     retryable = True
 
     def __init__(self, what: str) -> None:
@@ -95,7 +95,7 @@ class KmsUnreachable(KmsError):
 
 
 class ExtraMissing(SettingsError):
-    """What a service needs is not installed."""
+    """The service's library is not installed."""
 
     def __init__(self, extra: str) -> None:
         super().__init__(f"this key management service needs an extra: pip install 'lacre[{extra}]'")

@@ -1,6 +1,6 @@
-"""JSON over HTTP to a key management service: what failed on the way, told apart from what the service said.
+"""JSON over HTTP to a KMS. Separates transport failures from the service's answers.
 
-What a service says is checked before it is used: something else may answer at its address.
+Answers are checked before use: another server may be at the service's address.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lacre.runtime.json_objects import object_in
 from lacre_fabric.keys.kms.protocol import KmsError, KmsUnreachable
 
 TIMEOUT: Final = 10.0  # seconds for each step; a worker's start waits for it
-LONGEST: Final = 30.0  # seconds for a whole answer: one that comes a byte at a time passes every step's limit
-LARGEST: Final = 64 * 1024  # bytes of an answer; a wrapped key and what surrounds it take some 2 KiB
+LONGEST: Final = 30.0  # seconds for a whole answer: one that trickles in passes every step's limit
+LARGEST: Final = 64 * 1024  # bytes of an answer; a wrapped key and what surrounds it take about 2 KiB
 _BUSY: Final = frozenset({408, 429})
 _IDENTITY: Final = {"accept-encoding": "identity"}
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """An answer of `service`. members: of its JSON, {} where it was none."""
+    """An answer of `service`. members: of its JSON object; {} if there is none."""
 
     service: str
     status: int
@@ -42,15 +42,15 @@ class Said:
         for name in place:
             found = found.get(name) if isinstance(found, Mapping) else None
         if not isinstance(found, str):
-            raise KmsError(f"{self.service} answered with something else than a key: see that its address is right")
+            raise KmsError(f"{self.service} answered without a key: check its address")
         return found
 
     def binary(self, *place: str) -> bytes:
-        """Likewise, decoded (base64, RFC 4648 section 4)."""
+        """As `text`, decoded (base64, RFC 4648 section 4)."""
         try:
             return base64.b64decode(self.text(*place), validate=True)
         except binascii.Error as exc:
-            raise KmsError(f"{self.service} answered with no base64: see that its address is right") from exc
+            raise KmsError(f"{self.service} answered with invalid base64: check its address") from exc
 
 
 def base64_text(data: bytes | bytearray) -> str:
@@ -58,14 +58,14 @@ def base64_text(data: bytes | bytearray) -> str:
 
 
 class HttpService:
-    """name: what errors call it."""
+    """name: for error messages."""
 
     def __init__(self, name: str, origin: str) -> None:
         self.name = name
         self._client = httpx2.Client(base_url=origin, timeout=TIMEOUT)
 
     def post(self, path: str, body: Mapping[str, object], headers: Mapping[str, str]) -> Said:
-        """Raises KmsUnreachable: no answer, or one that promises another."""
+        """Raises KmsUnreachable if there is no answer, or if it says to try later."""
         deadline = time.monotonic() + LONGEST
         try:
             with self._client.stream("POST", path, json=body, headers={**headers, **_IDENTITY}) as response:
@@ -77,12 +77,12 @@ class HttpService:
         return Said(self.name, response.status_code, object_in(content) or {})
 
     def _content(self, response: httpx2.Response, deadline: float) -> bytes:
-        """Bounded, and never inflated: what is compressed is no JSON."""
+        """The body, bounded and never decompressed."""
         content = bytearray()
         for piece in response.iter_raw():
             content += piece
             if len(content) > LARGEST:
-                raise KmsError(f"{self.name} answered with more than {LARGEST} bytes: see that its address is right")
+                raise KmsError(f"{self.name} answered with more than {LARGEST} bytes: check its address")
             if time.monotonic() > deadline:
                 raise KmsUnreachable(f"{self.name} took longer than {LONGEST:.0f} s to answer")
         return bytes(content)

@@ -1,10 +1,10 @@
 """The transit engine of HashiCorp Vault or OpenBao: a key of type aes256-gcm96 or chacha20-poly1305, not derived.
 
-`vault://HOST[:PORT]/MOUNT/KEY[?token-file=/PATH][&namespace=NAME]`. The context is transit's `associated_data`. A version of
-the key is revoked by raising the key's `min_decryption_version` past it.
+`vault://HOST[:PORT]/MOUNT/KEY[?token-file=/PATH][&namespace=NAME]`. The context is transit's `associated_data`. To revoke a key
+version, raise the key's `min_decryption_version` above it.
 
-Two requests are all it takes, so there is no client library between: what holds secrets stays small. The token is read anew
-each time: an agent that renews it in its file needs to tell nobody.
+Two requests are enough, so there is no client library: code with secrets stays small. The token is read from its file each
+time, so an agent can renew it at any moment.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lacre_fabric.keys.kms.protocol import EncryptionContext, KeyWithheld, Kms, 
 from lacre_fabric.keys.kms.service import HttpService, Said, base64_text
 from lacre_fabric.keys.secret_files import read_secret
 
-_TOKENS: Final = ("VAULT_TOKEN", "BAO_TOKEN")  # as its own command looks for them, before `~/.vault-token`
+_TOKENS: Final = ("VAULT_TOKEN", "BAO_TOKEN")  # where Vault's own command looks, before `~/.vault-token`
 
 
 def connect(address: Address) -> Kms:
     address.only("token-file", "namespace")
     mount, _, key = address.path.strip("/").rpartition("/")
     if not address.host or not mount or not key:
-        raise SettingsError("vault: wants host, mount and key, such as vault://vault.example:8200/transit/lacre")
+        raise SettingsError("vault: needs host, mount and key, for example vault://vault.example:8200/transit/lacre")
     return Transit(address, mount, key)
 
 
@@ -49,7 +49,7 @@ class Transit:
         try:
             text = wrapped.decode("ascii")
         except UnicodeDecodeError as exc:
-            raise WrongWrapping("the wrapped key is none of transit's") from exc
+            raise WrongWrapping("the wrapped key is not from transit") from exc
         return bytearray(self._ask("decrypt", {"ciphertext": text}, context).binary("data", "plaintext"))
 
     def close(self) -> None:
@@ -66,12 +66,12 @@ class Transit:
         return said
 
     def _refused(self, said: Said, operation: str) -> KeyWithheld | WrongWrapping:
-        """Transit tells all of these by one status, and apart by its words."""
+        """Transit uses one status for all of these, so its message decides."""
         what, words = f"{self._mount}/{self._key} of {self._service.name}", str(said.members.get("errors"))
         if "too old" in words:
             return KeyWithheld(f"{what}: the version that wrapped this was revoked (min_decryption_version)")
         if said.status in (403, 404) or "not found" in words:
-            return KeyWithheld(f"{what}: there is no such key, or this token may not {operation} with it")
+            return KeyWithheld(f"{what}: unknown key, or this token may not {operation} with it")
         return WrongWrapping(f"{what} does not {operation} this")
 
     def _token(self) -> str:

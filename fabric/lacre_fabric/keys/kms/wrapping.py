@@ -1,7 +1,7 @@
-"""A pool's key files, wrapped by a key management service or as they are.
+"""A pool's key files, either wrapped by a KMS or plain.
 
-A file says itself which of both it is. One that is wrapped needs the service; one that is not, where a service is set, is
-refused: whoever can write the folder could else put a key of his own there, and nobody would ask the service.
+Each file says itself whether it is wrapped. A wrapped file needs the KMS. A plain file is refused if a KMS is set: otherwise
+anyone who can write to the folder could add a key of their own without the KMS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lacre_fabric.keys.secret_files import read_secret, write_secret
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """How the keys of one pool are kept. kms: None where they are not wrapped."""
+    """How one pool's keys are stored. kms: None if they are not wrapped."""
 
     kms: Kms | None
     pool: str
@@ -33,11 +33,11 @@ class Keeping:
         return EncryptionContext("receipt-key", self.pool)
 
     def write(self, path: Path, secret: bytes | bytearray, context: EncryptionContext, public: bytes = b"") -> None:
-        """public: what of a signing key everybody may know. Raises KmsError or SettingsError."""
+        """public: the public part of a signing key. Raises KmsError or SettingsError."""
         write_secret(path, self.encoded(secret, context, public))
 
     def encoded(self, secret: bytes | bytearray, context: EncryptionContext, public: bytes = b"") -> bytes | bytearray:
-        """What `write` writes."""
+        """The bytes that `write` writes."""
         return secret if self.kms is None else seal(self.kms, secret, context, public)
 
     def read(self, path: Path, context: EncryptionContext) -> bytearray:
@@ -47,7 +47,7 @@ class Keeping:
             if self.kms is None:
                 return content
             overwrite(content)
-            raise SettingsError(f"{path} is not wrapped, and `kms` is set: `lacre keys rewrap` wraps what is there")
+            raise SettingsError(f"{path} is not wrapped, but `kms` is set: wrap existing keys with `lacre keys rewrap`")
         if self.kms is None:
             raise SettingsError(f"{path} is wrapped by a key management service: set `kms` to its address")
         try:
@@ -59,7 +59,7 @@ class Keeping:
 
 @contextmanager
 def keeping(address: str, pool: str) -> Iterator[Keeping]:
-    """By the service at `address`. Raises SettingsError."""
+    """Uses the KMS at `address`. Raises SettingsError."""
     kms = connect(address)
     try:
         yield Keeping(kms, pool)
