@@ -57,7 +57,7 @@ def test_a_name_that_no_id_can_be_becomes_one(tmp_path: Path) -> None:
 )
 def test_two_models_with_one_id_are_refused_before_either_is_loaded(tmp_path: Path, tables: str) -> None:
     settings = parse(WorkerSettings, f"{WORKER}[[models]]\n{tables}\n", tmp_path / "worker.toml")
-    with pytest.raises(SettingsError, match="have one id"):
+    with pytest.raises(SettingsError, match="share the id"):
         served(settings, AsyncExitStack())
 
 

@@ -42,7 +42,7 @@ def test_nothing_speaks_against_a_good_worker() -> None:
     ("changed", "at", "kind", "said"),
     [
         ({"receipt_key": b"o" * 32}, NOW, "receipt_key", "it is pool b's"),
-        ({"receipt_key": b"x" * 32}, NOW, "receipt_key", "no pool has it"),
+        ({"receipt_key": b"x" * 32}, NOW, "receipt_key", "the manifest has no pool with it"),
         ({"keys": frozenset({fingerprint(FOREIGN)})}, NOW, "keys", "none of the keys"),
         ({"keys": frozenset()}, NOW, "keys", "none of the keys"),
         ({"keys": frozenset({fingerprint(CLASSIC)})}, NOW, "keys", "not the keys 2"),

@@ -244,7 +244,7 @@ async def test_the_api_refuses_by_name() -> None:
     engine.model = dataclasses.replace(engine.model, chat_template=only("m.role != 'system' or loop.first"))
     body = {"model": "tiny", "messages": [USER, said("developer", "Be brief."), USER]}
     request = parse_chat(json.dumps(body).encode())
-    with pytest.raises(RequestRefused, match="leave out the text of a system message that is not the first") as refused:
+    with pytest.raises(RequestRefused, match="omit the text of a system message that is not the first") as refused:
         await chat_prompt(ServedModel(engine), request.messages, (), goes_on=False)
     assert refused.value.param == "messages"
 

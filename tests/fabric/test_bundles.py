@@ -220,7 +220,7 @@ class TestAgain:
     @pytest.mark.parametrize("model", ["My Model (Q4)", "", "modèle", "m" * 129])
     def test_a_model_that_has_no_such_id(self, state: Path, model: str) -> None:
         before = site_of(state)
-        with pytest.raises(SettingsError, match="no model's id"):
+        with pytest.raises(SettingsError, match="is not a valid model id"):
             Bundles(Site(state, {"default": (model,)}), "nats://nats:4222", "http://127.0.0.1:8321").write()
         assert site_of(state) == before
 

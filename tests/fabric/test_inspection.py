@@ -77,7 +77,7 @@ async def test_streams_and_consumers(site: Site) -> None:
         assert "duplicate_window is 1" in told["WORK_a_lacre"]
         assert "max_age is 5.0" in told["KV_claims_b"]
         assert "storage is" in told["KV_budgets"]
-        assert told["KV_trust"] == "it is not there"
+        assert told["KV_trust"] == "missing"
 
 
 async def test_a_full_stream(site: Site) -> None:

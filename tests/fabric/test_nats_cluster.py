@@ -76,7 +76,7 @@ async def test_the_check_has_nothing_to_say(cluster: NatsCluster) -> None:
         while weak := [
             each for each in await inspect(cluster.servers, POOLS, 3, credentials) if each.verdict is not Severity.OK
         ]:
-            assert all("behind or away" in each.detail for each in weak), weak
+            assert all("behind or offline" in each.detail for each in weak), weak
             await asyncio.sleep(0.5)
     cluster.nodes[0].stop(signal.SIGKILL)
     async with asyncio.timeout(20):  # until there are leaders again

@@ -155,4 +155,4 @@ def test_the_command_says_what_it_did(site: Site, local: str) -> None:
     assert again.stdout.count("already moved") == 3
     wrong = subprocess.run([*command[:-1], "file:relative"], capture_output=True, text=True, check=False)
     assert wrong.returncode != 0
-    assert "whole path" in wrong.stderr
+    assert "absolute path" in wrong.stderr

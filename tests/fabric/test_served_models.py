@@ -137,5 +137,5 @@ def test_an_upstream_of_a_persons_own_stays(site: Site) -> None:
     path.write_text(path.read_text().partition("[[models]]")[0] + upstream)
     assert serve(site) == ("big",)
     assert "models" not in tomllib.loads(path.read_text())
-    with pytest.raises(SettingsError, match="leave --model out"):
+    with pytest.raises(SettingsError, match="omit --model"):
         served_models.chosen(path, [Path("/m/A.gguf")])

@@ -376,7 +376,7 @@ async def test_the_check_knows_regions(regions: Regions) -> None:
     assert "placement is eu, should be us" in weak["KV_claims_a"]
     assert "WORK_a_us" not in weak
     weak = {each.check: each.detail for each in await inspect(servers, POOLS, 1, parties, [*REGIONS, "ap"]) if each.remedy}
-    assert weak["WORK_a_ap"] == "it is not there"
+    assert weak["WORK_a_ap"] == "missing"
     assert weak["servers ap"] == "0 servers answer; each stream needs 1"
     away = [{"cluster": {"name": at}} for at in (HOME, AWAY)]
     assert _majority(away, REGIONS).verdict is Severity.WEAK

@@ -217,7 +217,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes, said: str) -
 
 
 def test_a_file_without_end() -> None:
-    with pytest.raises(SettingsError, match="no settings file"):
+    with pytest.raises(SettingsError, match="not a settings file"):
         load(Path("/dev/zero"))
 
 

@@ -70,7 +70,7 @@ async def test_a_worker_that_stands_still_or_cannot_serve_says_no(tmp_path: Path
     while not path.exists():
         await asyncio.sleep(0.01)
     assert wrong_with(path, time.time(), ready=True) is None
-    assert "stood still" in str(wrong_with(path, time.time() + STALE + 1, ready=False))
+    assert "been stuck" in str(wrong_with(path, time.time() + STALE + 1, ready=False))
     state = "draining"
     while path.read_text() != state:
         await asyncio.sleep(0.05)
