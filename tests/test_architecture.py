@@ -19,7 +19,12 @@ MAY_IMPORT = {
     "lacre_backend": {"lacre", "lacre_fabric", "lacre_backend"},
 }
 # What a relay may read. The gateway never holds a pool's private key, and never has the code to use one.
-OF_WIRE_FOR_GATEWAY = {"lacre.wire.header", "lacre.wire.padding"}  # the latter: how long padded messages are, no keys
+# Of `padding`: how long padded messages are, no keys.
+OF_WIRE_FOR_GATEWAY = {
+    "lacre.wire.header",
+    "lacre.wire.outer",
+    "lacre.wire.padding",
+}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -24,7 +24,7 @@ from lacre_backend.engine.model import Gpu, ModelMetadata
 from lacre_backend.engine.protocol import TaskKind
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.keyring import KeyRing
-from lacre_backend.models.gguf import DEFAULT_MODEL, find
+from lacre_backend.models.gguf import find
 from lacre_backend.node.claims_probe import ClaimsProbe
 from lacre_backend.node.node import Identity, Node
 from lacre_backend.node.readiness import Holding, Part, Readiness, alive
@@ -37,7 +37,7 @@ from lacre_fabric.keys.kms.wrapping import Keeping, keeping
 from lacre_fabric.nats.manifest_feed import ManifestFeed, memory_in
 from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.work.model_names import from_file
+from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file
 from lacre_fabric.work.slots import shares
 
 log = structlog.get_logger("lacre.worker")

@@ -11,13 +11,13 @@ from typing import Final
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lacre.wire.header import SEALED_PATH
 from lacre_gateway.gateway import Gateway
 from lacre_gateway.http.access_log import AccessLog
 from lacre_gateway.http.address_limit import AddressLimit
 from lacre_gateway.http.answers import answer_with_problems, described
-from lacre_gateway.http.exchange import App, Receive, Scope, Send
 from lacre_gateway.http.public_api import PATHS, SECURITY
 from lacre_gateway.relay.pools import etag, require
 from lacre_gateway.relay.relay import SealedEndpoint
@@ -30,7 +30,7 @@ class GatewayApp(FastAPI):
     (docs/performance.md).
     """
 
-    sealed: App
+    sealed: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == SEALED_PATH and scope["method"] == "POST":

@@ -13,8 +13,9 @@ import httpx2
 import pytest
 
 import lacre
-from lacre_backend.models.gguf import DEFAULT_MODEL, find
+from lacre_backend.models.gguf import find
 from lacre_fabric.operate.nats_server import free_port
+from lacre_fabric.work.model_names import DEFAULT_MODEL
 from parts.containers import (
     BASE,
     CERTIFICATES,

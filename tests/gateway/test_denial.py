@@ -13,7 +13,8 @@ from lacre.exchange.model_paths import KNOWN
 from lacre.problems import Problem
 from lacre.problems.details import MAX_LISTED
 from lacre.wire.header import Kem
-from lacre_gateway.http.headers import MAX_TOKENS, Action, Shape
+from lacre.wire.outer import MAX_TOKENS
+from lacre_gateway.http.headers import Action, Shape
 from lacre_gateway.policy.cedar import PolicySet
 from lacre_gateway.policy.denial import denied, usable
 from lacre_gateway.policy.question import Question

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from lacre import problems
 from lacre_gateway.budget.in_flight import BodyBytes, BodyReservation, LimitExceeded
-from lacre_gateway.http.exchange import ClientGone, Exchange, Message, Stalled
+from lacre_gateway.http.exchange import ClientGone, Exchange, Stalled
 from lacre_gateway.http.refusal import Refusal
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hostile.attacks import Verdict, attack
 from lacre import problems
@@ -17,7 +18,6 @@ from lacre.runtime.http1 import MAX_HEAD, UnreadableRequest
 from lacre.wire.bhttp import encode_request
 from lacre.wire.header import MEDIA_TYPE_REQUEST
 from lacre.wire.ohttp import seal_request
-from lacre_gateway.http.exchange import App, Receive, Scope, Send
 from lacre_gateway.http.server import Server, bind, make_server
 from lacre_gateway.settings import Listen
 from parts.keys import MODEL
@@ -72,7 +72,7 @@ BARE = re.compile(
 
 @contextlib.asynccontextmanager
 async def opened(
-    honest: Stage, app: App | None = None, context: ssl.SSLContext | None = None, **listen: float
+    honest: Stage, app: ASGIApp | None = None, context: ssl.SSLContext | None = None, **listen: float
 ) -> AsyncIterator[Port]:
     settings = Listen(port=0, drain=1, header_timeout=HEAD_TIMEOUT, **listen)  # type: ignore[arg-type]
     with bind(settings) as listener:

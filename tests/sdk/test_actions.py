@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lacre.errors import UsageError
-from lacre.exchange.request import DEFAULT_MAX_TOKENS, MAX_TOKENS, NO_OUTPUT, Plain, action_of, prepare
+from lacre.exchange.request import DEFAULT_MAX_TOKENS, NO_OUTPUT, Plain, action_of, prepare
+from lacre.wire.outer import MAX_TOKENS
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 import pydantic_core
 from pydantic import BeforeValidator, Field
 
+from lacre.wire.outer import MAX_TOKENS
 from lacre_backend.api.errors import RequestRefused, unsupported
 from lacre_backend.api.messages import MAX_NAME, Messages, check_known, check_turns, has_a_beginning
 from lacre_backend.api.parsed import Echoed, Parsed, check_size, has_infinite, missing, validated
@@ -24,7 +25,6 @@ from lacre_backend.engine.protocol import Grammar, Sampling
 
 MAX_BODY: Final = 7 * 2**20  # bytes; no sealed request is larger
 MAX_N: Final = 16  # choices; each is a sequence in the engine
-MAX_TOKENS: Final = 2**31 - 1  # the engine's counter; the context is the real limit
 MAX_STOP: Final = 4  # OpenAI's
 MAX_STOP_LENGTH: Final = 256  # characters; held-back text is searched for it at each token
 MAX_TOP_LOGPROBS: Final = 20  # OpenAI's

@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from lacre.runtime import tasks
-from lacre_backend.engine.context import Compute, LlamaContext
+from lacre_backend.engine.context import Compute, LlamaContext, Logits
 from lacre_backend.engine.delivery import Outbox, TaskEvents
 from lacre_backend.engine.masks import GRACE, Compiled, Constraint, Masks
 from lacre_backend.engine.model import Model
@@ -44,7 +44,7 @@ from lacre_backend.engine.protocol import (
     check,
 )
 from lacre_backend.engine.rows import Rows
-from lacre_backend.engine.sampling import Logits, Sampler, choose, logprob
+from lacre_backend.engine.sampling import Sampler, choose, logprob
 from lacre_backend.engine.scheduler import Scheduler
 from lacre_backend.engine.sizing import LlamaSettings, derive
 from lacre_backend.engine.text import TextStream

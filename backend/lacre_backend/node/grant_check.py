@@ -10,6 +10,7 @@ from __future__ import annotations
 from lacre.asgi import AUTHORITY, SCHEME, Opened, decoded_path
 from lacre.asgi.admission import SealedRefusal, check_date, check_path
 from lacre.exchange.request import action_of
+from lacre.wire import outer
 from lacre_fabric.work.grants import Grant
 
 
@@ -23,11 +24,11 @@ def _check_copies(opened: Opened, grant: Grant) -> SealedRefusal | None:
     if (request.scheme, request.authority) != (SCHEME, AUTHORITY):
         return _mismatch("authority")
     copies = {
-        "lacre-pool": grant.pool,
-        "lacre-model": grant.model,
-        "lacre-action": grant.action,
-        "lacre-max-tokens": str(grant.max_tokens),
-        "lacre-shape": grant.shape,
+        outer.POOL: grant.pool,
+        outer.MODEL: grant.model,
+        outer.ACTION: grant.action,
+        outer.CEILING: str(grant.max_tokens),
+        outer.SHAPE: grant.shape,
     }
     for name, granted in copies.items():
         if any(value != granted for value in opened.headers(name)):

@@ -39,6 +39,7 @@ from lacre_fabric.work.contract import FabricBusy, FabricLost, FabricRefused, Fa
 CONNECT_TIMEOUT: Final = 5  # seconds for a first connection; reconnecting has no time limit
 MAX_REFUSALS: Final = 3  # consecutive refusals of a credential that worked before; a server may be between two configurations
 API_TIMEOUT: Final = 2.0  # seconds for an answer from JetStream
+STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream or bucket is full, with `discard: new`
 TOO_MANY_REQUESTS: Final = (
     10167  # JSStreamTooManyRequests: more than `max_buffered_msgs` writes were waiting, so this one was not taken
 )

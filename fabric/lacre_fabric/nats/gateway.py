@@ -26,7 +26,7 @@ from lacre.jose.claims import Members
 from lacre.runtime import tasks
 from lacre.runtime.json_objects import parse_object
 from lacre_fabric.nats import orders, subjects
-from lacre_fabric.nats.connection import API_TIMEOUT, TOO_MANY_REQUESTS, Connection
+from lacre_fabric.nats.connection import API_TIMEOUT, STORE_FAILED, TOO_MANY_REQUESTS, Connection
 from lacre_fabric.nats.pool import KEEP, PoolSide, Waiting, read_presence
 from lacre_fabric.nats.regions import Sent, in_order
 from lacre_fabric.nats.revocations import RevocationReader, revoke
@@ -63,7 +63,6 @@ _NO_POOL: Final = "-"  # no pool has this name
 _STATUS_LINE: Final = 64  # bytes of `NATS/1.0` and the empty line, with a margin
 _NO_RESPONDERS: Final = b"NATS/1.0 503"
 _MAX_TEXT: Final = 200  # characters of an error's text, which goes to the log
-_STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the stream is full, with `discard: new`
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ class _Ack:
 
 
 def _refused(error: Mapping[str, Any]) -> FabricError:
-    if error.get("err_code") == _STORE_FAILED:
+    if error.get("err_code") == STORE_FAILED:
         return QueueFull("the pool's queue is full")
     if error.get("err_code") == TOO_MANY_REQUESTS:
         return NoQueue("the pool's queue has too many writes waiting: a client floods it")

@@ -24,7 +24,7 @@ from nats.js.api import DiscardPolicy, Header, StorageType, StreamConfig
 from lacre.errors import InvalidMessage
 from lacre.runtime import tasks
 from lacre_fabric.nats import subjects
-from lacre_fabric.nats.connection import API_TIMEOUT, TOO_MANY_REQUESTS, Connection, Stored
+from lacre_fabric.nats.connection import API_TIMEOUT, STORE_FAILED, TOO_MANY_REQUESTS, Connection, Stored
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_fabric.work.revocations import Revocation
 
@@ -36,7 +36,6 @@ _WALKS: Final = 16  # concurrent reads: each entry takes a round trip
 _EVERY: Final = subjects.revocation("*")
 _NO_BUCKET: Final = "NATS has no bucket of revocations: run `lacre up`, or `lacre manifest publish`"
 _NO_STREAM: Final = 10059  # JSStreamNotFoundErr
-_STORE_FAILED: Final = 10077  # JSStreamStoreFailedF: the bucket is full, with `discard: new`
 _BUSY_LIMIT: Final = 10.0  # seconds to retry: a flood by one connection is cut off sooner
 _BUSY_PAUSE: Final = 0.1  # seconds between tries
 _FULL: Final = (
@@ -92,7 +91,7 @@ async def _put(connection: Connection, revocation: Revocation, *, last: bool) ->
         except nats.js.errors.NoStreamResponseError as exc:
             raise FabricUnavailable(_NO_BUCKET) from exc
         except nats.js.errors.APIError as exc:
-            if exc.err_code == _STORE_FAILED:
+            if exc.err_code == STORE_FAILED:
                 raise RevocationsFull(_FULL.format(name=name, share=SHARE)) from exc
             if exc.err_code == TOO_MANY_REQUESTS and not last:
                 return False

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 import nats.errors
 
 from lacre.errors import SettingsError
+from lacre.runtime.hosts import EXPIRED
 
 _TLS: Final = "tls://"
-_EXPIRED: Final = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 _OTHER_HOST: Final = frozenset({62, 64})  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
 
 
@@ -80,7 +80,7 @@ def distrusted(error: BaseException | None) -> str | None:
         return None
     if not isinstance(error, ssl.SSLCertVerificationError):
         return f"TLS failed ({error.reason or 'cut off'}): does the server require a client certificate (nats.certificate)?"
-    if error.verify_code in _EXPIRED:
+    if error.verify_code in EXPIRED:
         return "its certificate is not valid now: renew it on the server, or correct this machine's clock"
     if error.verify_code in _OTHER_HOST:
         return "its certificate is for another host: use one of its names in nats.url, or issue one for this name"

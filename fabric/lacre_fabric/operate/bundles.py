@@ -33,10 +33,10 @@ from lacre_fabric.keys.secret_files import read_secret, write_secret
 from lacre_fabric.nats import subjects
 from lacre_fabric.operate import dev_issuer, nats_conf, served_models, settings_files
 from lacre_fabric.operate.nats_server import configuration
-from lacre_fabric.operate.served_models import DEFAULT_MODEL
 from lacre_fabric.operate.site import Site, gateway_of, worker_of
 from lacre_fabric.settings import NatsServers, validated
 from lacre_fabric.work import model_names
+from lacre_fabric.work.model_names import DEFAULT_MODEL
 
 NATS_PORT: Final = 4222
 GATEWAY_PORT: Final = 8321

@@ -175,9 +175,9 @@ def keys_init(
     """Create missing root, signer, issuer, gateway and pool keys, and print the root key that applications pin."""
     from lacre.jose.jws import b64u
     from lacre_fabric.nats import subjects
-    from lacre_fabric.operate.served_models import DEFAULT_MODEL
     from lacre_fabric.operate.site import Site
     from lacre_fabric.operate.up import POOL, default_state
+    from lacre_fabric.work.model_names import DEFAULT_MODEL
 
     for name in pool or ():
         subjects.check_name("pool", name)

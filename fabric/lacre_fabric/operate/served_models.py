@@ -17,9 +17,8 @@ from typing import Any, Final
 
 from lacre.errors import SettingsError
 from lacre_fabric.operate import settings_files
-from lacre_fabric.work.model_names import from_file, is_name
+from lacre_fabric.work.model_names import DEFAULT_MODEL, from_file, is_name
 
-DEFAULT_MODEL: Final = "smollm2-135m"
 _ASIDE: Final = "set-aside.toml"
 
 

@@ -50,6 +50,7 @@ from lacre_fabric.nats.servers import Servers
 from lacre_fabric.nats.streams import REPLICAS
 from lacre_fabric.operate import dev_issuer, served_models, settings_files
 from lacre_fabric.settings import NatsServers, validated
+from lacre_fabric.work.model_names import DEFAULT_MODEL
 
 GATEWAY_ID: Final = "g1"
 NODE: Final = "n1"
@@ -79,9 +80,7 @@ class Site:
         content = _read_json(path)
         pools, replicas = content.get("pools"), content.get("replicas", 1)
         if not isinstance(pools, dict) or not all(_are_names(models) for models in pools.values()):
-            raise SettingsError(
-                f'{path}: pools: write each with its models, as {{"default": ["{served_models.DEFAULT_MODEL}"]}}'
-            )
+            raise SettingsError(f'{path}: pools: write each with its models, as {{"default": ["{DEFAULT_MODEL}"]}}')
         for pool in pools:
             subjects.check_name("pool", pool)
         if replicas not in REPLICAS:

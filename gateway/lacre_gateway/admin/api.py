@@ -24,6 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
 from lacre import __version__, problems
 from lacre.errors import LacreError, UsageError
@@ -55,7 +56,6 @@ from lacre_gateway.http.answers import (
     described,
     problem_response,
 )
-from lacre_gateway.http.exchange import Message
 from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.observe.metrics import CONTENT_TYPE, States

@@ -52,10 +52,10 @@ class Amounts:
     def of(self, kind: LimitKind) -> int:
         if kind is LimitKind.MONEY_PER_MONTH:
             return self.money
-        return self.tokens if kind in _TOKENS else self.requests
+        return self.tokens if kind in TOKENS else self.requests
 
 
-_TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY})
+TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY})
 
 
 def caller(plans: Plans, issuer: str, tenant: str, subject: str, named: str | None) -> Caller | None:

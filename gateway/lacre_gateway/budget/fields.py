@@ -17,17 +17,12 @@ from lacre.errors import Detail
 from lacre_gateway.budget.callers import PLAN
 from lacre_gateway.budget.holds import Met, Standing
 from lacre_gateway.budget.plans import LimitKind
-from lacre_gateway.budget.windows import DAY, MINUTE
+from lacre_gateway.budget.windows import DAY, SECONDS
 
 Headers = list[tuple[bytes, bytes]]
 
 _MONTH: Final = 30 * DAY  # the field gives a window's length as one number; `t` gives its true end
-_WINDOWS: Final = {
-    LimitKind.REQUESTS_PER_MINUTE: MINUTE,
-    LimitKind.TOKENS_PER_MINUTE: MINUTE,
-    LimitKind.TOKENS_PER_DAY: DAY,
-    LimitKind.MONEY_PER_MONTH: _MONTH,
-}
+_WINDOWS: Final = {**SECONDS, LimitKind.MONEY_PER_MONTH: _MONTH}
 UNITS: Final = {
     LimitKind.REQUESTS_PER_MINUTE: "requests",
     LimitKind.TOKENS_PER_MINUTE: "tokens",

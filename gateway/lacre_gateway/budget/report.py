@@ -15,13 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lacre_gateway.budget.callers import key_of
+from lacre_gateway.budget.callers import TOKENS, key_of
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record, Window
 from lacre_gateway.budget.windows import label
 
 _LIMIT: Final = re.compile(r"([a-z-]+):(.*)/([a-z_]+)@([0-9]+)", re.DOTALL)
-_TOKENS: Final = frozenset({LimitKind.TOKENS_PER_MINUTE, LimitKind.TOKENS_PER_DAY})
 
 Place = tuple[str, LimitKind, int]  # the key of a budget, its kind, and the window's number
 Settled = Mapping[Place, Mapping[str, int]]  # by the holders of the leases
@@ -127,5 +126,5 @@ def _charged(intent: Mapping[str, Any], outcome: Mapping[str, Any]) -> Iterator[
             continue
         scope, plan, kind, number = parsed[1], parsed[2], LimitKind(parsed[3]), int(parsed[4])
         key = key_of(scope, plan, intent["tenant"], intent["issuer"], intent["subject"])
-        amount = tokens if kind in _TOKENS else outcome.get("money") or 0 if kind is LimitKind.MONEY_PER_MONTH else requests
+        amount = tokens if kind in TOKENS else outcome.get("money") or 0 if kind is LimitKind.MONEY_PER_MONTH else requests
         yield (key, kind, number), amount

@@ -17,13 +17,14 @@ DAY: Final = 86400
 _MONTHS: Final = 12
 ALWAYS: Final = 0  # the only window of limits that do not count by time
 
-_SECONDS: Final = {LimitKind.REQUESTS_PER_MINUTE: MINUTE, LimitKind.TOKENS_PER_MINUTE: MINUTE, LimitKind.TOKENS_PER_DAY: DAY}
+# Of the kinds whose windows have one length.
+SECONDS: Final = {LimitKind.REQUESTS_PER_MINUTE: MINUTE, LimitKind.TOKENS_PER_MINUTE: MINUTE, LimitKind.TOKENS_PER_DAY: DAY}
 
 
 def window(kind: LimitKind, now: float) -> int:
     """The number of the window of `now`, in seconds since the epoch."""
-    if kind in _SECONDS:
-        return int(now // _SECONDS[kind])
+    if kind in SECONDS:
+        return int(now // SECONDS[kind])
     if kind is LimitKind.MONEY_PER_MONTH:
         date = datetime.fromtimestamp(now, UTC)
         return date.year * _MONTHS + date.month - 1
@@ -38,8 +39,8 @@ def windows_at(now: float) -> dict[LimitKind, int]:
 @lru_cache(maxsize=64)
 def bounds(kind: LimitKind, number: int) -> tuple[float, float]:
     """When the window begins and ends, in seconds since the epoch."""
-    if kind in _SECONDS:
-        return float(number * _SECONDS[kind]), float((number + 1) * _SECONDS[kind])
+    if kind in SECONDS:
+        return float(number * SECONDS[kind]), float((number + 1) * SECONDS[kind])
     if kind is LimitKind.MONEY_PER_MONTH:
         return _month(number), _month(number + 1)
     return 0.0, math.inf

@@ -9,8 +9,10 @@ import secrets
 import time
 from typing import Final
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from lacre_fabric.logs import Log
-from lacre_gateway.http.exchange import CUT, REFUSED, App, Message, Receive, Scope, Send
+from lacre_gateway.http.exchange import CUT, REFUSED
 from lacre_gateway.http.headers import address_of
 from lacre_gateway.http.refusal import Refusal
 
@@ -26,7 +28,7 @@ _PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 class AccessLog:
     """app: any ASGI app. log: where to."""
 
-    def __init__(self, app: App, log: Log) -> None:
+    def __init__(self, app: ASGIApp, log: Log) -> None:
         self._app = app
         self._log = log
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
+
+from starlette.types import Receive, Scope, Send
 
 from lacre import problems
 from lacre.evidence import audit_proof
@@ -26,12 +28,6 @@ from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.audit.log import AuditUnavailable, Recorded
 from lacre_gateway.http.headers import Fields, address_of
 from lacre_gateway.http.refusal import RawHeaders, Refusal
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REFUSED: Final = "refused"  # in the scope's state: the refusal that was sent
 CUT: Final = "cut"  # in the scope's state: the answer ended properly, but is not whole

@@ -15,22 +15,15 @@ from enum import StrEnum
 from typing import Any, Final, Self, TypeVar
 
 from lacre import problems
+from lacre.wire import outer
 from lacre.wire.header import MAX_SEALED_REQUEST, MEDIA_TYPE_REQUEST
 from lacre_gateway.http.refusal import Refusal
 
-MAX_TOKENS: Final = 2**31 - 1
-# Names of pools and models are short; the manifest decides whether they exist.
-_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
 _ADDRESS: Final = re.compile(r"[0-9A-Za-z.:%_-]{1,64}")  # IPv4, IPv6 with a zone, or the name of a test's client
 _LENGTH: Final = re.compile(r"[0-9]{1,19}")
 
-_POOL: Final = b"lacre-pool"
-_MODEL: Final = b"lacre-model"
-_ACTION: Final = b"lacre-action"
-_MAX_TOKENS: Final = b"lacre-max-tokens"
-_SHAPE: Final = b"lacre-shape"
-_REQUIRED: Final = (_POOL, _MODEL, _ACTION, _MAX_TOKENS, _SHAPE)
+_REQUIRED: Final = tuple(name.encode() for name in (outer.POOL, outer.MODEL, outer.ACTION, outer.CEILING, outer.SHAPE))
+_POOL, _MODEL, _ACTION, _CEILING, _SHAPE = _REQUIRED
 _READ: Final = frozenset(
     {*_REQUIRED, b"authorization", b"dpop", b"content-type", b"content-length", b"content-encoding", b"traceparent", b"expect"}
 )
@@ -140,7 +133,7 @@ class Fields:
             self._required(_POOL, _name),
             self._required(_MODEL, _name),
             self._required(_ACTION, Action),
-            self._required(_MAX_TOKENS, _count),
+            self._required(_CEILING, _count),
             self._required(_SHAPE, Shape),
         )
 
@@ -159,12 +152,12 @@ def _invalid(name: bytes) -> Refusal:
 
 
 def _name(text: str) -> str:
-    if not _NAME.fullmatch(text):
+    if not outer.is_name(text):
         raise ValueError("not a name of a pool or model")
     return text
 
 
 def _count(text: str) -> int:
-    if not _COUNT.fullmatch(text) or int(text) > MAX_TOKENS:
-        raise ValueError("Lacre-Max-Tokens")
-    return int(text)
+    if (ceiling := outer.ceiling_in(text)) is None:
+        raise ValueError(outer.CEILING)
+    return ceiling

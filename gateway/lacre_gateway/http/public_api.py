@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from lacre.wire import outer
 from lacre.wire.header import MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE
 from lacre_gateway.http.answers import PROBLEM
-from lacre_gateway.http.headers import MAX_TOKENS, Action, Shape
+from lacre_gateway.http.headers import Action, Shape
 
 
 def _object(required: tuple[str, ...], **properties: Any) -> dict[str, Any]:
@@ -44,11 +45,11 @@ PATHS: Final[dict[str, Any]] = {
             "summary": "A sealed request, answered by a sealed response (docs/wire.md).",
             "security": [{"token": []}],
             "parameters": [
-                _header("lacre-pool", **_NAME),
-                _header("lacre-model", **_NAME),
-                _header("lacre-action", enum=[action.value for action in Action]),
-                _header("lacre-max-tokens", type="integer", minimum=1, maximum=MAX_TOKENS),
-                _header("lacre-shape", enum=[shape.value for shape in Shape]),
+                _header(outer.POOL, **_NAME),
+                _header(outer.MODEL, **_NAME),
+                _header(outer.ACTION, enum=[action.value for action in Action]),
+                _header(outer.CEILING, type="integer", minimum=1, maximum=outer.MAX_TOKENS),
+                _header(outer.SHAPE, enum=[shape.value for shape in Shape]),
             ],
             "requestBody": {
                 "required": True,

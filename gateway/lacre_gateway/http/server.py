@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import Final, cast
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from lacre.errors import SettingsError
 from lacre.runtime.listening import BoundedConfig, BoundedProtocol, Door
-from lacre_gateway.http.exchange import App
 from lacre_gateway.http.gathered import GatheredTransport
 from lacre_gateway.http.handshakes import Handshake, Terms, TlsListener
 from lacre_gateway.settings import Listen, Tls
@@ -98,7 +98,7 @@ def load_certificate(context: ssl.SSLContext, tls: Tls) -> None:
 class Config(BoundedConfig):
     """uvicorn's settings for one listener."""
 
-    def __init__(self, app: App, listen: Listen, context: ssl.SSLContext | None) -> None:
+    def __init__(self, app: ASGIApp, listen: Listen, context: ssl.SSLContext | None) -> None:
         door = Door(
             head_timeout=listen.header_timeout,
             connections=room_for(listen.connections),
@@ -170,6 +170,6 @@ class Server(uvicorn.Server):
             await asyncio.wait(self.server_state.tasks, timeout=_ABORT_LIMIT)
 
 
-def make_server(app: App, listen: Listen, context: ssl.SSLContext | None = None) -> Server:
+def make_server(app: ASGIApp, listen: Listen, context: ssl.SSLContext | None = None) -> Server:
     """context: None serves plain HTTP."""
     return Server(Config(app, listen, context))

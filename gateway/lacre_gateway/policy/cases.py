@@ -23,7 +23,7 @@ from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestio
 
 FOLDER: Final = "cases"
 CASE: Final = "case"  # the fault of a case that does not hold, or cannot be read
-_KEMS: Final = {kem.label: kem for kem in Kem}
+KEMS: Final = {kem.label: kem for kem in Kem}
 
 Hour = Annotated[int, Field(ge=0, le=23)]
 
@@ -81,7 +81,7 @@ class SealedRequest(Table):
             model=self.model,
             max_tokens=self.max_tokens,
             sealed_bytes=self.sealed_bytes,
-            kem=_KEMS[self.kem],
+            kem=KEMS[self.kem],
             shape=self.shape,
             address=self.address,
             time=3600.0 * self.hour,

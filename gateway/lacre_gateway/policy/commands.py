@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lacre.cli.output import say_json, say_table
+from lacre.cli.output import AsJson, say_json, say_table
 from lacre.cli.surroundings import read_file, stdin_text, utf8
 from lacre.errors import SettingsError
 from lacre_gateway.audit.commands import KeyOption, parse_key, seconds
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # a command imports its requirements when it runs
 policy_app = typer.Typer(name="policy", help="The rules: check, test and explain them.", no_args_is_help=True)
 
 Folder = Annotated[Path | None, typer.Argument(help="The folder of the rule set; default: the one that ships with Lacre.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _VERDICT = {True: "allow", False: "deny", None: "depends"}
 
 

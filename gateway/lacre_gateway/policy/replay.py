@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from lacre.errors import InvalidMessage
-from lacre.wire.header import Kem
 from lacre_gateway.audit.entries import AdminIntent, Annex, Intent, parse
 from lacre_gateway.auth.tokens import Principal
 from lacre_gateway.http.headers import Action, Shape
+from lacre_gateway.policy.cases import KEMS
 from lacre_gateway.policy.cedar import Decision, PolicySet
 from lacre_gateway.policy.question import AdminAction, AdminQuestion, AnyQuestion, Question
-
-_KEMS: Final = {kem.label: kem for kem in Kem}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ def question_of(members: Mapping[str, Any]) -> AnyQuestion:
             model=members["model"],
             max_tokens=members["max_tokens"],
             sealed_bytes=members["sealed_bytes"],
-            kem=_KEMS[members["kem"]],
+            kem=KEMS[members["kem"]],
             shape=Shape(members["shape"]),
             address=members["address"],
             time=members["time"],

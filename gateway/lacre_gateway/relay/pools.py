@@ -10,6 +10,7 @@ from typing import Final
 from lacre import problems
 from lacre.trust.manifest import Pool
 from lacre.wire.header import SealedHeader
+from lacre.wire.outer import SHAPE
 from lacre_fabric.nats.manifest_feed import ManifestFeed
 from lacre_gateway.http.headers import OuterHeaders
 from lacre_gateway.http.refusal import Refusal
@@ -38,7 +39,7 @@ def pool_for(feed: ManifestFeed, outer: OuterHeaders, header: SealedHeader, now:
     if outer.model not in pool.models:
         raise Refusal(problems.UNKNOWN_POOL, details={"models": pool.models})
     if outer.shape not in pool.shapes:
-        raise Refusal(problems.INVALID_HEADERS, details={"header": "lacre-shape"})
+        raise Refusal(problems.INVALID_HEADERS, details={"header": SHAPE})
     known = (key for key in pool.keys if key.config.key_id == header.key_id and now < key.not_after)
     if not any(key.config.offers(header.suite) for key in known):
         raise Refusal(problems.UNKNOWN_KEY)

@@ -22,10 +22,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Final
 
+from starlette.types import Receive, Scope, Send
+
 from lacre import problems
 from lacre.jose.jws import b64u
 from lacre.trust.manifest import Pool
 from lacre.wire.header import MAX_HEADER, MAX_SEALED_REQUEST, SealedHeader, inspect_request
+from lacre.wire.outer import POOL
 from lacre_fabric.logs import places
 from lacre_fabric.work.contract import Dispatch, FabricError, Work, WorkerLost
 from lacre_fabric.work.frames import FrameKind
@@ -37,7 +40,7 @@ from lacre_gateway.budget.holds import BudgetRefused, Exhausted, Hold
 from lacre_gateway.budget.in_flight import LimitExceeded, Reservation
 from lacre_gateway.budget.settlement import Claim
 from lacre_gateway.gateway import Gateway
-from lacre_gateway.http.exchange import AnswerAborted, Attended, ClientGone, Exchange, Receive, Scope, Send, Stalled
+from lacre_gateway.http.exchange import AnswerAborted, Attended, ClientGone, Exchange, Stalled
 from lacre_gateway.http.headers import OuterHeaders
 from lacre_gateway.http.refusal import Refusal
 from lacre_gateway.policy.cedar import Decision
@@ -165,7 +168,7 @@ def _charged(gateway: Gateway, exchange: Exchange, principal: Principal) -> Iter
     A worker's refusal is charged for its pool alone: it must not keep callers from other pools.
     """
     subject, address = (principal.issuer, principal.subject), exchange.address
-    of_pool = (*subject, exchange.fields.values.get(b"lacre-pool"))
+    of_pool = (*subject, exchange.fields.values.get(POOL.encode()))
     for key in (subject, of_pool):
         gateway.refusals.check(key, address)
     try:

@@ -53,7 +53,7 @@ from lacre.runtime import forks
 from lacre.trust.chain import Trusted
 from lacre.trust.manifest import MAX_DOCUMENT, Manifest, PoolKey
 from lacre.trust.manifest_store import Memory, accept
-from lacre.wire import bhttp
+from lacre.wire import bhttp, outer
 from lacre.wire.header import AUTHORITY, MEDIA_TYPE_REQUEST, MEDIA_TYPE_RESPONSE, SEALED_PATH, Kem
 from lacre.wire.ohttp import seal_request
 from lacre.wire.padding import Shape, request_length, shape_named
@@ -367,18 +367,18 @@ class Sealing:
             taken = ", ".join(pool.shapes)
             raise SettingsError(f"pool {self._pool!r} does not take the shape {self._shape!r}: choose one of {taken}")
         prepared = prepare(call.plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
-        outer = (
-            ("lacre-pool", self._pool),
-            ("lacre-model", prepared.model),
-            ("lacre-action", prepared.action),
-            ("lacre-max-tokens", str(prepared.max_tokens)),
-            ("lacre-shape", self._shape),
+        said = (
+            (outer.POOL, self._pool),
+            (outer.MODEL, prepared.model),
+            (outer.ACTION, prepared.action),
+            (outer.CEILING, str(prepared.max_tokens)),
+            (outer.SHAPE, self._shape),
         )
         padded_to = request_length if self._shape == "pad" else None
         body, header, opener = seal_request(
-            key.config, bhttp.encode_request(self._inner(prepared, call.scope, outer), padded_to=padded_to)
+            key.config, bhttp.encode_request(self._inner(prepared, call.scope, said), padded_to=padded_to)
         )
-        headers = (*outer, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
+        headers = (*said, ("content-type", MEDIA_TYPE_REQUEST), ("incremental", "?1"), ("accept", MEDIA_TYPE_RESPONSE))
         call.attempts += 1
         facts = Facts(header.suite.kem.label, self._shape, len(body), call.attempts, self._checked(call.trusted, key))
         call.facts = self._last = facts

@@ -7,7 +7,6 @@ JSON body, `user`, `metadata`, `safety_identifier` and `prompt_cache_key` are dr
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeGuard
@@ -15,11 +14,11 @@ from typing import Any, Final, TypeGuard
 from lacre.errors import MessageTooLarge, UsageError
 from lacre.exchange.resume_marks import ASK, MEMBER
 from lacre.runtime.json_objects import object_in
+from lacre.wire import outer
 from lacre.wire.header import MAX_SEALED_REQUEST
 
 DEFAULT_MAX_TOKENS: Final = 512  # the SDK's default for each choice; for the action `http`, in KiB
 NO_OUTPUT: Final = 1  # the least value of `Lacre-Max-Tokens`, for actions whose answer holds no tokens
-MAX_TOKENS: Final = 2**31 - 1  # the largest value of `Lacre-Max-Tokens`
 ALLOWED_HEADERS: Final = frozenset({"content-type", "accept", ASK})
 # OpenAI's fields that say who asks. `prompt_cache_key` replaces `user` and is a lasting pseudonym; here the salt does its work,
 # and the salt changes every hour.
@@ -27,12 +26,6 @@ IDENTIFYING_FIELDS: Final = ("user", "metadata", "safety_identifier", "prompt_ca
 # Sealing adds the key encapsulation, a tag for each chunk, headers and padding: less than this together.
 MAX_CONTENT: Final = MAX_SEALED_REQUEST - 2**17
 
-# Headers for a request whose body cannot say it: the model, and how much the answer may hold.
-_MODEL: Final = "lacre-model"
-_MAX_TOKENS: Final = "lacre-max-tokens"
-
-_MODEL_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # policy reads it from an outer header field
-_COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
 # The actions that run a model, each with its path.
 _RUNS: Final = {
     "/v1/chat/completions": "chat",
@@ -93,9 +86,10 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
     body = object_in(plain.content) if action != "http" else None
     allowed = replace(plain, headers=tuple((name, value) for name, value in plain.headers if name in ALLOWED_HEADERS))
     headers = dict(plain.headers)
-    default_model = headers.get(_MODEL, models[0] if models else "")
+    # Headers for a request whose body cannot say it: the model, and how much the answer may hold.
+    default_model = headers.get(outer.MODEL, models[0] if models else "")
     if action == "http":
-        return Prepared(allowed, action, _named(default_model), _asked(headers.get(_MAX_TOKENS)))
+        return Prepared(allowed, action, _named(default_model), _asked(headers.get(outer.CEILING)))
     if body is None:
         ceiling = NO_OUTPUT if action == "inspect" else DEFAULT_MAX_TOKENS
         return Prepared(allowed, action, _named(default_model), ceiling)
@@ -114,7 +108,7 @@ def prepare(plain: Plain, models: Sequence[str], *, keep_identifying_fields: boo
 
 
 def _named(model: str) -> str:
-    if not _MODEL_NAME.fullmatch(model):
+    if not outer.is_name(model):
         raise UsageError("a model's name has 1 to 128 visible ASCII characters: `client.models()` lists the names")
     return model
 
@@ -122,11 +116,10 @@ def _named(model: str) -> str:
 def _asked(ceiling: str | None) -> int:
     if ceiling is None:
         return DEFAULT_MAX_TOKENS
-    if not _COUNT.fullmatch(ceiling) or int(ceiling) > MAX_TOKENS:
-        raise UsageError(
-            f"the header `lacre-max-tokens` must be a number from 1 to {MAX_TOKENS}: the KiB that an answer may hold"
-        )
-    return int(ceiling)
+    if (asked := outer.ceiling_in(ceiling)) is None:
+        wanted = f"must be a number from 1 to {outer.MAX_TOKENS}: the KiB that an answer may hold"
+        raise UsageError(f"the header `{outer.CEILING}` {wanted}")
+    return asked
 
 
 def _ceiling(body: dict[str, Any]) -> int:
@@ -137,7 +130,7 @@ def _ceiling(body: dict[str, Any]) -> int:
     each = next((value for value in asked if _is_count(value)), DEFAULT_MAX_TOKENS)
     each = max(each - _begun(body), 1)
     choices = body.get("n")
-    return min(each * (choices if _is_count(choices) else 1), MAX_TOKENS)
+    return min(each * (choices if _is_count(choices) else 1), outer.MAX_TOKENS)
 
 
 def _begun(body: dict[str, Any]) -> int:

@@ -19,11 +19,11 @@ from typing import Any, Final
 import httpx2
 
 from lacre.errors import Cause
+from lacre.runtime.hosts import EXPIRED
 
 DIALLED: Final = "lacre.dialled"  # of a request's extensions: a `Dialled`
 
 # OpenSSL's numbers of what is wrong with a certificate (X509_V_ERR_*).
-_EXPIRED: Final = frozenset({9, 10})
 _OTHER_NAME: Final = frozenset({62, 63, 64})
 # OpenSSL's words for bytes that are no TLS at all.
 _NOT_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"})
@@ -207,7 +207,7 @@ def _tls(exc: ssl.SSLError, peer: Peer) -> Why:
 
 
 def _trusting(exc: ssl.SSLCertVerificationError, peer: Peer) -> str:
-    if exc.verify_code in _EXPIRED:
+    if exc.verify_code in EXPIRED:
         return "Set this machine's clock; if it is right, the operator must renew the certificate."
     if exc.verify_code in _OTHER_NAME:
         return f"Use the host name that the certificate is for in {peer.setting}, or ask the operator for one with this name."

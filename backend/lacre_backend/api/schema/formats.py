@@ -9,13 +9,10 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Final, TypeAlias
+from typing import Final
 
-from lacre_backend.api.schema.terms import Case, Place
-
-Unknown: TypeAlias = Callable[..., None]  # refuses a keyword, or leaves it to the model
+from lacre_backend.api.schema.terms import Case, Place, Unknown
 
 # Formats that llguidance supports itself.
 FORMATS: Final = {name: name for name in ("email", "hostname", "ipv4", "ipv6", "uuid", "uri")}

@@ -20,14 +20,14 @@ from lacre_backend.api.schema.cases import Cases, SchemaDocument
 from lacre_backend.api.schema.rules import RuleMaker
 from lacre_backend.api.schema.scalars import ANY_OF, BLANK, PRELUDE
 from lacre_backend.api.schema.terms import Literal, NoSchema, SchemaRefused
+from lacre_backend.engine.protocol import NO_FORCING
 
 MAX_VALUES: Final = 5000  # JSON values in one schema
 MAX_LENGTH: Final = 512 * 1024  # characters of all schemas of a request, as JSON
 MAX_DEPTH: Final = 64  # nesting; far below Python's own limit
 # Sum over all `multipleOf` of a request. 700,000 took 6 s of CPU and 300 MB; llguidance has no limit for this.
 MAX_REMAINDERS: Final = 20_000
-_HEAD: Final = '%llguidance {"no_forcing": true}\n'
-_ANY_OBJECT: Final = f"{_HEAD}start: %json {json.dumps({'type': 'object', 'x-guidance': {'whitespace_pattern': BLANK}})}\n"
+_ANY_OBJECT: Final = f"{NO_FORCING}start: %json {json.dumps({'type': 'object', 'x-guidance': {'whitespace_pattern': BLANK}})}\n"
 
 
 class Grammars:
@@ -93,7 +93,7 @@ class Grammars:
         if len(self._schemas) == 1 and rules == "start: @s0\n":
             marks = "".join(f"{mark}\n" for mark in self._marks)
             return marks + self._schemas[0]  # alone, it allows no white space before it
-        grammars = [{"name": "answer", "lark_grammar": _HEAD + rules}]
+        grammars = [{"name": "answer", "lark_grammar": NO_FORCING + rules}]
         grammars += [{"name": f"s{i}", "lark_grammar": source} for i, source in enumerate(self._schemas)]
         return json.dumps({"grammars": grammars})
 

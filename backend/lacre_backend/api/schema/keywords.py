@@ -7,9 +7,9 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from lacre_backend.api.schema.formats import of_string
 from lacre_backend.api.schema.numbers import above, below, bound, exact, number
@@ -24,6 +24,7 @@ from lacre_backend.api.schema.terms import (
     Place,
     Properties,
     SchemaRefused,
+    Unknown,
 )
 
 _KEYWORDS: Final = {
@@ -36,8 +37,6 @@ _KEYWORDS: Final = {
 _OF_TYPE: Final = {keyword: kind for kind, keywords in _KEYWORDS.items() for keyword in keywords}
 _LEAST: Final = ("minLength", "minItems", "minProperties")
 _MOST: Final = ("maxLength", "maxItems", "maxProperties")
-
-Unknown: TypeAlias = Callable[..., None]  # refuses a keyword, or leaves it to the model
 
 
 def demanded(unknown: Unknown, keyword: str, place: Place, case: Case) -> list[Case]:

@@ -7,14 +7,13 @@ Rules:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Final, TypeAlias
+from typing import Final
 
-from lacre_backend.api.schema.terms import MAX_EXACT, Case, Place, SchemaRefused
+from lacre_backend.api.schema.terms import MAX_EXACT, Case, Place, SchemaRefused, Unknown
 
-Unknown: TypeAlias = Callable[..., None]  # refuses a keyword, or leaves it to the model
 MAX_STEP: Final = 10_000  # of `multipleOf`: an automaton stores each remainder
 MIN_STEP: Final = 0.0001
 MAX_STEP_DIGITS: Final = 4

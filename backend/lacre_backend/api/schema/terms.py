@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from lacre_backend.api.schema.patterns import Patterns
 
 TYPES: Final = ("null", "boolean", "number", "string", "array", "object")
 MAX_EXACT: Final = 2**53  # JSON readers do not distinguish all integers beyond this
 MAX_COUNT: Final = 10_000  # of characters, items or properties; far more than a context holds
+
+Unknown: TypeAlias = Callable[..., None]  # refuses a keyword, or leaves it to the model
 
 
 class SchemaRefused(Exception):

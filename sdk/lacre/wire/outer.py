@@ -1,0 +1,29 @@
+"""The outer header fields of a sealed request: all that a gateway's policy and budgets may know of it (docs/wire.md).
+
+The client writes them, the gateway parses them, and the worker compares them with their copies inside the seal.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+POOL: Final = "lacre-pool"
+MODEL: Final = "lacre-model"
+ACTION: Final = "lacre-action"
+CEILING: Final = "lacre-max-tokens"
+SHAPE: Final = "lacre-shape"
+
+MAX_TOKENS: Final = 2**31 - 1  # the largest ceiling: what an engine can count
+_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")  # visible ASCII
+_COUNT: Final = re.compile(r"[1-9][0-9]{0,9}")
+
+
+def is_name(text: str) -> bool:
+    """Of a pool or a model. Whether there is one of that name is for the manifest to say."""
+    return _NAME.fullmatch(text) is not None
+
+
+def ceiling_in(text: str) -> int | None:
+    """None where the text is no ceiling of output tokens."""
+    return int(text) if _COUNT.fullmatch(text) and int(text) <= MAX_TOKENS else None
