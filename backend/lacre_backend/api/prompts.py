@@ -80,7 +80,7 @@ def call_format(served: ServedModel) -> CallFormat:
 
 @contextlib.contextmanager
 def _named(param: str) -> Iterator[None]:
-    """Refuses what the tokenizer refuses, with the field's name. Raises `RequestRefused`."""
+    """Turns the tokenizer's refusal into one with the field's name. Raises `RequestRefused`."""
     try:
         yield
     except TextRefused:

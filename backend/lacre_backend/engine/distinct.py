@@ -31,8 +31,8 @@ _ESCAPED: Final = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|(.))", re.DOTALL)
 _SHORT: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _LITERALS: Final = frozenset({b"true", b"false", b"null"})  # items of other lists
 _PARTS_OF_LITERALS: Final = frozenset({b"tru", b"fals"})  # their `e` does not begin an exponent
-# Bytes that may end an item or make it equal to another: a text's quote; after a number any following byte, its exponent or a
-# zero.
+# Bytes that may end an item or make it equal to another. For a text: its quote. For a number: any byte after it, its exponent,
+# or a zero.
 ENDS_TEXT: Final = b'"'
 _AFTER_NUMBER: Final = b'",]} \n\r\t'
 _EXPONENT: Final = b"eE"

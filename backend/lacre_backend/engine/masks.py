@@ -38,8 +38,8 @@ GRACE: Final = 0.002  # seconds that a step waits for masks that are usually fas
 REHEARSED: Final = 4  # tokens; each takes some tenths of a millisecond
 CLOSE_LIMIT: Final = 1.0  # seconds; the slowest mask takes some hundredths of one
 _STATES: Final = 32_000  # of a grammar's lexer; each takes about 1.5 kB
-# The rest are llguidance's own limits, stated here because admission and the documentation rely on them: 2,000 alternatives at
-# one place, and about 15 ms for the slowest mask.
+# The rest are llguidance's own limits. Admission and the documentation rely on them: 2,000 alternatives at one place, and about
+# 15 ms for the slowest mask.
 _LIMITS: Final = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,

@@ -7,17 +7,17 @@ Rules:
 - It never plans more cells than exist. If running tasks outgrow them, idle caches are removed first. Then a task returns to its
   queue with its generated tokens, to be recomputed: the youngest of the tenant that holds most cells. The oldest task always
   advances.
-- Only the pseudonyms of tenant and caller decide who is next (`turns.py`): who is admitted, whose prompt is read first, and who
-  returns to the queue.
+- Only the pseudonyms of tenant and caller decide whose turn it is (`turns.py`). This applies to admission, to the order of
+  prompts, and to tasks that return to the queue.
 - The scope alone decides about reuse. Cells are reused within one scope, and between the choices of one request, which read
   their prompt once (`choices.py`). Cells without a scope are removed when their request ends.
-- A step's cost depends on the number of slots and of its tokens, never on context length: cells are counts (`cells.py`), and
+- A step's cost depends on the number of slots and of its tokens, never on context length. Cells are counts (`cells.py`), and
   tokens are never copied whole. Prefixes are compared by digests (`tokens.py`).
-- When an answer is read again (resumed here or sent back to its queue), a step takes at most `PIECE` of its tokens and none of
-  its prompt's. llama.cpp computes attention to longer texts with another kernel, whose different rounding changes logits
-  (measured: by up to 1.6). In such pieces the text continues as if nothing had been cut.
-- A plan lists tokens by ascending slot. With a split cache llama.cpp computes neighbouring sequences together and starts again
-  at every gap (measured: 8 of 16 slots take 35 ms a step with gaps, 13 without).
+- An answer is read again if it is resumed here or was sent back to its queue. A step then takes at most `PIECE` of its tokens
+  and none of its prompt's. llama.cpp computes attention to longer texts with another kernel, whose different rounding changes
+  logits (measured: by up to 1.6). In such pieces the text continues as if nothing had been cut.
+- A plan lists tokens by ascending slot. With a split cache llama.cpp computes neighbouring sequences together, and starts again
+  at every gap. Measured: 8 of 16 slots take 35 ms a step with gaps, 13 without.
 - llama.cpp's CPU kernels process rows in fours, and single rows cost much more (7 sequences take 30 ms, 8 take 24). So idle
   slots get one filler token: those in gaps, and those next to the running ones if that makes the count round. The filler is
   removed after the step. It is added only if it lengthens no task's attention: a neighbour's timing must not reveal an idle

@@ -3,8 +3,8 @@
 Rules:
 - A caller is identified by two pseudonyms from the grant (`lacre_fabric.work.grants`), the tenant's and its own. A client can
   influence nothing here: neither with its cache salt, nor with the number of conversations or choices.
-- The tenant with the fewest running tasks is next; among equals, the one with the fewest computed tokens; then the one that has
-  waited longest since its last turn. The callers of that tenant are ordered in the same way.
+- The tenant with the fewest running tasks is next. Among equals it is the one with the fewest computed tokens. After that it is
+  the one that has waited longest since its last turn. The callers of a tenant are ordered in the same way.
 - A newcomer's count starts at that of the least served party. So no one gains by waiting, or loses by having worked alone
   before.
 - A party with nothing waiting and nothing running is forgotten.

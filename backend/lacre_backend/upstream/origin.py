@@ -29,8 +29,8 @@ OF_A_CONNECTION: Final = frozenset(
         b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
     }
 )  # fmt: skip
-# Headers that an upstream must not send to a client: a cookie identifies returning clients, and the others describe a server
-# that the client does not talk to.
+# Headers that an upstream must not send to a client. A cookie identifies returning clients; the others describe a server that
+# the client does not talk to.
 _NOT_PASSED_ON: Final = frozenset({b"set-cookie", b"set-cookie2", b"alt-svc", b"strict-transport-security", b"server", b"via"})
 _OURS: Final = b"lacre-"  # only the worker itself sets such headers
 _PASSED_ON: Final = frozenset({b"content-type", b"accept"})

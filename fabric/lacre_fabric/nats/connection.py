@@ -98,8 +98,8 @@ class Connection:
 
         keep: bytes of the longest useful message. purpose: part of the connection's name, which servers and logs show.
 
-        Raises SettingsError; FabricUntrusted if a server does not prove its identity; or FabricUnavailable, after
-        `CONNECT_TIMEOUT` for each server or as soon as one refuses the credential.
+        Raises SettingsError, or FabricUntrusted if a server does not prove its identity. Raises FabricUnavailable after
+        `CONNECT_TIMEOUT` for each server, or as soon as one refuses the credential.
         """
         servers = Servers.of(servers)
         context = servers.context()

@@ -147,7 +147,7 @@ def fields(block: bytes, *, status: bool) -> dict[str, str]:
     """A message's headers by name; the last one wins. A field that is not in HTTP's form is omitted.
 
     status: whether the first line may be the server's status. That is certain only in a message to an inbox without a reply
-    subject: any publisher can write the same line, and a field of the same name. Raises InvalidMessage.
+    subject. Otherwise any publisher can write the same line, and a field of the same name. Raises InvalidMessage.
     """
     if len(block) > MAX_HEADERS:
         raise InvalidMessage(f"a message with more than {MAX_HEADERS} bytes of headers")

@@ -14,8 +14,8 @@ from lacre_fabric.work.contract import BEAT
 
 
 def in_order(own: str, free: Mapping[str, int]) -> list[str]:
-    """The regions to try, best first: the own region if it has a free slot, then those with most free slots, then the own among
-    busy ones.
+    """The regions to try, best first: the own region if it has a free slot, then those with most free slots. Among busy regions
+    the own comes first.
 
     free: free slots of the workers that serve the model, by region, minus this gateway's recent requests.
     """

@@ -45,7 +45,7 @@ DRAIN: Final = 25  # seconds that running requests have; the container's stop ti
 EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - inside a container's own network; its runtime publishes ports
 
 
-_NATS_CONF: Final = b"""# Yours to edit: TLS, a cluster. What stands below wins over lacre.conf, which is written anew.
+_NATS_CONF: Final = b"""# Edit this file for TLS or a cluster. Lacre rewrites lacre.conf; settings below override it.
 include ./lacre.conf
 """
 _INCLUDED: Final = re.compile(rb"""^\s*include\s+["']?(\./)?lacre\.conf""", re.MULTILINE)

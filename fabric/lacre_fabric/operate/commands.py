@@ -26,7 +26,7 @@ from lacre.cli import manifest_app
 from lacre.cli.output import AsJson, printable, say_table, waiting
 from lacre.runtime import tasks
 
-if TYPE_CHECKING:  # what a command needs is imported when it runs
+if TYPE_CHECKING:  # imported in the command that needs it
     from lacre_fabric.keys.generations import Generation
     from lacre_fabric.nats.connection import Connection
     from lacre_fabric.operate.rotation import Rotated

@@ -2,8 +2,8 @@
 
 Rules:
 - A rule stands for a set of literals and is made once, so that schemas may refer to themselves.
-- Every value that the rules admit is valid under the schema. They admit all valid values, but in one spelling: properties in
-  the schema's order and unnamed ones last, numbers and escapes in one form, and bounded white space.
+- Every value that the rules admit is valid under the schema. They admit all valid values, but in one spelling. Properties come
+  in the schema's order, unnamed ones last. Numbers and escapes have one form, and white space is bounded.
 - If a name occurs twice, JSON readers use the last property. So a property that the schema demands among the unnamed ones comes
   last.
 - A schema whose grammar would have too many alternatives is refused here, by name, before compilation.

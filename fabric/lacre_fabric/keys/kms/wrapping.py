@@ -1,7 +1,7 @@
 """A pool's key files, either wrapped by a KMS or plain.
 
-Each file says itself whether it is wrapped. A wrapped file needs the KMS. A plain file is refused if a KMS is set: otherwise
-anyone who can write to the folder could add a key of their own without the KMS.
+Each file says itself whether it is wrapped. A wrapped file needs the KMS. A plain file is refused if a KMS is set. Otherwise
+anyone who can write to the folder could add their own key without the KMS.
 """
 
 from __future__ import annotations
