@@ -22,7 +22,8 @@ from typing import Final
 
 from lacre.errors import InvalidMessage
 from lacre.evidence.checkpoints import MAX_NOTE
-from lacre_gateway.audit.tiles import decode_bundle, encode_bundle, sync_folder
+from lacre.runtime.private_files import sync_folder
+from lacre_gateway.audit.tiles import decode_bundle, encode_bundle
 
 NAME: Final = "journal"
 OLD: Final = "journal.old"

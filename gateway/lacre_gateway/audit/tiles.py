@@ -14,6 +14,7 @@ from typing import Final
 
 from lacre.errors import InvalidMessage
 from lacre.evidence.merkle import HASH_BYTES
+from lacre.runtime.private_files import sync_folder
 
 WIDTH: Final = 256
 HEIGHT: Final = 8
@@ -74,14 +75,6 @@ def make_folders(path: Path, top: Path) -> None:
     if path != top and not path.is_dir():
         make_folders(path.parent, top)
         path.mkdir(mode=0o700, exist_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_all(handle: int, data: bytes) -> None:
