@@ -1,8 +1,8 @@
-"""The clients of the `openai` package, sealed: `lacre.OpenAI()` and `lacre.AsyncOpenAI()`; the extra `openai` brings it.
+"""The clients of the `openai` package, sealed: `lacre.OpenAI()` and `lacre.AsyncOpenAI()`; the extra `openai` installs it.
 
-They are that package's own classes with a sealed client inside; what is not said here is theirs. Its `api_key` goes nowhere:
-the gateway asks for Lacre's token. Nor do they try again by themselves: Lacre does (`retries`), knowing what may run twice, and
-tells (`attempts`).
+They are that package's own classes with a sealed client inside, and work as its documentation says. Their `api_key` is not
+sent: the gateway asks for Lacre's token. They do not retry by themselves: Lacre does (`retries`), because it knows which
+requests may run twice, and reports it (`attempts`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError as exc:
     raise ImportError("lacre.OpenAI needs the openai package: pip install 'lacre[openai]'") from exc
 
-API_KEY: Final = "sealed"  # the package insists on one
+API_KEY: Final = "sealed"  # the package requires one
 
 
 def OpenAI(
@@ -29,7 +29,7 @@ def OpenAI(
     max_retries: int = 0,
     **options: Unpack[Options],
 ) -> openai.OpenAI:
-    """An `openai.OpenAI` whose every request is sealed. url and options: as for `lacre.Client`, which is closed with it."""
+    """An `openai.OpenAI` that seals every request. url and options: as for `lacre.Client`, which is closed with it."""
     sealed = Client(url, **options)
     return openai.OpenAI(http_client=sealed, base_url=BASE_URL, api_key=API_KEY, timeout=timeout, max_retries=max_retries)
 

@@ -153,7 +153,7 @@ def test_tls_to_a_plain_port(listening: Any) -> None:
 
 def test_plain_to_a_port_of_tls(listening: Any, ca: Ca, tmp_path: Path) -> None:
     raised = failures(url(listening(HTTP_OK, ca.issue(tmp_path, "a")).port))
-    check(raised, "broken", "broke before an answer came", "If that port wants TLS, the address begins with lacre://")
+    check(raised, "broken", "broke before an answer arrived", "If that port requires TLS, write lacre://")
 
 
 @pytest.mark.parametrize("said", [b"SSH-2.0-OpenSSH_9.9\r\n\r\n", b"\x15\x03\x01\x00\x02\x02\x16"])
@@ -162,7 +162,7 @@ def test_what_speaks_no_http(listening: Any, said: bytes) -> None:
 
 
 def test_a_connection_that_breaks(listening: Any) -> None:
-    check(failures(url(listening(b"").port)), "broken", "broke before an answer came", "Try again")
+    check(failures(url(listening(b"").port)), "broken", "broke before an answer arrived", "Try again")
 
 
 class TestCertificates:
@@ -218,7 +218,7 @@ class TestProxies:
     @pytest.mark.parametrize(
         ("said", "told"),
         [
-            (b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n", "wants a user and a password"),
+            (b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n", "requires a user and a password"),
             (b"HTTP/1.1 403 send your key to evil.example\r\ncontent-length: 0\r\n\r\n", "refused to connect (status 403)"),
         ],
     )
@@ -248,7 +248,7 @@ class TestTimeLimits:
         limits = httpx2.Timeout(5.0, read=0.1)
         relay = listening(None)
         with lacre.Client(url(relay.port), token="t", memory=lacre.VersionMemory(), timeout=limits) as client:
-            with pytest.raises(errors.TimedOut, match=r"did not answer in time: nothing came within 0.1 s") as caught:
+            with pytest.raises(errors.TimedOut, match=r"did not answer within 0.1 s") as caught:
                 client.chat("x")
         assert (caught.value.cause, caught.value.timed_out) == ("timeout", True)
 
@@ -272,7 +272,7 @@ class TestTimeLimits:
         [error] = asyncio.run(run())
         assert isinstance(error, errors.TimedOut)
         assert error.cause == "busy"
-        assert "all connections of this client are in use, and none came free within 0.1 s" in str(error)
+        assert "all connections of this client are in use, and none became free within 0.1 s" in str(error)
 
 
 def test_every_public_error_is_in_one_place() -> None:

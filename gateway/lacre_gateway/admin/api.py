@@ -108,7 +108,7 @@ class _Limited(APIRoute):
 
 
 class _Guarded(APIRoute):
-    """Likewise, and of somebody who is known. FastAPI by itself would read the whole body first, whoever sent it."""
+    """Likewise, and only for known callers. FastAPI by itself would read an unknown caller's body first."""
 
     def get_route_handler(self) -> Handler:
         handler, takes_body = super().get_route_handler(), self.body_field is not None

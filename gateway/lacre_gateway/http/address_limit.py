@@ -1,12 +1,12 @@
-"""How many calls a minute one address may make to the manifest and to the admin listener, counted by slowapi.
+"""Limits how many calls a minute one address may make to the manifest and to the admin listener; slowapi counts them.
 
-Sealed requests do not pass here: their limits are in `lacre_gateway.auth.throttle`, in plans and in `limits`. Nor do the health
-checks, which a load balancer or kubelet makes from one address.
+Sealed requests have limits of their own: `lacre_gateway.auth.throttle`, plans and `limits`. Health checks have none, because a
+load balancer or kubelet makes them from one address.
 
 Rules:
-- The count is taken before a token is looked at and before a body is read.
-- slowapi skips a call whose key is empty, so no key is. Its own settings (`.env`, `RATELIMIT_*`) do not switch it off.
-- slowapi's middleware is not used: it lets all routes pass that come from an included router (docs/decisions/slowapi.md).
+- A call is counted before its token is checked and before its body is read.
+- slowapi skips a call whose key is empty, so no key is empty. Its own settings (`.env`, `RATELIMIT_*`) do not switch it off.
+- slowapi's middleware is not used: it skips all routes of an included router (docs/decisions/slowapi.md).
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from lacre_gateway.http.exchange import REFUSED
 from lacre_gateway.http.headers import address_of
 from lacre_gateway.http.refusal import Refusal
 
-NAME: Final = "calls_per_address"  # the limit's, in the settings and in problem documents
-_UNKNOWN: Final = "unknown"  # all callers whose address nobody tells share one count
+NAME: Final = "calls_per_address"  # of the limit, in the settings and in problem documents
+_UNKNOWN: Final = "unknown"  # all callers without a known address share one count
 
 
 class AddressLimit:
-    """Of one app, over all its limited routes together. per_minute: calls of one address or IPv6 /64."""
+    """The limit of one app, over all its limited routes together. per_minute: calls of one address or IPv6 /64."""
 
     def __init__(self, per_minute: int) -> None:
         self._ceiling = per_minute
         self._limiter = Limiter(_network, storage_uri="memory://", strategy="fixed-window", key_style="endpoint")
-        self._limiter.enabled = True  # whatever `RATELIMIT_ENABLED` says
-        self._limiter.logger.propagate = False  # it would name the address; the access log tells of each refusal
+        self._limiter.enabled = True  # even if `RATELIMIT_ENABLED` says no
+        self._limiter.logger.propagate = False  # it would log the address; the access log has each refusal
         self.check = self._limiter.limit(f"{per_minute}/minute")(_counted)
 
     def install(self, app: FastAPI) -> None:
-        """For the app's routes that ask `check`, a FastAPI dependency."""
+        """For the app's routes that depend on `check`, a FastAPI dependency."""
         app.add_exception_handler(RateLimitExceeded, self._answer)
 
     def _answer(self, request: Request, _error: Exception) -> Response:
@@ -54,7 +54,7 @@ class AddressLimit:
 
 
 async def _counted(request: Request) -> None:
-    """What slowapi counts. It raises RateLimitExceeded in place of calling this."""
+    """The function that slowapi counts. slowapi raises RateLimitExceeded instead of calling it."""
 
 
 def _network(request: Request) -> str:

@@ -1,11 +1,11 @@
-"""What a streamed chat answer says: put together event by event, and known at any time.
+"""The content of a streamed chat answer, joined event by event, and readable at any time.
 
 `stream_async` and `stream_sync` have the classes that read it.
 
 Rules:
-- What came is never dropped: text, calls, every choice stay in the stream, whatever ended it.
-- What is not known (yet, or never) is None or empty, and never an error: a program that leaves an answer, or is cancelled,
-  reads what there is.
+- Nothing received is dropped: text, calls and every choice stay in the stream, however it ends.
+- A value that is not known (yet, or ever) is None or empty, and never an error. So a program that leaves an answer, or is
+  cancelled, can read the part so far.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lacre.evidence.recount import Recount, Tokenizer, Written
 from lacre.evidence.verification import Verification
 from lacre.runtime.forks import StaysInProcess
 
-DONE: Final = "[DONE]"  # what ends a stream of events in OpenAI's format
-# Why a stream that is being read cannot be closed.
+DONE: Final = "[DONE]"  # ends a stream of events in OpenAI's format
+# The error's text when a program closes a stream that is being read.
 CANCEL_TASK: Final = "another task reads this answer: cancel that task instead"
 LEAVE_TO_THREAD: Final = "another thread reads this answer: let it end, or let that thread close it"
-_HEAD: Final = ("created", "system_fingerprint", "service_tier")  # of a chunk: what a whole answer says too
+_HEAD: Final = ("created", "system_fingerprint", "service_tier")  # members of a chunk that a whole answer has too
 
 
 @contextmanager
 def events_of(response: httpx2.Response) -> Iterator[httpx2.EventSource]:
-    """Reads an answer's events. Raises InvalidMessage if it is no stream of events, or one event is above httpx2's limit."""
-    # The format is UTF-8 (WHATWG HTML section 9.2.5), after a byte order mark or none. A codec that the answer names could
+    """Reads an answer's events. Raises InvalidMessage if it is not an event stream, or one event exceeds httpx2's limit."""
+    # The format is UTF-8 (WHATWG HTML section 9.2.5), with or without a byte order mark. A codec that the answer names could
     # inflate it, or fail in its own way.
     response.encoding = "utf-8-sig"
     try:
@@ -46,15 +46,15 @@ def events_of(response: httpx2.Response) -> Iterator[httpx2.EventSource]:
 
 
 class Deltas:
-    """A stream of chat completion chunks, event by event, put together.
+    """A stream of chat completion chunks, joined event by event.
 
-    facts: of the exchange, from the head of the answer on. left: whether the program gave up the rest.
-    usage, receipt: of an answer that ended whole, verified; None until then.
+    facts: of the exchange, from the head of the answer on. left: whether the program gave up the rest. usage, receipt: of an
+    answer that ended whole, verified; None until then.
     """
 
     def __init__(self) -> None:
         self._done = False
-        self._told: dict[str, Any] | None = None  # the usage, as the worker says
+        self._told: dict[str, Any] | None = None  # the usage that the worker claims
         self._choices: dict[int, Growing] = {}
         self._head: dict[str, Any] = {}
         self.written = Written()
@@ -66,7 +66,7 @@ class Deltas:
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """As far as they came."""
+        """The choices so far."""
         growing = sorted(self._choices.items())
         return tuple(Choice.parse(each.whole(), index) for index, each in growing)
 
@@ -76,7 +76,7 @@ class Deltas:
 
     @property
     def text(self) -> str:
-        """The first choice's, so far."""
+        """The first choice's text so far."""
         return "" if self.first is None else self.first.text
 
     @property
@@ -84,7 +84,7 @@ class Deltas:
         return self._choices[0].finish_reason if 0 in self._choices else None
 
     def feed(self, data: str) -> list[StreamEvent]:
-        """What one event of the stream says; sometimes nothing. Raises InvalidMessage, or ApiError for the worker's error."""
+        """The events in one event of the stream; sometimes none. Raises InvalidMessage, or ApiError for the worker's error."""
         if self._done or data == DONE:
             self._done = True
             return []
@@ -109,30 +109,32 @@ class Deltas:
         return events
 
     def close(self, facts: Facts) -> None:
-        """The stream has ended. Raises TruncatedStream before `[DONE]`, and InvalidReceipt where usage and receipt differ."""
+        """The stream has ended. Raises TruncatedStream before `[DONE]`, and InvalidReceipt if usage and receipt differ."""
         if not self._done or facts.receipt is None:
-            raise TruncatedStream("the answer ended before its last event: what came so far is not the whole of it")
+            raise TruncatedStream("the answer ended before its last event: the received part is not the whole answer")
         self.usage = checked_usage(self._told, claimed(facts, facts.receipt))
         self.receipt = facts.receipt
 
     def reply(self) -> Reply:
-        """The whole answer. Raises UsageError where it did not end whole, InvalidMessage where no choice came."""
+        """The whole answer. Raises UsageError if it did not end whole, InvalidMessage if it has no choice."""
         if self.usage is None or self.facts is None:
             why = "it was given up" if self.left else "it ended with an error, which was raised"
-            raise UsageError(f"there is no whole answer, for {why}: the stream's `text` and `choices` hold what came")
+            raise UsageError(
+                f"there is no whole answer, because {why}: the stream's `text` and `choices` hold the received part"
+            )
         body = {"id": self.id, "object": "chat.completion", **self._head, "model": self.model}
         choices = [self._choices[index].whole() for index in sorted(self._choices)]
         return Reply.of({**body, "choices": choices, "usage": self._told}, self.facts)
 
 
 class StreamedAnswer(StaysInProcess):
-    """What a stream knows of its answer, at any time: what is not known is None, or empty.
+    """The known part of an answer, at any time: unknown values are None, or empty.
 
-    `usage` and `receipt` are a whole answer's, verified; None until it has ended whole. What is known of the exchange
-    (`facts`, `verification`, `attempts`, `parts`, `receipts`, `audit`) is there from the first event on, and stays.
+    `usage` and `receipt` are those of a whole answer, verified; None until it has ended whole. The facts of the exchange
+    (`facts`, `verification`, `attempts`, `parts`, `receipts`, `audit`) exist from the first event on, and stay.
     """
 
-    _holds = "an answer that is on its way"
+    _holds = "an unfinished answer"
     _deltas: Deltas
 
     def __repr__(self) -> str:
@@ -141,22 +143,22 @@ class StreamedAnswer(StaysInProcess):
 
     @property
     def text(self) -> str:
-        """The first choice's, so far."""
+        """The first choice's text so far."""
         return self._deltas.text
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The first choice's, so far: the last one's arguments may be cut short until the answer has ended."""
+        """The first choice's calls so far: the last one's arguments may be cut short until the answer has ended."""
         return () if self._deltas.first is None else self._deltas.first.tool_calls
 
     @property
     def choices(self) -> tuple[Choice, ...]:
-        """All choices, as far as they came."""
+        """All choices so far."""
         return self._deltas.choices
 
     @property
     def message(self) -> Mapping[str, Any] | None:
-        """The first choice's, to be appended to `messages` for the next turn."""
+        """The first choice's message, to append to `messages` for the next turn."""
         return None if self._deltas.first is None else self._deltas.first.message
 
     @property
@@ -178,41 +180,43 @@ class StreamedAnswer(StaysInProcess):
 
     @property
     def receipt(self) -> Receipt | None:
-        """The pool's signed word on what was used, verified, and equal to `usage`; of a resumed answer, on its last request."""
+        """The pool's signed statement of the usage, verified, and equal to `usage`; for a resumed answer, of its last
+        request.
+        """
         return self._deltas.receipt
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
-        """Of every request that the answer took and that ended in order; one whose worker was lost brings none."""
+        """The receipts of all requests that ended properly; a request whose worker was lost has none."""
         return () if self.facts is None else self.facts.receipts
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What the requests took that broke off: their prompt was paid for, and `usage` counts it too."""
+        """The usage of requests that broke off: their prompts were paid for, and `usage` includes them."""
         return () if self.facts is None else tuple(self.facts.parts)
 
     @property
     def facts(self) -> Facts | None:
-        """What is known of the exchange: the KEM, the sizes, the attempts."""
+        """The facts of the exchange: the KEM, the sizes, the attempts."""
         return self._deltas.facts
 
     @property
     def audit(self) -> AuditProof | None:
-        """The gateway's proof, verified, that it recorded this request; worth keeping."""
+        """The gateway's verified proof that it recorded this request; worth keeping."""
         return None if self.facts is None else self.facts.audit
 
     @property
     def verification(self) -> Verification | None:
-        """What was checked, and with what."""
+        """Every check of the answer, with its keys."""
         return None if self.facts is None else self.facts.verification
 
     @property
     def attempts(self) -> int:
-        """How often the request was sealed and sent, as far as that is known; 0 before the answer begins."""
+        """How often the request was sealed and sent, as far as known; 0 before the answer begins."""
         return 0 if self.facts is None else self.facts.attempts
 
     def recount(self, tokenizer: Tokenizer | None = None) -> Recount | None:
-        """The answer's tokens counted again, as far as that can be done here. tokenizer: how many tokens a text has.
+        """Counts the answer's tokens again, as far as a client can. tokenizer: returns the number of tokens of a text.
 
         None unless the answer has ended whole.
         """

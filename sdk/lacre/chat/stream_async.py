@@ -1,4 +1,4 @@
-"""A streamed chat answer: iterate over its text or its events; once it has ended, it knows its usage and its receipt."""
+"""A streamed chat answer: iterate over its text or its events; after its end it has a usage and a receipt."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lacre.errors import UsageError
 
 
 class AsyncChatStream(StreamedAnswer, AsyncIterator[str]):
-    """The pieces of an answer's text. The request is sent when the first is asked for; `aclose` gives up the rest.
+    """The pieces of an answer's text. Iterating sends the request; `aclose` gives up the rest.
 
-    Iterating gives the first choice's text, and keeps everything else: `tool_calls`, `choices`. `events` gives all of it live.
+    Iterating yields the first choice's text, and keeps everything else: `tool_calls`, `choices`. `events` yields all of it
+    live.
     """
 
     def __init__(self, events: AsyncGenerator[StreamEvent], deltas: Deltas) -> None:
@@ -29,13 +30,13 @@ class AsyncChatStream(StreamedAnswer, AsyncIterator[str]):
         raise StopAsyncIteration
 
     def events(self) -> AsyncIterator[StreamEvent]:
-        """What is still to come, of all choices: text, calls, reasoning, refusals, ends."""
+        """The remaining events of all choices: text, calls, reasoning, refusals, ends."""
         if cast("AsyncGeneratorType[StreamEvent]", self._events).ag_running:
             raise UsageError("another task reads this answer: give it to one task at a time")
         return self._events
 
     async def reply(self) -> Reply:
-        """The whole answer: reads what is still to come. Raises what iterating raises; UsageError after it was given up."""
+        """The whole answer: reads the rest first. Raises what iterating raises; UsageError after it was given up."""
         async for _ in self.events():
             pass
         return self._deltas.reply()

@@ -1,5 +1,5 @@
 # Generated from stream_async.py by tools/unasync.py: do not edit.
-"""A streamed chat answer: iterate over its text or its events; once it has ended, it knows its usage and its receipt."""
+"""A streamed chat answer: iterate over its text or its events; after its end it has a usage and a receipt."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from lacre.errors import UsageError
 
 
 class ChatStream(StreamedAnswer, Iterator[str]):
-    """The pieces of an answer's text. The request is sent when the first is asked for; `close` gives up the rest.
+    """The pieces of an answer's text. Iterating sends the request; `close` gives up the rest.
 
-    Iterating gives the first choice's text, and keeps everything else: `tool_calls`, `choices`. `events` gives all of it live.
+    Iterating yields the first choice's text, and keeps everything else: `tool_calls`, `choices`. `events` yields all of it
+    live.
     """
 
     def __init__(self, events: Generator[StreamEvent], deltas: Deltas) -> None:
@@ -30,13 +31,13 @@ class ChatStream(StreamedAnswer, Iterator[str]):
         raise StopIteration
 
     def events(self) -> Iterator[StreamEvent]:
-        """What is still to come, of all choices: text, calls, reasoning, refusals, ends."""
+        """The remaining events of all choices: text, calls, reasoning, refusals, ends."""
         if cast("GeneratorType[StreamEvent]", self._events).gi_running:
             raise UsageError("another thread reads this answer: give it to one thread at a time")
         return self._events
 
     def reply(self) -> Reply:
-        """The whole answer: reads what is still to come. Raises what iterating raises; UsageError after it was given up."""
+        """The whole answer: reads the rest first. Raises what iterating raises; UsageError after it was given up."""
         for _ in self.events():
             pass
         return self._deltas.reply()

@@ -1,6 +1,6 @@
-"""The clients that applications use: `httpx2` clients whose every request is sealed, with chat in a word.
+"""The clients that applications use: `httpx2` clients that seal every request, with methods for chat.
 
-Open `_async.py` first. `tools/unasync.py` writes `_sync.py` from it; `settings.py` has what both are set to.
+Open `_async.py` first. `tools/unasync.py` writes `_sync.py` from it; `settings.py` has the defaults of both.
 """
 
 from lacre.client._async import AsyncClient
@@ -11,4 +11,4 @@ from lacre.client.settings import BASE_URL, DEFAULT_RESUMES, DEFAULT_TIMEOUT, Ev
 __all__ = ["BASE_URL", "DEFAULT_RESUMES", "DEFAULT_TIMEOUT", "AsyncClient", "Client", "EventHooks", "fetch_manifest"]
 
 for _client in (AsyncClient, Client):
-    _client.__module__ = __name__  # where programs find it, for its representation and what errors call it
+    _client.__module__ = __name__  # its public place, for its representation and for errors

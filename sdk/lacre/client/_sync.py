@@ -1,5 +1,5 @@
 # Generated from _async.py by tools/unasync.py: do not edit.
-"""The client that applications use: an `httpx2.Client` whose every request is sealed, with chat in a word."""
+"""The client that applications use: an `httpx2.Client` that seals every request, with methods for chat."""
 
 from __future__ import annotations
 
@@ -43,27 +43,25 @@ from lacre.wire.padding import Shape
 
 
 class Client(SealingClient):
-    """A sealed client. It *is* an `httpx2.Client` with its base URL set:
-    `client.post("/v1/chat/completions", json=...)`.
+    """A sealed client. It *is* an `httpx2.Client` with its base URL set: `client.post("/v1/chat/completions",
+    json=...)`.
 
-    url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` if None.
-    token: the access token, a callable that returns one, asked before each request, or OAuth2 `ClientCredentials`;
-    `LACRE_TOKEN` if None. An empty one is refused: it never stands for the environment's. Async clients take async callables.
-    dpop: the key that the token is bound to, where it is (RFC 9449); the one in the file `LACRE_DPOP_KEY` if None.
-    pool: the pool of workers to seal to. kem: the key encapsulation that is accepted, or several, the preferred first.
-    shape: `pad` fills requests and answers up to lengths that say little, for which an answer that is no event stream comes in
-    pieces of 16 KiB; `none` does not.
-    keep_identifying_fields: seal `user`, `metadata`, `safety_identifier` and `prompt_cache_key` too, instead of dropping them.
-    retries: how often a request is sent anew, sealed afresh, where nothing of an answer came, or the gateway asks to come back
-    within 10 s; `attempts` counts. Without a number: twice, and for 30 s where it certainly did not run.
-    resume: how often an answer that broke off is resumed at most; 0 for never. After two workers that may be lost by it, never.
-    max_concurrency: how many requests may be on their way at once; the others wait for their turn. A stream counts until it was
-    read to the end or left. None for no limit. An async client counts in each event loop.
-    memory: where the newest manifest seen is remembered; a file under `$XDG_STATE_HOME` by default.
+    url: the connection string `lacre://host[:port]?trust=ROOT`; `LACRE_URL` if None. token: the access token, a callable that
+    returns one for each request, or OAuth2 `ClientCredentials`; `LACRE_TOKEN` if None. An empty one is refused and never
+    replaced by the environment's. Async clients accept async callables. dpop: the key that the token is bound to, if it is
+    bound (RFC 9449); the one in the file `LACRE_DPOP_KEY` if None. pool: the pool of workers to seal to. kem: the accepted key
+    encapsulation, or several, the preferred first. shape: `pad` pads requests and answers to lengths that reveal little; an
+    answer that is not an event stream then arrives in pieces of 16 KiB. `none` does not pad. keep_identifying_fields: also seal
+    `user`, `metadata`, `safety_identifier` and `prompt_cache_key`, instead of dropping them. retries: how often to send a
+    request again, freshly sealed, if none of its answer arrived, or if the gateway asks to come back within 10 s; `attempts`
+    counts them. Default: twice, and for 30 s if the request certainly did not run. resume: how often to resume an answer that
+    broke off; 0: never. Never after two workers that the request may have ended. max_concurrency: how many requests may run at
+    once; the others wait for their turn. A stream counts until it is read to the end or left. None: no limit. An async client
+    counts in each event loop. memory: where to remember the newest manifest seen; default: a file under `$XDG_STATE_HOME`.
     verify, proxy, limits, transport: of the connection to the gateway, as in `httpx2.Client`.
 
-    Every request may raise LacreError; a refusal by the gateway and an error from the worker are responses for
-    `client.post` and exceptions for `chat` and `chat_stream`.
+    Every request may raise LacreError. A refusal by the gateway and an error from the worker are responses for `client.post`
+    and exceptions for `chat` and `chat_stream`.
     """
 
     def __init__(
@@ -121,9 +119,9 @@ class Client(SealingClient):
     ) -> Reply:
         """One whole answer.
 
-        messages: a string, or messages in OpenAI's form; params: any parameter of OpenAI's chat completions.
-        timeout: of this call, in seconds. extra_body: further members of the body, as `openai` has it; so `extra_headers`, of
-        which only what does not say who asks is sealed, and `extra_query`. Raises UsageError for what is wrong with these.
+        messages: a string, or messages in OpenAI's form; params: any parameter of OpenAI's chat completions. timeout: of this
+        call, in seconds. extra_body, extra_query, extra_headers: as in `openai`; headers that say who asks are not sealed.
+        Raises UsageError for a wrong argument.
         """
         request = ChatRequest.of(
             messages,
@@ -146,10 +144,11 @@ class Client(SealingClient):
         extra_body: Mapping[str, Any] | None = None,
         **params: Any,
     ) -> ChatStream:
-        """The answer as it comes: iterate for its text, over `events()` for all of it, or take `reply()`. As for `chat`.
+        """The answer as it arrives: iterate for its text, over `events()` for all of it, or call `reply()`. Arguments: see
+        `chat`.
 
-        An answer that breaks off is resumed (`resume`). Iterating raises StreamBroken where it cannot be: the pieces until then
-        are not the whole of it.
+        An answer that breaks off is resumed (`resume`). If it cannot be, iterating raises StreamBroken: the pieces so far are
+        not the whole answer.
         """
         request = ChatRequest.of(
             messages,
@@ -176,7 +175,7 @@ class Client(SealingClient):
 
     @property
     def verification(self) -> Verification:
-        """What was checked, and with what, of the newest request; before the first one, what there is."""
+        """Every check of the newest request, with its keys; before the first request, the checks so far."""
         return self._sealed.verification
 
     def models(self) -> tuple[str, ...]:

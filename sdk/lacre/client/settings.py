@@ -1,4 +1,4 @@
-"""What a client of a gateway is set to where its caller says nothing, and how what the caller says is read."""
+"""The defaults of a gateway's clients, and the reading of their arguments."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BASE_URL: Final = f"{ORIGIN}/v1"
 # Reading waits for the queue (30 s) and a long prompt's prefill; the other steps are quick.
 DEFAULT_TIMEOUT: Final = httpx2.Timeout(10.0, read=120.0, write=60.0, pool=120.0)
 
-# A gateway may restart twice while a long answer is on its way, and a connection be cut. What may be a worker's end counts
-# apart, and is followed once (`lacre.exchange.retry`).
+# During a long answer, a gateway may restart twice and a connection may break. A possible end of a worker is counted
+# separately, and the answer resumed once after it (`lacre.exchange.retry`).
 DEFAULT_RESUMES: Final = 3
 
 EventHooks = Mapping[str, list[Any]]
-Timeout = httpx2.Timeout | float | None | EllipsisType  # of one call; `...` is the client's own
+Timeout = httpx2.Timeout | float | None | EllipsisType  # of one call; `...`: the client's own
 OUTER_HEADERS: Final = {"user-agent": f"lacre/{__version__}"}
 
 
@@ -34,7 +34,7 @@ def memory_of(given: Memory | None) -> Memory:
     if given is None:
         return VersionFile.default()
     if isinstance(given, type) or not callable(getattr(given, "update", None)):
-        raise UsageError("memory: lacre.VersionMemory(), a lacre.VersionFile or another with `update` is wanted")
+        raise UsageError("memory must be a lacre.VersionMemory(), a lacre.VersionFile or another object with `update`")
     return given
 
 
@@ -47,7 +47,7 @@ def proof_key_of(given: ProofKey | None) -> ProofKey | None:
         path = os.environ.get("LACRE_DPOP_KEY")
         return ProofKey.load(path) if path else None
     if not isinstance(given, ProofKey):
-        raise UsageError(f"dpop: a lacre.ProofKey is wanted, not {arguments.kind_of(given)}: lacre.ProofKey.load(path)")
+        raise UsageError(f"dpop must be a lacre.ProofKey, not {arguments.kind_of(given)}: use lacre.ProofKey.load(path)")
     return given
 
 

@@ -1,10 +1,10 @@
-"""Clients of an app that is served with `lacre.asgi.Sealed`: no gateway between, and the app's key pinned here.
+"""Clients of an app that is served with `lacre.asgi.Sealed`: without a gateway, and with the app's key pinned here.
 
 Rules:
-- The request is sealed to a key whose pin the caller gave, or it does not leave. What the server publishes is a choice among
+- A request leaves only if it is sealed to a key whose pin the caller gave. The server's published list only chooses among
   those, and proves nothing by itself.
-- What the application sends is inside, its headers and its token too: the app is the party that it trusts. Outside is nothing
-  that tells one caller from another, but the address.
+- Everything that the application sends is sealed, its headers and its token too, because it trusts the app. Outside, only the
+  address tells one caller from another.
 - There is no manifest here, no receipt and no audit proof.
 
 Open `sealing.py` first. `tools/unasync.py` writes `_sync.py` from `_async.py`.
@@ -17,4 +17,4 @@ from lacre.direct.sealing import BASE_URL, DirectSealing
 __all__ = ["BASE_URL", "AsyncClient", "Client", "DirectSealing"]
 
 for _client in (AsyncClient, Client):
-    _client.__module__ = __name__  # where programs find it
+    _client.__module__ = __name__  # its public place

@@ -18,9 +18,9 @@ from lacre.wire.padding import Shape
 class AsyncClient(AsyncSealingClient):
     """An `httpx2.AsyncClient` of one sealed app: `await client.post("/summaries", json=...)`, with its base URL set.
 
-    url: where the app is served, `https://host[:port]` or `http://`. key: what is pinned (`Sealed.pins`), or several while the
-    app changes its key. token: what names the caller to the app, a bearer token inside the seal; a callable is asked each time.
-    shape, timeout, event_hooks, and verify, proxy, limits and transport of the connection: as for `lacre.AsyncClient`.
+    url: the app's address, `https://host[:port]` or `http://`. key: its pin (`Sealed.pins`), or several while the app changes
+    its key. token: names the caller to the app, a bearer token inside the seal; a callable is called for each request. shape,
+    timeout, event_hooks, and verify, proxy, limits and transport of the connection: as for `lacre.AsyncClient`.
     """
 
     def __init__(

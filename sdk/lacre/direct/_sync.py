@@ -19,9 +19,9 @@ from lacre.wire.padding import Shape
 class Client(SealingClient):
     """An `httpx2.Client` of one sealed app: `client.post("/summaries", json=...)`, with its base URL set.
 
-    url: where the app is served, `https://host[:port]` or `http://`. key: what is pinned (`Sealed.pins`), or several while the
-    app changes its key. token: what names the caller to the app, a bearer token inside the seal; a callable is asked each time.
-    shape, timeout, event_hooks, and verify, proxy, limits and transport of the connection: as for `lacre.Client`.
+    url: the app's address, `https://host[:port]` or `http://`. key: its pin (`Sealed.pins`), or several while the app changes
+    its key. token: names the caller to the app, a bearer token inside the seal; a callable is called for each request. shape,
+    timeout, event_hooks, and verify, proxy, limits and transport of the connection: as for `lacre.Client`.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""Seals to an app's pinned keys, and reads what a direct client is set to.
+"""Seals to an app's pinned keys, and reads a direct client's arguments.
 
 Rules:
-- The request is sealed to a key whose pin the caller gave, or it does not leave. What the server publishes is a choice among
+- A request leaves only if it is sealed to a key whose pin the caller gave. The server's published list only chooses among
   those, and proves nothing by itself.
-- What the application sends is inside, its headers and its token too: the app is the party that it trusts. Outside is nothing
-  that tells one caller from another, but the address.
+- Everything that the application sends is sealed, its headers and its token too, because it trusts the app. Outside, only the
+  address tells one caller from another.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lacre.wire.padding import Shape, request_length
 
 BASE_URL: Final = ORIGIN
 MAX_KEYS: Final = 64 * 1024  # bytes of a key list; a key has some 1300
-# Of one connection, or of this machine: not the app's to know, or wrong inside another message.
+# Fields of one connection, or of this machine: private, or wrong inside another message.
 _STAYS_OUT: Final = frozenset({
     "host", "connection", "content-length", "transfer-encoding", "te", "trailer", "upgrade", "keep-alive", "proxy-connection",
     "accept-encoding", "user-agent", "cookie",
@@ -47,7 +47,7 @@ Credential = str | Callable[[], str]
 
 
 class DirectSealing(Sealing):
-    """Seals to pinned keys. Of `Sealing` it keeps the clock's correction, and how an exchange is driven."""
+    """Seals to pinned keys. From `Sealing` it uses the clock correction and the way to drive an exchange."""
 
     def __init__(self, pins: Sequence[bytes], token: Credential | None, shape: Shape) -> None:
         super().__init__(pins[0], VersionMemory(), shape=shape)
@@ -66,7 +66,7 @@ class DirectSealing(Sealing):
                 if problem is not UNKNOWN_KEY or problem in call.mended:
                     return GatewayRefusal(problem, said.retry_after, opening.facts, details.read(document))
                 call.mended.add(problem)
-                if self._config is config:  # no other call has learned of a newer one yet
+                if self._config is config:  # no other call has fetched a newer one yet
                     self._config = None
                 continue
             check_sealed(said)
@@ -77,7 +77,7 @@ class DirectSealing(Sealing):
             call.mended.add(DATE)
 
     def _known(self) -> Steps[KeyConfig]:
-        """The key to seal to; asked for once by all calls that lack it."""
+        """The key to seal to; all calls that lack it share one fetch."""
         while (config := self._config) is None:
             yield Together(lambda: self._config is None, self._fetch_keys, 0.0)
         return config
@@ -91,7 +91,7 @@ class DirectSealing(Sealing):
         published = {hashlib.sha256(config.encode()).digest(): config for config in parse_key_list(content)}
         self._config = next((published[pin] for pin in self._pins if pin in published), None)
         if self._config is None:
-            raise UntrustedRoot("the app has none of the pinned keys: ask who runs it, by a way that you trust, for its pin")
+            raise UntrustedRoot("the app has none of the pinned keys: ask its operator for the pin, over a trusted channel")
 
     def _sealed(self, call: CallState, config: KeyConfig) -> tuple[Send, Opening]:
         plain = call.plain
@@ -120,7 +120,7 @@ OUTER_HEADERS: Final[Mapping[str, str]] = {"user-agent": f"lacre/{__version__}",
 
 
 def credential_of(token: Credential | None) -> Credential | None:
-    """None is none; an empty one is the caller's mistake. Raises UsageError."""
+    """None is absent; an empty one is the caller's mistake. Raises UsageError."""
     if token is None or callable(token):
         return token
     return arguments.text(token, "token")
@@ -134,18 +134,18 @@ def url_of(url: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise SettingsError("url: the address of the app is expected, such as https://app.example:8443")
+        raise SettingsError("url must be the address of the app, such as https://app.example:8443")
     checked_host(parts.hostname or "")
     return url
 
 
 def pins_of(key: Pins) -> list[bytes]:
-    """Raises SettingsError, or UsageError for what is not a string."""
+    """Raises SettingsError, or UsageError if a pin is not a string."""
     keys = arguments.one_or_more(key, str, "key") if key else ()
     try:
         pins = [b64u_decode(each) for each in keys]
     except InvalidMessage as exc:
-        raise SettingsError("key: a pin is base64url, as `Sealed.pins` has it") from exc
+        raise SettingsError("key: a pin must be base64url, as in `Sealed.pins`") from exc
     if not pins or any(len(pin) != hashlib.sha256().digest_size for pin in pins):
-        raise SettingsError("key: a pin has 32 bytes in base64url, as `Sealed.pins` has it")
+        raise SettingsError("key: a pin must have 32 bytes in base64url, as in `Sealed.pins`")
     return pins

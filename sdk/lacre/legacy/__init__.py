@@ -1,9 +1,9 @@
-"""The sealed client for programs that are still on `httpx`, `openai` 2.x among them: `pip install 'lacre[httpx]'`.
+"""The sealed client for programs that still use `httpx`, such as `openai` 2.x: `pip install 'lacre[httpx]'`.
 
 Rules:
-- Nothing is sealed or decided here. A request becomes one of `httpx2`, `lacre.Client` seals it, and its answer comes back as
-  `httpx`'s: one implementation, and this adapter.
-- httpx's exceptions are made here and nowhere else; every other error is Lacre's own.
+- Nothing is sealed or decided here. This adapter turns a request into one of `httpx2`, `lacre.Client` seals it, and its answer
+  comes back as one of `httpx`.
+- Only this package makes httpx's exceptions; every other error is Lacre's own.
 
 Open `_async.py` first. `tools/unasync.py` writes `_sync.py` from it; `messages.py` turns httpx's types into httpx2's and back.
 """
@@ -29,4 +29,4 @@ __all__ = [
 ]
 
 for _public in (AsyncClient, Client, TimedOut, Unreachable):
-    _public.__module__ = __name__  # where programs find it
+    _public.__module__ = __name__  # its public place

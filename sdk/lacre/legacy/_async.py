@@ -1,4 +1,4 @@
-"""The sealed client of httpx: hands each request to `lacre.AsyncClient`, and its answer back."""
+"""The sealed client of httpx: passes each request to `lacre.AsyncClient`, and its answer back."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lacre.transport.options import AsyncOptions
 
 
 class AsyncClient(StaysInProcess, httpx.AsyncClient):
-    """An `httpx.AsyncClient` whose every request is sealed: `openai.AsyncOpenAI(http_client=lacre.legacy.AsyncClient(), ...)`.
+    """An `httpx.AsyncClient` that seals every request: `openai.AsyncOpenAI(http_client=lacre.legacy.AsyncClient(), ...)`.
 
-    url and options: as for `lacre.AsyncClient`; those of the connection to the gateway are of httpx2's types. Requests,
-    responses and hooks are httpx's; `response.extensions["lacre"]` is as there. Redirects are never followed.
+    url and options: as for `lacre.AsyncClient`; those of the connection to the gateway have httpx2's types. Requests, responses
+    and hooks are httpx's; `response.extensions["lacre"]` is the same. Redirects are never followed.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class AsyncClient(StaysInProcess, httpx.AsyncClient):
         )
 
     def build_request(self, *args: Any, **options: Any) -> httpx.Request:
-        """As `httpx.AsyncClient.build_request`. Raises UsageError for what no request can be built of."""
+        """As `httpx.AsyncClient.build_request`. Raises UsageError if the arguments do not make a request."""
         with of_request():
             return super().build_request(*args, **options)
 
@@ -52,7 +52,7 @@ class AsyncClient(StaysInProcess, httpx.AsyncClient):
         *,
         stream: bool = False,
         auth: Any = httpx.USE_CLIENT_DEFAULT,
-        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
+        follow_redirects: Any = False,  # noqa: ARG002 - ignored
     ) -> httpx.Response:
         """As `httpx.AsyncClient.send`, but a redirect is an answer like any other."""
         arguments.sendable(request, httpx.Request, httpx.AsyncByteStream, closed=self.is_closed)
@@ -88,14 +88,14 @@ class AsyncTransport(httpx.AsyncBaseTransport):
 
 
 class AsyncStream(httpx.AsyncByteStream):
-    """The body of an answer of httpx2, as httpx reads one."""
+    """The body of an answer of httpx2, for httpx to read."""
 
     def __init__(self, answer: httpx2.Response) -> None:
         self._answer = answer
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         stream = self._answer.stream
-        assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 - of such a client's answer it is
+        assert isinstance(stream, httpx2.AsyncByteStream)  # noqa: S101 - true of every answer of such a client
         with mapped():
             async for piece in stream:
                 yield piece

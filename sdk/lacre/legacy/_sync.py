@@ -1,5 +1,5 @@
 # Generated from _async.py by tools/unasync.py: do not edit.
-"""The sealed client of httpx: hands each request to `lacre.Client`, and its answer back."""
+"""The sealed client of httpx: passes each request to `lacre.Client`, and its answer back."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lacre.transport.options import Options
 
 
 class Client(StaysInProcess, httpx.Client):
-    """An `httpx.Client` whose every request is sealed: `openai.OpenAI(http_client=lacre.legacy.Client(), ...)`.
+    """An `httpx.Client` that seals every request: `openai.OpenAI(http_client=lacre.legacy.Client(), ...)`.
 
-    url and options: as for `lacre.Client`; those of the connection to the gateway are of httpx2's types. Requests,
-    responses and hooks are httpx's; `response.extensions["lacre"]` is as there. Redirects are never followed.
+    url and options: as for `lacre.Client`; those of the connection to the gateway have httpx2's types. Requests, responses
+    and hooks are httpx's; `response.extensions["lacre"]` is the same. Redirects are never followed.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Client(StaysInProcess, httpx.Client):
         )
 
     def build_request(self, *args: Any, **options: Any) -> httpx.Request:
-        """As `httpx.Client.build_request`. Raises UsageError for what no request can be built of."""
+        """As `httpx.Client.build_request`. Raises UsageError if the arguments do not make a request."""
         with of_request():
             return super().build_request(*args, **options)
 
@@ -53,7 +53,7 @@ class Client(StaysInProcess, httpx.Client):
         *,
         stream: bool = False,
         auth: Any = httpx.USE_CLIENT_DEFAULT,
-        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
+        follow_redirects: Any = False,  # noqa: ARG002 - ignored
     ) -> httpx.Response:
         """As `httpx.Client.send`, but a redirect is an answer like any other."""
         arguments.sendable(request, httpx.Request, httpx.SyncByteStream, closed=self.is_closed)
@@ -89,14 +89,14 @@ class Transport(httpx.BaseTransport):
 
 
 class Stream(httpx.SyncByteStream):
-    """The body of an answer of httpx2, as httpx reads one."""
+    """The body of an answer of httpx2, for httpx to read."""
 
     def __init__(self, answer: httpx2.Response) -> None:
         self._answer = answer
 
     def __iter__(self) -> Iterator[bytes]:
         stream = self._answer.stream
-        assert isinstance(stream, httpx2.SyncByteStream)  # noqa: S101 - of such a client's answer it is
+        assert isinstance(stream, httpx2.SyncByteStream)  # noqa: S101 - true of every answer of such a client
         with mapped():
             yield from stream
 

@@ -1,6 +1,6 @@
-"""What httpx and httpx2 say of the same thing: requests, responses, time limits and exceptions, from one to the other.
+"""Translates between httpx and httpx2: requests, responses, time limits and exceptions.
 
-httpx's exceptions are made here and nowhere else; every other error is Lacre's own.
+Only this file makes httpx's exceptions; every other error is Lacre's own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EventHooks = Mapping[str, list[Callable[..., Any]]]
 
 
 class Unreachable(errors.Unreachable, httpx.NetworkError):  # type: ignore[misc]  # `request` is httpx2's or httpx's
-    """The gateway could not be reached, or the connection broke before its answer. Both Lacre's and httpx's."""
+    """The client could not reach the gateway, or the connection broke before the answer. Both Lacre's and httpx's."""
 
     remedy = transport.Unreachable.remedy
 
@@ -60,7 +60,7 @@ def response_of(answer: httpx2.Response, stream: httpx.SyncByteStream | httpx.As
 
 @contextmanager
 def mapped() -> Iterator[None]:
-    """What is httpx2's too becomes httpx's too; both remain Lacre's."""
+    """Turns httpx2's errors into httpx's too; both remain Lacre's."""
     try:
         yield
     except transport.TimedOut as exc:
@@ -71,5 +71,5 @@ def mapped() -> Iterator[None]:
 
 def _as(kind: type[TimedOut] | type[Unreachable], exc: errors.LacreError) -> errors.LacreError:
     mapped = kind(str(exc))
-    mapped.__dict__.update((name, value) for name, value in vars(exc).items() if name != "_request")  # which is httpx2's
+    mapped.__dict__.update((name, value) for name, value in vars(exc).items() if name != "_request")  # that is httpx2's
     return mapped

@@ -1,4 +1,6 @@
-"""Where a thread and an event loop differ: how to sleep, and how to do what takes a while. One pair of functions for each."""
+"""The differences between a thread and an event loop: how to sleep, and how to run slow work. One pair of functions for
+each.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,18 @@ def sleep(seconds: float) -> None:
 
 
 async def async_sleep(seconds: float) -> None:
-    from anyio import sleep  # noqa: PLC0415 - what `import lacre` need not wait for
+    from anyio import sleep  # noqa: PLC0415 - keeps `import lacre` fast
 
     await sleep(seconds)
 
 
 def offload(work: Callable[[], None]) -> None:
-    """Does it here: a thread keeps nobody waiting."""
+    """Runs it here: a thread blocks no other."""
     work()
 
 
 async def async_offload(work: Callable[[], None]) -> None:
-    """Does it on a thread: the event loop's other tasks go on."""
+    """Runs it on a thread: the event loop's other tasks go on."""
     from anyio import to_thread  # noqa: PLC0415 - as above
 
     await to_thread.run_sync(work)

@@ -1,10 +1,10 @@
-"""How many requests a client has on their way at once (`max_concurrency`): the others wait for their turn, in their order.
+"""How many requests a client runs at once (`max_concurrency`): the others wait for their turn, in order.
 
 Rules:
-- A request holds its slot until its answer was read to the end, or was left. A stream that stays open holds one.
-- Who waits and gives up, by a cancellation or Ctrl-C, takes no slot along, and passes on one that came meanwhile.
-- Waiting has no limit of its own: it is what the caller asked for. A time limit of the request begins when it is sent.
-- A forked child begins with all slots free. Async clients count in each event loop by itself.
+- A request holds its slot until its answer is read to the end, or left. A stream that stays open holds one.
+- If a waiting call gives up, by a cancellation or Ctrl-C, it takes no slot; it passes on one that it got meanwhile.
+- Waiting has no limit of its own, because the caller asked for it. A request's time limit begins when it is sent.
+- A forked child begins with all slots free. Async clients count separately in each event loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Turns(Protocol):
 
 
 class Slot:
-    """One request's. turns: where it came from; None where nothing is counted."""
+    """One request's slot. turns: its source; None if nothing is counted."""
 
     __slots__ = ("_home", "_turns")
 
@@ -35,7 +35,7 @@ class Slot:
         self._home = Home()
 
     def leave(self) -> None:
-        """Gives it to whoever waits longest. A second time does nothing, and so in a forked child."""
+        """Gives it to the call that has waited longest. A second time does nothing, and nor does a forked child."""
         turns, self._turns = self._turns, None
         if turns is not None and self._home:
             turns.give()
@@ -44,8 +44,8 @@ class Slot:
 class Turns:
     """The slots of a sync client. Thread-safe.
 
-    A slot may be left by a signal handler, or by the destructor of a stream: they run between any two steps of a thread, of
-    `take` too, and must not wait for its lock.
+    A signal handler or the destructor of a stream may leave a slot. They run between any two steps of a thread, also within
+    `take`, and must not wait for its lock.
     """
 
     def __init__(self, most: int) -> None:
@@ -84,7 +84,7 @@ class Turns:
         self._settle()
 
     def _settle(self) -> None:
-        """Hands on what was given. Who holds the lock now does this when it has let go of it."""
+        """Passes on the returned slots. If another thread holds the lock, that thread does so when it releases it."""
         while not self._given.empty() and self._lock.acquire(blocking=False):
             try:
                 self._hand_on()
@@ -113,7 +113,7 @@ class AsyncTurns:
         if self._free and not self._waiting:
             self._free -= 1
             return Slot(self)
-        from anyio import Event  # noqa: PLC0415 - what `import lacre` need not wait for
+        from anyio import Event  # noqa: PLC0415 - keeps `import lacre` fast
 
         mine = Event()
         self._waiting.append(mine)

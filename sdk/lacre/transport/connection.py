@@ -15,20 +15,21 @@ from lacre.jose.dpop import ProofKey
 from lacre.transport.dial import Outside
 from lacre.transport.oauth import checked
 
-POOL_BESIDE: Final = 2.0  # seconds for a free connection beside the one that a call holds: enough for a short request to end
+# seconds to wait for a second free connection beside the one that a call holds: enough for a short request to end
+POOL_BESIDE: Final = 2.0
 _REQUEST_ID: Final = re.compile(r"[0-9A-Za-z-]{1,64}")  # ours has 32 hexadecimal digits
 READ_HERE: Final = "this answer is read"
 
 
 def patience_of(extensions: Any, endurance: float) -> float | None:
-    """Seconds that a call waits for what another one fetches: what its own time limits and tries would allow it."""
+    """Seconds that a call waits for another call's fetch: as long as its own time limits and tries would allow."""
     limits = extensions.get("timeout", {})
     allowed = [limits.get(name) for name in ("pool", "connect", "read")]
     return None if None in allowed else endurance + sum(allowed)
 
 
 def beside(extensions: Any) -> dict[str, Any]:
-    """The time limits, but that of waiting for a free connection: this call itself may hold the only one."""
+    """The time limits, without the one for a free connection: this call itself may hold the only one."""
     limits = extensions.get("timeout", {})
     pool = limits.get("pool")
     return {"timeout": {**limits, "pool": POOL_BESIDE if pool is None else min(pool, POOL_BESIDE)}}
@@ -37,7 +38,7 @@ def beside(extensions: Any) -> dict[str, Any]:
 def credentials(
     outer: httpx2.Client | httpx2.AsyncClient, step: Send, token: str | None, key: ProofKey | None
 ) -> list[tuple[str, str]]:
-    """The headers that say who asks: the token, and with a key the proof that it is ours (RFC 9449 section 7.1)."""
+    """The headers that say who asks: the token, and with a key the proof of possession (RFC 9449 section 7.1)."""
     if token is None:
         return []
     if key is None:
@@ -48,7 +49,7 @@ def credentials(
 
 
 def opened(outer: Outside) -> Outside:
-    """A call may begin, or go on, after another thread or task has closed the client. Raises UsageError."""
+    """A call may begin, or continue, after another thread or task has closed the client. Raises UsageError."""
     if outer.is_closed:
         raise UsageError("this client is closed: make another one")
     return outer
@@ -64,7 +65,7 @@ def outer_request(
 
 
 def outer_of(response: httpx2.Response, token: str | None = None) -> Outer:
-    """token: the one that was sent."""
+    """token: the one in the request."""
     headers = response.headers
     return Outer(
         status=response.status_code,
@@ -82,5 +83,5 @@ def _request_id(told: str | None) -> str | None:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After` in its delta-seconds form, the one that our gateway sends (RFC 9110 section 10.2.3)."""
+    """`Retry-After` in its delta-seconds form, the only one that our gateway sends (RFC 9110 section 10.2.3)."""
     return float(retry_after) if retry_after is not None and retry_after.isdecimal() and len(retry_after) < 7 else None

@@ -1,12 +1,12 @@
-"""The connection to the gateway: does the steps of a call over httpx2, and reads the answer's body piece by piece.
+"""The connection to the gateway: runs the steps of a call over httpx2, and reads the answer's body piece by piece.
 
 Rules:
-- Redirects are never followed, and the answer's bytes are read as they came.
+- Redirects are never followed, and the answer's bytes are not decoded.
 - A connection belongs to the process that made it: a fork makes its own, and never touches its parent's
   (`lacre.runtime.forks`).
-- A wire belongs to one call. What the calls of a client share is in its link.
+- A wire belongs to one call. The link is shared by the calls of a client.
 
-`lacre.exchange.call` decides what to send; `lacre.transport.sealed` hands on what comes.
+`lacre.exchange.call` decides what to send; `lacre.transport.sealed` passes on the answers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lacre.transport.token_sources_async import AsyncBearer
 
 
 class AsyncLink:
-    """What the calls of a client share on the network."""
+    """The state that the calls of a client share on the network."""
 
     def __init__(self, outer: PerLoop[httpx2.AsyncClient], token: AsyncToken, key: ProofKey | None) -> None:
         self.outer = outer
@@ -45,7 +45,7 @@ class AsyncLink:
 
 
 class AsyncWire:
-    """Does the steps of one call; holds the last response, whose body is read step by step."""
+    """Runs the steps of one call; holds the last response, whose body is read step by step."""
 
     def __init__(self, link: AsyncLink, extensions: Any) -> None:
         self._link = link
@@ -56,7 +56,7 @@ class AsyncWire:
         self._chunks: AsyncIterator[bytes] | None = None
 
     async def run(self, steps: Steps[T]) -> T:
-        """Does what `steps` asks, and returns their result. The last response's body is still open then."""
+        """Runs `steps`, and returns their result. The last response's body is still open then."""
         try:
             step = next(steps)
             while True:

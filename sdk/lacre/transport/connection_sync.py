@@ -1,13 +1,13 @@
 # Generated from connection_async.py by tools/unasync.py: do not edit.
-"""The connection to the gateway: does the steps of a call over httpx2, and reads the answer's body piece by piece.
+"""The connection to the gateway: runs the steps of a call over httpx2, and reads the answer's body piece by piece.
 
 Rules:
-- Redirects are never followed, and the answer's bytes are read as they came.
+- Redirects are never followed, and the answer's bytes are not decoded.
 - A connection belongs to the process that made it: a fork makes its own, and never touches its parent's
   (`lacre.runtime.forks`).
-- A wire belongs to one call. What the calls of a client share is in its link.
+- A wire belongs to one call. The link is shared by the calls of a client.
 
-`lacre.exchange.call` decides what to send; `lacre.transport.sealed` hands on what comes.
+`lacre.exchange.call` decides what to send; `lacre.transport.sealed` passes on the answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lacre.transport.token_sources_sync import Bearer
 
 
 class Link:
-    """What the calls of a client share on the network."""
+    """The state that the calls of a client share on the network."""
 
     def __init__(self, outer: PerProcess[httpx2.Client], token: Token, key: ProofKey | None) -> None:
         self.outer = outer
@@ -46,7 +46,7 @@ class Link:
 
 
 class Wire:
-    """Does the steps of one call; holds the last response, whose body is read step by step."""
+    """Runs the steps of one call; holds the last response, whose body is read step by step."""
 
     def __init__(self, link: Link, extensions: Any) -> None:
         self._link = link
@@ -57,7 +57,7 @@ class Wire:
         self._chunks: Iterator[bytes] | None = None
 
     def run(self, steps: Steps[T]) -> T:
-        """Does what `steps` asks, and returns their result. The last response's body is still open then."""
+        """Runs `steps`, and returns their result. The last response's body is still open then."""
         try:
             step = next(steps)
             while True:

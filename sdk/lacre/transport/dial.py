@@ -1,4 +1,4 @@
-"""How a client's connections to the gateway are made: in each process anew, and without cookies."""
+"""Makes a client's connections to the gateway: new ones in each process, and without cookies."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Outside = TypeVar("Outside", httpx2.Client, httpx2.AsyncClient)
 
 
 class NoCookies(CookieJar):
-    """Keeps nothing and sends nothing: a cookie would tie together what is asked with different tokens or salts."""
+    """Keeps and sends nothing: a cookie would link requests with different tokens or salts."""
 
     def extract_cookies(self, response: object, request: object) -> None:
-        """Passes over what a peer wants kept."""
+        """Ignores the peer's cookies."""
 
     def add_cookie_header(self, request: object) -> None:
         """Adds none."""
 
     def set_cookie(self, cookie: Cookie) -> None:
-        """Drops it, as all that says who asks."""
+        """Drops it, like everything that says who asks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dial(Generic[Transport]):
-    """What `httpx2.Client` is given for the connection to a gateway. transport: the caller's own, or None."""
+    """The arguments of `httpx2.Client` for the connection to a gateway. transport: the caller's own, or None."""
 
     base_url: str
     headers: Mapping[str, str]

@@ -1,6 +1,6 @@
-"""What goes wrong on the connection to the gateway, or to a token server. The one place that maps httpx2's exceptions.
+"""Errors of the connection to the gateway, or to a token server. Only this file maps httpx2's exceptions.
 
-An error here is both Lacre's and httpx2's, so that programs that know httpx2's handle it as theirs.
+An error here is both Lacre's and httpx2's, so that programs written for httpx2 handle it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ E = TypeVar("E", TimedOut, Unreachable)
 
 @contextmanager
 def mapped(who: str = "the gateway", setting: str = "LACRE_URL") -> Iterator[None]:
-    """who: is reached in the block. setting: where its address comes from."""
+    """who: the peer that the block talks to. setting: where its address comes from."""
     try:
         yield
     except httpx2.TimeoutException as exc:
@@ -44,9 +44,9 @@ def mapped_stream() -> Iterator[None]:
     try:
         yield
     except httpx2.TimeoutException as exc:
-        raise TimedOut("the answer stalled: what came so far is not the whole of it") from exc
+        raise TimedOut("the answer stalled: the received part is not the whole answer") from exc
     except httpx2.TransportError as exc:
-        broke = errors.TruncatedStream("the connection broke in mid-answer: what came so far is not the whole of it")
+        broke = errors.TruncatedStream("the connection broke in mid-answer: the received part is not the whole answer")
         broke.cut = True
         raise broke from exc
 

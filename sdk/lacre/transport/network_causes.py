@@ -1,9 +1,9 @@
-"""Why a connection did not come about, or broke: what an exception of httpx2's says, in words that name the cause.
+"""Why a connection could not be made, or broke: names the cause behind an exception of httpx2's.
 
 Rules:
-- The cause is read from the chain of exceptions below httpx2's: the operating system's, and TLS's. It is not guessed from text.
-- What a peer wrote (a reason phrase, a certificate's names) is not repeated, but for what OpenSSL says of a certificate.
-- Addresses are shown, for they are what must be corrected; a proxy's user and password are not.
+- The cause comes from the chain of exceptions below httpx2's: the operating system's and TLS's. It is not guessed from text.
+- A peer's text (a reason phrase, a certificate's names) is not repeated, except OpenSSL's verdict on a certificate.
+- Addresses are shown, because they are what must be corrected; a proxy's user and password are not.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from lacre.runtime.hosts import EXPIRED
 
 DIALLED: Final = "lacre.dialled"  # of a request's extensions: a `Dialled`
 
-# OpenSSL's numbers of what is wrong with a certificate (X509_V_ERR_*).
+# OpenSSL's error numbers for a certificate (X509_V_ERR_*).
 _OTHER_NAME: Final = frozenset({62, 63, 64})
-# OpenSSL's words for bytes that are no TLS at all.
+# OpenSSL's words for bytes that are not TLS at all.
 _NOT_TLS: Final = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"})
 _NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL})
 _STATUS: Final = re.compile(r"[1-5][0-9]{2}\b")
 _VARIABLES: Final = {"https": "HTTPS_PROXY or ALL_PROXY", "http": "HTTP_PROXY or ALL_PROXY"}
-_MOST_CHAINED: Final = 32  # exceptions that are looked at; a chain has some six
+_MOST_CHAINED: Final = 32  # exceptions to look at; a chain has some six
 
 
 Trace = Callable[[str, dict[str, Any]], None]
 
 
 class Dialled:
-    """Where a request's connection was opened to, as `httpcore2` traces it: with a proxy that is the proxy.
+    """The address of a request's connection, as `httpcore2` traces it: with a proxy, the proxy's.
 
-    then: is told each event too, if given.
+    then: also gets each event, if given.
     """
 
     def __init__(self, then: Trace | None = None) -> None:
@@ -47,7 +47,7 @@ class Dialled:
         self._then = then
 
     def watch(self, request: httpx2.Request) -> None:
-        """Has the request note it, for the errors that it may end in."""
+        """Makes the request record it, for the errors that it may end in."""
         request.extensions |= {"trace": self.trace, DIALLED: self}
 
     def awatch(self, request: httpx2.Request) -> None:
@@ -77,8 +77,8 @@ class Why:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who was to be reached. who: in words. setting: where its address comes from. url: of the request, if it is known.
-    proxy: what was dialled in its place, as HOST:PORT.
+    """The peer. who: in words. setting: where its address comes from. url: of the request, if known. proxy: its address, as
+    HOST:PORT, if one was used.
     """  # fmt: skip
 
     who: str
@@ -90,7 +90,7 @@ class Peer:
     def of(cls, exc: httpx2.TransportError, who: str, setting: str) -> Peer:
         try:
             request = exc.request
-        except RuntimeError:  # it knows of none
+        except RuntimeError:  # it has none
             return cls(who, setting, None, None)
         dialled = request.extensions.get(DIALLED)
         to = dialled.to if isinstance(dialled, Dialled) else None
@@ -107,11 +107,11 @@ class Peer:
 
 
 def late(exc: httpx2.TimeoutException, peer: Peer) -> Why:
-    """A time limit was over."""
+    """A time limit passed."""
     if isinstance(exc, httpx2.PoolTimeout):
         return Why(
             "busy",
-            f"all connections of this client are in use, and none came free{_within(exc, 'pool')}",
+            f"all connections of this client are in use, and none became free{_within(exc, 'pool')}",
             "Read or close the streams that are open, or allow more with `limits=httpx2.Limits(max_connections=...)`.",
         )
     if isinstance(exc, httpx2.ConnectTimeout):
@@ -119,18 +119,18 @@ def late(exc: httpx2.TimeoutException, peer: Peer) -> Why:
             return _of_proxy(peer, f"did not answer{_within(exc, 'connect')}")
         return Why(
             "timeout",
-            f"no connection to {peer.named} came about{_within(exc, 'connect')}",
+            f"no connection to {peer.named} could be made{_within(exc, 'connect')}",
             f"Check the host and the port in {peer.setting}, and that no firewall is in the way; then try again.",
         )
     if isinstance(exc, httpx2.WriteTimeout):
         said = f"{peer.named} did not take the request{_within(exc, 'write')}"
     else:
-        said = f"{peer.named} did not answer in time: nothing came{_within(exc, 'read')}"
+        said = f"{peer.named} did not answer{_within(exc, 'read')}"
     return Why("timeout", said, "Try again, or set a longer `timeout=...`: a queue and a long prompt take time.")
 
 
 def why(exc: httpx2.TransportError, peer: Peer) -> Why:
-    """Anything else."""
+    """For every other error."""
     chain = list(_chain(exc))
     for found in chain:
         if isinstance(found, ssl.SSLError):
@@ -138,13 +138,11 @@ def why(exc: httpx2.TransportError, peer: Peer) -> Why:
     if isinstance(exc, httpx2.ProxyError):
         status = _STATUS.match(str(exc))
         told = f"refused to connect (status {status[0]})" if status else "refused to connect"
-        return _of_proxy(peer, told + (", for it wants a user and a password" if status and status[0] == "407" else ""))
+        return _of_proxy(peer, told + (", because it requires a user and a password" if status and status[0] == "407" else ""))
     if isinstance(exc, httpx2.ConnectError):
         return _unconnected(chain, peer)
-    plain = (
-        " If that port wants TLS, the address begins with lacre:// in place of lacre+http://." if peer.scheme == "http" else ""
-    )
-    if any(type(found).__module__.partition(".")[0] == "h11" for found in chain):  # which could not read what came
+    plain = " If that port requires TLS, write lacre:// instead of lacre+http://." if peer.scheme == "http" else ""
+    if any(type(found).__module__.partition(".")[0] == "h11" for found in chain):  # h11 could not read the peer's bytes
         return Why(
             "not-http",
             f"{peer.named} does not answer in HTTP: something else listens there",
@@ -152,8 +150,8 @@ def why(exc: httpx2.TransportError, peer: Peer) -> Why:
         )
     return Why(
         "broken",
-        f"the connection to {peer.named} broke before an answer came",
-        f"Try again; if it comes again, see whether {peer.who} runs and the port in {peer.setting} is its own.{plain}",
+        f"the connection to {peer.named} broke before an answer arrived",
+        f"Try again. If it fails again, check that {peer.who} runs and that the port in {peer.setting} is its own.{plain}",
     )
 
 
@@ -197,12 +195,12 @@ def _tls(exc: ssl.SSLError, peer: Peer) -> Why:
         return Why(
             "not-tls",
             f"{peer.named} does not speak TLS on that port",
-            f"Check the port in {peer.setting}. A gateway without TLS is reached on this machine alone, as lacre+http://.",
+            f"Check the port in {peer.setting}. A gateway without TLS can be used only on this machine, as lacre+http://.",
         )
     return Why(
         "tls",
         f"{peer.named} and this machine cannot agree on TLS ({exc.reason or 'no reason given'})",
-        "Ask the operator which TLS versions and certificates the gateway wants, or look at what stands before it.",
+        "Ask the operator which TLS versions and certificates the gateway requires, or check the proxy before it.",
     )
 
 
@@ -212,7 +210,7 @@ def _trusting(exc: ssl.SSLCertVerificationError, peer: Peer) -> str:
     if exc.verify_code in _OTHER_NAME:
         return f"Use the host name that the certificate is for in {peer.setting}, or ask the operator for one with this name."
     return (
-        "If it comes from an authority of your own, name that with `verify=ssl.create_default_context(cafile=...)` or "
+        "If it is from your own authority, name that with `verify=ssl.create_default_context(cafile=...)` or "
         "SSL_CERT_FILE. If not, do not trust this server."
     )
 
@@ -228,7 +226,7 @@ def _of_proxy(peer: Peer, said: str) -> Why:
 
 
 def _within(exc: httpx2.TimeoutException, step: str) -> str:
-    """The limit that was over."""
+    """The limit that passed."""
     try:
         limit = exc.request.extensions["timeout"][step]
     except (RuntimeError, KeyError, TypeError):
@@ -245,7 +243,7 @@ def _port(url: httpx2.URL) -> int:
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """The exception and all below it, those of groups too."""
+    """The exception and all below it, also those in groups."""
     waiting: list[BaseException | None] = [exc]
     seen: set[int] = set()
     while waiting and len(seen) < _MOST_CHAINED:

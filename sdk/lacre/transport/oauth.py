@@ -2,10 +2,10 @@
 
 Rules:
 - A token or a secret is never logged, shown, or part of an error.
-- OAuth2: one request for a token at a time, whose outcome all who wait share; a token is replaced before it expires.
-- A token that the gateway refuses is replaced once, where there is another.
+- OAuth2: one token request at a time, and all waiting calls share its outcome. A token is replaced before it expires.
+- A token that the gateway refuses is replaced once, if there is another.
 
-This file decides and does no I/O. `token_sources_async` and its twin send what it asks for, over the client's connections.
+This file decides and does no I/O. `token_sources_async` and its twin send its requests, over the client's connections.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from lacre.runtime import arguments
 from lacre.runtime.hosts import checked_host, is_loopback
 from lacre.runtime.json_objects import object_in
 
-EARLY: Final = 30.0  # seconds before its expiry that a token is replaced; a request under way is checked at its start alone
-EARLY_SHARE: Final = 0.2  # and for one that lives shorter than that lasts, this share of its life
-DEFAULT_LIFE: Final = 300.0  # seconds, where the server does not say (RFC 6749 section 5.1)
-MAX_LIFE: Final = 365 * 86400.0  # seconds: a longer life is cut to this, for a number of hundreds of digits fits no clock
+EARLY: Final = 30.0  # seconds before its expiry that a token is replaced; the gateway checks it only at a request's start
+EARLY_SHARE: Final = 0.2  # for a token with a shorter life, this share of its life
+DEFAULT_LIFE: Final = 300.0  # seconds, if the server does not say (RFC 6749 section 5.1)
+MAX_LIFE: Final = 365 * 86400.0  # seconds: a longer life is cut to this, because no clock holds a number of hundreds of digits
 MAX_ANSWER: Final = 64 * 1024  # bytes read of a token server's answer; a JWT has some thousand
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 section 2.1
 _NUMBER: Final = re.compile(r"[0-9]{1,20}(\.[0-9]{0,20})?")
-_ERROR_CODE: Final = re.compile(r"[a-z_]{1,40}")  # of RFC 6749 section 5.2: no other text of the server's is shown
+_ERROR_CODE: Final = re.compile(r"[a-z_]{1,40}")  # of RFC 6749 section 5.2: no other text of the server is shown
 
 
 @dataclass(frozen=True, slots=True)
 class ClientCredentials:
     """A program's own OAuth2 identity (RFC 6749 section 4.4): `Client(url, token=ClientCredentials(...))`.
 
-    token_url: the issuer's token endpoint, https, or http on loopback. scope, audience: sent where given.
-    in_body: send id and secret in the form, for a server that does not take HTTP Basic. Raises SettingsError.
+    token_url: the issuer's token endpoint, https, or http on loopback. scope, audience: sent if given. in_body: send id and
+    secret in the form, for a server without HTTP Basic. Raises SettingsError.
     """
 
     token_url: str
@@ -56,7 +56,7 @@ class ClientCredentials:
     def __post_init__(self) -> None:
         for name in ("token_url", "client_id", "client_secret"):
             arguments.text(getattr(self, name), name)
-        for name in ("scope", "audience"):  # None is absent, and nothing else
+        for name in ("scope", "audience"):  # only None means absent
             if (value := getattr(self, name)) is not None:
                 arguments.text(value, name)
         try:
@@ -91,45 +91,45 @@ AsyncToken = str | Callable[[], str | Awaitable[str]] | ClientCredentials
 
 
 def async_source(value: AsyncToken | None) -> AsyncToken:
-    """`token=` as it was given; LACRE_TOKEN where it is None, and for nothing else. Raises UsageError or SettingsError."""
+    """The value of `token=`; LACRE_TOKEN only if it is None. Raises UsageError or SettingsError."""
     if value is None or isinstance(value, str):
         return arguments.setting(value, "token", "LACRE_TOKEN")
     if callable(value) or isinstance(value, ClientCredentials):
         return value
-    raise UsageError(f"token: a string, a callable or lacre.ClientCredentials is wanted, not {arguments.kind_of(value)}")
+    raise UsageError(f"token must be a string, a callable or lacre.ClientCredentials, not {arguments.kind_of(value)}")
 
 
 def source(value: Token | None) -> Token:
-    """The same for a sync client, whose callable returns the token itself; `given` sees that it does."""
+    """The same for a sync client, whose callable returns the token itself; `given` checks that."""
     return cast("Token", async_source(value))
 
 
 def given(value: object) -> str:
-    """What a callable gave for a token. Raises UsageError, which shows nothing of it."""
+    """The token that a callable returned. Raises UsageError, which shows nothing of it."""
     if isinstance(value, str) and value.strip():
         return value
     if inspect.iscoroutine(value):
-        value.close()  # nobody will await it
+        value.close()  # it will never be awaited
         raise UsageError("token: the callable is async, and this client is not: pass a plain function, or use AsyncClient")
     said = "an empty string" if isinstance(value, str) else arguments.kind_of(value)
-    raise UsageError(f"token: the callable returned {said} in place of a token, and nothing stands in for one")
+    raise UsageError(f"token: the callable returned {said} instead of a token")
 
 
 async def agiven(value: object) -> str:
-    """The same of an async client's callable, which may have returned an awaitable."""
+    """The same for an async client's callable, which may have returned an awaitable."""
     return given(await value if inspect.isawaitable(value) else value)
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A token, and when to replace it, by the monotonic clock."""
+    """A token, and when to replace it, on the monotonic clock."""
 
     token: str = field(repr=False)
     replace_at: float
 
     @classmethod
     def parse(cls, status: int, content: bytes, asked_at: float) -> Issued:
-        """A token server's answer. asked_at: by the monotonic clock. Raises Unauthenticated, Unavailable or InvalidMessage."""
+        """A token server's answer. asked_at: on the monotonic clock. Raises Unauthenticated, Unavailable or InvalidMessage."""
         members = object_in(content) or {}
         if status != 200:
             code = members.get("error")
@@ -139,15 +139,15 @@ class Issued:
                 f"the token server gave no token ({said}): check client_id, client_secret and scope, or try again later",
                 status=status,
                 problem=f"oauth2:{said}",
-                remedy="Check client_id, client_secret, scope and token_url with whoever runs the token server.",
+                remedy="Check client_id, client_secret, scope and token_url with the token server's operator.",
             )
         token, life = members.get("access_token"), _life(members.get("expires_in"))
         if not isinstance(token, str) or life is None:
-            raise InvalidMessage("the token server's answer is not of RFC 6749: check token_url")
+            raise InvalidMessage("the token server's answer does not follow RFC 6749: check token_url")
         return cls(checked(token), asked_at + life - min(EARLY, life * EARLY_SHARE))
 
     def fresh(self, refused: str | None) -> bool:
-        """refused: the token that is known to be good no more."""
+        """refused: a token that is known to be no longer accepted."""
         return self.token != refused and time.monotonic() < self.replace_at
 
 
@@ -157,13 +157,13 @@ NONE_YET: Final = Issued("", float("-inf"))
 def token_request(
     outer: httpx2.Client | httpx2.AsyncClient, source: ClientCredentials, key: ProofKey | None, nonce: str | None
 ) -> httpx2.Request:
-    """key: what the token is to be bound to (RFC 9449 section 5). nonce: what the server asks a proof to have."""
+    """key: the token is to be bound to it (RFC 9449 section 5). nonce: the one that the server wants in a proof."""
     proof = {} if key is None else {dpop.HEADER: key.proof("POST", source.token_url, nonce=nonce)}
     return outer.build_request("POST", source.token_url, headers={**source.headers(), **proof}, content=source.form())
 
 
 def wanted_nonce(response: httpx2.Response, content: bytes) -> str | None:
-    """What a server asks for that takes no proof without a nonce of its own (RFC 9449 section 8)."""
+    """The nonce that a server wants in a proof, if it wants one (RFC 9449 section 8)."""
     return response.headers.get("dpop-nonce") if response.status_code == 400 and b'"use_dpop_nonce"' in content else None
 
 
@@ -182,9 +182,9 @@ def _life(told: object) -> float | None:
 
 
 def checked(token: str) -> str:
-    """The token, if it is of the form of one: what refuses it later on would say it aloud. Raises SettingsError."""
+    """The token, if it is well-formed: a later error would print a malformed one. Raises SettingsError."""
     if not _TOKEN.fullmatch(token):
         raise SettingsError(
-            "the access token holds a space, a line end or a sign that none has: see LACRE_TOKEN, or what token=... gives"
+            "the access token holds a space, a line end or another invalid character: check LACRE_TOKEN or token=..."
         )
     return token

@@ -1,6 +1,6 @@
-"""What a sealed client is made with, beside its connection string: for what makes clients and passes the options on.
+"""The options of a sealed client, beside its connection string: for code that makes clients and passes the options on.
 
-A test holds these against the parameters of `lacre.Client` and `lacre.AsyncClient`.
+A test compares them with the parameters of `lacre.Client` and `lacre.AsyncClient`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lacre.wire.padding import Shape
 
 
 class SharedOptions(TypedDict, total=False):
-    """As the parameters of `lacre.Client` with the same names."""
+    """Like the parameters of `lacre.Client` with the same names."""
 
     dpop: ProofKey | None
     pool: str

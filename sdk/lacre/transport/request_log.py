@@ -1,7 +1,7 @@
-"""One line of a program's log for each request that leaves it, and that is the one to the gateway.
+"""Keeps a program's log to one line for each request that leaves it: the one to the gateway.
 
-A sealed client is an HTTP client itself, and its library logs what it is asked for as if it went to an address. Nothing does:
-`lacre.invalid` stands inside the seal (RFC 2606 section 2). So that line says again what the gateway's says.
+A sealed client is itself an HTTP client, and its library logs the inner request as if it went to an address. But
+`lacre.invalid` is only inside the seal (RFC 2606 section 2). So that line only repeats the gateway's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lacre.wire.header import AUTHORITY
 
 
 class _InnerAddress(logging.Filter):
-    """Drops what is logged of requests to the address inside the seal."""
+    """Drops records of requests to the address inside the seal."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         parts = record.args if isinstance(record.args, tuple) else ()
@@ -24,5 +24,5 @@ _FILTER: Final = _InnerAddress()
 
 
 def once(library: str) -> None:
-    """library: `httpx2` or `httpx`, whose logger it is. Idempotent."""
-    logging.getLogger(library).addFilter(_FILTER)  # which adds one filter once
+    """library: `httpx2` or `httpx`; its logger gets the filter. Idempotent."""
+    logging.getLogger(library).addFilter(_FILTER)  # adds one filter only once

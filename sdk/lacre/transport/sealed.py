@@ -1,9 +1,9 @@
-"""What the sealing transports take and give: the application's request, a sealed answer, a refusal.
+"""The inputs and outputs of the sealing transports: the application's request, a sealed answer, a refusal.
 
 Rules:
-- Only requests for `lacre.exchange.call.ORIGIN` are taken.
-- A refusal by the gateway (which nobody signed) becomes a 4xx or 5xx response in OpenAI's error shape, with words of our own
-  and the typed error in `extensions["lacre.refusal"]`: programs that know OpenAI's errors handle it as theirs.
+- Only requests for `lacre.exchange.call.ORIGIN` are accepted.
+- A refusal by the gateway becomes a 4xx or 5xx response in OpenAI's error shape, so that programs for OpenAI's API handle it.
+  Nobody signed the refusal, so its words are ours; `extensions["lacre.refusal"]` has the typed error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["FACTS", "REFUSAL", "TimedOut", "Unreachable", "plain_request", "refu
 
 REFUSAL: Final = "lacre.refusal"
 FACTS: Final = "lacre"
-REQUEST_ID: Final = "x-request-id"  # where OpenAI's packages look for it; the gateway's, for a worker does not know it
+REQUEST_ID: Final = "x-request-id"  # OpenAI's packages look for it here; it is the gateway's, because a worker does not know it
 
 
 def plain_request(request: httpx2.Request, content: bytes) -> Plain:
@@ -33,7 +33,7 @@ def plain_request(request: httpx2.Request, content: bytes) -> Plain:
     url = request.url
     if (url.scheme, url.host, url.port) != ("https", ORIGIN.removeprefix("https://"), None):
         raise errors.DestinationError(
-            "a sealed client reaches its workers only: use lacre.BASE_URL, and another client for other addresses"
+            "a sealed client reaches only its workers: use lacre.BASE_URL, and another client for other addresses"
         )
     headers = [(name.lower(), value) for name, value in request.headers.multi_items()]
     return Plain(request.method, url.raw_path.decode("ascii"), headers, content)
@@ -56,7 +56,7 @@ def refusal_response(refusal: GatewayRefusal) -> httpx2.Response:
     if refusal.facts.request_id is not None:
         headers[REQUEST_ID] = refusal.facts.request_id
     if problem in retry.LOST:
-        headers["x-should-retry"] = "false"  # OpenAI's word to its clients: this one has cost as many workers as it may
+        headers["x-should-retry"] = "false"  # OpenAI's header for its clients: this request has cost as many workers as it may
     if refusal.retry_after is not None:
         headers["retry-after"] = str(int(refusal.retry_after))
     if isinstance(methods := refusal.details.get("methods"), tuple):

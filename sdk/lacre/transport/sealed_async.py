@@ -1,7 +1,7 @@
 """An httpx2 transport that seals: every request is sealed to a pool of workers, every answer opened as it arrives.
 
 Rules:
-- Only requests for `lacre.exchange.call.ORIGIN` are taken. Redirects are never followed, and what is not sealed is never
+- Only requests for `lacre.exchange.call.ORIGIN` are accepted. Redirects are never followed, and an unsealed answer is never
   returned as success.
 - The transport drives the generators of `lacre.exchange.call`; every decision is made there.
 """
@@ -39,7 +39,7 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
         key: ProofKey | None = None,
         at_once: int | None = None,
     ) -> None:
-        """at_once: requests on their way at a time; None for no limit."""
+        """at_once: requests that may run at a time; None for no limit."""
         self._sealing = sealing
         self._link = AsyncLink(outer, token, key)
         self._turns = None if at_once is None else PerLoop(lambda: AsyncTurns(at_once))
@@ -68,7 +68,7 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
         return self._sealing.verification
 
     async def manifest(self) -> Manifest:
-        """The verified manifest, fetched where there is none or it grows old."""
+        """The verified manifest; fetched if there is none or it is old."""
         return await AsyncWire(self._link, {}).run(self._sealing.manifest())
 
     async def aclose(self) -> None:
@@ -76,7 +76,7 @@ class AsyncSealedTransport(httpx2.AsyncBaseTransport):
 
 
 class AsyncSealedStream(httpx2.AsyncByteStream):
-    """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
+    """The body of a sealed answer, piece by piece as its records open; resumed if it breaks off."""
 
     def __init__(self, answer: ResumableAnswer, wire: AsyncWire, slot: Slot) -> None:
         self._answer = answer

@@ -2,7 +2,7 @@
 """An httpx2 transport that seals: every request is sealed to a pool of workers, every answer opened as it arrives.
 
 Rules:
-- Only requests for `lacre.exchange.call.ORIGIN` are taken. Redirects are never followed, and what is not sealed is never
+- Only requests for `lacre.exchange.call.ORIGIN` are accepted. Redirects are never followed, and an unsealed answer is never
   returned as success.
 - The transport drives the generators of `lacre.exchange.call`; every decision is made there.
 """
@@ -40,7 +40,7 @@ class SealedTransport(httpx2.BaseTransport):
         key: ProofKey | None = None,
         at_once: int | None = None,
     ) -> None:
-        """at_once: requests on their way at a time; None for no limit."""
+        """at_once: requests that may run at a time; None for no limit."""
         self._sealing = sealing
         self._link = Link(outer, token, key)
         self._turns = None if at_once is None else PerProcess(lambda: Turns(at_once))
@@ -69,7 +69,7 @@ class SealedTransport(httpx2.BaseTransport):
         return self._sealing.verification
 
     def manifest(self) -> Manifest:
-        """The verified manifest, fetched where there is none or it grows old."""
+        """The verified manifest; fetched if there is none or it is old."""
         return Wire(self._link, {}).run(self._sealing.manifest())
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class SealedTransport(httpx2.BaseTransport):
 
 
 class SealedStream(httpx2.SyncByteStream):
-    """The body of a sealed answer, piece by piece as its records open; where it breaks off, it is resumed."""
+    """The body of a sealed answer, piece by piece as its records open; resumed if it breaks off."""
 
     def __init__(self, answer: ResumableAnswer, wire: Wire, slot: Slot) -> None:
         self._answer = answer

@@ -1,5 +1,5 @@
 # Generated from sealing_client_async.py by tools/unasync.py: do not edit.
-"""What all sealed clients do as httpx2's: requests are checked before they are sent, and redirects are never followed."""
+"""The common part of all sealed clients: requests are checked before they are sent, and redirects are never followed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SealingClient(StaysInProcess, httpx2.Client):
         super().__init__(transport=sealed, base_url=ORIGIN, timeout=timeout, event_hooks=event_hooks, cookies=NoCookies())
 
     def build_request(self, *args: Any, **options: Any) -> httpx2.Request:
-        """As `httpx2.Client.build_request`. Raises UsageError for what no request can be built of."""
+        """As `httpx2.Client.build_request`. Raises UsageError if the arguments do not make a request."""
         with arguments.of_request():
             return super().build_request(*args, **options)
 
@@ -34,7 +34,7 @@ class SealingClient(StaysInProcess, httpx2.Client):
         *,
         stream: bool = False,
         auth: Any = httpx2.USE_CLIENT_DEFAULT,
-        follow_redirects: Any = False,  # noqa: ARG002 - whatever is asked for
+        follow_redirects: Any = False,  # noqa: ARG002 - ignored
     ) -> httpx2.Response:
         """As `httpx2.Client.send`, but a redirect is an answer like any other: it is never followed."""
         arguments.sendable(request, httpx2.Request, httpx2.SyncByteStream, closed=self.is_closed)

@@ -1,12 +1,12 @@
-"""One request for all who want the same thing at the same time: a manifest, a list of keys, an access token.
+"""One request for all calls that want the same thing at the same time: a manifest, a list of keys, an access token.
 
 Rules:
-- Whoever comes first does the work. The others wait, and share what came of it: a failure too, so that it is not repeated by
-  all of them, one after another.
-- An error belongs to one call: each of those who share a failure gets an error object of its own.
-- Nobody is bound to another's limits. Who waits does so no longer than its own patience, and tries by itself after a time-out
-  that was tighter than its own.
-- Work that was given up (a cancelled task, an interrupt) has failed nobody: the next one does it.
+- The first call does the work. The others wait and share its outcome: also a failure, so that they do not all repeat it in
+  turn.
+- An error belongs to one call: each call that shares a failure gets its own error object.
+- No call is bound to another's limits. A call waits no longer than its own limit, and tries by itself after a timeout that was
+  shorter than its own.
+- Interrupted work (a cancelled task, an interrupt) is not a failure for the others: the next call does it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Event = TypeVar("Event")
 
 @dataclass(slots=True)
 class Flight(Generic[Event]):
-    """Work that is under way. patience: seconds that who does it has; None without a limit. done: whether it came to its end.
+    """Running work. patience: seconds that its own call allows; None: no limit. done: whether it has ended.
 
-    where: the thread that does it, or the event loop.
+    where: the thread or event loop that does it.
     """
 
     over: Event
@@ -41,7 +41,7 @@ class Flight(Generic[Event]):
     error: LacreError | None = None
 
     def shares(self, patience: float | None) -> bool:
-        """Whether its outcome is also that of a call with so much patience. Raises the failure that it shares."""
+        """Whether a call with this patience shares its outcome. Raises the failure that it shares."""
         error = self.error
         if error is None:
             return self.done
@@ -60,14 +60,16 @@ class SingleFlight:
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()
-        self._now = None  # of a thread that is not here
+        self._now = None  # a parent's thread, which does not run here
 
     def run(self, wanted: Callable[[], bool], work: Callable[[], None], patience: float | None = None) -> None:
-        """Does the work while it is wanted, or waits for who does. Raises what `work` does. patience: seconds to wait."""
+        """Does the work while it is wanted, or waits for the call that does it. Raises what `work` does. patience: seconds to
+        wait.
+        """
         while wanted():
             with self._lock:
                 flight, here = self._now, threading.get_ident()
-                if flight is None or flight.where == here:  # the second: an interrupt has ended it before it began
+                if flight is None or flight.where == here:  # the second case: an interrupt ended it before it began
                     mine = self._now = Flight(threading.Event(), patience, here)
                     flight = None
             if flight is None:
@@ -93,7 +95,7 @@ class SingleFlight:
 
 
 class AsyncSingleFlight:
-    """For the tasks of an event loop. Work on another loop, which may have ended since, is nobody's here."""
+    """For the tasks of an event loop. Work on another loop, which may have ended since, is ignored here."""
 
     def __init__(self) -> None:
         self._now: Flight[anyio.Event] | None = None
@@ -104,7 +106,7 @@ class AsyncSingleFlight:
 
     async def run(self, wanted: Callable[[], bool], work: Callable[[], Awaitable[None]], patience: float | None = None) -> None:
         """As `SingleFlight.run`."""
-        from anyio import Event, move_on_after  # noqa: PLC0415 - what `import lacre` need not wait for
+        from anyio import Event, move_on_after  # noqa: PLC0415 - keeps `import lacre` fast
         from anyio.lowlevel import current_token  # noqa: PLC0415
 
         while wanted():
@@ -134,7 +136,7 @@ class AsyncSingleFlight:
 
 
 def again(error: LacreError) -> LacreError:
-    """The same error for another call: what was checked of this one is not in it."""
+    """The same error for another call, without the checks of this one."""
     copied = copy.copy(error)
     copied.verification, copied.__cause__ = None, error.__cause__
     return copied
@@ -145,6 +147,6 @@ def _at_least(patience: float | None, other: float | None) -> bool:
 
 
 def _late() -> TimedOut:
-    late = TimedOut("another call of this client asks the same of the network, and has no answer yet: allow a longer timeout")
+    late = TimedOut("another call of this client makes the same request and has no answer yet: set a longer timeout")
     late.reached = False
     return late

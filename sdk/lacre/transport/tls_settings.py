@@ -1,4 +1,4 @@
-"""Whether the connection to the gateway can be set up at all: proxies and certificates.
+"""Checks whether the connection to the gateway can be set up at all: proxies and certificates.
 
 httpx2 reads proxies and certificate files from the environment when a client is made. A mistake there becomes a SettingsError
 that names the variable. The value of a proxy variable is never shown: it may hold a password.
@@ -22,11 +22,11 @@ _CERTIFICATES: Final = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")  # in 
 
 @contextmanager
 def settings_checked(verify: object = True, proxy: object = None) -> Iterator[None]:
-    """Around the making of a client: what it cannot be made with is a SettingsError. verify, proxy: as the caller gave them."""
+    """Wrap around making a client: a wrong setting becomes a SettingsError. verify, proxy: the caller's values."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, httpx2.InvalidURL) as exc:
-        raise SettingsError(_reason(exc, verify, proxy)) from None  # the cause's text may hold a proxy's password
+        raise SettingsError(_reason(exc, verify, proxy)) from None  # the text of the cause may hold a proxy's password
 
 
 def _reason(error: Exception, verify: object, proxy: object) -> str:
@@ -51,7 +51,7 @@ def _unusable(proxy: object) -> str:
     except ImportError:
         return "a SOCKS proxy needs another package: pip install 'httpx2[socks]', or name an http:// proxy"
     except (ValueError, TypeError, httpx2.InvalidURL):
-        return "it is not the URL of a proxy: use http://HOST:PORT, https://, socks5:// or socks5h://, or unset it"
+        return "not the URL of a proxy: use http://HOST:PORT, https://, socks5:// or socks5h://, or unset it"
 
 
 def _certificates(error: OSError, verify: object) -> str:

@@ -1,6 +1,6 @@
-"""The access token of each request: given, asked for by a callable, or issued to OAuth2 client credentials.
+"""The access token of each request: a given one, a callable's, or one issued for OAuth2 client credentials.
 
-`lacre.transport.oauth` decides what to ask and when a token is old; the requests are sent here.
+`lacre.transport.oauth` decides what to ask and when a token is old; this file sends the requests.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from lacre.transport.single_flight import AsyncSingleFlight
 
 
 class AsyncBearer:
-    """The access token of each request. OAuth2's is asked for through `outer`, with its CA, proxy and timeouts, and bound to
-    the key where there is one.
+    """The access token of each request. OAuth2 tokens are requested through `outer`, with its CA, proxy and timeouts, and bound
+    to the key if there is one.
     """  # fmt: skip
 
     def __init__(self, source: AsyncToken, outer: PerLoop[httpx2.AsyncClient], key: ProofKey | None) -> None:
-        """key: what the token is bound to, where it is."""
+        """key: the token is bound to it, if given."""
         self.key = key
         self._source = source
         self._outer = outer
@@ -41,7 +41,7 @@ class AsyncBearer:
         self._flight = AsyncSingleFlight()
 
     async def token(self, refused: str | None = None) -> str:
-        """refused: one that the gateway does not take, to get another; the same again where there is none."""
+        """refused: a token that the gateway refused, to get another; the same token again if there is no other."""
         source = self._source
         if isinstance(source, str):
             return source

@@ -1,7 +1,7 @@
 # Generated from token_sources_async.py by tools/unasync.py: do not edit.
-"""The access token of each request: given, asked for by a callable, or issued to OAuth2 client credentials.
+"""The access token of each request: a given one, a callable's, or one issued for OAuth2 client credentials.
 
-`lacre.transport.oauth` decides what to ask and when a token is old; the requests are sent here.
+`lacre.transport.oauth` decides what to ask and when a token is old; this file sends the requests.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lacre.transport.single_flight import SingleFlight
 
 
 class Bearer:
-    """The access token of each request. OAuth2's is asked for through `outer`, with its CA, proxy and timeouts, and bound to
-    the key where there is one.
+    """The access token of each request. OAuth2 tokens are requested through `outer`, with its CA, proxy and timeouts, and bound
+    to the key if there is one.
     """  # fmt: skip
 
     def __init__(self, source: Token, outer: PerProcess[httpx2.Client], key: ProofKey | None) -> None:
-        """key: what the token is bound to, where it is."""
+        """key: the token is bound to it, if given."""
         self.key = key
         self._source = source
         self._outer = outer
@@ -42,7 +42,7 @@ class Bearer:
         self._flight = SingleFlight()
 
     def token(self, refused: str | None = None) -> str:
-        """refused: one that the gateway does not take, to get another; the same again where there is none."""
+        """refused: a token that the gateway refused, to get another; the same token again if there is no other."""
         source = self._source
         if isinstance(source, str):
             return source
