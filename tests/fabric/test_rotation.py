@@ -33,7 +33,7 @@ POOL = "a"
 
 
 @dataclass
-class World:
+class TendedSite:
     """A site, its provisioner's connection, and workers that hold what they say."""
 
     nats: LiveFabric
@@ -84,49 +84,49 @@ class World:
 
 
 @pytest.fixture
-async def world(nats: LiveFabric, tmp_path: Path) -> AsyncIterator[World]:
+async def tended(nats: LiveFabric, tmp_path: Path) -> AsyncIterator[TendedSite]:
     site = Site(tmp_path / "state", {POOL: POOLS[POOL]})
     site.create()
     async with AsyncExitStack() as stack:
         connection = await nats.connect("provisioner")
         stack.push_async_callback(connection.close)
         await publish(site, connection)
-        yield World(nats, site, connection, stack)
+        yield TendedSite(nats, site, connection, stack)
         await connection.jetstream.delete_stream("KV_trust")  # the next test makes it again
 
 
-async def test_workers_have_a_key_before_any_manifest_names_it(world: World) -> None:
-    ring = await world.worker()
-    rotating = asyncio.create_task(rotate(world.site, world.connection, POOL, grace=60))
+async def test_workers_have_a_key_before_any_manifest_names_it(tended: TendedSite) -> None:
+    ring = await tended.worker()
+    rotating = asyncio.create_task(rotate(tended.site, tended.connection, POOL, grace=60))
     await asyncio.sleep(4)  # longer than a sign of presence counts
-    assert world.in_folder() == {"1.key", "2.key", "3.key", "4.key"}
-    assert await world.listed() == [1, 2]
+    assert tended.in_folder() == {"1.key", "2.key", "3.key", "4.key"}
+    assert await tended.listed() == [1, 2]
     assert ring.reload()
     rotated = await rotating
     assert (rotated.lacking, [config.key_id for config in rotated.listed]) == (frozenset(), [3, 4])
-    assert await world.listed() == [3, 4, 1, 2]
+    assert await tended.listed() == [3, 4, 1, 2]
 
 
-async def test_a_key_that_no_worker_takes_up_is_not_listed_and_tried_again(world: World) -> None:
-    ring = await world.worker()
+async def test_a_key_that_no_worker_takes_up_is_not_listed_and_tried_again(tended: TendedSite) -> None:
+    ring = await tended.worker()
     with pytest.raises(NotTakenUp, match="n1"):
-        await rotate(world.site, world.connection, POOL, wait=3.5)
-    assert await world.listed() == [1, 2]
-    before = read_secret(world.site.keys_folder(POOL) / "3.key")
+        await rotate(tended.site, tended.connection, POOL, wait=3.5)
+    assert await tended.listed() == [1, 2]
+    before = read_secret(tended.site.keys_folder(POOL) / "3.key")
     ring.reload()
-    await rotate(world.site, world.connection, POOL)
-    assert await world.listed() == [3, 4, 1, 2]
-    assert read_secret(world.site.keys_folder(POOL) / "3.key") == before
+    await rotate(tended.site, tended.connection, POOL)
+    assert await tended.listed() == [3, 4, 1, 2]
+    assert read_secret(tended.site.keys_folder(POOL) / "3.key") == before
 
 
-async def test_a_worker_that_takes_up_nothing_keeps_no_old_key_alive_and_is_named(world: World) -> None:
-    await world.worker("n1", watches=True)
-    await world.worker("n2")
-    rotated = await rotate(world.site, world.connection, POOL, grace=0, wait=3.5)
+async def test_a_worker_that_takes_up_nothing_keeps_no_old_key_alive_and_is_named(tended: TendedSite) -> None:
+    await tended.worker("n1", watches=True)
+    await tended.worker("n2")
+    rotated = await rotate(tended.site, tended.connection, POOL, grace=0, wait=3.5)
     assert rotated.lacking == {"n2"}
-    assert await world.listed() == [3, 4]
+    assert await tended.listed() == [3, 4]
     with capture_logs() as logs:
-        (gone,) = await retire(world.site, world.connection, wait=2.5)
+        (gone,) = await retire(tended.site, tended.connection, wait=2.5)
     assert gone.ids == (1, 2)
     assert [(entry["event"], entry["node"]) for entry in logs if "node" in entry] == [("key.still_held", "n2")]
 
@@ -138,21 +138,21 @@ def stretched(key: bytes) -> Sequence[bytes]:
     return secret, seed[:32], seed[32:64], seed[64:]
 
 
-async def test_what_one_process_began_another_one_ends(world: World) -> None:
+async def test_what_one_process_began_another_one_ends(tended: TendedSite) -> None:
     """The grace ends after the process that set it; the key is destroyed on disk and in the workers."""
-    ring = await world.worker(watches=True)
-    folder = world.site.keys_folder(POOL)
+    ring = await tended.worker(watches=True)
+    folder = tended.site.keys_folder(POOL)
     secrets = [part for name in ("1.key", "2.key") for part in stretched(bytes(read_secret(folder / name)))]
     assert secrets[0] in (folder / "1.key").read_bytes()
-    old, still = ring.keys[1], world.site.folder / "still"
+    old, still = ring.keys[1], tended.site.folder / "still"
     os.link(folder / "1.key", still)  # another name for the same bytes on disk
-    await rotate(world.site, world.connection, POOL, grace=1)
+    await rotate(tended.site, tended.connection, POOL, grace=1)
     assert 1 in ring.keys
-    world.background(upkeep(Site(world.site.folder, world.site.pools), world.connection, Schedule()))
-    await world.until_in_folder("3.key", "4.key")
-    assert await world.listed() == [3, 4]
+    tended.background(upkeep(Site(tended.site.folder, tended.site.pools), tended.connection, Schedule()))
+    await tended.until_in_folder("3.key", "4.key")
+    assert await tended.listed() == [3, 4]
     assert still.read_bytes() == bytes(still.stat().st_size)
-    files = [path.read_bytes() for path in world.site.folder.rglob("*") if path.is_file()]
+    files = [path.read_bytes() for path in tended.site.folder.rglob("*") if path.is_file()]
     assert not [secret for secret in secrets for content in files if secret in content]
     await asyncio.sleep(1.5)
     assert set(ring.keys) == {3, 4}
@@ -163,23 +163,23 @@ class TestPoolsAreIndependent:
     """Pool `a` is first in every order. What fails for it is said with its name, and pool `b` gets what is due to it."""
 
     @pytest.fixture
-    async def both(self, nats: LiveFabric, tmp_path: Path) -> AsyncIterator[World]:
+    async def both(self, nats: LiveFabric, tmp_path: Path) -> AsyncIterator[TendedSite]:
         site = Site(tmp_path / "state", {POOL: POOLS[POOL], "b": POOLS["b"]})
         site.create()
         async with AsyncExitStack() as stack:
             connection = await nats.connect("provisioner")
             stack.push_async_callback(connection.close)
             await publish(site, connection)
-            yield World(nats, site, connection, stack)
+            yield TendedSite(nats, site, connection, stack)
             await connection.jetstream.delete_stream("KV_trust")  # the next test makes it again
 
-    async def holding_none(self, world: World) -> None:
+    async def holding_none(self, tended: TendedSite) -> None:
         """A worker of pool `a` that announces no key."""
-        credential = world.nats.credentials[f"worker-{POOL}-n1"]
-        worker = await NatsWorker.connect(world.nats.server.url, credential, POOL, "n1", ["m1"])
-        world.stack.push_async_callback(worker.close)
+        credential = tended.nats.credentials[f"worker-{POOL}-n1"]
+        worker = await NatsWorker.connect(tended.nats.server.url, credential, POOL, "n1", ["m1"])
+        tended.stack.push_async_callback(worker.close)
 
-    async def test_a_worker_that_holds_no_key_stops_its_own_pool_alone(self, both: World) -> None:
+    async def test_a_worker_that_holds_no_key_stops_its_own_pool_alone(self, both: TendedSite) -> None:
         await rotate(both.site, both.connection, "b", grace=0)
         await self.holding_none(both)
         await both.worker(pool="b", watches=True)
@@ -191,7 +191,7 @@ class TestPoolsAreIndependent:
         said = [(entry["pool"], "n1" in entry["reason"]) for entry in logs if entry["event"] == "upkeep.failed"]
         assert said == [("a", True)]
 
-    async def test_others_may_change_the_site_while_a_pool_takes_up_its_keys(self, both: World) -> None:
+    async def test_others_may_change_the_site_while_a_pool_takes_up_its_keys(self, both: TendedSite) -> None:
         await self.holding_none(both)
         rotating = asyncio.create_task(rotate(both.site, both.connection, POOL, wait=60))
         await both.until_in_folder("1.key", "2.key", "3.key", "4.key")
@@ -201,7 +201,7 @@ class TestPoolsAreIndependent:
         rotating.cancel()
         await asyncio.gather(rotating, return_exceptions=True)
 
-    async def test_two_that_wait_for_the_same_keys_list_them_once(self, both: World) -> None:
+    async def test_two_that_wait_for_the_same_keys_list_them_once(self, both: TendedSite) -> None:
         ring = await both.worker()
         rotating = [asyncio.create_task(rotate(both.site, both.connection, POOL, grace=60)) for _ in range(2)]
         await both.until_in_folder("1.key", "2.key", "3.key", "4.key")
@@ -209,7 +209,7 @@ class TestPoolsAreIndependent:
         assert [[config.key_id for config in (await one).listed] for one in rotating] == [[3, 4]] * 2
         assert [pool_key.config.key_id for pool_key in await both.keys(POOL)] == [3, 4, 1, 2]
 
-    async def test_a_pool_that_is_damaged_is_published_as_it_was(self, both: World) -> None:
+    async def test_a_pool_that_is_damaged_is_published_as_it_was(self, both: TendedSite) -> None:
         damaged = both.site.folder / "pools" / POOL / "generations.json"
         damaged.write_bytes(b"{")
         with capture_logs() as logs:
@@ -218,7 +218,7 @@ class TestPoolsAreIndependent:
         assert [pool_key.config.key_id for pool_key in await both.keys(POOL)] == [1, 2]
         assert ("pool.damaged", POOL) in [(entry["event"], entry.get("pool")) for entry in logs]
 
-    async def test_keys_that_are_out_are_destroyed_without_the_fabric(self, both: World) -> None:
+    async def test_keys_that_are_out_are_destroyed_without_the_fabric(self, both: TendedSite) -> None:
         """Neither a manifest that cannot be published nor another pool's damaged file keeps a private key on disk."""
         await rotate(both.site, both.connection, "b", grace=0)
         damaged = both.site.folder / "pools" / POOL / "generations.json"
@@ -230,64 +230,64 @@ class TestPoolsAreIndependent:
         assert both.in_folder("b") == {"3.key", "4.key"}
 
 
-async def test_queues_that_the_message_server_lost_are_made_again(world: World) -> None:
+async def test_queues_that_the_message_server_lost_are_made_again(tended: TendedSite) -> None:
     """Where nobody starts the two together, as `lacre up` does."""
     stream = subjects.work_stream(POOL, subjects.DEFAULT_REGION)
-    await world.connection.jetstream.delete_stream(stream)
-    world.background(upkeep(world.site, world.connection, Schedule(), provisioning=True))
+    await tended.connection.jetstream.delete_stream(stream)
+    tended.background(upkeep(tended.site, tended.connection, Schedule(), provisioning=True))
     async with asyncio.timeout(15):
-        while stream not in [found.config.name for found in await world.connection.jetstream.streams_info()]:
+        while stream not in [found.config.name for found in await tended.connection.jetstream.streams_info()]:
             await asyncio.sleep(0.05)
-        while not await world.connection.jetstream.consumers_info(stream):
+        while not await tended.connection.jetstream.consumers_info(stream):
             await asyncio.sleep(0.05)
 
 
-async def test_keys_rotate_by_themselves_also_after_a_failure_and_without_a_worker(world: World) -> None:
-    path = world.site.folder / "pools" / POOL / "generations.json"
+async def test_keys_rotate_by_themselves_also_after_a_failure_and_without_a_worker(tended: TendedSite) -> None:
+    path = tended.site.folder / "pools" / POOL / "generations.json"
     kept = path.read_bytes()
     path.write_bytes(b"{")
     with capture_logs() as logs:
-        world.background(upkeep(world.site, world.connection, Schedule(every=1, grace=0), again=0.05))
+        tended.background(upkeep(tended.site, tended.connection, Schedule(every=1, grace=0), again=0.05))
         while not logs:
             await asyncio.sleep(0.05)
     assert {entry["event"] for entry in logs} == {"upkeep.failed"}
     path.write_bytes(kept)
     deadline = time.monotonic() + 30
-    while (await world.listed())[0] < 5:
+    while (await tended.listed())[0] < 5:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.1)
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
-async def test_what_is_no_time(world: World, seconds: float) -> None:
+async def test_what_is_no_time(tended: TendedSite, seconds: float) -> None:
     with pytest.raises(SettingsError, match="grace"):
-        await rotate(world.site, world.connection, POOL, grace=seconds)
+        await rotate(tended.site, tended.connection, POOL, grace=seconds)
     with pytest.raises(SettingsError, match="rotations"):
         Schedule(every=seconds)
-    assert world.in_folder() == {"1.key", "2.key"}
+    assert tended.in_folder() == {"1.key", "2.key"}
 
 
-async def test_one_process_at_a_time_changes_a_site(world: World) -> None:
-    world.site.save(world.nats.server.url, "http://127.0.0.1:1")
-    world.nats.credentials["provisioner"].save(world.site.credential_file("provisioner"))
-    command = [sys.executable, "-m", "lacre", "manifest", "publish", "--state", str(world.site.folder)]
-    async with world.site.changing():
+async def test_one_process_at_a_time_changes_a_site(tended: TendedSite) -> None:
+    tended.site.save(tended.nats.server.url, "http://127.0.0.1:1")
+    tended.nats.credentials["provisioner"].save(tended.site.credential_file("provisioner"))
+    command = [sys.executable, "-m", "lacre", "manifest", "publish", "--state", str(tended.site.folder)]
+    async with tended.site.changing():
         process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(process.wait(), 3)
-        assert (world.site.folder / "trust" / "version").read_text() == "1"
+        assert (tended.site.folder / "trust" / "version").read_text() == "1"
     assert await process.wait() == 0
-    assert (world.site.folder / "trust" / "version").read_text() == "2"
+    assert (tended.site.folder / "trust" / "version").read_text() == "2"
 
 
-async def test_gateways_and_workers_follow_a_new_root_and_remember_under_it(world: World, tmp_path: Path) -> None:
-    first = world.site.root
+async def test_gateways_and_workers_follow_a_new_root_and_remember_under_it(tended: TendedSite, tmp_path: Path) -> None:
+    first = tended.site.root
 
     def feed(fetch: Callable[[], Awaitable[bytes | None]], root: bytes) -> ManifestFeed:
         return ManifestFeed(fetch, root, memory=memory_in(tmp_path / "memory"))
 
     async def now_on_fabric() -> bytes:
-        document = await world.connection.manifest()
+        document = await tended.connection.manifest()
         assert document is not None
         return document
 
@@ -297,15 +297,15 @@ async def test_gateways_and_workers_follow_a_new_root_and_remember_under_it(worl
         await started.refresh()
         return started.manifest.version
 
-    running, before = feed(world.connection.manifest, first), await now_on_fabric()
+    running, before = feed(tended.connection.manifest, first), await now_on_fabric()
     await running.refresh()
     for _ in range(3):
-        world.site.authority.rotate_root(time.time())
-        await publish(world.site, world.connection)
+        tended.site.authority.rotate_root(time.time())
+        await publish(tended.site, tended.connection)
     after = await now_on_fabric()
-    await publish(world.site, world.connection)
+    await publish(tended.site, tended.connection)
     await running.refresh()
     assert running.manifest.version == 5
     assert await version(first, before) == 5
-    assert await version(world.site.root, after) == 5
-    assert await version(world.site.root, await now_on_fabric()) == 5
+    assert await version(tended.site.root, after) == 5
+    assert await version(tended.site.root, await now_on_fabric()) == 5

@@ -26,8 +26,8 @@ from lacre_fabric.operate.nats_server import free_port
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.doctor import State, examine
 from parts.chat_app import ChatApp
-from parts.cluster import Cluster
 from parts.issuer import AUDIENCE, ISSUER, Issuer
+from parts.live_site import LiveSite
 from parts.up import descendants, wait_until_gone
 
 
@@ -55,7 +55,7 @@ class SlowApp(ChatApp):
 class Running:
     """A `lacre gateway` of `cluster` with settings of its own."""
 
-    cluster: Cluster
+    cluster: LiveSite
     issuer: Issuer
     app: SlowApp
     settings: Path
@@ -122,7 +122,7 @@ class Running:
 async def running(tmp_path: Path, issuer: Issuer, request: pytest.FixtureRequest) -> AsyncIterator[Running]:
     options: Mapping[str, object] = getattr(request, "param", {})
     app = SlowApp()
-    cluster = await Cluster.start(tmp_path, app, "", gateways=0)
+    cluster = await LiveSite.with_node(tmp_path, app, "", gateways=0)
     (tmp_path / "jwks.json").write_text(json.dumps(issuer.jwks()))
     port, admin, site = free_port(), free_port(), cluster.site
     settings = site.folder / "gateway" / "own.toml"
@@ -142,7 +142,7 @@ async def running(tmp_path: Path, issuer: Issuer, request: pytest.FixtureRequest
         port = {admin}
         [nats]
         url = "{cluster.server.url}"
-        credentials = "{cluster.credential("g1")}"
+        credentials = "{cluster.site.credential_file("gateway-g1")}"
         [[issuers]]
         issuer = "{ISSUER}"
         audience = "{AUDIENCE}"

@@ -30,9 +30,9 @@ from lacre_gateway.auth.revocation import MAX_AGE, RevocationList, revocation
 from lacre_gateway.settings import Issuer as IssuerSettings
 from lacre_gateway.settings import load
 from parts.chat_app import ChatApp
-from parts.cluster import MODEL, POOL, Cluster, GatewayProcess
 from parts.fake_worker import FakeWorker
 from parts.issuer import ISSUER, Issuer
+from parts.live_site import POOL, TINY, GatewayProcess, LiveSite
 from parts.memory_fabric import MemoryFabric
 from parts.stage import Stage
 
@@ -201,7 +201,7 @@ async def test_a_subject_is_let_in_again_with_a_token_issued_later(
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[Cluster]:
+async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[LiveSite]:
     (tmp_path / "jwks.json").write_text(json.dumps(issuer.jwks()))
     tables = f"""
         [[issuers]]
@@ -212,7 +212,7 @@ async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[Cluster]:
         [limits]
         failed_auth_per_minute = 100000
     """
-    cluster = await Cluster.start(tmp_path, ChatApp(), tables)
+    cluster = await LiveSite.with_node(tmp_path, ChatApp(), tables)
     yield cluster
     await cluster.close()
 
@@ -223,7 +223,7 @@ async def refused_by(gateways: list[GatewayProcess], token: str) -> None:
 
 
 async def _refused_by(gateway: GatewayProcess, token: str) -> None:
-    headers = {"lacre-pool": POOL, "lacre-model": MODEL, "lacre-action": "chat", "content-type": "text/plain"}
+    headers = {"lacre-pool": POOL, "lacre-model": TINY, "lacre-action": "chat", "content-type": "text/plain"}
     async with httpx2.AsyncClient(base_url=gateway.base_url, trust_env=False, verify=False) as client, asyncio.timeout(20):
         while True:
             response = await client.post("/v1/sealed", headers={**headers, "authorization": f"Bearer {token}"})
@@ -234,7 +234,7 @@ async def _refused_by(gateway: GatewayProcess, token: str) -> None:
 
 
 @pytest.mark.slow
-async def test_refused_everywhere(cluster: Cluster, issuer: Issuer) -> None:
+async def test_refused_everywhere(cluster: LiveSite, issuer: Issuer) -> None:
     tokens = [issuer.token(sub=f"s{number}", jti=f"t{number}") for number in range(20)]
     settings = load(cluster.gateways[0].settings)
     connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
@@ -257,7 +257,7 @@ async def test_refused_everywhere(cluster: Cluster, issuer: Issuer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["--jti", "--sub"])
-async def test_lacre_revoke(what: str, cluster: Cluster, issuer: Issuer) -> None:
+async def test_lacre_revoke(what: str, cluster: LiveSite, issuer: Issuer) -> None:
     token = issuer.token(sub="bob", jti="bob")
     await let_in(cluster, token)
     arguments = [what, "bob", "--settings", str(cluster.gateways[1].settings)]
@@ -278,7 +278,7 @@ def lacre_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-async def let_in(cluster: Cluster, token: str) -> None:
+async def let_in(cluster: LiveSite, token: str) -> None:
     """By every gateway, which then remembers that it is good."""
     memory = lacre.VersionMemory()
     for gateway in cluster.gateways:
@@ -287,8 +287,8 @@ async def let_in(cluster: Cluster, token: str) -> None:
 
 
 @pytest.mark.slow
-async def test_without_its_bucket_a_gateway_is_not_ready(cluster: Cluster) -> None:
-    provisioner = await Connection.open(cluster.server.url, cluster.site.credential("provisioner"))
+async def test_without_its_bucket_a_gateway_is_not_ready(cluster: LiveSite) -> None:
+    provisioner = await cluster.connect()
     await provisioner.jetstream.delete_stream(subjects.REVOCATIONS_STREAM)
     await provisioner.close()
     first = cluster.gateways[0]

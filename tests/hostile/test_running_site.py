@@ -23,8 +23,8 @@ from lacre_fabric.nats.servers import Servers
 from lacre_fabric.operate import floods
 from lacre_fabric.operate.dev_issuer import ISSUER
 from lacre_fabric.work.revocations import Revocation, subject_key
-from parts.gateway_process import GatewayProcess, Kept
 from parts.thief import Thief
+from parts.whole_gateway import Kept, WholeGateway
 
 SECONDS = 9.0  # that each credential is spoken with
 GOES_ON = 8.0  # seconds for an answer: 3 are promised, and this machine does everything at once
@@ -38,14 +38,14 @@ OTHERS = (
 )  # fmt: skip
 
 
-class TwoPools(GatewayProcess):
+class TwoPools(WholeGateway):
     """Pools a and b; and a second gateway's credential, which is for pool a alone."""
 
-    def roles(self) -> list[Role]:
-        return [*self.site.roles(), roles.gateway(self.site.credential("gateway-g2"), "g2", ("a",))]
+    def more_roles(self) -> list[Role]:
+        return [roles.gateway(self.site.credential("gateway-g2"), "g2", ("a",))]
 
     def role(self, name: str) -> Role:
-        return next(role for role in self.roles() if role.credential.name == name)
+        return next(role for role in [*self.site.roles(), *self.more_roles()] if role.credential.name == name)
 
 
 @dataclass

@@ -7,6 +7,7 @@ against the ceilings is what the gateways recorded, the killed one too, and what
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
 import subprocess
 import time
@@ -18,10 +19,12 @@ from typing import Any
 import httpx2
 import pytest
 
+from lacre.wire.header import Aead, Kdf, Kem, Suite
+from lacre_fabric.operate.leash import PYTHON, leashed
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.plans import LimitKind, parse
-from parts.by_hand import opened
-from parts.fleet import Fleet
+from parts import by_hand
+from parts.live_site import POOL, TINY, LiveSite, own_issuer
 from parts.up import LACRE
 
 GATEWAYS = ("g1", "g2", "g3")
@@ -39,6 +42,8 @@ CEILINGS = {
     LimitKind.CONCURRENT_STREAMS: 16,
 }
 PRICES = '[prices."*"]\nprompt = "1.1"\ncached = "0.3"\ncompletion = "2.7"\n'
+READY = 240.0  # seconds; three processes that import at once, on a machine that has other things to do
+SUITE = Suite(Kem.X25519, Kdf.HKDF_SHA256, Aead.AES_256_GCM)
 LIMITS = "longest_stream = 60.0"
 
 
@@ -53,14 +58,51 @@ async def kind(request: pytest.FixtureRequest) -> LimitKind:
     return LimitKind(request.param)
 
 
+class HeldWorker:
+    """The process of `parts/held_worker.py`."""
+
+    def __init__(self, live: LiveSite, free: int, slots: int) -> None:
+        self._log = live.site.log("worker")
+        program = Path(__file__).parents[1] / "parts" / "held_worker.py"
+        command = leashed([*PYTHON, str(program), str(live.site.folder), live.server.url, str(free), str(slots)])
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+    def let_go(self) -> None:
+        """It holds nothing from now on."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"go\n")
+        self._process.stdin.flush()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Calls that run, that were answered, and that ran at once at most."""
+        lines = [line for line in self._log.read_text().splitlines() if line.replace(" ", "").isdigit()]
+        running, answered, most = map(int, lines[-1].split()) if lines else (0, 0, 0)
+        return running, answered, most
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
 @pytest.fixture
-async def fleet(kind: LimitKind, tmp_path: Path) -> AsyncIterator[Fleet]:
-    fleet = Fleet(tmp_path, GATEWAYS, plans(kind), LIMITS)
+async def live(kind: LimitKind, tmp_path: Path) -> AsyncIterator[LiveSite]:
+    async with LiveSite(tmp_path, {POOL: (TINY,)}) as live:
+        for _ in GATEWAYS:
+            live.gateway(f"{own_issuer(live.site)}\n[limits]\n{LIMITS}", plans=plans(kind))
+        await live.start(gateways=GATEWAYS[1:])
+        live.site.save(live.server.url, live.gateways[0].base_url)
+        yield live
+
+
+@pytest.fixture
+async def worker(live: LiveSite) -> AsyncIterator[HeldWorker]:
+    worker = HeldWorker(live, FREE, slots=64)
     try:
-        await fleet.start(FREE, slots=64)
-        yield fleet
+        await live.start_gateways(READY)
+        yield worker
     finally:
-        fleet.stop()
+        worker.stop()
 
 
 class Burst:
@@ -68,13 +110,15 @@ class Burst:
     for those that a dead gateway left.
     """
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, live: LiveSite) -> None:
+        self._live = live
+        keys = live.site.generations(POOL).pool_keys(time.time(), time.time() + 600)
+        self._config = next(key.config for key in keys if key.config.kem is SUITE.kem)
         self.statuses: Counter[int] = Counter()
         self.problems: Counter[str] = Counter()
 
     async def run(self) -> None:
-        tokens = [self._fleet.token(f"user-{number}", "acme") for number in range(8)]
+        tokens = [self._live.token(f"user-{number}") for number in range(8)]
         limits = httpx2.Limits(max_connections=REQUESTS)
         async with httpx2.AsyncClient(limits=limits, timeout=60) as client:
             await asyncio.gather(*(self._ask(client, tokens[number % 8], number) for number in range(REQUESTS)))
@@ -82,21 +126,22 @@ class Burst:
     async def _ask(self, client: httpx2.AsyncClient, token: str, number: int) -> None:
         until = time.monotonic() + PATIENCE
         while True:
-            status = await self._once(client, token, self._fleet.gateways[GATEWAYS[number % 3]].base_url)
+            status = await self._once(client, token, self._live.gateways[number % 3].base_url)
             self.statuses[status] += 1
             if status == 200 or time.monotonic() > until:
                 return
             await asyncio.sleep(PAUSE)
 
     async def _once(self, client: httpx2.AsyncClient, token: str, base_url: str) -> int:
-        body, opener = self._fleet.seal()
-        headers = self._fleet.headers(token, MAX_TOKENS)
+        dated = (("content-type", "application/json"), ("date", email.utils.formatdate(usegmt=True)))
+        body, _, opener = by_hand.seal(self._config, by_hand.request(headers=dated), SUITE)
+        headers = by_hand.outer_headers(token, lacre_model=TINY, lacre_max_tokens=str(MAX_TOKENS))
         try:
             response = await client.post(f"{base_url}/v1/sealed", content=body, headers=headers)
         except httpx2.HTTPError:
             return 0
         if response.status_code == 200:
-            assert opened(opener, response.content)
+            assert by_hand.opened(opener, response.content)
         if response.status_code != 200:
             self.problems[response.json()["type"].rpartition(":")[2]] += 1
         return response.status_code
@@ -104,31 +149,35 @@ class Burst:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_no_limit_is_ever_crossed(kind: LimitKind, fleet: Fleet) -> None:
-    first = Burst(fleet)
+async def test_no_limit_is_ever_crossed(kind: LimitKind, live: LiveSite, worker: HeldWorker) -> None:
+    first = Burst(live)
     asking = asyncio.create_task(first.run())
-    while (counts := fleet.counts())[0] < HELD or counts[1] < FREE:
+    while (counts := worker.counts())[0] < HELD or counts[1] < FREE:
         assert not asking.done(), (first.statuses, first.problems, counts)
         await asyncio.sleep(0.02)
-    fleet.gateways["g3"].process.kill()
-    fleet.gateways["g3"].process.wait()
-    await fleet.restart_nats()
-    fleet.gateways["g3"].start()
-    fleet.let_go()
+    live.gateways[2].process.kill()
+    live.gateways[2].process.wait()
+    await live.restart_nats()
+    live.gateways[2].start()
+    worker.let_go()
     await asking
-    await fleet.ready()
-    second = Burst(fleet)
+    await live.ready(READY)
+    second = Burst(live)
     await second.run()
-    await fleet.stop_gateways()
+    await live.stop_gateways()
     statuses = first.statuses + second.statuses
-    print(kind.value, dict(first.statuses), dict(second.statuses), "most at once", fleet.counts()[2])
+    print(kind.value, dict(first.statuses), dict(second.statuses), "most at once", worker.counts()[2])
     assert statuses[200] > 0 and statuses[429] > 0 and statuses[0] > 0 and statuses[500] == 0
 
-    entries = {name: [json.loads(entry) for entry in LogReader(fleet.audit(name)).entries()] for name in GATEWAYS}
+    entries = {name: [json.loads(entry) for entry in LogReader(audit(live, name)).entries()] for name in GATEWAYS}
     check_ceilings(kind, entries)
     if kind is LimitKind.CONCURRENT_STREAMS:
-        assert 0 < fleet.counts()[2] <= CEILINGS[kind]
-    check_books(kind, fleet, entries)
+        assert 0 < worker.counts()[2] <= CEILINGS[kind]
+    check_books(kind, live, entries)
+
+
+def audit(live: LiveSite, name: str) -> Path:
+    return live.site.folder / "gateway" / f"audit-{name}"
 
 
 def check_ceilings(kind: LimitKind, entries: dict[str, list[dict[str, Any]]]) -> None:
@@ -157,10 +206,10 @@ def check_ceilings(kind: LimitKind, entries: dict[str, list[dict[str, Any]]]) ->
         assert all(used <= CEILINGS[kind] for used in spent.values()), spent
 
 
-def check_books(kind: LimitKind, fleet: Fleet, entries: dict[str, list[dict[str, Any]]]) -> None:
+def check_books(kind: LimitKind, live: LiveSite, entries: dict[str, list[dict[str, Any]]]) -> None:
     """`lacre budget show`: what is gone from the ceiling is what receipts say, and what is listed as forfeited."""
-    audits = [argument for name in GATEWAYS for argument in ("--audit", str(fleet.audit(name)))]
-    command = [*LACRE, "budget", "show", "--json", "--state", str(fleet.site.folder), *audits]
+    audits = [argument for name in GATEWAYS for argument in ("--audit", str(audit(live, name)))]
+    command = [*LACRE, "budget", "show", "--json", "--state", str(live.site.folder), *audits]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     lines = [json.loads(line) for line in shown.stdout.splitlines()]

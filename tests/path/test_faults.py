@@ -16,11 +16,10 @@ import pytest
 import lacre
 from lacre.trust.chain import ConnectionString
 from lacre_backend.api.app import create_app
-from lacre_fabric.operate import dev_issuer
 from lacre_gateway.audit.reader import LogReader
-from parts.cluster import MODEL, Cluster
 from parts.echo_engine import EchoEngine
 from parts.faults import FaultyNetwork
+from parts.live_site import POOL, TINY, LiveSite, own_issuer
 
 REQUESTS, CLIENTS = 300, 12
 TIMEOUT = 2.0  # seconds of each step on the network
@@ -30,18 +29,13 @@ SAID = "seven seas and one moon"
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
-    issuer = f"""
-        [[issuers]]
-        issuer = "{dev_issuer.ISSUER}"
-        audience = "{dev_issuer.AUDIENCE}"
-        algorithms = ["EdDSA"]
-        jwks = "{tmp_path}/state/issuer.jwks"
-    """
-    engine = EchoEngine(name=MODEL, delay=0.002)
-    cluster = await Cluster.start(tmp_path, create_app([engine]), issuer, gateways=1, slots=32)
-    yield cluster
-    await cluster.close()
+async def live(tmp_path: Path) -> AsyncIterator[LiveSite]:
+    async with LiveSite(tmp_path, {POOL: (TINY,)}) as live:
+        await live.start()
+        await live.node(create_app([EchoEngine(name=TINY, delay=0.002)]), slots=32)
+        live.gateway(own_issuer(live.site), drain=2)
+        await live.start_gateways()
+        yield live
 
 
 class Counting(httpx2.AsyncHTTPTransport):
@@ -97,11 +91,11 @@ class Caller:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_a_network_that_breaks(cluster: Cluster, record_property: Any) -> None:
-    [gateway] = cluster.gateways
+async def test_a_network_that_breaks(live: LiveSite, record_property: Any) -> None:
+    [gateway] = live.gateways
     async with FaultyNetwork(gateway.base_url, seed=11) as network:
-        url = str(ConnectionString(network.base_url, cluster.site.root))
-        callers = [Caller(url, cluster.site.token(f"caller-{number}")) for number in range(CLIENTS)]
+        url = str(ConnectionString(network.base_url, live.site.root))
+        callers = [Caller(url, live.site.token(f"caller-{number}")) for number in range(CLIENTS)]
         numbers = iter(range(REQUESTS))
 
         async def work(caller: Caller) -> None:
@@ -124,7 +118,7 @@ async def test_a_network_that_breaks(cluster: Cluster, record_property: Any) -> 
     assert all(network.struck[kind] for kind in ("delay", "stall", "cut", "reset", "half-close", "garbage"))
     assert len({receipt.enc for receipt in whole}) == len(whole)
     await asyncio.sleep(1)  # what was cancelled is settled after the answer
-    check_log(LogReader(cluster.site.folder / "gateway" / f"audit-{gateway.name}"))
+    check_log(LogReader(live.site.folder / "gateway" / f"audit-{gateway.name}"))
 
 
 def check_log(log: LogReader) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 import lacre
 from lacre_fabric.operate.leash import PYTHON, leashed
+from parts.live_site import LiveSite
 from parts.network import Namespace, forwarded, namespace
-from parts.workers import Workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -48,14 +48,14 @@ def reached(address: str) -> bool:
 
 
 @pytest.fixture
-async def workers(tmp_path: Path) -> AsyncIterator[Workers]:
-    live = await Workers.start(tmp_path, count=1)
+async def workers(tmp_path: Path) -> AsyncIterator[LiveSite]:
+    live = await LiveSite.with_workers(tmp_path, count=1)
     yield live
     await live.close()
 
 
 async def test_a_worker_that_nobody_can_reach_serves(
-    closed: Namespace, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    closed: Namespace, workers: LiveSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [worker] = workers.workers
     worker.stop()
@@ -66,11 +66,11 @@ async def test_a_worker_that_nobody_can_reach_serves(
         worker.settings.write_text(text.replace(workers.server.url, f"nats://{closed.host}:{outside}"))
         worker.heard = 0.0
         worker.start(closed.inside)
-        await workers.ready()
+        await workers.heard()
         assert network(worker.process.pid) != network("self")
         assert listening(worker.process.pid) == {7777}, "the probe's, and none of the worker's"
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
-        async with lacre.AsyncClient(workers.gateway.url, token=workers.site.token("developer")) as client:
+        async with lacre.AsyncClient(workers.gateways[0].url, token=workers.site.token("developer")) as client:
             reply = await client.chat("Name three seas.", max_tokens=8)
         assert reply.receipt is not None and reply.receipt.completion_tokens > 0
         worker.stop()

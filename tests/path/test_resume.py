@@ -18,7 +18,7 @@ from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models import gguf
-from parts.workers import MODEL, Workers, busiest
+from parts.live_site import MODEL, LiveSite, busiest
 
 KILLS = 30
 LIMIT = 100  # tokens of an answer
@@ -27,8 +27,8 @@ SUBJECTS = ("the sea", "a lighthouse", "two brothers", "a long road", "winter", 
 
 
 @pytest.fixture
-async def pool(tmp_path: Path) -> AsyncIterator[Workers]:
-    pool = await Workers.start(tmp_path)
+async def pool(tmp_path: Path) -> AsyncIterator[LiveSite]:
+    pool = await LiveSite.with_workers(tmp_path)
     yield pool
     await pool.close()
 
@@ -63,7 +63,7 @@ async def prompt_of(client: lacre.AsyncClient, messages: list[dict[str, str]]) -
     return tokens
 
 
-async def one(pool: Workers, client: lacre.AsyncClient, messages: list[dict[str, str]], place: int) -> tuple[Any, float]:
+async def one(pool: LiveSite, client: lacre.AsyncClient, messages: list[dict[str, str]], place: int) -> tuple[Any, float]:
     """An answer whose worker is killed after so many pieces: the stream, and the longest pause in it."""
     before = [worker.ticks for worker in pool.workers]
     stream = client.chat_stream(messages, max_tokens=LIMIT, temperature=0)
@@ -81,13 +81,13 @@ async def one(pool: Workers, client: lacre.AsyncClient, messages: list[dict[str,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_kill_9_at_a_random_token(pool: Workers, record_property: Any) -> None:
+async def test_kill_9_at_a_random_token(pool: LiveSite, record_property: Any) -> None:
     chance, reference = random.Random(20), Reference()
     pauses, seams, before, after = [], [], [], []
-    async with lacre.AsyncClient(pool.gateway.url, token=pool.site.token("jo"), memory=lacre.VersionMemory()) as client:
+    async with lacre.AsyncClient(pool.gateways[0].url, token=pool.site.token("jo"), memory=lacre.VersionMemory()) as client:
         for number in range(KILLS):
             messages = [{"role": "user", "content": f"Tell me a long story about {SUBJECTS[number % 6]}, number {number}."}]
-            await pool.ready()
+            await pool.heard()
             stream, pause = await one(pool, client, messages, chance.randrange(1, 60))
             assert len(stream.parts) == 1, f"answer {number} was not cut: {stream.finish_reason}"
             tokens, seam = stream.facts.tokens, stream.parts[0].completion

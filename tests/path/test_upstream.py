@@ -29,8 +29,8 @@ from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.leash import leashed
 from lacre_fabric.operate.nats_server import free_port
 from lacre_gateway.audit.reader import LogReader
+from parts.live_site import MODEL, LiveSite
 from parts.memory import found_in_memory
-from parts.workers import MODEL, Workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -80,7 +80,7 @@ def running(folder: Path, program: str, *arguments: str) -> Iterator[Running]:
 class Place:
     """Everything that runs."""
 
-    workers: Workers
+    workers: LiveSite
     encoder: Running
     writer: Running
 
@@ -119,7 +119,7 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
                 fixed = {{cache_prompt = false}}
             """,
         }
-        workers = await Workers.start(folder, served=served)
+        workers = await LiveSite.with_workers(folder, served=served)
         try:
             yield Place(workers, encoder, writer)
         finally:
@@ -129,7 +129,7 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
 @pytest.fixture
 def client(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[lacre.Client]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with lacre.Client(place.workers.gateway.url, token=place.token("lacre:http"), retries=0) as client:
+    with lacre.Client(place.workers.gateways[0].url, token=place.token("lacre:http"), retries=0) as client:
         yield client
 
 
@@ -139,7 +139,7 @@ def length(embedding: list[float]) -> float:
 
 def nobody_on_the_way_has_read(place: Place) -> bool:
     """That the worker's memory is looked through in the same way, and has what was asked, is seen while llama.cpp streams."""
-    processes = (place.workers.gateway.process, place.workers.nats)
+    processes = (place.workers.gateways[0].process, place.workers.nats)
     return not any(found_in_memory(process.pid, {"canary": CANARY.encode()}) for process in processes)
 
 
@@ -204,7 +204,7 @@ async def test_what_was_not_allowed_is_not_asked(client: lacre.Client, method: s
 
 
 async def test_an_application_needs_its_scope(place: Place, client: lacre.Client) -> None:
-    with lacre.Client(place.workers.gateway.url, token=place.token(), retries=0) as plain:
+    with lacre.Client(place.workers.gateways[0].url, token=place.token(), retries=0) as plain:
         response = await asyncio.to_thread(plain.post, PREDICT, json={"instances": [[1]]}, headers=ENCODER)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown-path")
 
@@ -223,7 +223,7 @@ async def test_llama_cpp_s_server_streams(place: Place, client: lacre.Client) ->
     arrived: list[float] = []
     seen: dict[str, bool] = {}
     watched = {
-        "gateway": place.workers.gateway.process,
+        "gateway": place.workers.gateways[0].process,
         "nats": place.workers.nats,
         "workers": place.workers.workers[1].process,
         "server": place.writer.process,

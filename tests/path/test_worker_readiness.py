@@ -18,24 +18,22 @@ from nats.aio.msg import Msg
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.runtime import tasks
 from lacre_backend import serve
-from lacre_backend.commands import check
+from lacre_backend.commands.check import _examine, examine
 from lacre_backend.health import READY
 from lacre_backend.settings import WorkerSettings, load
 from lacre_fabric.nats import subjects
-from lacre_fabric.nats.connection import Connection
-from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.operate.nats_server import NatsServer, free_port
-from lacre_fabric.operate.rotation import publish
+from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.doctor import fabric as doctor
 from lacre_gateway.doctor.findings import Findings, State
 from lacre_gateway.settings import load as load_gateway
+from parts.live_site import LiveSite
 
 POOLS = {"default": ("m1",), "other": ("m1",)}
 
 
 @dataclass
-class Stage:
+class Ready:
     """A site with a message server, and what the worker of the pool `default` says of itself."""
 
     site: Site
@@ -90,22 +88,15 @@ async def listening(port: int) -> AsyncIterator[None]:
 
 
 @pytest.fixture
-async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
-    site = Site(tmp_path / "state", POOLS)
-    site.create()
-    server = NatsServer(site.folder / "nats", free_port())
-    server.configure(site.roles())
-    process = server.start(site.log("nats"))
-    connection = await Connection.open(server.url, site.credential("provisioner"))
-    await provision(connection, site.pools)
-    await publish(site, connection)
-    site.write_settings(server.url, free_port(), {pool: [{"name": "m1"}] for pool in POOLS})
-    stage = Stage(site, free_port())
-    await connection.client.subscribe("presence.>", cb=stage.hear)
-    yield stage
-    await connection.close()
-    process.terminate()
-    process.wait(10)
+async def ready(tmp_path: Path) -> AsyncIterator[Ready]:
+    async with LiveSite(tmp_path, POOLS) as live:
+        await live.start()
+        live.site.write_settings(live.server.url, free_port(), {pool: [{"name": "m1"}] for pool in POOLS})
+        ready = Ready(live.site, free_port())
+        connection = await live.connect()
+        await connection.client.subscribe("presence.>", cb=ready.hear)
+        yield ready
+        await connection.close()
 
 
 def wrong_trust(site: Site, settings: WorkerSettings) -> WorkerSettings:
@@ -136,40 +127,40 @@ def unknown_model(site: Site, settings: WorkerSettings) -> WorkerSettings:
     ],
 )
 async def test_a_worker_with_something_wrong_is_not_announced(
-    stage: Stage, tmp_path: Path, broken: Callable[[Site, WorkerSettings], WorkerSettings], kind: str, said: str
+    ready: Ready, tmp_path: Path, broken: Callable[[Site, WorkerSettings], WorkerSettings], kind: str, said: str
 ) -> None:
     health = tmp_path / "health"
-    settings = broken(stage.site, stage.settings.model_copy(update={"health": health}))
-    async with listening(stage.port), stage.running(settings):
-        await stage.until(lambda: stage.said.get("wrong") == [kind] and health.exists() and said in health.read_text())
-        assert stage.said["models"] == []
-        checked = await check._examine(settings)
+    settings = broken(ready.site, ready.settings.model_copy(update={"health": health}))
+    async with listening(ready.port), ready.running(settings):
+        await ready.until(lambda: ready.said.get("wrong") == [kind] and health.exists() and said in health.read_text())
+        assert ready.said["models"] == []
+        checked = await _examine(settings)
         assert [reason.kind for reason in checked] == [kind]
         assert said in checked[0].detail
 
 
-async def test_a_good_worker_is_announced_and_one_whose_upstream_goes_is_not(stage: Stage, tmp_path: Path) -> None:
+async def test_a_good_worker_is_announced_and_one_whose_upstream_goes_is_not(ready: Ready, tmp_path: Path) -> None:
     health = tmp_path / "health"
-    settings = stage.settings.model_copy(update={"health": health})
-    async with stage.running(settings):
-        await stage.until(lambda: stage.said.get("wrong") == ["upstream"])
-        assert (stage.said["models"], await stage.doctor()) == (
+    settings = ready.settings.model_copy(update={"health": health})
+    async with ready.running(settings):
+        await ready.until(lambda: ready.said.get("wrong") == ["upstream"])
+        assert (ready.said["models"], await ready.doctor()) == (
             [],
             (State.FAILED, f"none is ready: {NODE} (upstream)"),
         )
-        async with listening(stage.port):
-            await stage.until(lambda: stage.said["models"] == ["m1"])
-            assert stage.said["wrong"] == []
-            await stage.until(lambda: health.read_text() == READY)
-        await stage.until(lambda: stage.said["models"] == [])
-        assert stage.said["wrong"] == ["upstream"]
+        async with listening(ready.port):
+            await ready.until(lambda: ready.said["models"] == ["m1"])
+            assert ready.said["wrong"] == []
+            await ready.until(lambda: health.read_text() == READY)
+        await ready.until(lambda: ready.said["models"] == [])
+        assert ready.said["wrong"] == ["upstream"]
 
 
-async def test_the_worker_s_own_check_names_what_is_wrong_before_it_runs(stage: Stage) -> None:
-    async with listening(stage.port):
-        assert await check._examine(stage.settings) == []
-    assert [reason.kind for reason in await check._examine(stage.settings)] == ["upstream"]
-    path = stage.site.worker_settings("default").parent / "broken.toml"
+async def test_the_worker_s_own_check_names_what_is_wrong_before_it_runs(ready: Ready) -> None:
+    async with listening(ready.port):
+        assert await _examine(ready.settings) == []
+    assert [reason.kind for reason in await _examine(ready.settings)] == ["upstream"]
+    path = ready.site.worker_settings("default").parent / "broken.toml"
     path.write_text("pool = 1\n")
     for file in (path, path.with_name("missing.toml")):
-        assert [reason.kind for reason in await asyncio.to_thread(check.examine, file)] == ["settings"]
+        assert [reason.kind for reason in await asyncio.to_thread(examine, file)] == ["settings"]

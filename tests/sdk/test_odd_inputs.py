@@ -1,7 +1,7 @@
 """Every public function of the SDK with odd arguments: it answers, or raises a LacreError that says what to do. Nothing else.
 
 The functions are found by walking what is public, and their arguments by their signatures: a new one is covered unasked. A
-class whose methods need an instance has its sample in `World`; a new class without one fails here until it has.
+class whose methods need an instance has its sample in `Samples`; a new class without one fails here until it has.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Absent(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         return httpx2.Response(404, stream=Stream([]))
 
 
-class World:
+class Samples:
     """A gateway and a worker in memory, and one sample of each class."""
 
     def __init__(self, folder: Path) -> None:
@@ -142,13 +142,13 @@ def targets() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("world")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samples]:
+    folder = tmp_path_factory.mktemp("samples")
     with contextlib.chdir(folder):  # where an odd text is taken for the name of a file
-        yield World(folder)
+        yield Samples(folder)
 
 
-def found(world: World, target: str) -> Callable[..., Any]:
+def found(samples: Samples, target: str) -> Callable[..., Any]:
     name, _, member = target.partition(":")
     value = DOORS[name]
     if not member:
@@ -156,24 +156,24 @@ def found(world: World, target: str) -> Callable[..., Any]:
     static = inspect.getattr_static(value, member)
     if isinstance(static, classmethod | staticmethod):
         return getattr(value, member)  # type: ignore[no-any-return]
-    sample = world.sample(value)
+    sample = samples.sample(value)
     if isinstance(static, property):
         return lambda: getattr(sample, member)
     return getattr(sample, member)  # type: ignore[no-any-return]
 
 
-def check(world: World, target: str, examples: int) -> None:
+def check(samples: Samples, target: str, examples: int) -> None:
     called = [0]
-    signed = found(world, target)
+    signed = found(samples, target)
     if inspect.isclass(signed) and issubclass(signed, BaseException) and signed.__init__ is Exception.__init__:
         return
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def run(data: st.DataObject) -> None:
-        function = found(world, target)
+        function = found(samples, target)
         signature = function.__init__ if inspect.isclass(function) and not _has_signature(function) else function
-        positional, named = data.draw(calls(signature, world.usual))
+        positional, named = data.draw(calls(signature, samples.usual))
         called[0] += 1
         try:
             came = outcome(function, positional, named)
@@ -210,17 +210,17 @@ async def _awaited(ended: Any) -> None:
 
 
 @pytest.mark.parametrize("target", targets())
-def test_nothing_but_our_errors(world: World, target: str) -> None:
-    check(world, target, ORDINARY)
+def test_nothing_but_our_errors(samples: Samples, target: str) -> None:
+    check(samples, target, ORDINARY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", targets())
-def test_nothing_but_our_errors_in_many_calls(world: World, target: str) -> None:
-    check(world, target, MANY)
+def test_nothing_but_our_errors_in_many_calls(samples: Samples, target: str) -> None:
+    check(samples, target, MANY)
 
 
-def test_the_usual_call_answers(world: World) -> None:
+def test_the_usual_call_answers(samples: Samples) -> None:
     """So that the tests above do not all end at a check of their own making."""
-    assert world.client.chat("Hello.").text == "one two three"
-    assert list(world.client.chat_stream("Hello.")) == ["one ", "two ", "three"]
+    assert samples.client.chat("Hello.").text == "one two three"
+    assert list(samples.client.chat_stream("Hello.")) == ["one ", "two ", "three"]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,12 @@ from lacre.evidence import audit_proof
 from lacre.evidence.audit_proof import AuditProof
 from lacre.jose.jws import raw_public_key
 from lacre_backend.api.app import create_app
-from lacre_backend.keyring import KeyRing
-from lacre_backend.node.node import Identity, Node
 from lacre_fabric.keys.secret_files import read_ed25519
-from lacre_fabric.nats.connection import Connection
-from lacre_fabric.nats.manifest_feed import ManifestFeed
-from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Role
-from lacre_fabric.nats.worker import NatsWorker
-from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.leash import PYTHON, leashed
-from lacre_fabric.operate.nats_server import NatsServer, free_port
-from lacre_fabric.operate.rotation import publish
-from lacre_fabric.operate.site import NODE, Site
+from lacre_fabric.operate.nats_server import free_port
 from parts.echo_engine import EchoEngine
+from parts.live_site import LiveSite
 
 POOL, MODEL = "default", "echo"
 PATIENCE = 60.0  # seconds; the machine may be busy
@@ -76,29 +68,33 @@ class Load:
         self.failed[type(error).__name__] = self.failed.get(type(error).__name__, 0) + 1
 
 
-class GatewayProcess:
+class WholeGateway:
     """site: its state folder. policies: its rule set, where it is not the one that ships. audit: the log's folder."""
 
     def __init__(
         self, folder: Path, *, policies: Path | None = None, audit: Path | None = None, pools: Sequence[str] = (POOL,)
     ) -> None:
-        self.site = Site(folder / "state", dict.fromkeys(pools, (MODEL,)))
+        self.live = LiveSite(folder, dict.fromkeys(pools, (MODEL,)))
+        self.site = self.live.site
         self.audit = audit or self.site.folder / "gateway" / "audit"
         self.log = folder / "gateway.log"
         self._policies = policies
-        self._server = NatsServer(self.site.folder / "nats", free_port())
         self._port = free_port()
         self._http = httpx2.AsyncClient(base_url=self.base_url)
-        self._open = AsyncExitStack()
+        self.live.stack.push_async_callback(self._http.aclose)
         self.process: subprocess.Popen[bytes] | None = None
-        self.nats: subprocess.Popen[bytes] | None = None
 
-    def roles(self) -> list[Role]:
-        return self.site.roles()
+    def more_roles(self) -> list[Role]:
+        """Beside the site's own."""
+        return []
+
+    @property
+    def nats(self) -> subprocess.Popen[bytes]:
+        return self.live.nats
 
     @property
     def nats_port(self) -> int:
-        return self._server.port
+        return self.live.server.port
 
     @property
     def base_url(self) -> str:
@@ -111,39 +107,16 @@ class GatewayProcess:
 
     async def set_up(self) -> None:
         """Everything but the gateway."""
-        site = self.site
-        site.create()
-        self._server.configure(self.roles())
-        self.nats = self._server.start(site.log("nats"))
-        self._open.callback(_end, self.nats)
-        connection = await Connection.open(self._server.url, site.credential("provisioner"))
-        self._open.push_async_callback(connection.close)
-        await provision(connection, site.pools)
-        await publish(site, connection)
-        site.write_settings(self._server.url, self._port, {pool: [{"name": MODEL}] for pool in site.pools})
+        live, site = self.live, self.site
+        await live.start(more=self.more_roles())
+        site.write_settings(live.server.url, self._port, {pool: [{"name": MODEL}] for pool in site.pools})
         text = site.gateway_settings.read_text().replace('audit = "audit"', f'audit = "{self.audit}"')
         policies = "" if self._policies is None else f'policies = "{self._policies}"\n'
         site.gateway_settings.write_text(policies + text)
         for pool in site.pools:
-            await self._node(pool)
-
-    async def _node(self, pool: str) -> None:
-        site = self.site
-        engine, keys = EchoEngine(name=MODEL, delay=0.003), KeyRing(site.keys_folder(pool))
-        self._open.callback(engine.close)
-        self._open.callback(keys.close)
-        credential = site.credential(f"worker-{pool}-{NODE}")
-        fabric = await NatsWorker.connect(
-            self._server.url, credential, pool, NODE, [MODEL], slots=SLOTS, keys=keys.fingerprints
-        )
-        self._open.push_async_callback(fabric.close)
-        feed = ManifestFeed(fabric.connection.manifest, site.root)
-        await feed.start()
-        self._open.push_async_callback(feed.close)
-        receipt_key = read_ed25519(site.folder / "pools" / pool / "receipt.pem")
-        node = Node(fabric, create_app([engine]), Identity(pool, lambda: keys.keys, receipt_key, lambda: feed.manifest))
-        running = asyncio.create_task(node.run())
-        self._open.push_async_callback(_ended, node, running)
+            engine = EchoEngine(name=MODEL, delay=0.003)
+            live.stack.callback(engine.close)
+            await live.node(create_app([engine]), pool, slots=SLOTS)
 
     async def start(self) -> None:
         """Returns when it is ready."""
@@ -180,8 +153,7 @@ class GatewayProcess:
             await asyncio.sleep(0.02)
 
     def token(self, subject: str, scopes: Sequence[str] = (), groups: Sequence[str] = ()) -> str:
-        issuer = read_ed25519(self.site.folder / "issuer.pem")
-        return dev_issuer.issue(issuer, subject, tenant="acme", scopes=scopes, groups=groups)
+        return self.live.token(subject, scopes=scopes, groups=groups)
 
     def client(self, wire: Kept, token: str) -> lacre.AsyncClient:
         """One that neither asks again nor resumes: each failure is seen."""
@@ -219,27 +191,15 @@ class GatewayProcess:
     async def close(self) -> None:
         if self.process is not None:
             await self.kill()
-        await self._http.aclose()
-        await self._open.aclose()
+        await self.live.close()
 
 
 @asynccontextmanager
-async def gateway_process(folder: Path, **options: Any) -> AsyncIterator[GatewayProcess]:
+async def whole_gateway(folder: Path, **options: Any) -> AsyncIterator[WholeGateway]:
     """Set up, and not started yet."""
-    gateway = GatewayProcess(folder, **options)
+    gateway = WholeGateway(folder, **options)
     try:
         await gateway.set_up()
         yield gateway
     finally:
         await gateway.close()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    process.wait(PATIENCE)
-
-
-async def _ended(node: Node, running: asyncio.Task[None]) -> None:
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
-    await node.drain(1)

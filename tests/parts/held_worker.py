@@ -1,6 +1,6 @@
-"""A worker in a process of its own, for `fleet`: a real node over NATS, and in place of a model chance, which uses tokens.
+"""A worker in a process of its own, whose calls wait: a real node over NATS, and in place of a model chance, which uses tokens.
 
-`python parts/fleet_worker.py SITE NATS_URL FREE SLOTS`. All calls but the first FREE are held until a line comes on stdin. Each
+`python parts/held_worker.py SITE NATS_URL FREE SLOTS`. All calls but the first FREE are held until a line comes on stdin. Each
 time that a number changes, it prints a line: how many calls run, how many were answered, and how many ran at once at most.
 """
 
