@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
@@ -16,6 +15,7 @@ from lacre_backend.api.tools.format import HERMES, LLAMA, Argued, Called, CallFo
 from lacre_backend.api.tools.request import Tool, calling
 from lacre_backend.engine.generate import LlamaEngine
 from lacre_backend.engine.protocol import TaskRefused
+from parts.bent import cut
 
 unhurried = settings(deadline=None)
 TIDE = {
@@ -53,11 +53,6 @@ def read(pieces: list[str], form: CallFormat = HERMES) -> tuple[str, list[tuple[
     assert len(set(ids)) == len(ids)
     speech = "".join(part.text for part in parts if isinstance(part, Speech))
     return speech, [(name, arguments) for name, arguments in calls], reader.called
-
-
-def cut(text: str, places: list[int]) -> list[str]:
-    bounds = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
-    return [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 arguments = st.dictionaries(

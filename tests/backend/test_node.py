@@ -30,6 +30,7 @@ from lacre_backend.api.app import REPEATABLE, WEIGHED, create_app
 from lacre_backend.node.node import NO_MANIFEST, Identity, Node
 from lacre_fabric.work.contract import CLAIM_TTL, FabricUnavailable, QueueTimeout
 from lacre_fabric.work.frames import FrameKind
+from parts.bent import flipped
 from parts.by_hand import CHAT, Answer, Sealed
 from parts.echo_engine import EchoEngine
 from parts.keys import MODEL, NOW, POOL
@@ -212,7 +213,7 @@ class TestSealing:
         ("bend", "problem"),
         [
             (lambda body: body[:-1], problems.INVALID_REQUEST),
-            (lambda body: body[:-1] + bytes([body[-1] ^ 1]), problems.INVALID_REQUEST),
+            (flipped, problems.INVALID_REQUEST),
             (lambda body: body + b"\0", problems.INVALID_REQUEST),
             (lambda body: body[:100], problems.INVALID_REQUEST),
             (lambda body: b"\x02" + body[1:], problems.INVALID_GRANT),  # its digest is another one then
@@ -508,6 +509,7 @@ class TestSequences:
     @pytest.mark.parametrize(("choices", "together"), [(1, 2), (2, 1), (8, 1)])
     async def test_a_burst_is_pulled_by_what_it_weighs(self, app: App, choices: int, together: int) -> None:
         stage, engine = Stage(now=NOW), EchoEngine(name=MODEL, delay=0.01)
+        stage.queue_limit = 20.0
         counted = Together(create_app([engine]))
         body = {"model": MODEL, "n": choices, "max_tokens": 4, "messages": [{"role": "user", "content": "four"}]}
         async with running(stage.node(counted, slots=2, repeatable=REPEATABLE, weighs=WEIGHED)):

@@ -9,7 +9,7 @@ from typing import Final
 import httpx2
 
 from fuzz.statements import MANIFEST, NOW, PINNED, POOL_KEY, POOL_SIGNER, ROOT, SIGNER, STATEMENT
-from fuzz.target import Script, Target, cut
+from fuzz.target import Script, Target
 from fuzz.wire import HEADER, MALFORMED, RESPONSE_SECRET
 from lacre.asgi import Opened
 from lacre.asgi.admission import SealedRefusal
@@ -49,6 +49,7 @@ from lacre.wire.opening import ResponseSealer, open_request
 from lacre_backend.node import grant_check
 from lacre_fabric.work.grants import Grant
 from parts import audited
+from parts.bent import cut
 
 OF_AN_ANSWER: Final = (InvalidMessage, InvalidReceipt, ApiError)
 OF_A_PEER: Final = (ProtocolError, VerificationError, RefusedError)

@@ -14,7 +14,7 @@ from typing import Final
 
 from nats.aio.subscription import Subscription
 
-from fuzz.target import Script, Target, cut, outcome
+from fuzz.target import Script, Target, outcome
 from lacre.errors import InvalidMessage
 from lacre_fabric.nats import protocol, subjects
 from lacre_fabric.nats.client import DirectClient
@@ -25,6 +25,7 @@ from lacre_fabric.nats.protocol import BrokenProtocol, Event, NatsMessage, Proto
 from lacre_fabric.work.contract import FabricError, FabricUnavailable
 from lacre_fabric.work.frames import Frame, FrameKind
 from lacre_fabric.work.presence import MAX_NODES, MAX_SLOTS
+from parts.bent import cut
 
 POOL, GATEWAY, NODE = "a", "g1", "honest"
 REPLIES, PRESENCE, OTHERS = 1, 2, 3  # subscriptions; the last one is one of the library's own way

@@ -8,7 +8,7 @@ from typing import Final
 
 import h11
 
-from fuzz.target import Script, Target, cut
+from fuzz.target import Script, Target
 from lacre.runtime.http1 import (
     MAX_FIELDS,
     MAX_HEAD,
@@ -19,6 +19,7 @@ from lacre.runtime.http1 import (
     RequestReader,
     UnreadableRequest,
 )
+from parts.bent import cut
 
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 

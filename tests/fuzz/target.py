@@ -6,7 +6,6 @@ input, and whatever else the target itself asserts. This file needs no fuzzer, s
 
 from __future__ import annotations
 
-import itertools
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,12 +93,6 @@ class Script:
         start = self._position
         self._position = min(start + size, len(self._data))
         return self._data[start : self._position]
-
-
-def cut(data: bytes, places: tuple[int, ...]) -> list[bytes]:
-    """`data` in pieces, some of them perhaps empty. The places are taken modulo its length."""
-    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def outcome(parse: Callable[[], T], refuses: tuple[type[LacreError], ...]) -> T | type[LacreError]:

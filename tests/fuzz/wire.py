@@ -11,7 +11,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fuzz.target import Script, Target, cut, outcome
+from fuzz.target import Script, Target, outcome
 from lacre.errors import (
     InvalidMessage,
     LacreError,
@@ -35,6 +35,7 @@ from lacre.wire.header import (
     parse_key_list,
 )
 from lacre.wire.opening import PrivateKey, RequestOpener, open_request
+from parts.bent import cut
 
 MALFORMED: Final = (InvalidMessage, MessageTooLarge, TruncatedStream)
 OF_A_HEADER: Final = (*MALFORMED, UnsupportedSuite)

@@ -22,6 +22,7 @@ from lacre_gateway.audit.entries import Annex, Event, encode
 from lacre_gateway.audit.reader import LogReader, Wrong
 from lacre_gateway.audit.store import Store
 from parts.auditing import KEY, ORIGIN, PUBLIC, intent, opened, outcome, written
+from parts.bent import swapped
 
 REQUESTS = 700  # 1402 entries: five full bundles and a part of the sixth
 STARTED = Event(time=1.0, event=kinds.STARTED)
@@ -49,11 +50,6 @@ def wrong(folder: Path, *kept: bytes) -> Wrong:
 def change(path: Path, with_entries: Callable[[list[bytes]], list[bytes]]) -> None:
     """Changes the entries of a bundle, its length in entries kept or not."""
     path.write_bytes(tiles.encode_bundle(with_entries(tiles.decode_bundle(path.read_bytes()))))
-
-
-def swapped(entries: list[bytes], first: int, second: int) -> list[bytes]:
-    entries[first], entries[second] = entries[second], entries[first]
-    return entries
 
 
 def rebuilt(folder: Path, entries: list[bytes], key: Ed25519PrivateKey = KEY) -> None:

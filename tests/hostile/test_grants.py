@@ -23,6 +23,7 @@ from lacre.trust.manifest import Document
 from lacre.trust.signing import sign_manifest
 from lacre_fabric.work.contract import Work
 from lacre_fabric.work.grants import TYP
+from parts.bent import flipped
 from parts.keys import MODEL, OTHER_MODEL, OTHER_POOL
 from parts.stage import Stage
 
@@ -142,9 +143,7 @@ async def test_another_model(stage: Stage, honest: Stage, wire: AsgiWire, verdic
     "flip a bit of the sealed request", by="fabric", defence="its chunks are authenticated", refused=problems.INVALID_REQUEST
 )
 async def test_flip(stage: Stage, honest: Stage, wire: AsgiWire, verdict: Verdict) -> None:
-    await refused(
-        stage, honest, wire, verdict, lambda work: [replace(work, sealed=work.sealed[:-1] + bytes([work.sealed[-1] ^ 1]))]
-    )
+    await refused(stage, honest, wire, verdict, lambda work: [replace(work, sealed=flipped(work.sealed))])
 
 
 @attack(

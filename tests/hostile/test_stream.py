@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import httpx2
 import pytest
 
-from hostile.adversary import GatewayOwner, SealedAnswer, framed
+from hostile.adversary import Change, GatewayOwner, SealedAnswer, framed
 from hostile.attacks import Verdict, attack
 from hostile.callers import Caller
 from lacre import OpenError
 from lacre.errors import InvalidMessage, MessageTooLarge, TruncatedStream
 from lacre.wire.framing import MAX_CHUNK
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
+from parts.bent import flipped, replaced, swapped
 from parts.stage import Stage
 from parts.wires import Pieces
 
@@ -34,14 +35,27 @@ async def asked(stage: Stage, caller: Caller, *, calls: int = 1) -> None:
         assert worker.calls == calls
 
 
-def at(number: int, change: Callable[[bytes], list[bytes]]) -> Callable[[SealedAnswer], SealedAnswer]:
+def changed(name: str, defence: str, refused: type[Exception], *changes: Change) -> Callable[..., Awaitable[None]]:
+    """The attack of a gateway that changes an answer so; with several `changes`, each has a test of its own."""
+
+    @attack(name, by="gateway", defence=defence, refused=refused)
+    @pytest.mark.parametrize("change", changes, ids=map(str, range(len(changes))))
+    async def test(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, change: Change) -> None:
+        gateway.change = change
+        with verdict.refused():
+            await asked(stage, caller)
+
+    return test
+
+
+def records(change: Callable[[list[bytes]], list[bytes]]) -> Change:
+    """A change of the records alone."""
+    return lambda answer: SealedAnswer(answer.nonce, change(answer.chunks), answer.final)
+
+
+def at(number: int, change: Callable[[bytes], list[bytes]]) -> Change:
     """Replaces one record by others."""
-
-    def apply(answer: SealedAnswer) -> SealedAnswer:
-        answer.chunks[number : number + 1] = change(answer.chunks[number])
-        return answer
-
-    return apply
+    return records(lambda chunks: replaced(chunks, number, *change(chunks[number])))
 
 
 async def test_nothing(stage: Stage, caller: Caller, gateway: GatewayOwner) -> None:
@@ -57,177 +71,73 @@ async def test_nothing(stage: Stage, caller: Caller, gateway: GatewayOwner) -> N
 # Records
 
 
-@attack("swap two records", by="gateway", defence=COUNTED, refused=OpenError)
-async def test_swap(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    def swap(answer: SealedAnswer) -> SealedAnswer:
-        answer.chunks[2], answer.chunks[3] = answer.chunks[3], answer.chunks[2]
-        return answer
+ONE = "each record is authenticated (AEAD)"
+NO_KEY = "the answer's key never leaves worker and caller"
+HOLDS = "a record that is not final holds at least one byte"
+TO_THE_END = "the final chunk reaches to the end of the body"
 
-    gateway.change = swap
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("send a record twice", by="gateway", defence=COUNTED, refused=OpenError)
-async def test_duplicate(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = at(3, lambda chunk: [chunk, chunk])
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("leave out a record", by="gateway", defence=COUNTED, refused=OpenError)
-@pytest.mark.parametrize("number", [0, 3, -1])
-async def test_drop(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, number: int) -> None:
-    def drop(answer: SealedAnswer) -> SealedAnswer:
-        del answer.chunks[number]
-        return answer
-
-    gateway.change = drop
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("flip one bit of a record", by="gateway", defence="each record is authenticated (AEAD)", refused=OpenError)
-@pytest.mark.parametrize("place", [0, 7, -1])
-async def test_flip(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, place: int) -> None:
-    def flip(chunk: bytes) -> list[bytes]:
-        altered = bytearray(chunk)
-        altered[place] ^= 1 << secrets.randbelow(8)
-        return [bytes(altered)]
-
-    gateway.change = at(1, flip)
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("flip one bit of the answer's nonce", by="gateway", defence=NONCE, refused=OpenError)
-async def test_nonce(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    def flip(answer: SealedAnswer) -> SealedAnswer:
-        answer.nonce = bytes([answer.nonce[0] ^ 1]) + answer.nonce[1:]
-        return answer
-
-    gateway.change = flip
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("make a record longer", by="gateway", defence="each record is authenticated (AEAD)", refused=OpenError)
-async def test_extend_a_record(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = at(2, lambda chunk: [chunk + b"\x00"])
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("join two records into one", by="gateway", defence="each record is authenticated (AEAD)", refused=OpenError)
-async def test_join(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    def join(answer: SealedAnswer) -> SealedAnswer:
-        answer.chunks[2:4] = [answer.chunks[2] + answer.chunks[3]]
-        return answer
-
-    gateway.change = join
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack(
-    "put in a record of its own", by="gateway", defence="the answer's key never leaves worker and caller", refused=OpenError
+test_swap = changed("swap two records", COUNTED, OpenError, records(lambda chunks: swapped(chunks, 2, 3)))
+test_duplicate = changed("send a record twice", COUNTED, OpenError, at(3, lambda chunk: [chunk, chunk]))
+test_drop = changed("leave out a record", COUNTED, OpenError, *(at(number, lambda _chunk: []) for number in (0, 3, -1)))
+test_flip = changed(
+    "flip one bit of a record", ONE, OpenError,
+    *(at(1, lambda chunk, place=place: [flipped(chunk, place, secrets.randbelow(8))]) for place in (0, 7, -1)),
+)  # fmt: skip
+test_nonce = changed(
+    "flip one bit of the answer's nonce", NONCE, OpenError,
+    lambda answer: SealedAnswer(flipped(answer.nonce, 0), answer.chunks, answer.final),
+)  # fmt: skip
+test_extend_a_record = changed("make a record longer", ONE, OpenError, at(2, lambda chunk: [chunk + b"\x00"]))
+test_join = changed(
+    "join two records into one", ONE, OpenError, records(lambda chunks: [*chunks[:2], chunks[2] + chunks[3], *chunks[4:]])
 )
-async def test_insert(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = at(2, lambda chunk: [secrets.token_bytes(64), chunk])
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack(
-    "put in an empty record", by="gateway", defence="a record that is not final holds at least one byte", refused=InvalidMessage
-)
-@pytest.mark.parametrize("length", [1, 16])
-async def test_empty_record(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, length: int) -> None:
-    gateway.change = at(2, lambda chunk: [bytes(length), chunk])
-    with verdict.refused():
-        await asked(stage, caller)
+test_insert = changed("put in a record of its own", NO_KEY, OpenError, at(2, lambda chunk: [secrets.token_bytes(64), chunk]))
+test_empty_record = changed(
+    "put in an empty record", HOLDS, InvalidMessage,
+    *(at(2, lambda chunk, length=length: [bytes(length), chunk]) for length in (1, 16)),
+)  # fmt: skip
 
 
 # The end
 
 
-@attack("end an answer early, between two records", by="gateway", defence=WHOLE, refused=TruncatedStream)
-async def test_truncate(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = lambda answer: answer.nonce + b"".join(map(framed, answer.chunks[:5]))
-    with verdict.refused():
-        await asked(stage, caller)
+def relabelled(answer: SealedAnswer) -> SealedAnswer:
+    follows = [answer.final] if len(answer.final) > 16 else [answer.final + b"\x00"]
+    return SealedAnswer(answer.nonce, [*answer.chunks, *follows], secrets.token_bytes(32))
 
 
-@attack("end an answer after all of its text, before its final chunk", by="gateway", defence=WHOLE, refused=TruncatedStream)
-async def test_without_the_final_chunk(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = lambda answer: answer.nonce + b"".join(map(framed, answer.chunks))
-    with verdict.refused():
-        await asked(stage, caller)
+async def breaking(answer: SealedAnswer) -> AsyncIterator[bytes]:
+    yield answer.nonce + framed(answer.chunks[0])
+    raise httpx2.ReadError("reset by peer")
 
 
-@attack("end an answer inside a record", by="gateway", defence=WHOLE, refused=TruncatedStream)
-async def test_truncate_inside(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = lambda answer: answer.encode()[: 32 + len(framed(answer.chunks[0])) + 9]
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("present an earlier record as the final one", by="gateway", defence=FINAL, refused=OpenError)
-async def test_early_final(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = lambda answer: SealedAnswer(answer.nonce, answer.chunks[:5], answer.chunks[5])
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("present the final chunk as one that others follow", by="gateway", defence=FINAL, refused=OpenError)
-async def test_final_as_another(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    def relabel(answer: SealedAnswer) -> SealedAnswer:
-        follows = [answer.final] if len(answer.final) > 16 else [answer.final + b"\x00"]
-        return SealedAnswer(answer.nonce, [*answer.chunks, *follows], secrets.token_bytes(32))
-
-    gateway.change = relabel
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack(
-    "append bytes after the final chunk",
-    by="gateway",
-    defence="the final chunk reaches to the end of the body",
-    refused=OpenError,
-)
-async def test_append(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = lambda answer: answer.encode() + b"\x00"
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack(
-    "append a second whole answer", by="gateway", defence="the final chunk reaches to the end of the body", refused=OpenError
-)
-async def test_append_an_answer(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = lambda answer: answer.encode() + framed(answer.chunks[0]) + b"\x00" + answer.final
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("break the connection during the answer", by="gateway", defence=WHOLE, refused=TruncatedStream)
-async def test_break(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    async def breaking(answer: SealedAnswer) -> AsyncIterator[bytes]:
-        yield answer.nonce + framed(answer.chunks[0])
-        raise httpx2.ReadError("reset by peer")
-
-    gateway.change = breaking
-    with verdict.refused():
-        await asked(stage, caller)
-
-
-@attack("answer with an empty body of the right type", by="gateway", defence=WHOLE, refused=TruncatedStream)
-@pytest.mark.parametrize("body", [b"", bytes(31), bytes(32)])
-async def test_empty(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict, body: bytes) -> None:
-    gateway.change = lambda _answer: body
-    with verdict.refused():
-        await asked(stage, caller)
+test_truncate = changed(
+    "end an answer early, between two records", WHOLE, TruncatedStream,
+    lambda answer: answer.nonce + b"".join(map(framed, answer.chunks[:5])),
+)  # fmt: skip
+test_without_the_final_chunk = changed(
+    "end an answer after all of its text, before its final chunk", WHOLE, TruncatedStream,
+    lambda answer: answer.nonce + b"".join(map(framed, answer.chunks)),
+)  # fmt: skip
+test_truncate_inside = changed(
+    "end an answer inside a record", WHOLE, TruncatedStream,
+    lambda answer: answer.encode()[: 32 + len(framed(answer.chunks[0])) + 9],
+)  # fmt: skip
+test_early_final = changed(
+    "present an earlier record as the final one", FINAL, OpenError,
+    lambda answer: SealedAnswer(answer.nonce, answer.chunks[:5], answer.chunks[5]),
+)  # fmt: skip
+test_final_as_another = changed("present the final chunk as one that others follow", FINAL, OpenError, relabelled)
+test_append = changed("append bytes after the final chunk", TO_THE_END, OpenError, lambda answer: answer.encode() + b"\x00")
+test_append_an_answer = changed(
+    "append a second whole answer", TO_THE_END, OpenError,
+    lambda answer: answer.encode() + framed(answer.chunks[0]) + b"\x00" + answer.final,
+)  # fmt: skip
+test_break = changed("break the connection during the answer", WHOLE, TruncatedStream, breaking)
+test_empty = changed(
+    "answer with an empty body of the right type", WHOLE, TruncatedStream,
+    *(lambda _answer, body=bytes(length): body for length in (0, 31, 32)),
+)  # fmt: skip
 
 
 # Lengths
@@ -250,11 +160,10 @@ async def test_long_lengths(stage: Stage, caller: Caller, gateway: GatewayOwner)
     assert await caller.stream(stage.prompt) == stage.prompt
 
 
-@attack("announce a record of 2^62 - 1 bytes", by="gateway", defence=LENGTHS, refused=MessageTooLarge)
-async def test_huge_length(stage: Stage, caller: Caller, gateway: GatewayOwner, verdict: Verdict) -> None:
-    gateway.change = lambda answer: answer.nonce + b"\xff" * 8 + b"".join(answer.chunks)
-    with verdict.refused():
-        await asked(stage, caller)
+test_huge_length = changed(
+    "announce a record of 2^62 - 1 bytes", LENGTHS, MessageTooLarge,
+    lambda answer: answer.nonce + b"\xff" * 8 + b"".join(answer.chunks),
+)  # fmt: skip
 
 
 def flood(prefix: bytes) -> tuple[Pieces, Callable[[httpx2.Request], httpx2.Response]]:

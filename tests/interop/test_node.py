@@ -27,6 +27,7 @@ from lacre.evidence.receipts import TRAILER, Receipt
 from lacre.jose.jws import b64u, raw_public_key
 from lacre.trust.manifest import Manifest
 from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
+from parts.bent import flipped, swapped, without
 from parts.chat_app import ChatApp
 from parts.live import Gateway, serving
 from parts.npm import install
@@ -152,23 +153,13 @@ async def test_pieces_come_out_while_the_answer_is_still_sealed(kem: str) -> Non
     assert json.loads(out.splitlines()[-1])["done"] is True
 
 
-def flip(piece: bytes) -> bytes:
-    return piece[:-1] + bytes([piece[-1] ^ 1])
-
-
-def swap(pieces: list[bytes], one: int, other: int) -> list[bytes]:
-    bent = list(pieces)
-    bent[one], bent[other] = bent[other], bent[one]
-    return bent
-
-
 BENT = {
-    "the last chunk is left out": (lambda pieces: pieces[:-1], "TruncatedError"),
+    "the last chunk is left out": (without, "TruncatedError"),
     "the answer stops inside a record": (lambda pieces: [*pieces[:2], pieces[2][:5]], "TruncatedError"),
-    "a record is altered": (lambda pieces: [*pieces[:2], flip(pieces[2]), *pieces[3:]], "AlteredError"),
-    "the last chunk is altered": (lambda pieces: [*pieces[:-1], flip(pieces[-1])], "AlteredError"),
-    "two records are swapped": (lambda pieces: swap(pieces, 2, 3), "AlteredError"),
-    "a record is left out": (lambda pieces: [*pieces[:2], *pieces[3:]], "AlteredError"),
+    "a record is altered": (lambda pieces: [*pieces[:2], flipped(pieces[2]), *pieces[3:]], "AlteredError"),
+    "the last chunk is altered": (lambda pieces: [*pieces[:-1], flipped(pieces[-1])], "AlteredError"),
+    "two records are swapped": (lambda pieces: swapped(pieces, 2, 3), "AlteredError"),
+    "a record is left out": (lambda pieces: without(pieces, 2), "AlteredError"),
     "a record comes twice": (lambda pieces: [*pieces[:3], *pieces[2:]], "AlteredError"),
     "a byte is added": (lambda pieces: [*pieces, b"\0"], "AlteredError"),
     "a record is announced too long": (lambda pieces: [*pieces[:2], b"\x80\x00\x40\x11"], "TooLargeError"),
@@ -219,7 +210,7 @@ async def test_a_receipt_is_read() -> None:
 
 
 async def test_a_receipt_of_another_request_is_none() -> None:
-    async with serving(Gateway(ReceiptRelay(ChatApp(), of=flip))) as gateway:
+    async with serving(Gateway(ReceiptRelay(ChatApp(), of=flipped))) as gateway:
         ran = await chat(gateway)
     assert ran.totals is not None
     assert ran.totals["receipt"] == "does not verify"

@@ -118,6 +118,7 @@ class Stage(Trusted):
         self.canary = f"canary-{secrets.token_hex(8)}"
         self.prompt = f"The patient's name is {self.canary}. What should we do?"
         self.bucket: bytes | None = self.document()
+        self.queue_limit = 0.5  # seconds that `dispatch` waits for a worker
         self.look_for_keys: Callable[[], bool] = lambda: False
         self._open = AsyncExitStack()
 
@@ -314,7 +315,7 @@ class Stage(Trusted):
             "grant": grant or self.grant(sealed.header), "sealed": sealed.body,
         }  # fmt: skip
         self.hub.published.clear()  # what the fabric forgets, the node must not
-        return await self.hub.gateway().dispatch(Work(**{**usual, **work}), queue_limit=0.5)
+        return await self.hub.gateway().dispatch(Work(**{**usual, **work}), queue_limit=self.queue_limit)
 
     async def ask(self, sealed: Sealed | None = None, grant: str | None = None, **work: Any) -> Answer:
         sealed = sealed or self.seal()

@@ -21,6 +21,7 @@ from lacre.runtime.forks import PerProcess
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
+from parts.bent import flipped, swapped, without
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served
 
@@ -260,7 +261,7 @@ class TestDate:
 
 class TestBrokenStreams:
     def test_without_the_final_chunk(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = lambda pieces: pieces[:-1]
+        relay.bend = without
         got = []
         with pytest.raises(lacre.TruncatedStream):
             for piece in client.chat_stream("x"):
@@ -270,12 +271,12 @@ class TestBrokenStreams:
             client.chat("x")
 
     def test_swapped_records(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = lambda pieces: [pieces[0], pieces[2], pieces[1], *pieces[3:]]
+        relay.bend = lambda pieces: swapped(pieces, 1, 2)
         with pytest.raises(lacre.OpenError):
             list(client.chat_stream("x"))
 
     def test_an_altered_record(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = lambda pieces: [pieces[0], pieces[1][:-1] + bytes([pieces[1][-1] ^ 1]), *pieces[2:]]
+        relay.bend = lambda pieces: [pieces[0], flipped(pieces[1]), *pieces[2:]]
         with pytest.raises(lacre.OpenError):
             list(client.chat_stream("x"))
 

@@ -22,6 +22,7 @@ from lacre import errors, problems
 from lacre.cli.output import EXIT_CODES, exit_code, printable
 from lacre.cli.render import ended_blocks
 from lacre_backend.api.app import create_app
+from parts.bent import without
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
 from parts.relay import Relay, served
@@ -137,7 +138,7 @@ class TestExitCodes:
         assert run(gateway, tmp_path, "ask", "x", "--model", "gone").returncode == 7
 
     def test_a_broken_answer(self, gateway: Gateway, tmp_path: Path) -> None:
-        gateway.relay.bend = lambda pieces: pieces[:-1]
+        gateway.relay.bend = without
         done = run(gateway, tmp_path, "ask", "x")
         assert done.returncode == 6
 

@@ -18,6 +18,7 @@ import lacre
 import lacre.legacy
 from lacre import problems
 from lacre.transport.concurrency import AsyncTurns, Turns
+from parts.bent import without
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served
 
@@ -127,7 +128,7 @@ class TestASlotIsHeld:
         with sync_client(relay, max_concurrency=1, resume=0) as client:
             relay.respond = fail
             if how == "broken":
-                relay.bend = lambda pieces: pieces[:-1]
+                relay.bend = without
             for _ in range(3):
                 with pytest.raises((lacre.LacreError, KeyboardInterrupt)):
                     client.chat("x", **({"model": "no name"} if how == "mistake" else {}))

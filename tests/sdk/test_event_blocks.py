@@ -13,6 +13,7 @@ import lacre
 from lacre.exchange.event_blocks import EventBlocks, data_of, field
 from lacre.exchange.resume_marks import Mark
 from lacre.exchange.sse_join import Splice
+from parts.bent import cut, without
 from parts.relay import Relay, Wire
 
 WORDS = ["one ", "日本 ", "😀", ""]
@@ -39,11 +40,6 @@ def ended(lines: list[str], ends: list[bytes]) -> bytes:
     for line, end in zip(lines, ends, strict=False):
         stream += line.encode() + (b"\r" if not line and stream.endswith(b"\r") and end == b"\n" else end)
     return stream
-
-
-def cut(stream: bytes, places: list[int]) -> list[bytes]:
-    ends = sorted(place % (len(stream) + 1) for place in places)
-    return [stream[a:b] for a, b in zip([0, *ends], [*ends, len(stream)], strict=True)]
 
 
 @given(
@@ -114,7 +110,7 @@ def test_what_broke_off_keeps_its_text(relay: Relay) -> None:
         await send({"type": "http.response.body", "body": b""})
 
     relay.app, relay.fault = app, httpx2.RemoteProtocolError("gone")
-    relay.bend = lambda pieces: pieces[:-1]
+    relay.bend = without
     with (
         lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client,
         pytest.raises(lacre.StreamBroken) as broken,

@@ -13,6 +13,7 @@ import pytest
 import lacre
 import lacre.legacy
 from lacre import problems
+from parts.bent import without
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served
 
@@ -101,7 +102,7 @@ def test_a_refusal_is_a_response(relay: Relay) -> None:
 
 @pytest.mark.parametrize(
     ("bend", "error"),
-    [(lambda pieces: pieces[:-1], lacre.TruncatedStream), (lambda pieces: [*pieces, b"\0"], lacre.OpenError)],
+    [(without, lacre.TruncatedStream), (lambda pieces: [*pieces, b"\0"], lacre.OpenError)],
     ids=["cut", "extended"],
 )
 def test_an_answer_that_proves_nothing(

@@ -16,6 +16,7 @@ import pytest
 import lacre
 from lacre import problems
 from lacre_backend.api.app import create_app
+from parts.bent import without
 from parts.echo_engine import EchoEngine
 from parts.relay import AsyncWire, Relay, Wire, served
 
@@ -320,7 +321,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("spoil", "error"),
         [
-            (lambda relay: setattr(relay, "bend", lambda pieces: pieces[:-1]), lacre.TruncatedStream),
+            (lambda relay: setattr(relay, "bend", without), lacre.TruncatedStream),
             (lambda relay: setattr(relay, "bend", lambda pieces: [*pieces, b"\0"]), lacre.OpenError),
             (lambda relay: setattr(relay, "receipts", lambda receipt: []), lacre.InvalidReceipt),
         ],

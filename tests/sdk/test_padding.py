@@ -20,6 +20,7 @@ from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import LARGEST_REQUEST, SMALLEST, UNIT, bucket, request_length, shape_named, whole_units
 from lacre.wire.records import END, LARGEST_FLOOR, records
+from parts.bent import without
 from parts.chat_app import ChatApp
 from parts.relay import Relay, Wire
 
@@ -301,7 +302,7 @@ class TestThroughTheClient:
                     assert (facts.receipt is not None) == (line == "data: [DONE]")
                     if line == "data: [DONE]":
                         break
-        relay.bend = lambda pieces: pieces[:-1]
+        relay.bend = without
         with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
             with client.stream("POST", "/v1/chat/completions", json=body) as response:
                 got = []

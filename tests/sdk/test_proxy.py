@@ -21,6 +21,7 @@ import lacre
 from lacre import problems
 from lacre import proxy as proxying
 from lacre_backend.api.app import create_app
+from parts.bent import without
 from parts.chat_app import reply
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
@@ -278,7 +279,7 @@ class TestErrors:
         assert "[DONE]" not in text
 
     def test_a_whole_answer_of_which_nothing_opened(self, proxy: Proxy, gateway: Gateway) -> None:
-        gateway.relay.bend = lambda pieces: pieces[:-1]
+        gateway.relay.bend = without
         with proxy.client() as client:
             answer = client.post("chat/completions", json=BODY)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "truncated_stream")
@@ -294,7 +295,7 @@ class TestErrors:
         monkeypatch.setattr(gateway.relay, "app", long)
         with proxy.client() as client:
             assert len(client.post("chat/completions", json=BODY).json()["text"]) == 50_000
-            gateway.relay.bend = lambda pieces: pieces[:-1]
+            gateway.relay.bend = without
             with pytest.raises(httpx2.RemoteProtocolError):
                 client.post("chat/completions", json=BODY)
 

@@ -17,6 +17,7 @@ import lacre.legacy
 from lacre import problems
 from lacre.cli.output import tell
 from lacre.evidence import audit_proof
+from parts.bent import flipped, without
 from parts.chat_app import ChatApp
 from parts.relay import AsyncWire, Relay, Wire, served
 
@@ -59,15 +60,15 @@ def unseal(relay: Relay) -> None:
 
 
 def cut(relay: Relay) -> None:
-    relay.bend = lambda pieces: pieces[:-1]
+    relay.bend = without
 
 
 def break_the_connection(relay: Relay) -> None:
-    relay.bend, relay.fault = lambda pieces: pieces[:-1], httpx2.ReadError("")
+    relay.bend, relay.fault = without, httpx2.ReadError("")
 
 
 def alter(relay: Relay) -> None:
-    relay.bend = lambda pieces: [piece[:-1] + bytes([piece[-1] ^ 1]) for piece in pieces]
+    relay.bend = lambda pieces: list(map(flipped, pieces))
 
 
 def claim_more(relay: Relay) -> None:

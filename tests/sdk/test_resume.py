@@ -32,6 +32,7 @@ from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre.wire.opening import open_request
 from lacre_backend.api.app import create_app
 from parts import audited
+from parts.bent import without
 from parts.echo_engine import EchoEngine
 from parts.relay import AsyncWire, Relay, Stream, Wire, served
 
@@ -367,7 +368,7 @@ class TestBroken:
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"done"})
 
-        relay.app, relay.bend = effect, lambda pieces: pieces[:-1]
+        relay.app, relay.bend = effect, without
         with connect(relay) as client, pytest.raises(lacre.TruncatedStream):
             client.post("/v1/payments", json={"stream": True})
         assert len(relay.opened) == 1

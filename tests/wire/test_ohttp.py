@@ -23,6 +23,7 @@ from lacre.wire.header import (
 from lacre.wire.ohttp import RequestSealer, ResponseOpener, seal_request
 from lacre.wire.opening import PrivateKey, RequestOpener, ResponseSealer, open_request
 from lacre.wire.wiping import overwrite
+from parts.bent import cut
 
 KEYS = {1: PrivateKey.generate(1, Kem.X25519), 2: PrivateKey.generate(2, Kem.XWING)}
 SUITES = [Suite(kem, Kdf.HKDF_SHA256, aead) for kem in Kem for aead in Aead]
@@ -42,12 +43,6 @@ def exchange(suite: Suite = SUITES[1], request: bytes = b"a prompt") -> tuple[Re
 def read(opener: ResponseOpener, *pieces: bytes) -> bytes:
     opened = [plain for piece in pieces for plain in opener.feed(piece)]
     return b"".join(opened + opener.close())
-
-
-def cuts(data: bytes, positions: list[int]) -> list[bytes]:
-    """`data` cut at `positions`, taken modulo its length."""
-    edges = [0, *sorted(position % (len(data) + 1) for position in positions), len(data)]
-    return [data[start:end] for start, end in itertools.pairwise(edges)]
 
 
 suites = st.sampled_from(SUITES)
@@ -70,7 +65,7 @@ def test_a_request_opens_however_it_was_sealed_and_however_it_arrives(
     assert open_request(KEYS, sealed)[:2] == (plaintext, sealer.header)
 
     opener = RequestOpener(KEYS)
-    opened = [plain for piece in cuts(sealed, splits) for plain in opener.feed(piece)]
+    opened = [plain for piece in cut(sealed, splits) for plain in opener.feed(piece)]
     assert b"".join(opened + opener.close()) == plaintext
     assert opener.header == sealer.header
 
@@ -82,7 +77,7 @@ def test_a_response_opens_however_it_was_sealed_and_however_it_arrives(
 ) -> None:
     sealer, opener = exchange(suite)
     sealed = b"".join(sealer.seal(part) for part in parts) + sealer.finish(last)
-    assert read(opener, *cuts(sealed, splits)) == b"".join(parts) + last
+    assert read(opener, *cut(sealed, splits)) == b"".join(parts) + last
     assert opener.complete
 
 
@@ -163,17 +158,17 @@ def test_any_flipped_bit_of_a_response_is_noticed(aead: Aead) -> None:
 def test_a_request_cut_anywhere_is_never_whole() -> None:
     sealer = RequestSealer(KEYS[1].config)
     sealed = sealer.seal(b"some") + sealer.seal(b"prompt") + sealer.finish(b"end")[0]
-    for cut in range(len(sealed)):
+    for length in range(len(sealed)):
         with pytest.raises(BROKEN):
-            open_request(KEYS, sealed[:cut])
+            open_request(KEYS, sealed[:length])
 
 
 def test_a_response_cut_anywhere_is_never_whole() -> None:
     sealer, opener = exchange()
     sealed = sealer.seal(b"some") + sealer.seal(b"answer") + sealer.finish(b"end")
-    for cut in range(len(sealed)):
+    for length in range(len(sealed)):
         with pytest.raises(BROKEN):
-            read(ResponseOpener(opener._header, opener._secret), sealed[:cut])
+            read(ResponseOpener(opener._header, opener._secret), sealed[:length])
 
 
 def test_a_response_without_its_final_chunk_is_truncated_even_if_the_text_looked_finished() -> None:
@@ -480,4 +475,4 @@ def test_no_bytes_raise_anything_but_a_typed_error(data: st.DataObject) -> None:
     with contextlib.suppress(*BROKEN):
         assert open_request(KEYS, damaged)[0] == b"someprompt"
     with contextlib.suppress(*BROKEN):
-        assert read(opener, *cuts(damaged_answer, data.draw(positions))) == b"someanswer"
+        assert read(opener, *cut(damaged_answer, data.draw(positions))) == b"someanswer"
