@@ -107,11 +107,11 @@ async def test_its_description(stage: Stage, admin: httpx2.AsyncClient) -> None:
 
 async def test_revocation(stage: Stage, admin: httpx2.AsyncClient, client: httpx2.AsyncClient) -> None:
     token = stage.issuer.token(sub="mallory", iat=int(stage.gateway.clock()))
-    before = await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(token))
+    before = await stage.post(client, token)
     assert before.status_code == 503  # let in: there is no worker
     done = await admin.post("/v1/revocations", headers=bearer(stage), json={"sub": "mallory"})
     assert done.status_code == 201
-    after = await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(token))
+    after = await stage.post(client, token)
     assert after.status_code == 401
     listed = (await admin.get("/v1/revocations", headers=bearer(stage))).json()
     assert (listed["current"], listed["revocations"]) == (True, [done.json()])
@@ -138,7 +138,7 @@ async def test_no_fabric_no_revocation(stage: Stage, admin: httpx2.AsyncClient) 
 
 async def test_usage(stage: Stage, admin: httpx2.AsyncClient, client: httpx2.AsyncClient) -> None:
     async with stage.fake_worker():
-        answer = await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers())
+        answer = await stage.post(client)
     assert answer.status_code == 200
     await stage.trail()
     used = await admin.get("/v1/usage", params={"tenant": "acme"}, headers=bearer(stage))

@@ -30,7 +30,7 @@ from parts.stage import Stage
 
 from .conftest import PutUp
 from .test_audit import no_space
-from .test_refusals import assert_problem, post
+from .test_refusals import assert_problem
 from .test_streaming import served
 
 PRICES = '[prices."*"]\nprompt = "1"\ncached = "0.25"\ncompletion = "2"\n'
@@ -75,12 +75,12 @@ def record(stage: Stage, prefix: str) -> Record:
 
 
 async def test_requests_a_minute(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    codes = [(await post(stage, client)).status_code for _ in range(4)]
+    codes = [(await stage.post(client)).status_code for _ in range(4)]
     assert codes == [200] * 3 + [429]
     met = {"limit": "requests_per_minute", "scope": "user", "unit": "requests", "ceiling": 3, "asked": 1, "remaining": 0}
-    assert_problem(await post(stage, client), problems.RATE_LIMITED, **met)
+    assert_problem(await stage.post(client), problems.RATE_LIMITED, **met)
     bob = f"Bearer {stage.issuer.token(sub='bob')}"
-    assert (await post(stage, client, authorization=bob)).status_code == 200
+    assert (await stage.post(client, authorization=bob)).status_code == 200
     assert len(worker.opened) == 4
 
 
@@ -88,15 +88,15 @@ async def test_what_is_not_used_is_given_back(stage: Stage, worker: FakeWorker, 
     """Each reserves some 3,700 of 5,000 tokens, and uses 19 of them: a second fits only once the first is settled."""
     token = on(stage, "tokens")
     for number in range(1, 5):
-        response = await post(stage, client, authorization=token, lacre_max_tokens="3000")
+        response = await stage.post(client, authorization=token, lacre_max_tokens="3000")
         assert response.status_code == 200
         await settled(stage, number)
     hold = asyncio.Event()
     worker.script = Script(before=hold.wait)
-    first = asyncio.create_task(post(stage, client, authorization=token, lacre_max_tokens="3000"))
+    first = asyncio.create_task(stage.post(client, authorization=token, lacre_max_tokens="3000"))
     while len(worker.opened) < 5:
         await asyncio.sleep(0.01)
-    refused = await post(stage, client, authorization=token, lacre_max_tokens="3000")
+    refused = await stage.post(client, authorization=token, lacre_max_tokens="3000")
     assert_problem(refused, problems.RATE_LIMITED, limit="tokens_per_minute", unit="tokens", ceiling=5000)
     assert refused.headers["retry-after"] == "2"  # what is reserved may come back long before the minute is over
     hold.set()
@@ -106,7 +106,7 @@ async def test_what_is_not_used_is_given_back(stage: Stage, worker: FakeWorker, 
 async def test_money_to_the_micro_unit(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """12 prompt tokens, 2 of them cached, and 7 more: 10 × 1 + 2 × 0.25 + 7 × 2 = 24.5 micro-units, rounded up."""
     for number in range(1, 4):
-        response = await post(stage, client, authorization=on(stage, "money", sub=f"user-{number}"))
+        response = await stage.post(client, authorization=on(stage, "money", sub=f"user-{number}"))
         assert response.status_code == 200
         await settled(stage, number)  # before it is, the tenant's money is held back for what the request may use at most
     trail = await stage.trail(3)
@@ -124,9 +124,9 @@ async def test_a_day_that_is_spent(stage: Stage, worker: FakeWorker, client: htt
     worker.script = Script(usage={"completion_tokens": 2000})
     for number in range(1, 3):
         token = on(stage, "daily", sub=f"user-{number}")
-        assert (await post(stage, client, authorization=token, lacre_max_tokens="2000")).status_code == 200
+        assert (await stage.post(client, authorization=token, lacre_max_tokens="2000")).status_code == 200
         await settled(stage, number)
-    refused = await post(stage, client, authorization=on(stage, "daily"), lacre_max_tokens="2000")
+    refused = await stage.post(client, authorization=on(stage, "daily"), lacre_max_tokens="2000")
     assert_problem(refused, problems.BUDGET_SPENT)
     assert int(refused.headers["retry-after"]) == int(refused.headers["ratelimit"].partition(";t=")[2])
 
@@ -135,29 +135,29 @@ async def test_streams_at_once(stage: Stage, worker: FakeWorker, client: httpx2.
     hold = asyncio.Event()
     worker.script = Script(before=hold.wait)
     running = [
-        asyncio.create_task(post(stage, client, authorization=on(stage, "streams", sub=f"u{number}"))) for number in range(2)
+        asyncio.create_task(stage.post(client, authorization=on(stage, "streams", sub=f"u{number}"))) for number in range(2)
     ]
     while len(worker.opened) < 2:
         await asyncio.sleep(0.01)
-    third = await post(stage, client, authorization=on(stage, "streams", sub="u3"))
+    third = await stage.post(client, authorization=on(stage, "streams", sub="u3"))
     assert_problem(third, problems.RATE_LIMITED, limit="concurrent_streams", unit="concurrent-requests", scope="plan")
     assert "ceiling" not in details.read(third.content)  # how far a whole plan is used is for the operator
     hold.set()
     assert [(await task).status_code for task in running] == [200, 200]
-    assert (await post(stage, client, authorization=on(stage, "streams", sub="u3"))).status_code == 200
+    assert (await stage.post(client, authorization=on(stage, "streams", sub="u3"))).status_code == 200
 
 
 async def test_an_explicit_zero_is_zero(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, authorization=on(stage, "none")), problems.ABOVE_LIMIT, ceiling=0)
+    assert_problem(await stage.post(client, authorization=on(stage, "none")), problems.ABOVE_LIMIT, ceiling=0)
     assert not worker.opened
 
 
 async def test_more_than_the_limit_at_once(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, authorization=on(stage, "small")), problems.ABOVE_LIMIT)
+    assert_problem(await stage.post(client, authorization=on(stage, "small")), problems.ABOVE_LIMIT)
 
 
 async def test_a_plan_that_there_is_not(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, authorization=on(stage, "gold")), problems.UNKNOWN_PLAN)
+    assert_problem(await stage.post(client, authorization=on(stage, "gold")), problems.UNKNOWN_PLAN)
 
 
 async def test_a_refused_request_costs_nothing(stage: Stage, client: httpx2.AsyncClient) -> None:
@@ -165,22 +165,22 @@ async def test_a_refused_request_costs_nothing(stage: Stage, client: httpx2.Asyn
     stage.hub.max_queue = 0
     stage.hub.worker("default", ["smollm2-135m"])
     for _ in range(10):
-        assert_problem(await post(stage, client, lacre_action="http"), problems.PATH_NOT_ALLOWED)
-        assert_problem(await post(stage, client), problems.BUSY)
+        assert_problem(await stage.post(client, lacre_action="http"), problems.PATH_NOT_ALLOWED)
+        assert_problem(await stage.post(client), problems.BUSY)
     stage.hub.max_queue, stage.hub.live = 10, []
     async with stage.fake_worker():
-        assert (await post(stage, client)).status_code == 200
+        assert (await stage.post(client)).status_code == 200
 
 
 async def test_an_answer_that_breaks_costs_what_was_made(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(beats=({"completion_tokens": 3}, {"completion_tokens": 5}), ending="error:x")
-    await post(stage, client, authorization=on(stage, "money"))
+    await stage.post(client, authorization=on(stage, "money"))
     outcome = (await stage.trail())[1]
     assert (outcome["outcome"], outcome["money"]) == ("broken", 21)  # 10 × 1 + 2 × 0.25 + 5 × 2, rounded up
 
 
 async def test_what_the_answer_says(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    first = await post(stage, client)
+    first = await stage.post(client)
     assert first.headers["ratelimit-policy"] == '"user/requests_per_minute";q=3;w=60;qu="requests"'
     level, _, reset = first.headers["ratelimit"].partition(";t=")
     assert level == '"user/requests_per_minute";r=2'
@@ -189,10 +189,10 @@ async def test_what_the_answer_says(stage: Stage, worker: FakeWorker, client: ht
     assert 0 < int(first.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
     assert "x-ratelimit-limit-tokens" not in first.headers
     for _ in range(2):
-        await post(stage, client)
-    refused = await post(stage, client)
+        await stage.post(client)
+    refused = await stage.post(client)
     assert refused.headers["ratelimit"].startswith('"user/requests_per_minute";r=0;t=')
-    assert "ratelimit" not in (await post(stage, client, authorization=on(stage, "streams"))).headers
+    assert "ratelimit" not in (await stage.post(client, authorization=on(stage, "streams"))).headers
 
 
 AUDIT = Path(__file__).resolve().parents[2] / "docs/audit.md"
@@ -212,11 +212,11 @@ async def test_a_refusal_is_recorded(plan: str, stage: Stage, worker: FakeWorker
     worker.script = Script(usage={"completion_tokens": 200})
     served = {"free": 3, "once": 1}.get(plan, 0)
     for number in range(1, served + 1):
-        assert (await post(stage, client, authorization=on(stage, plan))).status_code == 200
+        assert (await stage.post(client, authorization=on(stage, plan))).status_code == 200
         await settled(stage, number)
     if problem is problems.BUDGET_UNAVAILABLE:
         stage.gateway.budgets.bucket = Unavailable()
-    refused = await post(stage, client, authorization=on(stage, plan))
+    refused = await stage.post(client, authorization=on(stage, plan))
     assert_problem(refused, problem)
     proof = AuditProof.parse_header(refused.headers["lacre-audit"])
     proof.verify(raw_public_key(stage.keys.gateway))
@@ -249,7 +249,7 @@ async def test_who_met_a_limit(stage: Stage, worker: FakeWorker, client: httpx2.
     """As docs/audit.md asks for it."""
     for subject, requests in (("alice", 5), ("bob", 4), ("carol", 3)):
         for _ in range(requests):
-            await post(stage, client, authorization=on(stage, "free", sub=subject))
+            await stage.post(client, authorization=on(stage, "free", sub=subject))
     await stage.gateway.close()
     document = AUDIT.read_text()
     [sql] = re.findall(r'--sql "(SELECT [^"]*exceeded[^"]*)"', document)
@@ -278,14 +278,14 @@ async def test_all_budgets_or_none(put_up: PutUp, short: str, ample: int) -> Non
     stage = await put_up(plans=f'default_plan = "p"\n{tables}')
     async with stage.fake_worker() as worker, stage.http() as client:
         worker.script = Script(usage={"completion_tokens": 200})
-        assert (await post(stage, client)).status_code == 200
+        assert (await stage.post(client)).status_code == 200
         await settled(stage, 1)
         after = {f"{labels[scope]}/tokens_per_day": ceilings[scope] - used for scope in ("user", "tenant")}
         others = [key for key in stage.budgets.entries if not key.startswith(f"{labels[short]}.")]
         before = [stage.budgets.entries[key].value for key in others]
         assert len(others) == 2
         for _ in range(3):
-            refused = await post(stage, client)
+            refused = await stage.post(client)
             assert_problem(refused, problems.BUDGET_SPENT)
             assert left(refused) == after
         if ample == 1_000_000:
@@ -316,13 +316,13 @@ async def test_without_the_bucket_what_is_in_hand_is_served(put_up: PutUp) -> No
     """640 a minute: a lease has one, and ten beyond."""
     stage = await put_up(plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')
     async with stage.fake_worker(), stage.http() as client:
-        assert (await post(stage, client)).status_code == 200
+        assert (await stage.post(client)).status_code == 200
         stage.gateway.budgets.bucket = Unavailable()
-        codes = [(await post(stage, client)).status_code for _ in range(11)]
+        codes = [(await stage.post(client)).status_code for _ in range(11)]
         assert codes == [200] * 10 + [503]
-        assert_problem(await post(stage, client), problems.BUDGET_UNAVAILABLE)
+        assert_problem(await stage.post(client), problems.BUDGET_UNAVAILABLE)
         stage.gateway.budgets.bucket = stage.budgets
-        assert (await post(stage, client)).status_code == 200
+        assert (await stage.post(client)).status_code == 200
 
 
 async def test_a_draw_is_tried_again_while_somebody_waits(put_up: PutUp) -> None:
@@ -330,7 +330,7 @@ async def test_a_draw_is_tried_again_while_somebody_waits(put_up: PutUp) -> None
     stage = await put_up(plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')
     async with stage.fake_worker(), stage.http() as client:
         stage.gateway.budgets.bucket = away = Unavailable()
-        waiting = [asyncio.create_task(post(stage, client)) for _ in range(3)]
+        waiting = [asyncio.create_task(stage.post(client)) for _ in range(3)]
         async with asyncio.timeout(DRAW_LIMIT):
             while away.asked < 2:
                 await asyncio.sleep(0.01)
@@ -367,16 +367,16 @@ async def test_what_no_log_has_is_not_charged(stage: Stage, worker: FakeWorker) 
 
 
 async def test_plans_change_while_requests_are_served(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert [(await post(stage, client)).status_code for _ in range(4)] == [200, 200, 200, 429]
+    assert [(await stage.post(client)).status_code for _ in range(4)] == [200, 200, 200, 429]
     (stage.folder / "policies" / "plans.toml").write_text(
         PLANS.replace("requests_per_minute = 3", "requests_per_minute = 5") + PRICES
     )
     await stage.gateway.reload()
-    assert [(await post(stage, client)).status_code for _ in range(3)] == [200, 200, 429]
+    assert [(await stage.post(client)).status_code for _ in range(3)] == [200, 200, 429]
 
 
 async def test_names_are_for_people_and_keys_are_not(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    await post(stage, client)
+    await stage.post(client)
     [(key, entry)] = [pair for pair in stage.budgets.entries.items() if pair[0].startswith("user.")]
     assert "alice" not in key
     assert json.loads(entry.value)["name"] == "alice of acme on free"

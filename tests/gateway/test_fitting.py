@@ -127,7 +127,7 @@ async def test_a_limit_is_used_up_by_what_is_used(stage: Stage, client: httpx2.A
         worker.script = Script(usage=USED)
         body, _, _ = stage.seal()  # not padded: all that it may be has to fit
         token = stage.issuer.token(plan="filled")
-        refused = await client.post("/v1/sealed", content=body, headers=stage.headers(token))
+        refused = await stage.post(client, token, body=body)
         assert refused.status_code == 429
 
 
@@ -138,7 +138,7 @@ async def test_what_is_sealed_bounds_the_prompt_and_not_the_seal(put_up: PutUp, 
     async with stage.fake_worker() as worker, stage.http() as client:
         token = stage.issuer.token(plan="plenty")
         for body in (padded(stage), stage.seal()[0]):
-            response = await client.post("/v1/sealed", content=body, headers=stage.headers(token))
+            response = await stage.post(client, token, body=body)
             assert response.status_code == 200
             assert worker.grants[-1].max_prompt_tokens == (SMALLEST if len(body) > 5000 else len(body))
 

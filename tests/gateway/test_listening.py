@@ -108,7 +108,7 @@ async def test_patience_is_not_for_answers(stage: Stage, worker: FakeWorker) -> 
     async with served(stage, header_timeout=0.2) as (_, port), httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
         for _ in range(2):
             body, _, opener = stage.seal()
-            answer = await http.post("/v1/sealed", content=body, headers=stage.headers())
+            answer = await stage.post(http, body=body)
             assert opened(opener, answer.content)
             await asyncio.sleep(0.3)
 
@@ -206,7 +206,7 @@ async def test_tls(stage: Stage, worker: FakeWorker, tmp_path: Path) -> None:
         verify = ssl.create_default_context(cafile=str(tls.certificate))
         async with httpx2.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=verify) as http:
             body, _, opener = stage.seal()
-            answer = await http.post("/v1/sealed", content=body, headers=stage.headers())
+            answer = await stage.post(http, body=body)
             assert opened(opener, answer.content)
         reader, writer = await dial(port, HEALTH)
         assert not (await reader.read()).startswith(b"HTTP")  # plain HTTP is not answered

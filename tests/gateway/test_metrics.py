@@ -42,12 +42,12 @@ def value(found: Samples, name: str, **labels: str) -> float:
 
 
 async def ask(stage: Stage, client: httpx2.AsyncClient, **headers: str | None) -> httpx2.Response:
-    return await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(**headers))
+    return await stage.post(client, **headers)
 
 
 async def test_a_request_that_was_answered(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, _ = stage.seal()
-    answer = await client.post("/v1/sealed", content=body, headers=stage.headers())
+    answer = await stage.post(client, body=body)
     await stage.trail()
     found = await scrape(stage)
     assert value(found, "lacre_requests_total", outcome="answered", problem="none") == 1
@@ -142,7 +142,7 @@ async def test_labels_are_of_closed_sets(stage: Stage, worker: FakeWorker, clien
     for name in ("lacre_pool", "lacre_model", "lacre_action", "lacre_shape", "lacre_max_tokens", "content_type"):
         await ask(stage, client, **{name: "canary-7"})
     await client.post("/v1/canary-7", content=b"", headers=stage.headers(stage.issuer.token(sub="canary-7", tenant="canary-7")))
-    await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(stage.issuer.token(sub="canary-7")))
+    await stage.post(client, stage.issuer.token(sub="canary-7"))
     await stage.trail()
     found = await scrape(stage)
     assert value(found, "lacre_requests_total", outcome="answered", problem="none") == 1

@@ -34,11 +34,6 @@ def assert_problem(response: httpx2.Response, problem: Problem, **told: Detail) 
     assert ("retry-after" in response.headers) == (problem.status in (429, 503))
 
 
-async def post(stage: Stage, client: httpx2.AsyncClient, body: bytes | None = None, **headers: str | None) -> httpx2.Response:
-    sealed = stage.seal()[0] if body is None else body
-    return await client.post("/v1/sealed", content=sealed, headers=stage.headers(**headers))
-
-
 HEADERS: list[tuple[str, str | None]] = [
     *((name, None) for name in ("lacre_pool", "lacre_model", "lacre_action", "lacre_max_tokens", "lacre_shape")),
     *(("lacre_max_tokens", value) for value in ("0", "-1", "+1", "1.0", "1e3", "0x1", "", "01", "2147483648", "9" * 30, "1_0")),
@@ -54,7 +49,7 @@ async def test_outer_headers(
     name: str, value: str | None, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     header = name.replace("_", "-")
-    assert_problem(await post(stage, client, **{name: value}), problems.INVALID_HEADERS, header=header)
+    assert_problem(await stage.post(client, **{name: value}), problems.INVALID_HEADERS, header=header)
     assert worker.opened == []
 
 
@@ -72,12 +67,12 @@ async def test_outer_header_twice(stage: Stage, worker: FakeWorker, client: http
 
 
 async def test_an_unknown_pool_names_the_pools(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, lacre_pool="another"), problems.UNKNOWN_POOL, pools=("default",))
+    assert_problem(await stage.post(client, lacre_pool="another"), problems.UNKNOWN_POOL, pools=("default",))
     assert worker.opened == []
 
 
 async def test_an_unknown_model_names_the_models(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    refused = await post(stage, client, lacre_model="smollm2-135M")
+    refused = await stage.post(client, lacre_model="smollm2-135M")
     assert_problem(refused, problems.UNKNOWN_POOL, models=("smollm2-135m",))
     assert worker.opened == []
 
@@ -87,12 +82,12 @@ async def test_an_unknown_model_names_the_models(stage: Stage, worker: FakeWorke
     [None, "application/json", "message/ohttp-req", "message/ohttp-chunked-res", f"{MEDIA_TYPE_REQUEST}, text/html"],
 )
 async def test_media_type(media_type: str | None, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, content_type=media_type), problems.UNSUPPORTED_MEDIA_TYPE)
+    assert_problem(await stage.post(client, content_type=media_type), problems.UNSUPPORTED_MEDIA_TYPE)
     assert worker.opened == []
 
 
 async def test_content_encoding(stage: Stage, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, content_encoding="gzip"), problems.UNSUPPORTED_MEDIA_TYPE)
+    assert_problem(await stage.post(client, content_encoding="gzip"), problems.UNSUPPORTED_MEDIA_TYPE)
 
 
 def broken_bodies(stage: Stage) -> Iterator[bytes]:
@@ -111,7 +106,7 @@ def broken_bodies(stage: Stage) -> Iterator[bytes]:
 
 async def test_body_that_is_not_sealed(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     for body in broken_bodies(stage):
-        assert_problem(await post(stage, client, body), problems.INVALID_REQUEST)
+        assert_problem(await stage.post(client, body=body), problems.INVALID_REQUEST)
     assert worker.opened == []
 
 
@@ -120,38 +115,38 @@ async def test_body_that_only_a_worker_can_tell_from_a_whole_one(
 ) -> None:
     """A final chunk that lost a byte, or any byte changed in a chunk, shows only when it is opened."""
     body, _, _ = stage.seal()
-    assert_problem(await post(stage, client, body[:-1]), problems.INVALID_REQUEST)
+    assert_problem(await stage.post(client, body=body[:-1]), problems.INVALID_REQUEST)
     assert worker.opened == []
 
 
 async def test_unknown_key_id(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, _ = stage.seal()
-    assert_problem(await post(stage, client, b"\x07" + body[1:]), problems.UNKNOWN_KEY)
+    assert_problem(await stage.post(client, body=b"\x07" + body[1:]), problems.UNKNOWN_KEY)
     assert worker.opened == []
 
 
 async def test_key_past_its_time(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, stage.seal(key=9)[0]), problems.UNKNOWN_KEY)
+    assert_problem(await stage.post(client, body=stage.seal(key=9)[0]), problems.UNKNOWN_KEY)
 
 
 async def test_key_id_of_another_kem(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, _ = stage.seal(key=2)
-    assert_problem(await post(stage, client, b"\x01" + body[1:]), problems.UNKNOWN_KEY)
+    assert_problem(await stage.post(client, body=b"\x01" + body[1:]), problems.UNKNOWN_KEY)
 
 
 async def test_replay(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, _ = stage.seal()
-    assert (await post(stage, client, body)).status_code == 200
-    assert_problem(await post(stage, client, body), problems.REPLAYED)
+    assert (await stage.post(client, body=body)).status_code == 200
+    assert_problem(await stage.post(client, body=body), problems.REPLAYED)
     assert len(worker.opened) == 1
     # The first is settled beside the second, and may be recorded after it.
     assert sorted(str(entry.get("outcome")) for entry in await stage.trail(2)) == ["None", "None", "answered", "refused"]
 
 
 async def test_policy(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, lacre_action="http"), problems.PATH_NOT_ALLOWED, paths=KNOWN)
+    assert_problem(await stage.post(client, lacre_action="http"), problems.PATH_NOT_ALLOWED, paths=KNOWN)
     most = {"limit": "max_tokens", "scope": "policy", "unit": "tokens", "ceiling": 32768, "asked": 40000}
-    assert_problem(await post(stage, client, lacre_max_tokens="40000"), problems.TOO_MANY_TOKENS, **most)
+    assert_problem(await stage.post(client, lacre_max_tokens="40000"), problems.TOO_MANY_TOKENS, **most)
     assert worker.opened == []
     first, end, second, _ = await stage.trail(2)
     assert (first["decision"], first["policies"]) == ("deny", [])
@@ -163,7 +158,7 @@ async def test_no_manifest(tmp_path: Path, issuer: Issuer) -> None:
     stage = Stage.with_gateway(tmp_path, issuer)
     await stage.gateway.revocations.start(stage.gateway.connected)
     async with stage.http() as client:
-        assert_problem(await post(stage, client), problems.NOT_READY)
+        assert_problem(await stage.post(client), problems.NOT_READY)
     await stage.gateway.close()
 
 
@@ -172,24 +167,24 @@ async def test_expired_manifest(tmp_path: Path, issuer: Issuer) -> None:
     await stage.publish(stage.document(lives=0.05))
     await asyncio.sleep(0.06)
     async with stage.http() as client:
-        assert_problem(await post(stage, client), problems.NOT_READY)
+        assert_problem(await stage.post(client), problems.NOT_READY)
     await stage.gateway.close()
 
 
 async def test_no_worker(stage: Stage, client: httpx2.AsyncClient) -> None:
     """Told apart from `BUSY`, which a request gets that waited in the queue."""
-    assert_problem(await post(stage, client), problems.NO_WORKER)
+    assert_problem(await stage.post(client), problems.NO_WORKER)
 
 
 async def test_not_connected(stage: Stage, client: httpx2.AsyncClient) -> None:
     stage.gateway.fabric = None
-    assert_problem(await post(stage, client), problems.UNAVAILABLE)
+    assert_problem(await stage.post(client), problems.UNAVAILABLE)
 
 
 async def test_queue_full(stage: Stage, client: httpx2.AsyncClient) -> None:
     stage.hub.max_queue = 0
     stage.hub.worker("default", ["smollm2-135m"])
-    assert_problem(await post(stage, client), problems.BUSY)
+    assert_problem(await stage.post(client), problems.BUSY)
 
 
 @pytest.fixture
@@ -203,7 +198,7 @@ async def test_queue_limit(impatient: Stage) -> None:
     impatient.hub.worker("default", ["smollm2-135m"])
     async with impatient.http() as client:
         since = time.monotonic()
-        assert_problem(await post(impatient, client), problems.BUSY)
+        assert_problem(await impatient.post(client), problems.BUSY)
         assert time.monotonic() - since >= 0.2
     assert not impatient.hub.queue
     assert (await impatient.trail())[1]["outcome"] == "refused"
@@ -217,18 +212,18 @@ async def test_requests_at_once(impatient: Stage) -> None:
     async with impatient.http() as client, impatient.fake_worker() as worker:
         worker.script = Script(before=hold.wait)
         bob = impatient.issuer.token(sub="bob")
-        running = [asyncio.create_task(post(impatient, client)) for _ in range(2)]
+        running = [asyncio.create_task(impatient.post(client)) for _ in range(2)]
         while len(worker.opened) < 2:
             await asyncio.sleep(0.01)
-        assert_problem(await post(impatient, client), problems.RATE_LIMITED, **AT_ONCE)  # a third of alice's
-        running.append(asyncio.create_task(post(impatient, client, authorization=f"Bearer {bob}")))
+        assert_problem(await impatient.post(client), problems.RATE_LIMITED, **AT_ONCE)  # a third of alice's
+        running.append(asyncio.create_task(impatient.post(client, authorization=f"Bearer {bob}")))
         while len(worker.opened) < 3:
             await asyncio.sleep(0.01)
-        fourth = await post(impatient, client, authorization=f"Bearer {bob}")  # of all
+        fourth = await impatient.post(client, authorization=f"Bearer {bob}")  # of all
         assert_problem(fourth, problems.OVERLOADED, limit="requests_in_flight", scope="gateway")
         hold.set()
         assert [(await task).status_code for task in running] == [200, 200, 200]
-        assert (await post(impatient, client)).status_code == 200
+        assert (await impatient.post(client)).status_code == 200
 
 
 async def test_slow_body(impatient: Stage) -> None:
@@ -280,13 +275,13 @@ async def test_too_large_whatever_it_says(length: str | None, stage: Stage, clie
 
 @pytest.mark.parametrize("length", ["", "-1", "0x10", "1 0", "9" * 20])
 async def test_content_length_that_is_none(length: str, stage: Stage, client: httpx2.AsyncClient) -> None:
-    assert_problem(await post(stage, client, content_length=length), problems.INVALID_HEADERS, header="content-length")
+    assert_problem(await stage.post(client, content_length=length), problems.INVALID_HEADERS, header="content-length")
 
 
 async def test_audit_that_cannot_be_written(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """No record, no service: not one byte of the answer leaves."""
     await stage.gateway.audit.close()
-    assert_problem(await post(stage, client), problems.AUDIT_UNAVAILABLE)
+    assert_problem(await stage.post(client), problems.AUDIT_UNAVAILABLE)
     assert worker.opened == []  # and no worker works for nobody
     assert "audit" in stage.gateway.missing()
 
@@ -310,13 +305,13 @@ async def test_worker_refuses(
     said: str, problem: Problem, stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     worker.script = Script(pieces=(), ending=f"error:{said}")
-    assert_problem(await post(stage, client), problem)
+    assert_problem(await stage.post(client), problem)
     assert (await stage.trail())[1]["status"] == problem.status
 
 
 async def test_worker_dies_before_its_answer(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(pieces=(), beats=({},), ending="silence")
-    assert_problem(await post(stage, client), problems.WORKER_LOST)
+    assert_problem(await stage.post(client), problems.WORKER_LOST)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +348,6 @@ async def test_wrong_method(method: str, path: str, allow: set[str], client: htt
 
 
 async def test_a_problem_says_nothing_else(stage: Stage, client: httpx2.AsyncClient) -> None:
-    response = await post(stage, client, lacre_pool="canary")
+    response = await stage.post(client, lacre_pool="canary")
     assert set(json.loads(response.content)) == {"type", "title", "status", "pools"}
     assert "canary" not in response.text + str(response.headers)

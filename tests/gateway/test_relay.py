@@ -22,7 +22,7 @@ from parts.stage import Stage
 
 async def test_answer_is_forwarded_byte_for_byte(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, opener = stage.seal()
-    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
+    response = await stage.post(client, body=body)
     assert response.status_code == 200
     assert opened(opener, response.content) == b"".join(PIECES)
     assert response.headers["content-type"] == MEDIA_TYPE_RESPONSE
@@ -33,7 +33,7 @@ async def test_answer_is_forwarded_byte_for_byte(stage: Stage, worker: FakeWorke
 
 async def test_grant_says_what_was_asked_and_not_who(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, _ = stage.seal()
-    await client.post("/v1/sealed", content=body, headers=stage.headers(lacre_shape="pad", lacre_max_tokens="99"))
+    await stage.post(client, lacre_shape="pad", lacre_max_tokens="99", body=body)
     [grant] = worker.grants
     assert (grant.pool, grant.model, grant.action, grant.shape) == ("default", MODEL, "chat", "pad")
     assert grant.max_tokens == 99
@@ -51,8 +51,7 @@ async def test_a_grant_says_by_pseudonyms_whose_turn_it_takes(
         stage.issuer.token(sub="bob"),
         stage.issuer.token(tenant="other"),
     ):
-        body, _, _ = stage.seal()
-        await client.post("/v1/sealed", content=body, headers=stage.headers(token, lacre_fair="x", fair="x"))
+        await stage.post(client, token, lacre_fair="x", fair="x")
     alice, again, bob, other = (grant.fair for grant in worker.grants)
     assert alice == again
     assert (alice[0] == bob[0], alice[1] == bob[1]) == (True, False)
@@ -61,7 +60,7 @@ async def test_a_grant_says_by_pseudonyms_whose_turn_it_takes(
 
 async def test_prompt_ceiling_is_the_models_context(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, _ = stage.seal(content=b"x" * 5000)
-    await client.post("/v1/sealed", content=body, headers=stage.headers())
+    await stage.post(client, body=body)
     assert worker.grants[0].max_prompt_tokens == 2048
 
 
@@ -79,7 +78,7 @@ async def test_an_application_s_ceilings_are_of_bytes(stage: Stage, worker: Fake
 
 async def test_trail_of_an_answer(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, _ = stage.seal()
-    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
+    response = await stage.post(client, body=body)
     intent, outcome = await stage.trail()
     assert intent["request_id"] == outcome["request_id"] == response.headers["lacre-request-id"] == worker.grants[0].jti
     assert (intent["subject"], intent["tenant"], intent["issuer"]) == ("alice", "acme", ISSUER)
@@ -93,7 +92,7 @@ async def test_trail_of_an_answer(stage: Stage, worker: FakeWorker, client: http
 
 async def test_x25519_is_taken_too(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     body, _, opener = stage.seal(key=2)
-    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
+    response = await stage.post(client, body=body)
     assert opened(opener, response.content) == b"".join(PIECES)
     assert (await stage.trail())[0]["kem"] == "X25519"
 
@@ -102,7 +101,7 @@ async def test_nothing_secret_is_left_behind(stage: Stage, worker: FakeWorker, c
     token = stage.issuer.token()
     body, _, _ = stage.seal(content=b"a canary in the prompt")
     await client.post("/v1/sealed?token=query-canary", content=body, headers=stage.headers(token))
-    await client.post("/v1/sealed", content=body, headers=stage.headers(token[:-4]))
+    await stage.post(client, token[:-4], body=body)
     await client.get(f"/{token}", headers={"authorization": f"Bearer {token}"})
     await stage.trail()
     left = stage.log.getvalue() + json.dumps(stage.entries())
@@ -114,8 +113,7 @@ async def test_nothing_secret_is_left_behind(stage: Stage, worker: FakeWorker, c
 
 async def test_streams_are_counted_down_again(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     for _ in range(3):
-        body, _, _ = stage.seal()
-        await client.post("/v1/sealed", content=body, headers=stage.headers())
+        await stage.post(client)
     assert stage.gateway.limits.running == 0
     assert stage.hub.inbound == {}
 

@@ -184,7 +184,7 @@ async def test_a_subject_is_let_in_again_with_a_token_issued_later(
     stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
     async def status(token: str) -> int:
-        return (await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(token))).status_code
+        return (await stage.post(client, token)).status_code
 
     now = int(time.time())
     before, during = stage.issuer.token(sub="bob", iat=now - 5), stage.issuer.token(sub="bob", iat=now + 5)

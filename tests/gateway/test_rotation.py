@@ -13,7 +13,7 @@ from parts.stage import Stage
 
 
 async def post(stage: Stage, client: httpx2.AsyncClient, body: bytes) -> httpx2.Response:
-    return await client.post("/v1/sealed", content=body, headers=stage.headers())
+    return await stage.post(client, body=body)
 
 
 def rotate(stage: Stage, key_id: int) -> None:

@@ -138,7 +138,7 @@ async def test_process_serves_before_its_fabric_is_there_and_ends_in_order(stage
             assert (await http.get("/healthz")).status_code == 200
             assert set((await http.get("/readyz")).json()["missing"]) == {"fabric", "manifest"}
             token = stage.issuer.token()
-            refused = await http.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers(token))
+            refused = await stage.post(http, token)
             assert refused.content == problems.UNAVAILABLE.body()  # nor does it know what was revoked
         process.send_signal(signal.SIGTERM)
         _, rest = await asyncio.to_thread(process.communicate, timeout=60)

@@ -70,7 +70,7 @@ def test_which_receipt_counts(tokens: tuple[bytes, ...], settled: int | None, re
 
 async def broken(stage: Stage, client: httpx2.AsyncClient) -> dict[str, Any]:
     """The outcome of an answer that breaks off."""
-    await client.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers())
+    await stage.post(client)
     return (await stage.trail())[1]
 
 
@@ -93,7 +93,7 @@ async def test_a_beat_that_proves_nothing_leaves_the_one_before(
 async def test_above_the_grant_is_not_settled_at_all(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     worker.script = Script(beats=({"completion_tokens": 3},), usage={"completion_tokens": 257})
     body, _, opener = stage.seal()
-    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
+    response = await stage.post(client, body=body)
     assert opened(opener, response.content) == b"".join(PIECES)
     outcome = (await stage.trail())[1]
     assert (outcome["unreceipted"], outcome["completion_tokens"]) == (True, None)
@@ -117,7 +117,7 @@ async def no_thread_free() -> AsyncIterator[threading.Event]:
 
 async def ask(stage: Stage, client: httpx2.AsyncClient) -> bool:
     body, _, opener = stage.seal(key=2)
-    response = await client.post("/v1/sealed", content=body, headers=stage.headers())
+    response = await stage.post(client, body=body)
     return opened(opener, response.content) == b"".join(PIECES)
 
 

@@ -92,7 +92,7 @@ async def test_large_answer_flows_with_the_credit_of_its_reader(
     pieces = tuple(os.urandom(16_000) for _ in range(70))
     worker.script = Script(pieces=pieces)
     body, _, opener = stage.seal()
-    response = await http.post("/v1/sealed", content=body, headers=stage.headers())
+    response = await stage.post(http, body=body)
     assert opened(opener, response.content) == b"".join(pieces)
 
 
@@ -178,7 +178,7 @@ async def test_abort_is_seen_in_the_raw_bytes(stage: Stage, worker: FakeWorker, 
 
 async def test_broken_answer_is_settled_on_its_last_receipt(stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
     worker.script = Script(beats=({},), ending="error:x")
-    await http.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers())
+    await stage.post(http)
     outcome = (await stage.trail())[1]
     assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("broken", False, 7)
 
@@ -191,7 +191,7 @@ async def test_receipt_that_does_not_hold(
     key = Ed25519PrivateKey.generate() if usage.pop("key", None) else None
     worker.script = Script(usage=usage, receipt_key=key)
     body, _, opener = stage.seal(content=b"x" * 9000)
-    response = await http.post("/v1/sealed", content=body, headers=stage.headers())
+    response = await stage.post(http, body=body)
     assert opened(opener, response.content) == b"".join(PIECES)
     outcome = (await stage.trail())[1]
     assert (outcome["outcome"], outcome["unreceipted"], outcome["completion_tokens"]) == ("answered", True, None)
@@ -292,7 +292,7 @@ async def test_chunked_upload_without_length(stage: Stage, worker: FakeWorker, h
 async def test_many_at_once(stage: Stage, worker: FakeWorker, http: httpx2.AsyncClient) -> None:
     async def one() -> bool:
         body, _, opener = stage.seal(key=2)
-        response = await http.post("/v1/sealed", content=body, headers=stage.headers())
+        response = await stage.post(http, body=body)
         return opened(opener, response.content) == b"".join(PIECES)
 
     assert all(await asyncio.gather(*(one() for _ in range(20))))
@@ -307,7 +307,7 @@ async def test_shutdown_lets_streams_finish(stage: Stage, worker: FakeWorker) ->
     async with contextlib.AsyncExitStack() as stack:
         url = await stack.enter_async_context(served(stage))
         http = await stack.enter_async_context(httpx2.AsyncClient(base_url=url))
-        answering = asyncio.create_task(http.post("/v1/sealed", content=body, headers=stage.headers()))
+        answering = asyncio.create_task(stage.post(http, body=body))
         await until(lambda: worker.opened)
         asyncio.get_running_loop().call_later(0.3, go.set)
         # Leaving the stack shuts the server down while the answer is under way. The client is closed after it.
@@ -348,7 +348,7 @@ async def test_aborts_do_not_fill_the_log(
 ) -> None:
     worker.script = failing(stage, FabricLost("x"))
     with pytest.raises(httpx2.RemoteProtocolError):
-        await http.post("/v1/sealed", content=stage.seal()[0], headers=stage.headers())
+        await stage.post(http)
     await stage.trail()
     assert [record for record in library_logs if record.exc_info] == []
 

@@ -75,7 +75,7 @@ async def ask(stage: Stage, **headers: str | None) -> httpx2.Response:
     transport = httpx2.ASGITransport(stage.app, client=("192.0.2.1", 40000))
     async with httpx2.AsyncClient(transport=transport, base_url="http://gateway.test") as client:
         body, _, _ = stage.seal(content=PROMPT)
-        return await client.post("/v1/sealed", content=body, headers=stage.headers(**headers))
+        return await stage.post(client, **headers, body=body)
 
 
 def attributes(span: Any) -> dict[str, Any]:

@@ -205,6 +205,13 @@ class Stage(Trusted):
         transport = httpx2.ASGITransport(app or self.app, client=(address, 40000))
         return httpx2.AsyncClient(transport=transport, base_url="http://gateway.test")
 
+    async def post(
+        self, client: httpx2.AsyncClient, token: str | None = None, *, body: bytes | None = None, **headers: str | None
+    ) -> httpx2.Response:
+        """A sealed request, with other outer headers where `headers` names some. body: in place of a good one."""
+        sealed = self.seal()[0] if body is None else body
+        return await client.post("/v1/sealed", content=sealed, headers=self.headers(token, **headers))
+
     def raw_entries(self) -> list[bytes]:
         """The gateway's audit log, as it is on the disk."""
         return list(LogReader(self.folder / "audit").entries())
