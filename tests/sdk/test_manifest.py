@@ -115,6 +115,7 @@ def test_no_member_may_be_missing(path: tuple[Any, ...]) -> None:
 @example(("ver",), -1)
 @example(("exp",), 10**400)
 @example(("exp",), float("inf"))
+@example(("pools", "default", "keys", 0, "config"), "0000")
 def test_another_value_is_read_as_it_is_or_refused(path: tuple[Any, ...], value: object) -> None:
     members, inner = example_and(path)
     inner[path[-1]] = value
@@ -124,6 +125,8 @@ def test_another_value_is_read_as_it_is_or_refused(path: tuple[Any, ...], value:
         return
     again = manifest.members()
     for step in path:
+        if again == []:  # the key is of a suite that the SDK does not know yet, so it was left out
+            return
         again = again[step]
     assert again == value
     assert isinstance(again, bool) == isinstance(value, bool)  # which Python holds to be a number

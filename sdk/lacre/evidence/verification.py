@@ -13,6 +13,7 @@ from lacre.errors import LacreError
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.receipts import Receipt
 from lacre.jose.jws import b64u
+from lacre.runtime import arguments
 from lacre.trust.chain import Trusted
 from lacre.trust.manifest import PoolKey, fingerprint
 
@@ -79,7 +80,8 @@ class Verification:
 
     @staticmethod
     def of(error: LacreError) -> Verification | None:
-        """The checks made before a client's error. None if the error came before any exchange."""
+        """The checks made before a client's error. None if the error came before any exchange. Raises UsageError."""
+        arguments.instance(error, LacreError, "error")
         return error.verification if isinstance(error.verification, Verification) else None
 
     def members(self) -> dict[str, Any]:
