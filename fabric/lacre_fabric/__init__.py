@@ -1,1 +1,1 @@
-"""What gateways and workers say to each other: subjects, frames, grants, receipts, and the NATS that carries them."""
+"""The link between gateways and workers: its contract, NATS, keys, and the operator's commands."""

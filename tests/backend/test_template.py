@@ -82,7 +82,7 @@ def test_composed_control_tokens_are_found_and_users_ones_are_not(source: str) -
 def test_a_mark_that_is_rewritten_is_refused(how: str) -> None:
     template = loaded(COMPOSED.replace("m.content", f"(m.content | {how})"))
     template.render([{"role": "user", "content": "Hello"}])
-    with pytest.raises(TemplateRefused, match="rewrites a text in which a control token is spelled"):
+    with pytest.raises(TemplateRefused, match="changes a text that contains the characters of a control token"):
         template.render([{"role": "user", "content": "Say <|start|>"}])
 
 

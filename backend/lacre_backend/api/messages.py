@@ -30,7 +30,7 @@ BOOKKEEPING: Final = frozenset(
         "end_turn", "context", "weight",
         # a whole answer as one message
         "id", "object", "created", "model", "usage", "system_fingerprint", "service_tier", "status", "stop_reason",
-        # reasoning in other forms than a text, which templates know no name for
+        # reasoning in forms other than text, for which templates have no name
         "reasoning", "reasoning_details", "reasoning_items", "reasoning_text", "thinking", "thinking_blocks",
         # LangChain, LiteLLM, the AI SDK, Mistral's and Cohere's clients
         "additional_kwargs", "response_metadata", "usage_metadata", "invalid_tool_calls", "example", "lc_kwargs",

@@ -184,7 +184,7 @@ class Generate(Named):
             grammar=grammar,
         )
 
-    def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:  # noqa: ARG002 - only chats are held to one
+    def grammar(self, form: CallFormat, grammars: Grammars) -> str | None:  # noqa: ARG002 - only chats have grammars
         """The grammar of the answer, built in `grammars`. form: the model's format of calls. Raises `RequestRefused`."""
         return None
 

@@ -253,7 +253,7 @@ class _Encoder:
     def _pooled(self, sequence: int) -> NDArray[np.float32]:
         pointer: Any = L.llama_get_embeddings_seq(self._pointer, sequence)
         if not pointer:
-            raise EngineError("llama.cpp gave no vector.")
+            raise EngineError("llama.cpp returned no vector.")
         return np.ctypeslib.as_array(pointer, (self._n_embd,)).copy()
 
     def _wipe(self) -> None:

@@ -130,7 +130,7 @@ class Masks:
             raise GrammarTooLarge
         known = all(0 <= token < self._model.n_vocab for token in begun)
         if not known or matcher.try_consume_tokens(list(begun)) != len(begun):
-            raise TaskRefused("The answer that was begun does not match the grammar.", field="begun")
+            raise TaskRefused("The begun answer does not match the grammar.", field="begun")
         try:
             self._rehearse(matcher.deep_copy())
             watch = Watch(distinct) if distinct else None

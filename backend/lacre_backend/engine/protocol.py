@@ -261,7 +261,7 @@ def check(task: Task, model: ModelInfo) -> None:
     if min(task.prompt) < 0 or max(task.prompt) >= model.n_vocab:
         raise TaskRefused("The prompt names a token that the model does not have.", field="prompt")
     if not all(0 <= token < model.n_vocab and token not in model.control_ids for token in task.begun):
-        raise TaskRefused("The answer that was begun names a token that no answer has.", field="begun")
+        raise TaskRefused("The begun answer contains a token that no answer can have.", field="begun")
     if not all(0 <= token < model.n_vocab for token in task.sampling.logit_bias):
         raise TaskRefused("The logit bias names a token that the model does not have.", field="logit_bias")
 

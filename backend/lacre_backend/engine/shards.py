@@ -85,7 +85,7 @@ def read_split(path: Path) -> Split | None:
     number = found.get(b"split.no", 0)
     if count > MAX_SHARDS or not 0 <= number < count:
         raise SettingsError(
-            f"{path} says that it is shard {number + 1} of {count}. Split the model again, into {MAX_SHARDS} at most."
+            f"{path} claims to be shard {number + 1} of {count}. Split the model again, into {MAX_SHARDS} at most."
         )
     return Split(number, count)
 

@@ -54,7 +54,7 @@ class TuningResult:
 
     def table(self) -> list[str]:
         """A table for people: one line per way, the best first."""
-        heads = "tok/s at so many sequences: " + "  ".join(f"{n:>4}" for n in SLOTS)
+        heads = "tok/s by number of sequences: " + "  ".join(f"{n:>4}" for n in SLOTS)
         ways = sorted(self.rates, key=lambda way: -max(self.rates[way].values()))
         return [heads, *(f"{way!s:<42}" + "  ".join(f"{self.rates[way][n]:>4.0f}" for n in SLOTS) for way in ways)]
 

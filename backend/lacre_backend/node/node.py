@@ -223,7 +223,7 @@ class Node:
             manifest, now = self._identity.manifest(), self._clock()
             # Otherwise a fabric that withholds the next manifest would keep a withdrawn grant key alive
             if now >= manifest.expires_at:
-                raise Expired("the manifest has expired, and with it the key that verifies grants")
+                raise Expired("the manifest has expired, so its key no longer verifies grants")
             grant = Grant.verify(work.grant, manifest.gateway_key, now)
         except LacreError as exc:
             log.warning("grant.refused", request_id=work.request_id, kind=type(exc).__name__)
@@ -266,7 +266,7 @@ class Node:
             else:
                 raise Cancelled("the gateway withdrew the request")
         except Cancelled:
-            await tasks.end(streaming, limit=_ANSWER_END)  # what it made until now is counted
+            await tasks.end(streaming, limit=_ANSWER_END)  # counts what it made until now
             if claimed.is_set():
                 await delivery.stop(receipts.sign(final=True).encode())
             raise

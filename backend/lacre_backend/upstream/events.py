@@ -41,7 +41,7 @@ async def relay(pieces: AsyncIterator[bytes], out: EventStream, call: Call, name
             if (told := _told(event, name, tell_usage=tell_usage)) is not None:
                 await out.event(told)
         if len(blocks.pending) > MAX_EVENT:
-            raise refusals.unusable("sends events without end")
+            raise refusals.unusable("sends an event that is too long")
     raise refusals.broken()
 
 

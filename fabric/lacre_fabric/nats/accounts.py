@@ -62,8 +62,8 @@ _ASKING: Final = {INSPECTION: INSPECT, WARDEN: GUARD}  # the accounts that ask s
 
 @dataclass(frozen=True, slots=True)
 class AccountLimits:
-    """Of an account, as nats-server names them. connections: of all its users, on all servers. subscriptions: of one
-    connection. payload: bytes of one message, with its headers.
+    """The limits of an account, in nats-server's terms. connections: of all its users on all servers. subscriptions: of one
+    connection. payload: bytes of one message with its headers.
     """
 
     max_connections: int

@@ -148,7 +148,7 @@ def _connections(said: Iterable[object]) -> dict[At, ConnectionTraffic]:
 
 
 def _seconds(stamp: str) -> float:
-    """Since the epoch. Raises InvalidMessage."""
+    """Seconds since the epoch. Raises InvalidMessage."""
     try:
         return datetime.fromisoformat(stamp).timestamp()
     except (ValueError, OverflowError) as exc:

@@ -191,7 +191,7 @@ class ChatTemplate:
             token = self._by_id[int(token_id)]
             pieces += [token if kind == "c" else token.text, *self._recognised(text)]
         if any(self._nonce in piece.lower() for piece in pieces if isinstance(piece, str)):
-            raise TemplateRefused("it rewrites a text in which a control token is spelled")
+            raise TemplateRefused("it changes a text that contains the characters of a control token")
         return tuple(joined(pieces))
 
     def _recognised(self, text: str) -> list[Piece]:

@@ -70,7 +70,7 @@ def unseal(kms: Kms, data: bytes | bytearray, context: EncryptionContext) -> byt
     """The secret; overwrite it after use. Raises KmsError or SettingsError."""
     sealed = WrappedKey.parse(data)
     if sealed.scheme != kms.scheme:
-        raise WrongWrapping(f"the key was wrapped by {sealed.scheme}: and is opened with {kms.scheme}:")
+        raise WrongWrapping(f"the key was wrapped by {sealed.scheme}:, but `kms` is {kms.scheme}:")
     data_key = kms.unwrap(sealed.wrapped, context)
     try:
         opened = AESGCM(data_key).decrypt(_NONCE, sealed.content, _bound(context, sealed.public))

@@ -49,7 +49,7 @@ class Keeping:
             overwrite(content)
             raise SettingsError(f"{path} is not wrapped, but `kms` is set: wrap existing keys with `lacre keys rewrap`")
         if self.kms is None:
-            raise SettingsError(f"{path} is wrapped by a key management service: set `kms` to its address")
+            raise SettingsError(f"{path} is wrapped by a KMS: set `kms` to its address")
         try:
             return unseal(self.kms, content, context)
         except KmsError as exc:
