@@ -27,7 +27,10 @@ AHEAD: Final = 8  # events passed and not yet taken: fewer would wake the other 
 
 
 class Elsewhere:
-    """app: runs in the other thread. This class is an ASGI app itself. `close` it when nothing calls it any longer."""
+    """An ASGI app that passes each call to another app in its own thread. `close` it when nothing calls it any longer.
+
+    app: runs in the other thread.
+    """
 
     def __init__(self, app: App, name: str = "app") -> None:
         self._app = app

@@ -45,10 +45,10 @@ class _Refused:
 
 
 class KeyRing:
-    """Raises SettingsError if the folder has no key at the start, or one that cannot be read. Raises KmsError if the KMS does
-    not unwrap one.
+    """The pool keys that this worker holds, loaded from their folder.
 
-    again: seconds until a key that the KMS refused later is tried again.
+    Raises SettingsError if the folder has no key at the start, or one that cannot be read. Raises KmsError if the KMS does not
+    unwrap one. again: seconds until a key that the KMS refused later is tried again.
     """
 
     def __init__(self, folder: Path, keeping: Keeping = pool_keys.AS_THEY_ARE, *, again: float = AGAIN) -> None:

@@ -73,8 +73,11 @@ class TextPart(Echoed):
 
 
 class Message(Echoed):
-    """content: may be omitted if the assistant calls tools or refuses. tool_call_id: the call that a `tool` message answers.
-    reasoning_content: the reasoning behind the answer, for templates that show it to the model again.
+    """One message of a conversation.
+
+    - content: may be omitted if the assistant calls tools or refuses.
+    - tool_call_id: the call that a `tool` message answers.
+    - reasoning_content: the reasoning behind the answer, for templates that show it to the model again.
     """
 
     ignored = BOOKKEEPING

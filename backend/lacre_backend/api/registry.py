@@ -30,9 +30,10 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """engines: by model name. scope_key: turns a client's salt into a cache scope, differently in each process.
+    """The state that all endpoints share.
 
-    time_limit: seconds of work for one choice.
+    engines: by model name. scope_key: turns a client's salt into a cache scope, differently in each process. time_limit:
+    seconds of work for one choice.
     """
 
     engines: Mapping[str, ServedModel]

@@ -79,7 +79,9 @@ class StreamOptions(Echoed):
 
 
 class JsonSchema(Echoed):
-    """name: has no effect here, and may be the name of a generic class, such as `Page[int]`."""
+    """The schema in `response_format`. name: has no effect here, and may be the name of a generic class, such as
+    `Page[int]`.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     description: str | None = None

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 
 class Cells:
-    """slots: their number. total: all cells. unified: whether a copy shares its cells; otherwise it takes new ones."""
+    """The cell counts of all slots. slots: their number. total: all cells. unified: whether a copy shares its cells; otherwise
+    it takes new ones.
+    """
 
     __slots__ = ("_shared", "_total", "free", "held", "unified")
 

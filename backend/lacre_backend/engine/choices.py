@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 class Choices(Generic[T]):
-    """length: tokens of the prompt and the begun answer. cached: those of them that the first reader found in its scope's
-    cache; None until its admission.
+    """The choices of one request. length: tokens of the prompt and the begun answer. cached: those of them that the first
+    reader found in its scope's cache; None until its admission.
     """
 
     __slots__ = ("cached", "length", "members", "reader", "waiting")

@@ -33,7 +33,7 @@ FLASH: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """threads: for one step. flash: flash attention; None: llama.cpp decides."""
+    """How a context computes. threads: for one step. flash: flash attention; None: llama.cpp decides."""
 
     threads: int
     flash: bool | None = None

@@ -16,7 +16,9 @@ _WEIGHT: Final = 0.2  # of a new measurement in the running mean
 
 
 class Pace:
-    """most: tokens, if steps cost almost nothing. first: tokens before anything is measured."""
+    """Measures steps and sets the share of long prompts. most: tokens, if steps cost almost nothing. first: tokens before
+    anything is measured.
+    """
 
     def __init__(self, first: int, most: int) -> None:
         self._quiet: dict[int, float] = {}  # seconds of a step that only generates, by number of tasks

@@ -14,8 +14,9 @@ from lacre.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """slots: parallel sequences. context: cells of one. cells: of all, fewer than `slots * context` in a unified cache.
+    """The limits that the scheduler keeps.
 
+    - slots: parallel sequences. context: cells of one. cells: of all, fewer than `slots * context` in a unified cache.
     - step: tokens in a step. chunk: tokens of prompts, while nothing is generated.
     - burst: tokens of all short prompts (of at most this length) while others generate.
     - share: tokens of long prompts, then. It may be changed at any time after a measurement.

@@ -29,7 +29,7 @@ _WANTED: Final = frozenset({b"split.no", b"split.count"})
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """number: of this shard, from 0."""
+    """A shard's place in a split model. number: of this shard, from 0."""
 
     number: int
     count: int

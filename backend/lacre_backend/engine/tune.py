@@ -46,7 +46,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class TuningResult:
-    """rates: tokens per second, by way and by number of sequences."""
+    """The fastest way, and all measurements. rates: tokens per second, by way and by number of sequences."""
 
     way: Way
     slots: int

@@ -21,8 +21,9 @@ CLOCK: Final = 60.0  # seconds; beyond it grants are refused (`lacre_fabric.work
 
 
 class ClaimsProbe:
-    """claim: writes a dummy claim and returns the server's time, if known. clock: this machine's. Both in seconds since the
-    epoch.
+    """Tries a claim at intervals, and compares clocks.
+
+    claim: writes a dummy claim and returns the server's time, if known. clock: this machine's. Both in seconds since the epoch.
     """
 
     def __init__(self, claim: Callable[[], Awaitable[float | None]], *, clock: Callable[[], float] = time.time) -> None:

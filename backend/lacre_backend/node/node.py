@@ -80,8 +80,11 @@ class _Replayed(Exception):
 
 
 class Node:
-    """app: answers requests. repeatable: actions that may start before the claim. weighs: actions for which the app reports the
-    number of sequences; others count as one. clock: seconds since the epoch. claim_patience: seconds to retry a claim.
+    """Answers the sealed requests of one pool with an ASGI app.
+
+    - app: answers opened requests. repeatable: actions that may start before the claim.
+    - weighs: actions for which the app reports the number of sequences; others count as one.
+    - clock: seconds since the epoch. claim_patience: seconds to retry a claim.
     """
 
     def __init__(

@@ -103,7 +103,10 @@ def unread(feed: ManifestFeed | None) -> Reason:
 
 
 class Readiness:
-    """holding: what the worker has now. parts: report other faults. clock: seconds since the epoch."""
+    """Knows whether the worker can work, and why not.
+
+    holding: what the worker has now. parts: report other faults. clock: seconds since the epoch.
+    """
 
     def __init__(
         self, holding: Callable[[], Holding], parts: Sequence[Part] = (), *, clock: Callable[[], float] = time.time

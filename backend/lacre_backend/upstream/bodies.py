@@ -46,8 +46,8 @@ _LIMITS: Final = ("max_completion_tokens", "max_tokens")
 
 @dataclass(frozen=True, slots=True)
 class UpstreamBody:
-    """content: the body to forward. stream: whether events are requested. tell_usage: whether the client requested usage in
-    them.
+    """A prepared body. content: the body to forward. stream: whether events are requested. tell_usage: whether the client
+    requested usage in them.
     """
 
     content: bytes = field(repr=False)

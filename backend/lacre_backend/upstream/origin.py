@@ -42,7 +42,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRequest:
-    """target: the path with its query."""
+    """A request to forward. target: the path with its query."""
 
     method: str
     target: str = field(repr=False)
@@ -52,7 +52,9 @@ class UpstreamRequest:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamResponse:
-    """pieces: of the body, as they arrive; iterating raises RequestRefused. headers: only those that may be forwarded."""
+    """The upstream's answer. pieces: of the body, as they arrive; iterating raises RequestRefused. headers: only those that may
+    be forwarded.
+    """
 
     status: int
     headers: Headers
@@ -73,10 +75,11 @@ class UpstreamResponse:
 
 
 class Origin:
-    """url: scheme, host and port. passed_on: names of request headers in lower case, in addition to `content-type` and
-    `accept`.
+    """The HTTP server that requests are forwarded to.
 
-    wait: seconds for the next byte. longest: seconds for a whole answer. largest: bytes of one.
+    - url: scheme, host and port.
+    - passed_on: names of request headers in lower case, in addition to `content-type` and `accept`.
+    - wait: seconds for the next byte. longest: seconds for a whole answer. largest: bytes of one.
     """
 
     def __init__(self, url: str, *, passed_on: Iterable[str] = (), wait: float, longest: float, largest: int) -> None:

@@ -55,8 +55,8 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Generations:
-    """live: those not destroyed, newest first. spent: key ids of the destroyed ones, each with the time when it is free
-    again.
+    """All generations of a pool's keys. live: those not destroyed, newest first. spent: key ids of the destroyed ones, each
+    with the time when it is free again.
     """
 
     live: tuple[Generation, ...] = ()

@@ -34,7 +34,9 @@ MAX_CHANGES: Final = MAX_CHAIN - 100  # statements; the rest are for renewals: e
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """roots: every root that was current here, the newest last. entries: the signed statements. until: the signer's expiry."""
+    """The content of chain.json. roots: every root that was current here, the newest last. entries: the signed statements.
+    until: the signer's expiry.
+    """
 
     roots: tuple[bytes, ...]
     signer: bytes

@@ -76,7 +76,10 @@ class Stored:
 
 
 class Connection:
-    """denials: how many operations the server denied to this role. denied: the last denial, in the server's words."""
+    """A role's connection to NATS, with JetStream.
+
+    denials: how many operations the server denied to this role. denied: the last denial, in the server's words.
+    """
 
     def __init__(self, client: DirectClient, credential: Credential) -> None:
         self.client = client

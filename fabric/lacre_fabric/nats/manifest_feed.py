@@ -30,7 +30,9 @@ def memory_in(folder: Path | None) -> Memory:
 
 
 class ManifestFeed:
-    """fetch: returns the served document; None if none was published. root: the pinned root key. clock: seconds. poll: seconds
+    """Polls the fabric for the manifest, and keeps the newest valid one.
+
+    fetch: returns the served document; None if none was published. root: the pinned root key. clock: seconds. poll: seconds
     between reads.
     """
 

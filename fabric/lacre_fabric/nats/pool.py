@@ -96,7 +96,10 @@ class Waiting:
 
 
 class PoolSide:
-    """open_connection: opens the pool's connection. tell: sends an order to a worker. gone: looks into the queues."""
+    """A gateway process's state for one pool.
+
+    open_connection: opens the pool's connection. tell: sends an order to a worker. gone: looks into the queues.
+    """
 
     def __init__(self, pool: str, gateway_id: str, open_connection: Open, tell: Tell, gone: Gone) -> None:
         self.pool = pool

@@ -40,7 +40,7 @@ class BrokenProtocol(ProtocolError):
 
 
 class NatsMessage(NamedTuple):
-    """headers: as on the wire, empty if there are none. reply: empty if none."""
+    """A message of a subscription. headers: as on the wire, empty if there are none. reply: empty if none."""
 
     sid: int
     subject: bytes
@@ -75,7 +75,7 @@ class _Head(NamedTuple):
 
 
 class ProtocolReader:
-    """keep: bytes of the longest message, with headers, that is returned whole."""
+    """Parses the server's bytes into events. keep: bytes of the longest message, with headers, that is returned whole."""
 
     def __init__(self, keep: int = MAX_SIZE) -> None:
         self._keep = keep
@@ -113,7 +113,7 @@ class ProtocolReader:
             sid, headers, size = int(number), int(header_size or 0), int(whole)
             del self._buffer[: match.end()]
             if size > MAX_SIZE or headers > size:
-                raise BrokenProtocol("the message server sent a message of an impossible length")
+                raise BrokenProtocol("the NATS server sent a message of an impossible length")
             if size > self._keep:
                 self._skip = size + len(_CRLF)
                 return Oversized(sid, size)
@@ -121,12 +121,12 @@ class ProtocolReader:
         end = self._buffer.find(_CRLF, 0, MAX_LINE)
         if end < 0:
             if len(self._buffer) >= MAX_LINE:
-                raise BrokenProtocol("the message server sent a line that is too long")
+                raise BrokenProtocol("the NATS server sent a line that is too long")
             return None
         name, _, text = bytes(self._buffer[:end]).partition(b" ")
         del self._buffer[: end + len(_CRLF)]
         if name not in (b"PING", b"PONG", b"+OK", b"-ERR", b"INFO"):
-            raise BrokenProtocol("the message server sent a line that is not part of the NATS protocol")
+            raise BrokenProtocol("the NATS server sent a line that is not part of the NATS protocol")
         return Control(name, text)
 
     def _body(self, head: _Head) -> NatsMessage | None:
@@ -136,7 +136,7 @@ class ProtocolReader:
             self._head = head
             return None
         if not buffer.startswith(_CRLF, size):
-            raise BrokenProtocol("the message server sent a message whose length differs from the announced one")
+            raise BrokenProtocol("the NATS server sent a message whose length differs from the announced one")
         message = NatsMessage(sid, subject, reply, bytes(buffer[:headers]), bytes(buffer[headers:size]))
         del buffer[: size + len(_CRLF)]
         self._head = None

@@ -114,10 +114,11 @@ class NatsWorker:
         able: Able | None = None,
         region: str = subjects.DEFAULT_REGION,
     ) -> Self:
-        """slots: at most `MAX_SLOTS`. each: slots by model; a model not in it may use all. keys: returns the fingerprints of
-        the pool keys held now, for presence. able: reports faults; None: none.
+        """Connects, binds the queues and starts to announce. Raises SettingsError or FabricUnavailable.
 
-        Raises SettingsError or FabricUnavailable.
+        - slots: at most `MAX_SLOTS`. each: slots by model; a model not in it may use all.
+        - keys: returns the fingerprints of the pool keys held now, for presence.
+        - able: reports faults; None: none.
         """
         if slots > MAX_SLOTS:
             raise SettingsError(f"slots: a worker has at most {MAX_SLOTS}, not {slots}: run more workers of the pool")

@@ -53,7 +53,9 @@ _INCLUDED: Final = re.compile(rb"""^\s*include\s+["']?(\./)?lacre\.conf""", re.M
 
 @dataclass(frozen=True, slots=True)
 class Bundles:
-    """nats_url: the NATS servers' address for the other processes. public_url: the gateway's for clients."""
+    """The bundles of a site. nats_url: the NATS servers' address for the other processes. public_url: the gateway's for
+    clients.
+    """
 
     site: Site
     nats_url: str

@@ -64,7 +64,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class FabricFinding:
-    """remedy: what to do; empty if nothing."""
+    """One result of the check. remedy: what to do; empty if nothing."""
 
     check: str
     verdict: Severity

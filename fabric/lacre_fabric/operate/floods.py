@@ -63,7 +63,7 @@ At = tuple[str, int]  # a connection: the server's id, and the connection's numb
 
 @dataclass(frozen=True, slots=True)
 class Flood:
-    """messages: per second."""
+    """A user that sends too much. messages: per second."""
 
     user: str
     messages: int
@@ -178,7 +178,7 @@ async def watch(servers: Servers, warden: Credential, *, look: float = LOOK) -> 
 
 
 class _Watcher:
-    """look: seconds between checks."""
+    """Checks the servers at intervals, logs floods and closes connections. look: seconds between checks."""
 
     def __init__(self, look: float) -> None:
         self._look = look

@@ -76,7 +76,8 @@ class Failures:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """every: seconds that a pool key is current; None: forever. grace: seconds that it stays listed after that.
+    """When keys rotate. every: seconds that a pool key is current; None: forever. grace: seconds that it stays listed after
+    that.
 
     Raises SettingsError for an invalid time.
     """
@@ -91,7 +92,9 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """listed: the new keys. retiring: the old generations. lacking: workers that did not load the new keys in time."""
+    """The result of a rotation. listed: the new keys. retiring: the old generations. lacking: workers that did not load the new
+    keys in time.
+    """
 
     pool: str
     listed: tuple[KeyConfig, ...]

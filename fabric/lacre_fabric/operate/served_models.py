@@ -24,7 +24,9 @@ _ASIDE: Final = "set-aside.toml"
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """names: the ids for callers. tables: the `[[models]]` of the settings file; empty if it has an `[upstream]`."""
+    """The models to serve. names: the ids for callers. tables: the `[[models]]` of the settings file; empty if it has an
+    `[upstream]`.
+    """
 
     names: tuple[str, ...]
     tables: tuple[Mapping[str, str], ...]

@@ -41,7 +41,7 @@ class ChildDied(LacreError):
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """log: its output file. since: the file's size at its start; earlier output is from earlier runs."""
+    """A child process. log: its output file. since: the file's size at its start; earlier output is from earlier runs."""
 
     name: str
     process: subprocess.Popen[bytes]

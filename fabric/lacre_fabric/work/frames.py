@@ -25,7 +25,9 @@ _BLOCK: Final = re.compile(
 
 
 class FrameKind(StrEnum):
-    """- data: bytes to forward unchanged.
+    """What a frame carries.
+
+    - data: bytes to forward unchanged.
     - usage: the final receipt; ends the answer.
     - error: a problem type; ends the answer.
     - beat: a heartbeat, once a second, with the receipt so far if there is one.
@@ -44,7 +46,9 @@ _KINDS: Final = {kind.value: kind for kind in FrameKind}
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """attempt: 32 hex digits that identify one worker's try. sequence: counts all of the attempt's frames from 0."""
+    """One message of an answer. attempt: 32 hex digits that identify one worker's try. sequence: counts all of the attempt's
+    frames from 0.
+    """
 
     attempt: str
     sequence: int

@@ -44,7 +44,9 @@ PARTING: Final = 1.0  # seconds that a withdrawn worker has to send its last rec
 
 
 class Inbound:
-    """queue_limit: seconds until the first frame is due. Create and use it on one event loop."""
+    """The gateway's end of one answer. queue_limit: seconds until the first frame is due. Create and use it on one event
+    loop.
+    """
 
     def __init__(self, queue_limit: float) -> None:
         self._loop = asyncio.get_running_loop()

@@ -24,7 +24,9 @@ MAX_SKEW: Final = 60.0  # seconds that a gateway's clock may run ahead of a work
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """- jti: the request id. iat, exp: seconds since the epoch.
+    """The content of a grant.
+
+    - jti: the request id. iat, exp: seconds since the epoch.
     - max_tokens: output tokens over all choices. max_prompt_tokens: the prompt tokens that the gateway reserved.
     - fair: the pseudonyms of tenant and caller.
     - enc: base64url SHA-256 of `hdr ‖ enc`.

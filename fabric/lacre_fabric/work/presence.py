@@ -38,8 +38,8 @@ _KIND: Final = re.compile(r"[a-z_]{1,32}")  # they are shown in a terminal
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """models: those it takes work for now. busy, free: its slots. room: free slots by model; `free` applies to a model not in
-    it.
+    """A presence message. models: those it takes work for now. busy, free: its slots. room: free slots by model; `free` applies
+    to a model not in it.
     """
 
     models: frozenset[str]

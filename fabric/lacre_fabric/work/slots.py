@@ -29,7 +29,7 @@ def shares(total: int, wanted: Mapping[str, int]) -> dict[str, int]:
 
 
 class Slots:
-    """total: parallel sequences. each: slots by model; a model not in it may use all."""
+    """The slots of one worker. total: parallel sequences. each: slots by model; a model not in it may use all."""
 
     def __init__(self, total: int, models: Sequence[str], each: Mapping[str, int] | None = None) -> None:
         given = each or {}

@@ -37,7 +37,9 @@ class NotRegular(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """expression: for a whole text that contains the pattern, as grammar terminals are written. plain: whether llguidance's own
+    """A parsed pattern.
+
+    expression: for a whole text that contains the pattern, as grammar terminals are written. plain: whether llguidance's own
     pattern parser reads it the same way.
     """
 

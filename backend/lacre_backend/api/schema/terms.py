@@ -74,7 +74,7 @@ Literals = tuple[Literal, ...]
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """first: for the first items. rest: for all others."""
+    """The schemas of an array's items. first: for the first items. rest: for all others."""
 
     first: tuple[Literal, ...]
     rest: Literal | None
@@ -82,7 +82,9 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Properties:
-    """named: by name. patterns: by a pattern of the name. other: for properties that neither covers."""
+    """The schemas of an object's properties. named: by name. patterns: by a pattern of the name. other: for properties that
+    neither covers.
+    """
 
     named: Mapping[str, Literal]
     patterns: tuple[tuple[str, Literal], ...] = ()

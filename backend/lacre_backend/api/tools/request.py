@@ -30,7 +30,10 @@ _NO_PARAMETERS: Final = {"type": "object", "properties": {}, "additionalProperti
 
 
 class Function(Echoed):
-    """parameters: the JSON schema of the arguments; default: no arguments. strict: refuse a schema that cannot be enforced."""
+    """A function that the request offers.
+
+    parameters: the JSON schema of the arguments; default: no arguments. strict: refuse a schema that cannot be enforced.
+    """
 
     name: _Name
     description: str | None = None
@@ -55,7 +58,7 @@ class Tool(Echoed):
 
 
 class FunctionCall(Echoed):
-    """arguments: JSON, or what the model wrote instead."""
+    """A function's name and arguments in a call. arguments: JSON, or what the model wrote instead."""
 
     ignored = _BOOKKEEPING
 
@@ -64,7 +67,7 @@ class FunctionCall(Echoed):
 
 
 class MessageToolCall(Echoed):
-    """type: there is only one, which some clients lose when they join a stream's pieces."""
+    """A call in an earlier message. type: there is only one, which some clients lose when they join a stream's pieces."""
 
     ignored = _BOOKKEEPING
 

@@ -58,7 +58,7 @@ def base64_text(data: bytes | bytearray) -> str:
 
 
 class HttpService:
-    """name: for error messages."""
+    """An HTTP client for one KMS. name: for error messages."""
 
     def __init__(self, name: str, origin: str) -> None:
         self.name = name
