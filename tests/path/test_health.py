@@ -16,7 +16,8 @@ import pytest
 from lacre_backend.health import READY, STALE, tell, wrong_with
 from parts.up import Up
 
-GATEWAY, WORKER = ("lacre_gateway", "gateway/gateway.toml"), ("lacre_backend", "workers/default/worker.toml")
+GATEWAY = ("lacre_gateway.probe", "gateway/gateway.toml")
+WORKER = ("lacre_backend.health", "workers/default/worker.toml")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 def ask(live: Up, who: tuple[str, str], *options: str) -> tuple[int, str]:
     module, settings = who
-    command = [sys.executable, "-P", "-m", f"{module}.health", "--settings", str(live.state / settings), *options]
+    command = [sys.executable, "-P", "-m", module, "--settings", str(live.state / settings), *options]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
     return done.returncode, done.stderr
 
@@ -55,7 +56,7 @@ def test_a_gateway_that_stands_still_says_no(live: Up) -> None:
 
 
 def test_settings_that_do_not_hold_say_so(live: Up, tmp_path: Path) -> None:
-    for module in ("lacre_gateway", "lacre_backend"):
+    for module, _ in (GATEWAY, WORKER):
         path = tmp_path / f"{module}.toml"
         path.write_text("pool = 1\n")
         status, said = ask(live, (module, str(path)))
