@@ -182,7 +182,7 @@ def _renew(gateway: Gateway, context: ssl.SSLContext | None) -> None:
     try:
         load_certificate(context, tls)
     except SettingsError as exc:
-        gateway.log.error("certificate not taken, the last one goes on", reason=str(exc))
+        gateway.log.error("certificate refused, the last good one stays", reason=str(exc))
     else:
         gateway.log.info("certificate taken")
 

@@ -281,11 +281,13 @@ Cause = Literal[
 class NetworkError(LacreError):
     """The client could not reach the gateway, or the connection broke before the answer.
 
-    reached: whether there was a connection, so that the request may have run. timed_out: whether a time limit passed. cause:
-    one of these words, or another short one.
-    - `refused`: nothing listens there; `name`: the name is unknown; or there is no route, or the proxy failed.
-    - `certificate`: the certificate is not trusted; `tls`, `not-tls`, `not-http`: the two sides speak different protocols.
-    - `busy`: all of the client's own connections were in use; or a time limit passed, or the connection broke.
+    reached: whether there was a connection, so that the request may have run. timed_out: whether a time limit passed.
+
+    cause, one of:
+    - `refused`: nothing listens there. `name`: the name is unknown. `route`: there is no route. `proxy`: the proxy failed.
+    - `certificate`: the certificate is not trusted. `tls`, `not-tls`, `not-http`: the two sides use different protocols.
+    - `timeout`: a time limit passed. `busy`: all of the client's own connections were in use.
+    - `broken`: the connection broke. `other`: anything else.
     """
 
     remedy = "Check the address and the network, and try again."

@@ -525,7 +525,7 @@ async def test_whatever_a_look_raises_is_a_failed_look(room: Room, caplog: pytes
     keys = room.keys(issuer=room.issuer.url)
     keys._algorithms = None  # type: ignore[assignment]
     keys.start()
-    await until(lambda: "unforeseen" in room.reasons())
+    await until(lambda: "unexpected" in room.reasons())
     assert caplog.messages[0] == "a try failed: issuer keys"
     keys._algorithms = ("EdDSA",)
     await until(lambda: is_key(keys.find("a", "EdDSA"), A))

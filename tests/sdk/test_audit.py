@@ -69,7 +69,7 @@ def test_an_entry_that_says_something_else(expected: dict[str, object]) -> None:
 
 
 def test_none_at_all() -> None:
-    with pytest.raises(InvalidAudit, match="does not prove"):
+    with pytest.raises(InvalidAudit, match="has no proof that it was recorded"):
         audit_proof.of_answer("", PUBLIC, {})
 
 

@@ -192,7 +192,7 @@ class _Walk:
         except LacreError as exc:
             raise Wrong(what, str(exc)) from exc
         if self.origin and checkpoint.origin != self.origin:
-            raise Wrong(what, f"it is of {checkpoint.origin}, and the log is {self.origin}")
+            raise Wrong(what, f"its origin is {checkpoint.origin}, and the log's is {self.origin}")
         return checkpoint, what
 
     def _bundle(self, bundle: int, width: int) -> None:

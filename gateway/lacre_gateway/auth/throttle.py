@@ -20,7 +20,7 @@ from lacre.runtime.listening import network_of
 from lacre_gateway.http.refusal import Refusal
 
 # Tokens of one address that are verified at a time. A token with an unknown key waits for its issuer, and there are few places
-# to wait (`remote_keys.MAX_WAITING`). An attacker who invents key ids must not take them all.
+# to wait (`jwks_remote.MAX_WAITING`). An attacker who invents key ids must not take them all.
 MAX_VERIFYING: Final = 64
 _VERIFIED_SOON: Final = 2.0  # seconds; the gateway asks an issuer about this often
 _BUCKET: Final = "failed-auth"

@@ -84,7 +84,7 @@ def _signing_key(settings: GatewaySettings, manifest: Manifest, findings: Findin
         findings.ok("grants", "the manifest names the key that this gateway signs with")
     else:
         findings.failed(
-            "grants", "the manifest does not name signing_key: workers will refuse every grant",
+            "grants", "the manifest names another key than signing_key, so workers will refuse every grant",
             "give this gateway the key that the manifest names, or publish a manifest with this one",
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Limits how many calls a minute one address may make to the manifest and to the admin listener; slowapi counts them.
 
-Sealed requests have limits of their own: `lacre_gateway.auth.throttle`, plans and `limits`. Health checks have none, because a
-load balancer or kubelet makes them from one address.
+Sealed requests have limits of their own: `lacre_gateway.auth.throttle`, plans and `budget.in_flight`. Health checks have none,
+because a load balancer or kubelet makes them from one address.
 
 Rules:
 - A call is counted before its token is checked and before its body is read.

@@ -1,5 +1,5 @@
-"""How the gateway refuses a request before the first byte of an answer: with a row of the fixed problem table, typed members of
-`lacre.problems.details`, and nothing else.
+"""How the gateway refuses a request before the first byte of an answer: with a row of the fixed problem table. The only
+additions are typed members of `lacre.problems.details`.
 """  # fmt: skip
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ class LiveRules:
             await asyncio.sleep(interval)
             now = await asyncio.to_thread(self._look)
             if now == seen and now != self._tried:
-                with contextlib.suppress(PolicyError):  # told by `reload`
+                with contextlib.suppress(PolicyError):  # `reload` reports it
                     await self.reload(record)
             seen = now
 
@@ -157,4 +157,4 @@ class LiveRules:
                 policy_set=kept.policies.digest, rules=kept.digest,
             )
         )  # fmt: skip
-        self._log.error("rules refused, the last good ones go on", kind=error.fault, reason=str(error))
+        self._log.error("rules refused, the last good ones stay", kind=error.fault, reason=str(error))

@@ -2,9 +2,9 @@
 
 Rules:
 - A caller is known before a byte of the body is read. If the request announces its length, policy decides after reading only
-  its header. Bytes of bodies are counted while they are held (see `limits`).
+  its header. Bytes of bodies are counted while they are held (see `budget.in_flight`).
 - Nothing here can open anything. Frames are forwarded byte for byte as they arrive; frames that arrive together leave together.
-- An error before the first byte of an answer becomes a problem document (see `mapping`). After it, the answer ends without its
+- An error before the first byte of an answer becomes a problem document (see `failures`). After it, the answer ends without its
   seal's final chunk. It ends properly if its worker may be lost, so that the client counts that, and by an abort otherwise.
 - A request that ends before its answer does is cancelled at the worker.
 - The intent is durable before the first byte of the answer leaves, and the answer's header proves it. The receipt that settles
@@ -98,7 +98,7 @@ async def _break_off(exchange: Exchange, error: Exception) -> None:
 
 
 async def relay(gateway: Gateway, exchange: Exchange) -> None:
-    """Raises every error that `mapping` lists, before the first byte of the answer or after it."""
+    """Raises every error that `failures` lists, before the first byte of the answer or after it."""
     access = await gateway.authenticator.authenticate(
         exchange.fields.authorization(), exchange.address, proof=exchange.fields.proof(), url=gateway.sealed_url
     )

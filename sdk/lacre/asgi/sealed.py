@@ -200,7 +200,7 @@ def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
     """The private key in a file; if there is none, a new one that only its owner can read. Raises SettingsError."""
     path = folders.given(path, "path")
     if isinstance(key_id, bool) or not isinstance(key_id, int) or not 0 <= key_id <= MAX_KEY_ID:
-        raise UsageError(f"key_id: a whole number from 0 to {MAX_KEY_ID} is expected")
+        raise UsageError(f"key_id must be a whole number from 0 to {MAX_KEY_ID}")
     try:
         if not path.exists():
             _make_key_file(path, key_id)
@@ -220,7 +220,7 @@ def key_file(path: str | Path, key_id: int = 1) -> PrivateKey:
 
 
 def _make_key_file(path: Path, key_id: int) -> None:
-    """Of several processes that start at once, all read the key of the one that was first."""
+    """If several processes start at once, all read the key of the first."""
     secret = PrivateKey.generate(key_id).to_bytes()
     try:
         with suppress(FileExistsError):

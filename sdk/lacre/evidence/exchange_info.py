@@ -32,11 +32,11 @@ class Facts:
     """Facts about an exchange; on a response as `extensions["lacre"]`.
 
     attempts: how many sealed requests were sent for it. lost: workers that were, or may have been, lost while they had it.
-    parts: what the requests took whose answers broke off. request_id: the gateway's name for the newest request; nobody signed
-    it. tokens: ids of the answer's tokens, as far as the worker of a stream told them. checked: the checks before anything was
-    sent; `verification` adds the later ones. audit: the gateway's verified proof that it recorded this request; None on a
-    refusal without a proof. receipt, trailers: present once the answer has ended; the receipt is verified. None until then, and
-    on a refusal.
+    parts: the usage of requests whose answers broke off. request_id: the gateway's name for the newest request; nobody signed
+    it. tokens: ids of the answer's tokens, if the worker of a stream sends them. checked: the checks before anything was sent;
+    `verification` adds the later ones. audit: the gateway's verified proof that it recorded this request; None on a refusal
+    without a proof. receipt, trailers: present once the answer has ended; the receipt is verified. None until then, and on a
+    refusal.
     """
 
     kem: str

@@ -365,7 +365,7 @@ class Sealing:
         key = self._choose([key for key in pool.keys if key.not_after > self._clock()])
         if self._shape not in pool.shapes:
             taken = ", ".join(pool.shapes)
-            raise SettingsError(f"pool {self._pool!r} does not take the shape {self._shape!r}: choose one of {taken}")
+            raise SettingsError(f"pool {self._pool!r} does not accept the shape {self._shape!r}: choose one of {taken}")
         prepared = prepare(call.plain, pool.models, keep_identifying_fields=self._keep_identifying_fields)
         said = (
             (outer.POOL, self._pool),

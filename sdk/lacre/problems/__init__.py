@@ -1,11 +1,10 @@
 """What a gateway may say before a request is opened: a fixed table of problem types (RFC 9457).
 
-A problem carries a type and a title out of this table, and typed members of `lacre.problems.details`; never the text of an
-exception. Workers name a problem by its type in an `error` frame; the gateway turns it into the HTTP response, and the SDK into
+A problem carries a type and a title from this table, and typed members of `lacre.problems.details`; never the text of an
+exception. Workers name a problem by its type in an `error` frame. The gateway turns it into the HTTP response, and the SDK into
 a typed error.
 
-The table is in this file.
-Open `details.py` for the typed members.
+The table is in this file. Open `details.py` for the typed members.
 """
 
 from __future__ import annotations

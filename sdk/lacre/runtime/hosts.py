@@ -1,4 +1,4 @@
-"""Which host names a resolver takes, and which hosts are on this machine. No I/O."""
+"""Which host names a resolver accepts, and which hosts are on this machine. No I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lacre.errors import SettingsError
 LOCALHOST: Final = "localhost"
 _LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")  # RFC 1123 section 2.1, and `_` as in DNS
 MAX_HOST: Final = 253  # characters of a name in DNS (RFC 1035 section 2.3.4)
-# What a certificate of a host that is not valid now says: X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED.
+# OpenSSL's errors for a certificate that is not valid now: X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED.
 EXPIRED: Final = frozenset({9, 10})
 
 

@@ -61,7 +61,7 @@ class UnreadableRequest(InvalidMessage):
 
 @dataclass(frozen=True, slots=True)
 class RequestHead:
-    """A request's head. path, query: as they were sent, without the `?`; path in its normal form. fields: names in lower case.
+    """A request's head. path, query: as sent, without the `?`; path in its normal form. fields: names in lower case.
 
     length: of the body in bytes; None if it is chunked. version: "1.0" or "1.1". keep_alive: whether another request may
     follow. expects: whether the client waits for a `100 Continue`.

@@ -35,7 +35,7 @@ class Slot:
         self._home = Home()
 
     def leave(self) -> None:
-        """Gives it to the call that has waited longest. A second time does nothing, and nor does a forked child."""
+        """Gives it to the call that has waited longest. Does nothing the second time, or in a forked child."""
         turns, self._turns = self._turns, None
         if turns is not None and self._home:
             turns.give()

@@ -24,7 +24,8 @@ MEDIA_TYPE_RESPONSE: Final = "message/ohttp-chunked-res"
 MEDIA_TYPE_KEYS: Final = "application/ohttp-keys"
 SEALED_PATH: Final = "/v1/sealed"  # where a gateway takes sealed requests
 WELL_KNOWN: Final = "/.well-known/ohttp-gateway"  # where an application without a gateway does (RFC 9540 section 4)
-# What an application inside the seal is called as. RFC 2606: never resolves, so a request that escaped its seal reaches nobody.
+# The host name of the application inside the seal. RFC 2606: it never resolves, so a request that escaped its seal reaches no
+# server.
 AUTHORITY: Final = "lacre.invalid"
 
 # Bytes of plaintext in a chunk.

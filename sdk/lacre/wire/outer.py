@@ -1,4 +1,4 @@
-"""The outer header fields of a sealed request: all that a gateway's policy and budgets may know of it (docs/wire.md).
+"""The outer header fields of a sealed request: everything that a gateway's policy and budgets may know of it (docs/wire.md).
 
 The client writes them, the gateway parses them, and the worker compares them with their copies inside the seal.
 """
