@@ -10,10 +10,8 @@ from parts.fabric import LiveFabric
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFabric]:
-    live = LiveFabric.make(tmp_path_factory.mktemp("nats"))
-    live.start()
-    yield live
-    live.stop()
+    with LiveFabric.running(tmp_path_factory.mktemp("nats")) as live:
+        yield live
 
 
 @pytest.fixture

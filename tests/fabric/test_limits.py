@@ -200,9 +200,7 @@ async def test_a_gateway_leaves_the_others_their_connections(raw: Stolen, nats: 
 
 
 async def test_buckets_of_older_versions_are_made_anew_with_what_they_hold(tmp_path: Path) -> None:
-    live = LiveFabric.make(tmp_path)
-    live.start()
-    try:
+    with LiveFabric.running(tmp_path) as live:
         provisioner = await live.connect("provisioner")
         for wanted in layout.streams(tuple(POOLS), 1):
             if wanted.storage is not StorageType.FILE:
@@ -223,8 +221,6 @@ async def test_buckets_of_older_versions_are_made_anew_with_what_they_hold(tmp_p
         assert (await provisioner.jetstream.stream_info(subjects.REVOCATIONS_STREAM)).state.messages == 1
         assert not (await provisioner.jetstream.stream_info("KV_claims_a")).config.allow_msg_ttl
         await provisioner.close()
-    finally:
-        live.stop()
 
 
 async def test_the_log_of_what_is_denied_has_an_end(tmp_path: Path) -> None:

@@ -58,10 +58,8 @@ async def ends(nats: LiveFabric) -> AsyncIterator[Ends]:
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[LiveFabric]:
     """A server of the test's own, to be restarted."""
-    live = LiveFabric.make(tmp_path)
-    live.start()
-    yield live
-    live.stop()
+    with LiveFabric.running(tmp_path) as live:
+        yield live
 
 
 @pytest.fixture

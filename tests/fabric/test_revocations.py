@@ -93,9 +93,7 @@ async def _read(gateway: NatsGateway) -> list[Revocation]:
 
 
 async def test_a_restart_keeps_them(tmp_path: Path) -> None:
-    live = LiveFabric.make(tmp_path)
-    live.start()
-    try:
+    with LiveFabric.running(tmp_path) as live:
         await live.provision()
         gateway = await live.gateway("g1")
         kept = some(1)
@@ -108,8 +106,6 @@ async def test_a_restart_keeps_them(tmp_path: Path) -> None:
                 await asyncio.sleep(0.1)
         assert found == [kept]
         await gateway.close()
-    finally:
-        live.stop()
 
 
 async def test_a_bucket_made_anew_is_read_from_its_beginning(fresh: LiveFabric) -> None:

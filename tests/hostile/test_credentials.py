@@ -72,15 +72,11 @@ class Site:
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    live = LiveFabric.make(tmp_path)
-    live.start()
-    try:
+    with LiveFabric.running(tmp_path) as live:
         async with AsyncExitStack() as stack:
             site = Site(live, stack)
             await provision(await site.connect("provisioner"), POOLS, claims=CLAIMS)
             yield site
-    finally:
-        live.stop()
 
 
 async def flood(thief: StolenNats) -> None:

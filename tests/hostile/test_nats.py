@@ -87,10 +87,8 @@ class Site:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFabric]:
-    live = LiveFabric.make(tmp_path_factory.mktemp("nats"))
-    live.start()
-    yield live
-    live.stop()
+    with LiveFabric.running(tmp_path_factory.mktemp("nats")) as live:
+        yield live
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +39,17 @@ class LiveFabric:
         names = ["provisioner", *(f"gateway-{name}" for name in GATEWAYS), *(f"worker-{pool}-{node}" for pool, node in NODES)]
         credentials = {name: Credential.new(name) for name in names}
         return cls(NatsServer(folder, free_port()), folder / "nats.log", credentials)
+
+    @classmethod
+    @contextmanager
+    def running(cls, folder: Path) -> Iterator[LiveFabric]:
+        """Started, and stopped at the end; nothing is provisioned yet."""
+        live = cls.make(folder)
+        live.start()
+        try:
+            yield live
+        finally:
+            live.stop()
 
     def start(self, roles: Sequence[Role] | None = None) -> None:
         self.server.configure(self.roles() if roles is None else roles)
