@@ -103,20 +103,22 @@ def reference() -> Iterator[Reference]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "scope"),
+    ("settings", "scope", "ships"),
     [
-        pytest.param(SPLIT, None, id="split, no reuse"),
-        pytest.param(UNIFIED, b"one scope", id="unified, reuse"),
-        pytest.param(SPLIT, b"one scope", id="split, reuse", marks=pytest.mark.slow),
-        pytest.param(UNIFIED, None, id="unified, no reuse", marks=pytest.mark.slow),
+        pytest.param(SPLIT, b"one scope", 5, id="split, reuse, few"),
+        pytest.param(UNIFIED, b"one scope", 5, id="unified, reuse, few"),
+        pytest.param(SPLIT, None, 16, id="split, no reuse", marks=pytest.mark.slow),
+        pytest.param(UNIFIED, b"one scope", 16, id="unified, reuse", marks=pytest.mark.slow),
+        pytest.param(SPLIT, b"one scope", 16, id="split, reuse", marks=pytest.mark.slow),
+        pytest.param(UNIFIED, None, 16, id="unified, no reuse", marks=pytest.mark.slow),
     ],
 )
 async def test_batched_tokens_are_those_of_one_sequence(
-    reference: Reference, make_task: MakeTask, run: Run, settings: LlamaSettings, scope: bytes | None
+    reference: Reference, make_task: MakeTask, run: Run, settings: LlamaSettings, scope: bytes | None, ships: int
 ) -> None:
     """Teacher-forced: each greedy token's logit is within 0.25 of the best one of a single sequence at that position."""
     common = "The harbour master wrote into his book, in a small and even hand, all that he had seen that day. "
-    prompts = [common * 2 + f"Ship number {i} carried {'salt and oil ' * (i % 5)}" for i in range(16)]
+    prompts = [common * 2 + f"Ship number {i} carried {'salt and oil ' * (i % 5)}" for i in range(ships)]
     with engine_of(gguf.find().path, settings) as engine:
         if scope:
             await run(engine, make_task(engine, prompts[0], max_tokens=2, sampling=GREEDY, cache_scope=scope))
@@ -312,6 +314,9 @@ def resident() -> int:
     return pages * 4096
 
 
+@pytest.mark.parametrize(
+    "tiny_engine", [pytest.param(SPLIT, id="split", marks=pytest.mark.slow), pytest.param(UNIFIED, id="unified")], indirect=True
+)
 async def test_500_mixed_tasks(tiny_engine: LlamaEngine, make_task: MakeTask) -> None:
     choose = random.Random(4)
 

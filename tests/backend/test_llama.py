@@ -69,6 +69,7 @@ async def test_llama_cpp_writes_nothing(make_task: MakeTask, run: Run, capfd: py
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 async def test_prefill_in_chunks_is_prefill_at_once(llama: LlamaEngine, make_task: MakeTask, run: Run) -> None:
     """Logprobs at the end of a prompt of several chunks, against those of the same prompt in an engine of larger steps."""
     prompt = tuple(llama.tokenize("The sea is wide, and the sky is blue. " * 60)[: 2 * CHUNK + 7])

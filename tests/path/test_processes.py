@@ -15,6 +15,8 @@ import lacre
 from lacre_backend.models.gguf import find
 from parts.up import LACRE, Up, environment, ticks, wait_until_gone
 
+INTERRUPTS = (signal.SIGINT, signal.SIGKILL)
+
 
 def lacre_up(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A `lacre up` that is expected to fail."""
@@ -22,7 +24,7 @@ def lacre_up(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=environment(state))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in INTERRUPTS)])
 def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
     live = Up.start(tmp_path / "state")
     try:
@@ -153,7 +155,7 @@ class TestDeaths:
         assert said[0].startswith("worker ended with status -9 (Killed)")
         assert said[1:] == ["worker restarts in 1 s", "worker was restarted"]
 
-    @pytest.mark.parametrize("name", ["lacre_gateway", "nats-server"])
+    @pytest.mark.parametrize("name", ["nats-server", pytest.param("lacre_gateway", marks=pytest.mark.slow)])
     def test_what_all_depend_on_ends_everything(self, own: Up, name: str) -> None:
         os.kill(own.children()[name], signal.SIGKILL)
         assert own.process.wait(15) == 1
