@@ -167,7 +167,7 @@ async def test_a_refusal_says_what_would_fit(stage: Stage, client: httpx2.AsyncC
 
 def test_the_error_says_it_in_words() -> None:
     details = {"limit": "tokens_per_minute", "scope": "user", "unit": "tokens", "ceiling": 300, "asked": 513, "fits": 236}
-    assert "max_tokens of 236 or less it would fit" in str(problems.ABOVE_LIMIT.exception(details=details))
+    assert "max_tokens of 236 or less would fit" in str(problems.ABOVE_LIMIT.exception(details=details))
 
 
 async def test_an_application_s_bytes_are_not_cut(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:

@@ -82,7 +82,7 @@ def test_the_table_has_each_row_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "speak for the tenant acme"),
+        ({}, "are for the tenant acme"),
         ({"tenant": None}, "name their tenant in tenant, and those that do not are refused"),
         (
             {"tenant": None, "default_tenant": "all", "claims": {"tenant": "org.id"}},

@@ -148,7 +148,7 @@ class TestElsewhere:
     def test_an_option_of_the_command(self, command: list[str]) -> None:
         result = CliRunner().invoke(app, [*command, "--url", ""])
         assert isinstance(result.exception, lacre.UsageError)
-        assert "LACRE_URL does not stand in for it" in str(result.exception)
+        assert "LACRE_URL is used only if" in str(result.exception)
 
     def test_an_option_that_is_empty_was_given_all_the_same(self) -> None:
         assert sampling("", 3, None) == {"max_tokens": 3, "model": ""}

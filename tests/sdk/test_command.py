@@ -213,7 +213,9 @@ class TestChat:
         screen.wait_for(r"\n>\s*\n")
 
         screen.keys("# The sea", "C-j", "C-j", "It is **wide**.", "Enter")  # one message, of three lines
-        shown = screen.wait_for(r"\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s · prompt \d+ · receipt ✓ · audit #\d+ ✓")
+        shown = screen.wait_for(
+            r"\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s · prompt \d+ · receipt ✓ · audit\s+#\d+ ✓"
+        )
         answer = shown.rpartition("It is **wide**.")[2]
         assert "The sea" in answer and "It is wide." in answer and "**" not in answer  # Markdown, rendered
         assert json.loads(gateway.relay.opened[-1].request.content)["messages"][0]["content"] == "# The sea\n\nIt is **wide**."

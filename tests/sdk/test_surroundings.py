@@ -215,9 +215,9 @@ class TestUsers:
     @pytest.mark.parametrize(
         ("variable", "value", "said"),
         [
-            ("ALL_PROXY", "socks://127.0.0.1:7891", "ALL_PROXY: it is not the URL of a proxy"),
+            ("ALL_PROXY", "socks://127.0.0.1:7891", "ALL_PROXY: not the URL of a proxy"),
             ("all_proxy", "socks5://127.0.0.1:7891", "all_proxy: a SOCKS proxy needs another package"),
-            ("HTTPS_PROXY", "http://[::1", "HTTPS_PROXY: it is not the URL of a proxy"),
+            ("HTTPS_PROXY", "http://[::1", "HTTPS_PROXY: not the URL of a proxy"),
             ("SSL_CERT_FILE", "/nonexistent.pem", "SSL_CERT_FILE: /nonexistent.pem cannot be used (No such file"),
             ("SSL_CERT_FILE", "/etc/hostname", "SSL_CERT_FILE: /etc/hostname cannot be used (it holds no certificate"),
             ("LACRE_URL", f"lacre://a..b?trust={'A' * 43}", "'a..b' is not a host name"),
