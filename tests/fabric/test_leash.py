@@ -126,8 +126,8 @@ def test_a_wrong_configuration_is_said(configured: NatsServer, tmp_path: Path) -
 
 def test_the_server_dies_with_who_started_it(configured: NatsServer, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from lacre_fabric.operate.nats_server import Server;"
-        "process = Server(Path(sys.argv[1]), int(sys.argv[2])).start(Path(sys.argv[3]));"
+        "import sys, time; from pathlib import Path; from lacre_fabric.operate.nats_server import NatsServer;"
+        "process = NatsServer(Path(sys.argv[1]), int(sys.argv[2])).start(Path(sys.argv[3]));"
         "print(process.pid, flush=True); time.sleep(60)"
     )
     arguments = [str(configured._folder), str(configured.port), str(tmp_path / "nats.log")]

@@ -81,7 +81,7 @@ async def test_the_check_has_nothing_to_say(cluster: NatsCluster) -> None:
     cluster.nodes[0].stop(signal.SIGKILL)
     async with asyncio.timeout(20):  # until there are leaders again
         while not any(
-            each.check == "servers" and each.detail.startswith("2 answer") and each.verdict is Severity.WRONG
+            each.check == "servers" and each.detail.startswith("2 servers answer") and each.verdict is Severity.WRONG
             for each in await inspect(cluster.servers, POOLS, 3, credentials)
         ):
             await asyncio.sleep(0.5)

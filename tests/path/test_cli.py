@@ -72,7 +72,7 @@ def test_keys_list(up: Up) -> None:
 def test_keys_of_a_pool_that_is_not_there(up: Up) -> None:
     done = run("keys", "rotate", "--pool", "nowhere", "--state", str(up.state))
     assert done.returncode == 1
-    assert "no pool nowhere: there is default" in done.stderr
+    assert "unknown pool nowhere: this state has default" in done.stderr
 
 
 def test_keys_without_a_fabric(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_another_event_loop() -> None:
 @pytest.mark.parametrize("make", [lacre.Client, lacre.AsyncClient, lacre.OpenAI, lacre.legacy.Client])
 @pytest.mark.parametrize("count", [0, -1, True, 1.5, "3"])
 def test_a_count_that_is_none(make: Callable[..., Any], count: object) -> None:
-    with pytest.raises(lacre.UsageError, match=r"^max_concurrency: a whole number from 1 up"):
+    with pytest.raises(lacre.UsageError, match=r"^max_concurrency must be a whole number of at least 1"):
         make(Relay(ChatApp()).url, token="t", max_concurrency=count)
 
 
