@@ -304,3 +304,7 @@ async def test_a_tool_may_say_nothing_of_what_it_is_for() -> None:
     template = loaded(source)
     assert "f: The tide" in "".join(piece for piece in template.render([USER], tools[1:]) if isinstance(piece, str))
     assert "description" not in str(loaded(NATIVE).render([USER], tools[:1])), "where nothing fails, nothing is added"
+    whole = loaded(source.replace("t.function.description }}", "t.function.description }}{{ t.function | tojson }}"))
+    for tool, said in zip(tools, ("", "The tide"), strict=True):
+        shown = "".join(piece for piece in whole.render([USER], [tool]) if isinstance(piece, str))
+        assert f'{{"name": "f", "description": "{said}"}}' in shown, "in the order in which others write the members"

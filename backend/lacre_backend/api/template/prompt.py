@@ -317,8 +317,9 @@ class ChatTemplate:
 
 
 def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """With a description, at least an empty one."""
-    return {**tool, "function": {"description": "", **tool["function"]}}
+    """With a description, at least an empty one. It stands behind the name, as templates write the members in order."""
+    function = tool["function"]
+    return {**tool, "function": {"name": function["name"], "description": "", **function}}
 
 
 def markers_of(engine: Engine) -> tuple[ControlToken, ...]:
