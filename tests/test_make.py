@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -19,7 +20,9 @@ def targets() -> set[str]:
 
 
 def test_help_has_one_line_for_each_target() -> None:
-    told = subprocess.run(["make", "help"], check=True, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--no-print-directory", "help"]
+    told = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, env=outside).stdout.splitlines()
     assert sorted(line.split()[0] for line in told) == sorted(targets())
     assert [line for line in told if len(line) > MAX_LINE or not line.endswith(".")] == []
 

@@ -161,6 +161,7 @@ async def test_the_flooding_connection_is_cut_off(watched: Watched) -> None:
         assert not watched.lines("floods.not_cut_off")
 
 
+@pytest.mark.slow
 async def test_where_nobody_may_cut_off_the_user_is_named_and_the_log_says_so_once(watched: Watched) -> None:
     """As with accounts that were configured before there was a cut-off."""
     found = [

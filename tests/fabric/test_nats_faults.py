@@ -299,6 +299,7 @@ async def test_work_waits_for_its_queue_and_is_in_it_once(ends: Ends) -> None:
     await delivery.drop()
 
 
+@pytest.mark.slow
 async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     gateway, other, worker = await own.gateway("g1"), await own.gateway("g2"), await own.worker()
     await own.worker("n2", models=("m2",))
@@ -344,6 +345,7 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     assert await answered(worker, gateway)
 
 
+@pytest.mark.slow
 async def test_a_worker_takes_no_heap_of_work_after_an_outage(own: Ends) -> None:
     gateway, worker = await own.gateway(), await own.worker(slots=1)
     pulling = asyncio.create_task(worker.pull())

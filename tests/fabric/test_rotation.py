@@ -107,6 +107,7 @@ async def test_workers_have_a_key_before_any_manifest_names_it(tended: TendedSit
     assert await tended.listed() == [3, 4, 1, 2]
 
 
+@pytest.mark.slow
 async def test_a_key_that_no_worker_takes_up_is_not_listed_and_tried_again(tended: TendedSite) -> None:
     ring = await tended.worker()
     with pytest.raises(NotTakenUp, match="n1"):
@@ -119,6 +120,7 @@ async def test_a_key_that_no_worker_takes_up_is_not_listed_and_tried_again(tende
     assert read_secret(tended.site.keys_folder(POOL) / "3.key") == before
 
 
+@pytest.mark.slow
 async def test_a_worker_that_takes_up_nothing_keeps_no_old_key_alive_and_is_named(tended: TendedSite) -> None:
     await tended.worker("n1", watches=True)
     await tended.worker("n2")
@@ -138,6 +140,7 @@ def stretched(key: bytes) -> Sequence[bytes]:
     return secret, seed[:32], seed[32:64], seed[64:]
 
 
+@pytest.mark.slow
 async def test_what_one_process_began_another_one_ends(tended: TendedSite) -> None:
     """The grace ends after the process that set it; the key is destroyed on disk and in the workers."""
     ring = await tended.worker(watches=True)
@@ -179,6 +182,7 @@ class TestPoolsAreIndependent:
         worker = await NatsWorker.connect(tended.nats.server.url, credential, POOL, "n1", ["m1"])
         tended.stack.push_async_callback(worker.close)
 
+    @pytest.mark.slow
     async def test_a_worker_that_holds_no_key_stops_its_own_pool_alone(self, both: TendedSite) -> None:
         await rotate(both.site, both.connection, "b", grace=0)
         await self.holding_none(both)
@@ -242,6 +246,7 @@ async def test_queues_that_the_message_server_lost_are_made_again(tended: Tended
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.slow
 async def test_keys_rotate_by_themselves_also_after_a_failure_and_without_a_worker(tended: TendedSite) -> None:
     path = tended.site.folder / "pools" / POOL / "generations.json"
     kept = path.read_bytes()

@@ -312,6 +312,7 @@ class Unavailable:
         raise FabricUnavailable("gone")
 
 
+@pytest.mark.slow
 async def test_without_the_bucket_what_is_in_hand_is_served(put_up: PutUp) -> None:
     """640 a minute: a lease has one, and ten beyond."""
     stage = await put_up(plans='default_plan = "p"\n[plans.p.user]\nrequests_per_minute = 640\n')

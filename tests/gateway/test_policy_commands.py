@@ -134,6 +134,7 @@ def test_explain_of_a_policy_that_fails() -> None:
     assert [(voice.name, voice.failed) for voice in found.deciding] == [("b", True)]
 
 
+@pytest.mark.slow
 def test_explain_command(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps({"principal": CHAT["principal"], "action": "chat", "pool": "p", "model": "m"}))
     text = run("explain", tmp_path / "r.json").stdout

@@ -290,6 +290,7 @@ async def findings(settings: Path) -> tuple[int, dict[str, dict[str, str]]]:
     return done.returncode, {finding["check"]: finding for finding in shown["findings"]}
 
 
+@pytest.mark.slow
 async def test_the_doctor_of_a_healthy_gateway(running: Running) -> None:
     status, found = await findings(running.settings)
     assert status == 0
@@ -321,6 +322,7 @@ ILLS = [
 ]
 
 
+@pytest.mark.slow
 async def test_what_the_doctor_finds(running: Running) -> None:
     """Each ill by itself: it is the one that is told, with what to do, and the exit code says so."""
     text = running.settings.read_text()

@@ -187,6 +187,7 @@ async def test_presence(site: Site) -> None:
     assert gateway.workers("a", "m1") == 0
 
 
+@pytest.mark.slow
 @attack(
     "say that it holds no key of its pool, so that no pool gets new keys, and old ones stay on disk",
     by="credential",

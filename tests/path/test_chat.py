@@ -79,6 +79,7 @@ def test_pieces_arrive_while_others_are_made(env: Up, client: lacre.Client) -> N
     assert used[0] < 0.6 * used[-1]
 
 
+@pytest.mark.slow
 async def test_twenty_streams_at_once(env: Up) -> None:
     async with lacre.AsyncClient() as client:
 

@@ -106,6 +106,7 @@ def test_settings_errors_name_the_key(tmp_path, command: str) -> None:
     assert "nats: missing" in text
 
 
+@pytest.mark.slow
 def test_demo_as_json() -> None:
     done = run("demo", "--json")
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ NODE, NPM = shutil.which("node"), shutil.which("npm")
 pytestmark = pytest.mark.skipif(NODE is None or NPM is None, reason="node and npm are not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kem", "label"), [("xwing", "MLKEM768-X25519"), ("x25519", "X25519")])
 def test_a_sealed_streaming_chat(up: Up, kem: str, label: str) -> None:
     install(FOLDER)

@@ -144,6 +144,7 @@ def test_every_command_is_walked() -> None:
     )
 
 
+@pytest.mark.slow
 def test_some_commands_in_odd_surroundings(gateway: Gateway, tmp_path: Path) -> None:
     search(gateway, tmp_path, 8, st.sampled_from(sorted(COMMANDS)))
 

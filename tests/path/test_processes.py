@@ -72,6 +72,7 @@ def test_a_state_folder_that_cannot_be(tmp_path: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
+@pytest.mark.slow
 def test_a_module_of_the_same_name_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nats", "lacre_gateway", "logging"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
@@ -90,6 +91,7 @@ def test_a_model_that_is_none(tmp_path: Path, content: bytes | None) -> None:
     assert str(model) in failed.stderr.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_a_model_file_of_an_odd_name(tmp_path: Path) -> None:
     model = tmp_path / "-My Model (Q4) é#%20?.gguf"
     model.symlink_to(find().path)

@@ -94,6 +94,7 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_under_a_steady_load(own: Up, tmp_path: Path) -> None:
     keys = own.state / "pools" / "default" / "keys"
     old = {
@@ -135,6 +136,7 @@ def test_under_a_steady_load(own: Up, tmp_path: Path) -> None:
         client.chat("Name a sea.", max_tokens=2)
 
 
+@pytest.mark.slow
 def test_what_was_begun_is_ended_at_the_next_start(tmp_path: Path) -> None:
     """A retirement is due while nothing runs; the settings of the next start pin the new root."""
     live = Up.start(tmp_path / "state")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 
+import pytest
+
 import lacre
 from parts.memory import found_in_memory
 from parts.up import Up
@@ -16,6 +18,7 @@ def in_memory(pid: int, needle: bytes) -> bool:
     return bool(found_in_memory(pid, {"needle": needle}))
 
 
+@pytest.mark.slow
 def test_the_canary_is_with_the_worker_alone(env: Up, client: lacre.Client) -> None:
     children = env.children()
     found: dict[str, bool] = {}

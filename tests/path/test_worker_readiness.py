@@ -139,6 +139,7 @@ async def test_a_worker_with_something_wrong_is_not_announced(
         assert said in checked[0].detail
 
 
+@pytest.mark.slow
 async def test_a_good_worker_is_announced_and_one_whose_upstream_goes_is_not(ready: Ready, tmp_path: Path) -> None:
     health = tmp_path / "health"
     settings = ready.settings.model_copy(update={"health": health})
