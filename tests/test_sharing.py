@@ -55,6 +55,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> list[Ran]:
     return [Ran(file, process, float(began), float(ended)) for file, process, began, ended in lines]
 
 
+@pytest.mark.slow
 def test_each_test_runs_once(ran: list[Ran]) -> None:
     assert len(ran) == 6 * len({*ORDINARY, *SPLIT, *ALONE})
 

@@ -203,6 +203,7 @@ async def test_no_tools_are_nothing(app: App, post: Post, choice: str | None) ->
 # With the real model
 
 
+@pytest.mark.slow
 async def test_required_calls_are_whole_and_valid(llama: LlamaEngine, post: Post) -> None:
     app = create_app([llama])
     fields = body(

@@ -144,6 +144,7 @@ async def flood(thief: StolenNats, seconds: float = LIMIT) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.slow
 async def test_the_flooding_connection_is_cut_off(watched: Watched) -> None:
     """By nats-server, on the warden's word; the neighbour with the same credential stays. One that comes back goes sooner."""
     async with watched.running(watched.site.roles()):

@@ -249,6 +249,7 @@ async def test_a_drained_worker_leaves_no_pull_behind(ends: Ends) -> None:
     await delivery.drop()
 
 
+@pytest.mark.slow
 async def test_closing_ends_what_waits(ends: Ends) -> None:
     gateway, _ = await ends.gateway(), await ends.worker()
     dispatch = await gateway.dispatch(new_work())

@@ -104,6 +104,7 @@ async def test_the_password_is_not_for_a_server_that_says_it_speaks_no_tls() -> 
     assert not heard
 
 
+@pytest.mark.slow
 async def test_another_server_does(tmp_path: Path) -> None:
     """One is down, one has a certificate of another host; whichever comes first."""
     cluster = single(tmp_path / "cluster")

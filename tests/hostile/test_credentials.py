@@ -291,6 +291,7 @@ async def test_gateways_connections(site: Site) -> None:
     await answers(site)
 
 
+@pytest.mark.slow
 @attack(
     "flood the message server over one connection, and come back when it is cut off",
     by="credential",

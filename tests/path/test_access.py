@@ -26,6 +26,7 @@ def asked(up: Up, token: str, key: lacre.ProofKey | None = None) -> str:
         return client.chat("Name a sea.", max_tokens=2).text
 
 
+@pytest.mark.slow
 def test_a_bound_token(up: Up, tmp_path: Path) -> None:
     path = tmp_path / "key.pem"
     token, other = (lacre_command(up, "token", "issue", "ada", "--dpop", str(path), "--state", str(up.state)) for _ in range(2))

@@ -70,6 +70,7 @@ def test_a_receipt_is_what_the_gateway_settles_on(env: Up, client: lacre.Client)
     assert (end["prompt_tokens"], end["completion_tokens"]) == (receipt.prompt_tokens, receipt.completion_tokens)
 
 
+@pytest.mark.slow
 def test_pieces_arrive_while_others_are_made(env: Up, client: lacre.Client) -> None:
     """By the CPU time that the worker has used when each arrives: nothing between model and caller holds them back."""
     worker = env.children()["lacre_backend"]

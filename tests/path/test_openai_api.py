@@ -342,6 +342,7 @@ async def test_text(client: openai.OpenAI, async_client: openai.AsyncOpenAI, fie
     check(await streamed(async_client.completions.create, asked))
 
 
+@pytest.mark.slow
 async def test_any_json_object(client: openai.OpenAI, async_client: openai.AsyncOpenAI) -> None:
     told: Any = client.post("/tokenize", cast_to=object, body={"model": CHAT_MODEL, "prompt": "{}"})
     asked = {
@@ -391,6 +392,7 @@ def test_text_refuses(client: openai.OpenAI, name: str, value: Any) -> None:
     assert caught.value.param == name
 
 
+@pytest.mark.slow
 def test_a_parsed_message_goes_back(client: openai.OpenAI) -> None:
     """As `.parse` gives it: with `parsed`, `parsed_arguments`, and nulls."""
     given: Any = {"model": CHAT_MODEL, "tools": [TIDE], "max_tokens": 160, "temperature": 0}

@@ -12,10 +12,12 @@ from parts.up import Up
 STALE = "the picture is stale: run `make pictures` and look at the result"
 
 
+@pytest.mark.slow
 def test_the_path_is_current(up: Up) -> None:
     assert pictures.run(up.url, up.token).digest() == pictures.held("path.svg"), STALE
 
 
+@pytest.mark.slow
 def test_the_session_is_current(up: Up) -> None:
     shown = pictures.session(up)
     assert shown[1].strip()

@@ -100,6 +100,7 @@ async def test_what_an_app_raises_as_its_reader_leaves_is_logged(caplog: pytest.
     assert caplog.messages == ["task failed: sealed app"]
 
 
+@pytest.mark.slow
 async def test_an_app_that_does_not_end_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
     let_go = asyncio.Event()
 
