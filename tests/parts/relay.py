@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx2
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from lacre import asgi
+import lacre
+from lacre import asgi, problems
 from lacre.evidence import audit_proof
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.receipts import TRAILER, Receipt
@@ -27,6 +29,10 @@ from lacre.wire.header import MEDIA_TYPE_RESPONSE, Kem
 from lacre.wire.opening import PrivateKey
 from lacre.wire.padding import SHAPES, shape_named
 from parts import audited
+
+MANIFEST = "/v1/manifest"
+SEALED = "/v1/sealed"
+Respond = Callable[[httpx2.Request], httpx2.Response | None]
 
 
 @dataclass
@@ -50,7 +56,7 @@ class Relay:
     bend: Callable[[list[bytes]], list[bytes]] = list
     receipts: Callable[[Receipt], list[Receipt]] = lambda receipt: [receipt]
     audit: Callable[[AuditProof], AuditProof | None] = lambda proof: proof
-    respond: Callable[[httpx2.Request], httpx2.Response | None] = lambda _request: None
+    respond: Respond = lambda _request: None
     fault: httpx2.TransportError | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +66,16 @@ class Relay:
     @property
     def url(self) -> str:
         return str(ConnectionString("http://127.0.0.1:9", raw_public_key(self.root)))
+
+    @property
+    def sealed(self) -> list[httpx2.Request]:
+        """The sealed requests among those that came."""
+        return [request for request in self.requests if request.url.path == SEALED]
+
+    @property
+    def manifests(self) -> int:
+        """How often the manifest was asked for."""
+        return sum(request.url.path == MANIFEST for request in self.requests)
 
     def manifest(self) -> Manifest:
         now = self.clock()
@@ -82,7 +98,7 @@ class Relay:
         bent = self.respond(request)
         if bent is not None:
             return bent
-        if request.url.path == "/v1/manifest":
+        if request.url.path == MANIFEST:
             return served(200, self.document())
         opened = asgi.open_sealed(self.tamper(request.content), {self.key.config.key_id: self.key})
         self.opened.append(opened)
@@ -134,6 +150,18 @@ def served(status: int, content: bytes = b"", headers: dict[str, str] | None = N
     return httpx2.Response(status, headers=headers, stream=Stream([content]))
 
 
+def on_sealed(answer: Callable[[], httpx2.Response | None]) -> Respond:
+    """For `respond`: so each sealed request is answered, and no other."""
+    return lambda request: answer() if request.url.path == SEALED else None
+
+
+def refusing(kind: problems.Problem, details: Mapping[str, Any] | None = None, **headers: str) -> Respond:
+    """For `respond`: each sealed request is refused, as a gateway refuses it. headers: with `_` for `-`."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    given = {"content-type": problems.MEDIA_TYPE, **named}
+    return on_sealed(lambda: served(kind.status, kind.body(details or {}), given))
+
+
 class AsyncWire(httpx2.AsyncBaseTransport):
     """The connection of an async client to a `Relay`."""
 
@@ -154,3 +182,13 @@ class Wire(httpx2.BaseTransport):
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         request.read()
         return asyncio.run(self._relay.answer(request))
+
+
+def connect(relay: Relay, **options: Any) -> lacre.Client:
+    """A client of the relay. options: over those that a test need not care about."""
+    return lacre.Client(relay.url, **{"token": "t", "memory": lacre.VersionMemory(), "transport": Wire(relay), **options})
+
+
+def connect_async(relay: Relay, **options: Any) -> lacre.AsyncClient:
+    wire = AsyncWire(relay)
+    return lacre.AsyncClient(relay.url, **{"token": "t", "memory": lacre.VersionMemory(), "transport": wire, **options})
