@@ -13,27 +13,15 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from lacre_gateway.budget.lease import (
-    CLOCK_MARGIN,
-    COVER,
-    IDLE,
-    LEAST_SPARE,
-    MOST_SPARE,
-    Account,
-    Counter,
-    Need,
-    Proposal,
-    commit,
-    lacking,
-)
+from lacre_gateway.budget import lease
+from lacre_gateway.budget.lease import COVER, IDLE, MOST_SPARE, Account, Counter, Need, Proposal, commit, lacking
 from lacre_gateway.budget.plans import LimitKind
 from lacre_gateway.budget.record import Record
 from lacre_gateway.budget.windows import Calendar, window, windows_at
@@ -49,17 +37,13 @@ CEILINGS = {
     LimitKind.CONCURRENT_STREAMS: 7,
 }
 STREAMS = LimitKind.CONCURRENT_STREAMS
+At = tuple[LimitKind, int]  # a kind, and the number of a window of it
 # What a stolen credential's part may be; empty for one of the right form.
-LIES = [
-    b"",
-    b"",
-    b"",
-    b"not a record",
-    b"[" * 100_000,
-    b'{"v":2}',
-    b'{"v":1,"name":"x","kinds":{"requests_per_minute":{"x":1}}}',
-]
+RIGHT, NO_KINDS = b"", b'{"v":1,"name":"x","kinds":{"requests_per_minute":{"x":1}}}'
+LIES = [RIGHT, RIGHT, RIGHT, b"not a record", b"[" * 100_000, b'{"v":2}', NO_KINDS]
 AMOUNTS = st.sampled_from([0, -(10**6), 1, 10**6, 10**30])
+WHO, TOKENS, MONEY = st.integers(0, GATEWAYS - 1), st.integers(1, 1500), st.integers(0, 30_000)
+WHEN = st.sampled_from(["now", "later", "never"])
 
 
 @dataclass
@@ -70,11 +54,11 @@ class Request:
 
 @dataclass
 class Writing:
-    """A write that was sent. revision: what it compares with."""
+    """A write that was sent. revision: what it compares with. writer: the number of its gateway."""
 
     proposal: Proposal
     revision: int
-    writer: int = 0
+    writer: int
 
 
 @dataclass
@@ -87,8 +71,8 @@ class Gateway:
     writing: Writing | None = None
     requests: list[Request] = field(default_factory=list)
     calendar: Calendar = field(default_factory=Calendar)
-    released: dict[tuple[LimitKind, int], int] = field(default_factory=lambda: defaultdict(int))
-    asked: dict[tuple[LimitKind, int], int] = field(default_factory=lambda: defaultdict(int))
+    released: dict[At, int] = field(default_factory=lambda: defaultdict(int))
+    asked: dict[At, int] = field(default_factory=lambda: defaultdict(int))
 
 
 class Budgets(RuleBasedStateMachine):
@@ -102,10 +86,10 @@ class Budgets(RuleBasedStateMachine):
         self.born = 0
         self.live = [self.gateway() for _ in range(GATEWAYS)]
         self.ghosts: list[Writing] = []
-        self.used: dict[tuple[LimitKind, int], int] = defaultdict(int)  # the truth, by what was committed and settled
-        self.reserved: dict[tuple[LimitKind, int], int] = defaultdict(int)
+        self.used: dict[At, int] = defaultdict(int)  # the truth, by what was committed and settled
+        self.reserved: dict[At, int] = defaultdict(int)
         self.streams: list[float] = []  # of dead gateways: when the stream ends
-        self.forfeited: dict[tuple[LimitKind, int], dict[str, int]] = defaultdict(dict)  # the most that it may be, by holder
+        self.forfeited: dict[At, dict[str, int]] = defaultdict(dict)  # the most that it may be, by holder
 
     def gateway(self) -> Gateway:
         self.born += 1
@@ -116,7 +100,7 @@ class Budgets(RuleBasedStateMachine):
 
     # What gateways do
 
-    @rule(who=st.integers(0, GATEWAYS - 1), tokens=st.integers(1, 1500), money=st.integers(0, 30_000))
+    @rule(who=WHO, tokens=TOKENS, money=MONEY)
     def ask(self, who: int, tokens: int, money: int) -> None:
         """A request that is served if the leases in hand allow it."""
         gateway = self.live[who]
@@ -137,7 +121,7 @@ class Budgets(RuleBasedStateMachine):
             LimitKind.TOKENS_PER_MINUTE: tokens, LimitKind.TOKENS_PER_DAY: tokens, LimitKind.MONEY_PER_MONTH: money,
         }  # fmt: skip
 
-    @rule(who=st.integers(0, GATEWAYS - 1), which=st.integers(0, 50), part=st.floats(0, 1))
+    @rule(who=WHO, which=st.integers(0, 50), part=st.floats(0, 1))
     def settle(self, who: int, which: int, part: float) -> None:
         gateway = self.live[who]
         if gateway.requests:
@@ -153,18 +137,24 @@ class Budgets(RuleBasedStateMachine):
             if counter.kind is not STREAMS:
                 self.used[at] += used
 
-    @rule(who=st.integers(0, GATEWAYS - 1))
+    @rule(who=WHO)
     def read(self, who: int) -> None:
         gateway = self.live[who]
         if gateway.writing is None:
-            gateway.read = (self.record, self.revision)
-            if self.record is not None:
-                gateway.account.see(self.record)
+            record = self.shown(who)
+            gateway.read = (record, self.revision)
+            if record is not None:
+                gateway.account.see(record)
 
-    @rule(
-        who=st.integers(0, GATEWAYS - 1),
-        needs=st.lists(st.tuples(st.integers(1, 1500), st.integers(0, 30_000)), max_size=4),
-    )
+    def shown(self, _who: int) -> Record | None:
+        """What a gateway reads."""
+        return self.record
+
+    def own(self, _who: int) -> Record | None:
+        """Where a gateway's capacity has to stand."""
+        return self.record
+
+    @rule(who=WHO, needs=st.lists(st.tuples(TOKENS, MONEY), max_size=4))
     def send(self, who: int, needs: list[tuple[int, int]]) -> None:
         """Decides on what it read, however old that is."""
         gateway = self.live[who]
@@ -174,9 +164,9 @@ class Budgets(RuleBasedStateMachine):
             wanted = [Need({kind: (amount, CEILINGS[kind]) for kind, amount in self.amounts(*each).items()}) for each in needs]
             proposal = gateway.account.propose(record, gateway.calendar.at(now), wanted, now)
             gateway.account.send(proposal)
-            gateway.writing, gateway.read = Writing(proposal, revision), None
+            gateway.writing, gateway.read = Writing(proposal, revision, who), None
 
-    @rule(who=st.integers(0, GATEWAYS - 1))
+    @rule(who=WHO)
     def arrive(self, who: int) -> None:
         """The write arrives, and its answer is heard."""
         gateway = self.live[who]
@@ -191,7 +181,7 @@ class Budgets(RuleBasedStateMachine):
         else:
             gateway.account.conflict(writing.proposal)
 
-    @rule(who=st.integers(0, GATEWAYS - 1), tokens=st.integers(1, 1500), money=st.integers(0, 30_000))
+    @rule(who=WHO, tokens=TOKENS, money=MONEY)
     def serve(self, who: int, tokens: int, money: int) -> None:
         """What mostly happens: it reads, draws, is answered, and serves."""
         self.read(who)
@@ -199,7 +189,7 @@ class Budgets(RuleBasedStateMachine):
         self.arrive(who)
         self.ask(who, tokens, money)
 
-    @rule(who=st.integers(0, GATEWAYS - 1), part=st.floats(0, 1), happens=st.sampled_from(["now", "later", "never"]))
+    @rule(who=WHO, part=st.floats(0, 1), happens=WHEN)
     def give_back_unheard(self, who: int, part: float, happens: str) -> None:
         """It settles, writes what is left, and never hears of that."""
         self.settle(who, 0, part)
@@ -207,7 +197,7 @@ class Budgets(RuleBasedStateMachine):
         self.send(who, [])
         self.lose(who, happens)
 
-    @rule(who=st.integers(0, GATEWAYS - 1), happens=st.sampled_from(["now", "later", "never"]))
+    @rule(who=WHO, happens=WHEN)
     def lose(self, who: int, happens: str) -> None:
         """The answer is lost."""
         gateway = self.live[who]
@@ -235,13 +225,17 @@ class Budgets(RuleBasedStateMachine):
     def apply(self, writing: Writing) -> bool:
         if writing.revision != self.revision:
             return False
-        # Over the wire and back: what is not in the bytes is not in the record.
-        self.record, self.revision = Record.parse(writing.proposal.record.encode()), self.revision + 1
+        self.revision += 1
+        self.keep(writing)
         return True
+
+    def keep(self, writing: Writing) -> None:
+        """Over the wire and back: what is not in the bytes is not in the record."""
+        self.record = Record.parse(writing.proposal.record.encode())
 
     # What happens to them
 
-    @rule(who=st.integers(0, GATEWAYS - 1))
+    @rule(who=WHO)
     def crash(self, who: int) -> None:
         """Another takes its place, and knows nothing of it. Its streams go on for as long as streams may."""
         gateway = self.live[who]
@@ -270,7 +264,7 @@ class Budgets(RuleBasedStateMachine):
                 gateway.requests.remove(request)
                 self.end(gateway, request, 1.0)
 
-    @rule(who=st.integers(0, GATEWAYS - 1), seconds=st.floats(-CLOCK_MARGIN / 2, CLOCK_MARGIN / 2))
+    @rule(who=WHO, seconds=st.floats(-lease.CLOCK_MARGIN / 2, lease.CLOCK_MARGIN / 2))
     def step(self, who: int, seconds: float) -> None:
         """Streams' leases go by the clock: where they are in play, clocks differ by no more than their margin."""
         self.live[who].clock = seconds
@@ -281,16 +275,20 @@ class Budgets(RuleBasedStateMachine):
     def never_more_than_the_ceiling(self) -> None:
         for (kind, number), used in self.used.items():
             assert used + self.reserved[kind, number] <= CEILINGS[kind], (kind, number)
+
+    @invariant()
+    def never_more_streams(self) -> None:
         running = self.reserved[STREAMS, 0] + len(self.streams)
         assert running <= CEILINGS[STREAMS]
 
     @invariant()
     def capacity_stands_in_the_record(self) -> None:
-        for gateway in self.live:
+        for who, gateway in enumerate(self.live):
+            own = self.own(who)
             for counter in gateway.account.current.values():
                 assert counter.reserved >= 0
-                share = None if self.record is None else self.record.share(counter.kind, counter.window, gateway.account.holder)
-                over = self.record is not None and counter.window < self.record.floor(counter.kind)
+                share = None if own is None else own.share(counter.kind, counter.window, gateway.account.holder)
+                over = own is not None and counter.window < own.floor(counter.kind)
                 if not over and counter.kind is not STREAMS:
                     assert counter.capacity <= (0 if share is None else share.drawn)
 
@@ -299,30 +297,31 @@ class Budgets(RuleBasedStateMachine):
         while self.ghosts:
             self.haunt(0)
         for gateway in self.live:
-            gateway.writing = None if gateway.writing is None else self.lost(gateway)
+            if gateway.writing is not None:
+                gateway.account.doubt(gateway.writing.proposal)
+                gateway.writing = None
             gateway.clock = 0.0
             while gateway.requests:
                 self.end(gateway, gateway.requests.pop(), 1.0)
         for gateway in self.live:
             gateway.account.due(self.now)  # by now all clocks are right
         self.now += IDLE
-        for gateway in self.live:
+        for who, gateway in enumerate(self.live):
             for _ in range(3):
                 if gateway.account.due(self.now):
-                    self.read(self.live.index(gateway))
-                    self.send(self.live.index(gateway), [])
-                    self.arrive(self.live.index(gateway))
+                    self.read(who)
+                    self.send(who, [])
+                    self.arrive(who)
             assert not gateway.account.due(self.now)
             assert gateway.account.at_rest
         self.balance()
 
-    def lost(self, gateway: Gateway) -> None:
-        assert gateway.writing is not None
-        gateway.account.doubt(gateway.writing.proposal)
-
     def balance(self) -> None:
         alive = {gateway.account.holder for gateway in self.live}
-        for kind, number, found in self.windows():
+        windows = {} if self.record is None else self.record.windows
+        for (kind, number), found in {
+            (kind, at): found for kind, kept in windows.items() for at, found in kept.items()
+        }.items():
             lost = {name: share for name, share in found.shares.items() if name not in alive}
             for name, share in found.shares.items():
                 if name in alive:
@@ -332,16 +331,8 @@ class Budgets(RuleBasedStateMachine):
                 continue
             for name, share in lost.items():
                 assert share.drawn - share.used <= self.forfeited[kind, number].get(name, 0), (kind, number, name)
-            assert (
-                found.drawn()
-                >= self.used[kind, number]
-                >= found.drawn() - sum(share.drawn - share.used for share in lost.values())
-            )
-
-    def windows(self) -> Iterator[tuple[LimitKind, int, object]]:
-        for kind, kept in {} if self.record is None else self.record.windows.items():
-            for number, found in kept.items():
-                yield kind, number, found
+            wasted = sum(share.drawn - share.used for share in lost.values())
+            assert found.drawn() >= self.used[kind, number] >= found.drawn() - wasted
 
 
 class Parts(Budgets):
@@ -354,34 +345,18 @@ class Parts(Budgets):
         self.parts: dict[int, bytes] = {}
         self.stolen: list[bytes] = []
 
-    @rule(who=st.integers(0, GATEWAYS - 1))
-    def read(self, who: int) -> None:
-        gateway = self.live[who]
-        if gateway.writing is None:
-            others = [part for writer, part in self.parts.items() if writer != who]
-            own = Record.parse(self.parts[who]) if who in self.parts else Record("name")
-            record = own.with_others([*others, *self.stolen], windows_at(self.now))
-            gateway.read = (record, self.revision)
-            gateway.account.see(record)
+    def own(self, who: int) -> Record:
+        return Record.parse(self.parts[who]) if who in self.parts else Record("name")
 
-    @rule(
-        who=st.integers(0, GATEWAYS - 1),
-        needs=st.lists(st.tuples(st.integers(1, 1500), st.integers(0, 30_000)), max_size=4),
-    )
-    def send(self, who: int, needs: list[tuple[int, int]]) -> None:
-        super().send(who, needs)
-        if (writing := self.live[who].writing) is not None:
-            writing.writer = who
+    def shown(self, who: int) -> Record:
+        others = [part for writer, part in self.parts.items() if writer != who]
+        return self.own(who).with_others([*others, *self.stolen], windows_at(self.now))
 
-    def apply(self, writing: Writing) -> bool:
-        if writing.revision != self.revision:
-            return False
+    def keep(self, writing: Writing) -> None:
         self.parts[writing.writer] = writing.proposal.record.encode()
-        self.revision += 1
         self.record = Record("name").with_others(self.parts.values(), windows_at(self.now)).merged()
-        return True
 
-    @rule(who=st.integers(0, GATEWAYS - 1), lie=st.sampled_from(LIES), ahead=st.integers(-2, 10**9), amount=AMOUNTS)
+    @rule(who=WHO, lie=st.sampled_from(LIES), ahead=st.integers(-2, 10**9), amount=AMOUNTS)
     def lies(self, who: int, lie: bytes, ahead: int, amount: int) -> None:
         """Also in the name of another's holder."""
         at = {kind: str(number + ahead if number else 0) for kind, number in windows_at(self.now).items()}
@@ -389,16 +364,6 @@ class Parts(Budgets):
         kinds = {kind.value: {number: {"settled": amount, "shares": shares}} for kind, number in at.items()}
         self.stolen = [lie or json.dumps({"v": 1, "name": "lie", "kinds": kinds}).encode()]
         self.revision += 1
-
-    @invariant()
-    def capacity_stands_in_the_record(self) -> None:
-        for who, gateway in enumerate(self.live):
-            own = Record.parse(self.parts[who]) if who in self.parts else Record("name")
-            for counter in gateway.account.current.values():
-                assert counter.reserved >= 0
-                share = own.share(counter.kind, counter.window, gateway.account.holder)
-                if counter.window >= own.floor(counter.kind) and counter.kind is not STREAMS:
-                    assert counter.capacity <= (0 if share is None else share.drawn)
 
     def teardown(self) -> None:
         self.stolen = []
@@ -408,45 +373,25 @@ class Parts(Budgets):
 class AnyClocks(Budgets):
     """Clocks that differ by anything: what is counted by windows is as safe as ever. Streams are left out."""
 
-    @rule(who=st.integers(0, GATEWAYS - 1), seconds=st.floats(-200_000, 200_000))
+    @rule(who=WHO, seconds=st.floats(-200_000, 200_000))
     def step(self, who: int, seconds: float) -> None:
         self.live[who].clock = seconds
 
-    @invariant()
-    def never_more_than_the_ceiling(self) -> None:
-        for (kind, number), used in self.used.items():
-            if kind is not STREAMS:
-                assert used + self.reserved[kind, number] <= CEILINGS[kind], (kind, number)
+    def never_more_streams(self) -> None:
+        """No invariant here."""
 
 
-COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
-QUICK = settings(max_examples=60, stateful_step_count=50, **COMMON)
-LONG = settings(max_examples=300, stateful_step_count=80, phases=(Phase.generate, Phase.shrink), **COMMON)
-
-TestBudgets = Budgets.TestCase
-TestBudgets.settings = QUICK
-TestParts = Parts.TestCase
-TestParts.settings = QUICK
-TestAnyClocks = AnyClocks.TestCase
-TestAnyClocks.settings = QUICK
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-class TestBudgetsLong(Budgets.TestCase):
-    settings = LONG
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-class TestPartsLong(Parts.TestCase):
-    settings = LONG
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-class TestAnyClocksLong(AnyClocks.TestCase):
-    settings = LONG
+@pytest.mark.parametrize(
+    ("examples", "steps"), [(60, 50), pytest.param(300, 80, marks=(pytest.mark.slow, pytest.mark.timeout(600)))]
+)
+@pytest.mark.parametrize("machine", [Budgets, Parts, AnyClocks])
+def test_whatever_happens(machine: type[Budgets], examples: int, steps: int) -> None:
+    phases = tuple(Phase) if examples == 60 else (Phase.generate, Phase.shrink)
+    unhurried = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+    how = settings(
+        max_examples=examples, stateful_step_count=steps, phases=phases, deadline=None, suppress_health_check=unhurried
+    )
+    run_state_machine_as_test(machine, settings=how)
 
 
 def test_windows_are_of_utc() -> None:
@@ -500,4 +445,4 @@ def test_a_lease_covers_what_is_used_in_some_seconds(every: float) -> None:
             held.append(counter.spare * every)
         now += every
     assert min(held) > COVER / 2 - 2 * every  # seconds of what it uses
-    assert max(held) < 2 * COVER + 600 / LEAST_SPARE * every
+    assert max(held) < 2 * COVER + 600 / lease.LEAST_SPARE * every
