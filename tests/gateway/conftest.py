@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
+from fastapi import FastAPI
 
+from lacre_gateway.http.server import Server, bind, make_server
+from lacre_gateway.settings import Listen
 from parts.fake_worker import FakeWorker
 from parts.issuer import Issuer
 from parts.stage import Stage
@@ -49,3 +54,22 @@ async def worker(stage: Stage) -> AsyncIterator[FakeWorker]:
 async def client(stage: Stage) -> AsyncIterator[httpx2.AsyncClient]:
     async with stage.http() as client:
         yield client
+
+
+@asynccontextmanager
+async def served(
+    app: FastAPI, context: ssl.SSLContext | None = None, **listen: float | tuple[str, ...]
+) -> AsyncIterator[tuple[Server, int]]:
+    """The app on a port of its own. listen: members of the `[listen]` table. Leaving it is what SIGTERM does."""
+    settings = Listen(port=0, **{"drain": 2, **listen})  # type: ignore[arg-type]
+    with bind(settings) as listener:
+        server = make_server(app, settings, context)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield server, listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await serving
+            await server.settle()

@@ -6,21 +6,16 @@ It lives in an environment of its own (`make tested`), and is left out where tha
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from fastapi import FastAPI
 
-from lacre_gateway.http.server import bind, make_server
-from lacre_gateway.settings import Listen
 from parts.stage import Stage
 
-from .conftest import PutUp
+from .conftest import PutUp, served
 
 SCHEMATHESIS = Path(__file__).resolve().parents[2] / "build" / "contract" / "bin" / "schemathesis"
 CHECKS = (
@@ -33,19 +28,6 @@ HOOKS = """
 import schemathesis
 schemathesis.serializer.alias("message/ohttp-chunked-req", "application/octet-stream")
 """
-
-
-@contextlib.asynccontextmanager
-async def serving(app: FastAPI) -> AsyncIterator[str]:
-    listen = Listen(port=0, drain=1)
-    with bind(listen) as listener:
-        server = make_server(app, listen)
-        running = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        await running
 
 
 PLANS = """
@@ -77,11 +59,11 @@ async def test_no_breach(stage: Stage, tmp_path: Path, which: str) -> None:
     (tmp_path / "hooks.py").write_text(HOOKS)
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)}
     token = stage.issuer.token(scope="lacre:admin lacre:http", sub="root")
-    async with stage.fake_worker(), serving(app) as url:
+    async with stage.fake_worker(), served(app) as (_, port):
         command = [
-            str(SCHEMATHESIS), "run", str(schema), "--url", url, "--checks", CHECKS, "--max-time", str(SECONDS),
+            str(SCHEMATHESIS), "run", str(schema), "--url", f"http://127.0.0.1:{port}", "--checks", CHECKS,
             "--header", f"Authorization: Bearer {token}", "--phases", "examples,coverage,fuzzing", "--no-color",
-            "--request-timeout", "30", "--seed", "1",
+            "--request-timeout", "30", "--seed", "1", "--max-time", str(SECONDS),
         ]  # fmt: skip
         done = await asyncio.to_thread(
             subprocess.run, command, check=False, capture_output=True, text=True, timeout=110, cwd=tmp_path, env=environment

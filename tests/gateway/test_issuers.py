@@ -354,7 +354,7 @@ async def test_a_key_that_is_withdrawn_says_so(after: dict[str, Ed25519PrivateKe
     [
         (True, False, ["https://issuer.example/x", "https://issuer.example:8443/x?y=z"]),
         (True, True, ["http://127.0.0.1:8080/x", "http://localhost/x", "http://[::1]/x"]),
-        (False, True, ["http://issuer.example/x", "http://127.0.0.1.example/x", "ftp://issuer.example/x", "issuer.example", ""]),
+        (False, True, ["http://issuer.example/x", "http://127.0.0.1.example/x", "ftp://issuer.example/x", "issuer", ""]),
         (False, False, ["http://127.0.0.1/x", "https://user@issuer.example/x", "https://issuer.example/x#y",
                         "https://issuer.example:port/", "https:///x"]),
     ],
