@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from lacre_fabric.operate.nats_server import free_port
-from parts.fabric import LiveFabric
+from lacre_fabric.operate.site import Site
+from parts.fabric import LiveFabric, Parties
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,25 @@ async def nats(server: LiveFabric) -> AsyncIterator[LiveFabric]:
         await connection.jetstream.purge_stream(f"WORK_{pool}_lacre")
     await connection.close()
     yield server
+
+
+@pytest.fixture
+async def parties(nats: LiveFabric) -> AsyncIterator[Parties]:
+    async with Parties.of(nats) as parties:
+        yield parties
+
+
+@pytest.fixture
+async def own(tmp_path: Path) -> AsyncIterator[Parties]:
+    """On a server of the test's own, which it may restart and configure anew."""
+    with LiveFabric.running(tmp_path) as live:
+        await live.provision()
+        async with Parties.of(live) as parties:
+            yield parties
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path / "state", {"default": ("m",)})
+    site.create()
+    return site

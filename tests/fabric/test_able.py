@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 
@@ -18,7 +17,7 @@ from lacre_fabric.nats.streams import CLAIMS
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable, NoWorkers
 from lacre_fabric.work.frames import FrameKind
-from parts.fabric import LiveFabric, new_work
+from parts.fabric import Parties, answer, new_work, until
 
 
 class Able:
@@ -32,27 +31,20 @@ class Able:
         return [] if self.able else ["upstream"]
 
 
-@dataclasses.dataclass
+@dataclass
 class Ends:
     gateway: NatsGateway
     worker: NatsWorker
     able: Able
 
     async def until(self, workers: int) -> None:
-        async with asyncio.timeout(15):
-            while self.gateway.workers("a", "m1") != workers:
-                await asyncio.sleep(0.02)
+        await until(lambda: self.gateway.workers("a", "m1") == workers)
 
 
 @pytest.fixture
-async def ends(nats: LiveFabric) -> AsyncIterator[Ends]:
-    async with AsyncExitStack() as stack:
-        gateway, able = await nats.gateway(), Able("m1")
-        stack.push_async_callback(gateway.close)
-        credential = nats.credentials["worker-a-n1"]
-        worker = await NatsWorker.connect(nats.server.url, credential, "a", "n1", ["m1"], able=able)
-        stack.push_async_callback(worker.close)
-        yield Ends(gateway, worker, able)
+async def ends(parties: Parties) -> Ends:
+    able = Able("m1")
+    return Ends(await parties.gateway(), await parties.worker(able=able), able)
 
 
 async def test_it_is_announced_only_while_it_can_work(ends: Ends) -> None:
@@ -63,10 +55,9 @@ async def test_it_is_announced_only_while_it_can_work(ends: Ends) -> None:
         await ends.gateway.dispatch(new_work(), queue_limit=1)
     ends.able.able = {"m1"}
     await ends.until(1)
-    pulling = tasks.spawn("pull", ends.worker.pull())
-    await ends.gateway.dispatch(new_work())
-    async with asyncio.timeout(15):
-        await (await pulling).drop()
+    work = new_work()
+    await ends.gateway.dispatch(work)
+    assert await answer(ends.worker) == work
 
 
 async def test_what_came_when_it_could_not_any_more_goes_back(ends: Ends) -> None:
@@ -88,18 +79,12 @@ async def test_a_claim_that_is_tried_says_what_time_it_is(ends: Ends) -> None:
     assert await ends.worker.try_claim() is not None, "each time another one: a claim can be made once"
 
 
-async def test_a_full_bucket_is_noticed(nats: LiveFabric, ends: Ends) -> None:
-    connection = await nats.connect("provisioner")
-    stream = f"KV_{subjects.claims_bucket('a')}"
-    try:
-        config = (await connection.jetstream.stream_info(stream)).config
-        held = (await connection.jetstream.stream_info(stream)).state.messages
-        await connection.jetstream.update_stream(config.evolve(max_msgs=max(1, held)))
-        if not held:
-            await ends.worker.try_claim()
-        with pytest.raises(FabricUnavailable):
-            await ends.worker.try_claim()
-        await connection.jetstream.update_stream(config.evolve(max_msgs=CLAIMS.messages))
-        assert await ends.worker.try_claim() is not None
-    finally:
-        await connection.close()
+async def test_a_full_bucket_is_noticed(parties: Parties, ends: Ends) -> None:
+    jetstream = (await parties.connect()).jetstream
+    await ends.worker.try_claim()
+    info = await jetstream.stream_info(f"KV_{subjects.claims_bucket('a')}")
+    await jetstream.update_stream(info.config.evolve(max_msgs=info.state.messages))
+    with pytest.raises(FabricUnavailable):
+        await ends.worker.try_claim()
+    await jetstream.update_stream(info.config.evolve(max_msgs=CLAIMS.messages))
+    assert await ends.worker.try_claim() is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +10,15 @@ from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 from lacre.errors import SettingsError
 from lacre_fabric.nats import revocations, subjects
 from lacre_fabric.nats import streams as layout
-from lacre_fabric.nats.accounts import WORKER_PAYLOAD, WORKER_SUBSCRIPTIONS, accounts
-from lacre_fabric.nats.kv import NatsBucket, dump
+from lacre_fabric.nats.accounts import WORKER_PAYLOAD, accounts
+from lacre_fabric.nats.kv import dump
 from lacre_fabric.nats.provisioning import provision
-from lacre_fabric.nats.roles import INSPECTION, MAX_SLOTS, SYSTEM, gateway_account, workers_account
+from lacre_fabric.nats.roles import INSPECTION, MAX_SLOTS, SYSTEM
 from lacre_fabric.nats.streams import BucketLimits
 from lacre_fabric.operate.nats_server import LOG_SIZE, LOGS, MAX_FILES, configuration
 from lacre_fabric.operate.site import Site
 from lacre_fabric.work.contract import FabricUnavailable
-from parts.fabric import POOLS, LiveFabric
-from parts.stolen_nats import StolenNats
+from parts.fabric import POOLS, LiveFabric, Parties
 
 SMALL = BucketLimits(64 * 1024, 100, 512)
 NEVER = {"Nats-TTL": "never"}
@@ -32,123 +29,17 @@ def file_bytes(pools: int) -> int:
     return layout.TRUST.size + layout.BUDGETS.size + revocations.MAX_BYTES + pools * layout.CLAIMS.size
 
 
-@pytest.fixture
-async def small(nats: LiveFabric) -> AsyncIterator[LiveFabric]:
-    """The server with little room for claims."""
-    provisioner = await nats.connect("provisioner")
-    for pool in POOLS:
-        await provisioner.jetstream.delete_stream(f"KV_claims_{pool}")
-    await provision(provisioner, POOLS, claims=SMALL)
-    yield nats
-    for pool in POOLS:
-        await provisioner.jetstream.delete_stream(f"KV_claims_{pool}")
-    await provisioner.close()
-    await nats.provision()
+async def test_a_claim_has_a_largest_size(parties: Parties) -> None:
+    stolen = await parties.stolen("worker-a-n1")
+    for size, refused in ((layout.CLAIMS.largest, False), (layout.CLAIMS.largest + 1, True)):
+        answer = await stolen.ask(f"$KV.claims_a.odd{size}", bytes(size))
+        assert ("message size exceeds maximum allowed" in str(answer)) == refused
 
 
-class Stolen:
-    """Opens raw connections with credentials of the server's, and closes them at the end."""
-
-    def __init__(self, live: LiveFabric) -> None:
-        self._live = live
-        self.open: list[StolenNats] = []
-
-    async def __call__(self, role: str) -> StolenNats:
-        self.open.append(await StolenNats.open(self._live.server.port, self._live.credentials[role]))
-        return self.open[-1]
-
-
-@pytest.fixture
-async def raw(nats: LiveFabric) -> AsyncIterator[Stolen]:
-    stolen = Stolen(nats)
-    yield stolen
-    for each in stolen.open:
-        await each.close()
-
-
-@pytest.mark.usefixtures("small")
-async def test_full_claims_stop_their_own_pool_alone(raw: Stolen) -> None:
-    stolen = await raw("worker-a-n1")
-    answers = [await stolen.ask(f"$KV.claims_a.fill{number}", bytes(300)) for number in range(SMALL.messages + 5)]
-    assert [("error" in answer) for answer in answers] == [False] * SMALL.messages + [True] * 5
-    others = {
-        "worker-b-n1": "$KV.claims_b.x",
-        "gateway-g1": "$KV.budgets.gateway-g1.x",
-        "gateway-g2": subjects.revocation("gateway-g2"),
-    }
-    for role, subject in others.items():
-        other = await raw(role)
-        assert "error" not in await other.ask(subject, b"x")
-
-
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        ({"data": bytes(SMALL.largest + 1)}, "message size exceeds maximum allowed"),
-        ({"data": b"x", "headers": NEVER}, "per-message TTL is disabled"),
-        ({"data": b"x", "headers": {"Nats-TTL": "1s"}}, "per-message TTL is disabled"),
-        ({"headers": {"Nats-Rollup": "all"}}, "rollup not permitted"),
-        ({"headers": {"Nats-Rollup": "sub", "KV-Operation": "PURGE"}}, "rollup not permitted"),
-    ],
-)
-@pytest.mark.usefixtures("small")
-async def test_what_a_claim_must_not_be(raw: Stolen, said: dict[str, object], told: str) -> None:
-    stolen = await raw("worker-a-n1")
-    answer = await stolen.ask("$KV.claims_a.odd", **said)  # type: ignore[arg-type]
-    assert told in answer["error"]["description"]
-
-
-async def test_a_claim_is_written_once(raw: Stolen, small: LiveFabric) -> None:
-    first, second = await raw("worker-a-n1"), await raw("worker-a-n2")
-    assert "error" not in await first.ask("$KV.claims_a.once", b"first")
-    for headers in (None, {"KV-Operation": "DEL"}, {"Nats-Expected-Last-Sequence": "1"}):
-        assert "error" in await second.ask("$KV.claims_a.once", b"second", headers)
-    provisioner = await small.connect("provisioner")
-    assert (await dump(provisioner, "claims_a"))["once"].value == b"first"
-    await provisioner.close()
-
-
-@pytest.mark.parametrize("rollup", ["all", "sub"])
-async def test_no_message_wipes_the_budgets(raw: Stolen, nats: LiveFabric, rollup: str) -> None:
-    stolen, connection = await raw("gateway-g1"), await nats.connect("gateway-g2")
-    bucket = NatsBucket(connection, subjects.BUDGETS_BUCKET)
-    await bucket.write(f"kept.{rollup}", b"usage", 0)
-    for headers in ({"Nats-Rollup": rollup}, {"Nats-Rollup": rollup, "KV-Operation": "PURGE"}, {"Nats-TTL": "1s"}):
-        assert "error" in await stolen.ask("$KV.budgets.gateway-g1.zz", b"", headers)
-        for subject in ("$KV.budgets.zz", f"$KV.budgets.kept.{rollup}", f"$KV.budgets.gateway-g2.kept.{rollup}"):
-            stolen.publish(subject, b"", headers=headers)
-            stolen.publish(subject, b"")
-    await stolen.settle()
-    assert len(stolen.errors) == 18
-    entry = await bucket.read(f"kept.{rollup}")
-    assert entry is not None
-    assert entry.value == b"usage"
-    await connection.close()
-
-
-async def test_subscriptions_and_connections_have_an_end(raw: Stolen, nats: LiveFabric) -> None:
-    stolen = await raw("worker-a-n1")
-    for number in range(WORKER_SUBSCRIPTIONS + 100):
-        stolen.say(b"SUB cancel.a.z%d %d\r\n" % (number, number))
-    await stolen.settle()
-    assert len(stolen.errors) == 100
-    assert all("maximum subscriptions exceeded" in error for error in stolen.errors)
-    most = accounts(nats.roles())[workers_account("a")]["limits"]["max_connections"]
-    others = [stolen]
-    with pytest.raises(ConnectionError):
-        for _ in range(most + 1):
-            others.append(await raw("worker-a-n1"))
-    assert most - 10 <= len(others) <= most  # those of the tests before may not be gone yet
-    honest = await nats.worker("b")  # another pool's
-    await honest.close()
-
-
-async def test_a_worker_sends_frames_and_nothing_larger(raw: Stolen) -> None:
-    gateway = await raw("gateway-g1")
+async def test_a_worker_sends_frames_and_nothing_larger(parties: Parties) -> None:
+    gateway, stolen = await parties.stolen("gateway-g1"), await parties.stolen("worker-a-n1")
     gateway.say(b"SUB reply.*.g1.* 1\r\n")
     await gateway.settle()
-    stolen = await raw("worker-a-n1")
-    assert stolen.info["max_payload"] == layout.MAX_PAYLOAD
     stolen.publish("reply.a.g1.x", bytes(WORKER_PAYLOAD))
     await stolen.settle()
     stolen.publish("reply.a.g1.x", bytes(WORKER_PAYLOAD + 1))
@@ -159,18 +50,10 @@ async def test_a_worker_sends_frames_and_nothing_larger(raw: Stolen) -> None:
 
 async def test_the_server_cannot_be_asked_for_less_than_its_buckets(tmp_path: Path) -> None:
     """Their room is reserved: where it is not there, nothing is provisioned, and it is said."""
-    live = LiveFabric.make(tmp_path)
-    live.server.configure(live.roles())
-    path = tmp_path / "nats.conf"
-    config = json.loads(path.read_text())
-    config["jetstream"]["max_file_store"] = file_bytes(len(POOLS)) - 1
-    path.write_text(json.dumps(config))
-    live.process = live.server.start(live.log)
-    try:
+    less = {"max_file_store": file_bytes(len(POOLS)) - 1}
+    with LiveFabric.running(tmp_path, change=lambda config: config["jetstream"].update(less)) as live:
         with pytest.raises(FabricUnavailable, match="insufficient storage resources"):
             await live.provision()
-    finally:
-        live.stop()
 
 
 def test_every_stream_has_bounds_that_fit_the_store() -> None:
@@ -188,15 +71,6 @@ def test_every_account_has_limits() -> None:
     live = LiveFabric.make(Path("unused"))
     found = configuration("127.0.0.1", 4222, "store", live.roles())["accounts"]
     assert all(min(account["limits"].values()) > 0 for account in found.values())
-
-
-async def test_a_gateway_leaves_the_others_their_connections(raw: Stolen, nats: LiveFabric) -> None:
-    most = accounts(nats.roles())[gateway_account("g1")]["limits"]["max_connections"]
-    with pytest.raises(ConnectionError):
-        for _ in range(most + 1):
-            await raw("gateway-g1")
-    other = await nats.gateway("g2")
-    await other.close()
 
 
 async def test_buckets_of_older_versions_are_made_anew_with_what_they_hold(tmp_path: Path) -> None:
@@ -224,22 +98,17 @@ async def test_buckets_of_older_versions_are_made_anew_with_what_they_hold(tmp_p
 
 
 async def test_the_log_of_what_is_denied_has_an_end(tmp_path: Path) -> None:
-    live = LiveFabric.make(tmp_path)
-    live.server.configure(live.roles())
-    path = tmp_path / "nats.conf"
-    config = json.loads(path.read_text())
-    assert (config["logfile_size_limit"], config["logfile_max_num"]) == (LOG_SIZE, LOGS)
-    path.write_text(json.dumps({**config, "logfile_size_limit": 100_000}))
-    live.process = live.server.start(live.log)
-    try:
-        stolen = await StolenNats.open(live.server.port, live.credentials["worker-a-n1"])
-        for number in range(5000):
-            stolen.publish(f"denied.{number}")
-        await stolen.settle()
-        await stolen.close()
-        assert len(stolen.errors) == 5000
-    finally:
-        live.stop()
+    def smaller(config: dict[str, object]) -> None:
+        assert (config["logfile_size_limit"], config["logfile_max_num"]) == (LOG_SIZE, LOGS)
+        config["logfile_size_limit"] = 100_000
+
+    with LiveFabric.running(tmp_path, change=smaller) as live:
+        async with Parties.of(live) as parties:
+            stolen = await parties.stolen("worker-a-n1")
+            for number in range(5000):
+                stolen.publish(f"denied.{number}")
+            await stolen.settle()
+            assert len(stolen.errors) == 5000
     written = log_sizes(tmp_path)
     assert 1 < len(written) <= LOGS + 1
     assert max(written) < 200_000

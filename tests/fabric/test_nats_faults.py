@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, suppress
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 
 from lacre.errors import MessageTooLarge
+from lacre.runtime import tasks
 from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.gateway import NatsGateway
 from lacre_fabric.nats.provisioning import provision
@@ -28,45 +27,7 @@ from lacre_fabric.work.contract import (
     WorkerLost,
 )
 from lacre_fabric.work.frames import FrameKind
-from parts.fabric import POOLS, LiveFabric, new_work, sealed_bytes
-
-
-class Ends:
-    """Makes gateways and workers; all are closed after the test."""
-
-    def __init__(self, live: LiveFabric, stack: AsyncExitStack) -> None:
-        self.live = live
-        self._stack = stack
-
-    async def gateway(self, name: str = "g1") -> NatsGateway:
-        gateway = await self.live.gateway(name)
-        self._stack.push_async_callback(gateway.close)
-        return gateway
-
-    async def worker(self, node: str = "n1", *, slots: int = 1, models: tuple[str, ...] = ("m1",)) -> NatsWorker:
-        worker = await self.live.worker("a", node, models, slots)
-        self._stack.push_async_callback(worker.close)
-        return worker
-
-
-@pytest.fixture
-async def ends(nats: LiveFabric) -> AsyncIterator[Ends]:
-    async with AsyncExitStack() as stack:
-        yield Ends(nats, stack)
-
-
-@pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[LiveFabric]:
-    """A server of the test's own, to be restarted."""
-    with LiveFabric.running(tmp_path) as live:
-        yield live
-
-
-@pytest.fixture
-async def own(own_server: LiveFabric) -> AsyncIterator[Ends]:
-    await own_server.provision()
-    async with AsyncExitStack() as stack:
-        yield Ends(own_server, stack)
+from parts.fabric import POOLS, Parties, answer, new_work, read, sealed_bytes, until
 
 
 async def die(worker: NatsWorker) -> None:
@@ -79,14 +40,8 @@ async def die(worker: NatsWorker) -> None:
 async def answered(worker: NatsWorker, gateway: NatsGateway) -> bool:
     """Whether work goes through from end to end."""
     dispatch = await gateway.dispatch(new_work())
-    async with asyncio.timeout(15):
-        delivery = await worker.pull()
-        assert await delivery.claim()
-        await delivery.send(FrameKind.DATA, b"x")
-        await delivery.send(FrameKind.USAGE, b"")
-        await delivery.drop()
-        worker.release()
-        return [frame.payload async for frame in dispatch.frames()] == [b"x", b""]
+    await answer(worker)
+    return await read(dispatch) == [b"x", b"receipt"]
 
 
 async def ends_with(dispatch: Dispatch) -> FabricError:
@@ -101,29 +56,25 @@ async def ends_with(dispatch: Dispatch) -> FabricError:
 # Redelivery
 
 
-async def test_a_death_before_the_claim_costs_one_redelivery(ends: Ends) -> None:
-    await ends.live.provision(ack_wait=0.5)
-    gateway, first, second = await ends.gateway(), await ends.worker("n1"), await ends.worker("n2")
+async def test_a_death_before_the_claim_costs_one_redelivery(parties: Parties) -> None:
+    await parties.live.provision(ack_wait=0.5)
+    gateway, first, second = await parties.gateway(), await parties.worker("a", "n1"), await parties.worker("a", "n2")
     work = new_work()
     dispatch = await gateway.dispatch(work)
     await first.pull()
     await die(first)
     async with asyncio.timeout(10):
         delivery = await second.pull()
-    assert delivery.work == work
-    assert delivery.again
+    assert (delivery.work, delivery.again) == (work, True)
     assert await delivery.claim()
-    await delivery.send(FrameKind.DATA, b"x")
     await delivery.send(FrameKind.USAGE, b"")
-    frames = [frame async for frame in dispatch.frames()]
-    assert [frame.payload for frame in frames] == [b"x", b""]
-    assert {frame.attempt for frame in frames} == {delivery.attempt}
-    assert await ends.live.queued() == 0
+    assert [frame.attempt async for frame in dispatch.frames()] == [delivery.attempt]
+    assert await parties.live.queued() == 0
 
 
-async def test_work_in_progress_is_not_delivered_again(ends: Ends) -> None:
-    await ends.live.provision(ack_wait=2.5)
-    gateway, first, second = await ends.gateway(), await ends.worker("n1"), await ends.worker("n2")
+async def test_work_in_progress_is_not_delivered_again(parties: Parties) -> None:
+    await parties.live.provision(ack_wait=2.5)
+    gateway, first, second = await parties.gateway(), await parties.worker("a", "n1"), await parties.worker("a", "n2")
     await gateway.dispatch(new_work())
     delivery = await first.pull()
     with pytest.raises(TimeoutError):
@@ -132,9 +83,9 @@ async def test_work_in_progress_is_not_delivered_again(ends: Ends) -> None:
     await delivery.drop()
 
 
-async def test_deliveries_that_come_to_nothing_lose_the_request(ends: Ends) -> None:
-    await ends.live.provision(ack_wait=0.3)
-    gateway, worker, other = await ends.gateway(), await ends.worker("n1", slots=3), await ends.worker("n2")
+async def test_deliveries_that_come_to_nothing_lose_the_request(parties: Parties) -> None:
+    await parties.live.provision(ack_wait=0.3)
+    gateway, worker, other = await parties.gateway(), await parties.worker("a", "n1", slots=3), await parties.worker("a", "n2")
     dispatch = await gateway.dispatch(new_work())
     waiting = asyncio.create_task(other.pull())
     frames = asyncio.create_task(anext(dispatch.frames()))
@@ -149,16 +100,15 @@ async def test_deliveries_that_come_to_nothing_lose_the_request(ends: Ends) -> N
     with pytest.raises(WorkerLost, match="every delivery"):
         async with asyncio.timeout(10):
             await frames
-    assert await ends.live.queued() == 0, "the message would stay until its time is over"
-    waiting.cancel()
-    await asyncio.gather(waiting, return_exceptions=True)
+    assert await parties.live.queued() == 0, "the message would stay until its time is over"
+    await tasks.end(waiting)
 
 
 # The queue
 
 
-async def test_a_full_queue_takes_no_more(ends: Ends) -> None:
-    gateway, _ = await ends.gateway(), await ends.worker()
+async def test_a_full_queue_takes_no_more(parties: Parties) -> None:
+    gateway, _ = await parties.gateway(), await parties.worker()
     await (await gateway.dispatch(new_work())).cancel()
     for _ in range(QUEUED_MESSAGES):
         await gateway.connection.jetstream.publish(subjects.work("a", subjects.DEFAULT_REGION, "m2"), b"x")
@@ -167,8 +117,8 @@ async def test_a_full_queue_takes_no_more(ends: Ends) -> None:
     assert not gateway._side("a").waiting
 
 
-async def test_what_the_server_would_not_take_is_not_sent(ends: Ends) -> None:
-    gateway, worker = await ends.gateway(), await ends.worker()
+async def test_what_the_server_would_not_take_is_not_sent(parties: Parties) -> None:
+    gateway, worker = await parties.gateway(), await parties.worker()
     limit = gateway.connection.client.max_payload
     sealed = sealed_bytes() + bytes(limit)
     largest = None
@@ -187,71 +137,55 @@ async def test_what_the_server_would_not_take_is_not_sent(ends: Ends) -> None:
     assert gateway.connection.client.stats["reconnects"] == 0
 
 
-async def test_a_gateway_that_died_leaves_nothing_in_the_queue(ends: Ends) -> None:
-    gateway, _ = await ends.gateway(), await ends.worker()
+async def test_a_gateway_that_died_leaves_nothing_in_the_queue(parties: Parties) -> None:
+    gateway, _ = await parties.gateway(), await parties.worker()
     await gateway.dispatch(new_work(), queue_limit=0.5)
     await gateway.close()
-    assert await ends.live.queued() == 1
+    assert await parties.live.queued() == 1
     await asyncio.sleep(2.7)  # its time to live: the queue limit in whole seconds, and one
-    assert await ends.live.queued() == 0
+    assert await parties.live.queued() == 0
 
 
-async def test_a_model_nobody_serves_keeps_no_other_waiting(ends: Ends) -> None:
-    gateway, _ = await ends.gateway(), await ends.worker(models=("m1",))
+async def test_a_model_nobody_serves_keeps_no_other_waiting(parties: Parties) -> None:
+    gateway, _ = await parties.gateway(), await parties.worker(models=("m1",))
     await (await gateway.dispatch(new_work(model="m1"))).cancel()
     gateway._side("a").settled_at = 0.0
     with pytest.raises(NoWorkers):
         await gateway.dispatch(new_work(model="m2"))
 
 
-async def test_a_worker_serves_several_models(ends: Ends) -> None:
-    gateway, worker = await ends.gateway(), await ends.worker(slots=2, models=("m1", "m2"))
-    for model in ("m2", "m1", "m2"):
-        work = new_work(model=model)
-        await gateway.dispatch(work)
-        async with asyncio.timeout(10):
-            delivery = await worker.pull()
-        assert delivery.work == work
-        await delivery.drop()
-        worker.release()
-
-
 # Gateways and workers that come and go
 
 
-async def test_work_of_a_gateway_that_is_gone_is_stopped(ends: Ends) -> None:
-    gateway, worker = await ends.gateway(), await ends.worker()
+async def test_work_of_a_gateway_that_is_gone_is_stopped(parties: Parties) -> None:
+    gateway, worker = await parties.gateway(), await parties.worker()
     await gateway.dispatch(new_work())
     delivery = await worker.pull()
     await delivery.send(FrameKind.DATA, b"x")
     await gateway.close()
-    successor = await ends.gateway()
+    successor = await parties.gateway()
+    await until(lambda: successor._side("a").connected)  # once it has heard of the pool
     async with asyncio.timeout(10):
-        while not successor._side("a").connected:  # once it has heard of the pool
-            await asyncio.sleep(0.02)
         await delivery.send(FrameKind.BEAT, b"")
         await delivery.cancelled.wait()
 
 
-async def test_a_drained_worker_leaves_no_pull_behind(ends: Ends) -> None:
-    gateway, leaving, staying = await ends.gateway(), await ends.worker("n1"), await ends.worker("n2")
+async def test_a_drained_worker_leaves_no_pull_behind(parties: Parties) -> None:
+    gateway, leaving, staying = await parties.gateway(), await parties.worker("a", "n1"), await parties.worker("a", "n2")
     pulling = asyncio.create_task(leaving.pull())
     await asyncio.sleep(0.2)
-    pulling.cancel()
-    await asyncio.gather(pulling, return_exceptions=True)
+    await tasks.end(pulling)
     await leaving.drain()
-    work = new_work()
-    await gateway.dispatch(work)
+    await gateway.dispatch(work := new_work())
     async with asyncio.timeout(10):
         delivery = await staying.pull()
-    assert delivery.work == work
-    assert delivery._message.metadata.num_delivered == 1
+    assert (delivery.work, delivery._message.metadata.num_delivered) == (work, 1)
     await delivery.drop()
 
 
 @pytest.mark.slow
-async def test_closing_ends_what_waits(ends: Ends) -> None:
-    gateway, _ = await ends.gateway(), await ends.worker()
+async def test_closing_ends_what_waits(parties: Parties) -> None:
+    gateway, _ = await parties.gateway(), await parties.worker()
     dispatch = await gateway.dispatch(new_work())
     waiting = asyncio.create_task(anext(dispatch.frames()))
     await asyncio.sleep(0.1)
@@ -262,37 +196,32 @@ async def test_closing_ends_what_waits(ends: Ends) -> None:
         await gateway.dispatch(new_work())
 
 
-async def test_no_queue_is_said(ends: Ends) -> None:
-    gateway, worker = await ends.gateway(), await ends.worker()
+async def test_no_queue_is_said(parties: Parties) -> None:
+    gateway, worker = await parties.gateway(), await parties.worker()
     await (await gateway.dispatch(new_work())).cancel()
-    provisioner = await ends.live.connect("provisioner")
-    await provisioner.jetstream.delete_stream("WORK_a_lacre")
-    await provisioner.close()
+    await (await parties.connect("provisioner")).jetstream.delete_stream("WORK_a_lacre")
     with pytest.raises(NoQueue):
         await gateway.dispatch(new_work(), queue_limit=0.5)
     # The worker says that it can take nothing, and finds the new queue by itself.
     pulling = asyncio.create_task(worker.pull())
     await asyncio.sleep(0.2)
     assert gateway.workers("a", "m1") == 0
-    await ends.live.provision()
+    await parties.live.provision()
+    await until(lambda: gateway.workers("a", "m1"))
     async with asyncio.timeout(10):
-        while not gateway.workers("a", "m1"):
-            await asyncio.sleep(0.05)
         await gateway.dispatch(new_work())
         await (await pulling).drop()
 
 
-async def test_work_waits_for_its_queue_and_is_in_it_once(ends: Ends) -> None:
+async def test_work_waits_for_its_queue_and_is_in_it_once(parties: Parties) -> None:
     """As when the queue's leader dies, and another is chosen."""
-    gateway, worker = await ends.gateway(), await ends.worker(slots=2)
-    provisioner = await ends.live.connect("provisioner")
-    await provisioner.jetstream.delete_stream("WORK_a_lacre")
-    await provisioner.close()
+    gateway, worker = await parties.gateway(), await parties.worker(slots=2)
+    await (await parties.connect("provisioner")).jetstream.delete_stream("WORK_a_lacre")
     work = new_work()
     dispatching = asyncio.create_task(gateway.dispatch(work))
     await asyncio.sleep(0.5)
     assert not dispatching.done()
-    await ends.live.provision()
+    await parties.live.provision()
     await dispatching
     async with asyncio.timeout(15):
         delivery = await worker.pull()
@@ -301,9 +230,9 @@ async def test_work_waits_for_its_queue_and_is_in_it_once(ends: Ends) -> None:
 
 
 @pytest.mark.slow
-async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
+async def test_everybody_comes_back_after_a_restart(own: Parties) -> None:
     gateway, other, worker = await own.gateway("g1"), await own.gateway("g2"), await own.worker()
-    await own.worker("n2", models=("m2",))
+    await own.worker("a", "n2", models=("m2",))
     assert await answered(worker, gateway)
     broken = await gateway.dispatch(new_work())
     delivery = await worker.pull()
@@ -315,9 +244,9 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     ending = asyncio.create_task(ends_with(broken))
     await delivery.drop()
     worker.release()
-    for connection in (gateway.connection, other.connection, worker.connection):
-        async with asyncio.timeout(15):
-            await connection.wait_connected()
+    async with asyncio.timeout(15):
+        for party in (gateway, other, worker):
+            await party.connection.wait_connected()
     with pytest.raises(FabricError):
         await gateway.dispatch(new_work())
     pulling = asyncio.create_task(worker.pull())
@@ -325,9 +254,8 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
     await own.live.provision()
     # A sequence of the old queue means another message in the new one: to withdraw the old must not take the new away.
     new = new_work()
+    await until(lambda: other.workers("a", "m1") and other.workers("a", "m2"))
     async with asyncio.timeout(15):
-        while not (other.workers("a", "m1") and other.workers("a", "m2")):
-            await asyncio.sleep(0.05)
         for _ in range(2):
             await (await other.dispatch(new_work(model="m2"))).cancel()
         dispatch = await other.dispatch(new)
@@ -347,32 +275,28 @@ async def test_everybody_comes_back_after_a_restart(own: Ends) -> None:
 
 
 @pytest.mark.slow
-async def test_a_worker_takes_no_heap_of_work_after_an_outage(own: Ends) -> None:
+async def test_a_worker_takes_no_heap_of_work_after_an_outage(own: Parties) -> None:
     gateway, worker = await own.gateway(), await own.worker(slots=1)
     pulling = asyncio.create_task(worker.pull())
     await asyncio.sleep(0.2)
     await own.live.restart(4.5)  # long enough for two pulls more to be kept for the time after
     await own.live.provision()
-    async with asyncio.timeout(15):
-        await gateway.connection.wait_connected()
-        while not gateway.workers("a", "m1"):
-            await asyncio.sleep(0.05)
+    await until(lambda: gateway.connection.connected and gateway.workers("a", "m1"))
     for _ in range(4):
         await gateway.dispatch(new_work())
     async with asyncio.timeout(15):
         delivery = await pulling
     await asyncio.sleep(0.3)
-    provisioner = await own.live.connect("provisioner")
+    provisioner = await own.connect("provisioner")
     info = await provisioner.jetstream.consumer_info("WORK_a_lacre", subjects.consumer("m1"))
-    await provisioner.close()
     assert (info.num_ack_pending, info.num_pending) == (1, 3)
     await delivery.drop()
 
 
 # The client library leaves the sockets of refused reconnections to the garbage collector; it comes before the next test.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-async def test_a_withdrawn_credential_ends_the_worker(own: Ends) -> None:
-    worker, other = await own.worker("n1"), await own.worker("n2")
+async def test_a_withdrawn_credential_ends_the_worker(own: Parties) -> None:
+    worker, other = await own.worker("a", "n1"), await own.worker("a", "n2")
     own.live.server.configure([role for role in own.live.roles() if role.credential.name != "worker-a-n1"])
     own.live.server.reload(own.live.process)
     with pytest.raises(FabricLost):
@@ -384,7 +308,7 @@ async def test_a_withdrawn_credential_ends_the_worker(own: Ends) -> None:
     gc.collect()
 
 
-async def test_a_new_pool_needs_no_restart(own: Ends) -> None:
+async def test_a_new_pool_needs_no_restart(own: Parties) -> None:
     gateway = await own.gateway()
     pools = {**POOLS, "c": ("m1",)}
     credential = roles.Credential.new("worker-c-n1")
@@ -394,14 +318,10 @@ async def test_a_new_pool_needs_no_restart(own: Ends) -> None:
     for _ in range(2):
         own.live.server.reload(own.live.process)
         await asyncio.sleep(0.3)
-    provisioner = await own.live.connect("provisioner")
-    await provision(provisioner, pools)
-    await provisioner.close()
-    async with asyncio.timeout(15):
-        await gateway.connection.wait_connected()
-        worker = await NatsWorker.connect(own.live.server.url, credential, "c", "n1", ["m1"])
-        while not gateway.workers("c", "m1"):
-            await asyncio.sleep(0.05)
-        await gateway.dispatch(new_work("c"))
-        await (await worker.pull()).drop()
-    await worker.close()
+    await provision(await own.connect("provisioner"), pools)
+    await until(lambda: gateway.connection.connected)
+    worker = await own.kept(NatsWorker.connect(own.live.server.url, credential, "c", "n1", ["m1"]))
+    await until(lambda: gateway.workers("c", "m1"))
+    dispatch = await gateway.dispatch(new_work("c"))
+    await answer(worker)
+    assert await read(dispatch) == [b"x", b"receipt"]

@@ -7,138 +7,111 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
 from lacre_fabric.nats.connection import Connection
 from lacre_fabric.nats.pool import GRACE, KEEP, MAX_STRAY, PoolSide
-from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
 from lacre_fabric.work.contract import FabricUnavailable, WorkerLost
 from lacre_fabric.work.frames import Frame, FrameKind
 from parts.cut import Cut, way_to
-from parts.fabric import LiveFabric, new_work
-from parts.stolen_nats import StolenNats
+from parts.fabric import POOLS, LiveFabric, Parties, answer, new_work, read, until
+
+WHOLE = [b"x", b"receipt"]  # an answer
 
 
-class Both:
+@dataclass
+class Both(Parties):
     """A gateway with workers of two pools. way: that to pool a's answers."""
 
-    def __init__(self, nats: LiveFabric, way: Cut, stack: AsyncExitStack) -> None:
-        self.nats, self.way, self.stack = nats, way, stack
+    way: Cut = field(init=False)
 
     async def start(self) -> None:
-        self.gateway = await self.nats.gateway()
-        self.stack.push_async_callback(self.gateway.close)
-        self.gateway._open_pool = self._open
-        self.workers = {pool: await self._worker(pool) for pool in ("a", "b")}
-        async with asyncio.timeout(15):
-            while not (self.side("a").connected and self.side("b").connected):
-                await asyncio.sleep(0.02)
+        self.way = await self.stack.enter_async_context(way_to(self.live.server.port))
+        self.gateway1 = await self.gateway()
+        self.gateway1._open_pool = partial(self.open, "g1")
+        self.workers = {pool: await self.worker(pool) for pool in POOLS}
+        await until(lambda: all(self.side(pool).connected for pool in POOLS))
 
-    async def _open(self, pool: str) -> Connection:
-        url = self.way.url if pool == "a" else self.nats.server.url
-        return await Connection.open(url, self.nats.credentials["gateway-g1"], keep=KEEP)
-
-    async def _worker(self, pool: str) -> NatsWorker:
-        worker = await self.nats.worker(pool)
-        self.stack.push_async_callback(worker.close)
-        return worker
+    async def open(self, gateway: str, pool: str) -> Connection:
+        url = self.way.url if pool == "a" or gateway == "g2" else self.live.server.url
+        return await Connection.open(url, self.live.credentials[f"gateway-{gateway}"], keep=KEEP)
 
     def side(self, pool: str) -> PoolSide:
-        return self.gateway._side(pool)
+        return self.gateway1._side(pool)
 
     async def answered(self, pool: str) -> None:
-        async with asyncio.timeout(10):
-            dispatch = await self.gateway.dispatch(new_work(pool))
-            await whole_answer(await self.pulled(pool))
-            assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.DATA, FrameKind.USAGE]
+        dispatch = await self.gateway1.dispatch(new_work(pool))
+        await answer(self.workers[pool])
+        assert await read(dispatch) == WHOLE
 
-    async def pulled(self, pool: str) -> NatsDelivery:
-        delivery = await self.workers[pool].pull()
-        self.workers[pool].release()
-        return delivery
-
-    async def cut(self, pool: str = "a") -> None:
+    async def cut(self) -> None:
         self.way.cut()
-        async with asyncio.timeout(10):
-            while self.side(pool).connected:
-                await asyncio.sleep(0.01)
+        await until(lambda: not self.side("a").connected)
 
-    async def mended(self, pool: str = "a") -> None:
+    async def mended(self) -> None:
         self.way.mend()
-        async with asyncio.timeout(15):
-            while not self.side(pool).connected:
-                await asyncio.sleep(0.01)
-
-
-async def whole_answer(delivery: NatsDelivery) -> None:
-    await delivery.send(FrameKind.DATA, b"x")
-    await delivery.send(FrameKind.USAGE, b"")
-    await delivery.drop()
+        await until(lambda: self.side("a").connected)
 
 
 @pytest.fixture
 async def both(nats: LiveFabric) -> AsyncIterator[Both]:
     async with AsyncExitStack() as stack:
-        both = Both(nats, await stack.enter_async_context(way_to(nats.server.port)), stack)
+        both = Both(stack, nats)
         await both.start()
         yield both
 
 
 async def test_a_pools_lost_connection_is_its_own(both: Both) -> None:
-    under_way = await both.gateway.dispatch(new_work("b"))
-    delivery = await both.pulled("b")
+    gateway = both.gateway1
+    under_way = await gateway.dispatch(new_work("b"))
+    delivery = await both.workers["b"].pull()
+    both.workers["b"].release()
     await delivery.send(FrameKind.DATA, b"x")
     await both.cut()
-    assert both.gateway.away() == {"a"}
-    assert both.gateway.connected, "one pool that floods must not take the gateway out of service for all"
+    assert gateway.away() == {"a"}
+    assert gateway.connected, "one pool that floods must not take the gateway out of service for all"
     with pytest.raises(FabricUnavailable, match="answers of pool a"):
-        await both.gateway.dispatch(new_work("a"))
+        await gateway.dispatch(new_work("a"))
     await both.answered("b")
-    await delivery.send(FrameKind.USAGE, b"")
+    await delivery.send(FrameKind.USAGE, b"receipt")
     await delivery.drop()
-    assert [frame.kind async for frame in under_way.frames()] == [FrameKind.DATA, FrameKind.USAGE]
+    assert await read(under_way) == WHOLE
     await both.mended()
-    assert both.gateway.away() == frozenset()
+    assert gateway.away() == frozenset()
     await both.answered("a")
 
 
 async def test_a_gateway_whose_pools_are_all_away_says_so(both: Both) -> None:
-    gateway = await both.nats.gateway("g2")
-    both.stack.push_async_callback(gateway.close)
+    gateway = await both.gateway("g2")
     assert gateway.connected, "where there are no pools, none is away"
-    credential = both.nats.credentials["gateway-g2"]
-    gateway._open_pool = lambda _pool: Connection.open(both.way.url, credential, keep=KEEP)
-    for pool in ("a", "b"):
+    gateway._open_pool = partial(both.open, "g2")
+    for pool in POOLS:
         await gateway._side(pool).connect()
     assert gateway.connected
     both.way.cut()
-    async with asyncio.timeout(10):
-        while gateway.connected:
-            await asyncio.sleep(0.01)
+    await until(lambda: not gateway.connected)
     assert gateway.connection.connected
 
 
 async def test_a_pool_whose_connection_cannot_be_made_is_away(both: Both) -> None:
-    gateway = await both.nats.gateway("g2")
-    both.stack.push_async_callback(gateway.close)
+    gateway = await both.gateway("g2")
     both.way.cut()
-    credential = both.nats.credentials["gateway-g2"]
-    gateway._open_pool = lambda _pool: Connection.open(both.way.url, credential, keep=KEEP)
+    gateway._open_pool = partial(both.open, "g2")
     for _ in range(2):  # at once, the second time
         with pytest.raises(FabricUnavailable):
             await gateway.dispatch(new_work("a"))
     assert gateway.away() >= {"a"}
     both.way.mend()
-    async with asyncio.timeout(15):
-        while gateway.away():
-            await asyncio.sleep(0.05)  # presence has it tried again
+    await until(lambda: not gateway.away())  # presence has it tried again
 
 
 async def test_a_gateway_that_closes_leaves_no_connection_behind(both: Both) -> None:
     """Not even one that is being made."""
     for seconds in (0.0, 0.001, 0.003, 0.01):
-        gateway = await both.nats.gateway("g2")
+        gateway = await both.live.gateway("g2")
         gateway._side("a").connect_soon()
         await asyncio.sleep(seconds)
         await gateway.close()
@@ -147,10 +120,11 @@ async def test_a_gateway_that_closes_leaves_no_connection_behind(both: Both) -> 
 
 async def test_an_answer_that_came_while_the_connection_was_away_is_missed_at_once(both: Both) -> None:
     """The request waited for a worker, and would wait for half a minute more."""
-    dispatch = await both.gateway.dispatch(new_work("a"))
-    delivery = await both.pulled("a")
+    dispatch = await both.gateway1.dispatch(new_work("a"))
+    delivery = await both.workers["a"].pull()
     await both.cut()
-    await whole_answer(delivery)
+    await delivery.send(FrameKind.USAGE, b"")
+    await delivery.drop()
     await both.mended()
     began = time.monotonic()
     with pytest.raises(WorkerLost, match="connection to NATS broke"):
@@ -160,23 +134,20 @@ async def test_an_answer_that_came_while_the_connection_was_away_is_missed_at_on
 
 
 async def test_what_is_in_its_queue_waits_on(both: Both) -> None:
-    waiting, other = new_work("a"), new_work("a")
-    dispatch, gone = await both.gateway.dispatch(waiting), await both.gateway.dispatch(other)
+    waiting = new_work("a")
+    dispatch, gone = await both.gateway1.dispatch(waiting), await both.gateway1.dispatch(new_work("a"))
     await gone.cancel()  # leaves a gap in the queue's sequences
     await both.cut()
     await both.mended()
     await asyncio.sleep(GRACE + 0.5)
-    delivery = await both.pulled("a")
-    assert delivery.work == waiting
-    await whole_answer(delivery)
-    assert [frame.kind async for frame in dispatch.frames()] == [FrameKind.DATA, FrameKind.USAGE]
+    assert await answer(both.workers["a"]) == waiting
+    assert await read(dispatch) == WHOLE
 
 
 async def test_a_flood_to_nobody_costs_the_other_pool_nothing(both: Both) -> None:
     """Frames that are well formed, for requests that there are none of: each one would be answered by a word to its worker."""
-    thief = await StolenNats.open(both.nats.server.port, both.nats.credentials["worker-a-n2"])
-    both.stack.push_async_callback(thief.close)
-    said = both.gateway.connection.client.stats["out_msgs"]
+    thief, client = await both.stolen("worker-a-n2"), both.gateway1.connection.client
+    said = client.stats["out_msgs"]
 
     async def flood() -> None:
         for number in range(20_000):
@@ -189,20 +160,7 @@ async def test_a_flood_to_nobody_costs_the_other_pool_nothing(both: Both) -> Non
     while not flooding.done():
         await both.answered("b")
     await flooding
-    told = both.gateway.connection.client.stats["out_msgs"] - said
-    assert told < 6 * MAX_STRAY
-    side = both.side("b")
-    assert side._connection is not None
-    assert side._connection.client.stats["reconnects"] == both.gateway.connection.client.stats["reconnects"] == 0
-
-
-async def test_a_message_longer_than_any_frame_is_never_kept(both: Both) -> None:
-    thief = await StolenNats.open(both.nats.server.port, both.nats.credentials["worker-a-n2"])
-    both.stack.push_async_callback(thief.close)
-    for _ in range(8):
-        thief.publish(f"reply.a.g1.{'0' * 32}", bytes(KEEP + 1))
-    await thief.settle()
-    await both.answered("a")
-    side = both.side("a")
-    assert side._connection is not None
-    assert side._connection.client.unusable == 8
+    assert client.stats["out_msgs"] - said < 6 * MAX_STRAY
+    connection = both.side("b")._connection
+    assert connection is not None
+    assert connection.client.stats["reconnects"] == client.stats["reconnects"] == 0

@@ -7,8 +7,8 @@ import json
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,16 +23,17 @@ from lacre_fabric.nats.roles import Credential
 from lacre_fabric.nats.streams import QUEUED_MESSAGES
 from lacre_fabric.nats.worker import NatsDelivery, NatsWorker
 from lacre_fabric.operate.fabric_check import Severity, _majority, inspect
-from lacre_fabric.work.contract import CREDIT, Dispatch, DuplicateWork, FabricError, FabricUnavailable, QueueTimeout, WorkerLost
+from lacre_fabric.work.contract import CREDIT, DuplicateWork, FabricError, FabricUnavailable, QueueTimeout, Work, WorkerLost
 from lacre_fabric.work.frames import FrameKind
 from lacre_fabric.work.revocations import Revocation, subject_key
-from parts.fabric import new_work
+from parts.fabric import Kept, new_work, read, until
 from parts.nats_cluster import VOTER, SuperCluster
 
 POOL, MODEL = "a", "m1"
 POOLS = {POOL: (MODEL, "m2"), "b": (MODEL,)}
 REGIONS = ("eu", "us")
 HOME, AWAY = REGIONS
+WHOLE = [b"x", b"receipt"]  # an answer
 NOTICED = 15.0  # seconds: longer than servers take to find that they are not the most of all
 QUEUES = [subjects.work_stream(pool, region) for pool in POOLS for region in REGIONS]
 
@@ -40,70 +41,60 @@ pytestmark = [pytest.mark.slow]
 
 
 @dataclass
-class Regions:
-    """Both, and what was connected to them; all is closed in the end."""
+class Regions(Kept):
+    """Both, and what was connected to them."""
 
     cluster: SuperCluster
     credentials: dict[str, Credential]
-    stack: AsyncExitStack
     ran: list[tuple[str, bytes]] = field(default_factory=list)  # what was claimed: node, digest
 
     async def connect(self, name: str, region: str) -> Connection:
-        connection = await Connection.open(self.cluster.servers(region), self.credentials[name])
-        self.stack.push_async_callback(connection.close)
-        return connection
+        return await self.kept(Connection.open(self.cluster.servers(region), self.credentials[name]))
 
     async def gateway(self, region: str) -> NatsGateway:
-        credential = self.credentials[f"gateway-{region}"]
-        gateway = await NatsGateway.connect(self.cluster.servers(region), credential, f"g-{region}", region)
-        self.stack.push_async_callback(gateway.close)
-        return gateway
+        credential, servers = self.credentials[f"gateway-{region}"], self.cluster.servers(region)
+        return await self.kept(NatsGateway.connect(servers, credential, f"g-{region}", region))
 
     async def worker(self, region: str, slots: int = 1) -> NatsWorker:
         """Not working yet: it pulls when it is told to."""
         credential, servers = self.credentials[f"worker-{POOL}-{region}"], self.cluster.servers(region)
-        worker = await NatsWorker.connect(servers, credential, POOL, f"n-{region}", [MODEL], slots=slots, region=region)
-        self.stack.push_async_callback(worker.close)
-        return worker
+        connecting = NatsWorker.connect(servers, credential, POOL, f"n-{region}", [MODEL], slots=slots, region=region)
+        return await self.kept(connecting)
 
-    async def busy(self, worker: NatsWorker, pieces: Sequence[bytes] = (b"x",)) -> None:
+    async def everybody(self, slots_away: int = 1) -> tuple[NatsWorker, NatsWorker, NatsGateway, NatsGateway]:
+        """A worker and a gateway at home, and both away; each gateway knows of each worker."""
+        near, far = await self.worker(HOME), await self.worker(AWAY, slots_away)
+        gateway, other = await self.gateway(HOME), await self.gateway(AWAY)
+        for each in (gateway, other):
+            await until_seen(each, eu=1, us=slots_away)
+        return near, far, gateway, other
+
+    async def work(self, worker: NatsWorker) -> None:
         """Answers one request after the other."""
+        while True:
+            try:
+                delivery = await worker.pull()
+            except FabricError:
+                await asyncio.sleep(0.1)
+                continue
+            await self.answer(worker, delivery)
 
-        async def work() -> None:
-            while True:
-                try:
-                    delivery = await worker.pull()
-                except FabricError:
-                    await asyncio.sleep(0.1)
-                    continue
-                await self.answer(worker, delivery, pieces)
-
-        await self.run(work())
-
-    async def answer(self, worker: NatsWorker, delivery: NatsDelivery, pieces: Sequence[bytes] = (b"x",)) -> None:
-        try:
+    async def answer(self, worker: NatsWorker, delivery: NatsDelivery | None = None, pieces: Sequence[bytes] = (b"x",)) -> None:
+        delivery = delivery or await worker.pull()
+        with suppress(FabricError):  # what became of it, the gateway tells
             if await delivery.claim():
                 self.ran.append((worker._node, delivery.work.digest))
                 for piece in pieces:
                     await delivery.send(FrameKind.DATA, piece)
                 await delivery.send(FrameKind.USAGE, b"receipt")
-        except FabricError:
-            pass  # what became of it, the gateway tells
-        finally:
-            await delivery.drop()
-            worker.release()
-
-    async def run(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
-
-        async def end() -> None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-        self.stack.push_async_callback(end)
+        await delivery.drop()
+        worker.release()
 
     def nodes(self) -> list[str]:
         return [node for node, _ in self.ran]
+
+    def runs(self, work: Work) -> int:
+        return [digest for _, digest in self.ran].count(work.digest)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +130,7 @@ async def own(tmp_path: Path, names: dict[str, Credential]) -> AsyncIterator[Reg
         cluster.start()
         await cluster.ready(names["provisioner"])
         async with AsyncExitStack() as stack:
-            yield Regions(cluster, names, stack)
+            yield Regions(stack, cluster, names)
     finally:
         cluster.stop()
 
@@ -149,33 +140,24 @@ async def regions(cluster: SuperCluster, names: dict[str, Credential]) -> AsyncI
     """With empty queues."""
     await cluster.ready(names["provisioner"])
     async with AsyncExitStack() as stack:
-        regions = Regions(cluster, names, stack)
+        regions = Regions(stack, cluster, names)
         provisioner = await regions.connect("provisioner", HOME)
         for stream in QUEUES:
             await provisioner.jetstream.purge_stream(stream)
         yield regions
 
 
-async def read(dispatch: Dispatch) -> list[bytes]:
-    frames = []
-    async for frame in dispatch.frames():
-        frames.append(frame.payload)
-        await dispatch.consumed(len(frame.payload))
-    return frames
-
-
 async def until_seen(gateway: NatsGateway, **free: int) -> None:
     """Until the gateway knows that so many slots are free in each region; those that it is not told of have no worker."""
-    async with asyncio.timeout(10):
-        while {at: seen.free for (pool, at), seen in gateway.capacity().items() if pool == POOL} != free:
-            await asyncio.sleep(0.05)
+    await until(lambda: {at: seen.free for (pool, at), seen in gateway.capacity().items() if pool == POOL} == free)
+
+
+async def answered(gateway: NatsGateway, sealed: bytes | None = None, queue_limit: float = 30.0) -> bool:
+    return await read(await gateway.dispatch(new_work(sealed=sealed), queue_limit=queue_limit)) == WHOLE
 
 
 async def test_the_nearest_worker_that_is_free(regions: Regions) -> None:
-    near, far = await regions.worker(HOME), await regions.worker(AWAY, slots=2)
-    gateway, other = await regions.gateway(HOME), await regions.gateway(AWAY)
-    for each in (gateway, other):
-        await until_seen(each, eu=1, us=2)
+    near, far, gateway, other = await regions.everybody(slots_away=2)
 
     # One after the other: here, though more is free there.
     first = await gateway.dispatch(new_work())
@@ -185,16 +167,16 @@ async def test_the_nearest_worker_that_is_free(regions: Regions) -> None:
     away = [await far.pull() for _ in range(2)]
     assert [await gateway.backlog(POOL, at) for at in REGIONS] == [2, 2], "not acked yet; the last waits here, for all are busy"
     await asyncio.gather(*(regions.answer(far, delivery) for delivery in away), regions.answer(near, at_home))
-    assert [await read(each) for each in (first, second, third)] == [[b"x", b"receipt"]] * 3
-    await regions.answer(near, await near.pull())
-    assert await read(fourth) == [b"x", b"receipt"]
+    assert [await read(each) for each in (first, second, third)] == [WHOLE] * 3
+    await regions.answer(near)
+    assert await read(fourth) == WHOLE
     assert regions.nodes().count("n-eu") == 2
 
     regions.ran.clear()
-    await regions.busy(near)
-    await regions.busy(far)
+    for worker in (near, far):
+        regions.background(regions.work(worker))
     await until_seen(other, eu=1, us=2)
-    assert await read(await other.dispatch(new_work())) == [b"x", b"receipt"]
+    assert await answered(other)
     assert regions.nodes() == ["n-us"], "each gateway has a region of its own"
 
 
@@ -205,17 +187,14 @@ async def test_where_nobody_is_the_others_answer(regions: Regions) -> None:
     await until_seen(gateway, us=1)
     pieces = [bytes(CREDIT // 4)] * 12
     dispatch = await gateway.dispatch(new_work())
-    answering = asyncio.create_task(regions.answer(far, await far.pull(), pieces))
+    regions.background(regions.answer(far, None, pieces))
     assert await read(dispatch) == [*pieces, b"receipt"]
-    await answering
 
     dispatch = await gateway.dispatch(new_work())
     delivery = await far.pull()
     assert await delivery.claim()
     await delivery.send(FrameKind.DATA, b"x")
-    async for frame in dispatch.frames():
-        assert frame.payload == b"x"
-        break
+    assert (await anext(dispatch.frames())).payload == b"x"
     await dispatch.cancel()
     async with asyncio.timeout(10):
         await delivery.cancelled.wait()
@@ -226,35 +205,32 @@ async def test_where_nobody_is_the_others_answer(regions: Regions) -> None:
     await until_seen(gateway, eu=1, us=1)
     await near.close()  # as one that died, but at once
     assert (POOL, HOME) not in gateway.capacity()
-    await regions.busy(far)
-    assert await read(await gateway.dispatch(new_work())) == [b"x", b"receipt"]
+    regions.background(regions.work(far))
+    assert await answered(gateway)
     assert regions.nodes() == ["n-us"] * 2
 
 
 async def test_a_full_queue_or_none_lets_it_go_on(regions: Regions) -> None:
-    near, far = await regions.worker(HOME), await regions.worker(AWAY)
-    gateway = await regions.gateway(HOME)
-    await until_seen(gateway, eu=1, us=1)
+    near, far, gateway, _ = await regions.everybody()
     for _ in range(QUEUED_MESSAGES):
         await gateway.connection.jetstream.publish(subjects.work(POOL, HOME, "m2"), b"x")
     dispatch = await gateway.dispatch(new_work())
-    await regions.answer(far, await far.pull())
-    assert await read(dispatch) == [b"x", b"receipt"]
+    await regions.answer(far)
+    assert await read(dispatch) == WHOLE
 
     provisioner = await regions.connect("provisioner", HOME)
     await provisioner.jetstream.delete_stream(subjects.work_stream(POOL, HOME))
     assert gateway.workers(POOL, MODEL) == 2, "its workers have not noticed yet"
     dispatch = await gateway.dispatch(new_work())
-    await regions.answer(far, await far.pull())
-    assert await read(dispatch) == [b"x", b"receipt"]
+    await regions.answer(far)
+    assert await read(dispatch) == WHOLE
     assert regions.nodes() == ["n-us"] * 2
     assert near.connection.connected
 
 
 async def test_what_may_be_in_a_queue_is_put_into_no_other(regions: Regions) -> None:
     """The region's server takes the work and its word is late: it may have it or not, and it has."""
-    near, far = await regions.worker(HOME), await regions.worker(AWAY)
-    gateway = await regions.gateway(HOME)
+    near, far, gateway, _ = await regions.everybody()
     held = await gateway.dispatch(new_work())
     delivery = await near.pull()
     await until_seen(gateway, eu=0, us=1)
@@ -267,33 +243,29 @@ async def test_what_may_be_in_a_queue_is_put_into_no_other(regions: Regions) -> 
         with pytest.raises(QueueTimeout):
             await read(dispatch)
         await regions.answer(near, delivery)
-        assert await read(held) == [b"x", b"receipt"]
+        assert await read(held) == WHOLE
         assert await gateway.backlog(POOL, HOME) == 0
     finally:
         process.send_signal(signal.SIGCONT)
     async with asyncio.timeout(15):
-        late = await far.pull()
-    assert late.work.digest == work.digest
+        assert (await far.pull()).work.digest == work.digest
 
 
 async def test_a_replay_in_the_other_region_is_refused(regions: Regions) -> None:
     """Neither queue knows what was in the other: the claim does, which both regions' workers make in the home."""
-    near, far = await regions.worker(HOME), await regions.worker(AWAY)
-    gateway, other = await regions.gateway(HOME), await regions.gateway(AWAY)
-    for each in (gateway, other):
-        await until_seen(each, eu=1, us=1)
+    near, far, gateway, other = await regions.everybody()
     for first, second, here, there in ((gateway, other, near, far), (other, gateway, far, near)):
         work = new_work()
         dispatch = await first.dispatch(work)
-        await regions.answer(here, await here.pull())
-        assert await read(dispatch) == [b"x", b"receipt"]
+        await regions.answer(here)
+        assert await read(dispatch) == WHOLE
         with pytest.raises(DuplicateWork):
             await first.dispatch(new_work(sealed=work.sealed))
         again = await second.dispatch(new_work(sealed=work.sealed), queue_limit=1.0)
-        await regions.answer(there, await there.pull())
+        await regions.answer(there)
         with pytest.raises(QueueTimeout):
             await read(again)
-        assert [digest for _, digest in regions.ran].count(work.digest) == 1
+        assert regions.runs(work) == 1
 
     # Both at once: one of them runs it.
     work = new_work()
@@ -302,13 +274,13 @@ async def test_a_replay_in_the_other_region_is_refused(regions: Regions) -> None
     await asyncio.gather(*(regions.answer(*each) for each in pulled))
     told = await asyncio.gather(*map(read, both), return_exceptions=True)
     assert sorted(isinstance(each, QueueTimeout) for each in told) == [False, True]
-    assert [digest for _, digest in regions.ran].count(work.digest) == 1
+    assert regions.runs(work) == 1
 
 
 async def test_revocations_and_budgets_are_the_same_everywhere(regions: Regions) -> None:
     gateway, other = await regions.gateway(HOME), await regions.gateway(AWAY)
-    await gateway.revoked()
-    await other.revoked()
+    for each in (gateway, other):
+        await each.revoked()
     for first, second in ((gateway, other), (other, gateway)):
         revocation = Revocation(subject_key("issuer", secrets.token_hex(8)), time.time() + 60)
         await first.revoke(revocation)
@@ -367,57 +339,55 @@ async def test_the_check_knows_regions(regions: Regions) -> None:
         **{f"gateway@{at}": regions.credentials[f"gateway-{at}"] for at in REGIONS},
         **{f"worker-{pool}@{at}": regions.credentials[f"worker-{pool}-{at}"] for pool in POOLS for at in REGIONS},
     }
+
+    async def weak(at: Sequence[str]) -> dict[str, str]:
+        return {each.check: each.detail for each in await inspect(servers, POOLS, 1, parties, at) if each.remedy}
+
     found = await inspect(servers, POOLS, 1, parties, REGIONS)
     assert [each for each in found if each.verdict is not Severity.OK] == []
     assert {"WORK_a_us", "consumers WORK_b_us", "servers us", "server us-n1", "permissions worker-a@us"} <= {
         each.check for each in found
     }
-    weak = {each.check: each.detail for each in await inspect(servers, POOLS, 1, parties, REGIONS[::-1]) if each.remedy}
-    assert "placement is eu, should be us" in weak["KV_claims_a"]
-    assert "WORK_a_us" not in weak
-    weak = {each.check: each.detail for each in await inspect(servers, POOLS, 1, parties, [*REGIONS, "ap"]) if each.remedy}
-    assert weak["WORK_a_ap"] == "missing"
-    assert weak["servers ap"] == "0 servers answer; each stream needs 1"
-    away = [{"cluster": {"name": at}} for at in (HOME, AWAY)]
-    assert _majority(away, REGIONS).verdict is Severity.WEAK
-    assert _majority([*away, {"cluster": {"name": HOME}}], REGIONS).verdict is Severity.OK
-    assert _majority([*away, {"cluster": {"name": AWAY}}], REGIONS).verdict is Severity.WEAK
+    moved = await weak(REGIONS[::-1])
+    assert "placement is eu, should be us" in moved["KV_claims_a"]
+    assert "WORK_a_us" not in moved
+    more = await weak([*REGIONS, "ap"])
+    assert (more["WORK_a_ap"], more["servers ap"]) == ("missing", "0 servers answer; each stream needs 1")
+    for third, verdict in ((), Severity.WEAK), ((HOME,), Severity.OK), ((AWAY,), Severity.WEAK):
+        assert _majority([{"cluster": {"name": at}} for at in (*REGIONS, *third)], REGIONS).verdict is verdict
 
 
 async def test_the_home_moves(regions: Regions) -> None:
     """With what was claimed: a replay is refused after it as before."""
-    workers = [await regions.worker(at) for at in REGIONS]
-    gateways = [await regions.gateway(at) for at in REGIONS]
-    for gateway in gateways:
-        await until_seen(gateway, eu=1, us=1)
+    near, far, *gateways = await regions.everybody()
+    workers = (near, far)
     provisioner = await regions.connect("provisioner", HOME)
+
+    async def home() -> str | None:
+        """The region that keeps the claims, and alone."""
+        info = (await provisioner.jetstream.stream_info("KV_claims_a")).cluster
+        return None if info is None or info.replicas else info.name
+
+    async def moved() -> bool:
+        return await home() == REGIONS[there]
+
     for here, there in ((0, 1), (1, 0)):
         work = new_work()
         dispatch = await gateways[here].dispatch(work)
-        await regions.answer(workers[here], await workers[here].pull())
-        assert await read(dispatch) == [b"x", b"receipt"]
+        await regions.answer(workers[here])
+        assert await read(dispatch) == WHOLE
         await provision(provisioner, POOLS, regions=[REGIONS[there], REGIONS[here]])
-        async with asyncio.timeout(30):
-            while await keeps(provisioner, "KV_claims_a") != REGIONS[there]:
-                await asyncio.sleep(0.2)
+        await until(moved, 30)
         again = await gateways[there].dispatch(new_work(sealed=work.sealed), queue_limit=1.0)
-        await regions.answer(workers[there], await workers[there].pull())
+        await regions.answer(workers[there])
         with pytest.raises(QueueTimeout):
             await read(again)
     assert len(regions.ran) == 2
 
 
-async def keeps(provisioner: Connection, stream: str) -> str | None:
-    """The region that keeps it, and alone."""
-    info = (await provisioner.jetstream.stream_info(stream)).cluster
-    return None if info is None or info.replicas else info.name
-
-
 async def test_another_region_is_lost(own: Regions) -> None:
     """The home goes on, and what ran there is lost by name."""
-    near, far = await own.worker(HOME), await own.worker(AWAY)
-    gateway = await own.gateway(HOME)
-    await until_seen(gateway, eu=1, us=1)
+    near, far, gateway, _ = await own.everybody()
     held = await gateway.dispatch(new_work())
     at_home = await near.pull()
     crossing = await gateway.dispatch(new_work())
@@ -430,14 +400,14 @@ async def test_another_region_is_lost(own: Regions) -> None:
     with pytest.raises(WorkerLost):
         await anext(frames)
     await own.answer(near, at_home)
-    assert await read(held) == [b"x", b"receipt"]
+    assert await read(held) == WHOLE
     await until_seen(gateway, eu=1)
-    await own.busy(near)
+    own.background(own.work(near))
     bucket = NatsBucket(gateway.connection, subjects.BUDGETS_BUCKET)
     revision = 0
     began = time.monotonic()
     while time.monotonic() < began + NOTICED:
-        assert await read(await gateway.dispatch(new_work())) == [b"x", b"receipt"]
+        assert await answered(gateway)
         revision = await bucket.write("user.x", b"1", revision)
         await gateway.revoked()
         assert await gateway.backlog(POOL, HOME) == 0
@@ -448,10 +418,10 @@ async def test_another_region_is_lost(own: Regions) -> None:
     own.cluster.start(AWAY)
     await own.cluster.ready(own.credentials["provisioner"])
     await until_seen(gateway, eu=1, us=1)
-    await own.busy(far)
-    other = await own.gateway(AWAY)
-    await until_seen(other, eu=1, us=1)
-    assert await read(await other.dispatch(new_work())) == [b"x", b"receipt"]
+    own.background(own.work(far))
+    again = await own.gateway(AWAY)
+    await until_seen(again, eu=1, us=1)
+    assert await answered(again)
     assert own.nodes()[-1] == "n-us"
 
 
@@ -462,23 +432,28 @@ async def test_most_servers_are_lost(own: Regions) -> None:
     await bucket.write("user.y", b"1", 0)
     for name in (AWAY, VOTER):
         own.cluster.nodes[name].stop(signal.SIGKILL)
-    async with asyncio.timeout(2 * NOTICED):
-        while True:
-            try:
-                await gateway.revoked()
-            except FabricUnavailable:
-                break
-            await asyncio.sleep(0.2)
-    with pytest.raises(FabricUnavailable):
-        await bucket.read("user.y")
+
+    async def silent() -> bool:
+        return await unavailable(gateway.revoked())
+
+    async def kept() -> bool:
+        with suppress(FabricUnavailable):
+            assert await bucket.read("user.y") is not None
+            return True
+        return False
+
+    await until(silent, 2 * NOTICED)
+    assert await unavailable(bucket.read("user.y"))
     own.cluster.start(VOTER)
-    async with asyncio.timeout(2 * NOTICED):
-        while True:
-            try:
-                assert (await bucket.read("user.y")) is not None
-                break
-            except FabricUnavailable:
-                await asyncio.sleep(0.2)
+    await until(kept, 2 * NOTICED)
+
+
+async def unavailable(asked: Awaitable[object]) -> bool:
+    try:
+        await asked
+    except FabricUnavailable:
+        return True
+    return False
 
 
 async def test_the_home_is_lost(own: Regions) -> None:
@@ -486,33 +461,29 @@ async def test_the_home_is_lost(own: Regions) -> None:
     far = await own.worker(AWAY)
     gateway = await own.gateway(AWAY)
     await until_seen(gateway, us=1)
-    await own.busy(far)
+    own.background(own.work(far))
     work = new_work()
-    assert await read(await gateway.dispatch(work)) == [b"x", b"receipt"]
+    assert await answered(gateway, work.sealed)
     own.cluster.nodes[HOME].stop(signal.SIGKILL)
     own.ran.clear()
     began = time.monotonic()
     while time.monotonic() < began + NOTICED:
         with pytest.raises((FabricUnavailable, WorkerLost, QueueTimeout)):
-            await read(await gateway.dispatch(new_work(), queue_limit=5.0))
-        with pytest.raises(FabricUnavailable):
-            await gateway.revoked()
-        with pytest.raises(FabricUnavailable):
-            await NatsBucket(gateway.connection, subjects.BUDGETS_BUCKET).read("user.x")
+            await answered(gateway, queue_limit=5.0)
+        assert await unavailable(gateway.revoked())
+        assert await unavailable(NatsBucket(gateway.connection, subjects.BUDGETS_BUCKET).read("user.x"))
     assert not own.ran
+
+    async def goes_on() -> bool:
+        with suppress(FabricError):
+            return await answered(gateway, queue_limit=5.0)
+        return False
 
     own.cluster.start(HOME)
     await own.cluster.ready(own.credentials["provisioner"])
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                if await read(await gateway.dispatch(new_work(), queue_limit=5.0)) == [b"x", b"receipt"]:
-                    break
-            except FabricError:
-                await asyncio.sleep(0.2)
-    near = await own.worker(HOME)
-    await own.busy(near)
+    await until(goes_on, 30)
+    own.background(own.work(await own.worker(HOME)))
     other = await own.gateway(HOME)
     await until_seen(other, eu=1, us=1)
     with pytest.raises(QueueTimeout):  # claims outlive every server
-        await read(await other.dispatch(new_work(sealed=work.sealed), queue_limit=1.0))
+        await answered(other, work.sealed, queue_limit=1.0)

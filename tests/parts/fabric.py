@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 import secrets
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+from lacre.runtime import tasks
 from lacre.wire.header import SealedHeader
 from lacre_fabric.nats import roles, subjects
 from lacre_fabric.nats.connection import Connection
@@ -18,7 +22,9 @@ from lacre_fabric.nats.provisioning import provision
 from lacre_fabric.nats.roles import Credential, Role
 from lacre_fabric.nats.worker import NatsWorker
 from lacre_fabric.operate.nats_server import NatsServer, free_port
-from lacre_fabric.work.contract import ACK_WAIT, Work
+from lacre_fabric.work.contract import ACK_WAIT, Dispatch, Work
+from lacre_fabric.work.frames import FrameKind
+from parts.stolen_nats import StolenNats
 
 POOLS = {"a": ("m1", "m2"), "b": ("m1",)}
 GATEWAYS = ("g1", "g2")
@@ -42,17 +48,26 @@ class LiveFabric:
 
     @classmethod
     @contextmanager
-    def running(cls, folder: Path) -> Iterator[LiveFabric]:
-        """Started, and stopped at the end; nothing is provisioned yet."""
+    def running(cls, folder: Path, **how: Any) -> Iterator[LiveFabric]:
+        """Started as `start` does it, and stopped at the end; nothing is provisioned yet."""
         live = cls.make(folder)
-        live.start()
+        live.start(**how)
         try:
             yield live
         finally:
             live.stop()
 
-    def start(self, roles: Sequence[Role] | None = None) -> None:
-        self.server.configure(self.roles() if roles is None else roles)
+    def start(
+        self,
+        as_role: Callable[[Role], Role] = lambda role: role,
+        change: Callable[[dict[str, Any]], object] = lambda config: config,
+    ) -> None:
+        """as_role: what is made of each role. change: what is done to the server's configuration."""
+        self.server.configure([as_role(role) for role in self.roles()])
+        path = self.log.with_name("nats.conf")
+        config = json.loads(path.read_text())
+        change(config)
+        path.write_text(json.dumps(config))
         self.process = self.server.start(self.log)
 
     def roles(self) -> list[Role]:
@@ -99,10 +114,87 @@ class LiveFabric:
         node: str = "n1",
         models: Sequence[str] = ("m1",),
         slots: int = 1,
-        each: Mapping[str, int] | None = None,
+        **options: Any,
     ) -> NatsWorker:
         credential = self.credentials[f"worker-{pool}-{node}"]
-        return await NatsWorker.connect(self.server.url, credential, pool, node, models, slots=slots, each=each)
+        return await NatsWorker.connect(self.server.url, credential, pool, node, models, slots=slots, **options)
+
+
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+End = TypeVar("End", bound=Closable)
+
+
+@dataclass
+class Kept:
+    """What is opened or begun here is closed or ended with the stack."""
+
+    stack: AsyncExitStack
+
+    async def kept(self, opening: Awaitable[End]) -> End:
+        end = await opening
+        self.stack.push_async_callback(end.close)
+        return end
+
+    def background(self, work: Coroutine[Any, Any, object]) -> None:
+        self.stack.push_async_callback(tasks.end, tasks.spawn("of a test", work))
+
+
+@dataclass
+class Parties(Kept):
+    """Who is connected to one server."""
+
+    live: LiveFabric
+
+    @classmethod
+    @asynccontextmanager
+    async def of(cls, live: LiveFabric) -> AsyncIterator[Parties]:
+        async with AsyncExitStack() as stack:
+            yield cls(stack, live)
+
+    async def connect(self, role: str = "provisioner") -> Connection:
+        return await self.kept(self.live.connect(role))
+
+    async def gateway(self, name: str = "g1") -> NatsGateway:
+        return await self.kept(self.live.gateway(name))
+
+    async def worker(self, pool: str = "a", node: str = "n1", **options: Any) -> NatsWorker:
+        return await self.kept(self.live.worker(pool, node, **options))
+
+    async def stolen(self, role: str) -> StolenNats:
+        """A raw connection with the role's credential."""
+        return await self.kept(StolenNats.open(self.live.server.port, self.live.credentials[role]))
+
+
+async def until(true: Callable[[], object], seconds: float = 15.0) -> None:
+    """Until a call, or what it awaits, is true. Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while not (await found if inspect.isawaitable(found := true()) else found):
+            await asyncio.sleep(0.02)
+
+
+async def answer(worker: NatsWorker, *pieces: bytes) -> Work:
+    """Pulls a request and answers it, with `x` where no pieces are given."""
+    async with asyncio.timeout(15):
+        delivery = await worker.pull()
+        assert await delivery.claim()
+        for piece in pieces or (b"x",):
+            await delivery.send(FrameKind.DATA, piece)
+        await delivery.send(FrameKind.USAGE, b"receipt")
+        await delivery.drop()
+        worker.release()
+    return delivery.work
+
+
+async def read(dispatch: Dispatch) -> list[bytes]:
+    """The answer's payloads, the receipt last."""
+    payloads = []
+    async for frame in dispatch.frames():
+        payloads.append(frame.payload)
+        await dispatch.consumed(len(frame.payload))
+    return payloads
 
 
 def sealed_bytes() -> bytes:
