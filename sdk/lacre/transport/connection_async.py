@@ -23,8 +23,8 @@ from lacre.jose.dpop import ProofKey
 from lacre.runtime.forks import Home, PerLoop, Sockets
 from lacre.transport.backend import async_offload, async_sleep
 from lacre.transport.connection import READ_HERE, beside, credentials, opened, outer_of, outer_request, patience_of
+from lacre.transport.dialled import Dialled
 from lacre.transport.mapped_errors import mapped
-from lacre.transport.network_causes import Dialled
 from lacre.transport.oauth import AsyncToken
 from lacre.transport.single_flight import AsyncSingleFlight
 from lacre.transport.token_sources_async import AsyncBearer

@@ -24,8 +24,8 @@ from lacre.jose.dpop import ProofKey
 from lacre.runtime.forks import Home, PerProcess, Sockets
 from lacre.transport.backend import offload, sleep
 from lacre.transport.connection import READ_HERE, beside, credentials, opened, outer_of, outer_request, patience_of
+from lacre.transport.dialled import Dialled
 from lacre.transport.mapped_errors import mapped
-from lacre.transport.network_causes import Dialled
 from lacre.transport.oauth import Token
 from lacre.transport.single_flight import SingleFlight
 from lacre.transport.token_sources_sync import Bearer

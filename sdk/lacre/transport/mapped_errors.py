@@ -13,8 +13,6 @@ import httpx2
 
 from lacre import errors
 from lacre.errors import TimedOut, Unreachable
-from lacre.transport import network_causes
-from lacre.transport.network_causes import Peer, Why
 
 __all__ = ["TimedOut", "Unreachable", "mapped", "mapped_stream"]
 
@@ -28,11 +26,11 @@ def mapped(who: str = "the gateway", setting: str = "LACRE_URL") -> Iterator[Non
     try:
         yield
     except httpx2.TimeoutException as exc:
-        late = _told(TimedOut, network_causes.late(exc, Peer.of(exc, who, setting)))
+        late = _told(TimedOut, exc, who, setting)
         late.reached = not isinstance(exc, httpx2.ConnectTimeout | httpx2.PoolTimeout)
         raise late from exc
     except httpx2.TransportError as exc:
-        gone = _told(Unreachable, network_causes.why(exc, Peer.of(exc, who, setting)))
+        gone = _told(Unreachable, exc, who, setting)
         gone.reached = not isinstance(exc, httpx2.ConnectError | httpx2.ProxyError | httpx2.UnsupportedProtocol)
         raise gone from exc
     except (httpx2.InvalidURL, UnicodeError) as exc:
@@ -51,7 +49,10 @@ def mapped_stream() -> Iterator[None]:
         raise broke from exc
 
 
-def _told(kind: type[E], why: Why) -> E:
+def _told(kind: type[E], exc: httpx2.TransportError, who: str, setting: str) -> E:
+    from lacre.transport import network_causes  # noqa: PLC0415 - only a program whose connection failed pays for it
+
+    why = network_causes.explained(exc, who, setting)
     error = kind(why.said)
     error.cause, error.remedy = why.cause, why.helps
     error.add_note(why.helps)

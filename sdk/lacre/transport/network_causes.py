@@ -12,16 +12,15 @@ import errno
 import re
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import httpx2
 
 from lacre.errors import Cause
 from lacre.runtime.hosts import EXPIRED
-
-DIALLED: Final = "lacre.dialled"  # of a request's extensions: a `Dialled`
+from lacre.transport.dialled import DIALLED, Dialled
 
 # OpenSSL's error numbers for a certificate (X509_V_ERR_*).
 _OTHER_NAME: Final = frozenset({62, 63, 64})
@@ -31,39 +30,6 @@ _NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETD
 _STATUS: Final = re.compile(r"[1-5][0-9]{2}\b")
 _VARIABLES: Final = {"https": "HTTPS_PROXY or ALL_PROXY", "http": "HTTP_PROXY or ALL_PROXY"}
 _MOST_CHAINED: Final = 32  # exceptions to look at; a chain has some six
-
-
-Trace = Callable[[str, dict[str, Any]], None]
-
-
-class Dialled:
-    """The address of a request's connection, as `httpcore2` traces it: with a proxy, the proxy's.
-
-    then: also gets each event, if given.
-    """
-
-    def __init__(self, then: Trace | None = None) -> None:
-        self.to: tuple[str, int] | None = None
-        self._then = then
-
-    def watch(self, request: httpx2.Request) -> None:
-        """Makes the request record it, for the errors that it may end in."""
-        request.extensions |= {"trace": self.trace, DIALLED: self}
-
-    def awatch(self, request: httpx2.Request) -> None:
-        """The same for async clients."""
-        request.extensions |= {"trace": self.atrace, DIALLED: self}
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        """A `trace` extension of httpcore."""
-        if event.endswith("connect_tcp.started"):
-            self.to = (str(info.get("host")), int(info.get("port") or 0))
-        if self._then is not None:
-            self._then(event, info)
-
-    async def atrace(self, event: str, info: dict[str, Any]) -> None:
-        """The same for async clients."""
-        self.trace(event, info)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +72,13 @@ class Peer:
         return "" if self.url is None else self.url.scheme
 
 
-def late(exc: httpx2.TimeoutException, peer: Peer) -> Why:
+def explained(exc: httpx2.TransportError, who: str, setting: str) -> Why:
+    """who: the peer, in words. setting: where its address comes from."""
+    peer = Peer.of(exc, who, setting)
+    return _late(exc, peer) if isinstance(exc, httpx2.TimeoutException) else _why(exc, peer)
+
+
+def _late(exc: httpx2.TimeoutException, peer: Peer) -> Why:
     """A time limit passed."""
     if isinstance(exc, httpx2.PoolTimeout):
         return Why(
@@ -129,7 +101,7 @@ def late(exc: httpx2.TimeoutException, peer: Peer) -> Why:
     return Why("timeout", said, "Try again, or set a longer `timeout=...`: a queue and a long prompt take time.")
 
 
-def why(exc: httpx2.TransportError, peer: Peer) -> Why:
+def _why(exc: httpx2.TransportError, peer: Peer) -> Why:
     """For every other error."""
     chain = list(_chain(exc))
     for found in chain:

@@ -12,8 +12,8 @@ import httpx2
 
 from lacre.jose.dpop import ProofKey
 from lacre.runtime.forks import PerLoop
+from lacre.transport.dialled import Dialled
 from lacre.transport.mapped_errors import mapped
-from lacre.transport.network_causes import Dialled
 from lacre.transport.oauth import (
     MAX_ANSWER,
     NONE_YET,
