@@ -1,14 +1,18 @@
-"""Binary HTTP: the examples of RFC 9292, the rules for what is invalid, and the limits."""
+"""Binary HTTP: the examples of RFC 9292, what both sides refuse, and the limits."""
 
 import contextlib
-import itertools
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lacre import errors
+from lacre.wire import varint
 from lacre.wire.bhttp import (
+    MAX_CONTENT,
+    MAX_INFORMATIONAL,
     Data,
     End,
     Event,
@@ -20,10 +24,18 @@ from lacre.wire.bhttp import (
     encode_request,
     encode_request_indeterminate,
 )
+from lacre.wire.fields import MAX_FIELDS, MAX_HEADER_SECTION, MAX_NAME, MAX_PATH, MAX_VALUE
+from parts.bent import cut
 
 GET = Request("GET", "https", "example.com", "/")
 CONTROL = bytes.fromhex("03474554056874747073 0b6578616d706c652e636f6d 012f")
-BROKEN = errors.ProtocolError
+EMPTY_RESPONSE, RESPONSE_WITH_CONTENT = bytes.fromhex("0340c8 00 00 00"), bytes.fromhex("0140c8 00 0161 00")
+
+
+def refused(error: type[Exception], *calls: Callable[[], object]) -> None:
+    for call in calls:
+        with pytest.raises(error):
+            call()
 
 
 def read(*pieces: bytes) -> list[Event]:
@@ -62,17 +74,8 @@ def written(*steps: Event) -> bytes:
 
 # RFC 9292 section 5
 
-RFC_REQUEST = Request(
-    "GET",
-    "https",
-    "",
-    "/hello.txt",
-    (
-        ("user-agent", "curl/7.16.3 libcurl/7.16.3 OpenSSL/0.9.7l zlib/1.2.3"),
-        ("host", "www.example.com"),
-        ("accept-language", "en, mi"),
-    ),
-)
+RFC_FIELDS = {"user-agent": "curl/7.16.3 libcurl/7.16.3 OpenSSL/0.9.7l zlib/1.2.3", "host": "www.example.com"}
+RFC_REQUEST = Request("GET", "https", "", "/hello.txt", (*RFC_FIELDS.items(), ("accept-language", "en, mi")))
 KNOWN_REQUEST = bytes.fromhex(
     "00034745540568747470 73000a2f68656c6c6f2e747874406c0a757365722d6167656e74346375726c2f372e31362e33206c6962"
     "6375726c2f372e31362e33204f70656e53534c2f302e392e376c207a6c69622f312e322e3304686f73740f7777772e6578616d70"
@@ -110,16 +113,12 @@ def test_rfc_indeterminate_length_request() -> None:
     assert encode_request_indeterminate(RFC_REQUEST, padded_to=len(INDETERMINATE_REQUEST)) == INDETERMINATE_REQUEST
     for removed in range(13):
         assert decode_request(INDETERMINATE_REQUEST[: len(INDETERMINATE_REQUEST) - removed]) == RFC_REQUEST
-    with pytest.raises(errors.TruncatedStream):
-        decode_request(INDETERMINATE_REQUEST[:-13])
+    refused(errors.TruncatedStream, partial(decode_request, INDETERMINATE_REQUEST[:-13]))
 
 
 def test_rfc_response_with_interim_responses() -> None:
     events = read(INDETERMINATE_RESPONSE)
-    links = (
-        ("link", "</style.css>; rel=preload; as=style"),
-        ("link", "</script.js>; rel=preload; as=script"),
-    )
+    links = (("link", "</style.css>; rel=preload; as=style"), ("link", "</script.js>; rel=preload; as=script"))
     assert events[:2] == [
         ResponseHead(102, (("running", '"sleep 15"'),), informational=True),
         ResponseHead(103, links, informational=True),
@@ -131,15 +130,9 @@ def test_rfc_response_with_interim_responses() -> None:
     assert written(*events) == INDETERMINATE_RESPONSE
 
 
-def test_rfc_known_length_response_with_trailers() -> None:
-    assert read(KNOWN_RESPONSE) == [
-        ResponseHead(200, ()),
-        Data(b"This content contains CRLF.\r\n"),
-        End((("trailer", "text"),)),
-    ]
-
-
-def test_rfc_messages_read_byte_by_byte() -> None:
+def test_rfc_known_length_response_with_trailers_and_messages_byte_by_byte() -> None:
+    events = [ResponseHead(200, ()), Data(b"This content contains CRLF.\r\n"), End((("trailer", "text"),))]
+    assert read(KNOWN_RESPONSE) == events
     for message in (INDETERMINATE_RESPONSE, KNOWN_RESPONSE, bytes.fromhex("0140c8")):
         assert read(*(bytes([byte]) for byte in message)) == read(message)
 
@@ -149,17 +142,15 @@ def test_the_shortest_messages() -> None:
     for control in (b"\x00", b"\x02"):
         assert decode_request(control + CONTROL) == GET
     for framing in (b"\x01", b"\x03"):
-        assert read(framing + bytes.fromhex("40c8")) == [ResponseHead(200, ()), End()]
-        assert read(framing + bytes.fromhex("40c800")) == [ResponseHead(200, ()), End()]
-        assert read(framing + bytes.fromhex("40c8000000")) == [ResponseHead(200, ()), End()]
+        for rest in ("40c8", "40c800", "40c8000000"):
+            assert read(framing + bytes.fromhex(rest)) == [ResponseHead(200, ()), End()]
 
 
 def test_events_come_as_soon_as_they_are_complete() -> None:
     encoder, decoder = ResponseEncoder(), ResponseDecoder()
     assert decoder.feed(encoder.informational(103)) == [ResponseHead(103, (), informational=True)]
-    assert decoder.feed(encoder.head(200, [("Content-Type", "text/event-stream")])) == [
-        ResponseHead(200, (("content-type", "text/event-stream"),))
-    ]
+    head = ResponseHead(200, (("content-type", "text/event-stream"),))
+    assert decoder.feed(encoder.head(200, [("Content-Type", "text/event-stream")])) == [head]
     piece = encoder.data(b"data: sea\n\n")
     assert decoder.feed(piece[:5]) == [Data(b"data")]
     assert decoder.feed(piece[5:]) == [Data(b": sea\n\n")]
@@ -214,9 +205,8 @@ def test_requests_round_trip_in_both_forms(request_: Request, padding: int) -> N
 @settings(max_examples=250, deadline=None)
 def test_responses_round_trip_however_they_arrive(response: list[Event], splits: list[int], padding: int) -> None:
     encoded = written(*response)
-    edges = [0, *sorted(split % (len(encoded) + 1) for split in splits), len(encoded)]
     whole = [event for event in joined(response) if event != Data(b"")]
-    assert read(*(encoded[start:end] for start, end in itertools.pairwise(edges)), bytes(padding)) == whole
+    assert read(*cut(encoded, splits), bytes(padding)) == whole
 
 
 @given(responses, st.data())
@@ -224,9 +214,8 @@ def test_responses_round_trip_however_they_arrive(response: list[Event], splits:
 def test_a_response_cut_anywhere_but_between_sections_is_truncated(response: list[Event], data: st.DataObject) -> None:
     """Between sections RFC 9292 lets a message end; that nothing was cut off there is for the seal around it to prove."""
     encoded = written(*response)
-    cut = data.draw(st.integers(0, len(encoded) - 1))
     try:
-        events = read(encoded[:cut])
+        events = read(encoded[: data.draw(st.integers(0, len(encoded) - 1))])
     except errors.TruncatedStream:
         return
     whole = [event for event in joined(response) if event != Data(b"")]
@@ -247,10 +236,10 @@ def test_no_bytes_raise_anything_but_a_protocol_error(data: st.DataObject) -> No
     for pieces in ([message], [bytes([byte]) for byte in message]):
         try:
             outcomes.append(read(*pieces))
-        except BROKEN as error:
+        except errors.ProtocolError as error:
             outcomes.append([type(error)])
     assert outcomes[0] == outcomes[1]
-    with contextlib.suppress(BROKEN):
+    with contextlib.suppress(errors.ProtocolError):
         decode_request(message)
 
 
@@ -259,33 +248,206 @@ def test_no_bytes_raise_anything_but_a_protocol_error(data: st.DataObject) -> No
 
 def test_an_encoder_keeps_the_order_and_ends_once() -> None:
     encoder = ResponseEncoder()
-    for early in (lambda: encoder.data(b"x"), encoder.end):
-        with pytest.raises(errors.UsageError):
-            early()
+    refused(errors.UsageError, partial(encoder.data, b"x"), encoder.end)
     encoder.head(200)
-    for late in (lambda: encoder.head(200), lambda: encoder.informational(103)):
-        with pytest.raises(errors.UsageError):
-            late()
+    refused(errors.UsageError, partial(encoder.head, 200), partial(encoder.informational, 103))
     encoder.end()
-    for again in (encoder.end, lambda: encoder.data(b"x"), lambda: encoder.head(200)):
-        with pytest.raises(errors.AlreadyUsedError):
-            again()
+    refused(errors.AlreadyUsedError, encoder.end, partial(encoder.data, b"x"), partial(encoder.head, 200))
 
 
 def test_a_decoder_serves_once_and_not_after_an_error() -> None:
-    decoder = ResponseDecoder()
+    decoder, broken = ResponseDecoder(), ResponseDecoder()
     decoder.feed(written(ResponseHead(200, ()), End()))
     decoder.close()
-    broken = ResponseDecoder()
-    with pytest.raises(errors.InvalidMessage):
-        broken.feed(b"\x05")
+    refused(errors.InvalidMessage, partial(broken.feed, b"\x05"))
     for one in (decoder, broken):
-        for again in (one.close, lambda one=one: one.feed(b"")):
-            with pytest.raises(errors.AlreadyUsedError):
-                again()
+        refused(errors.AlreadyUsedError, one.close, partial(one.feed, b""))
 
 
 def test_content_is_in_no_repr() -> None:
     secret = Request("POST", "https", "a", "/", (("x", "a prompt"),), b"a prompt", (("x", "a prompt"),))
     for thing in (secret, ResponseHead(200, (("x", "a prompt"),)), Data(b"a prompt"), End((("x", "a prompt"),))):
         assert "a prompt" not in repr(thing)
+
+
+# What is invalid, for the side that writes it and for the side that reads it alike
+
+
+def line(name: bytes, value: bytes) -> bytes:
+    return varint.encode(len(name)) + name + varint.encode(len(value)) + value
+
+
+def known(headers: bytes = b"", content: bytes = b"", trailers: bytes = b"", *, start: bytes = b"\x00" + CONTROL) -> bytes:
+    return start + b"".join(varint.encode(len(part)) + part for part in (headers, content, trailers))
+
+
+@pytest.mark.parametrize("framing", ["04", "3f", "4004", "ffffffffffffffff"])
+def test_an_unknown_framing_is_invalid(framing: str) -> None:
+    start = bytes.fromhex(framing)
+    refused(errors.InvalidMessage, partial(decode_request, start + CONTROL), partial(ResponseDecoder().feed, start))
+
+
+def test_a_request_is_not_a_response_and_an_empty_message_is_truncated() -> None:
+    refused(errors.InvalidMessage, partial(decode_request, RESPONSE_WITH_CONTENT), partial(read, b"\x00" + CONTROL))
+    refused(errors.TruncatedStream, partial(decode_request, b""), ResponseDecoder().close)
+
+
+BAD_CONTROL = [
+    *(Request(method, "https", "a", "/") for method in ("", "GE T", "GET\r\n", "CONNECT")),
+    *(Request("GET", scheme, "a", "/") for scheme in ("", "ftp", "HTTPS")),
+    *(Request("GET", "https", authority, "/") for authority in ("a b", "user@a", "a/b", "a\x00")),
+    *(Request("GET", "https", "a", path) for path in ("", "no-slash", "/a b", "/a#b", "/a\r\nhost: b", "/a\x7f", "*/")),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_CONTROL, ids=repr)
+def test_bad_control_data_is_refused_by_both_sides(bad: Request) -> None:
+    parts = (part.encode("latin-1") for part in (bad.method, bad.scheme, bad.authority, bad.path))
+    start = b"\x00" + b"".join(varint.encode(len(part)) + part for part in parts)
+    refused(errors.UsageError, partial(encode_request, bad))
+    refused(errors.InvalidMessage, partial(decode_request, known(start=start)))
+
+
+BAD_NAMES = (b"", b"a b", b"a:", b":path", b":status", b"caf\xe9", b"a\x00", b"a\n")
+BAD_VALUES = (
+    b"nul\x00", b"line\nfeed", b"carriage\rreturn", b"bell\x07", b"del\x7f", b" leading", b"trailing ", b"\ttab", b"newline\n"
+)  # fmt: skip
+BAD_FIELDS = [
+    *((name, b"x") for name in BAD_NAMES), *((b"a", value) for value in BAD_VALUES), (b"connection", b"close"),
+    (b"keep-alive", b"1"), (b"proxy-connection", b"close"), (b"transfer-encoding", b"chunked"), (b"upgrade", b"websocket"),
+    (b"te", b"gzip"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_FIELDS)
+def test_bad_fields_are_refused_by_both_sides(name: bytes, value: bytes) -> None:
+    pair = (name.decode("latin-1"), value.decode("latin-1"))
+    for bad in (Request("GET", "https", "a", "/", (pair,)), Request("GET", "https", "a", "/", (), b"", (pair,))):
+        for encode in (encode_request, encode_request_indeterminate):
+            refused(errors.UsageError, partial(encode, bad))
+    messages = [known(line(name, value)), known(b"", b"", line(name, value))]
+    if name:  # an empty name is the end of an indeterminate section
+        messages.append(b"\x02" + CONTROL + line(name, value))
+    for message in messages:
+        refused(errors.InvalidMessage, partial(decode_request, message))
+
+
+def test_names_in_capitals_are_written_small_and_not_read() -> None:
+    assert decode_request(encode_request(Request("GET", "https", "a", "/", (("Accept", "X"),)))).headers == (("accept", "X"),)
+    refused(errors.InvalidMessage, partial(decode_request, known(line(b"Accept", b"X"))))
+
+
+def test_fields_that_may_look_odd_are_kept() -> None:
+    odd = (("te", "trailers"), ("x", ""), ("x", "a\tb  c"), ("x", "caf\xe9\xff"), ("!#$%&'*+-.^_`|~0", "token"))
+    assert decode_request(encode_request(Request("GET", "https", "a", "/", odd))).headers == odd
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request("GET", "https", "a", "/\u20ac"),
+        *(Request("GET", "https", "a", "/", ((n, "\u20ac"),)) for n in ("caf\u00e9", "x")),
+    ],
+)
+def test_text_that_is_not_latin_1_is_the_callers_error(request_: Request) -> None:
+    refused(errors.UsageError, partial(encode_request, request_))
+
+
+@pytest.mark.parametrize("section", ["01", "0161", "016105", "01610562", "026101"])
+def test_a_field_line_past_its_section_is_invalid(section: str) -> None:
+    refused(errors.InvalidMessage, partial(decode_request, known(bytes.fromhex(section))))
+
+
+@pytest.mark.parametrize("value", ["4", "6", "x", "-5", "5, 5", "", "٥", "5" * 16])
+def test_a_content_length_that_lies_is_invalid(value: str) -> None:
+    message = known(line(b"content-length", value.encode()), b"12345")
+    if value.isascii():
+        said = Request("POST", "https", "a", "/", (("Content-Length", value),), b"12345")
+        refused(errors.UsageError, partial(encode_request, said))
+    response = message.replace(b"\x00" + CONTROL, bytes.fromhex("0140c8"))
+    refused(errors.InvalidMessage, partial(decode_request, message), partial(read, response))
+
+
+def test_a_content_length_that_is_true_passes() -> None:
+    """And a response to HEAD may announce what it does not carry."""
+    request = Request("POST", "https", "a", "/", (("content-length", "5"), ("content-length", "5")), b"12345")
+    assert decode_request(encode_request(request)) == request
+    two = known(line(b"content-length", b"5") + line(b"content-length", b"6"), b"12345")
+    refused(errors.InvalidMessage, partial(decode_request, two))
+    head = ResponseHead(200, (("content-length", "5"),))
+    assert read(bytes.fromhex("0340c8") + line(b"content-length", b"5") + bytes(3)) == [head, End()]
+
+
+@pytest.mark.parametrize("status", [0, 99, 101, 600, 2**40])
+def test_an_impossible_status_is_refused_by_both_sides(status: int) -> None:
+    encoder = ResponseEncoder()
+    refused(errors.InvalidMessage, partial(ResponseDecoder().feed, b"\x03" + varint.encode(status)))
+    refused(errors.UsageError, partial(encoder.head, status), partial(encoder.informational, status))
+
+
+def test_a_final_status_is_not_informational() -> None:
+    refused(errors.UsageError, partial(ResponseEncoder().informational, 200), partial(ResponseEncoder().head, 103))
+
+
+@pytest.mark.parametrize("position", [0, 5, 9])
+def test_padding_is_zeros_and_never_less_than_the_message(position: int) -> None:
+    padding = bytes(position) + b"\x01" + bytes(9 - position)
+    refused(errors.InvalidMessage, partial(decode_request, known() + padding), partial(read, EMPTY_RESPONSE, padding))
+    refused(errors.UsageError, partial(encode_request, GET, padded_to=len(encode_request(GET)) - 1))
+
+
+# Limits
+
+
+def test_lengths_above_their_limit_are_refused_at_once() -> None:
+    """Each prefix alone: nothing of what it announces ever arrives."""
+    huge = varint.encode(varint.MAX)
+    control = b"\x00" + CONTROL
+    for start in (b"\x00", b"\x00\x03GET", control, control + b"\x00", control + b"\x00\x00", b"\x02" + CONTROL):
+        refused(errors.MessageTooLarge, partial(decode_request, start + huge))
+    for start in ("0140c8", "0140c800", "0140c80000", "0340c8", "0340c80161", "0340c800", "0340c8000161", "0340c80000"):
+        decoder = ResponseDecoder()
+        decoder.feed(bytes.fromhex(start))
+        refused(errors.MessageTooLarge, partial(decoder.feed, huge))
+
+
+def test_content_above_the_limit_is_refused_over_all_chunks() -> None:
+    decoder = ResponseDecoder()
+    decoder.feed(bytes.fromhex("0340c800") + b"\x01x")
+    refused(errors.MessageTooLarge, partial(decoder.feed, varint.encode(MAX_CONTENT)))
+
+
+def test_fields_up_to_their_limits_pass_and_not_further() -> None:
+    def request(*headers: tuple[str, str], path: str = "/") -> Request:
+        return Request("GET", "https", "a", path, headers)
+
+    largest = [("x" * MAX_NAME, "v" * MAX_VALUE)]
+    for fine in (
+        request(*largest),
+        request(*[("a", "b")] * MAX_FIELDS),
+        request(*[("a", "v" * MAX_VALUE)] * 3),
+        request(path="/" + "p" * (MAX_PATH - 1)),
+    ):
+        for encode in (encode_request, encode_request_indeterminate):
+            assert decode_request(encode(fine)) == fine
+    for wrong in (
+        request(("x" * (MAX_NAME + 1), "")),
+        request(("x", "v" * (MAX_VALUE + 1))),
+        request(*[("a", "b")] * (MAX_FIELDS + 1)),
+        request(*[("a", "v" * MAX_VALUE)] * 4),
+        request(path="/" + "p" * MAX_PATH),
+    ):
+        refused(errors.UsageError, partial(encode_request, wrong))
+        section = b"".join(line(name.encode(), value.encode()) for name, value in wrong.headers)
+        start = CONTROL[:-2] + varint.encode(len(wrong.path)) + wrong.path.encode()
+        for message in (known(section, start=b"\x00" + start), b"\x02" + start + section + b"\x00"):
+            refused(errors.MessageTooLarge, partial(decode_request, message))
+    assert 4 * MAX_VALUE >= MAX_HEADER_SECTION - 100
+
+
+def test_too_many_informational_responses_are_refused_by_both_sides() -> None:
+    encoder, decoder = ResponseEncoder(), ResponseDecoder()
+    for _ in range(MAX_INFORMATIONAL):
+        decoder.feed(encoder.informational(103))
+    refused(errors.UsageError, partial(encoder.informational, 103))
+    refused(errors.MessageTooLarge, partial(decoder.feed, bytes.fromhex("406700")))
