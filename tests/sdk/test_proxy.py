@@ -25,64 +25,70 @@ from parts.bent import without
 from parts.chat_app import reply
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
-from parts.relay import AsyncWire, Relay, served
+from parts.relay import Relay, connect_async, on_sealed, refusing, served
 from parts.up import LACRE
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "the sea"}]}
-SEALED = "/v1/sealed"
+STREAMED = {**BODY, "stream": True}
+PAGE = "http://localhost:3000"
+PREFLIGHT = {"access-control-request-method": "POST"}
 
 
 @dataclass
 class Proxy:
-    process: subprocess.Popen[str]
+    """Here and below, `{key}` and `{port}` in what is sent stand for the proxy's."""
+
     told: dict[str, Any]
+
+    def filled(self, text: str) -> str:
+        return text.replace("{key}", self.told["api_key"]).replace("{port}", str(httpx2.URL(self.told["base_url"]).port))
 
     def client(self, **headers: str) -> httpx2.Client:
         """headers: beside the key's."""
-        return httpx2.Client(
-            base_url=self.told["base_url"] + "/",
-            headers={"authorization": f"Bearer {self.told['api_key']}"} | headers,
-            timeout=60,
-            trust_env=False,
-        )
+        sent = {name: self.filled(value) for name, value in ({"authorization": "Bearer {key}"} | headers).items()}
+        return httpx2.Client(base_url=self.told["base_url"] + "/", headers=sent, timeout=60, trust_env=False)
+
+    def ask(self, method: str = "POST", path: str = "chat/completions", body: Any = BODY, **headers: str) -> httpx2.Response:
+        with self.client(**headers) as client:
+            return client.request(method, path, **({"content": body} if isinstance(body, bytes) else {"json": body}))
 
 
-def over_tls(gateway: Gateway) -> str:
-    """An address where nobody speaks TLS: the client fails at once, where it would wait for a gateway that is away."""
-    return gateway.url.replace("lacre+http://", "lacre://")
+def outcome(answer: httpx2.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
 
 
 @contextmanager
-def running(gateway: Gateway, home: Path, *options: str) -> Iterator[Proxy]:
-    command = [*LACRE, "proxy", "--port", "0", "--json", *options]
-    process = subprocess.Popen(command, env=settings(gateway, home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+def started(gateway: Gateway, home: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*LACRE, "proxy", "--port", "0", *options]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=settings(gateway, home), stdout=pipe, stderr=pipe, text=True)
     try:
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        yield Proxy(process, json.loads(line))
+        yield process
     finally:
         process.terminate()
         process.communicate(timeout=30)
 
 
+@contextmanager
+def running(gateway: Gateway, home: Path, *options: str) -> Iterator[Proxy]:
+    with started(gateway, home, "--json", *options) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        yield Proxy(json.loads(line))
+
+
 @pytest.fixture(scope="module")
-def engine() -> Iterator[EchoEngine]:
+def gateway() -> Iterator[Gateway]:
     engine = EchoEngine(name="tiny", n_ctx=512)
-    yield engine
+    with beside(Gateway(Relay(create_app([engine])))) as live:
+        yield live
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def gateway(engine: EchoEngine) -> Iterator[Gateway]:
-    with beside(Gateway(Relay(create_app([engine])))) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
 def proxy(gateway: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    origin = ("--allow-origin", "http://localhost:3000")
-    with running(gateway, tmp_path_factory.mktemp("home"), *origin) as proxy:
+    with running(gateway, tmp_path_factory.mktemp("home"), "--allow-origin", PAGE) as proxy:
         yield proxy
 
 
@@ -94,17 +100,12 @@ def honest(gateway: Gateway) -> Iterator[None]:
     gateway.relay.respond, gateway.relay.bend, gateway.before = lambda _request: None, list, None
 
 
-def sealed(gateway: Gateway) -> list[httpx2.Request]:
-    return [request for request in gateway.relay.requests if request.url.path == SEALED]
-
-
 class TestWhatPasses:
     def test_a_whole_answer(self, proxy: Proxy, gateway: Gateway) -> None:
-        with proxy.client(cookie="c00kie", traceparent="00-telling") as client:
-            answer = client.post("chat/completions", json={**BODY, "user": "jo@example.com"})
+        answer = proxy.ask(body={**BODY, "user": "jo@example.com"}, cookie="c00kie", traceparent="00-telling")
         assert answer.json()["choices"][0]["message"]["content"] == "the sea"
         assert "server" not in answer.headers
-        [inside], [outside] = gateway.relay.opened, sealed(gateway)
+        [inside], [outside] = gateway.relay.opened, gateway.relay.sealed
         assert json.loads(inside.request.content) == BODY
         assert not {name for name, _value in inside.request.headers} & {"cookie", "traceparent", "authorization"}
         assert outside.headers["authorization"] == "Bearer t0ken"  # the proxy's own key goes nowhere
@@ -112,197 +113,140 @@ class TestWhatPasses:
 
     def test_pieces_pass_while_the_answer_is_still_sealed(self, proxy: Proxy, gateway: Gateway) -> None:
         """The gateway holds the later records back until the program has seen the first token."""
-        seen = threading.Event()
+        seen, lines = threading.Event(), []
 
         async def before(i: int) -> None:
             if i == 4:
                 assert await asyncio.to_thread(seen.wait, 30)
 
         gateway.before = before
-        with proxy.client() as client, client.stream("POST", "chat/completions", json={**BODY, "stream": True}) as answer:
-            lines = []
-            for line in answer.iter_lines():
-                if line.startswith("data:"):
-                    lines.append(line)
-                    if '"content":"t"' in line.replace(" ", ""):
-                        seen.set()
+        with proxy.client() as client, client.stream("POST", "chat/completions", json=STREAMED) as answer:
+            for line in filter(None, answer.iter_lines()):
+                lines.append(line)
+                if '"content":"t"' in line.replace(" ", ""):
+                    seen.set()
         assert seen.is_set() and lines[-1] == "data: [DONE]"
         assert answer.headers["x-accel-buffering"] == "no"
 
     def test_models(self, proxy: Proxy) -> None:
-        with proxy.client() as client:
-            assert [model["id"] for model in client.get("models").json()["data"]] == ["tiny"]
-            assert client.get("models/tiny?x=1").json()["id"] == "tiny"
+        assert [model["id"] for model in proxy.ask("GET", "models").json()["data"]] == ["tiny"]
+        assert proxy.ask("GET", "models/tiny?x=1").json()["id"] == "tiny"
 
     def test_the_workers_error(self, proxy: Proxy) -> None:
-        with proxy.client() as client:
-            answer = client.post("chat/completions", json={**BODY, "model": "gone"})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        assert outcome(proxy.ask(body={**BODY, "model": "gone"})) == (404, "model_not_found")
 
     def test_a_gateways_refusal(self, proxy: Proxy, gateway: Gateway) -> None:
-        def refuse(request: httpx2.Request) -> httpx2.Response | None:
-            return served(429, problems.RATE_LIMITED.body(), {"retry-after": "11"}) if request.url.path == SEALED else None
-
-        gateway.relay.respond = refuse
-        with proxy.client() as client:
-            answer = client.post("chat/completions", json=BODY)
+        gateway.relay.respond = refusing(problems.RATE_LIMITED, retry_after="11")
+        answer = proxy.ask()
         # Longer than `PATIENCE` of lacre.exchange.retry: the proxy leaves the waiting to its caller.
-        assert (answer.status_code, answer.headers["retry-after"]) == (429, "11")
-        assert answer.json()["error"]["code"] == "rate-limited"
+        assert (outcome(answer), answer.headers["retry-after"]) == ((429, "rate-limited"), "11")
 
     def test_a_doubled_slash_is_named(self, proxy: Proxy) -> None:
         """As a base URL that ends in one makes it: the listener reads no such path, and says so."""
-        with proxy.client() as client:
-            answer = client.post("/chat//completions", json=BODY)
+        answer = proxy.ask(path="/chat//completions")
         assert (answer.status_code, answer.headers["content-type"]) == (400, "text/plain")
         assert "normal form: no doubled slash" in answer.text
 
     @pytest.mark.parametrize(
-        ("method", "path", "status", "code", "allow"),
+        ("method", "path", "refusal", "allow"),
         [
-            ("POST", "chat/completions/", 404, "path-form", None),
-            ("POST", "responses", 404, "unknown-path", None),
-            ("POST", "models", 405, "wrong-method", "GET"),
+            ("POST", "chat/completions/", (404, "path-form"), None),
+            ("POST", "responses", (404, "unknown-path"), None),
+            ("POST", "models", (405, "wrong-method"), "GET"),
         ],
     )
     def test_a_path_that_policy_does_not_allow(
-        self, method: str, path: str, status: int, code: str, allow: str | None, proxy: Proxy, gateway: Gateway
+        self, method: str, path: str, refusal: tuple[int, str], allow: str | None, proxy: Proxy, gateway: Gateway
     ) -> None:
-        def refuse(request: httpx2.Request) -> httpx2.Response | None:
-            return served(403, problems.PATH_NOT_ALLOWED.body()) if request.url.path == SEALED else None
+        gateway.relay.respond = refusing(problems.PATH_NOT_ALLOWED)
+        answer = proxy.ask(method, path)
+        assert (outcome(answer), answer.headers.get("allow")) == (refusal, allow)
 
-        gateway.relay.respond = refuse
-        with proxy.client() as client:
-            answer = client.request(method, path, json=BODY)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-        assert answer.headers.get("allow") == allow
-
-    def test_what_workers_were_lost_by_is_not_asked_again_by_the_program(self, proxy: Proxy, gateway: Gateway) -> None:
-        def lose(request: httpx2.Request) -> httpx2.Response | None:
-            return served(502, problems.WORKER_LOST.body()) if request.url.path == SEALED else None
-
-        gateway.relay.respond, gateway.relay.requests = lose, []
-        with proxy.client() as client:
-            answer = client.post("chat/completions", json=BODY)
+    @pytest.mark.parametrize("when", ["before the answer", "in mid-answer"])
+    def test_what_two_workers_were_lost_by_is_not_asked_again_by_the_program(
+        self, proxy: Proxy, gateway: Gateway, when: str
+    ) -> None:
+        """In mid-answer, before anything of it opened, no refusal says so, but the answer's end."""
+        if when == "in mid-answer":
+            gateway.relay.bend = lambda pieces: pieces[:0]
+        else:
+            gateway.relay.respond = refusing(problems.WORKER_LOST)
+        answer = proxy.ask()
         assert (answer.status_code, answer.headers["x-should-retry"]) == (502, "false")
-        assert sum(request.url.path == SEALED for request in gateway.relay.requests) == 2
+        assert len(gateway.relay.sealed) == 2
 
-    def test_nor_what_they_were_lost_by_in_mid_answer(self, proxy: Proxy, gateway: Gateway) -> None:
-        """Before anything of it opened: no refusal says so, but the answer's end."""
-        gateway.relay.bend = lambda pieces: pieces[:0]
-        asked = len(gateway.relay.opened)
-        with proxy.client() as client:
-            answer = client.post("chat/completions", json=BODY)
-        assert (answer.status_code, answer.headers["x-should-retry"]) == (502, "false")
-        assert len(gateway.relay.opened) == asked + 2
+
+# What is not the name of this proxy: a page whose name was pointed at loopback (DNS rebinding) sends its own.
+STRANGE_HOSTS = (
+    "evil.example", "evil.example:{port}", "127.0.0.1", "localhost:1", "", "192.0.2.1:{port}", "0.0.0.0:{port}",
+    "[::2]:{port}", "127.0.0.1.evil.example:{port}",
+)  # fmt: skip
+LOOPBACK = ("localhost:{port}", "LOCALHOST:{port}", "localhost.:{port}", "127.8.9.1:{port}", "[::1]:{port}", "[0:0::1]:{port}")
+NO_KEY = ("", "Bearer", "Bearer wrong", "Bearer t0ken", "Basic {key}", "Bearer {key}x", "Bearer{key}", "x Bearer {key}")
 
 
 class TestWhoGetsIn:
     @pytest.mark.parametrize(
-        "host",
+        ("headers", "status"),
         [
-            "evil.example",
-            "evil.example:{port}",
-            "127.0.0.1",
-            "localhost:1",
-            "",
-            "192.0.2.1:{port}",
-            "0.0.0.0:{port}",
-            "[::2]:{port}",
-            "127.0.0.1.evil.example:{port}",
+            *(({"host": host}, 421) for host in STRANGE_HOSTS),  # the key alone would not tell
+            *(({"host": host}, 200) for host in LOOPBACK),
+            *(({"authorization": key}, 401) for key in NO_KEY),
+            *(({"authorization": key}, 200) for key in ("bearer {key}", "BEARER {key}", "Bearer   {key}")),  # RFC 9110, 11.1
+            *(({"origin": page}, 403) for page in ("http://evil.example", "null", "http://localhost:3001", "")),
+            ({"origin": PAGE}, 200),
+            ({"origin": PAGE, "authorization": "Bearer x"}, 401),
         ],
+        ids=str,
     )
-    def test_another_host_is_refused(self, proxy: Proxy, gateway: Gateway, host: str) -> None:
-        """A page whose name was pointed at loopback (DNS rebinding) sends its own name; the key alone would not tell."""
-        port = httpx2.URL(proxy.told["base_url"]).port
-        with proxy.client(host=host.format(port=port)) as client:
-            answer = client.post("chat/completions", json=BODY)
-        assert answer.status_code == 421
-        assert "127.0.0.1" in answer.json()["error"]["message"]
+    def test_by_its_headers(self, proxy: Proxy, gateway: Gateway, headers: dict[str, str], status: int) -> None:
+        answer = proxy.ask(**headers)
+        assert answer.status_code == status
+        assert (answer.headers.get("access-control-allow-origin") == PAGE) == (headers.get("origin") == PAGE)
+        assert bool(gateway.relay.requests) == (status == 200)
+        if status == 401:
+            assert (outcome(answer)[1], answer.headers["www-authenticate"]) == ("invalid_api_key", "Bearer")
+        if status == 421:
+            assert "127.0.0.1" in answer.json()["error"]["message"]
+
+    @pytest.mark.parametrize(("origin", "status"), [(PAGE, 200), ("http://evil.example", 403), ("null", 403), ("", 403)])
+    def test_a_pages_preflight(self, proxy: Proxy, gateway: Gateway, origin: str, status: int) -> None:
+        answer = proxy.ask("OPTIONS", origin=origin, **PREFLIGHT)
+        assert (answer.status_code, answer.headers.get("access-control-allow-origin")) == (
+            status,
+            PAGE if status == 200 else None,
+        )
         assert not gateway.relay.requests
-
-    @pytest.mark.parametrize("sent", ["bearer {key}", "BEARER {key}", "Bearer   {key}"])
-    def test_the_schemes_case_and_blanks_make_no_difference(self, proxy: Proxy, sent: str) -> None:
-        """RFC 9110 sections 11.1 and 11.4."""
-        with proxy.client(authorization=sent.format(key=proxy.told["api_key"])) as client:
-            assert client.get("models").status_code == 200
-
-    @pytest.mark.parametrize(
-        "host",
-        ["localhost:{port}", "LOCALHOST:{port}", "localhost.:{port}", "127.8.9.1:{port}", "[::1]:{port}", "[0:0::1]:{port}"],
-    )
-    def test_loopbacks_names(self, proxy: Proxy, host: str) -> None:
-        port = httpx2.URL(proxy.told["base_url"]).port
-        with proxy.client(host=host.format(port=port)) as client:
-            assert client.post("chat/completions", json=BODY).status_code == 200
-
-    @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:3001", ""])
-    @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
-    def test_a_web_page_is_refused(self, proxy: Proxy, gateway: Gateway, origin: str, method: str) -> None:
-        with proxy.client(origin=origin, **{"access-control-request-method": "POST"}) as client:
-            answer = client.request(method, "chat/completions", json=BODY)
-        assert answer.status_code == 403
-        assert "access-control-allow-origin" not in answer.headers
-        assert not gateway.relay.requests
-
-    def test_an_allowed_page_may(self, proxy: Proxy) -> None:
-        page = "http://localhost:3000"
-        with proxy.client(origin=page) as client:
-            preflight = client.options("chat/completions", headers={"access-control-request-method": "POST"})
-            answer = client.post("chat/completions", json=BODY)
-        for each in (preflight, answer):
-            assert (each.status_code, each.headers["access-control-allow-origin"]) == (200, page)
-
-    @pytest.mark.parametrize(
-        "sent", ["", "Bearer", "Bearer wrong", "Bearer t0ken", "Basic {key}", "Bearer {key}x", "Bearer{key}", "x Bearer {key}"]
-    )
-    def test_without_the_key(self, proxy: Proxy, gateway: Gateway, sent: str) -> None:
-        with proxy.client(authorization=sent.format(key=proxy.told["api_key"])) as client:
-            answer = client.post("chat/completions", json=BODY)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert answer.headers["www-authenticate"] == "Bearer"
-        assert not gateway.relay.requests
-
-    def test_a_page_without_the_key(self, proxy: Proxy) -> None:
-        with proxy.client(origin="http://localhost:3000", authorization="Bearer x") as client:
-            assert client.post("chat/completions", json=BODY).status_code == 401
 
 
 class TestErrors:
     def test_a_stream_that_breaks_says_so(self, proxy: Proxy, gateway: Gateway) -> None:
-        gateway.relay.bend = lambda pieces: [*pieces[:3], pieces[4], *pieces[5:]]
-        with proxy.client() as client:
-            text = client.post("chat/completions", json={**BODY, "stream": True}).text
-        last = text.strip().splitlines()[-1]
-        error = json.loads(last.removeprefix("data: "))["error"]
+        gateway.relay.bend = lambda pieces: without(pieces, 3)
+        text = proxy.ask(body=STREAMED).text
+        error = json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]
         assert error["code"] == "open_error" and error["remedy"] and error["verification"]["sealed_to"]["pool"] == "default"
         assert "[DONE]" not in text
 
     def test_a_whole_answer_of_which_nothing_opened(self, proxy: Proxy, gateway: Gateway) -> None:
         gateway.relay.bend = without
-        with proxy.client() as client:
-            answer = client.post("chat/completions", json=BODY)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "truncated_stream")
+        assert outcome(proxy.ask()) == (502, "truncated_stream")
 
     def test_a_whole_answer_that_breaks_is_cut_off(
         self, proxy: Proxy, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Never a 200 that looks whole."""
 
-        async def long(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        async def long(_scope: Any, _receive: Any, send: Any) -> None:
             await reply(send, 200, {"text": "x" * 50_000})
 
         monkeypatch.setattr(gateway.relay, "app", long)
-        with proxy.client() as client:
-            assert len(client.post("chat/completions", json=BODY).json()["text"]) == 50_000
-            gateway.relay.bend = without
-            with pytest.raises(httpx2.RemoteProtocolError):
-                client.post("chat/completions", json=BODY)
+        assert len(proxy.ask().json()["text"]) == 50_000
+        gateway.relay.bend = without
+        with pytest.raises(httpx2.RemoteProtocolError):
+            proxy.ask()
 
     def test_what_cannot_be_sealed(self, proxy: Proxy, gateway: Gateway) -> None:
-        with proxy.client() as client:
-            answer = client.post("chat/completions", content=b"x" * (8 * 2**20))
-        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "message_too_large")
+        assert outcome(proxy.ask(body=b"x" * (8 * 2**20))) == (413, "message_too_large")
         assert not gateway.relay.requests
 
     async def test_many_bodies_at_once(self) -> None:
@@ -314,78 +258,68 @@ class TestErrors:
             await go.wait()
             await reply(send, 200, {})
 
-        relay, door = Relay(waiting), proxying.ProxyAccess.on(80, "k" * 32, names=["proxy"])
+        door = proxying.ProxyAccess.on(80, "k" * 32, names=["proxy"])
         headers = {"authorization": f"Bearer {door.key}", "content-type": "application/octet-stream"}
-        async with lacre.AsyncClient(relay.url, token="t", memory=lacre.VersionMemory(), transport=AsyncWire(relay)) as client:
+        async with connect_async(Relay(waiting)) as client:
             wire = httpx2.ASGITransport(proxying.create_app(client, door, held=1000))
             async with httpx2.AsyncClient(base_url="http://proxy/v1/", headers=headers, transport=wire) as caller:
                 first = asyncio.create_task(caller.post("predict", content=b"x" * 600))
                 await begun.wait()
                 refused = await caller.post("predict", content=b"x" * 401)
-                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
-                assert refused.headers["retry-after"] == "1"
+                assert (outcome(refused), refused.headers["retry-after"]) == ((503, "overloaded"), "1")
                 go.set()
                 statuses = [(await first).status_code, (await caller.post("predict", content=b"x" * 1000)).status_code]
         assert statuses == [200, 200]
 
     def test_an_answer_that_proves_nothing(self, proxy: Proxy, gateway: Gateway) -> None:
-        gateway.relay.respond = lambda request: served(200, b"plain") if request.url.path == SEALED else None
-        with proxy.client() as client:
-            answer = client.post("chat/completions", json=BODY)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "unsealed_response")
+        gateway.relay.respond = on_sealed(lambda: served(200, b"plain"))
+        answer = proxy.ask()
+        assert outcome(answer) == (502, "unsealed_response")
         assert "plain" not in answer.text
 
     def test_other_paths(self, proxy: Proxy) -> None:
-        with proxy.client() as client:
-            answer = client.get(proxy.told["base_url"].removesuffix("/v1") + "/chat/completions")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+        answer = proxy.ask("GET", proxy.told["base_url"].removesuffix("/v1") + "/chat/completions")
+        assert outcome(answer) == (404, "unknown_url")
         assert "/v1" in answer.json()["error"]["message"]
 
 
 def raw(proxy: Proxy, *lines: bytes) -> bytes:
-    """The whole answer to bytes of one's own; `{key}` and `{port}` stand for the proxy's."""
-    port = httpx2.URL(proxy.told["base_url"]).port
-    assert port is not None
-    known = {b"{key}": proxy.told["api_key"].encode(), b"{port}": str(port).encode()}
-    data = b"\r\n".join(lines)
-    for name, value in known.items():
-        data = data.replace(name, value)
-    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+    """The whole answer to bytes of one's own."""
+    data = proxy.filled(b"\r\n".join(lines).decode("latin-1")).encode("latin-1")
+    with socket.create_connection(("127.0.0.1", httpx2.URL(proxy.told["base_url"]).port or 0), 20) as connection:
         connection.sendall(data)
-        found = b""
-        while piece := connection.recv(65536):
-            found += piece
-    return found
+        return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 POST = b"POST /v1/chat/completions HTTP/1.1"
 KEY = b"Authorization: Bearer {key}"
 HOST = b"Host: 127.0.0.1:{port}"
 CLOSE = b"Connection: close"
+CONTENT = (b"Content-Length: 2", CLOSE, b"", b"{}")
 
 
 class TestBytesOfAnyKind:
     @pytest.mark.parametrize(
         ("lines", "status"),
         [
-            ((POST, HOST, KEY, b"Content-Type: \xff\xfe", b"Content-Length: 2", CLOSE, b"", b"{}"), b"400"),
-            ((POST, HOST, KEY, b"Content-Type: a", b"Content-Type: b", b"Content-Length: 2", CLOSE, b"", b"{}"), b"400"),
-            ((POST, HOST, KEY, b"Accept: \xe9", b"Content-Length: 2", CLOSE, b"", b"{}"), b"400"),
-            ((POST, HOST, KEY, KEY, b"Content-Length: 2", CLOSE, b"", b"{}"), b"401"),
-            ((POST, HOST, KEY, b"Authorization: Bearer x", b"Content-Length: 2", CLOSE, b"", b"{}"), b"401"),
-            ((POST, HOST, b"Authorization: \xff", b"Content-Length: 2", CLOSE, b"", b"{}"), b"401"),
-            ((POST, b"Host: \xff", KEY, b"Content-Length: 2", b"", b"{}"), b"400"),
-            ((POST, HOST, HOST, KEY, b"Content-Length: 2", b"", b"{}"), b"400"),
+            ((POST, HOST, KEY, b"Content-Type: \xff\xfe", *CONTENT), b"400"),
+            ((POST, HOST, KEY, b"Content-Type: a", b"Content-Type: b", *CONTENT), b"400"),
+            ((POST, HOST, KEY, b"Accept: \xe9", *CONTENT), b"400"),
+            ((POST, HOST, KEY, KEY, *CONTENT), b"401"),
+            ((POST, HOST, KEY, b"Authorization: Bearer x", *CONTENT), b"401"),
+            ((POST, HOST, b"Authorization: \xff", *CONTENT), b"401"),
+            ((POST, b"Host: \xff", KEY, *CONTENT), b"400"),
+            ((POST, HOST, HOST, KEY, *CONTENT), b"400"),
             ((POST, HOST, KEY, b"Transfer-Encoding: gzip, chunked", b"", b"0", b"", b""), b"501"),
             ((POST, HOST, b"Transfer-Encoding: chunked", CLOSE, b"", b"0", KEY, b"", b""), b"401"),
-            ((b"POST /v1/ch%61t/completions HTTP/1.1", HOST, KEY, b"Content-Length: 2", b"", b"{}"), b"400"),
+            ((b"POST /v1/ch%61t/completions HTTP/1.1", HOST, KEY, *CONTENT), b"400"),
             ((b"GET /v1/\xff HTTP/1.1", HOST, KEY, b"", b""), b"400"),
             ((b"GET /v1/x?\xff HTTP/1.1", HOST, KEY, b"", b""), b"400"),
             ((POST, HOST, KEY, b"a: " + b"b" * 70_000, b"", b""), b"431"),
             ((b"GET /v1/" + b"a" * 70_000,), b"414"),
             ((POST, HOST, KEY, *[b"a:b"] * 200, b"", b""), b"431"),
         ],
-    )  # fmt: skip
+    )
     def test_a_refusal_and_no_more(self, proxy: Proxy, gateway: Gateway, lines: tuple[bytes, ...], status: bytes) -> None:
         """Nothing is sealed, nothing fails in a way that nobody foresaw."""
         told = raw(proxy, *lines)
@@ -401,22 +335,27 @@ class TestBytesOfAnyKind:
 
 
 class TestStarting:
-    def run(self, home: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
-        gateway = Gateway(Relay(lambda scope, receive, send: None))  # type: ignore[arg-type, return-value]
-        gateway.url = gateway.relay.url
-        return subprocess.run(
-            [*LACRE, "proxy", "--port", "0", *options],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=settings(gateway, home) | env,
-        )
+    def ends(self, gateway: Gateway, home: Path, *options: str, code: int = 1, **env: str) -> str:
+        """What it says as it ends at once; no key of a proxy that does not run is among it."""
+        command, env = [*LACRE, "proxy", "--port", "0", *options], settings(gateway, home) | env
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stdout) == (code, ""), done.stderr
+        return done.stderr
 
-    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-    def test_beyond_loopback_only_when_told(self, tmp_path: Path, host: str) -> None:
-        done = self.run(tmp_path, "--host", host)
-        assert done.returncode == 1
-        assert "--allow-remote" in done.stderr
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            *((("--host", host), "--allow-remote") for host in ("0.0.0.0", "::", "192.0.2.1")),
+            *((("--allow-host", host), "is not a host") for host in ("two words", "http://box.lan", "box.lan/x", "[::1")),
+            (("--allow-host", ""), "is empty"),
+            (("--allow-origin", "*"), "is not the origin of a web page"),
+            (("--key-file", "."), "is not a file: name one"),
+        ],
+        ids=str,
+    )
+    def test_options_that_are_none(self, gateway: Gateway, tmp_path: Path, options: tuple[str, str], says: str) -> None:
+        told = self.ends(gateway, tmp_path, *options)
+        assert says in told and "chmod" not in told
 
     @pytest.mark.parametrize(
         "options",
@@ -428,98 +367,59 @@ class TestStarting:
             ["--host", "0:0:0:0:0:0:0:1"],
             ["--host", "::", "--allow-remote"],
         ],
+        ids=" ".join,
     )
     def test_it_answers_at_the_address_that_it_prints(self, gateway: Gateway, tmp_path: Path, options: list[str]) -> None:
-        with running(gateway, tmp_path, *options) as proxy, proxy.client() as client:
-            assert client.get("models").status_code == 200
+        with running(gateway, tmp_path, *options) as proxy:
+            assert proxy.ask("GET", "models").status_code == 200
 
     def test_where_it_listens_on_all_addresses_each_is_its_own(self, gateway: Gateway, tmp_path: Path) -> None:
+        allowed = ("192.0.2.1", "0.0.0.0", "[2001:db8::1]", "box.LAN")
         with running(gateway, tmp_path, "--host", "0.0.0.0", "--allow-remote", "--allow-host", "Box.lan") as proxy:
-            port = httpx2.URL(proxy.told["base_url"]).port
-            for host, status in (
-                ("192.0.2.1", 200),
-                ("0.0.0.0", 200),
-                ("[2001:db8::1]", 200),
-                ("box.LAN", 200),
-                ("other.lan", 421),
-            ):
-                with proxy.client(host=f"{host}:{port}") as client:
-                    assert client.get("models").status_code == status, host
-
-    @pytest.mark.parametrize("name", ["", "two words", "http://box.lan", "box.lan/x", "[::1"])
-    def test_an_allowed_host_that_is_none(self, tmp_path: Path, name: str) -> None:
-        done = self.run(tmp_path, "--allow-host", name)
-        assert done.returncode == 1
-        assert ("is not a host" if name else "is empty") in done.stderr
-
-    def test_an_allowed_origin_that_is_none(self, tmp_path: Path) -> None:
-        done = self.run(tmp_path, "--allow-origin", "*")
-        assert done.returncode == 1
-        assert "is not the origin of a web page" in done.stderr
+            statuses = [proxy.ask("GET", "models", host=host + ":{port}").status_code for host in (*allowed, "other.lan")]
+        assert statuses == [200] * 4 + [421]
 
     def test_an_allowed_origin_as_people_copy_it(self, gateway: Gateway, tmp_path: Path) -> None:
-        with running(gateway, tmp_path, "--allow-origin", "http://LOCALHOST:3000/") as proxy, proxy.client() as client:
-            answer = client.get("models", headers={"origin": "http://localhost:3000"})
-            assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+        with running(gateway, tmp_path, "--allow-origin", "http://LOCALHOST:3000/") as proxy:
+            assert proxy.ask("GET", "models", origin=PAGE).headers["access-control-allow-origin"] == PAGE
 
     def test_a_key_that_no_header_carries(self) -> None:
         with pytest.raises(lacre.UsageError, match="use ASCII"):
             proxying.ProxyAccess.on(80, "ключ" * 10)
 
-    def test_a_key_file_that_is_a_folder(self, tmp_path: Path) -> None:
-        done = self.run(tmp_path, "--key-file", str(tmp_path))
-        assert done.returncode == 1
-        assert "is not a file: name one" in done.stderr and "chmod" not in done.stderr
-
-    @pytest.mark.parametrize("folder", ["My keys", "it's", "$HOME", 'a"b', "`id`", "new\nline", "José"])
+    @pytest.mark.parametrize("folder", ["", "My keys", "it's", "$HOME", 'a"b', "`id`", "new\nline", "José"])
     def test_a_shell_reads_what_it_prints(self, gateway: Gateway, tmp_path: Path, folder: str) -> None:
-        (tmp_path / folder).mkdir()
+        """folder: of the key's file; empty where the key itself is printed."""
         file = tmp_path / folder / "the key"
-        command = [*LACRE, "proxy", "--port", "0", "--key-file", str(file)]
-        process = subprocess.Popen(
-            command, env=settings(gateway, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None and process.stderr is not None
-        process.stderr.readline()  # it was told by then
-        process.terminate()
-        told = process.communicate(timeout=30)[0]
-        script = f'{told}\nprintf %s "$OPENAI_API_KEY"'
-        assert (
-            subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout == file.read_text().strip()
-        )
+        file.parent.mkdir(exist_ok=True)
+        with started(gateway, tmp_path, *(("--key-file", str(file)) if folder else ())) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stderr.readline()  # it was told by then
+            process.terminate()
+            told = process.stdout.read()
+        script = f'{told}\nprintf "%s %s" "$OPENAI_BASE_URL" "$OPENAI_API_KEY"'
+        read = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout
+        url, key = read.split(" ")
+        assert url.startswith("http://127.0.0.1:") and url.endswith("/v1")
+        assert len(key) >= 32 and (not folder or key == file.read_text().strip())
 
     def test_a_gateway_that_it_cannot_reach(self, gateway: Gateway, tmp_path: Path) -> None:
-        done = self.run(tmp_path, LACRE_URL=over_tls(gateway))
-        assert done.returncode == 4
-        assert not done.stdout  # no key of a proxy that does not run
+        """Where nobody speaks TLS a client fails at once; it would wait for a gateway that is away."""
+        self.ends(gateway, tmp_path, code=4, LACRE_URL=gateway.url.replace("lacre+http://", "lacre://"))
 
     def test_a_key_file_is_made_once_and_for_its_owner(self, gateway: Gateway, tmp_path: Path) -> None:
         file = tmp_path / "proxy.key"
         for _ in range(2):
             with running(gateway, tmp_path, "--key-file", str(file)) as proxy:
-                assert proxy.told["key_file"] == str(file)
-                assert "api_key" not in proxy.told
+                assert proxy.told["key_file"] == str(file) and "api_key" not in proxy.told
                 proxy.told["api_key"] = file.read_text().strip()
-                with proxy.client() as client:
-                    assert client.post("chat/completions", json=BODY).status_code == 200
+                assert proxy.ask().status_code == 200
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
     @pytest.mark.parametrize(("mode", "text", "says"), [(0o644, "k" * 43, "chmod 600"), (0o600, "short", "32 characters")])
-    def test_a_key_file_that_is_none(self, tmp_path: Path, mode: int, text: str, says: str) -> None:
+    def test_a_key_file_that_is_none(self, gateway: Gateway, tmp_path: Path, mode: int, text: str, says: str) -> None:
         file = tmp_path / "proxy.key"
         file.write_text(text)
         file.chmod(mode)
-        done = self.run(tmp_path, "--key-file", str(file))
-        assert done.returncode == 1
-        assert says in done.stderr and text not in done.stderr
-
-    def test_what_it_prints_is_for_a_shell(self, gateway: Gateway, tmp_path: Path) -> None:
-        command = [*LACRE, "proxy", "--port", "0"]
-        process = subprocess.Popen(
-            command, env=settings(gateway, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(2)]
-        process.terminate()
-        process.communicate(timeout=30)
-        assert [line.partition("=")[0] for line in lines] == ["export OPENAI_BASE_URL", "export OPENAI_API_KEY"]
+        told = self.ends(gateway, tmp_path, "--key-file", str(file))
+        assert says in told and text not in told
