@@ -79,19 +79,19 @@ class TestChain:
             verify(document(*chain, signer=SIGNER), PINNED, NOW)
 
     @pytest.mark.parametrize(
-        "chain",
+        ("chain", "says"),
         [
-            [statement(ROOTS[1])],  # never announced
-            [statement(ROOTS[0]), statement(ROOTS[1])],  # not announced by the old
-            [statement(ROOTS[0], ROOTS[1]), statement(ROOTS[2])],  # a gap
-            [statement(ROOTS[0], ROOTS[1])[:1]],  # not signed by the new
-            [statement(ROOTS[0], ROOTS[1])[1:]],  # not signed by the old
-            [statement(ROOTS[0], ROOTS[1]), statement(ROOTS[0])],  # the old one again, after it handed over
-            [(statement(ROOTS[0], ROOTS[1])[0], spaced(ROOTS[1]))],  # the same members, other bytes
+            ([statement(ROOTS[1])], "pinned root"),  # never announced
+            ([statement(ROOTS[0]), statement(ROOTS[1])], "gap"),  # not announced by the old
+            ([statement(ROOTS[0], ROOTS[1]), statement(ROOTS[2])], "gap"),
+            ([statement(ROOTS[0], ROOTS[1])[:1]], "by the new root"),
+            ([statement(ROOTS[0], ROOTS[1])[1:]], "pinned root"),  # not signed by the old
+            ([statement(ROOTS[0], ROOTS[1]), statement(ROOTS[0])], "gap"),  # the old one again, after it handed over
+            ([(statement(ROOTS[0], ROOTS[1])[0], spaced(ROOTS[1]))], "by the new root"),  # the same members, other bytes
         ],
     )
-    def test_untrusted(self, chain: list[tuple[str, ...]]) -> None:
-        with pytest.raises(errors.UntrustedRoot):
+    def test_untrusted(self, chain: list[tuple[str, ...]], says: str) -> None:
+        with pytest.raises(errors.UntrustedRoot, match=says):
             verify(document(*chain), PINNED, NOW)
 
     def test_an_entry_has_one_or_two_signatures(self) -> None:
