@@ -21,7 +21,10 @@ from lacre import asgi, problems
 from lacre.evidence import audit_proof
 from lacre.evidence.audit_proof import AuditProof
 from lacre.evidence.receipts import TRAILER, Receipt
+from lacre.exchange.call import Sealing
 from lacre.jose.jws import b64u, raw_public_key
+from lacre.runtime.forks import PerProcess
+from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.trust.manifest import Document, Manifest, Pool, PoolKey, RootStatement
 from lacre.trust.signing import sign_manifest, sign_statement
@@ -192,3 +195,10 @@ def connect(relay: Relay, **options: Any) -> lacre.Client:
 def connect_async(relay: Relay, **options: Any) -> lacre.AsyncClient:
     wire = AsyncWire(relay)
     return lacre.AsyncClient(relay.url, **{"token": "t", "memory": lacre.VersionMemory(), "transport": wire, **options})
+
+
+def clocked(relay: Relay, clock: Callable[[], float], transport: Any = None, **options: Any) -> httpx2.Client:
+    """A client beneath `lacre.Client`, which has no clock of a test's own: its paths begin behind `/v1`."""
+    sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), clock=clock, **options)
+    outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=transport or Wire(relay)))
+    return httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -19,27 +20,23 @@ from lacre.asgi import App
 from lacre.errors import InvalidMessage
 from lacre.evidence.audit_proof import HEADER
 from lacre.evidence.receipts import TRAILER, Receipt
-from lacre.exchange.call import Sealing
 from lacre.exchange.resume_marks import Mark
 from lacre.exchange.retry import ENDURANCE_RESUMING
 from lacre.exchange.sse_join import Splice
 from lacre.jose.jws import b64u
-from lacre.runtime.forks import PerProcess
-from lacre.transport.sealed_sync import SealedTransport
-from lacre.trust.chain import ConnectionString
 from lacre.wire import bhttp
 from lacre.wire.header import MEDIA_TYPE_RESPONSE
 from lacre.wire.opening import open_request
 from lacre_backend.api.app import create_app
 from parts import audited
-from parts.bent import without
+from parts.bent import flipped, replaced, without
+from parts.chat_app import reply
 from parts.echo_engine import EchoEngine
-from parts.relay import AsyncWire, Relay, Stream, Wire, served
+from parts.relay import Relay, Stream, clocked, connect, connect_async, on_sealed, refusing, served
 
 SAID = "日本 and 😀 seas"
 MESSAGES: list[Any] = [{"role": "user", "content": SAID}]
 BODY = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 400}
-SEALED = "/v1/sealed"
 CUT = httpx2.RemoteProtocolError("peer closed connection without sending complete message body (incomplete chunked read)")
 Bend = Callable[[list[bytes]], list[bytes]]
 
@@ -52,10 +49,6 @@ def app() -> App:
 @pytest.fixture
 def relay(app: App) -> Relay:
     return Relay(app)
-
-
-def connect(relay: Relay, **options: Any) -> lacre.Client:
-    return lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay), **options)
 
 
 @pytest.fixture
@@ -77,14 +70,13 @@ def events(client: httpx2.Client, body: dict[str, Any] = BODY, path: str = "/v1/
         return [json.loads(data) if (data := each.data) != "[DONE]" else data for each in httpx2.EventSource(response)]
 
 
-def without_usage(chunks: Sequence[Any]) -> list[Any]:
-    return [{**chunk, "usage": None} if isinstance(chunk, dict) and "usage" in chunk else chunk for chunk in chunks]
-
-
 def same_but_name(chunks: Sequence[Any]) -> list[Any]:
-    """What does not differ between two answers to one question."""
+    """What does not differ between two answers to one question: all but the name, the time and the usage."""
     named = {"id": "x", "created": 0}
-    return [{**chunk, **named} if isinstance(chunk, dict) else chunk for chunk in without_usage(chunks)]
+    return [
+        {**chunk, **named, **({"usage": None} if "usage" in chunk else {})} if isinstance(chunk, dict) else chunk
+        for chunk in chunks
+    ]
 
 
 def by_hand(relay: Relay, request: httpx2.Request) -> httpx2.Response:
@@ -94,7 +86,7 @@ def by_hand(relay: Relay, request: httpx2.Request) -> httpx2.Response:
     head = encoder.head(200, (("content-type", "application/json"),))
     proof = audited.proof(audited.entry(request.headers, request.content), relay.gateway_key)
     headers = {"content-type": MEDIA_TYPE_RESPONSE, HEADER: proof.header()}
-    if sum(each.url.path == SEALED for each in relay.requests) == 1:
+    if len(relay.sealed) == 1:
         return httpx2.Response(200, headers=headers, stream=Stream([sealer.seal(head)], CUT))
     receipt = Receipt(b64u(header.digest), "sha256:00", 1, 0, 1, time.time(), time.time(), True).sign(relay.receipt_key)
     whole = head + encoder.data(b'{"ok":true}') + encoder.end(((TRAILER, receipt),))
@@ -123,20 +115,17 @@ class TestOneStream:
         stream = client.chat_stream(SAID)
         assert "".join(stream) == stream.text == SAID
         assert (stream.attempts, len(stream.parts), stream.finish_reason) == (2, 1, "stop")
-        [receipt] = stream.receipts
-        [first] = stream.parts
-        assert receipt == stream.receipt
+        [receipt], [first] = stream.receipts, stream.parts
+        assert receipt == stream.receipt == stream.verification.receipt
         assert receipt.prompt_tokens == first.prompt + first.completion
         assert first.completion + receipt.completion_tokens == len(SAID.encode())
         assert stream.usage.prompt == first.prompt + receipt.prompt_tokens
         assert stream.usage.completion == len(SAID.encode())
         assert stream.recount(lambda text: len(text.encode())).difference == 0
-        assert len({part.audit.index for part in stream.parts if part.audit}) <= 2
-        assert stream.verification.receipt == receipt
 
     def test_the_rest_comes_at_once(self, client: lacre.Client, relay: Relay) -> None:
         """A worker may seal its trailers before the final chunk. Where they come with the head, receipt and proof are kept."""
-        relay.respond = lambda request: by_hand(relay, request) if request.url.path == SEALED else None
+        relay.respond = lambda request: by_hand(relay, request) if request.content else None
         response = client.post("/v1/chat/completions", json={"messages": MESSAGES})
         facts = response.extensions["lacre"]
         assert (response.json(), facts.attempts) == ({"ok": True}, 2)
@@ -150,21 +139,13 @@ class TestOneStream:
             assert "".join(stream) == SAID
         assert (stream.attempts, len(stream.parts), stream.usage.completion) == (times + 1, times, len(SAID.encode()))
 
-    async def test_async_too(self, relay: Relay) -> None:
-        relay.fault, relay.bend = CUT, cut(9, 9)
-        memory = lacre.VersionMemory()
-        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
+    @pytest.mark.parametrize(("fault", "places"), [(CUT, (9, 9)), (None, (8,))], ids=["cut", "a lost worker"])
+    async def test_async(self, relay: Relay, fault: httpx2.TransportError | None, places: tuple[int, ...]) -> None:
+        relay.fault, relay.bend = fault, cut(*places)
+        async with connect_async(relay) as client:
             stream = client.chat_stream(SAID)
             assert "".join([piece async for piece in stream]) == SAID
-            assert stream.attempts == 3
-
-    async def test_async(self, relay: Relay) -> None:
-        memory = lacre.VersionMemory()
-        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
-            relay.bend = cut(8)
-            stream = client.chat_stream(SAID)
-            assert "".join([piece async for piece in stream]) == SAID
-            assert stream.attempts == 2
+        assert stream.attempts == len(places) + 1
 
     def test_openais_client(self, client: lacre.Client, relay: Relay) -> None:
         talker = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
@@ -191,15 +172,10 @@ class TestOneStream:
     def test_the_ceiling_is_the_whole_answers(self, client: lacre.Client, relay: Relay) -> None:
         relay.bend = cut(7)
         stream = client.chat_stream(SAID, max_tokens=10)
-        text = "".join(stream)
-        assert (stream.usage.completion, stream.finish_reason, text) == (
-            10,
-            "length",
-            SAID.encode()[:10].decode("utf-8", "replace"),
-        )
-        first, second = (request for request in relay.requests if request.url.path == SEALED)
-        received = stream.parts[0].completion
-        assert first.headers["lacre-max-tokens"] == "10" and second.headers["lacre-max-tokens"] == str(10 - received)
+        assert "".join(stream) == SAID.encode()[:10].decode("utf-8", "replace")
+        assert (stream.usage.completion, stream.finish_reason) == (10, "length")
+        asked = [int(request.headers["lacre-max-tokens"]) for request in relay.sealed]
+        assert asked == [10, 10 - stream.parts[0].completion]
 
     def test_nothing_lacks_but_the_end(self, client: lacre.Client, relay: Relay) -> None:
         relay.bend = lambda pieces: pieces[:-1] if len(relay.opened) == 1 else pieces
@@ -216,13 +192,12 @@ class TestOneStream:
             sent = []
 
             async def some(message: Any) -> None:
-                if len(calls) > 1 or len(sent) < 6:
-                    sent.append(message)
-                    await send(message)
-                elif len(sent) == 6:
-                    sent.append(message)
+                sent.append(message)
+                if len(sent) == 7 and len(calls) == 1:
                     error = {"error": {"message": "shutting down", "type": "server_error", "param": None, "code": None}}
                     await send({"type": "http.response.body", "body": b"data: " + json.dumps(error).encode() + b"\n\n"})
+                elif len(sent) < 7 or len(calls) > 1:
+                    await send(message)
 
             await app(scope, receive, some)
 
@@ -245,8 +220,7 @@ class TestOneStream:
 class TestBroken:
     def broken(self, client: lacre.Client, **params: Any) -> lacre.StreamBroken:
         with pytest.raises(lacre.StreamBroken) as caught:
-            for _ in client.chat_stream(SAID, **params):
-                pass
+            list(client.chat_stream(SAID, **params))
         assert caught.value.remedy
         assert caught.value.verification is not None and caught.value.verification.sealed_to is not None
         return caught.value
@@ -266,16 +240,11 @@ class TestBroken:
     def test_before_or_after_a_worker_was_lost(self, relay: Relay, problem: problems.Problem) -> None:
         """Retries and resumed answers count together."""
         for lost_first in (True, False):
-            relay.bend, relay.requests, seals = cut(6, 6), [], iter(range(9))
-
-            def respond(request: httpx2.Request, *, first: bool = lost_first, seals: Iterator[int] = seals) -> Any:
-                lost = request.url.path == SEALED and (next(seals) == 0) is first
-                return served(problem.status, problem.body()) if lost else None
-
-            relay.respond = respond
+            relay.bend, relay.requests, lost = cut(6, 6), [], iter([lost_first, not lost_first])
+            relay.respond = on_sealed(lambda lost=lost: served(problem.status, problem.body()) if next(lost) else None)
             with connect(relay, resume=5, retries=5) as client:
                 broken = self.broken(client)
-            assert sum(request.url.path == SEALED for request in relay.requests) == 2
+            assert len(relay.sealed) == 2
             assert type(broken.__cause__) is (lacre.TruncatedStream if lost_first else lacre.Unavailable)
 
     def test_by_the_connection_as_often_as_asked(self, relay: Relay) -> None:
@@ -304,18 +273,10 @@ class TestBroken:
         """A call ends while somebody waits for it, however many connections break."""
         relay.fault, relay.bend = CUT, lambda pieces: pieces[:4]
         began = time.time()
-
-        def clock() -> float:
-            """Each sealed request takes more than half of what there is, but for the first one."""
-            return began + 0.6 * ENDURANCE_RESUMING * len(relay.opened)
-
-        sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), resume=9, clock=clock)
-        outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay)))
-        with (
-            httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client,
-            pytest.raises(lacre.StreamBroken),
-        ):
-            events(client, path="/chat/completions")
+        # Each sealed request takes more than half of what there is, but for the first one.
+        with clocked(relay, lambda: began + 0.6 * ENDURANCE_RESUMING * len(relay.opened), resume=9) as client:
+            with pytest.raises(lacre.StreamBroken):
+                events(client, path="/chat/completions")
         assert len(relay.opened) == 3
 
     def test_two_choices(self, client: lacre.Client, relay: Relay) -> None:
@@ -325,12 +286,9 @@ class TestBroken:
         assert len(relay.opened) == 1
 
     def test_another_model_file(self, relay: Relay) -> None:
-        engine = EchoEngine(name="tiny")
-        relay.app = create_app([engine])
-
         def then_other(pieces: list[bytes]) -> list[bytes]:
             other = EchoEngine(name="tiny")
-            other.model = type(other.model)(**{**_fields(other.model), "digest": "sha256:" + "0" * 64})
+            other.model = replace(other.model, digest="sha256:" + "0" * 64)
             relay.app = create_app([other])
             return pieces[:8]
 
@@ -342,8 +300,8 @@ class TestBroken:
 
     def test_a_refusal_in_between(self, client: lacre.Client, relay: Relay) -> None:
         relay.bend = cut(8)
-        forbidden = served(403, problems.FORBIDDEN.body())
-        relay.respond = lambda request: forbidden if relay.opened and request.url.path == SEALED else None
+        forbidden = refusing(problems.FORBIDDEN)
+        relay.respond = lambda request: forbidden(request) if relay.opened else None
         broken = self.broken(client)
         assert isinstance(broken.__cause__, lacre.Forbidden)
         assert len(relay.opened) == 1
@@ -357,7 +315,7 @@ class TestBroken:
         assert "lacre-resume" not in dict(relay.opened[0].request.headers)
 
     def test_an_altered_record_is_an_attack(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = lambda pieces: [*pieces[:7], bytes(8) + pieces[7][8:], *pieces[8:]]
+        relay.bend = lambda pieces: replaced(pieces, 7, flipped(pieces[7]))
         with pytest.raises(lacre.VerificationError):
             list(client.chat_stream(SAID))
         assert len(relay.opened) == 1
@@ -365,17 +323,12 @@ class TestBroken:
     def test_what_may_have_an_effect_runs_once(self, relay: Relay) -> None:
         async def effect(scope: Any, receive: Any, send: Any) -> None:
             await receive()
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"done"})
+            await reply(send, 200, "done")
 
         relay.app, relay.bend = effect, without
         with connect(relay) as client, pytest.raises(lacre.TruncatedStream):
             client.post("/v1/payments", json={"stream": True})
         assert len(relay.opened) == 1
-
-
-def _fields(model: Any) -> dict[str, Any]:
-    return {name: getattr(model, name) for name in model.__slots__}
 
 
 def event(text: str, mark: Mark | None = None, **members: Any) -> bytes:

@@ -15,20 +15,15 @@ import pytest
 
 import lacre
 from lacre import asgi, direct, problems
-from lacre.exchange.call import REFRESH_PAUSE, SALT_LIFETIME, Sealing
-from lacre.runtime.forks import PerProcess
-from lacre.transport.sealed_sync import SealedTransport
-from lacre.trust.chain import ConnectionString
+from lacre.exchange.call import REFRESH_PAUSE, SALT_LIFETIME
 from lacre.wire.opening import PrivateKey
 from parts.chat_app import ChatApp, reply
-from parts.relay import AsyncWire, Relay, Wire, served
+from parts.relay import MANIFEST, AsyncWire, Relay, Wire, clocked, connect, connect_async, refusing, served
 
-MANIFEST = "/v1/manifest"
 CALLS = 30
-
-
-def manifests(relay: Relay) -> int:
-    return sum(request.url.path == MANIFEST for request in relay.requests)
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+PROBLEM = (b"content-type", problems.MEDIA_TYPE.encode())
+UNAVAILABLE = problems.UNAVAILABLE.body()
 
 
 class Held(AsyncWire):
@@ -54,42 +49,35 @@ class Slow(Wire):
         return super().handle_request(request)
 
 
-def connect(relay: Relay, wire: httpx2.AsyncBaseTransport | None = None, **options: Any) -> lacre.AsyncClient:
-    memory = lacre.VersionMemory()
-    return lacre.AsyncClient(relay.url, token="t", memory=memory, transport=wire or Held(relay), **options)
-
-
 class TestErrors:
     async def test_tell_of_their_own_call_alone(self, relay: Relay) -> None:
         """The first call fails after the second one has its answer, receipt and proof."""
         over = asyncio.Event()
+        held: list[httpx2.Request] = []
 
         def first_fails(request: httpx2.Request) -> Any:
             async def fail() -> None:
                 await over.wait()
                 raise httpx2.ConnectError("gone")
 
-            sealed = [each for each in relay.requests if each.url.path != MANIFEST]
-            return None if request.url.path == MANIFEST or sealed or over.is_set() or seen.append(request) else fail()
+            return None if request.url.path == MANIFEST or held else held.append(request) or fail()  # type: ignore[func-returns-value]
 
-        seen: list[httpx2.Request] = []
-        async with connect(relay, Held(relay, lambda request: first_fails(request) if not seen else None), retries=0) as client:
+        async with connect_async(relay, transport=Held(relay, first_fails), retries=0) as client:
             first = asyncio.create_task(client.chat("first"))
-            while not seen:
+            while not held:
                 await asyncio.sleep(0.01)
             second = await client.chat("second")
             over.set()
             with pytest.raises(lacre.LacreError) as failed:
                 await first
-            newest = client.verification
         known = failed.value.verification
         assert known is not None and known.sealed_to is not None
         assert (known.receipt, known.audit) == (None, None)
-        assert newest.receipt == second.receipt
+        assert client.verification.receipt == second.receipt
 
     def test_before_anything_was_sealed(self, relay: Relay) -> None:
         """Of the manifest alone, although other calls went well."""
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay), retries=0) as client:
+        with connect(relay, retries=0) as client:
             assert client.chat("x").receipt
             with pytest.raises(lacre.UsageError) as failed:
                 client.chat("x", model="no such model")
@@ -99,40 +87,35 @@ class TestErrors:
 
     def test_of_models(self, relay: Relay) -> None:
         relay.respond = lambda _request: served(403, problems.FORBIDDEN.body())
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay), retries=0) as client:
-            with pytest.raises(lacre.Forbidden) as failed:
-                client.models()
+        with connect(relay, retries=0) as client, pytest.raises(lacre.Forbidden) as failed:
+            client.models()
         assert failed.value.verification is not None and failed.value.verification.manifest is None
 
 
 class TestOneFetchForAll:
     async def test_first_calls(self, relay: Relay) -> None:
-        async with connect(relay) as client:
+        async with connect_async(relay, transport=Held(relay)) as client:
             await asyncio.gather(*(client.chat("x") for _ in range(CALLS)))
-        assert manifests(relay) == 1
+        assert relay.manifests == 1
 
     def test_first_calls_of_threads(self, relay: Relay) -> None:
-        with (
-            lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Slow(relay)) as client,
-            ThreadPoolExecutor(CALLS) as pool,
-        ):
+        with connect(relay, transport=Slow(relay)) as client, ThreadPoolExecutor(CALLS) as pool:
             assert len(list(pool.map(client.chat, ["x"] * CALLS))) == CALLS
-        assert manifests(relay) == 1
+        assert relay.manifests == 1
 
     async def test_a_failure_is_shared_and_forgotten(self, relay: Relay) -> None:
-        relay.respond = lambda _request: served(503, problems.UNAVAILABLE.body())
-        async with connect(relay, retries=0) as client:
+        relay.respond = lambda _request: served(503, UNAVAILABLE)
+        async with connect_async(relay, transport=Held(relay), retries=0) as client:
             failed = await asyncio.gather(*(client.chat("x") for _ in range(CALLS)), return_exceptions=True)
-            assert {type(error) for error in failed} == {lacre.Unavailable}
+            assert {(type(error), str(error)) for error in failed} == {(lacre.Unavailable, str(failed[0]))}
             assert len({id(error) for error in failed}) == CALLS
-            assert len({str(error) for error in failed}) == 1
-            assert manifests(relay) == 1
+            assert relay.manifests == 1
             relay.respond = lambda _request: None
             assert (await client.chat("x")).text
-        assert manifests(relay) == 2
+        assert relay.manifests == 2
 
     def test_a_failure_is_shared_by_threads(self, relay: Relay) -> None:
-        relay.respond = lambda _request: served(503, problems.UNAVAILABLE.body())
+        relay.respond = lambda _request: served(503, UNAVAILABLE)
         errors: list[lacre.LacreError] = []
         begin = threading.Barrier(CALLS)
 
@@ -142,16 +125,13 @@ class TestOneFetchForAll:
                 client.chat("x")
             errors.append(failed.value)
 
-        with (
-            lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Slow(relay), retries=0) as client,
-            ThreadPoolExecutor(CALLS) as pool,
-        ):
+        with connect(relay, transport=Slow(relay), retries=0) as client, ThreadPoolExecutor(CALLS) as pool:
             list(pool.map(call, range(CALLS)))
         assert len({id(error) for error in errors}) == CALLS
-        assert manifests(relay) < CALLS / 2  # who comes after the failure asks anew
+        assert relay.manifests < CALLS / 2  # who comes after the failure asks anew
 
     async def test_who_fetches_is_cancelled(self, relay: Relay) -> None:
-        async with connect(relay) as client:
+        async with connect_async(relay, transport=Held(relay)) as client:
             first = asyncio.create_task(client.chat("x"))
             await asyncio.sleep(0.01)
             others = [asyncio.create_task(client.chat("x")) for _ in range(CALLS)]
@@ -160,7 +140,7 @@ class TestOneFetchForAll:
             assert all(await asyncio.gather(*others))
             with pytest.raises(asyncio.CancelledError):
                 await first
-        assert manifests(relay) == 1  # the first one's never arrived
+        assert relay.manifests == 1  # the first one's never arrived
 
     async def test_who_fetches_has_less_patience(self, relay: Relay) -> None:
         """Its time-out is its own."""
@@ -175,22 +155,22 @@ class TestOneFetchForAll:
 
             return stall() if request.url.path == MANIFEST else None
 
-        async with connect(relay, Held(relay, before), retries=0) as client:
-            first = asyncio.create_task(client.post("/v1/chat/completions", json={"messages": []}, timeout=0.1))
+        async with connect_async(relay, transport=Held(relay, before), retries=0) as client:
+            first = asyncio.create_task(client.post("/v1/chat/completions", json=BODY, timeout=0.1))
             await asyncio.sleep(0.01)
             others = await asyncio.gather(*(client.chat("x") for _ in range(CALLS)))
             assert len(others) == CALLS
             with pytest.raises(lacre.NetworkError):
                 await first
-        assert manifests(relay) == 1
+        assert relay.manifests == 1
 
     async def test_who_waits_has_less_patience(self, relay: Relay) -> None:
         over = asyncio.Event()
-        async with connect(relay, Held(relay, lambda _request: over.wait()), retries=0, resume=0) as client:
+        async with connect_async(relay, transport=Held(relay, lambda _request: over.wait()), retries=0, resume=0) as client:
             first = asyncio.create_task(client.chat("x"))
             await asyncio.sleep(0.05)
             with pytest.raises(lacre.NetworkError) as failed:
-                await client.post("/v1/chat/completions", json={"messages": []}, timeout=0.02)
+                await client.post("/v1/chat/completions", json=BODY, timeout=0.02)
             assert failed.value.timed_out
             over.set()
             assert (await first).text
@@ -198,66 +178,51 @@ class TestOneFetchForAll:
     async def test_a_key_that_is_known_no_more(self, relay: Relay) -> None:
         """All calls under way meet it; one of them asks."""
         relay.clock = lambda now=time.time(): now  # type: ignore[misc]  # noqa: B008 - the signer's clock stands still
-        async with connect(relay) as client:
+        async with connect_async(relay, transport=Held(relay)) as client:
             await client.chat("x")
             relay.key, relay.version = PrivateKey.generate(2, relay.kem), 2
-            refused = served_once(relay)
+            unknown = refusing(problems.UNKNOWN_KEY)
+            relay.respond = lambda request: (
+                unknown(request) if request.content[:1] != bytes([relay.key.config.key_id]) else None
+            )
             replies = await asyncio.gather(*(client.chat("x") for _ in range(CALLS)))
-        assert refused and {each.attempts for each in replies} == {2}
-        assert manifests(relay) == 2
+        assert {each.attempts for each in replies} == {2}
+        assert relay.manifests == 2
 
     def test_a_manifest_that_grows_old(self, relay: Relay) -> None:
         now = [time.time()]
-        sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), clock=lambda: now[0])
-        outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Slow(relay)))
-        body = {"messages": [{"role": "user"}]}
-        with (
-            httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client,
-            ThreadPoolExecutor(8) as pool,
-        ):
-            client.post("/chat/completions", json=body)
+        with clocked(relay, lambda: now[0], Slow(relay)) as client, ThreadPoolExecutor(8) as pool:
+            client.post("/chat/completions", json=BODY)
             now[0] += relay.lifetime * 0.6
-            answers = list(pool.map(lambda _: client.post("/chat/completions", json=body), range(8)))
+            answers = list(pool.map(lambda _: client.post("/chat/completions", json=BODY), range(8)))
         assert {each.status_code for each in answers} == {200}
-        assert manifests(relay) == 2
+        assert relay.manifests == 2
 
     def test_a_newer_one_does_not_come(self, relay: Relay) -> None:
         """The one that there is serves until it expires, and is asked for now and then, not by every call."""
         now = [time.time()]
-        sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), clock=lambda: now[0])
-        outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay)))
-        body = {"messages": [{"role": "user"}]}
-        with httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client:
-            client.post("/chat/completions", json=body)
-            unavailable = problems.UNAVAILABLE.body()
-            relay.respond = lambda request: served(503, unavailable) if request.url.path == MANIFEST else None
+        with clocked(relay, lambda: now[0]) as client:
+            client.post("/chat/completions", json=BODY)
+            relay.respond = lambda request: served(503, UNAVAILABLE) if request.url.path == MANIFEST else None
             now[0] += relay.lifetime * 0.6
-            assert [client.post("/chat/completions", json=body).status_code for _ in range(5)] == [200] * 5
-            assert manifests(relay) == 2
+            assert [client.post("/chat/completions", json=BODY).status_code for _ in range(5)] == [200] * 5
+            assert relay.manifests == 2
             now[0] += REFRESH_PAUSE + 1
-            assert client.post("/chat/completions", json=body).status_code == 200
-            assert manifests(relay) == 3
+            assert client.post("/chat/completions", json=BODY).status_code == 200
+            assert relay.manifests == 3
             now[0] += relay.lifetime
             with pytest.raises(lacre.Unavailable):
-                client.post("/chat/completions", json=body)
+                client.post("/chat/completions", json=BODY)
 
     async def test_a_token(self, relay: Relay) -> None:
         """A token server that fails is asked once by all who wait."""
         asked: list[httpx2.Request] = []
-
-        def respond(request: httpx2.Request) -> httpx2.Response | None:
-            if request.url.host != "issuer.example":
-                return None
-            asked.append(request)
-            return served(500)
-
-        relay.respond = respond
+        relay.respond = lambda request: asked.append(request) or served(500)  # type: ignore[func-returns-value]
         source = lacre.ClientCredentials("https://issuer.example/token", "app", "s")
-        memory = lacre.VersionMemory()
-        async with lacre.AsyncClient(relay.url, token=source, memory=memory, transport=Held(relay), retries=0) as client:
+        async with connect_async(relay, token=source, transport=Held(relay), retries=0) as client:
             failed = await asyncio.gather(*(client.chat("x") for _ in range(CALLS)), return_exceptions=True)
         assert {type(error) for error in failed} == {lacre.Unavailable}
-        assert len(asked) == 1
+        assert [request.url.host for request in asked] == ["issuer.example"]
 
     async def test_the_keys_of_an_app(self) -> None:
         asked: list[str] = []
@@ -272,22 +237,7 @@ class TestOneFetchForAll:
         wire = httpx2.ASGITransport(counting)
         async with direct.AsyncClient("http://service", key=app.pins, transport=wire) as client:
             answers = await asyncio.gather(*(client.post("/x", json={}) for _ in range(CALLS)))
-        assert {each.status_code for each in answers} == {200}
-        assert len(asked) == 1
-
-
-def served_once(relay: Relay) -> list[bytes]:
-    """Refuses what is sealed to an older key than the relay's, as a gateway does. Returns what it refused."""
-    refused: list[bytes] = []
-
-    def respond(request: httpx2.Request) -> httpx2.Response | None:
-        if request.url.path == MANIFEST or request.content[0] == relay.key.config.key_id:
-            return None
-        refused.append(request.content)
-        return served(422, problems.UNKNOWN_KEY.body())
-
-    relay.respond = respond
-    return refused
+        assert {each.status_code for each in answers} == {200} and len(asked) == 1
 
 
 async def echo(_scope: Any, receive: Any, send: Any) -> None:
@@ -304,7 +254,8 @@ class TestPseudonyms:
         self.ahead = 7777.0  # seconds, of the workers' clock
         self.relay = Relay(self.strict, lifetime=10 * SALT_LIFETIME)
         self.relay.clock = lambda: self.now
-        self.sealing = Sealing(ConnectionString.parse(self.relay.url).root, lacre.VersionMemory(), clock=lambda: self.now)
+        self.client = clocked(self.relay, lambda: self.now)
+        self.sealing = self.client._transport._sealing  # type: ignore[attr-defined]
         self.meanwhile: Callable[[], None] = lambda: None
 
     async def strict(self, scope: Any, receive: Any, send: Any) -> None:
@@ -315,16 +266,13 @@ class TestPseudonyms:
             return await self.app(scope, receive, send)
         self.meanwhile()
         date = email.utils.formatdate(self.now + self.ahead, usegmt=True).encode()
-        headers_out = [(b"content-type", b"application/problem+json"), (b"date", date)]
-        await send({"type": "http.response.start", "status": 400, "headers": headers_out})
+        await send({"type": "http.response.start", "status": 400, "headers": [PROBLEM, (b"date", date)]})
         await send({"type": "http.response.body", "body": problems.DATE.body()})
 
     def call(self) -> list[tuple[str, float]]:
         """The salts that its attempts went out with, and how far their dates were off."""
         self.seen: list[tuple[str, float]] = []
-        outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(self.relay)))
-        with httpx2.Client(transport=SealedTransport(self.sealing, outer, "t"), base_url=lacre.BASE_URL) as client:
-            assert client.post("/chat/completions", json={"messages": [{"role": "user"}]}).status_code == 200
+        assert self.client.post("/chat/completions", json=BODY).status_code == 200
         return self.seen
 
     def test_a_new_salt_goes_out_with_this_machines_clock(self) -> None:
@@ -356,22 +304,15 @@ class TestPseudonyms:
 
 
 class TestCookies:
-    COOKIES = tuple(("set-cookie", f"c{number}={'x' * 100}; Path=/") for number in range(50))
-
-    def marking(self, relay: Relay) -> Wire:
-        cookies = self.COOKIES
-
+    def test_none_is_kept_or_sent(self, relay: Relay) -> None:
         class Marking(Wire):
             def handle_request(self, request: httpx2.Request) -> httpx2.Response:
                 answer = super().handle_request(request)
+                cookies = [("set-cookie", f"c{number}={'x' * 100}; Path=/") for number in range(50)]
                 headers = [*answer.headers.multi_items(), *cookies]
                 return httpx2.Response(answer.status_code, headers=headers, stream=answer.stream)
 
-        return Marking(relay)
-
-    def test_none_is_kept_or_sent(self, relay: Relay) -> None:
-        memory = lacre.VersionMemory()
-        with lacre.Client(relay.url, token="t", memory=memory, transport=self.marking(relay)) as client:
+        with connect(relay, transport=Marking(relay)) as client:
             client.cookies.set("own", "x")
             for _ in range(3):
                 client.chat("x")
@@ -389,10 +330,8 @@ class TestCookies:
             await app(scope, receive, sent)
 
         relay.app = marking
-        memory = lacre.VersionMemory()
-        with lacre.Client(relay.url, token="t", memory=memory, transport=Wire(relay)) as client:
-            body = {"messages": [{"role": "user", "content": "x"}]}
-            assert client.post("/v1/chat/completions", json=body).headers["set-cookie"]
-            assert client.post("/v1/chat/completions", json=body).status_code == 200
+        with connect(relay) as client:
+            assert client.post("/v1/chat/completions", json=BODY).headers["set-cookie"]
+            assert client.post("/v1/chat/completions", json=BODY).status_code == 200
             assert not len(client.cookies.jar)
         assert not [name for scope in app.scopes for name, _ in scope["headers"] if name == b"cookie"]
