@@ -18,10 +18,12 @@ from lacre import problems
 from lacre_backend.api.app import create_app
 from parts.bent import without
 from parts.echo_engine import EchoEngine
-from parts.relay import AsyncWire, Relay, Wire, served
+from parts.relay import AsyncWire, Relay, Wire, connect, connect_async, refusing, served
 
-SEALED = "/v1/sealed"
 MESSAGES: list[Any] = [{"role": "user", "content": "the sea"}]
+ASK: dict[str, Any] = {"model": "tiny", "messages": MESSAGES}
+OPTIONS: dict[str, Any] = {"base_url": lacre.BASE_URL, "api_key": "sealed-key", "max_retries": 0}
+NAMED = {"organization": "org-secret", "project": "proj-secret"}
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 # All that a worker may read of a request's headers, to the letter: no machine, library or person can hide in it.
@@ -76,31 +78,15 @@ def relay(engine: EchoEngine) -> Relay:
 
 
 @pytest.fixture
-def sync_openai(client: lacre.Client) -> openai.OpenAI:
-    return openai.OpenAI(
-        http_client=client,
-        base_url=lacre.BASE_URL,
-        api_key="sealed-key",
-        organization="org-secret",
-        project="proj-secret",
-        max_retries=0,
-    )
+def sync_openai(relay: Relay) -> Iterator[openai.OpenAI]:
+    with connect(relay, token="t0ken") as client:
+        yield openai.OpenAI(http_client=client, **OPTIONS, **NAMED)
 
 
 @pytest.fixture
-async def async_openai(async_client: lacre.AsyncClient) -> AsyncIterator[openai.AsyncOpenAI]:
-    yield openai.AsyncOpenAI(
-        http_client=async_client,
-        base_url=lacre.BASE_URL,
-        api_key="sealed-key",
-        organization="org-secret",
-        project="proj-secret",
-        max_retries=0,
-    )
-
-
-def sealed_requests(relay: Relay) -> list[httpx2.Request]:
-    return [request for request in relay.requests if request.url.path == SEALED]
+async def async_openai(relay: Relay) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with connect_async(relay, token="t0ken") as client:
+        yield openai.AsyncOpenAI(http_client=client, **OPTIONS, **NAMED)
 
 
 def check_inside(relay: Relay) -> list[dict[str, Any]]:
@@ -110,17 +96,15 @@ def check_inside(relay: Relay) -> list[dict[str, Any]]:
         assert [name for name in INSIDE if len(opened.headers(name)) != 1] == []
         allowed = INSIDE | (OF_A_STREAM if b'"stream"' in request.content else {})
         assert len(request.headers) == len(allowed)
-        for name, value in request.headers:
-            assert re.fullmatch(allowed[name], value), name
+        assert [name for name, value in request.headers if not re.fullmatch(allowed[name], value)] == []
         assert (request.scheme, request.authority, request.trailers) == ("https", "lacre.invalid", ())
         everything = repr((request.path, request.headers)) + request.content.decode()
-        for telling in SECRETS:
-            assert telling not in everything, telling
+        assert [telling for telling in SECRETS if telling in everything] == []
     return [json.loads(opened.request.content) for opened in relay.opened]
 
 
 def check_outside(relay: Relay) -> None:
-    for request in sealed_requests(relay):
+    for request in relay.sealed:
         assert {*request.headers} <= OUTSIDE
         assert request.headers["user-agent"] == f"lacre/{lacre.__version__}"
         assert request.headers["authorization"] == "Bearer t0ken"  # the gateway's own; `api_key` goes nowhere
@@ -129,98 +113,78 @@ def check_outside(relay: Relay) -> None:
 
 class TestWhoIsInsideTheSeal:
     def test_sync(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
-        completion = sync_openai.chat.completions.create(
-            model="tiny", messages=MESSAGES, max_tokens=20, store=False, service_tier="auto", **TELLING
-        )
+        options: dict[str, Any] = {"max_tokens": 20, "store": False, "service_tier": "auto"}
+        completion = sync_openai.chat.completions.create(**ASK, **options, **TELLING)
         assert completion.choices[0].message.content == "the sea"
-        [body] = check_inside(relay)
-        assert body == {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "store": False, "service_tier": "auto"}
+        assert check_inside(relay) == [ASK | options]
         check_outside(relay)
 
     def test_streaming(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
-        chunks = list(sync_openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **TELLING))
+        chunks = list(sync_openai.chat.completions.create(**ASK, stream=True, **TELLING))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "the sea"
-        [body] = check_inside(relay)
-        assert body == {"model": "tiny", "messages": MESSAGES, "stream": True}
+        assert check_inside(relay) == [ASK | {"stream": True}]
         check_outside(relay)
 
     async def test_async(self, async_openai: openai.AsyncOpenAI, relay: Relay) -> None:
-        completion = await async_openai.chat.completions.create(model="tiny", messages=MESSAGES, **TELLING)
+        completion = await async_openai.chat.completions.create(**ASK, **TELLING)
         assert completion.choices[0].message.content == "the sea"
-        stream = await async_openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **TELLING)
+        stream = await async_openai.chat.completions.create(**ASK, stream=True, **TELLING)
         assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "the sea"
-        assert [body.keys() for body in check_inside(relay)] == [{"model", "messages"}, {"model", "messages", "stream"}]
+        assert check_inside(relay) == [ASK, ASK | {"stream": True}]
         check_outside(relay)
 
     def test_text_completions(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
         sync_openai.completions.create(model="tiny", prompt="the sea", user="jo@example.com")
         assert check_inside(relay) == [{"model": "tiny", "prompt": "the sea"}]
 
-    def test_defaults_of_the_client_do_not_go_in_either(self, client: lacre.Client, relay: Relay) -> None:
-        telling = openai.OpenAI(
-            http_client=client,
-            base_url=lacre.BASE_URL,
-            api_key="sealed-key",
-            default_headers={"x-user": "jo@example.com", "traceparent": TRACE, "user-agent": "intra.example/1.0"},
-        )
-        telling.chat.completions.create(model="tiny", messages=MESSAGES)
-        assert check_inside(relay) == [{"model": "tiny", "messages": MESSAGES}]
+    def test_defaults_of_the_client_do_not_go_in_either(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
+        headers = {"x-user": "jo@example.com", "traceparent": TRACE, "user-agent": "intra.example/1.0"}
+        telling = sync_openai.with_options(default_headers=headers)
+        telling.chat.completions.create(**ASK)
+        assert check_inside(relay) == [ASK]
         check_outside(relay)
 
     def test_the_salt_is_not_the_users(self, relay: Relay) -> None:
         """Each client draws its own: two of one user do not look alike to a worker."""
-        salts = set()
         for _ in range(2):
-            with lacre.Client(relay.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-                for _ in range(2):
-                    client.chat("x")
-        for opened in relay.opened:
-            salts.update(opened.headers("lacre-cache-salt"))
-        assert len(salts) == 2
+            with connect(relay) as client:
+                client.chat("x")
+                client.chat("x")
+        assert len({opened.headers("lacre-cache-salt")[0] for opened in relay.opened}) == 2
 
     def test_who_insists_is_heard(self, relay: Relay) -> None:
-        keep = lacre.Client(
-            relay.url, token="t", keep_identifying_fields=True, memory=lacre.VersionMemory(), transport=Wire(relay)
-        )
-        with keep, openai.OpenAI(http_client=keep, base_url=lacre.BASE_URL, api_key="x") as insisting:
-            insisting.chat.completions.create(model="tiny", messages=MESSAGES, user="jo", prompt_cache_key="k")
+        with connect(relay, keep_identifying_fields=True) as keep:
+            insisting = openai.OpenAI(http_client=keep, **OPTIONS)
+            insisting.chat.completions.create(**ASK, user="jo", prompt_cache_key="k")
         body = json.loads(relay.opened[0].request.content)
         assert (body["user"], body["prompt_cache_key"]) == ("jo", "k")
 
 
 class TestAnswers:
     def test_logprobs_and_usage_in_a_padded_stream(self, sync_openai: openai.OpenAI) -> None:
-        stream = sync_openai.chat.completions.create(
-            model="tiny",
-            messages=MESSAGES,
-            stream=True,
-            logprobs=True,
-            top_logprobs=5,
-            stream_options={"include_usage": True},
-        )
-        chunks = list(stream)
+        options: dict[str, Any] = {"logprobs": True, "top_logprobs": 5, "stream_options": {"include_usage": True}}
+        chunks = list(sync_openai.chat.completions.create(**ASK, stream=True, **options))
         assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [7]
         choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
         listed = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content or []]
         assert "".join(entry.token for entry in listed) == "the sea"
 
     def test_the_receipt_is_there_when_the_stream_has_ended(self, sync_openai: openai.OpenAI) -> None:
-        stream = sync_openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+        stream = sync_openai.chat.completions.create(**ASK, stream=True)
         facts = stream.response.extensions["lacre"]
         assert facts.receipt is None
         list(stream)
         assert facts.receipt.completion_tokens == 7
-        raw = sync_openai.chat.completions.with_raw_response.create(model="tiny", messages=MESSAGES)
+        raw = sync_openai.chat.completions.with_raw_response.create(**ASK)
         assert raw.http_response.extensions["lacre"].receipt.final
 
     @pytest.mark.parametrize("resume", [0, 2])
     async def test_the_fill_is_no_event(self, relay: Relay, resume: int) -> None:
         """Without resuming the bytes are the worker's own; with it, marks and fill are gone."""
-        memory, lines = lacre.VersionMemory(), list[str]()
-        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay), resume=resume) as client:
-            talker = openai.AsyncOpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
-            streaming = talker.chat.completions.with_streaming_response
-            async with streaming.create(model="tiny", messages=MESSAGES, stream=True) as response:
+        lines: list[str] = []
+        async with connect_async(relay, resume=resume) as client:
+            streaming = openai.AsyncOpenAI(http_client=client, **OPTIONS).chat.completions.with_streaming_response
+            async with streaming.create(**ASK, stream=True) as response:
                 lines += [line async for line in response.iter_lines()]
         assert any(line.startswith(":") for line in lines) == (resume == 0)
         assert not any(line.startswith("id:") for line in lines)
@@ -230,26 +194,29 @@ class TestAnswers:
         assert [model.id for model in sync_openai.models.list()] == ["tiny"]
 
 
+def own(relay: Relay, wire: type[Wire | AsyncWire]) -> dict[str, Any]:
+    return {"url": relay.url, "token": "t0ken", "memory": lacre.VersionMemory(), "transport": wire(relay)}
+
+
 class TestInAWord:
     def test_sync(self, relay: Relay) -> None:
-        with lacre.OpenAI(relay.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(relay)) as talker:
+        with lacre.OpenAI(**own(relay, Wire)) as talker:
             assert isinstance(talker, openai.OpenAI)
-            completion = talker.chat.completions.create(model="tiny", messages=MESSAGES)
-            again = talker.with_options(max_retries=0).chat.completions.create(model="tiny", messages=MESSAGES)
+            completion = talker.chat.completions.create(**ASK)
+            again = talker.with_options(max_retries=0).chat.completions.create(**ASK)
         assert completion.choices[0].message.content == again.choices[0].message.content == "the sea"
         check_inside(relay)
 
     async def test_async(self, relay: Relay) -> None:
-        memory, wire = lacre.VersionMemory(), AsyncWire(relay)
-        async with lacre.AsyncOpenAI(relay.url, token="t0ken", memory=memory, transport=wire) as talker:
-            completion = await talker.chat.completions.create(model="tiny", messages=MESSAGES)
+        async with lacre.AsyncOpenAI(**own(relay, AsyncWire)) as talker:
+            completion = await talker.chat.completions.create(**ASK)
         assert completion.choices[0].message.content == "the sea"
 
     def test_the_environments_address_is_not_asked(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-        with lacre.OpenAI(relay.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(relay)) as talker:
-            talker.chat.completions.create(model="tiny", messages=MESSAGES)
+        with lacre.OpenAI(**own(relay, Wire)) as talker:
+            talker.chat.completions.create(**ASK)
         check_outside(relay)
 
     def test_without_the_package_it_says_what_to_install(self) -> None:
@@ -267,10 +234,7 @@ class TestErrors:
             (problems.INVALID_HEADERS, openai.BadRequestError),
             (problems.UNKNOWN_POOL, openai.NotFoundError),
             (problems.REPLAYED, openai.ConflictError),
-            (
-                problems.TOO_LARGE,
-                openai.APIStatusError,
-            ),
+            (problems.TOO_LARGE, openai.APIStatusError),
             (problems.UNKNOWN_KEY, openai.UnprocessableEntityError),
             (problems.RATE_LIMITED, openai.RateLimitError),
             (problems.NO_WORKER, openai.InternalServerError),
@@ -279,18 +243,12 @@ class TestErrors:
         ids=lambda value: getattr(value, "slug", ""),
     )
     async def test_refusals_are_its_own(
-        self,
-        sync_openai: openai.OpenAI,
-        async_openai: openai.AsyncOpenAI,
-        relay: Relay,
-        kind: problems.Problem,
-        error: type[openai.APIStatusError],
+        self, async_openai: openai.AsyncOpenAI, relay: Relay, kind: problems.Problem, error: type[openai.APIStatusError]
     ) -> None:
-        refusal = {"content-type": problems.MEDIA_TYPE, "retry-after": "70"}
-        relay.respond = lambda request: served(kind.status, kind.body(), refusal) if request.url.path == SEALED else None
+        relay.respond = refusing(kind, retry_after="70")
         for stream in (False, True):
             with pytest.raises(error) as caught:
-                await async_openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=stream)  # type: ignore[call-overload]
+                await async_openai.chat.completions.create(**ASK, stream=stream)  # type: ignore[call-overload]
             assert caught.value.status_code == kind.status
             assert caught.value.type == "lacre_gateway_refusal"
             assert caught.value.code == ("model_not_found" if kind is problems.UNKNOWN_POOL else kind.slug)
@@ -298,10 +256,9 @@ class TestErrors:
             assert isinstance(caught.value.response.extensions["lacre.refusal"], lacre.RefusedError)
 
     def test_refusals_of_a_sync_client(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
-        body = problems.INVALID_TOKEN.body()
-        relay.respond = lambda request: served(401, body) if request.url.path == SEALED else None
+        relay.respond = refusing(problems.INVALID_TOKEN)
         with pytest.raises(openai.AuthenticationError, match="token"):
-            sync_openai.chat.completions.create(model="tiny", messages=MESSAGES)
+            sync_openai.chat.completions.create(**ASK)
 
     def test_errors_from_inside_the_seal(self, sync_openai: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
@@ -310,48 +267,46 @@ class TestErrors:
         with pytest.raises(openai.NotFoundError):
             sync_openai.chat.completions.create(model="gone", messages=MESSAGES)
 
-    def test_a_retry_is_a_fresh_seal(self, client: lacre.Client, relay: Relay) -> None:
-        answers = iter([served(503, problems.BUSY.body(), {"retry-after": "0"}), None])
-        relay.respond = lambda request: next(answers) if request.url.path == SEALED else None
-        retrying = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed", max_retries=1)
-        assert retrying.chat.completions.create(model="tiny", messages=MESSAGES).choices[0].message.content == "the sea"
-        first, second = sealed_requests(relay)
+    def test_a_retry_is_a_fresh_seal(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
+        busy = refusing(problems.BUSY, retry_after="0")
+        relay.respond = lambda request: busy(request) if len(relay.sealed) == 1 else None
+        retrying = sync_openai.with_options(max_retries=1)
+        assert retrying.chat.completions.create(**ASK).choices[0].message.content == "the sea"
+        first, second = relay.sealed
         assert first.content[7:] != second.content[7:] and len(first.content) == len(second.content)
 
     @pytest.mark.parametrize(
         ("spoil", "error"),
         [
-            (lambda relay: setattr(relay, "bend", without), lacre.TruncatedStream),
-            (lambda relay: setattr(relay, "bend", lambda pieces: [*pieces, b"\0"]), lacre.OpenError),
-            (lambda relay: setattr(relay, "receipts", lambda receipt: []), lacre.InvalidReceipt),
+            ({"bend": without}, lacre.TruncatedStream),
+            ({"bend": lambda pieces: [*pieces, b"\0"]}, lacre.OpenError),
+            ({"receipts": lambda receipt: []}, lacre.InvalidReceipt),
         ],
         ids=["cut", "extended", "no receipt"],
     )
-    def test_an_answer_that_proves_nothing(self, relay: Relay, spoil: Any, error: type[lacre.LacreError]) -> None:
+    def test_an_answer_that_proves_nothing(self, engine: EchoEngine, spoil: Any, error: type[lacre.LacreError]) -> None:
         """Lacre's own error, whole or streamed; never tried again, and never an end that looks good."""
-        client = lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay), retries=0, resume=0)
-        patient = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
-        spoil(relay)
+        relay = Relay(create_app([engine]), **spoil)
+        patient = openai.OpenAI(http_client=connect(relay, retries=0, resume=0), **OPTIONS | {"max_retries": 2})
         with pytest.raises(error):
-            patient.chat.completions.create(model="tiny", messages=MESSAGES)
+            patient.chat.completions.create(**ASK)
         chunks = []
         with pytest.raises(error):
-            for chunk in patient.chat.completions.create(model="tiny", messages=MESSAGES, stream=True):
-                chunks.append(chunk)
+            chunks.extend(patient.chat.completions.create(**ASK, stream=True))
         assert len(chunks) == 9  # all but `[DONE]`
-        assert len(sealed_requests(relay)) == 2
+        assert len(relay.sealed) == 2
 
     def test_nothing_leaves_for_a_forged_manifest(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
         other = Relay(relay.app)
         relay.respond = lambda request: served(200, other.document())
         with pytest.raises(lacre.UntrustedRoot):
-            sync_openai.chat.completions.create(model="tiny", messages=MESSAGES)
-        assert not sealed_requests(relay)
+            sync_openai.chat.completions.create(**ASK)
+        assert not relay.sealed
 
-    def test_another_base_url_is_refused(self, client: lacre.Client, relay: Relay) -> None:
-        astray = openai.OpenAI(http_client=client, base_url="https://api.openai.com/v1", api_key="x")
+    def test_another_base_url_is_refused(self, sync_openai: openai.OpenAI, relay: Relay) -> None:
+        astray = sync_openai.with_options(base_url="https://api.openai.com/v1")
         with pytest.raises(lacre.DestinationError):
-            astray.chat.completions.create(model="tiny", messages=MESSAGES)
+            astray.chat.completions.create(**ASK)
         assert not relay.requests
 
     @pytest.mark.parametrize(
@@ -364,21 +319,15 @@ class TestErrors:
             raise fault
 
         relay.respond = fail
-        memory = lacre.VersionMemory()
-        with lacre.Client(relay.url, token="t", memory=memory, transport=Wire(relay), retries=0) as client:
-            talker = openai.OpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed", max_retries=0)
-            with pytest.raises(error) as caught:
-                talker.chat.completions.create(model="tiny", messages=MESSAGES)
+        with connect(relay, retries=0) as client, pytest.raises(error) as caught:
+            openai.OpenAI(http_client=client, **OPTIONS).chat.completions.create(**ASK)
         assert isinstance(caught.value.__cause__, lacre.NetworkError)
 
 
-async def test_leaving_a_stream_early(relay: Relay) -> None:
-    memory = lacre.VersionMemory()
-    async with lacre.AsyncClient(relay.url, token="t0ken", memory=memory, transport=AsyncWire(relay)) as client:
-        talker = openai.AsyncOpenAI(http_client=client, base_url=lacre.BASE_URL, api_key="sealed")
-        stream = await talker.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
-        async for _ in stream:
-            break
-        await stream.close()
-        assert stream.response.is_closed
-        assert stream.response.extensions["lacre"].receipt is None
+async def test_leaving_a_stream_early(async_openai: openai.AsyncOpenAI) -> None:
+    stream = await async_openai.chat.completions.create(**ASK, stream=True)
+    async for _ in stream:
+        break
+    await stream.close()
+    assert stream.response.is_closed
+    assert stream.response.extensions["lacre"].receipt is None

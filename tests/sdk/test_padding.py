@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 
 import lacre
 from lacre.errors import SettingsError, UsageError
-from lacre.wire import bhttp, padding
+from lacre.wire import bhttp
 from lacre.wire.framing import MAX_CHUNK
 from lacre.wire.header import MAX_SEALED_REQUEST, Kem
 from lacre.wire.ohttp import seal_request
 from lacre.wire.opening import PrivateKey
-from lacre.wire.padding import LARGEST_REQUEST, SMALLEST, UNIT, bucket, request_length, shape_named, whole_units
-from lacre.wire.records import END, LARGEST_FLOOR, records
+from lacre.wire.padding import LARGEST_REQUEST, SMALLEST, UNIT, bucket, request_length, shape_named
+from lacre.wire.records import END, LARGEST_FLOOR, Records, records
+from parts.bent import cut as split
 from parts.bent import without
 from parts.chat_app import ChatApp
-from parts.relay import Relay, Wire
+from parts.relay import Relay, connect
 
 KEYS = {kem: PrivateKey.generate(1, kem).config for kem in Kem}
 STREAM = (("content-type", "text/event-stream; charset=utf-8"), ("cache-control", "no-store"))
@@ -43,21 +44,13 @@ def chunk(**delta: object) -> bytes:
 
 
 class TestBuckets:
-    @given(lengths)
-    def test_at_most_12_percent_longer(self, length: int) -> None:
-        filled = request_length(length)
-        assert filled >= length
-        assert filled <= max(SMALLEST, length * 1.12)
-
     @given(lengths, lengths)
-    def test_never_decreasing(self, one: int, other: int) -> None:
+    def test_at_most_12_percent_longer_and_never_decreasing(self, one: int, other: int) -> None:
         one, other = sorted((one, other))
+        assert one <= request_length(one) <= max(SMALLEST, one * 1.12)
         assert request_length(one) <= request_length(other)
         assert bucket(one) <= bucket(other)
-
-    @given(lengths)
-    def test_a_bucket_is_its_own(self, length: int) -> None:
-        assert request_length(request_length(length)) == request_length(length)
+        assert request_length(request_length(one)) == request_length(one)
 
     def test_so_few_that_each_tells_six_bits(self) -> None:
         edges = {request_length(length) for length in range(0, LARGEST_REQUEST + 1, 101)} | {LARGEST_REQUEST}
@@ -94,35 +87,32 @@ class TestSealedRequests:
     def test_prompts_of_one_bucket_look_alike(self, relay: Relay, client: lacre.Client) -> None:
         for prompt in ("", "x", "Is it cancer?", "y" * 3000):
             client.chat(prompt)
-        assert {len(request.content) for request in relay.requests if request.content} == {5240}
+        assert {len(request.content) for request in relay.sealed} == {5240}
 
     def test_a_long_prompt_is_in_its_bucket(self, relay: Relay, client: lacre.Client) -> None:
         for extra in range(0, 900, 100):
             client.chat("x" * (20_000 + extra))
-        assert len({len(request.content) for request in relay.requests if request.content}) == 1
+        assert len({len(request.content) for request in relay.sealed}) == 1
 
     def test_what_the_worker_reads_is_not_padded(self, client: lacre.Client, app: ChatApp) -> None:
         client.chat("x")
         assert b"\0" not in app.bodies[0]
 
     def test_none_is_left_as_it_is(self, relay: Relay) -> None:
-        with lacre.Client(relay.url, token="t", shape="none", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+        with connect(relay, shape="none") as client:
             client.chat("x")
             client.chat("xx")
-        first, second = (request for request in relay.requests if request.content)
+        first, second = relay.sealed
         assert len(second.content) == len(first.content) + 1
         assert first.headers["lacre-shape"] == "none"
 
-    def test_a_shape_that_the_pool_does_not_take(self, app: ChatApp) -> None:
+    def test_a_shape_that_the_pool_does_not_take_or_that_there_is_not(self, app: ChatApp) -> None:
         relay = Relay(app, shapes=("none",))
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            with pytest.raises(SettingsError, match="none"):
-                client.chat("canary")
+        with connect(relay) as client, pytest.raises(SettingsError, match="none"):
+            client.chat("canary")
         assert not relay.opened
-
-    def test_a_shape_that_there_is_not(self, relay: Relay) -> None:
         with pytest.raises(UsageError, match="paced"):
-            lacre.Client(relay.url, token="t", shape="paced", memory=lacre.VersionMemory())  # type: ignore[arg-type]
+            connect(relay, shape="paced")
 
 
 def written(pieces: Sequence[bytes], headers: tuple[tuple[str, str], ...] = STREAM, last: bytes = b"") -> list[bytes]:
@@ -139,6 +129,12 @@ def read(made: Sequence[bytes]) -> tuple[bytes, tuple[tuple[str, str], ...]]:
     content = b"".join(event.content for event in events if isinstance(event, bhttp.Data))
     [end] = [event for event in events if isinstance(event, bhttp.End)]
     return content, end.trailers
+
+
+def begun(headers: tuple[tuple[str, str], ...] = STREAM) -> Records:
+    plain = records("pad")
+    plain.head(200, headers)
+    return plain
 
 
 def events_in(content: bytes) -> list[httpx2.ServerSentEvent]:
@@ -195,9 +191,8 @@ class TestEventStreams:
     def test_the_same_events_with_and_without(self, text: list[str], line_end: str, data: st.DataObject) -> None:
         """However an app cuts its stream, and whatever line ends it uses: readers see what they would have seen."""
         body = "".join(line + line_end for line in text).encode()
-        cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=6)))
-        pieces = [body[start:end] for start, end in itertools.pairwise([0, *cuts, len(body)])]
-        *first, last = pieces
+        cuts = data.draw(st.lists(st.integers(0, len(body)), max_size=6))
+        *first, last = split(body, cuts)
         content, trailers = read(written(first, last=last))
         assert trailers == RECEIPT
         assert events_in(content) == events_in(body)
@@ -209,17 +204,12 @@ class TestEventStreams:
         assert all(len(record) % UNIT == 0 for record in made)
         assert [event.data for event in events_in(read(made)[0])] == ["x" * length]
 
-    def test_nothing_of_a_long_line_is_kept_back_for_long(self) -> None:
-        plain = records("pad")
-        plain.head(200, STREAM)
-        held = 0
+    def test_a_long_line_is_not_kept_back_for_long_and_an_event_leaves_with_its_last_byte(self) -> None:
+        plain, held = begun(), 0
         for _ in range(100):
             held += 1000 - len(plain.data(b"x" * 1000))
             assert held < 2 * MAX_CHUNK
-
-    def test_an_event_leaves_with_its_last_byte(self) -> None:
-        plain = records("pad")
-        plain.head(200, STREAM)
+        plain = begun()
         assert plain.data(b"data: half") == b""
         assert b"data: half of it\n\n" in plain.data(b" of it\n\n")
 
@@ -254,8 +244,7 @@ class TestWholeAnswers:
         assert [len(record) for record in written([], JSON, b"x" * length)] == [SMALLEST]
 
     def test_a_large_body_flows(self) -> None:
-        plain = records("pad")
-        out = len(plain.head(200, JSON))
+        plain, out = begun(JSON), 0
         for _ in range(100):
             out += len(plain.data(b"x" * 10_000))
         assert out > 100 * 10_000 - MAX_CHUNK
@@ -277,7 +266,7 @@ class TestThroughTheClient:
             return pieces
 
         relay.bend = watch
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+        with connect(relay) as client:
             ask(client)
         return seen
 
@@ -294,25 +283,15 @@ class TestThroughTheClient:
 
     def test_the_last_text_waits_for_the_final_chunk(self, relay: Relay) -> None:
         """A client that stops at `[DONE]`, as `openai` does, has verified all of the answer then."""
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
-            with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                for line in response.iter_lines():
-                    facts = response.extensions["lacre"]
-                    assert (facts.receipt is not None) == (line == "data: [DONE]")
-                    if line == "data: [DONE]":
-                        break
-        relay.bend = without
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                got = []
-                with pytest.raises(lacre.TruncatedStream):
-                    got.extend(response.iter_lines())
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        with connect(relay) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
+                facts = response.extensions["lacre"]
+                assert (facts.receipt is not None) == (line == "data: [DONE]")
+                if line == "data: [DONE]":
+                    break
+        relay.bend, got = without, []
+        with connect(relay) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            with pytest.raises(lacre.TruncatedStream):
+                got.extend(response.iter_lines())
         assert "data: [DONE]" not in got
-
-
-def test_constants_fit_together() -> None:
-    assert MAX_CHUNK % UNIT == 0
-    assert LARGEST_FLOOR % UNIT == END % UNIT == SMALLEST % UNIT == 0
-    assert whole_units(0) == 0 and whole_units(1) == UNIT == whole_units(UNIT)
-    assert padding.SHAPES[0] == "pad"
