@@ -8,7 +8,7 @@ import pytest
 
 import lacre
 from parts.chat_app import ChatApp
-from parts.relay import AsyncWire, Relay, Wire
+from parts.relay import Relay, connect, connect_async
 
 
 @pytest.fixture
@@ -23,12 +23,11 @@ def relay(app: ChatApp) -> Relay:
 
 @pytest.fixture
 def client(relay: Relay) -> Iterator[lacre.Client]:
-    with lacre.Client(relay.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+    with connect(relay, token="t0ken") as client:
         yield client
 
 
 @pytest.fixture
 async def async_client(relay: Relay) -> AsyncIterator[lacre.AsyncClient]:
-    memory = lacre.VersionMemory()
-    async with lacre.AsyncClient(relay.url, token="t0ken", memory=memory, transport=AsyncWire(relay)) as client:
+    async with connect_async(relay, token="t0ken") as client:
         yield client

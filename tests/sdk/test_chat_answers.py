@@ -16,7 +16,7 @@ from lacre import problems
 from lacre.asgi import EXTENSION
 from lacre.chat.choices import Finished, Growing, ReasoningDelta, RefusalDelta, TextDelta, ToolCallDelta
 from lacre.chat.stream import Deltas
-from parts.relay import AsyncWire, Relay, Wire, served
+from parts.relay import Relay, connect, connect_async, refusing
 
 SECRET = "what the model said"
 CALLS = [
@@ -30,30 +30,27 @@ def logprob(token: str) -> dict[str, Any]:
     return {"token": token, "logprob": -0.5, "bytes": list(token.encode()), "top_logprobs": []}
 
 
+def message(content: str | None, **members: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **members}
+
+
 class Scripted:
     """An app that answers with these choices; as a stream, cut into deltas."""
 
     def __init__(self, *choices: dict[str, Any]) -> None:
         self.choices = [{"index": index, "finish_reason": "stop", **choice} for index, choice in enumerate(choices)]
-        self.bodies: list[dict[str, Any]] = []
-        self.paths: list[str] = []
-        self.hold = False  # before the last event, for ever
 
     async def __call__(self, scope, receive, send) -> None:  # type: ignore[no-untyped-def]
-        asked = json.loads((await receive())["body"])
-        self.bodies.append(asked)
-        self.paths.append(f"{scope['path']}?{scope['query_string'].decode()}")
+        streamed = json.loads((await receive())["body"]).get("stream")
         used = scope["extensions"][EXTENSION].usage
         used.prompt_tokens, used.cached_tokens, used.completion_tokens, used.model_digest = 7, 2, 3, "sha256:77"
-        kind = b"text/event-stream" if asked.get("stream") else b"application/json"
+        kind = b"text/event-stream" if streamed else b"application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
-        if not asked.get("stream"):
-            whole = {"id": "c1", "model": "tiny", "choices": self.choices, "usage": USAGE}
-            return await send({"type": "http.response.body", "body": json.dumps(whole).encode()})
-        for event in self.events():
+        for event in self.events() if streamed else ():
             body = f"data: {json.dumps({'id': 'c1', 'model': 'tiny', **event})}\n\n".encode()
             await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        whole = json.dumps({"id": "c1", "model": "tiny", "choices": self.choices, "usage": USAGE}).encode()
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if streamed else whole})
 
     def events(self) -> Iterator[dict[str, Any]]:
         for choice in self.choices:
@@ -66,13 +63,13 @@ class Scripted:
 
 def deltas(choice: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
     """A message, in pieces of a few characters, as workers send one."""
-    message = choice["message"]
-    yield {"role": "assistant", "content": "" if message.get("content") else None}, None
+    said = choice["message"]
+    yield {"role": "assistant", "content": "" if said.get("content") else None}, None
     listed = list((choice.get("logprobs") or {}).get("content", ()))
     for name in ("reasoning_content", "content", "refusal"):
-        for piece in pieces(message.get(name) or ""):
+        for piece in pieces(said.get(name) or ""):
             yield {name: piece}, {"content": [listed.pop(0)]} if listed else None
-    for index, call in enumerate(message.get("tool_calls", ())):
+    for index, call in enumerate(said.get("tool_calls", ())):
         opened = {**call, "function": {"name": call["function"]["name"], "arguments": ""}}
         yield {"tool_calls": [{"index": index, **opened}]}, None
         for piece in pieces(call["function"]["arguments"]):
@@ -83,18 +80,14 @@ def pieces(text: str) -> Iterator[str]:
     yield from (text[at : at + 5] for at in range(0, len(text), 5))
 
 
-Ask = Callable[..., lacre.Reply]
-
-
 def both(app: Scripted, ask: Callable[[lacre.Client], Any], later: Callable[[lacre.AsyncClient], Any]) -> list[Any]:
     """What the sync client says, and what the async one does."""
     relay = Relay(app)
-    with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+    with connect(relay) as client:
         said = ask(client)
 
     async def awaited() -> Any:
-        memory = lacre.VersionMemory()
-        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as other:
+        async with connect_async(relay) as other:
             return await later(other)
 
     return [said, asyncio.run(awaited())]
@@ -102,56 +95,51 @@ def both(app: Scripted, ask: Callable[[lacre.Client], Any], later: Callable[[lac
 
 def replies(app: Scripted, **params: Any) -> list[lacre.Reply]:
     """The same answer by all four ways."""
-    whole = both(app, lambda client: client.chat("x", **params), lambda client: client.chat("x", **params))
-    streamed = both(
-        app, lambda client: client.chat_stream("x", **params).reply(), lambda client: client.chat_stream("x", **params).reply()
-    )
-    return [*whole, *streamed]
+    ways: list[Callable[[Any], Any]] = [
+        lambda client: client.chat("x", max_tokens=9, **params),
+        lambda client: client.chat_stream("x", max_tokens=9, **params).reply(),
+    ]
+    return [reply for ask in ways for reply in both(app, ask, ask)]
 
 
-def test_calls_of_functions() -> None:
-    app = Scripted({"message": {"role": "assistant", "content": None, "tool_calls": CALLS}, "finish_reason": "tool_calls"})
-    for reply in replies(app, tools=[], max_tokens=9):
-        assert (reply.text, reply.finish_reason) == ("", "tool_calls")
-        assert [(call.id, call.name, call.parsed()) for call in reply.tool_calls] == [
-            ("call_1", "weather", {"city": "Rome"}),
-            ("call_2", "time", {"zone": "CET"}),
-        ]
-        assert reply.message == {"role": "assistant", "content": None, "tool_calls": CALLS}
+ANSWERS: dict[str, list[dict[str, Any]]] = {
+    "calls of functions": [{"message": message(None, tool_calls=CALLS), "finish_reason": "tool_calls"}],
+    "text and calls": [{"message": message("I will look.", tool_calls=CALLS[:1])}],
+    "every choice": [{"message": message(text)} for text in ("one one", "two", "three three")],
+    "reasoning, refusal, logprobs": [
+        {
+            "message": message("five five", refusal="no", reasoning_content="hm, so"),
+            "logprobs": {"content": [logprob("five "), logprob("five")]},
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("choices", ANSWERS.values(), ids=ANSWERS)
+def test_nothing_is_dropped(choices: list[dict[str, Any]]) -> None:
+    for reply in replies(Scripted(*choices), n=len(choices)):
+        first = reply.choices[0]
+        assert (reply.text, reply.refusal, reply.reasoning) == (first.text, first.refusal, first.reasoning)
+        assert (reply.message, reply.tool_calls, reply.logprobs) == (first.message, first.tool_calls, first.logprobs)
+        assert reply.finish_reason == choices[0].get("finish_reason", "stop")
         assert reply.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)
-
-
-def test_text_and_calls_together() -> None:
-    app = Scripted({"message": {"role": "assistant", "content": "I will look.", "tool_calls": CALLS[:1]}})
-    for reply in replies(app, max_tokens=9):
-        assert (reply.text, len(reply.tool_calls)) == ("I will look.", 1)
-
-
-def test_every_choice() -> None:
-    app = Scripted(*({"message": {"role": "assistant", "content": text}} for text in ("one one", "two", "three three")))
-    for reply in replies(app, n=3, max_tokens=9):
-        assert [(choice.index, choice.text) for choice in reply.choices] == [(0, "one one"), (1, "two"), (2, "three three")]
-        assert reply.text == "one one"
-
-
-def test_reasoning_refusal_logprobs_and_what_has_no_name_here() -> None:
-    message = {"role": "assistant", "content": "five five", "refusal": "no", "reasoning_content": "hm, so"}
-    listed = [logprob("five "), logprob("five")]
-    app = Scripted({"message": message, "logprobs": {"content": listed}})
-    for reply in replies(app, logprobs=True, max_tokens=9):
-        assert (reply.text, reply.refusal, reply.reasoning) == ("five five", "no", "hm, so")
-        assert reply.logprobs is not None
-        assert [(each.logprob, each.top) for each in reply.logprobs] == [(-0.5, ())] * 2
-        assert reply.message["reasoning_content"] == "hm, so"
+        for index, (read, sent) in enumerate(zip(reply.choices, choices, strict=True)):
+            said, functions = sent["message"], [call["function"] for call in sent["message"].get("tool_calls", ())]
+            assert (read.index, read.message) == (index, said)
+            found = (read.text, read.refusal, read.reasoning)
+            assert found == (said["content"] or "", said.get("refusal"), said.get("reasoning_content"))
+            assert [call.id for call in read.tool_calls] == [call["id"] for call in CALLS[: len(functions)]]
+            assert [(call.name, call.arguments) for call in read.tool_calls] == [tuple(each.values()) for each in functions]
+            assert [call.parsed() for call in read.tool_calls] == [json.loads(each["arguments"]) for each in functions]
+            logprobs = [(each.token, each.logprob, each.top) for each in read.logprobs or ()]
+            assert logprobs == ([("five ", -0.5, ()), ("five", -0.5, ())] if "logprobs" in sent else [])
 
 
 def test_members_without_a_name_here_are_put_together() -> None:
     growing = Growing(0)
     for delta in ({"audio": {"id": "a", "data": "xy"}}, {"audio": {"data": "z"}, "more": [1]}, {"more": [2], "flag": True}):
         growing.add({"delta": delta})
-    assert growing.whole()["message"] == {
-        "role": "assistant", "content": None, "audio": {"id": "a", "data": "xyz"}, "more": [1, 2], "flag": True,
-    }  # fmt: skip
+    assert growing.whole()["message"] == message(None, audio={"id": "a", "data": "xyz"}, more=[1, 2], flag=True)
 
 
 @pytest.mark.parametrize(
@@ -171,52 +159,46 @@ def test_calls_that_say_no_index(call: dict[str, Any]) -> None:
     assert "ls" not in str(caught.value)
 
 
+async def events_of(client: lacre.AsyncClient) -> list[object]:
+    async with client.chat_stream("x") as stream:
+        return [event async for event in stream.events()]
+
+
 class TestEvents:
-    def app(self) -> Scripted:
-        first = {"message": {"role": "assistant", "content": "hello", "tool_calls": CALLS[:1]}}
-        return Scripted(first, {"message": {"role": "assistant", "content": "world"}})
+    APP = Scripted({"message": message("hello", tool_calls=CALLS[:1])}, {"message": message("world")})
 
     def test_all_of_them_live(self) -> None:
-        async def read(client: lacre.AsyncClient) -> list[object]:
-            async with client.chat_stream("x", n=2) as stream:
-                return [event async for event in stream.events()]
-
-        for events in both(self.app(), lambda client: list(client.chat_stream("x", n=2).events()), read):
-            assert TextDelta(0, "hello") in events
-            assert TextDelta(1, "world") in events
+        for events in both(self.APP, lambda client: list(client.chat_stream("x").events()), events_of):
+            assert TextDelta(0, "hello") in events and TextDelta(1, "world") in events
             calls = [event for event in events if isinstance(event, ToolCallDelta)]
             assert (calls[0].id, calls[0].name, calls[0].index) == ("call_1", "weather", 0)
             assert "".join(call.arguments for call in calls) == '{"city":"Rome"}'
             assert [event for event in events if isinstance(event, Finished)] == [Finished(0, "stop"), Finished(1, "stop")]
 
     def test_the_pieces_are_the_first_choices_and_the_rest_is_kept(self) -> None:
-        stream: Any = None
+        streams: list[Any] = []
 
         def pieces(client: lacre.Client) -> list[str]:
-            nonlocal stream
-            stream = client.chat_stream("x", n=2)
-            return list(stream)
+            streams.append(client.chat_stream("x", n=2))
+            return list(streams[0])
 
         async def awaited(client: lacre.AsyncClient) -> list[str]:
             return [piece async for piece in client.chat_stream("x", n=2)]
 
-        assert both(self.app(), pieces, awaited) == [["hello"], ["hello"]]
+        assert both(self.APP, pieces, awaited) == [["hello"], ["hello"]]
+        [stream] = streams
         assert [choice.text for choice in stream.choices] == ["hello", "world"]
-        assert [call.name for call in stream.tool_calls] == ["weather"]
-        assert stream.message["tool_calls"] == CALLS[:1]
+        assert (stream.message["tool_calls"], stream.tool_calls[0].name) == (CALLS[:1], "weather")
         assert list(stream) == []
 
     def test_other_kinds(self) -> None:
         app = Scripted({"message": {"role": "assistant", "reasoning_content": "hm", "refusal": "no"}})
-        [events, _] = both(
-            app, lambda client: list(client.chat_stream("x").events()), lambda client: client.chat_stream("x").reply()
-        )
-        assert events == [ReasoningDelta(0, "hm"), RefusalDelta(0, "no"), Finished(0, "stop")]
+        for events in both(app, lambda client: list(client.chat_stream("x").events()), events_of):
+            assert events == [ReasoningDelta(0, "hm"), RefusalDelta(0, "no"), Finished(0, "stop")]
 
 
 class TestLeft:
-    def app(self) -> Scripted:
-        return Scripted({"message": {"role": "assistant", "content": "many pieces of text", "tool_calls": CALLS}})
+    APP = Scripted({"message": message("many pieces of text", tool_calls=CALLS)})
 
     def test_all_that_came_is_kept_and_nothing_raises(self) -> None:
         def leave(client: lacre.Client) -> Any:
@@ -237,43 +219,35 @@ class TestLeft:
             await stream.aclose()
             return stream
 
-        for stream in both(self.app(), leave, later):
+        for stream in both(self.APP, leave, later):
             known(stream)
             assert stream.text == "many pieces of text"
             assert [(call.name, call.arguments) for call in stream.tool_calls] == [("weather", '{"cit')]
             assert (stream.usage, stream.receipt, stream.attempts) == (None, None, 1)
-            assert stream.verification.audit is not None
-            assert stream.audit is not None
+            assert stream.audit is stream.verification.audit is not None
 
     async def test_a_cancellation_stays_one(self) -> None:
-        relay = Relay(self.app())
-        memory = lacre.VersionMemory()
-        begun = asyncio.Event()
-        stream: Any = None
+        begun, streams = asyncio.Event(), list[Any]()
 
         async def read(client: lacre.AsyncClient) -> None:
-            nonlocal stream
-            stream = client.chat_stream("x")
+            streams.append(client.chat_stream("x"))
             try:
-                async for _ in stream:
+                async for _ in streams[0]:
                     begun.set()
                     await asyncio.Event().wait()
             finally:
-                known(stream)
+                known(streams[0])
 
-        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
+        async with connect_async(Relay(self.APP)) as client:
             task = asyncio.create_task(read(client))
             await begun.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert stream.text == "many "
+        assert streams[0].text == "many "
 
     def test_a_refusal_before_the_first_piece(self) -> None:
-        relay = Relay(self.app())
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            forbidden = served(403, problems.FORBIDDEN.body(), {"content-type": problems.MEDIA_TYPE})
-            relay.respond = lambda request: forbidden if request.url.path == "/v1/sealed" else None
+        with connect(Relay(self.APP, respond=refusing(problems.FORBIDDEN))) as client:
             stream = client.chat_stream("x")
             with pytest.raises(lacre.Forbidden):
                 list(stream)
@@ -283,17 +257,14 @@ class TestLeft:
         assert (stream.attempts, stream.usage) == (1, None)
 
     def test_two_readers(self) -> None:
-        relay = Relay(self.app())
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            streams: list[lacre.ChatStream] = []
+        streams: list[lacre.ChatStream] = []
 
-            def hook(_response: object) -> None:
+        def hook(_response: object) -> None:
+            for use in (lambda: next(streams[0]), streams[0].close):
                 with pytest.raises(lacre.UsageError, match="another thread"):
-                    next(streams[0])
-                with pytest.raises(lacre.UsageError, match="another thread"):
-                    streams[0].close()
+                    use()
 
-            client.event_hooks = {"response": [hook]}
+        with connect(Relay(self.APP), event_hooks={"response": [hook]}) as client:
             streams.append(client.chat_stream("x"))
             assert streams[0].reply().text == "many pieces of text"
 
@@ -311,21 +282,16 @@ def known(stream: Any) -> None:
 
 def test_no_repr_says_what_was_answered() -> None:
     calls = [{"id": "c", "type": "function", "function": {"name": SECRET, "arguments": json.dumps({"x": SECRET})}}]
-    message = {"role": "assistant", "content": SECRET, "refusal": SECRET, "reasoning_content": SECRET, "tool_calls": calls}
-    app = Scripted({"message": message, "logprobs": {"content": [logprob(SECRET)]}})
+    said = message(SECRET, refusal=SECRET, reasoning_content=SECRET, tool_calls=calls)
+    app = Scripted({"message": said, "logprobs": {"content": [logprob(SECRET)]}})
     shown: list[object] = []
-    for reply in replies(app, max_tokens=9):
+    for reply in replies(app):
         assert reply.text == SECRET
         shown += [reply, reply.choices[0], reply.tool_calls[0], (reply.logprobs or (None,))[0]]
-    relay = Relay(app)
-    with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+    with connect(Relay(app)) as client:
         stream = client.chat_stream(SECRET)
         shown += [stream, *stream.events(), stream.facts, client, client.verification]
     assert SECRET not in " ".join(map(repr, shown))
-
-
-def members_of(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.dictionaries(NAMES, inner, max_size=3)
 
 
 NAMES = st.sampled_from(
@@ -334,7 +300,7 @@ NAMES = st.sampled_from(
 )  # fmt: skip
 LEAVES = st.none() | st.booleans() | st.integers(-2, 3) | st.integers() | st.floats() | st.text(max_size=3)
 WORDS = LEAVES | st.sampled_from(["function", "custom"])
-VALUES = st.recursive(WORDS, lambda inner: st.lists(inner, max_size=2) | members_of(inner))
+VALUES = st.recursive(WORDS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=3))
 CALL = st.fixed_dictionaries({}, optional={"index": LEAVES, "id": LEAVES, "type": LEAVES, "function": VALUES, "custom": VALUES})
 SAID = {
     "content": st.text(max_size=3) | VALUES,

@@ -8,32 +8,47 @@ import json
 import os
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
+import httpx
 import httpx2
 import pytest
 
 import lacre
+import lacre.legacy
 from lacre import asgi, errors, problems
 from lacre.exchange.call import Sealing
 from lacre.runtime.forks import PerProcess
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
-from parts.bent import flipped, swapped, without
+from parts.bent import without
 from parts.chat_app import ChatApp
-from parts.relay import AsyncWire, Relay, Wire, served
+from parts.relay import MANIFEST, SEALED, AsyncWire, Relay, Wire, connect, connect_async, on_sealed, refusing, served
 
-SEALED = "/v1/sealed"
-
-
-def sealed_requests(relay: Relay) -> list[httpx2.Request]:
-    return [request for request in relay.requests if request.url.path == SEALED]
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "the sea"}]}
+STREAM = {**BODY, "stream": True}
 
 
-def problem(kind: problems.Problem, **headers: str) -> httpx2.Response:
-    return served(kind.status, kind.body(), {"content-type": problems.MEDIA_TYPE, **headers})
+@pytest.fixture(params=[lacre.Client, lacre.legacy.Client], ids=["httpx2", "httpx"])
+def make(request: pytest.FixtureRequest, relay: Relay) -> Callable[..., Any]:
+    """Makes a client of either kind, which share their code: of httpx2, and of httpx."""
+
+    def make(**options: Any) -> Any:
+        defaults = {"token": "t0ken", "memory": lacre.VersionMemory(), "transport": Wire(relay)}
+        return request.param(relay.url, **{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def either(make: Callable[..., Any]) -> Iterator[Any]:
+    with make() as client:
+        yield client
 
 
 class TestChat:
@@ -42,8 +57,6 @@ class TestChat:
         assert (reply.text, reply.id, reply.model, reply.finish_reason) == ("one two three", "c1", "tiny", "stop")
         assert reply.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)
         assert reply.attempts == 1
-
-    def test_stream(self, client: lacre.Client) -> None:
         assert list(client.chat_stream("Tell me a story.", max_tokens=200)) == ["one ", "two ", "three"]
 
     async def test_async(self, async_client: lacre.AsyncClient) -> None:
@@ -66,58 +79,165 @@ class TestChat:
         stream = async_client.chat_stream("Tell me a story.")
         assert await anext(stream) == "one "
         await stream.aclose()
-        assert (stream.text, stream.attempts) == ("one ", 1)
-        assert stream.usage is None
+        assert (stream.text, stream.attempts, stream.usage) == ("one ", 1, None)
         with pytest.raises(lacre.UsageError, match="given up"):
             await stream.reply()
 
-    def test_client_is_an_httpx2_client(self, client: lacre.Client) -> None:
-        response = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
-        assert response.json()["choices"][0]["message"]["content"] == "one two three"
-        assert response.extensions["lacre"].kem == "MLKEM768-X25519"
-        assert client.post(f"{lacre.BASE_URL}/chat/completions", json={"messages": [{"role": "user"}]}).status_code == 200
-
-    def test_models(self, client: lacre.Client) -> None:
-        assert client.models() == ("tiny",)
-
     def test_the_workers_error_is_an_api_error(self, client: lacre.Client) -> None:
-        with pytest.raises(lacre.ApiError) as caught:
-            client.chat([])
-        assert (caught.value.status, caught.value.type) == (400, "invalid_request_error")
-        with pytest.raises(lacre.ApiError):
-            list(client.chat_stream([]))
+        for ask in (client.chat, lambda messages: list(client.chat_stream(messages))):
+            with pytest.raises(lacre.ApiError) as caught:
+                ask([])
+            assert (caught.value.status, caught.value.type) == (400, "invalid_request_error")
 
     def test_kem_is_the_callers_choice_and_never_falls_back(self, app: ChatApp) -> None:
         relay = Relay(app, kem=Kem.X25519)
-        memory = lacre.VersionMemory()
-        with lacre.Client(relay.url, token="t", memory=memory, transport=Wire(relay)) as strict:
-            with pytest.raises(lacre.UnsupportedSuite):
-                strict.chat("canary")
-        assert not sealed_requests(relay)
-        with lacre.Client(relay.url, token="t", kem=Kem.X25519, memory=memory, transport=Wire(relay)) as client:
+        with connect(relay) as strict, pytest.raises(lacre.UnsupportedSuite):
+            strict.chat("canary")
+        assert not relay.sealed
+        with connect(relay, kem=Kem.X25519) as client:
             assert client.chat("x").text
+
+
+class TestEitherKind:
+    """A sealed client is a client of httpx2, or of httpx: to a program that knows that library alone."""
+
+    def test_a_whole_answer(self, make: Callable[..., Any], relay: Relay, app: ChatApp) -> None:
+        with make() as client:
+            response = client.post(CHAT, json={**BODY, "user": "jo@example.com"}, headers={"cookie": "c00kie"})
+            assert response.json()["choices"][0]["message"]["content"] == "one two three"
+            assert response.extensions["lacre"].receipt.completion_tokens == 3
+            assert response.extensions["lacre"].kem == "MLKEM768-X25519"
+            assert client.verification.receipt is not None
+            assert client.models() == ("tiny",)
+            assert client.post(f"{lacre.BASE_URL}/chat/completions", json=BODY).status_code == 200
+        assert json.loads(app.bodies[0]) == {**BODY, "model": "tiny"}
+        assert b"the sea" not in relay.requests[-1].content and b"c00kie" not in str(app.scopes[0]["headers"]).encode()
+
+    def test_a_stream(self, either: Any) -> None:
+        with either.stream("POST", CHAT, json=STREAM) as response:
+            assert not response.is_closed
+            lines = [line for line in response.iter_lines() if line.startswith("data:")]
+        assert len(lines) == 4 and lines[-1] == "data: [DONE]"
+        assert response.extensions["lacre"].receipt.completion_tokens == 3
+        assert response.is_closed and response.elapsed.total_seconds() > 0
+
+    async def test_async(self, relay: Relay) -> None:
+        memory = lacre.VersionMemory()
+        async with lacre.legacy.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
+            assert (await client.post(CHAT, json=BODY)).json()["model"] == "tiny"
+            async with client.stream("POST", CHAT, json=STREAM) as response:
+                lines = [line async for line in response.aiter_lines() if line.startswith("data:")]
+            assert await client.models() == ("tiny",)
+            assert client.verification.manifest is not None
+        assert lines[-1] == "data: [DONE]"
+
+    def test_hooks_see_what_is_inside_the_seal(self, make: Callable[..., Any]) -> None:
+        seen: list[Any] = []
+        with make(event_hooks={"request": [seen.append], "response": [seen.append]}) as client:
+            library = httpx if isinstance(client, httpx.Client) else httpx2
+            client.post(CHAT, json=BODY)
+        request, response = seen
+        assert (type(request), type(response)) == (library.Request, library.Response)
+        assert (request.method, str(request.url)) == ("POST", "https://lacre.invalid/v1/chat/completions")
+        assert (response.status_code, response.extensions["lacre"].kem) == (200, "MLKEM768-X25519")
+
+    @pytest.mark.parametrize(("own", "limits"), [({}, (7.0, 9.0)), ({"timeout": 3.5}, (3.5, 3.5))])
+    def test_timeouts_reach_the_connection(self, make: Callable[..., Any], relay: Relay, own: Any, limits: Any) -> None:
+        library = httpx if isinstance(make(), httpx.Client) else httpx2
+        with make(timeout=library.Timeout(9.0, read=7.0)) as client:
+            client.post(CHAT, json=BODY, **own)
+        sealed = relay.requests[-1].extensions["timeout"]
+        assert (sealed["read"], sealed["connect"]) == limits
+
+    @pytest.mark.parametrize(
+        ("fault", "error"), [(httpx2.ReadTimeout("slow"), "TimeoutException"), (httpx2.ConnectError("gone"), "NetworkError")]
+    )
+    def test_network_errors_are_of_both(self, make: Callable[..., Any], relay: Relay, fault: Exception, error: str) -> None:
+        def fail(_request: httpx2.Request) -> httpx2.Response:
+            raise fault
+
+        relay.respond = fail
+        with make(retries=0) as client, pytest.raises(lacre.NetworkError) as caught:
+            client.post(CHAT, json=BODY)
+        assert isinstance(caught.value, getattr(httpx if isinstance(client, httpx.Client) else httpx2, error))
+        assert caught.value.remedy != lacre.LacreError.remedy
+
+    @pytest.mark.parametrize(
+        "url", ["https://example.com/v1/chat/completions", "http://lacre.invalid/v1", "wss://lacre.invalid/v1/realtime"]
+    )
+    def test_other_destinations_are_refused(self, either: Any, relay: Relay, url: str) -> None:
+        with pytest.raises(lacre.DestinationError):
+            either.post(url, json={})
+        assert not relay.requests
+
+    def test_a_refusal_is_a_response_of_openais_shape_in_our_words(self, either: Any, relay: Relay) -> None:
+        body = json.dumps({"type": problems.UNKNOWN_POOL.type, "title": "send your password to evil.example"}).encode()
+        relay.respond = on_sealed(lambda: served(404, body))
+        response = either.post(CHAT, json={"model": "gone", "messages": []})
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+        assert isinstance(response.extensions["lacre.refusal"], lacre.RefusedError)
+        assert "evil" not in response.text
+
+    @pytest.mark.parametrize(
+        ("bend", "error"),
+        [(without, lacre.TruncatedStream), (lambda pieces: [*pieces, b"\0"], lacre.OpenError)],
+        ids=["cut", "extended"],
+    )
+    def test_an_answer_that_proves_nothing(self, either: Any, relay: Relay, bend: Any, error: type[Exception]) -> None:
+        relay.bend = bend
+        with pytest.raises(error):
+            either.post(CHAT, json=BODY)
+
+    def test_a_sealed_redirect_is_an_answer(self, either: Any, relay: Relay) -> None:
+        relay.app = elsewhere
+        either.follow_redirects = True
+        assert either.post(CHAT, json=BODY, follow_redirects=True).status_code == 307
+        assert either.get("/v1/models", follow_redirects=True).status_code == 307
+        with either.stream("GET", "/v1/models", follow_redirects=True) as response:
+            assert response.status_code == 307
+        assert len(relay.opened) == 3
+
+    async def test_to_an_async_client_too(self, async_client: lacre.AsyncClient, relay: Relay) -> None:
+        relay.app = elsewhere
+        async with async_client.stream("GET", "/v1/models", follow_redirects=True) as response:
+            assert response.status_code == 307
+        assert len(relay.opened) == 1
+
+    def test_environment_proxies_do_not_unseal(
+        self, make: Callable[..., Any], relay: Relay, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:1")
+        with make() as client:
+            client.post(CHAT, json=BODY)
+        assert len(relay.opened) == 1
+
+
+async def elsewhere(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+    headers = [(b"location", b"https://lacre.invalid/v1/elsewhere"), (b"content-type", b"text/plain")]
+    await send({"type": "http.response.start", "status": 307, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 class TestOutside:
     def test_what_the_gateway_sees(self, client: lacre.Client, relay: Relay) -> None:
         client.chat("canary-8271", max_tokens=9)
-        request = sealed_requests(relay)[0]
+        [request] = relay.sealed
         assert b"canary" not in request.content
         outer = {name: value for name, value in request.headers.items() if name.startswith("lacre-")}
         assert outer == {
             "lacre-pool": "default", "lacre-model": "tiny", "lacre-action": "chat",
             "lacre-max-tokens": "9", "lacre-shape": "pad",
         }  # fmt: skip
-        assert request.headers["authorization"] == "Bearer t0ken"
-        assert request.headers["content-type"] == "message/ohttp-chunked-req"
-        assert request.headers["incremental"] == "?1"
+        sent = [request.headers[name] for name in ("authorization", "content-type", "incremental")]
+        assert sent == ["Bearer t0ken", "message/ohttp-chunked-req", "?1"]
 
     @pytest.mark.parametrize("token", ["s3cret\n", " s3cret", "s3cret s3cret", "s3cr\xe9t", "s3cret\r\nx-more: 1"])
     def test_a_token_that_is_none_is_not_sent_or_told(self, relay: Relay, token: str) -> None:
-        with lacre.Client(relay.url, token=lambda: token, memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            with pytest.raises(lacre.SettingsError, match="LACRE_TOKEN") as caught:
-                client.chat("x")
-        assert not sealed_requests(relay)
+        with connect(relay, token=lambda: token) as client, pytest.raises(lacre.SettingsError, match="LACRE_TOKEN") as caught:
+            client.chat("x")
+        assert not relay.sealed
         assert "s3c" not in "".join(traceback.format_exception(caught.value))
 
     @pytest.mark.parametrize(
@@ -126,12 +246,12 @@ class TestOutside:
     )
     def test_the_token_ceiling_covers_all_choices(self, client: lacre.Client, relay: Relay, params, ceiling: str) -> None:
         client.chat("x", **params)
-        assert sealed_requests(relay)[0].headers["lacre-max-tokens"] == ceiling
+        assert relay.sealed[0].headers["lacre-max-tokens"] == ceiling
 
     def test_inner_headers_and_fields_by_allow_list(self, client: lacre.Client, relay: Relay, app: ChatApp) -> None:
         headers = {"authorization": "Bearer inner", "cookie": "a=b", "x-stainless-os": "Linux", "traceparent": "00-1-1-01"}
-        body = {"messages": [{"role": "user", "content": "x"}], "user": "jo", "metadata": {"a": "b"}, "safety_identifier": "c"}
-        client.post("/v1/chat/completions", json=body, headers=headers)
+        body = {**BODY, "user": "jo", "metadata": {"a": "b"}, "safety_identifier": "c"}
+        client.post(CHAT, json=body, headers=headers)
         names = {name for name, _ in relay.opened[0].request.headers}
         assert names == {
             "content-type", "accept", "date", "lacre-cache-salt", "lacre-pool", "lacre-model", "lacre-action",
@@ -140,38 +260,16 @@ class TestOutside:
         assert json.loads(app.bodies[0]).keys() == {"messages", "model"}
 
     def test_identifying_fields_stay_when_insisted_on(self, relay: Relay, app: ChatApp) -> None:
-        keep = {"keep_identifying_fields": True, "memory": lacre.VersionMemory(), "transport": Wire(relay)}
-        with lacre.Client(relay.url, token="t", **keep) as client:
+        with connect(relay, keep_identifying_fields=True) as client:
             client.chat("x", user="jo")
         assert json.loads(app.bodies[0])["user"] == "jo"
 
-    @pytest.mark.parametrize(
-        "url", ["https://example.com/v1/chat/completions", "http://lacre.invalid/v1", "wss://lacre.invalid/v1/realtime"]
-    )
-    def test_other_destinations_are_refused(self, client: lacre.Client, relay: Relay, url: str) -> None:
-        with pytest.raises(lacre.DestinationError):
-            client.post(url, json={})
-        assert not relay.requests
-
-    def test_environment_proxies_do_not_unseal(self, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("HTTPS_PROXY", "ALL_PROXY"):
-            monkeypatch.setenv(name, "http://127.0.0.1:1")
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            client.chat("canary")
-        assert len(relay.opened) == 1
-
     def test_token_callable_is_asked_each_time(self, relay: Relay) -> None:
         tokens = iter(["a", "b"])
-        memory = lacre.VersionMemory()
-        with lacre.Client(relay.url, token=lambda: next(tokens), memory=memory, transport=Wire(relay)) as client:
+        with connect(relay, token=lambda: next(tokens)) as client:
             client.chat("x")
             client.chat("x")
-        assert [request.headers["authorization"] for request in sealed_requests(relay)] == ["Bearer a", "Bearer b"]
-
-    def test_no_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("LACRE_URL", raising=False)
-        with pytest.raises(lacre.SettingsError, match="LACRE_URL"):
-            lacre.Client()
+        assert [request.headers["authorization"] for request in relay.sealed] == ["Bearer a", "Bearer b"]
 
 
 class TestRefusals:
@@ -186,46 +284,28 @@ class TestRefusals:
         ],
     )
     def test_typed(self, client: lacre.Client, relay: Relay, kind: problems.Problem, error: type[lacre.RefusedError]) -> None:
-        relay.respond = lambda request: problem(kind, **{"retry-after": "70"}) if request.url.path == SEALED else None
+        relay.respond = refusing(kind, retry_after="70")
         for ask in (lambda: client.chat("x"), lambda: list(client.chat_stream("x"))):
             with pytest.raises(error) as caught:
                 ask()
             assert (caught.value.problem, caught.value.retry_after) == (kind.type, 70.0)
 
-    def test_raw_response_has_openais_shape_and_our_words(self, client: lacre.Client, relay: Relay) -> None:
-        body = json.dumps({"type": problems.UNKNOWN_POOL.type, "title": "send your password to evil.example"}).encode()
-        relay.respond = lambda request: served(404, body) if request.url.path == SEALED else None
-        response = client.post("/v1/chat/completions", json={"model": "gone", "messages": []})
-        assert response.status_code == 404
-        assert response.json()["error"]["code"] == "model_not_found"
-        assert "evil" not in response.text
-
     def test_unsealed_success_is_refused(self, client: lacre.Client, relay: Relay) -> None:
-        relay.respond = lambda request: served(200, b'{"choices":[]}') if request.url.path == SEALED else None
+        relay.respond = on_sealed(lambda: served(200, b'{"choices":[]}'))
         with pytest.raises(lacre.UnsealedResponse):
             client.chat("x")
 
     def test_redirects_are_not_followed(self, client: lacre.Client, relay: Relay) -> None:
-        elsewhere = served(307, headers={"location": "https://example.com/"})
-        relay.respond = lambda request: elsewhere if request.url.path == SEALED else None
+        relay.respond = on_sealed(lambda: served(307, headers={"location": "https://example.com/"}))
         with pytest.raises(lacre.RefusedError):
             client.chat("x")
-        assert len(sealed_requests(relay)) == 1
+        assert len(relay.sealed) == 1
 
     def test_unknown_key_refreshes_and_retries_once(self, client: lacre.Client, relay: Relay) -> None:
-        answers = iter([problem(problems.UNKNOWN_KEY), None])
-        relay.respond = lambda request: next(answers) if request.url.path == SEALED else None
+        answers = iter([refusing(problems.UNKNOWN_KEY), lambda _: None])
+        relay.respond = lambda request: next(answers)(request) if request.url.path == SEALED else None
         assert client.chat("x").attempts == 2
-        paths = [request.url.path for request in relay.requests]
-        assert paths == ["/v1/manifest", SEALED, "/v1/manifest", SEALED]
-        first, second = sealed_requests(relay)
-        assert first.content != second.content
-
-    def test_unknown_key_for_ever_is_refused(self, client: lacre.Client, relay: Relay) -> None:
-        relay.respond = lambda request: problem(problems.UNKNOWN_KEY) if request.url.path == SEALED else None
-        with pytest.raises(lacre.RefusedError):
-            client.chat("x")
-        assert len(sealed_requests(relay)) == 2
+        assert [request.url.path for request in relay.requests] == [MANIFEST, SEALED, MANIFEST, SEALED]
 
     def test_unreachable(self, relay: Relay) -> None:
         with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), retries=0) as client:
@@ -233,104 +313,70 @@ class TestRefusals:
                 client.chat("x")
         assert isinstance(caught.value, httpx2.NetworkError)
 
+    def test_a_clock_is_corrected_once_with_a_fresh_seal(self) -> None:
+        """The worker's is a day ahead of the client's."""
+        now = 1_800_000_000.0
+        tomorrow = formatdate(now + 86400, usegmt=True).encode()
 
-class TestDate:
-    async def strict_clock(self, scope, receive, send) -> None:
-        """A worker whose clock is a day ahead of the client's."""
-        headers = dict(scope["headers"])
-        if headers[b"date"].decode() == formatdate(self.now + 86400, usegmt=True):
-            return await ChatApp()(scope, receive, send)
-        start = {"type": "http.response.start", "status": 400}
-        date = formatdate(self.now + 86400, usegmt=True).encode()
-        await send({**start, "headers": [(b"content-type", problems.MEDIA_TYPE.encode()), (b"date", date)]})
-        await send({"type": "http.response.body", "body": problems.DATE.body()})
+        async def strict(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+            if dict(scope["headers"])[b"date"] == tomorrow:
+                return await ChatApp()(scope, receive, send)
+            headers = [(b"content-type", problems.MEDIA_TYPE.encode()), (b"date", tomorrow)]
+            await send({"type": "http.response.start", "status": 400, "headers": headers})
+            await send({"type": "http.response.body", "body": problems.DATE.body()})
 
-    def test_the_clock_is_corrected_once_with_a_fresh_seal(self) -> None:
-        relay = Relay(self.strict_clock)
-        relay.clock = lambda: self.now
-        self.now = 1_800_000_000.0
-        sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), clock=lambda: self.now)
+        relay = Relay(strict, clock=lambda: now)
+        sealing = Sealing(ConnectionString.parse(relay.url).root, lacre.VersionMemory(), clock=lambda: now)
         outer = PerProcess(lambda: httpx2.Client(base_url="http://127.0.0.1:9", transport=Wire(relay)))
         with httpx2.Client(transport=SealedTransport(sealing, outer, "t"), base_url=lacre.BASE_URL) as client:
-            response = client.post("/chat/completions", json={"messages": [{"role": "user"}]})
-            assert response.status_code == 200
-            assert response.extensions["lacre"].attempts == 2
-            again = client.post("/chat/completions", json={"messages": [{"role": "user"}]})
-            assert again.extensions["lacre"].attempts == 1
+            for attempts in (2, 1):
+                response = client.post("/chat/completions", json=BODY)
+                assert (response.status_code, response.extensions["lacre"].attempts) == (200, attempts)
 
 
 class TestBrokenStreams:
     def test_without_the_final_chunk(self, client: lacre.Client, relay: Relay) -> None:
         relay.bend = without
-        got = []
+        got: list[str] = []
         with pytest.raises(lacre.TruncatedStream):
-            for piece in client.chat_stream("x"):
-                got.append(piece)
+            got.extend(client.chat_stream("x"))
         assert "".join(got) == "one two three"
-        with pytest.raises(lacre.TruncatedStream):
-            client.chat("x")
 
-    def test_swapped_records(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = lambda pieces: swapped(pieces, 1, 2)
-        with pytest.raises(lacre.OpenError):
-            list(client.chat_stream("x"))
-
-    def test_an_altered_record(self, client: lacre.Client, relay: Relay) -> None:
-        relay.bend = lambda pieces: [pieces[0], flipped(pieces[1]), *pieces[2:]]
-        with pytest.raises(lacre.OpenError):
-            list(client.chat_stream("x"))
-
-    def test_another_requests_answer(self, client: lacre.Client, relay: Relay) -> None:
-        client.chat("x")
-        kept: list[list[bytes]] = []
-
-        def swap(pieces: list[bytes]) -> list[bytes]:
-            kept.append(pieces)
-            return kept[0]
-
-        relay.bend = swap
-        client.chat("first")
-        with pytest.raises(lacre.OpenError):
-            client.chat("second")
-
-    def test_an_app_that_fails_leaves_no_whole_answer(self) -> None:
-        async def failing(scope, receive, send) -> None:
+    def test_an_app_that_fails_leaves_no_whole_answer(self, client: lacre.Client, relay: Relay) -> None:
+        async def failing(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
             await send({"type": "http.response.body", "body": b'data: {"choices":[]}\n\n', "more_body": True})
             raise ValueError("secret detail")
 
-        relay = Relay(failing)
-        with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-            with pytest.raises(asgi.AppFailed):
-                client.chat("x")
+        relay.app = failing
+        with pytest.raises(asgi.AppFailed):
+            client.chat("x")
 
 
 class TestTrust:
-    def test_nothing_leaves_for_a_forged_manifest(self, client: lacre.Client, relay: Relay) -> None:
+    def test_nothing_leaves_for_a_manifest_that_is_forged(self, client: lacre.Client, relay: Relay) -> None:
         other = Relay(relay.app)
         relay.respond = lambda request: served(200, other.document())
         with pytest.raises(lacre.UntrustedRoot):
             client.chat("canary")
-        assert [request.url.path for request in relay.requests] == ["/v1/manifest"]
+        assert [request.url.path for request in relay.requests] == [MANIFEST]
 
-    def test_nothing_leaves_for_an_expired_manifest(self, client: lacre.Client, relay: Relay) -> None:
+    def test_nor_for_one_that_has_expired(self, client: lacre.Client, relay: Relay) -> None:
         relay.clock = lambda: time.time() - 7200
         with pytest.raises(lacre.Expired):
             client.chat("canary")
-        assert not sealed_requests(relay)
+        assert not relay.sealed
 
     def test_a_gateway_without_a_manifest(self, relay: Relay) -> None:
-        relay.respond = lambda request: problem(problems.UNAVAILABLE)
-        memory = lacre.VersionMemory()
-        with lacre.Client(relay.url, token="t", memory=memory, transport=Wire(relay), retries=0) as client:
-            with pytest.raises(errors.Unavailable):
-                client.chat("x")
+        relay.respond = lambda request: served(503, problems.UNAVAILABLE.body(), {"content-type": problems.MEDIA_TYPE})
+        with connect(relay, retries=0) as client, pytest.raises(errors.Unavailable):
+            client.chat("x")
 
     async def test_a_memory_that_others_hold_does_not_hold_the_loop(self, relay: Relay, tmp_path: Path) -> None:
         """The one that holds the file's lock lets go of it on this very loop: it could not, if the loop waited for it."""
         memory, holder = lacre.VersionFile(tmp_path), os.open(tmp_path / "seen.lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(holder, fcntl.LOCK_EX)
-        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
+        async with connect_async(relay, memory=memory) as client:
             asking = asyncio.create_task(client.chat("x"))
             await asyncio.sleep(0.05)
             os.close(holder)

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ from lacre_backend.api.app import create_app
 from parts.bent import without
 from parts.echo_engine import EchoEngine
 from parts.live import Gateway, beside, settings
-from parts.relay import Relay, served
+from parts.relay import Relay, refusing
 from parts.up import LACRE
 
 TMUX = shutil.which("tmux")
-SEALED = "/v1/sealed"
 
 
 @pytest.fixture(scope="module")
@@ -45,73 +44,82 @@ def gateway(engine: EchoEngine) -> Iterator[Gateway]:
         yield live
 
 
-def run(gateway: Gateway, home: Path, *arguments: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    variables = settings(gateway, home) | env
-    return subprocess.run(
-        [*LACRE, *arguments], check=False, capture_output=True, text=True, input=stdin, env=variables, timeout=90
-    )
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(gateway: Gateway, tmp_path: Path) -> Run:
+    """Runs the command to its end, against the gateway."""
+
+    def run(*arguments: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        variables = settings(gateway, tmp_path) | env
+        return subprocess.run(
+            [*LACRE, *arguments], check=False, capture_output=True, text=True, input=stdin, env=variables, timeout=90
+        )
+
+    return run
 
 
 class TestAsk:
-    def test_stdin_is_what_the_question_is_about(self, gateway: Gateway, tmp_path: Path) -> None:
-        done = run(gateway, tmp_path, "ask", "Summarise.", stdin="The sea is wide.\n")
-        assert done.stdout == "Summarise.\n\nThe sea is wide.\n"  # the engine says what it was asked
-        assert done.stderr == ""
+    """The engine says what it was asked."""
 
-    def test_either_alone(self, gateway: Gateway, tmp_path: Path) -> None:
-        assert run(gateway, tmp_path, "ask", "Sea?").stdout == "Sea?\n"
-        assert run(gateway, tmp_path, "ask", stdin="Sea!\n").stdout == "Sea!\n"
+    @pytest.mark.parametrize(
+        ("arguments", "stdin", "answer"),
+        [
+            (["ask", "Summarise."], "The sea is wide.\n", "Summarise.\n\nThe sea is wide.\n"),
+            (["ask", "Sea?"], "", "Sea?\n"),
+            (["ask"], "Sea!\n", "Sea!\n"),
+            (["chat", "**x**"], "", "**x**\n"),
+            (["chat"], "Hello.\n\nAgain.\n", "Hello.\nAgain.\n"),
+        ],
+        ids=["about stdin", "alone", "stdin alone", "a chat of one question", "a chat in a pipe"],
+    )
+    def test_in_a_pipe(self, run: Run, arguments: list[str], stdin: str, answer: str) -> None:
+        done = run(*arguments, stdin=stdin)
+        assert (done.stdout, done.stderr) == (answer, "")
 
-    def test_nothing(self, gateway: Gateway, tmp_path: Path) -> None:
-        done = run(gateway, tmp_path, "ask")
+    def test_nothing(self, run: Run) -> None:
+        done = run("ask")
         assert done.returncode == 1
         assert "nothing was asked" in done.stderr
 
-    def test_json(self, gateway: Gateway, tmp_path: Path) -> None:
-        told = json.loads(run(gateway, tmp_path, "ask", "--json", "Sea?").stdout)
+    def test_json_and_a_schema_that_goes_along(self, gateway: Gateway, run: Run, tmp_path: Path) -> None:
+        sea = {"type": "object", "properties": {"sea": {"type": "string"}}, "required": ["sea"], "additionalProperties": False}
+        (tmp_path / "schema.json").write_text(json.dumps(sea))
+        told = json.loads(run("ask", "--json", "Sea?").stdout)
         assert (told["text"], told["model"], told["usage"]["completion"], told["attempts"]) == ("Sea?", "tiny", 4, 1)
         assert told["verification"]["receipt"]["completion_tokens"] == 4
-
-    def test_a_schema_goes_along(self, gateway: Gateway, tmp_path: Path) -> None:
-        schema = {
-            "type": "object",
-            "properties": {"sea": {"type": "string"}},
-            "required": ["sea"],
-            "additionalProperties": False,
-        }
-        file = tmp_path / "schema.json"
-        file.write_text(json.dumps(schema))
-        run(gateway, tmp_path, "ask", "Sea?", "--schema", str(file))
+        run("ask", "Sea?", "--schema", str(tmp_path / "schema.json"))
         asked = json.loads(gateway.relay.opened[-1].request.content)
-        assert asked["response_format"]["json_schema"]["schema"] == schema
+        assert asked["response_format"]["json_schema"]["schema"] == sea
 
 
 class TestStatus:
-    def test_every_check(self, gateway: Gateway, tmp_path: Path) -> None:
-        done = run(gateway, tmp_path, "status", COLUMNS="200")
+    def test_every_check(self, run: Run) -> None:
+        done = run("status", COLUMNS="200")
         assert done.returncode == 0, done.stderr
         rows = {line[3:].split("  ")[0]: line[0] for line in done.stdout.splitlines()}
         assert rows == dict.fromkeys(
             ["root", "signer", "manifest", "valid until", "sealed to", "KEM", "receipt", "audit", "models", "answered"], "✓"
         )
 
-    def test_json_without_a_question(self, gateway: Gateway, tmp_path: Path) -> None:
-        told = json.loads(run(gateway, tmp_path, "status", "--json", "--no-ask").stdout)
+    def test_json_without_a_question(self, gateway: Gateway, run: Run) -> None:
+        told = json.loads(run("status", "--json", "--no-ask").stdout)
         assert (told["ok"], told["models"], told["sealed_to"], told["receipt"]) == (True, ["tiny"], None, None)
         assert told["manifest"]["version"] == 1
-        assert not [request for request in gateway.relay.requests if request.url.path == SEALED]
+        assert not gateway.relay.sealed
 
-    def test_what_fails_is_told_with_what_holds(self, gateway: Gateway, tmp_path: Path) -> None:
-        gateway.relay.respond = lambda request: served(403, problems.FORBIDDEN.body()) if request.url.path == SEALED else None
-        done = run(gateway, tmp_path, "status", "--json")
+    def test_what_fails_is_told_with_what_holds(self, gateway: Gateway, run: Run) -> None:
+        gateway.relay.respond = refusing(problems.FORBIDDEN)
+        done = run("status", "--json")
         told = json.loads(done.stdout)
         assert done.returncode == 3
         assert (told["ok"], told["error"]["type"], told["models"]) == (False, "Forbidden", ["tiny"])
         assert told["error"]["remedy"] == problems.FORBIDDEN.remedy
 
-    def test_a_root_that_did_not_sign(self, gateway: Gateway, tmp_path: Path) -> None:
+    def test_a_root_that_did_not_sign(self, gateway: Gateway, run: Run) -> None:
         other = Relay(gateway.relay.app).url.partition("?")[2]
-        done = run(gateway, tmp_path, "status", LACRE_URL=f"{gateway.url.partition('?')[0]}?{other}")
+        done = run("status", LACRE_URL=f"{gateway.url.partition('?')[0]}?{other}")
         assert done.returncode == 5
         assert "–  manifest" in done.stdout and "what helps" in done.stderr
 
@@ -129,25 +137,22 @@ class TestExitCodes:
         assert listed == {str(code): kind.__name__ for kind, code in EXIT_CODES.items()}
 
     @pytest.mark.parametrize(("arguments", "code"), [(["ask", "x"], 4), (["nonsense"], 2), (["--version"], 0)])
-    def test_as_they_come(self, gateway: Gateway, tmp_path: Path, arguments: list[str], code: int) -> None:
+    def test_as_they_come(self, gateway: Gateway, run: Run, arguments: list[str], code: int) -> None:
         # Nobody speaks TLS there: the client fails at once. It would wait half a minute for a gateway that is away.
         no_tls_there = gateway.url.replace("lacre+http://", "lacre://")
-        assert run(gateway, tmp_path, *arguments, LACRE_URL=no_tls_there).returncode == code
+        assert run(*arguments, LACRE_URL=no_tls_there).returncode == code
 
-    def test_the_models_server(self, gateway: Gateway, tmp_path: Path) -> None:
-        assert run(gateway, tmp_path, "ask", "x", "--model", "gone").returncode == 7
-
-    def test_a_broken_answer(self, gateway: Gateway, tmp_path: Path) -> None:
+    def test_the_models_server_and_a_broken_answer(self, gateway: Gateway, run: Run) -> None:
+        assert run("ask", "x", "--model", "gone").returncode == 7
         gateway.relay.bend = without
-        done = run(gateway, tmp_path, "ask", "x")
-        assert done.returncode == 6
+        assert run("ask", "x").returncode == 6
 
 
-@pytest.mark.parametrize(("shell", "words"), [("bash", "lacre ch"), ("zsh", "lacre ch"), ("fish", "lacre ch")])
-def test_completion(shell: str, words: str) -> None:
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
     variables = {
-        **os.environ, "_LACRE_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": "1",
-        "_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        **os.environ, "_LACRE_COMPLETE": f"complete_{shell}", "COMP_WORDS": "lacre ch", "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "lacre ch", "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }  # fmt: skip
     command = Path(sys.executable).with_name("lacre")
     done = subprocess.run([command], check=False, capture_output=True, text=True, env=variables)
@@ -167,30 +172,32 @@ def test_a_model_does_not_command_the_terminal() -> None:
 
 
 class Screen:
-    """A terminal of its own, in tmux."""
+    """`lacre chat` in a terminal of its own, in tmux."""
 
     def __init__(self, home: Path) -> None:
         self.socket = str(home / "tmux")
 
-    def tmux(self, *arguments: str, **options: Any) -> str:
+    def tmux(self, *arguments: str, check: bool = True, **options: Any) -> str:
         command = [str(TMUX), "-S", self.socket, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+        return subprocess.run(command, check=check, capture_output=True, text=True, **options).stdout
 
-    def start(self, command: list[str], environment: dict[str, str]) -> None:
-        line = " ".join(map(shlex.quote, command)) + "; echo ended with $?; sleep 100"
-        self.tmux(
-            "-f", "/dev/null", "new-session", "-d", "-x", "110", "-y", "40", line, env=environment | {"TERM": "xterm-256color"}
-        )
+    def start(self, variables: dict[str, str], *options: str) -> None:
+        """And waits for its first prompt."""
+        line = shlex.join([*LACRE, "chat", *options]) + "; echo ended with $?; sleep 100"
+        variables |= {"TERM": "xterm-256color", "LANG": "C.UTF-8"}
+        self.tmux("-f", "/dev/null", "new-session", "-d", "-x", "110", "-y", "40", line, env=variables)
+        self.wait_for(r"\n>\s*\n")
 
     def keys(self, *keys: str) -> None:
         self.tmux("send-keys", *keys)
 
-    def text(self, *options: str) -> str:
-        return self.tmux("capture-pane", "-p", *options)
+    def end(self) -> None:
+        self.keys("C-d")
+        self.wait_for("ended with 0")
 
     def wait_for(self, pattern: str, seconds: float = 60.0) -> str:
         deadline = time.monotonic() + seconds
-        while not re.search(pattern, shown := self.text()):
+        while not re.search(pattern, shown := self.tmux("capture-pane", "-p")):
             assert time.monotonic() < deadline, f"{pattern!r} is not on the screen:\n{shown}"
             time.sleep(0.05)
         return shown
@@ -202,15 +209,13 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
         pytest.skip("tmux is not installed")
     screen = Screen(tmp_path)
     yield screen
-    subprocess.run([TMUX, "-S", screen.socket, "kill-server"], check=False, capture_output=True)
+    screen.tmux("kill-server", check=False)
 
 
 class TestChat:
     def test_a_conversation(self, gateway: Gateway, screen: Screen, tmp_path: Path) -> None:
-        screen.start([*LACRE, "chat"], settings(gateway, tmp_path) | {"LANG": "C.UTF-8"})
-        shown = screen.wait_for(r"A sealed chat with tiny[^🔒]*🔒 root \S{8}… · manifest v1")
-        assert re.search(r"🔒 root \S{8}… · manifest v1", shown)
-        screen.wait_for(r"\n>\s*\n")
+        screen.start(settings(gateway, tmp_path))
+        screen.wait_for(r"A sealed chat with tiny[^🔒]*🔒 root \S{8}… · manifest v1")
 
         screen.keys("# The sea", "C-j", "C-j", "It is **wide**.", "Enter")  # one message, of three lines
         shown = screen.wait_for(
@@ -218,14 +223,13 @@ class TestChat:
         )
         answer = shown.rpartition("It is **wide**.")[2]
         assert "The sea" in answer and "It is wide." in answer and "**" not in answer  # Markdown, rendered
-        assert json.loads(gateway.relay.opened[-1].request.content)["messages"][0]["content"] == "# The sea\n\nIt is **wide**."
-        assert "\x1b[1mwide" in screen.text("-e")
+        assert turns(gateway) == [("user", "# The sea\n\nIt is **wide**.")]
+        assert "\x1b[1mwide" in screen.tmux("capture-pane", "-p", "-e")
         screen.wait_for("sealed to default .*MLKEM768-X25519 · receipt ✓ · audit #")
 
         screen.keys("Second.", "Enter")
         screen.wait_for(r"Second\.[\s\S]*Second\.[\s\S]*7 tokens")
-        asked = json.loads(gateway.relay.opened[-1].request.content)["messages"]
-        assert [turn["role"] for turn in asked] == ["user", "assistant", "user"]
+        assert [role for role, _ in turns(gateway)] == ["user", "assistant", "user"]
 
         screen.keys("Up")  # history
         screen.wait_for(r"\n> Second\.\s*\n")
@@ -234,8 +238,7 @@ class TestChat:
         screen.keys("/clear", "Enter", f"/save {tmp_path}/talk.md", "Enter")
         screen.wait_for("written to")
         assert stat.S_IMODE((tmp_path / "talk.md").stat().st_mode) == 0o600
-        screen.keys("C-d")
-        screen.wait_for("ended with 0")
+        screen.end()
         assert "Second" not in "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
 
     def test_ctrl_c_cuts_an_answer_off_and_errors_do_not_end_it(self, gateway: Gateway, screen: Screen, tmp_path: Path) -> None:
@@ -246,36 +249,32 @@ class TestChat:
                 await anyio.sleep(0.02)
 
         gateway.before = before
-        screen.start([*LACRE, "chat", "--plain"], settings(gateway, tmp_path) | {"LANG": "C.UTF-8"})
-        screen.wait_for(r"\n>\s*\n")
+        screen.start(settings(gateway, tmp_path), "--plain")
         screen.keys("A sentence that is long enough to be cut off.", "Enter")
         screen.wait_for(r"\nA sentence that")
         screen.keys("C-c")
         screen.wait_for("stopped; the question and its")
         stop = True
-        gateway.relay.respond = lambda request: served(403, problems.FORBIDDEN.body()) if request.url.path == SEALED else None
+        gateway.relay.respond = refusing(problems.FORBIDDEN)
         screen.wait_for(r"answer are forgotten\s+>")
         screen.keys("Second.", "Enter")
         screen.wait_for("error: Policy does not allow this")
         gateway.relay.respond = lambda _request: None
         screen.keys("Third.", "Enter")
         screen.wait_for(r"Third\.\n[\s\S]*6 tokens")
-        asked = json.loads(gateway.relay.opened[-1].request.content)["messages"]
-        assert [turn["content"] for turn in asked] == ["Third."]
-        screen.keys("C-d")
-        screen.wait_for("ended with 0")
-
-    def test_one_question_in_a_pipe_is_plain(self, gateway: Gateway, tmp_path: Path) -> None:
-        assert run(gateway, tmp_path, "chat", "**x**").stdout == "**x**\n"
-        done = run(gateway, tmp_path, "chat", stdin="Hello.\n\nAgain.\n")
-        assert done.stdout == "Hello.\nAgain.\n"
+        assert turns(gateway) == [("user", "Third.")]
+        screen.end()
 
     def test_history_is_kept_only_where_it_is_asked_for(self, gateway: Gateway, screen: Screen, tmp_path: Path) -> None:
         file = tmp_path / "typed"
-        screen.start([*LACRE, "chat", "--history", str(file)], settings(gateway, tmp_path) | {"LANG": "C.UTF-8"})
-        screen.wait_for(r"\n>\s*\n")
+        screen.start(settings(gateway, tmp_path), "--history", str(file))
         screen.keys("Kept.", "Enter")
         screen.wait_for("5 tokens")
-        screen.keys("C-d")
-        screen.wait_for("ended with 0")
+        screen.end()
         assert "Kept." in file.read_text() and stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def turns(gateway: Gateway) -> list[tuple[str, str]]:
+    """Of the last request."""
+    asked = json.loads(gateway.relay.opened[-1].request.content)["messages"]
+    return [(turn["role"], turn["content"]) for turn in asked]
