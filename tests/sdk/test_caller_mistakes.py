@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,8 +16,9 @@ import lacre
 import lacre.legacy
 from lacre.chat.request import MAX_DEPTH, encode
 from parts.chat_app import ChatApp
-from parts.relay import AsyncWire, Relay, Wire
+from parts.relay import AsyncWire, Relay, Wire, connect, connect_async
 
+CHAT = "/v1/chat/completions"
 HELLO = {"role": "user", "content": "hi"}
 LOOP: list[Any] = []
 LOOP.append(LOOP)
@@ -63,23 +65,16 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("messages", "params", "told"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_by_name_before_anything_is_sent(messages: Any, params: dict[str, Any], told: str) -> None:
-    relay = Relay(ChatApp())
-    memory = lacre.VersionMemory()
-    with lacre.Client(relay.url, token="t", memory=memory, transport=Wire(relay)) as client:
-        for ask in (client.chat, client.chat_stream):  # at the call itself, not at the first piece
-            with pytest.raises(lacre.UsageError, match=told) as caught:
-                ask(messages, **params)
-            assert type(caught.value) is lacre.UsageError
-
-    async def later() -> None:
-        async with lacre.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as other:
-            with pytest.raises(lacre.UsageError, match=told):
-                await other.chat(messages, **params)
-            with pytest.raises(lacre.UsageError, match=told):
-                other.chat_stream(messages, **params)
-
-    asyncio.run(later())
+def test_a_mistake_is_told_by_name_before_anything_is_sent(
+    client: lacre.Client, relay: Relay, messages: Any, params: dict[str, Any], told: str
+) -> None:
+    other = connect_async(relay)
+    for ask in (client.chat, client.chat_stream, other.chat_stream):  # at the call itself, not at the first piece
+        with pytest.raises(lacre.UsageError, match=told) as caught:
+            ask(messages, **params)
+        assert type(caught.value) is lacre.UsageError
+    with pytest.raises(lacre.UsageError, match=told):
+        asyncio.run(other.chat(messages, **params))
     assert relay.requests == []
 
 
@@ -138,32 +133,15 @@ class TestOptionsOfACall:
 
     @pytest.mark.parametrize("stream", [False, True])
     async def test_the_time_limit_is_this_calls(self, relay: Relay, stream: bool) -> None:
-        seen: list[Any] = []
-        hooks = {"request": [lambda request: seen.append(request.extensions["timeout"]["read"])]}
-
-        async def noted(request: httpx2.Request) -> None:
-            hooks["request"][0](request)
-
-        memory = lacre.VersionMemory()
-        with lacre.Client(relay.url, token="t", memory=memory, transport=Wire(relay), timeout=7, event_hooks=hooks) as client:
-            for limit in (3, None, httpx2.Timeout(5), ...):
-                await asyncio.to_thread(self.ask, client, stream, timeout=limit)
-            await asyncio.to_thread(self.ask, client, stream)
-        later = {"request": [noted]}
-        async with lacre.AsyncClient(
-            relay.url, token="t", memory=memory, transport=AsyncWire(relay), timeout=7, event_hooks=later
-        ) as other:
-            for limit in (3, None, httpx2.Timeout(5), ...):
-                asked = other.chat_stream("hi", timeout=limit).reply() if stream else other.chat("hi", timeout=limit)
-                await asked
-        assert seen == [3, None, 5, 7, 7, 3, None, 5, 7]
-
-    @staticmethod
-    def ask(client: lacre.Client, stream: bool, **options: Any) -> None:
-        ask: Callable[..., Any] = client.chat_stream if stream else client.chat
-        asked = ask("hi", **options)
-        if stream:
-            asked.reply()
+        limits: list[dict[str, Any]] = [{"timeout": limit} for limit in (3, None, httpx2.Timeout(5), ...)] + [{}]
+        with connect(relay, timeout=7) as client:
+            for limit in limits:
+                ask = (lambda **limit: client.chat_stream("hi", **limit).reply()) if stream else partial(client.chat, "hi")
+                await asyncio.to_thread(ask, **limit)
+        async with connect_async(relay, timeout=7) as other:
+            for limit in limits:
+                await (other.chat_stream("hi", **limit).reply() if stream else other.chat("hi", **limit))
+        assert [request.extensions["timeout"]["read"] for request in relay.sealed] == [3, None, 5, 7, 7] * 2
 
     def test_headers_that_say_who_asks_stay_out(self, client: lacre.Client, relay: Relay) -> None:
         client.chat("hi", extra_headers={"authorization": "Bearer other", "x-user": "ada", "content-type": "text/plain"})
@@ -178,32 +156,25 @@ class TestALimitOfARequest:
 
     @pytest.mark.parametrize("limit", [0, 0.0, -1, httpx2.Timeout(5, read=0), httpx2.Timeout(5, connect=0), 1e308, "9", True])
     def test_one_that_no_answer_can_keep(self, client: lacre.Client, relay: Relay, limit: Any) -> None:
-        with pytest.raises(lacre.UsageError, match="timeout must be a number of seconds above 0"):
-            client.post("/v1/chat/completions", json={"messages": [HELLO]}, timeout=limit)
-        with pytest.raises(lacre.UsageError, match="timeout must be a number of seconds above 0"):
-            client.chat("hi", timeout=limit)
+        for ask in (partial(client.post, CHAT, json={"messages": [HELLO]}), partial(client.chat, "hi")):
+            with pytest.raises(lacre.UsageError, match="timeout must be a number of seconds above 0"):
+                ask(timeout=limit)
         assert not relay.requests
 
     @pytest.mark.parametrize("limit", [0.5, 5, None, httpx2.Timeout(5, pool=0)])
     def test_one_that_can_be_kept(self, client: lacre.Client, limit: Any) -> None:
-        assert client.post("/v1/chat/completions", json={"messages": [HELLO]}, timeout=limit).status_code == 200
+        assert client.post(CHAT, json={"messages": [HELLO]}, timeout=limit).status_code == 200
 
 
-class TestAClosedClient:
-    """Nothing was fetched before, so each of these would connect."""
-
-    @pytest.mark.parametrize("make", [lacre.Client, lacre.legacy.Client])
-    @pytest.mark.parametrize("use", [lambda client: client.models(), lambda client: client.get("/v1/models")])
-    def test_a_sync_one(self, relay: Relay, make: Callable[..., Any], use: Callable[[Any], Any]) -> None:
-        client = make(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay))
-        client.close()
-        with pytest.raises(lacre.UsageError, match="this client is closed"):
-            use(client)
-
-    @pytest.mark.parametrize("make", [lacre.AsyncClient, lacre.legacy.AsyncClient])
-    @pytest.mark.parametrize("use", [lambda client: client.models(), lambda client: client.get("/v1/models")])
-    async def test_an_async_one(self, relay: Relay, make: Callable[..., Any], use: Callable[[Any], Any]) -> None:
-        client = make(relay.url, token="t", memory=lacre.VersionMemory(), transport=AsyncWire(relay))
+@pytest.mark.parametrize("make", [lacre.Client, lacre.legacy.Client, lacre.AsyncClient, lacre.legacy.AsyncClient])
+@pytest.mark.parametrize("use", [lambda client: client.models(), lambda client: client.get("/v1/models")])
+async def test_a_closed_client(relay: Relay, make: Callable[..., Any], use: Callable[[Any], Any]) -> None:
+    """Nothing was fetched before, so each use would connect."""
+    later = "Async" in make.__name__
+    client = make(relay.url, token="t", memory=lacre.VersionMemory(), transport=(AsyncWire if later else Wire)(relay))
+    if later:
         await client.aclose()
-        with pytest.raises(lacre.UsageError, match="this client is closed"):
-            await use(client)
+    else:
+        client.close()
+    with pytest.raises(lacre.UsageError, match="this client is closed"):
+        _ = await use(client) if later else use(client)

@@ -20,9 +20,7 @@ from lacre import problems
 from lacre.transport.concurrency import AsyncTurns, Turns
 from parts.bent import without
 from parts.chat_app import ChatApp
-from parts.relay import AsyncWire, Relay, Wire, served
-
-SEALED = "/v1/sealed"
+from parts.relay import SEALED, Relay, connect, connect_async, on_sealed, refusing, served
 
 
 class Gate(Relay):
@@ -47,32 +45,22 @@ class Gate(Relay):
                 self.now -= 1
 
 
-def sync_client(relay: Relay, **options: Any) -> lacre.Client:
-    settings = {"token": "t", "memory": lacre.VersionMemory(), "transport": Wire(relay), "retries": 0, **options}
-    return lacre.Client(relay.url, **settings)
-
-
-def async_client(relay: Relay, **options: Any) -> lacre.AsyncClient:
-    settings = {"token": "t", "memory": lacre.VersionMemory(), "transport": AsyncWire(relay), "retries": 0, **options}
-    return lacre.AsyncClient(relay.url, **settings)
-
-
 def test_threads() -> None:
     gate = Gate()
-    with sync_client(gate, max_concurrency=3) as client, ThreadPoolExecutor(16) as pool:
+    with connect(gate, max_concurrency=3) as client, ThreadPoolExecutor(16) as pool:
         assert [reply.text for reply in pool.map(lambda _: client.chat("x"), range(30))] == ["one two three"] * 30
     assert gate.most == 3
 
 
 async def test_tasks() -> None:
     gate = Gate()
-    async with async_client(gate, max_concurrency=3) as client:
+    async with connect_async(gate, max_concurrency=3) as client:
         assert len(await asyncio.gather(*(client.chat("x") for _ in range(30)))) == 30
     assert gate.most == 3
 
 
-def test_another_event_loop() -> None:
-    client = async_client(Gate(), max_concurrency=1)
+def test_another_event_loop(relay: Relay) -> None:
+    client = connect_async(relay, max_concurrency=1)
     for _ in range(2):
         assert asyncio.run(client.chat("x")).text
 
@@ -84,29 +72,27 @@ def test_a_count_that_is_none(make: Callable[..., Any], count: object) -> None:
         make(Relay(ChatApp()).url, token="t", max_concurrency=count)
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class TestASlotIsHeld:
     """By a stream until it was read to the end or left, and by nothing after it."""
 
-    @pytest.mark.parametrize("end", ["read", "close", "drop", "reply"])
-    def test_stream(self, end: str) -> None:
-        with sync_client(Relay(ChatApp()), max_concurrency=1) as client, ThreadPoolExecutor(1) as pool:
+    @pytest.mark.parametrize("end", [list, lacre.ChatStream.close, lacre.ChatStream.reply, lambda stream: None])
+    def test_stream(self, relay: Relay, end: Callable[[lacre.ChatStream], object]) -> None:
+        with connect(relay, max_concurrency=1) as client, ThreadPoolExecutor(1) as pool:
             stream = client.chat_stream("x")
             next(stream)
             waiting = pool.submit(client.chat, "y")
             with pytest.raises(TimeoutError):
                 waiting.result(0.05)
-            if end == "read":
-                list(stream)
-            elif end == "close":
-                stream.close()
-            elif end == "reply":
-                stream.reply()
-            else:
-                del stream
+            end(stream)
+            del stream
             assert waiting.result(10).text == "one two three"
 
-    async def test_async_stream(self) -> None:
-        async with async_client(Relay(ChatApp()), max_concurrency=1) as client:
+    async def test_async_stream(self, relay: Relay) -> None:
+        async with connect_async(relay, max_concurrency=1) as client:
             async with client.chat_stream("x") as stream:
                 await anext(stream)
                 waiting = asyncio.create_task(client.chat("y"))
@@ -114,30 +100,29 @@ class TestASlotIsHeld:
                 assert not waiting.done()
             assert (await waiting).text == "one two three"
 
-    @pytest.mark.parametrize("how", ["refused", "unsealed", "broken", "raised", "mistake"])
-    def test_not_after_a_failure(self, how: str) -> None:
-        relay = Relay(ChatApp())
-
-        def fail(request: httpx2.Request) -> httpx2.Response | None:
-            if request.url.path != SEALED or how in ("broken", "mistake"):
-                return None
-            if how == "raised":
-                raise KeyboardInterrupt
-            return served(403, problems.FORBIDDEN.body()) if how == "refused" else served(200, b"{}")
-
-        with sync_client(relay, max_concurrency=1, resume=0) as client:
-            relay.respond = fail
-            if how == "broken":
-                relay.bend = without
+    @pytest.mark.parametrize(
+        ("bent", "asked"),
+        [
+            ({"respond": refusing(problems.FORBIDDEN)}, {}),
+            ({"respond": on_sealed(lambda: served(200, b"{}"))}, {}),
+            ({"bend": without}, {}),
+            ({"respond": on_sealed(interrupt)}, {}),
+            ({}, {"model": "no name"}),
+        ],
+        ids=["refused", "unsealed", "broken", "interrupted", "mistake"],
+    )
+    def test_not_after_a_failure(self, bent: dict[str, Any], asked: dict[str, Any]) -> None:
+        relay = Relay(ChatApp(), **bent)
+        with connect(relay, max_concurrency=1, retries=0, resume=0) as client:
             for _ in range(3):
                 with pytest.raises((lacre.LacreError, KeyboardInterrupt)):
-                    client.chat("x", **({"model": "no name"} if how == "mistake" else {}))
+                    client.chat("x", **asked)
             relay.respond, relay.bend = lambda _request: None, list
             assert client.chat("x").text == "one two three"
 
     async def test_not_after_a_cancellation_of_any_kind(self) -> None:
         gate = Gate()
-        async with async_client(gate, max_concurrency=2) as client:
+        async with connect_async(gate, max_concurrency=2) as client:
             for pause in (0, 0.001, 0.003, 0.006):
                 asked = [asyncio.create_task(client.chat("x")) for _ in range(12)]
                 await asyncio.sleep(pause)
@@ -211,9 +196,8 @@ class TestOrder:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_child_begins_with_all_slots() -> None:
-    relay = Relay(ChatApp())
-    with sync_client(relay, max_concurrency=1) as client:
+def test_a_forked_child_begins_with_all_slots(relay: Relay) -> None:
+    with connect(relay, max_concurrency=1) as client:
         stream = client.chat_stream("x")
         next(stream)
         turns = client._sealed._turns

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -20,13 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lacre
-from lacre import ProofKey
+from lacre import ProofKey, problems
 from lacre.errors import InvalidMessage, LacreError, SettingsError, VerificationError
 from lacre.jose import dpop
 from lacre.jose.jws import b64u
 from lacre.wire.header import inspect_request
-from parts.chat_app import ChatApp
-from parts.relay import AsyncWire, Relay, Wire, served
+from parts.relay import SEALED, Relay, connect, connect_async, refusing
 
 URL = "https://gateway.example/v1/sealed"
 MAKERS: dict[str, Callable[[], ProofKey]] = {
@@ -88,14 +86,11 @@ def test_nothing_but_our_errors_escape(text: str) -> None:
         dpop.verify(text, dpop.Expected("POST", URL, "", ""), 0.0)
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from(["typ", "alg", "jwk", "crit", "kty", "crv", "x", "y"]),
-        st.sampled_from(
-            ["dpop+jwt", "ES256", "EC", "P-256", "", 7, None, [], {}, {"kty": "EC", "crv": "P-256", "x": "A", "y": "A"}]
-        ),
-    )
-)
+MEMBERS = st.sampled_from(["typ", "alg", "jwk", "crit", "kty", "crv", "x", "y"])
+VALUES = ["dpop+jwt", "ES256", "EC", "P-256", "", 7, None, [], {}, {"kty": "EC", "crv": "P-256", "x": "A", "y": "A"}]
+
+
+@given(st.dictionaries(MEMBERS, st.sampled_from(VALUES)))
 def test_no_header_makes_anything_but_our_errors(header: dict[str, Any]) -> None:
     head = b64u(json.dumps(header).encode())
     with pytest.raises(LacreError):
@@ -123,107 +118,81 @@ def test_no_url(url: str) -> None:
         dpop.plain_url(url)
 
 
-def test_keys_are_kept_in_files(tmp_path: Path) -> None:
-    for make in MAKERS.values():
-        key = make()
-        path = tmp_path / "key.pem"
-        path.write_bytes(key.pem())
-        assert ProofKey.load(path).thumbprint == key.thumbprint
-        assert b64u(key.pem()) not in repr(key) and "PRIVATE" not in repr(key)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_keys_are_kept_in_files(tmp_path: Path, make: Callable[[], ProofKey]) -> None:
+    key, path = make(), tmp_path / "key.pem"
+    path.write_bytes(key.pem())
+    assert ProofKey.load(path).thumbprint == key.thumbprint
+    assert b64u(key.pem()) not in repr(key) and "PRIVATE" not in repr(key)
+
+
+P384 = ec.generate_private_key(ec.SECP384R1())
 
 
 @pytest.mark.parametrize(
     "content",
     [
         b"nonsense",
-        ec.generate_private_key(ec.SECP384R1()).private_bytes(
-            Encoding.PEM, PrivateFormat.PKCS8, encryption_algorithm=BestAvailableEncryption(b"x")
-        ),
-        lacre.ProofKey.generate().pem().replace(b"PRIVATE KEY", b"PUBLIC KEY"),
+        P384.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x")),
+        ProofKey.generate().pem().replace(b"PRIVATE KEY", b"PUBLIC KEY"),
+        None,
     ],
-    ids=["no PEM", "encrypted", "no private key"],
+    ids=["no PEM", "encrypted", "no private key", "missing"],
 )
-def test_what_is_no_key_is_said(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "key.pem").write_bytes(content)
+def test_what_is_no_key_is_said(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "key.pem").write_bytes(content)
     with pytest.raises(SettingsError, match=r"key\.pem"):
         ProofKey.load(tmp_path / "key.pem")
-    with pytest.raises(SettingsError, match=r"missing\.pem"):
-        ProofKey.load(tmp_path / "missing.pem")
 
 
-def test_keys_of_other_kinds_are_refused() -> None:
-    for key in (ec.generate_private_key(ec.SECP384R1()), rsa.generate_private_key(public_exponent=65537, key_size=2048)):
-        with pytest.raises(SettingsError, match=r"ProofKey.generate"):
-            ProofKey(key)  # type: ignore[arg-type]
+@pytest.mark.parametrize("key", [P384, rsa.generate_private_key(65537, 2048)], ids=["P-384", "RSA"])
+def test_keys_of_other_kinds_are_refused(key: Any) -> None:
+    with pytest.raises(SettingsError, match=r"ProofKey.generate"):
+        ProofKey(key)
 
 
 # In the clients
 
 
-def sealed(relay: Relay) -> list[httpx2.Request]:
-    return [request for request in relay.requests if request.url.path == "/v1/sealed"]
-
-
-def check(relay: Relay, key: ProofKey, token: str) -> None:
+def check(relay: Relay, key: ProofKey, count: int) -> None:
     """Each sealed request has a proof of its own, for itself; the manifest was fetched without any."""
-    assert len({request.headers["dpop"] for request in sealed(relay)}) == len(sealed(relay)) > 0
-    for request in sealed(relay):
-        assert request.headers["authorization"] == f"DPoP {token}"
-        expected = dpop.Expected("POST", dpop.plain_url("http://127.0.0.1:9/v1/sealed"), dpop.token_hash(token), key.thumbprint)
+    assert len({request.headers["dpop"] for request in relay.sealed}) == len(relay.sealed) == count
+    for request in relay.sealed:
+        assert request.headers["authorization"] == "DPoP a.b.c"
+        url = dpop.plain_url("http://127.0.0.1:9/v1/sealed")
+        expected = dpop.Expected("POST", url, dpop.token_hash("a.b.c"), key.thumbprint)
         proof = dpop.verify(request.headers["dpop"], expected, time.time())
         assert proof.request == b64u(inspect_request(request.content).digest)
     for request in relay.requests:
-        if request not in sealed(relay):
+        if request not in relay.sealed:
             assert "dpop" not in request.headers and "authorization" not in request.headers
 
 
-def test_sync_client() -> None:
-    relay, key = Relay(ChatApp()), ProofKey.generate()
-    with lacre.Client(relay.url, token="a.b.c", dpop=key, memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-        for _ in range(2):
-            assert client.chat("Count.").text == "one two three"
-    check(relay, key, "a.b.c")
+@pytest.mark.parametrize("place", ["argument", "environment"])
+def test_each_request_and_each_attempt_has_a_proof(
+    relay: Relay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    key = ProofKey.generate()
+    (tmp_path / "key.pem").write_bytes(key.pem())
+    if place == "environment":
+        monkeypatch.setenv("LACRE_DPOP_KEY", str(tmp_path / "key.pem"))
+    answers = iter([refusing(problems.UNKNOWN_KEY), *[lambda _: None] * 2])
+    relay.respond = lambda request: next(answers)(request) if request.url.path == SEALED else None
+    with connect(relay, token="a.b.c", dpop=key if place == "argument" else None) as client:
+        assert [client.chat("Count.").attempts for _ in range(2)] == [2, 1]
+    check(relay, key, 3)
 
 
-async def test_async_client() -> None:
-    relay, key = Relay(ChatApp()), ProofKey.generate()
-    memory = lacre.VersionMemory()
-    async with lacre.AsyncClient(relay.url, token="a.b.c", dpop=key, memory=memory, transport=AsyncWire(relay)) as client:
+async def test_async_client(relay: Relay) -> None:
+    key = ProofKey.generate()
+    async with connect_async(relay, token="a.b.c", dpop=key) as client:
         for _ in range(2):
             assert (await client.chat("Count.")).text == "one two three"
-    check(relay, key, "a.b.c")
+    check(relay, key, 2)
 
 
-def test_a_second_attempt_has_another_proof() -> None:
-    relay, key = Relay(ChatApp()), ProofKey.generate()
-    answered: list[int] = []
-
-    def unknown_key_once(request: httpx2.Request) -> httpx2.Response | None:
-        if request.url.path != "/v1/sealed" or answered:
-            return None
-        answered.append(1)
-        problem = lacre.problems.UNKNOWN_KEY
-        return served(problem.status, problem.body(), {"content-type": "application/problem+json"})
-
-    relay.respond = unknown_key_once
-    with lacre.Client(relay.url, token="a.b.c", dpop=key, memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-        assert client.chat("Count.").attempts == 2
-    assert len(sealed(relay)) == 2
-    check(relay, key, "a.b.c")
-
-
-def test_the_key_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    relay, key = Relay(ChatApp()), ProofKey.generate()
-    (tmp_path / "key.pem").write_bytes(key.pem())
-    monkeypatch.setenv("LACRE_DPOP_KEY", str(tmp_path / "key.pem"))
-    with lacre.Client(relay.url, token="a.b.c", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-        client.chat("Count.")
-    check(relay, key, "a.b.c")
-
-
-def test_without_a_key_nothing_of_it_is_sent() -> None:
-    relay = Relay(ChatApp())
-    with lacre.Client(relay.url, token="a.b.c", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-        client.chat("Count.")
-    assert [request.headers["authorization"] for request in sealed(relay)] == ["Bearer a.b.c"]
+def test_without_a_key_nothing_of_it_is_sent(client: lacre.Client, relay: Relay) -> None:
+    client.chat("Count.")
+    assert [request.headers["authorization"] for request in relay.sealed] == ["Bearer t0ken"]
     assert not any("dpop" in request.headers for request in relay.requests)

@@ -12,8 +12,7 @@ import pytest
 
 import lacre
 import lacre.legacy
-from parts.chat_app import ChatApp
-from parts.relay import AsyncWire, Relay, Wire
+from parts.relay import Relay, Wire, connect_async
 
 
 class Mine(Exception):
@@ -23,50 +22,35 @@ class Mine(Exception):
 ENDS = [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, Mine]
 
 
-def raising(kind: type[BaseException]) -> Callable[..., Any]:
-    def end(*_: object) -> Any:
-        raise kind
-
-    return end
-
-
 @pytest.mark.parametrize("kind", ENDS)
 @pytest.mark.parametrize("place", ["token", "hook", "wire"])
 @pytest.mark.parametrize("make", [lacre.Client, lacre.legacy.Client])
-def test_it_passes(kind: type[BaseException], place: str, make: Callable[..., Any]) -> None:
-    relay = Relay(ChatApp())
-    end = raising(kind)
+def test_it_passes(relay: Relay, kind: type[BaseException], place: str, make: Callable[..., Any]) -> None:
+    def end(*_: object) -> Any:
+        raise kind
+
+    options: dict[str, Any] = {"token": "t", "memory": lacre.VersionMemory(), "transport": Wire(relay)}
     if place == "wire":
         relay.respond = end
-    client = make(
-        relay.url,
-        token=end if place == "token" else "t",
-        memory=lacre.VersionMemory(),
-        transport=Wire(relay),
-        event_hooks={"request": [end]} if place == "hook" else None,
-    )
-    body = {"messages": [{"role": "user", "content": "Hello."}]}
-    with client, pytest.raises(kind) as caught:
-        client.post("/v1/chat/completions", json=body)
+    else:
+        options |= {"token": end} if place == "token" else {"event_hooks": {"request": [end]}}
+    with make(relay.url, **options) as client, pytest.raises(kind) as caught:
+        client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello."}]})
     assert type(caught.value) is kind
 
 
 @pytest.mark.parametrize("place", ["token", "wire", "stream"])
-async def test_a_cancelled_call(place: str) -> None:
-    relay, begun = Relay(ChatApp()), asyncio.Event()
+async def test_a_cancelled_call(relay: Relay, place: str) -> None:
+    begun = asyncio.Event()
 
     async def wait(*_: object) -> Any:
         begun.set()
         await asyncio.sleep(60)
 
     class Waiting(httpx2.AsyncBaseTransport):
-        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-            return await wait()  # type: ignore[no-any-return]
+        handle_async_request = wait
 
-    transport = Waiting() if place == "wire" else AsyncWire(relay)
-    memory = lacre.VersionMemory()
-    token: Any = wait if place != "wire" else "t"
-    async with lacre.AsyncClient(relay.url, token=token, memory=memory, transport=transport) as client:
+    async with connect_async(relay, **({"transport": Waiting()} if place == "wire" else {"token": wait})) as client:
         stream = client.chat_stream("Hello.")
         call = asyncio.ensure_future(anext(stream) if place == "stream" else client.chat("Hello."))
         await begun.wait()
@@ -78,11 +62,9 @@ async def test_a_cancelled_call(place: str) -> None:
         assert stream.usage is None and stream.text == ""  # and nothing replaces the cancellation
 
 
-def test_a_program_interrupted_between_two_pieces() -> None:
-    relay = Relay(ChatApp())
-    with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
-        with pytest.raises(KeyboardInterrupt):
-            for piece in client.chat_stream("Hello."):
-                assert piece
-                raise KeyboardInterrupt
-        assert client.chat("Hello.").text == "one two three"  # and the client works on
+def test_a_program_interrupted_between_two_pieces(client: lacre.Client) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        for piece in client.chat_stream("Hello."):
+            assert piece
+            raise KeyboardInterrupt
+    assert client.chat("Hello.").text == "one two three"  # and the client works on
