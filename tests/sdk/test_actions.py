@@ -1,79 +1,124 @@
-"""Which action a request is, as client and worker both read it."""
+"""Which action a request is, as client and worker both read it; and what a caller meant by a path that there is not."""
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lacre
+from lacre import problems
 from lacre.errors import UsageError
-from lacre.exchange.request import DEFAULT_MAX_TOKENS, NO_OUTPUT, Plain, action_of, prepare
+from lacre.exchange.model_paths import KNOWN, METHODS, misdirected
+from lacre.exchange.request import DEFAULT_MAX_TOKENS, NO_OUTPUT, Plain, Prepared, action_of, prepare
 from lacre.wire.outer import MAX_TOKENS
 
-
-@pytest.mark.parametrize(
-    ("method", "path", "action"),
-    [
-        ("POST", "/v1/chat/completions", "chat"),
-        ("POST", "/v1/completions", "complete"),
-        ("POST", "/v1/embeddings", "embed"),
-        ("POST", "/v1/rerank", "rerank"),
-        ("GET", "/v1/models", "inspect"),
-        ("GET", "/v1/models/org/name", "inspect"),
-        ("POST", "/v1/tokenize", "inspect"),
-        ("DELETE", "/v1/models/name", "http"),  # OpenAI's way to delete a model: no mere look
-        ("POST", "/v1/models", "http"),
-        ("get", "/v1/models", "http"),
-        ("GET", "/v1/modelsx", "http"),
-        ("GET", "/v1/tokenize", "http"),
-        ("POST", "/predict", "http"),
-    ],
-)
-def test_action(method: str, path: str, action: str) -> None:
-    assert action_of(method, path) == action
+CHAT = "/v1/chat/completions"
+ACTIONS = {
+    "chat": [f"POST {CHAT}"],
+    "complete": ["POST /v1/completions"],
+    "embed": ["POST /v1/embeddings"],
+    "rerank": ["POST /v1/rerank"],
+    "inspect": ["GET /v1/models", "GET /v1/models/org/name", "POST /v1/tokenize"],
+    # OpenAI's way to delete a model is no mere look
+    "http": ["DELETE /v1/models/name", "POST /v1/models", "get /v1/models", "GET /v1/modelsx", "GET /v1/tokenize",
+             "POST /predict"],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("path", "content", "model", "ceiling"),
-    [
-        ("/v1/embeddings", b'{"model": "e", "input": "x"}', "e", NO_OUTPUT),
-        ("/v1/tokenize", b'{"model": "e", "prompt": "x"}', "e", NO_OUTPUT),
-        ("/v1/tokenize", b'{"prompt": "x"}', "first", NO_OUTPUT),
-        ("/v1/chat/completions", b'{"model": "e", "n": 2, "max_tokens": 3}', "e", 6),
-    ],
-)
-def test_what_stands_outside(path: str, content: bytes, model: str, ceiling: int) -> None:
-    prepared = prepare(Plain("POST", path, (), content), ("first", "e"), keep_identifying_fields=False)
-    assert (prepared.model, prepared.max_tokens) == (model, ceiling)
+@pytest.mark.parametrize(("said", "action"), [(said, action) for action, all_of_it in ACTIONS.items() for said in all_of_it])
+def test_action(said: str, action: str) -> None:
+    assert action_of(*said.split()) == action
+
+
+def prepared(path: str, content: bytes = b"", method: str = "POST", keep: bool = False, **headers: str) -> Prepared:
+    """headers: with `_` for `-`."""
+    fields = tuple((name.replace("_", "-"), value) for name, value in headers.items())
+    return prepare(Plain(method, path, fields, content), ("first", "e"), keep_identifying_fields=keep)
 
 
 @pytest.mark.parametrize(
-    ("path", "headers", "model", "ceiling"),
+    ("path", "content", "headers", "model", "ceiling"),
     [
-        ("/predict", {}, "first", DEFAULT_MAX_TOKENS),
-        ("/predict", {"lacre-model": "e", "lacre-max-tokens": "4096"}, "e", 4096),
-        ("/v1/chat/completions", {"lacre-model": "e", "lacre-max-tokens": "4096"}, "e", DEFAULT_MAX_TOKENS),
+        ("/v1/embeddings", b'{"model": "e", "input": "x"}', {}, "e", NO_OUTPUT),
+        ("/v1/tokenize", b'{"model": "e", "prompt": "x"}', {}, "e", NO_OUTPUT),
+        ("/v1/tokenize", b'{"prompt": "x"}', {}, "first", NO_OUTPUT),
+        (CHAT, b'{"model": "e", "n": 2, "max_tokens": 3}', {}, "e", 6),
+        # what a body cannot say, a header can
+        ("/predict", b'{"user": "u"}', {}, "first", DEFAULT_MAX_TOKENS),
+        ("/predict", b'{"user": "u"}', {"lacre_model": "e", "lacre_max_tokens": "4096"}, "e", 4096),
+        (CHAT, b'{"user": "u"}', {"lacre_model": "e", "lacre_max_tokens": "4096"}, "e", DEFAULT_MAX_TOKENS),
     ],
 )
-def test_what_a_body_cannot_say_a_header_can(path: str, headers: dict[str, str], model: str, ceiling: int) -> None:
-    plain = Plain("POST", path, tuple(headers.items()), b'{"instances": [], "user": "u"}')
-    prepared = prepare(plain, ("first", "e"), keep_identifying_fields=True)
-    assert (prepared.model, prepared.max_tokens) == (model, ceiling)
-    assert not prepared.plain.headers  # copies of what stands outside are the seal's own to make
+def test_what_stands_outside(path: str, content: bytes, headers: Any, model: str, ceiling: int) -> None:
+    made = prepared(path, content, keep=True, **headers)
+    assert (made.model, made.max_tokens) == (model, ceiling)
+    assert not made.plain.headers  # copies of what stands outside are the seal's own to make
 
 
 @pytest.mark.parametrize(
     "headers",
-    [{"lacre-model": "e f"}, {"lacre-max-tokens": "0"}, {"lacre-max-tokens": "4k"}, {"lacre-max-tokens": str(MAX_TOKENS + 1)}],
+    [{"lacre_model": "e f"}, {"lacre_max_tokens": "0"}, {"lacre_max_tokens": "4k"}, {"lacre_max_tokens": str(MAX_TOKENS + 1)}],
 )
 def test_what_no_header_may_say(headers: dict[str, str]) -> None:
     with pytest.raises(UsageError):
-        prepare(Plain("POST", "/predict", tuple(headers.items()), b""), ("first",), keep_identifying_fields=False)
+        prepared("/predict", **headers)
 
 
 def test_what_an_application_answers_is_left_as_it_is() -> None:
     content = b'{"user": "ours",  "instances": []}'
-    assert prepare(Plain("POST", "/predict", (), content), ("first",), keep_identifying_fields=False).plain.content == content
+    assert prepared("/predict", content).plain.content == content
 
 
 def test_a_look_at_the_models() -> None:
-    prepared = prepare(Plain("GET", "/v1/models", (), b""), ("first", "e"), keep_identifying_fields=False)
-    assert (prepared.action, prepared.model, prepared.max_tokens) == ("inspect", "first", NO_OUTPUT)
+    made = prepared("/v1/models", method="GET")
+    assert (made.action, made.model, made.max_tokens) == ("inspect", "first", NO_OUTPUT)
+
+
+MISDIRECTED = {
+    problems.PATH_FORM: [
+        *((f"POST {path}", (CHAT,)) for path in (
+            "/v1//chat/completions", f"{CHAT}/", f"/{CHAT}", "/v1/chat/./completions", "/v1/%63hat/completions",
+            "/V1/Chat/Completions", "/chat/completions",
+        )),
+        ("GET /v1//models/Tiny", ("/v1/models/Tiny",)),
+        ("POST /v1/embeddings ", ("/v1/embeddings",)),
+    ],
+    problems.WRONG_METHOD: [
+        (f"{method} {path}", (path,))
+        for method, path in (("POST", "/v1/models"), ("DELETE", "/v1/models/tiny"), ("GET", "/v1/tokenize"))
+    ],
+    problems.UNKNOWN_PATH: [
+        *((f"POST {path}", KNOWN) for path in (
+            "/v1/responses", "/v1/chat", "/v1/audio/transcriptions", "/v2/chat/completions", "/v1/models/tiny:predict",
+        )),
+        ("GET /", KNOWN),
+    ],
+}  # fmt: skip
+ROWS = [(said, problem, paths) for problem, rows in MISDIRECTED.items() for said, paths in rows]
+
+
+@pytest.mark.parametrize(("said", "problem", "paths"), ROWS)
+def test_a_path_that_there_is_not(said: str, problem: problems.Problem, paths: tuple[str, ...]) -> None:
+    method, _, path = said.partition(" ")
+    assert action_of(method, path) == "http"
+    found, details = misdirected(method, path)
+    assert (found, details["paths"]) == (problem, paths)
+    assert ("methods" in details) == (problem is problems.WRONG_METHOD)
+    told = found.exception(None, details)
+    assert isinstance(told, lacre.Forbidden)
+    assert paths[0] in str(told)
+
+
+@pytest.mark.parametrize("path", KNOWN)
+def test_the_paths_are_those_of_the_actions(path: str) -> None:
+    assert action_of(METHODS[path], path) != "http"
+
+
+@given(st.sampled_from(["GET", "POST", "DELETE", "x"]), st.text())
+def test_any_path_has_an_answer(method: str, path: str) -> None:
+    problem, details = misdirected(method, path)
+    assert problem in MISDIRECTED
+    assert str(problem.exception(None, details))

@@ -122,6 +122,7 @@ def test_nothing_is_dropped(choices: list[dict[str, Any]]) -> None:
         assert (reply.text, reply.refusal, reply.reasoning) == (first.text, first.refusal, first.reasoning)
         assert (reply.message, reply.tool_calls, reply.logprobs) == (first.message, first.tool_calls, first.logprobs)
         assert reply.finish_reason == choices[0].get("finish_reason", "stop")
+        assert (reply.id, reply.model, reply.attempts) == ("c1", "tiny", 1)
         assert reply.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)
         for index, (read, sent) in enumerate(zip(reply.choices, choices, strict=True)):
             said, functions = sent["message"], [call["function"] for call in sent["message"].get("tool_calls", ())]
@@ -204,11 +205,14 @@ class TestLeft:
         def leave(client: lacre.Client) -> Any:
             stream = client.chat_stream("x")
             known(stream)
+            assert (stream.attempts, stream.facts, stream.verification, stream.receipts) == (0, None, None, ())
             for event in stream.events():
                 known(stream)
                 if isinstance(event, ToolCallDelta) and event.arguments:
                     break
             stream.close()
+            with pytest.raises(lacre.UsageError, match="given up"):
+                stream.reply()
             return stream
 
         async def later(client: lacre.AsyncClient) -> Any:
@@ -217,13 +221,16 @@ class TestLeft:
                 if isinstance(event, ToolCallDelta) and event.arguments:
                     break
             await stream.aclose()
+            with pytest.raises(lacre.UsageError, match="given up"):
+                await stream.reply()
             return stream
 
         for stream in both(self.APP, leave, later):
             known(stream)
             assert stream.text == "many pieces of text"
             assert [(call.name, call.arguments) for call in stream.tool_calls] == [("weather", '{"cit')]
-            assert (stream.usage, stream.receipt, stream.attempts) == (None, None, 1)
+            assert (stream.usage, stream.receipt, stream.receipts, stream.parts) == (None, None, (), ())
+            assert (stream.attempts, stream.recount(), stream.verification.receipt) == (1, None, None)
             assert stream.audit is stream.verification.audit is not None
 
     async def test_a_cancellation_stays_one(self) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import json
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -52,36 +51,10 @@ def either(make: Callable[..., Any]) -> Iterator[Any]:
 
 
 class TestChat:
-    def test_reply(self, client: lacre.Client) -> None:
-        reply = client.chat("Name three seas.")
-        assert (reply.text, reply.id, reply.model, reply.finish_reason) == ("one two three", "c1", "tiny", "stop")
-        assert reply.usage == lacre.TokenUsage(prompt=7, completion=3, cached=2)
-        assert reply.attempts == 1
-        assert list(client.chat_stream("Tell me a story.", max_tokens=200)) == ["one ", "two ", "three"]
-
     async def test_async(self, async_client: lacre.AsyncClient) -> None:
         assert (await async_client.chat("Name three seas.")).text == "one two three"
         assert [piece async for piece in async_client.chat_stream("Go on.")] == ["one ", "two ", "three"]
         assert await async_client.models() == ("tiny",)
-
-    def test_a_stream_that_was_left_tells_what_is_known(self, client: lacre.Client) -> None:
-        stream = client.chat_stream("Tell me a story.")
-        assert (stream.attempts, stream.facts, stream.verification, stream.receipts) == (0, None, None, ())
-        assert next(stream) == "one "
-        stream.close()
-        assert (stream.text, stream.attempts, stream.parts, stream.receipts) == ("one ", 1, (), ())
-        assert stream.verification.receipt is None
-        assert (stream.usage, stream.receipt, stream.recount()) == (None, None, None)
-        with pytest.raises(lacre.UsageError, match="given up"):
-            stream.reply()
-
-    async def test_an_async_stream_that_was_left_tells_what_is_known(self, async_client: lacre.AsyncClient) -> None:
-        stream = async_client.chat_stream("Tell me a story.")
-        assert await anext(stream) == "one "
-        await stream.aclose()
-        assert (stream.text, stream.attempts, stream.usage) == ("one ", 1, None)
-        with pytest.raises(lacre.UsageError, match="given up"):
-            await stream.reply()
 
     def test_the_workers_error_is_an_api_error(self, client: lacre.Client) -> None:
         for ask in (client.chat, lambda messages: list(client.chat_stream(messages))):
@@ -290,17 +263,6 @@ class TestRefusals:
                 ask()
             assert (caught.value.problem, caught.value.retry_after) == (kind.type, 70.0)
 
-    def test_unsealed_success_is_refused(self, client: lacre.Client, relay: Relay) -> None:
-        relay.respond = on_sealed(lambda: served(200, b'{"choices":[]}'))
-        with pytest.raises(lacre.UnsealedResponse):
-            client.chat("x")
-
-    def test_redirects_are_not_followed(self, client: lacre.Client, relay: Relay) -> None:
-        relay.respond = on_sealed(lambda: served(307, headers={"location": "https://example.com/"}))
-        with pytest.raises(lacre.RefusedError):
-            client.chat("x")
-        assert len(relay.sealed) == 1
-
     def test_unknown_key_refreshes_and_retries_once(self, client: lacre.Client, relay: Relay) -> None:
         answers = iter([refusing(problems.UNKNOWN_KEY), lambda _: None])
         relay.respond = lambda request: next(answers)(request) if request.url.path == SEALED else None
@@ -353,20 +315,7 @@ class TestBrokenStreams:
             client.chat("x")
 
 
-class TestTrust:
-    def test_nothing_leaves_for_a_manifest_that_is_forged(self, client: lacre.Client, relay: Relay) -> None:
-        other = Relay(relay.app)
-        relay.respond = lambda request: served(200, other.document())
-        with pytest.raises(lacre.UntrustedRoot):
-            client.chat("canary")
-        assert [request.url.path for request in relay.requests] == [MANIFEST]
-
-    def test_nor_for_one_that_has_expired(self, client: lacre.Client, relay: Relay) -> None:
-        relay.clock = lambda: time.time() - 7200
-        with pytest.raises(lacre.Expired):
-            client.chat("canary")
-        assert not relay.sealed
-
+class TestSurroundings:
     def test_a_gateway_without_a_manifest(self, relay: Relay) -> None:
         relay.respond = lambda request: served(503, problems.UNAVAILABLE.body(), {"content-type": problems.MEDIA_TYPE})
         with connect(relay, retries=0) as client, pytest.raises(errors.Unavailable):

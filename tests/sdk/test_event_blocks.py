@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lacre
+from lacre import asgi
 from lacre.exchange.event_blocks import EventBlocks, data_of, field
 from lacre.exchange.resume_marks import Mark
 from lacre.exchange.sse_join import Splice
 from parts.bent import cut, without
-from parts.relay import Relay, Wire
+from parts.relay import Relay, connect
 
 WORDS = ["one ", "日本 ", "😀", ""]
 ENDS = st.sampled_from([b"\n", b"\r", b"\r\n"])
@@ -42,12 +43,7 @@ def ended(lines: list[str], ends: list[bytes]) -> bytes:
     return stream
 
 
-@given(
-    ends=st.lists(ENDS, min_size=40, max_size=40),
-    bom=st.booleans(),
-    marked=st.booleans(),
-    places=st.lists(st.integers(0, 2000)),
-)
+@given(st.lists(ENDS, min_size=40, max_size=40), st.booleans(), st.booleans(), st.lists(st.integers(0, 2000)))
 def test_the_text_is_the_same(ends: list[bytes], bom: bool, marked: bool, places: list[int]) -> None:
     stream = BOM * bom + ended(lines(marked), ends)
     splice = Splice(marked=marked)
@@ -57,9 +53,10 @@ def test_the_text_is_the_same(ends: list[bytes], bom: bool, marked: bool, places
     assert splice.tokens == ([1, 2, 3, 4] if marked else [])
 
 
-@given(
-    st.lists(st.sampled_from([b"\r", b"\n", b"data: x", b":", BOM]), max_size=12).map(b"".join), st.lists(st.integers(0, 99))
-)
+BYTES = st.lists(st.sampled_from([b"\r", b"\n", b"data: x", b":", BOM]), max_size=12).map(b"".join)
+
+
+@given(BYTES, st.lists(st.integers(0, 99)))
 def test_pieces_make_no_difference(stream: bytes, places: list[int]) -> None:
     whole, parts = EventBlocks(), EventBlocks()
     blocks = whole.feed(stream)
@@ -79,41 +76,33 @@ def test_a_long_event_in_small_pieces_is_looked_at_once() -> None:
     assert list(map(data_of, blocks.feed(b"\n\ndata: z\n\n"))) == [b"y" * 20_000, b"z"]
 
 
+def streaming(pieces: list[bytes]) -> asgi.App:
+    async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        await receive()
+        used = scope["extensions"][asgi.EXTENSION].usage
+        used.prompt_tokens, used.completion_tokens, used.model_digest = 3, 4, "sha256:1"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 @pytest.mark.parametrize("size", [1, 7, 10_000])
-def test_a_chat(relay: Relay, end: str, bom: str, size: int) -> None:
+def test_a_chat(end: str, bom: str, size: int) -> None:
     stream = (bom + end.join(lines(marked=False)) + end).encode()
-
-    async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
-        await receive()
-        used = scope["extensions"]["lacre.call"].usage
-        used.prompt_tokens, used.completion_tokens, used.model_digest = 3, 4, "sha256:1"
-        headers = [(b"content-type", b"text/event-stream")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for at in range(0, len(stream), size):
-            await send({"type": "http.response.body", "body": stream[at : at + size], "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-    relay.app = app
-    with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client:
+    app = streaming([stream[at : at + size] for at in range(0, len(stream), size)])
+    with connect(Relay(app)) as client:
         chat = client.chat_stream("Hello.")
         assert "".join(chat) == chat.text == "".join(WORDS)
 
 
-def test_what_broke_off_keeps_its_text(relay: Relay) -> None:
-    async def app(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-        for word in WORDS:
-            await send({"type": "http.response.body", "body": f"data: {chunk(word)}\r\n\r\n".encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-    relay.app, relay.fault = app, httpx2.RemoteProtocolError("gone")
-    relay.bend = without
-    with (
-        lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), transport=Wire(relay)) as client,
-        pytest.raises(lacre.StreamBroken) as broken,
-    ):
+def test_what_broke_off_keeps_its_text() -> None:
+    app = streaming([f"data: {chunk(word)}\r\n\r\n".encode() for word in WORDS])
+    relay = Relay(app, fault=httpx2.RemoteProtocolError("gone"), bend=without)
+    with connect(relay) as client, pytest.raises(lacre.StreamBroken) as broken:
         list(client.chat_stream("Hello."))
     assert broken.value.text == "".join(WORDS)

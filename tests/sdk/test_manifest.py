@@ -1,4 +1,4 @@
-"""The manifest's formats as properties: what is written is read back, unknown members are passed over, others refused."""
+"""Manifests, and the statements that all signed formats are: what is written is read back, and nothing else is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lacre import errors
+from lacre.jose import jws
 from lacre.jose.claims import Members
 from lacre.jose.jws import b64u, b64u_decode, raw_public_key, sign
 from lacre.trust.chain import verify
@@ -143,3 +144,42 @@ def test_base64url_has_one_form(data: bytes, place: int, letter: str) -> None:
     except errors.InvalidMessage:
         return
     assert b64u(decoded) == other
+
+
+TYP, SAID = "lacre-grant+jwt", {"jti": "x", "exp": 7}
+
+
+def signed(header: dict[str, str], payload: bytes = b'{"jti":"x","exp":7}') -> str:
+    text = f"{b64u(json.dumps(header).encode())}.{b64u(payload)}"
+    return f"{text}.{b64u(SIGNER.sign(text.encode()))}"
+
+
+OTHER = signed({"typ": TYP, "alg": "EdDSA"})
+BOTH = pytest.mark.parametrize("token", [sign(SAID, SIGNER, TYP), OTHER], ids=["ours", "in other words"])
+
+
+@BOTH
+def test_a_statement_of_either_form_is_read(token: str) -> None:
+    assert jws.verify(token, raw_public_key(SIGNER), TYP) == SAID
+    for key, typ in ((ROOT, TYP), (SIGNER, "lacre-receipt+jwt")):
+        with pytest.raises(errors.InvalidSignature):
+            jws.verify(token, raw_public_key(key), typ)
+
+
+@BOTH
+def test_nothing_of_a_statement_may_change(token: str) -> None:
+    changed = [
+        token[:at] + other + token[at + 1 :]
+        for at, character in enumerate(token)
+        for other in {"A", "é", ".", "="} - {character}
+    ]
+    for bent in [*changed, *(token[:end] for end in range(len(token)))]:
+        with pytest.raises(errors.LacreError):
+            jws.verify(bent, raw_public_key(SIGNER), TYP)
+
+
+@pytest.mark.parametrize("payload", [b"", b"[]", b"{", b"\xff"])
+def test_payloads_that_say_nothing(payload: bytes) -> None:
+    for header in ({"alg": "EdDSA", "typ": TYP}, {"typ": TYP, "alg": "EdDSA"}):
+        with pytest.raises(errors.LacreError):
+            jws.verify(signed(header, payload), raw_public_key(SIGNER), TYP)

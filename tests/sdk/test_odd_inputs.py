@@ -28,7 +28,7 @@ from lacre.client import fetch_manifest
 from lacre.jose.jws import b64u
 from parts.chat_app import ChatApp
 from parts.odd import calls, outcome
-from parts.relay import AsyncWire, Relay, Stream, Wire
+from parts.relay import AsyncWire, Relay, Wire, connect, connect_async, served
 
 DOORS: Final[dict[str, Any]] = {
     **{f"lacre.{name}": getattr(lacre, name) for name in lacre.__all__},
@@ -43,46 +43,36 @@ ORDINARY: Final = 12  # calls of each function; `slow` makes more
 MANY: Final = 50
 
 
-class Absent(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
-    """Where no sealed app is."""
+class Absent(httpx2.MockTransport):
+    """Where no sealed app is, for either kind of client."""
 
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        return httpx2.Response(404, stream=Stream([]))
-
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        return httpx2.Response(404, stream=Stream([]))
+    def __init__(self) -> None:
+        super().__init__(lambda _request: served(404))
 
 
 class Samples:
-    """A gateway and a worker in memory, and one sample of each class."""
+    """A gateway and a worker in memory, and one sample of each class that has methods, or properties that could fail."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.relay = Relay(ChatApp())
-        self.url = self.relay.url
-        self.client = lacre.Client(self.url, token="t0ken", memory=lacre.VersionMemory(), transport=Wire(self.relay), retries=0)
-        self.reply = self.client.chat("Hello.")
-        memory = lacre.VersionMemory()
-        self.async_client = lacre.AsyncClient(self.url, token="t", memory=memory, transport=AsyncWire(self.relay), retries=0)
+        relay = Relay(ChatApp())
+        client, later = connect(relay, retries=0), connect_async(relay, retries=0)
+        reply, key = client.chat("Hello."), b64u(b"p" * 32)
+        self.client = client
         self.usual = {
-            "url": self.url, "token": "t0ken", "messages": "Hello.", "token_url": "https://issuer.example/token",
+            "url": relay.url, "token": "t0ken", "messages": "Hello.", "token_url": "https://issuer.example/token",
             "client_id": "id", "client_secret": "secret", "message": "what happened", "status": 403, "problem": "forbidden",
-            "code": "x", "type": "x", "key": b64u(b"p" * 32), "path": folder / "file", "folder": folder,
-            "method": "POST", "text": "x", "request": self.client.build_request("GET", "/v1/models"), "root": b"r" * 32,
-            "base_url": "https://gateway.example", "app": self.relay.app, "keys": self.relay.key,
-            "config": self.relay.key.config,
+            "code": "x", "type": "x", "key": key, "path": folder / "file", "folder": folder, "method": "POST", "text": "x",
+            "request": client.build_request("GET", "/v1/models"), "root": b"r" * 32, "base_url": "https://gateway.example",
+            "app": relay.app, "keys": relay.key, "config": relay.key.config,
         }  # fmt: skip
-
-    def sample(self, kind: type) -> Any:
-        """An instance of a class that has methods, or properties that could fail."""
-        reply, client, memory = self.reply, self.client, lacre.VersionMemory
-        samples: dict[type, Callable[[], Any]] = {
+        httpxs = {"token": "t", "memory": lacre.VersionMemory(), "retries": 0}
+        self.made: dict[type, Callable[[], Any]] = {
             lacre.Client: lambda: client,
-            lacre.AsyncClient: lambda: self.async_client,
+            lacre.AsyncClient: lambda: later,
             lacre.Reply: lambda: reply,
             lacre.Choice: lambda: reply.choices[0],
             lacre.ChatStream: lambda: client.chat_stream("Hello."),
-            lacre.AsyncChatStream: lambda: self.async_client.chat_stream("Hello."),
+            lacre.AsyncChatStream: lambda: later.chat_stream("Hello."),
             lacre.AuditProof: lambda: reply.audit,
             lacre.Receipt: lambda: reply.receipt,
             lacre.Verification: lambda: reply.verification,
@@ -91,21 +81,14 @@ class Samples:
             lacre.ToolCall: lambda: lacre.ToolCall("c", "f", "{}"),
             lacre.ProofKey: lacre.ProofKey.generate,
             lacre.ClientCredentials: lambda: lacre.ClientCredentials("https://issuer.example/token", "id", "secret"),
-            lacre.VersionMemory: memory,
-            lacre.VersionFile: lambda: lacre.VersionFile(self.folder / "seen"),
-            lacre.legacy.Client: lambda: lacre.legacy.Client(
-                self.url, token="t", transport=Wire(self.relay), memory=memory(), retries=0
-            ),
-            lacre.legacy.AsyncClient: lambda: lacre.legacy.AsyncClient(
-                self.url, token="t", transport=AsyncWire(self.relay), memory=memory(), retries=0
-            ),
-            lacre.direct.Client: lambda: lacre.direct.Client("http://a.example", key=b64u(b"p" * 32), transport=Absent()),
-            lacre.direct.AsyncClient: lambda: lacre.direct.AsyncClient(
-                "http://a.example", key=b64u(b"p" * 32), transport=Absent()
-            ),
-            lacre.asgi.Sealed: lambda: lacre.asgi.Sealed(self.relay.app, keys=self.relay.key),
+            lacre.VersionMemory: lacre.VersionMemory,
+            lacre.VersionFile: lambda: lacre.VersionFile(folder / "seen"),
+            lacre.legacy.Client: lambda: lacre.legacy.Client(relay.url, transport=Wire(relay), **httpxs),
+            lacre.legacy.AsyncClient: lambda: lacre.legacy.AsyncClient(relay.url, transport=AsyncWire(relay), **httpxs),
+            lacre.direct.Client: lambda: lacre.direct.Client("http://a.example", key=key, transport=Absent()),
+            lacre.direct.AsyncClient: lambda: lacre.direct.AsyncClient("http://a.example", key=key, transport=Absent()),
+            lacre.asgi.Sealed: lambda: lacre.asgi.Sealed(relay.app, keys=relay.key),
         }
-        return samples[kind]()
 
 
 # What a sealed client has of httpx2, or httpx, and does anew.
@@ -156,14 +139,14 @@ def found(samples: Samples, target: str) -> Callable[..., Any]:
     static = inspect.getattr_static(value, member)
     if isinstance(static, classmethod | staticmethod):
         return getattr(value, member)  # type: ignore[no-any-return]
-    sample = samples.sample(value)
+    sample = samples.made[value]()
     if isinstance(static, property):
         return lambda: getattr(sample, member)
     return getattr(sample, member)  # type: ignore[no-any-return]
 
 
 def check(samples: Samples, target: str, examples: int) -> None:
-    called = [0]
+    called = 0
     signed = found(samples, target)
     if inspect.isclass(signed) and issubclass(signed, BaseException) and signed.__init__ is Exception.__init__:
         return
@@ -171,10 +154,11 @@ def check(samples: Samples, target: str, examples: int) -> None:
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def run(data: st.DataObject) -> None:
+        nonlocal called
         function = found(samples, target)
         signature = function.__init__ if inspect.isclass(function) and not _has_signature(function) else function
         positional, named = data.draw(calls(signature, samples.usual))
-        called[0] += 1
+        called += 1
         try:
             came = outcome(function, positional, named)
         except lacre.LacreError as exc:
@@ -184,7 +168,7 @@ def check(samples: Samples, target: str, examples: int) -> None:
             _close(came)
 
     run()
-    assert called[0]
+    assert called
 
 
 def _has_signature(function: Callable[..., Any]) -> bool:
@@ -197,10 +181,8 @@ def _has_signature(function: Callable[..., Any]) -> bool:
 
 def _close(came: object) -> None:
     for name in ("aclose", "close") if type(came).__module__.startswith(("lacre", "openai")) else ():
-        end = getattr(came, name, None)
-        if callable(end):
-            ended = end()
-            if inspect.isawaitable(ended):
+        if callable(end := getattr(came, name, None)):
+            if inspect.isawaitable(ended := end()):
                 asyncio.run(_awaited(ended))
             return
 
@@ -209,15 +191,10 @@ async def _awaited(ended: Any) -> None:
     await ended
 
 
+@pytest.mark.parametrize("examples", [ORDINARY, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("target", targets())
-def test_nothing_but_our_errors(samples: Samples, target: str) -> None:
-    check(samples, target, ORDINARY)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", targets())
-def test_nothing_but_our_errors_in_many_calls(samples: Samples, target: str) -> None:
-    check(samples, target, MANY)
+def test_nothing_but_our_errors(samples: Samples, target: str, examples: int) -> None:
+    check(samples, target, examples)
 
 
 def test_the_usual_call_answers(samples: Samples) -> None:
