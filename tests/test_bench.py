@@ -15,24 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 KEYS = {
     "seal": {"mib_ratio", "xwing_request_ms", "x25519_request_ms", "record_seal_us", "record_open_us"},
     "imports": {"added_ms"},
-    "gateway": {
-        "rps_c16_1k",
-        "cpu_us_per_request",
-        "records_per_s_c16",
-        "p50_c1_1k_ms",
-        "p99_c16_1k_ms",
-        "p50_c1_1m_ms",
-        "rss_mb",
-    },
+    "gateway": {"rps_c16_1k", "cpu_us_per_request", "records_per_s_c16", "p50_c1_1k_ms", "p99_c16_1k_ms", "p50_c1_1m_ms",
+                "rss_mb"},
     "flood": {"quiet_first_p50_ms", "flood_first_p50_ms", "first_ratio", "flood_rss_mb", "allowed_rss_mb", "flood_cpu_idle"},
-    "scale": {
-        "cpu_spread",
-        "scaled_after_s",
-        "kv_updates_per_s",
-        *(f"{name}_w{count}" for name in ("cpu_us_per_request", "busy") for count in (1, 4, 16, 64)),
-        *(f"{name}_w{count}_ms" for name in ("wait", "expected") for count in (1, 4, 16, 64)),
+    "scale": {"cpu_spread", "scaled_after_s", "kv_updates_per_s"} | {
+        name.format(count) for count in (1, 4, 16, 64)
+        for name in ("cpu_us_per_request_w{}", "busy_w{}", "wait_w{}_ms", "expected_w{}_ms")
     },
-}
+}  # fmt: skip
 PEERS = {"nginx_rps_c16", "portkey_rps_c16", "portkey_cpu_us_per_request"}  # where they can be had
 
 

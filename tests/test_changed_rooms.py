@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,12 +10,9 @@ from typing import Final
 
 import pytest
 
-ROOT: Final = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("changed_rooms", ROOT / "tools/changed_rooms.py")
-assert _spec is not None and _spec.loader is not None
-changed_rooms = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(changed_rooms)
+import changed_rooms
 
+ROOT: Final = Path(__file__).resolve().parent.parent
 NOON: Final = 1_700_000_000
 HOUR: Final = 3600
 SUITES: Final = {"one": ("room/one", "a file.lock"), "two": ("room/two",)}
@@ -57,55 +53,38 @@ def repository(tmp_path: Path) -> Repository:
     return made
 
 
-class TestWhatChanged:
-    def test_nothing_of_theirs(self, repository: Repository) -> None:
-        repository.commit("room/onetime.py", 30)
-        assert repository.touched() == []
+# After how many hours a file changed or git was called, and whose rooms that touched.
+CHANGES: dict[str, tuple[list[tuple[int, str]], list[str]]] = {
+    "nothing of theirs": ([(30, "room/onetime.py")], []),
+    "a room": ([(30, "room/two/deep/down.py")], ["two"]),
+    "a file that is a room": ([(30, "a file.lock")], ["one"]),
+    "the whole last day and no more": ([(6, "room/two/early.py"), (31, "room/one/late.py"), (54, "elsewhere.py")], ["one"]),
+    "letters beyond ASCII": ([(30, "room/one/olá\n🌊.py")], ["one"]),
+    "what went counts too": ([(30, "git rm -q room/one/old.py"), (30, "git commit -q -m Away")], ["one"]),
+    "what moved changed both rooms": ([(30, "git mv room/one/old.py room/two.py"), (30, "room/two/and.py")], ["one", "two"]),
+    "an old branch merged today": (
+        [(2, "git checkout -q -b side"), (2, "room/two/side.py"), (2, "git checkout -q main"), (40, "elsewhere.py"),
+         (41, "git merge -q --no-ff -m Merge side")],
+        ["two"],
+    ),
+}  # fmt: skip
 
-    def test_a_room(self, repository: Repository) -> None:
-        repository.commit("room/two/deep/down.py", 30)
-        assert repository.touched() == ["two"]
 
-    def test_a_file_that_is_a_room(self, repository: Repository) -> None:
-        repository.commit("a file.lock", 30)
-        assert repository.touched() == ["one"]
-
-    def test_the_whole_last_day_and_no_more(self, repository: Repository) -> None:
-        repository.commit("room/two/early.py", 6)
-        repository.commit("room/one/late.py", 31)
-        repository.commit("elsewhere.py", 54)
-        assert repository.touched() == ["one"]
-
-    def test_what_went_counts_too(self, repository: Repository) -> None:
-        repository.git("rm", "-q", "room/one/old.py")
-        repository.git("commit", "-q", "-m", "Away", at=NOON + 30 * HOUR)
-        assert repository.touched() == ["one"]
-
-    def test_what_moved_changed_both_rooms(self, repository: Repository) -> None:
-        repository.git("mv", "room/one/old.py", "room/two.py")
-        repository.commit("room/two/and.py", 30)
-        assert repository.touched() == ["one", "two"]
-
-    def test_letters_beyond_ascii(self, repository: Repository) -> None:
-        repository.commit("room/one/olá\n🌊.py", 30)
-        assert repository.touched() == ["one"]
-
-    def test_an_old_branch_merged_today(self, repository: Repository) -> None:
-        repository.git("checkout", "-q", "-b", "side")
-        repository.commit("room/two/side.py", 2)
-        repository.git("checkout", "-q", "main")
-        repository.commit("elsewhere.py", 40)
-        repository.git("merge", "-q", "--no-ff", "-m", "Merge", "side", at=NOON + 41 * HOUR)
-        assert repository.touched() == ["two"]
+@pytest.mark.parametrize(("changes", "touched"), CHANGES.values(), ids=CHANGES)
+def test_what_changed(repository: Repository, changes: list[tuple[int, str]], touched: list[str]) -> None:
+    for hours, what in changes:
+        if what.startswith("git "):
+            repository.git(*what.split()[1:], at=NOON + hours * HOUR)
+        else:
+            repository.commit(what, hours)
+    assert repository.touched() == touched
 
 
 class TestWhatIsNotKnown:
     """All of them run."""
 
-    def test_no_git(self, tmp_path: Path) -> None:
+    def test_no_git_or_no_commit(self, tmp_path: Path) -> None:
         assert changed_rooms.touched(SUITES, changed_rooms.changed(tmp_path)) == ["one", "two"]
-
-    def test_a_repository_without_a_commit(self, tmp_path: Path) -> None:
         assert Repository(tmp_path / "empty").touched() == ["one", "two"]
 
     def test_a_history_that_does_not_reach_back(self, tmp_path: Path) -> None:

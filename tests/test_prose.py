@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-ROOT: Final = Path(__file__).resolve().parent.parent
-_spec = importlib.util.spec_from_file_location("prose", ROOT / "tools/prose.py")
-assert _spec is not None and _spec.loader is not None
-prose = importlib.util.module_from_spec(_spec)
-sys.modules["prose"] = prose  # dataclasses look their module up
-_spec.loader.exec_module(prose)
+import prose
 
+ROOT: Final = Path(__file__).resolve().parent.parent
 CLAUSE: Final = "the worker opens the request and seals the answer"  # 9 words
 FOUR: Final = [CLAUSE] * 4  # 36 words
 
@@ -33,18 +27,18 @@ def test_nothing_but_a_full_stop_ends_a_sentence(tmp_path: Path, joint: str) -> 
     assert line == 3 and text.startswith(("36 words: ", "39 words: "))
 
 
-def test_short_sentences_are_left_alone(tmp_path: Path) -> None:
-    assert listed(tmp_path, "page.md", ". ".join(FOUR) + "! " + "? ".join(FOUR) + ".\n") == []
-
-
-@pytest.mark.parametrize(("count", "findings"), [(30, 0), (31, 1)])
-def test_the_limit(tmp_path: Path, count: int, findings: int) -> None:
-    assert len(listed(tmp_path, "page.md", " ".join(["word"] * count))) == findings
-
-
-def test_an_abbreviation_ends_no_sentence(tmp_path: Path) -> None:
-    [(_, text)] = listed(tmp_path, "page.md", f"{CLAUSE}, e.g. {CLAUSE}, i.e. {CLAUSE}, cf. {CLAUSE}.")
-    assert text.startswith("39 words")
+@pytest.mark.parametrize(
+    ("text", "counted"),
+    [
+        (". ".join(FOUR) + "! " + "? ".join(FOUR) + ".\n", []),
+        (" ".join(["word"] * 30), []),
+        (" ".join(["word"] * 31), ["31 words"]),
+        (f"{CLAUSE}, e.g. {CLAUSE}, i.e. {CLAUSE}, cf. {CLAUSE}.", ["39 words"]),
+    ],
+    ids=["short ones", "the limit", "above it", "an abbreviation ends none"],
+)
+def test_the_length_of_a_sentence(tmp_path: Path, text: str, counted: list[str]) -> None:
+    assert [found[:8] for _, found in listed(tmp_path, "page.md", text)] == counted
 
 
 def test_cells_and_items_are_texts_of_their_own(tmp_path: Path) -> None:

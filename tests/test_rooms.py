@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+import rooms
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 12  # lines of a front
 
 
-def _rooms() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rooms", ROOT / "tools/rooms.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rooms"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-rooms = _rooms()
 FOLDERS = sorted(
     path.parent
     for name, package in rooms.PACKAGES.items()
     for path in (ROOT / package.folder / name).rglob("__init__.py")
     if path.parent.name != name
 )
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, source in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source)
-    return root
 
 
 def test_this_tree_has_no_fault() -> None:
@@ -52,21 +33,20 @@ def test_this_tree_has_no_fault() -> None:
     [
         ({"wire/a.py": "import lacre.cli.b\n", "cli/b.py": ""}, "wire imports cli"),
         ({"wire/a.py": "def f():\n    from lacre.cli import b\n", "cli/b.py": ""}, "wire imports cli"),
-        (
-            {"wire/a.py": "if TYPE_CHECKING:\n    from lacre.wire.b import B\n", "wire/b.py": "from lacre.wire import a\n"},
-            "files import each other",
-        ),
-        (
-            {"wire/a.py": "from lacre.jose.b import x\n", "jose/b.py": "from lacre.wire.c import y\n", "wire/c.py": ""},
-            "rooms import",
-        ),
+        ({"wire/a.py": "if TYPE_CHECKING:\n    from lacre.wire.b import B\n", "wire/b.py": "from lacre.wire import a\n"},
+         "files import each other"),
+        ({"wire/a.py": "from lacre.jose.b import x\n", "jose/b.py": "from lacre.wire.c import y\n", "wire/c.py": ""},
+         "rooms import"),
         ({"new.py": ""}, "new is in FLOORS or in the tree, not in both"),
         ({f"room{number}.py": "" for number in range(30)}, "30 rooms, at most 20"),
     ],
-)
+)  # fmt: skip
 def test_a_fault_is_named(tmp_path: Path, files: dict[str, str], fault: str) -> None:
-    made = tree(tmp_path, {f"sdk/lacre/{name}": source for name, source in files.items()})
-    [picture] = [picture for picture in rooms.pictures(made) if picture.name == "lacre"]
+    for name, source in files.items():
+        path = tmp_path / "sdk/lacre" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    [picture] = [picture for picture in rooms.pictures(tmp_path) if picture.name == "lacre"]
     assert any(fault in found for found in rooms.faults(picture))
 
 
@@ -81,12 +61,8 @@ def test_a_room_has_a_front(folder: Path) -> None:
 
 
 PAGE = (ROOT / "docs/architecture.md").read_text()
-PARTS = {
-    "SDK": "sdk/lacre",
-    "Fabric": "fabric/lacre_fabric",
-    "Gateway": "gateway/lacre_gateway",
-    "Backend": "backend/lacre_backend",
-}
+PARTS = {name.removeprefix("lacre_").title(): f"{package.folder}/{name}" for name, package in rooms.PACKAGES.items()}
+PARTS["SDK"] = PARTS.pop("Lacre")
 
 
 def named() -> list[tuple[str, str, str]]:

@@ -33,19 +33,8 @@ def test_five_dependencies() -> None:
 @pytest.mark.slow
 def test_the_wheel(tmp_path: Path) -> None:
     """Built as an index would get it; the SDK's files in it are small, typed, and all that `import lacre` needs."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(SDK),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w"]
+    subprocess.run([sys.executable, *build, tmp_path, SDK], check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         ours = [entry for entry in packed.infolist() if entry.filename.startswith("lacre/")]

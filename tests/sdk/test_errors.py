@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import pickle
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import error_list
 import lacre
 from lacre import problems
 from lacre.errors import Detail
@@ -24,23 +22,12 @@ from lacre.problems import details
 from lacre.problems.details import MAX_LISTED
 from lacre.transport.sealed import TimedOut
 
-TOOL = Path(__file__).parents[2] / "tools" / "error_list.py"
 
-
-@pytest.fixture(scope="module")
-def error_list() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("error_list", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_list_is_that_of_the_code(error_list: ModuleType) -> None:
+def test_the_list_is_that_of_the_code() -> None:
     assert error_list.DOCUMENT.read_text() == error_list.document(), "run `make errors`"
 
 
-def test_each_type_says_what_to_do_in_words_of_its_own(error_list: ModuleType) -> None:
+def test_each_type_says_what_to_do_in_words_of_its_own() -> None:
     types = error_list.known()
     assert {lacre.LacreError, lacre.StreamBroken, lacre.Unavailable} < types
     remedies = [each.__dict__.get("remedy", "") for each in types]
@@ -49,7 +36,7 @@ def test_each_type_says_what_to_do_in_words_of_its_own(error_list: ModuleType) -
 
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
-def test_copies_hold_what_the_error_knows(error_list: ModuleType, way: Callable[[Exception], Exception]) -> None:
+def test_copies_hold_what_the_error_knows(way: Callable[[Exception], Exception]) -> None:
     """A pool of processes hands errors on by pickling them; one that cannot be read again would end the pool."""
     signed = Signed("root", "signer", 9.0, "issuer", 7, 1.0, 2.0, 0.5)
     known = Verification("pin", signed, None, None, AuditProof(b"{}", 3, (bytes(32),), b"note"))
@@ -69,7 +56,7 @@ def test_copies_leave_the_prompt_where_it_is() -> None:
         _ = pickle.loads(pickle.dumps(error)).request
 
 
-def test_every_public_error_is_listed(error_list: ModuleType) -> None:
+def test_every_public_error_is_listed() -> None:
     public = {each for each in vars(lacre).values() if isinstance(each, type) and issubclass(each, lacre.LacreError)}
     assert public <= error_list.known()
 
