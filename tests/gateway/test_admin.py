@@ -11,8 +11,7 @@ import httpx2
 import pytest
 
 from lacre import problems
-from parts.issuer import Issuer
-from parts.stage import Stage
+from parts.stage import Stage, until
 
 from .conftest import PutUp
 
@@ -24,13 +23,17 @@ CALLS = [
 
 @pytest.fixture
 async def admin(stage: Stage) -> AsyncIterator[httpx2.AsyncClient]:
-    transport = httpx2.ASGITransport(stage.admin, client=("127.0.0.1", 40001))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://admin.test") as client:
+    async with stage.http(app=stage.admin) as client:
         yield client
 
 
+def said(answer: httpx2.Response) -> tuple[int, str]:
+    """A refusal's status and the last part of its type."""
+    return answer.status_code, answer.json()["type"].rpartition(":")[2]
+
+
 def bearer(stage: Stage, scope: str = "lacre:admin", **claims: Any) -> dict[str, str]:
-    return {"authorization": f"Bearer {stage.issuer.token(scope=scope, sub='root', **claims)}"}
+    return {"authorization": f"Bearer {stage.issuer.token(**{'scope': scope, 'sub': 'root', **claims})}"}
 
 
 def recorded(stage: Stage, kind: str) -> list[dict[str, Any]]:
@@ -44,9 +47,7 @@ async def test_whoever_may_not(stage: Stage, admin: httpx2.AsyncClient, method: 
         ({"authorization": "Bearer a.b.c"}, problems.INVALID_TOKEN),
         (bearer(stage, "lacre:http"), problems.FORBIDDEN),
     ):
-        refused = await admin.request(method, path, headers=headers)
-        assert refused.status_code == problem.status
-        assert refused.json()["type"] == problem.type
+        assert said(await admin.request(method, path, headers=headers)) == (problem.status, problem.slug)
     [denied] = recorded(stage, "admin")  # who has no valid token is nobody that could be recorded
     assert (denied["decision"], denied["action"], denied["subject"], denied["tenant"]) == ("deny", action, "root", "acme")
     assert not stage.gateway.draining
@@ -54,8 +55,7 @@ async def test_whoever_may_not(stage: Stage, admin: httpx2.AsyncClient, method: 
 
 async def test_status(stage: Stage, admin: httpx2.AsyncClient) -> None:
     shown = (await admin.get("/v1/status", headers=bearer(stage))).json()
-    assert shown["gateway"] == "g1"
-    assert shown["missing"] == {}
+    assert (shown["gateway"], shown["missing"]) == ("g1", {})
     assert shown["pools"]["default"]["lacre"] == {"workers": 0, "busy": 0, "free": 0, "queued": 0, "demand": 0}
     assert shown["rules"]["policy_set"] == stage.gateway.rules.status.policy_set
     [allowed] = recorded(stage, "admin")
@@ -64,11 +64,10 @@ async def test_status(stage: Stage, admin: httpx2.AsyncClient) -> None:
 
 async def test_reload(stage: Stage, admin: httpx2.AsyncClient) -> None:
     done = await admin.post("/v1/reload", headers=bearer(stage))
-    assert done.status_code == 200
-    assert done.json()["taken"] is True
+    assert (done.status_code, done.json()["taken"]) == (200, True)
     assert recorded(stage, "admin")[0]["action"] == "admin:reload"
-    while recorded(stage, "event")[-1]["event"] != "reloaded":  # what was asked is durable by now, what came of it soon
-        await asyncio.sleep(0.01)
+    # What was asked is durable by now, what came of it soon.
+    await until(lambda: recorded(stage, "event")[-1]["event"] == "reloaded")
     assert recorded(stage, "event")[-1] | {"time": 0} == {
         "kind": "event", "time": 0, "event": "reloaded", "actor": "acme/root", "target": None, "count": None, "reason": None,
         "policy_set": done.json()["policy_set"], "rules": stage.gateway.rules.status.rules,
@@ -80,14 +79,12 @@ async def test_drain(stage: Stage, admin: httpx2.AsyncClient, client: httpx2.Asy
     done = await admin.post("/v1/drain", headers=bearer(stage))
     assert (done.status_code, done.json()) == (202, {"draining": True, "streams": 0})
     ready = await client.get("/readyz")
-    assert ready.status_code == 503
-    assert set(ready.json()["missing"]) == {"draining"}
+    assert (ready.status_code, set(ready.json()["missing"])) == (503, {"draining"})
 
 
 async def test_nothing_is_done_that_is_not_recorded(stage: Stage, admin: httpx2.AsyncClient) -> None:
     await stage.gateway.audit.close()
-    refused = await admin.post("/v1/drain", headers=bearer(stage))
-    assert (refused.status_code, refused.json()["type"]) == (503, problems.AUDIT_UNAVAILABLE.type)
+    assert said(await admin.post("/v1/drain", headers=bearer(stage))) == (503, problems.AUDIT_UNAVAILABLE.slug)
     assert not stage.gateway.draining
 
 
@@ -107,17 +104,16 @@ async def test_its_description(stage: Stage, admin: httpx2.AsyncClient) -> None:
 
 async def test_revocation(stage: Stage, admin: httpx2.AsyncClient, client: httpx2.AsyncClient) -> None:
     token = stage.issuer.token(sub="mallory", iat=int(stage.gateway.clock()))
-    before = await stage.post(client, token)
-    assert before.status_code == 503  # let in: there is no worker
+    assert (await stage.post(client, token)).status_code == 503  # let in: there is no worker
     done = await admin.post("/v1/revocations", headers=bearer(stage), json={"sub": "mallory"})
-    assert done.status_code == 201
-    after = await stage.post(client, token)
-    assert after.status_code == 401
+    assert (done.status_code, (await stage.post(client, token)).status_code) == (201, 401)
     listed = (await admin.get("/v1/revocations", headers=bearer(stage))).json()
     assert (listed["current"], listed["revocations"]) == (True, [done.json()])
     assert [entry["target"] for entry in recorded(stage, "admin")] == ["mallory", None]
-    refused = await admin.post("/v1/revocations", headers=bearer(stage, ""), json={"sub": "alice"})
-    assert refused.status_code == 403
+    assert (await admin.post("/v1/revocations", headers=bearer(stage, ""), json={"sub": "alice"})).status_code == 403
+    stage.gateway.fabric = None
+    answer = await admin.post("/v1/revocations", headers=bearer(stage), json={"sub": "alice"})
+    assert said(answer) == (503, problems.UNAVAILABLE.slug)
 
 
 @pytest.mark.parametrize(
@@ -125,65 +121,48 @@ async def test_revocation(stage: Stage, admin: httpx2.AsyncClient, client: httpx
     [{}, {"jti": "a", "sub": "b"}, {"sub": ""}, {"sub": "a\nb"}, {"sub": "a", "until": 1}, {"sub": "a", "issuer": "nobody"}],
 )
 async def test_a_revocation_that_says_nothing(stage: Stage, admin: httpx2.AsyncClient, asked: dict[str, Any]) -> None:
-    refused = await admin.post("/v1/revocations", headers=bearer(stage), json=asked)
-    assert (refused.status_code, refused.json()["type"]) == (422, "urn:lacre:problem:invalid-arguments")
+    assert said(await admin.post("/v1/revocations", headers=bearer(stage), json=asked)) == (422, "invalid-arguments")
     assert list(stage.gateway.revocations) == []
-
-
-async def test_no_fabric_no_revocation(stage: Stage, admin: httpx2.AsyncClient) -> None:
-    stage.gateway.fabric = None
-    refused = await admin.post("/v1/revocations", headers=bearer(stage), json={"sub": "mallory"})
-    assert (refused.status_code, refused.json()["type"]) == (503, problems.UNAVAILABLE.type)
 
 
 async def test_usage(stage: Stage, admin: httpx2.AsyncClient, client: httpx2.AsyncClient) -> None:
     async with stage.fake_worker():
-        answer = await stage.post(client)
-    assert answer.status_code == 200
+        assert (await stage.post(client)).status_code == 200
     await stage.trail()
     used = await admin.get("/v1/usage", params={"tenant": "acme"}, headers=bearer(stage))
-    assert used.status_code == 200
-    assert used.json()["tenant"] == "acme"
+    assert (used.status_code, used.json()["tenant"]) == (200, "acme")
     assert used.json()["budgets"]
     assert recorded(stage, "admin")[-1]["target"] == "acme"
     assert (await admin.get("/v1/usage", params={"tenant": "a/b"}, headers=bearer(stage))).status_code == 422
     assert (await admin.get("/v1/usage", params={"tenant": "acme"}, headers=bearer(stage, ""))).status_code == 403
 
 
-@pytest.mark.parametrize("said", [b"{", b" " * (2**14 + 1)], ids=["slow", "long"])
-async def test_a_body_has_an_end(put_up: PutUp, said: bytes) -> None:
+@pytest.mark.parametrize(
+    ("start", "status", "problem"), [(b"{", 408, "body-too-slow"), (b" " * (2**14 + 1), 413, "body-too-large")]
+)
+async def test_a_body_has_an_end(put_up: PutUp, start: bytes, status: int, problem: str) -> None:
     """In time and in bytes: of whoever may use it, too."""
     stage = await put_up(limits="body_timeout = 0.2")
 
     async def body() -> AsyncIterator[bytes]:
-        yield said
+        yield start
         await asyncio.Event().wait()
 
-    transport = httpx2.ASGITransport(stage.admin, client=("127.0.0.1", 40001))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://admin.test") as client:
-        sent = client.post("/v1/revocations", headers=bearer(stage), content=body())
-        refused = await asyncio.wait_for(sent, 20)
-    assert (refused.status_code, refused.json()["type"].rpartition(":")[2]) == (
-        (408, "body-too-slow") if said == b"{" else (413, "body-too-large")
-    )
-    await stage.gateway.close()
+    async with stage.http(app=stage.admin) as client, asyncio.timeout(20):
+        refused = await client.post("/v1/revocations", headers=bearer(stage), content=body())
+    assert said(refused) == (status, problem)
 
 
-async def test_refusals_have_a_limit(put_up: PutUp, issuer: Issuer) -> None:
+async def test_refusals_have_a_limit(put_up: PutUp) -> None:
     """Each denial is an entry in the audit log: whoever may do nothing must not fill the disk."""
     stage = await put_up(limits="refused_per_minute = 2")
     stage.gateway.refusals._clock = lambda: 30.0
-    transport = httpx2.ASGITransport(stage.admin, client=("127.0.0.1", 40001))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://admin.test") as client:
+    async with stage.http(app=stage.admin) as client:
         answers = [await client.get("/v1/status", headers=bearer(stage, "lacre:http")) for _ in range(5)]
-        other = await client.get(
-            "/v1/status", headers={"authorization": f"Bearer {issuer.token(scope='lacre:admin', sub='other')}"}
-        )
+        other = await client.get("/v1/status", headers=bearer(stage, sub="other"))
     assert [answer.status_code for answer in answers] == [403, 403, 429, 429, 429]
     assert (answers[2].headers["retry-after"], other.status_code) == ("30", 200)
     assert len(recorded(stage, "admin")) == 3
     await stage.gateway.close()
-    assert [(event["event"], event["count"]) for event in recorded(stage, "event")][-2:] == [
-        ("unrecorded", 3),
-        ("stopped", None),
-    ]
+    events = [(event["event"], event["count"]) for event in recorded(stage, "event")]
+    assert events[-2:] == [("unrecorded", 3), ("stopped", None)]

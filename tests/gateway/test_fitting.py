@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lacre import problems
+from lacre.problems import details
 from lacre.wire.bhttp import Request, encode_request
 from lacre.wire.ohttp import seal_request
 from lacre.wire.padding import SMALLEST, request_length
@@ -21,29 +22,22 @@ from lacre_gateway.budget.in_flight import Reservation
 from lacre_gateway.budget.plans import LimitKind, Price
 from parts.fake_worker import FakeWorker, Script
 from parts.issuer import Issuer
-from parts.stage import Stage
+from parts.stage import Stage, until
 
 from .conftest import PutUp
 from .test_refusals import assert_problem
 
 PLANS = """
 default_plan = "minute"
-[plans.minute.user]
-tokens_per_minute = 300
-[plans.day.tenant]
-tokens_per_day = 300
-[plans.money.user]
-money_per_month = "0.0003"
-[plans.whole.everyone]
-tokens_per_day = 300
-[plans.ample.user]
-tokens_per_minute = 3000
-[plans.plenty.user]
-tokens_per_day = 1000000
-[plans.filled.user]
-tokens_per_minute = 5000
-[plans.shut.user]
-tokens_per_minute = 0
+[plans]
+minute.user.tokens_per_minute = 300
+day.tenant.tokens_per_day = 300
+money.user.money_per_month = "0.0003"
+whole.everyone.tokens_per_day = 300
+ample.user.tokens_per_minute = 3000
+plenty.user.tokens_per_day = 1000000
+filled.user.tokens_per_day = 5000
+shut.user.tokens_per_minute = 0
 [prices."*"]
 prompt = "1.00"
 cached = "0.10"
@@ -75,8 +69,7 @@ def padded(stage: Stage) -> bytes:
 
 async def hi(stage: Stage, client: httpx2.AsyncClient, plan: str = "minute", output: int = OUTPUT) -> httpx2.Response:
     token = stage.issuer.token(plan=plan)
-    headers = stage.headers(token, lacre_shape="pad", lacre_max_tokens=str(output))
-    return await client.post("/v1/sealed", content=padded(stage), headers=headers)
+    return await stage.post(client, token, body=padded(stage), lacre_shape="pad", lacre_max_tokens=str(output))
 
 
 @pytest.mark.parametrize("plan", ["minute", "day", "money", "whole"])
@@ -100,16 +93,12 @@ async def test_a_greeting_fits_a_limit_of_300(stage: Stage, worker: FakeWorker, 
 async def test_a_worker_that_bills_more_than_was_reserved_is_not_believed(
     stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
 ) -> None:
+    """And what fits the limit whole is reserved whole."""
     worker.script = Script(usage=USED | {"prompt_tokens": 285})
     assert (await hi(stage, client)).status_code == 200
     assert (await stage.trail())[1]["unreceipted"]
-
-
-async def test_what_fits_the_limit_whole_is_reserved_whole(
-    stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient
-) -> None:
     assert (await hi(stage, client, "ample")).status_code == 200
-    assert worker.grants[0].max_prompt_tokens == 2048, "the context"
+    assert worker.grants[1].max_prompt_tokens == 2048, "the context"
 
 
 async def test_a_limit_is_used_up_by_what_is_used(stage: Stage, client: httpx2.AsyncClient) -> None:
@@ -123,11 +112,9 @@ async def test_a_limit_is_used_up_by_what_is_used(stage: Stage, client: httpx2.A
             granted.append(worker.grants[-1].max_prompt_tokens)
         assert granted == [2048, 2048, 2048, 2048, 2000, 1400]
         refused = await hi(stage, client, "filled", output=600)
-        assert_problem(refused, problems.RATE_LIMITED, limit="tokens_per_minute", ceiling=5000, remaining=1400)
+        assert_problem(refused, problems.BUDGET_SPENT, limit="tokens_per_day", ceiling=5000, remaining=1400)
         worker.script = Script(usage=USED)
-        body, _, _ = stage.seal()  # not padded: all that it may be has to fit
-        token = stage.issuer.token(plan="filled")
-        refused = await stage.post(client, token, body=body)
+        refused = await stage.post(client, stage.issuer.token(plan="filled"))  # not padded: all that it may be has to fit
         assert refused.status_code == 429
 
 
@@ -149,8 +136,7 @@ async def test_two_at_once_never_reserve_more_than_there_is(
     hold = asyncio.Event()
     worker.script = Script(before=hold.wait, usage=USED)
     first = asyncio.create_task(hi(stage, client))
-    while not worker.opened:
-        await asyncio.sleep(0.01)
+    await until(lambda: worker.opened)
     second = await hi(stage, client)
     assert_problem(second, problems.RATE_LIMITED, limit="tokens_per_minute", ceiling=300)
     assert second.headers["retry-after"] == "2"
@@ -160,24 +146,18 @@ async def test_two_at_once_never_reserve_more_than_there_is(
 
 async def test_a_refusal_says_what_would_fit(stage: Stage, client: httpx2.AsyncClient) -> None:
     refused = await hi(stage, client, output=512)
+    said = problems.ABOVE_LIMIT.exception(details=details.read(refused.content))
+    assert "max_tokens of 236 or less would fit" in str(said)
     assert_problem(refused, problems.ABOVE_LIMIT, limit="tokens_per_minute", ceiling=300, asked=513, fits=236)
     assert (await hi(stage, client, "money", output=512)).json()["fits"] == 236
     assert "fits" not in (await hi(stage, client, "shut")).json()
 
 
-def test_the_error_says_it_in_words() -> None:
-    details = {"limit": "tokens_per_minute", "scope": "user", "unit": "tokens", "ceiling": 300, "asked": 513, "fits": 236}
-    assert "max_tokens of 236 or less would fit" in str(problems.ABOVE_LIMIT.exception(details=details))
-
-
 async def test_an_application_s_bytes_are_not_cut(stage: Stage, worker: FakeWorker, client: httpx2.AsyncClient) -> None:
     """Of `http`, the size is known: less than it has would help nobody."""
-    body, _, _ = stage.seal(content=b"x" * 400_000)
-    token = stage.issuer.token(scope="lacre:http")
-    response = await client.post(
-        "/v1/sealed", content=body, headers=stage.headers(token, lacre_action="http", lacre_max_tokens="16")
-    )
-    assert_problem(response, problems.ABOVE_LIMIT)
+    body, token = stage.seal(content=b"x" * 400_000)[0], stage.issuer.token(scope="lacre:http")
+    refused = await stage.post(client, token, body=body, lacre_action="http", lacre_max_tokens="16")
+    assert_problem(refused, problems.ABOVE_LIMIT)
 
 
 # Nothing is under-reserved, whatever the numbers
