@@ -81,7 +81,7 @@ PACKAGES: Final[Mapping[str, Package]] = {
             (FRONT, "keyring", "app_thread", "node"),
             ("engine",),
             ("api", "models"),
-            ("upstream",),
+            ("upstream", "workshop"),
             ("settings",),
             ("health",),
             ("serve",),

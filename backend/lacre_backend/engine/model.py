@@ -208,10 +208,13 @@ class Model:
         gpu: Gpu,
         kind: TaskKind = TaskKind.GENERATE,
         tokenizer: Tokenizer,
+        vocab_only: bool = False,
     ) -> None:
-        """tokenizer: of the same file. Its owner closes it."""
+        """tokenizer: of the same file. Its owner closes it. vocab_only: load no weights; such a model cannot decode."""
         self.tokenizer = tokenizer
-        self.pointer = _load(path, _params(gpu))
+        params = _params(gpu)
+        params.vocab_only = vocab_only
+        self.pointer = _load(path, params)
         # Not at process exit: a daemon thread may still decode then, and the system frees the memory anyway.
         weakref.finalize(self, L.llama_model_free, self.pointer).atexit = False
         self.vocab = L.llama_model_get_vocab(self.pointer)

@@ -1,0 +1,100 @@
+"""`lacre model`: works on model files. The work itself is in `lacre_backend.workshop`.
+
+Rules: every command has `--json`, whose members are those of the job's answer. Progress is drawn on stderr, at a terminal only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from lacre.cli.output import AsJson, say_json, say_table
+
+if TYPE_CHECKING:
+    from lacre_backend.workshop.child import Job, Report
+    from lacre_backend.workshop.inspection import Inspected
+
+commands = typer.Typer(no_args_is_help=True)
+ModelPath = Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file; if the model is split, any of its files.")]
+
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
+
+
+def answer(job: Job[Asked, Told], question: Asked, as_json: bool) -> Told:
+    """Runs a job in a child process, with its progress on stderr. With `as_json`, also prints the answer."""
+    from pydantic import TypeAdapter
+
+    from lacre_backend.workshop.child import run
+
+    with drawn() as report:
+        told = run(job, question, report)
+    if as_json:
+        say_json(TypeAdapter(job.told).dump_python(told, mode="json"), indent=2)
+    return told
+
+
+@contextmanager
+def drawn() -> Iterator[Report]:
+    """Draws a progress bar on stderr while the block runs. Without a terminal it draws nothing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    if not console.is_terminal:
+        yield lambda _what, _share: None
+        return
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=1.0)
+
+        def report(what: str, share: float) -> None:
+            progress.update(bar, description=what, completed=share)
+
+        yield report
+
+
+@commands.callback()
+def model() -> None:
+    """Inspect and change model files."""
+
+
+@commands.command("inspect")
+def inspect(file: ModelPath, as_json: AsJson = False) -> None:
+    """Show what a model file holds, whether it is whole, and what this machine can run of it."""
+    from lacre_backend.workshop.inspection import INSPECT, InspectAsked
+
+    found = answer(INSPECT, InspectAsked(file), as_json)
+    if not as_json:
+        say_table(("", ""), _rows(found))
+
+
+def _rows(found: Inspected) -> Iterable[tuple[str, str]]:
+    yield "file", str(found.path) if len(found.files) == 1 else f"{found.path} and {len(found.files) - 1} more"
+    yield "digest", found.digest
+    yield "name", found.name
+    yield "architecture", f"{found.architecture}, {found.kind}s, {found.layers or '?'} layers, width {found.embedding}"
+    yield "size", f"{found.bytes / 1e6:,.1f} MB, {found.parameters / 1e6:,.1f} million parameters"
+    yield "type", found.type
+    for name, use in found.types.items():
+        yield "", f"{name}: {use.tensors} tensors, {use.bytes / 1e6:,.1f} MB"
+    if found.fell_back:
+        yield "", f"{len(found.fell_back)} tensors fell back to another type: their rows are no multiple of 256"
+    yield "context", f"{found.context:,} tokens; the cache takes {found.kv_bytes_per_token:,} bytes a token"
+    yield "vocabulary", f"{found.vocabulary or 0:,} tokens, {found.tokenizer or 'unknown'}"
+    yield "template", "none" if not found.template else f"yes; tool calls: {found.tool_format or 'taught by the prompt'}"
+    yield "sealed", found.sealed or "no"
+    yield "signature", found.signature or "none"
+    node = found.node
+    if not node.fits:
+        yield "this machine", f"cannot run it: {node.reason}"
+    elif node.slots is None:
+        yield "this machine", f"can run it on {node.threads} threads"
+    else:
+        yield "this machine", f"can run {node.slots} streams of {node.context:,} tokens on {node.threads} threads"
+        yield "", f"at most {node.tokens_per_second:,.0f} tokens/s for one stream, by the speed of its memory"
+    for fault in found.faults:
+        yield "fault", fault

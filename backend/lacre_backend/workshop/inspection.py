@@ -1,0 +1,261 @@
+"""What a GGUF file holds, whether it is whole, and what this machine can run of it: the job of `lacre model inspect`.
+
+Rules:
+- Its own reader walks the head first and checks that every tensor lies within the file. llama.cpp sees the file after that.
+- A fault that leaves the rest readable (no template, an unusable vocabulary) is a line of `faults`, not an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import llama_cpp as L
+from llama_cpp.llama_cpp import _lib as _llama
+
+from lacre.errors import SettingsError
+from lacre_backend.api.template.prompt import ChatTemplate
+from lacre_backend.api.tools.format import HERMES, LLAMA
+from lacre_backend.engine import gguf_header, sizing
+from lacre_backend.engine.gguf_header import Header, Malformed, Tensor
+from lacre_backend.engine.model import Gpu, Model, ModelMetadata
+from lacre_backend.engine.protocol import TaskKind
+from lacre_backend.engine.shards import files_of
+from lacre_backend.engine.sizing import LlamaSettings
+from lacre_backend.engine.tokenizer import Tokenizer
+from lacre_backend.models.gguf import find
+from lacre_backend.workshop.bandwidth import bytes_per_second
+from lacre_backend.workshop.child import Job, Report
+
+_CALLS: Final = ((HERMES, "hermes"), (LLAMA, "llama"))
+_SUPER_BLOCK: Final = 256  # weights that a K or IQ type packs together; a row of another length falls back to an older type
+_ENOUGH_CONTEXT: Final = 64  # tokens; for the template's trial no context is used
+
+
+@dataclass(frozen=True, slots=True)
+class InspectAsked:
+    """path: of the model, or of any of its shards."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TypeUse:
+    """One type of the weights. parameters, bytes: of all tensors of this type."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OnThisNode:
+    """What the machine can run. reason: why it does not fit.
+
+    tokens_per_second: of one stream, at most: each token reads every weight, and the speed of the memory was measured.
+    """
+
+    fits: bool
+    reason: str | None = None
+    context: int | None = None
+    slots: int | None = None
+    threads: int | None = None
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """- path, files: the first file, and all of them. bytes: of all. digest: of all in sequence, `sha256:` and hex.
+    - type: the name that llama.cpp gives the mixture of types. types: by name. fell_back: tensors in another type than the
+      mixture's, because their rows are no multiple of 256.
+    - context: tokens that it was trained on. kv_bytes_per_token: of the cache at 16 bits.
+    - template: whether it has a chat template of its own. tool_format: how it writes calls; None: it does not, or unknown.
+    - sealed, signature: None for a plain file, and for one without a signature beside it.
+    """  # fmt: skip
+
+    path: Path
+    files: list[str]
+    bytes: int
+    digest: str
+    name: str
+    architecture: str
+    kind: str
+    parameters: int
+    type: str
+    types: dict[str, TypeUse]
+    fell_back: dict[str, str]
+    layers: int | None
+    embedding: int
+    context: int
+    kv_bytes_per_token: int
+    vocabulary: int | None
+    tokenizer: str | None
+    template: bool
+    tool_format: str | None
+    node: OnThisNode
+    sealed: str | None = None
+    signature: str | None = None
+    faults: list[str] = field(default_factory=list)
+
+
+def inspect(asked: InspectAsked, report: Report) -> Inspected:
+    """Raises SettingsError for a file that no command could use, or OSError."""
+    report("reading", 0.0)
+    path = asked.path
+    if not path.is_file():
+        raise SettingsError(f"No such model file: {path}. Check the path.")
+    headers = [(file, _header(file)) for file in files_of(path)]
+    for file, header in headers:
+        _check_extents(file, header)
+    report("digest", 0.2)
+    found = find(path)
+    report("loading the vocabulary", 0.7)
+    facts = ModelMetadata.read(found.path)
+    first = headers[0][1]
+    faults = list(_faults(first, facts.kind))
+    calls = None
+    try:
+        calls = _tool_format(found.path)
+    except SettingsError as exc:
+        faults.append(str(exc))
+    report("this machine", 0.9)
+    size = sum(file.stat().st_size for file, _ in headers)
+    tensors = [tensor for _, header in headers for tensor in header.tensors]
+    mixture = _mixture(first)
+    return Inspected(
+        path=found.path,
+        files=[file.name for file, _ in headers],
+        bytes=size,
+        digest=found.digest,
+        name=found.name,
+        architecture=facts.architecture,
+        kind="embed" if facts.kind is TaskKind.EMBED else "generate",
+        parameters=sum(tensor.elements for tensor in tensors),
+        type=mixture,
+        types=_types(tensors),
+        fell_back=_fell_back(mixture, tensors),
+        layers=first.number(f"{facts.architecture}.block_count"),
+        embedding=facts.n_embd,
+        context=facts.n_ctx_train,
+        kv_bytes_per_token=facts.bytes_per_token,
+        vocabulary=_items(first, "tokenizer.ggml.tokens"),
+        tokenizer=first.text("tokenizer.ggml.pre") or first.text("tokenizer.ggml.model"),
+        template=bool(first.text("tokenizer.chat_template")),
+        tool_format=calls,
+        node=_node(found.path, facts, size),
+        faults=faults,
+    )
+
+
+INSPECT: Final = Job(f"{__name__}:INSPECT", InspectAsked, Inspected, inspect)
+
+
+def _header(path: Path) -> Header:
+    try:
+        return gguf_header.read(path)
+    except Malformed as exc:
+        raise SettingsError(f"{path} is not a usable GGUF file: {exc}. Copy it again, or convert the model again.") from None
+
+
+def _check_extents(path: Path, header: Header) -> None:
+    """Raises SettingsError if a tensor lies outside the file, or has a type or a shape that ggml does not know."""
+    size = path.stat().st_size
+    for tensor in header.tensors:
+        end = header.data_at + tensor.offset + _bytes(path, tensor)
+        if end > size:
+            raise SettingsError(
+                f"{path} is cut off: its tensor {tensor.name[:64]!r} ends at byte {end:,}, and the file has {size:,}. "
+                "Copy it again."
+            )
+
+
+def _bytes(path: Path, tensor: Tensor) -> int:
+    if not 0 <= tensor.kind < L.GGML_TYPE_COUNT or not (block := int(_llama.ggml_blck_size(tensor.kind))):
+        raise SettingsError(
+            f"{path}: the tensor {tensor.name[:64]!r} has the unknown type {tensor.kind}. Convert the model again."
+        )
+    if tensor.shape[0] % block:
+        raise SettingsError(f"{path}: a row of {tensor.name[:64]!r} is no whole number of blocks. Copy the file again.")
+    _llama.ggml_type_size.restype = ctypes.c_size_t
+    return tensor.elements // block * int(_llama.ggml_type_size(tensor.kind))
+
+
+def _type_name(kind: int) -> str:
+    _llama.ggml_type_name.restype = ctypes.c_char_p
+    return bytes(_llama.ggml_type_name(kind)).decode().upper()
+
+
+def _types(tensors: list[Tensor]) -> dict[str, TypeUse]:
+    used: dict[str, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        used[_type_name(tensor.kind)].append(tensor)
+    most = sorted(used.items(), key=lambda pair: -sum(tensor.elements for tensor in pair[1]))
+    return {
+        name: TypeUse(len(those), sum(t.elements for t in those), sum(_bytes(Path(), t) for t in those)) for name, those in most
+    }
+
+
+def _mixture(header: Header) -> str:
+    """llama.cpp's name of the file type, such as `Q4_K_M`."""
+    number = header.number("general.file_type")
+    names = {
+        int(value): name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_")
+        for name, value in vars(L).items()
+        if name.startswith("LLAMA_FTYPE_") and isinstance(value, int)
+    }
+    if number in names:
+        return names[number]
+    kinds = Counter({_type_name(t.kind): t.elements for t in header.tensors if len(t.shape) > 1})
+    return kinds.most_common(1)[0][0] if kinds else "unknown"
+
+
+def _fell_back(mixture: str, tensors: list[Tensor]) -> dict[str, str]:
+    """Only K and IQ types pack 256 weights together, and need rows that are multiples of it."""
+    if "_K" not in mixture and not mixture.startswith(("IQ", "TQ")):
+        return {}
+    return {
+        tensor.name: _type_name(tensor.kind)
+        for tensor in tensors
+        if len(tensor.shape) > 1 and tensor.shape[0] % _SUPER_BLOCK and int(_llama.ggml_blck_size(tensor.kind)) < _SUPER_BLOCK
+    }
+
+
+def _items(header: Header, key: str) -> int | None:
+    value = header.metadata.get(key)
+    return value.count if isinstance(value, gguf_header.Items) else None
+
+
+def _faults(header: Header, kind: TaskKind) -> Iterator[str]:
+    if kind is TaskKind.GENERATE and not header.text("tokenizer.chat_template"):
+        yield "It has no chat template: only text completion works well."
+
+
+def _tool_format(path: Path) -> str | None:
+    """Raises SettingsError if the vocabulary or the template is unusable."""
+    with closing(Tokenizer(path)) as tokenizer:  # tries every byte, in a process of its own
+        model = Model(
+            path, name=path.stem, digest="", n_ctx=_ENOUGH_CONTEXT, gpu=Gpu(layers=0), tokenizer=tokenizer, vocab_only=True
+        )
+        if not model.info.chat_template:
+            return None
+        calls = ChatTemplate(model.info).calls
+    return next((name for form, name in _CALLS if form == calls), None)
+
+
+def _node(path: Path, facts: ModelMetadata, size: int) -> OnThisNode:
+    try:
+        if facts.kind is TaskKind.EMBED:
+            sizing.memory_for_caches(path, facts, LlamaSettings())
+            return OnThisNode(True, context=facts.n_ctx_train, threads=len(os.sched_getaffinity(0)))
+        sized = sizing.derive(path, LlamaSettings())
+    except SettingsError as exc:
+        return OnThisNode(False, reason=str(exc))
+    limits = sized.limits
+    expected = round(bytes_per_second() / size, 1)
+    return OnThisNode(True, None, limits.context, limits.slots, sized.threads, expected)
