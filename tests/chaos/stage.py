@@ -33,8 +33,8 @@ from lacre_fabric.operate.site import NODE, Site
 from lacre_fabric.work.contract import FabricUnavailable
 from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.policy.rules import shipped
-from parts.live_site import GatewayProcess, WorkerProcess, own_issuer, worker_settings
 from parts.small_disk import NO_DISK, small_disk
+from parts.stage import GatewayProcess, WorkerProcess, own_issuer, worker_settings
 
 REAL, ECHO = "smollm2-135m", "echo"
 READY: Final = 180.0  # seconds for all of it to come up, on a machine that has other things to do

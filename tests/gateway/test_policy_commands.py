@@ -22,7 +22,7 @@ from lacre_gateway.policy.explain import Explanation, explain, requested
 from lacre_gateway.policy.question import AdminQuestion, AnyQuestion, Question
 from lacre_gateway.policy.replay import Replay, replay
 from parts.policies import BROKEN, CHAT, FAMILY, RULES, SCHEMA, USAGE, asked, copied
-from parts.whole_gateway import Kept, WholeGateway, whole_gateway
+from parts.stage import EchoStage, Kept
 
 
 def run(*args: str | Path, given: str = "") -> subprocess.CompletedProcess[str]:
@@ -247,10 +247,10 @@ def test_replay_of_a_time() -> None:
 # A real gateway's log, and a real gateway's rules
 
 
-async def one(gateway: WholeGateway, subject: str, max_tokens: int | None) -> str:
+async def one(gateway: EchoStage, subject: str, max_tokens: int | None) -> str:
     """The id of a request: a chat, or where there are no tokens something that the action `http` is for."""
     wire = Kept()
-    async with gateway.client(wire, gateway.token(subject)) as client:
+    async with gateway.client(gateway.token(subject), transport=wire, shape="none") as client:
         if max_tokens is None:
             assert (await client.get("/internal/things")).status_code == 404  # the SDK knows that OpenAI's API has no such path
         else:
@@ -272,7 +272,7 @@ PROPOSED = """
 async def test_replay_of_a_real_log(tmp_path: Path) -> None:
     """Requests through a gateway; then exactly those that the changed rules alter, and no other."""
     asked_for = [(subject, tokens) for subject in ("alice", "bob", "carol") for tokens in (5, 100, 101, 150, None)]
-    async with whole_gateway(tmp_path) as gateway:
+    async with EchoStage.standing(tmp_path) as gateway:
         await gateway.start()
         ids = await asyncio.gather(*(one(gateway, subject, tokens) for subject, tokens in asked_for))
         by_request = dict(zip(asked_for, ids, strict=True))
@@ -318,17 +318,17 @@ async def _true(value: object) -> object:
     return value
 
 
-async def refused(gateway: WholeGateway, since: float = 0.0) -> dict[str, Any] | None:
+async def refused(gateway: EchoStage, since: float = 0.0) -> dict[str, Any] | None:
     """What `readyz` says of a set that does not hold, where that was found out later than `since`."""
     detail: dict[str, Any] | None = (await gateway.detail())["rules"]["refused"]
     return detail if detail is not None and detail["since"] > since else None
 
 
-async def other(gateway: WholeGateway, digest: str) -> bool:
+async def other(gateway: EchoStage, digest: str) -> bool:
     return bool((await gateway.detail())["rules"]["policy_set"] != digest)
 
 
-async def sound(gateway: WholeGateway) -> bool:
+async def sound(gateway: EchoStage) -> bool:
     return await refused(gateway) is None
 
 
@@ -338,7 +338,7 @@ async def test_a_broken_set_never_takes_the_service_down(tmp_path: Path) -> None
     """Every way to break it, one after the other, with requests running: none of them fails."""
     rules = copied(tmp_path)
     kinds: dict[str, tuple[Callable[[Path], Any], str, str]] = {**BROKEN, "ends a parser": (_deep, "syntax", "")}
-    async with whole_gateway(tmp_path, policies=rules) as gateway:
+    async with EchoStage.standing(tmp_path, policies=rules) as gateway:
         await gateway.start()
         async with gateway.load(6) as load:
             last = 0.0

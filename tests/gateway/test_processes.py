@@ -27,7 +27,7 @@ from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.doctor import State, examine
 from parts.chat_app import ChatApp
 from parts.issuer import AUDIENCE, ISSUER, Issuer
-from parts.live_site import LiveSite
+from parts.stage import LiveStage
 from parts.up import descendants, wait_until_gone
 
 
@@ -55,7 +55,7 @@ class SlowApp(ChatApp):
 class Running:
     """A `lacre gateway` of `cluster` with settings of its own."""
 
-    cluster: LiveSite
+    cluster: LiveStage
     issuer: Issuer
     app: SlowApp
     settings: Path
@@ -122,8 +122,18 @@ class Running:
 async def running(tmp_path: Path, issuer: Issuer, request: pytest.FixtureRequest) -> AsyncIterator[Running]:
     options: Mapping[str, object] = getattr(request, "param", {})
     app = SlowApp()
-    cluster = await LiveSite.with_node(tmp_path, app, "", gateways=0)
-    (tmp_path / "jwks.json").write_text(json.dumps(issuer.jwks()))
+    async with LiveStage.on_air(tmp_path, app, gateways=0) as cluster:
+        running = configured(tmp_path, issuer, app, cluster, options)
+        running.start()
+        try:
+            await running.ready(int(str(options.get("processes", 1))))
+            yield running
+        finally:
+            await running.stop()
+
+
+def configured(folder: Path, issuer: Issuer, app: SlowApp, cluster: LiveStage, options: Mapping[str, object]) -> Running:
+    (folder / "jwks.json").write_text(json.dumps(issuer.jwks()))
     port, admin, site = free_port(), free_port(), cluster.site
     settings = site.folder / "gateway" / "own.toml"
     settings.write_text(f"""
@@ -147,16 +157,9 @@ async def running(tmp_path: Path, issuer: Issuer, request: pytest.FixtureRequest
         issuer = "{ISSUER}"
         audience = "{AUDIENCE}"
         algorithms = ["EdDSA", "ES256", "RS256"]
-        jwks = "{tmp_path / "jwks.json"}"
+        jwks = "{folder / "jwks.json"}"
     """)
-    running = Running(cluster, issuer, app, settings, port, admin)
-    running.start()
-    try:
-        await running.ready(int(str(options.get("processes", 1))))
-        yield running
-    finally:
-        await running.stop()
-        await cluster.close()
+    return Running(cluster, issuer, app, settings, port, admin)
 
 
 @pytest.mark.parametrize("running", [{"processes": 2}], indirect=True)

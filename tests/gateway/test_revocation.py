@@ -32,9 +32,8 @@ from lacre_gateway.settings import load
 from parts.chat_app import ChatApp
 from parts.fake_worker import FakeWorker
 from parts.issuer import ISSUER, Issuer
-from parts.live_site import POOL, TINY, GatewayProcess, LiveSite
 from parts.memory_fabric import MemoryFabric
-from parts.stage import Stage
+from parts.stage import POOL, TINY, GatewayProcess, LiveStage, Stage
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
@@ -201,7 +200,7 @@ async def test_a_subject_is_let_in_again_with_a_token_issued_later(
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[LiveSite]:
+async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[LiveStage]:
     (tmp_path / "jwks.json").write_text(json.dumps(issuer.jwks()))
     tables = f"""
         [[issuers]]
@@ -212,9 +211,8 @@ async def cluster(tmp_path: Path, issuer: Issuer) -> AsyncIterator[LiveSite]:
         [limits]
         failed_auth_per_minute = 100000
     """
-    cluster = await LiveSite.with_node(tmp_path, ChatApp(), tables)
-    yield cluster
-    await cluster.close()
+    async with LiveStage.on_air(tmp_path, ChatApp(), gateways=2, tables=tables) as cluster:
+        yield cluster
 
 
 async def refused_by(gateways: list[GatewayProcess], token: str) -> None:
@@ -234,7 +232,7 @@ async def _refused_by(gateway: GatewayProcess, token: str) -> None:
 
 
 @pytest.mark.slow
-async def test_refused_everywhere(cluster: LiveSite, issuer: Issuer) -> None:
+async def test_refused_everywhere(cluster: LiveStage, issuer: Issuer) -> None:
     tokens = [issuer.token(sub=f"s{number}", jti=f"t{number}") for number in range(20)]
     settings = load(cluster.gateways[0].settings)
     connection = await Connection.open(settings.nats.servers, Credential.load(settings.nats.credentials))
@@ -257,7 +255,7 @@ async def test_refused_everywhere(cluster: LiveSite, issuer: Issuer) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["--jti", "--sub"])
-async def test_lacre_revoke(what: str, cluster: LiveSite, issuer: Issuer) -> None:
+async def test_lacre_revoke(what: str, cluster: LiveStage, issuer: Issuer) -> None:
     token = issuer.token(sub="bob", jti="bob")
     await let_in(cluster, token)
     arguments = [what, "bob", "--settings", str(cluster.gateways[1].settings)]
@@ -278,7 +276,7 @@ def lacre_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-async def let_in(cluster: LiveSite, token: str) -> None:
+async def let_in(cluster: LiveStage, token: str) -> None:
     """By every gateway, which then remembers that it is good."""
     memory = lacre.VersionMemory()
     for gateway in cluster.gateways:
@@ -287,7 +285,7 @@ async def let_in(cluster: LiveSite, token: str) -> None:
 
 
 @pytest.mark.slow
-async def test_without_its_bucket_a_gateway_is_not_ready(cluster: LiveSite) -> None:
+async def test_without_its_bucket_a_gateway_is_not_ready(cluster: LiveStage) -> None:
     provisioner = await cluster.connect()
     await provisioner.jetstream.delete_stream(subjects.REVOCATIONS_STREAM)
     await provisioner.close()

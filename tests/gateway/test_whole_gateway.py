@@ -16,12 +16,12 @@ from lacre_gateway.audit import entries as kinds
 from lacre_gateway.audit.check import AuditResult, check_receipt, verify
 from lacre_gateway.audit.reader import LogReader
 from parts.small_disk import NO_DISK, filled, small_disk
-from parts.whole_gateway import WholeGateway, whole_gateway
+from parts.stage import EchoStage
 
 LIVES = 20
 
 
-def checked(gateway: WholeGateway, proofs: Sequence[AuditProof], kept: Sequence[bytes] = ()) -> AuditResult:
+def checked(gateway: EchoStage, proofs: Sequence[AuditProof], kept: Sequence[bytes] = ()) -> AuditResult:
     """The log holds, also against what clients kept of it; and every one of the proofs is of an intent in it."""
     verdict = verify(gateway.audit, gateway.key, kept)
     assert verdict.wrong is None, verdict.words
@@ -32,7 +32,7 @@ def checked(gateway: WholeGateway, proofs: Sequence[AuditProof], kept: Sequence[
     return verdict
 
 
-def events(gateway: WholeGateway, event: str) -> list[dict[str, object]]:
+def events(gateway: EchoStage, event: str) -> list[dict[str, object]]:
     entries = map(json.loads, LogReader(gateway.audit, gateway.key).entries())
     return [entry for entry in entries if entry.get("event") == event]
 
@@ -42,7 +42,7 @@ def events(gateway: WholeGateway, event: str) -> list[dict[str, object]]:
 async def test_kill_9(tmp_path: Path) -> None:
     """Twenty times, with requests running: whatever any client received is in the log, and the log holds each time."""
     chance, kept, left = random.Random(7), [], []
-    async with whole_gateway(tmp_path) as gateway:
+    async with EchoStage.standing(tmp_path) as gateway:
         async with gateway.load() as load:
             for _ in range(LIVES):
                 await gateway.start()
@@ -81,7 +81,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.skipif(NO_DISK is not None, reason=NO_DISK or "")
 async def test_full_disk(tmp_path: Path, disk: Path) -> None:
     """A real file system that is full: requests are refused with the problem that says so, and served again when it is not."""
-    async with whole_gateway(tmp_path, audit=disk / "audit") as gateway:
+    async with EchoStage.standing(tmp_path, audit=disk / "audit") as gateway:
         await gateway.start()
         async with gateway.load(6) as load:
             await gateway.until(lambda: _reached(load.proofs, 20))
@@ -105,5 +105,5 @@ async def test_full_disk(tmp_path: Path, disk: Path) -> None:
         assert set(load.failed) == {"Unavailable"}, load.failed
 
 
-async def _missing(gateway: WholeGateway, what: str) -> bool:
+async def _missing(gateway: EchoStage, what: str) -> bool:
     return what in (await gateway.detail()).get("missing", {})

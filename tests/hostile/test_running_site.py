@@ -23,8 +23,8 @@ from lacre_fabric.nats.servers import Servers
 from lacre_fabric.operate import floods
 from lacre_fabric.operate.dev_issuer import ISSUER
 from lacre_fabric.work.revocations import Revocation, subject_key
+from parts.stage import EchoStage, Kept
 from parts.thief import Thief
-from parts.whole_gateway import Kept, WholeGateway
 
 SECONDS = 9.0  # that each credential is spoken with
 GOES_ON = 8.0  # seconds for an answer: 3 are promised, and this machine does everything at once
@@ -38,7 +38,7 @@ OTHERS = (
 )  # fmt: skip
 
 
-class TwoPools(WholeGateway):
+class TwoPools(EchoStage):
     """Pools a and b; and a second gateway's credential, which is for pool a alone."""
 
     def more_roles(self) -> list[Role]:
@@ -79,7 +79,7 @@ async def two(tmp_path: Path) -> AsyncIterator[TwoPools]:
     watching = None
     try:
         await site.set_up()
-        watched = partial(floods.watch, Servers.of(f"nats://127.0.0.1:{site.nats_port}"), site.site.credential("warden"))
+        watched = partial(floods.watch, Servers.of(f"nats://127.0.0.1:{site.server.port}"), site.site.credential("warden"))
         watching = tasks.start("floods", watched, restart=floods.WATCHED)
         await site.start()
         yield site
@@ -110,13 +110,13 @@ async def test_a_stolen_credential(two: TwoPools, stolen: str) -> None:
     assert two.process is not None
     assert two.nats is not None
     before = memory(two.nats.pid), memory(two.process.pid)
-    provisioner = await Connection.open(f"nats://127.0.0.1:{two.nats_port}", two.site.credential("provisioner"))
+    provisioner = await Connection.open(f"nats://127.0.0.1:{two.server.port}", two.site.credential("provisioner"))
     asking = Asking(two)
     running = asyncio.create_task(asking.run())
     await asyncio.sleep(2)
     books = await dump(provisioner, subjects.BUDGETS_BUCKET)
     most = before
-    thief = Thief(two.nats_port, two.role(stolen), OTHERS, SECONDS)
+    thief = Thief(two.server.port, two.role(stolen), OTHERS, SECONDS)
     thief.start()
     while thief.is_alive():
         await asyncio.sleep(0.2)

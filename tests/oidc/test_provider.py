@@ -15,8 +15,8 @@ import pytest
 import lacre
 from oidc.provider import ALGORITHMS, HERE, NODE, NPM, SECRET, Provider
 from parts.chat_app import ChatApp
-from parts.live_site import LiveSite
 from parts.npm import install
+from parts.stage import LiveStage
 
 CLIENTS = 6  # two for each algorithm
 
@@ -36,7 +36,7 @@ def provider(packages: None) -> Iterator[Provider]:
 
 
 @pytest.fixture
-async def cluster(tmp_path: Path, provider: Provider) -> AsyncIterator[LiveSite]:
+async def cluster(tmp_path: Path, provider: Provider) -> AsyncIterator[LiveStage]:
     issuers = f"""
         [[issuers]]
         issuer = "{provider.url}"
@@ -46,16 +46,15 @@ async def cluster(tmp_path: Path, provider: Provider) -> AsyncIterator[LiveSite]
         tenant = "org.id"
         groups = "realm_access.roles"
     """
-    cluster = await LiveSite.with_node(tmp_path, ChatApp(), issuers)
-    yield cluster
-    await cluster.close()
+    async with LiveStage.on_air(tmp_path, ChatApp(), gateways=2, tables=issuers) as cluster:
+        yield cluster
 
 
 @dataclass
 class Load:
     """Clients that ask one question after another until `stop`, each with a new token as long as the provider gives any."""
 
-    cluster: LiveSite
+    cluster: LiveStage
     provider: Provider
     done: collections.Counter[str] = field(default_factory=collections.Counter)  # by the key that signed the token
     failed: list[Exception] = field(default_factory=list)
@@ -102,7 +101,7 @@ class Load:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_rotation_under_load_and_life_after_it(cluster: LiveSite, provider: Provider) -> None:
+async def test_rotation_under_load_and_life_after_it(cluster: LiveStage, provider: Provider) -> None:
     load = Load(cluster, provider)
     load.start()
     try:
@@ -128,7 +127,7 @@ async def test_rotation_under_load_and_life_after_it(cluster: LiveSite, provider
     assert set(load.done) == first | second | third and len(third) == len(ALGORITHMS)
 
 
-async def test_a_token_that_nobody_has_seen_is_taken_after_the_provider_is_gone(cluster: LiveSite, provider: Provider) -> None:
+async def test_a_token_that_nobody_has_seen_is_taken_after_the_provider_is_gone(cluster: LiveStage, provider: Provider) -> None:
     """It is verified with the keys that were fetched: no remembered verdict helps."""
     tokens = [await provider.token(algorithm) for algorithm in ALGORITHMS]
     provider.stop()
@@ -138,7 +137,7 @@ async def test_a_token_that_nobody_has_seen_is_taken_after_the_provider_is_gone(
                 assert (await client.chat("Count.", max_tokens=8)).text == "one two three"
 
 
-async def test_a_bound_token(cluster: LiveSite, provider: Provider) -> None:
+async def test_a_bound_token(cluster: LiveStage, provider: Provider) -> None:
     """The provider binds it by the SDK's own proof, and the gateway takes it with another, from whoever has the key."""
     key, thief = lacre.ProofKey.generate(), lacre.ProofKey.generate()
     token = await provider.token("ES256", key.proof("POST", f"{provider.url}/token"))
@@ -155,7 +154,7 @@ async def test_a_bound_token(cluster: LiveSite, provider: Provider) -> None:
 
 
 @pytest.mark.parametrize("client_id", ["app", "careful"])
-async def test_a_token_that_the_client_asks_for_itself_is_bound(client_id: str, cluster: LiveSite, provider: Provider) -> None:
+async def test_a_token_that_the_client_asks_for_itself_is_bound(client_id: str, cluster: LiveStage, provider: Provider) -> None:
     """By OAuth2 client credentials; `careful` is a client whose proofs the provider wants a nonce in."""
     source = lacre.ClientCredentials(f"{provider.url}/token", client_id, SECRET, scope="lacre:http", in_body=True)
     url, key = cluster.gateways[0].url, lacre.ProofKey.generate()

@@ -125,6 +125,7 @@ class FaultyNetwork:
             case "half-close":
                 writer.write_eof()
                 await asyncio.sleep(STALL)
+                raise BrokenPipeError  # nothing more passes
             case "garbage":
                 return self._random.randbytes(self._random.randrange(1, 40)) + data
         return data

@@ -24,7 +24,7 @@ from lacre_fabric.operate.leash import PYTHON, leashed
 from lacre_gateway.audit.reader import LogReader
 from lacre_gateway.budget.plans import LimitKind, parse
 from parts import by_hand
-from parts.live_site import POOL, TINY, LiveSite, own_issuer
+from parts.stage import POOL, TINY, LiveStage, own_issuer
 from parts.up import LACRE
 
 GATEWAYS = ("g1", "g2", "g3")
@@ -61,7 +61,7 @@ async def kind(request: pytest.FixtureRequest) -> LimitKind:
 class HeldWorker:
     """The process of `parts/held_worker.py`."""
 
-    def __init__(self, live: LiveSite, free: int, slots: int) -> None:
+    def __init__(self, live: LiveStage, free: int, slots: int) -> None:
         self._log = live.site.log("worker")
         program = Path(__file__).parents[1] / "parts" / "held_worker.py"
         command = leashed([*PYTHON, str(program), str(live.site.folder), live.server.url, str(free), str(slots)])
@@ -86,17 +86,17 @@ class HeldWorker:
 
 
 @pytest.fixture
-async def live(kind: LimitKind, tmp_path: Path) -> AsyncIterator[LiveSite]:
-    async with LiveSite(tmp_path, {POOL: (TINY,)}) as live:
+async def live(kind: LimitKind, tmp_path: Path) -> AsyncIterator[LiveStage]:
+    async with LiveStage(tmp_path) as live:
         for _ in GATEWAYS:
             live.gateway(f"{own_issuer(live.site)}\n[limits]\n{LIMITS}", plans=plans(kind))
-        await live.start(gateways=GATEWAYS[1:])
+        await live.start_fabric(gateways=GATEWAYS[1:])
         live.site.save(live.server.url, live.gateways[0].base_url)
         yield live
 
 
 @pytest.fixture
-async def worker(live: LiveSite) -> AsyncIterator[HeldWorker]:
+async def worker(live: LiveStage) -> AsyncIterator[HeldWorker]:
     worker = HeldWorker(live, FREE, slots=64)
     try:
         await live.start_gateways(READY)
@@ -110,7 +110,7 @@ class Burst:
     for those that a dead gateway left.
     """
 
-    def __init__(self, live: LiveSite) -> None:
+    def __init__(self, live: LiveStage) -> None:
         self._live = live
         keys = live.site.generations(POOL).pool_keys(time.time(), time.time() + 600)
         self._config = next(key.config for key in keys if key.config.kem is SUITE.kem)
@@ -149,19 +149,18 @@ class Burst:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_no_limit_is_ever_crossed(kind: LimitKind, live: LiveSite, worker: HeldWorker) -> None:
+async def test_no_limit_is_ever_crossed(kind: LimitKind, live: LiveStage, worker: HeldWorker) -> None:
     first = Burst(live)
     asking = asyncio.create_task(first.run())
     while (counts := worker.counts())[0] < HELD or counts[1] < FREE:
         assert not asking.done(), (first.statuses, first.problems, counts)
         await asyncio.sleep(0.02)
-    live.gateways[2].process.kill()
-    live.gateways[2].process.wait()
+    live.gateways[2].kill()
     await live.restart_nats()
     live.gateways[2].start()
     worker.let_go()
     await asking
-    await live.ready(READY)
+    await live.gateways_ready(READY)
     second = Burst(live)
     await second.run()
     await live.stop_gateways()
@@ -176,7 +175,7 @@ async def test_no_limit_is_ever_crossed(kind: LimitKind, live: LiveSite, worker:
     check_books(kind, live, entries)
 
 
-def audit(live: LiveSite, name: str) -> Path:
+def audit(live: LiveStage, name: str) -> Path:
     return live.site.folder / "gateway" / f"audit-{name}"
 
 
@@ -206,7 +205,7 @@ def check_ceilings(kind: LimitKind, entries: dict[str, list[dict[str, Any]]]) ->
         assert all(used <= CEILINGS[kind] for used in spent.values()), spent
 
 
-def check_books(kind: LimitKind, live: LiveSite, entries: dict[str, list[dict[str, Any]]]) -> None:
+def check_books(kind: LimitKind, live: LiveStage, entries: dict[str, list[dict[str, Any]]]) -> None:
     """`lacre budget show`: what is gone from the ceiling is what receipts say, and what is listed as forfeited."""
     audits = [argument for name in GATEWAYS for argument in ("--audit", str(audit(live, name)))]
     command = [*LACRE, "budget", "show", "--json", "--state", str(live.site.folder), *audits]

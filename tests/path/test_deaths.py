@@ -20,8 +20,8 @@ import pytest
 from lacre_fabric.operate.nats_server import free_port
 from lacre_fabric.operate.site import Site
 from parts.doomed import Doomed
+from parts.stage import ECHO, POOL, EchoStage
 from parts.up import environment
-from parts.whole_gateway import MODEL, POOL, WholeGateway, whole_gateway
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -30,8 +30,8 @@ WORKER = {"node", "pool keys", "health", "presence", "manifest"}
 
 
 @pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[WholeGateway]:
-    async with whole_gateway(tmp_path) as machine:
+async def site(tmp_path: Path) -> AsyncIterator[EchoStage]:
+    async with EchoStage.standing(tmp_path) as machine:
         yield machine
 
 
@@ -74,7 +74,7 @@ def each_is_killed(start: Callable[[int], Doomed], wanted: set[str], stack: Exit
     return set(register)
 
 
-async def test_a_gateway(site: WholeGateway, tmp_path: Path) -> None:
+async def test_a_gateway(site: EchoStage, tmp_path: Path) -> None:
     settings = site.site.gateway_settings
     policies = copytree(Path(__file__).parents[2] / "policies", tmp_path / "policies")
 
@@ -92,10 +92,10 @@ async def test_a_gateway(site: WholeGateway, tmp_path: Path) -> None:
         each_is_killed(start, GATEWAY, stack)
 
 
-async def test_a_worker(site: WholeGateway, tmp_path: Path) -> None:
+async def test_a_worker(site: EchoStage, tmp_path: Path) -> None:
     settings = site.site.worker_settings(POOL)
     before, _, after = settings.read_text().partition("[[models]]")
-    models = after.replace(MODEL, "smollm2-135m")
+    models = after.replace(ECHO, "smollm2-135m")
 
     def start(number: int) -> Doomed:
         own = settings.with_name(f"worker-{number}.toml")
@@ -125,7 +125,7 @@ def test_up(tmp_path: Path) -> None:
         assert each_is_killed(start, UP, stack) == UP
 
 
-async def test_a_signer(site: WholeGateway, tmp_path: Path) -> None:
+async def test_a_signer(site: EchoStage, tmp_path: Path) -> None:
     """`lacre keys tend --stay`: what a cluster's signer runs."""
     state = site.site.folder
     signer = Doomed.start(
@@ -140,7 +140,7 @@ async def test_a_signer(site: WholeGateway, tmp_path: Path) -> None:
         assert not signer.ended()
 
 
-async def test_a_proxy(site: WholeGateway, tmp_path: Path) -> None:
+async def test_a_proxy(site: EchoStage, tmp_path: Path) -> None:
     """`lacre proxy` has no lifetime work of its own now. If it gets some, that is killed here as well."""
     await site.start()
     env = {

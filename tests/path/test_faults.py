@@ -19,7 +19,7 @@ from lacre_backend.api.app import create_app
 from lacre_gateway.audit.reader import LogReader
 from parts.echo_engine import EchoEngine
 from parts.faults import FaultyNetwork
-from parts.live_site import POOL, TINY, LiveSite, own_issuer
+from parts.stage import TINY, LiveStage
 
 REQUESTS, CLIENTS = 300, 12
 TIMEOUT = 2.0  # seconds of each step on the network
@@ -29,12 +29,8 @@ SAID = "seven seas and one moon"
 
 
 @pytest.fixture
-async def live(tmp_path: Path) -> AsyncIterator[LiveSite]:
-    async with LiveSite(tmp_path, {POOL: (TINY,)}) as live:
-        await live.start()
-        await live.node(create_app([EchoEngine(name=TINY, delay=0.002)]), slots=32)
-        live.gateway(own_issuer(live.site), drain=2)
-        await live.start_gateways()
+async def live(tmp_path: Path) -> AsyncIterator[LiveStage]:
+    async with LiveStage.on_air(tmp_path, create_app([EchoEngine(name=TINY, delay=0.002)]), slots=32) as live:
         yield live
 
 
@@ -91,7 +87,7 @@ class Caller:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_a_network_that_breaks(live: LiveSite, record_property: Any) -> None:
+async def test_a_network_that_breaks(live: LiveStage, record_property: Any) -> None:
     [gateway] = live.gateways
     async with FaultyNetwork(gateway.base_url, seed=11) as network:
         url = str(ConnectionString(network.base_url, live.site.root))

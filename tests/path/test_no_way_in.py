@@ -12,8 +12,8 @@ import pytest
 
 import lacre
 from lacre_fabric.operate.leash import PYTHON, leashed
-from parts.live_site import LiveSite
 from parts.network import Namespace, forwarded, namespace
+from parts.stage import LiveStage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -48,14 +48,13 @@ def reached(address: str) -> bool:
 
 
 @pytest.fixture
-async def workers(tmp_path: Path) -> AsyncIterator[LiveSite]:
-    live = await LiveSite.with_workers(tmp_path, count=1)
-    yield live
-    await live.close()
+async def workers(tmp_path: Path) -> AsyncIterator[LiveStage]:
+    async with LiveStage.on_air(tmp_path, workers=1) as live:
+        yield live
 
 
 async def test_a_worker_that_nobody_can_reach_serves(
-    closed: Namespace, workers: LiveSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    closed: Namespace, workers: LiveStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [worker] = workers.workers
     worker.stop()

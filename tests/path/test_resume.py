@@ -18,7 +18,7 @@ from lacre_backend.engine.model import Gpu, Model
 from lacre_backend.engine.plan import EngineLimits, Segment, StepPlan
 from lacre_backend.engine.tokenizer import Tokenizer
 from lacre_backend.models import gguf
-from parts.live_site import MODEL, LiveSite, busiest
+from parts.stage import MODEL, LiveStage, busiest
 
 KILLS = 30
 LIMIT = 100  # tokens of an answer
@@ -27,10 +27,9 @@ SUBJECTS = ("the sea", "a lighthouse", "two brothers", "a long road", "winter", 
 
 
 @pytest.fixture
-async def pool(tmp_path: Path) -> AsyncIterator[LiveSite]:
-    pool = await LiveSite.with_workers(tmp_path)
-    yield pool
-    await pool.close()
+async def pool(tmp_path: Path) -> AsyncIterator[LiveStage]:
+    async with LiveStage.on_air(tmp_path, workers=2) as pool:
+        yield pool
 
 
 class Reference:
@@ -63,7 +62,7 @@ async def prompt_of(client: lacre.AsyncClient, messages: list[dict[str, str]]) -
     return tokens
 
 
-async def one(pool: LiveSite, client: lacre.AsyncClient, messages: list[dict[str, str]], place: int) -> tuple[Any, float]:
+async def one(pool: LiveStage, client: lacre.AsyncClient, messages: list[dict[str, str]], place: int) -> tuple[Any, float]:
     """An answer whose worker is killed after so many pieces: the stream, and the longest pause in it."""
     before = [worker.ticks for worker in pool.workers]
     stream = client.chat_stream(messages, max_tokens=LIMIT, temperature=0)
@@ -81,7 +80,7 @@ async def one(pool: LiveSite, client: lacre.AsyncClient, messages: list[dict[str
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_kill_9_at_a_random_token(pool: LiveSite, record_property: Any) -> None:
+async def test_kill_9_at_a_random_token(pool: LiveStage, record_property: Any) -> None:
     chance, reference = random.Random(20), Reference()
     pauses, seams, before, after = [], [], [], []
     async with lacre.AsyncClient(pool.gateways[0].url, token=pool.site.token("jo"), memory=lacre.VersionMemory()) as client:

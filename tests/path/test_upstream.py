@@ -28,9 +28,8 @@ from lacre_fabric.keys.secret_files import read_ed25519
 from lacre_fabric.operate import dev_issuer
 from lacre_fabric.operate.leash import leashed
 from lacre_fabric.operate.nats_server import free_port
-from lacre_gateway.audit.reader import LogReader
-from parts.live_site import MODEL, LiveSite
 from parts.memory import found_in_memory
+from parts.stage import MODEL, LiveStage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -80,7 +79,7 @@ def running(folder: Path, program: str, *arguments: str) -> Iterator[Running]:
 class Place:
     """Everything that runs."""
 
-    workers: LiveSite
+    workers: LiveStage
     encoder: Running
     writer: Running
 
@@ -89,8 +88,7 @@ class Place:
         return dev_issuer.issue(key, "mallory", scopes=scopes)
 
     def outcomes(self) -> list[dict[str, Any]]:
-        entries = LogReader(self.workers.site.gateway_settings.parent / "audit").entries()
-        return [entry for entry in map(json.loads, entries) if entry["kind"] == "outcome"]
+        return self.workers.entries("outcome")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +99,7 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
         writer = stack.enter_context(running(folder, "writer", str(gguf.find().path)))
         await encoder.wait("/v2/health/ready")
         await writer.wait("/health")
-        served = {
+        upstreams = {
             "encoder": f"""
                 [upstream]
                 origin = "{encoder.url}"
@@ -119,11 +117,8 @@ async def place(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place
                 fixed = {{cache_prompt = false}}
             """,
         }
-        workers = await LiveSite.with_workers(folder, served=served)
-        try:
+        async with LiveStage.on_air(folder, upstreams=upstreams) as workers:
             yield Place(workers, encoder, writer)
-        finally:
-            await workers.close()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from lacre_fabric.operate.site import NODE, Site
 from lacre_gateway.doctor import fabric as doctor
 from lacre_gateway.doctor.findings import Findings, State
 from lacre_gateway.settings import load as load_gateway
-from parts.live_site import LiveSite
+from parts.stage import LiveStage
 
 POOLS = {"default": ("m1",), "other": ("m1",)}
 
@@ -89,8 +89,8 @@ async def listening(port: int) -> AsyncIterator[None]:
 
 @pytest.fixture
 async def ready(tmp_path: Path) -> AsyncIterator[Ready]:
-    async with LiveSite(tmp_path, POOLS) as live:
-        await live.start()
+    async with LiveStage(tmp_path, POOLS) as live:
+        await live.start_fabric()
         live.site.write_settings(live.server.url, free_port(), {pool: [{"name": "m1"}] for pool in POOLS})
         ready = Ready(live.site, free_port())
         connection = await live.connect()

@@ -19,7 +19,7 @@ from lacre_fabric.operate.rewrapping import rewrap
 from lacre_fabric.operate.site import Site
 from parts.key_services import Key
 from parts.key_services.openbao import OpenBao, executable
-from parts.live_site import POOL, LiveSite, WorkerProcess
+from parts.stage import POOL, LiveStage, WorkerProcess
 from parts.tiny_model import tiny_model
 from parts.up import Up
 
@@ -31,7 +31,7 @@ START = 60.0  # seconds
 class Wrapped:
     """A site whose keys a service has wrapped."""
 
-    live: LiveSite
+    live: LiveStage
     bao: OpenBao
     key: Key
 
@@ -68,8 +68,8 @@ def bao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenBao]:
 @pytest.fixture
 async def wrapped(tmp_path: Path, bao: OpenBao) -> AsyncIterator[Wrapped]:
     key, model = bao.key(), tiny_model(tmp_path / "tiny.gguf")
-    async with LiveSite(tmp_path, {POOL: ("tiny",)}, kms=key.address) as live:
-        await live.start()
+    async with LiveStage(tmp_path, kms=key.address) as live:
+        await live.start_fabric()
         live.site.write_settings(live.server.url, free_port(), {POOL: [{"name": "tiny", "path": str(model)}]})
         yield Wrapped(live, bao, key)
 

@@ -12,10 +12,8 @@ import email.utils
 import io
 import json
 import secrets
-import shutil
-import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -40,9 +38,7 @@ from lacre_fabric.work.grants import Grant
 from lacre_gateway.admin.api import create_admin
 from lacre_gateway.app import create_app
 from lacre_gateway.audit.reader import LogReader
-from lacre_gateway.budget.plans import PLANS_FILE
 from lacre_gateway.gateway import Gateway, build
-from lacre_gateway.policy.rules import shipped
 from lacre_gateway.settings import parse
 from parts import by_hand
 from parts.by_hand import Answer, Sealed
@@ -52,7 +48,9 @@ from parts.issuer import AUDIENCE, ISSUER, Issuer
 from parts.keys import Keys, Trusted
 from parts.memory_bucket import MemoryBucket
 from parts.memory_fabric import MemoryDispatch, MemoryFabric
-from parts.wires import SyncWire
+from parts.stage.settings import gateway_settings, issuer_table, policies_with
+from parts.stage.standing import Standing, end, entries
+from parts.waiting import until
 
 SAID = b'{"said":"aloud"}'
 
@@ -83,18 +81,14 @@ class Worker:
     node: Node
     app: Counted
     feed: ManifestFeed
-    running: asyncio.Task[None]
+    stop: Callable[[], Awaitable[None]]
 
     @property
     def calls(self) -> int:
         return self.app.calls
 
-    async def stop(self) -> None:
-        await _end(self.running)
-        await self.node.drain(1)
 
-
-class Stage(Trusted):
+class Stage(Standing, Trusted):
     """bucket: what the fabric keeps as the manifest, as its owner likes. look_for_keys: what a node does for a key it lacks."""
 
     gateway: Gateway  # this and what follows, once there is a gateway
@@ -113,23 +107,14 @@ class Stage(Trusted):
         served: Mapping[str, tuple[str, ...]] | None = None,
         now: float | None = None,
     ) -> None:
-        super().__init__(keys, served, now)
+        Standing.__init__(self)
+        Trusted.__init__(self, keys, served, now)
         self.hub = hub or MemoryFabric()
         self.canary = f"canary-{secrets.token_hex(8)}"
         self.prompt = f"The patient's name is {self.canary}. What should we do?"
         self.bucket: bytes | None = self.document()
         self.queue_limit = 0.5  # seconds that `dispatch` waits for a worker
         self.look_for_keys: Callable[[], bool] = lambda: False
-        self._open = AsyncExitStack()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_error: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        await self._open.aclose()
 
     async def read_bucket(self) -> bytes | None:
         """What the fabric serves as the manifest."""
@@ -159,37 +144,22 @@ class Stage(Trusted):
         self.token = issuer.token()
         (folder / "jwks.json").write_text(json.dumps(issuer.jwks()))
         if plans:
-            shutil.copytree(shipped(), folder / "policies")
-            (folder / "policies" / PLANS_FILE).write_text(plans)
+            policies_with(plans, folder / "policies")
             settings += '\npolicies = "policies"'
         read = parse(self.settings_text(settings, limits), folder / "gateway.toml")
         self.gateway = build(read, self.keys.gateway, make_log(self.log), self.read_bucket)
-        self._open.push_async_callback(self.gateway.close)
+        self.stack.push_async_callback(self.gateway.close)
         self.gateway.fabric = self.hub.gateway()
         self.gateway.budgets.bucket = self.budgets = MemoryBucket()
         self.app, self.admin = create_app(self.gateway), create_admin(self.gateway)
 
-    def settings_text(self, settings: str = "", limits: str = "") -> str:
+    def settings_text(self, lines: str = "", limits: str = "") -> str:
+        """lines: of the top table."""
         models = "".join(f'[models."{name}"]\ncontext = 2048\n' for name in self.served[self.pool])
-        return f"""
-            gateway = "g1"
-            public_url = "http://127.0.0.1:8321"
-            trust = "{b64u(raw_public_key(self.keys.root))}"
-            signing_key = "grant.key"
-            audit = "audit"
-            {settings}
-            [nats]
-            url = "nats://127.0.0.1:4222"
-            credentials = "gateway.creds"
-            [[issuers]]
-            issuer = "{ISSUER}"
-            audience = "{AUDIENCE}"
-            algorithms = ["EdDSA", "ES256", "RS256"]
-            jwks = "jwks.json"
-            [limits]
-            {limits}
-            {models}
-        """
+        tables = f"{issuer_table(ISSUER, AUDIENCE, 'jwks.json')}\n[limits]\n{limits}\n{models}"
+        url, nats, root = "http://127.0.0.1:8321", ["nats://127.0.0.1:4222"], raw_public_key(self.keys.root)
+        lines = f'audit = "audit"\n{lines}'
+        return gateway_settings("g1", url, root, nats, "grant.key", "gateway.creds", lines, tables)
 
     async def publish(self, document: bytes | None = None) -> None:
         """Puts the document where the gateway looks for it, and lets it look."""
@@ -216,25 +186,19 @@ class Stage(Trusted):
         """The gateway's audit log, as it is on the disk."""
         return list(LogReader(self.folder / "audit").entries())
 
-    def entries(self) -> list[dict[str, Any]]:
-        return [json.loads(entry) for entry in self.raw_entries()]
+    def entries(self, *kinds: str) -> list[dict[str, Any]]:
+        return entries(self.folder / "audit", *kinds)
 
     async def trail(self, requests: int = 1) -> list[dict[str, Any]]:
         """The intents and outcomes of so many requests."""
-        return await self._recorded(("intent", "outcome"), 2 * requests)
+        return await self._recorded(2 * requests, "intent", "outcome")
 
     async def outcomes(self, number: int = 1) -> list[dict[str, Any]]:
-        return await self._recorded(("outcome",), number)
+        return await self._recorded(number, "outcome")
 
-    async def _recorded(self, kinds: Collection[str], number: int) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = []
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            entries = [entry for entry in self.entries() if entry["kind"] in kinds]
-            if len(entries) >= number:
-                return entries
-            await asyncio.sleep(0.005)
-        raise AssertionError(f"fewer than {number} entries: {entries}")
+    async def _recorded(self, number: int, *kinds: str) -> list[dict[str, Any]]:
+        await until(lambda: len(self.entries(*kinds)) >= number, why=self.entries)
+        return self.entries(*kinds)
 
     def logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
@@ -251,9 +215,7 @@ class Stage(Trusted):
         feed = ManifestFeed(self.read_bucket, raw_public_key(self.keys.root))
         await feed.refresh()
         node = self.node(counted, models=models, manifest=lambda: feed.manifest, **options)
-        worker = Worker(node, counted, feed, asyncio.create_task(node.run()))
-        self._open.push_async_callback(worker.stop)
-        return worker
+        return Worker(node, counted, feed, self.run(node))
 
     def node(
         self,
@@ -282,7 +244,7 @@ class Stage(Trusted):
 
     def _engine(self, name: str) -> EchoEngine:
         engine = EchoEngine(name=name)
-        self._open.callback(engine.close)
+        self.stack.callback(engine.close)
         return engine
 
     @asynccontextmanager
@@ -292,7 +254,7 @@ class Stage(Trusted):
         try:
             yield worker
         finally:
-            await _end(running)
+            await end(running)
             await worker.fabric.close()
 
     # The client's and the gateway's part, by hand
@@ -344,40 +306,18 @@ class Stage(Trusted):
         self, wire: httpx2.AsyncBaseTransport | None = None, token: str | None = None, **options: Any
     ) -> lacre.AsyncClient:
         """The SDK's client, whose connection to the gateway is `wire`."""
-        client = lacre.AsyncClient(self.url, **self._settings(wire or httpx2.ASGITransport(self.app), token, options))
-        self._open.push_async_callback(client.aclose)
-        return client
+        return self.client_of(self.url, self._own(token), wire or httpx2.ASGITransport(self.app), **options)
 
     def sync_client(self, wire: httpx2.AsyncBaseTransport, token: str | None = None, **options: Any) -> lacre.Client:
         """The sync one; use it from a thread."""
-        through = SyncWire(wire, asyncio.get_running_loop())
-        client = lacre.Client(self.url, **self._settings(through, token, options))
-        self._open.callback(client.close)
-        return client
+        return self.sync_client_of(self.url, self._own(token), wire, **options)
 
-    def _settings(self, wire: object, token: str | None, options: dict[str, Any]) -> dict[str, Any]:
-        token = getattr(self, "token", "t0ken") if token is None else token
-        usual = {"token": token, "memory": lacre.VersionMemory(), "transport": wire, "retries": 0, "resume": 0}
-        return {**usual, **options}
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    def _own(self, token: str | None) -> str:
+        return getattr(self, "token", "t0ken") if token is None else token
 
 
 @asynccontextmanager
 async def running(node: Node) -> AsyncIterator[None]:
-    task = asyncio.create_task(node.run())
-    try:
+    async with Standing() as standing:
+        standing.run(node)
         yield
-    finally:
-        await _end(task)
-        await node.drain(1)
-
-
-async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        await asyncio.sleep(0.01)
