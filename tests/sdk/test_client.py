@@ -1,31 +1,32 @@
-"""What an application sees: chat, streams, refusals and errors, sync and async; and what leaves the process."""
+"""What an application sees: chat, streams, refusals and errors, sync and async, of either library; and what leaves it."""
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
+import importlib
+import inspect
 import json
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import httpx
 import httpx2
 import pytest
 
 import lacre
-import lacre.legacy
 from lacre import asgi, errors, problems
 from lacre.exchange.call import Sealing
 from lacre.runtime.forks import PerProcess
+from lacre.transport.options import AsyncOptions, Options
 from lacre.transport.sealed_sync import SealedTransport
 from lacre.trust.chain import ConnectionString
 from lacre.wire.header import Kem
 from parts.bent import without
-from parts.chat_app import ChatApp
+from parts.chat_app import ChatApp, reply
 from parts.relay import MANIFEST, SEALED, AsyncWire, Relay, Wire, connect, connect_async, on_sealed, refusing, served
 
 CHAT = "/v1/chat/completions"
@@ -33,13 +34,21 @@ BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "the sea"}]}
 STREAM = {**BODY, "stream": True}
 
 
-@pytest.fixture(params=[lacre.Client, lacre.legacy.Client], ids=["httpx2", "httpx"])
-def make(request: pytest.FixtureRequest, relay: Relay) -> Callable[..., Any]:
-    """Makes a client of either kind, which share their code: of httpx2, and of httpx."""
+@pytest.fixture(params=["httpx2", "httpx"])
+def library(request: pytest.FixtureRequest) -> Any:
+    """Either kind of client shares its code with the other; httpx may not be there."""
+    return pytest.importorskip(request.param)
 
+
+def kinds(library: Any) -> Any:
+    return lacre if library is httpx2 else importlib.import_module("lacre.legacy")
+
+
+@pytest.fixture
+def make(library: Any, relay: Relay) -> Callable[..., Any]:
     def make(**options: Any) -> Any:
         defaults = {"token": "t0ken", "memory": lacre.VersionMemory(), "transport": Wire(relay)}
-        return request.param(relay.url, **{**defaults, **options})
+        return kinds(library).Client(relay.url, **{**defaults, **options})
 
     return make
 
@@ -94,9 +103,9 @@ class TestEitherKind:
         assert response.extensions["lacre"].receipt.completion_tokens == 3
         assert response.is_closed and response.elapsed.total_seconds() > 0
 
-    async def test_async(self, relay: Relay) -> None:
+    async def test_async(self, library: Any, relay: Relay) -> None:
         memory = lacre.VersionMemory()
-        async with lacre.legacy.AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
+        async with kinds(library).AsyncClient(relay.url, token="t", memory=memory, transport=AsyncWire(relay)) as client:
             assert (await client.post(CHAT, json=BODY)).json()["model"] == "tiny"
             async with client.stream("POST", CHAT, json=STREAM) as response:
                 lines = [line async for line in response.aiter_lines() if line.startswith("data:")]
@@ -104,19 +113,20 @@ class TestEitherKind:
             assert client.verification.manifest is not None
         assert lines[-1] == "data: [DONE]"
 
-    def test_hooks_see_what_is_inside_the_seal(self, make: Callable[..., Any]) -> None:
+    def test_hooks_see_what_is_inside_the_seal(self, make: Callable[..., Any], library: Any) -> None:
         seen: list[Any] = []
         with make(event_hooks={"request": [seen.append], "response": [seen.append]}) as client:
-            library = httpx if isinstance(client, httpx.Client) else httpx2
             client.post(CHAT, json=BODY)
         request, response = seen
+        assert isinstance(client, library.Client)
         assert (type(request), type(response)) == (library.Request, library.Response)
         assert (request.method, str(request.url)) == ("POST", "https://lacre.invalid/v1/chat/completions")
         assert (response.status_code, response.extensions["lacre"].kem) == (200, "MLKEM768-X25519")
 
     @pytest.mark.parametrize(("own", "limits"), [({}, (7.0, 9.0)), ({"timeout": 3.5}, (3.5, 3.5))])
-    def test_timeouts_reach_the_connection(self, make: Callable[..., Any], relay: Relay, own: Any, limits: Any) -> None:
-        library = httpx if isinstance(make(), httpx.Client) else httpx2
+    def test_timeouts_reach_the_connection(
+        self, make: Callable[..., Any], library: Any, relay: Relay, own: Any, limits: Any
+    ) -> None:
         with make(timeout=library.Timeout(9.0, read=7.0)) as client:
             client.post(CHAT, json=BODY, **own)
         sealed = relay.requests[-1].extensions["timeout"]
@@ -125,14 +135,16 @@ class TestEitherKind:
     @pytest.mark.parametrize(
         ("fault", "error"), [(httpx2.ReadTimeout("slow"), "TimeoutException"), (httpx2.ConnectError("gone"), "NetworkError")]
     )
-    def test_network_errors_are_of_both(self, make: Callable[..., Any], relay: Relay, fault: Exception, error: str) -> None:
+    def test_network_errors_are_of_both(
+        self, make: Callable[..., Any], library: Any, relay: Relay, fault: Exception, error: str
+    ) -> None:
         def fail(_request: httpx2.Request) -> httpx2.Response:
             raise fault
 
         relay.respond = fail
         with make(retries=0) as client, pytest.raises(lacre.NetworkError) as caught:
             client.post(CHAT, json=BODY)
-        assert isinstance(caught.value, getattr(httpx if isinstance(client, httpx.Client) else httpx2, error))
+        assert isinstance(caught.value, getattr(library, error))
         assert caught.value.remedy != lacre.LacreError.remedy
 
     @pytest.mark.parametrize(
@@ -336,3 +348,113 @@ class TestSurroundings:
         shown = repr(relay.opened[0]) + repr(client) + repr(relay.key)
         assert "canary" not in shown
         assert relay.key.to_bytes().hex() not in shown
+
+
+# Connections: limits, cancelling, cookies
+
+
+class Stalling(httpx2.AsyncByteStream):
+    """The first pieces of a body; then nothing, until it is closed."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream, pieces: int) -> None:
+        self.stream, self.pieces = stream, pieces
+        self.waits, self.closed = asyncio.Event(), asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = self.pieces
+        async for piece in self.stream:
+            if left == 0:
+                self.waits.set()
+                await self.closed.wait()
+                return
+            left -= 1
+            yield piece
+
+    async def aclose(self) -> None:
+        self.closed.set()
+
+
+class StallingWire(httpx2.AsyncBaseTransport):
+    """The connection to a relay whose answers stop coming."""
+
+    def __init__(self, relay: Relay, pieces: int) -> None:
+        self.relay, self.pieces = relay, pieces
+        self.body: asyncio.Future[Stalling] = asyncio.get_running_loop().create_future()
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        await request.aread()
+        response = await self.relay.answer(request)
+        if request.url.path == SEALED:
+            assert isinstance(response.stream, httpx2.AsyncByteStream)
+            response.stream = Stalling(response.stream, self.pieces)
+            self.body.set_result(response.stream)
+        return response
+
+
+@pytest.mark.parametrize("pieces", [3, 0], ids=["within the answer", "before it"])
+async def test_a_cancelled_task_lets_go_of_the_connection(relay: Relay, pieces: int) -> None:
+    wire = StallingWire(relay, pieces)
+    async with connect_async(relay, transport=wire) as client:
+
+        async def read() -> None:
+            async with client.stream("POST", CHAT, json=STREAM) as response:
+                await response.aread()
+
+        task = asyncio.create_task(read())
+        body = await wire.body
+        await body.waits.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert body.closed.is_set()
+
+
+async def test_a_stream_left_early_is_closed(relay: Relay) -> None:
+    wire = StallingWire(relay, 3)
+    async with connect_async(relay, transport=wire) as client:
+        async with client.stream("POST", CHAT, json=STREAM):
+            pass
+        assert (await wire.body).closed.is_set()
+
+
+async def test_a_real_timeout_is_both_kinds() -> None:
+    """Nobody answers: the connection is taken, and read until its end."""
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        gone.set()
+
+    gone = asyncio.Event()
+    server = await asyncio.start_server(listen, "127.0.0.1", 0)
+    url = Relay(ChatApp()).url.replace(":9?", f":{server.sockets[0].getsockname()[1]}?")
+    async with server, lacre.AsyncClient(url, token="t", memory=lacre.VersionMemory(), timeout=0.2) as client:
+        with pytest.raises(lacre.NetworkError) as caught:
+            async with asyncio.timeout(30):
+                await client.post(CHAT, json=STREAM, timeout=0.2)
+        await gone.wait()
+    assert isinstance(caught.value, httpx2.TimeoutException)
+
+
+def test_limits_are_of_the_connection_to_the_gateway(relay: Relay) -> None:
+    limits = httpx2.Limits(max_connections=1)
+    with lacre.Client(relay.url, token="t", memory=lacre.VersionMemory(), limits=limits) as client:
+        assert client._sealed._link.outer.get()._transport._pool._max_connections == 1  # type: ignore[attr-defined]
+
+
+async def test_cookies_of_an_answer_stay_outside_the_seal(async_client: lacre.AsyncClient, relay: Relay) -> None:
+    async def sets_one(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+        assert not [value for name, value in scope["headers"] if name == b"cookie"]
+        await reply(send, 200, {"ok": True})
+
+    relay.app = sets_one
+    async_client.cookies.set("session", "c00kie")
+    async with async_client.stream("GET", "/v1/models") as response:
+        assert response.status_code == 200
+
+
+@pytest.mark.parametrize(("kind", "options"), [(lacre.Client, Options), (lacre.AsyncClient, AsyncOptions)])
+def test_the_options_are_the_clients_parameters(kind: type, options: type) -> None:
+    """Less what the adapters name themselves."""
+    taken = set(inspect.signature(kind).parameters) - {"url", "timeout", "event_hooks"}
+    assert set(get_type_hints(options)) == taken

@@ -1,13 +1,19 @@
-"""`max_concurrency`: no more requests at once than the caller said, in their order, and no slot is ever lost."""
+"""Many calls, at once and in other processes: no more than the caller said, in their order, and nothing is lost or shared."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,9 +23,13 @@ import pytest
 import lacre
 import lacre.legacy
 from lacre import problems
+from lacre.runtime.forks import Undivided
 from lacre.transport.concurrency import AsyncTurns, Turns
 from parts.bent import without
+from parts.certificates import Ca
 from parts.chat_app import ChatApp
+from parts.forking import PROGRAMS
+from parts.live import Gateway, beside
 from parts.relay import SEALED, Relay, connect, connect_async, on_sealed, refusing, served
 
 
@@ -49,13 +59,6 @@ def test_threads() -> None:
     gate = Gate()
     with connect(gate, max_concurrency=3) as client, ThreadPoolExecutor(16) as pool:
         assert [reply.text for reply in pool.map(lambda _: client.chat("x"), range(30))] == ["one two three"] * 30
-    assert gate.most == 3
-
-
-async def test_tasks() -> None:
-    gate = Gate()
-    async with connect_async(gate, max_concurrency=3) as client:
-        assert len(await asyncio.gather(*(client.chat("x") for _ in range(30)))) == 30
     assert gate.most == 3
 
 
@@ -195,20 +198,99 @@ class TestOrder:
         assert turns._free == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_child_begins_with_all_slots(relay: Relay) -> None:
-    with connect(relay, max_concurrency=1) as client:
-        stream = client.chat_stream("x")
-        next(stream)
-        turns = client._sealed._turns
-        assert turns is not None
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                turns.get().take().leave()
-                code = 0
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        stream.close()
+# Processes that fork: each has connections, locks and salts of its own, and nobody is accused for it.
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[Gateway]:
+    with beside(Gateway(Relay(ChatApp()))) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gateway, Path]]:
+    """The same over TLS, and the file of the authority that it is known by."""
+    folder = tmp_path_factory.mktemp("tls")
+    ca = Ca(folder)
+    with beside(Gateway(Relay(ChatApp())), ca.issue(folder, "gateway")) as gateway:
+        yield gateway, ca.file
+
+
+def seen(name: str, *arguments: str) -> Counter[str]:
+    command = [sys.executable, "-P", "-W", "ignore::DeprecationWarning", "-m", "parts.forking", name, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    program = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        told, complaints = program.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(program.pid, signal.SIGKILL)  # and with it its children
+        told, complaints = program.communicate()
+        raise AssertionError(f"{name} hangs: {told} {complaints}") from None
+    assert (program.returncode, complaints) == (0, "")
+    return Counter(json.loads(told))
+
+
+@pytest.mark.parametrize("name", [program.__name__ for program in PROGRAMS])
+def test_in_the_clear(gateway: Gateway, tmp_path: Path, name: str) -> None:
+    assert set(seen(name, gateway.url, *([str(tmp_path)] if name == "remembered" else []))) == {"ok"}
+
+
+@pytest.mark.parametrize("name", ["plain", "threads", "leaving", "loops", "forked_in_a_task"])
+def test_over_tls(secured: tuple[Gateway, Path], name: str) -> None:
+    """Where the end of a connection is said aloud (`close_notify`), a child says nothing in its parent's name."""
+    gateway, ca = secured
+    assert set(seen(name, gateway.url, str(ca))) == {"ok"}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # newer Pythons warn of threads
+def test_a_fork_waits_for_what_it_must_not_cut() -> None:
+    """Libraries that are half loaded, or tables that are half made, would stay so in the child."""
+    began, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        time.sleep(0.2)
+        done.set()
+
+    undivided = Undivided(work)
+    thread = threading.Thread(target=undivided)
+    thread.start()
+    began.wait(10)
+    pid = os.fork()
+    if not pid:
+        undivided()  # which is done here too, and not held by anyone
+        os._exit(0 if done.is_set() else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    thread.join()
+
+
+# Ten thousand calls: nothing is left behind, and memory stays where it was after the first thousand.
+
+TESTS = Path(__file__).parents[1]
+CALLS, CONCURRENCY = 10_000, 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ten_thousand_calls(record_property: Any) -> None:
+    command = [sys.executable, "-m", "parts.many_calls"]
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    with subprocess.Popen([*command, "serve"], stdout=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().strip()
+            asking = [*command, "ask", url, str(CALLS), str(CONCURRENCY)]
+            done = subprocess.run(asking, capture_output=True, text=True, env=environment, timeout=360, check=False)
+        finally:
+            server.terminate()
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = json.loads(done.stdout)
+    record_property("many_calls", measured)
+    print(measured)
+    assert measured["calls"] == CALLS
+    assert (measured["tasks_left"], measured["sockets_left"]) == (0, 0)
+    assert measured["growth"] <= 0.05
